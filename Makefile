@@ -1,0 +1,154 @@
+# make help lists the targets. `make demo` and `make test` work on a fresh clone: each sets up what it needs.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+OUT ?= out
+CODEGEN_VENV ?= .venv-codegen
+CODEGEN_TRITON ?= triton==3.6.0
+PYTEST_FLAGS ?= -q
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+PYTEST := $(PY) -m pytest $(PYTEST_FLAGS)
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+# The test files of the ops that have a C++ kernel, and of those that have a Triton kernel.
+CPP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)))
+TRITON_TESTS = $(wildcard $(patsubst kernels/%.py,tests/test_%.py,$(wildcard kernels/*.py)))
+
+.PHONY: help
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo '  variables: PYTHON=$(PYTHON)  TORCH="$(TORCH)"  VENV=$(VENV)  OUT=$(OUT)'
+
+# --- set-up: one stamp for each step that may have to be repeated ---
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo 'make: $(PYTHON) is missing or older than Python 3.10; name another: make PYTHON=python3.11 ...' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' \
+	  || { echo 'make: $(PYTHON) has no venv or ensurepip (Debian and Ubuntu: apt install python3-venv)' >&2; exit 1; }
+	@command -v $${CXX:-c++} > /dev/null \
+	  || { echo 'make: no C++ compiler (Debian and Ubuntu: apt install g++)' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+TORCH_STAMP := $(VENV)/.stamp-torch-$(shell printf %s '$(TORCH)' | cksum | cut -d' ' -f1)
+$(TORCH_STAMP): | $(VENV)/bin/python
+	$(PIP) install "$(TORCH)" "setuptools>=77" wheel ninja
+	@rm -f $(VENV)/.stamp-*; touch $@
+
+# Dependencies and the command, without compiling; the extension is built apart so that ninja can reuse its objects.
+$(VENV)/.stamp-package: pyproject.toml $(TORCH_STAMP)
+	GPT_FAST_NO_CPP=1 $(PIP) install --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.stamp-extension: setup.py $(CSRC) $(TORCH_STAMP)
+	@echo 'building gpt_fast._C'
+	@mkdir -p build
+	@$(PY) setup.py build_ext --inplace > build/extension.log 2>&1 || { cat build/extension.log >&2; exit 1; }
+	@touch $@
+
+.PHONY: install
+install: $(VENV)/.stamp-package $(VENV)/.stamp-extension  ## virtual environment, torch, the package and its extension
+
+# --- what a user wants to see ---
+
+.PHONY: demo
+demo: install  ## pre-train, fine-tune, generate, and compare with plain PyTorch (runs/demo)
+	@start=$$SECONDS; set -x; \
+	$(VENV)/bin/gpt-fast pretrain --out runs/demo/pretrained --steps 500 --overwrite; \
+	$(VENV)/bin/gpt-fast finetune --from runs/demo/pretrained --out runs/demo/classifier --epochs 1 --overwrite; \
+	$(VENV)/bin/gpt-fast evaluate --from runs/demo/classifier; \
+	$(VENV)/bin/gpt-fast generate --from runs/demo/pretrained --prompt "def __init__(self" --max-new-tokens 100 --seed 0; \
+	$(VENV)/bin/gpt-fast compare --from runs/demo/pretrained; \
+	{ set +x; } 2> /dev/null; echo "demo: $$((SECONDS - start)) s; runs and loss curves are in runs/demo"
+
+# --- tests ---
+
+.PHONY: test
+test: install  ## the tests on the CPU, then the Triton kernels in the interpreter
+	$(PYTEST)
+	$(MAKE) --no-print-directory interp
+
+.PHONY: interp
+interp: install  ## the op tests on the Triton kernels, in Triton's interpreter
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n 2 $(TRITON_TESTS)
+
+.PHONY: test-slow
+test-slow: install mutants  ## what takes too long for make test
+	$(PYTEST) -m slow || [ $$? -eq 5 ]  # 5: nothing is marked slow yet
+
+.PHONY: mutants
+mutants: install  ## plant faults in the kernels; the tests must catch every one
+	$(PY) -m tests.mutants
+
+.PHONY: sanitize
+sanitize: install  ## the op tests on a C++ extension built with the address and undefined-behaviour sanitizers
+	@mkdir -p build/sanitize
+	cp -R csrc gpt_fast kernels tests setup.py pyproject.toml README.md LICENSE build/sanitize
+	rm -f build/sanitize/gpt_fast/_C*
+	cd build/sanitize && GPT_FAST_SANITIZE=1 $(abspath $(PY)) setup.py build_ext --inplace > build.log 2>&1
+	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	  $(abspath $(PY)) -m pytest $(PYTEST_FLAGS) -p no:cacheprovider $(CPP_TESTS)
+
+# --- gates ---
+
+$(CODEGEN_VENV)/.stamp: | $(VENV)/bin/python
+	$(PY) -m venv $(CODEGEN_VENV)
+	$(CODEGEN_VENV)/bin/python -m pip --disable-pip-version-check --quiet install "$(CODEGEN_TRITON)" setuptools numpy
+	@touch $@
+
+.PHONY: codegen
+codegen: $(VENV)/.stamp-package $(CODEGEN_VENV)/.stamp  ## compile every kernel for sm_80, sm_90, sm_100 and hold it to its budget
+	@mkdir -p build
+	$(PY) -m benchmarks.codegen_record build/launches.json
+	$(CODEGEN_VENV)/bin/python -m benchmarks.codegen build/launches.json $(CODEGEN_FLAGS)
+
+.PHONY: lint
+lint: $(VENV)/.stamp-package  ## ruff and clang-format, changing nothing
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
+
+.PHONY: format
+format: $(VENV)/.stamp-package  ## ruff and clang-format, rewriting
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CSRC)
+
+.PHONY: types
+types: $(VENV)/.stamp-package  ## mypy
+	$(PY) -m mypy
+
+# --- measurements ---
+
+.PHONY: bench
+bench: install  ## time every op against its floor and its peers, then write the report
+	@mkdir -p build
+	$(PY) -m pytest -q benchmarks/bench_ops.py --benchmark-json=build/bench.json
+	$(PY) -m benchmarks.report build/bench.json
+
+.PHONY: report
+report: install  ## write the report of the last make bench again
+	$(PY) -m benchmarks.report build/bench.json
+
+.PHONY: gpu
+gpu:  ## build, test, sanitize and benchmark on a GPU: make gpu PYTHON=python3 OUT=dir (no environment, no downloads)
+	PYTHON="$(PYTHON)" OUT="$(OUT)" .ci/gpu
+
+# --- packages ---
+
+.PHONY: dist
+dist: install  ## the source distribution and the wheel, in dist/
+	$(PY) -m build --no-isolation --sdist --wheel
+
+.PHONY: clean
+clean:  ## remove what was built, but not the environments
+	rm -rf build dist *.egg-info gpt_fast/_C*.so gpt_fast/_C.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f $(VENV)/.stamp-extension

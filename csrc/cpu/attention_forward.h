@@ -1,0 +1,172 @@
+// The forward pass of attention: one panel of queries at a time, against the blocks of keys that serve it.
+#pragma once
+
+#include "attention_keys.h"
+
+namespace gpt_fast {
+namespace {
+
+template <typename scalar_t>
+class Forward {
+  using Mac = typename MacOf<scalar_t>::type;
+
+ public:
+  Forward(const Options& options, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+          const Tensor& lse, int64_t longest)
+      : options_(options),
+        q_(q),
+        out_(out),
+        lse_(lse.mutable_data_ptr<float>()),
+        Dp_(options.padded_D()),
+        words_(Dp_ / Mac::kPair),
+        sums_(round_up(options.D, Mac::kPair) / Mac::kPair),
+        keys_(options, k, v, false, longest),
+        q_rows_(kPanel * Dp_),
+        q_panel_(words_ * kPanel),
+        scores_(kKeys * kPanel),
+        limits_(kKeys * kPanel),
+        factors_(kKeys * kPanel),
+        out_panel_(Dp_ * kPanel) {}
+
+  void panels(int64_t number, int64_t begin, int64_t end) {
+    keys_.select(number);
+    for (int64_t p = begin; p < end; ++p) panel(options_.segments[number], p * kPanel);
+  }
+
+ private:
+  void panel(const Segment& segment, int64_t i0) {
+    const Panel panel(options_, segment, i0);
+    for (int64_t lane = 0; lane < kPanel; ++lane) {
+      const int64_t i = segment.first + i0 + std::min(lane, panel.count - 1);
+      pack_row<Mac>(q_.row(segment.batch, segment.head, i), q_.stride_d, options_.D, Dp_, q_rows_ + lane * words_);
+    }
+    transpose(q_rows_, words_, kPanel, words_, q_panel_, kPanel);
+    const int64_t next = std::min(i0 + kPanel, segment.T), last = std::min(i0 + 2 * kPanel, segment.T);
+    prefetch_rows(q_, segment.batch, segment.head, segment.first + next, segment.first + last, options_.D);
+    top_[0] = top_[1] = Vec(-kInf);
+    sum_[0] = sum_[1] = Vec(0.0f);
+    bool started = false;
+    for (int64_t j0 = panel.begin / kKeys * kKeys; j0 < panel.end; j0 += kKeys) {
+      const Block block = block_of(options_, segment, panel, j0, limits_);
+      if (block.empty()) continue;
+      keys_.pack(j0);
+      Vec top[2] = {top_[0], top_[1]};
+      if (block.masked) {
+        scores<true>(block, j0, top);
+      } else {
+        scores<false>(block, j0, top);
+      }
+      move_top(top, started);
+      if (options_.dropout) {
+        dropout_tile(*options_.dropout, segment.dropout_b, i0, j0, block.begin, block.end, factors_);
+        weights<true>(block);
+      } else {
+        weights<false>(block);
+      }
+      add_keys<Mac>(out_panel_, keys_.v_words + j0 * words_, scores_, Dp_, block, started);
+      started = true;
+    }
+    if (!started) std::fill(out_panel_ + 0, out_panel_ + Dp_ * kPanel, 0.0f);
+    finish(segment, panel);
+  }
+
+  // t of the block, and `top`, the largest so far.
+  template <bool MASKED>
+  void scores(const Block& block, int64_t j0, Vec (&top)[2]) {
+    const Vec scale(options_.scale * kLog2E);
+    for (int64_t r0 = block.begin; r0 < block.end; r0 += kRows) {
+      Vec tile[kRows][2];
+      set_zero(tile);
+      multiply<Mac, 2, false>(tile, keys_.k_rows + (j0 + r0) * words_, words_, q_panel_, kPanel, sums_);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+          const int64_t at = (r0 + r) * kPanel + v * kVec;
+          Vec t = tile[r][v] * scale;
+          if constexpr (MASKED) t = min_or_second(t, Vec::loadu(limits_ + at));
+          top[v] = max_or_second(top[v], t);
+          t.store(scores_ + at);
+        }
+      }
+    }
+  }
+
+  // Brings sums and output to the new maximum.
+  void move_top(const Vec (&top)[2], bool started) {
+    bool same = true;
+    Vec factor[2];
+    for (int v = 0; v < 2; ++v) {
+      // A query without keys so far subtracts 0 instead of -inf: its weights stay 0.
+      base_[v] = Vec::blendv(top[v], Vec(0.0f), top[v] == Vec(-kInf));
+      factor[v] = exp2(top_[v] - base_[v]);
+      sum_[v] = sum_[v] * factor[v];
+      top_[v] = top[v];
+      same = same && (factor[v] - Vec(1.0f)).zero_mask() == (1 << kVec) - 1;
+    }
+    if (!started || same) return;
+    for (int64_t d = 0; d < Dp_; ++d) {
+      for (int v = 0; v < 2; ++v) {
+        float* x = out_panel_ + d * kPanel + v * kVec;
+        (Vec::loadu(x) * factor[v]).store(x);
+      }
+    }
+  }
+
+  // Turns t into the weights 2^(t - top) the output is made of, in the product's operand layout.
+  template <bool DROPOUT>
+  void weights(const Block& block) {
+    for (int v = 0; v < 2; ++v) {
+      Vec sum(0.0f);
+      const auto weight = [&](int64_t r) {
+        const int64_t at = r * kPanel + v * kVec;
+        Vec p = exp2(Vec::loadu(scores_ + at) - base_[v]);
+        sum = sum + p;
+        if constexpr (DROPOUT) p = p * Vec::loadu(factors_ + at);
+        return p;
+      };
+      for (int64_t r = block.begin; r < block.end; r += Mac::kPair) {
+        const Vec first = weight(r);
+        float* target = scores_ + r / Mac::kPair * kPanel + v * kVec;
+        if constexpr (Mac::kPair == 2) {
+#if GPT_FAST_BF16_DOTS
+          // Row r / 2 is overwritten; rows from r on are still to be read.
+          Vec(pair_vectors(first, weight(r + 1))).store(target);
+#endif
+        } else {
+          first.store(target);
+        }
+      }
+      sum_[v] = sum_[v] + sum;
+    }
+  }
+
+  void finish(const Segment& segment, const Panel& panel) {
+    float top[kPanel], sum[kPanel];
+    Vec inverse[2];
+    for (int v = 0; v < 2; ++v) {
+      top_[v].store(top + v * kVec);
+      sum_[v].store(sum + v * kVec);
+      inverse[v] = Vec::blendv(Vec(1.0f) / sum_[v], Vec(0.0f), sum_[v] == Vec(0.0f));
+    }
+    const int64_t i = segment.first + panel.i0;
+    store_panel(out_panel_, inverse, out_panel_, q_rows_, options_.D, Dp_, out_.row(segment.batch, segment.head, i),
+                out_.stride_t, panel.count);
+    float* lse = lse_ + (segment.batch * options_.H + segment.head) * options_.T + i;
+    for (int64_t lane = 0; lane < panel.count; ++lane) {
+      const double natural = top[lane] * 0.693147180559945309 + std::log(static_cast<double>(sum[lane]));
+      lse[lane] = sum[lane] == 0.0f ? kInf : static_cast<float>(natural);
+    }
+  }
+
+  const Options& options_;
+  const View<scalar_t> q_, out_;
+  float* const lse_;
+  const int64_t Dp_, words_, sums_;  // sums_: words of a row without its padding
+  PackedKeys<scalar_t> keys_;
+  Buffer q_rows_, q_panel_, scores_, limits_, factors_, out_panel_;
+  Vec top_[2], sum_[2], base_[2];
+};
+
+}  // namespace
+}  // namespace gpt_fast

@@ -1,0 +1,263 @@
+// What attention's passes have to compute: which keys serve which queries, cut into segments, panels and blocks.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <new>
+#include <optional>
+#include <vector>
+
+#include "attention_tiles.h"
+
+namespace gpt_fast {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+// Floats aligned to cache lines, not initialised.
+class Buffer {
+ public:
+  explicit Buffer(int64_t size)
+      : data_(static_cast<float*>(
+            ::operator new(static_cast<size_t>(std::max<int64_t>(size, 1)) * sizeof(float), std::align_val_t{64}))) {}
+  operator float*() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(float* data) const { ::operator delete(data, std::align_val_t{64}); }
+  };
+  std::unique_ptr<float, Free> data_;
+};
+
+// One head of one sequence: T queries from q0 and S keys from k0 of the tensors. Packed sequences are segments of their
+// own, so no pass knows of them; keys beyond a length are cut off here. Query i sits at key i + offset.
+struct Segment {
+  int64_t batch, head;
+  int64_t first;  // token at which the segment starts, in queries and keys
+  int64_t T, S;   // queries, and keys that may serve them
+  int64_t keys;   // keys whose gradients it writes; those from S on are zero
+  int64_t offset;
+  int64_t dropout_b;  // the third coordinate of the dropout site
+};
+
+struct Options {
+  bool causal;
+  int64_t window;  // 0: none
+  optional<Dropout> dropout;
+  float scale;
+  Tensor key_mask, mask;  // [B, S] and [B, H, T, S] (expanded), or undefined
+  const bool* key_mask_data = nullptr;
+  const bool* mask_data = nullptr;
+  int64_t B, H, T, S, D;
+  std::vector<Segment> segments;
+
+  int64_t padded_D() const { return round_up(D, kVec); }
+};
+
+std::vector<int64_t> values_of(const Tensor& tensor) {
+  const Tensor values = tensor.to(at::kLong).contiguous();
+  return {values.const_data_ptr<int64_t>(), values.const_data_ptr<int64_t>() + values.numel()};
+}
+
+Options make_options(const Tensor& q, const Tensor& k, const Tensor& v, const optional<Tensor>& lengths,
+                     const optional<Tensor>& key_mask, const optional<Tensor>& mask, const optional<Tensor>& cu_seqlens,
+                     bool causal, optional<int64_t> window, double dropout_p, const optional<Tensor>& seed,
+                     int64_t site, double scale) {
+  TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && k.size(0) == q.size(0) && k.size(1) == q.size(1) &&
+                        k.size(3) == q.size(3) && v.sizes() == k.sizes() && k.scalar_type() == q.scalar_type() &&
+                        v.scalar_type() == q.scalar_type(),
+                    "gpt_fast.attention: got q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(),
+                    ", wanted [B, H, T, D] and twice [B, H, S, D] of one dtype");
+  const int64_t B = q.size(0), H = q.size(1), T = q.size(2), S = k.size(2), D = q.size(3);
+  TORCH_CHECK_VALUE(D >= 1 && D <= 256, "gpt_fast.attention: head size is ", D, ", wanted 1 to 256");
+  TORCH_CHECK_VALUE(dropout_p == 0 || (seed.has_value() && seed->numel() == 1), "gpt_fast.attention: dropout_p is ",
+                    dropout_p, " without a seed of one element");
+  Options options{
+      .causal = causal, .window = 0, .scale = static_cast<float>(scale), .B = B, .H = H, .T = T, .S = S, .D = D};
+  if (window.has_value()) {
+    TORCH_CHECK_VALUE(*window >= 1, "gpt_fast.attention: window is ", *window, ", wanted at least 1");
+    options.window = std::min(*window, T + S + 1);  // the sum of a position and a window stays small
+  }
+  if (dropout_p > 0) options.dropout.emplace(dropout_p, seed->to(at::kLong).item<int64_t>(), site);
+  if (key_mask.has_value()) {
+    TORCH_CHECK_VALUE(key_mask->sizes() == at::IntArrayRef({B, S}), "gpt_fast.attention: key_mask has shape ",
+                      key_mask->sizes(), ", wanted [", B, ", ", S, "]");
+    options.key_mask = *key_mask;
+    options.key_mask_data = key_mask->const_data_ptr<bool>();
+  }
+  if (mask.has_value()) {
+    options.mask = mask->expand({B, H, T, S});
+    options.mask_data = mask->const_data_ptr<bool>();
+  }
+  std::vector<int64_t> limits(B, S);
+  if (lengths.has_value()) {
+    TORCH_CHECK_VALUE(lengths->sizes() == at::IntArrayRef({B}), "gpt_fast.attention: lengths has shape ",
+                      lengths->sizes(), ", wanted [", B, "]");
+    limits = values_of(*lengths);
+    for (const int64_t limit : limits) {
+      TORCH_CHECK_VALUE(0 <= limit && limit <= S, "gpt_fast.attention: lengths holds ", limit,
+                        ", wanted values in [0, ", S + 1, ")");
+    }
+  }
+  if (!cu_seqlens.has_value()) {
+    for (int64_t b = 0; b < B; ++b) {
+      for (int64_t h = 0; h < H; ++h) options.segments.push_back({b, h, 0, T, limits[b], S, S - T, b * H + h});
+    }
+    return options;
+  }
+  TORCH_CHECK_VALUE(B == 1 && T == S && cu_seqlens->dim() == 1 && cu_seqlens->numel() >= 1,
+                    "gpt_fast.attention: cu_seqlens of shape ", cu_seqlens->sizes(), " with batch ", B, ", ", T,
+                    " queries and ", S, " keys, wanted [n + 1], a batch of 1 and as many queries as keys");
+  std::vector<int64_t> starts = values_of(*cu_seqlens);
+  TORCH_CHECK_VALUE(starts[0] == 0, "gpt_fast.attention: cu_seqlens starts at ", starts[0], ", wanted 0");
+  const int64_t sequences = static_cast<int64_t>(starts.size()) - 1;
+  for (int64_t n = 0; n < sequences; ++n) {
+    TORCH_CHECK_VALUE(starts[n] <= starts[n + 1] && starts[n + 1] <= T, "gpt_fast.attention: cu_seqlens holds ",
+                      starts[n + 1], " after ", starts[n], ", wanted values that never fall and are at most ", T);
+  }
+  starts.push_back(T);  // tokens after the last sequence: queries without keys
+  for (int64_t n = 0; n <= sequences; ++n) {
+    const int64_t first = starts[n], count = starts[n + 1] - first;
+    const int64_t keys = n < sequences ? std::clamp<int64_t>(limits[0] - first, 0, count) : 0;
+    for (int64_t h = 0; h < H && count > 0; ++h) {
+      options.segments.push_back({0, h, first, count, keys, count, 0, n * H + h});
+    }
+  }
+  return options;
+}
+
+// For each query of a panel the keys [lo, hi) that causality, window and length leave it. Lanes past the last query
+// repeat it, so that they ask for no masking of their own; their results are never read.
+struct Panel {
+  int64_t i0, count;
+  int64_t lo[kPanel], hi[kPanel];
+  int64_t begin, end;      // keys that serve some query
+  int64_t all_lo, all_hi;  // keys that serve every query
+
+  Panel() = default;
+  Panel(const Options& options, const Segment& segment, int64_t first) : i0(first) {
+    count = std::min(kPanel, segment.T - first);
+    begin = segment.S;
+    end = all_lo = 0;
+    all_hi = segment.S;
+    for (int64_t lane = 0; lane < kPanel; ++lane) {
+      const int64_t position = i0 + std::min(lane, count - 1) + segment.offset;
+      int64_t from = 0, to = segment.S;
+      if (options.causal) to = std::min(to, position + 1);
+      if (options.window > 0) {
+        from = std::max<int64_t>(0, position - options.window + 1);
+        if (!options.causal) to = std::min(to, position + options.window);
+      }
+      if (from >= to) from = to = 0;
+      if (from < to) {
+        begin = std::min(begin, from);
+        end = std::max(end, to);
+      }
+      lo[lane] = from;
+      hi[lane] = to;
+      all_lo = std::max(all_lo, from);
+      all_hi = std::min(all_hi, to);
+    }
+    begin = std::min(begin, end);
+  }
+};
+
+// The rows of a block of keys that a panel needs, in whole register tiles, and whether its mask applies to them.
+struct Block {
+  int64_t begin = 0, end = 0;
+  bool masked = false;
+  bool empty() const { return begin == end; }
+};
+
+enum class Allowed { kNone, kSome, kAll };
+
+// Of `rows` x `columns` flags.
+Allowed allowed_of(const bool* flags, int64_t rows, int64_t stride_row, int64_t columns, int64_t stride_column) {
+  if (stride_row == 0) rows = std::min<int64_t>(rows, 1);
+  int64_t count = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const bool* row = flags + r * stride_row;
+    if (stride_column == 1) {
+      for (int64_t c = 0; c < columns; ++c) count += row[c];
+    } else {
+      for (int64_t c = 0; c < columns; ++c) count += row[c * stride_column];
+    }
+  }
+  return count == 0 ? Allowed::kNone : count == rows * columns ? Allowed::kAll : Allowed::kSome;
+}
+
+// Keys j0 to j0 + kKeys for a panel. Where not all pairs are allowed, limits[row][lane] is +inf where one is, else
+// -inf.
+Block block_of(const Options& options, const Segment& segment, const Panel& panel, int64_t j0, float* limits) {
+  const int64_t first = std::max(panel.begin, j0), last = std::min(panel.end, j0 + kKeys);
+  if (first >= last) return {};
+  Block block{(first - j0) / kRows * kRows, round_up(last - j0, kRows), false};
+  block.masked = panel.all_lo > j0 + block.begin || panel.all_hi < j0 + block.end;
+
+  const bool* key_flags = nullptr;
+  int64_t key_stride = 0;
+  if (options.key_mask_data != nullptr) {
+    key_stride = options.key_mask.stride(1);
+    key_flags = options.key_mask_data + segment.batch * options.key_mask.stride(0) + segment.first * key_stride;
+    const Allowed allowed = allowed_of(key_flags + first * key_stride, 1, 0, last - first, key_stride);
+    if (allowed == Allowed::kNone) return {};
+    if (allowed == Allowed::kAll) key_flags = nullptr;
+  }
+  const bool* flags = nullptr;
+  int64_t stride_t = 0, stride_s = 0;
+  if (options.mask_data != nullptr) {
+    stride_t = options.mask.stride(2);
+    stride_s = options.mask.stride(3);
+    flags = options.mask_data + segment.batch * options.mask.stride(0) + segment.head * options.mask.stride(1) +
+            (segment.first + panel.i0) * stride_t + segment.first * stride_s;
+    const Allowed allowed = allowed_of(flags + first * stride_s, panel.count, stride_t, last - first, stride_s);
+    if (allowed == Allowed::kNone) return {};
+    if (allowed == Allowed::kAll) flags = nullptr;
+  }
+  block.masked = block.masked || key_flags != nullptr || flags != nullptr;
+  if (!block.masked) return block;
+
+  int32_t lo[kPanel], hi[kPanel];
+  for (int64_t lane = 0; lane < kPanel; ++lane) {
+    lo[lane] = static_cast<int32_t>(std::clamp<int64_t>(panel.lo[lane] - j0, 0, kKeys));
+    hi[lane] = static_cast<int32_t>(std::clamp<int64_t>(panel.hi[lane] - j0, 0, kKeys));
+  }
+  for (int64_t r = block.begin; r < block.end; ++r) {
+    float* row = limits + r * kPanel;
+    const int32_t key = static_cast<int32_t>(r);
+    // Rows past `last` are beyond every query's keys, and there are no flags for them.
+    const bool dropped =
+        j0 + r < first || j0 + r >= last || (key_flags != nullptr && !key_flags[(j0 + r) * key_stride]);
+    if (dropped) {
+      std::fill(row, row + kPanel, -kInf);
+      continue;
+    }
+    for (int64_t lane = 0; lane < kPanel; ++lane) row[lane] = lo[lane] <= key && key < hi[lane] ? kInf : -kInf;
+    if (flags != nullptr) {
+      const bool* column = flags + (j0 + r) * stride_s;
+      for (int64_t lane = 0; lane < panel.count; ++lane) {
+        if (!column[lane * stride_t]) row[lane] = -kInf;
+      }
+    }
+  }
+  return block;
+}
+
+// Runs work(worker, task) for the tasks below `count`, each on one thread: whoever is free takes the next one. What a
+// task computes does not depend on who runs it.
+template <class MakeWorker, class Work>
+void run_tasks(int64_t count, const MakeWorker& make_worker, const Work& work) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(count, at::get_num_threads());
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      if (next.load(std::memory_order_relaxed) >= count) return;
+      auto worker = make_worker();
+      for (int64_t task = next++; task < count; task = next++) work(worker, task);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace gpt_fast

@@ -1,0 +1,144 @@
+// What the CPU kernels share: rows as float32, whatever the dtype they are stored in.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <type_traits>
+
+#include "philox.h"
+
+namespace gpt_fast {
+
+using Vec = at::vec::Vectorized<float>;
+
+// A row as float32: the row itself where it is stored so, else converted into `buffer` (n elements).
+template <typename scalar_t>
+inline const float* load_row(const scalar_t* row, float* buffer, int64_t n) {
+  if constexpr (std::is_same_v<scalar_t, float>) {
+    return row;
+  } else {
+    at::vec::convert(row, buffer, n);
+    return buffer;
+  }
+}
+
+// Where a float32 result goes before it is rounded: the destination itself if that is float32, else `buffer`.
+template <typename scalar_t>
+inline float* result_row(scalar_t* row, float* buffer) {
+  if constexpr (std::is_same_v<scalar_t, float>) {
+    return row;
+  } else {
+    return buffer;
+  }
+}
+
+// Rounds what was written to result_row(row, buffer).
+template <typename scalar_t>
+inline void store_row(scalar_t* row, const float* buffer, int64_t n) {
+  if constexpr (!std::is_same_v<scalar_t, float>) {
+    at::vec::convert(buffer, row, n);
+  }
+}
+
+// [M, N] with neighbouring columns side by side: a view where the strides allow it.
+inline at::Tensor as_rows(const at::Tensor& x) {
+  const int64_t N = x.size(-1);
+  const at::Tensor rows = x.reshape({N == 0 ? 0 : x.numel() / N, N});
+  return N == 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
+}
+
+// The rows of a tensor of any of our dtypes, read and written as float32.
+class Rows {
+ public:
+  explicit Rows(const at::Tensor& x)
+      : rows_(as_rows(x)),
+        data_(static_cast<char*>(rows_.data_ptr())),
+        stride_(rows_.stride(0) * rows_.element_size()),
+        dtype_(rows_.scalar_type()) {}
+
+  int64_t M() const { return rows_.size(0); }
+  int64_t N() const { return rows_.size(1); }
+
+  // Row i; `buffer` holds it where it has to be converted.
+  const float* read(int64_t i, float* buffer) const {
+    const char* row = data_ + i * stride_;
+    switch (dtype_) {
+      case at::kFloat:
+        return reinterpret_cast<const float*>(row);
+      case at::kBFloat16:
+        return load_row(reinterpret_cast<const at::BFloat16*>(row), buffer, N());
+      default:
+        return load_row(reinterpret_cast<const at::Half*>(row), buffer, N());
+    }
+  }
+
+  // Where to put row i before `write` rounds it: the row itself if it is float32, else `buffer`.
+  float* target(int64_t i, float* buffer) const {
+    return dtype_ == at::kFloat ? reinterpret_cast<float*>(data_ + i * stride_) : buffer;
+  }
+
+  void write(int64_t i, const float* target) const {
+    char* row = data_ + i * stride_;
+    if (dtype_ == at::kBFloat16) store_row(reinterpret_cast<at::BFloat16*>(row), target, N());
+    if (dtype_ == at::kHalf) store_row(reinterpret_cast<at::Half*>(row), target, N());
+  }
+
+ private:
+  at::Tensor rows_;
+  char* data_;
+  int64_t stride_;  // bytes
+  at::ScalarType dtype_;
+};
+
+// Rows for one task of at::parallel_for: enough work to be worth a thread.
+inline int64_t row_grain(int64_t N) { return std::max<int64_t>(1, at::internal::GRAIN_SIZE / N); }
+
+// The dropout of a site, or nothing where p is 0.
+inline std::optional<Dropout> make_dropout(const char* op, double p, const std::optional<at::Tensor>& seed,
+                                           int64_t site) {
+  if (p == 0.0) return std::nullopt;
+  TORCH_CHECK(seed.has_value(), "gpt_fast.", op, ": dropout_p is ", p, " without a seed");
+  return Dropout(p, seed->item<int64_t>(), site);
+}
+
+// Calls body(j, count) for vectors of `count` columns from j on; the last may be shorter than Vec::size().
+template <typename Body>
+inline void for_each_vector(int64_t N, const Body& body) {
+  int64_t j = 0;
+  for (; j + Vec::size() <= N; j += Vec::size()) body(j, Vec::size());
+  if (j < N) body(j, N - j);
+}
+
+// Gradients of weights are summed over a number of row blocks that depends on the work alone, never on the number of
+// threads: each block's partial sum, then the blocks in their order, gives the same bits at any number of threads.
+constexpr int64_t kRowBlocks = 32;
+
+inline int64_t row_blocks(int64_t M) { return std::min(M, kRowBlocks); }
+inline int64_t row_block_begin(int64_t block, int64_t blocks, int64_t M) { return block * M / blocks; }
+
+// float32 [blocks, N] -> [N], adding the blocks in their order.
+inline at::Tensor sum_blocks(const at::Tensor& partial) {
+  const int64_t blocks = partial.size(0), N = partial.size(1);
+  const at::Tensor total = partial[0].clone();
+  float* total_data = total.mutable_data_ptr<float>();
+  for (int64_t block = 1; block < blocks; ++block) {
+    const float* row = partial.const_data_ptr<float>() + block * N;
+    at::vec::map2<float>([](Vec a, Vec b) { return a + b; }, total_data, total_data, row, N);
+  }
+  return total;
+}
+
+}  // namespace gpt_fast
+
+// Runs the lambda with scalar_t as float, bfloat16 or float16; float64 never gets here, the reference serves it.
+#define GPT_FAST_DISPATCH(TYPE, NAME, ...)                                                                  \
+  AT_DISPATCH_SWITCH(TYPE, NAME,                                                                            \
+                     AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__) \
+                         AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__))

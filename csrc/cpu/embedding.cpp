@@ -1,0 +1,127 @@
+// embedding on CPU: token row + position row, dropped out, in one pass.
+//
+// Backward sums the rows of dout that belong to one table row, in their order, so that the result does not depend on
+// the number of threads: a stable counting sort lines them up and each table row has one owner.
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common.h"
+
+namespace gpt_fast {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+// The table row of each of M output rows; positions shorter than that repeat.
+std::vector<int64_t> indices(const char* name, const Tensor& given, int64_t M, int64_t table_rows) {
+  const Tensor ids = given.to(at::kLong).contiguous();
+  const int64_t* data = ids.const_data_ptr<int64_t>();
+  const int64_t count = ids.numel();
+  std::vector<int64_t> result(M);
+  for (int64_t i = 0; i < M; ++i) {
+    const int64_t id = data[i % count];
+    TORCH_CHECK_VALUE(id >= 0 && id < table_rows, "gpt_fast.embedding: ", name, " holds ", id,
+                      ", wanted values in [0, ", table_rows, ")");
+    result[i] = id;
+  }
+  return result;
+}
+
+Tensor embedding_forward(const Tensor& tokens, const Tensor& token_weight, const Tensor& position_weight,
+                         const Tensor& positions, double dropout_p, const optional<Tensor>& seed, int64_t site) {
+  auto shape = tokens.sizes().vec();
+  shape.push_back(token_weight.size(1));
+  const Tensor out = at::empty(shape, token_weight.options());
+  if (out.numel() == 0) return out;
+  const Rows token_rows(token_weight), position_rows(position_weight), out_rows(out);
+  const int64_t M = tokens.numel(), C = token_weight.size(1);
+  const auto token_of = indices("tokens", tokens, M, token_rows.M());
+  const auto position_of = indices("positions", positions, M, position_rows.M());
+  const optional<Dropout> dropout = make_dropout("embedding", dropout_p, seed, site);
+  at::parallel_for(0, M, row_grain(C), [&](int64_t begin, int64_t end) {
+    std::vector<float> token_buffer(C), position_buffer(C), out_buffer(C), factors(C);
+    for (int64_t i = begin; i < end; ++i) {
+      const float* token = token_rows.read(token_of[i], token_buffer.data());
+      const float* position = position_rows.read(position_of[i], position_buffer.data());
+      float* target = out_rows.target(i, out_buffer.data());
+      at::vec::map2<float>([](Vec a, Vec b) { return a + b; }, target, token, position, C);
+      if (dropout) {
+        dropout->row(i, C, factors.data());
+        at::vec::map2<float>([](Vec a, Vec b) { return a * b; }, target, target, factors.data(), C);
+      }
+      out_rows.write(i, target);
+    }
+  });
+  return out;
+}
+
+// The gradient of a table whose row table_row_of[i] was used by output row i.
+Tensor table_gradient(const Rows& upstream, const Tensor& table, const std::vector<int64_t>& table_row_of,
+                      const optional<Dropout>& dropout) {
+  const Tensor gradient = at::zeros_like(table);
+  const int64_t M = static_cast<int64_t>(table_row_of.size()), C = table.size(1), table_rows = table.size(0);
+  std::vector<int64_t> first(table_rows + 1, 0), order(M);  // rows of the k-th table row: order[first[k]..first[k + 1])
+  for (const int64_t k : table_row_of) ++first[k + 1];
+  for (int64_t k = 0; k < table_rows; ++k) first[k + 1] += first[k];
+  std::vector<int64_t> next(first.begin(), first.end() - 1), used;
+  for (int64_t i = 0; i < M; ++i) order[next[table_row_of[i]]++] = i;
+  for (int64_t k = 0; k < table_rows; ++k) {
+    if (first[k] < first[k + 1]) used.push_back(k);
+  }
+
+  // A table that is not laid out by rows gets its gradient in its own strides, through a copy.
+  const bool by_rows = C == 1 || gradient.stride(1) == 1;
+  const Tensor target = by_rows ? gradient : at::zeros({table_rows, C}, table.options());
+  const Rows out(target);
+  at::parallel_for(0, static_cast<int64_t>(used.size()), row_grain(C), [&](int64_t begin, int64_t end) {
+    std::vector<float> buffer(C), sum(C), factors(C);
+    for (int64_t u = begin; u < end; ++u) {
+      const int64_t k = used[u];
+      float* total = out.target(k, sum.data());
+      std::fill(total, total + C, 0.0f);
+      for (int64_t n = first[k]; n < first[k + 1]; ++n) {
+        const float* row = upstream.read(order[n], buffer.data());
+        if (dropout) {
+          dropout->row(order[n], C, factors.data());
+          at::vec::map3<float>([](Vec t, Vec a, Vec f) { return t + a * f; }, total, total, row, factors.data(), C);
+        } else {
+          at::vec::map2<float>([](Vec t, Vec a) { return t + a; }, total, total, row, C);
+        }
+      }
+      out.write(k, total);
+    }
+  });
+  if (!by_rows) gradient.copy_(target);
+  return gradient;
+}
+
+std::tuple<Tensor, Tensor> embedding_backward(const Tensor& dout, const Tensor& tokens, const Tensor& token_weight,
+                                              const Tensor& position_weight, const Tensor& positions, double dropout_p,
+                                              const optional<Tensor>& seed, int64_t site, bool needs_token,
+                                              bool needs_position) {
+  const Tensor nothing = at::empty({0}, token_weight.options());
+  if (dout.numel() == 0) {
+    return {needs_token ? at::zeros_like(token_weight) : nothing,
+            needs_position ? at::zeros_like(position_weight) : at::empty_like(nothing)};
+  }
+  const Rows upstream(dout);
+  const optional<Dropout> dropout = make_dropout("embedding", dropout_p, seed, site);
+  const int64_t M = tokens.numel();
+  const auto gradient = [&](bool needed, const char* name, const Tensor& given, const Tensor& table) {
+    return needed ? table_gradient(upstream, table, indices(name, given, M, table.size(0)), dropout)
+                  : at::empty_like(nothing);
+  };
+  return {gradient(needs_token, "tokens", tokens, token_weight),
+          gradient(needs_position, "positions", positions, position_weight)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(gpt_fast, CPU, m) {
+  m.impl("embedding_forward", embedding_forward);
+  m.impl("embedding_backward", embedding_backward);
+}
+
+}  // namespace gpt_fast

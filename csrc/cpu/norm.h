@@ -1,0 +1,119 @@
+// The arithmetic of one normalised row, for layer_norm and add_layer_norm.
+//
+// Forward: y = (x - mean) * rstd * weight + bias. Backward, with xhat = (x - mean) * rstd and g = dy * weight:
+// dx = (g - mean(g) - xhat * mean(g * xhat)) * rstd, dweight = sum of dy * xhat, dbias = sum of dy over the rows.
+#pragma once
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+
+#include "common.h"
+
+namespace gpt_fast {
+
+inline Vec add(Vec a, Vec b) { return a + b; }
+
+// A gain or bias as float32 for all rows, or null where there is none.
+class Parameter {
+ public:
+  explicit Parameter(const std::optional<at::Tensor>& parameter) {
+    if (parameter.has_value()) values_ = parameter->to(at::kFloat).contiguous();
+  }
+  const float* data() const { return values_.defined() ? values_.const_data_ptr<float>() : nullptr; }
+
+ private:
+  at::Tensor values_;
+};
+
+struct Statistics {
+  float mean, rstd;
+};
+
+inline Statistics row_statistics(const float* x, int64_t N, double eps) {
+  const float mean = at::vec::reduce_all<float>(add, x, N) / N;
+  const auto squared_deviation = [mean](Vec a) { return (a - Vec(mean)) * (a - Vec(mean)); };
+  const float variance = at::vec::map_reduce_all<float>(squared_deviation, add, x, N) / N;
+  return {mean, 1.0f / std::sqrt(variance + static_cast<float>(eps))};
+}
+
+inline void normalise_row(const float* x, Statistics statistics, const float* weight, const float* bias, int64_t N,
+                          float* y) {
+  const Vec mean(statistics.mean), rstd(statistics.rstd);
+  for_each_vector(N, [&](int64_t j, int64_t count) {
+    Vec value = (Vec::loadu(x + j, count) - mean) * rstd;
+    if (weight != nullptr) value = value * Vec::loadu(weight + j, count);
+    if (bias != nullptr) value = value + Vec::loadu(bias + j, count);
+    value.store(y + j, count);
+  });
+}
+
+// Writes dx and adds the row's share to dweight and dbias, where they are not null.
+inline void differentiate_row(const float* dy, const float* x, Statistics statistics, const float* weight, int64_t N,
+                              float* dx, float* dweight, float* dbias) {
+  const Vec mean(statistics.mean), rstd(statistics.rstd);
+  const auto normalised = [&](int64_t j, int64_t count) { return (Vec::loadu(x + j, count) - mean) * rstd; };
+  const auto weighted = [&](Vec upstream, int64_t j, int64_t count) {
+    return weight != nullptr ? upstream * Vec::loadu(weight + j, count) : upstream;
+  };
+  Vec sum_g(0.0f), sum_gx(0.0f);
+  for_each_vector(N, [&](int64_t j, int64_t count) {
+    // Lanes past `count` load as zeros: their dy adds nothing to any sum.
+    const Vec upstream = Vec::loadu(dy + j, count), xhat = normalised(j, count), g = weighted(upstream, j, count);
+    sum_g = sum_g + g;
+    sum_gx = at::vec::fmadd(g, xhat, sum_gx);
+    if (dweight != nullptr) at::vec::fmadd(upstream, xhat, Vec::loadu(dweight + j, count)).store(dweight + j, count);
+    if (dbias != nullptr) (Vec::loadu(dbias + j, count) + upstream).store(dbias + j, count);
+  });
+  const Vec mean_g(at::vec::vec_reduce_all<float>(add, sum_g) / N);
+  const Vec mean_gx(at::vec::vec_reduce_all<float>(add, sum_gx) / N);
+  for_each_vector(N, [&](int64_t j, int64_t count) {
+    const Vec g = weighted(Vec::loadu(dy + j, count), j, count);
+    ((g - mean_g - normalised(j, count) * mean_gx) * rstd).store(dx + j, count);
+  });
+}
+
+// float32 mean and rstd of each row of x, of shape x.shape[:-1].
+inline std::tuple<at::Tensor, at::Tensor> empty_statistics(const at::Tensor& x) {
+  const at::Tensor mean = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat));
+  return {mean, at::empty_like(mean)};
+}
+
+// The gradients of gain and bias: partial sums of fixed row blocks, added in their order.
+class ParameterGradients {
+ public:
+  ParameterGradients(int64_t M, int64_t N, at::TensorOptions options, bool needs_weight, bool needs_bias)
+      : blocks_(row_blocks(M)),
+        M_(M),
+        options_(options),
+        dweight_(at::zeros({needs_weight ? blocks_ : 0, N}, options.dtype(at::kFloat))),
+        dbias_(at::zeros({needs_bias ? blocks_ : 0, N}, options.dtype(at::kFloat))) {}
+
+  // Calls body(begin, end, dweight, dbias) for each block of rows, with where to add that block's sums (or null).
+  template <typename Body>
+  void for_each_block(const Body& body) const {
+    at::parallel_for(0, blocks_, 1, [&](int64_t first, int64_t last) {
+      for (int64_t block = first; block < last; ++block) {
+        body(row_block_begin(block, blocks_, M_), row_block_begin(block + 1, blocks_, M_), sums(dweight_, block),
+             sums(dbias_, block));
+      }
+    });
+  }
+
+  at::Tensor dweight() const { return total(dweight_); }
+  at::Tensor dbias() const { return total(dbias_); }
+
+ private:
+  static float* sums(const at::Tensor& partial, int64_t block) {
+    return partial.size(0) == 0 ? nullptr : partial.mutable_data_ptr<float>() + block * partial.size(1);
+  }
+  at::Tensor total(const at::Tensor& partial) const {
+    return partial.size(0) == 0 ? at::empty({0}, options_) : sum_blocks(partial).to(options_.dtype());
+  }
+
+  int64_t blocks_, M_;
+  at::TensorOptions options_;
+  at::Tensor dweight_, dbias_;
+};
+
+}  // namespace gpt_fast

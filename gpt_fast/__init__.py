@@ -1,0 +1,26 @@
+"""gpt_fast: the fast backend for GPT-1 and GPT-2 class Transformers."""
+
+from . import _extension, ops
+from ._extension import build_info
+from .config import GPTConfig
+from .generation import generate
+from .heads import GPTForCausalLM, GPTForMaskedLM, GPTForSequenceClassification
+from .model import GPT, GPTModel
+from .ops import check_values, use_reference
+
+__version__ = "0.1.0"
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "GPTForCausalLM",
+    "GPTForMaskedLM",
+    "GPTForSequenceClassification",
+    "GPTModel",
+    "build_info",
+    "check_values",
+    "generate",
+    "ops",
+    "use_reference",
+]
+
+_extension.load()

@@ -1,0 +1,61 @@
+"""The commands of `gpt-fast`. What is slow to import, torch before all, is imported when a command runs."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from . import compare, doctor, evaluate, finetune, generate, pretrain
+from .common import print_error, show_warning
+
+app = typer.Typer(
+    name="gpt-fast",
+    help="Pre-train, fine-tune, evaluate and run GPT-1 and GPT-2 class models, on a GPU or a CPU.",
+    epilog="A first round: gpt-fast pretrain --out runs/lm, then gpt-fast finetune --from runs/lm --out runs/task, "
+    "then gpt-fast generate --from runs/lm --prompt 'def '. Neither needs data of yours.",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("doctor")(doctor.doctor)
+app.command("pretrain")(pretrain.pretrain)
+app.command("finetune")(finetune.finetune)
+app.command("evaluate")(evaluate.evaluate)
+app.command("generate")(generate.generate)
+app.command("compare")(compare.compare)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"gpt-fast {version('gpt-fast')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error arose.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Runs before any command; `run` looks for --traceback itself."""
+
+
+def run() -> None:
+    """Runs the command line. What a user can cause, a ValueError or OSError, becomes one line and exit code 2;
+    anything else is a fault of ours and keeps its traceback."""
+    warnings.showwarning = show_warning
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        if "--traceback" in sys.argv:
+            raise
+        print_error(error)
+        sys.exit(2)

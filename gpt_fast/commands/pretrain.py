@@ -1,0 +1,124 @@
+"""`gpt-fast pretrain`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import (
+    AsJson,
+    Device,
+    print_json,
+    print_table,
+    require_train_extra,
+    resolve_device,
+    say,
+    training_bar,
+)
+
+
+def pretrain(
+    out: Annotated[Path, typer.Option(help="Run folder to create.", rich_help_panel="Run")],
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="PATH…",
+            help="Files or folders of UTF-8 text. Without it: the source of Python's standard library.",
+            rich_help_panel="Data",
+        ),
+    ] = None,
+    more_data: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
+    objective: Annotated[
+        str, typer.Option(metavar="clm|mlm", help="Predict the next token, or hidden ones.", rich_help_panel="Model")
+    ] = "clm",
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            metavar="bpe|byte|char|PATH",
+            help="bpe and char learn from the training text; PATH is a tokenizer.json.",
+            rich_help_panel="Data",
+        ),
+    ] = "bpe",
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="notes, gpt1, gpt2, gpt2-medium, gpt2-large or gpt2-xl; sizes given beside it replace its own. "
+            "Without it: a GPT-2 of 4 layers, 4 heads, 128 dimensions and 128 positions, without dropout.",
+            rich_help_panel="Model",
+        ),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Decoders.", rich_help_panel="Model")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads in each.", rich_help_panel="Model")] = None,
+    dim: Annotated[int | None, typer.Option(help="Hidden dimensions.", rich_help_panel="Model")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Positions: tokens seen at once.", rich_help_panel="Model")
+    ] = None,
+    dropout: Annotated[
+        float | None, typer.Option(help="Of embeddings, attention and residuals.", rich_help_panel="Model")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Updates.", rich_help_panel="Training")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Windows of text in an update.", rich_help_panel="Training")] = 16,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate; 2e-3, or with a preset 2.5e-4.", rich_help_panel="Training"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, batches and dropout.", rich_help_panel="Training")] = 0,
+    device: Device = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in --out.", rich_help_panel="Run")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Trains a language model on plain text and writes a run folder.
+
+    The text is split by file into training and validation. The validation loss is printed beside the unigram entropy of
+    the same text: what the best model without any context reaches.
+
+    [bold]Examples[/bold]
+
+    gpt-fast pretrain --out runs/lm
+
+    gpt-fast pretrain --data books/ notes.txt --tokenizer byte --layers 6 --dim 256 --steps 5000 --out runs/books
+
+    gpt-fast pretrain --preset gpt1 --objective mlm --data corpus/ --out runs/gpt1-mlm
+    """
+    require_train_extra()
+    if more_data and not data:
+        raise ValueError(f"unexpected argument {more_data[0]}; text to train on goes behind --data")
+    device = resolve_device(device)
+    from ..training.pretrain import PretrainSettings
+    from ..training.pretrain import pretrain as train
+
+    settings = PretrainSettings(
+        out=out,
+        data=(*(data or ()), *(more_data or ())),
+        objective=objective,
+        tokenizer=tokenizer,
+        preset=preset,
+        layers=layers,
+        heads=heads,
+        dim=dim,
+        seq_len=seq_len,
+        dropout=dropout,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        seed=seed,
+        overwrite=overwrite,
+        device=device,
+    )
+    with training_bar("pre-training") as show:
+        record = train(settings, show, say)
+    if as_json:
+        print_json({"out": str(out), **record})
+        return
+    rows = [
+        ("validation loss", f"{record['valid_loss']:.3f} nats per token"),
+        ("unigram entropy", f"{record['unigram_entropy']:.3f} nats per token, without any context"),
+        ("time", f"{record['seconds']:.0f} s"),
+        ("run folder", f"{out}, with the curves in loss.png"),
+    ]
+    print_table("pre-trained", rows)

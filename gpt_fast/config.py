@@ -1,0 +1,133 @@
+"""GPTConfig: one flat description of a model, and the published presets."""
+
+import dataclasses
+from typing import Any
+
+from .layers import check_heads
+from .reference import ACTIVATIONS
+
+SPECIAL_TOKENS = ("pad_token", "mask_token", "start_token", "delimiter_token", "extract_token")
+_DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout", "ff_dropout", "classifier_dropout")
+PROBLEMS = ("classification", "regression")
+POOLINGS = ("last", "extract")
+
+
+@dataclasses.dataclass
+class GPTConfig:
+    """Sizes and options of a GPT; the defaults are GPT-2's. Raises `ValueError` for values that make no model.
+
+    num_tokens V, hidden_dim C, num_heads H, num_layers, seq_len T, ff_dim F (default 4C). `pre_norm` is GPT-2's block
+    with a last norm, post-norm the notes' and GPT-1's. `tied`: the output layer is the token embedding. `bias` is that
+    of linear layers and norms, `output_bias` that of the output layer. Dropouts: on the embeddings, on attention's
+    probabilities, on both residual branches, on the MLP's hidden activation, before the classifier. `scaled_init`
+    divides init_std by sqrt(2 num_layers) for the two projections that write into the residual stream.
+    Classifiers: `num_labels`, `problem`, `pooling` ("last" real token or "extract" token), `lm_weight` (λ of the joint
+    loss). Special tokens are ids below num_tokens, or None.
+    """
+
+    num_tokens: int
+    hidden_dim: int
+    num_heads: int
+    num_layers: int
+    seq_len: int
+    ff_dim: int = 0  # 4 hidden_dim
+    activation: str = "gelu_tanh"
+    pre_norm: bool = True
+    tied: bool = True
+    bias: bool = True
+    output_bias: bool = False
+    layer_norm_eps: float = 1e-5
+    embedding_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    residual_dropout: float = 0.1
+    ff_dropout: float = 0.0
+    init_std: float = 0.02
+    scaled_init: bool = True
+    num_labels: int = 2
+    problem: str = "classification"
+    pooling: str = "last"
+    lm_weight: float = 0.0
+    classifier_dropout: float = 0.1
+    pad_token: int | None = None
+    mask_token: int | None = None
+    start_token: int | None = None
+    delimiter_token: int | None = None
+    extract_token: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.ff_dim:
+            self.ff_dim = 4 * self.hidden_dim
+        for name in ("num_tokens", "hidden_dim", "num_heads", "num_layers", "seq_len", "ff_dim", "num_labels"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"GPTConfig: {name} is {value!r}, wanted a positive integer")
+        check_heads(self.hidden_dim, self.num_heads)
+        for name, known in (("activation", tuple(ACTIVATIONS)), ("problem", PROBLEMS), ("pooling", POOLINGS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}, wanted one of {', '.join(known)}")
+        for name in _DROPOUTS:
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}, wanted a probability in [0, 1)")
+        for name in ("layer_norm_eps", "init_std"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}, wanted a positive number")
+        if not self.lm_weight >= 0:
+            raise ValueError(f"GPTConfig: lm_weight is {self.lm_weight!r}, wanted 0 or more")
+        for name in SPECIAL_TOKENS:
+            token = getattr(self, name)
+            if token is not None and not 0 <= token < self.num_tokens:
+                raise ValueError(f"GPTConfig: {name} is {token!r}, wanted None or an id below {self.num_tokens}")
+        if self.pooling == "extract" and self.extract_token is None:
+            raise ValueError('GPTConfig: pooling is "extract" and extract_token is None, wanted its id')
+
+    @classmethod
+    def preset(cls, name: str, *, dropout: float | None = None, **overrides: Any) -> "GPTConfig":
+        """The configuration called `name`, with fields overridden; `dropout` sets every dropout the preset uses.
+
+        "notes" is the notes' block (post-norm, ReLU, free output layer, dropout on the hidden activation, none on
+        attention) at GPT-1's sizes; "gpt1" is Radford et al. (2018); "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" are
+        the 124M, 355M, 774M and 1.5B of Radford et al. (2019). Raises `ValueError` for another name or field.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"GPTConfig: preset is {name!r}, wanted one of {', '.join(PRESETS)}")
+        values = dict(PRESETS[name])
+        if dropout is not None:
+            defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+            values |= {key: dropout for key in _DROPOUTS if values.get(key, defaults[key]) > 0}
+        return cls.from_dict(values | overrides)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "GPTConfig":
+        """The configuration with these fields; raises `ValueError` naming those it does not have or misses."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        if unknown:
+            raise ValueError(f"GPTConfig: got {', '.join(unknown)}, wanted only {', '.join(fields)}")
+        required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+        missing = [name for name in required if name not in values]
+        if missing:
+            raise ValueError(f"GPTConfig: {', '.join(missing)} missing, wanted {', '.join(required)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, which `from_dict` takes back."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **overrides: Any) -> "GPTConfig":
+        """A copy with some fields changed."""
+        return type(self).from_dict(self.to_dict() | overrides)
+
+
+_GPT1 = {"num_tokens": 40478, "hidden_dim": 768, "num_heads": 12, "num_layers": 12, "seq_len": 512, "pre_norm": False}
+_GPT2 = {"num_tokens": 50257, "hidden_dim": 768, "num_heads": 12, "num_layers": 12, "seq_len": 1024}
+PRESETS: dict[str, dict[str, Any]] = {
+    "notes": {
+        **_GPT1, "activation": "relu", "tied": False, "output_bias": True, "attention_dropout": 0.0, "ff_dropout": 0.1,
+        "scaled_init": False,
+    },
+    "gpt1": {**_GPT1, "scaled_init": False},
+    "gpt2": _GPT2,
+    "gpt2-medium": {**_GPT2, "hidden_dim": 1024, "num_heads": 16, "num_layers": 24},
+    "gpt2-large": {**_GPT2, "hidden_dim": 1280, "num_heads": 20, "num_layers": 36},
+    "gpt2-xl": {**_GPT2, "hidden_dim": 1600, "num_heads": 25, "num_layers": 48},
+}  # fmt: skip

@@ -1,0 +1,51 @@
+"""Text, tables and tokenizers, turned into the integer tensors that the heads take.
+
+`tokenizer` maps text to ids and back, `corpus` reads plain text, `tables` reads labelled rows, `snippets` makes the
+labelled table that fine-tuning falls back on, `batches` cuts and pads, `masking` hides tokens for the masked
+language model.
+"""
+
+from .batches import (
+    Batch,
+    classification_batches,
+    classification_input,
+    lm_windows,
+    random_windows,
+    token_stream,
+    unigram_entropy,
+)
+from .corpus import Corpus, Document, read_corpus
+from .masking import mask_tokens
+from .snippets import snippet_table
+from .tables import Table, read_table
+from .tokenizer import (
+    SPECIAL_TOKENS,
+    encode_documents,
+    load_tokenizer,
+    make_tokenizer,
+    save_tokenizer,
+    vocabulary_size,
+)
+
+__all__ = [
+    "SPECIAL_TOKENS",
+    "Batch",
+    "Corpus",
+    "Document",
+    "Table",
+    "classification_batches",
+    "classification_input",
+    "encode_documents",
+    "lm_windows",
+    "load_tokenizer",
+    "make_tokenizer",
+    "mask_tokens",
+    "random_windows",
+    "read_corpus",
+    "read_table",
+    "save_tokenizer",
+    "snippet_table",
+    "token_stream",
+    "unigram_entropy",
+    "vocabulary_size",
+]

@@ -1,0 +1,71 @@
+"""The labelled table that needs no download: which package of the standard library does a snippet of code come from?
+
+Ten packages with much source are the classes. Each module is cut into snippets of some lines. Import lines, and
+every line that names any of the ten packages, are left out of all snippets, so the answer is never written in the
+text and must be told from the code itself. Whole files are held out, the same ones that pre-training holds out: no
+validation snippet comes from a file that the model has seen in either stage.
+"""
+
+from __future__ import annotations
+
+import re
+
+from .corpus import STDLIB, Document, package, read_corpus
+from .tables import Table
+
+NUM_CLASSES = 10
+MIN_FILES = 8
+MIN_CHARACTERS = 320  # of a snippet: about ten lines, fewer than 128 tokens of BPE
+PER_CLASS = 500  # snippets of one package in training, so that none is more than a fair share
+VALID_PER_CLASS = 60
+
+_IMPORT = re.compile(r"\s*(from\s+[\w.]+\s+import\b|import\s+\w)")
+
+
+def snippet_table() -> tuple[Table, Table]:
+    """Training and validation snippets of the running Python's standard library, with the package's name as label."""
+    corpus = read_corpus(None)
+    names = chosen_packages(corpus.train + corpus.valid)
+    return _table(corpus.train, names, PER_CLASS), _table(corpus.valid, names, VALID_PER_CLASS)
+
+
+def chosen_packages(documents: list[Document]) -> list[str]:
+    """The ten packages with the most text among those of eight files or more, in the order of their names."""
+    size: dict[str, int] = {}
+    files: dict[str, int] = {}
+    for document in documents:
+        name = package(document.name)
+        size[name] = size.get(name, 0) + len(document.text)
+        files[name] = files.get(name, 0) + 1
+    enough = [name for name in size if name and files[name] >= MIN_FILES]
+    return sorted(sorted(enough, key=lambda name: -size[name])[:NUM_CLASSES])
+
+
+def snippets(text: str, names: list[str]) -> list[str]:
+    """The text cut at line ends into pieces of 320 characters or a little more, without blank lines, imports, and lines
+    that name a package; a shorter rest is dropped."""
+    named = re.compile("|".join(map(re.escape, names)), re.IGNORECASE)
+    pieces, lines, length = [], [], 0
+    for line in text.splitlines():
+        if not line.strip() or _IMPORT.match(line) or named.search(line):
+            continue
+        lines.append(line)
+        length += len(line) + 1
+        if length >= MIN_CHARACTERS:
+            pieces.append("\n".join(lines))
+            lines, length = [], 0
+    return pieces
+
+
+def _table(documents: list[Document], names: list[str], per_class: int) -> Table:
+    found: dict[str, list[str]] = {name: [] for name in names}
+    for document in documents:
+        if package(document.name) in found:
+            found[package(document.name)] += snippets(document.text, names)
+    table = Table(STDLIB, [], [])
+    for name, texts in found.items():
+        step = max(1.0, len(texts) / per_class)  # evenly over the package, not its first files alone
+        kept = [texts[int(i * step)] for i in range(int(len(texts) / step))]
+        table.texts.extend(kept)
+        table.labels.extend([name] * len(kept))
+    return table

@@ -1,0 +1,145 @@
+"""Tokenizers: byte-level BPE, bytes, characters, or a tokenizer.json of your own.
+
+All are `tokenizers.Tokenizer` objects, saved as one `tokenizer.json`. Each reserves the five tokens that the tasks
+need, so any checkpoint can take any task. Text can never produce one of them: a literal `<|pad|>` in a file is
+spelled out in ordinary tokens, and special tokens enter a sequence only by id.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+SPECIAL_TOKENS = {
+    "pad_token": "<|pad|>",
+    "mask_token": "<|mask|>",
+    "start_token": "<|start|>",
+    "delimiter_token": "<|delimiter|>",
+    "extract_token": "<|extract|>",
+}
+UNKNOWN = "<|unk|>"
+
+
+def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """The tokenizer that `kind` names: `bpe` and `char` learn their vocabulary from `texts`, `byte` needs none, and
+    anything else is the path of a tokenizer.json. `vocab_size` bounds `bpe` alone."""
+    if kind == "bpe":
+        return train_bpe(texts, vocab_size)
+    if kind == "byte":
+        return byte_tokenizer()
+    if kind == "char":
+        return char_tokenizer(texts)
+    if not Path(kind).exists():
+        raise ValueError(f"--tokenizer {kind}: neither bpe, byte, char nor the path of a tokenizer.json")
+    return load_tokenizer(Path(kind))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE: any text comes back from its ids exactly. The special tokens take ids 0 to 4."""
+    smallest = len(SPECIAL_TOKENS) + 256
+    if vocab_size < smallest:
+        raise ValueError(
+            f"bpe: a vocabulary of {vocab_size} cannot hold the 256 bytes and 5 special tokens; give {smallest} or more"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _finish(tokenizer)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per UTF-8 byte, whose id is the byte's value; the special tokens follow as 256 to 260."""
+    vocabulary = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return _finish(tokenizer)
+
+
+def char_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """One token per character seen in `texts`, in code point order; a character not seen there becomes `<|unk|>`."""
+    letters = sorted(set().union(*texts))
+    vocabulary = {name: i for i, name in enumerate([*SPECIAL_TOKENS.values(), UNKNOWN, *letters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return _finish(tokenizer)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json, or the folder that holds one. Special tokens that it lacks are added after its own
+    vocabulary."""
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; wanted a tokenizer.json")
+    try:
+        text = path.read_bytes().decode("utf-8")
+        is_tokenizer = "model" in json.loads(text)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
+    if not is_tokenizer:
+        raise ValueError(f"{path}: not a tokenizer.json (it has no field 'model')")
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # noqa: BLE001  the tokenizers library raises nothing narrower
+        raise ValueError(f"{path}: not a tokenizer.json that this version of tokenizers reads ({error})") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return _finish(tokenizer)
+
+
+def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids of the special tokens under the names that `GPTConfig` gives them."""
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    return {field: ids[token] for field, token in SPECIAL_TOKENS.items()}
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id: the rows that an embedding needs, also where a foreign vocabulary has gaps."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Sequence[str], chunk: int = 256) -> Iterator[list[int]]:
+    """The ids of each text, encoded `chunk` texts at a time on all cores."""
+    for first in range(0, len(texts), chunk):
+        for encoding in tokenizer.encode_batch_fast(texts[first : first + chunk], add_special_tokens=False):
+            yield encoding.ids
+
+
+def decode(tokenizer: Tokenizer, ids: Sequence[int], *, special: bool = True) -> str:
+    """The text of `ids`; special tokens are written out, or left out with `special=False`."""
+    return tokenizer.decode(ids, skip_special_tokens=not special)
+
+
+def _finish(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
+    tokenizer.encode_special_tokens = True  # not part of tokenizer.json: set on every load
+    return tokenizer
+
+
+def _byte_letters() -> list[str]:
+    """The printable letter by which byte-level tokenizers write each byte: itself where Latin-1 prints it, else the
+    next free code point from 256 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    free = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(free)) for byte in range(256)]

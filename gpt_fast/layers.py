@@ -1,0 +1,208 @@
+"""The layers: `nn.Module`s over the ops, with the parameters and state-dict names of the modules they replace."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` over the last dimension on `gpt_fast.ops.layer_norm`; same constructor, same state dict.
+
+    y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias. x [..., C] → [..., C]. Raises `ValueError` where
+    normalized_shape has more than one dimension, and as the op does. Dtypes, precision, determinism, source: the op's.
+    """
+
+    def __init__(self, normalized_shape, *args, **kwargs):
+        super().__init__(normalized_shape, *args, **kwargs)
+        if len(self.normalized_shape) != 1:
+            raise ValueError(
+                f"gpt_fast.LayerNorm: normalized_shape is {tuple(self.normalized_shape)}, wanted one dimension"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with `nn.MultiheadAttention`'s parameters, on `gpt_fast.ops.attention_qkv`.
+
+    out = out_proj(attention(x in_projᵀ)). x [B, T, C] → [B, T, C]. `dropout` is the dropout of the probabilities. Masks
+    and their meaning, dtypes, precision, determinism, errors, source: the op's; besides, `ValueError` where hidden_dim
+    is not divisible by num_heads.
+    """
+
+    def __init__(self, hidden_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True):
+        super().__init__()
+        check_heads(hidden_dim, num_heads)
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_dim, hidden_dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * hidden_dim)) if bias else None
+        self.out_proj = nn.Linear(hidden_dim, hidden_dim, bias=bias)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        causal: bool = True,
+        lengths: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        mask: Tensor | None = None,
+        seed: Tensor | None = None,
+        site: int = 0,
+    ) -> Tensor:
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # [B, T, 3C]
+        dropout_p = self.dropout if self.training else 0.0
+        out = ops.attention_qkv(
+            qkv, self.num_heads, causal=causal, lengths=lengths, key_mask=key_mask, mask=mask, dropout_p=dropout_p,
+            seed=seed, site=site,
+        )  # fmt: skip
+        return self.out_proj(out)
+
+
+_ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+}
+
+
+class MLP(nn.Sequential):
+    """Linear, activation, dropout, linear: an `nn.Sequential` of the stock modules, run as one `gpt_fast.ops.mlp`.
+
+    x [B, T, C] → [B, T, C], hidden [B, T, F]. activation: "relu", "gelu" or "gelu_tanh". Dtypes, precision,
+    determinism, errors, source: the op's.
+    """
+
+    def __init__(self, hidden_dim: int, ff_dim: int, activation: str, dropout: float = 0.0, bias: bool = True):
+        if activation not in _ACTIVATION_MODULES:
+            known = ", ".join(_ACTIVATION_MODULES)
+            raise ValueError(f"gpt_fast.MLP: activation is {activation!r}, wanted one of {known}")
+        super().__init__(
+            nn.Linear(hidden_dim, ff_dim, bias=bias),
+            _ACTIVATION_MODULES[activation](),
+            nn.Dropout(dropout),
+            nn.Linear(ff_dim, hidden_dim, bias=bias),
+        )
+        self.activation = activation
+
+    def forward(self, x: Tensor, seed: Tensor | None = None, site: int = 0) -> Tensor:
+        fc, _, dropout, proj = self
+        assert isinstance(fc, nn.Linear)
+        assert isinstance(dropout, nn.Dropout)
+        assert isinstance(proj, nn.Linear)
+        dropout_p = dropout.p if self.training else 0.0
+        return ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.activation, dropout_p, seed, site)
+
+
+class TransformerDecoder(nn.Module):
+    """One block of the notes' GPT: self-attention and a feed-forward network, each with residual and LayerNorm.
+
+    Post-norm (the notes, GPT-1): x = norm1(x + dropout(attn(x))); x = norm2(x + dropout(ff(x))).
+    Pre-norm (GPT-2): x = x + dropout(attn(norm1(x))); x = x + dropout(ff(norm2(x))).
+
+    The first four arguments and the state dict are the notes'; `dropout` is that of the two residual branches and,
+    unless `ff_dropout` says otherwise, of the hidden activation. A block uses four dropout sites, from `site` on.
+
+    `forward(x, mask)`: x [B, T, C] → [B, T, C]; mask [T, T] bool as the notes have it, True = may not attend; without
+    one attention is causal (or, by `causal=False`, sees all). `lengths` [B] or `key_mask` [B, T] (True = real token)
+    say what is padding. `seed` fixes the dropout of this pass; without one each call in training draws its own.
+    With `carry=True` a pre-norm block leaves its last addition to whoever normalises next, so that both are one pass:
+    it returns (x, branch), which the next block takes as `x` and `branch`.
+    Errors: `ValueError`, as the ops; where hidden_dim is not divisible by num_heads.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        num_heads: int,
+        ff_dim: int,
+        dropout: float,
+        *,
+        pre_norm: bool = False,
+        activation: str = "relu",
+        attention_dropout: float = 0.0,
+        ff_dropout: float | None = None,
+        bias: bool = True,
+        layer_norm_eps: float = 1e-5,
+        site: int = 0,
+    ):
+        super().__init__()
+        ff_dropout = dropout if ff_dropout is None else ff_dropout
+        for name, p in (("dropout", dropout), ("attention_dropout", attention_dropout), ("ff_dropout", ff_dropout)):
+            if not 0.0 <= p < 1.0:
+                raise ValueError(f"gpt_fast.TransformerDecoder: {name} is {p}, wanted a probability in [0, 1)")
+        self.multihead_attn = SelfAttention(hidden_dim, num_heads, attention_dropout, bias)
+        self.layer_norm1 = LayerNorm(hidden_dim, eps=layer_norm_eps, bias=bias)
+        self.ff = MLP(hidden_dim, ff_dim, activation, ff_dropout, bias)
+        self.layer_norm2 = LayerNorm(hidden_dim, eps=layer_norm_eps, bias=bias)
+        self.dropout = dropout
+        self.pre_norm = pre_norm
+        self.site = site
+        self.has_dropout = max(dropout, attention_dropout, ff_dropout) > 0
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        causal: bool = True,
+        lengths: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        seed: Tensor | None = None,
+        branch: Tensor | None = None,
+        carry: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if seed is None and self.training and self.has_dropout:
+            seed = ops.new_seed(x.device)
+        masks = {"causal": causal, "lengths": lengths, "key_mask": key_mask, "mask": None}
+        if mask is not None:
+            if mask.dtype != torch.bool:
+                raise ValueError(
+                    f"gpt_fast.TransformerDecoder: mask is {mask.dtype}, wanted bool, True = may not attend"
+                )
+            masks |= {"causal": False, "mask": ~mask}
+        if self.pre_norm:
+            return self._pre_norm(x, branch, carry, masks, seed)
+        attended = self.multihead_attn(x, seed=seed, site=self.site, **masks)
+        x, _ = self.add_norm(attended, x, self.layer_norm1, seed, self.site + 1)
+        x, _ = self.add_norm(self.ff(x, seed, self.site + 2), x, self.layer_norm2, seed, self.site + 3)
+        return x
+
+    def _pre_norm(
+        self, x: Tensor, branch: Tensor | None, carry: bool, masks: dict, seed: Tensor | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if branch is None:
+            normed = self.layer_norm1(x)
+        else:
+            normed, x = self.add_norm(branch, x, self.layer_norm1, seed, self.site - 1)
+        attended = self.multihead_attn(normed, seed=seed, site=self.site, **masks)
+        normed, x = self.add_norm(attended, x, self.layer_norm2, seed, self.site + 1)
+        branch = self.ff(normed, seed, self.site + 2)
+        return (x, branch) if carry else self.add_norm(branch, x, None, seed, self.site + 3)[1]
+
+    def add_norm(
+        self, branch: Tensor, x: Tensor, norm: LayerNorm | None, seed: Tensor | None, site: int
+    ) -> tuple[Tensor, Tensor]:
+        """(norm(x + dropout(branch)), x + dropout(branch))."""
+        dropout_p = self.dropout if self.training else 0.0
+        if norm is None:
+            return ops.add_layer_norm(branch, x, dropout_p=dropout_p, seed=seed, site=site)
+        return ops.add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps, dropout_p, seed, site)
+
+
+def check_heads(hidden_dim: int, num_heads: int) -> None:
+    """hidden_dim splits into num_heads heads of at most 256."""
+    if num_heads < 1 or hidden_dim % num_heads:
+        raise ValueError(f"gpt_fast: hidden_dim {hidden_dim} is not divisible by num_heads {num_heads}")
+    if hidden_dim // num_heads > 256:
+        raise ValueError(
+            f"gpt_fast: hidden_dim {hidden_dim} over num_heads {num_heads} gives heads of {hidden_dim // num_heads}, "
+            "wanted at most 256"
+        )

@@ -1,0 +1,170 @@
+"""The trunk every head shares, and the drop-in GPT."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .config import GPTConfig
+from .layers import LayerNorm, TransformerDecoder
+
+
+class _Trunk(nn.Module):
+    """What `GPTModel` and the drop-in `GPT` share: the layers, their initial weights and `hidden_states`."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        C, T = config.hidden_dim, config.seq_len
+        self.token_emb = nn.Embedding(config.num_tokens, C)
+        self.pos_emb = nn.Parameter(torch.empty(1, T, C))
+        decoders = [
+            TransformerDecoder(
+                C, config.num_heads, config.ff_dim, config.residual_dropout, pre_norm=config.pre_norm,
+                activation=config.activation, attention_dropout=config.attention_dropout,
+                ff_dropout=config.ff_dropout, bias=config.bias, layer_norm_eps=config.layer_norm_eps, site=1 + 4 * i,
+            )
+            for i in range(config.num_layers)
+        ]  # fmt: skip
+        self.decoders = nn.ModuleList(decoders)
+        self.final_norm = LayerNorm(C, eps=config.layer_norm_eps, bias=config.bias) if config.pre_norm else None
+        self.apply(lambda module: init_weights(module, config.init_std))
+        nn.init.normal_(self.pos_emb, std=config.init_std)
+        if config.scaled_init:
+            for decoder in decoders:
+                for proj in (decoder.multihead_attn.out_proj.weight, decoder.ff.get_parameter("3.weight")):
+                    nn.init.normal_(proj, std=config.init_std / (2 * config.num_layers) ** 0.5)
+
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        *,
+        causal: bool = True,
+        lengths: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        """tokens [B, T] → [B, T, C].
+
+        Padding is what lies past `lengths` [B] or where `key_mask` [B, T] is False; with a key_mask positions count the
+        real tokens, so a left-padded row gives what it gives alone. Raises `ValueError` for tokens that are not [B, T],
+        longer than seq_len, or outside the vocabulary, and where both kinds of padding are given.
+        """
+        config = self.config
+        if tokens.dim() != 2:
+            raise ValueError(f"gpt_fast: tokens has shape {list(tokens.shape)}, wanted [B, T]")
+        if tokens.shape[1] > config.seq_len:
+            raise ValueError(f"gpt_fast: {tokens.shape[1]} tokens in a row, wanted at most seq_len = {config.seq_len}")
+        if lengths is not None and key_mask is not None:
+            raise ValueError("gpt_fast: got lengths and key_mask, wanted one of them")
+        positions = None
+        if key_mask is not None:
+            if key_mask.shape != tokens.shape or key_mask.dtype != torch.bool:
+                raise ValueError(
+                    f"gpt_fast: key_mask is {key_mask.dtype} {list(key_mask.shape)}, wanted bool {list(tokens.shape)}"
+                )
+            positions = (key_mask.long().cumsum(1) - 1).clamp(min=0)
+        if seed is None and self.training and self.has_dropout:
+            seed = ops.new_seed(tokens.device)
+        dropout_p = config.embedding_dropout if self.training else 0.0
+        x = ops.embedding(tokens, self.token_emb.weight, self.pos_emb[0], positions, dropout_p, seed, site=0)
+        options = {"causal": causal, "lengths": lengths, "key_mask": key_mask, "seed": seed}
+        if self.final_norm is None:
+            for decoder in self.decoders:
+                x = decoder(x, **options)
+            return x
+        branch: Tensor | None = None
+        for decoder in self.decoders:
+            x, branch = decoder(x, **options, branch=branch, carry=True)
+        last = self.decoders[-1]
+        assert isinstance(last, TransformerDecoder)
+        assert branch is not None
+        return last.add_norm(branch, x, self.final_norm, seed, last.site + 3)[0]
+
+    @property
+    def has_dropout(self) -> bool:
+        config = self.config
+        return max(
+            config.embedding_dropout, config.attention_dropout, config.residual_dropout, config.ff_dropout
+        ) > 0  # fmt: skip
+
+    def num_parameters(self) -> int:
+        """How many numbers are trained, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+class GPTModel(_Trunk):
+    """tokens [B, T] → hidden states [B, T, C]: embeddings, decoders and, if pre-norm, a last LayerNorm.
+
+    h = norm(decoders(dropout(token_emb[tokens] + pos_emb))); see `hidden_states` for padding and errors. In
+    training one seed is drawn for a pass; dropout sites are 0 for the embeddings and 1 + 4 i to 4 + 4 i for decoder i.
+    Dtypes, precision, determinism: those of the ops. Source: Radford et al. (2018, 2019).
+    """
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        causal: bool = True,
+        lengths: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        return self.hidden_states(tokens, causal=causal, lengths=lengths, key_mask=key_mask, seed=seed)
+
+
+class GPT(_Trunk):
+    """The notes' GPT, line for line: tokens [B, T] int64 → probabilities [B, T, V].
+
+    p = softmax(output_layer(decoders(dropout(token_emb + pos_emb)))) with causal post-norm decoders, ReLU and
+    ff_dim = 4 hidden_dim; same constructor and state dict as the notes' module, weights drawn from N(0, 0.02). Train
+    with `loss(tokens)`, which stores neither probabilities nor logits; a cross-entropy of the probabilities would apply
+    the softmax twice. Dtypes, precision, determinism: those of the ops. Errors: `ValueError` for sizes that make no
+    model, tokens out of range or longer than seq_len. Source: Radford et al. (2018).
+    """
+
+    def __init__(self, num_tokens: int, hidden_dim: int, num_heads: int, num_layers: int, seq_len: int, dropout: float):
+        super().__init__(
+            GPTConfig.preset(
+                "notes", dropout=dropout, num_tokens=num_tokens, hidden_dim=hidden_dim, num_heads=num_heads,
+                num_layers=num_layers, seq_len=seq_len,
+            )
+        )  # fmt: skip
+        self.output_layer = nn.Linear(hidden_dim, num_tokens)
+        init_weights(self.output_layer, self.config.init_std)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.softmax(self.output_layer(self.hidden_states(tokens)), dim=-1)
+
+    def loss(self, tokens: Tensor, labels: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
+        """Mean of -log p(w_t | w_<t), the next token of each; `labels` (default: tokens) are shifted inside.
+
+        Labels of -100 and those past `lengths` [B] do not count.
+        """
+        hidden = self.hidden_states(tokens, lengths=lengths)
+        labels = shift_labels(tokens if labels is None else labels, lengths=lengths)
+        return ops.linear_cross_entropy(hidden, self.output_layer.weight, labels, self.output_layer.bias)
+
+
+IGNORE = -100  # a label that does not count, as in torch and transformers
+
+
+def shift_labels(labels: Tensor, *, lengths: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:
+    """labels [B, T] → the label of each position's successor, -100 where either of the two is padding."""
+    if lengths is not None:
+        key_mask = torch.arange(labels.shape[1], device=labels.device) < lengths[:, None]
+    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    if key_mask is None:
+        return shifted
+    return shifted.masked_fill(~(key_mask & F.pad(key_mask[:, 1:], (0, 1))), IGNORE)
+
+
+def init_weights(module: nn.Module, std: float) -> None:
+    """Matrices and embeddings from N(0, std²), biases 0; norms keep gain 1 and bias 0."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=std)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    if hasattr(module, "in_proj_weight"):
+        nn.init.normal_(module.get_parameter("in_proj_weight"), std=std)

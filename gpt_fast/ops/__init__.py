@@ -1,0 +1,45 @@
+"""The ops: each checks its arguments, then runs the kernel PyTorch's dispatcher has for the device.
+
+CUDA tensors run Triton, CPU tensors the C++ extension; float64 and everything under `gpt_fast.use_reference()` run the
+definitions of `gpt_fast.reference`, and so does a device without a kernel, with one warning. `serving(op, device_type)`
+tells which it is.
+
+Dropout is a function of `seed` (int64, one element, on the device), `site` (an int that numbers the dropout within a
+pass) and the element's coordinates, the same bit for bit in every implementation, forward, backward and recomputed.
+"""
+
+from ._library import check_values, new_seed, serving, use_reference, values_checked
+from .add_layer_norm import add_layer_norm
+from .attention import attention, attention_qkv
+from .decode_attention import decode_attention
+from .embedding import embedding
+from .layer_norm import layer_norm
+from .linear_cross_entropy import linear_cross_entropy
+from .mlp import mlp
+
+NAMES = (
+    "attention",
+    "layer_norm",
+    "add_layer_norm",
+    "mlp",
+    "linear_cross_entropy",
+    "embedding",
+    "decode_attention",
+)
+
+__all__ = [
+    "NAMES",
+    "add_layer_norm",
+    "attention",
+    "attention_qkv",
+    "check_values",
+    "decode_attention",
+    "embedding",
+    "layer_norm",
+    "linear_cross_entropy",
+    "mlp",
+    "new_seed",
+    "serving",
+    "use_reference",
+    "values_checked",
+]

@@ -1,0 +1,93 @@
+"""The checks public functions share. Each raises `ValueError` naming the op, what it got and what it wants."""
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INT_DTYPES = (torch.int64, torch.int32)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def floating(op: str, **tensors: Tensor | None) -> None:
+    """Each tensor given is float32, bfloat16, float16 or float64."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
+            raise ValueError(
+                f"gpt_fast.{op}: {name} is {short(tensor.dtype)}, wanted one of "
+                f"{', '.join(short(dtype) for dtype in FLOAT_DTYPES)}"
+            )
+
+
+def integral(op: str, **tensors: Tensor | None) -> None:
+    """Each tensor given is int64 or int32."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in INT_DTYPES:
+            raise ValueError(f"gpt_fast.{op}: {name} is {short(tensor.dtype)}, wanted int64 or int32")
+
+
+def boolean(op: str, **tensors: Tensor | None) -> None:
+    """Each tensor given is bool."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != torch.bool:
+            raise ValueError(f"gpt_fast.{op}: {name} is {short(tensor.dtype)}, wanted bool")
+
+
+def same_dtype(op: str, **tensors: Tensor | None) -> None:
+    """All tensors given have one dtype."""
+    given = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
+    if len(set(given.values())) > 1:
+        got = ", ".join(f"{name} {short(dtype)}" for name, dtype in given.items())
+        raise ValueError(f"gpt_fast.{op}: got {got}, wanted one dtype for all of them")
+
+
+def same_device(op: str, **tensors: Tensor | None) -> None:
+    """All tensors given are on one device."""
+    given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(given.values())) > 1:
+        got = ", ".join(f"{name} on {device}" for name, device in given.items())
+        raise ValueError(f"gpt_fast.{op}: got {got}, wanted one device for all of them")
+
+
+def shape(op: str, name: str, tensor: Tensor | None, wanted: tuple, why: str) -> None:
+    """The tensor, if given, has this shape; `why` says in words where the sizes come from."""
+    if tensor is not None and tuple(tensor.shape) != tuple(wanted):
+        raise ValueError(f"gpt_fast.{op}: {name} has shape {list(tensor.shape)}, wanted {list(wanted)}: {why}")
+
+
+def dimensions(op: str, name: str, tensor: Tensor, wanted: str) -> None:
+    """The tensor has as many dimensions as `wanted`, a list of size names such as "[B, H, T, D]"."""
+    if tensor.dim() != wanted.count(",") + 1:
+        raise ValueError(f"gpt_fast.{op}: {name} has shape {list(tensor.shape)}, wanted {wanted}")
+
+
+def probability(op: str, name: str, p: float) -> None:
+    """A dropout probability is in [0, 1)."""
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"gpt_fast.{op}: {name} is {p}, wanted a probability in [0, 1)")
+
+
+def seed(op: str, seed: Tensor | None, device: torch.device) -> None:
+    """A seed, if given, is an int64 tensor of one element on the device of the inputs."""
+    if seed is None:
+        return
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+        got = (
+            f"{short(seed.dtype)} {list(seed.shape)} on {seed.device}"
+            if isinstance(seed, Tensor)
+            else f"{type(seed).__name__} {seed!r}"
+        )
+        raise ValueError(f"gpt_fast.{op}: seed is {got}, wanted an int64 tensor of one element on {device}")
+
+
+def values_below(op: str, name: str, tensor: Tensor, upper: int, *, lower: int = 0, besides: int | None = None) -> None:
+    """Every value is in [lower, upper), or equals `besides`. Reads the tensor: guard it by `values_checked`."""
+    wrong = (tensor < lower) | (tensor >= upper)
+    if besides is not None:
+        wrong = wrong & (tensor != besides)
+    if bool(wrong.any()):
+        value = int(tensor[wrong][0])
+        extra = f" or {besides}" if besides is not None else ""
+        raise ValueError(f"gpt_fast.{op}: {name} holds {value}, wanted values in [{lower}, {upper}){extra}")

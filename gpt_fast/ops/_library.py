@@ -1,0 +1,168 @@
+"""What every op shares: its registration, the question which implementation serves it, seeds, and the two switches.
+
+PyTorch's dispatcher chooses the kernel by device; there is no registry beside it. Schemas are defined here in Python,
+the C++ extension and Triton only implement them.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import types
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from .. import reference
+
+LIBRARY = torch.library.Library("gpt_fast", "DEF")
+
+# Under the interpreter Triton kernels run on CPU tensors and take the place of the C++ kernels.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON_KEYS = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
+
+# Module globals and no ContextVar, which Dynamo cannot trace.
+_reference_forced = False
+_values_checked = False
+
+
+@contextlib.contextmanager
+def use_reference() -> Iterator[None]:
+    """Run every op inside the block, on every device, by its pure-PyTorch definition in `gpt_fast.reference`.
+
+    The way to ask what a model computes without any kernel of this library: same parameters, same dropout masks. The
+    switch is one for the process, not one for each thread; backward belongs inside the block only if the forward pass
+    was. Source: `gpt_fast/reference.py`.
+    """
+    global _reference_forced
+    before, _reference_forced = _reference_forced, True
+    try:
+        yield
+    finally:
+        _reference_forced = before
+
+
+def check_values(enabled: bool = True) -> None:
+    """Check values inside tensors (token ids, targets, lengths, `cu_seqlens`) on every device, not on the CPU alone.
+
+    On CUDA the check waits for the device, so it is off by default and kernels clamp instead. A value out of range
+    raises `ValueError` naming op and value. Nothing is checked while `torch.compile` traces.
+    """
+    global _values_checked
+    _values_checked = enabled
+
+
+def values_checked(tensor: Tensor) -> bool:
+    """Whether the public function should look at this tensor's values."""
+    return not torch.compiler.is_compiling() and (_values_checked or tensor.device.type == "cpu")
+
+
+def define_forward(op: str, signature: str) -> None:
+    """Define `gpt_fast::<op>_forward`."""
+    LIBRARY.define(f"{op}_forward{signature}")
+
+
+def define_backward(op: str, signature: str) -> None:
+    """Define `gpt_fast::<op>_backward`, whose own differentiation raises `NotImplementedError`."""
+    LIBRARY.define(f"{op}_backward{signature}")
+
+    def raise_on_double_backward(ctx, *grads):
+        raise NotImplementedError(
+            f"gpt_fast.{op}: double backward is not implemented; "
+            "run forward and backward under gpt_fast.use_reference(), which can be differentiated twice"
+        )
+
+    torch.library.register_autograd(f"gpt_fast::{op}_backward", raise_on_double_backward, lib=LIBRARY)
+
+
+def triton_kernel(op: str) -> types.ModuleType:
+    """The module kernels/<op>.py, imported when a kernel is first launched."""
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError(f"gpt_fast.{op}: CUDA tensors need Triton, which is not installed: pip install triton")
+    return importlib.import_module(f"gpt_fast.kernels.{op}")
+
+
+def register_triton(name: str, launcher: Callable) -> None:
+    """Make `launcher` the implementation of `gpt_fast::<name>` on CUDA, and on CPU under the interpreter."""
+    for key in TRITON_KEYS:
+        LIBRARY.impl(name, launcher, key)
+
+
+@torch.compiler.assume_constant_result
+def serving(op: str, device_type: str) -> str:
+    """What runs `op` on a device type now: "triton", "cpp" or "reference", as PyTorch's dispatcher has it.
+
+    Raises `ValueError` for a device type PyTorch does not know.
+    """
+    try:
+        key = torch._C._dispatch_key_for_device(device_type)
+    except RuntimeError as error:
+        raise ValueError(f"gpt_fast: unknown device type {device_type!r}; known are cpu, cuda, …") from error
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"gpt_fast::{op}_forward", key):
+        return "reference"
+    return "triton" if key in TRITON_KEYS else "cpp"
+
+
+def dropout_rule(dropout_p: float) -> tuple[int, float]:
+    """(threshold, scale) of the dropout contract, as Triton kernels take them."""
+    return reference.dropout_threshold(dropout_p), reference.dropout_scale(dropout_p)
+
+
+_WARNED: set[tuple[str, str]] = set()
+
+
+@torch.compiler.assume_constant_result
+def _warn_once(op: str, device_type: str) -> None:
+    if (op, device_type) not in _WARNED:
+        _WARNED.add((op, device_type))
+        warnings.warn(
+            f"gpt_fast.{op}: no fused kernel on {device_type}, the pure-PyTorch reference serves; "
+            "`gpt-fast doctor` tells why",
+            stacklevel=4,
+        )
+
+
+def runs_reference(op: str, x: Tensor) -> bool:
+    """Whether the public function answers by the reference: asked for, float64, or no kernel on this device."""
+    if _reference_forced or x.dtype == torch.float64:
+        return True
+    if serving(op, x.device.type) == "reference":
+        _warn_once(op, x.device.type)
+        return True
+    return False
+
+
+def by_reference(function: Callable, device_type: str, *args, **kwargs):
+    """Call a definition of `gpt_fast.reference` with autocast off: it chooses its own dtypes."""
+    with torch.autocast(device_type, enabled=False):
+        return function(*args, **kwargs)
+
+
+def autocast(x: Tensor, *tensors: Tensor | None) -> tuple:
+    """The tensors in the autocast dtype where autocast is on for x's device, as `F.linear` has it; else as they are."""
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+        return x, *tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *tensors))
+
+
+def new_seed(device: torch.device | str) -> Tensor:
+    """A fresh dropout seed: int64 [1] on `device`, from torch's generator for it, different on each rank.
+
+    `torch.manual_seed`, activation checkpointing and CUDA graphs govern it. Under `torch.compile` torch draws other
+    numbers than in eager mode; masks agree for a seed passed explicitly.
+    """
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        seed = seed + torch.distributed.get_rank() * 0x1E3779B97F4A7C15
+    return seed
+
+
+def seed_for(dropout_p: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
+    """The seed an op uses: None without dropout, the caller's, or a new one."""
+    if dropout_p == 0:
+        return None
+    return new_seed(device) if seed is None else seed

@@ -1,0 +1,134 @@
+"""add_layer_norm: dropout, residual addition and layer normalisation in one pass."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import _checks, _library
+from .layer_norm import check_norm
+
+_library.define_forward(
+    "add_layer_norm",
+    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float dropout_p, Tensor? seed, int site)"
+    " -> (Tensor normed, Tensor summed, Tensor mean, Tensor rstd)",
+)
+# Without dropout and in one dtype dx is dresidual; the op then leaves dx empty, because outputs may not share memory.
+_library.define_backward(
+    "add_layer_norm",
+    "(Tensor dnormed, Tensor? dsummed, Tensor summed, Tensor? weight, Tensor mean, Tensor rstd, ScalarType x_dtype,"
+    " ScalarType residual_dtype, float dropout_p, Tensor? seed, int site, bool needs_weight, bool needs_bias)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """summed = residual + dropout(x); normed = layer_norm(summed) * weight + bias; returns (normed, summed).
+
+    A post-norm block uses `normed`; a pre-norm block carries `summed` on. Shapes: x and residual [..., C] alike, weight
+    and bias [C] or None. Dtypes: float32, bfloat16, float16 (float64: the reference); both results have the wider dtype
+    of x and residual. Precision: `summed` is rounded once and `normed` is the norm of what was stored, so backward
+    needs nothing else. Dropout: a row site, row i of x viewed as [M, C] (see `gpt_fast.ops`); without a seed one is
+    drawn. Deterministic. Raises as `layer_norm` does, and `ValueError` for unlike shapes or dropout_p outside [0, 1).
+    Source: Vaswani et al. (2017), "Attention Is All You Need", section 5.4, arXiv:1706.03762.
+    """
+    _checks.floating("add_layer_norm", residual=residual)
+    check_norm("add_layer_norm", x, weight, bias, eps)
+    _checks.same_device("add_layer_norm", x=x, residual=residual)
+    _checks.shape("add_layer_norm", "residual", residual, x.shape, "the shape of x")
+    _checks.probability("add_layer_norm", "dropout_p", dropout_p)
+    _checks.seed("add_layer_norm", seed, x.device)
+    seed = _library.seed_for(dropout_p, seed, x.device)
+    if _library.runs_reference("add_layer_norm", x):
+        return _library.by_reference(
+            reference.add_layer_norm, x.device.type, x, residual, weight, bias, eps, dropout_p, seed, site
+        )
+    return _AddLayerNorm.apply(x, residual, weight, bias, eps, dropout_p, seed, site)
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, eps, dropout_p, seed, site):
+        normed, summed, mean, rstd = torch.ops.gpt_fast.add_layer_norm_forward(
+            x, residual, weight, bias, eps, dropout_p, seed, site
+        )
+        ctx.save_for_backward(summed, weight, mean, rstd, seed)
+        ctx.x_dtype, ctx.residual_dtype = x.dtype, residual.dtype
+        ctx.dropout = dropout_p, site
+        ctx.set_materialize_grads(False)
+        return normed, summed
+
+    @staticmethod
+    def backward(ctx, dnormed, dsummed):
+        summed, weight, mean, rstd, seed = ctx.saved_tensors
+        dropout_p, site = ctx.dropout
+        needs_weight, needs_bias = ctx.needs_input_grad[2:4]
+        if dnormed is None:
+            if dsummed is None:
+                return (None,) * 8
+            dnormed = torch.zeros_like(summed)
+        dx, dresidual, dweight, dbias = torch.ops.gpt_fast.add_layer_norm_backward(
+            dnormed, dsummed, summed, weight, mean, rstd, ctx.x_dtype, ctx.residual_dtype, dropout_p, seed, site,
+            needs_weight, needs_bias,
+        )  # fmt: skip
+        return (
+            dx if _has_own_dx(ctx.x_dtype, ctx.residual_dtype, dropout_p) else dresidual,
+            dresidual,
+            dweight if needs_weight else None,
+            dbias if needs_bias else None,
+            *(None,) * 4,
+        )
+
+
+def _has_own_dx(x_dtype: torch.dtype, residual_dtype: torch.dtype, dropout_p: float) -> bool:
+    return dropout_p > 0 or x_dtype != residual_dtype
+
+
+@torch.library.register_fake("gpt_fast::add_layer_norm_forward", lib=_library.LIBRARY)
+def _forward_fake(x, residual, weight, bias, eps, dropout_p, seed, site):
+    summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return torch.empty_like(summed), summed, mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("gpt_fast::add_layer_norm_backward", lib=_library.LIBRARY)
+def _backward_fake(
+    dnormed, dsummed, summed, weight, mean, rstd, x_dtype, residual_dtype, dropout_p, seed, site, needs_weight,
+    needs_bias,
+):  # fmt: skip
+    like = summed if weight is None else weight
+    C = summed.shape[-1]
+    dx_shape = summed.shape if _has_own_dx(x_dtype, residual_dtype, dropout_p) else (0,)
+    return (
+        summed.new_empty(dx_shape, dtype=x_dtype),
+        summed.new_empty(summed.shape, dtype=residual_dtype),
+        like.new_empty(C if needs_weight else 0),
+        like.new_empty(C if needs_bias else 0),
+    )
+
+
+def _triton_forward(x, residual, weight, bias, eps, dropout_p, seed, site):
+    rule = _library.dropout_rule(dropout_p)
+    return _library.triton_kernel("add_layer_norm").forward(x, residual, weight, bias, eps, *rule, seed, site)
+
+
+def _triton_backward(
+    dnormed, dsummed, summed, weight, mean, rstd, x_dtype, residual_dtype, dropout_p, seed, site, needs_weight,
+    needs_bias,
+):  # fmt: skip
+    return _library.triton_kernel("add_layer_norm").backward(
+        dnormed, dsummed, summed, weight, mean, rstd, x_dtype, residual_dtype, *_library.dropout_rule(dropout_p), seed,
+        site, needs_weight, needs_bias,
+    )  # fmt: skip
+
+
+_library.register_triton("add_layer_norm_forward", _triton_forward)
+_library.register_triton("add_layer_norm_backward", _triton_backward)

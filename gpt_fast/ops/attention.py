@@ -1,0 +1,269 @@
+"""attention: softmax attention with every mask GPT-class models use, and dropout."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import _checks, _library
+
+# `lse` [B, H, T] is the float32 natural logarithm of each row's sum of exponentials, +inf for a row without any key.
+# Gradients are laid out [B, T, H, D] as the output is; the packed form writes all three into one [B, T, 3C].
+_OPTIONS = (
+    "Tensor? lengths, Tensor? key_mask, Tensor? mask, Tensor? cu_seqlens, bool causal, int? window,"
+    " float dropout_p, Tensor? seed, int site, float scale"
+)
+_library.define_forward("attention", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)")
+_library.define_backward(
+    "attention",
+    f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS})"
+    " -> (Tensor dq, Tensor dk, Tensor dv)",
+)
+_library.define_backward(
+    "attention_qkv", f"(Tensor dout, Tensor qkv, int num_heads, Tensor out, Tensor lse, {_OPTIONS}) -> Tensor dqkv"
+)
+MAX_HEAD_DIM = 256
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+    scale: float | None = None,
+) -> Tensor:
+    """out = dropout(softmax(scale Q Kᵀ, over the keys a query may attend to)) V.
+
+    Shapes: q [B, H, T, D], k and v [B, H, S, D] with D up to 256; out [B, H, T, D], laid out so that merging the heads
+    is a view. Any strides are read in place. A key serves a query where all conditions given hold: `causal` (the last
+    query sits at the last key; needs T ≤ S), `lengths` [B] (keys before it), `key_mask` [B, S] and `mask`,
+    broadcastable to [B, H, T, S] (True: may attend), `cu_seqlens` [n + 1] (sequences packed into B = 1, T = S, each
+    sees itself), `window` (i - window < j, and j < i + window if not causal). A query left without keys gives 0.
+    `scale` defaults to D^-1/2. Dtypes: q, k, v alike, float32, bfloat16, float16 (float64: the reference), cast to the
+    autocast dtype where autocast is on; masks bool, lengths and cu_seqlens int64 or int32. Precision: scores, softmax
+    and sums in float32, probabilities rounded once to the dtype of v before the product; backward, their scores'
+    gradients likewise, and Σ dout·out is taken from the rounded output. What keys contain that lengths, key_mask or
+    cu_seqlens exclude (NaN too) changes nothing. Dropout: a matrix site, query i, key j, b = batch·H + head; packed, i
+    and j count within their sequence and b = sequence·H + head. Deterministic.
+    Raises `ValueError` for other dtypes, shapes or devices, D > 256, window < 1, a scale that is not finite, dropout_p
+    outside [0, 1), and on CPU (elsewhere after `check_values`) for lengths outside [0, S] or cu_seqlens that do not
+    rise from 0 to at most T; `NotImplementedError` on double backward.
+    Source: Vaswani et al. (2017), arXiv:1706.03762; Dao (2023), arXiv:2307.08691.
+    """
+    q, k, v = _library.autocast(q, k, v)
+    _checks.dimensions("attention", "q", q, "[B, H, T, D]")
+    _checks.dimensions("attention", "k", k, "[B, H, S, D]")
+    B, H, T, D = q.shape
+    S = k.shape[2]
+    _checks.shape("attention", "k", k, (B, H, S, D), "batch, heads and head size of q")
+    _checks.shape("attention", "v", v, (B, H, S, D), "the shape of k")
+    _checks.floating("attention", q=q, k=k, v=v)
+    _checks.same_dtype("attention", q=q, k=k, v=v)
+    _checks.same_device("attention", q=q, k=k, v=v)
+    options = _options(q, T, S, causal, lengths, key_mask, mask, cu_seqlens, window, dropout_p, seed, site, scale)
+    if _library.runs_reference("attention", q):
+        return _library.by_reference(reference.attention, q.device.type, q, k, v, **options)
+    return _Attention.apply(q, k, v, *_in_order(options))
+
+
+def attention_qkv(
+    qkv: Tensor,
+    num_heads: int,
+    *,
+    causal: bool = True,
+    lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+    scale: float | None = None,
+) -> Tensor:
+    """`attention` on a packed projection, qkv [B, T, 3C] → [B, T, C] with the heads merged.
+
+    C = num_heads · D; the last axis holds all of Q, then K, then V, as `nn.MultiheadAttention.in_proj_weight` makes it.
+    The gradient comes back as one [B, T, 3C] tensor: separate ones would have to be concatenated. Options, dtypes,
+    precision, dropout, determinism, errors and source are those of `attention`; besides, `ValueError` where the last
+    axis is no multiple of 3 · num_heads.
+    """
+    (qkv,) = _library.autocast(qkv)
+    _checks.dimensions("attention_qkv", "qkv", qkv, "[B, T, 3C]")
+    _checks.floating("attention_qkv", qkv=qkv)
+    if num_heads < 1 or qkv.shape[2] % (3 * num_heads):
+        raise ValueError(
+            f"gpt_fast.attention_qkv: qkv has shape {list(qkv.shape)}, wanted [B, T, 3C] with C a multiple of "
+            f"num_heads = {num_heads}"
+        )
+    q, k, v = _split(qkv, num_heads)
+    T = qkv.shape[1]
+    options = _options(q, T, T, causal, lengths, key_mask, mask, cu_seqlens, window, dropout_p, seed, site, scale)
+    if _library.runs_reference("attention", qkv):
+        return _library.by_reference(reference.attention_qkv, qkv.device.type, qkv, num_heads, **options)
+    return _AttentionQKV.apply(qkv, num_heads, *_in_order(options))
+
+
+def _split(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, T, 3C] → views q, k, v [B, H, T, D]."""
+    B, T, C3 = qkv.shape
+    q, k, v = qkv.unflatten(2, (3, num_heads, C3 // (3 * num_heads))).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def _options(
+    q: Tensor, T: int, S: int, causal: bool, lengths: Tensor | None, key_mask: Tensor | None, mask: Tensor | None,
+    cu_seqlens: Tensor | None, window: int | None, dropout_p: float, seed: Tensor | None, site: int,
+    scale: float | None,
+) -> dict:  # fmt: skip
+    """The options, checked against q [B, H, T, D] and S keys, with seed and scale filled in."""
+    B, H, _, D = q.shape
+    if not 1 <= D <= MAX_HEAD_DIM:
+        raise ValueError(f"gpt_fast.attention: head size is {D}, wanted 1 to {MAX_HEAD_DIM}")
+    if causal and T > S:
+        raise ValueError(f"gpt_fast.attention: {T} queries and {S} keys, wanted no more queries than keys if causal")
+    _checks.integral("attention", lengths=lengths, cu_seqlens=cu_seqlens)
+    _checks.boolean("attention", key_mask=key_mask, mask=mask)
+    _checks.same_device("attention", q=q, lengths=lengths, key_mask=key_mask, mask=mask, cu_seqlens=cu_seqlens)
+    _checks.shape("attention", "lengths", lengths, (B,), "one length for each sequence of the batch")
+    _checks.shape("attention", "key_mask", key_mask, (B, S), "one flag for each key of the batch")
+    if mask is not None and (
+        mask.dim() > 4
+        or any(got not in (1, wanted) for got, wanted in zip(mask.shape[::-1], (S, T, H, B), strict=False))
+    ):
+        raise ValueError(
+            f"gpt_fast.attention: mask has shape {list(mask.shape)}, wanted one broadcastable to {[B, H, T, S]}"
+        )
+    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or B != 1 or T != S):
+        raise ValueError(
+            f"gpt_fast.attention: cu_seqlens of shape {list(cu_seqlens.shape)} with batch {B}, {T} queries and {S} "
+            "keys, wanted [n + 1], a batch of 1 and as many queries as keys"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"gpt_fast.attention: window is {window}, wanted at least 1")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"gpt_fast.attention: scale is {scale}, wanted a finite number")
+    _checks.probability("attention", "dropout_p", dropout_p)
+    _checks.seed("attention", seed, q.device)
+    if lengths is not None and _library.values_checked(lengths):
+        _checks.values_below("attention", "lengths", lengths, S + 1)
+    if cu_seqlens is not None and _library.values_checked(cu_seqlens):
+        _checks.values_below("attention", "cu_seqlens", cu_seqlens, T + 1)
+        if int(cu_seqlens[0]) != 0 or bool((cu_seqlens.diff() < 0).any()):
+            raise ValueError(
+                f"gpt_fast.attention: cu_seqlens is {cu_seqlens.tolist()}, wanted values that start at 0 and never fall"
+            )
+    return {
+        "lengths": lengths, "key_mask": key_mask, "mask": mask, "cu_seqlens": cu_seqlens, "causal": causal,
+        "window": window, "dropout_p": dropout_p, "seed": _library.seed_for(dropout_p, seed, q.device), "site": site,
+        "scale": D**-0.5 if scale is None else float(scale),
+    }  # fmt: skip
+
+
+_NAMES = ("lengths", "key_mask", "mask", "cu_seqlens", "causal", "window", "dropout_p", "seed", "site", "scale")
+_TENSORS = ("lengths", "key_mask", "mask", "cu_seqlens", "seed")
+
+
+def _in_order(options: dict) -> tuple:
+    """The options in the order of the schemas."""
+    return tuple(options[name] for name in _NAMES)
+
+
+def _save(ctx, tensors: tuple, options: tuple) -> None:
+    named = dict(zip(_NAMES, options, strict=True))
+    ctx.save_for_backward(*tensors, *(named[name] for name in _TENSORS))
+    ctx.scalars = {name: value for name, value in named.items() if name not in _TENSORS}
+
+
+def _saved(ctx) -> tuple[tuple, tuple]:
+    """The tensors `_save` was given, and the options in order."""
+    saved = ctx.saved_tensors
+    count = len(saved) - len(_TENSORS)
+    named = ctx.scalars | dict(zip(_TENSORS, saved[count:], strict=True))
+    return saved[:count], _in_order(named)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, *options):
+        out, lse = torch.ops.gpt_fast.attention_forward(q, k, v, *options)
+        _save(ctx, (q, k, v, out, lse), options)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        tensors, options = _saved(ctx)
+        dq, dk, dv = torch.ops.gpt_fast.attention_backward(dout, *tensors, *options)
+        return dq, dk, dv, *(None,) * len(_NAMES)
+
+
+class _AttentionQKV(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, num_heads, *options):
+        out, lse = torch.ops.gpt_fast.attention_forward(*_split(qkv, num_heads), *options)
+        _save(ctx, (qkv, out, lse), options)
+        ctx.num_heads = num_heads
+        return out.transpose(1, 2).flatten(2)
+
+    @staticmethod
+    def backward(ctx, dout):
+        (qkv, out, lse), options = _saved(ctx)
+        dout = dout.unflatten(2, (ctx.num_heads, -1)).transpose(1, 2)
+        dqkv = torch.ops.gpt_fast.attention_qkv_backward(dout, qkv, ctx.num_heads, out, lse, *options)
+        return dqkv, None, *(None,) * len(_NAMES)
+
+
+def _empty_bthd(q: Tensor, T: int) -> Tensor:
+    B, H, _, D = q.shape
+    return q.new_empty(B, T, H, D).transpose(1, 2)
+
+
+@torch.library.register_fake("gpt_fast::attention_forward", lib=_library.LIBRARY)
+def _forward_fake(q, k, v, *options):
+    return _empty_bthd(q, q.shape[2]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("gpt_fast::attention_backward", lib=_library.LIBRARY)
+def _backward_fake(dout, q, k, v, *options):
+    return _empty_bthd(q, q.shape[2]), _empty_bthd(k, k.shape[2]), _empty_bthd(k, k.shape[2])
+
+
+@torch.library.register_fake("gpt_fast::attention_qkv_backward", lib=_library.LIBRARY)
+def _backward_qkv_fake(dout, qkv, *options):
+    return qkv.new_empty(qkv.shape)
+
+
+def _triton_forward(q, k, v, *options):
+    kernel, options, rule = _for_triton(options)
+    return kernel.forward(q, k, v, options, *rule)
+
+
+def _triton_backward(dout, q, k, v, out, lse, *options):
+    kernel, options, rule = _for_triton(options)
+    return kernel.backward(dout, q, k, v, out, lse, options, *rule)
+
+
+def _triton_backward_qkv(dout, qkv, num_heads, out, lse, *options):
+    kernel, options, rule = _for_triton(options)
+    return kernel.backward_qkv(dout, qkv, num_heads, out, lse, options, *rule)
+
+
+def _for_triton(options):
+    kernel = _library.triton_kernel("attention")
+    options = kernel.Options(*options)
+    return kernel, options, _library.dropout_rule(options.dropout_p)
+
+
+_library.register_triton("attention_forward", _triton_forward)
+_library.register_triton("attention_backward", _triton_backward)
+_library.register_triton("attention_qkv_backward", _triton_backward_qkv)

@@ -1,0 +1,87 @@
+"""layer_norm: normalisation over the last dimension with a gain and a bias."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import _checks, _library
+
+_library.define_forward(
+    "layer_norm", "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)"
+)
+_library.define_backward(
+    "layer_norm",
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool needs_weight, bool needs_bias)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension.
+
+    Shapes: x [..., C], weight and bias [C] or None; y like x, contiguous. Rows that lie at one distance are read in
+    place, whatever the distance. Dtypes: float32, bfloat16, float16 (float64: the reference); weight and bias share a
+    dtype, which may be wider than x's. Precision: statistics and sums in float32, one rounding on store. Deterministic,
+    forward and backward, at any number of threads. Under autocast the dtype of y stays that of x. Raises `ValueError`
+    for other dtypes, shapes, mixed devices or eps that is not a positive number; `NotImplementedError` on double
+    backward. Source: Ba, Kiros, Hinton (2016), "Layer Normalization", arXiv:1607.06450.
+    """
+    check_norm("layer_norm", x, weight, bias, eps)
+    if _library.runs_reference("layer_norm", x):
+        return _library.by_reference(reference.layer_norm, x.device.type, x, weight, bias, eps)
+    return _LayerNorm.apply(x, weight, bias, eps)
+
+
+def check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    """What layer_norm and add_layer_norm ask of their input, gain, bias and eps."""
+    _checks.floating(op, x=x, weight=weight, bias=bias)
+    _checks.same_device(op, x=x, weight=weight, bias=bias)
+    _checks.same_dtype(op, weight=weight, bias=bias)
+    if x.dim() == 0:
+        raise ValueError(f"gpt_fast.{op}: x has no dimension, wanted [..., C]")
+    _checks.shape(op, "weight", weight, x.shape[-1:], "the last dimension of x")
+    _checks.shape(op, "bias", bias, x.shape[-1:], "the last dimension of x")
+    if bias is not None and weight is None:
+        raise ValueError(f"gpt_fast.{op}: got a bias and no weight, wanted both, the weight alone or neither")
+    if not eps > 0:
+        raise ValueError(f"gpt_fast.{op}: eps is {eps}, wanted a positive number")
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        y, mean, rstd = torch.ops.gpt_fast.layer_norm_forward(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, mean, rstd = ctx.saved_tensors
+        _, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        dx, dweight, dbias = torch.ops.gpt_fast.layer_norm_backward(dy, x, weight, mean, rstd, needs_weight, needs_bias)
+        return dx, dweight if needs_weight else None, dbias if needs_bias else None, None
+
+
+@torch.library.register_fake("gpt_fast::layer_norm_forward", lib=_library.LIBRARY)
+def _forward_fake(x, weight, bias, eps):
+    statistics = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
+
+
+@torch.library.register_fake("gpt_fast::layer_norm_backward", lib=_library.LIBRARY)
+def _backward_fake(dy, x, weight, mean, rstd, needs_weight, needs_bias):
+    like = x if weight is None else weight
+    C = x.shape[-1]
+    return x.new_empty(x.shape), like.new_empty(C if needs_weight else 0), like.new_empty(C if needs_bias else 0)
+
+
+def _triton_forward(x, weight, bias, eps):
+    return _library.triton_kernel("layer_norm").forward(x, weight, bias, eps)
+
+
+def _triton_backward(dy, x, weight, mean, rstd, needs_weight, needs_bias):
+    return _library.triton_kernel("layer_norm").backward(dy, x, weight, mean, rstd, needs_weight, needs_bias)
+
+
+_library.register_triton("layer_norm_forward", _triton_forward)
+_library.register_triton("layer_norm_backward", _triton_backward)

@@ -1,0 +1,132 @@
+"""linear_cross_entropy: the output projection and its cross-entropy without stored logits."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import _checks, _library
+
+# For "mean" and "sum" forward also gives the gradients of the summed loss, from the logits it has at hand: dx in x's
+# dtype, dweight and dbias in float32. They are not scaled, so that half precision neither overflows nor underflows;
+# autograd multiplies them by the upstream gradient, over `count` for "mean". For "none" the backward op recomputes.
+_library.define_forward(
+    "linear_cross_entropy",
+    "(Tensor x, Tensor weight, Tensor target, Tensor? bias, int ignore_index, float label_smoothing, str reduction,"
+    " bool needs_x, bool needs_weight, bool needs_bias)"
+    " -> (Tensor loss, Tensor count, Tensor dx, Tensor dweight, Tensor dbias)",
+)
+_library.define_backward(
+    "linear_cross_entropy",
+    "(Tensor dloss, Tensor x, Tensor weight, Tensor target, Tensor? bias, int ignore_index, float label_smoothing,"
+    " bool needs_x, bool needs_weight, bool needs_bias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """loss = -(1 - ε) log p[target] - ε/V Σ_v log p[v], with p = softmax(x weightᵀ + bias) and ε = label_smoothing.
+
+    Shapes: x [..., C], weight [V, C], target [...], bias [V] or None; loss a scalar, or like target for
+    reduction="none". Rows whose target is `ignore_index` count nowhere and are not computed; "mean" divides by the
+    others, and is 0 where there are none. The [N, V] logits are never stored by the kernels. Dtypes: x, weight, bias
+    alike, float32, bfloat16 or float16 (float64: the reference), cast to the autocast dtype where autocast is on;
+    target int64; the loss is float32. Precision: logits, softmax and sums in float32; the logits' gradient is rounded
+    to x's dtype as an operand, dx before and after it is scaled by the upstream gradient, others once. Deterministic;
+    on CPU the same bits at any number of threads. Raises `ValueError` for other dtypes or shapes, an unknown reduction,
+    label_smoothing outside [0, 1], and on CPU (elsewhere after `check_values`) for a target outside [0, V);
+    `NotImplementedError` on double backward.
+    Source: Szegedy et al. (2016), section 7, arXiv:1512.00567, for the smoothing.
+    """
+    x, weight, bias = _library.autocast(x, weight, bias)
+    op = "linear_cross_entropy"
+    _checks.floating(op, x=x, weight=weight, bias=bias)
+    _checks.same_dtype(op, x=x, weight=weight, bias=bias)
+    _checks.same_device(op, x=x, weight=weight, target=target, bias=bias)
+    _checks.dimensions(op, "weight", weight, "[V, C]")
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"gpt_fast.{op}: x has shape {list(x.shape)}, wanted [..., {weight.shape[1]}] as weight")
+    if target.dtype != torch.int64:
+        raise ValueError(f"gpt_fast.{op}: target is {_checks.short(target.dtype)}, wanted int64")
+    _checks.shape(op, "target", target, x.shape[:-1], "one class for each row of x")
+    _checks.shape(op, "bias", bias, weight.shape[:1], "the rows of weight")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"gpt_fast.{op}: reduction is {reduction!r}, wanted one of {', '.join(REDUCTIONS)}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"gpt_fast.{op}: label_smoothing is {label_smoothing}, wanted a number in [0, 1]")
+    if _library.values_checked(target):
+        _checks.values_below(op, "target", target, weight.shape[0], besides=ignore_index)
+    args = x, weight, target, bias, ignore_index, label_smoothing, reduction
+    if _library.runs_reference(op, x):
+        return _library.by_reference(reference.linear_cross_entropy, x.device.type, *args)
+    return _LinearCrossEntropy.apply(*args)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, target, bias, ignore_index, label_smoothing, reduction):
+        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+        now = tuple(needed and reduction != "none" for needed in needs)
+        loss, count, dx, dweight, dbias = torch.ops.gpt_fast.linear_cross_entropy_forward(
+            x, weight, target, bias, ignore_index, label_smoothing, reduction, *now
+        )
+        if reduction == "none":
+            ctx.save_for_backward(x, weight, target, bias)
+        else:
+            ctx.save_for_backward(count, dx, dweight, dbias)
+        ctx.options = ignore_index, label_smoothing, reduction, needs, weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        ignore_index, label_smoothing, reduction, needs, dtype = ctx.options
+        if reduction == "none":
+            x, weight, target, bias = ctx.saved_tensors
+            grads = torch.ops.gpt_fast.linear_cross_entropy_backward(
+                dloss, x, weight, target, bias, ignore_index, label_smoothing, *needs
+            )
+        else:
+            # What follows could be differentiated, as if the saved gradients were constants.
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                raise NotImplementedError(
+                    "gpt_fast.linear_cross_entropy: double backward is not implemented, nor create_graph=True; "
+                    "run forward and backward under gpt_fast.use_reference(), which can be differentiated twice"
+                )
+            count, *sums = ctx.saved_tensors
+            scale = dloss / count.clamp(min=1) if reduction == "mean" else dloss
+            # Scaled in float32 and rounded in one pass: no float32 copy of a weight's gradient in between.
+            dtypes = sums[0].dtype, dtype, dtype
+            grads = tuple(
+                torch.mul(total, scale, out=torch.empty_like(total, dtype=to))
+                for total, to in zip(sums, dtypes, strict=True)
+            )
+        dx, dweight, dbias = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+        return dx, dweight, None, dbias, None, None, None
+
+
+@torch.library.register_fake("gpt_fast::linear_cross_entropy_forward", lib=_library.LIBRARY)
+def _forward_fake(x, weight, target, bias, ignore_index, label_smoothing, reduction, needs_x, needs_weight, needs_bias):
+    loss = x.new_empty(target.shape if reduction == "none" else (), dtype=torch.float32)
+    return loss, x.new_empty((), dtype=torch.float32), *_gradients(
+        x, weight, torch.float32, needs_x, needs_weight, needs_bias
+    )  # fmt: skip
+
+
+@torch.library.register_fake("gpt_fast::linear_cross_entropy_backward", lib=_library.LIBRARY)
+def _backward_fake(dloss, x, weight, target, bias, ignore_index, label_smoothing, needs_x, needs_weight, needs_bias):
+    return _gradients(x, weight, weight.dtype, needs_x, needs_weight, needs_bias)
+
+
+def _gradients(x, weight, dtype, needs_x, needs_weight, needs_bias):
+    return (
+        x.new_empty(x.shape if needs_x else (0,)),
+        torch.empty_like(weight, dtype=dtype) if needs_weight else x.new_empty(0, dtype=dtype),
+        x.new_empty(weight.shape[0] if needs_bias else 0, dtype=dtype),
+    )

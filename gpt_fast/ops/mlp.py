@@ -1,0 +1,121 @@
+"""mlp: two linear layers with an activation and dropout between them."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import _checks, _library
+
+# `hidden` [..., F] is what backward needs, in x's dtype: the activation after dropout for relu, whose derivative can be
+# read off it, and the activation's input for gelu. It is empty where backward is to recompute it. `needs` says which of
+# the five gradients are wanted; the others come back empty.
+_library.define_forward(
+    "mlp",
+    "(Tensor x, Tensor fc_weight, Tensor? fc_bias, Tensor proj_weight, Tensor? proj_bias, str activation,"
+    " float dropout_p, Tensor? seed, int site, bool keeps_hidden) -> (Tensor y, Tensor hidden)",
+)
+_library.define_backward(
+    "mlp",
+    "(Tensor dy, Tensor x, Tensor fc_weight, Tensor? fc_bias, Tensor proj_weight, Tensor? hidden, str activation,"
+    " float dropout_p, Tensor? seed, int site, bool[] needs)"
+    " -> (Tensor dx, Tensor dfc_weight, Tensor dfc_bias, Tensor dproj_weight, Tensor dproj_bias)",
+)
+
+
+def mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    activation: str = "gelu_tanh",
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+    recompute: bool = False,
+) -> Tensor:
+    """y = dropout(activation(x fc_weightᵀ + fc_bias)) proj_weightᵀ + proj_bias.
+
+    Shapes: x [..., C], fc_weight [F, C], fc_bias [F] or None, proj_weight [C', F], proj_bias [C'] or None; y [..., C'].
+    Weights may have any strides; their gradients get the same. activation: "relu", "gelu" or "gelu_tanh". One [..., F]
+    tensor is kept for backward; `recompute=True` keeps none and repeats the first product. Dtypes: all alike, float32,
+    bfloat16 or float16 (float64: the reference); cast to the autocast dtype where autocast is on. Precision: products
+    accumulate in float32, the hidden activation is rounded once to x's dtype, so is each result; gelu's backward starts
+    from the activation's input rounded to x's dtype. Dropout: a matrix site, row i of x viewed as [M, C], column j of
+    F, b = 0. Deterministic; on CPU the same bits at any number of threads. Raises `ValueError` for other dtypes or
+    shapes, an unknown activation, dropout_p outside [0, 1); `NotImplementedError` on double backward.
+    Source: Vaswani et al. (2017), section 3.3; Hendrycks and Gimpel (2016), arXiv:1606.08415.
+    """
+    x, fc_weight, fc_bias, proj_weight, proj_bias = _library.autocast(x, fc_weight, fc_bias, proj_weight, proj_bias)
+    tensors = {
+        "x": x, "fc_weight": fc_weight, "fc_bias": fc_bias, "proj_weight": proj_weight, "proj_bias": proj_bias
+    }  # fmt: skip
+    _checks.floating("mlp", **tensors)
+    _checks.same_dtype("mlp", **tensors)
+    _checks.same_device("mlp", **tensors)
+    _checks.dimensions("mlp", "fc_weight", fc_weight, "[F, C]")
+    _checks.dimensions("mlp", "proj_weight", proj_weight, "[C', F]")
+    if x.dim() == 0 or x.shape[-1] != fc_weight.shape[1]:
+        raise ValueError(f"gpt_fast.mlp: x has shape {list(x.shape)}, wanted [..., {fc_weight.shape[1]}] as fc_weight")
+    if proj_weight.shape[1] != fc_weight.shape[0]:
+        raise ValueError(
+            f"gpt_fast.mlp: proj_weight has shape {list(proj_weight.shape)}, wanted [C', {fc_weight.shape[0]}] "
+            "to follow fc_weight"
+        )
+    _checks.shape("mlp", "fc_bias", fc_bias, fc_weight.shape[:1], "the rows of fc_weight")
+    _checks.shape("mlp", "proj_bias", proj_bias, proj_weight.shape[:1], "the rows of proj_weight")
+    if activation not in reference.ACTIVATIONS:
+        known = ", ".join(reference.ACTIVATIONS)
+        raise ValueError(f"gpt_fast.mlp: activation is {activation!r}, wanted one of {known}")
+    _checks.probability("mlp", "dropout_p", dropout_p)
+    _checks.seed("mlp", seed, x.device)
+    seed = _library.seed_for(dropout_p, seed, x.device)
+    args = x, fc_weight, fc_bias, proj_weight, proj_bias, activation, dropout_p, seed, site
+    if _library.runs_reference("mlp", x):
+        return _library.by_reference(reference.mlp, x.device.type, *args)
+    return _MLP.apply(*args, recompute)
+
+
+class _MLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, fc_weight, fc_bias, proj_weight, proj_bias, activation, dropout_p, seed, site, recompute):
+        keeps_hidden = not recompute and any(ctx.needs_input_grad)
+        y, hidden = torch.ops.gpt_fast.mlp_forward(
+            x, fc_weight, fc_bias, proj_weight, proj_bias, activation, dropout_p, seed, site, keeps_hidden
+        )
+        ctx.save_for_backward(x, fc_weight, fc_bias, proj_weight, hidden if keeps_hidden else None, seed)
+        ctx.options = activation, dropout_p, site
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, fc_weight, fc_bias, proj_weight, hidden, seed = ctx.saved_tensors
+        activation, dropout_p, site = ctx.options
+        needs = list(ctx.needs_input_grad[:5])
+        grads = torch.ops.gpt_fast.mlp_backward(
+            dy, x, fc_weight, fc_bias, proj_weight, hidden, activation, dropout_p, seed, site, needs
+        )
+        return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *(None,) * 5
+
+
+@torch.library.register_fake("gpt_fast::mlp_forward", lib=_library.LIBRARY)
+def _forward_fake(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, dropout_p, seed, site, keeps_hidden):
+    F = fc_weight.shape[0]
+    return (
+        x.new_empty(*x.shape[:-1], proj_weight.shape[0]),
+        x.new_empty((*x.shape[:-1], F) if keeps_hidden else (0,)),
+    )
+
+
+@torch.library.register_fake("gpt_fast::mlp_backward", lib=_library.LIBRARY)
+def _backward_fake(dy, x, fc_weight, fc_bias, proj_weight, hidden, activation, dropout_p, seed, site, needs):
+    F, C_out = fc_weight.shape[0], proj_weight.shape[0]
+    needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, needs_proj_bias = needs
+    nothing = (0,)
+    return (
+        x.new_empty(x.shape if needs_x else nothing),
+        torch.empty_like(fc_weight) if needs_fc_weight else x.new_empty(nothing),
+        x.new_empty((F,) if needs_fc_bias else nothing),
+        torch.empty_like(proj_weight) if needs_proj_weight else x.new_empty(nothing),
+        x.new_empty((C_out,) if needs_proj_bias else nothing),
+    )

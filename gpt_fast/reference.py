@@ -1,0 +1,383 @@
+"""The definition of every op and of the notes' GPT, in plain PyTorch: reading it is reading the maths.
+
+Any floating dtype. bfloat16 and float16 inputs are computed in float32 and rounded where the contract rounds: the
+operands of a matrix product (attention's probabilities, the MLP's hidden activation) and each result, once. In
+float64 nothing is rounded, which makes this file the truth the kernels are tested against.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+# ---- dropout: a function of seed, site and coordinates alone ---------------------------------------------------------
+
+PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57  # multipliers and Weyl increments of Salmon et al., SC'11
+PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+PHILOX_ROUNDS = 7
+_U32 = 0xFFFFFFFF
+
+
+def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = PHILOX_ROUNDS) -> Tensor:
+    """philox4x32-`rounds` of Salmon et al. (2011): four words below 2^32 as int64, stacked last.
+
+    Counters and keys are int64 tensors holding unsigned 32-bit values, broadcast against each other. Products wrap
+    modulo 2^64, so the high half is the arithmetic shift with its sign bits masked off.
+    """
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = key
+    for _ in range(rounds):
+        p0, p1 = c0 * PHILOX_M0, c2 * PHILOX_M1
+        c0, c1, c2, c3 = (p1 >> 32) & _U32 ^ c1 ^ k0, p1 & _U32, (p0 >> 32) & _U32 ^ c3 ^ k1, p0 & _U32
+        k0, k1 = (k0 + PHILOX_W0) & _U32, (k1 + PHILOX_W1) & _U32
+    return torch.stack((c0, c1, c2, c3), dim=-1)
+
+
+def dropout_threshold(p: float) -> int:
+    """T = floor(65536 p + 1/2): an element is dropped where its 16 random bits are below T."""
+    return math.floor(p * 65536 + 0.5)
+
+
+def dropout_scale(p: float) -> float:
+    """65536 / (65536 - T), the exact inverse of the keep rate; 0 where everything is dropped."""
+    T = dropout_threshold(p)
+    return 0.0 if T == 65536 else 65536 / (65536 - T)
+
+
+def _philox_key(seed: Tensor) -> tuple[Tensor, Tensor]:
+    seed = seed.reshape(())
+    return seed & _U32, (seed >> 32) & _U32
+
+
+def _philox_words(counter: tuple[Tensor, ...], seed: Tensor, site: int) -> Tensor:
+    """The four words at a counter whose last component is the site."""
+    site_word = torch.tensor(site & _U32, dtype=torch.int64, device=seed.device)
+    return philox4x32((*counter, site_word), _philox_key(seed))
+
+
+def _halves(words: Tensor) -> Tensor:
+    """[..., 4] words → [..., 4, 2] 16-bit halves, low half first."""
+    return torch.stack((words & 0xFFFF, words >> 16), dim=-1)
+
+
+def dropout_keep_rows(seed: Tensor, site: int, N: int, C: int, p: float) -> Tensor:
+    """bool [N, C] of a row site (embedding, add_layer_norm): True is kept.
+
+    counter = (j // 8, i, 0, site); word = (j // 2) % 4; u16 = the word's half j % 2; keep = u16 >= T. So one counter
+    gives eight neighbours j = 8 J + 2 word + half, in this order.
+    """
+    J = torch.arange((C + 7) // 8, device=seed.device)
+    i = torch.arange(N, device=seed.device)
+    words = _philox_words((J[None, :], i[:, None], torch.zeros_like(J[:1, None])), seed, site)  # [N, J, 4]
+    return _halves(words).reshape(N, -1)[:, :C] >= dropout_threshold(p)
+
+
+def dropout_keep_matrix(seed: Tensor, site: int, b: Tensor, M: int, N: int, p: float) -> Tensor:
+    """bool [*b.shape, M, N] of a matrix site (attention, mlp): True is kept.
+
+    `dropout_keep_at` on the whole grid, evaluated once per counter: with i = 16 I + 8 i3 + g and
+    j = 16 J + 8 j3 + 2 t + j0, the counter is (4 J + t, 8 I + g, b, site), the word 2 i3 + j3, the half j0.
+    """
+    I, J = (M + 15) // 16, (N + 15) // 16  # noqa: E741
+    c0 = torch.arange(4 * J, device=seed.device)
+    c1 = torch.arange(8 * I, device=seed.device)[:, None]
+    words = _philox_words((c0, c1, b[..., None, None]), seed, site)  # [*b, 8 I, 4 J, 4]
+    u16 = _halves(words).reshape(*b.shape, I, 8, J, 4, 2, 2, 2)  # I, g, J, t, i3, j3, j0
+    n = b.dim()
+    u16 = u16.permute(*range(n), n, n + 4, n + 1, n + 2, n + 5, n + 3, n + 6)  # I, i3, g, J, j3, t, j0
+    return u16.reshape(*b.shape, 16 * I, 16 * J)[..., :M, :N] >= dropout_threshold(p)
+
+
+def dropout_keep_at(seed: Tensor, site: int, b: Tensor, i: Tensor, j: Tensor, p: float) -> Tensor:
+    """The rule of a matrix site, literally, at coordinates that broadcast against each other: True is kept.
+
+    counter = ((j // 16)*4 + (j % 8)//2, (i // 16)*8 + i % 8, b, site); word = 2*((i // 8) % 2) + (j // 8) % 2;
+    u16 = (word >> 16*(j % 2)) & 0xffff; keep = u16 >= T.
+    """
+    words = _philox_words(((j // 16) * 4 + (j % 8) // 2, (i // 16) * 8 + i % 8, b), seed, site)
+    word = 2 * ((i // 8) % 2) + (j // 8) % 2
+    picked = words.gather(-1, word.expand(words.shape[:-1])[..., None])[..., 0]
+    return ((picked >> 16 * (j % 2)) & 0xFFFF) >= dropout_threshold(p)
+
+
+def _dropout(x: Tensor, keep: Tensor, p: float) -> Tensor:
+    return torch.where(keep, x * dropout_scale(p), 0.0)
+
+
+# ---- norms -----------------------------------------------------------------------------------------------------------
+
+
+def _wide(x: Tensor) -> Tensor:
+    """The dtype sums are taken in: float32 for half-precision inputs, else their own."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension, with the biased variance."""
+    wide = _wide(x)
+    centred = wide - wide.mean(-1, keepdim=True)
+    y = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    if weight is not None:
+        y = y * _wide(weight)
+    if bias is not None:
+        y = y + _wide(bias)
+    return y.to(x.dtype)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """summed = residual + dropout(x), rounded to the wider dtype of the two; normed = layer_norm(summed)."""
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    branch = _wide(x)
+    if dropout_p > 0:
+        assert seed is not None
+        C = x.shape[-1]
+        keep = dropout_keep_rows(seed, site, x.numel() // C if C else 0, C, dropout_p)
+        branch = _dropout(branch, keep.view(x.shape), dropout_p)
+    summed = (_wide(residual) + branch).to(dtype)
+    return layer_norm(summed, weight, bias, eps), summed
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def attention_allowed(
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool = True,
+    lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """bool, broadcastable to [B, H, T, S]: True where query i may attend to key j. All conditions hold at once.
+
+    Causal is bottom-right: the last query sits at the last key. Packed sequences see their own tokens only, and tokens
+    after the last of them see nothing.
+    """
+    T, S = q.shape[-2], k.shape[-2]
+    i = torch.arange(S - T, S, device=q.device)[:, None]
+    j = torch.arange(S, device=q.device)[None, :]
+    allowed = torch.ones(T, S, dtype=torch.bool, device=q.device)
+    if causal:
+        allowed = allowed & (j <= i)
+    if window is not None:
+        allowed = allowed & (i - window < j)
+        if not causal:
+            allowed = allowed & (j < i + window)
+    if cu_seqlens is not None:
+        sequence, _ = packed_positions(cu_seqlens, S)
+        inside = sequence < cu_seqlens.numel() - 1
+        allowed = allowed & (sequence[:, None] == sequence[None, :]) & inside[:, None]
+    if lengths is not None:
+        allowed = allowed & (j < lengths[:, None, None, None])
+    if key_mask is not None:
+        allowed = allowed & key_mask[:, None, None, :]
+    if mask is not None:
+        allowed = allowed & mask
+    return allowed
+
+
+def packed_positions(cu_seqlens: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """(sequence, position within it) of each of T packed tokens; sequence `n` holds what follows the last one."""
+    tokens = torch.arange(T, device=cu_seqlens.device)
+    starts = cu_seqlens.long()
+    sequence = torch.searchsorted(starts[1:].contiguous(), tokens, right=True)
+    return sequence, tokens - starts[sequence]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+    scale: float | None = None,
+) -> Tensor:
+    """out = dropout(softmax(scale Q Kᵀ where allowed)) V; a query that may attend to nothing gives 0."""
+    B, H, T, D = q.shape
+    S = k.shape[2]
+    scale = D**-0.5 if scale is None else scale
+    allowed = attention_allowed(
+        q, k, causal=causal, lengths=lengths, key_mask=key_mask, mask=mask, cu_seqlens=cu_seqlens, window=window
+    )
+    scores = (_wide(q) @ _wide(k).transpose(-2, -1)) * scale  # [B, H, T, S]
+    # The lowest finite number instead of -inf: a row without any key stays free of NaN, forward and backward.
+    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    probs = torch.softmax(scores, dim=-1).masked_fill(~allowed, 0.0)
+    if dropout_p > 0:
+        assert seed is not None
+        heads = torch.arange(B * H, device=q.device).view(B, H)
+        if cu_seqlens is None:
+            keep = dropout_keep_matrix(seed, site, heads, T, S, dropout_p)
+        else:
+            sequence, position = packed_positions(cu_seqlens, S)
+            b = sequence[:, None] * H + heads[:, :, None, None]  # [B, H, T, 1]; B is 1
+            keep = dropout_keep_at(seed, site, b, position[:, None], position[None, :], dropout_p)
+        probs = _dropout(probs, keep, dropout_p)
+    out = _wide(probs.to(v.dtype)) @ _wide(v)
+    # Laid out [B, T, H, D], so that merging the heads is a view.
+    return out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def attention_qkv(qkv: Tensor, num_heads: int, **options) -> Tensor:
+    """`attention` on the projection's [B, T, 3C], heads merged: [B, T, C]. The options are those of `attention`."""
+    B, T, C3 = qkv.shape
+    q, k, v = qkv.view(B, T, 3, num_heads, C3 // 3 // num_heads).permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
+    return attention(q, k, v, **options).transpose(1, 2).reshape(B, T, C3 // 3)
+
+
+def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
+    """One query [B, H, D] a sequence against the first `lengths` [B] entries of its cache [B, H, S, D]."""
+    return attention(q[:, :, None], k_cache, v_cache, causal=False, lengths=lengths)[:, :, 0]
+
+
+# ---- MLP, loss, embedding --------------------------------------------------------------------------------------------
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    activation: str = "gelu_tanh",
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+) -> Tensor:
+    """y = dropout(activation(x fc_weightᵀ + fc_bias)) proj_weightᵀ + proj_bias; weights [F, C] and [C, F]."""
+    hidden = ACTIVATIONS[activation](F.linear(_wide(x), _wide(fc_weight), None if fc_bias is None else _wide(fc_bias)))
+    if dropout_p > 0:
+        assert seed is not None
+        rows = hidden.numel() // max(hidden.shape[-1], 1)
+        head = torch.zeros((), dtype=torch.int64, device=x.device)
+        keep = dropout_keep_matrix(seed, site, head, rows, hidden.shape[-1], dropout_p)
+        hidden = _dropout(hidden, keep.view(hidden.shape), dropout_p)
+    hidden = _wide(hidden.to(x.dtype))
+    return F.linear(hidden, _wide(proj_weight), None if proj_bias is None else _wide(proj_bias)).to(x.dtype)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """-(1 - ε) log p[target] - ε/V Σ_v log p[v] with p = softmax(x weightᵀ + bias), over rows not ignored.
+
+    The mean is over those rows, and 0 where there is none. Ignored rows are not computed, except while tracing, where
+    a number of rows that depends on data would break the graph.
+    """
+    rows, targets = x.reshape(-1, x.shape[-1]), target.reshape(-1)
+    valid = targets != ignore_index
+    if not torch.compiler.is_compiling() and reduction != "none":
+        rows, targets, valid = rows[valid], targets[valid], valid[valid]
+    logits = F.linear(_wide(rows), _wide(weight), None if bias is None else _wide(bias))
+    losses = F.cross_entropy(
+        logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
+    )
+    if reduction == "none":
+        return losses.view(target.shape)
+    total = losses.sum()
+    return total if reduction == "sum" else total / valid.sum().clamp(min=1)
+
+
+def embedding(
+    tokens: Tensor,
+    token_weight: Tensor,
+    position_weight: Tensor,
+    positions: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+) -> Tensor:
+    """dropout(token_weight[tokens] + position_weight[positions]); positions count along the last axis by default."""
+    if positions is None:
+        positions = torch.arange(tokens.shape[-1], device=tokens.device)
+    out = _wide(F.embedding(tokens, token_weight)) + _wide(F.embedding(positions, position_weight))
+    if dropout_p > 0:
+        assert seed is not None
+        keep = dropout_keep_rows(seed, site, tokens.numel(), out.shape[-1], dropout_p)
+        out = _dropout(out, keep.view(out.shape), dropout_p)
+    return out.to(token_weight.dtype)
+
+
+# ---- the notes' GPT, as it was meant ---------------------------------------------------------------------------------
+
+
+class TransformerDecoder(nn.Module):
+    """Post-norm block of the notes on PyTorch's own modules: x = norm1(x + attn(x)), then x = norm2(x + ff(x))."""
+
+    def __init__(self, hidden_dim: int, num_heads: int, ff_dim: int, dropout: float):
+        super().__init__()
+        self.multihead_attn = nn.MultiheadAttention(hidden_dim, num_heads, batch_first=True)
+        self.layer_norm1 = nn.LayerNorm(hidden_dim)
+        self.dropout1 = nn.Dropout(dropout)
+        self.ff = nn.Sequential(
+            nn.Linear(hidden_dim, ff_dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(ff_dim, hidden_dim)
+        )
+        self.layer_norm2 = nn.LayerNorm(hidden_dim)
+        self.dropout2 = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        attended, _ = self.multihead_attn(x, x, x, attn_mask=mask, need_weights=False)
+        x = self.layer_norm1(x + self.dropout1(attended))
+        return self.layer_norm2(x + self.dropout2(self.ff(x)))
+
+
+class GPT(nn.Module):
+    """The notes' GPT with its mistakes mended: attention over time, dropout on the embeddings, nothing in place."""
+
+    def __init__(self, num_tokens: int, hidden_dim: int, num_heads: int, num_layers: int, seq_len: int, dropout: float):
+        super().__init__()
+        self.token_emb = nn.Embedding(num_tokens, hidden_dim)
+        self.pos_emb = nn.Parameter(torch.randn(1, seq_len, hidden_dim) * 0.02)
+        self.dropout = nn.Dropout(dropout)
+        self.decoders = nn.ModuleList(
+            TransformerDecoder(hidden_dim, num_heads, 4 * hidden_dim, dropout) for _ in range(num_layers)
+        )
+        self.output_layer = nn.Linear(hidden_dim, num_tokens)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """tokens [B, T] → logits [B, T, V]."""
+        T = tokens.shape[1]
+        mask = torch.ones(T, T, dtype=torch.bool, device=tokens.device).triu(1)  # True: may not attend
+        x = self.dropout(self.token_emb(tokens) + self.pos_emb[:, :T])
+        for decoder in self.decoders:
+            x = decoder(x, mask)
+        return self.output_layer(x)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [B, T] → probabilities [B, T, V]."""
+        return torch.softmax(self.logits(tokens), dim=-1)

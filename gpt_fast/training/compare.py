@@ -1,0 +1,107 @@
+"""A model on its kernels beside the same model on the pure-PyTorch reference: do they agree, and how fast is each?"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops, use_reference
+from ..data.batches import Batch
+from ..heads import Head
+from .evaluate import load_run
+from .loop import update
+from .optimizer import make_optimizer
+from .runs import special_token
+
+SEED = 1234
+Mode = Callable[[], AbstractContextManager[object]]
+
+
+def compare(
+    folder: Path, device: str, batch_size: int, repeats: int, show: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Largest differences of logits and gradients on one batch of random tokens, with the dropout that the model
+    trains with and the same masks in both, then tokens per second of whole training steps, the two taking turns."""
+    model = load_run(folder, device)
+    batch = random_batch(model, batch_size).to(torch.device(device))
+    fused = logits_and_gradients(model, batch, nullcontext)
+    exact = logits_and_gradients(model, batch, use_reference)
+    result: dict[str, Any] = {
+        "device": device,
+        "batch": list(batch.tokens.shape),
+        "kernels": {op: ops.serving(op, torch.device(device).type) for op in ops.NAMES},
+        "logits": difference([fused[0]], [exact[0]]),
+        "gradients": difference(fused[1], exact[1]),
+    }
+    speeds: dict[str, list[float]] = {"fused": [], "reference": []}
+    modes: list[tuple[str, Mode]] = [("fused", nullcontext), ("reference", use_reference)]
+    copies = {name: copy.deepcopy(model) for name, _ in modes}
+    optimizers = {name: make_optimizer(twin, lr=1e-4) for name, twin in copies.items()}
+    for repeat in range(repeats + 1):
+        for name, mode in modes if repeat % 2 else reversed(modes):
+            with mode():
+                speed = batch.num_tokens() / step_seconds(copies[name], optimizers[name], batch)
+            if repeat:  # the first of each warms up
+                speeds[name].append(speed)
+        show(repeat, repeats)
+    for name, measured in speeds.items():
+        result[f"{name}_tokens_per_second"] = statistics.median(measured)
+        result[f"{name}_spread"] = [min(measured), max(measured)]
+    result["speedup"] = result["fused_tokens_per_second"] / result["reference_tokens_per_second"]
+    return result
+
+
+def random_batch(model: Head, batch_size: int) -> Batch:
+    """Random tokens with the labels that the model's head takes; rows of a classifier have unequal lengths."""
+    config = model.config
+    generator = torch.Generator().manual_seed(SEED)
+    tokens = torch.randint(config.num_tokens, (batch_size, config.seq_len), generator=generator)
+    name = type(model).__name__
+    if name == "GPTForCausalLM":
+        return Batch(tokens, tokens)
+    if name == "GPTForMaskedLM":
+        return Batch(tokens, tokens.masked_fill(torch.rand(tokens.shape, generator=generator) >= 0.15, -100))
+    lengths = torch.randint(config.seq_len // 2, config.seq_len + 1, (batch_size,), generator=generator)
+    tokens[torch.arange(batch_size), lengths - 1] = special_token(config, "extract_token")
+    if config.problem == "regression":
+        return Batch(tokens, torch.randn(batch_size, generator=generator), lengths)
+    return Batch(tokens, torch.randint(config.num_labels, (batch_size,), generator=generator), lengths)
+
+
+def logits_and_gradients(model: nn.Module, batch: Batch, mode: Mode) -> tuple[Tensor, list[Tensor]]:
+    """One training pass in float32: logits, and the gradient of every parameter that has one."""
+    model.train()
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(SEED)  # the same dropout masks every time
+    with mode():
+        out = model(batch.tokens, batch.labels, lengths=batch.lengths, logits=True)
+        out.loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return out.logits.detach().clone(), gradients
+
+
+def difference(got: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
+    """The largest `|got - wanted|` of all tensors, and the largest ratio of a tensor's difference to its own largest
+    entry."""
+    largest, relative = 0.0, 0.0
+    for a, b in zip(got, wanted, strict=True):
+        apart, scale = float((a - b).abs().max()), float(b.abs().max())
+        largest = max(largest, apart)
+        relative = max(relative, apart / scale if scale else apart)
+    return {"largest": largest, "relative": relative}
+
+
+def step_seconds(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+    model.train()
+    began = time.perf_counter()
+    loss, _ = update(model, optimizer, batch, 1.0)
+    loss.item()  # waits for the device
+    return time.perf_counter() - began

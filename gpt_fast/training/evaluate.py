@@ -1,0 +1,103 @@
+"""Evaluation of a finished run, whatever its head."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from .. import GPTForCausalLM, GPTForSequenceClassification
+from ..checkpoint import read_config
+from ..data.batches import lm_windows, token_stream, unigram_entropy
+from ..data.corpus import STDLIB, read_corpus, read_path
+from ..data.snippets import snippet_table
+from ..data.tables import read_table
+from ..data.tokenizer import encode_documents, load_tokenizer, vocabulary_size
+from ..heads import HEADS, Head
+from .evaluation import lm_loss, perplexity
+from .finetune import inputs, score, targets
+from .pretrain import masker
+from .runs import check_run, read_record, special_token
+
+BATCH = 32
+
+
+def load_run(folder: Path, device: str) -> Head:
+    """The model of a run folder with the head that it was saved with."""
+    check_run(folder)
+    name, _ = read_config(folder)
+    if name not in HEADS:
+        raise ValueError(f"{folder / 'config.json'}: head {name}; wanted one of {', '.join(HEADS)}")
+    return HEADS[name].from_pretrained(folder).to(device)
+
+
+def load_generator(folder: Path, device: str) -> GPTForCausalLM:
+    """The model of a run folder, which has to be one that generates text."""
+    model = load_run(folder, device)
+    if not isinstance(model, GPTForCausalLM):
+        raise ValueError(
+            f"{folder}: holds a {type(model).__name__}; wanted a GPTForCausalLM, which --objective clm trains"
+        )
+    return model
+
+
+def run_tokenizer(folder: Path, model: Head) -> Tokenizer:
+    """The tokenizer of a run folder, checked against the model's vocabulary."""
+    tokenizer, rows = load_tokenizer(folder), model.config.num_tokens
+    if vocabulary_size(tokenizer) > rows:
+        wanted = f"{vocabulary_size(tokenizer)} tokens, the model has {rows}"
+        raise ValueError(
+            f"{folder}: tokenizer.json and model.safetensors do not belong together; the tokenizer has {wanted}"
+        )
+    return tokenizer
+
+
+def evaluate(folder: Path, data: Path | None, text_column: str, label_column: str, device: str) -> dict[str, Any]:
+    """A language model's loss on text, or a classifier's metrics on a table, each with its baseline. Without `data`,
+    a model that learned from the standard library takes the files that its training held out."""
+    model = load_run(folder, device)
+    if data is None and read_record(folder).get("data") != STDLIB:
+        raise ValueError(f"{folder}: was not trained on the standard library; name what to evaluate on with --data")
+    if isinstance(model, GPTForSequenceClassification):
+        return evaluate_task(model, folder, data, text_column, label_column)
+    return evaluate_language_model(model, folder, data)
+
+
+def evaluate_task(
+    model: GPTForSequenceClassification, folder: Path, data: Path | None, text_column: str, label_column: str
+) -> dict[str, Any]:
+    table = snippet_table()[1] if data is None else read_table(data, text_column, label_column)
+    labels = targets(table, model.config.problem, read_record(folder).get("labels", []))
+    rows = inputs(run_tokenizer(folder, model), table.texts, model.config)
+    return {"task": model.config.problem, "data": table.source} | score(model, rows, labels)
+
+
+def evaluate_language_model(model: Head, folder: Path, data: Path | None) -> dict[str, Any]:
+    """Loss in nats per predicted token over the whole text, perplexity, and bits per byte, which do not depend on the
+    tokenizer. A masked model is asked for 15 % of the tokens, always the same."""
+    documents = read_corpus(None).valid if data is None else read_path(data)
+    tokenizer = run_tokenizer(folder, model)
+    stream = token_stream(
+        encode_documents(tokenizer, [d.text for d in documents]), special_token(model.config, "start_token")
+    )
+    tokens = lm_windows(stream, min(model.config.seq_len, stream.numel()))
+    causal = isinstance(model, GPTForCausalLM)
+    masked = tokens, tokens
+    if not causal:
+        masked = masker(tokenizer, model.config)(tokens, torch.Generator().manual_seed(0))
+    loss = lm_loss(model, *masked, causal=causal, batch_size=BATCH)
+    result: dict[str, Any] = {
+        "task": "clm" if causal else "mlm",
+        "data": STDLIB if data is None else str(data),
+        "tokens": tokens.numel(),
+        "loss": loss,
+        "unigram_entropy": unigram_entropy(tokens),
+        "perplexity": perplexity(loss),
+    }
+    if causal:
+        size = sum(len(document.text.encode()) for document in documents)
+        result["bits_per_byte"] = loss / math.log(2) * stream.numel() / size
+    return result

@@ -1,0 +1,164 @@
+"""add_layer_norm in Triton: dropout, residual addition and norm in one pass, forward and backward.
+
+Notation: summed [M, N] = residual + x * factor, factor = scale where the row rule keeps, else 0; normed is the norm of
+`summed` as it was rounded, so that backward needs nothing else. Backward: d = the norm's gradient + dsummed;
+dresidual = d, dx = d * factor. Precision, determinism and partial sums are those of layer_norm, whose tiles these are.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .layer_norm import add_partial_sums, as_rows, config, differentiate, normalise
+from .philox import keep_rows
+
+
+@triton.jit(do_not_specialize=["M", "site", "threshold"])
+def _fwd_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, normed_ptr, summed_ptr, mean_ptr, rstd_ptr, seed_ptr,
+    stride_x, stride_residual, M, N, eps, site, threshold, scale,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    mask = mask_m[:, None] & mask_n[None, :]
+    offs = offs_m[:, None] * N + offs_n[None, :]
+
+    x = tl.load(x_ptr + offs_m[:, None] * stride_x + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + offs_m[:, None] * stride_residual + offs_n[None, :], mask=mask, other=0.0)
+    if HAS_DROPOUT:
+        keep = keep_rows(offs_m[:, None], offs_n[None, :], site, threshold, seed_ptr)
+        x = tl.where(keep, x * scale, 0.0)
+    summed = (residual.to(tl.float32) + x).to(summed_ptr.dtype.element_ty)
+    tl.store(summed_ptr + offs, summed, mask=mask)
+    normed, mean, rstd = normalise(
+        summed.to(tl.float32), mask, weight_ptr, bias_ptr, offs_n, mask_n, N, eps, HAS_WEIGHT, HAS_BIAS
+    )
+    tl.store(normed_ptr + offs, normed, mask=mask)
+    tl.store(mean_ptr + offs_m, mean, mask=mask_m)
+    tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
+
+
+@triton.jit(do_not_specialize=["M", "site", "threshold"])
+def _bwd_kernel(
+    dnormed_ptr, dsummed_ptr, summed_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr,
+    dweight_ptr, dbias_ptr, seed_ptr, stride_dnormed, stride_dsummed, M, N, site, threshold, scale,
+    HAS_WEIGHT: tl.constexpr, HAS_DSUMMED: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_DX: tl.constexpr,
+    NEEDS_SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0).to(tl.int64)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    weight = tl.zeros([BLOCK_N], dtype=tl.float32)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK_N], dtype=tl.float32)
+    dbias = tl.zeros([BLOCK_N], dtype=tl.float32)
+
+    for first in range(program * BLOCK_M, M, programs * BLOCK_M):
+        offs_m = first + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        mask = mask_m[:, None] & mask_n[None, :]
+        offs = offs_m[:, None] * N + offs_n[None, :]
+        offs_dnormed = offs_m[:, None] * stride_dnormed + offs_n[None, :]
+        dnormed = tl.load(dnormed_ptr + offs_dnormed, mask=mask, other=0.0).to(tl.float32)
+        summed = tl.load(summed_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
+        rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
+        d, dweight_tile = differentiate(dnormed, summed, mean, rstd, weight, N, HAS_WEIGHT)
+        if HAS_DSUMMED:
+            offs_dsummed = offs_m[:, None] * stride_dsummed + offs_n[None, :]
+            d += tl.load(dsummed_ptr + offs_dsummed, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dresidual_ptr + offs, d, mask=mask)
+        if HAS_DX:
+            if HAS_DROPOUT:
+                keep = keep_rows(offs_m[:, None], offs_n[None, :], site, threshold, seed_ptr)
+                d = tl.where(keep, d * scale, 0.0)
+            tl.store(dx_ptr + offs, d, mask=mask)
+        if NEEDS_SUMS:
+            dweight += tl.sum(dweight_tile, axis=0)
+            dbias += tl.sum(dnormed, axis=0)
+
+    if NEEDS_SUMS:
+        tl.store(dweight_ptr + program * N + offs_n, dweight, mask=mask_n)
+        tl.store(dbias_ptr + program * N + offs_n, dbias, mask=mask_n)
+
+
+def forward(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    threshold: int,
+    scale: float,
+    seed: torch.Tensor | None,
+    site: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """normed, summed, and the float32 statistics mean and rstd of `summed`; without a seed there is no dropout."""
+    N = x.shape[-1]
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    normed = torch.empty(x.shape, dtype=dtype, device=x.device)
+    summed = torch.empty_like(normed)
+    mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    if normed.numel() == 0:
+        return normed, summed, mean.fill_(float("nan")), rstd.fill_(float("nan"))
+    rows, residual_rows = as_rows(x), as_rows(residual)
+    M = rows.shape[0]
+    launch = config(N)
+    _fwd_kernel[(triton.cdiv(M, launch.fwd_rows),)](
+        rows, residual_rows, weight, bias, normed, summed, mean, rstd, seed,
+        rows.stride(0), residual_rows.stride(0), M, N, eps, site, threshold, scale,
+        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None,
+        BLOCK_M=launch.fwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.fwd_warps,
+    )  # fmt: skip
+    return normed, summed, mean, rstd
+
+
+def backward(
+    dnormed: torch.Tensor,
+    dsummed: torch.Tensor | None,
+    summed: torch.Tensor,
+    weight: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    threshold: int,
+    scale: float,
+    seed: torch.Tensor | None,
+    site: int,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx (empty where it is dresidual), dresidual, dweight, dbias; the last two empty where not needed."""
+    N = summed.shape[-1]
+    has_dx = seed is not None or x_dtype != residual_dtype
+    dresidual = torch.empty(summed.shape, dtype=residual_dtype, device=summed.device)
+    dx = torch.empty(summed.shape if has_dx else (0,), dtype=x_dtype, device=summed.device)
+    sums_dtype = summed.dtype if weight is None else weight.dtype
+    dweight = torch.empty(N if needs_weight else 0, dtype=sums_dtype, device=summed.device)
+    dbias = torch.empty(N if needs_bias else 0, dtype=sums_dtype, device=summed.device)
+    if summed.numel() == 0:
+        return dx, dresidual, dweight.zero_(), dbias.zero_()
+    rows = as_rows(dnormed)
+    carried = None if dsummed is None else as_rows(dsummed)
+    M = rows.shape[0]
+    launch = config(N)
+    needs_sums = needs_weight or needs_bias
+    P = min(launch.bwd_programs, triton.cdiv(M, launch.bwd_rows))
+    partial = torch.empty((2, P, N) if needs_sums else (2, 0, 0), dtype=torch.float32, device=summed.device)
+    _bwd_kernel[(P,)](
+        rows, carried, summed, weight, mean, rstd, dx, dresidual, partial[0], partial[1], seed,
+        rows.stride(0), 0 if carried is None else carried.stride(0), M, N, site, threshold, scale,
+        HAS_WEIGHT=weight is not None, HAS_DSUMMED=carried is not None, HAS_DROPOUT=seed is not None, HAS_DX=has_dx,
+        NEEDS_SUMS=needs_sums,
+        BLOCK_M=launch.bwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.bwd_warps,
+    )  # fmt: skip
+    if needs_sums:
+        add_partial_sums(partial, dweight, dbias, needs_weight, needs_bias)
+    return dx, dresidual, dweight, dbias

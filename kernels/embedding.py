@@ -1,0 +1,173 @@
+"""embedding in Triton: token row + position row, dropped out, in one pass; deterministic backward by sorted segments.
+
+Notation: out [M, C] = (token_weight[tokens] + position_weight[positions]) * factor, factor = scale where the row rule
+keeps, else 0. Backward: row k of a table's gradient is the sum, in their order, of the rows of dout * factor that used
+it. The uses are sorted by k; a program adds a chunk of them, stores what begins and ends inside it, and leaves the two
+ends that reach into other chunks as partial sums, which a second kernel adds in their order. Sums in float32, one
+rounding. Indices out of range are clamped, so that nothing out of bounds is touched.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .philox import keep_rows
+
+ROWS, COLUMNS = 4, 256  # tile of the forward kernel
+CHUNK = 32  # uses that one program of the backward adds up
+WARPS = 4
+
+
+@triton.jit(do_not_specialize=["M", "site", "threshold"])
+def _fwd_kernel(
+    tokens_ptr, positions_ptr, token_weight_ptr, position_weight_ptr, out_ptr, seed_ptr,
+    stride_tv, stride_tc, stride_pp, stride_pc, M, T, V, P, C, site, threshold, scale,
+    HAS_DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_m = offs_m < M
+    mask = mask_m[:, None] & (offs_c < C)[None, :]
+    token = tl.load(tokens_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
+    position = tl.load(positions_ptr + offs_m % T, mask=mask_m, other=0).to(tl.int64)
+    token = tl.minimum(tl.maximum(token, 0), V - 1)
+    position = tl.minimum(tl.maximum(position, 0), P - 1)
+    token_ptrs = token_weight_ptr + token[:, None] * stride_tv + offs_c[None, :] * stride_tc
+    position_ptrs = position_weight_ptr + position[:, None] * stride_pp + offs_c[None, :] * stride_pc
+    out = tl.load(token_ptrs, mask=mask, other=0.0).to(tl.float32)
+    out += tl.load(position_ptrs, mask=mask, other=0.0).to(tl.float32)
+    if HAS_DROPOUT:
+        keep = keep_rows(offs_m[:, None], offs_c[None, :], site, threshold, seed_ptr)
+        out = tl.where(keep, out * scale, 0.0)
+    tl.store(out_ptr + offs_m[:, None] * C + offs_c[None, :], out, mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "site", "threshold"])
+def _bwd_kernel(
+    dout_ptr, ids_ptr, order_ptr, grad_ptr, partial_ptr, seed_ptr, stride_dm, stride_dc, stride_gk, stride_gc,
+    M, C, site, threshold, scale, HAS_DROPOUT: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Adds one chunk of the sorted uses; partial [chunks, 2, C] takes the run it goes on with and the one it begins."""
+    chunk = tl.program_id(0).to(tl.int64)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    base = chunk * CHUNK
+    id_before = tl.load(ids_ptr + base - 1, mask=base > 0, other=-1)
+    partial_ptr += chunk * 2 * C
+    total = tl.zeros([BLOCK_C], dtype=tl.float32)
+    first_run = base >= 0  # True, as a value that the loop can carry
+    for r in range(CHUNK):
+        use = base + r
+        here = use < M
+        id_now = tl.load(ids_ptr + use, mask=here, other=-2)
+        id_next = tl.load(ids_ptr + use + 1, mask=use + 1 < M, other=-3)
+        row = tl.load(order_ptr + use, mask=here, other=0)
+        value = tl.load(
+            dout_ptr + row * stride_dm + offs_c * stride_dc, mask=offs_c < tl.where(here, C, 0), other=0.0
+        ).to(tl.float32)
+        if HAS_DROPOUT:
+            keep = keep_rows(tl.zeros_like(offs_c) + row.to(tl.int32), offs_c, site, threshold, seed_ptr)
+            value = tl.where(keep, value * scale, 0.0)
+        total += value
+        ends = here & ((id_now != id_next) | (r == CHUNK - 1))
+        from_before = first_run & (id_now == id_before)
+        goes_on = id_now == id_next
+        tl.store(partial_ptr + offs_c, total, mask=offs_c < tl.where(ends & from_before, C, 0))
+        begins = ends & (from_before == 0) & goes_on
+        tl.store(partial_ptr + C + offs_c, total, mask=offs_c < tl.where(begins, C, 0))
+        whole = ends & (from_before == 0) & (goes_on == 0)
+        tl.store(grad_ptr + id_now * stride_gk + offs_c * stride_gc, total, mask=offs_c < tl.where(whole, C, 0))
+        total = tl.where(ends, 0.0, total)
+        first_run = first_run & (ends == 0)
+
+
+@triton.jit
+def _bwd_reduce_kernel(
+    ids_ptr, reach_ptr, grad_ptr, partial_ptr, stride_gk, stride_gc, M, C, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Adds the partial sums of the run that begins in a chunk and reaches beyond it, up to chunk `reach`."""
+    chunk = tl.program_id(0).to(tl.int64)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    base = chunk * CHUNK
+    last = tl.minimum(base + CHUNK, M) - 1
+    id_last = tl.load(ids_ptr + last)
+    began_before = (tl.load(ids_ptr + base) == id_last) & (
+        tl.load(ids_ptr + base - 1, mask=base > 0, other=-1) == id_last
+    )
+    reach = tl.load(reach_ptr + chunk)
+    owns = (reach > chunk) & (began_before == 0)
+    mask_c = offs_c < tl.where(owns, C, 0)
+    total = tl.load(partial_ptr + (chunk * 2 + 1) * C + offs_c, mask=mask_c, other=0.0)
+    for other in range(chunk + 1, tl.where(owns, reach, chunk) + 1):
+        total += tl.load(partial_ptr + other * 2 * C + offs_c, mask=mask_c, other=0.0)
+    tl.store(grad_ptr + id_last * stride_gk + offs_c * stride_gc, total, mask=mask_c)
+
+
+def _grid(programs: int, C: int) -> tuple[int, int]:
+    return programs, triton.cdiv(C, COLUMNS)
+
+
+def forward(
+    tokens: torch.Tensor,
+    token_weight: torch.Tensor,
+    position_weight: torch.Tensor,
+    positions: torch.Tensor,
+    threshold: int,
+    scale: float,
+    seed: torch.Tensor | None,
+    site: int,
+) -> torch.Tensor:
+    """out [..., C]; positions [T] repeat along the leading axes of tokens. Without a seed there is no dropout."""
+    C = token_weight.shape[1]
+    out = torch.empty((*tokens.shape, C), dtype=token_weight.dtype, device=tokens.device)
+    if out.numel() == 0:
+        return out
+    M = tokens.numel()
+    _fwd_kernel[_grid(triton.cdiv(M, ROWS), C)](
+        tokens.contiguous(), positions.contiguous(), token_weight, position_weight, out, seed,
+        *token_weight.stride(), *position_weight.stride(), M, positions.numel(), token_weight.shape[0],
+        position_weight.shape[0], C, site, threshold, scale,
+        HAS_DROPOUT=seed is not None, BLOCK_M=ROWS, BLOCK_C=COLUMNS, num_warps=WARPS,
+    )  # fmt: skip
+    return out
+
+
+def backward(
+    dout: torch.Tensor,
+    tokens: torch.Tensor,
+    token_weight: torch.Tensor,
+    position_weight: torch.Tensor,
+    positions: torch.Tensor,
+    threshold: int,
+    scale: float,
+    seed: torch.Tensor | None,
+    site: int,
+    needs_token: bool,
+    needs_position: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of both tables in their strides; empty where not needed."""
+    rows = dout.reshape(-1, dout.shape[-1])
+
+    def gradient(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        grad = torch.zeros_like(table)
+        M, C = rows.shape
+        if rows.numel() == 0:
+            return grad
+        ids, order = indices.expand(tokens.shape).reshape(-1).long().clamp(0, table.shape[0] - 1).sort(stable=True)
+        chunks = triton.cdiv(M, CHUNK)
+        partial = torch.empty((chunks, 2, C), dtype=torch.float32, device=dout.device)
+        _bwd_kernel[_grid(chunks, C)](
+            rows, ids, order, grad, partial, seed, *rows.stride(), *grad.stride(), M, C, site, threshold, scale,
+            HAS_DROPOUT=seed is not None, CHUNK=CHUNK, BLOCK_C=COLUMNS, num_warps=WARPS,
+        )  # fmt: skip
+        last_uses = torch.arange(CHUNK - 1, chunks * CHUNK, CHUNK, device=ids.device).clamp(max=M - 1)
+        reach = (torch.searchsorted(ids, ids[last_uses], right=True) - 1) // CHUNK
+        _bwd_reduce_kernel[_grid(chunks, C)](
+            ids, reach, grad, partial, *grad.stride(), M, C, CHUNK=CHUNK, BLOCK_C=COLUMNS, num_warps=WARPS
+        )
+        return grad
+
+    nothing = (0,)
+    return (
+        gradient(token_weight, tokens) if needs_token else token_weight.new_empty(nothing),
+        gradient(position_weight, positions) if needs_position else position_weight.new_empty(nothing),
+    )

@@ -1,0 +1,223 @@
+"""layer_norm in Triton: one read and one write of each tensor, forward and backward.
+
+Notation: x, y [M, N]; xhat = (x - mean) * rstd; y = xhat * weight + bias. Backward, with g = dy * weight:
+dx = (g - mean(g) - xhat * mean(g * xhat)) * rstd; dweight = sum over rows of dy * xhat; dbias = sum over rows of dy.
+Precision: a row is held in registers, its mean first, then the variance of the centred row, all in float32.
+Determinism: a program sums every P-th tile of rows in registers and stores one partial sum; a second kernel adds the
+P partial sums in their order. P depends on the width alone, so nothing depends on the device.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+
+class Config(NamedTuple):
+    """Launch configuration for rows of up to `width` columns."""
+
+    width: int
+    fwd_rows: int  # rows of a tile, forward
+    fwd_warps: int
+    bwd_rows: int
+    bwd_warps: int
+    bwd_programs: int  # partial sums of the weight gradients
+
+
+# Tiles of 2 to 16 KiB keep several loads in flight; compiled for sm_80, sm_90 and sm_100 without spills up to 8192
+# columns. Not yet tuned on a GPU.
+CONFIGS = (
+    Config(width=128, fwd_rows=16, fwd_warps=4, bwd_rows=16, bwd_warps=4, bwd_programs=512),
+    Config(width=256, fwd_rows=8, fwd_warps=4, bwd_rows=8, bwd_warps=4, bwd_programs=512),
+    Config(width=512, fwd_rows=4, fwd_warps=4, bwd_rows=4, bwd_warps=4, bwd_programs=512),
+    Config(width=1024, fwd_rows=4, fwd_warps=4, bwd_rows=4, bwd_warps=4, bwd_programs=512),
+    Config(width=2048, fwd_rows=2, fwd_warps=4, bwd_rows=2, bwd_warps=8, bwd_programs=256),
+    Config(width=4096, fwd_rows=1, fwd_warps=4, bwd_rows=1, bwd_warps=8, bwd_programs=256),
+    Config(width=8192, fwd_rows=1, fwd_warps=8, bwd_rows=1, bwd_warps=16, bwd_programs=128),
+    Config(width=16384, fwd_rows=1, fwd_warps=16, bwd_rows=1, bwd_warps=32, bwd_programs=128),
+    Config(width=65536, fwd_rows=1, fwd_warps=32, bwd_rows=1, bwd_warps=32, bwd_programs=128),
+)
+REDUCE_ROWS, REDUCE_COLUMNS = 64, 32  # tile of the second stage
+
+
+@triton.jit
+def normalise(
+    x, mask, weight_ptr, bias_ptr, offs_n, mask_n, N, eps, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr
+):  # fmt: skip
+    """(y, mean, rstd) of a float32 tile of whole rows that holds zeros where `mask` is False."""
+    mean = tl.sum(x, axis=1) / N
+    centred = tl.where(mask, x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / N + eps)
+    y = centred * rstd[:, None]
+    if HAS_WEIGHT:
+        y *= tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    return y, mean, rstd
+
+
+@triton.jit
+def differentiate(dy, x, mean, rstd, weight, N, HAS_WEIGHT: tl.constexpr):
+    """(dx, dy * xhat) of a float32 tile of whole rows; dy holds zeros in the padding."""
+    xhat = (x - mean[:, None]) * rstd[:, None]  # finite in the padding, where dy is zero
+    g = dy
+    if HAS_WEIGHT:
+        g = dy * weight[None, :]
+    mean_g = tl.sum(g, axis=1) / N
+    mean_gx = tl.sum(g * xhat, axis=1) / N
+    dx = (g - mean_g[:, None] - xhat * mean_gx[:, None]) * rstd[:, None]
+    return dx, dy * xhat
+
+
+@triton.jit(do_not_specialize=["M"])
+def _fwd_kernel(
+    x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, stride_x, M, N, eps,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    mask = mask_m[:, None] & mask_n[None, :]
+
+    x = tl.load(x_ptr + offs_m[:, None] * stride_x + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    y, mean, rstd = normalise(x, mask, weight_ptr, bias_ptr, offs_n, mask_n, N, eps, HAS_WEIGHT, HAS_BIAS)
+    tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y, mask=mask)
+    tl.store(mean_ptr + offs_m, mean, mask=mask_m)
+    tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _bwd_kernel(
+    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr, stride_dy, stride_x, M, N,
+    HAS_WEIGHT: tl.constexpr, NEEDS_SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0).to(tl.int64)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    weight = tl.zeros([BLOCK_N], dtype=tl.float32)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK_N], dtype=tl.float32)
+    dbias = tl.zeros([BLOCK_N], dtype=tl.float32)
+
+    for first in range(program * BLOCK_M, M, programs * BLOCK_M):
+        offs_m = first + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        mask = mask_m[:, None] & mask_n[None, :]
+        dy = tl.load(dy_ptr + offs_m[:, None] * stride_dy + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + offs_m[:, None] * stride_x + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
+        rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
+        dx, dweight_tile = differentiate(dy, x, mean, rstd, weight, N, HAS_WEIGHT)
+        tl.store(dx_ptr + offs_m[:, None] * N + offs_n[None, :], dx, mask=mask)
+        if NEEDS_SUMS:
+            dweight += tl.sum(dweight_tile, axis=0)
+            dbias += tl.sum(dy, axis=0)
+
+    if NEEDS_SUMS:
+        tl.store(dweight_ptr + program * N + offs_n, dweight, mask=mask_n)
+        tl.store(dbias_ptr + program * N + offs_n, dbias, mask=mask_n)
+
+
+@triton.jit
+def _bwd_reduce_kernel(
+    partial_dweight_ptr, partial_dbias_ptr, dweight_ptr, dbias_ptr, P, N,
+    NEEDS_WEIGHT: tl.constexpr, NEEDS_BIAS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    dweight = tl.zeros([BLOCK_P, BLOCK_N], dtype=tl.float32)
+    dbias = tl.zeros([BLOCK_P, BLOCK_N], dtype=tl.float32)
+    for first in range(0, P, BLOCK_P):
+        offs_p = first + tl.arange(0, BLOCK_P)
+        mask = (offs_p < P)[:, None] & mask_n[None, :]
+        offs = offs_p[:, None] * N + offs_n[None, :]
+        if NEEDS_WEIGHT:
+            dweight += tl.load(partial_dweight_ptr + offs, mask=mask, other=0.0)
+        if NEEDS_BIAS:
+            dbias += tl.load(partial_dbias_ptr + offs, mask=mask, other=0.0)
+    if NEEDS_WEIGHT:
+        tl.store(dweight_ptr + offs_n, tl.sum(dweight, axis=0), mask=mask_n)
+    if NEEDS_BIAS:
+        tl.store(dbias_ptr + offs_n, tl.sum(dbias, axis=0), mask=mask_n)
+
+
+def config(N: int) -> Config:
+    """The launch configuration for rows of N columns."""
+    for candidate in CONFIGS:
+        if N <= candidate.width:
+            return candidate
+    raise ValueError(f"gpt_fast.layer_norm: rows have {N} columns, wanted at most {CONFIGS[-1].width} on this device")
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """[M, N] with neighbouring columns side by side: a view where the strides allow it."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
+def forward(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y like x and the float32 statistics mean and rstd, one of each a row."""
+    N = x.shape[-1]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    if y.numel() == 0:
+        return y, mean.fill_(float("nan")), rstd.fill_(float("nan"))
+    rows = as_rows(x)
+    M = rows.shape[0]
+    launch = config(N)
+    _fwd_kernel[(triton.cdiv(M, launch.fwd_rows),)](
+        rows, weight, bias, y, mean, rstd, rows.stride(0), M, N, eps,
+        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+        BLOCK_M=launch.fwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.fwd_warps,
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx like x; dweight and dbias [N] in the weight's dtype, empty where not needed."""
+    N = x.shape[-1]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    sums_dtype = x.dtype if weight is None else weight.dtype
+    dweight = torch.empty(N if needs_weight else 0, dtype=sums_dtype, device=x.device)
+    dbias = torch.empty(N if needs_bias else 0, dtype=sums_dtype, device=x.device)
+    if dx.numel() == 0:
+        return dx, dweight.zero_(), dbias.zero_()
+    rows, dy_rows = as_rows(x), as_rows(dy)
+    M = rows.shape[0]
+    launch = config(N)
+    needs_sums = needs_weight or needs_bias
+    P = min(launch.bwd_programs, triton.cdiv(M, launch.bwd_rows))
+    partial = torch.empty((2, P, N) if needs_sums else (2, 0, 0), dtype=torch.float32, device=x.device)
+    _bwd_kernel[(P,)](
+        dy_rows, rows, weight, mean, rstd, dx, partial[0], partial[1], dy_rows.stride(0), rows.stride(0), M, N,
+        HAS_WEIGHT=weight is not None, NEEDS_SUMS=needs_sums,
+        BLOCK_M=launch.bwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.bwd_warps,
+    )  # fmt: skip
+    if needs_sums:
+        add_partial_sums(partial, dweight, dbias, needs_weight, needs_bias)
+    return dx, dweight, dbias
+
+
+def add_partial_sums(
+    partial: torch.Tensor, dweight: torch.Tensor, dbias: torch.Tensor, needs_weight: bool, needs_bias: bool
+) -> None:
+    """The second stage: partial [2, P, N], of weight and bias, into dweight and dbias where they are needed."""
+    _, P, N = partial.shape
+    _bwd_reduce_kernel[(triton.cdiv(N, REDUCE_COLUMNS),)](
+        partial[0], partial[1], dweight, dbias, P, N,
+        NEEDS_WEIGHT=needs_weight, NEEDS_BIAS=needs_bias, BLOCK_P=REDUCE_ROWS, BLOCK_N=REDUCE_COLUMNS, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,55 @@
+"""The dropout generator in Triton: philox4x32-7, and the rules that give an element its 16 random bits.
+
+An element is dropped where its bits are below the threshold. The bits depend on seed, site and coordinates alone, so
+every kernel here, the C++ kernels and the reference drop the same elements. Widening before a product makes one
+instruction of its two halves.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _philox(c0, c1, c2, c3, seed_ptr):
+    """The four words at a counter of uint32 tensors that broadcast against each other."""
+    seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    c0, c1 = tl.broadcast(c0, c1)
+    c2, c3 = tl.broadcast(c2 + tl.zeros_like(c0), c3 + tl.zeros_like(c0))
+    for _ in tl.static_range(7):
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = p1.to(tl.uint32)
+        c3 = p0.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def keep_rows(i, j, site, threshold, seed_ptr):
+    """Row sites: whether row i [M, 1] keeps column j [1, N]; both int."""
+    i, j = i.to(tl.uint32), j.to(tl.uint32)  # unsigned: division by a power of two is a shift
+    w0, w1, w2, w3 = _philox(j // 8, i, tl.zeros_like(j), site.to(tl.uint32), seed_ptr)
+    word = (j // 2) % 4
+    bits = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
+    return ((bits >> (16 * (j % 2))) & 0xFFFF) >= threshold
+
+
+@triton.jit
+def keep_matrix(i, j, b, site, threshold, seed_ptr):
+    """Matrix sites: whether (i, j) of matrix b is kept; i, j and b are ints that broadcast to [M, N].
+
+    i and j may stand on either axis: the bits i // 8 % 2, j // 8 % 2 and j % 2 choose among a counter's eight numbers,
+    and in the accumulators of matrix instructions those are bits of the register, so one call serves many elements.
+    """
+    i, j = i.to(tl.uint32), j.to(tl.uint32)  # unsigned: division by a power of two is a shift
+    c0 = (j // 16) * 4 + (j % 8) // 2
+    c1 = (i // 16) * 8 + i % 8
+    w0, w1, w2, w3 = _philox(c0, c1, b.to(tl.uint32), site.to(tl.uint32), seed_ptr)
+    odd_j = (j // 8) % 2 == 1
+    bits = tl.where((i // 8) % 2 == 1, tl.where(odd_j, w3, w2), tl.where(odd_j, w1, w0))
+    return ((bits >> (16 * (j % 2))) & 0xFFFF) >= threshold

@@ -1,0 +1,109 @@
+"""The fixtures `cli` and `data` of the tests that run `gpt-fast`.
+
+Importing torch takes seconds, so most command lines run in processes forked from one that has imported everything.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+SERVER = """
+import io, json, os, sys, tempfile, traceback
+import gpt_fast.commands, gpt_fast.cli
+import gpt_fast.training.compare, gpt_fast.training.finetune, gpt_fast.training.pretrain
+
+for line in sys.stdin:
+    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        sys.argv = ["gpt-fast", *json.loads(line)]
+        code = 0
+        try:
+            gpt_fast.cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    _, status = os.waitpid(pid, 0)
+    texts = []
+    for file in (out, err):
+        file.seek(0)
+        texts.append(file.read().decode())
+    print(json.dumps([os.waitstatus_to_exitcode(status), *texts]), flush=True)
+"""
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "COLUMNS": "200",
+    "NO_COLOR": "1",
+}
+SENTENCES = "".join(f"the {'red' if i % 3 else 'blue'} fox runs {i % 7} times\n" for i in range(300))
+SMALL = ["--layers", "1", "--heads", "2", "--dim", "16", "--seq-len", "32", "--batch-size", "4", "--device", "cpu"]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture(scope="session")
+def cli() -> Iterator[Cli]:
+    """Runs one command line in a process of its own."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+
+    def run(*args: object) -> Result:
+        print(json.dumps([str(arg) for arg in args]), file=server.stdin, flush=True)
+        return Result(*json.loads(server.stdout.readline()))
+
+    with server:
+        yield run
+        server.stdin.close()
+
+
+def succeed(result: Result) -> Result:
+    assert result.code == 0, result.err
+    assert "Traceback" not in result.err
+    return result
+
+
+class Data(NamedTuple):
+    """Files and runs that the tests read and none may change."""
+
+    folder: Path
+    text: Path
+    table: Path
+    lm: Path
+    mlm: Path
+    classifier: Path
+
+
+@pytest.fixture(scope="session")
+def data(cli, tmp_path_factory) -> Data:
+    folder = tmp_path_factory.mktemp("data")
+    made = Data(folder, *(folder / name for name in ("text.txt", "table.csv", "lm", "mlm", "classifier")))
+    made.text.write_text(SENTENCES, encoding="utf-8")
+    rows = [f"{line},{'warm' if 'red' in line else 'cold'}" for line in SENTENCES.splitlines()[:60]]
+    made.table.write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")
+    pretrain = ["pretrain", "--data", made.text, *SMALL, "--steps", 4]
+    succeed(cli(*pretrain, "--out", made.lm, "--tokenizer", "byte"))
+    succeed(cli(*pretrain, "--out", made.mlm, "--objective", "mlm", "--tokenizer", "char"))
+    succeed(cli("finetune", "--from", made.lm, "--train", made.table, "--out", made.classifier, "--epochs", 1))
+    return made

@@ -1,0 +1,85 @@
+"""Fixtures every op's tests use. One test file serves the C++ kernels, Triton in the interpreter and Triton on CUDA."""
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import gpt_fast
+import gpt_fast.reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    """ "cpu" (C++, or Triton under TRITON_INTERPRET=1) and, where there is one, "cuda"."""
+    return request.param
+
+
+@pytest.fixture
+def implementation(device: str) -> str:
+    """Which implementation a fused op has to run on `device`: the tests must not pass on another one."""
+    if device == "cuda" or INTERPRETED:
+        return "triton"
+    return "reference" if os.environ.get("GPT_FAST_NO_CPP") == "1" else "cpp"
+
+
+@pytest.fixture
+def check_implementation(device: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """`check(op, call)`: `call()`, forward and backward, runs on the implementation under test and on no other."""
+
+    def check(op: str, call: Callable[[], object]) -> None:
+        assert gpt_fast.ops.serving(op, device) == implementation
+        launched = []
+        if implementation == "triton":
+            kernel = importlib.import_module(f"gpt_fast.kernels.{op}")
+            for name in ("forward", "backward"):
+                launcher = getattr(kernel, name)
+                monkeypatch.setattr(kernel, name, lambda *a, n=name, f=launcher: (launched.append(n), f(*a))[1])
+        if implementation != "reference":
+            monkeypatch.setattr(gpt_fast.reference, op, lambda *a, **k: pytest.fail(f"the reference of {op} ran"))
+        call()
+        assert launched == (["forward", "backward"] if implementation == "triton" else [])
+
+    return check
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fill what `torch.empty` and `at::empty` return with NaN, so that a value a kernel forgets to write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads() -> Iterator:
+    """A function that sets the number of threads; what it was before comes back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_leftover_switches() -> Iterator[None]:
+    yield
+    gpt_fast.check_values(False)
+    torch._dynamo.reset()

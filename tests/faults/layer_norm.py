@@ -1,0 +1,49 @@
+"""Faults that tests/test_layer_norm.py must catch."""
+
+from tests.mutants import Fault
+
+TRITON = "kernels/layer_norm.py"
+CPP, NORM, COMMON = "csrc/cpu/layer_norm.cpp", "csrc/cpu/norm.h", "csrc/cpu/common.h"
+
+FAULTS = (
+    # Triton, forward
+    Fault("mean over the padded width", TRITON, "mean = tl.sum(x, axis=1) / N", "mean = tl.sum(x, axis=1) / x.shape[1]"),
+    Fault("unbiased variance", TRITON, "axis=1) / N + eps)", "axis=1) / (N - 1) + eps)"),
+    Fault("eps dropped", TRITON, "axis=1) / N + eps)", "axis=1) / N)"),
+    Fault("eps added to the deviation", TRITON, "1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / N + eps)", "1.0 / (tl.sqrt_rn(tl.sum(centred * centred, axis=1) / N) + eps)"),
+    Fault("variance of what is not centred in the padding", TRITON, "tl.where(mask, x - mean[:, None], 0.0)", "x - mean[:, None]"),
+    Fault("bfloat16 mean", TRITON, "mean = tl.sum(x, axis=1) / N", "mean = (tl.sum(x, axis=1) / N).to(tl.bfloat16).to(tl.float32)"),
+    Fault("variance as a difference of squares", TRITON, "tl.sum(centred * centred, axis=1) / N + eps", "tl.sum(x * x, axis=1) / N - mean * mean + eps"),
+    Fault("last row of a tile skipped", TRITON, "mask_m, mask_n = offs_m < M, offs_n < N", "mask_m, mask_n = offs_m < M - 1, offs_n < N"),
+    Fault("last column skipped", TRITON, "mask_m, mask_n = offs_m < M, offs_n < N", "mask_m, mask_n = offs_m < M, offs_n < N - 1"),
+    Fault("rows taken as contiguous, forward", TRITON, "x = tl.load(x_ptr + offs_m[:, None] * stride_x + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)\n    y, mean", "x = tl.load(x_ptr + offs_m[:, None] * N + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)\n    y, mean"),
+    Fault("weight added", TRITON, "y *= tl.load(weight_ptr", "y += tl.load(weight_ptr"),
+    Fault("bias ignored", TRITON, "HAS_BIAS=bias is not None", "HAS_BIAS=False"),
+    Fault("wrong statistics saved", TRITON, "tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)", "tl.store(rstd_ptr + offs_m, rstd * rstd, mask=mask_m)"),
+    # Triton, backward
+    Fault("first gradient term dropped", TRITON, "dx = (g - mean_g[:, None] - xhat", "dx = (g - xhat"),
+    Fault("second gradient term dropped", TRITON, "- mean_g[:, None] - xhat * mean_gx[:, None]) *", "- mean_g[:, None]) *"),
+    Fault("gradient not scaled by rstd", TRITON, "xhat * mean_gx[:, None]) * rstd[:, None]", "xhat * mean_gx[:, None])"),
+    Fault("mean of the gradient over the padded width", TRITON, "mean_g = tl.sum(g, axis=1) / N", "mean_g = tl.sum(g, axis=1) / g.shape[1]"),
+    Fault("weight left out of the gradient", TRITON, "g = dy * weight[None, :]", "g = dy"),
+    Fault("weight gradient without normalisation", TRITON, "return dx, dy * xhat", "return dx, dy * x"),
+    Fault("weight gradient through the weight", TRITON, "return dx, dy * xhat", "return dx, g * xhat"),
+    Fault("sums of the last tile alone", TRITON, "dbias += tl.sum(dy, axis=0)", "dbias = tl.sum(dy, axis=0)"),
+    Fault("weight and bias gradients swapped", TRITON, "partial[0], partial[1], dweight, dbias, P, N", "partial[1], partial[0], dweight, dbias, P, N"),
+    Fault("bfloat16 sums", TRITON, "partial = torch.empty((2, P, N) if needs_sums else (2, 0, 0), dtype=torch.float32", "partial = torch.empty((2, P, N) if needs_sums else (2, 0, 0), dtype=torch.bfloat16"),
+    Fault("programs' stride too long", TRITON, "range(program * BLOCK_M, M, programs * BLOCK_M)", "range(program * BLOCK_M, M, programs * BLOCK_M * 2)"),
+    Fault("rows taken as contiguous, backward", TRITON, "dy_ptr + offs_m[:, None] * stride_dy", "dy_ptr + offs_m[:, None] * N"),
+    Fault("second stage skips its tail", TRITON, "for first in range(0, P, BLOCK_P)", "for first in range(0, P - BLOCK_P + 1, BLOCK_P)"),
+    # C++, forward
+    Fault("unbiased variance", NORM, "map_reduce_all<float>(squared_deviation, add, x, N) / N;", "map_reduce_all<float>(squared_deviation, add, x, N) / (N - 1);"),
+    Fault("eps dropped", NORM, "variance + static_cast<float>(eps)", "variance"),
+    Fault("bias ignored", NORM, "if (bias != nullptr) value", "if (false) value"),
+    Fault("tail of a row skipped", COMMON, "if (j < N) body(j, N - j);", ""),
+    Fault("rows taken as contiguous", COMMON, "stride_(rows_.stride(0) * rows_.element_size())", "stride_(rows_.size(1) * rows_.element_size())"),
+    # C++, backward
+    Fault("first gradient term dropped", NORM, "(g - mean_g - normalised(j, count) * mean_gx)", "(g - normalised(j, count) * mean_gx)"),
+    Fault("second gradient term dropped", NORM, "(g - mean_g - normalised(j, count) * mean_gx)", "(g - mean_g)"),
+    Fault("weight gradient through the weight", NORM, "fmadd(upstream, xhat, Vec::loadu(dweight", "fmadd(g, xhat, Vec::loadu(dweight"),
+    Fault("weight and bias gradients swapped", CPP, "{dx, gradients.dweight(), gradients.dbias()}", "{dx, gradients.dbias(), gradients.dweight()}"),
+    Fault("last row block left out", COMMON, "block < blocks; ++block", "block < blocks - 1; ++block"),
+)  # fmt: skip

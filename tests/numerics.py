@@ -1,0 +1,77 @@
+"""The tolerance policy, all of it: what a kernel's result may differ from the truth by, and why.
+
+Truth is the reference in float64 on the inputs as they were rounded. PyTorch in the tested dtype is no oracle: its own
+rounding errors reject correct kernels.
+
+- Results rounded once (norms, activations, losses): eps(dtype) |exact| for the rounding, with a factor of two over the
+  half ulp it costs, and 16 eps(float32) max|exact| for the float32 arithmetic before it.
+- Results of matrix products with rounded operands (attention, mlp): the yardstick is the reference in the tested dtype,
+  which rounds exactly where the contract says. Largest error at most 2 times, root mean square at most 1.25 times the
+  yardstick's, plus a float32 floor.
+- A norm amplifies the rounding of its statistics where mean ≫ std: `norm_conditioning` is that amplification.
+"""
+
+import torch
+from torch import Tensor
+
+EPS32 = torch.finfo(torch.float32).eps
+MAX_FACTOR, RMS_FACTOR = 2.0, 1.25  # of the yardstick's errors
+FLOOR = 16 * EPS32  # of float32 arithmetic, relative to the largest (or root mean square) exact value
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def assert_rounded_once(got: Tensor, exact: Tensor, *, conditioning: Tensor | float = 0.0, label: str = "") -> None:
+    """|got - exact| ≤ eps(dtype) |exact| + 16 eps(float32) max|exact| + conditioning, everywhere."""
+    assert exact.dtype == torch.float64, "the truth is computed in float64"
+    assert got.shape == exact.shape, f"{label}: shape {list(got.shape)}, wanted {list(exact.shape)}"
+    if exact.numel() == 0:
+        return
+    bound = torch.finfo(got.dtype).eps * exact.abs() + FLOOR * exact.abs().max() + conditioning
+    error = (got.double() - exact).abs()
+    _assert_all(error <= bound, error / bound.clamp(min=1e-300), got, exact, label)
+
+
+def assert_as_accurate(got: Tensor, yardstick: Tensor, exact: Tensor, *, terms: float = 0.0, label: str = "") -> None:
+    """Largest error ≤ 2 and root mean square ≤ 1.25 times those of `yardstick`, plus a float32 floor.
+
+    `yardstick` is the reference in the dtype of `got`, `exact` the reference in float64, on the same inputs. Where a
+    result is a sum that cancels, `terms` is the size of what is added: the floor is relative to it, because float32
+    rounds the terms, however small their sum.
+    """
+    assert exact.dtype == torch.float64, "the truth is computed in float64"
+    assert yardstick.dtype == got.dtype, f"{label}: yardstick is {yardstick.dtype}, got {got.dtype}"
+    assert got.shape == exact.shape == yardstick.shape, f"{label}: shape {list(got.shape)}, wanted {list(exact.shape)}"
+    if exact.numel() == 0:
+        return
+    error, allowed = (got.double() - exact).abs(), (yardstick.double() - exact).abs()
+    largest = MAX_FACTOR * allowed.max() + FLOOR * max(exact.abs().max().item(), terms)
+    _assert_all(error <= largest, error / largest.clamp(min=1e-300), got, exact, f"{label} (largest error)")
+    rms, rms_allowed, rms_exact = (value.square().mean().sqrt().item() for value in (error, allowed, exact))
+    bound = RMS_FACTOR * rms_allowed + FLOOR * max(rms_exact, terms)
+    assert rms <= bound, f"{label}: root mean square error {rms:.3g}, allowed {bound:.3g}"
+
+
+def norm_conditioning(x: Tensor, eps: float) -> Tensor:
+    """[..., 1]: 4 eps(float32) max|x| / std, by how much float32 statistics may move a normalised value."""
+    x = x.double()
+    std = (x.var(-1, keepdim=True, unbiased=False) + eps).sqrt()
+    return 4 * EPS32 * x.abs().amax(-1, keepdim=True) / std
+
+
+def exact(tensor: Tensor | None) -> Tensor | None:
+    """The same numbers in float64, as a leaf that records gradients where the original does."""
+    if tensor is None or not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().double().requires_grad_(tensor.requires_grad)
+
+
+def _assert_all(ok: Tensor, excess: Tensor, got: Tensor, wanted: Tensor, label: str) -> None:
+    if bool(ok.all()):
+        return
+    worst = int(torch.where(ok, 0.0, excess.nan_to_num(nan=torch.inf)).argmax())
+    raise AssertionError(
+        f"{label}: {int((~ok).sum())} of {ok.numel()} values are off; the worst, number {worst}, is "
+        f"{got.flatten()[worst].item():.9g}, wanted {wanted.flatten()[worst].item():.9g}, "
+        f"{excess.flatten()[worst].item():.3g} times the allowed error"
+    )

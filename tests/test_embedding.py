@@ -1,0 +1,173 @@
+"""embedding against the float64 reference: lookup, positions, dropout, deterministic backward."""
+
+import numerics
+import pytest
+import torch
+
+from gpt_fast import ops, reference
+
+CASES = [
+    pytest.param((1, 1), 5, 3, 8, id="one_token"),
+    pytest.param((2, 7), 11, 9, 33, id="off_powers_of_two"),
+    pytest.param((3, 2, 5), 40, 5, 64, id="three_dimensions"),
+    pytest.param((6,), 9, 6, 16, id="one_dimension"),
+    pytest.param((4, 20), 3, 100, 48, id="few_tokens_many_times"),
+    pytest.param((3, 32), 1, 32, 300, id="one_token_over_whole_chunks"),
+    pytest.param((2, 16), 500, 16, 768, id="gpt2_width"),
+]
+
+
+def sample_inputs(shape, V, P, C, device, dtype=torch.float32):
+    tokens = torch.randint(0, V, shape, device=device)
+    token_weight = torch.randn(V, C, device=device).to(dtype).requires_grad_()
+    position_weight = torch.randn(P, C, device=device).to(dtype).requires_grad_()
+    return tokens, token_weight, position_weight
+
+
+def check(tokens, token_weight, position_weight, positions=None, p=0.0):
+    seed, site = torch.tensor([7], device=tokens.device), 0
+    weights = token_weight, position_weight
+    out = ops.embedding(tokens, *weights, positions, p, seed, site)
+    dout = torch.randn(out.shape, device=out.device).to(out.dtype)
+    grads = torch.autograd.grad(out, weights, dout)
+    exact_weights = tuple(numerics.exact(weight) for weight in weights)
+    wanted = reference.embedding(tokens, *exact_weights, positions, p, seed, site)
+    numerics.assert_rounded_once(out, wanted.detach(), label="out")
+    for name, grad, exact in zip(
+        ("dtoken", "dposition"), grads, torch.autograd.grad(wanted, exact_weights, dout.double()), strict=True
+    ):
+        numerics.assert_rounded_once(grad, exact, label=name)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "V", "P", "C"), CASES)
+def test_numerics(shape, V, P, C, dtype, p, device):
+    check(*sample_inputs(shape, V, P, C, device, dtype), p=p)
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("shape", [(3, 7), (7,)], ids=["each_row", "shared"])
+def test_given_positions(shape, index_dtype, device):
+    tokens, *weights = sample_inputs((3, 7), 11, 9, 24, device)
+    positions = torch.randint(0, 9, shape, device=device).to(index_dtype)
+    check(tokens.to(index_dtype), *weights, positions, 0.2)
+
+
+def test_dropout_is_the_contracts_bit_for_bit(device):
+    seed, site, p = torch.tensor([123], device=device), 4, 0.4
+    tokens = torch.zeros(3, 50, dtype=torch.int64, device=device)
+    ones = torch.ones(1, 131, device=device)
+    out = ops.embedding(tokens, ones, torch.zeros(50, 131, device=device), None, p, seed, site)
+    wanted = reference.dropout_keep_rows(seed, site, 150, 131, p).float() * reference.dropout_scale(p)
+    assert torch.equal(out.view(150, 131), wanted)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_gradients_have_the_strides_of_their_weights(transposed, device):
+    tokens, token_weight, position_weight = sample_inputs((3, 7), 11, 9, 24, device)
+    if transposed:
+        token_weight = token_weight.detach().t().contiguous().t().requires_grad_()
+    out = ops.embedding(tokens, token_weight, position_weight)
+    assert torch.equal(out, ops.embedding(tokens, token_weight.contiguous(), position_weight))
+    check(tokens, token_weight, position_weight)
+    out.square().sum().backward()
+    assert token_weight.grad.stride() == token_weight.stride()
+
+
+@pytest.mark.parametrize("frozen", [0, 1], ids=["token_weight", "position_weight"])
+def test_frozen_weights(frozen, device):
+    tokens, *weights = sample_inputs((3, 7), 11, 9, 24, device)
+    dout = torch.randn(3, 7, 24, device=device)
+    wanted = torch.autograd.grad(ops.embedding(tokens, *weights), weights, dout)[1 - frozen]
+    weights[frozen].requires_grad_(False)
+    (got,) = torch.autograd.grad(ops.embedding(tokens, *weights), weights[1 - frozen], dout)
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0,)], ids=str)
+def test_empty(shape, device):
+    tokens, *weights = sample_inputs(shape, 11, 9, 24, device)
+    out = ops.embedding(tokens, *weights, None, 0.1)
+    assert out.shape == (*shape, 24)
+    assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), weights))
+
+
+def test_two_runs_and_any_number_of_threads_agree_bit_for_bit(device, threads):
+    tokens, *weights = sample_inputs((4, 15), 7, 15, 2000, device)
+    seed, dout = torch.tensor([3], device=device), torch.randn(4, 15, 2000, device=device)
+
+    def run():
+        out = ops.embedding(tokens, *weights, None, 0.1, seed, 1)
+        return out, *torch.autograd.grad(out, weights, dout)
+
+    threads(1)
+    first = run()
+    for count in (1, 2, 3):
+        threads(count)
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True)), f"{count} threads"
+
+
+def test_the_expected_implementation_ran(device, check_implementation):
+    inputs = sample_inputs((2, 3), 5, 3, 8, device)
+    check_implementation("embedding", lambda: ops.embedding(*inputs).sum().backward())
+
+
+def test_opcheck():
+    tokens, token_weight, position_weight = sample_inputs((3, 7), 11, 9, 24, "cpu")
+    weights = token_weight.detach(), position_weight.detach()
+    positions = torch.arange(7)
+    for p, seed in ((0.0, None), (0.1, torch.tensor([1]))):
+        torch.library.opcheck(torch.ops.gpt_fast.embedding_forward.default, (tokens, *weights, positions, p, seed, 0))
+        for needs in ((True, True), (True, False)):
+            args = torch.randn(3, 7, 24), tokens, *weights, positions, p, seed, 0, *needs
+            torch.library.opcheck(torch.ops.gpt_fast.embedding_backward.default, args)
+
+
+def test_fullgraph(device):
+    seed = torch.tensor([8], device=device)
+    compiled = torch.compile(ops.embedding, fullgraph=True, backend="aot_eager")
+    tokens, *weights = sample_inputs((3, 7), 11, 9, 24, device)
+    got, wanted = (f(tokens, *weights, None, 0.1, seed, 1) for f in (compiled, ops.embedding))
+    dout = torch.randn_like(got)
+    assert torch.equal(got, wanted)
+    for a, b in zip(torch.autograd.grad(got, weights, dout), torch.autograd.grad(wanted, weights, dout), strict=True):
+        assert torch.equal(a, b)
+
+
+def id_tensor(*values):
+    return torch.tensor([values])
+
+
+BAD_INPUT = [
+    pytest.param(lambda t, w, p: (t.float(), w, p), "tokens is float32", id="token_dtype"),
+    pytest.param(lambda t, w, p: (t, w, p.half()), "position_weight float16", id="mixed_dtypes"),
+    pytest.param(lambda t, w, p: (t, w[0], p), r"token_weight has shape \[8\], wanted \[V, C\]", id="table_dimensions"),
+    pytest.param(lambda t, w, p: (t, w, p[:, 1:]), "differ in width", id="widths"),
+    pytest.param(lambda t, w, p: (t, w, p[:2]), "3 tokens in a row, wanted at most 2", id="too_long"),
+    pytest.param(lambda t, w, p: (t, w, p, t[:, :2]), r"positions has shape \[2, 2\]", id="position_shape"),
+    pytest.param(lambda t, w, p: (t, w, p, None, 1.5), "dropout_p is 1.5", id="probability"),
+    pytest.param(lambda t, w, p: (id_tensor(0, 5, 1), w, p), r"tokens holds 5, wanted values in \[0, 5\)", id="high"),
+    pytest.param(lambda t, w, p: (id_tensor(0, -1, 1), w, p), "tokens holds -1", id="id_negative"),
+    pytest.param(lambda t, w, p: (t, w, p, id_tensor(0, 1, 9)[0]), "positions holds 9", id="position_high"),
+    pytest.param(lambda t, w, p: (t, w.to("meta"), p), "token_weight on meta", id="devices"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD_INPUT)
+def test_bad_input(spoil, message):
+    with pytest.raises(ValueError, match=f"embedding: .*{message}"):
+        ops.embedding(*spoil(*sample_inputs((2, 3), 5, 3, 8, "cpu")))
+
+
+def test_the_kernel_checks_ids_itself():
+    """Compiled code skips the public function's look at the values; the kernel has the last word."""
+    tokens, token_weight, position_weight = sample_inputs((2, 3), 5, 3, 8, "cpu")
+    if ops.serving("embedding", "cpu") != "cpp":
+        pytest.skip("only the C++ kernel raises; others clamp")
+    tokens[1, 1] = 5
+    with pytest.raises(ValueError, match="tokens holds 5"):
+        torch.ops.gpt_fast.embedding_forward(
+            tokens, token_weight.detach(), position_weight.detach(), torch.arange(3), 0.0, None, 0
+        )
+    assert ops.embedding(tokens.clamp(max=4), token_weight, position_weight).isfinite().all()

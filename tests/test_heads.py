@@ -1,0 +1,316 @@
+"""The heads: their losses against definitions written out, saving and loading, growing vocabularies."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from gpt_fast import GPTConfig, GPTForCausalLM, GPTForMaskedLM, GPTForSequenceClassification
+from gpt_fast.heads import HEADS
+
+SIZES = {"num_tokens": 61, "hidden_dim": 32, "num_heads": 4, "num_layers": 2, "seq_len": 20}
+PRESETS = ["notes", "gpt1", "gpt2"]
+
+
+def build(head, preset="gpt2", **overrides):
+    return head(GPTConfig.preset(preset, **{**SIZES, "dropout": 0.0, **overrides}))
+
+
+def tokens_of(B=3, T=9):
+    return torch.randint(0, 61, (B, T))
+
+
+# ---- causal language model -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_causal_loss_is_the_cross_entropy_of_the_next_token(preset):
+    head, tokens = build(GPTForCausalLM, preset), tokens_of()
+    labels = tokens.clone()
+    labels[0, 4] = -100
+    out = head(tokens, labels, logits=True)
+    wanted = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert torch.allclose(out.loss, wanted, rtol=1e-5)
+    assert head(tokens, labels).logits is None
+    assert head(tokens).loss is None
+    assert torch.allclose(head(tokens).logits, out.logits)
+
+
+def test_causal_loss_trains_every_parameter():
+    head, tokens = build(GPTForCausalLM, "notes"), tokens_of()
+    head(tokens, tokens).loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in head.parameters())
+
+
+@pytest.mark.parametrize("kind", ["lengths", "right_mask", "left_mask"])
+def test_padding_counts_in_no_loss(kind):
+    """The loss of a padded batch is that of its sequences alone, weighted by their predictions."""
+    head, tokens, lengths = build(GPTForCausalLM), tokens_of(), torch.tensor([9, 4, 2])
+    real = torch.arange(9) < lengths[:, None]
+    if kind == "left_mask":
+        real = real.flip(1)
+    padding = {"lengths": lengths} if kind == "lengths" else {"key_mask": real}
+    total = sum(
+        head(row[keep][None], row[keep][None]).loss * (keep.sum() - 1) for row, keep in zip(tokens, real, strict=True)
+    )
+    assert torch.allclose(head(tokens, tokens, **padding).loss, total / (lengths - 1).sum(), rtol=1e-5)
+
+
+def test_tied_and_free_output_layers():
+    tied, free = build(GPTForCausalLM, "gpt2"), build(GPTForCausalLM, "notes")
+    assert tied.output_layer.weight is tied.trunk.token_emb.weight
+    assert tied.output_layer.bias is None
+    assert free.output_layer.weight is not free.trunk.token_emb.weight
+    assert free.output_layer.bias is not None
+    assert tied.num_parameters() == sum(tensor.numel() for tensor in set(tied.parameters()))
+
+
+# ---- masked language model -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_masked_loss_is_the_cross_entropy_at_the_labelled_positions(preset):
+    head, tokens = build(GPTForMaskedLM, preset), tokens_of()
+    labels = torch.full_like(tokens, -100)
+    labels[0, 2], labels[2, 8] = 5, 17
+    out = head(tokens, labels, logits=True)
+    wanted = -(out.logits[0, 2].log_softmax(0)[5] + out.logits[2, 8].log_softmax(0)[17]) / 2
+    assert torch.allclose(out.loss, wanted, rtol=1e-5)
+
+
+def test_masked_model_sees_both_sides():
+    head, tokens = build(GPTForMaskedLM).eval(), tokens_of(1)
+    other = tokens.clone()
+    other[0, 8] = (other[0, 8] + 1) % 61
+    assert not torch.equal(head(tokens).logits[0, 0], head(other).logits[0, 0])
+
+
+COST = r"""
+    import contextlib, pathlib, re, sys, time, torch, gpt_fast
+    from gpt_fast import GPTConfig, GPTForMaskedLM
+    def peak():  # in KiB; of this process alone, which ru_maxrss is not
+        return int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+    torch.set_num_threads(1)
+    mode, masked = sys.argv[1], int(sys.argv[2])
+    head = GPTForMaskedLM(GPTConfig(20000, 64, 4, 1, 256, embedding_dropout=0, attention_dropout=0, residual_dropout=0))
+    tokens = torch.randint(0, 20000, (8, 256))
+    labels = torch.full((8 * 256,), -100)
+    labels[torch.randperm(8 * 256)[:masked]] = 3
+    with gpt_fast.use_reference() if mode == "reference" else contextlib.nullcontext():
+        head(tokens[:1, :8], tokens[:1, :8]).loss.backward()
+        times, before = [], peak()
+        for _ in range(3):
+            start = time.perf_counter()
+            head(tokens, labels.view(8, 256)).loss.backward()
+            times.append(time.perf_counter() - start)
+    print(min(times), (peak() - before) / 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.parametrize("mode", ["kernels", "reference"])
+def test_masked_model_costs_what_its_masked_positions_cost(mode):
+    """A training step whose loss is all but the whole work: with 5 % of the positions masked it takes far less time
+    than with all, and on the reference, which stores the logits, less memory; the kernels never store them.
+
+    Each in a process of its own, so that the peak is its own; the sizes leave a factor of ten between the two.
+    """
+    costs = {}
+    for masked in (102, 2048):
+        command = [sys.executable, "-c", textwrap.dedent(COST), mode, str(masked)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        costs[masked] = tuple(map(float, output.split()))
+    (few_time, few_memory), (all_time, all_memory) = costs[102], costs[2048]
+    all_logits = 2048 * 20000 * 4 / 2**20  # MiB
+    assert few_time < 0.5 * all_time, costs
+    assert few_memory < 0.5 * all_logits, costs
+    if mode == "reference":
+        assert all_memory > all_logits, costs
+    else:
+        assert all_memory < 0.5 * all_logits, costs
+
+
+# ---- classification --------------------------------------------------------------------------------------------------
+
+
+def test_classifier_reads_the_last_real_token():
+    head, tokens = build(GPTForSequenceClassification, num_labels=5).eval(), tokens_of()
+    lengths = torch.tensor([9, 4, 1])
+    real = torch.arange(9) < lengths[:, None]
+    alone = torch.cat([head(row[:length][None]).logits for row, length in zip(tokens, lengths, strict=True)])
+    assert torch.allclose(head(tokens, lengths=lengths).logits, alone, atol=1e-5)
+    assert torch.allclose(head(tokens, key_mask=real).logits, alone, atol=1e-5)
+    left = torch.stack([row.roll(9 - int(length)) for row, length in zip(tokens, lengths, strict=True)])
+    assert torch.allclose(head(left, key_mask=real.flip(1)).logits, alone, atol=1e-5)
+
+
+def test_classifier_reads_the_extract_token():
+    """The last extract token, wherever it stands: what follows it changes nothing."""
+    head = build(GPTForSequenceClassification, pooling="extract", extract_token=60).eval()
+    tokens = torch.randint(0, 60, (2, 9))
+    tokens[0, 5] = tokens[1, 2] = tokens[1, 8] = 60
+    out = head(tokens).logits
+    assert torch.allclose(out[0], head(tokens[:1, :6]).logits[0], atol=1e-5)
+    assert torch.allclose(out[1], head(tokens[1:]).logits[0], atol=1e-5)
+    with pytest.raises(ValueError, match=r"row 1 of tokens has none, wanted an extract token \(60\)"):
+        head(torch.tensor([[60, 1], [2, 3]]))
+
+
+def test_classification_and_regression_losses():
+    tokens = tokens_of()
+    head = build(GPTForSequenceClassification, num_labels=4)
+    labels = torch.tensor([0, 3, 1])
+    out = head(tokens, labels)
+    assert torch.allclose(out.loss, F.cross_entropy(out.logits, labels))
+    head = build(GPTForSequenceClassification, num_labels=1, problem="regression")
+    targets = torch.tensor([0.5, -1.0, 2.0])
+    out = head(tokens, targets)
+    assert torch.allclose(out.loss, (out.logits[:, 0] - targets).square().mean())
+    head = build(GPTForSequenceClassification, num_labels=2, problem="regression")
+    targets = torch.randn(3, 2)
+    assert torch.allclose(head(tokens, targets).loss, F.mse_loss(head(tokens).logits, targets))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_joint_loss_adds_the_language_model_on_the_same_tokens(preset):
+    tokens, labels, lengths = tokens_of(), torch.tensor([0, 1, 1]), torch.tensor([9, 6, 2])
+    joint = build(GPTForSequenceClassification, preset, lm_weight=0.5, classifier_dropout=0.0)
+    alone = build(GPTForSequenceClassification, preset, classifier_dropout=0.0)
+    alone.load_state_dict({k: v for k, v in joint.state_dict().items() if not k.startswith("output_layer")})
+    language_model = build(GPTForCausalLM, preset)
+    language_model.load_state_dict({k: v for k, v in joint.state_dict().items() if not k.startswith("classifier")})
+    wanted = alone(tokens, labels, lengths=lengths).loss
+    wanted = wanted + 0.5 * language_model(tokens, tokens, lengths=lengths).loss
+    assert torch.allclose(joint(tokens, labels, lengths=lengths).loss, wanted, rtol=1e-5)
+
+
+# ---- saving and loading ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", HEADS)
+def test_save_and_load_round_trip(name, preset, tmp_path):
+    head, tokens = build(HEADS[name], preset), tokens_of()
+    head.save_pretrained(tmp_path / "model")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    loaded = HEADS[name].from_pretrained(tmp_path / "model")
+    assert loaded.config == head.config
+    for (key, tensor), other in zip(head.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other), key
+    assert torch.equal(loaded.eval()(tokens).logits, head.eval()(tokens).logits)
+
+
+def test_fine_tuning_starts_from_the_pre_trained_trunk(tmp_path):
+    head = build(GPTForCausalLM, "notes")
+    head.save_pretrained(tmp_path)
+    tuned = GPTForSequenceClassification.from_pretrained(tmp_path, num_labels=7, lm_weight=0.5)
+    for key, tensor in head.state_dict().items():
+        assert torch.equal(tensor, tuned.state_dict()[key]), key
+    assert tuned.classifier.weight.shape == (7, 32)
+    masked = GPTForMaskedLM.from_pretrained(tmp_path)
+    assert torch.equal(masked.output_layer.weight, head.output_layer.weight)
+
+
+def rewrite(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def drop_tensor(path):
+    tensors = load_file(path)
+    tensors.pop("trunk.decoders.0.ff.0.weight")
+    save_file(tensors, path)
+
+
+def add_tensor(path):
+    save_file(load_file(path) | {"trunk.extra": torch.zeros(2)}, path)
+
+
+SPOILED = [  # how, the error, what it says
+    pytest.param(lambda d: (d / "config.json").unlink(), FileNotFoundError, "no config.json there", id="no_config"),
+    pytest.param(lambda d: (d / "model.safetensors").unlink(), FileNotFoundError, "missing", id="no_weights"),
+    pytest.param(lambda d: (d / "config.json").write_text("{"), ValueError, "not JSON", id="config_not_json"),
+    pytest.param(lambda d: (d / "config.json").write_bytes(b"\xff\xfe"), ValueError, "not JSON", id="config_not_utf8"),
+    pytest.param(lambda d: (d / "config.json").write_text("[1]"), ValueError, "not written by gpt_fast", id="foreign"),
+    pytest.param(lambda d: rewrite(d / "config.json", format="hf"), ValueError, "not written by gpt_fast", id="format"),
+    pytest.param(lambda d: rewrite(d / "config.json", colour=1), ValueError, "got colour", id="unknown_field"),
+    pytest.param(lambda d: rewrite(d / "config.json", hidden_dim="x"), ValueError, "hidden_dim is", id="type"),
+    pytest.param(
+        lambda d: rewrite(d / "config.json", num_tokens=62), ValueError,
+        r"token_emb.weight has shape \[61, 32\], wanted \[62, 32\]", id="other_sizes",
+    ),
+    pytest.param(lambda d: rewrite(d / "config.json", num_layers=3), ValueError, "lacks trunk.decoders.2", id="layers"),
+    pytest.param(lambda d: rewrite(d / "config.json", num_layers=1), ValueError, "holds trunk.decoders.1", id="fewer"),
+    pytest.param(lambda d: truncate(d / "model.safetensors"), ValueError, "truncated", id="truncated"),
+    pytest.param(
+        lambda d: (d / "model.safetensors").write_bytes(b"PK pickle"), ValueError, "no safetensors file", id="pickle"
+    ),
+    pytest.param(lambda d: drop_tensor(d / "model.safetensors"), ValueError, "lacks trunk.decoders.0.ff.0", id="lacks"),
+    pytest.param(lambda d: add_tensor(d / "model.safetensors"), ValueError, "holds trunk.extra", id="extra"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "error", "message"), SPOILED)
+def test_spoiled_checkpoints(spoil, error, message, tmp_path):
+    build(GPTForCausalLM).save_pretrained(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(error, match=message):
+        GPTForCausalLM.from_pretrained(tmp_path)
+
+
+def test_nothing_is_left_behind_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="file"):
+        build(GPTForCausalLM).save_pretrained(tmp_path / "file" / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# ---- vocabulary ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [61, 70, 40])
+@pytest.mark.parametrize("preset", ["gpt2", "notes"])
+def test_resize_embeddings(preset, size, tmp_path):
+    head, tokens = build(GPTForCausalLM, preset).eval(), torch.randint(0, 40, (2, 5))
+    before, kept = head(tokens).logits, min(size, 61)
+    head.resize_embeddings(size)
+    after = head(tokens).logits
+    assert after.shape == (2, 5, size)
+    assert torch.allclose(after[..., :kept], before[..., :kept], atol=1e-6)
+    assert head.config.num_tokens == head.trunk.config.num_tokens == size
+    assert (head.output_layer.weight is head.trunk.token_emb.weight) == head.config.tied
+    head.save_pretrained(tmp_path)
+    assert torch.equal(GPTForCausalLM.from_pretrained(tmp_path).eval()(tokens).logits, after)
+
+
+def test_resize_embeddings_errors():
+    head = build(GPTForCausalLM, pad_token=60)
+    with pytest.raises(ValueError, match="pad_token is 60"):
+        head.resize_embeddings(50)
+    with pytest.raises(ValueError, match="num_tokens is 0"):
+        head.resize_embeddings(0)
+    assert head.config.num_tokens == 61
+
+
+BAD_LABELS = [
+    pytest.param(GPTForCausalLM, lambda t: t[:, :-1], r"labels is torch.int64 \[3, 8\], wanted .* \[3, 9\]", id="lm"),
+    pytest.param(GPTForCausalLM, lambda t: t.float(), "labels is torch.float32", id="lm_dtype"),
+    pytest.param(GPTForMaskedLM, lambda t: t + 61, r"target holds \d+, wanted values in \[0, 61\) or -100", id="range"),
+    pytest.param(GPTForSequenceClassification, lambda t: t[:, 0] * 0 + 2, r"labels hold 2 to 2.*\[0, 2\)", id="class"),
+    pytest.param(GPTForSequenceClassification, lambda t: t, r"labels is torch.int64 \[3, 9\], wanted .* \[3\]", id="s"),
+]
+
+
+@pytest.mark.parametrize(("head", "labels", "message"), BAD_LABELS)
+def test_bad_labels(head, labels, message):
+    tokens = tokens_of()
+    with pytest.raises(ValueError, match=message):
+        build(head)(tokens, labels(tokens))

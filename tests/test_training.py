@@ -1,0 +1,426 @@
+"""Schedules, optimizer, run folders, the loop, metrics, and small trainings from text and tables to run folders."""
+
+import json
+import math
+import random
+import stat
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gpt_fast import GPTConfig, GPTForCausalLM, GPTForMaskedLM
+from gpt_fast.data.batches import Batch
+from gpt_fast.training import evaluate, evaluation, finetune, pretrain, runs
+from gpt_fast.training.compare import compare, difference
+from gpt_fast.training.loop import LoopSettings, fit, intervals
+from gpt_fast.training.optimizer import make_optimizer
+from gpt_fast.training.schedules import warmup_cosine, warmup_linear
+
+SMALL = {"num_tokens": 40, "hidden_dim": 16, "num_heads": 2, "num_layers": 2, "seq_len": 16}
+
+
+def ignore(*_: object) -> None:
+    """Stands for a display."""
+
+
+# --- schedules ---
+
+
+@pytest.mark.parametrize("schedule", [warmup_cosine, warmup_linear])
+def test_schedules(schedule):
+    """A straight rise to 1 at the end of the warm-up, then a fall that never turns and nearly ends at 0."""
+    rates = [schedule(step, total=100, warmup=10) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10] == 1
+    assert all(later < earlier for earlier, later in pairwise(rates[10:]))
+    assert 0 < rates[-1] < 0.02
+    assert schedule(100, total=100, warmup=10) == 0
+
+
+def test_schedules_halfway():
+    assert warmup_cosine(55, total=100, warmup=10) == pytest.approx(0.5)
+    assert warmup_cosine(25, total=70, warmup=10) == pytest.approx((1 + math.sqrt(0.5)) / 2)
+    assert warmup_linear(25, total=70, warmup=10) == pytest.approx(0.75)
+
+
+# --- optimizer ---
+
+
+def test_only_matrices_decay():
+    model = GPTForCausalLM(GPTConfig.preset("gpt2", **SMALL))
+    decaying, plain = make_optimizer(model, 1e-3, weight_decay=0.1).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(p)].split(".")[-1] for p in plain["params"]} == {"weight", "bias", "in_proj_bias"}
+    assert all("norm" in names[id(p)] for p in plain["params"] if names[id(p)].endswith("weight"))
+    assert (decaying["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    # The tied output layer is there once.
+    assert sum(p.numel() for group in (decaying, plain) for p in group["params"]) == model.num_parameters()
+
+
+# --- run folders ---
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_a_run_appears_whole(tmp_path):
+    out = tmp_path / "runs" / "a"
+    with runs.new_run(out) as work:
+        (work / "run.json").write_text("{}")
+        assert not out.exists()
+    assert listing(tmp_path) == ["runs", "runs/a", "runs/a/run.json"]
+    assert stat.S_IMODE(out.stat().st_mode) == stat.S_IMODE(out.parent.stat().st_mode)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("before", [False, True], ids=["new", "overwrite"])
+def test_an_error_leaves_nothing(tmp_path, error, before):
+    out = tmp_path / "runs" / "a"
+    if before:
+        out.mkdir(parents=True)
+        (out / "run.json").write_text("old")
+    held = listing(tmp_path)
+
+    def fail() -> None:
+        with runs.new_run(out, overwrite=before) as work:
+            (work / "run.json").write_text("new")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert listing(tmp_path) == held
+    assert not before or (out / "run.json").read_text() == "old"
+
+
+def test_overwrite_replaces_a_run(tmp_path):
+    out = tmp_path / "a"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("old")
+    with pytest.raises(FileExistsError, match=r"already holds a run.*--overwrite"), runs.new_run(out):
+        pass
+    with runs.new_run(out, overwrite=True) as work:
+        (work / "run.json").write_text("new")
+    assert listing(tmp_path) == ["a", "a/run.json"]
+
+
+def test_overwrite_spares_what_is_no_run(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"holds what no run wrote \(thesis.tex\)"), runs.new_run(tmp_path, True):
+        pass
+    assert listing(tmp_path) == ["run.json", "thesis.tex"]
+
+
+def test_an_empty_folder_is_taken(tmp_path):
+    out = tmp_path / "a"
+    out.mkdir()
+    with runs.new_run(out) as work:
+        (work / "run.json").write_text("{}")
+    assert listing(tmp_path) == ["a", "a/run.json"]
+
+
+def test_folders_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="is a file"), runs.new_run(tmp_path / "file"):
+        pass
+    with pytest.raises(ValueError, match="cannot write there"), runs.new_run(tmp_path / "file" / "a"):
+        pass
+
+
+# --- the loop ---
+
+
+class Line(nn.Module):
+    """A model of one number whose loss is its distance from the mean label."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.zeros(1))
+
+    def forward(self, tokens, labels, *, lengths=None):
+        self.seen = getattr(self, "seen", 0) + 1
+        return type("Output", (), {"loss": (self.x - labels.mean()).square().sum()})
+
+
+def test_loop_logs_and_validates(tmp_path):
+    model, shown = Line(), []
+    batches = iter([Batch(torch.zeros(2, 3), torch.full((2,), float(i))) for i in range(7)])
+    settings = LoopSettings(7, 0.1, lambda step: 1 / (step + 1), log_every=3, valid_every=5)
+    last = fit(model, batches, lambda: {"valid_loss": 5.0}, settings, tmp_path / "m.jsonl", shown.append)
+    lines = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 5, 6, 7]
+    assert ["valid_loss" in line for line in lines] == [False, True, False, True]
+    assert [line["lr"] for line in lines] == pytest.approx([0.1 / 3, 0.1 / 5, 0.1 / 6, 0.1 / 7])
+    assert last == lines[-1]
+    assert model.seen == len(shown) == 7
+    assert [progress.logged for progress in shown if progress.logged] == lines
+    assert all(line["tokens_per_second"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 60, 125, 500, 1000, 100_000])
+def test_intervals(steps):
+    """Validations lie on logged steps, and there are about as many as asked for."""
+    every = intervals(steps, validations=10)
+    assert every["valid_every"] % every["log_every"] == 0
+    assert min(steps, 8) // 2 <= steps // every["valid_every"] <= 12
+    assert steps // every["log_every"] >= min(steps, 50)
+
+
+def test_logged_loss_is_the_mean_since_the_last_line(tmp_path):
+    model = Line()
+    batches = iter([Batch(torch.zeros(1, 1), torch.tensor([value])) for value in (1.0, 3.0)])
+    settings = LoopSettings(2, 0.0, lambda step: 1.0, log_every=2, valid_every=2)
+    last = fit(model, batches, dict, settings, tmp_path / "m.jsonl", ignore)
+    assert last["train_loss"] == pytest.approx((1 + 9) / 2)
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tmp_path):
+    batches = iter([Batch(torch.zeros(1, 1), torch.tensor([value])) for value in (1.0, math.inf)])
+    settings = LoopSettings(2, 0.1, lambda step: 1.0, log_every=20, valid_every=20)
+    with pytest.raises(ValueError, match=r"loss is inf at step 2; try a smaller --lr than 0\.1"):
+        fit(Line(), batches, dict, settings, tmp_path / "m.jsonl", ignore)
+
+
+# --- metrics ---
+
+
+@pytest.mark.parametrize("head", [GPTForCausalLM, GPTForMaskedLM], ids=["clm", "mlm"])
+def test_lm_loss_weighs_every_predicted_token_the_same(head):
+    """Batches of unequal size, and of unequal numbers of asked positions, give the loss of one batch."""
+    torch.manual_seed(0)
+    model = head(GPTConfig.preset("gpt2", **SMALL, dropout=0.5))
+    tokens = torch.randint(40, (7, 16))
+    labels = tokens.masked_fill(torch.rand(7, 16) < torch.linspace(0.1, 0.9, 7)[:, None], -100)
+    got = evaluation.lm_loss(model, tokens, labels, causal=head is GPTForCausalLM, batch_size=3)
+    assert model.training
+    logits = model.eval()(tokens).logits
+    if head is GPTForCausalLM:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    wanted = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert got == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_classification_metrics():
+    """Predictions 0 0 1 2 for labels 0 0 0 1: F1 of the three classes 0.8, 0 and 0."""
+    logits = torch.eye(3)[[0, 0, 1, 2]] * 9
+    metrics = evaluation.classification_metrics(logits, torch.tensor([0, 0, 0, 1]))
+    assert metrics["accuracy"] == 0.5
+    assert metrics["macro_f1"] == pytest.approx(0.8 / 3)
+    assert metrics["majority_accuracy"] == 0.75
+    assert metrics["majority_macro_f1"] == pytest.approx((6 / 7) / 2)  # the third class is nowhere in it
+    assert metrics["examples"] == 4
+
+
+def test_regression_metrics():
+    metrics = evaluation.regression_metrics(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, 3.0, 5.0]))
+    assert metrics["mse"] == pytest.approx(2 / 3)
+    assert metrics["mean_mse"] == pytest.approx(8 / 3)
+    assert metrics["pearson"] == pytest.approx(0.981981, abs=1e-5)
+    assert "pearson" not in evaluation.regression_metrics(torch.ones(3), torch.tensor([1.0, 3.0, 5.0]))
+
+
+# --- from text to a run ---
+
+COLOURS = ("red", "green", "blue")
+VERBS = {"fox": "runs", "crow": "flies", "wolf": "howls", "gull": "swims"}
+BIRDS = ("crow", "gull")
+SIZES = {"layers": 1, "heads": 2, "dim": 32, "seq_len": 32, "batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "animals.txt"
+    path.write_text("".join(f"{sentence(i)}\n" for i in range(900)), encoding="utf-8")
+    return path
+
+
+def sentence(i: int) -> str:
+    draw = random.Random(i)
+    animal = draw.choice(list(VERBS))
+    return f"the {draw.choice(COLOURS)} {animal} {VERBS[animal]} {draw.randrange(10)} times"
+
+
+@pytest.fixture(scope="module")
+def language_runs(text, tmp_path_factory) -> dict[str, Path]:
+    """A small run of each objective."""
+    folder = tmp_path_factory.mktemp("runs")
+    # A masked model is asked for an eighth as many tokens of a window, and takes longer to look at its neighbours.
+    for objective, steps, batch_size in (("clm", 60, 8), ("mlm", 250, 32)):
+        settings = pretrain.PretrainSettings(
+            out=folder / objective,
+            data=(text,),
+            objective=objective,
+            steps=steps,
+            lr=5e-3,
+            **(SIZES | {"batch_size": batch_size}),
+        )
+        pretrain.pretrain(settings, ignore, ignore)
+    return {objective: folder / objective for objective in ("clm", "mlm")}
+
+
+@pytest.mark.parametrize(("objective", "margin"), [("clm", 0.5), ("mlm", 0.1)])
+def test_pretraining_learns_and_leaves_a_run(language_runs, objective, margin):
+    run = language_runs[objective]
+    assert {path.name for path in run.iterdir()} == runs.RUN_FILES
+    record = runs.read_record(run)
+    metrics = runs.read_metrics(run)
+    assert metrics[-1]["step"] == record["steps"]
+    assert metrics[-1]["valid_loss"] == record["valid_loss"]
+    assert sum("valid_loss" in line for line in metrics) == 10
+    assert record["valid_loss"] < record["unigram_entropy"] - margin
+    model = evaluate.load_run(run, "cpu")
+    assert model.num_parameters() == record["parameters"]
+    tokenizer = evaluate.run_tokenizer(run, model)
+    assert model.config.mask_token == tokenizer.token_to_id("<|mask|>")
+
+
+def test_evaluating_a_language_model(language_runs, text, tmp_path):
+    """On the held-out tenth of the text evaluation finds the loss that training logged last."""
+    kept = text.read_text().encode()
+    cut = text.read_text().rfind("\n", 0, int(len(kept) * 0.9)) + 1
+    (tmp_path / "held_out.txt").write_bytes(kept[cut:])
+    for run in language_runs.values():
+        result = evaluate.evaluate(run, tmp_path / "held_out.txt", "text", "label", "cpu")
+        record = runs.read_record(run)
+        assert result["loss"] == pytest.approx(record["valid_loss"], rel=1e-4)
+        assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+        assert result["unigram_entropy"] == pytest.approx(record["unigram_entropy"], abs=0.1)
+
+
+def test_bits_per_byte_do_not_depend_on_the_tokenizer(language_runs, tmp_path):
+    (tmp_path / "t.txt").write_text("the red fox runs 7 times\n" * 40)
+    run = language_runs["clm"]
+    result = evaluate.evaluate(run, tmp_path / "t.txt", "text", "label", "cpu")
+    ids = evaluate.run_tokenizer(run, evaluate.load_run(run, "cpu")).encode("the red fox runs 7 times\n" * 40).ids
+    bits = result["loss"] / math.log(2) * (len(ids) + 1)
+    assert result["bits_per_byte"] == pytest.approx(bits / (25 * 40))
+
+
+def test_training_is_reproducible(text, tmp_path):
+    losses = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        settings = pretrain.PretrainSettings(
+            out=tmp_path / name, data=(text,), tokenizer="byte", steps=3, dropout=0.2, seed=seed, **SIZES
+        )
+        losses.append(pretrain.pretrain(settings, ignore, ignore)["train_loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_validation_masks_are_fixed(language_runs, text):
+    """Two calls ask for the same tokens behind the same masks, whatever torch's generator did in between."""
+    run = language_runs["mlm"]
+    model = evaluate.load_run(run, "cpu")
+    tokenizer = evaluate.run_tokenizer(run, model)
+    mask = pretrain.masker(tokenizer, model.config)
+    settings = pretrain.PretrainSettings(out=run, batch_size=8)
+    stream = torch.tensor(tokenizer.encode(text.read_text()).ids, dtype=torch.int32)
+    first = pretrain.validation(model, stream, mask, settings)
+    torch.rand(5)
+    assert pretrain.validation(model, stream, mask, settings) == first
+
+
+# --- from a table to a run ---
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory) -> Path:
+    """Which sentences are of birds, and how many times they do what they do, in two tables of different sentences."""
+    folder = tmp_path_factory.mktemp("tables")
+    for name, seeds in (("train", range(2000, 2240)), ("valid", range(3000, 3060))):
+        with (folder / f"{name}.csv").open("w") as file:
+            file.write("line,kind,times\n")
+            for line in map(sentence, seeds):
+                kind = "bird" if line.split()[2] in BIRDS else "beast"
+                file.write(f"{line},{kind},{line.split()[4]}\n")
+    return folder
+
+
+def test_fine_tuning_beats_the_constant_answer(language_runs, tables, tmp_path):
+    settings = finetune.FinetuneSettings(
+        source=language_runs["clm"],
+        out=tmp_path / "run",
+        train=tables / "train.csv",
+        valid=tables / "valid.csv",
+        text_column="line",
+        label_column="kind",
+        epochs=6,
+        batch_size=16,
+        lr=5e-3,
+    )
+    record = finetune.finetune(settings, ignore, ignore)
+    assert record["labels"] == ["beast", "bird"]
+    assert record["majority_accuracy"] < 0.65
+    assert record["valid_accuracy"] > 0.9
+    result = evaluate.evaluate(tmp_path / "run", tables / "valid.csv", "line", "kind", "cpu")
+    for name in ("accuracy", "macro_f1", "loss"):
+        assert result[name] == pytest.approx(record[f"valid_{name}"], rel=1e-5)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == runs.RUN_FILES
+
+
+def test_fine_tuning_a_regression(language_runs, tables, tmp_path):
+    """Without --valid, a tenth of the rows is held out."""
+    settings = finetune.FinetuneSettings(
+        source=language_runs["clm"],
+        out=tmp_path / "run",
+        train=tables / "train.csv",
+        text_column="line",
+        label_column="times",
+        task="regression",
+        epochs=12,
+        batch_size=16,
+        lr=5e-3,
+    )
+    record = finetune.finetune(settings, ignore, ignore)
+    assert (record["train_rows"], record["valid_rows"]) == (216, 24)
+    assert record["valid_mse"] < 0.8 * record["mean_mse"]
+    result = evaluate.evaluate(tmp_path / "run", tables / "valid.csv", "line", "times", "cpu")
+    assert result["task"] == "regression"
+    assert result["examples"] == 60
+
+
+def test_defaults_that_depend_on_the_run(language_runs, tables, tmp_path):
+    """A quarter of pre-training's learning rate; no λ where pre-training did not predict the next token."""
+    settings = finetune.FinetuneSettings(
+        source=language_runs["mlm"],
+        out=tmp_path / "run",
+        train=tables / "valid.csv",
+        text_column="line",
+        label_column="kind",
+        epochs=1,
+    )
+    record = finetune.finetune(settings, ignore, ignore)
+    assert (record["lr"], record["lm_weight"]) == (5e-3 / 4, 0)
+
+
+def test_inputs_are_start_text_extract(language_runs):
+    model = evaluate.load_run(language_runs["clm"], "cpu")
+    tokenizer = evaluate.run_tokenizer(language_runs["clm"], model)
+    short, long = finetune.inputs(tokenizer, ["the red fox", "7 " * 100], model.config)
+    assert short[0] == long[0] == model.config.start_token
+    assert short[-1] == long[-1] == model.config.extract_token
+    assert tokenizer.decode(short[1:-1]) == "the red fox"
+    assert len(long) == model.config.seq_len
+
+
+# --- comparison with the reference ---
+
+
+def test_difference():
+    """Largest over all tensors; the scale is each tensor's own, and a tensor of zeros has none."""
+    got = [torch.tensor([1.0, 2.5]), torch.tensor([[100.5]]), torch.zeros(2)]
+    wanted = [torch.tensor([1.0, 2.0]), torch.tensor([[100.0]]), torch.zeros(2)]
+    assert difference(got, wanted) == {"largest": 0.5, "relative": 0.25}
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_compare(language_runs, objective):
+    steps = []
+    result = compare(language_runs[objective], "cpu", 2, 2, lambda done, total: steps.append((done, total)))
+    assert result["logits"]["relative"] < 1e-4
+    assert result["gradients"]["relative"] < 1e-3
+    assert result["speedup"] == result["fused_tokens_per_second"] / result["reference_tokens_per_second"]
+    assert steps == [(0, 2), (1, 2), (2, 2)]
