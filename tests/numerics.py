@@ -9,6 +9,7 @@ rounding errors reject correct kernels.
   which rounds exactly where the contract says. Largest error at most 2 times, root mean square at most 1.25 times the
   yardstick's, plus a float32 floor.
 - A norm amplifies the rounding of its statistics where mean ≫ std: `norm_conditioning` is that amplification.
+- A softmax turns the rounding of its scores into a relative error of its probabilities: `softmax_terms`.
 """
 
 import torch
@@ -57,6 +58,19 @@ def norm_conditioning(x: Tensor, eps: float) -> Tensor:
     x = x.double()
     std = (x.var(-1, keepdim=True, unbiased=False) + eps).sqrt()
     return 4 * EPS32 * x.abs().amax(-1, keepdim=True) / std
+
+
+def softmax_terms(scores: Tensor, exact: Tensor) -> float:
+    """The `terms` that grant a result made of softmax probabilities 4 eps(float32) max|score| of its largest value.
+
+    A score s held in float32 is off by eps |s| / 2 for each operation that rounds it, and exp(s) by that factor: the
+    product, the scale with log2(e), and the difference from the maximum, which a GPU fuses and an interpreter does not.
+    With scores up to 4 this is below the float32 floor; with scores in the hundreds two correct implementations differ
+    by more than any fixed multiple of the other's luck.
+    """
+    if not scores.numel() or not exact.numel():
+        return 0.0
+    return 4 * EPS32 * scores.abs().max().item() * exact.abs().max().item() / FLOOR
 
 
 def exact(tensor: Tensor | None) -> Tensor | None:

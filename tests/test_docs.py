@@ -1,0 +1,175 @@
+"""What README.md, CONTRIBUTING.md and the pages of docs/ show is true.
+
+Their Python runs, a page's blocks in order in one process, and prints what the page says it prints. Their shell commands
+run, a page's in order in one empty folder (marked slow), and every command, option and target they name exists. Links
+lead somewhere, and generated tables are current. A block that cannot run here carries a comment, `<!-- not run: why -->`.
+
+A block prints what its comments say (`print(x)  # 3`: the comment ends with what is printed), or what the `text` block
+right behind it shows, where `…` stands for anything on that line.
+"""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+from benchmarks import support
+from gpt_fast import build_info
+from tests.command_line import ENVIRONMENT
+
+ROOT = support.ROOT
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+FENCE = re.compile(
+    r"(?:^ *<!-- not run: (?P<reason>.+?) -->\n+)?"
+    r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^(?P=indent)```"
+    r"(?:\n+^(?P=indent)```text[^\n]*\n(?P<output>.*?)^(?P=indent)```)?",
+    re.DOTALL | re.MULTILINE,
+)
+# Runs blocks in one namespace and reports what each printed.
+RUNNER = """
+import contextlib, io, json, sys
+namespace, printed = {"__name__": "__main__"}, []
+for number, code in enumerate(json.load(sys.stdin)):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(code, f"block {number}", "exec"), namespace)
+    printed.append(out.getvalue())
+json.dump(printed, sys.stdout)
+"""
+
+
+class Block(NamedTuple):
+    reason: str | None  # why it is not run
+    code: str
+    output: str | None  # what it prints, where the page shows it
+
+
+def blocks(page: pathlib.Path, language: str) -> list[Block]:
+    found = []
+    for match in FENCE.finditer(page.read_text("utf-8")):
+        if match["language"] == language:
+            strip = re.compile(f"^{match['indent']}", re.MULTILINE)
+            output = match["output"] and strip.sub("", match["output"])
+            found.append(Block(match["reason"], strip.sub("", match["code"]), output))
+    return found
+
+
+def with_blocks(language: str) -> list:
+    return [
+        pytest.param(page, id=name)
+        for page, name in zip(PAGES, IDS, strict=True)
+        if any(block.reason is None for block in blocks(page, language))
+    ]
+
+
+def assert_prints(printed: str, shown: str) -> None:
+    """`…` in what is shown stands for anything on its line."""
+    pattern = "[^\n]*".join(re.escape(part) for part in shown.rstrip("\n").split("…"))
+    assert re.fullmatch(pattern, printed.rstrip("\n")), f"printed:\n{printed}\nshown:\n{shown}"
+
+
+@pytest.mark.parametrize("page", with_blocks("python"))
+def test_python_runs_and_prints_what_the_page_says(page, tmp_path):
+    ran = [block for block in blocks(page, "python") if block.reason is None]
+    run = subprocess.run(
+        [sys.executable, "-c", RUNNER], input=json.dumps([block.code for block in ran]),
+        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    for block, printed in zip(ran, json.loads(run.stdout), strict=True):
+        if block.output is not None:
+            assert_prints(printed, block.output)
+            continue
+        comments = re.findall(r"^ *print\(.*\)  # (.*)$", block.code, re.MULTILINE)
+        lines = printed.splitlines()
+        assert len(comments) == len(lines), f"{block.code}\nprinted:\n{printed}"
+        for comment, line in zip(comments, lines, strict=True):
+            assert comment.endswith(line), f"printed {line!r} where the page says {comment!r}"
+
+
+def shell_lines(block: Block) -> list[str]:
+    """The commands of a block: continued lines joined, comments left out."""
+    joined = re.sub(r"\\\n\s*", "", block.code)
+    lines = [re.sub(r"(^|\s+)#.*$", "", line).strip() for line in joined.splitlines()]
+    return [line for line in lines if line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", with_blocks("sh"))
+def test_shell_commands_run(page, tmp_path):
+    path = f"{pathlib.Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"
+    for block in blocks(page, "sh"):
+        if block.reason is not None:
+            continue
+        run = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block.code],
+            cwd=tmp_path, env=ENVIRONMENT | {"PATH": path}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert run.returncode == 0, f"{block.code}\n{run.stdout}\n{run.stderr}"
+        if block.output is not None:
+            assert_prints(run.stdout, block.output)
+
+
+def command_options() -> dict[str, set[str]]:
+    """The options of every `gpt-fast` command."""
+    import typer
+
+    from gpt_fast.commands import app
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    return {
+        name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        for name, command in commands.items()
+    }
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, id=i) for p, i in zip(PAGES, IDS, strict=True) if blocks(p, "sh")])
+def test_commands_exist(page):
+    """Every `gpt-fast` command with its options, every `make` target, every script of the repository."""
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    known = command_options()
+    for line in (line for block in blocks(page, "sh") for line in shell_lines(block)):
+        words = line.split()
+        if "gpt-fast" in words and words[-1] != "gpt-fast":
+            name, *arguments = words[words.index("gpt-fast") + 1 :]
+            assert name in known, line
+            options = {word.split("=")[0] for word in arguments if word.startswith("--")} - {"--help"}
+            assert options <= known[name], f"{line}: no option {', '.join(sorted(options - known[name]))}"
+        if words[0] == "make":
+            for target in (word for word in words[1:] if re.fullmatch(r"[a-z-]+", word)):
+                assert re.search(rf"^{target}:", makefile, re.MULTILINE), line
+        for script in (word for word in words if re.fullmatch(r"(examples|benchmarks)/[\w/.-]+\.py", word)):
+            assert (ROOT / script).exists(), line
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, id=i) for p, i in zip(PAGES, IDS, strict=True)])
+def test_links_lead_somewhere(page):
+    """Files that pages link to or show, and the headings they link to."""
+    text = FENCE.sub("", page.read_text("utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"<img[^>]* src=\"([^\"]+)\"", text):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), target
+        if anchor and linked.suffix == ".md":
+            assert anchor in headings(linked), target
+
+
+def headings(page: pathlib.Path) -> set[str]:
+    """Anchors of a page's headings, and those its API blocks make."""
+    text = FENCE.sub("", page.read_text("utf-8"))
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    slugs = {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+    return slugs | set(re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE))
+
+
+@pytest.mark.skipif(build_info() is None, reason="the extension is not built: its kernels cannot be listed")
+def test_support_table_is_current():
+    run = [sys.executable, "-c", "from benchmarks import support; print(support.table(), end='')"]
+    table = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert table in (ROOT / "README.md").read_text("utf-8"), "README.md is out of date: make report"
