@@ -1,8 +1,9 @@
 """What README.md, CONTRIBUTING.md and the pages of docs/ show is true.
 
-Their Python runs, a page's blocks in order in one process, and prints what the page says it prints. Their shell commands
-run, a page's in order in one empty folder (marked slow), and every command, option and target they name exists. Links
-lead somewhere, and generated tables are current. A block that cannot run here carries a comment, `<!-- not run: why -->`.
+Their Python runs, a page's blocks in order in one process, and prints what the page says it prints. Their shell
+commands run, a page's in order in one empty folder (marked slow), and every command, option and target they name
+exists. Links lead somewhere, and generated tables are current. A block that cannot run here carries a comment,
+`<!-- not run: why -->`.
 
 A block prints what its comments say (`print(x)  # 3`: the comment ends with what is printed), or what the `text` block
 right behind it shows, where `…` stands for anything on that line.
