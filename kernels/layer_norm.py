@@ -103,7 +103,7 @@ def _bwd_kernel(
     dbias = tl.zeros([BLOCK_N], dtype=tl.float32)
 
     for first in range(program * BLOCK_M, M, programs * BLOCK_M):
-        offs_m = first + tl.arange(0, BLOCK_M)
+        offs_m = (first + tl.arange(0, BLOCK_M)).to(tl.int64)  # the interpreter counts in Python
         mask_m = offs_m < M
         mask = mask_m[:, None] & mask_n[None, :]
         dy = tl.load(dy_ptr + offs_m[:, None] * stride_dy + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)

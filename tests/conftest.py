@@ -4,6 +4,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,6 +69,28 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def far_apart() -> Callable:
+    """`far_apart(x, dim=0)`: x with its slices along `dim` so far apart that offsets pass 2^31 elements.
+
+    On a CPU only the pages that are touched take memory.
+    """
+
+    def spread(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        strides = list(x.detach().movedim(dim, 0).contiguous().movedim(0, dim).stride())
+        strides[dim] = 2**31 // (x.shape[dim] - 1) + 64
+        size = (strides[dim] * (x.shape[dim] - 1) + x.numel()) * x.element_size()
+        zeros = (
+            torch.from_numpy(np.zeros(size, dtype=np.uint8))
+            if x.device.type == "cpu"
+            else torch.zeros(size, dtype=torch.uint8, device=x.device)
+        )
+        view = zeros.view(x.dtype).as_strided(x.shape, strides).copy_(x.detach())
+        return view.requires_grad_(x.requires_grad)
+
+    return spread
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """add_layer_norm against the float64 reference, and against the ops it is made of."""
 
+import importlib
+
 import numerics
 import pytest
 import torch
@@ -93,6 +95,16 @@ def test_dtypes(x_dtype, residual_dtype, p, device):
     assert outputs["normed"].dtype == outputs["summed"].dtype == wider
 
 
+def test_several_tiles_a_program(device, implementation, monkeypatch):
+    """More rows than the programs of the backward kernel take at once, so that each goes round its loop."""
+    if implementation != "triton":
+        pytest.skip("a launch configuration of the Triton kernel")
+    kernel = importlib.import_module("gpt_fast.kernels.layer_norm")
+    few = tuple(config._replace(bwd_programs=2) for config in kernel.CONFIGS)
+    monkeypatch.setattr(kernel, "CONFIGS", few)
+    check(*sample_inputs((70, 200), device), 0.1)
+
+
 @pytest.mark.parametrize("uses", [("normed",), ("summed",)], ids=["post_norm", "summed_alone"])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_one_output_used(uses, p, device):
@@ -145,6 +157,43 @@ def test_strided_inputs(device):
     shared = base[..., :70].detach()
     normed, _ = ops.add_layer_norm(shared, shared, weight, bias, EPS)
     assert torch.equal(normed, ops.add_layer_norm(shared.clone(), shared.clone(), weight, bias, EPS)[0])
+
+
+@pytest.mark.parametrize(
+    "upstream",
+    [
+        pytest.param(lambda dy: dy.t().contiguous().t(), id="transposed"),
+        pytest.param(lambda dy: dy[:1, :1].expand_as(dy), id="expanded"),
+        pytest.param(lambda dy: dy.repeat(1, 2)[:, : dy.shape[1]], id="part_of_the_columns"),
+    ],
+)
+def test_strided_upstream_gradients(upstream, device):
+    inputs, seed = sample_inputs((6, 70), device), torch.tensor([3], device=device)
+    outputs = ops.add_layer_norm(*inputs, EPS, 0.1, seed)
+    dy = [upstream(torch.randn(6, 70, device=device)) for _ in outputs]
+    got = torch.autograd.grad(outputs, inputs, dy, retain_graph=True)
+    wanted = torch.autograd.grad(outputs, inputs, [x.contiguous() for x in dy])
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_offsets_beyond_2_to_the_31(device, far_apart):
+    x, residual, weight, bias = sample_inputs((130, 20), device, torch.bfloat16, torch.bfloat16)
+    seed, dy = torch.tensor([3], device=device), [torch.randn(130, 20, device=device).bfloat16() for _ in range(2)]
+    results = []
+    for rows, upstream in (((x, residual), dy), ([far_apart(t) for t in (x, residual)], [far_apart(t) for t in dy])):
+        outputs = ops.add_layer_norm(*rows, weight, bias, EPS, 0.1, seed)
+        results.append((*outputs, *torch.autograd.grad(outputs, (*rows, weight, bias), upstream)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_expanded_inputs(dim, device):
+    """Strides of zero, along rows and along columns; branch and residual may be one tensor."""
+    x, _, weight, bias = sample_inputs((6, 70), device)
+    expanded = x.detach().narrow(dim, 0, 1).expand(6, 70)
+    copy, seed = expanded.clone(), torch.tensor([3], device=device)
+    got, wanted = (ops.add_layer_norm(t, t, weight, bias, EPS, 0.1, seed) for t in (expanded, copy))
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(0, 16), (3, 0)], ids=str)

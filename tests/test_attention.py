@@ -477,6 +477,19 @@ def test_packed_projection(dtype, layout, device):
     assert torch.equal(dqkv, torch.stack(wanted[1:], 0).permute(1, 3, 0, 2, 4).flatten(2))
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2, 3], ids=["batch", "heads", "tokens", "elements"])
+def test_offsets_beyond_2_to_the_31(dim, device, implementation, far_apart):
+    """Between batches, heads, tokens or elements of every input, and in the dense mask."""
+    if dim == 3 and implementation == "triton":
+        pytest.skip("the offset of an element in its row has 32 bits")
+    shape = [2, 2, 20, 20, 16] if dim < 2 else [1, 1, 130, 130, 16]
+    *tensors, dout = inputs(*shape, dtype=torch.bfloat16, device=device)
+    mask = torch.rand(shape[:4], device=device) > 0.3
+    near = run(*tensors, dout, mask=mask)
+    far = run(*(far_apart(x, dim) for x in (*tensors, dout)), mask=far_apart(mask, dim))
+    assert all_equal(near, far)
+
+
 def test_tensors_that_share_memory(device):
     """Self-attention without a projection: q, k and v are one tensor, whose gradient is the sum of three."""
     x, _, _, dout = inputs(1, 2, 40, 40, 16, device=device)
@@ -704,3 +717,25 @@ def test_values_out_of_range_inside_the_kernel(options, message, implementation)
     with pytest.raises(ValueError, match=f"gpt_fast.attention: {message}"):
         torch.ops.gpt_fast.attention_forward(q, q, q, *in_order(**options))
     assert ops.attention(q, q, q).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("wild", "tame"),
+    [
+        pytest.param({"lengths": [1000, -5]}, {"lengths": [40, 0]}, id="lengths"),
+        pytest.param({"cu_seqlens": [0, 9, 2**33]}, {"cu_seqlens": [0, 9, 40]}, id="packed_end"),
+        pytest.param({"cu_seqlens": [-8, 9, 40]}, {"cu_seqlens": [0, 9, 40]}, id="packed_start"),
+    ],
+)
+def test_values_out_of_range_read_nothing_out_of_bounds(wild, tame, device, implementation):
+    """Where nobody looked at the values, Triton kernels take the nearest that are possible, forward and backward."""
+    if implementation != "triton":
+        pytest.skip("the C++ kernel raises")
+    B = 1 if "cu_seqlens" in wild else 2
+    q, dout = torch.randn(2, B, 2, 40, 8, device=device)
+    results = []
+    for values in (wild, tame):
+        options = in_order(**{name: torch.tensor(value, device=device) for name, value in values.items()})
+        out, lse = torch.ops.gpt_fast.attention_forward(q, q, q, *options)
+        results.append((out, lse, *torch.ops.gpt_fast.attention_backward(dout, q, q, q, out, lse, *options)))
+    assert all_equal(*results)

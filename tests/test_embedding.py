@@ -1,5 +1,7 @@
 """embedding against the float64 reference: lookup, positions, dropout, deterministic backward."""
 
+import bisect
+
 import numerics
 import pytest
 import torch
@@ -63,16 +65,71 @@ def test_dropout_is_the_contracts_bit_for_bit(device):
     assert torch.equal(out.view(150, 131), wanted)
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_a_number_equal_to_the_threshold_is_kept(device):
+    """Dropped is what lies below: with this p the first element lies on it."""
+    seed, tokens = torch.tensor([123], device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    ones, zeros = torch.ones(1, 1, device=device), torch.zeros(1, 1, device=device)
+
+    def dropped(threshold):
+        return not reference.dropout_keep_rows(seed, 4, 1, 1, threshold / 65536).item()
+
+    number = bisect.bisect_left(range(1, 65536), True, key=dropped)
+    assert ops.embedding(tokens, ones, zeros, None, number / 65536, seed, 4).item() != 0
+    assert ops.embedding(tokens, ones, zeros, None, (number + 1) / 65536, seed, 4).item() == 0
+
+
+@pytest.mark.parametrize("transposed", [(), (0,), (1,)], ids=["rows", "token_columns", "position_columns"])
 def test_gradients_have_the_strides_of_their_weights(transposed, device):
-    tokens, token_weight, position_weight = sample_inputs((3, 7), 11, 9, 24, device)
-    if transposed:
-        token_weight = token_weight.detach().t().contiguous().t().requires_grad_()
-    out = ops.embedding(tokens, token_weight, position_weight)
-    assert torch.equal(out, ops.embedding(tokens, token_weight.contiguous(), position_weight))
-    check(tokens, token_weight, position_weight)
+    tokens, *weights = sample_inputs((4, 20), 3, 25, 24, device)
+    contiguous = [weight.detach() for weight in weights]
+    for index in transposed:
+        weights[index] = weights[index].detach().t().contiguous().t().requires_grad_()
+    out = ops.embedding(tokens, *weights)
+    assert torch.equal(out, ops.embedding(tokens, *contiguous))
+    check(tokens, *weights)
     out.square().sum().backward()
-    assert token_weight.grad.stride() == token_weight.stride()
+    assert all(weight.grad.stride() == weight.stride() for weight in weights)
+
+
+@pytest.mark.parametrize(
+    "upstream",
+    [
+        pytest.param(lambda dout: dout.transpose(0, 2).contiguous().transpose(0, 2), id="transposed"),
+        pytest.param(lambda dout: dout[:, :1, :1].expand_as(dout), id="expanded"),
+        pytest.param(lambda dout: dout.repeat(1, 1, 2)[..., : dout.shape[2]], id="part_of_the_columns"),
+    ],
+)
+def test_strided_upstream_gradient(upstream, device):
+    tokens, *weights = sample_inputs((3, 7), 11, 9, 24, device)
+    dout = upstream(torch.randn(3, 7, 24, device=device))
+    out = ops.embedding(tokens, *weights)
+    got = torch.autograd.grad(out, weights, dout, retain_graph=True)
+    wanted = torch.autograd.grad(out, weights, dout.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_offsets_beyond_2_to_the_31(device, far_apart):
+    """Between the rows of either table, and of the upstream gradient."""
+    tokens, *weights = sample_inputs((130,), 140, 130, 8, device, torch.bfloat16)
+    tokens[:2] = torch.tensor([0, 139], device=device)
+    dout = torch.randn(130, 8, device=device).bfloat16()
+    results = []
+    for tables, upstream in ((weights, dout), ([far_apart(weight) for weight in weights], far_apart(dout))):
+        out = ops.embedding(tokens, *tables)
+        results.append((out, *torch.autograd.grad(out, tables, upstream)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_expanded_inputs_and_tables_that_share_memory(device):
+    """Strides of zero in ids, tables and the upstream gradient; one table for tokens and positions."""
+    tokens, weight, _ = sample_inputs((3, 7), 11, 9, 24, device)
+    for ids, table in ((tokens[:1].expand(3, 7), weight), (tokens, weight[:1].expand(11, 24)), (tokens, weight)):
+        table, copy = (t.detach().requires_grad_() for t in (table, table.clone()))
+        dout = torch.randn((), device=device).expand(3, 7, 24)
+        got, wanted = (ops.embedding(i, t, t) for i, t in ((ids, table), (ids.contiguous(), copy)))
+        assert torch.equal(got, wanted)
+        (got,), (wanted,) = torch.autograd.grad(got, table, dout), torch.autograd.grad(wanted, copy, dout.contiguous())
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("frozen", [0, 1], ids=["token_weight", "position_weight"])
@@ -160,14 +217,36 @@ def test_bad_input(spoil, message):
         ops.embedding(*spoil(*sample_inputs((2, 3), 5, 3, 8, "cpu")))
 
 
-def test_the_kernel_checks_ids_itself():
+def test_the_kernel_checks_ids_itself(implementation):
     """Compiled code skips the public function's look at the values; the kernel has the last word."""
-    tokens, token_weight, position_weight = sample_inputs((2, 3), 5, 3, 8, "cpu")
-    if ops.serving("embedding", "cpu") != "cpp":
+    if implementation != "cpp":
         pytest.skip("only the C++ kernel raises; others clamp")
-    tokens[1, 1] = 5
-    with pytest.raises(ValueError, match="tokens holds 5"):
-        torch.ops.gpt_fast.embedding_forward(
-            tokens, token_weight.detach(), position_weight.detach(), torch.arange(3), 0.0, None, 0
-        )
-    assert ops.embedding(tokens.clamp(max=4), token_weight, position_weight).isfinite().all()
+    tokens, token_weight, position_weight = (x.detach() for x in sample_inputs((2, 3), 5, 3, 8, "cpu"))
+    for name, index in (("tokens", 0), ("positions", 1)):
+        for value, upper in ((-1, (5, 3)[index]), ((5, 3)[index], (5, 3)[index])):
+            ids = [tokens.clone(), torch.arange(3)]
+            ids[index].view(-1)[1] = value
+            message = rf"embedding: {name} holds {value}, wanted values in \[0, {upper}\)"
+            with pytest.raises(ValueError, match=message):
+                torch.ops.gpt_fast.embedding_forward(ids[0], token_weight, position_weight, ids[1], 0.0, None, 0)
+            with pytest.raises(ValueError, match=message):
+                torch.ops.gpt_fast.embedding_backward(
+                    torch.ones(2, 3, 8), ids[0], token_weight, position_weight, ids[1], 0.0, None, 0, True, True
+                )
+    assert ops.embedding(tokens, token_weight, position_weight).isfinite().all()
+
+
+def test_ids_out_of_range_read_nothing_out_of_bounds(device, implementation):
+    """Where nobody looked at the values, Triton kernels take the nearest row, forward and backward."""
+    if implementation != "triton":
+        pytest.skip("the C++ kernel raises")
+    tokens, *weights = (x.detach() for x in sample_inputs((2, 4), 5, 4, 8, device))
+    tokens[0] = torch.tensor([-1, 5, -(2**40), 2**40], device=device)
+    positions = torch.tensor([4, -1, 2**40, -(2**40)], device=device)
+    dout = torch.randn(2, 4, 8, device=device)
+    results = []
+    for ids in ((tokens, positions), (tokens.clamp(0, 4), positions.clamp(0, 3))):
+        arguments = ids[0], *weights, ids[1], 0.0, None, 0
+        grads = torch.ops.gpt_fast.embedding_backward(dout, *arguments, True, True)
+        results.append((torch.ops.gpt_fast.embedding_forward(*arguments), *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -160,6 +160,24 @@ def test_strided_upstream_gradient(upstream, device):
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
+def test_offsets_beyond_2_to_the_31(device, far_apart):
+    x, weight, bias = sample_inputs((130, 20), torch.bfloat16, device)
+    dy = torch.randn(130, 20, device=device).bfloat16()
+    results = []
+    for rows, upstream in ((x, dy), (far_apart(x), far_apart(dy))):
+        y = ops.layer_norm(rows, weight, bias)
+        results.append((y, *torch.autograd.grad(y, (rows, weight, bias), upstream)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_parameters_that_share_memory(device):
+    x, weight, _ = sample_inputs((6, 70), torch.float32, device)
+    (shared,) = torch.autograd.grad(ops.layer_norm(x, weight, weight).sum(), weight)
+    bias = weight.detach().clone().requires_grad_()
+    parts = torch.autograd.grad(ops.layer_norm(x, weight, bias).sum(), (weight, bias))
+    torch.testing.assert_close(shared, sum(parts))
+
+
 @pytest.mark.parametrize("shape", [(0, 16), (3, 0, 16), (0,), (3, 0)], ids=str)
 def test_empty(shape, device):
     """No rows give zero weight gradients; no columns give nothing at all."""

@@ -115,6 +115,12 @@ def test_several_chunks_of_rows_and_of_the_vocabulary(dtype, reduction, device, 
     check(sample_inputs(((3, rows // 3), 33, V), dtype, device), smoothing=0.1, reduction=reduction)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_classes_than_are_multiplied_at_once(dtype, device):
+    """The vocabulary is the summed axis of dx: a sum of several products."""
+    check(sample_inputs((6, 20, 9000), dtype, device))
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     rows=st.integers(1, 40),
@@ -247,6 +253,43 @@ def test_other_strides(device):
     loss = ops.linear_cross_entropy(x, weight, target, bias, reduction="none")
     (got,) = torch.autograd.grad(loss, x, torch.ones((), device=device).expand(20), retain_graph=True)
     assert torch.equal(got, torch.autograd.grad(loss, x, torch.ones(20, device=device))[0])
+
+
+@pytest.mark.parametrize("dim", [0, 1], ids=["rows", "columns"])
+def test_offsets_beyond_2_to_the_31(dim, device, far_apart):
+    """In x and in the weight, along their rows or their columns."""
+    x, weight, bias, target = sample_inputs((130, 20, 150), torch.bfloat16, device)
+    results = []
+    for tensors in ((x, weight), (far_apart(x, dim), far_apart(weight, dim))):
+        loss = ops.linear_cross_entropy(*tensors, target, bias)
+        results.append((loss, *gradients(loss, (*tensors, bias), torch.ones_like(loss))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_logits(device, implementation):
+    """Of rows and a vocabulary that are mostly one row and one class, expanded: the loss is that of the one row."""
+    if implementation == "triton" and device == "cpu":
+        pytest.skip("hours in the interpreter")
+    N, V = 66_000, 33_000
+    x = torch.ones(1, 2, device=device).expand(N, 2)
+    weight = torch.full((1, 2), 0.5, device=device).expand(V, 2)
+    bias = torch.zeros(V, device=device, requires_grad=True)
+    target = torch.full((N,), V - 1, device=device)
+    assert N * V > 2**31
+    loss = ops.linear_cross_entropy(x, weight, target, bias, reduction="none")
+    torch.testing.assert_close(loss, torch.full_like(loss, V).log())
+    (dbias,) = torch.autograd.grad(ops.linear_cross_entropy(x, weight, target, bias), bias)
+    torch.testing.assert_close(dbias[:-1], torch.full_like(dbias[:-1], 1 / V), rtol=1e-4, atol=0)
+    torch.testing.assert_close(dbias[-1].item(), 1 / V - 1)
+
+
+def test_x_and_weight_that_share_memory(device):
+    x, _, _, target = sample_inputs((20, 24, 20), torch.float32, device)
+    (shared,) = torch.autograd.grad(ops.linear_cross_entropy(x, x, target), x)
+    weight = x.detach().clone().requires_grad_()
+    parts = torch.autograd.grad(ops.linear_cross_entropy(x, weight, target), (x, weight))
+    torch.testing.assert_close(shared, sum(parts))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -464,19 +507,21 @@ def test_bad_input(spoil, message):
         ops.linear_cross_entropy(*spoil(x, weight, target, bias))
 
 
+@pytest.mark.parametrize("value", [-1, 70])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_the_kernel_checks_targets_itself(reduction):
+def test_the_kernel_checks_targets_itself(reduction, value, implementation):
     """Compiled code skips the public function's look at the values; the kernel has the last word."""
-    if ops.serving("linear_cross_entropy", "cpu") != "cpp":
+    if implementation != "cpp":
         pytest.skip("only the C++ kernel raises; others clamp")
     x, weight, bias, target = (tensor.detach() for tensor in sample_inputs((20, 24, 70), torch.float32, "cpu"))
-    target[7] = 70
-    with pytest.raises(ValueError, match=r"linear_cross_entropy: target holds 70, wanted values in \[0, 70\) or -100"):
+    target[7] = value
+    message = rf"linear_cross_entropy: target holds {value}, wanted values in \[0, 70\) or -100"
+    with pytest.raises(ValueError, match=message):
         torch.ops.gpt_fast.linear_cross_entropy_forward(
             x, weight, target, bias, -100, 0.0, reduction, False, False, False
         )
-    with pytest.raises(ValueError, match="target holds 70"):
+    with pytest.raises(ValueError, match=message):
         torch.ops.gpt_fast.linear_cross_entropy_backward(
             torch.ones(20), x, weight, target, bias, -100, 0.0, True, True, True
         )
-    assert ops.linear_cross_entropy(x, weight, target.clamp(max=69), bias).isfinite()
+    assert ops.linear_cross_entropy(x, weight, target.clamp(0, 69), bias).isfinite()

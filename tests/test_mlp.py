@@ -1,5 +1,6 @@
 """mlp against the float64 reference: the C++ kernel, Triton in the interpreter, Triton on CUDA."""
 
+import bisect
 import contextlib
 import subprocess
 import sys
@@ -182,6 +183,20 @@ def test_dropout_mask(rows, p, dtype, device, implementation):
         assert torch.equal(dx, wanted), activation
 
 
+def test_a_number_equal_to_the_threshold_is_kept(device):
+    """Dropped is what lies below: with this p the first element lies on it."""
+    seed, head = seed_on(device), torch.zeros((), dtype=torch.int64, device=device)
+    x, ones = torch.zeros(1, 1, device=device), torch.ones(1, device=device)
+
+    def dropped(threshold):
+        return not reference.dropout_keep_matrix(seed, SITE, head, 1, 1, threshold / 65536).item()
+
+    number = bisect.bisect_left(range(1, 65536), True, key=dropped)
+    for threshold, kept in ((number, True), (number + 1, False)):
+        y = ops.mlp(x, x, ones, ones[None], None, "relu", threshold / 65536, seed, SITE)
+        assert (y.item() != 0) == kept
+
+
 def test_dropout_depends_on_seed_and_site(device):
     inputs = sample_inputs((20, 24, 40, 30), torch.float32, device)
     y = ops.mlp(*inputs, "relu", 0.5, seed_on(device), 1)
@@ -272,6 +287,26 @@ def test_strided_weights_and_upstream_gradients(device):
     assert torch.equal(ops.mlp(x, apart, *others), wanted_y)
     row = fc_weight[:1].expand(40, 24)
     assert torch.equal(ops.mlp(x, row, *others), ops.mlp(x, row.contiguous(), *others))
+
+
+@pytest.mark.parametrize("dim", [0, 1], ids=["rows", "columns"])
+def test_offsets_beyond_2_to_the_31(dim, device, far_apart):
+    """In every operand, along its rows or its columns."""
+    inputs = sample_inputs((130, 20, 40, 24), torch.bfloat16, device)
+    dy = torch.randn(130, 24, device=device).bfloat16()
+    spread = [far_apart(tensor, dim) if tensor.dim() == 2 else tensor for tensor in inputs]
+    results = []
+    for tensors, upstream in ((inputs, dy), (spread, far_apart(dy, dim))):
+        results.append(gradients(ops.mlp(*tensors, "gelu", 0.1, seed_on(device)), tensors, upstream))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_weights_that_share_memory(device):
+    x, weight, *_ = sample_inputs((10, 12, 12, 12), torch.float32, device)
+    (shared,) = torch.autograd.grad(ops.mlp(x, weight, None, weight, None).sum(), weight)
+    other = weight.detach().clone().requires_grad_()
+    parts = torch.autograd.grad(ops.mlp(x, weight, None, other, None).sum(), (weight, other))
+    torch.testing.assert_close(shared, sum(parts))
 
 
 @pytest.mark.parametrize("rows", [(0,), (3, 0), (0, 3)], ids=str)

@@ -20,7 +20,9 @@ FAULTS = (
     Fault("weight added", TRITON, "y *= tl.load(weight_ptr", "y += tl.load(weight_ptr"),
     Fault("bias ignored", TRITON, "HAS_BIAS=bias is not None", "HAS_BIAS=False"),
     Fault("wrong statistics saved", TRITON, "tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)", "tl.store(rstd_ptr + offs_m, rstd * rstd, mask=mask_m)"),
+    Fault("32-bit offsets of rows, forward", TRITON, "offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)", "offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)", "2_to_the_31"),
     # Triton, backward
+    Fault("32-bit offsets of rows, backward", TRITON, "offs_m = (first + tl.arange(0, BLOCK_M)).to(tl.int64)", "offs_m = (first + tl.arange(0, BLOCK_M)).to(tl.int32)", "2_to_the_31"),
     Fault("first gradient term dropped", TRITON, "dx = (g - mean_g[:, None] - xhat", "dx = (g - xhat"),
     Fault("second gradient term dropped", TRITON, "- mean_g[:, None] - xhat * mean_gx[:, None]) *", "- mean_g[:, None]) *"),
     Fault("gradient not scaled by rstd", TRITON, "xhat * mean_gx[:, None]) * rstd[:, None]", "xhat * mean_gx[:, None])"),
