@@ -1,132 +1,340 @@
 """Tests the tests: plants each fault of tests/faults/<op>.py and runs that op's tests, which must fail.
 
-    python -m tests.mutants [OP ...]
+    python -m tests.mutants [OP ...] [--match TEXT] [--part I/N] [--jobs N]
 
-A fault that no test catches is an error, and so is one whose text does not occur exactly once, or which does not
-compile. Everything happens in copies of the tree. Faults in kernels/ run in Triton's interpreter; faults in csrc/
-recompile one file, in a copy whose extension holds that op alone.
+A fault that no test notices is an error, and so is one whose text does not occur exactly once, one that does not
+compile, and one caught by a test that fails without it too. A test that never ends has noticed its fault, and so has
+one that kills its process. Everything happens in copies of the tree. Faults in kernels/ run in Triton's interpreter.
+For faults in csrc/ the op's own file is compiled with -O1, several faults side by side in one file, and linked with
+the objects of the other ops, which are compiled once.
 """
 
+import argparse
+import collections
 import importlib
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from torch.utils import cpp_extension
+
 ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT = 600  # seconds for one run of an op's tests; a fault that hangs them is caught
+LIMIT = 150  # seconds for one test; without a fault the longest takes a tenth of that
+BATCH = 12  # faults compiled at once
 BROKEN = re.compile(r"\b(SyntaxError|IndentationError|NameError|CompilationError|ImportError|ModuleNotFoundError)\b")
 
 
 class Fault(NamedTuple):
-    """Replaces `old`, which occurs once in `file`, by `new`."""
+    """Replaces `old`, which occurs once in `file`, by `new`.
+
+    `test` selects, as pytest's -k does, the tests that run first because they are to notice it; all others follow.
+    """
 
     name: str
     file: str
     old: str
     new: str
+    test: str = ""
 
 
-def copy_tree(target: Path, op: str) -> None:
-    ignored = shutil.ignore_patterns("_C*", "__pycache__", ".*")
-    for name in ("csrc", "gpt_fast", "kernels", "tests"):
-        shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, target / name)
-    for source in (target / "csrc" / "cpu").glob("*.cpp"):
-        if source.stem != op:
-            source.unlink()
+class Verdict(NamedTuple):
+    op: str
+    fault: Fault
+    test: str  # that noticed it; empty where there is a complaint
+    note: str  # the complaint, or how the test ended where it did not just fail
+    seconds: float
 
 
-def run(tree: Path, *command: str, **extra: str) -> tuple[int, str]:
-    environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"} | extra
-    try:
-        result = subprocess.run(
-            command, check=False, cwd=tree, env=environment, capture_output=True, text=True, timeout=TIMEOUT
-        )
-    except subprocess.TimeoutExpired:
-        return 1, f"no end after {TIMEOUT} s"
-    return result.returncode, result.stdout + result.stderr
+def implementation(fault: Fault) -> str:
+    return "Triton" if fault.file.startswith("kernels/") else "C++"
 
 
-def run_tests(tree: Path, op: str, compiled: bool) -> tuple[int, str]:
-    """Exit code and output of the op's tests, until the first failure; 3 if the tree does not even build."""
-    extra = {} if compiled else {"TRITON_INTERPRET": "1"}
-    if compiled:
-        code, output = run(tree, sys.executable, "setup.py", "build_ext", "--inplace")
-        if code:
-            return 3, output
-    pytest = (sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/test_{op}.py")
-    return run(tree, *pytest, **extra)
+# ---- the C++ extension -----------------------------------------------------------------------------------------------
 
 
-def summary(output: str) -> str:
-    """The first failure, in a line."""
-    lines = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR", "no end"))]
-    return lines[0][:110] if lines else (output.strip().splitlines() or ["no output"])[-1][:110]
+class Compiler:
+    """Compiles and links as setup.py does, but faster: -O1, and the headers that are not ours precompiled."""
+
+    def __init__(self, folder: Path) -> None:
+        record = json.loads((ROOT / "gpt_fast" / "_C.json").read_text("utf-8"))
+        self.folder = folder
+        self.command = [
+            *shlex.split(cpp_extension.get_cxx_compiler()), *record["flags"], "-O1", "-w", "-fPIC",
+            "-DTORCH_EXTENSION_NAME=_C", "-DTORCH_API_INCLUDE_EXTENSION_H", f"-I{ROOT / 'csrc'}",
+            *(f"-I{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_paths()["include"])),
+        ]  # fmt: skip
+        header = folder / "precompiled.h"
+        includes = re.findall(r"^#include <.+>$", (ROOT / "csrc" / "cpu" / "common.h").read_text("utf-8"), re.MULTILINE)
+        header.write_text("\n".join(includes) + "\n", "utf-8")
+        check(*self.command, "-x", "c++-header", str(header), "-o", f"{header}.gch")
+        self.command += ["-include", str(header)]
+
+    def compile(self, source: Path, target: Path) -> None:
+        check(*self.command, "-c", str(source), "-o", str(target))
+
+    def compile_all(self, pool: ThreadPoolExecutor) -> None:
+        """The objects of the tree as it is, kept in the compiler's folder."""
+        sources = [ROOT / "csrc" / "bindings.cpp", *(ROOT / "csrc" / "cpu").glob("*.cpp")]
+        list(pool.map(lambda source: self.compile(source, self.object(source.stem)), sources))
+
+    def object(self, stem: str) -> Path:
+        return self.folder / f"{stem}.o"
+
+    def link(self, target: Path, op: str, own: Path) -> None:
+        """The extension, with `own` as the object of the op."""
+        objects = [own, *(path for path in self.folder.glob("*.o") if path.stem != op)]
+        libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+        libraries += ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python", "-fopenmp"]
+        check(self.command[0], "-shared", *map(str, objects), *libraries, "-o", str(target))
 
 
-def judge(tree: Path, op: str, fault: Fault, compiled: bool) -> str | None:
-    """What is wrong with the fault or the tests; None when it was caught."""
-    path = tree / fault.file
+def one_text(path: Path, fault: Fault, seen: set[Path]) -> str:
+    """A C++ file with our own headers in their places and the fault planted."""
+    if path in seen:
+        return ""
+    seen.add(path)
     text = path.read_text("utf-8")
-    if text.count(fault.old) != 1:
-        return f"its text occurs {text.count(fault.old)} times in {fault.file}"
-    path.write_text(text.replace(fault.old, fault.new), "utf-8")
-    start = time.monotonic()
-    try:
-        code, output = run_tests(tree, op, compiled)
-    finally:
-        path.write_text(text, "utf-8")
-    if code == 3 or (code and BROKEN.search(output)):
-        return f"does not compile\n{output[-2000:]}"
-    if code == 0:
-        return "SURVIVED"
-    seconds = time.monotonic() - start
-    print(f"  caught  {op} {fault.file}: {fault.name}  ({seconds:.0f} s; {summary(output)})", flush=True)
-    return None
+    if path == ROOT / fault.file:
+        text = text.replace(fault.old, fault.new)
+
+    def inline(include: re.Match) -> str:
+        found = (folder / include[1] for folder in (path.parent, ROOT / "csrc"))
+        return one_text(next(file for file in found if file.exists()), fault, seen)
+
+    return re.sub(r'^#include "(.+)"$', inline, text.replace("#pragma once", ""), flags=re.MULTILINE)
 
 
-def judge_all(op: str, faults: list[Fault], compiled: bool) -> list[str]:
-    """Complaints about the faults of one implementation, whose unchanged tests must pass."""
-    if not faults:
-        return []
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder)
-        copy_tree(tree, op)
-        _, where = run(tree, sys.executable, "-c", "import gpt_fast; print(gpt_fast.__file__)")
-        if str(tree) not in where:
-            return [f"{op}: the copy imports {where.strip()}"]
-        code, output = run_tests(tree, op, compiled)
-        if code:
-            return [f"{op}: its tests fail without any fault\n{output[-3000:]}"]
-        complaints = []
-        for fault in faults:
-            complaint = judge(tree, op, fault, compiled)
-            if complaint:
-                complaints.append(f"{op} {fault.file}: {fault.name}: {complaint}")
-                print(f"  {complaints[-1]}", flush=True)
-        return complaints
+def many_mutants(op: str, faults: list[Fault]) -> str:
+    """One file with a copy of the op for each fault, each in a namespace of its own; GPT_FAST_MUTANT chooses one."""
+    texts = []
+    for number, fault in enumerate(faults):
+        text = one_text(ROOT / "csrc" / "cpu" / f"{op}.cpp", fault, set())
+        text = re.sub(r"\bgpt_fast(?= \{|::)", f"mutant_{number}", text)
+        texts.append(text.replace("TORCH_LIBRARY_IMPL(gpt_fast, CPU, m)", "void add_kernels(torch::Library& m)"))
+    cases = "".join(f"case {number}: return mutant_{number}::add_kernels(m);" for number in range(len(faults)))
+    choice = 'std::atoi(std::getenv("GPT_FAST_MUTANT"))'
+    texts.append(f"#include <cstdlib>\nTORCH_LIBRARY_IMPL(gpt_fast, CPU, m) {{ switch ({choice}) {{ {cases} }} }}\n")
+    return "\n".join(texts)
+
+
+def check(*command: str) -> None:
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{shlex.join(command)}\n{result.stdout}{result.stderr}")
+
+
+# ---- a copy of the tree and its tests --------------------------------------------------------------------------------
+
+
+class Copy:
+    """A copy of the tree for one implementation, and a process that runs tests in it."""
+
+    def __init__(self, folder: Path, compiler: Compiler | None) -> None:
+        self.folder, self.compiler = folder, compiler
+        for name in ("csrc", "gpt_fast", "kernels", "tests"):
+            ignored = shutil.ignore_patterns("_C*", "__pycache__", ".*")
+            shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        if compiler:
+            shutil.copy(ROOT / "gpt_fast" / "_C.json", folder / "gpt_fast")
+        # Caches that Python compares with the source's content: a file may change twice within a second.
+        compileall = (sys.executable, "-m", "compileall", "-q", "--invalidation-mode", "checked-hash")
+        check(*compileall, str(folder / "gpt_fast"), str(folder / "kernels"))
+        environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+        environment["TRITON_INTERPRET"] = "0" if compiler else "1"
+        self.server = subprocess.Popen(
+            [sys.executable, "-m", "tests.pytest_server"],
+            cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def build(self, op: str, faults: list[Fault]) -> None:
+        """An extension in which GPT_FAST_MUTANT chooses the fault; without faults, the op as it is."""
+        if self.compiler is None:
+            return
+        own = self.compiler.object(op)
+        if faults:
+            source, own = self.folder / f"{op}.cpp", self.folder / f"{op}.o"
+            source.write_text(many_mutants(op, faults), "utf-8")
+            self.compiler.compile(source, own)
+        self.compiler.link(self.folder / "gpt_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", op, own)
+
+    def pytest(self, *arguments: str, mutant: int = 0) -> tuple[int, str, str]:
+        """Exit code, output and the last test that ran."""
+        assert self.server.stdin and self.server.stdout
+        arguments = (*arguments, "-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:faulthandler")
+        environment = {"GPT_FAST_MUTANT": str(mutant)}
+        print(
+            json.dumps({"arguments": arguments, "limit": LIMIT, "environment": environment}),
+            file=self.server.stdin,
+            flush=True,
+        )
+        return tuple(json.loads(self.server.stdout.readline()))
+
+    def judge(self, op: str, faults: list[Fault]) -> Iterator[Verdict]:
+        wrong = {f: count for f in faults if (count := (ROOT / f.file).read_text("utf-8").count(f.old)) != 1}
+        for fault, count in wrong.items():
+            yield Verdict(op, fault, "", f"its text occurs {count} times", 0.0)
+        faults = [fault for fault in faults if fault not in wrong]
+        try:
+            self.build(op, faults)
+        except RuntimeError as error:
+            if len(faults) == 1:
+                yield Verdict(op, faults[0], "", f"does not compile\n{str(error)[-3000:]}", 0.0)
+            else:
+                for fault in faults:
+                    yield from self.judge(op, [fault])
+            return
+        for number, fault in enumerate(faults):
+            start = time.monotonic()
+            if self.compiler is None:
+                path = self.folder / fault.file
+                text = path.read_text("utf-8")
+                path.write_text(text.replace(fault.old, fault.new), "utf-8")
+            test, note = self.judge_one(op, fault, number)
+            if self.compiler is None:
+                path.write_text(text, "utf-8")
+            yield Verdict(op, fault, test, note, time.monotonic() - start)
+
+    def judge_one(self, op: str, fault: Fault, number: int) -> tuple[str, str]:
+        """(the test that noticed the fault, how if it did not just fail) or ("", what is wrong)."""
+        code, output, test = 0, "", ""
+        if fault.test:
+            code, output, test = self.pytest(f"tests/test_{op}.py", "-k", fault.test, mutant=number)
+        if code == 0:
+            code, output, test = self.pytest(f"tests/test_{op}.py", mutant=number)
+        if code == 0:
+            return "", "SURVIVED"
+        if not test or BROKEN.search(output):
+            return "", f"the tests do not run\n{output[-3000:]}"
+        if "Timeout (" in output:
+            return test, "it does not end"
+        return test, f"dies of signal {-code}" if code < 0 else ""
+
+    def check_without_fault(self, op: str, tests: list[str]) -> str:
+        """What is wrong with tests that noticed faults: one that fails here too has proved nothing."""
+        self.build(op, [])
+        code, output, test = self.pytest(*tests)
+        return f"{test} fails without any fault\n{output[-3000:]}" if code else ""
+
+    def close(self) -> None:
+        assert self.server.stdin
+        self.server.stdin.close()
+        self.server.wait()
+
+
+# ---- all of it -------------------------------------------------------------------------------------------------------
+
+
+class Workshop:
+    """The copies of the tree, one of each implementation for each thread."""
+
+    def __init__(self, folder: Path, pool: ThreadPoolExecutor, compiles: bool) -> None:
+        self.folder, self.copies = folder, list[Copy]()
+        self.local = threading.local()
+        self.compiler = None
+        if compiles:
+            objects = folder / "objects"
+            objects.mkdir()
+            self.compiler = Compiler(objects)
+            self.compiler.compile_all(pool)
+
+    def copy(self, implementation: str) -> Copy:
+        mine = self.local.__dict__.setdefault(implementation, None)
+        if mine is None:
+            folder = Path(tempfile.mkdtemp(dir=self.folder))
+            mine = Copy(folder, self.compiler if implementation == "C++" else None)
+            setattr(self.local, implementation, mine)
+            self.copies.append(mine)
+        return mine
+
+    def check_without_fault(self, op: str, implementation: str, tests: set[str]) -> str:
+        complaint = self.copy(implementation).check_without_fault(op, sorted(tests))
+        return f"{op}, {implementation}: {complaint}" if complaint else ""
+
+    def close(self) -> None:
+        for copy in self.copies:
+            copy.close()
+
+
+def ops_with_faults() -> list[str]:
+    return sorted(path.stem for path in (ROOT / "tests" / "faults").glob("*.py"))
+
+
+def faults_of(op: str) -> tuple[Fault, ...]:
+    return importlib.import_module(f"tests.faults.{op}").FAULTS
+
+
+def batches_of(chosen: list[tuple[str, Fault]]) -> list[tuple[str, str, list[Fault]]]:
+    """(op, implementation, faults): those of C++ by the number that is compiled at once, which comes first."""
+    batches = []
+    for kind, size in (("C++", BATCH), ("Triton", 1)):
+        for op in dict.fromkeys(op for op, _ in chosen):
+            faults = [fault for of, fault in chosen if of == op and implementation(fault) == kind]
+            batches += [(op, kind, faults[first : first + size]) for first in range(0, len(faults), size)]
+    return batches
+
+
+def print_table(verdicts: list[Verdict]) -> None:
+    """How many faults each test noticed first."""
+    table = collections.defaultdict(collections.Counter)
+    for verdict in verdicts:
+        name = verdict.test.partition("::")[2].partition("[")[0] or "(no test)"
+        table[verdict.op, implementation(verdict.fault)][name] += 1
+    for (op, kind), counts in sorted(table.items()):
+        print(f"{op}, {kind}: {counts.total()} faults")
+        for name, count in counts.most_common():
+            print(f"  {count:4} {name}")
 
 
 def main() -> None:
-    ops = sys.argv[1:] or sorted(path.stem for path in (ROOT / "tests" / "faults").glob("*.py"))
-    complaints, total = [], 0
-    with ThreadPoolExecutor(2) as pool:  # one implementation each
-        for op in ops:
-            faults: tuple[Fault, ...] = importlib.import_module(f"tests.faults.{op}").FAULTS
-            total += len(faults)
-            triton = [fault for fault in faults if fault.file.startswith("kernels/")]
-            cpp = [fault for fault in faults if not fault.file.startswith("kernels/")]
-            jobs = [pool.submit(judge_all, op, part, compiled) for part, compiled in ((triton, False), (cpp, True))]
-            complaints += [complaint for job in jobs for complaint in job.result()]
-    print(f"mutants: {total} faults, {len(complaints)} complaints")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("ops", nargs="*", default=ops_with_faults())
+    parser.add_argument("--match", default="", help="only faults whose file and name contain this")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="every N-th fault, from the I-th on")
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    chosen = [(op, f) for op in arguments.ops for f in faults_of(op) if arguments.match in f"{f.file}: {f.name}"]
+    part, parts = map(int, arguments.part.split("/"))
+    chosen = chosen[part - 1 :: parts]
+    batches = batches_of(chosen)
+    start, verdicts = time.monotonic(), list[Verdict]()
+
+    def judge(op: str, kind: str, faults: list[Fault]) -> None:
+        for verdict in workshop.copy(kind).judge(op, faults):
+            verdicts.append(verdict)
+            outcome = f"caught by {verdict.test.partition('::')[2]}" if verdict.test else "NOT CAUGHT"
+            print(
+                f"[{len(verdicts)}/{len(chosen)}] {op} {verdict.fault.file}: {verdict.fault.name}: {outcome}"
+                f" {verdict.note.partition(chr(10))[0]} ({verdict.seconds:.0f} s)", flush=True,
+            )  # fmt: skip
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
+        workshop = Workshop(Path(folder), pool, any(kind == "C++" for _, kind, _ in batches))
+        print(f"mutants: {len(chosen)} faults; ready after {time.monotonic() - start:.0f} s", flush=True)
+        for job in [pool.submit(judge, *batch) for batch in batches]:
+            job.result()
+        tests = collections.defaultdict(set)
+        for verdict in verdicts:
+            if verdict.test:
+                tests[verdict.op, implementation(verdict.fault)].add(verdict.test)
+        checks = [pool.submit(workshop.check_without_fault, *group, names) for group, names in tests.items()]
+        complaints = [complaint for complaint in (check.result() for check in checks) if complaint]
+        workshop.close()
+    complaints += [f"{v.op} {v.fault.file}: {v.fault.name}: {v.note}" for v in verdicts if not v.test]
+    print_table(verdicts)
+    print(f"mutants: {len(chosen)} faults, {len(complaints)} complaints, {time.monotonic() - start:.0f} s")
     for complaint in complaints:
         print(f"  {complaint}")
     sys.exit(bool(complaints))

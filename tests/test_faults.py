@@ -1,0 +1,17 @@
+"""The faults of `make mutants` fit the code as it is: quick, so that one a change has overtaken is seen at once."""
+
+import pytest
+
+from tests import mutants
+
+OPS = mutants.ops_with_faults()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_each_fault_changes_one_place(op):
+    faults = mutants.faults_of(op)
+    for fault in faults:
+        text = (mutants.ROOT / fault.file).read_text("utf-8")
+        assert text.count(fault.old) == 1, f"{fault.file}: {fault.name}: occurs {text.count(fault.old)} times"
+        assert fault.new != fault.old, f"{fault.file}: {fault.name}: changes nothing"
+    assert len({(fault.file, fault.name) for fault in faults}) == len(faults)
