@@ -87,8 +87,10 @@ class Head(nn.Module):
 class GPTForCausalLM(Head):
     """Next-token prediction: loss = mean of -log p(w_t | w_<t), p = softmax(output_layer(trunk(tokens))).
 
-    `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, logits=None)` → `(loss, logits [B, T, V])`.
-    labels [B, T] are given unshifted (usually the tokens) and -100 does not count, nor does padding. Logits are
+    `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, cu_seqlens=None, logits=None)` →
+    `(loss, logits [B, T, V])`.
+    labels [B, T] are given unshifted (usually the tokens) and -100 does not count, nor does padding; `cu_seqlens` as in
+    `GPTModel.hidden_states`, for sequences packed into one row. Logits are
     computed where there are no labels or `logits=True`; the loss alone never stores them. Dtypes, precision,
     determinism: those of the ops. Raises `ValueError` for tokens or labels of other shapes or out of range.
     Source: Radford et al. (2018, 2019).
@@ -105,9 +107,10 @@ class GPTForCausalLM(Head):
         *,
         lengths: Tensor | None = None,
         key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         logits: bool | None = None,
     ) -> HeadOutput:
-        hidden = self.trunk(tokens, lengths=lengths, key_mask=key_mask)
+        hidden = self.trunk(tokens, lengths=lengths, key_mask=key_mask, cu_seqlens=cu_seqlens)
         loss = None
         if labels is not None:
             _check_labels(labels, tokens)
@@ -139,7 +142,8 @@ class GPTForCausalLM(Head):
 class GPTForMaskedLM(Head):
     """Masked-token prediction: loss = mean of -log p(w_i | all others) over the positions whose label is not -100.
 
-    `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, logits=None)` → `(loss, logits [B, T, V])`.
+    `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, cu_seqlens=None, logits=None)` →
+    `(loss, logits [B, T, V])`.
     Attention sees both sides. labels [B, T] hold the original token where it is to be predicted and -100 elsewhere;
     only those positions are projected onto the vocabulary, so time and memory of the loss follow their number. Logits
     are computed where there are no labels or `logits=True`. Errors and dtypes as in `GPTForCausalLM`.
@@ -157,9 +161,10 @@ class GPTForMaskedLM(Head):
         *,
         lengths: Tensor | None = None,
         key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         logits: bool | None = None,
     ) -> HeadOutput:
-        hidden = self.trunk(tokens, causal=False, lengths=lengths, key_mask=key_mask)
+        hidden = self.trunk(tokens, causal=False, lengths=lengths, key_mask=key_mask, cu_seqlens=cu_seqlens)
         loss = None
         if labels is not None:
             _check_labels(labels, tokens)

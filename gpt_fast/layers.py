@@ -54,14 +54,15 @@ class SelfAttention(nn.Module):
         lengths: Tensor | None = None,
         key_mask: Tensor | None = None,
         mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         seed: Tensor | None = None,
         site: int = 0,
     ) -> Tensor:
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # [B, T, 3C]
         dropout_p = self.dropout if self.training else 0.0
         out = ops.attention_qkv(
-            qkv, self.num_heads, causal=causal, lengths=lengths, key_mask=key_mask, mask=mask, dropout_p=dropout_p,
-            seed=seed, site=site,
+            qkv, self.num_heads, causal=causal, lengths=lengths, key_mask=key_mask, mask=mask, cu_seqlens=cu_seqlens,
+            dropout_p=dropout_p, seed=seed, site=site,
         )  # fmt: skip
         return self.out_proj(out)
 
@@ -112,7 +113,7 @@ class TransformerDecoder(nn.Module):
 
     `forward(x, mask)`: x [B, T, C] → [B, T, C]; mask [T, T] bool as the notes have it, True = may not attend; without
     one attention is causal (or, by `causal=False`, sees all). `lengths` [B] or `key_mask` [B, T] (True = real token)
-    say what is padding. `seed` fixes the dropout of this pass; without one each call in training draws its own.
+    say what is padding, `cu_seqlens` where the sequences of a packed row begin. `seed` fixes the dropout of this pass; without one each call in training draws its own.
     With `carry=True` a pre-norm block leaves its last addition to whoever normalises next, so that both are one pass:
     it returns (x, branch), which the next block takes as `x` and `branch`.
     Errors: `ValueError`, as the ops; where hidden_dim is not divisible by num_heads.
@@ -155,13 +156,16 @@ class TransformerDecoder(nn.Module):
         causal: bool = True,
         lengths: Tensor | None = None,
         key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         seed: Tensor | None = None,
         branch: Tensor | None = None,
         carry: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if seed is None and self.training and self.has_dropout:
             seed = ops.new_seed(x.device)
-        masks = {"causal": causal, "lengths": lengths, "key_mask": key_mask, "mask": None}
+        masks = {
+            "causal": causal, "lengths": lengths, "key_mask": key_mask, "mask": None, "cu_seqlens": cu_seqlens,
+        }  # fmt: skip
         if mask is not None:
             if mask.dtype != torch.bool:
                 raise ValueError(

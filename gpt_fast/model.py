@@ -1,9 +1,12 @@
 """The trunk every head shares, and the drop-in GPT."""
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from . import ops
 from .config import GPTConfig
@@ -16,6 +19,7 @@ class _Trunk(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False  # True: backward computes each decoder again and stores its input alone
         C, T = config.hidden_dim, config.seq_len
         self.token_emb = nn.Embedding(config.num_tokens, C)
         self.pos_emb = nn.Parameter(torch.empty(1, T, C))
@@ -43,22 +47,30 @@ class _Trunk(nn.Module):
         causal: bool = True,
         lengths: Tensor | None = None,
         key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         seed: Tensor | None = None,
     ) -> Tensor:
         """tokens [B, T] → [B, T, C].
 
         Padding is what lies past `lengths` [B] or where `key_mask` [B, T] is False; with a key_mask positions count the
-        real tokens, so a left-padded row gives what it gives alone. Raises `ValueError` for tokens that are not [B, T],
-        longer than seq_len, or outside the vocabulary, and where both kinds of padding are given.
+        real tokens, so a left-padded row gives what it gives alone. `cu_seqlens` [n + 1] says where each of n sequences
+        packed into one row [1, T] begins and ends: they do not see each other and positions count within each. Raises
+        `ValueError` for tokens that are not [B, T], longer than seq_len (packed: each sequence), or outside the
+        vocabulary, and where more than one of the three is given.
         """
         config = self.config
         if tokens.dim() != 2:
             raise ValueError(f"gpt_fast: tokens has shape {list(tokens.shape)}, wanted [B, T]")
-        if tokens.shape[1] > config.seq_len:
-            raise ValueError(f"gpt_fast: {tokens.shape[1]} tokens in a row, wanted at most seq_len = {config.seq_len}")
-        if lengths is not None and key_mask is not None:
-            raise ValueError("gpt_fast: got lengths and key_mask, wanted one of them")
+        longest = tokens.shape[1]
+        if cu_seqlens is not None:
+            longest = _longest(cu_seqlens) if ops.values_checked(cu_seqlens) else 0
+        if longest > config.seq_len:
+            raise ValueError(f"gpt_fast: {longest} tokens in a row, wanted at most seq_len = {config.seq_len}")
+        if sum(given is not None for given in (lengths, key_mask, cu_seqlens)) > 1:
+            raise ValueError("gpt_fast: got more than one of lengths, key_mask and cu_seqlens, wanted one of them")
         positions = None
+        if cu_seqlens is not None:
+            positions = packed_positions(cu_seqlens, tokens.shape[1])
         if key_mask is not None:
             if key_mask.shape != tokens.shape or key_mask.dtype != torch.bool:
                 raise ValueError(
@@ -69,18 +81,26 @@ class _Trunk(nn.Module):
             seed = ops.new_seed(tokens.device)
         dropout_p = config.embedding_dropout if self.training else 0.0
         x = ops.embedding(tokens, self.token_emb.weight, self.pos_emb[0], positions, dropout_p, seed, site=0)
-        options = {"causal": causal, "lengths": lengths, "key_mask": key_mask, "seed": seed}
+        options = {
+            "causal": causal, "lengths": lengths, "key_mask": key_mask, "cu_seqlens": cu_seqlens, "seed": seed,
+        }  # fmt: skip
         if self.final_norm is None:
             for decoder in self.decoders:
-                x = decoder(x, **options)
+                x = self._decode(decoder, x, **options)
             return x
         branch: Tensor | None = None
         for decoder in self.decoders:
-            x, branch = decoder(x, **options, branch=branch, carry=True)
+            x, branch = self._decode(decoder, x, **options, branch=branch, carry=True)
         last = self.decoders[-1]
         assert isinstance(last, TransformerDecoder)
         assert branch is not None
         return last.add_norm(branch, x, self.final_norm, seed, last.site + 3)[0]
+
+    def _decode(self, decoder: nn.Module, x: Tensor, **options: Any) -> Any:
+        if not (self.checkpoint_activations and torch.is_grad_enabled()):
+            return decoder(x, **options)
+        # Dropout follows from `seed`, so the second pass needs no state of torch's generator.
+        return checkpoint(decoder, x, use_reentrant=False, preserve_rng_state=False, **options)
 
     @property
     def has_dropout(self) -> bool:
@@ -109,9 +129,12 @@ class GPTModel(_Trunk):
         causal: bool = True,
         lengths: Tensor | None = None,
         key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         seed: Tensor | None = None,
     ) -> Tensor:
-        return self.hidden_states(tokens, causal=causal, lengths=lengths, key_mask=key_mask, seed=seed)
+        return self.hidden_states(
+            tokens, causal=causal, lengths=lengths, key_mask=key_mask, cu_seqlens=cu_seqlens, seed=seed
+        )
 
 
 class GPT(_Trunk):
@@ -158,6 +181,17 @@ def shift_labels(labels: Tensor, *, lengths: Tensor | None = None, key_mask: Ten
     if key_mask is None:
         return shifted
     return shifted.masked_fill(~(key_mask & F.pad(key_mask[:, 1:], (0, 1))), IGNORE)
+
+
+def packed_positions(cu_seqlens: Tensor, T: int) -> Tensor:
+    """Each position's place [1, T] in its own sequence of a packed row."""
+    index = torch.arange(T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    sequence = torch.searchsorted(cu_seqlens, index, right=True) - 1
+    return (index - cu_seqlens[sequence])[None].long()
+
+
+def _longest(cu_seqlens: Tensor) -> int:
+    return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
 
 
 def init_weights(module: nn.Module, std: float) -> None:

@@ -14,17 +14,31 @@ from typing import NamedTuple
 import pytest
 
 SERVER = """
-import io, json, os, sys, tempfile, traceback
+import io, json, os, resource, sys, tempfile, time, traceback
+from pathlib import Path
 import gpt_fast.commands, gpt_fast.cli
 import gpt_fast.training.compare, gpt_fast.training.finetune, gpt_fast.training.pretrain
 
+def happened(watched):  # a path, with so many lines in it
+    path, lines = watched
+    found = sorted(Path("/").glob(path.lstrip("/")))
+    if not found:
+        return False
+    try:
+        return lines == 0 or found[0].read_bytes().count(b"\\n") >= lines
+    except FileNotFoundError:
+        return False
+
 for line in sys.stdin:
+    request = json.loads(line)
     out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
     pid = os.fork()
     if pid == 0:
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
-        sys.argv = ["gpt-fast", *json.loads(line)]
+        sys.argv = ["gpt-fast", *request["args"]]
+        if request["file_size"]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
         code = 0
         try:
             gpt_fast.cli.main()
@@ -36,7 +50,18 @@ for line in sys.stdin:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    _, status = os.waitpid(pid, 0)
+    done = 0
+    while request["watched"] and not done:
+        if happened(request["watched"]):
+            time.sleep(request["later"])
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if not done:
+                os.kill(pid, request["signal"])
+            break
+        time.sleep(0.001)
+        done, status = os.waitpid(pid, os.WNOHANG)
+    if not done:
+        _, status = os.waitpid(pid, 0)
     texts = []
     for file in (out, err):
         file.seek(0)
@@ -64,13 +89,25 @@ Cli = Callable[..., Result]
 
 @pytest.fixture(scope="session")
 def cli() -> Iterator[Cli]:
-    """Runs one command line in a process of its own."""
+    """Runs one command line in a process of its own: with `watched` (a path, perhaps with wildcards, and how many lines
+    it must have) the process gets `signal` as soon as that is there and `later` seconds have passed; no file can grow
+    past `file_size`."""
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
     )
 
-    def run(*args: object) -> Result:
-        print(json.dumps([str(arg) for arg in args]), file=server.stdin, flush=True)
+    def run(
+        *args: object,
+        watched: tuple[object, int] | None = None,
+        signal: int = 9,
+        later: float = 0.0,
+        file_size: int = 0,
+    ) -> Result:
+        request = {
+            "args": [str(arg) for arg in args], "signal": int(signal), "later": later, "file_size": file_size,
+            "watched": watched and (str(watched[0]), watched[1]),
+        }  # fmt: skip
+        print(json.dumps(request), file=server.stdin, flush=True)
         return Result(*json.loads(server.stdout.readline()))
 
     with server:

@@ -1,21 +1,22 @@
-"""Schedules, optimizer, run folders, the loop, metrics, and small trainings from text and tables to run folders."""
+"""Schedules, optimizer, metrics, and small trainings from text and tables to run folders."""
 
-import json
 import math
 import random
-import stat
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from gpt_fast import GPTConfig, GPTForCausalLM, GPTForMaskedLM
 from gpt_fast.data.batches import Batch
+from gpt_fast.data.stream import TokenStream
 from gpt_fast.training import evaluate, evaluation, finetune, pretrain, runs
 from gpt_fast.training.compare import compare, difference
-from gpt_fast.training.loop import LoopSettings, fit, intervals
+from gpt_fast.training.distributed import World
+from gpt_fast.training.lm_data import masker
 from gpt_fast.training.optimizer import make_optimizer
 from gpt_fast.training.schedules import warmup_cosine, warmup_linear
 
@@ -60,131 +61,6 @@ def test_only_matrices_decay():
     assert sum(p.numel() for group in (decaying, plain) for p in group["params"]) == model.num_parameters()
 
 
-# --- run folders ---
-
-
-def listing(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-
-
-def test_a_run_appears_whole(tmp_path):
-    out = tmp_path / "runs" / "a"
-    with runs.new_run(out) as work:
-        (work / "run.json").write_text("{}")
-        assert not out.exists()
-    assert listing(tmp_path) == ["runs", "runs/a", "runs/a/run.json"]
-    assert stat.S_IMODE(out.stat().st_mode) == stat.S_IMODE(out.parent.stat().st_mode)
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("before", [False, True], ids=["new", "overwrite"])
-def test_an_error_leaves_nothing(tmp_path, error, before):
-    out = tmp_path / "runs" / "a"
-    if before:
-        out.mkdir(parents=True)
-        (out / "run.json").write_text("old")
-    held = listing(tmp_path)
-
-    def fail() -> None:
-        with runs.new_run(out, overwrite=before) as work:
-            (work / "run.json").write_text("new")
-            raise error
-
-    with pytest.raises(error):
-        fail()
-    assert listing(tmp_path) == held
-    assert not before or (out / "run.json").read_text() == "old"
-
-
-def test_overwrite_replaces_a_run(tmp_path):
-    out = tmp_path / "a"
-    out.mkdir()
-    (out / "metrics.jsonl").write_text("old")
-    with pytest.raises(FileExistsError, match=r"already holds a run.*--overwrite"), runs.new_run(out):
-        pass
-    with runs.new_run(out, overwrite=True) as work:
-        (work / "run.json").write_text("new")
-    assert listing(tmp_path) == ["a", "a/run.json"]
-
-
-def test_overwrite_spares_what_is_no_run(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(FileExistsError, match=r"holds what no run wrote \(thesis.tex\)"), runs.new_run(tmp_path, True):
-        pass
-    assert listing(tmp_path) == ["run.json", "thesis.tex"]
-
-
-def test_an_empty_folder_is_taken(tmp_path):
-    out = tmp_path / "a"
-    out.mkdir()
-    with runs.new_run(out) as work:
-        (work / "run.json").write_text("{}")
-    assert listing(tmp_path) == ["a", "a/run.json"]
-
-
-def test_folders_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(FileExistsError, match="is a file"), runs.new_run(tmp_path / "file"):
-        pass
-    with pytest.raises(ValueError, match="cannot write there"), runs.new_run(tmp_path / "file" / "a"):
-        pass
-
-
-# --- the loop ---
-
-
-class Line(nn.Module):
-    """A model of one number whose loss is its distance from the mean label."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.x = nn.Parameter(torch.zeros(1))
-
-    def forward(self, tokens, labels, *, lengths=None):
-        self.seen = getattr(self, "seen", 0) + 1
-        return type("Output", (), {"loss": (self.x - labels.mean()).square().sum()})
-
-
-def test_loop_logs_and_validates(tmp_path):
-    model, shown = Line(), []
-    batches = iter([Batch(torch.zeros(2, 3), torch.full((2,), float(i))) for i in range(7)])
-    settings = LoopSettings(7, 0.1, lambda step: 1 / (step + 1), log_every=3, valid_every=5)
-    last = fit(model, batches, lambda: {"valid_loss": 5.0}, settings, tmp_path / "m.jsonl", shown.append)
-    lines = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [3, 5, 6, 7]
-    assert ["valid_loss" in line for line in lines] == [False, True, False, True]
-    assert [line["lr"] for line in lines] == pytest.approx([0.1 / 3, 0.1 / 5, 0.1 / 6, 0.1 / 7])
-    assert last == lines[-1]
-    assert model.seen == len(shown) == 7
-    assert [progress.logged for progress in shown if progress.logged] == lines
-    assert all(line["tokens_per_second"] > 0 for line in lines)
-
-
-@pytest.mark.parametrize("steps", [1, 7, 60, 125, 500, 1000, 100_000])
-def test_intervals(steps):
-    """Validations lie on logged steps, and there are about as many as asked for."""
-    every = intervals(steps, validations=10)
-    assert every["valid_every"] % every["log_every"] == 0
-    assert min(steps, 8) // 2 <= steps // every["valid_every"] <= 12
-    assert steps // every["log_every"] >= min(steps, 50)
-
-
-def test_logged_loss_is_the_mean_since_the_last_line(tmp_path):
-    model = Line()
-    batches = iter([Batch(torch.zeros(1, 1), torch.tensor([value])) for value in (1.0, 3.0)])
-    settings = LoopSettings(2, 0.0, lambda step: 1.0, log_every=2, valid_every=2)
-    last = fit(model, batches, dict, settings, tmp_path / "m.jsonl", ignore)
-    assert last["train_loss"] == pytest.approx((1 + 9) / 2)
-
-
-def test_a_loss_that_is_not_finite_is_an_error(tmp_path):
-    batches = iter([Batch(torch.zeros(1, 1), torch.tensor([value])) for value in (1.0, math.inf)])
-    settings = LoopSettings(2, 0.1, lambda step: 1.0, log_every=20, valid_every=20)
-    with pytest.raises(ValueError, match=r"loss is inf at step 2; try a smaller --lr than 0\.1"):
-        fit(Line(), batches, dict, settings, tmp_path / "m.jsonl", ignore)
-
-
 # --- metrics ---
 
 
@@ -195,7 +71,9 @@ def test_lm_loss_weighs_every_predicted_token_the_same(head):
     model = head(GPTConfig.preset("gpt2", **SMALL, dropout=0.5))
     tokens = torch.randint(40, (7, 16))
     labels = tokens.masked_fill(torch.rand(7, 16) < torch.linspace(0.1, 0.9, 7)[:, None], -100)
-    got = evaluation.lm_loss(model, tokens, labels, causal=head is GPTForCausalLM, batch_size=3)
+    asked = labels[:, 1:] if head is GPTForCausalLM else labels
+    parts = [Batch(tokens[i:j], labels[i:j], weight=int(asked[i:j].ne(-100).sum())) for i, j in ((0, 3), (3, 6), (6, 7))]
+    got = evaluation.lm_loss(model, parts)
     assert model.training
     logits = model.eval()(tokens).logits
     if head is GPTForCausalLM:
@@ -315,12 +193,13 @@ def test_validation_masks_are_fixed(language_runs, text):
     run = language_runs["mlm"]
     model = evaluate.load_run(run, "cpu")
     tokenizer = evaluate.run_tokenizer(run, model)
-    mask = pretrain.masker(tokenizer, model.config)
-    settings = pretrain.PretrainSettings(out=run, batch_size=8)
-    stream = torch.tensor(tokenizer.encode(text.read_text()).ids, dtype=torch.int32)
-    first = pretrain.validation(model, stream, mask, settings)
+    mask = masker(tokenizer, model.config)
+    stream = TokenStream([np.array(tokenizer.encode(text.read_text()).ids)])
+    made = [pretrain.validation_batches(stream, 16, 8, mask, None) for _ in range(2)]
+    assert all(torch.equal(a.labels, b.labels) for a, b in zip(*made, strict=True))
+    first = pretrain.validation(model, made[0], World())
     torch.rand(5)
-    assert pretrain.validation(model, stream, mask, settings) == first
+    assert pretrain.validation(model, made[1], World()) == first
 
 
 # --- from a table to a run ---

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from . import compare, doctor, evaluate, finetune, generate, pretrain
-from .common import print_error, show_warning
+from ..interrupts import Interrupted
+from .common import print_error, say, show_warning
 
 app = typer.Typer(
     name="gpt-fast",
@@ -49,11 +50,15 @@ def options(
 
 
 def run() -> None:
-    """Runs the command line. What a user can cause, a ValueError or OSError, becomes one line and exit code 2;
-    anything else is a fault of ours and keeps its traceback."""
+    """Runs the command line. What a user can cause, a ValueError or OSError, becomes one line and exit code 2; a
+    signal that stopped a training the code that shells give it (130 for Ctrl-C, 143 for SIGTERM); anything else is a
+    fault of ours and keeps its traceback."""
     warnings.showwarning = show_warning
     try:
         app()
+    except Interrupted as stopped:
+        say(f"gpt-fast: {stopped.saved or f'stopped by {stopped}, nothing is left of it'}")
+        sys.exit(128 + stopped.signum)
     except (ValueError, OSError) as error:
         if "--traceback" in sys.argv:
             raise

@@ -82,15 +82,17 @@ def training_bar(label: str) -> Iterator[Callable[[loop.Progress], None]]:
         TextColumn(label),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f} · {task.fields[rate]:,.0f} tokens/s ·"),
+        TextColumn("loss {task.fields[loss]:.3f} · {task.fields[rate]:,.0f} tokens/s{task.fields[mfu]} ·"),
         TimeRemainingColumn(),
         TextColumn("left"),
     )
     with Progress(*columns, console=err) as progress:
-        task = progress.add_task(label, total=None, loss=float("nan"), rate=0.0)
+        task = progress.add_task(label, total=None, loss=float("nan"), rate=0.0, mfu="")
 
         def show(now: loop.Progress) -> None:
-            progress.update(task, completed=now.step, total=now.steps, loss=now.loss, rate=now.tokens_per_second)
+            mfu = f" · MFU {now.mfu:.0%}" if now.mfu else ""
+            rate = now.tokens_per_second
+            progress.update(task, completed=now.step, total=now.steps, loss=now.loss, rate=rate, mfu=mfu)
             if now.logged and any(name.startswith("valid_") for name in now.logged):
                 figures = [f"{name.replace('_', ' ')} {now.logged[name]:.3f}" for name in now.logged if _shown(name)]
                 progress.console.print(f"  update {now.step:>5}: {', '.join(figures)}", soft_wrap=True)

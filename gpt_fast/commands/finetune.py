@@ -7,16 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .common import (
-    AsJson,
-    Device,
-    print_json,
-    print_table,
-    require_train_extra,
-    resolve_device,
-    say,
-    training_bar,
-)
+from . import training_options as shared
+from .common import AsJson, Device, print_json, print_table, require_train_extra, resolve_device
 
 
 def finetune(
@@ -60,10 +52,21 @@ def finetune(
         typer.Option(help="λ of the joint loss: task + λ · language model.", rich_help_panel="Training"),
     ] = 0.5,
     seed: Annotated[int, typer.Option(help="Of the new layer, batches and dropout.", rich_help_panel="Training")] = 0,
+    accumulate: shared.Accumulate = 1,
+    weight_decay: shared.WeightDecay = 0.01,
+    max_grad_norm: shared.MaxGradNorm = 1.0,
+    precision: shared.Precision = "float32",
+    compile: shared.Compile = False,
+    checkpoint_activations: shared.CheckpointActivations = False,
+    max_skips: shared.MaxSkips = 10,
     device: Device = "auto",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run in --out.", rich_help_panel="Run")
-    ] = False,
+    config: shared.Config = None,
+    log_every: shared.LogEvery = None,
+    checkpoint_every: shared.CheckpointEvery = 1000,
+    keep_checkpoints: shared.KeepCheckpoints = 3,
+    tensorboard: shared.TensorBoard = False,
+    overwrite: shared.Overwrite = False,
+    resume: shared.Resume = False,
     as_json: AsJson = False,
 ) -> None:
     """Trains a classifier or regressor on a labelled table, from a pre-trained model's weights.
@@ -80,29 +83,15 @@ def finetune(
 
     gpt-fast finetune --from runs/lm --train essays.tsv --task regression --label-column grade --out runs/grades
     """
+    given = locals()
     require_train_extra()
     device = resolve_device(device)
     from ..training.finetune import FinetuneSettings
     from ..training.finetune import finetune as fit
 
-    settings = FinetuneSettings(
-        source=source,
-        out=out,
-        train=train,
-        valid=valid,
-        text_column=text_column,
-        label_column=label_column,
-        task=task,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        lm_weight=lm_weight,
-        seed=seed,
-        overwrite=overwrite,
-        device=device,
-    )
-    with training_bar("fine-tuning") as show:
-        record = fit(settings, show, say)
+    settings = shared.settings_from(FinetuneSettings, given, device=device)
+    with shared.training_session("fine-tuning") as session:
+        record = fit(settings, *session)
     if as_json:
         print_json({"out": str(out), **record})
         return

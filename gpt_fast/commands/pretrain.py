@@ -7,16 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .common import (
-    AsJson,
-    Device,
-    print_json,
-    print_table,
-    require_train_extra,
-    resolve_device,
-    say,
-    training_bar,
-)
+from . import training_options as shared
+from .common import AsJson, Device, print_json, print_table, require_train_extra, resolve_device
 
 
 def pretrain(
@@ -30,17 +22,29 @@ def pretrain(
         ),
     ] = None,
     more_data: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Run folder of a language model to go on from, of either objective: its weights, sizes and tokenizer.",
+            rich_help_panel="Model",
+        ),
+    ] = None,
     objective: Annotated[
         str, typer.Option(metavar="clm|mlm", help="Predict the next token, or hidden ones.", rich_help_panel="Model")
     ] = "clm",
     tokenizer: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="bpe|byte|char|PATH",
-            help="bpe and char learn from the training text; PATH is a tokenizer.json.",
+            help="bpe (the default) and char learn from the training text; PATH is a tokenizer.json.",
             rich_help_panel="Data",
         ),
-    ] = "bpe",
+    ] = None,
+    pack: Annotated[
+        bool,
+        typer.Option("--pack", help="Attention does not cross from one document to the next.", rich_help_panel="Data"),
+    ] = False,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -65,11 +69,36 @@ def pretrain(
         float | None,
         typer.Option(help="Peak learning rate; 2e-3, or with a preset 2.5e-4.", rich_help_panel="Training"),
     ] = None,
+    warmup: Annotated[
+        int | None,
+        typer.Option(
+            help="Updates until the peak learning rate: 2,000, but at most a tenth of all.", rich_help_panel="Training"
+        ),
+    ] = None,
+    accumulate: shared.Accumulate = 1,
+    weight_decay: shared.WeightDecay = 0.01,
+    max_grad_norm: shared.MaxGradNorm = 1.0,
+    precision: shared.Precision = "float32",
+    compile: shared.Compile = False,
+    checkpoint_activations: shared.CheckpointActivations = False,
+    max_skips: shared.MaxSkips = 10,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ddp|fsdp",
+            help="Under torchrun: every rank holds the whole model, or a share of it.",
+            rich_help_panel="Training",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of weights, batches and dropout.", rich_help_panel="Training")] = 0,
     device: Device = "auto",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run in --out.", rich_help_panel="Run")
-    ] = False,
+    config: shared.Config = None,
+    log_every: shared.LogEvery = None,
+    checkpoint_every: shared.CheckpointEvery = 1000,
+    keep_checkpoints: shared.KeepCheckpoints = 3,
+    tensorboard: shared.TensorBoard = False,
+    overwrite: shared.Overwrite = False,
+    resume: shared.Resume = False,
     as_json: AsJson = False,
 ) -> None:
     """Trains a language model on plain text and writes a run folder.
@@ -84,7 +113,12 @@ def pretrain(
     gpt-fast pretrain --data books/ notes.txt --tokenizer byte --layers 6 --dim 256 --steps 5000 --out runs/books
 
     gpt-fast pretrain --preset gpt1 --objective mlm --data corpus/ --out runs/gpt1-mlm
+
+    gpt-fast pretrain --config runs/books/settings.yaml --out runs/books --resume
+
+    torchrun --nproc-per-node 8 --no-python gpt-fast pretrain --strategy fsdp --preset gpt2-xl --data tokens/ --out runs/xl
     """
+    given = locals()
     require_train_extra()
     if more_data and not data:
         raise ValueError(f"unexpected argument {more_data[0]}; text to train on goes behind --data")
@@ -92,26 +126,11 @@ def pretrain(
     from ..training.pretrain import PretrainSettings
     from ..training.pretrain import pretrain as train
 
-    settings = PretrainSettings(
-        out=out,
-        data=(*(data or ()), *(more_data or ())),
-        objective=objective,
-        tokenizer=tokenizer,
-        preset=preset,
-        layers=layers,
-        heads=heads,
-        dim=dim,
-        seq_len=seq_len,
-        dropout=dropout,
-        steps=steps,
-        batch_size=batch_size,
-        lr=lr,
-        seed=seed,
-        overwrite=overwrite,
-        device=device,
+    settings = shared.settings_from(
+        PretrainSettings, given, data=(*(data or ()), *(more_data or ())), device=device
     )
-    with training_bar("pre-training") as show:
-        record = train(settings, show, say)
+    with shared.training_session("pre-training") as session:
+        record = train(settings, *session)
     if as_json:
         print_json({"out": str(out), **record})
         return

@@ -10,7 +10,6 @@ from .batches import (
     classification_batches,
     classification_input,
     lm_windows,
-    random_windows,
     token_stream,
     unigram_entropy,
 )
@@ -40,7 +39,6 @@ __all__ = [
     "load_tokenizer",
     "make_tokenizer",
     "mask_tokens",
-    "random_windows",
     "read_corpus",
     "read_table",
     "save_tokenizer",

@@ -5,58 +5,76 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .masking import IGNORED
+from .stream import TokenStream
+
 
 class Batch(NamedTuple):
-    """What a head's forward takes: `tokens` `[B, T]`, `labels` (`[B, T]`, or `[B]` for a classifier), and for padded
-    rows `lengths` `[B]`."""
+    """What a head's forward takes: `tokens` `[B, T]`, `labels` (`[B, T]`, or `[B]` for a classifier), for padded rows
+    `lengths` `[B]`, for rows packed into one `cu_seqlens` `[n + 1]`; and `weight`, the number of predictions that the
+    mean loss is over."""
 
     tokens: Tensor
     labels: Tensor
     lengths: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    weight: int = 1
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in self))  # type: ignore[arg-type]
+        return Batch(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
+
+    def inputs(self) -> dict[str, Tensor]:
+        """The arguments of a head's forward."""
+        return {name: x for name, x in self._asdict().items() if isinstance(x, Tensor)}
 
     def num_tokens(self) -> int:
         return self.tokens.numel() if self.lengths is None else int(self.lengths.sum())
 
 
-def token_stream(documents: Iterable[list[int]], start_token: int) -> Tensor:
-    """All documents one after another, each behind a start token, as one int32 tensor."""
-    pieces = [torch.tensor([start_token, *ids], dtype=torch.int32) for ids in documents]
-    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32)
+def token_stream(documents: Iterable[list[int]], start_token: int) -> TokenStream:
+    """All documents one after another, each behind a start token."""
+    pieces = [np.array([start_token, *ids], dtype=np.int32) for ids in documents]
+    return TokenStream([np.concatenate(pieces)] if pieces else [])
 
 
-def random_windows(stream: Tensor, seq_len: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Without end, `[B, T]` windows of `stream` that begin at random places."""
-    _check_stream(stream, seq_len)
-    offsets = torch.arange(seq_len)
-    while True:
-        starts = torch.randint(stream.numel() - seq_len + 1, (batch_size, 1), generator=generator)
-        yield stream[starts + offsets].long()
-
-
-def lm_windows(stream: Tensor, seq_len: int, most: int | None = None) -> Tensor:
+def lm_windows(stream: TokenStream, seq_len: int, most: int | None = None) -> Tensor:
     """Windows `[N, T]` that lie side by side, at most `most` of them and then evenly spread over the whole stream. A
     rest shorter than a window is left out."""
-    _check_stream(stream, seq_len)
-    windows = stream[: stream.numel() // seq_len * seq_len].view(-1, seq_len)
-    if most is not None and len(windows) > most:
-        windows = windows[torch.arange(most) * len(windows) // most]
-    return windows.long()
+    stream.require(seq_len)
+    N = len(stream) // seq_len
+    kept = N if most is None else min(N, most)
+    return stream.windows([i * N // kept * seq_len for i in range(kept)], seq_len)
 
 
-def unigram_entropy(tokens: Tensor) -> float:
-    """`H = -Σ p_v log p_v` in nats per token, with `p` the share of each id in `tokens` themselves.
+def packed(batch: Batch, windows: Tensor, document_token: int) -> Batch:
+    """A batch of `windows` `[B, T]` as one row `[1, B·T]` whose sequences are the windows' documents, each begun by
+    `document_token`: attention does not cross from one to another."""
+    B, T = windows.shape
+    begins = windows == document_token
+    begins[:, 0] = True
+    (starts,) = begins.flatten().nonzero(as_tuple=True)
+    cu_seqlens = torch.cat([starts, torch.tensor([B * T])]).int()
+    return batch._replace(tokens=batch.tokens.view(1, -1), labels=batch.labels.view(1, -1), cu_seqlens=cu_seqlens)
+
+
+def causal_batch(tokens: Tensor) -> Batch:
+    """Next-token prediction within each window `[B, T]`: its first token has no predecessor and is not asked for."""
+    labels = tokens.clone()
+    labels[:, 0] = IGNORED
+    return Batch(tokens, labels, weight=tokens.shape[0] * (tokens.shape[1] - 1))
+
+
+def unigram_entropy(counts: np.ndarray) -> float:
+    """`H = -Σ p_v log p_v` in nats per token, with `p` the share of each id in a text that has it `counts` `[V]` times.
 
     No model that ignores context, not even one fitted to this very text, has a lower loss on it.
     """
-    counts = torch.bincount(tokens.flatten().long()).double()
     p = counts[counts > 0] / counts.sum()
-    return float(-(p * p.log()).sum())
+    return float(-(p * np.log(p)).sum())
 
 
 def classification_input(ids: list[int], seq_len: int, start_token: int, extract_token: int) -> list[int]:
@@ -82,11 +100,4 @@ def classification_batches(
     order = torch.arange(N) if generator is None else torch.randperm(N, generator=generator)
     for chosen in order.split(batch_size):
         tokens, lengths = pad_rows([rows[i] for i in chosen.tolist()], pad_token)
-        yield Batch(tokens, labels[chosen], lengths)
-
-
-def _check_stream(stream: Tensor, seq_len: int) -> None:
-    if stream.numel() < seq_len:
-        raise ValueError(
-            f"the text has {stream.numel()} tokens, fewer than a window of {seq_len}; give more text or fewer positions"
-        )
+        yield Batch(tokens, labels[chosen], lengths, weight=len(chosen))

@@ -92,9 +92,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if not is_tokenizer:
         raise ValueError(f"{path}: not a tokenizer.json (it has no field 'model')")
     try:
-        tokenizer = Tokenizer.from_str(text)
+        return parse_tokenizer(text)
     except Exception as error:  # noqa: BLE001  the tokenizers library raises nothing narrower
         raise ValueError(f"{path}: not a tokenizer.json that this version of tokenizers reads ({error})") from None
+
+
+def parse_tokenizer(text: str) -> Tokenizer:
+    """A tokenizer from the text of its tokenizer.json."""
+    tokenizer = Tokenizer.from_str(text)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return _finish(tokenizer)

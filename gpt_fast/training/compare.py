@@ -17,8 +17,7 @@ from .. import ops, use_reference
 from ..data.batches import Batch
 from ..heads import Head
 from .evaluate import load_run
-from .loop import update
-from .optimizer import make_optimizer
+from .engine import Engine, EngineSettings
 from .runs import special_token
 
 SEED = 1234
@@ -43,12 +42,11 @@ def compare(
     }
     speeds: dict[str, list[float]] = {"fused": [], "reference": []}
     modes: list[tuple[str, Mode]] = [("fused", nullcontext), ("reference", use_reference)]
-    copies = {name: copy.deepcopy(model) for name, _ in modes}
-    optimizers = {name: make_optimizer(twin, lr=1e-4) for name, twin in copies.items()}
+    engines = {name: Engine(copy.deepcopy(model), 1e-4, EngineSettings()) for name, _ in modes}
     for repeat in range(repeats + 1):
         for name, mode in modes if repeat % 2 else reversed(modes):
             with mode():
-                speed = batch.num_tokens() / step_seconds(copies[name], optimizers[name], batch)
+                speed = batch.num_tokens() / step_seconds(engines[name], batch)
             if repeat:  # the first of each warms up
                 speeds[name].append(speed)
         show(repeat, repeats)
@@ -99,9 +97,7 @@ def difference(got: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
     return {"largest": largest, "relative": relative}
 
 
-def step_seconds(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
-    model.train()
+def step_seconds(engine: Engine, batch: Batch) -> float:
     began = time.perf_counter()
-    loss, _ = update(model, optimizer, batch, 1.0)
-    loss.item()  # waits for the device
+    engine.update([batch], 1e-4).loss.item()  # waits for the device
     return time.perf_counter() - began

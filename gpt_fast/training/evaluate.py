@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from .. import GPTForCausalLM, GPTForSequenceClassification
 from ..checkpoint import read_config
 from ..data.batches import lm_windows, token_stream, unigram_entropy
+from ..data.stream import TokenStream
 from ..data.corpus import STDLIB, read_corpus, read_path
 from ..data.snippets import snippet_table
 from ..data.tables import read_table
@@ -19,7 +20,7 @@ from ..data.tokenizer import encode_documents, load_tokenizer, vocabulary_size
 from ..heads import HEADS, Head
 from .evaluation import lm_loss, perplexity
 from .finetune import inputs, score, targets
-from .pretrain import masker
+from .lm_data import lm_batch, masker
 from .runs import check_run, read_record, special_token
 
 BATCH = 32
@@ -83,21 +84,20 @@ def evaluate_language_model(model: Head, folder: Path, data: Path | None) -> dic
     stream = token_stream(
         encode_documents(tokenizer, [d.text for d in documents]), special_token(model.config, "start_token")
     )
-    tokens = lm_windows(stream, min(model.config.seq_len, stream.numel()))
+    tokens = lm_windows(stream, min(model.config.seq_len, len(stream)))
     causal = isinstance(model, GPTForCausalLM)
-    masked = tokens, tokens
-    if not causal:
-        masked = masker(tokenizer, model.config)(tokens, torch.Generator().manual_seed(0))
-    loss = lm_loss(model, *masked, causal=causal, batch_size=BATCH)
+    mask = None if causal else masker(tokenizer, model.config)
+    generator = torch.Generator().manual_seed(0)
+    loss = lm_loss(model, [lm_batch(windows, mask, generator, None) for windows in tokens.split(BATCH)])
     result: dict[str, Any] = {
         "task": "clm" if causal else "mlm",
         "data": STDLIB if data is None else str(data),
         "tokens": tokens.numel(),
         "loss": loss,
-        "unigram_entropy": unigram_entropy(tokens),
+        "unigram_entropy": unigram_entropy(TokenStream([tokens.flatten().numpy()]).counts()),
         "perplexity": perplexity(loss),
     }
     if causal:
         size = sum(len(document.text.encode()) for document in documents)
-        result["bits_per_byte"] = loss / math.log(2) * stream.numel() / size
+        result["bits_per_byte"] = loss / math.log(2) * len(stream) / size
     return result

@@ -12,7 +12,7 @@ from torchmetrics import MeanSquaredError, PearsonCorrCoef
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from ..data.batches import Batch, classification_batches
-from ..data.masking import IGNORED
+from .distributed import World
 
 Metrics = dict[str, float]
 
@@ -27,16 +27,18 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
     model.train(was_training)
 
 
-def lm_loss(model: nn.Module, tokens: Tensor, labels: Tensor, *, causal: bool, batch_size: int) -> float:
-    """Mean loss in nats per predicted token over windows `tokens` `[N, T]`; a causal model predicts all but the
-    first of each window, a masked one those whose label is not -100."""
-    total, count = 0.0, 0
+def lm_loss(model: nn.Module, batches: Sequence[Batch], world: World | None = None) -> float:
+    """Mean loss in nats per predicted token over `batches`, each rank taking its share. All ranks call the model the
+    same number of times, as FSDP needs; a rank with less to do repeats a batch that does not count."""
+    world = world or World()
+    totals = torch.zeros(2, dtype=torch.float64)
     with evaluating(model) as device:
-        for inputs, targets in zip(tokens.split(batch_size), labels.split(batch_size), strict=True):
-            batch = Batch(inputs, targets).to(device)
-            asked = int((targets[:, 1:] if causal else targets).ne(IGNORED).sum())
-            total += float(model(batch.tokens, batch.labels).loss) * asked
-            count += asked
+        for first in range(0, len(batches), world.size):
+            index = first + world.rank
+            batch = batches[index if index < len(batches) else 0].to(device)
+            asked = batch.weight if index < len(batches) else 0
+            totals += torch.tensor([float(model(**batch.inputs()).loss) * asked, asked], dtype=torch.float64)
+    total, count = world.total(totals.to(world.device)).tolist()
     return total / count
 
 

@@ -1,21 +1,28 @@
-"""The training loop that every task shares: updates, logging, validation."""
+"""The training loop that every task shares: updates, logging, validation, checkpoints, and what to do when one fails."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from ..data.batches import Batch
-from .optimizer import make_optimizer
+from . import checkpoints, randomness
+from .engine import Engine
+from ..interrupts import Interrupted, Stop
+from .monitor import Spikes
+from .runs import Run
 
 Metrics = dict[str, float]
+Source = Callable[[int], Sequence[Batch]]  # an update, counted from 0, to this rank's parts of its batch
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class Progress:
     loss: float
     tokens_per_second: float
     logged: Metrics | None  # the line that went into metrics.jsonl, on the steps that log
+    mfu: float | None = None  # share of the device's peak, where that is known
 
 
 @dataclass(frozen=True)
@@ -36,79 +44,279 @@ class LoopSettings:
     schedule: Callable[[int], float]  # update, counted from 0, to the factor on lr
     log_every: int
     valid_every: int
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
+    checkpoint_every: int = 1000
+    keep: int = 3
+    max_skips: int = 10  # updates in a row that are not finite
+    peak_flops: float | None = None
+    flops_per_token: float = 0.0
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for option, value in (
+            ("--steps", self.steps), ("--log-every", self.log_every), ("--checkpoint-every", self.checkpoint_every),
+            ("--keep-checkpoints", self.keep),
+        ):  # fmt: skip
+            if value < 1:
+                raise ValueError(f"{option} {value}: wanted at least 1")
+        if self.max_skips < 0:
+            raise ValueError(f"--max-skips {self.max_skips}: wanted 0 or more")
 
 
-def intervals(steps: int, validations: int) -> dict[str, int]:
+@dataclass
+class LoopState:
+    """All that the loop remembers from one update to the next, in plain values: it goes into checkpoints."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)  # since the last line of metrics.jsonl
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    spikes: Spikes = field(default_factory=Spikes)
+    spike_count: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    metrics_bytes: int = 0  # of metrics.jsonl
+    line: Metrics = field(default_factory=dict)  # the last one
+    best: list[float] | None = None  # the key of the best validation
+    best_metrics: Metrics = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LoopState:
+        return cls(**(values | {"spikes": Spikes(**values["spikes"])}))
+
+
+def intervals(steps: int, validations: int, log_every: int | None = None) -> dict[str, int]:
     """`log_every` for some fifty lines, or one every hundred updates of a long run, and `valid_every` as a multiple of
     it, so that every line of metrics.jsonl covers the same number of updates."""
-    log_every = min(100, max(1, steps // 50))
+    log_every = log_every if log_every is not None else min(100, max(1, steps // 50))
+    if log_every < 1:
+        raise ValueError(f"--log-every {log_every}: wanted at least 1")
     return {"log_every": log_every, "valid_every": log_every * max(1, round(steps / validations / log_every))}
 
 
-def fit(
-    model: nn.Module,
-    batches: Iterator[Batch],
-    validate: Callable[[], Metrics],
-    settings: LoopSettings,
-    metrics_file: Path,
-    show: Callable[[Progress], None],
-) -> Metrics:
-    """Updates `model` on `settings.steps` batches and returns the last line logged.
+@dataclass
+class Loop:
+    """One training: `run()` updates the engine's model on `settings.steps` batches and returns the last line logged.
 
-    A line holds the step, the mean loss since the line before, the learning rate, the gradient's norm before
-    clipping, tokens per second without the time spent in validation, and what `validate` returns on the steps that
-    call it; the last step always does. A loss that is not finite is an error.
+    A line of metrics.jsonl holds the step, the mean loss since the line before, the learning rate, the gradient's norm
+    before clipping, tokens per second without the time spent in validation, how many updates were skipped so far and
+    how many losses were spikes, and what `validate` returns on the steps that call it; the last step always does.
+
+    An update whose loss or gradient is not finite changes nothing and is counted; more than `max_skips` in a row are an
+    error, and the batch that began them is saved. With `better`, a key that is larger the better, the weights of the best
+    validation are kept in best/.
     """
-    if settings.steps < 1:
-        raise ValueError(f"--steps {settings.steps}: wanted at least 1")
-    device = next(model.parameters()).device
-    optimizer = make_optimizer(model, settings.lr, settings.weight_decay)
-    losses: list[Tensor] = []
-    tokens, seconds, shown_loss, rate = 0, 0.0, math.nan, 0.0
-    line: Metrics = {}
-    with metrics_file.open("w", encoding="utf-8") as file:
-        for step in range(1, settings.steps + 1):
-            model.train()
-            began = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr * settings.schedule(step - 1)
-            batch = next(batches)
-            loss, norm = update(model, optimizer, batch.to(device), settings.max_grad_norm)
-            losses.append(loss)
-            tokens += batch.num_tokens()
-            logs = step % settings.log_every == 0 or step == settings.steps
-            validates = step % settings.valid_every == 0 or step == settings.steps
-            logged = None
-            if logs or validates or step == 1:
-                shown_loss = float(torch.stack(losses).mean())  # the one wait for the device
-                if not math.isfinite(shown_loss):
-                    raise ValueError(
-                        f"the training loss is {shown_loss} at step {step}; try a smaller --lr than {settings.lr:g}"
-                    )
-            seconds += time.perf_counter() - began
-            rate = tokens / seconds
-            if logs or validates:
-                line = {"step": step, "train_loss": shown_loss, "lr": optimizer.param_groups[0]["lr"]}
-                line |= {"grad_norm": float(norm), "tokens_per_second": rate}
-                if validates:
-                    line |= validate()
+
+    engine: Engine
+    source: Source
+    validate: Callable[[], Metrics]
+    settings: LoopSettings
+    run_folder: Run
+    show: Callable[[Progress], None]
+    say: Callable[[str], None] = print
+    stop: Stop = field(default_factory=Stop)
+    better: Callable[[Metrics], Sequence[float]] | None = None
+    state: LoopState = field(default_factory=LoopState)
+    seed: int = 0
+    identity: dict[str, Any] = field(default_factory=dict)  # of the data: a run goes on with the same
+
+    def __post_init__(self) -> None:
+        self._pending: list[tuple[int, Tensor, Tensor]] = []  # (step, loss, skipped), not yet read off the device
+        self._tokens = 0  # and seconds, since the last line
+        self._seconds = 0.0
+        self._shown = math.nan
+        self._writer: Any = None
+
+    def resume(self) -> None:
+        """Takes up the newest checkpoint that is as it was written; without any, the loop begins at the beginning."""
+        world, folder = self.engine.world, self.run_folder.checkpoints
+        chosen: Path | None = None
+        if world.first:
+            chosen = self._newest_good(folder)
+        step = world.number(-1 if chosen is None else int(chosen.name.split("-")[1]))
+        if step < 0:
+            return
+        path = chosen or folder / f"step-{step:09d}"
+        manifest = checkpoints.read(path) if chosen is None else self._manifest
+        if manifest["state"].pop("data") != self.identity:
+            raise ValueError(f"{path}: the run began on other data; go on with the same, or start again with --overwrite")
+        self.state = LoopState.from_dict(manifest["state"])
+        tensors = self.engine.state()
+        states = randomness.states(self.engine.device, world.rank)
+        same_ranks = manifest["ranks"] == world.size
+        checkpoints.load(path, tensors | states if same_ranks else tensors, world)
+        if same_ranks:
+            randomness.restore(states)
+        else:
+            randomness.seed(self.seed, world.rank, step)
+        if world.first:
+            self.say(f"going on after update {step:,} of {self.settings.steps:,}")
+            with (self.run_folder.folder / "metrics.jsonl").open("ab") as file:
+                file.truncate(self.state.metrics_bytes)
+
+    def _newest_good(self, folder: Path) -> Path | None:
+        damaged = []
+        for path in checkpoints.newest_first(folder):
+            try:
+                self._manifest = checkpoints.read(path)
+            except checkpoints.Damaged as error:
+                damaged.append(str(error))
+                self.say(f"{error}; trying the one before")
+                continue
+            return path
+        if damaged:
+            raise ValueError(f"{folder}: no checkpoint is whole ({damaged[0]}); start again with --overwrite")
+        return None
+
+    def run(self) -> Metrics:
+        settings, state, world = self.settings, self.state, self.engine.world
+        first = self.source(state.step) if state.step < settings.steps else []  # what is wrong with data shows here
+        if world.first:
+            self.run_folder.publish()
+        world.wait()
+        self.stop.deferred = True
+        try:
+            while state.step < settings.steps:
+                batches, first = first or self.source(state.step), []
+                self._update(batches)
+            return state.line
+        finally:
+            self.stop.deferred = False
+            if self._writer is not None:
+                self._writer.close()
+
+    def _update(self, batches: Sequence[Batch]) -> None:
+        settings, state, engine = self.settings, self.state, self.engine
+        began = time.perf_counter()
+        lr = settings.lr * settings.schedule(state.step)
+        loss, norm, skipped = engine.update(batches, lr)
+        state.step += 1
+        self._pending.append((state.step, loss, skipped))
+        self._tokens += sum(batch.num_tokens() for batch in batches) * engine.world.size
+        logs = state.step % settings.log_every == 0 or state.step == settings.steps
+        validates = state.step % settings.valid_every == 0 or state.step == settings.steps
+        saves = state.step % settings.checkpoint_every == 0 and state.step < settings.steps
+        # Reading a loss waits for the device: on a GPU only where a line or a checkpoint needs it.
+        if logs or validates or saves or state.step == 1 or engine.device.type == "cpu":
+            self._settle()
+        self._seconds += time.perf_counter() - began
+        logged = None
+        if logs or validates:
+            logged = self._log(lr, float(norm), validates)
+        stopping = self._asked_to_stop(logs or validates or saves)
+        if saves or (stopping and state.step < settings.steps):
+            self.save()
+        rate = self._rate
+        self.show(Progress(state.step, settings.steps, self._shown, rate, logged, self._mfu(rate)))
+        if stopping and state.step < settings.steps:
+            raise Interrupted(self.stop.signum or 15, f"stopped after update {state.step:,}; go on with --resume")
+
+    def _asked_to_stop(self, may_wait: bool) -> bool:
+        """Ranks get their signals at different times, so they agree where they wait for each other anyway."""
+        asked = self.stop.signum is not None
+        if self.engine.world.size == 1:
+            return asked
+        return may_wait and self.engine.world.anyone(asked)
+
+    def _settle(self) -> None:
+        """Reads losses off the device and looks at each."""
+        state = self.state
+        if not self._pending:
+            return
+        steps = [step for step, _, _ in self._pending]
+        losses = torch.stack([loss for _, loss, _ in self._pending]).tolist()
+        skips = torch.stack([skipped for _, _, skipped in self._pending]).tolist()
+        self._pending = []
+        for step, loss, skipped in zip(steps, losses, skips, strict=True):
+            if skipped:
+                state.skipped += 1
+                state.skipped_in_a_row += 1
+                self.say(f"update {step}: skipped, its loss ({loss}) or its gradient is not finite")
+                if state.skipped_in_a_row > self.settings.max_skips:
+                    self._give_up(step - state.skipped_in_a_row + 1, loss)
+                continue
+            state.skipped_in_a_row = 0
+            if state.spikes.see(loss):
+                state.spike_count += 1
+                self.say(f"update {step}: the loss jumped to {loss:.3f}, the mean was {state.spikes.mean:.3f}")
+            state.losses.append(loss)
+        if state.losses:
+            self._shown = math.fsum(state.losses) / len(state.losses)
+
+    def _give_up(self, step: int, loss: float) -> None:
+        """Saves the batch of the first of the updates that failed and raises."""
+        path = self.run_folder.folder / "bad-batch.safetensors"
+        if self.engine.world.first:
+            tensors = {
+                f"{name}.{part}": tensor.contiguous()
+                for part, batch in enumerate(self.source(step - 1))
+                for name, tensor in batch.inputs().items()
+            }
+            save_file(tensors, path, metadata={"step": str(step)})
+            self.run_folder.keep()
+        raise ValueError(
+            f"the training loss is {loss} or its gradient not finite at step {step}, and {self.settings.max_skips} more "
+            f"updates had to be skipped after it; its batch is in {path}; try a smaller --lr than {self.settings.lr:g}"
+        )
+
+    @property
+    def _rate(self) -> float:
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+    def _mfu(self, rate: float) -> float | None:
+        peak = self.settings.peak_flops
+        return rate * self.settings.flops_per_token / (peak * self.engine.world.size) if peak else None
+
+    def _log(self, lr: float, norm: float, validates: bool) -> Metrics:
+        state, rate = self.state, self._rate
+        mean = math.fsum(state.losses) / len(state.losses) if state.losses else math.nan
+        line: Metrics = {"step": state.step, "train_loss": mean, "lr": lr, "grad_norm": norm, "tokens_per_second": rate}
+        if (mfu := self._mfu(rate)) is not None:
+            line["mfu"] = mfu
+        line |= {"skipped": state.skipped, "spikes": state.spike_count}
+        if validates:
+            with self.engine.autocast():
+                line |= self.validate()
+            self._keep_best(line)
+        if self.engine.world.first:
+            path = self.run_folder.folder / "metrics.jsonl"
+            with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-                file.flush()
-                losses, tokens, seconds, logged = [], 0, 0.0, line
-            show(Progress(step, settings.steps, shown_loss, rate, logged))
-    return line
+            state.metrics_bytes = path.stat().st_size
+            self._to_tensorboard(line)
+        state.line, state.losses = line, []
+        state.tokens += self._tokens
+        state.seconds += self._seconds
+        self._tokens, self._seconds = 0, 0.0
+        return line
 
+    def _keep_best(self, line: Metrics) -> None:
+        if self.better is None:
+            return
+        key = list(self.better(line))
+        if self.state.best is None or key > self.state.best:
+            self.state.best, self.state.best_metrics = key, line
+            self.engine.model.save_pretrained(self.run_folder.folder / "best")
 
-def update(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, max_grad_norm: float
-) -> tuple[Tensor, Tensor]:
-    """One forward, backward and step; returns the loss and the gradient's norm before clipping, both still on the
-    device."""
-    loss = model(batch.tokens, batch.labels, lengths=batch.lengths).loss
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    optimizer.step()
-    return loss.detach(), norm
+    def _to_tensorboard(self, line: Metrics) -> None:
+        if not self.settings.tensorboard:
+            return
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.run_folder.folder / "tensorboard"), purge_step=int(line["step"]))
+        for name, value in line.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, int(line["step"]))
+
+    def save(self) -> None:
+        """A checkpoint of this moment."""
+        world = self.engine.world
+        self._settle()
+        self.state.tokens += self._tokens
+        self.state.seconds += self._seconds
+        self._tokens, self._seconds = 0, 0.0
+        tensors = self.engine.state() | randomness.states(self.engine.device, world.rank)
+        folder, state = self.run_folder.checkpoints, asdict(self.state) | {"data": self.identity}
+        checkpoints.save(folder, self.state.step, tensors, state, self.settings.keep, world)
+        if world.first:
+            self.run_folder.keep()

@@ -1,9 +1,9 @@
-"""Unsupervised pre-training: from text to a run folder."""
+"""Unsupervised pre-training: from text or token files to a run folder."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,19 +15,29 @@ from torch import Tensor
 
 from .. import GPTConfig, GPTForCausalLM, GPTForMaskedLM
 from ..checkpoint import write_json
-from ..data.batches import Batch, lm_windows, random_windows, token_stream, unigram_entropy
-from ..data.corpus import Corpus, Document, read_corpus
-from ..data.masking import mask_tokens
-from ..data.tokenizer import encode_documents, make_tokenizer, save_tokenizer, special_ids, vocabulary_size
+from ..data.batches import Batch, lm_windows, unigram_entropy
+from ..data.stream import TokenStream
+from ..data.tokenizer import save_tokenizer, special_ids, vocabulary_size
 from ..heads import Head
+from . import randomness, throughput
+from .distributed import World, settings_of, world
+from .engine import PRECISIONS, Engine, EngineSettings
 from .evaluation import lm_loss
-from .loop import LoopSettings, Metrics, Progress, fit, intervals
+from ..interrupts import Stop
+from .lm_data import LMData, Mask, WindowSource, lm_batch, masker, read_lm_data
+from .loop import Loop, LoopSettings, Metrics, Progress, intervals
 from .plot import plot_language_model
-from .runs import new_run, read_metrics, special_token
+from .runs import Run, check_run, is_finished, new_run, read_metrics, read_record
 from .schedules import warmup_cosine
+from .settings import check_same, write_settings
 
 OBJECTIVES: dict[str, type[Head]] = {"clm": GPTForCausalLM, "mlm": GPTForMaskedLM}
 VALID_WINDOWS = 128
+# What may differ when a run is taken up again; all else says what is trained.
+FREE = {
+    "out", "overwrite", "resume", "device", "strategy", "accumulate", "compile", "checkpoint_activations", "tensorboard",
+    "log_every", "checkpoint_every", "keep_checkpoints", "max_skips",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,8 +47,10 @@ class PretrainSettings:
 
     out: Path
     data: tuple[Path, ...] = ()
+    source: Path | None = None  # --from
     objective: str = "clm"
-    tokenizer: str = "bpe"
+    tokenizer: str | None = None
+    pack: bool = False
     preset: str | None = None
     layers: int | None = None
     heads: int | None = None
@@ -47,74 +59,167 @@ class PretrainSettings:
     dropout: float | None = None
     steps: int = 1000
     batch_size: int = 16
+    accumulate: int = 1
     lr: float | None = None
+    warmup: int | None = None
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    precision: str = "float32"
+    compile: bool = False
+    checkpoint_activations: bool = False
     seed: int = 0
+    log_every: int | None = None
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 3
+    max_skips: int = 10
+    tensorboard: bool = False
     overwrite: bool = False
+    resume: bool = False
     device: str = "cpu"
+    strategy: str | None = None
 
 
 def pretrain(
-    settings: PretrainSettings, show: Callable[[Progress], None], say: Callable[[str], None]
+    settings: PretrainSettings,
+    show: Callable[[Progress], None],
+    say: Callable[[str], None],
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Trains a language model and writes its run folder; returns what goes into run.json."""
-    head = OBJECTIVES.get(settings.objective)
-    if head is None:
+    check(settings)
+    if settings.resume and is_finished(settings.out):
+        say(f"{settings.out}: finished, nothing is left to do")
+        return read_record(settings.out)
+    with world(settings.strategy, settings.device) as ranks:
+        if not ranks.first:
+            return _pretrain(settings, Run(settings.out.resolve(), settings.out.resolve()), ranks, _nothing, _nothing, stop)
+        with new_run(settings.out, settings.overwrite, settings.resume) as run:
+            return _pretrain(settings, run, ranks, show, say, stop)
+
+
+def check(settings: PretrainSettings) -> None:
+    """What is wrong whatever the text says shall fail before it is read."""
+    if settings.objective not in OBJECTIVES:
         raise ValueError(f"--objective {settings.objective}: wanted one of {', '.join(OBJECTIVES)}")
-    if settings.batch_size < 1:
-        raise ValueError(f"--batch-size {settings.batch_size}: wanted at least 1")
-    make_config(settings, num_tokens=1000)  # wrong sizes shall fail before the corpus is read
-    with new_run(settings.out, settings.overwrite) as folder:
-        corpus = read_corpus(settings.data)
-        tokenizer = make_tokenizer(settings.tokenizer, (d.text for d in corpus.train), bpe_size(settings.preset))
-        train, valid = streams(tokenizer, corpus)
-        config = make_config(settings, vocabulary_size(tokenizer), **special_ids(tokenizer))
-        say(f"{corpus.source}: {_count(corpus.train, train)} to train on, {_count(corpus.valid, valid)} held out")
+    EngineSettings.of(settings)
+    if settings.warmup is not None and settings.warmup < 1:
+        raise ValueError(f"--warmup {settings.warmup}: wanted at least 1")
+    if settings.source is None:
+        make_config(settings, num_tokens=1000)
+        return
+    check_run(settings.source)
+    options = {"preset": "--preset", "layers": "--layers", "heads": "--heads", "dim": "--dim", "tokenizer": "--tokenizer"}
+    for name, option in options.items():
+        if getattr(settings, name) is not None:
+            raise ValueError(f"{option} {getattr(settings, name)}: --from {settings.source} has its own; leave one out")
 
-        torch.manual_seed(settings.seed)
-        model = head(config).to(settings.device)
-        entropy = unigram_entropy(valid)
-        say(f"{head.__name__}: {model.num_parameters():,} parameters, vocabulary of {config.num_tokens:,}")
-        say(f"unigram entropy of the held-out text: {entropy:.3f} nats per token")
 
-        mask = masker(tokenizer, config) if settings.objective == "mlm" else None
-        generator = torch.Generator().manual_seed(settings.seed)
-        windows = random_windows(train, config.seq_len, settings.batch_size, generator)
-        lr = settings.lr if settings.lr is not None else default_lr(settings.preset)
-        loop = LoopSettings(
-            settings.steps,
-            lr,
-            partial(warmup_cosine, total=settings.steps, warmup=min(2000, max(1, settings.steps // 10))),
-            **intervals(settings.steps, validations=10),
-        )
-        check = partial(validation, model, valid, mask, settings)
-        began = time.perf_counter()
-        last = fit(model, lm_batches(windows, mask, generator), check, loop, folder / "metrics.jsonl", show)
+def _pretrain(
+    settings: PretrainSettings,
+    run: Run,
+    ranks: World,
+    show: Callable[[Progress], None],
+    say: Callable[[str], None],
+    stop: Stop | None,
+) -> dict[str, Any]:
+    if run.kept:  # it is gone on with
+        check_same(run.folder, settings, FREE)
+    bpe_size = GPTConfig.preset(settings.preset).num_tokens if settings.preset else 4096
+    kind = str(run.folder if run.kept else settings.source or settings.tokenizer or "bpe")
+    data = read_lm_data(settings.data, kind, bpe_size, ranks)
+    say(data.summary)
+    torch.manual_seed(settings.seed)
+    model = make_model(settings, data.tokenizer).to(ranks.device)
+    config, causal = model.config, settings.objective == "clm"
+    entropy = unigram_entropy(data.valid.counts())
+    say(f"{model.num_parameters():,} parameters; unigram entropy of the held-out text: {entropy:.3f} nats per token")
+    if ranks.rank:
+        randomness.seed(settings.seed, ranks.rank)
 
-        record = {
-            "command": "pretrain",
-            "objective": settings.objective,
-            "data": corpus.source,
-            "tokenizer": settings.tokenizer,
-            "train_tokens": train.numel(),
-            "valid_tokens": valid.numel(),
-            "steps": settings.steps,
-            "batch_size": settings.batch_size,
-            "lr": lr,
-            "seed": settings.seed,
-            "device": settings.device,
-            "torch": torch.__version__,
-            "parameters": model.num_parameters(),
-            "seconds": round(time.perf_counter() - began, 1),
-            "train_loss": last["train_loss"],
-            "valid_loss": last["valid_loss"],
-            "unigram_entropy": entropy,
-        }
-        model.save_pretrained(folder)
-        save_tokenizer(tokenizer, folder / "tokenizer.json")
-        write_json(folder / "run.json", record)
-        title = f"Pre-training ({settings.objective}): {corpus.source}"
-        plot_language_model(read_metrics(folder), entropy, title, folder / "loss.png")
+    mask = None if causal else masker(data.tokenizer, config)
+    document_token = data.document_token if settings.pack else None
+    lr = settings.lr if settings.lr is not None else default_lr(settings.preset)
+    warmup = settings.warmup if settings.warmup is not None else min(2000, max(1, settings.steps // 10))
+    engine = Engine(model, lr, EngineSettings.of(settings), ranks)
+    parameters = model.num_parameters() if ranks.strategy != "fsdp" or ranks.size == 1 else None
+    loop_settings = LoopSettings(
+        settings.steps,
+        lr,
+        partial(warmup_cosine, total=settings.steps, warmup=warmup),
+        **intervals(settings.steps, validations=10, log_every=settings.log_every),
+        checkpoint_every=settings.checkpoint_every,
+        keep=settings.keep_checkpoints,
+        max_skips=settings.max_skips,
+        tensorboard=settings.tensorboard,
+        peak_flops=throughput.peak_flops(engine.device, PRECISIONS[settings.precision]),
+        flops_per_token=throughput.flops_per_token(config, parameters or model.num_parameters(), causal),
+    )
+    source = WindowSource(
+        data.train, config.seq_len, settings.batch_size, settings.seed, mask, document_token, settings.accumulate,
+        ranks.rank, ranks.size,
+    )  # fmt: skip
+    valid = validation_batches(data.valid, config.seq_len, settings.batch_size, mask, document_token)
+    if ranks.first and not run.kept:
+        write_settings(run.folder, dataclasses.replace(settings, lr=lr, warmup=warmup))
+        save_tokenizer(data.tokenizer, run.folder / "tokenizer.json")
+    loop = Loop(
+        engine, source, partial(validation, model, valid, ranks), loop_settings, run, show, say, stop or Stop(),
+        seed=settings.seed, identity=data.identity,
+    )  # fmt: skip
+    if run.kept or ranks.size > 1:
+        loop.resume()
+    last = loop.run()
+
+    record = {
+        "command": "pretrain",
+        "objective": settings.objective,
+        "data": data.source,
+        "tokenizer": settings.tokenizer or (str(settings.source) if settings.source else "bpe"),
+        "train_tokens": len(data.train),
+        "valid_tokens": len(data.valid),
+        "steps": settings.steps,
+        "batch_size": settings.batch_size,
+        "lr": lr,
+        "seed": settings.seed,
+        "device": settings.device,
+        "precision": settings.precision,
+        "torch": torch.__version__,
+        "parameters": model.num_parameters(),
+        "seconds": round(loop.state.seconds, 1),
+        "skipped": loop.state.skipped,
+        "spikes": loop.state.spike_count,
+        "train_loss": last["train_loss"],
+        "valid_loss": last["valid_loss"],
+        "unigram_entropy": entropy,
+    } | settings_of(ranks)
+    whole = engine.whole_model()
+    if ranks.first:
+        finish(run, whole, record)
+    ranks.wait()
     return record
+
+
+def finish(run: Run, model: Head, record: dict[str, Any]) -> None:
+    """run.json last: a folder that has it is finished."""
+    model.save_pretrained(run.folder)
+    title = f"Pre-training ({record['objective']}): {record['data']}"
+    plot_language_model(read_metrics(run.folder), record["unigram_entropy"], title, run.folder / "loss.png")
+    write_json(run.folder / "run.json", record)
+
+
+def make_model(settings: PretrainSettings, tokenizer: Tokenizer) -> Head:
+    """A new model, or the one of --from with this objective's head: trunk and output layer go on from its weights."""
+    head = OBJECTIVES[settings.objective]
+    if settings.source is None:
+        return head(make_config(settings, vocabulary_size(tokenizer), **special_ids(tokenizer)))
+    overrides: dict[str, Any] = {}
+    if settings.dropout is not None:
+        names = ("embedding_dropout", "attention_dropout", "residual_dropout")
+        overrides |= dict.fromkeys(names, settings.dropout)
+    model = head.from_pretrained(settings.source, **overrides)
+    if settings.seq_len is not None and settings.seq_len != model.config.seq_len:
+        raise ValueError(f"--seq-len {settings.seq_len}: --from {settings.source} has {model.config.seq_len} positions")
+    return model
 
 
 def make_config(settings: PretrainSettings, num_tokens: int, **tokens: int) -> GPTConfig:
@@ -133,48 +238,26 @@ def make_config(settings: PretrainSettings, num_tokens: int, **tokens: int) -> G
     return GPTConfig.preset(settings.preset or "gpt2", num_tokens=num_tokens, **sizes, **tokens)
 
 
-def bpe_size(preset: str | None) -> int:
-    """The preset's own vocabulary, 4,096 without one."""
-    return GPTConfig.preset(preset).num_tokens if preset else 4096
-
-
 def default_lr(preset: str | None) -> float:
     """The paper's for the published sizes; a small model takes, and needs, more."""
     return 2.5e-4 if preset else 2e-3
 
 
-def streams(tokenizer: Tokenizer, corpus: Corpus) -> tuple[Tensor, Tensor]:
-    """The training and the validation text as one row of ids each."""
-    start = special_ids(tokenizer)["start_token"]
-    train, valid = (
-        token_stream(encode_documents(tokenizer, [d.text for d in part]), start)
-        for part in (corpus.train, corpus.valid)
-    )
-    return train, valid
+def validation_batches(
+    valid: TokenStream, seq_len: int, batch_size: int, mask: Mask | None, document_token: int | None
+) -> list[Batch]:
+    """The same windows, behind the same masks, at every validation."""
+    windows: Tensor = lm_windows(valid, seq_len, VALID_WINDOWS)
+    generator = torch.Generator().manual_seed(0)
+    return [lm_batch(tokens, mask, generator, document_token) for tokens in windows.split(batch_size)]
 
 
-Mask = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
+def validation(model: Head, batches: list[Batch], ranks: World) -> Metrics:
+    return {"valid_loss": lm_loss(model, batches, ranks)}
 
 
-def masker(tokenizer: Tokenizer, config: GPTConfig) -> Mask:
-    """`mask_tokens` for this vocabulary."""
-    special = set(special_ids(tokenizer).values())
-    ordinary = torch.tensor([i for i in sorted(tokenizer.get_vocab(True).values()) if i not in special])
-    return partial(mask_tokens, mask_token=special_token(config, "mask_token"), ordinary=ordinary)
+def _nothing(_: object) -> None:
+    """Ranks other than the first do not print."""
 
 
-def lm_batches(windows: Iterator[Tensor], mask: Mask | None, generator: torch.Generator) -> Iterator[Batch]:
-    """Labels are the tokens themselves, or with `mask` the hidden ones."""
-    for tokens in windows:
-        yield Batch(tokens, tokens) if mask is None else Batch(*mask(tokens, generator))
-
-
-def validation(model: Head, valid: Tensor, mask: Mask | None, settings: PretrainSettings) -> Metrics:
-    """The loss on the same windows, and behind the same masks, at every call."""
-    tokens = lm_windows(valid, model.config.seq_len, VALID_WINDOWS)
-    inputs, labels = (tokens, tokens) if mask is None else mask(tokens, torch.Generator().manual_seed(0))
-    return {"valid_loss": lm_loss(model, inputs, labels, causal=mask is None, batch_size=settings.batch_size)}
-
-
-def _count(documents: list[Document], stream: Tensor) -> str:
-    return f"{len(documents)} files with {stream.numel():,} tokens"
+__all__ = ["LMData", "PretrainSettings", "pretrain"]

@@ -1,14 +1,18 @@
-"""Run folders: what training writes, all of it or none.
+"""Run folders: what training writes.
 
 config.json, model.safetensors   the model, as `save_pretrained` writes it
 tokenizer.json                   its tokenizer
+settings.yaml                    every setting, resolved: `--config` takes it back
 metrics.jsonl                    one line per logged step
-run.json                         how it came about and how it ended: data, settings, labels, baselines, last figures
+run.json                         how it came about and how it ended: data, labels, baselines, last figures; written last
 loss.png                         the curves
+checkpoints/, best/              what a run that was stopped goes on from, and the best weights so far
+tensorboard/, confusion.png, bad-batch.safetensors   where asked for, or where there is reason
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -19,43 +23,113 @@ from pathlib import Path
 from typing import Any
 
 from ..config import GPTConfig
+from . import checkpoints
 
-RUN_FILES = {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "run.json", "loss.png"}
+RUN_FILES = {
+    "config.json", "model.safetensors", "tokenizer.json", "settings.yaml", "metrics.jsonl", "run.json", "loss.png",
+}  # fmt: skip
+OTHER_FILES = {checkpoints.FOLDER, "best", "tensorboard", "confusion.png", "bad-batch.safetensors"}
+
+
+class Run:
+    """A run folder in the making: at first a hidden one beside `out`, which `publish` moves there.
+
+    Until `keep` is called it is all or nothing: an error then leaves what was there before. Afterwards, that is from the
+    first checkpoint on, the folder stays whatever happens.
+    """
+
+    def __init__(self, out: Path, folder: Path, overwrite: bool = False):
+        self.out = out
+        self.folder = folder
+        self.overwrite = overwrite
+        self.kept = False
+        self._replaced: Path | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / checkpoints.FOLDER
+
+    def publish(self) -> None:
+        """Moves the folder to its place, before the first update: from now on metrics can be watched there."""
+        if self.folder == self.out:
+            return
+        _check_target(self.out, self.overwrite)  # someone may have written there meanwhile
+        self.folder.chmod(0o777 & ~_umask())  # mkdtemp's folders are the owner's alone
+        if self.out.exists():
+            self._replaced = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", dir=self.out.parent))
+            self.out.rename(self._replaced / self.out.name)
+        self.folder.rename(self.out)
+        self.folder = self.out
+
+    def keep(self) -> None:
+        """What lies in the folder is worth more than what it replaced."""
+        self.publish()
+        self.kept = True
+        if self._replaced is not None:
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            self._replaced = None
+
+    def discard(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._replaced is not None:
+            (self._replaced / self.out.name).rename(self.out)
+            self._replaced.rmdir()
 
 
 @contextmanager
-def new_run(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yields an empty folder beside `out` and moves it there at the end of the block. If the block raises, or is
-    interrupted, nothing of it stays and a run that was there before is untouched.
+def new_run(out: Path, overwrite: bool = False, resume: bool = False) -> Iterator[Run]:
+    """Yields a run whose folder takes its place at the end of the block, or before, when `publish` is called. If the
+    block raises, or is interrupted, before a checkpoint is written, nothing of it stays and a run that was there before
+    is untouched.
 
-    `overwrite` replaces a run, never a folder that holds anything else.
+    `overwrite` replaces a run, never a folder that holds anything else. `resume` goes on in a folder with checkpoints,
+    and replaces an unfinished one without.
     """
     out = out.resolve()
+    if overwrite and resume:
+        raise ValueError("--overwrite and --resume: one replaces the run, the other goes on with it; wanted one of them")
+    if resume and any(checkpoints.newest_first(out / checkpoints.FOLDER)):
+        run = Run(out, out)
+        run.kept = True
+        with _locked(out):
+            yield run
+        return
+    overwrite = overwrite or (resume and not is_finished(out))
     _check_target(out, overwrite)
     try:
         made = _make_parents(out.parent)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        run = Run(out, Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)), overwrite)
     except OSError as error:
         raise ValueError(f"--out {out}: cannot write there ({error.strerror})") from None
-    done = False
     try:
-        yield work
-        work.chmod(0o777 & ~_umask())  # mkdtemp's folders are the owner's alone
-        _check_target(out, overwrite)  # someone may have written there meanwhile
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-            out.rename(old / out.name)
-            work.rename(out)
-            shutil.rmtree(old)
-        else:
-            work.rename(out)
-        done = True
+        with _locked(run.folder):
+            yield run
+            run.keep()
     finally:
-        if not done:
-            shutil.rmtree(work, ignore_errors=True)
+        if not run.kept:
+            run.discard()
             for folder in made:
                 if not any(folder.iterdir()):
                     folder.rmdir()
+
+
+def is_finished(out: Path) -> bool:
+    """run.json is written last."""
+    return (out / "run.json").is_file()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """No two processes train in one folder: the lock is the folder's own and ends with the process."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--out {folder}: another process is training there") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def check_run(folder: Path) -> None:
@@ -101,11 +175,14 @@ def _check_target(out: Path, overwrite: bool) -> None:
         return
     if not out.is_dir():
         raise FileExistsError(f"--out {out}: is a file; wanted a folder that does not exist yet")
-    foreign = sorted({path.name for path in out.iterdir()} - RUN_FILES)
+    foreign = sorted({path.name for path in out.iterdir()} - RUN_FILES - OTHER_FILES)
+    foreign = [name for name in foreign if not name.endswith(".partial")]  # a kill in the middle of a write
     if foreign:
         raise FileExistsError(f"--out {out}: holds what no run wrote ({', '.join(foreign[:3])}); choose another folder")
     if not overwrite and any(out.iterdir()):
-        raise FileExistsError(f"--out {out}: already holds a run; choose another folder or give --overwrite")
+        raise FileExistsError(
+            f"--out {out}: already holds a run; choose another folder, give --overwrite, or --resume where it was stopped"
+        )
 
 
 def _make_parents(folder: Path) -> list[Path]:

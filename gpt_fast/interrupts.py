@@ -1,0 +1,50 @@
+"""SIGTERM and Ctrl-C: at once while a run is being set up, at the end of the update once it trains."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):
+    """A signal asked the program to end. `saved` says what can be done with what it leaves."""
+
+    def __init__(self, signum: int, saved: str = ""):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+        self.saved = saved
+
+
+class Stop:
+    """What the training loop asks at the end of each update: has a signal come?"""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self.deferred = False
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if not self.deferred or self.signum is not None:  # a second signal does not wait
+            raise Interrupted(signum)
+        self.signum = signum
+        print(f"gpt-fast: {signal.Signals(signum).name}: saving after this update", file=sys.stderr)
+
+
+@contextmanager
+def caught() -> Iterator[Stop]:
+    """Inside, the two signals go to the `Stop` that it yields. Outside the main thread nothing is caught."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = [signal.signal(signum, stop) for signum in SIGNALS]
+    try:
+        yield stop
+    finally:
+        for signum, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(signum, handler)

@@ -1,0 +1,163 @@
+"""Many processes, one model: PyTorch's DDP and FSDP2 behind the few calls that the training loop makes.
+
+Started by torchrun, which tells each process its rank. One process without torchrun is a world of its own, in which
+every call here costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+STRATEGIES = ("ddp", "fsdp")
+TIMEOUT = timedelta(minutes=10)
+
+
+class LostRank(ValueError):
+    """Another process of the job is gone, so that this one cannot go on."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train one model, seen from one of them."""
+
+    rank: int = 0
+    size: int = 1
+    strategy: str = "ddp"
+    device: str = "cpu"
+
+    @property
+    def first(self) -> bool:
+        """Is this the process that prints and writes?"""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def anyone(self, flag: bool) -> bool:
+        return bool(self.total(torch.tensor(float(flag), device=self.device))) if self.size > 1 else flag
+
+    def number(self, value: int) -> int:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
+        dist.broadcast(tensor, 0)
+        return int(tensor)
+
+    def text(self, value: str) -> str:
+        """Rank 0's text, on every rank."""
+        if self.size == 1:
+            return value
+        content = value.encode()
+        length = self.number(len(content))
+        letters = torch.zeros(length, dtype=torch.uint8, device=self.device)
+        if self.first:
+            letters.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        dist.broadcast(letters, 0)
+        return bytes(letters.tolist()).decode()
+
+    def wrap(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """The model that trains on this rank's part of each batch: DDP holds all of it everywhere, FSDP2 a share on
+        each rank, in place, one unit per decoder."""
+        if self.size == 1:
+            return model
+        if self.strategy == "ddp":
+            return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mixed = dtype != torch.float32
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if mixed else MixedPrecisionPolicy()
+        mesh = dist.init_device_mesh(torch.device(self.device).type, (self.size,))
+        for decoder in model.trunk.decoders:  # type: ignore[union-attr]
+            fully_shard(decoder, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        return model
+
+    @contextmanager
+    def synchronised(self, parallel: nn.Module, wanted: bool) -> Iterator[None]:
+        """Gradients are summed over the ranks in the backward of the last part of a batch alone."""
+        if self.size == 1 or (wanted and self.strategy == "ddp"):
+            yield
+        elif self.strategy == "ddp":
+            with parallel.no_sync():  # type: ignore[operator]
+                yield
+        else:
+            parallel.set_requires_gradient_sync(wanted)  # type: ignore[operator]
+            yield
+
+    def full(self, tensor: Tensor) -> Tensor:
+        """A tensor that may be spread over the ranks, whole."""
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+    def replicated(self, tensor: Tensor) -> Tensor:
+        """A tensor for use beside sharded ones."""
+        if self.size == 1 or self.strategy == "ddp":
+            return tensor
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh = dist.init_device_mesh(torch.device(self.device).type, (self.size,))
+        return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
+
+
+def launched_size() -> int:
+    """How many processes torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def world(strategy: str | None, device: str) -> Iterator[World]:
+    """The world that torchrun describes: NCCL between GPUs, gloo between CPUs. What breaks the connection to another
+    rank is a `LostRank` that says so."""
+    if strategy is not None and strategy not in STRATEGIES:
+        raise ValueError(f"--strategy {strategy}: wanted one of {', '.join(STRATEGIES)}")
+    size = launched_size()
+    if size == 1:
+        yield World(device=device)
+        return
+    if strategy is None:
+        raise ValueError(f"torchrun started {size} processes; say how they share the work: --strategy ddp or fsdp")
+    rank = int(os.environ["RANK"])
+    if device == "cuda":
+        device = f"cuda:{int(os.environ['LOCAL_RANK'])}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
+    try:
+        yield World(rank, size, strategy, device)
+    except RuntimeError as error:
+        if _is_lost_connection(error):
+            raise LostRank(
+                f"rank {rank}: the connection to another rank broke ({str(error).splitlines()[0]}); "
+                "start the job again with --resume"
+            ) from None
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    text = str(error)
+    signs = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "NCCL", "gloo")
+    return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
+
+
+def settings_of(world: World) -> dict[str, Any]:
+    """What a run's record says of how it was trained."""
+    return {"ranks": world.size} | ({"strategy": world.strategy} if world.size > 1 else {})

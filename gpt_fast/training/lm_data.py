@@ -1,0 +1,139 @@
+"""What a language model trains on: text or token files become streams, and an update's number becomes its batches."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ..config import GPTConfig
+from ..data.batches import Batch, causal_batch, packed, token_stream
+from ..data.corpus import Document, read_corpus
+from ..data.masking import IGNORED, mask_tokens
+from ..data.stream import TokenStream, WindowOrder, mix
+from ..data.tokenizer import encode_documents, make_tokenizer, parse_tokenizer, special_ids
+from .distributed import World
+from .runs import special_token
+
+Mask = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
+
+
+def masker(tokenizer: Tokenizer, config: GPTConfig) -> Mask:
+    """`mask_tokens` for this vocabulary."""
+    special = set(special_ids(tokenizer).values())
+    ordinary = torch.tensor([i for i in sorted(tokenizer.get_vocab(True).values()) if i not in special])
+    return partial(mask_tokens, mask_token=special_token(config, "mask_token"), ordinary=ordinary)
+
+
+def lm_batch(tokens: Tensor, mask: Mask | None, generator: torch.Generator, document_token: int | None) -> Batch:
+    """Windows `[B, T]` as next-token prediction, or with `mask` as hidden-token prediction; with `document_token`
+    packed into one row whose documents do not see each other."""
+    if mask is None:
+        batch = causal_batch(tokens)
+    else:
+        inputs, labels = mask(tokens, generator)
+        batch = Batch(inputs, labels, weight=int(labels.ne(IGNORED).sum()))
+    if document_token is None:
+        return batch
+    return packed(batch, tokens, document_token)
+
+
+@dataclass(frozen=True)
+class WindowSource:
+    """The batches of a run, as a function of the update: `source(step)` is this rank's parts of update `step`.
+
+    Update s takes the windows at positions s·batch_size to (s + 1)·batch_size of the shuffled stream, whatever the
+    number of ranks and parts they are divided among. The masks of a window are seeded by its position.
+    """
+
+    stream: TokenStream
+    seq_len: int
+    batch_size: int
+    seed: int
+    mask: Mask | None = None
+    document_token: int | None = None
+    parts: int = 1
+    rank: int = 0
+    ranks: int = 1
+
+    def __post_init__(self) -> None:
+        self.stream.require(self.seq_len)
+        if self.parts < 1:
+            raise ValueError(f"--accumulate {self.parts}: wanted at least 1")
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size {self.batch_size}: wanted at least 1")
+        if self.batch_size % (self.parts * self.ranks):
+            among = f"{self.parts} parts" + (f" on each of {self.ranks} ranks" if self.ranks > 1 else "")
+            raise ValueError(f"--batch-size {self.batch_size}: cannot be divided evenly among {among}")
+
+    def __call__(self, step: int) -> Sequence[Batch]:
+        each = self.batch_size // (self.parts * self.ranks)
+        first = step * self.batch_size + self.rank * self.parts * each
+        return [self._part(range(begin, begin + each)) for begin in range(first, first + self.parts * each, each)]
+
+    def _part(self, positions: Sequence[int]) -> Batch:
+        order = WindowOrder(len(self.stream), self.seq_len, self.seed)
+        tokens = self.stream.windows([order.start(position) for position in positions], self.seq_len)
+        # One generator for each part would give other masks to other divisions of the same windows.
+        mask = None if self.mask is None else partial(mask_each, mask=self.mask, seed=self.seed, positions=positions)
+        return lm_batch(tokens, mask, torch.Generator(), self.document_token)
+
+
+def mask_each(
+    tokens: Tensor, generator: torch.Generator, *, mask: Mask, seed: int, positions: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Hides tokens of each row by a generator seeded with its position."""
+    rows = [
+        mask(row[None], generator.manual_seed(mix(seed, position, 2) >> 1))
+        for row, position in zip(tokens, positions, strict=True)
+    ]
+    inputs, labels = zip(*rows, strict=True)
+    return torch.cat(inputs), torch.cat(labels)
+
+
+@dataclass(frozen=True)
+class LMData:
+    """Training and validation streams with their tokenizer. `document_token` begins each document; `identity` tells
+    whether a run that goes on reads what it began with."""
+
+    source: str
+    tokenizer: Tokenizer
+    train: TokenStream
+    valid: TokenStream
+    document_token: int | None
+    identity: dict[str, Any]
+    summary: str
+
+
+def read_lm_data(paths: Sequence[Path], tokenizer: str, bpe_size: int, ranks: World) -> LMData:
+    """The text of `paths`, or of the standard library, tokenised in memory. Rank 0 makes the tokenizer."""
+    corpus = read_corpus(paths)
+    made = make_tokenizer(tokenizer, (d.text for d in corpus.train), bpe_size).to_str() if ranks.first else ""
+    shared = parse_tokenizer(ranks.text(made))
+    start = special_ids(shared)["start_token"]
+    train, valid = (
+        token_stream(encode_documents(shared, [d.text for d in part]), start) for part in (corpus.train, corpus.valid)
+    )
+    return LMData(
+        corpus.source, shared, train, valid, start,
+        {"tokens": len(train), "crc32": crc(train)},
+        f"{corpus.source}: {_count(corpus.train, train)} to train on, {_count(corpus.valid, valid)} held out",
+    )  # fmt: skip
+
+
+def crc(stream: TokenStream) -> int:
+    value = 0
+    for array in stream.arrays:
+        value = zlib.crc32(array, value)
+    return value
+
+
+def _count(documents: list[Document], stream: TokenStream) -> str:
+    return f"{len(documents)} files with {len(stream):,} tokens"

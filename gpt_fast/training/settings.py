@@ -1,0 +1,67 @@
+"""Settings as files: one YAML or JSON object whose names are those of the command line's options."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SETTINGS = "settings.yaml"
+_UNSAVED = {"out", "overwrite", "resume"}  # of the command, not of the run
+
+
+def option(name: str) -> str:
+    """A field's name as the command line has it."""
+    return {"source": "from"}.get(name, name.replace("_", "-"))
+
+
+def write_settings(folder: Path, settings: Any) -> None:
+    """Every setting with its value, defaults too."""
+    path = folder / SETTINGS
+    path.write_text(yaml.safe_dump(to_plain(settings), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def to_plain(settings: Any) -> dict[str, Any]:
+    """A dataclass of settings as plain values under the options' names."""
+    fields = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _UNSAVED}
+    return {option(name): _plain(value) for name, value in fields.items()}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The object in a .yaml, .yml or .json file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--config {path}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path}: neither YAML nor JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path}: wanted names of options with their values, got {type(values).__name__}")
+    return {str(name): value for name, value in values.items()}
+
+
+def check_same(folder: Path, settings: Any, free: set[str]) -> None:
+    """Raises where a run would go on with other settings than it began with; what is left to its default is not
+    asked."""
+    began = read_settings(folder / SETTINGS)
+    given = to_plain(settings)
+    for name, value in given.items():
+        if name in {option(field) for field in free} or value is None:
+            continue
+        if began.get(name) != value:
+            raise ValueError(
+                f"--{name} {value}: the run in {folder} began with {began.get(name)}; --resume goes on with the same "
+                f"settings (--config {folder / SETTINGS} repeats them)"
+            )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (tuple, list)):
+        return [_plain(entry) for entry in value]
+    return value
