@@ -113,7 +113,8 @@ class TransformerDecoder(nn.Module):
 
     `forward(x, mask)`: x [B, T, C] → [B, T, C]; mask [T, T] bool as the notes have it, True = may not attend; without
     one attention is causal (or, by `causal=False`, sees all). `lengths` [B] or `key_mask` [B, T] (True = real token)
-    say what is padding, `cu_seqlens` where the sequences of a packed row begin. `seed` fixes the dropout of this pass; without one each call in training draws its own.
+    say what is padding, `cu_seqlens` where the sequences of a packed row begin. `seed` fixes the dropout of this pass;
+    without one each call in training draws its own.
     With `carry=True` a pre-norm block leaves its last addition to whoever normalises next, so that both are one pass:
     it returns (x, branch), which the next block takes as `x` and `branch`.
     Errors: `ValueError`, as the ops; where hidden_dim is not divisible by num_heads.

@@ -45,7 +45,14 @@ BAD_PRETRAIN = {
     "no layers": ("--layers 0", ["num_layers", "0", "positive"]),
     "no steps": ("--steps 0", ["--steps 0", "at least 1"]),
     "no batch": ("--batch-size 0", ["--batch-size 0", "at least 1"]),
-    "divergence": ("--lr 1e30 --steps 20", ["the training loss is", "smaller --lr"]),
+    "parts": ("--accumulate 3", ["--batch-size 4", "divided evenly among 3 parts"]),
+    "precision": ("--precision int8", ["int8", "float32, bfloat16, float16"]),
+    "no checkpoints": ("--checkpoint-every 0", ["--checkpoint-every 0", "at least 1"]),
+    "strategy": ("--strategy zero", ["zero", "ddp, fsdp"]),
+    "missing settings": ("--config {tmp}/none.yaml", ["--config", "none.yaml: no such file"]),
+    "settings that are none": ("--config {tmp}/short.txt", ["short.txt", "wanted names of options"]),
+    "overwrite and resume": ("--overwrite --resume", ["--overwrite and --resume", "one of them"]),
+    "sizes beside a model": ("--from {lm} --layers 3", ["--layers 3", "leave one out"]),
     "device": ("--device tpu", ["tpu", "auto, cpu or cuda"]),
     "out is a file": ("--out {tmp}/short.txt", ["short.txt: is a file"]),
     "out cannot be written": ("--out {tmp}/short.txt/run", ["short.txt/run: cannot write there"]),
@@ -66,6 +73,17 @@ def test_pretrain_refuses(cli, data, tmp_path, case):
     before = files(tmp_path) | files(data.folder)
     refuse(cli("pretrain", *command, *given), *messages)
     assert files(tmp_path) | files(data.folder) == before
+
+
+def test_divergence_leaves_the_batch_that_began_it(cli, data, tmp_path):
+    out = tmp_path / "run"
+    command = ["pretrain", "--data", data.text, "--tokenizer", "byte", *SMALL, "--steps", 40, "--out", out]
+    result = cli(*command, "--lr", 1e30)
+    refuse(result, "the training loss is", "smaller --lr", f"{out}/bad-batch.safetensors")
+    assert "update 3: skipped" in result.err
+    assert sorted(path.name for path in out.iterdir()) == [
+        "bad-batch.safetensors", "metrics.jsonl", "settings.yaml", "tokenizer.json",
+    ]  # fmt: skip
 
 
 TABLES = {

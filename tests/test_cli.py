@@ -12,7 +12,9 @@ pytest_plugins = ("tests.command_line",)
 
 COMMANDS = {
     "pretrain": "--data --out --objective --tokenizer --preset --layers --heads --dim --seq-len --dropout --steps "
-    "--batch-size --lr --seed --overwrite --device --json",
+    "--batch-size --lr --seed --overwrite --device --json --from --pack --accumulate --warmup --weight-decay "
+    "--max-grad-norm --precision --compile --checkpoint-activations --max-skips --strategy --config --log-every "
+    "--checkpoint-every --keep-checkpoints --tensorboard --resume",
     "finetune": "--from --train --valid --out --text-column --label-column --task --overwrite --json",
     "evaluate": "--from --data --json",
     "generate": "--from --prompt --max-new-tokens --temperature --top-k --top-p --seed --json",
@@ -44,7 +46,7 @@ def test_doctor(cli):
 
 def test_pretrain_writes_a_run(data):
     assert sorted(path.name for path in data.lm.iterdir()) == [
-        "config.json", "loss.png", "metrics.jsonl", "model.safetensors", "run.json", "tokenizer.json",
+        "config.json", "loss.png", "metrics.jsonl", "model.safetensors", "run.json", "settings.yaml", "tokenizer.json",
     ]  # fmt: skip
     lines = [json.loads(line) for line in (data.lm / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 4

@@ -25,6 +25,10 @@ def ignore(*_: object) -> None:
     """Stands for a display."""
 
 
+def constant(step: int) -> float:
+    return 1.0
+
+
 class Line(nn.Module):
     """A model of one number whose loss is its distance from the mean label."""
 
@@ -46,13 +50,24 @@ def batch(value: float) -> Batch:
 def train(folder: Path, values: list[float], model: nn.Module | None = None, **options) -> Loop:
     """The loop on batches with these labels, one an update."""
     model = model or Line()
-    given = {"steps": len(values), "lr": 0.1, "schedule": lambda step: 1.0, "log_every": 1, "valid_every": 100} | options
+    given = {
+        "steps": len(values),
+        "lr": 0.1,
+        "schedule": constant,
+        "log_every": 1,
+        "valid_every": 100,
+    } | options
     said: list[str] = []
     with new_run(folder) as run:
         loop = Loop(
-            Engine(model, given["lr"], EngineSettings()), lambda step: [batch(values[step])], given.pop("validate", dict),
-            LoopSettings(**given), run, ignore, said.append,
-        )  # fmt: skip
+            Engine(model, given["lr"], EngineSettings()),
+            lambda step: [batch(values[step])],
+            given.pop("validate", dict),
+            LoopSettings(**given),
+            run,
+            ignore,
+            said.append,
+        )
         loop.said = said
         loop.run()
     return loop
@@ -174,7 +189,9 @@ def test_spikes_are_logged(tmp_path):
 
 def make(head=GPTForCausalLM, settings: EngineSettings | None = None, **config) -> Engine:
     torch.manual_seed(0)
-    return Engine(head(GPTConfig.preset("gpt2", **(SIZES | {"dropout": 0.0} | config))), 1e-2, settings or EngineSettings())
+    return Engine(
+        head(GPTConfig.preset("gpt2", **(SIZES | {"dropout": 0.0} | config))), 1e-2, settings or EngineSettings()
+    )
 
 
 def tokens(rows: int) -> torch.Tensor:

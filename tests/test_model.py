@@ -337,3 +337,29 @@ def test_preset_errors_and_overrides():
 def test_bad_configuration(changes, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**SIZES | changes)
+
+
+# --- packed sequences ---
+
+
+@pytest.mark.parametrize("preset", ["gpt1", "gpt2"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_packed_sequences_are_as_they_are_alone(preset, causal):
+    """Four sequences, an empty one among them, in one row longer than seq_len."""
+    torch.manual_seed(0)
+    sizes = {"num_tokens": 30, "hidden_dim": 16, "num_heads": 2, "num_layers": 2, "seq_len": 9}
+    model = GPTModel(GPTConfig.preset(preset, **sizes)).eval()
+    rows = [torch.randint(30, (length,)) for length in (4, 9, 0, 6)]
+    cu_seqlens = torch.tensor([0, 4, 13, 13, 19], dtype=torch.int32)
+    packed = model(torch.cat(rows)[None], causal=causal, cu_seqlens=cu_seqlens)[0]
+    alone = torch.cat([model(row[None], causal=causal)[0] for row in rows if len(row)])
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_sequences_that_cannot_be():
+    model = GPTModel(GPTConfig.preset("gpt2", num_tokens=30, hidden_dim=16, num_heads=2, num_layers=1, seq_len=9))
+    row = torch.zeros(1, 12, dtype=torch.int64)
+    with pytest.raises(ValueError, match="10 tokens in a row, wanted at most seq_len = 9"):
+        model(row, cu_seqlens=torch.tensor([0, 10, 12], dtype=torch.int32))
+    with pytest.raises(ValueError, match="more than one of lengths, key_mask and cu_seqlens"):
+        model(row, cu_seqlens=torch.tensor([0, 6, 12], dtype=torch.int32), lengths=torch.tensor([12]))

@@ -72,7 +72,9 @@ def test_lm_loss_weighs_every_predicted_token_the_same(head):
     tokens = torch.randint(40, (7, 16))
     labels = tokens.masked_fill(torch.rand(7, 16) < torch.linspace(0.1, 0.9, 7)[:, None], -100)
     asked = labels[:, 1:] if head is GPTForCausalLM else labels
-    parts = [Batch(tokens[i:j], labels[i:j], weight=int(asked[i:j].ne(-100).sum())) for i, j in ((0, 3), (3, 6), (6, 7))]
+    parts = [
+        Batch(tokens[i:j], labels[i:j], weight=int(asked[i:j].ne(-100).sum())) for i, j in ((0, 3), (3, 6), (6, 7))
+    ]
     got = evaluation.lm_loss(model, parts)
     assert model.training
     logits = model.eval()(tokens).logits

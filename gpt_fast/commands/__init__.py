@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from . import compare, doctor, evaluate, finetune, generate, pretrain
 from ..interrupts import Interrupted
+from . import compare, doctor, evaluate, finetune, generate, pretrain
 from .common import print_error, say, show_warning
 
 app = typer.Typer(

@@ -116,7 +116,7 @@ def pretrain(
 
     gpt-fast pretrain --config runs/books/settings.yaml --out runs/books --resume
 
-    torchrun --nproc-per-node 8 --no-python gpt-fast pretrain --strategy fsdp --preset gpt2-xl --data tokens/ --out runs/xl
+    torchrun --nproc-per-node 8 --no-python gpt-fast pretrain --strategy fsdp --preset gpt2-xl --data tokens/ --out xl
     """
     given = locals()
     require_train_extra()
@@ -126,9 +126,7 @@ def pretrain(
     from ..training.pretrain import PretrainSettings
     from ..training.pretrain import pretrain as train
 
-    settings = shared.settings_from(
-        PretrainSettings, given, data=(*(data or ()), *(more_data or ())), device=device
-    )
+    settings = shared.settings_from(PretrainSettings, given, data=(*(data or ()), *(more_data or ())), device=device)
     with shared.training_session("pre-training") as session:
         record = train(settings, *session)
     if as_json:

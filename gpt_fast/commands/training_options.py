@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .. import interrupts
     from ..training import loop
 
-_UNSET = (None, [], ())
+_UNSET: tuple[Any, ...] = (None, [], ())
 
 
 def _load_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -58,7 +58,7 @@ Resume = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="Go on from the last good checkpoint in --out; start where there is none, do nothing where it is finished.",
+        help="Go on from the last good checkpoint in --out; start where there is none, end where it is finished.",
         rich_help_panel="Run",
     ),
 ]

@@ -1,7 +1,7 @@
 """A stream of tokens, in memory or mapped from files, and its windows in a shuffled order that is a pure function.
 
-`window_order(position)` is arithmetic, not a list: any position of the shuffled stream is reached at once and in constant
-memory, on any number of ranks, so a run that goes on at a position repeats nothing and skips nothing.
+`WindowOrder.start(position)` is arithmetic, not a list: any position of the shuffled stream is reached at once and in
+constant memory, on any number of ranks, so a run that goes on at a position repeats nothing and skips nothing.
 """
 
 from __future__ import annotations

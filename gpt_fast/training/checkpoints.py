@@ -134,7 +134,10 @@ def _seal(path: Path, manifest: dict[str, Any]) -> None:
 def _sums(path: Path) -> dict[str, list[Any]]:
     files = sorted(file for file in path.iterdir() if file.name != MANIFEST)
     with ThreadPoolExecutor(8) as pool:
-        return {file.name: [file.stat().st_size, digest] for file, digest in zip(files, pool.map(_digest, files), strict=True)}
+        return {
+            file.name: [file.stat().st_size, digest]
+            for file, digest in zip(files, pool.map(_digest, files), strict=True)
+        }
 
 
 def _digest(file: Path) -> str:

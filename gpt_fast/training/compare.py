@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .. import ops, use_reference
 from ..data.batches import Batch
 from ..heads import Head
-from .evaluate import load_run
 from .engine import Engine, EngineSettings
+from .evaluate import load_run
 from .runs import special_token
 
 SEED = 1234

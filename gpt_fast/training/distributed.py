@@ -83,7 +83,9 @@ class World:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mixed = dtype != torch.float32
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if mixed else MixedPrecisionPolicy()
+        policy = (
+            MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if mixed else MixedPrecisionPolicy()
+        )
         mesh = dist.init_device_mesh(torch.device(self.device).type, (self.size,))
         for decoder in model.trunk.decoders:  # type: ignore[union-attr]
             fully_shard(decoder, mesh=mesh, mp_policy=policy)
@@ -154,7 +156,14 @@ def world(strategy: str | None, device: str) -> Iterator[World]:
 
 def _is_lost_connection(error: RuntimeError) -> bool:
     text = str(error)
-    signs = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "NCCL", "gloo")
+    signs = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Connection refused",
+        "Broken pipe",
+        "NCCL",
+        "gloo",
+    )
     return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
 
 

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 from .. import GPTForCausalLM, GPTForSequenceClassification
 from ..checkpoint import read_config
 from ..data.batches import lm_windows, token_stream, unigram_entropy
-from ..data.stream import TokenStream
 from ..data.corpus import STDLIB, read_corpus, read_path
 from ..data.snippets import snippet_table
+from ..data.stream import TokenStream
 from ..data.tables import read_table
 from ..data.tokenizer import encode_documents, load_tokenizer, vocabulary_size
 from ..heads import HEADS, Head

@@ -24,10 +24,10 @@ from ..data.snippets import snippet_table
 from ..data.stream import mix
 from ..data.tables import Table, read_table
 from ..data.tokenizer import encode_documents, load_tokenizer, save_tokenizer
+from ..interrupts import Stop
 from .distributed import launched_size
 from .engine import Engine, EngineSettings
 from .evaluation import Metrics, classification_metrics, predictions, regression_metrics
-from ..interrupts import Stop
 from .loop import Loop, LoopSettings, Progress, intervals
 from .plot import plot_task
 from .runs import Run, check_run, is_finished, new_run, read_metrics, read_record, special_token
@@ -146,7 +146,9 @@ def _finetune(
         save_tokenizer(tokenizer, run.folder / "tokenizer.json")
     loop = Loop(
         Engine(model, lr, EngineSettings.of(settings)),
-        RowSource(train_rows, train_targets, settings.batch_size, config.pad_token or 0, settings.seed, settings.accumulate),
+        RowSource(
+            train_rows, train_targets, settings.batch_size, config.pad_token or 0, settings.seed, settings.accumulate
+        ),
         partial(validation, model, valid_rows, valid_targets),
         LoopSettings(
             steps,

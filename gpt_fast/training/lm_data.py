@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -131,7 +132,7 @@ def read_lm_data(paths: Sequence[Path], tokenizer: str, bpe_size: int, ranks: Wo
 def crc(stream: TokenStream) -> int:
     value = 0
     for array in stream.arrays:
-        value = zlib.crc32(array, value)
+        value = zlib.crc32(np.ascontiguousarray(array).data, value)
     return value
 
 

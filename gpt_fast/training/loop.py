@@ -1,4 +1,4 @@
-"""The training loop that every task shares: updates, logging, validation, checkpoints, and what to do when one fails."""
+"""The training loop that every task shares: updates, logging, validation, checkpoints, and updates that fail."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data.batches import Batch
+from ..interrupts import Interrupted, Stop
 from . import checkpoints, randomness
 from .engine import Engine
-from ..interrupts import Interrupted, Stop
 from .monitor import Spikes
 from .runs import Run
 
@@ -102,8 +102,8 @@ class Loop:
     how many losses were spikes, and what `validate` returns on the steps that call it; the last step always does.
 
     An update whose loss or gradient is not finite changes nothing and is counted; more than `max_skips` in a row are an
-    error, and the batch that began them is saved. With `better`, a key that is larger the better, the weights of the best
-    validation are kept in best/.
+    error, and the batch that began them is saved. With `better`, a key that is larger the better, the weights of the
+    best validation are kept in best/.
     """
 
     engine: Engine
@@ -138,7 +138,9 @@ class Loop:
         path = chosen or folder / f"step-{step:09d}"
         manifest = checkpoints.read(path) if chosen is None else self._manifest
         if manifest["state"].pop("data") != self.identity:
-            raise ValueError(f"{path}: the run began on other data; go on with the same, or start again with --overwrite")
+            raise ValueError(
+                f"{path}: the run began on other data; go on with the same, or start again with --overwrite"
+            )
         self.state = LoopState.from_dict(manifest["state"])
         tensors = self.engine.state()
         states = randomness.states(self.engine.device, world.rank)
@@ -254,8 +256,9 @@ class Loop:
             save_file(tensors, path, metadata={"step": str(step)})
             self.run_folder.keep()
         raise ValueError(
-            f"the training loss is {loss} or its gradient not finite at step {step}, and {self.settings.max_skips} more "
-            f"updates had to be skipped after it; its batch is in {path}; try a smaller --lr than {self.settings.lr:g}"
+            f"the training loss is {loss} or its gradient not finite at step {step}, and {self.settings.max_skips} "
+            f"more updates had to be skipped after it; its batch is in {path}; "
+            f"try a smaller --lr than {self.settings.lr:g}"
         )
 
     @property

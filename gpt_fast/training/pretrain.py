@@ -19,11 +19,11 @@ from ..data.batches import Batch, lm_windows, unigram_entropy
 from ..data.stream import TokenStream
 from ..data.tokenizer import save_tokenizer, special_ids, vocabulary_size
 from ..heads import Head
+from ..interrupts import Stop
 from . import randomness, throughput
 from .distributed import World, settings_of, world
 from .engine import PRECISIONS, Engine, EngineSettings
 from .evaluation import lm_loss
-from ..interrupts import Stop
 from .lm_data import LMData, Mask, WindowSource, lm_batch, masker, read_lm_data
 from .loop import Loop, LoopSettings, Metrics, Progress, intervals
 from .plot import plot_language_model
@@ -35,8 +35,8 @@ OBJECTIVES: dict[str, type[Head]] = {"clm": GPTForCausalLM, "mlm": GPTForMaskedL
 VALID_WINDOWS = 128
 # What may differ when a run is taken up again; all else says what is trained.
 FREE = {
-    "out", "overwrite", "resume", "device", "strategy", "accumulate", "compile", "checkpoint_activations", "tensorboard",
-    "log_every", "checkpoint_every", "keep_checkpoints", "max_skips",
+    "out", "overwrite", "resume", "device", "strategy", "accumulate", "compile", "checkpoint_activations",
+    "tensorboard", "log_every", "checkpoint_every", "keep_checkpoints", "max_skips",
 }  # fmt: skip
 
 
@@ -92,7 +92,9 @@ def pretrain(
         return read_record(settings.out)
     with world(settings.strategy, settings.device) as ranks:
         if not ranks.first:
-            return _pretrain(settings, Run(settings.out.resolve(), settings.out.resolve()), ranks, _nothing, _nothing, stop)
+            return _pretrain(
+                settings, Run(settings.out.resolve(), settings.out.resolve()), ranks, _nothing, _nothing, stop
+            )
         with new_run(settings.out, settings.overwrite, settings.resume) as run:
             return _pretrain(settings, run, ranks, show, say, stop)
 
@@ -108,7 +110,13 @@ def check(settings: PretrainSettings) -> None:
         make_config(settings, num_tokens=1000)
         return
     check_run(settings.source)
-    options = {"preset": "--preset", "layers": "--layers", "heads": "--heads", "dim": "--dim", "tokenizer": "--tokenizer"}
+    options = {
+        "preset": "--preset",
+        "layers": "--layers",
+        "heads": "--heads",
+        "dim": "--dim",
+        "tokenizer": "--tokenizer",
+    }
     for name, option in options.items():
         if getattr(settings, name) is not None:
             raise ValueError(f"{option} {getattr(settings, name)}: --from {settings.source} has its own; leave one out")

@@ -34,8 +34,8 @@ OTHER_FILES = {checkpoints.FOLDER, "best", "tensorboard", "confusion.png", "bad-
 class Run:
     """A run folder in the making: at first a hidden one beside `out`, which `publish` moves there.
 
-    Until `keep` is called it is all or nothing: an error then leaves what was there before. Afterwards, that is from the
-    first checkpoint on, the folder stays whatever happens.
+    Until `keep` is called it is all or nothing: an error then leaves what was there before. Afterwards, that is from
+    the first checkpoint on, the folder stays whatever happens.
     """
 
     def __init__(self, out: Path, folder: Path, overwrite: bool = False):
@@ -87,7 +87,9 @@ def new_run(out: Path, overwrite: bool = False, resume: bool = False) -> Iterato
     """
     out = out.resolve()
     if overwrite and resume:
-        raise ValueError("--overwrite and --resume: one replaces the run, the other goes on with it; wanted one of them")
+        raise ValueError(
+            "--overwrite and --resume: one replaces the run, the other goes on with it; wanted one of them"
+        )
     if resume and any(checkpoints.newest_first(out / checkpoints.FOLDER)):
         run = Run(out, out)
         run.kept = True
@@ -181,7 +183,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
         raise FileExistsError(f"--out {out}: holds what no run wrote ({', '.join(foreign[:3])}); choose another folder")
     if not overwrite and any(out.iterdir()):
         raise FileExistsError(
-            f"--out {out}: already holds a run; choose another folder, give --overwrite, or --resume where it was stopped"
+            f"--out {out}: already holds a run; choose another folder or give --overwrite, or --resume a stopped one"
         )
 
 
