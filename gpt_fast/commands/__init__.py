@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..interrupts import Interrupted
-from . import compare, doctor, evaluate, finetune, generate, pretrain
+from . import bench, compare, doctor, evaluate, finetune, generate, pretrain
 from .common import print_error, say, show_warning
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("finetune")(finetune.finetune)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("compare")(compare.compare)
+app.command("bench")(bench.bench)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,77 @@
+"""What a figure depends on besides the code: device, versions, commit."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.timing import bf16_products
+from gpt_fast import build_info
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("triton", "transformers", "liger-kernel")
+
+
+def device_name(device: str) -> str:
+    """The GPU's or the CPU's name, with the number of CPU threads used."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text("utf-8").splitlines() if line.startswith("model name")]
+        model = names[0].partition(":")[2].strip() if names else model
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} {'thread' if threads == 1 else 'threads'} of {os.cpu_count()}"
+
+
+def slug(device: str) -> str:
+    """The device's name as a folder's."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Device, versions and commit, as every results file holds them."""
+    info = build_info()
+    name = device_name(device)
+    facts: dict[str, Any] = {
+        "device": {"type": device, "name": name, "slug": slug(name), "bf16_products": bf16_products(device)},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{package: _version(package) for package in PACKAGES},
+        },
+        "commit": commit(),
+    }
+    if device == "cuda":
+        facts["versions"]["cuda"] = torch.version.cuda
+    else:
+        facts["device"]["extension"] = info and {"vector": info["vector"], "compiler": info["compiler"]}
+    return facts
+
+
+def commit() -> dict[str, Any]:
+    """The checkout's commit, and whether files that are measured differ from it."""
+    found = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--", "csrc", "gpt_fast", "kernels", "benchmarks/*.py", "setup.py")
+    return {"id": found, "dirty": None if changed is None else bool(changed)}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or a tree that is no repository
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,104 @@
+"""GPT-2 in PyTorch's own functions, as nanoGPT has it: what most people would train without this library.
+
+Pre-norm blocks, F.scaled_dot_product_attention, F.cross_entropy on stored logits, the output layer tied to the token
+embedding. The names of the parameters are those of `gpt_fast.GPTForCausalLM`, so that weights can be copied.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt_fast import GPTConfig
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        C = config.hidden_dim
+        self.num_heads = config.num_heads
+        self.dropout = config.attention_dropout
+        self.in_proj = nn.Linear(C, 3 * C)
+        self.out_proj = nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.num_heads, -1).transpose(1, 2) for part in self.in_proj(x).split(C, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        C, eps = config.hidden_dim, config.layer_norm_eps
+        self.layer_norm1 = nn.LayerNorm(C, eps)
+        self.attention = Attention(config)
+        self.layer_norm2 = nn.LayerNorm(C, eps)
+        self.fc = nn.Linear(C, config.ff_dim)
+        self.proj = nn.Linear(config.ff_dim, C)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.layer_norm1(x)))
+        hidden = F.gelu(self.fc(self.layer_norm2(x)), approximate="tanh")
+        return x + self.dropout(self.proj(hidden))
+
+
+class PlainGPT(nn.Module):
+    """tokens [B, T] → logits [B, T, V], or [B, V] of the last position; `loss` is that of the next tokens."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.token_emb = nn.Embedding(config.num_tokens, config.hidden_dim)
+        self.pos_emb = nn.Embedding(config.seq_len, config.hidden_dim)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = nn.LayerNorm(config.hidden_dim, config.layer_norm_eps)
+        self.output_layer = nn.Linear(config.hidden_dim, config.num_tokens, bias=False)
+        self.output_layer.weight = self.token_emb.weight
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                last = name.endswith(("out_proj.weight", ".proj.weight"))
+                nn.init.normal_(parameter, std=0.02 / (2 * config.num_layers) ** 0.5 if last else 0.02)
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.dropout(self.token_emb(tokens) + self.pos_emb(positions))
+        for block in self.blocks:
+            x = block(x)
+        return self.final_norm(x)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.output_layer(self.hidden_states(tokens))
+
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        return self.output_layer(self.hidden_states(tokens)[:, -1])
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        labels = F.pad(tokens[:, 1:], (0, 1), value=-100)
+        return F.cross_entropy(self(tokens).flatten(0, 1).float(), labels.flatten())
+
+    def generate(self, tokens: Tensor, new: int) -> Tensor:
+        """Greedy, with the whole context computed again for each token."""
+        for _ in range(new):
+            tokens = torch.cat([tokens, self.next_logits(tokens).argmax(-1, keepdim=True)], dim=1)
+        return tokens
+
+    @torch.no_grad()
+    def copy_weights(self, ours: nn.Module) -> "PlainGPT":
+        """Takes the weights of a `GPTForCausalLM` of the same configuration."""
+        theirs = {name.removeprefix("trunk."): value for name, value in ours.state_dict().items()}
+        renamed = (
+            ("blocks.", "decoders."),
+            ("attention.in_proj.", "multihead_attn.in_proj_"),
+            ("attention.out_proj.", "multihead_attn.out_proj."),
+            ("fc.", "ff.0."),
+            (".proj.", ".ff.3."),
+        )
+        for name, value in self.state_dict().items():
+            for mine, other in renamed:
+                name = name.replace(mine, other)
+            value.copy_(theirs["pos_emb"][0] if name == "pos_emb.weight" else theirs[name])
+        return self
