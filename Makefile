@@ -129,14 +129,13 @@ types: $(VENV)/.stamp-package  ## mypy
 # --- measurements ---
 
 .PHONY: bench
-bench: install  ## time every op against its floor and its peers, then write the report
-	@mkdir -p build
-	$(PY) -m pytest -q benchmarks/bench_ops.py --benchmark-json=build/bench.json
-	$(PY) -m benchmarks.report build/bench.json
+bench: install  ## time everything against floors and other implementations, into benchmarks/results (BENCH_FLAGS=--quick)
+	$(VENV)/bin/gpt-fast bench --out benchmarks/results $(BENCH_FLAGS)
+	$(PY) -m benchmarks.report
 
 .PHONY: report
-report: install  ## write the report of the last make bench again
-	$(PY) -m benchmarks.report build/bench.json
+report: install  ## write every table and plot of benchmarks/results and README.md again
+	$(PY) -m benchmarks.report
 
 .PHONY: gpu
 gpu:  ## build, test, sanitize and benchmark on a GPU: make gpu PYTHON=python3 OUT=dir (no environment, no downloads)

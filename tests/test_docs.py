@@ -19,10 +19,10 @@ from typing import NamedTuple
 import pytest
 
 from benchmarks import support
+from benchmarks.environment import ROOT
 from gpt_fast import build_info
 from tests.command_line import ENVIRONMENT
 
-ROOT = support.ROOT
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 FENCE = re.compile(
