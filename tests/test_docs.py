@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import pytest
 
-from benchmarks import support
 from benchmarks.environment import ROOT
 from gpt_fast import build_info
 from tests.command_line import ENVIRONMENT
