@@ -22,6 +22,7 @@ from benchmarks.models import MODEL_PEERS, Job
 from benchmarks.peers import OURS, PEERS, Peer
 from benchmarks.results import Record, Run
 from benchmarks.timing import FULL, QUICK, Budget, Call, Stopwatch, flush, measure_floors, peak_memory, take_turns
+from gpt_fast.interrupts import Interrupted
 
 ROOT = environment.ROOT
 COPIES = 2  # of the inputs, rotated
@@ -258,7 +259,7 @@ def run(topics: list[Topic], settings: Settings) -> Outcome:
             path = folder / f"{topic.name}.json"
             outcome.files.append(path)
             _run_topic(topic, opened[topic.name], session, path, settings)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         outcome.interrupted = True
     return outcome
 

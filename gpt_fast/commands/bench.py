@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..interrupts import caught
 from .common import Device, err, resolve_device, say
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,7 +111,8 @@ def _run(topics: list[Any], device: str, quick: bool, out: Path, resume: bool) -
 
         settings = Settings(device, quick, resume, out, advance, say, _show)
         progress.update(task, total=count(topics, settings))
-        outcome = run(topics, settings)
+        with caught():
+            outcome = run(topics, settings)
     if outcome.files:
         pages = report.write_pages(out)
         say(f"results: {', '.join(str(page) for page in pages)}")
