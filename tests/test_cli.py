@@ -15,6 +15,7 @@ COMMANDS = {
     "--batch-size --lr --seed --overwrite --device --json --from --pack --accumulate --warmup --weight-decay "
     "--max-grad-norm --precision --compile --checkpoint-activations --max-skips --strategy --config --log-every "
     "--checkpoint-every --keep-checkpoints --tensorboard --resume",
+    "prepare": "--data --valid --out --tokenizer --vocab-size --text-column --processes --overwrite --json",
     "finetune": "--from --train --valid --out --text-column --label-column --task --overwrite --json",
     "evaluate": "--from --data --json",
     "generate": "--from --prompt --max-new-tokens --temperature --top-k --top-p --seed --json",

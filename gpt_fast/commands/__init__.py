@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..interrupts import Interrupted
-from . import bench, compare, doctor, evaluate, finetune, generate, pretrain
+from . import bench, compare, doctor, evaluate, finetune, generate, prepare, pretrain
 from .common import print_error, say, show_warning
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("doctor")(doctor.doctor)
+app.command("prepare")(prepare.prepare)
 app.command("pretrain")(pretrain.pretrain)
 app.command("finetune")(finetune.finetune)
 app.command("evaluate")(evaluate.evaluate)

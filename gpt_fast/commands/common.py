@@ -24,7 +24,9 @@ err = Console(stderr=True, highlight=False)
 
 def require_train_extra() -> None:
     """Raises where the packages of the extra `train` are not installed."""
-    missing = [name for name in ("tokenizers", "safetensors", "torchmetrics", "matplotlib") if find_spec(name) is None]
+    missing = [
+        name for name in ("tokenizers", "safetensors", "torchmetrics", "matplotlib", "yaml") if find_spec(name) is None
+    ]
     if missing:
         raise ValueError(f"this command needs {', '.join(missing)}; pip install gpt-fast[train]")
 

@@ -18,7 +18,9 @@ PACKAGES = {
     "matplotlib": "train",
     "typer": "train",
     "rich": "train",
+    "PyYAML": "train",
     "transformers": "hf",
+    "datasets": "hf",
 }
 
 

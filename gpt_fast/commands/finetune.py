@@ -14,6 +14,14 @@ from .common import AsJson, Device, print_json, print_table, require_train_extra
 def finetune(
     source: Annotated[Path, typer.Option("--from", help="Run folder of the pre-trained model.", rich_help_panel="Run")],
     out: Annotated[Path, typer.Option(help="Run folder to create.", rich_help_panel="Run")],
+    scratch: Annotated[
+        bool,
+        typer.Option(
+            "--scratch",
+            help="Take sizes and tokenizer alone and draw the weights anew: what does pre-training bring?",
+            rich_help_panel="Training",
+        ),
+    ] = False,
     train: Annotated[
         Path | None,
         typer.Option(

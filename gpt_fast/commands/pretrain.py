@@ -17,7 +17,8 @@ def pretrain(
         list[Path] | None,
         typer.Option(
             metavar="PATH…",
-            help="Files or folders of UTF-8 text. Without it: the source of Python's standard library.",
+            help="Files or folders of UTF-8 text, or of token files (.bin): those of gpt-fast prepare, llm.c's and "
+            "nanoGPT's. Without it: the source of Python's standard library.",
             rich_help_panel="Data",
         ),
     ] = None,
@@ -37,7 +38,8 @@ def pretrain(
         str | None,
         typer.Option(
             metavar="bpe|byte|char|PATH",
-            help="bpe (the default) and char learn from the training text; PATH is a tokenizer.json.",
+            help="bpe (the default) and char learn from the training text; PATH is a tokenizer.json. Token files take "
+            "the one beside them.",
             rich_help_panel="Data",
         ),
     ] = None,

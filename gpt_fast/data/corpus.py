@@ -103,16 +103,24 @@ def split_by_file(documents: list[Document], group_by_package: bool = False) -> 
     groups: dict[str, list[Document]] = {}
     for document in documents:
         groups.setdefault(package(document.name) if group_by_package else "", []).append(document)
-    held_out: set[str] = set()
+    names: set[str] = set()
     for group in groups.values():
-        room = VALID_FRACTION * sum(len(document.text) for document in group)
-        for document in sorted(group, key=lambda document: hashlib.sha256(document.name.encode()).digest()):
-            if len(document.text) <= room:
-                held_out.add(document.name)
-                room -= len(document.text)
-    train = [document for document in documents if document.name not in held_out]
-    valid = [document for document in documents if document.name in held_out]
+        names |= held_out([(document.name, len(document.text)) for document in group])
+    train = [document for document in documents if document.name not in names]
+    valid = [document for document in documents if document.name in names]
     return train, valid
+
+
+def held_out(sizes: Sequence[tuple[str, int]]) -> set[str]:
+    """The names of a tenth of what has these names and sizes, taken in the order of the names' hashes while they
+    fit."""
+    names: set[str] = set()
+    room = VALID_FRACTION * sum(size for _, size in sizes)
+    for name, size in sorted(sizes, key=lambda entry: hashlib.sha256(entry[0].encode()).digest()):
+        if size <= room:
+            names.add(name)
+            room -= size
+    return names
 
 
 def split_by_lines(documents: list[Document]) -> tuple[list[Document], list[Document]]:

@@ -56,6 +56,7 @@ class FinetuneSettings:
     text_column: str = "text"
     label_column: str = "label"
     task: str = "classification"
+    scratch: bool = False
     epochs: int = 3
     batch_size: int = 32
     lr: float | None = None
@@ -120,7 +121,8 @@ def _finetune(
     torch.manual_seed(settings.seed)  # the new head's weights
     tokenizer = load_tokenizer(settings.source)
     pretrained_as, _ = read_config(settings.source)
-    model = GPTForSequenceClassification.from_pretrained(
+    make = fresh if settings.scratch else GPTForSequenceClassification.from_pretrained
+    model = make(
         settings.source,
         num_labels=len(names) or 1,
         problem=settings.task,
@@ -171,6 +173,7 @@ def _finetune(
         "command": "finetune",
         "task": settings.task,
         "from": str(settings.source),
+        "scratch": settings.scratch,
         "data": train.source,
         "labels": names,
         "train_rows": len(train),
@@ -193,6 +196,11 @@ def _finetune(
     draw(read_metrics(run.folder), settings.task, train.source, run.folder / "loss.png")
     write_json(run.folder / "run.json", record)
     return record
+
+
+def fresh(source: Path, **overrides: Any) -> GPTForSequenceClassification:
+    """The model that `from_pretrained` would load, with weights drawn anew."""
+    return GPTForSequenceClassification(read_config(source)[1].replace(**overrides))
 
 
 def better(line: Metrics) -> tuple[float, ...]:

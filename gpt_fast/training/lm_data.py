@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from ..data.batches import Batch, causal_batch, packed, token_stream
 from ..data.corpus import Document, read_corpus
 from ..data.masking import IGNORED, mask_tokens
 from ..data.stream import TokenStream, WindowOrder, mix
-from ..data.tokenizer import encode_documents, make_tokenizer, parse_tokenizer, special_ids
+from ..data.token_files import check_content, check_vocabulary, read_token_file, split_streams, token_files
+from ..data.tokenizer import encode_documents, load_tokenizer, make_tokenizer, parse_tokenizer, special_ids
 from .distributed import World
 from .runs import special_token
 
@@ -113,10 +115,14 @@ class LMData:
     summary: str
 
 
-def read_lm_data(paths: Sequence[Path], tokenizer: str, bpe_size: int, ranks: World) -> LMData:
-    """The text of `paths`, or of the standard library, tokenised in memory. Rank 0 makes the tokenizer."""
+def read_lm_data(paths: Sequence[Path], tokenizer: str | None, bpe_size: int, ranks: World) -> LMData:
+    """Token files, mapped; or the text of `paths`, or of the standard library, tokenised in memory, by bpe where no
+    `tokenizer` is named. Rank 0 makes the tokenizer, and reads token files through once to check them."""
+    files = token_files(paths)
+    if files:
+        return _read_token_files(files, tokenizer, ranks)
     corpus = read_corpus(paths)
-    made = make_tokenizer(tokenizer, (d.text for d in corpus.train), bpe_size).to_str() if ranks.first else ""
+    made = make_tokenizer(tokenizer or "bpe", (d.text for d in corpus.train), bpe_size).to_str() if ranks.first else ""
     shared = parse_tokenizer(ranks.text(made))
     start = special_ids(shared)["start_token"]
     train, valid = (
@@ -126,6 +132,30 @@ def read_lm_data(paths: Sequence[Path], tokenizer: str, bpe_size: int, ranks: Wo
         corpus.source, shared, train, valid, start,
         {"tokens": len(train), "crc32": crc(train)},
         f"{corpus.source}: {_count(corpus.train, train)} to train on, {_count(corpus.valid, valid)} held out",
+    )  # fmt: skip
+
+
+def _read_token_files(paths: Sequence[Path], named: str | None, ranks: World) -> LMData:
+    if named in ("bpe", "byte", "char"):
+        raise ValueError(f"--tokenizer {named}: {paths[0]} holds tokens already; wanted the tokenizer.json they are of")
+    beside = paths[0].parent / "tokenizer.json"
+    if named is None and not beside.is_file():
+        raise ValueError(f"{paths[0]}: no tokenizer.json beside it; name it with --tokenizer PATH")
+    tokenizer = load_tokenizer(Path(named) if named else beside)
+    files = [read_token_file(path) for path in paths]
+    sums = []
+    for file in files:
+        check_vocabulary(file, tokenizer)
+        if ranks.first:
+            sums.append(check_content(file, tokenizer))
+    train, valid = split_streams(files)
+    headers = [file.header for file in files if file.header is not None]
+    document = headers[0]["document_token"] if headers else tokenizer.token_to_id("<|endoftext|>")
+    source = ", ".join(map(str, paths))
+    return LMData(
+        source, tokenizer, train, valid, document,
+        json.loads(ranks.text(json.dumps({"tokens": len(train), "crc32": sums}))),
+        f"{source}: {len(train):,} tokens to train on, {len(valid):,} held out",
     )  # fmt: skip
 
 

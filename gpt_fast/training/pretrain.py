@@ -133,8 +133,8 @@ def _pretrain(
     if run.kept:  # it is gone on with
         check_same(run.folder, settings, FREE)
     bpe_size = GPTConfig.preset(settings.preset).num_tokens if settings.preset else 4096
-    kind = str(run.folder if run.kept else settings.source or settings.tokenizer or "bpe")
-    data = read_lm_data(settings.data, kind, bpe_size, ranks)
+    named = str(run.folder) if run.kept else str(settings.source) if settings.source else settings.tokenizer
+    data = read_lm_data(settings.data, named, bpe_size, ranks)
     say(data.summary)
     torch.manual_seed(settings.seed)
     model = make_model(settings, data.tokenizer).to(ranks.device)
@@ -146,6 +146,8 @@ def _pretrain(
 
     mask = None if causal else masker(data.tokenizer, config)
     document_token = data.document_token if settings.pack else None
+    if settings.pack and document_token is None:
+        raise ValueError("--pack: nothing says which token begins a document in these files")
     lr = settings.lr if settings.lr is not None else default_lr(settings.preset)
     warmup = settings.warmup if settings.warmup is not None else min(2000, max(1, settings.steps // 10))
     engine = Engine(model, lr, EngineSettings.of(settings), ranks)
@@ -182,7 +184,7 @@ def _pretrain(
         "command": "pretrain",
         "objective": settings.objective,
         "data": data.source,
-        "tokenizer": settings.tokenizer or (str(settings.source) if settings.source else "bpe"),
+        "tokenizer": str(settings.source or settings.tokenizer or "bpe"),
         "train_tokens": len(data.train),
         "valid_tokens": len(data.valid),
         "steps": settings.steps,

@@ -1,0 +1,379 @@
+"""Token files: ours, llm.c's and nanoGPT's; their preparation from text; training from them."""
+
+import gzip
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt_fast.data import prepare, sources, token_files
+from gpt_fast.data import tokenizer as tok
+from gpt_fast.data.stream import TokenStream
+from tests.command_line import SMALL, succeed
+
+pytest_plugins = ("tests.command_line",)
+
+TEXT = "def f(x):\n    return x  # naïve — 日本\n\n\nclass A:\n\tpass\n \nx = 1\n" * 40
+
+
+def ignore(*_: object) -> None:
+    """Stands for a display."""
+
+
+def make(out: Path, *data: object, valid: tuple = (), **options) -> dict:
+    given = {"tokenizer": "byte"} | options
+    settings = prepare.PrepareSettings(out, tuple(map(str, data)), tuple(map(str, valid)), **given)
+    return prepare.prepare(settings, ignore, ignore)
+
+
+def texts(path: Path, tokenizer) -> list[str]:
+    """The documents of a token file."""
+    ids = token_files.read_token_file(path).tokens.tolist()
+    start = tok.special_ids(tokenizer)["start_token"]
+    assert ids[0] == start
+    documents: list[list[int]] = []
+    for token in ids:
+        if token == start:
+            documents.append([])
+        else:
+            documents[-1].append(token)
+    return [tok.decode(tokenizer, document) for document in documents]
+
+
+# --- the format ---
+
+
+def written(path: Path, count: int = 1000, dtype: str = "uint16") -> Path:
+    pieces = [np.arange(i, min(i + 300, count)) % 250 for i in range(0, count, 300)]
+    token_files.write_token_file(path, pieces, dtype, tok.byte_tokenizer(), 258)
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_a_token_file_comes_back(tmp_path, dtype):
+    file = token_files.read_token_file(written(tmp_path / "a.bin", dtype=dtype))
+    assert file.tokens.tolist() == (np.arange(1000) % 250).tolist()
+    assert (file.header["dtype"], file.header["count"], file.header["document_token"]) == (dtype, 1000, 258)
+    token_files.check_vocabulary(file, tok.byte_tokenizer())
+    token_files.check_content(file, tok.byte_tokenizer())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+
+
+@pytest.mark.parametrize("change", ["cut off", "added to", "flipped", "header", "vocabulary"])
+def test_a_damaged_token_file(tmp_path, change):
+    path = written(tmp_path / "a.bin")
+    content = bytearray(path.read_bytes())
+    tokenizer = tok.byte_tokenizer()
+    if change == "cut off":
+        content, message = content[:-2], "cut off or added to"
+    elif change == "added to":
+        content, message = content + b"\0\0", "cut off or added to"
+    elif change == "flipped":
+        content[1024 + 500] ^= 1
+        message = "damaged, its checksum is"
+    elif change == "header":
+        content[12] ^= 64
+        message = "its header is damaged"
+    else:
+        tokenizer, message = tok.char_tokenizer(["abc"]), "made with another vocabulary"
+    path.write_bytes(content)
+
+    def read() -> None:
+        file = token_files.read_token_file(path)
+        token_files.check_vocabulary(file, tokenizer)
+        token_files.check_content(file, tokenizer)
+
+    with pytest.raises(ValueError, match=rf"a\.bin: .*{message}"):
+        read()
+
+
+def llmc(path: Path, ids: np.ndarray) -> Path:
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(ids)
+    path.write_bytes(header.tobytes() + ids.astype("<u2").tobytes())
+    return path
+
+
+def test_llm_c_and_nanogpt_are_read_as_they_are(tmp_path):
+    ids = np.arange(3000) % 256
+    (tmp_path / "n.bin").write_bytes(ids.astype("<u2").tobytes())
+    for path in (llmc(tmp_path / "l.bin", ids), tmp_path / "n.bin"):
+        file = token_files.read_token_file(path)
+        assert file.header is None
+        assert file.tokens.tolist() == ids.tolist()
+        assert isinstance(file.tokens, np.memmap)
+        token_files.check_content(file, tok.byte_tokenizer())
+
+
+def test_foreign_files_that_cannot_be(tmp_path):
+    path = llmc(tmp_path / "l.bin", np.arange(100))
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(ValueError, match=r"llm.c's version 1 with 1,222 bytes, wanted version 1 with 1,224"):
+        token_files.read_token_file(path)
+    (tmp_path / "odd.bin").write_bytes(b"abc")
+    with pytest.raises(ValueError, match="3 bytes, wanted a token file"):
+        token_files.read_token_file(tmp_path / "odd.bin")
+    file = token_files.read_token_file(llmc(tmp_path / "big.bin", np.array([5, 9000])))
+    with pytest.raises(ValueError, match="holds the id 9000, the tokenizer has 261"):
+        token_files.check_content(file, tok.byte_tokenizer())
+
+
+def test_which_files_validate(tmp_path):
+    """Those named for it, else the last tenth, also across files."""
+    for name, count in (("a", 700), ("b", 300), ("my_val_0", 50)):
+        written(tmp_path / f"{name}.bin", count)
+    files = [token_files.read_token_file(path) for path in token_files.token_files([tmp_path])]
+    train, valid = token_files.split_streams(files)
+    assert (len(train), len(valid)) == (1000, 50)
+    train, valid = token_files.split_streams(files[:2])
+    assert (len(train), len(valid)) == (900, 100)
+    assert np.concatenate([train.read(0, 900), valid.read(0, 100)]).tolist() == TokenStream(
+        [file.tokens for file in files[:2]]
+    ).read(0, 1000).tolist()  # fmt: skip
+
+
+READER = """
+import sys, numpy as np
+from pathlib import Path
+from gpt_fast.data import token_files
+from gpt_fast.data.stream import TokenStream, WindowOrder
+def own():
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon"))
+file = token_files.read_token_file(Path(sys.argv[1]))
+before = own()
+stream = TokenStream([file.tokens])
+order = WindowOrder(len(stream), 1024, seed=1)
+for position in range(0, 10**15, 10**12):
+    assert stream.windows([order.start(position)], 1024).shape == (1, 1024)
+print(len(stream), own() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_reading_takes_constant_memory(tmp_path):
+    """Four billion tokens, a sparse file: thousands of windows all over it and at any position cost less than 8 MB."""
+    path = written(tmp_path / "a.bin")
+    header = path.read_bytes()[:1024].replace(b'"count": 1000', b'"count": 4000000000')
+    with path.open("wb") as file:
+        file.write(header[:1024].ljust(1024))
+        file.truncate(1024 + 2 * 4_000_000_000)
+    done = subprocess.run([sys.executable, "-c", READER, str(path)], capture_output=True, text=True, check=True)
+    tokens, kilobytes = map(int, done.stdout.split())
+    assert tokens == 4_000_000_000
+    assert kilobytes < 8192
+
+
+# --- preparation ---
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Twelve files, one of them compressed."""
+    made = tmp_path / "texts"
+    made.mkdir()
+    for i in range(11):
+        (made / f"{i}.txt").write_text(f"file {i}\n{TEXT}")
+    (made / "11.txt.gz").write_bytes(gzip.compress(f"file 11\n{TEXT}".encode()))
+    return made
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_files_are_documents(folder, tmp_path, processes):
+    record = make(tmp_path / "out", folder, processes=processes)
+    tokenizer = tok.load_tokenizer(tmp_path / "out")
+    train, valid = (texts(tmp_path / "out" / f"{part}.bin", tokenizer) for part in ("train", "valid"))
+    assert (len(train), len(valid)) == (record["train_documents"], record["valid_documents"])
+    assert sorted(train + valid) == sorted(f"file {i}\n{TEXT}" for i in range(12))
+    assert len(valid) == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "data.json", "tokenizer.json", "train.bin", "valid.bin",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["bpe", "byte", "char"])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_long_texts_are_cut_where_no_token_changes(tmp_path, monkeypatch, kind, suffix):
+    """In units of some hundred bytes, the tokens of a text are those of the whole."""
+    monkeypatch.setattr(sources, "UNIT", 300)
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(gzip.compress(TEXT.encode()) if suffix else TEXT.encode())
+    other = tmp_path / "b.txt"
+    other.write_text("x = 1\n")
+    make(tmp_path / "out", path, valid=(other,), tokenizer=kind, vocab_size=300)
+    tokenizer = tok.load_tokenizer(tmp_path / "out")
+    ids = token_files.read_token_file(tmp_path / "out" / "train.bin").tokens.tolist()
+    assert ids == [tok.special_ids(tokenizer)["start_token"], *tok.encode(tokenizer, TEXT)]
+    if not suffix:
+        settings = prepare.PrepareSettings(tmp_path / "out", (str(path),), (str(other),))
+        assert len(prepare.plan(settings)) > 5
+
+
+def test_few_files_give_their_last_tenth(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    make(tmp_path / "out", tmp_path / "a.txt")
+    tokenizer = tok.load_tokenizer(tmp_path / "out")
+    (train,), (valid,) = (texts(tmp_path / "out" / f"{part}.bin", tokenizer) for part in ("train", "valid"))
+    assert train + valid == TEXT
+    assert 0.05 < len(valid) / len(TEXT) < 0.11
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_rows_are_documents(tmp_path, monkeypatch, suffix):
+    """Of ten rows one is held out; rows are cut into units, too."""
+    monkeypatch.setattr(sources, "UNIT", 500)
+    rows = [f"row {i} ä" for i in range(60)]
+    content = "".join(json.dumps({"body": row, "n": i}) + "\n" for i, row in enumerate(rows)).encode()
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    make(tmp_path / "out", path, text_column="body")
+    tokenizer = tok.load_tokenizer(tmp_path / "out")
+    train, valid = (texts(tmp_path / "out" / f"{part}.bin", tokenizer) for part in ("train", "valid"))
+    assert sorted(train + valid) == sorted(rows)
+    assert 3 <= len(valid) <= 6
+
+
+def test_a_hugging_face_data_set(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="the extra hf is not installed")
+    monkeypatch.setattr(prepare, "ROWS", 25)
+    rows = [f"row {i}" for i in range(60)]
+    datasets.Dataset.from_dict({"text": rows}).save_to_disk(str(tmp_path / "set"))
+    make(tmp_path / "out", f"hf:{tmp_path / 'set'}")
+    tokenizer = tok.load_tokenizer(tmp_path / "out")
+    train, valid = (texts(tmp_path / "out" / f"{part}.bin", tokenizer) for part in ("train", "valid"))
+    assert sorted(train + valid) == sorted(rows)
+    assert len(valid) == 5
+    with pytest.raises(ValueError, match=r"no column 'body'; it has 'text'"):
+        make(tmp_path / "other", f"hf:{tmp_path / 'set'}", text_column="body")
+
+
+def test_a_large_vocabulary_takes_uint32(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(map(chr, range(0x4E00, 0x9FFF))) + "".join(map(chr, range(0xAC00, 0xD7A0))))
+    (tmp_path / "b.txt").write_text("".join(map(chr, range(0x20000, 0x29000))))
+    record = make(
+        tmp_path / "out", tmp_path / "a.txt", tmp_path / "b.txt", valid=(tmp_path / "a.txt",), tokenizer="char"
+    )
+    assert (record["dtype"], record["vocabulary"] > 65_536) == ("uint32", True)
+    assert token_files.read_token_file(tmp_path / "out" / "train.bin").tokens.max() > 65_536
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.txt": b"caf\xe9 \n"}, r"a\.txt: not UTF-8 \(byte 3"),
+        ({"a.jsonl": b'{"text": "a"}\n{"text"\n'}, r"a\.jsonl, byte 14: not JSON"),
+        ({"a.jsonl": b'{"body": "a"}\n'}, r"a\.jsonl, byte 0: wanted an object with text in 'text', got 'body'"),
+        ({"a.jsonl": b'{"text": "a"}\n'}, "no document is for validation"),
+        ({"a.txt.gz": b"no gzip"}, r"a\.txt\.gz: damaged, or not gzip"),
+        ({"a.txt": b""}, r"a\.txt: empty"),
+        ({}, "none: no such file"),
+    ],
+    ids=["latin", "broken row", "other column", "too few", "no gzip", "empty", "missing"],
+)
+def test_text_that_cannot_be_prepared(tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        make(tmp_path / "out", *[tmp_path / name for name in files] or [tmp_path / "none"])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_preparation_goes_on_where_it_was_killed(cli, folder, tmp_path):
+    """Killed after its fourth part, it does the others alone and ends with the same files."""
+    command = ["prepare", "--data", folder, "--tokenizer", "byte", "--processes", 1]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    succeed(cli(*command, "--out", whole))
+    assert cli(*command, "--out", out, watched=(out / ".parts" / "000003.json", 0)).code == -signal.SIGKILL
+    shown = succeed(cli(*command, "--out", out)).err
+    assert int(re.search(r"going on: (\d+) of 12 parts", shown)[1]) >= 4
+    for name in ("train.bin", "valid.bin", "tokenizer.json", "data.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    assert not (out / ".parts").exists()
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert "nothing is left to do" in succeed(cli(*command, "--out", out)).err
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_another_preparations_folder_is_not_written_over(cli, folder, tmp_path):
+    out = tmp_path / "out"
+    make(out, folder)
+    (folder / "0.txt").write_text("changed")
+    refused = cli("prepare", "--data", folder, "--tokenizer", "byte", "--out", out)
+    assert (refused.code, "holds other data" in refused.err) == (2, True)
+    succeed(cli("prepare", "--data", folder, "--tokenizer", "byte", "--out", out, "--overwrite"))
+    (out / "thesis.tex").write_text("")
+    refused = cli("prepare", "--data", folder, "--tokenizer", "byte", "--out", out, "--overwrite")
+    assert (refused.code, "thesis.tex" in refused.err) == (2, True)
+
+
+def test_a_full_disk(tmp_path):
+    path = tmp_path / "a.bin"
+    pid = os.fork()
+    if pid == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        try:
+            written(path, 5000)
+        except OSError:
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- training from token files ---
+
+
+def test_token_files_train_as_their_text(cli, data, tmp_path):
+    """The same text, split the same way, as text and as token files; packed, too."""
+    lines = data.text.read_text().splitlines(keepends=True)
+    (tmp_path / "texts").mkdir()
+    for i in range(60):
+        (tmp_path / "texts" / f"{i}.txt").write_text("".join(lines[i::60]))
+    succeed(cli("prepare", "--data", tmp_path / "texts", "--tokenizer", "byte", "--out", tmp_path / "tokens"))
+    losses = []
+    text = ["--tokenizer", "byte", "--data", tmp_path / "texts"]
+    for name, source in (("a", text), ("b", ["--data", tmp_path / "tokens"])):
+        for pack in ([], ["--pack"]):
+            out = tmp_path / f"{name}{len(pack)}"
+            succeed(cli("pretrain", *source, *SMALL, *pack, "--steps", 5, "--seed", 3, "--out", out))
+            losses.append(json.loads((out / "run.json").read_text())["train_loss"])
+    assert losses[0] != losses[1]
+    assert losses[2:] == losses[:2]
+    refused = cli(
+        "pretrain", "--data", tmp_path / "tokens", "--tokenizer", data.mlm / "tokenizer.json", "--out", tmp_path / "x"
+    )
+    assert refused.code == 2
+    assert "made with another vocabulary" in refused.err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--tokenizer byte", "holds tokens already"),
+        ("", "no tokenizer.json beside it"),
+        ("--tokenizer {lm} --pack", "--pack: nothing says which token begins a document"),
+    ],
+)
+def test_foreign_token_files_that_need_more(cli, data, tmp_path, options, message):
+    path = llmc(tmp_path / "a.bin", np.arange(3000) % 256)
+    given = [option.format(lm=data.lm) for option in options.split()]
+    refused = cli("pretrain", "--data", path, *given, *SMALL, "--steps", 2, "--out", tmp_path / "run")
+    assert refused.code == 2
+    assert message in refused.err
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_pretrain_from_llm_c(cli, data, tmp_path):
+    path = llmc(tmp_path / "a.bin", np.arange(3000) % 256)
+    out = tmp_path / "run"
+    succeed(cli("pretrain", "--data", path, "--tokenizer", data.lm, *SMALL, "--steps", 2, "--out", out))
+    record = json.loads((out / "run.json").read_text())
+    assert (record["train_tokens"], record["valid_tokens"]) == (2700, 300)
