@@ -5,6 +5,7 @@ from ._extension import build_info
 from .config import GPTConfig
 from .generation import generate
 from .heads import GPTForCausalLM, GPTForMaskedLM, GPTForSequenceClassification
+from .integrations.accelerate import accelerate, restore
 from .model import GPT, GPTModel
 from .ops import check_values, use_reference
 
@@ -16,10 +17,12 @@ __all__ = [
     "GPTForMaskedLM",
     "GPTForSequenceClassification",
     "GPTModel",
+    "accelerate",
     "build_info",
     "check_values",
     "generate",
     "ops",
+    "restore",
     "use_reference",
 ]
 

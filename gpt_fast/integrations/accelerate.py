@@ -1,0 +1,111 @@
+"""`accelerate` and `restore`: somebody else's model on this library's ops, in place."""
+
+import sys
+
+import torch.nn as nn
+
+from .. import layers
+from .. import model as own
+from . import _stock, torch_modules
+from .report import Patch, Report
+
+SUPPORTED = (
+    "transformers' GPT2Model, GPT2LMHeadModel, GPT2DoubleHeadsModel, GPT2ForSequenceClassification, "
+    "GPT2ForTokenClassification, GPT2ForQuestionAnswering, OpenAIGPTModel, OpenAIGPTLMHeadModel, "
+    "OpenAIGPTDoubleHeadsModel, OpenAIGPTForSequenceClassification; the notes' TransformerDecoder; "
+    "nn.TransformerEncoderLayer; and modules that contain one of them"
+)
+
+
+_ATTRIBUTES = "_gpt_fast_attributes"  # names of the instance attributes a patch added
+
+
+def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
+    """Let a transformers GPT-2 or GPT-1, the notes' module or `nn.TransformerEncoderLayer` run on `gpt_fast.ops`.
+
+    In place: classes, parameters and state dict stay what they are, and so do hooks, adapters, checkpoints, copies.
+    `model` may also contain such modules, as a PEFT model or a `LightningModule` does. Attention, LayerNorm, MLP and
+    the additions between them run as fused ops, on the weights where they lie; in training with labels the language
+    model's loss is computed without logits, which the output computes when they are read (or at once by
+    `model(..., logits=True)`). A module that is wrapped or has hooks is called, never gone around. Calls that ask for
+    what the ops do not have (attention probabilities, cross-attention, a static cache) run as before, with a warning.
+    Dropout is the library's: same rate, other random numbers than PyTorch's. A query that may attend to nothing gives 0.
+    Dtypes, precision, determinism: those of the ops.
+    Returns a report of what was replaced and what was left alone and why. Raises `TypeError` where nothing in `model`
+    is supported, `ValueError` with `strict=True` where anything is left alone; the model is then as it was, as after
+    any other failure. `restore` undoes it.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: got {type(model).__name__}, wanted an nn.Module: {SUPPORTED}")
+    report, patches, seen = Report(), [], False
+    for name, module in model.named_modules():
+        if isinstance(module, layers.TransformerDecoder | own._Trunk):
+            seen = True
+            report.notes = ["the model is this library's own and runs on its ops already"]
+            continue
+        if _stock.is_accelerated(module):
+            seen = True
+            continue
+        planned = _plan(name, module, report)
+        if planned is not None:
+            seen = True
+            patches += planned
+    if not seen:
+        raise TypeError(f"accelerate: got {type(model).__name__}, wanted one of {SUPPORTED}")
+    if not patches and not report.left and not report.notes:
+        report.notes.append("the model was accelerated already; nothing was changed")
+    if strict and report.left:
+        reasons = "; ".join(f"{entry.name} ({entry.kind}) {entry.reason}" for entry in report.left)
+        raise ValueError(f"accelerate: strict=True, but {len(report.left)} modules would be left alone: {reasons}")
+    done: list[nn.Module] = []
+    try:
+        for patch in patches:
+            done.append(patch.module)
+            _apply(patch)
+    except BaseException:
+        for module in done:
+            _undo(module)
+        raise
+    return report
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `accelerate`, in place, and return the model: it computes what it did before, bit for bit.
+
+    A model that is not accelerated stays as it is. Raises `ValueError`, and changes nothing, where something else was
+    wrapped around a forward since, as mixed precision does in Hugging Face Accelerate: unwrap the model first.
+    """
+    modules = [(name, module) for name, module in model.named_modules() if _stock.is_accelerated(module)]
+    for name, module in modules:
+        if not _stock.has_own_forward(module):
+            raise ValueError(
+                f"restore: the forward of {name or 'the model'} ({type(module).__name__}) was wrapped after accelerate, "
+                "wanted it as accelerate left it: unwrap the model first"
+            )
+    for _, module in modules:
+        _undo(module)
+    return model
+
+
+def _apply(patch: Patch) -> None:
+    vars(patch.module)[_ATTRIBUTES] = tuple(patch.attributes)
+    for name, value in patch.attributes.items():
+        vars(patch.module)[name] = value
+    _stock.attach(patch.module, patch.forward)
+
+
+def _undo(module: nn.Module) -> None:
+    for name in vars(module).pop(_ATTRIBUTES, ()):
+        vars(module).pop(name, None)
+    _stock.detach(module)
+
+
+def _plan(name: str, module: nn.Module, report: Report) -> list[Patch] | None:
+    """The patches for one module and what belongs to it: empty where it is left alone, None where it is unknown."""
+    if "transformers" in sys.modules:  # else nothing here can be one of its models
+        from . import transformers_plan
+
+        planned = transformers_plan.plan(name, module, report)
+        if planned is not None:
+            return planned
+    return torch_modules.plan(name, module, report)
