@@ -1,8 +1,8 @@
 """A training step of transformers' GPT-2 as it is and accelerated: python -m benchmarks.hf_step
 
-One model, accelerated and restored in turn, so that both see the same weights and the same optimiser; a step is forward,
-backward and `AdamW(fused=True)` with the model's default dropout. Times are medians of interleaved repetitions, with
-the quartiles of the pairs' ratios. Peak memory is that of a process of its own for each.
+One model, accelerated and restored in turn, so that both see the same weights and the same optimiser; a step is
+forward, backward and `AdamW(fused=True)`, with the model's default dropout. Times are medians of interleaved
+repetitions, with the quartiles of the pairs' ratios. Peak memory is that of a process of its own for each.
 """
 
 import argparse
@@ -31,7 +31,9 @@ class Step:
     def __init__(self, kind: str, batch: int, length: int, dtype: str, layers: int | None):
         torch.manual_seed(0)
         sizes = {} if layers is None else {"n_layer": layers}
-        model = GPT2LMHeadModel(GPT2Config(**sizes)) if kind == "gpt2" else OpenAIGPTLMHeadModel(OpenAIGPTConfig(**sizes))
+        model = (
+            GPT2LMHeadModel(GPT2Config(**sizes)) if kind == "gpt2" else OpenAIGPTLMHeadModel(OpenAIGPTConfig(**sizes))
+        )
         self.model = model.train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.tokens = torch.randint(self.model.config.vocab_size, (batch, length))

@@ -76,7 +76,9 @@ def inputs(name: str, side: str | None = None, B: int = 3, T: int = 11) -> dict[
     if "Sequence" in name:
         return given | {"labels": torch.arange(B) % 3}
     if "Token" in name:
-        return given | {"labels": (tokens % 3).masked_fill(torch.zeros_like(tokens).bool() if mask is None else mask == 0, -100)}
+        return given | {
+            "labels": (tokens % 3).masked_fill(torch.zeros_like(tokens).bool() if mask is None else mask == 0, -100)
+        }
     if "Question" in name:
         return given | {"start_positions": torch.full((B,), T // 2), "end_positions": torch.full((B,), T // 2 + 1)}
     return given

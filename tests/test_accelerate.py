@@ -1,8 +1,8 @@
 """gpt_fast.accelerate on transformers' models: the same function, in place, and back."""
 
 import copy
+import functools
 import io
-import warnings
 
 import pytest
 import torch
@@ -11,7 +11,20 @@ from torch import Tensor, nn
 import gpt_fast
 from gpt_fast.integrations import _stock, transformers_models
 from tests import numerics
-from tests.hf_models import CLASSES, H, LAYERS, LM_HEADS, P, V, at_real_positions, inputs, make, padding, transformers, twins
+from tests.hf_models import (
+    CLASSES,
+    LAYERS,
+    LM_HEADS,
+    H,
+    P,
+    V,
+    at_real_positions,
+    inputs,
+    make,
+    padding,
+    transformers,
+    twins,
+)
 
 # Every call that is left to transformers warns; a test that expects one says so.
 pytestmark = pytest.mark.filterwarnings("error:gpt_fast")
@@ -155,7 +168,10 @@ def test_other_ways_to_call(name: str) -> None:
                 torch.testing.assert_close(a, b)
     for mode in (True, False):
         model.train(mode), accelerated.train(mode)
-        wanted, got = model(tokens, labels=tokens, return_dict=False), accelerated(tokens, labels=tokens, return_dict=False)
+        wanted, got = (
+            model(tokens, labels=tokens, return_dict=False),
+            accelerated(tokens, labels=tokens, return_dict=False),
+        )
         assert isinstance(got, tuple) and len(got) == len(wanted)
         torch.testing.assert_close(got[0], wanted[0])
         torch.testing.assert_close(got[1], wanted[1])
@@ -328,7 +344,7 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
         patch.setattr(transformers_models, "_attend", lambda *args: (calls.append(1), forward(*args))[1])
         for checkpointed in (False, True):
             if checkpointed:
-                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+                model.activation_checkpointing_enable({"use_reentrant": reentrant})
             torch.manual_seed(5)
             model.zero_grad()
             model(**given).loss.backward()
@@ -339,8 +355,244 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
             torch.testing.assert_close(gradients[1][label], wanted)
         else:
             assert torch.equal(gradients[1][label], wanted), label
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     gpt_fast.restore(model)
     if name.startswith("OpenAI"):
         with pytest.raises(ValueError, match="does not support"):
             model.activation_checkpointing_enable()
+
+
+# ---- dropout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LM_HEADS)
+def test_every_dropout_is_applied_and_is_ours(name: str) -> None:
+    """Each alone changes the loss in training, and the whole is `GPTForCausalLM`'s for the same seed."""
+    tokens = inputs(name)["input_ids"]
+    for which in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
+        model = make(name, 0.0, **{which: 0.5})
+        gpt_fast.accelerate(model)
+        losses = {float(model(tokens, labels=tokens).loss.detach()) for _ in range(3)}
+        assert len(losses) == 3, which
+        losses = {float(model.eval()(tokens, labels=tokens).loss.detach()) for _ in range(3)}
+        assert len(losses) == 1, which
+    model = make(name, None)
+    ours = gpt_fast.GPTForCausalLM.from_hf(model)
+    assert ours.config.attention_dropout == ours.config.residual_dropout == 0.1
+    gpt_fast.accelerate(model)
+    for reference in (False, True):
+        if reference:  # in float64 nothing rounds: the same dropped elements, or the losses differ
+            model, ours = model.double(), ours.double()
+        losses = []
+        for each in (model, ours):
+            torch.manual_seed(11)
+            losses.append(each(tokens, labels=tokens).loss)
+        torch.testing.assert_close(*losses, rtol=1e-12 if reference else 1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", LM_HEADS)
+def test_dropout_in_distribution(name: str) -> None:
+    """The mean loss over seeds is that of PyTorch's dropout, within four standard errors."""
+    model, accelerated = twins(name, 0.3)
+    gpt_fast.accelerate(accelerated)
+    tokens = inputs(name)["input_ids"]
+    with torch.no_grad():
+        a = torch.stack([model(tokens, labels=tokens).loss for _ in range(100)])
+        b = torch.stack([accelerated(tokens, labels=tokens).loss for _ in range(100)])
+    assert (a.mean() - b.mean()).abs() < 4 * (a.var() / 100 + b.var() / 100).sqrt()
+    assert 0.6 < a.std() / b.std() < 1.6
+
+
+# ---- the loss without logits -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list:
+    """A list that grows when deferred logits are computed."""
+    from gpt_fast.integrations.transformers_heads import Deferred
+
+    calls: list = []
+    before = Deferred.__call__
+    monkeypatch.setattr(Deferred, "__call__", lambda self: (calls.append(1), before(self))[1])
+    return calls
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if "LMHead" in name or "Double" in name])
+def test_logits_are_computed_when_they_are_read(name: str, computed: list) -> None:
+    model, accelerated = twins(name)
+    gpt_fast.accelerate(accelerated)
+    given = inputs(name)
+    wanted = model(**given)
+    out = accelerated(**given)
+    assert type(out).__name__ == type(wanted).__name__ and isinstance(out, type(wanted))
+    assert list(out) == list(wanted) and len(out) == len(wanted)
+    assert torch.equal(out["loss"], out.loss) and torch.equal(out[0], out.loss)
+    assert not computed
+    torch.testing.assert_close(out.logits, wanted.logits)
+    assert len(computed) == 1
+    torch.testing.assert_close(out["logits"], wanted.logits)
+    torch.testing.assert_close(out.to_tuple()[list(wanted).index("logits")], wanted.logits)
+    assert len(computed) == 1, "once is enough"
+    assert torch.equal(accelerated(**given).get("logits"), out.logits)
+    assert len(accelerated(**given)[:2]) == 2
+    before = len(computed)
+    for arguments, mode in (({"logits": True}, True), ({}, False)):
+        accelerated.train(mode)
+        torch.testing.assert_close(accelerated(**given, **arguments).logits, wanted.logits)
+    assert len(computed) == before, "these calls are transformers' own"
+    assert accelerated.eval()(**given, logits=False).loss is not None
+
+
+def test_deferred_logits_survive_what_takes_outputs_apart(computed: list) -> None:
+    """Mixed precision in Accelerate rebuilds an output from its items, FSDP and DDP from a pytree."""
+    from torch.utils import _pytree as pytree
+
+    original, model = twins("GPT2LMHeadModel")
+    gpt_fast.accelerate(model)
+    given = inputs("GPT2LMHeadModel")
+    out, wanted = model(**given), original(**given)
+    leaves, spec = pytree.tree_flatten(out)
+    for rebuilt in (type(out)(dict(out.items())), pytree.tree_unflatten(leaves, spec)):
+        assert not computed and torch.equal(rebuilt.loss, out.loss)
+        torch.testing.assert_close(rebuilt.logits, wanted.logits)
+        computed.clear()
+
+
+# ---- in place, and back ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_in_place_and_restored_bit_for_bit(name: str) -> None:
+    model, original = twins(name)
+    kind, parameters, names = type(model), list(model.parameters()), list(model.state_dict())
+    attributes = {path: set(vars(module)) for path, module in model.named_modules()}
+    given = inputs(name, "right")
+    report = gpt_fast.accelerate(model)
+    assert not report.left and len(report.replaced) >= 4 * LAYERS + 2
+    assert {entry.op for entry in report.replaced} >= {"attention", "add_layer_norm", "mlp", "embedding"}
+    assert ("linear_cross_entropy" in str(report)) == ("LMHead" in name or "Double" in name)
+    assert type(model) is kind and isinstance(model, transformers.PreTrainedModel)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == names
+    again = gpt_fast.accelerate(model)
+    assert not again.replaced and "accelerated already" in str(again)
+    assert gpt_fast.restore(model) is model
+    assert {path: set(vars(module)) for path, module in model.named_modules()} == attributes
+    got, wanted = run(model, given), run(original, given)
+    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+    gpt_fast.restore(model)  # nothing left to undo
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_saved_copied_and_loaded(name: str, tmp_path) -> None:
+    model = make(name).eval()
+    given = {key: value for key, value in inputs(name).items() if key == "input_ids"}
+    wanted = model(**given)[0]
+    gpt_fast.accelerate(model)
+    got = model(**given)[0]
+    torch.testing.assert_close(got, wanted)
+    model.save_pretrained(tmp_path)
+    assert '"architectures": [\n    "' + name in (tmp_path / "config.json").read_text()
+    loaded = getattr(transformers, name).from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(**given)[0], wanted)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert torch.equal(twin(**given)[0], got)
+        with torch.no_grad():
+            next(twin.parameters()).zero_()  # the copy's forward reads the copy's weights
+        assert not torch.equal(twin(**given)[0], got)
+        gpt_fast.restore(twin)
+        assert not any("forward" in vars(module) for module in twin.modules())
+    assert torch.equal(model(**given)[0], got)
+
+
+def test_hooks_on_any_module_are_run() -> None:
+    model, original = twins("GPT2LMHeadModel")
+    gpt_fast.accelerate(model)
+    given = inputs("GPT2LMHeadModel")
+    seen: dict[str, list] = {"a": [], "b": []}
+    for each, label in ((model, "a"), (original, "b")):
+        for path, module in each.named_modules():
+            if (path.startswith("transformer.h.1") and "dropout" not in path) or path in ("transformer.wte", "lm_head"):
+                module.register_forward_hook(lambda m, i, o, path=path, label=label: seen[label].append(path))
+    torch.testing.assert_close(model(**given).loss, original(**given).loss)
+    assert sorted(seen["a"]) == sorted(seen["b"]) and "transformer.h.1.mlp.act" in seen["a"]
+
+
+def test_a_forward_put_on_a_module_is_respected() -> None:
+    """What Accelerate's device maps, for one, do: it is neither replaced nor gone around."""
+    model = make("GPT2LMHeadModel")
+    norm, attn = model.transformer.h[0].ln_1, model.transformer.h[0].attn
+    norm.forward = lambda x: x * 0 + 1
+    given = inputs("GPT2LMHeadModel")
+    wanted = model(**given).loss
+    report = gpt_fast.accelerate(model)
+    assert [(entry.name, entry.reason) for entry in report.left] == [
+        ("transformer.h.0.ln_1", "has a forward of its own")
+    ]
+    torch.testing.assert_close(model(**given).loss, wanted)
+    ours = attn.forward
+    attn.forward = functools.partial(ours)
+    with pytest.raises(ValueError, match=r"restore: the forward of transformer\.h\.0\.attn .*wrapped after accelerate"):
+        gpt_fast.restore(model)
+    attn.forward = ours
+    gpt_fast.restore(model)
+    assert torch.equal(model(**given).loss, wanted)
+
+
+def test_a_subclass_with_its_own_forward_keeps_it() -> None:
+    class Mine(transformers.GPT2LMHeadModel):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs).loss * 2
+
+    model = Mine(make("GPT2LMHeadModel").config).eval()
+    given = inputs("GPT2LMHeadModel")
+    wanted = model(**given)
+    report = gpt_fast.accelerate(model)
+    assert "has a class (Mine) with a forward of its own" in str(report)
+    torch.testing.assert_close(model(**given), wanted)
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [nn.Linear(2, 2), "gpt2", None], ids=str)
+def test_other_models_are_named(bad) -> None:
+    kind = type(bad).__name__
+    with pytest.raises(TypeError, match=rf"got {kind}, wanted .*GPT2LMHeadModel.*OpenAIGPTLMHeadModel"):
+        gpt_fast.accelerate(bad)
+    if isinstance(bad, nn.Module):
+        assert not any(name.startswith("_gpt_fast") for name in vars(bad))
+
+
+def test_heads_too_wide_for_the_kernels() -> None:
+    model = make("GPT2Model", n_embd=257, n_head=1)
+    report = gpt_fast.accelerate(model)
+    assert [(entry.name, entry.reason) for entry in report.left] == [("", "has heads of 257, wanted at most 256")]
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 5])
+def test_a_failure_half_way_leaves_the_model_as_it_was(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, original = twins("OpenAIGPTLMHeadModel")
+    attributes = {path: set(vars(module)) for path, module in model.named_modules()}
+    attach, count = _stock.attach, iter(range(100))
+
+    def failing(*args):
+        if next(count) == after:
+            raise RuntimeError("half-way")
+        attach(*args)
+
+    monkeypatch.setattr(_stock, "attach", failing)
+    with pytest.raises(RuntimeError, match="half-way"):
+        gpt_fast.accelerate(model)
+    assert {path: set(vars(module)) for path, module in model.named_modules()} == attributes
+    given = inputs("OpenAIGPTLMHeadModel")
+    assert torch.equal(model(**given).loss, original(**given).loss)
+
+
+def test_own_models_need_nothing() -> None:
+    config = gpt_fast.GPTConfig(num_tokens=V, hidden_dim=32, num_heads=4, num_layers=1, seq_len=8)
+    report = gpt_fast.accelerate(gpt_fast.GPTForCausalLM(config), strict=True)
+    assert not report.replaced and "this library's own" in str(report)

@@ -58,7 +58,7 @@ def is_hooked(module: nn.Module) -> bool:
     return any(len(getattr(module, name)) > 0 for name in _HOOKS)
 
 
-def why_not_plain(module: Any, kind: type) -> str | None:
+def why_not_plain(module: Any, kind: Any) -> str | None:
     """Why a module's parameters are not read directly, or None where they are."""
     if type(module) is not kind:
         return f"is a {type(module).__module__}.{type(module).__qualname__}, not {kind.__name__}"
@@ -69,10 +69,8 @@ def why_not_plain(module: Any, kind: type) -> str | None:
     return None
 
 
-def is_plain(module: Any, kind: type) -> bool:
-    return (
-        type(module) is kind and ("forward" not in vars(module) or _MARK in vars(module)) and not is_hooked(module)
-    )  # fmt: skip
+def is_plain(module: Any, kind: Any) -> bool:
+    return why_not_plain(module, kind) is None
 
 
 def why_no_norm(module: Any) -> str | None:
@@ -80,10 +78,6 @@ def why_no_norm(module: Any) -> str | None:
     if reason is None and (len(module.normalized_shape) != 1 or not module.eps > 0):
         return f"normalises over {list(module.normalized_shape)} with eps {module.eps}"
     return reason
-
-
-def is_norm(module: Any) -> bool:
-    return is_plain(module, nn.LayerNorm) and len(module.normalized_shape) == 1 and module.eps > 0
 
 
 def why_no_table(module: Any) -> str | None:
@@ -109,12 +103,12 @@ def dropout(module: Any, x: Tensor) -> tuple[Tensor, float]:
 
 
 def norm(module: Any, x: Tensor) -> Tensor:
-    return ops.layer_norm(x, module.weight, module.bias, module.eps) if is_norm(module) else module(x)
+    return ops.layer_norm(x, module.weight, module.bias, module.eps) if why_no_norm(module) is None else module(x)
 
 
 def add_norm(branch: Tensor, x: Tensor, p: float, module: Any, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor]:
     """(norm(x + dropout(branch)), x + dropout(branch))."""
-    if is_norm(module):
+    if why_no_norm(module) is None:
         return ops.add_layer_norm(branch, x, module.weight, module.bias, module.eps, p, seed, site)
     summed = add(branch, x, p, seed, site)
     return module(summed), summed

@@ -29,8 +29,8 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     model's loss is computed without logits, which the output computes when they are read (or at once by
     `model(..., logits=True)`). A module that is wrapped or has hooks is called, never gone around. Calls that ask for
     what the ops do not have (attention probabilities, cross-attention, a static cache) run as before, with a warning.
-    Dropout is the library's: same rate, other random numbers than PyTorch's. A query that may attend to nothing gives 0.
-    Dtypes, precision, determinism: those of the ops.
+    Dropout is the library's: the same rates, other random numbers than PyTorch's. A query left without keys, as padding
+    on the left is, attends to nothing; a loss over no label is 0. Dtypes, precision, determinism: those of the ops.
     Returns a report of what was replaced and what was left alone and why. Raises `TypeError` where nothing in `model`
     is supported, `ValueError` with `strict=True` where anything is left alone; the model is then as it was, as after
     any other failure. `restore` undoes it.
@@ -79,8 +79,8 @@ def restore(model: nn.Module) -> nn.Module:
     for name, module in modules:
         if not _stock.has_own_forward(module):
             raise ValueError(
-                f"restore: the forward of {name or 'the model'} ({type(module).__name__}) was wrapped after accelerate, "
-                "wanted it as accelerate left it: unwrap the model first"
+                f"restore: the forward of {name or 'the model'} ({type(module).__name__}) was wrapped after "
+                "accelerate, wanted it as accelerate left it: unwrap the model first"
             )
     for _, module in modules:
         _undo(module)

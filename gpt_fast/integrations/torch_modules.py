@@ -1,11 +1,265 @@
-"""`nn.TransformerEncoderLayer` and the notes' `TransformerDecoder` on this library's ops."""
+"""`nn.TransformerEncoderLayer` and the notes' `TransformerDecoder` on this library's ops.
 
-from typing import Any
+Both draw a dropout seed for each call of a layer; its sites are 0 (attention), 1, 2 (hidden activation) and 3.
+"""
 
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from .report import Patch, Report
+from .. import ops
+from ..ops.attention import MAX_HEAD_DIM
+from . import _stock
+from .report import LeftAlone, Patch, Report
+
+_NOTES = ("multihead_attn", "layer_norm1", "ff", "layer_norm2")
+
+
+class Parts(NamedTuple):
+    """A block's modules, by what they do."""
+
+    attn: Any
+    norm1: Any
+    norm2: Any
+    dropout1: Any
+    dropout2: Any
+    fc: Any
+    activation: Any
+    ff_dropout: Any
+    proj: Any
+    pre_norm: bool
 
 
 def plan(name: str, module: Any, report: Report) -> list[Patch] | None:
+    """The patches of `module` if it is one of the two blocks, else None."""
+    forward: Callable
+    if isinstance(module, nn.TransformerEncoderLayer):
+        if type(module).forward is not nn.TransformerEncoderLayer.forward:
+            reason: str | None = "its class has a forward of its own"
+        else:
+            reason = _why_not(_encoder_parts(module))
+        parts, forward = _encoder_parts(module), encoder_layer_forward
+    elif isinstance(getattr(module, "multihead_attn", None), nn.MultiheadAttention) and _is_notes_block(module):
+        parts, forward = _notes_parts(module), notes_block_forward
+        reason = _why_not(parts) or _why_another_function(module)
+    else:
+        return None
+    if "forward" in vars(module):
+        reason = "has a forward of its own"
+    if reason is not None:
+        report.left.append(LeftAlone(name, type(module).__name__, reason))
+        return []
+    prefix = f"{name}." if name else ""
+    paths = {id(child): path for path, child in module.named_modules()}
+    ff = paths[id(parts.fc)].rpartition(".")[0] or f"{paths[id(parts.fc)]}, {paths[id(parts.proj)]}"
+    report.note(prefix + paths[id(parts.attn)], parts.attn, "attention", None)
+    for norm in (parts.norm1, parts.norm2):
+        op = "layer_norm" if parts.pre_norm and norm is parts.norm1 else "add_layer_norm"
+        report.note(prefix + paths[id(norm)], norm, op, _stock.why_no_norm(norm))
+    report.note(prefix + ff, parts.fc, "mlp", _why_no_mlp(parts))
+    return [Patch(module, forward, {})]
+
+
+# ---- the forwards ----------------------------------------------------------------------------------------------------
+
+
+def encoder_layer_forward(
+    self: Any,
+    src: Tensor,
+    src_mask: Tensor | None = None,
+    src_key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """x [B, T, C] → [B, T, C]; masks as `nn.TransformerEncoderLayer` has them."""
+    parts = _encoder_parts(self)
+    masks, reason = None, _why_not_this(src, parts)
+    if reason is None and is_causal and src_mask is None:
+        reason = "is_causal without the mask that it describes"
+    if reason is None:
+        masks, reason = _masks(src, src_mask, src_key_padding_mask, is_causal, parts.attn.num_heads)
+    if masks is None:
+        _warn(self, reason)
+        return _stock.original(
+            self, src, src_mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal
+        )
+    return _block(src, parts, masks, self.training)
+
+
+def notes_block_forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """x [B, T, C] → [B, T, C]; mask [T, T] bool, True = may not attend."""
+    parts = _notes_parts(self)
+    masks, reason = None, _why_not_this(x, parts)
+    if reason is None:
+        masks, reason = _masks(x, mask, None, False, parts.attn.num_heads)
+    if masks is None:
+        _warn(self, reason)
+        return _stock.original(self, x, mask)
+    return _block(x, parts, masks, self.training)
+
+
+def _block(x: Tensor, parts: Parts, masks: dict, training: bool) -> Tensor:
+    seed = ops.new_seed(x.device) if training else None
+    if parts.pre_norm:
+        branch, p = _attend(_stock.norm(parts.norm1, x), parts, masks, seed)
+        normed, x = _stock.add_norm(branch, x, p, parts.norm2, seed, 1)
+        branch, p = _mlp(normed, parts, seed)
+        return _stock.add(branch, x, p, seed, 3)
+    branch, p = _attend(x, parts, masks, seed)
+    x, _ = _stock.add_norm(branch, x, p, parts.norm1, seed, 1)
+    branch, p = _mlp(x, parts, seed)
+    return _stock.add_norm(branch, x, p, parts.norm2, seed, 3)[0]
+
+
+def _attend(x: Tensor, parts: Parts, masks: dict, seed: Tensor | None) -> tuple[Tensor, float]:
+    attn = parts.attn
+    qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
+    p = attn.dropout if attn.training else 0.0
+    out = ops.attention_qkv(qkv, attn.num_heads, dropout_p=p, seed=seed, site=0, **masks)
+    return _stock.dropout(parts.dropout1, attn.out_proj(out))
+
+
+def _mlp(x: Tensor, parts: Parts, seed: Tensor | None) -> tuple[Tensor, float]:
+    if _why_no_mlp(parts) is not None:
+        branch = parts.proj(parts.ff_dropout(parts.activation(parts.fc(x))))
+    else:
+        name = _activation(parts.activation)
+        assert name is not None
+        p = parts.ff_dropout.p if parts.ff_dropout.training else 0.0
+        fc, proj = parts.fc, parts.proj
+        branch = ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, name, p, seed, site=2)
+    return _stock.dropout(parts.dropout2, branch)
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------
+
+
+def _masks(
+    x: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool, heads: int
+) -> tuple[dict | None, str | None]:
+    """The op's masks from PyTorch's, in which True and -inf exclude; or None and the reason."""
+    B, T, _ = x.shape
+    allowed = key_mask = None
+    if mask is not None and not is_causal:
+        allowed = _allowed(mask)
+        if allowed is None:
+            return None, "a float mask with values other than 0 and -inf, or one that may not be looked at"
+        if allowed.dim() == 3:
+            allowed = allowed.view(B, heads, T, T)
+        if allowed.dim() == 2 and _stock.is_reading_values_cheap(allowed):
+            is_causal = torch.equal(allowed, torch.ones_like(allowed).tril())
+            allowed = None if is_causal else allowed
+    if padding is not None:
+        key_mask = _allowed(padding)
+        if key_mask is None:
+            return None, "a float padding mask with values other than 0 and -inf, or one that may not be looked at"
+    return {"causal": is_causal, "mask": allowed, "key_mask": key_mask}, None
+
+
+def _allowed(mask: Tensor) -> Tensor | None:
+    if mask.dtype == torch.bool:
+        return ~mask
+    if not _stock.is_reading_values_cheap(mask) or not bool(((mask == 0) | (mask == -math.inf)).all()):
+        return None
+    return mask == 0
+
+
+# ---- what is served --------------------------------------------------------------------------------------------------
+
+
+def _encoder_parts(layer: Any) -> Parts:
+    return Parts(
+        layer.self_attn, layer.norm1, layer.norm2, layer.dropout1, layer.dropout2, layer.linear1, layer.activation,
+        layer.dropout, layer.linear2, layer.norm_first,
+    )  # fmt: skip
+
+
+def _notes_parts(block: Any) -> Parts:
+    fc, activation, dropout, proj = block.ff
+    return Parts(
+        block.multihead_attn, block.layer_norm1, block.layer_norm2, block.dropout1, block.dropout2, fc, activation,
+        dropout, proj, False,
+    )  # fmt: skip
+
+
+def _is_notes_block(module: Any) -> bool:
+    """Whether a module has the parts of the notes' block, by name and kind."""
+    names = (*_NOTES, "dropout1", "dropout2")
+    if not all(isinstance(getattr(module, name, None), nn.Module) for name in names):
+        return False
+    return isinstance(module.ff, nn.Sequential) and len(module.ff) == 4
+
+
+def _why_another_function(block: Any) -> str | None:
+    """Asks a class that is not ours, on a small input, whether it computes what its parts suggest."""
+    attn = block.multihead_attn
+    weight = attn.in_proj_weight
+    x = torch.linspace(-1, 1, 6 * attn.embed_dim, dtype=weight.dtype, device=weight.device).sin().view(2, 3, -1)
+    mask = torch.ones(3, 3, dtype=torch.bool, device=weight.device).triu(1)
+    modes = [(module, module.training) for module in block.modules()]
+    block.eval()
+    try:
+        with torch.no_grad():
+            wanted = block(x, mask)
+            got = notes_block_forward(block, x, mask)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        return f"its forward(x, mask) fails: {error}"
+    finally:
+        for module, training in modes:
+            module.training = training
+    same = (
+        isinstance(wanted, Tensor) and wanted.shape == got.shape and torch.allclose(got, wanted, atol=1e-2, rtol=1e-2)
+    )
+    return None if same else "its forward(x, mask) computes something else than the notes' block"
+
+
+def _why_not(parts: Parts) -> str | None:
+    """Why a block is left alone, or None."""
+    attn = parts.attn
+    reason = _stock.why_not_plain(attn, nn.MultiheadAttention)
+    if reason is not None:
+        return f"its attention {reason}"
+    if not attn.batch_first:
+        return "its attention has no batch_first=True: given [B, T, C] it attends over the batch"
+    if not attn._qkv_same_embed_dim or attn.bias_k is not None or attn.add_zero_attn:
+        return "its attention has other widths for keys or values, or extra keys"
+    if attn.head_dim > MAX_HEAD_DIM:
+        return f"has heads of {attn.head_dim}, wanted at most {MAX_HEAD_DIM}"
     return None
+
+
+def _why_not_this(x: Tensor, parts: Parts) -> str | None:
+    """Why one call is left to PyTorch, or None."""
+    if x.is_nested or x.dim() != 3:
+        return "the input is nested or has no batch"
+    return _why_not(parts)
+
+
+def _why_no_mlp(parts: Parts) -> str | None:
+    for module, kind in ((parts.fc, nn.Linear), (parts.ff_dropout, nn.Dropout), (parts.proj, nn.Linear)):
+        reason = _stock.why_not_plain(module, kind)
+        if reason is not None:
+            return f"{reason}: called through it"
+    if parts.ff_dropout.p >= 1:
+        return "drops everything"
+    return None if _activation(parts.activation) is not None else "its activation is no ReLU or GELU"
+
+
+def _activation(function: Any) -> str | None:
+    if function is F.relu or function is torch.relu or _stock.is_plain(function, nn.ReLU):
+        return "relu"
+    if function is F.gelu:
+        return "gelu"
+    if isinstance(function, nn.Module) and _stock.is_plain(function, nn.GELU):
+        return "gelu_tanh" if function.approximate == "tanh" else "gelu"
+    return None
+
+
+def _warn(module: Any, reason: str | None) -> None:
+    if not torch.compiler.is_compiling():
+        warnings.warn(f"gpt_fast: {type(module).__name__} runs this call as PyTorch has it: {reason}", stacklevel=3)

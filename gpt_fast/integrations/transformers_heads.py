@@ -111,7 +111,7 @@ class Deferred:
     def __init__(self, lm_head: Any, hidden: Tensor):
         self.lm_head, self.hidden = lm_head, hidden
         kind = hidden.device.type
-        self.autocast = {"device_type": kind, "enabled": torch.is_autocast_enabled(kind)}
+        self.autocast: dict[str, Any] = {"device_type": kind, "enabled": torch.is_autocast_enabled(kind)}
         self.autocast |= {"dtype": torch.get_autocast_dtype(kind)} if self.autocast["enabled"] else {}
 
     def __call__(self) -> Tensor:
@@ -155,8 +155,7 @@ def _deferring(kind: Any) -> Any:
             return self[names] if isinstance(names, str) else tuple(self[name] for name in names)
 
         def get(self, key: Any, default: Any = None) -> Any:
-            return self[key] if key in self else default
+            return self[key] if key in self.keys() else default
 
     Output.__name__, Output.__qualname__ = kind.__name__, kind.__qualname__
     return Output
-

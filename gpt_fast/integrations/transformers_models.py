@@ -12,10 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-import transformers
 from torch import Tensor
-from transformers.activations import ACT2FN, GELUActivation, GELUTanh, NewGELUActivation
+from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2 as gpt2
@@ -78,7 +76,7 @@ def gpt2_model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         positions = torch.arange(past, past + T, device=x.device)
     hidden = _embed(self, self.wte, self.wpe, x, call, positions, seed)
     now = Pass(seed, 0, causal, key_mask, mask, cache)
-    states = () if _flag(self, call, "output_hidden_states") else None
+    states: tuple | None = () if _flag(self, call, "output_hidden_states") else None
     for i, block in enumerate(self.h):
         if states is not None:
             states = (*states, hidden)
@@ -91,7 +89,9 @@ def gpt2_model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     return output if _returns_dict(self, call) else output.to_tuple()
 
 
-def gpt2_block_forward(self: Any, hidden_states: Any = None, *args: Any, gpt_fast_pass: Any = None, **kwargs: Any) -> Any:
+def gpt2_block_forward(
+    self: Any, hidden_states: Any = None, *args: Any, gpt_fast_pass: Any = None, **kwargs: Any
+) -> Any:
     if gpt_fast_pass is None:
         return _stock.original(self, hidden_states, *args, **kwargs)
     return _checkpointed(self, _gpt2_block, hidden_states, gpt_fast_pass)
@@ -104,7 +104,9 @@ def _gpt2_block(self: Any, x: Tensor, now: Pass) -> Tensor:
     return _stock.add(branch, x, p, now.seed, now.site + 3)
 
 
-def gpt2_attention_forward(self: Any, hidden_states: Any = None, *args: Any, gpt_fast_pass: Any = None, **kwargs: Any) -> Any:
+def gpt2_attention_forward(
+    self: Any, hidden_states: Any = None, *args: Any, gpt_fast_pass: Any = None, **kwargs: Any
+) -> Any:
     if gpt_fast_pass is None:
         return _stock.original(self, hidden_states, *args, **kwargs)
     return self.resid_dropout(_attend(self, hidden_states, gpt_fast_pass)), None
@@ -125,7 +127,7 @@ def gpt1_model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         key_mask, mask = _masks(key_mask, x.shape[0])
     hidden = _embed(self, self.tokens_embed, self.positions_embed, x, call, positions, seed)
     now = Pass(seed, 0, True, key_mask, mask, None)
-    states = () if _flag(self, call, "output_hidden_states") else None
+    states: tuple | None = () if _flag(self, call, "output_hidden_states") else None
     for i, block in enumerate(self.h):
         if states is not None:
             states = (*states, hidden)
@@ -168,7 +170,7 @@ def _attention(attn: Any, kind: type, x: Tensor, now: Pass) -> tuple[Tensor, flo
 def _attend(attn: Any, x: Tensor, now: Pass) -> Tensor:
     qkv = attn.c_attn(x)  # [B, T, 3C]
     p = attn.attn_dropout.p if attn.training else 0.0
-    options = {
+    options: dict[str, Any] = {
         "causal": now.causal, "key_mask": now.key_mask, "mask": now.mask, "dropout_p": p, "seed": now.seed,
         "site": now.site, "scale": _scale(attn, qkv.shape[-1] // 3),
     }  # fmt: skip
@@ -319,7 +321,8 @@ def _unsupported(trunk: Any, call: dict, known: set[str]) -> str | None:
         return "output_attentions=True asks for the probabilities, which are never stored"
     if not isinstance(_flag(trunk, call, "output_hidden_states"), bool):
         return "output_hidden_states selects layers"
-    tokens, embeddings = call.get("input_ids"), call.get("inputs_embeds")
+    tokens: Any = call.get("input_ids")
+    embeddings: Any = call.get("inputs_embeds")
     if (tokens is None) == (embeddings is None):
         return "input_ids and inputs_embeds, wanted one of them"
     N, T = (tokens.view(-1, tokens.shape[-1]) if tokens is not None else embeddings).shape[:2]
@@ -361,7 +364,5 @@ def _unsupported_by_gpt2(trunk: Any, call: dict, cache: Any) -> str | None:
 
 def _as_transformers_has_it(trunk: Any, reason: str, args: tuple, kwargs: dict) -> Any:
     if not torch.compiler.is_compiling():
-        warnings.warn(
-            f"gpt_fast: {type(trunk).__name__} runs this call as transformers has it: {reason}", stacklevel=3
-        )
+        warnings.warn(f"gpt_fast: {type(trunk).__name__} runs this call as transformers has it: {reason}", stacklevel=3)
     return _stock.original(trunk, *args, **kwargs)

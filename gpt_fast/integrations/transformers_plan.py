@@ -104,10 +104,10 @@ def _checkpointing(model: PreTrainedModel) -> dict[str, Any]:
     return {} if model.supports_gradient_checkpointing else {"supports_gradient_checkpointing": True}
 
 
-def _why_foreign(module: Any, kind: type, label: str = "") -> str | None:
+def _why_foreign(module: Any, kind: Any, label: str = "") -> str | None:
     if not isinstance(module, kind):
         return f"{label}is a {type(module).__name__}, not {kind.__name__}"
-    if type(module).forward is not kind.forward and not _is_sharded(type(module)):  # type: ignore[attr-defined]
+    if type(module).forward is not kind.forward and not _is_sharded(type(module)):
         return f"{label}has a class ({type(module).__name__}) with a forward of its own"
     if "forward" in vars(module) and not _stock.is_accelerated(module):
         return f"{label}has a forward of its own"
