@@ -53,8 +53,8 @@ class Step:
         return seconds
 
 
-def measure(kind: str, batch: int, length: int, dtype: str, repeats: int, layers: int | None = None) -> dict:
-    """Median seconds of both, the ratio original / accelerated with its quartiles, and the peaks in MiB."""
+def measure_time(kind: str, batch: int, length: int, dtype: str, repeats: int, layers: int | None = None) -> dict:
+    """Median seconds of both, and the ratio original / accelerated with its quartiles."""
     step = Step(kind, batch, length, dtype, layers)
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     for repeat in range(repeats + 1):
@@ -69,14 +69,24 @@ def measure(kind: str, batch: int, length: int, dtype: str, repeats: int, layers
         **{way: statistics.median(times[way]) for way in WAYS},
         "ratio": statistics.median(times["original"]) / statistics.median(times["accelerated"]),
         "quartiles": [quartiles[0], quartiles[2]],
-        "peak_mib": {way: _peak_of_a_process(kind, batch, length, dtype, layers, way) for way in WAYS},
     }  # fmt: skip
 
 
-def _peak_of_a_process(kind: str, batch: int, length: int, dtype: str, layers: int | None, way: str) -> float:
-    command = [sys.executable, "-m", "benchmarks.hf_step", "--model", kind, "--batch", str(batch), "--length"]
-    command += [str(length), "--dtype", dtype, "--peak", way, *([] if layers is None else ["--layers", str(layers)])]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def measure_memory(kind: str, batch: int, length: int, dtype: str, layers: int | None = None) -> dict:
+    """Peak resident MiB of a process that makes two steps, for each way."""
+    peaks = {}
+    for way in WAYS:
+        command = [sys.executable, "-m", "benchmarks.hf_step", "--model", kind, "--batch", str(batch), "--length"]
+        command += [
+            str(length),
+            "--dtype",
+            dtype,
+            "--peak",
+            way,
+            *([] if layers is None else ["--layers", str(layers)]),
+        ]
+        peaks[way] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return {"model": kind, "batch": batch, "length": length, "dtype": dtype, "peak_mib": peaks}
 
 
 def main() -> None:
@@ -85,6 +95,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--dtype", choices=(*DTYPES, "all"), default="all")
+    parser.add_argument("--figures", choices=("time", "memory", "both"), default="both")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--layers", type=int, help="fewer than the model has, for a quick look")
     parser.add_argument("--peak", choices=WAYS, help="run two steps this way and print the process's peak in MiB")
@@ -97,21 +108,32 @@ def main() -> None:
             step.seconds(options.peak)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
-    dtypes = DTYPES if options.dtype == "all" else [options.dtype]
     sizes = options.model, options.batch, options.length
-    results = [measure(*sizes, dtype, options.repeats, options.layers) for dtype in dtypes]
+    if not options.json:
+        print(f"{device_name('cpu')}; {options.model}, B = {options.batch}, T = {options.length}", flush=True)
+    results = []
+    for dtype in DTYPES if options.dtype == "all" else [options.dtype]:
+        if options.figures != "memory":
+            results.append(measure_time(*sizes, dtype, options.repeats, options.layers))
+            if not options.json:
+                print(in_words(results[-1]), flush=True)
+        if options.figures != "time":
+            results.append(measure_memory(*sizes, dtype, options.layers))
+            if not options.json:
+                print(in_words(results[-1]), flush=True)
     if options.json:
         print(json.dumps({"device": device_name("cpu"), "results": results}, indent=1))
-        return
-    print(f"{device_name('cpu')}; {options.model}, B = {options.batch}, T = {options.length}")
-    for result in results:
-        low, high = result["quartiles"]
+
+
+def in_words(result: dict) -> str:
+    if "peak_mib" in result:
         peaks = result["peak_mib"]
-        print(
-            f"{result['dtype']}: original {result['original']:.2f} s, accelerated {result['accelerated']:.2f} s, "
-            f"ratio {result['ratio']:.2f} ({low:.2f} to {high:.2f}); peak {peaks['original']:,.0f} and "
-            f"{peaks['accelerated']:,.0f} MiB"
-        )
+        return f"{result['dtype']}: peak {peaks['original']:,.0f} MiB, accelerated {peaks['accelerated']:,.0f} MiB"
+    low, high = result["quartiles"]
+    return (
+        f"{result['dtype']}: {result['original']:.2f} s, accelerated {result['accelerated']:.2f} s, "
+        f"ratio {result['ratio']:.2f} ({low:.2f} to {high:.2f})"
+    )
 
 
 if __name__ == "__main__":
