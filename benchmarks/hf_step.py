@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPT
 from transformers.utils import logging
 
 import gpt_fast
-from benchmarks.timing import device_name
+from benchmarks.environment import device_name
 
 WAYS = ("original", "accelerated")
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}  # the second by autocast
