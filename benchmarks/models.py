@@ -162,14 +162,27 @@ def _no_transformers(case: Case) -> str | None:
     return "transformers is not installed" if importlib.util.find_spec("transformers") is None else None
 
 
+def _accelerated(build: Build) -> Build:
+    """What `gpt_fast.accelerate` makes of it."""
+
+    def run(case: Case) -> tuple[nn.Module, Loss]:
+        model, loss = build(case)
+        gpt_fast.accelerate(model, strict=True)
+        return model, loss
+
+    return run
+
+
 def _training_peers(ours: Build, plain: Build, hf: Callable[[str, Case], tuple[nn.Module, Loss]]) -> tuple[Peer, ...]:
     eager_hf, _ = _trains("Hugging Face eager", partial(hf, "eager"), _no_transformers)
     sdpa_hf, compiled_hf = _trains("Hugging Face sdpa", partial(hf, "sdpa"), _no_transformers)
+    accelerated_hf, _ = _trains("Hugging Face accelerated", _accelerated(partial(hf, "sdpa")), _no_transformers)
     return (
         *_trains(OURS, ours),
         *_trains("plain", plain),
         eager_hf,
         sdpa_hf,
+        accelerated_hf,
         compiled_hf,
         _trained_reference(ours),
     )

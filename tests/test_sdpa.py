@@ -1,0 +1,211 @@
+"""The SDPA provider: PyTorch's own call on our kernels, and back."""
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gpt_fast
+from gpt_fast import reference
+from gpt_fast.integrations import sdpa
+from tests import numerics
+
+ORIGINAL = F.scaled_dot_product_attention
+B, H, T, D = 2, 3, 37, 16
+
+
+@pytest.fixture
+def active() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sdpa.activate()
+    yield
+    sdpa.restore()
+
+
+def qkv(dtype: torch.dtype = torch.float32, S: int = T, grad: bool = True) -> list[torch.Tensor]:
+    shapes = ((B, H, T, D), (B, H, S, D), (B, H, S, D))
+    return [torch.randn(shape).to(dtype).requires_grad_(grad) for shape in shapes]
+
+
+def forward_backward(tensors: list[torch.Tensor], **options) -> list[torch.Tensor]:
+    out = F.scaled_dot_product_attention(*tensors, **options)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, tensors, upstream)]
+
+
+MASK = torch.rand(B, 1, T, T, generator=torch.Generator().manual_seed(0)) < 0.4
+CALLS = [
+    pytest.param({}, id="plain"),
+    pytest.param({"is_causal": True}, id="causal"),
+    pytest.param({"is_causal": True, "scale": 0.3}, id="scale"),
+    pytest.param({"attn_mask": MASK | torch.eye(T, dtype=torch.bool)}, id="mask"),
+]
+
+
+@pytest.mark.parametrize("options", CALLS)
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+def test_same_values_and_gradients(active: None, dtype: torch.dtype, options: dict) -> None:
+    tensors = qkv(dtype)
+    got = forward_backward(tensors, **options)
+    assert sdpa.report().served == 1 and not sdpa.report().returned
+    exact = forward_backward([tensor.detach().double().requires_grad_() for tensor in tensors], **options)
+    sdpa.restore()
+    yardstick = forward_backward(tensors, **options)
+    sdpa.activate()
+    for a, b, c in zip(got, yardstick, exact, strict=True):
+        numerics.assert_as_accurate(a, b, c)
+
+
+def test_dropout_is_the_librarys(active: None) -> None:
+    tensors = qkv()
+    torch.manual_seed(3)
+    got = F.scaled_dot_product_attention(*tensors, dropout_p=0.2, is_causal=True)
+    torch.manual_seed(3)
+    seed = gpt_fast.ops.new_seed("cpu")
+    exact = reference.attention(*(tensor.double() for tensor in tensors), dropout_p=0.2, seed=seed)
+    numerics.assert_as_accurate(got, exact.float(), exact)
+    again = F.scaled_dot_product_attention(*tensors, dropout_p=0.2, is_causal=True)
+    assert not torch.equal(got, again)
+
+
+RETURNED = [
+    pytest.param(lambda t: {"attn_mask": torch.randn(T, T)}, "a mask that is not bool", id="additive mask"),
+    pytest.param(lambda t: {"is_causal": True, "S": 50}, "causal with another mask, or", id="other keys than queries"),
+    pytest.param(lambda t: {"dtype": torch.float64}, "dtype torch.float64", id="float64"),
+    pytest.param(lambda t: {"three": True}, r"shapes other than \[B, H, T, D\]", id="three dimensions"),
+    pytest.param(lambda t: {"enable_gqa": True}, "fewer heads of keys", id="grouped queries"),
+]
+
+
+@pytest.mark.parametrize(("make", "reason"), RETURNED)
+def test_what_is_not_served_goes_back_and_is_counted(active: None, make, reason: str) -> None:
+    options = make(None)
+    tensors = qkv(options.pop("dtype", torch.float32), options.pop("S", T))
+    if options.pop("three", False):
+        tensors = [tensor.detach()[0].requires_grad_() for tensor in tensors]
+    if "enable_gqa" in options:
+        tensors = [tensors[0], *(tensor.detach()[:, :1].requires_grad_() for tensor in tensors[1:])]
+    got = forward_backward(tensors, **options)
+    assert sdpa.report().served == 0
+    assert sdpa.report().returned.total() == 1
+    assert re.search(reason, str(sdpa.report()))
+    sdpa.restore()
+    wanted = forward_backward(tensors, **options)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    sdpa.activate()
+
+
+def test_wrong_calls_get_pytorchs_errors(active: None) -> None:
+    q, k, v = qkv()
+    for options in ({"key": k[..., :5]}, {"key": k.double()}, {"attn_mask": MASK.int()}, {"dropout_p": 2.0}):
+        arguments = {"query": q, "key": k, "value": v} | options
+        with pytest.raises((RuntimeError, ValueError)) as ours:
+            F.scaled_dot_product_attention(**arguments)
+        sdpa.restore()
+        with pytest.raises((RuntimeError, ValueError)) as theirs:
+            F.scaled_dot_product_attention(**arguments)
+        sdpa.activate()
+        assert str(ours.value) == str(theirs.value)
+
+
+def test_restored_bit_for_bit() -> None:
+    tensors = qkv()
+    before = forward_backward(tensors, is_causal=True)
+    sdpa.activate()
+    assert torch.nn.attention.current_flash_attention_impl() == "gpt_fast"
+    during = forward_backward(tensors, is_causal=True)
+    sdpa.restore()
+    after = forward_backward(tensors, is_causal=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(before, during, strict=True))
+    sdpa.restore()  # nothing active: no warning, no error
+    with pytest.raises(RuntimeError, match=r"not active, wanted sdpa\.activate"):
+        sdpa.report()
+
+
+def test_pytorchs_own_switches() -> None:
+    """register makes the name known and changes nothing; activating twice starts the counts again."""
+    sdpa.register()
+    assert "gpt_fast" in torch.nn.attention.list_flash_attention_impls()
+    assert torch.nn.attention.current_flash_attention_impl() is None
+    for _ in range(2):
+        torch.nn.attention.activate_flash_attention_impl("gpt_fast")
+        F.scaled_dot_product_attention(*qkv())
+        assert sdpa.report().served == 1
+    torch.nn.attention.restore_flash_attention_impl()
+    assert torch.nn.attention.current_flash_attention_impl() is None
+
+
+def test_a_pytorch_without_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdpa, "_HAS_REGISTRY", False)
+    with pytest.raises(RuntimeError, match="has no registry that restores"):
+        sdpa.register()
+    for _ in range(2):
+        sdpa.activate()
+        F.scaled_dot_product_attention(*qkv())
+        assert sdpa.report().served == 1
+    sdpa.restore()
+    F.scaled_dot_product_attention(*qkv())
+    with pytest.raises(RuntimeError, match="not active"):
+        sdpa.report()
+
+
+def test_without_gradients_and_under_autocast(active: None) -> None:
+    tensors = qkv(grad=False)
+    F.scaled_dot_product_attention(*tensors)
+    with torch.no_grad():
+        F.scaled_dot_product_attention(*qkv())
+    with torch.inference_mode():
+        F.scaled_dot_product_attention(*tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.scaled_dot_product_attention(*tensors).dtype == torch.bfloat16
+    assert sdpa.report().served == 4
+
+
+def test_compiled(active: None) -> None:
+    """The compiled graph holds our operator, forward and backward, for one length and for another."""
+    graphs = []
+
+    def backend(graph, inputs):
+        from functorch.compile import make_boxed_func
+        from torch._dynamo.backends.common import aot_autograd
+
+        def record(g, i):
+            graphs.append(g.code)
+            return make_boxed_func(g.forward)
+
+        return aot_autograd(fw_compiler=record, bw_compiler=record)(graph, inputs)
+
+    compiled = torch.compile(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        fullgraph=True,
+        backend=backend,
+        dynamic=True,
+    )
+    for length in (T, 20):
+        tensors = [tensor.detach()[:, :, :length].contiguous().requires_grad_() for tensor in qkv()]
+        out = compiled(*tensors)
+        eager = F.scaled_dot_product_attention(*tensors, is_causal=True)
+        assert torch.equal(out, eager)
+        upstream = torch.randn_like(out)
+        got, wanted = torch.autograd.grad(out, tensors, upstream), torch.autograd.grad(eager, tensors, upstream)
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    assert any("gpt_fast.attention_forward" in code for code in graphs)
+    assert any("gpt_fast.attention_backward" in code for code in graphs)
+
+
+def test_a_transformers_model_is_reached(active: None) -> None:
+    from tests.hf_models import inputs, make
+
+    model = make("GPT2LMHeadModel")
+    given = inputs("GPT2LMHeadModel", "right")
+    loss = model(**given).loss
+    assert sdpa.report().served == 2 and not sdpa.report().returned
+    sdpa.restore()
+    torch.testing.assert_close(loss, copy.deepcopy(model)(**given).loss)
+    sdpa.activate()
