@@ -5,6 +5,8 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
+#include "bindings.h"
+
 #ifndef _OPENMP
 #error "gpt_fast._C needs OpenMP: at::parallel_for would run on one thread only"
 #endif
@@ -29,4 +31,5 @@ py::dict build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++ kernels of gpt_fast: importing this module registers them with PyTorch's dispatcher.";
   m.def("build_info", &build_info, "What this library was compiled with and for.");
+  for (const auto bind : gpt_fast::Binding::all()) bind(m);
 }

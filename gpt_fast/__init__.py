@@ -3,6 +3,7 @@
 from . import _extension, ops
 from ._extension import build_info
 from .config import GPTConfig
+from .decoding import DecodeSession
 from .generation import generate
 from .heads import GPTForCausalLM, GPTForMaskedLM, GPTForSequenceClassification
 from .integrations.accelerate import accelerate, restore
@@ -12,6 +13,7 @@ from .ops import check_values, use_reference
 __version__ = "0.1.0"
 __all__ = [
     "GPT",
+    "DecodeSession",
     "GPTConfig",
     "GPTForCausalLM",
     "GPTForMaskedLM",

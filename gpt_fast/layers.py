@@ -33,7 +33,7 @@ class SelfAttention(nn.Module):
 
     out = out_proj(attention(x in_projᵀ)). x [B, T, C] → [B, T, C]. `dropout` is the dropout of the probabilities. Masks
     and their meaning, dtypes, precision, determinism, errors, source: the op's; besides, `ValueError` where hidden_dim
-    is not divisible by num_heads.
+    is not divisible by num_heads. `attend(qkv, num_heads)`, if given, takes the op's place: a cache's way to attend.
     """
 
     def __init__(self, hidden_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True):
@@ -57,8 +57,11 @@ class SelfAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         seed: Tensor | None = None,
         site: int = 0,
+        attend: Callable[[Tensor, int], Tensor] | None = None,
     ) -> Tensor:
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # [B, T, 3C]
+        if attend is not None:
+            return self.out_proj(attend(qkv, self.num_heads))
         dropout_p = self.dropout if self.training else 0.0
         out = ops.attention_qkv(
             qkv, self.num_heads, causal=causal, lengths=lengths, key_mask=key_mask, mask=mask, cu_seqlens=cu_seqlens,
@@ -161,11 +164,13 @@ class TransformerDecoder(nn.Module):
         seed: Tensor | None = None,
         branch: Tensor | None = None,
         carry: bool = False,
+        attend: Callable[[Tensor, int], Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if seed is None and self.training and self.has_dropout:
             seed = ops.new_seed(x.device)
         masks = {
             "causal": causal, "lengths": lengths, "key_mask": key_mask, "mask": None, "cu_seqlens": cu_seqlens,
+            "attend": attend,
         }  # fmt: skip
         if mask is not None:
             if mask.dtype != torch.bool:

@@ -1,6 +1,7 @@
 """The trunk every head shares, and the drop-in GPT."""
 
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
@@ -11,6 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from . import ops
 from .config import GPTConfig
 from .layers import LayerNorm, TransformerDecoder
+
+if TYPE_CHECKING:
+    from .kv_cache import PromptPass, StepPass
 
 
 class _Trunk(nn.Module):
@@ -49,12 +53,14 @@ class _Trunk(nn.Module):
         key_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         seed: Tensor | None = None,
+        cache: "StepPass | PromptPass | None" = None,
     ) -> Tensor:
         """tokens [B, T] → [B, T, C].
 
         Padding is what lies past `lengths` [B] or where `key_mask` [B, T] is False; with a key_mask positions count the
         real tokens, so a left-padded row gives what it gives alone. `cu_seqlens` [n + 1] says where each of n sequences
-        packed into one row [1, T] begins and ends: they do not see each other and positions count within each. Raises
+        packed into one row [1, T] begins and ends: they do not see each other and positions count within each. With a
+        `cache`, which knows the padding itself, the tokens follow what it holds of their rows, and see that too. Raises
         `ValueError` for tokens that are not [B, T], longer than seq_len (packed: each sequence), or outside the
         vocabulary, and where more than one of the three is given.
         """
@@ -79,18 +85,21 @@ class _Trunk(nn.Module):
             positions = (key_mask.long().cumsum(1) - 1).clamp(min=0)
         if seed is None and self.training and self.has_dropout:
             seed = ops.new_seed(tokens.device)
+        if cache is not None:
+            positions = cache.positions
         dropout_p = config.embedding_dropout if self.training else 0.0
         x = ops.embedding(tokens, self.token_emb.weight, self.pos_emb[0], positions, dropout_p, seed, site=0)
         options = {
             "causal": causal, "lengths": lengths, "key_mask": key_mask, "cu_seqlens": cu_seqlens, "seed": seed,
         }  # fmt: skip
+        attend = [None if cache is None else partial(cache.attend, i) for i in range(len(self.decoders))]
         if self.final_norm is None:
-            for decoder in self.decoders:
-                x = self._decode(decoder, x, **options)
+            for i, decoder in enumerate(self.decoders):
+                x = self._decode(decoder, x, **options, attend=attend[i])
             return x
         branch: Tensor | None = None
-        for decoder in self.decoders:
-            x, branch = self._decode(decoder, x, **options, branch=branch, carry=True)
+        for i, decoder in enumerate(self.decoders):
+            x, branch = self._decode(decoder, x, **options, branch=branch, carry=True, attend=attend[i])
         last = self.decoders[-1]
         assert isinstance(last, TransformerDecoder)
         assert branch is not None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gpt_fast import GPTConfig, GPTForCausalLM
+from gpt_fast import GPTConfig, GPTForCausalLM, generate
 
 transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
 
@@ -116,3 +116,25 @@ def test_what_transformers_cannot_hold():
         GPTForCausalLM(GPTConfig.preset("notes", **sizes)).to_hf()
     with pytest.raises(ValueError, match="cannot hold layers without bias"):
         GPTForCausalLM(GPTConfig.preset("gpt2", **sizes, bias=False)).to_hf()
+
+
+@pytest.mark.parametrize("make", [gpt2, gpt1], ids=["gpt2", "gpt1"])
+def test_same_greedy_tokens(make):
+    """Through both libraries, alone and as a left-padded batch; transformers' GPT-1 takes no positions, so pads none."""
+    theirs = make(eos_token_id=None) if make is gpt2 else make()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)  # so that the choice depends on the context
+    ours = GPTForCausalLM.from_hf(theirs)
+    options = {"do_sample": False, "pad_token_id": 0}
+    tokens = torch.randint(1, 61, (3, 6))
+    wanted = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=14, **options)
+    out = generate(ours, tokens, max_new_tokens=14, temperature=0)
+    assert torch.equal(out, wanted)
+    assert len(out[:, 6:].unique()) > 3
+    if make is gpt2:
+        mask = torch.arange(6) >= torch.tensor([0, 4, 2])[:, None]
+        tokens = tokens.masked_fill(~mask, 0)
+        wanted = theirs.generate(tokens, attention_mask=mask.long(), max_new_tokens=14, **options)
+        assert torch.equal(generate(ours, tokens, max_new_tokens=14, temperature=0, key_mask=mask), wanted)

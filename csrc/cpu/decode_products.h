@@ -1,0 +1,350 @@
+// Products of a weight matrix with few vectors, bound by the reading of the weights: y[b][n] = sum over k of W[n, k]
+// x[b][k].
+//
+// A format says how weights are stored, how a vector is prepared for them, and how a register's worth of products is
+// added up. Rows of weights lie one after another, padded with zeros to whole steps, so that a thread reads memory from
+// one end to the other. One sum is always made in the same order, whatever rows and vectors are taken together: results
+// depend neither on the number of threads nor on the size of the batch. Needs no ATen: intrinsics and plain pointers.
+#pragma once
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace gpt_fast::decode {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+
+#define GPT_FAST_DECODE_VECTOR 512
+constexpr int64_t kWidth = 16;  // floats of a register
+using Floats = __m512;
+using Ints = __m512i;
+inline Floats zero_floats() { return _mm512_setzero_ps(); }
+inline Floats load_floats(const float* x) { return _mm512_loadu_ps(x); }
+inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm512_fmadd_ps(a, b, sum); }
+inline Floats add_floats(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline float total(Floats x) { return _mm512_reduce_add_ps(x); }
+inline Ints zero_ints() { return _mm512_setzero_si512(); }
+inline Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints load_ints(const void* x) { return _mm512_loadu_si512(x); }
+inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
+// The lower and the upper bfloat16 of each word, as floats.
+inline Floats lower_halves(Ints x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
+inline Floats upper_halves(Ints x) {
+  return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline Ints widen_bytes(const int8_t* x) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+// sum + products of 16-bit integers, two neighbours at a time.
+inline Ints multiply_add_pairs(Ints a, Ints b, Ints sum) {
+#if defined(__AVX512VNNI__)
+  return _mm512_dpwssd_epi32(sum, a, b);
+#else
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+#endif
+}
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+#define GPT_FAST_DECODE_VECTOR 256
+constexpr int64_t kWidth = 8;
+using Floats = __m256;
+using Ints = __m256i;
+inline Floats zero_floats() { return _mm256_setzero_ps(); }
+inline Floats load_floats(const float* x) { return _mm256_loadu_ps(x); }
+inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm256_fmadd_ps(a, b, sum); }
+inline Floats add_floats(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+inline float total(Floats x) {
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+inline Ints zero_ints() { return _mm256_setzero_si256(); }
+inline Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+inline Ints load_ints(const void* x) { return _mm256_loadu_si256(static_cast<const __m256i*>(x)); }
+inline Floats to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
+inline Floats lower_halves(Ints x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
+inline Floats upper_halves(Ints x) {
+  return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline Ints widen_bytes(const int8_t* x) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+inline Ints multiply_add_pairs(Ints a, Ints b, Ints sum) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+
+#else  // the compiler's own vectors
+
+#define GPT_FAST_DECODE_VECTOR 0
+constexpr int64_t kWidth = 4;
+typedef float Floats __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+typedef int16_t Shorts __attribute__((vector_size(16)));
+typedef int8_t Bytes __attribute__((vector_size(8)));
+template <typename T>
+inline T load_as(const void* x) {
+  T value;
+  std::memcpy(&value, x, sizeof value);
+  return value;
+}
+inline Floats zero_floats() { return Floats{}; }
+inline Floats load_floats(const float* x) { return load_as<Floats>(x); }
+inline Floats multiply_add(Floats a, Floats b, Floats sum) { return a * b + sum; }
+inline Floats add_floats(Floats a, Floats b) { return a + b; }
+inline float total(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+inline Ints zero_ints() { return Ints{}; }
+inline Ints add_ints(Ints a, Ints b) { return a + b; }
+inline Ints load_ints(const void* x) { return load_as<Ints>(x); }
+inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
+inline Floats lower_halves(Ints x) { return (Floats)(x << 16); }
+inline Floats upper_halves(Ints x) { return (Floats)(x & static_cast<int32_t>(0xffff0000u)); }
+inline Ints widen_bytes(const int8_t* x) { return (Ints) __builtin_convertvector(load_as<Bytes>(x), Shorts); }
+inline Ints multiply_add_pairs(Ints a, Ints b, Ints sum) {
+  const Shorts x = (Shorts)a, y = (Shorts)b;
+  for (int i = 0; i < 4; ++i) sum[i] += x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
+  return sum;
+}
+
+#endif
+
+inline uint16_t round_to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;  // NaN
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// Weights as they are, float32.
+struct Float32 {
+  using weight_t = float;
+  using input_t = float;
+  using Sum = Floats;
+  static constexpr int64_t kStep = kWidth;  // weights that one step multiplies
+  static constexpr int64_t kChain = int64_t{1} << 40;
+  using Weights = Floats;
+  static Weights load(const weight_t* w) { return load_floats(w); }
+  static Sum zero() { return zero_floats(); }
+  static Sum multiply(Weights w, const input_t* x, Sum sum) { return multiply_add(w, load_floats(x), sum); }
+  static Sum add(Sum a, Sum b) { return add_floats(a, b); }
+  static Floats finish(Sum sum) { return sum; }
+
+  // Writes x [K], zeros up to `padded`, as `multiply` wants it; returns what the products are to be multiplied by.
+  static float prepare(const float* x, int64_t K, int64_t padded, input_t* out) {
+    std::memcpy(out, x, K * sizeof(float));
+    std::fill(out + K, out + padded, 0.0f);
+    return 1.0f;
+  }
+};
+
+// Weights rounded to bfloat16. Where the CPU multiplies pairs of bfloat16 the vector is rounded to bfloat16 too, else
+// it stays float32, and the lower and upper halves of the weights' words are taken in turn.
+struct BFloat16 {
+  using weight_t = uint16_t;
+  using Sum = Floats;
+  static constexpr int64_t kStep = 2 * kWidth;
+  static constexpr int64_t kChain = int64_t{1} << 40;
+  using Weights = Ints;
+  static Weights load(const weight_t* w) { return load_ints(w); }
+  static Sum zero() { return zero_floats(); }
+  static Sum add(Sum a, Sum b) { return add_floats(a, b); }
+  static Floats finish(Sum sum) { return sum; }
+
+#if GPT_FAST_DECODE_VECTOR == 512 && defined(__AVX512BF16__)
+  using input_t = uint16_t;
+  static Sum multiply(Weights w, const input_t* x, Sum sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)load_ints(x));
+  }
+  static float prepare(const float* x, int64_t K, int64_t padded, input_t* out) {
+    for (int64_t k = 0; k < K; ++k) out[k] = round_to_bfloat16(x[k]);
+    std::fill(out + K, out + padded, input_t(0));
+    return 1.0f;
+  }
+#else
+  using input_t = float;
+  static Sum multiply(Weights w, const input_t* x, Sum sum) {
+    sum = multiply_add(lower_halves(w), load_floats(x), sum);
+    return multiply_add(upper_halves(w), load_floats(x + kWidth), sum);
+  }
+  static float prepare(const float* x, int64_t K, int64_t padded, input_t* out) {
+    for (int64_t k = 0; k < padded; ++k) {
+      const int64_t within = k % kStep;
+      out[k - within + within / 2 + within % 2 * kWidth] = k < K ? x[k] : 0.0f;
+    }
+    return 1.0f;
+  }
+#endif
+};
+
+// Weights as int8 with one scale for a row (an output channel); the vector as int16 with one scale of its own, 2^-16 of
+// its largest value at most from what it was. Products and sums are exact integers.
+struct Int8 {
+  using weight_t = int8_t;
+  using input_t = int16_t;
+  using Sum = Ints;
+  static constexpr int64_t kStep = 2 * kWidth;
+  static constexpr int64_t kChain = 256 * kStep;  // 256 * 2 * 127 * 32767 < 2^31
+  using Weights = Ints;
+  static Weights load(const weight_t* w) { return widen_bytes(w); }
+  static Sum zero() { return zero_ints(); }
+  static Sum multiply(Weights w, const input_t* x, Sum sum) { return multiply_add_pairs(w, load_ints(x), sum); }
+  static Sum add(Sum a, Sum b) { return add_ints(a, b); }
+  static Floats finish(Sum sum) { return to_floats(sum); }
+
+  static float prepare(const float* x, int64_t K, int64_t padded, input_t* out) {
+    float largest = 0.0f;
+    bool finite = true;
+    for (int64_t k = 0; k < K; ++k) {
+      largest = std::max(largest, std::fabs(x[k]));
+      finite = finite && std::fabs(x[k]) <= 3.4e38f;  // false for NaN, which max drops
+    }
+    const float scale = largest / 32767.0f, inverse = largest > 0.0f ? 32767.0f / largest : 0.0f;
+    if (!finite) {  // the products become NaN by their scale
+      std::fill(out, out + padded, input_t(1));
+      return NAN;
+    }
+    for (int64_t k = 0; k < K; ++k) out[k] = static_cast<input_t>(std::lrintf(x[k] * inverse));
+    std::fill(out + K, out + padded, input_t(0));
+    return scale;
+  }
+};
+
+// One row of weights in a format, with zeros up to `padded`; returns the row's scale.
+inline float pack_row(const float* w, int64_t K, int64_t padded, float* out) {
+  std::memcpy(out, w, K * sizeof(float));
+  std::fill(out + K, out + padded, 0.0f);
+  return 1.0f;
+}
+
+inline float pack_row(const float* w, int64_t K, int64_t padded, uint16_t* out) {
+  for (int64_t k = 0; k < K; ++k) out[k] = round_to_bfloat16(w[k]);
+  std::fill(out + K, out + padded, uint16_t(0));
+  return 1.0f;
+}
+
+inline float pack_row(const float* w, int64_t K, int64_t padded, int8_t* out) {
+  float largest = 0.0f;
+  bool finite = true;
+  for (int64_t k = 0; k < K; ++k) {
+    largest = std::max(largest, std::fabs(w[k]));
+    finite = finite && std::fabs(w[k]) <= 3.4e38f;
+  }
+  const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+  std::fill(out, out + padded, int8_t(0));
+  if (!finite) return NAN;
+  for (int64_t k = 0; k < K; ++k) out[k] = static_cast<int8_t>(std::lrintf(w[k] * inverse));
+  return largest / 127.0f;
+}
+
+// A weight matrix [N, K] in a format. `scale` is null where every row's is 1, `bias` where there is none.
+template <class Format>
+struct Matrix {
+  const typename Format::weight_t* data = nullptr;
+  const float* scale = nullptr;
+  const float* bias = nullptr;
+  int64_t N = 0, K = 0, stride = 0;  // stride: K in whole steps
+};
+
+// A thread reads its rows in four places at once: the memory delivers more to a few streams far apart than to one.
+constexpr int64_t kStreams = 4;
+
+// y[r][i] = sum over k from begin to end of w[r][k] x[i][k], the vectors a stride apart. A function of its own, not
+// inlined: its sums then stay in registers.
+template <class Format, int R, int B>
+[[gnu::noinline]] void add_up(const typename Format::weight_t* const (&w)[R], const typename Format::input_t* x,
+                              int64_t stride, int64_t begin, int64_t end, float (&y)[R][B]) {
+  using weight_t = typename Format::weight_t;
+  using Sum = typename Format::Sum;
+  constexpr int64_t STEP = Format::kStep;
+  const weight_t* row[R];
+  Sum even[R][B], odd[R][B];  // of every other step, as one sum would wait for itself
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    row[r] = w[r];
+#pragma GCC unroll 4
+    for (int i = 0; i < B; ++i) even[r][i] = odd[r][i] = Format::zero();
+  }
+  int64_t k = begin;
+  for (; k + 2 * STEP <= end; k += 2 * STEP) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const auto first = Format::load(row[r] + k), second = Format::load(row[r] + k + STEP);
+#pragma GCC unroll 4
+      for (int i = 0; i < B; ++i) {
+        even[r][i] = Format::multiply(first, x + i * stride + k, even[r][i]);
+        odd[r][i] = Format::multiply(second, x + i * stride + k + STEP, odd[r][i]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < B; ++i) {
+      if (k < end) even[r][i] = Format::multiply(Format::load(row[r] + k), x + i * stride + k, even[r][i]);
+      y[r][i] = total(Format::finish(Format::add(even[r][i], odd[r][i])));
+    }
+  }
+}
+
+// Rows n, n + apart, ... (R of them) of the matrix times the B prepared vectors from b on: write(b, n, y).
+template <class Format, int R, int B, class Write>
+inline void multiply_tile(const Matrix<Format>& matrix, int64_t n, int64_t apart, const typename Format::input_t* x,
+                          const float* x_scale, int64_t b, const Write& write) {
+  const int64_t stride = matrix.stride;
+  const typename Format::weight_t* w[R];
+  for (int r = 0; r < R; ++r) w[r] = matrix.data + (n + r * apart) * stride;
+  float y[R][B];
+  add_up<Format, R, B>(w, x + b * stride, stride, 0, std::min(stride, Format::kChain), y);
+  for (int64_t begin = Format::kChain; begin < stride; begin += Format::kChain) {
+    float more[R][B];
+    add_up<Format, R, B>(w, x + b * stride, stride, begin, std::min(stride, begin + Format::kChain), more);
+    for (int r = 0; r < R; ++r) {
+      for (int i = 0; i < B; ++i) y[r][i] += more[r][i];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int i = 0; i < B; ++i) {
+      const int64_t row = n + r * apart;
+      // Said explicitly: left to the compiler, one tile might fuse this and another not.
+      const float scale = matrix.scale != nullptr ? x_scale[b + i] * matrix.scale[row] : x_scale[b + i];
+      write(b + i, row, std::fma(y[r][i], scale, matrix.bias != nullptr ? matrix.bias[row] : 0.0f));
+    }
+  }
+}
+
+// The same for all B vectors, in groups whose sums fill the registers.
+template <class Format, int R, class Write>
+inline void multiply_rows(const Matrix<Format>& matrix, int64_t n, int64_t apart, const typename Format::input_t* x,
+                          const float* x_scale, int64_t B, const Write& write) {
+  constexpr int TWO = std::min(R, 2), FOUR = GPT_FAST_DECODE_VECTOR == 512 ? TWO : 1;
+  int64_t b = 0;
+  for (; b + 4 <= B; b += 4) {
+    for (int r = 0; r < R; r += FOUR) {
+      multiply_tile<Format, FOUR, 4>(matrix, n + r * apart, apart, x, x_scale, b, write);
+    }
+  }
+  if (b + 2 <= B) {
+    for (int r = 0; r < R; r += TWO) multiply_tile<Format, TWO, 2>(matrix, n + r * apart, apart, x, x_scale, b, write);
+    b += 2;
+  }
+  if (b < B) multiply_tile<Format, R, 1>(matrix, n, apart, x, x_scale, b, write);
+}
+
+// Rows `begin` to `end` of the matrix times all B vectors.
+template <class Format, class Write>
+inline void multiply(const Matrix<Format>& matrix, int64_t begin, int64_t end, const typename Format::input_t* x,
+                     const float* x_scale, int64_t B, const Write& write) {
+  const int64_t apart = (end - begin) / kStreams;
+  for (int64_t n = begin; n < begin + apart; ++n) {
+    multiply_rows<Format, kStreams>(matrix, n, apart, x, x_scale, B, write);
+  }
+  for (int64_t n = begin + kStreams * apart; n < end; ++n) {
+    multiply_rows<Format, 1>(matrix, n, 0, x, x_scale, B, write);
+  }
+}
+
+}  // namespace gpt_fast::decode

@@ -1,0 +1,194 @@
+// The weights of a model as DecodeSession reads them: packed once, shared by any number of sessions and threads.
+#pragma once
+
+#if __has_include(<sys/mman.h>)
+#include <sys/mman.h>
+#endif
+
+#include <pybind11/pybind11.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "common.h"
+#include "decode_products.h"
+
+namespace gpt_fast::decode {
+
+enum class Precision { kFloat32, kBFloat16, kInt8 };
+
+using Parameters = std::map<std::string, at::Tensor>;
+
+template <class Format>
+constexpr at::ScalarType kWeightType = std::is_same_v<Format, Float32>    ? at::kFloat
+                                       : std::is_same_v<Format, BFloat16> ? at::kBFloat16
+                                                                          : at::kChar;
+
+// Keys and values: as precise as the weights, but int8 would lose too much.
+template <class Format>
+using Cache = std::conditional_t<std::is_same_v<Format, Float32>, float, at::BFloat16>;
+
+// Calls body with a value of the format's type.
+template <class Body>
+auto with_format(Precision precision, const Body& body) {
+  if (precision == Precision::kFloat32) return body(Float32{});
+  if (precision == Precision::kBFloat16) return body(BFloat16{});
+  return body(Int8{});
+}
+
+inline at::Tensor as_float(const at::Tensor& x) { return x.to(at::kFloat).contiguous(); }
+
+// Before the memory is first written. One stream of reads gains a third from it (16 to 22 GB/s), four little.
+inline void ask_for_huge_pages(const at::Tensor& x) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t HUGE = 2 << 20;
+  const auto address = reinterpret_cast<uintptr_t>(x.data_ptr());
+  const uintptr_t begin = (address + HUGE - 1) / HUGE * HUGE, end = (address + x.nbytes()) / HUGE * HUGE;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may fail
+#endif
+}
+
+// A weight matrix and its bias. A matrix that is stored already as its format wants it is read where it is.
+struct Linear {
+  at::Tensor data, scale, bias;
+  int64_t N = 0, K = 0, stride = 0;
+
+  Linear() = default;
+  Linear(Precision precision, const at::Tensor& weight, const at::Tensor& bias_or_none)
+      : N(weight.size(0)), K(weight.size(1)) {
+    if (bias_or_none.defined()) bias = as_float(bias_or_none);
+    with_format(precision, [&](auto format) { pack<decltype(format)>(weight); });
+  }
+
+  template <class Format>
+  Matrix<Format> matrix() const {
+    return {reinterpret_cast<const typename Format::weight_t*>(data.const_data_ptr()),
+            scale.defined() ? scale.const_data_ptr<float>() : nullptr,
+            bias.defined() ? bias.const_data_ptr<float>() : nullptr,
+            N,
+            K,
+            stride};
+  }
+
+ private:
+  template <class Format>
+  void pack(const at::Tensor& weight) {
+    using weight_t = typename Format::weight_t;
+    stride = (K + Format::kStep - 1) / Format::kStep * Format::kStep;
+    if (weight.scalar_type() == kWeightType<Format> && weight.is_contiguous() && stride == K) {
+      data = weight;
+      return;
+    }
+    const Rows rows(weight);
+    data = at::empty({N, stride}, at::TensorOptions().dtype(kWeightType<Format>));
+    ask_for_huge_pages(data);
+    weight_t* packed = reinterpret_cast<weight_t*>(data.mutable_data_ptr());
+    const at::Tensor scales = at::empty({N}, at::TensorOptions().dtype(at::kFloat));
+    float* scale_data = scales.mutable_data_ptr<float>();
+    at::parallel_for(0, N, 64, [&](int64_t begin, int64_t end) {
+      std::vector<float> buffer(K);
+      for (int64_t n = begin; n < end; ++n) {
+        scale_data[n] = pack_row(rows.read(n, buffer.data()), K, stride, packed + n * stride);
+      }
+    });
+    if (std::is_same_v<Format, Int8>) scale = scales;
+  }
+};
+
+struct Norm {
+  at::Tensor weight, bias;
+
+  const float* gain() const { return weight.defined() ? weight.const_data_ptr<float>() : nullptr; }
+  const float* shift() const { return bias.defined() ? bias.const_data_ptr<float>() : nullptr; }
+};
+
+struct Block {
+  Linear qkv, out, fc, proj;
+  Norm norm1, norm2;
+};
+
+class DecodeWeights {
+ public:
+  // `parameters`: those of a trunk by their names, and output_layer.weight and .bias.
+  DecodeWeights(const Parameters& parameters, int64_t num_heads, const std::string& activation_name, bool is_pre_norm,
+                double norm_eps, const std::string& precision_name)
+      : precision(parse_precision(precision_name)),
+        activation(activation_name),
+        pre_norm(is_pre_norm),
+        eps(norm_eps),
+        H(num_heads),
+        token_embedding(find(parameters, "token_emb.weight")),
+        position_embedding(find(parameters, "pos_emb").squeeze(0)) {
+    if (activation != "relu" && activation != "gelu" && activation != "gelu_tanh") {
+      throw pybind11::value_error("gpt_fast.DecodeWeights: activation is '" + activation +
+                                  "', wanted one of relu, gelu, gelu_tanh");
+    }
+    const auto linear = [&](const std::string& weight, const std::string& bias) {
+      return Linear(precision, find(parameters, weight), find(parameters, bias, true));
+    };
+    const auto norm = [&](const std::string& name) {
+      Norm found;
+      const at::Tensor gain = find(parameters, name + ".weight", true), shift = find(parameters, name + ".bias", true);
+      if (gain.defined()) found.weight = as_float(gain);
+      if (shift.defined()) found.bias = as_float(shift);
+      return found;
+    };
+    for (int64_t i = 0; parameters.count("decoders." + std::to_string(i) + ".ff.0.weight") > 0; ++i) {
+      const std::string prefix = "decoders." + std::to_string(i) + ".";
+      blocks.push_back({linear(prefix + "multihead_attn.in_proj_weight", prefix + "multihead_attn.in_proj_bias"),
+                        linear(prefix + "multihead_attn.out_proj.weight", prefix + "multihead_attn.out_proj.bias"),
+                        linear(prefix + "ff.0.weight", prefix + "ff.0.bias"),
+                        linear(prefix + "ff.3.weight", prefix + "ff.3.bias"), norm(prefix + "layer_norm1"),
+                        norm(prefix + "layer_norm2")});
+    }
+    if (pre_norm) final_norm = norm("final_norm");
+    output = linear("output_layer.weight", "output_layer.bias");
+    C = output.K;
+    V = output.N;
+    F = blocks.empty() ? 0 : blocks[0].fc.N;
+    T = position_embedding.size(0);
+    if (H < 1 || C % H != 0 || token_embedding.size(0) != V || token_embedding.size(1) != C) {
+      throw pybind11::value_error("gpt_fast.DecodeWeights: the parameters do not fit together: " + std::to_string(V) +
+                                  " outputs of width " + std::to_string(C) + ", " +
+                                  std::to_string(token_embedding.size(0)) + " tokens, " + std::to_string(H) + " heads");
+    }
+  }
+
+  // What a step has to read: the bytes of all matrices, biases and norms left out.
+  int64_t bytes() const {
+    int64_t sum = output.data.nbytes();
+    for (const Block& block : blocks) {
+      sum += block.qkv.data.nbytes() + block.out.data.nbytes() + block.fc.data.nbytes() + block.proj.data.nbytes();
+    }
+    return sum;
+  }
+
+  Precision precision;
+  std::string activation;
+  bool pre_norm;
+  double eps;
+  int64_t C = 0, F = 0, H, V = 0, T = 0;  // width, MLP's width, heads, tokens, positions
+  at::Tensor token_embedding, position_embedding;
+  std::vector<Block> blocks;
+  Norm final_norm;
+  Linear output;
+
+ private:
+  static Precision parse_precision(const std::string& name) {
+    if (name == "float32") return Precision::kFloat32;
+    if (name == "bfloat16") return Precision::kBFloat16;
+    if (name == "int8") return Precision::kInt8;
+    throw pybind11::value_error("gpt_fast.DecodeWeights: weights is '" + name +
+                                "', wanted one of float32, bfloat16, int8");
+  }
+
+  static at::Tensor find(const Parameters& parameters, const std::string& name, bool optional = false) {
+    const auto found = parameters.find(name);
+    if (found != parameters.end()) return found->second.detach();
+    if (!optional) throw pybind11::value_error("gpt_fast.DecodeWeights: parameter " + name + " is missing");
+    return {};
+  }
+};
+
+}  // namespace gpt_fast::decode

@@ -1,0 +1,101 @@
+"""How a token is drawn from logits: repetition penalty, temperature, top-k, top-p."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+LEAST_TEMPERATURE = 1e-30  # float32 cannot divide by less; below it the most probable token alone is left
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Options of a draw, in the order they apply: penalty, temperature, top_k, top_p. Raises `ValueError`."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"generate: temperature {self.temperature}; wanted 0 (greedy) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"generate: top_k {self.top_k}; wanted 1 or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"generate: top_p {self.top_p}; wanted more than 0 and at most 1")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"generate: repetition_penalty {self.repetition_penalty}; wanted more than 0, 1 for none")
+
+
+def sample(
+    logits: Tensor,
+    options: Sampling,
+    *,
+    generator: torch.Generator | None = None,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """One token [B] for each row of `logits` [B, V]; `seen` [B, V] bool marks the tokens that the penalty is for.
+
+    The arithmetic is in float32. Raises `ValueError` for logits that are NaN or +inf.
+    """
+    logits = logits.float()
+    if bool(damaged(logits).any()):
+        raise ValueError(DAMAGED)
+    return draw(logits, options, generator=generator, seen=seen)
+
+
+DAMAGED = "generate: the model's logits hold NaN or infinity; its weights are damaged or its training diverged"
+
+
+def damaged(logits: Tensor) -> Tensor:
+    """Whether a row of `logits` [B, V] holds NaN or +inf."""
+    return ~(logits.amax(dim=-1) < math.inf)  # NaN compares false as well, and amax passes it on
+
+
+def draw(
+    logits: Tensor,
+    options: Sampling,
+    *,
+    generator: torch.Generator | None = None,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """`sample` without looking at the logits: nothing here waits for the device."""
+    if seen is not None and options.repetition_penalty != 1:
+        logits = penalise(logits, seen, options.repetition_penalty)
+    largest, best = logits.max(dim=-1)
+    if options.temperature < LEAST_TEMPERATURE:
+        return best
+    scaled = (logits - largest[:, None]) / options.temperature  # ≤ 0: a small temperature cannot overflow upwards
+    if options.top_k is not None:
+        scaled = keep_top_k(scaled, options.top_k)
+    if options.top_p is not None and options.top_p < 1:
+        scaled = keep_top_p(scaled, options.top_p)
+    # The largest of p / e, e exponentially distributed, is a draw from p, and one kernel that graphs can hold.
+    noise = torch.empty_like(scaled).exponential_(generator=generator)
+    return (scaled.softmax(dim=-1) / noise).argmax(dim=-1)
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divides positive and multiplies negative logits by `penalty` where `seen`, as Keskar et al. (2019) have it."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """`logits` [B, V] with all but each row's k largest at -inf."""
+    values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    return torch.full_like(logits, -math.inf).scatter_(-1, ids, values)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """`logits` [B, V] with all at -inf but the fewest whose probabilities reach `p`; the most probable always stays."""
+    values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    # In float64, so that the order in which a GPU adds decides nothing.
+    probabilities = values.double().softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities  # what the more probable ones have reached already
+    first = torch.arange(logits.shape[-1], device=logits.device) == 0
+    values = values.masked_fill((before >= p) & ~first, -math.inf)
+    return torch.empty_like(logits).scatter_(-1, ids, values)
