@@ -120,7 +120,7 @@ def test_what_transformers_cannot_hold():
 
 @pytest.mark.parametrize("make", [gpt2, gpt1], ids=["gpt2", "gpt1"])
 def test_same_greedy_tokens(make):
-    """Through both libraries, alone and as a left-padded batch; transformers' GPT-1 takes no positions, so pads none."""
+    """Through both libraries, alone and as a left-padded batch; transformers' GPT-1 cannot pad: it has no positions."""
     theirs = make(eos_token_id=None) if make is gpt2 else make()
     with torch.no_grad():
         for parameter in theirs.parameters():

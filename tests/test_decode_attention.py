@@ -1,0 +1,205 @@
+"""decode_attention against the float64 reference: C++, Triton in the interpreter, Triton and CUDA C++ on CUDA."""
+
+import itertools
+
+import numerics
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt_fast import ops, reference
+
+
+def inputs(B, H, S, D, *, dtype=torch.float32, device="cpu", scale=1.0):
+    """q and the two caches, and lengths from 1 to S of which one is S."""
+    q = (torch.randn(B, H, D, device=device) * scale).to(dtype)
+    k, v = (torch.randn(B, H, S, D, device=device).to(dtype) for _ in range(2))
+    lengths = torch.randint(1, S + 1, (B,), device=device)
+    lengths[-1:] = S
+    return q, k, v, lengths
+
+
+def check(q, k, v, lengths):
+    """The output, judged by the errors of the reference in the inputs' dtype, which rounds the probabilities too."""
+    got = ops.decode_attention(q, k, v, lengths)
+    exact = reference.decode_attention(q.double(), k.double(), v.double(), lengths)
+    numerics.assert_as_accurate(got, reference.decode_attention(q, k, v, lengths), exact)
+    return got
+
+
+SHAPES = [
+    pytest.param((1, 1, 1, 1), id="one_of_everything"),
+    pytest.param((2, 3, 64, 64), id="powers_of_two"),
+    pytest.param((3, 2, 37, 24), id="off_powers_of_two"),
+    pytest.param((2, 2, 129, 64), id="one_past_a_block"),
+    pytest.param((1, 2, 1025, 32), id="one_past_a_split"),
+    pytest.param((2, 1, 700, 16), id="several_splits"),
+    pytest.param((4, 12, 90, 64), id="many_heads"),
+    pytest.param((2, 2, 50, 1), id="head_size_1"),
+    pytest.param((2, 2, 50, 3), id="odd_head_size"),
+    pytest.param((1, 2, 70, 80), id="head_size_80"),
+    pytest.param((1, 2, 70, 128), id="head_size_128"),
+    pytest.param((1, 1, 70, 255), id="head_size_255"),
+    pytest.param((1, 1, 66, 256), id="largest_head_size"),
+]
+
+
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_numerics(shape, dtype, device):
+    """Sizes on, off and one past blocks and splits; rows of different lengths."""
+    check(*inputs(*shape, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+def test_peaked_and_large_scores(dtype, device):
+    """Scores in the hundreds overflow an exponential that does not subtract the largest."""
+    q, k, v, lengths = inputs(2, 2, 300, 32, dtype=dtype, device=device, scale=30.0)
+    check(q, k, v, lengths)
+    check(q, -k.abs() * q.sign()[:, :, None], v, lengths)  # all scores far below zero
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    B=st.integers(1, 3), H=st.integers(1, 3), S=st.integers(1, 200), D=st.integers(1, 40),
+    dtype=st.sampled_from(numerics.DTYPES), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_shape(B, H, S, D, dtype, seed):
+    torch.manual_seed(seed)
+    check(*inputs(B, H, S, D, dtype=dtype))
+
+
+# ---- exact properties ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 200])
+def test_what_lies_past_the_length_changes_nothing(length, device):
+    """NaN and infinity included; two runs agree bit for bit; a length of 0 gives 0."""
+    q, k, v, _ = inputs(2, 2, 200, 32, device=device)
+    lengths = torch.tensor([length, min(200, length + 3)], device=device)
+    first = ops.decode_attention(q, k, v, lengths)
+    assert torch.equal(first, ops.decode_attention(q, k, v, lengths))
+    for b in range(2):
+        k[b, :, int(lengths[b]) :] = float("nan")
+        v[b, :, int(lengths[b]) :] = float("inf")
+    assert torch.equal(ops.decode_attention(q, k, v, lengths), first)
+    if length == 0:
+        assert (first[0] == 0).all()
+
+
+def test_keys_of_zero_give_the_mean(device):
+    q, k, v, lengths = inputs(2, 2, 150, 48, device=device)
+    got = ops.decode_attention(q, torch.zeros_like(k), v, lengths)
+    wanted = torch.stack([v[b, :, : int(lengths[b])].double().mean(1) for b in range(2)])
+    numerics.assert_rounded_once(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+def test_a_dominant_key_gives_its_value(dtype, device):
+    """First, last, and at either side of where blocks and splits may meet."""
+    q, k, v, _ = inputs(1, 2, 300, 32, dtype=dtype, device=device)
+    for j in (0, 31, 32, 63, 64, 127, 128, 255, 256, 299):
+        dominant = torch.zeros_like(k)
+        dominant[:, :, j] = 60 * q.sign()
+        strong = q.sign() * 10
+        lengths = torch.tensor([300], device=device)
+        assert torch.equal(ops.decode_attention(strong, dominant, v, lengths), v[:, :, j])
+
+
+def test_the_batch_and_the_threads_change_no_bit(device, threads):
+    q, k, v, lengths = inputs(5, 3, 130, 64, device=device)
+    together = ops.decode_attention(q, k, v, lengths)
+    for count in (1, 2, 3):
+        threads(count)
+        assert torch.equal(ops.decode_attention(q, k, v, lengths), together)
+    for b in range(5):
+        assert torch.equal(ops.decode_attention(*(x[b : b + 1] for x in (q, k, v, lengths))), together[b : b + 1])
+
+
+def test_strided_inputs_are_read_in_place(device):
+    """q as a view of a packed projection, caches as slices of larger ones or with sequence and heads exchanged."""
+    B, H, S, D = 2, 3, 40, 16
+    qkv = torch.randn(B, 1, 3 * H * D, device=device)
+    q = qkv.unflatten(2, (3, H, D))[:, 0, 0]
+    assert not q.is_contiguous()
+    k = torch.randn(4, B, H, 64, 2 * D, device=device)[2, :, :, 8 : 8 + S, :D]
+    v = torch.randn(B, S, H, D, device=device).transpose(1, 2)
+    lengths = torch.tensor([40, 17], device=device, dtype=torch.int32)
+    got = check(q, k, v, lengths)
+    assert torch.equal(got, ops.decode_attention(q.contiguous(), k.contiguous(), v.contiguous(), lengths.long()))
+    apart = torch.randn(B, H, D, S, device=device).transpose(2, 3)  # elements of a row are not neighbours
+    check(q, apart, v, lengths)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 8), (2, 0, 5, 8), (2, 2, 0, 8)], ids=["no_batch", "no_heads", "no_keys"])
+def test_empty(shape, device):
+    B, H, S, D = shape
+    q, k, v = (torch.randn(B, H, *rest, device=device) for rest in ((D,), (S, D), (S, D)))
+    got = ops.decode_attention(q, k, v, torch.full((B,), S, device=device))
+    assert got.shape == (B, H, D)
+    assert (got == 0).all()
+
+
+# ---- the operator ----------------------------------------------------------------------------------------------------
+
+
+def test_runs_on_the_implementation_under_test(check_implementation, device):
+    q, k, v, lengths = inputs(2, 2, 33, 16, device=device)
+    check_implementation("decode_attention", lambda: ops.decode_attention(q, k, v, lengths))
+
+
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+def test_opcheck(dtype, device):
+    arguments = inputs(2, 3, 21, 16, dtype=dtype, device=device)
+    torch.library.opcheck(torch.ops.gpt_fast.decode_attention_forward.default, arguments)
+
+
+def test_compiles_without_a_graph_break(device):
+    arguments = inputs(2, 2, 50, 16, device=device)
+    compiled = torch.compile(ops.decode_attention, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*arguments), ops.decode_attention(*arguments))
+
+
+def test_float64_runs_the_reference(device):
+    q, k, v, lengths = inputs(2, 2, 20, 8, device=device)
+    wide = (q.double(), k.double(), v.double(), lengths)
+    assert torch.equal(ops.decode_attention(*wide), reference.decode_attention(*wide))
+
+
+def bad(**changes):
+    values = dict(zip(("q", "k_cache", "v_cache", "lengths"), inputs(2, 2, 5, 4), strict=True))
+    return values | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": torch.randn(2, 2, 1, 4)}, r"q has shape \[2, 2, 1, 4\], wanted \[B, H, D\]"),
+        ({"k_cache": torch.randn(2, 3, 5, 4)}, r"k_cache has shape \[2, 3, 5, 4\], wanted \[2, 2, 5, 4\]"),
+        ({"v_cache": torch.randn(2, 2, 6, 4)}, r"v_cache has shape \[2, 2, 6, 4\], wanted \[2, 2, 5, 4\]"),
+        ({"lengths": torch.tensor([1])}, r"lengths has shape \[1\], wanted \[2\]"),
+        ({"lengths": torch.tensor([1.0, 2.0])}, "lengths is float32"),
+        ({"lengths": torch.tensor([1, 6])}, r"lengths holds 6, wanted values in \[0, 6\)"),
+        ({"lengths": torch.tensor([-1, 5])}, r"lengths holds -1, wanted values in \[0, 6\)"),
+        ({"q": torch.randn(2, 2, 4).half()}, "wanted one dtype"),
+        ({"q": torch.randn(2, 2, 4, requires_grad=True)}, "an input requires a gradient"),
+        ({"q": torch.zeros(2, 2, 4, dtype=torch.int64)}, "q is int64"),
+    ],
+)
+def test_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ops.decode_attention(**bad(**changes))
+
+
+def test_refuses_heads_that_are_too_large():
+    with pytest.raises(ValueError, match="head size is 257, wanted 1 to 256"):
+        ops.decode_attention(*inputs(1, 1, 2, 257))
+
+
+def test_every_dtype_agrees_with_every_other(device):
+    """The same numbers, exact in all of them: the outputs differ by their rounding alone."""
+    q, k, v, lengths = inputs(2, 2, 90, 32, dtype=torch.bfloat16, device=device)
+    outs = [ops.decode_attention(q.to(t), k.to(t), v.to(t), lengths).float() for t in numerics.DTYPES]
+    for a, b in itertools.pairwise(outs):
+        assert (a - b).abs().max() <= 2**-7 * v.abs().max().float()
