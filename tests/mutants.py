@@ -6,12 +6,13 @@ A fault that no test notices is an error, and so is one whose text does not occu
 compile, and one caught by a test that fails without it too. A test that never ends has noticed its fault, and so has
 one that kills its process. Everything happens in copies of the tree. Faults in kernels/ run in Triton's interpreter.
 For faults in csrc/ the op's own file is compiled with -O1, several faults side by side in one file, and linked with
-the objects of the other ops, which are compiled once.
+the objects of the other ops.
 """
 
 import argparse
 import collections
 import importlib
+import itertools
 import json
 import os
 import re
@@ -32,7 +33,8 @@ from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 150  # seconds for one test; without a fault the longest takes a tenth of that
-BATCH = 12  # faults compiled at once
+BATCH = 12  # faults that are compiled and judged together
+CPP_OPS = sorted(path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
 BROKEN = re.compile(r"\b(SyntaxError|IndentationError|NameError|CompilationError|ImportError|ModuleNotFoundError)\b")
 
 
@@ -47,6 +49,9 @@ class Fault(NamedTuple):
     old: str
     new: str
     test: str = ""
+
+
+NO_FAULT = Fault("none", "", "", "")
 
 
 class Verdict(NamedTuple):
@@ -84,20 +89,16 @@ class Compiler:
     def compile(self, source: Path, target: Path) -> None:
         check(*self.command, "-c", str(source), "-o", str(target))
 
-    def compile_all(self, pool: ThreadPoolExecutor) -> None:
-        """The objects of the tree as it is, kept in the compiler's folder."""
-        sources = [ROOT / "csrc" / "bindings.cpp", *(ROOT / "csrc" / "cpu").glob("*.cpp")]
-        list(pool.map(lambda source: self.compile(source, self.object(source.stem)), sources))
-
-    def object(self, stem: str) -> Path:
-        return self.folder / f"{stem}.o"
-
     def link(self, target: Path, op: str, own: Path) -> None:
         """The extension, with `own` as the object of the op."""
-        objects = [own, *(path for path in self.folder.glob("*.o") if path.stem != op)]
+        folder = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "csrc"
+        objects = [folder / "bindings.o", *(folder / "cpu" / f"{stem}.o" for stem in CPP_OPS if stem != op)]
+        newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.[hc]*"))
+        if stale := [path for path in objects if not path.exists() or path.stat().st_mtime < newest]:
+            raise RuntimeError(f"{stale[0]} is not up to date: make install")
         libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
         libraries += ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python", "-fopenmp"]
-        check(self.command[0], "-shared", *map(str, objects), *libraries, "-o", str(target))
+        check(self.command[0], "-shared", str(own), *map(str, objects), *libraries, "-o", str(target))
 
 
 def one_text(path: Path, fault: Fault, seen: set[Path]) -> str:
@@ -159,16 +160,12 @@ class Copy:
             cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def build(self, op: str, faults: list[Fault]) -> None:
-        """An extension in which GPT_FAST_MUTANT chooses the fault; without faults, the op as it is."""
-        if self.compiler is None:
-            return
-        own = self.compiler.object(op)
-        if faults:
-            source, own = self.folder / f"{op}.cpp", self.folder / f"{op}.o"
-            source.write_text(many_mutants(op, faults), "utf-8")
-            self.compiler.compile(source, own)
-        self.compiler.link(self.folder / "gpt_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", op, own)
+    def build(self, compiler: Compiler, op: str, faults: list[Fault]) -> None:
+        """An extension in which GPT_FAST_MUTANT chooses the fault."""
+        source, own = self.folder / f"{op}.cpp", self.folder / f"{op}.o"
+        source.write_text(many_mutants(op, faults), "utf-8")
+        compiler.compile(source, own)
+        compiler.link(self.folder / "gpt_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", op, own)
 
     def pytest(self, *arguments: str, mutant: int = 0) -> tuple[int, str, str]:
         """Exit code, output and the last test that ran."""
@@ -182,30 +179,38 @@ class Copy:
         )
         return tuple(json.loads(self.server.stdout.readline()))
 
-    def judge(self, op: str, faults: list[Fault]) -> Iterator[Verdict]:
+    def judge(self, op: str, faults: list[Fault], proven: set[str]) -> Iterator[Verdict]:
+        """Verdicts on the faults; what caught them is run without any, unless it is among the tests proven before."""
         wrong = {f: count for f in faults if (count := (ROOT / f.file).read_text("utf-8").count(f.old)) != 1}
         for fault, count in wrong.items():
             yield Verdict(op, fault, "", f"its text occurs {count} times", 0.0)
         faults = [fault for fault in faults if fault not in wrong]
-        try:
-            self.build(op, faults)
-        except RuntimeError as error:
-            if len(faults) == 1:
-                yield Verdict(op, faults[0], "", f"does not compile\n{str(error)[-3000:]}", 0.0)
-            else:
-                for fault in faults:
-                    yield from self.judge(op, [fault])
-            return
+        if self.compiler and faults:
+            try:
+                self.build(self.compiler, op, [*faults, NO_FAULT])
+            except RuntimeError as error:
+                if len(faults) == 1:
+                    yield Verdict(op, faults[0], "", f"does not compile\n{str(error)[-3000:]}", 0.0)
+                else:
+                    for fault in faults:
+                        yield from self.judge(op, [fault], proven)
+                return
+        tests = set()
         for number, fault in enumerate(faults):
             start = time.monotonic()
-            if self.compiler is None:
-                path = self.folder / fault.file
-                text = path.read_text("utf-8")
-                path.write_text(text.replace(fault.old, fault.new), "utf-8")
+            path = self.folder / fault.file
+            text = path.read_text("utf-8")
+            path.write_text(text.replace(fault.old, fault.new), "utf-8")
             test, note = self.judge_one(op, fault, number)
-            if self.compiler is None:
-                path.write_text(text, "utf-8")
+            path.write_text(text, "utf-8")
+            tests.add(test)
             yield Verdict(op, fault, test, note, time.monotonic() - start)
+        if unproven := sorted(tests - proven - {""}):
+            code, output, test = self.pytest(*unproven, mutant=len(faults))
+            if code:
+                yield Verdict(op, NO_FAULT, "", f"{test} fails without any fault\n{output[-3000:]}", 0.0)
+            else:
+                proven.update(unproven)
 
     def judge_one(self, op: str, fault: Fault, number: int) -> tuple[str, str]:
         """(the test that noticed the fault, how if it did not just fail) or ("", what is wrong)."""
@@ -222,12 +227,6 @@ class Copy:
             return test, "it does not end"
         return test, f"dies of signal {-code}" if code < 0 else ""
 
-    def check_without_fault(self, op: str, tests: list[str]) -> str:
-        """What is wrong with tests that noticed faults: one that fails here too has proved nothing."""
-        self.build(op, [])
-        code, output, test = self.pytest(*tests)
-        return f"{test} fails without any fault\n{output[-3000:]}" if code else ""
-
     def close(self) -> None:
         assert self.server.stdin
         self.server.stdin.close()
@@ -240,28 +239,17 @@ class Copy:
 class Workshop:
     """The copies of the tree, one of each implementation for each thread."""
 
-    def __init__(self, folder: Path, pool: ThreadPoolExecutor, compiles: bool) -> None:
-        self.folder, self.copies = folder, list[Copy]()
-        self.local = threading.local()
-        self.compiler = None
-        if compiles:
-            objects = folder / "objects"
-            objects.mkdir()
-            self.compiler = Compiler(objects)
-            self.compiler.compile_all(pool)
+    def __init__(self, folder: Path, compiles: bool) -> None:
+        self.folder, self.copies, self.local = folder, list[Copy](), threading.local()
+        self.compiler = Compiler(folder) if compiles else None
 
-    def copy(self, implementation: str) -> Copy:
-        mine = self.local.__dict__.setdefault(implementation, None)
+    def copy(self, kind: str) -> Copy:
+        mine = self.local.__dict__.get(kind)
         if mine is None:
             folder = Path(tempfile.mkdtemp(dir=self.folder))
-            mine = Copy(folder, self.compiler if implementation == "C++" else None)
-            setattr(self.local, implementation, mine)
+            mine = self.local.__dict__[kind] = Copy(folder, self.compiler if kind == "C++" else None)
             self.copies.append(mine)
         return mine
-
-    def check_without_fault(self, op: str, implementation: str, tests: set[str]) -> str:
-        complaint = self.copy(implementation).check_without_fault(op, sorted(tests))
-        return f"{op}, {implementation}: {complaint}" if complaint else ""
 
     def close(self) -> None:
         for copy in self.copies:
@@ -276,14 +264,12 @@ def faults_of(op: str) -> tuple[Fault, ...]:
     return importlib.import_module(f"tests.faults.{op}").FAULTS
 
 
-def batches_of(chosen: list[tuple[str, Fault]]) -> list[tuple[str, str, list[Fault]]]:
-    """(op, implementation, faults): those of C++ by the number that is compiled at once, which comes first."""
-    batches = []
-    for kind, size in (("C++", BATCH), ("Triton", 1)):
-        for op in dict.fromkeys(op for op, _ in chosen):
-            faults = [fault for of, fault in chosen if of == op and implementation(fault) == kind]
-            batches += [(op, kind, faults[first : first + size]) for first in range(0, len(faults), size)]
-    return batches
+def batches_of(chosen: list[tuple[str, Fault]]) -> Iterator[tuple[str, str, list[Fault]]]:
+    """(op, implementation, faults)."""
+    for kind, op in itertools.product(("C++", "Triton"), dict.fromkeys(op for op, _ in chosen)):
+        faults = [fault for of, fault in chosen if of == op and implementation(fault) == kind]
+        for first in range(0, len(faults), BATCH):
+            yield op, kind, faults[first : first + BATCH]
 
 
 def print_table(verdicts: list[Verdict]) -> None:
@@ -308,11 +294,11 @@ def main() -> None:
     chosen = [(op, f) for op in arguments.ops for f in faults_of(op) if arguments.match in f"{f.file}: {f.name}"]
     part, parts = map(int, arguments.part.split("/"))
     chosen = chosen[part - 1 :: parts]
-    batches = batches_of(chosen)
-    start, verdicts = time.monotonic(), list[Verdict]()
+    batches = list(batches_of(chosen))
+    start, verdicts, proven = time.monotonic(), list[Verdict](), collections.defaultdict(set)
 
     def judge(op: str, kind: str, faults: list[Fault]) -> None:
-        for verdict in workshop.copy(kind).judge(op, faults):
+        for verdict in workshop.copy(kind).judge(op, faults, proven[op, kind]):
             verdicts.append(verdict)
             outcome = f"caught by {verdict.test.partition('::')[2]}" if verdict.test else "NOT CAUGHT"
             print(
@@ -321,22 +307,16 @@ def main() -> None:
             )  # fmt: skip
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
-        workshop = Workshop(Path(folder), pool, any(kind == "C++" for _, kind, _ in batches))
+        workshop = Workshop(Path(folder), any(kind == "C++" for _, kind, _ in batches))
         print(f"mutants: {len(chosen)} faults; ready after {time.monotonic() - start:.0f} s", flush=True)
         for job in [pool.submit(judge, *batch) for batch in batches]:
             job.result()
-        tests = collections.defaultdict(set)
-        for verdict in verdicts:
-            if verdict.test:
-                tests[verdict.op, implementation(verdict.fault)].add(verdict.test)
-        checks = [pool.submit(workshop.check_without_fault, *group, names) for group, names in tests.items()]
-        complaints = [complaint for complaint in (check.result() for check in checks) if complaint]
         workshop.close()
-    complaints += [f"{v.op} {v.fault.file}: {v.fault.name}: {v.note}" for v in verdicts if not v.test]
+    complaints = [verdict for verdict in verdicts if not verdict.test]
     print_table(verdicts)
     print(f"mutants: {len(chosen)} faults, {len(complaints)} complaints, {time.monotonic() - start:.0f} s")
-    for complaint in complaints:
-        print(f"  {complaint}")
+    for verdict in complaints:
+        print(f"  {verdict.op} {verdict.fault.file}: {verdict.fault.name}: {verdict.note}")
     sys.exit(bool(complaints))
 
 
