@@ -299,7 +299,7 @@ def linear_cross_entropy(
     The mean is over those rows, and 0 where there is none. Ignored rows are not computed, except while tracing, where
     a number of rows that depends on data would break the graph.
     """
-    rows, targets = x.reshape(-1, x.shape[-1]), target.reshape(-1)
+    rows, targets = x.reshape(target.numel(), x.shape[-1]), target.reshape(-1)
     valid = targets != ignore_index
     if not torch.compiler.is_compiling() and reduction != "none":
         rows, targets, valid = rows[valid], targets[valid], valid[valid]

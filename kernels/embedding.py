@@ -145,7 +145,7 @@ def backward(
     needs_position: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of both tables in their strides; empty where not needed."""
-    rows = dout.reshape(-1, dout.shape[-1])
+    rows = dout.reshape(tokens.numel(), dout.shape[-1])
 
     def gradient(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         grad = torch.zeros_like(table)

@@ -10,6 +10,7 @@ from gpt_fast import ops, reference
 
 CASES = [
     pytest.param((1, 1), 5, 3, 8, id="one_token"),
+    pytest.param((2, 3), 5, 3, 1, id="one_column"),
     pytest.param((2, 7), 11, 9, 33, id="off_powers_of_two"),
     pytest.param((3, 2, 5), 40, 5, 64, id="three_dimensions"),
     pytest.param((6,), 9, 6, 16, id="one_dimension"),
@@ -148,6 +149,16 @@ def test_empty(shape, device):
     out = ops.embedding(tokens, *weights, None, 0.1)
     assert out.shape == (*shape, 24)
     assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), weights))
+
+
+def test_tables_without_columns_or_rows(device):
+    tokens, *weights = sample_inputs((2, 3), 5, 3, 0, device)
+    out = ops.embedding(tokens, *weights, None, 0.1)
+    assert out.shape == (2, 3, 0)
+    assert [grad.shape for grad in torch.autograd.grad(out.sum(), weights)] == [(5, 0), (3, 0)]
+    empty = torch.zeros(0, 8, device=device)
+    with pytest.raises(ValueError, match=r"tokens holds \d, wanted values in \[0, 0\)"):
+        ops.embedding(tokens, empty, torch.zeros(3, 8, device=device))
 
 
 def test_two_runs_and_any_number_of_threads_agree_bit_for_bit(device, threads):

@@ -45,7 +45,7 @@ def gradients(loss, inputs, dloss):
 def yardstick(x, weight, bias, target, ignore_index, smoothing, reduction, dloss):
     """The gradients with the roundings the contract names: of the logits' gradient, and of dx before it is scaled."""
     dtype, V = x.dtype, weight.shape[0]
-    rows, targets = x.detach().reshape(-1, x.shape[-1]).float(), target.reshape(-1)
+    rows, targets = x.detach().reshape(target.numel(), x.shape[-1]).float(), target.reshape(-1)
     valid = targets != ignore_index
     logits = F.linear(rows, weight.detach().float(), None if bias is None else bias.detach().float())
     dlogits = torch.softmax(logits, -1) - smoothing / V
@@ -176,6 +176,24 @@ def test_nothing_counts(reduction, rows, device):
     assert torch.equal(loss, torch.zeros(rows if reduction == "none" else (), device=device))
     for tensor, grad in zip((x, weight, bias), gradients(loss, (x, weight, bias), torch.ones_like(loss)), strict=True):
         assert torch.equal(grad, torch.zeros_like(tensor))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(5, 0, 7), (1, 1, 1), (1, 0, 1)], ids=str)
+def test_sizes_of_zero_and_one(shape, reduction, device):
+    """Without columns the logits are the bias; one class is certain."""
+    check(sample_inputs(shape, torch.float32, device, ignored=0), reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_classes(reduction, device):
+    """There is no target but the ignored one."""
+    x, weight, bias, target = sample_inputs((4, 3, 1), torch.float32, device, ignored=2)
+    weight, bias = (tensor.detach()[:0].requires_grad_() for tensor in (weight, bias))
+    loss = ops.linear_cross_entropy(x, weight, target, bias, reduction=reduction)
+    assert not loss.any()
+    dx, dweight, dbias = gradients(loss, (x, weight, bias), torch.ones_like(loss))
+    assert not dx.any() and dweight.shape == (0, 3) and dbias.shape == (0,)
 
 
 def test_large_logits(device):

@@ -318,13 +318,16 @@ def test_empty_batch(rows, device):
         assert torch.equal(grad, torch.zeros_like(tensor))
 
 
-def test_no_columns(device):
+@pytest.mark.parametrize("shape", [(5, 0, 6, 4), (5, 6, 0, 4), (5, 6, 4, 0), (5, 0, 0, 0), (1, 1, 1, 1)], ids=str)
+def test_sizes_of_zero_and_one(shape, device):
     """Sums of nothing are 0: without C the hidden layer is its bias, without F the output is."""
-    x, fc_weight, fc_bias, proj_weight, proj_bias = sample_inputs((5, 0, 6, 4), torch.float32, device)
-    wanted = F.linear(F.relu(fc_bias).expand(5, 6), proj_weight, proj_bias)
-    assert torch.allclose(ops.mlp(x, fc_weight, fc_bias, proj_weight, proj_bias, "relu"), wanted)
-    inputs = sample_inputs((5, 6, 0, 4), torch.float32, device)
-    assert torch.equal(ops.mlp(*inputs), inputs[4].expand(5, 4))
+    inputs = sample_inputs(shape, torch.float32, device)
+    y = ops.mlp(*inputs, "relu")
+    x, fc_weight, fc_bias, proj_weight, proj_bias = inputs
+    wanted = F.linear(F.relu(F.linear(x, fc_weight, fc_bias)), proj_weight, proj_bias)
+    dy = torch.randn(y.shape, device=device)
+    for a, b in zip(gradients(y, inputs, dy), gradients(wanted, inputs, dy), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("count", range(1, 32))

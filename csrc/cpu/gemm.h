@@ -384,7 +384,7 @@ inline at::Tensor as_matrix(const at::Tensor& x) {
 // How many pieces of rows to divide M into so that `column_blocks` blocks keep all threads busy: pieces repeat the
 // packing of B, so there are no more than that takes.
 inline int64_t row_pieces(int64_t M, int64_t column_blocks) {
-  const int64_t wanted = ceil_div(2 * at::get_num_threads(), column_blocks);
+  const int64_t wanted = ceil_div(2 * at::get_num_threads(), std::max<int64_t>(column_blocks, 1));
   return std::clamp<int64_t>(wanted, 1, ceil_div(M, kBlock));
 }
 

@@ -48,9 +48,10 @@ FAULTS = (
     Fault("second vector of a tile from the first", GEMM, "FORMAT::multiply_add(ai, b1, sums[i][1])", "FORMAT::multiply_add(ai, b0, sums[i][1])", "numerics"),
     Fault("last link of a chain alone", GEMM, "stride_c, accumulate || d > 0,", "stride_c, accumulate,", "long_sums"),
     Fault("last depth block alone", GEMM, "b_.data(), stride_b, c, kBlock, d > 0);", "b_.data(), stride_b, c, kBlock, false);", "long_sums"),
-    Fault("sums of nothing left unset", GEMM, "if (K == 0) std::fill(c, c + (last - first) * kBlock, 0.0f);", "", "no_columns"),
+    Fault("sums of nothing left unset", GEMM, "if (K == 0) std::fill(c, c + (last - first) * kBlock, 0.0f);", "", "sizes_of_zero"),
     Fault("transposed operands read as rows", GEMM, "return {x.const_data_ptr<scalar_t>(), x.stride(1), x.stride(0)};", "return {x.const_data_ptr<scalar_t>(), x.stride(0), x.stride(1)};", "numerics"),
     Fault("missing parameters not zero", GEMM, "padded.narrow(0, 0, n).zero_();", "padded.narrow(0, 0, n).fill_(1);", "without_biases"),
+    Fault("no columns divide by zero", GEMM, "std::max<int64_t>(column_blocks, 1)", "column_blocks", "sizes_of_zero"),
     # C++, the matrix rule
     Fault("one round fewer", PHILOX, "kPhiloxRounds = 7", "kPhiloxRounds = 6", "dropout_mask"),
     Fault("rows of a pair swapped", PHILOX, "std::memcpy(upper + column, words[0]", "std::memcpy(upper + column, words[2]", "dropout_mask"),
