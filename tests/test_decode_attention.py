@@ -192,6 +192,26 @@ def test_refuses(changes, message):
         ops.decode_attention(**bad(**changes))
 
 
+@pytest.mark.parametrize("length", [-1, 6])
+def test_the_kernel_checks_lengths_itself(length, implementation):
+    """Compiled code skips the public function's look at the values; the kernel has the last word."""
+    if implementation != "cpp":
+        pytest.skip("only the C++ kernel raises; others clamp")
+    q, k, v, lengths = inputs(2, 2, 5, 4)
+    lengths[0] = length
+    with pytest.raises(ValueError, match=rf"decode_attention: lengths holds {length}, wanted values in \[0, 6\)"):
+        torch.ops.gpt_fast.decode_attention_forward(q, k, v, lengths)
+    assert ops.decode_attention(q, k, v, lengths.clamp(0, 5)).isfinite().all()
+
+
+def test_offsets_beyond_2_to_the_31(device, far_apart):
+    """Between the sequences, heads and rows of a cache."""
+    for dim, shape in ((0, (2, 2, 20, 8)), (1, (2, 2, 20, 8)), (2, (1, 1, 130, 8))):
+        q, k, v, lengths = inputs(*shape, dtype=torch.bfloat16, device=device)
+        near = ops.decode_attention(q, k, v, lengths)
+        assert torch.equal(ops.decode_attention(q, far_apart(k, dim), far_apart(v, dim), lengths), near)
+
+
 def test_refuses_heads_that_are_too_large():
     with pytest.raises(ValueError, match="head size is 257, wanted 1 to 256"):
         ops.decode_attention(*inputs(1, 1, 2, 257))

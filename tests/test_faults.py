@@ -15,3 +15,11 @@ def test_each_fault_changes_one_place(op):
         assert text.count(fault.old) == 1, f"{fault.file}: {fault.name}: occurs {text.count(fault.old)} times"
         assert fault.new != fault.old, f"{fault.file}: {fault.name}: changes nothing"
     assert len({(fault.file, fault.name) for fault in faults}) == len(faults)
+
+
+def test_every_kernel_has_faults():
+    """A kernel without any is one whose tests nobody has tested."""
+    files = {fault.file for op in OPS for fault in mutants.faults_of(op)}
+    kernels = [*mutants.ROOT.glob("kernels/*.py"), *mutants.ROOT.glob("csrc/cpu/*.cpp")]
+    registered = [path for path in kernels if path.suffix == ".py" or "TORCH_LIBRARY_IMPL" in path.read_text("utf-8")]
+    assert {str(path.relative_to(mutants.ROOT)) for path in registered} <= files
