@@ -4,6 +4,7 @@ A training step is forward, backward and fused AdamW on float32 weights, under a
 Prefill and decoding run weights in the case's dtype, greedily.
 """
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -158,6 +159,10 @@ def _trained_reference(build: Build) -> Peer:
     return Peer("reference", referenced)
 
 
+def _cuda_only(case: Case) -> str | None:
+    return None if case.device == "cuda" else "measured on GPUs only"
+
+
 def _no_transformers(case: Case) -> str | None:
     return "transformers is not installed" if importlib.util.find_spec("transformers") is None else None
 
@@ -177,8 +182,10 @@ def _training_peers(ours: Build, plain: Build, hf: Callable[[str, Case], tuple[n
     eager_hf, _ = _trains("Hugging Face eager", partial(hf, "eager"), _no_transformers)
     sdpa_hf, compiled_hf = _trains("Hugging Face sdpa", partial(hf, "sdpa"), _no_transformers)
     accelerated_hf, _ = _trains("Hugging Face accelerated", _accelerated(partial(hf, "sdpa")), _no_transformers)
+    eager, compiled = _trains(OURS, ours)
     return (
-        *_trains(OURS, ours),
+        eager,
+        dataclasses.replace(compiled, missing=_cuda_only),
         *_trains("plain", plain),
         eager_hf,
         sdpa_hf,

@@ -196,7 +196,8 @@ def _panel(axes: Axes, run: Run, case: str, records: dict[str, Record], passes: 
     limit = results.floor_seconds(first, passes, results.session(run, first)["floors"]) * scale
     axes.axvline(limit, color=ROOF, linewidth=1.2, linestyle=(0, (5, 3)))
     axes.set_yticks(places, list(timed), fontsize=8)
-    axes.set_xlim(0, max([*values, limit]) * 1.14)
+    longest = max(value + high for value, high in zip(values, spread[1], strict=True))
+    axes.set_xlim(0, max(longest, limit) * 1.14)
     axes.tick_params(axis="x", labelsize=8)
     name = PASS_NAMES.get(passes, passes)
     axes.set_title(case if passes == "step" else f"{case}: {name}", loc="left", fontsize=8.5)

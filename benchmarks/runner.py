@@ -65,8 +65,8 @@ def wanted(topic: Topic, case: Case, quick: bool) -> tuple[list[Peer], list[tupl
         if case.peers and peer.name not in case.peers:
             continue
         reason = peer.missing(case)
-        if reason is None and quick and peer.compiles and topic.suite == "train":
-            reason = "compiling whole models is left out of a quick run"
+        if reason is None and case.quick and peer.compiles and not topic.together:
+            reason = "compiling whole models is left to the larger cases" + (", not in a quick run" if quick else "")
         if reason is None:
             run.append(peer)
         else:
@@ -93,13 +93,25 @@ def _prepare(function: Callable[..., Any], inputs: tuple, passes: str) -> Call:
     if passes == "inference":
         return torch.inference_mode()(lambda: function(*inputs))
     leaves = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
-    outputs = _tuple(function(*inputs))
+    if passes == "backward":
+        outputs = _tuple(function(*inputs))
+        grads = _upstream(outputs)
+        return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+    upstream: list[Tensor] = []
+
+    def both() -> object:
+        outputs = _tuple(function(*inputs))
+        if not upstream:
+            upstream.extend(_upstream(outputs))
+        return torch.autograd.grad(outputs, leaves, upstream)
+
+    return both
+
+
+def _upstream(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     if not all(output.requires_grad for output in outputs):
         raise NotImplementedError("no backward here")
-    grads = [torch.randn_like(output) for output in outputs]
-    if passes == "backward":
-        return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True, allow_unused=True)
-    return lambda: torch.autograd.grad(_tuple(function(*inputs)), leaves, grads, allow_unused=True)
+    return [torch.randn_like(output) for output in outputs]
 
 
 def _tuple(outputs: Any) -> tuple[Tensor, ...]:
@@ -158,7 +170,7 @@ def _take_turns(
     watches: dict[Peer, Stopwatch] = {}
     for peer, function in functions.items():
         with _failure(peer, failed, f"{passes}: "):
-            watch = Stopwatch(device, prepare(function, inputs, passes), before)
+            watch = Stopwatch(device, prepare(function, inputs, passes), before, peer.compiles)
             watch.start()
             watches[peer] = watch
     if watches:
@@ -247,17 +259,20 @@ def run(topics: list[Topic], settings: Settings) -> Outcome:
     opened = {topic.name: open_run(topic, folder / f"{topic.name}.json", facts, settings) for topic in topics}
     outcome = Outcome()
     try:
-        session: dict[str, Any] = {"date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), "load": _load()}
-        settings.say("floors: copy, read, matrix products")
-        session["floors"] = dict(measure_floors(settings.device))
         for topic in topics:
-            settings.say(f"{topic.name}: its tests")
+            settings.advance(0, f"{topic.name}: its tests")
             red = run_tests(topic, settings.device)
             if red:
                 outcome.refused[topic.name] = red
                 continue
             path = folder / f"{topic.name}.json"
             outcome.files.append(path)
+            settings.advance(0, f"{topic.name}: floors")
+            session = {
+                "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+                "load": _load(),
+                "floors": dict(measure_floors(settings.device)),
+            }
             _run_topic(topic, opened[topic.name], session, path, settings)
     except (KeyboardInterrupt, Interrupted):
         outcome.interrupted = True

@@ -14,6 +14,7 @@ import torch
 
 FLUSH_BYTES = 512 << 20  # several times any L2; clearing it also keeps the GPU busy while the next launch is prepared
 LONG = 1.0  # seconds from which on a call is repeated a few times only
+VERY_LONG = 8.0  # and from which on the first one has to do
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 Call = Callable[[], object]
 
@@ -59,12 +60,15 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to repeat one implementation's calls: at least `least` rounds, then until `seconds` are used up."""
+    """How long to repeat one implementation's calls: at least `least` rounds, then until `seconds` are used up; a very
+    long call is not repeated."""
 
     seconds: float
     least: int
 
     def rounds(self, duration: float) -> int:
+        if duration > VERY_LONG:
+            return 1
         return max(self.least, min(1000, math.ceil(self.seconds / max(duration, 1e-9))))
 
 
@@ -74,10 +78,13 @@ FULL, QUICK = Budget(1.0, 3), Budget(0.25, 2)
 class Stopwatch:
     """Times one implementation: `calls` are the same work on different inputs, taken in turn."""
 
-    def __init__(self, device: str, calls: list[Call], before: Callable[[], None] | None = None):
+    def __init__(
+        self, device: str, calls: list[Call], before: Callable[[], None] | None = None, compiles: bool = False
+    ):
         self.calls = calls
         self.before = before
         self.now = clock(device)
+        self.compiles = compiles
         self.taken = 0
         self.first: float | None = None
         self.seconds: list[float] = []
@@ -91,14 +98,17 @@ class Stopwatch:
         run()
         return self.now() - start
 
-    def start(self) -> None:
+    def start(self) -> float:
         """The first call, which compiles and allocates, and fails where the implementation cannot do this."""
         self.first = self.call()
+        return self.first
 
     def warm_up(self) -> float:
         """Two to four calls; returns how long the last took. A long one counts as a round already."""
-        if self.first is None:
-            self.start()
+        first = self.start() if self.first is None else self.first
+        if first > VERY_LONG and not self.compiles:
+            self.seconds.append(first)
+            return first
         began = time.perf_counter()
         duration = self.call()
         while self.taken < 4 and time.perf_counter() - began < LONG / 2:

@@ -212,6 +212,16 @@ def test_long_calls_of_the_warm_up_count(monkeypatch):
     assert len(calls) == 4  # the first, one more, and two rounds
 
 
+def test_very_long_calls_are_made_once(monkeypatch):
+    """Unless the first one compiles."""
+    now = [0.0]
+    monkeypatch.setattr(timing, "clock", lambda device: lambda: now[0])
+    eager, compiled = (timing.Stopwatch("cpu", [lambda: now.__setitem__(0, now[0] + 20.0)], None, c) for c in (0, 1))
+    timing.take_turns([eager, compiled], timing.Budget(1.0, 3))
+    assert (eager.seconds, eager.taken) == ([20.0], 1)
+    assert (compiled.seconds, compiled.taken) == ([20.0], 2)
+
+
 def test_quartiles():
     assert timing.quartiles([3.0]) == (3.0, 3.0, 3.0)
     assert timing.quartiles([5.0, 1.0, 2.0, 3.0, 4.0]) == (2.0, 3.0, 4.0)
