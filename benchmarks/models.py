@@ -190,7 +190,7 @@ def _training_peers(ours: Build, plain: Build, hf: Callable[[str, Case], tuple[n
         eager_hf,
         sdpa_hf,
         accelerated_hf,
-        compiled_hf,
+        dataclasses.replace(compiled_hf, name="Hugging Face compiled"),
         _trained_reference(ours),
     )
 

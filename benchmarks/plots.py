@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from benchmarks import results
 from benchmarks.results import OURS, Record, Run
-from benchmarks.tables import PASS_NAMES, TITLES
+from benchmarks.tables import PASS_NAMES, TITLES, seconds
+from benchmarks.tables import memory as memory_of
 
 # One colour for an implementation in every picture; ours stands out.
 COLORS = {
@@ -31,6 +32,7 @@ COLORS = {
     "Hugging Face eager": "#a4738c",
     "Hugging Face sdpa": "#7b2d5b",
     "Hugging Face compiled": "#c9a3b7",
+    "Hugging Face accelerated": "#e39a6f",
     "products alone": "#999999",
     "reference": "#555555",
 }
@@ -80,19 +82,19 @@ def figures(run: Run, series: str, kind: str, group: Series) -> list[tuple[str, 
     title = TITLES.get(run["topic"]) or str(run["topic"])
     if not series:
         return [("bars", bars(run, group, title), f"{title}: time of each implementation")]
-    stem = "_".join(part for part in (series, kind.replace(", ", "_").replace(" ", "").replace(".", "")) if part)
-    fixed = _fixed(group, series)
+    stem = f"{series}_{kind}".replace(", dropout ", "_dropout").replace(".", "")
+    head = f"{title}\n{kind}, {_fixed(group, series)}".rstrip(", ")
     passes = [name for name in ("forward", "backward", "training", "step") if any_has(group, name)]
-    figure = Figure(figsize=(4.9 * len(passes) + 1.4, 4.4), dpi=130, layout="constrained")
+    figure = Figure(figsize=(4.9 * len(passes) + 1.4, 4.6), dpi=130, layout="constrained")
     for axes, name in zip(figure.subplots(1, len(passes), squeeze=False)[0], passes, strict=True):
         speed(axes, run, series, name, group)
-    _head(figure, f"{title}, {kind}" + (f", {fixed}" if fixed else ""))
-    drawn = [(f"{stem}", figure, f"{title}: speed against {AXES[series]} ({kind})")]
-    if any(record["peak_memory"] for records in group for record in records.values()) and series in ("T", "V", "B"):
-        figure = Figure(figsize=(6.3, 4.4), dpi=130, layout="constrained")
+    _head(figure, head)
+    drawn = [(stem, figure, f"{title}, by {AXES[series]} ({kind})")]
+    if series in ("T", "V", "B") and any(record["peak_memory"] for records in group for record in records.values()):
+        figure = Figure(figsize=(6.3, 4.6), dpi=130, layout="constrained")
         memory(figure.subplots(), series, group)
-        _head(figure, f"{title}, {kind}" + (f", {fixed}" if fixed else ""))
-        drawn.append((f"{stem}_memory", figure, f"{title}: peak memory against {AXES[series]} ({kind})"))
+        _head(figure, head)
+        drawn.append((f"{stem}_memory", figure, f"{title}: peak memory, by {AXES[series]} ({kind})"))
     return drawn
 
 
@@ -119,40 +121,38 @@ def lines(group: Series, series: str, value: Any) -> dict[str, list[tuple[int, f
 
 
 def speed(axes: Axes, run: Run, series: str, passes: str, group: Series) -> None:
-    """FLOP/s, bytes/s or tokens/s against the size, one line for each implementation, and the roof."""
-    first = next(iter(group[0].values()))
-    work = first["work"][passes] if passes in first["work"] else next(iter(first["work"].values()))
-    if first["tokens"]:
-        unit, amount = "tokens/s", lambda record: record["tokens"]
-    elif work["flops"]:
-        unit, amount = "GFLOP/s", lambda record: record["work"][passes]["flops"] / 1e9
-    else:
-        unit, amount = "GB/s", lambda record: record["work"][passes]["bytes"] / 1e9
+    """FLOP/s or bytes/s of an op, seconds of a job, against the size: a line for each implementation, and the floor."""
+    first = next(record for record in group[0].values() if passes in record["times"])
+    work, job = first["work"][passes], first["tokens"] is not None
+    unit, amount = ("GFLOP/s", "flops") if work["flops"] else ("GB/s", "bytes")
+
+    def shown(record: Record, seconds: float) -> float:
+        return seconds if job else record["work"][passes][amount] / seconds / 1e9
 
     def value(record: Record) -> float | None:
-        time = record["times"].get(passes)
-        return amount(record) / time["median"] if time else None
+        return shown(record, record["times"][passes]["median"]) if passes in record["times"] else None
 
-    def roof(record: Record) -> float | None:
+    def floor(record: Record) -> float | None:
         if passes not in record["times"]:
             return None
-        return amount(record) / results.floor_seconds(record, passes, results.session(run, record)["floors"])
+        return shown(record, results.floor_seconds(record, passes, results.session(run, record)["floors"]))
 
     for peer, points in lines(group, series, value).items():
         _line(axes, peer, points)
-    limit = next(iter(lines(group, series, roof).values()))
+    limit = next(iter(lines(group, series, floor).values()))
     axes.plot(*zip(*limit, strict=True), color=ROOF, linewidth=1.4, linestyle=(0, (5, 3)), label="measured floor")
-    axes.set_title(PASS_NAMES.get(passes, passes) if passes != "step" else "", loc="left", fontsize=10)
-    axes.set_ylabel(unit)
+    axes.set_title("" if job else PASS_NAMES.get(passes, passes), loc="left", fontsize=10)
+    axes.set_ylabel("seconds a step" if job else unit)
     axes.set_ylim(bottom=0)
     _finish(axes, series, group)
 
 
 def memory(axes: Axes, series: str, group: Series) -> None:
     for peer, points in lines(group, series, lambda record: record["peak_memory"]).items():
-        _line(axes, peer, [(x, y / 2**20) for x, y in points if y])
-    axes.set_ylabel("peak memory, MiB")
-    axes.set_yscale("log")
+        _line(axes, peer, [(x, y) for x, y in points if y])
+    axes.set_ylabel("peak memory")
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(lambda value, place: memory_of(int(value)))
     _finish(axes, series, group)
 
 
@@ -190,7 +190,12 @@ def _panel(axes: Axes, run: Run, case: str, records: dict[str, Record], passes: 
     axes.barh(places, values, xerr=spread, color=colors, height=0.7, error_kw={"ecolor": "0.25", "elinewidth": 1})
     for place, value, high in zip(places, values, spread[1], strict=True):
         axes.annotate(
-            f"{value:.3g}", (value + high, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
+            seconds(value / scale),
+            (value + high, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
         )
     first = next(iter(records.values()))
     limit = results.floor_seconds(first, passes, results.session(run, first)["floors"]) * scale

@@ -15,6 +15,7 @@ from benchmarks.results import Run
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+SHOWN = ("training_step_bars.png", "attention_T_float32.png", "attention_T_bfloat16.png")  # in README.md
 
 
 def devices(folder: Path) -> dict[Path, list[Run]]:
@@ -39,10 +40,11 @@ def figures(folder: Path) -> str:
     for path, runs in devices(folder).items():
         link = (path / "README.md").relative_to(ROOT)
         lines += [
-            f"{runs[0]['device']['name']}; [everything measured there, with plots]({link}):",
+            f"Measured on: {runs[0]['device']['name']}. [All of it, with memory and every implementation]({link}).",
             "",
-            *tables.table(tables.SUMMARY_HEADER, tables.summary(runs)),
+            *tables.table(tables.SUMMARY_HEADER, tables.highlights(runs)),
             "",
+            *(f"![{name}]({path.relative_to(ROOT) / name})\n" for name in SHOWN if (path / name).exists()),
         ]
     return "\n".join(lines)
 

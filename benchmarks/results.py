@@ -7,7 +7,7 @@ device, versions, commit
 sessions          of each start of the program: date, load of the machine, floors (rates with quartiles)
 records           of each case and implementation: times by pass (median, quartiles, rounds, first call; seconds),
                   work by pass (bytes, FLOPs, bandwidth they are held against), tokens, peak_memory in bytes,
-                      session (an index)
+                      series (the size that grows), complete (not confined to some implementations), session (index)
 missing           who was not measured on which case, and why
 """
 

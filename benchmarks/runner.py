@@ -150,7 +150,7 @@ def measure(topic: Topic, case: Case, peers: list[Peer], budget: Budget) -> tupl
         records.append(
             {
                 "case": case.name, "peer": peer.name, "sizes": case.size, "dtype": case.dtype_name,
-                "dropout": case.dropout, "series": case.series, "times": by_pass,
+                "dropout": case.dropout, "series": case.series, "complete": not case.peers, "times": by_pass,
                 "work": {name: work[name] for name in by_pass},
                 "tokens": topic.tokens(case) if topic.tokens else None, "peak_memory": extra,
             }

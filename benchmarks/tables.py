@@ -1,6 +1,6 @@
 """Results as text: the cells that terminal and Markdown share, and the Markdown of one device."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from benchmarks import results
@@ -112,38 +112,56 @@ def table(header: list[str], lines: list[list[str]]) -> list[str]:
 # ---- the page of one device
 
 
+SUMMARY_HEADER = ["case", OURS, "of the floor", "speed against the fastest other"]
+NOT_THE_SAME = ("products alone",)  # what computes less than the op
+NOT_OTHERS = ("reference", "Hugging Face accelerated", *NOT_THE_SAME)  # this library in another place, and those
+
+
 def summary(runs: list[Run]) -> list[list[str]]:
-    """One row for each case and pass outside the series: ours, its share of the floor, and the fastest other."""
+    """One row for each case that everybody ran, and pass: ours, its share of the floor, and the fastest other."""
     lines = []
-    for run in runs:
-        for case, records in results.by_case(run).items():
-            ours = records.get(OURS)
-            if ours is None or ours["series"] in GROWS.get(run["topic"], ()):
-                continue
-            for passes, time in ours["times"].items():
-                others = {
-                    peer: record["times"][passes]["median"]
-                    for peer, record in records.items()
-                    if passes in record["times"] and peer not in (OURS, f"{OURS} compiled", "reference", *NOT_THE_SAME)
-                }
-                best = min(others, key=lambda peer: others[peer]) if others else ""
-                name = PASS_NAMES.get(passes, passes)
-                lines.append(
-                    [
-                        f"{run['topic']} {case}" + ("" if name == "time" else f", {name}"),
-                        seconds(time["median"]),
-                        f"{results.share_of_floor(run, ours, passes):.0%}",
-                        f"{others[best] / time['median']:.2f} × {best}" if best else "",
-                    ]
-                )
+    for run, case, records in _complete(runs):
+        for passes in records[OURS]["times"]:
+            name = PASS_NAMES.get(passes, passes)
+            lines.append(_summed(run, records, f"{case}" + ("" if name == "time" else f", {name}"), (passes,)))
     return lines
 
 
-SUMMARY_HEADER = ["case", OURS, "of the floor", "speed against the fastest other"]
-GROWS: dict[str, tuple[str, ...]] = {  # series that are plotted and would make the summary long
-    "attention": ("T",), "linear_cross_entropy": ("V",), "training_step": ("B", "layers"), "mlp": (),
-}  # fmt: skip
-NOT_THE_SAME = ("products alone",)
+def highlights(runs: list[Run]) -> list[list[str]]:
+    """The same with all passes of a case together, and of each topic's dtypes and dropouts the largest case only."""
+    largest: dict[tuple[Any, ...], list[str]] = {}
+    for run, case, records in _complete(runs):
+        ours = records[OURS]
+        passes = tuple(ours["times"])
+        name = "" if passes == ("step",) else f", {' + '.join(PASS_NAMES.get(name, name) for name in passes)}"
+        largest[run["topic"], ours["dtype"], ours["dropout"]] = _summed(run, records, case + name, passes)
+    return list(largest.values())
+
+
+def _complete(runs: list[Run]) -> Iterator[tuple[Run, str, dict[str, Record]]]:
+    for run in runs:
+        for case, records in results.by_case(run).items():
+            if OURS in records and records[OURS]["complete"]:
+                yield run, f"{run['topic']} {case}", records
+
+
+def _summed(run: Run, records: dict[str, Record], case: str, passes: tuple[str, ...]) -> list[str]:
+    def time(record: Record) -> float:
+        return sum(record["times"][name]["median"] for name in passes)
+
+    ours = records[OURS]
+    floors = results.session(run, ours)["floors"]
+    floor = sum(results.floor_seconds(ours, name, floors) for name in passes)
+    others = {
+        peer: time(record)
+        for peer, record in records.items()
+        if set(passes) <= set(record["times"])
+        and not peer.startswith(OURS)
+        and peer not in NOT_OTHERS
+    }
+    best = min(others, key=lambda peer: others[peer]) if others else ""
+    against = f"{others[best] / time(ours):.2f} × {best}" if best else ""
+    return [case, seconds(time(ours)), f"{floor / time(ours):.0%}", against]
 
 
 EXPLANATION = f"""\

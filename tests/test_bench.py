@@ -216,6 +216,7 @@ def test_very_long_calls_are_made_once(monkeypatch):
     """Unless the first one compiles."""
     now = [0.0]
     monkeypatch.setattr(timing, "clock", lambda device: lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     eager, compiled = (timing.Stopwatch("cpu", [lambda: now.__setitem__(0, now[0] + 20.0)], None, c) for c in (0, 1))
     timing.take_turns([eager, compiled], timing.Budget(1.0, 3))
     assert (eager.seconds, eager.taken) == ([20.0], 1)
@@ -248,7 +249,8 @@ def test_peak_memory_is_what_a_call_adds():
 def record(case="M=4 float32", peer=OURS, median=1.0, spread=0.0, **more):
     time = {"median": median, "q1": median - spread / 2, "q3": median + spread / 2, "rounds": 5, "first": 2.0}
     return {
-        "case": case, "peer": peer, "sizes": {"M": 4}, "dtype": "float32", "dropout": 0.0, "series": "",
+        "case": case, "peer": peer, "sizes": {"M": 4}, "dtype": "float32", "dropout": 0.0,
+        "series": "", "complete": True,
         "times": {"forward": time}, "work": {"forward": {"bytes": 5_000_000_000, "flops": 0, "bound": "copy"}},
         "tokens": None, "peak_memory": 3 << 20, "session": 0,
     } | more  # fmt: skip
@@ -441,6 +443,23 @@ def test_page_shows_every_figure():
     assert "copy 10 GB/s, read 20 GB/s, matmul float32 100 GFLOP/s" in text
     assert "Commit ffffffffffff; torch 2." in text
     assert "![bars](layer_norm_bars.png)" in text
+
+
+def test_highlights_put_passes_together():
+    """README.md shows of each topic, dtype and dropout the largest case, and nobody who does less or is ours."""
+    two = {"forward": record()["times"]["forward"], "backward": record(median=2.0)["times"]["forward"]}
+    work = dict.fromkeys(two, record()["work"]["forward"])
+    fast = {name: time | {"median": time["median"] / 4} for name, time in two.items()}
+    rows = [
+        record("M=1"),
+        record(times=two, work=work),
+        *(record(peer=peer, times=fast, work=work) for peer in ("products alone", "reference", "gpt_fast compiled")),
+        record(peer="torch", times={"forward": fast["forward"]}),
+        record(peer="Liger", times={name: time | {"median": 4.5} for name, time in two.items()}),
+        record("M=9", complete=False),
+    ]
+    wanted = ["layer_norm M=4 float32, forward + backward", "3 s", "33%", "3.00 × Liger"]
+    assert tables.highlights([a_run(*rows)]) == [wanted]
 
 
 def test_training_shows_tokens_and_mfu():
