@@ -155,9 +155,7 @@ def _summed(run: Run, records: dict[str, Record], case: str, passes: tuple[str, 
     others = {
         peer: time(record)
         for peer, record in records.items()
-        if set(passes) <= set(record["times"])
-        and not peer.startswith(OURS)
-        and peer not in NOT_OTHERS
+        if set(passes) <= set(record["times"]) and not peer.startswith(OURS) and peer not in NOT_OTHERS
     }
     best = min(others, key=lambda peer: others[peer]) if others else ""
     against = f"{others[best] / time(ours):.2f} × {best}" if best else ""
