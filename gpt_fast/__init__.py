@@ -5,7 +5,13 @@ from ._extension import build_info
 from .config import GPTConfig
 from .decoding import DecodeSession
 from .generation import generate
-from .heads import GPTForCausalLM, GPTForMaskedLM, GPTForSequenceClassification
+from .heads import (
+    GPTForCausalLM,
+    GPTForMaskedLM,
+    GPTForMultipleChoice,
+    GPTForSequenceClassification,
+    GPTForSimilarity,
+)
 from .integrations.accelerate import accelerate, restore
 from .model import GPT, GPTModel
 from .ops import check_values, use_reference
@@ -17,7 +23,9 @@ __all__ = [
     "GPTConfig",
     "GPTForCausalLM",
     "GPTForMaskedLM",
+    "GPTForMultipleChoice",
     "GPTForSequenceClassification",
+    "GPTForSimilarity",
     "GPTModel",
     "accelerate",
     "build_info",

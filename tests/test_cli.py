@@ -5,6 +5,9 @@ import re
 import shutil
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
 
 from tests.command_line import SMALL, succeed
 
@@ -16,8 +19,10 @@ COMMANDS = {
     "--max-grad-norm --precision --compile --checkpoint-activations --max-skips --strategy --config --log-every "
     "--checkpoint-every --keep-checkpoints --tensorboard --resume",
     "prepare": "--data --valid --out --tokenizer --vocab-size --text-column --processes --overwrite --json",
-    "finetune": "--from --train --valid --out --text-column --label-column --task --overwrite --json",
-    "evaluate": "--from --data --json",
+    "finetune": "--from --train --valid --out --text-column --pair-column --label-column --task --numbers --scratch "
+    "--epochs --batch-size --lr --lm-weight --config --resume --overwrite --json",
+    "evaluate": "--from --data --text-column --pair-column --label-column --confusion --json",
+    "plot": "--metric --out",
     "generate": "--from --prompt --max-new-tokens --temperature --top-k --top-p --seed --json",
     "compare": "--from --json",
     "doctor": "--json",
@@ -139,3 +144,89 @@ def test_the_standard_library_is_there_for_those_without_data(cli, tmp_path):
     result = json.loads(succeed(cli("evaluate", "--from", task, "--json")).out)
     assert result["accuracy"] == record["valid_accuracy"]
     assert 0.08 < result["majority_accuracy"] < 0.2
+
+
+# --- settings as files, pictures ---
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_settings_from_a_file(cli, data, tmp_path, suffix):
+    """Names as on the command line, with - or _; the line wins; what is saved, resolved, makes the same run again."""
+    path = tmp_path / f"settings.{suffix}"
+    values = {"data": [str(data.text)], "tokenizer": "byte", "steps": 9, "layers": 1, "heads": 2, "dim": 16}
+    values |= {"seq_len": 32, "batch-size": 4, "dropout": 0.1, "device": "cpu"}
+    path.write_text(json.dumps(values) if suffix == "json" else yaml.safe_dump(values))
+    succeed(cli("pretrain", "--config", path, "--steps", 3, "--out", tmp_path / "a"))
+    saved = yaml.safe_load((tmp_path / "a" / "settings.yaml").read_text())
+    assert (saved["steps"], saved["dropout"], saved["lr"], saved["warmup"]) == (3, 0.1, 2e-3, 1)
+    succeed(cli("pretrain", "--config", tmp_path / "a" / "settings.yaml", "--out", tmp_path / "b"))
+    assert (tmp_path / "b" / "settings.yaml").read_text() == (tmp_path / "a" / "settings.yaml").read_text()
+    losses = [json.loads((tmp_path / name / "run.json").read_text())["train_loss"] for name in "ab"]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("stepz: 3\n", "pretrain has no option 'stepz'; it has accumulate, batch-size"),
+        ("steps: many\n", "Invalid value for '--steps'"),
+        ("steps: [", "neither YAML nor JSON"),
+        ("- steps\n", "wanted names of options with their values, got list"),
+    ],
+)
+def test_settings_files_that_cannot_be(cli, tmp_path, content, message):
+    (tmp_path / "s.yaml").write_text(content)
+    result = cli("pretrain", "--config", tmp_path / "s.yaml", "--out", tmp_path / "run")
+    assert result.code == 2
+    assert "Traceback" not in result.err
+    assert message in " ".join(result.err.replace("│", " ").split())
+    assert not (tmp_path / "run").exists()
+
+
+def is_png(path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot(cli, data, tmp_path):
+    """Several runs, among them one that trains still and whose last line is half written."""
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "metrics.jsonl").write_text('{"step": 1, "train_loss": 5.0}\n{"step": 2, "train_lo')
+    out = tmp_path / "curves.png"
+    succeed(cli("plot", data.lm, data.mlm, unfinished, "--metric", "train_loss", "--out", out))
+    assert is_png(out)
+
+
+def test_confusion_matrix(cli, data, tmp_path):
+    assert is_png(data.classifier / "confusion.png")
+    succeed(cli("evaluate", "--from", data.classifier, "--data", data.table, "--confusion", tmp_path / "c.png"))
+    assert is_png(tmp_path / "c.png")
+
+
+def test_tensorboard_and_mfu(cli, data, tmp_path):
+    succeed(
+        cli("pretrain", "--data", data.text, "--tokenizer", "byte", *SMALL, "--steps", 2, "--tensorboard",
+            "--out", tmp_path / "run")
+    )  # fmt: skip
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["mfu"] < 1 for line in lines)
+
+
+# --- one objective after the other ---
+
+
+@pytest.mark.parametrize(("first", "objective"), [("lm", "mlm"), ("mlm", "clm"), ("lm", "clm")])
+def test_going_on_with_another_objective(cli, data, tmp_path, first, objective):
+    """Trunk, output layer, sizes and tokenizer are those of the run that it goes on from."""
+    source, out = getattr(data, first), tmp_path / "run"
+    command = ["pretrain", "--from", source, "--data", data.text, "--objective", objective, "--steps", 1]
+    succeed(cli(*command, "--batch-size", 4, "--lr", 1e-9, "--out", out))
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, out))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6)
+    head = {"clm": "GPTForCausalLM", "mlm": "GPTForMaskedLM"}[objective]
+    assert json.loads((out / "config.json").read_text())["head"] == head
+    tokenizers = [json.loads((folder / "tokenizer.json").read_text())["model"] for folder in (source, out)]
+    assert tokenizers[0] == tokenizers[1]

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt_fast.data import batches, corpus, snippets, tables
+from gpt_fast.data import batches, corpus, snippets, tables, task_inputs
 from gpt_fast.data import tokenizer as tok
 from gpt_fast.data.masking import IGNORED, mask_tokens
 from gpt_fast.data.stream import TokenStream, WindowOrder, mix, shuffled
+from gpt_fast.data.task_inputs import Example, Marks
 
 TEXT = "def f(x):\r\n\treturn x  # naïve — 日本 🙂\n\n\nclass A:\n    pass\n" * 5
 SPECIAL = list(tok.SPECIAL_TOKENS.values())
@@ -355,20 +356,44 @@ def test_unigram_entropy():
     assert batches.unigram_entropy(np.ones(64)) == pytest.approx(4.158883)
 
 
-def test_classification_input_keeps_start_and_extract():
-    assert batches.classification_input([7, 8, 9], 5, 2, 4) == [2, 7, 8, 9, 4]
-    assert batches.classification_input([7, 8, 9, 10], 5, 2, 4) == [2, 7, 8, 9, 4]
-    assert batches.classification_input([], 5, 2, 4) == [2, 4]
+MARKS = Marks(start=2, delimiter=3, extract=4, pad=0)
 
 
-def test_classification_batches_see_every_row_once():
-    rows = [[i] * (i + 1) for i in range(7)]
-    labels = torch.arange(7) * 10
-    seen = []
-    for batch in batches.classification_batches(rows, labels, 3, 99, torch.Generator().manual_seed(1)):
-        for tokens, label, length in zip(batch.tokens, batch.labels, batch.lengths, strict=True):
-            assert tokens[:length].tolist() == rows[label // 10]
-            assert (tokens[length:] == 99).all()
-            seen.append(int(label))
-    assert sorted(seen) == labels.tolist()
-    assert seen != labels.tolist()
+@pytest.mark.parametrize(
+    ("texts", "seq_len", "wanted"),
+    [
+        ([[7, 8, 9]], 5, [2, 7, 8, 9, 4]),
+        ([[7, 8, 9, 10]], 5, [2, 7, 8, 9, 4]),
+        ([[]], 5, [2, 4]),
+        ([[7], [8, 9]], 9, [2, 7, 3, 8, 9, 4]),
+        ([[7, 7, 7, 7, 7], [8, 9]], 7, [2, 7, 7, 3, 8, 9, 4]),
+        ([[7, 7, 7, 7], [8, 8, 8]], 7, [2, 7, 7, 3, 8, 8, 4]),
+        ([[5], [6], [7]], 20, [2, 5, 3, 6, 3, 7, 4]),
+    ],
+    ids=["fits", "cut", "empty", "pair", "longest is cut", "both are cut", "three"],
+)
+def test_task_input(texts, seq_len, wanted):
+    assert task_inputs.task_input(texts, seq_len, MARKS) == wanted
+
+
+@given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=3), seq_len=st.integers(5, 40))
+def test_task_input_fills_but_never_exceeds(lengths, seq_len):
+    """The longest lose first: of those that are cut none keeps much less than the longest that is left."""
+    row = task_inputs.task_input([[9 + i] * length for i, length in enumerate(lengths)], seq_len, MARKS)
+    assert len(row) == min(seq_len, sum(lengths) + len(lengths) + 1)
+    kept = [row.count(9 + i) for i in range(len(lengths))]
+    cut = [length for length, left in zip(lengths, kept, strict=True) if left < length]
+    assert not cut or min(kept[i] for i in range(len(kept)) if kept[i] < lengths[i]) + 1 >= max(kept)
+
+
+def test_task_batches():
+    """One sequence, several, and text of which only the answer is asked for."""
+    one = task_inputs.task_batch([Example([[2, 7, 4]], 1), Example([[2, 4]], 0)], 0)
+    assert one.tokens.tolist() == [[2, 7, 4], [2, 4, 0]]
+    assert (one.labels.tolist(), one.lengths.tolist(), one.weight) == ([1, 0], [3, 2], 2)
+    pairs = task_inputs.task_batch([Example([[2, 3, 4], [2, 4]], 0.5)], 0, numbers=True)
+    assert pairs.tokens.tolist() == [[[2, 3, 4], [2, 4, 0]]]
+    assert (pairs.lengths.tolist(), pairs.labels.tolist(), pairs.labels.dtype) == ([[3, 2]], [0.5], torch.float32)
+    written = task_inputs.task_batch([Example([[2, 7, 3, 8, 4]], answer=3), Example([[2, 3, 4]], answer=2)], 0)
+    assert written.labels.tolist() == [[-100, -100, -100, 8, 4], [-100, -100, 4, -100, -100]]
+    assert written.weight == 3

@@ -90,6 +90,9 @@ def test_classification_metrics():
     metrics = evaluation.classification_metrics(logits, torch.tensor([0, 0, 0, 1]))
     assert metrics["accuracy"] == 0.5
     assert metrics["macro_f1"] == pytest.approx(0.8 / 3)
+    assert metrics["micro_f1"] == 0.5
+    # (c s - t·p) / sqrt((s² - p·p)(s² - t·t)) with c = 2 right of s = 4, predicted (2, 1, 1) and true (3, 1, 0)
+    assert metrics["matthews"] == pytest.approx((2 * 4 - 7) / math.sqrt((16 - 6) * (16 - 10)))
     assert metrics["majority_accuracy"] == 0.75
     assert metrics["majority_macro_f1"] == pytest.approx((6 / 7) / 2)  # the third class is nowhere in it
     assert metrics["examples"] == 4
@@ -100,6 +103,7 @@ def test_regression_metrics():
     assert metrics["mse"] == pytest.approx(2 / 3)
     assert metrics["mean_mse"] == pytest.approx(8 / 3)
     assert metrics["pearson"] == pytest.approx(0.981981, abs=1e-5)
+    assert metrics["spearman"] == pytest.approx(1.0, abs=1e-5)
     assert "pearson" not in evaluation.regression_metrics(torch.ones(3), torch.tensor([1.0, 3.0, 5.0]))
 
 
@@ -164,7 +168,7 @@ def test_evaluating_a_language_model(language_runs, text, tmp_path):
     cut = text.read_text().rfind("\n", 0, int(len(kept) * 0.9)) + 1
     (tmp_path / "held_out.txt").write_bytes(kept[cut:])
     for run in language_runs.values():
-        result = evaluate.evaluate(run, tmp_path / "held_out.txt", "text", "label", "cpu")
+        result = evaluate.evaluate(run, tmp_path / "held_out.txt", None, None, "cpu")
         record = runs.read_record(run)
         assert result["loss"] == pytest.approx(record["valid_loss"], rel=1e-4)
         assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
@@ -174,7 +178,7 @@ def test_evaluating_a_language_model(language_runs, text, tmp_path):
 def test_bits_per_byte_do_not_depend_on_the_tokenizer(language_runs, tmp_path):
     (tmp_path / "t.txt").write_text("the red fox runs 7 times\n" * 40)
     run = language_runs["clm"]
-    result = evaluate.evaluate(run, tmp_path / "t.txt", "text", "label", "cpu")
+    result = evaluate.evaluate(run, tmp_path / "t.txt", None, None, "cpu")
     ids = evaluate.run_tokenizer(run, evaluate.load_run(run, "cpu")).encode("the red fox runs 7 times\n" * 40).ids
     bits = result["loss"] / math.log(2) * (len(ids) + 1)
     assert result["bits_per_byte"] == pytest.approx(bits / (25 * 40))
@@ -239,7 +243,7 @@ def test_fine_tuning_beats_the_constant_answer(language_runs, tables, tmp_path):
     result = evaluate.evaluate(tmp_path / "run", tables / "valid.csv", "line", "kind", "cpu")
     for name in ("accuracy", "macro_f1", "loss"):
         assert result[name] == pytest.approx(record[f"valid_{name}"], rel=1e-5)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == runs.RUN_FILES
+    assert {path.name for path in (tmp_path / "run").iterdir()} == runs.RUN_FILES | {"confusion.png"}
 
 
 def test_fine_tuning_a_regression(language_runs, tables, tmp_path):
@@ -275,16 +279,6 @@ def test_defaults_that_depend_on_the_run(language_runs, tables, tmp_path):
     )
     record = finetune.finetune(settings, ignore, ignore)
     assert (record["lr"], record["lm_weight"]) == (5e-3 / 4, 0)
-
-
-def test_inputs_are_start_text_extract(language_runs):
-    model = evaluate.load_run(language_runs["clm"], "cpu")
-    tokenizer = evaluate.run_tokenizer(language_runs["clm"], model)
-    short, long = finetune.inputs(tokenizer, ["the red fox", "7 " * 100], model.config)
-    assert short[0] == long[0] == model.config.start_token
-    assert short[-1] == long[-1] == model.config.extract_token
-    assert tokenizer.decode(short[1:-1]) == "the red fox"
-    assert len(long) == model.config.seq_len
 
 
 # --- comparison with the reference ---

@@ -77,6 +77,33 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
         typer.echo(f"  {name:<{width}}  {value}")
 
 
+def metric_rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was measured, for a table: each figure beside what a constant answer reaches."""
+    constant = "always the commonest label"
+    lines = (
+        ("accuracy", "accuracy", "{accuracy:.1%}, " + constant + ": {majority_accuracy:.1%}"),
+        ("macro F1", "macro_f1", "{macro_f1:.3f}, " + constant + ": {majority_macro_f1:.3f}"),
+        ("micro F1", "micro_f1", "{micro_f1:.3f}"),
+        ("Matthews", "matthews", "{matthews:.3f}"),
+        ("squared error", "mse", "{mse:.4g}, always the mean: {mean_mse:.4g}"),
+        ("Pearson", "pearson", "{pearson:.3f}"),
+        ("Spearman", "spearman", "{spearman:.3f}"),
+        ("cross-entropy" if "accuracy" in measured else "loss", "loss", "{loss:.3f} nats" + _per(measured)),
+        ("unigram entropy", "unigram_entropy", "{unigram_entropy:.3f} nats per token, without any context"),
+        ("perplexity", "perplexity", "{perplexity:,.1f}"),
+        ("bits per byte", "bits_per_byte", "{bits_per_byte:.3f}"),
+        ("exact match", "exact_match", "{exact_match:.1%}"),
+        ("word F1", "word_f1", "{word_f1:.3f}"),
+        ("tokens", "tokens", "{tokens:,}"),
+        ("rows", "examples", "{examples:,.0f}"),
+    )
+    return [(name, line.format(**measured)) for name, field, line in lines if field in measured]
+
+
+def _per(measured: dict[str, Any]) -> str:
+    return "" if "accuracy" in measured else " per token"
+
+
 @contextmanager
 def training_bar(label: str) -> Iterator[Callable[[loop.Progress], None]]:
     """A progress bar on stderr, with the loss, tokens per second and the time left; validations are lines above it."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import training_options as shared
-from .common import AsJson, Device, print_json, print_table, require_train_extra, resolve_device
+from .common import AsJson, Device, metric_rows, print_json, print_table, require_train_extra, resolve_device
 
 
 def finetune(
@@ -37,16 +37,37 @@ def finetune(
             metavar="FILE", help="Table to validate on; without it a tenth of --train's rows.", rich_help_panel="Data"
         ),
     ] = None,
-    text_column: Annotated[str, typer.Option(help="Column with the text.", rich_help_panel="Data")] = "text",
-    label_column: Annotated[str, typer.Option(help="Column with the label.", rich_help_panel="Data")] = "label",
+    text_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column with the text: text; premise, sentence1, question, prompt or context by the task.",
+            rich_help_panel="Data",
+        ),
+    ] = None,
+    pair_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column with the second text: hypothesis, sentence2 or question by the task. For multiple-choice the "
+            "answers: columns with commas between them, or one of lists (choices).",
+            rich_help_panel="Data",
+        ),
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column with the label (label), or the answer.", rich_help_panel="Data")
+    ] = None,
     task: Annotated[
         str,
         typer.Option(
-            metavar="classification|regression",
-            help="Cross-entropy over labels, or mean squared error of numbers.",
+            metavar="TASK",
+            help="classification, entailment, similarity, multiple-choice, regression, generation or "
+            "question-answering.",
             rich_help_panel="Training",
         ),
     ] = "classification",
+    numbers: Annotated[
+        bool,
+        typer.Option("--numbers", help="Similarity as a number, by its squared error.", rich_help_panel="Training"),
+    ] = False,
     epochs: Annotated[int, typer.Option(help="Passes over the table.", rich_help_panel="Training")] = 3,
     batch_size: Annotated[int, typer.Option(help="Rows in an update.", rich_help_panel="Training")] = 32,
     lr: Annotated[
@@ -77,11 +98,12 @@ def finetune(
     resume: shared.Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Trains a classifier or regressor on a labelled table, from a pre-trained model's weights.
+    """Trains a pre-trained model for a task, on a labelled table.
 
-    Each row is put as start, text, extract; the new layer reads the last hidden state of the extract token. Text beyond
-    the model's positions is cut off. Accuracy and macro F1 are printed beside those of always answering the commonest
-    label.
+    A row is put as start, text, extract, a pair with a delimiter between its texts; a new layer reads the last hidden
+    state of the extract token. Similarity reads a pair in both orders, multiple choice scores one sequence for each
+    answer. Generation and question answering train the model itself to write the answer. Text beyond the model's
+    positions is cut off. The weights of the best validation are kept.
 
     [bold]Examples[/bold]
 
@@ -90,6 +112,10 @@ def finetune(
     gpt-fast finetune --from runs/lm --train reviews.csv --valid held_out.csv --label-column stars --out runs/reviews
 
     gpt-fast finetune --from runs/lm --train essays.tsv --task regression --label-column grade --out runs/grades
+
+    gpt-fast finetune --from runs/lm --train nli.jsonl --task entailment --out runs/nli
+
+    gpt-fast finetune --from runs/lm --train quiz.csv --task multiple-choice --pair-column a,b,c,d --out runs/quiz
     """
     given = locals()
     require_train_extra()
@@ -103,20 +129,7 @@ def finetune(
     if as_json:
         print_json({"out": str(out), **record})
         return
-    if task == "regression":
-        rows = [("squared error", f"{record['valid_mse']:.4g}, always the mean: {record['mean_mse']:.4g}")]
-        if "valid_pearson" in record:
-            rows.append(("correlation", f"{record['valid_pearson']:.3f}"))
-    else:
-        rows = [
-            (
-                "accuracy",
-                f"{record['valid_accuracy']:.1%}, always the commonest label: {record['majority_accuracy']:.1%}",
-            ),
-            (
-                "macro F1",
-                f"{record['valid_macro_f1']:.3f}, always the commonest label: {record['majority_macro_f1']:.3f}",
-            ),
-        ]
+    measured = {name.removeprefix("valid_"): value for name, value in record.items() if name not in ("valid_rows",)}
+    rows = metric_rows(measured)
     rows += [("time", f"{record['seconds']:.0f} s"), ("run folder", f"{out}, with the curves in loss.png")]
     print_table("fine-tuned, on held-out rows", rows)

@@ -1,22 +1,17 @@
 """Text, tables and tokenizers, turned into the integer tensors that the heads take.
 
 `tokenizer` maps text to ids and back, `corpus` reads plain text, `tables` reads labelled rows, `snippets` makes the
-labelled table that fine-tuning falls back on, `batches` cuts and pads, `masking` hides tokens for the masked
-language model.
+labelled table that fine-tuning falls back on, `token_files` and `prepare` keep text as files of ids, `stream` shuffles
+windows of them, `batches` and `task_inputs` cut and pad, `masking` hides tokens for the masked language model.
 """
 
-from .batches import (
-    Batch,
-    classification_batches,
-    classification_input,
-    lm_windows,
-    token_stream,
-    unigram_entropy,
-)
+from .batches import Batch, lm_windows, token_stream, unigram_entropy
 from .corpus import Corpus, Document, read_corpus
 from .masking import mask_tokens
 from .snippets import snippet_table
+from .stream import TokenStream
 from .tables import Table, read_table
+from .task_inputs import task_batches, task_input
 from .tokenizer import (
     SPECIAL_TOKENS,
     encode_documents,
@@ -32,8 +27,7 @@ __all__ = [
     "Corpus",
     "Document",
     "Table",
-    "classification_batches",
-    "classification_input",
+    "TokenStream",
     "encode_documents",
     "lm_windows",
     "load_tokenizer",
@@ -43,6 +37,8 @@ __all__ = [
     "read_table",
     "save_tokenizer",
     "snippet_table",
+    "task_batches",
+    "task_input",
     "token_stream",
     "unigram_entropy",
     "vocabulary_size",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -75,29 +75,3 @@ def unigram_entropy(counts: np.ndarray) -> float:
     """
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
-
-
-def classification_input(ids: list[int], seq_len: int, start_token: int, extract_token: int) -> list[int]:
-    """`start text extract`, the text cut off at its end where the three do not fit into `seq_len`."""
-    return [start_token, *ids[: seq_len - 2], extract_token]
-
-
-def pad_rows(rows: Sequence[list[int]], pad_token: int) -> tuple[Tensor, Tensor]:
-    """Rows padded on the right: `tokens` `[B, T]` and `lengths` `[B]`."""
-    lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.full((len(rows), int(lengths.max())), pad_token)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.tensor(row)
-    return tokens, lengths
-
-
-def classification_batches(
-    rows: Sequence[list[int]], labels: Tensor, batch_size: int, pad_token: int, generator: torch.Generator | None = None
-) -> Iterator[Batch]:
-    """One pass over `rows` and their `labels` `[N]` in batches, in the order of `generator`'s shuffle, or as they
-    stand."""
-    N = len(rows)
-    order = torch.arange(N) if generator is None else torch.randperm(N, generator=generator)
-    for chosen in order.split(batch_size):
-        tokens, lengths = pad_rows([rows[i] for i in chosen.tolist()], pad_token)
-        yield Batch(tokens, labels[chosen], lengths, weight=len(chosen))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -13,23 +13,32 @@ SUFFIXES = (".csv", ".tsv", ".jsonl")
 
 @dataclass(frozen=True)
 class Table:
-    """Texts and their labels, as strings; `source` names the file and appears in messages."""
+    """Texts and their labels, as strings; `source` names the file and appears in messages. `more` holds each row's
+    further texts, where a task has several."""
 
     source: str
     texts: list[str]
     labels: list[str]
+    more: list[tuple[str, ...]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def rows(self, indices: list[int]) -> Table:
-        return Table(self.source, [self.texts[i] for i in indices], [self.labels[i] for i in indices])
+        columns = ([column[i] for i in indices] if column else [] for column in (self.texts, self.labels, self.more))
+        return Table(self.source, *columns)  # type: ignore[arg-type]
+
+    def fields(self, row: int) -> tuple[str, ...]:
+        """All texts of a row."""
+        return (self.texts[row], *(self.more[row] if self.more else ()))
 
 
-def read_table(path: Path, text_column: str = "text", label_column: str = "label") -> Table:
-    """The two named columns of a table in UTF-8 (a byte order mark is fine). csv and tsv have a header line and may
-    quote; jsonl has one object per line. Missing columns, ragged rows and empty tables are errors that name the
-    line."""
+def read_table(
+    path: Path, text_column: str = "text", label_column: str = "label", more_columns: Sequence[str] = ()
+) -> Table:
+    """The named columns of a table in UTF-8 (a byte order mark is fine). csv and tsv have a header line and may
+    quote; jsonl has one object per line, in which a further column may be a list of texts. Missing columns, ragged rows
+    and empty tables are errors that name the line."""
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path}: wanted a table ending in {', '.join(SUFFIXES)}, got {path.suffix or 'no ending'!r}")
     if not path.is_file():
@@ -38,7 +47,7 @@ def read_table(path: Path, text_column: str = "text", label_column: str = "label
     table = Table(str(path), [], [])
     try:
         for line, row in read_rows(path):
-            for column in (text_column, label_column):
+            for column in (text_column, *more_columns, label_column):
                 if column not in row:
                     raise ValueError(f"{path}, line {line}: no column {column!r}; it has {', '.join(map(repr, row))}")
             text, label = row[text_column], row[label_column]
@@ -46,6 +55,13 @@ def read_table(path: Path, text_column: str = "text", label_column: str = "label
                 raise ValueError(f"{path}, line {line}: column {text_column!r} holds {text!r}; wanted text")
             if not isinstance(label, (str, int, float)) or label == "":
                 raise ValueError(f"{path}, line {line}: column {label_column!r} holds {label!r}; wanted a label")
+            more = [part for column in more_columns for part in _texts(row[column])]
+            if not all(isinstance(part, str) for part in more):
+                raise ValueError(
+                    f"{path}, line {line}: columns {', '.join(map(repr, more_columns))} hold {more!r}; wanted texts"
+                )
+            if more_columns:
+                table.more.append(tuple(map(str, more)))
             table.texts.append(text)
             table.labels.append(str(label))
     except UnicodeDecodeError as error:
@@ -53,6 +69,10 @@ def read_table(path: Path, text_column: str = "text", label_column: str = "label
     if not table.texts:
         raise ValueError(f"{path}: empty; wanted at least one row with {text_column!r} and {label_column!r}")
     return table
+
+
+def _texts(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:

@@ -67,8 +67,14 @@ def random_batch(model: Head, batch_size: int) -> Batch:
         return Batch(tokens, tokens)
     if name == "GPTForMaskedLM":
         return Batch(tokens, tokens.masked_fill(torch.rand(tokens.shape, generator=generator) >= 0.15, -100))
-    lengths = torch.randint(config.seq_len // 2, config.seq_len + 1, (batch_size,), generator=generator)
-    tokens[torch.arange(batch_size), lengths - 1] = special_token(config, "extract_token")
+    sequences = {"GPTForSimilarity": 2, "GPTForMultipleChoice": 4}.get(name, 1)
+    tokens = torch.randint(config.num_tokens, (batch_size * sequences, config.seq_len), generator=generator)
+    lengths = torch.randint(config.seq_len // 2, config.seq_len + 1, (len(tokens),), generator=generator)
+    tokens[torch.arange(len(tokens)), lengths - 1] = special_token(config, "extract_token")
+    if sequences > 1:
+        tokens, lengths = tokens.view(batch_size, sequences, -1), lengths.view(batch_size, sequences)
+    if name == "GPTForMultipleChoice":
+        return Batch(tokens, torch.randint(sequences, (batch_size,), generator=generator), lengths)
     if config.problem == "regression":
         return Batch(tokens, torch.randn(batch_size, generator=generator), lengths)
     return Batch(tokens, torch.randint(config.num_labels, (batch_size,), generator=generator), lengths)

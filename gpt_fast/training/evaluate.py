@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from ..data.batches import lm_windows, token_stream, unigram_entropy
 from ..data.corpus import STDLIB, read_corpus, read_path
 from ..data.snippets import snippet_table
 from ..data.stream import TokenStream
-from ..data.tables import read_table
 from ..data.tokenizer import encode_documents, load_tokenizer, vocabulary_size
 from ..heads import HEADS, Head
 from .evaluation import lm_loss, perplexity
-from .finetune import inputs, score, targets
+from .finetune import answer_bytes, draw_confusion
 from .lm_data import lm_batch, masker
 from .runs import check_run, read_record, special_token
+from .tasks import TaskSettings, examples, read_task_table, score, task_settings, written_metrics
 
 BATCH = 32
 
@@ -56,24 +57,63 @@ def run_tokenizer(folder: Path, model: Head) -> Tokenizer:
     return tokenizer
 
 
-def evaluate(folder: Path, data: Path | None, text_column: str, label_column: str, device: str) -> dict[str, Any]:
-    """A language model's loss on text, or a classifier's metrics on a table, each with its baseline. Without `data`,
-    a model that learned from the standard library takes the files that its training held out."""
+def evaluate(
+    folder: Path,
+    data: Path | None,
+    text_column: str | None,
+    label_column: str | None,
+    device: str,
+    pair_column: str | None = None,
+    confusion: Path | None = None,
+) -> dict[str, Any]:
+    """A language model's loss on text, or a task's metrics on a table, each with its baseline. Without `data`, a model
+    that learned from the standard library takes the files that its training held out. `confusion` is where a
+    classifier's confusion matrix is drawn."""
     model = load_run(folder, device)
-    if data is None and read_record(folder).get("data") != STDLIB:
+    record = read_record(folder)
+    if data is None and record.get("data") != STDLIB:
         raise ValueError(f"{folder}: was not trained on the standard library; name what to evaluate on with --data")
-    if isinstance(model, GPTForSequenceClassification):
-        return evaluate_task(model, folder, data, text_column, label_column)
-    return evaluate_language_model(model, folder, data)
+    task = run_task(model, record)
+    if confusion is not None and (task is None or not task.classifies):
+        raise ValueError(f"--confusion {confusion}: {folder} holds no classifier")
+    if task is None:
+        return evaluate_language_model(model, folder, data)
+    pairs = task.pair_columns if pair_column is None else tuple(pair_column.split(","))
+    task = replace(
+        task,
+        text_column=text_column or task.text_column,
+        label_column=label_column or task.label_column,
+        pair_columns=pairs,
+    )
+    return evaluate_task(model, folder, data, task, record.get("labels", []), confusion)
+
+
+def run_task(model: Head, record: dict[str, Any]) -> TaskSettings | None:
+    """The task that a run was fine-tuned for; None for a language model. A classifier saved without a record reads
+    columns text and label."""
+    if "columns" in record:
+        columns = record["columns"]
+        return TaskSettings(**(columns | {"pair_columns": tuple(columns["pair_columns"])}))
+    if not isinstance(model, GPTForSequenceClassification):
+        return None
+    return task_settings(
+        "regression" if model.config.problem == "regression" else "classification", None, None, None, False
+    )
 
 
 def evaluate_task(
-    model: GPTForSequenceClassification, folder: Path, data: Path | None, text_column: str, label_column: str
+    model: Head, folder: Path, data: Path | None, task: TaskSettings, labels: list[str], confusion: Path | None
 ) -> dict[str, Any]:
-    table = snippet_table()[1] if data is None else read_table(data, text_column, label_column)
-    labels = targets(table, model.config.problem, read_record(folder).get("labels", []))
-    rows = inputs(run_tokenizer(folder, model), table.texts, model.config)
-    return {"task": model.config.problem, "data": table.source} | score(model, rows, labels)
+    table = snippet_table()[1] if data is None else read_task_table(data, task)
+    tokenizer = run_tokenizer(folder, model)
+    rows = examples(table, task, labels, tokenizer, model.config)
+    result: dict[str, Any] = {"task": task.name, "data": table.source}
+    result |= score(model, rows, task, answer_bytes(table))
+    if isinstance(model, GPTForCausalLM):
+        result |= written_metrics(model, rows, tokenizer, table.labels)
+    if confusion is not None:
+        draw_confusion(model, rows, labels, f"{folder} on {table.source}", confusion)
+    return result
 
 
 def evaluate_language_model(model: Head, folder: Path, data: Path | None) -> dict[str, Any]:

@@ -9,9 +9,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanSquaredError, PearsonCorrCoef
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassMatthewsCorrCoef,
+)
+from torchmetrics.functional import spearman_corrcoef
+from torchmetrics.text import SQuAD
 
-from ..data.batches import Batch, classification_batches
+from ..data.batches import Batch
+from ..data.task_inputs import Example, task_batches
 from .distributed import World
 
 Metrics = dict[str, float]
@@ -42,19 +50,19 @@ def lm_loss(model: nn.Module, batches: Sequence[Batch], world: World | None = No
     return total / count
 
 
-def predictions(model: nn.Module, rows: Sequence[list[int]], pad_token: int, batch_size: int) -> Tensor:
-    """A classifier's logits for every row `[N, num_labels]`, or a regressor's values `[N]`."""
+def predictions(model: nn.Module, examples: Sequence[Example], pad_token: int, batch_size: int) -> Tensor:
+    """A task head's logits for every example `[N, K]`, or a regressor's values `[N, 1]`."""
     logits = []
     with evaluating(model) as device:
-        for batch in classification_batches(rows, torch.zeros(len(rows)), batch_size, pad_token):
+        for batch in task_batches(examples, batch_size, pad_token):
             batch = batch.to(device)
             logits.append(model(batch.tokens, lengths=batch.lengths).logits.float().cpu())
     return torch.cat(logits)
 
 
 def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
-    """Loss, accuracy and macro F1 of `logits` `[N, K]`, and the same two for always answering the commonest label of
-    `labels` `[N]`: no constant answer does better on them."""
+    """Loss, accuracy, macro and micro F1 and Matthews' correlation of `logits` `[N, K]`, and accuracy and macro F1 of
+    always answering the commonest label of `labels` `[N]`: no constant answer does better on them."""
     N, K = logits.shape
     constant = torch.full_like(labels, int(torch.bincount(labels).argmax()))
     accuracy = MulticlassAccuracy(K, average="micro")
@@ -63,16 +71,22 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
         "loss": float(nn.functional.cross_entropy(logits, labels)),
         "accuracy": float(accuracy(logits, labels)),
         "macro_f1": float(f1(logits, labels)),
+        "micro_f1": float(MulticlassF1Score(K, average="micro")(logits, labels)),
+        "matthews": float(MulticlassMatthewsCorrCoef(K)(logits, labels)),
         "majority_accuracy": float(accuracy(constant, labels)),
         "majority_macro_f1": float(f1(constant, labels)),
         "examples": N,
     }
 
 
+def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
+    """How often class i `[K]` was taken for class j `[K]`."""
+    return MulticlassConfusionMatrix(logits.shape[1])(logits, labels)
+
+
 def regression_metrics(values: Tensor, targets: Tensor) -> Metrics:
-    """Mean squared error and Pearson's correlation of `values` `[N]`, and the error of always answering the mean of
-    `targets` `[N]`, which is their variance. Without spread in either the correlation does not exist and is left
-    out."""
+    """Mean squared error, Pearson's and Spearman's correlation of `values` `[N]`, and the error of always answering the
+    mean of `targets` `[N]`, which is their variance. Without spread in either there is no correlation."""
     metrics = {
         "mse": float(MeanSquaredError()(values, targets)),
         "mean_mse": float(targets.var(correction=0)),
@@ -80,7 +94,30 @@ def regression_metrics(values: Tensor, targets: Tensor) -> Metrics:
     }
     if len(targets) > 1 and values.std() > 0 and targets.std() > 0:
         metrics["pearson"] = float(PearsonCorrCoef()(values, targets))
+        metrics["spearman"] = float(spearman_corrcoef(values, targets))
     return metrics
+
+
+def answer_metrics(loss: float, tokens: int, size: int, examples: int) -> Metrics:
+    """Of answers with `tokens` tokens, their end tokens included, and `size` bytes: loss in nats per token, perplexity,
+    bits per byte."""
+    return {
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "bits_per_byte": loss / math.log(2) * tokens / max(1, size),
+        "examples": examples,
+    }
+
+
+def generated_metrics(answers: Sequence[str], wanted: Sequence[str]) -> Metrics:
+    """Exact match and the F1 of words, in [0, 1], as SQuAD counts them: without case, articles and punctuation."""
+    metric = SQuAD()
+    metric.update(
+        [{"prediction_text": answer, "id": str(i)} for i, answer in enumerate(answers)],
+        [{"answers": {"text": [text], "answer_start": [0]}, "id": str(i)} for i, text in enumerate(wanted)],
+    )
+    measured = metric.compute()
+    return {"exact_match": float(measured["exact_match"]) / 100, "word_f1": float(measured["f1"]) / 100}
 
 
 def perplexity(loss: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
 
@@ -23,16 +24,52 @@ def plot_language_model(metrics: list[dict[str, float]], entropy: float, title: 
     _write(figure, path)
 
 
-def plot_task(metrics: list[dict[str, float]], score: str, baseline: float, unit: str, title: str, path: Path) -> None:
+def plot_task(
+    metrics: list[dict[str, float]], score: str, baseline: float | None, unit: str, title: str, path: Path
+) -> None:
     """Training loss on the left; on the right `score` on the validation rows, with what a constant answer reaches."""
     figure = Figure(figsize=(10, 4.4), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
     _curve(left, metrics, "train_loss", TRAIN, "training")
     _finish(left, title, "training loss (task + language model)")
     _curve(right, metrics, score, VALID, "validation", marker="o")
-    _baseline(right, baseline, f"constant answer {baseline:.2f}")
+    if baseline is not None:
+        _baseline(right, baseline, f"constant answer {baseline:.2f}")
     right.set_ylim(bottom=0)
     _finish(right, "held-out rows", unit)
+    _write(figure, path)
+
+
+def plot_confusion(counts: list[list[int]], names: Sequence[str], title: str, path: Path) -> None:
+    """A matrix with the true labels as rows and the answers as columns; the colour is the share of a row."""
+    K = len(names)
+    size = min(16.0, 3.0 + 0.45 * K)
+    figure = Figure(figsize=(size + 1, size), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    shares = [[count / max(1, sum(row)) for count in row] for row in counts]
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    labels = [shorten(name, 24, placeholder="…") for name in names]
+    axes.set_xticks(range(K), labels, rotation=60, ha="right")
+    axes.set_yticks(range(K), labels)
+    axes.set_xlabel("answer")
+    axes.set_ylabel("label")
+    axes.set_title(shorten(title, 60, placeholder=" …"), loc="left", fontsize=11)
+    if K <= 30:
+        for i, row in enumerate(counts):
+            for j, count in enumerate(row):
+                color = "white" if shares[i][j] > 0.6 else "0.2"
+                axes.text(j, i, str(count), ha="center", va="center", fontsize=8, color=color)
+    figure.colorbar(picture, ax=axes, label="share of the label's rows", shrink=0.8)
+    _write(figure, path)
+
+
+def plot_runs(runs: Sequence[tuple[str, list[dict[str, float]]]], field: str, path: Path) -> None:
+    """One field of several runs over the updates, each a curve in a colour of its own."""
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for index, (name, metrics) in enumerate(runs):
+        _curve(axes, metrics, field, f"C{index % 10}", name, marker="o" if field.startswith("valid_") else "")
+    _finish(axes, "", field.replace("_", " "))
     _write(figure, path)
 
 

@@ -159,7 +159,19 @@ def special_token(config: GPTConfig, name: str) -> int:
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        return [json.loads(line) for line in file if line.endswith("\n")]  # a kill may leave half a line
+
+
+def read_curve(folder: Path, field: str) -> list[dict[str, float]]:
+    """The lines of a run's metrics that have a field; `ValueError` naming those it has where none does."""
+    if not (folder / "metrics.jsonl").is_file():
+        raise FileNotFoundError(f"{folder}: no run folder, it has no metrics.jsonl")
+    lines = read_metrics(folder)
+    kept = [line for line in lines if field in line]
+    if not kept:
+        known = sorted({name for line in lines for name in line})
+        raise ValueError(f"{folder}: no {field} in its metrics; they have {', '.join(known) or 'no line yet'}")
+    return kept
 
 
 def _read_object(path: Path) -> dict[str, Any]:

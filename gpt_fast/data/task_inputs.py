@@ -1,0 +1,83 @@
+"""What the tasks feed to a model: texts between start, delimiter and extract tokens, padded into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .batches import Batch
+from .masking import IGNORED
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The ids that stand between texts."""
+
+    start: int
+    delimiter: int
+    extract: int
+    pad: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a table as a model takes it: its sequences (one; two orders of a pair; one for each answer), its
+    target, and for text to be generated the position where that begins."""
+
+    sequences: list[list[int]]
+    target: float = 0
+    answer: int | None = None
+
+
+def task_input(texts: Sequence[Sequence[int]], seq_len: int, marks: Marks) -> list[int]:
+    """`start text extract`, or `start first delimiter second extract`, and so on. Where all do not fit into `seq_len`
+    the longest loses its end until they do."""
+    lengths = [len(text) for text in texts]
+    over = sum(lengths) + len(texts) + 1 - seq_len
+    while over > 0:
+        longest = max(lengths)
+        which = lengths.index(longest)
+        others = [length for i, length in enumerate(lengths) if i != which]
+        cut = min(over, max(1, longest - max(others, default=0)))
+        lengths[which] -= cut
+        over -= cut
+    row: list[int] = []
+    for text, length in zip(texts, lengths, strict=True):
+        row += [marks.delimiter if row else marks.start, *text[:length]]
+    return [*row, marks.extract]
+
+
+def pad_rows(rows: Sequence[list[int]], pad_token: int) -> tuple[Tensor, Tensor]:
+    """Rows padded on the right: `tokens` `[B, T]` and `lengths` `[B]`."""
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.full((len(rows), int(lengths.max())), pad_token)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+    return tokens, lengths
+
+
+def task_batch(examples: Sequence[Example], pad_token: int, numbers: bool = False) -> Batch:
+    """Examples as one batch: tokens `[B, T]`, or `[B, S, T]` where each has several sequences, with lengths; labels
+    `[B]`, float32 where targets are `numbers`, or for generated text `[B, T]`, -100 on all that is given."""
+    B, S = len(examples), len(examples[0].sequences)
+    tokens, lengths = pad_rows([row for example in examples for row in example.sequences], pad_token)
+    if examples[0].answer is not None:
+        place = torch.arange(tokens.shape[1])
+        begin = torch.tensor([example.answer for example in examples])
+        asked = (place >= begin[:, None]) & (place < lengths[:, None])
+        return Batch(tokens, tokens.masked_fill(~asked, IGNORED), lengths, weight=int(asked.sum()))
+    labels = torch.tensor([example.target for example in examples], dtype=torch.float32 if numbers else torch.int64)
+    if S > 1:
+        tokens, lengths = tokens.view(B, S, -1), lengths.view(B, S)
+    return Batch(tokens, labels, lengths, weight=B)
+
+
+def task_batches(
+    examples: Sequence[Example], batch_size: int, pad_token: int, numbers: bool = False
+) -> Iterator[Batch]:
+    """All examples in their order."""
+    for first in range(0, len(examples), batch_size):
+        yield task_batch(examples[first : first + batch_size], pad_token, numbers)

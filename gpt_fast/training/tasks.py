@@ -1,0 +1,273 @@
+"""The labelled tasks: which columns each reads, what the model is fed, which head answers, what is measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from .. import GPTConfig, generate
+from ..data.snippets import snippet_table
+from ..data.tables import Table, read_table
+from ..data.task_inputs import Example, Marks, pad_rows, task_batches, task_input
+from ..data.tokenizer import decode, encode_documents
+from ..heads import GPTForCausalLM, GPTForMultipleChoice, GPTForSequenceClassification, GPTForSimilarity, Head
+from .evaluation import (
+    Metrics,
+    answer_metrics,
+    classification_metrics,
+    generated_metrics,
+    lm_loss,
+    predictions,
+    regression_metrics,
+)
+from .runs import special_token
+
+VALID_FRACTION = 0.1
+EVALUATION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Task:
+    """`columns` are the defaults of --text-column, --pair-column and --label-column; "" where a task has no pair."""
+
+    head: type[Head]
+    columns: tuple[str, str, str]
+    score: str  # what validation chooses by, and the picture shows
+    numbers: bool = False
+
+
+TASKS: dict[str, Task] = {
+    "classification": Task(GPTForSequenceClassification, ("text", "", "label"), "accuracy"),
+    "entailment": Task(GPTForSequenceClassification, ("premise", "hypothesis", "label"), "accuracy"),
+    "similarity": Task(GPTForSimilarity, ("sentence1", "sentence2", "label"), "accuracy"),
+    "multiple-choice": Task(GPTForMultipleChoice, ("question", "choices", "answer"), "accuracy"),
+    "regression": Task(GPTForSequenceClassification, ("text", "", "label"), "mse", numbers=True),
+    "generation": Task(GPTForCausalLM, ("prompt", "", "answer"), "loss"),
+    "question-answering": Task(GPTForCausalLM, ("context", "question", "answer"), "loss"),
+}
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """A task with its columns; as run.json keeps it, so that evaluation reads the same ones."""
+
+    name: str
+    text_column: str
+    pair_columns: tuple[str, ...]
+    label_column: str
+    numbers: bool
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.name]
+
+    @property
+    def writes(self) -> bool:
+        """Does the model answer in text?"""
+        return self.task.head is GPTForCausalLM
+
+    @property
+    def classifies(self) -> bool:
+        return not self.numbers and not self.writes
+
+
+def task_settings(
+    name: str, text_column: str | None, pair_column: str | None, label_column: str | None, numbers: bool
+) -> TaskSettings:
+    """The task called `name`; a column that is None is the task's own. Several choices are columns with commas
+    between them, or one column of lists."""
+    if name not in TASKS:
+        raise ValueError(f"--task {name}: wanted one of {', '.join(TASKS)}")
+    task = TASKS[name]
+    text, pair, label = task.columns
+    if pair_column is not None and not pair:
+        raise ValueError(f"--pair-column {pair_column}: {name} reads one text only")
+    if numbers and name not in ("similarity", "regression"):
+        raise ValueError(f"--numbers: {name} has no numbers as its labels; wanted similarity or regression")
+    pairs = tuple(column for column in (pair_column or pair).split(",") if column)
+    return TaskSettings(name, text_column or text, pairs, label_column or label, numbers or task.numbers)
+
+
+def read_task_table(path: Path, task: TaskSettings) -> Table:
+    return read_table(path, task.text_column, task.label_column, task.pair_columns)
+
+
+def read_tables(train: Path | None, valid: Path | None, task: TaskSettings, seed: int) -> tuple[Table, Table]:
+    """The two tables that were named; with only one, a seeded tenth of its rows is held out; with none, snippets of the
+    standard library."""
+    if train is None:
+        if valid is not None:
+            raise ValueError(f"--valid {valid}: given without --train")
+        if task.name != "classification":
+            raise ValueError(f"--task {task.name}: no table comes with it; give --train FILE")
+        return snippet_table()
+    table = read_task_table(train, task)
+    if valid is not None:
+        return table, read_task_table(valid, task)
+    if len(table) < 10:
+        raise ValueError(f"{train}: {len(table)} rows are too few to hold some out; give --valid")
+    order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed)).tolist()
+    cut = round(len(table) * VALID_FRACTION)
+    return table.rows(sorted(order[cut:])), table.rows(sorted(order[:cut]))
+
+
+def label_names(table: Table, task: TaskSettings) -> list[str]:
+    """The classes of a training table, in order; of a multiple choice the letters of its answers."""
+    if not task.classifies:
+        return []
+    if task.name == "multiple-choice":
+        count = len(table.more[0])
+        if count < 2:
+            raise ValueError(f"{table.source}: {count} choices; wanted two or more, in columns or in a list")
+        return [_letter(i) for i in range(count)]
+    names = sorted(set(table.labels))
+    if len(names) < 2:
+        raise ValueError(f"{table.source}: every row has the label {names[0]!r}; wanted two labels or more")
+    return names
+
+
+def targets(table: Table, task: TaskSettings, names: Sequence[str]) -> list[float]:
+    """Labels as indices into `names`, or as numbers; of text to be written there are none."""
+    if task.writes:
+        return [0] * len(table)
+    if task.numbers:
+        return [_number(label, table.source) for label in table.labels]
+    if task.name == "multiple-choice":
+        return [_choice(table, row, names) for row in range(len(table))]
+    index = {name: i for i, name in enumerate(names)}
+    unknown = sorted(set(table.labels) - set(index))
+    if unknown:
+        known = ", ".join(map(repr, names[:12])) + (", …" if len(names) > 12 else "")
+        raise ValueError(f"{table.source}: unknown label {unknown[0]!r}; the model was trained on {known}")
+    return [index[label] for label in table.labels]
+
+
+def marks(config: GPTConfig) -> Marks:
+    start, delimiter, extract = (special_token(config, f"{name}_token") for name in ("start", "delimiter", "extract"))
+    return Marks(start, delimiter, extract, config.pad_token or 0)
+
+
+def examples(
+    table: Table, task: TaskSettings, names: Sequence[str], tokenizer: Tokenizer, config: GPTConfig
+) -> list[Example]:
+    """Each row as the model takes it."""
+    wanted = targets(table, task, names)
+    width = len(table.fields(0))
+    columns = [list(encode_documents(tokenizer, [table.fields(i)[c] for i in range(len(table))])) for c in range(width)]
+    answers = list(encode_documents(tokenizer, table.labels)) if task.writes else []
+    between, T = marks(config), config.seq_len
+    made = []
+    for i, target in enumerate(wanted):
+        texts = [column[i] for column in columns]
+        if task.writes:
+            row = task_input([*texts, answers[i]], T, between)
+            begin = len(row) - 1 - row[::-1].index(between.delimiter) + 1
+            made.append(Example([row], answer=begin))
+        elif task.name == "similarity":
+            made.append(Example([task_input(order, T, between) for order in (texts, texts[::-1])], target))
+        elif task.name == "multiple-choice":
+            made.append(Example([task_input([texts[0], choice], T, between) for choice in texts[1:]], target))
+        else:
+            made.append(Example([task_input(texts, T, between)], target))
+    return made
+
+
+def new_model(task: TaskSettings, make: Any, source: Path, lm_weight: float, names: Sequence[str]) -> Head:
+    """The task's head on a pre-trained trunk. `make` is the head's `from_pretrained`, or draws weights anew."""
+    if task.writes:
+        return make(task.task.head, source)
+    return make(
+        task.task.head,
+        source,
+        num_labels=len(names) or 1,
+        problem="regression" if task.numbers else "classification",
+        pooling="extract",
+        classifier_dropout=0.1,
+        lm_weight=lm_weight,
+    )
+
+
+def score(model: Head, rows: Sequence[Example], task: TaskSettings, answer_bytes: int) -> Metrics:
+    """The metrics of the task on `rows`."""
+    pad = model.config.pad_token or 0
+    if task.writes:
+        batches = list(task_batches(rows, EVALUATION_BATCH, pad))
+        tokens = sum(batch.weight for batch in batches)
+        return answer_metrics(lm_loss(model, batches), tokens, answer_bytes, len(rows))
+    logits = predictions(model, rows, pad, EVALUATION_BATCH)
+    wanted = torch.tensor([row.target for row in rows])
+    if task.numbers:
+        return regression_metrics(logits.flatten(), wanted)
+    return classification_metrics(logits, wanted.long())
+
+
+def better(task: TaskSettings, line: Metrics) -> tuple[float, ...]:
+    """Larger is better: accuracy, and of equals the lower loss; or a loss's negative."""
+    if task.classifies:
+        return line["valid_accuracy"], -line["valid_loss"]
+    return (-line[f"valid_{task.task.score if task.writes else 'mse'}"],)
+
+
+def answers(model: GPTForCausalLM, rows: Sequence[Example], tokenizer: Tokenizer) -> list[str]:
+    """What the model writes behind each row's prompt, the likeliest token each time, until its end token."""
+    config = model.config
+    device = next(model.parameters()).device
+    written = []
+    for first in range(0, len(rows), EVALUATION_BATCH):
+        part = rows[first : first + EVALUATION_BATCH]
+        prompts = [row.sequences[0][: row.answer] for row in part]
+        tokens, lengths = pad_rows(prompts, config.pad_token or 0)
+        room = min(max(len(row.sequences[0]) - len(prompt) for row, prompt in zip(part, prompts, strict=True)) + 8,
+                   config.seq_len - int(lengths.max()))  # fmt: skip
+        end = special_token(config, "extract_token")
+        out = generate(
+            model, tokens.to(device), lengths=lengths.to(device), max_new_tokens=max(1, room), temperature=0,
+            stop_tokens=[end],
+        ).tolist()  # fmt: skip
+        for row, prompt in zip(out, prompts, strict=True):
+            new = row[len(prompt) : len(prompt) + max(1, room)]
+            written.append(decode(tokenizer, new[: new.index(end)] if end in new else new, special=False))
+    return written
+
+
+def written_metrics(
+    model: GPTForCausalLM, rows: Sequence[Example], tokenizer: Tokenizer, wanted: Sequence[str]
+) -> Metrics:
+    return generated_metrics(answers(model, rows, tokenizer), wanted)
+
+
+def _letter(index: int) -> str:
+    return chr(ord("A") + index) if index < 26 else str(index)
+
+
+def _choice(table: Table, row: int, names: Sequence[str]) -> int:
+    """A label is the text of an answer, its letter, or its number, counted from 0."""
+    label, choices = table.labels[row], table.more[row]
+    if len(choices) != len(names):
+        raise ValueError(f"{table.source}, row {row + 1}: {len(choices)} choices; wanted {len(names)} in every row")
+    if label in choices:
+        return choices.index(label)
+    if label.upper() in names:
+        return list(names).index(label.upper())
+    if label.isdecimal() and int(label) < len(choices):
+        return int(label)
+    known = f"{', '.join(names)}, 0 to {len(choices) - 1}"
+    raise ValueError(
+        f"{table.source}, row {row + 1}: unknown label {label!r}; wanted an answer's text, or one of {known}"
+    )
+
+
+def _number(label: str, source: str) -> float:
+    try:
+        value = float(label)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{source}: label {label!r} is not a number, as a regression wants")
+    return value
