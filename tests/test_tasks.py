@@ -180,7 +180,9 @@ def test_each_task_learns(source, tmp_path, task):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     settings = finetune.FinetuneSettings(
         source, tmp_path / "run", tmp_path / "train.jsonl", tmp_path / "valid.jsonl", task=task, batch_size=16, lr=5e-3,
-        epochs=10 if task == "similarity" else 4,
+        epochs=4,
+        # Colours that are equally likely everywhere: the tied output layer would make them one in so small a model.
+        lm_weight=0.0 if task == "similarity" else 0.5,
     )  # fmt: skip
     record = finetune.finetune(settings, ignore, ignore)
     result = evaluate.evaluate(tmp_path / "run", tmp_path / "valid.jsonl", None, None, "cpu")
