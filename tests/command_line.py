@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 SERVER = """
-import io, json, os, resource, sys, tempfile, time, traceback
+import io, json, os, resource, socket, sys, tempfile, time, traceback
 from pathlib import Path
 import gpt_fast.commands, gpt_fast.cli
 import gpt_fast.training.compare, gpt_fast.training.finetune, gpt_fast.training.pretrain
@@ -29,44 +29,68 @@ def happened(watched):  # a path, with so many lines in it
     except FileNotFoundError:
         return False
 
+def start(request, rank, out, err):
+    pid = os.fork()
+    if pid:
+        return pid
+    os.dup2(out.fileno(), 1)
+    os.dup2(err.fileno(), 2)
+    os.environ.update(request["environment"])
+    if request["ranks"]:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(request["ranks"]))
+    sys.argv = ["gpt-fast", *request["args"]]
+    if request["file_size"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
+    code = 0
+    try:
+        gpt_fast.cli.main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def text(file):
+    file.seek(0)
+    return file.read().decode()
+
+
 for line in sys.stdin:
     request = json.loads(line)
-    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(out.fileno(), 1)
-        os.dup2(err.fileno(), 2)
-        sys.argv = ["gpt-fast", *request["args"]]
-        if request["file_size"]:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
-        code = 0
-        try:
-            gpt_fast.cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    done = 0
-    while request["watched"] and not done:
-        if happened(request["watched"]):
+    request["environment"] = {}
+    if request["ranks"]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            request["environment"] = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    files = [(tempfile.TemporaryFile(), tempfile.TemporaryFile()) for _ in range(request["ranks"] or 1)]
+    waiting = {start(request, rank, *pair): rank for rank, pair in enumerate(files)}
+    victim = list(waiting)[-1]
+    codes = {}
+    watched = request["watched"]
+    while waiting:
+        if watched and happened(watched):
+            watched = None
             time.sleep(request["later"])
-            done, status = os.waitpid(pid, os.WNOHANG)
+            done, status = os.waitpid(victim, os.WNOHANG)
             if not done:
-                os.kill(pid, request["signal"])
-            break
-        time.sleep(0.001)
-        done, status = os.waitpid(pid, os.WNOHANG)
-    if not done:
-        _, status = os.waitpid(pid, 0)
-    texts = []
-    for file in (out, err):
-        file.seek(0)
-        texts.append(file.read().decode())
-    print(json.dumps([os.waitstatus_to_exitcode(status), *texts]), flush=True)
+                os.kill(victim, request["signal"])
+                continue
+            codes[waiting.pop(done)] = os.waitstatus_to_exitcode(status)
+            continue
+        done, status = os.waitpid(-1, os.WNOHANG if watched else 0)
+        if done:
+            codes[waiting.pop(done)] = os.waitstatus_to_exitcode(status)
+            if done == victim:
+                watched = None
+        elif watched:
+            time.sleep(0.001)
+    outs, errs = ([text(pair[i]) for pair in files] for i in (0, 1))
+    codes = [codes[rank] for rank in sorted(codes)]
+    print(json.dumps([codes[-1], "".join(outs), "".join(errs), codes]), flush=True)
 """
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
@@ -82,6 +106,7 @@ class Result(NamedTuple):
     code: int
     out: str
     err: str
+    codes: tuple[int, ...] = ()  # of all ranks
 
 
 Cli = Callable[..., Result]
@@ -91,7 +116,8 @@ Cli = Callable[..., Result]
 def cli() -> Iterator[Cli]:
     """Runs one command line in a process of its own: with `watched` (a path, perhaps with wildcards, and how many lines
     it must have) the process gets `signal` as soon as that is there and `later` seconds have passed; no file can grow
-    past `file_size`."""
+    past `file_size`. With `ranks`, as many processes that find each other as torchrun's do; the last one gets the
+    signal, and its code is the result's."""
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
     )
@@ -102,10 +128,11 @@ def cli() -> Iterator[Cli]:
         signal: int = 9,
         later: float = 0.0,
         file_size: int = 0,
+        ranks: int = 0,
     ) -> Result:
         request = {
             "args": [str(arg) for arg in args], "signal": int(signal), "later": later, "file_size": file_size,
-            "watched": watched and (str(watched[0]), watched[1]),
+            "ranks": ranks, "watched": watched and (str(watched[0]), watched[1]),
         }  # fmt: skip
         print(json.dumps(request), file=server.stdin, flush=True)
         return Result(*json.loads(server.stdout.readline()))

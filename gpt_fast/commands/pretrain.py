@@ -131,6 +131,8 @@ def pretrain(
     settings = shared.settings_from(PretrainSettings, given, data=(*(data or ()), *(more_data or ())), device=device)
     with shared.training_session("pre-training") as session:
         record = train(settings, *session)
+    if shared.follows():
+        return
     if as_json:
         print_json({"out": str(out), **record})
         return

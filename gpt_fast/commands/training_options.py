@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,5 +117,18 @@ def training_session(
     """What training needs of the terminal: a bar, a voice, and the signals that stop it."""
     from ..interrupts import caught
 
+    if follows():
+        with caught() as stop:
+            yield _nothing, _nothing, stop
+        return
     with caught() as stop, training_bar(label) as show:
         yield show, say, stop
+
+
+def follows() -> bool:
+    """Is this a rank other than the first, which prints nothing but errors?"""
+    return int(os.environ.get("RANK", "0")) > 0
+
+
+def _nothing(_: object) -> None:
+    """Stands for a display."""

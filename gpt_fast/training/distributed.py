@@ -104,6 +104,16 @@ class World:
             parallel.set_requires_gradient_sync(wanted)  # type: ignore[operator]
             yield
 
+    def reshard(self, model: nn.Module) -> None:
+        """Back to the parameters that the optimizer knows: after a forward without backward FSDP2's root still shows
+        whole ones."""
+        if self.size > 1 and self.strategy == "fsdp":
+            from torch.distributed.fsdp import FSDPModule
+
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
     def full(self, tensor: Tensor) -> Tensor:
         """A tensor that may be spread over the ranks, whole."""
         return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

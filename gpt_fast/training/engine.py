@@ -120,6 +120,7 @@ class Engine:
     def state(self) -> dict[str, Tensor]:
         """Every tensor that training goes on from: weights, both moments, the scale. The tensors are the live ones:
         copying into them restores the state."""
+        self.world.reshard(self.model)
         tensors: dict[str, Tensor] = {"scale": self.scale, "growth": self.growth}
         for name, parameter in self.model.named_parameters():
             tensors[f"model.{name}"] = parameter.detach()
