@@ -16,28 +16,45 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gpt_fast
+from benchmarks import counts
 from benchmarks.cases import Case
+from benchmarks.counts import Work
 from benchmarks.peers import OURS, Peer
 from benchmarks.plain_gpt import PlainGPT
+from gpt_fast.decode_steps import WEIGHTS
 from gpt_fast.training.optimizer import make_optimizer
 
 Loss = Callable[..., Tensor]
 
 
 class Job:
-    """One call of a job, with the model it runs and, in training, the optimiser's state."""
+    """One call of a job, with the model it runs and, in training, the optimiser's state. `work` is what it cannot avoid
+    where that is other than the case's, as with weights of another dtype."""
 
-    def __init__(self, model: nn.Module, run: Callable[..., object], optimizer: torch.optim.Optimizer | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Callable[..., object],
+        optimizer: torch.optim.Optimizer | None = None,
+        work: Work | None = None,
+    ):
         self.model = model
         self.run = run
         self.optimizer = optimizer
+        self.work = work
 
     def __call__(self, *inputs: Tensor) -> object:
         return self.run(*inputs)
 
     def state_bytes(self) -> int:
-        """What stays in memory between calls."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._state())
+        """What stays in memory between calls: parameters, moments, and a session that `generate` keeps."""
+        kept = getattr(self.model, "_kept_session", None)
+        packed = 0
+        if kept is not None:
+            packed = kept.cache.keys.nbytes + kept.cache.values.nbytes
+            if kept.kind in WEIGHTS and kept.kind != str(next(self.model.parameters()).dtype).removeprefix("torch."):
+                packed += kept._step.weights.bytes
+        return packed + sum(tensor.nbytes for tensor in self._state())
 
     def _state(self) -> Iterator[Tensor]:
         yield from {tensor.data_ptr(): tensor for tensor in self.model.state_dict().values()}.values()
@@ -206,10 +223,24 @@ def _eval(case: Case, model: Any) -> Any:
     return model.to(device=case.device, dtype=case.dtype).eval()
 
 
-def _our_generation(case: Case) -> Job:
+def _our_generation(case: Case, weights: str | None = None) -> Job:
     model = _eval(case, gpt_fast.GPTForCausalLM(case.config))
     new = _new_tokens(case)
-    return Job(model, lambda tokens: gpt_fast.generate(model, tokens, max_new_tokens=new, temperature=0))
+    work = None
+    if weights is not None:
+        element = {"bfloat16": 2, "int8": 1}[weights]
+        work = counts.decode(case.config, case.size["B"], case.size["prompt"], new, element, cache_element=2)
+
+    def run(tokens: Tensor) -> Tensor:
+        return gpt_fast.generate(model, tokens, max_new_tokens=new, temperature=0, weights=weights)
+
+    return Job(model, run, work=work)
+
+
+def _packed_missing(case: Case) -> str | None:
+    if case.device != "cpu" or gpt_fast.build_info() is None:
+        return "weights are packed on the CPU only, by the C++ extension"
+    return None
 
 
 def _reference_generation(case: Case) -> Job:
@@ -252,9 +283,14 @@ _GENERATION = (
     Peer("reference", _reference_generation),
 )
 
+_PACKED = tuple(
+    Peer(f"{OURS} {weights} weights", partial(_our_generation, weights=weights), _packed_missing)
+    for weights in ("bfloat16", "int8")
+)
+
 MODEL_PEERS: dict[str, tuple[Peer, ...]] = {
     "training_step": _training_peers(_ours, _plain, _hf),
     "finetuning_step": _training_peers(_our_classifier, _plain_classifier, _hf_classifier),
     "prefill": _GENERATION,
-    "generation": _GENERATION,
+    "generation": (_GENERATION[0], *_PACKED, *_GENERATION[1:]),
 }

@@ -16,6 +16,8 @@ from benchmarks.tables import memory as memory_of
 COLORS = {
     OURS: "#c1440e",
     f"{OURS} compiled": "#e39a6f",
+    f"{OURS} bfloat16 weights": "#d96c3f",
+    f"{OURS} int8 weights": "#e39a6f",
     "torch": "#1f5a94",
     "plain": "#1f5a94",
     "sdpa flash": "#1f5a94",

@@ -25,6 +25,7 @@ _FIELDS = {
     "topic": str, "suite": str, "quick": bool, "partial": bool, "device": dict, "versions": dict, "commit": dict,
     "sessions": list, "records": list, "missing": list,
 }  # fmt: skip
+_RECORD = {"case", "peer", "sizes", "dtype", "dropout", "series", "complete", "times", "work", "tokens"}
 
 
 def write(run: Run, path: Path) -> None:
@@ -43,6 +44,8 @@ def read(path: Path) -> Run:
     if run.get("version") != VERSION:
         raise ValueError(f"{path}: a results file of version {run.get('version')!r}; this gpt-fast reads {VERSION}")
     wrong = [name for name, kind in _FIELDS.items() if not isinstance(run.get(name), kind)]
+    if any(not record.keys() >= _RECORD for record in run.get("records") or [] if isinstance(record, dict)):
+        wrong.append("fields of a record")
     if wrong:
         raise ValueError(f"{path}: a damaged results file: {', '.join(wrong)} missing or of another type")
     return run

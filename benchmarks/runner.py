@@ -145,13 +145,14 @@ def measure(topic: Topic, case: Case, peers: list[Peer], budget: Budget) -> tupl
         extra = None
         with contextlib.suppress(RuntimeError, NotImplementedError):
             extra = peak_memory(case.device, once(function, inputs[0], topic.passes))
+        own = function.work if isinstance(function, Job) else None
         if extra is not None and isinstance(function, Job):
             extra += function.state_bytes()
         records.append(
             {
                 "case": case.name, "peer": peer.name, "sizes": case.size, "dtype": case.dtype_name,
                 "dropout": case.dropout, "series": case.series, "complete": not case.peers, "times": by_pass,
-                "work": {name: work[name] for name in by_pass},
+                "work": {name: vars(own) if own else work[name] for name in by_pass},
                 "tokens": topic.tokens(case) if topic.tokens else None, "peak_memory": extra,
             }
         )  # fmt: skip

@@ -319,6 +319,7 @@ def test_read_takes_what_was_written(tmp_path):
         pytest.param(
             json.dumps(a_run(records={}, missing=None)), "damaged results file: records, missing", id="damaged"
         ),
+        pytest.param(json.dumps(a_run({"case": "x"})), "damaged results file: fields of a record", id="damaged record"),
     ],
 )
 def test_read_refuses(tmp_path, content, message):
