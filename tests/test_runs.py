@@ -122,6 +122,19 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path):
         pass
 
 
+def test_what_a_kill_left_is_swept_up(tmp_path):
+    """A folder that a living process holds is not."""
+    (tmp_path / ".a.new-dead").mkdir()
+    (tmp_path / ".b.new-other").mkdir()
+    with runs.new_run(tmp_path / "a") as first:
+        assert not (tmp_path / ".a.new-dead").exists()
+        with pytest.raises(KeyError), runs.new_run(tmp_path / "a"):
+            assert first.folder.exists()
+            raise KeyError
+        (first.folder / "run.json").write_text("{}")
+    assert listing(tmp_path) == [".b.new-other", "a", "a/run.json"]
+
+
 def test_overwrite_or_resume(tmp_path):
     with (
         pytest.raises(ValueError, match="--overwrite and --resume"),

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 STRATEGIES = ("ddp", "fsdp")
 TIMEOUT = timedelta(minutes=10)
@@ -86,7 +88,7 @@ class World:
         policy = (
             MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if mixed else MixedPrecisionPolicy()
         )
-        mesh = dist.init_device_mesh(torch.device(self.device).type, (self.size,))
+        mesh = _mesh(torch.device(self.device).type, self.size)
         for decoder in model.trunk.decoders:  # type: ignore[union-attr]
             fully_shard(decoder, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -124,8 +126,13 @@ class World:
             return tensor
         from torch.distributed.tensor import DTensor, Replicate
 
-        mesh = dist.init_device_mesh(torch.device(self.device).type, (self.size,))
+        mesh = _mesh(torch.device(self.device).type, self.size)
         return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
+
+
+@lru_cache(maxsize=1)
+def _mesh(device: str, size: int) -> DeviceMesh:
+    return dist.init_device_mesh(device, (size,))
 
 
 def launched_size() -> int:

@@ -56,7 +56,7 @@ class Run:
         _check_target(self.out, self.overwrite)  # someone may have written there meanwhile
         self.folder.chmod(0o777 & ~_umask())  # mkdtemp's folders are the owner's alone
         if self.out.exists():
-            self._replaced = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", dir=self.out.parent))
+            self._replaced = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.old-", dir=self.out.parent))
             self.out.rename(self._replaced / self.out.name)
         self.folder.rename(self.out)
         self.folder = self.out
@@ -100,7 +100,8 @@ def new_run(out: Path, overwrite: bool = False, resume: bool = False) -> Iterato
     _check_target(out, overwrite)
     try:
         made = _make_parents(out.parent)
-        run = Run(out, Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)), overwrite)
+        _sweep(out)
+        run = Run(out, Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent)), overwrite)
     except OSError as error:
         raise ValueError(f"--out {out}: cannot write there ({error.strerror})") from None
     try:
@@ -113,6 +114,16 @@ def new_run(out: Path, overwrite: bool = False, resume: bool = False) -> Iterato
             for folder in made:
                 if not any(folder.iterdir()):
                     folder.rmdir()
+
+
+def _sweep(out: Path) -> None:
+    """Removes what a kill before the first update left beside `out`: folders that no living process has locked."""
+    for folder in out.parent.glob(f".{out.name}.new-*"):
+        try:
+            with _locked(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+        except ValueError:
+            continue
 
 
 def is_finished(out: Path) -> bool:
