@@ -255,6 +255,12 @@ def _plain_generation(case: Case) -> Job:
     return Job(model, torch.inference_mode()(lambda tokens: model.generate(tokens, new)))
 
 
+def _plain_missing(case: Case) -> str | None:
+    if case.device == "cpu" and case.size["B"] * _new_tokens(case) > 32:
+        return "computes the whole context again for each token: left to the shortest case on a CPU"
+    return None
+
+
 def _hf_generation(case: Case, attention: str, static: bool = False) -> Job:
     model = _eval(case, hf_model("GPT2LMHeadModel", case, attention))
     new = _new_tokens(case)
@@ -274,7 +280,7 @@ def _static_missing(case: Case) -> str | None:
 
 _GENERATION = (
     Peer(OURS, _our_generation),
-    Peer("plain", _plain_generation),
+    Peer("plain", _plain_generation, _plain_missing),
     Peer("Hugging Face eager", partial(_hf_generation, attention="eager"), _no_transformers),
     Peer("Hugging Face sdpa", partial(_hf_generation, attention="sdpa"), _no_transformers),
     Peer(
