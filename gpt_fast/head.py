@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from . import checkpoint, ops
 from .config import GPTConfig
+from .integrations.huggingface import Convertible
 from .model import GPTModel, init_weights
 
 
@@ -22,7 +23,7 @@ class HeadOutput(NamedTuple):
     logits: Tensor | None
 
 
-class Head(nn.Module):
+class Head(Convertible, nn.Module):
     """What the heads share: the trunk, its configuration, saving, loading and a growing vocabulary."""
 
     def __init__(self, config: GPTConfig):

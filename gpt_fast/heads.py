@@ -1,10 +1,8 @@
 """The heads: a trunk, an output layer, and the loss each is trained with."""
 
-from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from .config import GPTConfig
 from .head import Head, HeadOutput
@@ -45,26 +43,6 @@ class GPTForCausalLM(Head):
             loss = self._language_model_loss(hidden, shift_labels(labels, lengths=lengths, key_mask=key_mask))
         wanted = labels is None if logits is None else logits
         return HeadOutput(loss, self.output_layer(hidden) if wanted else None)
-
-    @classmethod
-    def from_hf(cls, model: Any) -> Self:
-        """The weights and sizes of transformers' GPT-2 or GPT-1 with a language-model head, or of a folder of one.
-
-        Copies every weight bit for bit; `to_hf` gives them back. Raises `TypeError` for another model, `ValueError` for
-        an option of its configuration that changes the function in a way this model does not have.
-        """
-        from .integrations.huggingface import from_hf
-
-        return from_hf(cls, model)
-
-    def to_hf(self) -> Any:
-        """transformers' `GPT2LMHeadModel` (pre-norm) or `OpenAIGPTLMHeadModel` (post-norm) with these weights.
-
-        Raises `ValueError` where those classes have no such model, as for an output bias.
-        """
-        from .integrations.huggingface import to_hf
-
-        return to_hf(self)
 
 
 class GPTForMaskedLM(Head):

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import ops
 from .config import GPTConfig
+from .integrations.huggingface import Convertible
 from .layers import LayerNorm, TransformerDecoder
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class _Trunk(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
 
-class GPTModel(_Trunk):
+class GPTModel(Convertible, _Trunk):
     """tokens [B, T] → hidden states [B, T, C]: embeddings, decoders and, if pre-norm, a last LayerNorm.
 
     h = norm(decoders(dropout(token_emb[tokens] + pos_emb))); see `hidden_states` for padding and errors. In

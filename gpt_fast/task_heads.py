@@ -17,7 +17,7 @@ class TaskHead(Head):
     def __init__(self, config: GPTConfig, outputs: int):
         super().__init__(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_dim, outputs)
+        self.classifier = nn.Linear(config.hidden_dim, outputs, bias=config.classifier_bias)
         init_weights(self.classifier, config.init_std)
         if config.lm_weight > 0:
             self._build_output_layer()

@@ -25,6 +25,7 @@ COMMANDS = {
     "plot": "--metric --out",
     "generate": "--from --prompt --max-new-tokens --temperature --top-k --top-p --seed --json",
     "compare": "--from --json",
+    "convert": "--from --out --head --json",
     "doctor": "--json",
 }
 

@@ -1,10 +1,23 @@
 """transformers' GPT-2 and GPT-1: the same function, and exact round trips."""
 
+import json
+
 import pytest
 import torch
 
-from gpt_fast import GPTConfig, GPTForCausalLM, generate
+from gpt_fast import (
+    GPTConfig,
+    GPTForCausalLM,
+    GPTForMaskedLM,
+    GPTForMultipleChoice,
+    GPTForSequenceClassification,
+    GPTModel,
+    generate,
+)
+from tests import hf_models
+from tests.command_line import succeed
 
+pytest_plugins = ("tests.command_line",)
 transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
 
 SIZES = {"vocab_size": 61, "n_positions": 20, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -106,7 +119,7 @@ def test_options_this_library_does_not_have(options, message):
 
 
 def test_other_models_are_named():
-    with pytest.raises(TypeError, match="got Linear, wanted transformers' GPT2LMHeadModel or OpenAIGPTLMHeadModel"):
+    with pytest.raises(TypeError, match="got Linear, wanted one of transformers' GPT-2 or GPT-1 models"):
         GPTForCausalLM.from_hf(torch.nn.Linear(2, 2))
 
 
@@ -138,3 +151,178 @@ def test_same_greedy_tokens(make):
         tokens = tokens.masked_fill(~mask, 0)
         wanted = theirs.generate(tokens, attention_mask=mask.long(), max_new_tokens=14, **options)
         assert torch.equal(generate(ours, tokens, max_new_tokens=14, temperature=0, key_mask=mask), wanted)
+
+
+# ---- the other heads -------------------------------------------------------------------------------------------------
+
+HEADS = [
+    pytest.param(GPTModel, "GPT2Model", id="trunk"),
+    pytest.param(GPTModel, "OpenAIGPTModel", id="gpt1_trunk"),
+    pytest.param(GPTForSequenceClassification, "GPT2ForSequenceClassification", id="classifier"),
+    pytest.param(GPTForSequenceClassification, "OpenAIGPTForSequenceClassification", id="gpt1_classifier"),
+]
+
+
+@pytest.mark.parametrize(("head", "name"), HEADS)
+def test_every_head_both_ways(head, name, tmp_path):
+    theirs = hf_models.make(name).eval()
+    ours = head.from_hf(theirs)
+    given = hf_models.inputs(name, "right")
+    tokens, real = given["input_ids"], given["attention_mask"].bool()
+    wanted = theirs(**given)
+    if head is GPTModel:
+        torch.testing.assert_close(ours(tokens, key_mask=real)[real], wanted.last_hidden_state[real])
+    else:
+        out = ours(tokens, given["labels"], key_mask=real)
+        torch.testing.assert_close(out.logits, wanted.logits)
+        torch.testing.assert_close(out.loss, wanted.loss)
+        assert (ours.config.num_labels, ours.config.classifier_dropout) == (3, 0.0)
+    back = ours.to_hf()
+    assert type(back) is type(theirs)
+    assert theirs.state_dict().keys() == back.state_dict().keys()
+    for label, tensor in theirs.state_dict().items():
+        assert torch.equal(tensor, back.state_dict()[label]), label
+    back.save_pretrained(tmp_path)
+    again = head.from_hf(tmp_path)
+    assert again.config == ours.config
+    for label, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[label]), label
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["GPT2DoubleHeadsModel", "OpenAIGPTDoubleHeadsModel"])
+def test_multiple_choice_is_double_heads(name, tied):
+    theirs = hf_models.make(name, tie_word_embeddings=tied).eval()
+    ours = GPTForMultipleChoice.from_hf(theirs, lm_weight=0.5)
+    given = hf_models.inputs(name)
+    wanted = theirs(**given)
+    out = ours(given["input_ids"], given["mc_labels"])
+    torch.testing.assert_close(out.logits, wanted.mc_logits)
+    torch.testing.assert_close(out.loss, wanted.mc_loss + 0.5 * wanted.loss)
+    back = ours.to_hf()
+    assert type(back) is type(theirs)
+    for label, tensor in theirs.state_dict().items():
+        assert torch.equal(tensor, back.state_dict()[label]), label
+    if not tied:
+        with pytest.raises(ValueError, match=r"cannot hold a free output layer that is not there \(lm_weight 0\)"):
+            GPTForMultipleChoice.from_hf(theirs).to_hf()
+    theirs.config.summary_type = "mean"
+    with pytest.raises(ValueError, match="summary_type is 'mean', wanted 'cls_index'"):
+        GPTForMultipleChoice.from_hf(theirs)
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+def test_regression_is_one_too(labels):
+    theirs = hf_models.make("GPT2ForSequenceClassification", num_labels=labels, problem_type="regression").eval()
+    ours = GPTForSequenceClassification.from_hf(theirs)
+    tokens = hf_models.inputs("GPT2Model")["input_ids"]
+    values = torch.randn(3, labels)
+    torch.testing.assert_close(ours(tokens, values).loss, theirs(tokens, labels=values).loss)
+    assert ours.to_hf().config.problem_type == "regression"
+    theirs.config.problem_type = "multi_label_classification"
+    with pytest.raises(
+        ValueError, match="problem_type is 'multi_label_classification', wanted one of regression, sing"
+    ):
+        GPTForSequenceClassification.from_hf(theirs)
+
+
+def test_masked_language_model_is_a_bidirectional_gpt2(tmp_path):
+    config = GPTConfig(num_tokens=61, hidden_dim=32, num_heads=4, num_layers=2, seq_len=20)
+    ours = GPTForMaskedLM(config).eval()
+    tokens = torch.randint(61, (2, 9))
+    theirs = ours.to_hf()
+    torch.testing.assert_close(theirs(tokens, use_cache=False).logits, ours(tokens).logits)
+    theirs.save_pretrained(tmp_path)
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(tokens, use_cache=False).logits, ours(tokens).logits)
+    torch.testing.assert_close(GPTForMaskedLM.from_hf(tmp_path)(tokens).logits, ours(tokens).logits)
+    with pytest.raises(ValueError, match="no post-norm GPTForMaskedLM"):
+        GPTForMaskedLM(config.replace(pre_norm=False)).to_hf()
+
+
+@pytest.mark.parametrize("name", hf_models.CLASSES)
+def test_any_class_gives_its_trunk_to_any_head(name):
+    theirs = hf_models.make(name)
+    trunk = GPTModel.from_hf(theirs)
+    for head in (GPTForCausalLM, GPTForMaskedLM):
+        ours = head.from_hf(theirs)
+        for label, tensor in trunk.state_dict().items():
+            assert torch.equal(ours.trunk.state_dict()[label], tensor), label
+    classifier = GPTForSequenceClassification.from_hf(theirs, num_labels=5) if "Sequence" not in name else None
+    if classifier is not None:
+        assert classifier.classifier.weight.shape == (5, 32) and classifier.classifier.bias is not None
+
+
+def test_a_classifier_that_transformers_cannot_hold():
+    sizes = {"num_tokens": 61, "hidden_dim": 32, "num_heads": 4, "num_layers": 1, "seq_len": 8, "extract_token": 3}
+    with pytest.raises(ValueError, match=r"a classifier with bias \(train with classifier_bias=False\)"):
+        GPTForSequenceClassification(GPTConfig(**sizes)).to_hf()
+    with pytest.raises(ValueError, match=r'pooling "extract", a joint loss \(lm_weight 0.5\)'):
+        GPTForSequenceClassification(
+            GPTConfig(**sizes, classifier_bias=False, pooling="extract", lm_weight=0.5)
+        ).to_hf()
+
+
+# ---- gpt-fast convert ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "GPT2ForSequenceClassification"])
+def test_convert_both_ways(cli, tmp_path, name):
+    theirs = hf_models.make(name).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    result = json.loads(
+        succeed(cli("convert", "--from", tmp_path / "theirs", "--out", tmp_path / "ours", "--json")).out
+    )
+    assert result["from"] == name and result["numbers"] == theirs.num_parameters()
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == ["config.json", "model.safetensors"]
+    shown = succeed(cli("convert", "--from", tmp_path / "ours", "--out", tmp_path / "back")).out
+    assert name in shown
+    back = getattr(transformers, name).from_pretrained(tmp_path / "back")
+    assert theirs.state_dict().keys() == back.state_dict().keys()
+    for label, tensor in theirs.state_dict().items():
+        assert torch.equal(tensor, back.state_dict()[label]), label
+
+
+def test_convert_takes_the_tokenizer_along(cli, tmp_path):
+    from gpt_fast.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, train_bpe
+
+    tokenizer = train_bpe(["the cat sat on the mat"] * 3, 270)
+    config = GPTConfig(num_tokens=270, hidden_dim=32, num_heads=4, num_layers=1, seq_len=8, **special_ids(tokenizer))
+    GPTForCausalLM(config).save_pretrained(tmp_path / "ours")
+    save_tokenizer(tokenizer, tmp_path / "ours" / "tokenizer.json")
+    succeed(cli("convert", "--from", tmp_path / "ours", "--out", tmp_path / "theirs"))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    text = "the mat on the cat"
+    assert theirs(text)["input_ids"] == tokenizer.encode(text).ids
+    assert (theirs.pad_token_id, theirs.bos_token_id) == (config.pad_token, config.start_token)
+    succeed(cli("convert", "--from", tmp_path / "theirs", "--out", tmp_path / "again", "--head", "classifier"))
+    assert load_tokenizer(tmp_path / "again").encode(text).ids == tokenizer.encode(text).ids
+    assert GPTForSequenceClassification.from_pretrained(tmp_path / "again").config.num_labels == 2
+
+
+def test_convert_says_what_is_wrong(cli, tmp_path):
+    hf_models.make("GPT2ForTokenClassification").save_pretrained(tmp_path / "tokens")
+    hf_models.make("GPT2LMHeadModel", activation_function="silu").save_pretrained(tmp_path / "silu")
+    GPTForCausalLM(
+        GPTConfig(num_tokens=61, hidden_dim=32, num_heads=4, num_layers=1, seq_len=8, output_bias=True)
+    ).save_pretrained(tmp_path / "biased")
+    (tmp_path / "full").mkdir()
+    out = tmp_path / "out"
+    for source, options, message in (
+        ("nothing", (), "no config.json there"),
+        (
+            "tokens",
+            (),
+            "a GPT2ForTokenClassification, whose head this library does not have; --head clm, mlm, classifier",
+        ),
+        ("tokens", ("--head", "lm"), "--head lm: wanted one of clm, mlm, classifier"),
+        ("silu", (), "activation is 'silu'"),
+        ("biased", (), "GPT2LMHeadModel cannot hold an output bias"),
+        ("biased", ("--head", "clm"), "is no transformers folder"),
+    ):
+        result = cli("convert", "--from", tmp_path / source, "--out", out, *options)
+        assert result.code == 2 and message in result.err and "Traceback" not in result.err
+        assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+    result = cli("convert", "--from", tmp_path / "biased", "--out", tmp_path / "full")
+    assert result.code == 2 and "exists already" in result.err
+    succeed(cli("convert", "--from", tmp_path / "tokens", "--out", out, "--head", "clm"))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..interrupts import Interrupted
-from . import bench, compare, doctor, evaluate, finetune, generate, plot, prepare, pretrain
+from . import bench, compare, convert, doctor, evaluate, finetune, generate, plot, prepare, pretrain
 from .common import print_error, say, show_warning
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app.command("plot")(plot.plot)
 app.command("generate")(generate.generate)
 app.command("compare")(compare.compare)
 app.command("bench")(bench.bench)
+app.command("convert")(convert.convert)
 
 
 def _print_version(wanted: bool) -> None:

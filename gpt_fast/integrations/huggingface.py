@@ -1,7 +1,7 @@
 """transformers' GPT-2 and GPT-1 to this library's models and back, weight for weight.
 
 GPT-2 is the pre-norm model, GPT-1 ("openai-gpt") the post-norm one. Their `Conv1D` stores matrices transposed.
-OpenAI's original TensorFlow layout of GPT-2 is not read; transformers converts it.
+OpenAI's original TensorFlow layout of GPT-2 is out of scope; transformers converts it.
 """
 
 import importlib.util
@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+from typing_extensions import Self
 
 from ..config import GPTConfig
 
@@ -22,6 +24,18 @@ _GPT2_FIXED = {
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
+# Our class → transformers' for the pre-norm and for the post-norm model.
+_KINDS = {
+    "GPTModel": ("GPT2Model", "OpenAIGPTModel"),
+    "GPTForCausalLM": ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel"),
+    "GPTForMaskedLM": ("GPT2LMHeadModel", None),  # with is_causal=False, which GPT-1 does not have
+    "GPTForSequenceClassification": ("GPT2ForSequenceClassification", "OpenAIGPTForSequenceClassification"),
+    "GPTForMultipleChoice": ("GPT2DoubleHeadsModel", "OpenAIGPTDoubleHeadsModel"),
+}
+_CLASSIFIERS = _KINDS["GPTForSequenceClassification"]
+_CHOICES = _KINDS["GPTForMultipleChoice"]
+# How transformers' double heads read a sequence, and the only way this library has.
+_SUMMARY = {"summary_type": "cls_index", "summary_use_proj": True, "summary_activation": None}
 
 _BLOCK = (  # ours, transformers', transposed
     ("multihead_attn.in_proj_weight", "attn.c_attn.weight", True),
@@ -39,39 +53,83 @@ _BLOCK = (  # ours, transformers', transposed
 )
 
 
-def from_hf(head_class: type, model: Any) -> Any:
-    """See `GPTForCausalLM.from_hf`."""
+class Convertible:
+    """`from_hf` and `to_hf`, for the trunk and every head."""
+
+    @classmethod
+    def from_hf(cls, model: Any, **overrides: Any) -> Self:
+        """The weights and sizes of one of transformers' GPT-2 or GPT-1 models, or of a folder that holds one.
+
+        The trunk is copied bit for bit, and what is on top of it where both have it: an output layer, a classifier
+        without bias. What is new starts afresh, which is how fine-tuning starts. `overrides` change fields of the
+        configuration. `to_hf` gives the weights back. Raises `TypeError` for another model, `ValueError` for an option
+        of its configuration that changes the function in a way this model does not have, `OSError` for a folder without
+        safetensors.
+        """
+        return _from_hf(cls, model, overrides)
+
+    def to_hf(self) -> Any:
+        """The model of transformers with these weights: GPT-2's class for this head if pre-norm, GPT-1's if post-norm.
+
+        Raises `ValueError` where transformers has no such model, as for an output bias.
+        """
+        return _to_hf(self)
+
+
+def _from_hf(kind: Any, model: Any, overrides: dict[str, Any]) -> Any:
     transformers = _transformers()
     if isinstance(model, str | os.PathLike):
-        model = transformers.AutoModelForCausalLM.from_pretrained(model, use_safetensors=True)
-    if not isinstance(model, transformers.GPT2LMHeadModel | transformers.OpenAIGPTLMHeadModel):
+        model = _load(transformers, model)
+    if not isinstance(model, transformers.PreTrainedModel) or model.config.model_type not in ("gpt2", "openai-gpt"):
         raise TypeError(
-            f"from_hf: got {type(model).__name__}, wanted transformers' GPT2LMHeadModel or OpenAIGPTLMHeadModel, "
-            "or a folder of one"
+            f"from_hf: got {type(model).__name__}, wanted one of transformers' GPT-2 or GPT-1 models "
+            "(GPT2LMHeadModel, OpenAIGPTLMHeadModel, …), or a folder of one"
         )
-    config = _config_from_hf(model.config)
-    head = head_class(config).to(model.dtype)
-    theirs, ours = model.state_dict(), head.state_dict()
+    ours = kind(_config_from_hf(model.config, type(model).__name__).replace(**overrides)).to(model.dtype)
+    theirs, wanted = model.state_dict(), ours.state_dict()
     with torch.no_grad():
-        for name, their_name, transposed in _names(config):
-            tensor = theirs[their_name]
-            ours[name].copy_((tensor.t() if transposed else tensor).reshape(ours[name].shape))
-    return head.to(model.device).train(model.training)
+        for name, their_name, transposed in _pairs(wanted, theirs, ours.config):
+            tensor = theirs[their_name].t() if transposed else theirs[their_name]
+            if tensor.numel() != wanted[name].numel():
+                raise ValueError(
+                    f"from_hf: {their_name} has shape {list(theirs[their_name].shape)}, but the configuration makes "
+                    f"{name} {list(wanted[name].shape)}"
+                )
+            wanted[name].copy_(tensor.reshape(wanted[name].shape))
+    return ours.to(model.device).train(model.training)
 
 
-def to_hf(head: Any) -> Any:
-    """See `GPTForCausalLM.to_hf`."""
+def _to_hf(ours: Any) -> Any:
     transformers = _transformers()
-    config = head.config
-    hf_config = _config_to_hf(config, transformers)
-    kind = transformers.GPT2LMHeadModel if config.pre_norm else transformers.OpenAIGPTLMHeadModel
-    model = kind(hf_config).to(head.trunk.pos_emb.dtype)
-    ours, theirs = head.state_dict(), model.state_dict()
+    config: GPTConfig = ours.config
+    name = _KINDS.get(type(ours).__name__, (None, None))[0 if config.pre_norm else 1]
+    if name is None:
+        block = "pre-norm" if config.pre_norm else "post-norm"
+        raise ValueError(f"to_hf: transformers has no {block} {type(ours).__name__}, wanted one of {', '.join(_KINDS)}")
+    hf_config = _config_to_hf(config, name, transformers)
+    if type(ours).__name__ == "GPTForMaskedLM":
+        hf_config.is_causal = False
+    parameter = next(ours.parameters())
+    model = getattr(transformers, name)(hf_config).to(parameter.dtype)
+    tensors, wanted = ours.state_dict(), model.state_dict()
     with torch.no_grad():
-        for name, their_name, transposed in _names(config):
-            tensor = ours[name].t() if transposed else ours[name]
-            theirs[their_name].copy_(tensor.reshape(theirs[their_name].shape))
-    return model.to(head.trunk.pos_emb.device).train(head.training)
+        for our_name, their_name, transposed in _pairs(tensors, wanted, config):
+            tensor = tensors[our_name].t() if transposed else tensors[our_name]
+            wanted[their_name].copy_(tensor.reshape(wanted[their_name].shape))
+    return model.to(parameter.device).train(ours.training)
+
+
+def is_transformers_folder(config: dict[str, Any]) -> bool:
+    """Whether a `config.json` is of a model that `from_hf` reads."""
+    return config.get("model_type") in ("gpt2", "openai-gpt")
+
+
+def our_class(architecture: str) -> str:
+    """The head that holds all of one of transformers' classes, by name; the trunk where there is none."""
+    for ours, theirs in _KINDS.items():
+        if architecture in theirs and ours != "GPTForMaskedLM":
+            return ours
+    return "GPTModel"
 
 
 def _transformers() -> Any:
@@ -82,22 +140,48 @@ def _transformers() -> Any:
     return transformers
 
 
-def _names(config: GPTConfig) -> Iterator[tuple[str, str, bool]]:
-    """(our name, transformers' name, whether theirs is transposed) of every tensor, tied ones once."""
+def _load(transformers: Any, folder: Any) -> Any:
+    """The model in a folder, by the class that saved it. Nothing is unpickled."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    names = config.architectures or []
+    kind = getattr(transformers, names[0], None) if len(names) == 1 else None
+    if config.model_type not in ("gpt2", "openai-gpt"):
+        raise TypeError(f"from_hf: {folder} holds a {config.model_type} model, wanted gpt2 or openai-gpt")
+    kind = transformers.AutoModelForCausalLM if kind is None else kind
+    return kind.from_pretrained(folder, use_safetensors=True)
+
+
+def _pairs(ours: dict[str, Tensor], theirs: dict[str, Tensor], config: GPTConfig) -> Iterator[tuple[str, str, bool]]:
+    """(our name, transformers' name, whether theirs is transposed) of every tensor both have, tied ones once."""
+    our_trunk = "trunk." if "trunk.pos_emb" in ours else ""
+    their_trunk = "transformer." if any(name.startswith("transformer.") for name in theirs) else ""
+    for our_name, their_name, transposed in _trunk_names(config):
+        yield our_trunk + our_name, their_trunk + their_name, transposed
+    if not config.tied and "output_layer.weight" in ours and "lm_head.weight" in theirs:
+        yield "output_layer.weight", "lm_head.weight", False
+    if "classifier.weight" in ours and "score.weight" in theirs:
+        yield "classifier.weight", "score.weight", False
+    if "classifier.weight" in ours and ours["classifier.weight"].shape[0] == 1 and _SCORE in theirs:
+        yield "classifier.weight", _SCORE, False
+        yield "classifier.bias", "multiple_choice_head.summary.bias", False
+
+
+_SCORE = "multiple_choice_head.summary.weight"
+
+
+def _trunk_names(config: GPTConfig) -> Iterator[tuple[str, str, bool]]:
     tokens, positions = ("wte", "wpe") if config.pre_norm else ("tokens_embed", "positions_embed")
-    yield "trunk.token_emb.weight", f"transformer.{tokens}.weight", False
-    yield "trunk.pos_emb", f"transformer.{positions}.weight", False
+    yield "token_emb.weight", f"{tokens}.weight", False
+    yield "pos_emb", f"{positions}.weight", False
     for i in range(config.num_layers):
         for ours, theirs, transposed in _BLOCK:
-            yield f"trunk.decoders.{i}.{ours}", f"transformer.h.{i}.{theirs}", transposed
+            yield f"decoders.{i}.{ours}", f"h.{i}.{theirs}", transposed
     if config.pre_norm:
-        yield "trunk.final_norm.weight", "transformer.ln_f.weight", False
-        yield "trunk.final_norm.bias", "transformer.ln_f.bias", False
-    if not config.tied:
-        yield "output_layer.weight", "lm_head.weight", False
+        yield "final_norm.weight", "ln_f.weight", False
+        yield "final_norm.bias", "ln_f.bias", False
 
 
-def _config_from_hf(theirs: Any) -> GPTConfig:
+def _config_from_hf(theirs: Any, kind: str) -> GPTConfig:
     pre_norm = theirs.model_type == "gpt2"
     activations = _GPT2_ACTIVATIONS if pre_norm else _GPT1_ACTIVATIONS
     activation = theirs.activation_function if pre_norm else theirs.afn
@@ -124,27 +208,59 @@ def _config_from_hf(theirs: Any) -> GPTConfig:
         init_std=theirs.initializer_range,
         scaled_init=pre_norm,
         pad_token=theirs.pad_token_id,
+        **(_classifier_from_hf(theirs) if kind in _CLASSIFIERS else {}),
+        **(_choices_from_hf(theirs) if kind in _CHOICES else {}),
     )
 
 
-def _config_to_hf(config: GPTConfig, transformers: Any) -> Any:
+def _classifier_from_hf(theirs: Any) -> dict[str, Any]:
+    problem = theirs.problem_type or ("regression" if theirs.num_labels == 1 else "single_label_classification")
+    if problem not in _PROBLEMS:
+        raise ValueError(f"from_hf: problem_type is {problem!r}, wanted one of {', '.join(_PROBLEMS)}")
+    return {
+        "num_labels": theirs.num_labels,
+        "problem": _PROBLEMS[problem],
+        "classifier_bias": False,
+        "classifier_dropout": getattr(theirs, "classifier_dropout", None) or 0.0,  # transformers' class has none
+    }
+
+
+def _choices_from_hf(theirs: Any) -> dict[str, Any]:
+    for option, wanted in _SUMMARY.items():
+        if getattr(theirs, option) != wanted:
+            raise ValueError(f"from_hf: {option} is {getattr(theirs, option)!r}, wanted {wanted!r}")
+    return {"classifier_dropout": theirs.summary_first_dropout}
+
+
+_PROBLEMS = {"regression": "regression", "single_label_classification": "classification"}
+
+
+def _config_to_hf(config: GPTConfig, kind: str, transformers: Any) -> Any:
     activations = _GPT2_ACTIVATIONS if config.pre_norm else _GPT1_ACTIVATIONS
-    kind = "GPT2LMHeadModel" if config.pre_norm else "OpenAIGPTLMHeadModel"
     names = {ours: theirs for theirs, ours in reversed(activations.items())}
+    classifies, chooses = kind in _CLASSIFIERS, kind in _CHOICES
     lacking = [
         problem
         for problem, there in (
-            ("an output bias", config.output_bias),
+            ("an output bias", config.output_bias and "LMHead" in kind),
             ("layers without bias", not config.bias),
             (f"dropout {config.ff_dropout} on the hidden activation", config.ff_dropout > 0),
             (f"activation {config.activation}", config.activation not in names),
             (f"ff_dim {config.ff_dim}", not config.pre_norm and config.ff_dim != 4 * config.hidden_dim),
+            ("a classifier with bias (train with classifier_bias=False)", classifies and config.classifier_bias),
+            ("a choice without bias", chooses and not config.classifier_bias),
+            (
+                "a free output layer that is not there (lm_weight 0)",
+                chooses and not config.tied and not config.lm_weight,
+            ),
+            (f'pooling "{config.pooling}"', classifies and config.pooling != "last"),
+            (f"a joint loss (lm_weight {config.lm_weight})", classifies and config.lm_weight > 0),
         )
         if there
     ]
     if lacking:
         raise ValueError(f"to_hf: transformers' {kind} cannot hold {', '.join(lacking)}")
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": config.num_tokens, "n_positions": config.seq_len, "n_embd": config.hidden_dim,
         "n_layer": config.num_layers, "n_head": config.num_heads, "layer_norm_epsilon": config.layer_norm_eps,
         "embd_pdrop": config.embedding_dropout, "attn_pdrop": config.attention_dropout,
@@ -152,6 +268,11 @@ def _config_to_hf(config: GPTConfig, transformers: Any) -> Any:
         "tie_word_embeddings": config.tied, "pad_token_id": config.pad_token, "bos_token_id": config.start_token,
         "eos_token_id": None,
     }  # fmt: skip
+    if classifies:
+        common |= {"num_labels": config.num_labels, "classifier_dropout": config.classifier_dropout}
+        common["problem_type"] = {ours: theirs for theirs, ours in _PROBLEMS.items()}[config.problem]
+    if chooses:
+        common |= _SUMMARY | {"summary_first_dropout": config.classifier_dropout}
     if config.pre_norm:
         inner = None if config.ff_dim == 4 * config.hidden_dim else config.ff_dim
         return transformers.GPT2Config(**common, activation_function=names[config.activation], n_inner=inner)
