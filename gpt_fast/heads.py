@@ -1,6 +1,5 @@
 """The heads: a trunk, an output layer, and the loss each is trained with."""
 
-
 import torch
 from torch import Tensor
 

@@ -5,6 +5,7 @@ directly. Any other, one with hooks, with adapters around it or parametrised, is
 """
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +20,15 @@ _MARK = "_gpt_fast_forward"  # the instance attribute that tells an accelerated 
 
 
 def _bound(module: nn.Module, function: Callable) -> Callable:
-    """`function` as the forward of this one module, with its class's signature; a copy of the module gets its own."""
+    """`function` as the forward of this one module, with its class's signature; a copy of the module gets its own.
+
+    A partial, because pickling a method of an instance gives the class's method back. Hugging Face Accelerate wraps and
+    unwraps what it finds as `__func__`, as a method has it.
+    """
     original = type(module).forward.__get__(module)
-    return functools.update_wrapper(functools.partial(function, module), original)
+    forward = functools.update_wrapper(functools.partial(function, module), original)
+    vars(forward)["__func__"] = function
+    return forward
 
 
 def attach(module: nn.Module, function: Callable | None) -> None:
@@ -43,10 +50,11 @@ def is_accelerated(module: nn.Module) -> bool:
 
 def has_own_forward(module: nn.Module) -> bool:
     """Whether the forward in place is what `attach` left, with nothing wrapped around it."""
-    forward = vars(module).get("forward")
     if not vars(module)[_MARK]:
         return True  # whose forward it is, is none of ours
-    return isinstance(forward, functools.partial) and forward.func.__module__.startswith("gpt_fast.")
+    function = getattr(vars(module).get("forward"), "__func__", None)
+    is_function = isinstance(function, types.FunctionType) and not hasattr(function, "__wrapped__")
+    return is_function and function.__module__.startswith("gpt_fast.")
 
 
 def original(module: Any, *args: Any, **kwargs: Any) -> Any:

@@ -5,6 +5,8 @@ of outputs, a wrapped `lm_head` or another loss function run as transformers has
 """
 
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput, CausalLMOutputWithCrossAttentions
-from transformers.models.gpt2.modeling_gpt2 import GPT2DoubleHeadsModelOutput
-from transformers.models.openai.modeling_openai import OpenAIGPTDoubleHeadsModelOutput
+from transformers.models.gpt2.modeling_gpt2 import (
+    GPT2DoubleHeadsModel,
+    GPT2DoubleHeadsModelOutput,
+    GPT2LMHeadModel,
+)
+from transformers.models.openai.modeling_openai import (
+    OpenAIGPTDoubleHeadsModel,
+    OpenAIGPTDoubleHeadsModelOutput,
+    OpenAIGPTLMHeadModel,
+)
 
 from .. import ops
 from . import _stock
@@ -23,7 +33,33 @@ from .transformers_models import CACHE, named
 _LOSS_ARGUMENTS = ("labels", "num_items_in_batch", "ignore_index", "shift_labels", "mc_labels", "mc_token_ids")
 
 
-def lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+def gpt2_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return _lm_head(self, args, kwargs)
+
+
+def gpt1_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return _lm_head(self, args, kwargs)
+
+
+def gpt2_double_heads_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return _double_heads(self, args, kwargs)
+
+
+def gpt1_double_heads_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return _double_heads(self, args, kwargs)
+
+
+FORWARDS: dict[type, Callable] = {
+    GPT2LMHeadModel: gpt2_lm_head_forward,
+    OpenAIGPTLMHeadModel: gpt1_lm_head_forward,
+    GPT2DoubleHeadsModel: gpt2_double_heads_forward,
+    OpenAIGPTDoubleHeadsModel: gpt1_double_heads_forward,
+}
+for _kind, _forward in FORWARDS.items():  # which columns of a data set a model takes, Trainer reads off its signature
+    vars(_forward)["__signature__"] = inspect.signature(_kind.forward)  # type: ignore[attr-defined]
+
+
+def _lm_head(self: Any, args: tuple, kwargs: dict) -> Any:
     call = dict(named(self, args, kwargs))
     logits = call.pop("logits", None)
     if _needs_logits(self, call, logits) or has_another_loss(self):
@@ -45,7 +81,7 @@ def lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     return _output(kind, self.lm_head, hidden, outputs, loss=loss)
 
 
-def double_heads_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _double_heads(self: Any, args: tuple, kwargs: dict) -> Any:
     call = dict(named(self, args, kwargs))
     logits = call.pop("logits", None)
     if _needs_logits(self, call, logits):

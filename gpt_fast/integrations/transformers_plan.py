@@ -12,13 +12,6 @@ from ..ops.attention import MAX_HEAD_DIM
 from . import _stock, transformers_heads, transformers_models
 from .report import LeftAlone, Patch, Report
 
-_HEADS: dict[type, Callable] = {
-    gpt2.GPT2LMHeadModel: transformers_heads.lm_head_forward,
-    gpt1.OpenAIGPTLMHeadModel: transformers_heads.lm_head_forward,
-    gpt2.GPT2DoubleHeadsModel: transformers_heads.double_heads_forward,
-    gpt1.OpenAIGPTDoubleHeadsModel: transformers_heads.double_heads_forward,
-}
-
 
 def plan(name: str, module: Any, report: Report) -> list[Patch] | None:
     """The patches of `module` if it is a trunk or a head, else None; blocks belong to their trunk."""
@@ -26,7 +19,7 @@ def plan(name: str, module: Any, report: Report) -> list[Patch] | None:
         return _plan_trunk(name, module, report, _GPT2)
     if isinstance(module, gpt1.OpenAIGPTModel):
         return _plan_trunk(name, module, report, _GPT1)
-    if isinstance(module, tuple(_HEADS)):
+    if isinstance(module, tuple(transformers_heads.FORWARDS)):
         return _plan_head(name, module, report)
     if isinstance(module, gpt2.GPT2PreTrainedModel | gpt1.OpenAIGPTPreTrainedModel):
         return [Patch(module, None, _checkpointing(module))]  # its trunk has all there is to replace
@@ -90,13 +83,13 @@ def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family) -> list[
 
 
 def _plan_head(name: str, head: Any, report: Report) -> list[Patch]:
-    kind = next(kind for kind in _HEADS if isinstance(head, kind))
+    kind = next(kind for kind in transformers_heads.FORWARDS if isinstance(head, kind))
     reason = _why_foreign(head, kind) or _stock.why_not_plain(head.lm_head, nn.Linear)
     if reason is None and transformers_heads.has_another_loss(head):
         reason = "feeds a loss function other than transformers' own"
     path = f"{name}.lm_head" if name else "lm_head"
     report.note(path, head.lm_head, "linear_cross_entropy", reason)
-    return [Patch(head, _HEADS[kind] if reason is None else None, _checkpointing(head))]
+    return [Patch(head, transformers_heads.FORWARDS[kind] if reason is None else None, _checkpointing(head))]
 
 
 def _checkpointing(model: PreTrainedModel) -> dict[str, Any]:
