@@ -126,11 +126,16 @@ def test_what_a_kill_left_is_swept_up(tmp_path):
     """A folder that a living process holds is not."""
     (tmp_path / ".a.new-dead").mkdir()
     (tmp_path / ".b.new-other").mkdir()
-    with runs.new_run(tmp_path / "a") as first:
-        assert not (tmp_path / ".a.new-dead").exists()
-        with pytest.raises(KeyError), runs.new_run(tmp_path / "a"):
+
+    def fail() -> None:
+        with runs.new_run(tmp_path / "a"):
             assert first.folder.exists()
             raise KeyError
+
+    with runs.new_run(tmp_path / "a") as first:
+        assert not (tmp_path / ".a.new-dead").exists()
+        with pytest.raises(KeyError):
+            fail()
         (first.folder / "run.json").write_text("{}")
     assert listing(tmp_path) == [".b.new-other", "a", "a/run.json"]
 
