@@ -16,7 +16,7 @@ SHELL := /bin/bash
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 PYTEST := $(PY) -m pytest $(PYTEST_FLAGS)
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 # The test files of the ops that have a C++ kernel, and of those that have a Triton kernel.
 CPP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)))
 TRITON_TESTS = $(wildcard $(patsubst kernels/%.py,tests/test_%.py,$(wildcard kernels/*.py)))
@@ -109,6 +109,10 @@ codegen: $(VENV)/.stamp-package $(CODEGEN_VENV)/.stamp  ## compile every kernel 
 	@mkdir -p build
 	$(PY) -m benchmarks.codegen_record build/launches.json
 	$(CODEGEN_VENV)/bin/python -m benchmarks.codegen build/launches.json $(CODEGEN_FLAGS)
+	@command -v nvcc > /dev/null || { echo 'codegen: no nvcc, csrc/cuda is not compiled'; exit 0; }; \
+	for target in 80 90 100; do for file in csrc/cuda/*.cu; do \
+	  nvcc -std=c++17 -O3 -arch=sm_$$target -Xptxas=-warn-spills -Werror=all-warnings -c $$file -o build/nvcc.o; \
+	done; done; echo 'codegen: csrc/cuda compiled by nvcc for sm_80, sm_90, sm_100 without spills'
 
 .PHONY: lint
 lint: $(VENV)/.stamp-package  ## ruff and clang-format, changing nothing

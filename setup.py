@@ -1,4 +1,5 @@
-"""Builds gpt_fast._C, the C++ extension; everything else about the package is in pyproject.toml.
+"""Builds gpt_fast._C, the C++ extension; everything else about the package is in pyproject.toml. The CUDA C++ kernels
+are part of it where PyTorch has CUDA and its toolkit is installed.
 
 GPT_FAST_NO_CPP=1    build no extension: a pure-Python install, where the reference serves the CPU
 GPT_FAST_PORTABLE=1  compile for any x86-64-v3 CPU (AVX2, FMA) instead of for this one
@@ -62,6 +63,8 @@ CPU_FLAGS = {
     "__AMX_INT8__": "amx_int8",
 }
 
+CUDA_TARGETS = ((80, "sm"), (90, "sm"), (90, "compute"))  # compute capability, and machine code or PTX
+
 NO_TORCH = """
 gpt-fast: the C++ extension is built against the PyTorch it will run with, and this environment has none.
   pip builds in an empty environment of its own unless told not to. Install PyTorch first, then either
@@ -108,7 +111,7 @@ def extension_arguments() -> dict[str, Any]:
         return {"ext_modules": [Extension(NAME, [])], "cmdclass": {"build_ext": MissingTorch}}
 
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, get_cxx_compiler
 
     compiler = shlex.split(get_cxx_compiler())
     flags = ["-std=c++20", "-O3", "-g0", "-fopenmp", *machine_flags()]
@@ -147,13 +150,15 @@ def extension_arguments() -> dict[str, Any]:
             self.copy_file(str(Path(self.build_lib, "gpt_fast", "_C.json")), str(ROOT / "gpt_fast" / "_C.json"))
 
     sources = ["csrc/bindings.cpp", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp"))]
-    extension = CppExtension(
-        NAME,
-        sources,
-        include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args={"cxx": flags},
-        extra_link_args=link,
-    )
+    arguments: dict[str, Any] = {"include_dirs": [str(ROOT / "csrc")], "extra_link_args": link}
+    compile_args = {"cxx": flags}
+    make_extension = CppExtension
+    if torch.version.cuda and CUDA_HOME and Path(CUDA_HOME, "bin", "nvcc").exists():
+        make_extension = CUDAExtension
+        sources += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.c*"))
+        # Named, or PyTorch would ask the GPU that happens to be here; newer ones compile the PTX of sm_90.
+        compile_args["nvcc"] = ["-O3", *(f"-gencode=arch=compute_{a},code={b}_{a}" for a, b in CUDA_TARGETS)]
+    extension = make_extension(NAME, sources, extra_compile_args=compile_args, **arguments)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildWithRecord}}
 
 

@@ -87,11 +87,22 @@ def embedding(kernels: Any) -> Launches:
         yield label, partial(kernels.backward, dout, tokens, *tables, positions, *dropout, True, True)
 
 
+def decode_attention(kernels: Any) -> Launches:
+    """One query of each sequence against caches as `generate` keeps them: every configuration, and the other dtypes."""
+    cases = [(config.width, torch.bfloat16) for config in kernels.CONFIGS]
+    for D, dtype in [*cases, (64, torch.float16), (64, torch.float32), (256, torch.float32)]:
+        B, H, S = 2, 12, 1024
+        q, cache = meta(B, 1, 3, H, D, dtype=dtype)[:, 0, 0], meta(B, H, S, D, dtype=dtype)
+        label = f"D={D} {str(dtype).removeprefix('torch.')}"
+        yield label, partial(kernels.forward, q, cache, cache, meta(B, dtype=torch.int64))
+
+
 OPS: dict[str, Callable[[Any], Launches]] = {
     "attention": attention,
     "layer_norm": layer_norm,
     "add_layer_norm": add_layer_norm,
     "embedding": embedding,
+    "decode_attention": decode_attention,
 }
 
 

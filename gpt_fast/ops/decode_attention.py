@@ -7,7 +7,10 @@ from .. import reference
 from . import _checks, _library
 from .attention import MAX_HEAD_DIM
 
-_library.define_forward("decode_attention", "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths) -> Tensor")
+_SIGNATURE = "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths) -> Tensor"
+_library.define_forward("decode_attention", _SIGNATURE)
+# csrc/cuda/decode_attention.cu, where it was built. Triton serves: no GPU has said yet which of the two is faster.
+_library.define_forward("decode_attention_cuda", _SIGNATURE)
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
@@ -43,6 +46,14 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
     return torch.ops.gpt_fast.decode_attention_forward(q, k_cache, v_cache, lengths)
 
 
+@torch.library.register_fake("gpt_fast::decode_attention_cuda_forward", lib=_library.LIBRARY)
 @torch.library.register_fake("gpt_fast::decode_attention_forward", lib=_library.LIBRARY)
 def _forward_fake(q, k_cache, v_cache, lengths):
     return q.new_empty(q.shape)
+
+
+def _triton_forward(q, k_cache, v_cache, lengths):
+    return _library.triton_kernel("decode_attention").forward(q, k_cache, v_cache, lengths)
+
+
+_library.register_triton("decode_attention_forward", _triton_forward)

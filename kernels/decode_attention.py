@@ -1,0 +1,133 @@
+"""decode_attention in Triton: one query a sequence against its cache, split over keys.
+
+Notation: s = scale q Kᵀ over the first n keys, out = softmax(s) V. A program takes SPLIT neighbouring keys of one head
+and stores its running maximum m, its sum of exponentials l and its unnormalised row acc; a second kernel adds the
+splits in their order, each weighed by 2^(m - max m). Precision: everything in float32, one rounding on store; there is
+one query, so that products are sums of the rows as they are loaded and no tensor core would help. Deterministic: what a
+split is depends on its keys' positions alone, so neither the batch nor the device changes a bit. Lengths are clamped.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = 1.4426950408889634
+
+
+class Config(NamedTuple):
+    """For head sizes up to `width`: keys of a tile, warps of the kernel over keys."""
+
+    width: int
+    keys: int
+    warps: int
+
+
+SPLIT = 128  # keys of a program; 12 heads and 1,024 keys make 96 programs
+ADDED = 16  # splits that the second kernel adds at a time
+# Tiles of 8 to 16 KiB in bfloat16. Not yet tuned on a GPU.
+CONFIGS = (
+    Config(width=64, keys=64, warps=4),
+    Config(width=128, keys=64, warps=4),
+    Config(width=256, keys=32, warps=4),
+)
+
+
+@triton.jit(do_not_specialize=["H", "S", "splits"])
+def _fwd_kernel(
+    q_ptr, k_ptr, v_ptr, lengths_ptr, acc_ptr, m_ptr, l_ptr,
+    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd, H, S, D, splits, scale,
+    SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # batch · H + head
+    split = tl.program_id(1).to(tl.int64)
+    b, h = row // H, row % H
+    n = tl.minimum(tl.maximum(tl.load(lengths_ptr + b).to(tl.int64), 0), S)
+    begin = split * SPLIT
+    if begin < n:
+        offs_d = tl.arange(0, BLOCK_D)
+        mask_d = offs_d < D
+        q = tl.load(q_ptr + b * stride_qb + h * stride_qh + offs_d * stride_qd, mask=mask_d, other=0.0)
+        q = q.to(tl.float32) * scale
+        m = -float("inf")
+        l = 0.0  # noqa: E741
+        acc = tl.zeros([BLOCK_D], dtype=tl.float32)
+        for first in range(0, SPLIT, BLOCK_N):
+            offs_n = begin + first + tl.arange(0, BLOCK_N)
+            mask_n = offs_n < n
+            mask = mask_n[:, None] & mask_d[None, :]
+            offs_k = b * stride_kb + h * stride_kh + offs_n[:, None] * stride_kt + offs_d[None, :] * stride_kd
+            k = tl.load(k_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
+            offs_v = b * stride_vb + h * stride_vh + offs_n[:, None] * stride_vt + offs_d[None, :] * stride_vd
+            v = tl.load(v_ptr + offs_v, mask=mask, other=0.0).to(tl.float32)
+            s = tl.where(mask_n, tl.sum(q[None, :] * k, axis=1), -float("inf"))  # [BLOCK_N]
+            m_new = tl.maximum(m, tl.max(s, axis=0))  # finite: the first tile holds a key
+            p = tl.exp2(s - m_new)
+            shrink = tl.exp2(m - m_new)
+            l = l * shrink + tl.sum(p, axis=0)  # noqa: E741
+            acc = acc * shrink + tl.sum(p[:, None] * v, axis=0)
+            m = m_new
+        part = row * splits + split
+        tl.store(acc_ptr + part * D + offs_d, acc, mask=mask_d)
+        tl.store(m_ptr + part, m)
+        tl.store(l_ptr + part, l)
+
+
+@triton.jit(do_not_specialize=["H", "S", "splits"])
+def _add_kernel(
+    acc_ptr, m_ptr, l_ptr, lengths_ptr, out_ptr, H, S, D, splits,
+    SPLIT: tl.constexpr, ADDED: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.minimum(tl.maximum(tl.load(lengths_ptr + row // H).to(tl.int64), 0), S)
+    used = (n + SPLIT - 1) // SPLIT
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    m = -float("inf")
+    l = 0.0  # noqa: E741
+    acc = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for first in range(0, used, ADDED):
+        offs_s = first + tl.arange(0, ADDED)
+        mask_s = offs_s < used
+        part = row * splits + offs_s
+        m_s = tl.load(m_ptr + part, mask=mask_s, other=-float("inf"))
+        l_s = tl.load(l_ptr + part, mask=mask_s, other=0.0)
+        acc_s = tl.load(
+            acc_ptr + part[:, None] * D + offs_d[None, :], mask=mask_s[:, None] & mask_d[None, :], other=0.0
+        )  # [ADDED, BLOCK_D]
+        m_new = tl.maximum(m, tl.max(m_s, axis=0))
+        weight, shrink = tl.exp2(m_s - m_new), tl.exp2(m - m_new)
+        l = l * shrink + tl.sum(weight * l_s, axis=0)  # noqa: E741
+        acc = acc * shrink + tl.sum(weight[:, None] * acc_s, axis=0)
+        m = m_new
+    out = acc / tl.where(used > 0, l, 1.0)
+    tl.store(out_ptr + row * D + offs_d, out, mask=mask_d)
+
+
+def forward(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """out [B, H, D], contiguous."""
+    B, H, D = q.shape
+    S = k_cache.shape[2]
+    # Triton's interpreter (as of 3.9) truncates to bfloat16 where a GPU rounds: there PyTorch rounds, below.
+    dtype = torch.float32 if triton.knobs.runtime.interpret else q.dtype
+    out = torch.empty((B, H, D), dtype=dtype, device=q.device)
+    if out.numel() == 0:
+        return out.to(q.dtype)
+    splits = triton.cdiv(S, SPLIT)
+    acc = torch.empty((B * H, splits, D), dtype=torch.float32, device=q.device)
+    m = torch.empty((2, B * H, splits), dtype=torch.float32, device=q.device)
+    launch = next(config for config in CONFIGS if config.width >= D)
+    BLOCK_D = triton.next_power_of_2(D)
+    if splits > 0:
+        _fwd_kernel[(B * H, splits)](
+            q, k_cache, v_cache, lengths, acc, m[0], m[1], *q.stride(), *k_cache.stride(), *v_cache.stride(),
+            H, S, D, splits, D**-0.5 * LOG2E,
+            SPLIT=SPLIT, BLOCK_N=launch.keys, BLOCK_D=BLOCK_D, num_warps=launch.warps,
+        )  # fmt: skip
+    _add_kernel[(B * H,)](
+        acc, m[0], m[1], lengths, out, H, S, D, splits,
+        SPLIT=SPLIT, ADDED=ADDED, BLOCK_D=BLOCK_D, num_warps=1,
+    )  # fmt: skip
+    return out.to(q.dtype)
