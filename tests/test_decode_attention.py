@@ -11,6 +11,17 @@ from hypothesis import strategies as st
 from gpt_fast import ops, reference
 
 
+@pytest.fixture(params=["cpu", *(pytest.param(name, marks=pytest.mark.cuda) for name in ("cuda", "cuda C++"))])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As everywhere, and CUDA once more with the kernel of csrc/cuda in the place of Triton's."""
+    if request.param == "cuda C++":
+        if not torch._C._dispatch_has_kernel_for_dispatch_key("gpt_fast::decode_attention_cuda_forward", "CUDA"):
+            pytest.skip("csrc/cuda was not built: it needs PyTorch with CUDA and nvcc")
+        other = torch.ops.gpt_fast.decode_attention_cuda_forward
+        monkeypatch.setattr(torch.ops.gpt_fast, "decode_attention_forward", other)
+    return request.param.split()[0]
+
+
 def inputs(B, H, S, D, *, dtype=torch.float32, device="cpu", scale=1.0):
     """q and the two caches, and lengths from 1 to S of which one is S."""
     q = (torch.randn(B, H, D, device=device) * scale).to(dtype)
@@ -58,6 +69,16 @@ def test_peaked_and_large_scores(dtype, device):
     q, k, v, lengths = inputs(2, 2, 300, 32, dtype=dtype, device=device, scale=30.0)
     check(q, k, v, lengths)
     check(q, -k.abs() * q.sign()[:, :, None], v, lengths)  # all scores far below zero
+
+
+def test_more_splits_than_are_added_at_a_time(device):
+    """A long cache whose largest scores come late, early and in the middle."""
+    q, k, v, lengths = inputs(3, 1, 2200, 16, device=device)
+    for b, j in enumerate((2190, 3, 1100)):
+        k[b, :, j] = q[b] * 4
+    lengths.fill_(2200)
+    check(q, k, v, lengths)
+    check(q, k, v, torch.tensor([2190, 2049, 130], device=device))
 
 
 @settings(max_examples=25, deadline=None)
@@ -144,6 +165,7 @@ def test_empty(shape, device):
 # ---- the operator ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
 def test_runs_on_the_implementation_under_test(check_implementation, device):
     q, k, v, lengths = inputs(2, 2, 33, 16, device=device)
     check_implementation("decode_attention", lambda: ops.decode_attention(q, k, v, lengths))

@@ -2,9 +2,33 @@
 
 from tests.mutants import Fault
 
+TRITON = "kernels/decode_attention.py"
 CPP, CACHE = "csrc/cpu/decode_attention.cpp", "csrc/cpu/decode_attention.h"
 
 FAULTS = (
+    # Triton, over keys
+    Fault("scores not scaled", TRITON, "q = q.to(tl.float32) * scale", "q = q.to(tl.float32) * 1.4426950408889634", "numerics"),
+    Fault("exponential to the wrong base", TRITON, "D**-0.5 * LOG2E", "D**-0.5", "numerics"),
+    Fault("length of the batch's first", TRITON, "tl.load(lengths_ptr + b)", "tl.load(lengths_ptr)", "numerics"),
+    Fault("keys past the length attended to", TRITON, "mask_n = offs_n < n", "mask_n = offs_n < S", "numerics"),
+    Fault("last key left out", TRITON, "mask_n = offs_n < n", "mask_n = (offs_n < n - 1) | (n == 1)", "numerics"),
+    Fault("only the first tile of a split", TRITON, "for first in range(0, SPLIT, BLOCK_N):", "for first in range(0, BLOCK_N, BLOCK_N):", "numerics"),
+    Fault("padded keys count as scores of 0", TRITON, "s = tl.where(mask_n, tl.sum(q[None, :] * k, axis=1), -float(\"inf\"))", "s = tl.sum(q[None, :] * k, axis=1)", "numerics"),
+    Fault("largest score not subtracted", TRITON, "p = tl.exp2(s - m_new)", "p = tl.exp2(s)", "numerics"),
+    Fault("sums of the tiles before not shrunk", TRITON, "l = l * shrink + tl.sum(p, axis=0)", "l = l + tl.sum(p, axis=0)", "large_scores"),
+    Fault("rows of the tiles before not shrunk", TRITON, "acc = acc * shrink + tl.sum(p[:, None] * v, axis=0)", "acc = acc + tl.sum(p[:, None] * v, axis=0)", "large_scores"),
+    Fault("keys' heads taken as contiguous", TRITON, "h * stride_kh", "h * S * D", "strided"),
+    Fault("values' rows taken as contiguous", TRITON, "offs_n[:, None] * stride_vt", "offs_n[:, None] * D", "strided"),
+    Fault("query's elements taken as neighbours of another head", TRITON, "h * stride_qh", "h * D * 2", "numerics"),
+    # Triton, over splits
+    Fault("splits past the length added", TRITON, "used = (n + SPLIT - 1) // SPLIT", "used = splits.to(tl.int64)", "numerics"),
+    Fault("last split left out", TRITON, "mask_s = offs_s < used", "mask_s = (offs_s < used - 1) | (used == 1)", "numerics"),
+    Fault("only the first splits added", TRITON, "for first in range(0, used, ADDED):", "for first in range(0, tl.minimum(used, 1), ADDED):", "more_splits"),
+    Fault("splits not weighed", TRITON, "weight[:, None] * acc_s", "acc_s", "numerics"),
+    Fault("sums of splits not weighed", TRITON, "tl.sum(weight * l_s, axis=0)", "tl.sum(l_s, axis=0)", "numerics"),
+    Fault("rows of the splits before not shrunk", TRITON, "acc = acc * shrink + tl.sum(weight[:, None] * acc_s, axis=0)", "acc = acc + tl.sum(weight[:, None] * acc_s, axis=0)", "more_splits"),
+    Fault("sum left out", TRITON, "acc / tl.where(used > 0, l, 1.0)", "acc", "numerics"),
+    Fault("no key divides by nothing", TRITON, "acc / tl.where(used > 0, l, 1.0)", "acc / l", "past_the_length"),
     # C++, the op
     Fault("scores not scaled", CPP, "static_cast<float>(row[d]) * scale", "static_cast<float>(row[d])", "numerics"),
     Fault("length of the batch's first", CPP, "values.stride(2), n[b], D,", "values.stride(2), n[0], D,", "numerics"),
