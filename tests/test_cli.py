@@ -23,7 +23,8 @@ COMMANDS = {
     "--epochs --batch-size --lr --lm-weight --config --resume --overwrite --json",
     "evaluate": "--from --data --text-column --pair-column --label-column --confusion --json",
     "plot": "--metric --out",
-    "generate": "--from --prompt --max-new-tokens --temperature --top-k --top-p --seed --json",
+    "generate": "--from --prompt --question --max-new-tokens --num-samples --temperature --top-k --top-p "
+    "--repetition-penalty --stop --seed --sliding --weights --json",
     "compare": "--from --json",
     "convert": "--from --out --head --json",
     "doctor": "--json",
@@ -120,6 +121,53 @@ def test_generate(cli, data):
     assert result["prompt"] + result["text"] + "\n" == greedy[0]
     drawn = [succeed(cli(*command, "--seed", seed, "--top-k", 50, "--top-p", 0.9)).out for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_generate_several_samples_at_once(cli, data):
+    command = ["generate", "--from", data.lm, "--prompt", "the red", "--max-new-tokens", 12, "--num-samples", 3]
+    shown = succeed(cli(*command, "--seed", 1)).out
+    assert shown.count("the red") == 3
+    assert "--- 3\nthe red" in shown
+    result = json.loads(succeed(cli(*command, "--seed", 1, "--json")).out)
+    texts = [sample["text"] for sample in result["samples"]]
+    assert len(set(texts)) > 1
+    assert all("the red" + text in shown for text in texts)
+
+
+def test_generate_stops_before_a_text(cli, data):
+    """Nothing of it is written, however it is cut into tokens, and what may yet become it is held back."""
+    command = ["generate", "--from", data.lm, "--prompt", "the red", "--max-new-tokens", 20, "--temperature", 0]
+    text = json.loads(succeed(cli(*command, "--json")).out)["text"]
+    stop = text[3:6]
+    wanted = text[: text.index(stop)]
+    assert succeed(cli(*command, "--stop", stop)).out == f"the red{wanted}\n"
+    result = json.loads(succeed(cli(*command, "--stop", "never", "--stop", stop, "--json")).out)
+    assert result["text"] == wanted
+    assert result["new_tokens"] < 20
+    assert succeed(cli(*command, "--stop", text + "x")).out == f"the red{text}\n"
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_generate_with_other_weights(cli, data, weights):
+    command = ["generate", "--from", data.lm, "--prompt", "the red", "--max-new-tokens", 5, "--repetition-penalty", 1.3]
+    assert succeed(cli(*command, "--weights", weights, "--temperature", 0)).out.startswith("the red")
+
+
+def test_generate_answers_a_question(cli, data, tmp_path):
+    """A run fine-tuned to answer is asked in its own form, and ends its answer."""
+    table = tmp_path / "qa.csv"
+    rows = [f"the {colour} fox,what colour,{colour}" for colour in ("red", "blue", "green", "black")]
+    table.write_text("context,question,answer\n" + "\n".join(rows) + "\n")
+    run = tmp_path / "qa"
+    tables = ["--train", table, "--valid", table, "--epochs", 1]
+    succeed(cli("finetune", "--from", data.lm, "--task", "question-answering", *tables, "--out", run))
+    command = ["generate", "--from", run, "--prompt", "the red fox", "--max-new-tokens", 5, "--temperature", 0]
+    assert succeed(cli(*command, "--question", "what colour")).out.startswith("the red fox")
+    failed = cli(*command)
+    assert failed.code == 2
+    assert "wanted --question" in failed.err
+    failed = cli("generate", "--from", data.lm, "--prompt", "a", "--question", "what")
+    assert "wanted no --question" in failed.err
 
 
 def test_generate_slides_past_the_last_position(cli, data):

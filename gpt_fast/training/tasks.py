@@ -15,7 +15,7 @@ from .. import GPTConfig, generate
 from ..data.snippets import snippet_table
 from ..data.tables import Table, read_table
 from ..data.task_inputs import Example, Marks, pad_rows, task_batches, task_input
-from ..data.tokenizer import decode, encode_documents
+from ..data.tokenizer import decode, encode, encode_documents
 from ..heads import GPTForCausalLM, GPTForMultipleChoice, GPTForSequenceClassification, GPTForSimilarity, Head
 from .evaluation import (
     Metrics,
@@ -26,7 +26,7 @@ from .evaluation import (
     predictions,
     regression_metrics,
 )
-from .runs import special_token
+from .runs import read_record, special_token
 
 VALID_FRACTION = 0.1
 EVALUATION_BATCH = 64
@@ -234,6 +234,25 @@ def answers(model: GPTForCausalLM, rows: Sequence[Example], tokenizer: Tokenizer
             new = row[len(prompt) : len(prompt) + max(1, room)]
             written.append(decode(tokenizer, new[: new.index(end)] if end in new else new, special=False))
     return written
+
+
+def writing_prompt(
+    folder: Path, config: GPTConfig, tokenizer: Tokenizer, prompt: str, question: str | None
+) -> tuple[list[int], int]:
+    """The tokens that the model of a run folder goes on from, in the form its task has, and the one it ends with."""
+    task = TASKS.get(str(read_record(folder).get("task")))
+    writes = task is not None and task.head is GPTForCausalLM
+    asks = task is not None and writes and bool(task.columns[1])
+    if asks != (question is not None):
+        wanted = "--question, as it was fine-tuned to answer" if asks else "no --question, as it does not answer any"
+        raise ValueError(f"{folder}: wanted {wanted}")
+    if not writes:
+        start = special_token(config, "start_token")
+        return encode(tokenizer, prompt) or [start], start
+    between = marks(config)
+    texts = [encode(tokenizer, text) for text in (prompt, question) if text is not None]
+    row = task_input([*texts, []], sum(map(len, texts)) + 4, between)
+    return row[:-1], between.extract  # without the mark that ends the answer, which is yet to come
 
 
 def written_metrics(
