@@ -26,7 +26,7 @@ def generate(
         str, typer.Option(metavar="TEXT", help="Text to go on from; without it a document is begun.")
     ] = "",
     question: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What to answer from the prompt (runs of --task question-answering).")
+        str | None, typer.Option(metavar="TEXT", help="What to answer from the prompt; fine-tuned question answering.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add; fewer where the model ends the document.")] = 100,
     num_samples: Annotated[int, typer.Option(help="How many continuations to write, all at once.")] = 1,
