@@ -145,6 +145,17 @@ report: install  ## write every table and plot of benchmarks/results and README.
 gpu:  ## build, test, sanitize and benchmark on a GPU: make gpu PYTHON=python3 OUT=dir (no environment, no downloads)
 	PYTHON="$(PYTHON)" OUT="$(OUT)" .ci/gpu
 
+# --- documentation ---
+
+$(VENV)/.stamp-docs: pyproject.toml $(VENV)/.stamp-package
+	GPT_FAST_NO_CPP=1 $(PIP) install --no-build-isolation --editable ".[docs]"
+	@touch $@
+
+.PHONY: docs
+docs: $(VENV)/.stamp-docs  ## the documentation, in build/docs; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	@echo 'documentation: build/docs/index.html'
+
 # --- packages ---
 
 .PHONY: dist

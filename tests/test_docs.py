@@ -26,17 +26,35 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 FENCE = re.compile(
     r"(?:^ *<!-- not run: (?P<reason>.+?) -->\n+)?"
-    r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^(?P=indent)```"
+    r"^(?P<indent> *)```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?[^\n]*\n(?P<code>.*?)^(?P=indent)```"
     r"(?:\n+^(?P=indent)```text[^\n]*\n(?P<output>.*?)^(?P=indent)```)?",
     re.DOTALL | re.MULTILINE,
 )
-# Runs blocks in one namespace and reports what each printed.
+# Runs blocks in one namespace and reports what each printed. A block with a title is a file: it is written and imported
+# under the name it would have in the repository, or added to the module of that name.
 RUNNER = """
-import contextlib, io, json, sys
+import contextlib, importlib, importlib.util, io, json, pathlib, sys
+
+def run_file(title, code):
+    path = pathlib.Path(title.removesuffix(" (add)"))
+    name = ("gpt_fast." if path.parts[0] == "kernels" else "") + ".".join(path.with_suffix("").parts)
+    if title.endswith(" (add)"):
+        exec(compile(code, title, "exec"), vars(importlib.import_module(name)))
+        return
+    importlib.import_module(name.rpartition(".")[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(code)
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+
 namespace, printed = {"__name__": "__main__"}, []
-for number, code in enumerate(json.load(sys.stdin)):
+for number, (title, code) in enumerate(json.load(sys.stdin)):
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(compile(code, f"block {number}", "exec"), namespace)
+        if title:
+            run_file(title, code)
+        else:
+            exec(compile(code, f"block {number}", "exec"), namespace)
     printed.append(out.getvalue())
 json.dump(printed, sys.stdout)
 """
@@ -44,6 +62,7 @@ json.dump(printed, sys.stdout)
 
 class Block(NamedTuple):
     reason: str | None  # why it is not run
+    title: str | None  # of a file
     code: str
     output: str | None  # what it prints, where the page shows it
 
@@ -54,7 +73,7 @@ def blocks(page: pathlib.Path, language: str) -> list[Block]:
         if match["language"] == language:
             strip = re.compile(f"^{match['indent']}", re.MULTILINE)
             output = match["output"] and strip.sub("", match["output"])
-            found.append(Block(match["reason"], strip.sub("", match["code"]), output))
+            found.append(Block(match["reason"], match["title"], strip.sub("", match["code"]), output))
     return found
 
 
@@ -76,7 +95,7 @@ def assert_prints(printed: str, shown: str) -> None:
 def test_python_runs_and_prints_what_the_page_says(page, tmp_path):
     ran = [block for block in blocks(page, "python") if block.reason is None]
     run = subprocess.run(
-        [sys.executable, "-c", RUNNER], input=json.dumps([block.code for block in ran]),
+        [sys.executable, "-c", RUNNER], input=json.dumps([(block.title, block.code) for block in ran]),
         cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
