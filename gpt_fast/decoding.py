@@ -22,7 +22,7 @@ _PROMPT_TOKENS = 4096  # of a pass over a prompt, all rows together
 
 
 class DecodeSession:
-    """What a model has read, row for row, and its continuation token by token.
+    """What a model has read, row for row, and its continuation token by token: logits = model(all tokens read)[-1].
 
     `prefill(tokens [B, T], lengths)` adds a prompt to each of `batch` rows and returns the logits [B, V] after its last
     token; `step(tokens [B])` adds one token a row and returns the logits after it. Both may follow each other in any
@@ -42,6 +42,7 @@ class DecodeSession:
     Raises `ValueError` for a model without causal output layer, weights or a length it does not have, more rows than
     `batch`, tokens outside the vocabulary, a full cache, logits that are NaN or infinite, and where the model's
     parameters have other shapes, dtypes or devices than when the session was made.
+    Source: Pope et al. (2022), arXiv:2211.05102, for the cache.
     """
 
     def __init__(self, model: GPT | Head, *, batch: int = 1, length: int | None = None, weights: str | None = None):
@@ -123,6 +124,7 @@ class DecodeSession:
     # --- what generate is made of; the caller holds in_use() and has checked ---
 
     def in_use(self) -> _InUse:
+        """The block in which this thread alone has the session; `RuntimeError` where another one has it."""
         return _InUse(self._lock)
 
     @property

@@ -38,7 +38,7 @@ def generate(
     session: DecodeSession | None = None,
     stream: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Continues each row of `tokens` [B, T] by `max_new_tokens` tokens drawn from `softmax(logits / temperature)`.
+    """Continues each row of `tokens` [B, T] by `max_new_tokens` tokens drawn from p = softmax(logits / temperature).
 
     Returns [B, T + max_new_tokens]. Prompts of unequal `lengths` [B] are padded on the right; a row's new tokens
     follow its own prompt directly, and what is left of the row holds the padding token. With `key_mask` [B, T] bool
@@ -56,7 +56,9 @@ def generate(
     `weights` and the precision are those of `DecodeSession`. The model keeps the session for the next call and makes
     another one when its parameters have changed or moved. A `session` given, of B rows, is what the rows go on from and
     holds prompt and new tokens afterwards (chat turns); `seen` by the penalty are then this call's tokens alone.
-    Raises `ValueError` for what contradicts this, for an empty prompt, and for logits that are NaN or infinite.
+    Dtypes: tokens int64, logits and the drawing float32. Raises `ValueError` for what contradicts this, for an empty
+    prompt, and for logits that are NaN or infinite. Source: Holtzman et al. (2019), arXiv:1904.09751, for top_p; Keskar
+    et al. (2019), arXiv:1909.05858, for the penalty.
     """
     options = Sampling(temperature, top_k, top_p, repetition_penalty)
     config = parts(model)[0].config

@@ -51,8 +51,8 @@ class GPTForMaskedLM(Head):
     `(loss, logits [B, T, V])`.
     Attention sees both sides. labels [B, T] hold the original token where it is to be predicted and -100 elsewhere;
     only those positions are projected onto the vocabulary, so time and memory of the loss follow their number. Logits
-    are computed where there are no labels or `logits=True`. Errors and dtypes as in `GPTForCausalLM`.
-    Source: Devlin et al. (2018), arXiv:1810.04805.
+    are computed where there are no labels or `logits=True`. Dtypes, precision, determinism and errors are
+    those of `GPTForCausalLM`. Source: Devlin et al. (2018), arXiv:1810.04805.
     """
 
     def __init__(self, config: GPTConfig):

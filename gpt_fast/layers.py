@@ -120,6 +120,7 @@ class TransformerDecoder(nn.Module):
     without one each call in training draws its own.
     With `carry=True` a pre-norm block leaves its last addition to whoever normalises next, so that both are one pass:
     it returns (x, branch), which the next block takes as `x` and `branch`.
+    Dtypes, precision, determinism, source: those of the ops.
     Errors: `ValueError`, as the ops; where hidden_dim is not divisible by num_heads.
     """
 

@@ -91,9 +91,9 @@ class GPTForSequenceClassification(TaskHead):
     logits always. h is that of the last real token, or of the extract token (`config.pooling`). With
     problem "classification" labels are [B] int64 and the loss is the cross-entropy; with "regression" they are [B, L],
     or [B] for one output, and it is the mean squared error. With `config.lm_weight` λ > 0 the loss is L_cls + λ L_lm,
-    L_lm the language-model loss on the same tokens. Raises `ValueError` for labels of other shapes or dtypes or out of
-    range, a row without real token, or without extract token where that is read. Source: Radford et al. (2018),
-    sections 3.2 and 3.3.
+    L_lm the language-model loss on the same tokens. Dtypes, precision, determinism: those of the ops; the task's loss
+    is float32. Raises `ValueError` for labels of other shapes or dtypes or out of range, a row without real token, or
+    without extract token where that is read. Source: Radford et al. (2018), sections 3.2 and 3.3.
     """
 
     def __init__(self, config: GPTConfig):
@@ -122,9 +122,9 @@ class GPTForSimilarity(TaskHead):
 
     `forward(tokens [B, 2, T], labels=None, *, lengths=None, key_mask=None, logits=None)` → `(loss, logits [B, L])`:
     `tokens[:, 0]` holds the two texts in one order, `tokens[:, 1]` in the other, `lengths` is [B, 2], `key_mask`
-    [B, 2, T]. Which token is read, the problems (classes or numbers), the joint loss, dtypes and errors are those of
-    `GPTForSequenceClassification`; exchanging the two orders changes nothing but rounding.
-    Source: Radford et al. (2018), section 3.3.
+    [B, 2, T]. Which token is read, the problems (classes or numbers), the joint loss, dtypes, precision,
+    determinism and errors are those of `GPTForSequenceClassification`; exchanging the two
+    orders changes nothing but rounding. Source: Radford et al. (2018), section 3.3.
     """
 
     def __init__(self, config: GPTConfig):
@@ -157,8 +157,8 @@ class GPTForMultipleChoice(TaskHead):
 
     `forward(tokens [B, K, T], labels=None, *, lengths=None, key_mask=None, logits=None)` → `(loss, logits [B, K])`, one
     score for each answer; labels [B] int64 in [0, K), the loss is the cross-entropy, plus λ times the language-model
-    loss on all sequences. `lengths` is [B, K], `key_mask` [B, K, T]. Which token is read, dtypes and errors are those
-    of `GPTForSequenceClassification`. Source: Radford et al. (2018), section 3.3.
+    loss on all sequences. `lengths` is [B, K], `key_mask` [B, K, T]. Which token is read, dtypes, precision,
+    determinism and errors are those of `GPTForSequenceClassification`. Source: Radford et al. (2018), section 3.3.
     """
 
     def __init__(self, config: GPTConfig):
