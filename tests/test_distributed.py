@@ -77,6 +77,17 @@ def test_the_curve_of_one_process(cli, command, alone, tmp_path, strategy, ranks
     assert (json.loads((out / "run.json").read_text())["ranks"]) == ranks
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision(cli, command, alone, tmp_path, precision):
+    """FSDP2 computes in 16 bits and sums gradients in 32: the float32 curve but for that."""
+    out = tmp_path / "run"
+    succeed(cli(*command, "--strategy", "fsdp", "--precision", precision, "--out", out, ranks=2))
+    got, wanted = torch.tensor(curve(out)), torch.tensor(curve(alone["clm"]))
+    torch.testing.assert_close(got, wanted, rtol=0.01, atol=0)
+    assert not torch.equal(got, wanted)
+    assert load_file(out / "model.safetensors")["trunk.token_emb.weight"].dtype == torch.float32
+
+
 def test_each_rank_draws_its_own_dropout(cli, command, tmp_path):
     succeed(cli(*command, "--dropout", 0.3, "--strategy", "ddp", "--out", tmp_path / "run", ranks=2))
     path = next(checkpoints.newest_first(tmp_path / "run" / "checkpoints"))
@@ -87,7 +98,7 @@ def test_each_rank_draws_its_own_dropout(cli, command, tmp_path):
     assert not torch.equal(*states)
 
 
-@pytest.mark.parametrize(("first", "then"), [("fsdp", "fsdp"), ("fsdp", "ddp"), ("ddp", "fsdp")])
+@pytest.mark.parametrize(("first", "then"), [("fsdp", "ddp"), ("ddp", "fsdp")])
 def test_resuming_on_another_number_of_ranks(cli, command, alone, tmp_path, first, then):
     """Four ranks are asked to stop, two go on, are asked as well, and one process ends it."""
     out = tmp_path / "run"
