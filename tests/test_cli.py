@@ -271,6 +271,8 @@ def test_going_on_with_another_objective(cli, data, tmp_path, first, objective):
     source, out = getattr(data, first), tmp_path / "run"
     command = ["pretrain", "--from", source, "--data", data.text, "--objective", objective, "--steps", 1]
     succeed(cli(*command, "--batch-size", 4, "--lr", 1e-9, "--out", out))
+    succeed(cli(*command, "--from", out, "--batch-size", 4, "--out", tmp_path / "again"))
+    assert json.loads((tmp_path / "again" / "run.json").read_text())["lr"] == 1e-9
     before, after = (load_file(folder / "model.safetensors") for folder in (source, out))
     assert before.keys() == after.keys()
     for name, tensor in before.items():

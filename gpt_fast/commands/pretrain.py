@@ -69,7 +69,9 @@ def pretrain(
     batch_size: Annotated[int, typer.Option(help="Windows of text in an update.", rich_help_panel="Training")] = 16,
     lr: Annotated[
         float | None,
-        typer.Option(help="Peak learning rate; 2e-3, or with a preset 2.5e-4.", rich_help_panel="Training"),
+        typer.Option(
+            help="Peak learning rate; 2e-3, with a preset 2.5e-4, with --from that run's.", rich_help_panel="Training"
+        ),
     ] = None,
     warmup: Annotated[
         int | None,

@@ -148,7 +148,7 @@ def _pretrain(
     document_token = data.document_token if settings.pack else None
     if settings.pack and document_token is None:
         raise ValueError("--pack: nothing says which token begins a document in these files")
-    lr = settings.lr if settings.lr is not None else default_lr(settings.preset)
+    lr = settings.lr if settings.lr is not None else default_lr(settings)
     warmup = settings.warmup if settings.warmup is not None else min(2000, max(1, settings.steps // 10))
     engine = Engine(model, lr, EngineSettings.of(settings), ranks)
     parameters = model.num_parameters() if ranks.strategy != "fsdp" or ranks.size == 1 else None
@@ -248,9 +248,12 @@ def make_config(settings: PretrainSettings, num_tokens: int, **tokens: int) -> G
     return GPTConfig.preset(settings.preset or "gpt2", num_tokens=num_tokens, **sizes, **tokens)
 
 
-def default_lr(preset: str | None) -> float:
-    """The paper's for the published sizes; a small model takes, and needs, more."""
-    return 2.5e-4 if preset else 2e-3
+def default_lr(settings: PretrainSettings) -> float:
+    """The paper's for the published sizes; a small model takes, and needs, more; a run that is gone on from had its
+    own."""
+    if settings.source is not None:
+        return float(read_record(settings.source).get("lr", 2.5e-4))
+    return 2.5e-4 if settings.preset else 2e-3
 
 
 def validation_batches(
