@@ -181,11 +181,12 @@ def _take_turns(
 
 @contextlib.contextmanager
 def _failure(peer: Peer, failed: list[tuple[Peer, str]], doing: str = "") -> Iterator[None]:
-    """Whoever cannot do this (out of memory, a limit of that library) is missing for that reason; ours must."""
+    """Whoever cannot do this (out of memory, a limit of that library) is missing for that reason; ours must,
+    if there is the memory."""
     try:
         yield
     except (RuntimeError, NotImplementedError, ValueError, ImportError) as error:
-        if peer.name == OURS:
+        if peer.name == OURS and not isinstance(error, torch.OutOfMemoryError):
             raise
         failed.append((peer, doing + _first_line(error)))
 

@@ -409,6 +409,13 @@ def test_an_implementation_that_fails_is_missing_and_ours_may_not(tiny, tmp_path
     with pytest.raises(RuntimeError, match="no such kernel"):
         runner.run([tiny], runner.Settings("cpu", out=tmp_path))
 
+    def exhaust(case):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setitem(PEERS, "layer_norm", (dataclasses.replace(PEERS["layer_norm"][0], build=exhaust),))
+    runner.run([tiny], runner.Settings("cpu", out=tmp_path))
+    assert {entry["reason"] for entry in results.read(files(tmp_path)[0])["missing"]} == {"out of memory"}
+
 
 def test_red_tests_refuse_a_time(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "run_tests", lambda topic, device: "1 failed")
