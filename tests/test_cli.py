@@ -27,6 +27,7 @@ COMMANDS = {
     "--repetition-penalty --stop --seed --sliding --weights --json",
     "compare": "--from --json",
     "convert": "--from --out --head --json",
+    "bench": "--suite --device --quick --out --resume --compare",
     "doctor": "--json",
 }
 
