@@ -35,10 +35,10 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def describe(device: str) -> dict[str, Any]:
+def describe(device: str, cpu_time: bool = False) -> dict[str, Any]:
     """Device, versions and commit, as every results file holds them."""
     info = build_info()
-    name = device_name(device)
+    name = device_name(device) + (", CPU time" if cpu_time else "")
     facts: dict[str, Any] = {
         "device": {"type": device, "name": name, "slug": slug(name), "bf16_products": bf16_products(device)},
         "versions": {

@@ -1,6 +1,7 @@
 """Runs topics: their tests, the floors, every case on every implementation; writes results as they come."""
 
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import json
@@ -38,6 +39,7 @@ class Settings:
     device: str
     quick: bool = False
     resume: bool = False
+    cpu_time: bool = False
     out: Path = Path("runs/bench")
     advance: Callable[[int, str], None] = lambda done, label: None  # implementations done since, what comes now
     say: Callable[[str], None] = lambda line: None
@@ -45,7 +47,7 @@ class Settings:
 
     @property
     def budget(self) -> Budget:
-        return QUICK if self.quick else FULL
+        return dataclasses.replace(QUICK if self.quick else FULL, cpu_time=self.cpu_time)
 
 
 @dataclass
@@ -171,7 +173,7 @@ def _take_turns(
     watches: dict[Peer, Stopwatch] = {}
     for peer, function in functions.items():
         with _failure(peer, failed, f"{passes}: "):
-            watch = Stopwatch(device, prepare(function, inputs, passes), before, peer.compiles)
+            watch = Stopwatch(device, prepare(function, inputs, passes), before, peer.compiles, budget.cpu_time)
             watch.start()
             watches[peer] = watch
     if watches:
@@ -224,10 +226,11 @@ def run_tests(topic: Topic, device: str) -> str:
 
 
 def _state(topic: Topic, device: str) -> str:
-    """Of the code under test, its tests, and what they ran with."""
+    """Of the code under test, its tests, and what they ran with; what computes nothing is left out."""
     digest = hashlib.sha256(f"{device} {torch.__version__} {sys.version}".encode())
     sources = [path for folder in ("gpt_fast", "kernels", "csrc") for path in (ROOT / folder).rglob("*")]
     tests = [ROOT / "tests" / name for name in (*files_of_tests(topic), "conftest.py", "numerics.py")]
+    sources = [path for path in sources if not {"commands", "data", "training"} & set(path.parts)]
     suffixes = (".py", ".cpp", ".h", ".cu", ".json")
     for path in sorted(path for path in {*sources, *tests} if path.suffix in suffixes and path.is_file()):
         digest.update(str(path.relative_to(ROOT)).encode())
@@ -253,7 +256,7 @@ def run(topics: list[Topic], settings: Settings) -> Outcome:
     Raises `OSError` where the folder cannot be written, before anything is measured, and `ValueError` where a file that
     is to be resumed was measured elsewhere.
     """
-    facts = environment.describe(settings.device)
+    facts = environment.describe(settings.device, settings.cpu_time)
     folder = settings.out / facts["device"]["slug"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".writable").touch()
@@ -273,7 +276,7 @@ def run(topics: list[Topic], settings: Settings) -> Outcome:
             session = {
                 "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
                 "load": _load(),
-                "floors": dict(measure_floors(settings.device)),
+                "floors": dict(measure_floors(settings.device, settings.cpu_time)),
             }
             _run_topic(topic, opened[topic.name], session, path, settings)
     except (KeyboardInterrupt, Interrupted):

@@ -218,6 +218,8 @@ def _versions(run: Run) -> str:
 
 def notes(run: Run) -> list[str]:
     lines = [f"{floors_line(run, index)}." for index in range(len(run["sessions"]))]
+    if run["device"]["name"].endswith("CPU time"):
+        lines.append("CPU seconds of one thread, measured while other programs kept the machine busy.")
     if not run["device"]["bf16_products"]:
         lines.append("No bfloat16 for what consists of matrix products: this CPU has no instructions for them.")
     if run["quick"]:

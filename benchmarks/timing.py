@@ -33,9 +33,11 @@ class Stamp:
         return earlier.event.elapsed_time(self.event) / 1e3
 
 
-def clock(device: str) -> Callable:
-    """What to read before and after; the difference is in seconds."""
-    return Stamp if device == "cuda" else time.perf_counter
+def clock(device: str, cpu_time: bool = False) -> Callable:
+    """What to read before and after; the difference is in seconds, with `cpu_time` in those the process computed."""
+    if device == "cuda":
+        return Stamp
+    return time.process_time if cpu_time else time.perf_counter
 
 
 def flush(device: str) -> Callable[[], None] | None:
@@ -67,6 +69,7 @@ class Budget:
 
     seconds: float
     least: int
+    cpu_time: bool = False
 
     def rounds(self, duration: float) -> int:
         if duration > VERY_LONG:
@@ -81,11 +84,16 @@ class Stopwatch:
     """Times one implementation: `calls` are the same work on different inputs, taken in turn."""
 
     def __init__(
-        self, device: str, calls: list[Call], before: Callable[[], None] | None = None, compiles: bool = False
+        self,
+        device: str,
+        calls: list[Call],
+        before: Callable[[], None] | None = None,
+        compiles: bool = False,
+        cpu_time: bool = False,
     ):
         self.calls = calls
         self.before = before
-        self.now = clock(device)
+        self.now = clock(device, cpu_time)
         self.compiles = compiles
         self.taken = 0
         self.first: float | None = None
@@ -228,10 +236,10 @@ def floors(device: str) -> list[Floor]:
     ]
 
 
-def measure_floors(device: str) -> Iterator[tuple[str, dict[str, float]]]:
+def measure_floors(device: str, cpu_time: bool = False) -> Iterator[tuple[str, dict[str, float]]]:
     """(name, rate in bytes or FLOPs a second with its quartiles)."""
     for floor in floors(device):
-        watch = Stopwatch(device, [floor.build()])
+        watch = Stopwatch(device, [floor.build()], cpu_time=cpu_time)
         take_turns([watch], Budget(0.5, 5))
         q1, median, q3 = quartiles(watch.seconds)
         yield floor.name, {"rate": floor.amount / median, "q1": floor.amount / q3, "q3": floor.amount / q1}

@@ -193,7 +193,7 @@ def test_implementations_take_turns(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(timing, "clock", lambda device: lambda: now[0])
+    monkeypatch.setattr(timing, "clock", lambda device, cpu_time: lambda: now[0])
     fast, slow = (timing.Stopwatch("cpu", [make(name, d)]) for name, d in (("fast", 0.125), ("slow", 0.5)))
     timing.take_turns([fast, slow], timing.Budget(1.0, 2))
     assert fast.seconds == [0.125] * 8
@@ -204,7 +204,7 @@ def test_implementations_take_turns(monkeypatch):
 
 def test_long_calls_of_the_warm_up_count(monkeypatch):
     now, calls = [0.0], []
-    monkeypatch.setattr(timing, "clock", lambda device: lambda: now[0])
+    monkeypatch.setattr(timing, "clock", lambda device, cpu_time: lambda: now[0])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     watch = timing.Stopwatch("cpu", [lambda: (calls.append(1), now.__setitem__(0, now[0] + 3.0))])
     timing.take_turns([watch], timing.Budget(1.0, 3))
@@ -215,7 +215,7 @@ def test_long_calls_of_the_warm_up_count(monkeypatch):
 def test_very_long_calls_are_made_once(monkeypatch):
     """Unless the first one compiles."""
     now = [0.0]
-    monkeypatch.setattr(timing, "clock", lambda device: lambda: now[0])
+    monkeypatch.setattr(timing, "clock", lambda device, cpu_time: lambda: now[0])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     eager, compiled = (timing.Stopwatch("cpu", [lambda: now.__setitem__(0, now[0] + 20.0)], None, c) for c in (0, 1))
     timing.take_turns([eager, compiled], timing.Budget(1.0, 3))
@@ -340,7 +340,7 @@ def tiny(monkeypatch):
         for M in (3, 5):
             yield Case("layer_norm", device, (("M", M), ("N", 8)), torch.float32, peers=(OURS, "torch", "Liger"))
 
-    monkeypatch.setattr(runner, "measure_floors", lambda device: FLOORS.items())
+    monkeypatch.setattr(runner, "measure_floors", lambda device, cpu_time: FLOORS.items())
     monkeypatch.setattr(runner, "run_tests", lambda topic, device: "")
     monkeypatch.setattr(timing, "FULL", timing.Budget(0.0, 2))
     return dataclasses.replace(TOPICS["layer_norm"], cases=two)
@@ -415,6 +415,16 @@ def test_an_implementation_that_fails_is_missing_and_ours_may_not(tiny, tmp_path
     monkeypatch.setitem(PEERS, "layer_norm", (dataclasses.replace(PEERS["layer_norm"][0], build=exhaust),))
     runner.run([tiny], runner.Settings("cpu", out=tmp_path))
     assert {entry["reason"] for entry in results.read(files(tmp_path)[0])["missing"]} == {"out of memory"}
+
+
+def test_cpu_time_is_that_of_the_process(tiny, tmp_path):
+    """Waiting costs nothing, and the device's name says which time it is."""
+    watch = timing.Stopwatch("cpu", [lambda: timing.time.sleep(0.1)], cpu_time=True)
+    assert watch.call() < 0.05
+    assert timing.Stopwatch("cpu", [lambda: timing.time.sleep(0.1)]).call() >= 0.1
+    outcome = runner.run([tiny], runner.Settings("cpu", cpu_time=True, out=tmp_path))
+    assert outcome.files[0].parent.name.endswith("-cpu-time")
+    assert "CPU seconds of one thread" in tables.page([results.read(outcome.files[0])], {})
 
 
 def test_red_tests_refuse_a_time(tiny, tmp_path, monkeypatch):

@@ -25,6 +25,9 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Few cases and rounds: a few minutes.")] = False,
     out: Annotated[Path, typer.Option(help="Where the results go, in a folder for the device.")] = Path("runs/bench"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the partial results in --out.")] = False,
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="CPU seconds of one thread, for a machine that others keep busy.")
+    ] = False,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(metavar="OLD NEW", help="Measure nothing: show what changed beyond the noise."),
@@ -47,8 +50,14 @@ def bench(
         return
     from benchmarks.cases import select
 
-    topics = select(suite)
-    _run(topics, resolve_device(device), quick, out, resume)
+    topics, device = select(suite), resolve_device(device)
+    if cpu_time:
+        if device != "cpu":
+            raise ValueError(f"--cpu-time on {device}: wanted --device cpu; a GPU's times are its own already")
+        import torch
+
+        torch.set_num_threads(1)
+    _run(topics, device, quick, out, resume, cpu_time)
 
 
 def _require_checkout() -> None:
@@ -92,7 +101,7 @@ def _compare(old: Path, new: Path) -> None:
     )
 
 
-def _run(topics: list[Any], device: str, quick: bool, out: Path, resume: bool) -> None:
+def _run(topics: list[Any], device: str, quick: bool, out: Path, resume: bool, cpu_time: bool) -> None:
     from benchmarks import report
     from benchmarks.runner import Settings, count, run
 
@@ -109,7 +118,7 @@ def _run(topics: list[Any], device: str, quick: bool, out: Path, resume: bool) -
         def advance(done: int, label: str) -> None:
             progress.update(task, advance=done, description=label)
 
-        settings = Settings(device, quick, resume, out, advance, say, _show)
+        settings = Settings(device, quick, resume, cpu_time, out, advance, say, _show)
         progress.update(task, total=count(topics, settings))
         with caught():
             outcome = run(topics, settings)
