@@ -73,6 +73,10 @@ class Compiler:
     """Compiles and links as setup.py does, but faster: -O1, and the headers that are not ours precompiled."""
 
     def __init__(self, folder: Path) -> None:
+        built = ROOT / "gpt_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        newest = max((ROOT / "csrc" / "cpu").iterdir(), key=lambda path: path.stat().st_mtime)
+        if not built.exists() or built.stat().st_mtime < newest.stat().st_mtime:
+            raise SystemExit(f"mutants: {built} is older than {newest}, or missing: make install")
         record = json.loads((ROOT / "gpt_fast" / "_C.json").read_text("utf-8"))
         self.folder = folder
         self.command = [
@@ -93,9 +97,6 @@ class Compiler:
         """The extension, with `own` as the object of the op."""
         folder = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "csrc"
         objects = [folder / "bindings.o", *(folder / "cpu" / f"{stem}.o" for stem in CPP_OPS if stem != op)]
-        newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.[hc]*"))
-        if stale := [path for path in objects if not path.exists() or path.stat().st_mtime < newest]:
-            raise RuntimeError(f"{stale[0]} is not up to date: make install")
         libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
         libraries += ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python", "-fopenmp"]
         check(self.command[0], "-shared", str(own), *map(str, objects), *libraries, "-o", str(target))
