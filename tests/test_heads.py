@@ -196,6 +196,8 @@ def test_joint_loss_adds_the_language_model_on_the_same_tokens(preset):
 @pytest.mark.parametrize("name", HEADS)
 def test_save_and_load_round_trip(name, preset, tmp_path):
     head, tokens = build(HEADS[name], preset), tokens_of()
+    if name in ("GPTForSimilarity", "GPTForMultipleChoice"):
+        tokens = torch.stack((tokens, tokens.flip(0)), dim=1)  # two sequences for each example
     head.save_pretrained(tmp_path / "model")
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
     loaded = HEADS[name].from_pretrained(tmp_path / "model")
