@@ -159,8 +159,10 @@ docs: $(VENV)/.stamp-docs  ## the documentation, in build/docs; a warning is an 
 # --- packages ---
 
 .PHONY: dist
-dist: install  ## the source distribution and the wheel, in dist/
-	$(PY) -m build --no-isolation --sdist --wheel
+dist: install  ## in dist/: the sources, a wheel with the extension for any x86-64-v3 CPU, and one without it
+	$(PY) -m build --no-isolation --sdist
+	GPT_FAST_PORTABLE=1 $(PY) -m build --no-isolation --wheel
+	GPT_FAST_NO_CPP=1 $(PY) -m build --no-isolation --wheel
 
 .PHONY: clean
 clean:  ## remove what was built, but not the environments

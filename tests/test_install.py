@@ -6,6 +6,7 @@ is compiled once, from the source distribution, with `layer_norm` as its only ke
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -172,6 +173,32 @@ def test_pure_wheel_runs_the_reference(env: Environment, pure_wheel: Path) -> No
     found = env.probe()
     assert Path(found["kernels"]).is_relative_to(env.site / "gpt_fast")
     assert (found["serving"], found["extension"], found["record"]) == ("reference", None, None)
+
+
+def test_make_dist_builds_all_three() -> None:
+    """The sources, a portable wheel and a pure one; what the two switches do is tested below and above."""
+    commands = run("make", "-n", "dist", "VENV=/nowhere", cwd=ROOT).splitlines()
+    built = [line for line in commands if " -m build " in line]
+    assert [("--sdist" in line, "GPT_FAST_PORTABLE=1" in line, "GPT_FAST_NO_CPP=1" in line) for line in built] == [
+        (True, False, False), (False, True, False), (False, False, True),
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86-64 is what has portable levels")
+def test_portable_wheel_runs_on_any_x86_64_v3(env: Environment, sdist: Path, tmp_path: Path) -> None:
+    """Compiled for AVX2 and FMA whatever this CPU has, and installed where nothing but its requirements is."""
+    (tmp_path / "portable").mkdir()
+    env.install(build_wheel(sdist, tmp_path / "portable", GPT_FAST_PORTABLE="1"))
+    found = env.probe()
+    assert found["serving"] == "cpp" and found["record"]["vector"] == "AVX2"
+    assert "-march=x86-64-v3" in found["record"]["flags"] and "-march=native" not in found["record"]["flags"]
+    level = {"pni", "ssse3", "sse4_1", "sse4_2", "popcnt", "abm", "movbe", "bmi1", "bmi2", "f16c", "fma", "avx", "avx2"}
+    assert set(found["record"]["cpu_flags"]) <= level
+    typed = run(
+        env.python, "-c", "import gpt_fast, pathlib; print(pathlib.Path(gpt_fast.__file__).parent)", cwd=tmp_path
+    )
+    assert (Path(typed.strip()) / "py.typed").is_file()
 
 
 def test_editable_install_is_the_checkout(env: Environment, checkout: Callable[..., Path]) -> None:

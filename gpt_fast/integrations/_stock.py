@@ -66,9 +66,14 @@ def is_hooked(module: nn.Module) -> bool:
     return any(len(getattr(module, name)) > 0 for name in _HOOKS)
 
 
+def class_of(module: Any) -> type:
+    """The class of a module, also where torch.export puts a proxy before it."""
+    return type(module.get_base()) if hasattr(type(module), "get_base") else type(module)
+
+
 def why_not_plain(module: Any, kind: Any) -> str | None:
     """Why a module's parameters are not read directly, or None where they are."""
-    if type(module) is not kind:
+    if class_of(module) is not kind:
         return f"is a {type(module).__module__}.{type(module).__qualname__}, not {kind.__name__}"
     if "forward" in vars(module) and not is_accelerated(module):
         return "has a forward of its own"

@@ -25,7 +25,7 @@ from . import _stock
 
 CACHE = "cache" if hasattr(BaseModelOutputWithPastAndCrossAttentions, "cache") else "past_key_values"
 _CACHES = ("cache", "past_key_values")
-_FEW_ROWS = 16  # below it `mlp` pays more for packing the weights than it saves
+_FEW_ROWS = 32  # below it `mlp` pays more for packing the weights than it saves: measured on a Zen 3 core, C = 768
 
 _ACTIVATIONS: dict[type, str] = {
     nn.ReLU: "relu",
@@ -199,11 +199,13 @@ def _mlp(mlp: Any, kind: type, x: Tensor) -> tuple[Tensor, float]:
     """The MLP's branch, and the dropout that is left for the residual addition."""
     if not _stock.is_plain(mlp, kind):
         return mlp(x), 0.0
-    if why_no_mlp(mlp, kind) is not None or x.shape[:-1].numel() < _FEW_ROWS:
+    rows = x.shape[0] * x.shape[1]
+    few = not torch.compiler.is_compiling() and type(rows) is int and rows < _FEW_ROWS  # a graph is for any number
+    if few or why_no_mlp(mlp, kind) is not None:
         return _stock.dropout(mlp.dropout, mlp.c_proj(mlp.act(mlp.c_fc(x))))
     # Conv1D keeps its matrices transposed: read in place, and their gradients come back in the same strides.
     fc, proj = mlp.c_fc, mlp.c_proj
-    branch = ops.mlp(x, fc.weight.t(), fc.bias, proj.weight.t(), proj.bias, _ACTIVATIONS[type(mlp.act)])
+    branch = ops.mlp(x, fc.weight.t(), fc.bias, proj.weight.t(), proj.bias, _ACTIVATIONS[_stock.class_of(mlp.act)])
     return _stock.dropout(mlp.dropout, branch)
 
 
@@ -216,8 +218,8 @@ def why_no_mlp(mlp: Any, kind: type) -> str | None:
         reason = _stock.why_not_plain(getattr(mlp, name), Conv1D)
         if reason is not None:
             return f"{name} {reason}: called through it"
-    if type(mlp.act) not in _ACTIVATIONS or _stock.is_hooked(mlp.act):
-        return f"activation {type(mlp.act).__name__}, wanted ReLU or GELU"
+    if _stock.class_of(mlp.act) not in _ACTIVATIONS or _stock.is_hooked(mlp.act):
+        return f"activation {_stock.class_of(mlp.act).__name__}, wanted ReLU or GELU"
     return None
 
 

@@ -114,22 +114,30 @@ _WARNED: set[tuple[str, str]] = set()
 
 
 @torch.compiler.assume_constant_result
-def _warn_once(op: str, device_type: str) -> None:
-    if (op, device_type) not in _WARNED:
-        _WARNED.add((op, device_type))
+def _warn_once(op: str, where: str, advice: str) -> None:
+    if (op, where) not in _WARNED:
+        _WARNED.add((op, where))
         warnings.warn(
-            f"gpt_fast.{op}: no fused kernel on {device_type}, the pure-PyTorch reference serves; "
-            "`gpt-fast doctor` tells why",
-            stacklevel=4,
+            f"gpt_fast.{op}: no fused kernel {where}, the pure-PyTorch reference serves{advice}", stacklevel=4
         )
 
 
+@torch.compiler.assume_constant_result
+def _is_transformed() -> bool:
+    """Whether the call is inside a transform of `torch.func`, which custom gradients of ours cannot follow."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def runs_reference(op: str, x: Tensor) -> bool:
-    """Whether the public function answers by the reference: asked for, float64, or no kernel on this device."""
+    """Whether the public function answers by the reference: asked for, float64, no kernel on this device, or inside a
+    transform of `torch.func`."""
     if _reference_forced or x.dtype == torch.float64:
         return True
+    if _is_transformed():
+        _warn_once(op, "inside torch.func's transforms", "")
+        return True
     if serving(op, x.device.type) == "reference":
-        _warn_once(op, x.device.type)
+        _warn_once(op, f"on {x.device.type}", "; `gpt-fast doctor` tells why")
         return True
     return False
 

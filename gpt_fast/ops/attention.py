@@ -151,7 +151,7 @@ def _options(
         )
     if window is not None and window < 1:
         raise ValueError(f"gpt_fast.attention: window is {window}, wanted at least 1")
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not -math.inf < scale < math.inf:  # isfinite takes no symbol
         raise ValueError(f"gpt_fast.attention: scale is {scale}, wanted a finite number")
     _checks.probability("attention", "dropout_p", dropout_p)
     _checks.seed("attention", seed, q.device)
