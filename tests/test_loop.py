@@ -14,7 +14,7 @@ from gpt_fast import GPTConfig, GPTForCausalLM, GPTForMaskedLM
 from gpt_fast.data.batches import Batch, causal_batch
 from gpt_fast.training import checkpoints
 from gpt_fast.training.engine import Engine, EngineSettings
-from gpt_fast.training.loop import Loop, LoopSettings, intervals
+from gpt_fast.training.loop import Loop, LoopSettings, Progress, intervals
 from gpt_fast.training.monitor import Spikes
 from gpt_fast.training.runs import new_run
 
@@ -58,6 +58,7 @@ def train(folder: Path, values: list[float], model: nn.Module | None = None, **o
         "valid_every": 100,
     } | options
     said: list[str] = []
+    shown: list[Progress] = []
     with new_run(folder) as run:
         loop = Loop(
             Engine(model, given["lr"], EngineSettings()),
@@ -65,10 +66,10 @@ def train(folder: Path, values: list[float], model: nn.Module | None = None, **o
             given.pop("validate", dict),
             LoopSettings(**given),
             run,
-            ignore,
+            shown.append,
             said.append,
         )
-        loop.said = said
+        loop.said, loop.shown = said, shown
         loop.run()
     return loop
 
@@ -91,6 +92,9 @@ def test_loop_logs_and_validates(tmp_path):
     assert ["valid_loss" in line for line in logged] == [False, True, False, True]
     assert [line["lr"] for line in logged] == pytest.approx([0.1 / 3, 0.1 / 5, 0.1 / 6, 0.1 / 7])
     assert loop.state.line == logged[-1]
+    assert [progress.step for progress in loop.shown] == list(range(1, 8))
+    assert [progress.logged for progress in loop.shown if progress.logged] == logged
+    assert all(progress.tokens_per_second > 0 for progress in loop.shown)
     assert model.seen == 7
     assert all(line["tokens_per_second"] > 0 for line in logged)
 

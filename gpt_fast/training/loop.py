@@ -201,13 +201,13 @@ class Loop:
         if logs or validates or saves or state.step == 1 or engine.device.type == "cpu":
             self._settle()
         self._seconds += time.perf_counter() - began
+        rate = self._rate
         logged = None
         if logs or validates:
             logged = self._log(lr, float(norm), validates)
         stopping = self._asked_to_stop(logs or validates or saves)
         if saves or (stopping and state.step < settings.steps):
             self.save()
-        rate = self._rate
         self.show(Progress(state.step, settings.steps, self._shown, rate, logged, self._mfu(rate)))
         if stopping and state.step < settings.steps:
             raise Interrupted(self.stop.signum or 15, f"stopped after update {state.step:,}; go on with --resume")
