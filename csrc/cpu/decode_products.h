@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace gpt_fast::decode {
 
@@ -119,6 +120,29 @@ inline uint16_t round_to_bfloat16(float x) {
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+constexpr float kLargestFloat = std::numeric_limits<float>::max();
+
+// max |x|, infinite or NaN if any is. As integers, which the compiler turns into vectors.
+inline float largest_magnitude(const float* x, int64_t n) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    largest = std::max(largest, bits & 0x7fffffffu);
+  }
+  float result;
+  std::memcpy(&result, &largest, sizeof result);
+  return result;
+}
+
+// To the nearest integer, for |x| below 2^22: adding 1.5 * 2^23 leaves it in the low bits.
+inline int32_t rounded(float x) {
+  x += 0x1.8p23f;
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits - 0x4b400000;
+}
+
 // Weights as they are, float32.
 struct Float32 {
   using weight_t = float;
@@ -171,10 +195,15 @@ struct BFloat16 {
     return multiply_add(upper_halves(w), load_floats(x + kWidth), sum);
   }
   static float prepare(const float* x, int64_t K, int64_t padded, input_t* out) {
-    for (int64_t k = 0; k < padded; ++k) {
-      const int64_t within = k % kStep;
-      out[k - within + within / 2 + within % 2 * kWidth] = k < K ? x[k] : 0.0f;
+    int64_t k = 0;
+    for (; k + kStep <= K; k += kStep) {
+      for (int64_t i = 0; i < kWidth; ++i) {
+        out[k + i] = x[k + 2 * i];
+        out[k + kWidth + i] = x[k + 2 * i + 1];
+      }
     }
+    std::fill(out + k, out + padded, 0.0f);
+    for (int64_t i = 0; k + i < K; ++i) out[k + i / 2 + i % 2 * kWidth] = x[k + i];
     return 1.0f;
   }
 #endif
@@ -196,20 +225,15 @@ struct Int8 {
   static Floats finish(Sum sum) { return to_floats(sum); }
 
   static float prepare(const float* x, int64_t K, int64_t padded, input_t* out) {
-    float largest = 0.0f;
-    bool finite = true;
-    for (int64_t k = 0; k < K; ++k) {
-      largest = std::max(largest, std::fabs(x[k]));
-      finite = finite && std::fabs(x[k]) <= 3.4e38f;  // false for NaN, which max drops
-    }
-    const float scale = largest / 32767.0f, inverse = largest > 0.0f ? 32767.0f / largest : 0.0f;
-    if (!finite) {  // the products become NaN by their scale
+    const float largest = largest_magnitude(x, K);
+    if (!(largest <= kLargestFloat)) {  // the products become NaN by their scale
       std::fill(out, out + padded, input_t(1));
       return NAN;
     }
-    for (int64_t k = 0; k < K; ++k) out[k] = static_cast<input_t>(std::lrintf(x[k] * inverse));
+    const float inverse = largest > 0.0f ? 32767.0f / largest : 0.0f;
+    for (int64_t k = 0; k < K; ++k) out[k] = static_cast<input_t>(rounded(x[k] * inverse));
     std::fill(out + K, out + padded, input_t(0));
-    return scale;
+    return largest / 32767.0f;
   }
 };
 
@@ -227,16 +251,11 @@ inline float pack_row(const float* w, int64_t K, int64_t padded, uint16_t* out) 
 }
 
 inline float pack_row(const float* w, int64_t K, int64_t padded, int8_t* out) {
-  float largest = 0.0f;
-  bool finite = true;
-  for (int64_t k = 0; k < K; ++k) {
-    largest = std::max(largest, std::fabs(w[k]));
-    finite = finite && std::fabs(w[k]) <= 3.4e38f;
-  }
-  const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+  const float largest = largest_magnitude(w, K);
   std::fill(out, out + padded, int8_t(0));
-  if (!finite) return NAN;
-  for (int64_t k = 0; k < K; ++k) out[k] = static_cast<int8_t>(std::lrintf(w[k] * inverse));
+  if (!(largest <= kLargestFloat)) return NAN;
+  const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+  for (int64_t k = 0; k < K; ++k) out[k] = static_cast<int8_t>(rounded(w[k] * inverse));
   return largest / 127.0f;
 }
 
