@@ -1,6 +1,7 @@
 """Decoding on the CPU: GPT-2 at batch 1 against the memory's read bandwidth and Hugging Face's generate.
 
     python -m benchmarks.decode [--model gpt2] [--tokens 32] [--repeats 3] [--peers] [--curve] [--json FILE]
+    python -m benchmarks.decode --perplexity RUN    # of a run's held-out text, by the precision of the weights
 
 Every figure is a median over interleaved repetitions in one process; `bound` is the time that reading the step's
 weights and cache would take at the read bandwidth measured between the repetitions. Weights are random: speed does
@@ -125,6 +126,31 @@ def curve(name: str, weights: str) -> list[tuple[int, float]]:
     return points
 
 
+def perplexities(folder: Path, windows: int = 64) -> dict[str, float]:
+    """Of held-out text of the standard library, each token predicted by a decode step with these weights."""
+    from gpt_fast.data.batches import lm_windows, token_stream
+    from gpt_fast.data.corpus import read_corpus
+    from gpt_fast.data.tokenizer import encode_documents
+    from gpt_fast.training.evaluate import load_generator, run_tokenizer
+    from gpt_fast.training.runs import special_token
+
+    model = load_generator(folder, "cpu").eval()
+    texts = [document.text for document in read_corpus(None).valid]
+    ids = encode_documents(run_tokenizer(folder, model), texts)
+    stream = token_stream(ids, special_token(model.config, "start_token"))
+    tokens = lm_windows(stream, model.config.seq_len)
+    tokens = tokens[:: max(1, len(tokens) // windows)][:windows]  # [B, T]
+    found = {}
+    for weights in WEIGHTS:
+        session = DecodeSession(model, batch=len(tokens), weights=weights)
+        losses = []
+        for t in range(tokens.shape[1] - 1):
+            logits = session.step(tokens[:, t].contiguous())
+            losses.append(torch.nn.functional.cross_entropy(logits.double(), tokens[:, t + 1], reduction="none"))
+        found[weights] = torch.cat(losses).mean().exp().item()
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="gpt2")
@@ -133,7 +159,13 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="measure Hugging Face's generate too")
     parser.add_argument("--curve", action="store_true", help="seconds a token over the length of the cache")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--perplexity", type=Path, metavar="RUN", help="measure this instead, of a trained run")
     arguments = parser.parse_args()
+    if arguments.perplexity:
+        found = perplexities(arguments.perplexity)
+        for name, value in found.items():
+            print(f"  {name:12} perplexity {value:.4f} ({value / found['float32'] - 1:+.3%})")
+        return
     figures = measure(arguments.model, arguments.tokens, arguments.repeats, arguments.peers)
     low, high = figures["read_bandwidth_range"]
     print(f"{arguments.model}, {figures['threads']} threads, read bandwidth {figures['read_bandwidth'] / 1e9:.1f} GB/s "
