@@ -1,8 +1,8 @@
 """Records what the launchers launch, for every shipped configuration: python -m benchmarks.codegen_record OUT
 
-The launchers run on meta tensors with Triton's launch replaced by a recorder, so that the gate compiles what a GPU
-would be given: same constants, same specialisation of integers, same number of warps. benchmarks.codegen compiles the
-record, under the Triton of the gate and without PyTorch.
+The launchers run on meta tensors with Triton's launch replaced by a recorder, once for each architecture, so that the
+gate compiles what a GPU would be given: same configuration, same constants, same specialisation of integers.
+benchmarks.codegen compiles the record, under the Triton of the gate and without PyTorch.
 """
 
 import importlib
@@ -16,6 +16,11 @@ from unittest import mock
 
 import torch
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels import tables
+
+ARCHITECTURES = (80, 90, 100)
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -34,7 +39,7 @@ def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 def layer_norm(kernels: Any) -> Launches:
     """The widest row of every configuration, in the dtype of training, and GPT-2's width in all of them."""
-    shapes = [(config.width, torch.bfloat16) for config in kernels.CONFIGS]
+    shapes = [(N, torch.bfloat16) for N in sorted({row.size for row in tables.TABLES["layer_norm"]})]
     shapes += [(768, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
     for N, dtype in shapes:
         x, weight, bias = meta(4096, N, dtype=dtype), meta(N, dtype=dtype), meta(N, dtype=dtype)
@@ -46,8 +51,7 @@ def layer_norm(kernels: Any) -> Launches:
 
 def add_layer_norm(kernels: Any) -> Launches:
     """As in training: with dropout, and with the gradient that the residual stream carries."""
-    for config in importlib.import_module("kernels.layer_norm").CONFIGS:
-        N = config.width
+    for N in sorted({row.size for row in tables.TABLES["layer_norm"]}):
         x, weight, bias = (meta(*shape, dtype=torch.bfloat16) for shape in ((4096, N), (N,), (N,)))
         rows, seed = meta(4096, dtype=torch.float32), meta(1, dtype=torch.int64)
         dropout = (6554, 65536 / (65536 - 6554), seed, 3)
@@ -74,6 +78,28 @@ def attention(kernels: Any) -> Launches:
         yield label, partial(kernels.backward_qkv, out, qkv, H, out, lse, options, *rule)
 
 
+def linear_cross_entropy(kernels: Any) -> Launches:
+    """GPT-2's vocabulary in the dtype of training, as its heads call it; with everything optional; a transposed weight;
+    the other dtypes; single losses. Two chunks: the second adds to the first."""
+    V, C = 50257, 768
+    bfloat16 = torch.bfloat16
+    cases = [("", bfloat16), ("bias smoothing", bfloat16), ("transposed", bfloat16)]
+    cases += [("bias", torch.float16), ("bias", torch.float32)]
+    for options, dtype in cases:
+        x, target = meta(8192, C, dtype=dtype), meta(8192, dtype=torch.int64)
+        weight = meta(C, V, dtype=dtype).t() if options == "transposed" else meta(V, C, dtype=dtype)
+        bias = meta(V, dtype=dtype) if "bias" in options else None
+        smoothing = 0.1 if "smoothing" in options else 0.0
+        label = f"V={V} C={C} {str(dtype).removeprefix('torch.')} {options}".strip()
+        arguments = (x, weight, target, bias, -100, smoothing)
+        needs = (True, True, bias is not None)
+        yield label, partial(kernels.forward, *arguments, "mean", *needs)
+        if not options:
+            yield f"{label} no_grad", partial(kernels.forward, *arguments, "mean", False, False, False)
+            dloss = meta(8192, dtype=torch.float32)
+            yield f"{label} single losses", partial(kernels.backward, dloss, *arguments, *needs)
+
+
 def embedding(kernels: Any) -> Launches:
     """GPT-2's tables, with dropout."""
     for dtype in (torch.bfloat16, torch.float32):
@@ -97,10 +123,32 @@ def decode_attention(kernels: Any) -> Launches:
         yield label, partial(kernels.forward, q, cache, cache, meta(B, dtype=torch.int64))
 
 
+def mlp(kernels: Any) -> Launches:
+    """GPT-2's sizes in the dtype of training: each activation with and without dropout; a Conv1D's transposed weights;
+    sizes that no descriptor can take; the other dtypes."""
+    cases = [(activation, p, "", torch.bfloat16) for activation in ("relu", "gelu", "gelu_tanh") for p in (0.0, 0.1)]
+    cases += [("gelu_tanh", 0.1, layout, torch.bfloat16) for layout in ("Conv1D", "odd")]
+    cases += [("gelu_tanh", 0.1, "", dtype) for dtype in (torch.float16, torch.float32)]
+    for activation, p, layout, dtype in cases:
+        M, C = 8192, 763 if layout == "odd" else 768
+        x, fc_bias, proj_bias = meta(M, C, dtype=dtype), meta(4 * C, dtype=dtype), meta(C, dtype=dtype)
+        fc_weight, proj_weight = meta(4 * C, C, dtype=dtype), meta(C, 4 * C, dtype=dtype)
+        if layout == "Conv1D":
+            fc_weight, proj_weight = meta(C, 4 * C, dtype=dtype).t(), meta(4 * C, C, dtype=dtype).t()
+        seed = meta(1, dtype=torch.int64) if p else None
+        rule = (activation, *((6554, 65536 / (65536 - 6554)) if p else (0, 1.0)), seed, 3)
+        label = " ".join((activation, *layout.split(), str(dtype).removeprefix("torch."), *(["dropout"] if p else [])))
+        yield label, partial(kernels.forward, x, fc_weight, fc_bias, proj_weight, proj_bias, *rule, True)
+        hidden = meta(M, 4 * C, dtype=dtype)
+        yield label, partial(kernels.backward, x, x, fc_weight, fc_bias, proj_weight, hidden, *rule, [True] * 5)
+
+
 OPS: dict[str, Callable[[Any], Launches]] = {
     "attention": attention,
     "layer_norm": layer_norm,
     "add_layer_norm": add_layer_norm,
+    "mlp": mlp,
+    "linear_cross_entropy": linear_cross_entropy,
     "embedding": embedding,
     "decode_attention": decode_attention,
 }
@@ -118,6 +166,9 @@ def describe(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> dict[s
         specialised = not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{POINTERS[value.base.dtype].removeprefix('*')}[{block}]>"
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
             divisible.append(name)  # allocations are aligned
@@ -131,17 +182,27 @@ def describe(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> dict[s
     return {"signature": signature, "constants": constants, "divisible": divisible, "options": options}
 
 
-def record(op: str, found: dict[str, dict[str, Any]]) -> None:
+def record(op: str, target: int, found: dict[str, dict[str, Any]]) -> None:
     """Adds the op's launches to `found`, by what is compiled: a kernel may serve several shapes, and several ops."""
     kernels = importlib.import_module(f"kernels.{op}")
+    keys = {launch["key"] for launch in found.values() if launch["target"] == target}
     for label, launch in OPS[op](kernels):
 
         def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, label: str = label, **kwargs: Any) -> None:
-            launch = {"module": kernel.fn.__module__, "kernel": kernel.__name__, **describe(kernel, args, kwargs)}
-            name = kernel.__name__.strip("_").removesuffix("_kernel")
-            found.setdefault(json.dumps(launch), {"key": f"{op} {name} {label}", **launch})
+            what = {"module": kernel.fn.__module__, "kernel": kernel.__name__, "target": target}
+            what |= describe(kernel, args, kwargs)
+            key = name = f"{op} {kernel.__name__.strip('_').removesuffix('_kernel')} {label}"
+            number = 2
+            while key in keys:  # one kernel, several products
+                key, number = f"{name} {number}", number + 1
+            if found.setdefault(json.dumps(what), {"key": key, **what})["key"] == key:
+                keys.add(key)
 
-        with mock.patch.object(JITFunction, "run", run):
+        with (
+            mock.patch.object(JITFunction, "run", run),
+            mock.patch.object(tables, "architecture", return_value=target),
+            mock.patch.object(tables, "multiprocessors", return_value=132),
+        ):
             launch()
 
 
@@ -151,7 +212,8 @@ def main() -> None:
         sys.exit(f"benchmarks/codegen_record.py: no entry for {present - set(OPS)}, no kernel for {set(OPS) - present}")
     found: dict[str, dict[str, Any]] = {}
     for op in OPS:
-        record(op, found)
+        for target in ARCHITECTURES:
+            record(op, target, found)
     Path(sys.argv[1]).write_text(json.dumps(list(found.values()), indent=1) + "\n", encoding="utf-8")
 
 

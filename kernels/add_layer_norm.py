@@ -109,7 +109,7 @@ def forward(
         return normed, summed, mean.fill_(float("nan")), rstd.fill_(float("nan"))
     rows, residual_rows = as_rows(x), as_rows(residual)
     M = rows.shape[0]
-    launch = config(N)
+    launch = config(N, rows.device)
     _fwd_kernel[(triton.cdiv(M, launch.fwd_rows),)](
         rows, residual_rows, weight, bias, normed, summed, mean, rstd, seed,
         rows.stride(0), residual_rows.stride(0), M, N, eps, site, threshold, scale,
@@ -148,7 +148,7 @@ def backward(
     rows = as_rows(dnormed)
     carried = None if dsummed is None else as_rows(dsummed)
     M = rows.shape[0]
-    launch = config(N)
+    launch = config(N, rows.device)
     needs_sums = needs_weight or needs_bias
     P = min(launch.bwd_programs, triton.cdiv(M, launch.bwd_rows))
     partial = torch.empty((2, P, N) if needs_sums else (2, 0, 0), dtype=torch.float32, device=summed.device)

@@ -13,11 +13,15 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import tables
+from .gemm import cast, dot, precision
 from .philox import keep_matrix
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+ROW_TILE = tl.constexpr(128)  # what backward keeps of rows is padded to whole tiles, so that loads need no mask
 UNBOUNDED = 1 << 30  # a window that reaches everywhere
 
 
@@ -28,49 +32,6 @@ class Config(NamedTuple):
     keys: int
     warps: int
     stages: int
-
-
-# By (kernel, dtype's bytes, head size up to): the largest tiles that compiled for sm_90 without spills (Triton 3.6).
-# Not yet tuned on a GPU.
-CONFIGS: dict[tuple[str, int, int], Config] = {
-    ("fwd", 2, 64): Config(128, 64, 8, 3),
-    ("fwd", 2, 128): Config(128, 64, 8, 3),
-    ("fwd", 2, 256): Config(64, 64, 4, 2),
-    ("bwd_dq", 2, 64): Config(128, 64, 8, 2),
-    ("bwd_dq", 2, 128): Config(128, 64, 8, 2),
-    ("bwd_dq", 2, 256): Config(64, 32, 4, 2),
-    ("bwd_dkdv", 2, 64): Config(64, 128, 8, 2),
-    ("bwd_dkdv", 2, 128): Config(32, 128, 8, 2),
-    ("bwd_dkdv", 2, 256): Config(32, 64, 8, 1),
-    ("fwd", 4, 64): Config(32, 32, 4, 2),
-    ("fwd", 4, 128): Config(32, 16, 4, 2),
-    ("fwd", 4, 256): Config(16, 16, 4, 1),
-    ("bwd_dq", 4, 64): Config(32, 16, 4, 1),
-    ("bwd_dq", 4, 128): Config(16, 16, 4, 1),
-    ("bwd_dq", 4, 256): Config(16, 16, 4, 1),
-    ("bwd_dkdv", 4, 64): Config(32, 32, 4, 1),
-    ("bwd_dkdv", 4, 128): Config(16, 16, 4, 1),
-    ("bwd_dkdv", 4, 256): Config(16, 16, 4, 1),
-}
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b. Triton's interpreter takes bfloat16 for integers in a product; widening it there is exact."""
-    if PRECISION == "interpreter":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _cast(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """float32 to `dtype`, to nearest. Triton's interpreter (as of 3.9) truncates to bfloat16, so there it is rounded
-    first."""
-    if PRECISION == "interpreter" and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(dtype)
 
 
 @triton.jit
@@ -117,6 +78,24 @@ def _tile(
 
 
 @triton.jit
+def _stream(
+    source, b, h, start, stride, limit, bounded, offs, offs_d, stride_d,
+    MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """A tile of what a loop walks over: by a descriptor of [B, H, rows, D], which ends with the rows, or by pointers.
+
+    `bounded` is a pointer where `limit` may lie before the last row, else None.
+    """
+    if DESCRIBED:
+        x = tl.reshape(source.load([b.to(tl.int32), h.to(tl.int32), start, 0]), [offs.shape[0], BLOCK_D])
+        if MASKED and bounded is not None:
+            x = tl.where((start + offs < limit)[:, None], x, 0.0).to(x.dtype)
+    else:
+        x = _tile(source, start, stride, limit, offs, offs_d, stride_d, MASKED, D, BLOCK_D)
+    return x
+
+
+@triton.jit
 def _allowed(
     x, first, last, i, j, T, S, b, h, key_mask_ptr, mask_ptr,
     stride_kb, stride_ks, stride_mb, stride_mh, stride_mt, stride_ms,
@@ -157,14 +136,15 @@ def _coordinates(offs, mask_offs, start_ptr, sequence_ptr, bh, h, H):
 @triton.jit
 def _fwd_tile(
     acc, m, total, q, k_ptr, v_ptr, start, stride_ks, stride_kd, stride_vs, stride_vd, offs_n, offs_d,
-    first, last, end, i, T, S, b, h, key_mask_ptr, mask_ptr, stride_kb, stride_kk, stride_mb, stride_mh, stride_mt,
-    stride_ms,
+    first, last, end, bounded, i, T, S, b, h, key_mask_ptr, mask_ptr,
+    stride_kb, stride_kk, stride_mb, stride_mh, stride_mt, stride_ms,
     dropout_i, dropout_start, dropout_b, site, threshold, seed_ptr, dropped, scale_log2,
     MASKED: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: the softmax so far, m its maximum and total its sum, takes these scores in."""
-    k = _tile(k_ptr, start, stride_ks, end, offs_n, offs_d, stride_kd, MASKED, D, BLOCK_D)
-    s = _dot(q, tl.trans(k), None, PRECISION) * scale_log2  # [BLOCK_M, BLOCK_N]
+    k = _stream(k_ptr, b, h, start, stride_ks, end, bounded, offs_n, offs_d, stride_kd, MASKED, D, BLOCK_D, DESCRIBED)
+    s = dot(q, tl.trans(k), None, PRECISION) * scale_log2  # [BLOCK_M, BLOCK_N]
     j = (start + offs_n)[None, :]
     if MASKED:
         s = tl.where(
@@ -181,10 +161,10 @@ def _fwd_tile(
     if HAS_DROPOUT:
         keep = keep_matrix(dropout_i, j - dropout_start, dropout_b, site, threshold, seed_ptr)
         p = tl.where(keep, p, dropped)
-    v = _tile(v_ptr, start, stride_vs, end, offs_n, offs_d, stride_vd, MASKED, D, BLOCK_D)
+    v = _stream(v_ptr, b, h, start, stride_vs, end, bounded, offs_n, offs_d, stride_vd, MASKED, D, BLOCK_D, DESCRIBED)
     if MASKED and key_mask_ptr is not None:
         v = _without_padding(v, start + offs_n, S, b, key_mask_ptr, stride_kb, stride_kk)
-    acc = _dot(_cast(p, v.dtype, PRECISION), v, acc * alpha[:, None], PRECISION)
+    acc = dot(cast(p, v.dtype, PRECISION), v, acc * alpha[:, None], PRECISION)
     return acc, m_new, total
 
 
@@ -197,7 +177,7 @@ def _fwd_kernel(
     stride_kmb, stride_kms, stride_mb, stride_mh, stride_mt, stride_ms,
     H, T, S, lower, upper, scale, site, threshold, dropout_scale, dropped,
     ALL_MASKED: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -212,8 +192,10 @@ def _fwd_kernel(
     dropout_i = (offs_m - dropout_start)[:, None]
     dropout_start, dropout_b = dropout_start[:, None], dropout_b[:, None]
 
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
+    bounded = start_ptr if length_ptr is None else length_ptr
+    if not DESCRIBED:
+        k_ptr += b * stride_kb + h * stride_kh
+        v_ptr += b * stride_vb + h * stride_vh
     q_ptr += b * stride_qb + h * stride_qh
     q = _tile(q_ptr, start_m, stride_qt, T, tl.arange(0, BLOCK_M), offs_d, stride_qd, True, D, BLOCK_D)
     scale_log2 = scale * LOG2E
@@ -224,46 +206,47 @@ def _fwd_kernel(
         start = _masked_start(n, begin, inside, outside, BLOCK_N)
         acc, m, total = _fwd_tile(
             acc, m, total, q, k_ptr, v_ptr, start, stride_ks, stride_kd, stride_vs, stride_vd, offs_n, offs_d,
-            first, last, end, offs_m[:, None], T, S, b, h, key_mask_ptr, mask_ptr, stride_kmb, stride_kms,
+            first, last, end, bounded, offs_m[:, None], T, S, b, h, key_mask_ptr, mask_ptr, stride_kmb, stride_kms,
             stride_mb, stride_mh, stride_mt, stride_ms,
             dropout_i, dropout_start, dropout_b, site, threshold, seed_ptr, dropped, scale_log2,
-            True, HAS_DROPOUT, PRECISION, D, BLOCK_D,
+            True, HAS_DROPOUT, PRECISION, D, BLOCK_D, DESCRIBED,
         )  # fmt: skip
     for start in range(inside, outside, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
         acc, m, total = _fwd_tile(
             acc, m, total, q, k_ptr, v_ptr, start, stride_ks, stride_kd, stride_vs, stride_vd, offs_n, offs_d,
-            first, last, end, offs_m[:, None], T, S, b, h, key_mask_ptr, mask_ptr, stride_kmb, stride_kms,
+            first, last, end, bounded, offs_m[:, None], T, S, b, h, key_mask_ptr, mask_ptr, stride_kmb, stride_kms,
             stride_mb, stride_mh, stride_mt, stride_ms,
             dropout_i, dropout_start, dropout_b, site, threshold, seed_ptr, dropped, scale_log2,
-            False, HAS_DROPOUT, PRECISION, D, BLOCK_D,
+            False, HAS_DROPOUT, PRECISION, D, BLOCK_D, DESCRIBED,
         )  # fmt: skip
 
     empty = total == 0.0
     out = acc * (dropout_scale / tl.where(empty, 1.0, total))[:, None]
     lse = tl.where(empty, float("inf"), (m + tl.log2(tl.where(empty, 1.0, total))) * LN2)
     out_ptrs = out_ptr + b * stride_ob + h * stride_oh + offs_m.to(tl.int64)[:, None] * stride_ot + offs_d[None, :]
-    tl.store(out_ptrs, _cast(out, out_ptr.dtype.element_ty, PRECISION), mask=mask_m[:, None] & (offs_d < D)[None, :])
+    tl.store(out_ptrs, cast(out, out_ptr.dtype.element_ty, PRECISION), mask=mask_m[:, None] & (offs_d < D)[None, :])
     tl.store(lse_ptr + bh * T + offs_m, lse, mask=mask_m)
 
 
 @triton.jit
 def _bwd_dq_tile(
     dq, q, do, lse_log2, delta, k_ptr, v_ptr, start, stride_ks, stride_kd, stride_vs, stride_vd, offs_n, offs_d,
-    first, last, end, i, T, S, b, h, key_mask_ptr, mask_ptr, stride_kb, stride_kk, stride_mb, stride_mh, stride_mt,
-    stride_ms,
+    first, last, end, bounded, i, T, S, b, h, key_mask_ptr, mask_ptr,
+    stride_kb, stride_kk, stride_mb, stride_mh, stride_mt, stride_ms,
     dropout_i, dropout_start, dropout_b, site, threshold, seed_ptr, dropout_scale, scale_log2,
     MASKED: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys added to dQ / scale."""
-    k = _tile(k_ptr, start, stride_ks, end, offs_n, offs_d, stride_kd, MASKED, D, BLOCK_D)
-    v = _tile(v_ptr, start, stride_vs, end, offs_n, offs_d, stride_vd, MASKED, D, BLOCK_D)
+    k = _stream(k_ptr, b, h, start, stride_ks, end, bounded, offs_n, offs_d, stride_kd, MASKED, D, BLOCK_D, DESCRIBED)
+    v = _stream(v_ptr, b, h, start, stride_vs, end, bounded, offs_n, offs_d, stride_vd, MASKED, D, BLOCK_D, DESCRIBED)
     if MASKED and key_mask_ptr is not None:
         k = _without_padding(k, start + offs_n, S, b, key_mask_ptr, stride_kb, stride_kk)
-    s = _dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
+    s = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
     p = tl.exp2(s * scale_log2 - lse_log2[:, None])
     j = (start + offs_n)[None, :]
-    dp = _dot(do, tl.trans(v), None, PRECISION)
+    dp = dot(do, tl.trans(v), None, PRECISION)
     if HAS_DROPOUT:
         keep = keep_matrix(dropout_i, j - dropout_start, dropout_b, site, threshold, seed_ptr)
         dp = tl.where(keep, dp * dropout_scale, 0.0)
@@ -273,22 +256,22 @@ def _bwd_dq_tile(
             _allowed(j, first[:, None], last[:, None], i, j, T, S, b, h, key_mask_ptr, mask_ptr,
                      stride_kb, stride_kk, stride_mb, stride_mh, stride_mt, stride_ms), ds, 0.0,
         )  # fmt: skip
-    return _dot(_cast(ds, k.dtype, PRECISION), k, dq, PRECISION)
+    return dot(cast(ds, k.dtype, PRECISION), k, dq, PRECISION)
 
 
 @triton.jit(do_not_specialize=["T", "S", "lower", "upper", "site", "threshold"])
 def _bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, rows_ptr, dq_ptr,
     length_ptr, key_mask_ptr, mask_ptr, start_ptr, end_ptr, sequence_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_ob, stride_oh, stride_ot,
     stride_dob, stride_doh, stride_dot, stride_dod, stride_dqb, stride_dqh, stride_dqt,
     stride_kmb, stride_kms, stride_mb, stride_mh, stride_mt, stride_ms,
-    H, T, S, lower, upper, scale, site, threshold, dropout_scale,
+    H, T, S, lower, upper, scale, site, threshold, dropout_scale, kept,
     ALL_MASKED: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """dQ, and delta for the kernel of dK and dV that follows."""
+    """dQ; and for the kernel of dK and dV that follows, lse in powers of two and delta (1 - p): [2, B H, padded T]."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
@@ -302,8 +285,10 @@ def _bwd_dq_kernel(
     dropout_i = (offs_m - dropout_start)[:, None]
     dropout_start, dropout_b = dropout_start[:, None], dropout_b[:, None]
 
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
+    bounded = start_ptr if length_ptr is None else length_ptr
+    if not DESCRIBED:
+        k_ptr += b * stride_kb + h * stride_kh
+        v_ptr += b * stride_vb + h * stride_vh
     rows = tl.arange(0, BLOCK_M)
     q = _tile(q_ptr + b * stride_qb + h * stride_qh, start_m, stride_qt, T, rows, offs_d, stride_qd, True, D, BLOCK_D)
     do = _tile(
@@ -311,50 +296,63 @@ def _bwd_dq_kernel(
     )
     out = _tile(out_ptr + b * stride_ob + h * stride_oh, start_m, stride_ot, T, rows, offs_d, 1, True, D, BLOCK_D)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), axis=1)
-    tl.store(delta_ptr + bh * T + offs_m, delta, mask=mask_m)
     lse_log2 = tl.load(lse_ptr + bh * T + offs_m, mask=mask_m, other=float("inf")) * LOG2E
+    padded = tl.cdiv(T, ROW_TILE) * ROW_TILE
+    rows_ptr += bh * padded + offs_m
+    tl.store(rows_ptr, lse_log2, mask=offs_m < padded)
+    tl.store(rows_ptr + tl.num_programs(1) * padded, delta * kept, mask=offs_m < padded)
     scale_log2 = scale * LOG2E
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for n in range(0, tl.cdiv(inside - begin, BLOCK_N) + tl.cdiv(end - outside, BLOCK_N)):
         start = _masked_start(n, begin, inside, outside, BLOCK_N)
         dq = _bwd_dq_tile(
             dq, q, do, lse_log2, delta, k_ptr, v_ptr, start, stride_ks, stride_kd, stride_vs, stride_vd, offs_n, offs_d,
-            first, last, end, offs_m[:, None], T, S, b, h, key_mask_ptr, mask_ptr, stride_kmb, stride_kms,
+            first, last, end, bounded, offs_m[:, None], T, S, b, h, key_mask_ptr, mask_ptr, stride_kmb, stride_kms,
             stride_mb, stride_mh, stride_mt, stride_ms,
             dropout_i, dropout_start, dropout_b, site, threshold, seed_ptr, dropout_scale, scale_log2,
-            True, HAS_DROPOUT, PRECISION, D, BLOCK_D,
+            True, HAS_DROPOUT, PRECISION, D, BLOCK_D, DESCRIBED,
         )  # fmt: skip
     for start in range(inside, outside, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
         dq = _bwd_dq_tile(
             dq, q, do, lse_log2, delta, k_ptr, v_ptr, start, stride_ks, stride_kd, stride_vs, stride_vd, offs_n, offs_d,
-            first, last, end, offs_m[:, None], T, S, b, h, key_mask_ptr, mask_ptr, stride_kmb, stride_kms,
+            first, last, end, bounded, offs_m[:, None], T, S, b, h, key_mask_ptr, mask_ptr, stride_kmb, stride_kms,
             stride_mb, stride_mh, stride_mt, stride_ms,
             dropout_i, dropout_start, dropout_b, site, threshold, seed_ptr, dropout_scale, scale_log2,
-            False, HAS_DROPOUT, PRECISION, D, BLOCK_D,
+            False, HAS_DROPOUT, PRECISION, D, BLOCK_D, DESCRIBED,
         )  # fmt: skip
     dq_ptrs = dq_ptr + b * stride_dqb + h * stride_dqh + offs_m.to(tl.int64)[:, None] * stride_dqt + offs_d[None, :]
     tl.store(
-        dq_ptrs, _cast(dq * scale, dq_ptr.dtype.element_ty, PRECISION), mask=mask_m[:, None] & (offs_d < D)[None, :]
+        dq_ptrs, cast(dq * scale, dq_ptr.dtype.element_ty, PRECISION), mask=mask_m[:, None] & (offs_d < D)[None, :]
     )
 
 
 @triton.jit
 def _bwd_dkdv_tile(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, start, stride_qt, stride_qd, stride_dot, stride_dod, offs_m,
+    dk, dv, k, v, q_ptr, do_ptr, rows_ptr, start, stride_qt, stride_qd, stride_dot, stride_dod, offs_m,
     offs_d,
-    first, last, end, j, T, S, b, h, key_mask_ptr, mask_ptr, stride_kb, stride_kk, stride_mb, stride_mh, stride_mt,
-    stride_ms,
-    dropout_j, dropout_start, dropout_b, site, threshold, seed_ptr, kept, scale_log2,
+    first, last, end, bounded, j, T, S, b, h, H, key_mask_ptr, mask_ptr,
+    stride_kb, stride_kk, stride_mb, stride_mh, stride_mt, stride_ms,
+    dropout_j, dropout_start, dropout_b, site, threshold, seed_ptr, scale_log2,
     MASKED: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries added to dK / scale and dV, both still without dropout's scale; keys are the rows."""
-    q = _tile(q_ptr, start, stride_qt, end, offs_m, offs_d, stride_qd, MASKED, D, BLOCK_D)
-    do = _tile(do_ptr, start, stride_dot, end, offs_m, offs_d, stride_dod, MASKED, D, BLOCK_D)
+    q = _stream(q_ptr, b, h, start, stride_qt, end, bounded, offs_m, offs_d, stride_qd, MASKED, D, BLOCK_D, DESCRIBED)
+    do = _stream(
+        do_ptr, b, h, start, stride_dot, end, bounded, offs_m, offs_d, stride_dod, MASKED, D, BLOCK_D, DESCRIBED
+    )
     rows = start + offs_m
-    lse_log2 = tl.load(lse_ptr + rows, mask=rows < T, other=float("inf")) * LOG2E
-    delta = tl.load(delta_ptr + rows, mask=rows < T, other=0.0)
-    s = _dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_N, BLOCK_M]
+    if DESCRIBED:
+        matrix = (b * H + h).to(tl.int32)
+        lse_log2 = tl.reshape(rows_ptr.load([matrix, start]), [offs_m.shape[0]])
+        delta = tl.reshape(rows_ptr.load([tl.num_programs(1) + matrix, start]), [offs_m.shape[0]])
+    else:
+        padded = tl.cdiv(T, ROW_TILE) * ROW_TILE
+        at = rows_ptr + (b * H + h) * padded + rows
+        lse_log2 = tl.load(at)
+        delta = tl.load(at + tl.num_programs(1) * padded)
+    s = dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_N, BLOCK_M]
     p = tl.exp2(s * scale_log2 - lse_log2[None, :])
     i = rows[None, :]
     if MASKED:
@@ -363,34 +361,34 @@ def _bwd_dkdv_tile(
             stride_kb, stride_kk, stride_mb, stride_mh, stride_mt, stride_ms,
         )  # fmt: skip
         p = tl.where(allowed, p, 0.0)
-    dp = _dot(v, tl.trans(do), None, PRECISION)
+    dp = dot(v, tl.trans(do), None, PRECISION)
     if HAS_DROPOUT:
-        # The sign carries the decision: one select serves both products. kept = 1 - p, the scale comes at the end.
+        # The sign carries the decision: one select serves both products. delta comes times 1 - p, the scale at the end.
         keep = keep_matrix(i - dropout_start, dropout_j, dropout_b, site, threshold, seed_ptr)
         signed = tl.where(keep, p, -p)
         z = tl.maximum(signed, 0.0)
-        ds = z * dp - tl.abs(signed) * (delta * kept)[None, :]
-        dv = _dot(_cast(z, do.dtype, PRECISION), do, dv, PRECISION)
+        ds = z * dp - tl.abs(signed) * delta[None, :]
+        dv = dot(cast(z, do.dtype, PRECISION), do, dv, PRECISION)
     else:
         ds = p * (dp - delta[None, :])
-        dv = _dot(_cast(p, do.dtype, PRECISION), do, dv, PRECISION)
+        dv = dot(cast(p, do.dtype, PRECISION), do, dv, PRECISION)
     if MASKED:
         ds = tl.where(allowed, ds, 0.0)  # p is 0 there, but delta may be NaN
-    dk = _dot(_cast(ds, q.dtype, PRECISION), q, dk, PRECISION)
+    dk = dot(cast(ds, q.dtype, PRECISION), q, dk, PRECISION)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["T", "S", "lower", "upper", "site", "threshold"])
 def _bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, rows_ptr, dk_ptr, dv_ptr,
     length_ptr, key_mask_ptr, mask_ptr, start_ptr, end_ptr, sequence_ptr, seed_ptr,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_dob, stride_doh, stride_dot, stride_dod,
     stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
     stride_kmb, stride_kms, stride_mb, stride_mh, stride_mt, stride_ms,
-    H, T, S, lower, upper, scale, site, threshold, dropout_scale, kept,
+    H, T, S, lower, upper, scale, site, threshold, dropout_scale,
     ALL_MASKED: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -407,10 +405,10 @@ def _bwd_dkdv_kernel(
     dropout_j = (offs_n - dropout_start)[:, None]
     dropout_start, dropout_b = dropout_start[:, None], dropout_b[:, None]
 
-    q_ptr += b * stride_qb + h * stride_qh
-    do_ptr += b * stride_dob + h * stride_doh
-    lse_ptr += bh * T
-    delta_ptr += bh * T
+    bounded = start_ptr
+    if not DESCRIBED:
+        q_ptr += b * stride_qb + h * stride_qh
+        do_ptr += b * stride_dob + h * stride_doh
     rows = tl.arange(0, BLOCK_N)
     k = _tile(k_ptr + b * stride_kb + h * stride_kh, start_n, stride_ks, S, rows, offs_d, stride_kd, True, D, BLOCK_D)
     v = _tile(v_ptr + b * stride_vb + h * stride_vh, start_n, stride_vs, S, rows, offs_d, stride_vd, True, D, BLOCK_D)
@@ -420,36 +418,63 @@ def _bwd_dkdv_kernel(
     for n in range(0, tl.cdiv(inside - begin, BLOCK_M) + tl.cdiv(end - outside, BLOCK_M)):
         start = _masked_start(n, begin, inside, outside, BLOCK_M)
         dk, dv = _bwd_dkdv_tile(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, start, stride_qt, stride_qd, stride_dot, stride_dod,
-            offs_m, offs_d, first, last, end, offs_n[:, None], T, S, b, h, key_mask_ptr, mask_ptr, stride_kmb,
-            stride_kms,
-            stride_mb, stride_mh, stride_mt, stride_ms,
-            dropout_j, dropout_start, dropout_b, site, threshold, seed_ptr, kept, scale_log2,
-            True, HAS_DROPOUT, PRECISION, D, BLOCK_D,
+            dk, dv, k, v, q_ptr, do_ptr, rows_ptr, start, stride_qt, stride_qd, stride_dot, stride_dod,
+            offs_m, offs_d, first, last, end, bounded, offs_n[:, None], T, S, b, h, H, key_mask_ptr, mask_ptr,
+            stride_kmb, stride_kms, stride_mb, stride_mh, stride_mt, stride_ms,
+            dropout_j, dropout_start, dropout_b, site, threshold, seed_ptr, scale_log2,
+            True, HAS_DROPOUT, PRECISION, D, BLOCK_D, DESCRIBED,
         )  # fmt: skip
     for start in range(inside, outside, BLOCK_M):
         start = tl.multiple_of(start, BLOCK_M)
         dk, dv = _bwd_dkdv_tile(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, start, stride_qt, stride_qd, stride_dot, stride_dod,
-            offs_m, offs_d, first, last, end, offs_n[:, None], T, S, b, h, key_mask_ptr, mask_ptr, stride_kmb,
-            stride_kms,
-            stride_mb, stride_mh, stride_mt, stride_ms,
-            dropout_j, dropout_start, dropout_b, site, threshold, seed_ptr, kept, scale_log2,
-            False, HAS_DROPOUT, PRECISION, D, BLOCK_D,
+            dk, dv, k, v, q_ptr, do_ptr, rows_ptr, start, stride_qt, stride_qd, stride_dot, stride_dod,
+            offs_m, offs_d, first, last, end, bounded, offs_n[:, None], T, S, b, h, H, key_mask_ptr, mask_ptr,
+            stride_kmb, stride_kms, stride_mb, stride_mh, stride_mt, stride_ms,
+            dropout_j, dropout_start, dropout_b, site, threshold, seed_ptr, scale_log2,
+            False, HAS_DROPOUT, PRECISION, D, BLOCK_D, DESCRIBED,
         )  # fmt: skip
     mask = mask_n[:, None] & (offs_d < D)[None, :]
     offs = offs_n.to(tl.int64)[:, None]
     dk_ptrs = dk_ptr + b * stride_dkb + h * stride_dkh + offs * stride_dks + offs_d[None, :]
     dv_ptrs = dv_ptr + b * stride_dvb + h * stride_dvh + offs * stride_dvs + offs_d[None, :]
-    tl.store(dk_ptrs, _cast(dk * (scale * dropout_scale), dk_ptr.dtype.element_ty, PRECISION), mask=mask)
-    tl.store(dv_ptrs, _cast(dv * dropout_scale, dv_ptr.dtype.element_ty, PRECISION), mask=mask)
+    tl.store(dk_ptrs, cast(dk * (scale * dropout_scale), dk_ptr.dtype.element_ty, PRECISION), mask=mask)
+    tl.store(dv_ptrs, cast(dv * dropout_scale, dv_ptr.dtype.element_ty, PRECISION), mask=mask)
 
 
 def config(kernel: str, q: torch.Tensor) -> tuple[Config, int]:
     """Tiles for these tensors, and the head size they are padded to."""
     D = q.shape[-1]
     BLOCK_D = max(16, triton.next_power_of_2(D))
-    return CONFIGS[kernel, q.element_size(), max(64, BLOCK_D)], BLOCK_D
+    launch = tables.pick("attention", kernel, tables.architecture(q.device), q.element_size(), BLOCK_D)
+    return Config(*launch), BLOCK_D
+
+
+def streams(rows: int, BLOCK_D: int, **tensors: torch.Tensor) -> dict[str, Any]:
+    """What a loop walks over in tiles of so many rows: descriptors of 16-bit tensors [B, H, rows, D] where all of them
+    are aligned (made on the device they would cost instructions in every program), else the tensors themselves."""
+    architecture = tables.architecture(next(iter(tensors.values())).device)
+    described = architecture == tables.INTERPRETER or architecture >= 90
+    described = described and all(_aligned(tensor) for tensor in tensors.values())
+    if described:
+        block = [1, 1, rows, BLOCK_D]
+        made = {name: TensorDescriptor(x, list(x.shape), _strides_of(x), block) for name, x in tensors.items()}
+        return {"DESCRIBED": True, **made}
+    return {"DESCRIBED": False, **tensors}
+
+
+def _strides_of(x: torch.Tensor) -> list[int]:
+    """The strides; where a size is 1 they say nothing, and a descriptor gets one that it takes."""
+    return [8 if x.shape[axis] == 1 and axis < 3 else stride for axis, stride in enumerate(x.stride())]
+
+
+def _aligned(x: torch.Tensor) -> bool:
+    strides = _strides_of(x)
+    return (
+        x.element_size() == 2
+        and x.data_ptr() % 16 == 0
+        and strides[3] == 1
+        and all(stride > 0 and stride % 8 == 0 for stride in strides[:3])
+    )
 
 
 class Options(NamedTuple):
@@ -487,10 +512,9 @@ def _shared_arguments(q: torch.Tensor, k: torch.Tensor, options: Options) -> tup
         "stride_ms": mask_strides[3],
         "H": H, "T": T, "S": S, "lower": window, "upper": 1 if options.causal else window, "site": options.site,
     }  # fmt: skip
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
     switches = {
         "ALL_MASKED": options.key_mask is not None or mask is not None, "HAS_DROPOUT": options.seed is not None,
-        "PRECISION": "interpreter" if triton.knobs.runtime.interpret else precision, "D": D,
+        "PRECISION": precision(), "D": D,
     }  # fmt: skip
     return arguments, switches
 
@@ -540,7 +564,7 @@ def forward(
     arguments, switches = _shared_arguments(q, k, options)
     launch, BLOCK_D = config("fwd", q)
     _fwd_kernel[_grid(T, launch.queries, q)](
-        q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, lse_ptr=lse,
+        q_ptr=q, **streams(launch.keys, BLOCK_D, k_ptr=k, v_ptr=v), out_ptr=out, lse_ptr=lse,
         **_strides("q", q, "t"), **_strides("k", k, "s"), **_strides("v", v, "s"), **_strides("o", out, "t",
         last=False),
         **arguments, scale=scale, threshold=threshold, dropout_scale=dropout_scale, dropped=0.0,
@@ -564,21 +588,27 @@ def backward_into(
     negative = options.scale < 0
     q, scale = _signed(q, options.scale)
     arguments, switches = _shared_arguments(q, k, options)
-    delta = torch.empty_like(lse)
+    matrices, padded = lse.shape[0] * lse.shape[1], triton.cdiv(T, ROW_TILE.value) * ROW_TILE.value
+    rows = torch.empty((2 * matrices, padded), dtype=torch.float32, device=lse.device)
     launch, BLOCK_D = config("bwd_dq", q)
     inputs = {
         **_strides("q", q, "t"), **_strides("k", k, "s"), **_strides("v", v, "s"), **_strides("do", dout, "t"),
         **arguments, **switches, "scale": scale, "threshold": threshold, "dropout_scale": dropout_scale,
-        "BLOCK_D": BLOCK_D, "lse_ptr": lse, "delta_ptr": delta, "q_ptr": q, "k_ptr": k, "v_ptr": v, "do_ptr": dout,
+        "BLOCK_D": BLOCK_D,
     }  # fmt: skip
     _bwd_dq_kernel[_grid(T, launch.queries, q)](
-        out_ptr=out, dq_ptr=dq, **_strides("o", out, "t", last=False), **_strides("dq", dq, "t", last=False), **inputs,
+        q_ptr=q, do_ptr=dout, **streams(launch.keys, BLOCK_D, k_ptr=k, v_ptr=v),
+        out_ptr=out, lse_ptr=lse, rows_ptr=rows, dq_ptr=dq, **_strides("o", out, "t", last=False),
+        **_strides("dq", dq, "t", last=False), **inputs, kept=1 / dropout_scale if dropout_scale else 0.0,
         BLOCK_M=launch.queries, BLOCK_N=launch.keys, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     launch, _ = config("bwd_dkdv", q)
+    walked = streams(launch.queries, BLOCK_D, q_ptr=q, do_ptr=dout)
+    if walked["DESCRIBED"]:
+        rows = TensorDescriptor(rows, [2 * matrices, padded], [padded, 1], [1, launch.queries])
     _bwd_dkdv_kernel[_grid(S, launch.keys, q)](
+        k_ptr=k, v_ptr=v, **walked, rows_ptr=rows,
         dk_ptr=dk, dv_ptr=dv, **_strides("dk", dk, "s", last=False), **_strides("dv", dv, "s", last=False), **inputs,
-        kept=1 / dropout_scale if dropout_scale else 0.0,
         BLOCK_M=launch.queries, BLOCK_N=launch.keys, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     if negative:

@@ -7,15 +7,23 @@ ends that reach into other chunks as partial sums, which a second kernel adds in
 rounding. Indices out of range are clamped, so that nothing out of bounds is touched.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+from . import tables
 from .philox import keep_rows
 
-ROWS, COLUMNS = 4, 256  # tile of the forward kernel
-CHUNK = 32  # uses that one program of the backward adds up
-WARPS = 4
+
+class Config(NamedTuple):
+    """Tile of the forward kernel, uses that one program of the backward adds up, warps."""
+
+    rows: int
+    columns: int
+    chunk: int
+    warps: int
 
 
 @triton.jit(do_not_specialize=["M", "site", "threshold"])
@@ -102,8 +110,10 @@ def _bwd_reduce_kernel(
     tl.store(grad_ptr + id_last * stride_gk + offs_c * stride_gc, total, mask=mask_c)
 
 
-def _grid(programs: int, C: int) -> tuple[int, int]:
-    return programs, triton.cdiv(C, COLUMNS)
+def config(table: torch.Tensor) -> Config:
+    """The launch configuration for a table [V, C]."""
+    architecture = tables.architecture(table.device)
+    return Config(*tables.pick("embedding", "rows", architecture, table.element_size(), table.shape[1]))
 
 
 def forward(
@@ -121,12 +131,12 @@ def forward(
     out = torch.empty((*tokens.shape, C), dtype=token_weight.dtype, device=tokens.device)
     if out.numel() == 0:
         return out
-    M = tokens.numel()
-    _fwd_kernel[_grid(triton.cdiv(M, ROWS), C)](
+    M, launch = tokens.numel(), config(token_weight)
+    _fwd_kernel[(triton.cdiv(M, launch.rows), triton.cdiv(C, launch.columns))](
         tokens.contiguous(), positions.contiguous(), token_weight, position_weight, out, seed,
         *token_weight.stride(), *position_weight.stride(), M, positions.numel(), token_weight.shape[0],
         position_weight.shape[0], C, site, threshold, scale,
-        HAS_DROPOUT=seed is not None, BLOCK_M=ROWS, BLOCK_C=COLUMNS, num_warps=WARPS,
+        HAS_DROPOUT=seed is not None, BLOCK_M=launch.rows, BLOCK_C=launch.columns, num_warps=launch.warps,
     )  # fmt: skip
     return out
 
@@ -153,17 +163,20 @@ def backward(
         if rows.numel() == 0:
             return grad
         ids, order = indices.expand(tokens.shape).reshape(-1).long().clamp(0, table.shape[0] - 1).sort(stable=True)
-        chunks = triton.cdiv(M, CHUNK)
+        launch = config(table)
+        chunks = triton.cdiv(M, launch.chunk)
+        grid = chunks, triton.cdiv(C, launch.columns)
         partial = torch.empty((chunks, 2, C), dtype=torch.float32, device=dout.device)
-        _bwd_kernel[_grid(chunks, C)](
+        _bwd_kernel[grid](
             rows, ids, order, grad, partial, seed, *rows.stride(), *grad.stride(), M, C, site, threshold, scale,
-            HAS_DROPOUT=seed is not None, CHUNK=CHUNK, BLOCK_C=COLUMNS, num_warps=WARPS,
+            HAS_DROPOUT=seed is not None, CHUNK=launch.chunk, BLOCK_C=launch.columns, num_warps=launch.warps,
         )  # fmt: skip
-        last_uses = torch.arange(CHUNK - 1, chunks * CHUNK, CHUNK, device=ids.device).clamp(max=M - 1)
-        reach = (torch.searchsorted(ids, ids[last_uses], right=True) - 1) // CHUNK
-        _bwd_reduce_kernel[_grid(chunks, C)](
-            ids, reach, grad, partial, *grad.stride(), M, C, CHUNK=CHUNK, BLOCK_C=COLUMNS, num_warps=WARPS
-        )
+        ends = torch.arange(launch.chunk - 1, chunks * launch.chunk, launch.chunk, device=ids.device).clamp(max=M - 1)
+        reach = (torch.searchsorted(ids, ids[ends], right=True) - 1) // launch.chunk
+        _bwd_reduce_kernel[grid](
+            ids, reach, grad, partial, *grad.stride(), M, C,
+            CHUNK=launch.chunk, BLOCK_C=launch.columns, num_warps=launch.warps,
+        )  # fmt: skip
         return grad
 
     nothing = (0,)

@@ -4,7 +4,7 @@ Notation: x, y [M, N]; xhat = (x - mean) * rstd; y = xhat * weight + bias. Backw
 dx = (g - mean(g) - xhat * mean(g * xhat)) * rstd; dweight = sum over rows of dy * xhat; dbias = sum over rows of dy.
 Precision: a row is held in registers, its mean first, then the variance of the centred row, all in float32.
 Determinism: a program sums every P-th tile of rows in registers and stores one partial sum; a second kernel adds the
-P partial sums in their order. P depends on the width alone, so nothing depends on the device.
+P partial sums in their order. P comes from the table, by width, so it is the same on all devices of an architecture.
 """
 
 from typing import NamedTuple
@@ -13,11 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
+from . import tables
+
 
 class Config(NamedTuple):
-    """Launch configuration for rows of up to `width` columns."""
+    """Launch configuration for rows of some width."""
 
-    width: int
     fwd_rows: int  # rows of a tile, forward
     fwd_warps: int
     bwd_rows: int
@@ -25,19 +26,7 @@ class Config(NamedTuple):
     bwd_programs: int  # partial sums of the weight gradients
 
 
-# Tiles of 2 to 16 KiB keep several loads in flight; compiled for sm_80, sm_90 and sm_100 without spills up to 8192
-# columns. Not yet tuned on a GPU.
-CONFIGS = (
-    Config(width=128, fwd_rows=16, fwd_warps=4, bwd_rows=16, bwd_warps=4, bwd_programs=512),
-    Config(width=256, fwd_rows=8, fwd_warps=4, bwd_rows=8, bwd_warps=4, bwd_programs=512),
-    Config(width=512, fwd_rows=4, fwd_warps=4, bwd_rows=4, bwd_warps=4, bwd_programs=512),
-    Config(width=1024, fwd_rows=4, fwd_warps=4, bwd_rows=4, bwd_warps=4, bwd_programs=512),
-    Config(width=2048, fwd_rows=2, fwd_warps=4, bwd_rows=2, bwd_warps=8, bwd_programs=256),
-    Config(width=4096, fwd_rows=1, fwd_warps=4, bwd_rows=1, bwd_warps=8, bwd_programs=256),
-    Config(width=8192, fwd_rows=1, fwd_warps=8, bwd_rows=1, bwd_warps=16, bwd_programs=128),
-    Config(width=16384, fwd_rows=1, fwd_warps=16, bwd_rows=1, bwd_warps=32, bwd_programs=128),
-    Config(width=65536, fwd_rows=1, fwd_warps=32, bwd_rows=1, bwd_warps=32, bwd_programs=128),
-)
+WIDEST = 65536
 REDUCE_ROWS, REDUCE_COLUMNS = 64, 32  # tile of the second stage
 
 
@@ -144,12 +133,11 @@ def _bwd_reduce_kernel(
         tl.store(dbias_ptr + offs_n, tl.sum(dbias, axis=0), mask=mask_n)
 
 
-def config(N: int) -> Config:
+def config(N: int, device: torch.device) -> Config:
     """The launch configuration for rows of N columns."""
-    for candidate in CONFIGS:
-        if N <= candidate.width:
-            return candidate
-    raise ValueError(f"gpt_fast.layer_norm: rows have {N} columns, wanted at most {CONFIGS[-1].width} on this device")
+    if N > WIDEST:
+        raise ValueError(f"gpt_fast.layer_norm: rows have {N} columns, wanted at most {WIDEST} on this device")
+    return Config(*tables.pick("layer_norm", "rows", tables.architecture(device), 4, N))
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -170,7 +158,7 @@ def forward(
         return y, mean.fill_(float("nan")), rstd.fill_(float("nan"))
     rows = as_rows(x)
     M = rows.shape[0]
-    launch = config(N)
+    launch = config(N, rows.device)
     _fwd_kernel[(triton.cdiv(M, launch.fwd_rows),)](
         rows, weight, bias, y, mean, rstd, rows.stride(0), M, N, eps,
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
@@ -198,7 +186,7 @@ def backward(
         return dx, dweight.zero_(), dbias.zero_()
     rows, dy_rows = as_rows(x), as_rows(dy)
     M = rows.shape[0]
-    launch = config(N)
+    launch = config(N, rows.device)
     needs_sums = needs_weight or needs_bias
     P = min(launch.bwd_programs, triton.cdiv(M, launch.bwd_rows))
     partial = torch.empty((2, P, N) if needs_sums else (2, 0, 0), dtype=torch.float32, device=x.device)

@@ -293,11 +293,20 @@ def padding(device):
     }
 
 
-@pytest.mark.parametrize("content", [1e4, float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    ("content", "dtype"),
+    [
+        (1e4, torch.float32),
+        (float("inf"), torch.float16),
+        (float("nan"), torch.bfloat16),
+        (float("nan"), torch.float32),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", padding("cpu"))
-def test_what_padding_contains_changes_nothing(name, content, device):
+def test_what_padding_contains_changes_nothing(name, content, dtype, device):
     """Keys that no query may attend to by lengths or key_mask: outputs and gradients keep every bit."""
-    q, k, v, dout = inputs(2, 2, 100, 100, 16, device=device)
+    q, k, v, dout = inputs(2, 2, 100, 100, 16, dtype=dtype, device=device)
     options, padded = padding(device)[name]
     before = run(q, k, v, dout, **options)
     padded = padded[:, None, :, None].expand_as(k)
@@ -307,8 +316,9 @@ def test_what_padding_contains_changes_nothing(name, content, device):
     assert all((grad[padded] == 0).all() for grad in after[2:])
 
 
-def test_what_follows_the_last_packed_sequence_changes_nothing(device):
-    q, k, v, dout = inputs(1, 2, 100, 100, 16, device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_follows_the_last_packed_sequence_changes_nothing(dtype, device):
+    q, k, v, dout = inputs(1, 2, 100, 100, 16, dtype=dtype, device=device)
     cu_seqlens = torch.tensor([0, 30, 70], device=device)
     before = run(q, k, v, dout, cu_seqlens=cu_seqlens)
     spoiled = [x.detach().clone() for x in (q, k, v, dout)]

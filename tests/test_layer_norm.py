@@ -79,8 +79,8 @@ def test_several_tiles_a_program(device, implementation, monkeypatch):
     if implementation != "triton":
         pytest.skip("a launch configuration of the Triton kernel")
     kernel = importlib.import_module("gpt_fast.kernels.layer_norm")
-    few = tuple(config._replace(bwd_programs=2) for config in kernel.CONFIGS)
-    monkeypatch.setattr(kernel, "CONFIGS", few)
+    shipped = kernel.config
+    monkeypatch.setattr(kernel, "config", lambda *a: shipped(*a)._replace(bwd_programs=2))
     check(*sample_inputs((70, 200), torch.float32, device))
 
 

@@ -2,6 +2,7 @@
 
 import bisect
 import contextlib
+import os
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from gpt_fast import ops, reference
 
 NAMES = ("x", "fc_weight", "fc_bias", "proj_weight", "proj_bias")
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh")
+EXAMPLES = 8 if os.environ.get("TRITON_INTERPRET") == "1" else 30  # the interpreter is slow
 SEED, SITE = 0x123456789ABCDEF, 7
 
 # rows, C, F, C'
@@ -129,7 +131,7 @@ def test_without_biases(fc_bias, proj_bias, dtype, device):
     check(sample_inputs((20, 24, 40, 30), dtype, device, fc_bias=fc_bias, proj_bias=proj_bias))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(
     rows=st.integers(4, 40),  # fewer of anything, and the largest of few values says little about their errors
     C=st.integers(4, 80),
@@ -159,8 +161,7 @@ def test_large_arguments(device):
         assert torch.allclose(dbias, torch.tensor([0, 0, 0, middle, 1, 1, 1], device=device)), activation
 
 
-@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.99])
+@pytest.mark.parametrize(("p", "dtype"), [(0.1, torch.float32), (0.5, torch.bfloat16), (0.99, torch.float16)], ids=str)
 @pytest.mark.parametrize("rows", [1, 9, 50, 1041])
 def test_dropout_mask(rows, p, dtype, device, implementation):
     """Bit for bit the reference's, forward and backward: of a hidden layer of ones it leaves the mask times scale."""

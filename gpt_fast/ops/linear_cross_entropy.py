@@ -130,3 +130,15 @@ def _gradients(x, weight, dtype, needs_x, needs_weight, needs_bias):
         torch.empty_like(weight, dtype=dtype) if needs_weight else x.new_empty(0, dtype=dtype),
         x.new_empty(weight.shape[0] if needs_bias else 0, dtype=dtype),
     )
+
+
+def _triton_forward(*args):
+    return _library.triton_kernel("linear_cross_entropy").forward(*args)
+
+
+def _triton_backward(*args):
+    return _library.triton_kernel("linear_cross_entropy").backward(*args)
+
+
+_library.register_triton("linear_cross_entropy_forward", _triton_forward)
+_library.register_triton("linear_cross_entropy_backward", _triton_backward)

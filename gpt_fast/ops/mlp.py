@@ -119,3 +119,19 @@ def _backward_fake(dy, x, fc_weight, fc_bias, proj_weight, hidden, activation, d
         torch.empty_like(proj_weight) if needs_proj_weight else x.new_empty(nothing),
         x.new_empty((C_out,) if needs_proj_bias else nothing),
     )
+
+
+def _triton_forward(
+    x, fc_weight, fc_bias, proj_weight, proj_bias, activation, dropout_p, seed, site, keeps_hidden
+):  # fmt: skip
+    kernel, rule = _library.triton_kernel("mlp"), _library.dropout_rule(dropout_p)
+    return kernel.forward(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, *rule, seed, site, keeps_hidden)
+
+
+def _triton_backward(dy, x, fc_weight, fc_bias, proj_weight, hidden, activation, dropout_p, seed, site, needs):
+    kernel, rule = _library.triton_kernel("mlp"), _library.dropout_rule(dropout_p)
+    return kernel.backward(dy, x, fc_weight, fc_bias, proj_weight, hidden, activation, *rule, seed, site, needs)
+
+
+_library.register_triton("mlp_forward", _triton_forward)
+_library.register_triton("mlp_backward", _triton_backward)

@@ -2,9 +2,45 @@
 
 from tests.mutants import Fault
 
+TRITON = "kernels/linear_cross_entropy.py"
 CPP, GEMM = "csrc/cpu/linear_cross_entropy.cpp", "csrc/cpu/gemm.h"
 
 FAULTS = (
+    # Triton, forward
+    Fault("only -100 is ignored", TRITON, "(target != ignore_index)).to(tl.int32)", "(target != -100)).to(tl.int32)", "ignore_index"),
+    Fault("rows of the first step counted alone", TRITON, "index_ptr + count + tl.cumsum", "index_ptr + tl.cumsum", "count_across_steps"),
+    Fault("targets not clamped", TRITON, "target = tl.minimum(tl.maximum(target, 0), V - 1).to(tl.int32)", "target = target.to(tl.int32)", "clamped"),
+    Fault("x of the first rows for all", TRITON, "row = tl.load(index_ptr + first + offs_m, mask=live, other=0).to(tl.int64)\n        mask_c", "row = (first + offs_m).to(tl.int64)\n        mask_c", "numerics"),
+    Fault("x taken as contiguous", TRITON, "ptrs = x_ptr + row[:, None] * stride_xm", "ptrs = x_ptr + row[:, None] * C", "strided_input"),
+    Fault("largest logit not subtracted", TRITON, 'logits -= tl.where(largest == float("-inf"), 0.0, largest)[:, None]', "largest = tl.zeros_like(largest)", "large_logits"),
+    Fault("classes ruled out make NaN", TRITON, 'logits -= tl.where(largest == float("-inf"), 0.0, largest)[:, None]', "logits -= largest[:, None]", "ruled_out"),
+    Fault("padding of the vocabulary counts", TRITON, 'logits = tl.where(mask_n[None, :], logits, float("-inf"))', "logits = tl.where(mask_n[None, :], logits, 0.0)", "numerics"),
+    Fault("bias of the first tile for all", TRITON, "tl.load(bias_ptr + offs_n, mask=mask_n", "tl.load(bias_ptr + offs_n % 32, mask=mask_n", "numerics"),
+    Fault("sums of parts not brought to one maximum", TRITON, "other=0.0) * tl.exp(shift)", "other=0.0)", "several_chunks"),
+    Fault("logarithm left out", TRITON, "loss = log_total + (m - tl.load(picked_ptr", "loss = (m - tl.load(picked_ptr", "numerics"),
+    Fault("share of the target not reduced by smoothing", TRITON, "loss = (1.0 - smoothing) * loss + smoothing", "loss = loss + smoothing", "label_smoothing"),
+    Fault("smoothing by the largest logit alone", TRITON, "(m - tl.sum(logits, axis=0) / V))", "m)", "label_smoothing"),
+    Fault("mean over all rows", TRITON, "loss /= tl.maximum(counted, 1.0)", "loss /= 50.0", "numerics"),
+    Fault("mean of nothing", TRITON, "loss /= tl.maximum(counted, 1.0)", "loss /= counted", "nothing_counts"),
+    Fault("losses in the order of the counted rows", TRITON, "        if SCATTERS:\n", "        if False:\n", "ignored_rows"),
+    # Triton, backward
+    Fault("target left out of the gradient", TRITON, "gradient - (1.0 - smoothing), gradient)", "gradient, gradient)", "numerics"),
+    Fault("target's gradient not reduced by smoothing", TRITON, "gradient - (1.0 - smoothing), gradient)", "gradient - 1.0, gradient)", "label_smoothing"),
+    Fault("smoothing left out of the gradient", TRITON, "* factor[:, None] - smoothing / V", "* factor[:, None]", "label_smoothing"),
+    Fault("probabilities relative to their part", TRITON, "factor = tl.exp(largest - tl.load(row_ptr + offs_m, mask=live, other=0.0))", "factor = tl.full(offs_m.shape, 1.0, dtype=tl.float32)", "several_chunks"),
+    Fault("probabilities not normalised", TRITON, "factor /= tl.load(row_ptr + R + offs_m, mask=live, other=1.0)", "", "numerics"),
+    Fault("bfloat16 probabilities", TRITON, "gradient = tl.exp(shifted) * factor[:, None]", "gradient = (tl.exp(shifted) * factor[:, None]).to(tl.bfloat16).to(tl.float32)", "numerics"),
+    Fault("logits kept in bfloat16", TRITON, "store(out, logits, m, n", "store(out, logits.to(tl.bfloat16).to(tl.float32), m, n", "numerics"),
+    Fault("upstream gradient in the order of the counted rows", TRITON, "tl.load(dloss_ptr + index, mask", "tl.load(dloss_ptr + first + offs_m, mask", "numerics"),
+    Fault("rows that do not count not zero", TRITON, "gradient = tl.where(mask, gradient, 0.0)", "gradient = tl.where(mask_m[:, None] & mask_v[None, :], gradient, 0.0)", "numerics"),
+    Fault("dx in the order of the counted rows", TRITON, "row = tl.load(index_ptr + first + offs_m, mask=offs_m < live, other=0).to(tl.int64)", "row = (first + offs_m).to(tl.int64)", "numerics"),
+    Fault("dx of ignored rows left unset", TRITON, "torch.zeros(x.shape, dtype=x.dtype, device=x.device) if needs_x", "torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_x", "numerics"),
+    Fault("dx keeps the power of two", TRITON, "value = cast(dx * (1.0 / FACTOR)", "value = cast(dx", "numerics"),
+    Fault("weight gradient keeps the power of two", TRITON, "value *= 1.0 / FACTOR", "value *= 1.0", "numerics"),
+    Fault("weight gradient of the last chunk alone", TRITON, "    if ACCUMULATES:\n        value += tl.load(ptrs, mask=mask, other=0.0)\n", "", "several_chunks"),
+    Fault("chunks past the last row that counts write zeros", TRITON, "ACCUMULATES=first > 0\n            )", "ACCUMULATES=False\n            )", "several_chunks"),
+    Fault("bias gradient of the last chunk alone", TRITON, "total = tl.load(dbias_ptr + offs_v, mask=mask_v, other=0.0)", "total = tl.zeros([BLOCK], dtype=tl.float32)", "several_chunks"),
+    Fault("bias gradient of the first rows alone", TRITON, "range(0, tl.cdiv(live, ROWS))", "range(0, tl.minimum(1, tl.cdiv(live, ROWS) - 1))", "numerics"),
     # C++, forward
     Fault("largest logit not subtracted", CPP, "(Vec::loadu(row + j) - Vec(m)).exp()", "Vec::loadu(row + j).exp()", "large_logits"),
     Fault("sums of blocks not brought to one maximum", CPP, "sum += of_block.sum * std::exp(of_block.largest - largest);", "sum += of_block.sum;", "several_chunks"),

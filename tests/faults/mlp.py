@@ -2,9 +2,45 @@
 
 from tests.mutants import Fault
 
+TRITON, PRODUCT = "kernels/mlp.py", "kernels/gemm.py"
 CPP, GEMM, PHILOX = "csrc/cpu/mlp.cpp", "csrc/cpu/gemm.h", "csrc/philox.h"
 
 FAULTS = (
+    # Triton, activations
+    Fault("slope of relu at zero", TRITON, "slope = tl.where(z > 0.0, 1.0, 0.0)", "slope = tl.where(z >= 0.0, 1.0, 0.0)", "large_arguments"),
+    Fault("density dropped from gelu's slope", TRITON, "slope = cdf + z * (0.3989422804014327 * tl.exp(-0.5 * z * z))", "slope = cdf", "numerics"),
+    Fault("gelu to three digits", TRITON, "tl.erf(z * 0.7071067811865476)", "tl.erf(z * 0.707)", "numerics"),
+    Fault("cube left out of gelu_tanh", TRITON, "z * (1.0 + 0.044715 * square)))", "z))", "numerics"),
+    Fault("cube left out of gelu_tanh's slope", TRITON, "(1.5957691216057308 * (1.0 + 0.134145 * square))", "1.5957691216057308", "numerics"),
+    # Triton, forward
+    Fault("first bias of the first tile for all", TRITON, "    if bias_ptr is not None:\n        offs_n = n + tl.arange(0, z.shape[1])", "    if bias_ptr is not None:\n        offs_n = tl.arange(0, z.shape[1])", "numerics"),
+    Fault("second bias left out", TRITON, "_linear(h, proj_weight, proj_bias, y.view(M, C_out))", "_linear(h, proj_weight, None, y.view(M, C_out))", "numerics"),
+    Fault("scale dropped, forward", TRITON, "keep = keep_matrix(i, j, tl.zeros_like(j), site, threshold, seed_ptr)\n    return tl.where(keep, value * scale, 0.0)", "keep = keep_matrix(i, j, tl.zeros_like(j), site, threshold, seed_ptr)\n    return tl.where(keep, value, 0.0)", "dropout_mask"),
+    Fault("dropout of the tile's row", TRITON, "i = m + tl.arange(0, value.shape[0])[:, None]", "i = tl.arange(0, value.shape[0])[:, None]", "chunk"),
+    Fault("dropout of the tile's column", TRITON, "j = n + tl.arange(0, value.shape[1])[None, :]", "j = tl.arange(0, value.shape[1])[None, :]", "dropout_mask"),
+    Fault("right half stored over the left", TRITON, "right, out, kept, bias_ptr, seed_ptr, m, n + BLOCK_N // 2, M, N", "right, out, kept, bias_ptr, seed_ptr, m, n, M, N", "numerics"),
+    Fault("activation kept, not its input", TRITON, "store(kept, z, m, n", "store(kept, _activate(z, ACTIVATION)[0], m, n", "numerics"),
+    # Triton, backward
+    Fault("slope dropped", TRITON, "dz = dh * slope", "dz = dh", "numerics"),
+    Fault("scale dropped from relu's gradient", TRITON, "dz *= scale  # 0", "dz *= 1.0  # 0", "dropout_mask"),
+    Fault("dropout left out of the gradient", TRITON, "dz = tl.where(keep, dz * scale, 0.0)", "dz = dz * scale", "dropout_mask"),
+    Fault("dropout left out of the hidden layer made again", TRITON, "value = tl.where(keep, value * scale, 0.0)", "value = value * scale", "numerics"),
+    Fault("wrong lane of the gradient's dropout", TRITON, "j = n + tl.arange(0, dh.shape[1])[None, :]", "j = n + 1 + tl.arange(0, dh.shape[1])[None, :]", "dropout_mask"),
+    Fault("second quarter stored over the first", TRITON, "m, n + side * (BLOCK_N // 2) + BLOCK_N // 4, M, N,", "m, n + side * (BLOCK_N // 2), M, N,", "numerics"),
+    Fault("bias sums of the last tile of rows alone", TRITON, "partial_ptr + (m // BLOCK_M).to(tl.int64) * N + offs_n", "partial_ptr + offs_n", "chunk"),
+    Fault("bfloat16 bias sums", TRITON, "tl.sum(dz, axis=0), mask", "tl.sum(dz, axis=0).to(tl.bfloat16).to(tl.float32), mask", "numerics"),
+    Fault("first weight's gradient from the hidden layer", TRITON, "_linear(dz.t(), rows.t(), None, dfc_weight)", "_linear(h.t(), rows.t(), None, dfc_weight)", "numerics"),
+    Fault("input's gradient from the hidden layer", TRITON, "_linear(dz, fc_weight.t(), None", "_linear(h, fc_weight.t(), None", "numerics"),
+    Fault("bias left out of what is recomputed", TRITON, "_hidden(rows, fc_weight, fc_bias, h, z, activation, threshold, scale, seed, site)\n        else", "_hidden(rows, fc_weight, None, h, z, activation, threshold, scale, seed, site)\n        else", "recomputing"),
+    Fault("gradients of no rows left unset", TRITON, "return dx, dfc_weight.zero_()", "return dx, dfc_weight", "empty_batch"),
+    # Triton, products
+    Fault("last step of a sum left out", PRODUCT, "for k in range(0, K, BLOCK_K):", "for k in range(0, K - BLOCK_K + 1, BLOCK_K):", "numerics"),
+    Fault("last row of a tile not stored", PRODUCT, "mask = (offs_r < rows)[:, None] & (offs_c < columns)[None, :]\n        tl.store", "mask = (offs_r < rows - 1)[:, None] & (offs_c < columns)[None, :]\n        tl.store", "numerics"),
+    Fault("columns past the end read", PRODUCT, "mask=(offs_r < rows)[:, None] & (offs_c < columns)[None, :], other=0.0)\n    return result", "mask=(offs_r < rows)[:, None] & (offs_c < columns + 1)[None, :], other=0.0)\n    return result", "numerics"),
+    Fault("transposed descriptor taken for the matrix", PRODUCT, "result = tl.trans(source.load([column, row]))", "result = tl.trans(source.load([row, column]))", "numerics"),
+    Fault("rounded towards zero", PRODUCT, "bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000", "bits = bits & 0xFFFF0000", "numerics"),
+    Fault("a tile of every group left out", PRODUCT, "return (group + inside % height) * BLOCK_M", "return (group + (inside + 1) % height * (height > 2)) * BLOCK_M", "chunk"),
+    Fault("second step of the bias sums left out", PRODUCT, "for m in range(first, tl.minimum(first + ROWS, M), BLOCK_M):", "for m in range(first, tl.minimum(first + BLOCK_M, M), BLOCK_M):", "chunk"),
     # C++, activations
     Fault("slope of relu at zero", CPP, "z > Vec(0.0f))};", "z >= Vec(0.0f))};", "large_arguments"),
     Fault("density dropped from gelu's slope", CPP, "at::vec::fmadd(z, pdf, cdf)", "cdf", "numerics"),

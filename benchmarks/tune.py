@@ -1,0 +1,196 @@
+"""Measures launch configurations on a GPU and rewrites kernels/tables.py: python -m benchmarks.tune [OP ...]
+
+For every class of shapes in an op's table a climb starts at the configuration that serves it here: its neighbours, one
+number changed, are measured, the fastest becomes the next start, until none is faster. What does not compile or fit is
+passed over. The row is written for this architecture with device, Triton and date as its source. Tuning keeps what a
+kernel computes but not its bits, because tiles order sums: run the tests and `make codegen` after it.
+"""
+
+import argparse
+import datetime
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.runtime.errors import OutOfResources
+
+from kernels import attention, embedding, gemm, layer_norm, linear_cross_entropy, mlp, tables
+from kernels.tables import ANY, Row
+
+PATH = Path(tables.__file__)
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+GAIN = 0.98  # a neighbour has to be this much faster, or noise would move the table
+DROPOUT = (6554, 65536 / (65536 - 6554))
+Config = tuple[int, ...]
+
+# What each number of a configuration is, and its range: doubled and halved, stages and programs one up and down.
+LIMITS: dict[str, dict[str, tuple[int, int]]] = {
+    "product": dict(
+        zip(gemm.Config._fields, ((32, 256), (32, 256), (16, 128), (4, 8), (1, 5), (1, 2)), strict=True)
+    ),
+    "chunk": {"rows": (512, 8192)},
+    "attention": dict(zip(attention.Config._fields, ((16, 256), (16, 256), (4, 8), (1, 4)), strict=True)),
+    "layer_norm": dict(
+        zip(layer_norm.Config._fields, ((1, 32), (1, 32), (1, 32), (1, 32), (64, 1024)), strict=True)
+    ),
+    "embedding": dict(zip(embedding.Config._fields, ((1, 32), (64, 1024), (8, 128), (1, 8)), strict=True)),
+}  # fmt: skip
+
+
+def limits(row: Row, op: str) -> dict[str, tuple[int, int]]:
+    return LIMITS.get(row.kernel) or LIMITS[op]
+
+
+def neighbours(config: Config, ranges: dict[str, tuple[int, int]]) -> Iterator[Config]:
+    """Every configuration with one number changed by a step, inside its range."""
+    for index, (name, (low, high)) in enumerate(ranges.items()):
+        value = config[index]
+        steps = (value - 1, value + 1) if name in ("stages", "programs") else (value // 2, value * 2)
+        for step in steps:
+            if low <= step <= high:
+                yield (*config[:index], step, *config[index + 1 :])
+
+
+def climb(start: Config, ranges: dict[str, tuple[int, int]], measure: Callable[[Config], float]) -> Config:
+    """The best configuration that steps downhill reach; each is measured once. `measure` gives inf for what fails."""
+    times = {start: measure(start)}
+    best = start
+    while True:
+        for candidate in neighbours(best, ranges):
+            if candidate not in times:
+                times[candidate] = measure(candidate)
+        fastest = min((*neighbours(best, ranges), best), key=lambda config: times[config])
+        if not times[fastest] < GAIN * times[best]:
+            return best
+        best = fastest
+
+
+def work(op: str, row: Row, device: str) -> Callable[[], object]:
+    """What to time for a class of shapes: the largest of it, or GPT-2's smallest where it has no end."""
+    dtype = DTYPES[row.element]
+    size = row.size if row.size < ANY else 768
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    if op == "attention":
+        q, k, v, dout = (random(8, 12, 1024, size) for _ in range(4))
+        options = attention.Options(None, None, None, None, True, None, 0.1, seed, 0, size**-0.5)
+        if row.kernel == "fwd":
+            return lambda: attention.forward(q, k, v, options, *DROPOUT)
+        out, lse = attention.forward(q, k, v, options, *DROPOUT)
+        return lambda: attention.backward(dout, q, k, v, out, lse, options, *DROPOUT)
+    if op == "layer_norm":
+        x, weight, bias = random(max(2**25 // size, 64), size), random(size), random(size)
+
+        def both() -> None:
+            _, mean, rstd = layer_norm.forward(x, weight, bias, 1e-5)
+            layer_norm.backward(x, x, weight, mean, rstd, True, True)
+
+        return both
+    if op == "embedding":
+        tokens = torch.randint(0, 50257, (32, 1024), device=device)
+        positions = torch.arange(1024, device=device)
+        token_weight, position_weight, dout = random(50257, size), random(1024, size), random(32, 1024, size)
+        arguments = (tokens, token_weight, position_weight, positions, *DROPOUT, seed, 0)
+
+        def both_tables() -> None:
+            embedding.forward(*arguments)
+            embedding.backward(dout, *arguments, True, True)
+
+        return both_tables
+    if op == "mlp":
+        x, dy, fc_weight, proj_weight = (
+            random(*s) for s in ((16384, size), (16384, size), (4 * size, size), (size, 4 * size))
+        )
+        fc_bias, proj_bias, rule = random(4 * size), random(size), ("gelu_tanh", *DROPOUT, seed, 0)
+
+        def layer() -> None:
+            _, hidden = mlp.forward(x, fc_weight, fc_bias, proj_weight, proj_bias, *rule, True)
+            mlp.backward(dy, x, fc_weight, fc_bias, proj_weight, hidden, *rule, [True] * 5)
+
+        return layer
+    x, weight = random(16384, size), random(50257, size)
+    target = torch.randint(0, 50257, (16384,), device=device)
+    return lambda: linear_cross_entropy.forward(x, weight, target, None, -100, 0.0, "mean", True, True, False)
+
+
+def with_row(rows: list[Row], new: Row) -> list[Row]:
+    """The rows with one replaced, or put in, kernels in their order and then by architecture, element and size."""
+    kept = [row for row in rows if row[:4] != new[:4]]
+    kernels = list(dict.fromkeys(row.kernel for row in rows))
+    return sorted((*kept, new), key=lambda row: (kernels.index(row.kernel), *row[1:4]))
+
+
+def tuned(op: str, row: Row, architecture: int, source: str, timer: Callable[[Callable[[], object]], float]) -> Row:
+    """The row of this architecture for the class of shapes of `row`."""
+    run = work(op, row, "cuda")
+
+    def measure(config: Config) -> float:
+        candidate = row._replace(architecture=architecture, config=config)
+        table = tables.TABLES | {op: with_row(tables.TABLES[op], candidate)}
+        tables.pick.cache_clear()
+        try:
+            with mock.patch.object(tables, "TABLES", table):
+                return timer(run)
+        except (OutOfResources, triton.CompilationError, RuntimeError):
+            return math.inf
+        finally:
+            tables.pick.cache_clear()
+
+    best = climb(tables.pick(op, row.kernel, architecture, row.element, row.size), limits(row, op), measure)
+    return row._replace(architecture=architecture, config=best, source=source)
+
+
+def rewritten(text: str, op: str, rows: list[Row]) -> str:
+    """The text of kernels/tables.py with the rows of an op replaced."""
+    lines = []
+    for row in rows:
+        size = "ANY" if row.size == ANY else str(row.size)
+        config = f"({', '.join(map(str, row.config))}{',' if len(row.config) == 1 else ''})"
+        lines.append(
+            f'        Row("{row.kernel}", {row.architecture}, {row.element}, {size}, {config}, "{row.source}"),\n'
+        )
+    pattern = re.compile(rf'(    "{op}": \[\n).*?(    \],\n)', re.DOTALL)
+    new, count = pattern.subn(lambda match: match[1] + "".join(lines) + match[2], text)
+    if count != 1:
+        raise ValueError(f"{PATH}: found {count} tables of {op}, wanted 1")
+    return new
+
+
+def median(run: Callable[[], object]) -> float:
+    return triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(tables.TABLES)}; all by default")
+    arguments = parser.parse_args()
+    unknown = set(arguments.ops) - set(tables.TABLES)
+    if unknown:
+        parser.error(f"no table of {', '.join(sorted(unknown))}; there are {', '.join(tables.TABLES)}")
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks.tune: no CUDA device")
+    architecture = tables.architecture(torch.device("cuda"))
+    source = f"measured: {torch.cuda.get_device_name()}, Triton {triton.__version__}, {datetime.date.today()}"
+    for op in arguments.ops or tables.TABLES:
+        classes = {
+            (row.kernel, row.element, row.size): row
+            for row in tables.TABLES[op]
+            if row.architecture != tables.INTERPRETER
+        }
+        for row in classes.values():
+            new = tuned(op, row, architecture, source, median)
+            print(op, *new, flush=True)
+            tables.TABLES[op] = with_row(tables.TABLES[op], new)
+        PATH.write_text(rewritten(PATH.read_text("utf-8"), op, tables.TABLES[op]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

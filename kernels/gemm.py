@@ -1,0 +1,211 @@
+"""Matrix products in Triton: what mlp, linear_cross_entropy and attention share.
+
+Every product is A Bᵀ with A [M, K] and B [N, K] of any strides. An operand in 16 bits with one contiguous axis and
+aligned rows is read by a tensor descriptor made on the host (mode 1, or 2 where the descriptor is the transpose's), any
+other by pointers (mode 0). Operands are of the inputs' dtype, sums float32. One program owns a tile of the result and
+adds along K in order, so nothing depends on the device.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import tables
+
+
+class Config(NamedTuple):
+    """Tile of a product, warps, pipeline stages, and persistent programs on a multiprocessor."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    programs: int
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b. Triton's interpreter takes bfloat16 for integers in a product; widening it there is exact."""
+    if PRECISION == "interpreter":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """float32 to `dtype`, to nearest. Triton's interpreter (as of 3.9) truncates to bfloat16, so there it is rounded
+    first."""
+    if PRECISION == "interpreter" and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x != x, x, bits.to(tl.float32, bitcast=True))
+    return x.to(dtype)
+
+
+@triton.jit
+def load(
+    source, row, column, rows, columns, stride_row, stride_column,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_R, BLOCK_C] at (row, column) of a matrix [rows, columns], zeros past its ends."""
+    if MODE == 1:
+        result = source.load([row, column])
+    elif MODE == 2:
+        result = tl.trans(source.load([column, row]))
+    else:
+        offs_r = row + tl.arange(0, BLOCK_R)
+        offs_c = column + tl.arange(0, BLOCK_C)
+        ptrs = source + offs_r.to(tl.int64)[:, None] * stride_row + offs_c.to(tl.int64)[None, :] * stride_column
+        result = tl.load(ptrs, mask=(offs_r < rows)[:, None] & (offs_c < columns)[None, :], other=0.0)
+    return result
+
+
+@triton.jit
+def store(
+    target, value, row, column, rows, columns, stride_row, stride_column, MODE: tl.constexpr, PRECISION: tl.constexpr
+):
+    """A float32 tile rounded and written to where `load` reads; what lies past the ends is dropped."""
+    if MODE == 1:
+        target.store([row, column], cast(value, target.dtype, PRECISION))
+    elif MODE == 2:
+        target.store([column, row], tl.trans(cast(value, target.dtype, PRECISION)))
+    else:
+        offs_r = row + tl.arange(0, value.shape[0])
+        offs_c = column + tl.arange(0, value.shape[1])
+        ptrs = target + offs_r.to(tl.int64)[:, None] * stride_row + offs_c.to(tl.int64)[None, :] * stride_column
+        mask = (offs_r < rows)[:, None] & (offs_c < columns)[None, :]
+        tl.store(ptrs, cast(value, target.dtype.element_ty, PRECISION), mask=mask)
+
+
+@triton.jit
+def tile(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where tile `index` of [M, N] begins: eight rows of tiles at a time, column by column, for the cache's sake."""
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = index // (8 * tiles_n) * 8
+    height = tl.minimum(tiles_m - group, 8)
+    inside = index % (8 * tiles_n)
+    return (group + inside % height) * BLOCK_M, inside // height * BLOCK_N
+
+
+@triton.jit
+def product(
+    a, b, m, n, M, N, K, stride_am, stride_ak, stride_bn, stride_bk,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    A_MODE: tl.constexpr, B_MODE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """float32 [BLOCK_M, BLOCK_N] of A Bᵀ at (m, n)."""
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        a_tile = load(a, m, k, M, K, stride_am, stride_ak, BLOCK_M, BLOCK_K, A_MODE)
+        b_tile = load(b, n, k, N, K, stride_bn, stride_bk, BLOCK_N, BLOCK_K, B_MODE)
+        acc = dot(a_tile, tl.trans(b_tile), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def halves(acc):
+    """The left and the right half of a tile: an epilogue on one at a time needs fewer registers."""
+    M: tl.constexpr = acc.shape[0]
+    N: tl.constexpr = acc.shape[1]
+    return tl.split(tl.permute(tl.reshape(acc, [M, 2, N // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def sum_rows_kernel(
+    x_ptr, out_ptr, stride_xm, stride_xn, M, N, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out [programs, N]: program p adds rows p ROWS to (p + 1) ROWS of x [M, N], in float32."""
+    program = tl.program_id(0).to(tl.int64)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    first = program * ROWS
+    for m in range(first, tl.minimum(first + ROWS, M), BLOCK_M):
+        offs_m = (m + tl.arange(0, BLOCK_M)).to(tl.int64)  # the interpreter counts m in 32 bits
+        mask = (offs_m < M)[:, None] & mask_n[None, :]
+        ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_n.to(tl.int64)[None, :] * stride_xn
+        acc += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    total = cast(tl.sum(acc, axis=0), out_ptr.dtype.element_ty, PRECISION)
+    tl.store(out_ptr + program * N + offs_n, total, mask=mask_n)
+
+
+def sum_rows(x: torch.Tensor, out: torch.Tensor) -> None:
+    """The sum over the rows of x [M, N], rounded once into out [N]; in two steps where there are many rows."""
+    M, N = x.shape
+    if M > 4096:
+        partial = torch.empty((triton.cdiv(M, 512), N), dtype=torch.float32, device=x.device)
+        _sum_rows(x, partial, 512)
+        x = partial
+    _sum_rows(x, out, max(16, triton.next_power_of_2(x.shape[0])))
+
+
+def _sum_rows(x: torch.Tensor, out: torch.Tensor, rows: int) -> None:
+    M, N = x.shape
+    sum_rows_kernel[(triton.cdiv(M, rows), triton.cdiv(N, 64))](
+        x, out, *x.stride(), M, N, ROWS=rows, BLOCK_M=min(rows, 64), BLOCK_N=64, PRECISION=precision(), num_warps=4
+    )
+
+
+def precision() -> str:
+    """What products of float32 are computed in; in 16 bits there is one way only."""
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def as_matrix(x: torch.Tensor) -> torch.Tensor:
+    """[M, N] with any strides: a view where there is one."""
+    N = x.shape[-1]
+    return x.reshape(x.numel() // N if N else x.shape[:-1].numel(), N)
+
+
+def operand(matrix: torch.Tensor, rows: int, columns: int, architecture: int) -> tuple[Any, int]:
+    """What `load` and `store` take for tiles [rows, columns] of a matrix, and the mode."""
+    if architecture == tables.INTERPRETER or architecture >= 90:
+        (M, N), (stride_m, stride_n) = matrix.shape, matrix.stride()
+        if matrix.element_size() == 2 and M > 0 and N > 0 and matrix.data_ptr() % 16 == 0:
+            if stride_n == 1 and stride_m % 8 == 0 and stride_m >= N:
+                return TensorDescriptor(matrix, [M, N], [stride_m, 1], [rows, columns]), 1
+            if stride_m == 1 and stride_n % 8 == 0 and stride_n >= M:
+                return TensorDescriptor(matrix, [N, M], [stride_n, 1], [columns, rows]), 2
+    return matrix, 0
+
+
+def config(op: str, kernel: str, x: torch.Tensor, size: int) -> tuple[Config, int]:
+    """The row of an op's table for these operands, and the architecture."""
+    architecture = tables.architecture(x.device)
+    return Config(*tables.pick(op, kernel, architecture, x.element_size(), size)), architecture
+
+
+def operands(
+    launch: Config, architecture: int, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, parts: int = 2
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments and compile-time switches of a product A Bᵀ that stores its tiles in parts; 0: by pointers."""
+    a_source, a_mode = operand(a, launch.m, launch.k, architecture)
+    b_source, b_mode = operand(b, launch.n, launch.k, architecture)
+    out_target, out_mode = operand(out, launch.m, launch.n // parts, architecture) if parts else (out, 0)
+    (M, K), (N, _) = a.shape, b.shape
+    arguments = {
+        "a": a_source, "b": b_source, "out": out_target, "M": M, "N": N, "K": K,
+        "stride_am": a.stride(0), "stride_ak": a.stride(1), "stride_bn": b.stride(0), "stride_bk": b.stride(1),
+        "stride_om": out.stride(0), "stride_on": out.stride(1),
+    }  # fmt: skip
+    switches = {
+        "A_MODE": a_mode, "B_MODE": b_mode, "OUT_MODE": out_mode, "PRECISION": precision(),
+        "BLOCK_M": launch.m, "BLOCK_N": launch.n, "BLOCK_K": launch.k,
+        "num_warps": launch.warps, "num_stages": launch.stages,
+    }  # fmt: skip
+    if launch.programs > 1 and a_mode and b_mode and out_mode:  # by pointers it would spill
+        switches["maxnreg"] = 65536 // (32 * launch.warps * launch.programs)
+    return arguments, switches
+
+
+def grid(launch: Config, M: int, N: int, device: torch.device) -> tuple[int]:
+    """As many persistent programs as run at once, or as there are tiles."""
+    tiles = triton.cdiv(M, launch.m) * triton.cdiv(N, launch.n)
+    return (min(tiles, launch.programs * tables.multiprocessors(device)),)

@@ -1,0 +1,426 @@
+"""linear_cross_entropy in Triton: chunks of the rows that count; a chunk's logits become their gradient in place.
+
+Notation, ε the smoothing: l = x Wᵀ + b, loss = (1 - ε) (lse - l[target]) + ε (lse - mean of l), dl = p - ε/V - (1 - ε)
+[v = target], dx = dl W, dW = dlᵀ x, db = sum of dl. Rows that count are gathered in their order; how many there are
+stays on the device: programs past them end at once, so nothing waits, and ignored rows cost nothing and change no bit.
+Precision: the product's epilogue takes maximum and sum of exponentials of each half tile from float32 logits. It keeps
+their difference to that maximum, for bfloat16 in float16, which rounds less than dl is rounded unless p is negligible,
+else in float32. dl is rounded once to the dtype of x, for float16 times a power of two, away from subnormal numbers; dW
+and db add up in float32, chunk by chunk. Deterministic: one program owns each output.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from . import tables
+from .gemm import as_matrix, cast, config, grid, halves, operands, precision, product, store, tile
+
+COMPACT = 1024  # rows a step of _compact_kernel and _total_kernel
+ROWS, COLUMNS = 16, 128  # tile of _gather_kernel
+GRADIENT_ROWS = 64  # of a tile of _gradient_kernel, a multiple of every product's k
+
+
+@triton.jit(do_not_specialize=["N", "ignore_index"])
+def _compact_kernel(target_ptr, index_ptr, count_ptr, N, ignore_index, BLOCK: tl.constexpr):
+    """The numbers of the rows that count, in their order, and how many there are; one program."""
+    count = tl.full((), 0, dtype=tl.int32)
+    for first in range(0, N, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        target = tl.load(target_ptr + offs, mask=offs < N, other=0)
+        counts = ((offs < N) & (target != ignore_index)).to(tl.int32)
+        tl.store(index_ptr + count + tl.cumsum(counts, axis=0) - 1, offs, mask=counts == 1)
+        count += tl.sum(counts, axis=0)
+    tl.store(count_ptr, count)
+
+
+@triton.jit(do_not_specialize=["first", "R"])
+def _gather_kernel(
+    x_ptr, target_ptr, index_ptr, count_ptr, rows_ptr, targets_ptr, stride_xm, stride_xc, first, R, C, V,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The chunk's rows of x [R, C], zeros past the last that counts, and their targets, clamped."""
+    count = tl.load(count_ptr)
+    if first < count:
+        offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+        live = (first + offs_m < count) & (offs_m < R)
+        row = tl.load(index_ptr + first + offs_m, mask=live, other=0).to(tl.int64)
+        mask_c = offs_c < C
+        ptrs = x_ptr + row[:, None] * stride_xm + offs_c.to(tl.int64)[None, :] * stride_xc
+        x = tl.load(ptrs, mask=live[:, None] & mask_c[None, :], other=0.0)
+        out = rows_ptr + offs_m.to(tl.int64)[:, None] * C + offs_c[None, :]
+        tl.store(out, x, mask=(offs_m < R)[:, None] & mask_c[None, :])
+        if tl.program_id(1) == 0:
+            target = tl.load(target_ptr + row, mask=live, other=0)
+            target = tl.minimum(tl.maximum(target, 0), V - 1).to(tl.int32)
+            tl.store(targets_ptr + offs_m, target, mask=offs_m < R)
+
+
+@triton.jit
+def _logits_half(
+    logits, out, bias_ptr, targets_ptr, largest_ptr, total_ptr, sum_ptr, picked_ptr, m, n, R, V, stride_om, stride_on,
+    KEEPS: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Half a tile of logits: statistics by row, and what stays of it."""
+    offs_m = m + tl.arange(0, logits.shape[0])
+    offs_n = n + tl.arange(0, logits.shape[1])
+    mask_m, mask_n = offs_m < R, offs_n < V
+    if bias_ptr is not None:
+        logits += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    at = (n // logits.shape[1]).to(tl.int64) * R + offs_m
+    if sum_ptr is not None:
+        tl.store(sum_ptr + at, tl.sum(tl.where(mask_n[None, :], logits, 0.0), axis=1), mask=mask_m)
+    target = tl.load(targets_ptr + offs_m, mask=mask_m, other=-1)
+    picked = tl.sum(tl.where(offs_n[None, :] == target[:, None], logits, 0.0), axis=1)
+    tl.store(picked_ptr + offs_m, picked, mask=mask_m & (target >= n) & (target < n + logits.shape[1]))
+    logits = tl.where(mask_n[None, :], logits, float("-inf"))
+    largest = tl.max(logits, axis=1)
+    logits -= tl.where(largest == float("-inf"), 0.0, largest)[:, None]  # classes may be ruled out by the bias
+    tl.store(largest_ptr + at, largest, mask=mask_m)
+    tl.store(total_ptr + at, tl.sum(tl.exp(logits), axis=1), mask=mask_m)
+    if KEEPS:
+        store(out, logits, m, n, R, V, stride_om, stride_on, OUT_MODE, PRECISION)
+
+
+@triton.jit(do_not_specialize=["first", "M"])
+def _logits_kernel(
+    a, b, out, bias_ptr, targets_ptr, count_ptr, largest_ptr, total_ptr, sum_ptr, picked_ptr,
+    stride_am, stride_ak, stride_bn, stride_bk, stride_om, stride_on, first, M, N, K,
+    KEEPS: tl.constexpr, A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    live = tl.minimum(tl.load(count_ptr) - first, M)
+    tiles = tl.cdiv(tl.maximum(live, 0), BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        m, n = tile(index, live, N, BLOCK_M, BLOCK_N)
+        acc = product(
+            a, b, m, n, M, N, K, stride_am, stride_ak, stride_bn, stride_bk,
+            BLOCK_M, BLOCK_N, BLOCK_K, A_MODE, B_MODE, PRECISION,
+        )  # fmt: skip
+        left, right = halves(acc)
+        _logits_half(
+            left, out, bias_ptr, targets_ptr, largest_ptr, total_ptr, sum_ptr, picked_ptr, m, n, M, N,
+            stride_om, stride_on, KEEPS, OUT_MODE, PRECISION,
+        )  # fmt: skip
+        _logits_half(
+            right, out, bias_ptr, targets_ptr, largest_ptr, total_ptr, sum_ptr, picked_ptr, m, n + BLOCK_N // 2, M, N,
+            stride_om, stride_on, KEEPS, OUT_MODE, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first", "R"])
+def _statistics_kernel(
+    largest_ptr, total_ptr, sum_ptr, picked_ptr, index_ptr, count_ptr, row_ptr, loss_ptr, first, R, V, parts, smoothing,
+    SCATTERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """A row's maximum and sum of exponentials from those of its parts, and its loss: by the row's number, or packed."""
+    count = tl.load(count_ptr)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = (first + offs_m < count) & (offs_m < R)
+    largest = tl.full([BLOCK_P, BLOCK_M], float("-inf"), dtype=tl.float32)
+    last = tl.where(first + tl.program_id(0) * BLOCK_M < count, parts, 0)
+    for part in range(0, last, BLOCK_P):
+        offs_p = part + tl.arange(0, BLOCK_P)
+        mask = (offs_p < parts)[:, None] & live[None, :]
+        offs = offs_p.to(tl.int64)[:, None] * R + offs_m[None, :]
+        largest = tl.maximum(largest, tl.load(largest_ptr + offs, mask=mask, other=float("-inf")))
+    m = tl.max(largest, axis=0)
+    total = tl.zeros([BLOCK_P, BLOCK_M], dtype=tl.float32)
+    logits = tl.zeros([BLOCK_P, BLOCK_M], dtype=tl.float32)
+    for part in range(0, last, BLOCK_P):
+        offs_p = part + tl.arange(0, BLOCK_P)
+        mask = (offs_p < parts)[:, None] & live[None, :]
+        offs = offs_p.to(tl.int64)[:, None] * R + offs_m[None, :]
+        shift = tl.load(largest_ptr + offs, mask=mask, other=float("-inf")) - tl.where(live, m, 0.0)[None, :]
+        total += tl.load(total_ptr + offs, mask=mask, other=0.0) * tl.exp(shift)
+        if sum_ptr is not None:
+            logits += tl.load(sum_ptr + offs, mask=mask, other=0.0)
+    row_total = tl.sum(total, axis=0)
+    tl.store(row_ptr + offs_m, m, mask=live)
+    tl.store(row_ptr + R + offs_m, row_total, mask=live)
+    if loss_ptr is not None:
+        log_total = tl.log(tl.where(live, row_total, 1.0))
+        loss = log_total + (m - tl.load(picked_ptr + offs_m, mask=live, other=0.0))
+        if sum_ptr is not None:
+            loss = (1.0 - smoothing) * loss + smoothing * (log_total + (m - tl.sum(logits, axis=0) / V))
+        at = (first + offs_m).to(tl.int64)
+        if SCATTERS:
+            at = tl.load(index_ptr + first + offs_m, mask=live, other=0).to(tl.int64)
+        tl.store(loss_ptr + at, loss, mask=live)
+
+
+@triton.jit(do_not_specialize=["first", "R"])
+def _gradient_kernel(
+    logits_ptr, gradient_ptr, largest_ptr, row_ptr, targets_ptr, index_ptr, count_ptr, dloss_ptr, partial_ptr,
+    stride_l, stride_g, first, R, V, smoothing, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """FACTOR dl from what stays of the logits, whose memory it may share; rows that do not count become zeros."""
+    count = tl.load(count_ptr)
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    if first + tl.program_id(1) * BLOCK_M < count:
+        mask_m, mask_v = offs_m < R, offs_v < V
+        live = (first + offs_m < count) & mask_m
+        mask = live[:, None] & mask_v[None, :]
+        row = offs_m.to(tl.int64)[:, None]
+        # Rows are padded: masks by their stride, not by V, leave loads and stores wide.
+        wide = mask_m[:, None] & (offs_v < stride_l)[None, :]
+        shifted = tl.load(logits_ptr + row * stride_l + offs_v[None, :], mask=wide, other=0.0).to(tl.float32)
+        largest = tl.load(largest_ptr + tl.program_id(0).to(tl.int64) * R + offs_m, mask=live, other=0.0)
+        factor = tl.exp(largest - tl.load(row_ptr + offs_m, mask=live, other=0.0))
+        factor /= tl.load(row_ptr + R + offs_m, mask=live, other=1.0)
+        target = tl.load(targets_ptr + offs_m, mask=mask_m, other=-1)
+        gradient = tl.exp(shifted) * factor[:, None] - smoothing / V
+        gradient = tl.where(offs_v[None, :] == target[:, None], gradient - (1.0 - smoothing), gradient)
+        if dloss_ptr is not None:
+            index = tl.load(index_ptr + first + offs_m, mask=live, other=0)
+            gradient *= tl.load(dloss_ptr + index, mask=live, other=0.0)[:, None]
+        gradient = tl.where(mask, gradient, 0.0)
+        if partial_ptr is not None:
+            tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * V + offs_v, tl.sum(gradient, axis=0), mask=mask_v)
+        rounded = cast(gradient * FACTOR, gradient_ptr.dtype.element_ty, PRECISION)
+        wide = mask_m[:, None] & (offs_v < stride_g)[None, :]
+        tl.store(gradient_ptr + row * stride_g + offs_v[None, :], rounded, mask=wide)
+
+
+@triton.jit
+def _dx_half(dx, out_ptr, index_ptr, m, n, first, live, C, stride_om, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
+    offs_m = m + tl.arange(0, dx.shape[0])
+    offs_n = n + tl.arange(0, dx.shape[1])
+    row = tl.load(index_ptr + first + offs_m, mask=offs_m < live, other=0).to(tl.int64)
+    value = cast(dx * (1.0 / FACTOR), out_ptr.dtype.element_ty, PRECISION)
+    mask = (offs_m < live)[:, None] & (offs_n < C)[None, :]
+    tl.store(out_ptr + row[:, None] * stride_om + offs_n[None, :], value, mask=mask)
+
+
+@triton.jit(do_not_specialize=["first", "M"])
+def _dx_kernel(
+    a, b, out, index_ptr, count_ptr, stride_am, stride_ak, stride_bn, stride_bk, stride_om, stride_on,
+    first, M, N, K, FACTOR: tl.constexpr,
+    A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dx, whose rows go where those of the chunk came from."""
+    live = tl.minimum(tl.load(count_ptr) - first, M)
+    tiles = tl.cdiv(tl.maximum(live, 0), BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        m, n = tile(index, live, N, BLOCK_M, BLOCK_N)
+        acc = product(
+            a, b, m, n, M, N, K, stride_am, stride_ak, stride_bn, stride_bk,
+            BLOCK_M, BLOCK_N, BLOCK_K, A_MODE, B_MODE, PRECISION,
+        )  # fmt: skip
+        left, right = halves(acc)
+        _dx_half(left, out, index_ptr, m, n, first, live, N, stride_om, FACTOR, PRECISION)
+        _dx_half(right, out, index_ptr, m, n + BLOCK_N // 2, first, live, N, stride_om, FACTOR, PRECISION)
+
+
+@triton.jit
+def _dweight_half(value, out_ptr, m, n, M, N, stride_om, stride_on, FACTOR: tl.constexpr, ACCUMULATES: tl.constexpr):
+    offs_m = m + tl.arange(0, value.shape[0])
+    offs_n = n + tl.arange(0, value.shape[1])
+    ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * stride_om + offs_n.to(tl.int64)[None, :] * stride_on
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    value *= 1.0 / FACTOR
+    if ACCUMULATES:
+        value += tl.load(ptrs, mask=mask, other=0.0)
+    tl.store(ptrs, value, mask=mask)
+
+
+@triton.jit(do_not_specialize=["first", "K"])
+def _dweight_kernel(
+    a, b, out, count_ptr, stride_am, stride_ak, stride_bn, stride_bk, stride_om, stride_on, first, M, N, K,
+    FACTOR: tl.constexpr, ACCUMULATES: tl.constexpr,
+    A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The chunk's part of dW, added to that of the chunks before; what does not count is zero in both operands."""
+    live = tl.minimum(tl.load(count_ptr) - first, K)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    if ACCUMULATES:
+        tiles = tl.where(live > 0, tiles, 0)
+    for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        m, n = tile(index, M, N, BLOCK_M, BLOCK_N)
+        acc = product(
+            a, b, m, n, M, N, live, stride_am, stride_ak, stride_bn, stride_bk,
+            BLOCK_M, BLOCK_N, BLOCK_K, A_MODE, B_MODE, PRECISION,
+        )  # fmt: skip
+        left, right = halves(acc)
+        _dweight_half(left, out, m, n, M, N, stride_om, stride_on, FACTOR, ACCUMULATES)
+        _dweight_half(right, out, m, n + BLOCK_N // 2, M, N, stride_om, stride_on, FACTOR, ACCUMULATES)
+
+
+@triton.jit(do_not_specialize=["first", "R"])
+def _dbias_kernel(
+    partial_ptr, dbias_ptr, count_ptr, first, R, V, ROWS: tl.constexpr, ACCUMULATES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The chunk's part of db, added to that of the chunks before."""
+    offs_v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask_v = offs_v < V
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    if ACCUMULATES:
+        total = tl.load(dbias_ptr + offs_v, mask=mask_v, other=0.0)
+    live = tl.maximum(tl.minimum(tl.load(count_ptr) - first, R), 0)
+    for part in range(0, tl.cdiv(live, ROWS)):
+        total += tl.load(partial_ptr + part * V + offs_v, mask=mask_v, other=0.0)
+    tl.store(dbias_ptr + offs_v, total, mask=mask_v)
+
+
+@triton.jit
+def _total_kernel(loss_ptr, count_ptr, total_ptr, counted_ptr, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of the losses that count or their mean, and their number; one program."""
+    count = tl.load(count_ptr)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for first in range(0, count, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        total += tl.load(loss_ptr + offs, mask=offs < count, other=0.0)
+    loss = tl.sum(total, axis=0)
+    counted = count.to(tl.float32)
+    if MEAN:
+        loss /= tl.maximum(counted, 1.0)
+    tl.store(total_ptr, loss)
+    tl.store(counted_ptr, counted)
+
+
+def _run(
+    x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None, ignore_index: int,
+    smoothing: float, dloss: torch.Tensor | None, loss: torch.Tensor | None, scatters: bool,
+    dx: torch.Tensor | None, dweight: torch.Tensor | None, dbias: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """Writes the losses of x [N, C] and the gradients, whichever are given; returns how many rows count, int32 [1]."""
+    (N, C), V, device = x.shape, weight.shape[0], x.device
+    index = torch.empty(N, dtype=torch.int32, device=device)
+    count = torch.empty(1, dtype=torch.int32, device=device)
+    target = target.contiguous()
+    _compact_kernel[(1,)](target, index, count, N, ignore_index, BLOCK=COMPACT, num_warps=4)
+
+    keeps = dx is not None or dweight is not None or dbias is not None
+    launch, architecture = config("linear_cross_entropy", "product", x, C)
+    R = min(N, *tables.pick("linear_cross_entropy", "chunk", architecture, x.element_size(), C))
+    width = launch.n // 2
+    parts = 2 * triton.cdiv(V, launch.n)
+    padded = triton.cdiv(V, 64) * 64  # aligned rows
+    floats = {"dtype": torch.float32, "device": device}
+    rows = torch.empty((R, C), dtype=x.dtype, device=device)
+    targets = torch.empty(R, dtype=torch.int32, device=device)
+    gradient = torch.empty((R if keeps else 0, padded), dtype=x.dtype, device=device)[:, :V]
+    if x.dtype == torch.bfloat16:
+        logits = gradient.view(torch.float16)
+    elif x.dtype == torch.float32:
+        logits = gradient
+    else:
+        logits = torch.empty(gradient.shape, **floats)
+    largest, total = torch.empty((parts, R), **floats), torch.empty((parts, R), **floats)
+    sums = torch.empty((parts, R), **floats) if smoothing > 0 and loss is not None else None
+    picked, of_rows = torch.empty(R, **floats), torch.empty((2, R), **floats)
+    partial = None if dbias is None else torch.empty((triton.cdiv(R, GRADIENT_ROWS), V), **floats)
+    # A power of two: exact. What autograd asks of single losses may be large itself.
+    factor = 32768.0 if x.dtype == torch.float16 and dloss is None else 1.0
+    bias = None if bias is None else bias.contiguous()
+
+    def multiply(kernel: Any, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, parts: int, **more: Any) -> None:
+        arguments, switches = operands(launch, architecture, a, b, out, parts)
+        kernel[grid(launch, a.shape[0], b.shape[0], device)](**arguments, count_ptr=count, **more, **switches)
+
+    for first in range(0, N, R):
+        _gather_kernel[(triton.cdiv(R, ROWS), max(1, triton.cdiv(C, COLUMNS)))](
+            x, target, index, count, rows, targets, *x.stride(), first, R, C, V, BLOCK_M=ROWS, BLOCK_C=COLUMNS,
+            num_warps=4,
+        )  # fmt: skip
+        multiply(
+            _logits_kernel, rows, weight, logits, 2, bias_ptr=bias, targets_ptr=targets, largest_ptr=largest,
+            total_ptr=total, sum_ptr=sums, picked_ptr=picked, first=first, KEEPS=keeps,
+        )  # fmt: skip
+        _statistics_kernel[(triton.cdiv(R, 32),)](
+            largest, total, sums, picked, index, count, of_rows, loss, first, R, V, parts, smoothing,
+            SCATTERS=scatters, BLOCK_M=32, BLOCK_P=32, num_warps=4,
+        )  # fmt: skip
+        if not keeps:
+            continue
+        _gradient_kernel[(triton.cdiv(V, width), triton.cdiv(R, GRADIENT_ROWS))](
+            logits, gradient, largest, of_rows, targets, index, count, dloss, partial, logits.stride(0),
+            gradient.stride(0), first, R, V, smoothing, FACTOR=factor, PRECISION=precision(),
+            BLOCK_M=GRADIENT_ROWS, BLOCK_V=width, num_warps=4,
+        )  # fmt: skip
+        if dx is not None and C:
+            multiply(_dx_kernel, gradient, weight.t(), dx, 0, index_ptr=index, first=first, FACTOR=factor)
+        if dweight is not None and C:
+            multiply(
+                _dweight_kernel, gradient.t(), rows.t(), dweight, 0, first=first, FACTOR=factor, ACCUMULATES=first > 0
+            )
+        if dbias is not None:
+            _dbias_kernel[(triton.cdiv(V, 128),)](
+                partial, dbias, count, first, R, V, ROWS=GRADIENT_ROWS, ACCUMULATES=first > 0, BLOCK=128, num_warps=4
+            )
+    return count
+
+
+def _gradients(
+    x: torch.Tensor, weight: torch.Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Where the gradients go; rows of x that do not count keep their zeros."""
+    return (
+        torch.zeros(x.shape, dtype=x.dtype, device=x.device) if needs_x else None,
+        torch.empty_like(weight, dtype=torch.float32) if needs_weight else None,
+        torch.empty(weight.shape[0], dtype=torch.float32, device=x.device) if needs_bias else None,
+    )
+
+
+def forward(
+    x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None, ignore_index: int,
+    label_smoothing: float, reduction: str, needs_x: bool, needs_weight: bool, needs_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The loss, the number of rows that count, and unscaled gradients of the summed loss, empty where not needed."""
+    rows = as_matrix(x)
+    N = rows.shape[0]
+    floats = {"dtype": torch.float32, "device": x.device}
+    dx, dweight, dbias = _gradients(x, weight, needs_x, needs_weight, needs_bias)
+    counted = torch.empty((), **floats)
+    none = reduction == "none"
+    losses = torch.zeros(N, **floats) if none else torch.empty(N, **floats)
+    loss = losses.view(target.shape) if none else torch.empty((), **floats)
+    if N == 0 or weight.shape[0] == 0:
+        for tensor in (loss, counted, dx, dweight, dbias):
+            if tensor is not None:
+                tensor.zero_()
+    else:
+        count = _run(
+            rows, weight, target, bias, ignore_index, label_smoothing, None, losses, none,
+            None if dx is None else dx.view(rows.shape), dweight, dbias,
+        )  # fmt: skip
+        if none:
+            counted = count[0].float()
+        else:
+            _total_kernel[(1,)](losses, count, loss, counted, MEAN=reduction == "mean", BLOCK=COMPACT, num_warps=4)
+    return (
+        loss, counted,
+        torch.empty(0, dtype=x.dtype, device=x.device) if dx is None else dx,
+        torch.empty(0, **floats) if dweight is None else dweight,
+        torch.empty(0, **floats) if dbias is None else dbias,
+    )  # fmt: skip
+
+
+def backward(
+    dloss: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None,
+    ignore_index: int, label_smoothing: float, needs_x: bool, needs_weight: bool, needs_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The gradients for single losses: everything once more, scaled row by row; empty where not needed."""
+    rows = as_matrix(x)
+    dx, dweight, dbias = _gradients(x, weight, needs_x, needs_weight, needs_bias)
+    if rows.shape[0] == 0 or weight.shape[0] == 0:
+        for tensor in (dx, dweight, dbias):
+            if tensor is not None:
+                tensor.zero_()
+    else:
+        dloss = dloss.to(torch.float32).reshape(-1).contiguous()
+        flat = None if dx is None else dx.view(rows.shape)
+        _run(rows, weight, target, bias, ignore_index, label_smoothing, dloss, None, False, flat, dweight, dbias)
+    nothing = torch.empty(0, dtype=weight.dtype, device=x.device)
+    return (
+        torch.empty(0, dtype=x.dtype, device=x.device) if dx is None else dx,
+        nothing if dweight is None else dweight.to(weight.dtype),
+        nothing.clone() if dbias is None else dbias.to(weight.dtype),
+    )

@@ -1,0 +1,311 @@
+"""mlp in Triton: products of persistent programs whose epilogues add bias, activation, dropout, derivative, bias sums.
+
+Notation: z = x W1ᵀ + b1, h = keep act(z) scale, y = h W2ᵀ + b2. Backward: dz = keep (dy W2) act'(z) scale, dW1 = dzᵀ x,
+db1 = sum of dz, dW2 = dyᵀ h, db2 = sum of dy, dx = dz W1. Kept is h for relu, which is positive exactly where the
+derivative is 1 and nothing was dropped, so that backward needs no random numbers; z for gelu, whose backward makes h
+again. Precision: products and epilogues in float32, z, h and dz rounded once to the dtype of x, bias sums taken from dz
+before that. Deterministic: partial bias sums, one a row of tiles, are added in their order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .gemm import (
+    as_matrix,
+    config,
+    grid,
+    halves,
+    load,
+    operand,
+    operands,
+    product,
+    store,
+    sum_rows,
+    tile,
+)
+from .philox import keep_matrix
+
+
+@triton.jit
+def _activate(z, ACTIVATION: tl.constexpr):
+    """The activation of z and its derivative; what the caller does not use, the compiler drops."""
+    if ACTIVATION == "relu":
+        value = tl.where(z < 0.0, 0.0, z)
+        slope = tl.where(z > 0.0, 1.0, 0.0)
+    elif ACTIVATION == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+        value = z * cdf
+        slope = cdf + z * (0.3989422804014327 * tl.exp(-0.5 * z * z))
+    else:
+        # (1 + tanh u) / 2 = 1 / (1 + exp(-2u)) with u = sqrt(2 / pi) (z + 0.044715 z³)
+        square = z * z
+        cdf = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * z * (1.0 + 0.044715 * square)))
+        value = z * cdf
+        slope = cdf + value * (1.0 - cdf) * (1.5957691216057308 * (1.0 + 0.134145 * square))
+    return value, slope
+
+
+@triton.jit
+def _dropped(value, m, n, site, threshold, scale, seed_ptr):
+    """A tile at (m, n) of the hidden layer after dropout."""
+    i = m + tl.arange(0, value.shape[0])[:, None]
+    j = n + tl.arange(0, value.shape[1])[None, :]
+    keep = keep_matrix(i, j, tl.zeros_like(j), site, threshold, seed_ptr)
+    return tl.where(keep, value * scale, 0.0)
+
+
+@triton.jit
+def _hidden_half(
+    z, out, kept, bias_ptr, seed_ptr, m, n, M, N, stride_om, stride_on, site, threshold, scale,
+    ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, KEEPS_INPUT: tl.constexpr, HAS_OUT: tl.constexpr,
+    OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Half a tile of the hidden layer: bias, activation, dropout."""
+    if bias_ptr is not None:
+        offs_n = n + tl.arange(0, z.shape[1])
+        z += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    if KEEPS_INPUT:
+        store(kept, z, m, n, M, N, stride_om, stride_on, OUT_MODE, PRECISION)
+    if HAS_OUT:
+        h, _ = _activate(z, ACTIVATION)
+        if HAS_DROPOUT:
+            h = _dropped(h, m, n, site, threshold, scale, seed_ptr)
+        store(out, h, m, n, M, N, stride_om, stride_on, OUT_MODE, PRECISION)
+
+
+@triton.jit(do_not_specialize=["M", "site", "threshold"])
+def _hidden_kernel(
+    a, b, out, kept, bias_ptr, seed_ptr, stride_am, stride_ak, stride_bn, stride_bk, stride_om, stride_on,
+    M, N, K, site, threshold, scale,
+    ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, KEEPS_INPUT: tl.constexpr, HAS_OUT: tl.constexpr,
+    A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The hidden layer, and its activation's input where backward wants that."""
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        m, n = tile(index, M, N, BLOCK_M, BLOCK_N)
+        acc = product(
+            a, b, m, n, M, N, K, stride_am, stride_ak, stride_bn, stride_bk,
+            BLOCK_M, BLOCK_N, BLOCK_K, A_MODE, B_MODE, PRECISION,
+        )  # fmt: skip
+        left, right = halves(acc)
+        _hidden_half(
+            left, out, kept, bias_ptr, seed_ptr, m, n, M, N, stride_om, stride_on, site, threshold, scale,
+            ACTIVATION, HAS_DROPOUT, KEEPS_INPUT, HAS_OUT, OUT_MODE, PRECISION,
+        )  # fmt: skip
+        _hidden_half(
+            right, out, kept, bias_ptr, seed_ptr, m, n + BLOCK_N // 2, M, N, stride_om, stride_on, site, threshold,
+            scale, ACTIVATION, HAS_DROPOUT, KEEPS_INPUT, HAS_OUT, OUT_MODE, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _dz_part(
+    dh, out, kept, h, partial_ptr, seed_ptr, m, n, M, N, stride_om, stride_on, site, threshold, scale,
+    ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, MAKES_HIDDEN: tl.constexpr, OUT_MODE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Half a tile of dz from that of dh, its sum over the rows, and the hidden layer again."""
+    at_z = load(kept, m, n, M, N, stride_om, stride_on, dh.shape[0], dh.shape[1], OUT_MODE).to(tl.float32)
+    dh, at_z = tl.split(tl.join(dh, at_z))  # in one layout: else what follows is computed in two
+    value, slope = _activate(at_z, ACTIVATION)
+    dz = dh * slope
+    if ACTIVATION == "relu":
+        dz *= scale  # 0 where dropped: the hidden layer is
+    elif HAS_DROPOUT:
+        i = m + tl.arange(0, dh.shape[0])[:, None]
+        j = n + tl.arange(0, dh.shape[1])[None, :]
+        keep = keep_matrix(i, j, tl.zeros_like(j), site, threshold, seed_ptr)
+        dz = tl.where(keep, dz * scale, 0.0)
+        value = tl.where(keep, value * scale, 0.0)
+    store(out, dz, m, n, M, N, stride_om, stride_on, OUT_MODE, PRECISION)
+    if MAKES_HIDDEN:
+        store(h, value, m, n, M, N, stride_om, stride_on, OUT_MODE, PRECISION)
+    if partial_ptr is not None:
+        offs_n = n + tl.arange(0, dh.shape[1])
+        tl.store(partial_ptr + (m // BLOCK_M).to(tl.int64) * N + offs_n, tl.sum(dz, axis=0), mask=offs_n < N)
+
+
+@triton.jit(do_not_specialize=["M", "site", "threshold"])
+def _dz_kernel(
+    a, b, out, kept, h, partial_ptr, seed_ptr, stride_am, stride_ak, stride_bn, stride_bk, stride_om, stride_on,
+    M, N, K, site, threshold, scale,
+    ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, MAKES_HIDDEN: tl.constexpr,
+    A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dz, and what else comes of a tile of it: `_dz_part`."""
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        m, n = tile(index, M, N, BLOCK_M, BLOCK_N)
+        acc = product(
+            a, b, m, n, M, N, K, stride_am, stride_ak, stride_bn, stride_bk,
+            BLOCK_M, BLOCK_N, BLOCK_K, A_MODE, B_MODE, PRECISION,
+        )  # fmt: skip
+        left, right = halves(acc)
+        for side in tl.static_range(2):
+            part = left if side == 0 else right
+            first, second = halves(part)
+            _dz_part(
+                first, out, kept, h, partial_ptr, seed_ptr, m, n + side * (BLOCK_N // 2), M, N, stride_om, stride_on,
+                site, threshold, scale, ACTIVATION, HAS_DROPOUT, MAKES_HIDDEN, OUT_MODE, PRECISION, BLOCK_M,
+            )  # fmt: skip
+            _dz_part(
+                second, out, kept, h, partial_ptr, seed_ptr, m, n + side * (BLOCK_N // 2) + BLOCK_N // 4, M, N,
+                stride_om, stride_on,
+                site, threshold, scale, ACTIVATION, HAS_DROPOUT, MAKES_HIDDEN, OUT_MODE, PRECISION, BLOCK_M,
+            )  # fmt: skip
+
+
+@triton.jit
+def _linear_half(
+    value, out, bias_ptr, m, n, M, N, stride_om, stride_on, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    if bias_ptr is not None:
+        offs_n = n + tl.arange(0, value.shape[1])
+        value += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    store(out, value, m, n, M, N, stride_om, stride_on, OUT_MODE, PRECISION)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _linear_kernel(
+    a, b, out, bias_ptr, stride_am, stride_ak, stride_bn, stride_bk, stride_om, stride_on, M, N, K,
+    A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out = A Bᵀ + bias."""
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        m, n = tile(index, M, N, BLOCK_M, BLOCK_N)
+        acc = product(
+            a, b, m, n, M, N, K, stride_am, stride_ak, stride_bn, stride_bk,
+            BLOCK_M, BLOCK_N, BLOCK_K, A_MODE, B_MODE, PRECISION,
+        )  # fmt: skip
+        left, right = halves(acc)
+        _linear_half(left, out, bias_ptr, m, n, M, N, stride_om, stride_on, OUT_MODE, PRECISION)
+        _linear_half(right, out, bias_ptr, m, n + BLOCK_N // 2, M, N, stride_om, stride_on, OUT_MODE, PRECISION)
+
+
+def _linear(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """out [M, N] = A Bᵀ + bias, in out's strides; A [M, K], B [N, K]."""
+    if out.numel() == 0:
+        return
+    launch, architecture = config("mlp", "product", a, a.shape[1])
+    arguments, switches = operands(launch, architecture, a, b, out)
+    _linear_kernel[grid(launch, *out.shape, a.device)](**arguments, bias_ptr=_contiguous(bias), **switches)
+
+
+def _hidden(
+    x: torch.Tensor, fc_weight: torch.Tensor, fc_bias: torch.Tensor | None, h: torch.Tensor | None,
+    z: torch.Tensor | None, activation: str, threshold: int, scale: float, seed: torch.Tensor | None, site: int,
+) -> None:  # fmt: skip
+    """Writes the hidden layer h [M, F] and its activation's input z, whichever is given."""
+    out = z if h is None else h
+    if out is None or out.numel() == 0:
+        return
+    launch, architecture = config("mlp", "product", x, x.shape[1])
+    arguments, switches = operands(launch, architecture, x, fc_weight, out)
+    kept = out if z is None else operand(z, launch.m, launch.n // 2, architecture)[0]
+    _hidden_kernel[grid(launch, *out.shape, x.device)](
+        **arguments, kept=kept, bias_ptr=_contiguous(fc_bias), seed_ptr=seed, site=site, threshold=threshold,
+        scale=scale, ACTIVATION=activation, HAS_DROPOUT=seed is not None, KEEPS_INPUT=z is not None,
+        HAS_OUT=h is not None, **switches,
+    )  # fmt: skip
+
+
+def _contiguous(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
+def forward(
+    x: torch.Tensor, fc_weight: torch.Tensor, fc_bias: torch.Tensor | None, proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor | None, activation: str, threshold: int, scale: float, seed: torch.Tensor | None,
+    site: int, keeps_hidden: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """y [..., C'], and what backward needs, [..., F] or empty. Without a seed there is no dropout."""
+    F, C_out = fc_weight.shape[0], proj_weight.shape[0]
+    rows = as_matrix(x)
+    M = rows.shape[0]
+    y = torch.empty((*x.shape[:-1], C_out), dtype=x.dtype, device=x.device)
+    hidden = torch.empty((*x.shape[:-1], F) if keeps_hidden else (0,), dtype=x.dtype, device=x.device)
+    keeps_input = keeps_hidden and activation != "relu"
+    if keeps_hidden and not keeps_input:
+        h = hidden.view(M, F)
+    else:
+        h = torch.empty((M, F), dtype=x.dtype, device=x.device)
+    z = hidden.view(M, F) if keeps_input else None
+    _hidden(rows, fc_weight, fc_bias, h, z, activation, threshold, scale, seed, site)
+    _linear(h, proj_weight, proj_bias, y.view(M, C_out))
+    return y, hidden
+
+
+def backward(
+    dy: torch.Tensor, x: torch.Tensor, fc_weight: torch.Tensor, fc_bias: torch.Tensor | None,
+    proj_weight: torch.Tensor, hidden: torch.Tensor | None, activation: str, threshold: int, scale: float,
+    seed: torch.Tensor | None, site: int, needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of x, both weights, in their strides, and both biases; empty where not needed."""
+    needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, needs_proj_bias = needs
+    F, C_out = fc_weight.shape[0], proj_weight.shape[0]
+    rows, dy_rows = as_matrix(x), as_matrix(dy)
+    M = rows.shape[0]
+    options = {"dtype": x.dtype, "device": x.device}
+    dx = torch.empty(x.shape if needs_x else (0,), **options)
+    dfc_weight = torch.empty_like(fc_weight) if needs_fc_weight else torch.empty(0, **options)
+    dproj_weight = torch.empty_like(proj_weight) if needs_proj_weight else torch.empty(0, **options)
+    dfc_bias = torch.empty(F if needs_fc_bias else 0, **options)
+    dproj_bias = torch.empty(C_out if needs_proj_bias else 0, **options)
+    if M == 0:
+        return dx, dfc_weight.zero_(), dfc_bias.zero_(), dproj_weight.zero_(), dproj_bias.zero_()
+
+    if needs_proj_bias and C_out:
+        sum_rows(dy_rows, dproj_bias)
+    makes_hidden = needs_proj_weight and activation != "relu"
+    needs_dz = needs_x or needs_fc_weight or needs_fc_bias
+    if (needs_dz or needs_proj_weight) and F:
+        if hidden is None:
+            kept = torch.empty((M, F), **options)
+            h, z = (kept, None) if activation == "relu" else (None, kept)
+            _hidden(rows, fc_weight, fc_bias, h, z, activation, threshold, scale, seed, site)
+        else:
+            kept = hidden.view(M, F)
+        h = torch.empty((M, F), **options) if makes_hidden else kept
+        if needs_dz or makes_hidden:
+            dz = _dz(dy_rows, proj_weight, kept, h if makes_hidden else None, activation, threshold, scale, seed, site,
+                     dfc_bias if needs_fc_bias else None)  # fmt: skip
+        if needs_proj_weight:
+            _linear(dy_rows.t(), h.t(), None, dproj_weight)
+        if needs_fc_weight:
+            _linear(dz.t(), rows.t(), None, dfc_weight)
+        if needs_x:
+            _linear(dz, fc_weight.t(), None, dx.view(rows.shape))
+    elif needs_x:
+        dx.zero_()
+    return dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias
+
+
+def _dz(
+    dy: torch.Tensor, proj_weight: torch.Tensor, kept: torch.Tensor, h: torch.Tensor | None, activation: str,
+    threshold: int, scale: float, seed: torch.Tensor | None, site: int, dfc_bias: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """dz [M, F]; also writes the hidden layer and dfc_bias, where given."""
+    M, F = kept.shape
+    dz = torch.empty_like(kept)
+    b = proj_weight.t()
+    launch, architecture = config("mlp", "product", dy, dy.shape[1])
+    arguments, switches = operands(launch, architecture, dy, b, dz, 4)
+    columns = launch.n // 4
+    partial = None
+    if dfc_bias is not None:
+        partial = torch.empty((triton.cdiv(M, launch.m), F), dtype=torch.float32, device=dy.device)
+    _dz_kernel[grid(launch, M, F, dy.device)](
+        **arguments, kept=operand(kept, launch.m, columns, architecture)[0],
+        h=None if h is None else operand(h, launch.m, columns, architecture)[0], partial_ptr=partial, seed_ptr=seed,
+        site=site, threshold=threshold, scale=scale, ACTIVATION=activation, HAS_DROPOUT=seed is not None,
+        MAKES_HIDDEN=h is not None, **switches,
+    )  # fmt: skip
+    if partial is not None:
+        sum_rows(partial, dfc_bias)
+    return dz
