@@ -4,6 +4,10 @@
 // Everything here works on kLanes neighbouring counters at once, in loops the compiler turns into vector code.
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -46,6 +50,77 @@ inline void philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, PhiloxKey
   std::memcpy(words[3], x3, sizeof x3);
 }
 
+#if defined(__AVX2__)
+enum class Along { kC0, kC1 };
+
+// The words at eight counters, which count up c0 or c1 from what is given.
+template <Along ALONG>
+class PhiloxEight {
+ public:
+  PhiloxEight(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, PhiloxKey key) {
+    const __m256i steps[2] = {_mm256_set_epi64x(5, 4, 1, 0), _mm256_set_epi64x(7, 6, 3, 2)};
+    const __m256i m0 = _mm256_set1_epi64x(0xD2511F53), m1 = _mm256_set1_epi64x(0xCD9E8D57);
+    __m256i k0 = _mm256_set1_epi32(static_cast<int>(key.k0)), k1 = _mm256_set1_epi32(static_cast<int>(key.k1));
+    for (int half = 0; half < 2; ++half) {
+      const __m256i zero = _mm256_setzero_si256();
+      x_[0][half] = _mm256_add_epi64(_mm256_set1_epi64x(c0), ALONG == Along::kC0 ? steps[half] : zero);
+      x_[1][half] = _mm256_add_epi64(_mm256_set1_epi64x(c1), ALONG == Along::kC1 ? steps[half] : zero);
+      x_[2][half] = _mm256_set1_epi64x(c2);
+      x_[3][half] = _mm256_set1_epi64x(c3);
+    }
+#pragma GCC unroll 7
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      for (int half = 0; half < 2; ++half) {
+        const __m256i p0 = _mm256_mul_epu32(x_[0][half], m0), p1 = _mm256_mul_epu32(x_[2][half], m1);
+        x_[0][half] = _mm256_xor_si256(_mm256_srli_epi64(p1, 32), _mm256_xor_si256(x_[1][half], k0));
+        x_[2][half] = _mm256_xor_si256(_mm256_srli_epi64(p0, 32), _mm256_xor_si256(x_[3][half], k1));
+        x_[1][half] = p1;
+        x_[3][half] = p0;
+      }
+      k0 = _mm256_add_epi32(k0, _mm256_set1_epi32(static_cast<int>(0x9E3779B9)));
+      k1 = _mm256_add_epi32(k1, _mm256_set1_epi32(static_cast<int>(0xBB67AE85)));
+    }
+  }
+
+  // Word w of the counters in their order.
+  __m256i words(int w) const {
+    return _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(x_[w][0]), _mm256_castsi256_ps(x_[w][1]), 0x88));
+  }
+
+  // Words w and w + 1 side by side, of the four counters of a half: 0, 1, 4, 5 or 2, 3, 6, 7.
+  __m256i pair(int w, int half) const {
+    return _mm256_blend_epi32(x_[w][half], _mm256_slli_epi64(x_[w + 1][half], 32), 0xaa);
+  }
+
+ private:
+  // Four counters in the lower halves of 64-bit lanes, rubbish in the upper ones: the multiplication does not read
+  // them. Counters 0, 1, 4, 5, then 2, 3, 6, 7: words() has to shuffle within 128 bits only.
+  __m256i x_[4][2];
+};
+
+// Of sixteen 16-bit numbers, eight in either half: `scale` as a float where they are not below the threshold, else 0.
+class KeepSixteen {
+ public:
+  KeepSixteen(uint32_t threshold, float scale)
+      : threshold_(_mm256_set1_epi16(static_cast<int16_t>(threshold < 65536 ? threshold : 65535))),
+        scale_(_mm256_castps_si256(_mm256_set1_ps(scale))) {}
+
+  void store(__m256i bits, float* lower, float* upper) const {
+    const __m256i kept = _mm256_cmpeq_epi16(_mm256_max_epu16(bits, threshold_), bits);
+    put(_mm256_castsi256_si128(kept), lower);
+    put(_mm256_extracti128_si256(kept, 1), upper);
+  }
+
+ private:
+  void put(__m128i kept, float* factors) const {
+    const __m256i chosen = _mm256_and_si256(_mm256_cvtepi16_epi32(kept), scale_);
+    _mm256_storeu_ps(factors, _mm256_castsi256_ps(chosen));
+  }
+
+  __m256i threshold_, scale_;
+};
+#endif
+
 // A dropout site: which elements it drops, and the factor for those it keeps.
 struct Dropout {
   PhiloxKey key;
@@ -61,6 +136,21 @@ struct Dropout {
 
   // Row sites (embedding, add_layer_norm): factors[j] = scale or 0 for the n columns of row i.
   void row(int64_t i, int64_t n, float* factors) const {
+#if defined(__AVX2__)
+    const KeepSixteen keep(threshold, scale);
+    alignas(32) float tail[64];
+    for (int64_t j = 0; j < n; j += 64) {
+      const PhiloxEight<Along::kC0> at(static_cast<uint32_t>(j / 8), static_cast<uint32_t>(i), 0, site, key);
+      float* out = n - j < 64 ? tail : factors + j;
+      for (int half = 0; half < 2; ++half) {
+        // A counter's columns are its four words. Counters of lane 0 and 2, then of 1 and 3, of the half's four.
+        const __m256i low = at.pair(0, half), high = at.pair(2, half);
+        keep.store(_mm256_unpacklo_epi64(low, high), out + 16 * half, out + 16 * half + 32);
+        keep.store(_mm256_unpackhi_epi64(low, high), out + 16 * half + 8, out + 16 * half + 40);
+      }
+      if (out == tail) std::memcpy(factors + j, tail, (n - j) * sizeof(float));
+    }
+#else
     uint32_t words[4][kLanes];
     uint32_t ordered[4 * kLanes];  // as the columns: 16-bit halves of word j / 2 % 4 at counter j / 8
     for (int64_t j = 0; j < n; j += 8 * kLanes) {
@@ -73,13 +163,27 @@ struct Dropout {
       const int64_t count = n - j < 8 * kLanes ? n - j : 8 * kLanes;
       for (int64_t c = 0; c < count; ++c) factors[j + c] = bits[c] >= threshold ? scale : 0.0f;
     }
+#endif
   }
 
   // Matrix sites (attention, mlp): the random bits of rows i and i + 8, where i % 16 < 8, at columns j to
   // j + 16 kLanes / 4 * blocks, j a multiple of 16: 64 columns a block. Element (i, j) is kept where bits >= threshold.
   void row_pair(int64_t b, int64_t i, int64_t j, int64_t blocks, uint16_t* upper, uint16_t* lower) const {
-    uint32_t words[4][kLanes];
     const uint32_t c1 = static_cast<uint32_t>((i / 16) * 8 + i % 8);
+#if defined(__AVX2__)
+    for (int64_t column = 0; column < 64 * blocks; column += 32) {
+      const PhiloxEight<Along::kC0> at(static_cast<uint32_t>(j / 16 * 4 + column / 4), c1, static_cast<uint32_t>(b),
+                                       site, key);
+      // Four counters, half of a vector of words, are eight columns of word 0 (lower row: 2), then eight of word 1 (3).
+      for (int row = 0; row < 2; ++row) {
+        const __m256i first = at.words(2 * row), second = at.words(2 * row + 1);
+        __m256i* out = reinterpret_cast<__m256i*>((row == 0 ? upper : lower) + column);
+        _mm256_storeu_si256(out, _mm256_permute2x128_si256(first, second, 0x20));
+        _mm256_storeu_si256(out + 1, _mm256_permute2x128_si256(first, second, 0x31));
+      }
+    }
+#else
+    uint32_t words[4][kLanes];
     for (int64_t block = 0; block < blocks; ++block) {
       philox(static_cast<uint32_t>(j / 16 * 4 + block * kLanes), c1, static_cast<uint32_t>(b), site, key, words);
       // Four counters give 16 columns of either row: 8 from the word of j / 8 % 2 = 0, then 8 from that of 1.
@@ -91,6 +195,7 @@ struct Dropout {
         std::memcpy(lower + column + 8, words[3] + 4 * group, 16);
       }
     }
+#endif
   }
 };
 

@@ -12,6 +12,7 @@
 
 #include "common.h"
 #include "philox.h"
+#include "vector_math.h"
 
 namespace gpt_fast {
 namespace {
@@ -63,7 +64,7 @@ template <class Mac, int NV, bool COLUMNS>
   for (int64_t k = 0; k < K; ++k) {
     Vec row[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) row[v] = Vec::loadu(b + k * ldb + v * kVec);
+    for (int v = 0; v < NV; ++v) row[v] = in_register(Vec::loadu(b + k * ldb + v * kVec));
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Vec x(COLUMNS ? a[k * lda + r] : a[r * lda + k]);
@@ -98,51 +99,6 @@ template <int NV>
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[r][v].store(c + r * ldc + v * kVec);
   }
-}
-
-// The smaller and the larger; where one is NaN, the second. at::vec's own spend three instructions on NaN.
-inline Vec min_or_second(Vec a, Vec b) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_min_ps(a, b);
-#elif defined(CPU_CAPABILITY_AVX2)
-  return _mm256_min_ps(a, b);
-#else
-  return at::vec::minimum(a, b);
-#endif
-}
-
-inline Vec max_or_second(Vec a, Vec b) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_max_ps(a, b);
-#elif defined(CPU_CAPABILITY_AVX2)
-  return _mm256_max_ps(a, b);
-#else
-  return at::vec::maximum(a, b);
-#endif
-}
-
-// 2^x to 1.4 units in the last place for x up to 126; 0 below -125, and for -inf.
-inline Vec exp2(Vec x) {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-  // Adding 1.5 * 2^23 rounds to a whole number; then 2^f on [-1/2, 1/2], relative error 2e-9.
-  const Vec shift(0x1.8p23f), whole = (x + shift) - shift;
-  const Vec f = x - whole;
-  Vec y = at::vec::fmadd(Vec(0x1.41fbbap-13f), f, Vec(0x1.5f3e54p-10f));
-  y = at::vec::fmadd(y, f, Vec(0x1.3b2d4cp-7f));
-  y = at::vec::fmadd(y, f, Vec(0x1.c6aee8p-5f));
-  y = at::vec::fmadd(y, f, Vec(0x1.ebfbdcp-3f));
-  y = at::vec::fmadd(y, f, Vec(0x1.62e430p-1f));
-  y = at::vec::fmadd(y, f, Vec(1.0f));
-#if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-125.0f), _CMP_NLT_UQ), y, whole);
-#elif defined(CPU_CAPABILITY_AVX2)
-  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(whole), 23);
-  const __m256 scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), exponent));
-  return _mm256_and_ps(scaled, _mm256_cmp_ps(x, _mm256_set1_ps(-125.0f), _CMP_NLT_UQ));
-#endif
-#else
-  return (x * Vec(0.693147180559945309f)).exp();
-#endif
 }
 
 // A strided [B, H, T, D] tensor.
@@ -270,6 +226,24 @@ struct PhiloxColumn {
     const __m512i low = _mm512_and_si512(words, _mm512_set1_epi32(0xffff)), high = _mm512_srli_epi32(words, 16);
     _mm512_storeu_ps(even, _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(low, threshold), scale));
     _mm512_storeu_ps(odd, _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(high, threshold), scale));
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
+  PhiloxEight<Along::kC1> x;
+
+  PhiloxColumn(uint32_t c0, uint32_t c1, uint32_t b, uint32_t site, PhiloxKey key) : x(c0, c1, b, site, key) {}
+
+  void factors(int j3, const Dropout& dropout, float* even, float* odd) const {
+    const __m256i below = _mm256_set1_epi32(static_cast<int>(dropout.threshold) - 1);
+    const __m256i scale = _mm256_castps_si256(_mm256_set1_ps(dropout.scale));
+    for (int i3 = 0; i3 < 2; ++i3) {
+      const __m256i words = x.words(2 * i3 + j3);
+      const auto put = [&](__m256i bits, float* out) {
+        const __m256i chosen = _mm256_and_si256(_mm256_cmpgt_epi32(bits, below), scale);
+        _mm256_storeu_ps(out + 8 * i3, _mm256_castsi256_ps(chosen));
+      };
+      put(_mm256_and_si256(words, _mm256_set1_epi32(0xffff)), even);
+      put(_mm256_srli_epi32(words, 16), odd);
+    }
   }
 #else
   uint32_t x[4][8];

@@ -18,6 +18,18 @@ namespace gpt_fast {
 
 using Vec = at::vec::Vectorized<float>;
 
+// Keeps a loaded vector in a register: left alone, GCC 12 loads it again for each product that uses it where it is not
+// short of load instructions, and two loads a cycle are what limits a tile of products (57 of 100 GFLOP/s on Zen 3).
+inline Vec in_register(Vec x) {
+#if defined(CPU_CAPABILITY_AVX2)
+  __m256 values = x;
+  asm("" : "+x"(values));
+  return values;
+#else
+  return x;
+#endif
+}
+
 // A row as float32: the row itself where it is stored so, else converted into `buffer` (n elements).
 template <typename scalar_t>
 inline const float* load_row(const scalar_t* row, float* buffer, int64_t n) {

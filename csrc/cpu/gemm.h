@@ -161,7 +161,27 @@ void pack(const Operand<scalar_t>& x, int64_t N, int64_t K, float* packed, int64
     }
     return;
   }
-  for (int64_t n = 0; n < padded; n += WIDTH, packed += panel_stride) {
+  int64_t whole = 0;
+  if constexpr (PAIR == 1) {
+    // Several panels at a time where the rows of a panel lie side by side: a line of memory is then read once, however
+    // far apart the k are. Those soon to come are fetched ahead, as the processor does not foresee such strides.
+    constexpr int64_t GROUP = 4 * WIDTH;
+    for (; x.stride_n == 1 && whole + GROUP <= N; whole += GROUP) {
+      for (int64_t d = 0; d < D; ++d) {
+        const scalar_t* source = x.data + whole + d * x.stride_k;
+        for (int64_t n = 0; n < GROUP; n += 64 / sizeof(scalar_t)) {
+          __builtin_prefetch(source + std::min<int64_t>(8, D - 1 - d) * x.stride_k + n);
+        }
+        alignas(64) float stage[GROUP];
+        const float* values = load_row(source, stage, GROUP);
+        for (int64_t panel = 0; panel < 4; ++panel) {
+          std::memcpy(packed + panel * panel_stride + d * WIDTH, values + panel * WIDTH, WIDTH * sizeof(float));
+        }
+      }
+      packed += 4 * panel_stride;
+    }
+  }
+  for (int64_t n = whole; n < padded; n += WIDTH, packed += panel_stride) {
     const int64_t count = std::min(WIDTH, N - n);
     const scalar_t* source = x.data + n * x.stride_n;
     const auto element = [&](int64_t lane, int64_t k) {

@@ -11,15 +11,11 @@
 #include <vector>
 
 #include "common.h"
-#include "gemm.h"
+#include "linear.h"
+#include "vector_math.h"
 
 namespace gpt_fast {
 namespace {
-
-using at::Tensor;
-using std::optional;
-
-constexpr int64_t kChunk = 1024;  // rows, a multiple of 16 to keep dropout's pairs of rows together
 
 enum class Activation { kRelu, kGelu, kGeluTanh };
 
@@ -43,12 +39,12 @@ inline ValueAndSlope activate(Vec z) {
     return {at::vec::maximum(z, Vec(0.0f)), Vec::blendv(Vec(0.0f), one, z > Vec(0.0f))};
   } else if constexpr (ACTIVATION == Activation::kGelu) {
     const Vec cdf = half * (one + (z * Vec(0.70710678f)).erf());
-    const Vec pdf = (z * z * Vec(-0.5f)).exp() * Vec(0.39894228f);
+    const Vec pdf = exp(z * z * Vec(-0.5f)) * Vec(0.39894228f);
     return {z * cdf, at::vec::fmadd(z, pdf, cdf)};
   } else {
     // (1 + tanh u) / 2 = 1 / (1 + exp(-2u)) with u = sqrt(2 / pi) (z + 0.044715 z^3).
     const Vec square = z * z, c(-2.0f * 0.79788456f);
-    const Vec cdf = one / (one + (c * z * at::vec::fmadd(square, Vec(0.044715f), one)).exp());
+    const Vec cdf = one / (one + exp(c * z * at::vec::fmadd(square, Vec(0.044715f), one)));
     const Vec slope_u = c * at::vec::fmadd(square, Vec(3.0f * 0.044715f), one);
     return {z * cdf, cdf - z * cdf * (one - cdf) * slope_u};
   }
@@ -68,6 +64,12 @@ void for_rows(const optional<Dropout>& dropout, int64_t first, int64_t rows, int
   }
 }
 
+// Fetches a row's part of a block ahead: rows lie too far apart for the processor to foresee the next one.
+template <typename scalar_t>
+inline void prefetch_block(const scalar_t* row) {
+  for (int64_t j = 0; j < kBlock; j += 64 / static_cast<int64_t>(sizeof(scalar_t))) __builtin_prefetch(row + j);
+}
+
 // A mask of all ones where an element is kept, from its 16 random bits.
 struct Keep {
   alignas(64) float kept[kBlock];
@@ -76,33 +78,6 @@ struct Keep {
   }
   Vec apply(Vec value, int64_t j) const { return Vec::blendv(Vec(0.0f), value, Vec::loadu(kept + j) != Vec(0.0f)); }
 };
-
-// out [rows, N] = A B + bias, rounded once.
-template <typename scalar_t>
-void multiply_into(const PackedRows<scalar_t>& a, const Operand<scalar_t>& b, int64_t N, int64_t K, const float* bias,
-                   scalar_t* out, int64_t stride_out) {
-  const int64_t M = a.rows, blocks = ceil_div(N, kBlock), pieces = row_pieces(M, blocks);
-  const int64_t piece_rows = round_up(ceil_div(M, pieces), kRows);
-  at::parallel_for(0, blocks * pieces, 1, [&](int64_t begin, int64_t end) {
-    const BlockProduct product;
-    const Buffer c(piece_rows * kBlock);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t column = task / pieces * kBlock, width = std::min(kBlock, N - column);
-      const int64_t first = std::min(M, task % pieces * piece_rows), last = std::min(M, first + piece_rows);
-      product(a, first, last, Operand<scalar_t>{b.data + column * b.stride_n, b.stride_n, b.stride_k}, width, K,
-              c.data());
-      for (int64_t i = first; i < last; ++i) {
-        float* row = c.data() + (i - first) * kBlock;
-        if (bias != nullptr) {
-          for (int64_t j = 0; j < kBlock; j += kVec) {
-            (Vec::loadu(row + j) + Vec::loadu(bias + column + j)).store(row + j);
-          }
-        }
-        round_row(row, out + i * stride_out + column, width);
-      }
-    }
-  });
-}
 
 template <typename scalar_t, Activation ACTIVATION>
 void forward_chunk(const Tensor& x, const Tensor& fc_weight, const float* fc_bias, const Tensor& proj_weight,
@@ -147,41 +122,6 @@ void forward_chunk(const Tensor& x, const Tensor& fc_weight, const float* fc_bia
   multiply_into(packed_h, rows_of<scalar_t>(proj_weight), proj_weight.size(0), F, proj_bias,
                 y.mutable_data_ptr<scalar_t>(), y.stride(0));
 }
-
-// Where a weight's gradient adds up: in place if that is float32 or there is one chunk only, else in float32 beside it.
-// Element (i, j) of a block is the weight's at [i, column + j], or at [column + j, i].
-class WeightGradient {
- public:
-  WeightGradient(const Tensor& gradient, bool needed, int64_t chunks)
-      : needed(needed), gradient_(gradient), sums_(gradient) {
-    if (needed && chunks > 1 && gradient.scalar_type() != at::kFloat) {
-      sums_ = at::empty_like(gradient, gradient.options().dtype(at::kFloat));
-    }
-  }
-
-  template <typename scalar_t>
-  void add(const float* block, int64_t rows, int64_t width, int64_t stride_row, int64_t stride_column, int64_t column,
-           bool accumulate) const {
-    if (sums_.scalar_type() == at::kFloat) {
-      add_block(block, rows, width, sums_.mutable_data_ptr<float>() + column * stride_column, stride_row, stride_column,
-                accumulate);
-    } else {
-      add_block(block, rows, width, sums_.mutable_data_ptr<scalar_t>() + column * stride_column, stride_row,
-                stride_column, false);
-    }
-  }
-
-  void finish() const {
-    if (needed && !sums_.is_same(gradient_)) gradient_.copy_(sums_);
-  }
-
-  int64_t stride(int64_t dim) const { return gradient_.stride(dim); }
-
-  const bool needed;
-
- private:
-  Tensor gradient_, sums_;
-};
 
 struct BackwardInputs {
   Tensor dy, x, fc_weight, proj_weight;
@@ -248,6 +188,7 @@ void backward_chunk(const BackwardInputs& in, const optional<Dropout>& dropout, 
                      }
                    } else {
                      const scalar_t* kept = hidden + i * F + column;
+                     if (i + 16 < M) prefetch_block(kept + 16 * F);
                      if (width < kBlock) {
                        std::fill(std::copy_n(kept, width, saved), saved + kBlock, scalar_t(0));
                        kept = saved;
@@ -284,12 +225,12 @@ void backward_chunk(const BackwardInputs& in, const optional<Dropout>& dropout, 
         if (out.proj_weight.needed) {
           multiply_by_block(*packed_dy_t, h_rounded);
           out.proj_weight.template add<scalar_t>(gradient.data(), C_out, width, out.proj_weight.stride(0),
-                                                 out.proj_weight.stride(1), column, accumulate);
+                                                 out.proj_weight.stride(1), 0, column, accumulate);
         }
         if (out.fc_weight.needed) {
           multiply_by_block(*packed_x_t, dz_rounded);
           out.fc_weight.template add<scalar_t>(gradient.data(), C, width, out.fc_weight.stride(1),
-                                               out.fc_weight.stride(0), column, accumulate);
+                                               out.fc_weight.stride(0), 0, column, accumulate);
         }
         if (out.fc_bias != nullptr) {
           for (int64_t j = 0; j < width; ++j) out.fc_bias[column + j] += bias_sums[j];
@@ -305,20 +246,7 @@ void backward_chunk(const BackwardInputs& in, const optional<Dropout>& dropout, 
     multiply_into(*packed_dz, columns_of<scalar_t>(in.fc_weight), C, F, nullptr, out.dx.mutable_data_ptr<scalar_t>(),
                   out.dx.stride(0));
   }
-  if (out.proj_bias != nullptr) {
-    const scalar_t* dy = in.dy.const_data_ptr<scalar_t>();
-    at::parallel_for(0, ceil_div(C_out, kBlock), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t column = begin * kBlock; column < std::min(C_out, end * kBlock); column += kBlock) {
-        const int64_t width = std::min(kBlock, C_out - column);
-        float sums[kBlock] = {}, row[kBlock] = {};
-        for (int64_t i = 0; i < M; ++i) {
-          at::vec::convert(dy + i * in.dy.stride(0) + column, row, width);
-          add_to_column_sums(row, sums);
-        }
-        for (int64_t j = 0; j < width; ++j) out.proj_bias[column + j] += sums[j];
-      }
-    });
-  }
+  if (out.proj_bias != nullptr) add_column_sums<scalar_t>(in.dy, out.proj_bias);
 }
 
 template <class Function>
@@ -331,12 +259,6 @@ void dispatch_activation(Activation activation, const Function& function) {
     case Activation::kGeluTanh:
       return function(std::integral_constant<Activation, Activation::kGeluTanh>());
   }
-}
-
-std::vector<int64_t> with_last(const Tensor& x, int64_t N) {
-  std::vector<int64_t> sizes = x.sizes().vec();
-  sizes.back() = N;
-  return sizes;
 }
 
 std::tuple<Tensor, Tensor> mlp_forward(const Tensor& x, const Tensor& fc_weight, const optional<Tensor>& fc_bias,

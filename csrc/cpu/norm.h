@@ -30,10 +30,24 @@ struct Statistics {
   float mean, rstd;
 };
 
+// The sum of term(x[j]), in four chains: one alone would wait for each addition.
+template <typename Term>
+inline float sum_of(const float* x, int64_t N, const Term& term) {
+  constexpr int64_t kVec = Vec::size();
+  Vec sums[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+  int64_t j = 0;
+  for (; j + 4 * kVec <= N; j += 4 * kVec) {
+    for (int64_t chain = 0; chain < 4; ++chain) sums[chain] = sums[chain] + term(Vec::loadu(x + j + chain * kVec));
+  }
+  for (; j + kVec <= N; j += kVec) sums[0] = sums[0] + term(Vec::loadu(x + j));
+  if (j < N) sums[1] = sums[1] + Vec::set(Vec(0.0f), term(Vec::loadu(x + j, N - j)), N - j);
+  return at::vec::vec_reduce_all<float>(add, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
 inline Statistics row_statistics(const float* x, int64_t N, double eps) {
-  const float mean = at::vec::reduce_all<float>(add, x, N) / N;
-  const auto squared_deviation = [mean](Vec a) { return (a - Vec(mean)) * (a - Vec(mean)); };
-  const float variance = at::vec::map_reduce_all<float>(squared_deviation, add, x, N) / N;
+  const float mean = sum_of(x, N, [](Vec a) { return a; }) / N;
+  const Vec centre(mean);
+  const float variance = sum_of(x, N, [centre](Vec a) { return (a - centre) * (a - centre); }) / N;
   return {mean, 1.0f / std::sqrt(variance + static_cast<float>(eps))};
 }
 
@@ -56,17 +70,24 @@ inline void differentiate_row(const float* dy, const float* x, Statistics statis
   const auto weighted = [&](Vec upstream, int64_t j, int64_t count) {
     return weight != nullptr ? upstream * Vec::loadu(weight + j, count) : upstream;
   };
-  Vec sum_g(0.0f), sum_gx(0.0f);
-  for_each_vector(N, [&](int64_t j, int64_t count) {
+  // In two chains: one alone would wait for each multiply-add.
+  Vec sum_g[2] = {Vec(0.0f), Vec(0.0f)}, sum_gx[2] = {Vec(0.0f), Vec(0.0f)};
+  const auto add_columns = [&](int64_t j, int64_t count, int chain) {
     // Lanes past `count` load as zeros: their dy adds nothing to any sum.
     const Vec upstream = Vec::loadu(dy + j, count), xhat = normalised(j, count), g = weighted(upstream, j, count);
-    sum_g = sum_g + g;
-    sum_gx = at::vec::fmadd(g, xhat, sum_gx);
+    sum_g[chain] = sum_g[chain] + g;
+    sum_gx[chain] = at::vec::fmadd(g, xhat, sum_gx[chain]);
     if (dweight != nullptr) at::vec::fmadd(upstream, xhat, Vec::loadu(dweight + j, count)).store(dweight + j, count);
     if (dbias != nullptr) (Vec::loadu(dbias + j, count) + upstream).store(dbias + j, count);
-  });
-  const Vec mean_g(at::vec::vec_reduce_all<float>(add, sum_g) / N);
-  const Vec mean_gx(at::vec::vec_reduce_all<float>(add, sum_gx) / N);
+  };
+  int64_t j = 0;
+  for (; j + 2 * Vec::size() <= N; j += 2 * Vec::size()) {
+    add_columns(j, Vec::size(), 0);
+    add_columns(j + Vec::size(), Vec::size(), 1);
+  }
+  for (; j < N; j += Vec::size()) add_columns(j, std::min<int64_t>(Vec::size(), N - j), 0);
+  const Vec mean_g(at::vec::vec_reduce_all<float>(add, sum_g[0] + sum_g[1]) / N);
+  const Vec mean_gx(at::vec::vec_reduce_all<float>(add, sum_gx[0] + sum_gx[1]) / N);
   for_each_vector(N, [&](int64_t j, int64_t count) {
     const Vec g = weighted(Vec::loadu(dy + j, count), j, count);
     ((g - mean_g - normalised(j, count) * mean_gx) * rstd).store(dx + j, count);

@@ -58,6 +58,6 @@ FAULTS = (
     Fault("weight and bias gradients swapped", CPP, "return {dx, dresidual, gradients.dweight(), gradients.dbias()};", "return {dx, dresidual, gradients.dbias(), gradients.dweight()};", "shapes"),
     Fault("last row of a block skipped", CPP, "i < end; ++i) {\n      float* total", "i < end - 1; ++i) {\n      float* total", "shapes"),
     # C++, the norm's arithmetic on the summed row
-    Fault("unbiased variance", NORM, "map_reduce_all<float>(squared_deviation, add, x, N) / N;", "map_reduce_all<float>(squared_deviation, add, x, N) / (N - 1);", "shapes"),
+    Fault("unbiased variance", NORM, "(a - centre) * (a - centre); }) / N;", "(a - centre) * (a - centre); }) / (N - 1);", "shapes"),
     Fault("second gradient term dropped", NORM, "(g - mean_g - normalised(j, count) * mean_gx)", "(g - mean_g)", "shapes"),
 )  # fmt: skip

@@ -64,11 +64,11 @@ FAULTS = (
     # C++, the row rule
     Fault("one round fewer", PHILOX, "kPhiloxRounds = 7", "kPhiloxRounds = 6", "dropout"),
     Fault("lower half of the seed for both keys", PHILOX, "static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)", "static_cast<uint32_t>(seed)", "dropout"),
-    Fault("neighbouring words swapped", PHILOX, "ordered[4 * l + w] = words[w][l]", "ordered[4 * l + (w ^ 1)] = words[w][l]", "dropout"),
-    Fault("wrong lane", PHILOX, "ordered[4 * l + w] = words[w][l]", "ordered[4 * l + w] = words[w][(l + 1) % kLanes]", "dropout"),
-    Fault("site ignored", PHILOX, "static_cast<uint32_t>(i), 0, site, key, words", "static_cast<uint32_t>(i), 0, 0, key, words", "dropout"),
-    Fault("a number equal to the threshold drops", PHILOX, "factors[j + c] = bits[c] >= threshold", "factors[j + c] = bits[c] > threshold", "threshold"),
-    Fault("tail of a row not dropped", PHILOX, "c < count; ++c) factors[j + c] =", "c < count - 1; ++c) factors[j + c] =", "dropout"),
+    Fault("neighbouring words swapped", PHILOX, "low = at.pair(0, half), high = at.pair(2, half)", "low = at.pair(2, half), high = at.pair(0, half)", "dropout"),
+    Fault("wrong lane", PHILOX, "out + 16 * half + 8, out + 16 * half + 40", "out + 16 * half + 40, out + 16 * half + 8", "dropout"),
+    Fault("site ignored", PHILOX, "static_cast<uint32_t>(i), 0, site, key);", "static_cast<uint32_t>(i), 0, 0, key);", "dropout"),
+    Fault("a number equal to the threshold drops", PHILOX, "threshold < 65536 ? threshold : 65535", "threshold < 65535 ? threshold + 1 : 65535", "threshold"),
+    Fault("tail of a row not dropped", PHILOX, "(n - j) * sizeof(float)", "(n - j - 1) * sizeof(float)", "dropout"),
     Fault("threshold rounded down", PHILOX, "std::floor(p * 65536 + 0.5)", "std::floor(p * 65536)", "numerics"),
     Fault("scale of the nominal p", PHILOX, "65536.0 / (65536 - threshold)", "1.0 / (1.0 - p)", "dropout"),
 )  # fmt: skip

@@ -37,7 +37,7 @@ FAULTS = (
     Fault("rows taken as contiguous, backward", TRITON, "dy_ptr + offs_m[:, None] * stride_dy", "dy_ptr + offs_m[:, None] * N"),
     Fault("second stage skips its tail", TRITON, "for first in range(0, P, BLOCK_P)", "for first in range(0, P - BLOCK_P + 1, BLOCK_P)"),
     # C++, forward
-    Fault("unbiased variance", NORM, "map_reduce_all<float>(squared_deviation, add, x, N) / N;", "map_reduce_all<float>(squared_deviation, add, x, N) / (N - 1);"),
+    Fault("unbiased variance", NORM, "(a - centre) * (a - centre); }) / N;", "(a - centre) * (a - centre); }) / (N - 1);"),
     Fault("eps dropped", NORM, "variance + static_cast<float>(eps)", "variance"),
     Fault("bias ignored", NORM, "if (bias != nullptr) value", "if (false) value"),
     Fault("tail of a row skipped", COMMON, "if (j < N) body(j, N - j);", ""),

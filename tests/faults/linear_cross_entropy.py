@@ -42,7 +42,7 @@ FAULTS = (
     Fault("bias gradient of the last chunk alone", TRITON, "total = tl.load(dbias_ptr + offs_v, mask=mask_v, other=0.0)", "total = tl.zeros([BLOCK], dtype=tl.float32)", "several_chunks"),
     Fault("bias gradient of the first rows alone", TRITON, "range(0, tl.cdiv(live, ROWS))", "range(0, tl.minimum(1, tl.cdiv(live, ROWS) - 1))", "numerics"),
     # C++, forward
-    Fault("largest logit not subtracted", CPP, "(Vec::loadu(row + j) - Vec(m)).exp()", "Vec::loadu(row + j).exp()", "large_logits"),
+    Fault("largest logit not subtracted", CPP, "exp(Vec::loadu(row + j) - Vec(m))", "exp(Vec::loadu(row + j))", "large_logits"),
     Fault("sums of blocks not brought to one maximum", CPP, "sum += of_block.sum * std::exp(of_block.largest - largest);", "sum += of_block.sum;", "several_chunks"),
     Fault("maximum left out of the logarithm", CPP, "const double lse = largest + std::log(sum);", "const double lse = std::log(sum);", "numerics"),
     Fault("bias of the first block for all", CPP, "const float* bias = in_.bias + block * kBlock;", "const float* bias = in_.bias;", "numerics"),

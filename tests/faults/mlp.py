@@ -3,7 +3,7 @@
 from tests.mutants import Fault
 
 TRITON, PRODUCT = "kernels/mlp.py", "kernels/gemm.py"
-CPP, GEMM, PHILOX = "csrc/cpu/mlp.cpp", "csrc/cpu/gemm.h", "csrc/philox.h"
+CPP, LINEAR, GEMM, PHILOX = "csrc/cpu/mlp.cpp", "csrc/cpu/linear.h", "csrc/cpu/gemm.h", "csrc/philox.h"
 
 FAULTS = (
     # Triton, activations
@@ -50,7 +50,7 @@ FAULTS = (
     Fault("factor dropped from gelu_tanh's slope", CPP, "cdf - z * cdf * (one - cdf) * slope_u", "cdf - z * cdf * slope_u", "numerics"),
     # C++, forward
     Fault("first bias of the first block for all", CPP, "Vec::loadu(fc_bias + column + j)).store", "Vec::loadu(fc_bias + j)).store", "numerics"),
-    Fault("second bias of the first block for all", CPP, "Vec::loadu(bias + column + j)", "Vec::loadu(bias + j)", "numerics"),
+    Fault("second bias of the first block for all", LINEAR, "Vec::loadu(bias + column + j)", "Vec::loadu(bias + j)", "numerics"),
     Fault("second bias left out", CPP, "proj_weight.size(0), F, proj_bias,", "proj_weight.size(0), F, nullptr,", "numerics"),
     Fault("scale dropped, forward", CPP, "keep.apply(Vec::loadu(row + j) * Vec(dropout->scale), j)", "keep.apply(Vec::loadu(row + j), j)", "numerics"),
     Fault("dropout of the chunk's row", CPP, "dropout->row_pair(0, first + i, column,", "dropout->row_pair(0, i, column,", "dropout_mask"),
@@ -70,14 +70,14 @@ FAULTS = (
     Fault("bias left out of what is recomputed", CPP, "(Vec::loadu(z_row + j) + Vec::loadu(in.fc_bias + column + j)).store(z_row + j);", "", "recomputing"),
     Fault("what is recomputed is not rounded", CPP, "round_row(z_row, saved, kBlock);\n                       widen<kBlock>(saved, z_row);", "", "recomputing"),
     Fault("gradients of the last chunk alone", CPP, "const bool accumulate = first > 0;", "const bool accumulate = false;", "chunk"),
-    Fault("sums over chunks in the weight's dtype", CPP, "if (needed && chunks > 1 && gradient.scalar_type() != at::kFloat) {", "if (false) {", "chunk"),
+    Fault("sums over chunks in the weight's dtype", LINEAR, "if (needed && chunks > 1 && gradient.scalar_type() != at::kFloat) {", "if (false) {", "chunk"),
     Fault("first bias gradient of the last chunk alone", CPP, "out.fc_bias[column + j] += bias_sums[j]", "out.fc_bias[column + j] = bias_sums[j]", "chunk"),
-    Fault("second bias gradient of the last chunk alone", CPP, "out.proj_bias[column + j] += sums[j]", "out.proj_bias[column + j] = sums[j]", "chunk"),
-    Fault("second bias gradient skips a row", CPP, "for (int64_t i = 0; i < M; ++i) {\n          at::vec::convert(dy", "for (int64_t i = 1; i < M; ++i) {\n          at::vec::convert(dy", "numerics"),
+    Fault("second bias gradient of the last chunk alone", LINEAR, "sums[j] += total[j - begin]", "sums[j] = total[j - begin]", "chunk"),
+    Fault("second bias gradient skips a row", LINEAR, "for (int64_t i = 0; i < M; ++i) {", "for (int64_t i = 1; i < M; ++i) {", "numerics"),
     Fault("bfloat16 bias sums", CPP, "add_to_column_sums(dz_row, bias_sums);", "add_to_column_sums(dz_row, bias_sums);\n                     for (float& sum : bias_sums) sum = static_cast<float>(at::BFloat16(sum));", "numerics"),
     Fault("first weight's gradient from the upstream one", CPP, "multiply_by_block(*packed_x_t, dz_rounded)", "multiply_by_block(*packed_x_t, h_rounded)", "numerics"),
-    Fault("gradient of a transposed weight in rows", CPP, "int64_t stride(int64_t dim) const { return gradient_.stride(dim); }", "int64_t stride(int64_t dim) const { return dim == 0 ? gradient_.size(1) : 1; }", "transposed_weights"),
-    Fault("upstream gradient taken as contiguous", CPP, "at::vec::convert(dy + i * in.dy.stride(0) + column, row, width)", "at::vec::convert(dy + i * C_out + column, row, width)", "strided_weights_and_upstream"),
+    Fault("gradient of a transposed weight in rows", LINEAR, "int64_t stride(int64_t dim) const { return gradient_.stride(dim); }", "int64_t stride(int64_t dim) const { return dim == 0 ? gradient_.size(1) : 1; }", "transposed_weights"),
+    Fault("upstream gradient taken as contiguous", LINEAR, "rows + i * dy.stride(0) + begin", "rows + i * N + begin", "strided_weights_and_upstream"),
     Fault("gradients of no rows left unset", CPP, "dfc_weight.zero_();", "", "empty_batch"),
     # C++, products
     Fault("last rows skipped where there is no whole panel", GEMM, "for (int64_t i = 0; i < M; i += kRows) {\n      // The next", "for (int64_t i = 0; i + kRows <= M; i += kRows) {\n      // The next", "numerics"),
@@ -90,9 +90,9 @@ FAULTS = (
     Fault("no columns divide by zero", GEMM, "std::max<int64_t>(column_blocks, 1)", "column_blocks", "sizes_of_zero"),
     # C++, the matrix rule
     Fault("one round fewer", PHILOX, "kPhiloxRounds = 7", "kPhiloxRounds = 6", "dropout_mask"),
-    Fault("rows of a pair swapped", PHILOX, "std::memcpy(upper + column, words[0]", "std::memcpy(upper + column, words[2]", "dropout_mask"),
-    Fault("columns 8 to 15 are 0 to 7 again", PHILOX, "std::memcpy(upper + column + 8, words[1]", "std::memcpy(upper + column + 8, words[0]", "dropout_mask"),
-    Fault("wrong lane", PHILOX, "std::memcpy(lower + column, words[2] + 4 * group, 16)", "std::memcpy(lower + column, words[2] + 4 * group + 1, 16)", "dropout_mask"),
+    Fault("rows of a pair swapped", PHILOX, "(row == 0 ? upper : lower)", "(row == 1 ? upper : lower)", "dropout_mask"),
+    Fault("columns 8 to 15 are 0 to 7 again", PHILOX, "second = at.words(2 * row + 1)", "second = at.words(2 * row)", "dropout_mask"),
+    Fault("wrong lane", PHILOX, "j / 16 * 4 + column / 4", "j / 16 * 4 + column / 8", "dropout_mask"),
     Fault("rows 8 apart count as neighbours", PHILOX, "(i / 16) * 8 + i % 8", "i / 2", "dropout_mask"),
-    Fault("site ignored", PHILOX, "static_cast<uint32_t>(b), site, key, words", "static_cast<uint32_t>(b), 0, key, words", "dropout_mask"),
+    Fault("site ignored", PHILOX, "site, key);\n      // Four counters, half", "0, key);\n      // Four counters, half", "dropout_mask"),
 )  # fmt: skip

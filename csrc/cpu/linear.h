@@ -1,0 +1,100 @@
+// The products of a linear layer, for linear and mlp: A B + bias, a weight's gradient in the weight's strides, and a
+// bias's. Rows go in chunks of kChunk, whose weight gradients add up in float32 in the order of the rows.
+#pragma once
+
+#include <vector>
+
+#include "gemm.h"
+
+namespace gpt_fast {
+
+using at::Tensor;
+using std::optional;
+
+constexpr int64_t kChunk = 1024;  // rows, a multiple of 16 to keep dropout's pairs of rows together
+
+inline std::vector<int64_t> with_last(const Tensor& x, int64_t N) {
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = N;
+  return sizes;
+}
+
+// out [rows, N] = A B + bias, rounded once.
+template <typename scalar_t>
+inline void multiply_into(const PackedRows<scalar_t>& a, const Operand<scalar_t>& b, int64_t N, int64_t K,
+                          const float* bias, scalar_t* out, int64_t stride_out) {
+  const int64_t M = a.rows, blocks = ceil_div(N, kBlock), pieces = row_pieces(M, blocks);
+  const int64_t piece_rows = round_up(ceil_div(M, pieces), kRows);
+  at::parallel_for(0, blocks * pieces, 1, [&](int64_t begin, int64_t end) {
+    const BlockProduct product;
+    const Buffer c(piece_rows * kBlock);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t column = task / pieces * kBlock, width = std::min(kBlock, N - column);
+      const int64_t first = std::min(M, task % pieces * piece_rows), last = std::min(M, first + piece_rows);
+      product(a, first, last, Operand<scalar_t>{b.data + column * b.stride_n, b.stride_n, b.stride_k}, width, K,
+              c.data());
+      for (int64_t i = first; i < last; ++i) {
+        float* row = c.data() + (i - first) * kBlock;
+        if (bias != nullptr) {
+          for (int64_t j = 0; j < kBlock; j += kVec) {
+            (Vec::loadu(row + j) + Vec::loadu(bias + column + j)).store(row + j);
+          }
+        }
+        round_row(row, out + i * stride_out + column, width);
+      }
+    }
+  });
+}
+
+// Where a weight's gradient adds up: in place if that is float32 or there is one chunk only, else in float32 beside it.
+// Element (i, j) of a block is the weight's at [row + i, column + j], or at [column + j, row + i].
+class WeightGradient {
+ public:
+  WeightGradient(const Tensor& gradient, bool needed, int64_t chunks)
+      : needed(needed), gradient_(gradient), sums_(gradient) {
+    if (needed && chunks > 1 && gradient.scalar_type() != at::kFloat) {
+      sums_ = at::empty_like(gradient, gradient.options().dtype(at::kFloat));
+    }
+  }
+
+  template <typename scalar_t>
+  void add(const float* block, int64_t rows, int64_t width, int64_t stride_row, int64_t stride_column, int64_t row,
+           int64_t column, bool accumulate) const {
+    const int64_t offset = row * stride_row + column * stride_column;
+    if (sums_.scalar_type() == at::kFloat) {
+      add_block(block, rows, width, sums_.mutable_data_ptr<float>() + offset, stride_row, stride_column, accumulate);
+    } else {
+      add_block(block, rows, width, sums_.mutable_data_ptr<scalar_t>() + offset, stride_row, stride_column, false);
+    }
+  }
+
+  void finish() const {
+    if (needed && !sums_.is_same(gradient_)) gradient_.copy_(sums_);
+  }
+
+  int64_t stride(int64_t dim) const { return gradient_.stride(dim); }
+
+  const bool needed;
+
+ private:
+  Tensor gradient_, sums_;
+};
+
+// sums[j] += the sum of column j of dy, rows in their order.
+template <typename scalar_t>
+inline void add_column_sums(const Tensor& dy, float* sums) {
+  const int64_t M = dy.size(0), N = dy.size(1);
+  const scalar_t* rows = dy.const_data_ptr<scalar_t>();
+  at::parallel_for(0, N, std::max<int64_t>(kBlock, at::internal::GRAIN_SIZE / std::max<int64_t>(M, 1)),
+                   [&](int64_t begin, int64_t end) {
+                     std::vector<float> buffer(end - begin), total(end - begin);
+                     for (int64_t i = 0; i < M; ++i) {
+                       const float* row = load_row(rows + i * dy.stride(0) + begin, buffer.data(), end - begin);
+                       at::vec::map2<float>([](Vec a, Vec b) { return a + b; }, total.data(), total.data(), row,
+                                            end - begin);
+                     }
+                     for (int64_t j = begin; j < end; ++j) sums[j] += total[j - begin];
+                   });
+}
+
+}  // namespace gpt_fast

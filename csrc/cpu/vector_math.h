@@ -1,0 +1,83 @@
+// Elementary functions of vectors, inlined: a call of the library's spills the registers around it.
+#pragma once
+
+#include <limits>
+
+#include "common.h"
+
+namespace gpt_fast {
+
+// The smaller and the larger; where one is NaN, the second. at::vec's own spend three instructions on NaN.
+inline Vec min_or_second(Vec a, Vec b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_min_ps(a, b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_min_ps(a, b);
+#else
+  return at::vec::minimum(a, b);
+#endif
+}
+
+inline Vec max_or_second(Vec a, Vec b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_max_ps(a, b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_max_ps(a, b);
+#else
+  return at::vec::maximum(a, b);
+#endif
+}
+
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+// Adding 1.5 * 2^23 rounds to a whole number.
+inline Vec round_whole(Vec x) {
+  const Vec shift(0x1.8p23f);
+  return (x + shift) - shift;
+}
+
+// 2^f on [-1/2, 1/2], relative error 2e-9.
+inline Vec exp2_fraction(Vec f) {
+  Vec y = at::vec::fmadd(Vec(0x1.41fbbap-13f), f, Vec(0x1.5f3e54p-10f));
+  y = at::vec::fmadd(y, f, Vec(0x1.3b2d4cp-7f));
+  y = at::vec::fmadd(y, f, Vec(0x1.c6aee8p-5f));
+  y = at::vec::fmadd(y, f, Vec(0x1.ebfbdcp-3f));
+  y = at::vec::fmadd(y, f, Vec(0x1.62e430p-1f));
+  return at::vec::fmadd(y, f, Vec(1.0f));
+}
+
+// 2^whole y, or 0 where x is below `least`.
+inline Vec scale_exp2(Vec y, Vec whole, Vec x, float least) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(least), _CMP_NLT_UQ), y, whole);
+#else
+  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(whole), 23);
+  const __m256 scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), exponent));
+  return _mm256_and_ps(scaled, _mm256_cmp_ps(x, _mm256_set1_ps(least), _CMP_NLT_UQ));
+#endif
+}
+#endif
+
+// 2^x to 1.4 units in the last place for x up to 126; 0 below -125, and for -inf.
+inline Vec exp2(Vec x) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  const Vec whole = round_whole(x);
+  return scale_exp2(exp2_fraction(x - whole), whole, x, -125.0f);
+#else
+  return (x * Vec(0.693147180559945309f)).exp();
+#endif
+}
+
+// e^x to 1.2 units in the last place; 0 below -86, inf from where e^x exceeds what a float holds.
+inline Vec exp(Vec x) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  const Vec log2e(0x1.715476p+0f), whole = round_whole(x * log2e);
+  // What log2e lacks as a float, 1.9e-8, times x would be 40 units in the last place of e^88.
+  const Vec f = at::vec::fmadd(x, Vec(0x1.4ae0cp-26f), at::vec::fmsub(x, log2e, whole));
+  const Vec y = scale_exp2(exp2_fraction(f), whole, x, -86.0f);
+  return Vec::blendv(y, Vec(std::numeric_limits<float>::infinity()), x > Vec(88.72283f));
+#else
+  return x.exp();
+#endif
+}
+
+}  // namespace gpt_fast
