@@ -59,15 +59,17 @@ class SelfAttention(nn.Module):
         site: int = 0,
         attend: Callable[[Tensor, int], Tensor] | None = None,
     ) -> Tensor:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # [B, T, 3C]
+        # For one token after another PyTorch's product, which does not pack the weight first.
+        linear = F.linear if attend is not None and x.shape[1] == 1 else ops.linear
+        qkv = linear(x, self.in_proj_weight, self.in_proj_bias)  # [B, T, 3C]
         if attend is not None:
-            return self.out_proj(attend(qkv, self.num_heads))
+            return linear(attend(qkv, self.num_heads), self.out_proj.weight, self.out_proj.bias)
         dropout_p = self.dropout if self.training else 0.0
         out = ops.attention_qkv(
             qkv, self.num_heads, causal=causal, lengths=lengths, key_mask=key_mask, mask=mask, cu_seqlens=cu_seqlens,
             dropout_p=dropout_p, seed=seed, site=site,
         )  # fmt: skip
-        return self.out_proj(out)
+        return ops.linear(out, self.out_proj.weight, self.out_proj.bias)
 
 
 _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {

@@ -14,9 +14,11 @@ from .attention import attention, attention_qkv
 from .decode_attention import decode_attention
 from .embedding import embedding
 from .layer_norm import layer_norm
+from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .mlp import mlp
 
+# Those with a kernel for each device. `linear` has one for the CPU; elsewhere PyTorch's own is the kernel.
 NAMES = (
     "attention",
     "layer_norm",
@@ -36,6 +38,7 @@ __all__ = [
     "decode_attention",
     "embedding",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "mlp",
     "new_seed",

@@ -128,18 +128,25 @@ def _is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def has_kernel(op: str, x: Tensor) -> bool:
+    """Whether a kernel answers: there is one for the device, x is not float64, the reference was not asked for, and no
+    transform of `torch.func` is under way."""
+    if _reference_forced or x.dtype == torch.float64 or _is_transformed():
+        return False
+    return serving(op, x.device.type) != "reference"
+
+
 def runs_reference(op: str, x: Tensor) -> bool:
-    """Whether the public function answers by the reference: asked for, float64, no kernel on this device, or inside a
-    transform of `torch.func`."""
+    """Whether the public function answers by the reference; warns, once, where that was not asked for."""
+    if has_kernel(op, x):
+        return False
     if _reference_forced or x.dtype == torch.float64:
         return True
     if _is_transformed():
         _warn_once(op, "inside torch.func's transforms", "")
-        return True
-    if serving(op, x.device.type) == "reference":
+    else:
         _warn_once(op, f"on {x.device.type}", "; `gpt-fast doctor` tells why")
-        return True
-    return False
+    return True
 
 
 def by_reference(function: Callable, device_type: str, *args, **kwargs):
