@@ -114,6 +114,10 @@ codegen: $(VENV)/.stamp-package $(CODEGEN_VENV)/.stamp  ## compile every kernel 
 	  nvcc -std=c++17 -O3 -arch=sm_$$target -Xptxas=-warn-spills -Werror=all-warnings -c $$file -o build/nvcc.o; \
 	done; done; echo 'codegen: csrc/cuda compiled by nvcc for sm_80, sm_90, sm_100 without spills'
 
+.PHONY: compile-isa
+compile-isa: $(VENV)/.stamp-package  ## compile the C++ kernels for AVX2, AVX-512 and AVX-512 with bfloat16 products
+	$(PY) -m benchmarks.isa
+
 .PHONY: lint
 lint: $(VENV)/.stamp-package  ## ruff and clang-format, changing nothing
 	$(PY) -m ruff check .

@@ -23,7 +23,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     None; y [..., N]. The weight may have any strides; its gradient gets the same. Dtypes: all alike, float32, bfloat16,
     float16 or float64; cast to the autocast dtype where autocast is on. Precision: sums in float32, each result rounded
     once. Deterministic; on CPU the same bits at any number of threads. Raises `ValueError` for other dtypes or shapes;
-    `NotImplementedError` on double backward.
+    `NotImplementedError` on double backward. Source: `torch.nn.functional.linear`, which it stands in for.
     """
     x, weight, bias = _library.autocast(x, weight, bias)
     tensors = {"x": x, "weight": weight, "bias": bias}
