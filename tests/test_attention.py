@@ -448,6 +448,16 @@ def test_strides(view, dtype, device):
     assert all_equal(run(*viewed, dout), run(*copies, dout.contiguous()))
 
 
+def test_what_lies_between_the_rows_changes_nothing(device):
+    """Rows of 20 elements that NaN surrounds, as in a buffer that is not written: nothing past a row's end is used."""
+    tensors = inputs(1, 2, 150, 150, 20, device=device)
+    surrounded = []
+    for x in tensors:
+        base = torch.full((*x.shape[:3], 40), torch.nan, device=device)
+        surrounded.append(base[..., 3:23].copy_(x.detach()).requires_grad_(x.requires_grad))
+    assert all_equal(run(*tensors), run(*surrounded))
+
+
 def test_strided_masks(device):
     q, k, v, dout = inputs(2, 3, 70, 70, 8, device=device)
     mask = torch.rand(2, 70, 140, 3, device=device)[:, :, ::2].permute(0, 3, 2, 1) > 0.5

@@ -43,7 +43,7 @@ FAULTS = (
     Fault("maximum left out of log-sum-exp", TRITON, "(m + tl.log2(", "(tl.log2(", "numerics"),
     Fault("negative scale taken as positive", TRITON, "return (-q, -scale) if scale < 0 else (q, scale)", "return (q, -scale) if scale < 0 else (q, scale)", "negative_scale"),
     Fault("elements taken as contiguous", TRITON, "offs_d[None, :] * stride_d\n", "offs_d[None, :]\n", "strides and transposed_elements"),
-    Fault("padded elements not masked", TRITON, "if D == BLOCK_D:\n        return tl.load(ptrs)", "if D <= BLOCK_D:\n        return tl.load(ptrs)", "numerics and off_powers_of_two"),
+    Fault("padded elements not masked", TRITON, "if D == BLOCK_D:\n        return tl.load(ptrs)", "if D <= BLOCK_D:\n        return tl.load(ptrs)", "between_the_rows"),
     # Triton, backward
     Fault("delta left out of dQ", TRITON, "delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), axis=1)", "delta = tl.zeros_like(tl.sum(do.to(tl.float32), axis=1))", "numerics"),
     Fault("bfloat16 delta", TRITON, "delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), axis=1)", "delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), axis=1).to(tl.bfloat16).to(tl.float32)", "numerics"),
