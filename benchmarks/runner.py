@@ -98,14 +98,14 @@ def _prepare(function: Callable[..., Any], inputs: tuple, passes: str) -> Call:
     if passes == "backward":
         outputs = _tuple(function(*inputs))
         grads = _upstream(outputs)
-        return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+        return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True, allow_unused=True)
     upstream: list[Tensor] = []
 
     def both() -> object:
         outputs = _tuple(function(*inputs))
         if not upstream:
             upstream.extend(_upstream(outputs))
-        return torch.autograd.grad(outputs, leaves, upstream)
+        return torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
 
     return both
 

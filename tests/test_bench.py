@@ -517,6 +517,7 @@ def test_report_writes_a_page_for_each_device(tmp_path):
 def test_committed_pages_are_made_from_the_committed_files():
     """And so are README.md's figures: no number in them is typed."""
     found = report.devices(report.RESULTS)
+    assert found
     for folder, runs in found.items():
         text = (folder / "README.md").read_text("utf-8")
         shown = {path.name: "" for path in folder.glob("*.png")}
