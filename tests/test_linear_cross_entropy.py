@@ -306,7 +306,8 @@ def test_more_than_2_to_the_31_logits(device, implementation):
     torch.testing.assert_close(loss, torch.full_like(loss, V).log())
     (dbias,) = torch.autograd.grad(ops.linear_cross_entropy(x, weight, target, bias), bias)
     torch.testing.assert_close(dbias[:-1], torch.full_like(dbias[:-1], 1 / V), rtol=1e-4, atol=0)
-    torch.testing.assert_close(dbias[-1].item(), 1 / V - 1)
+    # A float32 sum of 66,000 equal terms, in 262 chunks: 262 eps / 2 at most.
+    torch.testing.assert_close(dbias[-1].item(), 1 / V - 1, rtol=2e-5, atol=0)
 
 
 def test_x_and_weight_that_share_memory(device):
