@@ -128,11 +128,11 @@ def test_masked_model_costs_what_its_masked_positions_cost(mode):
     (few_time, few_memory), (all_time, all_memory) = costs[102], costs[2048]
     all_logits = 2048 * 20000 * 4 / 2**20  # MiB
     assert few_time < 0.5 * all_time, costs
-    assert few_memory < 0.5 * all_logits, costs
     if mode == "reference":
         assert all_memory > all_logits, costs
+        assert few_memory < 0.25 * all_memory, costs  # its gradients, allocated once, are in both
     else:
-        assert all_memory < 0.5 * all_logits, costs
+        assert max(few_memory, all_memory) < 0.5 * all_logits, costs
 
 
 # ---- classification --------------------------------------------------------------------------------------------------
