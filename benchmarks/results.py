@@ -52,12 +52,11 @@ def read(path: Path) -> Run:
 
 
 def read_folder(folder: Path) -> list[Run]:
-    """Every results file of one device's folder, in the order in which topics are listed; [] where there is none."""
+    """The results file of every topic in one device's folder, in the order in which topics are listed."""
     from benchmarks.cases import TOPICS
 
-    runs = [read(path) for path in sorted(folder.glob("*.json"))]
-    order = list(TOPICS)
-    return sorted(runs, key=lambda run: order.index(run["topic"]) if run["topic"] in order else len(order))
+    paths = (folder / f"{name}.json" for name in TOPICS)
+    return [read(path) for path in paths if path.exists()]
 
 
 def read_any(path: Path) -> list[Run]:
