@@ -80,8 +80,8 @@ def assert_same(original, given: dict, accelerated=None, *, dtype: torch.dtype |
     gradients = {name for name in got if name.startswith("grad ")}
     for names, label in ((gradients, "gradients"), (got.keys() - gradients, "outputs")):
         scales = {name: exact[name].abs().max() for name in sorted(names)}
-        # Some gradients are 0 but for the rounding of their terms (a softmax's, summed over its classes, say), and those
-        # are of the size of the others: an error of half an eps of the terms is none of the result's.
+        # Some gradients are 0 but for the rounding of their terms (a softmax's, summed over its classes, say), which
+        # are of the size of the others: half an eps of the terms is no error of the result.
         floor = 0.1 * max(scales.values())
         scales = {name: max(scale, floor) for name, scale in scales.items()}
 

@@ -331,7 +331,7 @@ def test_what_follows_the_last_packed_sequence_changes_nothing(dtype, device):
 @pytest.mark.parametrize("heads", [1, 9], ids=["few_heads", "many_heads"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_two_runs_and_any_number_of_threads_agree_bit_for_bit(heads, dtype, device, implementation, threads):
-    """Few heads are cut into parts for the threads, many are not. Threads of the CPU are nothing to Triton: two runs."""
+    """Few heads are cut into parts for the threads, many are not. Triton takes no notice of the CPU's threads."""
     T, counts = (140, (1,)) if implementation == "triton" else (300, (1, 2, 3))
     tensors = inputs(1, heads, T, T, 32, dtype=dtype, device=device)
     options = {"dropout_p": 0.1, "seed": seed_on(device), "window": 90}
