@@ -135,18 +135,6 @@ constexpr int64_t kRowBlocks = 32;
 inline int64_t row_blocks(int64_t M) { return std::min(M, kRowBlocks); }
 inline int64_t row_block_begin(int64_t block, int64_t blocks, int64_t M) { return block * M / blocks; }
 
-// float32 [blocks, N] -> [N], adding the blocks in their order.
-inline at::Tensor sum_blocks(const at::Tensor& partial) {
-  const int64_t blocks = partial.size(0), N = partial.size(1);
-  const at::Tensor total = partial[0].clone();
-  float* total_data = total.mutable_data_ptr<float>();
-  for (int64_t block = 1; block < blocks; ++block) {
-    const float* row = partial.const_data_ptr<float>() + block * N;
-    at::vec::map2<float>([](Vec a, Vec b) { return a + b; }, total_data, total_data, row, N);
-  }
-  return total;
-}
-
 }  // namespace gpt_fast
 
 // Runs the lambda with scalar_t as float, bfloat16 or float16; float64 never gets here, the reference serves it.

@@ -104,19 +104,18 @@ inline std::tuple<at::Tensor, at::Tensor> empty_statistics(const at::Tensor& x) 
 class ParameterGradients {
  public:
   ParameterGradients(int64_t M, int64_t N, at::TensorOptions options, bool needs_weight, bool needs_bias)
-      : blocks_(row_blocks(M)),
-        M_(M),
-        options_(options),
-        dweight_(at::zeros({needs_weight ? blocks_ : 0, N}, options.dtype(at::kFloat))),
-        dbias_(at::zeros({needs_bias ? blocks_ : 0, N}, options.dtype(at::kFloat))) {}
+      : blocks_(row_blocks(M)), M_(M), N_(N), options_(options) {
+    if (needs_weight) dweight_ = at::empty({blocks_, N}, options.dtype(at::kFloat));
+    if (needs_bias) dbias_ = at::empty({blocks_, N}, options.dtype(at::kFloat));
+  }
 
   // Calls body(begin, end, dweight, dbias) for each block of rows, with where to add that block's sums (or null).
   template <typename Body>
   void for_each_block(const Body& body) const {
     at::parallel_for(0, blocks_, 1, [&](int64_t first, int64_t last) {
       for (int64_t block = first; block < last; ++block) {
-        body(row_block_begin(block, blocks_, M_), row_block_begin(block + 1, blocks_, M_), sums(dweight_, block),
-             sums(dbias_, block));
+        body(row_block_begin(block, blocks_, M_), row_block_begin(block + 1, blocks_, M_), zeros(dweight_, block),
+             zeros(dbias_, block));
       }
     });
   }
@@ -125,16 +124,34 @@ class ParameterGradients {
   at::Tensor dbias() const { return total(dbias_); }
 
  private:
-  static float* sums(const at::Tensor& partial, int64_t block) {
-    return partial.size(0) == 0 ? nullptr : partial.mutable_data_ptr<float>() + block * partial.size(1);
-  }
-  at::Tensor total(const at::Tensor& partial) const {
-    return partial.size(0) == 0 ? at::empty({0}, options_) : sum_blocks(partial).to(options_.dtype());
+  float* zeros(const at::Tensor& partial, int64_t block) const {
+    if (!partial.defined()) return nullptr;
+    float* sums = partial.mutable_data_ptr<float>() + block * N_;
+    std::fill_n(sums, N_, 0.0f);
+    return sums;
   }
 
-  int64_t blocks_, M_;
+  at::Tensor total(const at::Tensor& partial) const {
+    if (!partial.defined()) return at::empty({0}, options_);
+    const at::Tensor sums = at::empty({N_}, options_.dtype(at::kFloat));
+    const float* partial_data = partial.const_data_ptr<float>();
+    float* sums_data = sums.mutable_data_ptr<float>();
+    at::parallel_for(0, N_, kColumnGrain, [&](int64_t begin, int64_t end) {
+      for_each_vector(end - begin, [&](int64_t j, int64_t count) {
+        Vec sum(0.0f);
+        for (int64_t block = 0; block < blocks_; ++block) {
+          sum = sum + Vec::loadu(partial_data + block * N_ + begin + j, count);
+        }
+        sum.store(sums_data + begin + j, count);
+      });
+    });
+    return sums.to(options_.dtype());
+  }
+
+  static constexpr int64_t kColumnGrain = 512;
+  int64_t blocks_, M_, N_;
   at::TensorOptions options_;
-  at::Tensor dweight_, dbias_;
+  at::Tensor dweight_, dbias_;  // float32 [blocks, N], or undefined
 };
 
 }  // namespace gpt_fast
