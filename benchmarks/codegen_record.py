@@ -115,7 +115,7 @@ def embedding(kernels: Any) -> Launches:
 
 def decode_attention(kernels: Any) -> Launches:
     """One query of each sequence against caches as `generate` keeps them: every configuration, and the other dtypes."""
-    cases = [(config.width, torch.bfloat16) for config in kernels.CONFIGS]
+    cases = [(row.size, torch.bfloat16) for row in tables.TABLES["decode_attention"]]
     for D, dtype in [*cases, (64, torch.float16), (64, torch.float32), (256, torch.float32)]:
         B, H, S = 2, 12, 1024
         q, cache = meta(B, 1, 3, H, D, dtype=dtype)[:, 0, 0], meta(B, H, S, D, dtype=dtype)

@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import results, support, tables
+from benchmarks import overhead, results, support, tables
 from benchmarks.environment import ROOT
 from benchmarks.plots import draw
 from benchmarks.results import Run
@@ -29,7 +29,7 @@ def write_pages(folder: Path) -> list[Path]:
     pages = []
     for path, runs in devices(folder).items():
         page = path / "README.md"
-        page.write_text(tables.page(runs, draw(runs, path)), encoding="utf-8")
+        page.write_text(tables.page(runs, draw(runs, path), overhead.section(path)), encoding="utf-8")
         pages.append(page)
     return pages
 

@@ -170,8 +170,8 @@ matrix product, whichever takes longer. What fits in a cache can beat the bandwi
 its inputs, forward and backward together; of a job, with weights and the optimiser's state."""
 
 
-def page(runs: list[Run], plots: dict[str, str]) -> str:
-    """Everything measured on one device, as Markdown. `plots`: file name → what it shows."""
+def page(runs: list[Run], plots: dict[str, str], last: Iterable[str] = ()) -> str:
+    """Everything measured on one device, as Markdown. `plots`: file name → what it shows; `last`: lines at the end."""
     device = runs[0]["device"]
     lines = [
         f"# {device['name']}",
@@ -197,7 +197,7 @@ def page(runs: list[Run], plots: dict[str, str]) -> str:
         absent = missing(run)
         if absent:
             lines += ["", "Not measured:", "", *(f"- {line}" for line in absent)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *last]) + "\n"
 
 
 def versions(runs: list[Run]) -> list[str]:

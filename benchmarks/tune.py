@@ -3,13 +3,16 @@
 For every class of shapes in an op's table a climb starts at the configuration that serves it here: its neighbours, one
 number changed, are measured, the fastest becomes the next start, until none is faster. What does not compile or fit is
 passed over. The row is written for this architecture with device, Triton and date as its source. Tuning keeps what a
-kernel computes but not its bits, because tiles order sums: run the tests and `make codegen` after it.
+kernel computes but not its bits, because tiles order sums: run the tests and `make codegen` after it. cuBLASLt's mlp is
+passed over unless its tests pass here first.
 """
 
 import argparse
 import datetime
+import functools
 import math
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +22,8 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from kernels import attention, embedding, gemm, layer_norm, linear_cross_entropy, mlp, tables
+import gpt_fast.ops  # noqa: F401  defines the operators
+from kernels import attention, decode_attention, embedding, gemm, layer_norm, linear_cross_entropy, mlp, tables
 from kernels.tables import ANY, Row
 
 PATH = Path(tables.__file__)
@@ -28,15 +32,20 @@ GAIN = 0.98  # a neighbour has to be this much faster, or noise would move the t
 DROPOUT = (6554, 65536 / (65536 - 6554))
 Config = tuple[int, ...]
 
-# What each number of a configuration is, and its range: doubled and halved, stages and programs one up and down.
+# What each number of a configuration is, and its range: doubled and halved; stages, programs, switches one up and down.
 LIMITS: dict[str, dict[str, tuple[int, int]]] = {
     "product": dict(
         zip(gemm.Config._fields, ((32, 256), (32, 256), (16, 128), (4, 8), (1, 5), (1, 2)), strict=True)
     ),
     "chunk": {"rows": (512, 8192)},
+    "cublaslt relu": {"cublaslt": (0, 1)},
+    "cublaslt gelu_tanh": {"cublaslt": (0, 1)},
     "attention": dict(zip(attention.Config._fields, ((16, 256), (16, 256), (4, 8), (1, 4)), strict=True)),
     "layer_norm": dict(
         zip(layer_norm.Config._fields, ((1, 32), (1, 32), (1, 32), (1, 32), (64, 1024)), strict=True)
+    ),
+    "decode_attention": dict(
+        zip(decode_attention.Config._fields, ((64, 1024), (16, 128), (1, 8), (4, 64)), strict=True)
     ),
     "embedding": dict(zip(embedding.Config._fields, ((1, 32), (64, 1024), (8, 128), (1, 8)), strict=True)),
 }  # fmt: skip
@@ -50,7 +59,7 @@ def neighbours(config: Config, ranges: dict[str, tuple[int, int]]) -> Iterator[C
     """Every configuration with one number changed by a step, inside its range."""
     for index, (name, (low, high)) in enumerate(ranges.items()):
         value = config[index]
-        steps = (value - 1, value + 1) if name in ("stages", "programs") else (value // 2, value * 2)
+        steps = (value - 1, value + 1) if name in ("stages", "programs", "cublaslt") else (value // 2, value * 2)
         for step in steps:
             if low <= step <= high:
                 yield (*config[:index], step, *config[index + 1 :])
@@ -94,6 +103,10 @@ def work(op: str, row: Row, device: str) -> Callable[[], object]:
             layer_norm.backward(x, x, weight, mean, rstd, True, True)
 
         return both
+    if op == "decode_attention":
+        q, k_cache, v_cache = random(1, 12, size), random(1, 12, 1024, size), random(1, 12, 1024, size)
+        lengths = torch.full((1,), 1024, device=device)
+        return lambda: decode_attention.forward(q, k_cache, v_cache, lengths)
     if op == "embedding":
         tokens = torch.randint(0, 50257, (32, 1024), device=device)
         positions = torch.arange(1024, device=device)
@@ -110,6 +123,8 @@ def work(op: str, row: Row, device: str) -> Callable[[], object]:
             random(*s) for s in ((16384, size), (16384, size), (4 * size, size), (size, 4 * size))
         )
         fc_bias, proj_bias, rule = random(4 * size), random(size), ("gelu_tanh", *DROPOUT, seed, 0)
+        if row.kernel.startswith("cublaslt "):
+            return either_mlp(row, dy, x, fc_weight, fc_bias, proj_weight, proj_bias)
 
         def layer() -> None:
             _, hidden = mlp.forward(x, fc_weight, fc_bias, proj_weight, proj_bias, *rule, True)
@@ -119,6 +134,33 @@ def work(op: str, row: Row, device: str) -> Callable[[], object]:
     x, weight = random(16384, size), random(50257, size)
     target = torch.randint(0, 50257, (16384,), device=device)
     return lambda: linear_cross_entropy.forward(x, weight, target, None, -100, 0.0, "mean", True, True, False)
+
+
+def either_mlp(row: Row, dy: torch.Tensor, *inputs: torch.Tensor) -> Callable[[], object]:
+    """mlp without dropout by cuBLASLt or by Triton, as the table has it when it runs."""
+    ops, activation, needs = torch.ops.gpt_fast, row.kernel.removeprefix("cublaslt "), [True] * 5
+
+    def run() -> None:
+        if tables.pick("mlp", row.kernel, tables.architecture(dy.device), row.element, row.size) == (0,):
+            rule = (activation, 0, 1.0, None, 0)
+            _, hidden = mlp.forward(*inputs, *rule, True)
+            mlp.backward(dy, *inputs[:4], hidden, *rule, needs)
+        elif cublaslt_tests_pass():
+            _, hidden, mask = ops.mlp_cublaslt_forward(*inputs, activation, True)
+            ops.mlp_cublaslt_backward(dy, *inputs[:4], hidden, mask, activation, needs)
+        else:
+            raise RuntimeError("cuBLASLt's mlp does not pass its tests")
+
+    return run
+
+
+@functools.cache
+def cublaslt_tests_pass() -> bool:
+    """Whether cuBLASLt's mlp was built and passes its tests on this GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/test_mlp_cublaslt.py"]
+    tests = subprocess.run(command, capture_output=True, text=True, check=False)
+    print(tests.stdout.splitlines()[-1] if tests.stdout else tests.stderr, flush=True)
+    return tests.returncode == 0 and " passed" in tests.stdout
 
 
 def with_row(rows: list[Row], new: Row) -> list[Row]:
@@ -135,14 +177,14 @@ def tuned(op: str, row: Row, architecture: int, source: str, timer: Callable[[Ca
     def measure(config: Config) -> float:
         candidate = row._replace(architecture=architecture, config=config)
         table = tables.TABLES | {op: with_row(tables.TABLES[op], candidate)}
-        tables.pick.cache_clear()
+        tables.forget()
         try:
             with mock.patch.object(tables, "TABLES", table):
                 return timer(run)
         except (OutOfResources, triton.CompilationError, RuntimeError):
             return math.inf
         finally:
-            tables.pick.cache_clear()
+            tables.forget()
 
     best = climb(tables.pick(op, row.kernel, architecture, row.element, row.size), limits(row, op), measure)
     return row._replace(architecture=architecture, config=best, source=source)

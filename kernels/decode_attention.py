@@ -4,7 +4,7 @@ Notation: s = scale q Kᵀ over the first n keys, out = softmax(s) V. A program 
 and stores its running maximum m, its sum of exponentials l and its unnormalised row acc; a second kernel adds the
 splits in their order, each weighed by 2^(m - max m). Precision: everything in float32, one rounding on store; there is
 one query, so that products are sums of the rows as they are loaded and no tensor core would help. Deterministic: what a
-split is depends on its keys' positions alone, so neither the batch nor the device changes a bit. Lengths are clamped.
+split is depends on its keys' positions alone, so the batch changes no bit. Lengths are clamped.
 """
 
 from typing import NamedTuple
@@ -13,25 +13,18 @@ import torch
 import triton
 import triton.language as tl
 
+from . import tables
+
 LOG2E = 1.4426950408889634
 
 
 class Config(NamedTuple):
-    """For head sizes up to `width`: keys of a tile, warps of the kernel over keys."""
+    """Launch configuration for heads of some size."""
 
-    width: int
-    keys: int
+    split: int  # keys of a program
+    keys: int  # of a tile of it
     warps: int
-
-
-SPLIT = 128  # keys of a program; 12 heads and 1,024 keys make 96 programs
-ADDED = 16  # splits that the second kernel adds at a time
-# Tiles of 8 to 16 KiB in bfloat16. Not yet tuned on a GPU.
-CONFIGS = (
-    Config(width=64, keys=64, warps=4),
-    Config(width=128, keys=64, warps=4),
-    Config(width=256, keys=32, warps=4),
-)
+    added: int  # splits that the second kernel adds at a time
 
 
 @triton.jit(do_not_specialize=["H", "S", "splits"])
@@ -46,6 +39,7 @@ def _fwd_kernel(
     b, h = row // H, row % H
     n = tl.minimum(tl.maximum(tl.load(lengths_ptr + b).to(tl.int64), 0), S)
     begin = split * SPLIT
+    tl.static_assert(SPLIT % BLOCK_N == 0)
     if begin < n:
         offs_d = tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
@@ -106,6 +100,11 @@ def _add_kernel(
     tl.store(out_ptr + row * D + offs_d, out, mask=mask_d)
 
 
+def config(BLOCK_D: int, device: torch.device) -> Config:
+    """The launch configuration for heads padded to this size."""
+    return Config(*tables.pick("decode_attention", "keys", tables.architecture(device), 4, BLOCK_D))
+
+
 def forward(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """out [B, H, D], contiguous."""
     B, H, D = q.shape
@@ -115,19 +114,19 @@ def forward(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengt
     out = torch.empty((B, H, D), dtype=dtype, device=q.device)
     if out.numel() == 0:
         return out.to(q.dtype)
-    splits = triton.cdiv(S, SPLIT)
+    BLOCK_D = triton.next_power_of_2(D)
+    launch = config(BLOCK_D, q.device)
+    splits = triton.cdiv(S, launch.split)
     acc = torch.empty((B * H, splits, D), dtype=torch.float32, device=q.device)
     m = torch.empty((2, B * H, splits), dtype=torch.float32, device=q.device)
-    launch = next(config for config in CONFIGS if config.width >= D)
-    BLOCK_D = triton.next_power_of_2(D)
     if splits > 0:
         _fwd_kernel[(B * H, splits)](
             q, k_cache, v_cache, lengths, acc, m[0], m[1], *q.stride(), *k_cache.stride(), *v_cache.stride(),
             H, S, D, splits, D**-0.5 * LOG2E,
-            SPLIT=SPLIT, BLOCK_N=launch.keys, BLOCK_D=BLOCK_D, num_warps=launch.warps,
+            SPLIT=launch.split, BLOCK_N=launch.keys, BLOCK_D=BLOCK_D, num_warps=launch.warps,
         )  # fmt: skip
     _add_kernel[(B * H,)](
         acc, m[0], m[1], lengths, out, H, S, D, splits,
-        SPLIT=SPLIT, ADDED=ADDED, BLOCK_D=BLOCK_D, num_warps=1,
+        SPLIT=launch.split, ADDED=launch.added, BLOCK_D=BLOCK_D, num_warps=1,
     )  # fmt: skip
     return out.to(q.dtype)

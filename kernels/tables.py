@@ -62,11 +62,19 @@ TABLES: dict[str, list[Row]] = {
         Row("rows", 80, 4, 16384, (1, 16, 1, 32, 128), "compiled"),
         Row("rows", 80, 4, 65536, (1, 32, 1, 32, 128), "compiled"),
     ],
+    # kernels/decode_attention.py: keys of a program and of a tile, warps, splits added at a time; by head size. Of 12
+    # heads 1,024 keys make 96 programs, and a tile is 8 to 16 KiB in bfloat16.
+    "decode_attention": [
+        Row("keys", 80, 4, 64, (128, 64, 4, 16), "compiled, no spills"),
+        Row("keys", 80, 4, 128, (128, 64, 4, 16), "compiled, no spills"),
+        Row("keys", 80, 4, 256, (128, 32, 4, 16), "compiled, no spills"),
+    ],
     # kernels/embedding.py: rows and columns of a tile, uses that one program adds up, warps
     "embedding": [
         Row("rows", 80, 4, ANY, (4, 256, 32, 4), "compiled, no spills"),
     ],
-    # kernels/gemm.py: m, n, k, warps, stages, programs on a multiprocessor; by the columns of x
+    # kernels/gemm.py: m, n, k, warps, stages, programs on a multiprocessor; by the columns of x. And for what
+    # csrc/cuda/mlp.cpp can do: 1 where cuBLASLt serves, because it was measured to be faster, or 0.
     "mlp": [
         Row("product", 0, 2, ANY, (64, 64, 32, 4, 1, 1), "small, for tests to have several tiles"),
         Row("product", 0, 4, ANY, (64, 64, 32, 4, 1, 1), "small, for tests to have several tiles"),
@@ -74,6 +82,8 @@ TABLES: dict[str, list[Row]] = {
         Row("product", 80, 4, ANY, (64, 64, 16, 8, 2, 2), "compiled"),
         Row("product", 90, 2, ANY, (128, 128, 64, 8, 3, 2), "compiled"),
         Row("product", 100, 2, ANY, (128, 128, 64, 8, 3, 1), "compiled"),
+        Row("cublaslt relu", 80, 2, ANY, (0,), "default: cuBLASLt has not run on a GPU yet"),
+        Row("cublaslt gelu_tanh", 80, 2, ANY, (0,), "default: cuBLASLt has not run on a GPU yet"),
     ],
     # The same; and the rows of a chunk, for whole waves of dx's tiles on 132 multiprocessors
     "linear_cross_entropy": [
@@ -117,12 +127,22 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def pick(op: str, kernel: str, architecture: int, element: int, size: int) -> tuple[int, ...]:
-    """The configuration of the row that serves: of the newest architecture not newer, the least size that suffices."""
+def serving(op: str, kernel: str, architecture: int, element: int) -> tuple[Row, ...]:
+    """The rows for elements of this size, of the newest architecture not newer, by size."""
     rows = [row for row in TABLES[op] if row.kernel == kernel and row.element >= element]
     rows = [row for row in rows if row.element == min(row.element for row in rows)]
-    serving = [row.architecture for row in rows if row.architecture <= architecture]
-    newest = max(serving) if serving else min(row.architecture for row in rows)
-    return min(
-        (row for row in rows if row.architecture == newest and row.size >= size), key=lambda row: row.size
-    ).config
+    older = [row.architecture for row in rows if row.architecture <= architecture]
+    newest = max(older) if older else min(row.architecture for row in rows)
+    return tuple(sorted((row for row in rows if row.architecture == newest), key=lambda row: row.size))
+
+
+@functools.cache
+def pick(op: str, kernel: str, architecture: int, element: int, size: int) -> tuple[int, ...]:
+    """The configuration of the row that serves: the least size that suffices."""
+    return next(row.config for row in serving(op, kernel, architecture, element) if row.size >= size)
+
+
+def forget() -> None:
+    """To be called when TABLES has changed."""
+    serving.cache_clear()
+    pick.cache_clear()

@@ -11,6 +11,25 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def alike(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether all tensors given are floating, of one dtype and on one device: the usual case, told in a microsecond."""
+    dtype, device = first.dtype, first.device
+    if dtype not in FLOAT_DTYPES:
+        return False
+    for tensor in others:  # noqa: SIM110  a generator would take twice as long
+        if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
+            return False
+    return True
+
+
+def floating_alike(op: str, **tensors: Tensor | None) -> None:
+    """Each tensor given, the first always, is floating; all have one dtype and are on one device."""
+    if not alike(*tensors.values()):  # type: ignore[arg-type]
+        floating(op, **tensors)
+        same_dtype(op, **tensors)
+        same_device(op, **tensors)
+
+
 def floating(op: str, **tensors: Tensor | None) -> None:
     """Each tensor given is float32, bfloat16, float16 or float64."""
     for name, tensor in tensors.items():

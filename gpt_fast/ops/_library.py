@@ -65,16 +65,32 @@ def define_forward(op: str, signature: str) -> None:
 
 
 def define_backward(op: str, signature: str) -> None:
-    """Define `gpt_fast::<op>_backward`, whose own differentiation raises `NotImplementedError`."""
+    """Define `gpt_fast::<op>_backward`, which is called by `backward`."""
     LIBRARY.define(f"{op}_backward{signature}")
 
-    def raise_on_double_backward(ctx, *grads):
+
+def backward(op: str, *args):
+    """Call `gpt_fast::<op>_backward`, so that differentiating its results raises `NotImplementedError`.
+
+    An autograd kernel of the operator would say the same, but costs 20 µs of Python in every backward pass.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _DifferentiatedOnce.apply(op, *args)
+    return getattr(torch.ops.gpt_fast, f"{op}_backward")(*args)
+
+
+class _DifferentiatedOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, op, *args):
+        ctx.op = op.removesuffix("_cublaslt")
+        return getattr(torch.ops.gpt_fast, f"{op}_backward")(*args)
+
+    @staticmethod
+    def backward(ctx, *grads):
         raise NotImplementedError(
-            f"gpt_fast.{op}: double backward is not implemented; "
+            f"gpt_fast.{ctx.op}: double backward is not implemented; "
             "run forward and backward under gpt_fast.use_reference(), which can be differentiated twice"
         )
-
-    torch.library.register_autograd(f"gpt_fast::{op}_backward", raise_on_double_backward, lib=LIBRARY)
 
 
 def triton_kernel(op: str) -> types.ModuleType:
@@ -96,13 +112,19 @@ def serving(op: str, device_type: str) -> str:
 
     Raises `ValueError` for a device type PyTorch does not know.
     """
+    if (op, device_type) in _WITH_KERNEL:
+        return _WITH_KERNEL[op, device_type]
     try:
         key = torch._C._dispatch_key_for_device(device_type)
     except RuntimeError as error:
         raise ValueError(f"gpt_fast: unknown device type {device_type!r}; known are cpu, cuda, …") from error
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"gpt_fast::{op}_forward", key):
         return "reference"
-    return "triton" if key in TRITON_KEYS else "cpp"
+    _WITH_KERNEL[op, device_type] = "triton" if key in TRITON_KEYS else "cpp"
+    return _WITH_KERNEL[op, device_type]
+
+
+_WITH_KERNEL: dict[tuple[str, str], str] = {}  # what the dispatcher said: asking it costs more than a small op
 
 
 def dropout_rule(dropout_p: float) -> tuple[int, float]:
@@ -134,6 +156,11 @@ def has_kernel(op: str, x: Tensor) -> bool:
     if _reference_forced or x.dtype == torch.float64 or _is_transformed():
         return False
     return serving(op, x.device.type) != "reference"
+
+
+def kernel_checks(op: str, x: Tensor) -> bool:
+    """Whether the kernel that answers looks at values itself, as those in C++ do."""
+    return x.is_cpu and has_kernel(op, x) and serving(op, "cpu") == "cpp"
 
 
 def runs_reference(op: str, x: Tensor) -> bool:

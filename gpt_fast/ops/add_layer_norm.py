@@ -75,9 +75,9 @@ class _AddLayerNorm(torch.autograd.Function):
             if dsummed is None:
                 return (None,) * 8
             dnormed = torch.zeros_like(summed)
-        dx, dresidual, dweight, dbias = torch.ops.gpt_fast.add_layer_norm_backward(
-            dnormed, dsummed, summed, weight, mean, rstd, ctx.x_dtype, ctx.residual_dtype, dropout_p, seed, site,
-            needs_weight, needs_bias,
+        dx, dresidual, dweight, dbias = _library.backward(
+            "add_layer_norm", dnormed, dsummed, summed, weight, mean, rstd, ctx.x_dtype, ctx.residual_dtype, dropout_p,
+            seed, site, needs_weight, needs_bias,
         )  # fmt: skip
         return (
             dx if _has_own_dx(ctx.x_dtype, ctx.residual_dtype, dropout_p) else dresidual,

@@ -67,9 +67,7 @@ def attention(
     S = k.shape[2]
     _checks.shape("attention", "k", k, (B, H, S, D), "batch, heads and head size of q")
     _checks.shape("attention", "v", v, (B, H, S, D), "the shape of k")
-    _checks.floating("attention", q=q, k=k, v=v)
-    _checks.same_dtype("attention", q=q, k=k, v=v)
-    _checks.same_device("attention", q=q, k=k, v=v)
+    _checks.floating_alike("attention", q=q, k=k, v=v)
     options = _options(q, T, S, causal, lengths, key_mask, mask, cu_seqlens, window, dropout_p, seed, site, scale)
     if _library.runs_reference("attention", q):
         return _library.by_reference(reference.attention, q.device.type, q, k, v, **options)
@@ -155,7 +153,7 @@ def _options(
         raise ValueError(f"gpt_fast.attention: scale is {scale}, wanted a finite number")
     _checks.probability("attention", "dropout_p", dropout_p)
     _checks.seed("attention", seed, q.device)
-    if lengths is not None and _library.values_checked(lengths):
+    if lengths is not None and _library.values_checked(lengths) and not _library.kernel_checks("attention", q):
         _checks.values_below("attention", "lengths", lengths, S + 1)
     if cu_seqlens is not None and _library.values_checked(cu_seqlens):
         _checks.values_below("attention", "cu_seqlens", cu_seqlens, T + 1)
@@ -171,26 +169,24 @@ def _options(
 
 
 _NAMES = ("lengths", "key_mask", "mask", "cu_seqlens", "causal", "window", "dropout_p", "seed", "site", "scale")
-_TENSORS = ("lengths", "key_mask", "mask", "cu_seqlens", "seed")
 
 
 def _in_order(options: dict) -> tuple:
     """The options in the order of the schemas."""
-    return tuple(options[name] for name in _NAMES)
+    return tuple(options.values())
 
 
 def _save(ctx, tensors: tuple, options: tuple) -> None:
-    named = dict(zip(_NAMES, options, strict=True))
-    ctx.save_for_backward(*tensors, *(named[name] for name in _TENSORS))
-    ctx.scalars = {name: value for name, value in named.items() if name not in _TENSORS}
+    *masks, causal, window, dropout_p, seed, site, scale = options
+    ctx.save_for_backward(*tensors, *masks, seed)
+    ctx.scalars = causal, window, dropout_p, site, scale
 
 
 def _saved(ctx) -> tuple[tuple, tuple]:
     """The tensors `_save` was given, and the options in order."""
-    saved = ctx.saved_tensors
-    count = len(saved) - len(_TENSORS)
-    named = ctx.scalars | dict(zip(_TENSORS, saved[count:], strict=True))
-    return saved[:count], _in_order(named)
+    *tensors, lengths, key_mask, mask, cu_seqlens, seed = ctx.saved_tensors
+    causal, window, dropout_p, site, scale = ctx.scalars
+    return tensors, (lengths, key_mask, mask, cu_seqlens, causal, window, dropout_p, seed, site, scale)
 
 
 class _Attention(torch.autograd.Function):
@@ -203,7 +199,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         tensors, options = _saved(ctx)
-        dq, dk, dv = torch.ops.gpt_fast.attention_backward(dout, *tensors, *options)
+        dq, dk, dv = _library.backward("attention", dout, *tensors, *options)
         return dq, dk, dv, *(None,) * len(_NAMES)
 
 
@@ -219,7 +215,7 @@ class _AttentionQKV(torch.autograd.Function):
     def backward(ctx, dout):
         (qkv, out, lse), options = _saved(ctx)
         dout = dout.unflatten(2, (ctx.num_heads, -1)).transpose(1, 2)
-        dqkv = torch.ops.gpt_fast.attention_qkv_backward(dout, qkv, ctx.num_heads, out, lse, *options)
+        dqkv = _library.backward("attention_qkv", dout, qkv, ctx.num_heads, out, lse, *options)
         return dqkv, None, *(None,) * len(_NAMES)
 
 

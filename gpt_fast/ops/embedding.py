@@ -62,9 +62,9 @@ def embedding(
         raise ValueError(
             f"gpt_fast.embedding: positions has shape {list(positions.shape)}, wanted {list(tokens.shape)} or [{T}]"
         )
-    elif _library.values_checked(positions):
+    elif _library.values_checked(positions) and not _library.kernel_checks("embedding", token_weight):
         _checks.values_below("embedding", "positions", positions, P)
-    if _library.values_checked(tokens):
+    if _library.values_checked(tokens) and not _library.kernel_checks("embedding", token_weight):
         _checks.values_below("embedding", "tokens", tokens, token_weight.shape[0])
     seed = _library.seed_for(dropout_p, seed, token_weight.device)
     args = tokens, token_weight, position_weight, positions, dropout_p, seed, site
@@ -87,9 +87,10 @@ class _Embedding(torch.autograd.Function):
         tokens, token_weight, position_weight, positions, seed = ctx.saved_tensors
         dropout_p, site = ctx.dropout
         _, needs_token, needs_position, *_ = ctx.needs_input_grad
-        dtoken, dposition = torch.ops.gpt_fast.embedding_backward(
-            dout, tokens, token_weight, position_weight, positions, dropout_p, seed, site, needs_token, needs_position
-        )
+        dtoken, dposition = _library.backward(
+            "embedding", dout, tokens, token_weight, position_weight, positions, dropout_p, seed, site, needs_token,
+            needs_position,
+        )  # fmt: skip
         return None, dtoken if needs_token else None, dposition if needs_position else None, None, None, None, None
 
 

@@ -26,10 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     `NotImplementedError` on double backward. Source: `torch.nn.functional.linear`, which it stands in for.
     """
     x, weight, bias = _library.autocast(x, weight, bias)
-    tensors = {"x": x, "weight": weight, "bias": bias}
-    _checks.floating("linear", **tensors)
-    _checks.same_dtype("linear", **tensors)
-    _checks.same_device("linear", **tensors)
+    _checks.floating_alike("linear", x=x, weight=weight, bias=bias)
     _checks.dimensions("linear", "weight", weight, "[N, C]")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"gpt_fast.linear: x has shape {list(x.shape)}, wanted [..., {weight.shape[1]}] as weight")
@@ -49,7 +46,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        grads = torch.ops.gpt_fast.linear_backward(dy, x, weight, *needs)
+        grads = _library.backward("linear", dy, x, weight, *needs)
         return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
 
 

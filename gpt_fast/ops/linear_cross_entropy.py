@@ -61,7 +61,7 @@ def linear_cross_entropy(
         raise ValueError(f"gpt_fast.{op}: reduction is {reduction!r}, wanted one of {', '.join(REDUCTIONS)}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"gpt_fast.{op}: label_smoothing is {label_smoothing}, wanted a number in [0, 1]")
-    if _library.values_checked(target):
+    if _library.values_checked(target) and not _library.kernel_checks(op, x):
         _checks.values_below(op, "target", target, weight.shape[0], besides=ignore_index)
     args = x, weight, target, bias, ignore_index, label_smoothing, reduction
     if _library.runs_reference(op, x):
@@ -89,8 +89,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ignore_index, label_smoothing, reduction, needs, dtype = ctx.options
         if reduction == "none":
             x, weight, target, bias = ctx.saved_tensors
-            grads = torch.ops.gpt_fast.linear_cross_entropy_backward(
-                dloss, x, weight, target, bias, ignore_index, label_smoothing, *needs
+            grads = _library.backward(
+                "linear_cross_entropy", dloss, x, weight, target, bias, ignore_index, label_smoothing, *needs
             )
         else:
             # What follows could be differentiated, as if the saved gradients were constants.

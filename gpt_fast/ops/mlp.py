@@ -20,6 +20,22 @@ _library.define_backward(
     " float dropout_p, Tensor? seed, int site, bool[] needs)"
     " -> (Tensor dx, Tensor dfc_weight, Tensor dfc_bias, Tensor dproj_weight, Tensor dproj_bias)",
 )
+# csrc/cuda/mlp.cpp, where it was built: relu and gelu_tanh without dropout, in 16 bits, by cuBLASLt's epilogues. `mask`
+# is one bit for each element of `hidden`, for relu, in an order known to cuBLASLt; else it is empty.
+_library.define_forward(
+    "mlp_cublaslt",
+    "(Tensor x, Tensor fc_weight, Tensor? fc_bias, Tensor proj_weight, Tensor? proj_bias, str activation,"
+    " bool keeps_hidden) -> (Tensor y, Tensor hidden, Tensor mask)",
+)
+_library.define_backward(
+    "mlp_cublaslt",
+    "(Tensor dy, Tensor x, Tensor fc_weight, Tensor? fc_bias, Tensor proj_weight, Tensor? hidden, Tensor? mask,"
+    " str activation, bool[] needs)"
+    " -> (Tensor dx, Tensor dfc_weight, Tensor dfc_bias, Tensor dproj_weight, Tensor dproj_bias)",
+)
+
+
+CUBLASLT_ACTIVATIONS = ("relu", "gelu_tanh")
 
 
 def mlp(
@@ -38,7 +54,8 @@ def mlp(
 
     Shapes: x [..., C], fc_weight [F, C], fc_bias [F] or None, proj_weight [C', F], proj_bias [C'] or None; y [..., C'].
     Weights may have any strides; their gradients get the same. activation: "relu", "gelu" or "gelu_tanh". One [..., F]
-    tensor is kept for backward; `recompute=True` keeps none and repeats the first product. Dtypes: all alike, float32,
+    tensor is kept for backward (and where cuBLASLt serves relu, a bit for each of its elements); `recompute=True` keeps
+    none and repeats the first product. Dtypes: all alike, float32,
     bfloat16 or float16 (float64: the reference); cast to the autocast dtype where autocast is on. Precision: products
     accumulate in float32, the hidden activation is rounded once to x's dtype, so is each result; gelu's backward starts
     from the activation's input rounded to x's dtype. Dropout: a matrix site, row i of x viewed as [M, C], column j of
@@ -47,12 +64,9 @@ def mlp(
     Source: Vaswani et al. (2017), section 3.3; Hendrycks and Gimpel (2016), arXiv:1606.08415.
     """
     x, fc_weight, fc_bias, proj_weight, proj_bias = _library.autocast(x, fc_weight, fc_bias, proj_weight, proj_bias)
-    tensors = {
-        "x": x, "fc_weight": fc_weight, "fc_bias": fc_bias, "proj_weight": proj_weight, "proj_bias": proj_bias
-    }  # fmt: skip
-    _checks.floating("mlp", **tensors)
-    _checks.same_dtype("mlp", **tensors)
-    _checks.same_device("mlp", **tensors)
+    _checks.floating_alike(
+        "mlp", x=x, fc_weight=fc_weight, fc_bias=fc_bias, proj_weight=proj_weight, proj_bias=proj_bias
+    )
     _checks.dimensions("mlp", "fc_weight", fc_weight, "[F, C]")
     _checks.dimensions("mlp", "proj_weight", proj_weight, "[C', F]")
     if x.dim() == 0 or x.shape[-1] != fc_weight.shape[1]:
@@ -73,7 +87,33 @@ def mlp(
     args = x, fc_weight, fc_bias, proj_weight, proj_bias, activation, dropout_p, seed, site
     if _library.runs_reference("mlp", x):
         return _library.by_reference(reference.mlp, x.device.type, *args)
+    if x.is_cuda and _cublaslt_serves(x, fc_weight, proj_weight, activation, dropout_p):
+        return _CublasLtMLP.apply(*args[:6], recompute)
     return _MLP.apply(*args, recompute)
+
+
+def _cublaslt_serves(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, activation: str, dropout_p: float) -> bool:
+    """Whether cuBLASLt can compute this, and was measured to be faster than Triton at it."""
+    if dropout_p or activation not in CUBLASLT_ACTIVATIONS or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    classes = _classes_of_cublaslt(activation, x.get_device())
+    if not any(serves for _, serves in classes):
+        return False
+    F, C = fc_weight.shape
+    if x.numel() == 0 or F == 0 or C % 8 or F % 8 or proj_weight.shape[0] % 8:
+        return False
+    return next(serves for size, serves in classes if size >= C)
+
+
+@torch.compiler.assume_constant_result
+def _classes_of_cublaslt(activation: str, device_index: int) -> tuple[tuple[int, bool], ...]:
+    """(columns of x up to, whether cuBLASLt serves), ascending, as kernels/tables.py has it for the device."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("gpt_fast::mlp_cublaslt_forward", "CUDA"):
+        return ()
+    tables = _library.triton_kernel("tables")
+    architecture = tables.architecture(torch.device("cuda", device_index))
+    rows = tables.serving("mlp", f"cublaslt {activation}", architecture, 2)
+    return tuple((row.size, row.config == (1,)) for row in rows)
 
 
 class _MLP(torch.autograd.Function):
@@ -92,10 +132,29 @@ class _MLP(torch.autograd.Function):
         x, fc_weight, fc_bias, proj_weight, hidden, seed = ctx.saved_tensors
         activation, dropout_p, site = ctx.options
         needs = list(ctx.needs_input_grad[:5])
-        grads = torch.ops.gpt_fast.mlp_backward(
-            dy, x, fc_weight, fc_bias, proj_weight, hidden, activation, dropout_p, seed, site, needs
+        grads = _library.backward(
+            "mlp", dy, x, fc_weight, fc_bias, proj_weight, hidden, activation, dropout_p, seed, site, needs
         )
         return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *(None,) * 5
+
+
+class _CublasLtMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, fc_weight, fc_bias, proj_weight, proj_bias, activation, recompute):
+        keeps_hidden = not recompute and any(ctx.needs_input_grad)
+        y, hidden, mask = torch.ops.gpt_fast.mlp_cublaslt_forward(
+            x, fc_weight, fc_bias, proj_weight, proj_bias, activation, keeps_hidden
+        )
+        kept = (hidden, mask if activation == "relu" else None) if keeps_hidden else (None, None)
+        ctx.save_for_backward(x, fc_weight, fc_bias, proj_weight, *kept)
+        ctx.activation = activation
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        needs = list(ctx.needs_input_grad[:5])
+        grads = _library.backward("mlp_cublaslt", dy, *ctx.saved_tensors, ctx.activation, needs)
+        return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None
 
 
 @torch.library.register_fake("gpt_fast::mlp_forward", lib=_library.LIBRARY)
@@ -119,6 +178,21 @@ def _backward_fake(dy, x, fc_weight, fc_bias, proj_weight, hidden, activation, d
         torch.empty_like(proj_weight) if needs_proj_weight else x.new_empty(nothing),
         x.new_empty((C_out,) if needs_proj_bias else nothing),
     )
+
+
+@torch.library.register_fake("gpt_fast::mlp_cublaslt_forward", lib=_library.LIBRARY)
+def _cublaslt_forward_fake(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, keeps_hidden):
+    y, hidden = _forward_fake(
+        x, fc_weight, fc_bias, proj_weight, proj_bias, activation, 0.0, None, 0, keeps_hidden
+    )  # fmt: skip
+    M, F = x.numel() // x.shape[-1], fc_weight.shape[0]
+    mask = (M, (F + 127) // 128 * 16) if keeps_hidden and activation == "relu" else (0,)
+    return y, hidden, x.new_empty(mask, dtype=torch.uint8)
+
+
+@torch.library.register_fake("gpt_fast::mlp_cublaslt_backward", lib=_library.LIBRARY)
+def _cublaslt_backward_fake(dy, x, fc_weight, fc_bias, proj_weight, hidden, mask, activation, needs):
+    return _backward_fake(dy, x, fc_weight, fc_bias, proj_weight, hidden, activation, 0.0, None, 0, needs)
 
 
 def _triton_forward(
