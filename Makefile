@@ -110,9 +110,11 @@ codegen: $(VENV)/.stamp-package $(CODEGEN_VENV)/.stamp  ## compile every kernel 
 	$(PY) -m benchmarks.codegen_record build/launches.json
 	$(CODEGEN_VENV)/bin/python -m benchmarks.codegen build/launches.json $(CODEGEN_FLAGS)
 	@command -v nvcc > /dev/null || { echo 'codegen: no nvcc, csrc/cuda is not compiled'; exit 0; }; \
-	for target in 80 90 100; do for file in csrc/cuda/*.cu; do \
-	  nvcc -std=c++17 -O3 -arch=sm_$$target -Xptxas=-warn-spills -Werror=all-warnings -c $$file -o build/nvcc.o; \
-	done; done; echo 'codegen: csrc/cuda compiled by nvcc for sm_80, sm_90, sm_100 without spills'
+	cublas=$$($(PY) -m benchmarks.cublas_headers $(CODEGEN_VENV)/cublas); \
+	nvcc="nvcc -std=c++17 -O3 -Xptxas=-warn-spills -Xcompiler=-Wall -Werror=all-warnings -I$$cublas -o build/nvcc.o -c"; \
+	for target in 80 90 100; do for file in csrc/cuda/*.cu; do $$nvcc -arch=sm_$$target $$file; done; done; \
+	$$nvcc csrc/cuda/cublaslt.cpp; \
+	echo 'codegen: csrc/cuda compiled by nvcc for sm_80, sm_90, sm_100 without spills'
 
 .PHONY: compile-isa
 compile-isa: $(VENV)/.stamp-package  ## compile the C++ kernels for AVX2, AVX-512 and AVX-512 with bfloat16 products
@@ -139,6 +141,7 @@ types: $(VENV)/.stamp-package  ## mypy
 .PHONY: bench
 bench: install  ## time everything against floors and other implementations, into benchmarks/results (BENCH_FLAGS=--quick)
 	$(VENV)/bin/gpt-fast bench --out benchmarks/results $(BENCH_FLAGS)
+	$(PY) -m benchmarks.overhead --out benchmarks/results
 	$(PY) -m benchmarks.report
 
 .PHONY: report

@@ -65,6 +65,8 @@ CPU_FLAGS = {
 
 CUDA_TARGETS = ((80, "sm"), (90, "sm"), (90, "compute"))  # compute capability, and machine code or PTX
 
+CUBLAS_SOURCES = ("cublaslt.cpp", "mlp.cpp")  # of csrc/cuda
+
 NO_TORCH = """
 gpt-fast: the C++ extension is built against the PyTorch it will run with, and this environment has none.
   pip builds in an empty environment of its own unless told not to. Install PyTorch first, then either
@@ -102,6 +104,17 @@ class MissingTorch(build_ext):
 
     def run(self) -> None:
         raise SystemExit(NO_TORCH)
+
+
+def cublas_include(toolkit: str) -> str | None:
+    """Where cublasLt.h is: in the toolkit, or in the package that comes with PyTorch's own wheel."""
+    spec = importlib.util.find_spec("nvidia")
+    packages = [Path(place) for place in spec.submodule_search_locations or ()] if spec else []
+    places = [
+        Path(toolkit, "include"),
+        *(found.parent for root in packages for found in root.glob("*/include/cublasLt.h")),
+    ]
+    return next((str(place) for place in places if (place / "cublasLt.h").exists()), None)
 
 
 def extension_arguments() -> dict[str, Any]:
@@ -155,7 +168,14 @@ def extension_arguments() -> dict[str, Any]:
     make_extension = CppExtension
     if torch.version.cuda and CUDA_HOME and Path(CUDA_HOME, "bin", "nvcc").exists():
         make_extension = CUDAExtension
-        sources += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.c*"))
+        cuda_sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.c*"))
+        cublas = cublas_include(CUDA_HOME)  # its functions are in what PyTorch's own library links
+        if cublas is None:
+            print("gpt-fast: no cublasLt.h, mlp is built without cuBLASLt")
+            cuda_sources = [source for source in cuda_sources if Path(source).name not in CUBLAS_SOURCES]
+        elif cublas != str(Path(CUDA_HOME, "include")):
+            arguments["include_dirs"].append(cublas)
+        sources += cuda_sources
         # Named, or PyTorch would ask the GPU that happens to be here; newer ones compile the PTX of sm_90.
         compile_args["nvcc"] = ["-O3", *(f"-gencode=arch=compute_{a},code={b}_{a}" for a, b in CUDA_TARGETS)]
     extension = make_extension(NAME, sources, extra_compile_args=compile_args, **arguments)

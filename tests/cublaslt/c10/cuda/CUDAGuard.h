@@ -1,0 +1,12 @@
+// Stands in for PyTorch's where it was built without CUDA: the host is the device.
+#pragma once
+
+#include <c10/core/Device.h>
+
+namespace c10::cuda {
+
+struct CUDAGuard {
+  explicit CUDAGuard(c10::Device) {}
+};
+
+}  // namespace c10::cuda
