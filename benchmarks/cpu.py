@@ -282,8 +282,8 @@ def half_step(layers: int = 2) -> Iterator[Result]:
 
 
 def memory() -> Iterator[Result]:
-    """Peak resident memory of a process that takes two steps, each in one of its own; in bfloat16 of a small part of the
-    model, see `long_pairs`."""
+    """Peak resident memory of a process that takes two steps, each in one of its own; in bfloat16 of a small part of
+    the model, see `long_pairs`."""
     for dtype, layers, length in ((F32, 12, 256), (BF16, 2, 128)):
         for p in (DROPOUT, 0.0):
             peaks = {}
