@@ -13,6 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import transforms
+
 # ---- dropout: a function of seed, site and coordinates alone ---------------------------------------------------------
 
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57  # multipliers and Weyl increments of Salmon et al., SC'11
@@ -297,11 +299,11 @@ def linear_cross_entropy(
     """-(1 - ε) log p[target] - ε/V Σ_v log p[v] with p = softmax(x weightᵀ + bias), over rows not ignored.
 
     The mean is over those rows, and 0 where there is none. Ignored rows are not computed, except while tracing, where
-    a number of rows that depends on data would break the graph.
+    a number of rows that depends on data would break the graph, and inside a `vmap`, which has none.
     """
     rows, targets = x.reshape(target.numel(), x.shape[-1]), target.reshape(-1)
     valid = targets != ignore_index
-    if not torch.compiler.is_compiling() and reduction != "none":
+    if not torch.compiler.is_compiling() and not transforms.is_batched(valid) and reduction != "none":
         rows, targets, valid = rows[valid], targets[valid], valid[valid]
     logits = F.linear(_wide(rows), _wide(weight), None if bias is None else _wide(bias))
     losses = F.cross_entropy(

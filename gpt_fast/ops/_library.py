@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import reference, transforms
+
+apply = transforms.apply  # of an op's autograd function
 
 LIBRARY = torch.library.Library("gpt_fast", "DEF")
 
@@ -48,7 +50,7 @@ def check_values(enabled: bool = True) -> None:
     """Check values inside tensors (token ids, targets, lengths, `cu_seqlens`) on every device, not on the CPU alone.
 
     On CUDA the check waits for the device, so it is off by default and kernels clamp instead. A value out of range
-    raises `ValueError` naming op and value. Nothing is checked while `torch.compile` traces.
+    raises `ValueError` naming op and value. Nothing is checked while `torch.compile` traces, nor inside a `vmap`.
     """
     global _values_checked
     _values_checked = enabled
@@ -56,7 +58,9 @@ def check_values(enabled: bool = True) -> None:
 
 def values_checked(tensor: Tensor) -> bool:
     """Whether the public function should look at this tensor's values."""
-    return not torch.compiler.is_compiling() and (_values_checked or tensor.device.type == "cpu")
+    if torch.compiler.is_compiling() or transforms.is_batched(tensor):
+        return False
+    return _values_checked or tensor.device.type == "cpu"
 
 
 def define_forward(op: str, signature: str) -> None:
@@ -87,10 +91,7 @@ class _DifferentiatedOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise NotImplementedError(
-            f"gpt_fast.{ctx.op}: double backward is not implemented; "
-            "run forward and backward under gpt_fast.use_reference(), which can be differentiated twice"
-        )
+        raise transforms.double_backward(ctx.op)
 
 
 def triton_kernel(op: str) -> types.ModuleType:
@@ -144,16 +145,10 @@ def _warn_once(op: str, where: str, advice: str) -> None:
         )
 
 
-@torch.compiler.assume_constant_result
-def _is_transformed() -> bool:
-    """Whether the call is inside a transform of `torch.func`, which custom gradients of ours cannot follow."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
 def has_kernel(op: str, x: Tensor) -> bool:
-    """Whether a kernel answers: there is one for the device, x is not float64, the reference was not asked for, and no
-    transform of `torch.func` is under way."""
-    if _reference_forced or x.dtype == torch.float64 or _is_transformed():
+    """Whether a kernel answers: there is one for the device, x is not float64, the reference was not asked for, and the
+    transforms of `torch.func` that are under way, if any, can be followed."""
+    if _reference_forced or x.dtype == torch.float64 or not transforms.is_followed():
         return False
     return serving(op, x.device.type) != "reference"
 
@@ -169,8 +164,8 @@ def runs_reference(op: str, x: Tensor) -> bool:
         return False
     if _reference_forced or x.dtype == torch.float64:
         return True
-    if _is_transformed():
-        _warn_once(op, "inside torch.func's transforms", "")
+    if not transforms.is_followed():
+        _warn_once(op, "inside torch.func's transforms but one grad or vjp", "")
     else:
         _warn_once(op, f"on {x.device.type}", "; `gpt-fast doctor` tells why")
     return True

@@ -51,7 +51,7 @@ def add_layer_norm(
         return _library.by_reference(
             reference.add_layer_norm, x.device.type, x, residual, weight, bias, eps, dropout_p, seed, site
         )
-    return _AddLayerNorm.apply(x, residual, weight, bias, eps, dropout_p, seed, site)
+    return _library.apply(_AddLayerNorm, x, residual, weight, bias, eps, dropout_p, seed, site)
 
 
 class _AddLayerNorm(torch.autograd.Function):

@@ -71,7 +71,7 @@ def attention(
     options = _options(q, T, S, causal, lengths, key_mask, mask, cu_seqlens, window, dropout_p, seed, site, scale)
     if _library.runs_reference("attention", q):
         return _library.by_reference(reference.attention, q.device.type, q, k, v, **options)
-    return _Attention.apply(q, k, v, *_in_order(options))
+    return _library.apply(_Attention, q, k, v, *_in_order(options))
 
 
 def attention_qkv(
@@ -109,7 +109,7 @@ def attention_qkv(
     options = _options(q, T, T, causal, lengths, key_mask, mask, cu_seqlens, window, dropout_p, seed, site, scale)
     if _library.runs_reference("attention", qkv):
         return _library.by_reference(reference.attention_qkv, qkv.device.type, qkv, num_heads, **options)
-    return _AttentionQKV.apply(qkv, num_heads, *_in_order(options))
+    return _library.apply(_AttentionQKV, qkv, num_heads, *_in_order(options))
 
 
 def _split(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -70,7 +70,7 @@ def embedding(
     args = tokens, token_weight, position_weight, positions, dropout_p, seed, site
     if _library.runs_reference("embedding", token_weight):
         return _library.by_reference(reference.embedding, token_weight.device.type, *args)
-    return _Embedding.apply(*args)
+    return _library.apply(_Embedding, *args)
 
 
 class _Embedding(torch.autograd.Function):

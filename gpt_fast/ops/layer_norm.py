@@ -29,7 +29,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     check_norm("layer_norm", x, weight, bias, eps)
     if _library.runs_reference("layer_norm", x):
         return _library.by_reference(reference.layer_norm, x.device.type, x, weight, bias, eps)
-    return _LayerNorm.apply(x, weight, bias, eps)
+    return _library.apply(_LayerNorm, x, weight, bias, eps)
 
 
 def check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:

@@ -33,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _checks.shape("linear", "bias", bias, weight.shape[:1], "the rows of weight")
     if not _library.has_kernel("linear", x):
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias)
+    return _library.apply(_Linear, x, weight, bias)
 
 
 class _Linear(torch.autograd.Function):

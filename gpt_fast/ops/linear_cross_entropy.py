@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import reference, transforms
 from . import _checks, _library
 
 # For "mean" and "sum" forward also gives the gradients of the summed loss, from the logits it has at hand: dx in x's
@@ -66,7 +66,7 @@ def linear_cross_entropy(
     args = x, weight, target, bias, ignore_index, label_smoothing, reduction
     if _library.runs_reference(op, x):
         return _library.by_reference(reference.linear_cross_entropy, x.device.type, *args)
-    return _LinearCrossEntropy.apply(*args)
+    return _library.apply(_LinearCrossEntropy, *args)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -101,14 +101,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 )
             count, *sums = ctx.saved_tensors
             scale = dloss / count.clamp(min=1) if reduction == "mean" else dloss
-            # Scaled in float32 and rounded in one pass: no float32 copy of a weight's gradient in between.
             dtypes = sums[0].dtype, dtype, dtype
-            grads = tuple(
-                torch.mul(total, scale, out=torch.empty_like(total, dtype=to))
-                for total, to in zip(sums, dtypes, strict=True)
-            )
+            grads = tuple(_scaled(total, scale, to) for total, to in zip(sums, dtypes, strict=True))
         dx, dweight, dbias = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
         return dx, dweight, None, dbias, None, None, None
+
+
+def _scaled(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """In float32 and rounded in one pass: no float32 copy of a weight's gradient in between, except inside a `vmap`."""
+    if transforms.is_batched(scale):
+        return (total * scale).to(dtype)
+    return torch.mul(total, scale, out=torch.empty_like(total, dtype=dtype))
 
 
 @torch.library.register_fake("gpt_fast::linear_cross_entropy_forward", lib=_library.LIBRARY)

@@ -88,8 +88,8 @@ def mlp(
     if _library.runs_reference("mlp", x):
         return _library.by_reference(reference.mlp, x.device.type, *args)
     if x.is_cuda and _cublaslt_serves(x, fc_weight, proj_weight, activation, dropout_p):
-        return _CublasLtMLP.apply(*args[:6], recompute)
-    return _MLP.apply(*args, recompute)
+        return _library.apply(_CublasLtMLP, *args[:6], recompute)
+    return _library.apply(_MLP, *args, recompute)
 
 
 def _cublaslt_serves(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, activation: str, dropout_p: float) -> bool:

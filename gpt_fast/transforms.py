@@ -1,0 +1,144 @@
+"""Autograd functions inside the transforms of `torch.func`.
+
+There PyTorch asks for functions whose forward takes no `ctx`; it binds the arguments of every call of such a one by an
+inspection of its signature, which costs 43 µs (a 2-core Zen 3; a call with `ctx` takes 9). So the ops keep theirs, and
+`apply` wraps them where a transform is under way: in one `torch.func.grad` or `vjp`. Elsewhere (vmap, forward mode,
+grad of grad, inside a compiled graph) `is_followed` is false, and the reference serves.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+
+
+def apply(function: Any, *args: Any) -> Any:
+    """`function.apply(*args)`, and its equal inside a transform."""
+    if not is_transformed():
+        return function.apply(*args)
+    record = _Record(function, tuple(_requires_grad(arg) for arg in args))
+    outputs = _Transformed.apply(record, *args)[: record.count]
+    return outputs if record.returns_tuple else outputs[0]
+
+
+@torch.compiler.assume_constant_result
+def is_transformed() -> bool:
+    """Whether the call is inside a transform of `torch.func`."""
+    return _functorch.peek_interpreter_stack() is not None
+
+
+def is_followed() -> bool:
+    """Whether kernels can serve here: outside of transforms, and where the only one is a `grad` or `vjp`."""
+    return not is_transformed() or (not torch.compiler.is_compiling() and _is_one_gradient())
+
+
+def _is_one_gradient() -> bool:
+    stack = _functorch.get_interpreter_stack()
+    return len(stack) == 1 and stack[0].key() == _functorch.TransformType.Grad
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a `vmap` hides some of the tensor's values; not asked while a graph is traced."""
+    if torch.compiler.is_compiling():
+        return False
+    while _functorch.is_gradtrackingtensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return _functorch.is_batchedtensor(tensor)
+
+
+def double_backward(op: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"gpt_fast.{op}: double backward is not implemented; "
+        "run forward and backward under gpt_fast.use_reference(), which can be differentiated twice"
+    )
+
+
+class _Record:
+    """What stands for `ctx` in the wrapped function's forward, and, copied and completed, in its backward."""
+
+    def __init__(self, function: Any, needs_input_grad: tuple[bool, ...]):
+        self.function, self.needs_input_grad = function, needs_input_grad
+        self.saved_tensors: tuple = ()
+        self.places: list[int | None] = []  # of what is saved, among record, arguments and outputs
+        self.count, self.returns_tuple = 0, False
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Nothing: a gradient that is None stays it."""
+
+    def run(self, *args: Any) -> tuple:
+        """The function's outputs, and then whatever else it saved: only arguments and outputs can be."""
+        outputs = self.function.forward(self, *args)
+        self.returns_tuple = isinstance(outputs, tuple)
+        known = [self, *args, *(outputs if self.returns_tuple else (outputs,))]
+        self.count = len(known) - len(args) - 1
+        for tensor in self.saved_tensors:
+            place = next((i for i, other in enumerate(known) if other is tensor), len(known))
+            if place == len(known):
+                known.append(tensor)
+            self.places.append(None if tensor is None else place)
+        self.saved_tensors = ()
+        return tuple(known[len(args) + 1 :])
+
+
+class _Transformed(torch.autograd.Function):
+    """A `_Record`'s function as `torch.func` wants it."""
+
+    @staticmethod
+    def forward(record, *args):
+        return record.run(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.record = record = inputs[0]
+        known = (*inputs, *output)
+        ctx.save_for_backward(*(None if place is None else known[place] for place in record.places))
+        # What else was saved counts as differentiable: `_Once` tells by it that a gradient depends on the arguments.
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        record = copy.copy(ctx.record)
+        record.saved_tensors, record.needs_input_grad = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        with torch.no_grad():  # what keeps backward operators from being differentiated is a function with `ctx`
+            results = record.function.backward(record, *grads[: record.count])
+        if torch.is_grad_enabled():
+            present = [result for result in results if result is not None]
+            sources = [tensor for tensor in (*grads, *ctx.saved_tensors) if tensor is not None]
+            op = record.function.__module__.rpartition(".")[2]
+            marked = iter(_Once.apply(op, len(present), *present, *sources))
+            results = [None if result is None else next(marked) for result in results]
+        return None, *results
+
+
+class _Once(torch.autograd.Function):
+    """The first `count` tensors; they depend on all, and differentiating them raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op, count, *tensors):
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise double_backward(ctx.op)
+
+
+def _requires_grad(value: Any) -> bool:
+    """Whether a gradient is wanted of a value, by the transform or by what is outside of it."""
+    while isinstance(value, Tensor):
+        if value.requires_grad:
+            return True
+        if not _functorch.is_gradtrackingtensor(value):
+            break
+        value = _functorch.get_unwrapped(value)
+    return False

@@ -1,0 +1,151 @@
+"""torch.func's transforms on every op: kernels inside grad, vjp and jacrev, the reference inside all others."""
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from gpt_fast import ops
+
+SEED = torch.tensor([77])
+TARGET = torch.tensor([0, 3, -100, 6, 1, 2])
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape)
+
+
+# op(*tensors) → a tensor, and the shapes of its tensors, all of which get a gradient
+OPS: dict[str, tuple[Callable, list[tuple[int, ...]]]] = {
+    "layer_norm": (ops.layer_norm, [(6, 8), (8,), (8,)]),
+    "add_layer_norm": (
+        lambda x, r, w, b: sum(ops.add_layer_norm(x, r, w, b, 1e-5, 0.3, SEED, 1)),
+        [(6, 8), (6, 8), (8,), (8,)],
+    ),
+    "add_layer_norm, one result": (
+        lambda x, r: ops.add_layer_norm(x, r, dropout_p=0.3, seed=SEED)[1],
+        [(6, 8), (6, 8)],
+    ),
+    "attention": (lambda *qkv: ops.attention(*qkv, dropout_p=0.2, seed=SEED), [(2, 2, 5, 8)] * 3),
+    "attention_qkv": (lambda qkv: ops.attention_qkv(qkv, 2, key_mask=torch.ones(2, 5).bool()), [(2, 5, 48)]),
+    "mlp": (
+        lambda *tensors: ops.mlp(*tensors, activation="gelu", dropout_p=0.2, seed=SEED),
+        [(6, 8), (16, 8), (16,), (5, 16), (5,)],
+    ),
+    "linear": (ops.linear, [(6, 8), (7, 8), (7,)]),
+    "loss": (lambda x, w, b: ops.linear_cross_entropy(x, w, TARGET, b), [(6, 8), (7, 8), (7,)]),
+    "losses": (lambda x, w: ops.linear_cross_entropy(x, w, TARGET, reduction="none"), [(6, 8), (7, 8)]),
+    "embedding": (
+        lambda tokens, places: ops.embedding(TARGET.clamp(min=0)[None], tokens, places, None, 0.2, SEED),
+        [(7, 8), (9, 8)],
+    ),
+}
+NAMES = list(OPS)
+
+
+def sample(name: str, dtype: torch.dtype = torch.float32) -> tuple[Callable, tuple[Tensor, ...]]:
+    """A number that depends on every result of the op, as a function of its tensors, and those."""
+    function, shapes = OPS[name]
+    tensors = tuple(randn(*shape).to(dtype) for shape in shapes)
+    upstream = torch.randn_like(function(*tensors), dtype=torch.float32)
+    return lambda *tensors: (function(*tensors).float() * upstream).sum(), tensors
+
+
+def by_autograd(function: Callable, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    return torch.autograd.grad(function(*leaves), leaves)
+
+
+@pytest.fixture
+def no_warnings():
+    """The reference warns where it serves."""
+    ops._library._WARNED.clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="gpt_fast")
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_grad_runs_the_kernels(name: str, dtype: torch.dtype, no_warnings) -> None:
+    """The bits of `backward`; of some arguments alone and of a vector product as well."""
+    function, tensors = sample(name, dtype)
+    wanted = by_autograd(function, tensors)
+    every = tuple(range(len(tensors)))
+    got, value = torch.func.grad_and_value(function, every)(*tensors)
+    assert torch.equal(value, function(*tensors))
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    for i in every:
+        assert torch.equal(torch.func.grad(function, i)(*tensors), wanted[i])
+    _, pull = torch.func.vjp(function, *tensors)
+    for a, b in zip(pull(torch.tensor(2.0)), wanted, strict=True):
+        torch.testing.assert_close(a, 2 * b, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_jacobian_of_several_rows(name: str, no_warnings) -> None:
+    """The backward operators, under the vmap of jacrev, answer row by row."""
+    function, shapes = OPS[name]
+    tensors = tuple(randn(*shape) for shape in shapes)
+
+    def two(*tensors: Tensor) -> Tensor:
+        out = function(*tensors).flatten()
+        return torch.stack((out.sum(), (out * torch.linspace(-1, 1, out.numel())).sum()))
+
+    got = torch.func.jacrev(two, tuple(range(len(tensors))))(*tensors)
+    for row in (0, 1):
+        wanted = by_autograd(lambda *tensors, row=row: two(*tensors)[row], tensors)
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a[row], b)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_kernels_cannot_follow_is_the_references(name: str) -> None:
+    """Gradients of each sample, forward mode and second derivatives agree with it, and it says that it serves."""
+    function, tensors = sample(name)
+    every = tuple(range(len(tensors)))
+
+    def served(run: Callable) -> tuple[Tensor, ...]:
+        ops._library._WARNED.clear()
+        with pytest.warns(UserWarning, match=r"torch\.func's transforms but one grad or vjp, the pure-PyTorch ref"):
+            return run()
+
+    if name == "linear":  # which is PyTorch's own function there, and has nothing to say
+        served = lambda run: run()  # noqa: E731
+    wanted = by_autograd(function, tensors)
+    stacked = tuple(torch.stack((tensor, tensor)) for tensor in tensors)
+    for a, b in zip(served(lambda: torch.func.vmap(torch.func.grad(function, every))(*stacked)), wanted, strict=True):
+        torch.testing.assert_close(a[1], b, rtol=1e-4, atol=1e-5)
+    tangents = tuple(torch.randn_like(tensor) for tensor in tensors)
+    along = sum((a * b).sum() for a, b in zip(tangents, wanted, strict=True))
+    _, got = served(lambda: torch.func.jvp(function, tensors, tangents))
+    torch.testing.assert_close(got, along, rtol=1e-3, atol=1e-4)
+
+    def slope(*tensors: Tensor) -> Tensor:
+        return sum((a * b).sum() for a, b in zip(tangents, torch.func.grad(function, every)(*tensors), strict=True))
+
+    got = served(lambda: torch.func.grad(slope, every)(*tensors))
+    with ops.use_reference():
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        first = torch.autograd.grad(function(*leaves), leaves, create_graph=True)
+        total = sum((a * b).sum() for a, b in zip(tangents, first, strict=True))
+        exact = torch.autograd.grad(total, leaves, materialize_grads=True) if total.requires_grad else None
+    for a, b in zip(got, exact or map(torch.zeros_like, got), strict=False):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_differentiating_a_gradient_once_more_says_what_to_do(name: str) -> None:
+    if name == "linear" and ops.serving("linear", "cpu") == "reference":
+        pytest.skip("PyTorch's own product, which can be differentiated twice")
+    function, tensors = sample(name)
+    leaves = tuple(tensor.requires_grad_() for tensor in tensors)
+    value = torch.func.grad_and_value(function)(*leaves)[1]
+    for a, b in zip(torch.autograd.grad(value, leaves), by_autograd(function, tensors), strict=True):
+        assert torch.equal(a, b)  # of the value, it is the first
+    first = torch.func.grad(function, tuple(range(len(leaves))))(*leaves)
+    with pytest.raises(NotImplementedError, match=r"double backward is not implemented.*gpt_fast\.use_reference\(\)"):
+        sum(grad.square().sum() for grad in first).backward()
