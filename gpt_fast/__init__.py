@@ -9,8 +9,10 @@ from .heads import (
     GPTForCausalLM,
     GPTForMaskedLM,
     GPTForMultipleChoice,
+    GPTForQuestionAnswering,
     GPTForSequenceClassification,
     GPTForSimilarity,
+    GPTForTokenClassification,
 )
 from .integrations.accelerate import accelerate, restore
 from .model import GPT, GPTModel
@@ -24,8 +26,10 @@ __all__ = [
     "GPTForCausalLM",
     "GPTForMaskedLM",
     "GPTForMultipleChoice",
+    "GPTForQuestionAnswering",
     "GPTForSequenceClassification",
     "GPTForSimilarity",
+    "GPTForTokenClassification",
     "GPTModel",
     "accelerate",
     "build_info",

@@ -6,7 +6,13 @@ from torch import Tensor
 from .config import GPTConfig
 from .head import Head, HeadOutput
 from .model import IGNORE, shift_labels
-from .task_heads import GPTForMultipleChoice, GPTForSequenceClassification, GPTForSimilarity
+from .task_heads import (
+    GPTForMultipleChoice,
+    GPTForQuestionAnswering,
+    GPTForSequenceClassification,
+    GPTForSimilarity,
+    GPTForTokenClassification,
+)
 
 
 class GPTForCausalLM(Head):
@@ -86,7 +92,10 @@ def _check_labels(labels: Tensor, tokens: Tensor) -> None:
         )
 
 
-_TASK_HEADS = (GPTForSequenceClassification, GPTForSimilarity, GPTForMultipleChoice)
+_TASK_HEADS = (
+    GPTForSequenceClassification, GPTForTokenClassification, GPTForQuestionAnswering, GPTForSimilarity,
+    GPTForMultipleChoice,
+)  # fmt: skip
 HEADS: dict[str, type[Head]] = {head.__name__: head for head in (GPTForCausalLM, GPTForMaskedLM, *_TASK_HEADS)}
 
 __all__ = [
@@ -94,8 +103,10 @@ __all__ = [
     "GPTForCausalLM",
     "GPTForMaskedLM",
     "GPTForMultipleChoice",
+    "GPTForQuestionAnswering",
     "GPTForSequenceClassification",
     "GPTForSimilarity",
+    "GPTForTokenClassification",
     "Head",
     "HeadOutput",
 ]

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import ops
 from .config import GPTConfig
 from .head import Head, HeadOutput
-from .model import init_weights, shift_labels
+from .model import IGNORE, init_weights, shift_labels
 
 
 class TaskHead(Head):
@@ -38,20 +38,18 @@ class TaskHead(Head):
 
     def _read_position(self, tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None) -> Tensor:
         """The position [B] whose hidden state is read."""
-        B, T = tokens.shape
-        candidates = torch.ones_like(tokens, dtype=torch.bool)
-        if lengths is not None:
-            candidates = torch.arange(T, device=tokens.device) < lengths[:, None]
-        if key_mask is not None:
-            candidates = key_mask
+        candidates = real_tokens(tokens, lengths, key_mask)
         wanted = "a real token"
         if self.config.pooling == "extract":
             candidates = candidates & (tokens == self.config.extract_token)
             wanted = f"an extract token ({self.config.extract_token})"
-        if ops.values_checked(tokens) and not bool(candidates.any(1).all()):
-            row = int((~candidates.any(1)).nonzero()[0])
+        self._check_rows(tokens, candidates, wanted)
+        return tokens.shape[1] - 1 - candidates.flip(1).int().argmax(1)  # the last candidate
+
+    def _check_rows(self, tokens: Tensor, there: Tensor, wanted: str) -> None:
+        if ops.values_checked(tokens) and not bool(there.any(1).all()):
+            row = int((~there.any(1)).nonzero()[0])
             raise ValueError(f"{type(self).__name__}: row {row} of tokens has none, wanted {wanted} to read")
-        return T - 1 - candidates.flip(1).int().argmax(1)  # the last candidate
 
     def _task_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         B, L = scores.shape
@@ -65,16 +63,29 @@ class TaskHead(Head):
 
     def _class_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         B, L = scores.shape
-        if labels.shape != (B,) or labels.dtype != torch.int64:
+        self._check_labels(labels, (B,))
+        self._check_classes(labels, L)
+        return F.cross_entropy(scores.float(), labels)
+
+    def _labelled_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """The mean cross-entropy over the rows that have a label, 0 without any."""
+        counted = labels != IGNORE
+        self._check_classes(labels.masked_fill(~counted, 0), scores.shape[1])
+        losses = F.cross_entropy(scores.float(), labels, ignore_index=IGNORE, reduction="sum")
+        return losses / counted.sum().clamp(min=1)
+
+    def _check_labels(self, labels: Tensor, shape: tuple[int, ...]) -> None:
+        if labels.shape != shape or labels.dtype != torch.int64:
             raise ValueError(
-                f"{type(self).__name__}: labels is {labels.dtype} {list(labels.shape)}, wanted int64 [{B}]"
+                f"{type(self).__name__}: labels is {labels.dtype} {list(labels.shape)}, wanted int64 {list(shape)}"
             )
-        if ops.values_checked(labels) and B and not (0 <= int(labels.min()) and int(labels.max()) < L):
+
+    def _check_classes(self, classes: Tensor, L: int) -> None:
+        if ops.values_checked(classes) and len(classes) and not (0 <= int(classes.min()) and int(classes.max()) < L):
             raise ValueError(
-                f"{type(self).__name__}: labels hold {int(labels.min())} to {int(labels.max())}, "
+                f"{type(self).__name__}: labels hold {int(classes.min())} to {int(classes.max())}, "
                 f"wanted classes in [0, {L})"
             )
-        return F.cross_entropy(scores.float(), labels)
 
     def _rows(self, tokens: Tensor, wanted: str) -> tuple[int, int, int]:
         """The sizes [B, S, T] of tokens with several sequences for each example."""
@@ -181,6 +192,88 @@ class GPTForMultipleChoice(TaskHead):
             return HeadOutput(None, scores)
         loss = self._joint_loss(self._class_loss(scores, labels), hidden, tokens, lengths, key_mask)
         return HeadOutput(loss, scores)
+
+
+class GPTForTokenClassification(TaskHead):
+    """A class for each token, as in tagging: logits_t = classifier(dropout(h_t)), h_t its last hidden state.
+
+    `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, logits=None)` → `(loss, logits [B, T, L])`, the
+    logits always. labels are [B, T] int64, -100 where a token does not count, as padding does not; the loss is the mean
+    cross-entropy over the others, 0 where there are none, and with `config.lm_weight` λ > 0 λ L_lm more. A token sees
+    what stands before it only: label a word at its last token. Dtypes, precision, determinism: those of the ops; the
+    loss is float32. Raises `ValueError` for labels of other shapes or dtypes or out of range, and for a regression.
+    Source: transformers' `GPT2ForTokenClassification`.
+    """
+
+    def __init__(self, config: GPTConfig):
+        if config.problem != "classification":
+            raise ValueError(f'GPTForTokenClassification: problem is {config.problem!r}, wanted "classification"')
+        super().__init__(config, config.num_labels)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        logits: bool | None = None,
+    ) -> HeadOutput:
+        hidden = self.trunk(tokens, lengths=lengths, key_mask=key_mask)
+        scores = self.classifier(self.dropout(hidden))
+        if labels is None:
+            return HeadOutput(None, scores)
+        self._check_labels(labels, tuple(tokens.shape))
+        labels = labels.masked_fill(~real_tokens(tokens, lengths, key_mask), IGNORE)
+        loss = self._labelled_loss(scores.flatten(0, 1), labels.flatten())
+        return HeadOutput(self._joint_loss(loss, hidden, tokens, lengths, key_mask), scores)
+
+
+class GPTForQuestionAnswering(TaskHead):
+    """Where in a text the answer stands: p(start) and p(end) are softmaxes over the tokens of two scores of each,
+    classifier(dropout(h_t)), h_t its last hidden state.
+
+    `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, logits=None)` → `(loss, logits [B, 2, T])`, the
+    logits always, -inf at padding, where no answer stands. labels are [B, 2] int64, the positions of the answer's first
+    and last token, -100 where it is not among these tokens (windows of a longer text); the loss is the mean of the two
+    cross-entropies, each over the rows that have one, 0 where there are none, and with `config.lm_weight` λ > 0 λ L_lm
+    more. Dtypes, precision, determinism: those of the ops; the loss is float32. Raises `ValueError` for labels of other
+    shapes or dtypes, out of range or at padding, and a row without real token. Source: transformers'
+    `GPT2ForQuestionAnswering`, which lets answers begin in padding.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config, 2)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        logits: bool | None = None,
+    ) -> HeadOutput:
+        hidden = self.trunk(tokens, lengths=lengths, key_mask=key_mask)
+        real = real_tokens(tokens, lengths, key_mask)
+        self._check_rows(tokens, real, "a real token")
+        scores = self.classifier(self.dropout(hidden)).transpose(1, 2).masked_fill(~real[:, None], -torch.inf)
+        if labels is None:
+            return HeadOutput(None, scores)
+        self._check_labels(labels, (tokens.shape[0], 2))
+        loss = torch.stack([self._labelled_loss(scores[:, i], labels[:, i]) for i in (0, 1)]).mean()
+        if ops.values_checked(labels) and not bool((real.gather(1, labels.clamp(min=0)) | (labels < 0)).all()):
+            raise ValueError("GPTForQuestionAnswering: labels point at padding, wanted tokens of the answer")
+        return HeadOutput(self._joint_loss(loss, hidden, tokens, lengths, key_mask), scores)
+
+
+def real_tokens(tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None) -> Tensor:
+    """bool [B, T]: what is no padding."""
+    if key_mask is not None:
+        return key_mask
+    if lengths is not None:
+        return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    return torch.ones_like(tokens, dtype=torch.bool)
 
 
 def flat(

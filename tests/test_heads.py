@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from gpt_fast import GPTConfig, GPTForCausalLM, GPTForMaskedLM, GPTForSequenceClassification
+from gpt_fast import (
+    GPTConfig,
+    GPTForCausalLM,
+    GPTForMaskedLM,
+    GPTForQuestionAnswering,
+    GPTForSequenceClassification,
+    GPTForTokenClassification,
+)
 from gpt_fast.heads import HEADS
 
 SIZES = {"num_tokens": 61, "hidden_dim": 32, "num_heads": 4, "num_layers": 2, "seq_len": 20}
@@ -187,6 +194,121 @@ def test_joint_loss_adds_the_language_model_on_the_same_tokens(preset):
     wanted = alone(tokens, labels, lengths=lengths).loss
     wanted = wanted + 0.5 * language_model(tokens, tokens, lengths=lengths).loss
     assert torch.allclose(joint(tokens, labels, lengths=lengths).loss, wanted, rtol=1e-5)
+
+
+# ---- heads that read every token -------------------------------------------------------------------------------------
+
+
+def padded(kind):
+    """Tokens [3, 9], what is real, and how a head is told."""
+    tokens, lengths = tokens_of(), torch.tensor([9, 4, 6])
+    real = torch.arange(9) < lengths[:, None]
+    if kind == "lengths":
+        return tokens, real, {"lengths": lengths}
+    real = real.flip(1) if kind == "left_mask" else real
+    return tokens, real, {"key_mask": real}
+
+
+PADDINGS = pytest.mark.parametrize("kind", ["lengths", "right_mask", "left_mask"])
+
+
+@PADDINGS
+@pytest.mark.parametrize("preset", PRESETS)
+def test_token_classification(preset, kind):
+    """Each token's scores are those of its row alone; the loss is the mean over labelled real tokens."""
+    head = build(GPTForTokenClassification, preset, num_labels=4).eval()
+    tokens, real, padding = padded(kind)
+    labels = torch.randint(4, tokens.shape)
+    labels[0, 2:5] = -100
+    out = head(tokens, labels, **padding)
+    for row, keep, scores in zip(tokens, real, out.logits, strict=True):
+        alone = head.classifier(head.trunk(row[keep][None]))[0]
+        assert torch.allclose(scores[keep], alone, atol=1e-5)
+    counted = real & (labels >= 0)
+    assert torch.allclose(out.loss, F.cross_entropy(out.logits[counted], labels[counted]), rtol=1e-5)
+    other = torch.where(real, tokens, 5)
+    assert torch.equal(head(other, labels.masked_fill(~real, 3), **padding).loss, out.loss)
+    assert head(tokens, torch.full_like(labels, -100), **padding).loss == 0
+    assert head(tokens).loss is None
+
+
+@PADDINGS
+@pytest.mark.parametrize("preset", PRESETS)
+def test_question_answering(preset, kind):
+    """A softmax over the row's own tokens for each end; each mean over the rows that have one."""
+    head = build(GPTForQuestionAnswering, preset).eval()
+    tokens, real, padding = padded(kind)
+    first = real.int().argmax(1)
+    labels = torch.stack((first + 1, first + 3), 1)
+    labels[1, 0] = -100
+    out = head(tokens, labels, **padding)
+    assert out.logits.shape == (3, 2, 9)
+    losses = [[], []]
+    for i, (row, keep) in enumerate(zip(tokens, real, strict=True)):
+        alone = head.classifier(head.trunk(row[keep][None]))[0]
+        assert torch.allclose(out.logits[i][:, keep].T, alone, atol=1e-5)
+        assert (out.logits[i][:, ~keep] == -torch.inf).all()
+        for end in (0, 1):
+            if labels[i, end] >= 0:
+                losses[end].append(-alone[:, end].log_softmax(0)[labels[i, end] - first[i]])
+    wanted = sum(sum(each) / len(each) for each in losses) / 2
+    assert torch.allclose(out.loss, wanted, rtol=1e-5)
+    out.loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in head.parameters())
+    assert head(tokens, torch.full_like(labels, -100), **padding).loss == 0
+
+
+@pytest.mark.parametrize("name", ["GPTForTokenClassification", "GPTForQuestionAnswering"])
+def test_they_learn_drop_out_and_join_losses(name):
+    head = build(HEADS[name], lm_weight=0.5)
+    head.dropout.p = 0.5
+    tokens = tokens_of()
+    labels = torch.randint(2, tokens.shape) if "Token" in name else torch.tensor([[1, 2], [0, 8], [3, 3]])
+    assert len({head(tokens, labels).loss.item() for _ in range(3)}) == 3
+    head.dropout.p = 0.0
+    alone = build(HEADS[name])
+    alone.load_state_dict({k: v for k, v in head.state_dict().items() if "output_layer" not in k})
+    language_model = build(GPTForCausalLM)
+    language_model.load_state_dict({k: v for k, v in head.state_dict().items() if not k.startswith("classifier")})
+    wanted = alone(tokens, labels).loss + 0.5 * language_model(tokens, tokens).loss
+    assert torch.allclose(head(tokens, labels).loss, wanted, rtol=1e-5)
+    optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        head(tokens, labels).loss.backward()
+        optimizer.step()
+    out = head(tokens, labels)
+    assert torch.equal(out.logits.argmax(-1), labels)
+    assert all(parameter.grad.any() for parameter in head.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "message"),
+    [
+        (
+            "GPTForTokenClassification",
+            torch.zeros(3, 8, dtype=torch.int64),
+            r"is torch.int64 \[3, 8\], wanted int64 \[3, 9\]",
+        ),
+        ("GPTForTokenClassification", torch.zeros(3, 9), r"is torch.float32 \[3, 9\], wanted int64 \[3, 9\]"),
+        ("GPTForTokenClassification", torch.full((3, 9), 2), r"hold 0 to 2, wanted classes in \[0, 2\)"),
+        ("GPTForQuestionAnswering", torch.zeros(3).long(), r"is torch.int64 \[3\], wanted int64 \[3, 2\]"),
+        ("GPTForQuestionAnswering", torch.full((3, 2), 9), r"hold 9 to 9, wanted classes in \[0, 9\)"),
+        ("GPTForQuestionAnswering", torch.full((3, 2), 6), "point at padding"),
+    ],
+)
+def test_labels_they_refuse(name, labels, message):
+    with pytest.raises(ValueError, match=f"{name}: labels {message}"):
+        build(HEADS[name])(tokens_of(), labels, key_mask=torch.arange(9).expand(3, 9) < 6)
+
+
+def test_what_else_they_refuse():
+    with pytest.raises(
+        ValueError, match=r"GPTForTokenClassification: problem is 'regression', wanted \"classification"
+    ):
+        build(GPTForTokenClassification, problem="regression")
+    with pytest.raises(ValueError, match="GPTForQuestionAnswering: row 1 of tokens has none, wanted a real token"):
+        build(GPTForQuestionAnswering)(tokens_of(), lengths=torch.tensor([3, 0, 2]))
 
 
 # ---- saving and loading ----------------------------------------------------------------------------------------------

@@ -10,7 +10,10 @@ from gpt_fast import (
     GPTForCausalLM,
     GPTForMaskedLM,
     GPTForMultipleChoice,
+    GPTForQuestionAnswering,
     GPTForSequenceClassification,
+    GPTForSimilarity,
+    GPTForTokenClassification,
     GPTModel,
     generate,
 )
@@ -211,6 +214,72 @@ def test_multiple_choice_is_double_heads(name, tied):
         GPTForMultipleChoice.from_hf(theirs)
 
 
+@pytest.mark.parametrize("side", [None, "right", "left"])
+@pytest.mark.parametrize(
+    ("head", "name"),
+    [
+        (GPTForTokenClassification, "GPT2ForTokenClassification"),
+        (GPTForQuestionAnswering, "GPT2ForQuestionAnswering"),
+    ],
+)
+def test_heads_that_read_every_token(head, name, side, tmp_path):
+    theirs = hf_models.make(name, classifier_dropout=0.25).eval()
+    ours = head.from_hf(theirs)
+    assert ours.config.classifier_dropout == 0.25
+    given = hf_models.inputs(name, side)
+    tokens = given["input_ids"]
+    real = None if side is None else given["attention_mask"].bool()
+    if real is not None:
+        given["position_ids"] = (real.long().cumsum(1) - 1).clamp(min=0)
+    wanted = theirs(**given)
+    if head is GPTForTokenClassification:
+        out = ours(tokens, given["labels"], key_mask=real)
+        everywhere = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
+        torch.testing.assert_close(out.logits[everywhere], wanted.logits[everywhere])
+        torch.testing.assert_close(out.loss, wanted.loss)
+    else:
+        at = torch.stack((given["start_positions"], given["end_positions"]), 1)
+        if real is not None:
+            at[1:] = -100  # the place that transformers' inputs here name is padding in some rows
+        out = ours(tokens, at, key_mask=real)
+        for got, scores in zip(out.logits.unbind(1), (wanted.start_logits, wanted.end_logits), strict=True):
+            torch.testing.assert_close(got[got.isfinite()], scores[got.isfinite()])
+            assert real is None or torch.equal(got.isfinite(), real)
+        if real is None:
+            torch.testing.assert_close(out.loss, wanted.loss)
+            missing = at.masked_fill(torch.tensor([[False, False], [True, False], [True, True]]), -100)
+            starts, ends = missing.masked_fill(missing < 0, 11).unbind(1)  # how transformers says so
+            loss = theirs(tokens, start_positions=starts, end_positions=ends).loss
+            torch.testing.assert_close(ours(tokens, missing).loss, loss)
+    back = ours.to_hf()
+    assert type(back) is type(theirs)
+    for label, tensor in theirs.state_dict().items():
+        assert torch.equal(tensor, back.state_dict()[label]), label
+    back.save_pretrained(tmp_path)
+    again = head.from_hf(tmp_path)
+    assert again.config == ours.config
+    for label, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[label]), label
+    with pytest.raises(ValueError, match="cannot hold a classifier without bias, a joint loss"):
+        head(ours.config.replace(classifier_bias=False, lm_weight=0.5)).to_hf()
+    with pytest.raises(ValueError, match=f"no post-norm {head.__name__}"):
+        head(ours.config.replace(pre_norm=False)).to_hf()
+
+
+@pytest.mark.parametrize("name", ["GPT2ForSequenceClassification", "OpenAIGPTModel"])
+def test_similarity_takes_what_there_is_and_has_no_counterpart(name):
+    theirs = hf_models.make(name).eval()
+    ours = GPTForSimilarity.from_hf(theirs)
+    if "Sequence" in name:
+        assert torch.equal(ours.classifier.weight, theirs.score.weight)
+    given = hf_models.inputs("GPT2Model")["input_ids"]
+    trunk = theirs.transformer if "Sequence" in name else theirs
+    states = trunk(given).last_hidden_state[:, -1] + trunk(given.flip(1)).last_hidden_state[:, -1]
+    torch.testing.assert_close(ours(torch.stack((given, given.flip(1)), 1)).logits, ours.classifier(states))
+    with pytest.raises(ValueError, match="transformers has no .* GPTForSimilarity, wanted one of GPTModel, GPTForCaus"):
+        ours.to_hf()
+
+
 @pytest.mark.parametrize("labels", [1, 2])
 def test_regression_is_one_too(labels):
     theirs = hf_models.make("GPT2ForSequenceClassification", num_labels=labels, problem_type="regression").eval()
@@ -266,7 +335,13 @@ def test_a_classifier_that_transformers_cannot_hold():
 # ---- gpt-fast convert ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "GPT2ForSequenceClassification"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "GPT2ForSequenceClassification", "OpenAIGPTDoubleHeadsModel",
+        "GPT2ForTokenClassification", "GPT2ForQuestionAnswering",
+    ],
+)  # fmt: skip
 def test_convert_both_ways(cli, tmp_path, name):
     theirs = hf_models.make(name).eval()
     theirs.save_pretrained(tmp_path / "theirs")
@@ -301,7 +376,7 @@ def test_convert_takes_the_tokenizer_along(cli, tmp_path):
 
 
 def test_convert_says_what_is_wrong(cli, tmp_path):
-    hf_models.make("GPT2ForTokenClassification").save_pretrained(tmp_path / "tokens")
+    hf_models.make("OpenAIGPTModel").save_pretrained(tmp_path / "trunk")
     hf_models.make("GPT2LMHeadModel", activation_function="silu").save_pretrained(tmp_path / "silu")
     GPTForCausalLM(
         GPTConfig(num_tokens=61, hidden_dim=32, num_heads=4, num_layers=1, seq_len=8, output_bias=True)
@@ -311,11 +386,11 @@ def test_convert_says_what_is_wrong(cli, tmp_path):
     for source, options, message in (
         ("nothing", (), "no config.json there"),
         (
-            "tokens",
+            "trunk",
             (),
-            "a GPT2ForTokenClassification, whose head this library does not have; --head clm, mlm, classifier",
+            "a OpenAIGPTModel, which has none of this library's heads; --head clm, mlm, classifier",
         ),
-        ("tokens", ("--head", "lm"), "--head lm: wanted one of clm, mlm, classifier"),
+        ("trunk", ("--head", "lm"), "--head lm: wanted one of clm, mlm, classifier"),
         ("silu", (), "activation is 'silu'"),
         ("biased", (), "GPT2LMHeadModel cannot hold an output bias"),
         ("biased", ("--head", "clm"), "is no transformers folder"),
@@ -325,4 +400,4 @@ def test_convert_says_what_is_wrong(cli, tmp_path):
         assert not [path for path in tmp_path.iterdir() if "out" in path.name]
     result = cli("convert", "--from", tmp_path / "biased", "--out", tmp_path / "full")
     assert result.code == 2 and "exists already" in result.err
-    succeed(cli("convert", "--from", tmp_path / "tokens", "--out", out, "--head", "clm"))
+    succeed(cli("convert", "--from", tmp_path / "trunk", "--out", out, "--head", "clm"))

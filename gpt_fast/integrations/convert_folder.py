@@ -54,8 +54,8 @@ def _from_transformers(source: Path, made: Path, config: dict[str, Any], head: s
     name = huggingface.our_class(architecture) if head is None else _NAMES[head]
     if name not in HEADS:
         raise ValueError(
-            f"{source} holds a {architecture}, whose head this library does not have; --head {', '.join(_NAMES)} "
-            "takes its trunk"
+            f"{source} holds a {architecture}, which has none of this library's heads; --head {', '.join(_NAMES)} "
+            "puts one on its trunk"
         )
     model = HEADS[name].from_hf(source)
     model.save_pretrained(made)

@@ -31,9 +31,21 @@ _KINDS = {
     "GPTForMaskedLM": ("GPT2LMHeadModel", None),  # with is_causal=False, which GPT-1 does not have
     "GPTForSequenceClassification": ("GPT2ForSequenceClassification", "OpenAIGPTForSequenceClassification"),
     "GPTForMultipleChoice": ("GPT2DoubleHeadsModel", "OpenAIGPTDoubleHeadsModel"),
+    "GPTForTokenClassification": ("GPT2ForTokenClassification", None),  # GPT-1 has neither in transformers
+    "GPTForQuestionAnswering": ("GPT2ForQuestionAnswering", None),
 }
 _CLASSIFIERS = _KINDS["GPTForSequenceClassification"]
 _CHOICES = _KINDS["GPTForMultipleChoice"]
+_TAGGERS = _KINDS["GPTForTokenClassification"]
+_ANSWERERS = _KINDS["GPTForQuestionAnswering"]
+# transformers' names of a classifier, weight and bias alike; sizes tell which of ours has a counterpart.
+_CLASSIFIER = {
+    "GPTForSequenceClassification": "score",
+    "GPTForSimilarity": "score",
+    "GPTForMultipleChoice": "multiple_choice_head.summary",
+    "GPTForTokenClassification": "classifier",
+    "GPTForQuestionAnswering": "qa_outputs",
+}
 # How transformers' double heads read a sequence, and the only way this library has.
 _SUMMARY = {"summary_type": "cls_index", "summary_use_proj": True, "summary_activation": None}
 
@@ -88,7 +100,7 @@ def _from_hf(kind: Any, model: Any, overrides: dict[str, Any]) -> Any:
     ours = kind(_config_from_hf(model.config, type(model).__name__).replace(**overrides)).to(model.dtype)
     theirs, wanted = model.state_dict(), ours.state_dict()
     with torch.no_grad():
-        for name, their_name, transposed in _pairs(wanted, theirs, ours.config):
+        for name, their_name, transposed in _pairs(wanted, theirs, ours):
             tensor = theirs[their_name].t() if transposed else theirs[their_name]
             if tensor.numel() != wanted[name].numel():
                 raise ValueError(
@@ -113,7 +125,7 @@ def _to_hf(ours: Any) -> Any:
     model = getattr(transformers, name)(hf_config).to(parameter.dtype)
     tensors, wanted = ours.state_dict(), model.state_dict()
     with torch.no_grad():
-        for our_name, their_name, transposed in _pairs(tensors, wanted, config):
+        for our_name, their_name, transposed in _pairs(tensors, wanted, ours):
             tensor = tensors[our_name].t() if transposed else tensors[our_name]
             wanted[their_name].copy_(tensor.reshape(wanted[their_name].shape))
     return model.to(parameter.device).train(ours.training)
@@ -151,22 +163,19 @@ def _load(transformers: Any, folder: Any) -> Any:
     return kind.from_pretrained(folder, use_safetensors=True)
 
 
-def _pairs(ours: dict[str, Tensor], theirs: dict[str, Tensor], config: GPTConfig) -> Iterator[tuple[str, str, bool]]:
+def _pairs(ours: dict[str, Tensor], theirs: dict[str, Tensor], model: Any) -> Iterator[tuple[str, str, bool]]:
     """(our name, transformers' name, whether theirs is transposed) of every tensor both have, tied ones once."""
+    config = model.config
     our_trunk = "trunk." if "trunk.pos_emb" in ours else ""
     their_trunk = "transformer." if any(name.startswith("transformer.") for name in theirs) else ""
     for our_name, their_name, transposed in _trunk_names(config):
         yield our_trunk + our_name, their_trunk + their_name, transposed
     if not config.tied and "output_layer.weight" in ours and "lm_head.weight" in theirs:
         yield "output_layer.weight", "lm_head.weight", False
-    if "classifier.weight" in ours and "score.weight" in theirs:
-        yield "classifier.weight", "score.weight", False
-    if "classifier.weight" in ours and ours["classifier.weight"].shape[0] == 1 and _SCORE in theirs:
-        yield "classifier.weight", _SCORE, False
-        yield "classifier.bias", "multiple_choice_head.summary.bias", False
-
-
-_SCORE = "multiple_choice_head.summary.weight"
+    classifier = _CLASSIFIER.get(type(model).__name__)
+    for part in ("weight", "bias"):
+        if f"classifier.{part}" in ours and f"{classifier}.{part}" in theirs:
+            yield f"classifier.{part}", f"{classifier}.{part}", False
 
 
 def _trunk_names(config: GPTConfig) -> Iterator[tuple[str, str, bool]]:
@@ -208,9 +217,18 @@ def _config_from_hf(theirs: Any, kind: str) -> GPTConfig:
         init_std=theirs.initializer_range,
         scaled_init=pre_norm,
         pad_token=theirs.pad_token_id,
-        **(_classifier_from_hf(theirs) if kind in _CLASSIFIERS else {}),
-        **(_choices_from_hf(theirs) if kind in _CHOICES else {}),
+        **_head_from_hf(theirs, kind),
     )
+
+
+def _head_from_hf(theirs: Any, kind: str) -> dict[str, Any]:
+    if kind in _CLASSIFIERS:
+        return _classifier_from_hf(theirs)
+    if kind in _CHOICES:
+        return _choices_from_hf(theirs)
+    if kind in _TAGGERS:
+        return _tags_from_hf(theirs)
+    return {"classifier_dropout": _own_dropout(theirs)} if kind in _ANSWERERS else {}
 
 
 def _classifier_from_hf(theirs: Any) -> dict[str, Any]:
@@ -221,8 +239,13 @@ def _classifier_from_hf(theirs: Any) -> dict[str, Any]:
         "num_labels": theirs.num_labels,
         "problem": _PROBLEMS[problem],
         "classifier_bias": False,
-        "classifier_dropout": getattr(theirs, "classifier_dropout", None) or 0.0,  # transformers' class has none
+        "classifier_dropout": _own_dropout(theirs),
     }
+
+
+def _own_dropout(theirs: Any) -> float:
+    """What `to_hf` wrote for a head that has no dropout in transformers."""
+    return getattr(theirs, "classifier_dropout", None) or 0.0
 
 
 def _choices_from_hf(theirs: Any) -> dict[str, Any]:
@@ -232,6 +255,14 @@ def _choices_from_hf(theirs: Any) -> dict[str, Any]:
     return {"classifier_dropout": theirs.summary_first_dropout}
 
 
+def _tags_from_hf(theirs: Any) -> dict[str, Any]:
+    rates = [getattr(theirs, name, None) for name in ("classifier_dropout", "hidden_dropout")]
+    return {
+        "num_labels": theirs.num_labels,
+        "classifier_dropout": next((rate for rate in rates if rate is not None), 0.1),  # as transformers' class has it
+    }
+
+
 _PROBLEMS = {"regression": "regression", "single_label_classification": "classification"}
 
 
@@ -239,6 +270,7 @@ def _config_to_hf(config: GPTConfig, kind: str, transformers: Any) -> Any:
     activations = _GPT2_ACTIVATIONS if config.pre_norm else _GPT1_ACTIVATIONS
     names = {ours: theirs for theirs, ours in reversed(activations.items())}
     classifies, chooses = kind in _CLASSIFIERS, kind in _CHOICES
+    reads_each = kind in (*_TAGGERS, *_ANSWERERS)
     lacking = [
         problem
         for problem, there in (
@@ -248,13 +280,13 @@ def _config_to_hf(config: GPTConfig, kind: str, transformers: Any) -> Any:
             (f"activation {config.activation}", config.activation not in names),
             (f"ff_dim {config.ff_dim}", not config.pre_norm and config.ff_dim != 4 * config.hidden_dim),
             ("a classifier with bias (train with classifier_bias=False)", classifies and config.classifier_bias),
-            ("a choice without bias", chooses and not config.classifier_bias),
+            ("a classifier without bias", (chooses or reads_each) and not config.classifier_bias),
             (
                 "a free output layer that is not there (lm_weight 0)",
                 chooses and not config.tied and not config.lm_weight,
             ),
             (f'pooling "{config.pooling}"', classifies and config.pooling != "last"),
-            (f"a joint loss (lm_weight {config.lm_weight})", classifies and config.lm_weight > 0),
+            (f"a joint loss (lm_weight {config.lm_weight})", (classifies or reads_each) and config.lm_weight > 0),
         )
         if there
     ]
@@ -268,8 +300,9 @@ def _config_to_hf(config: GPTConfig, kind: str, transformers: Any) -> Any:
         "tie_word_embeddings": config.tied, "pad_token_id": config.pad_token, "bos_token_id": config.start_token,
         "eos_token_id": None,
     }  # fmt: skip
-    if classifies:
+    if classifies or reads_each:
         common |= {"num_labels": config.num_labels, "classifier_dropout": config.classifier_dropout}
+    if classifies:
         common["problem_type"] = {ours: theirs for theirs, ours in _PROBLEMS.items()}[config.problem]
     if chooses:
         common |= _SUMMARY | {"summary_first_dropout": config.classifier_dropout}
