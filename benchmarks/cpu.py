@@ -1,9 +1,10 @@
 """The C++ kernels against PyTorch on this CPU, in pairs: python -m benchmarks.cpu PART... [--out FOLDER]
 
-Parts: floors, attention, rows (norms and embedding), mlp, loss, step-… (the training step), half-step, memory. Two
-functions take turns, each going first as often as second, so that whatever slows the machine slows both; a figure is
-the median, a ratio the median over the pairs with their quartiles. FOLDER/cpu.json keeps what other parts have measured
-before, FOLDER/cpu.md is its table.
+Parts: floors, attention, rows (norms and embedding), mlp, loss, step-… (the training step), half-step, memory; step-,
+half-step- and memory-accelerated compare a transformers model with itself as it was. Two functions take turns, each
+going first as often as second, so that whatever slows the machine slows both; a figure is the median, a ratio the
+median over the pairs with their quartiles. FOLDER/cpu.json keeps what other parts have measured before, FOLDER/cpu.md
+is its table.
 """
 
 import argparse
@@ -227,7 +228,7 @@ STEP_FLOPS = 6 * 1024 * (12 * 12 * 768**2 + VOCABULARY * 768) + 12 * 7 * 2 * 4 *
 
 
 def training_step(name: str, dtype: torch.dtype, p: float, layers: int = 12, B: int = 4, T: int = 256) -> Run:
-    """Forward, backward and fused AdamW of "ours", or of transformers' "eager", "sdpa" or "compiled"."""
+    """Forward, backward and fused AdamW of "ours", or of transformers' "eager", "sdpa", "compiled" or "accelerated"."""
     torch.manual_seed(0)
     if name == "ours":
         model: Any = gpt_fast.GPTForCausalLM(gpt_fast.GPTConfig.preset("gpt2", dropout=p, num_layers=layers))
@@ -239,6 +240,8 @@ def training_step(name: str, dtype: torch.dtype, p: float, layers: int = 12, B: 
         attention = "eager" if name == "eager" else "sdpa"
         model = transformers.GPT2LMHeadModel._from_config(config, attn_implementation=attention)
         options = {"use_cache": False}
+        if name == "accelerated":
+            gpt_fast.accelerate(model, strict=True)
 
     def compute(tokens: Tensor) -> Tensor:
         return model(tokens, labels=tokens, **options).loss
@@ -272,6 +275,17 @@ def step(peer: str, dropouts: tuple[float, ...] = (DROPOUT, 0.0)) -> Iterator[Re
         yield {"case": case, "wanted": wanted, "flops": STEP_FLOPS, **times}
 
 
+def step_accelerated() -> Iterator[Result]:
+    accelerated, original = training_step("accelerated", F32, DROPOUT), training_step("sdpa", F32, DROPOUT)
+    times = paired(accelerated, original, least=3, most=3, warm=1)
+    case = f"training step float32, dropout {DROPOUT:g}, accelerated against itself (sdpa)"
+    yield {"case": case, "wanted": 1.8, "flops": STEP_FLOPS, **times}
+    ours = training_step("ours", F32, DROPOUT)
+    times = paired(ours, accelerated, least=3, most=3, warm=1)
+    case = f"training step float32, dropout {DROPOUT:g}, against an accelerated transformers model"
+    yield {"case": case, "wanted": 1, "flops": STEP_FLOPS, **times}
+
+
 def half_step(layers: int = 2) -> Iterator[Result]:
     """In bfloat16 one pair, not warmed up, of a part of the layers: see `long_pairs`."""
     for p in (DROPOUT, 0.0):
@@ -281,30 +295,52 @@ def half_step(layers: int = 2) -> Iterator[Result]:
         yield {"case": case, "wanted": 1.25, **times}
 
 
+def half_step_accelerated(layers: int = 1, T: int = 128) -> Iterator[Result]:
+    """One pair again, of less: the output layer alone takes PyTorch minutes."""
+    accelerated, original = (training_step(name, BF16, DROPOUT, layers, T=T) for name in ("accelerated", "sdpa"))
+    times = paired(accelerated, original, seconds=0, least=1, warm=0)
+    case = f"training step bfloat16, {layers} of 12 layers, T = {T}, dropout {DROPOUT:g}, accelerated against itself"
+    yield {"case": case, "wanted": 1.2, **times}
+
+
+# What is measured in float32, and, see `long_pairs`, in bfloat16: layers and tokens in a row.
+MEMORY_SIZES = ((F32, 12, 256), (BF16, 2, 128))
+
+
+def peak(name: str, dtype: torch.dtype, p: float, layers: int, T: int) -> float:
+    """MiB of resident memory at most, of a process of its own that takes two steps."""
+    code = (
+        "import resource, torch\nfrom benchmarks.cpu import training_step\n"
+        f"step = training_step({name!r}, {dtype}, {p}, {layers}, T={T})\nstep(), step()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout) / 1024
+
+
 def memory() -> Iterator[Result]:
-    """Peak resident memory of a process that takes two steps, each in one of its own; in bfloat16 of a small part of
-    the model, see `long_pairs`."""
-    for dtype, layers, length in ((F32, 12, 256), (BF16, 2, 128)):
+    for dtype, layers, T in MEMORY_SIZES:
         for p in (DROPOUT, 0.0):
-            peaks = {}
-            for name in ("ours", *PEERS[: 2 if dtype == F32 else 1]):
-                code = (
-                    "import resource, torch\nfrom benchmarks.cpu import training_step\n"
-                    f"step = training_step({name!r}, {dtype}, {p}, {layers}, T={length})\nstep(), step()\n"
-                    "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-                )
-                output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-                peaks[name] = int(output) / 1024
-            part = "" if layers == 12 else f", {layers} of 12 layers, T = {length}"
-            case = f"peak memory of a training step {short(dtype)}{part}, dropout {p:g}"
-            yield {"case": case, **peaks}
+            peaks = {name: peak(name, dtype, p, layers, T) for name in ("ours", *PEERS[: 2 if dtype == F32 else 1])}
+            part = "" if layers == 12 else f", {layers} of 12 layers, T = {T}"
+            yield {"case": f"peak memory of a training step {short(dtype)}{part}, dropout {p:g}", **peaks}
+
+
+def memory_accelerated() -> Iterator[Result]:
+    for dtype, layers, T in MEMORY_SIZES:
+        peaks = {name: peak(name, dtype, DROPOUT, layers, T) for name in ("accelerated", "sdpa")}
+        part = "" if layers == 12 else f", {layers} of 12 layers, T = {T}"
+        yield {
+            "case": f"peak memory of an accelerated training step {short(dtype)}{part}, dropout {DROPOUT:g}",
+            **peaks,
+        }
 
 
 PARTS: dict[str, Callable[[], Iterator[Result]]] = {
     "floors": floors, "attention": attention, "rows": rows, "mlp": mlp, "loss": loss,
     "step-sdpa": partial(step, "sdpa"), "step-eager": partial(step, "eager"),
     "step-compiled": partial(step, "compiled", (0.0,)), "step-compiled-dropout": partial(step, "compiled", (DROPOUT,)),
-    "half-step": half_step, "memory": memory,
+    "half-step": half_step, "memory": memory, "step-accelerated": step_accelerated,
+    "half-step-accelerated": half_step_accelerated, "memory-accelerated": memory_accelerated,
 }  # fmt: skip
 
 
@@ -346,12 +382,16 @@ def table(record: Result) -> str:
                 f"| {r['case']} | {r['ours_ms']:.4g} ms | {r['peer_ms']:.4g} ms | {r['ratio']:.2f}{spread} "
                 f"| {r['wanted']:g} | {of_floor(r)} |"
             )
-    peaks = [r for r in results if r["part"] == "memory"]
+    peaks = [r for r in results if r["part"].startswith("memory")]
     if peaks:
-        lines += ["", "| peak resident memory, MiB | gpt_fast | sdpa | eager |", "| --- | ---: | ---: | ---: |"]
         lines += [
-            f"| {r['case']} | " + " | ".join(f"{r.get(n, 0):.0f}" for n in ("ours", "sdpa", "eager")) + " |"
-            for r in peaks
+            "",
+            "| peak resident memory, MiB | gpt_fast | accelerated | sdpa | eager |",
+            "| --- | ---: | ---: | ---: | ---: |",
+        ]
+        names = ("ours", "accelerated", "sdpa", "eager")
+        lines += [
+            f"| {r['case']} | " + " | ".join(f"{r[n]:.0f}" if n in r else "" for n in names) + " |" for r in peaks
         ]
     return "\n".join(lines) + "\n"
 

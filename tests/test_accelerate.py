@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import warnings
 
 import pytest
 import torch
@@ -106,6 +107,12 @@ def test_autocast(name: str, dtype: torch.dtype) -> None:
     assert_same(make(name), inputs(name, "right"), dtype=dtype)
 
 
+@pytest.mark.parametrize("name", LM_HEADS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_weights_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    assert_same(make(name).to(dtype), inputs(name, "left"))
+
+
 OPTIONS = [
     pytest.param("GPT2LMHeadModel", {"attn_implementation": "eager"}, id="eager"),
     pytest.param("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, id="inverse_layer_idx"),
@@ -121,6 +128,28 @@ OPTIONS = [
     pytest.param("OpenAIGPTLMHeadModel", {"afn": "relu", "layer_norm_epsilon": 1e-3}, id="gpt1_relu"),
     pytest.param("GPT2LMHeadModel", {"use_cache": False}, id="no_cache"),
 ]
+
+
+@pytest.mark.parametrize("rows", ["many", "few"])
+@pytest.mark.parametrize("name", LM_HEADS)
+def test_transposed_weights_are_read_in_place(name: str, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our products get the parameters' own memory, and gradients lie as the parameters do; of few rows PyTorch's do."""
+    model = make(name)
+    gpt_fast.accelerate(model)
+    read: list[Tensor] = []
+
+    def recorded(run_op, *args):
+        read.extend(arg for arg in args if isinstance(arg, Tensor))
+        return run_op(*args)
+
+    for op in ("linear", "mlp"):
+        monkeypatch.setattr(gpt_fast.ops, op, functools.partial(recorded, getattr(gpt_fast.ops, op)))
+    model(**inputs(name, B=3 if rows == "many" else 1)).loss.backward()
+    matrices = [p for n, p in model.named_parameters() if ".h." in n and p.dim() == 2]
+    assert len(matrices) == 4 * LAYERS
+    places = {tensor.data_ptr() for tensor in read}
+    assert all((matrix.data_ptr() in places) == (rows == "many") for matrix in matrices)
+    assert all(matrix.grad.stride() == matrix.stride() for matrix in matrices)
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
@@ -302,6 +331,21 @@ def test_generation_with_a_cache(side: str | None) -> None:
         torch.testing.assert_close(a.values[mask], b.values[mask])
 
 
+def test_a_cache_by_its_older_name() -> None:
+    model, accelerated = twins("GPT2LMHeadModel")
+    gpt_fast.accelerate(accelerated)
+    tokens = inputs("GPT2LMHeadModel")["input_ids"]
+    losses, hidden = [], []
+    for each in (model, accelerated):
+        cache = each(tokens).cache
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)  # transformers', of the name
+            losses.append(each(tokens[:, :4], past_key_values=cache, labels=tokens[:, :4], use_cache=True).loss)
+            hidden.append(each.transformer(tokens[:, :2], past_key_values=cache).last_hidden_state)
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*hidden)
+
+
 def test_a_prefix_in_the_cache_gets_gradients() -> None:
     """Prefix tuning: trained keys and values come before the tokens."""
     model, accelerated = twins("GPT2LMHeadModel")
@@ -392,15 +436,14 @@ def test_every_dropout_is_applied_and_is_ours(name: str) -> None:
         torch.testing.assert_close(*losses, rtol=1e-12 if reference else 1e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", LM_HEADS)
+@pytest.mark.parametrize("name", [name for name in CLASSES if name not in ("GPT2Model", "OpenAIGPTModel")])
 def test_dropout_in_distribution(name: str) -> None:
     """The mean loss over seeds is that of PyTorch's dropout, within four standard errors."""
     model, accelerated = twins(name, 0.3)
     gpt_fast.accelerate(accelerated)
-    tokens = inputs(name)["input_ids"]
+    given = inputs(name)
     with torch.no_grad():
-        a = torch.stack([model(tokens, labels=tokens).loss for _ in range(100)])
-        b = torch.stack([accelerated(tokens, labels=tokens).loss for _ in range(100)])
+        a, b = (torch.stack([each(**given).loss for _ in range(100)]) for each in (model, accelerated))
     assert (a.mean() - b.mean()).abs() < 4 * (a.var() / 100 + b.var() / 100).sqrt()
     assert 0.6 < a.std() / b.std() < 1.6
 
@@ -521,6 +564,31 @@ def test_hooks_on_any_module_are_run() -> None:
                 module.register_forward_hook(lambda m, i, o, path=path, label=label: seen[label].append(path))
     torch.testing.assert_close(model(**given).loss, original(**given).loss)
     assert sorted(seen["a"]) == sorted(seen["b"]) and "transformer.h.1.mlp.act" in seen["a"]
+
+
+def test_who_looks_at_a_block_sees_its_sum() -> None:
+    """Blocks leave their last addition to the next one's norm, with its dropout: only where nobody looks between."""
+    model, original = twins("GPT2LMHeadModel", 0.1, n_layer=4)
+    gpt_fast.accelerate(model)
+    given, seen = inputs("GPT2LMHeadModel"), []
+    model.double()
+    losses = []
+    for hooked in (None, 1, 3):
+        if hooked is not None:
+            model.transformer.h[hooked].register_forward_hook(lambda m, i, o: seen.append((i[0], o)))
+        torch.manual_seed(3)
+        losses.append(model(**given).loss)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-13, atol=0)
+    torch.testing.assert_close(losses[2], losses[0], rtol=1e-13, atol=0)
+    seen.clear()
+    wanted = original.double().eval()(**given, output_hidden_states=True).hidden_states
+    got = model.eval()(**given, output_hidden_states=True).hidden_states
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    for i, (x, y) in zip((1, 3), seen, strict=True):
+        torch.testing.assert_close(x, wanted[i])
+        if i < 3:
+            torch.testing.assert_close(y, wanted[i + 1])
 
 
 def test_a_forward_put_on_a_module_is_respected() -> None:

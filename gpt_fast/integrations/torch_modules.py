@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import ops
 from ..ops.attention import MAX_HEAD_DIM
@@ -118,10 +119,12 @@ def _block(x: Tensor, parts: Parts, masks: dict, training: bool) -> Tensor:
 
 def _attend(x: Tensor, parts: Parts, masks: dict, seed: Tensor | None) -> tuple[Tensor, float]:
     attn = parts.attn
-    qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
+    qkv = ops.linear(x, attn.in_proj_weight, attn.in_proj_bias)
     p = attn.dropout if attn.training else 0.0
     out = ops.attention_qkv(qkv, attn.num_heads, dropout_p=p, seed=seed, site=0, **masks)
-    return _stock.dropout(parts.dropout1, attn.out_proj(out))
+    proj = attn.out_proj
+    plain = _stock.is_plain(proj, NonDynamicallyQuantizableLinear)
+    return _stock.dropout(parts.dropout1, ops.linear(out, proj.weight, proj.bias) if plain else proj(out))
 
 
 def _mlp(x: Tensor, parts: Parts, seed: Tensor | None) -> tuple[Tensor, float]:

@@ -25,7 +25,7 @@ from . import _stock
 
 CACHE = "cache" if hasattr(BaseModelOutputWithPastAndCrossAttentions, "cache") else "past_key_values"
 _CACHES = ("cache", "past_key_values")
-_FEW_ROWS = 32  # below it `mlp` pays more for packing the weights than it saves: measured on a Zen 3 core, C = 768
+_FEW_ROWS = 32  # below it our products pay more for packing the weights than they save: a Zen 3 core, C = 768
 
 _ACTIVATIONS: dict[type, str] = {
     nn.ReLU: "relu",
@@ -44,6 +44,9 @@ class Pass(NamedTuple):
     key_mask: Tensor | None  # [B, S], True: may be attended to
     mask: Tensor | None  # broadcastable to [B, H, T, S], likewise
     cache: Any
+    branch: Tensor | None = None  # what the block before has left to be added, in one pass with this one's first norm
+    branch_p: float = 0.0  # and its dropout
+    carries: bool = False  # whether this block may do so, and returns (x, branch, branch_p)
 
 
 # ---- GPT-2 -----------------------------------------------------------------------------------------------------------
@@ -77,11 +80,18 @@ def gpt2_model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     hidden = _embed(self, self.wte, self.wpe, x, call, positions, seed)
     now = Pass(seed, 0, causal, key_mask, mask, cache)
     states: tuple | None = () if _flag(self, call, "output_hidden_states") else None
+    # Whoever looks at a block from outside, as hooks do, sees the sums.
+    carry = states is None and not self.gradient_checkpointing
+    plain = [carry and _stock.is_plain(block, gpt2.GPT2Block) for block in self.h]
     for i, block in enumerate(self.h):
         if states is not None:
             states = (*states, hidden)
-        hidden = block(hidden, gpt_fast_pass=now._replace(site=1 + 4 * i))
-    hidden = _stock.norm(self.ln_f, hidden).view(*shape, -1)
+        now = now._replace(site=1 + 4 * i, carries=plain[i] and (i + 1 == len(plain) or plain[i + 1]))
+        hidden = block(hidden, gpt_fast_pass=now)
+        if now.carries:
+            hidden, branch, branch_p = hidden
+            now = now._replace(branch=branch, branch_p=branch_p)
+    hidden = _first_norm(self.ln_f, hidden, now._replace(site=now.site + 4))[0].view(*shape, -1)
     states = None if states is None else (*states, hidden)
     output = BaseModelOutputWithPastAndCrossAttentions(
         last_hidden_state=hidden, hidden_states=states, **{CACHE: cache if use_cache else None}
@@ -97,11 +107,19 @@ def gpt2_block_forward(
     return _checkpointed(self, _gpt2_block, hidden_states, gpt_fast_pass)
 
 
-def _gpt2_block(self: Any, x: Tensor, now: Pass) -> Tensor:
-    branch, p = _attention(self.attn, gpt2.GPT2Attention, _stock.norm(self.ln_1, x), now)
+def _gpt2_block(self: Any, x: Tensor, now: Pass) -> Any:
+    normed, x = _first_norm(self.ln_1, x, now)
+    branch, p = _attention(self.attn, gpt2.GPT2Attention, normed, now)
     normed, x = _stock.add_norm(branch, x, p, self.ln_2, now.seed, now.site + 1)
     branch, p = _mlp(self.mlp, gpt2.GPT2MLP, normed)
-    return _stock.add(branch, x, p, now.seed, now.site + 3)
+    return (x, branch, p) if now.carries else _stock.add(branch, x, p, now.seed, now.site + 3)
+
+
+def _first_norm(norm: Any, x: Tensor, now: Pass) -> tuple[Tensor, Tensor]:
+    """(norm(x), x), x with what the block before has left to be added."""
+    if now.branch is None:
+        return _stock.norm(norm, x), x
+    return _stock.add_norm(now.branch, x, now.branch_p, norm, now.seed, now.site - 1)
 
 
 def gpt2_attention_forward(
@@ -168,7 +186,7 @@ def _attention(attn: Any, kind: type, x: Tensor, now: Pass) -> tuple[Tensor, flo
 
 
 def _attend(attn: Any, x: Tensor, now: Pass) -> Tensor:
-    qkv = attn.c_attn(x)  # [B, T, 3C]
+    qkv = _project(attn.c_attn, x)  # [B, T, 3C]
     p = attn.attn_dropout.p if attn.training else 0.0
     options: dict[str, Any] = {
         "causal": now.causal, "key_mask": now.key_mask, "mask": now.mask, "dropout_p": p, "seed": now.seed,
@@ -176,13 +194,25 @@ def _attend(attn: Any, x: Tensor, now: Pass) -> Tensor:
     }  # fmt: skip
     heads = _heads(attn)
     if now.cache is None:
-        return attn.c_proj(ops.attention_qkv(qkv, heads, **options))
+        return _project(attn.c_proj, ops.attention_qkv(qkv, heads, **options))
     q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
     fresh = now.cache.get_seq_length(attn.layer_idx) == 0
     k, v = now.cache.update(k, v, attn.layer_idx)
     if fresh:
-        return attn.c_proj(ops.attention_qkv(qkv, heads, **options))
-    return attn.c_proj(ops.attention(q, k, v, **options).transpose(1, 2).flatten(2))
+        return _project(attn.c_proj, ops.attention_qkv(qkv, heads, **options))
+    return _project(attn.c_proj, ops.attention(q, k, v, **options).transpose(1, 2).flatten(2))
+
+
+def _project(layer: Any, x: Tensor) -> Tensor:
+    """A `Conv1D`'s product, on the transposed weights where they lie; another layer is called."""
+    if _has_few_rows(x) or not _stock.is_plain(layer, Conv1D):
+        return layer(x)
+    return ops.linear(x, layer.weight.t(), layer.bias)
+
+
+def _has_few_rows(x: Tensor) -> bool:
+    rows = x.shape[0] * x.shape[1]
+    return not torch.compiler.is_compiling() and type(rows) is int and rows < _FEW_ROWS  # a graph is for any number
 
 
 def _heads(attn: Any) -> int:
@@ -199,9 +229,7 @@ def _mlp(mlp: Any, kind: type, x: Tensor) -> tuple[Tensor, float]:
     """The MLP's branch, and the dropout that is left for the residual addition."""
     if not _stock.is_plain(mlp, kind):
         return mlp(x), 0.0
-    rows = x.shape[0] * x.shape[1]
-    few = not torch.compiler.is_compiling() and type(rows) is int and rows < _FEW_ROWS  # a graph is for any number
-    if few or why_no_mlp(mlp, kind) is not None:
+    if _has_few_rows(x) or why_no_mlp(mlp, kind) is not None:
         return _stock.dropout(mlp.dropout, mlp.c_proj(mlp.act(mlp.c_fc(x))))
     # Conv1D keeps its matrices transposed: read in place, and their gradients come back in the same strides.
     fc, proj = mlp.c_fc, mlp.c_proj
