@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .layer_norm import add_partial_sums, as_rows, config, differentiate, normalise
+from .layer_norm import add_partial_sums, as_rows, config, differentiate, normalise, packed
 from .philox import keep_rows
 
 
@@ -111,7 +111,7 @@ def forward(
     M = rows.shape[0]
     launch = config(N, rows.device)
     _fwd_kernel[(triton.cdiv(M, launch.fwd_rows),)](
-        rows, residual_rows, weight, bias, normed, summed, mean, rstd, seed,
+        rows, residual_rows, packed(weight), packed(bias), normed, summed, mean, rstd, seed,
         rows.stride(0), residual_rows.stride(0), M, N, eps, site, threshold, scale,
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None,
         BLOCK_M=launch.fwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.fwd_warps,
@@ -153,7 +153,7 @@ def backward(
     P = min(launch.bwd_programs, triton.cdiv(M, launch.bwd_rows))
     partial = torch.empty((2, P, N) if needs_sums else (2, 0, 0), dtype=torch.float32, device=summed.device)
     _bwd_kernel[(P,)](
-        rows, carried, summed, weight, mean, rstd, dx, dresidual, partial[0], partial[1], seed,
+        rows, carried, summed, packed(weight), mean, rstd, dx, dresidual, partial[0], partial[1], seed,
         rows.stride(0), 0 if carried is None else carried.stride(0), M, N, site, threshold, scale,
         HAS_WEIGHT=weight is not None, HAS_DSUMMED=carried is not None, HAS_DROPOUT=seed is not None, HAS_DX=has_dx,
         NEEDS_SUMS=needs_sums,

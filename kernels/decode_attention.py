@@ -116,6 +116,7 @@ def forward(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengt
         return out.to(q.dtype)
     BLOCK_D = triton.next_power_of_2(D)
     launch = config(BLOCK_D, q.device)
+    lengths = lengths.contiguous()
     splits = triton.cdiv(S, launch.split)
     acc = torch.empty((B * H, splits, D), dtype=torch.float32, device=q.device)
     m = torch.empty((2, B * H, splits), dtype=torch.float32, device=q.device)

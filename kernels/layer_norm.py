@@ -146,6 +146,11 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
+def packed(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """[N] without gaps, as the kernels read weight and bias."""
+    return None if parameter is None else parameter.contiguous()
+
+
 def forward(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -160,7 +165,7 @@ def forward(
     M = rows.shape[0]
     launch = config(N, rows.device)
     _fwd_kernel[(triton.cdiv(M, launch.fwd_rows),)](
-        rows, weight, bias, y, mean, rstd, rows.stride(0), M, N, eps,
+        rows, packed(weight), packed(bias), y, mean, rstd, rows.stride(0), M, N, eps,
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
         BLOCK_M=launch.fwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.fwd_warps,
     )  # fmt: skip
@@ -191,7 +196,7 @@ def backward(
     P = min(launch.bwd_programs, triton.cdiv(M, launch.bwd_rows))
     partial = torch.empty((2, P, N) if needs_sums else (2, 0, 0), dtype=torch.float32, device=x.device)
     _bwd_kernel[(P,)](
-        dy_rows, rows, weight, mean, rstd, dx, partial[0], partial[1], dy_rows.stride(0), rows.stride(0), M, N,
+        dy_rows, rows, packed(weight), mean, rstd, dx, partial[0], partial[1], dy_rows.stride(0), rows.stride(0), M, N,
         HAS_WEIGHT=weight is not None, NEEDS_SUMS=needs_sums,
         BLOCK_M=launch.bwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.bwd_warps,
     )  # fmt: skip

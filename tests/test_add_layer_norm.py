@@ -176,6 +176,18 @@ def test_strided_upstream_gradients(upstream, device):
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
+def test_strided_parameters(device):
+    x, residual, weight, bias = sample_inputs((6, 70), device)
+    apart = torch.full((2, 70, 3), float("nan"), device=device)
+    apart[0, :, 1], apart[1, :, 1] = weight.detach(), bias.detach()
+    dy = [torch.randn(6, 70, device=device) for _ in range(2)]
+    results = []
+    for parameters in ((weight, bias), [row[:, 1].requires_grad_() for row in apart.unbind()]):
+        outputs = ops.add_layer_norm(x, residual, *parameters, EPS)
+        results.append((*outputs, *torch.autograd.grad(outputs, (x, residual, *parameters), dy)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_offsets_beyond_2_to_the_31(device, far_apart):
     x, residual, weight, bias = sample_inputs((130, 20), device, torch.bfloat16, torch.bfloat16)
     seed, dy = torch.tensor([3], device=device), [torch.randn(130, 20, device=device).bfloat16() for _ in range(2)]

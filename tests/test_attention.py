@@ -693,6 +693,7 @@ BAD_INPUT = [
     pytest.param(lambda q, k, v: ((k[:1],) * 3, {"cu_seqlens": LONG([0, 13])}), "cu_seqlens holds 13", id="packed_end"),
     pytest.param(lambda q, k, v: ((q, k, v), {"window": 0}), "window is 0", id="window"),
     pytest.param(lambda q, k, v: ((q, k, v), {"scale": float("nan")}), "scale is nan", id="scale"),
+    pytest.param(lambda q, k, v: ((q, k, v), {"scale": float("-inf")}), "scale is -inf", id="scale_infinite"),
     pytest.param(lambda q, k, v: ((q, k, v), {"dropout_p": 1.0}), "dropout_p is 1.0", id="dropout_one"),
     pytest.param(lambda q, k, v: ((q, k, v), {"dropout_p": -0.1}), "dropout_p is -0.1", id="dropout_negative"),
     pytest.param(lambda q, k, v: ((q, k, v), {"dropout_p": 0.1, "seed": 5}), "seed is int 5", id="seed"),

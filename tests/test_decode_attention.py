@@ -149,6 +149,9 @@ def test_strided_inputs_are_read_in_place(device):
     lengths = torch.tensor([40, 17], device=device, dtype=torch.int32)
     got = check(q, k, v, lengths)
     assert torch.equal(got, ops.decode_attention(q.contiguous(), k.contiguous(), v.contiguous(), lengths.long()))
+    columns = torch.stack((lengths, torch.full_like(lengths, 3)), 1)[:, 0]
+    assert columns.stride(0) == 2
+    assert torch.equal(got, ops.decode_attention(q, k, v, columns))
     apart = torch.randn(B, H, D, S, device=device).transpose(2, 3)  # elements of a row are not neighbours
     check(q, apart, v, lengths)
 
@@ -205,6 +208,8 @@ def bad(**changes):
         ({"lengths": torch.tensor([1, 6])}, r"lengths holds 6, wanted values in \[0, 6\)"),
         ({"lengths": torch.tensor([-1, 5])}, r"lengths holds -1, wanted values in \[0, 6\)"),
         ({"q": torch.randn(2, 2, 4).half()}, "wanted one dtype"),
+        ({"lengths": torch.ones(2, dtype=torch.int64, device="meta")}, "lengths on meta"),
+        ({"v_cache": torch.randn(2, 2, 5, 4, device="meta")}, "v_cache on meta"),
         ({"q": torch.randn(2, 2, 4, requires_grad=True)}, "an input requires a gradient"),
         ({"q": torch.zeros(2, 2, 4, dtype=torch.int64)}, "q is int64"),
     ],
@@ -224,6 +229,16 @@ def test_the_kernel_checks_lengths_itself(length, implementation):
     with pytest.raises(ValueError, match=rf"decode_attention: lengths holds {length}, wanted values in \[0, 6\)"):
         torch.ops.gpt_fast.decode_attention_forward(q, k, v, lengths)
     assert ops.decode_attention(q, k, v, lengths.clamp(0, 5)).isfinite().all()
+
+
+def test_lengths_out_of_range_read_nothing_out_of_bounds(device, implementation):
+    """Where nobody looked at them, they are taken for the nearest that are possible."""
+    if implementation != "triton":
+        pytest.skip("the C++ kernel raises")
+    q, k, v, _ = inputs(3, 2, 70, 16, device=device)
+    wild, tame = (torch.tensor(lengths, device=device) for lengths in ([2**33, -5, 71], [70, 0, 70]))
+    got = torch.ops.gpt_fast.decode_attention_forward(q, k, v, wild)
+    assert torch.equal(got, torch.ops.gpt_fast.decode_attention_forward(q, k, v, tame))
 
 
 def test_offsets_beyond_2_to_the_31(device, far_apart):

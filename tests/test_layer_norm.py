@@ -74,6 +74,21 @@ def test_numerics(shape, dtype, device):
     check(*sample_inputs(shape, dtype, device))
 
 
+def test_the_widest_rows(device, implementation):
+    """Up to 65,536 columns; more are refused where a row has to fit into registers. Forward: in the interpreter the
+    sums over rows would take 20 seconds."""
+    x, weight, bias = (tensor.detach() for tensor in sample_inputs((2, 65536), torch.bfloat16, device))
+    exact = reference.layer_norm(x.double(), weight.double(), bias.double(), EPS)
+    delta = numerics.norm_conditioning(x, EPS) * weight.double().abs()
+    numerics.assert_rounded_once(ops.layer_norm(x, weight, bias, EPS), exact, conditioning=delta)
+    x = torch.zeros(1, 65537, device=device)
+    if implementation == "triton":
+        with pytest.raises(ValueError, match=r"layer_norm: rows have 65537 columns, wanted at most 65536"):
+            ops.layer_norm(x)
+    else:
+        assert (ops.layer_norm(x) == 0).all()
+
+
 def test_several_tiles_a_program(device, implementation, monkeypatch):
     """More rows than the programs of the backward kernel take at once, so that each goes round its loop."""
     if implementation != "triton":
@@ -158,6 +173,18 @@ def test_strided_upstream_gradient(upstream, device):
     got = torch.autograd.grad(y, (x, weight, bias), dy, retain_graph=True)
     wanted = torch.autograd.grad(y, (x, weight, bias), dy.contiguous())
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_strided_parameters(device):
+    x, weight, bias = sample_inputs((6, 70), torch.float32, device)
+    apart = torch.full((2, 70, 3), float("nan"), device=device)
+    apart[0, :, 1], apart[1, :, 1] = weight.detach(), bias.detach()
+    dy = torch.randn(6, 70, device=device)
+    results = []
+    for parameters in ((weight, bias), [row[:, 1].requires_grad_() for row in apart.unbind()]):
+        y = ops.layer_norm(x, *parameters)
+        results.append((y, *torch.autograd.grad(y, (x, *parameters), dy)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_offsets_beyond_2_to_the_31(device, far_apart):

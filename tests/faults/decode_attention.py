@@ -20,6 +20,8 @@ FAULTS = (
     Fault("keys' heads taken as contiguous", TRITON, "h * stride_kh", "h * S * D", "strided"),
     Fault("values' rows taken as contiguous", TRITON, "offs_n[:, None] * stride_vt", "offs_n[:, None] * D", "strided"),
     Fault("query's elements taken as neighbours of another head", TRITON, "h * stride_qh", "h * D * 2", "numerics"),
+    Fault("lengths taken as packed", TRITON, "lengths = lengths.contiguous()", "lengths = lengths", "strided"),
+    Fault("lengths not clamped from above", TRITON, "n = tl.minimum(tl.maximum(tl.load(lengths_ptr + b).to(tl.int64), 0), S)", "n = tl.maximum(tl.load(lengths_ptr + b).to(tl.int64), 0)", "out_of_range"),
     # Triton, over splits
     Fault("splits past the length added", TRITON, "used = (n + SPLIT - 1) // SPLIT", "used = splits.to(tl.int64)", "numerics"),
     Fault("last split left out", TRITON, "mask_s = offs_s < used", "mask_s = (offs_s < used - 1) | (used == 1)", "numerics"),
