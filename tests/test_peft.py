@@ -37,7 +37,7 @@ def test_adapters_are_called_and_trained(name: str, targets: list[str], order: s
         adapted = with_lora(model, targets)
         report = gpt_fast.accelerate(adapted)
         left = {entry.name.rsplit(".", 1)[-1] for entry in report.left}
-        assert left == (set() if targets == ["c_attn"] else {"mlp"})
+        assert left == set(targets) - {"c_fc"} | ({"mlp"} if "c_fc" in targets else set())
         assert all("called through it" in entry.reason for entry in report.left)
     given = inputs(name, "right")
     wanted, got = original(**given), adapted(**given)
@@ -79,7 +79,7 @@ def test_a_wrapped_output_layer_keeps_its_logits() -> None:
     adapted = peft.get_peft_model(model, config)
     adapted.load_state_dict(original.state_dict())
     report = gpt_fast.accelerate(adapted)
-    assert [entry.name.rsplit(".", 1)[-1] for entry in report.left] == ["lm_head"]
+    assert sorted({entry.name.rsplit(".", 1)[-1] for entry in report.left}) == ["c_attn", "lm_head"]
     given = inputs("GPT2LMHeadModel")
     wanted, got = original(**given), adapted(**given)
     torch.testing.assert_close(got.loss, wanted.loss)

@@ -59,7 +59,9 @@ def plan(name: str, module: Any, report: Report) -> list[Patch] | None:
     prefix = f"{name}." if name else ""
     paths = {id(child): path for path, child in module.named_modules()}
     ff = paths[id(parts.fc)].rpartition(".")[0] or f"{paths[id(parts.fc)]}, {paths[id(parts.proj)]}"
-    report.note(prefix + paths[id(parts.attn)], parts.attn, "attention", None)
+    path = prefix + paths[id(parts.attn)]
+    report.note(path, parts.attn, "attention", None)
+    report.note(f"{path}.out_proj", parts.attn.out_proj, "linear", _why_no_projection(parts.attn))
     for norm in (parts.norm1, parts.norm2):
         op = "layer_norm" if parts.pre_norm and norm is parts.norm1 else "add_layer_norm"
         report.note(prefix + paths[id(norm)], norm, op, _stock.why_no_norm(norm))
@@ -123,7 +125,7 @@ def _attend(x: Tensor, parts: Parts, masks: dict, seed: Tensor | None) -> tuple[
     p = attn.dropout if attn.training else 0.0
     out = ops.attention_qkv(qkv, attn.num_heads, dropout_p=p, seed=seed, site=0, **masks)
     proj = attn.out_proj
-    plain = _stock.is_plain(proj, NonDynamicallyQuantizableLinear)
+    plain = _why_no_projection(attn) is None
     return _stock.dropout(parts.dropout1, ops.linear(out, proj.weight, proj.bias) if plain else proj(out))
 
 
@@ -241,6 +243,11 @@ def _why_not_this(x: Tensor, parts: Parts) -> str | None:
     if x.is_nested or x.dim() != 3:
         return "the input is nested or has no batch"
     return _why_not(parts)
+
+
+def _why_no_projection(attn: Any) -> str | None:
+    reason = _stock.why_not_plain(attn.out_proj, NonDynamicallyQuantizableLinear)
+    return None if reason is None else f"{reason}: called through it"
 
 
 def _why_no_mlp(parts: Parts) -> str | None:

@@ -205,9 +205,15 @@ def _attend(attn: Any, x: Tensor, now: Pass) -> Tensor:
 
 def _project(layer: Any, x: Tensor) -> Tensor:
     """A `Conv1D`'s product, on the transposed weights where they lie; another layer is called."""
-    if _has_few_rows(x) or not _stock.is_plain(layer, Conv1D):
+    if _has_few_rows(x) or why_no_projection(layer) is not None:
         return layer(x)
     return ops.linear(x, layer.weight.t(), layer.bias)
+
+
+def why_no_projection(layer: Any) -> str | None:
+    """Why a projection of attention is called, or None."""
+    reason = _stock.why_not_plain(layer, Conv1D)
+    return None if reason is None else f"{reason}: called through it"
 
 
 def _has_few_rows(x: Tensor) -> bool:
@@ -243,9 +249,9 @@ def why_no_mlp(mlp: Any, kind: type) -> str | None:
     if reason is not None:
         return reason
     for name in ("c_fc", "c_proj"):
-        reason = _stock.why_not_plain(getattr(mlp, name), Conv1D)
+        reason = why_no_projection(getattr(mlp, name))
         if reason is not None:
-            return f"{name} {reason}: called through it"
+            return f"{name} {reason}"
     if _stock.class_of(mlp.act) not in _ACTIVATIONS or _stock.is_hooked(mlp.act):
         return f"activation {_stock.class_of(mlp.act).__name__}, wanted ReLU or GELU"
     return None

@@ -69,6 +69,10 @@ def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family) -> list[
         first = "add_layer_norm" if family is _GPT1 else "layer_norm"
         report.note(path + "ln_1", block.ln_1, first, _stock.why_no_norm(block.ln_1))
         report.note(path + "attn", block.attn, "attention", None)
+        for projection in ("c_attn", "c_proj"):
+            layer = getattr(block.attn, projection)
+            reason = transformers_models.why_no_projection(layer)
+            report.note(f"{path}attn.{projection}", layer, "linear", reason)
         report.note(path + "ln_2", block.ln_2, "add_layer_norm", _stock.why_no_norm(block.ln_2))
         report.note(path + "mlp", block.mlp, "mlp", transformers_models.why_no_mlp(block.mlp, family.mlp))
         if hasattr(block, "crossattention"):
