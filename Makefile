@@ -21,6 +21,9 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 CPP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)))
 TRITON_TESTS = $(wildcard $(patsubst kernels/%.py,tests/test_%.py,$(wildcard kernels/*.py)))
 
+# What whole models do in the interpreter; the rest of these tests would take minutes there.
+INTERP_MODELS = one_graph or export or functional_call or func_grad
+
 .PHONY: help
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -76,8 +79,9 @@ test: install  ## the tests on the CPU, then the Triton kernels in the interpret
 	$(MAKE) --no-print-directory interp
 
 .PHONY: interp
-interp: install  ## the op tests on the Triton kernels, in Triton's interpreter
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n 2 $(TRITON_TESTS)
+interp: install  ## the op tests on the Triton kernels, in Triton's interpreter, and whole models on them
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n 2 $(TRITON_TESTS) tests/test_transforms.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n 2 tests/test_citizenship.py -k "gpt2 and ($(INTERP_MODELS))"
 
 .PHONY: test-slow
 test-slow: install mutants  ## what takes too long for make test
