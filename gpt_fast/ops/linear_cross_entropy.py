@@ -74,43 +74,47 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, target, bias, ignore_index, label_smoothing, reduction):
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
         now = tuple(needed and reduction != "none" for needed in needs)
-        loss, count, dx, dweight, dbias = torch.ops.gpt_fast.linear_cross_entropy_forward(
-            x, weight, target, bias, ignore_index, label_smoothing, reduction, *now
+        options = ignore_index, label_smoothing
+        loss, count, *ctx.sums = torch.ops.gpt_fast.linear_cross_entropy_forward(
+            x, weight, target, bias, *options, reduction, *now
         )
-        if reduction == "none":
-            ctx.save_for_backward(x, weight, target, bias)
-        else:
-            ctx.save_for_backward(count, dx, dweight, dbias)
-        ctx.options = ignore_index, label_smoothing, reduction, needs, weight.dtype
+        ctx.save_for_backward(x, weight, target, bias, count)
+        ctx.options = options, reduction, needs
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
-        ignore_index, label_smoothing, reduction, needs, dtype = ctx.options
+        options, reduction, needs = ctx.options
+        x, weight, target, bias, count = ctx.saved_tensors
         if reduction == "none":
-            x, weight, target, bias = ctx.saved_tensors
-            grads = _library.backward(
-                "linear_cross_entropy", dloss, x, weight, target, bias, ignore_index, label_smoothing, *needs
-            )
+            grads = _library.backward("linear_cross_entropy", dloss, x, weight, target, bias, *options, *needs)
         else:
-            # What follows could be differentiated, as if the saved gradients were constants.
+            # What follows could be differentiated, as if the gradients were constants.
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 raise NotImplementedError(
                     "gpt_fast.linear_cross_entropy: double backward is not implemented, nor create_graph=True; "
                     "run forward and backward under gpt_fast.use_reference(), which can be differentiated twice"
                 )
-            count, *sums = ctx.saved_tensors
+            sums = list(ctx.sums)
+            if not torch.compiler.is_compiling():
+                ctx.sums.clear()  # they become the gradients; a second backward pass computes them again
+            if not sums:
+                sums = torch.ops.gpt_fast.linear_cross_entropy_forward(
+                    x, weight, target, bias, *options, reduction, *needs
+                )[2:]
             scale = dloss / count.clamp(min=1) if reduction == "mean" else dloss
-            dtypes = sums[0].dtype, dtype, dtype
+            dtypes = x.dtype, weight.dtype, weight.dtype
             grads = tuple(_scaled(total, scale, to) for total, to in zip(sums, dtypes, strict=True))
         dx, dweight, dbias = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
         return dx, dweight, None, dbias, None, None, None
 
 
 def _scaled(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """In float32 and rounded in one pass: no float32 copy of a weight's gradient in between, except inside a `vmap`."""
+    """total * scale, in place or rounded in one pass: no second copy of a weight's gradient, but inside a transform."""
     if transforms.is_batched(scale):
         return (total * scale).to(dtype)
+    if total.dtype == dtype and not transforms.is_transformed():
+        return total.mul_(scale)
     return torch.mul(total, scale, out=torch.empty_like(total, dtype=dtype))
 
 
