@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 OUT ?= out
+JOBS ?= 2
 CODEGEN_VENV ?= .venv-codegen
 CODEGEN_TRITON ?= triton==3.6.0
 PYTEST_FLAGS ?= -q
@@ -27,7 +28,7 @@ INTERP_MODELS = one_graph or export or functional_call or func_grad
 .PHONY: help
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo '  variables: PYTHON=$(PYTHON)  TORCH="$(TORCH)"  VENV=$(VENV)  OUT=$(OUT)'
+	@echo '  variables: PYTHON=$(PYTHON)  TORCH="$(TORCH)"  VENV=$(VENV)  JOBS=$(JOBS)  OUT=$(OUT)'
 
 # --- set-up: one stamp for each step that may have to be repeated ---
 
@@ -75,13 +76,13 @@ demo: install  ## pre-train, fine-tune, generate, and compare with plain PyTorch
 
 .PHONY: test
 test: install  ## the tests on the CPU, then the Triton kernels in the interpreter
-	$(PYTEST)
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --dist loadfile
 	$(MAKE) --no-print-directory interp
 
 .PHONY: interp
 interp: install  ## the op tests on the Triton kernels, in Triton's interpreter, and whole models on them
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n 2 $(TRITON_TESTS) tests/test_transforms.py
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n 2 tests/test_citizenship.py -k "gpt2 and ($(INTERP_MODELS))"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) $(TRITON_TESTS) tests/test_transforms.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) tests/test_citizenship.py -k "gpt2 and ($(INTERP_MODELS))"
 
 .PHONY: test-slow
 test-slow: install mutants  ## what takes too long for make test
@@ -89,7 +90,7 @@ test-slow: install mutants  ## what takes too long for make test
 
 .PHONY: mutants
 mutants: install  ## plant faults in the kernels; the tests must catch every one
-	$(PY) -m tests.mutants
+	$(PY) -m tests.mutants --jobs $(JOBS)
 
 .PHONY: sanitize
 sanitize: install  ## the op tests on a C++ extension built with the address and undefined-behaviour sanitizers

@@ -92,7 +92,8 @@ for line in sys.stdin:
     codes = [codes[rank] for rank in sorted(codes)]
     print(json.dumps([codes[-1], "".join(outs), "".join(errs), codes]), flush=True)
 """
-ENVIRONMENT = os.environ | {
+# Without what says to a pytest inside that it is a worker of the one outside.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "COLUMNS": "200",

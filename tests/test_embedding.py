@@ -1,8 +1,11 @@
 """embedding against the float64 reference: lookup, positions, dropout, deterministic backward."""
 
 import bisect
+import os
+import sys
 
 import numerics
+import numpy as np
 import pytest
 import torch
 
@@ -107,6 +110,35 @@ def test_strided_upstream_gradient(upstream, device):
     got = torch.autograd.grad(out, weights, dout, retain_graph=True)
     wanted = torch.autograd.grad(out, weights, dout.contiguous())
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_large_tables_gradient_is_a_tensor_like_any_other(dtype, device):
+    tokens, *weights = sample_inputs((2, 8), 6000, 9, 384, device, dtype)
+    check(tokens, *weights)
+    ops.embedding(tokens, *weights).backward(torch.ones(2, 8, 384, device=device, dtype=dtype))
+    gradient = weights[0].grad
+    weights[0].grad = None
+    counts = torch.bincount(tokens.flatten(), minlength=6000).to(dtype)
+    assert torch.equal(gradient, counts[:, None].expand(6000, 384))
+    assert torch.equal(gradient.mul_(2).add_(1)[:, 0], 2 * counts + 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_rows_that_no_token_used_take_no_memory(implementation):
+    if implementation != "cpp":
+        pytest.skip("the C++ kernel's promise")
+    table = torch.from_numpy(np.zeros((100_000, 1024), dtype=np.float32)).requires_grad_()  # 400 MB, not yet touched
+    out = ops.embedding(torch.tensor([[3, 99_999]]), table, torch.randn(2, 1024))
+    before = resident_bytes()
+    out.backward(torch.ones_like(out))
+    assert resident_bytes() - before < table.nbytes / 10
+    assert table.grad[3].eq(1).all() and table.grad[4].eq(0).all()
+
+
+def resident_bytes():
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_offsets_beyond_2_to_the_31(device, far_apart):

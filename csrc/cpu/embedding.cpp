@@ -2,6 +2,10 @@
 //
 // Backward sums the rows of dout that belong to one table row, in their order, so that the result does not depend on
 // the number of threads: a stable counting sort lines them up and each table row has one owner.
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -57,10 +61,26 @@ Tensor embedding_forward(const Tensor& tokens, const Tensor& token_weight, const
   return out;
 }
 
+// Zeros like a dense x. Large ones are pages fresh from the system, which are zero without being written: the rows of a
+// table that no token used cost nothing here, and little where they are read.
+Tensor untouched_zeros_like(const Tensor& x) {
+#ifdef __linux__
+  constexpr size_t kLarge = 4 << 20;  // bytes
+  const size_t bytes = x.nbytes();
+  if (bytes >= kLarge && x.is_non_overlapping_and_dense()) {
+    void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (pages != MAP_FAILED) {
+      return at::from_blob(pages, x.sizes(), x.strides(), [bytes](void* data) { munmap(data, bytes); }, x.options());
+    }
+  }
+#endif
+  return at::zeros_like(x);
+}
+
 // The gradient of a table whose row table_row_of[i] was used by output row i.
 Tensor table_gradient(const Rows& upstream, const Tensor& table, const std::vector<int64_t>& table_row_of,
                       const optional<Dropout>& dropout) {
-  const Tensor gradient = at::zeros_like(table);
+  const Tensor gradient = untouched_zeros_like(table);
   const int64_t M = static_cast<int64_t>(table_row_of.size()), C = table.size(1), table_rows = table.size(0);
   std::vector<int64_t> first(table_rows + 1, 0), order(M);  // rows of the k-th table row: order[first[k]..first[k + 1])
   for (const int64_t k : table_row_of) ++first[k + 1];

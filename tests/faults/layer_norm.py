@@ -50,5 +50,6 @@ FAULTS = (
     Fault("second gradient term dropped", NORM, "(g - mean_g - normalised(j, count) * mean_gx)", "(g - mean_g)"),
     Fault("weight gradient through the weight", NORM, "fmadd(upstream, xhat, Vec::loadu(dweight", "fmadd(g, xhat, Vec::loadu(dweight"),
     Fault("weight and bias gradients swapped", CPP, "{dx, gradients.dweight(), gradients.dbias()}", "{dx, gradients.dbias(), gradients.dweight()}"),
-    Fault("last row block left out", COMMON, "block < blocks; ++block", "block < blocks - 1; ++block"),
+    Fault("last row block left out", NORM, "block < blocks_; ++block", "block < blocks_ - 1; ++block"),
+    Fault("partial sums not cleared", NORM, "std::fill_n(sums, N_, 0.0f);", ""),
 )  # fmt: skip
