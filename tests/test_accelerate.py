@@ -462,6 +462,31 @@ def test_dropout_in_distribution(name: str) -> None:
     assert 0.6 < a.std() / b.std() < 1.6
 
 
+# ---- gradients of each sample ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LM_HEADS)
+def test_gradients_of_each_padded_row(name: str) -> None:
+    model = make(name, use_cache=False)
+    gpt_fast.accelerate(model)
+    parameters = {label: parameter.detach() for label, parameter in model.named_parameters()}
+
+    def loss(parameters: dict, given: dict) -> Tensor:
+        return torch.func.functional_call(model, parameters, (), given).loss
+
+    given = inputs(name, "left")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="gpt_fast")  # the reference serves inside vmap, and says so
+        rows = torch.func.vmap(torch.func.grad(loss), (None, 0))(
+            parameters, {label: value[:, None] for label, value in given.items()}
+        )
+    for i in range(3):
+        model.zero_grad()
+        model(**{label: value[i : i + 1] for label, value in given.items()}).loss.backward()
+        for label, parameter in model.named_parameters():
+            torch.testing.assert_close(rows[label][i], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
 # ---- the loss without logits -----------------------------------------------------------------------------------------
 
 

@@ -167,6 +167,22 @@ def test_without_gradients_and_under_autocast(active: None) -> None:
     assert sdpa.report().served == 4
 
 
+def test_torch_func_has_pytorchs(active: None) -> None:
+    """Gradients of a batch and of each row; PyTorch's transforms and ours would otherwise meet twice."""
+
+    def total(*tensors: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(*tensors, is_causal=True).square().sum()
+
+    tensors = [tensor.detach() for tensor in qkv()]
+    rows = torch.func.vmap(torch.func.grad(total, (0, 1, 2)))(*(tensor[:, None] for tensor in tensors))
+    got = torch.func.grad(total, (0, 1, 2))(*tensors)
+    assert sdpa.report().served == 0 and set(sdpa.report().returned) == {"inside torch.func's transforms"}
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    for a, b, wanted in zip(got, rows, torch.autograd.grad(total(*leaves), leaves), strict=True):
+        torch.testing.assert_close(a, wanted)
+        torch.testing.assert_close(b[:, 0], wanted)
+
+
 def test_compiled(active: None) -> None:
     """The compiled graph holds our operator, forward and backward, for one length and for another."""
     graphs = []

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .. import ops
+from .. import ops, transforms
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MARK = "_gpt_fast_forward"  # the instance attribute that tells an accelerated module
@@ -135,5 +135,5 @@ def add(branch: Tensor, x: Tensor, p: float, seed: Tensor | None, site: int) -> 
 
 
 def is_reading_values_cheap(tensor: Tensor) -> bool:
-    """Whether looking at a tensor's values neither waits for a device nor breaks a graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether looking at a tensor's values neither waits for a device nor breaks a graph or a `vmap`."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms.is_batched(tensor)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.attention as torch_attention
 from torch import Tensor
 
-from .. import ops
+from .. import ops, transforms
 from ..ops.attention import MAX_HEAD_DIM
 
 NAME = "gpt_fast"
@@ -128,6 +128,8 @@ def _why_not(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, enable_gqa: bool
 ) -> str | None:
     """Why a call goes to PyTorch, or None; whatever is wrong with it is for PyTorch to say."""
+    if transforms.is_transformed():
+        return "inside torch.func's transforms"  # which have been through their own dispatch here
     if q.is_nested or q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         return "shapes other than [B, H, T, D]"
     if q.dtype not in _DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
