@@ -642,8 +642,19 @@ def test_a_forward_put_on_a_module_is_respected() -> None:
         ("transformer.h.0.ln_1", "has a forward of its own")
     ]
     torch.testing.assert_close(model(**given).loss, wanted)
-    ours = attn.forward
-    attn.forward = functools.partial(ours)
+    ours, block = attn.forward, model.transformer.h[1]
+    calls: list = []
+
+    def wrapped(module, *args, **kwargs):
+        calls.append(module)
+        return forwards[module](*args, **kwargs)
+
+    forwards = {each: each.forward for each in (attn, block)}
+    for each in forwards:
+        each.forward = functools.partial(wrapped, each)
+    torch.testing.assert_close(model(**given).loss, wanted)
+    assert calls == [attn, block]
+    block.forward = forwards[block]
     with pytest.raises(ValueError, match=r"restore: the forward of transformer\.h\.0\.attn .*wrapped after accelerate"):
         gpt_fast.restore(model)
     attn.forward = ours

@@ -75,7 +75,7 @@ def why_not_plain(module: Any, kind: Any) -> str | None:
     """Why a module's parameters are not read directly, or None where they are."""
     if class_of(module) is not kind:
         return f"is a {type(module).__module__}.{type(module).__qualname__}, not {kind.__name__}"
-    if "forward" in vars(module) and not is_accelerated(module):
+    if "forward" in vars(module) and not (is_accelerated(module) and has_own_forward(module)):
         return "has a forward of its own"
     if is_hooked(module):
         return "has hooks"
