@@ -176,6 +176,27 @@ def test_options_of_the_configuration(name: str, options: dict) -> None:
         assert_same(model, given, accelerated)
 
 
+HEAD_OPTIONS = [
+    pytest.param("GPT2DoubleHeadsModel", {"summary_type": "mean", "summary_activation": "tanh"}, id="mean_and_tanh"),
+    pytest.param("OpenAIGPTDoubleHeadsModel", {"summary_type": "last", "summary_proj_to_labels": False}, id="last"),
+    pytest.param("GPT2ForSequenceClassification", {"problem_type": "regression"}, id="regression"),
+    pytest.param("OpenAIGPTForSequenceClassification", {"problem_type": "multi_label_classification"}, id="labels"),
+    pytest.param("GPT2ForTokenClassification", {"num_labels": 5}, id="five_tags"),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), HEAD_OPTIONS)
+def test_options_of_the_heads(name: str, options: dict) -> None:
+    # These summaries are over the choices, transformers has it so, at every token: padding on the left as well.
+    for side in ("right",) if "summary_type" in options else ("right", "left"):
+        given = inputs(name, side)
+        if "problem_type" in options:
+            given["labels"] = torch.rand(3, 3)
+        if "summary_type" in options:
+            given.pop("mc_labels")  # there is no score for each choice
+        assert_same(make(name, **options), given)
+
+
 def test_another_activation_is_left_alone_and_right() -> None:
     model = make("GPT2LMHeadModel", activation_function="silu")
     accelerated = copy.deepcopy(model)

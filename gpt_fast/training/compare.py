@@ -67,10 +67,6 @@ def random_batch(model: Head, batch_size: int) -> Batch:
         return Batch(tokens, tokens)
     if name == "GPTForMaskedLM":
         return Batch(tokens, tokens.masked_fill(torch.rand(tokens.shape, generator=generator) >= 0.15, -100))
-    if name == "GPTForTokenClassification":
-        return Batch(tokens, torch.randint(config.num_labels, tokens.shape, generator=generator))
-    if name == "GPTForQuestionAnswering":
-        return Batch(tokens, torch.randint(config.seq_len, (batch_size, 2), generator=generator))
     sequences = {"GPTForSimilarity": 2, "GPTForMultipleChoice": 4}.get(name, 1)
     tokens = torch.randint(config.num_tokens, (batch_size * sequences, config.seq_len), generator=generator)
     lengths = torch.randint(config.seq_len // 2, config.seq_len + 1, (len(tokens),), generator=generator)
