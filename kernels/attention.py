@@ -392,6 +392,7 @@ def _bwd_dkdv_kernel(
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
+    tl.static_assert(ROW_TILE % BLOCK_M == 0)  # rows are read without a mask
     start_n = tl.program_id(0) * BLOCK_N  # the first keys of causal work have the most queries
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)

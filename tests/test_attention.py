@@ -1,5 +1,6 @@
 """attention against the float64 reference: the C++ kernel, Triton in the interpreter, Triton on CUDA."""
 
+import importlib
 import itertools
 import os
 import re
@@ -109,6 +110,23 @@ SHAPES = [
 def test_numerics(shape, options, dtype, device):
     """Sizes on, off and one past blocks; both directions; extreme scales."""
     check(*inputs(*shape, dtype=dtype, device=device), **options)
+
+
+@pytest.mark.parametrize(("dq", "dkdv"), [((16, 32), (64, 16)), ((64, 16), (16, 32))], ids=["shorter", "longer"])
+def test_tiles_of_both_backward_kernels(dq, dkdv, device, implementation, monkeypatch):
+    """What one keeps of the rows the other reads in tiles of its own length, past the last row too."""
+    if implementation != "triton":
+        pytest.skip("a launch configuration of the Triton kernels")
+    kernel = importlib.import_module("gpt_fast.kernels.attention")
+    tiles = {"bwd_dq": dq, "bwd_dkdv": dkdv}
+    shipped = kernel.config
+
+    def config(name, q):
+        launch, BLOCK_D = shipped(name, q)
+        return launch._replace(**dict(zip(("queries", "keys"), tiles.get(name, launch), strict=False))), BLOCK_D
+
+    monkeypatch.setattr(kernel, "config", config)
+    check(*inputs(1, 1, 70, 70, 16, device=device), causal=False)
 
 
 def test_large_scores(device):
