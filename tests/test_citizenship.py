@@ -71,6 +71,22 @@ def test_one_graph_for_every_length(make) -> None:
     assert counts[0] == counts[2], "it was compiled again for another length"
 
 
+def test_blocks_compiled_one_by_one() -> None:
+    """As `Module.compile` has it: a block that leaves its last addition to the next returns several results."""
+    model = accelerated()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    results = []
+    for compiled in (False, True):
+        for block in model.transformer.h if compiled else ():
+            block.compile(backend=counter, fullgraph=True, dynamic=True)
+        torch.manual_seed(0)
+        results.append([gradients(model, tokens(T)) for T in (11, 7)])
+    assert counter.frame_count >= len(model.transformer.h)
+    for wanted, got in zip(*results, strict=True):
+        for name, value in wanted.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [MODELS[0], MODELS[2]])
 def test_compiled_by_inductor(make) -> None:
