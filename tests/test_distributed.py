@@ -169,10 +169,34 @@ def test_what_several_ranks_refuse(cli, command, tmp_path, options, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_finetune_is_for_one_process(cli, data, tmp_path):
-    refused = cli("finetune", "--from", data.lm, "--train", data.table, "--out", tmp_path / "run", ranks=2)
-    assert set(refused.codes) == {2}
-    assert "finetune runs in one process" in refused.err
+@pytest.mark.parametrize(
+    ("strategy", "task", "close"),
+    [("ddp", "generation", 1e-4), ("fsdp", "generation", 1e-4), ("ddp", "classification", 0.05)],
+)
+def test_fine_tuning(cli, data, tmp_path, strategy, task, close):
+    """The curve and the best weights of one process: 54 rows in batches of 53, so that every other update has fewer
+    rows than parts. A classifier's dropout differs from rank to rank."""
+    command = [
+        "finetune", "--from", data.lm, "--train", data.table, "--task", task, "--text-column", "text", "--label-column",
+        "label", "--epochs", 3, "--batch-size", 53, "--lr", 1e-2, "--accumulate", 2, "--log-every", 1,
+    ]  # fmt: skip
+    alone, out = tmp_path / "alone", tmp_path / "run"
+    succeed(cli(*command, "--out", alone))
+    result = succeed(cli(*command, "--strategy", strategy, "--out", out, ranks=2))
+    assert result.codes == [0, 0]
+    lines, others = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (out, alone)
+    )
+    for field in ("step", "train_loss", "valid_loss"):
+        assert [line[field] for line in lines] == pytest.approx([line[field] for line in others], rel=close), field
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    if task == "generation":
+        weights, wanted = (load_file(folder / "model.safetensors") for folder in (out, alone))
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=2e-5)
+    record = json.loads((out / "run.json").read_text())
+    assert (record["ranks"], record["strategy"]) == (2, strategy)
+    assert result.out.count("fine-tuned, on held-out rows") == 1  # rank 0 alone prints
 
 
 @pytest.mark.slow

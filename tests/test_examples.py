@@ -1,6 +1,8 @@
 """The scripts in examples/: they run offline and learn, on the accelerated path."""
 
 import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,3 +73,17 @@ def test_accelerate(computed_logits: list, mixed_precision: str) -> None:
     wanted = model.eval()(tokens, labels=tokens).loss
     assert len(gpt_fast.accelerate(model).replaced) == 16
     torch.testing.assert_close(model(tokens, labels=tokens).loss, wanted)
+
+
+@pytest.mark.slow
+def test_margin(tmp_path: Path) -> None:
+    """Two updates of pre-training and a few rows: all arms train on the same rows, and the same command ends at once
+    where all is done."""
+    command = [sys.executable, str(FOLDER / "margin.py"), "--out", str(tmp_path), "--steps", "2", "--rows", "20"]
+    for _ in range(2):
+        done = subprocess.run([*command, "--epochs", "1", "--seeds", "3"], capture_output=True, text=True, check=True)
+    header, _, *rows = (line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| "))
+    assert header[1] == "seed 3"
+    assert [row[0].removeprefix("| ").split(",")[0] for row in rows] == ["pre-trained", "from scratch", "from scratch"]
+    assert all(0 <= float(row[1].removesuffix(" %")) <= 100 for row in rows)
+    assert done.stderr.count("finished, nothing is left to do") == 4

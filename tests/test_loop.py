@@ -299,7 +299,7 @@ def test_compile():
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("precision", "int8"), ("weight_decay", -1.0), ("max_grad_norm", 0.0)],
+    [("precision", "int8"), ("weight_decay", -1.0), ("max_grad_norm", 0.0), ("beta1", -0.1), ("beta2", 1.0)],
 )
 def test_engine_settings_that_make_no_sense(option, value):
     with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} {value}: wanted"):

@@ -148,6 +148,17 @@ def test_resume_with_other_settings(cli, command, stopped, changed, message):
     assert message in result.err
 
 
+def test_what_is_not_given_again_is_as_it_was(cli, command, whole, tmp_path):
+    """A rate that only the first command names is the rate that the second goes on with."""
+    out, other = tmp_path / "run", tmp_path / "other"
+    given = ["--lr", 5e-3, "--beta2", 0.9, "--warmup", 3]
+    succeed(cli(*command, *given, "--out", other))
+    assert cli(*command, *given, "--out", out, watched=(out / "metrics.jsonl", 12)).code == -signal.SIGKILL
+    succeed(cli(*command, "--out", out, "--resume"))
+    same(out, other)
+    assert not torch.equal(*(load_file(run / "model.safetensors")["trunk.token_emb.weight"] for run in (out, whole)))
+
+
 def test_resume_with_other_data(cli, command, data, stopped, tmp_path):
     """The same name, another text."""
     settings = stopped / "settings.yaml"

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from gpt_fast import GPTConfig, GPTForMultipleChoice, GPTForSimilarity
 from gpt_fast.data.tables import Table
+from gpt_fast.data.task_inputs import Example
 from gpt_fast.data.tokenizer import byte_tokenizer, special_ids
 from gpt_fast.training import evaluate, finetune, pretrain, tasks
 from gpt_fast.training.evaluation import generated_metrics
@@ -238,3 +239,20 @@ def test_scratch_draws_the_weights_anew(source, tmp_path):
     pretrained = evaluate.load_run(source, "cpu").trunk.token_emb.weight
     torch.testing.assert_close(weights[0], pretrained, rtol=0, atol=1e-6)
     assert (weights[1] - pretrained).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("ranks", "parts"), [(1, 1), (1, 3), (2, 1), (2, 2), (4, 3)])
+def test_every_row_counts_once_on_some_rank(ranks, parts):
+    """Each update's rows are divided among all parts of all ranks, as many parts on each; what has no row of its own
+    repeats one without weight."""
+    rows = [Example([[i, EXTRACT]], target=i % 2) for i in range(23)]
+    sources = [finetune.RowSource(rows, 8, 0, 5, parts, rank=rank, ranks=ranks) for rank in range(ranks)]
+    alone = finetune.RowSource(rows, 8, 0, 5)
+    for step in range(7):
+        batches = [source(step) for source in sources]
+        assert len({len(batch) for batch in batches}) == 1
+        assert len(batches[0]) <= parts
+        counted = [batch.tokens[:, 0].tolist() for rank in batches for batch in rank if batch.weight]
+        (wanted,) = alone(step)
+        assert sorted(row for rows in counted for row in rows) == sorted(wanted.tokens[:, 0].tolist())
+        assert sum(batch.weight for rank in batches for batch in rank) == wanted.weight

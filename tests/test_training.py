@@ -13,7 +13,8 @@ from torch import nn
 from gpt_fast import GPTConfig, GPTForCausalLM, GPTForMaskedLM
 from gpt_fast.data.batches import Batch
 from gpt_fast.data.stream import TokenStream
-from gpt_fast.training import evaluate, evaluation, finetune, pretrain, runs
+from gpt_fast.data.tables import Table
+from gpt_fast.training import engine, evaluate, evaluation, finetune, pretrain, recipes, runs
 from gpt_fast.training.compare import compare, difference
 from gpt_fast.training.distributed import World
 from gpt_fast.training.lm_data import masker
@@ -47,6 +48,60 @@ def test_schedules_halfway():
     assert warmup_linear(25, total=70, warmup=10) == pytest.approx(0.75)
 
 
+def test_a_schedule_that_ends_above_0():
+    rates = [warmup_cosine(step, total=110, warmup=10, final=0.1) for step in range(111)]
+    assert (rates[9], rates[10], rates[110]) == pytest.approx((1, 1, 0.1))
+    assert rates[60] == pytest.approx(0.55)
+
+
+# --- recipes ---
+
+
+@pytest.mark.parametrize(
+    ("preset", "lr", "betas", "weight_decay", "final"),
+    [
+        ("gpt1", 2.5e-4, (0.9, 0.999), 0.01, 0),
+        ("notes", 2.5e-4, (0.9, 0.999), 0.01, 0),
+        ("gpt2", 6e-4, (0.9, 0.95), 0.1, 0.1),
+        ("gpt2-medium", 3e-4, (0.9, 0.95), 0.1, 0.1),
+        ("gpt2-large", 2.5e-4, (0.9, 0.95), 0.1, 0.1),
+        ("gpt2-xl", 2e-4, (0.9, 0.95), 0.1, 0.1),
+    ],
+)
+def test_published_recipes(preset, lr, betas, weight_decay, final):
+    recipe = recipes.pretraining(preset, None)
+    assert (recipe.lr, (recipe.beta1, recipe.beta2)) == (lr, betas)
+    assert (recipe.weight_decay, recipe.final_lr) == (weight_decay, final)
+
+
+def test_the_optimizer_has_the_recipe_and_what_is_given_wins(text, tmp_path, monkeypatch):
+    """Of a preset in small: what AdamW is made with, and the rate that the schedule ends at."""
+    made = []
+    monkeypatch.setattr(engine, "make_optimizer", lambda *a: made.append(make_optimizer(*a)) or made[-1])
+    for name, given in (("plain", {}), ("given", {"beta2": 0.98, "weight_decay": 0.0, "lr": 1e-3, "final_lr": 0.0})):
+        settings = pretrain.PretrainSettings(
+            out=tmp_path / name, data=(text,), tokenizer="byte", preset="gpt2", steps=50, log_every=50, warmup=1,
+            **given, **(SIZES | {"dim": 16, "batch_size": 1}),
+        )  # fmt: skip
+        pretrain.pretrain(settings, ignore, ignore)
+    groups = [optimizer.param_groups[0] for optimizer in made]
+    assert [(group["betas"], group["weight_decay"]) for group in groups] == [((0.9, 0.95), 0.1), ((0.9, 0.98), 0.0)]
+    last = [runs.read_metrics(tmp_path / name)[-1]["lr"] for name in ("plain", "given")]
+    assert last == pytest.approx([6e-4 * warmup_cosine(49, total=50, warmup=1, final=0.1), 1e-3 * 0.001], rel=0.05)
+    again = recipes.pretraining(None, tmp_path / "given")  # what --from goes on with
+    assert again == recipes.Recipe(1e-3, 0.9, 0.98, 0.0, 0.0)
+    assert recipes.finetuning_lr(tmp_path / "given") == 6.25e-5  # of a published model
+
+
+def test_fine_tuning_defaults_are_the_papers(monkeypatch, tmp_path):
+    settings = finetune.FinetuneSettings(tmp_path, tmp_path)
+    assert (settings.epochs, settings.batch_size, settings.lm_weight) == (3, 32, 0.5)
+    assert (settings.beta1, settings.beta2, settings.weight_decay, settings.max_grad_norm) == (0.9, 0.999, 0.01, 1.0)
+    assert recipes.finetuning_lr(tmp_path) == 6.25e-5  # weights from elsewhere, without a record
+    (tmp_path / "run.json").write_text('{"lr": 2e-3}')
+    assert recipes.finetuning_lr(tmp_path) == 5e-4
+
+
 # --- optimizer ---
 
 
@@ -57,6 +112,7 @@ def test_only_matrices_decay():
     assert {names[id(p)].split(".")[-1] for p in plain["params"]} == {"weight", "bias", "in_proj_bias"}
     assert all("norm" in names[id(p)] for p in plain["params"] if names[id(p)].endswith("weight"))
     assert (decaying["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert decaying["fused"] and plain["fused"]
     # The tied output layer is there once.
     assert sum(p.numel() for group in (decaying, plain) for p in group["params"]) == model.num_parameters()
 
@@ -184,6 +240,21 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer(language_runs, tmp_path):
     assert result["bits_per_byte"] == pytest.approx(bits / (25 * 40))
 
 
+@pytest.mark.parametrize(("first", "then", "fall"), [("clm", "mlm", 0.3), ("mlm", "clm", 0.3)])
+def test_going_on_with_the_other_objective_learns(language_runs, text, tmp_path, first, then, fall):
+    """From the weights of the one the loss of the other falls, further below the unigram entropy than it began."""
+    settings = pretrain.PretrainSettings(
+        out=tmp_path / "run", data=(text,), source=language_runs[first], objective=then, steps=60, lr=5e-3,
+        batch_size=16,
+    )  # fmt: skip
+    record = pretrain.pretrain(settings, ignore, ignore)
+    losses = [line["valid_loss"] for line in runs.read_metrics(tmp_path / "run") if "valid_loss" in line]
+    print(first, then, losses, record["unigram_entropy"])
+    assert losses[-1] < losses[0] - fall
+    assert losses[-1] < record["unigram_entropy"] - 0.1
+    assert evaluate.load_run(tmp_path / "run", "cpu").config.seq_len == SIZES["seq_len"]
+
+
 def test_training_is_reproducible(text, tmp_path):
     losses = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -279,6 +350,19 @@ def test_defaults_that_depend_on_the_run(language_runs, tables, tmp_path):
     )
     record = finetune.finetune(settings, ignore, ignore)
     assert (record["lr"], record["lm_weight"]) == (5e-3 / 4, 0)
+
+
+def test_some_rows():
+    """Drawn by the seed and in the table's order; with all of them it is the table."""
+    table = Table("t", [str(i) for i in range(100)], ["a", "b"] * 50)
+    some = finetune.some_rows(table, 20, 1)
+    assert len(some) == 20
+    assert some.texts == sorted(some.texts, key=int)
+    assert some.texts == finetune.some_rows(table, 20, 1).texts != finetune.some_rows(table, 20, 2).texts
+    assert [table.labels[int(text)] for text in some.texts] == some.labels
+    assert finetune.some_rows(table, 100, 1).texts == table.texts
+    with pytest.raises(ValueError, match="--rows 101: t has 100 to train on"):
+        finetune.some_rows(table, 101, 1)
 
 
 # --- comparison with the reference ---

@@ -37,6 +37,10 @@ def finetune(
             metavar="FILE", help="Table to validate on; without it a tenth of --train's rows.", rich_help_panel="Data"
         ),
     ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(help="Train on this many rows, drawn by --seed, and not on all.", rich_help_panel="Data"),
+    ] = None,
     text_column: Annotated[
         str | None,
         typer.Option(
@@ -73,7 +77,8 @@ def finetune(
     lr: Annotated[
         float | None,
         typer.Option(
-            help="Peak learning rate; a quarter of pre-training's, as in the paper.", rich_help_panel="Training"
+            help="Peak learning rate; 6.25e-5, a quarter of pre-training's for models without a preset.",
+            rich_help_panel="Training",
         ),
     ] = None,
     lm_weight: Annotated[
@@ -83,11 +88,14 @@ def finetune(
     seed: Annotated[int, typer.Option(help="Of the new layer, batches and dropout.", rich_help_panel="Training")] = 0,
     accumulate: shared.Accumulate = 1,
     weight_decay: shared.WeightDecay = 0.01,
+    beta1: shared.Beta1 = 0.9,
+    beta2: shared.Beta2 = 0.999,
     max_grad_norm: shared.MaxGradNorm = 1.0,
     precision: shared.Precision = "float32",
     compile: shared.Compile = False,
     checkpoint_activations: shared.CheckpointActivations = False,
     max_skips: shared.MaxSkips = 10,
+    strategy: shared.Strategy = None,
     device: Device = "auto",
     config: shared.Config = None,
     log_every: shared.LogEvery = None,
@@ -126,6 +134,8 @@ def finetune(
     settings = shared.settings_from(FinetuneSettings, given, device=device)
     with shared.training_session("fine-tuning") as session:
         record = fit(settings, *session)
+    if shared.follows():
+        return
     if as_json:
         print_json({"out": str(out), **record})
         return

@@ -70,7 +70,14 @@ def pretrain(
     lr: Annotated[
         float | None,
         typer.Option(
-            help="Peak learning rate; 2e-3, with a preset 2.5e-4, with --from that run's.", rich_help_panel="Training"
+            help="Peak learning rate; 2e-3, with a preset the published one, with --from that run's.",
+            rich_help_panel="Training",
+        ),
+    ] = None,
+    final_lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of it that the cosine ends at: 0, with a preset of GPT-2 0.1.", rich_help_panel="Training"
         ),
     ] = None,
     warmup: Annotated[
@@ -80,20 +87,23 @@ def pretrain(
         ),
     ] = None,
     accumulate: shared.Accumulate = 1,
-    weight_decay: shared.WeightDecay = 0.01,
+    weight_decay: Annotated[
+        float | None,
+        typer.Option(
+            help="Of matrices; nothing else decays. 0.01, with a preset of GPT-2 0.1.", rich_help_panel="Training"
+        ),
+    ] = None,
+    beta1: Annotated[float | None, typer.Option(help="Of AdamW: 0.9.", rich_help_panel="Training")] = None,
+    beta2: Annotated[
+        float | None,
+        typer.Option(help="0.99, with a preset of GPT-1 0.999, of GPT-2 0.95.", rich_help_panel="Training"),
+    ] = None,
     max_grad_norm: shared.MaxGradNorm = 1.0,
     precision: shared.Precision = "float32",
     compile: shared.Compile = False,
     checkpoint_activations: shared.CheckpointActivations = False,
     max_skips: shared.MaxSkips = 10,
-    strategy: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ddp|fsdp",
-            help="Under torchrun: every rank holds the whole model, or a share of it.",
-            rich_help_panel="Training",
-        ),
-    ] = None,
+    strategy: shared.Strategy = None,
     seed: Annotated[int, typer.Option(help="Of weights, batches and dropout.", rich_help_panel="Training")] = 0,
     device: Device = "auto",
     config: shared.Config = None,

@@ -77,6 +77,16 @@ Accumulate = Annotated[
     int, typer.Option(help="Parts that an update's batch is computed in, for less memory.", rich_help_panel="Training")
 ]
 WeightDecay = Annotated[float, typer.Option(help="Of matrices; nothing else decays.", rich_help_panel="Training")]
+Beta1 = Annotated[float, typer.Option(help="Of AdamW: the first moment's memory.", rich_help_panel="Training")]
+Beta2 = Annotated[float, typer.Option(help="The second moment's.", rich_help_panel="Training")]
+Strategy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ddp|fsdp",
+        help="Under torchrun: every rank holds the whole model, or a share of it.",
+        rich_help_panel="Training",
+    ),
+]
 MaxGradNorm = Annotated[float, typer.Option(help="Gradients are clipped to this norm.", rich_help_panel="Training")]
 Precision = Annotated[
     str,

@@ -6,6 +6,7 @@ every call here costs nothing.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,6 +75,10 @@ class World:
             letters.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         dist.broadcast(letters, 0)
         return bytes(letters.tolist()).decode()
+
+    def values(self, value: dict[str, Any]) -> dict[str, Any]:
+        """Rank 0's plain values, on every rank."""
+        return value if self.size == 1 else json.loads(self.text(json.dumps(value)))
 
     def wrap(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         """The model that trains on this rank's part of each batch: DDP holds all of it everywhere, FSDP2 a share on

@@ -23,6 +23,8 @@ FIRST_SCALE, GROWTH_EVERY = 2.0**16, 2000
 class EngineSettings:
     precision: str = "float32"
     weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
     max_grad_norm: float = 1.0
     compile: bool = False
     checkpoint_activations: bool = False
@@ -37,6 +39,9 @@ class EngineSettings:
             raise ValueError(f"--precision {self.precision}: wanted one of {', '.join(PRECISIONS)}")
         if not self.weight_decay >= 0:
             raise ValueError(f"--weight-decay {self.weight_decay}: wanted 0 or more")
+        for option, value in (("--beta1", self.beta1), ("--beta2", self.beta2)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{option} {value}: wanted 0 or more, and less than 1")
         if not self.max_grad_norm > 0:
             raise ValueError(f"--max-grad-norm {self.max_grad_norm}: wanted more than 0")
 
@@ -65,7 +70,7 @@ class Engine:
         model.trunk.checkpoint_activations = settings.checkpoint_activations
         # FSDP2 replaces the parameters, so it comes before the optimizer.
         self.parallel = self.world.wrap(model, self.dtype)
-        self.optimizer = make_optimizer(model, lr, settings.weight_decay)
+        self.optimizer = make_optimizer(model, lr, settings.weight_decay, (settings.beta1, settings.beta2))
         self.forward: nn.Module = torch.compile(self.parallel) if settings.compile else self.parallel  # type: ignore[assignment]
         self.scale = torch.tensor(FIRST_SCALE if self.dtype == torch.float16 else 1.0, device=self.device)
         self.growth = torch.zeros((), device=self.device)  # updates since the scale last changed

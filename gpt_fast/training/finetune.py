@@ -25,14 +25,16 @@ from ..data.task_inputs import Example, task_batch
 from ..data.tokenizer import load_tokenizer, save_tokenizer
 from ..heads import Head
 from ..interrupts import Stop
-from .distributed import launched_size
+from . import randomness
+from .distributed import World, settings_of, world
 from .engine import Engine, EngineSettings
 from .evaluation import Metrics, confusion_matrix, predictions
 from .loop import Loop, LoopSettings, Progress, intervals
 from .plot import plot_confusion, plot_task
+from .recipes import finetuning_lr
 from .runs import Run, check_run, is_finished, new_run, read_metrics, read_record
 from .schedules import warmup_linear
-from .settings import check_same, write_settings
+from .settings import SETTINGS, read_settings, take_up, write_settings
 from .tasks import (
     EVALUATION_BATCH,
     TaskSettings,
@@ -48,20 +50,21 @@ from .tasks import (
 
 # What may differ when a run is taken up again; all else says what is trained.
 FREE = {
-    "out", "overwrite", "resume", "device", "accumulate", "compile", "checkpoint_activations", "tensorboard",
-    "log_every", "checkpoint_every", "keep_checkpoints", "max_skips",
+    "out", "overwrite", "resume", "device", "strategy", "accumulate", "compile", "checkpoint_activations",
+    "tensorboard", "log_every", "checkpoint_every", "keep_checkpoints", "max_skips",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """The options of `gpt-fast finetune`. The defaults are the paper's; a rate that is None is a quarter of
-    pre-training's, a column that is None the task's own."""
+    """The options of `gpt-fast finetune`. The defaults are the paper's; a rate that is None is, too, for models of the
+    published sizes, and a quarter of pre-training's for others. A column that is None is the task's own."""
 
     source: Path  # --from
     out: Path
     train: Path | None = None
     valid: Path | None = None
+    rows: int | None = None
     text_column: str | None = None
     pair_column: str | None = None
     label_column: str | None = None
@@ -74,6 +77,8 @@ class FinetuneSettings:
     lm_weight: float = 0.5
     accumulate: int = 1
     weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
     max_grad_norm: float = 1.0
     precision: str = "float32"
     compile: bool = False
@@ -87,6 +92,7 @@ class FinetuneSettings:
     overwrite: bool = False
     resume: bool = False
     device: str = "cpu"
+    strategy: str | None = None
 
 
 def finetune(
@@ -97,65 +103,79 @@ def finetune(
 ) -> dict[str, Any]:
     """Trains a task's head on `L_task + λ·L_lm`, or a causal model on answers, and writes a run folder with the weights
     of the best validation; returns what goes into run.json."""
-    task = check(settings)
+    check(settings)
     if settings.resume and is_finished(settings.out):
         say(f"{settings.out}: finished, nothing is left to do")
         return read_record(settings.out)
-    with new_run(settings.out, settings.overwrite, settings.resume) as run:
-        if run.kept:
-            check_same(run.folder, settings, FREE)
-        return _finetune(settings, task, run, show, say, stop or Stop())
+    with world(settings.strategy, settings.device) as ranks:
+        if not ranks.first:
+            out = settings.out.resolve()
+            return _finetune(settings, Run(out, out), ranks, _nothing, _nothing, stop or Stop())
+        with new_run(settings.out, settings.overwrite, settings.resume) as run:
+            return _finetune(settings, run, ranks, show, say, stop or Stop())
 
 
-def check(settings: FinetuneSettings) -> TaskSettings:
+def check(settings: FinetuneSettings) -> None:
     """What is wrong whatever the table says shall fail before it is read."""
-    task = task_settings(
-        settings.task, settings.text_column, settings.pair_column, settings.label_column, settings.numbers
-    )
+    task_of(settings)
     for option, value in (
         ("--epochs", settings.epochs),
         ("--batch-size", settings.batch_size),
         ("--accumulate", settings.accumulate),
+        ("--rows", settings.rows if settings.rows is not None else 1),
     ):
         if value < 1:
             raise ValueError(f"{option} {value}: wanted at least 1")
-    if launched_size() > 1:
-        raise ValueError("finetune runs in one process; torchrun is for pretrain")
     EngineSettings.of(settings)
     check_run(settings.source)
-    return task
+
+
+def task_of(settings: FinetuneSettings) -> TaskSettings:
+    return task_settings(
+        settings.task, settings.text_column, settings.pair_column, settings.label_column, settings.numbers
+    )
 
 
 def _finetune(
     settings: FinetuneSettings,
-    task: TaskSettings,
     run: Run,
+    ranks: World,
     show: Callable[[Progress], None],
     say: Callable[[str], None],
     stop: Stop,
 ) -> dict[str, Any]:
+    began = ranks.values(read_settings(run.folder / SETTINGS) if run.kept else {})  # it is gone on with
+    settings = take_up(run.folder, began, settings, FREE)
+    lr = settings.lr if settings.lr is not None else finetuning_lr(settings.source)
+    task = task_of(settings)
     train, valid = read_tables(settings.train, settings.valid, task, settings.seed)
     names = label_names(train, task)
+    if settings.rows is not None:
+        train = some_rows(train, settings.rows, settings.seed)
     torch.manual_seed(settings.seed)  # the new head's weights
     tokenizer = load_tokenizer(settings.source)
     pretrained_as, _ = read_config(settings.source)
     # A masked model has not learned to predict the next token, and λ would make it do that above all.
     lm_weight = 0.0 if task.writes or pretrained_as == "GPTForMaskedLM" else settings.lm_weight
     make = fresh if settings.scratch else pretrained
-    model = new_model(task, make, settings.source, lm_weight, names).to(settings.device)
+    model = new_model(task, make, settings.source, lm_weight, names).to(ranks.device)
+    if ranks.rank:
+        randomness.seed(settings.seed, ranks.rank)
     rows, valid_rows = (examples(table, task, names, tokenizer, model.config) for table in (train, valid))
     _tell(train, valid, rows, names, model.config.seq_len, say)
 
     steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
-    lr = settings.lr if settings.lr is not None else read_record(settings.source).get("lr", 2.5e-4) / 4
-    if not run.kept:
+    engine = Engine(model, lr, EngineSettings.of(settings), ranks)
+    if ranks.first and not run.kept:
         write_settings(run.folder, dataclasses.replace(settings, lr=lr))
         save_tokenizer(tokenizer, run.folder / "tokenizer.json")
+    source = RowSource(
+        rows, settings.batch_size, model.config.pad_token or 0, settings.seed, settings.accumulate, task.numbers,
+        ranks.rank, ranks.size,
+    )  # fmt: skip
     loop = Loop(
-        Engine(model, lr, EngineSettings.of(settings)),
-        RowSource(
-            rows, settings.batch_size, model.config.pad_token or 0, settings.seed, settings.accumulate, task.numbers
-        ),
+        engine,
+        source,
         partial(validation, model, valid_rows, task, answer_bytes(valid)),
         LoopSettings(
             steps,
@@ -175,7 +195,7 @@ def _finetune(
         seed=settings.seed,
         identity=identity(rows),
     )
-    if run.kept:
+    if run.kept or ranks.size > 1:
         loop.resume()
     loop.run()
     best = loop.state.best_metrics
@@ -202,9 +222,10 @@ def _finetune(
         "skipped": loop.state.skipped,
         "spikes": loop.state.spike_count,
         "best_step": best["step"],
-    }
+    } | settings_of(ranks)
     record |= {name: value for name, value in best.items() if name.startswith(("valid_", "majority_", "mean_"))}
-    finish(run, task, valid, valid_rows, names, tokenizer, record, settings.device)
+    if ranks.first:
+        finish(run, task, valid, valid_rows, names, tokenizer, record, ranks.device)
     return record
 
 
@@ -250,9 +271,19 @@ def answer_bytes(table: Table) -> int:
     return sum(len(label.encode()) for label in table.labels)
 
 
+def some_rows(table: Table, count: int, seed: int) -> Table:
+    """`count` rows of a table, drawn by the seed, in the order they stand in."""
+    if count > len(table):
+        raise ValueError(f"--rows {count}: {table.source} has {len(table):,} to train on")
+    order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))
+    return table.rows(sorted(order[:count].tolist()))
+
+
 @dataclass
 class RowSource:
-    """The batches of a run as a function of the update: one shuffled pass over the rows after another."""
+    """The batches of a run as a function of the update: one shuffled pass over the rows after another. `source(step)`
+    is this rank's parts of update `step`, as many on every rank; where there are fewer rows than parts some repeat one
+    that does not count."""
 
     rows: Sequence[Example]
     batch_size: int
@@ -260,18 +291,30 @@ class RowSource:
     seed: int
     parts: int = 1
     numbers: bool = False
+    rank: int = 0
+    ranks: int = 1
 
     def __call__(self, step: int) -> list[Batch]:
         epoch, place = divmod(step, math.ceil(len(self.rows) / self.batch_size))
         order = self._order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
-        parts = [order[i :: self.parts] for i in range(min(self.parts, len(order)))]
-        return [task_batch([self.rows[i] for i in part], self.pad_token, self.numbers) for part in parts]
+        each = min(self.parts, math.ceil(len(order) / self.ranks))
+        return [
+            self._part(order[i :: each * self.ranks], order[0]) for i in range(self.rank, each * self.ranks, self.ranks)
+        ]
+
+    def _part(self, part: Sequence[int], spare: int) -> Batch:
+        batch = task_batch([self.rows[i] for i in part or [spare]], self.pad_token, self.numbers)
+        return batch if part else batch._replace(weight=0)
 
     def _order(self, epoch: int) -> list[int]:
         if getattr(self, "_epoch", None) != epoch:
             generator = torch.Generator().manual_seed(mix(self.seed, epoch) >> 1)
             self._epoch, self._shuffled = epoch, torch.randperm(len(self.rows), generator=generator).tolist()
         return self._shuffled
+
+
+def _nothing(_: object) -> None:
+    """Ranks other than the first do not print."""
 
 
 def validation(model: Head, rows: Sequence[Example], task: TaskSettings, size: int) -> Metrics:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -154,7 +153,7 @@ def _read_token_files(paths: Sequence[Path], named: str | None, ranks: World) ->
     source = ", ".join(map(str, paths))
     return LMData(
         source, tokenizer, train, valid, document,
-        json.loads(ranks.text(json.dumps({"tokens": len(train), "crc32": sums}))),
+        ranks.values({"tokens": len(train), "crc32": sums}),
         f"{source}: {len(train):,} tokens to train on, {len(valid):,} held out",
     )  # fmt: skip
 

@@ -296,9 +296,11 @@ class Loop:
         if self.better is None:
             return
         key = list(self.better(line))
-        if self.state.best is None or key > self.state.best:
+        if self.engine.world.number(self.state.best is None or key > self.state.best):  # as the first rank says
             self.state.best, self.state.best_metrics = key, line
-            self.engine.model.save_pretrained(self.run_folder.folder / "best")
+            model = self.engine.whole_model()
+            if self.engine.world.first:
+                model.save_pretrained(self.run_folder.folder / "best")
 
     def _to_tensorboard(self, line: Metrics) -> None:
         if not self.settings.tensorboard:

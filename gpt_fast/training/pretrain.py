@@ -27,9 +27,10 @@ from .evaluation import lm_loss
 from .lm_data import LMData, Mask, WindowSource, lm_batch, masker, read_lm_data
 from .loop import Loop, LoopSettings, Metrics, Progress, intervals
 from .plot import plot_language_model
+from .recipes import Recipe, complete, pretraining
 from .runs import Run, check_run, is_finished, new_run, read_metrics, read_record
 from .schedules import warmup_cosine
-from .settings import check_same, write_settings
+from .settings import SETTINGS, read_settings, take_up, write_settings
 
 OBJECTIVES: dict[str, type[Head]] = {"clm": GPTForCausalLM, "mlm": GPTForMaskedLM}
 VALID_WINDOWS = 128
@@ -42,8 +43,7 @@ FREE = {
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """The options of `gpt-fast pretrain`; a size that is None is the preset's, or without a preset that of a small
-    GPT-2."""
+    """The options of `gpt-fast pretrain`; what is None is the preset's, or without a preset that of a small GPT-2."""
 
     out: Path
     data: tuple[Path, ...] = ()
@@ -62,7 +62,10 @@ class PretrainSettings:
     accumulate: int = 1
     lr: float | None = None
     warmup: int | None = None
-    weight_decay: float = 0.01
+    final_lr: float | None = None
+    weight_decay: float | None = None
+    beta1: float | None = None
+    beta2: float | None = None
     max_grad_norm: float = 1.0
     precision: str = "float32"
     compile: bool = False
@@ -103,13 +106,17 @@ def check(settings: PretrainSettings) -> None:
     """What is wrong whatever the text says shall fail before it is read."""
     if settings.objective not in OBJECTIVES:
         raise ValueError(f"--objective {settings.objective}: wanted one of {', '.join(OBJECTIVES)}")
-    EngineSettings.of(settings)
     if settings.warmup is not None and settings.warmup < 1:
         raise ValueError(f"--warmup {settings.warmup}: wanted at least 1")
+    if settings.final_lr is not None and not 0 <= settings.final_lr <= 1:
+        raise ValueError(f"--final-lr {settings.final_lr}: wanted a share of the peak rate, from 0 to 1")
     if settings.source is None:
         make_config(settings, num_tokens=1000)
+    else:
+        check_run(settings.source)
+    EngineSettings.of(complete(settings, pretraining(settings.preset, settings.source)))
+    if settings.source is None:
         return
-    check_run(settings.source)
     options = {
         "preset": "--preset",
         "layers": "--layers",
@@ -130,8 +137,11 @@ def _pretrain(
     say: Callable[[str], None],
     stop: Stop | None,
 ) -> dict[str, Any]:
-    if run.kept:  # it is gone on with
-        check_same(run.folder, settings, FREE)
+    began = ranks.values(read_settings(run.folder / SETTINGS) if run.kept else {})  # it is gone on with
+    settings = take_up(run.folder, began, settings, FREE)
+    settings = complete(settings, pretraining(settings.preset, settings.source))
+    warmup = settings.warmup if settings.warmup is not None else min(2000, max(1, settings.steps // 10))
+    settings = dataclasses.replace(settings, warmup=warmup)
     bpe_size = GPTConfig.preset(settings.preset).num_tokens if settings.preset else 4096
     named = str(run.folder) if run.kept else str(settings.source) if settings.source else settings.tokenizer
     data = read_lm_data(settings.data, named, bpe_size, ranks)
@@ -148,14 +158,13 @@ def _pretrain(
     document_token = data.document_token if settings.pack else None
     if settings.pack and document_token is None:
         raise ValueError("--pack: nothing says which token begins a document in these files")
-    lr = settings.lr if settings.lr is not None else default_lr(settings)
-    warmup = settings.warmup if settings.warmup is not None else min(2000, max(1, settings.steps // 10))
-    engine = Engine(model, lr, EngineSettings.of(settings), ranks)
+    recipe = Recipe.of(settings)
+    engine = Engine(model, recipe.lr, EngineSettings.of(settings), ranks)
     parameters = model.num_parameters() if ranks.strategy != "fsdp" or ranks.size == 1 else None
     loop_settings = LoopSettings(
         settings.steps,
-        lr,
-        partial(warmup_cosine, total=settings.steps, warmup=warmup),
+        recipe.lr,
+        partial(warmup_cosine, total=settings.steps, warmup=warmup, final=recipe.final_lr),
         **intervals(settings.steps, validations=10, log_every=settings.log_every),
         checkpoint_every=settings.checkpoint_every,
         keep=settings.keep_checkpoints,
@@ -170,7 +179,7 @@ def _pretrain(
     )  # fmt: skip
     valid = validation_batches(data.valid, config.seq_len, settings.batch_size, mask, document_token)
     if ranks.first and not run.kept:
-        write_settings(run.folder, dataclasses.replace(settings, lr=lr, warmup=warmup))
+        write_settings(run.folder, settings)
         save_tokenizer(data.tokenizer, run.folder / "tokenizer.json")
     loop = Loop(
         engine, source, partial(validation, model, valid, ranks), loop_settings, run, show, say, stop or Stop(),
@@ -189,7 +198,8 @@ def _pretrain(
         "valid_tokens": len(data.valid),
         "steps": settings.steps,
         "batch_size": settings.batch_size,
-        "lr": lr,
+        "preset": settings.preset or (read_record(settings.source).get("preset") if settings.source else None),
+        **dataclasses.asdict(recipe),
         "seed": settings.seed,
         "device": settings.device,
         "precision": settings.precision,
@@ -246,14 +256,6 @@ def make_config(settings: PretrainSettings, num_tokens: int, **tokens: int) -> G
     sizes = {} if settings.preset else small
     sizes |= {name: value for name, value in given.items() if value is not None}
     return GPTConfig.preset(settings.preset or "gpt2", num_tokens=num_tokens, **sizes, **tokens)
-
-
-def default_lr(settings: PretrainSettings) -> float:
-    """The paper's for the published sizes; a small model takes, and needs, more; a run that is gone on from had its
-    own."""
-    if settings.source is not None:
-        return float(read_record(settings.source).get("lr", 2.5e-4))
-    return 2.5e-4 if settings.preset else 2e-3
 
 
 def validation_batches(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
+S = TypeVar("S")
 SETTINGS = "settings.yaml"
 _UNSAVED = {"out", "overwrite", "resume"}  # of the command, not of the run
 
@@ -44,19 +45,28 @@ def read_settings(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in values.items()}
 
 
-def check_same(folder: Path, settings: Any, free: set[str]) -> None:
-    """Raises where a run would go on with other settings than it began with; what is left to its default is not
-    asked."""
-    began = read_settings(folder / SETTINGS)
-    given = to_plain(settings)
-    for name, value in given.items():
-        if name in {option(field) for field in free} or value is None:
+def take_up(folder: Path, began: dict[str, Any], settings: S, free: set[str]) -> S:
+    """The settings of a run in `folder` that goes on, which `began` with these: what is not given is as it was then,
+    and what is given has to be, but for `free`."""
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        name, value = option(field.name), _plain(getattr(settings, field.name))
+        if field.name in free or name not in began or value == began[name]:
             continue
-        if began.get(name) != value:
+        if value not in (None, []):
             raise ValueError(
-                f"--{name} {value}: the run in {folder} began with {began.get(name)}; --resume goes on with the same "
+                f"--{name} {value}: the run in {folder} began with {began[name]}; --resume goes on with the same "
                 f"settings (--config {folder / SETTINGS} repeats them)"
             )
+        fields[field.name] = _of_type(str(field.type), began[name])
+    return dataclasses.replace(settings, **fields)  # type: ignore[type-var]
+
+
+def _of_type(hint: str, value: Any) -> Any:
+    """A plain value as its field has it."""
+    if isinstance(value, list):
+        return tuple(_of_type(hint, entry) for entry in value)
+    return Path(value) if "Path" in hint else value
 
 
 def _plain(value: Any) -> Any:
