@@ -337,6 +337,20 @@ def test_the_last_k_are_kept_and_latest_names_the_newest(tmp_path):
     assert (tmp_path / "latest").read_text() == "step-000000100\n"
 
 
+def test_latest_moves_when_the_checkpoint_is_whole_and_none_is_gone_yet(tmp_path, monkeypatch):
+    engine, seen, point = engine_with_state(0), [], checkpoints._point
+
+    def pointing(folder, name):
+        latest = (folder / "latest").read_text().strip() if seen else None
+        seen.append((checkpoints.read(folder / name)["step"], latest, len(list(folder.glob("step-*")))))
+        point(folder, name)
+
+    monkeypatch.setattr(checkpoints, "_point", pointing)
+    for step in (1, 2, 3):
+        checkpoints.save(tmp_path, step, engine.state(), {}, 1, engine.world)
+    assert seen == [(1, None, 1), (2, "step-000000001", 2), (3, "step-000000002", 2)]
+
+
 def test_every_flipped_byte_is_noticed(tmp_path):
     """In the tensors as in the manifest, in the names of fields as in their values."""
     engine = engine_with_state(0)

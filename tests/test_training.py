@@ -74,6 +74,22 @@ def test_published_recipes(preset, lr, betas, weight_decay, final):
     assert (recipe.weight_decay, recipe.final_lr) == (weight_decay, final)
 
 
+@pytest.mark.parametrize(("preset", "residual"), [("gpt1", 0.02), ("gpt2", 0.02 / math.sqrt(2 * 8))])
+def test_weights_begin_as_published(preset, residual):
+    """N(0, 0.02), what writes into GPT-2's residual stream narrower by the root of its depth; gains 1, biases 0."""
+    model = GPTForCausalLM(GPTConfig.preset(preset, **(SMALL | {"hidden_dim": 64, "num_layers": 8})))
+    for name, parameter in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            assert (parameter == 1).all(), name
+        elif name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        else:
+            wanted = residual if "out_proj" in name or "ff.3" in name else 0.02
+            error = 4 / math.sqrt(2 * parameter.numel())  # four standard errors of a standard deviation
+            assert parameter.std().item() == pytest.approx(wanted, rel=error), name
+            assert abs(parameter.mean().item()) < 4 * wanted / math.sqrt(parameter.numel()), name
+
+
 def test_the_optimizer_has_the_recipe_and_what_is_given_wins(text, tmp_path, monkeypatch):
     """Of a preset in small: what AdamW is made with, and the rate that the schedule ends at."""
     made = []
