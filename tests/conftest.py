@@ -102,6 +102,16 @@ def threads() -> Iterator:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For modules that train tiny models: two threads would spend their time waiting for each other, and on a machine
+    that does other work, too, twenty times as long as one takes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def no_leftover_switches() -> Iterator[None]:
     yield

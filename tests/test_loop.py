@@ -18,6 +18,8 @@ from gpt_fast.training.loop import Loop, LoopSettings, Progress, intervals
 from gpt_fast.training.monitor import Spikes
 from gpt_fast.training.runs import new_run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = {"num_tokens": 40, "hidden_dim": 16, "num_heads": 2, "num_layers": 2, "seq_len": 16}
 
 

@@ -16,6 +16,8 @@ from gpt_fast.training import evaluate, finetune, pretrain, tasks
 from gpt_fast.training.evaluation import generated_metrics
 from gpt_fast.training.runs import read_record
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = {"num_tokens": 40, "hidden_dim": 16, "num_heads": 2, "num_layers": 2, "seq_len": 16}
 EXTRACT = 39
 

@@ -21,6 +21,8 @@ from gpt_fast.training.lm_data import masker
 from gpt_fast.training.optimizer import make_optimizer
 from gpt_fast.training.schedules import warmup_cosine, warmup_linear
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = {"num_tokens": 40, "hidden_dim": 16, "num_heads": 2, "num_layers": 2, "seq_len": 16}
 
 
@@ -256,19 +258,18 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer(language_runs, tmp_path):
     assert result["bits_per_byte"] == pytest.approx(bits / (25 * 40))
 
 
-@pytest.mark.parametrize(("first", "then", "fall"), [("clm", "mlm", 0.3), ("mlm", "clm", 0.3)])
-def test_going_on_with_the_other_objective_learns(language_runs, text, tmp_path, first, then, fall):
-    """From the weights of the one the loss of the other falls, further below the unigram entropy than it began."""
+@pytest.mark.parametrize(("first", "then", "steps", "batch_size"), [("clm", "mlm", 200, 32), ("mlm", "clm", 60, 16)])
+def test_going_on_with_the_other_objective_learns(language_runs, text, tmp_path, first, then, steps, batch_size):
+    """From the weights of the one, the loss of the other falls by a nat and to far below the unigram entropy."""
     settings = pretrain.PretrainSettings(
-        out=tmp_path / "run", data=(text,), source=language_runs[first], objective=then, steps=60, lr=5e-3,
-        batch_size=16,
+        out=tmp_path / "run", data=(text,), source=language_runs[first], objective=then, steps=steps, lr=5e-3,
+        batch_size=batch_size,
     )  # fmt: skip
     record = pretrain.pretrain(settings, ignore, ignore)
     losses = [line["valid_loss"] for line in runs.read_metrics(tmp_path / "run") if "valid_loss" in line]
-    print(first, then, losses, record["unigram_entropy"])
-    assert losses[-1] < losses[0] - fall
-    assert losses[-1] < record["unigram_entropy"] - 0.1
-    assert evaluate.load_run(tmp_path / "run", "cpu").config.seq_len == SIZES["seq_len"]
+    assert losses[-1] < losses[0] - 1, losses
+    assert losses[-1] < record["unigram_entropy"] - 1, losses
+    assert isinstance(evaluate.load_run(tmp_path / "run", "cpu"), pretrain.OBJECTIVES[then])
 
 
 def test_training_is_reproducible(text, tmp_path):
