@@ -122,6 +122,26 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}], ids=["resume", "overwrite"])
+def test_nor_does_one_replace_what_another_has_just_begun(tmp_path, options):
+    """Before its first checkpoint, and not even if it began between the other's start and its first update."""
+    out = tmp_path / "a"
+    with runs.new_run(out) as first:
+        (first.folder / "metrics.jsonl").write_text("first")
+
+        def begin() -> None:
+            with runs.new_run(out, **options) as second:
+                first.publish()
+                (second.folder / "metrics.jsonl").write_text("second")
+                second.publish()
+
+        for _ in range(2):
+            with pytest.raises(ValueError, match="another process is training there"):
+                begin()
+            assert listing(tmp_path) == ["a", "a/metrics.jsonl"]
+    assert (out / "metrics.jsonl").read_text() == "first"
+
+
 def test_what_a_kill_left_is_swept_up(tmp_path):
     """A folder that a living process holds is not."""
     (tmp_path / ".a.new-dead").mkdir()

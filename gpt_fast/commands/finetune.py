@@ -140,6 +140,6 @@ def finetune(
         print_json({"out": str(out), **record})
         return
     measured = {name.removeprefix("valid_"): value for name, value in record.items() if name not in ("valid_rows",)}
-    rows = metric_rows(measured)
-    rows += [("time", f"{record['seconds']:.0f} s"), ("run folder", f"{out}, with the curves in loss.png")]
-    print_table("fine-tuned, on held-out rows", rows)
+    lines = metric_rows(measured)
+    lines += [("time", f"{record['seconds']:.0f} s"), ("run folder", f"{out}, with the curves in loss.png")]
+    print_table("fine-tuned, on held-out rows", lines)

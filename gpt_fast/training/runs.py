@@ -54,6 +54,7 @@ class Run:
         if self.folder == self.out:
             return
         _check_target(self.out, self.overwrite)  # someone may have written there meanwhile
+        _check_idle(self.out)
         self.folder.chmod(0o777 & ~_umask())  # mkdtemp's folders are the owner's alone
         if self.out.exists():
             self._replaced = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.old-", dir=self.out.parent))
@@ -98,6 +99,7 @@ def new_run(out: Path, overwrite: bool = False, resume: bool = False) -> Iterato
         return
     overwrite = overwrite or (resume and not is_finished(out))
     _check_target(out, overwrite)
+    _check_idle(out)
     try:
         made = _make_parents(out.parent)
         _sweep(out)
@@ -143,6 +145,13 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _check_idle(out: Path) -> None:
+    """Raises where a living process trains in `out`, which has no checkpoint there yet."""
+    if out.exists():
+        with _locked(out):
+            pass
 
 
 def check_run(folder: Path) -> None:
