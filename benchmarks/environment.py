@@ -17,6 +17,21 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("triton", "transformers", "liger-kernel")
 
 
+# Bytes and dense operations a second by the vendors' data sheets, for devices whose name contains the key. They are
+# shown beside what was measured; shares are never taken of them.
+DATA_SHEETS = {
+    "A100-SXM4-40GB": {"copy": 1.555e12, "matmul bfloat16": 312e12, "matmul float32": 19.5e12},
+    "A100-SXM4-80GB": {"copy": 2.039e12, "matmul bfloat16": 312e12, "matmul float32": 19.5e12},
+    "H100 80GB HBM3": {"copy": 3.35e12, "matmul bfloat16": 989e12, "matmul float32": 67e12},
+    "H200": {"copy": 4.8e12, "matmul bfloat16": 989e12, "matmul float32": 67e12},
+}
+
+
+def data_sheet(name: str) -> dict[str, float]:
+    """What the vendor states for the device of this name, by floor; empty where it is not known here."""
+    return next((rates for part, rates in DATA_SHEETS.items() if part in name), {})
+
+
 def device_name(device: str) -> str:
     """The GPU's or the CPU's name, with the number of CPU threads used."""
     if device == "cuda":

@@ -5,6 +5,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.counts import MFU_FORMULA, MFU_WHERE
+from benchmarks.environment import data_sheet
 from benchmarks.results import OURS, Record, Run
 
 TITLES = {
@@ -97,7 +98,13 @@ def missing(run: Run) -> list[str]:
 
 def floors_line(run: Run, index: int) -> str:
     session = run["sessions"][index]
-    shown = (f"{name} {rate(name, floor['rate'])}" for name, floor in session["floors"].items())
+    stated = data_sheet(run["device"]["name"])
+
+    def figure(name: str, measured: float) -> str:
+        beside = f" (data sheet {rate(name, stated[name])})" if name in stated else ""
+        return f"{name} {rate(name, measured)}{beside}"
+
+    shown = (figure(name, floor["rate"]) for name, floor in session["floors"].items())
     return f"{session['date']} UTC, load {session['load']}: {', '.join(shown)}"
 
 

@@ -463,6 +463,13 @@ def test_page_shows_every_figure():
     assert "![bars](layer_norm_bars.png)" in text
 
 
+def test_data_sheets_are_shown_beside_the_floors_and_shares_are_not_taken_of_them():
+    device = {"type": "cuda", "name": "NVIDIA H200", "slug": "nvidia-h200", "bf16_products": True}
+    text = tables.page([a_run(record(median=1.0), device=device)], {})
+    assert "copy 10 GB/s (data sheet 4.8 TB/s), read 20 GB/s" in text
+    assert "| gpt_fast | 1 s ± 0% | 1.00 | 50% | 3 MiB |" in text
+
+
 def test_highlights_put_passes_together():
     """README.md shows of each topic, dtype and dropout the largest case, and nobody who does less or is ours."""
     two = {"forward": record()["times"]["forward"], "backward": record(median=2.0)["times"]["forward"]}
