@@ -1,10 +1,11 @@
 """Writes every table and plot that is shown from the files of results: python -m benchmarks.report [DIR]
 
 For each device's folder in DIR (benchmarks/results without one): README.md and the plots, from its JSON files. Without
-DIR also the blocks of README.md that are marked as made here.
+DIR also the blocks of README.md that are marked as made here, and docs/results.md with its pictures.
 """
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from benchmarks.results import Run
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+DOCS_PAGE, DOCS_PICTURES = ROOT / "docs" / "results.md", ROOT / "docs" / "assets" / "results"
 SHOWN = ("training_step_bars.png", "attention_T_float32.png", "attention_T_bfloat16.png")  # in README.md
 
 
@@ -49,6 +51,38 @@ def figures(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def docs_page(folder: Path) -> str:
+    """docs/results.md: of each device the floors, every case's summary and the curves of what grows."""
+    lines = [
+        "# Results",
+        "",
+        "Made by `make report` from the files in `benchmarks/results`, which `make bench` writes; "
+        "[how it is measured](benchmarks.md). Each folder there has a page with every implementation, pass and peak "
+        "memory. Shares are of the speed limits measured in the same run.",
+    ]
+    for path, runs in devices(folder).items():
+        lines += ["", f"## {runs[0]['device']['name']}", ""]
+        lines += [*tables.versions(runs), "", *tables.table(tables.SUMMARY_HEADER, tables.summary(runs))]
+        for picture in pictures(path):
+            words = picture.stem.replace("_", " ")
+            lines += ["", f"![{words}](assets/results/{path.name}/{picture.name})"]
+    return "\n".join(lines) + "\n"
+
+
+def pictures(path: Path) -> list[Path]:
+    """Of a device's pictures those that docs/results.md shows: how cost grows, and the training step."""
+    return sorted(p for p in path.glob("*.png") if not p.stem.endswith("_bars") or p.stem == "training_step_bars")
+
+
+def write_docs(folder: Path) -> None:
+    DOCS_PAGE.write_text(docs_page(folder), encoding="utf-8")
+    shutil.rmtree(DOCS_PICTURES, ignore_errors=True)
+    for path in devices(folder):
+        (DOCS_PICTURES / path.name).mkdir(parents=True)
+        for picture in pictures(path):
+            shutil.copy(picture, DOCS_PICTURES / path.name)
+
+
 def blocks() -> dict[str, str]:
     """What `make report` writes into README.md, by the name of the block."""
     return {"support": support.table(), "figures": figures(RESULTS)}
@@ -70,6 +104,7 @@ def main() -> None:
     else:
         pages = write_pages(RESULTS)
         README.write_text(rewritten(README.read_text("utf-8")), encoding="utf-8")
+        write_docs(RESULTS)
     print("\n".join(str(path) for path in pages) or "no results")
 
 

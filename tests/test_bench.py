@@ -531,7 +531,12 @@ def test_committed_pages_are_made_from_the_committed_files():
         page = tables.page(runs, shown)
         without = [line for line in text.splitlines() if not line.startswith("![")]
         assert without == [line for line in page.splitlines() if not line.startswith("![")], "make report"
+        copies = report.DOCS_PICTURES / folder.name
+        assert {p.name: p.read_bytes() for p in copies.glob("*")} == {
+            p.name: p.read_bytes() for p in report.pictures(folder)
+        }, "make report"
     assert report.figures(report.RESULTS) in (ROOT / "README.md").read_text("utf-8"), "README.md: make report"
+    assert report.docs_page(report.RESULTS) == report.DOCS_PAGE.read_text("utf-8"), "make report"
 
 
 def test_blocks_of_the_readme(monkeypatch):
