@@ -67,38 +67,42 @@ def operators(run: Call) -> Call:
     return again
 
 
-def take_turns(calls: dict[str, Call], device: str, cpu_time: bool) -> dict[str, Summary]:
-    """Seconds of one call of each, enqueued."""
+def calls_of(op: str, device: str) -> dict[tuple[str, str, str], Call]:
+    """By op, pass and whose: ours, its operators, and PyTorch's."""
+    topic = TOPICS[op]
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    case = Case(op, device, tuple(SIZES[op].items()), dtype)
+    functions = {peer.name: peer.build(case) for peer in PEERS[op] if peer.name in (OURS, *THEIRS)}
+    inputs = [topic.inputs(case)]
+    calls = {}
+    for passes in ("forward", "training") if "backward" in topic.passes else topic.passes:
+        (ours,) = prepare(functions[OURS], inputs, passes)
+        ours()
+        calls[op, passes, "function"], calls[op, passes, "operators"] = ours, operators(ours)
+        for name in THEIRS:
+            if name in functions:
+                (calls[op, passes, "PyTorch"],) = prepare(functions[name], inputs, passes)
+    return calls
+
+
+def measure(ops: list[str], device: str, cpu_time: bool) -> dict[str, dict[str, dict[str, Summary]]]:
+    """Seconds of one call, enqueued, by op, pass and whose. All take turns, so that what disturbs is spread."""
     now = clock("cpu", cpu_time)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    calls = {key: call for op in ops for key, call in calls_of(op, device).items()}
+    seconds: dict[tuple[str, str, str], list[float]] = {key: [] for key in calls}
     for turn in range(ROUNDS + 2):
-        for name, call in calls.items():
+        for key, call in calls.items():
             if device == "cuda":
                 torch.cuda.synchronize()
             start = now()
             for _ in range(CALLS):
                 call()
             if turn > 1:
-                seconds[name].append((now() - start) / CALLS)
-    return {name: dict(zip(("q1", "median", "q3"), quartiles(values), strict=True)) for name, values in seconds.items()}
-
-
-def measure(op: str, device: str, cpu_time: bool) -> dict[str, dict[str, Summary]]:
-    """By pass: ours, its operators, and PyTorch's."""
-    topic = TOPICS[op]
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    case = Case(op, device, tuple(SIZES[op].items()), dtype)
-    functions = {peer.name: peer.build(case) for peer in PEERS[op] if peer.name in (OURS, *THEIRS)}
-    inputs = [topic.inputs(case)]
-    found = {}
-    for passes in ("forward", "training") if "backward" in topic.passes else topic.passes:
-        (ours,) = prepare(functions[OURS], inputs, passes)
-        ours()
-        calls = {"function": ours, "operators": operators(ours)}
-        for name in THEIRS:
-            if name in functions:
-                (calls["PyTorch"],) = prepare(functions[name], inputs, passes)
-        found[passes] = take_turns(calls, device, cpu_time)
+                seconds[key].append((now() - start) / CALLS)
+    found: dict[str, dict[str, dict[str, Summary]]] = {}
+    for (op, passes, name), values in seconds.items():
+        summary = dict(zip(("q1", "median", "q3"), quartiles(values), strict=True))
+        found.setdefault(op, {}).setdefault(passes, {})[name] = summary
     return found
 
 
@@ -139,7 +143,7 @@ def main() -> None:
         **describe(arguments.device, arguments.cpu_time),
         "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
         "load": round(os.getloadavg()[0], 2),
-        "ops": {op: measure(op, arguments.device, arguments.cpu_time) for op in SIZES},
+        "ops": measure(list(SIZES), arguments.device, arguments.cpu_time),
     }
     print("\n".join(lines(record)))
     if arguments.out:

@@ -30,7 +30,7 @@ def test_operators_are_what_the_function_runs_and_no_more():
 def test_a_record_and_its_table(op, monkeypatch, tmp_path):
     monkeypatch.setattr(overhead, "CALLS", 2)
     monkeypatch.setattr(overhead, "ROUNDS", 3)
-    measured = overhead.measure(op, "cpu", cpu_time=False)
+    measured = overhead.measure([op], "cpu", cpu_time=False)[op]
     for times in measured.values():
         assert set(times) == {"function", "operators", "PyTorch"}
         assert all(0 < time["q1"] <= time["median"] <= time["q3"] < 1 for time in times.values())
