@@ -17,6 +17,7 @@ from benchmarks.results import Run
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 DOCS_PAGE, DOCS_PICTURES = ROOT / "docs" / "results.md", ROOT / "docs" / "assets" / "results"
+WHOLE_MODELS = ("training_step", "generation")  # with every implementation in docs/results.md
 SHOWN = ("training_step_bars.png", "attention_T_float32.png", "attention_T_bfloat16.png")  # in README.md
 
 
@@ -63,6 +64,11 @@ def docs_page(folder: Path) -> str:
     for path, runs in devices(folder).items():
         lines += ["", f"## {runs[0]['device']['name']}", ""]
         lines += [*tables.versions(runs), "", *tables.table(tables.SUMMARY_HEADER, tables.summary(runs))]
+        for run in runs:
+            if run["topic"] in WHOLE_MODELS:
+                lines += ["", f"### {tables.TITLES[run['topic']]}", "", *tables.notes(run)]
+                lines += tables.case_tables(run, complete=True)
+        lines += ["", "### How cost grows"]
         for picture in pictures(path):
             words = picture.stem.replace("_", " ")
             lines += ["", f"![{words}](assets/results/{path.name}/{picture.name})"]

@@ -198,13 +198,20 @@ def page(runs: list[Run], plots: dict[str, str], last: Iterable[str] = ()) -> st
     for name, caption in plots.items():
         lines += ["", f"![{caption}]({name})"]
     for run in runs:
-        lines += ["", f"## {TITLES.get(run['topic'], run['topic'])}", "", *notes(run)]
-        for case, records in results.by_case(run).items():
-            lines += ["", f"**{case}**", "", *table(columns(run, records.values()), rows(run, records))]
+        lines += ["", f"## {TITLES.get(run['topic'], run['topic'])}", "", *notes(run), *case_tables(run)]
         absent = missing(run)
         if absent:
             lines += ["", "Not measured:", "", *(f"- {line}" for line in absent)]
     return "\n".join([*lines, *last]) + "\n"
+
+
+def case_tables(run: Run, complete: bool = False) -> list[str]:
+    """A table of every implementation for each case, or for those alone that everybody ran."""
+    lines = []
+    for case, records in results.by_case(run).items():
+        if not complete or (OURS in records and records[OURS]["complete"]):
+            lines += ["", f"**{case}**", "", *table(columns(run, records.values()), rows(run, records))]
+    return lines
 
 
 def versions(runs: list[Run]) -> list[str]:
