@@ -94,7 +94,7 @@ class Chunk {
         statistics_(blocks * M),
         factors_(keeps ? blocks * M : 0),
         target_logit_(M) {
-    for (int64_t i = 0; i < M; ++i) {
+    for (int64_t i = 0; i < M && C > 0; ++i) {
       std::memcpy(gathered_.mutable_data_ptr<scalar_t>() + i * C,
                   in_.x.const_data_ptr<scalar_t>() + in_.rows.index[begin + i] * in_.x.stride(0), C * sizeof(scalar_t));
     }
