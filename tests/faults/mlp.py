@@ -58,7 +58,7 @@ FAULTS = (
     Fault("both rows of a pair drop the upper's", CPP, "row(i + 8, dropout.has_value() ? lower : nullptr)", "row(i + 8, dropout.has_value() ? upper : nullptr)", "dropout_mask"),
     Fault("rows past the eighth skipped", CPP, "if (i + 8 < rows) row(i + 8", "if (i + 9 < rows) row(i + 8", "numerics"),
     Fault("a number equal to the threshold drops", CPP, "kept[j] = bits[j] >= threshold", "kept[j] = bits[j] > threshold", "threshold"),
-    Fault("activation kept, not its input", CPP, "if (ACTIVATION != Activation::kRelu && hidden != nullptr) round_row(row, hidden", "if (ACTIVATION != Activation::kRelu && hidden != nullptr) round_row(h.row(i), hidden", "numerics"),
+    Fault("activation kept, not its input", CPP, "if (ACTIVATION != Activation::kRelu && hidden != nullptr) round_row(row, hidden", "float kept[kBlock]; for (int64_t j = 0; j < kBlock; j += kVec) activate<ACTIVATION>(Vec::loadu(row + j)).value.store(kept + j); if (ACTIVATION != Activation::kRelu && hidden != nullptr) round_row(kept, hidden", "numerics"),
     Fault("hidden activation in bfloat16", CPP, "round_row(row, h.row(i), kBlock);", "for (int64_t j = 0; j < kBlock; ++j) row[j] = static_cast<float>(at::BFloat16(row[j]));\n        round_row(row, h.row(i), kBlock);", "numerics"),
     Fault("hidden activation of every chunk in the first's place", CPP, "hidden.mutable_data_ptr<scalar_t>() + first * F", "hidden.mutable_data_ptr<scalar_t>()", "chunk"),
     # C++, backward
