@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 150  # seconds for one test; without a fault the longest takes a tenth of that
 BATCH = 12  # faults that are compiled and judged together
 CPP_OPS = sorted(path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
+REGISTRATION = r"TORCH_LIBRARY_IMPL\(gpt_fast, (\w+), m\)"
 BROKEN = re.compile(r"\b(SyntaxError|IndentationError|NameError|CompilationError|ImportError|ModuleNotFoundError)\b")
 
 
@@ -120,14 +121,17 @@ def one_text(path: Path, fault: Fault, seen: set[Path]) -> str:
 
 def many_mutants(op: str, faults: list[Fault]) -> str:
     """One file with a copy of the op for each fault, each in a namespace of its own; GPT_FAST_MUTANT chooses one."""
-    texts = []
+    texts, keys = [], []
     for number, fault in enumerate(faults):
         text = one_text(ROOT / "csrc" / "cpu" / f"{op}.cpp", fault, set())
-        text = re.sub(r"\bgpt_fast(?= \{|::)", f"mutant_{number}", text)
-        texts.append(text.replace("TORCH_LIBRARY_IMPL(gpt_fast, CPU, m)", "void add_kernels(torch::Library& m)"))
-    cases = "".join(f"case {number}: return mutant_{number}::add_kernels(m);" for number in range(len(faults)))
+        text = re.sub(r"(?<!\")\bgpt_fast(?= \{|::)", f"mutant_{number}", text)
+        keys = re.findall(REGISTRATION, text)
+        texts.append(re.sub(REGISTRATION, r"void add_\1(torch::Library& m)", text))
+    texts.append("#include <cstdlib>\n")
     choice = 'std::atoi(std::getenv("GPT_FAST_MUTANT"))'
-    texts.append(f"#include <cstdlib>\nTORCH_LIBRARY_IMPL(gpt_fast, CPU, m) {{ switch ({choice}) {{ {cases} }} }}\n")
+    for key in keys:
+        cases = "".join(f"case {number}: return mutant_{number}::add_{key}(m);" for number in range(len(faults)))
+        texts.append(f"TORCH_LIBRARY_IMPL(gpt_fast, {key}, m) {{ switch ({choice}) {{ {cases} }} }}\n")
     return "\n".join(texts)
 
 

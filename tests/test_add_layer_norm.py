@@ -111,6 +111,20 @@ def test_one_output_used(uses, p, device):
     check(*sample_inputs((7, 70), device), p, uses=uses)
 
 
+@pytest.mark.parametrize("frozen", ["x", "residual", "weight", "bias"])
+def test_frozen_inputs(frozen, device):
+    """Gradients of what is trained do not depend on what is not."""
+    inputs = dict(zip(("x", "residual", "weight", "bias"), sample_inputs((7, 70), device), strict=True))
+    upstream = torch.randn(2, 7, 70, device=device).unbind()
+    everything = torch.autograd.grad(ops.add_layer_norm(*inputs.values()), inputs.values(), upstream)
+    wanted = dict(zip(inputs, everything, strict=True))
+    inputs[frozen].requires_grad_(False)
+    trained = {name: tensor for name, tensor in inputs.items() if name != frozen}
+    got = torch.autograd.grad(ops.add_layer_norm(*inputs.values()), trained.values(), upstream)
+    for name, grad in zip(trained, got, strict=True):
+        assert torch.equal(grad, wanted[name]), name
+
+
 def test_without_dropout_it_is_addition_and_layer_norm(device):
     x, residual, weight, bias = sample_inputs((7, 70), device)
     normed, summed = ops.add_layer_norm(x, residual, weight, bias, EPS)

@@ -73,6 +73,22 @@ def define_backward(op: str, signature: str) -> None:
     LIBRARY.define(f"{op}_backward{signature}")
 
 
+def define_composite(op: str, signature: str) -> None:
+    """Define `gpt_fast::<op>`: the two with autograd around them in C++, for calls that `cpp_autograd` lets through."""
+    LIBRARY.define(f"{op}{signature}")
+
+
+def cpp_autograd(op: str, x: Tensor) -> bool:
+    """Whether `gpt_fast::<op>` may be called for x at once: it raises `ValueError` where it does not serve.
+
+    Then the public function's own checks say what is wrong, or its usual way serves. In Python a call's checks take
+    70 µs where the code has left the cache, and a small norm no longer.
+    """
+    if _reference_forced or not x.is_cpu or torch.compiler.is_compiling() or transforms.is_transformed():
+        return False
+    return serving(op, "cpu") == "cpp"
+
+
 def backward(op: str, *args):
     """Call `gpt_fast::<op>_backward`, so that differentiating its results raises `NotImplementedError`.
 

@@ -19,6 +19,11 @@ _library.define_backward(
     " ScalarType residual_dtype, float dropout_p, Tensor? seed, int site, bool needs_weight, bool needs_bias)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
 )
+_library.define_composite(
+    "add_layer_norm",
+    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float dropout_p, Tensor? seed, int site)"
+    " -> (Tensor normed, Tensor summed)",
+)
 
 
 def add_layer_norm(
@@ -40,6 +45,11 @@ def add_layer_norm(
     drawn. Deterministic. Raises as `layer_norm` does, and `ValueError` for unlike shapes or dropout_p outside [0, 1).
     Source: Vaswani et al. (2017), "Attention Is All You Need", section 5.4, arXiv:1706.03762.
     """
+    if (dropout_p == 0 or isinstance(seed, Tensor)) and _library.cpp_autograd("add_layer_norm", x):
+        try:
+            return torch.ops.gpt_fast.add_layer_norm.default(x, residual, weight, bias, eps, dropout_p, seed, site)
+        except ValueError:  # not plainly valid
+            pass
     _checks.floating("add_layer_norm", residual=residual)
     check_norm("add_layer_norm", x, weight, bias, eps)
     _checks.same_device("add_layer_norm", x=x, residual=residual)

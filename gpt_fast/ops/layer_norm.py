@@ -14,6 +14,7 @@ _library.define_backward(
     "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool needs_weight, bool needs_bias)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
 )
+_library.define_composite("layer_norm", "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor")
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -26,6 +27,11 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     for other dtypes, shapes, mixed devices or eps that is not a positive number; `NotImplementedError` on double
     backward. Source: Ba, Kiros, Hinton (2016), "Layer Normalization", arXiv:1607.06450.
     """
+    if _library.cpp_autograd("layer_norm", x):
+        try:
+            return torch.ops.gpt_fast.layer_norm.default(x, weight, bias, eps)
+        except ValueError:  # not plainly valid
+            pass
     check_norm("layer_norm", x, weight, bias, eps)
     if _library.runs_reference("layer_norm", x):
         return _library.by_reference(reference.layer_norm, x.device.type, x, weight, bias, eps)

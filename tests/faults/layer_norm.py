@@ -4,6 +4,7 @@ from tests.mutants import Fault
 
 TRITON = "kernels/layer_norm.py"
 CPP, NORM, COMMON = "csrc/cpu/layer_norm.cpp", "csrc/cpu/norm.h", "csrc/cpu/common.h"
+AUTOGRAD = "csrc/cpu/norm_autograd.h"
 
 FAULTS = (
     # Triton, forward
@@ -52,4 +53,10 @@ FAULTS = (
     Fault("weight and bias gradients swapped", CPP, "{dx, gradients.dweight(), gradients.dbias()}", "{dx, gradients.dbias(), gradients.dweight()}"),
     Fault("last row block left out", NORM, "block < blocks_; ++block", "block < blocks_ - 1; ++block"),
     Fault("partial sums not cleared", NORM, "std::fill_n(sums, N_, 0.0f);", ""),
+    # C++, autograd
+    Fault("statistics swapped", CPP, "ctx->save_for_backward({x, weight.value_or(Tensor()), mean, rstd});", "ctx->save_for_backward({x, weight.value_or(Tensor()), rstd, mean});"),
+    Fault("gradients of weight and bias swapped", CPP, "where(needs.weight, dweight), where(needs.bias, dbias), Tensor()", "where(needs.weight, dbias), where(needs.bias, dweight), Tensor()"),
+    Fault("the bias has the weight's number", AUTOGRAD, "ctx->needs_input_grad(activations + 1)", "ctx->needs_input_grad(activations)"),
+    Fault("differentiated twice in silence", AUTOGRAD, "if (!at::GradMode::is_enabled()) return grads;", "return grads;", "double"),
+    Fault("parameters of any size", AUTOGRAD, "values.dim() != 1 || values.size(0) != x.size(-1)", "values.dim() != 1", "bad_input"),
 )  # fmt: skip
