@@ -149,6 +149,7 @@ types: $(VENV)/.stamp-package  ## mypy
 bench: install  ## time everything against floors and other implementations, into benchmarks/results (BENCH_FLAGS=--quick)
 	$(VENV)/bin/gpt-fast bench --out benchmarks/results $(BENCH_FLAGS)
 	$(PY) -m benchmarks.overhead --out benchmarks/results
+	$(PY) -m benchmarks.decode --out benchmarks/results
 	$(PY) -m benchmarks.report
 
 .PHONY: report

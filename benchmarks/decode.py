@@ -1,17 +1,19 @@
 """Decoding on the CPU: GPT-2 at batch 1 against the memory's read bandwidth and Hugging Face's generate.
 
-    python -m benchmarks.decode [--model gpt2] [--tokens 32] [--repeats 3] [--peers] [--curve] [--json FILE]
+    python -m benchmarks.decode [--model gpt2] [--tokens 32] [--repeats 3] [--out DIR]
     python -m benchmarks.decode --perplexity RUN    # of a run's held-out text, by the precision of the weights
 
 Every figure is a median over interleaved repetitions in one process; `bound` is the time that reading the step's
 weights and cache would take at the read bandwidth measured between the repetitions. Weights are random: speed does
-not depend on them. Hugging Face generates greedily with its own cache; the prompt's time is subtracted.
+not depend on them. Hugging Face generates greedily with its own cache; the prompt's time is subtracted. Writes
+DIR/<device>/decoding.json, which `make report` shows.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -19,11 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
+from benchmarks.environment import describe
+from benchmarks.tables import table
 from gpt_fast import DecodeSession, GPTConfig, GPTForCausalLM
+from gpt_fast.checkpoint import write_json
 from gpt_fast.decode_steps import WEIGHTS
 from gpt_fast.decoding import GREEDY
 
+FILE, PICTURE = "decoding.json", "decoding_tokens.png"
+PEERS = {"float32": "hf float32", "bfloat16": "hf bfloat16"}  # by the weights they are compared with
 PROMPT = 16  # tokens before the first that is timed
 READ = 512 << 20  # bytes of the buffer that the read kernel goes through
 
@@ -65,26 +74,30 @@ def hf_seconds(model: Any, tokens: int) -> float:
     return (run(few + tokens) - run(few)) / tokens
 
 
-def bytes_read(session: DecodeSession, tokens: int) -> float:
-    """By an average step of `our_seconds`: all matrices, and the keys and values up to each position."""
+def bytes_read(session: DecodeSession) -> dict[str, int]:
+    """By one step: all matrices, and the keys and values of each token in the cache."""
     config = session.config
     cache = 2 * config.num_layers * config.hidden_dim * session.cache.keys.element_size()
-    return session._step.weights.bytes + cache * (PROMPT + (tokens + 1) / 2)  # type: ignore[union-attr]
+    return {"bytes": session._step.weights.bytes, "bytes_per_cached_token": cache}  # type: ignore[union-attr]
 
 
-def measure(name: str, tokens: int, repeats: int, peers: bool) -> dict[str, Any]:
-    """Figures by weights: seconds a token, share of the bound, ratio to Hugging Face."""
+def bound(record: dict[str, Any], weights: str, cached: float) -> float:
+    """Seconds that reading takes after so many tokens."""
+    figure = record[weights]
+    return (figure["bytes"] + figure["bytes_per_cached_token"] * cached) / record["read_bandwidth"]
+
+
+def measure(name: str, tokens: int, repeats: int) -> dict[str, Any]:
+    """The read bandwidth; seconds a token of each precision and of Hugging Face, of ours also the share of the bound."""
     torch.manual_seed(0)
     model = GPTForCausalLM(GPTConfig.preset(name)).eval()
     runs: dict[str, Callable[[], float]] = {}
     sessions = {weights: DecodeSession(model, weights=weights) for weights in WEIGHTS}
     for weights, session in sessions.items():
         runs[weights] = lambda session=session: statistics.median(our_seconds(session, tokens))  # type: ignore[misc]
-    if peers:
-        theirs = model.to_hf().eval()
-        runs["hf float32"] = lambda: hf_seconds(theirs, max(4, tokens // 4))
-        rounded = model.to_hf().eval().to(torch.bfloat16)
-        runs["hf bfloat16"] = lambda: hf_seconds(rounded, max(4, tokens // 4))
+    for peer in PEERS.values():
+        theirs = model.to_hf().eval().to(getattr(torch, peer.removeprefix("hf ")))
+        runs[peer] = lambda theirs=theirs: hf_seconds(theirs, max(4, tokens // 4))  # type: ignore[misc]
     buffer = torch.ones(READ // 4)
     seconds: dict[str, list[float]] = {run: [] for run in runs}
     bandwidths: list[float] = []
@@ -97,15 +110,14 @@ def measure(name: str, tokens: int, repeats: int, peers: bool) -> dict[str, Any]
     bandwidth = statistics.median(bandwidths)
     figures: dict[str, Any] = {
         "model": name,
-        "threads": torch.get_num_threads(),
         "read_bandwidth": bandwidth,
         "read_bandwidth_range": [min(bandwidths), max(bandwidths)],
     }
     for run, times in seconds.items():
         figures[run] = {"seconds": statistics.median(times), "range": [min(times), max(times)]}
     for weights, session in sessions.items():
-        bound = bytes_read(session, tokens) / bandwidth
-        figures[weights] |= {"bytes": bytes_read(session, tokens), "of_bound": bound / figures[weights]["seconds"]}
+        figures[weights] |= bytes_read(session)
+        figures[weights]["of_bound"] = bound(figures, weights, PROMPT + (tokens + 1) / 2) / figures[weights]["seconds"]
     return figures
 
 
@@ -151,14 +163,69 @@ def perplexities(folder: Path, windows: int = 64) -> dict[str, float]:
     return found
 
 
+# ---- how it is shown
+
+
+def lines(record: dict[str, Any]) -> list[str]:
+    """The section of a device's page."""
+    low, high = (f"{bandwidth / 1e9:.1f}" for bandwidth in record["read_bandwidth_range"])
+    rows = []
+    for weights in WEIGHTS:
+        ours = record[weights]
+        theirs = record[PEERS[weights]]["seconds"] if weights in PEERS else None
+        rows.append([
+            weights, f"{ours['seconds'] * 1e3:.2f}", f"{1 / ours['seconds']:.0f}", f"{ours['of_bound']:.0%}",
+            f"{theirs * 1e3:.1f}" if theirs else "", f"{theirs / ours['seconds']:.2f}" if theirs else "",
+        ])  # fmt: skip
+    return [
+        "## what a token costs",
+        "",
+        f"{record['model']}, batch 1, without the prompt; {record['date']} UTC, load {record['load']}, commit",
+        f"{str(record['commit']['id'])[:12]}. *Of the bound*: of what reading weights and cache takes at",
+        f"{record['read_bandwidth'] / 1e9:.1f} GB/s ({low} to {high}), measured between the steps.",
+        "",
+        *table(["weights", "ms a token", "tokens/s", "of the bound", "Hugging Face, ms", "× Hugging Face"], rows),
+    ]
+
+
+def section(folder: Path) -> list[str]:
+    """The same, of a device's folder, with the curve drawn beside it; empty where it was not measured there."""
+    path = folder / FILE
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text("utf-8"))
+    FigureCanvasAgg(picture(record)).print_png(folder / PICTURE)
+    return ["", *lines(record), "", f"![milliseconds a token, by the tokens before it]({PICTURE})"]
+
+
+def picture(record: dict[str, Any]) -> Figure:
+    """Milliseconds a token over the tokens in the cache, and what reading them and the weights takes."""
+    figure = Figure(figsize=(6.3, 4.2), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    config = GPTConfig.preset(record["model"])
+    for weights, color in zip(WEIGHTS, ("#c1440e", "#1f5a94", "#3c8d5a"), strict=True):
+        places, seconds = zip(*record["curves"][weights], strict=True)
+        axes.plot(places, [1e3 * value for value in seconds], color=color, marker="o", markersize=4, label=weights)
+        limit = [1e3 * bound(record, weights, place) for place in places]
+        axes.plot(places, limit, color=color, linewidth=1.2, linestyle=(0, (5, 3)))
+        axes.annotate(weights, (places[-1], 1e3 * seconds[-1]), (4, 6), textcoords="offset points", color=color)
+    axes.set_xlabel("tokens in the cache (dashed: reading it and the weights)")
+    axes.set_ylabel("ms a token")
+    axes.set_xlim(0, config.seq_len * 1.12)
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
+    figure.suptitle(f"decoding {record['model']}, batch 1", x=0.01, ha="left", fontsize=11)
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="gpt2")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peers", action="store_true", help="measure Hugging Face's generate too")
-    parser.add_argument("--curve", action="store_true", help="seconds a token over the length of the cache")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--perplexity", type=Path, metavar="RUN", help="measure this instead, of a trained run")
     arguments = parser.parse_args()
     if arguments.perplexity:
@@ -166,22 +233,18 @@ def main() -> None:
         for name, value in found.items():
             print(f"  {name:12} perplexity {value:.4f} ({value / found['float32'] - 1:+.3%})")
         return
-    figures = measure(arguments.model, arguments.tokens, arguments.repeats, arguments.peers)
-    low, high = figures["read_bandwidth_range"]
-    print(f"{arguments.model}, {figures['threads']} threads, read bandwidth {figures['read_bandwidth'] / 1e9:.1f} GB/s "
-          f"({low / 1e9:.1f} to {high / 1e9:.1f})")  # fmt: skip
-    for name, figure in figures.items():
-        if isinstance(figure, dict):
-            low, high = figure["range"]
-            share = f", {figure['of_bound']:.1%} of the bound" if "of_bound" in figure else ""
-            print(f"  {name:12} {figure['seconds'] * 1e3:7.2f} ms a token ({low * 1e3:.2f} to {high * 1e3:.2f}){share}")
-    if arguments.curve:
-        for weights in WEIGHTS:
-            points = curve(arguments.model, weights)
-            figures[f"curve {weights}"] = points
-            print(f"  {weights}: " + ", ".join(f"{at}: {taken * 1e3:.2f}" for at, taken in points) + " ms")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    record = {
+        **describe("cpu"),
+        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+        "load": round(os.getloadavg()[0], 2),
+        **measure(arguments.model, arguments.tokens, arguments.repeats),
+        "curves": {weights: curve(arguments.model, weights) for weights in WEIGHTS},
+    }
+    print("\n".join(lines(record)))
+    if arguments.out:
+        folder = arguments.out / record["device"]["slug"]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / FILE, record)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from benchmarks import overhead, results, support, tables
+from benchmarks import decode, overhead, results, support, tables
 from benchmarks.environment import ROOT
 from benchmarks.plots import draw
 from benchmarks.results import Run
@@ -32,7 +32,8 @@ def write_pages(folder: Path) -> list[Path]:
     pages = []
     for path, runs in devices(folder).items():
         page = path / "README.md"
-        page.write_text(tables.page(runs, draw(runs, path), overhead.section(path)), encoding="utf-8")
+        text = tables.page(runs, draw(runs, path), [*decode.section(path), *overhead.section(path)])
+        page.write_text(text, encoding="utf-8")
         pages.append(page)
     return pages
 
@@ -68,11 +69,20 @@ def docs_page(folder: Path) -> str:
             if run["topic"] in WHOLE_MODELS:
                 lines += ["", f"### {tables.TITLES[run['topic']]}", "", *tables.notes(run)]
                 lines += tables.case_tables(run, complete=True)
+        lines += [f"#{line}" if line.startswith("## ") else line for line in own_sections(path)]
         lines += ["", "### How cost grows"]
         for picture in pictures(path):
+            if picture.name == decode.PICTURE:
+                continue
             words = picture.stem.replace("_", " ")
             lines += ["", f"![{words}](assets/results/{path.name}/{picture.name})"]
     return "\n".join(lines) + "\n"
+
+
+def own_sections(path: Path) -> list[str]:
+    """What was measured beside the suite, for docs/results.md."""
+    shown = [*decode.section(path), *overhead.section(path)]
+    return [line.replace(f"({decode.PICTURE})", f"(assets/results/{path.name}/{decode.PICTURE})") for line in shown]
 
 
 def pictures(path: Path) -> list[Path]:

@@ -15,7 +15,36 @@ from .task_heads import (
 )
 
 
-class GPTForCausalLM(Head):
+class LanguageModelHead(Head):
+    """A projection of every token to the vocabulary, and the loss of those that have a label."""
+
+    causal: bool
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self._build_output_layer()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        logits: bool | None = None,
+    ) -> HeadOutput:
+        hidden = self.trunk(tokens, causal=self.causal, lengths=lengths, key_mask=key_mask, cu_seqlens=cu_seqlens)
+        loss = None
+        if labels is not None:
+            _check_labels(labels, tokens)
+            targets = shift_labels(labels, lengths=lengths, key_mask=key_mask) if self.causal else labels
+            loss = self._language_model_loss(hidden, targets)
+        wanted = labels is None if logits is None else logits
+        return HeadOutput(loss, self.output_layer(hidden) if wanted else None)
+
+
+class GPTForCausalLM(LanguageModelHead):
     """Next-token prediction: loss = mean of -log p(w_t | w_<t), p = softmax(output_layer(trunk(tokens))).
 
     `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, cu_seqlens=None, logits=None)` →
@@ -27,30 +56,10 @@ class GPTForCausalLM(Head):
     Source: Radford et al. (2018, 2019).
     """
 
-    def __init__(self, config: GPTConfig):
-        super().__init__(config)
-        self._build_output_layer()
-
-    def forward(
-        self,
-        tokens: Tensor,
-        labels: Tensor | None = None,
-        *,
-        lengths: Tensor | None = None,
-        key_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        logits: bool | None = None,
-    ) -> HeadOutput:
-        hidden = self.trunk(tokens, lengths=lengths, key_mask=key_mask, cu_seqlens=cu_seqlens)
-        loss = None
-        if labels is not None:
-            _check_labels(labels, tokens)
-            loss = self._language_model_loss(hidden, shift_labels(labels, lengths=lengths, key_mask=key_mask))
-        wanted = labels is None if logits is None else logits
-        return HeadOutput(loss, self.output_layer(hidden) if wanted else None)
+    causal = True
 
 
-class GPTForMaskedLM(Head):
+class GPTForMaskedLM(LanguageModelHead):
     """Masked-token prediction: loss = mean of -log p(w_i | all others) over the positions whose label is not -100.
 
     `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, cu_seqlens=None, logits=None)` →
@@ -61,27 +70,7 @@ class GPTForMaskedLM(Head):
     those of `GPTForCausalLM`. Source: Devlin et al. (2018), arXiv:1810.04805.
     """
 
-    def __init__(self, config: GPTConfig):
-        super().__init__(config)
-        self._build_output_layer()
-
-    def forward(
-        self,
-        tokens: Tensor,
-        labels: Tensor | None = None,
-        *,
-        lengths: Tensor | None = None,
-        key_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        logits: bool | None = None,
-    ) -> HeadOutput:
-        hidden = self.trunk(tokens, causal=False, lengths=lengths, key_mask=key_mask, cu_seqlens=cu_seqlens)
-        loss = None
-        if labels is not None:
-            _check_labels(labels, tokens)
-            loss = self._language_model_loss(hidden, labels)
-        wanted = labels is None if logits is None else logits
-        return HeadOutput(loss, self.output_layer(hidden) if wanted else None)
+    causal = False
 
 
 def _check_labels(labels: Tensor, tokens: Tensor) -> None:

@@ -14,6 +14,8 @@ from .model import IGNORE, init_weights, shift_labels
 class TaskHead(Head):
     """A linear layer on one token's last hidden state, and the joint loss L_task + λ L_lm (λ is `config.lm_weight`)."""
 
+    tokens_shape = "[B, T]"
+
     def __init__(self, config: GPTConfig, outputs: int):
         super().__init__(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
@@ -22,11 +24,42 @@ class TaskHead(Head):
         if config.lm_weight > 0:
             self._build_output_layer()
 
-    def _pooled(self, tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """tokens [N, T] → all hidden states [N, T, C] and the one that is read of each row [N, C]."""
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        logits: bool | None = None,
+    ) -> HeadOutput:
+        shape = tokens.shape
+        if not self._reads(shape):
+            raise ValueError(f"{type(self).__name__}: tokens has shape {list(shape)}, wanted {self.tokens_shape}")
+        if len(shape) == 3:
+            tokens, lengths, key_mask = flat(tokens, lengths, key_mask)
         hidden = self.trunk(tokens, lengths=lengths, key_mask=key_mask)
-        read = self._read_position(tokens, lengths, key_mask)
-        return hidden, hidden[torch.arange(tokens.shape[0], device=tokens.device), read]
+        real = real_tokens(tokens, lengths, key_mask)
+        scores = self._scores(hidden, tokens, real, shape)
+        if labels is None:
+            return HeadOutput(None, scores)
+        loss = self._task_loss(scores, labels, real)
+        return HeadOutput(self._joint_loss(loss, hidden, tokens, lengths, key_mask), scores)
+
+    def _reads(self, shape: torch.Size) -> bool:
+        """Whether tokens have a shape that this head reads, `tokens_shape`."""
+        return len(shape) == 2
+
+    def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
+        """What the logits are, of hidden states [N, T, C] and tokens [N, T] that came in `shape`."""
+        raise NotImplementedError
+
+    def _task_loss(self, scores: Tensor, labels: Tensor, real: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _pooled(self, hidden: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
+        """The hidden state that is read of each row [N, C]."""
+        return hidden[torch.arange(tokens.shape[0], device=tokens.device), self._read_position(tokens, real)]
 
     def _joint_loss(
         self, loss: Tensor, hidden: Tensor, tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None
@@ -36,9 +69,8 @@ class TaskHead(Head):
         shifted = shift_labels(tokens, lengths=lengths, key_mask=key_mask)
         return loss + self.config.lm_weight * self._language_model_loss(hidden, shifted)
 
-    def _read_position(self, tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None) -> Tensor:
-        """The position [B] whose hidden state is read."""
-        candidates = real_tokens(tokens, lengths, key_mask)
+    def _read_position(self, tokens: Tensor, candidates: Tensor) -> Tensor:
+        """The position [N] whose hidden state is read."""
         wanted = "a real token"
         if self.config.pooling == "extract":
             candidates = candidates & (tokens == self.config.extract_token)
@@ -51,7 +83,8 @@ class TaskHead(Head):
             row = int((~there.any(1)).nonzero()[0])
             raise ValueError(f"{type(self).__name__}: row {row} of tokens has none, wanted {wanted} to read")
 
-    def _task_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+    def _problem_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Of classes or of numbers, as the configuration says."""
         B, L = scores.shape
         if self.config.problem == "regression":
             if labels.shape != (B, L) and not (L == 1 and labels.shape == (B,)):
@@ -87,13 +120,6 @@ class TaskHead(Head):
                 f"wanted classes in [0, {L})"
             )
 
-    def _rows(self, tokens: Tensor, wanted: str) -> tuple[int, int, int]:
-        """The sizes [B, S, T] of tokens with several sequences for each example."""
-        if tokens.dim() != 3:
-            raise ValueError(f"{type(self).__name__}: tokens has shape {list(tokens.shape)}, wanted {wanted}")
-        B, S, T = tokens.shape
-        return B, S, T
-
 
 class GPTForSequenceClassification(TaskHead):
     """Classification or regression of a sequence: logits = classifier(dropout(h)), h one token's last hidden state.
@@ -110,21 +136,11 @@ class GPTForSequenceClassification(TaskHead):
     def __init__(self, config: GPTConfig):
         super().__init__(config, config.num_labels)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        labels: Tensor | None = None,
-        *,
-        lengths: Tensor | None = None,
-        key_mask: Tensor | None = None,
-        logits: bool | None = None,
-    ) -> HeadOutput:
-        hidden, pooled = self._pooled(tokens, lengths, key_mask)
-        scores = self.classifier(self.dropout(pooled))
-        if labels is None:
-            return HeadOutput(None, scores)
-        loss = self._joint_loss(self._task_loss(scores, labels), hidden, tokens, lengths, key_mask)
-        return HeadOutput(loss, scores)
+    def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
+        return self.classifier(self.dropout(self._pooled(hidden, tokens, real)))
+
+    def _task_loss(self, scores: Tensor, labels: Tensor, real: Tensor) -> Tensor:
+        return self._problem_loss(scores, labels)
 
 
 class GPTForSimilarity(TaskHead):
@@ -138,28 +154,20 @@ class GPTForSimilarity(TaskHead):
     orders changes nothing but rounding. Source: Radford et al. (2018), section 3.3.
     """
 
+    tokens_shape = "[B, 2, T]"
+
     def __init__(self, config: GPTConfig):
         super().__init__(config, config.num_labels)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        labels: Tensor | None = None,
-        *,
-        lengths: Tensor | None = None,
-        key_mask: Tensor | None = None,
-        logits: bool | None = None,
-    ) -> HeadOutput:
-        B, S, T = self._rows(tokens, "[B, 2, T]")
-        if S != 2:
-            raise ValueError(f"GPTForSimilarity: tokens has shape {list(tokens.shape)}, wanted [B, 2, T]")
-        tokens, lengths, key_mask = flat(tokens, lengths, key_mask)
-        hidden, pooled = self._pooled(tokens, lengths, key_mask)
-        scores = self.classifier(self.dropout(pooled.view(B, 2, -1).sum(1)))
-        if labels is None:
-            return HeadOutput(None, scores)
-        loss = self._joint_loss(self._task_loss(scores, labels), hidden, tokens, lengths, key_mask)
-        return HeadOutput(loss, scores)
+    def _reads(self, shape: torch.Size) -> bool:
+        return len(shape) == 3 and shape[1] == 2
+
+    def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
+        pooled = self._pooled(hidden, tokens, real)
+        return self.classifier(self.dropout(pooled.view(shape[0], 2, -1).sum(1)))
+
+    def _task_loss(self, scores: Tensor, labels: Tensor, real: Tensor) -> Tensor:
+        return self._problem_loss(scores, labels)
 
 
 class GPTForMultipleChoice(TaskHead):
@@ -172,26 +180,19 @@ class GPTForMultipleChoice(TaskHead):
     determinism and errors are those of `GPTForSequenceClassification`. Source: Radford et al. (2018), section 3.3.
     """
 
+    tokens_shape = "[B, K, T]"
+
     def __init__(self, config: GPTConfig):
         super().__init__(config, 1)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        labels: Tensor | None = None,
-        *,
-        lengths: Tensor | None = None,
-        key_mask: Tensor | None = None,
-        logits: bool | None = None,
-    ) -> HeadOutput:
-        B, K, T = self._rows(tokens, "[B, K, T]")
-        tokens, lengths, key_mask = flat(tokens, lengths, key_mask)
-        hidden, pooled = self._pooled(tokens, lengths, key_mask)
-        scores = self.classifier(self.dropout(pooled)).view(B, K)
-        if labels is None:
-            return HeadOutput(None, scores)
-        loss = self._joint_loss(self._class_loss(scores, labels), hidden, tokens, lengths, key_mask)
-        return HeadOutput(loss, scores)
+    def _reads(self, shape: torch.Size) -> bool:
+        return len(shape) == 3
+
+    def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
+        return self.classifier(self.dropout(self._pooled(hidden, tokens, real))).view(shape[:2])
+
+    def _task_loss(self, scores: Tensor, labels: Tensor, real: Tensor) -> Tensor:
+        return self._class_loss(scores, labels)
 
 
 class GPTForTokenClassification(TaskHead):
@@ -210,23 +211,13 @@ class GPTForTokenClassification(TaskHead):
             raise ValueError(f'GPTForTokenClassification: problem is {config.problem!r}, wanted "classification"')
         super().__init__(config, config.num_labels)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        labels: Tensor | None = None,
-        *,
-        lengths: Tensor | None = None,
-        key_mask: Tensor | None = None,
-        logits: bool | None = None,
-    ) -> HeadOutput:
-        hidden = self.trunk(tokens, lengths=lengths, key_mask=key_mask)
-        scores = self.classifier(self.dropout(hidden))
-        if labels is None:
-            return HeadOutput(None, scores)
-        self._check_labels(labels, tuple(tokens.shape))
-        labels = labels.masked_fill(~real_tokens(tokens, lengths, key_mask), IGNORE)
-        loss = self._labelled_loss(scores.flatten(0, 1), labels.flatten())
-        return HeadOutput(self._joint_loss(loss, hidden, tokens, lengths, key_mask), scores)
+    def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
+        return self.classifier(self.dropout(hidden))
+
+    def _task_loss(self, scores: Tensor, labels: Tensor, real: Tensor) -> Tensor:
+        self._check_labels(labels, tuple(real.shape))
+        labels = labels.masked_fill(~real, IGNORE)
+        return self._labelled_loss(scores.flatten(0, 1), labels.flatten())
 
 
 class GPTForQuestionAnswering(TaskHead):
@@ -245,26 +236,16 @@ class GPTForQuestionAnswering(TaskHead):
     def __init__(self, config: GPTConfig):
         super().__init__(config, 2)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        labels: Tensor | None = None,
-        *,
-        lengths: Tensor | None = None,
-        key_mask: Tensor | None = None,
-        logits: bool | None = None,
-    ) -> HeadOutput:
-        hidden = self.trunk(tokens, lengths=lengths, key_mask=key_mask)
-        real = real_tokens(tokens, lengths, key_mask)
+    def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
         self._check_rows(tokens, real, "a real token")
-        scores = self.classifier(self.dropout(hidden)).transpose(1, 2).masked_fill(~real[:, None], -torch.inf)
-        if labels is None:
-            return HeadOutput(None, scores)
-        self._check_labels(labels, (tokens.shape[0], 2))
+        return self.classifier(self.dropout(hidden)).transpose(1, 2).masked_fill(~real[:, None], -torch.inf)
+
+    def _task_loss(self, scores: Tensor, labels: Tensor, real: Tensor) -> Tensor:
+        self._check_labels(labels, (len(scores), 2))
         loss = torch.stack([self._labelled_loss(scores[:, i], labels[:, i]) for i in (0, 1)]).mean()
         if ops.values_checked(labels) and not bool((real.gather(1, labels.clamp(min=0)) | (labels < 0)).all()):
             raise ValueError("GPTForQuestionAnswering: labels point at padding, wanted tokens of the answer")
-        return HeadOutput(self._joint_loss(loss, hidden, tokens, lengths, key_mask), scores)
+        return loss
 
 
 def real_tokens(tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None) -> Tensor:
