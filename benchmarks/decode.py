@@ -88,7 +88,7 @@ def bound(record: dict[str, Any], weights: str, cached: float) -> float:
 
 
 def measure(name: str, tokens: int, repeats: int) -> dict[str, Any]:
-    """The read bandwidth; seconds a token of each precision and of Hugging Face, of ours also the share of the bound."""
+    """The read bandwidth; seconds a token by precision and of Hugging Face, of ours the share of the bound too."""
     torch.manual_seed(0)
     model = GPTForCausalLM(GPTConfig.preset(name)).eval()
     runs: dict[str, Callable[[], float]] = {}
