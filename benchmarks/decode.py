@@ -189,13 +189,19 @@ def lines(record: dict[str, Any]) -> list[str]:
 
 
 def section(folder: Path) -> list[str]:
-    """The same, of a device's folder, with the curve drawn beside it; empty where it was not measured there."""
+    """The same, of a device's folder, with the picture that `draw` makes; empty where it was not measured there."""
     path = folder / FILE
     if not path.exists():
         return []
     record = json.loads(path.read_text("utf-8"))
-    FigureCanvasAgg(picture(record)).print_png(folder / PICTURE)
     return ["", *lines(record), "", f"![milliseconds a token, by the tokens before it]({PICTURE})"]
+
+
+def draw(folder: Path) -> None:
+    """The curve of a device's folder, beside its file; nothing where there is none."""
+    path = folder / FILE
+    if path.exists():
+        FigureCanvasAgg(picture(json.loads(path.read_text("utf-8")))).print_png(folder / PICTURE)
 
 
 def picture(record: dict[str, Any]) -> Figure:

@@ -32,10 +32,15 @@ def write_pages(folder: Path) -> list[Path]:
     pages = []
     for path, runs in devices(folder).items():
         page = path / "README.md"
-        text = tables.page(runs, draw(runs, path), [*decode.section(path), *overhead.section(path)])
-        page.write_text(text, encoding="utf-8")
+        plots = draw(runs, path)
+        decode.draw(path)
+        page.write_text(device_page(path, runs, plots), encoding="utf-8")
         pages.append(page)
     return pages
+
+
+def device_page(path: Path, runs: list[Run], plots: dict[str, str]) -> str:
+    return tables.page(runs, plots, [*decode.section(path), *overhead.section(path)])
 
 
 def figures(folder: Path) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gpt_fast
-from benchmarks import counts, plots, report, results, runner, tables, timing
+from benchmarks import counts, decode, plots, report, results, runner, tables, timing
 from benchmarks.cases import PASSES, SUITES, TOPICS, Case, cases, select
 from benchmarks.environment import ROOT, slug
 from benchmarks.models import MODEL_PEERS
@@ -537,8 +537,8 @@ def test_committed_pages_are_made_from_the_committed_files():
     assert found
     for folder, runs in found.items():
         text = (folder / "README.md").read_text("utf-8")
-        shown = {path.name: "" for path in folder.glob("*.png")}
-        page = tables.page(runs, shown)
+        shown = {path.name: "" for path in folder.glob("*.png") if path.name != decode.PICTURE}
+        page = report.device_page(folder, runs, shown)
         without = [line for line in text.splitlines() if not line.startswith("![")]
         assert without == [line for line in page.splitlines() if not line.startswith("![")], "make report"
         copies = report.DOCS_PICTURES / folder.name

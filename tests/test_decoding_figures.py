@@ -48,4 +48,6 @@ def test_section(record, tmp_path):
         (row,) = (line for line in lines if line.startswith(f"| {weights} |"))
         assert f"| {record[weights]['seconds'] * 1e3:.2f} |" in row
         assert f"| {record[weights]['of_bound']:.0%} |" in row
+    assert any(decode.PICTURE in line for line in lines)
+    decode.draw(tmp_path)
     assert (tmp_path / decode.PICTURE).read_bytes().startswith(b"\x89PNG")
