@@ -196,6 +196,8 @@ def _training_step(device: str) -> Iterator[Case]:
         yield from make(device, [{"model": "gpt2", "B": 1, "T": 128}], (F32,), (0.1, 0.0), quick=True)
         yield from make(device, [{"model": "gpt2", "B": 4, "T": 256}], dropouts=(0.1, 0.0))
         batches, layers, T = [1, 2, 4, 8], [1, 2, 4, 8], 128
+        larger = [{"model": model, "B": 1, "T": 128} for model in ("gpt2-medium", "gpt2-large", "gpt2-xl")]
+        yield from make(device, larger, (F32,), (0.1,), peers=GROWTH)
     by_batch = [{"model": "gpt2", "layers": 2, "B": B, "T": T} for B in batches]
     yield from make(device, by_batch, _main(device), (0.1,), series="B", peers=GROWTH)
     by_depth = [{"model": "gpt2", "layers": L, "B": 2, "T": T // 2} for L in layers]

@@ -21,6 +21,7 @@ from benchmarks.cases import Case
 from benchmarks.counts import Work
 from benchmarks.peers import OURS, Peer
 from benchmarks.plain_gpt import PlainGPT
+from benchmarks.timing import available_memory
 from gpt_fast.decode_steps import WEIGHTS
 from gpt_fast.training.optimizer import make_optimizer
 
@@ -200,7 +201,7 @@ def _training_peers(ours: Build, plain: Build, hf: Callable[[str, Case], tuple[n
     sdpa_hf, compiled_hf = _trains("Hugging Face sdpa", partial(hf, "sdpa"), _no_transformers)
     accelerated_hf, _ = _trains("Hugging Face accelerated", _accelerated(partial(hf, "sdpa")), _no_transformers)
     eager, compiled = _trains(OURS, ours)
-    return (
+    peers = (
         eager,
         dataclasses.replace(compiled, missing=_cuda_only),
         *_trains("plain", plain),
@@ -210,6 +211,19 @@ def _training_peers(ours: Build, plain: Build, hf: Callable[[str, Case], tuple[n
         dataclasses.replace(compiled_hf, name="Hugging Face compiled"),
         _trained_reference(ours),
     )
+    return tuple(dataclasses.replace(peer, missing=_where_it_fits(peer.missing)) for peer in peers)
+
+
+def _where_it_fits(missing: Callable[[Case], str | None]) -> Callable[[Case], str | None]:
+    """Missing too where weights, gradients and AdamW's moments leave no room for a quarter of them in activations."""
+
+    def either(case: Case) -> str | None:
+        need = 16 * counts.parameters(case.config)
+        if 1.25 * need > available_memory(case.device):
+            return f"needs more than {need / 2**30:.1f} GiB"
+        return missing(case)
+
+    return either
 
 
 # ---- generation

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gpt_fast
-from benchmarks import counts, decode, plots, report, results, runner, tables, timing
+from benchmarks import counts, decode, models, plots, report, results, runner, tables, timing
 from benchmarks.cases import PASSES, SUITES, TOPICS, Case, cases, select
 from benchmarks.environment import ROOT, slug
 from benchmarks.models import MODEL_PEERS
@@ -200,6 +200,17 @@ def test_implementations_take_turns(monkeypatch):
     assert slow.seconds == [0.5] * 2
     assert sorted(order[-10:-5]) == sorted(order[-5:]) == ["fast"] * 4 + ["slow"]
     assert fast.summary() == {"median": 0.125, "q1": 0.125, "q3": 0.125, "rounds": 8, "first": 0.125}
+
+
+@pytest.mark.parametrize(("gib", "fits"), [(30, True), (29, False)])
+def test_a_model_is_trained_where_it_fits(gib, fits, monkeypatch):
+    """GPT-2 XL's 1.56 billion parameters take 16 bytes each, and a quarter more."""
+    monkeypatch.setattr(models, "available_memory", lambda device: gib << 30)
+    (case,) = (c for c in cases(TOPICS["training_step"], "cpu") if c.size["model"] == "gpt2-xl")
+    reasons = {peer.name: peer.missing(case) for peer in MODEL_PEERS["training_step"]}
+    assert (reasons[OURS] is None) == (reasons["plain"] is None) == fits
+    if not fits:
+        assert set(reasons.values()) == {"needs more than 23.2 GiB"}
 
 
 def test_turns_change_their_order():
