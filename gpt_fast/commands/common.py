@@ -116,12 +116,14 @@ def training_bar(label: str) -> Iterator[Callable[[loop.Progress], None]]:
         TextColumn("left"),
     )
     with Progress(*columns, console=err) as progress:
-        task = progress.add_task(label, total=None, loss=float("nan"), rate=0.0, mfu="")
+        # Seen from the first update on: what fails before it fails without a bar.
+        task = progress.add_task(label, total=None, visible=False, loss=float("nan"), rate=0.0, mfu="")
 
         def show(now: loop.Progress) -> None:
             mfu = f" · MFU {now.mfu:.0%}" if now.mfu else ""
             rate = now.tokens_per_second
-            progress.update(task, completed=now.step, total=now.steps, loss=now.loss, rate=rate, mfu=mfu)
+            values = {"loss": now.loss, "rate": rate, "mfu": mfu}
+            progress.update(task, completed=now.step, total=now.steps, visible=True, **values)
             if now.logged and any(name.startswith("valid_") for name in now.logged):
                 figures = [f"{name.replace('_', ' ')} {now.logged[name]:.3f}" for name in now.logged if _shown(name)]
                 progress.console.print(f"  update {now.step:>5}: {', '.join(figures)}", soft_wrap=True)
