@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from torch.utils.cpp_extension import get_cxx_compiler, include_paths
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = {"x86-64-v3": "AVX2", "x86-64-v4": "AVX512", "sapphirerapids": "AVX512"}  # -march, at::vec's vectors
 
+INCLUDED = (*include_paths(), sysconfig.get_paths()["include"])
+
 
 def compiles(source: Path, march: str) -> str:
     """What the compiler says against it; empty where it compiles."""
@@ -23,7 +26,7 @@ def compiles(source: Path, march: str) -> str:
     command = [
         *shlex.split(get_cxx_compiler()), "-std=c++20", "-O0", "-g0", "-fopenmp", f"-march={march}",
         f"-DCPU_CAPABILITY={vector}", f"-DCPU_CAPABILITY_{vector}", "-w",
-        f"-I{ROOT / 'csrc'}", *(flag for path in include_paths() for flag in ("-isystem", path)),
+        f"-I{ROOT / 'csrc'}", *(flag for path in INCLUDED for flag in ("-isystem", path)),
         "-S", "-o", os.devnull, str(source),
     ]  # fmt: skip
     done = subprocess.run(command, check=False, capture_output=True, text=True)
