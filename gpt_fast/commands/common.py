@@ -122,8 +122,7 @@ def training_bar(label: str) -> Iterator[Callable[[loop.Progress], None]]:
         def show(now: loop.Progress) -> None:
             mfu = f" · MFU {now.mfu:.0%}" if now.mfu else ""
             rate = now.tokens_per_second
-            values = {"loss": now.loss, "rate": rate, "mfu": mfu}
-            progress.update(task, completed=now.step, total=now.steps, visible=True, **values)
+            progress.update(task, completed=now.step, total=now.steps, loss=now.loss, rate=rate, mfu=mfu, visible=True)
             if now.logged and any(name.startswith("valid_") for name in now.logged):
                 figures = [f"{name.replace('_', ' ')} {now.logged[name]:.3f}" for name in now.logged if _shown(name)]
                 progress.console.print(f"  update {now.step:>5}: {', '.join(figures)}", soft_wrap=True)
