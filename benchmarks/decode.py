@@ -12,6 +12,7 @@ DIR/<device>/decoding.json, which `make report` shows.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -81,10 +82,9 @@ def bytes_read(session: DecodeSession) -> dict[str, int]:
     return {"bytes": session._step.weights.bytes, "bytes_per_cached_token": cache}  # type: ignore[union-attr]
 
 
-def bound(record: dict[str, Any], weights: str, cached: float) -> float:
-    """Seconds that reading takes after so many tokens."""
-    figure = record[weights]
-    return (figure["bytes"] + figure["bytes_per_cached_token"] * cached) / record["read_bandwidth"]
+def bound(figure: dict[str, Any], cached: float, bandwidth: float) -> float:
+    """Seconds that a step's reading takes after so many tokens."""
+    return (figure["bytes"] + figure["bytes_per_cached_token"] * cached) / bandwidth
 
 
 def measure(name: str, tokens: int, repeats: int) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def measure(name: str, tokens: int, repeats: int) -> dict[str, Any]:
     sessions = {weights: DecodeSession(model, weights=weights) for weights in WEIGHTS}
     for weights, session in sessions.items():
         runs[weights] = lambda session=session: statistics.median(our_seconds(session, tokens))  # type: ignore[misc]
-    for peer in PEERS.values():
+    for peer in PEERS.values() if importlib.util.find_spec("transformers") else ():
         theirs = model.to_hf().eval().to(getattr(torch, peer.removeprefix("hf ")))
         runs[peer] = lambda theirs=theirs: hf_seconds(theirs, max(4, tokens // 4))  # type: ignore[misc]
     buffer = torch.ones(READ // 4)
@@ -117,24 +117,26 @@ def measure(name: str, tokens: int, repeats: int) -> dict[str, Any]:
         figures[run] = {"seconds": statistics.median(times), "range": [min(times), max(times)]}
     for weights, session in sessions.items():
         figures[weights] |= bytes_read(session)
-        figures[weights]["of_bound"] = bound(figures, weights, PROMPT + (tokens + 1) / 2) / figures[weights]["seconds"]
+        least = bound(figures[weights], PROMPT + (tokens + 1) / 2, bandwidth)
+        figures[weights]["of_bound"] = least / figures[weights]["seconds"]
     return figures
 
 
-def curve(name: str, weights: str) -> list[tuple[int, float]]:
-    """(position, seconds a token) over the whole cache: the median of 16 neighbouring steps at each of 16 places."""
+def curve(name: str, weights: str) -> list[tuple[int, float, float]]:
+    """(position, seconds a token, read bandwidth then) over the whole cache: the median of 16 neighbouring steps at
+    each of 16 places."""
     model = GPTForCausalLM(GPTConfig.preset(name)).eval()
     session = DecodeSession(model, weights=weights)
     places = session.cache.length // 16
-    points = []
+    buffer, points = torch.ones(READ // 4), []
     for first in range(0, session.cache.length, places):
         session.cache.lengths.fill_(first)
-        taken = []
+        bandwidth, taken = max(read_bandwidth(buffer) for _ in range(3)), []
         for _ in range(16):
             start = time.perf_counter()
             session.advance(torch.tensor([7]), GREEDY)
             taken.append(time.perf_counter() - start)
-        points.append((first, statistics.median(taken)))
+        points.append((first, statistics.median(taken), bandwidth))
     return points
 
 
@@ -172,17 +174,18 @@ def lines(record: dict[str, Any]) -> list[str]:
     rows = []
     for weights in WEIGHTS:
         ours = record[weights]
-        theirs = record[PEERS[weights]]["seconds"] if weights in PEERS else None
+        theirs = record.get(PEERS.get(weights), {}).get("seconds")
         rows.append([
             weights, f"{ours['seconds'] * 1e3:.2f}", f"{1 / ours['seconds']:.0f}", f"{ours['of_bound']:.0%}",
             f"{theirs * 1e3:.1f}" if theirs else "", f"{theirs / ours['seconds']:.2f}" if theirs else "",
         ])  # fmt: skip
+    absent = "" if record.keys() >= set(PEERS.values()) else " Missing: transformers is not installed."
     return [
         "## what a token costs",
         "",
         f"{record['model']}, batch 1, without the prompt; {record['date']} UTC, load {record['load']}, commit",
         f"{str(record['commit']['id'])[:12]}. *Of the bound*: of what reading weights and cache takes at",
-        f"{record['read_bandwidth'] / 1e9:.1f} GB/s ({low} to {high}), measured between the steps.",
+        f"{record['read_bandwidth'] / 1e9:.1f} GB/s ({low} to {high}), measured between the steps.{absent}",
         "",
         *table(["weights", "ms a token", "tokens/s", "of the bound", "Hugging Face, ms", "× Hugging Face"], rows),
     ]
@@ -210,9 +213,9 @@ def picture(record: dict[str, Any]) -> Figure:
     axes = figure.subplots()
     config = GPTConfig.preset(record["model"])
     for weights, color in zip(WEIGHTS, ("#c1440e", "#1f5a94", "#3c8d5a"), strict=True):
-        places, seconds = zip(*record["curves"][weights], strict=True)
+        places, seconds, bandwidths = zip(*record["curves"][weights], strict=True)
         axes.plot(places, [1e3 * value for value in seconds], color=color, marker="o", markersize=4, label=weights)
-        limit = [1e3 * bound(record, weights, place) for place in places]
+        limit = [1e3 * bound(record[weights], *at) for at in zip(places, bandwidths, strict=True)]
         axes.plot(places, limit, color=color, linewidth=1.2, linestyle=(0, (5, 3)))
         axes.annotate(weights, (places[-1], 1e3 * seconds[-1]), (4, 6), textcoords="offset points", color=color)
     axes.set_xlabel("tokens in the cache (dashed: reading it and the weights)")

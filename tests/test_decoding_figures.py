@@ -28,16 +28,15 @@ def test_figures(record):
         assert 0 < low <= figure["seconds"] <= high < 1
         # Of two layers the matrices, 12 C² each, and the output layer's; int8 has a scale of each row beside.
         assert figure["bytes"] >= width * (2 * 12 * 16**2 + 97 * 16)
-        seconds = (figure["bytes"] + 40 * figure["bytes_per_cached_token"]) / record["read_bandwidth"]
-        assert decode.bound(record, weights, 40) == pytest.approx(seconds)
+        assert decode.bound({"bytes": 600, "bytes_per_cached_token": 10}, 40, 500.0) == 2.0
     assert record["float32"]["bytes_per_cached_token"] == 2 * 2 * 16 * 4
     assert all(record[peer]["seconds"] > 0 for peer in decode.PEERS.values())
 
 
 def test_curve(record):
     for points in record["curves"].values():
-        assert [place for place, _ in points] == list(range(0, 256, 16))
-        assert all(0 < seconds < 1 for _, seconds in points)
+        assert [place for place, _, _ in points] == list(range(0, 256, 16))
+        assert all(0 < seconds < 1 and bandwidth > 0 for _, seconds, bandwidth in points)
 
 
 def test_section(record, tmp_path):
@@ -48,6 +47,9 @@ def test_section(record, tmp_path):
         (row,) = (line for line in lines if line.startswith(f"| {weights} |"))
         assert f"| {record[weights]['seconds'] * 1e3:.2f} |" in row
         assert f"| {record[weights]['of_bound']:.0%} |" in row
+    assert not any("Missing" in line for line in lines)
+    without = {name: value for name, value in record.items() if not name.startswith("hf ")}
+    assert any("Missing: transformers" in line for line in decode.lines(without))
     assert any(decode.PICTURE in line for line in lines)
     decode.draw(tmp_path)
     assert (tmp_path / decode.PICTURE).read_bytes().startswith(b"\x89PNG")

@@ -1,5 +1,5 @@
-// Autograd of layer_norm and add_layer_norm in C++. A norm of GPT-2's usual size takes 100 to 200 µs, and an autograd
-// function in Python adds half as much again; around the other ops it is lost in the work.
+// Autograd of layer_norm and add_layer_norm in C++. At 128 × 768 a norm recorded for backward takes 50 µs so, and 75
+// with checks and autograd in Python; around the other ops that is lost in the work.
 //
 // These are composite operators: whatever traces an operator sees the two that lie below, `<op>_forward` and
 // `<op>_backward`. They serve plainly valid arguments and raise ValueError on any other: then the checks in

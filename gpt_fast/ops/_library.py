@@ -81,8 +81,8 @@ def define_composite(op: str, signature: str) -> None:
 def cpp_autograd(op: str, x: Tensor) -> bool:
     """Whether `gpt_fast::<op>` may be called for x at once: it raises `ValueError` where it does not serve.
 
-    Then the public function's own checks say what is wrong, or its usual way serves. In Python a call's checks take
-    70 µs where the code has left the cache, and a small norm no longer.
+    Then the public function's own checks say what is wrong, or its usual way serves. In Python checks and
+    choice take 65 µs where the code has left the cache, half of what a norm of 1024 × 768 takes.
     """
     if _reference_forced or not x.is_cpu or torch.compiler.is_compiling() or transforms.is_transformed():
         return False

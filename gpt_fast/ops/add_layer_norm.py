@@ -45,7 +45,7 @@ def add_layer_norm(
     drawn. Deterministic. Raises as `layer_norm` does, and `ValueError` for unlike shapes or dropout_p outside [0, 1).
     Source: Vaswani et al. (2017), "Attention Is All You Need", section 5.4, arXiv:1706.03762.
     """
-    if (dropout_p == 0 or isinstance(seed, Tensor)) and _library.cpp_autograd("add_layer_norm", x):
+    if (isinstance(seed, Tensor) or (seed is None and dropout_p == 0)) and _library.cpp_autograd("add_layer_norm", x):
         try:
             return torch.ops.gpt_fast.add_layer_norm.default(x, residual, weight, bias, eps, dropout_p, seed, site)
         except ValueError:  # not plainly valid
