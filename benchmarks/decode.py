@@ -174,7 +174,7 @@ def lines(record: dict[str, Any]) -> list[str]:
     rows = []
     for weights in WEIGHTS:
         ours = record[weights]
-        theirs = record.get(PEERS.get(weights), {}).get("seconds")
+        theirs = record.get(PEERS.get(weights, ""), {}).get("seconds")
         rows.append([
             weights, f"{ours['seconds'] * 1e3:.2f}", f"{1 / ours['seconds']:.0f}", f"{ours['of_bound']:.0%}",
             f"{theirs * 1e3:.1f}" if theirs else "", f"{theirs / ours['seconds']:.2f}" if theirs else "",
