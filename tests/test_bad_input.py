@@ -225,6 +225,26 @@ BAD_USES = {
     "generate: top-p": ("generate --from {lm} --top-p 1.5 --max-new-tokens 3", ["top_p 1.5"]),
     "generate: masked": ("generate --from {mlm} --prompt a", ["GPTForMaskedLM", "wanted a GPTForCausalLM"]),
     "generate: classifier": ("generate --from {classifier} --prompt a", ["GPTForSequenceClassification"]),
+    "predict: nothing": ("predict --from {classifier}", ["--text or --data"]),
+    "predict: both": ("predict --from {classifier} --text a --data {tmp}/new.csv", ["--text or --data", "not both"]),
+    "predict: a pair of what reads one text": ("predict --from {classifier} --text a --pair b", ["1 given", "wanted 0"]),
+    "predict: a pair beside a table": ("predict --from {classifier} --data {tmp}/new.csv --pair b", ["--pair-column"]),
+    "predict: a file for one text": ("predict --from {classifier} --text a --out {tmp}/o.csv", ["belong to --data"]),
+    "predict: language model": ("predict --from {lm} --text a", ["GPTForCausalLM", "gpt-fast finetune"]),
+    "predict: no column": (
+        "predict --from {classifier} --data {tmp}/new.csv --text-column words",
+        ["line 2: no column 'words'", "'text'"],
+    ),
+    "predict: text for a table": ("predict --from {classifier} --data {text}", ["text.txt: wanted a table"]),
+    "predict: no such table": ("predict --from {classifier} --data {tmp}/none.csv", ["none.csv: no such file"]),
+    "predict: into no table": (
+        "predict --from {classifier} --data {tmp}/new.csv --out {tmp}/o.txt",
+        ["o.txt: wanted a table"],
+    ),
+    "predict: into what is there": (
+        "predict --from {classifier} --data {tmp}/new.csv --out {tmp}/latin.csv",
+        ["latin.csv: exists", "--overwrite"],
+    ),
     "compare: repeats": ("compare --from {lm} --repeats 0", ["--repeats 0"]),
 }
 

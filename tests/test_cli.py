@@ -9,6 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from gpt_fast.data import tables
 from tests.command_line import SMALL, succeed
 
 pytest_plugins = ("tests.command_line",)
@@ -22,6 +23,7 @@ COMMANDS = {
     "finetune": "--from --train --valid --out --text-column --pair-column --label-column --task --numbers --scratch "
     "--epochs --batch-size --lr --lm-weight --rows --strategy --config --resume --overwrite --json",
     "evaluate": "--from --data --text-column --pair-column --label-column --confusion --json",
+    "predict": "--from --text --pair --data --out --overwrite --text-column --pair-column --max-new-tokens --json",
     "plot": "--metric --out",
     "generate": "--from --prompt --question --max-new-tokens --num-samples --temperature --top-k --top-p "
     "--repetition-penalty --stop --seed --sliding --weights --json",
@@ -102,6 +104,44 @@ def test_finetune_and_evaluate_agree(cli, data, tmp_path):
     assert result["majority_accuracy"] == trained["majority_accuracy"] == pytest.approx(2 / 3)
     shown = succeed(cli("evaluate", "--from", out, "--data", tmp_path / "t.csv")).out
     assert f"accuracy       {result['accuracy']:.1%}, always the commonest label: 66.7%" in shown
+
+
+def test_predict_a_text(cli, data):
+    command = ["predict", "--from", data.classifier, "--text", "the red fox"]
+    result = json.loads(succeed(cli(*command, "--json")).out)
+    (found,) = result["predictions"]
+    assert set(found["probabilities"]) == {"cold", "warm"}
+    assert found["probability"] == max(found["probabilities"].values()) == found["probabilities"][found["prediction"]]
+    lines = succeed(cli(*command)).out.splitlines()
+    assert lines[0] == found["prediction"]
+    assert [line.split() for line in lines[1:]] == [[n, f"{p:.1%}"] for n, p in found["probabilities"].items()]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_predict_a_table(cli, data, tmp_path, suffix):
+    """Every column stays and two are added; one row alone gets what it got among others."""
+    texts = ['the "red" fox', "the blue, blue fox", "a fox\nof two lines", "the red fox runs " * 9]
+    rows = [{"number": str(i), "text": text} for i, text in enumerate(texts)]
+    table, out = tmp_path / f"rows{suffix}", tmp_path / "new" / f"out{suffix}"
+    tables.write_rows(table, rows)
+    command = ["predict", "--from", data.classifier, "--data", table]
+    result = json.loads(succeed(cli(*command, "--json")).out)
+    told = succeed(cli(*command, "--out", out)).err
+    assert "4 rows" in told
+    written = [row for _, row in tables.read_rows(out)]
+    assert list(written[0]) == ["number", "text", "prediction", "probability"]
+    for row, answered, found in zip(rows, written, result["predictions"], strict=True):
+        assert row.items() <= answered.items()
+        assert answered["prediction"] == found["prediction"]
+        assert float(answered["probability"]) == found["probability"]
+        alone = json.loads(succeed(cli(*command[:3], "--text", row["text"], "--json")).out)["predictions"][0]
+        assert alone["probabilities"] == pytest.approx(found["probabilities"], rel=1e-4)
+    lines = succeed(cli(*command)).out.splitlines()
+    assert [line.split("\t")[0] for line in lines] == [found["prediction"] for found in result["predictions"]]
+    assert lines[2].endswith("a fox of two lines")
+    again = cli("predict", "--from", data.classifier, "--data", out, "--out", tmp_path / f"twice{suffix}")
+    assert again.code == 2
+    assert "'prediction'" in again.err
 
 
 @pytest.mark.parametrize("name", ["lm", "mlm"])

@@ -2,6 +2,7 @@
 
 import json
 import random
+import statistics
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from gpt_fast import GPTConfig, GPTForMultipleChoice, GPTForSimilarity
 from gpt_fast.data.tables import Table
 from gpt_fast.data.task_inputs import Example
 from gpt_fast.data.tokenizer import byte_tokenizer, special_ids
-from gpt_fast.training import evaluate, finetune, pretrain, tasks
+from gpt_fast.training import evaluate, finetune, predict, pretrain, tasks
 from gpt_fast.training.evaluation import generated_metrics
 from gpt_fast.training.runs import read_record
 
@@ -201,6 +202,17 @@ def test_each_task_learns(source, tmp_path, task):
         names = ("accuracy", "matthews", "loss")
     for name in names:
         assert result[name] == pytest.approx(record[f"valid_{name}"], rel=1e-4)
+    _, table, found = predict.predict(tmp_path / "run", "cpu", tmp_path / "valid.jsonl")
+    assert table.labels == []
+    rows = [row(task, i) for i in range(1000, 1060)]
+    label = tasks.TASKS[task].columns[2]
+    wanted = ["ABC"[r[label]] if task == "multiple-choice" else r[label] for r in rows]
+    right = statistics.mean(prediction.answer == want for prediction, want in zip(found, wanted, strict=True))
+    assert right == pytest.approx(result["exact_match" if "exact_match" in result else "accuracy"])
+    for prediction in found:
+        if prediction.probabilities is not None:
+            assert sum(prediction.probabilities.values()) == pytest.approx(1)
+            assert prediction.answer == max(prediction.probabilities, key=prediction.probabilities.__getitem__)
 
 
 def test_the_best_validation_is_kept(source, tmp_path, monkeypatch):

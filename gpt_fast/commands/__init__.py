@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..interrupts import Interrupted
-from . import bench, compare, convert, doctor, evaluate, finetune, generate, plot, prepare, pretrain
+from . import bench, compare, convert, doctor, evaluate, finetune, generate, plot, predict, prepare, pretrain
 from .common import print_error, say, show_warning
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command("prepare")(prepare.prepare)
 app.command("pretrain")(pretrain.pretrain)
 app.command("finetune")(finetune.finetune)
 app.command("evaluate")(evaluate.evaluate)
+app.command("predict")(predict.predict)
 app.command("plot")(plot.plot)
 app.command("generate")(generate.generate)
 app.command("compare")(compare.compare)

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
+Row = dict[str, object]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Texts and their labels, as strings; `source` names the file and appears in messages. `more` holds each row's
-    further texts, where a task has several."""
+    """Texts and their labels, as strings, none where the labels are what is asked for; `source` names the file and
+    appears in messages. `more` holds each row's further texts, where a task has several."""
 
     source: str
     texts: list[str]
@@ -34,52 +35,88 @@ class Table:
 
 
 def read_table(
-    path: Path, text_column: str = "text", label_column: str = "label", more_columns: Sequence[str] = ()
+    path: Path, text_column: str = "text", label_column: str | None = "label", more_columns: Sequence[str] = ()
 ) -> Table:
-    """The named columns of a table in UTF-8 (a byte order mark is fine). csv and tsv have a header line and may
-    quote; jsonl has one object per line, in which a further column may be a list of texts. Missing columns, ragged rows
-    and empty tables are errors that name the line."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path}: wanted a table ending in {', '.join(SUFFIXES)}, got {path.suffix or 'no ending'!r}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    read_rows = _jsonl_rows if path.suffix.lower() == ".jsonl" else _csv_rows
+    """The named columns of a table; without a label's the table has no labels. A further column of a jsonl may be a
+    list of texts. Missing columns and empty tables are errors, those of a row name its line."""
     table = Table(str(path), [], [])
-    try:
-        for line, row in read_rows(path):
-            for column in (text_column, *more_columns, label_column):
-                if column not in row:
-                    raise ValueError(f"{path}, line {line}: no column {column!r}; it has {', '.join(map(repr, row))}")
-            text, label = row[text_column], row[label_column]
-            if not isinstance(text, str):
-                raise ValueError(f"{path}, line {line}: column {text_column!r} holds {text!r}; wanted text")
+    columns = (text_column, *more_columns, *([] if label_column is None else [label_column]))
+    for line, row in read_rows(path):
+        for column in columns:
+            if column not in row:
+                raise ValueError(f"{path}, line {line}: no column {column!r}; it has {', '.join(map(repr, row))}")
+        text = row[text_column]
+        if not isinstance(text, str):
+            raise ValueError(f"{path}, line {line}: column {text_column!r} holds {text!r}; wanted text")
+        more = [part for column in more_columns for part in _texts(row[column])]
+        if not all(isinstance(part, str) for part in more):
+            raise ValueError(
+                f"{path}, line {line}: columns {', '.join(map(repr, more_columns))} hold {more!r}; wanted texts"
+            )
+        if label_column is not None:
+            label = row[label_column]
             if not isinstance(label, (str, int, float)) or label == "":
                 raise ValueError(f"{path}, line {line}: column {label_column!r} holds {label!r}; wanted a label")
-            more = [part for column in more_columns for part in _texts(row[column])]
-            if not all(isinstance(part, str) for part in more):
-                raise ValueError(
-                    f"{path}, line {line}: columns {', '.join(map(repr, more_columns))} hold {more!r}; wanted texts"
-                )
-            if more_columns:
-                table.more.append(tuple(map(str, more)))
-            table.texts.append(text)
             table.labels.append(str(label))
+        if more_columns:
+            table.more.append(tuple(map(str, more)))
+        table.texts.append(text)
+    if not table.texts:
+        raise ValueError(f"{path}: empty; wanted at least one row with {' and '.join(map(repr, columns))}")
+    return table
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """The rows of a table in UTF-8 (a byte order mark is fine) as objects, each with the number of its line. csv and
+    tsv have a header line and may quote; jsonl has one object per line. Ragged rows are errors that name the line."""
+    suffix = table_suffix(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        yield from _jsonl_rows(path) if suffix == ".jsonl" else _csv_rows(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason}); convert it first") from None
-    if not table.texts:
-        raise ValueError(f"{path}: empty; wanted at least one row with {text_column!r} and {label_column!r}")
-    return table
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """A table of the kind that the name of `path` tells: whole, or not at all."""
+    suffix = table_suffix(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            if suffix == ".jsonl":
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            else:
+                columns = list(dict.fromkeys(column for row in rows for column in row))
+                writer = csv.DictWriter(file, columns, delimiter=_delimiter(suffix), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def table_suffix(path: Path) -> str:
+    """.csv, .tsv or .jsonl, whatever its case; another one is an error."""
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{path}: wanted a table ending in {', '.join(SUFFIXES)}, got {path.suffix or 'no ending'!r}")
+    return suffix
 
 
 def _texts(value: object) -> list[object]:
     return value if isinstance(value, list) else [value]
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+def _delimiter(suffix: str) -> str:
+    return "\t" if suffix == ".tsv" else ","
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(2**31 - 1)  # the module's own limit of 128 kB is less than a long article
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        reader = csv.reader(file, delimiter=_delimiter(path.suffix.lower()), strict=True)
         try:
             header = next(reader, [])
             for row in reader:
@@ -94,7 +131,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
             raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():

@@ -94,8 +94,8 @@ def task_settings(
     return TaskSettings(name, text_column or text, pairs, label_column or label, numbers or task.numbers)
 
 
-def read_task_table(path: Path, task: TaskSettings) -> Table:
-    return read_table(path, task.text_column, task.label_column, task.pair_columns)
+def read_task_table(path: Path, task: TaskSettings, labelled: bool = True) -> Table:
+    return read_table(path, task.text_column, task.label_column if labelled else None, task.pair_columns)
 
 
 def read_tables(train: Path | None, valid: Path | None, task: TaskSettings, seed: int) -> tuple[Table, Table]:
@@ -133,8 +133,10 @@ def label_names(table: Table, task: TaskSettings) -> list[str]:
 
 
 def targets(table: Table, task: TaskSettings, names: Sequence[str]) -> list[float]:
-    """Labels as indices into `names`, or as numbers; of text to be written there are none."""
-    if task.writes:
+    """Labels as indices into `names`, or as numbers; zeros for text to be written and for a table without labels."""
+    if task.name == "multiple-choice":
+        _check_choices(table, names)
+    if task.writes or not table.labels:
         return [0] * len(table)
     if task.numbers:
         return [_number(label, table.source) for label in table.labels]
@@ -154,14 +156,15 @@ def marks(config: GPTConfig) -> Marks:
 
 
 def examples(
-    table: Table, task: TaskSettings, names: Sequence[str], tokenizer: Tokenizer, config: GPTConfig
+    table: Table, task: TaskSettings, names: Sequence[str], tokenizer: Tokenizer, config: GPTConfig, room: int = 0
 ) -> list[Example]:
-    """Each row as the model takes it."""
+    """Each row as the model takes it, with `room` positions left over; without labels, one that writes takes empty
+    answers."""
     wanted = targets(table, task, names)
     width = len(table.fields(0))
     columns = [list(encode_documents(tokenizer, [table.fields(i)[c] for i in range(len(table))])) for c in range(width)]
-    answers = list(encode_documents(tokenizer, table.labels)) if task.writes else []
-    between, T = marks(config), config.seq_len
+    answers = list(encode_documents(tokenizer, table.labels or [""] * len(table))) if task.writes else []
+    between, T = marks(config), config.seq_len - room
     made = []
     for i, target in enumerate(wanted):
         texts = [column[i] for column in columns]
@@ -214,8 +217,11 @@ def better(task: TaskSettings, line: Metrics) -> tuple[float, ...]:
     return (-line[f"valid_{task.task.score if task.writes else 'mse'}"],)
 
 
-def answers(model: GPTForCausalLM, rows: Sequence[Example], tokenizer: Tokenizer) -> list[str]:
-    """What the model writes behind each row's prompt, the likeliest token each time, until its end token."""
+def answers(
+    model: GPTForCausalLM, rows: Sequence[Example], tokenizer: Tokenizer, max_new_tokens: int | None = None
+) -> list[str]:
+    """What the model writes behind each row's prompt, the likeliest token each time, until its end token: at most
+    `max_new_tokens`, eight more than the longest answer wanted unless given, and what the model's positions leave."""
     config = model.config
     device = next(model.parameters()).device
     written = []
@@ -223,8 +229,8 @@ def answers(model: GPTForCausalLM, rows: Sequence[Example], tokenizer: Tokenizer
         part = rows[first : first + EVALUATION_BATCH]
         prompts = [row.sequences[0][: row.answer] for row in part]
         tokens, lengths = pad_rows(prompts, config.pad_token or 0)
-        room = min(max(len(row.sequences[0]) - len(prompt) for row, prompt in zip(part, prompts, strict=True)) + 8,
-                   config.seq_len - int(lengths.max()))  # fmt: skip
+        wanted = max(len(row.sequences[0]) - len(prompt) for row, prompt in zip(part, prompts, strict=True)) + 8
+        room = min(max_new_tokens or wanted, config.seq_len - int(lengths.max()))
         end = special_token(config, "extract_token")
         out = generate(
             model, tokens.to(device), lengths=lengths.to(device), max_new_tokens=max(1, room), temperature=0,
@@ -265,11 +271,15 @@ def _letter(index: int) -> str:
     return chr(ord("A") + index) if index < 26 else str(index)
 
 
+def _check_choices(table: Table, names: Sequence[str]) -> None:
+    for row, choices in enumerate(table.more, start=1):
+        if len(choices) != len(names):
+            raise ValueError(f"{table.source}, row {row}: {len(choices)} choices; wanted {len(names)} in every row")
+
+
 def _choice(table: Table, row: int, names: Sequence[str]) -> int:
     """A label is the text of an answer, its letter, or its number, counted from 0."""
     label, choices = table.labels[row], table.more[row]
-    if len(choices) != len(names):
-        raise ValueError(f"{table.source}, row {row + 1}: {len(choices)} choices; wanted {len(names)} in every row")
     if label in choices:
         return choices.index(label)
     if label.upper() in names:

@@ -1,0 +1,102 @@
+"""What a fine-tuned run answers to rows without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .. import GPTForCausalLM
+from ..data.tables import Row, Table, read_rows, table_suffix, write_rows
+from ..heads import Head
+from .evaluate import load_run, run_task, run_tokenizer
+from .evaluation import predictions
+from .runs import read_record
+from .tasks import EVALUATION_BATCH, TaskSettings, answers, examples, read_task_table
+
+ADDED = ("prediction", "probability")  # columns
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A label, a number or a text; of a label the probabilities of all labels, the likeliest first."""
+
+    answer: str | float
+    probabilities: dict[str, float] | None = None
+
+    def columns(self) -> Row:
+        if self.probabilities is None:
+            return {"prediction": self.answer}
+        return {"prediction": self.answer, "probability": self.probabilities[str(self.answer)]}
+
+
+def predict(
+    folder: Path,
+    device: str,
+    data: Path | None = None,
+    texts: Sequence[str] = (),
+    text_column: str | None = None,
+    pair_column: str | None = None,
+    max_new_tokens: int | None = None,
+) -> tuple[TaskSettings, Table, list[Prediction]]:
+    """The run's task, what was read, and the prediction for each row of a table, whose columns are those of training
+    unless given, or for one row of `texts`. A model that writes adds at most `max_new_tokens`, unless given 100 or half of
+    the positions it has."""
+    model, record = load_run(folder, device), read_record(folder)
+    task = run_task(model, record)
+    if task is None:
+        raise ValueError(
+            f"{folder}: holds a {type(model).__name__} without a task; wanted a run of gpt-fast finetune"
+            " (gpt-fast generate lets a language model write)"
+        )
+    names = record.get("labels") or [str(i) for i in range(model.config.num_labels if task.classifies else 0)]
+    if data is not None:
+        pairs = task.pair_columns if pair_column is None else tuple(pair_column.split(","))
+        task = replace(task, text_column=text_column or task.text_column, pair_columns=pairs)
+        table = read_task_table(data, task, labelled=False)
+    else:
+        table = one_row(texts, task, names)
+    return task, table, answer(model, folder, table, task, names, max_new_tokens)
+
+
+def one_row(texts: Sequence[str], task: TaskSettings, names: Sequence[str]) -> Table:
+    choices = task.name == "multiple-choice"
+    pairs, wanted = len(texts) - 1, len(names) if choices else len(task.pair_columns)
+    if pairs != wanted:
+        raise ValueError(f"--pair: {pairs} given; {task.name} wanted {wanted}" + (", the answers" if choices else ""))
+    return Table("--text", [texts[0]], [], [tuple(texts[1:])] if pairs else [])
+
+
+def answer(
+    model: Head, folder: Path, table: Table, task: TaskSettings, names: Sequence[str], max_new_tokens: int | None
+) -> list[Prediction]:
+    tokenizer = run_tokenizer(folder, model)
+    if isinstance(model, GPTForCausalLM):
+        T = model.config.seq_len
+        room = min(100, T // 2) if max_new_tokens is None else max_new_tokens
+        if not 1 <= room <= T - 5:
+            raise ValueError(f"--max-new-tokens {room}: wanted 1 to {T - 5}, as the model has {T} positions")
+        rows = examples(table, task, names, tokenizer, model.config, room)
+        return [Prediction(text) for text in answers(model, rows, tokenizer, room)]
+    rows = examples(table, task, names, tokenizer, model.config)
+    logits = predictions(model, rows, model.config.pad_token or 0, EVALUATION_BATCH)
+    if task.numbers:
+        return [Prediction(value) for value in logits.flatten().tolist()]
+    found = []
+    for values, order in zip(*(part.tolist() for part in logits.softmax(-1).sort(descending=True)), strict=True):
+        found.append(Prediction(names[order[0]], {names[i]: p for p, i in zip(values, order, strict=True)}))
+    return found
+
+
+def check_target(out: Path, data: Path) -> None:
+    """What would be wrong with writing to `out`, before any work."""
+    table_suffix(out)
+    _, first = next(read_rows(data), (0, {}))
+    if taken := [name for name in ADDED if name in first]:
+        raise ValueError(f"{data}: has a column {taken[0]!r} already, which --out {out} would add")
+
+
+def write_predictions(out: Path, data: Path, found: Sequence[Prediction]) -> None:
+    """The rows of a table with their predictions as further columns."""
+    rows = [row for _, row in read_rows(data)]
+    write_rows(out, [row | prediction.columns() for row, prediction in zip(rows, found, strict=True)])
