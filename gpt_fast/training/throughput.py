@@ -10,7 +10,8 @@ from ..config import GPTConfig
 
 # Dense matrix products in bfloat16 and float16, as the makers' data sheets give them.
 PUBLISHED = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-SIDES, REPEATS, ENOUGH = (256, 1024), 5, 0.1
+SIDES, REPEATS = (256, 512, 1024), 5
+LONGEST = 0.5  # seconds of one product
 
 
 def flops_per_token(config: GPTConfig, parameters: int, causal: bool) -> float:
@@ -27,7 +28,8 @@ def flops_per_token(config: GPTConfig, parameters: int, causal: bool) -> float:
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """The published rate of a known GPU in a 16-bit type; else that of a 1024³ product measured here, the best of
-    five; of a 256³ one where the larger would take long, as in 16 bits on a CPU without instructions for them."""
+    five; of a smaller one where that would take long, as in 16 bits on a CPU without instructions for them. Each size
+    says whether the next is worth trying: on busy cores a small product waits far longer than it multiplies."""
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for known, rate in PUBLISHED.items():
@@ -42,6 +44,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             best = max(best, 2 * side**3 / (time.perf_counter() - began))
-        if 2 * SIDES[-1] ** 3 / best > ENOUGH:
+        if 2 * (2 * side) ** 3 / best > LONGEST:
             break
     return best
