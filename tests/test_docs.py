@@ -2,8 +2,12 @@
 
 Their Python runs, a page's blocks in order in one process, and prints what the page says it prints. Their shell
 commands run, a page's in order in one empty folder (marked slow), and every command, option and target they name
-exists. Links lead somewhere, and generated tables are current. A block that cannot run here carries a comment,
-`<!-- not run: why -->`.
+exists. Links lead somewhere, and generated tables are current. A comment right before a block says what it needs:
+
+    <!-- before: COMMANDS -->           these run first, in the same shell: they make what the page takes for given, or
+                                        stand for a command with one of the same name that adds options for small sizes
+    <!-- in a clone: COMMANDS -->       it runs in a new clone, where nothing is installed but what pages before it did
+    <!-- behind the commands -->        Python that reads what the page's shell commands wrote
 
 A block prints what its comments say (`print(x)  # 3`: the comment ends with what is printed), or what the `text` block
 right behind it shows, where `…` stands for anything on that line.
@@ -14,6 +18,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -23,9 +28,11 @@ from gpt_fast import build_info
 from tests.command_line import ENVIRONMENT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+WORKED_EXAMPLE = ROOT / "docs" / "contributing.md"
+IN_A_CLONE, BEHIND = "in a clone", "behind the commands"
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 FENCE = re.compile(
-    r"(?:^ *<!-- not run: (?P<reason>.+?) -->\n+)?"
+    r"(?:^ *<!-- (?P<where>before|in a clone|behind the commands)(?::\s(?P<before>(?:(?!-->).)+?))?\s-->\n+)?"
     r"^(?P<indent> *)```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?[^\n]*\n(?P<code>.*?)^(?P=indent)```"
     r"(?:\n+^(?P=indent)```text[^\n]*\n(?P<output>.*?)^(?P=indent)```)?",
     re.DOTALL | re.MULTILINE,
@@ -61,28 +68,43 @@ json.dump(printed, sys.stdout)
 
 
 class Block(NamedTuple):
-    reason: str | None  # why it is not run
+    where: str | None  # before, in a clone, behind the commands
+    before: str  # commands
     title: str | None  # of a file
     code: str
     output: str | None  # what it prints, where the page shows it
+    language: str
 
 
-def blocks(page: pathlib.Path, language: str) -> list[Block]:
+def blocks(page: pathlib.Path, *languages: str) -> list[Block]:
     found = []
     for match in FENCE.finditer(page.read_text("utf-8")):
-        if match["language"] == language:
+        if match["language"] in languages:
             strip = re.compile(f"^{match['indent']}", re.MULTILINE)
             output = match["output"] and strip.sub("", match["output"])
-            found.append(Block(match["reason"], match["title"], strip.sub("", match["code"]), output))
+            code = strip.sub("", match["code"])
+            found.append(Block(match["where"], match["before"] or "", match["title"], code, output, match["language"]))
     return found
 
 
-def with_blocks(language: str) -> list:
+def with_blocks(chosen: Callable[[Block], bool]) -> list:
     return [
         pytest.param(page, id=name)
         for page, name in zip(PAGES, IDS, strict=True)
-        if any(block.reason is None for block in blocks(page, language))
+        if any(map(chosen, blocks(page, "python", "sh")))
     ]
+
+
+def is_python(block: Block) -> bool:
+    return block.language == "python" and block.where is None
+
+
+def is_command(block: Block) -> bool:
+    return (block.language == "sh" and block.where != IN_A_CLONE) or block.where == BEHIND
+
+
+def is_for_a_clone(block: Block) -> bool:
+    return block.where == IN_A_CLONE
 
 
 def assert_prints(printed: str, shown: str) -> None:
@@ -91,12 +113,15 @@ def assert_prints(printed: str, shown: str) -> None:
     assert re.fullmatch(pattern, printed.rstrip("\n")), f"printed:\n{printed}\nshown:\n{shown}"
 
 
-@pytest.mark.parametrize("page", with_blocks("python"))
+@pytest.mark.parametrize("page", with_blocks(is_python))
 def test_python_runs_and_prints_what_the_page_says(page, tmp_path):
-    ran = [block for block in blocks(page, "python") if block.reason is None]
+    run_python([block for block in blocks(page, "python") if is_python(block)], tmp_path)
+
+
+def run_python(ran: list[Block], folder: pathlib.Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", RUNNER], input=json.dumps([(block.title, block.code) for block in ran]),
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False,
+        cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     for block, printed in zip(ran, json.loads(run.stdout), strict=True):
@@ -110,6 +135,25 @@ def test_python_runs_and_prints_what_the_page_says(page, tmp_path):
             assert comment.endswith(line), f"printed {line!r} where the page says {comment!r}"
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(build_info() is None, reason="the extension is not built: there are no flags to compile with")
+def test_the_worked_example_in_cpp(tmp_path):
+    """The page runs its op in the interpreter; here the same blocks run with the page's C++ kernel compiled."""
+    (source,) = blocks(WORKED_EXAMPLE, "cpp")
+    interpreter, *rest = (block for block in blocks(WORKED_EXAMPLE, "python") if is_python(block))
+    assert "TRITON_INTERPRET" in interpreter.code
+    path = tmp_path / str(source.title)
+    path.parent.mkdir(parents=True)
+    path.write_text(source.code)
+    load = (
+        "from torch.utils import cpp_extension\n"
+        f"cpp_extension.load('softcap', {[str(path)]}, extra_cflags={build_info()['flags']},\n"
+        f"    extra_include_paths={[str(ROOT / 'csrc')]}, build_directory={str(tmp_path)!r}, is_python_module=False)\n"
+    )
+    rest[-1] = rest[-1]._replace(code=rest[-1].code.replace("# triton", "# cpp"))
+    run_python([rest[0]._replace(title=None, code=load, output=""), *rest], tmp_path)
+
+
 def shell_lines(block: Block) -> list[str]:
     """The commands of a block: continued lines joined, comments left out."""
     joined = re.sub(r"\\\n\s*", "", block.code)
@@ -118,19 +162,59 @@ def shell_lines(block: Block) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", with_blocks("sh"))
+@pytest.mark.parametrize("page", with_blocks(is_command))
 def test_shell_commands_run(page, tmp_path):
     path = f"{pathlib.Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"
-    for block in blocks(page, "sh"):
-        if block.reason is not None:
-            continue
-        run = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block.code],
-            cwd=tmp_path, env=ENVIRONMENT | {"PATH": path}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert run.returncode == 0, f"{block.code}\n{run.stdout}\n{run.stderr}"
-        if block.output is not None:
-            assert_prints(run.stdout, block.output)
+    for block in filter(is_command, blocks(page, "python", "sh")):
+        if block.language == "python":
+            run_python([block], tmp_path)
+        else:
+            run_shell(block, tmp_path, ENVIRONMENT | {"PATH": path})
+
+
+def run_shell(block: Block, folder: pathlib.Path, environment: dict[str, str]) -> None:
+    run = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f"{block.before}\n{block.code}"],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, f"{block.code}\n{run.stdout}\n{run.stderr}"
+    if block.output is not None:
+        assert_prints(run.stdout, block.output)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> pathlib.Path:
+    """A clone of what is committed."""
+    folder = tmp_path_factory.mktemp("clone") / "gpt_fast"
+    subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(folder)], check=True)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", with_blocks(is_for_a_clone))
+def test_commands_run_in_a_clone(page, clone):
+    """The environment of this test is not theirs: Python is the machine's, and threads are as many as it has."""
+    environment = {name: value for name, value in ENVIRONMENT.items() if name not in ("OMP_NUM_THREADS", "VIRTUAL_ENV")}
+    path = environment["PATH"].split(":")
+    environment["PATH"] = ":".join(p for p in path if p != str(pathlib.Path(sys.executable).parent))
+    for block in filter(is_for_a_clone, blocks(page, "sh")):
+        run_shell(block, clone, environment)
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, id=i) for p, i in zip(PAGES, IDS, strict=True)])
+def test_every_block_runs_in_a_test(page):
+    """A block of another language, or with a comment that no test knows, would be left out."""
+    text = page.read_text("utf-8")
+    languages = set(re.findall(r"^ *```(\w+)", text, re.MULTILINE))
+    assert languages <= {"python", "sh", "cpp", "text"}, languages
+    found = blocks(page, *languages)
+    outputs = sum(block.output is not None for block in found)
+    assert len(found) + outputs == len(re.findall(r"^ *```\w", text, re.MULTILINE))
+    assert page == WORKED_EXAMPLE or "cpp" not in languages
+    shown = blocks(page, "python", "sh")
+    assert [sum((is_python(block), is_command(block), is_for_a_clone(block))) for block in shown] == [1] * len(shown)
+    for comment in re.findall(r"<!--\s((?:(?!-->).)+?)\s-->\n+^ *```", text, re.DOTALL | re.MULTILINE):
+        assert re.match(r"before:\s|in a clone(:\s|$)|behind the commands$", comment), comment
 
 
 def command_options() -> dict[str, set[str]]:
