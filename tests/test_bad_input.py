@@ -227,7 +227,7 @@ BAD_USES = {
     "generate: classifier": ("generate --from {classifier} --prompt a", ["GPTForSequenceClassification"]),
     "predict: nothing": ("predict --from {classifier}", ["--text or --data"]),
     "predict: both": ("predict --from {classifier} --text a --data {tmp}/new.csv", ["--text or --data", "not both"]),
-    "predict: a pair of what reads one text": ("predict --from {classifier} --text a --pair b", ["1 given", "wanted 0"]),
+    "predict: a pair, of one text": ("predict --from {classifier} --text a --pair b", ["1 given", "wanted 0"]),
     "predict: a pair beside a table": ("predict --from {classifier} --data {tmp}/new.csv --pair b", ["--pair-column"]),
     "predict: a file for one text": ("predict --from {classifier} --text a --out {tmp}/o.csv", ["belong to --data"]),
     "predict: language model": ("predict --from {lm} --text a", ["GPTForCausalLM", "gpt-fast finetune"]),
