@@ -40,8 +40,8 @@ def predict(
     max_new_tokens: int | None = None,
 ) -> tuple[TaskSettings, Table, list[Prediction]]:
     """The run's task, what was read, and the prediction for each row of a table, whose columns are those of training
-    unless given, or for one row of `texts`. A model that writes adds at most `max_new_tokens`; unless given, 100 or half
-    of the positions it has."""
+    unless given, or for one row of `texts`. A model that writes adds at most `max_new_tokens`; unless given, 100 or
+    half of the positions it has."""
     model, record = load_run(folder, device), read_record(folder)
     task = run_task(model, record)
     if task is None:
