@@ -232,7 +232,7 @@ def test_empty(shape, device):
     assert not grads[3].any()
 
 
-def test_two_runs_and_any_number_of_threads_agree_bit_for_bit(device, threads):
+def test_two_runs_and_any_number_of_threads_agree_bit_for_bit(device, threads, thread_counts):
     x, residual, weight, bias = sample_inputs((300, 200), device)
     seed, dy = torch.tensor([3], device=device), torch.randn(300, 200, device=device)
 
@@ -242,7 +242,7 @@ def test_two_runs_and_any_number_of_threads_agree_bit_for_bit(device, threads):
 
     threads(1)
     first = run()
-    for count in (1, 2, 3):
+    for count in thread_counts:
         threads(count)
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True)), f"{count} threads"
 

@@ -223,7 +223,7 @@ def test_any_shape(M, N, dtype, seed):
     check(*sample_inputs((M, N), dtype, "cpu"))
 
 
-def test_two_runs_and_any_number_of_threads_agree_bit_for_bit(device, threads):
+def test_two_runs_and_any_number_of_threads_agree_bit_for_bit(device, threads, thread_counts):
     x, weight, bias = sample_inputs((500, 200), torch.float32, device)
     dy = torch.randn(500, 200, device=device)
 
@@ -233,7 +233,7 @@ def test_two_runs_and_any_number_of_threads_agree_bit_for_bit(device, threads):
 
     threads(1)
     first = run()
-    for count in (1, 2, 3):
+    for count in thread_counts:
         threads(count)
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True)), f"{count} threads"
 

@@ -355,7 +355,9 @@ def test_backward_may_run_twice(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_two_runs_and_any_number_of_threads_agree_bit_for_bit(reduction, dtype, device, threads, implementation):
+def test_two_runs_and_any_number_of_threads_agree_bit_for_bit(
+    reduction, dtype, device, threads, thread_counts, implementation
+):
     shape = (600, 40, 1300) if implementation == "cpp" else (60, 40, 250)
     x, weight, bias, target = sample_inputs(shape, dtype, device)
 
@@ -365,7 +367,7 @@ def test_two_runs_and_any_number_of_threads_agree_bit_for_bit(reduction, dtype, 
 
     threads(1)
     first = run()
-    for count in (1, 2, 3):
+    for count in thread_counts:
         threads(count)
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True)), f"{count} threads"
 

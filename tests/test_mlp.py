@@ -352,7 +352,7 @@ def test_any_subset_of_gradients(count, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_two_runs_and_any_number_of_threads_agree_bit_for_bit(dtype, device, threads, implementation):
+def test_two_runs_and_any_number_of_threads_agree_bit_for_bit(dtype, device, threads, thread_counts, implementation):
     rows = 1100 if implementation == "cpp" else 60
     inputs = sample_inputs((rows, 40, 200, 70), dtype, device)
     dy = torch.randn(rows, 70, device=device).to(dtype)
@@ -362,7 +362,7 @@ def test_two_runs_and_any_number_of_threads_agree_bit_for_bit(dtype, device, thr
 
     threads(1)
     first = run()
-    for count in (1, 2, 3):
+    for count in thread_counts:
         threads(count)
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True)), f"{count} threads"
 
