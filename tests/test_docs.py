@@ -194,7 +194,8 @@ def clone(tmp_path_factory) -> pathlib.Path:
 @pytest.mark.parametrize("page", with_blocks(is_for_a_clone))
 def test_commands_run_in_a_clone(page, clone):
     """The environment of this test is not theirs: Python is the machine's, and threads are as many as it has."""
-    environment = {name: value for name, value in ENVIRONMENT.items() if name not in ("OMP_NUM_THREADS", "VIRTUAL_ENV")}
+    ours = {"OMP_NUM_THREADS", "PYTHONPATH", "VIRTUAL_ENV"}
+    environment = {name: value for name, value in ENVIRONMENT.items() if name not in ours}
     path = environment["PATH"].split(":")
     environment["PATH"] = ":".join(p for p in path if p != str(pathlib.Path(sys.executable).parent))
     for block in filter(is_for_a_clone, blocks(page, "sh")):
