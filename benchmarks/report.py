@@ -67,7 +67,10 @@ def docs_page(folder: Path) -> str:
         "[how it is measured](benchmarks.md). Each folder there has a page with every implementation, pass and peak "
         "memory. Shares are of the speed limits measured in the same run.",
     ]
-    for path, runs in devices(folder).items():
+    measured = devices(folder)
+    if not any(runs[0]["device"]["type"] == "cuda" for runs in measured.values()):
+        lines += ["", "No figure here was measured on a GPU."]
+    for path, runs in measured.items():
         lines += ["", f"## {runs[0]['device']['name']}", ""]
         lines += [*tables.versions(runs), "", *tables.table(tables.SUMMARY_HEADER, tables.summary(runs))]
         for run in runs:
