@@ -28,7 +28,10 @@ def save(head: Any, directory: Path) -> None:
     kind = type(head).__name__
     partial = _partial(directory / WEIGHTS)
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # save_file makes a file that only its owner can read
         save_file(tensors, partial, metadata={"format": "pt", _FORMAT: kind})
+        partial.chmod(mode)
         _publish(partial, directory / WEIGHTS)
     except SafetensorError as error:
         partial.unlink(missing_ok=True)

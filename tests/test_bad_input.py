@@ -128,6 +128,7 @@ BAD_FINETUNE = {
     "numbers of classes": ("--train {table} --numbers", ["--numbers", "wanted similarity or regression"]),
     "no table for a task": ("--task similarity", ["no table comes with it", "--train FILE"]),
     "no epochs": ("--train {table} --epochs 0", ["--epochs 0", "at least 1"]),
+    "negative rate": ("--train {table} --lr -1", ["--lr -1.0", "0 or more"]),
     "no rows": ("--train {table} --rows 0", ["--rows 0", "at least 1"]),
     "more rows than there are": ("--train {table} --rows 55", ["--rows 55", "table.csv has 54 to train on"]),
     "strategy": ("--train {table} --strategy zero", ["zero", "ddp, fsdp"]),
@@ -229,7 +230,10 @@ BAD_USES = {
     "predict: both": ("predict --from {classifier} --text a --data {tmp}/new.csv", ["--text or --data", "not both"]),
     "predict: a pair, of one text": ("predict --from {classifier} --text a --pair b", ["1 given", "wanted 0"]),
     "predict: a pair beside a table": ("predict --from {classifier} --data {tmp}/new.csv --pair b", ["--pair-column"]),
-    "predict: a file for one text": ("predict --from {classifier} --text a --out {tmp}/o.csv", ["belong to --data"]),
+    "predict: a file for one text": (
+        "predict --from {classifier} --text a --out {tmp}/o.csv",
+        ["--out", "o.csv: belongs to --data"],
+    ),
     "predict: language model": ("predict --from {lm} --text a", ["GPTForCausalLM", "gpt-fast finetune"]),
     "predict: no column": (
         "predict --from {classifier} --data {tmp}/new.csv --text-column words",
@@ -241,6 +245,8 @@ BAD_USES = {
         "predict --from {classifier} --data {tmp}/new.csv --out {tmp}/o.txt",
         ["o.txt: wanted a table"],
     ),
+    "predict: a folder for a table": ("predict --from {classifier} --data {tmp}", ["a folder; wanted a table"]),
+    "predict: a file for a run": ("predict --from {table} --text a", ["table.csv: a file, no run folder"]),
     "predict: into what is there": (
         "predict --from {classifier} --data {tmp}/new.csv --out {tmp}/latin.csv",
         ["latin.csv: exists", "--overwrite"],

@@ -322,6 +322,8 @@ def test_save_and_load_round_trip(name, preset, tmp_path):
         tokens = torch.stack((tokens, tokens.flip(0)), dim=1)  # two sequences for each example
     head.save_pretrained(tmp_path / "model")
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert len(modes) == 1, "who can read the configuration can read the weights"
     loaded = HEADS[name].from_pretrained(tmp_path / "model")
     assert loaded.config == head.config
     for (key, tensor), other in zip(head.state_dict().items(), loaded.state_dict().values(), strict=True):

@@ -54,15 +54,17 @@ def predict(
         raise ValueError("wanted either --text or --data" + ("" if text is None else ", not both"))
     if text is None and pair:
         raise ValueError("--pair: belongs to --text; a table's second text is named by --pair-column")
-    if data is None and (text_column or pair_column or out):
-        raise ValueError("--text-column, --pair-column and --out belong to --data")
+    if data is None:
+        options = {"--text-column": text_column, "--pair-column": pair_column, "--out": out}
+        for option in (name for name, value in options.items() if value is not None):
+            raise ValueError(f"{option} {options[option]}: belongs to --data, not to --text")
     from ..training.predict import check_target, write_predictions
     from ..training.predict import predict as answer
 
     if out is not None and data is not None:
+        check_target(out, data)
         if out.exists() and not overwrite:
             raise ValueError(f"--out {out}: exists; --overwrite replaces it")
-        check_target(out, data)
     texts = () if text is None else (text, *(pair or []))
     with err.status("predicting"):
         task, table, found = answer(source, device, data, texts, text_column, pair_column, max_new_tokens)

@@ -100,6 +100,8 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 def table_suffix(path: Path) -> str:
     """.csv, .tsv or .jsonl, whatever its case; another one is an error."""
     suffix = path.suffix.lower()
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder; wanted a table ending in {', '.join(SUFFIXES)}")
     if suffix not in SUFFIXES:
         raise ValueError(f"{path}: wanted a table ending in {', '.join(SUFFIXES)}, got {path.suffix or 'no ending'!r}")
     return suffix

@@ -126,6 +126,8 @@ def check(settings: FinetuneSettings) -> None:
     ):
         if value < 1:
             raise ValueError(f"{option} {value}: wanted at least 1")
+    if settings.lr is not None and not settings.lr >= 0:
+        raise ValueError(f"--lr {settings.lr}: wanted 0 or more")
     EngineSettings.of(settings)
     check_run(settings.source)
 

@@ -108,6 +108,8 @@ def check(settings: PretrainSettings) -> None:
         raise ValueError(f"--objective {settings.objective}: wanted one of {', '.join(OBJECTIVES)}")
     if settings.warmup is not None and settings.warmup < 1:
         raise ValueError(f"--warmup {settings.warmup}: wanted at least 1")
+    if settings.lr is not None and not settings.lr >= 0:
+        raise ValueError(f"--lr {settings.lr}: wanted 0 or more")
     if settings.final_lr is not None and not 0 <= settings.final_lr <= 1:
         raise ValueError(f"--final-lr {settings.final_lr}: wanted a share of the peak rate, from 0 to 1")
     if settings.source is None:

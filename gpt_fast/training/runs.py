@@ -157,7 +157,7 @@ def _check_idle(out: Path) -> None:
 def check_run(folder: Path) -> None:
     """Raises unless `folder` holds what a run needs to be read."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such run folder")
+        raise FileNotFoundError(f"{folder}: " + ("a file, no run folder" if folder.exists() else "no such run folder"))
     missing = sorted({"config.json", "model.safetensors", "tokenizer.json"} - {path.name for path in folder.iterdir()})
     if missing:
         raise FileNotFoundError(f"{folder}: not a run of gpt-fast, {' and '.join(missing)} missing")
