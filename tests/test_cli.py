@@ -141,7 +141,7 @@ def test_predict_a_table(cli, data, tmp_path, suffix):
     assert lines[2].endswith("a fox of two lines")
     again = cli("predict", "--from", data.classifier, "--data", out, "--out", tmp_path / f"twice{suffix}")
     assert again.code == 2
-    assert "'prediction'" in again.err
+    assert f"line {1 if suffix == '.jsonl' else 2}: has a column 'prediction'" in again.err
 
 
 @pytest.mark.parametrize("name", ["lm", "mlm"])

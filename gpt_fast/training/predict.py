@@ -91,9 +91,9 @@ def answer(
 def check_target(out: Path, data: Path) -> None:
     """What would be wrong with writing to `out`, before any work."""
     table_suffix(out)
-    _, first = next(read_rows(data), (0, {}))
-    if taken := [name for name in ADDED if name in first]:
-        raise ValueError(f"{data}: has a column {taken[0]!r} already, which --out {out} would add")
+    for line, row in read_rows(data):
+        if taken := [name for name in ADDED if name in row]:
+            raise ValueError(f"{data}, line {line}: has a column {taken[0]!r} already, which --out {out} would add")
 
 
 def write_predictions(out: Path, data: Path, found: Sequence[Prediction]) -> None:
