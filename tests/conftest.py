@@ -11,6 +11,8 @@ import torch
 import gpt_fast
 import gpt_fast.reference
 
+pytest_plugins = ("tests.command_line",)  # the fixtures cli and data
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -12,8 +12,6 @@ import pytest
 
 from tests.command_line import ENVIRONMENT, SMALL, Result
 
-pytest_plugins = ("tests.command_line",)
-
 
 def files(folder: Path) -> dict[str, float]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -98,6 +96,7 @@ TABLES = {
     "new.csv": b"text,label\na,warm\nb,tepid\n",
     "words.csv": b"text,label\na,three\nb,4\n" * 6,
     "broken.jsonl": b'{"text": "a", "label": "b"}\n{"text": \n',
+    "latin.txt": b"caf\xe9\n",
     "table.txt": b"text,label\na,b\n",
 }
 BAD_FINETUNE = {
@@ -109,11 +108,17 @@ BAD_FINETUNE = {
     "ragged": ("--train {tmp}/ragged.csv", ["ragged.csv, line 3: 3 fields under a header of 2"]),
     "one label": ("--train {tmp}/one.csv", ["one.csv: every row has the label 'b'"]),
     "few rows": ("--train {tmp}/few.csv", ["few.csv: 2 rows", "--valid"]),
-    "unknown label": ("--train {table} --valid {tmp}/new.csv", ["new.csv: unknown label 'tepid'", "'cold', 'warm'"]),
+    "unknown label": (
+        "--train {table} --valid {tmp}/new.csv",
+        ["new.csv, row 2: unknown label 'tepid'", "'cold', 'warm'"],
+    ),
     "not json": ("--train {tmp}/broken.jsonl", ["broken.jsonl, line 2: not JSON"]),
     "not a table": ("--train {tmp}/table.txt", ["table.txt: wanted a table ending in .csv, .tsv, .jsonl"]),
     "valid alone": ("--valid {table}", ["--valid", "without --train"]),
-    "words for numbers": ("--train {tmp}/words.csv --task regression", ["label 'three' is not a number"]),
+    "words for numbers": (
+        "--train {tmp}/words.csv --task regression",
+        ["words.csv, row 1: label 'three' is not a number"],
+    ),
     "unknown task": ("--train {table} --task tagging", ["tagging", "classification, entailment, similarity"]),
     "pair where there is none": ("--train {table} --pair-column b", ["--pair-column b", "reads one text only"]),
     "pair that is missing": ("--train {table} --task entailment", ["no column 'premise'", "'text', 'label'"]),
@@ -204,7 +209,15 @@ def test_damaged_runs(cli, data, tmp_path, case):
 
 
 BAD_USES = {
-    "evaluate: unknown label": ("evaluate --from {classifier} --data {tmp}/new.csv", ["unknown label 'tepid'"]),
+    "evaluate: unknown label": ("evaluate --from {classifier} --data {tmp}/new.csv", ["row 2: unknown label 'tepid'"]),
+    "evaluate: a table for a language model": (
+        "evaluate --from {lm} --data {tmp}/new.csv",
+        ["new.csv: a table", "holds a language model"],
+    ),
+    "evaluate: confusion, no png": (
+        "evaluate --from {classifier} --data {table} --confusion {tmp}/c.jpg",
+        ["c.jpg", "ends in .png"],
+    ),
     "evaluate: no data": ("evaluate --from {lm}", ["not trained on the standard library", "--data"]),
     "evaluate: confusion of a language model": (
         "evaluate --from {lm} --data {text} --confusion {tmp}/c.png",
@@ -215,7 +228,7 @@ BAD_USES = {
     "plot: no png": ("plot {lm} --out {tmp}/p.jpg", ["p.jpg", "ends in .png"]),
     "evaluate: text for a classifier": ("evaluate --from {classifier} --data {text}", ["text.txt: wanted a table"]),
     "evaluate: missing data": ("evaluate --from {lm} --data {tmp}/none", ["none: no such file"]),
-    "evaluate: not utf-8": ("evaluate --from {lm} --data {tmp}/latin.csv", ["latin.csv: not UTF-8"]),
+    "evaluate: not utf-8": ("evaluate --from {lm} --data {tmp}/latin.txt", ["latin.txt: not UTF-8"]),
     "generate: prompt too long": ("generate --from {lm} --prompt {long}", ["40 tokens of prompt", "32 positions"]),
     "generate: too many": ("generate --from {lm} --prompt a --max-new-tokens 99", ["make 100", "--sliding"]),
     "generate: temperature": ("generate --from {lm} --temperature -1 --max-new-tokens 3", ["temperature -1.0"]),
@@ -228,6 +241,8 @@ BAD_USES = {
     "generate: classifier": ("generate --from {classifier} --prompt a", ["GPTForSequenceClassification"]),
     "predict: nothing": ("predict --from {classifier}", ["--text or --data"]),
     "predict: both": ("predict --from {classifier} --text a --data {tmp}/new.csv", ["--text or --data", "not both"]),
+    "predict: an empty text": ("predict --from {classifier} --text=", ["--text: empty"]),
+    "predict: an empty pair": ("predict --from {classifier} --text a --pair=", ["--pair: empty"]),
     "predict: a pair, of one text": ("predict --from {classifier} --text a --pair b", ["1 given", "wanted 0"]),
     "predict: a pair beside a table": ("predict --from {classifier} --data {tmp}/new.csv --pair b", ["--pair-column"]),
     "predict: a file for one text": (

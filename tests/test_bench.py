@@ -20,8 +20,6 @@ from benchmarks.plain_gpt import PlainGPT
 from gpt_fast import GPTConfig, GPTForCausalLM
 from tests.command_line import ENVIRONMENT
 
-pytest_plugins = ("tests.command_line",)
-
 SMALL = GPTConfig.preset("gpt2", num_tokens=61, hidden_dim=16, num_heads=2, num_layers=2, seq_len=32)
 FLOORS = {
     "copy": {"rate": 10e9, "q1": 9e9, "q3": 11e9},

@@ -12,8 +12,6 @@ from safetensors.torch import load_file
 from gpt_fast.data import tables
 from tests.command_line import SMALL, succeed
 
-pytest_plugins = ("tests.command_line",)
-
 COMMANDS = {
     "pretrain": "--data --out --objective --tokenizer --preset --layers --heads --dim --seq-len --dropout --steps "
     "--batch-size --lr --seed --overwrite --device --json --from --pack --accumulate --warmup --weight-decay "
@@ -97,7 +95,9 @@ def test_finetune_and_evaluate_agree(cli, data, tmp_path):
     shutil.copy(data.table, tmp_path / "t.csv")
     out = tmp_path / "run"
     tables = ["--train", data.table, "--valid", tmp_path / "t.csv"]
-    trained = json.loads(succeed(cli("finetune", "--from", data.lm, *tables, "--out", out, "--json")).out)
+    run = succeed(cli("finetune", "--from", data.lm, *tables, "--out", out, "--json"))
+    assert "only 6 updates on 60 rows" in run.err
+    trained = json.loads(run.out)
     assert trained["labels"] == ["cold", "warm"]
     result = json.loads(succeed(cli("evaluate", "--from", out, "--data", tmp_path / "t.csv", "--json")).out)
     assert result["accuracy"] == trained["valid_accuracy"]
@@ -289,8 +289,9 @@ def test_plot(cli, data, tmp_path):
 
 def test_confusion_matrix(cli, data, tmp_path):
     assert is_png(data.classifier / "confusion.png")
-    succeed(cli("evaluate", "--from", data.classifier, "--data", data.table, "--confusion", tmp_path / "c.png"))
-    assert is_png(tmp_path / "c.png")
+    path = tmp_path / "pictures" / "c.png"
+    run = succeed(cli("evaluate", "--from", data.classifier, "--data", data.table, "--confusion", path))
+    assert is_png(path) and str(path) in run.err
 
 
 def test_tensorboard_and_mfu(cli, data, tmp_path):

@@ -16,8 +16,6 @@ from gpt_fast.training import checkpoints
 from gpt_fast.training.distributed import World
 from tests.command_line import ENVIRONMENT, SMALL, succeed
 
-pytest_plugins = ("tests.command_line",)
-
 STEPS = 9
 
 

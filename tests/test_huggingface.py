@@ -20,7 +20,6 @@ from gpt_fast import (
 from tests import hf_models
 from tests.command_line import succeed
 
-pytest_plugins = ("tests.command_line",)
 transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
 
 SIZES = {"vocab_size": 61, "n_positions": 20, "n_embd": 32, "n_layer": 2, "n_head": 4}

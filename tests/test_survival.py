@@ -11,8 +11,6 @@ from safetensors.torch import load_file
 
 from tests.command_line import SMALL, succeed
 
-pytest_plugins = ("tests.command_line",)
-
 STEPS, EVERY = 24, 5
 
 

@@ -18,8 +18,6 @@ from gpt_fast.data import tokenizer as tok
 from gpt_fast.data.stream import TokenStream
 from tests.command_line import SMALL, succeed
 
-pytest_plugins = ("tests.command_line",)
-
 TEXT = "def f(x):\n    return x  # naïve — 日本\n\n\nclass A:\n\tpass\n \nx = 1\n" * 40
 
 

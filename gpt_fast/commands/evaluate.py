@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import AsJson, Device, err, metric_rows, print_json, print_table, require_train_extra, resolve_device
+from .common import AsJson, Device, err, metric_rows, print_json, print_table, require_train_extra, resolve_device, say
 
 
 def evaluate(
@@ -39,12 +39,15 @@ def evaluate(
     """
     require_train_extra()
     device = resolve_device(device)
+    if confusion is not None and confusion.suffix.lower() != ".png":
+        raise ValueError(f"--confusion {confusion}: wanted a name that ends in .png")
     from ..training.evaluate import evaluate as measure
 
     with err.status("evaluating"):
         result = measure(source, data, text_column, label_column, device, pair_column, confusion)
     if as_json:
         print_json(result)
-        return
-    rows = metric_rows(result)
-    print_table(f"{source} on {result['data']}", rows)
+    else:
+        print_table(f"{source} on {result['data']}", metric_rows(result))
+    if confusion is not None:
+        say(str(confusion))

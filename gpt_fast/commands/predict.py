@@ -52,6 +52,9 @@ def predict(
     device = resolve_device(device)
     if (text is None) == (data is None):
         raise ValueError("wanted either --text or --data" + ("" if text is None else ", not both"))
+    for option, blank in (("--text", [text]), ("--pair", pair or [])):
+        if any(value is not None and not value.strip() for value in blank):
+            raise ValueError(f"{option}: empty; wanted a text")
     if text is None and pair:
         raise ValueError("--pair: belongs to --text; a table's second text is named by --pair-column")
     if data is None:

@@ -16,6 +16,7 @@ from ..data.batches import lm_windows, token_stream, unigram_entropy
 from ..data.corpus import STDLIB, read_corpus, read_path
 from ..data.snippets import snippet_table
 from ..data.stream import TokenStream
+from ..data.tables import SUFFIXES as TABLE_SUFFIXES
 from ..data.tokenizer import encode_documents, load_tokenizer, vocabulary_size
 from ..heads import HEADS, Head
 from .evaluation import lm_loss, perplexity
@@ -77,6 +78,8 @@ def evaluate(
     if confusion is not None and (task is None or not task.classifies):
         raise ValueError(f"--confusion {confusion}: {folder} holds no classifier")
     if task is None:
+        if data is not None and data.suffix.lower() in TABLE_SUFFIXES:
+            raise ValueError(f"{data}: a table; {folder} holds a language model, which wants plain text")
         return evaluate_language_model(model, folder, data)
     pairs = task.pair_columns if pair_column is None else tuple(pair_column.split(","))
     task = replace(

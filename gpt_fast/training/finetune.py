@@ -54,6 +54,8 @@ FREE = {
     "tensorboard", "log_every", "checkpoint_every", "keep_checkpoints", "max_skips",
 }  # fmt: skip
 
+FEW_UPDATES = 50  # fewer than this at a published rate hardly move a new head
+
 
 @dataclass(frozen=True)
 class FinetuneSettings:
@@ -164,9 +166,9 @@ def _finetune(
     if ranks.rank:
         randomness.seed(settings.seed, ranks.rank)
     rows, valid_rows = (examples(table, task, names, tokenizer, model.config) for table in (train, valid))
-    _tell(train, valid, rows, names, model.config.seq_len, say)
-
     steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
+    _tell(train, valid, rows, names, model.config.seq_len, steps, say)
+
     engine = Engine(model, lr, EngineSettings.of(settings), ranks)
     if ranks.first and not run.kept:
         write_settings(run.folder, dataclasses.replace(settings, lr=lr))
@@ -342,7 +344,13 @@ def draw_confusion(model: Head, rows: Sequence[Example], names: Sequence[str], t
 
 
 def _tell(
-    train: Table, valid: Table, rows: Sequence[Example], names: list[str], seq_len: int, say: Callable[[str], None]
+    train: Table,
+    valid: Table,
+    rows: Sequence[Example],
+    names: list[str],
+    seq_len: int,
+    steps: int,
+    say: Callable[[str], None],
 ) -> None:
     say(f"{train.source}: {len(train):,} rows to train on, {len(valid):,} held out")
     cut = sum(len(sequence) == seq_len for row in rows for sequence in row.sequences)
@@ -351,3 +359,5 @@ def _tell(
         say(f"{share:.0%} of the rows fill all {seq_len} positions and may have been cut off")
     if names:
         say(f"{len(names)} labels: {', '.join(names[:12])}{', …' if len(names) > 12 else ''}")
+    if steps < FEW_UPDATES:
+        say(f"only {steps} updates on {len(train):,} rows: more --epochs or a higher --lr would teach more")

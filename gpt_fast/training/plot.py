@@ -97,4 +97,5 @@ def _finish(axes: Axes, title: str, unit: str) -> None:
 
 
 def _write(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(path)

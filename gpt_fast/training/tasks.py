@@ -139,14 +139,14 @@ def targets(table: Table, task: TaskSettings, names: Sequence[str]) -> list[floa
     if task.writes or not table.labels:
         return [0] * len(table)
     if task.numbers:
-        return [_number(label, table.source) for label in table.labels]
+        return [_number(table, row) for row in range(len(table))]
     if task.name == "multiple-choice":
         return [_choice(table, row, names) for row in range(len(table))]
     index = {name: i for i, name in enumerate(names)}
-    unknown = sorted(set(table.labels) - set(index))
-    if unknown:
-        known = ", ".join(map(repr, names[:12])) + (", …" if len(names) > 12 else "")
-        raise ValueError(f"{table.source}: unknown label {unknown[0]!r}; the model was trained on {known}")
+    for row, label in enumerate(table.labels, start=1):
+        if label not in index:
+            known = ", ".join(map(repr, names[:12])) + (", …" if len(names) > 12 else "")
+            raise ValueError(f"{table.source}, row {row}: unknown label {label!r}; the model was trained on {known}")
     return [index[label] for label in table.labels]
 
 
@@ -292,11 +292,12 @@ def _choice(table: Table, row: int, names: Sequence[str]) -> int:
     )
 
 
-def _number(label: str, source: str) -> float:
+def _number(table: Table, row: int) -> float:
+    label = table.labels[row]
     try:
         value = float(label)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"{source}: label {label!r} is not a number, as a regression wants")
+        raise ValueError(f"{table.source}, row {row + 1}: label {label!r} is not a number, as a regression wants")
     return value
