@@ -51,6 +51,8 @@ def figures(folder: Path) -> str:
         lines += [
             f"Measured on: {runs[0]['device']['name']}. [All of it, with memory and every implementation]({link}).",
             "",
+            tables.FLOOR,
+            "",
             *tables.table(tables.SUMMARY_HEADER, tables.highlights(runs)),
             "",
             *(f"![{name}]({path.relative_to(ROOT) / name})\n" for name in SHOWN if (path / name).exists()),
@@ -65,7 +67,9 @@ def docs_page(folder: Path) -> str:
         "",
         "Made by `make report` from the files in `benchmarks/results`, which `make bench` writes; "
         "[how it is measured](benchmarks.md). Each folder there has a page with every implementation, pass and peak "
-        "memory. Shares are of the speed limits measured in the same run.",
+        "memory.",
+        "",
+        tables.EXPLANATION,
     ]
     measured = devices(folder)
     if not any(runs[0]["device"]["type"] == "cuda" for runs in measured.values()):

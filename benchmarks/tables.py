@@ -169,12 +169,16 @@ def _summed(run: Run, records: dict[str, Record], case: str, passes: tuple[str, 
     return [case, seconds(time(ours)), f"{floor / time(ours):.0%}", against]
 
 
+FLOOR = """\
+*Of the floor*: how much of the speed limit is reached, which is the bytes that must move at the bandwidth measured in
+the same session, or the FLOPs at the rate of a matrix product, whichever takes longer. What fits in a cache can beat
+the bandwidth, and so does the embedding's gradient on a CPU, whose unused rows are never written."""
 EXPLANATION = f"""\
 Times are medians ± half the interquartile range; implementations take turns, but in training, where they do not fit
-into memory together. *× ours*: the time as a multiple of {OURS}'s. *Of the floor*: how much of the speed limit is
-reached, which is the bytes that must move at the bandwidth measured in the same session, or the FLOPs at the rate of a
-matrix product, whichever takes longer. What fits in a cache can beat the bandwidth. *Peak memory*: what a call adds to
-its inputs, forward and backward together; of a job, with weights and the optimiser's state."""
+into memory together. *× ours*: the time as a multiple of {OURS}'s. {FLOOR} *Peak memory*: what a call adds to its
+inputs, forward and backward together; of a job, with weights and the optimiser's state.
+
+{MFU_FORMULA}. {MFU_WHERE}."""
 
 
 def page(runs: list[Run], plots: dict[str, str], last: Iterable[str] = ()) -> str:
@@ -188,8 +192,6 @@ def page(runs: list[Run], plots: dict[str, str], last: Iterable[str] = ()) -> st
         *versions(runs),
         "",
         EXPLANATION,
-        "",
-        f"{MFU_FORMULA}. {MFU_WHERE}.",
         "",
         "## Summary",
         "",
