@@ -22,7 +22,7 @@ class GPTConfig:
     probabilities, on both residual branches, on the MLP's hidden activation, before the classifier. `scaled_init`
     divides init_std by sqrt(2 num_layers) for the two projections that write into the residual stream.
     Classifiers: `num_labels`, `problem`, `pooling` ("last" real token or "extract" token), `lm_weight` (λ of the joint
-    loss), `classifier_bias`. Special tokens are ids below num_tokens, or None.
+    loss), `classifier_bias`. Special tokens are ids below num_tokens, or None. Source: Radford et al. (2018, 2019).
     """
 
     num_tokens: int

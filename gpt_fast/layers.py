@@ -33,7 +33,8 @@ class SelfAttention(nn.Module):
 
     out = out_proj(attention(x in_projᵀ)). x [B, T, C] → [B, T, C]. `dropout` is the dropout of the probabilities. Masks
     and their meaning, dtypes, precision, determinism, errors, source: the op's; besides, `ValueError` where hidden_dim
-    is not divisible by num_heads. `attend(qkv, num_heads)`, if given, takes the op's place: a cache's way to attend.
+    does not split into num_heads heads of at most 256. `attend(qkv, num_heads)`, if given, takes the op's place: a
+    cache's way to attend.
     """
 
     def __init__(self, hidden_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True):
@@ -123,7 +124,7 @@ class TransformerDecoder(nn.Module):
     With `carry=True` a pre-norm block leaves its last addition to whoever normalises next, so that both are one pass:
     it returns (x, branch), which the next block takes as `x` and `branch`.
     Dtypes, precision, determinism, source: those of the ops.
-    Errors: `ValueError`, as the ops; where hidden_dim is not divisible by num_heads.
+    Errors: `ValueError`, as the ops; where hidden_dim does not split into num_heads heads of at most 256.
     """
 
     def __init__(

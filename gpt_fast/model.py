@@ -173,7 +173,8 @@ class GPT(_Trunk):
     def loss(self, tokens: Tensor, labels: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
         """Mean of -log p(w_t | w_<t), the next token of each; `labels` (default: tokens) are shifted inside.
 
-        Labels of -100 and those past `lengths` [B] do not count.
+        Labels [B, T] int64; those of -100 and those past `lengths` [B] do not count. The loss is float32. Raises
+        `ValueError` for tokens or labels of other shapes or out of range.
         """
         hidden = self.hidden_states(tokens, lengths=lengths)
         labels = shift_labels(tokens if labels is None else labels, lengths=lengths)

@@ -264,6 +264,20 @@ def test_masking_rates():
     assert inputs[changed].min() >= 5
 
 
+@pytest.mark.parametrize(
+    ("shape", "ordinary", "rate", "message"),
+    [
+        ((3,), 5, 0.15, r"shape \[3\], wanted \[B, T\]"),
+        ((1, 3), 0, 0.15, "ordinary is empty"),
+        ((1, 3), 5, 1.5, "rate is 1.5"),
+    ],
+)
+def test_masking_refuses(shape, ordinary, rate, message):
+    tokens, ids = torch.zeros(shape, dtype=torch.int64), torch.arange(ordinary)
+    with pytest.raises(ValueError, match=message):
+        mask_tokens(tokens, torch.Generator(), mask_token=1, ordinary=ids, rate=rate)
+
+
 def test_masking_is_seeded():
     tokens = torch.arange(10, 110).view(2, 50)
     ordinary = torch.arange(5, 200)
@@ -354,6 +368,8 @@ def test_packing_documents():
 def test_unigram_entropy():
     assert batches.unigram_entropy(np.array([0, 2, 0, 2])) == pytest.approx(0.6931472)
     assert batches.unigram_entropy(np.ones(64)) == pytest.approx(4.158883)
+    with pytest.raises(ValueError, match="wanted a text of one token or more"):
+        batches.unigram_entropy(np.zeros(4))
 
 
 MARKS = Marks(start=2, delimiter=3, extract=4, pad=0)
@@ -374,6 +390,12 @@ MARKS = Marks(start=2, delimiter=3, extract=4, pad=0)
 )
 def test_task_input(texts, seq_len, wanted):
     assert task_inputs.task_input(texts, seq_len, MARKS) == wanted
+
+
+def test_task_input_needs_room_for_its_marks():
+    assert task_inputs.task_input([[7], [8]], 3, MARKS) == [2, 3, 4]
+    with pytest.raises(ValueError, match="2 texts in 2 positions, wanted at least 3"):
+        task_inputs.task_input([[7], [8]], 2, MARKS)
 
 
 @given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=3), seq_len=st.integers(5, 40))
@@ -397,3 +419,5 @@ def test_task_batches():
     written = task_inputs.task_batch([Example([[2, 7, 3, 8, 4]], answer=3), Example([[2, 3, 4]], answer=2)], 0)
     assert written.labels.tolist() == [[-100, -100, -100, 8, 4], [-100, -100, 4, -100, -100]]
     assert written.weight == 3
+    with pytest.raises(ValueError, match="batch_size is 0, wanted at least 1"):
+        list(task_inputs.task_batches([Example([[2, 4]])], 0, 0))

@@ -10,8 +10,8 @@ exists. Links lead somewhere, and generated tables are current. A comment right 
     <!-- behind the commands -->        Python that reads what the page's shell commands wrote
 
 A block prints what its comments say (`print(x)  # 3`: the comment ends with what is printed), or what the `text` block
-right behind it shows, where `…` stands for anything on that line. Where that one has a title, which tells the reader why
-numbers differ elsewhere, those with a decimal point may be off by 15 %: over seeds the tutorial's differ by up to 12 %.
+right behind it shows, where `…` stands for anything on that line. Where that one has a title, which tells the reader
+why numbers differ elsewhere, those with a decimal point may be off by 15 %: over seeds the tutorial's differ by 12 %.
 """
 
 import json

@@ -11,7 +11,7 @@ from .masking import mask_tokens
 from .snippets import snippet_table
 from .stream import TokenStream
 from .tables import Table, read_table
-from .task_inputs import task_batches, task_input
+from .task_inputs import Example, Marks, task_batches, task_input
 from .tokenizer import (
     SPECIAL_TOKENS,
     encode_documents,
@@ -26,6 +26,8 @@ __all__ = [
     "Batch",
     "Corpus",
     "Document",
+    "Example",
+    "Marks",
     "Table",
     "TokenStream",
     "encode_documents",

@@ -16,7 +16,7 @@ from .stream import TokenStream
 class Batch(NamedTuple):
     """What a head's forward takes: `tokens` `[B, T]`, `labels` (`[B, T]`, or `[B]` for a classifier), for padded rows
     `lengths` `[B]`, for rows packed into one `cu_seqlens` `[n + 1]`; and `weight`, the number of predictions that the
-    mean loss is over."""
+    mean loss is over. All int64 but `cu_seqlens`, which is int32, and the labels of a regression, which are float32."""
 
     tokens: Tensor
     labels: Tensor
@@ -25,6 +25,7 @@ class Batch(NamedTuple):
     weight: int = 1
 
     def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on `device`, copied without waiting where they are pinned."""
         return Batch(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
 
     def inputs(self) -> dict[str, Tensor]:
@@ -32,18 +33,21 @@ class Batch(NamedTuple):
         return {name: x for name, x in self._asdict().items() if isinstance(x, Tensor)}
 
     def num_tokens(self) -> int:
+        """How many tokens are real."""
         return self.tokens.numel() if self.lengths is None else int(self.lengths.sum())
 
 
 def token_stream(documents: Iterable[list[int]], start_token: int) -> TokenStream:
-    """All documents one after another, each behind a start token."""
+    """All documents one after another, each behind a start token: ids as int32, in memory. Raises `OverflowError` for
+    an id that int32 does not hold."""
     pieces = [np.array([start_token, *ids], dtype=np.int32) for ids in documents]
     return TokenStream([np.concatenate(pieces)] if pieces else [])
 
 
 def lm_windows(stream: TokenStream, seq_len: int, most: int | None = None) -> Tensor:
-    """Windows `[N, T]` that lie side by side, at most `most` of them and then evenly spread over the whole stream. A
-    rest shorter than a window is left out."""
+    """Windows `[N, T]` int64 that lie side by side, at most `most` of them and then evenly spread over the whole
+    stream; the same ones each time. A rest shorter than a window is left out. Raises `ValueError` for a stream of less
+    than one window."""
     stream.require(seq_len)
     N = len(stream) // seq_len
     kept = N if most is None else min(N, most)
@@ -71,7 +75,10 @@ def causal_batch(tokens: Tensor) -> Batch:
 def unigram_entropy(counts: np.ndarray) -> float:
     """`H = -Σ p_v log p_v` in nats per token, with `p` the share of each id in a text that has it `counts` `[V]` times.
 
-    No model that ignores context, not even one fitted to this very text, has a lower loss on it.
+    No model that ignores context, not even one fitted to this very text, has a lower loss on it. Computed in float64.
+    Raises `ValueError` where no id occurs. Source: Shannon (1948), "A Mathematical Theory of Communication".
     """
+    if not counts.sum() > 0:
+        raise ValueError("unigram_entropy: counts are all 0, wanted a text of one token or more")
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())

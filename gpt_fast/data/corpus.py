@@ -28,20 +28,29 @@ SKIPPED_PREFIXES = ("config-", "_sysconfigdata", "_sysconfig_vars")  # written a
 
 @dataclass(frozen=True)
 class Document:
-    name: str  # path below the folder it was found in, with forward slashes
+    """A text with its name: the path below the folder that it was found in, with forward slashes."""
+
+    name: str
     text: str
 
 
 @dataclass(frozen=True)
 class Corpus:
-    source: str  # "standard library" or the paths it was read from
+    """Documents to train on and documents held out; `source` is "standard library" or the paths they were read from."""
+
+    source: str
     train: list[Document]
     valid: list[Document]
 
 
 def read_corpus(paths: Sequence[Path] | None) -> Corpus:
     """The text of `paths` (files, or folders with all that is in them), or of the standard library where there are
-    none, split into nine parts for training and one for validation. The same files always give the same split."""
+    none, split into nine parts for training and one for validation. The same files always give the same split.
+
+    Of ten files or more whole ones are held out, chosen by a hash of their names; of fewer the last tenth of each.
+    Raises `FileNotFoundError` for a path that does not exist, `ValueError` for one that is empty or not UTF-8, and
+    where this Python comes without its source.
+    """
     if not paths:
         documents = read_stdlib()
         train, valid = split_by_file(documents, group_by_package=True)

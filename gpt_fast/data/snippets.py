@@ -23,7 +23,10 @@ _IMPORT = re.compile(r"\s*(from\s+[\w.]+\s+import\b|import\s+\w)")
 
 
 def snippet_table() -> tuple[Table, Table]:
-    """Training and validation snippets of the running Python's standard library, with the package's name as label."""
+    """Training and validation snippets of the running Python's standard library, with the package's name as label.
+
+    The same Python gives the same tables. Raises `ValueError` where it comes without its source.
+    """
     corpus = read_corpus(None)
     names = chosen_packages(corpus.train + corpus.valid)
     return _table(corpus.train, names, PER_CLASS), _table(corpus.valid, names, VALID_PER_CLASS)

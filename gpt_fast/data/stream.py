@@ -19,7 +19,8 @@ _CHUNK = 1 << 22
 
 
 class TokenStream:
-    """Arrays of token ids, read as one after another. Nothing is copied but what is asked for."""
+    """Arrays of token ids, of any integer dtype and in memory or mapped from files, read as one after another. Nothing
+    is copied but what is asked for, which comes as int64."""
 
     def __init__(self, arrays: Sequence[np.ndarray]):
         self.arrays = [array for array in arrays if len(array)]
@@ -41,7 +42,7 @@ class TokenStream:
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
     def windows(self, starts: Sequence[int] | np.ndarray, seq_len: int) -> Tensor:
-        """`[N, seq_len]` ids from each of `starts` on."""
+        """`[N, seq_len]` int64 ids from each of `starts` on."""
         return torch.from_numpy(np.stack([self.read(int(start), seq_len) for start in starts]))
 
     def counts(self) -> np.ndarray:

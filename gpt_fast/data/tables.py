@@ -26,6 +26,7 @@ class Table:
         return len(self.texts)
 
     def rows(self, indices: list[int]) -> Table:
+        """The table of the rows at `indices`, in their order."""
         columns = ([column[i] for i in indices] if column else [] for column in (self.texts, self.labels, self.more))
         return Table(self.source, *columns)  # type: ignore[arg-type]
 
@@ -38,7 +39,8 @@ def read_table(
     path: Path, text_column: str = "text", label_column: str | None = "label", more_columns: Sequence[str] = ()
 ) -> Table:
     """The named columns of a table; without a label's the table has no labels. A further column of a jsonl may be a
-    list of texts. Missing columns and empty tables are errors, those of a row name its line."""
+    list of texts. Raises `FileNotFoundError` where there is no such file, `ValueError` for a column that is missing or
+    holds no text, an empty table or one that is not UTF-8; what is wrong with a row names its line."""
     table = Table(str(path), [], [])
     columns = (text_column, *more_columns, *([] if label_column is None else [label_column]))
     for line, row in read_rows(path):

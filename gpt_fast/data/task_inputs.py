@@ -14,7 +14,7 @@ from .masking import IGNORED
 
 @dataclass(frozen=True)
 class Marks:
-    """The ids that stand between texts."""
+    """The ids that stand before, between and behind a row's texts, and that of padding."""
 
     start: int
     delimiter: int
@@ -34,7 +34,10 @@ class Example:
 
 def task_input(texts: Sequence[Sequence[int]], seq_len: int, marks: Marks) -> list[int]:
     """`start text extract`, or `start first delimiter second extract`, and so on. Where all do not fit into `seq_len`
-    the longest loses its end until they do."""
+    the longest loses its end until they do. Raises `ValueError` where the ids of `marks` alone do not fit. Source:
+    Radford et al. (2018), section 3.3."""
+    if seq_len < len(texts) + 1:
+        raise ValueError(f"task_input: {len(texts)} texts in {seq_len} positions, wanted at least {len(texts) + 1}")
     lengths = [len(text) for text in texts]
     over = sum(lengths) + len(texts) + 1 - seq_len
     while over > 0:
@@ -78,6 +81,13 @@ def task_batch(examples: Sequence[Example], pad_token: int, numbers: bool = Fals
 def task_batches(
     examples: Sequence[Example], batch_size: int, pad_token: int, numbers: bool = False
 ) -> Iterator[Batch]:
-    """All examples in their order."""
+    """All examples in their order, `batch_size` at a time, each batch padded to its longest row.
+
+    Of a batch `tokens` are `[B, T]` int64, or `[B, S, T]` where each example has S sequences, and `lengths` `[B]` or
+    `[B, S]`; labels are `[B]`, int64 classes or with `numbers` float32, or for text to be written `[B, T]`, -100 on all
+    that is given. Raises `ValueError` for a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"task_batches: batch_size is {batch_size}, wanted at least 1")
     for first in range(0, len(examples), batch_size):
         yield task_batch(examples[first : first + batch_size], pad_token, numbers)

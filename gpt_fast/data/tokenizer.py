@@ -25,7 +25,8 @@ UNKNOWN = "<|unk|>"
 
 def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """The tokenizer that `kind` names: `bpe` and `char` learn their vocabulary from `texts`, `byte` needs none, and
-    anything else is the path of a tokenizer.json. `vocab_size` bounds `bpe` alone."""
+    anything else is the path of a tokenizer.json. `vocab_size` bounds `bpe` alone. Raises `ValueError` for another
+    kind, a file that is no tokenizer, or a vocabulary too small for the 256 bytes and the special tokens."""
     if kind == "bpe":
         return train_bpe(texts, vocab_size)
     if kind == "byte":
@@ -79,7 +80,7 @@ def char_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """A tokenizer.json, or the folder that holds one. Special tokens that it lacks are added after its own
-    vocabulary."""
+    vocabulary. Raises `FileNotFoundError` where there is none, `ValueError` for a file that is something else."""
     if path.is_dir():
         path = path / "tokenizer.json"
     if not path.exists():
@@ -106,6 +107,7 @@ def parse_tokenizer(text: str) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """Write a tokenizer.json at `path`, which `load_tokenizer` reads. Raises `OSError` where it cannot be written."""
     path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
@@ -125,7 +127,7 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Sequence[str], chunk: int = 256) -> Iterator[list[int]]:
-    """The ids of each text, encoded `chunk` texts at a time on all cores."""
+    """The ids of each text without any special token, encoded `chunk` texts at a time on all cores."""
     for first in range(0, len(texts), chunk):
         for encoding in tokenizer.encode_batch_fast(texts[first : first + chunk], add_special_tokens=False):
             yield encoding.ids
