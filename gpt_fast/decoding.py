@@ -39,9 +39,11 @@ class DecodeSession:
     one thread at a time and raises `RuntimeError` for a second one; several sessions serve several threads. `stale`
     tells that the model's parameters were changed, replaced or moved since: writes that autograd does not count (fused
     optimisers, `.data`) by a sample of every parameter. After an error the session is as it was before.
+
     Raises `ValueError` for a model without causal output layer, weights or a length it does not have, more rows than
     `batch`, tokens outside the vocabulary, a full cache, logits that are NaN or infinite, and where the model's
     parameters have other shapes, dtypes or devices than when the session was made.
+
     Source: Pope et al. (2022), arXiv:2211.05102, for the cache.
     """
 

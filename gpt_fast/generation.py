@@ -40,10 +40,10 @@ def generate(
 ) -> Tensor:
     """Continues each row of `tokens` [B, T] by `max_new_tokens` tokens drawn from p = softmax(logits / temperature).
 
-    Returns [B, T + max_new_tokens]. Prompts of unequal `lengths` [B] are padded on the right; a row's new tokens
-    follow its own prompt directly, and what is left of the row holds the padding token. With `key_mask` [B, T] bool
-    (True: a real token; padding on the left, say) every row's new tokens begin at T. A row that has drawn one of
-    `stop_tokens` keeps it and goes on with padding. A row in a batch gets the greedy tokens that it gets alone.
+    Returns [B, T + max_new_tokens]. Prompts of unequal `lengths` [B] are padded on the right; a row's new tokens follow
+    its own prompt directly, and what is left of the row holds the padding token. With `key_mask` [B, T] bool (True: a
+    real token; padding on the left, say) every row's new tokens begin at T. A row that has drawn one of `stop_tokens`
+    keeps it and goes on with padding. A row in a batch gets the greedy tokens that it gets alone.
 
     Temperature 0 takes the most probable token. `repetition_penalty` divides the positive logits of all tokens that a
     row holds and multiplies the negative ones; then `top_k` keeps the k most probable, then `top_p` the fewest whose
@@ -56,9 +56,13 @@ def generate(
     `weights` and the precision are those of `DecodeSession`. The model keeps the session for the next call and makes
     another one when its parameters have changed or moved. A `session` given, of B rows, is what the rows go on from and
     holds prompt and new tokens afterwards (chat turns); `seen` by the penalty are then this call's tokens alone.
-    Dtypes: tokens int64, logits and the drawing float32. Raises `ValueError` for what contradicts this, for an empty
-    prompt, and for logits that are NaN or infinite. Source: Holtzman et al. (2019), arXiv:1904.09751, for top_p; Keskar
-    et al. (2019), arXiv:1909.05858, for the penalty.
+
+    Dtypes: tokens int64, logits and the drawing float32.
+
+    Raises `ValueError` for what contradicts this, for an empty prompt, and for logits that are NaN or infinite.
+
+    Source: Holtzman et al. (2019), arXiv:1904.09751, for top_p; Keskar et al. (2019), arXiv:1909.05858, for the
+    penalty.
     """
     options = Sampling(temperature, top_k, top_p, repetition_penalty)
     config = parts(model)[0].config

@@ -47,12 +47,15 @@ class LanguageModelHead(Head):
 class GPTForCausalLM(LanguageModelHead):
     """Next-token prediction: loss = mean of -log p(w_t | w_<t), p = softmax(output_layer(trunk(tokens))).
 
-    `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, cu_seqlens=None, logits=None)` →
-    `(loss, logits [B, T, V])`.
-    labels [B, T] are given unshifted (usually the tokens) and -100 does not count, nor does padding; `cu_seqlens` as in
-    `GPTModel.hidden_states`, for sequences packed into one row. Logits are
-    computed where there are no labels or `logits=True`; the loss alone never stores them. Dtypes, precision,
-    determinism: those of the ops. Raises `ValueError` for tokens or labels of other shapes or out of range.
+    `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, cu_seqlens=None, logits=None)` → `(loss, logits
+    [B, T, V])`. labels [B, T] are given unshifted (usually the tokens) and -100 does not count, nor does padding;
+    `cu_seqlens` as in `GPTModel.hidden_states`, for sequences packed into one row. Logits are computed where there are
+    no labels or `logits=True`; the loss alone never stores them.
+
+    Dtypes, precision, determinism: those of the ops.
+
+    Raises `ValueError` for tokens or labels of other shapes or out of range.
+
     Source: Radford et al. (2018, 2019).
     """
 

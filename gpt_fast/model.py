@@ -150,11 +150,16 @@ class GPTModel(Convertible, _Trunk):
 class GPT(_Trunk):
     """The notes' GPT, line for line: tokens [B, T] int64 → probabilities [B, T, V].
 
-    p = softmax(output_layer(decoders(dropout(token_emb + pos_emb)))) with causal post-norm decoders, ReLU and
-    ff_dim = 4 hidden_dim; same constructor and state dict as the notes' module, weights drawn from N(0, 0.02). Train
-    with `loss(tokens)`, which stores neither probabilities nor logits; a cross-entropy of the probabilities would apply
-    the softmax twice. Dtypes, precision, determinism: those of the ops. Errors: `ValueError` for sizes that make no
-    model, tokens out of range or longer than seq_len. Source: Radford et al. (2018).
+    p = softmax(output_layer(decoders(dropout(token_emb + pos_emb)))) with causal post-norm decoders, ReLU and ff_dim =
+    4 hidden_dim; same constructor and state dict as the notes' module, weights drawn from N(0, 0.02). Train with
+    `loss(tokens)`, which stores neither probabilities nor logits; a cross-entropy of the probabilities would apply the
+    softmax twice.
+
+    Dtypes, precision, determinism: those of the ops.
+
+    Errors: `ValueError` for sizes that make no model, tokens out of range or longer than seq_len.
+
+    Source: Radford et al. (2018).
     """
 
     def __init__(self, num_tokens: int, hidden_dim: int, num_heads: int, num_layers: int, seq_len: int, dropout: float):

@@ -125,12 +125,17 @@ class GPTForSequenceClassification(TaskHead):
     """Classification or regression of a sequence: logits = classifier(dropout(h)), h one token's last hidden state.
 
     `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, logits=None)` → `(loss, logits [B, L])`, the
-    logits always. h is that of the last real token, or of the extract token (`config.pooling`). With
-    problem "classification" labels are [B] int64 and the loss is the cross-entropy; with "regression" they are [B, L],
-    or [B] for one output, and it is the mean squared error. With `config.lm_weight` λ > 0 the loss is L_cls + λ L_lm,
-    L_lm the language-model loss on the same tokens. Dtypes, precision, determinism: those of the ops; the task's loss
-    is float32. Raises `ValueError` for labels of other shapes or dtypes or out of range, a row without real token, or
-    without extract token where that is read. Source: Radford et al. (2018), sections 3.2 and 3.3.
+    logits always. h is that of the last real token, or of the extract token (`config.pooling`). With problem
+    "classification" labels are [B] int64 and the loss is the cross-entropy; with "regression" they are [B, L], or [B]
+    for one output, and it is the mean squared error. With `config.lm_weight` λ > 0 the loss is L_cls + λ L_lm, L_lm the
+    language-model loss on the same tokens.
+
+    Dtypes, precision, determinism: those of the ops; the task's loss is float32.
+
+    Raises `ValueError` for labels of other shapes or dtypes or out of range, a row without real token, or without
+    extract token where that is read.
+
+    Source: Radford et al. (2018), sections 3.2 and 3.3.
     """
 
     def __init__(self, config: GPTConfig):
@@ -201,8 +206,12 @@ class GPTForTokenClassification(TaskHead):
     `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, logits=None)` → `(loss, logits [B, T, L])`, the
     logits always. labels are [B, T] int64, -100 where a token does not count, as padding does not; the loss is the mean
     cross-entropy over the others, 0 where there are none, and with `config.lm_weight` λ > 0 λ L_lm more. A token sees
-    what stands before it only: label a word at its last token. Dtypes, precision, determinism: those of the ops; the
-    loss is float32. Raises `ValueError` for labels of other shapes or dtypes or out of range, and for a regression.
+    what stands before it only: label a word at its last token.
+
+    Dtypes, precision, determinism: those of the ops; the loss is float32.
+
+    Raises `ValueError` for labels of other shapes or dtypes or out of range, and for a regression.
+
     Source: transformers' `GPT2ForTokenClassification`.
     """
 
@@ -228,9 +237,13 @@ class GPTForQuestionAnswering(TaskHead):
     logits always, -inf at padding, where no answer stands. labels are [B, 2] int64, the positions of the answer's first
     and last token, -100 where it is not among these tokens (windows of a longer text); the loss is the mean of the two
     cross-entropies, each over the rows that have one, 0 where there are none, and with `config.lm_weight` λ > 0 λ L_lm
-    more. Dtypes, precision, determinism: those of the ops; the loss is float32. Raises `ValueError` for labels of other
-    shapes or dtypes, out of range or at padding, and a row without real token. Source: transformers'
-    `GPT2ForQuestionAnswering`, which lets answers begin in padding.
+    more.
+
+    Dtypes, precision, determinism: those of the ops; the loss is float32.
+
+    Raises `ValueError` for labels of other shapes or dtypes, out of range or at padding, and a row without real token.
+
+    Source: transformers' `GPT2ForQuestionAnswering`, which lets answers begin in padding.
     """
 
     def __init__(self, config: GPTConfig):

@@ -38,12 +38,22 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """summed = residual + dropout(x); normed = layer_norm(summed) * weight + bias; returns (normed, summed).
 
-    A post-norm block uses `normed`; a pre-norm block carries `summed` on. Shapes: x and residual [..., C] alike, weight
-    and bias [C] or None. Dtypes: float32, bfloat16, float16 (float64: the reference); weight and bias share one, and
-    both results have the wider of x and residual. Precision: `summed` is rounded once and `normed` is the norm of what
-    was stored, so backward needs nothing else. Dropout: a row site, row i of x viewed as [M, C] (see `gpt_fast.ops`);
-    without a seed one is drawn. Deterministic. Raises as `layer_norm` does, and `ValueError` for unlike shapes or
-    dropout_p outside [0, 1). Source: Vaswani et al. (2017), "Attention Is All You Need", section 5.4, arXiv:1706.03762.
+    A post-norm block uses `normed`; a pre-norm block carries `summed` on.
+
+    Shapes: x and residual [..., C] alike, weight and bias [C] or None.
+
+    Dtypes: float32, bfloat16, float16 (float64: the reference); weight and bias share one, and both results have the
+    wider of x and residual.
+
+    Precision: `summed` is rounded once and `normed` is the norm of what was stored, so backward needs nothing else.
+
+    Dropout: a row site, row i of x viewed as [M, C] (see `gpt_fast.ops`); without a seed one is drawn.
+
+    Deterministic.
+
+    Raises as `layer_norm` does, and `ValueError` for unlike shapes or dropout_p outside [0, 1).
+
+    Source: Vaswani et al. (2017), "Attention Is All You Need", section 5.4, arXiv:1706.03762.
     """
     if (isinstance(seed, Tensor) or (seed is None and dropout_p == 0)) and _library.cpp_autograd("add_layer_norm", x):
         try:

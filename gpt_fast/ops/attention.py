@@ -49,15 +49,24 @@ def attention(
     query sits at the last key; needs T ≤ S), `lengths` [B] (keys before it), `key_mask` [B, S] and `mask`,
     broadcastable to [B, H, T, S] (True: may attend), `cu_seqlens` [n + 1] (sequences packed into B = 1, T = S, each
     sees itself), `window` (i - window < j, and j < i + window if not causal). A query left without keys gives 0.
-    `scale` defaults to D^-1/2. Dtypes: q, k, v alike, float32, bfloat16, float16 (float64: the reference), cast to the
-    autocast dtype where autocast is on; masks bool, lengths and cu_seqlens int64 or int32. Precision: scores, softmax
-    and sums in float32, probabilities rounded once to the dtype of v before the product; backward, their scores'
-    gradients likewise, and Σ dout·out is taken from the rounded output. What keys contain that lengths, key_mask or
-    cu_seqlens exclude (NaN too) changes nothing. Dropout: a matrix site, query i, key j, b = batch·H + head; packed, i
-    and j count within their sequence and b = sequence·H + head. Deterministic.
+    `scale` defaults to D^-1/2.
+
+    Dtypes: q, k, v alike, float32, bfloat16, float16 (float64: the reference), cast to the autocast dtype where
+    autocast is on; masks bool, lengths and cu_seqlens int64 or int32.
+
+    Precision: scores, softmax and sums in float32, probabilities rounded once to the dtype of v before the product;
+    backward, their scores' gradients likewise, and Σ dout·out is taken from the rounded output. What keys contain that
+    lengths, key_mask or cu_seqlens exclude (NaN too) changes nothing.
+
+    Dropout: a matrix site, query i, key j, b = batch·H + head; packed, i and j count within their sequence and b =
+    sequence·H + head.
+
+    Deterministic.
+
     Raises `ValueError` for other dtypes, shapes or devices, D > 256, window < 1, a scale that is not finite, dropout_p
     outside [0, 1), and on CPU (elsewhere after `check_values`) for lengths outside [0, S] or cu_seqlens that do not
     rise from 0 to at most T; `NotImplementedError` on double backward.
+
     Source: Vaswani et al. (2017), arXiv:1706.03762; Dao (2023), arXiv:2307.08691.
     """
     q, k, v = _library.autocast(q, k, v)

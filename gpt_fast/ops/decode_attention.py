@@ -17,10 +17,17 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
     """out = softmax(D^-1/2 q Kᵀ) V over the first `lengths` entries of each sequence's cache.
 
     Shapes: q [B, H, D], k_cache and v_cache [B, H, S, D] with D up to 256, lengths [B]; out [B, H, D]. A length of 0
-    gives 0. Dtypes: q, k_cache, v_cache alike, float32, bfloat16 or float16 (float64: the reference); lengths int64 or
-    int32. Precision: scores, softmax and sums in float32, one rounding on store. Deterministic. No gradient: it serves
-    generation. Raises `ValueError` for other dtypes, shapes or devices, inputs that require a gradient while autograd
-    records, and on CPU (elsewhere after `check_values`) for lengths outside [0, S].
+    gives 0.
+
+    Dtypes: q, k_cache, v_cache alike, float32, bfloat16 or float16 (float64: the reference); lengths int64 or int32.
+
+    Precision: scores, softmax and sums in float32, one rounding on store.
+
+    Deterministic. No gradient: it serves generation.
+
+    Raises `ValueError` for other dtypes, shapes or devices, inputs that require a gradient while autograd records, and
+    on CPU (elsewhere after `check_values`) for lengths outside [0, S].
+
     Source: Dao et al. (2023), "Flash-Decoding for long-context inference".
     """
     op = "decode_attention"

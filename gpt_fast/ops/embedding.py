@@ -30,12 +30,21 @@ def embedding(
     """out = dropout(token_weight[tokens] + position_weight[positions]).
 
     Shapes: tokens [..., T], token_weight [V, C], position_weight [P, C], positions [T] or like tokens (default: counted
-    from 0); out [..., T, C]. Dtypes: tokens and positions int64 or int32; both weights alike, float32, bfloat16 or
-    float16 (float64: the reference). Precision: the sum in float32, one rounding on store. Dropout: a row site, row i
-    of out viewed as [M, C]. Deterministic: backward adds the rows of one token in their order. Raises `ValueError` for
-    other dtypes or shapes, mixed devices, T > P, dropout_p outside [0, 1), and on CPU (elsewhere after `check_values`)
-    for ids outside the tables; `NotImplementedError` on double backward. Source: Radford et al. (2018), "Improving
-    Language Understanding by Generative Pre-Training".
+    from 0); out [..., T, C].
+
+    Dtypes: tokens and positions int64 or int32; both weights alike, float32, bfloat16 or float16 (float64: the
+    reference).
+
+    Precision: the sum in float32, one rounding on store.
+
+    Dropout: a row site, row i of out viewed as [M, C].
+
+    Deterministic: backward adds the rows of one token in their order.
+
+    Raises `ValueError` for other dtypes or shapes, mixed devices, T > P, dropout_p outside [0, 1), and on CPU
+    (elsewhere after `check_values`) for ids outside the tables; `NotImplementedError` on double backward.
+
+    Source: Radford et al. (2018), "Improving Language Understanding by Generative Pre-Training".
     """
     _checks.integral("embedding", tokens=tokens, positions=positions)
     _checks.floating("embedding", token_weight=token_weight, position_weight=position_weight)

@@ -21,11 +21,19 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension.
 
     Shapes: x [..., C], weight and bias [C] or None; y like x, contiguous. Rows that lie at one distance are read in
-    place, whatever the distance. Dtypes: float32, bfloat16, float16 (float64: the reference); weight and bias share a
-    dtype, which may be wider than x's. Precision: statistics and sums in float32, one rounding on store. Deterministic,
-    forward and backward, at any number of threads. Under autocast the dtype of y stays that of x. Raises `ValueError`
-    for other dtypes, shapes, mixed devices, a bias without weight or eps that is not a positive number;
-    `NotImplementedError` on double backward. Source: Ba, Kiros, Hinton (2016), "Layer Normalization", arXiv:1607.06450.
+    place, whatever the distance.
+
+    Dtypes: float32, bfloat16, float16 (float64: the reference); weight and bias share a dtype, which may be wider than
+    x's.
+
+    Precision: statistics and sums in float32, one rounding on store.
+
+    Deterministic, forward and backward, at any number of threads. Under autocast the dtype of y stays that of x.
+
+    Raises `ValueError` for other dtypes, shapes, mixed devices, a bias without weight or eps that is not a positive
+    number; `NotImplementedError` on double backward.
+
+    Source: Ba, Kiros, Hinton (2016), "Layer Normalization", arXiv:1607.06450.
     """
     if _library.cpp_autograd("layer_norm", x):
         try:

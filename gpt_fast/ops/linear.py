@@ -19,11 +19,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     On CPU a C++ kernel on the matrix products of `mlp`: PyTorch's own in bfloat16 and float16 are up to 80 times as
     slow as in float32 where the CPU has no instructions for them. Everywhere else, for float64 and under
-    `use_reference`, it is `F.linear`, which is also its definition. Shapes: x [..., C], weight [N, C], bias [N] or
-    None; y [..., N]. The weight may have any strides; its gradient gets the same. Dtypes: all alike, float32, bfloat16,
-    float16 or float64; cast to the autocast dtype where autocast is on. Precision: sums in float32, each result rounded
-    once. Deterministic; on CPU the same bits at any number of threads. Raises `ValueError` for other dtypes or shapes;
-    `NotImplementedError` on double backward. Source: `torch.nn.functional.linear`, which it stands in for.
+    `use_reference`, it is `F.linear`, which is also its definition.
+
+    Shapes: x [..., C], weight [N, C], bias [N] or None; y [..., N]. The weight may have any strides; its gradient gets
+    the same.
+
+    Dtypes: all alike, float32, bfloat16, float16 or float64; cast to the autocast dtype where autocast is on.
+
+    Precision: sums in float32, each result rounded once.
+
+    Deterministic; on CPU the same bits at any number of threads.
+
+    Raises `ValueError` for other dtypes or shapes; `NotImplementedError` on double backward.
+
+    Source: `torch.nn.functional.linear`, which it stands in for.
     """
     x, weight, bias = _library.autocast(x, weight, bias)
     _checks.floating_alike("linear", x=x, weight=weight, bias=bias)

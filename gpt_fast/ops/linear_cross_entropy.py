@@ -36,13 +36,19 @@ def linear_cross_entropy(
 
     Shapes: x [..., C], weight [V, C], target [...], bias [V] or None; loss a scalar, or like target for
     reduction="none". Rows whose target is `ignore_index` count nowhere and are not computed; "mean" divides by the
-    others, and is 0 where there are none. The [N, V] logits are never stored by the kernels. Dtypes: x, weight, bias
-    alike, float32, bfloat16 or float16 (float64: the reference), cast to the autocast dtype where autocast is on;
-    target int64; the loss is float32. Precision: logits, softmax and sums in float32; the logits' gradient is rounded
-    to x's dtype as an operand, dx before and after it is scaled by the upstream gradient, others once. Deterministic;
-    on CPU the same bits at any number of threads. Raises `ValueError` for other dtypes or shapes, an unknown reduction,
-    label_smoothing outside [0, 1], and on CPU (elsewhere after `check_values`) for a target outside [0, V);
-    `NotImplementedError` on double backward.
+    others, and is 0 where there are none. The [N, V] logits are never stored by the kernels.
+
+    Dtypes: x, weight, bias alike, float32, bfloat16 or float16 (float64: the reference), cast to the autocast dtype
+    where autocast is on; target int64; the loss is float32.
+
+    Precision: logits, softmax and sums in float32; the logits' gradient is rounded to x's dtype as an operand, dx
+    before and after it is scaled by the upstream gradient, others once.
+
+    Deterministic; on CPU the same bits at any number of threads.
+
+    Raises `ValueError` for other dtypes or shapes, an unknown reduction, label_smoothing outside [0, 1], and on CPU
+    (elsewhere after `check_values`) for a target outside [0, V); `NotImplementedError` on double backward.
+
     Source: Szegedy et al. (2016), section 7, arXiv:1512.00567, for the smoothing.
     """
     x, weight, bias = _library.autocast(x, weight, bias)

@@ -55,12 +55,21 @@ def mlp(
     Shapes: x [..., C], fc_weight [F, C], fc_bias [F] or None, proj_weight [C', F], proj_bias [C'] or None; y [..., C'].
     Weights may have any strides; their gradients get the same. activation: "relu", "gelu" or "gelu_tanh". One [..., F]
     tensor is kept for backward (and where cuBLASLt serves relu, a bit for each of its elements); `recompute=True` keeps
-    none and repeats the first product. Dtypes: all alike, float32,
-    bfloat16 or float16 (float64: the reference); cast to the autocast dtype where autocast is on. Precision: products
-    accumulate in float32, the hidden activation is rounded once to x's dtype, so is each result; gelu's backward starts
-    from the activation's input rounded to x's dtype. Dropout: a matrix site, row i of x viewed as [M, C], column j of
-    F, b = 0. Deterministic; on CPU the same bits at any number of threads. Raises `ValueError` for other dtypes or
-    shapes, an unknown activation, dropout_p outside [0, 1); `NotImplementedError` on double backward.
+    none and repeats the first product.
+
+    Dtypes: all alike, float32, bfloat16 or float16 (float64: the reference); cast to the autocast dtype where autocast
+    is on.
+
+    Precision: products accumulate in float32, the hidden activation is rounded once to x's dtype, so is each result;
+    gelu's backward starts from the activation's input rounded to x's dtype.
+
+    Dropout: a matrix site, row i of x viewed as [M, C], column j of F, b = 0.
+
+    Deterministic; on CPU the same bits at any number of threads.
+
+    Raises `ValueError` for other dtypes or shapes, an unknown activation, dropout_p outside [0, 1);
+    `NotImplementedError` on double backward.
+
     Source: Vaswani et al. (2017), section 3.3; Hendrycks and Gimpel (2016), arXiv:1606.08415.
     """
     x, fc_weight, fc_bias, proj_weight, proj_bias = _library.autocast(x, fc_weight, fc_bias, proj_weight, proj_bias)
