@@ -16,13 +16,22 @@ POOLINGS = ("last", "extract")
 class GPTConfig:
     """Sizes and options of a GPT; the defaults are GPT-2's. Raises `ValueError` for values that make no model.
 
-    num_tokens V, hidden_dim C, num_heads H, num_layers, seq_len T, ff_dim F (default 4C). `pre_norm` is GPT-2's block
-    with a last norm, post-norm the notes' and GPT-1's. `tied`: the output layer is the token embedding. `bias` is that
-    of linear layers and norms, `output_bias` that of the output layer. Dropouts: on the embeddings, on attention's
-    probabilities, on both residual branches, on the MLP's hidden activation, before the classifier. `scaled_init`
-    divides init_std by sqrt(2 num_layers) for the two projections that write into the residual stream.
-    Classifiers: `num_labels`, `problem`, `pooling` ("last" real token or "extract" token), `lm_weight` (λ of the joint
-    loss), `classifier_bias`. Special tokens are ids below num_tokens, or None. Source: Radford et al. (2018, 2019).
+    Sizes: num_tokens V, hidden_dim C, num_heads H, num_layers, seq_len T, ff_dim F (default 4C).
+
+    Block: `activation` is "relu", "gelu" or "gelu_tanh"; `pre_norm` is GPT-2's block with a last norm, post-norm the
+    notes' and GPT-1's. `tied`: the output layer is the token embedding. `bias` is that of linear layers and norms,
+    `output_bias` that of the output layer.
+
+    Dropouts: on the embeddings, on attention's probabilities, on both residual branches, on the MLP's hidden
+    activation, before the classifier.
+
+    Initial weights: N(0, init_std²); `scaled_init` divides init_std by sqrt(2 num_layers) for the two projections that
+    write into the residual stream.
+
+    Classifiers: `num_labels`, `problem` ("classification" or "regression"), `pooling` ("last" real token or "extract"
+    token), `lm_weight` (λ of the joint loss), `classifier_bias`. Special tokens are ids below num_tokens, or None.
+
+    Source: Radford et al. (2018, 2019).
     """
 
     num_tokens: int

@@ -24,16 +24,23 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     """Let a transformers GPT-2 or GPT-1, the notes' module or `nn.TransformerEncoderLayer` run on `gpt_fast.ops`.
 
     In place: classes, parameters and state dict stay what they are, and so do hooks, adapters, checkpoints, copies.
-    `model` may also contain such modules, as a PEFT model or a `LightningModule` does. Attention, LayerNorm, MLP and
-    the additions between them run as fused ops, on the weights where they lie; in training with labels the language
-    model's loss is computed without logits, which the output computes when they are read (or at once by
-    `model(..., logits=True)`). A module that is wrapped or has hooks is called, never gone around. Calls that ask for
-    what the ops do not have (attention probabilities, cross-attention, a static cache) run as before, with a warning.
+    `model` may also contain such modules, as a PEFT model or a `LightningModule` does. A module that is wrapped or has
+    hooks is called, never gone around.
+
+    Embeddings, attention, LayerNorm, MLP and the additions between them run as fused ops, on the weights where they
+    lie; in training with labels the language model's loss is computed without logits, which the output computes when
+    they are read (or at once by `model(..., logits=True)`). Calls that ask for what the ops do not have (attention
+    probabilities, cross-attention, a static cache) run as before, with a warning.
+
     Dropout is the library's: the same rates, other random numbers than PyTorch's. A query left without keys, as padding
     on the left is, attends to nothing; a loss over no label is 0. Dtypes, precision, determinism: those of the ops.
-    Returns a report of what was replaced and what was left alone and why. Raises `TypeError` where nothing in `model`
-    is supported, `ValueError` with `strict=True` where anything is left alone; the model is then as it was, as after
-    any other failure. `restore` undoes it.
+
+    Returns a `Report` of what was replaced and what was left alone and why; `restore` undoes it.
+
+    Raises `TypeError` where nothing in `model` is supported, `ValueError` with `strict=True` where anything is left
+    alone; the model is then as it was, as after any other failure.
+
+    Source: transformers' `modeling_gpt2.py` and `modeling_openai.py`, whose functions these are.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: got {type(model).__name__}, wanted an nn.Module: {SUPPORTED}")

@@ -26,7 +26,11 @@ class LeftAlone(NamedTuple):
 
 @dataclass
 class Report:
-    """What `accelerate` replaced, what it left alone and why; `print` shows it."""
+    """What `accelerate` did; `print` shows it.
+
+    `replaced` has the name, the class (`kind`) and the op of each module whose computation an op took over, `left` the
+    name, the class and the reason of each that keeps its own, `notes` whatever else there is to say.
+    """
 
     replaced: list[Replaced] = field(default_factory=list)
     left: list[LeftAlone] = field(default_factory=list)

@@ -90,7 +90,11 @@ def restore() -> None:
 
 
 def report() -> Report:
-    """What happened since `activate`; raises `RuntimeError` where this implementation is not active."""
+    """What happened since `activate`.
+
+    `served` counts the calls that a kernel answered, `returned`, by their reasons, those that went to PyTorch; compiled
+    calls count when they are traced. Raises `RuntimeError` where this implementation is not active.
+    """
     if not _ACTIVE:
         raise RuntimeError('sdpa.report: "gpt_fast" is not active, wanted sdpa.activate() before')
     return _ACTIVE[0][1]
