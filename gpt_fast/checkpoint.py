@@ -65,6 +65,10 @@ def read_config(directory: Path) -> tuple[str, GPTConfig]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not UTF-8 or not JSON
         raise ValueError(f"{path}: not JSON ({error}), wanted a configuration written by save_pretrained") from error
+    if isinstance(values, dict) and "model_type" in values and "format" not in values:
+        raise ValueError(
+            f"{path}: a transformers model; gpt-fast convert --from {directory} --out FOLDER makes one of ours"
+        )
     if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
         raise ValueError(f"{path}: not written by gpt_fast (no format {_FORMAT!r}), wanted one of its model folders")
     head = values.pop("head", None)

@@ -90,6 +90,8 @@ TABLES = {
     "empty.csv": b"",
     "latin.csv": b"text,label\ncaf\xe9,a\n",
     "column.csv": b"text,lable\na,b\n",
+    "semicolons.csv": b"text;label\na;b\n",
+    "ids.csv": b"text,label\n" + b"".join(b"a,%d\n" % i for i in range(20)),
     "ragged.csv": b"text,label\na,b\na,b,c\n",
     "one.csv": b"text,label\n" + b"a,b\n" * 20,
     "few.csv": b"text,label\na,b\nc,d\n",
@@ -103,8 +105,19 @@ BAD_FINETUNE = {
     "missing table": ("--train {tmp}/none.csv", ["none.csv: no such file"]),
     "empty table": ("--train {tmp}/empty.csv", ["empty.csv: empty"]),
     "not utf-8": ("--train {tmp}/latin.csv", ["latin.csv: not UTF-8"]),
-    "no such column": ("--train {tmp}/column.csv", ["column.csv, line 2: no column 'label'", "'text', 'lable'"]),
-    "no such text column": ("--train {table} --text-column body", ["no column 'body'", "'text', 'label'"]),
+    "no such column": (
+        "--train {tmp}/column.csv",
+        ["column.csv: no column 'label'", "'text', 'lable'", "--label-column names another"],
+    ),
+    "no such text column": (
+        "--train {table} --text-column body",
+        ["no column 'body'", "'text', 'label'", "--text-column names another"],
+    ),
+    "semicolons": ("--train {tmp}/semicolons.csv", ["semicolons.csv: no column 'text'", "separated by ';'", "commas"]),
+    "labels that never repeat": (
+        "--train {tmp}/ids.csv",
+        ["ids.csv: column 'label' has 20 labels in 20 rows", "--valid"],
+    ),
     "ragged": ("--train {tmp}/ragged.csv", ["ragged.csv, line 3: 3 fields under a header of 2"]),
     "one label": ("--train {tmp}/one.csv", ["one.csv: every row has the label 'b'"]),
     "few rows": ("--train {tmp}/few.csv", ["few.csv: 2 rows", "--valid"]),
@@ -218,6 +231,10 @@ BAD_USES = {
         "evaluate --from {classifier} --data {table} --confusion {tmp}/c.jpg",
         ["c.jpg", "ends in .png"],
     ),
+    "evaluate: no labels": (
+        "evaluate --from {classifier} --data {tmp}/column.csv",
+        ["no column 'label'", "gpt-fast predict answers rows without labels"],
+    ),
     "evaluate: no data": ("evaluate --from {lm}", ["not trained on the standard library", "--data"]),
     "evaluate: confusion of a language model": (
         "evaluate --from {lm} --data {text} --confusion {tmp}/c.png",
@@ -252,7 +269,7 @@ BAD_USES = {
     "predict: language model": ("predict --from {lm} --text a", ["GPTForCausalLM", "gpt-fast finetune"]),
     "predict: no column": (
         "predict --from {classifier} --data {tmp}/new.csv --text-column words",
-        ["line 2: no column 'words'", "'text'"],
+        ["new.csv: no column 'words'", "'text'"],
     ),
     "predict: text for a table": ("predict --from {classifier} --data {text}", ["text.txt: wanted a table"]),
     "predict: no such table": ("predict --from {classifier} --data {tmp}/none.csv", ["none.csv: no such file"]),

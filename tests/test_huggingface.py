@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tokenizers
 import torch
 
 from gpt_fast import (
@@ -17,6 +18,7 @@ from gpt_fast import (
     GPTModel,
     generate,
 )
+from gpt_fast.data import tokenizer as tok
 from tests import hf_models
 from tests.command_line import succeed
 
@@ -372,6 +374,43 @@ def test_convert_takes_the_tokenizer_along(cli, tmp_path):
     succeed(cli("convert", "--from", tmp_path / "theirs", "--out", tmp_path / "again", "--head", "classifier"))
     assert load_tokenizer(tmp_path / "again").encode(text).ids == tokenizer.encode(text).ids
     assert GPTForSequenceClassification.from_pretrained(tmp_path / "again").config.num_labels == 2
+
+
+def test_a_converted_model_is_used_and_fine_tuned(cli, data, tmp_path):
+    """Its tokenizer has none of the special tokens: text needs none, a task gets them behind the vocabulary."""
+    letters = tok.byte_tokenizer().get_vocab(with_added_tokens=False)
+    bytes_alone = {letter: i for letter, i in letters.items() if i < 256}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=bytes_alone, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    theirs = hf_models.make("GPT2LMHeadModel", vocab_size=257, n_positions=32, bos_token_id=256)
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokenizer.save(str(tmp_path / "theirs" / "tokenizer.json"))
+    refused = cli("finetune", "--from", tmp_path / "theirs", "--train", data.table, "--out", tmp_path / "none")
+    assert refused.code == 2 and "gpt-fast convert --from" in refused.err + refused.out
+    succeed(cli("convert", "--from", tmp_path / "theirs", "--out", tmp_path / "ours"))
+
+    ours = GPTForCausalLM.from_pretrained(tmp_path / "ours")
+    assert (ours.config.num_tokens, ours.config.start_token, ours.config.extract_token) == (257, 256, None)
+    succeed(cli("generate", "--from", tmp_path / "ours", "--prompt", "", "--max-new-tokens", 4, "--seed", 0))
+    measured = json.loads(
+        succeed(cli("evaluate", "--from", tmp_path / "ours", "--data", data.text, "--device", "cpu", "--json")).out
+    )
+    assert measured["task"] == "clm" and measured["loss"] > 0
+
+    run = tmp_path / "run"
+    succeed(cli("finetune", "--from", tmp_path / "ours", "--train", data.table, "--out", run, "--lr", 0))
+    tuned = GPTForSequenceClassification.from_pretrained(run)
+    assert (tuned.config.num_tokens, tuned.config.start_token, tuned.config.pooling) == (262, 256, "extract")
+    assert tuned.config.extract_token == tok.load_tokenizer(run).token_to_id("<|extract|>") >= 257
+    table = tuned.trunk.token_emb.weight
+    assert torch.equal(table[:257], ours.trunk.token_emb.weight)
+    assert ((table[257:] - table[:257].mean(0)).abs() < 0.2).all()
+    shown = succeed(cli("predict", "--from", run, "--text", "the red fox", "--json")).out
+    assert json.loads(shown)["predictions"][0]["prediction"] in ("cold", "warm")
+    pretrain = ["pretrain", "--from", tmp_path / "ours", "--data", data.text, "--steps", 1, "--batch-size", 4]
+    succeed(cli(*pretrain, "--objective", "mlm", "--out", tmp_path / "mlm"))
 
 
 def test_convert_says_what_is_wrong(cli, tmp_path):

@@ -238,6 +238,31 @@ def test_the_best_validation_is_kept(source, tmp_path, monkeypatch):
     assert read_record(tmp_path / "run")["best_step"] == 3
 
 
+def test_a_rare_label_is_trained_on(tmp_path):
+    """Whatever the seed: one row of every label stays in training, and other rows are split as without it."""
+    path = tmp_path / "rare.csv"
+    rows = [f"text {i},{'ab'[i % 2]}" for i in range(39)]
+    path.write_text("\n".join(["text,label", *rows, "text 39,rare"]) + "\n")
+    task = tasks.task_settings("classification", None, None, None, False)
+    sizes = set()
+    for seed in range(40):
+        train, valid = tasks.read_tables(path, None, task, seed)
+        assert set(train.labels) == {"a", "b", "rare"} and "rare" not in valid.labels
+        assert sorted(train.texts + valid.texts) == sorted(f"text {i}" for i in range(40))
+        sizes.add(len(valid))
+    assert sizes == {3, 4}
+
+
+def test_remarks():
+    table = Table("t.csv", ["some words", " ", "x", ""], [])
+    rows = [Example([[1] * 8]), Example([[1] * 3]), Example([[1] * 3]), Example([[1] * 2])]
+    assert tasks.remarks(table, rows, 8) == [
+        "t.csv: 25% of the rows fill all 8 positions and may have been cut off",
+        "t.csv: 2 rows have an empty text, the first of them row 2",
+    ]
+    assert tasks.remarks(Table("t.csv", ["a"], []), [Example([[1] * 3])], 8) == []
+
+
 def test_scratch_draws_the_weights_anew(source, tmp_path):
     rows = [json.dumps(row("classification", i)) for i in range(30)]
     (tmp_path / "t.jsonl").write_text("\n".join(rows) + "\n")

@@ -217,8 +217,15 @@ def _config_from_hf(theirs: Any, kind: str) -> GPTConfig:
         init_std=theirs.initializer_range,
         scaled_init=pre_norm,
         pad_token=theirs.pad_token_id,
+        start_token=_begins_texts(theirs),
         **_head_from_hf(theirs, kind),
     )
+
+
+def _begins_texts(theirs: Any) -> int | None:
+    """The id before a text, where the vocabulary has it: a small model's configuration may still have GPT-2's."""
+    token = theirs.bos_token_id
+    return token if token is not None and token < theirs.vocab_size else None
 
 
 def _head_from_hf(theirs: Any, kind: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from ..data.corpus import STDLIB, read_corpus, read_path
 from ..data.snippets import snippet_table
 from ..data.stream import TokenStream
 from ..data.tables import SUFFIXES as TABLE_SUFFIXES
-from ..data.tokenizer import encode_documents, load_tokenizer, vocabulary_size
+from ..data.tokenizer import SPECIAL_TOKENS, encode_documents, load_tokenizer, vocabulary_size
 from ..heads import HEADS, Head
 from .evaluation import lm_loss, perplexity
 from .finetune import answer_bytes, draw_confusion
 from .lm_data import lm_batch, masker
 from .runs import check_run, read_record, special_token
-from .tasks import TaskSettings, examples, read_task_table, score, task_settings, written_metrics
+from .tasks import TaskSettings, examples, read_task_table, remarks, score, task_settings, written_metrics
 
 BATCH = 32
 
@@ -48,9 +49,11 @@ def load_generator(folder: Path, device: str) -> GPTForCausalLM:
 
 
 def run_tokenizer(folder: Path, model: Head) -> Tokenizer:
-    """The tokenizer of a run folder, checked against the model's vocabulary."""
+    """The tokenizer of a run folder, checked against the model's vocabulary. A model of another library has no rows for
+    the special tokens, which are added to every tokenizer and of which no text consists."""
     tokenizer, rows = load_tokenizer(folder), model.config.num_tokens
-    if vocabulary_size(tokenizer) > rows:
+    added = 0 if model.config.extract_token is not None else len(SPECIAL_TOKENS)
+    if vocabulary_size(tokenizer) > rows + added:
         wanted = f"{vocabulary_size(tokenizer)} tokens, the model has {rows}"
         raise ValueError(
             f"{folder}: tokenizer.json and model.safetensors do not belong together; the tokenizer has {wanted}"
@@ -110,6 +113,8 @@ def evaluate_task(
     table = snippet_table()[1] if data is None else read_task_table(data, task)
     tokenizer = run_tokenizer(folder, model)
     rows = examples(table, task, labels, tokenizer, model.config)
+    for remark in remarks(table, rows, model.config.seq_len):
+        warnings.warn(remark, stacklevel=2)
     result: dict[str, Any] = {"task": task.name, "data": table.source}
     result |= score(model, rows, task, answer_bytes(table))
     if isinstance(model, GPTForCausalLM):

@@ -32,7 +32,7 @@ from .evaluation import Metrics, confusion_matrix, predictions
 from .loop import Loop, LoopSettings, Progress, intervals
 from .plot import plot_confusion, plot_task
 from .recipes import finetuning_lr
-from .runs import Run, check_run, is_finished, new_run, read_metrics, read_record
+from .runs import Run, check_run, is_finished, new_run, read_metrics, read_record, with_special_tokens
 from .schedules import warmup_linear
 from .settings import SETTINGS, read_settings, take_up, write_settings
 from .tasks import (
@@ -43,6 +43,7 @@ from .tasks import (
     label_names,
     new_model,
     read_tables,
+    remarks,
     score,
     task_settings,
     written_metrics,
@@ -257,12 +258,20 @@ def finish(
 
 
 def pretrained(head: type[Head], source: Path, **overrides: Any) -> Head:
-    return head.from_pretrained(source, **overrides)
+    return _loaded(head, source, head.from_pretrained, overrides)
 
 
 def fresh(head: type[Head], source: Path, **overrides: Any) -> Head:
     """The model that `pretrained` would load, with weights drawn anew."""
-    return head(read_config(source)[1].replace(**overrides))
+    return _loaded(head, source, lambda folder, **changed: head(read_config(folder)[1].replace(**changed)), overrides)
+
+
+def _loaded(head: type[Head], source: Path, load: Callable[..., Head], overrides: dict[str, Any]) -> Head:
+    """What `load` makes of a folder; how it pools is said once the token that it may read is there."""
+    pooling = {name: overrides.pop(name) for name in ("pooling",) if name in overrides}
+    model = with_special_tokens(load(source, **overrides), load_tokenizer(source))
+    model.config = model.trunk.config = model.config.replace(**pooling)
+    return model
 
 
 def identity(rows: Sequence[Example]) -> dict[str, Any]:
@@ -353,10 +362,8 @@ def _tell(
     say: Callable[[str], None],
 ) -> None:
     say(f"{train.source}: {len(train):,} rows to train on, {len(valid):,} held out")
-    cut = sum(len(sequence) == seq_len for row in rows for sequence in row.sequences)
-    if cut:
-        share = cut / sum(len(row.sequences) for row in rows)
-        say(f"{share:.0%} of the rows fill all {seq_len} positions and may have been cut off")
+    for remark in remarks(train, rows, seq_len):
+        say(remark)
     if names:
         say(f"{len(names)} labels: {', '.join(names[:12])}{', …' if len(names) > 12 else ''}")
     if steps < FEW_UPDATES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from ..heads import Head
 from .evaluate import load_run, run_task, run_tokenizer
 from .evaluation import predictions
 from .runs import read_record
-from .tasks import EVALUATION_BATCH, TaskSettings, answers, examples, read_task_table
+from .tasks import EVALUATION_BATCH, TaskSettings, answers, examples, read_task_table, remarks
 
 ADDED = ("prediction", "probability")  # columns
 
@@ -77,8 +78,10 @@ def answer(
         if not 1 <= room <= T - 5:
             raise ValueError(f"--max-new-tokens {room}: wanted 1 to {T - 5}, as the model has {T} positions")
         rows = examples(table, task, names, tokenizer, model.config, room)
+        _warn(remarks(table, rows, T - room))
         return [Prediction(text) for text in answers(model, rows, tokenizer, room)]
     rows = examples(table, task, names, tokenizer, model.config)
+    _warn(remarks(table, rows, model.config.seq_len))
     logits = predictions(model, rows, model.config.pad_token or 0, EVALUATION_BATCH)
     if task.numbers:
         return [Prediction(value) for value in logits.flatten().tolist()]
@@ -86,6 +89,11 @@ def answer(
     for values, order in zip(*(part.tolist() for part in logits.softmax(-1).sort(descending=True)), strict=True):
         found.append(Prediction(names[order[0]], {names[i]: p for p, i in zip(values, order, strict=True)}))
     return found
+
+
+def _warn(found: Sequence[str]) -> None:
+    for remark in found:
+        warnings.warn(remark, stacklevel=3)
 
 
 def check_target(out: Path, data: Path) -> None:

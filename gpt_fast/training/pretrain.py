@@ -28,7 +28,7 @@ from .lm_data import LMData, Mask, WindowSource, lm_batch, masker, read_lm_data
 from .loop import Loop, LoopSettings, Metrics, Progress, intervals
 from .plot import plot_language_model
 from .recipes import Recipe, complete, pretraining
-from .runs import Run, check_run, is_finished, new_run, read_metrics, read_record
+from .runs import Run, check_run, is_finished, new_run, read_metrics, read_record, with_special_tokens
 from .schedules import warmup_cosine
 from .settings import SETTINGS, read_settings, take_up, write_settings
 
@@ -238,7 +238,7 @@ def make_model(settings: PretrainSettings, tokenizer: Tokenizer) -> Head:
     if settings.dropout is not None:
         names = ("embedding_dropout", "attention_dropout", "residual_dropout")
         overrides |= dict.fromkeys(names, settings.dropout)
-    model = head.from_pretrained(settings.source, **overrides)
+    model = with_special_tokens(head.from_pretrained(settings.source, **overrides), tokenizer)
     if settings.seq_len is not None and settings.seq_len != model.config.seq_len:
         raise ValueError(f"--seq-len {settings.seq_len}: --from {settings.source} has {model.config.seq_len} positions")
     return model

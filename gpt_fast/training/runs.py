@@ -22,7 +22,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from tokenizers import Tokenizer
+
 from ..config import GPTConfig
+from ..data.tokenizer import special_ids, vocabulary_size
+from ..heads import Head
 from . import checkpoints
 
 RUN_FILES = {
@@ -175,6 +180,24 @@ def special_token(config: GPTConfig, name: str) -> int:
     if token is None:
         raise ValueError(f"this model has no {name}; pre-train it with gpt-fast, or name the token's id in config.json")
     return int(token)
+
+
+def with_special_tokens(model: Head, tokenizer: Tokenizer) -> Head:
+    """The model with ids for the special tokens that its configuration lacks, as one does that `gpt-fast convert` made
+    of another library's: they follow its vocabulary. Their embeddings begin near the mean of all others, which the
+    output layer never finds likely."""
+    config = model.config
+    ids = {name: token for name, token in special_ids(tokenizer).items() if getattr(config, name) is None}
+    before, size = config.num_tokens, vocabulary_size(tokenizer)
+    if ids and size > before:
+        model.resize_embeddings(size)
+        layers = [model.trunk.token_emb, *([] if config.tied else [getattr(model, "output_layer", None)])]
+        with torch.no_grad():
+            for layer in layers:
+                if layer is not None:
+                    layer.weight[before:] += layer.weight[:before].mean(0)
+    model.config = model.trunk.config = model.config.replace(**ids)
+    return model
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 
 from .. import GPTConfig, generate
 from ..data.snippets import snippet_table
-from ..data.tables import Table, read_table
+from ..data.tables import Row, Table, read_rows, read_table
 from ..data.task_inputs import Example, Marks, pad_rows, task_batches, task_input
 from ..data.tokenizer import decode, encode, encode_documents
 from ..heads import GPTForCausalLM, GPTForMultipleChoice, GPTForSequenceClassification, GPTForSimilarity, Head
@@ -95,7 +96,26 @@ def task_settings(
 
 
 def read_task_table(path: Path, task: TaskSettings, labelled: bool = True) -> Table:
+    """The columns of a task; without `labelled` only those that a model reads."""
+    columns = {"--text-column": [task.text_column], "--pair-column": [*task.pair_columns]}
+    if labelled:
+        columns["--label-column"] = [task.label_column]
+    for _, row in islice(read_rows(path), 1):
+        for option, names in columns.items():
+            for name in (name for name in names if name not in row):
+                raise ValueError(
+                    f"{path}: no column {name!r}; it has {', '.join(map(repr, row))}; {_advice(option, row)}"
+                )
     return read_table(path, task.text_column, task.label_column if labelled else None, task.pair_columns)
+
+
+def _advice(option: str, row: Row) -> str:
+    """What to do about a missing column."""
+    (first, *others) = row
+    if not others and (separator := next((s for s in ";\t|," if s in first), "")):
+        return f"it looks separated by {separator!r}, wanted commas in a .csv and tabs in a .tsv"
+    without = ", and gpt-fast predict answers rows without labels" if option == "--label-column" else ""
+    return f"{option} names another{without}"
 
 
 def read_tables(train: Path | None, valid: Path | None, task: TaskSettings, seed: int) -> tuple[Table, Table]:
@@ -114,7 +134,26 @@ def read_tables(train: Path | None, valid: Path | None, task: TaskSettings, seed
         raise ValueError(f"{train}: {len(table)} rows are too few to hold some out; give --valid")
     order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed)).tolist()
     cut = round(len(table) * VALID_FRACTION)
-    return table.rows(sorted(order[cut:])), table.rows(sorted(order[:cut]))
+    held, kept = order[:cut], order[cut:]
+    if task.classifies and task.name != "multiple-choice":
+        held, kept = _every_label_trained(table, held, kept)
+        if not held:
+            raise ValueError(
+                f"{train}: column {task.label_column!r} has {len(set(table.labels))} labels in {len(table)} rows, too "
+                "many to hold some rows out; wanted labels that repeat, or --valid"
+            )
+    return table.rows(sorted(kept)), table.rows(sorted(held))
+
+
+def _every_label_trained(table: Table, held: list[int], kept: list[int]) -> tuple[list[int], list[int]]:
+    """The split with one row of every label among those kept for training."""
+    trained = {table.labels[row] for row in kept}
+    left: list[int] = []
+    kept = list(kept)
+    for row in held:
+        (left if table.labels[row] in trained else kept).append(row)
+        trained.add(table.labels[row])
+    return left, kept
 
 
 def label_names(table: Table, task: TaskSettings) -> list[str]:
@@ -146,7 +185,7 @@ def targets(table: Table, task: TaskSettings, names: Sequence[str]) -> list[floa
     for row, label in enumerate(table.labels, start=1):
         if label not in index:
             known = ", ".join(map(repr, names[:12])) + (", …" if len(names) > 12 else "")
-            raise ValueError(f"{table.source}, row {row}: unknown label {label!r}; the model was trained on {known}")
+            raise ValueError(f"{table.source}, row {row}: unknown label {label!r}; those trained on are {known}")
     return [index[label] for label in table.labels]
 
 
@@ -179,6 +218,19 @@ def examples(
         else:
             made.append(Example([task_input(texts, T, between)], target))
     return made
+
+
+def remarks(table: Table, rows: Sequence[Example], seq_len: int) -> list[str]:
+    """What may surprise whoever reads the results: texts that were cut off, rows without text."""
+    found = []
+    cut = sum(len(sequence) == seq_len for row in rows for sequence in row.sequences)
+    if cut:
+        share = cut / sum(len(row.sequences) for row in rows)
+        found.append(f"{table.source}: {share:.0%} of the rows fill all {seq_len} positions and may have been cut off")
+    empty = [row for row, text in enumerate(table.texts, start=1) if not text.strip()]
+    if empty:
+        found.append(f"{table.source}: {len(empty):,} rows have an empty text, the first of them row {empty[0]}")
+    return found
 
 
 def new_model(task: TaskSettings, make: Any, source: Path, lm_weight: float, names: Sequence[str]) -> Head:
