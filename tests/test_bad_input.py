@@ -97,6 +97,7 @@ TABLES = {
     "few.csv": b"text,label\na,b\nc,d\n",
     "new.csv": b"text,label\na,warm\nb,tepid\n",
     "words.csv": b"text,label\na,three\nb,4\n" * 6,
+    "nameless.jsonl": b"{}\n",
     "broken.jsonl": b'{"text": "a", "label": "b"}\n{"text": \n',
     "latin.txt": b"caf\xe9\n",
     "table.txt": b"text,label\na,b\n",
@@ -113,6 +114,7 @@ BAD_FINETUNE = {
         "--train {table} --text-column body",
         ["no column 'body'", "'text', 'label'", "--text-column names another"],
     ),
+    "no columns": ("--train {tmp}/nameless.jsonl", ["nameless.jsonl: no column 'text'; it has none"]),
     "semicolons": ("--train {tmp}/semicolons.csv", ["semicolons.csv: no column 'text'", "separated by ';'", "commas"]),
     "labels that never repeat": (
         "--train {tmp}/ids.csv",

@@ -55,7 +55,7 @@ FREE = {
     "tensorboard", "log_every", "checkpoint_every", "keep_checkpoints", "max_skips",
 }  # fmt: skip
 
-FEW_UPDATES = 50  # fewer than this at a published rate hardly move a new head
+FEW_UPDATES = 50  # fewer are told
 
 
 @dataclass(frozen=True)
@@ -258,17 +258,17 @@ def finish(
 
 
 def pretrained(head: type[Head], source: Path, **overrides: Any) -> Head:
-    return _loaded(head, source, head.from_pretrained, overrides)
+    return _loaded(source, head.from_pretrained, overrides)
 
 
 def fresh(head: type[Head], source: Path, **overrides: Any) -> Head:
     """The model that `pretrained` would load, with weights drawn anew."""
-    return _loaded(head, source, lambda folder, **changed: head(read_config(folder)[1].replace(**changed)), overrides)
+    return _loaded(source, lambda folder, **changed: head(read_config(folder)[1].replace(**changed)), overrides)
 
 
-def _loaded(head: type[Head], source: Path, load: Callable[..., Head], overrides: dict[str, Any]) -> Head:
+def _loaded(source: Path, load: Callable[..., Head], overrides: dict[str, Any]) -> Head:
     """What `load` makes of a folder; how it pools is said once the token that it may read is there."""
-    pooling = {name: overrides.pop(name) for name in ("pooling",) if name in overrides}
+    pooling = {"pooling": overrides.pop("pooling")} if "pooling" in overrides else {}
     model = with_special_tokens(load(source, **overrides), load_tokenizer(source))
     model.config = model.trunk.config = model.config.replace(**pooling)
     return model

@@ -184,8 +184,8 @@ def special_token(config: GPTConfig, name: str) -> int:
 
 def with_special_tokens(model: Head, tokenizer: Tokenizer) -> Head:
     """The model with ids for the special tokens that its configuration lacks, as one does that `gpt-fast convert` made
-    of another library's: they follow its vocabulary. Their embeddings begin near the mean of all others, which the
-    output layer never finds likely."""
+    of another library's: they follow its vocabulary. Their embeddings begin near the mean of all others, and so do
+    their logits, while rows near 0 would be likelier than most where a model's logits are all far below 0."""
     config = model.config
     ids = {name: token for name, token in special_ids(tokenizer).items() if getattr(config, name) is None}
     before, size = config.num_tokens, vocabulary_size(tokenizer)

@@ -104,16 +104,16 @@ def read_task_table(path: Path, task: TaskSettings, labelled: bool = True) -> Ta
         for option, names in columns.items():
             for name in (name for name in names if name not in row):
                 raise ValueError(
-                    f"{path}: no column {name!r}; it has {', '.join(map(repr, row))}; {_advice(option, row)}"
+                    f"{path}: no column {name!r}; it has {', '.join(map(repr, row)) or 'none'}; {_advice(option, row)}"
                 )
     return read_table(path, task.text_column, task.label_column if labelled else None, task.pair_columns)
 
 
 def _advice(option: str, row: Row) -> str:
     """What to do about a missing column."""
-    (first, *others) = row
-    if not others and (separator := next((s for s in ";\t|," if s in first), "")):
-        return f"it looks separated by {separator!r}, wanted commas in a .csv and tabs in a .tsv"
+    found = next((separator for separator in ";\t|," if len(row) == 1 and separator in next(iter(row))), None)
+    if found is not None:
+        return f"it looks separated by {found!r}, wanted commas in a .csv and tabs in a .tsv"
     without = ", and gpt-fast predict answers rows without labels" if option == "--label-column" else ""
     return f"{option} names another{without}"
 
