@@ -20,8 +20,8 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 PYTEST := $(PY) -m pytest $(PYTEST_FLAGS)
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 # The test files of the ops that have a C++ kernel, and of those that have a Triton kernel.
-CPP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)))
-TRITON_TESTS = $(wildcard $(patsubst kernels/%.py,tests/test_%.py,$(wildcard kernels/*.py)))
+CPP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/ops/test_%.py,$(wildcard csrc/cpu/*.cpp)))
+TRITON_TESTS = $(wildcard $(patsubst kernels/%.py,tests/ops/test_%.py,$(wildcard kernels/*.py)))
 
 # What whole models do in the interpreter; the rest of these tests would take minutes there.
 INTERP_MODELS = one_graph or export or functional_call or func_grad
@@ -82,8 +82,8 @@ test: install  ## the tests on the CPU, then the Triton kernels in the interpret
 
 .PHONY: interp
 interp: install  ## the op tests on the Triton kernels, in Triton's interpreter, and whole models on them
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) $(TRITON_TESTS) tests/test_transforms.py
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) tests/test_citizenship.py -k "gpt2 and ($(INTERP_MODELS))"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) $(TRITON_TESTS) tests/ops/test_transforms.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) tests/model/test_citizenship.py -k "gpt2 and ($(INTERP_MODELS))"
 
 .PHONY: test-slow
 test-slow: install mutants  ## what takes too long for make test
@@ -114,10 +114,10 @@ $(CODEGEN_VENV)/.stamp: | $(VENV)/bin/python
 .PHONY: codegen
 codegen: $(VENV)/.stamp-package $(CODEGEN_VENV)/.stamp  ## compile every kernel for sm_80, sm_90, sm_100 and hold it to its budget
 	@mkdir -p build
-	$(PY) -m benchmarks.codegen_record build/launches.json
-	$(CODEGEN_VENV)/bin/python -m benchmarks.codegen build/launches.json $(CODEGEN_FLAGS)
+	$(PY) -m tools.record_launches build/launches.json
+	$(CODEGEN_VENV)/bin/python -m tools.codegen build/launches.json $(CODEGEN_FLAGS)
 	@command -v nvcc > /dev/null || { echo 'codegen: no nvcc, csrc/cuda is not compiled'; exit 0; }; \
-	cublas=$$($(PY) -m benchmarks.cublas_headers $(CODEGEN_VENV)/cublas); \
+	cublas=$$($(PY) -m tools.cublas_headers $(CODEGEN_VENV)/cublas); \
 	nvcc="nvcc -std=c++17 -O3 -Xptxas=-warn-spills -Xcompiler=-Wall -Werror=all-warnings -I$$cublas -o build/nvcc.o -c"; \
 	for target in 80 90 100; do for file in csrc/cuda/*.cu; do $$nvcc -arch=sm_$$target $$file; done; done; \
 	$$nvcc csrc/cuda/cublaslt.cpp; \
@@ -125,7 +125,7 @@ codegen: $(VENV)/.stamp-package $(CODEGEN_VENV)/.stamp  ## compile every kernel 
 
 .PHONY: compile-isa
 compile-isa: $(VENV)/.stamp-package  ## compile the C++ kernels for AVX2, AVX-512 and AVX-512 with bfloat16 products
-	$(PY) -m benchmarks.isa
+	$(PY) -m tools.isa
 
 .PHONY: lint
 lint: $(VENV)/.stamp-package  ## ruff and clang-format, changing nothing

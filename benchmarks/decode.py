@@ -28,9 +28,9 @@ from matplotlib.figure import Figure
 from benchmarks.environment import describe
 from benchmarks.tables import table
 from gpt_fast import DecodeSession, GPTConfig, GPTForCausalLM
-from gpt_fast.checkpoint import write_json
-from gpt_fast.decode_steps import WEIGHTS
-from gpt_fast.decoding import GREEDY
+from gpt_fast._files import write_json
+from gpt_fast.generation.session import GREEDY
+from gpt_fast.generation.steps import WEIGHTS
 
 FILE, PICTURE = "decoding.json", "decoding_tokens.png"
 PEERS = {"float32": "hf float32", "bfloat16": "hf bfloat16"}  # by the weights they are compared with
@@ -145,8 +145,8 @@ def perplexities(folder: Path, windows: int = 64) -> dict[str, float]:
     from gpt_fast.data.batches import lm_windows, token_stream
     from gpt_fast.data.corpus import read_corpus
     from gpt_fast.data.tokenizer import encode_documents
-    from gpt_fast.training.evaluate import load_generator, run_tokenizer
-    from gpt_fast.training.runs import special_token
+    from gpt_fast.training.runs.folder import special_token
+    from gpt_fast.training.runs.load import load_generator, run_tokenizer
 
     model = load_generator(folder, "cpu").eval()
     texts = [document.text for document in read_corpus(None).valid]

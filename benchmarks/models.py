@@ -22,8 +22,8 @@ from benchmarks.counts import Work
 from benchmarks.peers import OURS, Peer
 from benchmarks.plain_gpt import PlainGPT
 from benchmarks.timing import available_memory
-from gpt_fast.decode_steps import WEIGHTS
-from gpt_fast.training.optimizer import make_optimizer
+from gpt_fast.generation.steps import WEIGHTS
+from gpt_fast.training.engine.optimizer import make_optimizer
 
 Loss = Callable[..., Tensor]
 

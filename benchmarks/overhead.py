@@ -23,7 +23,7 @@ from benchmarks.peers import OURS, PEERS
 from benchmarks.runner import prepare
 from benchmarks.tables import PASS_NAMES, table
 from benchmarks.timing import clock, quartiles
-from gpt_fast.checkpoint import write_json
+from gpt_fast._files import write_json
 
 FILE = "overhead.json"
 CALLS, ROUNDS = 50, 21  # calls in a row, fewer than a GPU queues; medians over rounds

@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gpt_fast.checkpoint import write_json
+from gpt_fast._files import write_json
 
 SCHEMA, VERSION = "gpt_fast benchmark", 1
 OURS = "gpt_fast"

@@ -202,7 +202,7 @@ def _first_line(error: Exception) -> str:
 
 
 def files_of_tests(topic: Topic) -> tuple[str, ...]:
-    return topic.tests or (f"test_{topic.name}.py",)
+    return topic.tests or (f"ops/test_{topic.name}.py",)
 
 
 def run_tests(topic: Topic, device: str) -> str:

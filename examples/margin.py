@@ -23,7 +23,7 @@ ARMS = {
 
 
 def run(*arguments: object) -> None:
-    command = [sys.executable, "-m", "gpt_fast.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "gpt_fast", *map(str, arguments)]
     print("gpt-fast", *command[3:], flush=True)
     code = subprocess.run(command, check=False).returncode
     if code:

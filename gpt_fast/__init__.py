@@ -1,10 +1,11 @@
 """gpt_fast: the fast backend for GPT-1 and GPT-2 class Transformers."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import _extension, ops
 from ._extension import build_info
 from .config import GPTConfig
-from .decoding import DecodeSession
-from .generation import generate
+from .generation import DecodeSession, generate
 from .heads import (
     GPTForCausalLM,
     GPTForMaskedLM,
@@ -14,9 +15,11 @@ from .heads import (
     GPTForSimilarity,
     GPTForTokenClassification,
 )
-from .integrations.accelerate import accelerate, restore
 from .model import GPT, GPTModel
 from .ops import check_values, use_reference
+
+if TYPE_CHECKING:
+    from .integrations.accelerate import accelerate, restore
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,3 +44,19 @@ __all__ = [
 ]
 
 _extension.load()
+
+
+if not TYPE_CHECKING:  # a type checker would take every name for one that exists
+
+    def __getattr__(name: str) -> Any:
+        """Import `accelerate` and `restore` when they are first used: the core imports no integration."""
+        if name in ("accelerate", "restore"):
+            from .integrations import accelerate
+
+            globals()[name] = getattr(accelerate, name)
+            return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -3,10 +3,17 @@
 import dataclasses
 from typing import Any
 
-from .layers import check_heads
 from .reference import ACTIVATIONS
 
-SPECIAL_TOKENS = ("pad_token", "mask_token", "start_token", "delimiter_token", "extract_token")
+IGNORE = -100  # the label of a position that does not count, as in torch and transformers
+# The fields of GPTConfig that hold a special token's id, and the text of that token in this library's tokenizers.
+SPECIAL_TOKENS = {
+    "pad_token": "<|pad|>",
+    "mask_token": "<|mask|>",
+    "start_token": "<|start|>",
+    "delimiter_token": "<|delimiter|>",
+    "extract_token": "<|extract|>",
+}
 _DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout", "ff_dropout", "classifier_dropout")
 PROBLEMS = ("classification", "regression")
 POOLINGS = ("last", "extract")
@@ -141,3 +148,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-large": {**_GPT2, "hidden_dim": 1280, "num_heads": 20, "num_layers": 36},
     "gpt2-xl": {**_GPT2, "hidden_dim": 1600, "num_heads": 25, "num_layers": 48},
 }  # fmt: skip
+
+
+def check_heads(hidden_dim: int, num_heads: int) -> None:
+    """Raise `ValueError` unless `hidden_dim` splits into `num_heads` heads of at most 256."""
+    if num_heads < 1 or hidden_dim % num_heads:
+        raise ValueError(f"gpt_fast: hidden_dim {hidden_dim} is not divisible by num_heads {num_heads}")
+    if hidden_dim // num_heads > 256:
+        raise ValueError(
+            f"gpt_fast: hidden_dim {hidden_dim} over num_heads {num_heads} gives heads of {hidden_dim // num_heads}, "
+            "wanted at most 256"
+        )

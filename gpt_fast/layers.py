@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .config import check_heads
 
 
 class LayerNorm(nn.LayerNorm):
@@ -209,14 +210,3 @@ class TransformerDecoder(nn.Module):
         if norm is None:
             return ops.add_layer_norm(branch, x, dropout_p=dropout_p, seed=seed, site=site)
         return ops.add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps, dropout_p, seed, site)
-
-
-def check_heads(hidden_dim: int, num_heads: int) -> None:
-    """hidden_dim splits into num_heads heads of at most 256."""
-    if num_heads < 1 or hidden_dim % num_heads:
-        raise ValueError(f"gpt_fast: hidden_dim {hidden_dim} is not divisible by num_heads {num_heads}")
-    if hidden_dim // num_heads > 256:
-        raise ValueError(
-            f"gpt_fast: hidden_dim {hidden_dim} over num_heads {num_heads} gives heads of {hidden_dim // num_heads}, "
-            "wanted at most 256"
-        )

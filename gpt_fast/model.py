@@ -1,5 +1,7 @@
 """The trunk every head shares, and the drop-in GPT."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -8,14 +10,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import Self
 
 from . import ops
-from .config import GPTConfig
-from .integrations.huggingface import Convertible
+from .config import IGNORE, GPTConfig
 from .layers import LayerNorm, TransformerDecoder
+from .reference import packed_positions
 
 if TYPE_CHECKING:
-    from .kv_cache import PromptPass, StepPass
+    from .generation.cache import PromptPass, StepPass
 
 
 class _Trunk(nn.Module):
@@ -77,7 +80,7 @@ class _Trunk(nn.Module):
             raise ValueError("gpt_fast: got more than one of lengths, key_mask and cu_seqlens, wanted one of them")
         positions = None
         if cu_seqlens is not None:
-            positions = packed_positions(cu_seqlens, tokens.shape[1])
+            positions = packed_positions(cu_seqlens, tokens.shape[1])[1][None]  # [1, T]
         if key_mask is not None:
             if key_mask.shape != tokens.shape or key_mask.dtype != torch.bool:
                 raise ValueError(
@@ -122,6 +125,33 @@ class _Trunk(nn.Module):
     def num_parameters(self) -> int:
         """How many numbers are trained, tied ones counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+class Convertible:
+    """`from_hf` and `to_hf`, for the trunk and every head. The integration is imported when one of them is called."""
+
+    @classmethod
+    def from_hf(cls, model: Any, **overrides: Any) -> Self:
+        """The weights and sizes of one of transformers' GPT-2 or GPT-1 models, or of a folder that holds one.
+
+        The trunk is copied bit for bit, and what is on top of it where both have it: an output layer, a classifier
+        without bias. What is new starts afresh, which is how fine-tuning starts. `overrides` change fields of the
+        configuration. `to_hf` gives the weights back. Raises `TypeError` for another model, `ValueError` for an option
+        of its configuration that changes the function in a way this model does not have, `OSError` for a folder without
+        safetensors.
+        """
+        from .integrations.huggingface import convert
+
+        return convert.from_hf(cls, model, overrides)
+
+    def to_hf(self) -> Any:
+        """The model of transformers with these weights: GPT-2's class for this head if pre-norm, GPT-1's if post-norm.
+
+        Raises `ValueError` where transformers has no such model, as for an output bias.
+        """
+        from .integrations.huggingface import convert
+
+        return convert.to_hf(self)
 
 
 class GPTModel(Convertible, _Trunk):
@@ -186,9 +216,6 @@ class GPT(_Trunk):
         return ops.linear_cross_entropy(hidden, self.output_layer.weight, labels, self.output_layer.bias)
 
 
-IGNORE = -100  # a label that does not count, as in torch and transformers
-
-
 def shift_labels(labels: Tensor, *, lengths: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:
     """labels [B, T] → the label of each position's successor, -100 where either of the two is padding."""
     if lengths is not None:
@@ -199,15 +226,21 @@ def shift_labels(labels: Tensor, *, lengths: Tensor | None = None, key_mask: Ten
     return shifted.masked_fill(~(key_mask & F.pad(key_mask[:, 1:], (0, 1))), IGNORE)
 
 
-def packed_positions(cu_seqlens: Tensor, T: int) -> Tensor:
-    """Each position's place [1, T] in its own sequence of a packed row."""
-    index = torch.arange(T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    sequence = torch.searchsorted(cu_seqlens, index, right=True) - 1
-    return (index - cu_seqlens[sequence])[None].long()
-
-
 def _longest(cu_seqlens: Tensor) -> int:
     return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put `module` into evaluation mode inside the block; a module that is in it already is not touched."""
+    was_training = module.training
+    if was_training:
+        module.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            module.train()
 
 
 def init_weights(module: nn.Module, std: float) -> None:

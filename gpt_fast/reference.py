@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import transforms
+from . import _transforms
 
 # ---- dropout: a function of seed, site and coordinates alone ---------------------------------------------------------
 
@@ -245,9 +245,15 @@ def attention(
 
 def attention_qkv(qkv: Tensor, num_heads: int, **options) -> Tensor:
     """`attention` on the projection's [B, T, 3C], heads merged: [B, T, C]. The options are those of `attention`."""
+    out = attention(*split_qkv(qkv, num_heads), **options)
+    return out.transpose(1, 2).flatten(2)
+
+
+def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return views q, k and v, each [B, H, T, D], of a packed projection [B, T, 3C]."""
     B, T, C3 = qkv.shape
-    q, k, v = qkv.view(B, T, 3, num_heads, C3 // 3 // num_heads).permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
-    return attention(q, k, v, **options).transpose(1, 2).reshape(B, T, C3 // 3)
+    q, k, v = qkv.unflatten(2, (3, num_heads, C3 // (3 * num_heads))).permute(2, 0, 3, 1, 4)
+    return q, k, v
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
@@ -303,7 +309,7 @@ def linear_cross_entropy(
     """
     rows, targets = x.reshape(target.numel(), x.shape[-1]), target.reshape(-1)
     valid = targets != ignore_index
-    if not torch.compiler.is_compiling() and not transforms.is_batched(valid) and reduction != "none":
+    if not torch.compiler.is_compiling() and not _transforms.is_batched(valid) and reduction != "none":
         rows, targets, valid = rows[valid], targets[valid], valid[valid]
     logits = F.linear(_wide(rows), _wide(weight), None if bias is None else _wide(bias))
     losses = F.cross_entropy(

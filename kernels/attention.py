@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import tables
+from . import launch_configs
 from .gemm import cast, dot, precision
 from .philox import keep_matrix
 
@@ -446,15 +446,15 @@ def config(kernel: str, q: torch.Tensor) -> tuple[Config, int]:
     """Tiles for these tensors, and the head size they are padded to."""
     D = q.shape[-1]
     BLOCK_D = max(16, triton.next_power_of_2(D))
-    launch = tables.pick("attention", kernel, tables.architecture(q.device), q.element_size(), BLOCK_D)
+    launch = launch_configs.pick("attention", kernel, launch_configs.architecture(q.device), q.element_size(), BLOCK_D)
     return Config(*launch), BLOCK_D
 
 
 def streams(rows: int, BLOCK_D: int, **tensors: torch.Tensor) -> dict[str, Any]:
     """What a loop walks over in tiles of so many rows: descriptors of 16-bit tensors [B, H, rows, D] where all of them
     are aligned (made on the device they would cost instructions in every program), else the tensors themselves."""
-    architecture = tables.architecture(next(iter(tensors.values())).device)
-    described = architecture == tables.INTERPRETER or architecture >= 90
+    architecture = launch_configs.architecture(next(iter(tensors.values())).device)
+    described = architecture == launch_configs.INTERPRETER or architecture >= 90
     described = described and all(_aligned(tensor) for tensor in tensors.values())
     if described:
         block = [1, 1, rows, BLOCK_D]

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tables
+from . import launch_configs
 
 LOG2E = 1.4426950408889634
 
@@ -102,7 +102,7 @@ def _add_kernel(
 
 def config(BLOCK_D: int, device: torch.device) -> Config:
     """The launch configuration for heads padded to this size."""
-    return Config(*tables.pick("decode_attention", "keys", tables.architecture(device), 4, BLOCK_D))
+    return Config(*launch_configs.pick("decode_attention", "keys", launch_configs.architecture(device), 4, BLOCK_D))
 
 
 def forward(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

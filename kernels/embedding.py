@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tables
+from . import launch_configs
 from .philox import keep_rows
 
 
@@ -112,8 +112,8 @@ def _bwd_reduce_kernel(
 
 def config(table: torch.Tensor) -> Config:
     """The launch configuration for a table [V, C]."""
-    architecture = tables.architecture(table.device)
-    return Config(*tables.pick("embedding", "rows", architecture, table.element_size(), table.shape[1]))
+    architecture = launch_configs.architecture(table.device)
+    return Config(*launch_configs.pick("embedding", "rows", architecture, table.element_size(), table.shape[1]))
 
 
 def forward(

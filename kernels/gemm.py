@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import tables
+from . import launch_configs
 
 
 class Config(NamedTuple):
@@ -166,7 +166,7 @@ def as_matrix(x: torch.Tensor) -> torch.Tensor:
 
 def operand(matrix: torch.Tensor, rows: int, columns: int, architecture: int) -> tuple[Any, int]:
     """What `load` and `store` take for tiles [rows, columns] of a matrix, and the mode."""
-    if architecture == tables.INTERPRETER or architecture >= 90:
+    if architecture == launch_configs.INTERPRETER or architecture >= 90:
         (M, N), (stride_m, stride_n) = matrix.shape, matrix.stride()
         if matrix.element_size() == 2 and M > 0 and N > 0 and matrix.data_ptr() % 16 == 0:
             if stride_n == 1 and stride_m % 8 == 0 and stride_m >= N:
@@ -178,8 +178,8 @@ def operand(matrix: torch.Tensor, rows: int, columns: int, architecture: int) ->
 
 def config(op: str, kernel: str, x: torch.Tensor, size: int) -> tuple[Config, int]:
     """The row of an op's table for these operands, and the architecture."""
-    architecture = tables.architecture(x.device)
-    return Config(*tables.pick(op, kernel, architecture, x.element_size(), size)), architecture
+    architecture = launch_configs.architecture(x.device)
+    return Config(*launch_configs.pick(op, kernel, architecture, x.element_size(), size)), architecture
 
 
 def operands(
@@ -208,4 +208,4 @@ def operands(
 def grid(launch: Config, M: int, N: int, device: torch.device) -> tuple[int]:
     """As many persistent programs as run at once, or as there are tiles."""
     tiles = triton.cdiv(M, launch.m) * triton.cdiv(N, launch.n)
-    return (min(tiles, launch.programs * tables.multiprocessors(device)),)
+    return (min(tiles, launch.programs * launch_configs.multiprocessors(device)),)

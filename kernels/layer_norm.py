@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tables
+from . import launch_configs
 
 
 class Config(NamedTuple):
@@ -137,7 +137,7 @@ def config(N: int, device: torch.device) -> Config:
     """The launch configuration for rows of N columns."""
     if N > WIDEST:
         raise ValueError(f"gpt_fast.layer_norm: rows have {N} columns, wanted at most {WIDEST} on this device")
-    return Config(*tables.pick("layer_norm", "rows", tables.architecture(device), 4, N))
+    return Config(*launch_configs.pick("layer_norm", "rows", launch_configs.architecture(device), 4, N))
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:

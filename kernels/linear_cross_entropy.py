@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tables
+from . import launch_configs
 from .gemm import as_matrix, cast, config, grid, halves, operands, precision, product, store, tile
 
 COMPACT = 1024  # rows a step of _compact_kernel and _total_kernel
@@ -299,7 +299,7 @@ def _run(
 
     keeps = dx is not None or dweight is not None or dbias is not None
     launch, architecture = config("linear_cross_entropy", "product", x, C)
-    R = min(N, *tables.pick("linear_cross_entropy", "chunk", architecture, x.element_size(), C))
+    R = min(N, *launch_configs.pick("linear_cross_entropy", "chunk", architecture, x.element_size(), C))
     width = launch.n // 2
     parts = 2 * triton.cdiv(V, launch.n)
     padded = triton.cdiv(V, 64) * 64  # aligned rows

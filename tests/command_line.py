@@ -16,7 +16,7 @@ import pytest
 SERVER = """
 import io, json, os, resource, socket, sys, tempfile, time, traceback
 from pathlib import Path
-import gpt_fast.commands, gpt_fast.cli
+import gpt_fast_cli.__main__, gpt_fast_cli.app
 import gpt_fast.training.compare, gpt_fast.training.finetune, gpt_fast.training.pretrain
 
 def happened(watched):  # a path, with so many lines in it
@@ -43,7 +43,7 @@ def start(request, rank, out, err):
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
     code = 0
     try:
-        gpt_fast.cli.main()
+        gpt_fast_cli.__main__.main()
     except SystemExit as stop:
         code = stop.code or 0
     except BaseException:

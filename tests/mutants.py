@@ -221,9 +221,9 @@ class Copy:
         """(the test that noticed the fault, how if it did not just fail) or ("", what is wrong)."""
         code, output, test = 0, "", ""
         if fault.test:
-            code, output, test = self.pytest(f"tests/test_{op}.py", "-k", fault.test, mutant=number)
+            code, output, test = self.pytest(f"tests/ops/test_{op}.py", "-k", fault.test, mutant=number)
         if code == 0:
-            code, output, test = self.pytest(f"tests/test_{op}.py", mutant=number)
+            code, output, test = self.pytest(f"tests/ops/test_{op}.py", mutant=number)
         if code == 0:
             return "", "SURVIVED"
         if not test or BROKEN.search(output):

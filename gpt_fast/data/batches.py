@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .masking import IGNORED
+from ..config import IGNORE
 from .stream import TokenStream
 
 
@@ -68,7 +68,7 @@ def packed(batch: Batch, windows: Tensor, document_token: int) -> Batch:
 def causal_batch(tokens: Tensor) -> Batch:
     """Next-token prediction within each window `[B, T]`: its first token has no predecessor and is not asked for."""
     labels = tokens.clone()
-    labels[:, 0] = IGNORED
+    labels[:, 0] = IGNORE
     return Batch(tokens, labels, weight=tokens.shape[0] * (tokens.shape[1] - 1))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STDLIB = "standard library"
-VALID_FRACTION = 0.1
+VALID_FRACTION = 0.1  # the share of a text, a table or token files that is held out for validation
 # Folders of the standard library left out: what pip installed, tests (half of all the text, much of it generated),
 # tables of characters, and the help topics, which are one 700 kB literal.
 SKIPPED_FOLDERS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-IGNORED = -100
+from ..config import IGNORE
 
 
 def mask_tokens(
@@ -30,7 +30,7 @@ def mask_tokens(
     eligible = ordinary[place] == tokens
     draw = torch.rand(tokens.shape, generator=generator).masked_fill_(~eligible, 2.0)
     chosen = eligible & ((draw < rate) | (draw == draw.amin(dim=1, keepdim=True)))
-    labels = tokens.masked_fill(~chosen, IGNORED)
+    labels = tokens.masked_fill(~chosen, IGNORE)
 
     fate = torch.rand(tokens.shape, generator=generator)
     random = ordinary[torch.randint(ordinary.numel(), tokens.shape, generator=generator)]

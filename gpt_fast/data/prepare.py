@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..checkpoint import write_json
+from .._files import replacing, write_json
 from .corpus import held_out
 from .sources import (
     PERIOD,
@@ -105,8 +105,7 @@ def _prepare(
     if not (parts / "tokenizer.json").exists():
         texts = sample(units, settings.text_column) if settings.tokenizer in ("bpe", "char") else []
         made = make_tokenizer(settings.tokenizer, texts, settings.vocab_size)
-        save_tokenizer(made, parts / "tokenizer.partial")
-        (parts / "tokenizer.partial").replace(parts / "tokenizer.json")
+        save_tokenizer(made, parts / "tokenizer.json")
     text = (parts / "tokenizer.json").read_text(encoding="utf-8")
     tokenizer = parse_tokenizer(text)
     dtype = "uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32"
@@ -233,9 +232,8 @@ def _tokenise(index: int, unit: Unit, tokenizer: Tokenizer, parts: Path, dtype: 
     flush()
     for part, pieces in collected.items():
         tokens = np.concatenate(pieces) if pieces else np.empty(0, dtype)
-        partial = parts / f"{index:06d}.{part}.partial"
-        tokens.tofile(partial)
-        partial.replace(parts / f"{index:06d}.{part}")
+        with replacing(parts / f"{index:06d}.{part}", flush=False) as temporary:
+            tokens.tofile(temporary)
         report[part] = {"documents": counts[part], "tokens": len(tokens)}
     write_json(parts / f"{index:06d}.json", report)
     return index

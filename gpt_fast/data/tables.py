@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .._files import replacing
+
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 Row = dict[str, object]
 
@@ -84,19 +86,14 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """A table of the kind that the name of `path` tells: whole, or not at all."""
     suffix = table_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            if suffix == ".jsonl":
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            else:
-                columns = list(dict.fromkeys(column for row in rows for column in row))
-                writer = csv.DictWriter(file, columns, delimiter=_delimiter(suffix), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        if suffix == ".jsonl":
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        else:
+            columns = list(dict.fromkeys(column for row in rows for column in row))
+            writer = csv.DictWriter(file, columns, delimiter=_delimiter(suffix), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def table_suffix(path: Path) -> str:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config import IGNORE
 from .batches import Batch
-from .masking import IGNORED
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def task_batch(examples: Sequence[Example], pad_token: int, numbers: bool = Fals
         place = torch.arange(tokens.shape[1])
         begin = torch.tensor([example.answer for example in examples])
         asked = (place >= begin[:, None]) & (place < lengths[:, None])
-        return Batch(tokens, tokens.masked_fill(~asked, IGNORED), lengths, weight=int(asked.sum()))
+        return Batch(tokens, tokens.masked_fill(~asked, IGNORE), lengths, weight=int(asked.sum()))
     labels = torch.tensor([example.target for example in examples], dtype=torch.float32 if numbers else torch.int64)
     if S > 1:
         tokens, lengths = tokens.view(B, S, -1), lengths.view(B, S)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from .._files import replacing
+from .corpus import VALID_FRACTION
 from .stream import TokenStream
 from .tokenizer import vocabulary_size
 
@@ -26,7 +27,6 @@ SUFFIX = ".bin"
 MAGIC, HEADER = b"gptfast1", 1024
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER = 20240520, 1, 1024
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-VALID_FRACTION = 0.1
 _CHUNK = 1 << 22
 
 
@@ -85,25 +85,18 @@ def write_token_file(
     path: Path, pieces: Iterable[np.ndarray], dtype: str, tokenizer: Tokenizer, document_token: int
 ) -> int:
     """Writes the ids of `pieces` under a temporary name, synced, and renames it; returns how many there are."""
-    partial = path.with_name(f".{path.name}.partial")
     count = crc = 0
-    try:
-        with partial.open("wb") as file:
-            file.write(bytes(HEADER))
-            for piece in pieces:
-                content = piece.astype(DTYPES[dtype]).tobytes()
-                crc = zlib.crc32(content, crc)
-                count += len(piece)
-                file.write(content)
-            header = {"dtype": dtype, "count": count, "crc32": crc, "vocabulary": vocabulary_hash(tokenizer)}
-            text = json.dumps(header | {"document_token": document_token}).encode()
-            file.seek(0)
-            file.write(MAGIC + text.ljust(HEADER - len(MAGIC)))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(bytes(HEADER))
+        for piece in pieces:
+            content = piece.astype(DTYPES[dtype]).tobytes()
+            crc = zlib.crc32(content, crc)
+            count += len(piece)
+            file.write(content)
+        header = {"dtype": dtype, "count": count, "crc32": crc, "vocabulary": vocabulary_hash(tokenizer)}
+        text = json.dumps(header | {"document_token": document_token}).encode()
+        file.seek(0)
+        file.write(MAGIC + text.ljust(HEADER - len(MAGIC)))
     return count
 
 

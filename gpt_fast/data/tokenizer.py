@@ -13,13 +13,9 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-SPECIAL_TOKENS = {
-    "pad_token": "<|pad|>",
-    "mask_token": "<|mask|>",
-    "start_token": "<|start|>",
-    "delimiter_token": "<|delimiter|>",
-    "extract_token": "<|extract|>",
-}
+from .._files import write_text
+from ..config import SPECIAL_TOKENS
+
 UNKNOWN = "<|unk|>"
 
 
@@ -108,7 +104,7 @@ def parse_tokenizer(text: str) -> Tokenizer:
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Write a tokenizer.json at `path`, which `load_tokenizer` reads. Raises `OSError` where it cannot be written."""
-    path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    write_text(path, tokenizer.to_str(pretty=True))
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:

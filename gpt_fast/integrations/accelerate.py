@@ -4,9 +4,9 @@ import sys
 
 import torch.nn as nn
 
-from .. import layers
+from .. import _plain, layers
 from .. import model as own
-from . import _stock, torch_modules
+from . import torch_modules
 from .report import Patch, Report
 
 SUPPORTED = (
@@ -50,7 +50,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
             seen = True
             report.notes = ["the model is this library's own and runs on its ops already"]
             continue
-        if _stock.is_accelerated(module):
+        if _plain.is_accelerated(module):
             seen = True
             continue
         planned = _plan(name, module, report)
@@ -82,9 +82,9 @@ def restore(model: nn.Module) -> nn.Module:
     A model that is not accelerated stays as it is. Raises `ValueError`, and changes nothing, where something else was
     wrapped around a forward since, as mixed precision does in Hugging Face Accelerate: unwrap the model first.
     """
-    modules = [(name, module) for name, module in model.named_modules() if _stock.is_accelerated(module)]
+    modules = [(name, module) for name, module in model.named_modules() if _plain.is_accelerated(module)]
     for name, module in modules:
-        if not _stock.has_own_forward(module):
+        if not _plain.has_own_forward(module):
             raise ValueError(
                 f"restore: the forward of {name or 'the model'} ({type(module).__name__}) was wrapped after "
                 "accelerate, wanted it as accelerate left it: unwrap the model first"
@@ -98,21 +98,21 @@ def _apply(patch: Patch) -> None:
     vars(patch.module)[_ATTRIBUTES] = tuple(patch.attributes)
     for name, value in patch.attributes.items():
         vars(patch.module)[name] = value
-    _stock.attach(patch.module, patch.forward)
+    _plain.attach(patch.module, patch.forward)
 
 
 def _undo(module: nn.Module) -> None:
     for name in vars(module).pop(_ATTRIBUTES, ()):
         vars(module).pop(name, None)
-    _stock.detach(module)
+    _plain.detach(module)
 
 
 def _plan(name: str, module: nn.Module, report: Report) -> list[Patch] | None:
     """The patches for one module and what belongs to it: empty where it is left alone, None where it is unknown."""
     if "transformers" in sys.modules:  # else nothing here can be one of its models
-        from . import transformers_plan
+        from .huggingface import plan
 
-        planned = transformers_plan.plan(name, module, report)
+        planned = plan.plan(name, module, report)
         if planned is not None:
             return planned
     return torch_modules.plan(name, module, report)

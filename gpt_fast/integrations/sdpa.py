@@ -20,7 +20,7 @@ import torch
 import torch.nn.attention as torch_attention
 from torch import Tensor
 
-from .. import ops, transforms
+from .. import _transforms, ops
 from ..ops.attention import MAX_HEAD_DIM
 
 NAME = "gpt_fast"
@@ -31,7 +31,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
-class Report:
+class Calls:
     """How many calls were served since `activate`, and why others went to PyTorch; compiled calls count when traced."""
 
     served: int = 0
@@ -55,7 +55,7 @@ class _Handle:
         self.library._destroy()
 
 
-_ACTIVE: list[tuple[_Handle, Report]] = []  # none or one; a module's state because the dispatcher's is the process's
+_ACTIVE: list[tuple[_Handle, Calls]] = []  # none or one; a module's state because the dispatcher's is the process's
 
 
 def register() -> None:
@@ -89,7 +89,7 @@ def restore() -> None:
         _ACTIVE[0][0].remove()
 
 
-def report() -> Report:
+def report() -> Calls:
     """What happened since `activate`.
 
     `served` counts the calls that a kernel answered, `returned`, by their reasons, those that went to PyTorch; compiled
@@ -102,7 +102,7 @@ def report() -> Report:
 
 def _activate() -> _Handle:
     handle = _Handle()
-    _ACTIVE.append((handle, Report()))
+    _ACTIVE.append((handle, Calls()))
     return handle
 
 
@@ -132,7 +132,7 @@ def _why_not(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, enable_gqa: bool
 ) -> str | None:
     """Why a call goes to PyTorch, or None; whatever is wrong with it is for PyTorch to say."""
-    if transforms.is_transformed():
+    if _transforms.is_transformed():
         return "inside torch.func's transforms"  # which have been through their own dispatch here
     if q.is_nested or q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         return "shapes other than [B, H, T, D]"

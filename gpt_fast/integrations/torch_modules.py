@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .. import ops
+from .. import _plain, ops
 from ..ops.attention import MAX_HEAD_DIM
-from . import _stock
 from .report import LeftAlone, Patch, Report
 
 _NOTES = ("multihead_attn", "layer_norm1", "ff", "layer_norm2")
@@ -64,7 +63,7 @@ def plan(name: str, module: Any, report: Report) -> list[Patch] | None:
     report.note(f"{path}.out_proj", parts.attn.out_proj, "linear", _why_no_projection(parts.attn))
     for norm in (parts.norm1, parts.norm2):
         op = "layer_norm" if parts.pre_norm and norm is parts.norm1 else "add_layer_norm"
-        report.note(prefix + paths[id(norm)], norm, op, _stock.why_no_norm(norm))
+        report.note(prefix + paths[id(norm)], norm, op, _plain.why_no_norm(norm))
     report.note(prefix + ff, parts.fc, "mlp", _why_no_mlp(parts))
     return [Patch(module, forward, {})]
 
@@ -88,7 +87,7 @@ def encoder_layer_forward(
         masks, reason = _masks(src, src_mask, src_key_padding_mask, is_causal, parts.attn.num_heads)
     if masks is None:
         _warn(self, reason)
-        return _stock.original(
+        return _plain.original(
             self, src, src_mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal
         )
     return _block(src, parts, masks, self.training)
@@ -102,21 +101,21 @@ def notes_block_forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Ten
         masks, reason = _masks(x, mask, None, False, parts.attn.num_heads)
     if masks is None:
         _warn(self, reason)
-        return _stock.original(self, x, mask)
+        return _plain.original(self, x, mask)
     return _block(x, parts, masks, self.training)
 
 
 def _block(x: Tensor, parts: Parts, masks: dict, training: bool) -> Tensor:
     seed = ops.new_seed(x.device) if training else None
     if parts.pre_norm:
-        branch, p = _attend(_stock.norm(parts.norm1, x), parts, masks, seed)
-        normed, x = _stock.add_norm(branch, x, p, parts.norm2, seed, 1)
+        branch, p = _attend(_plain.norm(parts.norm1, x), parts, masks, seed)
+        normed, x = _plain.add_norm(branch, x, p, parts.norm2, seed, 1)
         branch, p = _mlp(normed, parts, seed)
-        return _stock.add(branch, x, p, seed, 3)
+        return _plain.add(branch, x, p, seed, 3)
     branch, p = _attend(x, parts, masks, seed)
-    x, _ = _stock.add_norm(branch, x, p, parts.norm1, seed, 1)
+    x, _ = _plain.add_norm(branch, x, p, parts.norm1, seed, 1)
     branch, p = _mlp(x, parts, seed)
-    return _stock.add_norm(branch, x, p, parts.norm2, seed, 3)[0]
+    return _plain.add_norm(branch, x, p, parts.norm2, seed, 3)[0]
 
 
 def _attend(x: Tensor, parts: Parts, masks: dict, seed: Tensor | None) -> tuple[Tensor, float]:
@@ -126,7 +125,7 @@ def _attend(x: Tensor, parts: Parts, masks: dict, seed: Tensor | None) -> tuple[
     out = ops.attention_qkv(qkv, attn.num_heads, dropout_p=p, seed=seed, site=0, **masks)
     proj = attn.out_proj
     plain = _why_no_projection(attn) is None
-    return _stock.dropout(parts.dropout1, ops.linear(out, proj.weight, proj.bias) if plain else proj(out))
+    return _plain.dropout(parts.dropout1, ops.linear(out, proj.weight, proj.bias) if plain else proj(out))
 
 
 def _mlp(x: Tensor, parts: Parts, seed: Tensor | None) -> tuple[Tensor, float]:
@@ -138,7 +137,7 @@ def _mlp(x: Tensor, parts: Parts, seed: Tensor | None) -> tuple[Tensor, float]:
         p = parts.ff_dropout.p if parts.ff_dropout.training else 0.0
         fc, proj = parts.fc, parts.proj
         branch = ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, name, p, seed, site=2)
-    return _stock.dropout(parts.dropout2, branch)
+    return _plain.dropout(parts.dropout2, branch)
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
@@ -156,7 +155,7 @@ def _masks(
             return None, "a float mask with values other than 0 and -inf, or one that may not be looked at"
         if allowed.dim() == 3:
             allowed = allowed.view(B, heads, T, T)
-        if allowed.dim() == 2 and _stock.is_reading_values_cheap(allowed):
+        if allowed.dim() == 2 and _plain.is_reading_values_cheap(allowed):
             is_causal = torch.equal(allowed, torch.ones_like(allowed).tril())
             allowed = None if is_causal else allowed
     if padding is not None:
@@ -169,7 +168,7 @@ def _masks(
 def _allowed(mask: Tensor) -> Tensor | None:
     if mask.dtype == torch.bool:
         return ~mask
-    if not _stock.is_reading_values_cheap(mask) or not bool(((mask == 0) | (mask == -math.inf)).all()):
+    if not _plain.is_reading_values_cheap(mask) or not bool(((mask == 0) | (mask == -math.inf)).all()):
         return None
     return mask == 0
 
@@ -226,7 +225,7 @@ def _why_another_function(block: Any) -> str | None:
 def _why_not(parts: Parts) -> str | None:
     """Why a block is left alone, or None."""
     attn = parts.attn
-    reason = _stock.why_not_plain(attn, nn.MultiheadAttention)
+    reason = _plain.why_not_plain(attn, nn.MultiheadAttention)
     if reason is not None:
         return f"its attention {reason}"
     if not attn.batch_first:
@@ -246,13 +245,13 @@ def _why_not_this(x: Tensor, parts: Parts) -> str | None:
 
 
 def _why_no_projection(attn: Any) -> str | None:
-    reason = _stock.why_not_plain(attn.out_proj, NonDynamicallyQuantizableLinear)
+    reason = _plain.why_not_plain(attn.out_proj, NonDynamicallyQuantizableLinear)
     return None if reason is None else f"{reason}: called through it"
 
 
 def _why_no_mlp(parts: Parts) -> str | None:
     for module, kind in ((parts.fc, nn.Linear), (parts.ff_dropout, nn.Dropout), (parts.proj, nn.Linear)):
-        reason = _stock.why_not_plain(module, kind)
+        reason = _plain.why_not_plain(module, kind)
         if reason is not None:
             return f"{reason}: called through it"
     if parts.ff_dropout.p >= 1:
@@ -261,11 +260,11 @@ def _why_no_mlp(parts: Parts) -> str | None:
 
 
 def _activation(function: Any) -> str | None:
-    if function is F.relu or function is torch.relu or _stock.is_plain(function, nn.ReLU):
+    if function is F.relu or function is torch.relu or _plain.is_plain(function, nn.ReLU):
         return "relu"
     if function is F.gelu:
         return "gelu"
-    if isinstance(function, nn.Module) and _stock.is_plain(function, nn.GELU):
+    if isinstance(function, nn.Module) and _plain.is_plain(function, nn.GELU):
         return "gelu_tanh" if function.approximate == "tanh" else "gelu"
     return None
 

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .. import reference, transforms
+from .. import _transforms, reference
 
-apply = transforms.apply  # of an op's autograd function
+apply = _transforms.apply  # of an op's autograd function
 
 LIBRARY = torch.library.Library("gpt_fast", "DEF")
 
@@ -58,7 +58,7 @@ def check_values(enabled: bool = True) -> None:
 
 def values_checked(tensor: Tensor) -> bool:
     """Whether the public function should look at this tensor's values."""
-    if torch.compiler.is_compiling() or transforms.is_batched(tensor):
+    if torch.compiler.is_compiling() or _transforms.is_batched(tensor):
         return False
     return _values_checked or tensor.device.type == "cpu"
 
@@ -84,7 +84,7 @@ def cpp_autograd(op: str, x: Tensor) -> bool:
     Then the public function's own checks say what is wrong, or its usual way serves. In Python checks and
     choice take 65 µs where the code has left the cache, half of what a norm of 1024 × 768 takes.
     """
-    if _reference_forced or not x.is_cpu or torch.compiler.is_compiling() or transforms.is_transformed():
+    if _reference_forced or not x.is_cpu or torch.compiler.is_compiling() or _transforms.is_transformed():
         return False
     return serving(op, "cpu") == "cpp"
 
@@ -107,7 +107,7 @@ class _DifferentiatedOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise transforms.double_backward(ctx.op)
+        raise _transforms.double_backward(ctx.op)
 
 
 def triton_kernel(op: str) -> types.ModuleType:
@@ -164,7 +164,7 @@ def _warn_once(op: str, where: str, advice: str) -> None:
 def has_kernel(op: str, x: Tensor) -> bool:
     """Whether a kernel answers: there is one for the device, x is not float64, the reference was not asked for, and the
     transforms of `torch.func` that are under way, if any, can be followed."""
-    if _reference_forced or x.dtype == torch.float64 or not transforms.is_followed():
+    if _reference_forced or x.dtype == torch.float64 or not _transforms.is_followed():
         return False
     return serving(op, x.device.type) != "reference"
 
@@ -180,7 +180,7 @@ def runs_reference(op: str, x: Tensor) -> bool:
         return False
     if _reference_forced or x.dtype == torch.float64:
         return True
-    if not transforms.is_followed():
+    if not _transforms.is_followed():
         _warn_once(op, "inside torch.func's transforms but one grad or vjp", "")
     else:
         _warn_once(op, f"on {x.device.type}", "; `gpt-fast doctor` tells why")

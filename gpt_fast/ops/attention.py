@@ -113,19 +113,12 @@ def attention_qkv(
             f"gpt_fast.attention_qkv: qkv has shape {list(qkv.shape)}, wanted [B, T, 3C] with C a multiple of "
             f"num_heads = {num_heads}"
         )
-    q, k, v = _split(qkv, num_heads)
+    q, k, v = reference.split_qkv(qkv, num_heads)
     T = qkv.shape[1]
     options = _options(q, T, T, causal, lengths, key_mask, mask, cu_seqlens, window, dropout_p, seed, site, scale)
     if _library.runs_reference("attention", qkv):
         return _library.by_reference(reference.attention_qkv, qkv.device.type, qkv, num_heads, **options)
     return _library.apply(_AttentionQKV, qkv, num_heads, *_in_order(options))
-
-
-def _split(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, T, 3C] → views q, k, v [B, H, T, D]."""
-    B, T, C3 = qkv.shape
-    q, k, v = qkv.unflatten(2, (3, num_heads, C3 // (3 * num_heads))).permute(2, 0, 3, 1, 4)
-    return q, k, v
 
 
 def _options(
@@ -215,7 +208,7 @@ class _Attention(torch.autograd.Function):
 class _AttentionQKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, num_heads, *options):
-        out, lse = torch.ops.gpt_fast.attention_forward(*_split(qkv, num_heads), *options)
+        out, lse = torch.ops.gpt_fast.attention_forward(*reference.split_qkv(qkv, num_heads), *options)
         _save(ctx, (qkv, out, lse), options)
         ctx.num_heads = num_heads
         return out.transpose(1, 2).flatten(2)

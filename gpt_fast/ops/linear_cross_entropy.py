@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import reference, transforms
+from .. import _transforms, reference
 from . import _checks, _library
 
 # For "mean" and "sum" forward also gives the gradients of the summed loss, from the logits it has at hand: dx in x's
@@ -117,9 +117,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _scaled(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """total * scale, in place or rounded in one pass: no second copy of a weight's gradient, but inside a transform."""
-    if transforms.is_batched(scale):
+    if _transforms.is_batched(scale):
         return (total * scale).to(dtype)
-    if total.dtype == dtype and not transforms.is_transformed():
+    if total.dtype == dtype and not _transforms.is_transformed():
         return total.mul_(scale)
     return torch.mul(total, scale, out=torch.empty_like(total, dtype=dtype))
 

@@ -116,7 +116,7 @@ def _cublaslt_serves(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, activati
 
 @torch.compiler.assume_constant_result
 def _classes_of_cublaslt(activation: str, device_index: int) -> tuple[tuple[int, bool], ...]:
-    """(columns of x up to, whether cuBLASLt serves), ascending, as kernels/tables.py has it for the device."""
+    """(columns of x up to, whether cuBLASLt serves), ascending, as kernels/launch_configs.py has it for the device."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key("gpt_fast::mlp_cublaslt_forward", "CUDA"):
         return ()
     tables = _library.triton_kernel("tables")

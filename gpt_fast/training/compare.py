@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from .. import ops, use_reference
 from ..data.batches import Batch
 from ..heads import Head
-from .engine import Engine, EngineSettings
-from .evaluate import load_run
-from .runs import special_token
+from .engine.update import Engine, EngineSettings
+from .runs.folder import special_token
+from .runs.load import load_run
 
 SEED = 1234
 Mode = Callable[[], AbstractContextManager[object]]

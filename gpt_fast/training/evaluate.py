@@ -9,56 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
-from .. import GPTForCausalLM, GPTForSequenceClassification
-from ..checkpoint import read_config
 from ..data.batches import lm_windows, token_stream, unigram_entropy
 from ..data.corpus import STDLIB, read_corpus, read_path
 from ..data.snippets import snippet_table
 from ..data.stream import TokenStream
 from ..data.tables import SUFFIXES as TABLE_SUFFIXES
-from ..data.tokenizer import SPECIAL_TOKENS, encode_documents, load_tokenizer, vocabulary_size
-from ..heads import HEADS, Head
-from .evaluation import lm_loss, perplexity
+from ..data.tokenizer import encode_documents
+from ..heads import GPTForCausalLM, GPTForSequenceClassification, Head
 from .finetune import answer_bytes, draw_confusion
 from .lm_data import lm_batch, masker
-from .runs import check_run, read_record, special_token
+from .metrics import lm_loss, perplexity
+from .runs.folder import read_record, special_token
+from .runs.load import load_run, run_tokenizer
 from .tasks import TaskSettings, examples, read_task_table, remarks, score, task_settings, written_metrics
 
 BATCH = 32
-
-
-def load_run(folder: Path, device: str) -> Head:
-    """The model of a run folder with the head that it was saved with."""
-    check_run(folder)
-    name, _ = read_config(folder)
-    if name not in HEADS:
-        raise ValueError(f"{folder / 'config.json'}: head {name}; wanted one of {', '.join(HEADS)}")
-    return HEADS[name].from_pretrained(folder).to(device)
-
-
-def load_generator(folder: Path, device: str) -> GPTForCausalLM:
-    """The model of a run folder, which has to be one that generates text."""
-    model = load_run(folder, device)
-    if not isinstance(model, GPTForCausalLM):
-        raise ValueError(
-            f"{folder}: holds a {type(model).__name__}; wanted a GPTForCausalLM, which --objective clm trains"
-        )
-    return model
-
-
-def run_tokenizer(folder: Path, model: Head) -> Tokenizer:
-    """The tokenizer of a run folder, checked against the model's vocabulary. A model of another library has no rows for
-    the special tokens, which are added to every tokenizer and of which no text consists."""
-    tokenizer, rows = load_tokenizer(folder), model.config.num_tokens
-    added = 0 if model.config.extract_token is not None else len(SPECIAL_TOKENS)
-    if vocabulary_size(tokenizer) > rows + added:
-        wanted = f"{vocabulary_size(tokenizer)} tokens, the model has {rows}"
-        raise ValueError(
-            f"{folder}: tokenizer.json and model.safetensors do not belong together; the tokenizer has {wanted}"
-        )
-    return tokenizer
 
 
 def evaluate(

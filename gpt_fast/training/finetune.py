@@ -16,25 +16,25 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from .. import GPTForCausalLM
-from ..checkpoint import read_config, write_json
+from .._files import write_json
 from ..data.batches import Batch
 from ..data.stream import mix
 from ..data.tables import Table
 from ..data.task_inputs import Example, task_batch
 from ..data.tokenizer import load_tokenizer, save_tokenizer
-from ..heads import Head
+from ..heads import GPTForCausalLM, Head
 from ..interrupts import Stop
-from . import randomness
-from .distributed import World, settings_of, world
-from .engine import Engine, EngineSettings
-from .evaluation import Metrics, confusion_matrix, predictions
+from ..model_folder import read_config
+from .engine import randomness
+from .engine.distributed import World, settings_of, world
+from .engine.optimizer import warmup_linear
+from .engine.update import Engine, EngineSettings
 from .loop import Loop, LoopSettings, Progress, intervals
-from .plot import plot_confusion, plot_task
-from .recipes import finetuning_lr
-from .runs import Run, check_run, is_finished, new_run, read_metrics, read_record, with_special_tokens
-from .schedules import warmup_linear
-from .settings import SETTINGS, read_settings, take_up, write_settings
+from .metrics import Metrics, confusion_matrix, predictions
+from .plots import plot_confusion, plot_task
+from .runs.folder import Run, check_run, is_finished, new_run, read_metrics, read_record, with_special_tokens
+from .runs.recipes import finetuning_lr
+from .runs.resume import SETTINGS, read_settings, take_up, write_settings
 from .tasks import (
     EVALUATION_BATCH,
     TaskSettings,

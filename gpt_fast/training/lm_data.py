@@ -14,15 +14,15 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..config import GPTConfig
+from ..config import IGNORE, GPTConfig
 from ..data.batches import Batch, causal_batch, packed, token_stream
 from ..data.corpus import Document, read_corpus
-from ..data.masking import IGNORED, mask_tokens
+from ..data.masking import mask_tokens
 from ..data.stream import TokenStream, WindowOrder, mix
 from ..data.token_files import check_content, check_vocabulary, read_token_file, split_streams, token_files
 from ..data.tokenizer import encode_documents, load_tokenizer, make_tokenizer, parse_tokenizer, special_ids
-from .distributed import World
-from .runs import special_token
+from .engine.distributed import World
+from .runs.folder import special_token
 
 Mask = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
@@ -41,7 +41,7 @@ def lm_batch(tokens: Tensor, mask: Mask | None, generator: torch.Generator, docu
         batch = causal_batch(tokens)
     else:
         inputs, labels = mask(tokens, generator)
-        batch = Batch(inputs, labels, weight=int(labels.ne(IGNORED).sum()))
+        batch = Batch(inputs, labels, weight=int(labels.ne(IGNORE).sum()))
     if document_token is None:
         return batch
     return packed(batch, tokens, document_token)

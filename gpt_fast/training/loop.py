@@ -16,13 +16,43 @@ from torch import Tensor
 
 from ..data.batches import Batch
 from ..interrupts import Interrupted, Stop
-from . import checkpoints, randomness
-from .engine import Engine
-from .monitor import Spikes
-from .runs import Run
+from .engine import randomness
+from .engine.update import Engine
+from .metrics import Metrics
+from .runs import checkpoints
+from .runs.folder import Run
 
-Metrics = dict[str, float]
+MEMORY = 50  # updates over which the running mean of the loss forgets
+THRESHOLD = 6.0  # standard deviations above it
 Source = Callable[[int], Sequence[Batch]]  # an update, counted from 0, to this rank's parts of its batch
+
+
+@dataclass
+class Spikes:
+    """A running mean and variance of the loss; a spike is a loss six standard deviations above the mean.
+
+    Exponentially weighted over some fifty updates; the first fifty raise no alarm. A spike enters the mean only as
+    far as the threshold, so that one alarm does not silence the next.
+    """
+
+    count: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+
+    def see(self, loss: float) -> bool:
+        """Takes the next loss in and says whether it is a spike."""
+        if not math.isfinite(loss):
+            return False
+        limit = self.mean + THRESHOLD * math.sqrt(self.variance)
+        spike = self.count >= MEMORY and loss > limit
+        if spike:
+            loss = limit
+        self.count += 1
+        share = max(1 / self.count, 1 / MEMORY)
+        apart = loss - self.mean
+        self.mean += share * apart
+        self.variance = (1 - share) * (self.variance + share * apart * apart)
+        return spike
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .. import GPTForCausalLM
 from ..data.tables import Row, Table, read_rows, table_suffix, write_rows
-from ..heads import Head
-from .evaluate import load_run, run_task, run_tokenizer
-from .evaluation import predictions
-from .runs import read_record
+from ..heads import GPTForCausalLM, Head
+from .evaluate import run_task
+from .metrics import predictions
+from .runs.folder import read_record
+from .runs.load import load_run, run_tokenizer
 from .tasks import EVALUATION_BATCH, TaskSettings, answers, examples, read_task_table, remarks
 
 ADDED = ("prediction", "probability")  # columns

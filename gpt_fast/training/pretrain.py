@@ -13,24 +13,24 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .. import GPTConfig, GPTForCausalLM, GPTForMaskedLM
-from ..checkpoint import write_json
+from .._files import write_json
+from ..config import GPTConfig
 from ..data.batches import Batch, lm_windows, unigram_entropy
 from ..data.stream import TokenStream
 from ..data.tokenizer import save_tokenizer, special_ids, vocabulary_size
-from ..heads import Head
+from ..heads import GPTForCausalLM, GPTForMaskedLM, Head
 from ..interrupts import Stop
-from . import randomness, throughput
-from .distributed import World, settings_of, world
-from .engine import PRECISIONS, Engine, EngineSettings
-from .evaluation import lm_loss
+from .engine import randomness, throughput
+from .engine.distributed import World, settings_of, world
+from .engine.optimizer import warmup_cosine
+from .engine.update import PRECISIONS, Engine, EngineSettings
 from .lm_data import LMData, Mask, WindowSource, lm_batch, masker, read_lm_data
-from .loop import Loop, LoopSettings, Metrics, Progress, intervals
-from .plot import plot_language_model
-from .recipes import Recipe, complete, pretraining
-from .runs import Run, check_run, is_finished, new_run, read_metrics, read_record, with_special_tokens
-from .schedules import warmup_cosine
-from .settings import SETTINGS, read_settings, take_up, write_settings
+from .loop import Loop, LoopSettings, Progress, intervals
+from .metrics import Metrics, lm_loss
+from .plots import plot_language_model
+from .runs.folder import Run, check_run, is_finished, new_run, read_metrics, read_record, with_special_tokens
+from .runs.recipes import Recipe, complete, pretraining
+from .runs.resume import SETTINGS, read_settings, take_up, write_settings
 
 OBJECTIVES: dict[str, type[Head]] = {"clm": GPTForCausalLM, "mlm": GPTForMaskedLM}
 VALID_WINDOWS = 128

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from .. import GPTConfig, generate
+from ..config import GPTConfig
+from ..data.corpus import VALID_FRACTION
 from ..data.snippets import snippet_table
 from ..data.tables import Row, Table, read_rows, read_table
 from ..data.task_inputs import Example, Marks, pad_rows, task_batches, task_input
 from ..data.tokenizer import decode, encode, encode_documents
+from ..generation import generate
 from ..heads import GPTForCausalLM, GPTForMultipleChoice, GPTForSequenceClassification, GPTForSimilarity, Head
-from .evaluation import (
+from .metrics import (
     Metrics,
     answer_metrics,
     classification_metrics,
@@ -27,9 +29,8 @@ from .evaluation import (
     predictions,
     regression_metrics,
 )
-from .runs import read_record, special_token
+from .runs.folder import read_record, special_token
 
-VALID_FRACTION = 0.1
 EVALUATION_BATCH = 64
 
 

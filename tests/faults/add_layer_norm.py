@@ -1,4 +1,4 @@
-"""Faults that tests/test_add_layer_norm.py must catch; those of the norm itself are layer_norm's."""
+"""Faults that tests/ops/test_add_layer_norm.py must catch; those of the norm itself are layer_norm's."""
 
 from tests.mutants import Fault
 

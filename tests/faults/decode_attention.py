@@ -1,4 +1,4 @@
-"""Faults that tests/test_decode_attention.py must catch."""
+"""Faults that tests/ops/test_decode_attention.py must catch."""
 
 from tests.mutants import Fault
 

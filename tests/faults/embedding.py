@@ -1,4 +1,4 @@
-"""Faults that tests/test_embedding.py must catch, those of the row rule of dropout among them."""
+"""Faults that tests/ops/test_embedding.py must catch, those of the row rule of dropout among them."""
 
 from tests.mutants import Fault
 

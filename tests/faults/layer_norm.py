@@ -1,4 +1,4 @@
-"""Faults that tests/test_layer_norm.py must catch."""
+"""Faults that tests/ops/test_layer_norm.py must catch."""
 
 from tests.mutants import Fault
 

@@ -1,4 +1,4 @@
-"""Faults that tests/test_linear.py must catch."""
+"""Faults that tests/ops/test_linear.py must catch."""
 
 from tests.mutants import Fault
 

@@ -1,4 +1,4 @@
-"""Faults that tests/test_linear_cross_entropy.py must catch."""
+"""Faults that tests/ops/test_linear_cross_entropy.py must catch."""
 
 from tests.mutants import Fault
 

@@ -1,4 +1,4 @@
-"""Faults that tests/test_mlp.py must catch, those of the matrix rule of dropout and of the products among them."""
+"""Faults that tests/ops/test_mlp.py must catch, those of the matrix rule of dropout and of the products among them."""
 
 from tests.mutants import Fault
 

@@ -1,0 +1,55 @@
+"""Files that a reader sees whole or not at all, whatever happens to the process that writes them."""
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PARTIAL = ".partial"  # the ending of a temporary name: a kill in the middle of a write leaves such a file
+
+
+@contextmanager
+def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
+    """Yield the path of a new empty file beside `path`, which takes the name of `path` when the block ends.
+
+    If the block raises, the new file is removed and `path` stays as it was. The temporary name is unpredictable and the
+    file is created exclusively, so no symbolic link is followed. With `flush` the content has reached the disk before
+    the name changes. Raises `OSError` where the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{PARTIAL}")
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # not mkstemp: others may read it
+    mode = temporary.stat().st_mode
+    try:
+        yield temporary
+        temporary.chmod(mode)  # some writers make a file that only its owner can read
+        if flush:
+            sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if flush:
+        sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` in UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, have reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,139 @@
+"""Fused pieces over stock modules, for models that are accelerated in place.
+
+A module is plain where it is exactly the class it is taken for and nothing hangs on it: then its parameters are read
+directly. Any other, one with hooks, with adapters around it or parametrised, is called as it is, never gone around.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from . import _transforms, ops
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_MARK = "_gpt_fast_forward"  # the instance attribute that tells an accelerated module
+
+
+def _bound(module: nn.Module, function: Callable) -> Callable:
+    """`function` as the forward of this one module, with its class's signature; a copy of the module gets its own.
+
+    A partial, because pickling a method of an instance gives the class's method back. Hugging Face Accelerate wraps and
+    unwraps what it finds as `__func__`, as a method has it.
+    """
+    original = type(module).forward.__get__(module)
+    forward = functools.update_wrapper(functools.partial(function, module), original)
+    vars(forward)["__func__"] = function
+    return forward
+
+
+def attach(module: nn.Module, function: Callable | None) -> None:
+    """Let calls of this one module run `function`, if there is one; its class stays what it is."""
+    vars(module)[_MARK] = function is not None
+    if function is not None:
+        module.forward = _bound(module, function)
+
+
+def detach(module: nn.Module) -> None:
+    """Undo `attach`."""
+    if vars(module).pop(_MARK, False):
+        vars(module).pop("forward", None)
+
+
+def is_accelerated(module: nn.Module) -> bool:
+    return _MARK in vars(module)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the forward in place is what `attach` left, with nothing wrapped around it."""
+    if not vars(module)[_MARK]:
+        return True  # whose forward it is, is none of ours
+    function = getattr(vars(module).get("forward"), "__func__", None)
+    is_function = isinstance(function, types.FunctionType) and not hasattr(function, "__wrapped__")
+    return is_function and function.__module__.startswith("gpt_fast.")
+
+
+def original(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """What the module's class computes."""
+    return type(module).forward(module, *args, **kwargs)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    return any(len(getattr(module, name)) > 0 for name in _HOOKS)
+
+
+def class_of(module: Any) -> type:
+    """The class of a module, also where torch.export puts a proxy before it."""
+    return type(module.get_base()) if hasattr(type(module), "get_base") else type(module)
+
+
+def why_not_plain(module: Any, kind: Any) -> str | None:
+    """Why a module's parameters are not read directly, or None where they are."""
+    if class_of(module) is not kind:
+        return f"is a {type(module).__module__}.{type(module).__qualname__}, not {kind.__name__}"
+    if "forward" in vars(module) and not (is_accelerated(module) and has_own_forward(module)):
+        return "has a forward of its own"
+    if is_hooked(module):
+        return "has hooks"
+    return None
+
+
+def is_plain(module: Any, kind: Any) -> bool:
+    return why_not_plain(module, kind) is None
+
+
+def why_no_norm(module: Any) -> str | None:
+    reason = why_not_plain(module, nn.LayerNorm)
+    if reason is None and (len(module.normalized_shape) != 1 or not module.eps > 0):
+        return f"normalises over {list(module.normalized_shape)} with eps {module.eps}"
+    return reason
+
+
+def why_no_table(module: Any) -> str | None:
+    """Why an embedding is more than rows of a matrix, or None."""
+    reason = why_not_plain(module, nn.Embedding)
+    if reason is not None:
+        return reason
+    options = {
+        "padding_idx": module.padding_idx is not None,
+        "max_norm": module.max_norm is not None,
+        "scale_grad_by_freq": module.scale_grad_by_freq,
+        "sparse": module.sparse,
+    }
+    used = [name for name, there in options.items() if there]
+    return f"uses {', '.join(used)}" if used else None
+
+
+def dropout(module: Any, x: Tensor) -> tuple[Tensor, float]:
+    """x and the probability that is left to drop: a plain dropout is for the caller to fuse, any other is called."""
+    if is_plain(module, nn.Dropout) and module.p < 1:
+        return x, module.p if module.training else 0.0
+    return module(x), 0.0
+
+
+def norm(module: Any, x: Tensor) -> Tensor:
+    return ops.layer_norm(x, module.weight, module.bias, module.eps) if why_no_norm(module) is None else module(x)
+
+
+def add_norm(branch: Tensor, x: Tensor, p: float, module: Any, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor]:
+    """(norm(x + dropout(branch)), x + dropout(branch))."""
+    if why_no_norm(module) is None:
+        return ops.add_layer_norm(branch, x, module.weight, module.bias, module.eps, p, seed, site)
+    summed = add(branch, x, p, seed, site)
+    return module(summed), summed
+
+
+def add(branch: Tensor, x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
+    """x + dropout(branch)."""
+    if p == 0:
+        return x + branch
+    return ops.add_layer_norm(branch, x, dropout_p=p, seed=seed, site=site)[1]
+
+
+def is_reading_values_cheap(tensor: Tensor) -> bool:
+    """Whether looking at a tensor's values neither waits for a device nor breaks a graph or a `vmap`."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not _transforms.is_batched(tensor)

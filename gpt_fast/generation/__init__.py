@@ -1,0 +1,6 @@
+"""Text generation: `generate` and `DecodeSession`, which keeps keys and values between calls."""
+
+from .session import DecodeSession
+from .text import generate
+
+__all__ = ["DecodeSession", "generate"]

@@ -1,0 +1,82 @@
+"""Keys and values of what a model has read, and the two ways to attend to them: with a prompt, or one token a row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..config import GPTConfig
+from ..reference import split_qkv
+
+
+class KVCache:
+    """`keys` and `values` [L, B, H, S, D], allocated once; `lengths` [B] int64 says how many of a row's are real."""
+
+    def __init__(self, config: GPTConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device):
+        H = config.num_heads
+        shape = (config.num_layers, batch, H, length, config.hidden_dim // H)
+        # Zeros: what the reference multiplies by a probability of 0 must not be NaN. Untouched pages cost nothing.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    @property
+    def batch(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[3]
+
+
+class StepPass:
+    """One token for each row of the cache, at the position after its last: shapes do not depend on the lengths."""
+
+    def __init__(self, cache: KVCache):
+        self.cache = cache
+        self.positions = cache.lengths[:, None]  # [B, 1]
+
+    def attend(self, layer: int, qkv: Tensor, num_heads: int) -> Tensor:
+        """qkv [B, 1, 3C] → [B, 1, C]."""
+        q, k, v = split_qkv(qkv, num_heads)  # [B, H, 1, D]
+        keys, values = self.cache.keys[layer], self.cache.values[layer]  # [B, H, S, D]
+        index = self.cache.lengths[:, None, None, None].expand(k.shape)
+        keys.scatter_(2, index, k.to(keys.dtype))
+        values.scatter_(2, index, v.to(values.dtype))
+        out = ops.decode_attention(q[:, :, 0].to(keys.dtype), keys, values, self.cache.lengths + 1)  # [B, H, D]
+        return out.to(qkv.dtype).flatten(1)[:, None]
+
+
+class PromptPass:
+    """T tokens for the cache's rows `first` to `first + B`, after the `starts[b]` that each has already.
+
+    A row's padding on the right is written too, where there is room, and overwritten by what comes after it.
+    """
+
+    def __init__(self, cache: KVCache, starts: list[int], T: int, first: int = 0):
+        self.cache = cache
+        self.rows = slice(first, first + len(starts))
+        self.starts = starts
+        device = cache.keys.device
+        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(T, device=device)
+        self.positions = positions.clamp(max=cache.length - 1)  # [B, T]; beyond is padding
+        self.mask: Tensor | None = None
+        if len(set(starts)) > 1:
+            j = torch.arange(min(max(starts) + T, cache.length), device=device)
+            self.mask = (j <= self.positions[:, :, None])[:, None]  # [B, 1, T, S']
+
+    def attend(self, layer: int, qkv: Tensor, num_heads: int) -> Tensor:
+        """qkv [B, T, 3C] → [B, T, C]."""
+        q, k, v = split_qkv(qkv, num_heads)  # [B, H, T, D]
+        T = q.shape[2]
+        keys, values = self.cache.keys[layer, self.rows], self.cache.values[layer, self.rows]
+        for b, start in enumerate(self.starts):
+            end = min(start + T, self.cache.length)
+            keys[b, :, start:end] = k[b, :, : end - start]
+            values[b, :, start:end] = v[b, :, : end - start]
+        S = min(max(self.starts) + T, self.cache.length)
+        out = ops.attention(
+            q, keys[:, :, :S].to(q.dtype), values[:, :, :S].to(q.dtype), causal=self.mask is None, mask=self.mask
+        )
+        return out.transpose(1, 2).flatten(2)

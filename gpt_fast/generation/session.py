@@ -1,0 +1,275 @@
+"""DecodeSession: a model, a cache of what it has read, and the step that reads one more token a row."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..model import evaluating
+from .cache import KVCache, PromptPass
+from .sampling import DAMAGED, Sampling, damaged
+from .steps import CppStep, TorchStep, parts, step_kind
+
+if TYPE_CHECKING:
+    from ..heads import Head
+    from ..model import GPT
+
+GREEDY = Sampling(temperature=0)
+_PROMPT_TOKENS = 4096  # of a pass over a prompt, all rows together
+
+
+class DecodeSession:
+    """What a model has read, row for row, and its continuation token by token: logits = model(all tokens read)[-1].
+
+    `prefill(tokens [B, T], lengths)` adds a prompt to each of `batch` rows and returns the logits [B, V] after its last
+    token; `step(tokens [B])` adds one token a row and returns the logits after it. Both may follow each other in any
+    order (chat turns), up to `length` tokens a row (default: the model's seq_len). The cache is allocated once.
+
+    On a CPU the step is one call of `gpt_fast._C.DecodeSession`. `weights`: "float32", "bfloat16" or "int8" (one scale
+    for each output channel, symmetric; embeddings, biases and norms stay as they are), by default the model's own.
+    Matrices of that dtype are read in place, others packed once. Activations stay float32; but where the CPU multiplies
+    pairs of bfloat16, products round their inputs to it, and to 16-bit integers with int8 weights. Keys and values are
+    float32 for float32 weights, else bfloat16. Prompts are read with the model's own weights. On CUDA, without the
+    extension, in float64 and under `use_reference()` the model's modules run the step, with `ops.decode_attention`.
+
+    Deterministic; on a CPU neither the number of threads nor the other rows change a bit of a step. A session serves
+    one thread at a time and raises `RuntimeError` for a second one; several sessions serve several threads. `stale`
+    tells that the model's parameters were changed, replaced or moved since: writes that autograd does not count (fused
+    optimisers, `.data`) by a sample of every parameter. After an error the session is as it was before.
+
+    Raises `ValueError` for a model without causal output layer, weights or a length it does not have, more rows than
+    `batch`, tokens outside the vocabulary, a full cache, logits that are NaN or infinite, and where the model's
+    parameters have other shapes, dtypes or devices than when the session was made.
+
+    Source: Pope et al. (2022), arXiv:2211.05102, for the cache.
+    """
+
+    def __init__(self, model: GPT | Head, *, batch: int = 1, length: int | None = None, weights: str | None = None):
+        trunk, output_layer = parts(model)
+        config = trunk.config
+        length = config.seq_len if length is None else length
+        if batch < 1:
+            raise ValueError(f"DecodeSession: batch {batch}; wanted 1 or more")
+        if not 1 <= length <= config.seq_len:
+            raise ValueError(f"DecodeSession: length {length}; wanted 1 to the model's seq_len, {config.seq_len}")
+        self.kind = step_kind(model, weights)
+        self._parameters = list(model.parameters())
+        self._versions = [_version(parameter) for parameter in self._parameters]
+        self._layouts = [_layout(parameter) for parameter in self._parameters]
+        self._samples = _samples(self._parameters)
+        device, dtype = output_layer.weight.device, output_layer.weight.dtype
+        if self.kind != "torch":
+            dtype = torch.float32 if self.kind == "float32" else torch.bfloat16
+        self.cache = KVCache(config, batch, length, dtype, device)
+        self._lock = threading.Lock()
+        self.model: GPT | Head | None = model
+        self._step: TorchStep | CppStep
+        self._step = TorchStep(model, self.cache) if self.kind == "torch" else CppStep(model, self.cache, self.kind)
+
+    def attach(self, model: GPT | Head | None) -> None:
+        """Sets or drops the reference to the model; `generate` keeps sessions without one, so as to hold no cycle."""
+        self.model = model
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()  # a copied or pickled model goes without its session
+
+    @property
+    def stale(self) -> bool:
+        """Whether the model's parameters were changed, replaced or moved after the session was made."""
+        assert self.model is not None
+        now = list(self.model.parameters())
+        return (
+            len(now) != len(self._parameters)
+            or any(a is not b for a, b in zip(now, self._parameters, strict=True))
+            or [_layout(parameter) for parameter in now] != self._layouts
+            or [_version(parameter) for parameter in now] != self._versions
+            or not torch.equal(_samples(now), self._samples)
+        )
+
+    @property
+    def lengths(self) -> Tensor:
+        """How many tokens each row has read, [batch] int64."""
+        return self.cache.lengths.clone()
+
+    def reset(self) -> None:
+        """Forget everything read."""
+        self.cache.lengths.zero_()
+
+    def prefill(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Adds tokens [B, T], of which the first `lengths` [B] count, to rows 0 to B; the logits [B, V] after each."""
+        with self.in_use():
+            self.check_layout()
+            return self.read_prompt(tokens, check_prompt(tokens, self.config.num_tokens, lengths))
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Adds one token [batch] to every row; the logits [batch, V] after it, float32."""
+        with self.in_use():
+            self.check_layout()
+            if tokens.shape != self.cache.lengths.shape or tokens.dtype != torch.int64:
+                raise ValueError(
+                    f"DecodeSession: tokens is {tokens.dtype} {list(tokens.shape)}, wanted int64 [{self.cache.batch}]"
+                )
+            self.check_room(1)
+            check_tokens(tokens, self.config.num_tokens)
+            before = self.cache.lengths.clone()
+            try:
+                self.advance(tokens, GREEDY)
+                self.check_logits()
+            except ValueError:
+                self.cache.lengths.copy_(before)
+                raise
+            return self._step.logits()
+
+    # --- what generate is made of; the caller holds in_use() and has checked ---
+
+    def in_use(self) -> _InUse:
+        """The block in which this thread alone has the session; `RuntimeError` where another one has it."""
+        return _InUse(self._lock)
+
+    @property
+    def config(self):
+        return parts(self.model)[0].config
+
+    @torch.no_grad()
+    def read_prompt(self, tokens: Tensor, lengths: Tensor, first: int = 0) -> Tensor:
+        """`prefill` for the rows from `first` on, in passes of a bounded number of tokens."""
+        trunk, output_layer = parts(self.model)
+        B, T = tokens.shape
+        if first + B > self.cache.batch:
+            raise ValueError(
+                f"DecodeSession: {first + B} sequences, wanted at most the {self.cache.batch} it was made for"
+            )
+        rows = slice(first, first + B)
+        self.check_room(lengths, rows)
+        starts = self.cache.lengths[rows].tolist()
+        last = torch.zeros(B, trunk.config.hidden_dim, device=tokens.device, dtype=output_layer.weight.dtype)
+        width = max(1, _PROMPT_TOKENS // B)
+        with evaluating(trunk):
+            for begin in range(0, T, width):
+                part = tokens[:, begin : begin + width]
+                past = PromptPass(self.cache, [start + begin for start in starts], part.shape[1], first)
+                hidden = trunk.hidden_states(part, cache=past)  # [B, width, C]
+                at = (lengths - 1 - begin).clamp(0, part.shape[1] - 1)
+                here = (lengths > begin) & (lengths <= begin + part.shape[1])
+                ends = hidden[torch.arange(B, device=tokens.device), at]  # [B, C]
+                last = torch.where(here[:, None], ends.to(last.dtype), last)
+            logits = output_layer(last).float()
+        if bool(damaged(logits).any()):
+            raise ValueError(DAMAGED)
+        self.cache.lengths[rows] += lengths
+        return logits
+
+    @torch.no_grad()
+    def advance(
+        self, tokens: Tensor, options: Sampling, live: Tensor | None = None, seen: Tensor | None = None
+    ) -> Tensor:
+        """Adds one token to each row that is `live` [batch]; the next tokens [batch], drawn (for the others, any)."""
+        assert self.model is not None
+        return self._step.advance(self.model, tokens.contiguous(), options, live, seen)
+
+    def draw(self, logits: Tensor, options: Sampling, rows: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Tokens [n] drawn from the logits [n, V] of these rows."""
+        return self._step.draw(logits, options, rows, seen)
+
+    def start_drawing(self, seed: int) -> None:
+        """The next draws are those of this seed."""
+        self._step.start_drawing(seed)
+
+    def check_logits(self) -> None:
+        """Raises where a step since the last call had damaged logits, on devices that are not waited for."""
+        self._step.check_logits()
+
+    def check_layout(self) -> None:
+        """Raises where the model's parameters have other shapes, dtypes or devices than the session was made for."""
+        assert self.model is not None
+        now = [_layout(parameter) for parameter in self.model.parameters()]
+        for got, wanted in zip(now, self._layouts, strict=False):
+            if got[1:] != wanted[1:]:
+                raise ValueError(
+                    f"DecodeSession: the model changed under it: a parameter is {_words(got)}, was {_words(wanted)}; "
+                    "make a new session"
+                )
+        if len(now) != len(self._layouts):
+            raise ValueError(
+                f"DecodeSession: the model changed under it: {len(now)} parameters, were {len(self._layouts)}; "
+                "make a new session"
+            )
+
+    def check_room(self, more: Tensor | int, rows: slice = slice(None)) -> None:
+        """Raises where a row's cache does not hold so many more tokens."""
+        wanted = int((self.cache.lengths[rows] + more).max())
+        if wanted > self.cache.length:
+            raise ValueError(
+                f"DecodeSession: the cache is full: a row would hold {wanted} tokens, it has room for "
+                f"{self.cache.length}; make a longer session, or reset() it"
+            )
+
+
+class _InUse:
+    """Holds a session for one thread; a second one gets an error at once."""
+
+    def __init__(self, lock: threading.Lock):
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                "DecodeSession: in use by another thread; a session serves one thread at a time, make one for each"
+            )
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+
+def _version(parameter: Tensor) -> int:
+    return 0 if parameter.is_inference() else parameter._version
+
+
+def _samples(parameters: list[nn.Parameter]) -> Tensor:
+    """A few numbers of each parameter: fused optimisers (torch 2.13) and writes through `.data` count no version."""
+    few = [p.detach().flatten()[:: max(1, p.numel() // 16)].double() for p in parameters]
+    return torch.cat(few).nan_to_num()
+
+
+def _layout(parameter: Tensor) -> tuple:
+    return parameter.data_ptr(), tuple(parameter.shape), parameter.dtype, parameter.device
+
+
+def _words(layout: tuple) -> str:
+    _, shape, dtype, device = layout
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)} on {device}"
+
+
+def check_prompt(tokens: Tensor, V: int, lengths: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:
+    """How many real tokens each row of a prompt [B, T] has, [B]; raises `ValueError` for what is no prompt."""
+    if tokens.ndim != 2 or tokens.dtype != torch.int64:
+        raise ValueError(f"generate: wanted int64 tokens [B, T], got {tokens.dtype} {list(tokens.shape)}")
+    B, T = tokens.shape
+    if lengths is not None and key_mask is not None:
+        raise ValueError("generate: got lengths and key_mask, wanted one of them")
+    if key_mask is not None:
+        if key_mask.shape != tokens.shape or key_mask.dtype != torch.bool:
+            raise ValueError(f"generate: key_mask is {key_mask.dtype} {list(key_mask.shape)}, wanted bool {[B, T]}")
+        lengths = key_mask.sum(dim=1)
+    if lengths is None:
+        lengths = torch.full((B,), T)
+    if lengths.shape != (B,) or lengths.dtype.is_floating_point:
+        raise ValueError(f"generate: wanted {B} integer lengths, got {lengths.dtype} {list(lengths.shape)}")
+    if B == 0 or T == 0 or bool((lengths < 1).any()):
+        raise ValueError("generate: empty prompt; wanted at least one token in every row")
+    if bool((lengths > T).any()):
+        raise ValueError(f"generate: a length of {int(lengths.max())} in rows of {T} tokens")
+    lengths = lengths.to(device=tokens.device, dtype=torch.int64)
+    real = torch.arange(T, device=tokens.device) < lengths[:, None] if key_mask is None else key_mask
+    check_tokens(tokens[real], V)
+    return lengths
+
+
+def check_tokens(tokens: Tensor, V: int) -> None:
+    wrong = tokens[(tokens < 0) | (tokens >= V)]
+    if wrong.numel():
+        raise ValueError(f"generate: token {int(wrong[0])}, wanted one in [0, {V})")

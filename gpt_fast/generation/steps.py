@@ -1,0 +1,190 @@
+"""The two ways to run a decode step, and which of them serves a model: the C++ extension, or the model's modules."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from .. import ops
+from ..model import GPT, _Trunk, evaluating
+from ..ops._library import runs_reference
+from .cache import KVCache, StepPass
+from .sampling import DAMAGED, Sampling, damaged, draw, sample
+
+if TYPE_CHECKING:
+    from ..heads import Head
+
+WEIGHTS = ("float32", "bfloat16", "int8")
+
+
+class CppStep:
+    """The step as one call into the extension."""
+
+    def __init__(self, model: GPT | Head, cache: KVCache, weights: str):
+        from .. import _C  # type: ignore[attr-defined]
+
+        self._c = _C
+        trunk, output_layer = parts(model)
+        parameters = {name: value.detach() for name, value in trunk.named_parameters()}
+        parameters |= {f"output_layer.{name}": value.detach() for name, value in output_layer.named_parameters()}
+        config = trunk.config
+        self.weights = _C.DecodeWeights(
+            parameters, num_heads=config.num_heads, activation=config.activation, pre_norm=config.pre_norm,
+            eps=config.layer_norm_eps, weights=weights,
+        )  # fmt: skip
+        self.cache = cache
+        self._session = _C.DecodeSession(self.weights, cache.keys, cache.values)
+        self._every_row = torch.arange(cache.batch)
+        self.start_drawing(0)
+
+    def advance(
+        self, model: GPT | Head, tokens: Tensor, options: Sampling, live: Tensor | None, seen: Tensor | None
+    ) -> Tensor:
+        lengths = self.cache.lengths
+        if live is None or bool(live.all()):
+            new = self._session.step(tokens, lengths, self._every_row, self._sampling(options), seen)
+            lengths += 1
+            return new
+        rows = live.nonzero().squeeze(1)
+        new = tokens.clone()
+        new[rows] = self._session.step(tokens[rows], lengths[rows], rows, self._sampling(options), seen)
+        lengths += live
+        return new
+
+    def draw(self, logits: Tensor, options: Sampling, rows: Tensor, seen: Tensor | None) -> Tensor:
+        return self._session.draw(logits, rows, self._sampling(options), seen)
+
+    def start_drawing(self, seed: int) -> None:
+        self._seed, self._draws = seed, 0
+
+    def logits(self) -> Tensor:
+        return self._session.logits()
+
+    def check_logits(self) -> None:
+        """The step itself has raised."""
+
+    def _sampling(self, options: Sampling) -> Any:
+        self._draws += 1
+        return self._c.Sampling(
+            temperature=options.temperature,
+            top_k=options.top_k or 0,
+            top_p=1.0 if options.top_p is None else options.top_p,
+            penalty=options.repetition_penalty,
+            seed=self._seed,
+            draw=self._draws,
+        )
+
+
+class TorchStep:
+    """The step on the model's modules, on buffers that stay where they are: eager, or on CUDA as a captured graph."""
+
+    def __init__(self, model: GPT | Head, cache: KVCache):
+        self.cache = cache
+        batch, device = cache.batch, cache.keys.device
+        self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.live = torch.ones(batch, dtype=torch.bool, device=device)
+        self.damaged = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.kept_logits = torch.zeros(batch, parts(model)[0].config.num_tokens, device=device)
+        self.generator = torch.Generator(device)
+        self._graph: Any = None
+        self._captured: Any = None  # the options and marks that the graph was captured with
+
+    def run(self, model: GPT | Head, options: Sampling, seen: Tensor | None) -> None:
+        """tokens → tokens, for every row; lengths grow where it is live."""
+        trunk, output_layer = parts(model)
+        hidden = trunk.hidden_states(self.tokens[:, None], cache=StepPass(self.cache))  # [B, 1, C]
+        logits = output_layer(hidden[:, 0]).to(self.kept_logits.dtype)  # [B, V]
+        self.kept_logits.copy_(logits)
+        self.damaged |= damaged(logits) & self.live
+        self.tokens.copy_(draw(logits, options, generator=self.generator, seen=seen))
+        self.cache.lengths += self.live
+
+    def advance(
+        self, model: GPT | Head, tokens: Tensor, options: Sampling, live: Tensor | None, seen: Tensor | None
+    ) -> Tensor:
+        self.tokens.copy_(tokens)
+        self.live.copy_(live) if live is not None else self.live.fill_(True)
+        if self.tokens.is_cuda and not ops.values_checked(self.tokens):
+            self._replay(model, options, seen)
+        else:
+            with evaluating(parts(model)[0]):
+                self.run(model, options, seen)
+            self.check_logits()
+        return self.tokens.clone()
+
+    def _replay(self, model: GPT | Head, options: Sampling, seen: Tensor | None) -> None:
+        captured = (options, None if seen is None else seen.data_ptr())
+        if self._captured != captured:
+            self._capture(model, options, seen)
+            self._captured = captured
+        self._graph.replay()
+
+    def _capture(self, model: GPT | Head, options: Sampling, seen: Tensor | None) -> None:
+        """Capture `run`; what the runs before it changed is put back."""
+        state = (self.tokens, self.damaged, self.cache.lengths)
+        before = [value.clone() for value in state]
+        drawn = self.generator.get_state()
+        with evaluating(parts(model)[0]):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):  # kernels are compiled and libraries initialised outside the capture
+                    for value, saved in zip(state, before, strict=True):
+                        value.copy_(saved)
+                    self.run(model, options, seen)
+            torch.cuda.current_stream().wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            self._graph.register_generator_state(self.generator)
+            for value, saved in zip(state, before, strict=True):
+                value.copy_(saved)
+            with torch.cuda.graph(self._graph):
+                self.run(model, options, seen)
+        self.generator.set_state(drawn)
+
+    def draw(self, logits: Tensor, options: Sampling, rows: Tensor, seen: Tensor | None) -> Tensor:
+        return sample(logits, options, generator=self.generator, seen=None if seen is None else seen[rows])
+
+    def start_drawing(self, seed: int) -> None:
+        self.generator.manual_seed(seed)
+
+    def logits(self) -> Tensor:
+        return self.kept_logits.clone()
+
+    def check_logits(self) -> None:
+        if bool(self.damaged.any()):
+            self.damaged.zero_()
+            raise ValueError(DAMAGED)
+
+
+def parts(model: Any) -> tuple[_Trunk, nn.Linear]:
+    """The trunk and the output layer of a model that can continue a text."""
+    from ..heads import GPTForMaskedLM, Head
+
+    if isinstance(model, GPT):
+        return model, model.output_layer
+    if isinstance(model, Head) and hasattr(model, "output_layer") and not isinstance(model, GPTForMaskedLM):
+        return model.trunk, model.output_layer
+    raise ValueError(f"generate: wanted a GPTForCausalLM or a GPT, got {type(model).__name__}")
+
+
+def step_kind(model: GPT | Head, weights: str | None) -> str:
+    """What runs the step: "float32", "bfloat16" or "int8" for C++ with such weights, else "torch"."""
+    if weights is not None and weights not in WEIGHTS:
+        raise ValueError(f"generate: weights {weights!r}; wanted one of {', '.join(WEIGHTS)}")
+    weight = parts(model)[1].weight
+    own = str(weight.dtype).removeprefix("torch.")
+    if (
+        weight.device.type == "cpu"
+        and ops.serving("decode_attention", "cpu") == "cpp"
+        and not runs_reference("decode_attention", weight)
+    ):
+        return weights or ("bfloat16" if own == "bfloat16" else "float32")
+    if weights not in (None, own):
+        raise ValueError(
+            f"generate: weights {weights!r} of a {own} model on {weight.device.type}; other weights than its own need "
+            "the C++ step, which runs on a CPU with the extension built, in float32, bfloat16 or float16"
+        )
+    return "torch"

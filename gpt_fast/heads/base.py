@@ -1,0 +1,96 @@
+"""What the heads share: a trunk, an output layer, saving and loading."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from typing_extensions import Self
+
+from .. import model_folder, ops
+from ..config import GPTConfig
+from ..model import Convertible, GPTModel, init_weights
+
+
+class HeadOutput(NamedTuple):
+    """What a head returns: `loss` (None without labels) and `logits` (None where they were not asked for)."""
+
+    loss: Tensor | None
+    logits: Tensor | None
+
+
+class Head(Convertible, nn.Module):
+    """What the heads share: the trunk, its configuration, saving, loading and a growing vocabulary."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.trunk = GPTModel(config)
+
+    def num_parameters(self) -> int:
+        """How many numbers are trained, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def _build_output_layer(self) -> None:
+        """Adds `output_layer`, the projection to the vocabulary: tied to the embedding where the config says so."""
+        config = self.config
+        self.output_layer = nn.Linear(config.hidden_dim, config.num_tokens, bias=config.output_bias)
+        init_weights(self.output_layer, config.init_std)
+        if config.tied:
+            self.output_layer.weight = self.trunk.token_emb.weight
+
+    def _language_model_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return ops.linear_cross_entropy(hidden, self.output_layer.weight, labels, self.output_layer.bias)
+
+    def resize_embeddings(self, num_tokens: int) -> None:
+        """Make room for `num_tokens` tokens, or drop the last ones; rows that stay keep their values.
+
+        New rows are drawn from N(0, init_std²), new output biases are 0. The embedding and a free output layer become
+        new parameters: make the optimiser afterwards. Raises `ValueError` for less than one token, or for fewer than a
+        special token of the configuration needs.
+        """
+        config = dataclasses.replace(self.config, num_tokens=num_tokens)
+        embedding = _resized(nn.Embedding, self.trunk.token_emb, (num_tokens, config.hidden_dim), config.init_std)
+        self.trunk.token_emb = embedding
+        if hasattr(self, "output_layer"):
+            old = self.output_layer
+            self.output_layer = _resized(
+                nn.Linear, old, (config.hidden_dim, num_tokens), config.init_std, bias=old.bias is not None
+            )
+            if config.tied:
+                self.output_layer.weight = embedding.weight
+        self.config = self.trunk.config = config
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write `config.json` and `model.safetensors` into `directory`, each whole or not at all.
+
+        Raises `OSError` where the folder cannot be written.
+        """
+        model_folder.save(self, Path(directory))
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike, **overrides: Any) -> Self:
+        """The model saved in `directory`, on the CPU, in training mode as PyTorch's constructors have it.
+
+        A folder saved by another head gives its trunk (and the output layer, where both have one); what is new starts
+        afresh, which is how fine-tuning starts. `overrides` change fields of the configuration. Weights are read from
+        safetensors alone. Raises `FileNotFoundError` for a missing file, `ValueError` for one that is truncated, not
+        ours, or holds tensors of other names or shapes.
+        """
+        return model_folder.load(cls, Path(directory), overrides)
+
+
+def _resized(kind: type, old: Any, sizes: tuple[int, int], std: float, **options: Any) -> Any:
+    """A layer of the same kind, dtype, device and trainability with another vocabulary."""
+    new = kind(*sizes, **options, device=old.weight.device, dtype=old.weight.dtype)
+    init_weights(new, std)
+    with torch.no_grad():
+        for name, parameter in new.named_parameters():
+            before = getattr(old, name)
+            rows = min(len(parameter), len(before))
+            parameter[:rows] = before[:rows]
+            parameter.requires_grad_(before.requires_grad)
+    return new

@@ -1,0 +1,77 @@
+"""Language modelling: the head that predicts the next token and the one that predicts masked tokens."""
+
+import torch
+from torch import Tensor
+
+from ..config import IGNORE, GPTConfig
+from ..model import shift_labels
+from .base import Head, HeadOutput
+
+
+class LanguageModelHead(Head):
+    """A projection of every token to the vocabulary, and the loss of those that have a label."""
+
+    causal: bool
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self._build_output_layer()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        logits: bool | None = None,
+    ) -> HeadOutput:
+        hidden = self.trunk(tokens, causal=self.causal, lengths=lengths, key_mask=key_mask, cu_seqlens=cu_seqlens)
+        loss = None
+        if labels is not None:
+            _check_labels(labels, tokens)
+            targets = shift_labels(labels, lengths=lengths, key_mask=key_mask) if self.causal else labels
+            loss = self._language_model_loss(hidden, targets)
+        wanted = labels is None if logits is None else logits
+        return HeadOutput(loss, self.output_layer(hidden) if wanted else None)
+
+
+class GPTForCausalLM(LanguageModelHead):
+    """Next-token prediction: loss = mean of -log p(w_t | w_<t), p = softmax(output_layer(trunk(tokens))).
+
+    `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, cu_seqlens=None, logits=None)` → `(loss, logits
+    [B, T, V])`. labels [B, T] are given unshifted (usually the tokens) and -100 does not count, nor does padding;
+    `cu_seqlens` as in `GPTModel.hidden_states`, for sequences packed into one row. Logits are computed where there are
+    no labels or `logits=True`; the loss alone never stores them.
+
+    Dtypes, precision, determinism: those of the ops.
+
+    Raises `ValueError` for tokens or labels of other shapes or out of range.
+
+    Source: Radford et al. (2018, 2019).
+    """
+
+    causal = True
+
+
+class GPTForMaskedLM(LanguageModelHead):
+    """Masked-token prediction: loss = mean of -log p(w_i | all others) over the positions whose label is not -100.
+
+    `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, cu_seqlens=None, logits=None)` →
+    `(loss, logits [B, T, V])`.
+    Attention sees both sides. labels [B, T] hold the original token where it is to be predicted and -100 elsewhere;
+    only those positions are projected onto the vocabulary, so time and memory of the loss follow their number. Logits
+    are computed where there are no labels or `logits=True`. Dtypes, precision, determinism and errors are
+    those of `GPTForCausalLM`. Source: Devlin et al. (2018), arXiv:1810.04805.
+    """
+
+    causal = False
+
+
+def _check_labels(labels: Tensor, tokens: Tensor) -> None:
+    if labels.shape != tokens.shape or labels.dtype != torch.int64:
+        raise ValueError(
+            f"gpt_fast: labels is {labels.dtype} {list(labels.shape)}, wanted int64 {list(tokens.shape)} as tokens, "
+            f"unshifted, {IGNORE} where a position does not count"
+        )

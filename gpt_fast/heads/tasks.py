@@ -1,0 +1,281 @@
+"""The heads of the labelled tasks: which layer reads which hidden states, and the loss it is trained with."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ..config import IGNORE, GPTConfig
+from ..model import init_weights, shift_labels
+from .base import Head, HeadOutput
+
+
+class TaskHead(Head):
+    """A linear layer on one token's last hidden state, and the joint loss L_task + λ L_lm (λ is `config.lm_weight`)."""
+
+    tokens_shape = "[B, T]"
+
+    def __init__(self, config: GPTConfig, outputs: int):
+        super().__init__(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_dim, outputs, bias=config.classifier_bias)
+        init_weights(self.classifier, config.init_std)
+        if config.lm_weight > 0:
+            self._build_output_layer()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        logits: bool | None = None,
+    ) -> HeadOutput:
+        shape = tokens.shape
+        if not self._reads(shape):
+            raise ValueError(f"{type(self).__name__}: tokens has shape {list(shape)}, wanted {self.tokens_shape}")
+        if len(shape) == 3:
+            tokens, lengths, key_mask = flat(tokens, lengths, key_mask)
+        hidden = self.trunk(tokens, lengths=lengths, key_mask=key_mask)
+        real = real_tokens(tokens, lengths, key_mask)
+        scores = self._scores(hidden, tokens, real, shape)
+        if labels is None:
+            return HeadOutput(None, scores)
+        loss = self._task_loss(scores, labels, real)
+        return HeadOutput(self._joint_loss(loss, hidden, tokens, lengths, key_mask), scores)
+
+    def _reads(self, shape: torch.Size) -> bool:
+        """Whether tokens have a shape that this head reads, `tokens_shape`."""
+        return len(shape) == 2
+
+    def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
+        """What the logits are, of hidden states [N, T, C] and tokens [N, T] that came in `shape`."""
+        raise NotImplementedError
+
+    def _task_loss(self, scores: Tensor, labels: Tensor, real: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _pooled(self, hidden: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
+        """The hidden state that is read of each row [N, C]."""
+        return hidden[torch.arange(tokens.shape[0], device=tokens.device), self._read_position(tokens, real)]
+
+    def _joint_loss(
+        self, loss: Tensor, hidden: Tensor, tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None
+    ) -> Tensor:
+        if self.config.lm_weight == 0:
+            return loss
+        shifted = shift_labels(tokens, lengths=lengths, key_mask=key_mask)
+        return loss + self.config.lm_weight * self._language_model_loss(hidden, shifted)
+
+    def _read_position(self, tokens: Tensor, candidates: Tensor) -> Tensor:
+        """The position [N] whose hidden state is read."""
+        wanted = "a real token"
+        if self.config.pooling == "extract":
+            candidates = candidates & (tokens == self.config.extract_token)
+            wanted = f"an extract token ({self.config.extract_token})"
+        self._check_rows(tokens, candidates, wanted)
+        return tokens.shape[1] - 1 - candidates.flip(1).int().argmax(1)  # the last candidate
+
+    def _check_rows(self, tokens: Tensor, there: Tensor, wanted: str) -> None:
+        if ops.values_checked(tokens) and not bool(there.any(1).all()):
+            row = int((~there.any(1)).nonzero()[0])
+            raise ValueError(f"{type(self).__name__}: row {row} of tokens has none, wanted {wanted} to read")
+
+    def _problem_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Of classes or of numbers, as the configuration says."""
+        B, L = scores.shape
+        if self.config.problem == "regression":
+            if labels.shape != (B, L) and not (L == 1 and labels.shape == (B,)):
+                raise ValueError(
+                    f"{type(self).__name__}: labels has shape {list(labels.shape)}, wanted {[B, L]} to regress"
+                )
+            return F.mse_loss(scores.float(), labels.view(B, L).float())
+        return self._class_loss(scores, labels)
+
+    def _class_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        B, L = scores.shape
+        self._check_labels(labels, (B,))
+        self._check_classes(labels, L)
+        return F.cross_entropy(scores.float(), labels)
+
+    def _labelled_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """The mean cross-entropy over the rows that have a label, 0 without any."""
+        counted = labels != IGNORE
+        self._check_classes(labels.masked_fill(~counted, 0), scores.shape[1])
+        losses = F.cross_entropy(scores.float(), labels, ignore_index=IGNORE, reduction="sum")
+        return losses / counted.sum().clamp(min=1)
+
+    def _check_labels(self, labels: Tensor, shape: tuple[int, ...]) -> None:
+        if labels.shape != shape or labels.dtype != torch.int64:
+            raise ValueError(
+                f"{type(self).__name__}: labels is {labels.dtype} {list(labels.shape)}, wanted int64 {list(shape)}"
+            )
+
+    def _check_classes(self, classes: Tensor, L: int) -> None:
+        if ops.values_checked(classes) and len(classes) and not (0 <= int(classes.min()) and int(classes.max()) < L):
+            raise ValueError(
+                f"{type(self).__name__}: labels hold {int(classes.min())} to {int(classes.max())}, "
+                f"wanted classes in [0, {L})"
+            )
+
+
+class GPTForSequenceClassification(TaskHead):
+    """Classification or regression of a sequence: logits = classifier(dropout(h)), h one token's last hidden state.
+
+    `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, logits=None)` → `(loss, logits [B, L])`, the
+    logits always. h is that of the last real token, or of the extract token (`config.pooling`). With problem
+    "classification" labels are [B] int64 and the loss is the cross-entropy; with "regression" they are [B, L], or [B]
+    for one output, and it is the mean squared error. With `config.lm_weight` λ > 0 the loss is L_cls + λ L_lm, L_lm the
+    language-model loss on the same tokens.
+
+    Dtypes, precision, determinism: those of the ops; the task's loss is float32.
+
+    Raises `ValueError` for labels of other shapes or dtypes or out of range, a row without real token, or without
+    extract token where that is read.
+
+    Source: Radford et al. (2018), sections 3.2 and 3.3.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config, config.num_labels)
+
+    def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
+        return self.classifier(self.dropout(self._pooled(hidden, tokens, real)))
+
+    def _task_loss(self, scores: Tensor, labels: Tensor, real: Tensor) -> Tensor:
+        return self._problem_loss(scores, labels)
+
+
+class GPTForSimilarity(TaskHead):
+    """How two texts compare: logits = classifier(dropout(h₁ + h₂)), h₁ and h₂ one token's last hidden state of each
+    order.
+
+    `forward(tokens [B, 2, T], labels=None, *, lengths=None, key_mask=None, logits=None)` → `(loss, logits [B, L])`:
+    `tokens[:, 0]` holds the two texts in one order, `tokens[:, 1]` in the other, `lengths` is [B, 2], `key_mask`
+    [B, 2, T]. Which token is read, the problems (classes or numbers), the joint loss, dtypes, precision,
+    determinism and errors are those of `GPTForSequenceClassification`; exchanging the two
+    orders changes nothing but rounding. Source: Radford et al. (2018), section 3.3.
+    """
+
+    tokens_shape = "[B, 2, T]"
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config, config.num_labels)
+
+    def _reads(self, shape: torch.Size) -> bool:
+        return len(shape) == 3 and shape[1] == 2
+
+    def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
+        pooled = self._pooled(hidden, tokens, real)
+        return self.classifier(self.dropout(pooled.view(shape[0], 2, -1).sum(1)))
+
+    def _task_loss(self, scores: Tensor, labels: Tensor, real: Tensor) -> Tensor:
+        return self._problem_loss(scores, labels)
+
+
+class GPTForMultipleChoice(TaskHead):
+    """Which of K answers is right: p = softmax over the answers of classifier(dropout(h_k)), h_k one token's last
+    hidden state of the sequence that ends in answer k.
+
+    `forward(tokens [B, K, T], labels=None, *, lengths=None, key_mask=None, logits=None)` → `(loss, logits [B, K])`, one
+    score for each answer; labels [B] int64 in [0, K), the loss is the cross-entropy, plus λ times the language-model
+    loss on all sequences. `lengths` is [B, K], `key_mask` [B, K, T]. Which token is read, dtypes, precision,
+    determinism and errors are those of `GPTForSequenceClassification`. Source: Radford et al. (2018), section 3.3.
+    """
+
+    tokens_shape = "[B, K, T]"
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config, 1)
+
+    def _reads(self, shape: torch.Size) -> bool:
+        return len(shape) == 3
+
+    def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
+        return self.classifier(self.dropout(self._pooled(hidden, tokens, real))).view(shape[:2])
+
+    def _task_loss(self, scores: Tensor, labels: Tensor, real: Tensor) -> Tensor:
+        return self._class_loss(scores, labels)
+
+
+class GPTForTokenClassification(TaskHead):
+    """A class for each token, as in tagging: logits_t = classifier(dropout(h_t)), h_t its last hidden state.
+
+    `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, logits=None)` → `(loss, logits [B, T, L])`, the
+    logits always. labels are [B, T] int64, -100 where a token does not count, as padding does not; the loss is the mean
+    cross-entropy over the others, 0 where there are none, and with `config.lm_weight` λ > 0 λ L_lm more. A token sees
+    what stands before it only: label a word at its last token.
+
+    Dtypes, precision, determinism: those of the ops; the loss is float32.
+
+    Raises `ValueError` for labels of other shapes or dtypes or out of range, and for a regression.
+
+    Source: transformers' `GPT2ForTokenClassification`.
+    """
+
+    def __init__(self, config: GPTConfig):
+        if config.problem != "classification":
+            raise ValueError(f'GPTForTokenClassification: problem is {config.problem!r}, wanted "classification"')
+        super().__init__(config, config.num_labels)
+
+    def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
+        return self.classifier(self.dropout(hidden))
+
+    def _task_loss(self, scores: Tensor, labels: Tensor, real: Tensor) -> Tensor:
+        self._check_labels(labels, tuple(real.shape))
+        labels = labels.masked_fill(~real, IGNORE)
+        return self._labelled_loss(scores.flatten(0, 1), labels.flatten())
+
+
+class GPTForQuestionAnswering(TaskHead):
+    """Where in a text the answer stands: p(start) and p(end) are softmaxes over the tokens of two scores of each,
+    classifier(dropout(h_t)), h_t its last hidden state.
+
+    `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, logits=None)` → `(loss, logits [B, 2, T])`, the
+    logits always, -inf at padding, where no answer stands. labels are [B, 2] int64, the positions of the answer's first
+    and last token, -100 where it is not among these tokens (windows of a longer text); the loss is the mean of the two
+    cross-entropies, each over the rows that have one, 0 where there are none, and with `config.lm_weight` λ > 0 λ L_lm
+    more.
+
+    Dtypes, precision, determinism: those of the ops; the loss is float32.
+
+    Raises `ValueError` for labels of other shapes or dtypes, out of range or at padding, and a row without real token.
+
+    Source: transformers' `GPT2ForQuestionAnswering`, which lets answers begin in padding.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config, 2)
+
+    def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
+        self._check_rows(tokens, real, "a real token")
+        return self.classifier(self.dropout(hidden)).transpose(1, 2).masked_fill(~real[:, None], -torch.inf)
+
+    def _task_loss(self, scores: Tensor, labels: Tensor, real: Tensor) -> Tensor:
+        self._check_labels(labels, (len(scores), 2))
+        loss = torch.stack([self._labelled_loss(scores[:, i], labels[:, i]) for i in (0, 1)]).mean()
+        if ops.values_checked(labels) and not bool((real.gather(1, labels.clamp(min=0)) | (labels < 0)).all()):
+            raise ValueError("GPTForQuestionAnswering: labels point at padding, wanted tokens of the answer")
+        return loss
+
+
+def real_tokens(tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None) -> Tensor:
+    """bool [B, T]: what is no padding."""
+    if key_mask is not None:
+        return key_mask
+    if lengths is not None:
+        return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    return torch.ones_like(tokens, dtype=torch.bool)
+
+
+def flat(
+    tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """[B, S, T] → [B·S, T], with what says where each sequence ends."""
+    return (
+        tokens.flatten(0, 1),
+        None if lengths is None else lengths.flatten(),
+        None if key_mask is None else key_mask.flatten(0, 1),
+    )

@@ -1,0 +1,403 @@
+"""The forwards that `gpt_fast.accelerate` puts on transformers' GPT-2 and GPT-1: trunk, blocks, attention.
+
+The trunk makes one `Pass` (seed, masks, cache) and hands it to its blocks; a block without one computes what its class
+does. What a pass does not cover (`unsupported`) runs as transformers has it, for that call, with a warning.
+Dropout sites are those of `GPTModel`: 0 for the embeddings, 1 + 4 i to 4 + 4 i for block i.
+"""
+
+import functools
+import inspect
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
+from transformers.models.gpt2 import modeling_gpt2 as gpt2
+from transformers.models.openai import modeling_openai as gpt1
+from transformers.pytorch_utils import Conv1D
+
+from ... import _plain, ops
+
+CACHE = "cache" if hasattr(BaseModelOutputWithPastAndCrossAttentions, "cache") else "past_key_values"
+_CACHES = ("cache", "past_key_values")
+_FEW_ROWS = 32  # below it our products pay more for packing the weights than they save: a Zen 3 core, C = 768
+
+_ACTIVATIONS: dict[type, str] = {
+    nn.ReLU: "relu",
+    GELUActivation: "gelu",
+    NewGELUActivation: "gelu_tanh",
+    GELUTanh: "gelu_tanh",
+}  # fmt: skip
+
+
+class Pass(NamedTuple):
+    """What one pass of the trunk tells each of its blocks."""
+
+    seed: Tensor | None
+    site: int  # the block's first dropout site
+    causal: bool
+    key_mask: Tensor | None  # [B, S], True: may be attended to
+    mask: Tensor | None  # broadcastable to [B, H, T, S], likewise
+    cache: Any
+    branch: Tensor | None = None  # what the block before has left to be added, in one pass with this one's first norm
+    branch_p: float = 0.0  # and its dropout
+    carries: bool = False  # whether this block may do so, and returns (x, branch, branch_p)
+
+
+# ---- GPT-2 -----------------------------------------------------------------------------------------------------------
+
+
+def gpt2_model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    call = named(self, args, kwargs)
+    cache = next((call[name] for name in _CACHES if call.get(name) is not None), None)
+    use_cache = self.config.use_cache if call.get("use_cache") is None else call["use_cache"]
+    if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+        use_cache = False  # as transformers has it: a checkpointed block would write to the cache twice
+    reason = _unsupported(self, call, _GPT2_ARGUMENTS) or _unsupported_by_gpt2(self, call, cache)
+    if reason is not None:
+        return _as_transformers_has_it(self, reason, args, kwargs)
+    if use_cache and cache is None:
+        cache = DynamicCache(config=self.config)
+    x, shape, positions = _rows(call)
+    N, T = x.shape[:2]
+    past = cache.get_seq_length() if cache is not None else 0
+    key_mask = call.get("attention_mask")
+    causal = call["is_causal"] if call.get("is_causal") is not None else getattr(self.config, "is_causal", True)
+    seed = _seed(self, x.device)
+    mask = None
+    if key_mask is not None:
+        key_mask, mask = _masks(key_mask, N)
+        causal = causal and mask is None
+    elif positions is not None and cache is None and causal:
+        mask = _packed(positions)
+    if positions is None and past > 0:
+        positions = torch.arange(past, past + T, device=x.device)
+    hidden = _embed(self, self.wte, self.wpe, x, call, positions, seed)
+    now = Pass(seed, 0, causal, key_mask, mask, cache)
+    states: tuple | None = () if _flag(self, call, "output_hidden_states") else None
+    # Whoever looks at a block from outside, as hooks do, sees the sums.
+    carry = states is None and not self.gradient_checkpointing
+    plain = [carry and _plain.is_plain(block, gpt2.GPT2Block) for block in self.h]
+    for i, block in enumerate(self.h):
+        if states is not None:
+            states = (*states, hidden)
+        now = now._replace(site=1 + 4 * i, carries=plain[i] and (i + 1 == len(plain) or plain[i + 1]))
+        hidden = block(hidden, gpt_fast_pass=now)
+        if now.carries:
+            hidden, branch, branch_p = hidden
+            now = now._replace(branch=branch, branch_p=branch_p)
+    hidden = _first_norm(self.ln_f, hidden, now._replace(site=now.site + 4))[0].view(*shape, -1)
+    states = None if states is None else (*states, hidden)
+    output = BaseModelOutputWithPastAndCrossAttentions(
+        last_hidden_state=hidden, hidden_states=states, **{CACHE: cache if use_cache else None}
+    )
+    return output if _returns_dict(self, call) else output.to_tuple()
+
+
+def gpt2_block_forward(
+    self: Any, hidden_states: Any = None, *args: Any, gpt_fast_pass: Any = None, **kwargs: Any
+) -> Any:
+    if gpt_fast_pass is None:
+        return _plain.original(self, hidden_states, *args, **kwargs)
+    return _checkpointed(self, _gpt2_block, hidden_states, gpt_fast_pass)
+
+
+def _gpt2_block(self: Any, x: Tensor, now: Pass) -> Any:
+    normed, x = _first_norm(self.ln_1, x, now)
+    branch, p = _attention(self.attn, gpt2.GPT2Attention, normed, now)
+    normed, x = _plain.add_norm(branch, x, p, self.ln_2, now.seed, now.site + 1)
+    branch, p = _mlp(self.mlp, gpt2.GPT2MLP, normed)
+    return (x, branch, p) if now.carries else _plain.add(branch, x, p, now.seed, now.site + 3)
+
+
+def _first_norm(norm: Any, x: Tensor, now: Pass) -> tuple[Tensor, Tensor]:
+    """(norm(x), x), x with what the block before has left to be added."""
+    if now.branch is None:
+        return _plain.norm(norm, x), x
+    return _plain.add_norm(now.branch, x, now.branch_p, norm, now.seed, now.site - 1)
+
+
+def gpt2_attention_forward(
+    self: Any, hidden_states: Any = None, *args: Any, gpt_fast_pass: Any = None, **kwargs: Any
+) -> Any:
+    if gpt_fast_pass is None:
+        return _plain.original(self, hidden_states, *args, **kwargs)
+    return self.resid_dropout(_attend(self, hidden_states, gpt_fast_pass)), None
+
+
+# ---- GPT-1 -----------------------------------------------------------------------------------------------------------
+
+
+def gpt1_model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    call = named(self, args, kwargs)
+    reason = _unsupported(self, call, _GPT1_ARGUMENTS)
+    if reason is not None:
+        return _as_transformers_has_it(self, reason, args, kwargs)
+    x, shape, positions = _rows(call)
+    seed = _seed(self, x.device)
+    key_mask, mask = call.get("attention_mask"), None
+    if key_mask is not None:
+        key_mask, mask = _masks(key_mask, x.shape[0])
+    hidden = _embed(self, self.tokens_embed, self.positions_embed, x, call, positions, seed)
+    now = Pass(seed, 0, True, key_mask, mask, None)
+    states: tuple | None = () if _flag(self, call, "output_hidden_states") else None
+    for i, block in enumerate(self.h):
+        if states is not None:
+            states = (*states, hidden)
+        (hidden,) = block(hidden, gpt_fast_pass=now._replace(site=1 + 4 * i))
+    hidden = hidden.view(*shape, -1)
+    states = None if states is None else (*states, hidden)
+    output = BaseModelOutput(last_hidden_state=hidden, hidden_states=states)
+    return output if _returns_dict(self, call) else output.to_tuple()
+
+
+def gpt1_block_forward(self: Any, x: Any = None, *args: Any, gpt_fast_pass: Any = None, **kwargs: Any) -> Any:
+    if gpt_fast_pass is None:
+        return _plain.original(self, x, *args, **kwargs)
+    return [_checkpointed(self, _gpt1_block, x, gpt_fast_pass)]
+
+
+def _gpt1_block(self: Any, x: Tensor, now: Pass) -> Tensor:
+    branch, p = _attention(self.attn, gpt1.Attention, x, now)
+    x, _ = _plain.add_norm(branch, x, p, self.ln_1, now.seed, now.site + 1)
+    branch, p = _mlp(self.mlp, gpt1.MLP, x)
+    return _plain.add_norm(branch, x, p, self.ln_2, now.seed, now.site + 3)[0]
+
+
+def gpt1_attention_forward(self: Any, x: Any = None, *args: Any, gpt_fast_pass: Any = None, **kwargs: Any) -> Any:
+    if gpt_fast_pass is None:
+        return _plain.original(self, x, *args, **kwargs)
+    return [self.resid_dropout(_attend(self, x, gpt_fast_pass))]
+
+
+# ---- what both share -------------------------------------------------------------------------------------------------
+
+
+def _attention(attn: Any, kind: type, x: Tensor, now: Pass) -> tuple[Tensor, float]:
+    """Attention's branch, and the dropout that is left for the residual addition."""
+    if not _plain.is_plain(attn, kind):
+        return attn(x, gpt_fast_pass=now)[0], 0.0  # through its hooks, into the forward above
+    return _plain.dropout(attn.resid_dropout, _attend(attn, x, now))
+
+
+def _attend(attn: Any, x: Tensor, now: Pass) -> Tensor:
+    qkv = _project(attn.c_attn, x)  # [B, T, 3C]
+    p = attn.attn_dropout.p if attn.training else 0.0
+    options: dict[str, Any] = {
+        "causal": now.causal, "key_mask": now.key_mask, "mask": now.mask, "dropout_p": p, "seed": now.seed,
+        "site": now.site, "scale": _scale(attn, qkv.shape[-1] // 3),
+    }  # fmt: skip
+    heads = _heads(attn)
+    if now.cache is None:
+        return _project(attn.c_proj, ops.attention_qkv(qkv, heads, **options))
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
+    fresh = now.cache.get_seq_length(attn.layer_idx) == 0
+    k, v = now.cache.update(k, v, attn.layer_idx)
+    if fresh:
+        return _project(attn.c_proj, ops.attention_qkv(qkv, heads, **options))
+    return _project(attn.c_proj, ops.attention(q, k, v, **options).transpose(1, 2).flatten(2))
+
+
+def _project(layer: Any, x: Tensor) -> Tensor:
+    """A `Conv1D`'s product, on the transposed weights where they lie; another layer is called."""
+    if _has_few_rows(x) or why_no_projection(layer) is not None:
+        return layer(x)
+    return ops.linear(x, layer.weight.t(), layer.bias)
+
+
+def why_no_projection(layer: Any) -> str | None:
+    """Why a projection of attention is called, or None."""
+    reason = _plain.why_not_plain(layer, Conv1D)
+    return None if reason is None else f"{reason}: called through it"
+
+
+def _has_few_rows(x: Tensor) -> bool:
+    rows = x.shape[0] * x.shape[1]
+    return not torch.compiler.is_compiling() and type(rows) is int and rows < _FEW_ROWS  # a graph is for any number
+
+
+def _heads(attn: Any) -> int:
+    return attn.num_heads if isinstance(attn, gpt2.GPT2Attention) else attn.n_head
+
+
+def _scale(attn: Any, C: int) -> float:
+    if isinstance(attn, gpt2.GPT2Attention):
+        return attn.scaling
+    return (C // attn.n_head) ** -0.5 if attn.scale else 1.0
+
+
+def _mlp(mlp: Any, kind: type, x: Tensor) -> tuple[Tensor, float]:
+    """The MLP's branch, and the dropout that is left for the residual addition."""
+    if not _plain.is_plain(mlp, kind):
+        return mlp(x), 0.0
+    if _has_few_rows(x) or why_no_mlp(mlp, kind) is not None:
+        return _plain.dropout(mlp.dropout, mlp.c_proj(mlp.act(mlp.c_fc(x))))
+    # Conv1D keeps its matrices transposed: read in place, and their gradients come back in the same strides.
+    fc, proj = mlp.c_fc, mlp.c_proj
+    branch = ops.mlp(x, fc.weight.t(), fc.bias, proj.weight.t(), proj.bias, _ACTIVATIONS[_plain.class_of(mlp.act)])
+    return _plain.dropout(mlp.dropout, branch)
+
+
+def why_no_mlp(mlp: Any, kind: type) -> str | None:
+    """Why an MLP does not run as one op, or None."""
+    reason = _plain.why_not_plain(mlp, kind)
+    if reason is not None:
+        return reason
+    for name in ("c_fc", "c_proj"):
+        reason = why_no_projection(getattr(mlp, name))
+        if reason is not None:
+            return f"{name} {reason}"
+    if _plain.class_of(mlp.act) not in _ACTIVATIONS or _plain.is_hooked(mlp.act):
+        return f"activation {_plain.class_of(mlp.act).__name__}, wanted ReLU or GELU"
+    return None
+
+
+def _checkpointed(block: Any, function: Any, x: Tensor, now: Pass) -> Tensor:
+    """`function(block, x, now)`, kept or recomputed as transformers' own blocks do."""
+    if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
+        return block._gradient_checkpointing_func(functools.partial(function, block, now=now._replace(cache=None)), x)
+    return function(block, x, now)
+
+
+def _embed(
+    trunk: Any, tokens_table: Any, positions_table: Any, x: Tensor, call: dict, positions: Tensor | None,
+    seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Token and position embeddings with dropout: x is tokens [B, T], or embeddings [B, T, C] as given."""
+    types = call.get("token_type_ids")
+    plain = _plain.why_no_table(tokens_table) is None and _plain.why_no_table(positions_table) is None
+    if x.dim() == 2 and types is None and plain and _plain.is_plain(trunk.drop, nn.Dropout):
+        if positions is not None and positions.dim() == 2:
+            positions = positions[0] if positions.shape[0] == 1 else positions.expand(x.shape)
+        p = trunk.drop.p if trunk.drop.training else 0.0
+        return ops.embedding(x, tokens_table.weight, positions_table.weight, positions, p, seed, site=0)
+    if positions is None:
+        positions = torch.arange(x.shape[1], device=x.device)
+    embedded = tokens_table(x) if x.dim() == 2 else x
+    embedded = embedded + positions_table(positions)
+    if types is not None:
+        embedded = embedded + tokens_table(types.view(-1, x.shape[1]))
+    embedded, p = _plain.dropout(trunk.drop, embedded)
+    return embedded if p == 0 else _plain.add(embedded, torch.zeros_like(embedded), p, seed, 0)  # the same site
+
+
+def _rows(call: dict) -> tuple[Tensor, torch.Size, Tensor | None]:
+    """Tokens [N, T] or embeddings [N, T, C]; the leading shape [..., T] of the result; the positions given."""
+    tokens, embeddings = call.get("input_ids"), call.get("inputs_embeds")
+    if tokens is not None:
+        return tokens.view(-1, tokens.shape[-1]), tokens.shape, call.get("position_ids")
+    assert embeddings is not None
+    return embeddings, embeddings.shape[:-1], call.get("position_ids")
+
+
+def _seed(trunk: Any, device: torch.device) -> Tensor | None:
+    config = trunk.config
+    drops = trunk.training and max(config.embd_pdrop, config.attn_pdrop, config.resid_pdrop) > 0
+    return ops.new_seed(device) if drops else None
+
+
+def _masks(given: Tensor, N: int) -> tuple[Tensor | None, Tensor | None]:
+    """(key_mask [N, S], mask [N, 1, T, S]) of an attention mask that `_unsupported` let through."""
+    if given.dim() == 4:
+        return None, given
+    key_mask = given.reshape(N, -1).to(torch.bool)
+    if _plain.is_reading_values_cheap(key_mask) and bool(key_mask.all()):
+        return None, None
+    return key_mask, None
+
+
+def _packed(positions: Tensor) -> Tensor | None:
+    """bool [N, 1, T, T]: sequences packed into one row, told by positions that start again, see themselves only."""
+    first = positions[:, :1] - 1
+    sequence = (torch.diff(positions, prepend=first, dim=-1) != 1).cumsum(-1)  # [N, T]
+    if _plain.is_reading_values_cheap(sequence) and not bool(sequence[:, -1].any()):
+        return None
+    return (sequence[:, :, None] == sequence[:, None, :])[:, None]
+
+
+# ---- what is left to transformers ------------------------------------------------------------------------------------
+
+_COMMON = {
+    "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "output_attentions",
+    "output_hidden_states", "return_dict", "num_items_in_batch", "shift_labels", "ignore_index",
+}  # fmt: skip
+_GPT2_ARGUMENTS = _COMMON | {*_CACHES, "use_cache", "is_causal"}
+_GPT1_ARGUMENTS = _COMMON
+
+
+def named(module: Any, args: tuple, kwargs: dict) -> dict:
+    """The arguments of a call by name."""
+    if not args:
+        return kwargs
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _flag(trunk: Any, call: dict, name: str) -> Any:
+    value = call.get(name)
+    return getattr(trunk.config, name, False) if value is None else value
+
+
+def _returns_dict(trunk: Any, call: dict) -> bool:
+    value = call.get("return_dict")
+    return trunk.config.return_dict if value is None else bool(value)
+
+
+def _unsupported(trunk: Any, call: dict, known: set[str]) -> str | None:
+    """Why a call is not served, or None."""
+    extra = sorted(name for name, value in call.items() if name not in known and value is not None)
+    if extra:
+        return f"{', '.join(extra)} given"
+    if _flag(trunk, call, "output_attentions"):
+        return "output_attentions=True asks for the probabilities, which are never stored"
+    if not isinstance(_flag(trunk, call, "output_hidden_states"), bool):
+        return "output_hidden_states selects layers"
+    tokens: Any = call.get("input_ids")
+    embeddings: Any = call.get("inputs_embeds")
+    if (tokens is None) == (embeddings is None):
+        return "input_ids and inputs_embeds, wanted one of them"
+    N, T = (tokens.view(-1, tokens.shape[-1]) if tokens is not None else embeddings).shape[:2]
+    mask = call.get("attention_mask")
+    if mask is not None and mask.dim() == 4 and mask.dtype == torch.bool and isinstance(trunk, gpt2.GPT2Model):
+        if trunk.config._attn_implementation != "sdpa":
+            return "a bool attention_mask of four dimensions means something else to eager attention"
+    elif mask is not None and (mask.dim() > 3 or (isinstance(trunk, gpt1.OpenAIGPTModel) and mask.numel() != N * T)):
+        return f"attention_mask is {mask.dtype} {list(mask.shape)}"
+    foreign = next((i for i, block in enumerate(trunk.h) if not _is_ours(block)), None)
+    if foreign is not None:
+        return f"block {foreign} or its attention was put there after accelerate"
+    return None
+
+
+def _is_ours(block: Any) -> bool:
+    return _plain.is_accelerated(block) and _plain.is_accelerated(block.attn)
+
+
+def _unsupported_by_gpt2(trunk: Any, call: dict, cache: Any) -> str | None:
+    mask, past = call.get("attention_mask"), 0
+    if cache is not None:
+        if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return f"a {type(cache).__name__} as cache"
+        past = cache.get_seq_length()
+    rows = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"][..., 0]
+    N, T = rows.view(-1, rows.shape[-1]).shape
+    if mask is not None and mask.dim() < 4 and mask.numel() != N * (past + T):
+        return f"attention_mask of shape {list(mask.shape)} with {past + T} keys"
+    causal = call["is_causal"] if call.get("is_causal") is not None else getattr(trunk.config, "is_causal", True)
+    if cache is not None and not causal:
+        return "a cache without causal attention"
+    if trunk.gradient_checkpointing and trunk.training and cache is not None:
+        return "a cache under gradient checkpointing"
+    if trunk.config.add_cross_attention and (cache is not None or trunk.config.use_cache):
+        return None if call.get("use_cache") is False and cache is None else "a cache for cross-attention"
+    return None
+
+
+def _as_transformers_has_it(trunk: Any, reason: str, args: tuple, kwargs: dict) -> Any:
+    if not torch.compiler.is_compiling():
+        warnings.warn(f"gpt_fast: {type(trunk).__name__} runs this call as transformers has it: {reason}", stacklevel=3)
+    return _plain.original(trunk, *args, **kwargs)

@@ -1,0 +1,117 @@
+"""What `accelerate` does to each of transformers' GPT-2 and GPT-1 classes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn as nn
+from transformers import PreTrainedModel
+from transformers.models.gpt2 import modeling_gpt2 as gpt2
+from transformers.models.openai import modeling_openai as gpt1
+
+from ... import _plain
+from ...ops.attention import MAX_HEAD_DIM
+from ..report import LeftAlone, Patch, Report
+from . import blocks, losses
+
+
+def plan(name: str, module: Any, report: Report) -> list[Patch] | None:
+    """The patches of `module` if it is a trunk or a head, else None; blocks belong to their trunk."""
+    if isinstance(module, gpt2.GPT2Model):
+        return _plan_trunk(name, module, report, _GPT2)
+    if isinstance(module, gpt1.OpenAIGPTModel):
+        return _plan_trunk(name, module, report, _GPT1)
+    if isinstance(module, tuple(losses.FORWARDS)):
+        return _plan_head(name, module, report)
+    if isinstance(module, gpt2.GPT2PreTrainedModel | gpt1.OpenAIGPTPreTrainedModel):
+        return [Patch(module, None, _checkpointing(module))]  # its trunk has all there is to replace
+    return None
+
+
+class _Family:
+    """The classes and forwards of one of the two models."""
+
+    def __init__(self, trunk: Any, block: Any, attention: Any, mlp: Any, tables: tuple[str, str], last_norm: str | None,
+                 forwards: tuple[Callable, Callable, Callable]):  # fmt: skip
+        self.trunk, self.block, self.attention, self.mlp = trunk, block, attention, mlp
+        self.tables, self.last_norm = tables, last_norm
+        self.trunk_forward, self.block_forward, self.attention_forward = forwards
+
+
+_GPT2 = _Family(
+    gpt2.GPT2Model, gpt2.GPT2Block, gpt2.GPT2Attention, gpt2.GPT2MLP, ("wte", "wpe"), "ln_f",
+    (blocks.gpt2_model_forward, blocks.gpt2_block_forward,
+     blocks.gpt2_attention_forward),
+)  # fmt: skip
+_GPT1 = _Family(
+    gpt1.OpenAIGPTModel, gpt1.Block, gpt1.Attention, gpt1.MLP, ("tokens_embed", "positions_embed"), None,
+    (blocks.gpt1_model_forward, blocks.gpt1_block_forward,
+     blocks.gpt1_attention_forward),
+)  # fmt: skip
+
+
+def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family) -> list[Patch]:
+    prefix = f"{name}." if name else ""
+    unfit = _why_foreign(trunk, family.trunk)
+    for i, block in enumerate(trunk.h):
+        unfit = unfit or _why_foreign(block, family.block, f"h.{i} ")
+        unfit = unfit or _why_foreign(getattr(block, "attn", None), family.attention, f"h.{i}.attn ")
+    size = trunk.config.n_embd // trunk.config.n_head
+    if size > MAX_HEAD_DIM:
+        unfit = f"has heads of {size}, wanted at most {MAX_HEAD_DIM}"
+    if unfit is not None:
+        report.left.append(LeftAlone(name, type(trunk).__name__, unfit))
+        return []
+    patches = [Patch(trunk, family.trunk_forward, _checkpointing(trunk))]
+    for path in family.tables:
+        table = getattr(trunk, path)
+        report.note(prefix + path, table, "embedding", _plain.why_no_table(table))
+    for i, block in enumerate(trunk.h):
+        path = f"{prefix}h.{i}."
+        first = "add_layer_norm" if family is _GPT1 else "layer_norm"
+        report.note(path + "ln_1", block.ln_1, first, _plain.why_no_norm(block.ln_1))
+        report.note(path + "attn", block.attn, "attention", None)
+        for projection in ("c_attn", "c_proj"):
+            layer = getattr(block.attn, projection)
+            reason = blocks.why_no_projection(layer)
+            report.note(f"{path}attn.{projection}", layer, "linear", reason)
+        report.note(path + "ln_2", block.ln_2, "add_layer_norm", _plain.why_no_norm(block.ln_2))
+        report.note(path + "mlp", block.mlp, "mlp", blocks.why_no_mlp(block.mlp, family.mlp))
+        if hasattr(block, "crossattention"):
+            reason = "attends to another model's states; calls that give them run as before"
+            report.note(path + "crossattention", block.crossattention, "attention", reason)
+        flag = {} if hasattr(block, "gradient_checkpointing") else {"gradient_checkpointing": False}
+        patches += [Patch(block, family.block_forward, flag), Patch(block.attn, family.attention_forward, {})]
+    if family.last_norm is not None:
+        last = getattr(trunk, family.last_norm)
+        report.note(prefix + family.last_norm, last, "layer_norm", _plain.why_no_norm(last))
+    return patches
+
+
+def _plan_head(name: str, head: Any, report: Report) -> list[Patch]:
+    kind = next(kind for kind in losses.FORWARDS if isinstance(head, kind))
+    reason = _why_foreign(head, kind) or _plain.why_not_plain(head.lm_head, nn.Linear)
+    if reason is None and losses.has_another_loss(head):
+        reason = "feeds a loss function other than transformers' own"
+    path = f"{name}.lm_head" if name else "lm_head"
+    report.note(path, head.lm_head, "linear_cross_entropy", reason)
+    return [Patch(head, losses.FORWARDS[kind] if reason is None else None, _checkpointing(head))]
+
+
+def _checkpointing(model: PreTrainedModel) -> dict[str, Any]:
+    """GPT-1 gains gradient checkpointing, which it does not have in transformers."""
+    return {} if model.supports_gradient_checkpointing else {"supports_gradient_checkpointing": True}
+
+
+def _why_foreign(module: Any, kind: Any, label: str = "") -> str | None:
+    if not isinstance(module, kind):
+        return f"{label}is a {type(module).__name__}, not {kind.__name__}"
+    if type(module).forward is not kind.forward and not _is_sharded(type(module)):
+        return f"{label}has a class ({type(module).__name__}) with a forward of its own"
+    if "forward" in vars(module) and not _plain.is_accelerated(module):
+        return f"{label}has a forward of its own"
+    return None
+
+
+def _is_sharded(kind: type) -> bool:
+    """FSDP2 puts a class of its own over a module's."""
+    return kind.__name__.startswith("FSDP") and kind.__module__.startswith("torch.distributed")

@@ -1,0 +1,29 @@
+"""The states of the random number generators that training draws from, as tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...data.stream import mix
+
+
+def seed(seed: int, rank: int, step: int = 0) -> None:
+    """Another stream of dropout masks for each rank, and for each step that a run goes on from with other ranks."""
+    torch.manual_seed(seed if rank == step == 0 else mix(seed, rank, step) >> 1)
+
+
+def states(device: torch.device, rank: int) -> dict[str, Tensor]:
+    """By names of this rank's own: torch's generator on the CPU, and that of the rank's GPU."""
+    found = {f"random.cpu.{rank}": torch.get_rng_state()}
+    if device.type == "cuda":
+        found[f"random.cuda.{rank}"] = torch.cuda.get_rng_state(device)
+    return found
+
+
+def restore(states: dict[str, Tensor]) -> None:
+    for name, state in states.items():
+        if ".cuda." in name:
+            torch.cuda.set_rng_state(state)
+        else:
+            torch.set_rng_state(state)

@@ -1,0 +1,49 @@
+"""How much of a device a training run uses: model FLOPs per token, and the rate that they are compared with."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from ...config import GPTConfig
+
+# Dense matrix products in bfloat16 and float16, as the makers' data sheets give them.
+PUBLISHED = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+SIDES, REPEATS = (256, 512, 1024), 5
+LONGEST = 0.5  # seconds of one product
+
+
+def flops_per_token(config: GPTConfig, parameters: int, causal: bool) -> float:
+    """`6 N + 12 L C T`, the products of forward and backward, halved in attention where it is causal.
+
+    N counts the weights that multiply: not the position embedding, and not the token embedding where a layer of its own
+    makes the output. Recomputed activations do not count, so checkpointing lowers the share. Source: Kaplan et al.
+    (2020), arXiv:2001.08361; Chowdhery et al. (2022), arXiv:2204.02311, appendix B.
+    """
+    N = parameters - config.seq_len * config.hidden_dim - (0 if config.tied else config.num_tokens * config.hidden_dim)
+    attention = 12 * config.num_layers * config.hidden_dim * config.seq_len
+    return 6 * N + (attention / 2 if causal else attention)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The published rate of a known GPU in a 16-bit type; else that of a 1024³ product measured here, the best of
+    five; of a smaller one where that would take long, as in 16 bits on a CPU without instructions for them. Each size
+    says whether the next is worth trying: on busy cores a small product waits far longer than it multiplies."""
+    if device.type == "cuda" and dtype != torch.float32:
+        name = torch.cuda.get_device_name(device)
+        for known, rate in PUBLISHED.items():
+            if known in name:
+                return rate
+    best = 0.0
+    for side in SIDES:
+        a = torch.randn(side, side, device=device, dtype=dtype)
+        for _ in range(REPEATS):
+            began = time.perf_counter()
+            a @ a
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = max(best, 2 * side**3 / (time.perf_counter() - began))
+        if 2 * (2 * side) ** 3 / best > LONGEST:
+            break
+    return best

@@ -1,0 +1,148 @@
+"""One update: forward and backward over the parts of a batch, in the precision asked for, clipping, AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...data.batches import Batch
+from ...heads import Head
+from .distributed import World
+from .optimizer import make_optimizer
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FIRST_SCALE, GROWTH_EVERY = 2.0**16, 2000
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    precision: str = "float32"
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    compile: bool = False
+    checkpoint_activations: bool = False
+
+    @classmethod
+    def of(cls, settings: Any) -> EngineSettings:
+        """Those among a command's settings."""
+        return cls(*(getattr(settings, field.name) for field in fields(cls)))
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"--precision {self.precision}: wanted one of {', '.join(PRECISIONS)}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"--weight-decay {self.weight_decay}: wanted 0 or more")
+        for option, value in (("--beta1", self.beta1), ("--beta2", self.beta2)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{option} {value}: wanted 0 or more, and less than 1")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"--max-grad-norm {self.max_grad_norm}: wanted more than 0")
+
+
+class Outcome(NamedTuple):
+    """Of one update, still on the device: mean loss over all parts and ranks, the gradient's norm before clipping, and
+    whether either is not finite, in which case nothing was updated."""
+
+    loss: Tensor
+    norm: Tensor
+    skipped: Tensor
+
+
+class Engine:
+    """A model with its optimizer on one rank.
+
+    An update is skipped on the device: the fused AdamW reads `found_inf` itself, so nobody waits for a flag.
+    """
+
+    def __init__(self, model: Head, lr: float, settings: EngineSettings, world: World | None = None):
+        self.world = world or World()
+        self.settings = settings
+        self.device = next(model.parameters()).device
+        self.dtype = PRECISIONS[settings.precision]
+        self.model = model
+        model.trunk.checkpoint_activations = settings.checkpoint_activations
+        # FSDP2 replaces the parameters, so it comes before the optimizer.
+        self.parallel = self.world.wrap(model, self.dtype)
+        self.optimizer = make_optimizer(model, lr, settings.weight_decay, (settings.beta1, settings.beta2))
+        self.forward: nn.Module = torch.compile(self.parallel) if settings.compile else self.parallel  # type: ignore[assignment]
+        self.scale = torch.tensor(FIRST_SCALE if self.dtype == torch.float16 else 1.0, device=self.device)
+        self.growth = torch.zeros((), device=self.device)  # updates since the scale last changed
+
+    def update(self, batches: Sequence[Batch], lr: float) -> Outcome:
+        """Accumulates the gradient of the mean loss over `batches`, which count by their weights, and steps at rate
+        `lr`."""
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        weights = self.world.total(torch.tensor(float(sum(batch.weight for batch in batches)), device=self.device))
+        total = torch.zeros((), device=self.device)
+        for index, batch in enumerate(batches):
+            batch = batch.to(self.device)
+            with self.world.synchronised(self.parallel, index == len(batches) - 1):
+                with self.autocast():
+                    loss = self.forward(**batch.inputs()).loss
+                share = loss.float() * (batch.weight / weights)
+                # DDP and FSDP average over the ranks what is meant to be a sum.
+                (share * (self.scale * self.world.size)).backward()
+            total += share.detach()
+        return self._step(total)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def _step(self, loss: Tensor) -> Outcome:
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = self.world.full(nn.utils.get_total_norm([p.grad for p in parameters])) / self.scale  # type: ignore[misc]
+        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        if self.world.size > 1:
+            loss, bad = self.world.total(torch.stack([loss, bad.float()]))
+        skipped = (bad > 0).float()
+        nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, norm)
+        self.optimizer.grad_scale = self.world.replicated(self.scale)  # type: ignore[attr-defined]
+        self.optimizer.found_inf = self.world.replicated(skipped)  # type: ignore[attr-defined]
+        self.optimizer.step()
+        if self.dtype == torch.float16:
+            self._rescale(skipped > 0)
+        return Outcome(loss, norm, skipped)
+
+    def _rescale(self, overflow: Tensor) -> None:
+        """Half the scale after an overflow, double it after 2,000 updates without one."""
+        self.growth = torch.where(overflow, 0.0, self.growth + 1)
+        grows = self.growth >= GROWTH_EVERY
+        self.scale = torch.where(overflow, self.scale / 2, torch.where(grows, self.scale * 2, self.scale))
+        self.growth = torch.where(grows, 0.0, self.growth)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that training goes on from: weights, both moments, the scale. The tensors are the live ones:
+        copying into them restores the state."""
+        self.world.reshard(self.model)
+        tensors: dict[str, Tensor] = {"scale": self.scale, "growth": self.growth}
+        for name, parameter in self.model.named_parameters():
+            tensors[f"model.{name}"] = parameter.detach()
+            moments = self.optimizer.state[parameter]
+            if not moments and parameter.requires_grad:
+                moments["step"] = torch.zeros((), dtype=torch.float32, device=self.device)
+                moments["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                moments["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            for key, value in moments.items():
+                tensors[f"optimizer.{key}.{name}"] = value.detach()
+        return tensors
+
+    def whole_model(self) -> Head:
+        """The model with all of its weights in one place, for saving; every rank calls it."""
+        if self.world.size == 1 or self.world.strategy == "ddp":
+            return self.model
+        tensors = {name: self.world.full(tensor).cpu() for name, tensor in self.model.state_dict().items()}
+        whole = type(self.model)(self.model.config)
+        whole.load_state_dict(tensors)
+        return whole

@@ -1,0 +1,116 @@
+"""Held-out loss and metrics, each beside what a model that ignores its input would reach."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanSquaredError, PearsonCorrCoef
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassMatthewsCorrCoef,
+)
+from torchmetrics.functional import spearman_corrcoef
+from torchmetrics.text import SQuAD
+
+from ..data.batches import Batch
+from ..data.task_inputs import Example, task_batches
+from ..model import evaluating
+from .engine.distributed import World
+
+Metrics = dict[str, float]
+
+
+def lm_loss(model: nn.Module, batches: Sequence[Batch], world: World | None = None) -> float:
+    """Mean loss in nats per predicted token over `batches`, each rank taking its share. All ranks call the model the
+    same number of times, as FSDP needs; a rank with less to do repeats a batch that does not count."""
+    world = world or World()
+    totals = torch.zeros(2, dtype=torch.float64)
+    device = next(model.parameters()).device
+    with evaluating(model), torch.no_grad():
+        for first in range(0, len(batches), world.size):
+            index = first + world.rank
+            batch = batches[index if index < len(batches) else 0].to(device)
+            asked = batch.weight if index < len(batches) else 0
+            totals += torch.tensor([float(model(**batch.inputs()).loss) * asked, asked], dtype=torch.float64)
+    total, count = world.total(totals.to(world.device)).tolist()
+    return total / count
+
+
+def predictions(model: nn.Module, examples: Sequence[Example], pad_token: int, batch_size: int) -> Tensor:
+    """A task head's logits for every example `[N, K]`, or a regressor's values `[N, 1]`."""
+    logits = []
+    device = next(model.parameters()).device
+    with evaluating(model), torch.no_grad():
+        for batch in task_batches(examples, batch_size, pad_token):
+            batch = batch.to(device)
+            logits.append(model(batch.tokens, lengths=batch.lengths).logits.float().cpu())
+    return torch.cat(logits)
+
+
+def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
+    """Loss, accuracy, macro and micro F1 and Matthews' correlation of `logits` `[N, K]`, and accuracy and macro F1 of
+    always answering the commonest label of `labels` `[N]`: no constant answer does better on them."""
+    N, K = logits.shape
+    constant = torch.full_like(labels, int(torch.bincount(labels).argmax()))
+    accuracy = MulticlassAccuracy(K, average="micro")
+    f1 = MulticlassF1Score(K, average="macro")
+    return {
+        "loss": float(nn.functional.cross_entropy(logits, labels)),
+        "accuracy": float(accuracy(logits, labels)),
+        "macro_f1": float(f1(logits, labels)),
+        "micro_f1": float(MulticlassF1Score(K, average="micro")(logits, labels)),
+        "matthews": float(MulticlassMatthewsCorrCoef(K)(logits, labels)),
+        "majority_accuracy": float(accuracy(constant, labels)),
+        "majority_macro_f1": float(f1(constant, labels)),
+        "examples": N,
+    }
+
+
+def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
+    """How often class i `[K]` was taken for class j `[K]`."""
+    return MulticlassConfusionMatrix(logits.shape[1])(logits, labels)
+
+
+def regression_metrics(values: Tensor, targets: Tensor) -> Metrics:
+    """Mean squared error, Pearson's and Spearman's correlation of `values` `[N]`, and the error of always answering the
+    mean of `targets` `[N]`, which is their variance. Without spread in either there is no correlation."""
+    metrics = {
+        "mse": float(MeanSquaredError()(values, targets)),
+        "mean_mse": float(targets.var(correction=0)),
+        "examples": float(len(targets)),
+    }
+    if len(targets) > 1 and values.std() > 0 and targets.std() > 0:
+        metrics["pearson"] = float(PearsonCorrCoef()(values, targets))
+        metrics["spearman"] = float(spearman_corrcoef(values, targets))
+    return metrics
+
+
+def answer_metrics(loss: float, tokens: int, size: int, examples: int) -> Metrics:
+    """Of answers with `tokens` tokens, their end tokens included, and `size` bytes: loss in nats per token, perplexity,
+    bits per byte."""
+    return {
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "bits_per_byte": loss / math.log(2) * tokens / max(1, size),
+        "examples": examples,
+    }
+
+
+def generated_metrics(answers: Sequence[str], wanted: Sequence[str]) -> Metrics:
+    """Exact match and the F1 of words, in [0, 1], as SQuAD counts them: without case, articles and punctuation."""
+    metric = SQuAD(sync_on_compute=False)  # a rank that measures alone does not wait for the others
+    metric.update(
+        [{"prediction_text": answer, "id": str(i)} for i, answer in enumerate(answers)],
+        [{"answers": {"text": [text], "answer_start": [0]}, "id": str(i)} for i, text in enumerate(wanted)],
+    )
+    measured = metric.compute()
+    return {"exact_match": float(measured["exact_match"]) / 100, "word_f1": float(measured["f1"]) / 100}
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf

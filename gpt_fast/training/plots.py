@@ -1,0 +1,104 @@
+"""A run's curves as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import shorten
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .._files import replacing
+
+TRAIN, VALID, BASELINE = "#9db4c9", "#1f5a94", "#b5562b"
+
+
+def plot_language_model(metrics: list[dict[str, float]], entropy: float, title: str, path: Path) -> None:
+    """Training and validation loss over the updates, and the unigram entropy that both start from."""
+    figure = Figure(figsize=(7.5, 4.6), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    _curve(axes, metrics, "train_loss", TRAIN, "training")
+    _curve(axes, metrics, "valid_loss", VALID, "validation", marker="o")
+    _baseline(axes, entropy, f"unigram entropy {entropy:.2f}")
+    _finish(axes, title, "loss (nats per token)")
+    _write(figure, path)
+
+
+def plot_task(
+    metrics: list[dict[str, float]], score: str, baseline: float | None, unit: str, title: str, path: Path
+) -> None:
+    """Training loss on the left; on the right `score` on the validation rows, with what a constant answer reaches."""
+    figure = Figure(figsize=(10, 4.4), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _curve(left, metrics, "train_loss", TRAIN, "training")
+    _finish(left, title, "training loss (task + language model)")
+    _curve(right, metrics, score, VALID, "validation", marker="o")
+    if baseline is not None:
+        _baseline(right, baseline, f"constant answer {baseline:.2f}")
+    right.set_ylim(bottom=0)
+    _finish(right, "held-out rows", unit)
+    _write(figure, path)
+
+
+def plot_confusion(counts: list[list[int]], names: Sequence[str], title: str, path: Path) -> None:
+    """A matrix with the true labels as rows and the answers as columns; the colour is the share of a row."""
+    K = len(names)
+    size = min(16.0, 3.0 + 0.45 * K)
+    figure = Figure(figsize=(size + 1, size), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    shares = [[count / max(1, sum(row)) for count in row] for row in counts]
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    labels = [shorten(name, 24, placeholder="…") for name in names]
+    axes.set_xticks(range(K), labels, rotation=60, ha="right")
+    axes.set_yticks(range(K), labels)
+    axes.set_xlabel("answer")
+    axes.set_ylabel("label")
+    axes.set_title(shorten(title, 60, placeholder=" …"), loc="left", fontsize=11)
+    if K <= 30:
+        for i, row in enumerate(counts):
+            for j, count in enumerate(row):
+                color = "white" if shares[i][j] > 0.6 else "0.2"
+                axes.text(j, i, str(count), ha="center", va="center", fontsize=8, color=color)
+    figure.colorbar(picture, ax=axes, label="share of the label's rows", shrink=0.8)
+    _write(figure, path)
+
+
+def plot_runs(runs: Sequence[tuple[str, list[dict[str, float]]]], field: str, path: Path) -> None:
+    """One field of several runs over the updates, each a curve in a colour of its own."""
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for index, (name, metrics) in enumerate(runs):
+        _curve(axes, metrics, field, f"C{index % 10}", name, marker="o" if field.startswith("valid_") else "")
+    _finish(axes, "", field.replace("_", " "))
+    _write(figure, path)
+
+
+def _curve(axes: Axes, metrics: list[dict[str, float]], field: str, color: str, label: str, marker: str = "") -> None:
+    points = [(line["step"], line[field]) for line in metrics if field in line]
+    steps, values = zip(*points, strict=True)
+    axes.plot(
+        steps, values, color=color, linewidth=1.8, marker=marker, markersize=4, label=f"{label}, last {values[-1]:.2f}"
+    )
+
+
+def _baseline(axes: Axes, value: float, label: str) -> None:
+    axes.axhline(value, color=BASELINE, linewidth=1.4, linestyle=(0, (5, 3)), label=label)
+
+
+def _finish(axes: Axes, title: str, unit: str) -> None:
+    axes.set_title(shorten(title, 70, placeholder=" …"), loc="left", fontsize=11)
+    axes.set_xlabel("updates")
+    axes.set_ylabel(unit)
+    axes.set_xlim(left=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False)
+
+
+def _write(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        FigureCanvasAgg(figure).print_png(file)

@@ -1,0 +1,160 @@
+"""Checkpoints that a kill at any moment, a full disk or a flipped bit cannot turn into silent damage.
+
+checkpoints/step-000001000/   one checkpoint
+  shard-*.safetensors           the tensors, a file for each rank, by torch.distributed.checkpoint
+  checkpoint.json               the rest of the state, and the size and SHA-256 of every file; its own sum is in it
+checkpoints/latest            the name of the newest one
+
+A checkpoint is written under a temporary name, synced and renamed; `latest` moves after that, and older ones go last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from ..._files import PARTIAL, sync, write_json, write_text
+from ..engine.distributed import World
+
+FOLDER, MANIFEST, LATEST = "checkpoints", "checkpoint.json", "latest"
+_PREFIX, _FORMAT = "step-", "gpt_fast checkpoint"
+
+
+class Damaged(ValueError):
+    """A checkpoint is not what was written."""
+
+
+def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int, world: World) -> None:
+    """Writes the checkpoint of `step` into `folder` (a run's checkpoints/) and leaves the last `keep`; every rank calls
+    it with its own tensors. Raises `OSError` where it cannot be written, and then the ones before are untouched."""
+    name = f"{_PREFIX}{step:09d}"
+    partial = folder / f".{name}{PARTIAL}"
+    if world.first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    world.wait()
+    try:
+        _write_tensors(partial, tensors, world)
+        world.wait()
+        if world.first:
+            _seal(partial, {"format": _FORMAT, "step": step, "ranks": world.size, "state": state})
+            shutil.rmtree(folder / name, ignore_errors=True)  # of a run that went on from an older one
+            partial.rename(folder / name)
+            sync(folder)
+            write_text(folder / LATEST, name + "\n")
+            _prune(folder, keep)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    world.wait()
+
+
+def newest_first(folder: Path) -> Iterator[Path]:
+    """The complete checkpoints of a folder: the one that `latest` names, then the others from the newest on."""
+    if not folder.is_dir():
+        return
+    found = sorted((path for path in folder.iterdir() if path.name.startswith(_PREFIX)), reverse=True)
+    latest = folder / LATEST
+    named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
+    yield from sorted(found, key=lambda path: path.name != named)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What checkpoint.json says; `Damaged` where it, or any file that it lists, is not as it was written."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        total = manifest.pop("sha256")
+        right = manifest["format"] == _FORMAT and total == _sum_of(manifest)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        right = False
+    if not right:
+        raise Damaged(f"{path}: {MANIFEST} is missing or damaged")
+    present = {file.name for file in path.iterdir()} - {MANIFEST}
+    if present != set(manifest["files"]):
+        wrong = ", ".join(sorted(present ^ set(manifest["files"])))
+        raise Damaged(f"{path}: files are missing or do not belong there ({wrong})")
+    for name, (size, digest) in _sums(path).items():
+        if [size, digest] != manifest["files"][name]:
+            raise Damaged(f"{path / name}: damaged, {size:,} bytes that are not those that were written")
+    return manifest
+
+
+def load(path: Path, tensors: dict[str, Tensor], world: World) -> None:
+    """Fills `tensors` from a checkpoint, whatever the number of ranks that wrote it."""
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is")
+            dcp.load(_with_a_dimension(tensors), storage_reader=reader, no_dist=world.size == 1)
+    except CheckpointException as error:
+        raise ValueError(f"{path}: does not fit this model ({_cause(error)})") from None
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:
+    writer = dcp.HuggingFaceStorageWriter(str(path), save_distributed=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is")  # unavailable in one process, as it should be
+            dcp.save(_with_a_dimension(tensors), storage_writer=writer, no_dist=world.size == 1)
+    except CheckpointException as error:
+        raise OSError(f"{path.parent}: the checkpoint cannot be written ({_cause(error)})") from None
+
+
+def _with_a_dimension(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Scalars as one-element views: the safetensors reader slices, which a scalar does not allow."""
+    return {name: tensor.view(1) if tensor.ndim == 0 else tensor for name, tensor in tensors.items()}
+
+
+def _cause(error: CheckpointException) -> str:
+    exception, _ = next(iter(error.failures.values()))
+    return " ".join(str(exception).split()) or type(exception).__name__
+
+
+def _seal(path: Path, manifest: dict[str, Any]) -> None:
+    """Syncs all files and writes the manifest that vouches for them."""
+    for file in path.iterdir():
+        sync(file)
+    manifest["files"] = _sums(path)
+    manifest["sha256"] = _sum_of(manifest)
+    write_json(path / MANIFEST, manifest)
+
+
+def _sums(path: Path) -> dict[str, list[Any]]:
+    files = sorted(file for file in path.iterdir() if file.name != MANIFEST)
+    with ThreadPoolExecutor(8) as pool:
+        return {
+            file.name: [file.stat().st_size, digest]
+            for file, digest in zip(files, pool.map(_digest, files), strict=True)
+        }
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        digest = hashlib.sha256()
+        while chunk := opened.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sum_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _prune(folder: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints, and what kills left half-done. A checkpoint loses its name before
+    its files, so that none is ever seen with a part of them."""
+    for path in list(newest_first(folder))[keep:]:
+        path.rename(folder / f".{path.name}.removed")
+    for path in folder.iterdir():
+        if path.is_dir() and path.name.startswith("."):
+            shutil.rmtree(path)

@@ -1,0 +1,259 @@
+"""Run folders: what training writes.
+
+config.json, model.safetensors   the model, as `save_pretrained` writes it
+tokenizer.json                   its tokenizer
+settings.yaml                    every setting, resolved: `--config` takes it back
+metrics.jsonl                    one line per logged step
+run.json                         how it came about and how it ended: data, labels, baselines, last figures; written last
+loss.png                         the curves
+checkpoints/, best/              what a run that was stopped goes on from, and the best weights so far
+tensorboard/, confusion.png, bad-batch.safetensors   where asked for, or where there is reason
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from ...config import GPTConfig
+from ...data.tokenizer import special_ids, vocabulary_size
+from ...heads import Head
+from . import checkpoints
+
+RUN_FILES = {
+    "config.json", "model.safetensors", "tokenizer.json", "settings.yaml", "metrics.jsonl", "run.json", "loss.png",
+}  # fmt: skip
+OTHER_FILES = {checkpoints.FOLDER, "best", "tensorboard", "confusion.png", "bad-batch.safetensors"}
+
+
+class Run:
+    """A run folder in the making: at first a hidden one beside `out`, which `publish` moves there.
+
+    Until `keep` is called it is all or nothing: an error then leaves what was there before. Afterwards, that is from
+    the first checkpoint on, the folder stays whatever happens.
+    """
+
+    def __init__(self, out: Path, folder: Path, overwrite: bool = False):
+        self.out = out
+        self.folder = folder
+        self.overwrite = overwrite
+        self.kept = False
+        self._replaced: Path | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / checkpoints.FOLDER
+
+    def publish(self) -> None:
+        """Moves the folder to its place, before the first update: from now on metrics can be watched there."""
+        if self.folder == self.out:
+            return
+        _check_target(self.out, self.overwrite)  # someone may have written there meanwhile
+        _check_idle(self.out)
+        self.folder.chmod(0o777 & ~_umask())  # mkdtemp's folders are the owner's alone
+        if self.out.exists():
+            self._replaced = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.old-", dir=self.out.parent))
+            self.out.rename(self._replaced / self.out.name)
+        self.folder.rename(self.out)
+        self.folder = self.out
+
+    def keep(self) -> None:
+        """What lies in the folder is worth more than what it replaced."""
+        self.publish()
+        self.kept = True
+        if self._replaced is not None:
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            self._replaced = None
+
+    def discard(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._replaced is not None:
+            (self._replaced / self.out.name).rename(self.out)
+            self._replaced.rmdir()
+
+
+@contextmanager
+def new_run(out: Path, overwrite: bool = False, resume: bool = False) -> Iterator[Run]:
+    """Yields a run whose folder takes its place at the end of the block, or before, when `publish` is called. If the
+    block raises, or is interrupted, before a checkpoint is written, nothing of it stays and a run that was there before
+    is untouched.
+
+    `overwrite` replaces a run, never a folder that holds anything else. `resume` goes on in a folder with checkpoints,
+    and replaces an unfinished one without.
+    """
+    out = out.resolve()
+    if overwrite and resume:
+        raise ValueError(
+            "--overwrite and --resume: one replaces the run, the other goes on with it; wanted one of them"
+        )
+    if resume and any(checkpoints.newest_first(out / checkpoints.FOLDER)):
+        run = Run(out, out)
+        run.kept = True
+        with _locked(out):
+            yield run
+        return
+    overwrite = overwrite or (resume and not is_finished(out))
+    _check_target(out, overwrite)
+    _check_idle(out)
+    try:
+        made = _make_parents(out.parent)
+        _sweep(out)
+        run = Run(out, Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent)), overwrite)
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot write there ({error.strerror})") from None
+    try:
+        with _locked(run.folder):
+            yield run
+            run.keep()
+    finally:
+        if not run.kept:
+            run.discard()
+            for folder in made:
+                if not any(folder.iterdir()):
+                    folder.rmdir()
+
+
+def _sweep(out: Path) -> None:
+    """Removes what a kill before the first update left beside `out`: folders that no living process has locked."""
+    for folder in out.parent.glob(f".{out.name}.new-*"):
+        try:
+            with _locked(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+        except ValueError:
+            continue
+
+
+def is_finished(out: Path) -> bool:
+    """run.json is written last."""
+    return (out / "run.json").is_file()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """No two processes train in one folder: the lock is the folder's own and ends with the process."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--out {folder}: another process is training there") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _check_idle(out: Path) -> None:
+    """Raises where a living process trains in `out`, which has no checkpoint there yet."""
+    if out.exists():
+        with _locked(out):
+            pass
+
+
+def check_run(folder: Path) -> None:
+    """Raises unless `folder` holds what a run needs to be read."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: " + ("a file, no run folder" if folder.exists() else "no such run folder"))
+    missing = sorted({"config.json", "model.safetensors", "tokenizer.json"} - {path.name for path in folder.iterdir()})
+    if missing:
+        raise FileNotFoundError(f"{folder}: not a run of gpt-fast, {' and '.join(missing)} missing")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What run.json says, or nothing where a model was saved without it."""
+    path = folder / "run.json"
+    return _read_object(path) if path.exists() else {}
+
+
+def special_token(config: GPTConfig, name: str) -> int:
+    """The id of a special token that a task cannot do without."""
+    token = getattr(config, name)
+    if token is None:
+        raise ValueError(f"this model has no {name}; pre-train it with gpt-fast, or name the token's id in config.json")
+    return int(token)
+
+
+def with_special_tokens(model: Head, tokenizer: Tokenizer) -> Head:
+    """The model with ids for the special tokens that its configuration lacks, as one does that `gpt-fast convert` made
+    of another library's: they follow its vocabulary. Their embeddings begin near the mean of all others, and so do
+    their logits, while rows near 0 would be likelier than most where a model's logits are all far below 0."""
+    config = model.config
+    ids = {name: token for name, token in special_ids(tokenizer).items() if getattr(config, name) is None}
+    before, size = config.num_tokens, vocabulary_size(tokenizer)
+    if ids and size > before:
+        model.resize_embeddings(size)
+        layers = [model.trunk.token_emb, *([] if config.tied else [getattr(model, "output_layer", None)])]
+        with torch.no_grad():
+            for layer in layers:
+                if layer is not None:
+                    layer.weight[before:] += layer.weight[:before].mean(0)
+    model.config = model.trunk.config = model.config.replace(**ids)
+    return model
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]  # a kill may leave half a line
+
+
+def read_curve(folder: Path, field: str) -> list[dict[str, float]]:
+    """The lines of a run's metrics that have a field; `ValueError` naming those it has where none does."""
+    if not (folder / "metrics.jsonl").is_file():
+        raise FileNotFoundError(f"{folder}: no run folder, it has no metrics.jsonl")
+    lines = read_metrics(folder)
+    kept = [line for line in lines if field in line]
+    if not kept:
+        known = sorted({name for line in lines for name in line})
+        raise ValueError(f"{folder}: no {field} in its metrics; they have {', '.join(known) or 'no line yet'}")
+    return kept
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: wanted an object, got {type(value).__name__}")
+    return value
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise FileExistsError(f"--out {out}: is a file; wanted a folder that does not exist yet")
+    foreign = sorted({path.name for path in out.iterdir()} - RUN_FILES - OTHER_FILES)
+    foreign = [name for name in foreign if not name.endswith(".partial")]  # a kill in the middle of a write
+    if foreign:
+        raise FileExistsError(f"--out {out}: holds what no run wrote ({', '.join(foreign[:3])}); choose another folder")
+    if not overwrite and any(out.iterdir()):
+        raise FileExistsError(
+            f"--out {out}: already holds a run; choose another folder or give --overwrite, or --resume a stopped one"
+        )
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Creates `folder` and returns what had to be made, innermost first."""
+    made = []
+    while not folder.exists():
+        made.append(folder)
+        folder = folder.parent
+    for path in reversed(made):
+        path.mkdir()
+    return made
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

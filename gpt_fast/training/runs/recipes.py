@@ -1,0 +1,72 @@
+"""How the published models were trained: what a run's options are where they are not given."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .folder import read_record
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """AdamW's numbers, and the share of the peak rate that the cosine falls to."""
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    final_lr: float = 0.0
+
+    @classmethod
+    def of(cls, settings: Any) -> Recipe:
+        """The one in complete settings."""
+        return cls(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)})
+
+
+# Radford et al. (2018), section 4.1; the paper leaves the betas at Adam's own, as the authors' code has them.
+GPT1 = Recipe(lr=2.5e-4)
+# GPT-2's paper says nothing of its optimizer, so these are GPT-3's for the same sizes: Brown et al. (2020),
+# arXiv:2005.14165, table 2.1 and appendix B.
+_GPT3 = Recipe(lr=6e-4, beta2=0.95, weight_decay=0.1, final_lr=0.1)
+# A small model takes, and needs, a higher rate. Its updates see few tokens, so the second moment is averaged over more
+# of them than GPT-3's, and a run has too few updates for Adam's own thousand.
+SMALL = Recipe(lr=2e-3, beta2=0.99)
+
+RECIPES: dict[str | None, Recipe] = {
+    None: SMALL,
+    "notes": GPT1,
+    "gpt1": GPT1,
+    "gpt2": _GPT3,
+    "gpt2-medium": dataclasses.replace(_GPT3, lr=3e-4),
+    "gpt2-large": dataclasses.replace(_GPT3, lr=2.5e-4),
+    "gpt2-xl": dataclasses.replace(_GPT3, lr=2e-4),
+}
+FINETUNE_LR = 6.25e-5  # Radford et al. (2018), section 4.1
+
+
+def pretraining(preset: str | None, source: Path | None) -> Recipe:
+    """A preset's recipe; or that of the run that is gone on from, GPT-1's where a folder says nothing of it."""
+    if source is None:
+        return RECIPES[preset]
+    record = read_record(source)
+    known = {field.name for field in dataclasses.fields(Recipe)} & set(record)
+    return dataclasses.replace(GPT1, **{name: record[name] for name in known})
+
+
+def finetuning_lr(source: Path) -> float:
+    """The paper's rate for models of the published sizes; a quarter of its pre-training's, which is what the paper's
+    is, for others."""
+    record = read_record(source)
+    return FINETUNE_LR if "lr" not in record or record.get("preset") else record["lr"] / 4
+
+
+def complete(settings: S, recipe: Recipe) -> S:
+    """Settings with the recipe's values where they have none."""
+    values = dataclasses.asdict(recipe)
+    unset = {name: value for name, value in values.items() if getattr(settings, name) is None}
+    return dataclasses.replace(settings, **unset)  # type: ignore[type-var]

@@ -1,0 +1,84 @@
+"""`gpt-fast doctor`"""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from .terminal import AsJson, print_json, print_table
+
+PACKAGES = {
+    "torch": "",
+    "triton": "",
+    "numpy": "",
+    "safetensors": "train",
+    "tokenizers": "train",
+    "torchmetrics": "train",
+    "matplotlib": "train",
+    "typer": "train",
+    "rich": "train",
+    "PyYAML": "train",
+    "transformers": "hf",
+    "datasets": "hf",
+}
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Shows versions, devices, and which kernel serves each operation here; says what is missing and how to mend it."""
+    findings = examine()
+    if as_json:
+        print_json(findings)
+        return
+    versions = {name: found or "not installed" for name, found in findings["versions"].items()}
+    print_table("versions", list(versions.items()))
+    devices = [(device["type"], device["name"]) for device in findings["devices"]]
+    print_table("devices", devices)
+    served = [
+        (op, ", ".join(f"{kernel} on {device}" for device, kernel in by.items())) for op, by in findings["ops"].items()
+    ]
+    print_table("what serves each operation", served)
+    print_table("to mend", [("-", line) for line in findings["advice"]] or [("-", "nothing is missing")])
+
+
+def examine() -> dict[str, Any]:
+    """Everything that `doctor` shows."""
+    import torch
+
+    from gpt_fast import build_info, ops
+
+    versions: dict[str, str | None] = {"gpt-fast": _version("gpt-fast"), "python": platform.python_version()}
+    versions |= {name: _version(name) for name in PACKAGES}
+    info = build_info()
+    cuda = torch.cuda.is_available()
+    threads = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    devices = [{"type": "cpu", "name": threads}]
+    if cuda:
+        devices += [{"type": "cuda", "name": torch.cuda.get_device_name(i)} for i in range(torch.cuda.device_count())]
+    kinds = [kind for kind in ("cpu", "cuda") if kind == "cpu" or cuda]
+
+    advice = []
+    if info is None:
+        advice.append("the C++ extension is not built, so the CPU runs the reference: make install, in a checkout")
+    for extra in ("train", "hf"):
+        missing = [name for name, of in PACKAGES.items() if of == extra and versions[name] is None]
+        if missing:
+            advice.append(f"{', '.join(missing)} not installed: pip install gpt-fast[{extra}]")
+    if cuda and versions["triton"] is None:
+        advice.append("Triton is not installed, so the GPU cannot run its kernels: pip install triton")
+    if not cuda and torch.version.cuda:
+        advice.append("this PyTorch is built for CUDA but sees no device: look at nvidia-smi and CUDA_VISIBLE_DEVICES")
+    return {
+        "versions": versions,
+        "devices": devices,
+        "extension": info,
+        "ops": {op: {kind: ops.serving(op, kind) for kind in kinds} for op in ops.NAMES},
+        "advice": advice,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

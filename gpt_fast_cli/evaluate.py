@@ -1,0 +1,63 @@
+"""`gpt-fast evaluate`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .terminal import (
+    AsJson,
+    Device,
+    err,
+    metric_rows,
+    print_json,
+    print_table,
+    require_train_extra,
+    resolve_device,
+    say,
+)
+
+
+def evaluate(
+    source: Annotated[Path, typer.Option("--from", help="Run folder of the model.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A labelled table for a classifier, a file or folder of text for a language model. Without it a model "
+            "of the standard library takes the files held out from it.",
+        ),
+    ] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column with the text; training's unless given.")] = None,
+    pair_column: Annotated[str | None, typer.Option(help="Column with the second text, or the answers.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column with the label.")] = None,
+    confusion: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw a classifier's confusion matrix there.")
+    ] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measures a model on held-out data, beside what a constant answer or a model without context would reach.
+
+    [bold]Examples[/bold]
+
+    gpt-fast evaluate --from runs/lm --data novel.txt
+
+    gpt-fast evaluate --from runs/reviews --data test.jsonl --label-column stars --json
+    """
+    require_train_extra()
+    device = resolve_device(device)
+    if confusion is not None and confusion.suffix.lower() != ".png":
+        raise ValueError(f"--confusion {confusion}: wanted a name that ends in .png")
+    from gpt_fast.training.evaluate import evaluate as measure
+
+    with err.status("evaluating"):
+        result = measure(source, data, text_column, label_column, device, pair_column, confusion)
+    if as_json:
+        print_json(result)
+    else:
+        print_table(f"{source} on {result['data']}", metric_rows(result))
+    if confusion is not None:
+        say(str(confusion))

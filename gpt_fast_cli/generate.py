@@ -1,0 +1,169 @@
+"""`gpt-fast generate`"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .terminal import AsJson, Device, print_json, require_train_extra, resolve_device
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tokenizers import Tokenizer
+    from torch import Tensor
+
+
+def generate(
+    source: Annotated[
+        Path, typer.Option("--from", help="Run folder of a language model, or of one fine-tuned to write or answer.")
+    ],
+    prompt: Annotated[
+        str, typer.Option(metavar="TEXT", help="Text to go on from; without it a document is begun.")
+    ] = "",
+    question: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What to answer from the prompt; fine-tuned question answering.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add; fewer where the model ends the document.")] = 100,
+    num_samples: Annotated[int, typer.Option(help="How many continuations to write, all at once.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k most probable tokens only.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the fewest tokens that reach this probability.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens that are there already become less probable.")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End a continuation before this text; may be repeated.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed writes the same text.")] = None,
+    sliding: Annotated[
+        bool, typer.Option("--sliding", help="Beyond the model's positions, go on from the latest tokens.")
+    ] = False,
+    weights: Annotated[
+        str | None, typer.Option(metavar="float32|bfloat16|int8", help="How a CPU stores them while it writes.")
+    ] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Writes text that goes on from a prompt, as it is drawn.
+
+    [bold]Examples[/bold]
+
+    gpt-fast generate --from runs/lm --prompt "def read(self" --temperature 0
+
+    gpt-fast generate --from runs/lm --prompt "class " --top-p 0.9 --seed 7 --max-new-tokens 500 --sliding
+
+    gpt-fast generate --from runs/lm --prompt "import " --num-samples 5 --stop "class " --weights int8
+    """
+    require_train_extra()
+    device = resolve_device(device)
+    if num_samples < 1:
+        raise ValueError(f"--num-samples {num_samples}: wanted 1 or more")
+    if any(not text for text in stop or []):
+        raise ValueError("--stop '': wanted a text, not nothing")
+    import torch
+
+    from gpt_fast.generation.text import generate as continue_text
+    from gpt_fast.training.runs.load import load_generator, run_tokenizer
+    from gpt_fast.training.tasks import writing_prompt
+
+    model = load_generator(source, device)
+    tokenizer = run_tokenizer(source, model)
+    ids, end = writing_prompt(source, model.config, tokenizer, prompt, question)
+    samples = [_Text(tokenizer, stop or [], [end]) for _ in range(num_samples)]
+    streams = num_samples == 1 and not as_json
+
+    def write(new: Tensor) -> None:
+        if streams and not samples[0].drawn:  # not before it is clear that the prompt will do
+            typer.echo(prompt, nl=False)
+        for sample, token in zip(samples, new.tolist(), strict=True):
+            sample.add(token)
+        if streams:
+            typer.echo(samples[0].settled(), nl=False)
+        if all(sample.done for sample in samples):
+            raise _Finished
+
+    began = time.perf_counter()
+    with contextlib.suppress(_Finished):
+        continue_text(
+            model,
+            torch.tensor([ids] * num_samples, device=device),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            stop_tokens=[end],
+            seed=seed,
+            sliding=sliding,
+            weights=weights,
+            stream=write,
+        )
+    seconds = time.perf_counter() - began
+    drawn = sum(len(sample.drawn) for sample in samples)
+    if as_json:
+        found = [{"text": sample.text(), "new_tokens": len(sample.drawn)} for sample in samples]
+        several = {"samples": found} if num_samples > 1 else found[0]
+        print_json({"prompt": prompt, **several, "tokens_per_second": drawn / seconds})
+    elif streams:
+        typer.echo(samples[0].rest())
+    else:
+        for number, sample in enumerate(samples, 1):
+            typer.secho(f"--- {number}", bold=True)
+            typer.echo(prompt + sample.text())
+
+
+class _Finished(Exception):
+    """Every continuation has met a text to stop at: what ends `generate` from within its stream."""
+
+
+class _Text:
+    """One continuation: the tokens drawn, and the text they make up to where it stops."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], ends: Sequence[int]):
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.ends = ends
+        self.drawn: list[int] = []
+        self.done = False
+        self.written = 0
+
+    def add(self, token: int) -> None:
+        if self.done:
+            return
+        self.drawn.append(token)
+        self.done = token in self.ends or (bool(self.stop) and len(self.text()) < len(self._decoded()))
+
+    def text(self) -> str:
+        """Up to the first of the texts to stop at."""
+        text = self._decoded()
+        found = [text.find(stop) for stop in self.stop if stop in text]
+        return text[: min(found)] if found else text
+
+    def settled(self) -> str:
+        """What has been added since and will stay: whole characters, and nothing that may begin a text to stop at."""
+        text = self.text()
+        if text.endswith("\ufffd"):  # a character of several bytes, until its last one is there
+            return ""
+        held = 0
+        if not self.done:
+            held = max(
+                (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
+            )  # fmt: skip
+        settled = text[self.written : len(text) - held]
+        self.written = max(self.written, len(text) - held)
+        return settled
+
+    def rest(self) -> str:
+        return self.text()[self.written :]
+
+    def _decoded(self) -> str:
+        from gpt_fast.data.tokenizer import decode
+
+        return decode(self.tokenizer, self.drawn, special=False)

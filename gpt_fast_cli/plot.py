@@ -1,0 +1,34 @@
+"""`gpt-fast plot`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .terminal import require_train_extra
+
+
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders, finished or not.")],
+    out: Annotated[Path, typer.Option(metavar="PNG", help="Picture to write.")] = Path("curves.png"),
+    metric: Annotated[
+        str, typer.Option(help="A field of metrics.jsonl, such as train_loss, valid_loss, valid_accuracy or lr.")
+    ] = "valid_loss",
+) -> None:
+    """Draws one curve of each run into one picture.
+
+    [bold]Example[/bold]
+
+    gpt-fast plot runs/a runs/b --metric train_loss --out losses.png
+    """
+    require_train_extra()
+    from gpt_fast.training.plots import plot_runs
+    from gpt_fast.training.runs.folder import read_curve
+
+    curves = [(str(run), read_curve(run, metric)) for run in runs]
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {out}: wanted a name that ends in .png")
+    plot_runs(curves, metric, out)
+    typer.echo(str(out))

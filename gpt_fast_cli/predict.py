@@ -1,0 +1,106 @@
+"""`gpt-fast predict`"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .terminal import AsJson, Device, err, print_json, print_table, require_train_extra, resolve_device, say
+
+if TYPE_CHECKING:
+    from gpt_fast.training.predict import Prediction
+
+
+def predict(
+    source: Annotated[Path, typer.Option("--from", help="Run folder of a fine-tuned model.")],
+    text: Annotated[str | None, typer.Option(metavar="TEXT", help="One text to answer.")] = None,
+    pair: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="The second text beside --text; repeated, the answers to choose from."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A table to answer row by row: .csv, .tsv or .jsonl.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the table there, with the columns prediction and probability."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out if it exists.")] = False,
+    text_column: Annotated[str | None, typer.Option(help="Column with the text; training's unless given.")] = None,
+    pair_column: Annotated[str | None, typer.Option(help="Column with the second text, or the answers.")] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="The most tokens of a written answer; 100, or half of the model's positions, unless given."),
+    ] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Answers with a fine-tuned model: the label of a text with its probability, a number, or what it writes.
+
+    [bold]Examples[/bold]
+
+    gpt-fast predict --from runs/reviews --text "a fine film"
+
+    gpt-fast predict --from runs/nli --text "A man sleeps." --pair "Nobody is awake."
+
+    gpt-fast predict --from runs/reviews --data unread.csv --out answered.csv
+    """
+    require_train_extra()
+    device = resolve_device(device)
+    if (text is None) == (data is None):
+        raise ValueError("wanted either --text or --data" + ("" if text is None else ", not both"))
+    for option, blank in (("--text", [text]), ("--pair", pair or [])):
+        if any(value is not None and not value.strip() for value in blank):
+            raise ValueError(f"{option}: empty; wanted a text")
+    if text is None and pair:
+        raise ValueError("--pair: belongs to --text; a table's second text is named by --pair-column")
+    if data is None:
+        options = {"--text-column": text_column, "--pair-column": pair_column, "--out": out}
+        for option in (name for name, value in options.items() if value is not None):
+            raise ValueError(f"{option} {options[option]}: belongs to --data, not to --text")
+    from gpt_fast.training.predict import check_target, write_predictions
+    from gpt_fast.training.predict import predict as answer
+
+    if out is not None and data is not None:
+        check_target(out, data)
+        if out.exists() and not overwrite:
+            raise ValueError(f"--out {out}: exists; --overwrite replaces it")
+    texts = () if text is None else (text, *(pair or []))
+    with err.status("predicting"):
+        task, table, found = answer(source, device, data, texts, text_column, pair_column, max_new_tokens)
+        if out is not None and data is not None:
+            write_predictions(out, data, found)
+    if as_json:
+        rows = [p.columns() | ({"probabilities": p.probabilities} if p.probabilities else {}) for p in found]
+        print_json({"task": task.name, "data": table.source, "predictions": rows})
+    elif text is not None:
+        _print_one(found[0])
+    elif out is not None:
+        say(f"{out}: {len(found):,} rows" + (f", {_counts(found)}" if task.classifies else ""))
+    else:
+        for row, prediction in zip(table.texts, found, strict=True):
+            typer.echo("\t".join([*map(_shown, prediction.columns().values()), _line(row)]))
+
+
+def _print_one(prediction: Prediction) -> None:
+    if prediction.probabilities is None:
+        typer.echo(_shown(prediction.answer))
+    else:
+        print_table(str(prediction.answer), [(name, f"{p:.1%}") for name, p in prediction.probabilities.items()])
+
+
+def _counts(found: list[Prediction]) -> str:
+    return ", ".join(f"{count:,} {label}" for label, count in Counter(p.answer for p in found).most_common())
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else _line(str(value))
+
+
+def _line(text: str, width: int = 100) -> str:
+    """A text on one line, cut where it is long."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else f"{text[: width - 1]}…"

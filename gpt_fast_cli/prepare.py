@@ -1,0 +1,78 @@
+"""`gpt-fast prepare`"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .terminal import AsJson, counting_bar, print_json, print_table, require_train_extra, say
+
+
+def prepare(
+    out: Annotated[Path, typer.Option(help="Folder for train.bin, valid.bin and tokenizer.json.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar="PATH…",
+            help="Files or folders of text: plain (a file is a document), .jsonl (a row is one), either as .gz; or a "
+            "Hugging Face data set as hf:NAME or hf:NAME:SPLIT.",
+        ),
+    ],
+    more_data: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    valid: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH",
+            help="The same, to validate on. Without it a tenth: of the rows, of ten files or more, or of each file.",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            metavar="bpe|byte|char|PATH",
+            help="bpe and char learn from at most 100 MB of the training text; PATH is a tokenizer.json.",
+        ),
+    ] = "bpe",
+    vocab_size: Annotated[int, typer.Option(help="Of bpe.")] = 32_768,
+    text_column: Annotated[str, typer.Option(help="Field or column with the text.")] = "text",
+    processes: Annotated[int | None, typer.Option(help="Processes that tokenise; one for each core.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds of another run.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turns text into token files, which pretrain maps into memory: any amount of it, in little of yours.
+
+    Stopped, it goes on where it was with the same command.
+
+    [bold]Examples[/bold]
+
+    gpt-fast prepare --data books/ web.jsonl.gz --out tokens
+
+    gpt-fast prepare --data hf:wikitext:train --tokenizer runs/lm/tokenizer.json --out tokens
+    """
+    require_train_extra()
+    from gpt_fast.data.prepare import PrepareSettings
+    from gpt_fast.data.prepare import prepare as run
+
+    settings = PrepareSettings(
+        out=out,
+        data=(*data, *(more_data or ())),
+        valid=tuple(valid or ()),
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        text_column=text_column,
+        processes=processes if processes is not None else os.cpu_count() or 1,
+        overwrite=overwrite,
+    )
+    with counting_bar("tokenising") as show:
+        record = run(settings, show, say)
+    if as_json:
+        print_json({"out": str(out), **record})
+        return
+    rows = [
+        (part, f"{record[f'{part}_tokens']:,} tokens, {record[f'{part}_documents']:,} documents")
+        for part in ("train", "valid")
+    ]
+    print_table(f"{out}: {record['dtype']}, a vocabulary of {record['vocabulary']:,}", rows)

@@ -1,0 +1,343 @@
+"""What `gpt-fast` refuses: exit code 2, one line that says what came and what is wanted, nothing left on the disk."""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import ENVIRONMENT, SMALL, Result
+
+
+def files(folder: Path) -> dict[str, float]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def refuse(result: Result, *messages: str) -> None:
+    """Exit code 2, nothing on stdout, and an error of one line that says what came and what is wanted."""
+    assert result.code == 2, result
+    assert "Traceback" not in result.err
+    assert result.out == ""
+    lines = [line for line in result.err.splitlines() if line.startswith("gpt-fast: ")]
+    lines = [line for line in lines if "reference serves" not in line]
+    assert len(lines) == 1, result.err
+    for message in messages:
+        assert message in lines[0]
+
+
+BAD_PRETRAIN = {
+    "missing data": ("--data {tmp}/none.txt", ["none.txt: no such file"]),
+    "empty data": ("--data {tmp}/empty.txt", ["empty.txt: empty", "wanted UTF-8 text"]),
+    "not utf-8": ("--data {tmp}/latin.txt", ["latin.txt: not UTF-8"]),
+    "too little data": ("--data {tmp}/short.txt", ["fewer than a window of 32"]),
+    "unknown preset": ("--preset gpt5", ["gpt5", "notes, gpt1, gpt2"]),
+    "unknown objective": ("--objective xlm", ["xlm", "wanted one of clm, mlm"]),
+    "unknown tokenizer": ("--tokenizer bqe", ["bqe", "bpe, byte, char"]),
+    "broken tokenizer": ("--tokenizer {tmp}/short.txt", ["short.txt: not a tokenizer.json"]),
+    "dropout": ("--dropout 1.0", ["dropout", "1.0", "[0, 1)"]),
+    "heads": ("--dim 50 --heads 4", ["50", "4", "divisible"]),
+    "no layers": ("--layers 0", ["num_layers", "0", "positive"]),
+    "no steps": ("--steps 0", ["--steps 0", "at least 1"]),
+    "no batch": ("--batch-size 0", ["--batch-size 0", "at least 1"]),
+    "parts": ("--accumulate 3", ["--batch-size 4", "divided evenly among 3 parts"]),
+    "beta": ("--beta2 1", ["--beta2 1.0", "less than 1"]),
+    "final rate": ("--final-lr 2", ["--final-lr 2.0", "from 0 to 1"]),
+    "precision": ("--precision int8", ["int8", "float32, bfloat16, float16"]),
+    "no checkpoints": ("--checkpoint-every 0", ["--checkpoint-every 0", "at least 1"]),
+    "strategy": ("--strategy zero", ["zero", "ddp, fsdp"]),
+    "missing settings": ("--config {tmp}/none.yaml", ["--config", "none.yaml: no such file"]),
+    "settings that are none": ("--config {tmp}/short.txt", ["short.txt", "wanted names of options"]),
+    "overwrite and resume": ("--overwrite --resume", ["--overwrite and --resume", "one of them"]),
+    "sizes beside a model": ("--from {lm} --layers 3", ["--layers 3", "leave one out"]),
+    "device": ("--device tpu", ["tpu", "auto, cpu or cuda"]),
+    "out is a file": ("--out {tmp}/short.txt", ["short.txt: is a file"]),
+    "out cannot be written": ("--out {tmp}/short.txt/run", ["short.txt/run: cannot write there"]),
+    "out holds a run": ("--out {lm}", ["already holds a run", "--overwrite"]),
+    "out holds something else": ("--out {tmp} --overwrite", ["holds what no run wrote"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PRETRAIN)
+def test_pretrain_refuses(cli, data, tmp_path, case):
+    options, messages = BAD_PRETRAIN[case]
+    for name, content in {"empty.txt": b"", "latin.txt": b"caf\xe9", "short.txt": b"a few words\n"}.items():
+        (tmp_path / name).write_bytes(content)
+    command = ["--data", data.text, "--tokenizer", "byte", "--out", tmp_path / "new" / "run", *SMALL]
+    given = [option.format(tmp=tmp_path, lm=data.lm) for option in options.split()]
+    if given[0] == "--data":
+        command = command[2:]
+    before = files(tmp_path) | files(data.folder)
+    refuse(cli("pretrain", *command, *given), *messages)
+    assert files(tmp_path) | files(data.folder) == before
+
+
+def test_divergence_leaves_the_batch_that_began_it(cli, data, tmp_path):
+    out = tmp_path / "run"
+    command = ["pretrain", "--data", data.text, "--tokenizer", "byte", *SMALL, "--steps", 40, "--out", out]
+    result = cli(*command, "--lr", 1e30)
+    refuse(result, "the training loss is", "smaller --lr", f"{out}/bad-batch.safetensors")
+    assert "update 3: skipped" in result.err
+    assert sorted(path.name for path in out.iterdir()) == [
+        "bad-batch.safetensors", "metrics.jsonl", "settings.yaml", "tokenizer.json",
+    ]  # fmt: skip
+
+
+TABLES = {
+    "empty.csv": b"",
+    "latin.csv": b"text,label\ncaf\xe9,a\n",
+    "column.csv": b"text,lable\na,b\n",
+    "semicolons.csv": b"text;label\na;b\n",
+    "ids.csv": b"text,label\n" + b"".join(b"a,%d\n" % i for i in range(20)),
+    "ragged.csv": b"text,label\na,b\na,b,c\n",
+    "one.csv": b"text,label\n" + b"a,b\n" * 20,
+    "few.csv": b"text,label\na,b\nc,d\n",
+    "new.csv": b"text,label\na,warm\nb,tepid\n",
+    "words.csv": b"text,label\na,three\nb,4\n" * 6,
+    "nameless.jsonl": b"{}\n",
+    "broken.jsonl": b'{"text": "a", "label": "b"}\n{"text": \n',
+    "latin.txt": b"caf\xe9\n",
+    "table.txt": b"text,label\na,b\n",
+}
+BAD_FINETUNE = {
+    "missing table": ("--train {tmp}/none.csv", ["none.csv: no such file"]),
+    "empty table": ("--train {tmp}/empty.csv", ["empty.csv: empty"]),
+    "not utf-8": ("--train {tmp}/latin.csv", ["latin.csv: not UTF-8"]),
+    "no such column": (
+        "--train {tmp}/column.csv",
+        ["column.csv: no column 'label'", "'text', 'lable'", "--label-column names another"],
+    ),
+    "no such text column": (
+        "--train {table} --text-column body",
+        ["no column 'body'", "'text', 'label'", "--text-column names another"],
+    ),
+    "no columns": ("--train {tmp}/nameless.jsonl", ["nameless.jsonl: no column 'text'; it has none"]),
+    "semicolons": ("--train {tmp}/semicolons.csv", ["semicolons.csv: no column 'text'", "separated by ';'", "commas"]),
+    "labels that never repeat": (
+        "--train {tmp}/ids.csv",
+        ["ids.csv: column 'label' has 20 labels in 20 rows", "--valid"],
+    ),
+    "ragged": ("--train {tmp}/ragged.csv", ["ragged.csv, line 3: 3 fields under a header of 2"]),
+    "one label": ("--train {tmp}/one.csv", ["one.csv: every row has the label 'b'"]),
+    "few rows": ("--train {tmp}/few.csv", ["few.csv: 2 rows", "--valid"]),
+    "unknown label": (
+        "--train {table} --valid {tmp}/new.csv",
+        ["new.csv, row 2: unknown label 'tepid'", "'cold', 'warm'"],
+    ),
+    "not json": ("--train {tmp}/broken.jsonl", ["broken.jsonl, line 2: not JSON"]),
+    "not a table": ("--train {tmp}/table.txt", ["table.txt: wanted a table ending in .csv, .tsv, .jsonl"]),
+    "valid alone": ("--valid {table}", ["--valid", "without --train"]),
+    "words for numbers": (
+        "--train {tmp}/words.csv --task regression",
+        ["words.csv, row 1: label 'three' is not a number"],
+    ),
+    "unknown task": ("--train {table} --task tagging", ["tagging", "classification, entailment, similarity"]),
+    "pair where there is none": ("--train {table} --pair-column b", ["--pair-column b", "reads one text only"]),
+    "pair that is missing": ("--train {table} --task entailment", ["no column 'premise'", "'text', 'label'"]),
+    "one choice": (
+        "--train {table} --task multiple-choice --text-column text --pair-column text --label-column label",
+        ["1 choices; wanted two or more"],
+    ),
+    "choice that is none": (
+        "--train {table} --task multiple-choice --text-column text --pair-column text,text --label-column label",
+        ["row 1: unknown label 'cold'", "A, B, 0 to 1"],
+    ),
+    "numbers of classes": ("--train {table} --numbers", ["--numbers", "wanted similarity or regression"]),
+    "no table for a task": ("--task similarity", ["no table comes with it", "--train FILE"]),
+    "no epochs": ("--train {table} --epochs 0", ["--epochs 0", "at least 1"]),
+    "negative rate": ("--train {table} --lr -1", ["--lr -1.0", "0 or more"]),
+    "no rows": ("--train {table} --rows 0", ["--rows 0", "at least 1"]),
+    "more rows than there are": ("--train {table} --rows 55", ["--rows 55", "table.csv has 54 to train on"]),
+    "strategy": ("--train {table} --strategy zero", ["zero", "ddp, fsdp"]),
+    "negative lambda": ("--train {table} --lm-weight -1", ["lm_weight", "-1"]),
+    "out holds a run": ("--train {table} --out {classifier}", ["already holds a run"]),
+    "missing run": ("--train {table} --from {tmp}/none", ["none: no such run folder"]),
+    "no run": ("--train {table} --from {tmp}", ["not a run of gpt-fast", "config.json"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FINETUNE)
+def test_finetune_refuses(cli, data, tmp_path, case):
+    options, messages = BAD_FINETUNE[case]
+    for name, content in TABLES.items():
+        (tmp_path / name).write_bytes(content)
+    given = [option.format(tmp=tmp_path, **data._asdict()) for option in options.split()]
+    before = files(tmp_path) | files(data.folder)
+    refuse(cli("finetune", "--from", data.lm, "--out", tmp_path / "new" / "run", *given), *messages)
+    assert files(tmp_path) | files(data.folder) == before
+
+
+def spoil_truncated(run: Path) -> None:
+    weights = run / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def spoil_pickle(run: Path) -> None:
+    import torch
+
+    torch.save({"a": torch.zeros(3)}, run / "model.safetensors")
+
+
+def spoil_foreign(run: Path) -> None:
+    header = json.dumps({"their.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (run / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+
+
+def spoil_config(**changes: object) -> Callable[[Path], None]:
+    def spoil(run: Path) -> None:
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(config | changes))
+
+    return spoil
+
+
+def spoil_tokenizer(run: Path) -> None:
+    tokenizer = json.loads((run / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": 261, "content": "<|more|>"})
+    (run / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+BAD_RUNS = {
+    "truncated": (spoil_truncated, ["model.safetensors", "truncated"]),
+    "pickle": (spoil_pickle, ["model.safetensors", "safetensors"]),
+    "foreign": (spoil_foreign, ["model.safetensors: lacks trunk.", "GPTForCausalLM"]),
+    "other sizes": (spoil_config(hidden_dim=32), ["model.safetensors", "[64, 16]", "[64, 32]"]),
+    "sizes that make no model": (spoil_config(num_heads=3), ["config.json", "divisible"]),
+    "unknown head": (spoil_config(head="GPTForTagging"), ["config.json", "GPTForTagging", "GPTForCausalLM"]),
+    "foreign config": (lambda run: (run / "config.json").write_text('{"model_type": "gpt2"}'), ["config.json"]),
+    "no json": (lambda run: (run / "config.json").write_text("{"), ["config.json", "not JSON"]),
+    "no tokenizer": (lambda run: (run / "tokenizer.json").unlink(), ["tokenizer.json missing"]),
+    "other tokenizer": (spoil_tokenizer, ["do not belong together", "262 tokens", "261"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RUNS)
+def test_damaged_runs(cli, data, tmp_path, case):
+    spoil, messages = BAD_RUNS[case]
+    run = tmp_path / "run"
+    shutil.copytree(data.lm, run)
+    spoil(run)
+    refuse(cli("evaluate", "--from", run, "--data", data.text), *messages)
+
+
+BAD_USES = {
+    "evaluate: unknown label": ("evaluate --from {classifier} --data {tmp}/new.csv", ["row 2: unknown label 'tepid'"]),
+    "evaluate: a table for a language model": (
+        "evaluate --from {lm} --data {tmp}/new.csv",
+        ["new.csv: a table", "holds a language model"],
+    ),
+    "evaluate: confusion, no png": (
+        "evaluate --from {classifier} --data {table} --confusion {tmp}/c.jpg",
+        ["c.jpg", "ends in .png"],
+    ),
+    "evaluate: no labels": (
+        "evaluate --from {classifier} --data {tmp}/column.csv",
+        ["no column 'label'", "gpt-fast predict answers rows without labels"],
+    ),
+    "evaluate: no data": ("evaluate --from {lm}", ["not trained on the standard library", "--data"]),
+    "evaluate: confusion of a language model": (
+        "evaluate --from {lm} --data {text} --confusion {tmp}/c.png",
+        ["holds no classifier"],
+    ),
+    "plot: no such field": ("plot {lm} --metric f1 --out {tmp}/p.png", ["no f1 in its metrics", "train_loss"]),
+    "plot: no run": ("plot {tmp} --out {tmp}/p.png", ["no run folder"]),
+    "plot: no png": ("plot {lm} --out {tmp}/p.jpg", ["p.jpg", "ends in .png"]),
+    "evaluate: text for a classifier": ("evaluate --from {classifier} --data {text}", ["text.txt: wanted a table"]),
+    "evaluate: missing data": ("evaluate --from {lm} --data {tmp}/none", ["none: no such file"]),
+    "evaluate: not utf-8": ("evaluate --from {lm} --data {tmp}/latin.txt", ["latin.txt: not UTF-8"]),
+    "generate: prompt too long": ("generate --from {lm} --prompt {long}", ["40 tokens of prompt", "32 positions"]),
+    "generate: too many": ("generate --from {lm} --prompt a --max-new-tokens 99", ["make 100", "--sliding"]),
+    "generate: temperature": ("generate --from {lm} --temperature -1 --max-new-tokens 3", ["temperature -1.0"]),
+    "generate: weights": ("generate --from {lm} --weights int4 --max-new-tokens 3", ["'int4'", "float32, bfloat16"]),
+    "generate: samples": ("generate --from {lm} --num-samples 0 --max-new-tokens 3", ["--num-samples 0"]),
+    "generate: penalty": ("generate --from {lm} --repetition-penalty 0 --max-new-tokens 3", ["repetition_penalty 0"]),
+    "generate: top-k": ("generate --from {lm} --top-k 0 --max-new-tokens 3", ["top_k 0"]),
+    "generate: top-p": ("generate --from {lm} --top-p 1.5 --max-new-tokens 3", ["top_p 1.5"]),
+    "generate: masked": ("generate --from {mlm} --prompt a", ["GPTForMaskedLM", "wanted a GPTForCausalLM"]),
+    "generate: classifier": ("generate --from {classifier} --prompt a", ["GPTForSequenceClassification"]),
+    "predict: nothing": ("predict --from {classifier}", ["--text or --data"]),
+    "predict: both": ("predict --from {classifier} --text a --data {tmp}/new.csv", ["--text or --data", "not both"]),
+    "predict: an empty text": ("predict --from {classifier} --text=", ["--text: empty"]),
+    "predict: an empty pair": ("predict --from {classifier} --text a --pair=", ["--pair: empty"]),
+    "predict: a pair, of one text": ("predict --from {classifier} --text a --pair b", ["1 given", "wanted 0"]),
+    "predict: a pair beside a table": ("predict --from {classifier} --data {tmp}/new.csv --pair b", ["--pair-column"]),
+    "predict: a file for one text": (
+        "predict --from {classifier} --text a --out {tmp}/o.csv",
+        ["--out", "o.csv: belongs to --data"],
+    ),
+    "predict: language model": ("predict --from {lm} --text a", ["GPTForCausalLM", "gpt-fast finetune"]),
+    "predict: no column": (
+        "predict --from {classifier} --data {tmp}/new.csv --text-column words",
+        ["new.csv: no column 'words'", "'text'"],
+    ),
+    "predict: text for a table": ("predict --from {classifier} --data {text}", ["text.txt: wanted a table"]),
+    "predict: no such table": ("predict --from {classifier} --data {tmp}/none.csv", ["none.csv: no such file"]),
+    "predict: into no table": (
+        "predict --from {classifier} --data {tmp}/new.csv --out {tmp}/o.txt",
+        ["o.txt: wanted a table"],
+    ),
+    "predict: a folder for a table": ("predict --from {classifier} --data {tmp}", ["a folder; wanted a table"]),
+    "predict: a file for a run": ("predict --from {table} --text a", ["table.csv: a file, no run folder"]),
+    "predict: into what is there": (
+        "predict --from {classifier} --data {tmp}/new.csv --out {tmp}/latin.csv",
+        ["latin.csv: exists", "--overwrite"],
+    ),
+    "compare: repeats": ("compare --from {lm} --repeats 0", ["--repeats 0"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_USES)
+def test_evaluate_generate_compare_refuse(cli, data, tmp_path, case):
+    options, messages = BAD_USES[case]
+    for name, content in TABLES.items():
+        (tmp_path / name).write_bytes(content)
+    given = [option.format(tmp=tmp_path, long="a" * 40, **data._asdict()) for option in options.split()]
+    refuse(cli(*given), *messages)
+
+
+def test_a_stray_argument(cli, tmp_path):
+    refuse(cli("pretrain", "--out", tmp_path / "run", "text.txt"), "unexpected argument text.txt", "--data")
+
+
+def test_unknown_options_and_commands(cli):
+    for command in (["pretrain", "--out", "x", "--layer", "2"], ["pretend"], ["finetune", "--out", "x"], ["--nope"]):
+        result = cli(*command)
+        assert result.code == 2
+        assert "Traceback" not in result.err
+
+
+def test_traceback_on_request(cli, tmp_path):
+    """For whoever mends the program: the place in the code where an error arose."""
+    result = cli("--traceback", "evaluate", "--from", tmp_path / "none")
+    assert "Traceback" in result.err
+    assert "check_run" in result.err
+
+
+def test_an_error_from_a_fresh_process(tmp_path):
+    """The same as the forked ones, once through the interpreter's own start and exit."""
+    done = subprocess.run(
+        [sys.executable, "-m", "gpt_fast", "evaluate", "--from", str(tmp_path / "none")],
+        env=ENVIRONMENT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    refuse(Result(done.returncode, done.stdout, done.stderr), "none: no such run folder")
+
+
+@pytest.mark.parametrize(
+    ("hidden", "message"),
+    [("typer", "typer not installed; pip install gpt-fast[train]"), ("tokenizers", "needs tokenizers; pip install")],
+)
+def test_without_the_train_extra(hidden, message):
+    """A package that is not installed, as `find_spec` sees it."""
+    script = (
+        "import importlib.util, sys\n"
+        "real = importlib.util.find_spec\n"
+        f"importlib.util.find_spec = lambda name, *rest: None if name == '{hidden}' else real(name, *rest)\n"
+        "sys.argv = ['gpt-fast', 'evaluate', '--from', 'x']\n"
+        "from gpt_fast_cli.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    refuse(Result(done.returncode, done.stdout, done.stderr), message)

@@ -1,0 +1,424 @@
+"""Tokenizers, corpora, tables, snippets, masking and batches."""
+
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt_fast.config import IGNORE
+from gpt_fast.data import batches, corpus, snippets, tables, task_inputs
+from gpt_fast.data import tokenizer as tok
+from gpt_fast.data.masking import mask_tokens
+from gpt_fast.data.stream import TokenStream, WindowOrder, mix, shuffled
+from gpt_fast.data.task_inputs import Example, Marks
+
+TEXT = "def f(x):\r\n\treturn x  # naïve — 日本 🙂\n\n\nclass A:\n    pass\n" * 5
+SPECIAL = list(tok.SPECIAL_TOKENS.values())
+ODD = [*SPECIAL, "a<|mask|>b", "\r\n\r \x00", "  x  ", "🙂" * 3, ""]
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict:
+    return {"bpe": tok.train_bpe([TEXT], 300), "byte": tok.byte_tokenizer(), "char": tok.char_tokenizer([TEXT])}
+
+
+# --- tokenizers ---
+
+
+@pytest.mark.parametrize("kind", ["bpe", "byte"])
+@settings(max_examples=60, deadline=None)
+@given(
+    text=st.one_of(
+        st.text(max_size=40), st.sampled_from([*SPECIAL, "a<|mask|>b", "\r\n\r \x00", "  x  ", "🙂" * 3, ""])
+    )
+)
+def test_text_comes_back_exactly(trained, kind, text):
+    """Any Unicode text, also what was never trained on and what is spelled like a special token."""
+    ids = tok.encode(trained[kind], text)
+    assert tok.decode(trained[kind], ids) == text
+
+
+def test_byte_ids_are_bytes(trained):
+    assert tok.encode(trained["byte"], "aé\n") == [*"aé\n".encode()]
+    assert tok.vocabulary_size(trained["byte"]) == 261
+
+
+def test_char_knows_its_text_and_marks_the_rest(trained):
+    tokenizer = trained["char"]
+    assert tok.decode(tokenizer, tok.encode(tokenizer, TEXT)) == TEXT
+    assert tok.encode(tokenizer, "aZ")[1] == tokenizer.token_to_id(tok.UNKNOWN)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "byte", "char"])
+def test_special_tokens_are_reserved_and_out_of_reach_of_text(trained, kind, tmp_path):
+    tok.save_tokenizer(trained[kind], tmp_path / "tokenizer.json")
+    for tokenizer in (trained[kind], tok.load_tokenizer(tmp_path)):
+        special = tok.special_ids(tokenizer)
+        assert len(set(special.values())) == 5
+        assert max(special.values()) < tok.vocabulary_size(tokenizer)
+        assert not set(special.values()) & set(tok.encode(tokenizer, "".join(SPECIAL)))
+
+
+def test_bpe_training_is_deterministic():
+    first, second = (tok.train_bpe([TEXT, TEXT[:40]], 290).to_str() for _ in range(2))
+    assert first == second
+
+
+def test_bpe_needs_room_for_the_bytes():
+    with pytest.raises(ValueError, match=r"100.*256 bytes"):
+        tok.train_bpe([TEXT], 100)
+
+
+def test_foreign_tokenizer_gets_the_special_tokens(tmp_path):
+    """A tokenizer.json of somebody else's, with truncation and an end token that its encode would append."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    foreign = Tokenizer(models.WordLevel({"<unk>": 0, "hello": 1, "</s>": 7}, unk_token="<unk>"))
+    foreign.pre_tokenizer = pre_tokenizers.Whitespace()
+    foreign.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 7)])
+    foreign.enable_truncation(2)
+    foreign.save(str(tmp_path / "theirs.json"))
+    tokenizer = tok.make_tokenizer(str(tmp_path / "theirs.json"), [], 0)
+    assert tok.encode(tokenizer, "hello hello hello") == [1, 1, 1]
+    assert tok.vocabulary_size(tokenizer) == max(*tok.special_ids(tokenizer).values(), 7) + 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b'"text"', b"3", b"{}", b'{"model": {"type": "x"}}', b'\xff{"model": 1}']
+)
+def test_what_is_no_tokenizer(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"tokenizer.json: not a tokenizer.json"):
+        tok.load_tokenizer(path)
+
+
+def test_unknown_tokenizer():
+    with pytest.raises(ValueError, match="bqe: neither bpe, byte, char nor"):
+        tok.make_tokenizer("bqe", [], 300)
+
+
+# --- corpora ---
+
+
+def write(folder: Path, files: dict[str, str | bytes]) -> Path:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def test_many_files_split_by_file(tmp_path):
+    write(tmp_path, {f"sub/{i}.txt": f"file {i}\r\n" * 9 for i in range(40)} | {".hidden/x": b"\xff", "sub/empty": ""})
+    read = corpus.read_corpus([tmp_path])
+    assert read == corpus.read_corpus([tmp_path])
+    names = [document.name for document in read.train + read.valid]
+    assert sorted(names) == sorted(f"sub/{i}.txt" for i in range(40))
+    assert 2 <= len(read.valid) <= 4
+    assert all("\r\n" in document.text for document in read.train)
+
+
+def test_few_files_split_at_a_line(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(100))
+    write(tmp_path, {"a.txt": text})
+    read = corpus.read_corpus([tmp_path / "a.txt"])
+    assert read.train[0].text + read.valid[0].text == text
+    assert read.train[0].text.endswith("\n")
+    assert 0.08 < len(read.valid[0].text) / len(text) < 0.12
+
+
+@pytest.mark.parametrize(
+    ("files", "path", "message"),
+    [
+        ({}, "none.txt", "none.txt: no such file"),
+        ({"a.txt": " \n"}, "a.txt", "a.txt: empty"),
+        ({"d/.x": "hidden"}, "d", "d: no files"),
+        ({"d/a.txt": "fine", "d/b.txt": b"caf\xe9"}, "d", "b.txt: not UTF-8"),
+    ],
+)
+def test_text_that_cannot_be_read(tmp_path, files, path, message):
+    write(tmp_path, files)
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+        corpus.read_corpus([tmp_path / path])
+
+
+@pytest.fixture(scope="module")
+def stdlib() -> corpus.Corpus:
+    return corpus.read_corpus(None)
+
+
+def test_standard_library(stdlib):
+    """Modules without tests and tables; a tenth of the text is held out in whole files, of every larger package too."""
+    train, valid = ({document.name for document in part} for part in (stdlib.train, stdlib.valid))
+    assert not train & valid
+    assert "argparse.py" in train | valid
+    assert not [name for name in train | valid if re.search(r"(^|/)(tests?|idle_test|site-packages)/", name)]
+    sizes = [sum(len(document.text) for document in part) for part in (stdlib.train, stdlib.valid)]
+    assert sum(sizes) > 2_000_000
+    assert 0.08 < sizes[1] / sum(sizes) < 0.11
+    for name in snippets.chosen_packages(stdlib.train + stdlib.valid):
+        assert any(document.startswith(f"{name}/") for document in valid), name
+
+
+# --- tables ---
+
+
+TABLES = {
+    "t.csv": '\ufefftext,label,more\r\n"a, ""b""\nc",x,1\r\n日本,y,2\r\n',
+    "t.tsv": 'more\ttext\tlabel\n1\t"a, ""b""\nc"\tx\n2\t日本\ty\n',
+    "t.jsonl": '{"text": "a, \\"b\\"\\nc", "label": "x"}\n\n{"label": "y", "text": "日本", "more": [1]}\n',
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables(tmp_path, name):
+    """The same two rows in three formats: quotes, line ends in a field, a byte order mark, a blank line."""
+    table = tables.read_table(write(tmp_path, TABLES) / name)
+    assert table.texts == ['a, "b"\nc', "日本"]
+    assert table.labels == ["x", "y"]
+
+
+def test_a_field_longer_than_csvs_limit(tmp_path):
+    write(tmp_path, {"t.csv": "text,label\n" + "a" * 200_000 + ",x\n"})
+    assert len(tables.read_table(tmp_path / "t.csv").texts[0]) == 200_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.txt", "text,label\na,b\n", "t.txt: wanted a table ending in .csv, .tsv, .jsonl, got '.txt'"),
+        ("t.csv", "", "t.csv: empty"),
+        ("t.csv", "text,label\n", "t.csv: empty"),
+        ("t.csv", "text,lable\na,b\n", "t.csv, line 2: no column 'label'; it has 'text', 'lable'"),
+        ("t.csv", "text,label\na,b\nc\n", "t.csv, line 3: 1 fields under a header of 2"),
+        ("t.csv", "text,label\na,\n", "t.csv, line 2: column 'label' holds ''"),
+        ("t.csv", 'text,label\n"a,b\n', "t.csv, line 2: unexpected end of data"),
+        ("t.csv", b"text,label\ncaf\xe9,b\n", "t.csv: not UTF-8"),
+        ("t.jsonl", '{"text": "a", "label": 1}\n{"text"\n', "t.jsonl, line 2: not JSON"),
+        ("t.jsonl", '["a", 1]\n', "t.jsonl, line 1: wanted an object"),
+        ("t.jsonl", '{"text": 5, "label": 1}\n', "t.jsonl, line 1: column 'text' holds 5"),
+        ("t.jsonl", '{"text": "a", "label": null}\n', "t.jsonl, line 1: column 'label' holds None"),
+    ],
+)
+def test_tables_that_cannot_be_read(tmp_path, name, content, message):
+    write(tmp_path, {name: content})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tables.read_table(tmp_path / name)
+
+
+def test_missing_table(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        tables.read_table(tmp_path / "t.csv")
+
+
+# --- snippets ---
+
+
+def test_snippets_do_not_name_their_package(stdlib):
+    train, valid = snippets.snippet_table()
+    names = snippets.chosen_packages(stdlib.train + stdlib.valid)
+    assert len(names) == snippets.NUM_CLASSES
+    assert set(train.labels) == set(valid.labels) == set(names)
+    assert not [text for text in train.texts + valid.texts if re.search("|".join(names), text, re.IGNORECASE)]
+    assert max(train.labels.count(name) for name in names) < 0.2 * len(train)
+
+
+def test_snippets_split_by_file(stdlib):
+    """No line of a validation snippet's file is in training but what files share by chance."""
+    train, valid = snippets.snippet_table()
+    assert not set(train.texts) & set(valid.texts)
+    held_out = "\n".join(document.text for document in stdlib.valid)
+    kept = [line for text in valid.texts for line in text.splitlines() if len(line) > 40]
+    assert all(line in held_out for line in kept)
+
+
+def test_snippets_leave_imports_and_names_out():
+    text = "import os\nfrom a.b import c\nx = Email(1)\nimportant = 1\n" + "y = 2\n" * 60
+    (piece,) = snippets.snippets(text, ["email", "xml"])
+    assert piece.splitlines()[0] == "important = 1"
+    assert "Email" not in piece
+
+
+# --- masking ---
+
+
+def test_masking_rates():
+    """15 % are asked for, of which 80 % are masked, 10 % random and 10 % kept; nothing else changes."""
+    generator = torch.Generator().manual_seed(0)
+    ordinary = torch.arange(5, 1000)
+    tokens = torch.randint(5, 1000, (200, 500), generator=generator)
+    inputs, labels = mask_tokens(tokens, generator, mask_token=1, ordinary=ordinary)
+    asked = labels != IGNORE
+    assert (labels[asked] == tokens[asked]).all()
+    assert (inputs[~asked] == tokens[~asked]).all()
+    N = asked.sum().item()
+    assert N / tokens.numel() == pytest.approx(0.15, abs=0.005)
+    assert (inputs[asked] == 1).sum() / N == pytest.approx(0.8, abs=0.02)
+    changed = asked & (inputs != 1) & (inputs != tokens)
+    assert changed.sum() / N == pytest.approx(0.1, abs=0.02)
+    assert inputs[changed].min() >= 5
+
+
+@pytest.mark.parametrize(
+    ("shape", "ordinary", "rate", "message"),
+    [
+        ((3,), 5, 0.15, r"shape \[3\], wanted \[B, T\]"),
+        ((1, 3), 0, 0.15, "ordinary is empty"),
+        ((1, 3), 5, 1.5, "rate is 1.5"),
+    ],
+)
+def test_masking_refuses(shape, ordinary, rate, message):
+    tokens, ids = torch.zeros(shape, dtype=torch.int64), torch.arange(ordinary)
+    with pytest.raises(ValueError, match=message):
+        mask_tokens(tokens, torch.Generator(), mask_token=1, ordinary=ids, rate=rate)
+
+
+def test_masking_is_seeded():
+    tokens = torch.arange(10, 110).view(2, 50)
+    ordinary = torch.arange(5, 200)
+    first, second, other = (
+        mask_tokens(tokens, torch.Generator().manual_seed(seed), mask_token=1, ordinary=ordinary) for seed in (3, 3, 4)
+    )
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert not torch.equal(first[1], other[1])
+
+
+def test_masking_spares_special_tokens_and_asks_something_of_every_row():
+    """Ids 0 to 4 and 300 (past the ordinary ones) are special; the last row has no ordinary token at all."""
+    tokens = torch.tensor([[0, 2, 7, 4], [9, 3, 3, 300], [0, 1, 2, 300]])
+    for seed in range(50):
+        _, labels = mask_tokens(
+            tokens, torch.Generator().manual_seed(seed), mask_token=1, ordinary=torch.arange(5, 300), rate=0.01
+        )
+        assert labels.tolist() == [[-100, -100, 7, -100], [9, -100, -100, -100], [-100] * 4]
+
+
+# --- batches ---
+
+
+def test_stream_and_windows():
+    stream = batches.token_stream([[5, 6, 7], [8, 9]], start_token=2)
+    assert stream.read(0, 99).tolist() == [2, 5, 6, 7, 2, 8, 9]
+    assert batches.lm_windows(stream, 3).tolist() == [[2, 5, 6], [7, 2, 8]]
+    assert batches.lm_windows(TokenStream([np.arange(100)]), 10, most=3).tolist()[1][0] == 30
+    with pytest.raises(ValueError, match="7 tokens, fewer than a window of 8"):
+        batches.lm_windows(stream, 8)
+
+
+def test_reading_across_arrays():
+    """A stream of several arrays, an empty one among them, is read like one."""
+    whole = np.arange(50)
+    stream = TokenStream([whole[:7], whole[7:7], whole[7:8].astype(np.uint16), whole[8:]])
+    assert len(stream) == 50
+    for start, length in ((0, 50), (5, 4), (7, 1), (6, 1), (8, 42), (49, 1)):
+        assert stream.read(start, length).tolist() == list(range(start, start + length))
+    assert stream.counts().tolist() == [1] * 50
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 17, 64, 1000])
+def test_shuffled_is_a_permutation(size):
+    for key in (0, 1, 2**63):
+        assert sorted(shuffled(i, size, key) for i in range(size)) == list(range(size))
+
+
+def test_shuffling_by_seed():
+    first, again, other = ([shuffled(i, 500, mix(seed)) for i in range(500)] for seed in (3, 3, 4))
+    assert first == again != other
+    # As many ascents as a random permutation has: 249.5 on average, with a standard deviation of 6.5.
+    assert abs(sum(a < b for a, b in pairwise(first)) - 249.5) < 30
+
+
+def test_a_pass_visits_every_window_once():
+    """No token twice in a pass, none left out but at the ends, and another order and offset in the next."""
+    order = WindowOrder(1003, 10, seed=5)
+    passes = [[order.start(p * order.per_pass + i) for i in range(order.per_pass)] for p in range(6)]
+    for starts in passes:
+        assert np.diff(sorted(starts)).tolist() == [10] * (order.per_pass - 1)
+        assert min(starts) < 10
+        assert max(starts) + 10 <= 1003
+        assert min(starts) + 1003 - (max(starts) + 10) < 20
+    assert len({min(starts) for starts in passes}) > 2
+    assert len({tuple(starts) for starts in passes}) == 6
+
+
+@pytest.mark.parametrize(("num_tokens", "seq_len"), [(10, 10), (12, 10), (19, 10), (21, 10), (30, 10)])
+def test_windows_of_a_short_stream(num_tokens, seq_len):
+    order = WindowOrder(num_tokens, seq_len, seed=0)
+    starts = [order.start(i) for i in range(300)]
+    assert min(starts) == 0 or num_tokens == 30
+    assert num_tokens - seq_len - 10 < max(starts) <= num_tokens - seq_len
+
+
+def test_packing_documents():
+    """Each document of a window is a sequence, and so is the part of one that a window begins with."""
+    tokens = torch.tensor([[7, 8, 2, 9], [2, 2, 5, 6]])
+    batch = batches.packed(batches.causal_batch(tokens), tokens, document_token=2)
+    assert batch.tokens.tolist() == [[7, 8, 2, 9, 2, 2, 5, 6]]
+    assert batch.labels.tolist() == [[-100, 8, 2, 9, -100, 2, 5, 6]]
+    assert batch.cu_seqlens.tolist() == [0, 2, 4, 5, 8]
+    assert batch.weight == 6
+
+
+def test_unigram_entropy():
+    assert batches.unigram_entropy(np.array([0, 2, 0, 2])) == pytest.approx(0.6931472)
+    assert batches.unigram_entropy(np.ones(64)) == pytest.approx(4.158883)
+    with pytest.raises(ValueError, match="wanted a text of one token or more"):
+        batches.unigram_entropy(np.zeros(4))
+
+
+MARKS = Marks(start=2, delimiter=3, extract=4, pad=0)
+
+
+@pytest.mark.parametrize(
+    ("texts", "seq_len", "wanted"),
+    [
+        ([[7, 8, 9]], 5, [2, 7, 8, 9, 4]),
+        ([[7, 8, 9, 10]], 5, [2, 7, 8, 9, 4]),
+        ([[]], 5, [2, 4]),
+        ([[7], [8, 9]], 9, [2, 7, 3, 8, 9, 4]),
+        ([[7, 7, 7, 7, 7], [8, 9]], 7, [2, 7, 7, 3, 8, 9, 4]),
+        ([[7, 7, 7, 7], [8, 8, 8]], 7, [2, 7, 7, 3, 8, 8, 4]),
+        ([[5], [6], [7]], 20, [2, 5, 3, 6, 3, 7, 4]),
+    ],
+    ids=["fits", "cut", "empty", "pair", "longest is cut", "both are cut", "three"],
+)
+def test_task_input(texts, seq_len, wanted):
+    assert task_inputs.task_input(texts, seq_len, MARKS) == wanted
+
+
+def test_task_input_needs_room_for_its_marks():
+    assert task_inputs.task_input([[7], [8]], 3, MARKS) == [2, 3, 4]
+    with pytest.raises(ValueError, match="2 texts in 2 positions, wanted at least 3"):
+        task_inputs.task_input([[7], [8]], 2, MARKS)
+
+
+@given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=3), seq_len=st.integers(5, 40))
+def test_task_input_fills_but_never_exceeds(lengths, seq_len):
+    """The longest lose first: of those that are cut none keeps much less than the longest that is left."""
+    row = task_inputs.task_input([[9 + i] * length for i, length in enumerate(lengths)], seq_len, MARKS)
+    assert len(row) == min(seq_len, sum(lengths) + len(lengths) + 1)
+    kept = [row.count(9 + i) for i in range(len(lengths))]
+    cut = [length for length, left in zip(lengths, kept, strict=True) if left < length]
+    assert not cut or min(kept[i] for i in range(len(kept)) if kept[i] < lengths[i]) + 1 >= max(kept)
+
+
+def test_task_batches():
+    """One sequence, several, and text of which only the answer is asked for."""
+    one = task_inputs.task_batch([Example([[2, 7, 4]], 1), Example([[2, 4]], 0)], 0)
+    assert one.tokens.tolist() == [[2, 7, 4], [2, 4, 0]]
+    assert (one.labels.tolist(), one.lengths.tolist(), one.weight) == ([1, 0], [3, 2], 2)
+    pairs = task_inputs.task_batch([Example([[2, 3, 4], [2, 4]], 0.5)], 0, numbers=True)
+    assert pairs.tokens.tolist() == [[[2, 3, 4], [2, 4, 0]]]
+    assert (pairs.lengths.tolist(), pairs.labels.tolist(), pairs.labels.dtype) == ([[3, 2]], [0.5], torch.float32)
+    written = task_inputs.task_batch([Example([[2, 7, 3, 8, 4]], answer=3), Example([[2, 3, 4]], answer=2)], 0)
+    assert written.labels.tolist() == [[-100, -100, -100, 8, 4], [-100, -100, 4, -100, -100]]
+    assert written.weight == 3
+    with pytest.raises(ValueError, match="batch_size is 0, wanted at least 1"):
+        list(task_inputs.task_batches([Example([[2, 4]])], 0, 0))

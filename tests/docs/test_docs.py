@@ -1,0 +1,294 @@
+"""What README.md, CONTRIBUTING.md and the pages of docs/ show is true.
+
+Their Python runs, a page's blocks in order in one process, and prints what the page says it prints. Their shell
+commands run, a page's in order in one empty folder (marked slow), and every command, option and target they name
+exists. Links lead somewhere, and generated tables are current. A comment right before a block says what it needs:
+
+    <!-- before: COMMANDS -->           these run first, in the same shell: they make what the page takes for given, or
+                                        stand for a command with one of the same name that adds options for small sizes
+    <!-- in a clone: COMMANDS -->       it runs in a new clone, where nothing is installed but what pages before it did
+    <!-- behind the commands -->        Python that reads what the page's shell commands wrote
+
+A block prints what its comments say (`print(x)  # 3`: the comment ends with what is printed), or what the `text` block
+right behind it shows, where `…` stands for anything on that line. Where that one has a title, which tells the reader
+why numbers differ elsewhere, those with a decimal point may be off by 15 %: over seeds the tutorial's differ by 12 %.
+"""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+
+from benchmarks.environment import ROOT
+from gpt_fast import build_info
+from tests.command_line import ENVIRONMENT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+WORKED_EXAMPLE = ROOT / "docs" / "contributing.md"
+IN_A_CLONE, BEHIND = "in a clone", "behind the commands"
+IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+FENCE = re.compile(
+    r"(?:^ *<!-- (?P<where>before|in a clone|behind the commands)(?::\s(?P<before>(?:(?!-->).)+?))?\s-->\n+)?"
+    r"^(?P<indent> *)```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?[^\n]*\n(?P<code>.*?)^(?P=indent)```"
+    r"(?:\n+^(?P=indent)```text(?P<about> title=\"[^\"]+\")?\n(?P<output>.*?)^(?P=indent)```)?",
+    re.DOTALL | re.MULTILINE,
+)
+# Runs blocks in one namespace and reports what each printed. A block with a title is a file: it is written and imported
+# under the name it would have in the repository, or added to the module of that name.
+RUNNER = """
+import contextlib, importlib, importlib.util, io, json, pathlib, sys
+
+def run_file(title, code):
+    path = pathlib.Path(title.removesuffix(" (add)"))
+    name = ("gpt_fast." if path.parts[0] == "kernels" else "") + ".".join(path.with_suffix("").parts)
+    if title.endswith(" (add)"):
+        exec(compile(code, title, "exec"), vars(importlib.import_module(name)))
+        return
+    importlib.import_module(name.rpartition(".")[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(code)
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+
+namespace, printed = {"__name__": "__main__"}, []
+for number, (title, code) in enumerate(json.load(sys.stdin)):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        if title:
+            run_file(title, code)
+        else:
+            exec(compile(code, f"block {number}", "exec"), namespace)
+    printed.append(out.getvalue())
+json.dump(printed, sys.stdout)
+"""
+
+
+class Block(NamedTuple):
+    where: str | None  # before, in a clone, behind the commands
+    before: str  # commands
+    title: str | None  # of a file
+    code: str
+    output: str | None  # what it prints, where the page shows it
+    about: bool  # numbers of that may differ
+    language: str
+
+
+def blocks(page: pathlib.Path, *languages: str) -> list[Block]:
+    found = []
+    for match in FENCE.finditer(page.read_text("utf-8")):
+        if match["language"] in languages:
+            strip = re.compile(f"^{match['indent']}", re.MULTILINE)
+            output = match["output"] and strip.sub("", match["output"])
+            code = strip.sub("", match["code"])
+            about = match["about"] is not None
+            before = match["before"] or ""
+            found.append(Block(match["where"], before, match["title"], code, output, about, match["language"]))
+    return found
+
+
+def with_blocks(chosen: Callable[[Block], bool]) -> list:
+    return [
+        pytest.param(page, id=name)
+        for page, name in zip(PAGES, IDS, strict=True)
+        if any(map(chosen, blocks(page, "python", "sh")))
+    ]
+
+
+def is_python(block: Block) -> bool:
+    return block.language == "python" and block.where is None
+
+
+def is_command(block: Block) -> bool:
+    return (block.language == "sh" and block.where != IN_A_CLONE) or block.where == BEHIND
+
+
+def is_for_a_clone(block: Block) -> bool:
+    return block.where == IN_A_CLONE
+
+
+def assert_prints(printed: str, block: Block) -> None:
+    """`…` in what the page shows stands for anything on its line."""
+    shown, told = str(block.output).rstrip("\n"), f"printed:\n{printed}\nshown:\n{block.output}"
+    printed = printed.rstrip("\n")
+    if block.about:
+        decimal = r"\d+\.\d+"
+        numbers, expected = (list(map(float, re.findall(decimal, text))) for text in (printed, shown))
+        assert numbers == pytest.approx(expected, rel=0.15), told
+        printed, shown = (re.sub(decimal, "0.0", text) for text in (printed, shown))
+    pattern = "[^\n]*".join(re.escape(part) for part in shown.split("…"))
+    assert re.fullmatch(pattern, printed), told
+
+
+@pytest.mark.parametrize("page", with_blocks(is_python))
+def test_python_runs_and_prints_what_the_page_says(page, tmp_path):
+    run_python([block for block in blocks(page, "python") if is_python(block)], tmp_path)
+
+
+def run_python(ran: list[Block], folder: pathlib.Path) -> None:
+    # Files of the repository are written beside the others of it.
+    environment = ENVIRONMENT | ({"PYTHONPATH": str(ROOT)} if any(block.title for block in ran) else {})
+    run = subprocess.run(
+        [sys.executable, "-c", RUNNER], input=json.dumps([(block.title, block.code) for block in ran]),
+        cwd=folder, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    for block, printed in zip(ran, json.loads(run.stdout), strict=True):
+        if block.output is not None:
+            assert_prints(printed, block)
+            continue
+        comments = re.findall(r"^ *print\(.*\)  # (.*)$", block.code, re.MULTILINE)
+        lines = printed.splitlines()
+        assert len(comments) == len(lines), f"{block.code}\nprinted:\n{printed}"
+        for comment, line in zip(comments, lines, strict=True):
+            assert comment.endswith(line), f"printed {line!r} where the page says {comment!r}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(build_info() is None, reason="the extension is not built: there are no flags to compile with")
+def test_the_worked_example_in_cpp(tmp_path):
+    """The page runs its op in the interpreter; here the same blocks run with the page's C++ kernel compiled."""
+    (source,) = blocks(WORKED_EXAMPLE, "cpp")
+    interpreter, *rest = (block for block in blocks(WORKED_EXAMPLE, "python") if is_python(block))
+    assert "TRITON_INTERPRET" in interpreter.code
+    path = tmp_path / str(source.title)
+    path.parent.mkdir(parents=True)
+    path.write_text(source.code)
+    load = (
+        "from torch.utils import cpp_extension\n"
+        f"cpp_extension.load('softcap', {[str(path)]}, extra_cflags={build_info()['flags']},\n"
+        f"    extra_include_paths={[str(ROOT / 'csrc')]}, build_directory={str(tmp_path)!r}, is_python_module=False)\n"
+    )
+    rest[-1] = rest[-1]._replace(code=rest[-1].code.replace("# triton", "# cpp"))
+    run_python([rest[0]._replace(title=None, code=load, output=""), *rest], tmp_path)
+
+
+def shell_lines(block: Block) -> list[str]:
+    """The commands of a block: continued lines joined, comments left out."""
+    joined = re.sub(r"\\\n\s*", "", block.code)
+    lines = [re.sub(r"(^|\s+)#.*$", "", line).strip() for line in joined.splitlines()]
+    return [line for line in lines if line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", with_blocks(is_command))
+def test_shell_commands_run(page, tmp_path):
+    path = f"{pathlib.Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"
+    for block in filter(is_command, blocks(page, "python", "sh")):
+        if block.language == "python":
+            run_python([block], tmp_path)
+        else:
+            run_shell(block, tmp_path, ENVIRONMENT | {"PATH": path})
+
+
+def run_shell(block: Block, folder: pathlib.Path, environment: dict[str, str]) -> None:
+    run = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f"{block.before}\n{block.code}"],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, f"{block.code}\n{run.stdout}\n{run.stderr}"
+    if block.output is not None:
+        assert_prints(run.stdout, block)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> pathlib.Path:
+    """A clone of what is committed."""
+    folder = tmp_path_factory.mktemp("clone") / "gpt_fast"
+    subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(folder)], check=True)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", with_blocks(is_for_a_clone))
+def test_commands_run_in_a_clone(page, clone):
+    """The environment of this test is not theirs: Python is the machine's, and threads are as many as it has."""
+    ours = {"OMP_NUM_THREADS", "PYTHONPATH", "VIRTUAL_ENV"}
+    environment = {name: value for name, value in ENVIRONMENT.items() if name not in ours}
+    path = environment["PATH"].split(":")
+    environment["PATH"] = ":".join(p for p in path if p != str(pathlib.Path(sys.executable).parent))
+    for block in filter(is_for_a_clone, blocks(page, "sh")):
+        run_shell(block, clone, environment)
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, id=i) for p, i in zip(PAGES, IDS, strict=True)])
+def test_every_block_runs_in_a_test(page):
+    """A block of another language, or with a comment that no test knows, would be left out."""
+    text = page.read_text("utf-8")
+    languages = set(re.findall(r"^ *```(\w+)", text, re.MULTILINE))
+    assert languages <= {"python", "sh", "cpp", "text"}, languages
+    found = blocks(page, *languages)
+    outputs = sum(block.output is not None for block in found)
+    assert len(found) + outputs == len(re.findall(r"^ *```\w", text, re.MULTILINE))
+    assert page == WORKED_EXAMPLE or "cpp" not in languages
+    shown = blocks(page, "python", "sh")
+    assert [sum((is_python(block), is_command(block), is_for_a_clone(block))) for block in shown] == [1] * len(shown)
+    for comment in re.findall(r"<!--\s((?:(?!-->).)+?)\s-->\n+^ *```", text, re.DOTALL | re.MULTILINE):
+        assert re.match(r"before:\s|in a clone(:\s|$)|behind the commands$", comment), comment
+
+
+def command_options() -> dict[str, set[str]]:
+    """The options of every `gpt-fast` command."""
+    import typer
+
+    from gpt_fast_cli.main import app
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    return {
+        name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        for name, command in commands.items()
+    }
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, id=i) for p, i in zip(PAGES, IDS, strict=True) if blocks(p, "sh")])
+def test_commands_exist(page):
+    """Every `gpt-fast` command with its options, every `make` target, every script of the repository."""
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    known = command_options()
+    for line in (line for block in blocks(page, "sh") for line in shell_lines(block)):
+        words = line.split()
+        if "gpt-fast" in words and words[-1] != "gpt-fast":
+            name, *arguments = words[words.index("gpt-fast") + 1 :]
+            assert name in known, line
+            options = {word.split("=")[0] for word in arguments if word.startswith("--")} - {"--help"}
+            assert options <= known[name], f"{line}: no option {', '.join(sorted(options - known[name]))}"
+        if words[0] == "make":
+            for target in (word for word in words[1:] if re.fullmatch(r"[a-z-]+", word)):
+                assert re.search(rf"^{target}:", makefile, re.MULTILINE), line
+        for script in (word for word in words if re.fullmatch(r"(examples|benchmarks)/[\w/.-]+\.py", word)):
+            assert (ROOT / script).exists(), line
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, id=i) for p, i in zip(PAGES, IDS, strict=True)])
+def test_links_lead_somewhere(page):
+    """Files that pages link to or show, and the headings they link to."""
+    text = FENCE.sub("", page.read_text("utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"<img[^>]* src=\"([^\"]+)\"", text):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), target
+        if anchor and linked.suffix == ".md":
+            assert anchor in headings(linked), target
+
+
+def headings(page: pathlib.Path) -> set[str]:
+    """Anchors of a page's headings, of what it includes, and those its API blocks make."""
+    included = re.compile(r'^--8<-- "([^":]+).*$', re.MULTILINE)
+    text = included.sub(lambda found: (ROOT / found[1]).read_text("utf-8"), page.read_text("utf-8"))
+    text = FENCE.sub("", text)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    slugs = {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+    return slugs | set(re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE))
+
+
+@pytest.mark.skipif(build_info() is None, reason="the extension is not built: its kernels cannot be listed")
+def test_support_table_is_current():
+    run = [sys.executable, "-c", "from benchmarks import support; print(support.table(), end='')"]
+    table = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert table in (ROOT / "README.md").read_text("utf-8"), "README.md is out of date: make report"

@@ -1,0 +1,399 @@
+"""DecodeSession: the C++ decode step in every precision, its sampling, its limits and its threads."""
+
+import math
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from gpt_fast import DecodeSession, GPTConfig, GPTForCausalLM, build_info, generate, use_reference
+from gpt_fast.generation.sampling import Sampling, keep_top_k, keep_top_p, penalise
+from tests.conftest import INTERPRETED
+from tests.numerics import assert_as_accurate
+
+pytestmark = pytest.mark.skipif(
+    build_info() is None or INTERPRETED, reason="the C++ step is what these tests are about: it needs the extension"
+)
+V, T = 83, 40
+WEIGHTS = ("float32", "bfloat16", "int8")
+# Widths that are no multiple of a vector, heads of odd sizes, one head, MLPs narrower than the model.
+SHAPES = {
+    "notes": {"preset": "notes", "hidden_dim": 36, "num_heads": 4},
+    "gpt1": {"preset": "gpt1", "hidden_dim": 40, "num_heads": 8, "ff_dim": 24},
+    "gpt2": {"preset": "gpt2", "hidden_dim": 64, "num_heads": 1},
+    "exact_gelu_free_biased_output": {
+        "preset": "gpt2", "hidden_dim": 48, "num_heads": 2, "activation": "gelu", "tied": False, "output_bias": True,
+    },
+    "no_biases": {"preset": "gpt2", "hidden_dim": 34, "num_heads": 2, "bias": False},
+    "wider_than_a_chain": {"preset": "gpt2", "hidden_dim": 32, "num_heads": 2, "ff_dim": 9000, "num_layers": 1},
+}  # fmt: skip
+
+
+def make_model(preset: str, std: float = 0.15, **options) -> GPTForCausalLM:
+    """Random weights; norms and biases moved a little, so that none of them is missed."""
+    config = GPTConfig.preset(preset, **{"num_tokens": V, "num_layers": 2, "seq_len": T, "dropout": 0.0} | options)
+    model = GPTForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=std)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def stepped(model: GPTForCausalLM, tokens: Tensor, first: int, **options) -> Tensor:
+    """Logits [B, T - first, V] after tokens first to T, read one at a time behind a prompt of `first`."""
+    session = DecodeSession(model, batch=len(tokens), **options)
+    session.prefill(tokens[:, :first])
+    return torch.stack([session.step(tokens[:, t]) for t in range(first, tokens.shape[1])], dim=1)
+
+
+def wide(model: GPTForCausalLM) -> GPTForCausalLM:
+    twin = GPTForCausalLM(model.config).double().eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def rounded(model: GPTForCausalLM, weights: str) -> GPTForCausalLM:
+    """The model with its matrices as `weights` stores them, in plain PyTorch; embeddings stay."""
+    twin = GPTForCausalLM(model.config.replace(tied=False)).eval()
+    twin.load_state_dict(model.state_dict())
+    for name, parameter in twin.named_parameters():
+        if parameter.dim() == 2 and "token_emb" not in name:
+            with torch.no_grad():
+                if weights == "bfloat16":
+                    parameter.copy_(parameter.bfloat16())
+                elif weights == "int8":
+                    scale = parameter.abs().amax(dim=1, keepdim=True) / 127
+                    parameter.copy_((parameter / scale).round() * scale)
+    return twin
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_step_by_step(shape, weights):
+    """Against the float64 model with weights rounded alike. The yardstick is the model in the dtype of what is inexact:
+    float32, or bfloat16. That rounds its activations where the session keeps them (int8: to 16 bits), so the session's
+    errors must be smaller; keys and values are bfloat16 in both."""
+    model = make_model(**SHAPES[shape])
+    tokens = torch.randint(0, V, (3, 30))
+    got = stepped(model, tokens, 7, weights=weights)
+    twin = rounded(model, weights)
+    with torch.no_grad(), use_reference():
+        exact = wide(twin)(tokens).logits[:, 7:]
+        yardstick = twin if weights == "float32" else GPTForCausalLM(twin.config).eval().bfloat16()
+        if weights != "float32":
+            yardstick.load_state_dict(twin.state_dict())
+        allowed = yardstick(tokens).logits[:, 7:]
+    if weights == "float32":
+        assert_as_accurate(got, allowed, exact, label=shape)
+    else:
+        error, bound = (got - exact).abs(), (allowed.double() - exact).abs()
+        assert error.max() <= 2 * bound.max()
+        assert error.square().mean() <= bound.square().mean()
+
+
+def test_a_bfloat16_model_is_read_in_place():
+    """Weights of its own dtype: the logits of the bfloat16 model within the numerics policy, and no second copy."""
+    model = make_model("gpt2", hidden_dim=64, num_heads=2).bfloat16()
+    tokens = torch.randint(0, V, (2, 25))
+    got = stepped(model, tokens, 5)
+    with torch.no_grad(), use_reference():
+        exact, yardstick = wide(model)(tokens).logits[:, 5:], model(tokens).logits[:, 5:]
+    assert_as_accurate(got.bfloat16(), yardstick, exact)
+    assert DecodeSession(model).kind == "bfloat16"
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_neither_threads_nor_neighbours_change_a_bit(weights, threads):
+    """Batches of 1 to 7 take the products in groups of 4, 2 and 1; wide enough for two threads."""
+    model = make_model("gpt2", hidden_dim=256, num_heads=4, num_layers=1)
+    tokens = torch.randint(0, V, (7, 9))
+    prompt = DecodeSession(model, batch=7, weights=weights)
+    prompt.prefill(tokens[:, :3])
+
+    def steps(rows: list[int]) -> Tensor:
+        """From copies of the cache: PyTorch's own products, which read the prompt, promise less."""
+        session = DecodeSession(model, batch=len(rows), weights=weights)
+        session.cache.keys.copy_(prompt.cache.keys[:, rows])
+        session.cache.values.copy_(prompt.cache.values[:, rows])
+        session.cache.lengths.fill_(3)
+        return torch.stack([session.step(tokens[rows, t]) for t in range(3, 9)], dim=1)
+
+    together = steps(list(range(7)))
+    for count in (1, 2, 3):
+        threads(count)
+        assert torch.equal(steps(list(range(7))), together)
+        for row in (0, 4, 6):
+            assert torch.equal(steps([row]), together[row : row + 1])
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_generate_takes_weights(weights):
+    """Greedy tokens are the argmax of the session's own logits, batch of unequal prompts included."""
+    model = make_model("gpt2", std=0.3, hidden_dim=32, num_heads=2)
+    tokens, lengths = torch.randint(0, V, (3, 8)), torch.tensor([8, 2, 5])
+    out = generate(model, tokens, max_new_tokens=12, temperature=0, weights=weights, lengths=lengths)
+    session = DecodeSession(model, batch=3, weights=weights)
+    logits = session.prefill(tokens, lengths)
+    for step in range(12):
+        new = logits.argmax(-1)
+        assert torch.equal(new, out.gather(1, lengths[:, None] + step).squeeze(1))
+        logits = session.step(new)
+
+
+# --- sampling ---
+
+
+def draw(logits: Tensor, options: Sampling, draws: int = 1, seen: Tensor | None = None, seed: int = 0) -> Tensor:
+    """[draws] tokens from one row of logits [V], by the extension."""
+    model = make_model("gpt2", num_tokens=len(logits), hidden_dim=8, num_heads=1, num_layers=1)
+    session = DecodeSession(model)
+    session.start_drawing(seed)
+    row = torch.tensor([0])
+    return torch.cat([session.draw(logits[None].float(), options, row, seen) for _ in range(draws)])
+
+
+def plain_probabilities(logits: Tensor, options: Sampling, seen: Tensor | None = None) -> Tensor:
+    """float64 probabilities after penalty, temperature, top-k and top-p, by the functions of gpt_fast.sampling."""
+    logits = logits.double()[None]
+    if seen is not None:
+        logits = penalise(logits, seen, options.repetition_penalty)
+    logits = logits / options.temperature
+    if options.top_k is not None:
+        logits = keep_top_k(logits, options.top_k)
+    if options.top_p is not None:
+        logits = keep_top_p(logits, options.top_p)
+    return logits.softmax(-1)[0]
+
+
+OPTIONS = {
+    "temperature": Sampling(0.7),
+    "hot": Sampling(3.0),
+    "top_k": Sampling(1.0, top_k=5),
+    "top_p": Sampling(1.3, top_p=0.8),
+    "both": Sampling(1.0, top_k=9, top_p=0.9),
+    "penalty": Sampling(1.0, top_k=12, repetition_penalty=1.5),
+    "all_kept": Sampling(1.0, top_k=500, top_p=1.0),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_sampled_frequencies(name):
+    """Chi-squared of 20,000 draws against the exact softmax, seeds fixed: below its 99.9 % point; nothing outside."""
+    options, N = OPTIONS[name], 20_000
+    logits = torch.randn(60, generator=torch.Generator().manual_seed(3)) * 1.5
+    seen = torch.arange(60)[None] % 3 == 0 if options.repetition_penalty != 1 else None
+    p = plain_probabilities(logits, options, seen)
+    counts = torch.bincount(draw(logits, options, N, seen), minlength=60).double()
+    assert (counts[p == 0] == 0).all()
+    expected = N * p
+    common = expected >= 5
+    rest_counts, rest = counts[~common].sum(), expected[~common].sum()
+    chi = ((counts - expected)[common].square() / expected[common]).sum()
+    chi += (rest_counts - rest).square() / rest if rest > 0 else 0.0
+    cells = int(common.sum()) + int(rest > 0) - 1
+    # Wilson and Hilferty: the cube root of chi-squared over its degrees of freedom is nearly normal; 3.09 is 99.9 %.
+    limit = cells * (1 - 2 / (9 * cells) + 3.09 * math.sqrt(2 / (9 * cells))) ** 3
+    assert chi < limit, (float(chi), limit)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 17, 40, 1000, 5000], ids=lambda k: f"k{k}")
+def test_top_k_keeps_the_k_largest(top_k):
+    """Among 3,000 logits with many equals: what is drawn lies among the k largest, and all of few are found."""
+    logits = (torch.randn(3000, generator=torch.Generator().manual_seed(1)) * 4).round() / 4
+    drawn = draw(logits, Sampling(5.0, top_k=top_k), 400)
+    least = logits.sort(descending=True).values[min(top_k, 3000) - 1]
+    assert (logits[drawn] >= least).all()
+    assert len(drawn.unique()) <= top_k
+    if top_k == 17:
+        assert len(drawn.unique()) == 17
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 20.0])
+def test_top_p_keeps_the_fewest(temperature, top_p):
+    """Flat distributions need thousands of tokens, peaked ones a few: the drawn set is inside the plain one's."""
+    logits = torch.randn(3000, generator=torch.Generator().manual_seed(2))
+    options = Sampling(temperature, top_p=top_p)
+    p = plain_probabilities(logits, options)
+    drawn = draw(logits, options, 300)
+    assert (p[drawn] > 0).all()
+    assert len(drawn.unique()) > 1 or int((p > 0).sum()) == 1 or float(p.max()) > 0.95
+
+
+def test_draws_depend_on_seed_row_and_count():
+    logits = torch.zeros(50)
+    drawn = draw(logits, Sampling(1.0), 100, seed=7)
+    assert torch.equal(drawn, draw(logits, Sampling(1.0), 100, seed=7))
+    assert not torch.equal(drawn, draw(logits, Sampling(1.0), 100, seed=8))
+    assert len(drawn.unique()) > 30
+    model = make_model("gpt2", hidden_dim=32, num_heads=2)
+    out = generate(model, torch.ones(6, 3, dtype=torch.int64), max_new_tokens=6, temperature=5.0, seed=1)
+    assert len({tuple(row) for row in out.tolist()}) == 6
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-31, 1e-20, 1e-6, 1e6])
+def test_extreme_temperatures(temperature):
+    drawn = set(draw(torch.tensor([3e4, 2e4, -3e4]), Sampling(temperature), 50).tolist())
+    assert drawn == {0} if temperature < 1 else len(drawn) > 1
+
+
+# --- limits ---
+
+
+def test_the_cache_to_its_last_slot():
+    """A cache with one slot left takes one token, a full one none; after the error the session is as it was."""
+    model = make_model("gpt2", hidden_dim=32, num_heads=2)
+    tokens = torch.randint(0, V, (2, T))
+    session = DecodeSession(model, batch=2, length=12)
+    session.prefill(tokens[:, :11])
+    with torch.no_grad():
+        wanted = model(tokens[:, :12]).logits[:, -1]
+    with pytest.raises(ValueError, match="the cache is full: a row would hold 13 tokens, it has room for 12"):
+        session.prefill(tokens[:, 11:13])
+    assert torch.allclose(session.step(tokens[:, 11]), wanted, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="the cache is full: a row would hold 13 tokens, it has room for 12"):
+        session.step(tokens[:, 12])
+    assert session.lengths.tolist() == [12, 12]
+    session.reset()
+    session.prefill(tokens[:, :11])
+    assert torch.allclose(session.step(tokens[:, 11]), wanted, atol=1e-5, rtol=1e-4)
+    out = generate(model, tokens[:, :1], max_new_tokens=T - 1, temperature=0)  # up to the last position
+    with torch.no_grad():
+        assert torch.equal(out[:, -1], model(out[:, :-1]).logits[:, -1].argmax(-1))
+
+
+def test_memory_is_the_weights_once_and_the_cache():
+    model = make_model("gpt2", hidden_dim=64, num_heads=2)
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2)
+    for weights, size in (("float32", 4), ("bfloat16", 2), ("int8", 1)):
+        session = DecodeSession(model, batch=3, length=20, weights=weights)
+        assert session._step.weights.bytes == matrices * size
+        assert session.cache.keys.shape == (2, 3, 2, 20, 32)
+        assert session.cache.keys.dtype == (torch.float32 if size == 4 else torch.bfloat16)
+    before = model.trunk.decoders[0].ff[0].weight
+    with torch.no_grad():  # float32 weights are the model's own memory, not a copy
+        session = DecodeSession(model)
+        session.prefill(torch.tensor([[1, 2]]))
+        first = session.step(torch.tensor([3]))
+        before.mul_(2)
+        session.reset()
+        session.prefill(torch.tensor([[1, 2]]))
+        assert not torch.equal(session.step(torch.tensor([3])), first)
+        assert session.stale
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: DecodeSession(m, batch=0), "batch 0; wanted 1 or more"),
+        (lambda m: DecodeSession(m, length=T + 1), f"length {T + 1}; wanted 1 to the model's seq_len, {T}"),
+        (lambda m: DecodeSession(m, weights="fp4"), "weights 'fp4'; wanted one of float32, bfloat16, int8"),
+        (lambda m: DecodeSession(m.trunk), "wanted a GPTForCausalLM or a GPT, got GPTModel"),
+        (lambda m: DecodeSession(m).prefill(torch.ones(2, 3, dtype=torch.int64)), "2 sequences, wanted at most the 1"),
+        (lambda m: DecodeSession(m).prefill(torch.ones(1, 0, dtype=torch.int64)), "empty prompt"),
+        (lambda m: DecodeSession(m).prefill(torch.tensor([[V]])), rf"token {V}, wanted one in \[0, {V}\)"),
+        (lambda m: DecodeSession(m).step(torch.tensor([-1])), rf"token -1, wanted one in \[0, {V}\)"),
+        (lambda m: DecodeSession(m).step(torch.tensor([1, 2])), r"tokens is torch.int64 \[2\], wanted int64 \[1\]"),
+        (lambda m: DecodeSession(m).step(torch.tensor([1.0])), r"tokens is torch.float32 \[1\], wanted int64 \[1\]"),
+    ],
+)
+def test_refuses(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(make_model("gpt2", hidden_dim=16, num_heads=2))
+
+
+def test_a_model_that_changed_under_its_session():
+    """In size: an error that says so. In values or place: `stale`, and the session still works."""
+    model = make_model("gpt2", hidden_dim=16, num_heads=2)
+    tokens = torch.tensor([[1, 2, 3]])
+    session = DecodeSession(model)
+    session.prefill(tokens)
+    model.resize_embeddings(V + 1)
+    assert session.stale
+    message = rf"the model changed under it: a parameter is float32 \[{V + 1}, 16\] on cpu, was float32 \[{V}, 16\]"
+    with pytest.raises(ValueError, match=message):
+        session.step(torch.tensor([4]))
+    with pytest.raises(ValueError, match="the model changed under it"):
+        generate(model, tokens, max_new_tokens=2, session=session)
+
+    model = make_model("gpt2", hidden_dim=16, num_heads=2)
+    session = DecodeSession(model)
+    session.prefill(tokens)
+    assert not session.stale
+    model.to(torch.float64).to(torch.float32)
+    assert session.stale
+    assert session.step(torch.tensor([4])).isfinite().all()
+
+
+# --- threads ---
+
+
+def test_a_session_serves_one_thread_at_a_time():
+    """While one thread is inside, a second one is refused, by the Python session and by the C++ one."""
+    model = make_model("gpt2", hidden_dim=16, num_heads=2)
+    session = DecodeSession(model)
+    refused: list[str] = []
+
+    def intrude(shown: Tensor) -> None:
+        def other() -> None:
+            try:
+                session.step(torch.tensor([1]))
+            except RuntimeError as error:
+                refused.append(str(error))
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+
+    generate(model, torch.tensor([[1, 2]]), max_new_tokens=3, session=session, stream=intrude)
+    assert len(refused) == 3
+    assert all("in use by another thread" in message for message in refused)
+    session.step(torch.tensor([1]))
+
+
+def test_the_gil_is_released_and_the_extension_guards_itself():
+    """Two threads hammer the C++ session itself: nothing but its own error, and some of it if they ever met."""
+    model = make_model("gpt2", hidden_dim=256, num_heads=4, num_layers=4)
+    session = DecodeSession(model)
+    inner = session._step._session
+    sampling = session._step._sampling(Sampling(0))
+    zero = torch.tensor([0])
+    errors: list[BaseException] = []
+
+    def hammer() -> None:
+        for _ in range(300):
+            try:
+                inner.step(zero, zero, zero, sampling)
+            except RuntimeError as error:
+                errors.append(error)
+
+    workers = [threading.Thread(target=hammer) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert errors, "a step of 3 million weights never met another: the GIL was held"
+    assert all("in use by another thread" in str(error) for error in errors)
+
+
+def test_two_sessions_in_two_threads():
+    """Each with its own model: both get what they get alone."""
+    models = [make_model("gpt2", std=0.3, hidden_dim=128, num_heads=2) for _ in range(2)]
+    prompt = torch.randint(0, V, (2, 5))
+    alone = [generate(model, prompt, max_new_tokens=30, temperature=0) for model in models]
+    found: dict[int, Tensor] = {}
+
+    def run(i: int) -> None:
+        found[i] = generate(models[i], prompt, max_new_tokens=30, temperature=0)
+
+    workers = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert torch.equal(found[0], alone[0])
+    assert torch.equal(found[1], alone[1])

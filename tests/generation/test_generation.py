@@ -1,0 +1,386 @@
+"""`generate` and its sampling functions: on the C++ step, and on the model's modules as a GPU runs them."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from gpt_fast import GPT, DecodeSession, GPTConfig, GPTForCausalLM, GPTForMaskedLM, generate, use_reference
+from gpt_fast.generation import session as decoding
+from gpt_fast.generation import text as generation
+from gpt_fast.generation.sampling import Sampling, keep_top_k, keep_top_p, sample
+
+V, SEQ_LEN, PAD = 31, 24, 0
+
+
+@pytest.fixture(scope="module")
+def model() -> GPTForCausalLM:
+    """Large random weights, so that the greedy choice depends on all of the context."""
+    torch.manual_seed(0)
+    config = GPTConfig.preset(
+        "gpt2", num_tokens=V, hidden_dim=16, num_heads=2, num_layers=2, seq_len=SEQ_LEN, dropout=0.5, pad_token=PAD
+    )
+    model = GPTForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+    return model.train()  # generate itself has to switch dropout off
+
+
+@pytest.fixture(params=["step", "modules"], autouse=True)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to step: that of this machine (C++, if it is there), and the model's modules on the cache."""
+    if request.param == "modules":
+        checked = decoding.step_kind
+        for module in (decoding, generation):
+            monkeypatch.setattr(module, "step_kind", lambda *arguments: (checked(*arguments), "torch")[1])
+    return request.param
+
+
+def greedy_by_hand(model: GPTForCausalLM, prompt: list[int], new: int) -> list[int]:
+    model.eval()
+    tokens = list(prompt)
+    for _ in range(new):
+        tokens.append(int(model(torch.tensor([tokens[-SEQ_LEN:]])).logits[0, -1].argmax()))
+    model.train()
+    return tokens
+
+
+def prompts(*lengths: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(1, V, (len(lengths), max(lengths)), generator=generator)
+    return tokens, torch.tensor(lengths)
+
+
+def test_greedy_is_the_most_probable_token_each_time(model):
+    tokens, _ = prompts(5)
+    out = generate(model, tokens, max_new_tokens=9, temperature=0)
+    assert out[0].tolist() == greedy_by_hand(model, tokens[0].tolist(), 9)
+    assert model.training
+
+
+def test_a_padded_batch_gives_what_each_row_gives_alone(model):
+    """The new tokens follow each prompt directly; what the padding of the prompt holds changes nothing."""
+    tokens, lengths = prompts(3, 8, 1, 8)
+    out = generate(model, tokens, max_new_tokens=6, temperature=0, lengths=lengths)
+    assert out.shape == (4, 14)
+    for row, prompt, length in zip(out.tolist(), tokens.tolist(), lengths.tolist(), strict=True):
+        assert row[: length + 6] == greedy_by_hand(model, prompt[:length], 6)
+        assert row[length + 6 :] == [PAD] * (8 - length)
+
+
+@pytest.mark.parametrize("B", [1, 4])
+@pytest.mark.parametrize("preset", ["notes", "gpt1", "gpt2"])
+def test_equals_the_uncached_reference_for_200_tokens(preset, B):
+    """Token for token, each preset at reduced width and depth, float32, an odd head size; the loop is plain PyTorch."""
+    config = GPTConfig.preset(preset, num_tokens=101, hidden_dim=36, num_heads=4, num_layers=2, seq_len=220)
+    model = shaken(GPTForCausalLM(config)).eval()
+    torch.nn.init.normal_(model.trunk.pos_emb)  # else some of them repeat one token
+    tokens = torch.randint(0, 101, (B, 15))
+    out = generate(model, tokens, max_new_tokens=200, temperature=0)
+    assert len(set(out[:, 15:].flatten().tolist())) > 5  # no loop on one token
+    with use_reference(), torch.no_grad():  # one pass over all of them gives what 200 passes would: attention is causal
+        predicted = model(out).logits.argmax(-1)
+    assert torch.equal(out[:, 15:], predicted[:, 14:-1])
+
+
+def shaken(model: torch.nn.Module, std: float = 0.3) -> torch.nn.Module:
+    """Weights so large that the choice depends on the context, norms and biases moved a little."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=std)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def test_the_notes_gpt():
+    """The drop-in module: its probabilities' argmax, token by token."""
+    model = shaken(GPT(num_tokens=31, hidden_dim=16, num_heads=2, num_layers=2, seq_len=24, dropout=0.5))
+    tokens = torch.randint(0, 31, (2, 5))
+    out = generate(model, tokens, max_new_tokens=19, temperature=0)
+    assert model.training
+    for step in range(5, 24):
+        assert torch.equal(out[:, step], model.eval()(out[:, :step])[:, -1].argmax(-1))
+
+
+@pytest.mark.parametrize("padding", ["left", "right", "holes"])
+def test_a_key_mask_gives_what_each_row_gives_alone(model, padding):
+    """New tokens begin at T; where the real tokens of a row lie changes nothing."""
+    tokens, lengths = prompts(3, 8, 1, 6)
+    B, T = tokens.shape
+    mask = torch.arange(T) < lengths[:, None]
+    if padding == "left":
+        mask = mask.flip(1)
+    if padding == "holes":
+        mask = mask[:, torch.randperm(T)]
+    out = generate(model, tokens, max_new_tokens=6, temperature=0, key_mask=mask)
+    assert out.shape == (B, T + 6)
+    for row, got, prompt in zip(mask, out, tokens, strict=True):
+        real = prompt[row].tolist()
+        assert got[:T][row].tolist() == real
+        assert (got[:T][~row] == PAD).all()
+        assert real + got[T:].tolist() == greedy_by_hand(model, real, 6)
+
+
+def test_repetition_penalty_against_a_plain_loop(model):
+    """Every token a row holds, padding not among them; the new ones as they come."""
+    tokens, lengths = prompts(4, 7)
+    out = generate(model, tokens, max_new_tokens=9, temperature=0, repetition_penalty=1.7, lengths=lengths)
+    plain = generate(model, tokens, max_new_tokens=9, temperature=0, lengths=lengths)
+    assert not torch.equal(out, plain)
+    model.eval()
+    for row, prompt, length in zip(out.tolist(), tokens.tolist(), lengths.tolist(), strict=True):
+        wanted = prompt[:length]
+        for _ in range(9):
+            logits = model(torch.tensor([wanted])).logits[0, -1]
+            for token in set(wanted):
+                logits[token] = logits[token] / 1.7 if logits[token] > 0 else logits[token] * 1.7
+            wanted.append(int(logits.argmax()))
+        assert row[: length + 9] == wanted
+    model.train()
+
+
+def test_chat_turns(model):
+    """A session given holds prompt and answer: the next turn goes on from it, rows of unequal length included."""
+    session = DecodeSession(model, batch=2)
+    turns = [prompts(3, 5), (torch.tensor([[4, 9, 0], [7, 1, 2]]), torch.tensor([2, 3]))]
+    history: list[list[int]] = [[], []]
+    for tokens, lengths in turns:
+        out = generate(model, tokens, max_new_tokens=4, temperature=0, lengths=lengths, session=session)
+        for b in range(2):
+            n = int(lengths[b])
+            wanted = greedy_by_hand(model, history[b] + tokens[b, :n].tolist(), 4)
+            history[b] += out[b, : n + 4].tolist()
+            assert history[b] == wanted
+    assert session.lengths.tolist() == [len(row) for row in history]
+    with pytest.raises(ValueError, match="the cache is full: a row would hold 35 tokens, it has room for 24"):
+        generate(model, tokens, max_new_tokens=16, session=session)
+    assert session.lengths.tolist() == [len(row) for row in history]
+    with pytest.raises(ValueError, match="a session of 2 rows for 1 rows"):
+        generate(model, tokens[:1], max_new_tokens=1, session=session)
+
+
+def test_long_prompts_are_read_in_passes(model, monkeypatch):
+    """Fewer queries than keys: the same tokens whether a prompt is read at once or three tokens at a time."""
+    tokens, lengths = prompts(14, 9)
+    whole = generate(model, tokens, max_new_tokens=6, temperature=0, lengths=lengths)
+    monkeypatch.setattr(decoding, "_PROMPT_TOKENS", 6)
+    assert torch.equal(whole, generate(model, tokens, max_new_tokens=6, temperature=0, lengths=lengths))
+
+
+def test_updated_weights_are_noticed(model):
+    """After an optimiser step, .to(), another parameter, another vocabulary: generate makes a new session."""
+    own = shaken(GPTForCausalLM(model.config), std=0.5).eval()
+    tokens, _ = prompts(5)
+
+    def check() -> None:
+        assert generate(own, tokens, max_new_tokens=8, temperature=0)[0].tolist() == greedy_by_hand(
+            own.eval(), tokens[0].tolist(), 8
+        )
+        own.eval()
+
+    check()
+    for fused in (False, True):
+        optimizer = torch.optim.AdamW(own.parameters(), lr=0.3, fused=fused)
+        session = DecodeSession(own)
+        assert not session.stale
+        own(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        assert session.stale
+        check()
+    own.to(torch.float64)
+    check()
+    own.to(torch.float32)
+    own.trunk.final_norm = torch.nn.LayerNorm(16)
+    check()
+    own.resize_embeddings(V + 3)
+    check()
+
+
+def test_a_copied_model_goes_without_the_session(model):
+    tokens, _ = prompts(5)
+    wanted = generate(model, tokens, max_new_tokens=3, temperature=0)
+    copied = copy.deepcopy(model)
+    assert torch.equal(generate(copied, tokens, max_new_tokens=3, temperature=0), wanted)
+    assert not any("session" in name for name in model.state_dict())
+
+
+def test_float64(model):
+    """Runs the reference, in float64 throughout."""
+    wide = copy.deepcopy(model).double()
+    tokens, _ = prompts(5)
+    out = generate(wide, tokens, max_new_tokens=9, temperature=0)
+    assert out[0].tolist() == greedy_by_hand(wide, tokens[0].tolist(), 9)
+
+
+def test_seeds(model):
+    tokens, _ = prompts(4, 4)
+    state = torch.get_rng_state()
+    first, same, other = (generate(model, tokens, max_new_tokens=12, seed=seed) for seed in (7, 7, 8))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)  # a seed leaves torch's own generator alone
+
+
+def test_without_a_seed_torch_governs(model):
+    tokens, _ = prompts(4)
+    torch.manual_seed(3)
+    first = generate(model, tokens, max_new_tokens=12)
+    torch.manual_seed(3)
+    assert torch.equal(first, generate(model, tokens, max_new_tokens=12))
+
+
+def test_stop_tokens_end_their_row_alone(model):
+    tokens, _ = prompts(4, 4)
+    free = generate(model, tokens, max_new_tokens=10, temperature=0).tolist()
+    stop = free[0][6]
+    out = generate(model, tokens, max_new_tokens=10, temperature=0, stop_tokens=[stop, V + 5]).tolist()
+    for got, wanted in zip(out, free, strict=True):
+        end = wanted.index(stop, 4) + 1 if stop in wanted[4:] else 14
+        assert got == wanted[:end] + [PAD] * (14 - end)
+
+
+def test_generation_ends_when_every_row_has_stopped(model):
+    tokens, _ = prompts(4)
+    steps: list[Tensor] = []
+    out = generate(model, tokens, max_new_tokens=10, temperature=0, stop_tokens=range(V), stream=steps.append)
+    assert len(steps) == 1
+    assert out.shape == (1, 14)
+
+
+def test_stream_sees_every_token(model):
+    tokens, lengths = prompts(2, 5)
+    steps: list[Tensor] = []
+    out = generate(model, tokens, max_new_tokens=4, seed=0, lengths=lengths, stream=steps.append)
+    streamed = torch.stack(steps, dim=1)
+    assert torch.equal(streamed, torch.stack([out[0, 2:6], out[1, 5:9]]))
+
+
+def greedy_sliding(model: GPTForCausalLM, prompt: list[int], new: int) -> list[int]:
+    """A window that starts with the last SEQ_LEN tokens and, when full, keeps its later half and the newest token."""
+    model.eval()
+    tokens, window = list(prompt), prompt[-SEQ_LEN:]
+    for _ in range(new):
+        tokens.append(int(model(torch.tensor([window])).logits[0, -1].argmax()))
+        window = [*window, tokens[-1]] if len(window) < SEQ_LEN else tokens[-(SEQ_LEN // 2) :]
+    model.train()
+    return tokens
+
+
+def test_sliding_goes_on_from_the_later_half(model):
+    """Also where the rows are full at different times, and where a prompt alone is longer than the context."""
+    tokens, lengths = prompts(20, 7, 30)
+    out = generate(model, tokens, max_new_tokens=45, temperature=0, lengths=lengths, sliding=True)
+    for row, prompt, length in zip(out.tolist(), tokens.tolist(), lengths.tolist(), strict=True):
+        assert row[: length + 45] == greedy_sliding(model, prompt[:length], 45)
+
+
+def test_no_new_tokens(model):
+    tokens, _ = prompts(4)
+    assert torch.equal(generate(model, tokens, max_new_tokens=0), tokens)
+
+
+# --- sampling ---
+
+
+def test_top_k_keeps_exactly_k():
+    """Also where the k-th largest is not alone, and where there are fewer than k."""
+    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0], [0.0, -1.0, -2.0, -3.0]])
+    assert keep_top_k(logits, 2).isfinite().sum(dim=1).tolist() == [2, 2]
+    assert keep_top_k(logits, 2)[1].tolist() == [0.0, -1.0, -math.inf, -math.inf]
+    assert torch.equal(keep_top_k(logits, 9), logits)
+
+
+@pytest.mark.parametrize(("p", "kept"), [(1e-9, 1), (0.499, 1), (0.501, 2), (0.79, 2), (0.81, 3), (0.999, 4)], ids=str)
+def test_top_p_keeps_the_fewest_that_reach_it(p, kept):
+    logits = torch.tensor([[0.05, 0.3, 0.15, 0.5]]).double().log()
+    expected = sorted([3, 1, 2, 0][:kept])
+    assert keep_top_p(logits, p).isfinite()[0].nonzero().flatten().tolist() == expected
+
+
+def test_sampling_follows_the_distribution():
+    """Frequencies of 40,000 draws within four standard deviations of `softmax(logits / temperature)`."""
+    logits = torch.tensor([2.0, 0.0, 1.0, -1.0, 1.5])
+    N = 40_000
+    options = Sampling(temperature=0.7, top_k=4, top_p=0.97)
+    drawn = sample(logits.expand(N, -1), options, generator=torch.Generator().manual_seed(0))
+    # top_k drops the -1; of the rest, 2, 1.5 and 1 reach 0.96 together, so the 0 stays too.
+    p = (logits / 0.7).masked_fill(logits == -1, -math.inf).softmax(0)
+    assert float(p[[0, 2, 4]].sum()) < 0.97
+    share = torch.bincount(drawn, minlength=5) / N
+    assert ((share - p).abs() <= 4 * (p * (1 - p) / N).sqrt()).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e6])
+def test_extreme_temperatures(temperature):
+    logits = torch.tensor([[3e4, 2e4, -3e4]], dtype=torch.float32)
+    drawn = {int(sample(logits, Sampling(temperature))) for _ in range(50)}
+    assert drawn == {0} if temperature < 1 else len(drawn) > 1
+
+
+# --- what it refuses ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": torch.empty(1, 0, dtype=torch.int64)}, "empty prompt"),
+        ({"lengths": torch.tensor([0])}, "empty prompt"),
+        ({"lengths": torch.tensor([6])}, "a length of 6 in rows of 5"),
+        ({"lengths": torch.tensor([5, 5])}, "wanted 1 integer lengths"),
+        ({"tokens": torch.ones(5, dtype=torch.int64)}, r"wanted int64 tokens \[B, T\], got torch.int64 \[5\]"),
+        ({"tokens": torch.ones(1, 5)}, "got torch.float32"),
+        ({"tokens": torch.tensor([[1, V]])}, "31"),
+        ({"temperature": -0.1}, "temperature -0.1; wanted 0"),
+        ({"temperature": math.nan}, "temperature nan"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty 0.0; wanted more than 0"),
+        ({"weights": "int4"}, "weights 'int4'; wanted one of float32, bfloat16, int8"),
+        ({"key_mask": torch.ones(1, 4, dtype=torch.bool)}, r"key_mask is torch.bool \[1, 4\], wanted bool \[1, 5\]"),
+        ({"key_mask": torch.zeros(1, 5, dtype=torch.bool)}, "empty prompt"),
+        ({"key_mask": torch.ones(1, 5, dtype=torch.bool), "lengths": torch.tensor([5])}, "lengths and key_mask"),
+        ({"top_k": 0}, "top_k 0; wanted 1"),
+        ({"top_p": 0.0}, "top_p 0.0; wanted more than 0"),
+        ({"top_p": 1.5}, "top_p 1.5"),
+        ({"max_new_tokens": -1}, "max_new_tokens -1"),
+        ({"max_new_tokens": 20}, "5 tokens of prompt and 20 new ones make 25, but the model has 24 positions"),
+    ],
+)
+def test_refuses(model, options, message):
+    options = {"tokens": torch.ones(1, 5, dtype=torch.int64), "max_new_tokens": 2} | options
+    with pytest.raises(ValueError, match=message):
+        generate(model, options.pop("tokens"), **options)
+    assert model.training
+
+
+def test_refuses_a_damaged_model(model):
+    damaged = GPTForCausalLM(model.config)
+    with torch.no_grad():
+        damaged.trunk.token_emb.weight[3, 0] = math.nan
+    with pytest.raises(ValueError, match="NaN"):
+        generate(damaged, torch.ones(1, 5, dtype=torch.int64), max_new_tokens=2)
+
+
+def test_a_session_survives_damaged_logits(model):
+    """The NaN comes with token 3, in the middle of a text: the session forgets that step and goes on."""
+    damaged = shaken(GPTForCausalLM(model.config.replace(tied=False, pad_token=None)), std=0.5).eval()
+    with torch.no_grad():
+        damaged.trunk.token_emb.weight[3, 0] = math.nan
+    session = DecodeSession(damaged)
+    session.prefill(torch.tensor([[5, 8, 2]]))
+    with pytest.raises(ValueError, match="NaN"):
+        session.step(torch.tensor([3]))
+    with pytest.raises(ValueError, match="NaN"):
+        session.prefill(torch.tensor([[1, 3]]))
+    assert session.lengths.tolist() == [3]
+    got = session.step(torch.tensor([7]))
+    wanted = damaged(torch.tensor([[5, 8, 2, 7]])).logits[:, -1]
+    assert torch.allclose(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_refuses_another_head(model):
+    with pytest.raises(ValueError, match="wanted a GPTForCausalLM or a GPT, got GPTForMaskedLM"):
+        generate(GPTForMaskedLM(model.config), torch.ones(1, 5, dtype=torch.int64), max_new_tokens=2)

@@ -1,0 +1,740 @@
+"""gpt_fast.accelerate on transformers' models: the same function, in place, and back."""
+
+import copy
+import functools
+import io
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gpt_fast
+from gpt_fast import _plain
+from gpt_fast.integrations.huggingface import blocks
+from tests import numerics
+from tests.hf_models import (
+    CLASSES,
+    LAYERS,
+    LM_HEADS,
+    H,
+    P,
+    V,
+    at_real_positions,
+    inputs,
+    make,
+    padding,
+    transformers,
+    twins,
+)
+
+# Every call that is left to transformers warns; a test that expects one says so.
+pytestmark = pytest.mark.filterwarnings("error:gpt_fast")
+
+LOSSES = ("loss", "mc_loss")
+
+
+def run(model, given: dict, dtype: torch.dtype | None = None, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """Outputs of one pass in training mode, at real tokens, and the gradient of every parameter."""
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        out = model(**given)
+    values = {
+        name: at_real_positions(out[name], mask).detach().clone()
+        for name in ("loss", "mc_loss", "logits", "mc_logits", "start_logits", "end_logits", "last_hidden_state")
+        if name in out
+    }
+    if "LMHead" in type(model).__name__ and out.logits.dtype == torch.float64:
+        labels = given["labels"][:, 1:].flatten()  # transformers takes this loss in float32, whatever the logits are
+        out["loss"] = nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels)
+        values["loss"] = out.loss.detach().clone()
+    losses = [out[name] for name in LOSSES if name in out]
+    total = sum(losses)
+    if not losses:  # a trunk: a random upstream gradient at real tokens
+        hidden = at_real_positions(out.last_hidden_state, mask)
+        total = (hidden * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(hidden.dtype)).sum()
+    total.backward()
+    return values | {f"grad {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def in_float64(model):
+    model = copy.deepcopy(model).double()
+    for module in model.modules():
+        if hasattr(module, "reorder_and_upcast_attn"):
+            module.reorder_and_upcast_attn = False  # to float32, which would be a step down here
+    return model
+
+
+def assert_same(original, given: dict, accelerated=None, *, dtype: torch.dtype | None = None) -> None:
+    """Accelerated and original agree with float64 alike: the original in the tested dtype is the yardstick."""
+    if accelerated is None:
+        accelerated = copy.deepcopy(original)
+        gpt_fast.accelerate(accelerated, strict=True)
+    mask = given.get("attention_mask")
+    mask = mask if mask is not None and mask.dim() == 2 else None if mask is None else mask.squeeze(0)
+    exact = run(in_float64(original), given, None, mask)
+    yardstick, got = run(original, given, dtype, mask), run(accelerated, given, dtype, mask)
+    assert got.keys() == yardstick.keys() == exact.keys()
+    for name, value in got.items():
+        assert value.dtype == yardstick[name].dtype or name in LOSSES, name
+        assert value.shape == yardstick[name].shape, name
+    # Pooled, each at its own scale: the error of one small tensor, or of a loss, is a single draw.
+    gradients = {name for name in got if name.startswith("grad ")}
+    for names, label in ((gradients, "gradients"), (got.keys() - gradients, "outputs")):
+        scales = {name: exact[name].abs().max() for name in sorted(names)}
+        # Some gradients are 0 but for the rounding of their terms (a softmax's, summed over its classes, say), which
+        # are of the size of the others: half an eps of the terms is no error of the result.
+        floor = 0.1 * max(scales.values())
+        scales = {name: max(scale, floor) for name, scale in scales.items()}
+
+        def pooled(values: dict[str, Tensor], scales: dict[str, Tensor] = scales) -> Tensor:
+            return torch.cat([(values[name].double() / scale).flatten() for name, scale in scales.items()])
+
+        numerics.assert_as_accurate(pooled(got), pooled(yardstick), pooled(exact), label=label)
+
+
+# ---- the same function -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", [None, "right", "left"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_outputs_loss_and_gradients(name: str, side: str | None) -> None:
+    assert_same(make(name), inputs(name, side))
+
+
+@pytest.mark.parametrize("name", LM_HEADS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_autocast(name: str, dtype: torch.dtype) -> None:
+    assert_same(make(name), inputs(name, "right"), dtype=dtype)
+
+
+@pytest.mark.parametrize("name", LM_HEADS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_weights_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    assert_same(make(name).to(dtype), inputs(name, "left"))
+
+
+# Of the configuration, each on every class that has it.
+OPTIONS = {
+    "GPT2": {
+        "eager": {"attn_implementation": "eager"},
+        "inverse_layer_idx": {"scale_attn_by_inverse_layer_idx": True},
+        "unscaled": {"scale_attn_weights": False},
+        "reorder_and_upcast": {"reorder_and_upcast_attn": True, "attn_implementation": "eager"},
+        "bidirectional": {"is_causal": False},
+        "bidirectional_eager": {"is_causal": False, "attn_implementation": "eager"},
+        "exact_gelu_other_width": {"activation_function": "gelu", "n_inner": 40},
+        "relu_untied": {"activation_function": "relu", "tie_word_embeddings": False},
+        "one_head": {"n_head": 1, "layer_norm_epsilon": 1e-3},
+        "no_cache": {"use_cache": False},
+    },
+    "OpenAIGPT": {
+        "relu": {"afn": "relu", "layer_norm_epsilon": 1e-3},
+        "untied_one_head": {"tie_word_embeddings": False, "n_head": 1},
+    },
+}
+CLASSES_AND_OPTIONS = [
+    pytest.param(name, options, id=f"{name}-{label}")
+    for name in CLASSES
+    for label, options in OPTIONS["GPT2" if name.startswith("GPT2") else "OpenAIGPT"].items()
+]
+
+
+@pytest.mark.parametrize("rows", ["many", "few"])
+@pytest.mark.parametrize("name", LM_HEADS)
+def test_transposed_weights_are_read_in_place(name: str, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our products get the parameters' own memory, and gradients lie as the parameters do; of few rows PyTorch's do."""
+    model = make(name)
+    gpt_fast.accelerate(model)
+    read: list[Tensor] = []
+
+    def recorded(run_op, *args):
+        read.extend(arg for arg in args if isinstance(arg, Tensor))
+        return run_op(*args)
+
+    for op in ("linear", "mlp"):
+        monkeypatch.setattr(gpt_fast.ops, op, functools.partial(recorded, getattr(gpt_fast.ops, op)))
+    model(**inputs(name, B=3 if rows == "many" else 1)).loss.backward()
+    matrices = [p for n, p in model.named_parameters() if ".h." in n and p.dim() == 2]
+    assert len(matrices) == 4 * LAYERS
+    places = {tensor.data_ptr() for tensor in read}
+    assert all((matrix.data_ptr() in places) == (rows == "many") for matrix in matrices)
+    assert all(matrix.grad.stride() == matrix.stride() for matrix in matrices)
+
+
+@pytest.mark.parametrize(("name", "options"), CLASSES_AND_OPTIONS)
+def test_options_of_the_configuration(name: str, options: dict) -> None:
+    for side in ("right", "left"):
+        given = inputs(name, side)
+        if not options.get("is_causal", True):
+            given["use_cache"] = False  # transformers has no bidirectional cache either
+        model = make(name, **options)
+        accelerated = copy.deepcopy(model)
+        gpt_fast.accelerate(accelerated, strict=True)
+        if "Question" in name and side == "left":
+            # Its softmax goes over padding, whose queries have no key: all of them to eager, none to sdpa and us.
+            model.config._attn_implementation = "sdpa"
+        assert_same(model, given, accelerated)
+
+
+HEAD_OPTIONS = [
+    pytest.param("GPT2DoubleHeadsModel", {"summary_type": "mean", "summary_activation": "tanh"}, id="mean_and_tanh"),
+    pytest.param("OpenAIGPTDoubleHeadsModel", {"summary_type": "last", "summary_proj_to_labels": False}, id="last"),
+    pytest.param("GPT2ForSequenceClassification", {"problem_type": "regression"}, id="regression"),
+    pytest.param("OpenAIGPTForSequenceClassification", {"problem_type": "multi_label_classification"}, id="labels"),
+    pytest.param("GPT2ForTokenClassification", {"num_labels": 5}, id="five_tags"),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), HEAD_OPTIONS)
+def test_options_of_the_heads(name: str, options: dict) -> None:
+    # These summaries are over the choices, transformers has it so, at every token: padding on the left as well.
+    for side in ("right",) if "summary_type" in options else ("right", "left"):
+        given = inputs(name, side)
+        if "problem_type" in options:
+            given["labels"] = torch.rand(3, 3)
+        if "summary_type" in options:
+            given.pop("mc_labels")  # there is no score for each choice
+        assert_same(make(name, **options), given)
+
+
+def test_another_activation_is_left_alone_and_right() -> None:
+    model = make("GPT2LMHeadModel", activation_function="silu")
+    accelerated = copy.deepcopy(model)
+    report = gpt_fast.accelerate(accelerated)
+    assert [entry.name for entry in report.left] == [f"transformer.h.{i}.mlp" for i in range(LAYERS)]
+    assert "activation SiLUActivation" in report.left[0].reason
+    assert_same(model, inputs("GPT2LMHeadModel"), accelerated)
+    with pytest.raises(ValueError, match=r"strict=True, but 2 modules .*transformer\.h\.0\.mlp"):
+        gpt_fast.accelerate(model, strict=True)
+    assert not any(_plain.is_accelerated(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", LM_HEADS)
+def test_other_ways_to_call(name: str) -> None:
+    """Embeddings instead of tokens, token types, positions, tuples, positional arguments, labels in evaluation."""
+    model, accelerated = twins(name)
+    gpt_fast.accelerate(accelerated)
+    tokens = inputs(name)["input_ids"]
+    given = {
+        "inputs_embeds": {"inputs_embeds": torch.randn(3, 11, 32), "labels": tokens},
+        "token_type_ids": {"input_ids": tokens, "token_type_ids": tokens % 5, "labels": tokens},
+        "position_ids": {"input_ids": tokens, "position_ids": torch.arange(2, 13)[None], "labels": tokens},
+        "positions by row": {"input_ids": tokens, "position_ids": torch.randint(0, P, (3, 11)), "labels": tokens},
+        "logits": {"input_ids": tokens, "labels": tokens, "output_hidden_states": True},
+    }
+    for label, arguments in given.items():
+        if label == "positions by row" and name.startswith("GPT2"):
+            arguments["use_cache"] = True  # without, transformers takes jumps for the starts of packed sequences
+        wanted, got = model(**arguments), accelerated(**arguments)
+        torch.testing.assert_close(got.loss, wanted.loss, msg=label)
+        torch.testing.assert_close(got.logits, wanted.logits, msg=label)
+        if "output_hidden_states" in arguments:
+            assert len(got.hidden_states) == len(wanted.hidden_states) == LAYERS + 1
+            for a, b in zip(got.hidden_states, wanted.hidden_states, strict=True):
+                torch.testing.assert_close(a, b)
+    for mode in (True, False):
+        model.train(mode), accelerated.train(mode)
+        wanted, got = (
+            model(tokens, labels=tokens, return_dict=False),
+            accelerated(tokens, labels=tokens, return_dict=False),
+        )
+        assert isinstance(got, tuple) and len(got) == len(wanted)
+        torch.testing.assert_close(got[0], wanted[0])
+        torch.testing.assert_close(got[1], wanted[1])
+    # The trunk alone, its mask by position.
+    mask = padding("right", 3, 11)
+    second = (mask,) if name.startswith("OpenAI") else (None, mask)
+    a, b = model.transformer(tokens, *second), accelerated.transformer(tokens, *second)
+    torch.testing.assert_close(a.last_hidden_state[mask.bool()], b.last_hidden_state[mask.bool()])
+
+
+def test_loss_arguments_of_the_trainer() -> None:
+    """num_items_in_batch divides a sum; shifted labels and another ignored index are taken as transformers does."""
+    model, accelerated = twins("GPT2LMHeadModel")
+    gpt_fast.accelerate(accelerated)
+    tokens = inputs("GPT2LMHeadModel")["input_ids"]
+    for arguments in (
+        {"num_items_in_batch": 7}, {"num_items_in_batch": torch.tensor(50)}, {"ignore_index": 9},
+        {"shift_labels": tokens.roll(3, 1)},
+    ):  # fmt: skip
+        wanted = model(tokens, labels=tokens, **arguments).loss
+        torch.testing.assert_close(accelerated(tokens, labels=tokens, **arguments).loss, wanted)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_packed_sequences_see_themselves_only(implementation: str) -> None:
+    """transformers reads packing off positions that start again, where there is neither mask nor cache."""
+    model, accelerated = twins("GPT2LMHeadModel", attn_implementation=implementation, use_cache=False)
+    gpt_fast.accelerate(accelerated)
+    tokens = inputs("GPT2LMHeadModel", B=2)["input_ids"]
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]])
+    wanted = model(tokens, position_ids=positions).logits
+    torch.testing.assert_close(accelerated(tokens, position_ids=positions).logits, wanted)
+    alone = accelerated(tokens[:1, 4:6]).logits
+    torch.testing.assert_close(alone, wanted[:1, 4:6])
+
+
+def test_masks_of_four_dimensions() -> None:
+    model, accelerated = twins("GPT2LMHeadModel")
+    gpt_fast.accelerate(accelerated)
+    tokens = inputs("GPT2LMHeadModel")["input_ids"]
+    mask = torch.rand(3, 1, 11, 11) < 0.5
+    mask |= torch.eye(11, dtype=torch.bool)
+    wanted = model(tokens, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(accelerated(tokens, attention_mask=mask, use_cache=False).logits, wanted)
+    additive = torch.zeros(3, 1, 11, 11).masked_fill(~mask, -5.0)
+    wanted = model(tokens, attention_mask=additive, use_cache=False).logits
+    with pytest.warns(UserWarning, match="attention_mask is torch.float32"):
+        assert torch.equal(accelerated(tokens, attention_mask=additive, use_cache=False).logits, wanted)
+
+
+# ---- known traps -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LM_HEADS)
+def test_padding_is_not_dropped(name: str) -> None:
+    """What padding contains changes nothing, and a padded row gives what it gives alone."""
+    model = make(name).eval()
+    gpt_fast.accelerate(model)
+    given = inputs(name, "left")
+    tokens, mask = given["input_ids"], given["attention_mask"]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    out = model(tokens, attention_mask=mask, position_ids=positions).logits
+    other = torch.where(mask.bool(), tokens, 9)
+    assert torch.equal(model(other, attention_mask=mask, position_ids=positions).logits[mask.bool()], out[mask.bool()])
+    assert (model(tokens, position_ids=positions).logits - out)[1, -1].abs().max() > 0.01
+    row = tokens[2:, -int(mask[2].sum()) :]
+    torch.testing.assert_close(model(row).logits[0], out[2, -row.shape[1] :])
+
+
+@pytest.mark.parametrize("name", LM_HEADS)
+def test_attention_probabilities(name: str) -> None:
+    """Asked for, the call runs as transformers has it, bit for bit, and says so; later calls are fused again."""
+    model = make(name, attn_implementation="eager").eval()
+    given = inputs(name, "right")
+    wanted = model(**given, output_attentions=True)
+    gpt_fast.accelerate(model)
+    with pytest.warns(UserWarning, match="output_attentions=True asks for the probabilities"):
+        got = model(**given, output_attentions=True)
+    assert len(got.attentions) == LAYERS and got.attentions[0].shape == (3, H, 11, 11)
+    assert all(torch.equal(a, b) for a, b in zip(got.attentions, wanted.attentions, strict=True))
+    assert torch.equal(got.logits, wanted.logits)
+    mask = given["attention_mask"].bool()
+    torch.testing.assert_close(model(**given).logits[mask], wanted.logits[mask])  # transformers' hooks stay in place
+
+
+def test_cross_attention() -> None:
+    model = make("GPT2LMHeadModel", add_cross_attention=True).eval()
+    tokens, states = inputs("GPT2LMHeadModel")["input_ids"], torch.randn(3, 5, 32)
+    wanted = model(tokens, encoder_hidden_states=states, use_cache=False).logits
+    plain = model(tokens, use_cache=False).logits
+    report = gpt_fast.accelerate(model)
+    assert {entry.kind for entry in report.left} == {"GPT2Attention"}
+    with pytest.warns(UserWarning, match="encoder_hidden_states given"):
+        assert torch.equal(model(tokens, encoder_hidden_states=states, use_cache=False).logits, wanted)
+    torch.testing.assert_close(model(tokens, use_cache=False).logits, plain)
+
+
+def test_arguments_nobody_knows_are_left_to_transformers() -> None:
+    model = make("GPT2Model").eval()
+    gpt_fast.accelerate(model)
+    with pytest.warns(UserWarning, match="head_mask given"):
+        model(inputs("GPT2Model")["input_ids"], head_mask=torch.ones(LAYERS, H))
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+def test_generation_with_a_cache(side: str | None) -> None:
+    model, accelerated = twins("GPT2LMHeadModel")
+    model.eval(), accelerated.eval()
+    gpt_fast.accelerate(accelerated)
+    given = {k: v for k, v in inputs("GPT2LMHeadModel", side).items() if k != "labels"}
+    for options in ({"do_sample": False}, {"num_beams": 3}):
+        wanted = model.generate(**given, max_new_tokens=8, **options)
+        assert torch.equal(accelerated.generate(**given, max_new_tokens=8, **options), wanted)
+    out, again = accelerated(**given), model(**given)
+    assert out.cache.get_seq_length() == 11
+    step = {"input_ids": torch.tensor([[9, 10], [11, 12], [13, 14]])}
+    if side:
+        step["attention_mask"] = torch.cat((given["attention_mask"], torch.ones(3, 2, dtype=torch.int64)), 1)
+    got, wanted = accelerated(**step, cache=out.cache), model(**step, cache=again.cache)
+    torch.testing.assert_close(got.logits, wanted.logits)
+    for a, b in zip(out.cache.layers, again.cache.layers, strict=True):
+        mask = slice(None) if side is None else torch.ones(3, H, 13, dtype=torch.bool)
+        if side is not None:
+            mask &= step["attention_mask"][:, None].bool()
+        torch.testing.assert_close(a.keys[mask], b.keys[mask])
+        torch.testing.assert_close(a.values[mask], b.values[mask])
+
+
+def test_a_cache_by_its_older_name() -> None:
+    model, accelerated = twins("GPT2LMHeadModel")
+    gpt_fast.accelerate(accelerated)
+    tokens = inputs("GPT2LMHeadModel")["input_ids"]
+    losses, hidden = [], []
+    for each in (model, accelerated):
+        cache = each(tokens).cache
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)  # transformers', of the name
+            losses.append(each(tokens[:, :4], past_key_values=cache, labels=tokens[:, :4], use_cache=True).loss)
+            hidden.append(each.transformer(tokens[:, :2], past_key_values=cache).last_hidden_state)
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*hidden)
+
+
+def test_a_prefix_in_the_cache_gets_gradients() -> None:
+    """Prefix tuning: trained keys and values come before the tokens."""
+    model, accelerated = twins("GPT2LMHeadModel")
+    gpt_fast.accelerate(accelerated)
+    tokens = inputs("GPT2LMHeadModel")["input_ids"]
+    gradients = []
+    for each in (model, accelerated):
+        torch.manual_seed(3)
+        prefix = [torch.randn(3, H, 4, 8, requires_grad=True) for _ in range(2 * LAYERS)]
+        cache = transformers.DynamicCache()
+        for i in range(LAYERS):
+            cache.update(prefix[2 * i], prefix[2 * i + 1], i)
+        mask = torch.ones(3, 15, dtype=torch.int64)
+        each(tokens, cache=cache, attention_mask=mask, labels=tokens).loss.backward()
+        gradients.append([value.grad for value in prefix])
+    for got, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_a_static_cache_is_left_to_transformers() -> None:
+    model = make("GPT2LMHeadModel").eval()
+    tokens = inputs("GPT2LMHeadModel")["input_ids"]
+    options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    wanted = model.generate(tokens, **options)
+    gpt_fast.accelerate(model)
+    with pytest.warns(UserWarning, match="a StaticCache as cache"):
+        assert torch.equal(model.generate(tokens, **options), wanted)
+
+
+@pytest.mark.parametrize("name", LM_HEADS)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
+    """With dropout: the same gradients bit for bit, and blocks are really recomputed. GPT-1 gains it."""
+    model = make(name, 0.1)
+    if name.startswith("OpenAI"):
+        assert not model.supports_gradient_checkpointing
+    gpt_fast.accelerate(model)
+    given = inputs(name, "right")
+    calls, forward = [], blocks._attend
+    gradients = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "_attend", lambda *args: (calls.append(1), forward(*args))[1])
+        for checkpointed in (False, True):
+            if checkpointed:
+                model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            torch.manual_seed(5)
+            model.zero_grad()
+            model(**given).loss.backward()
+            gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    assert len(calls) == 3 * LAYERS
+    for label, wanted in gradients[0].items():
+        if "w" in label.split(".")[1][:1] or "embed" in label:  # transformers' hook sends these through PyTorch's op
+            torch.testing.assert_close(gradients[1][label], wanted)
+        else:
+            assert torch.equal(gradients[1][label], wanted), label
+    model.activation_checkpointing_disable()
+    gpt_fast.restore(model)
+    if name.startswith("OpenAI"):
+        with pytest.raises(ValueError, match="does not support"):
+            model.activation_checkpointing_enable()
+
+
+# ---- dropout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LM_HEADS)
+def test_every_dropout_is_applied_and_is_ours(name: str) -> None:
+    """Each alone changes the loss in training, and the whole is `GPTForCausalLM`'s for the same seed."""
+    tokens = inputs(name)["input_ids"]
+    for which in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
+        model = make(name, 0.0, **{which: 0.5})
+        gpt_fast.accelerate(model)
+        losses = {float(model(tokens, labels=tokens).loss.detach()) for _ in range(3)}
+        assert len(losses) == 3, which
+        losses = {float(model.eval()(tokens, labels=tokens).loss.detach()) for _ in range(3)}
+        assert len(losses) == 1, which
+    model = make(name, None)
+    ours = gpt_fast.GPTForCausalLM.from_hf(model)
+    assert ours.config.attention_dropout == ours.config.residual_dropout == 0.1
+    gpt_fast.accelerate(model)
+    for reference in (False, True):
+        if reference:  # in float64 nothing rounds: the same dropped elements, or the losses differ
+            model, ours = model.double(), ours.double()
+        losses = []
+        for each in (model, ours):
+            torch.manual_seed(11)
+            losses.append(each(tokens, labels=tokens).loss)
+        torch.testing.assert_close(*losses, rtol=1e-12 if reference else 1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if name not in ("GPT2Model", "OpenAIGPTModel")])
+def test_dropout_in_distribution(name: str) -> None:
+    """The mean loss over seeds is that of PyTorch's dropout, within four standard errors."""
+    model, accelerated = twins(name, 0.3)
+    gpt_fast.accelerate(accelerated)
+    given = inputs(name)
+    with torch.no_grad():
+        a, b = (torch.stack([each(**given).loss for _ in range(100)]) for each in (model, accelerated))
+    assert (a.mean() - b.mean()).abs() < 4 * (a.var() / 100 + b.var() / 100).sqrt()
+    assert 0.6 < a.std() / b.std() < 1.6
+
+
+# ---- gradients of each sample ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LM_HEADS)
+def test_gradients_of_each_padded_row(name: str) -> None:
+    model = make(name, use_cache=False)
+    gpt_fast.accelerate(model)
+    parameters = {label: parameter.detach() for label, parameter in model.named_parameters()}
+
+    def loss(parameters: dict, given: dict) -> Tensor:
+        return torch.func.functional_call(model, parameters, (), given).loss
+
+    given = inputs(name, "left")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="gpt_fast")  # the reference serves inside vmap, and says so
+        rows = torch.func.vmap(torch.func.grad(loss), (None, 0))(
+            parameters, {label: value[:, None] for label, value in given.items()}
+        )
+    for i in range(3):
+        model.zero_grad()
+        model(**{label: value[i : i + 1] for label, value in given.items()}).loss.backward()
+        for label, parameter in model.named_parameters():
+            torch.testing.assert_close(rows[label][i], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+# ---- the loss without logits -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list:
+    """A list that grows when deferred logits are computed."""
+    from gpt_fast.integrations.huggingface.losses import Deferred
+
+    calls: list = []
+    before = Deferred.__call__
+    monkeypatch.setattr(Deferred, "__call__", lambda self: (calls.append(1), before(self))[1])
+    return calls
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if "LMHead" in name or "Double" in name])
+def test_logits_are_computed_when_they_are_read(name: str, computed: list) -> None:
+    model, accelerated = twins(name)
+    gpt_fast.accelerate(accelerated)
+    given = inputs(name)
+    wanted = model(**given)
+    out = accelerated(**given)
+    assert type(out).__name__ == type(wanted).__name__ and isinstance(out, type(wanted))
+    assert list(out) == list(wanted) and len(out) == len(wanted)
+    assert torch.equal(out["loss"], out.loss) and torch.equal(out[0], out.loss)
+    assert not computed
+    torch.testing.assert_close(out.logits, wanted.logits)
+    assert len(computed) == 1
+    torch.testing.assert_close(out["logits"], wanted.logits)
+    torch.testing.assert_close(out.to_tuple()[list(wanted).index("logits")], wanted.logits)
+    assert len(computed) == 1, "once is enough"
+    assert torch.equal(accelerated(**given).get("logits"), out.logits)
+    assert len(accelerated(**given)[:2]) == 2
+    before = len(computed)
+    for arguments, mode in (({"logits": True}, True), ({}, False)):
+        accelerated.train(mode)
+        torch.testing.assert_close(accelerated(**given, **arguments).logits, wanted.logits)
+    assert len(computed) == before, "these calls are transformers' own"
+    assert accelerated.eval()(**given, logits=False).loss is not None
+
+
+def test_deferred_logits_survive_what_takes_outputs_apart(computed: list) -> None:
+    """Mixed precision in Accelerate rebuilds an output from its items, FSDP and DDP from a pytree."""
+    from torch.utils import _pytree as pytree
+
+    original, model = twins("GPT2LMHeadModel")
+    gpt_fast.accelerate(model)
+    given = inputs("GPT2LMHeadModel")
+    out, wanted = model(**given), original(**given)
+    leaves, spec = pytree.tree_flatten(out)
+    for rebuilt in (type(out)(dict(out.items())), pytree.tree_unflatten(leaves, spec)):
+        assert not computed and torch.equal(rebuilt.loss, out.loss)
+        torch.testing.assert_close(rebuilt.logits, wanted.logits)
+        computed.clear()
+
+
+# ---- in place, and back ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_in_place_and_restored_bit_for_bit(name: str) -> None:
+    model, original = twins(name)
+    kind, parameters, names = type(model), list(model.parameters()), list(model.state_dict())
+    attributes = {path: set(vars(module)) for path, module in model.named_modules()}
+    given = inputs(name, "right")
+    report = gpt_fast.accelerate(model)
+    assert not report.left and len(report.replaced) >= 6 * LAYERS + 2
+    assert {entry.op for entry in report.replaced} >= {"attention", "linear", "add_layer_norm", "mlp", "embedding"}
+    assert ("linear_cross_entropy" in str(report)) == ("LMHead" in name or "Double" in name)
+    assert type(model) is kind and isinstance(model, transformers.PreTrainedModel)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == names
+    again = gpt_fast.accelerate(model)
+    assert not again.replaced and "accelerated already" in str(again)
+    assert gpt_fast.restore(model) is model
+    assert {path: set(vars(module)) for path, module in model.named_modules()} == attributes
+    got, wanted = run(model, given), run(original, given)
+    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+    gpt_fast.restore(model)  # nothing left to undo
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_saved_copied_and_loaded(name: str, tmp_path) -> None:
+    model = make(name).eval()
+    given = {key: value for key, value in inputs(name).items() if key == "input_ids"}
+    wanted = model(**given)[0]
+    gpt_fast.accelerate(model)
+    got = model(**given)[0]
+    torch.testing.assert_close(got, wanted)
+    model.save_pretrained(tmp_path)
+    assert '"architectures": [\n    "' + name in (tmp_path / "config.json").read_text()
+    loaded = getattr(transformers, name).from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(**given)[0], wanted)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert torch.equal(twin(**given)[0], got)
+        with torch.no_grad():
+            next(twin.parameters()).zero_()  # the copy's forward reads the copy's weights
+        assert not torch.equal(twin(**given)[0], got)
+        gpt_fast.restore(twin)
+        assert not any("forward" in vars(module) for module in twin.modules())
+    assert torch.equal(model(**given)[0], got)
+
+
+def test_hooks_on_any_module_are_run() -> None:
+    model, original = twins("GPT2LMHeadModel")
+    gpt_fast.accelerate(model)
+    given = inputs("GPT2LMHeadModel")
+    seen: dict[str, list] = {"a": [], "b": []}
+    for each, label in ((model, "a"), (original, "b")):
+        for path, module in each.named_modules():
+            if (path.startswith("transformer.h.1") and "dropout" not in path) or path in ("transformer.wte", "lm_head"):
+                module.register_forward_hook(lambda m, i, o, path=path, label=label: seen[label].append(path))
+    torch.testing.assert_close(model(**given).loss, original(**given).loss)
+    assert sorted(seen["a"]) == sorted(seen["b"]) and "transformer.h.1.mlp.act" in seen["a"]
+
+
+def test_who_looks_at_a_block_sees_its_sum() -> None:
+    """Blocks leave their last addition to the next one's norm, with its dropout: only where nobody looks between."""
+    model, original = twins("GPT2LMHeadModel", 0.1, n_layer=4)
+    gpt_fast.accelerate(model)
+    given, seen = inputs("GPT2LMHeadModel"), []
+    model.double()
+    losses = []
+    for hooked in (None, 1, 3):
+        if hooked is not None:
+            model.transformer.h[hooked].register_forward_hook(lambda m, i, o: seen.append((i[0], o)))
+        torch.manual_seed(3)
+        losses.append(model(**given).loss)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-13, atol=0)
+    torch.testing.assert_close(losses[2], losses[0], rtol=1e-13, atol=0)
+    seen.clear()
+    wanted = original.double().eval()(**given, output_hidden_states=True).hidden_states
+    got = model.eval()(**given, output_hidden_states=True).hidden_states
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    for i, (x, y) in zip((1, 3), seen, strict=True):
+        torch.testing.assert_close(x, wanted[i])
+        if i < 3:
+            torch.testing.assert_close(y, wanted[i + 1])
+
+
+def test_a_forward_put_on_a_module_is_respected() -> None:
+    """What Accelerate's device maps, for one, do: it is neither replaced nor gone around."""
+    model = make("GPT2LMHeadModel")
+    norm, attn = model.transformer.h[0].ln_1, model.transformer.h[0].attn
+    norm.forward = lambda x: x * 0 + 1
+    given = inputs("GPT2LMHeadModel")
+    wanted = model(**given).loss
+    report = gpt_fast.accelerate(model)
+    assert [(entry.name, entry.reason) for entry in report.left] == [
+        ("transformer.h.0.ln_1", "has a forward of its own")
+    ]
+    torch.testing.assert_close(model(**given).loss, wanted)
+    ours, block = attn.forward, model.transformer.h[1]
+    calls: list = []
+
+    def wrapped(module, *args, **kwargs):
+        calls.append(module)
+        return forwards[module](*args, **kwargs)
+
+    forwards = {each: each.forward for each in (attn, block)}
+    for each in forwards:
+        each.forward = functools.partial(wrapped, each)
+    torch.testing.assert_close(model(**given).loss, wanted)
+    assert calls == [attn, block]
+    block.forward = forwards[block]
+    with pytest.raises(ValueError, match=r"restore: the forward of transformer\.h\.0\.attn .*wrapped after accelerate"):
+        gpt_fast.restore(model)
+    attn.forward = ours
+    gpt_fast.restore(model)
+    assert torch.equal(model(**given).loss, wanted)
+
+
+def test_a_subclass_with_its_own_forward_keeps_it() -> None:
+    class Mine(transformers.GPT2LMHeadModel):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs).loss * 2
+
+    model = Mine(make("GPT2LMHeadModel").config).eval()
+    given = inputs("GPT2LMHeadModel")
+    wanted = model(**given)
+    report = gpt_fast.accelerate(model)
+    assert "has a class (Mine) with a forward of its own" in str(report)
+    torch.testing.assert_close(model(**given), wanted)
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [nn.Linear(2, 2), "gpt2", None], ids=str)
+def test_other_models_are_named(bad) -> None:
+    kind = type(bad).__name__
+    with pytest.raises(TypeError, match=rf"got {kind}, wanted .*GPT2LMHeadModel.*OpenAIGPTLMHeadModel"):
+        gpt_fast.accelerate(bad)
+    if isinstance(bad, nn.Module):
+        assert not any(name.startswith("_gpt_fast") for name in vars(bad))
+
+
+def test_heads_too_wide_for_the_kernels() -> None:
+    model = make("GPT2Model", n_embd=257, n_head=1)
+    report = gpt_fast.accelerate(model)
+    assert [(entry.name, entry.reason) for entry in report.left] == [("", "has heads of 257, wanted at most 256")]
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 5])
+def test_a_failure_half_way_leaves_the_model_as_it_was(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, original = twins("OpenAIGPTLMHeadModel")
+    attributes = {path: set(vars(module)) for path, module in model.named_modules()}
+    attach, count = _plain.attach, iter(range(100))
+
+    def failing(*args):
+        if next(count) == after:
+            raise RuntimeError("half-way")
+        attach(*args)
+
+    monkeypatch.setattr(_plain, "attach", failing)
+    with pytest.raises(RuntimeError, match="half-way"):
+        gpt_fast.accelerate(model)
+    assert {path: set(vars(module)) for path, module in model.named_modules()} == attributes
+    given = inputs("OpenAIGPTLMHeadModel")
+    assert torch.equal(model(**given).loss, original(**given).loss)
+
+
+def test_own_models_need_nothing() -> None:
+    config = gpt_fast.GPTConfig(num_tokens=V, hidden_dim=32, num_heads=4, num_layers=1, seq_len=8)
+    report = gpt_fast.accelerate(gpt_fast.GPTForCausalLM(config), strict=True)
+    assert not report.replaced and "this library's own" in str(report)

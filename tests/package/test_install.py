@@ -1,0 +1,270 @@
+"""Installing: wheel, source distribution, editable, an uninstalled checkout, and what they must leave alone.
+
+Nothing is downloaded: the environments made here see this one's packages, but not its editable install. The extension
+is compiled once, from the source distribution, with `layer_norm` as its only kernel so that the time stays the same.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SITE = sysconfig.get_path("purelib")
+# Reports where everything came from, and that layer_norm computes.
+PROBE = """
+import json, sys, torch, gpt_fast, gpt_fast.kernels.layer_norm as kernels
+from gpt_fast import _extension
+from gpt_fast.ops._library import serving
+y = gpt_fast.ops.layer_norm(torch.tensor([[1.0, 3.0]]), torch.ones(2), torch.zeros(2), 1e-5)
+assert torch.allclose(y, torch.tensor([[-1.0, 1.0]]), atol=1e-4), y
+extension = sys.modules.get("gpt_fast._C")
+print(json.dumps({
+    "package": gpt_fast.__file__,
+    "kernels": kernels.__file__,
+    "extension": extension and extension.__file__,
+    "compiled": extension and extension.build_info(),
+    "record": _extension.build_info(),
+    "serving": serving("layer_norm", "cpu"),
+}))
+"""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the extension and Triton are built for Linux")
+
+
+def environment(**extra: str) -> dict[str, str]:
+    dropped = ("PYTHONPATH", "TRITON_INTERPRET", "GPT_FAST_NO_CPP", "GPT_FAST_PORTABLE", "GPT_FAST_SANITIZE")
+    return {name: value for name, value in os.environ.items() if name not in dropped} | extra
+
+
+def run(*command: object, cwd: Path, fails: bool = False, **extra: str) -> str:
+    result = subprocess.run(
+        [str(part) for part in command], check=False, cwd=cwd, env=environment(**extra), capture_output=True, text=True
+    )
+    assert (result.returncode != 0) == fails, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout + result.stderr if fails else result.stdout
+
+
+class Environment:
+    """A virtual environment that also sees `SITE`, whose .pth files, and so its editable installs, do not apply."""
+
+    def __init__(self, folder: Path, packages: str = SITE) -> None:
+        venv.create(folder, symlinks=True)
+        self.folder = folder
+        self.python = folder / "bin" / "python"
+        self.site = next(folder.glob("lib/python*/site-packages"))
+        (self.site / "packages.pth").write_text(packages + "\n")
+
+    def install(self, *arguments: object, **extra: str) -> None:
+        pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", self.python, "install")
+        run(*pip, "--no-index", "--no-deps", "--no-build-isolation", *arguments, cwd=self.folder, **extra)
+
+    def probe(self, cwd: Path | None = None, **extra: str) -> dict:
+        return json.loads(run(self.python, "-c", PROBE, cwd=cwd or self.folder, **extra).splitlines()[-1])
+
+
+def copy_tree(target: Path) -> Path:
+    """What a clone of this tree holds of the package: the symlink stays one, nothing built comes along."""
+    ignored = shutil.ignore_patterns("_C*", "__pycache__")
+    for name in ("csrc", "gpt_fast", "kernels"):
+        shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=ignored)
+    for source in (target / "csrc" / "cpu").glob("*.cpp"):
+        if source.name != "layer_norm.cpp":
+            source.unlink()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, target / name)
+    return target
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_tree(tmp_path_factory.mktemp("tree"))
+
+
+@pytest.fixture(scope="module")
+def sdist(tree: Path) -> Path:
+    run(sys.executable, "setup.py", "sdist", cwd=tree)
+    return next((tree / "dist").glob("*.tar.gz"))
+
+
+def build_wheel(source: Path, target: Path, **extra: str) -> Path:
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel")
+    run(*pip, "--no-index", "--no-deps", "--no-build-isolation", "-w", target, source, cwd=target, **extra)
+    return next(target.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the extension; built from the source distribution, which must therefore be complete."""
+    return build_wheel(sdist, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tree, tmp_path_factory.mktemp("pure"), GPT_FAST_NO_CPP="1")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, wheel: Path) -> Callable[..., Path]:
+    """Makes another checkout, with the extension in place if asked."""
+
+    def make(name: str, extension: bool) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        copy_tree(folder)
+        if extension:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(folder, [member for member in archive.namelist() if "/_C." in member])
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> Iterator[Environment]:
+    """With a package named `kernels` in it, as Hugging Face's is, that no install of ours may touch."""
+    made = Environment(tmp_path / "env")
+    (made.site / "kernels").mkdir()
+    (made.site / "kernels" / "__init__.py").write_text("OWNER = 'somebody else'\n")
+    yield made
+    assert [path.name for path in (made.site / "kernels").glob("*.py")] == ["__init__.py"]
+    found = run(made.python, "-c", "import kernels, gpt_fast; print(kernels.OWNER)", cwd=ROOT)
+    assert found.strip() == "somebody else"
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel: Path, pure_wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive, zipfile.ZipFile(pure_wheel) as pure:
+        names, pure_names = set(archive.namelist()), set(pure.namelist())
+        for kernel in (ROOT / "kernels").glob("*.py"):
+            assert archive.read(f"gpt_fast/kernels/{kernel.name}") == kernel.read_bytes()
+        assert (
+            "gpt-fast = gpt_fast_cli.__main__:main"
+            in archive.read("gpt_fast-0.1.0.dist-info/entry_points.txt").decode()
+        )
+    assert {name.split("/")[0] for name in names} == {"gpt_fast", "gpt_fast_cli", "gpt_fast-0.1.0.dist-info"}
+    built = {name for name in names if name.startswith("gpt_fast/_C.")}
+    assert built == {"gpt_fast/_C.json", f"gpt_fast/_C{sysconfig.get_config_var('EXT_SUFFIX')}"}
+    assert {name for name in names if name.startswith("gpt_fast/")} - built == {
+        name for name in pure_names if name.startswith("gpt_fast/")
+    }
+    assert not [name for name in names if "__pycache__" in name]
+    assert pure_wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_wheel_with_the_extension(env: Environment, wheel: Path) -> None:
+    env.install(wheel)
+    found = env.probe()
+    for part in ("package", "kernels", "extension"):
+        assert Path(found[part]).is_relative_to(env.site / "gpt_fast"), found[part]
+    assert found["serving"] == "cpp"
+    assert found["compiled"]["vector"] == found["record"]["vector"]
+    assert found["compiled"]["vector_bytes"] == {"AVX512": 64, "AVX2": 32}.get(found["record"]["vector"], 16)
+    assert (env.folder / "bin" / "gpt-fast").exists()
+
+
+def test_pure_wheel_runs_the_reference(env: Environment, pure_wheel: Path) -> None:
+    env.install(pure_wheel)
+    found = env.probe()
+    assert Path(found["kernels"]).is_relative_to(env.site / "gpt_fast")
+    assert (found["serving"], found["extension"], found["record"]) == ("reference", None, None)
+
+
+def test_make_dist_builds_all_three() -> None:
+    """The sources, a portable wheel and a pure one; what the two switches do is tested below and above."""
+    commands = run("make", "-n", "dist", "VENV=/nowhere", cwd=ROOT).splitlines()
+    built = [line for line in commands if " -m build " in line]
+    assert [("--sdist" in line, "GPT_FAST_PORTABLE=1" in line, "GPT_FAST_NO_CPP=1" in line) for line in built] == [
+        (True, False, False), (False, True, False), (False, False, True),
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86-64 is what has portable levels")
+def test_portable_wheel_runs_on_any_x86_64_v3(env: Environment, sdist: Path, tmp_path: Path) -> None:
+    """Compiled for AVX2 and FMA whatever this CPU has, and installed where nothing but its requirements is."""
+    (tmp_path / "portable").mkdir()
+    env.install(build_wheel(sdist, tmp_path / "portable", GPT_FAST_PORTABLE="1"))
+    found = env.probe()
+    assert found["serving"] == "cpp" and found["record"]["vector"] == "AVX2"
+    assert "-march=x86-64-v3" in found["record"]["flags"] and "-march=native" not in found["record"]["flags"]
+    level = {"pni", "ssse3", "sse4_1", "sse4_2", "popcnt", "abm", "movbe", "bmi1", "bmi2", "f16c", "fma", "avx", "avx2"}
+    assert set(found["record"]["cpu_flags"]) <= level
+    typed = run(
+        env.python, "-c", "import gpt_fast, pathlib; print(pathlib.Path(gpt_fast.__file__).parent)", cwd=tmp_path
+    )
+    assert (Path(typed.strip()) / "py.typed").is_file()
+
+
+def test_editable_install_is_the_checkout(env: Environment, checkout: Callable[..., Path]) -> None:
+    folder = checkout("mine", extension=True)
+    env.install("--editable", folder, GPT_FAST_NO_CPP="1")
+    found = env.probe()
+    assert found["package"] == str(folder / "gpt_fast" / "__init__.py")
+    assert Path(found["kernels"]).samefile(folder / "kernels" / "layer_norm.py")
+    assert Path(found["extension"]).parent == folder / "gpt_fast"
+    assert found["serving"] == "cpp"
+
+
+def test_uninstalled_checkout_does_not_borrow_the_extension_of_an_installed_one(
+    env: Environment, checkout: Callable[..., Path]
+) -> None:
+    """An editable install's finder offers `gpt_fast._C` of its own tree to whoever has none."""
+    installed, bare, built = checkout("installed", True), checkout("bare", False), checkout("built", True)
+    env.install("--editable", installed, GPT_FAST_NO_CPP="1")
+    found = env.probe(PYTHONPATH=str(bare))
+    assert found["package"] == str(bare / "gpt_fast" / "__init__.py")
+    assert (found["extension"], found["serving"]) == (None, "reference")
+    found = env.probe(PYTHONPATH=str(built))
+    assert Path(found["extension"]).parent == built / "gpt_fast"
+    assert Path(found["kernels"]).samefile(built / "kernels" / "layer_norm.py")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"torch": "1.0.0"}, "built against torch 1.0.0, but this is torch", id="another torch"),
+        pytest.param(
+            {"cpu_flags": ["avx4096"]}, "built for a CPU with avx4096, which this one lacks", id="another CPU"
+        ),
+    ],
+)
+def test_extension_that_cannot_run_here_is_refused(
+    checkout: Callable[..., Path], change: dict[str, object], message: str
+) -> None:
+    folder = checkout("moved", extension=True)
+    record = folder / "gpt_fast" / "_C.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | change))
+    output = run(sys.executable, "-c", "import gpt_fast", cwd=folder, fails=True, PYTHONPATH=str(folder))
+    assert f"ImportError: gpt_fast._C was {message}" in output
+    assert "make install" in output
+
+
+def test_interpreter_leaves_the_cpu_to_triton(checkout: Callable[..., Path]) -> None:
+    folder = checkout("interpreted", extension=True)
+    code = "import sys, gpt_fast; print('gpt_fast._C' in sys.modules)"
+    output = run(sys.executable, "-c", code, cwd=folder, PYTHONPATH=str(folder), TRITON_INTERPRET="1")
+    assert output.split() == ["False"]
+
+
+def test_building_without_torch_says_what_to_do(tmp_path: Path, tree: Path) -> None:
+    """As in pip's own build environment, which holds setuptools alone."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for path in (*Path(SITE).glob("setuptools*"), *Path(SITE).glob("wheel*"), Path(SITE, "_distutils_hack")):
+        (packages / path.name).symlink_to(path)
+    env = Environment(tmp_path / "bare", packages=str(packages))
+    output = run(env.python, "setup.py", "bdist_wheel", "-d", tmp_path, cwd=tree, fails=True)
+    assert "--no-build-isolation" in output
+    assert "make install" in output
+    assert "Traceback" not in output
+    run(env.python, "setup.py", "sdist", "-d", tmp_path, cwd=tree)
+    run(env.python, "setup.py", "bdist_wheel", "-d", tmp_path, cwd=tree, GPT_FAST_NO_CPP="1")

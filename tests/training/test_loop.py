@@ -1,0 +1,410 @@
+"""The training loop and its engine: logging, accumulation, precision, skipped updates, spikes."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from gpt_fast import GPTConfig, GPTForCausalLM, GPTForMaskedLM
+from gpt_fast.data.batches import Batch, causal_batch
+from gpt_fast.training.engine.update import Engine, EngineSettings
+from gpt_fast.training.loop import Loop, LoopSettings, Progress, Spikes, intervals
+from gpt_fast.training.runs import checkpoints
+from gpt_fast.training.runs.folder import new_run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZES = {"num_tokens": 40, "hidden_dim": 16, "num_heads": 2, "num_layers": 2, "seq_len": 16}
+
+
+def ignore(*_: object) -> None:
+    """Stands for a display."""
+
+
+def constant(step: int) -> float:
+    return 1.0
+
+
+class Line(nn.Module):
+    """A model of one number whose loss is its distance from the mean label."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.zeros(1))
+        self.trunk = SimpleNamespace()
+        self.seen = 0
+
+    def forward(self, tokens, labels):
+        self.seen += 1
+        return SimpleNamespace(loss=(self.x - labels.mean()).square().sum())
+
+
+def batch(value: float) -> Batch:
+    return Batch(torch.zeros(2, 3), torch.full((2,), value))
+
+
+def train(folder: Path, values: list[float], model: nn.Module | None = None, **options) -> Loop:
+    """The loop on batches with these labels, one an update."""
+    model = model or Line()
+    given = {
+        "steps": len(values),
+        "lr": 0.1,
+        "schedule": constant,
+        "log_every": 1,
+        "valid_every": 100,
+    } | options
+    said: list[str] = []
+    shown: list[Progress] = []
+    with new_run(folder) as run:
+        loop = Loop(
+            Engine(model, given["lr"], EngineSettings()),
+            lambda step: [batch(values[step])],
+            given.pop("validate", dict),
+            LoopSettings(**given),
+            run,
+            shown.append,
+            said.append,
+        )
+        loop.said, loop.shown = said, shown
+        loop.run()
+    return loop
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- logging ---
+
+
+def test_loop_logs_and_validates(tmp_path):
+    model = Line()
+    loop = train(
+        tmp_path / "a", [float(i) for i in range(7)], model, schedule=lambda step: 1 / (step + 1), log_every=3,
+        valid_every=5, validate=lambda: {"valid_loss": 5.0},
+    )  # fmt: skip
+    logged = lines(tmp_path / "a")
+    assert [line["step"] for line in logged] == [3, 5, 6, 7]
+    assert ["valid_loss" in line for line in logged] == [False, True, False, True]
+    assert [line["lr"] for line in logged] == pytest.approx([0.1 / 3, 0.1 / 5, 0.1 / 6, 0.1 / 7])
+    assert loop.state.line == logged[-1]
+    assert [progress.step for progress in loop.shown] == list(range(1, 8))
+    assert [progress.logged for progress in loop.shown if progress.logged] == logged
+    assert all(progress.tokens_per_second > 0 for progress in loop.shown)
+    assert model.seen == 7
+    assert all(line["tokens_per_second"] > 0 for line in logged)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 60, 125, 500, 1000, 100_000])
+def test_intervals(steps):
+    """Validations lie on logged steps, and there are about as many as asked for."""
+    every = intervals(steps, validations=10)
+    assert every["valid_every"] % every["log_every"] == 0
+    assert min(steps, 8) // 2 <= steps // every["valid_every"] <= 12
+    assert steps // every["log_every"] >= min(steps, 50)
+
+
+def test_logged_loss_is_the_mean_since_the_last_line(tmp_path):
+    train(tmp_path / "a", [1.0, 3.0], lr=0.0, log_every=2)
+    assert lines(tmp_path / "a")[-1]["train_loss"] == pytest.approx((1 + 9) / 2)
+
+
+def test_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tmp_path / "a", [1.0, 3.0], tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "a" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train_loss")] == [1, 2]
+    assert [event.value for event in events.Scalars("train_loss")] == pytest.approx(
+        [line["train_loss"] for line in lines(tmp_path / "a")]
+    )
+
+
+# --- updates that cannot be made ---
+
+
+def test_an_update_that_is_not_finite_changes_nothing(tmp_path):
+    """The weights, both moments and the optimizer's step count are those of a run without that batch."""
+    losses = [1.0, math.inf, 2.0, math.nan, 3.0]
+    skipping, clean = Line(), Line()
+    loop = train(tmp_path / "a", losses, skipping)
+    other = train(tmp_path / "b", [1.0, 2.0, 3.0], clean)
+    assert skipping.x.item() == clean.x.item() != 0
+    for name, tensor in other.engine.state().items():
+        assert torch.equal(loop.engine.state()[name], tensor), name
+    assert [line["skipped"] for line in lines(tmp_path / "a")] == [0, 1, 1, 2, 2]
+    assert [message for message in loop.said if "skipped" in message] == [
+        "update 2: skipped, its loss (inf) or its gradient is not finite",
+        "update 4: skipped, its loss (nan) or its gradient is not finite",
+    ]
+
+
+def test_too_many_skips_in_a_row_end_the_run_and_save_the_batch(tmp_path):
+    with pytest.raises(ValueError, match=r"loss is inf .* at step 3, and 1 more .* try a smaller --lr than 0\.1"):
+        train(tmp_path / "a", [1.0, 2.0, math.inf, math.inf, 1.0], max_skips=1)
+    saved = load_file(tmp_path / "a" / "bad-batch.safetensors")
+    assert saved["labels.0"].tolist() == [math.inf, math.inf]
+    assert saved["tokens.0"].shape == (2, 3)
+
+
+def test_skips_that_are_not_in_a_row_go_on(tmp_path):
+    loop = train(tmp_path / "a", [math.inf, 1.0] * 5, max_skips=1)
+    assert (loop.state.skipped, loop.state.step) == (5, 10)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_too():
+    class Root(Line):
+        def forward(self, tokens, labels):
+            return SimpleNamespace(loss=self.x.sqrt().sum())  # 0, with an infinite slope
+
+    engine = Engine(Root(), 0.1, EngineSettings())
+    outcome = engine.update([batch(1.0)], 0.1)
+    assert outcome.loss == 0
+    assert outcome.skipped == 1
+    assert engine.model.x.item() == 0
+
+
+def test_spikes():
+    """Noise raises no alarm, a jump does, and so does the next one; a slow rise does not."""
+    generator = torch.Generator().manual_seed(0)
+    noise = (4 + 0.1 * torch.randn(400, generator=generator)).tolist()
+    spikes = Spikes()
+    assert not any(spikes.see(loss) for loss in noise)
+    assert spikes.see(6.0)
+    assert spikes.see(6.0)
+    assert not any(spikes.see(loss) for loss in noise)
+    assert not any(spikes.see(4 + 0.001 * i + noise[i] - 4) for i in range(300))
+    assert not spikes.see(math.nan)
+
+
+def test_spikes_are_logged(tmp_path):
+    loop = train(tmp_path / "a", [1.0] * 60 + [50.0, 1.0], lr=0.0)
+    assert [line["spikes"] for line in lines(tmp_path / "a")][-3:] == [0, 1, 1]
+    assert any(message.startswith("update 61: the loss jumped to 2500") for message in loop.said)
+
+
+# --- the engine ---
+
+
+def make(head=GPTForCausalLM, settings: EngineSettings | None = None, **config) -> Engine:
+    torch.manual_seed(0)
+    return Engine(
+        head(GPTConfig.preset("gpt2", **(SIZES | {"dropout": 0.0} | config))), 1e-2, settings or EngineSettings()
+    )
+
+
+def tokens(rows: int) -> torch.Tensor:
+    return torch.randint(40, (rows, 16), generator=torch.Generator().manual_seed(1))
+
+
+def masked(rows: slice) -> Batch:
+    labels = tokens(8).masked_fill(torch.rand(8, 16, generator=torch.Generator().manual_seed(2)) > 0.3, -100)[rows]
+    return Batch(tokens(8)[rows], labels, weight=int(labels.ne(-100).sum()))
+
+
+@pytest.mark.parametrize("head", [GPTForCausalLM, GPTForMaskedLM], ids=["clm", "mlm"])
+def test_accumulation_is_the_same_update(head):
+    """Parts with unequal numbers of predictions: one gradient of the mean over all of them."""
+    make_batch = masked if head is GPTForMaskedLM else lambda rows: causal_batch(tokens(8)[rows])
+    whole, parts = make(head), make(head)
+    for _ in range(3):
+        a = whole.update([make_batch(slice(0, 8))], 1e-3)
+        b = parts.update([make_batch(slice(0, 2)), make_batch(slice(2, 5)), make_batch(slice(5, 8))], 1e-3)
+        torch.testing.assert_close(a.loss, b.loss, rtol=1e-6, atol=0)
+        torch.testing.assert_close(a.norm, b.norm, rtol=1e-5, atol=0)
+
+
+def test_clipping():
+    loose, tight = make(), make(settings=EngineSettings(max_grad_norm=1e-3))
+    for engine in (loose, tight):
+        norm = engine.update([causal_batch(tokens(4))], 0.0).norm
+        clipped = nn.utils.get_total_norm([p.grad for p in engine.model.parameters()])
+        torch.testing.assert_close(clipped, norm.clamp(max=engine.settings.max_grad_norm), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_checkpointed_activations_change_no_bit(dropout):
+    plain = make(dropout=dropout)
+    checkpointed = make(settings=EngineSettings(checkpoint_activations=True), dropout=dropout)
+    for engine in (plain, checkpointed):
+        torch.manual_seed(7)
+        for _ in range(3):
+            engine.update([causal_batch(tokens(4))], 1e-2)
+    for a, b in zip(plain.model.parameters(), checkpointed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_checkpointed_activations_store_less():
+    stored = {}
+    for flag in (False, True):
+        engine = make(settings=EngineSettings(checkpoint_activations=flag), num_layers=6)
+        seen = set()
+
+        def pack(x, seen=seen):
+            seen.add((x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()))
+            return x
+
+        engine.model.train()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = engine.model(tokens(8), tokens(8)).loss
+        del loss
+        weights = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
+        stored[flag] = sum(size for pointer, size in seen if pointer not in weights)
+    assert stored[True] < 0.4 * stored[False]
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_learns_what_float32_learns(precision):
+    """The curves stay together, the loss scale included, and the weights stay float32."""
+    curves = []
+    for name in ("float32", precision):
+        engine = make(settings=EngineSettings(precision=name))
+        curves.append(torch.stack([engine.update([causal_batch(tokens(8))], 1e-2).loss for _ in range(25)]))
+        assert {p.dtype for p in engine.model.parameters()} == {torch.float32}
+    assert curves[0][-1] < curves[0][0] - 0.5
+    assert not torch.equal(*curves)
+    torch.testing.assert_close(curves[1], curves[0], rtol=0.02, atol=0)
+
+
+def test_the_loss_scale_halves_after_an_overflow_and_the_update_is_skipped():
+    engine = make(settings=EngineSettings(precision="float16"))
+    engine.scale.fill_(2.0**120)
+    before = [p.detach().clone() for p in engine.model.parameters()]
+    assert engine.update([causal_batch(tokens(4))], 1e-2).skipped
+    assert engine.scale == 2.0**119
+    assert all(torch.equal(a, b) for a, b in zip(before, engine.model.parameters(), strict=True))
+
+
+def test_the_loss_scale_doubles_after_2000_good_updates():
+    engine = make(settings=EngineSettings(precision="float16"))
+    engine.growth.fill_(1999)
+    assert not engine.update([causal_batch(tokens(4))], 1e-2).skipped
+    assert (engine.scale, engine.growth) == (2.0**17, 0)
+
+
+@pytest.mark.slow
+def test_compile():
+    """The same curve through torch.compile."""
+    curves = []
+    for flag in (False, True):
+        engine = make(settings=EngineSettings(compile=flag))
+        curves.append(torch.stack([engine.update([causal_batch(tokens(4))], 1e-2).loss for _ in range(4)]))
+    torch.testing.assert_close(*curves, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("precision", "int8"), ("weight_decay", -1.0), ("max_grad_norm", 0.0), ("beta1", -0.1), ("beta2", 1.0)],
+)
+def test_engine_settings_that_make_no_sense(option, value):
+    with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} {value}: wanted"):
+        EngineSettings(**{option: value})
+
+
+# --- checkpoints ---
+
+
+def engine_with_state(steps: int = 2) -> Engine:
+    engine = make()
+    for _ in range(steps):
+        engine.update([causal_batch(tokens(4))], 1e-2)
+    return engine
+
+
+def test_a_checkpoint_gives_every_tensor_back(tmp_path):
+    engine, other = engine_with_state(), make()
+    checkpoints.save(tmp_path, 2, engine.state(), {"a": [1.5]}, 3, engine.world)
+    (path,) = checkpoints.newest_first(tmp_path)
+    assert checkpoints.read(path)["state"] == {"a": [1.5]}
+    checkpoints.load(path, other.state(), other.world)
+    for name, tensor in engine.state().items():
+        assert torch.equal(other.state()[name], tensor), name
+    a, b = (e.update([causal_batch(tokens(4))], 1e-2) for e in (engine, other))
+    assert torch.equal(a.loss, b.loss)
+
+
+def test_the_last_k_are_kept_and_latest_names_the_newest(tmp_path):
+    engine = engine_with_state(0)
+    for step in (2, 10, 30, 100):
+        checkpoints.save(tmp_path, step, engine.state(), {}, 2, engine.world)
+    assert [path.name for path in checkpoints.newest_first(tmp_path)] == ["step-000000100", "step-000000030"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000000030", "step-000000100"]
+    assert (tmp_path / "latest").read_text() == "step-000000100\n"
+
+
+def test_latest_moves_when_the_checkpoint_is_whole_and_none_is_gone_yet(tmp_path, monkeypatch):
+    engine, seen, point = engine_with_state(0), [], checkpoints._point
+
+    def pointing(folder, name):
+        latest = (folder / "latest").read_text().strip() if seen else None
+        seen.append((checkpoints.read(folder / name)["step"], latest, len(list(folder.glob("step-*")))))
+        point(folder, name)
+
+    monkeypatch.setattr(checkpoints, "_point", pointing)
+    for step in (1, 2, 3):
+        checkpoints.save(tmp_path, step, engine.state(), {}, 1, engine.world)
+    assert seen == [(1, None, 1), (2, "step-000000001", 2), (3, "step-000000002", 2)]
+
+
+def test_every_flipped_byte_is_noticed(tmp_path):
+    """In the tensors as in the manifest, in the names of fields as in their values."""
+    engine = engine_with_state(0)
+    checkpoints.save(tmp_path, 1, engine.state(), {"losses": [1.25]}, 2, engine.world)
+    (path,) = checkpoints.newest_first(tmp_path)
+    checkpoints.read(path)
+    for file in path.iterdir():
+        whole = file.read_bytes()
+        for place in torch.linspace(0, len(whole) - 1, 60).long().tolist():
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+            try:
+                manifest = checkpoints.read(path)
+            except checkpoints.Damaged:
+                continue
+            # White space is all that may change without harm.
+            assert whole[place : place + 1].isspace(), (file.name, place)
+            assert manifest["state"] == {"losses": [1.25]}
+        file.write_bytes(whole[:-2])
+        with pytest.raises(checkpoints.Damaged):
+            checkpoints.read(path)
+        file.write_bytes(whole)
+
+
+def test_a_missing_or_foreign_file_is_noticed(tmp_path):
+    engine = engine_with_state(0)
+    checkpoints.save(tmp_path, 1, engine.state(), {}, 2, engine.world)
+    (path,) = checkpoints.newest_first(tmp_path)
+    (path / "more").write_text("")
+    with pytest.raises(checkpoints.Damaged, match="more"):
+        checkpoints.read(path)
+    (path / "more").unlink()
+    next(path.glob("*.safetensors")).unlink()
+    with pytest.raises(checkpoints.Damaged, match="shard"):
+        checkpoints.read(path)
+
+
+def test_a_failed_write_leaves_the_ones_before(tmp_path, monkeypatch):
+    engine = engine_with_state(0)
+    checkpoints.save(tmp_path, 1, engine.state(), {}, 2, engine.world)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save(tmp_path, 2, engine.state(), {}, 2, engine.world)
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000000001"]
+    checkpoints.read(tmp_path / "step-000000001")
+
+
+def test_a_checkpoint_of_other_sizes(tmp_path):
+    engine = engine_with_state(0)
+    checkpoints.save(tmp_path, 1, engine.state(), {}, 2, engine.world)
+    with pytest.raises(ValueError, match="does not fit this model"):
+        checkpoints.load(tmp_path / "step-000000001", make(hidden_dim=32).state(), engine.world)

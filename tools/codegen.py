@@ -1,0 +1,246 @@
+"""The codegen gate: compile every recorded launch for sm_80, sm_90, sm_100 without a GPU, and hold it to a budget.
+
+    python -m tools.codegen LAUNCHES [--update]
+
+LAUNCHES is what tools.record_launches wrote. Fails when a kernel exceeds the chip's shared memory, when it needs
+more registers, spills or shared memory than results/codegen.json allows, when its instructions grow by more than 5 %,
+and when a statement about sm_90 does not hold: 16-bit matrix products are done by wgmma; attention at a head size of
+64 spills nothing, at 128 nothing without dropout and at most 128 bytes with it; dropout adds no access to shared memory
+and no shuffle to any of attention's loops. --update makes this build the budget, statements aside. The budgets hold for
+one version of Triton, the GPU machines'. Writes results/codegen.md either way.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import types
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+COLUMNS = ("registers", "spilled", "shared", "instructions", "mma", "ldg", "stg", "lds", "sts", "shfl")
+GROWTH = {"registers": 1.0, "spilled": 1.0, "shared": 1.0, "instructions": 1.05}
+KINDS = {"lds": ("LDS", "LDSM"), "sts": ("STS", "STSM"), "shfl": ("SHFL",), "local": ("LDL", "STL")}
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+
+
+Figure = dict[str, Any]  # of one kernel on one target
+
+
+def stand_in_torch() -> None:
+    """The kernel files name torch for their launchers' sake; compiling a kernel does not need it."""
+    torch = types.ModuleType("torch")
+    torch.Tensor = torch.dtype = torch.device = object  # type: ignore[attr-defined]
+    sys.modules["torch"] = torch
+
+
+def loops(instructions: list[tuple[int, str, str]]) -> list[dict[str, int]]:
+    """What the innermost loops around matrix products consist of: stretches that a branch jumps back over.
+
+    Waiting for memory is compiled out of line, behind the kernel's end, and jumps back too: a stretch with an end in it
+    is no loop.
+    """
+    bodies = []
+    for address, name, operands in instructions:
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if name.startswith("BRA") and target and int(target[1], 16) < address:
+            bodies.append((int(target[1], 16), address))
+    found = {}
+    for first, last in bodies:
+        body = [name.split(".")[0] for address, name, _ in instructions if first <= address <= last]
+        if any(name.endswith("MMA") for name in body) and "EXIT" not in body:
+            found[first, last] = body
+    inner = [
+        body
+        for (first, last), body in sorted(found.items())
+        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in found)
+    ]
+    return [
+        {"instructions": len(body)} | {kind: sum(map(body.count, names)) for kind, names in KINDS.items()}
+        for body in inner
+    ]
+
+
+def measure(cubin: bytes, folder: Path) -> Figure:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = [str(folder / "cuobjdump")]
+        usage = subprocess.run([*tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+        sass = subprocess.run([*tool, "-sass", file.name], check=True, capture_output=True, text=True).stdout
+    instructions = [(int(a, 16), name, rest) for a, name, rest in INSTRUCTION.findall(sass)]
+    counts = Counter(name.split(".")[0] for _, name, _ in instructions)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
+        "spilled": int(re.search(r"STACK:(\d+)", usage)[1]),  # type: ignore[index]
+        "instructions": sum(counts.values()) - counts["NOP"],
+        "loops": loops(instructions),
+        "mma": sum(count for name, count in counts.items() if name.endswith("MMA")),
+        "wgmma": counts["HGMMA"],
+        "ldg": counts["LDG"],
+        "stg": counts["STG"],
+        **{kind: sum(counts[name] for name in names) for kind, names in KINDS.items() if kind != "local"},
+    }
+
+
+def compile_launch(launch: dict[str, Any]) -> Figure:
+    """The figures of one recorded launch on its target."""
+    stand_in_torch()
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    kernel = getattr(importlib.import_module(launch["module"]), launch["kernel"])
+    position = {name: index for index, name in enumerate(kernel.arg_names)}
+    aligned = {(position[name],): [["tt.divisibility", 16]] for name in launch["divisible"]}
+    source = ASTSource(kernel, launch["signature"], launch["constants"], aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", launch["target"], 32), options=launch["options"])
+    figure = measure(compiled.asm["cubin"], folder) | {"shared": compiled.metadata.shared}
+    ttir = compiled.asm["ttir"]
+    figure["needs_wgmma"] = int(launch["target"] == 90 and bool(re.search(r"tt\.dot .*(bf16|f16)>.*->", ttir)))
+    return figure
+
+
+def violations(key: str, target: str, figure: Figure, budget: dict[str, int] | None) -> list[str]:
+    where = f"{key} {target}"
+    found = []
+    limit = SHARED_LIMIT[int(target.removeprefix("sm_"))]
+    if figure["shared"] > limit:
+        found.append(f"{where}: {figure['shared']} bytes of shared memory, the chip has {limit}")
+    if figure["needs_wgmma"] and not figure["wgmma"]:
+        found.append(f"{where}: a 16-bit matrix product without wgmma")
+    if budget is None:
+        found.append(f"{where}: has no budget")
+    else:
+        found += [
+            f"{where}: {figure[name]} {name}, budget {budget[name]}"
+            for name, growth in GROWTH.items()
+            if figure[name] > budget[name] * growth
+        ]
+    return found
+
+
+def spill_limit(key: str) -> int | None:
+    """How many bytes an attention kernel may spill on sm_90, for the head sizes of GPT-1 and GPT-2 and twice that."""
+    if not key.startswith("attention ") or "float32" in key:
+        return None
+    if "D=64 " in key:
+        return 0
+    if "D=128 " in key:
+        return 128 if "dropout" in key else 0
+    return None
+
+
+def broken_statements(figures: dict[str, dict[str, Figure]]) -> list[str]:
+    """What must hold on sm_90, whatever the budget says."""
+    found = []
+    for key, by_target in figures.items():
+        figure = by_target.get("sm_90")
+        if figure is None:
+            continue
+        limit = spill_limit(key)
+        if limit is not None and figure["spilled"] > limit:
+            found.append(f"{key} sm_90: spills {figure['spilled']} bytes, at most {limit} wanted")
+        if key.startswith("attention ") and key.endswith(" dropout") and key.removesuffix(" dropout") in figures:
+            without = figures[key.removesuffix(" dropout")]["sm_90"]["loops"]
+            if len(without) != len(figure["loops"]):
+                found.append(f"{key} sm_90: {len(figure['loops'])} loops, {len(without)} without dropout")
+            for number, (mine, other) in enumerate(zip(figure["loops"], without, strict=False), 1):
+                found += [
+                    f"{key} sm_90: loop {number} has {mine[kind]} {kind}, {other[kind]} without dropout"
+                    for kind in ("lds", "sts", "shfl")
+                    if mine[kind] > other[kind]
+                ]
+    return found
+
+
+def loop_table(figures: dict[str, dict[str, Figure]], target: str) -> list[str]:
+    """Attention's loops one by one: tiles that need a mask, then those that do not."""
+    lines = [
+        "",
+        f"### Loops of attention, {target}",
+        "",
+        "| kernel | loop | instructions | lds | sts | shfl | local |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for key, by_target in figures.items():
+        if key.startswith("attention ") and target in by_target:
+            for number, loop in enumerate(by_target[target]["loops"], 1):
+                cells = (number, *(loop[name] for name in ("instructions", "lds", "sts", "shfl", "local")))
+                lines.append(f"| {key} | {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def table(figures: dict[str, dict[str, Figure]], version: str) -> str:
+    lines = [
+        "# Generated code",
+        "",
+        f"What Triton {version} makes of every kernel and shipped configuration. `spilled` is bytes of local memory a",
+        "thread, `shared` is bytes a program, the rest counts instructions; `lds` and `sts` include LDSM and STSM.",
+        "Nothing here was run. Written by `make codegen`; the budgets are in codegen.json.",
+    ]
+    for target in SHARED_LIMIT:
+        lines += [
+            "",
+            f"## sm_{target}",
+            "",
+            f"| kernel | {' | '.join(COLUMNS)} |",
+            "| --- |" + " ---: |" * len(COLUMNS),
+        ]
+        for key, by_target in figures.items():
+            if f"sm_{target}" not in by_target:
+                continue  # compiled there under another name
+            figure = by_target[f"sm_{target}"]
+            lines.append(f"| {key} | {' | '.join(str(figure[name]) for name in COLUMNS)} |")
+        if target == 90:
+            lines += loop_table(figures, "sm_90")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("launches", type=Path)
+    parser.add_argument("--update", action="store_true", help="make this build the budget")
+    arguments = parser.parse_args()
+    stand_in_torch()
+    import triton
+
+    launches = json.loads(arguments.launches.read_text("utf-8"))
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        measured = list(pool.map(compile_launch, launches))
+    figures: dict[str, dict[str, Figure]] = {}
+    for launch, figure in zip(launches, measured, strict=True):
+        figures.setdefault(launch["key"], {})[f"sm_{launch['target']}"] = figure
+    (RESULTS / "codegen.md").write_text(table(figures, triton.__version__), encoding="utf-8")
+
+    budgets = RESULTS / "codegen.json"
+    if arguments.update:
+        kept = {k: {t: {name: f[name] for name in GROWTH} for t, f in by.items()} for k, by in figures.items()}
+        budgets.write_text(json.dumps({"triton": triton.__version__, "kernels": kept}, indent=1) + "\n", "utf-8")
+    recorded: dict[str, Any] = (
+        json.loads(budgets.read_text("utf-8")) if budgets.exists() else {"triton": "none", "kernels": {}}
+    )
+    if recorded["triton"] != triton.__version__:
+        sys.exit(f"codegen: budgets are for Triton {recorded['triton']}, this is {triton.__version__}: --update")
+    allowed = recorded["kernels"]
+    found = [f"{key}: in the budget but not launched" for key in sorted(set(allowed) - set(figures))]
+    found += broken_statements(figures)
+    for key, by_target in figures.items():
+        for target, figure in by_target.items():
+            found += violations(key, target, figure, allowed.get(key, {}).get(target))
+    print("\n".join(found) if found else "", end="\n" if found else "")
+    print(f"codegen: {len(launches)} compiled kernels, {len(found)} violations")
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()

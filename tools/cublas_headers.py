@@ -1,0 +1,47 @@
+"""Finds cublasLt.h, which compiling csrc/cuda/cublaslt.cpp needs: python -m tools.cublas_headers FOLDER
+
+Prints the folder that holds it: the CUDA toolkit's, or FOLDER, into which the headers of the package nvidia-cublas are
+unpacked (a download of 420 MB, once, of which half a megabyte is kept).
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+PACKAGE = "nvidia-cublas==13.0.2.14"  # of the CUDA that GPU machines have
+ROOT = Path(__file__).parent.parent
+UNPACKED = ROOT / ".venv-codegen" / "cublas"  # where `make codegen` puts them
+
+
+def toolkit() -> Path:
+    return Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+
+
+def find(folder: Path = UNPACKED) -> Path | None:
+    """The folder with cublasLt.h, without fetching anything."""
+    return next((place for place in (toolkit() / "include", folder) if (place / "cublasLt.h").exists()), None)
+
+
+def unpack(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "download", "--no-deps"]
+        subprocess.run([*command, "--no-cache-dir", "--dest", temporary, PACKAGE], check=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as wheel:
+            for name in wheel.namelist():
+                if name.endswith(".h"):
+                    (folder / Path(name).name).write_bytes(wheel.read(name))
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    if find(folder) is None:
+        unpack(folder)
+    print(find(folder))
+
+
+if __name__ == "__main__":
+    main()
