@@ -235,7 +235,7 @@ def command_options() -> dict[str, set[str]]:
     """The options of every `gpt-fast` command."""
     import typer
 
-    from gpt_fast_cli.main import app
+    from gpt_fast_cli.app import app
 
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     return {
