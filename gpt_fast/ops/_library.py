@@ -10,7 +10,7 @@ import importlib.util
 import os
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -119,8 +119,37 @@ def triton_kernel(op: str) -> types.ModuleType:
 
 def register_triton(name: str, launcher: Callable) -> None:
     """Make `launcher` the implementation of `gpt_fast::<name>` on CUDA, and on CPU under the interpreter."""
+
+    def on_own_device(*args):
+        with device_guard(_device_index(args)):
+            return launcher(*args)
+
     for key in TRITON_KEYS:
-        LIBRARY.impl(name, launcher, key)
+        LIBRARY.impl(name, on_own_device, key)
+
+
+def device_guard(index: int) -> contextlib.AbstractContextManager:
+    """Return a context in which CUDA device `index` is the current device; -1, `Tensor.get_device()` on a CPU, is none.
+
+    Triton, streams and CUDA graphs use the current device, whatever device the tensors are on. Entering
+    `torch.cuda.device` costs microseconds, so the context is an empty one if the device is current already.
+    """
+    if index < 0 or index == torch.cuda.current_device():
+        return _NO_GUARD
+    return torch.cuda.device(index)
+
+
+_NO_GUARD = contextlib.nullcontext()
+
+
+def _device_index(args: Iterable) -> int:
+    """Return `get_device()` of the first tensor among `args` and the lists in them, or -1."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg.get_device()
+        if isinstance(arg, (list, tuple)) and (index := _device_index(arg)) >= 0:
+            return index
+    return -1
 
 
 @torch.compiler.assume_constant_result

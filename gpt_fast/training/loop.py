@@ -147,7 +147,7 @@ class Loop:
         same_ranks = manifest["ranks"] == world.size
         checkpoints.load(path, tensors | states if same_ranks else tensors, world)
         if same_ranks:
-            randomness.restore(states)
+            randomness.restore(states, self.engine.device)
         else:
             randomness.seed(self.seed, world.rank, step)
         if world.first:
