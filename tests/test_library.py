@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gpt_fast import GPTConfig, GPTForCausalLM
 from gpt_fast.decode_steps import TorchStep
@@ -151,3 +152,65 @@ def test_generators_are_restored_on_the_device_that_they_were_saved_from(monkeyp
     states["random.cuda.0"] = torch.zeros(2, dtype=torch.uint8)
     randomness.restore(states, device)
     assert kept == {device: states["random.cuda.0"]}
+
+
+# ---- seeds -----------------------------------------------------------------------------------------------------------
+
+RANK_STEP = 0x1E3779B97F4A7C15
+
+
+@pytest.fixture
+def on_rank():
+    """`on_rank(r)`: from now on this process is rank r of 1024 that do not exist."""
+
+    def join(rank: int) -> None:
+        leave()
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=1024)
+
+    def leave() -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    yield join
+    leave()
+
+
+def drawn(new_seed=_library.new_seed) -> int:
+    torch.manual_seed(7)
+    return int(new_seed("cpu"))
+
+
+def test_every_rank_draws_a_seed_of_its_own(on_rank) -> None:
+    """A rank's seed is its draw plus rank times a step, modulo 2^64; rank 9 and those above overflow without the
+    modulus."""
+    alone, seeds = drawn(), []
+    for rank in range(1024):
+        on_rank(rank)
+        seeds.append(drawn())
+        assert seeds[-1] == drawn()
+        assert (seeds[-1] - alone - rank * RANK_STEP) % 2**64 == 0
+    assert seeds[0] == alone and len(set(seeds)) == 1024
+
+
+@pytest.mark.parametrize("rank", [1, 5, 10, 1023])
+def test_compiled_ranks_draw_seeds_of_their_own(on_rank, rank) -> None:
+    """The step of a rank is a constant of the graph, which holds signed integers of 64 bits."""
+    compiled = [torch.compile(_library.new_seed, fullgraph=True, backend="aot_eager") for _ in range(2)]
+    on_rank(0)
+    first = drawn(compiled[0])
+    on_rank(rank)
+    torch.compiler.reset()
+    assert (drawn(compiled[1]) - first - rank * RANK_STEP) % 2**64 == 0
+
+
+@pytest.mark.parametrize("rank", [0, 10, 1023])
+def test_models_train_with_dropout_on_every_rank(on_rank, rank) -> None:
+    on_rank(rank)
+    sizes = {"num_tokens": 11, "hidden_dim": 8, "num_heads": 2, "num_layers": 1, "seq_len": 8}
+    config = GPTConfig.preset("gpt2", **sizes, dropout=0.5)
+    model, batch = GPTForCausalLM(config), torch.randint(11, (2, 8))
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(model(batch, labels=batch).loss.item())
+    assert losses[0] == losses[1] != losses[2]

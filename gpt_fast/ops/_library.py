@@ -239,8 +239,16 @@ def new_seed(device: torch.device | str) -> Tensor:
     """
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        seed = seed + torch.distributed.get_rank() * 0x1E3779B97F4A7C15
+        seed = seed + _signed(torch.distributed.get_rank() * _RANK_STEP)
     return seed
+
+
+_RANK_STEP = 0x1E3779B97F4A7C15  # odd, so that multiples of it differ modulo 2^64
+
+
+def _signed(value: int) -> int:
+    """Return the int64 that equals `value` modulo 2^64."""
+    return (value + 2**63) % 2**64 - 2**63
 
 
 def seed_for(dropout_p: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
