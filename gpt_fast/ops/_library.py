@@ -152,7 +152,7 @@ def _device_index(args: Iterable) -> int:
     return -1
 
 
-@torch.compiler.assume_constant_result
+@transforms.constant_in_graphs
 def serving(op: str, device_type: str) -> str:
     """What runs `op` on a device type now: "triton", "cpp" or "reference", as PyTorch's dispatcher has it.
 
@@ -181,7 +181,7 @@ def dropout_rule(dropout_p: float) -> tuple[int, float]:
 _WARNED: set[tuple[str, str]] = set()
 
 
-@torch.compiler.assume_constant_result
+@transforms.constant_in_graphs
 def _warn_once(op: str, where: str, advice: str) -> None:
     if (op, where) not in _WARNED:
         _WARNED.add((op, where))
