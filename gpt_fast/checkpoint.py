@@ -42,7 +42,9 @@ def save(head: Any, directory: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` so that a reader sees the old file or the new one, never a part."""
     partial = _partial(path)
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    # UTF-8 cannot hold half of a surrogate pair, as labels and file names may; JSON can, escaped as \ud800.
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     _publish(partial, path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -59,6 +60,8 @@ def run() -> None:
     signal that stopped a training the code that shells give it (130 for Ctrl-C, 143 for SIGTERM); anything else is a
     fault of ours and keeps its traceback."""
     warnings.showwarning = show_warning
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: no label is an error because it is printed
     try:
         app()
     except Interrupted as stopped:

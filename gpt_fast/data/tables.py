@@ -86,7 +86,8 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.writing")
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
+        # Half of a surrogate pair, which a .jsonl may hold, becomes \ud800: UTF-8 has no other way to write it.
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             if suffix == ".jsonl":
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             else:

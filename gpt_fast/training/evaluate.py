@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..heads import HEADS, Head
 from .evaluation import lm_loss, perplexity
 from .finetune import answer_bytes, draw_confusion
 from .lm_data import lm_batch, masker
-from .runs import check_run, read_record, special_token
+from .runs import check_run, read_record, special_token, write_extra
 from .tasks import TaskSettings, examples, read_task_table, remarks, score, task_settings, written_metrics
 
 BATCH = 32
@@ -71,8 +72,8 @@ def evaluate(
     confusion: Path | None = None,
 ) -> dict[str, Any]:
     """A language model's loss on text, or a task's metrics on a table, each with its baseline. Without `data`, a model
-    that learned from the standard library takes the files that its training held out. `confusion` is where a
-    classifier's confusion matrix is drawn."""
+    that learned from the standard library takes the files that its training held out. `confusion` is the file for a
+    picture of a classifier's confusion matrix; the result names the file if it could be written."""
     model = load_run(folder, device)
     record = read_record(folder)
     if data is None and record.get("data") != STDLIB:
@@ -120,7 +121,9 @@ def evaluate_task(
     if isinstance(model, GPTForCausalLM):
         result |= written_metrics(model, rows, tokenizer, table.labels)
     if confusion is not None:
-        draw_confusion(model, rows, labels, f"{folder} on {table.source}", confusion)
+        title = f"{folder} on {table.source}"
+        if write_extra(confusion, partial(draw_confusion, model, rows, labels, title)):
+            result["confusion"] = str(confusion)
     return result
 
 

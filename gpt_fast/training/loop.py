@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..interrupts import Interrupted, Stop
 from . import checkpoints, randomness
 from .engine import Engine
 from .monitor import Spikes
-from .runs import Run
+from .runs import Run, write_extra
 
 Metrics = dict[str, float]
 Source = Callable[[int], Sequence[Batch]]  # an update, counted from 0, to this rank's parts of its batch
@@ -124,6 +125,7 @@ class Loop:
         self._tokens = 0  # and seconds, since the last line
         self._seconds = 0.0
         self._shown = math.nan
+        self._tensorboard = self.settings.tensorboard
         self._writer: Any = None
 
     def resume(self) -> None:
@@ -184,7 +186,7 @@ class Loop:
         finally:
             self.stop.deferred = False
             if self._writer is not None:
-                self._writer.close()
+                self._write_tensorboard(lambda folder: self._writer.close())
 
     def _update(self, batches: Sequence[Batch]) -> None:
         settings, state, engine = self.settings, self.state, self.engine
@@ -285,7 +287,7 @@ class Loop:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             state.metrics_bytes = path.stat().st_size
-            self._to_tensorboard(line)
+            self._write_tensorboard(partial(self._add_scalars, line))
         state.line, state.losses = line, []
         state.tokens += self._tokens
         state.seconds += self._seconds
@@ -302,13 +304,16 @@ class Loop:
             if self.engine.world.first:
                 model.save_pretrained(self.run_folder.folder / "best")
 
-    def _to_tensorboard(self, line: Metrics) -> None:
-        if not self.settings.tensorboard:
-            return
+    def _write_tensorboard(self, write: Callable[[Path], object]) -> None:
+        """Call `write(folder)` unless TensorBoard is off or has failed before: one warning is enough for a run."""
+        if self._tensorboard:
+            self._tensorboard = write_extra(self.run_folder.folder / "tensorboard", write)
+
+    def _add_scalars(self, line: Metrics, folder: Path) -> None:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.run_folder.folder / "tensorboard"), purge_step=int(line["step"]))
+            self._writer = SummaryWriter(str(folder), purge_step=int(line["step"]))
         for name, value in line.items():
             if name != "step":
                 self._writer.add_scalar(name, value, int(line["step"]))
