@@ -30,6 +30,7 @@ from tokenizers import Tokenizer
 from ..config import GPTConfig
 from ..data.tokenizer import special_ids, vocabulary_size
 from ..heads import Head
+from ..interrupts import Interrupted
 from . import checkpoints
 
 RUN_FILES = {
@@ -117,6 +118,10 @@ def new_run(out: Path, overwrite: bool = False, resume: bool = False) -> Iterato
         with _locked(run.folder):
             yield run
             run.keep()
+    except Interrupted as stopped:
+        if run.kept:  # while it was evaluated or drawn
+            stopped.saved = stopped.saved or f"stopped by {stopped}; the run is in {out}"
+        raise
     finally:
         if not run.kept:
             run.discard()
