@@ -36,9 +36,9 @@ def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` in UTF-8."""
+    """Write `text` in UTF-8. Half of a surrogate pair, which UTF-8 cannot hold, is escaped as JSON does: \\ud800."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,11 +7,24 @@ grad of grad, inside a compiled graph) `is_followed` is false, and the reference
 """
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
+
+_Function = TypeVar("_Function", bound=Callable)
+
+
+def constant_in_graphs(function: _Function) -> _Function:
+    """Mark `function` so that `torch.compile` calls it while it traces and takes the result as a constant.
+
+    Do what `torch.compiler.assume_constant_result` does, but without importing Dynamo, which takes as long as importing
+    torch.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def apply(function: Any, *args: Any) -> Any:
@@ -23,7 +36,7 @@ def apply(function: Any, *args: Any) -> Any:
     return outputs if record.returns_tuple else outputs[0]
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def is_transformed() -> bool:
     """Whether the call is inside a transform of `torch.func`."""
     return _functorch.peek_interpreter_stack() is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -61,6 +62,8 @@ def run() -> None:
     of this program and keeps its traceback.
     """
     warnings.showwarning = show_warning
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: no label is an error because it is printed
     try:
         app()
     except (ValueError, OSError) as error:

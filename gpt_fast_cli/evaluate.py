@@ -59,5 +59,5 @@ def evaluate(
         print_json(result)
     else:
         print_table(f"{source} on {result['data']}", metric_rows(result))
-    if confusion is not None:
-        say(str(confusion))
+    if "confusion" in result:
+        say(result["confusion"])

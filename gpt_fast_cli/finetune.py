@@ -141,5 +141,5 @@ def finetune(
         return
     measured = {name.removeprefix("valid_"): value for name, value in record.items() if name not in ("valid_rows",)}
     lines = metric_rows(measured)
-    lines += [("time", f"{record['seconds']:.0f} s"), ("run folder", f"{out}, with the curves in loss.png")]
+    lines += [("time", f"{record['seconds']:.0f} s"), ("run folder", options.run_folder(out))]
     print_table("fine-tuned, on held-out rows", lines)

@@ -135,6 +135,11 @@ def training_session(
         yield show, say, stop
 
 
+def run_folder(out: Path) -> str:
+    """Return the last line of a training's result: the run folder, and the picture in it if one could be drawn."""
+    return f"{out}, with the curves in loss.png" if (out / "loss.png").exists() else str(out)
+
+
 def follows() -> bool:
     """Is this a rank other than the first, which prints nothing but errors?"""
     return int(os.environ.get("RANK", "0")) > 0

@@ -152,6 +152,6 @@ def pretrain(
         ("validation loss", f"{record['valid_loss']:.3f} nats per token"),
         ("unigram entropy", f"{record['unigram_entropy']:.3f} nats per token, without any context"),
         ("time", f"{record['seconds']:.0f} s"),
-        ("run folder", f"{out}, with the curves in loss.png"),
+        ("run folder", options.run_folder(out)),
     ]
     print_table("pre-trained", rows)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..model import GPT, _Trunk, evaluating
-from ..ops._library import runs_reference
+from ..ops._library import device_guard, runs_reference
 from .cache import KVCache, StepPass
 from .sampling import DAMAGED, Sampling, damaged, draw, sample
 
@@ -108,7 +108,8 @@ class TorchStep:
         self.tokens.copy_(tokens)
         self.live.copy_(live) if live is not None else self.live.fill_(True)
         if self.tokens.is_cuda and not ops.values_checked(self.tokens):
-            self._replay(model, options, seen)
+            with device_guard(self.tokens.get_device()):
+                self._replay(model, options, seen)
         else:
             with evaluating(parts(model)[0]):
                 self.run(model, options, seen)
@@ -140,7 +141,8 @@ class TorchStep:
             self._graph.register_generator_state(self.generator)
             for value, saved in zip(state, before, strict=True):
                 value.copy_(saved)
-            with torch.cuda.graph(self._graph):
+            # Without a stream of ours torch captures on one that belongs to the device of the process's first capture.
+            with torch.cuda.graph(self._graph, stream=torch.cuda.Stream()):
                 self.run(model, options, seen)
         self.generator.set_state(drawn)
 

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -119,11 +119,40 @@ def triton_kernel(op: str) -> types.ModuleType:
 
 def register_triton(name: str, launcher: Callable) -> None:
     """Make `launcher` the implementation of `gpt_fast::<name>` on CUDA, and on CPU under the interpreter."""
+
+    def on_own_device(*args):
+        with device_guard(_device_index(args)):
+            return launcher(*args)
+
     for key in TRITON_KEYS:
-        LIBRARY.impl(name, launcher, key)
+        LIBRARY.impl(name, on_own_device, key)
 
 
-@torch.compiler.assume_constant_result
+def device_guard(index: int) -> contextlib.AbstractContextManager:
+    """Return a context in which CUDA device `index` is the current device; -1, `Tensor.get_device()` on a CPU, is none.
+
+    Triton, streams and CUDA graphs use the current device, whatever device the tensors are on. Entering
+    `torch.cuda.device` costs microseconds, so the context is an empty one if the device is current already.
+    """
+    if index < 0 or index == torch.cuda.current_device():
+        return _NO_GUARD
+    return torch.cuda.device(index)
+
+
+_NO_GUARD = contextlib.nullcontext()
+
+
+def _device_index(args: Iterable) -> int:
+    """Return `get_device()` of the first tensor among `args` and the lists in them, or -1."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg.get_device()
+        if isinstance(arg, (list, tuple)) and (index := _device_index(arg)) >= 0:
+            return index
+    return -1
+
+
+@_transforms.constant_in_graphs
 def serving(op: str, device_type: str) -> str:
     """What runs `op` on a device type now: "triton", "cpp" or "reference", as PyTorch's dispatcher has it.
 
@@ -152,7 +181,7 @@ def dropout_rule(dropout_p: float) -> tuple[int, float]:
 _WARNED: set[tuple[str, str]] = set()
 
 
-@torch.compiler.assume_constant_result
+@_transforms.constant_in_graphs
 def _warn_once(op: str, where: str, advice: str) -> None:
     if (op, where) not in _WARNED:
         _WARNED.add((op, where))
@@ -210,8 +239,16 @@ def new_seed(device: torch.device | str) -> Tensor:
     """
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        seed = seed + torch.distributed.get_rank() * 0x1E3779B97F4A7C15
+        seed = seed + _signed(torch.distributed.get_rank() * _RANK_STEP)
     return seed
+
+
+_RANK_STEP = 0x1E3779B97F4A7C15  # odd, so that multiples of it differ modulo 2^64
+
+
+def _signed(value: int) -> int:
+    """Return the int64 that equals `value` modulo 2^64."""
+    return (value + 2**63) % 2**64 - 2**63
 
 
 def seed_for(dropout_p: float, seed: Tensor | None, device: torch.device) -> Tensor | None:

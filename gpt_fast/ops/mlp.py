@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _transforms, reference
 from . import _checks, _library
 
 # `hidden` [..., F] is what backward needs, in x's dtype: the activation after dropout for relu, whose derivative can be
@@ -114,7 +114,7 @@ def _cublaslt_serves(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, activati
     return next(serves for size, serves in classes if size >= C)
 
 
-@torch.compiler.assume_constant_result
+@_transforms.constant_in_graphs
 def _classes_of_cublaslt(activation: str, device_index: int) -> tuple[tuple[int, bool], ...]:
     """(columns of x up to, whether cuBLASLt serves), ascending, as kernels/launch_configs.py has it for the device."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key("gpt_fast::mlp_cublaslt_forward", "CUDA"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..heads import GPTForCausalLM, GPTForSequenceClassification, Head
 from .finetune import answer_bytes, draw_confusion
 from .lm_data import lm_batch, masker
 from .metrics import lm_loss, perplexity
-from .runs.folder import read_record, special_token
+from .runs.folder import read_record, special_token, write_extra
 from .runs.load import load_run, run_tokenizer
 from .tasks import TaskSettings, examples, read_task_table, remarks, score, task_settings, written_metrics
 
@@ -37,8 +38,8 @@ def evaluate(
     confusion: Path | None = None,
 ) -> dict[str, Any]:
     """A language model's loss on text, or a task's metrics on a table, each with its baseline. Without `data`, a model
-    that learned from the standard library takes the files that its training held out. `confusion` is where a
-    classifier's confusion matrix is drawn."""
+    that learned from the standard library takes the files that its training held out. `confusion` is the file for a
+    picture of a classifier's confusion matrix; the result names the file if it could be written."""
     model = load_run(folder, device)
     record = read_record(folder)
     if data is None and record.get("data") != STDLIB:
@@ -86,7 +87,9 @@ def evaluate_task(
     if isinstance(model, GPTForCausalLM):
         result |= written_metrics(model, rows, tokenizer, table.labels)
     if confusion is not None:
-        draw_confusion(model, rows, labels, f"{folder} on {table.source}", confusion)
+        title = f"{folder} on {table.source}"
+        if write_extra(confusion, partial(draw_confusion, model, rows, labels, title)):
+            result["confusion"] = str(confusion)
     return result
 
 

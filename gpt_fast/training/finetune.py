@@ -32,7 +32,16 @@ from .engine.update import Engine, EngineSettings
 from .loop import Loop, LoopSettings, Progress, intervals
 from .metrics import Metrics, confusion_matrix, predictions
 from .plots import plot_confusion, plot_task
-from .runs.folder import Run, check_run, is_finished, new_run, read_metrics, read_record, with_special_tokens
+from .runs.folder import (
+    Run,
+    check_run,
+    is_finished,
+    new_run,
+    read_metrics,
+    read_record,
+    with_special_tokens,
+    write_extra,
+)
 from .runs.recipes import finetuning_lr
 from .runs.resume import SETTINGS, read_settings, take_up, write_settings
 from .tasks import (
@@ -244,17 +253,19 @@ def finish(
     record: dict[str, Any],
     device: str,
 ) -> None:
-    """The best weights become the run's; pictures; run.json last."""
+    """Write the best weights, then run.json, which marks the folder as finished, then the pictures."""
     best = task.task.head.from_pretrained(run.folder / "best").to(device)
+    best.save_pretrained(run.folder)
+    run.keep()
     if isinstance(best, GPTForCausalLM):
         written = written_metrics(best, rows, tokenizer, valid.labels)
         record |= {f"valid_{name}": value for name, value in written.items()}
-    if task.classifies:
-        draw_confusion(best, rows, names, f"Held-out rows: {valid.source}", run.folder / "confusion.png")
-    best.save_pretrained(run.folder)
-    draw(read_metrics(run.folder), task, str(record["data"]), run.folder / "loss.png")
     write_json(run.folder / "run.json", record)
-    shutil.rmtree(run.folder / "best")
+    shutil.rmtree(run.folder / "best", ignore_errors=True)
+    write_extra(run.folder / "loss.png", partial(draw, run.folder, task, str(record["data"])))
+    if task.classifies:
+        title = f"Held-out rows: {valid.source}"
+        write_extra(run.folder / "confusion.png", partial(draw_confusion, best, rows, names, title))
 
 
 def pretrained(head: type[Head], source: Path, **overrides: Any) -> Head:
@@ -281,7 +292,7 @@ def identity(rows: Sequence[Example]) -> dict[str, Any]:
 
 
 def answer_bytes(table: Table) -> int:
-    return sum(len(label.encode()) for label in table.labels)
+    return sum(len(label.encode(errors="surrogatepass")) for label in table.labels)
 
 
 def some_rows(table: Table, count: int, seed: int) -> Table:
@@ -336,8 +347,8 @@ def validation(model: Head, rows: Sequence[Example], task: TaskSettings, size: i
     return {name if name.startswith(baselines) else f"valid_{name}": value for name, value in measured.items()}
 
 
-def draw(metrics: list[dict[str, float]], task: TaskSettings, source: str, path: Path) -> None:
-    title = f"Fine-tuning: {source}"
+def draw(folder: Path, task: TaskSettings, source: str, path: Path) -> None:
+    metrics, title = read_metrics(folder), f"Fine-tuning: {source}"
     if task.writes:
         plot_task(metrics, "valid_loss", None, "loss of the answers (nats per token)", title, path)
     elif task.numbers:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from .engine import randomness
 from .engine.update import Engine
 from .metrics import Metrics
 from .runs import checkpoints
-from .runs.folder import Run
+from .runs.folder import Run, write_extra
 
 MEMORY = 50  # updates over which the running mean of the loss forgets
 THRESHOLD = 6.0  # standard deviations above it
@@ -154,6 +155,7 @@ class Loop:
         self._tokens = 0  # and seconds, since the last line
         self._seconds = 0.0
         self._shown = math.nan
+        self._tensorboard = self.settings.tensorboard
         self._writer: Any = None
 
     def resume(self) -> None:
@@ -177,7 +179,7 @@ class Loop:
         same_ranks = manifest["ranks"] == world.size
         checkpoints.load(path, tensors | states if same_ranks else tensors, world)
         if same_ranks:
-            randomness.restore(states)
+            randomness.restore(states, self.engine.device)
         else:
             randomness.seed(self.seed, world.rank, step)
         if world.first:
@@ -214,7 +216,7 @@ class Loop:
         finally:
             self.stop.deferred = False
             if self._writer is not None:
-                self._writer.close()
+                self._write_tensorboard(lambda folder: self._writer.close())
 
     def _update(self, batches: Sequence[Batch]) -> None:
         settings, state, engine = self.settings, self.state, self.engine
@@ -315,7 +317,7 @@ class Loop:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             state.metrics_bytes = path.stat().st_size
-            self._to_tensorboard(line)
+            self._write_tensorboard(partial(self._add_scalars, line))
         state.line, state.losses = line, []
         state.tokens += self._tokens
         state.seconds += self._seconds
@@ -332,13 +334,16 @@ class Loop:
             if self.engine.world.first:
                 model.save_pretrained(self.run_folder.folder / "best")
 
-    def _to_tensorboard(self, line: Metrics) -> None:
-        if not self.settings.tensorboard:
-            return
+    def _write_tensorboard(self, write: Callable[[Path], object]) -> None:
+        """Call `write(folder)` unless TensorBoard is off or has failed before: one warning is enough for a run."""
+        if self._tensorboard:
+            self._tensorboard = write_extra(self.run_folder.folder / "tensorboard", write)
+
+    def _add_scalars(self, line: Metrics, folder: Path) -> None:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.run_folder.folder / "tensorboard"), purge_step=int(line["step"]))
+            self._writer = SummaryWriter(str(folder), purge_step=int(line["step"]))
         for name, value in line.items():
             if name != "step":
                 self._writer.add_scalar(name, value, int(line["step"]))

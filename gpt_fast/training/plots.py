@@ -2,77 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
-from textwrap import shorten
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-
-from .._files import replacing
 
 TRAIN, VALID, BASELINE = "#9db4c9", "#1f5a94", "#b5562b"
 
 
 def plot_language_model(metrics: list[dict[str, float]], entropy: float, title: str, path: Path) -> None:
     """Training and validation loss over the updates, and the unigram entropy that both start from."""
-    figure = Figure(figsize=(7.5, 4.6), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    _curve(axes, metrics, "train_loss", TRAIN, "training")
-    _curve(axes, metrics, "valid_loss", VALID, "validation", marker="o")
-    _baseline(axes, entropy, f"unigram entropy {entropy:.2f}")
-    _finish(axes, title, "loss (nats per token)")
-    _write(figure, path)
+    with _picture(path, 7.5, 4.6) as figure:
+        axes = figure.add_subplot()
+        _curve(axes, metrics, "train_loss", TRAIN, "training")
+        _curve(axes, metrics, "valid_loss", VALID, "validation", marker="o")
+        _baseline(axes, entropy, f"unigram entropy {entropy:.2f}")
+        _finish(axes, title, "loss (nats per token)")
 
 
 def plot_task(
     metrics: list[dict[str, float]], score: str, baseline: float | None, unit: str, title: str, path: Path
 ) -> None:
     """Training loss on the left; on the right `score` on the validation rows, with what a constant answer reaches."""
-    figure = Figure(figsize=(10, 4.4), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _curve(left, metrics, "train_loss", TRAIN, "training")
-    _finish(left, title, "training loss (task + language model)")
-    _curve(right, metrics, score, VALID, "validation", marker="o")
-    if baseline is not None:
-        _baseline(right, baseline, f"constant answer {baseline:.2f}")
-    right.set_ylim(bottom=0)
-    _finish(right, "held-out rows", unit)
-    _write(figure, path)
+    with _picture(path, 10, 4.4) as figure:
+        left, right = figure.subplots(1, 2)
+        _curve(left, metrics, "train_loss", TRAIN, "training")
+        _finish(left, title, "training loss (task + language model)")
+        _curve(right, metrics, score, VALID, "validation", marker="o")
+        if baseline is not None:
+            _baseline(right, baseline, f"constant answer {baseline:.2f}")
+        right.set_ylim(bottom=0)
+        _finish(right, "held-out rows", unit)
 
 
 def plot_confusion(counts: list[list[int]], names: Sequence[str], title: str, path: Path) -> None:
     """A matrix with the true labels as rows and the answers as columns; the colour is the share of a row."""
     K = len(names)
     size = min(16.0, 3.0 + 0.45 * K)
-    figure = Figure(figsize=(size + 1, size), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    shares = [[count / max(1, sum(row)) for count in row] for row in counts]
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    labels = [shorten(name, 24, placeholder="…") for name in names]
-    axes.set_xticks(range(K), labels, rotation=60, ha="right")
-    axes.set_yticks(range(K), labels)
-    axes.set_xlabel("answer")
-    axes.set_ylabel("label")
-    axes.set_title(shorten(title, 60, placeholder=" …"), loc="left", fontsize=11)
-    if K <= 30:
-        for i, row in enumerate(counts):
-            for j, count in enumerate(row):
-                color = "white" if shares[i][j] > 0.6 else "0.2"
-                axes.text(j, i, str(count), ha="center", va="center", fontsize=8, color=color)
-    figure.colorbar(picture, ax=axes, label="share of the label's rows", shrink=0.8)
-    _write(figure, path)
+    with _picture(path, size + 1, size) as figure:
+        axes = figure.add_subplot()
+        shares = [[count / max(1, sum(row)) for count in row] for row in counts]
+        picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        labels = [shown(name, 24) for name in names]
+        axes.set_xticks(range(K), labels, rotation=60, ha="right")
+        axes.set_yticks(range(K), labels)
+        axes.set_xlabel("answer")
+        axes.set_ylabel("label")
+        axes.set_title(shown(title, 60), loc="left", fontsize=11)
+        if K <= 30:
+            for i, row in enumerate(counts):
+                for j, count in enumerate(row):
+                    color = "white" if shares[i][j] > 0.6 else "0.2"
+                    axes.text(j, i, str(count), ha="center", va="center", fontsize=8, color=color)
+        figure.colorbar(picture, ax=axes, label="share of the label's rows", shrink=0.8)
 
 
 def plot_runs(runs: Sequence[tuple[str, list[dict[str, float]]]], field: str, path: Path) -> None:
     """One field of several runs over the updates, each a curve in a colour of its own."""
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    for index, (name, metrics) in enumerate(runs):
-        _curve(axes, metrics, field, f"C{index % 10}", name, marker="o" if field.startswith("valid_") else "")
-    _finish(axes, "", field.replace("_", " "))
-    _write(figure, path)
+    with _picture(path, 8, 5) as figure:
+        axes = figure.add_subplot()
+        for index, (name, metrics) in enumerate(runs):
+            marker = "o" if field.startswith("valid_") else ""
+            _curve(axes, metrics, field, f"C{index % 10}", shown(name, 60), marker)
+        _finish(axes, "", field.replace("_", " "))
+
+
+def shown(text: str, width: int) -> str:
+    """Return `text` as a picture shows it: on one line, its middle left out beyond `width` characters.
+
+    Characters that no font draws (controls, halves of surrogate pairs) become U+FFFD.
+    """
+    text = "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))
+    half = width // 2
+    return text if len(text) <= width else f"{text[: half - 1]}…{text[-half:]}"
+
+
+@contextmanager
+def _picture(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """Yield a figure to draw in, then write it to `path` as a whole.
+
+    Text is text: to matplotlib a label with two `$` is mathematics, and a syntax error if it does not parse. The font
+    lacks many scripts; a box in place of a letter needs no warning.
+    """
+    with rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+        yield figure
+        content = BytesIO()
+        FigureCanvasAgg(figure).print_png(content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.getvalue())
 
 
 def _curve(axes: Axes, metrics: list[dict[str, float]], field: str, color: str, label: str, marker: str = "") -> None:
@@ -88,17 +113,15 @@ def _baseline(axes: Axes, value: float, label: str) -> None:
 
 
 def _finish(axes: Axes, title: str, unit: str) -> None:
-    axes.set_title(shorten(title, 70, placeholder=" …"), loc="left", fontsize=11)
+    axes.set_title(shown(title, 70), loc="left", fontsize=11)
     axes.set_xlabel("updates")
     axes.set_ylabel(unit)
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
-    axes.legend(frameon=False)
-
-
-def _write(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        FigureCanvasAgg(figure).print_png(file)
+    # A legend leaves out labels that begin with `_`, so each line's label is set afterwards.
+    lines = axes.get_lines()
+    legend = axes.legend(lines, [str(index) for index in range(len(lines))], frameon=False)
+    for text, line in zip(legend.get_texts(), lines, strict=True):
+        text.set_text(line.get_label())

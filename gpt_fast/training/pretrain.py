@@ -28,7 +28,16 @@ from .lm_data import LMData, Mask, WindowSource, lm_batch, masker, read_lm_data
 from .loop import Loop, LoopSettings, Progress, intervals
 from .metrics import Metrics, lm_loss
 from .plots import plot_language_model
-from .runs.folder import Run, check_run, is_finished, new_run, read_metrics, read_record, with_special_tokens
+from .runs.folder import (
+    Run,
+    check_run,
+    is_finished,
+    new_run,
+    read_metrics,
+    read_record,
+    with_special_tokens,
+    write_extra,
+)
 from .runs.recipes import Recipe, complete, pretraining
 from .runs.resume import SETTINGS, read_settings, take_up, write_settings
 
@@ -222,11 +231,16 @@ def _pretrain(
 
 
 def finish(run: Run, model: Head, record: dict[str, Any]) -> None:
-    """run.json last: a folder that has it is finished."""
+    """Write the weights, then run.json, which marks the folder as finished, then the picture."""
     model.save_pretrained(run.folder)
-    title = f"Pre-training ({record['objective']}): {record['data']}"
-    plot_language_model(read_metrics(run.folder), record["unigram_entropy"], title, run.folder / "loss.png")
+    run.keep()
     write_json(run.folder / "run.json", record)
+    write_extra(run.folder / "loss.png", partial(draw, run.folder, record))
+
+
+def draw(folder: Path, record: dict[str, Any], path: Path) -> None:
+    title = f"Pre-training ({record['objective']}): {record['data']}"
+    plot_language_model(read_metrics(folder), record["unigram_entropy"], title, path)
 
 
 def make_model(settings: PretrainSettings, tokenizer: Tokenizer) -> Head:

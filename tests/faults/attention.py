@@ -58,8 +58,11 @@ FAULTS = (
     Fault("scale of dropout left out of dK", TRITON, "cast(dk * (scale * dropout_scale), dk_ptr", "cast(dk * scale, dk_ptr", "dropout_numerics"),
     Fault("dK not scaled", TRITON, "cast(dk * (scale * dropout_scale), dk_ptr", "cast(dk * dropout_scale, dk_ptr", "numerics"),
     Fault("dV without dropout", TRITON, "dv = dot(cast(z, do.dtype, PRECISION), do, dv, PRECISION)", "dv = dot(cast(p, do.dtype, PRECISION), do, dv, PRECISION)", "dropout"),
-    Fault("queries and keys swapped in the mask of dK and dV", TRITON, "keep_matrix(i - dropout_start, dropout_j,", "keep_matrix(dropout_j, i - dropout_start,", "dropout"),
-    Fault("mask of dK and dV counts from the first packed token", TRITON, "keep_matrix(i - dropout_start, dropout_j,", "keep_matrix(i, dropout_j,", "any_combination"),
+    Fault("dropout counts keys from the start of a wider tile", TRITON, "(start // 16 * 16 + offs)", "(start // 32 * 32 + offs)", "dropout"),
+    Fault("queries and keys swapped in the mask of dK and dV", TRITON, """dropout_i = _dropout_position(start, offs_m, dropout_start, offs_m.shape[0])
+        keep = keep_matrix(dropout_i, dropout_j,""", """dropout_i = _dropout_position(start, offs_m, dropout_start, offs_m.shape[0])
+        keep = keep_matrix(dropout_j, dropout_i,""", "dropout"),
+    Fault("mask of dK and dV counts from the first packed token", TRITON, "_dropout_position(start, offs_m, dropout_start,", "_dropout_position(start, offs_m, 0,", "any_combination"),
     Fault("last key's gradients skipped", TRITON, "mask_n = offs_n < S\n", "mask_n = offs_n < S - 1\n", "numerics"),
     Fault("NaN of a row without keys reaches dK", TRITON, "ds = tl.where(allowed, ds, 0.0)  # p is 0 there, but delta may be NaN", "ds = ds", "last_packed_sequence_changes"),
     Fault("gradient of the projection in another order", TRITON, "dqkv.view(heads).permute(2, 0, 3, 1, 4)\n    backward_into(dq, dk, dv,", "dqkv.view(heads).permute(2, 0, 3, 1, 4)\n    backward_into(dq, dv, dk,", "packed_projection and float32"),

@@ -1,6 +1,7 @@
-"""PyTorch's own tools on this library's models and on accelerated ones: compile, export, func, checkpoints, ranks."""
+"""PyTorch's own tools on our models and on accelerated ones: import, compile, export, func, checkpoints, ranks."""
 
 import copy
+import json
 import os
 import pickle
 import subprocess
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import gpt_fast
-from gpt_fast import GPTConfig, GPTForCausalLM, GPTModel
+from gpt_fast import GPTConfig, GPTForCausalLM, GPTModel, transforms
 from tests import hf_models
 
 SIZES = {"num_tokens": 61, "hidden_dim": 32, "num_heads": 4, "num_layers": 2, "seq_len": 20}
@@ -48,6 +49,59 @@ def gradients(model: nn.Module, batch: Tensor, loss: Tensor | None = None) -> di
     model.zero_grad(set_to_none=True)
     (model(batch, labels=batch).loss if loss is None else loss).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# ---- import ----------------------------------------------------------------------------------------------------------
+
+IMPORT = """
+import json, sys, time
+start = time.process_time()
+import torch
+torch_seconds, before = time.process_time() - start, set(sys.modules)
+start = time.process_time()
+import gpt_fast
+seconds = time.process_time() - start
+print(json.dumps({"added": sorted(set(sys.modules) - before), "ratio": 1 + seconds / torch_seconds}))
+"""
+
+
+@pytest.fixture(scope="module")
+def imports() -> list[dict]:
+    """Three imports of torch, then of gpt_fast, each in a new process. Bytecode is cached, as in any installation."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    root = Path(__file__).resolve().parent.parent
+    return [
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", IMPORT], cwd=root, env=environment, capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for _ in range(3)
+    ]
+
+
+def test_import_adds_only_our_modules_to_those_of_torch(imports) -> None:
+    """Dynamo, Inductor, SymPy, Triton, transformers and torch.distributed's tools wait until they are needed."""
+    light = {"gpt_fast", "safetensors", *sys.stdlib_module_names}
+    assert [name for name in imports[0]["added"] if name.partition(".")[0] not in light] == []
+
+
+def test_import_takes_hardly_longer_than_that_of_torch(imports) -> None:
+    """CPU time of one process, so that other processes count little; the best of three."""
+    assert min(run["ratio"] for run in imports) <= 1.10
+
+
+def test_constant_in_graphs_is_the_public_decorator_without_the_import_of_dynamo() -> None:
+    """`torch.compiler.assume_constant_result` sets one attribute, whose private name a new PyTorch may change."""
+
+    def ours() -> int:
+        return 1
+
+    def public() -> int:
+        return 1
+
+    assert transforms.constant_in_graphs(ours) is ours
+    assert vars(ours) == vars(torch.compiler.assume_constant_result(public)) != {}
 
 
 # ---- compile and export ----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt_fast.interrupts import Interrupted
 from gpt_fast.training.runs import folder as runs
 
 
@@ -39,6 +40,22 @@ def test_an_error_leaves_nothing(tmp_path, error, before):
         fail()
     assert listing(tmp_path) == held
     assert not before or (out / "run.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("saved", ["", "go on with --resume"], ids=["unsaid", "said"])
+def test_a_stop_after_the_run_was_kept_names_its_folder(tmp_path, saved):
+    """The command line prints it; it would say that nothing is left."""
+    out = tmp_path / "a"
+
+    def stop() -> None:
+        with runs.new_run(out) as run:
+            run.keep()
+            raise Interrupted(2, saved)
+
+    with pytest.raises(Interrupted) as stopped:
+        stop()
+    assert stopped.value.saved == (saved or f"stopped by SIGINT; the run is in {out}")
+    assert out.is_dir()
 
 
 def test_overwrite_replaces_a_run(tmp_path):

@@ -21,9 +21,10 @@ def states(device: torch.device, rank: int) -> dict[str, Tensor]:
     return found
 
 
-def restore(states: dict[str, Tensor]) -> None:
+def restore(states: dict[str, Tensor], device: torch.device) -> None:
+    """Set the generators from `states(device, rank)`."""
     for name, state in states.items():
         if ".cuda." in name:
-            torch.cuda.set_rng_state(state)
+            torch.cuda.set_rng_state(state, device)
         else:
             torch.set_rng_state(state)

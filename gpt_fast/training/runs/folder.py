@@ -4,8 +4,9 @@ config.json, model.safetensors   the model, as `save_pretrained` writes it
 tokenizer.json                   its tokenizer
 settings.yaml                    every setting, resolved: `--config` takes it back
 metrics.jsonl                    one line per logged step
-run.json                         how it came about and how it ended: data, labels, baselines, last figures; written last
-loss.png                         the curves
+run.json                         how it came about and how it ended: data, labels, baselines, last figures; written
+                                 after the weights, so a folder that has it is finished
+loss.png                         the curves; pictures are drawn last, and one that fails is a warning
 checkpoints/, best/              what a run that was stopped goes on from, and the best weights so far
 tensorboard/, confusion.png, bad-batch.safetensors   where asked for, or where there is reason
 """
@@ -17,7 +18,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from tokenizers import Tokenizer
 from ...config import GPTConfig
 from ...data.tokenizer import special_ids, vocabulary_size
 from ...heads import Head
+from ...interrupts import Interrupted
 from . import checkpoints
 
 RUN_FILES = {
@@ -115,6 +118,10 @@ def new_run(out: Path, overwrite: bool = False, resume: bool = False) -> Iterato
         with _locked(run.folder):
             yield run
             run.keep()
+    except Interrupted as stopped:
+        if run.kept:  # while it was evaluated or drawn
+            stopped.saved = stopped.saved or f"stopped by {stopped}; the run is in {out}"
+        raise
     finally:
         if not run.kept:
             run.discard()
@@ -133,8 +140,22 @@ def _sweep(out: Path) -> None:
             continue
 
 
+def write_extra(path: Path, write: Callable[[Path], object]) -> bool:
+    """Call `write(path)` for a file that the run can do without, such as a picture. Warn and return False if it fails.
+
+    Call it after the weights and run.json are written, so that a failure costs the one file and not the run.
+    """
+    try:
+        write(path)
+    except Exception as error:  # noqa: BLE001 (matplotlib, TensorBoard and what they call raise errors of any type)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        warnings.warn(f"{path}: not written ({reason})", stacklevel=2)
+        return False
+    return True
+
+
 def is_finished(out: Path) -> bool:
-    """run.json is written last."""
+    """Return True if the run in `out` has its record, which training writes after the weights."""
     return (out / "run.json").is_file()
 
 
