@@ -16,7 +16,7 @@ Tensor decode_attention_forward(const Tensor& q, const Tensor& k_cache, const Te
   const Tensor out = at::empty({B, H, D}, q.options());
   if (out.numel() == 0) return out;
   const Tensor queries = with_rows(q), keys = with_rows(k_cache), values = with_rows(v_cache);
-  const Tensor counts = lengths.to(at::kLong).contiguous();
+  const Tensor counts = as_int64("decode_attention", "lengths", lengths);
   const int64_t* n = counts.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < B; ++b) {
     TORCH_CHECK_VALUE(n[b] >= 0 && n[b] <= S, "gpt_fast.decode_attention: lengths holds ", n[b],

@@ -20,7 +20,7 @@ using std::optional;
 
 // The table row of each of M output rows; positions shorter than that repeat.
 std::vector<int64_t> indices(const char* name, const Tensor& given, int64_t M, int64_t table_rows) {
-  const Tensor ids = given.to(at::kLong).contiguous();
+  const Tensor ids = as_int64("embedding", name, given);
   const int64_t* data = ids.const_data_ptr<int64_t>();
   const int64_t count = ids.numel();
   std::vector<int64_t> result(M);

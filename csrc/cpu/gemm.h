@@ -382,10 +382,11 @@ class Block {
   Buffer memory_;
 };
 
-// A parameter [n] as float32, with `fill` up to a whole block, and zeros where there is none.
+// A bias [n] as float32, with `fill` up to a whole block, and zeros where there is none.
 inline at::Tensor padded_parameter(const std::optional<at::Tensor>& parameter, int64_t n, float fill = 0.0f) {
   at::Tensor padded = at::full({round_up(n, kBlock)}, fill, at::TensorOptions().dtype(at::kFloat));
   if (parameter.has_value()) {
+    element_of(parameter->scalar_type());
     padded.narrow(0, 0, n).copy_(*parameter);
   } else {
     padded.narrow(0, 0, n).zero_();
