@@ -426,6 +426,14 @@ def test_packing_reads_no_dtype_as_another(dtype, weights):
             pack(model, parameters | {name: parameter.to(dtype)}, weights)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(0, 16), (V, 0)], ids=["no_tokens", "no_columns"])
+def test_packing_refuses_matrices_without_elements(rows, columns):
+    model = make_model("gpt2", hidden_dim=16, num_heads=2)
+    changed = {name: torch.zeros(rows, columns) for name in ("token_emb.weight", "output_layer.weight")}
+    with pytest.raises(ValueError, match="the parameters do not fit together"):
+        pack(model, packed_parameters(model) | changed, "float32")
+
+
 def test_a_model_with_float64_norms_steps_by_its_modules():
     """The C++ step would round them to float32; the reference serves norms with float64 weights."""
     model = make_model("gpt2", hidden_dim=16, num_heads=2)

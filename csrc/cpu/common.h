@@ -130,7 +130,7 @@ class Rows {
 };
 
 // Rows for one task of at::parallel_for: enough work to be worth a thread.
-inline int64_t row_grain(int64_t N) { return std::max<int64_t>(1, at::internal::GRAIN_SIZE / N); }
+inline int64_t row_grain(int64_t N) { return std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::max<int64_t>(N, 1)); }
 
 // The dropout of a site, or nothing where p is 0.
 inline std::optional<Dropout> make_dropout(const char* op, double p, const std::optional<at::Tensor>& seed,

@@ -159,7 +159,7 @@ class DecodeWeights {
     V = output.N;
     F = blocks.empty() ? 0 : blocks[0].fc.N;
     T = position_embedding.size(0);
-    if (H < 1 || C % H != 0 || token_embedding.size(0) != V || token_embedding.size(1) != C) {
+    if (H < 1 || C < 1 || V < 1 || C % H != 0 || token_embedding.size(0) != V || token_embedding.size(1) != C) {
       throw pybind11::value_error("gpt_fast.DecodeWeights: the parameters do not fit together: " + std::to_string(V) +
                                   " outputs of width " + std::to_string(C) + ", " +
                                   std::to_string(token_embedding.size(0)) + " tokens, " + std::to_string(H) + " heads");
