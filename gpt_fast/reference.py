@@ -71,10 +71,12 @@ def dropout_keep_rows(seed: Tensor, site: int, N: int, C: int, p: float) -> Tens
     counter = (j // 8, i, 0, site); word = (j // 2) % 4; u16 = the word's half j % 2; keep = u16 >= T. So one counter
     gives eight neighbours j = 8 J + 2 word + half, in this order.
     """
-    J = torch.arange((C + 7) // 8, device=seed.device)
+    groups = (C + 7) // 8
+    J = torch.arange(groups, device=seed.device)
     i = torch.arange(N, device=seed.device)
-    words = _philox_words((J[None, :], i[:, None], torch.zeros_like(J[:1, None])), seed, site)  # [N, J, 4]
-    return _halves(words).reshape(N, -1)[:, :C] >= dropout_threshold(p)
+    zero = torch.zeros((1, 1), dtype=torch.int64, device=seed.device)
+    words = _philox_words((J[None, :], i[:, None], zero), seed, site)  # [N, J, 4]
+    return _halves(words).reshape(N, 8 * groups)[:, :C] >= dropout_threshold(p)
 
 
 def dropout_keep_matrix(seed: Tensor, site: int, b: Tensor, M: int, N: int, p: float) -> Tensor:
@@ -316,7 +318,7 @@ def linear_cross_entropy(
         logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
     )
     if reduction == "none":
-        return losses.view(target.shape)
+        return losses.masked_fill(~valid, 0.0).view(target.shape)  # smoothing over V = 0 gives NaN
     total = losses.sum()
     return total if reduction == "sum" else total / valid.sum().clamp(min=1)
 

@@ -55,8 +55,8 @@ struct Options {
   int64_t padded_D() const { return round_up(D, kVec); }
 };
 
-std::vector<int64_t> values_of(const Tensor& tensor) {
-  const Tensor values = tensor.to(at::kLong).contiguous();
+std::vector<int64_t> values_of(const char* name, const Tensor& tensor) {
+  const Tensor values = as_int64("attention", name, tensor);
   return {values.const_data_ptr<int64_t>(), values.const_data_ptr<int64_t>() + values.numel()};
 }
 
@@ -71,15 +71,13 @@ Options make_options(const Tensor& q, const Tensor& k, const Tensor& v, const op
                     ", wanted [B, H, T, D] and twice [B, H, S, D] of one dtype");
   const int64_t B = q.size(0), H = q.size(1), T = q.size(2), S = k.size(2), D = q.size(3);
   TORCH_CHECK_VALUE(D >= 1 && D <= 256, "gpt_fast.attention: head size is ", D, ", wanted 1 to 256");
-  TORCH_CHECK_VALUE(dropout_p == 0 || (seed.has_value() && seed->numel() == 1), "gpt_fast.attention: dropout_p is ",
-                    dropout_p, " without a seed of one element");
   Options options{
       .causal = causal, .window = 0, .scale = static_cast<float>(scale), .B = B, .H = H, .T = T, .S = S, .D = D};
+  options.dropout = make_dropout("attention", dropout_p, seed, site);
   if (window.has_value()) {
     TORCH_CHECK_VALUE(*window >= 1, "gpt_fast.attention: window is ", *window, ", wanted at least 1");
     options.window = std::min(*window, T + S + 1);  // the sum of a position and a window stays small
   }
-  if (dropout_p > 0) options.dropout.emplace(dropout_p, seed->to(at::kLong).item<int64_t>(), site);
   if (key_mask.has_value()) {
     TORCH_CHECK_VALUE(key_mask->sizes() == at::IntArrayRef({B, S}), "gpt_fast.attention: key_mask has shape ",
                       key_mask->sizes(), ", wanted [", B, ", ", S, "]");
@@ -94,7 +92,7 @@ Options make_options(const Tensor& q, const Tensor& k, const Tensor& v, const op
   if (lengths.has_value()) {
     TORCH_CHECK_VALUE(lengths->sizes() == at::IntArrayRef({B}), "gpt_fast.attention: lengths has shape ",
                       lengths->sizes(), ", wanted [", B, "]");
-    limits = values_of(*lengths);
+    limits = values_of("lengths", *lengths);
     for (const int64_t limit : limits) {
       TORCH_CHECK_VALUE(0 <= limit && limit <= S, "gpt_fast.attention: lengths holds ", limit,
                         ", wanted values in [0, ", S + 1, ")");
@@ -109,7 +107,7 @@ Options make_options(const Tensor& q, const Tensor& k, const Tensor& v, const op
   TORCH_CHECK_VALUE(B == 1 && T == S && cu_seqlens->dim() == 1 && cu_seqlens->numel() >= 1,
                     "gpt_fast.attention: cu_seqlens of shape ", cu_seqlens->sizes(), " with batch ", B, ", ", T,
                     " queries and ", S, " keys, wanted [n + 1], a batch of 1 and as many queries as keys");
-  std::vector<int64_t> starts = values_of(*cu_seqlens);
+  std::vector<int64_t> starts = values_of("cu_seqlens", *cu_seqlens);
   TORCH_CHECK_VALUE(starts[0] == 0, "gpt_fast.attention: cu_seqlens starts at ", starts[0], ", wanted 0");
   const int64_t sequences = static_cast<int64_t>(starts.size()) - 1;
   for (int64_t n = 0; n < sequences; ++n) {

@@ -66,14 +66,33 @@ inline at::Tensor as_rows(const at::Tensor& x) {
   return N == 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
 }
 
-// The rows of a tensor of any of our dtypes, read and written as float32.
+// The dtypes that kernels read and write.
+enum class Element { kFloat32, kBFloat16, kFloat16 };
+
+// Returns the element of a dtype; raises ValueError for a dtype that no kernel reads.
+inline Element element_of(at::ScalarType dtype) {
+  if (dtype == at::kFloat) return Element::kFloat32;
+  if (dtype == at::kBFloat16) return Element::kBFloat16;
+  if (dtype == at::kHalf) return Element::kFloat16;
+  TORCH_CHECK_VALUE(false, "gpt_fast: a floating argument has dtype ", dtype,
+                    "; expected float32, bfloat16 or float16");
+}
+
+// Returns integers as contiguous int64; raises ValueError for any dtype but int64 and int32.
+inline at::Tensor as_int64(const char* op, const char* name, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kLong || x.scalar_type() == at::kInt, "gpt_fast.", op, ": ", name,
+                    " has dtype ", x.scalar_type(), "; expected int64 or int32");
+  return x.to(at::kLong).contiguous();
+}
+
+// The rows of a tensor, read and written as float32 whatever its element.
 class Rows {
  public:
   explicit Rows(const at::Tensor& x)
-      : rows_(as_rows(x)),
+      : element_(element_of(x.scalar_type())),
+        rows_(as_rows(x)),
         data_(static_cast<char*>(rows_.data_ptr())),
-        stride_(rows_.stride(0) * rows_.element_size()),
-        dtype_(rows_.scalar_type()) {}
+        stride_(rows_.stride(0) * rows_.element_size()) {}
 
   int64_t M() const { return rows_.size(0); }
   int64_t N() const { return rows_.size(1); }
@@ -81,42 +100,45 @@ class Rows {
   // Row i; `buffer` holds it where it has to be converted.
   const float* read(int64_t i, float* buffer) const {
     const char* row = data_ + i * stride_;
-    switch (dtype_) {
-      case at::kFloat:
+    switch (element_) {
+      case Element::kFloat32:
         return reinterpret_cast<const float*>(row);
-      case at::kBFloat16:
+      case Element::kBFloat16:
         return load_row(reinterpret_cast<const at::BFloat16*>(row), buffer, N());
-      default:
+      case Element::kFloat16:
         return load_row(reinterpret_cast<const at::Half*>(row), buffer, N());
     }
+    TORCH_INTERNAL_ASSERT(false);
   }
 
   // Where to put row i before `write` rounds it: the row itself if it is float32, else `buffer`.
   float* target(int64_t i, float* buffer) const {
-    return dtype_ == at::kFloat ? reinterpret_cast<float*>(data_ + i * stride_) : buffer;
+    return element_ == Element::kFloat32 ? reinterpret_cast<float*>(data_ + i * stride_) : buffer;
   }
 
   void write(int64_t i, const float* target) const {
     char* row = data_ + i * stride_;
-    if (dtype_ == at::kBFloat16) store_row(reinterpret_cast<at::BFloat16*>(row), target, N());
-    if (dtype_ == at::kHalf) store_row(reinterpret_cast<at::Half*>(row), target, N());
+    if (element_ == Element::kBFloat16) store_row(reinterpret_cast<at::BFloat16*>(row), target, N());
+    if (element_ == Element::kFloat16) store_row(reinterpret_cast<at::Half*>(row), target, N());
   }
 
  private:
+  Element element_;  // first: its check comes before anything is read
   at::Tensor rows_;
   char* data_;
   int64_t stride_;  // bytes
-  at::ScalarType dtype_;
 };
 
 // Rows for one task of at::parallel_for: enough work to be worth a thread.
-inline int64_t row_grain(int64_t N) { return std::max<int64_t>(1, at::internal::GRAIN_SIZE / N); }
+inline int64_t row_grain(int64_t N) { return std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::max<int64_t>(N, 1)); }
 
 // The dropout of a site, or nothing where p is 0.
 inline std::optional<Dropout> make_dropout(const char* op, double p, const std::optional<at::Tensor>& seed,
                                            int64_t site) {
   if (p == 0.0) return std::nullopt;
-  TORCH_CHECK(seed.has_value(), "gpt_fast.", op, ": dropout_p is ", p, " without a seed");
+  TORCH_CHECK_VALUE(seed.has_value(), "gpt_fast.", op, ": dropout_p is ", p, " without a seed");
+  TORCH_CHECK_VALUE(seed->scalar_type() == at::kLong && seed->numel() == 1, "gpt_fast.", op, ": seed has dtype ",
+                    seed->scalar_type(), " and ", seed->numel(), " elements; expected one int64 element");
   return Dropout(p, seed->item<int64_t>(), site);
 }
 

@@ -14,14 +14,14 @@ Tensor with_rows(const Tensor& x) { return x.size(-1) == 1 || x.stride(-1) == 1 
 Tensor decode_attention_forward(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& lengths) {
   const int64_t B = q.size(0), H = q.size(1), D = q.size(2), S = k_cache.size(2);
   const Tensor out = at::empty({B, H, D}, q.options());
-  if (out.numel() == 0) return out;
-  const Tensor queries = with_rows(q), keys = with_rows(k_cache), values = with_rows(v_cache);
-  const Tensor counts = lengths.to(at::kLong).contiguous();
+  const Tensor counts = as_int64("decode_attention", "lengths", lengths);
   const int64_t* n = counts.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < B; ++b) {
     TORCH_CHECK_VALUE(n[b] >= 0 && n[b] <= S, "gpt_fast.decode_attention: lengths holds ", n[b],
                       ", wanted values in [0, ", S + 1, ")");
   }
+  if (out.numel() == 0) return out;
+  const Tensor queries = with_rows(q), keys = with_rows(k_cache), values = with_rows(v_cache);
   const float scale = 1.0f / std::sqrt(static_cast<float>(D));
   GPT_FAST_DISPATCH(q.scalar_type(), "decode_attention", [&] {
     const scalar_t* q_data = queries.const_data_ptr<scalar_t>();

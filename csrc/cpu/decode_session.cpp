@@ -311,7 +311,7 @@ class DecodeSession {
 
   const uint8_t* marks(const optional<Tensor>& seen) const {
     if (!seen.has_value()) return nullptr;
-    if (seen->element_size() != 1 || seen->dim() != 2 || seen->size(0) != B_ || seen->size(1) != w_->V ||
+    if (seen->scalar_type() != at::kBool || seen->dim() != 2 || seen->size(0) != B_ || seen->size(1) != w_->V ||
         !seen->is_contiguous()) {
       refuse("seen does not fit, wanted bool [" + std::to_string(B_) + ", " + std::to_string(w_->V) + "]");
     }

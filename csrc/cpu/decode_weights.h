@@ -21,9 +21,19 @@ enum class Precision { kFloat32, kBFloat16, kInt8 };
 using Parameters = std::map<std::string, at::Tensor>;
 
 template <class Format>
-constexpr at::ScalarType kWeightType = std::is_same_v<Format, Float32>    ? at::kFloat
-                                       : std::is_same_v<Format, BFloat16> ? at::kBFloat16
-                                                                          : at::kChar;
+constexpr at::ScalarType weight_type();
+template <>
+constexpr at::ScalarType weight_type<Float32>() {
+  return at::kFloat;
+}
+template <>
+constexpr at::ScalarType weight_type<BFloat16>() {
+  return at::kBFloat16;
+}
+template <>
+constexpr at::ScalarType weight_type<Int8>() {
+  return at::kChar;
+}
 
 // Keys and values: as precise as the weights, but int8 would lose too much.
 template <class Format>
@@ -34,6 +44,7 @@ template <class Body>
 auto with_format(Precision precision, const Body& body) {
   if (precision == Precision::kFloat32) return body(Float32{});
   if (precision == Precision::kBFloat16) return body(BFloat16{});
+  TORCH_INTERNAL_ASSERT(precision == Precision::kInt8);
   return body(Int8{});
 }
 
@@ -76,12 +87,12 @@ struct Linear {
   void pack(const at::Tensor& weight) {
     using weight_t = typename Format::weight_t;
     stride = (K + Format::kStep - 1) / Format::kStep * Format::kStep;
-    if (weight.scalar_type() == kWeightType<Format> && weight.is_contiguous() && stride == K) {
+    if (weight.scalar_type() == weight_type<Format>() && weight.is_contiguous() && stride == K) {
       data = weight;
       return;
     }
     const Rows rows(weight);
-    data = at::empty({N, stride}, at::TensorOptions().dtype(kWeightType<Format>));
+    data = at::empty({N, stride}, at::TensorOptions().dtype(weight_type<Format>()));
     ask_for_huge_pages(data);
     weight_t* packed = reinterpret_cast<weight_t*>(data.mutable_data_ptr());
     const at::Tensor scales = at::empty({N}, at::TensorOptions().dtype(at::kFloat));
@@ -148,7 +159,7 @@ class DecodeWeights {
     V = output.N;
     F = blocks.empty() ? 0 : blocks[0].fc.N;
     T = position_embedding.size(0);
-    if (H < 1 || C % H != 0 || token_embedding.size(0) != V || token_embedding.size(1) != C) {
+    if (H < 1 || C < 1 || V < 1 || C % H != 0 || token_embedding.size(0) != V || token_embedding.size(1) != C) {
       throw pybind11::value_error("gpt_fast.DecodeWeights: the parameters do not fit together: " + std::to_string(V) +
                                   " outputs of width " + std::to_string(C) + ", " +
                                   std::to_string(token_embedding.size(0)) + " tokens, " + std::to_string(H) + " heads");
@@ -185,7 +196,14 @@ class DecodeWeights {
 
   static at::Tensor find(const Parameters& parameters, const std::string& name, bool optional = false) {
     const auto found = parameters.find(name);
-    if (found != parameters.end()) return found->second.detach();
+    if (found != parameters.end()) {
+      const auto dtype = found->second.scalar_type();
+      if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) {
+        throw pybind11::value_error("gpt_fast.DecodeWeights: " + name + " has dtype " + c10::toString(dtype) +
+                                    "; expected float32, bfloat16 or float16");
+      }
+      return found->second.detach();
+    }
     if (!optional) throw pybind11::value_error("gpt_fast.DecodeWeights: parameter " + name + " is missing");
     return {};
   }

@@ -20,7 +20,7 @@ using std::optional;
 
 // The table row of each of M output rows; positions shorter than that repeat.
 std::vector<int64_t> indices(const char* name, const Tensor& given, int64_t M, int64_t table_rows) {
-  const Tensor ids = given.to(at::kLong).contiguous();
+  const Tensor ids = as_int64("embedding", name, given);
   const int64_t* data = ids.const_data_ptr<int64_t>();
   const int64_t count = ids.numel();
   std::vector<int64_t> result(M);
@@ -38,11 +38,11 @@ Tensor embedding_forward(const Tensor& tokens, const Tensor& token_weight, const
   auto shape = tokens.sizes().vec();
   shape.push_back(token_weight.size(1));
   const Tensor out = at::empty(shape, token_weight.options());
+  const int64_t M = tokens.numel(), C = token_weight.size(1);
+  const auto token_of = indices("tokens", tokens, M, token_weight.size(0));
+  const auto position_of = indices("positions", positions, M, position_weight.size(0));
   if (out.numel() == 0) return out;
   const Rows token_rows(token_weight), position_rows(position_weight), out_rows(out);
-  const int64_t M = tokens.numel(), C = token_weight.size(1);
-  const auto token_of = indices("tokens", tokens, M, token_rows.M());
-  const auto position_of = indices("positions", positions, M, position_rows.M());
   const optional<Dropout> dropout = make_dropout("embedding", dropout_p, seed, site);
   at::parallel_for(0, M, row_grain(C), [&](int64_t begin, int64_t end) {
     std::vector<float> token_buffer(C), position_buffer(C), out_buffer(C), factors(C);

@@ -382,10 +382,11 @@ class Block {
   Buffer memory_;
 };
 
-// A parameter [n] as float32, with `fill` up to a whole block, and zeros where there is none.
+// A bias [n] as float32, with `fill` up to a whole block, and zeros where there is none.
 inline at::Tensor padded_parameter(const std::optional<at::Tensor>& parameter, int64_t n, float fill = 0.0f) {
   at::Tensor padded = at::full({round_up(n, kBlock)}, fill, at::TensorOptions().dtype(at::kFloat));
   if (parameter.has_value()) {
+    element_of(parameter->scalar_type());
     padded.narrow(0, 0, n).copy_(*parameter);
   } else {
     padded.narrow(0, 0, n).zero_();
@@ -402,10 +403,10 @@ inline at::Tensor as_matrix(const at::Tensor& x) {
 }
 
 // How many pieces of rows to divide M into so that `column_blocks` blocks keep all threads busy: pieces repeat the
-// packing of B, so there are no more than that takes.
+// packing of B, so there are no more than that takes. At least one, also of no rows: callers divide by it.
 inline int64_t row_pieces(int64_t M, int64_t column_blocks) {
   const int64_t wanted = ceil_div(2 * at::get_num_threads(), std::max<int64_t>(column_blocks, 1));
-  return std::clamp<int64_t>(wanted, 1, ceil_div(M, kBlock));
+  return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(ceil_div(M, kBlock), 1));
 }
 
 }  // namespace gpt_fast

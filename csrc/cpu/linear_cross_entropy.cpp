@@ -335,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(const Tensor& d
   const Tensor dbias = at::zeros({needs_bias ? V : 0}, sums);
   const Tensor rows = as_matrix(x);
   const Tensor shift = padded_parameter(bias, V, -std::numeric_limits<float>::infinity());
-  const Tensor scale = dloss.to(at::kFloat).reshape(-1).contiguous();
+  const Tensor scale = dloss.reshape(-1).contiguous();
 
   Results out;
   if (needs_x) out.dx = dx;

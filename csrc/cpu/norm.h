@@ -18,7 +18,9 @@ inline Vec add(Vec a, Vec b) { return a + b; }
 class Parameter {
  public:
   explicit Parameter(const std::optional<at::Tensor>& parameter) {
-    if (parameter.has_value()) values_ = parameter->to(at::kFloat).contiguous();
+    if (!parameter.has_value()) return;
+    element_of(parameter->scalar_type());
+    values_ = parameter->to(at::kFloat).contiguous();
   }
   const float* data() const { return values_.defined() ? values_.const_data_ptr<float>() : nullptr; }
 

@@ -30,6 +30,13 @@ Element element_of(const Tensor& x) {
 
 Tensor decode_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths) {
   const c10::cuda::CUDAGuard guard(q.device());
+  for (const Tensor& cache : {k, v}) {
+    TORCH_CHECK_VALUE(cache.scalar_type() == q.scalar_type(), "gpt_fast.decode_attention: a cache has dtype ",
+                      cache.scalar_type(), "; expected ", q.scalar_type(), ", as q");
+  }
+  TORCH_CHECK_VALUE(lengths.scalar_type() == at::kLong || lengths.scalar_type() == at::kInt,
+                    "gpt_fast.decode_attention: lengths has dtype ", lengths.scalar_type(),
+                    "; expected int64 or int32");
   const int64_t B = q.size(0), H = q.size(1), D = q.size(2), S = k.size(2);
   const Tensor out = at::empty({B, H, D}, q.options());
   if (out.numel() == 0) return out;

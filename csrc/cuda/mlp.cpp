@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <array>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -123,6 +124,15 @@ void check_sizes(const Tensor& x, const Tensor& fc_weight, const Tensor& proj_we
                     ", F ", F, ", C' ", C_out, ", cuBLASLt serves multiples of 8");
 }
 
+// The products take every operand for one of x's dtype.
+void check_dtypes(const Tensor& x, std::initializer_list<optional<Tensor>> others) {
+  for (const optional<Tensor>& other : others) {
+    TORCH_CHECK_VALUE(!other.has_value() || other->scalar_type() == x.scalar_type(),
+                      "gpt_fast.mlp: an operand has dtype ", other->scalar_type(), "; expected ", x.scalar_type(),
+                      ", as x");
+  }
+}
+
 Tensor new_mask(const Tensor& x, int64_t M, int64_t F) {
   return at::empty({M, mask_bits(F) / 8}, x.options().dtype(at::kByte));
 }
@@ -134,6 +144,7 @@ std::tuple<Tensor, Tensor, Tensor> mlp_forward(const Tensor& x, const Tensor& fc
   const c10::cuda::CUDAGuard guard(x.device());
   const Products products(x, activation);
   check_sizes(x, fc_weight, proj_weight);
+  check_dtypes(x, {fc_weight, fc_bias, proj_weight, proj_bias});
   const bool relu = products.relu();
   const int64_t F = fc_weight.size(0), C_out = proj_weight.size(0);
   const Tensor y = at::empty(with_last(x, C_out), x.options());
@@ -157,6 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(
   const c10::cuda::CUDAGuard guard(x.device());
   const Products products(x, activation);
   check_sizes(x, fc_weight, proj_weight);
+  check_dtypes(x, {dy, fc_weight, fc_bias, proj_weight, hidden});
   const auto [needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, needs_proj_bias] = needs;
   const int64_t F = fc_weight.size(0), C = x.size(-1), C_out = proj_weight.size(0), M = x.numel() / C;
   const Tensor nothing = at::empty({0}, x.options());

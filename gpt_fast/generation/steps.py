@@ -181,7 +181,7 @@ def step_kind(model: GPT | Head, weights: str | None) -> str:
     if (
         weight.device.type == "cpu"
         and ops.serving("decode_attention", "cpu") == "cpp"
-        and not runs_reference("decode_attention", weight)
+        and not runs_reference("decode_attention", weight, *model.parameters())
     ):
         return weights or ("bfloat16" if own == "bfloat16" else "float32")
     if weights not in (None, own):

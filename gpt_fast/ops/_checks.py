@@ -34,32 +34,33 @@ def floating(op: str, **tensors: Tensor | None) -> None:
     """Each tensor given is float32, bfloat16, float16 or float64."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
-            raise ValueError(
-                f"gpt_fast.{op}: {name} is {short(tensor.dtype)}, wanted one of "
-                f"{', '.join(short(dtype) for dtype in FLOAT_DTYPES)}"
-            )
+            expected = ", ".join(short(dtype) for dtype in FLOAT_DTYPES)
+            raise ValueError(f"gpt_fast.{op}: {name} has dtype {short(tensor.dtype)}; expected one of {expected}")
 
 
 def integral(op: str, **tensors: Tensor | None) -> None:
     """Each tensor given is int64 or int32."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in INT_DTYPES:
-            raise ValueError(f"gpt_fast.{op}: {name} is {short(tensor.dtype)}, wanted int64 or int32")
+            raise ValueError(f"gpt_fast.{op}: {name} has dtype {short(tensor.dtype)}; expected int64 or int32")
 
 
 def boolean(op: str, **tensors: Tensor | None) -> None:
     """Each tensor given is bool."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype != torch.bool:
-            raise ValueError(f"gpt_fast.{op}: {name} is {short(tensor.dtype)}, wanted bool")
+            raise ValueError(f"gpt_fast.{op}: {name} has dtype {short(tensor.dtype)}; expected bool")
 
 
 def same_dtype(op: str, **tensors: Tensor | None) -> None:
-    """All tensors given have one dtype."""
-    if len({tensor.dtype for tensor in tensors.values() if tensor is not None}) > 1:
-        given = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
-        got = ", ".join(f"{name} {short(dtype)}" for name, dtype in given.items())
-        raise ValueError(f"gpt_fast.{op}: got {got}, wanted one dtype for all of them")
+    """Raise unless all tensors given have the dtype of the first one."""
+    given = [(name, tensor.dtype) for name, tensor in tensors.items() if tensor is not None]
+    for name, dtype in given[1:]:
+        first, expected = given[0]
+        if dtype != expected:
+            raise ValueError(
+                f"gpt_fast.{op}: {name} has dtype {short(dtype)}; expected {short(expected)}, the dtype of {first}"
+            )
 
 
 def same_device(op: str, **tensors: Tensor | None) -> None:
@@ -95,13 +96,15 @@ def seed(op: str, seed: Tensor | None, device: torch.device) -> None:
     """A seed, if given, is an int64 tensor of one element on the device of the inputs."""
     if seed is None:
         return
-    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
-        got = (
-            f"{short(seed.dtype)} {list(seed.shape)} on {seed.device}"
-            if isinstance(seed, Tensor)
-            else f"{type(seed).__name__} {seed!r}"
+    if not isinstance(seed, Tensor):
+        raise ValueError(
+            f"gpt_fast.{op}: seed has type {type(seed).__name__}; expected an int64 tensor of one element on {device}"
         )
-        raise ValueError(f"gpt_fast.{op}: seed is {got}, wanted an int64 tensor of one element on {device}")
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+        raise ValueError(
+            f"gpt_fast.{op}: seed has dtype {short(seed.dtype)} and shape {list(seed.shape)} on {seed.device}; "
+            f"expected an int64 tensor of one element on {device}"
+        )
 
 
 def values_below(op: str, name: str, tensor: Tensor, upper: int, *, lower: int = 0, besides: int | None = None) -> None:

@@ -24,6 +24,7 @@ LIBRARY = torch.library.Library("gpt_fast", "DEF")
 # Under the interpreter Triton kernels run on CPU tensors and take the place of the C++ kernels.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON_KEYS = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Module globals and no ContextVar, which Dynamo cannot trace.
 _reference_forced = False
@@ -190,12 +191,23 @@ def _warn_once(op: str, where: str, advice: str) -> None:
         )
 
 
-def has_kernel(op: str, x: Tensor) -> bool:
-    """Whether a kernel answers: there is one for the device, x is not float64, the reference was not asked for, and the
-    transforms of `torch.func` that are under way, if any, can be followed."""
-    if _reference_forced or x.dtype == torch.float64 or not _transforms.is_followed():
+def has_kernel(op: str, x: Tensor, *others: Tensor | None) -> bool:
+    """Return True if a kernel serves the call.
+
+    The reference serves it on a device without a kernel, for a float64 tensor among x and `others`, under
+    `use_reference`, and inside transforms of `torch.func` that kernels cannot follow. `others` are the floating
+    arguments whose dtype may differ from that of x.
+    """
+    if _reference_forced or _any_float64(x, *others) or not _transforms.is_followed():
         return False
     return serving(op, x.device.type) != "reference"
+
+
+def _any_float64(*tensors: Tensor | None) -> bool:
+    for tensor in tensors:  # noqa: SIM110  a generator would take twice as long
+        if tensor is not None and tensor.dtype == torch.float64:
+            return True
+    return False
 
 
 def kernel_checks(op: str, x: Tensor) -> bool:
@@ -203,11 +215,11 @@ def kernel_checks(op: str, x: Tensor) -> bool:
     return x.is_cpu and has_kernel(op, x) and serving(op, "cpu") == "cpp"
 
 
-def runs_reference(op: str, x: Tensor) -> bool:
-    """Whether the public function answers by the reference; warns, once, where that was not asked for."""
-    if has_kernel(op, x):
+def runs_reference(op: str, x: Tensor, *others: Tensor | None) -> bool:
+    """Return True if the reference serves the call, not a kernel. Warn once if the caller did not ask for it."""
+    if has_kernel(op, x, *others):
         return False
-    if _reference_forced or x.dtype == torch.float64:
+    if _reference_forced or _any_float64(x, *others):
         return True
     if not _transforms.is_followed():
         _warn_once(op, "inside torch.func's transforms but one grad or vjp", "")
@@ -223,12 +235,17 @@ def by_reference(function: Callable, device_type: str, *args, **kwargs):
 
 
 def autocast(x: Tensor, *tensors: Tensor | None) -> tuple:
-    """The tensors in the autocast dtype where autocast is on for x's device, as `F.linear` has it; else as they are."""
+    """Cast tensors to the autocast dtype if autocast is on for x's device, as `F.linear` does.
+
+    Tensors of other dtypes than the kernels' (integers, float64) stay as they are, so that the checks refuse them.
+    """
     device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+    if not torch.is_autocast_enabled(device_type):
         return x, *tensors
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *tensors))
+    return tuple(
+        tensor.to(dtype) if tensor is not None and tensor.dtype in KERNEL_DTYPES else tensor for tensor in (x, *tensors)
+    )
 
 
 def new_seed(device: torch.device | str) -> Tensor:

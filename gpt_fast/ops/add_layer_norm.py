@@ -42,8 +42,8 @@ def add_layer_norm(
 
     Shapes: x and residual [..., C] alike, weight and bias [C] or None.
 
-    Dtypes: float32, bfloat16, float16 (float64: the reference); weight and bias share one, and both results have the
-    wider of x and residual.
+    Dtypes: float32, bfloat16, float16; weight and bias share one, and both results have the wider of x and residual.
+    The reference serves a call with any float64 argument.
 
     Precision: `summed` is rounded once and `normed` is the norm of what was stored, so backward needs nothing else.
 
@@ -60,14 +60,14 @@ def add_layer_norm(
             return torch.ops.gpt_fast.add_layer_norm.default(x, residual, weight, bias, eps, dropout_p, seed, site)
         except ValueError:  # not plainly valid
             pass
-    _checks.floating("add_layer_norm", residual=residual)
     check_norm("add_layer_norm", x, weight, bias, eps)
+    _checks.floating("add_layer_norm", residual=residual)
     _checks.same_device("add_layer_norm", x=x, residual=residual)
     _checks.shape("add_layer_norm", "residual", residual, x.shape, "the shape of x")
     _checks.probability("add_layer_norm", "dropout_p", dropout_p)
     _checks.seed("add_layer_norm", seed, x.device)
     seed = _library.seed_for(dropout_p, seed, x.device)
-    if _library.runs_reference("add_layer_norm", x):
+    if _library.runs_reference("add_layer_norm", x, residual, weight):
         return _library.by_reference(
             reference.add_layer_norm, x.device.type, x, residual, weight, bias, eps, dropout_p, seed, site
         )

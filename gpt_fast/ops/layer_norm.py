@@ -23,8 +23,8 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     Shapes: x [..., C], weight and bias [C] or None; y like x, contiguous. Rows that lie at one distance are read in
     place, whatever the distance.
 
-    Dtypes: float32, bfloat16, float16 (float64: the reference); weight and bias share a dtype, which may be wider than
-    x's.
+    Dtypes: float32, bfloat16, float16; weight and bias share a dtype, which may be wider than x's. The reference serves
+    a call with any float64 argument.
 
     Precision: statistics and sums in float32, one rounding on store.
 
@@ -41,7 +41,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         except ValueError:  # not plainly valid
             pass
     check_norm("layer_norm", x, weight, bias, eps)
-    if _library.runs_reference("layer_norm", x):
+    if _library.runs_reference("layer_norm", x, weight):
         return _library.by_reference(reference.layer_norm, x.device.type, x, weight, bias, eps)
     return _library.apply(_LayerNorm, x, weight, bias, eps)
 

@@ -60,7 +60,7 @@ def linear_cross_entropy(
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"gpt_fast.{op}: x has shape {list(x.shape)}, wanted [..., {weight.shape[1]}] as weight")
     if target.dtype != torch.int64:
-        raise ValueError(f"gpt_fast.{op}: target is {_checks.short(target.dtype)}, wanted int64")
+        raise ValueError(f"gpt_fast.{op}: target has dtype {_checks.short(target.dtype)}; expected int64")
     _checks.shape(op, "target", target, x.shape[:-1], "one class for each row of x")
     _checks.shape(op, "bias", bias, weight.shape[:1], "the rows of weight")
     if reduction not in REDUCTIONS:

@@ -109,7 +109,7 @@ def _cublaslt_serves(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, activati
     if not any(serves for _, serves in classes):
         return False
     F, C = fc_weight.shape
-    if x.numel() == 0 or F == 0 or C % 8 or F % 8 or proj_weight.shape[0] % 8:
+    if x.numel() == 0 or proj_weight.numel() == 0 or C % 8 or F % 8 or proj_weight.shape[0] % 8:
         return False
     return next(serves for size, serves in classes if size >= C)
 

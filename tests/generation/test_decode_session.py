@@ -397,3 +397,50 @@ def test_two_sessions_in_two_threads():
         worker.join()
     assert torch.equal(found[0], alone[0])
     assert torch.equal(found[1], alone[1])
+
+
+def packed_parameters(model: GPTForCausalLM) -> dict[str, Tensor]:
+    parameters = dict(model.trunk.named_parameters()) | {"output_layer.weight": model.output_layer.weight}
+    return {name: parameter.detach() for name, parameter in parameters.items()}
+
+
+def pack(model: GPTForCausalLM, parameters: dict[str, Tensor], weights: str) -> object:
+    from gpt_fast import _C
+
+    config = model.config
+    return _C.DecodeWeights(
+        parameters, num_heads=config.num_heads, activation=config.activation, pre_norm=config.pre_norm,
+        eps=config.layer_norm_eps, weights=weights,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.bool], ids=str)
+def test_packing_reads_no_dtype_as_another(dtype, weights):
+    """Each parameter in turn, int8 matrices of their own without scales included."""
+    model = make_model("gpt2", hidden_dim=64, num_heads=2)
+    parameters = packed_parameters(model)
+    pack(model, parameters, weights)
+    for name, parameter in parameters.items():
+        with pytest.raises(ValueError, match=f"DecodeWeights: {name} has dtype .*; expected float32"):
+            pack(model, parameters | {name: parameter.to(dtype)}, weights)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 16), (V, 0)], ids=["no_tokens", "no_columns"])
+def test_packing_refuses_matrices_without_elements(rows, columns):
+    model = make_model("gpt2", hidden_dim=16, num_heads=2)
+    changed = {name: torch.zeros(rows, columns) for name in ("token_emb.weight", "output_layer.weight")}
+    with pytest.raises(ValueError, match="the parameters do not fit together"):
+        pack(model, packed_parameters(model) | changed, "float32")
+
+
+def test_a_model_with_float64_norms_steps_by_its_modules():
+    """The C++ step would round them to float32; the reference serves norms with float64 weights."""
+    model = make_model("gpt2", hidden_dim=16, num_heads=2)
+    for decoder in model.trunk.decoders:
+        decoder.layer_norm1.double()
+    assert DecodeSession(model).kind == "torch"
+    tokens = torch.randint(V, (2, 6))
+    with torch.no_grad():
+        wanted = wide(model)(tokens).logits[:, 2:]
+    torch.testing.assert_close(stepped(model, tokens, 2).double(), wanted, rtol=1e-4, atol=1e-4)

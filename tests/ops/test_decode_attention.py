@@ -204,14 +204,14 @@ def bad(**changes):
         ({"k_cache": torch.randn(2, 3, 5, 4)}, r"k_cache has shape \[2, 3, 5, 4\], wanted \[2, 2, 5, 4\]"),
         ({"v_cache": torch.randn(2, 2, 6, 4)}, r"v_cache has shape \[2, 2, 6, 4\], wanted \[2, 2, 5, 4\]"),
         ({"lengths": torch.tensor([1])}, r"lengths has shape \[1\], wanted \[2\]"),
-        ({"lengths": torch.tensor([1.0, 2.0])}, "lengths is float32"),
+        ({"lengths": torch.tensor([1.0, 2.0])}, "lengths has dtype float32"),
         ({"lengths": torch.tensor([1, 6])}, r"lengths holds 6, wanted values in \[0, 6\)"),
         ({"lengths": torch.tensor([-1, 5])}, r"lengths holds -1, wanted values in \[0, 6\)"),
-        ({"q": torch.randn(2, 2, 4).half()}, "wanted one dtype"),
+        ({"q": torch.randn(2, 2, 4).half()}, "k_cache has dtype float32; expected float16"),
         ({"lengths": torch.ones(2, dtype=torch.int64, device="meta")}, "lengths on meta"),
         ({"v_cache": torch.randn(2, 2, 5, 4, device="meta")}, "v_cache on meta"),
         ({"q": torch.randn(2, 2, 4, requires_grad=True)}, "an input requires a gradient"),
-        ({"q": torch.zeros(2, 2, 4, dtype=torch.int64)}, "q is int64"),
+        ({"q": torch.zeros(2, 2, 4, dtype=torch.int64)}, "q has dtype int64"),
     ],
 )
 def test_refuses(changes, message):

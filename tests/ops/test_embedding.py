@@ -241,8 +241,8 @@ def id_tensor(*values):
 
 
 BAD_INPUT = [
-    pytest.param(lambda t, w, p: (t.float(), w, p), "tokens is float32", id="token_dtype"),
-    pytest.param(lambda t, w, p: (t, w, p.half()), "position_weight float16", id="mixed_dtypes"),
+    pytest.param(lambda t, w, p: (t.float(), w, p), "tokens has dtype float32", id="token_dtype"),
+    pytest.param(lambda t, w, p: (t, w, p.half()), "position_weight has dtype float16", id="mixed_dtypes"),
     pytest.param(lambda t, w, p: (t, w[0], p), r"token_weight has shape \[8\], wanted \[V, C\]", id="table_dimensions"),
     pytest.param(lambda t, w, p: (t, w, p[:, 1:]), "differ in width", id="widths"),
     pytest.param(lambda t, w, p: (t, w, p[:2]), "3 tokens in a row, wanted at most 2", id="too_long"),

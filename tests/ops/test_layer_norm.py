@@ -342,11 +342,11 @@ def test_layer_has_the_stock_layers_constructor_and_state(device):
 
 
 BAD_INPUT = [
-    pytest.param(lambda x, w, b: (x.long(), w, b), "x is int64", id="dtype"),
+    pytest.param(lambda x, w, b: (x.long(), w, b), "x has dtype int64", id="dtype"),
     pytest.param(lambda x, w, b: (x, w[:-1], b), r"weight has shape \[7\], wanted \[8\]", id="weight_shape"),
     pytest.param(lambda x, w, b: (x, w, b[:, None]), r"bias has shape \[8, 1\], wanted \[8\]", id="bias_shape"),
     pytest.param(lambda x, w, b: (x, None, b), "a bias and no weight", id="bias_alone"),
-    pytest.param(lambda x, w, b: (x, w, b.half()), "weight float32, bias float16", id="mixed_parameters"),
+    pytest.param(lambda x, w, b: (x, w, b.half()), "bias has dtype float16; expected float32", id="mixed_parameters"),
     pytest.param(lambda x, w, b: (x, w.to("meta"), b), "weight on meta", id="mixed_devices"),
     pytest.param(lambda x, w, b: (x[0, 0], w, b), "x has no dimension", id="scalar"),
     pytest.param(lambda x, w, b: (x, w, b, 0.0), "eps is 0.0", id="zero_eps"),

@@ -207,8 +207,8 @@ def test_double_backward_says_that_it_is_not_there(implementation):
 
 
 BAD_INPUT = [
-    pytest.param(lambda x, w, b: (x.long(), w, b), "x is int64", id="dtype"),
-    pytest.param(lambda x, w, b: (x, w.half(), b), "weight float16", id="mixed_dtypes"),
+    pytest.param(lambda x, w, b: (x.long(), w, b), "x has dtype int64", id="dtype"),
+    pytest.param(lambda x, w, b: (x, w.half(), b), "weight has dtype float16; expected float32", id="mixed_dtypes"),
     pytest.param(lambda x, w, b: (x, w.to("meta"), b), "weight on meta", id="mixed_devices"),
     pytest.param(lambda x, w, b: (x, w[0], b), r"weight has shape \[12\]", id="weight_dimensions"),
     pytest.param(lambda x, w, b: (x[:, :5], w, b), r"x has shape \[10, 5\], wanted \[..., 12\]", id="x_shape"),

@@ -511,13 +511,13 @@ def test_peak_memory_does_not_grow_with_the_logits(device, implementation):
 
 
 BAD_INPUT = [
-    pytest.param(lambda x, w, t, b: (x.long(), w, t, b), "x is int64", id="dtype"),
-    pytest.param(lambda x, w, t, b: (x, w.half(), t, b), "weight float16", id="mixed_dtypes"),
+    pytest.param(lambda x, w, t, b: (x.long(), w, t, b), "x has dtype int64", id="dtype"),
+    pytest.param(lambda x, w, t, b: (x, w.half(), t, b), "weight has dtype float16", id="mixed_dtypes"),
     pytest.param(lambda x, w, t, b: (x, w.to("meta"), t, b), "weight on meta", id="mixed_devices"),
     pytest.param(lambda x, w, t, b: (x, w[0], t, b), r"weight has shape \[24\]", id="weight_dimensions"),
     pytest.param(lambda x, w, t, b: (x[:, :5], w, t, b), r"x has shape \[20, 5\], wanted \[..., 24\]", id="x_shape"),
     pytest.param(lambda x, w, t, b: (x, w, t[1:], b), r"target has shape \[19\], wanted \[20\]", id="target_shape"),
-    pytest.param(lambda x, w, t, b: (x, w, t.int(), b), "target is int32, wanted int64", id="target_dtype"),
+    pytest.param(lambda x, w, t, b: (x, w, t.int(), b), "target has dtype int32; expected int64", id="target_dtype"),
     pytest.param(lambda x, w, t, b: (x, w, t, b[1:]), r"bias has shape \[69\], wanted \[70\]", id="bias_shape"),
     pytest.param(lambda *a: (*a, -100, 0.0, "max"), "reduction is 'max', wanted one of mean", id="reduction"),
     pytest.param(lambda *a: (*a, -100, -0.1), "label_smoothing is -0.1", id="negative_smoothing"),

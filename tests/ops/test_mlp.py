@@ -499,8 +499,8 @@ def test_peak_memory_is_below_eagers(device, implementation):
 
 
 BAD_INPUT = [
-    pytest.param(lambda x, w, b, v, c: (x.long(), w, b, v, c), "x is int64", id="dtype"),
-    pytest.param(lambda x, w, b, v, c: (x, w.half(), b, v, c), "fc_weight float16", id="mixed_dtypes"),
+    pytest.param(lambda x, w, b, v, c: (x.long(), w, b, v, c), "x has dtype int64", id="dtype"),
+    pytest.param(lambda x, w, b, v, c: (x, w.half(), b, v, c), "fc_weight has dtype float16", id="mixed_dtypes"),
     pytest.param(lambda x, w, b, v, c: (x, w.to("meta"), b, v, c), "fc_weight on meta", id="mixed_devices"),
     pytest.param(lambda x, w, b, v, c: (x, w[0], b, v, c), r"fc_weight has shape \[12\]", id="fc_weight_dimensions"),
     pytest.param(lambda x, w, b, v, c: (x, w, b, v[None], c), r"proj_weight has shape \[1, 8, 20\]", id="proj_weight"),
@@ -512,8 +512,8 @@ BAD_INPUT = [
     pytest.param(lambda *a: (*a, "swish"), "activation is 'swish', wanted one of relu", id="activation"),
     pytest.param(lambda *a: (*a, "relu", 1.0), "dropout_p is 1.0", id="certain_dropout"),
     pytest.param(lambda *a: (*a, "relu", -0.1), "dropout_p is -0.1", id="negative_dropout"),
-    pytest.param(lambda *a: (*a, "relu", 0.1, torch.tensor([1.0])), "seed is float32", id="seed_dtype"),
-    pytest.param(lambda *a: (*a, "relu", 0.1, 3), "seed is int 3", id="seed_number"),
+    pytest.param(lambda *a: (*a, "relu", 0.1, torch.tensor([1.0])), "seed has dtype float32", id="seed_dtype"),
+    pytest.param(lambda *a: (*a, "relu", 0.1, 3), "seed has type int", id="seed_number"),
 ]
 
 

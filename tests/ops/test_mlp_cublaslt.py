@@ -288,6 +288,8 @@ MEASURED = ((768, True), (1 << 30, False))  # as rows of kernels/launch_configs.
         pytest.param((4, 64, 255, 64), torch.bfloat16, "relu", 0.0, False, id="odd_hidden_size"),
         pytest.param((4, 64, 256, 63), torch.bfloat16, "relu", 0.0, False, id="odd_output"),
         pytest.param((0, 64, 256, 64), torch.bfloat16, "relu", 0.0, False, id="no_rows"),
+        pytest.param((4, 64, 0, 64), torch.bfloat16, "relu", 0.0, False, id="no_hidden_size"),
+        pytest.param((4, 64, 256, 0), torch.bfloat16, "relu", 0.0, False, id="no_output"),
     ],
 )
 def test_what_is_measured_faster_serves(shape, dtype, activation, dropout_p, serves, monkeypatch):
