@@ -2,11 +2,11 @@
 
 import importlib
 
-import numerics
 import pytest
 import torch
 
 from gpt_fast import ops, reference
+from tests import numerics
 
 EPS = 1e-5
 SHAPES = [

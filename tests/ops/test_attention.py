@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numerics
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 
 import gpt_fast
 from gpt_fast import ops, reference
+from tests import numerics
 
 NAMES = ("out", "dq", "dk", "dv")
 

@@ -2,13 +2,13 @@
 
 import itertools
 
-import numerics
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt_fast import ops, reference
+from tests import numerics
 
 
 @pytest.fixture(params=["cpu", *(pytest.param(name, marks=pytest.mark.cuda) for name in ("cuda", "cuda C++"))])

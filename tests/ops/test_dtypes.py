@@ -3,12 +3,12 @@
 import inspect
 import re
 
-import numerics
 import pytest
 import torch
 
 from gpt_fast import ops, reference
 from gpt_fast.ops import _library
+from tests import numerics
 
 FLOAT, INTEGER, INT64, BOOL = "floating", "integer", "int64", "bool"
 ALLOWED = {

@@ -4,12 +4,12 @@ import bisect
 import os
 import sys
 
-import numerics
 import numpy as np
 import pytest
 import torch
 
 from gpt_fast import ops, reference
+from tests import numerics
 
 CASES = [
     pytest.param((1, 1), 5, 3, 8, id="one_token"),

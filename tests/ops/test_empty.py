@@ -2,11 +2,11 @@
 
 import itertools
 
-import numerics
 import pytest
 import torch
 
 from gpt_fast import ops, reference
+from tests import numerics
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from gpt_fast.kernels import tables as installed
+from gpt_fast.kernels import launch_configs as installed
 from kernels import launch_configs
 from kernels.launch_configs import ANY, Row
 from tools import tune

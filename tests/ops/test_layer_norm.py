@@ -2,7 +2,6 @@
 
 import importlib
 
-import numerics
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 import gpt_fast
 from gpt_fast import ops, reference
 from gpt_fast.layers import LayerNorm
+from tests import numerics
 
 EPS = 1e-5
 

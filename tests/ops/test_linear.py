@@ -1,6 +1,5 @@
 """linear against float64: the C++ kernel on CPU, PyTorch's own elsewhere."""
 
-import numerics
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +8,7 @@ from hypothesis import strategies as st
 
 import gpt_fast
 from gpt_fast import ops
+from tests import numerics
 
 # rows, C, N
 SHAPES = [

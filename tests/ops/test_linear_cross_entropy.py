@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 
-import numerics
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 
 import gpt_fast
 from gpt_fast import ops, reference
+from tests import numerics
 
 REDUCTIONS = ("mean", "sum", "none")
 EXAMPLES = 8 if os.environ.get("TRITON_INTERPRET") == "1" else 20  # the interpreter is slow

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 
-import numerics
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 
 import gpt_fast
 from gpt_fast import ops, reference
+from tests import numerics
 
 NAMES = ("x", "fc_weight", "fc_bias", "proj_weight", "proj_bias")
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh")

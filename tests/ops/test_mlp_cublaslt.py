@@ -10,12 +10,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import numerics
 import pytest
 import torch
-from test_mlp import NAMES, gradients, input_of_gelu_rounded, sample_inputs
 
 from gpt_fast import ops, reference
+from tests import numerics
+from tests.ops.test_mlp import NAMES, gradients, input_of_gelu_rounded, sample_inputs
 from tools import cublas_headers
 
 contract = importlib.import_module("gpt_fast.ops.mlp")  # as an attribute it is the function
@@ -319,10 +319,10 @@ def test_the_choice_can_be_traced(dynamic, monkeypatch):
 
 
 def test_nothing_is_served_before_a_gpu_has_measured_it():
-    from gpt_fast.kernels import tables
+    from gpt_fast.kernels import launch_configs
 
     for activation in ACTIVATIONS:
-        for row in tables.serving("mlp", f"cublaslt {activation}", 90, 2):
+        for row in launch_configs.serving("mlp", f"cublaslt {activation}", 90, 2):
             assert row.config == (0,) or row.source.startswith("measured: "), row
 
 

@@ -75,7 +75,7 @@ class Environment:
 def copy_tree(target: Path) -> Path:
     """What a clone of this tree holds of the package: the symlink stays one, nothing built comes along."""
     ignored = shutil.ignore_patterns("_C*", "__pycache__")
-    for name in ("csrc", "gpt_fast", "kernels"):
+    for name in ("csrc", "gpt_fast", "gpt_fast_cli", "kernels"):
         shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=ignored)
     for source in (target / "csrc" / "cpu").glob("*.cpp"):
         if source.name != "layer_norm.cpp":

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -339,14 +340,14 @@ def test_the_last_k_are_kept_and_latest_names_the_newest(tmp_path):
 
 
 def test_latest_moves_when_the_checkpoint_is_whole_and_none_is_gone_yet(tmp_path, monkeypatch):
-    engine, seen, point = engine_with_state(0), [], checkpoints._point
+    engine, seen, write_text = engine_with_state(0), [], checkpoints.write_text
 
-    def pointing(folder, name):
-        latest = (folder / "latest").read_text().strip() if seen else None
-        seen.append((checkpoints.read(folder / name)["step"], latest, len(list(folder.glob("step-*")))))
-        point(folder, name)
+    def moving(path, text):
+        folder, latest = path.parent, path.read_text().strip() if seen else None
+        seen.append((checkpoints.read(folder / text.strip())["step"], latest, len(list(folder.glob("step-*")))))
+        write_text(path, text)
 
-    monkeypatch.setattr(checkpoints, "_point", pointing)
+    monkeypatch.setattr(checkpoints, "write_text", moving)
     for step in (1, 2, 3):
         checkpoints.save(tmp_path, step, engine.state(), {}, 1, engine.world)
     assert seen == [(1, None, 1), (2, "step-000000001", 2), (3, "step-000000002", 2)]
@@ -395,7 +396,7 @@ def test_a_failed_write_leaves_the_ones_before(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save(tmp_path, 2, engine.state(), {}, 2, engine.world)
     monkeypatch.undo()
