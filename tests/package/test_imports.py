@@ -1,0 +1,181 @@
+"""Imports run one way: command line → training → heads, generation, integrations → model → layers → ops → the kernels.
+
+The tests read the import statements of every module of the package; nothing is imported but in the last one.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# From the ground up. A module may import its own room and the rooms of lower layers.
+LAYERS = (
+    ("_transforms", "_files", "_extension", "_activations", "interrupts"),
+    ("reference", "kernels"),
+    ("ops", "config"),
+    ("layers", "_plain"),
+    ("model", "model_folder", "data"),
+    ("heads",),
+    ("generation", "integrations"),
+    ("training",),
+    ("gpt_fast_cli",),
+)
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+# What runs against the direction, and therefore only inside the function that needs it.
+LATE = {
+    ("gpt_fast", "gpt_fast.integrations"),  # gpt_fast.accelerate and gpt_fast.restore
+    ("gpt_fast.model", "gpt_fast.integrations.huggingface"),  # from_hf and to_hf
+    ("gpt_fast.__main__", "gpt_fast_cli.__main__"),
+}
+DATA_IMPORTS = {"_files", "config"}  # data imports no model
+
+
+class Import(NamedTuple):
+    """One import: who imports what, and whether that happens as soon as the importing module is loaded."""
+
+    module: str
+    imported: str
+    at_once: bool
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    """Return the room of a module: "gpt_fast.ops.mlp" is in "ops". The package itself, which hands names on, is ""."""
+    first, _, rest = module.partition(".")
+    return first if first != "gpt_fast" else rest.partition(".")[0]
+
+
+def is_for_types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def imports_of(module: str, path: Path, known: set[str]) -> Iterator[Import]:
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+
+    def visit(node: ast.AST, at_once: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if is_for_types_only(child):
+                continue
+            if isinstance(child, ast.Import):
+                yield from (Import(module, alias.name, at_once) for alias in child.names)
+            if isinstance(child, ast.ImportFrom):
+                parents = package.split(".")
+                base = ".".join(parents[: len(parents) - child.level + 1]) if child.level else ""
+                source = ".".join(filter(None, (base, child.module)))
+                for alias in child.names:
+                    submodule = f"{source}.{alias.name}"
+                    yield Import(module, submodule if submodule in known else source, at_once)
+            is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from visit(child, at_once and not is_function)
+
+    yield from visit(ast.parse(path.read_text("utf-8")), True)
+
+
+# gpt_fast/kernels is a symlink to kernels, which is read under its own name below.
+FILES = {
+    name_of(path): path
+    for top in ("gpt_fast", "gpt_fast_cli")
+    for path in sorted((ROOT / top).rglob("*.py"))
+    if path.parent != ROOT / "gpt_fast" / "kernels"
+}
+IMPORTS = [found for module, path in FILES.items() for found in imports_of(module, path, set(FILES))]
+OURS = [found for found in IMPORTS if found.imported.partition(".")[0] in ("gpt_fast", "gpt_fast_cli")]
+
+
+def is_late(found: Import) -> bool:
+    return any(
+        found.module == module and (found.imported + ".").startswith(imported + ".") for module, imported in LATE
+    )
+
+
+def test_every_room_has_a_layer():
+    rooms = {room_of(module) for module in FILES} - {"", "__main__"}
+    assert rooms <= set(LEVEL)
+    assert all(len([rooms for rooms in LAYERS if room in rooms]) == 1 for room in LEVEL)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_module_imports_lower_layers_only(module):
+    own = room_of(module)
+    if own == "":
+        return  # the package's face hands on the names of all rooms but training
+    for found in OURS:
+        if found.module != module or is_late(found):
+            continue
+        other = room_of(found.imported)
+        if other == "":
+            assert own in ("training", "gpt_fast_cli", "__main__", "generation"), (
+                f"{module} imports the package itself, which imports every room: name the module that is meant"
+            )
+            continue
+        assert other == own or LEVEL[other] < LEVEL[own], f"{module} imports {found.imported}, which lies above it"
+
+
+def test_imports_against_the_direction_wait_for_their_function():
+    late = [found for found in OURS if is_late(found)]
+    assert {(found.module, found.imported) for found in late if found.at_once} <= {
+        ("gpt_fast.__main__", "gpt_fast_cli.__main__")
+    }
+    assert len(late) >= len(LATE), "an entry of LATE is not needed any more"
+
+
+def test_data_imports_no_model():
+    rooms = {room_of(found.imported) for found in OURS if room_of(found.module) == "data"}
+    assert rooms - {"data"} <= DATA_IMPORTS
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.stem)
+def test_kernels_know_torch_and_triton_only(path):
+    names = {f"kernels.{other.stem}" for other in (ROOT / "kernels").glob("*.py")}
+    found = {found.imported for found in imports_of(f"kernels.{path.stem}", path, names)}
+    tops = {name.partition(".")[0] for name in found}
+    assert tops - set(sys.stdlib_module_names) <= {"torch", "triton", "kernels"}
+
+
+def test_the_package_imports_nothing_of_the_checkout_around_it():
+    tops = {found.imported.partition(".")[0] for found in IMPORTS if found.module.startswith("gpt_fast.")}
+    assert not tops & {"benchmarks", "tools", "tests", "kernels", "examples"}
+
+
+def test_no_circle_among_modules():
+    """A package's face counts as what it hands on, except to the modules inside it."""
+    edges: dict[str, set[str]] = {module: set() for module in FILES}
+    for found in OURS:
+        inside = (found.module + ".").startswith(found.imported + ".")
+        if found.at_once and found.imported in edges and not inside:
+            edges[found.module].add(found.imported)
+    waiting, done = dict(edges), set()
+    while waiting:
+        ready = [module for module, needs in waiting.items() if needs <= done]
+        assert ready, f"in a circle, or behind one: {sorted(waiting)}"
+        done.update(ready)
+        for module in ready:
+            del waiting[module]
+
+
+def test_the_core_loads_no_integration():
+    script = (
+        "import sys, gpt_fast\n"
+        "def loaded(): return sorted(name for name in sys.modules if name.startswith('gpt_fast.integrations'))\n"
+        "assert loaded() == [], loaded()\n"
+        "import torch\n"
+        "layer = torch.nn.TransformerEncoderLayer(16, 2, batch_first=True)\n"
+        "assert gpt_fast.accelerate(layer).replaced\n"
+        "gpt_fast.restore(layer)\n"
+        "assert 'gpt_fast.integrations.accelerate' in loaded()\n"
+        "assert 'accelerate' in dir(gpt_fast)\n"
+        "try:\n    gpt_fast.acelerate\nexcept AttributeError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "module 'gpt_fast' has no attribute 'acelerate'\n"
