@@ -119,9 +119,9 @@ def _classes_of_cublaslt(activation: str, device_index: int) -> tuple[tuple[int,
     """(columns of x up to, whether cuBLASLt serves), ascending, as kernels/launch_configs.py has it for the device."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key("gpt_fast::mlp_cublaslt_forward", "CUDA"):
         return ()
-    tables = _library.triton_kernel("tables")
-    architecture = tables.architecture(torch.device("cuda", device_index))
-    rows = tables.serving("mlp", f"cublaslt {activation}", architecture, 2)
+    launch_configs = _library.triton_kernel("launch_configs")
+    architecture = launch_configs.architecture(torch.device("cuda", device_index))
+    rows = launch_configs.serving("mlp", f"cublaslt {activation}", architecture, 2)
     return tuple((row.size, row.config == (1,)) for row in rows)
 
 

@@ -326,6 +326,18 @@ def test_nothing_is_served_before_a_gpu_has_measured_it():
             assert row.config == (0,) or row.source.startswith("measured: "), row
 
 
+def test_the_public_function_reads_the_table_of_the_device(monkeypatch):
+    """On a stand-in for a build with cuBLASLt and for a device of compute capability 9.0."""
+    from gpt_fast.kernels import launch_configs
+
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
+    monkeypatch.setattr(launch_configs, "architecture", lambda device: 90)
+    rows = launch_configs.serving("mlp", "cublaslt relu", 90, 2)
+    expected = tuple((row.size, row.config == (1,)) for row in rows)
+    assert expected
+    assert contract._classes_of_cublaslt("relu", 0) == expected
+
+
 @pytest.mark.cuda
 def test_the_public_function_runs_what_the_table_says(monkeypatch, device):
     if device != "cuda":
