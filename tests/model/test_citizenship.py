@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import gpt_fast
-from gpt_fast import GPTConfig, GPTForCausalLM, GPTModel, transforms
+from gpt_fast import GPTConfig, GPTForCausalLM, GPTModel, _transforms
 from tests import hf_models
 
 SIZES = {"num_tokens": 61, "hidden_dim": 32, "num_heads": 4, "num_layers": 2, "seq_len": 20}
@@ -100,7 +100,7 @@ def test_constant_in_graphs_is_the_public_decorator_without_the_import_of_dynamo
     def public() -> int:
         return 1
 
-    assert transforms.constant_in_graphs(ours) is ours
+    assert _transforms.constant_in_graphs(ours) is ours
     assert vars(ours) == vars(torch.compiler.assume_constant_result(public)) != {}
 
 
