@@ -1,7 +1,7 @@
-"""Fused pieces over stock modules, for models that are accelerated in place.
+"""Fused pieces over modules, for this library's models and for models that are accelerated in place.
 
-A module is plain where it is exactly the class it is taken for and nothing hangs on it: then its parameters are read
-directly. Any other, one with hooks, with adapters around it or parametrised, is called as it is, never gone around.
+A module is plain if it is exactly the class it is taken for and nothing hangs on it. Fused ops read the parameters of
+plain modules directly. Any other module (with hooks, inside an adapter, parametrised, quantised) is called.
 """
 
 import functools
@@ -16,6 +16,7 @@ from torch import Tensor
 from . import _transforms, ops
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)  # of torch.nn.modules.module
 _MARK = "_gpt_fast_forward"  # the instance attribute that tells an accelerated module
 
 
@@ -63,7 +64,10 @@ def original(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    return any(len(getattr(module, name)) > 0 for name in _HOOKS)
+    """Return True if calling the module runs a hook: one of its own, or one that is registered for all modules."""
+    return any(len(getattr(module, name)) > 0 for name in _HOOKS) or any(
+        len(getattr(torch.nn.modules.module, name)) > 0 for name in _GLOBAL_HOOKS
+    )
 
 
 def class_of(module: Any) -> type:
@@ -86,8 +90,9 @@ def is_plain(module: Any, kind: Any) -> bool:
     return why_not_plain(module, kind) is None
 
 
-def why_no_norm(module: Any) -> str | None:
-    reason = why_not_plain(module, nn.LayerNorm)
+def why_no_norm(module: Any, kind: type[nn.LayerNorm] = nn.LayerNorm) -> str | None:
+    """Return why a module is more than a LayerNorm of the last dimension, or None if it is one."""
+    reason = why_not_plain(module, kind)
     if reason is None and (len(module.normalized_shape) != 1 or not module.eps > 0):
         return f"normalises over {list(module.normalized_shape)} with eps {module.eps}"
     return reason
@@ -115,13 +120,26 @@ def dropout(module: Any, x: Tensor) -> tuple[Tensor, float]:
     return module(x), 0.0
 
 
+def linear(module: Any, x: Tensor) -> Tensor:
+    """Return module(x), by `ops.linear` if the module is a plain `nn.Linear`."""
+    return ops.linear(x, module.weight, module.bias) if is_plain(module, nn.Linear) else module(x)
+
+
 def norm(module: Any, x: Tensor) -> Tensor:
     return ops.layer_norm(x, module.weight, module.bias, module.eps) if why_no_norm(module) is None else module(x)
 
 
-def add_norm(branch: Tensor, x: Tensor, p: float, module: Any, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor]:
-    """(norm(x + dropout(branch)), x + dropout(branch))."""
-    if why_no_norm(module) is None:
+def add_norm(
+    branch: Tensor,
+    x: Tensor,
+    p: float,
+    module: Any,
+    seed: Tensor | None,
+    site: int,
+    kind: type[nn.LayerNorm] = nn.LayerNorm,
+) -> tuple[Tensor, Tensor]:
+    """Return (norm(x + dropout(branch)), x + dropout(branch)). `module` is the norm, `kind` its class if plain."""
+    if why_no_norm(module, kind) is None:
         return ops.add_layer_norm(branch, x, module.weight, module.bias, module.eps, p, seed, site)
     summed = add(branch, x, p, seed, site)
     return module(summed), summed

@@ -1,13 +1,14 @@
 """The layers: `nn.Module`s over the ops, with the parameters and state-dict names of the modules they replace."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import _plain, ops
 from .config import check_heads
 
 
@@ -61,17 +62,18 @@ class SelfAttention(nn.Module):
         site: int = 0,
         attend: Callable[[Tensor, int], Tensor] | None = None,
     ) -> Tensor:
-        # For one token after another PyTorch's product, which does not pack the weight first.
-        linear = F.linear if attend is not None and x.shape[1] == 1 else ops.linear
-        qkv = linear(x, self.in_proj_weight, self.in_proj_bias)  # [B, T, 3C]
+        # One token at a time PyTorch's product is faster: it does not pack the weight first.
+        if attend is not None and x.shape[1] == 1:
+            return self.out_proj(attend(F.linear(x, self.in_proj_weight, self.in_proj_bias), self.num_heads))
+        qkv = ops.linear(x, self.in_proj_weight, self.in_proj_bias)  # [B, T, 3C]
         if attend is not None:
-            return linear(attend(qkv, self.num_heads), self.out_proj.weight, self.out_proj.bias)
+            return _plain.linear(self.out_proj, attend(qkv, self.num_heads))
         dropout_p = self.dropout if self.training else 0.0
         out = ops.attention_qkv(
             qkv, self.num_heads, causal=causal, lengths=lengths, key_mask=key_mask, mask=mask, cu_seqlens=cu_seqlens,
             dropout_p=dropout_p, seed=seed, site=site,
         )  # fmt: skip
-        return ops.linear(out, self.out_proj.weight, self.out_proj.bias)
+        return _plain.linear(self.out_proj, out)
 
 
 _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -84,7 +86,8 @@ _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
 class MLP(nn.Sequential):
     """Linear, activation, dropout, linear: an `nn.Sequential` of the stock modules, run as one `gpt_fast.ops.mlp`.
 
-    x [B, T, C] → [B, T, C], hidden [B, T, F]. activation: "relu", "gelu" or "gelu_tanh". Dtypes, precision,
+    x [B, T, C] → [B, T, C], hidden [B, T, F]. activation: "relu", "gelu" or "gelu_tanh". Where a child is not plain (it
+    has hooks, an adapter, a parametrisation) the children are called one after the other. Dtypes, precision,
     determinism, errors, source: the op's.
     """
 
@@ -101,12 +104,28 @@ class MLP(nn.Sequential):
         self.activation = activation
 
     def forward(self, x: Tensor, seed: Tensor | None = None, site: int = 0) -> Tensor:
-        fc, _, dropout, proj = self
-        assert isinstance(fc, nn.Linear)
-        assert isinstance(dropout, nn.Dropout)
-        assert isinstance(proj, nn.Linear)
-        dropout_p = dropout.p if self.training else 0.0
+        if not self._is_plain():
+            for module in self:
+                x = _plain.linear(module, x) if isinstance(module, nn.Linear) else module(x)
+            return x
+        children: list[Any] = list(self)
+        fc, _, dropout, proj = children
+        dropout_p = dropout.p if dropout.training else 0.0
         return ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.activation, dropout_p, seed, site)
+
+    def _is_plain(self) -> bool:
+        """Return True if the children are the stock modules of the constructor, so that one op computes them all."""
+        children: list[Any] = list(self)
+        if len(children) != 4:
+            return False
+        fc, activation, dropout, proj = children
+        return (
+            _plain.is_plain(fc, nn.Linear)
+            and _plain.is_plain(activation, type(_ACTIVATION_MODULES[self.activation]()))
+            and _plain.is_plain(dropout, nn.Dropout)
+            and dropout.p < 1
+            and _plain.is_plain(proj, nn.Linear)
+        )
 
 
 class TransformerDecoder(nn.Module):
@@ -123,7 +142,9 @@ class TransformerDecoder(nn.Module):
     say what is padding, `cu_seqlens` where the sequences of a packed row begin. `seed` fixes the dropout of this pass;
     without one each call in training draws its own.
     With `carry=True` a pre-norm block leaves its last addition to whoever normalises next, so that both are one pass:
-    it returns (x, branch), which the next block takes as `x` and `branch`.
+    it returns (x, branch), and the next block takes them as `x` and `branch`.
+    The children are called unless they are plain, so that hooks, adapters, parametrisations and other modules in their
+    places take effect. The dropout of a branch is its `nn.Dropout`: `dropout1` after attention, `dropout2` after `ff`.
     Dtypes, precision, determinism, source: those of the ops.
     Errors: `ValueError`, as the ops; where hidden_dim does not split into num_heads heads of at most 256.
     """
@@ -152,10 +173,19 @@ class TransformerDecoder(nn.Module):
         self.layer_norm1 = LayerNorm(hidden_dim, eps=layer_norm_eps, bias=bias)
         self.ff = MLP(hidden_dim, ff_dim, activation, ff_dropout, bias)
         self.layer_norm2 = LayerNorm(hidden_dim, eps=layer_norm_eps, bias=bias)
-        self.dropout = dropout
+        self.dropout1 = nn.Dropout(dropout)
+        self.dropout2 = nn.Dropout(dropout)
         self.pre_norm = pre_norm
         self.site = site
-        self.has_dropout = max(dropout, attention_dropout, ff_dropout) > 0
+
+    def is_dropping(self) -> bool:
+        """Return True if a dropout with p > 0 is in training mode, so that a pass needs a seed."""
+        attention: Any = self.multihead_attn
+        if attention.training and getattr(attention, "dropout", 0) > 0:
+            return True
+        drops: list[Any] = [self.dropout1, self.dropout2]
+        drops += [module for module in self.ff if isinstance(module, nn.Dropout)]
+        return any(drop.training and getattr(drop, "p", 0) > 0 for drop in drops)
 
     def forward(
         self,
@@ -167,11 +197,13 @@ class TransformerDecoder(nn.Module):
         key_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         seed: Tensor | None = None,
-        branch: Tensor | None = None,
+        site: int | None = None,
+        branch: "Branch | None" = None,
         carry: bool = False,
         attend: Callable[[Tensor, int], Tensor] | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        if seed is None and self.training and self.has_dropout:
+    ) -> "Tensor | tuple[Tensor, Branch]":
+        site = self.site if site is None else site
+        if seed is None and self.is_dropping():
             seed = ops.new_seed(x.device)
         masks = {
             "causal": causal, "lengths": lengths, "key_mask": key_mask, "mask": None, "cu_seqlens": cu_seqlens,
@@ -184,29 +216,35 @@ class TransformerDecoder(nn.Module):
                 )
             masks |= {"causal": False, "mask": ~mask}
         if self.pre_norm:
-            return self._pre_norm(x, branch, carry, masks, seed)
-        attended = self.multihead_attn(x, seed=seed, site=self.site, **masks)
-        x, _ = self.add_norm(attended, x, self.layer_norm1, seed, self.site + 1)
-        x, _ = self.add_norm(self.ff(x, seed, self.site + 2), x, self.layer_norm2, seed, self.site + 3)
-        return x
+            return self._pre_norm(x, branch, carry, masks, seed, site)
+        attended, p = _plain.dropout(self.dropout1, self.multihead_attn(x, seed=seed, site=site, **masks))
+        x, _ = add_norm(Branch(attended, p, site + 1), x, self.layer_norm1, seed)
+        hidden, p = _plain.dropout(self.dropout2, self.ff(x, seed, site + 2))
+        return add_norm(Branch(hidden, p, site + 3), x, self.layer_norm2, seed)[0]
 
     def _pre_norm(
-        self, x: Tensor, branch: Tensor | None, carry: bool, masks: dict, seed: Tensor | None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        self, x: Tensor, branch: "Branch | None", carry: bool, masks: dict, seed: Tensor | None, site: int
+    ) -> "Tensor | tuple[Tensor, Branch]":
         if branch is None:
             normed = self.layer_norm1(x)
         else:
-            normed, x = self.add_norm(branch, x, self.layer_norm1, seed, self.site - 1)
-        attended = self.multihead_attn(normed, seed=seed, site=self.site, **masks)
-        normed, x = self.add_norm(attended, x, self.layer_norm2, seed, self.site + 1)
-        branch = self.ff(normed, seed, self.site + 2)
-        return (x, branch) if carry else self.add_norm(branch, x, None, seed, self.site + 3)[1]
+            normed, x = add_norm(branch, x, self.layer_norm1, seed)
+        attended, p = _plain.dropout(self.dropout1, self.multihead_attn(normed, seed=seed, site=site, **masks))
+        normed, x = add_norm(Branch(attended, p, site + 1), x, self.layer_norm2, seed)
+        hidden, p = _plain.dropout(self.dropout2, self.ff(normed, seed, site + 2))
+        if carry:
+            return x, Branch(hidden, p, site + 3)
+        return _plain.add(hidden, x, p, seed, site + 3)
 
-    def add_norm(
-        self, branch: Tensor, x: Tensor, norm: LayerNorm | None, seed: Tensor | None, site: int
-    ) -> tuple[Tensor, Tensor]:
-        """(norm(x + dropout(branch)), x + dropout(branch))."""
-        dropout_p = self.dropout if self.training else 0.0
-        if norm is None:
-            return ops.add_layer_norm(branch, x, dropout_p=dropout_p, seed=seed, site=site)
-        return ops.add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps, dropout_p, seed, site)
+
+class Branch(NamedTuple):
+    """Output of a residual branch that is still to be added: x + dropout(hidden), with probability `p` at `site`."""
+
+    hidden: Tensor
+    p: float
+    site: int
+
+
+def add_norm(branch: Branch, x: Tensor, norm: nn.Module, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return (norm(x + dropout(branch)), x + dropout(branch)), in one pass if the norm is plain."""
+    return _plain.add_norm(branch.hidden, x, branch.p, norm, seed, branch.site, LayerNorm)

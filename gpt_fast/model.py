@@ -1,6 +1,6 @@
 """The trunk every head shares, and the drop-in GPT."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from . import ops
+from . import _plain, ops
 from .config import IGNORE, GPTConfig
-from .layers import LayerNorm, TransformerDecoder
+from .layers import MLP, Branch, LayerNorm, SelfAttention, TransformerDecoder, add_norm
 from .reference import packed_positions
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class _Trunk(nn.Module):
         C, T = config.hidden_dim, config.seq_len
         self.token_emb = nn.Embedding(config.num_tokens, C)
         self.pos_emb = nn.Parameter(torch.empty(1, T, C))
+        self.dropout = nn.Dropout(config.embedding_dropout)
         decoders = [
             TransformerDecoder(
                 C, config.num_heads, config.ff_dim, config.residual_dropout, pre_norm=config.pre_norm,
@@ -87,40 +88,52 @@ class _Trunk(nn.Module):
                     f"gpt_fast: key_mask is {key_mask.dtype} {list(key_mask.shape)}, wanted bool {list(tokens.shape)}"
                 )
             positions = (key_mask.long().cumsum(1) - 1).clamp(min=0)
-        if seed is None and self.training and self.has_dropout:
+        if seed is None and self._is_dropping():
             seed = ops.new_seed(tokens.device)
         if cache is not None:
             positions = cache.positions
-        dropout_p = config.embedding_dropout if self.training else 0.0
-        x = ops.embedding(tokens, self.token_emb.weight, self.pos_emb[0], positions, dropout_p, seed, site=0)
-        options = {
+        x = self._embed(tokens, positions, seed)
+        options: dict[str, Any] = {
             "causal": causal, "lengths": lengths, "key_mask": key_mask, "cu_seqlens": cu_seqlens, "seed": seed,
         }  # fmt: skip
-        attend = [None if cache is None else partial(cache.attend, i) for i in range(len(self.decoders))]
-        if self.final_norm is None:
-            for i, decoder in enumerate(self.decoders):
-                x = self._decode(decoder, x, **options, attend=attend[i])
-            return x
-        branch: Tensor | None = None
+        branch: Branch | None = None
         for i, decoder in enumerate(self.decoders):
-            x, branch = self._decode(decoder, x, **options, branch=branch, carry=True, attend=attend[i])
-        last = self.decoders[-1]
-        assert isinstance(last, TransformerDecoder)
-        assert branch is not None
-        return last.add_norm(branch, x, self.final_norm, seed, last.site + 3)[0]
+            options["attend"] = None if cache is None else partial(cache.attend, i)
+            options["site"] = 1 + 4 * i  # by position: a copy of a block has masks of its own
+            if self.final_norm is None:
+                x = self._decode(decoder, x, **options)
+            elif _plain.is_plain(decoder, TransformerDecoder):
+                x, branch = self._decode(decoder, x, **options, branch=branch, carry=True)
+            else:  # its hooks see hidden states, as those of any block would
+                x = x if branch is None else _plain.add(branch.hidden, x, branch.p, seed, branch.site)
+                x, branch = self._decode(decoder, x, **options), None
+        if self.final_norm is None:
+            return x
+        return self.final_norm(x) if branch is None else add_norm(branch, x, self.final_norm, seed)[0]
+
+    def _embed(self, tokens: Tensor, positions: Tensor | None, seed: Tensor | None) -> Tensor:
+        """tokens [B, T] → dropout(token_emb(tokens) + pos_emb) [B, T, C]; positions [B or 1, T], None counts from 0."""
+        plain_dropout = _plain.is_plain(self.dropout, nn.Dropout) and self.dropout.p < 1
+        dropout_p = self.dropout.p if plain_dropout and self.dropout.training else 0.0
+        table = self.pos_emb[0]
+        if _plain.why_no_table(self.token_emb) is None:
+            x = ops.embedding(tokens, self.token_emb.weight, table, positions, dropout_p, seed, site=0)
+            return x if plain_dropout else self.dropout(x)
+        at = table[: tokens.shape[1]] if positions is None else table[positions]
+        return self.dropout(self.token_emb(tokens) + at)
+
+    def _is_dropping(self) -> bool:
+        """Return True if a pass draws a dropout mask, in training mode or with some `nn.Dropout` alone in it."""
+        if self.dropout.training and getattr(self.dropout, "p", 0) > 0:
+            return True
+        return any(decoder.is_dropping() for decoder in self.decoders if isinstance(decoder, TransformerDecoder))
 
     def _decode(self, decoder: nn.Module, x: Tensor, **options: Any) -> Any:
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
             return decoder(x, **options)
-        # Dropout follows from `seed`, so the second pass needs no state of torch's generator.
-        return checkpoint(decoder, x, use_reentrant=False, preserve_rng_state=False, **options)
-
-    @property
-    def has_dropout(self) -> bool:
-        config = self.config
-        return max(
-            config.embedding_dropout, config.attention_dropout, config.residual_dropout, config.ff_dropout
-        ) > 0  # fmt: skip
+        # The library's dropout follows from `seed`. What is called may draw from torch's generator, as LoRA's dropout.
+        draws = why_not_plain(dict(decoder.named_modules())) is not None
+        return checkpoint(decoder, x, use_reentrant=False, preserve_rng_state=draws, **options)
 
     def num_parameters(self) -> int:
         """How many numbers are trained, tied ones counted once."""
@@ -213,7 +226,36 @@ class GPT(_Trunk):
         """
         hidden = self.hidden_states(tokens, lengths=lengths)
         labels = shift_labels(tokens if labels is None else labels, lengths=lengths)
-        return ops.linear_cross_entropy(hidden, self.output_layer.weight, labels, self.output_layer.bias)
+        return output_loss(self.output_layer, hidden, labels)
+
+
+# The classes of a plain model's modules, subclasses before their bases.
+_KINDS = (
+    GPT, GPTModel, nn.ModuleList, TransformerDecoder, SelfAttention, MLP, LayerNorm, nn.Linear, nn.Embedding,
+    nn.Dropout, nn.ReLU, nn.GELU,
+)  # fmt: skip
+
+
+def why_not_plain(modules: Mapping[str, nn.Module]) -> str | None:
+    """Return why a model with these modules is not plain, such as "decoders.0.ff.0 has hooks", or None if it is."""
+    for name, module in modules.items():
+        kind = next((kind for kind in _KINDS if isinstance(module, kind)), None)
+        reason = "is of another class" if kind is None else _plain.why_not_plain(module, kind)
+        if reason is not None:
+            return f"{name or 'the model'} {reason}"
+    return None
+
+
+def output_loss(output_layer: Any, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of output_layer(hidden) [..., V] over the labels that are not -100, float32.
+
+    A plain `nn.Linear` is fused with the loss and no logits are stored; any other output layer is called.
+    """
+    if _plain.is_plain(output_layer, nn.Linear):
+        return ops.linear_cross_entropy(hidden, output_layer.weight, labels, output_layer.bias)
+    logits = output_layer(hidden).float()
+    losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    return losses / (labels != IGNORE).sum().clamp(min=1)
 
 
 def shift_labels(labels: Tensor, *, lengths: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:

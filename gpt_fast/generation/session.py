@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..model import evaluating
 from .cache import KVCache, PromptPass
 from .sampling import DAMAGED, Sampling, damaged
-from .steps import CppStep, TorchStep, parts, step_kind
+from .steps import CppStep, TorchStep, device_has_cpp_step, parts, step_kind, why_called
 
 if TYPE_CHECKING:
     from ..heads import Head
@@ -57,11 +58,17 @@ class DecodeSession:
         if not 1 <= length <= config.seq_len:
             raise ValueError(f"DecodeSession: length {length}; wanted 1 to the model's seq_len, {config.seq_len}")
         self.kind = step_kind(model, weights)
+        reason = why_called(model)
+        if reason is not None and device_has_cpp_step(trunk.pos_emb.device):
+            warnings.warn(
+                f"generate: {reason}, so the model's modules run each step; the C++ step would not call them",
+                stacklevel=3,
+            )
         self._parameters = list(model.parameters())
         self._versions = [_version(parameter) for parameter in self._parameters]
         self._layouts = [_layout(parameter) for parameter in self._parameters]
         self._samples = _samples(self._parameters)
-        device, dtype = output_layer.weight.device, output_layer.weight.dtype
+        device, dtype = trunk.pos_emb.device, trunk.pos_emb.dtype
         if self.kind != "torch":
             dtype = torch.float32 if self.kind == "float32" else torch.bfloat16
         self.cache = KVCache(config, batch, length, dtype, device)
@@ -146,7 +153,7 @@ class DecodeSession:
         rows = slice(first, first + B)
         self.check_room(lengths, rows)
         starts = self.cache.lengths[rows].tolist()
-        last = torch.zeros(B, trunk.config.hidden_dim, device=tokens.device, dtype=output_layer.weight.dtype)
+        last = torch.zeros(B, trunk.config.hidden_dim, device=tokens.device, dtype=trunk.pos_emb.dtype)
         width = max(1, _PROMPT_TOKENS // B)
         with evaluating(trunk):
             for begin in range(0, T, width):
@@ -198,6 +205,9 @@ class DecodeSession:
                 f"DecodeSession: the model changed under it: {len(now)} parameters, were {len(self._layouts)}; "
                 "make a new session"
             )
+        reason = None if self.kind == "torch" else why_called(self.model)
+        if reason is not None:
+            raise ValueError(f"DecodeSession: the model changed under it: {reason}; make a new session")
 
     def check_room(self, more: Tensor | int, rows: slice = slice(None)) -> None:
         """Raises where a row's cache does not hold so many more tokens."""

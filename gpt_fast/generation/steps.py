@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .. import ops
-from ..model import GPT, _Trunk, evaluating
+from ..model import GPT, _Trunk, evaluating, why_not_plain
 from ..ops._library import device_guard, runs_reference
 from .cache import KVCache, StepPass
 from .sampling import DAMAGED, Sampling, damaged, draw, sample
@@ -161,7 +161,7 @@ class TorchStep:
             raise ValueError(DAMAGED)
 
 
-def parts(model: Any) -> tuple[_Trunk, nn.Linear]:
+def parts(model: Any) -> tuple[_Trunk, nn.Module]:
     """The trunk and the output layer of a model that can continue a text."""
     from ..heads import GPTForMaskedLM, Head
 
@@ -173,20 +173,36 @@ def parts(model: Any) -> tuple[_Trunk, nn.Linear]:
 
 
 def step_kind(model: GPT | Head, weights: str | None) -> str:
-    """What runs the step: "float32", "bfloat16" or "int8" for C++ with such weights, else "torch"."""
+    """Return what runs the step: "float32", "bfloat16" or "int8" for C++ with such weights, else "torch".
+
+    The C++ step copies parameters by name, so it serves plain models only. The modules of any other model run its step.
+    """
     if weights is not None and weights not in WEIGHTS:
         raise ValueError(f"generate: weights {weights!r}; wanted one of {', '.join(WEIGHTS)}")
-    weight = parts(model)[1].weight
-    own = str(weight.dtype).removeprefix("torch.")
+    place = parts(model)[0].pos_emb
+    own = str(place.dtype).removeprefix("torch.")
+    reason = why_called(model)
     if (
-        weight.device.type == "cpu"
-        and ops.serving("decode_attention", "cpu") == "cpp"
-        and not runs_reference("decode_attention", weight, *model.parameters())
+        reason is None
+        and device_has_cpp_step(place.device)
+        and not runs_reference("decode_attention", place, *model.parameters())
     ):
         return weights or ("bfloat16" if own == "bfloat16" else "float32")
     if weights not in (None, own):
         raise ValueError(
-            f"generate: weights {weights!r} of a {own} model on {weight.device.type}; other weights than its own need "
-            "the C++ step, which runs on a CPU with the extension built, in float32, bfloat16 or float16"
+            f"generate: weights {weights!r} of a {own} model on {place.device.type}"
+            f"{f' whose {reason}' if reason else ''}; other weights than its own need the C++ step, which runs plain "
+            "models on a CPU with the extension built, in float32, bfloat16 or float16"
         )
     return "torch"
+
+
+def device_has_cpp_step(device: torch.device) -> bool:
+    """Return True if the C++ extension can run a plain model's step on `device`."""
+    return device.type == "cpu" and ops.serving("decode_attention", "cpu") == "cpp"
+
+
+def why_called(model: Any) -> str | None:
+    """Return why the modules that continue a text have to be called, or None if the model is plain."""
+    trunk, output_layer = parts(model)
+    return why_not_plain({**dict(trunk.named_modules()), "output_layer": output_layer})

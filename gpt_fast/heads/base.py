@@ -10,9 +10,9 @@ import torch.nn as nn
 from torch import Tensor
 from typing_extensions import Self
 
-from .. import model_folder, ops
+from .. import model_folder
 from ..config import GPTConfig
-from ..model import Convertible, GPTModel, init_weights
+from ..model import Convertible, GPTModel, init_weights, output_loss
 
 
 class HeadOutput(NamedTuple):
@@ -43,7 +43,7 @@ class Head(Convertible, nn.Module):
             self.output_layer.weight = self.trunk.token_emb.weight
 
     def _language_model_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        return ops.linear_cross_entropy(hidden, self.output_layer.weight, labels, self.output_layer.bias)
+        return output_loss(self.output_layer, hidden, labels)
 
     def resize_embeddings(self, num_tokens: int) -> None:
         """Make room for `num_tokens` tokens, or drop the last ones; rows that stay keep their values.

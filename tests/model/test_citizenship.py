@@ -69,7 +69,7 @@ print(json.dumps({"added": sorted(set(sys.modules) - before), "ratio": 1 + secon
 def imports() -> list[dict]:
     """Three imports of torch, then of gpt_fast, each in a new process. Bytecode is cached, as in any installation."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     return [
         json.loads(
             subprocess.run(
