@@ -102,6 +102,7 @@ class MLP(nn.Sequential):
             nn.Linear(ff_dim, hidden_dim, bias=bias),
         )
         self.activation = activation
+        self._activation_kind = type(self[1]), getattr(self[1], "approximate", None)
 
     def forward(self, x: Tensor, seed: Tensor | None = None, site: int = 0) -> Tensor:
         if not self._is_plain():
@@ -121,7 +122,8 @@ class MLP(nn.Sequential):
         fc, activation, dropout, proj = children
         return (
             _plain.is_plain(fc, nn.Linear)
-            and _plain.is_plain(activation, type(_ACTIVATION_MODULES[self.activation]()))
+            and _plain.is_plain(activation, self._activation_kind[0])
+            and getattr(activation, "approximate", None) == self._activation_kind[1]
             and _plain.is_plain(dropout, nn.Dropout)
             and dropout.p < 1
             and _plain.is_plain(proj, nn.Linear)

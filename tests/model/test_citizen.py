@@ -221,6 +221,13 @@ def test_an_output_layer_of_ones_own():
     torch.testing.assert_close(drop_in.loss(tokens()), expected)
 
 
+def test_another_activation_in_its_place():
+    model = causal_lm("gpt2")
+    model.trunk.decoders[0].ff[1] = nn.SiLU()
+    model.trunk.decoders[1].ff[1].approximate = "none"
+    assert_as_called(model)
+
+
 def test_losses_over_no_label_are_zero_also_where_the_layer_is_called():
     model = causal_lm("gpt2")
     nothing = torch.full_like(tokens(), -100)
