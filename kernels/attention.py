@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch_configs
+from .descriptors import describable, descriptor
 from .gemm import cast, dot, precision
 from .philox import keep_matrix
 
@@ -547,43 +547,24 @@ def _bwd_dkdv_kernel(
 
 
 def config(kernel: str, q: torch.Tensor) -> tuple[Config, int]:
-    """Tiles for these tensors, and the head size they are padded to."""
+    """Return the launch configuration for q [B, H, T, D], and BLOCK_D."""
     D = q.shape[-1]
     BLOCK_D = max(16, triton.next_power_of_2(D))
     launch = launch_configs.pick("attention", kernel, launch_configs.architecture(q.device), q.element_size(), BLOCK_D)
     return Config(*launch), BLOCK_D
 
 
-def streams(rows: int, BLOCK_D: int, **tensors: torch.Tensor) -> dict[str, Any]:
-    """What a loop walks over in tiles of so many rows: descriptors of 16-bit tensors [B, H, rows, D] where all of them
-    are aligned (made on the device they would cost instructions in every program), else the tensors themselves."""
+def sources(rows: int, BLOCK_D: int, **tensors: torch.Tensor) -> dict[str, Any]:
+    """Return the arguments for tensors [B, H, rows, D] that a loop walks over: all descriptors, or all pointers."""
     architecture = launch_configs.architecture(next(iter(tensors.values())).device)
-    described = architecture == launch_configs.INTERPRETER or architecture >= 90
-    described = described and all(_aligned(tensor) for tensor in tensors.values())
-    if described:
+    if all(describable(x, architecture) for x in tensors.values()):
         block = [1, 1, rows, BLOCK_D]
-        made = {name: TensorDescriptor(x, list(x.shape), _strides_of(x), block) for name, x in tensors.items()}
-        return {"DESCRIBED": True, **made}
+        return {"DESCRIBED": True, **{name: descriptor(x, block) for name, x in tensors.items()}}
     return {"DESCRIBED": False, **tensors}
 
 
-def _strides_of(x: torch.Tensor) -> list[int]:
-    """The strides; where a size is 1 they say nothing, and a descriptor gets one that it takes."""
-    return [8 if x.shape[axis] == 1 and axis < 3 else stride for axis, stride in enumerate(x.stride())]
-
-
-def _aligned(x: torch.Tensor) -> bool:
-    strides = _strides_of(x)
-    return (
-        x.element_size() == 2
-        and x.data_ptr() % 16 == 0
-        and strides[3] == 1
-        and all(stride > 0 and stride % 8 == 0 for stride in strides[:3])
-    )
-
-
 class Options(NamedTuple):
-    """The options of the op, in the order of its schema."""
+    """Options of the op, in the order of its schema."""
 
     lengths: torch.Tensor | None
     key_mask: torch.Tensor | None
@@ -598,7 +579,7 @@ class Options(NamedTuple):
 
 
 def _shared_arguments(q: torch.Tensor, k: torch.Tensor, options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What all three kernels take: pointers, strides and numbers; and compile-time switches."""
+    """Return the arguments that all three kernels take: pointers, strides and numbers; and compile-time switches."""
     B, H, T, D = q.shape
     S = k.shape[2]
     window = UNBOUNDED if options.window is None else min(options.window, UNBOUNDED)
@@ -626,8 +607,11 @@ def _shared_arguments(q: torch.Tensor, k: torch.Tensor, options: Options) -> tup
 
 
 def _packing(cu_seqlens: torch.Tensor, T: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """int32 [T] each: where a token's sequence starts, where it ends, and which it is. What follows the last sequence
-    is one that ends where it starts. Values are clamped, so that no wrong one leads out of bounds."""
+    """Return the start, the end and the number of each token's sequence, int32 [T] each.
+
+    Tokens after the last sequence belong to one more, which ends where it starts. Values of cu_seqlens are clamped, so
+    that a wrong one does not lead out of bounds.
+    """
     bounds = cu_seqlens.long().clamp(0, T)
     tokens = torch.arange(T, device=cu_seqlens.device)
     sequence = torch.searchsorted(bounds[1:].contiguous(), tokens, right=True)
@@ -637,7 +621,7 @@ def _packing(cu_seqlens: torch.Tensor, T: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def _signed(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
-    """The kernels want scale ≥ 0: a negative one moves into q."""
+    """Return (q, scale) with scale ≥ 0, as the kernels expect: the sign moves into q."""
     return (-q, -scale) if scale < 0 else (q, scale)
 
 
@@ -658,7 +642,7 @@ def _empty_bthd(q: torch.Tensor, rows: int) -> torch.Tensor:
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, threshold: int, dropout_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [B, H, T, D], laid out [B, T, H, D], and the float32 lse [B, H, T]."""
+    """Return out [B, H, T, D], laid out [B, T, H, D], and the float32 lse [B, H, T]."""
     T = q.shape[2]
     out = _empty_bthd(q, T)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -670,7 +654,7 @@ def forward(
     arguments, switches = _shared_arguments(q, k, options)
     launch, BLOCK_D = config("fwd", q)
     _fwd_kernel[_grid(T, launch.queries, q)](
-        q_ptr=q, **streams(launch.keys, BLOCK_D, k_ptr=k, v_ptr=v), out_ptr=out, lse_ptr=lse,
+        q_ptr=q, **sources(launch.keys, BLOCK_D, k_ptr=k, v_ptr=v), out_ptr=out, lse_ptr=lse,
         **_strides("q", q, "t"), **_strides("k", k, "s"), **_strides("v", v, "s"), **_strides("o", out, "t",
         last=False),
         **arguments, scale=scale, threshold=threshold, dropout_scale=dropout_scale, dropped=0.0,
@@ -685,7 +669,7 @@ def backward_into(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
     options: Options, threshold: int, dropout_scale: float,
 ) -> None:  # fmt: skip
-    """Writes the gradients into [B, H, rows, D] tensors whose last axis is contiguous."""
+    """Write the gradients into dq, dk and dv, [B, H, rows, D] each, whose last axis is contiguous."""
     T, S = q.shape[2], k.shape[2]
     if q.numel() == 0 or k.numel() == 0:
         for gradient in (dq, dk, dv):
@@ -703,15 +687,15 @@ def backward_into(
         "BLOCK_D": BLOCK_D,
     }  # fmt: skip
     _bwd_dq_kernel[_grid(T, launch.queries, q)](
-        q_ptr=q, do_ptr=dout, **streams(launch.keys, BLOCK_D, k_ptr=k, v_ptr=v),
+        q_ptr=q, do_ptr=dout, **sources(launch.keys, BLOCK_D, k_ptr=k, v_ptr=v),
         out_ptr=out, lse_ptr=lse, rows_ptr=rows, dq_ptr=dq, **_strides("o", out, "t", last=False),
         **_strides("dq", dq, "t", last=False), **inputs, kept=1 / dropout_scale if dropout_scale else 0.0,
         BLOCK_M=launch.queries, BLOCK_N=launch.keys, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     launch, _ = config("bwd_dkdv", q)
-    walked = streams(launch.queries, BLOCK_D, q_ptr=q, do_ptr=dout)
+    walked = sources(launch.queries, BLOCK_D, q_ptr=q, do_ptr=dout)
     if walked["DESCRIBED"]:
-        rows = TensorDescriptor(rows, [2 * matrices, padded], [padded, 1], [1, launch.queries])
+        rows = descriptor(rows, [1, launch.queries])
     _bwd_dkdv_kernel[_grid(S, launch.keys, q)](
         k_ptr=k, v_ptr=v, **walked, rows_ptr=rows,
         dk_ptr=dk, dv_ptr=dv, **_strides("dk", dk, "s", last=False), **_strides("dv", dv, "s", last=False), **inputs,
@@ -725,7 +709,7 @@ def backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
     options: Options, threshold: int, dropout_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """dq, dk and dv, laid out [B, rows, H, D]."""
+    """Return dq, dk and dv, laid out [B, rows, H, D]."""
     S = k.shape[2]
     dq, dk, dv = _empty_bthd(q, q.shape[2]), _empty_bthd(k, S), _empty_bthd(k, S)
     backward_into(dq, dk, dv, dout, q, k, v, out, lse, options, threshold, dropout_scale)
@@ -736,7 +720,7 @@ def backward_qkv(
     dout: torch.Tensor, qkv: torch.Tensor, num_heads: int, out: torch.Tensor, lse: torch.Tensor,
     options: Options, threshold: int, dropout_scale: float,
 ) -> torch.Tensor:  # fmt: skip
-    """The gradient of the packed projection, [B, T, 3C]."""
+    """Return the gradient of the packed projection, [B, T, 3C]."""
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     B, T, C3 = qkv.shape
     heads = (B, T, 3, num_heads, C3 // (3 * num_heads))

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch_configs
+from .descriptors import describable, descriptor
 
 
 class Config(NamedTuple):
@@ -165,14 +165,11 @@ def as_matrix(x: torch.Tensor) -> torch.Tensor:
 
 
 def operand(matrix: torch.Tensor, rows: int, columns: int, architecture: int) -> tuple[Any, int]:
-    """What `load` and `store` take for tiles [rows, columns] of a matrix, and the mode."""
-    if architecture == launch_configs.INTERPRETER or architecture >= 90:
-        (M, N), (stride_m, stride_n) = matrix.shape, matrix.stride()
-        if matrix.element_size() == 2 and M > 0 and N > 0 and matrix.data_ptr() % 16 == 0:
-            if stride_n == 1 and stride_m % 8 == 0 and stride_m >= N:
-                return TensorDescriptor(matrix, [M, N], [stride_m, 1], [rows, columns]), 1
-            if stride_m == 1 and stride_n % 8 == 0 and stride_n >= M:
-                return TensorDescriptor(matrix, [N, M], [stride_n, 1], [columns, rows]), 2
+    """Return the argument of `load` and `store` for tiles [rows, columns] of a matrix, and the mode."""
+    if describable(matrix, architecture):
+        return descriptor(matrix, [rows, columns]), 1
+    if describable(matrix.t(), architecture):
+        return descriptor(matrix.t(), [columns, rows]), 2
     return matrix, 0
 
 
