@@ -112,16 +112,17 @@ $(CODEGEN_VENV)/.stamp: | $(VENV)/bin/python
 	@touch $@
 
 .PHONY: codegen
-codegen: $(VENV)/.stamp-package $(CODEGEN_VENV)/.stamp  ## compile every kernel for sm_80, sm_90, sm_100 and hold it to its budget
+codegen: $(VENV)/.stamp-package $(CODEGEN_VENV)/.stamp  ## compile every kernel for every architecture and hold it to its budget
 	@mkdir -p build
 	$(PY) -m tools.record_launches build/launches.json
 	$(CODEGEN_VENV)/bin/python -m tools.codegen build/launches.json $(CODEGEN_FLAGS)
 	@command -v nvcc > /dev/null || { echo 'codegen: no nvcc, csrc/cuda is not compiled'; exit 0; }; \
 	cublas=$$($(PY) -m tools.cublas_headers $(CODEGEN_VENV)/cublas); \
 	nvcc="nvcc -std=c++17 -O3 -Xptxas=-warn-spills -Xcompiler=-Wall -Werror=all-warnings -I$$cublas -o build/nvcc.o -c"; \
-	for target in 80 90 100; do for file in csrc/cuda/*.cu; do $$nvcc -arch=sm_$$target $$file; done; done; \
+	targets=$$($(PY) -m kernels.architectures); \
+	for target in $$targets; do for file in csrc/cuda/*.cu; do $$nvcc -arch=sm_$$target $$file; done; done; \
 	$$nvcc csrc/cuda/cublaslt.cpp; \
-	echo 'codegen: csrc/cuda compiled by nvcc for sm_80, sm_90, sm_100 without spills'
+	echo 'codegen: csrc/cuda compiled by nvcc without spills for' $$targets
 
 .PHONY: compile-isa
 compile-isa: $(VENV)/.stamp-package  ## compile the C++ kernels for AVX2, AVX-512 and AVX-512 with bfloat16 products

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import platform
+import runpy
 import shlex
 import subprocess
 from pathlib import Path
@@ -63,7 +64,7 @@ CPU_FLAGS = {
     "__AMX_INT8__": "amx_int8",
 }
 
-CUDA_TARGETS = ((80, "sm"), (90, "sm"), (90, "compute"))  # compute capability, and machine code or PTX
+NVCC_FLAGS = runpy.run_path(str(ROOT / "gpt_fast" / "kernels" / "architectures.py"))["NVCC_FLAGS"]
 
 CUBLAS_SOURCES = ("cublaslt.cpp", "mlp.cpp")  # of csrc/cuda
 
@@ -176,8 +177,7 @@ def extension_arguments() -> dict[str, Any]:
         elif cublas != str(Path(CUDA_HOME, "include")):
             arguments["include_dirs"].append(cublas)
         sources += cuda_sources
-        # Named, or PyTorch would ask the GPU that happens to be here; newer ones compile the PTX of sm_90.
-        compile_args["nvcc"] = ["-O3", *(f"-gencode=arch=compute_{a},code={b}_{a}" for a, b in CUDA_TARGETS)]
+        compile_args["nvcc"] = ["-O3", *NVCC_FLAGS]  # without them PyTorch would ask the GPU that happens to be here
     extension = make_extension(NAME, sources, extra_compile_args=compile_args, **arguments)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildWithRecord}}
 

@@ -111,8 +111,10 @@ def forward(
     M = rows.shape[0]
     launch = config(N, rows.device)
     _fwd_kernel[(triton.cdiv(M, launch.fwd_rows),)](
-        rows, residual_rows, packed(weight), packed(bias), normed, summed, mean, rstd, seed,
-        rows.stride(0), residual_rows.stride(0), M, N, eps, site, threshold, scale,
+        x_ptr=rows, residual_ptr=residual_rows, weight_ptr=packed(weight), bias_ptr=packed(bias),
+        normed_ptr=normed, summed_ptr=summed, mean_ptr=mean, rstd_ptr=rstd, seed_ptr=seed,
+        stride_x=rows.stride(0), stride_residual=residual_rows.stride(0), M=M, N=N, eps=eps,
+        site=site, threshold=threshold, scale=scale,
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None,
         BLOCK_M=launch.fwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.fwd_warps,
     )  # fmt: skip
@@ -153,8 +155,10 @@ def backward(
     P = min(launch.bwd_programs, triton.cdiv(M, launch.bwd_rows))
     partial = torch.empty((2, P, N) if needs_sums else (2, 0, 0), dtype=torch.float32, device=summed.device)
     _bwd_kernel[(P,)](
-        rows, carried, summed, packed(weight), mean, rstd, dx, dresidual, partial[0], partial[1], seed,
-        rows.stride(0), 0 if carried is None else carried.stride(0), M, N, site, threshold, scale,
+        dnormed_ptr=rows, dsummed_ptr=carried, summed_ptr=summed, weight_ptr=packed(weight), mean_ptr=mean,
+        rstd_ptr=rstd, dx_ptr=dx, dresidual_ptr=dresidual, dweight_ptr=partial[0], dbias_ptr=partial[1], seed_ptr=seed,
+        stride_dnormed=rows.stride(0), stride_dsummed=0 if carried is None else carried.stride(0), M=M, N=N,
+        site=site, threshold=threshold, scale=scale,
         HAS_WEIGHT=weight is not None, HAS_DSUMMED=carried is not None, HAS_DROPOUT=seed is not None, HAS_DX=has_dx,
         NEEDS_SUMS=needs_sums,
         BLOCK_M=launch.bwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.bwd_warps,

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch_configs
+from .descriptors import describable, descriptor
 from .gemm import cast, dot, precision
 from .philox import keep_matrix
 
@@ -34,351 +34,438 @@ class Config(NamedTuple):
     stages: int
 
 
-@triton.jit
-def _bounds(offs, mask_offs, lower, upper, others, length_ptr, start_ptr, end_ptr, b):
-    """[first, last) of what each row may meet on the other axis, which holds `others` rows.
+# Arguments that the kernels' helpers share, in groups. A group may hold a None pointer but no constexpr, because Triton
+# makes a tensor of a constexpr that is assigned to a name. Compile-time switches therefore stay separate parameters.
 
-    A row at position `offs` meets offs - lower < x < offs + upper; packing bounds it by its sequence.
+
+class Head(NamedTuple):
+    """Head `h` of batch row `b`, and the elements of its rows."""
+
+    b: Any  # int64
+    h: Any  # int64
+    offs_d: Any  # [BLOCK_D], D padded to a power of two
+
+
+class Source(NamedTuple):
+    """Where to read the rows of one head."""
+
+    ptr: Any  # pointer to the head's first element, or descriptor of the whole tensor [B, H, rows, D]
+    stride_t: Any
+    stride_d: Any
+
+
+class Packing(NamedTuple):
+    """Sequence of each packed token, [T] each; all None without packing."""
+
+    start_ptr: Any
+    end_ptr: Any
+    sequence_ptr: Any
+
+
+class Masks(NamedTuple):
+    """Masks that are loaded tile by tile, each None where the caller passed none."""
+
+    key_mask_ptr: Any  # [B, S]
+    stride_kmb: Any
+    stride_kms: Any
+    mask_ptr: Any  # [B, H, T, S]
+    stride_mb: Any
+    stride_mh: Any
+    stride_mt: Any
+    stride_ms: Any
+    T: Any
+    S: Any
+
+
+class Rows(NamedTuple):
+    """Rows that a program owns, [BLOCK, 1] each. A row meets the rows first <= x < last of the other axis."""
+
+    offs: Any
+    first: Any
+    last: Any
+
+
+class Walk(NamedTuple):
+    """Rows that a program's loops walk over, a tile at a time."""
+
+    offs: Any  # [BLOCK], from 0
+    end: Any  # row to stop before
+    cut: Any  # a pointer where `end` may lie before the tensor's last row, else None
+
+
+class Ranges(NamedTuple):
+    """Rows of a walk: a tile in [inside, outside) needs no mask; one in [begin, inside) or [outside, end) does."""
+
+    begin: Any
+    inside: Any
+    outside: Any
+    end: Any
+
+
+class Dropout(NamedTuple):
+    """Dropout of the rows that a program owns, [BLOCK, 1] each, and the rule's numbers; `seed_ptr` is None without."""
+
+    position: Any  # of the row in its sequence
+    start: Any  # of its sequence
+    matrix: Any  # the rule's b
+    site: Any
+    threshold: Any
+    seed_ptr: Any
+
+
+@triton.jit
+def _bounds(offs, mask_offs, lower, upper, others, length_ptr, packing, b):
+    """Return [first, last) of the rows that each row meets on the other axis, which holds `others` rows.
+
+    A row at position `offs` meets offs - lower < x < offs + upper. Packing bounds it by its sequence.
     """
     first = tl.maximum(offs - lower + 1, 0)
     last = tl.minimum(offs + upper, others)
     if length_ptr is not None:
         last = tl.minimum(last, tl.load(length_ptr + b).to(tl.int32))
-    if start_ptr is not None:
-        first = tl.maximum(first, tl.load(start_ptr + offs, mask=mask_offs, other=0))
-        last = tl.minimum(last, tl.load(end_ptr + offs, mask=mask_offs, other=0))
+    if packing.start_ptr is not None:
+        first = tl.maximum(first, tl.load(packing.start_ptr + offs, mask=mask_offs, other=0))
+        last = tl.minimum(last, tl.load(packing.end_ptr + offs, mask=mask_offs, other=0))
     return first, last
 
 
 @triton.jit
 def _ranges(first, last, mask_rows, others, ALL_MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """(begin, inside, outside, end): tiles begin to inside and outside to end are masked, those between are not."""
+    """Return the Ranges of a walk over `others` rows; every tile is masked if ALL_MASKED."""
     begin = tl.min(tl.where(mask_rows, first, others)) // BLOCK * BLOCK
     end = tl.max(tl.where(mask_rows, last, 0))
     if ALL_MASKED:
-        return begin, begin, begin, end
+        return Ranges(begin, begin, begin, end)
     inside = (tl.max(tl.where(mask_rows, first, 0)) + BLOCK - 1) // BLOCK * BLOCK
     outside = tl.min(tl.where(mask_rows, last, others)) // BLOCK * BLOCK
     inside = tl.maximum(begin, tl.minimum(inside, end))
-    return begin, inside, tl.maximum(inside, outside), end
+    return Ranges(begin, inside, tl.maximum(inside, outside), end)
 
 
 @triton.jit
-def _tile(
-    ptr, start, stride, limit, offs, offs_d, stride_d, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Rows start + offs of a matrix [limit, D], zeros past its ends; unmasked where all rows are known to exist."""
-    first = tl.full((), 0, dtype=tl.int64) + start
-    ptrs = ptr + first * stride + offs[:, None] * stride + offs_d[None, :] * stride_d
-    if MASKED:
-        return tl.load(ptrs, mask=(start + offs < limit)[:, None] & (offs_d < D)[None, :], other=0.0)
-    if D == BLOCK_D:
-        return tl.load(ptrs)
-    return tl.load(ptrs, mask=(offs_d < D)[None, :], other=0.0)
+def _masked_tiles(ranges, BLOCK: tl.constexpr):
+    """Return the number of tiles that need a mask."""
+    return tl.cdiv(ranges.inside - ranges.begin, BLOCK) + tl.cdiv(ranges.end - ranges.outside, BLOCK)
 
 
 @triton.jit
-def _stream(
-    source, b, h, start, stride, limit, bounded, offs, offs_d, stride_d,
-    MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIBED: tl.constexpr,
-):  # fmt: skip
-    """A tile of what a loop walks over: by a descriptor of [B, H, rows, D], which ends with the rows, or by pointers.
+def _masked_start(n, ranges, BLOCK: tl.constexpr):
+    """Return the first row of the n-th masked tile: those from `begin` to `inside`, then those from `outside` on."""
+    before = tl.cdiv(ranges.inside - ranges.begin, BLOCK)
+    start = tl.where(n < before, ranges.begin + n * BLOCK, ranges.outside + (n - before) * BLOCK)
+    return tl.multiple_of(start, BLOCK)
 
-    `bounded` is a pointer where `limit` may lie before the last row, else None.
+
+@triton.jit
+def _tile(source, start, limit, offs, head, MASKED: tl.constexpr, D: tl.constexpr):
+    """Load rows start + offs of a head [limit, D] by pointers, zeros past its ends: [len(offs), BLOCK_D].
+
+    Rows are not masked unless MASKED: the caller knows that all of them exist.
     """
+    first = tl.full((), 0, dtype=tl.int64) + start
+    ptrs = source.ptr + first * source.stride_t + offs[:, None] * source.stride_t
+    ptrs = ptrs + head.offs_d[None, :] * source.stride_d
+    if MASKED:
+        return tl.load(ptrs, mask=(start + offs < limit)[:, None] & (head.offs_d < D)[None, :], other=0.0)
+    if D == head.offs_d.shape[0]:
+        return tl.load(ptrs)
+    return tl.load(ptrs, mask=(head.offs_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _walked_tile(source, start, walk, head, MASKED: tl.constexpr, D: tl.constexpr, DESCRIBED: tl.constexpr):
+    """Load a tile of a walk, [BLOCK, BLOCK_D]. A descriptor gives zeros past the tensor's end."""
     if DESCRIBED:
-        x = tl.reshape(source.load([b.to(tl.int32), h.to(tl.int32), start, 0]), [offs.shape[0], BLOCK_D])
-        if MASKED and bounded is not None:
-            x = tl.where((start + offs < limit)[:, None], x, 0.0).to(x.dtype)
+        x = source.ptr.load([head.b.to(tl.int32), head.h.to(tl.int32), start, 0])
+        x = tl.reshape(x, [walk.offs.shape[0], head.offs_d.shape[0]])
+        if MASKED and walk.cut is not None:
+            x = tl.where((start + walk.offs < walk.end)[:, None], x, 0.0).to(x.dtype)
     else:
-        x = _tile(source, start, stride, limit, offs, offs_d, stride_d, MASKED, D, BLOCK_D)
+        x = _tile(source, start, walk.end, walk.offs, head, MASKED, D)
     return x
 
 
 @triton.jit
-def _allowed(
-    x, first, last, i, j, T, S, b, h, key_mask_ptr, mask_ptr,
-    stride_kb, stride_ks, stride_mb, stride_mh, stride_mt, stride_ms,
-):  # fmt: skip
-    """Whether query i may attend to key j: x, one of the two, in its interval, and what the masks say."""
-    allowed = (x >= first) & (x < last)
-    if key_mask_ptr is not None:
-        allowed &= tl.load(key_mask_ptr + b * stride_kb + j * stride_ks, mask=j < S, other=0) != 0
-    if mask_ptr is not None:
-        offs = b * stride_mb + h * stride_mh + i.to(tl.int64) * stride_mt + j.to(tl.int64) * stride_ms
-        allowed &= tl.load(mask_ptr + offs, mask=(i < T) & (j < S), other=0) != 0
+def _allowed(x, rows, i, j, head, masks):
+    """Return whether query i may attend to key j: x, the one that is walked, in the row's interval; and the masks."""
+    allowed = (x >= rows.first) & (x < rows.last)
+    if masks.key_mask_ptr is not None:
+        ptrs = masks.key_mask_ptr + head.b * masks.stride_kmb + j * masks.stride_kms
+        allowed &= tl.load(ptrs, mask=j < masks.S, other=0) != 0
+    if masks.mask_ptr is not None:
+        offs = head.b * masks.stride_mb + head.h * masks.stride_mh
+        offs += i.to(tl.int64) * masks.stride_mt + j.to(tl.int64) * masks.stride_ms
+        allowed &= tl.load(masks.mask_ptr + offs, mask=(i < masks.T) & (j < masks.S), other=0) != 0
     return allowed
 
 
 @triton.jit
-def _without_padding(x, j, S, b, key_mask_ptr, stride_kb, stride_ks):
-    """Zeros where key_mask excludes a row of keys or values: padding may hold NaN, and 0 NaN is NaN."""
-    live = tl.load(key_mask_ptr + b * stride_kb + j * stride_ks, mask=j < S, other=0) != 0
+def _without_padding(x, j, head, masks):
+    """Return keys or values x [BLOCK, BLOCK_D] with zeros in rows that key_mask excludes: padding may hold NaN."""
+    ptrs = masks.key_mask_ptr + head.b * masks.stride_kmb + j * masks.stride_kms
+    live = tl.load(ptrs, mask=j < masks.S, other=0) != 0
     return tl.where(live[:, None], x, 0.0).to(x.dtype)
 
 
 @triton.jit
-def _masked_start(n, begin, inside, outside, BLOCK: tl.constexpr):
-    """Where the n-th masked tile begins: first those from `begin` to `inside`, then those from `outside` on."""
-    before = tl.cdiv(inside - begin, BLOCK)
-    return tl.multiple_of(tl.where(n < before, begin + n * BLOCK, outside + (n - before) * BLOCK), BLOCK)
+def _coordinates(offs, mask_offs, packing, bh, h, H):
+    """Return (position, start, matrix) of the Dropout of rows `offs`: packed rows count within their sequence.
+
+    Triton 3.6 cannot return a tuple that holds a None, so that the caller makes the Dropout.
+    """
+    start, matrix = tl.zeros_like(offs), tl.zeros_like(offs) + bh.to(tl.int32)
+    if packing.start_ptr is not None:
+        start = tl.load(packing.start_ptr + offs, mask=mask_offs, other=0)
+        matrix = tl.load(packing.sequence_ptr + offs, mask=mask_offs, other=0) * H + h.to(tl.int32)
+    return (offs - start)[:, None], start[:, None], matrix[:, None]
 
 
 @triton.jit
-def _coordinates(offs, mask_offs, start_ptr, sequence_ptr, bh, h, H):
-    """(start, matrix) for the dropout rule: packed rows count within their sequence and use its matrix."""
-    if start_ptr is not None:
-        start = tl.load(start_ptr + offs, mask=mask_offs, other=0)
-        return start, tl.load(sequence_ptr + offs, mask=mask_offs, other=0) * H + h
-    return tl.zeros_like(offs), tl.zeros_like(offs) + bh
-
-
-@triton.jit
-def _dropout_position(start, offs, sequence_start, BLOCK: tl.constexpr):
-    """Return the positions of rows `start + offs` within their sequences, [1, BLOCK], as the dropout rule counts them.
+def _walked_position(start, walk, dropout):
+    """Return the positions of a tile's rows in the sequences of the program's own rows, [1, BLOCK] or [own, BLOCK].
 
     `start` is a multiple of 16. The division tells LLVM so, which does not see `tl.multiple_of`; without the known zero
     bits LLVM cannot merge the Philox calls that share a counter, and a loop has nearly twice as many instructions.
     """
-    tl.static_assert(BLOCK % 16 == 0)
-    return (start // 16 * 16 + offs)[None, :] - sequence_start
+    tl.static_assert(walk.offs.shape[0] % 16 == 0)
+    return (start // 16 * 16 + walk.offs)[None, :] - dropout.start
+
+
+@triton.jit
+def _keep(i, j, dropout):
+    """Return whether dropout keeps (query i, key j)."""
+    return keep_matrix(i, j, dropout.matrix, dropout.site, dropout.threshold, dropout.seed_ptr)
 
 
 @triton.jit
 def _fwd_tile(
-    acc, m, total, q, k_ptr, v_ptr, start, stride_ks, stride_kd, stride_vs, stride_vd, offs_n, offs_d,
-    first, last, end, bounded, i, T, S, b, h, key_mask_ptr, mask_ptr,
-    stride_kb, stride_kk, stride_mb, stride_mh, stride_mt, stride_ms,
-    dropout_i, dropout_start, dropout_b, site, threshold, seed_ptr, dropped, scale_log2,
-    MASKED: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    DESCRIBED: tl.constexpr,
+    acc, m, total, q, keys, values, start, walk, rows, head, masks, dropout, dropped, scale_log2,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: the softmax so far, m its maximum and total its sum, takes these scores in."""
-    k = _stream(k_ptr, b, h, start, stride_ks, end, bounded, offs_n, offs_d, stride_kd, MASKED, D, BLOCK_D, DESCRIBED)
+    """Add a tile of keys to acc [BLOCK_M, BLOCK_D], the running maximum m [BLOCK_M] and the sum `total` [BLOCK_M]."""
+    k = _walked_tile(keys, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_N, BLOCK_D]
     s = dot(q, tl.trans(k), None, PRECISION) * scale_log2  # [BLOCK_M, BLOCK_N]
-    j = (start + offs_n)[None, :]
+    j = (start + walk.offs)[None, :]
     if MASKED:
-        s = tl.where(
-            _allowed(j, first[:, None], last[:, None], i, j, T, S, b, h, key_mask_ptr, mask_ptr,
-                     stride_kb, stride_kk, stride_mb, stride_mh, stride_mt, stride_ms), s, float("-inf"),
-        )  # fmt: skip
+        s = tl.where(_allowed(j, rows, rows.offs, j, head, masks), s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, axis=1))
     shift = m_new
     if MASKED:
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key yet: keep -inf - -inf out
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key yet: -inf - -inf would be NaN
     p = tl.exp2(s - shift[:, None])
     alpha = tl.exp2(m - shift)
     total = total * alpha + tl.sum(p, axis=1)
-    if HAS_DROPOUT:
-        dropout_j = _dropout_position(start, offs_n, dropout_start, offs_n.shape[0])
-        keep = keep_matrix(dropout_i, dropout_j, dropout_b, site, threshold, seed_ptr)
+    if dropout.seed_ptr is not None:
+        keep = _keep(dropout.position, _walked_position(start, walk, dropout), dropout)
         p = tl.where(keep, p, dropped)
-    v = _stream(v_ptr, b, h, start, stride_vs, end, bounded, offs_n, offs_d, stride_vd, MASKED, D, BLOCK_D, DESCRIBED)
-    if MASKED and key_mask_ptr is not None:
-        v = _without_padding(v, start + offs_n, S, b, key_mask_ptr, stride_kb, stride_kk)
+    v = _walked_tile(values, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_N, BLOCK_D]
+    if MASKED and masks.key_mask_ptr is not None:
+        v = _without_padding(v, start + walk.offs, head, masks)
     acc = dot(cast(p, v.dtype, PRECISION), v, acc * alpha[:, None], PRECISION)
     return acc, m_new, total
 
 
 @triton.jit(do_not_specialize=["T", "S", "lower", "upper", "site", "threshold"])
 def _fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, length_ptr, key_mask_ptr, mask_ptr, start_ptr, end_ptr, sequence_ptr,
-    seed_ptr,
+    q_ptr,  # [B, H, T, D]
+    k_ptr, v_ptr,  # [B, H, S, D], or descriptors if DESCRIBED
+    out_ptr,  # [B, H, T, D], elements contiguous
+    lse_ptr,  # [B, H, T] float32
+    length_ptr,  # [B]
+    key_mask_ptr,  # [B, S]
+    mask_ptr,  # [B, H, T, S]
+    start_ptr, end_ptr, sequence_ptr,  # [T]
+    seed_ptr,  # [1]; None without dropout
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_ob, stride_oh, stride_ot,
     stride_kmb, stride_kms, stride_mb, stride_mh, stride_mt, stride_ms,
-    H, T, S, lower, upper, scale, site, threshold, dropout_scale, dropped,
-    ALL_MASKED: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
+    H, T, S, lower, upper, scale, site, threshold, dropout_scale,
+    dropped,  # zero, which the compiler must not know: with a constant the selection costs more instructions
+    ALL_MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest rows of causal work first
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < T
-    first, last = _bounds(offs_m + S - T, mask_m, lower, upper, S, length_ptr, start_ptr, end_ptr, b)
-    begin, inside, outside, end = _ranges(first, last, mask_m, S, ALL_MASKED, BLOCK_N)
-    dropout_start, dropout_b = _coordinates(offs_m, mask_m, start_ptr, sequence_ptr, bh.to(tl.int32), h.to(tl.int32), H)
-    dropout_i = (offs_m - dropout_start)[:, None]
-    dropout_start, dropout_b = dropout_start[:, None], dropout_b[:, None]
+    head = Head(b, h, tl.arange(0, BLOCK_D))
+    packing = Packing(start_ptr, end_ptr, sequence_ptr)
+    masks = Masks(key_mask_ptr, stride_kmb, stride_kms, mask_ptr, stride_mb, stride_mh, stride_mt, stride_ms, T, S)
+    position, sequence_start, matrix = _coordinates(offs_m, mask_m, packing, bh, h, H)
+    dropout = Dropout(position, sequence_start, matrix, site, threshold, seed_ptr)
 
-    bounded = start_ptr if length_ptr is None else length_ptr
+    first, last = _bounds(offs_m + S - T, mask_m, lower, upper, S, length_ptr, packing, b)
+    ranges = _ranges(first, last, mask_m, S, ALL_MASKED, BLOCK_N)
+    rows = Rows(offs_m[:, None], first[:, None], last[:, None])
+    walk = Walk(tl.arange(0, BLOCK_N), ranges.end, start_ptr if length_ptr is None else length_ptr)
     if not DESCRIBED:
         k_ptr += b * stride_kb + h * stride_kh
         v_ptr += b * stride_vb + h * stride_vh
-    q_ptr += b * stride_qb + h * stride_qh
-    q = _tile(q_ptr, start_m, stride_qt, T, tl.arange(0, BLOCK_M), offs_d, stride_qd, True, D, BLOCK_D)
+    keys, values = Source(k_ptr, stride_ks, stride_kd), Source(v_ptr, stride_vs, stride_vd)
+    queries = Source(q_ptr + b * stride_qb + h * stride_qh, stride_qt, stride_qd)
+    q = _tile(queries, start_m, T, tl.arange(0, BLOCK_M), head, True, D)  # [BLOCK_M, BLOCK_D]
+
     scale_log2 = scale * LOG2E
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for n in range(0, tl.cdiv(inside - begin, BLOCK_N) + tl.cdiv(end - outside, BLOCK_N)):
-        start = _masked_start(n, begin, inside, outside, BLOCK_N)
+    for n in range(0, _masked_tiles(ranges, BLOCK_N)):
         acc, m, total = _fwd_tile(
-            acc, m, total, q, k_ptr, v_ptr, start, stride_ks, stride_kd, stride_vs, stride_vd, offs_n, offs_d,
-            first, last, end, bounded, offs_m[:, None], T, S, b, h, key_mask_ptr, mask_ptr, stride_kmb, stride_kms,
-            stride_mb, stride_mh, stride_mt, stride_ms,
-            dropout_i, dropout_start, dropout_b, site, threshold, seed_ptr, dropped, scale_log2,
-            True, HAS_DROPOUT, PRECISION, D, BLOCK_D, DESCRIBED,
+            acc, m, total, q, keys, values, _masked_start(n, ranges, BLOCK_N), walk, rows, head, masks, dropout,
+            dropped, scale_log2, True, PRECISION, D, DESCRIBED,
         )  # fmt: skip
-    for start in range(inside, outside, BLOCK_N):
-        start = tl.multiple_of(start, BLOCK_N)
+    for start in range(ranges.inside, ranges.outside, BLOCK_N):
         acc, m, total = _fwd_tile(
-            acc, m, total, q, k_ptr, v_ptr, start, stride_ks, stride_kd, stride_vs, stride_vd, offs_n, offs_d,
-            first, last, end, bounded, offs_m[:, None], T, S, b, h, key_mask_ptr, mask_ptr, stride_kmb, stride_kms,
-            stride_mb, stride_mh, stride_mt, stride_ms,
-            dropout_i, dropout_start, dropout_b, site, threshold, seed_ptr, dropped, scale_log2,
-            False, HAS_DROPOUT, PRECISION, D, BLOCK_D, DESCRIBED,
+            acc, m, total, q, keys, values, tl.multiple_of(start, BLOCK_N), walk, rows, head, masks, dropout,
+            dropped, scale_log2, False, PRECISION, D, DESCRIBED,
         )  # fmt: skip
 
     empty = total == 0.0
-    out = acc * (dropout_scale / tl.where(empty, 1.0, total))[:, None]
-    lse = tl.where(empty, float("inf"), (m + tl.log2(tl.where(empty, 1.0, total))) * LN2)
-    out_ptrs = out_ptr + b * stride_ob + h * stride_oh + offs_m.to(tl.int64)[:, None] * stride_ot + offs_d[None, :]
-    tl.store(out_ptrs, cast(out, out_ptr.dtype.element_ty, PRECISION), mask=mask_m[:, None] & (offs_d < D)[None, :])
+    out = acc * (dropout_scale / tl.where(empty, 1.0, total))[:, None]  # [BLOCK_M, BLOCK_D]
+    lse = tl.where(empty, float("inf"), (m + tl.log2(tl.where(empty, 1.0, total))) * LN2)  # [BLOCK_M]
+    offs = offs_m.to(tl.int64)[:, None]
+    out_ptrs = out_ptr + b * stride_ob + h * stride_oh + offs * stride_ot + head.offs_d[None, :]
+    mask = mask_m[:, None] & (head.offs_d < D)[None, :]
+    tl.store(out_ptrs, cast(out, out_ptr.dtype.element_ty, PRECISION), mask=mask)
     tl.store(lse_ptr + bh * T + offs_m, lse, mask=mask_m)
 
 
 @triton.jit
 def _bwd_dq_tile(
-    dq, q, do, lse_log2, delta, k_ptr, v_ptr, start, stride_ks, stride_kd, stride_vs, stride_vd, offs_n, offs_d,
-    first, last, end, bounded, i, T, S, b, h, key_mask_ptr, mask_ptr,
-    stride_kb, stride_kk, stride_mb, stride_mh, stride_mt, stride_ms,
-    dropout_i, dropout_start, dropout_b, site, threshold, seed_ptr, dropout_scale, scale_log2,
-    MASKED: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    DESCRIBED: tl.constexpr,
+    dq, q, do, lse_log2, delta, keys, values, start, walk, rows, head, masks, dropout, dropout_scale, scale_log2,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys added to dQ / scale."""
-    k = _stream(k_ptr, b, h, start, stride_ks, end, bounded, offs_n, offs_d, stride_kd, MASKED, D, BLOCK_D, DESCRIBED)
-    v = _stream(v_ptr, b, h, start, stride_vs, end, bounded, offs_n, offs_d, stride_vd, MASKED, D, BLOCK_D, DESCRIBED)
-    if MASKED and key_mask_ptr is not None:
-        k = _without_padding(k, start + offs_n, S, b, key_mask_ptr, stride_kb, stride_kk)
+    """Add a tile of keys to dQ / scale, [BLOCK_M, BLOCK_D]."""
+    k = _walked_tile(keys, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_N, BLOCK_D]
+    v = _walked_tile(values, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_N, BLOCK_D]
+    if MASKED and masks.key_mask_ptr is not None:
+        k = _without_padding(k, start + walk.offs, head, masks)
     s = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
     p = tl.exp2(s * scale_log2 - lse_log2[:, None])
-    j = (start + offs_n)[None, :]
-    dp = dot(do, tl.trans(v), None, PRECISION)
-    if HAS_DROPOUT:
-        dropout_j = _dropout_position(start, offs_n, dropout_start, offs_n.shape[0])
-        keep = keep_matrix(dropout_i, dropout_j, dropout_b, site, threshold, seed_ptr)
+    j = (start + walk.offs)[None, :]
+    dp = dot(do, tl.trans(v), None, PRECISION)  # [BLOCK_M, BLOCK_N]
+    if dropout.seed_ptr is not None:
+        keep = _keep(dropout.position, _walked_position(start, walk, dropout), dropout)
         dp = tl.where(keep, dp * dropout_scale, 0.0)
     ds = p * (dp - delta[:, None])
     if MASKED:
-        ds = tl.where(
-            _allowed(j, first[:, None], last[:, None], i, j, T, S, b, h, key_mask_ptr, mask_ptr,
-                     stride_kb, stride_kk, stride_mb, stride_mh, stride_mt, stride_ms), ds, 0.0,
-        )  # fmt: skip
+        ds = tl.where(_allowed(j, rows, rows.offs, j, head, masks), ds, 0.0)
     return dot(cast(ds, k.dtype, PRECISION), k, dq, PRECISION)
 
 
 @triton.jit(do_not_specialize=["T", "S", "lower", "upper", "site", "threshold"])
 def _bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, rows_ptr, dq_ptr,
-    length_ptr, key_mask_ptr, mask_ptr, start_ptr, end_ptr, sequence_ptr, seed_ptr,
+    q_ptr,  # [B, H, T, D]
+    k_ptr, v_ptr,  # [B, H, S, D], or descriptors if DESCRIBED
+    out_ptr,  # [B, H, T, D], elements contiguous
+    do_ptr,  # [B, H, T, D]
+    lse_ptr,  # [B, H, T] float32
+    rows_ptr,  # [2, B H, padded T] float32: lse in powers of two and delta (1 - p), for _bwd_dkdv_kernel
+    dq_ptr,  # [B, H, T, D], elements contiguous
+    length_ptr,  # [B]
+    key_mask_ptr,  # [B, S]
+    mask_ptr,  # [B, H, T, S]
+    start_ptr, end_ptr, sequence_ptr,  # [T]
+    seed_ptr,  # [1]; None without dropout
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_ob, stride_oh, stride_ot,
     stride_dob, stride_doh, stride_dot, stride_dod, stride_dqb, stride_dqh, stride_dqt,
     stride_kmb, stride_kms, stride_mb, stride_mh, stride_mt, stride_ms,
-    H, T, S, lower, upper, scale, site, threshold, dropout_scale, kept,
-    ALL_MASKED: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
+    H, T, S, lower, upper, scale, site, threshold, dropout_scale,
+    kept,  # 1 - p
+    ALL_MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """dQ; and for the kernel of dK and dV that follows, lse in powers of two and delta (1 - p): [2, B H, padded T]."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
-    start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest rows of causal work first
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < T
-    first, last = _bounds(offs_m + S - T, mask_m, lower, upper, S, length_ptr, start_ptr, end_ptr, b)
-    begin, inside, outside, end = _ranges(first, last, mask_m, S, ALL_MASKED, BLOCK_N)
-    dropout_start, dropout_b = _coordinates(offs_m, mask_m, start_ptr, sequence_ptr, bh.to(tl.int32), h.to(tl.int32), H)
-    dropout_i = (offs_m - dropout_start)[:, None]
-    dropout_start, dropout_b = dropout_start[:, None], dropout_b[:, None]
+    head = Head(b, h, tl.arange(0, BLOCK_D))
+    packing = Packing(start_ptr, end_ptr, sequence_ptr)
+    masks = Masks(key_mask_ptr, stride_kmb, stride_kms, mask_ptr, stride_mb, stride_mh, stride_mt, stride_ms, T, S)
+    position, sequence_start, matrix = _coordinates(offs_m, mask_m, packing, bh, h, H)
+    dropout = Dropout(position, sequence_start, matrix, site, threshold, seed_ptr)
 
-    bounded = start_ptr if length_ptr is None else length_ptr
+    first, last = _bounds(offs_m + S - T, mask_m, lower, upper, S, length_ptr, packing, b)
+    ranges = _ranges(first, last, mask_m, S, ALL_MASKED, BLOCK_N)
+    rows = Rows(offs_m[:, None], first[:, None], last[:, None])
+    walk = Walk(tl.arange(0, BLOCK_N), ranges.end, start_ptr if length_ptr is None else length_ptr)
     if not DESCRIBED:
         k_ptr += b * stride_kb + h * stride_kh
         v_ptr += b * stride_vb + h * stride_vh
-    rows = tl.arange(0, BLOCK_M)
-    q = _tile(q_ptr + b * stride_qb + h * stride_qh, start_m, stride_qt, T, rows, offs_d, stride_qd, True, D, BLOCK_D)
-    do = _tile(
-        do_ptr + b * stride_dob + h * stride_doh, start_m, stride_dot, T, rows, offs_d, stride_dod, True, D, BLOCK_D
-    )
-    out = _tile(out_ptr + b * stride_ob + h * stride_oh, start_m, stride_ot, T, rows, offs_d, 1, True, D, BLOCK_D)
-    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), axis=1)
-    lse_log2 = tl.load(lse_ptr + bh * T + offs_m, mask=mask_m, other=float("inf")) * LOG2E
+    keys, values = Source(k_ptr, stride_ks, stride_kd), Source(v_ptr, stride_vs, stride_vd)
+    queries = Source(q_ptr + b * stride_qb + h * stride_qh, stride_qt, stride_qd)
+    douts = Source(do_ptr + b * stride_dob + h * stride_doh, stride_dot, stride_dod)
+    outs = Source(out_ptr + b * stride_ob + h * stride_oh, stride_ot, 1)
+    q = _tile(queries, start_m, T, tl.arange(0, BLOCK_M), head, True, D)  # [BLOCK_M, BLOCK_D]
+    do = _tile(douts, start_m, T, tl.arange(0, BLOCK_M), head, True, D)  # [BLOCK_M, BLOCK_D]
+    out = _tile(outs, start_m, T, tl.arange(0, BLOCK_M), head, True, D)  # [BLOCK_M, BLOCK_D]
+
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), axis=1)  # [BLOCK_M]
+    lse_log2 = tl.load(lse_ptr + bh * T + offs_m, mask=mask_m, other=float("inf")) * LOG2E  # [BLOCK_M]
     padded = tl.cdiv(T, ROW_TILE) * ROW_TILE
     rows_ptr += bh * padded + offs_m
     tl.store(rows_ptr, lse_log2, mask=offs_m < padded)
     tl.store(rows_ptr + tl.num_programs(1) * padded, delta * kept, mask=offs_m < padded)
+
     scale_log2 = scale * LOG2E
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    for n in range(0, tl.cdiv(inside - begin, BLOCK_N) + tl.cdiv(end - outside, BLOCK_N)):
-        start = _masked_start(n, begin, inside, outside, BLOCK_N)
+    for n in range(0, _masked_tiles(ranges, BLOCK_N)):
         dq = _bwd_dq_tile(
-            dq, q, do, lse_log2, delta, k_ptr, v_ptr, start, stride_ks, stride_kd, stride_vs, stride_vd, offs_n, offs_d,
-            first, last, end, bounded, offs_m[:, None], T, S, b, h, key_mask_ptr, mask_ptr, stride_kmb, stride_kms,
-            stride_mb, stride_mh, stride_mt, stride_ms,
-            dropout_i, dropout_start, dropout_b, site, threshold, seed_ptr, dropout_scale, scale_log2,
-            True, HAS_DROPOUT, PRECISION, D, BLOCK_D, DESCRIBED,
+            dq, q, do, lse_log2, delta, keys, values, _masked_start(n, ranges, BLOCK_N), walk, rows, head, masks,
+            dropout, dropout_scale, scale_log2, True, PRECISION, D, DESCRIBED,
         )  # fmt: skip
-    for start in range(inside, outside, BLOCK_N):
-        start = tl.multiple_of(start, BLOCK_N)
+    for start in range(ranges.inside, ranges.outside, BLOCK_N):
         dq = _bwd_dq_tile(
-            dq, q, do, lse_log2, delta, k_ptr, v_ptr, start, stride_ks, stride_kd, stride_vs, stride_vd, offs_n, offs_d,
-            first, last, end, bounded, offs_m[:, None], T, S, b, h, key_mask_ptr, mask_ptr, stride_kmb, stride_kms,
-            stride_mb, stride_mh, stride_mt, stride_ms,
-            dropout_i, dropout_start, dropout_b, site, threshold, seed_ptr, dropout_scale, scale_log2,
-            False, HAS_DROPOUT, PRECISION, D, BLOCK_D, DESCRIBED,
+            dq, q, do, lse_log2, delta, keys, values, tl.multiple_of(start, BLOCK_N), walk, rows, head, masks,
+            dropout, dropout_scale, scale_log2, False, PRECISION, D, DESCRIBED,
         )  # fmt: skip
-    dq_ptrs = dq_ptr + b * stride_dqb + h * stride_dqh + offs_m.to(tl.int64)[:, None] * stride_dqt + offs_d[None, :]
-    tl.store(
-        dq_ptrs, cast(dq * scale, dq_ptr.dtype.element_ty, PRECISION), mask=mask_m[:, None] & (offs_d < D)[None, :]
-    )
+    offs = offs_m.to(tl.int64)[:, None]
+    dq_ptrs = dq_ptr + b * stride_dqb + h * stride_dqh + offs * stride_dqt + head.offs_d[None, :]
+    mask = mask_m[:, None] & (head.offs_d < D)[None, :]
+    tl.store(dq_ptrs, cast(dq * scale, dq_ptr.dtype.element_ty, PRECISION), mask=mask)
+
+
+@triton.jit
+def _saved_rows(rows_ptr, start, bh, T, walk, DESCRIBED: tl.constexpr):
+    """Load what _bwd_dq_kernel saved of a tile of queries: lse in powers of two and delta (1 - p), [BLOCK_M] each.
+
+    No load is masked, because `rows_ptr` holds whole tiles.
+    """
+    if DESCRIBED:
+        matrix = bh.to(tl.int32)
+        lse_log2 = tl.reshape(rows_ptr.load([matrix, start]), [walk.offs.shape[0]])
+        delta = tl.reshape(rows_ptr.load([tl.num_programs(1) + matrix, start]), [walk.offs.shape[0]])
+    else:
+        padded = tl.cdiv(T, ROW_TILE) * ROW_TILE
+        ptrs = rows_ptr + bh * padded + (start + walk.offs)
+        lse_log2 = tl.load(ptrs)
+        delta = tl.load(ptrs + tl.num_programs(1) * padded)
+    return lse_log2, delta
 
 
 @triton.jit
 def _bwd_dkdv_tile(
-    dk, dv, k, v, q_ptr, do_ptr, rows_ptr, start, stride_qt, stride_qd, stride_dot, stride_dod, offs_m,
-    offs_d,
-    first, last, end, bounded, j, T, S, b, h, H, key_mask_ptr, mask_ptr,
-    stride_kb, stride_kk, stride_mb, stride_mh, stride_mt, stride_ms,
-    dropout_j, dropout_start, dropout_b, site, threshold, seed_ptr, scale_log2,
-    MASKED: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    DESCRIBED: tl.constexpr,
+    dk, dv, k, v, queries, douts, rows_ptr, start, bh, walk, rows, head, masks, dropout, scale_log2,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries added to dK / scale and dV, both still without dropout's scale; keys are the rows."""
-    q = _stream(q_ptr, b, h, start, stride_qt, end, bounded, offs_m, offs_d, stride_qd, MASKED, D, BLOCK_D, DESCRIBED)
-    do = _stream(
-        do_ptr, b, h, start, stride_dot, end, bounded, offs_m, offs_d, stride_dod, MASKED, D, BLOCK_D, DESCRIBED
-    )
-    rows = start + offs_m
-    if DESCRIBED:
-        matrix = (b * H + h).to(tl.int32)
-        lse_log2 = tl.reshape(rows_ptr.load([matrix, start]), [offs_m.shape[0]])
-        delta = tl.reshape(rows_ptr.load([tl.num_programs(1) + matrix, start]), [offs_m.shape[0]])
-    else:
-        padded = tl.cdiv(T, ROW_TILE) * ROW_TILE
-        at = rows_ptr + (b * H + h) * padded + rows
-        lse_log2 = tl.load(at)
-        delta = tl.load(at + tl.num_programs(1) * padded)
-    s = dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_N, BLOCK_M]
+    """Add a tile of queries to dK / scale and dV, [BLOCK_N, BLOCK_D], both still without dropout's scale."""
+    q = _walked_tile(queries, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_M, BLOCK_D]
+    do = _walked_tile(douts, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_M, BLOCK_D]
+    lse_log2, delta = _saved_rows(rows_ptr, start, bh, masks.T, walk, DESCRIBED)
+    s = dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_N, BLOCK_M]: keys are the rows
     p = tl.exp2(s * scale_log2 - lse_log2[None, :])
-    i = rows[None, :]
+    i = (start + walk.offs)[None, :]
     if MASKED:
-        allowed = _allowed(
-            i, first[:, None], last[:, None], i, j, T, S, b, h, key_mask_ptr, mask_ptr,
-            stride_kb, stride_kk, stride_mb, stride_mh, stride_mt, stride_ms,
-        )  # fmt: skip
+        allowed = _allowed(i, rows, i, rows.offs, head, masks)
         p = tl.where(allowed, p, 0.0)
-    dp = dot(v, tl.trans(do), None, PRECISION)
-    if HAS_DROPOUT:
-        # The sign carries the decision: one select serves both products. delta comes times 1 - p, the scale at the end.
-        dropout_i = _dropout_position(start, offs_m, dropout_start, offs_m.shape[0])
-        keep = keep_matrix(dropout_i, dropout_j, dropout_b, site, threshold, seed_ptr)
+    dp = dot(v, tl.trans(do), None, PRECISION)  # [BLOCK_N, BLOCK_M]
+    if dropout.seed_ptr is not None:
+        # The sign carries the decision, so that one select serves both products. delta comes times 1 - p; the scale of
+        # dropout is applied once, at the end.
+        keep = _keep(_walked_position(start, walk, dropout), dropout.position, dropout)
         signed = tl.where(keep, p, -p)
         z = tl.maximum(signed, 0.0)
         ds = z * dp - tl.abs(signed) * delta[None, :]
@@ -394,106 +481,90 @@ def _bwd_dkdv_tile(
 
 @triton.jit(do_not_specialize=["T", "S", "lower", "upper", "site", "threshold"])
 def _bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, rows_ptr, dk_ptr, dv_ptr,
-    length_ptr, key_mask_ptr, mask_ptr, start_ptr, end_ptr, sequence_ptr, seed_ptr,
+    q_ptr, do_ptr,  # [B, H, T, D], or descriptors if DESCRIBED
+    k_ptr, v_ptr,  # [B, H, S, D]
+    rows_ptr,  # [2, B H, padded T] float32, from _bwd_dq_kernel; or a descriptor if DESCRIBED
+    dk_ptr, dv_ptr,  # [B, H, S, D], elements contiguous
+    length_ptr,  # [B]
+    key_mask_ptr,  # [B, S]
+    mask_ptr,  # [B, H, T, S]
+    start_ptr, end_ptr, sequence_ptr,  # [T]
+    seed_ptr,  # [1]; None without dropout
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_dob, stride_doh, stride_dot, stride_dod,
     stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
     stride_kmb, stride_kms, stride_mb, stride_mh, stride_mt, stride_ms,
     H, T, S, lower, upper, scale, site, threshold, dropout_scale,
-    ALL_MASKED: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
+    ALL_MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
+    tl.static_assert(ROW_TILE % BLOCK_M == 0)  # saved rows are read without a mask
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
-    tl.static_assert(ROW_TILE % BLOCK_M == 0)  # rows are read without a mask
     start_n = tl.program_id(0) * BLOCK_N  # the first keys of causal work have the most queries
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
     mask_n = offs_n < S
-    first, last = _bounds(offs_n - (S - T), mask_n, upper, lower, T, None, start_ptr, end_ptr, b)
+    head = Head(b, h, tl.arange(0, BLOCK_D))
+    packing = Packing(start_ptr, end_ptr, sequence_ptr)
+    masks = Masks(key_mask_ptr, stride_kmb, stride_kms, mask_ptr, stride_mb, stride_mh, stride_mt, stride_ms, T, S)
+    position, sequence_start, matrix = _coordinates(offs_n, mask_n, packing, bh, h, H)
+    dropout = Dropout(position, sequence_start, matrix, site, threshold, seed_ptr)
+
+    first, last = _bounds(offs_n - (S - T), mask_n, upper, lower, T, None, packing, b)
     if length_ptr is not None:
         last = tl.where(offs_n < tl.load(length_ptr + b), last, 0)
-    begin, inside, outside, end = _ranges(first, last, mask_n, T, ALL_MASKED, BLOCK_M)
-    dropout_start, dropout_b = _coordinates(offs_n, mask_n, start_ptr, sequence_ptr, bh.to(tl.int32), h.to(tl.int32), H)
-    dropout_j = (offs_n - dropout_start)[:, None]
-    dropout_start, dropout_b = dropout_start[:, None], dropout_b[:, None]
-
-    bounded = start_ptr
+    ranges = _ranges(first, last, mask_n, T, ALL_MASKED, BLOCK_M)
+    rows = Rows(offs_n[:, None], first[:, None], last[:, None])
+    walk = Walk(tl.arange(0, BLOCK_M), ranges.end, start_ptr)
     if not DESCRIBED:
         q_ptr += b * stride_qb + h * stride_qh
         do_ptr += b * stride_dob + h * stride_doh
-    rows = tl.arange(0, BLOCK_N)
-    k = _tile(k_ptr + b * stride_kb + h * stride_kh, start_n, stride_ks, S, rows, offs_d, stride_kd, True, D, BLOCK_D)
-    v = _tile(v_ptr + b * stride_vb + h * stride_vh, start_n, stride_vs, S, rows, offs_d, stride_vd, True, D, BLOCK_D)
+    queries, douts = Source(q_ptr, stride_qt, stride_qd), Source(do_ptr, stride_dot, stride_dod)
+    keys = Source(k_ptr + b * stride_kb + h * stride_kh, stride_ks, stride_kd)
+    values = Source(v_ptr + b * stride_vb + h * stride_vh, stride_vs, stride_vd)
+    k = _tile(keys, start_n, S, tl.arange(0, BLOCK_N), head, True, D)  # [BLOCK_N, BLOCK_D]
+    v = _tile(values, start_n, S, tl.arange(0, BLOCK_N), head, True, D)  # [BLOCK_N, BLOCK_D]
+
     scale_log2 = scale * LOG2E
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
-    for n in range(0, tl.cdiv(inside - begin, BLOCK_M) + tl.cdiv(end - outside, BLOCK_M)):
-        start = _masked_start(n, begin, inside, outside, BLOCK_M)
+    for n in range(0, _masked_tiles(ranges, BLOCK_M)):
         dk, dv = _bwd_dkdv_tile(
-            dk, dv, k, v, q_ptr, do_ptr, rows_ptr, start, stride_qt, stride_qd, stride_dot, stride_dod,
-            offs_m, offs_d, first, last, end, bounded, offs_n[:, None], T, S, b, h, H, key_mask_ptr, mask_ptr,
-            stride_kmb, stride_kms, stride_mb, stride_mh, stride_mt, stride_ms,
-            dropout_j, dropout_start, dropout_b, site, threshold, seed_ptr, scale_log2,
-            True, HAS_DROPOUT, PRECISION, D, BLOCK_D, DESCRIBED,
+            dk, dv, k, v, queries, douts, rows_ptr, _masked_start(n, ranges, BLOCK_M), bh, walk, rows, head, masks,
+            dropout, scale_log2, True, PRECISION, D, DESCRIBED,
         )  # fmt: skip
-    for start in range(inside, outside, BLOCK_M):
-        start = tl.multiple_of(start, BLOCK_M)
+    for start in range(ranges.inside, ranges.outside, BLOCK_M):
         dk, dv = _bwd_dkdv_tile(
-            dk, dv, k, v, q_ptr, do_ptr, rows_ptr, start, stride_qt, stride_qd, stride_dot, stride_dod,
-            offs_m, offs_d, first, last, end, bounded, offs_n[:, None], T, S, b, h, H, key_mask_ptr, mask_ptr,
-            stride_kmb, stride_kms, stride_mb, stride_mh, stride_mt, stride_ms,
-            dropout_j, dropout_start, dropout_b, site, threshold, seed_ptr, scale_log2,
-            False, HAS_DROPOUT, PRECISION, D, BLOCK_D, DESCRIBED,
+            dk, dv, k, v, queries, douts, rows_ptr, tl.multiple_of(start, BLOCK_M), bh, walk, rows, head, masks,
+            dropout, scale_log2, False, PRECISION, D, DESCRIBED,
         )  # fmt: skip
-    mask = mask_n[:, None] & (offs_d < D)[None, :]
     offs = offs_n.to(tl.int64)[:, None]
-    dk_ptrs = dk_ptr + b * stride_dkb + h * stride_dkh + offs * stride_dks + offs_d[None, :]
-    dv_ptrs = dv_ptr + b * stride_dvb + h * stride_dvh + offs * stride_dvs + offs_d[None, :]
+    dk_ptrs = dk_ptr + b * stride_dkb + h * stride_dkh + offs * stride_dks + head.offs_d[None, :]
+    dv_ptrs = dv_ptr + b * stride_dvb + h * stride_dvh + offs * stride_dvs + head.offs_d[None, :]
+    mask = mask_n[:, None] & (head.offs_d < D)[None, :]
     tl.store(dk_ptrs, cast(dk * (scale * dropout_scale), dk_ptr.dtype.element_ty, PRECISION), mask=mask)
     tl.store(dv_ptrs, cast(dv * dropout_scale, dv_ptr.dtype.element_ty, PRECISION), mask=mask)
 
 
 def config(kernel: str, q: torch.Tensor) -> tuple[Config, int]:
-    """Tiles for these tensors, and the head size they are padded to."""
+    """Return the launch configuration for q [B, H, T, D], and BLOCK_D."""
     D = q.shape[-1]
     BLOCK_D = max(16, triton.next_power_of_2(D))
     launch = launch_configs.pick("attention", kernel, launch_configs.architecture(q.device), q.element_size(), BLOCK_D)
     return Config(*launch), BLOCK_D
 
 
-def streams(rows: int, BLOCK_D: int, **tensors: torch.Tensor) -> dict[str, Any]:
-    """What a loop walks over in tiles of so many rows: descriptors of 16-bit tensors [B, H, rows, D] where all of them
-    are aligned (made on the device they would cost instructions in every program), else the tensors themselves."""
+def sources(rows: int, BLOCK_D: int, **tensors: torch.Tensor) -> dict[str, Any]:
+    """Return the arguments for tensors [B, H, rows, D] that a loop walks over: all descriptors, or all pointers."""
     architecture = launch_configs.architecture(next(iter(tensors.values())).device)
-    described = architecture == launch_configs.INTERPRETER or architecture >= 90
-    described = described and all(_aligned(tensor) for tensor in tensors.values())
-    if described:
+    if all(describable(x, architecture) for x in tensors.values()):
         block = [1, 1, rows, BLOCK_D]
-        made = {name: TensorDescriptor(x, list(x.shape), _strides_of(x), block) for name, x in tensors.items()}
-        return {"DESCRIBED": True, **made}
+        return {"DESCRIBED": True, **{name: descriptor(x, block) for name, x in tensors.items()}}
     return {"DESCRIBED": False, **tensors}
 
 
-def _strides_of(x: torch.Tensor) -> list[int]:
-    """The strides; where a size is 1 they say nothing, and a descriptor gets one that it takes."""
-    return [8 if x.shape[axis] == 1 and axis < 3 else stride for axis, stride in enumerate(x.stride())]
-
-
-def _aligned(x: torch.Tensor) -> bool:
-    strides = _strides_of(x)
-    return (
-        x.element_size() == 2
-        and x.data_ptr() % 16 == 0
-        and strides[3] == 1
-        and all(stride > 0 and stride % 8 == 0 for stride in strides[:3])
-    )
-
-
 class Options(NamedTuple):
-    """The options of the op, in the order of its schema."""
+    """Options of the op, in the order of its schema."""
 
     lengths: torch.Tensor | None
     key_mask: torch.Tensor | None
@@ -508,7 +579,7 @@ class Options(NamedTuple):
 
 
 def _shared_arguments(q: torch.Tensor, k: torch.Tensor, options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What all three kernels take: pointers, strides and numbers; and compile-time switches."""
+    """Return the arguments that all three kernels take: pointers, strides and numbers; and compile-time switches."""
     B, H, T, D = q.shape
     S = k.shape[2]
     window = UNBOUNDED if options.window is None else min(options.window, UNBOUNDED)
@@ -528,15 +599,19 @@ def _shared_arguments(q: torch.Tensor, k: torch.Tensor, options: Options) -> tup
         "H": H, "T": T, "S": S, "lower": window, "upper": 1 if options.causal else window, "site": options.site,
     }  # fmt: skip
     switches = {
-        "ALL_MASKED": options.key_mask is not None or mask is not None, "HAS_DROPOUT": options.seed is not None,
-        "PRECISION": precision(), "D": D,
-    }  # fmt: skip
+        "ALL_MASKED": options.key_mask is not None or mask is not None,
+        "PRECISION": precision(),
+        "D": D,
+    }
     return arguments, switches
 
 
 def _packing(cu_seqlens: torch.Tensor, T: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """int32 [T] each: where a token's sequence starts, where it ends, and which it is. What follows the last sequence
-    is one that ends where it starts. Values are clamped, so that no wrong one leads out of bounds."""
+    """Return the start, the end and the number of each token's sequence, int32 [T] each.
+
+    Tokens after the last sequence belong to one more, which ends where it starts. Values of cu_seqlens are clamped, so
+    that a wrong one does not lead out of bounds.
+    """
     bounds = cu_seqlens.long().clamp(0, T)
     tokens = torch.arange(T, device=cu_seqlens.device)
     sequence = torch.searchsorted(bounds[1:].contiguous(), tokens, right=True)
@@ -546,7 +621,7 @@ def _packing(cu_seqlens: torch.Tensor, T: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def _signed(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
-    """The kernels want scale ≥ 0: a negative one moves into q."""
+    """Return (q, scale) with scale ≥ 0, as the kernels expect: the sign moves into q."""
     return (-q, -scale) if scale < 0 else (q, scale)
 
 
@@ -567,7 +642,7 @@ def _empty_bthd(q: torch.Tensor, rows: int) -> torch.Tensor:
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, threshold: int, dropout_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [B, H, T, D], laid out [B, T, H, D], and the float32 lse [B, H, T]."""
+    """Return out [B, H, T, D], laid out [B, T, H, D], and the float32 lse [B, H, T]."""
     T = q.shape[2]
     out = _empty_bthd(q, T)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -579,7 +654,7 @@ def forward(
     arguments, switches = _shared_arguments(q, k, options)
     launch, BLOCK_D = config("fwd", q)
     _fwd_kernel[_grid(T, launch.queries, q)](
-        q_ptr=q, **streams(launch.keys, BLOCK_D, k_ptr=k, v_ptr=v), out_ptr=out, lse_ptr=lse,
+        q_ptr=q, **sources(launch.keys, BLOCK_D, k_ptr=k, v_ptr=v), out_ptr=out, lse_ptr=lse,
         **_strides("q", q, "t"), **_strides("k", k, "s"), **_strides("v", v, "s"), **_strides("o", out, "t",
         last=False),
         **arguments, scale=scale, threshold=threshold, dropout_scale=dropout_scale, dropped=0.0,
@@ -594,7 +669,7 @@ def backward_into(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
     options: Options, threshold: int, dropout_scale: float,
 ) -> None:  # fmt: skip
-    """Writes the gradients into [B, H, rows, D] tensors whose last axis is contiguous."""
+    """Write the gradients into dq, dk and dv, [B, H, rows, D] each, whose last axis is contiguous."""
     T, S = q.shape[2], k.shape[2]
     if q.numel() == 0 or k.numel() == 0:
         for gradient in (dq, dk, dv):
@@ -612,15 +687,15 @@ def backward_into(
         "BLOCK_D": BLOCK_D,
     }  # fmt: skip
     _bwd_dq_kernel[_grid(T, launch.queries, q)](
-        q_ptr=q, do_ptr=dout, **streams(launch.keys, BLOCK_D, k_ptr=k, v_ptr=v),
+        q_ptr=q, do_ptr=dout, **sources(launch.keys, BLOCK_D, k_ptr=k, v_ptr=v),
         out_ptr=out, lse_ptr=lse, rows_ptr=rows, dq_ptr=dq, **_strides("o", out, "t", last=False),
         **_strides("dq", dq, "t", last=False), **inputs, kept=1 / dropout_scale if dropout_scale else 0.0,
         BLOCK_M=launch.queries, BLOCK_N=launch.keys, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     launch, _ = config("bwd_dkdv", q)
-    walked = streams(launch.queries, BLOCK_D, q_ptr=q, do_ptr=dout)
+    walked = sources(launch.queries, BLOCK_D, q_ptr=q, do_ptr=dout)
     if walked["DESCRIBED"]:
-        rows = TensorDescriptor(rows, [2 * matrices, padded], [padded, 1], [1, launch.queries])
+        rows = descriptor(rows, [1, launch.queries])
     _bwd_dkdv_kernel[_grid(S, launch.keys, q)](
         k_ptr=k, v_ptr=v, **walked, rows_ptr=rows,
         dk_ptr=dk, dv_ptr=dv, **_strides("dk", dk, "s", last=False), **_strides("dv", dv, "s", last=False), **inputs,
@@ -634,7 +709,7 @@ def backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
     options: Options, threshold: int, dropout_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """dq, dk and dv, laid out [B, rows, H, D]."""
+    """Return dq, dk and dv, laid out [B, rows, H, D]."""
     S = k.shape[2]
     dq, dk, dv = _empty_bthd(q, q.shape[2]), _empty_bthd(k, S), _empty_bthd(k, S)
     backward_into(dq, dk, dv, dout, q, k, v, out, lse, options, threshold, dropout_scale)
@@ -645,7 +720,7 @@ def backward_qkv(
     dout: torch.Tensor, qkv: torch.Tensor, num_heads: int, out: torch.Tensor, lse: torch.Tensor,
     options: Options, threshold: int, dropout_scale: float,
 ) -> torch.Tensor:  # fmt: skip
-    """The gradient of the packed projection, [B, T, 3C]."""
+    """Return the gradient of the packed projection, [B, T, 3C]."""
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     B, T, C3 = qkv.shape
     heads = (B, T, 3, num_heads, C3 // (3 * num_heads))

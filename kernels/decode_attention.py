@@ -122,12 +122,16 @@ def forward(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengt
     m = torch.empty((2, B * H, splits), dtype=torch.float32, device=q.device)
     if splits > 0:
         _fwd_kernel[(B * H, splits)](
-            q, k_cache, v_cache, lengths, acc, m[0], m[1], *q.stride(), *k_cache.stride(), *v_cache.stride(),
-            H, S, D, splits, D**-0.5 * LOG2E,
+            q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, lengths_ptr=lengths, acc_ptr=acc, m_ptr=m[0], l_ptr=m[1],
+            stride_qb=q.stride(0), stride_qh=q.stride(1), stride_qd=q.stride(2),
+            stride_kb=k_cache.stride(0), stride_kh=k_cache.stride(1), stride_kt=k_cache.stride(2),
+            stride_kd=k_cache.stride(3), stride_vb=v_cache.stride(0), stride_vh=v_cache.stride(1),
+            stride_vt=v_cache.stride(2), stride_vd=v_cache.stride(3),
+            H=H, S=S, D=D, splits=splits, scale=D**-0.5 * LOG2E,
             SPLIT=launch.split, BLOCK_N=launch.keys, BLOCK_D=BLOCK_D, num_warps=launch.warps,
         )  # fmt: skip
     _add_kernel[(B * H,)](
-        acc, m[0], m[1], lengths, out, H, S, D, splits,
+        acc_ptr=acc, m_ptr=m[0], l_ptr=m[1], lengths_ptr=lengths, out_ptr=out, H=H, S=S, D=D, splits=splits,
         SPLIT=launch.split, ADDED=launch.added, BLOCK_D=BLOCK_D, num_warps=1,
     )  # fmt: skip
     return out.to(q.dtype)

@@ -33,6 +33,7 @@ def _fwd_kernel(
     HAS_DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Columns count in 32 bits, which hold every width: in 64 the dropout rule takes more registers.
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_m = offs_m < M
     mask = mask_m[:, None] & (offs_c < C)[None, :]
@@ -57,7 +58,7 @@ def _bwd_kernel(
 ):  # fmt: skip
     """Adds one chunk of the sorted uses; partial [chunks, 2, C] takes the run it goes on with and the one it begins."""
     chunk = tl.program_id(0).to(tl.int64)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     base = chunk * CHUNK
     id_before = tl.load(ids_ptr + base - 1, mask=base > 0, other=-1)
     partial_ptr += chunk * 2 * C
@@ -94,7 +95,7 @@ def _bwd_reduce_kernel(
 ):
     """Adds the partial sums of the run that begins in a chunk and reaches beyond it, up to chunk `reach`."""
     chunk = tl.program_id(0).to(tl.int64)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     base = chunk * CHUNK
     last = tl.minimum(base + CHUNK, M) - 1
     id_last = tl.load(ids_ptr + last)
@@ -133,9 +134,12 @@ def forward(
         return out
     M, launch = tokens.numel(), config(token_weight)
     _fwd_kernel[(triton.cdiv(M, launch.rows), triton.cdiv(C, launch.columns))](
-        tokens.contiguous(), positions.contiguous(), token_weight, position_weight, out, seed,
-        *token_weight.stride(), *position_weight.stride(), M, positions.numel(), token_weight.shape[0],
-        position_weight.shape[0], C, site, threshold, scale,
+        tokens_ptr=tokens.contiguous(), positions_ptr=positions.contiguous(), token_weight_ptr=token_weight,
+        position_weight_ptr=position_weight, out_ptr=out, seed_ptr=seed,
+        stride_tv=token_weight.stride(0), stride_tc=token_weight.stride(1),
+        stride_pp=position_weight.stride(0), stride_pc=position_weight.stride(1),
+        M=M, T=positions.numel(), V=token_weight.shape[0], P=position_weight.shape[0], C=C,
+        site=site, threshold=threshold, scale=scale,
         HAS_DROPOUT=seed is not None, BLOCK_M=launch.rows, BLOCK_C=launch.columns, num_warps=launch.warps,
     )  # fmt: skip
     return out
@@ -168,13 +172,16 @@ def backward(
         grid = chunks, triton.cdiv(C, launch.columns)
         partial = torch.empty((chunks, 2, C), dtype=torch.float32, device=dout.device)
         _bwd_kernel[grid](
-            rows, ids, order, grad, partial, seed, *rows.stride(), *grad.stride(), M, C, site, threshold, scale,
+            dout_ptr=rows, ids_ptr=ids, order_ptr=order, grad_ptr=grad, partial_ptr=partial, seed_ptr=seed,
+            stride_dm=rows.stride(0), stride_dc=rows.stride(1), stride_gk=grad.stride(0), stride_gc=grad.stride(1),
+            M=M, C=C, site=site, threshold=threshold, scale=scale,
             HAS_DROPOUT=seed is not None, CHUNK=launch.chunk, BLOCK_C=launch.columns, num_warps=launch.warps,
         )  # fmt: skip
         ends = torch.arange(launch.chunk - 1, chunks * launch.chunk, launch.chunk, device=ids.device).clamp(max=M - 1)
         reach = (torch.searchsorted(ids, ids[ends], right=True) - 1) // launch.chunk
         _bwd_reduce_kernel[grid](
-            ids, reach, grad, partial, *grad.stride(), M, C,
+            ids_ptr=ids, reach_ptr=reach, grad_ptr=grad, partial_ptr=partial,
+            stride_gk=grad.stride(0), stride_gc=grad.stride(1), M=M, C=C,
             CHUNK=launch.chunk, BLOCK_C=launch.columns, num_warps=launch.warps,
         )  # fmt: skip
         return grad

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch_configs
+from .descriptors import describable, descriptor
 
 
 class Config(NamedTuple):
@@ -57,6 +57,7 @@ def load(
     elif MODE == 2:
         result = tl.trans(source.load([column, row]))
     else:
+        tl.static_assert(MODE == 0)
         offs_r = row + tl.arange(0, BLOCK_R)
         offs_c = column + tl.arange(0, BLOCK_C)
         ptrs = source + offs_r.to(tl.int64)[:, None] * stride_row + offs_c.to(tl.int64)[None, :] * stride_column
@@ -74,6 +75,7 @@ def store(
     elif MODE == 2:
         target.store([column, row], tl.trans(cast(value, target.dtype, PRECISION)))
     else:
+        tl.static_assert(MODE == 0)
         offs_r = row + tl.arange(0, value.shape[0])
         offs_c = column + tl.arange(0, value.shape[1])
         ptrs = target + offs_r.to(tl.int64)[:, None] * stride_row + offs_c.to(tl.int64)[None, :] * stride_column
@@ -121,14 +123,14 @@ def sum_rows_kernel(
 ):  # fmt: skip
     """out [programs, N]: program p adds rows p ROWS to (p + 1) ROWS of x [M, N], in float32."""
     program = tl.program_id(0).to(tl.int64)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     first = program * ROWS
     for m in range(first, tl.minimum(first + ROWS, M), BLOCK_M):
         offs_m = (m + tl.arange(0, BLOCK_M)).to(tl.int64)  # the interpreter counts m in 32 bits
         mask = (offs_m < M)[:, None] & mask_n[None, :]
-        ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_n.to(tl.int64)[None, :] * stride_xn
+        ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_n[None, :] * stride_xn
         acc += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
     total = cast(tl.sum(acc, axis=0), out_ptr.dtype.element_ty, PRECISION)
     tl.store(out_ptr + program * N + offs_n, total, mask=mask_n)
@@ -147,8 +149,9 @@ def sum_rows(x: torch.Tensor, out: torch.Tensor) -> None:
 def _sum_rows(x: torch.Tensor, out: torch.Tensor, rows: int) -> None:
     M, N = x.shape
     sum_rows_kernel[(triton.cdiv(M, rows), triton.cdiv(N, 64))](
-        x, out, *x.stride(), M, N, ROWS=rows, BLOCK_M=min(rows, 64), BLOCK_N=64, PRECISION=precision(), num_warps=4
-    )
+        x_ptr=x, out_ptr=out, stride_xm=x.stride(0), stride_xn=x.stride(1), M=M, N=N,
+        ROWS=rows, BLOCK_M=min(rows, 64), BLOCK_N=64, PRECISION=precision(), num_warps=4,
+    )  # fmt: skip
 
 
 def precision() -> str:
@@ -165,14 +168,11 @@ def as_matrix(x: torch.Tensor) -> torch.Tensor:
 
 
 def operand(matrix: torch.Tensor, rows: int, columns: int, architecture: int) -> tuple[Any, int]:
-    """What `load` and `store` take for tiles [rows, columns] of a matrix, and the mode."""
-    if architecture == launch_configs.INTERPRETER or architecture >= 90:
-        (M, N), (stride_m, stride_n) = matrix.shape, matrix.stride()
-        if matrix.element_size() == 2 and M > 0 and N > 0 and matrix.data_ptr() % 16 == 0:
-            if stride_n == 1 and stride_m % 8 == 0 and stride_m >= N:
-                return TensorDescriptor(matrix, [M, N], [stride_m, 1], [rows, columns]), 1
-            if stride_m == 1 and stride_n % 8 == 0 and stride_n >= M:
-                return TensorDescriptor(matrix, [N, M], [stride_n, 1], [columns, rows]), 2
+    """Return the argument of `load` and `store` for tiles [rows, columns] of a matrix, and the mode."""
+    if describable(matrix, architecture):
+        return descriptor(matrix, [rows, columns]), 1
+    if describable(matrix.t(), architecture):
+        return descriptor(matrix.t(), [columns, rows]), 2
     return matrix, 0
 
 

@@ -11,16 +11,16 @@ from typing import NamedTuple
 import torch
 import triton
 
+from .architectures import INTERPRETER, OLDEST
+
 ANY = 1 << 30  # a size that everything is below
-INTERPRETER = 0  # the architecture of Triton's interpreter
-OLDEST = 80
 
 
 class Row(NamedTuple):
     """One launch configuration; what its numbers mean, the op's Config says."""
 
     kernel: str
-    architecture: int  # compute capability, times ten
+    architecture: int  # of architectures.py, or INTERPRETER
     element: int  # bytes, up to
     size: int  # of the shape, up to
     config: tuple[int, ...]

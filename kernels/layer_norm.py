@@ -165,7 +165,8 @@ def forward(
     M = rows.shape[0]
     launch = config(N, rows.device)
     _fwd_kernel[(triton.cdiv(M, launch.fwd_rows),)](
-        rows, packed(weight), packed(bias), y, mean, rstd, rows.stride(0), M, N, eps,
+        x_ptr=rows, weight_ptr=packed(weight), bias_ptr=packed(bias), y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
+        stride_x=rows.stride(0), M=M, N=N, eps=eps,
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
         BLOCK_M=launch.fwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.fwd_warps,
     )  # fmt: skip
@@ -196,7 +197,9 @@ def backward(
     P = min(launch.bwd_programs, triton.cdiv(M, launch.bwd_rows))
     partial = torch.empty((2, P, N) if needs_sums else (2, 0, 0), dtype=torch.float32, device=x.device)
     _bwd_kernel[(P,)](
-        dy_rows, rows, packed(weight), mean, rstd, dx, partial[0], partial[1], dy_rows.stride(0), rows.stride(0), M, N,
+        dy_ptr=dy_rows, x_ptr=rows, weight_ptr=packed(weight), mean_ptr=mean, rstd_ptr=rstd,
+        dx_ptr=dx, dweight_ptr=partial[0], dbias_ptr=partial[1],
+        stride_dy=dy_rows.stride(0), stride_x=rows.stride(0), M=M, N=N,
         HAS_WEIGHT=weight is not None, NEEDS_SUMS=needs_sums,
         BLOCK_M=launch.bwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.bwd_warps,
     )  # fmt: skip
@@ -211,6 +214,6 @@ def add_partial_sums(
     """The second stage: partial [2, P, N], of weight and bias, into dweight and dbias where they are needed."""
     _, P, N = partial.shape
     _bwd_reduce_kernel[(triton.cdiv(N, REDUCE_COLUMNS),)](
-        partial[0], partial[1], dweight, dbias, P, N,
+        partial_dweight_ptr=partial[0], partial_dbias_ptr=partial[1], dweight_ptr=dweight, dbias_ptr=dbias, P=P, N=N,
         NEEDS_WEIGHT=needs_weight, NEEDS_BIAS=needs_bias, BLOCK_P=REDUCE_ROWS, BLOCK_N=REDUCE_COLUMNS, num_warps=4,
     )  # fmt: skip

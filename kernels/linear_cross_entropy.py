@@ -45,11 +45,11 @@ def _gather_kernel(
     count = tl.load(count_ptr)
     if first < count:
         offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+        offs_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
         live = (first + offs_m < count) & (offs_m < R)
         row = tl.load(index_ptr + first + offs_m, mask=live, other=0).to(tl.int64)
         mask_c = offs_c < C
-        ptrs = x_ptr + row[:, None] * stride_xm + offs_c.to(tl.int64)[None, :] * stride_xc
+        ptrs = x_ptr + row[:, None] * stride_xm + offs_c[None, :] * stride_xc
         x = tl.load(ptrs, mask=live[:, None] & mask_c[None, :], other=0.0)
         out = rows_ptr + offs_m.to(tl.int64)[:, None] * C + offs_c[None, :]
         tl.store(out, x, mask=(offs_m < R)[:, None] & mask_c[None, :])
@@ -295,7 +295,9 @@ def _run(
     index = torch.empty(N, dtype=torch.int32, device=device)
     count = torch.empty(1, dtype=torch.int32, device=device)
     target = target.contiguous()
-    _compact_kernel[(1,)](target, index, count, N, ignore_index, BLOCK=COMPACT, num_warps=4)
+    _compact_kernel[(1,)](
+        target_ptr=target, index_ptr=index, count_ptr=count, N=N, ignore_index=ignore_index, BLOCK=COMPACT, num_warps=4
+    )
 
     keeps = dx is not None or dweight is not None or dbias is not None
     launch, architecture = config("linear_cross_entropy", "product", x, C)
@@ -327,23 +329,26 @@ def _run(
 
     for first in range(0, N, R):
         _gather_kernel[(triton.cdiv(R, ROWS), max(1, triton.cdiv(C, COLUMNS)))](
-            x, target, index, count, rows, targets, *x.stride(), first, R, C, V, BLOCK_M=ROWS, BLOCK_C=COLUMNS,
-            num_warps=4,
+            x_ptr=x, target_ptr=target, index_ptr=index, count_ptr=count, rows_ptr=rows, targets_ptr=targets,
+            stride_xm=x.stride(0), stride_xc=x.stride(1), first=first, R=R, C=C, V=V,
+            BLOCK_M=ROWS, BLOCK_C=COLUMNS, num_warps=4,
         )  # fmt: skip
         multiply(
             _logits_kernel, rows, weight, logits, 2, bias_ptr=bias, targets_ptr=targets, largest_ptr=largest,
             total_ptr=total, sum_ptr=sums, picked_ptr=picked, first=first, KEEPS=keeps,
         )  # fmt: skip
         _statistics_kernel[(triton.cdiv(R, 32),)](
-            largest, total, sums, picked, index, count, of_rows, loss, first, R, V, parts, smoothing,
+            largest_ptr=largest, total_ptr=total, sum_ptr=sums, picked_ptr=picked, index_ptr=index, count_ptr=count,
+            row_ptr=of_rows, loss_ptr=loss, first=first, R=R, V=V, parts=parts, smoothing=smoothing,
             SCATTERS=scatters, BLOCK_M=32, BLOCK_P=32, num_warps=4,
         )  # fmt: skip
         if not keeps:
             continue
         _gradient_kernel[(triton.cdiv(V, width), triton.cdiv(R, GRADIENT_ROWS))](
-            logits, gradient, largest, of_rows, targets, index, count, dloss, partial, logits.stride(0),
-            gradient.stride(0), first, R, V, smoothing, FACTOR=factor, PRECISION=precision(),
-            BLOCK_M=GRADIENT_ROWS, BLOCK_V=width, num_warps=4,
+            logits_ptr=logits, gradient_ptr=gradient, largest_ptr=largest, row_ptr=of_rows, targets_ptr=targets,
+            index_ptr=index, count_ptr=count, dloss_ptr=dloss, partial_ptr=partial,
+            stride_l=logits.stride(0), stride_g=gradient.stride(0), first=first, R=R, V=V, smoothing=smoothing,
+            FACTOR=factor, PRECISION=precision(), BLOCK_M=GRADIENT_ROWS, BLOCK_V=width, num_warps=4,
         )  # fmt: skip
         if dx is not None and C:
             multiply(_dx_kernel, gradient, weight.t(), dx, 0, index_ptr=index, first=first, FACTOR=factor)
@@ -353,8 +358,9 @@ def _run(
             )
         if dbias is not None:
             _dbias_kernel[(triton.cdiv(V, 128),)](
-                partial, dbias, count, first, R, V, ROWS=GRADIENT_ROWS, ACCUMULATES=first > 0, BLOCK=128, num_warps=4
-            )
+                partial_ptr=partial, dbias_ptr=dbias, count_ptr=count, first=first, R=R, V=V,
+                ROWS=GRADIENT_ROWS, ACCUMULATES=first > 0, BLOCK=128, num_warps=4,
+            )  # fmt: skip
     return count
 
 
@@ -394,7 +400,10 @@ def forward(
         if none:
             counted = count[0].float()
         else:
-            _total_kernel[(1,)](losses, count, loss, counted, MEAN=reduction == "mean", BLOCK=COMPACT, num_warps=4)
+            _total_kernel[(1,)](
+                loss_ptr=losses, count_ptr=count, total_ptr=loss, counted_ptr=counted, MEAN=reduction == "mean",
+                BLOCK=COMPACT, num_warps=4,
+            )  # fmt: skip
     return (
         loss, counted,
         torch.empty(0, dtype=x.dtype, device=x.device) if dx is None else dx,

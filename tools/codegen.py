@@ -1,14 +1,15 @@
-"""The codegen gate: compile every recorded launch for sm_80, sm_90, sm_100 without a GPU, and hold it to a budget.
+"""The codegen gate: compile every recorded launch for its architecture without a GPU, and hold it to a budget.
 
     python -m tools.codegen LAUNCHES [--update]
 
 LAUNCHES is what tools.record_launches wrote. Fails when a kernel exceeds the chip's shared memory, when it needs
 more registers, spills or shared memory than results/codegen.json allows, when its instructions grow by more than 5 %,
-when dropout costs one of attention's loops more than 5 % more instructions than its budget, and when a statement about
-sm_90 does not hold: 16-bit matrix products are done by wgmma; attention at a head size of 64 spills nothing, at 128
-nothing without dropout and at most 128 bytes with it; dropout adds no access to shared memory and no shuffle to any of
-attention's loops. --update makes this build the budget, statements aside. The budgets hold for one version of Triton,
-the GPU machines'. Writes results/codegen.md either way.
+when dropout costs one of attention's loops more than 5 % more instructions than its budget, and when a statement does
+not hold. On an architecture with wgmma, products in 16 bits are done by it. On a targeted one, attention at a head size
+of 64 spills nothing, at 128 nothing without dropout and at most 128 bytes with it; dropout adds no access to shared
+memory and no shuffle to any of attention's loops. kernels/architectures.py says which are which. --update makes this
+build the budget, statements aside. The budgets hold for one version of Triton, the GPU machines'. Writes
+results/codegen.md either way.
 """
 
 import argparse
@@ -25,8 +26,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from kernels.architectures import ARCHITECTURES
+
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+BY_TARGET = {f"sm_{row.capability}": row for row in ARCHITECTURES}
 COLUMNS = ("registers", "spilled", "shared", "instructions", "mma", "ldg", "stg", "lds", "sts", "shfl")
 GROWTH = {"registers": 1.0, "spilled": 1.0, "shared": 1.0, "instructions": 1.05}
 KINDS = {"lds": ("LDS", "LDSM"), "sts": ("STS", "STSM"), "shfl": ("SHFL",), "local": ("LDL", "STL")}
@@ -106,8 +109,8 @@ def compile_launch(launch: dict[str, Any]) -> Figure:
     source = ASTSource(kernel, launch["signature"], launch["constants"], aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", launch["target"], 32), options=launch["options"])
     figure = measure(compiled.asm["cubin"], folder) | {"shared": compiled.metadata.shared}
-    ttir = compiled.asm["ttir"]
-    figure["needs_wgmma"] = int(launch["target"] == 90 and bool(re.search(r"tt\.dot .*(bf16|f16)>.*->", ttir)))
+    ttir, architecture = compiled.asm["ttir"], BY_TARGET[f"sm_{launch['target']}"]
+    figure["needs_wgmma"] = int(architecture.wgmma and bool(re.search(r"tt\.dot .*(bf16|f16)>.*->", ttir)))
     return figure
 
 
@@ -153,7 +156,7 @@ def dropout_violations(where: str, figure: Figure, budget: dict[str, Any]) -> li
 def violations(key: str, target: str, figure: Figure, budget: dict[str, Any] | None) -> list[str]:
     where = f"{key} {target}"
     found = []
-    limit = SHARED_LIMIT[int(target.removeprefix("sm_"))]
+    limit = BY_TARGET[target].shared
     if figure["shared"] > limit:
         found.append(f"{where}: {figure['shared']} bytes of shared memory, the chip has {limit}")
     if figure["needs_wgmma"] and not figure["wgmma"]:
@@ -171,7 +174,7 @@ def violations(key: str, target: str, figure: Figure, budget: dict[str, Any] | N
 
 
 def spill_limit(key: str) -> int | None:
-    """How many bytes an attention kernel may spill on sm_90, for the head sizes of GPT-1 and GPT-2 and twice that."""
+    """Return how many bytes an attention kernel may spill on a targeted architecture, or None for no limit."""
     if not key.startswith("attention ") or "float32" in key:
         return None
     if "D=64 " in key:
@@ -182,27 +185,34 @@ def spill_limit(key: str) -> int | None:
 
 
 def broken_statements(figures: dict[str, dict[str, Figure]]) -> list[str]:
-    """What must hold on sm_90, whatever the budget says."""
+    """Return which statements about the targeted architectures do not hold, whatever the budget says."""
+    return [
+        line
+        for key, by_target in figures.items()
+        for target in by_target
+        if BY_TARGET[target].targeted
+        for line in _broken_on(figures, key, target)
+    ]
+
+
+def _broken_on(figures: dict[str, dict[str, Figure]], key: str, target: str) -> list[str]:
     found = []
-    for key, by_target in figures.items():
-        figure = by_target.get("sm_90")
-        if figure is None:
-            continue
-        limit = spill_limit(key)
-        if limit is not None and figure["spilled"] > limit:
-            found.append(f"{key} sm_90: spills {figure['spilled']} bytes, at most {limit} wanted")
-        without = without_dropout(figures, key, "sm_90")
-        if without is None and key.startswith("attention ") and key.endswith(" dropout"):
-            found.append(f"{key} sm_90: no kernel without dropout is compiled to compare it with")
-        if without is not None:
-            if len(without["loops"]) != len(figure["loops"]):
-                found.append(f"{key} sm_90: {len(figure['loops'])} loops, {len(without['loops'])} without dropout")
-            for number, (mine, other) in enumerate(zip(figure["loops"], without["loops"], strict=False), 1):
-                found += [
-                    f"{key} sm_90: loop {number} has {mine[kind]} {kind}, {other[kind]} without dropout"
-                    for kind in ("lds", "sts", "shfl")
-                    if mine[kind] > other[kind]
-                ]
+    figure = figures[key][target]
+    limit = spill_limit(key)
+    if limit is not None and figure["spilled"] > limit:
+        found.append(f"{key} {target}: spills {figure['spilled']} bytes, expected at most {limit}")
+    without = without_dropout(figures, key, target)
+    if without is None and key.startswith("attention ") and key.endswith(" dropout"):
+        found.append(f"{key} {target}: no kernel without dropout is compiled to compare it with")
+    if without is not None:
+        if len(without["loops"]) != len(figure["loops"]):
+            found.append(f"{key} {target}: {len(figure['loops'])} loops, {len(without['loops'])} without dropout")
+        for number, (mine, other) in enumerate(zip(figure["loops"], without["loops"], strict=False), 1):
+            found += [
+                f"{key} {target}: loop {number} has {mine[kind]} {kind}, {other[kind]} without dropout"
+                for kind in ("lds", "sts", "shfl")
+                if mine[kind] > other[kind]
+            ]
     return found
 
 
@@ -234,21 +244,21 @@ def table(figures: dict[str, dict[str, Figure]], version: str) -> str:
         "thread, `shared` is bytes a program, the rest counts instructions; `lds` and `sts` include LDSM and STSM.",
         "Nothing here was run. Written by `make codegen`; the budgets are in codegen.json.",
     ]
-    for target in SHARED_LIMIT:
+    for target, architecture in BY_TARGET.items():
         lines += [
             "",
-            f"## sm_{target}",
+            f"## {target}",
             "",
             f"| kernel | {' | '.join(COLUMNS)} |",
             "| --- |" + " ---: |" * len(COLUMNS),
         ]
         for key, by_target in figures.items():
-            if f"sm_{target}" not in by_target:
+            if target not in by_target:
                 continue  # compiled there under another name
-            figure = by_target[f"sm_{target}"]
+            figure = by_target[target]
             lines.append(f"| {key} | {' | '.join(str(figure[name]) for name in COLUMNS)} |")
-        if target == 90:
-            lines += loop_table(figures, "sm_90")
+        if architecture.targeted:
+            lines += loop_table(figures, target)
     return "\n".join(lines) + "\n"
 
 

@@ -19,8 +19,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import launch_configs
-
-ARCHITECTURES = (80, 90, 100)
+from kernels.architectures import ARCHITECTURES
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -212,8 +211,8 @@ def main() -> None:
         sys.exit(f"tools/record_launches.py: no entry for {present - set(OPS)}, no kernel for {set(OPS) - present}")
     found: dict[str, dict[str, Any]] = {}
     for op in OPS:
-        for target in ARCHITECTURES:
-            record(op, target, found)
+        for architecture in ARCHITECTURES:
+            record(op, architecture.capability, found)
     Path(sys.argv[1]).write_text(json.dumps(list(found.values()), indent=1) + "\n", encoding="utf-8")
 
 

@@ -63,7 +63,7 @@ def test_a_tuned_row_is_written_and_read_back():
     new = Row("fwd", 90, 2, 64, (64, 64, 4, 2), "measured: somewhere")
     rows = tune.with_row(launch_configs.TABLES["attention"], new)
     text = tune.rewritten(tune.PATH.read_text("utf-8"), "attention", rows)
-    module: dict = {"__name__": "tables"}
+    module: dict = {"__name__": "tables", "__package__": "kernels"}
     exec(compile(text, "tables.py", "exec"), module)
     assert module["TABLES"]["attention"] == rows and new in rows
     assert module["pick"]("attention", "fwd", 90, 2, 33) == new.config

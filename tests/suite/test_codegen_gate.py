@@ -4,14 +4,16 @@ import copy
 
 import pytest
 
+from kernels.architectures import ARCHITECTURES
 from tools import codegen
 
 LOOP = {"instructions": 400, "lds": 2, "sts": 2, "shfl": 4, "local": 0}
 KERNEL = {"registers": 128, "spilled": 0, "shared": 65536, "instructions": 1700, "needs_wgmma": 1, "wgmma": 8}
+TARGETED = next(f"sm_{row.capability}" for row in ARCHITECTURES if row.targeted)
 PLAIN, DROPOUT = "attention fwd D=64 bfloat16", "attention fwd D=64 bfloat16 dropout"
 
 
-def figures(cost: int, target: str = "sm_90") -> dict:
+def figures(cost: int, target: str = TARGETED) -> dict:
     """Return figures of an attention kernel with and without dropout, which adds `cost` instructions to each loop."""
     with_dropout = [LOOP | {"instructions": LOOP["instructions"] + cost} for _ in range(2)]
     made = {
@@ -33,11 +35,11 @@ def judge(got: dict, budget: dict) -> list[str]:
 
 def test_budget_records_what_dropout_costs_each_loop():
     made = figures(cost=200)
-    assert codegen.budget_of(made[DROPOUT]["sm_90"])["dropout"] == [200, 200]
-    assert "dropout" not in codegen.budget_of(made[PLAIN]["sm_90"])
+    assert codegen.budget_of(made[DROPOUT][TARGETED])["dropout"] == [200, 200]
+    assert "dropout" not in codegen.budget_of(made[PLAIN][TARGETED])
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("target", [f"sm_{row.capability}" for row in ARCHITECTURES])
 def test_dropout_over_its_budget_is_a_violation(target):
     """Philox calls that do not merge cost 600 instructions where 200 were budgeted; memory traffic is the same."""
     complaints = judge(figures(cost=600, target=target), figures(cost=200, target=target))
@@ -53,25 +55,25 @@ def test_dropout_within_its_budget_passes(cost):
 def test_missing_dropout_budget_is_a_violation():
     """A kernel whose loops cannot be compared any more, or that has no budget yet, does not pass silently."""
     got, budget = figures(cost=200), figures(cost=200)
-    del budget[DROPOUT]["sm_90"]["dropout"]
+    del budget[DROPOUT][TARGETED]["dropout"]
     assert any("dropout is compared in 2 loops, the budget has 0" in line for line in judge(got, budget))
 
 
 def test_loop_table_shows_what_dropout_adds():
-    lines = codegen.loop_table(figures(cost=200), "sm_90")
+    lines = codegen.loop_table(figures(cost=200), TARGETED)
     assert f"| {DROPOUT} | 1 | 600 | 200 | 2 | 2 | 4 | 0 |" in lines
     assert f"| {PLAIN} | 1 | 400 |  | 2 | 2 | 4 | 0 |" in lines
 
 
 def test_more_shared_memory_traffic_with_dropout_is_a_violation():
     got = figures(cost=200)
-    got[DROPOUT]["sm_90"]["loops"][1]["lds"] += 1
-    assert codegen.broken_statements(got) == [f"{DROPOUT} sm_90: loop 2 has 3 lds, 2 without dropout"]
+    got[DROPOUT][TARGETED]["loops"][1]["lds"] += 1
+    assert codegen.broken_statements(got) == [f"{DROPOUT} {TARGETED}: loop 2 has 3 lds, 2 without dropout"]
 
 
 def test_dropout_without_a_kernel_to_compare_is_a_violation():
     got = figures(cost=200)
     del got[PLAIN]
     assert codegen.broken_statements(got) == [
-        f"{DROPOUT} sm_90: no kernel without dropout is compiled to compare it with"
+        f"{DROPOUT} {TARGETED}: no kernel without dropout is compiled to compare it with"
     ]
