@@ -19,6 +19,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 PYTEST := $(PY) -m pytest $(PYTEST_FLAGS)
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+BENCH_CPP := benchmarks/measure/read_all.cpp
 # The test files of the ops that have a C++ kernel, and of those that have a Triton kernel.
 CPP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/ops/test_%.py,$(wildcard csrc/cpu/*.cpp)))
 TRITON_TESTS = $(wildcard $(patsubst kernels/%.py,tests/ops/test_%.py,$(wildcard kernels/*.py)))
@@ -132,13 +133,13 @@ compile-isa: $(VENV)/.stamp-package  ## compile the C++ kernels for AVX2, AVX-51
 lint: $(VENV)/.stamp-package  ## ruff and clang-format, changing nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) $(BENCH_CPP)
 
 .PHONY: format
 format: $(VENV)/.stamp-package  ## ruff and clang-format, rewriting
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $(CSRC)
+	$(VENV)/bin/clang-format -i $(CSRC) $(BENCH_CPP)
 
 .PHONY: types
 types: $(VENV)/.stamp-package  ## mypy
@@ -148,9 +149,7 @@ types: $(VENV)/.stamp-package  ## mypy
 
 .PHONY: bench
 bench: install  ## time everything against floors and other implementations, into benchmarks/results (BENCH_FLAGS=--quick)
-	$(VENV)/bin/gpt-fast bench --out benchmarks/results $(BENCH_FLAGS)
-	$(PY) -m benchmarks.overhead --out benchmarks/results
-	$(PY) -m benchmarks.decode --out benchmarks/results
+	$(PY) -m benchmarks --out benchmarks/results $(BENCH_FLAGS)
 	$(PY) -m benchmarks.report
 
 .PHONY: report

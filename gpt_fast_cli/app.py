@@ -32,7 +32,7 @@ app.command("predict")(predict.predict)
 app.command("plot")(plot.plot)
 app.command("generate")(generate.generate)
 app.command("compare")(compare.compare)
-app.command("bench")(bench.bench)
+app.command("bench", **bench.PASSES_ON)(bench.bench)
 app.command("convert")(convert.convert)
 
 

@@ -27,7 +27,6 @@ COMMANDS = {
     "--repetition-penalty --stop --seed --sliding --weights --json",
     "compare": "--from --json",
     "convert": "--from --out --head --json",
-    "bench": "--suite --device --quick --out --resume --cpu-time --compare",
     "doctor": "--json",
 }
 

@@ -24,12 +24,13 @@ from typing import NamedTuple
 
 import pytest
 
-from benchmarks.environment import ROOT
+from benchmarks.measure.environment import ROOT
 from gpt_fast import build_info
 from tests.command_line import ENVIRONMENT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WORKED_EXAMPLE = ROOT / "docs" / "contributing.md"
+SUITE = "python -m benchmarks"
 IN_A_CLONE, BEHIND = "in a clone", "behind the commands"
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 FENCE = re.compile(
@@ -232,16 +233,19 @@ def test_every_block_runs_in_a_test(page):
 
 
 def command_options() -> dict[str, set[str]]:
-    """The options of every `gpt-fast` command."""
+    """Return the options of every `gpt-fast` command, and of `python -m benchmarks` under that name."""
     import typer
 
+    from benchmarks.__main__ import app as suite
     from gpt_fast_cli.app import app
 
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    return {
+    commands = commands | {SUITE: typer.main.get_command(suite)}
+    found = {
         name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
         for name, command in commands.items()
     }
+    return found | {"bench": found[SUITE]}  # gpt-fast bench passes its arguments on
 
 
 @pytest.mark.parametrize("page", [pytest.param(p, id=i) for p, i in zip(PAGES, IDS, strict=True) if blocks(p, "sh")])
@@ -251,8 +255,12 @@ def test_commands_exist(page):
     known = command_options()
     for line in (line for block in blocks(page, "sh") for line in shell_lines(block)):
         words = line.split()
-        if "gpt-fast" in words and words[-1] != "gpt-fast":
+        name, arguments = "", []
+        if line.startswith(f"{SUITE} "):
+            name, arguments = SUITE, words[3:]
+        elif "gpt-fast" in words and words[-1] != "gpt-fast":
             name, *arguments = words[words.index("gpt-fast") + 1 :]
+        if name:
             assert name in known, line
             options = {word.split("=")[0] for word in arguments if word.startswith("--")} - {"--help"}
             assert options <= known[name], f"{line}: no option {', '.join(sorted(options - known[name]))}"
@@ -289,6 +297,6 @@ def headings(page: pathlib.Path) -> set[str]:
 
 @pytest.mark.skipif(build_info() is None, reason="the extension is not built: its kernels cannot be listed")
 def test_support_table_is_current():
-    run = [sys.executable, "-c", "from benchmarks import support; print(support.table(), end='')"]
+    run = [sys.executable, "-c", "from benchmarks.report import support; print(support.table(), end='')"]
     table = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert table in (ROOT / "README.md").read_text("utf-8"), "README.md is out of date: make report"

@@ -1,16 +1,17 @@
-"""What a call costs before any work: that it is measured of the right calls, and shown."""
-
-import json
+"""The study of overhead: that the right calls are measured, and shown."""
 
 import pytest
 import torch
 
-from benchmarks import environment, overhead
+from benchmarks import catalogue
+from benchmarks.jobs import overhead
+from benchmarks.measure import environment
+from benchmarks.report import pages, results
 from gpt_fast import ops
 
 
 def test_every_op_is_measured():
-    assert set(overhead.SIZES) == set(ops.NAMES)
+    assert [topic.name for topic in overhead.measured_ops()] == list(ops.NAMES)
 
 
 def test_operators_are_what_the_function_runs_and_no_more():
@@ -26,18 +27,19 @@ def test_operators_are_what_the_function_runs_and_no_more():
     assert len(mode.calls) == 2, "one forward, one backward, and no product by 2"
 
 
-@pytest.mark.parametrize("op", overhead.SIZES)
+@pytest.mark.parametrize("op", ops.NAMES)
 def test_a_record_and_its_table(op, monkeypatch, tmp_path):
     monkeypatch.setattr(overhead, "CALLS", 2)
     monkeypatch.setattr(overhead, "ROUNDS", 3)
-    measured = overhead.measure([op], "cpu", cpu_time=False)[op]
+    monkeypatch.setattr(overhead, "measured_ops", lambda: [catalogue.ops()[op]])
+    measured = overhead.measure("cpu", quick=True, cpu_time=False)["ops"][op]
     for times in measured.values():
         assert set(times) == {"function", "operators", "PyTorch"}
         assert all(0 < time["q1"] <= time["median"] <= time["q3"] < 1 for time in times.values())
-    record = {**environment.describe("cpu"), "date": "2026-01-01 00:00", "load": 0.5, "ops": {op: measured}}
-    assert overhead.section(tmp_path) == []
-    (tmp_path / overhead.FILE).write_text(json.dumps(record), encoding="utf-8")
-    lines = overhead.section(tmp_path)
+    head = {"schema": results.SCHEMA, "version": results.VERSION, "topic": "overhead", "suite": "ops", "quick": True}
+    facts = environment.describe("cpu") | {"date": "2026-01-01 00:00", "load": 0.5}
+    results.write(head | facts | {"ops": {op: measured}}, tmp_path / "overhead.json")
+    lines = pages.study_sections(tmp_path)
     assert sum(line.startswith(f"| {op}, ") for line in lines) == len(measured)
     median = measured[next(iter(measured))]["function"]["median"]
     assert any(f"| {median * 1e6:.1f} |" in line for line in lines)

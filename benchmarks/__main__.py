@@ -1,0 +1,194 @@
+"""The command of the suite, in a checkout: python -m benchmarks"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out_console = Console(highlight=False)
+err_console = Console(stderr=True, highlight=False)
+
+
+@app.command()
+def bench(
+    suite: Annotated[
+        str, typer.Option(metavar="ops|train|decode|all", help="What to measure; also the name of one op or job.")
+    ] = "all",
+    device: Annotated[
+        str, typer.Option(metavar="auto|cpu|cuda", help="Where to run; auto takes a GPU if there is one.")
+    ] = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="Few cases and rounds: a few minutes.")] = False,
+    out: Annotated[Path, typer.Option(help="Where the results go, in a folder for the device.")] = Path("runs/bench"),
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the partial results in --out.")] = False,
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="CPU seconds of one thread, for a machine that others keep busy.")
+    ] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="OLD NEW", help="Measure nothing: show what changed beyond the noise."),
+    ] = None,
+) -> None:
+    """Time every operation, training steps and generation against their floors and against other implementations.
+
+    Runs the tests of each op or job first and reports no time if they fail. The floors (copy and read bandwidth, rate
+    of matrix products) are measured in the same run. Writes one JSON file a topic, a page with tables, and plots.
+    Ctrl-C keeps what was measured, marked partial; --resume continues.
+
+    [bold]Example[/bold]
+
+    python -m benchmarks --suite ops --quick
+    """
+    if compare is not None:
+        _compare(*compare)
+        return
+    from benchmarks.catalogue import select
+
+    topics, device = select(suite), _resolve_device(device)
+    if cpu_time:
+        if device != "cpu":
+            raise ValueError(f"--cpu-time with --device {device}; expected --device cpu: a GPU's times are its own")
+        import torch
+
+        torch.set_num_threads(1)
+    _run(topics, device, quick, out, resume, cpu_time)
+
+
+def _resolve_device(name: str) -> str:
+    import torch
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device is {name}; expected auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this PyTorch sees no CUDA device; gpt-fast doctor tells more")
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _say(message: str) -> None:
+    err_console.print(Text(message), soft_wrap=True)
+
+
+def _compare(old: Path, new: Path) -> None:
+    from benchmarks.report import markdown, results
+
+    changes = results.compare(results.read_any(old), results.read_any(new))
+    if not changes:
+        raise ValueError(f"{old} and {new} have no figure in common")
+    moved = sorted((change for change in changes if change["beyond"]), key=lambda change: change["ratio"])
+    rows = [
+        [
+            f"{change['topic']} {change['case']}",
+            markdown.PASS_NAMES.get(change["pass"], change["pass"]),
+            change["peer"],
+            markdown.seconds(change["old"]),
+            markdown.seconds(change["new"]),
+            f"{change['ratio']:.2f}",
+        ]
+        for change in moved
+    ]
+    if rows:
+        header = ["case", "pass", "implementation", "old", "new", "new / old"]
+        _print_table(header, rows, ["green" if change["ratio"] < 1 else "red" for change in moved])
+    faster = sum(change["ratio"] < 1 for change in moved)
+    typer.echo(
+        f"{len(changes)} figures in both: {faster} faster, {len(moved) - faster} slower, "
+        f"{len(changes) - len(moved)} within the noise"
+    )
+
+
+def _run(topics: list[Any], device: str, quick: bool, out: Path, resume: bool, cpu_time: bool) -> None:
+    from benchmarks.measure.runner import Settings, count, here, run
+    from benchmarks.report import pages
+    from gpt_fast.interrupts import caught
+
+    columns = (
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=7)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+        TextColumn("left"),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+    )
+    with Progress(*columns, console=err_console, expand=True) as progress:
+        task = progress.add_task("", total=None)
+
+        def advance(done: int, label: str) -> None:
+            progress.update(task, advance=done, description=label)
+
+        topics = here(topics, device)
+        settings = Settings(device, quick, resume, cpu_time, out, advance, _show_case, _show_study)
+        progress.update(task, total=count(topics, settings))
+        with caught():
+            outcome = run(topics, settings)
+    if outcome.files:
+        _say(f"results: {', '.join(str(page) for page in pages.write_pages(out))}")
+    for topic, output in outcome.refused.items():
+        _say(output)
+        _say(f"benchmarks: the tests of {topic} fail, so none of its times is reported")
+    if outcome.interrupted:
+        _say("benchmarks: interrupted; the results so far are kept and marked partial, --resume continues them")
+        raise typer.Exit(130)
+    if outcome.refused:
+        raise typer.Exit(1)
+
+
+def _show_case(run: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    """Print the table of one case on stdout."""
+    from benchmarks.report import tables
+
+    if records:
+        rows = tables.rows(run, {record["peer"]: record for record in records})
+        _print_table(tables.columns(run, records), rows, title=f"{run['topic']} {records[0]['case']}")
+
+
+def _show_study(study: Any, record: dict[str, Any]) -> None:
+    out_console.print(Markdown("\n".join(study.lines(record))))
+
+
+def _print_table(
+    header: list[str], rows: list[list[str]], colors: list[str] | None = None, title: str | None = None
+) -> None:  # fmt: skip
+    """Print columns on stdout, the first aligned left, the others right. In a pipe no row is cut off or wrapped."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, name in enumerate(header):
+        table.add_column(name, justify="right" if place else "left", overflow="fold")
+    for place, row in enumerate(rows):
+        table.add_row(*map(Text, row), style=colors[place] if colors else None)
+    if out_console.is_terminal:
+        out_console.print(table)
+    else:
+        wide = Console(highlight=False, width=1000)
+        wide.print(table, crop=False)
+
+
+def main() -> None:
+    """Run the command. A `ValueError` or `OSError`, which a user can cause, becomes one line and exit code 2."""
+    missing = [name for name in ("pytest", "matplotlib") if find_spec(name) is None]
+    try:
+        if missing:
+            raise ValueError(f"{', '.join(missing)} missing; pip install gpt-fast[train,bench]")
+        app(prog_name="python -m benchmarks")
+    except (ValueError, OSError) as error:
+        message = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        err_console.print(Text(f"benchmarks: {' '.join(message.split())}", style="red"), soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

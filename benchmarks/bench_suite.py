@@ -1,0 +1,72 @@
+"""The suite's cases under pytest-benchmark: pytest benchmarks --benchmark-only -k "ops and embedding"
+
+One group a case and one benchmark an implementation, with pytest-benchmark's statistics, options and JSON. `python -m
+benchmarks` measures the same calls with the implementations taking turns.
+"""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import catalogue
+from benchmarks.measure import environment
+from benchmarks.measure.calls import make_inputs, prepare
+from benchmarks.measure.gate import run_tests
+from benchmarks.measure.timing import FULL, Stamp, Stopwatch, flush
+from benchmarks.topic import Case, Peer
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def parameters() -> list:
+    """Return one parameter set for each case, pass and implementation."""
+    return [
+        pytest.param(case, peer, passes, id=f"{topic.suite} {topic.name} {case.name} {passes} {peer.name}")
+        for topic in catalogue.topics().values()
+        for case in catalogue.cases(topic, DEVICE)
+        for passes in topic.passes
+        for peer in topic.peers
+        if not case.peers or peer.name in case.peers
+    ]
+
+
+@pytest.fixture(scope="session")
+def facts() -> dict[str, Any]:
+    return environment.describe(DEVICE)
+
+
+@pytest.fixture(scope="session")
+def red() -> dict[str, str]:
+    """Output of a topic's failed tests by topic, empty if they passed."""
+    return {}
+
+
+@pytest.mark.parametrize(("case", "peer", "passes"), parameters())
+def test_time(case: Case, peer: Peer, passes: str, benchmark, facts: dict[str, Any], red: dict[str, str]) -> None:
+    topic = catalogue.topics()[case.topic]
+    reason = peer.missing(case)
+    if reason:
+        pytest.skip(f"{peer.name}: {reason}")
+    if topic.name not in red:
+        red[topic.name] = run_tests(topic, DEVICE)
+    if red[topic.name]:
+        pytest.fail(f"the tests of {topic.name} fail: not timed\n{red[topic.name]}", pytrace=False)
+    benchmark.group = f"{topic.name} {case.name} {passes}"
+    benchmark.extra_info.update(
+        topic=topic.name, case=case.name, peer=peer.name, sizes=case.size, dtype=case.dtype_name,
+        dropout=case.dropout, **vars(topic.work(case, passes)), **facts,
+    )  # fmt: skip
+    before = flush(DEVICE) if topic.suite == "ops" else None
+    calls = prepare(peer.build(case), make_inputs(topic, case), passes)
+    watch = Stopwatch(DEVICE, calls, before)
+    rounds = FULL.rounds(watch.warm_up())
+    if DEVICE == "cuda":
+        benchmark._timer = Stamp
+    turns = itertools.cycle(calls)
+
+    def run_next() -> object:
+        return next(turns)()
+
+    benchmark.pedantic(run_next, setup=before, rounds=rounds)

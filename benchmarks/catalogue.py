@@ -1,0 +1,65 @@
+"""Finds the topics: every file of benchmarks/ops and benchmarks/jobs that defines `TOPIC` or `STUDY`.
+
+Nothing is listed here. A new file is found because it is there.
+"""
+
+import functools
+import importlib
+from pathlib import Path
+
+from benchmarks.topic import SUITES, Case, Study, Topic
+from gpt_fast import ops as gpt_fast_ops
+
+_FOLDER = Path(__file__).resolve().parent
+
+
+def _find(folder: str) -> list[Topic | Study]:
+    """Return what the files of a folder define; files whose name begins with an underscore are helpers."""
+    names = sorted(path.stem for path in (_FOLDER / folder).glob("[!_]*.py"))
+    modules = [importlib.import_module(f"benchmarks.{folder}.{name}") for name in names]
+    return [module.TOPIC if hasattr(module, "TOPIC") else module.STUDY for module in modules]
+
+
+@functools.cache
+def ops() -> dict[str, Topic]:
+    """Return the ops' topics by name, in the order of `gpt_fast.ops.NAMES`; ops that are not in NAMES come last."""
+    order = {name: place for place, name in enumerate(gpt_fast_ops.NAMES)}
+    found = [topic for topic in _find("ops") if isinstance(topic, Topic)]
+    return {topic.name: topic for topic in sorted(found, key=lambda topic: order.get(topic.name, len(order)))}
+
+
+@functools.cache
+def topics() -> dict[str, Topic]:
+    """Return every op and every whole-model job, by name, in the order of the suites."""
+    jobs = [topic for topic in _find("jobs") if isinstance(topic, Topic)]
+    return ops() | {topic.name: topic for topic in sorted(jobs, key=_place)}
+
+
+@functools.cache
+def studies() -> dict[str, Study]:
+    """Return the studies, by name, in the order of the suites."""
+    found = [study for study in _find("jobs") if isinstance(study, Study)]
+    return {study.name: study for study in sorted(found, key=_place)}
+
+
+def _place(topic: Topic | Study) -> int:
+    return SUITES.index(topic.suite)
+
+
+def select(suite: str) -> list[Topic | Study]:
+    """Return the topics and studies of a suite, of all suites, or the one of that name.
+
+    Raises:
+        ValueError: if there is no suite, topic or study of that name.
+    """
+    everything: list[Topic | Study] = [*topics().values(), *studies().values()]
+    found = [topic for topic in everything if suite in ("all", topic.suite, topic.name)]
+    if not found:
+        names = ", ".join(topic.name for topic in everything)
+        raise ValueError(f"--suite is {suite}; expected {', '.join(SUITES)} or all, or one of {names}")
+    return found
+
+
+def cases(topic: Topic, device: str, quick: bool = False) -> list[Case]:
+    """Return a topic's cases; of a quick run those marked for it."""
+    return [case for case in topic.cases(device) if case.quick or not quick]

@@ -1,0 +1,73 @@
+"""Benchmark of a fine-tuning step of a classifier, against a plain model and transformers."""
+
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gpt_fast
+from benchmarks.models.counts import training
+from benchmarks.models.job import hf_model
+from benchmarks.models.plain_gpt import PlainGPT
+from benchmarks.models.training import Loss, pair_bytes, training_peers
+from benchmarks.topic import Case, Topic, Work, every, ids, main_dtype
+
+JOB = "finetuning_step"
+
+
+def inputs(case: Case) -> tuple:
+    """Return rows that are all full, so that every implementation does the same work, and labels of two classes."""
+    B, T = case.size["B"], case.size["T"]
+    return ids(case, case.config.num_tokens, B, T), ids(case, 2, B)
+
+
+def work(case: Case, passes: str) -> Work:
+    """Count a training step, except that a few labels are scored and not the vocabulary."""
+    return training(case.config, case.size["B"], case.size["T"], output_rows=0)
+
+
+def cases(device: str) -> Iterator[Case]:
+    B, T = (32, 256) if device == "cuda" else (4, 64)
+    yield from every(JOB, device, [{"model": "gpt2", "B": B, "T": T}], main_dtype(device), (0.1,), quick=True)
+
+
+# ---- implementations
+
+
+def ours(case: Case) -> tuple[nn.Module, Loss]:
+    model = gpt_fast.GPTForSequenceClassification(case.config).to(case.device)
+    return model, lambda tokens, labels: model(tokens, labels).loss
+
+
+class PlainClassifier(nn.Module):
+    """`PlainGPT` with a linear layer on the last position."""
+
+    def __init__(self, case: Case):
+        super().__init__()
+        self.trunk = PlainGPT(case.config)
+        self.dropout = nn.Dropout(case.config.classifier_dropout)
+        self.classifier = nn.Linear(case.config.hidden_dim, case.config.num_labels)
+
+    def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.classifier(self.dropout(self.trunk.hidden_states(tokens)[:, -1])), labels)
+
+
+def plain(case: Case) -> tuple[nn.Module, Loss]:
+    model = PlainClassifier(case).to(case.device)
+    return model, model.loss
+
+
+def hugging_face(attention: str, case: Case) -> tuple[nn.Module, Loss]:
+    model = hf_model("GPT2ForSequenceClassification", case, attention).to(case.device)
+    return model, lambda tokens, labels: model(tokens, labels=labels, use_cache=False).loss
+
+
+TOPIC = Topic(
+    JOB, "train", inputs, work, cases,
+    peers=training_peers(ours, plain, hugging_face),
+    title="fine-tuning step of a classifier",
+    passes=("step",),
+    tests=("model/test_model.py", "model/test_heads.py"),
+    tokens=lambda case: case.size["B"] * case.size["T"],
+    pair_bytes=pair_bytes,
+)  # fmt: skip

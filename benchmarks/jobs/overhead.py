@@ -1,0 +1,114 @@
+"""Study of what a call costs before any work: host time of every op on tensors of a few elements.
+
+`function` is the public function: checks, choice of the kernel, autograd. `operators` is PyTorch's operator in it by
+itself: dispatch and, on a GPU, Triton's launch; on a CPU the kernel. `PyTorch` is PyTorch's own function. On a GPU the
+calls are only enqueued: the clock stops before the device is waited for. All take turns.
+"""
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import catalogue
+from benchmarks.measure.calls import prepare
+from benchmarks.measure.timing import Call, clock, quartiles
+from benchmarks.report.markdown import PASS_NAMES, table
+from benchmarks.topic import OURS, Case, Study, Topic, main_dtype
+
+CALLS, ROUNDS = 50, 21  # calls in a row, fewer than a GPU queues; medians over rounds
+THEIRS = ("torch", "sdpa flash")
+Summary = dict[str, float]
+
+
+class Operators(TorchDispatchMode):
+    """Keeps the calls of this library's operators, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "gpt_fast":
+            self.calls.append(lambda: func(*args))
+        return func(*args, **(kwargs or {}))
+
+
+def operators(run: Call) -> Call:
+    """Return a call of the operators that `run` runs, without the Python around them."""
+    with Operators() as mode:
+        run()
+
+    def again() -> None:
+        with torch.no_grad():
+            for call in mode.calls:
+                call()
+
+    return again
+
+
+def measured_ops() -> list[Topic]:
+    return [topic for topic in catalogue.ops().values() if topic.tiny]
+
+
+def calls_of(topic: Topic, device: str) -> dict[tuple[str, str, str], Call]:
+    """Return calls by op, pass and whose: ours, its operators, and PyTorch's."""
+    case = Case(topic.name, device, tuple((topic.tiny or {}).items()), main_dtype(device)[0])
+    functions = {peer.name: peer.build(case) for peer in topic.peers if peer.name in (OURS, *THEIRS)}
+    inputs = [topic.inputs(case)]
+    calls = {}
+    for passes in ("forward", "training") if "backward" in topic.passes else topic.passes:
+        (ours,) = prepare(functions[OURS], inputs, passes)
+        ours()
+        calls[topic.name, passes, "function"], calls[topic.name, passes, "operators"] = ours, operators(ours)
+        for name in THEIRS:
+            if name in functions:
+                (calls[topic.name, passes, "PyTorch"],) = prepare(functions[name], inputs, passes)
+    return calls
+
+
+def seconds_of(topics: list[Topic], device: str, cpu_time: bool) -> dict[str, dict[str, dict[str, Summary]]]:
+    """Return the seconds of one call by op, pass and whose. All take turns, so that a disturbance meets all."""
+    now = clock("cpu", cpu_time)
+    calls = {key: call for topic in topics for key, call in calls_of(topic, device).items()}
+    seconds: dict[tuple[str, str, str], list[float]] = {key: [] for key in calls}
+    for turn in range(ROUNDS + 2):
+        for key, call in calls.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = now()
+            for _ in range(CALLS):
+                call()
+            if turn > 1:
+                seconds[key].append((now() - start) / CALLS)
+    found: dict[str, dict[str, dict[str, Summary]]] = {}
+    for (op, passes, name), values in seconds.items():
+        summary = dict(zip(("q1", "median", "q3"), quartiles(values), strict=True))
+        found.setdefault(op, {}).setdefault(passes, {})[name] = summary
+    return found
+
+
+def measure(device: str, quick: bool, cpu_time: bool) -> dict[str, Any]:
+    return {"ops": seconds_of(measured_ops(), device, cpu_time)}
+
+
+def lines(record: dict[str, Any]) -> list[str]:
+    device, date, load = record["device"], record["date"], record["load"]
+    rows = []
+    for op, by_pass in record["ops"].items():
+        for passes, times in by_pass.items():
+            names = ("function", "operators", "PyTorch")
+            cells = [f"{times[name]['median'] * 1e6:.1f}" if name in times else "" for name in names]
+            rows.append([f"{op}, {PASS_NAMES.get(passes, passes)}", *cells])
+    enqueued = "The calls are enqueued, not waited for." if device["type"] == "cuda" else "The kernels' work is in it."
+    return [
+        "## what a call costs",
+        "",
+        f"Host microseconds of a call on tensors of a few elements, medians; {date} UTC, load {load}. *Operators*:",
+        f"PyTorch's dispatch and what is below it; the rest is checks, choice and autograd in Python. {enqueued}",
+        "",
+        *table(["call", OURS, "of it operators", "PyTorch"], rows),
+    ]
+
+
+STUDY = Study("overhead", "ops", measure, lines, fields=("ops",))

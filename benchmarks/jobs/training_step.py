@@ -1,0 +1,116 @@
+"""Benchmark of a training step: GPT-2 by size, batch and depth, against a plain model and transformers."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+import gpt_fast
+from benchmarks.models.counts import training
+from benchmarks.models.job import hf_model
+from benchmarks.models.plain_gpt import PlainGPT
+from benchmarks.models.training import Loss, pair_bytes, training_peers
+from benchmarks.topic import (
+    BF16,
+    F32,
+    FLOOR,
+    OURS,
+    TOKENS,
+    Case,
+    Target,
+    Topic,
+    Work,
+    every,
+    ids,
+    is_slow,
+    main_dtype,
+)
+
+JOB = "training_step"
+GROWTH = (OURS, "plain", "Hugging Face sdpa")
+ACCELERATED = ("Hugging Face sdpa", "Hugging Face accelerated")
+
+
+def inputs(case: Case) -> tuple:
+    return (ids(case, case.config.num_tokens, case.size["B"], case.size["T"]),)
+
+
+def tokens(case: Case) -> int:
+    return case.size["B"] * case.size["T"]
+
+
+def work(case: Case, passes: str) -> Work:
+    return training(case.config, case.size["B"], case.size["T"], output_rows=tokens(case))
+
+
+def cases(device: str) -> Iterator[Case]:
+    if device == "cuda":
+        yield from every(JOB, device, [{"model": "gpt2", "B": 8, "T": 1024}], dropouts=(0.1, 0.0), quick=True)
+        yield from every(JOB, device, [{"model": "gpt2", "B": 32, "T": 1024}], dropouts=(0.1, 0.0))
+        for model, B in (("gpt2-medium", 16), ("gpt2-large", 8), ("gpt2-xl", 4)):
+            yield from every(JOB, device, [{"model": model, "B": B, "T": 1024}], dropouts=(0.1, 0.0))
+        batches, layers, T = [1, 2, 4, 8, 16, 32], [2, 4, 8, 12, 24], 1024
+    else:
+        yield from every(JOB, device, [{"model": "gpt2", "B": 1, "T": 128}], (F32,), (0.1, 0.0), quick=True)
+        yield from every(JOB, device, [{"model": "gpt2", "B": 4, "T": 256}], dropouts=(0.1, 0.0))
+        if is_slow(device, BF16):  # a part of the layers: PyTorch's output layer alone takes minutes
+            two = [{"model": "gpt2", "layers": 2, "B": 4, "T": 256}]
+            yield from every(JOB, device, two, (BF16,), (0.1, 0.0), peers=(OURS, "Hugging Face sdpa"))
+            one = [{"model": "gpt2", "layers": 1, "B": 4, "T": 128}]
+            yield from every(JOB, device, one, (BF16,), (0.1,), peers=ACCELERATED)
+        batches, layers, T = [1, 2, 4, 8], [1, 2, 4, 8], 128
+        larger = [{"model": model, "B": 1, "T": 128} for model in ("gpt2-medium", "gpt2-large", "gpt2-xl")]
+        yield from every(JOB, device, larger, (F32,), (0.1,), peers=GROWTH)
+    by_batch = [{"model": "gpt2", "layers": 2, "B": B, "T": T} for B in batches]
+    yield from every(JOB, device, by_batch, main_dtype(device), (0.1,), series="B", peers=GROWTH)
+    by_depth = [{"model": "gpt2", "layers": L, "B": 2, "T": T // 2} for L in layers]
+    yield from every(JOB, device, by_depth, main_dtype(device), (0.1,), series="layers", peers=GROWTH)
+
+
+def targets(case: Case) -> Iterator[Target]:
+    small = case.size["model"] == "gpt2" and "layers" not in case.size
+    if case.device == "cuda":
+        if small and case.size["T"] == 1024:
+            yield Target(TOKENS, 550_000 if case.dropout else 600_000)
+            yield Target("plain compiled", 1.25)
+    elif case.dtype == BF16 and "layers" in case.size:
+        yield Target("Hugging Face sdpa", 1.25)
+        yield Target("Hugging Face sdpa", 1.2, who="Hugging Face accelerated")
+    elif small and case.size["B"] == 4:
+        yield Target(FLOOR, 0.85)
+        if case.dtype == F32:
+            yield Target("Hugging Face eager", 1.75 if case.dropout else 1.4)
+            yield Target("Hugging Face sdpa", 2.0 if case.dropout else 1.2)
+            yield Target("Hugging Face compiled", 1.1)
+            yield Target("Hugging Face accelerated", 1.0)
+            if case.dropout:
+                yield Target("Hugging Face sdpa", 1.8, who="Hugging Face accelerated")
+
+
+# ---- implementations
+
+
+def ours(case: Case) -> tuple[nn.Module, Loss]:
+    model = gpt_fast.GPTForCausalLM(case.config).to(case.device)
+    return model, lambda tokens: model(tokens, tokens).loss
+
+
+def plain(case: Case) -> tuple[nn.Module, Loss]:
+    model = PlainGPT(case.config).to(case.device)
+    return model, model.loss
+
+
+def hugging_face(attention: str, case: Case) -> tuple[nn.Module, Loss]:
+    model = hf_model("GPT2LMHeadModel", case, attention).to(case.device)
+    return model, lambda tokens: model(tokens, labels=tokens, use_cache=False).loss
+
+
+TOPIC = Topic(
+    JOB, "train", inputs, work, cases,
+    peers=training_peers(ours, plain, hugging_face),
+    title="training step (forward, backward, AdamW)",
+    passes=("step",),
+    targets=targets,
+    tests=("model/test_model.py", "model/test_heads.py"),
+    tokens=tokens,
+    pair_bytes=pair_bytes,
+)  # fmt: skip

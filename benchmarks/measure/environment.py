@@ -1,0 +1,94 @@
+"""Facts that a figure depends on besides the code: device, versions, commit."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure.floors import bf16_products
+from gpt_fast import build_info
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("triton", "transformers", "liger-kernel")
+
+
+# Bytes and dense operations a second by the vendors' data sheets, for devices whose name contains the key. Pages show
+# them beside the measured rates; shares are never taken of them.
+DATA_SHEETS = {
+    "A100-SXM4-40GB": {"copy": 1.555e12, "matmul bfloat16": 312e12, "matmul float32": 19.5e12},
+    "A100-SXM4-80GB": {"copy": 2.039e12, "matmul bfloat16": 312e12, "matmul float32": 19.5e12},
+    "H100 80GB HBM3": {"copy": 3.35e12, "matmul bfloat16": 989e12, "matmul float32": 67e12},
+    "H200": {"copy": 4.8e12, "matmul bfloat16": 989e12, "matmul float32": 67e12},
+}
+
+
+def data_sheet(name: str) -> dict[str, float]:
+    """Return the vendor's rates for the device of this name, by floor; empty if they are not known here."""
+    return next((rates for part, rates in DATA_SHEETS.items() if part in name), {})
+
+
+def device_name(device: str) -> str:
+    """Return the GPU's or the CPU's name, with the number of CPU threads used."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text("utf-8").splitlines() if line.startswith("model name")]
+        model = names[0].partition(":")[2].strip() if names else model
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} {'thread' if threads == 1 else 'threads'} of {os.cpu_count()}"
+
+
+def slug(device: str) -> str:
+    """Return the device's name as a folder name."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def describe(device: str, cpu_time: bool = False) -> dict[str, Any]:
+    """Return device, versions and commit, as every results file holds them."""
+    info = build_info()
+    name = device_name(device) + (", CPU time" if cpu_time else "")
+    facts: dict[str, Any] = {
+        "device": {"type": device, "name": name, "slug": slug(name), "bf16_products": bf16_products(device)},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{package: _version(package) for package in PACKAGES},
+        },
+        "commit": commit(),
+    }
+    if device == "cuda":
+        facts["versions"]["cuda"] = torch.version.cuda
+    else:
+        facts["device"]["extension"] = info and {"vector": info["vector"], "compiler": info["compiler"]}
+    return facts
+
+
+def commit() -> dict[str, Any]:
+    """Return the checkout's commit, and whether files that affect a figure differ from it."""
+    found = _git("rev-parse", "HEAD")
+    changed = _git(
+        "status", "--porcelain", "--", "csrc", "gpt_fast", "kernels", "benchmarks/*.py", "benchmarks/*.cpp", "setup.py"
+    )
+    return {"id": found, "dirty": None if changed is None else bool(changed)}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or a tree that is no repository
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

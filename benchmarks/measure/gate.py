@@ -1,0 +1,57 @@
+"""A topic's tests run before it is timed. No time is reported for a topic whose tests fail."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import torch
+
+from benchmarks.measure.environment import ROOT
+from benchmarks.topic import Study, Topic
+
+GREEN = ROOT / "build" / "benchmarks" / "green.json"  # topic → digest of the files that its tests passed on
+SUFFIXES = (".py", ".cpp", ".h", ".cu", ".json")
+APART = {"commands", "data", "training"}  # folders that compute nothing that is timed
+
+
+def files_of_tests(topic: Topic | Study) -> tuple[str, ...]:
+    return topic.tests or ((f"ops/test_{topic.name}.py",) if isinstance(topic, Topic) else ())
+
+
+def run_tests(topic: Topic | Study, device: str) -> str:
+    """Return the output of the topic's failed tests, empty if they passed.
+
+    Tests that passed are not run again on the same files.
+    """
+    files = [f"tests/{name}" for name in files_of_tests(topic)]
+    if not files:
+        return ""
+    digest = _digest(files, device)
+    green = json.loads(GREEN.read_text("utf-8")) if GREEN.exists() else {}
+    if green.get(topic.name) == digest:
+        return ""
+    selection = ["-m", "cuda and not slow"] if device == "cuda" else []
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, *selection]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        command, check=False, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    if done.returncode:
+        return (done.stdout + done.stderr)[-2000:]
+    GREEN.parent.mkdir(parents=True, exist_ok=True)
+    GREEN.write_text(json.dumps(green | {topic.name: digest}), encoding="utf-8")
+    return ""
+
+
+def _digest(files: list[str], device: str) -> str:
+    """Return a digest of the code under test, of its tests, and of what they run with."""
+    digest = hashlib.sha256(f"{device} {torch.__version__} {sys.version}".encode())
+    sources = [path for folder in ("gpt_fast", "kernels", "csrc") for path in (ROOT / folder).rglob("*")]
+    sources = [path for path in sources if not APART & set(path.relative_to(ROOT).parts)]
+    tests = [ROOT / name for name in (*files, "tests/conftest.py", "tests/numerics.py")]
+    for path in sorted(path for path in {*sources, *tests} if path.suffix in SUFFIXES and path.is_file()):
+        digest.update(str(path.relative_to(ROOT)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,48 @@
+"""Perplexity of a trained run by the precision of its weights: python -m benchmarks.measure.perplexity RUN"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from gpt_fast import DecodeSession
+from gpt_fast.data.batches import lm_windows, token_stream
+from gpt_fast.data.corpus import read_corpus
+from gpt_fast.data.tokenizer import encode_documents
+from gpt_fast.generation.steps import WEIGHTS
+from gpt_fast.training.runs.folder import special_token
+from gpt_fast.training.runs.load import load_generator, run_tokenizer
+
+
+def perplexities(folder: Path, windows: int = 64) -> dict[str, float]:
+    """Return the perplexity of held-out text of the standard library, by the precision of the weights.
+
+    A decode step with these weights predicts each token.
+    """
+    model = load_generator(folder, "cpu").eval()
+    texts = [document.text for document in read_corpus(None).valid]
+    ids = encode_documents(run_tokenizer(folder, model), texts)
+    stream = token_stream(ids, special_token(model.config, "start_token"))
+    tokens = lm_windows(stream, model.config.seq_len)
+    tokens = tokens[:: max(1, len(tokens) // windows)][:windows]  # [B, T]
+    found = {}
+    for weights in WEIGHTS:
+        session = DecodeSession(model, batch=len(tokens), weights=weights)
+        losses = []
+        for t in range(tokens.shape[1] - 1):
+            logits = session.step(tokens[:, t].contiguous())
+            losses.append(torch.nn.functional.cross_entropy(logits.double(), tokens[:, t + 1], reduction="none"))
+        found[weights] = torch.cat(losses).mean().exp().item()
+    return found
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m benchmarks.measure.perplexity RUN")
+    found = perplexities(Path(sys.argv[1]))
+    for name, value in found.items():
+        print(f"  {name:12} perplexity {value:.4f} ({value / found['float32'] - 1:+.3%})")
+
+
+if __name__ == "__main__":
+    main()

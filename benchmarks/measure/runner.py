@@ -1,0 +1,298 @@
+"""Runs topics and studies: their tests, the floors, every case on every implementation. Writes results as they come."""
+
+import contextlib
+import dataclasses
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.catalogue import cases
+from benchmarks.measure import environment
+from benchmarks.measure.calls import all_passes, make_inputs, prepare
+from benchmarks.measure.floors import measure_floors
+from benchmarks.measure.gate import run_tests
+from benchmarks.measure.memory import available_memory, peak_memory
+from benchmarks.measure.timing import FULL, QUICK, Budget, Call, Stopwatch, flush, take_turns
+from benchmarks.models.job import Job
+from benchmarks.report import results
+from benchmarks.report.results import Record, Run
+from benchmarks.topic import OURS, Case, Function, Peer, Study, Topic
+from gpt_fast.interrupts import Interrupted
+
+Failed = list[tuple[Peer, str]]
+
+
+@dataclass
+class Settings:
+    """How to run, and the functions that are told about progress."""
+
+    device: str
+    quick: bool = False
+    resume: bool = False
+    cpu_time: bool = False
+    out: Path = Path("runs/bench")
+    advance: Callable[[int, str], None] = lambda done, label: None  # implementations done since, what comes now
+    done: Callable[[Run, list[Record]], None] = lambda run, records: None  # after a case, with its records
+    studied: Callable[[Study, dict[str, Any]], None] = lambda study, record: None  # after a study
+
+    @property
+    def budget(self) -> Budget:
+        return dataclasses.replace(QUICK if self.quick else FULL, cpu_time=self.cpu_time)
+
+
+@dataclass
+class Outcome:
+    files: list[Path] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)  # topic → the output of its failed tests
+    interrupted: bool = False
+
+
+# ---- one case
+
+
+def runs_here(topic: Topic, case: Case, quick: bool) -> tuple[list[Peer], Failed]:
+    """Return the implementations to measure, and those that are missing with the reason."""
+    run, missing = [], []
+    for peer in topic.peers:
+        if case.peers and peer.name not in case.peers:
+            continue
+        reason = peer.missing(case)
+        if reason is None and case.quick and peer.compiles and topic.pair_bytes:
+            reason = "compiling whole models is left to the larger cases" + (", not in a quick run" if quick else "")
+        if reason is None:
+            run.append(peer)
+        else:
+            missing.append((peer, reason))
+    return run, missing
+
+
+def groups(topic: Topic, case: Case, peers: list[Peer]) -> list[tuple[list[Peer], Peer | None]]:
+    """Return which implementations take turns, and who takes turns with them without a record.
+
+    All of an op take turns. Models in training do not fit into memory together: each takes turns with ours alone, or
+    with nobody if two do not fit.
+    """
+    if topic.pair_bytes is None:
+        return [(peers, None)]
+    ours = next((peer for peer in peers if peer.name == OURS), None)
+    pair = ours if topic.pair_bytes(case) <= available_memory(case.device) else None
+    return [([peer], None if peer is ours else pair) for peer in peers]
+
+
+def measure(
+    topic: Topic, case: Case, peers: list[Peer], budget: Budget, beside: Peer | None = None
+) -> tuple[list[Record], Failed]:
+    """Return records of the peers on one case, and those that failed with the error.
+
+    The peers take turns, pass by pass; `beside` takes turns with them and gets no record.
+    """
+    inputs = make_inputs(topic, case)
+    before = flush(case.device) if topic.suite == "ops" else None
+    functions: dict[Peer, Function] = {}
+    failed: Failed = []
+    times: dict[Peer, dict[str, dict[str, Any]]] = {}
+    torch.compiler.reset()  # or a second shape would be compiled for shapes that vary
+    for peer in [*([beside] if beside else []), *peers]:
+        torch.manual_seed(0)
+        with _failure(peer, failed):
+            functions[peer] = peer.build(case)
+    for passes in topic.passes:
+        for peer, summary in _take_turns(functions, inputs, passes, case.device, before, budget, failed).items():
+            times.setdefault(peer, {})[passes] = summary
+    records = []
+    work = {passes: vars(topic.work(case, passes)) for passes in topic.passes}
+    for peer, by_pass in times.items():
+        if peer is beside:
+            continue
+        function = functions[peer]
+        extra = None
+        with contextlib.suppress(RuntimeError, NotImplementedError):
+            extra = peak_memory(case.device, all_passes(function, inputs[0], topic.passes))
+        own = function.work if isinstance(function, Job) else None
+        if extra is not None and isinstance(function, Job):
+            extra += function.state_bytes()
+        records.append(
+            {
+                "case": case.name, "peer": peer.name, "sizes": case.size, "dtype": case.dtype_name,
+                "dropout": case.dropout, "series": case.series, "complete": not case.peers, "times": by_pass,
+                "work": {name: vars(own) if own else work[name] for name in by_pass},
+                "tokens": topic.tokens(case) if topic.tokens else None, "peak_memory": extra,
+            }
+        )  # fmt: skip
+    return records, [(peer, reason) for peer, reason in failed if peer is not beside]
+
+
+def _take_turns(
+    functions: dict[Peer, Function],
+    inputs: list[tuple],
+    passes: str,
+    device: str,
+    before: Call | None,
+    budget: Budget,
+    failed: Failed,
+) -> dict[Peer, dict[str, Any]]:
+    watches: dict[Peer, Stopwatch] = {}
+    for peer, function in functions.items():
+        with _failure(peer, failed, f"{passes}: "):
+            watch = Stopwatch(device, prepare(function, inputs, passes), before, peer.compiles, budget.cpu_time)
+            watch.start()
+            watches[peer] = watch
+    if watches:
+        take_turns(list(watches.values()), budget)
+    ours = next((watch for peer, watch in watches.items() if peer.name == OURS), None)
+    return {
+        peer: watch.summary() | ({"to_ours": watch.ratio_to(ours)} if ours and watch is not ours else {})
+        for peer, watch in watches.items()
+    }
+
+
+@contextlib.contextmanager
+def _failure(peer: Peer, failed: Failed, doing: str = "") -> Iterator[None]:
+    """Add an implementation that cannot do this (out of memory, a limit of its library) to `failed`.
+
+    Ours must do it, unless memory runs out.
+    """
+    try:
+        yield
+    except (RuntimeError, NotImplementedError, ValueError, ImportError) as error:
+        if peer.name == OURS and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        failed.append((peer, doing + _first_line(error)))
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+# ---- a whole run
+
+
+def here(topics: list[Topic | Study], device: str) -> list[Topic | Study]:
+    """Return those that have something to measure on the device."""
+    return [
+        topic for topic in topics if (device in topic.devices if isinstance(topic, Study) else cases(topic, device))
+    ]
+
+
+def count(topics: list[Topic | Study], settings: Settings) -> int:
+    """Return how many implementations of cases there are to measure; a study counts as one."""
+    return sum(
+        1
+        if isinstance(topic, Study)
+        else sum(
+            len(runs_here(topic, case, settings.quick)[0]) for case in cases(topic, settings.device, settings.quick)
+        )
+        for topic in topics
+    )
+
+
+def run(topics: list[Topic | Study], settings: Settings) -> Outcome:
+    """Measure the topics and write a file for each. Ctrl-C keeps what was measured, marked partial.
+
+    Raises:
+        OSError: if the folder cannot be written; before anything is measured.
+        ValueError: if a file to resume was measured elsewhere.
+    """
+    facts = environment.describe(settings.device, settings.cpu_time)
+    folder = settings.out / facts["device"]["slug"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".writable").touch()
+    (folder / ".writable").unlink()
+    opened = {topic.name: _open(topic, folder / f"{topic.name}.json", facts, settings) for topic in topics}
+    outcome = Outcome()
+    try:
+        for topic in topics:
+            settings.advance(0, f"{topic.name}: its tests")
+            red = run_tests(topic, settings.device)
+            if red:
+                outcome.refused[topic.name] = red
+                continue
+            path = folder / f"{topic.name}.json"
+            outcome.files.append(path)
+            if isinstance(topic, Study):
+                _run_study(topic, opened[topic.name], path, settings)
+            else:
+                _run_topic(topic, opened[topic.name], path, settings)
+    except (KeyboardInterrupt, Interrupted):
+        outcome.interrupted = True
+        outcome.files = [path for path in outcome.files if path.exists()]
+    return outcome
+
+
+def _open(topic: Topic | Study, path: Path, facts: dict[str, Any], settings: Settings) -> Run:
+    """Return an empty run, or with `resume` the one that is there."""
+    head = {
+        "schema": results.SCHEMA, "version": results.VERSION, "topic": topic.name, "suite": topic.suite,
+        "quick": settings.quick, **facts,
+    }  # fmt: skip
+    new = head if isinstance(topic, Study) else head | {"partial": True, "sessions": [], "records": [], "missing": []}
+    if not settings.resume or not path.exists():
+        return new
+    old = results.read_study(path, topic) if isinstance(topic, Study) else results.read(path)
+    for name in ("quick", "device", "versions", "commit"):
+        if old[name] != new[name]:
+            raise ValueError(f"{path}: cannot be resumed, its {name} was {old[name]}, now it is {new[name]}")
+    return old
+
+
+def _now() -> dict[str, Any]:
+    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    return {"date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), "load": load}
+
+
+def _run_study(study: Study, record: Run, path: Path, settings: Settings) -> None:
+    """Measure a study, unless its record is already there, and write it."""
+    settings.advance(0, study.name)
+    if "date" not in record:
+        record |= _now() | study.measure(settings.device, settings.quick, settings.cpu_time)
+        results.write(record, path)
+        _release(settings.device)
+    settings.advance(1, study.name)
+    settings.studied(study, record)
+
+
+def _run_topic(topic: Topic, run: Run, path: Path, settings: Settings) -> None:
+    """Fill the run with what it lacks, and write it after each step."""
+    settings.advance(0, f"{topic.name}: floors")
+    session = _now() | {"floors": dict(measure_floors(settings.device, settings.cpu_time))}
+    run["partial"] = True
+    index = len(run["sessions"])
+    run["sessions"].append(session)
+    for case in cases(topic, settings.device, settings.quick):
+        peers, missing = runs_here(topic, case, settings.quick)
+        run["missing"] = [entry for entry in run["missing"] if entry["case"] != case.name]
+        run["missing"] += [_absent(case, peer, reason) for peer, reason in missing]
+        measured = len(run["records"])
+        for group, beside in groups(topic, case, peers):
+            label = f"{topic.name} {case.name}" + (f": {group[0].name}" if topic.pair_bytes else "")
+            settings.advance(0, label)
+            left = [peer for peer in group if results.find(run, case.name, peer.name) is None]
+            if left:
+                records, failed = measure(topic, case, left, settings.budget, beside)
+                run["records"] += [record | {"session": index} for record in records]
+                run["missing"] += [_absent(case, peer, reason) for peer, reason in failed]
+                results.write(run, path)
+                _release(settings.device)
+            settings.advance(len(group), label)
+        settings.done(run, run["records"][measured:])
+    if not any(record["session"] == index for record in run["records"]) and index:
+        run["sessions"].pop()  # there was nothing left to measure
+    run["partial"] = False
+    results.write(run, path)
+
+
+def _absent(case: Case, peer: Peer, reason: str) -> dict[str, str]:
+    return {"case": case.name, "peer": peer.name, "reason": reason}
+
+
+def _release(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()

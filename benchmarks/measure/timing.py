@@ -1,0 +1,163 @@
+"""How time is measured on one device."""
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+FLUSH_BYTES = 512 << 20  # several times any L2; clearing it also keeps the GPU busy while the next launch is prepared
+LONG = 1.0  # seconds; a longer call is repeated a few times only
+VERY_LONG = 8.0  # seconds; a longer first call is the only one
+Call = Callable[[], object]
+
+
+class Stamp:
+    """Point in the GPU's work. Subtracting an earlier one waits for both and gives the seconds between them."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier: "Stamp") -> float:
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+def clock(device: str, cpu_time: bool = False) -> Callable:
+    """Return the clock to read before and after a call.
+
+    The difference of two readings is in seconds; with `cpu_time` in seconds that the process computed.
+    """
+    if device == "cuda":
+        return Stamp
+    return time.process_time if cpu_time else time.perf_counter
+
+
+def flush(device: str) -> Call | None:
+    """Return a function that empties the L2 before a round, or None on a CPU.
+
+    On a CPU small tensors stay cached, as they do in a model.
+    """
+    if device != "cuda":
+        return None
+    buffer = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def run() -> None:
+        buffer.zero_()
+
+    return run
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return q1, median, q3
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How often a call is timed: `least` times, then until `seconds` are used up. A very long call runs once."""
+
+    seconds: float
+    least: int
+    cpu_time: bool = False
+
+    def rounds(self, duration: float) -> int:
+        if duration > VERY_LONG:
+            return 1
+        return max(self.least, min(1000, math.ceil(self.seconds / max(duration, 1e-9))))
+
+
+FULL, QUICK = Budget(1.0, 3), Budget(0.25, 2)
+
+
+class Stopwatch:
+    """Times one implementation. `calls` are the same work on different inputs, taken in turn."""
+
+    def __init__(
+        self,
+        device: str,
+        calls: list[Call],
+        before: Call | None = None,
+        compiles: bool = False,
+        cpu_time: bool = False,
+    ):
+        self.calls = calls
+        self.before = before
+        self.now = clock(device, cpu_time)
+        self.compiles = compiles
+        self.taken = 0
+        self.first: float | None = None
+        self.seconds: list[float] = []
+        self.laps: list[int] = []  # the lap of each entry of `seconds`; -1 for the warm-up
+
+    def call(self) -> float:
+        run = self.calls[self.taken % len(self.calls)]
+        self.taken += 1
+        if self.before:
+            self.before()
+        start = self.now()
+        run()
+        return self.now() - start
+
+    def keep(self, seconds: float, lap: int) -> None:
+        self.seconds.append(seconds)
+        self.laps.append(lap)
+
+    def start(self) -> float:
+        """Make the first call, which compiles and allocates, and fails if the implementation cannot do this."""
+        self.first = self.call()
+        return self.first
+
+    def warm_up(self) -> float:
+        """Make two to four calls and return how long the last took. A long one counts as a round already."""
+        first = self.start() if self.first is None else self.first
+        if first > VERY_LONG and not self.compiles:
+            self.keep(first, -1)
+            return first
+        began = time.perf_counter()
+        duration = self.call()
+        while self.taken < 4 and time.perf_counter() - began < LONG / 2:
+            duration = self.call()
+        if duration > LONG:
+            self.keep(duration, -1)
+        return duration
+
+    def summary(self) -> dict[str, float | None]:
+        """Return the median and quartiles in seconds, the number of rounds, and the very first call."""
+        q1, median, q3 = quartiles(self.seconds)
+        return {"median": median, "q1": q1, "q3": q3, "rounds": len(self.seconds), "first": self.first}
+
+    def ratio_to(self, other: "Stopwatch") -> dict[str, float]:
+        """Return how many times as long this implementation takes as the other: median and quartiles over pairs.
+
+        A pair is a round of this one and the nearest round of the other, so that whatever slows the machine for a while
+        slows both. On a busy machine this ratio is steadier than the ratio of two medians.
+        """
+        pairs = []
+        for seconds, lap in zip(self.seconds, self.laps, strict=True):
+            nearest = min(range(len(other.laps)), key=lambda i, lap=lap: abs(other.laps[i] - lap))  # type: ignore[misc]
+            pairs.append(seconds / other.seconds[nearest])
+        q1, median, q3 = quartiles(pairs)
+        return {"median": median, "q1": q1, "q3": q3}
+
+
+def take_turns(watches: list[Stopwatch], budget: Budget) -> None:
+    """Fill every watch. Rounds of the implementations alternate, so that a change of the machine's speed meets all.
+
+    Each lap has another order: whoever follows another finds its inputs cached, which is 20 % of a small op.
+    """
+    planned = [(watch, budget.rounds(watch.warm_up())) for watch in watches]
+    laps = max(rounds for _, rounds in planned)
+    order = random.Random(0)
+    for lap in range(laps):
+        order.shuffle(planned)
+        for watch, rounds in planned:
+            # Spread evenly over the laps; a long call of the warm-up was the first round.
+            if len(watch.seconds) < rounds * (lap + 1) // laps:
+                watch.keep(watch.call(), lap)

@@ -1,0 +1,46 @@
+"""Parameters and FLOPs of whole models, from their configuration."""
+
+from benchmarks.topic import Work
+from gpt_fast import GPTConfig
+
+MFU_FORMULA = "MFU = tokens/s × (6 N + 6 L C (T + 1)) / measured matrix rate"
+MFU_WHERE = (
+    "N: parameters in matrix products, 12 L C² + V C; 6 L C (T + 1): causal attention; "
+    "a training step counts three forward passes, recomputation counts nothing"
+)
+STATE_BYTES = 16  # of a parameter in training: float32 weight, gradient and AdamW's two moments
+
+
+def matrix_parameters(config: GPTConfig) -> int:
+    """Return how many parameters multiply each token: 4 C² + 2 C F a layer, and the output layer."""
+    C, F = config.hidden_dim, config.ff_dim
+    return config.num_layers * (4 * C * C + 2 * C * F) + config.num_tokens * C
+
+
+def parameters(config: GPTConfig) -> int:
+    """Return all parameters of a GPT-2 (pre-norm, tied, biases): 124,439,808 for the smallest."""
+    C, F, L = config.hidden_dim, config.ff_dim, config.num_layers
+    layer = 4 * C * C + 4 * C + 2 * C * F + F + C + 4 * C
+    return config.num_tokens * C + config.seq_len * C + L * layer + 2 * C
+
+
+def forward_flops(config: GPTConfig, B: int, T: int, output_rows: int) -> int:
+    """Return the FLOPs of B × T tokens through the layers, and of `output_rows` positions through the output layer."""
+    C, V, L = config.hidden_dim, config.num_tokens, config.num_layers
+    layers = matrix_parameters(config) - V * C
+    return 2 * B * T * layers + 2 * output_rows * V * C + L * 4 * C * B * T * (T + 1) // 2
+
+
+def training(config: GPTConfig, B: int, T: int, output_rows: int) -> Work:
+    """Count three forward passes' FLOPs. AdamW reads weight, gradient and moments, and writes all but the gradient."""
+    return Work(7 * 4 * parameters(config), 3 * forward_flops(config, B, T, output_rows))
+
+
+def decoding(config: GPTConfig, B: int, prompt: int, new: int, element: int, cache_element: int) -> Work:
+    """Count `new` tokens a row, one at a time: each reads the weights, and the keys and values of the tokens before."""
+    C, L = config.hidden_dim, config.num_layers
+    weights = element * matrix_parameters(config)
+    seen = sum(prompt + i for i in range(new))  # tokens in the cache, added up over the steps
+    cache = cache_element * 2 * L * C * B * seen
+    flops = 2 * B * new * matrix_parameters(config) + 4 * L * C * B * seen
+    return Work(new * weights + cache, flops, "read")

@@ -1,0 +1,93 @@
+"""Who computes prompts and new tokens: ours, a plain PyTorch model, transformers' GPT-2, the reference.
+
+Weights are in the case's dtype, and tokens are chosen greedily.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gpt_fast
+from benchmarks.models.counts import decoding
+from benchmarks.models.job import Job, hf_model, no_transformers, referenced
+from benchmarks.models.plain_gpt import PlainGPT
+from benchmarks.topic import OURS, Case, Peer
+
+
+def _new_tokens(case: Case) -> int:
+    return case.size.get("new", 1)
+
+
+def _eval(case: Case, model: Any) -> Any:
+    return model.to(device=case.device, dtype=case.dtype).eval()
+
+
+def _ours(case: Case, weights: str | None = None) -> Job:
+    model = _eval(case, gpt_fast.GPTForCausalLM(case.config))
+    new = _new_tokens(case)
+    work = None
+    if weights is not None:
+        element = {"bfloat16": 2, "int8": 1}[weights]
+        work = decoding(case.config, case.size["B"], case.size["prompt"], new, element, cache_element=2)
+
+    def run(tokens: Tensor) -> Tensor:
+        return gpt_fast.generate(model, tokens, max_new_tokens=new, temperature=0, weights=weights)
+
+    return Job(model, run, work=work)
+
+
+def _packed_missing(case: Case) -> str | None:
+    if case.device != "cpu" or gpt_fast.build_info() is None:
+        return "weights are packed on the CPU only, by the C++ extension"
+    return None
+
+
+def _reference(case: Case) -> Job:
+    job = _ours(case)
+    job.run = referenced(job.run)
+    return job
+
+
+def _plain(case: Case) -> Job:
+    model = _eval(case, PlainGPT(case.config))
+    new = _new_tokens(case)
+    return Job(model, torch.inference_mode()(lambda tokens: model.generate(tokens, new)))
+
+
+def _plain_missing(case: Case) -> str | None:
+    if case.device == "cpu" and case.size["B"] * _new_tokens(case) > 32:
+        return "computes the whole context again for each token: left to the shortest case on a CPU"
+    return None
+
+
+def _hf(case: Case, attention: str, static: bool = False) -> Job:
+    model = _eval(case, hf_model("GPT2LMHeadModel", case, attention))
+    new = _new_tokens(case)
+    options: dict[str, Any] = {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new}
+    if static:  # transformers then compiles its forward pass by itself
+        options["cache_implementation"] = "static"
+    return Job(
+        model, lambda tokens: model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+    )  # fmt: skip
+
+
+def _static_missing(case: Case) -> str | None:
+    return no_transformers(case) or (
+        None if case.device == "cuda" else "transformers compiles its static cache on GPUs only"
+    )
+
+
+PEERS = (
+    Peer(OURS, _ours),
+    Peer("plain", _plain, _plain_missing),
+    Peer("Hugging Face eager", partial(_hf, attention="eager"), no_transformers),
+    Peer("Hugging Face sdpa", partial(_hf, attention="sdpa"), no_transformers),
+    Peer("Hugging Face compiled", partial(_hf, attention="sdpa", static=True), _static_missing, compiles=True),
+    Peer("reference", _reference, rival=False),
+)
+PACKED_PEERS = tuple(
+    Peer(f"{OURS} {weights} weights", partial(_ours, weights=weights), _packed_missing)
+    for weights in ("bfloat16", "int8")
+)

@@ -1,0 +1,84 @@
+"""A whole-model job as the suite calls it, and transformers' models for it."""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn, optim
+
+import gpt_fast
+from benchmarks.topic import Case, Work
+from gpt_fast.generation.steps import WEIGHTS
+
+
+class Job:
+    """Call of a job, with the model it runs and, in training, the optimizer.
+
+    `work` is what the job cannot avoid, if that differs from the case's work, as with weights of another dtype.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Callable[..., object],
+        optimizer: optim.Optimizer | None = None,
+        work: Work | None = None,
+    ):
+        self.model = model
+        self.run = run
+        self.optimizer = optimizer
+        self.work = work
+
+    def __call__(self, *inputs: Tensor) -> object:
+        return self.run(*inputs)
+
+    def state_bytes(self) -> int:
+        """Return the bytes that stay in memory between calls: parameters, moments, and the session of `generate`."""
+        kept = getattr(self.model, "_kept_session", None)
+        packed = 0
+        if kept is not None:
+            packed = kept.cache.keys.nbytes + kept.cache.values.nbytes
+            if kept.kind in WEIGHTS and kept.kind != str(next(self.model.parameters()).dtype).removeprefix("torch."):
+                packed += kept._step.weights.bytes
+        return packed + sum(tensor.nbytes for tensor in self._state())
+
+    def _state(self) -> Iterator[Tensor]:
+        yield from {tensor.data_ptr(): tensor for tensor in self.model.state_dict().values()}.values()
+        if self.optimizer:
+            for state in self.optimizer.state.values():
+                yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def referenced(run: Callable[..., object]) -> Callable[..., object]:
+    """Return the function with every op of ours replaced by its reference."""
+
+    def run_reference(*inputs: Tensor) -> object:
+        with gpt_fast.use_reference():
+            return run(*inputs)
+
+    return run_reference
+
+
+def no_transformers(case: Case) -> str | None:
+    return "transformers is not installed" if importlib.util.find_spec("transformers") is None else None
+
+
+def hf_model(name: str, case: Case, attention: str) -> Any:
+    """Return transformers' GPT-2 of the case's configuration, with random weights."""
+    import transformers
+
+    config = case.config
+    theirs = transformers.GPT2Config(
+        vocab_size=config.num_tokens,
+        n_positions=config.seq_len,
+        n_embd=config.hidden_dim,
+        n_layer=config.num_layers,
+        n_head=config.num_heads,
+        embd_pdrop=case.dropout,
+        attn_pdrop=case.dropout,
+        resid_pdrop=case.dropout,
+        pad_token_id=config.num_tokens - 1,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return getattr(transformers, name)._from_config(theirs, attn_implementation=attention)

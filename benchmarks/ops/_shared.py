@@ -1,0 +1,83 @@
+"""What several ops' benchmarks use: random inputs, the implementations that every op has, reasons to be missing."""
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure.memory import available_memory
+from benchmarks.topic import OURS, Case, Function, Peer
+from gpt_fast import ops
+from gpt_fast import reference as definitions
+
+SITE = 1  # of dropout: any number, if it is the same in ours and the reference
+# dropout_p = 0.1 as launchers take it: the threshold and the scale of DESIGN's dropout contract.
+DROPOUT_RULE = (6554, 65536 / (65536 - 6554))
+Options = Callable[[Case], dict[str, Any]]
+Missing = Callable[[Case], str | None]
+
+
+def normal(case: Case, *shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
+    """Return random values, never zeros, in the case's dtype."""
+    values = torch.randn(shape, device=case.device) * scale
+    return values.to(case.dtype).requires_grad_(grad)
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Return a tensor without memory, for launches that are only recorded."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- implementations
+
+
+def ours(op: str, options: Options = lambda case: {}) -> Peer:
+    def missing(case: Case) -> str | None:
+        return "no kernel here: the reference serves" if ops.serving(op, case.device) == "reference" else None
+
+    return Peer(OURS, lambda case: partial(getattr(ops, op), **options(case)), missing)
+
+
+def reference(op: str, options: Options = lambda case: {}, memory: Callable[[Case], int] = lambda case: 0) -> Peer:
+    return Peer(
+        "reference", lambda case: partial(getattr(definitions, op), **options(case)), fits(memory), rival=False
+    )  # fmt: skip
+
+
+def compiled(build: Callable[[Case], Function]) -> Peer:
+    return Peer("torch.compile", lambda case: torch.compile(build(case), dynamic=False), compiles=True)
+
+
+def dropout(case: Case) -> dict[str, Any]:
+    """Return the keyword arguments for dropout of an op of ours, none if the case has no dropout."""
+    seed = torch.tensor([1234567], device=case.device)
+    return {"dropout_p": case.dropout, "seed": seed, "site": SITE} if case.dropout else {}
+
+
+# ---- reasons to be missing
+
+
+def fits(memory: Callable[[Case], int]) -> Missing:
+    """Return a check that `memory(case)` bytes are at most half of what is available."""
+
+    def missing(case: Case) -> str | None:
+        need = memory(case)
+        return f"needs about {need / 2**30:.0f} GiB" if need > available_memory(case.device) / 2 else None
+
+    return missing
+
+
+def cuda_only(package: str | None = None) -> Missing:
+    def missing(case: Case) -> str | None:
+        if package and importlib.util.find_spec(package) is None:
+            return f"{package.replace('_', '-')} is not installed"
+        return None if case.device == "cuda" else "runs on GPUs only"
+
+    return missing

@@ -1,0 +1,91 @@
+"""Benchmark of add_layer_norm: GPT-2's widths, with and without dropout, against PyTorch and torch.compile."""
+
+from collections.abc import Iterator
+from functools import partial
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.ops._shared import DROPOUT_RULE, compiled, dropout, meta, normal, ours, reference
+from benchmarks.topic import BF16, F32, FLOOR, Case, Function, Launches, Peer, Target, Topic, Work, every
+
+OP = "add_layer_norm"
+WIDTHS = (768, 1024, 1280, 1600)  # of GPT-2's four sizes
+
+
+def inputs(case: Case) -> tuple:
+    M, N = case.size.values()
+    return normal(case, M, N), normal(case, M, N), normal(case, N), normal(case, N)
+
+
+def work(case: Case, passes: str) -> Work:
+    M, N = case.size.values()
+    element, statistics = case.dtype.itemsize, 2 * 4 * M
+    if passes == "forward":  # reads x, residual, weight, bias; writes normed, summed, mean, rstd
+        return Work(element * (4 * M * N + 2 * N) + statistics)
+    # Reads dnormed, dsummed, summed, weight; writes dresidual, dweight, dbias, and dx if dropout makes it differ.
+    matrices = 5 if case.dropout else 4
+    return Work(element * (matrices * M * N + 3 * N) + statistics)
+
+
+def cases(device: str) -> Iterator[Case]:
+    if device == "cuda":
+        for N in WIDTHS:
+            sizes = [{"M": 32768, "N": N}]
+            yield from every(OP, device, sizes, dropouts=(0.0, 0.1), series="N", quick=N == 768)
+        return
+    yield from every(OP, device, [{"M": 1024, "N": 768}], (F32,), (0.0, 0.1), quick=True)
+    yield from every(OP, device, [{"M": 1024, "N": 768}], (BF16,), (0.0, 0.1))
+    yield from every(OP, device, [{"M": 1024, "N": N} for N in WIDTHS[1:]], (F32, BF16), (0.0, 0.1))
+    yield from every(OP, device, [{"M": 32768, "N": 768}], (F32,), (0.1,))
+
+
+def targets(case: Case) -> Iterator[Target]:
+    if case.device == "cuda":
+        yield Target(FLOOR, 0.85, ("forward",))
+        yield Target(FLOOR, 0.85, ("backward",))
+        yield Target("torch.compile", 1.0)
+    else:
+        yield Target("torch", 1.0)
+
+
+def torch_add_layer_norm(case: Case) -> Function:
+    p = case.dropout
+
+    def run(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        summed = residual + F.dropout(x, p) if p else residual + x
+        return F.layer_norm(summed, x.shape[-1:], weight, bias), summed
+
+    return run
+
+
+def launches(kernels: ModuleType) -> Launches:
+    """Yield every configuration as training uses it: with dropout, and with the residual stream's gradient."""
+    from kernels import launch_configs
+
+    for N in sorted({row.size for row in launch_configs.TABLES["layer_norm"]}):
+        x, weight, bias = (meta(*shape, dtype=torch.bfloat16) for shape in ((4096, N), (N,), (N,)))
+        rows, seed = meta(4096, dtype=torch.float32), meta(1, dtype=torch.int64)
+        rule = (*DROPOUT_RULE, seed, 3)
+        label = f"N={N} bfloat16 dropout"
+        yield label, partial(kernels.forward, x, x, weight, bias, 1e-5, *rule)
+        dtypes = (torch.bfloat16, torch.bfloat16)
+        yield label, partial(kernels.backward, x, x, x, weight, rows, rows, *dtypes, *rule, True, True)
+
+
+TOPIC = Topic(
+    OP, "ops", inputs, work, cases,
+    peers=(
+        ours(OP, dropout),
+        Peer("torch", torch_add_layer_norm),
+        compiled(torch_add_layer_norm),
+        reference(OP, dropout),
+    ),
+    targets=targets,
+    small=({"M": 5, "N": 100}, {"M": 67, "N": 768}),
+    tiny={"M": 4, "N": 8},
+    dropouts=(0.0, 0.1),
+    launches=launches,
+)  # fmt: skip

@@ -1,0 +1,158 @@
+"""Benchmark of attention: causal, with and without dropout, against each of SDPA's backends and FlexAttention."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.ops._shared import DROPOUT_RULE, compiled, cuda_only, dropout, fits, meta, ours, reference, short
+from benchmarks.topic import BF16, F32, Case, Function, Launches, Peer, Target, Topic, Work, every, is_slow
+
+OP = "attention"
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+
+
+def inputs(case: Case) -> tuple:
+    """Return q, k, v [B, H, T, D], laid out [B, T, H, D] as a projection leaves them."""
+    B, H, T, D = case.size.values()
+
+    def one() -> Tensor:
+        return torch.randn(B, T, H, D, device=case.device).to(case.dtype).transpose(1, 2).requires_grad_()
+
+    return one(), one(), one()
+
+
+def work(case: Case, passes: str) -> Work:
+    """Count two products forward, and five backward: the scores again, dV, dP, dQ, dK."""
+    B, H, T, D = case.size.values()
+    element = case.dtype.itemsize
+    pairs = B * H * T * (T + 1) // 2
+    values, lse = B * H * T * D, 4 * B * H * T
+    if passes == "forward":  # reads q, k, v; writes out and lse
+        return Work(element * 4 * values + lse, 2 * 2 * pairs * D)
+    return Work(element * 8 * values + lse, 5 * 2 * pairs * D)  # reads q, k, v, out, dout, lse; writes dq, dk, dv
+
+
+def cases(device: str) -> Iterator[Case]:
+    if device == "cuda":  # 16k tokens in each: GPT-1's and GPT-2's head size, then 128
+        for T in LENGTHS:
+            sizes = [{"B": 16384 // T, "H": 12, "T": T, "D": 64}]
+            yield from every(OP, device, sizes, dropouts=(0.0, 0.1), series="T", quick=T in (1024, 4096))
+        for T in (1024, 4096):
+            yield from every(OP, device, [{"B": 16384 // T, "H": 6, "T": T, "D": 128}], dropouts=(0.0, 0.1))
+        return
+    for T in (256, 1024):
+        sizes = [{"B": 4, "H": 12, "T": T, "D": 64}]
+        yield from every(OP, device, sizes, dropouts=(0.0, 0.1), quick=T == 256)
+        if is_slow(device, BF16):
+            yield from every(OP, device, sizes, (BF16,), (0.0, 0.1), peers=("gpt_fast", "sdpa math", "sdpa flash"))
+    grows = ("gpt_fast", "sdpa math", "sdpa flash", "sdpa cudnn", "FlexAttention", "reference")
+    sizes = [{"B": 1, "H": 2, "T": T, "D": 64} for T in LENGTHS]
+    yield from every(OP, device, sizes, (F32,), series="T", peers=grows)
+
+
+def targets(case: Case) -> Iterator[Target]:
+    T, D = case.size["T"], case.size["D"]
+    if case.device == "cuda":
+        if not case.dropout:
+            fastest = ("sdpa flash", "sdpa cudnn") if D == 64 else "sdpa cudnn"
+            yield Target(fastest, 1.0, ("forward",))
+            yield Target(fastest, 0.9 if D == 64 else 0.7, ("backward",))
+    elif case.size["B"] > 1:
+        times = (2.0 if T == 256 else 5.0) if case.dropout else 1.0
+        yield Target(("sdpa flash", "sdpa math"), times)  # as PyTorch chooses: it has no dropout in flash on the CPU
+
+
+# ---- implementations
+
+
+def scores(copies: int) -> Callable[[Case], int]:
+    """Return a function for the bytes of an implementation that stores so many float32 copies of [B, H, T, T]."""
+
+    def memory(case: Case) -> int:
+        size = case.size
+        return copies * 4 * size["B"] * size["H"] * size["T"] ** 2
+
+    return memory
+
+
+def reference_memory(case: Case) -> int:
+    return scores(30 if case.dropout else 6)(case)  # dropout: 64-bit words of the generator for each pair
+
+
+def sdpa(backend: SDPBackend | None) -> Callable[[Case], Function]:
+    def build(case: Case) -> Function:
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if backend is None:
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=case.dropout)
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=case.dropout)
+
+        return run
+
+    return build
+
+
+def flash_missing(case: Case) -> str | None:
+    return "no dropout on the CPU: PyTorch takes math instead" if case.dropout and case.device == "cpu" else None
+
+
+def flex(case: Case) -> Function:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    T = case.size["T"]
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=case.device)
+    function = torch.compile(flex_attention, dynamic=False)
+    if case.device == "cuda":
+        return lambda q, k, v: function(q, k, v, block_mask=mask)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # On the CPU FlexAttention has no backward and refuses inputs that require a gradient.
+        return function(q.detach(), k.detach(), v.detach(), block_mask=mask)
+
+    return run
+
+
+def flex_missing(case: Case) -> str | None:
+    return "has no dropout" if case.dropout else None
+
+
+def launches(kernels: ModuleType) -> Launches:
+    """Yield causal attention from a packed projection. For each case with dropout there is one without to compare."""
+    shapes = [(D, torch.bfloat16, p) for D in (64, 128, 256) for p in (0.0, 0.1)]
+    shapes += [(64, dtype, p) for dtype in (torch.float16, torch.float32) for p in (0.0, 0.1)]
+    shapes += [(D, torch.float32, 0.0) for D in (128, 256)]
+    for D, dtype, p in shapes:
+        B, T, H = 2, 4096, 4
+        qkv, out = meta(B, T, 3 * H * D, dtype=dtype), meta(B, T, H, D, dtype=dtype).transpose(1, 2)
+        q, k, v = qkv.unflatten(2, (3, H, D)).permute(2, 0, 3, 1, 4)
+        lse, seed = meta(B, H, T, dtype=torch.float32), meta(1, dtype=torch.int64) if p else None
+        options = kernels.Options(None, None, None, None, True, None, p, seed, 3, D**-0.5)
+        rule = DROPOUT_RULE if p else (0, 1.0)
+        label = f"D={D} {short(dtype)}{' dropout' if p else ''}"
+        yield label, partial(kernels.forward, q, k, v, options, *rule)
+        yield label, partial(kernels.backward_qkv, out, qkv, H, out, lse, options, *rule)
+
+
+TOPIC = Topic(
+    OP, "ops", inputs, work, cases,
+    peers=(
+        ours(OP, dropout),
+        Peer("sdpa math", sdpa(SDPBackend.MATH), fits(scores(5))),
+        Peer("sdpa flash", sdpa(SDPBackend.FLASH_ATTENTION), flash_missing),
+        Peer("sdpa efficient", sdpa(SDPBackend.EFFICIENT_ATTENTION), cuda_only()),
+        Peer("sdpa cudnn", sdpa(SDPBackend.CUDNN_ATTENTION), cuda_only()),
+        compiled(sdpa(None)),
+        Peer("FlexAttention", flex, flex_missing, compiles=True),
+        reference(OP, dropout, reference_memory),
+    ),
+    targets=targets,
+    small=({"B": 1, "H": 2, "T": 67, "D": 64}, {"B": 2, "H": 1, "T": 17, "D": 40}),
+    tiny={"B": 1, "H": 1, "T": 4, "D": 8},
+    dropouts=(0.0, 0.1),
+    launches=launches,
+)  # fmt: skip

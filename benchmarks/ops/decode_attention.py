@@ -1,0 +1,67 @@
+"""Benchmark of decode_attention: one query a sequence against full caches, against PyTorch and torch.compile."""
+
+from collections.abc import Iterator
+from functools import partial
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.ops._shared import compiled, meta, normal, ours, reference, short
+from benchmarks.topic import Case, Function, Launches, Peer, Topic, Work, every, main_dtype
+
+OP = "decode_attention"
+
+
+def inputs(case: Case) -> tuple:
+    """Return q, both caches and `lengths`, which is S in every row: the caches are full."""
+    B, H, S, D = case.size.values()
+    caches = [normal(case, B, H, S, D, grad=False) for _ in range(2)]
+    return normal(case, B, H, D, grad=False), *caches, torch.full((B,), S, device=case.device)
+
+
+def work(case: Case, passes: str) -> Work:
+    """Reads both caches and q; writes out."""
+    B, H, S, D = case.size.values()
+    return Work(case.dtype.itemsize * (2 * B * H * S * D + 2 * B * H * D), 2 * 2 * B * H * S * D, "read")
+
+
+def cases(device: str) -> Iterator[Case]:
+    for B in (1, 8):
+        for S in (256, 1024):
+            yield from every(OP, device, [{"B": B, "H": 12, "S": S, "D": 64}], main_dtype(device), quick=S == 1024)
+
+
+def torch_decode_attention(case: Case) -> Function:
+    def run(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
+        there = torch.arange(k_cache.shape[2], device=q.device) < lengths[:, None, None, None]
+        return F.scaled_dot_product_attention(q[:, :, None], k_cache, v_cache, attn_mask=there)[:, :, 0]
+
+    return run
+
+
+def launches(kernels: ModuleType) -> Launches:
+    """Yield one query a sequence against caches as `generate` keeps them: every configuration, and every dtype."""
+    from kernels import launch_configs
+
+    shapes = [(row.size, torch.bfloat16) for row in launch_configs.TABLES["decode_attention"]]
+    for D, dtype in [*shapes, (64, torch.float16), (64, torch.float32), (256, torch.float32)]:
+        B, H, S = 2, 12, 1024
+        q, cache = meta(B, 1, 3, H, D, dtype=dtype)[:, 0, 0], meta(B, H, S, D, dtype=dtype)
+        yield f"D={D} {short(dtype)}", partial(kernels.forward, q, cache, cache, meta(B, dtype=torch.int64))
+
+
+TOPIC = Topic(
+    OP, "ops", inputs, work, cases,
+    peers=(
+        ours(OP),
+        Peer("torch", torch_decode_attention),
+        compiled(torch_decode_attention),
+        reference(OP),
+    ),
+    passes=("inference",),
+    small=({"B": 3, "H": 2, "S": 77, "D": 64},),
+    tiny={"B": 1, "H": 1, "S": 4, "D": 8},
+    launches=launches,
+)  # fmt: skip

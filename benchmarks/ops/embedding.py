@@ -1,0 +1,79 @@
+"""Benchmark of embedding: GPT-2's tables, with and without dropout, against PyTorch and torch.compile."""
+
+from collections.abc import Iterator
+from functools import partial
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.ops._shared import DROPOUT_RULE, compiled, dropout, meta, normal, ours, reference, short
+from benchmarks.topic import F32, Case, Function, Launches, Peer, Target, Topic, Work, every, ids, main_dtype
+
+OP = "embedding"
+
+
+def inputs(case: Case) -> tuple:
+    B, T, V, C = case.size.values()
+    return ids(case, V, B, T), normal(case, V, C), normal(case, T, C)
+
+
+def work(case: Case, passes: str) -> Work:
+    B, T, V, C = case.size.values()
+    element, rows, token_ids = case.dtype.itemsize, B * T * C, 8 * B * T
+    if passes == "forward":  # reads a row of the table for each token, the positions once; writes the sums
+        return Work(element * (2 * rows + T * C) + token_ids)
+    return Work(element * (rows + V * C + T * C) + token_ids)  # reads dout; writes both tables' gradients
+
+
+def cases(device: str) -> Iterator[Case]:
+    B, T = (16, 1024) if device == "cuda" else (4, 256)
+    size = {"B": B, "T": T, "V": 50257, "C": 768}
+    yield from every(OP, device, [size], main_dtype(device), (0.0, 0.1), quick=True)
+    if device == "cpu":
+        yield from every(OP, device, [size | {"C": C} for C in (1024, 1280, 1600)], (F32,), (0.0, 0.1))
+
+
+def targets(case: Case) -> Iterator[Target]:
+    if case.device == "cpu":
+        yield Target("torch", 1.0)
+
+
+def torch_embedding(case: Case) -> Function:
+    p = case.dropout
+
+    def run(tokens: Tensor, token_weight: Tensor, position_weight: Tensor) -> Tensor:
+        x = F.embedding(tokens, token_weight) + position_weight[: tokens.shape[1]]
+        return F.dropout(x, p) if p else x
+
+    return run
+
+
+def launches(kernels: ModuleType) -> Launches:
+    """Yield GPT-2's tables, with dropout."""
+    for dtype in (torch.bfloat16, torch.float32):
+        V, P, C, T = 50257, 1024, 768, 1024
+        tokens, positions = meta(8, T, dtype=torch.int64), meta(T, dtype=torch.int64)
+        tables, seed = (meta(V, C, dtype=dtype), meta(P, C, dtype=dtype)), meta(1, dtype=torch.int64)
+        rule = (*DROPOUT_RULE, seed, 0)
+        label = f"C={C} {short(dtype)} dropout"
+        yield label, partial(kernels.forward, tokens, *tables, positions, *rule)
+        dout = meta(8, T, C, dtype=dtype)
+        yield label, partial(kernels.backward, dout, tokens, *tables, positions, *rule, True, True)
+
+
+TOPIC = Topic(
+    OP, "ops", inputs, work, cases,
+    peers=(
+        ours(OP, dropout),
+        Peer("torch", torch_embedding),
+        compiled(torch_embedding),
+        reference(OP, dropout),
+    ),
+    targets=targets,
+    small=({"B": 2, "T": 19, "V": 53, "C": 72},),
+    tiny={"B": 1, "T": 4, "V": 16, "C": 8},
+    dropouts=(0.0, 0.1),
+    launches=launches,
+)  # fmt: skip

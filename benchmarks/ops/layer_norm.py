@@ -1,0 +1,86 @@
+"""Benchmark of layer_norm: GPT-2's widths, against PyTorch, torch.compile and Liger."""
+
+from collections.abc import Iterator
+from functools import partial
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.ops._shared import compiled, cuda_only, meta, normal, ours, reference, short
+from benchmarks.topic import BF16, F32, FLOOR, Case, Function, Launches, Peer, Target, Topic, Work, every
+
+OP = "layer_norm"
+WIDTHS = (768, 1024, 1280, 1600)  # of GPT-2's four sizes
+
+
+def inputs(case: Case) -> tuple:
+    M, N = case.size.values()
+    return normal(case, M, N), normal(case, N), normal(case, N)
+
+
+def work(case: Case, passes: str) -> Work:
+    M, N = case.size.values()
+    element, statistics = case.dtype.itemsize, 2 * 4 * M
+    if passes == "forward":  # reads x, weight, bias; writes y, mean, rstd
+        return Work(element * (2 * M * N + 2 * N) + statistics)
+    return Work(element * (3 * M * N + 3 * N) + statistics)  # reads dy, x, weight; writes dx, dweight, dbias
+
+
+def cases(device: str) -> Iterator[Case]:
+    if device == "cuda":
+        for N in WIDTHS:
+            yield from every(OP, device, [{"M": 32768, "N": N}], series="N", quick=N == 768)
+        return
+    yield from every(OP, device, [{"M": 1024, "N": 768}], (F32, BF16), quick=True)  # stays in the cache
+    yield from every(OP, device, [{"M": 1024, "N": N} for N in WIDTHS[1:]], (F32, BF16))
+    yield from every(OP, device, [{"M": 32768, "N": 768}], (F32, BF16))
+
+
+def targets(case: Case) -> Iterator[Target]:
+    if case.device == "cuda":
+        yield Target(FLOOR, 0.85, ("forward",))
+        yield Target(FLOOR, 0.85, ("backward",))
+        yield Target(("torch.compile", "Liger"), 1.0)
+    else:
+        yield Target("torch", 1.0)
+
+
+def torch_layer_norm(case: Case) -> Function:
+    return lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias)
+
+
+def liger_layer_norm(case: Case) -> Function:
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    return lambda x, weight, bias: LigerLayerNormFunction.apply(x, weight, bias, 1e-5)
+
+
+def launches(kernels: ModuleType) -> Launches:
+    """Yield the widest row of every configuration, in the dtype of training, and GPT-2's width in every dtype."""
+    from kernels import launch_configs
+
+    shapes = [(N, torch.bfloat16) for N in sorted({row.size for row in launch_configs.TABLES["layer_norm"]})]
+    shapes += [(768, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    for N, dtype in shapes:
+        x, weight, bias = meta(4096, N, dtype=dtype), meta(N, dtype=dtype), meta(N, dtype=dtype)
+        rows = meta(4096, dtype=torch.float32)
+        label = f"N={N} {short(dtype)}"
+        yield label, partial(kernels.forward, x, weight, bias, 1e-5)
+        yield label, partial(kernels.backward, x, x, weight, rows, rows, True, True)
+
+
+TOPIC = Topic(
+    OP, "ops", inputs, work, cases,
+    peers=(
+        ours(OP),
+        Peer("torch", torch_layer_norm),
+        compiled(torch_layer_norm),
+        Peer("Liger", liger_layer_norm, cuda_only("liger_kernel")),
+        reference(OP),
+    ),
+    targets=targets,
+    small=({"M": 5, "N": 100}, {"M": 67, "N": 768}, {"M": 3, "N": 2050}),
+    tiny={"M": 4, "N": 8},
+    launches=launches,
+)  # fmt: skip

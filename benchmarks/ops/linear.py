@@ -1,0 +1,39 @@
+"""Benchmark of linear: the products of a training step on the CPU, where a C++ kernel serves, against PyTorch."""
+
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+
+from benchmarks.ops._shared import normal, ours
+from benchmarks.topic import F32, Case, Peer, Topic, Work, every
+
+OP = "linear"
+
+
+def inputs(case: Case) -> tuple:
+    M, N, K = case.size.values()
+    return normal(case, M, K), normal(case, N, K, scale=K**-0.5)
+
+
+def work(case: Case, passes: str) -> Work:
+    M, N, K = case.size.values()
+    element = case.dtype.itemsize
+    if passes == "forward":  # reads x and weight; writes y
+        return Work(element * (M * K + N * K + M * N), 2 * M * N * K)
+    return Work(element * (M * N + 2 * M * K + 2 * N * K), 2 * 2 * M * N * K)  # reads dy, x, weight; writes dx, dweight
+
+
+def cases(device: str) -> Iterator[Case]:
+    """Yield the shapes of a block of GPT-2 and a square one; a GPU has none, because PyTorch's own serves there."""
+    if device == "cpu":
+        C = 768
+        shapes = ((3 * C, C), (C, C), (4 * C, C), (C, 4 * C), (4 * C, 4 * C))
+        for N, K in shapes:
+            yield from every(OP, device, [{"M": 1024, "N": N, "K": K}], (F32,), quick=(N, K) == (C, C))
+
+
+TOPIC = Topic(
+    OP, "ops", inputs, work, cases,
+    peers=(ours(OP), Peer("torch", lambda case: F.linear)),
+    small=({"M": 7, "N": 19, "K": 33},),
+)  # fmt: skip

@@ -1,0 +1,122 @@
+"""Benchmark of linear_cross_entropy: GPT-2's vocabulary, against PyTorch's losses and Liger's."""
+
+from collections.abc import Iterator
+from functools import partial
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.ops._shared import compiled, cuda_only, meta, normal, ours, reference, short
+from benchmarks.topic import BF16, F32, Case, Function, Launches, Peer, Target, Topic, Work, every, ids, is_slow
+
+OP = "linear_cross_entropy"
+VOCABULARIES = (8192, 16384, 32768, 65536, 131072)
+
+
+def inputs(case: Case) -> tuple:
+    N, C, V = case.size.values()
+    return normal(case, N, C), normal(case, V, C, scale=C**-0.5), ids(case, V, N)
+
+
+def work(case: Case, passes: str) -> Work:
+    """Count forward and backward together: logits, dx, dweight. Reads x, weight, target; writes dx and dweight."""
+    N, C, V = case.size.values()
+    return Work(case.dtype.itemsize * 2 * (N * C + V * C) + 8 * N, 3 * 2 * N * C * V)
+
+
+def cases(device: str) -> Iterator[Case]:
+    if device == "cuda":
+        yield from every(OP, device, [{"N": 16384, "C": 768, "V": 50257}], quick=True)
+        yield from every(OP, device, [{"N": 16384, "C": C, "V": 50257} for C in (1024, 1280, 1600)])
+        yield from every(OP, device, [{"N": 8192, "C": 768, "V": V} for V in VOCABULARIES], series="V")
+        return
+    yield from every(OP, device, [{"N": 256, "C": 768, "V": 50257}], (F32,), quick=True)
+    yield from every(OP, device, [{"N": 1024, "C": 768, "V": 50257}])
+    two = ("gpt_fast", "torch")
+    yield from every(OP, device, [{"N": 1024, "C": C, "V": 50257} for C in (1024, 1280, 1600)], (F32,), peers=two)
+    if is_slow(device, BF16):
+        yield from every(OP, device, [{"N": 1024, "C": 768, "V": 50257}], (BF16,), peers=two)
+    sizes = [{"N": 512, "C": 768, "V": V} for V in VOCABULARIES]
+    yield from every(OP, device, sizes, (F32,), series="V", peers=(*two, "reference"))
+
+
+def targets(case: Case) -> Iterator[Target]:
+    yield Target("torch.compile", 1 / 1.02) if case.device == "cuda" else Target("torch", 1.0)
+
+
+# ---- implementations
+
+
+def torch_loss(case: Case) -> Function:
+    return lambda x, weight, target: F.cross_entropy(F.linear(x, weight).float(), target)
+
+
+def torch_loss_chunked(case: Case) -> Function:
+    function, options = F.linear_cross_entropy, torch.nn.LinearCrossEntropyOptions()
+    return lambda x, weight, target: function(x, weight, target, options=options)
+
+
+def chunked_missing(case: Case) -> str | None:
+    if not hasattr(F, "linear_cross_entropy"):
+        return f"PyTorch {torch.__version__} does not have it"
+    # 24 s when the others took 3 to 4 s, with 256 rows on one thread of a 2-core EPYC.
+    return "left to the smallest case on a CPU" if case.device == "cpu" and case.size["N"] > 256 else None
+
+
+def liger_fused_loss(case: Case) -> Function:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss()
+    return lambda x, weight, target: loss(weight, x, target)
+
+
+def liger_loss(case: Case) -> Function:
+    from liger_kernel.transformers import LigerCrossEntropyLoss
+
+    loss = LigerCrossEntropyLoss()
+    return lambda x, weight, target: loss(F.linear(x, weight), target)
+
+
+def launches(kernels: ModuleType) -> Launches:
+    """Yield GPT-2's vocabulary in the dtype of training, as its heads call the op, then what is rarer.
+
+    Everything optional; a transposed weight; the other dtypes; single losses. There are two chunks, of which the second
+    adds to the first.
+    """
+    V, C = 50257, 768
+    bfloat16 = torch.bfloat16
+    shapes = [("", bfloat16), ("bias smoothing", bfloat16), ("transposed", bfloat16)]
+    shapes += [("bias", torch.float16), ("bias", torch.float32)]
+    for options, dtype in shapes:
+        x, target = meta(8192, C, dtype=dtype), meta(8192, dtype=torch.int64)
+        weight = meta(C, V, dtype=dtype).t() if options == "transposed" else meta(V, C, dtype=dtype)
+        bias = meta(V, dtype=dtype) if "bias" in options else None
+        smoothing = 0.1 if "smoothing" in options else 0.0
+        label = f"V={V} C={C} {short(dtype)} {options}".strip()
+        arguments = (x, weight, target, bias, -100, smoothing)
+        needs = (True, True, bias is not None)
+        yield label, partial(kernels.forward, *arguments, "mean", *needs)
+        if not options:
+            yield f"{label} no_grad", partial(kernels.forward, *arguments, "mean", False, False, False)
+            dloss = meta(8192, dtype=torch.float32)
+            yield f"{label} single losses", partial(kernels.backward, dloss, *arguments, *needs)
+
+
+TOPIC = Topic(
+    OP, "ops", inputs, work, cases,
+    peers=(
+        ours(OP),
+        Peer("torch", torch_loss),
+        Peer("torch chunked", torch_loss_chunked, chunked_missing),
+        compiled(torch_loss),
+        Peer("Liger fused", liger_fused_loss, cuda_only("liger_kernel")),
+        Peer("Liger cross-entropy", liger_loss, cuda_only("liger_kernel")),
+        reference(OP),
+    ),
+    passes=("training",),
+    targets=targets,
+    small=({"N": 33, "C": 72, "V": 301},),
+    tiny={"N": 4, "C": 8, "V": 16},
+    launches=launches,
+)  # fmt: skip

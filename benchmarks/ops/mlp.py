@@ -1,0 +1,124 @@
+"""Benchmark of mlp: GPT-2's widths with gelu_tanh, against PyTorch, torch.compile and the two products alone."""
+
+from collections.abc import Iterator
+from functools import partial
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.ops._shared import DROPOUT_RULE, compiled, dropout, meta, normal, ours, reference, short
+from benchmarks.topic import (
+    BF16,
+    F32,
+    Case,
+    Function,
+    Launches,
+    Peer,
+    Target,
+    Topic,
+    Work,
+    every,
+    is_slow,
+    main_dtype,
+)
+
+OP = "mlp"
+WIDTHS = (768, 1024, 1280, 1600)  # of GPT-2's four sizes
+
+
+def inputs(case: Case) -> tuple:
+    M, C = case.size.values()
+    F = 4 * C
+    return (
+        normal(case, M, C),
+        normal(case, F, C, scale=C**-0.5),
+        normal(case, F),
+        normal(case, C, F, scale=F**-0.5),
+        normal(case, C),
+    )
+
+
+def work(case: Case, passes: str) -> Work:
+    M, C = case.size.values()
+    F = 4 * C
+    element, weights = case.dtype.itemsize, 2 * C * F + F + C
+    if passes == "forward":  # reads x and the weights; writes y
+        return Work(element * (2 * M * C + weights), 2 * 2 * M * C * F)
+    return Work(element * (3 * M * C + 2 * weights - C), 4 * 2 * M * C * F)  # reads x, dy, weights; writes gradients
+
+
+def cases(device: str) -> Iterator[Case]:
+    M = 16384 if device == "cuda" else 512
+    for C in WIDTHS:
+        yield from every(OP, device, [{"M": M, "C": C}], main_dtype(device), series="C", quick=C == 768)
+    yield from every(OP, device, [{"M": M, "C": 768}], dropouts=(0.1,))
+    if device == "cpu":  # the rows of a training step
+        yield from every(OP, device, [{"M": 1024, "C": C} for C in WIDTHS], (F32,))
+        yield from every(OP, device, [{"M": 1024, "C": 768}], (F32,), (0.1,))
+    if is_slow(device, BF16):
+        yield from every(OP, device, [{"M": 1024, "C": 768}], (BF16,), (0.0, 0.1), peers=("gpt_fast", "torch"))
+
+
+def targets(case: Case) -> Iterator[Target]:
+    yield Target("products alone", 1 / 1.05) if case.device == "cuda" else Target("torch", 1.0)
+
+
+def torch_mlp(case: Case) -> Function:
+    p = case.dropout
+
+    def run(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor) -> Tensor:
+        hidden = F.gelu(F.linear(x, fc_weight, fc_bias), approximate="tanh")
+        return F.linear(F.dropout(hidden, p) if p else hidden, proj_weight, proj_bias)
+
+    return run
+
+
+def bare_products(case: Case) -> Function:
+    """Return the two products with nothing between them: less than the op, but a bound for it."""
+
+    def run(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor) -> Tensor:
+        return F.linear(F.linear(x, fc_weight), proj_weight)
+
+    return run
+
+
+def launches(kernels: ModuleType) -> Launches:
+    """Yield GPT-2's sizes in the dtype of training, then what is rarer.
+
+    Each activation with and without dropout; a Conv1D's transposed weights; sizes that no descriptor can take; the
+    other dtypes.
+    """
+    shapes = [(activation, p, "", torch.bfloat16) for activation in ("relu", "gelu", "gelu_tanh") for p in (0.0, 0.1)]
+    shapes += [("gelu_tanh", 0.1, layout, torch.bfloat16) for layout in ("Conv1D", "odd")]
+    shapes += [("gelu_tanh", 0.1, "", dtype) for dtype in (torch.float16, torch.float32)]
+    for activation, p, layout, dtype in shapes:
+        M, C = 8192, 763 if layout == "odd" else 768
+        x, fc_bias, proj_bias = meta(M, C, dtype=dtype), meta(4 * C, dtype=dtype), meta(C, dtype=dtype)
+        fc_weight, proj_weight = meta(4 * C, C, dtype=dtype), meta(C, 4 * C, dtype=dtype)
+        if layout == "Conv1D":
+            fc_weight, proj_weight = meta(C, 4 * C, dtype=dtype).t(), meta(4 * C, C, dtype=dtype).t()
+        seed = meta(1, dtype=torch.int64) if p else None
+        rule = (activation, *(DROPOUT_RULE if p else (0, 1.0)), seed, 3)
+        label = " ".join((activation, *layout.split(), short(dtype), *(["dropout"] if p else [])))
+        yield label, partial(kernels.forward, x, fc_weight, fc_bias, proj_weight, proj_bias, *rule, True)
+        hidden = meta(M, 4 * C, dtype=dtype)
+        yield label, partial(kernels.backward, x, x, fc_weight, fc_bias, proj_weight, hidden, *rule, [True] * 5)
+
+
+TOPIC = Topic(
+    OP, "ops", inputs, work, cases,
+    peers=(
+        ours(OP, dropout),
+        Peer("torch", torch_mlp),
+        compiled(torch_mlp),
+        Peer("products alone", bare_products, same=False, rival=False),
+        reference(OP, dropout),
+    ),
+    targets=targets,
+    small=({"M": 37, "C": 72}, {"M": 130, "C": 64}),
+    tiny={"M": 4, "C": 8},
+    dropouts=(0.0, 0.1),
+    launches=launches,
+)  # fmt: skip

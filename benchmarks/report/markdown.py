@@ -1,0 +1,31 @@
+"""Cells and tables: how figures are written, in Markdown and on the terminal."""
+
+PASS_NAMES = {"training": "forward + backward", "inference": "forward", "step": "time"}
+
+
+def seconds(value: float) -> str:
+    """Return three significant digits in the unit that suits them."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if value * factor >= 1 or unit == "µs":
+            return f"{value * factor:.3g} {unit}" if value * factor < 1000 else f"{value * factor:.0f} {unit}"
+    raise AssertionError
+
+
+def memory(value: int | None) -> str:
+    if value is None:
+        return ""
+    mib = value / 2**20
+    return f"{mib / 1024:.2f} GiB" if mib >= 1000 else f"{mib:.3g} MiB" if mib < 100 else f"{mib:.0f} MiB"
+
+
+def rate(name: str, value: float) -> str:
+    unit, scale = ("FLOP/s", value) if name.startswith("matmul") else ("B/s", value)
+    return f"{scale / 1e12:.3g} T{unit}" if scale >= 1e12 else f"{scale / 1e9:.3g} G{unit}"
+
+
+def table(header: list[str], lines: list[list[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(header)} |",
+        f"| --- |{' ---: |' * (len(header) - 1)}",
+        *(f"| {' | '.join(line)} |" for line in lines),
+    ]

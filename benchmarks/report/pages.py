@@ -1,0 +1,184 @@
+"""The pages that show results: one for each device, docs/results.md, and the marked blocks of README.md."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from benchmarks.measure.environment import ROOT
+from benchmarks.models.counts import MFU_FORMULA, MFU_WHERE
+from benchmarks.report import plots, results, support, tables, targets
+from benchmarks.report.markdown import table
+from benchmarks.report.results import Run
+from benchmarks.topic import OURS
+
+RESULTS = ROOT / "benchmarks" / "results"
+README, DOCS_PAGE = ROOT / "README.md", ROOT / "docs" / "results.md"
+WHOLE_MODELS = ("training_step", "generation")  # with every implementation in docs/results.md
+SHOWN = ("training_step_bars.png", "attention_T_float32.png", "attention_T_bfloat16.png")  # in README.md
+
+FLOOR = """\
+*Of the floor*: how much of the speed limit is reached, which is the bytes that must move at the bandwidth measured in
+the same session, or the FLOPs at the rate of a matrix product, whichever takes longer. What fits in a cache can beat
+the bandwidth, and so does the embedding's gradient on a CPU, whose unused rows are never written."""
+EXPLANATION = f"""\
+Times are medians ± half the interquartile range. Implementations take turns; in training, where they do not fit into
+memory together, each takes turns with {OURS} alone. *× ours*: the time as a multiple of {OURS}'s; with quartiles, the
+median over pairs of rounds. {FLOOR} *Peak memory*: what a call adds to its inputs, forward and backward together; of a
+job, with weights and the optimizer's state.
+
+{MFU_FORMULA}. {MFU_WHERE}."""
+
+
+def devices(folder: Path) -> dict[Path, list[Run]]:
+    """Return the devices' folders and the runs of each."""
+    runs = {path: results.read_folder(path) for path in sorted(folder.iterdir()) if path.is_dir()}
+    return {path: found for path, found in runs.items() if found}
+
+
+# ---- a page and pictures in every device's folder
+
+
+def write_pages(folder: Path) -> list[Path]:
+    pages = []
+    for path, runs in devices(folder).items():
+        page = path / "README.md"
+        page.write_text(device_page(path, runs, draw(path, runs)), encoding="utf-8")
+        pages.append(page)
+    return pages
+
+
+def draw(path: Path, runs: list[Run]) -> dict[str, str]:
+    """Write every picture of a device and delete those of older runs. Return file name → caption of the topics'."""
+    shown = plots.draw(runs, path)
+    studies = set()
+    for study, record in results.read_studies(path):
+        if study.picture:
+            studies.add(picture_of(study.name))
+            FigureCanvasAgg(study.picture(record)).print_png(path / picture_of(study.name))
+    for stale in path.glob("*.png"):
+        if stale.name not in {*shown, *studies}:
+            stale.unlink()
+    return shown
+
+
+def picture_of(study: str) -> str:
+    return f"{study}.png"
+
+
+def device_page(path: Path, runs: list[Run], pictures: dict[str, str]) -> str:
+    """Return everything measured on one device, as Markdown. `pictures`: file name → caption."""
+    lines = [
+        f"# {runs[0]['device']['name']}",
+        "",
+        "Made by `make report` from the JSON files beside this page; measured by `python -m benchmarks`.",
+        "",
+        *tables.versions(runs),
+        "",
+        EXPLANATION,
+        "",
+        "## Summary",
+        "",
+        *table(tables.SUMMARY_HEADER, tables.summary(runs)),
+        *target_section(runs),
+    ]
+    for name, caption in pictures.items():
+        lines += ["", f"![{caption}]({name})"]
+    for run in runs:
+        lines += ["", f"## {tables.title(run)}", "", *tables.notes(run), *tables.case_tables(run)]
+        absent = tables.missing(run)
+        if absent:
+            lines += ["", "Not measured:", "", *(f"- {line}" for line in absent)]
+    return "\n".join([*lines, *study_sections(path)]) + "\n"
+
+
+def target_section(runs: list[Run]) -> list[str]:
+    rows = targets.rows(runs)
+    return ["", "## Targets", "", *table(targets.HEADER, rows)] if rows else []
+
+
+def study_sections(path: Path, pictures: str = "") -> list[str]:
+    """Return the sections of a device's studies. `pictures`: the path from the page to the device's folder."""
+    lines: list[str] = []
+    for study, record in results.read_studies(path):
+        lines += ["", *study.lines(record)]
+        if study.picture:
+            lines += ["", f"![{study.caption}]({pictures}{picture_of(study.name)})"]
+    return lines
+
+
+# ---- README.md
+
+
+def figures(folder: Path) -> str:
+    """Return each device's highlights, with a link to all of its results."""
+    lines = []
+    for path, runs in devices(folder).items():
+        link = (path / "README.md").relative_to(ROOT)
+        lines += [
+            f"Measured on: {runs[0]['device']['name']}. [All of it, with memory and every implementation]({link}).",
+            "",
+            FLOOR,
+            "",
+            *table(tables.SUMMARY_HEADER, tables.highlights(runs)),
+            "",
+            *(f"![{name}]({path.relative_to(ROOT) / name})\n" for name in SHOWN if (path / name).exists()),
+        ]
+    return "\n".join(lines)
+
+
+def blocks() -> dict[str, str]:
+    """Return the blocks of README.md that are made here, by name."""
+    return {"support": support.table(), "figures": figures(RESULTS)}
+
+
+def rewritten(text: str) -> str:
+    """Return the text with every block that is made here replaced."""
+    for name, block in blocks().items():
+        parts = re.split(rf"(<!-- {name}: made by `make report` -->\n|<!-- /{name} -->)", text)
+        if len(parts) != 5:
+            raise ValueError(f"README.md has {len(parts) // 4} blocks of {name}; expected 1")
+        text = "".join([*parts[:2], block, *parts[3:]])
+    return text
+
+
+# ---- docs/results.md
+
+
+def docs_page(folder: Path) -> str:
+    """Return docs/results.md: of each device the floors, every case's summary and the curves of what grows."""
+    lines = [
+        "# Results",
+        "",
+        "Made by `make report` from the files in `benchmarks/results`, which `make bench` writes; "
+        "[how it is measured](benchmarks.md). Each folder there has a page with every implementation, pass and peak "
+        "memory.",
+        "",
+        EXPLANATION,
+    ]
+    measured = devices(folder)
+    if not any(runs[0]["device"]["type"] == "cuda" for runs in measured.values()):
+        lines += ["", "No figure here was measured on a GPU."]
+    for path, runs in measured.items():
+        # The pictures stay beside the figures; tools/mkdocs_pictures.py brings them into the site.
+        folder_link = f"../{path.relative_to(ROOT)}/" if path.is_relative_to(ROOT) else f"{path}/"
+        lines += ["", f"## {runs[0]['device']['name']}", ""]
+        lines += [*tables.versions(runs), "", *table(tables.SUMMARY_HEADER, tables.summary(runs))]
+        for run in runs:
+            if run["topic"] in WHOLE_MODELS:
+                lines += ["", f"### {tables.title(run)}", "", *tables.notes(run)]
+                lines += tables.case_tables(run, complete=True)
+        sections = [*target_section(runs), *study_sections(path, folder_link)]
+        lines += [f"#{line}" if line.startswith("## ") else line for line in sections]
+        lines += ["", "### How cost grows"]
+        for picture in growth(path):
+            lines += ["", f"![{picture.stem.replace('_', ' ')}]({folder_link}{picture.name})"]
+    return "\n".join(lines) + "\n"
+
+
+def growth(path: Path) -> Iterable[Path]:
+    """Return a device's pictures of how cost grows, and the one of the training step."""
+    studies = {picture_of(study.name) for study, _ in results.read_studies(path)}
+    shown = (picture for picture in path.glob("*.png") if picture.name not in studies)
+    return sorted(p for p in shown if not p.stem.endswith("_bars") or p.stem == "training_step_bars")

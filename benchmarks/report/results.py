@@ -1,0 +1,174 @@
+"""The files that a run leaves: DIR/<device>/<topic>.json, one for each topic or study, each complete in itself.
+
+schema, version   "gpt_fast benchmark", 1
+topic, suite      what was measured
+quick             whether fewer cases were taken
+device, versions, commit
+
+A topic's file also has
+partial           whether the run was cut off before its end
+sessions          of each start of the program: date, load of the machine, floors (rates with quartiles)
+records           of each case and implementation: times by pass (median, quartiles, rounds, first call; seconds;
+                  to_ours, the ratio to ours over pairs of rounds), work by pass (bytes, FLOPs, the bandwidth they are
+                  held against), tokens, peak_memory in bytes, series (the size that grows), complete (not confined to
+                  some implementations), session (index)
+missing           implementations that were not measured on a case, and why
+
+A study's file has date, load, and the study's own fields.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import catalogue
+from benchmarks.topic import OURS, Study
+from gpt_fast._files import write_json
+
+SCHEMA, VERSION = "gpt_fast benchmark", 1
+Run = dict[str, Any]
+Record = dict[str, Any]
+_HEAD = {"topic": str, "suite": str, "quick": bool, "device": dict, "versions": dict, "commit": dict}
+_RUN = _HEAD | {"partial": bool, "sessions": list, "records": list, "missing": list}
+_RECORD = {"case", "peer", "sizes", "dtype", "dropout", "series", "complete", "times", "work", "tokens"}
+
+
+def write(run: Run, path: Path) -> None:
+    write_json(path, run)
+
+
+def read(path: Path) -> Run:
+    """Return a topic's results.
+
+    Raises:
+        OSError: if there is no file.
+        ValueError: if the file is not one of ours, of another version, or damaged.
+    """
+    run = _load(path)
+    wrong = [name for name, kind in _RUN.items() if not isinstance(run.get(name), kind)]
+    if any(not record.keys() >= _RECORD for record in run.get("records") or [] if isinstance(record, dict)):
+        wrong.append("fields of a record")
+    return _unless(wrong, run, path)
+
+
+def read_study(path: Path, study: Study) -> dict[str, Any]:
+    """Return a study's record. Raises as `read` does."""
+    record = _load(path)
+    wrong = [name for name, kind in _HEAD.items() if not isinstance(record.get(name), kind)]
+    return _unless(wrong + [name for name in ("date", "load", *study.fields) if name not in record], record, path)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); expected a results file of benchmarks") from error
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: not a results file of benchmarks; expected schema {SCHEMA!r}")
+    if found.get("version") != VERSION:
+        raise ValueError(f"{path}: a results file of version {found.get('version')!r}; expected version {VERSION}")
+    return found
+
+
+def _unless(wrong: list[str], found: dict[str, Any], path: Path) -> dict[str, Any]:
+    if wrong:
+        raise ValueError(f"{path}: a damaged results file: {', '.join(wrong)} missing or of another type")
+    return found
+
+
+def read_folder(folder: Path) -> list[Run]:
+    """Return the results of every topic in one device's folder, in the order of `catalogue.topics`."""
+    paths = (folder / f"{name}.json" for name in catalogue.topics())
+    return [read(path) for path in paths if path.exists()]
+
+
+def read_studies(folder: Path) -> list[tuple[Study, dict[str, Any]]]:
+    """Return the record of every study in one device's folder."""
+    found = ((study, folder / f"{name}.json") for name, study in catalogue.studies().items())
+    return [(study, read_study(path, study)) for study, path in found if path.exists()]
+
+
+def read_any(path: Path) -> list[Run]:
+    """Return the results in a file, in a device's folder, or in a folder of such folders.
+
+    Raises as `read` does, and `ValueError` for a folder without results.
+    """
+    if not path.is_dir():
+        return [read(path)]
+    runs = read_folder(path) or [run for folder in sorted(path.iterdir()) for run in read_folder(folder)]
+    if not runs:
+        raise ValueError(f"{path}: no results in this folder; expected the *.json files of benchmarks")
+    return runs
+
+
+def find(run: Run, case: str, peer: str) -> Record | None:
+    return next((record for record in run["records"] if (record["case"], record["peer"]) == (case, peer)), None)
+
+
+def by_case(run: Run) -> dict[str, dict[str, Record]]:
+    """Return case → implementation → record, ours first."""
+    groups: dict[str, dict[str, Record]] = {}
+    for record in run["records"]:
+        groups.setdefault(record["case"], {})[record["peer"]] = record
+    return {case: dict(sorted(records.items(), key=lambda item: item[0] != OURS)) for case, records in groups.items()}
+
+
+def floor_seconds(record: Record, passes: str, floors: dict[str, dict[str, float]]) -> float:
+    """Return the time of the bytes at the bandwidth they are held against, or of the FLOPs at the matrix rate.
+
+    The longer of the two counts. If a CPU multiplies half-precision matrices more slowly than float32 ones, the faster
+    rate counts: operands can be widened.
+    """
+    work = record["work"][passes]
+    rates = [floors[f"matmul {dtype}"]["rate"] for dtype in {record["dtype"], "float32"} if f"matmul {dtype}" in floors]
+    arithmetic = work["flops"] / max(rates) if work["flops"] and rates else 0.0
+    return max(work["bytes"] / floors[work["bound"]]["rate"], arithmetic)
+
+
+def session(run: Run, record: Record) -> dict[str, Any]:
+    return run["sessions"][record["session"]]
+
+
+def share_of_floor(run: Run, record: Record, *passes: str) -> float:
+    """Return the floor of these passes over the time they took."""
+    floors = session(run, record)["floors"]
+    floor = sum(floor_seconds(record, name, floors) for name in passes)
+    return floor / sum(record["times"][name]["median"] for name in passes)
+
+
+# ---- comparing two runs
+
+LEAST_CHANGE = 0.03  # two runs on one quiet machine differ by that much
+
+
+def compare(old: list[Run], new: list[Run]) -> list[dict[str, Any]]:
+    """Return every figure in both, with the ratio new / old of its medians and whether that is beyond the noise.
+
+    Beyond the noise: the medians differ by more than 3 % and by more than the two interquartile ranges together.
+    """
+    before = {_key(run, record, passes): time for run in old for record, passes, time in _times(run)}
+    changes = []
+    for run in new:
+        for record, passes, now in _times(run):
+            then = before.get(_key(run, record, passes))
+            if then is None:
+                continue
+            apart = abs(now["median"] - then["median"])
+            spread = (now["q3"] - now["q1"]) + (then["q3"] - then["q1"])
+            ratio = now["median"] / then["median"]
+            changes.append(
+                {
+                    "topic": run["topic"], "case": record["case"], "pass": passes, "peer": record["peer"],
+                    "old": then["median"], "new": now["median"], "ratio": ratio,
+                    "beyond": apart > spread and abs(ratio - 1) > LEAST_CHANGE,
+                }
+            )  # fmt: skip
+    return changes
+
+
+def _key(run: Run, record: Record, passes: str) -> tuple[str, ...]:
+    return run["topic"], record["case"], record["peer"], passes
+
+
+def _times(run: Run) -> list[tuple[Record, str, dict[str, float]]]:
+    return [(record, passes, time) for record in run["records"] for passes, time in record["times"].items()]

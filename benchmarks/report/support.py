@@ -1,0 +1,15 @@
+"""The table of README.md that shows which implementation serves which op, as PyTorch's dispatcher has it."""
+
+from gpt_fast import ops, reference
+
+
+def table() -> str:
+    """Return one row for each op. An empty cell is a kernel that is not there: the reference serves in its place."""
+    lines = [
+        "| op | reference, any device | C++, CPU | Triton, CUDA |",
+        "| --- | :---: | :---: | :---: |",
+    ]
+    for op in ops.NAMES:
+        cells = (hasattr(reference, op), ops.serving(op, "cpu") == "cpp", ops.serving(op, "cuda") == "triton")
+        lines.append(f"| `{op}` | {' | '.join('yes' if there else '' for there in cells)} |")
+    return "\n".join(lines) + "\n"

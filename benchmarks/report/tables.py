@@ -1,0 +1,194 @@
+"""A run as tables: one for each case, a summary of all, the floors, and who is missing."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from benchmarks import catalogue
+from benchmarks.measure.environment import data_sheet
+from benchmarks.report import results
+from benchmarks.report.markdown import PASS_NAMES, memory, rate, seconds, table
+from benchmarks.report.results import Record, Run
+from benchmarks.topic import OURS, Topic
+
+
+def topic_of(run: Run) -> Topic | None:
+    """Return the topic of a run, or None if the suite no longer has it."""
+    return catalogue.topics().get(run["topic"])
+
+
+def title(run: Run) -> str:
+    topic = topic_of(run)
+    return topic.title or topic.name if topic else str(run["topic"])
+
+
+# ---- one case
+
+
+def columns(run: Run, records: Iterable[Record]) -> list[str]:
+    """Return the header of one case's table."""
+    record = next(iter(records))
+    header = ["implementation"]
+    for passes in record["times"]:
+        header += [PASS_NAMES.get(passes, passes), "× ours", "of the floor"]
+    if record["tokens"]:
+        header += ["tokens/s"]
+    if run["suite"] == "train":
+        header += ["MFU"]
+    return [*header, "peak memory"]
+
+
+def rows(run: Run, records: dict[str, Record]) -> list[list[str]]:
+    """Return one row for each implementation of a case, ours first."""
+    ours = records.get(OURS)
+    passes = list(next(iter(records.values()))["times"])
+    lines = []
+    for peer, record in records.items():
+        cells = [peer]
+        for name in passes:
+            time = record["times"].get(name)
+            if time is None:
+                cells += ["", "", ""]
+                continue
+            spread = (time["q3"] - time["q1"]) / 2 / time["median"]
+            cells += [
+                f"{seconds(time['median'])} ± {spread:.0%}",
+                to_ours(time, ours and ours["times"].get(name)),
+                f"{results.share_of_floor(run, record, name):.0%}",
+            ]
+        if record["tokens"]:
+            cells.append(f"{record['tokens'] / record['times'][passes[0]]['median']:,.0f}")
+        if run["suite"] == "train":
+            cells.append(f"{mfu(run, record):.0%}")
+        lines.append([*cells, memory(record["peak_memory"])])
+    return lines
+
+
+def to_ours(time: dict[str, Any], ours: dict[str, Any] | None) -> str:
+    """Return how many times as long as ours, over pairs of rounds if the run has that, else by the medians."""
+    if "to_ours" in time:
+        pairs = time["to_ours"]
+        return f"{pairs['median']:.2f} ({pairs['q1']:.2f} to {pairs['q3']:.2f})"
+    return f"{time['median'] / ours['median']:.2f}" if ours else ""
+
+
+def mfu(run: Run, record: Record) -> float:
+    """Return the model's FLOPs a second over the matrix rate measured in the same session."""
+    floors = results.session(run, record)["floors"]
+    rates = [floors[name]["rate"] for name in (f"matmul {record['dtype']}", "matmul float32") if name in floors]
+    return record["work"]["step"]["flops"] / record["times"]["step"]["median"] / max(rates)
+
+
+def case_tables(run: Run, complete: bool = False) -> list[str]:
+    """Return a table of every implementation for each case, or only for the cases that all were measured on."""
+    lines = []
+    for case, records in results.by_case(run).items():
+        if not complete or (OURS in records and records[OURS]["complete"]):
+            lines += ["", f"**{case}**", "", *table(columns(run, records.values()), rows(run, records))]
+    return lines
+
+
+# ---- all cases
+
+
+SUMMARY_HEADER = ["case", OURS, "of the floor", "speed against the fastest other"]
+
+
+def summary(runs: list[Run]) -> list[list[str]]:
+    """Return one row for each complete case and pass: ours, its share of the floor, and the fastest other."""
+    lines = []
+    for run, case, records in _complete(runs):
+        for passes in records[OURS]["times"]:
+            name = PASS_NAMES.get(passes, passes)
+            lines.append(_summed(run, records, f"{case}" + ("" if name == "time" else f", {name}"), (passes,)))
+    return lines
+
+
+def highlights(runs: list[Run]) -> list[list[str]]:
+    """Return the summary with all passes of a case together, and only the largest case by topic, dtype and dropout."""
+    largest: dict[tuple[Any, ...], list[str]] = {}
+    for run, case, records in _complete(runs):
+        ours = records[OURS]
+        passes = tuple(ours["times"])
+        name = "" if passes == ("step",) else f", {' + '.join(PASS_NAMES.get(name, name) for name in passes)}"
+        largest[run["topic"], ours["dtype"], ours["dropout"]] = _summed(run, records, case + name, passes)
+    return list(largest.values())
+
+
+def _complete(runs: list[Run]) -> Iterator[tuple[Run, str, dict[str, Record]]]:
+    for run in runs:
+        for case, records in results.by_case(run).items():
+            if OURS in records and records[OURS]["complete"]:
+                yield run, f"{run['topic']} {case}", records
+
+
+def _summed(run: Run, records: dict[str, Record], case: str, passes: tuple[str, ...]) -> list[str]:
+    def time(record: Record) -> float:
+        return sum(record["times"][name]["median"] for name in passes)
+
+    ours = records[OURS]
+    topic = topic_of(run)
+    rivals = {peer.name for peer in topic.peers if peer.rival} if topic else set(records)
+    others = {
+        peer: time(record)
+        for peer, record in records.items()
+        if set(passes) <= set(record["times"]) and not peer.startswith(OURS) and peer in rivals
+    }
+    best = min(others, key=lambda peer: others[peer]) if others else ""
+    against = f"{others[best] / time(ours):.2f} × {best}" if best else ""
+    return [case, seconds(time(ours)), f"{results.share_of_floor(run, ours, *passes):.0%}", against]
+
+
+# ---- facts of a run
+
+
+def missing(run: Run) -> list[str]:
+    """Return each implementation that was not measured, with the reason and, unless it is all of them, the cases."""
+    all_cases = {record["case"] for record in run["records"]} | {entry["case"] for entry in run["missing"]}
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for entry in run["missing"]:
+        reasons.setdefault((entry["peer"], entry["reason"]), []).append(entry["case"])
+    return [
+        f"{peer}: {reason}" + ("" if len(found) == len(all_cases) else f" ({'; '.join(found)})")
+        for (peer, reason), found in reasons.items()
+    ]
+
+
+def floors_line(run: Run, index: int) -> str:
+    session = run["sessions"][index]
+    stated = data_sheet(run["device"]["name"])
+
+    def figure(name: str, measured: float) -> str:
+        beside = f" (data sheet {rate(name, stated[name])})" if name in stated else ""
+        return f"{name} {rate(name, measured)}{beside}"
+
+    shown = (figure(name, floor["rate"]) for name, floor in session["floors"].items())
+    return f"{session['date']} UTC, load {session['load']}: {', '.join(shown)}"
+
+
+def versions(runs: list[Run]) -> list[str]:
+    """Return versions and commits; one line if all runs agree."""
+    shown: dict[str, list[str]] = {}
+    for run in runs:
+        shown.setdefault(_versions(run), []).append(run["topic"])
+    if len(shown) == 1:
+        return [next(iter(shown))]
+    return [f"- {', '.join(topics)}: {line}" for line, topics in shown.items()]
+
+
+def _versions(run: Run) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)
+    commit: dict[str, Any] = run["commit"]
+    return f"Commit {str(commit['id'])[:12]}{' with changes' if commit['dirty'] else ''}; {packages}."
+
+
+def notes(run: Run) -> list[str]:
+    lines = [f"{floors_line(run, index)}." for index in range(len(run["sessions"]))]
+    if run["device"]["name"].endswith("CPU time"):
+        lines.append("CPU seconds of one thread, measured while other programs kept the machine busy.")
+    if not run["device"]["bf16_products"]:
+        lines.append("This CPU has no instructions for bfloat16 products, which take PyTorch minutes.")
+    if run["quick"]:
+        lines.append("A quick run: fewer cases and rounds.")
+    if run["partial"]:
+        lines.append("**Partial**: the run was cut off before its end.")
+    return ["  \n".join(lines)]

@@ -1,0 +1,97 @@
+"""The speeds that cases must reach, beside what a run reached."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks import catalogue
+from benchmarks.report import results
+from benchmarks.report.markdown import PASS_NAMES
+from benchmarks.report.results import Record, Run
+from benchmarks.topic import FLOOR, OURS, TOKENS, Case, Target
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target of a case, and the figure that the run has for it."""
+
+    case: str
+    against: str
+    required: float
+    reached: float
+
+    @property
+    def met(self) -> bool:
+        return self.reached >= self.required
+
+
+HEADER = ["case", "against", "must reach", "reached", "met"]
+
+
+def rows(runs: list[Run]) -> list[list[str]]:
+    """Return a table's rows: one for each target whose implementations ran."""
+    return [
+        [
+            verdict.case, verdict.against, _figure(verdict.against, verdict.required),
+            _figure(verdict.against, verdict.reached), "yes" if verdict.met else "**no**",
+        ]
+        for verdict in verdicts(runs)
+    ]  # fmt: skip
+
+
+def verdicts(runs: list[Run]) -> Iterator[Verdict]:
+    for run in runs:
+        topic = catalogue.topics().get(run["topic"])
+        for records in results.by_case(run).values() if topic else ():
+            for target in topic.targets(case_of(run, next(iter(records.values())))):  # type: ignore[union-attr]
+                verdict = judge(run, records, target)
+                if verdict:
+                    yield verdict
+
+
+def case_of(run: Run, record: Record) -> Case:
+    """Return the case that a record was measured on."""
+    dtype = getattr(torch, record["dtype"])
+    return Case(run["topic"], run["device"]["type"], tuple(record["sizes"].items()), dtype, record["dropout"])
+
+
+def judge(run: Run, records: dict[str, Record], target: Target) -> Verdict | None:
+    """Return the verdict, or None if an implementation that the target names did not run."""
+    who = records.get(target.who)
+    if who is None:
+        return None
+    passes = target.passes or tuple(who["times"])
+    if not set(passes) <= set(who["times"]):
+        return None
+    names = [PASS_NAMES.get(name, name) for name in passes]
+    case = f"{run['topic']} {who['case']}" + ("" if names == ["time"] else f", {' + '.join(names)}")
+    case = case if target.who == OURS else f"{case}: {target.who}"
+    if target.peer == FLOOR:
+        return Verdict(case, FLOOR, target.times, results.share_of_floor(run, who, *passes))
+    if target.peer == TOKENS:
+        return Verdict(case, TOKENS, target.times, who["tokens"] / _total(who, passes))
+    peers = (target.peer,) if isinstance(target.peer, str) else target.peer
+    there = [peer for peer in peers if peer in records and set(passes) <= set(records[peer]["times"])]
+    if not there:
+        return None
+    best = min(there, key=lambda peer: _ratio(records[peer], who, passes))
+    return Verdict(case, best, target.times, _ratio(records[best], who, passes))
+
+
+def _ratio(peer: Record, who: Record, passes: tuple[str, ...]) -> float:
+    """Return how many times as long the peer takes.
+
+    Of one pass of ours this is the median over pairs of rounds, else the ratio of the medians.
+    """
+    if len(passes) == 1 and who["peer"] == OURS and "to_ours" in peer["times"][passes[0]]:
+        return peer["times"][passes[0]]["to_ours"]["median"]
+    return _total(peer, passes) / _total(who, passes)
+
+
+def _total(record: Record, passes: tuple[str, ...]) -> float:
+    return sum(record["times"][name]["median"] for name in passes)
+
+
+def _figure(against: str, value: float) -> str:
+    return f"{value:.0%}" if against == FLOOR else f"{value:,.0f}" if against == TOKENS else f"{value:.2f} ×"

@@ -1,0 +1,180 @@
+"""The suite's vocabulary: a topic (an op or a whole-model job), its cases, the implementations that run a case, the
+work that a case cannot avoid, and the speed it must reach.
+
+`benchmarks/ops/<op>.py` and `benchmarks/jobs/<job>.py` each define one `TOPIC` (or one `STUDY`) in these words.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from benchmarks.measure.floors import bf16_products
+from gpt_fast import GPTConfig
+
+OURS = "gpt_fast"
+FLOOR, TOKENS = "the floor", "tokens/s"  # what a target can name in place of an implementation
+SUITES = ("ops", "train", "decode")
+# forward: records for backward. training: forward and backward. inference: forward without autograd. step: one call of
+# a job.
+PASSES = ("forward", "backward", "training", "inference", "step")
+F32, BF16 = torch.float32, torch.bfloat16
+
+Sizes = dict[str, Any]
+Function = Callable[..., Any]
+Launches = Iterator[tuple[str, Callable[[], object]]]  # a label, and a call that launches kernels
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes and FLOPs of one call that no implementation can avoid.
+
+    Bytes: each input is read once, each output written once, intermediates not at all. FLOPs: those of matrix
+    products, two for each multiply-add; of attention only the pairs that the causal mask leaves.
+    """
+
+    bytes: int
+    flops: int = 0
+    bound: str = "copy"  # the bandwidth for the bytes: "copy", or "read" if nearly all of them are read
+
+
+@dataclass(frozen=True)
+class Case:
+    """One topic at one shape, in one dtype, on one device."""
+
+    topic: str
+    device: str
+    sizes: tuple[tuple[str, Any], ...]
+    dtype: torch.dtype
+    dropout: float = 0.0
+    series: str = ""  # the size that grows from case to case; a plot shows the cost over it
+    quick: bool = False  # part of a quick run
+    peers: tuple[str, ...] = ()  # the only implementations to measure; all if empty
+
+    @property
+    def name(self) -> str:
+        sizes = " ".join(f"{size}={value}" for size, value in self.sizes)
+        dropout = f" dropout={self.dropout:g}" if self.dropout else ""
+        return f"{sizes} {self.dtype_name}{dropout}"
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def size(self) -> Sizes:
+        return dict(self.sizes)
+
+    @property
+    def config(self) -> GPTConfig:
+        """The configuration of a whole-model job: the preset named in its sizes, with `layers` layers if given."""
+        layers = {"num_layers": self.size["layers"]} if "layers" in self.size else {}
+        return GPTConfig.preset(self.size["model"], dropout=self.dropout, **layers)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An implementation of a topic: ours, the reference, or somebody else's."""
+
+    name: str
+    build: Callable[[Case], Function]  # returns the function, which takes the case's inputs
+    missing: Callable[[Case], str | None] = lambda case: None  # the reason why it cannot run a case here
+    compiles: bool = False  # by torch.compile, which takes too long for whole models in a quick run
+    same: bool = True  # it computes the whole op
+    rival: bool = True  # it counts in "speed against the fastest other"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A speed to reach: `peer` takes at least `times` as long as `who`.
+
+    With several peers the fastest that ran counts. FLOOR as peer: `who` reaches the share `times` of the floor. TOKENS:
+    `who` reaches `times` tokens a second.
+    """
+
+    peer: str | tuple[str, ...]
+    times: float
+    passes: tuple[str, ...] = ()  # all passes together if empty
+    who: str = OURS
+
+
+@dataclass(frozen=True)
+class Topic:
+    """An op or a job: its inputs, its unavoidable work, its implementations and its cases."""
+
+    name: str
+    suite: str
+    inputs: Callable[[Case], tuple]  # positional arguments; those to differentiate require grad
+    work: Callable[[Case, str], Work]  # by pass
+    cases: Callable[[str], Iterator[Case]]  # by device type
+    peers: tuple[Peer, ...]  # ours first
+    title: str = ""
+    passes: tuple[str, ...] = ("forward", "backward")
+    targets: Callable[[Case], Iterable[Target]] = lambda case: ()
+    small: tuple[Sizes, ...] = ()  # for sanitizers and tests: a tail in every dimension
+    tiny: Sizes | None = None  # a few elements, to measure what a call costs before any work
+    dropouts: tuple[float, ...] = (0.0,)  # of the small cases
+    tests: tuple[str, ...] = ()  # files in tests/ that must pass first; tests/ops/test_<name>.py if empty
+    launches: Callable[[ModuleType], Launches] | None = None  # what the codegen gate compiles, given kernels/<op>.py
+    tokens: Callable[[Case], int] | None = None  # how many tokens one call of a job works through
+    pair_bytes: Callable[[Case], int] | None = None  # memory of two implementations, if all do not fit at once
+
+    def small_cases(self, device: str, dtype: torch.dtype = F32) -> Iterator[Case]:
+        for sizes in self.small:
+            for dropout in self.dropouts:
+                yield Case(self.name, device, tuple(sizes.items()), dtype, dropout)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A measurement with a record and a table of its own, for what is not a comparison case by case."""
+
+    name: str
+    suite: str
+    measure: Callable[[str, bool, bool], dict[str, Any]]  # (device, quick, cpu_time) → what the record adds
+    lines: Callable[[dict[str, Any]], list[str]]  # the record as Markdown, under a heading of level 2
+    fields: tuple[str, ...]  # names that every record has
+    picture: Callable[[dict[str, Any]], Any] | None = None  # the record as a matplotlib figure
+    caption: str = ""  # of the picture
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    tests: tuple[str, ...] = ()
+
+
+def product_dtypes(device: str) -> tuple[torch.dtype, ...]:
+    """Return the dtypes for cases that consist of matrix products.
+
+    On a GPU that is bfloat16. On a CPU it is float32, and bfloat16 if the CPU has instructions for it.
+    """
+    return (BF16,) if device == "cuda" else (F32, BF16)[: 1 + bf16_products(device)]
+
+
+def main_dtype(device: str) -> tuple[torch.dtype, ...]:
+    """Return the one dtype in which models are trained on the device."""
+    return product_dtypes(device)[:1]
+
+
+def is_slow(device: str, dtype: torch.dtype) -> bool:
+    """Return True if matrix products in `dtype` take PyTorch minutes on the device."""
+    return dtype == BF16 and not bf16_products(device)
+
+
+def every(
+    topic: str,
+    device: str,
+    sizes: list[Sizes],
+    dtypes: tuple[torch.dtype, ...] | None = None,
+    dropouts: tuple[float, ...] = (0.0,),
+    **options: Any,
+) -> Iterator[Case]:
+    """Yield a case for every combination of sizes, dtypes (`product_dtypes` by default) and dropouts."""
+    for size in sizes:
+        for dtype in product_dtypes(device) if dtypes is None else dtypes:
+            for dropout in dropouts:
+                yield Case(topic, device, tuple(size.items()), dtype, dropout, **options)
+
+
+def ids(case: Case, bound: int, *shape: int) -> torch.Tensor:
+    """Return random token ids, labels or targets below `bound`."""
+    return torch.randint(bound, shape, device=case.device)

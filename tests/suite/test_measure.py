@@ -1,0 +1,287 @@
+"""How the suite measures: turns, rounds, pairs, memory, refusals, interruptions. Nothing here measures a speed."""
+
+import dataclasses
+import types
+
+import pytest
+import torch
+
+from benchmarks import catalogue
+from benchmarks.measure import environment, floors, gate, memory, runner, timing
+from benchmarks.report import pages, results
+from benchmarks.topic import OURS, Case, Study
+from tests.suite.figures import FLOORS
+
+
+def test_implementations_take_turns(monkeypatch):
+    """Rounds are spread evenly: the slow one's come between the fast one's."""
+    now, order = [0.0], []
+
+    def make(name, duration):
+        def call():
+            order.append(name)
+            now[0] += duration
+
+        return call
+
+    monkeypatch.setattr(timing, "clock", lambda device, cpu_time: lambda: now[0])
+    fast, slow = (timing.Stopwatch("cpu", [make(name, d)]) for name, d in (("fast", 0.125), ("slow", 0.5)))
+    timing.take_turns([fast, slow], timing.Budget(1.0, 2))
+    assert fast.seconds == [0.125] * 8
+    assert slow.seconds == [0.5] * 2
+    assert sorted(order[-10:-5]) == sorted(order[-5:]) == ["fast"] * 4 + ["slow"]
+    assert fast.summary() == {"median": 0.125, "q1": 0.125, "q3": 0.125, "rounds": 8, "first": 0.125}
+
+
+def test_turns_change_their_order():
+    """Who follows another finds its inputs cached: each of three has each place, about as often."""
+    order = []
+    watches = [timing.Stopwatch("cpu", [lambda name=name: order.append(name)]) for name in "abc"]
+    timing.take_turns(watches, timing.Budget(0.0, 300))
+    laps = [order[i : i + 3] for i in range(len(order) - 900, len(order), 3)]
+    for place in range(3):
+        assert all(70 < [lap[place] for lap in laps].count(name) < 130 for name in "abc")
+
+
+def test_long_calls_of_the_warm_up_count(monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(timing, "clock", lambda device, cpu_time: lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    watch = timing.Stopwatch("cpu", [lambda: (calls.append(1), now.__setitem__(0, now[0] + 3.0))])
+    timing.take_turns([watch], timing.Budget(1.0, 3))
+    assert len(watch.seconds) == 3
+    assert len(calls) == 4  # the first, one more, and two rounds
+
+
+def test_very_long_calls_are_made_once(monkeypatch):
+    """Unless the first one compiles."""
+    now = [0.0]
+    monkeypatch.setattr(timing, "clock", lambda device, cpu_time: lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    eager, compiled = (timing.Stopwatch("cpu", [lambda: now.__setitem__(0, now[0] + 20.0)], None, c) for c in (0, 1))
+    timing.take_turns([eager, compiled], timing.Budget(1.0, 3))
+    assert (eager.seconds, eager.taken) == ([20.0], 1)
+    assert (compiled.seconds, compiled.taken) == ([20.0], 2)
+
+
+def test_quartiles():
+    assert timing.quartiles([3.0]) == (3.0, 3.0, 3.0)
+    assert timing.quartiles([5.0, 1.0, 2.0, 3.0, 4.0]) == (2.0, 3.0, 4.0)
+
+
+@pytest.mark.skipif(not memory._CLEAR_REFS.exists(), reason="peak memory of the CPU is read from Linux's /proc")
+def test_peak_memory_is_what_a_call_adds():
+    kept = torch.ones(1 << 22)
+    size = 64 << 20
+
+    def two_tensors() -> None:
+        (torch.ones(size // 4) + 1).sum()
+
+    def none() -> None:
+        kept.sum()
+
+    assert 1.99 * size < memory.peak_memory("cpu", two_tensors) < 2.4 * size
+    assert memory.peak_memory("cpu", none) < size / 8
+
+
+def test_a_ratio_is_taken_over_pairs_of_neighbouring_rounds(monkeypatch):
+    """A machine that slows down in the middle changes both medians' ratio, but not the ratio within a pair."""
+    now, slow = [0.0], [1.0]
+    monkeypatch.setattr(timing, "clock", lambda device, cpu_time: lambda: now[0])
+
+    def call(duration):
+        return lambda: now.__setitem__(0, now[0] + duration * slow[0])
+
+    ours, peer = timing.Stopwatch("cpu", [call(0.1)]), timing.Stopwatch("cpu", [call(0.3)])
+    for lap, factor in enumerate((1.0, 1.0, 5.0, 5.0)):
+        slow[0] = factor
+        ours.keep(ours.call(), lap)
+        if lap in (0, 3):  # fewer rounds of the slower one
+            peer.keep(peer.call(), lap)
+    assert peer.ratio_to(ours) == pytest.approx({"median": 3.0, "q1": 3.0, "q3": 3.0})
+
+
+@pytest.mark.parametrize("elements", [0, 1, 63, 1 << 20, (1 << 20) + 37])
+def test_reading_reads_everything(elements):
+    """The read floor's sum is that of all elements, those of the tail included."""
+    x = torch.randn(elements)
+    assert floors.reader(x)() == pytest.approx(x.double().sum().item(), abs=1e-2)
+
+
+def test_reading_refuses_what_it_would_misread():
+    with pytest.raises(ValueError, match="expected contiguous float32"):
+        floors.reader(torch.zeros(4, 4).t()[1:])
+    with pytest.raises(ValueError, match="expected contiguous float32"):
+        floors.reader(torch.zeros(4, dtype=torch.int32))
+
+
+# ---- a run
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Two small cases of layer_norm, instant floors, tests that pass."""
+
+    def two(device):
+        for M in (3, 5):
+            yield Case("layer_norm", device, (("M", M), ("N", 8)), torch.float32, peers=(OURS, "torch", "Liger"))
+
+    monkeypatch.setattr(runner, "measure_floors", lambda device, cpu_time: FLOORS.items())
+    monkeypatch.setattr(runner, "run_tests", lambda topic, device: "")
+    monkeypatch.setattr(timing, "FULL", timing.Budget(0.0, 2))
+    return dataclasses.replace(catalogue.ops()["layer_norm"], cases=two)
+
+
+def files(folder):
+    return list(folder.glob("*/*.json"))
+
+
+def test_a_run_writes_what_it_measured(tiny, tmp_path):
+    shown = []
+    settings = runner.Settings("cpu", out=tmp_path, done=lambda run, records: shown.append(records))
+    outcome = runner.run([tiny], settings)
+    assert outcome.files == files(tmp_path)
+    assert outcome.files[0].parent.name == environment.slug(results.read(outcome.files[0])["device"]["name"])
+    run = results.read(outcome.files[0])
+    assert not run["partial"]
+    assert [(r["case"], r["peer"]) for r in run["records"]] == [
+        (f"M={M} N=8 float32", peer) for M in (3, 5) for peer in (OURS, "torch")
+    ]
+    assert all(r["times"]["backward"]["rounds"] >= 2 and r["times"]["forward"]["median"] > 0 for r in run["records"])
+    assert {entry["peer"] for entry in run["missing"]} == {"Liger"}  # named, with the reason
+    assert [len(records) for records in shown] == [2, 2]
+    assert run["sessions"][0]["floors"] == FLOORS
+    assert set(run["commit"]) == {"id", "dirty"}
+
+
+def test_interrupted_results_are_kept_and_can_be_resumed(tiny, tmp_path, monkeypatch):
+    def stop_at_the_second(done, label):
+        if "M=5" in label:
+            raise KeyboardInterrupt
+
+    outcome = runner.run([tiny], runner.Settings("cpu", out=tmp_path, advance=stop_at_the_second))
+    assert outcome.interrupted
+    (path,) = files(tmp_path)
+    run = results.read(path)
+    assert run["partial"]
+    assert {r["case"] for r in run["records"]} == {"M=3 N=8 float32"}
+    assert "**Partial**" in pages.device_page(tmp_path, [run], {})
+    first = run["records"]
+
+    again = runner.run([tiny], runner.Settings("cpu", out=tmp_path, resume=True))
+    assert not again.interrupted
+    run = results.read(path)
+    assert not run["partial"]
+    assert run["records"][:2] == first
+    assert [r["session"] for r in run["records"]] == [0, 0, 1, 1]
+
+    monkeypatch.setattr(runner.environment, "commit", lambda: {"id": "0" * 40, "dirty": False})
+    with pytest.raises(ValueError, match=r"layer_norm\.json: cannot be resumed, its commit was"):
+        runner.run([tiny], runner.Settings("cpu", out=tmp_path, resume=True))
+
+
+def test_an_implementation_that_fails_is_missing_and_ours_may_not(tiny, tmp_path):
+    def fail(case):
+        raise RuntimeError("no such kernel\nand more")
+
+    peers = tuple(dataclasses.replace(peer, build=fail) if peer.name == "torch" else peer for peer in tiny.peers)
+    runner.run([dataclasses.replace(tiny, peers=peers)], runner.Settings("cpu", out=tmp_path))
+    run = results.read(files(tmp_path)[0])
+    assert {r["peer"] for r in run["records"]} == {OURS}
+    assert {"case": "M=3 N=8 float32", "peer": "torch", "reason": "no such kernel"} in run["missing"]
+    assert "- torch: no such kernel" in pages.device_page(tmp_path, [run], {})
+    ours = dataclasses.replace(tiny.peers[0], build=fail)
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        runner.run([dataclasses.replace(tiny, peers=(ours,))], runner.Settings("cpu", out=tmp_path))
+
+    def exhaust(case):
+        raise torch.OutOfMemoryError("out of memory")
+
+    ours = dataclasses.replace(tiny.peers[0], build=exhaust)
+    runner.run([dataclasses.replace(tiny, peers=(ours,))], runner.Settings("cpu", out=tmp_path))
+    assert {entry["reason"] for entry in results.read(files(tmp_path)[0])["missing"]} == {"out of memory"}
+
+
+def test_cpu_time_is_that_of_the_process(tiny, tmp_path):
+    """Waiting costs nothing, and the device's name says which time it is."""
+    watch = timing.Stopwatch("cpu", [lambda: timing.time.sleep(0.1)], cpu_time=True)
+    assert watch.call() < 0.05
+    assert timing.Stopwatch("cpu", [lambda: timing.time.sleep(0.1)]).call() >= 0.1
+    outcome = runner.run([tiny], runner.Settings("cpu", cpu_time=True, out=tmp_path))
+    assert outcome.files[0].parent.name.endswith("-cpu-time")
+    assert "CPU seconds of one thread" in pages.device_page(tmp_path, [results.read(outcome.files[0])], {})
+
+
+def test_red_tests_refuse_a_time(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "run_tests", lambda topic, device: "1 failed")
+    outcome = runner.run([tiny], runner.Settings("cpu", out=tmp_path))
+    assert outcome.refused == {"layer_norm": "1 failed"}
+    assert files(tmp_path) == []
+
+
+def test_tests_are_run_again_when_files_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(gate, "ROOT", tmp_path)
+    monkeypatch.setattr(gate, "GREEN", tmp_path / "build" / "green.json")
+    topic = types.SimpleNamespace(name="x", tests=("test_x.py",))
+    test = tmp_path / "tests" / "test_x.py"
+    test.parent.mkdir()
+    test.write_text("def test_x():\n    assert 1 == 2\n")
+    assert "1 failed" in gate.run_tests(topic, "cpu")
+    assert "1 failed" in gate.run_tests(topic, "cpu")
+    test.write_text("def test_x():\n    pass\n")
+    assert gate.run_tests(topic, "cpu") == ""
+    monkeypatch.setattr(gate.subprocess, "run", lambda *args, **options: pytest.fail("ran passed tests again"))
+    assert gate.run_tests(topic, "cpu") == ""
+
+
+@pytest.mark.parametrize(("available", "paired"), [(100, True), (99, False)])
+def test_a_model_in_training_takes_turns_with_ours_if_two_fit(tiny, tmp_path, monkeypatch, available, paired):
+    """All of an op take turns; with `pair_bytes` each implementation takes turns with ours alone."""
+    monkeypatch.setattr(runner, "available_memory", lambda device: available)
+    topic = dataclasses.replace(tiny, pair_bytes=lambda case: 100)
+    (path,) = runner.run([topic], runner.Settings("cpu", out=tmp_path)).files
+    records = results.read(path)["records"]
+    assert [record["peer"] for record in records] == [OURS, "torch"] * 2
+    for record in records:
+        for time in record["times"].values():
+            assert ("to_ours" in time) == (paired and record["peer"] != OURS)
+
+
+# ---- studies
+
+
+@pytest.fixture
+def study():
+    """A study that counts how often it is measured."""
+    measured = []
+
+    def measure(device, quick, cpu_time):
+        measured.append(device)
+        return {"answer": 42}
+
+    return Study("overhead", "ops", measure, lambda record: [f"## {record['answer']}"], fields=("answer",)), measured
+
+
+def test_a_study_writes_its_record_and_is_not_repeated_when_resumed(study, tmp_path):
+    study, measured = study
+    shown = []
+    settings = runner.Settings("cpu", out=tmp_path, studied=lambda study, record: shown.append(study.lines(record)))
+    (path,) = runner.run([study], settings).files
+    record = results.read_study(path, study)
+    assert (record["topic"], record["answer"], measured) == ("overhead", 42, ["cpu"])
+    runner.run([study], dataclasses.replace(settings, resume=True))
+    assert measured == ["cpu"]
+    assert shown == [["## 42"]] * 2
+    runner.run([study], settings)
+    assert measured == ["cpu"] * 2
+    path.write_text(path.read_text().replace("answer", "question"))
+    with pytest.raises(ValueError, match=r"overhead\.json: a damaged results file: answer missing"):
+        results.read_study(path, study)
+
+
+def test_what_does_not_run_on_a_device_is_left_out(study):
+    study, _ = study
+    on_cpu = dataclasses.replace(study, devices=("cpu",))
+    linear = catalogue.ops()["linear"]
+    assert runner.here([study, on_cpu, linear], "cuda") == [study]
+    assert runner.here([study, on_cpu, linear], "cpu") == [study, on_cpu, linear]

@@ -1,0 +1,28 @@
+"""Hook of mkdocs: brings the pictures of benchmarks/results into the site, where docs/results.md shows them.
+
+The pictures are committed once, beside the figures they are drawn from. Pages link to them by the path that is right in
+the repository; in the site they lie in `results/`.
+"""
+
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+RESULTS = Path("benchmarks") / "results"
+SITE = "results"
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add every picture of benchmarks/results to the files of the site."""
+    root = Path(config.config_file_path).parent
+    for picture in sorted((root / RESULTS).glob("*/*.png")):
+        place = f"{SITE}/{picture.relative_to(root / RESULTS).as_posix()}"
+        files.append(File.generated(config, place, abs_src_path=str(picture)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Point pictures at their place in the site."""
+    return re.sub(rf"(!\[[^\]]*\]\()\.\./{RESULTS.as_posix()}/", rf"\1{SITE}/", markdown)
