@@ -1,9 +1,9 @@
 """What README.md, CONTRIBUTING.md and the pages of docs/ show is true.
 
-Their Python runs, a page's blocks in order in one process, and prints what the page says it prints; blocks that are files
-of the repository run in tests/docs/test_worked_example.py. Their shell
-commands run, a page's in order in one empty folder (marked slow), and every command, option and target they name
-exists. Links lead somewhere, and generated tables are current. A comment right before a block says what it needs:
+Their Python runs, a page's blocks in order in one process, and prints what the page says it prints. Blocks with a title
+are files of the repository; tests/docs/test_worked_example.py runs them. Their shell commands run, a page's in order in
+one empty folder (marked slow), and every command, option and target they name exists. Links lead somewhere, and
+generated tables are current. A comment right before a block says what it needs:
 
     <!-- before: COMMANDS -->           these run first, in the same shell: they make what the page takes for given, or
                                         stand for a command with one of the same name that adds options for small sizes
