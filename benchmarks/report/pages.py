@@ -32,7 +32,7 @@ job, with weights and the optimizer's state.
 
 
 def devices(folder: Path) -> dict[Path, list[Run]]:
-    """Return the devices' folders and the runs of each."""
+    """Return the devices' folders that have topics, and the runs of each."""
     runs = {path: results.read_folder(path) for path in sorted(folder.iterdir()) if path.is_dir()}
     return {path: found for path, found in runs.items() if found}
 
@@ -42,7 +42,10 @@ def devices(folder: Path) -> dict[Path, list[Run]]:
 
 def write_pages(folder: Path) -> list[Path]:
     pages = []
-    for path, runs in devices(folder).items():
+    for path in sorted(path for path in folder.iterdir() if path.is_dir()):
+        runs = results.read_folder(path)
+        if not runs and not results.read_studies(path):
+            continue
         page = path / "README.md"
         page.write_text(device_page(path, runs, draw(path, runs)), encoding="utf-8")
         pages.append(page)
@@ -69,20 +72,18 @@ def picture_of(study: str) -> str:
 
 def device_page(path: Path, runs: list[Run], pictures: dict[str, str]) -> str:
     """Return everything measured on one device, as Markdown. `pictures`: file name → caption."""
+    measured = runs or [record for _, record in results.read_studies(path)]
     lines = [
-        f"# {runs[0]['device']['name']}",
+        f"# {measured[0]['device']['name']}",
         "",
         "Made by `make report` from the JSON files beside this page; measured by `python -m benchmarks`.",
         "",
-        *tables.versions(runs),
+        *tables.versions(measured),
         "",
         EXPLANATION,
-        "",
-        "## Summary",
-        "",
-        *table(tables.SUMMARY_HEADER, tables.summary(runs)),
-        *target_section(runs),
     ]
+    if runs:
+        lines += ["", "## Summary", "", *table(tables.SUMMARY_HEADER, tables.summary(runs)), *target_section(runs)]
     for name, caption in pictures.items():
         lines += ["", f"![{caption}]({name})"]
     for run in runs:

@@ -1,8 +1,9 @@
 """What README.md, CONTRIBUTING.md and the pages of docs/ show is true.
 
-Their Python runs, a page's blocks in order in one process, and prints what the page says it prints. Their shell
-commands run, a page's in order in one empty folder (marked slow), and every command, option and target they name
-exists. Links lead somewhere, and generated tables are current. A comment right before a block says what it needs:
+Their Python runs, a page's blocks in order in one process, and prints what the page says it prints. Blocks with a title
+are files of the repository; tests/docs/test_worked_example.py runs them. Their shell commands run, a page's in order in
+one empty folder (marked slow), and every command, option and target they name exists. Links lead somewhere, and
+generated tables are current. A comment right before a block says what it needs:
 
     <!-- before: COMMANDS -->           these run first, in the same shell: they make what the page takes for given, or
                                         stand for a command with one of the same name that adds options for small sizes
@@ -39,31 +40,14 @@ FENCE = re.compile(
     r"(?:\n+^(?P=indent)```text(?P<about> title=\"[^\"]+\")?\n(?P<output>.*?)^(?P=indent)```)?",
     re.DOTALL | re.MULTILINE,
 )
-# Runs blocks in one namespace and reports what each printed. A block with a title is a file: it is written and imported
-# under the name it would have in the repository, or added to the module of that name.
+# Runs blocks in one namespace and reports what each printed.
 RUNNER = """
-import contextlib, importlib, importlib.util, io, json, pathlib, sys
-
-def run_file(title, code):
-    path = pathlib.Path(title.removesuffix(" (add)"))
-    name = ("gpt_fast." if path.parts[0] == "kernels" else "") + ".".join(path.with_suffix("").parts)
-    if title.endswith(" (add)"):
-        exec(compile(code, title, "exec"), vars(importlib.import_module(name)))
-        return
-    importlib.import_module(name.rpartition(".")[0])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(code)
-    spec = importlib.util.spec_from_file_location(name, path)
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
+import contextlib, io, json, sys
 
 namespace, printed = {"__name__": "__main__"}, []
-for number, (title, code) in enumerate(json.load(sys.stdin)):
+for number, code in enumerate(json.load(sys.stdin)):
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        if title:
-            run_file(title, code)
-        else:
-            exec(compile(code, f"block {number}", "exec"), namespace)
+        exec(compile(code, f"block {number}", "exec"), namespace)
     printed.append(out.getvalue())
 json.dump(printed, sys.stdout)
 """
@@ -101,7 +85,12 @@ def with_blocks(chosen: Callable[[Block], bool]) -> list:
 
 
 def is_python(block: Block) -> bool:
-    return block.language == "python" and block.where is None
+    return block.language == "python" and block.where is None and not block.title
+
+
+def is_file(block: Block) -> bool:
+    """Return True for a file of the repository, which tests/docs/test_worked_example.py writes and runs."""
+    return bool(block.title) and block.language in ("python", "cpp")
 
 
 def is_command(block: Block) -> bool:
@@ -131,11 +120,9 @@ def test_python_runs_and_prints_what_the_page_says(page, tmp_path):
 
 
 def run_python(ran: list[Block], folder: pathlib.Path) -> None:
-    # Files of the repository are written beside the others of it.
-    environment = ENVIRONMENT | ({"PYTHONPATH": str(ROOT)} if any(block.title for block in ran) else {})
     run = subprocess.run(
-        [sys.executable, "-c", RUNNER], input=json.dumps([(block.title, block.code) for block in ran]),
-        cwd=folder, env=environment, capture_output=True, text=True, check=False,
+        [sys.executable, "-c", RUNNER], input=json.dumps([block.code for block in ran]),
+        cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     for block, printed in zip(ran, json.loads(run.stdout), strict=True):
@@ -147,25 +134,6 @@ def run_python(ran: list[Block], folder: pathlib.Path) -> None:
         assert len(comments) == len(lines), f"{block.code}\nprinted:\n{printed}"
         for comment, line in zip(comments, lines, strict=True):
             assert comment.endswith(line), f"printed {line!r} where the page says {comment!r}"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(build_info() is None, reason="the extension is not built: there are no flags to compile with")
-def test_the_worked_example_in_cpp(tmp_path):
-    """The page runs its op in the interpreter; here the same blocks run with the page's C++ kernel compiled."""
-    (source,) = blocks(WORKED_EXAMPLE, "cpp")
-    interpreter, *rest = (block for block in blocks(WORKED_EXAMPLE, "python") if is_python(block))
-    assert "TRITON_INTERPRET" in interpreter.code
-    path = tmp_path / str(source.title)
-    path.parent.mkdir(parents=True)
-    path.write_text(source.code)
-    load = (
-        "from torch.utils import cpp_extension\n"
-        f"cpp_extension.load('softcap', {[str(path)]}, extra_cflags={build_info()['flags']},\n"
-        f"    extra_include_paths={[str(ROOT / 'csrc')]}, build_directory={str(tmp_path)!r}, is_python_module=False)\n"
-    )
-    rest[-1] = rest[-1]._replace(code=rest[-1].code.replace("# triton", "# cpp"))
-    run_python([rest[0]._replace(title=None, code=load, output=""), *rest], tmp_path)
 
 
 def shell_lines(block: Block) -> list[str]:
@@ -226,8 +194,9 @@ def test_every_block_runs_in_a_test(page):
     outputs = sum(block.output is not None for block in found)
     assert len(found) + outputs == len(re.findall(r"^ *```\w", text, re.MULTILINE))
     assert page == WORKED_EXAMPLE or "cpp" not in languages
-    shown = blocks(page, "python", "sh")
-    assert [sum((is_python(block), is_command(block), is_for_a_clone(block))) for block in shown] == [1] * len(shown)
+    kinds = (is_python, is_file, is_command, is_for_a_clone)
+    for block in blocks(page, "python", "sh"):
+        assert sum(is_kind(block) for is_kind in kinds) == 1, block
     for comment in re.findall(r"<!--\s((?:(?!-->).)+?)\s-->\n+^ *```", text, re.DOTALL | re.MULTILINE):
         assert re.match(r"before:\s|in a clone(:\s|$)|behind the commands$", comment), comment
 

@@ -52,5 +52,14 @@ def test_section_and_picture(record, tmp_path):
     assert any("(../there/decoding.png)" in line for line in lines)
     without = {name: value for name, value in record.items() if not name.startswith("hf ")}
     assert any("Missing: transformers" in line for line in decoding.lines(without))
-    pages.draw(tmp_path, [])
-    assert (tmp_path / "decoding.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_device_with_studies_alone_has_a_page(record, tmp_path):
+    (tmp_path / "device").mkdir()
+    results.write(record, tmp_path / "device" / "decoding.json")
+    (page,) = pages.write_pages(tmp_path)
+    text = page.read_text("utf-8")
+    assert text.startswith(f"# {record['device']['name']}\n")
+    assert "(decoding.png)" in text
+    assert "## Summary" not in text
+    assert (tmp_path / "device" / "decoding.png").read_bytes().startswith(b"\x89PNG")
