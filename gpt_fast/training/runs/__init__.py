@@ -1,0 +1,1 @@
+"""Run folders on disk: their files, checkpoints, settings, and the models that they hold."""
