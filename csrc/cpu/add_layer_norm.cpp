@@ -6,7 +6,7 @@
 #include <optional>
 #include <vector>
 
-#include "norm.h"
+#include "cpu/core/norm.h"
 #include "norm_autograd.h"
 
 namespace gpt_fast {

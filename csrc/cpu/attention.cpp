@@ -8,8 +8,8 @@
 // changes no bit.
 #include <tuple>
 
-#include "attention_backward.h"
-#include "attention_forward.h"
+#include "cpu/attention/backward.h"
+#include "cpu/attention/forward.h"
 
 namespace gpt_fast {
 namespace {

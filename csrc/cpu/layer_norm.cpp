@@ -2,7 +2,7 @@
 #include <limits>
 #include <vector>
 
-#include "norm.h"
+#include "cpu/core/norm.h"
 #include "norm_autograd.h"
 
 namespace gpt_fast {

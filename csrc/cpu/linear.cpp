@@ -1,7 +1,7 @@
 // linear on CPU: y = x W' + b; backward dx = dy W, dW = dy' x, db = sum of dy.
 #include <tuple>
 
-#include "linear.h"
+#include "cpu/core/linear.h"
 
 namespace gpt_fast {
 namespace {

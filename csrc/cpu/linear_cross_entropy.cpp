@@ -10,9 +10,9 @@
 #include <tuple>
 #include <vector>
 
-#include "common.h"
-#include "gemm.h"
-#include "vector_math.h"
+#include "cpu/core/common.h"
+#include "cpu/core/gemm.h"
+#include "cpu/core/vector_math.h"
 
 namespace gpt_fast {
 namespace {

@@ -10,9 +10,9 @@
 #include <tuple>
 #include <vector>
 
-#include "common.h"
-#include "linear.h"
-#include "vector_math.h"
+#include "cpu/core/common.h"
+#include "cpu/core/linear.h"
+#include "cpu/core/vector_math.h"
 
 namespace gpt_fast {
 namespace {

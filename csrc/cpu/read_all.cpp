@@ -3,8 +3,8 @@
 #include <omp.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include "../bindings.h"
-#include "common.h"
+#include "bindings.h"
+#include "cpu/core/common.h"
 
 namespace gpt_fast {
 namespace {

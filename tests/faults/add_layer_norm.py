@@ -2,7 +2,7 @@
 
 from tests.mutants import Fault
 
-TRITON, CPP, NORM = "kernels/add_layer_norm.py", "csrc/cpu/add_layer_norm.cpp", "csrc/cpu/norm.h"
+TRITON, CPP, NORM = "kernels/add_layer_norm.py", "csrc/cpu/add_layer_norm.cpp", "csrc/cpu/core/norm.h"
 
 FAULTS = (
     # Triton, forward

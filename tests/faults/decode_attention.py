@@ -3,7 +3,7 @@
 from tests.mutants import Fault
 
 TRITON = "kernels/decode_attention.py"
-CPP, CACHE = "csrc/cpu/decode_attention.cpp", "csrc/cpu/decode_attention.h"
+CPP, CACHE = "csrc/cpu/decode_attention.cpp", "csrc/cpu/decode/attention.h"
 
 FAULTS = (
     # Triton, over keys

@@ -3,7 +3,7 @@
 from tests.mutants import Fault
 
 TRITON = "kernels/layer_norm.py"
-CPP, NORM, COMMON = "csrc/cpu/layer_norm.cpp", "csrc/cpu/norm.h", "csrc/cpu/common.h"
+CPP, NORM, COMMON = "csrc/cpu/layer_norm.cpp", "csrc/cpu/core/norm.h", "csrc/cpu/core/common.h"
 AUTOGRAD = "csrc/cpu/norm_autograd.h"
 
 FAULTS = (

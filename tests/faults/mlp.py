@@ -3,7 +3,7 @@
 from tests.mutants import Fault
 
 TRITON, PRODUCT = "kernels/mlp.py", "kernels/gemm.py"
-CPP, LINEAR, GEMM, PHILOX = "csrc/cpu/mlp.cpp", "csrc/cpu/linear.h", "csrc/cpu/gemm.h", "csrc/philox.h"
+CPP, LINEAR, GEMM, PHILOX = "csrc/cpu/mlp.cpp", "csrc/cpu/core/linear.h", "csrc/cpu/core/gemm.h", "csrc/philox.h"
 
 FAULTS = (
     # Triton, activations

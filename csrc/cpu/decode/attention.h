@@ -6,7 +6,7 @@
 
 #include <cmath>
 
-#include "common.h"
+#include "cpu/core/common.h"
 
 namespace gpt_fast {
 

@@ -1,7 +1,7 @@
 // The forward pass of attention: one panel of queries at a time, against the blocks of keys that serve it.
 #pragma once
 
-#include "attention_keys.h"
+#include "cpu/attention/keys.h"
 
 namespace gpt_fast {
 namespace {

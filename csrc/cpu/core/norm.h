@@ -8,7 +8,7 @@
 #include <optional>
 #include <tuple>
 
-#include "common.h"
+#include "cpu/core/common.h"
 
 namespace gpt_fast {
 

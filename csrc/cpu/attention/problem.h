@@ -7,7 +7,7 @@
 #include <optional>
 #include <vector>
 
-#include "attention_tiles.h"
+#include "cpu/attention/tiles.h"
 
 namespace gpt_fast {
 namespace {

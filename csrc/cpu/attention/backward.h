@@ -1,7 +1,7 @@
 // The backward pass of attention: probabilities again from q, k and lse, then the three gradients.
 #pragma once
 
-#include "attention_keys.h"
+#include "cpu/attention/keys.h"
 
 namespace gpt_fast {
 namespace {

@@ -11,7 +11,7 @@
 #include <limits>
 #include <vector>
 
-#include "common.h"
+#include "cpu/core/common.h"
 #include "philox.h"
 
 namespace gpt_fast::decode {

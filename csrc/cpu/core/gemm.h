@@ -15,7 +15,7 @@
 
 #include <cstring>
 
-#include "common.h"
+#include "cpu/core/common.h"
 
 namespace gpt_fast {
 

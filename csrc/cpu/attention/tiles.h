@@ -10,9 +10,9 @@
 #include <cstring>
 #include <limits>
 
-#include "common.h"
+#include "cpu/core/common.h"
+#include "cpu/core/vector_math.h"
 #include "philox.h"
-#include "vector_math.h"
 
 namespace gpt_fast {
 namespace {

@@ -11,11 +11,11 @@
 #include <memory>
 #include <vector>
 
-#include "../bindings.h"
-#include "decode_attention.h"
-#include "decode_sampling.h"
-#include "decode_weights.h"
-#include "norm.h"
+#include "bindings.h"
+#include "cpu/core/norm.h"
+#include "cpu/decode/attention.h"
+#include "cpu/decode/sampling.h"
+#include "cpu/decode/weights.h"
 
 namespace gpt_fast::decode {
 namespace {

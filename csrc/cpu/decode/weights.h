@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "common.h"
-#include "decode_products.h"
+#include "cpu/core/common.h"
+#include "cpu/decode/products.h"
 
 namespace gpt_fast::decode {
 

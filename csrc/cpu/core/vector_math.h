@@ -3,7 +3,7 @@
 
 #include <limits>
 
-#include "common.h"
+#include "cpu/core/common.h"
 
 namespace gpt_fast {
 

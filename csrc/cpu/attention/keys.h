@@ -1,7 +1,7 @@
 // What attention's two passes share: packed keys and values, products that sum over them, the store of a panel.
 #pragma once
 
-#include "attention_problem.h"
+#include "cpu/attention/problem.h"
 
 namespace gpt_fast {
 namespace {
