@@ -40,7 +40,7 @@ BROKEN = re.compile(r"\b(SyntaxError|IndentationError|NameError|CompilationError
 
 
 class Fault(NamedTuple):
-    """Replaces `old`, which occurs once in `file`, by `new`.
+    """Replaces `old`, which occurs once in `file`, by `new`. Faults in gpt_fast/ are judged on the C++ kernels.
 
     `test` selects, as pytest's -k does, the tests that run first because they are to notice it; all others follow.
     """
