@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import _activations, ops
 from .config import check_heads
 
 
@@ -74,13 +74,6 @@ class SelfAttention(nn.Module):
         return ops.linear(out, self.out_proj.weight, self.out_proj.bias)
 
 
-_ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
-}
-
-
 class MLP(nn.Sequential):
     """Linear, activation, dropout, linear: an `nn.Sequential` of the stock modules, run as one `gpt_fast.ops.mlp`.
 
@@ -89,12 +82,9 @@ class MLP(nn.Sequential):
     """
 
     def __init__(self, hidden_dim: int, ff_dim: int, activation: str, dropout: float = 0.0, bias: bool = True):
-        if activation not in _ACTIVATION_MODULES:
-            known = ", ".join(_ACTIVATION_MODULES)
-            raise ValueError(f"gpt_fast.MLP: activation is {activation!r}, wanted one of {known}")
         super().__init__(
             nn.Linear(hidden_dim, ff_dim, bias=bias),
-            _ACTIVATION_MODULES[activation](),
+            _activations.find("gpt_fast.MLP", activation).make_module(),
             nn.Dropout(dropout),
             nn.Linear(ff_dim, hidden_dim, bias=bias),
         )

@@ -6,48 +6,20 @@
 // both weights' gradients for its columns; only dz is stored, packed for dx. Rows go in chunks of kChunk, whose weight
 // gradients add up in float32 in the order of the rows.
 #include <cmath>
-#include <string_view>
 #include <tuple>
 #include <vector>
 
+#include "cpu/core/activations.h"
 #include "cpu/core/common.h"
 #include "cpu/core/linear.h"
-#include "cpu/core/vector_math.h"
 
 namespace gpt_fast {
 namespace {
 
-enum class Activation { kRelu, kGelu, kGeluTanh };
-
-Activation parse_activation(std::string_view name) {
-  if (name == "relu") return Activation::kRelu;
-  if (name == "gelu") return Activation::kGelu;
-  TORCH_CHECK_VALUE(name == "gelu_tanh", "gpt_fast.mlp: activation is '", name,
-                    "', wanted one of relu, gelu, gelu_tanh");
-  return Activation::kGeluTanh;
-}
-
-struct ValueAndSlope {
-  Vec value, slope;
-};
-
-// The activation and its derivative; what the caller does not use, the compiler drops.
-template <Activation ACTIVATION>
-inline ValueAndSlope activate(Vec z) {
-  const Vec one(1.0f), half(0.5f);
-  if constexpr (ACTIVATION == Activation::kRelu) {
-    return {at::vec::maximum(z, Vec(0.0f)), Vec::blendv(Vec(0.0f), one, z > Vec(0.0f))};
-  } else if constexpr (ACTIVATION == Activation::kGelu) {
-    const Vec cdf = half * (one + (z * Vec(0.70710678f)).erf());
-    const Vec pdf = exp(z * z * Vec(-0.5f)) * Vec(0.39894228f);
-    return {z * cdf, at::vec::fmadd(z, pdf, cdf)};
-  } else {
-    // (1 + tanh u) / 2 = 1 / (1 + exp(-2u)) with u = sqrt(2 / pi) (z + 0.044715 z^3).
-    const Vec square = z * z, c(-2.0f * 0.79788456f);
-    const Vec cdf = one / (one + exp(c * z * at::vec::fmadd(square, Vec(0.044715f), one)));
-    const Vec slope_u = c * at::vec::fmadd(square, Vec(3.0f * 0.044715f), one);
-    return {z * cdf, cdf - z * cdf * (one - cdf) * slope_u};
-  }
+Activation read_activation(c10::string_view name) {
+  const optional<Activation> activation = find_activation({name.data(), name.size()});
+  TORCH_CHECK_VALUE(activation.has_value(), "gpt_fast.mlp: ", unknown_activation({name.data(), name.size()}));
+  return *activation;
 }
 
 // Calls row(i, random bits) for the rows of a chunk, in pairs that share their bits; `first` counts from the matrix's
@@ -249,23 +221,11 @@ void backward_chunk(const BackwardInputs& in, const optional<Dropout>& dropout, 
   if (out.proj_bias != nullptr) add_column_sums<scalar_t>(in.dy, out.proj_bias);
 }
 
-template <class Function>
-void dispatch_activation(Activation activation, const Function& function) {
-  switch (activation) {
-    case Activation::kRelu:
-      return function(std::integral_constant<Activation, Activation::kRelu>());
-    case Activation::kGelu:
-      return function(std::integral_constant<Activation, Activation::kGelu>());
-    case Activation::kGeluTanh:
-      return function(std::integral_constant<Activation, Activation::kGeluTanh>());
-  }
-}
-
 std::tuple<Tensor, Tensor> mlp_forward(const Tensor& x, const Tensor& fc_weight, const optional<Tensor>& fc_bias,
                                        const Tensor& proj_weight, const optional<Tensor>& proj_bias,
                                        c10::string_view activation_name, double dropout_p, const optional<Tensor>& seed,
                                        int64_t site, bool keeps_hidden) {
-  const Activation activation = parse_activation({activation_name.data(), activation_name.size()});
+  const Activation activation = read_activation(activation_name);
   const int64_t F = fc_weight.size(0), C_out = proj_weight.size(0);
   const Tensor y = at::empty(with_last(x, C_out), x.options());
   const Tensor hidden = at::empty(keeps_hidden ? with_last(x, F) : std::vector<int64_t>{0}, x.options());
@@ -274,7 +234,7 @@ std::tuple<Tensor, Tensor> mlp_forward(const Tensor& x, const Tensor& fc_weight,
   const optional<Dropout> dropout = make_dropout("mlp", dropout_p, seed, site);
   const Tensor fc_shift = padded_parameter(fc_bias, F), proj_shift = padded_parameter(proj_bias, C_out);
   GPT_FAST_DISPATCH(x.scalar_type(), "gpt_fast::mlp_forward", [&] {
-    dispatch_activation(activation, [&](auto constant) {
+    with_activation(activation, [&](auto constant) {
       for (int64_t first = 0; first < M; first += kChunk) {
         const int64_t count = std::min(kChunk, M - first);
         forward_chunk<scalar_t, decltype(constant)::value>(
@@ -291,7 +251,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(
     const Tensor& dy, const Tensor& x, const Tensor& fc_weight, const optional<Tensor>& fc_bias,
     const Tensor& proj_weight, const optional<Tensor>& hidden, c10::string_view activation_name, double dropout_p,
     const optional<Tensor>& seed, int64_t site, std::array<bool, 5> needs) {
-  const Activation activation = parse_activation({activation_name.data(), activation_name.size()});
+  const Activation activation = read_activation(activation_name);
   const auto [needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, needs_proj_bias] = needs;
   const int64_t F = fc_weight.size(0), C_out = proj_weight.size(0);
   const Tensor nothing = at::empty({0}, x.options());
@@ -317,7 +277,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(
                       needs_proj_bias ? dproj_bias.mutable_data_ptr<float>() : nullptr};
   const Tensor dx_rows = needs_x ? dx.view(rows.sizes()) : dx;
   GPT_FAST_DISPATCH(x.scalar_type(), "gpt_fast::mlp_backward", [&] {
-    dispatch_activation(activation, [&](auto constant) {
+    with_activation(activation, [&](auto constant) {
       for (int64_t first = 0; first < M; first += kChunk) {
         const int64_t count = std::min(kChunk, M - first);
         if (needs_x) out.dx = dx_rows.narrow(0, first, count);

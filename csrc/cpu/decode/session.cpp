@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "cpu/core/activations.h"
 #include "cpu/core/norm.h"
 #include "cpu/decode/attention.h"
 #include "cpu/decode/sampling.h"
@@ -27,19 +28,10 @@ using std::optional;
   throw pybind11::value_error("gpt_fast.DecodeSession: " + message);
 }
 
-Vec gelu(Vec x) { return x * Vec(0.5f) * (Vec(1.0f) + (x * Vec(0.70710678118654752f)).erf()); }
-
-Vec gelu_tanh(Vec x) {
-  const Vec inner = Vec(0.79788456080286536f) * at::vec::fmadd(x * x * x, Vec(0.044715f), x);
-  return x * Vec(0.5f) * (Vec(1.0f) + inner.tanh());
-}
-
-Vec relu(Vec x) { return at::vec::maximum(x, Vec(0.0f)); }
-
-void activate(const std::string& name, float* x, int64_t n) {
-  if (name == "relu") at::vec::map<float>(relu, x, x, n);
-  if (name == "gelu") at::vec::map<float>(gelu, x, x, n);
-  if (name == "gelu_tanh") at::vec::map<float>(gelu_tanh, x, x, n);
+void activate_row(Activation activation, float* x, int64_t n) {
+  with_activation(activation, [&](auto constant) {
+    at::vec::map<float>([](Vec z) { return activate<decltype(constant)::value>(z).value; }, x, x, n);
+  });
 }
 
 constexpr int64_t kBytesPerThread = 128 << 10;
@@ -258,7 +250,7 @@ class DecodeSession {
       prepare<Format>(block.fc, own.h.data(), n, own);
       product<Format>(block.fc, n, own, wide, [&](int64_t i, int64_t f, float y) { hidden_[i * F + f] = y; });
       for (int64_t i = 0; i < n; ++i) {
-        activate(w.activation, hidden_.data() + i * F + wide.begin, wide.end - wide.begin);
+        activate_row(w.activation, hidden_.data() + i * F + wide.begin, wide.end - wide.begin);
       }
 #pragma omp barrier
       prepare<Format>(block.proj, hidden_.data(), n, own);

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/core/activations.h"
 #include "cpu/core/common.h"
 #include "cpu/decode/products.h"
 
@@ -125,16 +126,12 @@ class DecodeWeights {
   DecodeWeights(const Parameters& parameters, int64_t num_heads, const std::string& activation_name, bool is_pre_norm,
                 double norm_eps, const std::string& precision_name)
       : precision(parse_precision(precision_name)),
-        activation(activation_name),
+        activation(read_activation(activation_name)),
         pre_norm(is_pre_norm),
         eps(norm_eps),
         H(num_heads),
         token_embedding(find(parameters, "token_emb.weight")),
         position_embedding(find(parameters, "pos_emb").squeeze(0)) {
-    if (activation != "relu" && activation != "gelu" && activation != "gelu_tanh") {
-      throw pybind11::value_error("gpt_fast.DecodeWeights: activation is '" + activation +
-                                  "', wanted one of relu, gelu, gelu_tanh");
-    }
     const auto linear = [&](const std::string& weight, const std::string& bias) {
       return Linear(precision, find(parameters, weight), find(parameters, bias, true));
     };
@@ -176,7 +173,7 @@ class DecodeWeights {
   }
 
   Precision precision;
-  std::string activation;
+  Activation activation;
   bool pre_norm;
   double eps;
   int64_t C = 0, F = 0, H, V = 0, T = 0;  // width, MLP's width, heads, tokens, positions
@@ -192,6 +189,12 @@ class DecodeWeights {
     if (name == "int8") return Precision::kInt8;
     throw pybind11::value_error("gpt_fast.DecodeWeights: weights is '" + name +
                                 "', wanted one of float32, bfloat16, int8");
+  }
+
+  static Activation read_activation(const std::string& name) {
+    const std::optional<Activation> activation = find_activation(name);
+    if (!activation) throw pybind11::value_error("gpt_fast.DecodeWeights: " + unknown_activation(name));
+    return *activation;
   }
 
   static at::Tensor find(const Parameters& parameters, const std::string& name, bool optional = false) {
