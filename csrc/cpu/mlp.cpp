@@ -62,7 +62,7 @@ void forward_chunk(const Tensor& x, const Tensor& fc_weight, const float* fc_bia
   at::parallel_for(0, ceil_div(F, kBlock), 1, [&](int64_t begin, int64_t end) {
     const BlockProduct product;
     const Buffer z(M * kBlock);
-    const Block<scalar_t> h(M);
+    const RoundedBlock<scalar_t> h(M);
     for (int64_t column = begin * kBlock; column < std::min(F, end * kBlock); column += kBlock) {
       const int64_t width = std::min(kBlock, F - column);
       product(packed_x, 0, M, {weight.data + column * weight.stride_n, weight.stride_n, weight.stride_k}, width, C,
@@ -88,7 +88,7 @@ void forward_chunk(const Tensor& x, const Tensor& fc_weight, const float* fc_bia
         }
       });
       pack<kRows>(Operand<scalar_t>{h.row(0), kBlock, 1}, M, width,
-                  packed_h.data() + column / Format<scalar_t>::kPair * kRows, packed_h.stride);
+                  packed_h.data() + column / WordsOf<scalar_t>::kPair * kRows, packed_h.stride);
     }
   });
   multiply_into(packed_h, rows_of<scalar_t>(proj_weight), proj_weight.size(0), F, proj_bias,
@@ -111,7 +111,7 @@ struct BackwardOutputs {
 template <typename scalar_t, Activation ACTIVATION>
 void backward_chunk(const BackwardInputs& in, const optional<Dropout>& dropout, int64_t first,
                     const BackwardOutputs& out) {
-  constexpr int64_t PAIR = Format<scalar_t>::kPair;
+  constexpr int64_t PAIR = WordsOf<scalar_t>::kPair;
   const int64_t M = in.x.size(0), C = in.x.size(1), F = in.fc_weight.size(0), C_out = in.proj_weight.size(0);
   const bool accumulate = first > 0;
   const bool needs_dz = out.needs_x || out.fc_weight.needed || out.fc_bias != nullptr;
@@ -132,7 +132,7 @@ void backward_chunk(const BackwardInputs& in, const optional<Dropout>& dropout, 
       const BlockProduct product;
       const Buffer z(M * kBlock), dz(M * kBlock), gradient(round_up(std::max(C, C_out), kVec) * kBlock);
       const Buffer panels(depth<scalar_t>(M) * kBlock);
-      const Block<scalar_t> h_rounded(M), dz_rounded(M);
+      const RoundedBlock<scalar_t> h_rounded(M), dz_rounded(M);
       for (int64_t column = begin * kBlock; column < std::min(F, end * kBlock); column += kBlock) {
         const int64_t width = std::min(kBlock, F - column);
         if (recomputes) {
@@ -189,10 +189,10 @@ void backward_chunk(const BackwardInputs& in, const optional<Dropout>& dropout, 
                  });
         const int64_t stride_b = depth<scalar_t>(M) * kColumns, count = ceil_div(width, kColumns);
         // gradient [N, kBlock] = A' block, A' packed with the rows as its k.
-        const auto multiply_by_block = [&](const PackedRows<scalar_t>& a, const Block<scalar_t>& block) {
+        const auto multiply_by_block = [&](const PackedRows<scalar_t>& a, const RoundedBlock<scalar_t>& block) {
           pack<kColumns>(Operand<scalar_t>{block.row(0), 1, kBlock}, width, M, panels.data(), stride_b);
-          multiply<Format<scalar_t>>(a.rows, count, depth<scalar_t>(M), a.data(), a.stride, panels.data(), stride_b,
-                                     gradient.data(), kBlock, false);
+          multiply<WordsOf<scalar_t>>(a.rows, count, depth<scalar_t>(M), a.data(), a.stride, panels.data(), stride_b,
+                                      gradient.data(), kBlock, false);
         };
         if (out.proj_weight.needed) {
           multiply_by_block(*packed_dy_t, h_rounded);
@@ -229,7 +229,7 @@ std::tuple<Tensor, Tensor> mlp_forward(const Tensor& x, const Tensor& fc_weight,
   const int64_t F = fc_weight.size(0), C_out = proj_weight.size(0);
   const Tensor y = at::empty(with_last(x, C_out), x.options());
   const Tensor hidden = at::empty(keeps_hidden ? with_last(x, F) : std::vector<int64_t>{0}, x.options());
-  const Tensor rows = as_matrix(x), y_rows = y.view({rows.size(0), C_out});
+  const Tensor rows = as_rows(x), y_rows = y.view({rows.size(0), C_out});
   const int64_t M = rows.size(0);
   const optional<Dropout> dropout = make_dropout("mlp", dropout_p, seed, site);
   const Tensor fc_shift = padded_parameter(fc_bias, F), proj_shift = padded_parameter(proj_bias, C_out);
@@ -261,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(
   const auto sums = x.options().dtype(at::kFloat);
   const Tensor dfc_bias = at::zeros({needs_fc_bias ? F : 0}, sums);
   const Tensor dproj_bias = at::zeros({needs_proj_bias ? C_out : 0}, sums);
-  const Tensor rows = as_matrix(x), dy_rows = as_matrix(dy);
+  const Tensor rows = as_rows(x), dy_rows = as_rows(dy);
   const int64_t M = rows.size(0), chunks = ceil_div(M, kChunk);
   if (M == 0) {
     dfc_weight.zero_();

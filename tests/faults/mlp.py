@@ -82,7 +82,7 @@ FAULTS = (
     Fault("gradients of no rows left unset", CPP, "dfc_weight.zero_();", "", "empty_batch"),
     # C++, products
     Fault("last rows skipped where there is no whole panel", GEMM, "for (int64_t i = 0; i < M; i += kRows) {\n      // The next", "for (int64_t i = 0; i + kRows <= M; i += kRows) {\n      // The next", "numerics"),
-    Fault("second vector of a tile from the first", GEMM, "FORMAT::multiply_add(ai, b1, sums[i][1])", "FORMAT::multiply_add(ai, b0, sums[i][1])", "numerics"),
+    Fault("second vector of a tile from the first", GEMM, "Words::multiply_add(ai, b1, sums[i][1])", "Words::multiply_add(ai, b0, sums[i][1])", "numerics"),
     Fault("last link of a chain alone", GEMM, "stride_c, accumulate || d > 0,", "stride_c, accumulate,", "long_sums"),
     Fault("last depth block alone", GEMM, "b_.data(), stride_b, c, kBlock, d > 0);", "b_.data(), stride_b, c, kBlock, false);", "long_sums"),
     Fault("sums of nothing left unset", GEMM, "if (K == 0) std::fill(c, c + (last - first) * kBlock, 0.0f);", "", "sizes_of_zero"),

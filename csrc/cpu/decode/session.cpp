@@ -40,7 +40,7 @@ constexpr int64_t kBytesPerThread = 128 << 10;
 struct Share {
   int64_t begin, end;
   Share(int64_t N, int64_t unit, int thread, int threads) {
-    const int64_t units = (N + unit - 1) / unit;
+    const int64_t units = ceil_div(N, unit);
     begin = std::min(N, units * thread / threads * unit);
     end = std::min(N, units * (thread + 1) / threads * unit);
   }
@@ -68,7 +68,7 @@ class DecodeSession {
   // keys and values: [layers, B, H, S, D], float32 for float32 weights, else bfloat16.
   DecodeSession(std::shared_ptr<const DecodeWeights> weights, Tensor keys, Tensor values)
       : w_(std::move(weights)), keys_(std::move(keys)), values_(std::move(values)) {
-    const auto type = w_->precision == Precision::kFloat32 ? at::kFloat : at::kBFloat16;
+    const auto type = w_->dtype == at::kFloat ? at::kFloat : at::kBFloat16;
     const int64_t L = static_cast<int64_t>(w_->blocks.size());
     for (const Tensor& cache : {keys_, values_}) {
       if (cache.dim() != 5 || cache.size(0) != L || cache.size(2) != w_->H || cache.size(4) != w_->C / w_->H ||
@@ -112,7 +112,7 @@ class DecodeSession {
 #pragma omp parallel num_threads(threads)
     {
       const int thread = omp_get_thread_num(), count = omp_get_num_threads();
-      with_format(w_->precision, [&](auto format) { run<decltype(format)>(work, private_[thread], thread, count); });
+      with_format(w_->dtype, [&](auto format) { run<decltype(format)>(work, private_[thread], thread, count); });
     }
     n_ = n;
     return taken(n);
@@ -211,13 +211,13 @@ class DecodeSession {
       const float* token = tokens.read(work.token[i], own.buffer.data());
       std::copy(token, token + C, x);
       const float* position = positions.read(work.position[i], own.buffer.data());
-      at::vec::map2<float>(gpt_fast::add, x, x, position, C);
+      at::vec::map2<float>(add, x, x, position, C);
     }
 #pragma omp barrier
     if (!w.pre_norm) std::copy(x_.data(), x_.data() + n * C, own.h.data());
 
     for (int64_t layer = 0; layer < static_cast<int64_t>(w.blocks.size()); ++layer) {
-      const Block& block = w.blocks[layer];
+      const DecoderWeights& block = w.blocks[layer];
       const auto cached = [&](int64_t i, int64_t head) {  // where the keys, and the values, of a head begin
         return (((layer * B_ + work.row[i]) * H) + head) * S_ * D;
       };
