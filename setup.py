@@ -163,7 +163,8 @@ def extension_arguments() -> dict[str, Any]:
             super().copy_extensions_to_source()
             self.copy_file(str(Path(self.build_lib, "gpt_fast", "_C.json")), str(ROOT / "gpt_fast" / "_C.json"))
 
-    sources = ["csrc/bindings.cpp", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp"))]
+    cpu_sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/**/*.cpp"))
+    sources = ["csrc/bindings.cpp", *cpu_sources]
     arguments: dict[str, Any] = {"include_dirs": [str(ROOT / "csrc")], "extra_link_args": link}
     compile_args = {"cxx": flags}
     make_extension = CppExtension

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from .reference import ACTIVATIONS
+from . import _activations
 
 IGNORE = -100  # the label of a position that does not count, as in torch and transformers
 # The fields of GPTConfig that hold a special token's id, and the text of that token in this library's tokenizers.
@@ -79,7 +79,8 @@ class GPTConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"GPTConfig: {name} is {value!r}, wanted a positive integer")
         check_heads(self.hidden_dim, self.num_heads)
-        for name, known in (("activation", tuple(ACTIVATIONS)), ("problem", PROBLEMS), ("pooling", POOLINGS)):
+        _activations.find("GPTConfig", self.activation)
+        for name, known in (("problem", PROBLEMS), ("pooling", POOLINGS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}, wanted one of {', '.join(known)}")
         for name in _DROPOUTS:

@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _plain, ops
+from . import _activations, _plain, ops
 from .config import check_heads
 
 
@@ -76,13 +76,6 @@ class SelfAttention(nn.Module):
         return _plain.linear(self.out_proj, out)
 
 
-_ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
-}
-
-
 class MLP(nn.Sequential):
     """Linear, activation, dropout, linear: an `nn.Sequential` of the stock modules, run as one `gpt_fast.ops.mlp`.
 
@@ -92,17 +85,13 @@ class MLP(nn.Sequential):
     """
 
     def __init__(self, hidden_dim: int, ff_dim: int, activation: str, dropout: float = 0.0, bias: bool = True):
-        if activation not in _ACTIVATION_MODULES:
-            known = ", ".join(_ACTIVATION_MODULES)
-            raise ValueError(f"gpt_fast.MLP: activation is {activation!r}, wanted one of {known}")
         super().__init__(
             nn.Linear(hidden_dim, ff_dim, bias=bias),
-            _ACTIVATION_MODULES[activation](),
+            _activations.find("gpt_fast.MLP", activation).make_module(),
             nn.Dropout(dropout),
             nn.Linear(ff_dim, hidden_dim, bias=bias),
         )
         self.activation = activation
-        self._activation_kind = type(self[1]), getattr(self[1], "approximate", None)
 
     def forward(self, x: Tensor, seed: Tensor | None = None, site: int = 0) -> Tensor:
         if not self._is_plain():
@@ -120,10 +109,11 @@ class MLP(nn.Sequential):
         if len(children) != 4:
             return False
         fc, activation, dropout, proj = children
+        row = _activations.ACTIVATIONS[self.activation]
         return (
             _plain.is_plain(fc, nn.Linear)
-            and _plain.is_plain(activation, self._activation_kind[0])
-            and getattr(activation, "approximate", None) == self._activation_kind[1]
+            and _plain.is_plain(activation, row.module)
+            and row.is_computed_by(activation)
             and _plain.is_plain(dropout, nn.Dropout)
             and dropout.p < 1
             and _plain.is_plain(proj, nn.Linear)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
 from . import _plain, ops
+from ._activations import ACTIVATIONS
 from .config import IGNORE, GPTConfig
 from .layers import MLP, Branch, LayerNorm, SelfAttention, TransformerDecoder, add_norm
 from .reference import packed_positions
@@ -232,7 +233,7 @@ class GPT(_Trunk):
 # The classes of a plain model's modules, subclasses before their bases.
 _KINDS = (
     GPT, GPTModel, nn.ModuleList, TransformerDecoder, SelfAttention, MLP, LayerNorm, nn.Linear, nn.Embedding,
-    nn.Dropout, nn.ReLU, nn.GELU,
+    nn.Dropout, *{row.module for row in ACTIVATIONS.values()},
 )  # fmt: skip
 
 

@@ -6,14 +6,13 @@ float64 nothing is rounded, which makes this file the truth the kernels are test
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _transforms
+from . import _activations, _transforms
 
 # ---- dropout: a function of seed, site and coordinates alone ---------------------------------------------------------
 
@@ -265,12 +264,6 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
 
 # ---- MLP, loss, embedding --------------------------------------------------------------------------------------------
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
-
 
 def mlp(
     x: Tensor,
@@ -284,7 +277,8 @@ def mlp(
     site: int = 0,
 ) -> Tensor:
     """y = dropout(activation(x fc_weightᵀ + fc_bias)) proj_weightᵀ + proj_bias; weights [F, C] and [C, F]."""
-    hidden = ACTIVATIONS[activation](F.linear(_wide(x), _wide(fc_weight), None if fc_bias is None else _wide(fc_bias)))
+    z = F.linear(_wide(x), _wide(fc_weight), None if fc_bias is None else _wide(fc_bias))
+    hidden = _activations.find("gpt_fast.mlp", activation).function(z)
     if dropout_p > 0:
         assert seed is not None
         rows = hidden.numel() // max(hidden.shape[-1], 1)

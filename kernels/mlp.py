@@ -29,7 +29,7 @@ from .philox import keep_matrix
 
 @triton.jit
 def _activate(z, ACTIVATION: tl.constexpr):
-    """The activation of z and its derivative; what the caller does not use, the compiler drops."""
+    """Return the activation of z and its derivative; the compiler drops the one that the caller does not use."""
     if ACTIVATION == "relu":
         value = tl.where(z < 0.0, 0.0, z)
         slope = tl.where(z > 0.0, 1.0, 0.0)
@@ -38,6 +38,7 @@ def _activate(z, ACTIVATION: tl.constexpr):
         value = z * cdf
         slope = cdf + z * (0.3989422804014327 * tl.exp(-0.5 * z * z))
     else:
+        tl.static_assert(ACTIVATION == "gelu_tanh", "ACTIVATION is unknown; expected relu, gelu or gelu_tanh")
         # (1 + tanh u) / 2 = 1 / (1 + exp(-2u)) with u = sqrt(2 / pi) (z + 0.044715 z³)
         square = z * z
         cdf = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * z * (1.0 + 0.044715 * square)))

@@ -34,13 +34,13 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 150  # seconds for one test; without a fault the longest takes a tenth of that
 BATCH = 12  # faults that are compiled and judged together
-CPP_OPS = sorted(path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
+CPP_SOURCES = sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))
 REGISTRATION = r"TORCH_LIBRARY_IMPL\(gpt_fast, (\w+), m\)"
 BROKEN = re.compile(r"\b(SyntaxError|IndentationError|NameError|CompilationError|ImportError|ModuleNotFoundError)\b")
 
 
 class Fault(NamedTuple):
-    """Replaces `old`, which occurs once in `file`, by `new`.
+    """Replaces `old`, which occurs once in `file`, by `new`. Faults in gpt_fast/ are judged on the C++ kernels.
 
     `test` selects, as pytest's -k does, the tests that run first because they are to notice it; all others follow.
     """
@@ -75,7 +75,8 @@ class Compiler:
 
     def __init__(self, folder: Path) -> None:
         built = ROOT / "gpt_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-        newest = max((ROOT / "csrc" / "cpu").iterdir(), key=lambda path: path.stat().st_mtime)
+        files = (path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+        newest = max(files, key=lambda path: path.stat().st_mtime)
         if not built.exists() or built.stat().st_mtime < newest.stat().st_mtime:
             raise SystemExit(f"mutants: {built} is older than {newest}, or missing: make install")
         record = json.loads((ROOT / "gpt_fast" / "_C.json").read_text("utf-8"))
@@ -86,7 +87,8 @@ class Compiler:
             *(f"-I{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_paths()["include"])),
         ]  # fmt: skip
         header = folder / "precompiled.h"
-        includes = re.findall(r"^#include <.+>$", (ROOT / "csrc" / "cpu" / "common.h").read_text("utf-8"), re.MULTILINE)
+        common = (ROOT / "csrc" / "cpu" / "core" / "common.h").read_text("utf-8")
+        includes = re.findall(r"^#include <.+>$", common, re.MULTILINE)
         header.write_text("\n".join(includes) + "\n", "utf-8")
         check(*self.command, "-x", "c++-header", str(header), "-o", f"{header}.gch")
         self.command += ["-include", str(header)]
@@ -95,9 +97,11 @@ class Compiler:
         check(*self.command, "-c", str(source), "-o", str(target))
 
     def link(self, target: Path, op: str, own: Path) -> None:
-        """The extension, with `own` as the object of the op."""
-        folder = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "csrc"
-        objects = [folder / "bindings.o", *(folder / "cpu" / f"{stem}.o" for stem in CPP_OPS if stem != op)]
+        """Link the extension from `own`, the object of csrc/cpu/<op>.cpp, and the objects of all other files."""
+        folder = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        replaced = ROOT / "csrc" / "cpu" / f"{op}.cpp"
+        others = [ROOT / "csrc" / "bindings.cpp", *(source for source in CPP_SOURCES if source != replaced)]
+        objects = [folder / source.relative_to(ROOT).with_suffix(".o") for source in others]
         libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
         libraries += ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python", "-fopenmp"]
         check(self.command[0], "-shared", str(own), *map(str, objects), *libraries, "-o", str(target))

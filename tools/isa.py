@@ -34,7 +34,7 @@ def compiles(source: Path, march: str) -> str:
 
 
 def main() -> None:
-    work = [(path, march) for path in sorted((ROOT / "csrc/cpu").glob("*.cpp")) for march in TARGETS]
+    work = [(path, march) for path in sorted((ROOT / "csrc/cpu").rglob("*.cpp")) for march in TARGETS]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", len(os.sched_getaffinity(0))))) as pool:
         failures = [output for output in pool.map(lambda item: compiles(*item), work) if output]
     print("\n".join([*failures, f"{len(work) - len(failures)} of {len(work)} compile, for {', '.join(TARGETS)}"]))

@@ -6,8 +6,7 @@
 #include <optional>
 #include <vector>
 
-#include "norm.h"
-#include "norm_autograd.h"
+#include "cpu/core/norm.h"
 
 namespace gpt_fast {
 namespace {
@@ -101,69 +100,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
   return {dx, dresidual, gradients.dweight(), gradients.dbias()};
 }
 
-struct AddLayerNorm : Function<AddLayerNorm> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& residual,
-                               const optional<Tensor>& weight, const optional<Tensor>& bias, double eps,
-                               double dropout_p, const optional<Tensor>& seed, int64_t site) {
-    static const auto op = find_operator<std::tuple<Tensor, Tensor, Tensor, Tensor>(
-        const Tensor&, const Tensor&, const optional<Tensor>&, const optional<Tensor>&, double, double,
-        const optional<Tensor>&, int64_t)>("gpt_fast::add_layer_norm_forward");
-    const auto [normed, summed, mean, rstd] = op.call(x, residual, weight, bias, eps, dropout_p, seed, site);
-    ctx->save_for_backward({summed, weight.value_or(Tensor()), mean, rstd, seed.value_or(Tensor())});
-    ctx->saved_data["has_bias"] = bias.has_value();
-    ctx->saved_data["x_dtype"] = x.scalar_type();
-    ctx->saved_data["residual_dtype"] = residual.scalar_type();
-    ctx->saved_data["dropout_p"] = dropout_p;
-    ctx->saved_data["site"] = site;
-    ctx->set_materialize_grads(false);
-    return {normed, summed};
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
-    static const auto op = find_operator<std::tuple<Tensor, Tensor, Tensor, Tensor>(
-        const Tensor&, const optional<Tensor>&, const Tensor&, const optional<Tensor>&, const Tensor&, const Tensor&,
-        at::ScalarType, at::ScalarType, double, const optional<Tensor>&, int64_t, bool, bool)>(
-        "gpt_fast::add_layer_norm_backward");
-    if (!upstream[0].defined() && !upstream[1].defined()) return variable_list(8);
-    const variable_list saved = ctx->get_saved_variables();
-    const Tensor &summed = saved[0], &weight = saved[1];
-    const Needs needs(ctx, 2, weight.defined(), ctx->saved_data["has_bias"].toBool());
-    const auto x_dtype = ctx->saved_data["x_dtype"].toScalarType();
-    const auto residual_dtype = ctx->saved_data["residual_dtype"].toScalarType();
-    const double dropout_p = ctx->saved_data["dropout_p"].toDouble();
-    at::AutoDispatchBelowADInplaceOrView below;
-    const Tensor dnormed = upstream[0].defined() ? upstream[0] : at::zeros_like(summed);
-    const auto [dx, dresidual, dweight, dbias] =
-        op.call(dnormed, given(upstream[1]), summed, given(weight), saved[2], saved[3], x_dtype, residual_dtype,
-                dropout_p, given(saved[4]), ctx->saved_data["site"].toInt(), needs.weight, needs.bias);
-    const bool own_dx = dropout_p > 0 || x_dtype != residual_dtype;
-    variable_list grads(8);
-    grads[0] = own_dx ? dx : dresidual;
-    grads[1] = dresidual;
-    grads[2] = where(needs.weight, dweight);
-    grads[3] = where(needs.bias, dbias);
-    return differentiated_once("add_layer_norm", std::move(grads), {upstream[0], upstream[1], summed, weight});
-  }
-};
-
-std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual, const optional<Tensor>& weight,
-                                          const optional<Tensor>& bias, double eps, double dropout_p,
-                                          const optional<Tensor>& seed, int64_t site) {
-  const bool valid = plainly_valid(x, weight, bias, eps) && has_kernel(residual) && residual.sizes() == x.sizes() &&
-                     dropout_p >= 0 && dropout_p < 1 && (dropout_p == 0 || seed.has_value()) &&
-                     (!seed.has_value() || (seed->is_cpu() && seed->scalar_type() == at::kLong && seed->numel() == 1));
-  TORCH_CHECK_VALUE(valid, "gpt_fast.add_layer_norm: not plainly valid arguments");
-  const variable_list outputs = AddLayerNorm::apply(x, residual, weight, bias, eps, dropout_p, seed, site);
-  return {outputs[0], outputs[1]};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gpt_fast, CPU, m) {
   m.impl("add_layer_norm_forward", add_layer_norm_forward);
   m.impl("add_layer_norm_backward", add_layer_norm_backward);
 }
-
-TORCH_LIBRARY_IMPL(gpt_fast, CompositeImplicitAutograd, m) { m.impl("add_layer_norm", add_layer_norm); }
 
 }  // namespace gpt_fast

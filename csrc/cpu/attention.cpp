@@ -8,8 +8,8 @@
 // changes no bit.
 #include <tuple>
 
-#include "attention_backward.h"
-#include "attention_forward.h"
+#include "cpu/attention/backward.h"
+#include "cpu/attention/forward.h"
 
 namespace gpt_fast {
 namespace {
@@ -18,9 +18,8 @@ namespace {
 int64_t chunks_of(const Options& options, int64_t pieces) {
   const int64_t segments = static_cast<int64_t>(options.segments.size());
   const int64_t wanted = 16 * at::get_num_threads();
-  return at::get_num_threads() == 1
-             ? 1
-             : std::clamp<int64_t>((wanted + segments - 1) / segments, 1, std::max<int64_t>(pieces, 1));
+  return at::get_num_threads() == 1 ? 1
+                                    : std::clamp<int64_t>(ceil_div(wanted, segments), 1, std::max<int64_t>(pieces, 1));
 }
 
 Tensor empty_like_heads(const Tensor& x) {
@@ -41,7 +40,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
   };
   std::vector<Task> tasks;
   for (int64_t n = 0; n < static_cast<int64_t>(options.segments.size()); ++n) {
-    const int64_t panels = (options.segments[n].T + kPanel - 1) / kPanel;
+    const int64_t panels = ceil_div(options.segments[n].T, kPanel);
     const int64_t chunks = chunks_of(options, panels);
     // The last queries first: under causality they have the most keys.
     for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
@@ -66,8 +65,8 @@ std::vector<BackwardTask> backward_tasks(const Options& options) {
   const bool one_pass = threads == 1 || segments >= 4 * threads;
   for (int64_t n = 0; n < segments; ++n) {
     const Segment& segment = options.segments[n];
-    const int64_t groups = (segment.T + kPanels * kPanel - 1) / (kPanels * kPanel);
-    const int64_t blocks = (segment.keys + kKeys - 1) / kKeys;
+    const int64_t groups = ceil_div(segment.T, kPanels * kPanel);
+    const int64_t blocks = ceil_div(segment.keys, kKeys);
     if (one_pass) {
       tasks.push_back({n, 0, groups, 0, blocks * kKeys, true, true});
       continue;
@@ -87,11 +86,6 @@ std::vector<BackwardTask> backward_tasks(const Options& options) {
 
 void backward_into(const Options& options, const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                    const Tensor& out, const Tensor& lse, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
-  TORCH_CHECK_VALUE(dout.sizes() == q.sizes() && out.sizes() == q.sizes() && dout.scalar_type() == q.scalar_type() &&
-                        out.scalar_type() == q.scalar_type() && lse.scalar_type() == at::kFloat &&
-                        lse.sizes() == q.sizes().slice(0, 3),
-                    "gpt_fast.attention_backward: got dout ", dout.sizes(), ", out ", out.sizes(), " and lse ",
-                    lse.sizes(), ", wanted the shape and dtype of q ", q.sizes(), ", and of its rows in float32");
   const std::vector<BackwardTask> tasks = backward_tasks(options);
   const Tensor rows_lse = lse.contiguous();
   GPT_FAST_DISPATCH(q.scalar_type(), "gpt_fast::attention_backward", [&] {
@@ -126,9 +120,6 @@ Tensor attention_qkv_backward(const Tensor& dout, const Tensor& qkv, int64_t num
                               const optional<Tensor>& mask, const optional<Tensor>& cu_seqlens, bool causal,
                               optional<int64_t> window, double dropout_p, const optional<Tensor>& seed, int64_t site,
                               double scale) {
-  TORCH_CHECK_VALUE(qkv.dim() == 3 && num_heads >= 1 && qkv.size(2) % (3 * num_heads) == 0,
-                    "gpt_fast.attention_qkv: qkv has shape ", qkv.sizes(),
-                    ", wanted [B, T, 3C] with C a multiple of num_heads = ", num_heads);
   const std::vector<Tensor> x = split_heads(qkv, num_heads);
   const Options options =
       make_options(x[0], x[1], x[2], lengths, key_mask, mask, cu_seqlens, causal, window, dropout_p, seed, site, scale);

@@ -1,5 +1,5 @@
 // decode_attention on CPU: one query a sequence against its cache.
-#include "decode_attention.h"
+#include "cpu/decode/attention.h"
 
 #include <vector>
 

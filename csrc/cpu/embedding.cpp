@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "common.h"
+#include "cpu/core/common.h"
 
 namespace gpt_fast {
 namespace {

@@ -2,8 +2,7 @@
 #include <limits>
 #include <vector>
 
-#include "norm.h"
-#include "norm_autograd.h"
+#include "cpu/core/norm.h"
 
 namespace gpt_fast {
 namespace {
@@ -65,43 +64,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy, const T
   return {dx, gradients.dweight(), gradients.dbias()};
 }
 
-struct LayerNorm : Function<LayerNorm> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const optional<Tensor>& weight,
-                        const optional<Tensor>& bias, double eps) {
-    static const auto op = find_operator<std::tuple<Tensor, Tensor, Tensor>(
-        const Tensor&, const optional<Tensor>&, const optional<Tensor>&, double)>("gpt_fast::layer_norm_forward");
-    const auto [y, mean, rstd] = op.call(x, weight, bias, eps);
-    ctx->save_for_backward({x, weight.value_or(Tensor()), mean, rstd});
-    ctx->saved_data["has_bias"] = bias.has_value();
-    return y;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
-    static const auto op = find_operator<std::tuple<Tensor, Tensor, Tensor>(
-        const Tensor&, const Tensor&, const optional<Tensor>&, const Tensor&, const Tensor&, bool, bool)>(
-        "gpt_fast::layer_norm_backward");
-    const variable_list saved = ctx->get_saved_variables();
-    const Needs needs(ctx, 1, saved[1].defined(), ctx->saved_data["has_bias"].toBool());
-    at::AutoDispatchBelowADInplaceOrView below;
-    const auto [dx, dweight, dbias] =
-        op.call(upstream[0], saved[0], given(saved[1]), saved[2], saved[3], needs.weight, needs.bias);
-    variable_list grads = {dx, where(needs.weight, dweight), where(needs.bias, dbias), Tensor()};
-    return differentiated_once("layer_norm", std::move(grads), {upstream[0], saved[0], saved[1]});
-  }
-};
-
-Tensor layer_norm(const Tensor& x, const optional<Tensor>& weight, const optional<Tensor>& bias, double eps) {
-  TORCH_CHECK_VALUE(plainly_valid(x, weight, bias, eps), "gpt_fast.layer_norm: not plainly valid arguments");
-  return LayerNorm::apply(x, weight, bias, eps);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gpt_fast, CPU, m) {
   m.impl("layer_norm_forward", layer_norm_forward);
   m.impl("layer_norm_backward", layer_norm_backward);
 }
-
-TORCH_LIBRARY_IMPL(gpt_fast, CompositeImplicitAutograd, m) { m.impl("layer_norm", layer_norm); }
 
 }  // namespace gpt_fast

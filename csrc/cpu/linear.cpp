@@ -1,7 +1,7 @@
 // linear on CPU: y = x W' + b; backward dx = dy W, dW = dy' x, db = sum of dy.
 #include <tuple>
 
-#include "linear.h"
+#include "cpu/core/linear.h"
 
 namespace gpt_fast {
 namespace {
@@ -9,7 +9,7 @@ namespace {
 Tensor linear_forward(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias) {
   const int64_t C = weight.size(1), N = weight.size(0);
   const Tensor y = at::empty(with_last(x, N), x.options());
-  const Tensor rows = as_matrix(x), y_rows = y.view({rows.size(0), N}), shift = padded_parameter(bias, N);
+  const Tensor rows = as_rows(x), y_rows = y.view({rows.size(0), N}), shift = padded_parameter(bias, N);
   GPT_FAST_DISPATCH(x.scalar_type(), "gpt_fast::linear_forward", [&] {
     for (int64_t first = 0; first < rows.size(0); first += kChunk) {
       const int64_t M = std::min(kChunk, rows.size(0) - first);
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tenso
   const Tensor dx = needs_x ? at::empty(x.sizes(), x.options()) : nothing;
   const Tensor dweight = needs_weight ? at::empty_like(weight) : nothing;
   const Tensor dbias = at::zeros({needs_bias ? N : 0}, x.options().dtype(at::kFloat));
-  const Tensor rows = as_matrix(x), dy_rows = as_matrix(dy);
+  const Tensor rows = as_rows(x), dy_rows = as_rows(dy);
   const int64_t total = rows.size(0);
   if (total == 0) dweight.zero_();
   const WeightGradient gradient(dweight, needs_weight, ceil_div(total, kChunk));

@@ -10,9 +10,9 @@
 #include <tuple>
 #include <vector>
 
-#include "common.h"
-#include "gemm.h"
-#include "vector_math.h"
+#include "cpu/core/common.h"
+#include "cpu/core/gemm.h"
+#include "cpu/core/vector_math.h"
 
 namespace gpt_fast {
 namespace {
@@ -79,7 +79,7 @@ template <typename scalar_t>
 class Chunk {
   // What the gradient of the logits is rounded to as an operand: bfloat16 pairs, or nothing. Float16 would lose the
   // probabilities of a large vocabulary among its subnormal numbers.
-  using operand_t = std::conditional_t<Format<scalar_t>::kPair == 2, scalar_t, float>;
+  using operand_t = std::conditional_t<WordsOf<scalar_t>::kPair == 2, scalar_t, float>;
 
  public:
   Chunk(const Problem& problem, const Workspace& workspace, int64_t begin, int64_t end, bool keeps)
@@ -121,7 +121,7 @@ class Chunk {
 
   void backward(const Results& out, bool accumulate) const {
     const bool needs_x = out.dx.defined(), needs_weight = out.dweight.defined();
-    constexpr int64_t PAIR = Format<scalar_t>::kPair;
+    constexpr int64_t PAIR = WordsOf<scalar_t>::kPair;
     constexpr int64_t kWide = kWideDepth * PAIR / kBlock;  // blocks
     const int64_t groups = std::min(kGroups, blocks), padded_C = round_up(C, kColumns);
     optional<PackedRows<scalar_t>> x_t;
@@ -131,7 +131,7 @@ class Chunk {
     const int64_t wide_depth = kWideDepth, D = depth<scalar_t>(M);
 
     at::parallel_for(0, groups, 1, [&](int64_t first, int64_t last) {
-      const Block<operand_t> gradient(M);
+      const RoundedBlock<operand_t> gradient(M);
       const Buffer by_rows(D * kBlock), sums(round_up(C, kVec) * kBlock);
       const Buffer left(needs_x ? round_up(M, kRows) * wide_depth : 0);
       const Buffer right(needs_x ? kColumns * wide_depth : 0);
@@ -156,8 +156,8 @@ class Chunk {
             }
             if (needs_weight) {
               pack<kColumns>(Operand<operand_t>{gradient.row(0), 1, kBlock}, width, M, by_rows.data(), D * kColumns);
-              multiply<Format<scalar_t>>(C, ceil_div(width, kColumns), D, x_t->data(), x_t->stride, by_rows.data(),
-                                         D * kColumns, sums.data(), kBlock, false);
+              multiply<WordsOf<scalar_t>>(C, ceil_div(width, kColumns), D, x_t->data(), x_t->stride, by_rows.data(),
+                                          D * kColumns, sums.data(), kBlock, false);
               add_block(sums.data(), C, width, out.dweight.mutable_data_ptr<float>() + v * out.dweight.stride(0),
                         out.dweight.stride(1), out.dweight.stride(0), accumulate);
             }
@@ -172,8 +172,8 @@ class Chunk {
               pack<kColumns>(Operand<scalar_t>{weight.data + v * weight.stride_k + c * weight.stride_n, weight.stride_n,
                                                weight.stride_k},
                              std::min(kColumns, C - c), count, right.data(), 0);
-              multiply<Format<scalar_t>>(M, 1, depth<scalar_t>(count), left.data(), wide_depth * kRows, right.data(), 0,
-                                         part + c, padded_C, wide > group_begin);
+              multiply<WordsOf<scalar_t>>(M, 1, depth<scalar_t>(count), left.data(), wide_depth * kRows, right.data(),
+                                          0, part + c, padded_C, wide > group_begin);
             }
           }
         }
@@ -304,7 +304,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(
   const Tensor dx = gradient_like_x(x, N, count, needs_x);
   const Tensor dweight = needs_weight ? at::empty_like(weight, sums) : at::empty({0}, sums);
   const Tensor dbias = at::zeros({needs_bias ? V : 0}, sums);
-  const Tensor rows = as_matrix(x);
+  const Tensor rows = as_rows(x);
   const Tensor shift = padded_parameter(bias, V, -std::numeric_limits<float>::infinity());
 
   Results out;
@@ -333,7 +333,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(const Tensor& d
   const Tensor dx = gradient_like_x(x, N, static_cast<int64_t>(valid.index.size()), needs_x);
   const Tensor dweight = needs_weight ? at::empty_like(weight, sums) : at::empty({0}, sums);
   const Tensor dbias = at::zeros({needs_bias ? V : 0}, sums);
-  const Tensor rows = as_matrix(x);
+  const Tensor rows = as_rows(x);
   const Tensor shift = padded_parameter(bias, V, -std::numeric_limits<float>::infinity());
   const Tensor scale = dloss.reshape(-1).contiguous();
 

@@ -6,48 +6,20 @@
 // both weights' gradients for its columns; only dz is stored, packed for dx. Rows go in chunks of kChunk, whose weight
 // gradients add up in float32 in the order of the rows.
 #include <cmath>
-#include <string_view>
 #include <tuple>
 #include <vector>
 
-#include "common.h"
-#include "linear.h"
-#include "vector_math.h"
+#include "cpu/core/activations.h"
+#include "cpu/core/common.h"
+#include "cpu/core/linear.h"
 
 namespace gpt_fast {
 namespace {
 
-enum class Activation { kRelu, kGelu, kGeluTanh };
-
-Activation parse_activation(std::string_view name) {
-  if (name == "relu") return Activation::kRelu;
-  if (name == "gelu") return Activation::kGelu;
-  TORCH_CHECK_VALUE(name == "gelu_tanh", "gpt_fast.mlp: activation is '", name,
-                    "', wanted one of relu, gelu, gelu_tanh");
-  return Activation::kGeluTanh;
-}
-
-struct ValueAndSlope {
-  Vec value, slope;
-};
-
-// The activation and its derivative; what the caller does not use, the compiler drops.
-template <Activation ACTIVATION>
-inline ValueAndSlope activate(Vec z) {
-  const Vec one(1.0f), half(0.5f);
-  if constexpr (ACTIVATION == Activation::kRelu) {
-    return {at::vec::maximum(z, Vec(0.0f)), Vec::blendv(Vec(0.0f), one, z > Vec(0.0f))};
-  } else if constexpr (ACTIVATION == Activation::kGelu) {
-    const Vec cdf = half * (one + (z * Vec(0.70710678f)).erf());
-    const Vec pdf = exp(z * z * Vec(-0.5f)) * Vec(0.39894228f);
-    return {z * cdf, at::vec::fmadd(z, pdf, cdf)};
-  } else {
-    // (1 + tanh u) / 2 = 1 / (1 + exp(-2u)) with u = sqrt(2 / pi) (z + 0.044715 z^3).
-    const Vec square = z * z, c(-2.0f * 0.79788456f);
-    const Vec cdf = one / (one + exp(c * z * at::vec::fmadd(square, Vec(0.044715f), one)));
-    const Vec slope_u = c * at::vec::fmadd(square, Vec(3.0f * 0.044715f), one);
-    return {z * cdf, cdf - z * cdf * (one - cdf) * slope_u};
-  }
+Activation read_activation(c10::string_view name) {
+  const optional<Activation> activation = find_activation({name.data(), name.size()});
+  TORCH_CHECK_VALUE(activation.has_value(), "gpt_fast.mlp: ", unknown_activation({name.data(), name.size()}));
+  return *activation;
 }
 
 // Calls row(i, random bits) for the rows of a chunk, in pairs that share their bits; `first` counts from the matrix's
@@ -90,7 +62,7 @@ void forward_chunk(const Tensor& x, const Tensor& fc_weight, const float* fc_bia
   at::parallel_for(0, ceil_div(F, kBlock), 1, [&](int64_t begin, int64_t end) {
     const BlockProduct product;
     const Buffer z(M * kBlock);
-    const Block<scalar_t> h(M);
+    const RoundedBlock<scalar_t> h(M);
     for (int64_t column = begin * kBlock; column < std::min(F, end * kBlock); column += kBlock) {
       const int64_t width = std::min(kBlock, F - column);
       product(packed_x, 0, M, {weight.data + column * weight.stride_n, weight.stride_n, weight.stride_k}, width, C,
@@ -116,7 +88,7 @@ void forward_chunk(const Tensor& x, const Tensor& fc_weight, const float* fc_bia
         }
       });
       pack<kRows>(Operand<scalar_t>{h.row(0), kBlock, 1}, M, width,
-                  packed_h.data() + column / Format<scalar_t>::kPair * kRows, packed_h.stride);
+                  packed_h.data() + column / WordsOf<scalar_t>::kPair * kRows, packed_h.stride);
     }
   });
   multiply_into(packed_h, rows_of<scalar_t>(proj_weight), proj_weight.size(0), F, proj_bias,
@@ -139,7 +111,7 @@ struct BackwardOutputs {
 template <typename scalar_t, Activation ACTIVATION>
 void backward_chunk(const BackwardInputs& in, const optional<Dropout>& dropout, int64_t first,
                     const BackwardOutputs& out) {
-  constexpr int64_t PAIR = Format<scalar_t>::kPair;
+  constexpr int64_t PAIR = WordsOf<scalar_t>::kPair;
   const int64_t M = in.x.size(0), C = in.x.size(1), F = in.fc_weight.size(0), C_out = in.proj_weight.size(0);
   const bool accumulate = first > 0;
   const bool needs_dz = out.needs_x || out.fc_weight.needed || out.fc_bias != nullptr;
@@ -160,7 +132,7 @@ void backward_chunk(const BackwardInputs& in, const optional<Dropout>& dropout, 
       const BlockProduct product;
       const Buffer z(M * kBlock), dz(M * kBlock), gradient(round_up(std::max(C, C_out), kVec) * kBlock);
       const Buffer panels(depth<scalar_t>(M) * kBlock);
-      const Block<scalar_t> h_rounded(M), dz_rounded(M);
+      const RoundedBlock<scalar_t> h_rounded(M), dz_rounded(M);
       for (int64_t column = begin * kBlock; column < std::min(F, end * kBlock); column += kBlock) {
         const int64_t width = std::min(kBlock, F - column);
         if (recomputes) {
@@ -217,10 +189,10 @@ void backward_chunk(const BackwardInputs& in, const optional<Dropout>& dropout, 
                  });
         const int64_t stride_b = depth<scalar_t>(M) * kColumns, count = ceil_div(width, kColumns);
         // gradient [N, kBlock] = A' block, A' packed with the rows as its k.
-        const auto multiply_by_block = [&](const PackedRows<scalar_t>& a, const Block<scalar_t>& block) {
+        const auto multiply_by_block = [&](const PackedRows<scalar_t>& a, const RoundedBlock<scalar_t>& block) {
           pack<kColumns>(Operand<scalar_t>{block.row(0), 1, kBlock}, width, M, panels.data(), stride_b);
-          multiply<Format<scalar_t>>(a.rows, count, depth<scalar_t>(M), a.data(), a.stride, panels.data(), stride_b,
-                                     gradient.data(), kBlock, false);
+          multiply<WordsOf<scalar_t>>(a.rows, count, depth<scalar_t>(M), a.data(), a.stride, panels.data(), stride_b,
+                                      gradient.data(), kBlock, false);
         };
         if (out.proj_weight.needed) {
           multiply_by_block(*packed_dy_t, h_rounded);
@@ -249,32 +221,20 @@ void backward_chunk(const BackwardInputs& in, const optional<Dropout>& dropout, 
   if (out.proj_bias != nullptr) add_column_sums<scalar_t>(in.dy, out.proj_bias);
 }
 
-template <class Function>
-void dispatch_activation(Activation activation, const Function& function) {
-  switch (activation) {
-    case Activation::kRelu:
-      return function(std::integral_constant<Activation, Activation::kRelu>());
-    case Activation::kGelu:
-      return function(std::integral_constant<Activation, Activation::kGelu>());
-    case Activation::kGeluTanh:
-      return function(std::integral_constant<Activation, Activation::kGeluTanh>());
-  }
-}
-
 std::tuple<Tensor, Tensor> mlp_forward(const Tensor& x, const Tensor& fc_weight, const optional<Tensor>& fc_bias,
                                        const Tensor& proj_weight, const optional<Tensor>& proj_bias,
                                        c10::string_view activation_name, double dropout_p, const optional<Tensor>& seed,
                                        int64_t site, bool keeps_hidden) {
-  const Activation activation = parse_activation({activation_name.data(), activation_name.size()});
+  const Activation activation = read_activation(activation_name);
   const int64_t F = fc_weight.size(0), C_out = proj_weight.size(0);
   const Tensor y = at::empty(with_last(x, C_out), x.options());
   const Tensor hidden = at::empty(keeps_hidden ? with_last(x, F) : std::vector<int64_t>{0}, x.options());
-  const Tensor rows = as_matrix(x), y_rows = y.view({rows.size(0), C_out});
+  const Tensor rows = as_rows(x), y_rows = y.view({rows.size(0), C_out});
   const int64_t M = rows.size(0);
   const optional<Dropout> dropout = make_dropout("mlp", dropout_p, seed, site);
   const Tensor fc_shift = padded_parameter(fc_bias, F), proj_shift = padded_parameter(proj_bias, C_out);
   GPT_FAST_DISPATCH(x.scalar_type(), "gpt_fast::mlp_forward", [&] {
-    dispatch_activation(activation, [&](auto constant) {
+    with_activation(activation, [&](auto constant) {
       for (int64_t first = 0; first < M; first += kChunk) {
         const int64_t count = std::min(kChunk, M - first);
         forward_chunk<scalar_t, decltype(constant)::value>(
@@ -291,7 +251,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(
     const Tensor& dy, const Tensor& x, const Tensor& fc_weight, const optional<Tensor>& fc_bias,
     const Tensor& proj_weight, const optional<Tensor>& hidden, c10::string_view activation_name, double dropout_p,
     const optional<Tensor>& seed, int64_t site, std::array<bool, 5> needs) {
-  const Activation activation = parse_activation({activation_name.data(), activation_name.size()});
+  const Activation activation = read_activation(activation_name);
   const auto [needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, needs_proj_bias] = needs;
   const int64_t F = fc_weight.size(0), C_out = proj_weight.size(0);
   const Tensor nothing = at::empty({0}, x.options());
@@ -301,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(
   const auto sums = x.options().dtype(at::kFloat);
   const Tensor dfc_bias = at::zeros({needs_fc_bias ? F : 0}, sums);
   const Tensor dproj_bias = at::zeros({needs_proj_bias ? C_out : 0}, sums);
-  const Tensor rows = as_matrix(x), dy_rows = as_matrix(dy);
+  const Tensor rows = as_rows(x), dy_rows = as_rows(dy);
   const int64_t M = rows.size(0), chunks = ceil_div(M, kChunk);
   if (M == 0) {
     dfc_weight.zero_();
@@ -317,7 +277,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(
                       needs_proj_bias ? dproj_bias.mutable_data_ptr<float>() : nullptr};
   const Tensor dx_rows = needs_x ? dx.view(rows.sizes()) : dx;
   GPT_FAST_DISPATCH(x.scalar_type(), "gpt_fast::mlp_backward", [&] {
-    dispatch_activation(activation, [&](auto constant) {
+    with_activation(activation, [&](auto constant) {
       for (int64_t first = 0; first < M; first += kChunk) {
         const int64_t count = std::min(kChunk, M - first);
         if (needs_x) out.dx = dx_rows.narrow(0, first, count);

@@ -66,7 +66,7 @@ class Products {
     TORCH_CHECK_VALUE(x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16, "gpt_fast.mlp: x is ",
                       x.scalar_type(), ", cuBLASLt serves bfloat16 and float16");
     TORCH_CHECK_VALUE(relu_ || activation == "gelu_tanh", "gpt_fast.mlp: activation is '", activation,
-                      "', cuBLASLt serves relu and gelu_tanh");
+                      "'; expected one of relu, gelu_tanh, which cuBLASLt serves");
   }
 
   bool relu() const { return relu_; }

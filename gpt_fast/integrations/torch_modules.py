@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .. import _plain, ops
+from .. import _activations, _plain, ops
 from ..ops.attention import MAX_HEAD_DIM
 from .report import LeftAlone, Patch, Report
 
@@ -260,12 +259,10 @@ def _why_no_mlp(parts: Parts) -> str | None:
 
 
 def _activation(function: Any) -> str | None:
-    if function is F.relu or function is torch.relu or _plain.is_plain(function, nn.ReLU):
-        return "relu"
-    if function is F.gelu:
-        return "gelu"
-    if isinstance(function, nn.Module) and _plain.is_plain(function, nn.GELU):
-        return "gelu_tanh" if function.approximate == "tanh" else "gelu"
+    """Return the name of the activation that a plain module or a function of PyTorch computes, or None."""
+    for name, activation in _activations.ACTIVATIONS.items():
+        if activation.is_computed_by(function):
+            return name if not isinstance(function, nn.Module) or _plain.is_plain(function, activation.module) else None
     return None
 
 

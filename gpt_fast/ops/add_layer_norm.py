@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import reference
 from . import _checks, _library
-from .layer_norm import check_norm
+from .layer_norm import check_norm, has_plain_shapes
 
 _library.define_forward(
     "add_layer_norm",
@@ -18,11 +18,6 @@ _library.define_backward(
     "(Tensor dnormed, Tensor? dsummed, Tensor summed, Tensor? weight, Tensor mean, Tensor rstd, ScalarType x_dtype,"
     " ScalarType residual_dtype, float dropout_p, Tensor? seed, int site, bool needs_weight, bool needs_bias)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
-)
-_library.define_composite(
-    "add_layer_norm",
-    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float dropout_p, Tensor? seed, int site)"
-    " -> (Tensor normed, Tensor summed)",
 )
 
 
@@ -55,19 +50,21 @@ def add_layer_norm(
 
     Source: Vaswani et al. (2017), "Attention Is All You Need", section 5.4, arXiv:1706.03762.
     """
-    if (isinstance(seed, Tensor) or (seed is None and dropout_p == 0)) and _library.cpp_autograd("add_layer_norm", x):
-        try:
-            return torch.ops.gpt_fast.add_layer_norm.default(x, residual, weight, bias, eps, dropout_p, seed, site)
-        except ValueError:  # not plainly valid
-            pass
-    check_norm("add_layer_norm", x, weight, bias, eps)
-    _checks.floating("add_layer_norm", residual=residual)
-    _checks.same_device("add_layer_norm", x=x, residual=residual)
-    _checks.shape("add_layer_norm", "residual", residual, x.shape, "the shape of x")
+    plain = (
+        _library.is_plain_call("add_layer_norm", x, residual, weight, bias)
+        and has_plain_shapes(x, weight, bias, eps)
+        and residual.shape == x.shape
+    )
+    if not plain:
+        check_norm("add_layer_norm", x, weight, bias, eps)
+        _checks.floating("add_layer_norm", residual=residual)
+        _checks.same_device("add_layer_norm", x=x, residual=residual)
+        _checks.shape("add_layer_norm", "residual", residual, x.shape, "the shape of x")
     _checks.probability("add_layer_norm", "dropout_p", dropout_p)
-    _checks.seed("add_layer_norm", seed, x.device)
-    seed = _library.seed_for(dropout_p, seed, x.device)
-    if _library.runs_reference("add_layer_norm", x, residual, weight):
+    if seed is not None or dropout_p:
+        _checks.seed("add_layer_norm", seed, x.device)
+        seed = _library.seed_for(dropout_p, seed, x.device)
+    if not plain and _library.runs_reference("add_layer_norm", x, residual, weight):
         return _library.by_reference(
             reference.add_layer_norm, x.device.type, x, residual, weight, bias, eps, dropout_p, seed, site
         )

@@ -14,7 +14,6 @@ _library.define_backward(
     "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool needs_weight, bool needs_bias)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
 )
-_library.define_composite("layer_norm", "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor")
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -35,19 +34,15 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
 
     Source: Ba, Kiros, Hinton (2016), "Layer Normalization", arXiv:1607.06450.
     """
-    if _library.cpp_autograd("layer_norm", x):
-        try:
-            return torch.ops.gpt_fast.layer_norm.default(x, weight, bias, eps)
-        except ValueError:  # not plainly valid
-            pass
-    check_norm("layer_norm", x, weight, bias, eps)
-    if _library.runs_reference("layer_norm", x, weight):
-        return _library.by_reference(reference.layer_norm, x.device.type, x, weight, bias, eps)
+    if not (_library.is_plain_call("layer_norm", x, weight, bias) and has_plain_shapes(x, weight, bias, eps)):
+        check_norm("layer_norm", x, weight, bias, eps)
+        if _library.runs_reference("layer_norm", x, weight):
+            return _library.by_reference(reference.layer_norm, x.device.type, x, weight, bias, eps)
     return _library.apply(_LayerNorm, x, weight, bias, eps)
 
 
 def check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-    """What layer_norm and add_layer_norm ask of their input, gain, bias and eps."""
+    """Validate what layer_norm and add_layer_norm have in common: the input, gain, bias and eps."""
     if not _checks.alike(x, weight, bias):  # x may be narrower
         _checks.floating(op, x=x, weight=weight, bias=bias)
         _checks.same_device(op, x=x, weight=weight, bias=bias)
@@ -60,6 +55,17 @@ def check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, e
         raise ValueError(f"gpt_fast.{op}: got a bias and no weight, wanted both, the weight alone or neither")
     if not eps > 0:
         raise ValueError(f"gpt_fast.{op}: eps is {eps}, wanted a positive number")
+
+
+def has_plain_shapes(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> bool:
+    """Return True if `check_norm` accepts shapes and eps of a call with gain and bias; without them return False."""
+    columns = x.shape[-1:]
+    return (
+        len(columns) == 1
+        and (weight is not None and weight.shape == columns)
+        and (bias is not None and bias.shape == columns)
+        and eps > 0
+    )
 
 
 class _LayerNorm(torch.autograd.Function):

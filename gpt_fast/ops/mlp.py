@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import _transforms, reference
+from .. import _activations, _transforms, reference
 from . import _checks, _library
 
 # `hidden` [..., F] is what backward needs, in x's dtype: the activation after dropout for relu, whose derivative can be
@@ -33,9 +33,6 @@ _library.define_backward(
     " str activation, bool[] needs)"
     " -> (Tensor dx, Tensor dfc_weight, Tensor dfc_bias, Tensor dproj_weight, Tensor dproj_bias)",
 )
-
-
-CUBLASLT_ACTIVATIONS = ("relu", "gelu_tanh")
 
 
 def mlp(
@@ -87,9 +84,7 @@ def mlp(
         )
     _checks.shape("mlp", "fc_bias", fc_bias, fc_weight.shape[:1], "the rows of fc_weight")
     _checks.shape("mlp", "proj_bias", proj_bias, proj_weight.shape[:1], "the rows of proj_weight")
-    if activation not in reference.ACTIVATIONS:
-        known = ", ".join(reference.ACTIVATIONS)
-        raise ValueError(f"gpt_fast.mlp: activation is {activation!r}, wanted one of {known}")
+    _activations.find("gpt_fast.mlp", activation)
     _checks.probability("mlp", "dropout_p", dropout_p)
     _checks.seed("mlp", seed, x.device)
     seed = _library.seed_for(dropout_p, seed, x.device)
@@ -103,7 +98,7 @@ def mlp(
 
 def _cublaslt_serves(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, activation: str, dropout_p: float) -> bool:
     """Whether cuBLASLt can compute this, and was measured to be faster than Triton at it."""
-    if dropout_p or activation not in CUBLASLT_ACTIVATIONS or x.dtype not in (torch.bfloat16, torch.float16):
+    if dropout_p or not _activations.ACTIVATIONS[activation].cublaslt or x.dtype not in (torch.bfloat16, torch.float16):
         return False
     classes = _classes_of_cublaslt(activation, x.get_device())
     if not any(serves for _, serves in classes):

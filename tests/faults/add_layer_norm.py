@@ -2,7 +2,8 @@
 
 from tests.mutants import Fault
 
-TRITON, CPP, NORM = "kernels/add_layer_norm.py", "csrc/cpu/add_layer_norm.cpp", "csrc/cpu/norm.h"
+TRITON, CPP, NORM = "kernels/add_layer_norm.py", "csrc/cpu/add_layer_norm.cpp", "csrc/cpu/core/norm.h"
+OPS = "gpt_fast/ops/add_layer_norm.py"
 
 FAULTS = (
     # Triton, forward
@@ -63,10 +64,10 @@ FAULTS = (
     # C++, the norm's arithmetic on the summed row
     Fault("unbiased variance", NORM, "(a - centre) * (a - centre); }) / N;", "(a - centre) * (a - centre); }) / (N - 1);", "shapes"),
     Fault("second gradient term dropped", NORM, "(g - mean_g - normalised(j, count) * mean_gx)", "(g - mean_g)", "shapes"),
-    # C++, autograd
-    Fault("no gradient without one of the norm", CPP, "if (!upstream[0].defined() && !upstream[1].defined())", "if (!upstream[0].defined())", "shapes"),
-    Fault("gradient of the sum not handed on", CPP, "given(upstream[1]), summed", "std::nullopt, summed", "shapes"),
-    Fault("dx that dropout left empty", CPP, "const bool own_dx = dropout_p > 0 || x_dtype != residual_dtype;", "const bool own_dx = x_dtype != residual_dtype;", "dropout"),
-    Fault("parameters numbered after one input", CPP, "const Needs needs(ctx, 2,", "const Needs needs(ctx, 1,"),
-    Fault("a residual of any shape", CPP, "residual.sizes() == x.sizes()", "residual.dim() == x.dim()", "bad_input"),
+    # Python: checks and autograd
+    Fault("no gradient without one of the norm", OPS, "            if dsummed is None:\n", "            if True:\n", "shapes"),
+    Fault("gradient of the sum not handed on", OPS, "\"add_layer_norm\", dnormed, dsummed, summed", "\"add_layer_norm\", dnormed, None, summed", "shapes"),
+    Fault("dx that dropout left empty", OPS, "return dropout_p > 0 or x_dtype != residual_dtype", "return x_dtype != residual_dtype", "dropout"),
+    Fault("parameters numbered after one input", OPS, "ctx.needs_input_grad[2:4]", "ctx.needs_input_grad[1:3]"),
+    Fault("a residual of any shape", OPS, "and residual.shape == x.shape", "and residual.dim() == x.dim()", "bad_input"),
 )  # fmt: skip

@@ -3,9 +3,9 @@
 from tests.mutants import Fault
 
 TRITON, TRITON_PHILOX = "kernels/attention.py", "kernels/philox.py"
-CPP, PROBLEM, KEYS = "csrc/cpu/attention.cpp", "csrc/cpu/attention_problem.h", "csrc/cpu/attention_keys.h"
-FORWARD, BACKWARD = "csrc/cpu/attention_forward.h", "csrc/cpu/attention_backward.h"
-TILES, PHILOX = "csrc/cpu/attention_tiles.h", "csrc/philox.h"
+CPP, PROBLEM, KEYS = "csrc/cpu/attention.cpp", "csrc/cpu/attention/problem.h", "csrc/cpu/attention/keys.h"
+FORWARD, BACKWARD = "csrc/cpu/attention/forward.h", "csrc/cpu/attention/backward.h"
+TILES, PHILOX = "csrc/cpu/attention/tiles.h", "csrc/philox.h"
 
 FAULTS = (
     # Triton, masks
@@ -123,12 +123,12 @@ FAULTS = (
     Fault("dropout of queries and keys swapped, backward", BACKWARD, "segment.dropout_b, queries.panel.i0, j0,", "segment.dropout_b, j0, queries.panel.i0,", "dropout"),
     Fault("what has no keys is read", BACKWARD, "if (lse[lane] == kInf) {", "if (false) {", "last_packed_sequence_changes"),
     # C++, tasks
-    Fault("queries past the last whole panel skipped", CPP, "(options.segments[n].T + kPanel - 1) / kPanel", "std::max<int64_t>(options.segments[n].T / kPanel, 1)", "numerics"),
-    Fault("gradients of keys past the last whole block skipped", CPP, "(segment.keys + kKeys - 1) / kKeys", "std::max<int64_t>(segment.keys / kKeys, 1)", "numerics"),
-    Fault("gradients of queries past the last whole group skipped", CPP, "(segment.T + kPanels * kPanel - 1) / (kPanels * kPanel)", "std::max<int64_t>(segment.T / (kPanels * kPanel), 1)", "numerics"),
+    Fault("queries past the last whole panel skipped", CPP, "ceil_div(options.segments[n].T, kPanel)", "std::max<int64_t>(options.segments[n].T / kPanel, 1)", "numerics"),
+    Fault("gradients of keys past the last whole block skipped", CPP, "ceil_div(segment.keys, kKeys)", "std::max<int64_t>(segment.keys / kKeys, 1)", "numerics"),
+    Fault("gradients of queries past the last whole group skipped", CPP, "ceil_div(segment.T, kPanels * kPanel)", "std::max<int64_t>(segment.T / (kPanels * kPanel), 1)", "numerics"),
     Fault("keys and values of the projection swapped", CPP, "backward_into(options, dout, x[0], x[1], x[2], out, lse, dx[0], dx[1], dx[2])", "backward_into(options, dout, x[0], x[1], x[2], out, lse, dx[0], dx[2], dx[1])", "packed_projection"),
     # C++, tiles
-    Fault("exponential to three digits", "csrc/cpu/vector_math.h", "Vec(0x1.62e430p-1f)", "Vec(0x1.62p-1f)", "numerics"),
+    Fault("exponential to three digits", "csrc/cpu/core/vector_math.h", "Vec(0x1.62e430p-1f)", "Vec(0x1.62p-1f)", "numerics"),
     Fault("one round fewer of philox", PHILOX, "kPhiloxRounds = 7", "kPhiloxRounds = 6", "dropout"),
     Fault("keys of a dropout tile in another order", TILES, "(J * 16 + j3 * 8 + t * 2) * kPanel", "(J * 16 + t * 4 + j3 * 2) * kPanel", "dropout"),
     Fault("wrong lane of a dropout tile", TILES, "static_cast<uint32_t>((j0 / 16 + J) * 4 + t)", "static_cast<uint32_t>((j0 / 16 + J) * 4 + (t ^ 1))", "dropout"),

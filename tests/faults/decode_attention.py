@@ -3,7 +3,7 @@
 from tests.mutants import Fault
 
 TRITON = "kernels/decode_attention.py"
-CPP, CACHE = "csrc/cpu/decode_attention.cpp", "csrc/cpu/decode_attention.h"
+CPP, CACHE = "csrc/cpu/decode_attention.cpp", "csrc/cpu/decode/attention.h"
 
 FAULTS = (
     # Triton, over keys
@@ -46,12 +46,12 @@ FAULTS = (
     Fault("lengths not checked from below", CPP, "n[b] >= 0 && n[b] <= S", "n[b] <= S", "kernel_checks_lengths"),
     # C++, one query against a cache
     Fault("largest score not subtracted", CACHE, "(Vec::loadu(scores + i, count) - Vec(largest)).exp()", "Vec::loadu(scores + i, count).exp()", "large_scores"),
-    Fault("padding of the last vector counts", CACHE, "sum = sum + (count == Vec::size() ? p : Vec::set(Vec(0.0f), p, count));", "sum = sum + p;", "numerics"),
+    Fault("padding of the last vector counts", CACHE, "sum = sum + (count == kVec ? p : Vec::set(Vec(0.0f), p, count));", "sum = sum + p;", "numerics"),
     Fault("sum left out", CACHE, "const float scale = 1.0f / sum_lanes(sum);", "const float scale = 1.0f;", "numerics"),
     Fault("bfloat16 sum", CACHE, "const float scale = 1.0f / sum_lanes(sum);", "const float scale = static_cast<float>(at::BFloat16(1.0f / sum_lanes(sum)));", "numerics"),
     Fault("keys past the last four skipped", CACHE, "for (; j < n; ++j) score_keys<1>", "for (; j < n - 1; ++j) score_keys<1>", "numerics"),
     Fault("first of four keys for all", CACHE, "load_row(keys + r * stride, rows + r * D, D)", "load_row(keys, rows + r * D, D)", "numerics"),
-    Fault("columns past the last whole vector skipped", CACHE, "for (; d < D; d += Vec::size()) {", "for (; d + Vec::size() <= D; d += Vec::size()) {", "numerics"),
+    Fault("columns past the last whole vector skipped", CACHE, "for (; d < D; d += kVec) {", "for (; d + kVec <= D; d += kVec) {", "numerics"),
     Fault("first value left out", CACHE, "for (int64_t j = 0; j < n; ++j) {\n    const float* row", "for (int64_t j = 1; j < n; ++j) {\n    const float* row", "numerics"),
     Fault("values of the first columns for all", CACHE, "weigh_values<1>(scores, values + d,", "weigh_values<1>(scores, values,", "numerics"),
 )  # fmt: skip

@@ -3,7 +3,7 @@
 from tests.mutants import Fault
 
 TRITON, TRITON_PHILOX = "kernels/embedding.py", "kernels/philox.py"
-CPP, PHILOX, COMMON = "csrc/cpu/embedding.cpp", "csrc/philox.h", "csrc/cpu/common.h"
+CPP, PHILOX, COMMON = "csrc/cpu/embedding.cpp", "csrc/philox.h", "csrc/cpu/core/common.h"
 
 FAULTS = (
     # Triton, forward

@@ -3,8 +3,9 @@
 from tests.mutants import Fault
 
 TRITON = "kernels/layer_norm.py"
-CPP, NORM, COMMON = "csrc/cpu/layer_norm.cpp", "csrc/cpu/norm.h", "csrc/cpu/common.h"
-AUTOGRAD = "csrc/cpu/norm_autograd.h"
+CPP, NORM, COMMON = "csrc/cpu/layer_norm.cpp", "csrc/cpu/core/norm.h", "csrc/cpu/core/common.h"
+OPS, LIBRARY = "gpt_fast/ops/layer_norm.py", "gpt_fast/ops/_library.py"
+TRANSFORMS = "gpt_fast/_transforms.py"
 
 FAULTS = (
     # Triton, forward
@@ -53,10 +54,16 @@ FAULTS = (
     Fault("weight and bias gradients swapped", CPP, "{dx, gradients.dweight(), gradients.dbias()}", "{dx, gradients.dbias(), gradients.dweight()}"),
     Fault("last row block left out", NORM, "block < blocks_; ++block", "block < blocks_ - 1; ++block"),
     Fault("partial sums not cleared", NORM, "std::fill_n(sums, N_, 0.0f);", ""),
-    # C++, autograd
-    Fault("statistics swapped", CPP, "ctx->save_for_backward({x, weight.value_or(Tensor()), mean, rstd});", "ctx->save_for_backward({x, weight.value_or(Tensor()), rstd, mean});"),
-    Fault("gradients of weight and bias swapped", CPP, "where(needs.weight, dweight), where(needs.bias, dbias), Tensor()", "where(needs.weight, dbias), where(needs.bias, dweight), Tensor()"),
-    Fault("the bias has the weight's number", AUTOGRAD, "ctx->needs_input_grad(activations + 1)", "ctx->needs_input_grad(activations)"),
-    Fault("differentiated twice in silence", AUTOGRAD, "if (!at::GradMode::is_enabled()) return grads;", "return grads;", "double"),
-    Fault("parameters of any size", AUTOGRAD, "values.dim() != 1 || values.size(0) != x.size(-1)", "values.dim() != 1", "bad_input"),
+    # Python: checks and autograd
+    Fault("statistics swapped", OPS, "ctx.save_for_backward(x, weight, mean, rstd)", "ctx.save_for_backward(x, weight, rstd, mean)"),
+    Fault("gradients of weight and bias swapped", OPS, "dweight if needs_weight else None, dbias if needs_bias else None", "dbias if needs_weight else None, dweight if needs_bias else None"),
+    Fault("the bias has the weight's number", OPS, "_, needs_weight, needs_bias, _ = ctx", "_, needs_bias, needs_weight, _ = ctx"),
+    Fault("differentiated twice in silence", LIBRARY, "if torch.is_grad_enabled() and not torch.compiler.is_compiling():", "if False:", "double"),
+    Fault("a weight of any size", OPS, "weight.shape == columns", "weight.dim() == 1", "bad_input"),
+    Fault("a bias of any size", OPS, "bias.shape == columns", "bias.dim() == 1", "bad_input"),
+    Fault("an eps of any sign", OPS, "        and eps > 0", "        and True", "bad_input"),
+    Fault("dtypes mixed", LIBRARY, "tensor.dtype != dtype or tensor.device != device", "tensor.device != device", "bad_input"),
+    Fault("the reference where a kernel was not asked for", LIBRARY, "if _reference_forced or torch.compiler.is_compiling() or", "if torch.compiler.is_compiling() or", "reference"),
+    Fault("nothing recorded", TRANSFORMS, "if isinstance(arg, Tensor) and arg.requires_grad:", "if False:"),
+    Fault("tangents dropped in silence", TRANSFORMS, "if forward_ad._current_level >= 0:", "if False:", "forward_mode"),
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from tests.mutants import Fault
 
-CPP, LINEAR, GEMM = "csrc/cpu/linear.cpp", "csrc/cpu/linear.h", "csrc/cpu/gemm.h"
+CPP, LINEAR, GEMM = "csrc/cpu/linear.cpp", "csrc/cpu/core/linear.h", "csrc/cpu/core/gemm.h"
 
 FAULTS = (
     Fault("bias left out", CPP, "N, C, shift.const_data_ptr<float>(),", "N, C, nullptr,", "numerics"),

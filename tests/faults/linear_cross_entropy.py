@@ -3,7 +3,7 @@
 from tests.mutants import Fault
 
 TRITON = "kernels/linear_cross_entropy.py"
-CPP, GEMM = "csrc/cpu/linear_cross_entropy.cpp", "csrc/cpu/gemm.h"
+CPP, GEMM = "csrc/cpu/linear_cross_entropy.cpp", "csrc/cpu/core/gemm.h"
 
 FAULTS = (
     # Triton, forward

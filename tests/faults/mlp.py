@@ -3,7 +3,8 @@
 from tests.mutants import Fault
 
 TRITON, PRODUCT = "kernels/mlp.py", "kernels/gemm.py"
-CPP, LINEAR, GEMM, PHILOX = "csrc/cpu/mlp.cpp", "csrc/cpu/linear.h", "csrc/cpu/gemm.h", "csrc/philox.h"
+ACTIVATIONS = "csrc/cpu/core/activations.h"
+CPP, LINEAR, GEMM, PHILOX = "csrc/cpu/mlp.cpp", "csrc/cpu/core/linear.h", "csrc/cpu/core/gemm.h", "csrc/philox.h"
 
 FAULTS = (
     # Triton, activations
@@ -42,12 +43,12 @@ FAULTS = (
     Fault("a tile of every group left out", PRODUCT, "return (group + inside % height) * BLOCK_M", "return (group + (inside + 1) % height * (height > 2)) * BLOCK_M", "chunk"),
     Fault("second step of the bias sums left out", PRODUCT, "for m in range(first, tl.minimum(first + ROWS, M), BLOCK_M):", "for m in range(first, tl.minimum(first + BLOCK_M, M), BLOCK_M):", "chunk"),
     # C++, activations
-    Fault("slope of relu at zero", CPP, "z > Vec(0.0f))};", "z >= Vec(0.0f))};", "large_arguments"),
-    Fault("density dropped from gelu's slope", CPP, "at::vec::fmadd(z, pdf, cdf)", "cdf", "numerics"),
-    Fault("gelu to three digits", CPP, "Vec(0.70710678f)", "Vec(0.707f)", "numerics"),
-    Fault("cube left out of gelu_tanh", CPP, "c * z * at::vec::fmadd(square, Vec(0.044715f), one)", "c * z", "numerics"),
-    Fault("cube left out of gelu_tanh's slope", CPP, "c * at::vec::fmadd(square, Vec(3.0f * 0.044715f), one)", "c", "numerics"),
-    Fault("factor dropped from gelu_tanh's slope", CPP, "cdf - z * cdf * (one - cdf) * slope_u", "cdf - z * cdf * slope_u", "numerics"),
+    Fault("slope of relu at zero", ACTIVATIONS, "z > Vec(0.0f))};", "z >= Vec(0.0f))};", "large_arguments"),
+    Fault("density dropped from gelu's slope", ACTIVATIONS, "at::vec::fmadd(z, pdf, cdf)", "cdf", "numerics"),
+    Fault("gelu to three digits", ACTIVATIONS, "Vec(0.70710678f)", "Vec(0.707f)", "numerics"),
+    Fault("cube left out of gelu_tanh", ACTIVATIONS, "c * z * at::vec::fmadd(square, Vec(0.044715f), one)", "c * z", "numerics"),
+    Fault("cube left out of gelu_tanh's slope", ACTIVATIONS, "c * at::vec::fmadd(square, Vec(3.0f * 0.044715f), one)", "c", "numerics"),
+    Fault("factor dropped from gelu_tanh's slope", ACTIVATIONS, "cdf - z * cdf * (one - cdf) * slope_u", "cdf - z * cdf * slope_u", "numerics"),
     # C++, forward
     Fault("first bias of the first block for all", CPP, "Vec::loadu(fc_bias + column + j)).store", "Vec::loadu(fc_bias + j)).store", "numerics"),
     Fault("second bias of the first block for all", LINEAR, "Vec::loadu(bias + column + j)", "Vec::loadu(bias + j)", "numerics"),
@@ -81,7 +82,7 @@ FAULTS = (
     Fault("gradients of no rows left unset", CPP, "dfc_weight.zero_();", "", "empty_batch"),
     # C++, products
     Fault("last rows skipped where there is no whole panel", GEMM, "for (int64_t i = 0; i < M; i += kRows) {\n      // The next", "for (int64_t i = 0; i + kRows <= M; i += kRows) {\n      // The next", "numerics"),
-    Fault("second vector of a tile from the first", GEMM, "FORMAT::multiply_add(ai, b1, sums[i][1])", "FORMAT::multiply_add(ai, b0, sums[i][1])", "numerics"),
+    Fault("second vector of a tile from the first", GEMM, "Words::multiply_add(ai, b1, sums[i][1])", "Words::multiply_add(ai, b0, sums[i][1])", "numerics"),
     Fault("last link of a chain alone", GEMM, "stride_c, accumulate || d > 0,", "stride_c, accumulate,", "long_sums"),
     Fault("last depth block alone", GEMM, "b_.data(), stride_b, c, kBlock, d > 0);", "b_.data(), stride_b, c, kBlock, false);", "long_sums"),
     Fault("sums of nothing left unset", GEMM, "if (K == 0) std::fill(c, c + (last - first) * kBlock, 0.0f);", "", "sizes_of_zero"),

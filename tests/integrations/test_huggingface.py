@@ -111,7 +111,7 @@ def test_half_precision_weights_stay_what_they_are():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"activation_function": "silu"}, "activation is 'silu', wanted one of relu, gelu"),
+        ({"activation_function": "silu"}, "activation is 'silu'; expected one of relu, gelu"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True, wanted False"),
         ({"scale_attn_weights": False}, "scale_attn_weights is False, wanted True"),
         ({"add_cross_attention": True}, "add_cross_attention is True, wanted False"),

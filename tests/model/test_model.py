@@ -325,7 +325,7 @@ def test_preset_errors_and_overrides():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        pytest.param({"activation": "swish"}, "activation is 'swish', wanted one of relu, gelu, gelu_tanh", id="act"),
+        pytest.param({"activation": "swish"}, "activation is 'swish'; expected one of relu, gelu, gelu_tanh", id="act"),
         pytest.param({"problem": "ranking"}, "problem is 'ranking'", id="problem"),
         pytest.param({"pooling": "mean"}, "pooling is 'mean'", id="pooling"),
         pytest.param({"pooling": "extract"}, "extract_token is None", id="extract_without_token"),

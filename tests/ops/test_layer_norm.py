@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 import gpt_fast
 from gpt_fast import ops, reference
@@ -316,6 +317,13 @@ def test_double_backward_says_that_it_is_not_there(device):
     (dx,) = torch.autograd.grad(ops.layer_norm(x, weight, bias).square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="layer_norm: double backward"):
         dx.sum().backward()
+
+
+def test_forward_mode_is_refused(device):
+    """A derivative that no kernel computes is an error, not a result without its tangent."""
+    x, weight, bias = (tensor.detach() for tensor in sample_inputs((4, 8), torch.float32, device))
+    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError), match="jvp|forward"):
+        ops.layer_norm(forward_ad.make_dual(x, torch.ones_like(x)), weight, bias)
 
 
 def test_the_reference_is_torchs_layer_norm():

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt_fast import ops, reference
+from gpt_fast import _activations, ops, reference
 from tests import numerics
 from tests.ops.test_mlp import NAMES, gradients, input_of_gelu_rounded, sample_inputs
 from tools import cublas_headers
 
 contract = importlib.import_module("gpt_fast.ops.mlp")  # as an attribute it is the function
 ROOT = Path(__file__).resolve().parents[2]
-ACTIVATIONS = contract.CUBLASLT_ACTIVATIONS
+ACTIVATIONS = [name for name, row in _activations.ACTIVATIONS.items() if row.cublaslt]
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -252,6 +252,7 @@ def test_double_backward_says_that_it_is_not_there(device):
         pytest.param((4, 12, 16, 8), torch.bfloat16, "relu", "sizes are C 12, F 16, C' 8", id="sizes"),
         pytest.param((4, 8, 16, 8), torch.float32, "relu", "x is Float, cuBLASLt serves", id="dtype"),
         pytest.param((4, 8, 16, 8), torch.bfloat16, "gelu", "activation is 'gelu'", id="activation"),
+        pytest.param((4, 8, 16, 8), torch.bfloat16, "swish", "activation is 'swish'; expected", id="unknown"),
     ],
 )
 def test_refuses(shape, dtype, activation, message, device):

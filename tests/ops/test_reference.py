@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt_fast import ops, reference
+from gpt_fast import _activations, ops, reference
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -196,7 +196,7 @@ def test_decode_attention_is_attention_with_one_query():
         assert torch.allclose(reference.decode_attention(q, k, v, lengths)[b], wanted, **CLOSE)
 
 
-@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("activation", _activations.ACTIVATIONS)
 def test_mlp_is_torchs(activation):
     x, w1, b1, w2, b2 = randn(4, 5, 6), randn(11, 6), randn(11), randn(6, 11), randn(6)
     function = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[activation]

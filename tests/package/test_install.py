@@ -77,7 +77,7 @@ def copy_tree(target: Path) -> Path:
     ignored = shutil.ignore_patterns("_C*", "__pycache__")
     for name in ("csrc", "gpt_fast", "gpt_fast_cli", "kernels"):
         shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=ignored)
-    for source in (target / "csrc" / "cpu").glob("*.cpp"):
+    for source in (target / "csrc" / "cpu").rglob("*.cpp"):
         if source.name != "layer_norm.cpp":
             source.unlink()
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"):

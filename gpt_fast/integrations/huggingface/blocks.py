@@ -13,25 +13,23 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 from torch import Tensor
-from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
+from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2 as gpt2
 from transformers.models.openai import modeling_openai as gpt1
 from transformers.pytorch_utils import Conv1D
 
-from ... import _plain, ops
+from ... import _activations, _plain, ops
 
 CACHE = "cache" if hasattr(BaseModelOutputWithPastAndCrossAttentions, "cache") else "past_key_values"
 _CACHES = ("cache", "past_key_values")
 _FEW_ROWS = 32  # below it our products pay more for packing the weights than they save: a Zen 3 core, C = 768
 
+# transformers' class of an activation → our name.
 _ACTIVATIONS: dict[type, str] = {
-    nn.ReLU: "relu",
-    GELUActivation: "gelu",
-    NewGELUActivation: "gelu_tanh",
-    GELUTanh: "gelu_tanh",
-}  # fmt: skip
+    type(ACT2FN[theirs]): ours for ours, row in _activations.ACTIVATIONS.items() for theirs in row.gpt2
+}
 
 
 class Pass(NamedTuple):

@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import _activations
 from ...config import GPTConfig
 
-# transformers' name of an activation → ours. GPT-1's "gelu" is the tanh approximation.
-_GPT2_ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-_GPT1_ACTIVATIONS = {"relu": "relu", "gelu": "gelu_tanh"}
 # Options of GPT2Config that change the function, and the only value this library has.
 _GPT2_FIXED = {
     "scale_attn_weights": True,
@@ -168,12 +166,19 @@ def _trunk_names(config: GPTConfig) -> Iterator[tuple[str, str, bool]]:
         yield "final_norm.bias", "ln_f.bias", False
 
 
+def _activation_names(pre_norm: bool) -> dict[str, tuple[str, ...]]:
+    """Return the names in transformers' GPT-2 (pre-norm) or GPT-1 of each activation that it has."""
+    names = {name: row.gpt2 if pre_norm else row.gpt1 for name, row in _activations.ACTIVATIONS.items()}
+    return {ours: theirs for ours, theirs in names.items() if theirs}
+
+
 def _config_from_hf(theirs: Any, kind: str) -> GPTConfig:
     pre_norm = theirs.model_type == "gpt2"
-    activations = _GPT2_ACTIVATIONS if pre_norm else _GPT1_ACTIVATIONS
+    names = _activation_names(pre_norm)
+    activations = {theirs: ours for ours, all_theirs in names.items() for theirs in all_theirs}
     activation = theirs.activation_function if pre_norm else theirs.afn
     if activation not in activations:
-        raise ValueError(f"from_hf: activation is {activation!r}, wanted one of {', '.join(activations)}")
+        raise ValueError(f"from_hf: activation is {activation!r}; expected one of {', '.join(activations)}")
     for option, wanted in _GPT2_FIXED.items() if pre_norm else ():
         got = getattr(theirs, option)
         if got != wanted:
@@ -252,8 +257,7 @@ _PROBLEMS = {"regression": "regression", "single_label_classification": "classif
 
 
 def _config_to_hf(config: GPTConfig, kind: str, transformers: Any) -> Any:
-    activations = _GPT2_ACTIVATIONS if config.pre_norm else _GPT1_ACTIVATIONS
-    names = {ours: theirs for theirs, ours in reversed(activations.items())}
+    names = {ours: all_theirs[0] for ours, all_theirs in _activation_names(config.pre_norm).items()}
     classifies, chooses = kind in _CLASSIFIERS, kind in _CHOICES
     reads_each = kind in (*_TAGGERS, *_ANSWERERS)
     lacking = [

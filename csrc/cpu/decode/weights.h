@@ -11,40 +11,24 @@
 #include <string>
 #include <vector>
 
-#include "common.h"
-#include "decode_products.h"
+#include "cpu/core/activations.h"
+#include "cpu/core/common.h"
+#include "cpu/decode/products.h"
 
 namespace gpt_fast::decode {
 
-enum class Precision { kFloat32, kBFloat16, kInt8 };
-
 using Parameters = std::map<std::string, at::Tensor>;
-
-template <class Format>
-constexpr at::ScalarType weight_type();
-template <>
-constexpr at::ScalarType weight_type<Float32>() {
-  return at::kFloat;
-}
-template <>
-constexpr at::ScalarType weight_type<BFloat16>() {
-  return at::kBFloat16;
-}
-template <>
-constexpr at::ScalarType weight_type<Int8>() {
-  return at::kChar;
-}
 
 // Keys and values: as precise as the weights, but int8 would lose too much.
 template <class Format>
 using Cache = std::conditional_t<std::is_same_v<Format, Float32>, float, at::BFloat16>;
 
-// Calls body with a value of the format's type.
+// Calls body with a value of the type of the format that stores weights in `dtype`: float32, bfloat16 or int8.
 template <class Body>
-auto with_format(Precision precision, const Body& body) {
-  if (precision == Precision::kFloat32) return body(Float32{});
-  if (precision == Precision::kBFloat16) return body(BFloat16{});
-  TORCH_INTERNAL_ASSERT(precision == Precision::kInt8);
+auto with_format(at::ScalarType dtype, const Body& body) {
+  if (dtype == at::kFloat) return body(Float32{});
+  if (dtype == at::kBFloat16) return body(BFloat16{});
+  TORCH_INTERNAL_ASSERT(dtype == at::kChar);
   return body(Int8{});
 }
 
@@ -55,7 +39,7 @@ inline void ask_for_huge_pages(const at::Tensor& x) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t HUGE = 2 << 20;
   const auto address = reinterpret_cast<uintptr_t>(x.data_ptr());
-  const uintptr_t begin = (address + HUGE - 1) / HUGE * HUGE, end = (address + x.nbytes()) / HUGE * HUGE;
+  const uintptr_t begin = round_up(address, HUGE), end = (address + x.nbytes()) / HUGE * HUGE;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may fail
 #endif
 }
@@ -66,10 +50,10 @@ struct Linear {
   int64_t N = 0, K = 0, stride = 0;
 
   Linear() = default;
-  Linear(Precision precision, const at::Tensor& weight, const at::Tensor& bias_or_none)
+  Linear(at::ScalarType dtype, const at::Tensor& weight, const at::Tensor& bias_or_none)
       : N(weight.size(0)), K(weight.size(1)) {
     if (bias_or_none.defined()) bias = as_float(bias_or_none);
-    with_format(precision, [&](auto format) { pack<decltype(format)>(weight); });
+    with_format(dtype, [&](auto format) { pack<decltype(format)>(weight); });
   }
 
   template <class Format>
@@ -86,13 +70,13 @@ struct Linear {
   template <class Format>
   void pack(const at::Tensor& weight) {
     using weight_t = typename Format::weight_t;
-    stride = (K + Format::kStep - 1) / Format::kStep * Format::kStep;
-    if (weight.scalar_type() == weight_type<Format>() && weight.is_contiguous() && stride == K) {
+    stride = round_up(K, Format::kStep);
+    if (weight.scalar_type() == Format::kDtype && weight.is_contiguous() && stride == K) {
       data = weight;
       return;
     }
     const Rows rows(weight);
-    data = at::empty({N, stride}, at::TensorOptions().dtype(weight_type<Format>()));
+    data = at::empty({N, stride}, at::TensorOptions().dtype(Format::kDtype));
     ask_for_huge_pages(data);
     weight_t* packed = reinterpret_cast<weight_t*>(data.mutable_data_ptr());
     const at::Tensor scales = at::empty({N}, at::TensorOptions().dtype(at::kFloat));
@@ -100,7 +84,7 @@ struct Linear {
     at::parallel_for(0, N, 64, [&](int64_t begin, int64_t end) {
       std::vector<float> buffer(K);
       for (int64_t n = begin; n < end; ++n) {
-        scale_data[n] = pack_row(rows.read(n, buffer.data()), K, stride, packed + n * stride);
+        scale_data[n] = Format::pack(rows.read(n, buffer.data()), K, stride, packed + n * stride);
       }
     });
     if (std::is_same_v<Format, Int8>) scale = scales;
@@ -114,7 +98,7 @@ struct Norm {
   const float* shift() const { return bias.defined() ? bias.const_data_ptr<float>() : nullptr; }
 };
 
-struct Block {
+struct DecoderWeights {
   Linear qkv, out, fc, proj;
   Norm norm1, norm2;
 };
@@ -123,20 +107,16 @@ class DecodeWeights {
  public:
   // `parameters`: those of a trunk by their names, and output_layer.weight and .bias.
   DecodeWeights(const Parameters& parameters, int64_t num_heads, const std::string& activation_name, bool is_pre_norm,
-                double norm_eps, const std::string& precision_name)
-      : precision(parse_precision(precision_name)),
-        activation(activation_name),
+                double norm_eps, const std::string& weights)
+      : dtype(parse_dtype(weights)),
+        activation(read_activation(activation_name)),
         pre_norm(is_pre_norm),
         eps(norm_eps),
         H(num_heads),
         token_embedding(find(parameters, "token_emb.weight")),
         position_embedding(find(parameters, "pos_emb").squeeze(0)) {
-    if (activation != "relu" && activation != "gelu" && activation != "gelu_tanh") {
-      throw pybind11::value_error("gpt_fast.DecodeWeights: activation is '" + activation +
-                                  "', wanted one of relu, gelu, gelu_tanh");
-    }
     const auto linear = [&](const std::string& weight, const std::string& bias) {
-      return Linear(precision, find(parameters, weight), find(parameters, bias, true));
+      return Linear(dtype, find(parameters, weight), find(parameters, bias, true));
     };
     const auto norm = [&](const std::string& name) {
       Norm found;
@@ -169,29 +149,35 @@ class DecodeWeights {
   // What a step has to read: the bytes of all matrices, biases and norms left out.
   int64_t bytes() const {
     int64_t sum = output.data.nbytes();
-    for (const Block& block : blocks) {
+    for (const DecoderWeights& block : blocks) {
       sum += block.qkv.data.nbytes() + block.out.data.nbytes() + block.fc.data.nbytes() + block.proj.data.nbytes();
     }
     return sum;
   }
 
-  Precision precision;
-  std::string activation;
+  at::ScalarType dtype;  // of the matrices
+  Activation activation;
   bool pre_norm;
   double eps;
   int64_t C = 0, F = 0, H, V = 0, T = 0;  // width, MLP's width, heads, tokens, positions
   at::Tensor token_embedding, position_embedding;
-  std::vector<Block> blocks;
+  std::vector<DecoderWeights> blocks;
   Norm final_norm;
   Linear output;
 
  private:
-  static Precision parse_precision(const std::string& name) {
-    if (name == "float32") return Precision::kFloat32;
-    if (name == "bfloat16") return Precision::kBFloat16;
-    if (name == "int8") return Precision::kInt8;
+  static at::ScalarType parse_dtype(const std::string& name) {
+    if (name == "float32") return at::kFloat;
+    if (name == "bfloat16") return at::kBFloat16;
+    if (name == "int8") return at::kChar;
     throw pybind11::value_error("gpt_fast.DecodeWeights: weights is '" + name +
                                 "', wanted one of float32, bfloat16, int8");
+  }
+
+  static Activation read_activation(const std::string& name) {
+    const std::optional<Activation> activation = find_activation(name);
+    if (!activation) throw pybind11::value_error("gpt_fast.DecodeWeights: " + unknown_activation(name));
+    return *activation;
   }
 
   static at::Tensor find(const Parameters& parameters, const std::string& name, bool optional = false) {

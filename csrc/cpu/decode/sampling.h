@@ -11,7 +11,7 @@
 #include <limits>
 #include <vector>
 
-#include "common.h"
+#include "cpu/core/vector_math.h"
 #include "philox.h"
 
 namespace gpt_fast::decode {
@@ -36,10 +36,6 @@ inline double uniform(const Sampling& sampling, int64_t row) {
   philox(0, static_cast<uint32_t>(draw), static_cast<uint32_t>(draw >> 32), static_cast<uint32_t>(row),
          PhiloxKey(sampling.seed), words);
   return static_cast<double>((static_cast<uint64_t>(words[0][0]) << 32 | words[1][0]) >> 11) * 0x1p-53;
-}
-
-inline float largest_of(const float* x, int64_t n) {  // NaN if any is
-  return at::vec::reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, x, n);
 }
 
 // For one thread.
@@ -78,7 +74,7 @@ class Sampler {
   static double sum_of(const float* weights, int64_t n) {
     double sum = 0.0;
     for (int64_t i = 0; i < n; i += kSampleBlock) {
-      sum += at::vec::reduce_all<float>([](Vec a, Vec b) { return a + b; }, weights + i, std::min(kSampleBlock, n - i));
+      sum += at::vec::reduce_all<float>(add, weights + i, std::min(kSampleBlock, n - i));
     }
     return sum;
   }
@@ -107,7 +103,7 @@ class Sampler {
   // The k largest logits into ids_, falling, the lower id first among equals.
   void take_largest(const float* logits, int64_t V, int64_t k) {
     // Each of the k largest block maxima is some logit: the k-th of them is a bound that at least k logits reach.
-    const int64_t blocks = (V + kSampleBlock - 1) / kSampleBlock;
+    const int64_t blocks = ceil_div(V, kSampleBlock);
     float bound = -std::numeric_limits<float>::infinity();
     if (k <= blocks) {
       maxima_.resize(blocks);

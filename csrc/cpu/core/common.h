@@ -1,4 +1,10 @@
-// What the CPU kernels share: rows as float32, whatever the dtype they are stored in.
+// Vocabulary of the CPU kernels: vectors, sizes, memory, dtypes, and rows as float32 whatever their dtype.
+//
+// Who validates what. The public function in gpt_fast/ops checks shapes, dtypes and devices. The C++ entry (a function
+// that TORCH_LIBRARY_IMPL registers) checks values that Python does not look at under torch.compile: token ids,
+// lengths, cu_seqlens, the seed. It turns tensors into pointers only by Rows, Parameter, as_int64, make_dropout,
+// GPT_FAST_DISPATCH and data_ptr<T>(), and each of these raises for a dtype that it does not read. Helpers that take
+// pointers and sizes check nothing. gpt_fast._C.DecodeSession has no operator in front and checks its own arguments.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -17,6 +23,23 @@
 namespace gpt_fast {
 
 using Vec = at::vec::Vectorized<float>;
+constexpr int64_t kVec = Vec::size();
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Uninitialised memory for floats, 64-byte aligned. From at::empty, which the tests fill with NaN.
+class Buffer {
+ public:
+  explicit Buffer(int64_t size)
+      : memory_(at::empty({size}, at::TensorOptions().dtype(at::kFloat))), data_(memory_.mutable_data_ptr<float>()) {}
+  float* data() const { return data_; }
+  operator float*() const { return data_; }
+
+ private:
+  at::Tensor memory_;
+  float* data_;
+};
 
 // Keeps a loaded vector in a register: left alone, GCC 12 loads it again for each product that uses it where it is not
 // short of load instructions, and two loads a cycle are what limits a tile of products (57 of 100 GFLOP/s on Zen 3).
@@ -59,23 +82,19 @@ inline void store_row(scalar_t* row, const float* buffer, int64_t n) {
   }
 }
 
-// [M, N] with neighbouring columns side by side: a view where the strides allow it.
+// [M, N] of a tensor [..., N], N possibly 0, with neighbouring columns side by side: a view where the strides allow it.
 inline at::Tensor as_rows(const at::Tensor& x) {
-  const int64_t N = x.size(-1);
-  const at::Tensor rows = x.reshape({N == 0 ? 0 : x.numel() / N, N});
-  return N == 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
+  int64_t M = 1;
+  for (int64_t dim = 0; dim + 1 < x.dim(); ++dim) M *= x.size(dim);
+  const at::Tensor rows = x.reshape({M, x.size(-1)});
+  return rows.size(1) <= 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
 }
 
-// The dtypes that kernels read and write.
-enum class Element { kFloat32, kBFloat16, kFloat16 };
-
-// Returns the element of a dtype; raises ValueError for a dtype that no kernel reads.
-inline Element element_of(at::ScalarType dtype) {
-  if (dtype == at::kFloat) return Element::kFloat32;
-  if (dtype == at::kBFloat16) return Element::kBFloat16;
-  if (dtype == at::kHalf) return Element::kFloat16;
-  TORCH_CHECK_VALUE(false, "gpt_fast: a floating argument has dtype ", dtype,
-                    "; expected float32, bfloat16 or float16");
+// Returns a dtype that kernels read: float32, bfloat16 or float16; raises ValueError for any other.
+inline at::ScalarType readable(at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+                    "gpt_fast: a floating argument has dtype ", dtype, "; expected float32, bfloat16 or float16");
+  return dtype;
 }
 
 // Returns integers as contiguous int64; raises ValueError for any dtype but int64 and int32.
@@ -85,11 +104,11 @@ inline at::Tensor as_int64(const char* op, const char* name, const at::Tensor& x
   return x.to(at::kLong).contiguous();
 }
 
-// The rows of a tensor, read and written as float32 whatever its element.
+// The rows of a tensor, read and written as float32 whatever its dtype.
 class Rows {
  public:
   explicit Rows(const at::Tensor& x)
-      : element_(element_of(x.scalar_type())),
+      : dtype_(readable(x.scalar_type())),
         rows_(as_rows(x)),
         data_(static_cast<char*>(rows_.data_ptr())),
         stride_(rows_.stride(0) * rows_.element_size()) {}
@@ -100,30 +119,29 @@ class Rows {
   // Row i; `buffer` holds it where it has to be converted.
   const float* read(int64_t i, float* buffer) const {
     const char* row = data_ + i * stride_;
-    switch (element_) {
-      case Element::kFloat32:
+    switch (dtype_) {
+      case at::kFloat:
         return reinterpret_cast<const float*>(row);
-      case Element::kBFloat16:
+      case at::kBFloat16:
         return load_row(reinterpret_cast<const at::BFloat16*>(row), buffer, N());
-      case Element::kFloat16:
+      default:
         return load_row(reinterpret_cast<const at::Half*>(row), buffer, N());
     }
-    TORCH_INTERNAL_ASSERT(false);
   }
 
   // Where to put row i before `write` rounds it: the row itself if it is float32, else `buffer`.
   float* target(int64_t i, float* buffer) const {
-    return element_ == Element::kFloat32 ? reinterpret_cast<float*>(data_ + i * stride_) : buffer;
+    return dtype_ == at::kFloat ? reinterpret_cast<float*>(data_ + i * stride_) : buffer;
   }
 
   void write(int64_t i, const float* target) const {
     char* row = data_ + i * stride_;
-    if (element_ == Element::kBFloat16) store_row(reinterpret_cast<at::BFloat16*>(row), target, N());
-    if (element_ == Element::kFloat16) store_row(reinterpret_cast<at::Half*>(row), target, N());
+    if (dtype_ == at::kBFloat16) store_row(reinterpret_cast<at::BFloat16*>(row), target, N());
+    if (dtype_ == at::kHalf) store_row(reinterpret_cast<at::Half*>(row), target, N());
   }
 
  private:
-  Element element_;  // first: its check comes before anything is read
+  at::ScalarType dtype_;  // first: its check comes before anything is read
   at::Tensor rows_;
   char* data_;
   int64_t stride_;  // bytes
@@ -142,11 +160,11 @@ inline std::optional<Dropout> make_dropout(const char* op, double p, const std::
   return Dropout(p, seed->item<int64_t>(), site);
 }
 
-// Calls body(j, count) for vectors of `count` columns from j on; the last may be shorter than Vec::size().
+// Calls body(j, count) for vectors of `count` columns from j on; the last may be shorter than kVec.
 template <typename Body>
 inline void for_each_vector(int64_t N, const Body& body) {
   int64_t j = 0;
-  for (; j + Vec::size() <= N; j += Vec::size()) body(j, Vec::size());
+  for (; j + kVec <= N; j += kVec) body(j, kVec);
   if (j < N) body(j, N - j);
 }
 

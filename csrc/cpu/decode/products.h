@@ -4,12 +4,8 @@
 // A format says how weights are stored, how a vector is prepared for them, and how a register's worth of products is
 // added up. Rows of weights lie one after another, padded with zeros to whole steps, so that a thread reads memory from
 // one end to the other. One sum is always made in the same order, whatever rows and vectors are taken together: results
-// depend neither on the number of threads nor on the size of the batch. Needs no ATen: intrinsics and plain pointers.
+// depend neither on the number of threads nor on the size of the batch.
 #pragma once
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 #include <algorithm>
 #include <cmath>
@@ -17,26 +13,22 @@
 #include <cstring>
 #include <limits>
 
+#include "cpu/core/vector_math.h"
+#include "cpu/core/words.h"
+
 namespace gpt_fast::decode {
 
-#if defined(__AVX512F__) && defined(__AVX512BW__)
+// kVec words, each an int32, two int16 or two bfloat16.
+#if defined(CPU_CAPABILITY_AVX512)
 
-#define GPT_FAST_DECODE_VECTOR 512
-constexpr int64_t kWidth = 16;  // floats of a register
-using Floats = __m512;
 using Ints = __m512i;
-inline Floats zero_floats() { return _mm512_setzero_ps(); }
-inline Floats load_floats(const float* x) { return _mm512_loadu_ps(x); }
-inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm512_fmadd_ps(a, b, sum); }
-inline Floats add_floats(Floats a, Floats b) { return _mm512_add_ps(a, b); }
-inline float total(Floats x) { return _mm512_reduce_add_ps(x); }
 inline Ints zero_ints() { return _mm512_setzero_si512(); }
 inline Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Ints load_ints(const void* x) { return _mm512_loadu_si512(x); }
-inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
+inline Vec to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
 // The lower and the upper bfloat16 of each word, as floats.
-inline Floats lower_halves(Ints x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
-inline Floats upper_halves(Ints x) {
+inline Vec lower_halves(Ints x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
+inline Vec upper_halves(Ints x) {
   return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 inline Ints widen_bytes(const int8_t* x) {
@@ -51,27 +43,15 @@ inline Ints multiply_add_pairs(Ints a, Ints b, Ints sum) {
 #endif
 }
 
-#elif defined(__AVX2__) && defined(__FMA__)
+#elif defined(CPU_CAPABILITY_AVX2)
 
-#define GPT_FAST_DECODE_VECTOR 256
-constexpr int64_t kWidth = 8;
-using Floats = __m256;
 using Ints = __m256i;
-inline Floats zero_floats() { return _mm256_setzero_ps(); }
-inline Floats load_floats(const float* x) { return _mm256_loadu_ps(x); }
-inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm256_fmadd_ps(a, b, sum); }
-inline Floats add_floats(Floats a, Floats b) { return _mm256_add_ps(a, b); }
-inline float total(Floats x) {
-  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
-}
 inline Ints zero_ints() { return _mm256_setzero_si256(); }
 inline Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline Ints load_ints(const void* x) { return _mm256_loadu_si256(static_cast<const __m256i*>(x)); }
-inline Floats to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
-inline Floats lower_halves(Ints x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
-inline Floats upper_halves(Ints x) {
+inline Vec to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
+inline Vec lower_halves(Ints x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
+inline Vec upper_halves(Ints x) {
   return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 inline Ints widen_bytes(const int8_t* x) {
@@ -81,33 +61,35 @@ inline Ints multiply_add_pairs(Ints a, Ints b, Ints sum) { return _mm256_add_epi
 
 #else  // the compiler's own vectors
 
-#define GPT_FAST_DECODE_VECTOR 0
-constexpr int64_t kWidth = 4;
-typedef float Floats __attribute__((vector_size(16)));
-typedef int32_t Ints __attribute__((vector_size(16)));
-typedef int16_t Shorts __attribute__((vector_size(16)));
-typedef int8_t Bytes __attribute__((vector_size(8)));
+typedef int32_t Ints __attribute__((vector_size(4 * kVec)));
+typedef int16_t Shorts __attribute__((vector_size(4 * kVec)));
+typedef int8_t Bytes __attribute__((vector_size(2 * kVec)));
 template <typename T>
 inline T load_as(const void* x) {
   T value;
   std::memcpy(&value, x, sizeof value);
   return value;
 }
-inline Floats zero_floats() { return Floats{}; }
-inline Floats load_floats(const float* x) { return load_as<Floats>(x); }
-inline Floats multiply_add(Floats a, Floats b, Floats sum) { return a * b + sum; }
-inline Floats add_floats(Floats a, Floats b) { return a + b; }
-inline float total(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 inline Ints zero_ints() { return Ints{}; }
 inline Ints add_ints(Ints a, Ints b) { return a + b; }
 inline Ints load_ints(const void* x) { return load_as<Ints>(x); }
-inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
-inline Floats lower_halves(Ints x) { return (Floats)(x << 16); }
-inline Floats upper_halves(Ints x) { return (Floats)(x & static_cast<int32_t>(0xffff0000u)); }
+inline Vec to_floats(Ints x) {
+  float values[kVec];
+  for (int64_t i = 0; i < kVec; ++i) values[i] = static_cast<float>(x[i]);
+  return Vec::loadu(values);
+}
+inline Vec lower_halves(Ints x) {
+  x = x << 16;
+  return Vec::loadu(&x);
+}
+inline Vec upper_halves(Ints x) {
+  x = x & static_cast<int32_t>(0xffff0000u);
+  return Vec::loadu(&x);
+}
 inline Ints widen_bytes(const int8_t* x) { return (Ints) __builtin_convertvector(load_as<Bytes>(x), Shorts); }
 inline Ints multiply_add_pairs(Ints a, Ints b, Ints sum) {
   const Shorts x = (Shorts)a, y = (Shorts)b;
-  for (int i = 0; i < 4; ++i) sum[i] += x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
+  for (int64_t i = 0; i < kVec; ++i) sum[i] += x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
   return sum;
 }
 
@@ -145,17 +127,18 @@ inline int32_t rounded(float x) {
 
 // Weights as they are, float32.
 struct Float32 {
+  static constexpr at::ScalarType kDtype = at::kFloat;  // of stored weights
   using weight_t = float;
   using input_t = float;
-  using Sum = Floats;
-  static constexpr int64_t kStep = kWidth;  // weights that one step multiplies
+  using Sum = Vec;
+  static constexpr int64_t kStep = kVec;  // weights that one step multiplies
   static constexpr int64_t kChain = int64_t{1} << 40;
-  using Weights = Floats;
-  static Weights load(const weight_t* w) { return load_floats(w); }
-  static Sum zero() { return zero_floats(); }
-  static Sum multiply(Weights w, const input_t* x, Sum sum) { return multiply_add(w, load_floats(x), sum); }
-  static Sum add(Sum a, Sum b) { return add_floats(a, b); }
-  static Floats finish(Sum sum) { return sum; }
+  using Weights = Vec;
+  static Weights load(const weight_t* w) { return Vec::loadu(w); }
+  static Sum zero() { return Vec(0.0f); }
+  static Sum multiply(Weights w, const input_t* x, Sum sum) { return at::vec::fmadd(w, Vec::loadu(x), sum); }
+  static Sum add(Sum a, Sum b) { return a + b; }
+  static Vec finish(Sum sum) { return sum; }
 
   // Writes x [K], zeros up to `padded`, as `multiply` wants it; returns what the products are to be multiplied by.
   static float prepare(const float* x, int64_t K, int64_t padded, input_t* out) {
@@ -163,22 +146,26 @@ struct Float32 {
     std::fill(out + K, out + padded, 0.0f);
     return 1.0f;
   }
+
+  // Writes one row of weights, zeros up to `padded`; returns the scale of the row.
+  static float pack(const float* w, int64_t K, int64_t padded, weight_t* out) { return prepare(w, K, padded, out); }
 };
 
 // Weights rounded to bfloat16. Where the CPU multiplies pairs of bfloat16 the vector is rounded to bfloat16 too, else
 // it stays float32, and the lower and upper halves of the weights' words are taken in turn.
 struct BFloat16 {
+  static constexpr at::ScalarType kDtype = at::kBFloat16;  // of stored weights
   using weight_t = uint16_t;
-  using Sum = Floats;
-  static constexpr int64_t kStep = 2 * kWidth;
+  using Sum = Vec;
+  static constexpr int64_t kStep = 2 * kVec;
   static constexpr int64_t kChain = int64_t{1} << 40;
   using Weights = Ints;
   static Weights load(const weight_t* w) { return load_ints(w); }
-  static Sum zero() { return zero_floats(); }
-  static Sum add(Sum a, Sum b) { return add_floats(a, b); }
-  static Floats finish(Sum sum) { return sum; }
+  static Sum zero() { return Vec(0.0f); }
+  static Sum add(Sum a, Sum b) { return a + b; }
+  static Vec finish(Sum sum) { return sum; }
 
-#if GPT_FAST_DECODE_VECTOR == 512 && defined(__AVX512BF16__)
+#if GPT_FAST_BF16_WORDS
   using input_t = uint16_t;
   static Sum multiply(Weights w, const input_t* x, Sum sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)load_ints(x));
@@ -191,38 +178,45 @@ struct BFloat16 {
 #else
   using input_t = float;
   static Sum multiply(Weights w, const input_t* x, Sum sum) {
-    sum = multiply_add(lower_halves(w), load_floats(x), sum);
-    return multiply_add(upper_halves(w), load_floats(x + kWidth), sum);
+    sum = at::vec::fmadd(lower_halves(w), Vec::loadu(x), sum);
+    return at::vec::fmadd(upper_halves(w), Vec::loadu(x + kVec), sum);
   }
   static float prepare(const float* x, int64_t K, int64_t padded, input_t* out) {
     int64_t k = 0;
     for (; k + kStep <= K; k += kStep) {
-      for (int64_t i = 0; i < kWidth; ++i) {
+      for (int64_t i = 0; i < kVec; ++i) {
         out[k + i] = x[k + 2 * i];
-        out[k + kWidth + i] = x[k + 2 * i + 1];
+        out[k + kVec + i] = x[k + 2 * i + 1];
       }
     }
     std::fill(out + k, out + padded, 0.0f);
-    for (int64_t i = 0; k + i < K; ++i) out[k + i / 2 + i % 2 * kWidth] = x[k + i];
+    for (int64_t i = 0; k + i < K; ++i) out[k + i / 2 + i % 2 * kVec] = x[k + i];
     return 1.0f;
   }
 #endif
+
+  static float pack(const float* w, int64_t K, int64_t padded, weight_t* out) {
+    for (int64_t k = 0; k < K; ++k) out[k] = round_to_bfloat16(w[k]);
+    std::fill(out + K, out + padded, weight_t(0));
+    return 1.0f;
+  }
 };
 
 // Weights as int8 with one scale for a row (an output channel); the vector as int16 with one scale of its own, 2^-16 of
 // its largest value at most from what it was. Products and sums are exact integers.
 struct Int8 {
+  static constexpr at::ScalarType kDtype = at::kChar;  // of stored weights
   using weight_t = int8_t;
   using input_t = int16_t;
   using Sum = Ints;
-  static constexpr int64_t kStep = 2 * kWidth;
+  static constexpr int64_t kStep = 2 * kVec;
   static constexpr int64_t kChain = 256 * kStep;  // 256 * 2 * 127 * 32767 < 2^31
   using Weights = Ints;
   static Weights load(const weight_t* w) { return widen_bytes(w); }
   static Sum zero() { return zero_ints(); }
   static Sum multiply(Weights w, const input_t* x, Sum sum) { return multiply_add_pairs(w, load_ints(x), sum); }
   static Sum add(Sum a, Sum b) { return add_ints(a, b); }
-  static Floats finish(Sum sum) { return to_floats(sum); }
+  static Vec finish(Sum sum) { return to_floats(sum); }
 
   static float prepare(const float* x, int64_t K, int64_t padded, input_t* out) {
     const float largest = largest_magnitude(x, K);
@@ -235,29 +229,16 @@ struct Int8 {
     std::fill(out + K, out + padded, input_t(0));
     return largest / 32767.0f;
   }
+
+  static float pack(const float* w, int64_t K, int64_t padded, weight_t* out) {
+    const float largest = largest_magnitude(w, K);
+    std::fill(out, out + padded, weight_t(0));
+    if (!(largest <= kLargestFloat)) return NAN;
+    const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+    for (int64_t k = 0; k < K; ++k) out[k] = static_cast<weight_t>(rounded(w[k] * inverse));
+    return largest / 127.0f;
+  }
 };
-
-// One row of weights in a format, with zeros up to `padded`; returns the row's scale.
-inline float pack_row(const float* w, int64_t K, int64_t padded, float* out) {
-  std::memcpy(out, w, K * sizeof(float));
-  std::fill(out + K, out + padded, 0.0f);
-  return 1.0f;
-}
-
-inline float pack_row(const float* w, int64_t K, int64_t padded, uint16_t* out) {
-  for (int64_t k = 0; k < K; ++k) out[k] = round_to_bfloat16(w[k]);
-  std::fill(out + K, out + padded, uint16_t(0));
-  return 1.0f;
-}
-
-inline float pack_row(const float* w, int64_t K, int64_t padded, int8_t* out) {
-  const float largest = largest_magnitude(w, K);
-  std::fill(out, out + padded, int8_t(0));
-  if (!(largest <= kLargestFloat)) return NAN;
-  const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-  for (int64_t k = 0; k < K; ++k) out[k] = static_cast<int8_t>(rounded(w[k] * inverse));
-  return largest / 127.0f;
-}
 
 // A weight matrix [N, K] in a format. `scale` is null where every row's is 1, `bias` where there is none.
 template <class Format>
@@ -304,7 +285,7 @@ template <class Format, int R, int B>
 #pragma GCC unroll 4
     for (int i = 0; i < B; ++i) {
       if (k < end) even[r][i] = Format::multiply(Format::load(row[r] + k), x + i * stride + k, even[r][i]);
-      y[r][i] = total(Format::finish(Format::add(even[r][i], odd[r][i])));
+      y[r][i] = sum_lanes(Format::finish(Format::add(even[r][i], odd[r][i])));
     }
   }
 }
@@ -339,7 +320,7 @@ inline void multiply_tile(const Matrix<Format>& matrix, int64_t n, int64_t apart
 template <class Format, int R, class Write>
 inline void multiply_rows(const Matrix<Format>& matrix, int64_t n, int64_t apart, const typename Format::input_t* x,
                           const float* x_scale, int64_t B, const Write& write) {
-  constexpr int TWO = std::min(R, 2), FOUR = GPT_FAST_DECODE_VECTOR == 512 ? TWO : 1;
+  constexpr int TWO = std::min(R, 2), FOUR = kVec == 16 ? TWO : 1;
   int64_t b = 0;
   for (; b + 4 <= B; b += 4) {
     for (int r = 0; r < R; r += FOUR) {

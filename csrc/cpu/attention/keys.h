@@ -1,7 +1,7 @@
 // What attention's two passes share: packed keys and values, products that sum over them, the store of a panel.
 #pragma once
 
-#include "attention_problem.h"
+#include "cpu/attention/problem.h"
 
 namespace gpt_fast {
 namespace {
@@ -10,8 +10,8 @@ namespace {
 // whatever padding holds, NaN too, meets a weight of zero without harm.
 template <typename scalar_t>
 struct PackedKeys {
-  using Mac = typename MacOf<scalar_t>::type;
-  static constexpr bool kPaired = Mac::kPair == 2;
+  using Words = WordsOf<scalar_t>;
+  static constexpr bool kPaired = Words::kPair == 2;
 
   const Options& options;
   const View<scalar_t> k, v;
@@ -27,7 +27,7 @@ struct PackedKeys {
         v(v),
         backward(backward),
         Dp(options.padded_D()),
-        words(Dp / Mac::kPair),
+        words(Dp / Words::kPair),
         k_rows(longest * words),
         v_words(longest * words),
         k_pairs(kPaired && backward ? longest * words : 0),
@@ -71,7 +71,7 @@ struct PackedKeys {
       const bool serves = j0 + r < s.S && (options.key_mask_data == nullptr ||
                                            options.key_mask_data[s.batch * flags.stride(0) + j * flags.stride(1)]);
       if (serves) {
-        pack_row<Mac>(x.row(s.batch, s.head, j), x.stride_d, options.D, Dp, rows + r * words);
+        pack_row<Words>(x.row(s.batch, s.head, j), x.stride_d, options.D, Dp, rows + r * words);
       } else {
         std::fill(rows + r * words, rows + (r + 1) * words, 0.0f);
       }
@@ -99,19 +99,20 @@ void store_panel(const float* panel, const Vec (&factor)[2], float* scaled, floa
 }
 
 // acc [Dp][kPanel] += pairsᵀ weights over the rows of a block: Oᵀ += Vᵀ Pᵀ and dQᵀ += Kᵀ dSᵀ.
-template <class Mac>
-void add_keys(float* acc, const float* pairs, const float* weights, int64_t Dp, const Block& block, bool accumulate) {
-  const float* a = pairs + block.begin / Mac::kPair * Dp;
-  const float* b = weights + block.begin / Mac::kPair * kPanel;
-  const int64_t K = (block.end - block.begin) / Mac::kPair;
-  for (int64_t d = 0; d < Dp; d += kRows) {
-    Vec tile[kRows][2];
+template <class Words>
+void add_keys(float* acc, const float* pairs, const float* weights, int64_t Dp, const KeyBlock& block,
+              bool accumulate) {
+  const float* a = pairs + block.begin / Words::kPair * Dp;
+  const float* b = weights + block.begin / Words::kPair * kPanel;
+  const int64_t K = (block.end - block.begin) / Words::kPair;
+  for (int64_t d = 0; d < Dp; d += kTileRows) {
+    Vec tile[kTileRows][2];
     if (accumulate) {
       load_tile(tile, acc + d * kPanel, kPanel);
     } else {
       set_zero(tile);
     }
-    multiply<Mac, 2, true>(tile, a + d, Dp, b, kPanel, K);
+    multiply<Words, 2, true>(tile, a + d, Dp, b, kPanel, K);
     store_tile(tile, acc + d * kPanel, kPanel);
   }
 }

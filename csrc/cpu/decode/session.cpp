@@ -11,11 +11,12 @@
 #include <memory>
 #include <vector>
 
-#include "../bindings.h"
-#include "decode_attention.h"
-#include "decode_sampling.h"
-#include "decode_weights.h"
-#include "norm.h"
+#include "bindings.h"
+#include "cpu/core/activations.h"
+#include "cpu/core/norm.h"
+#include "cpu/decode/attention.h"
+#include "cpu/decode/sampling.h"
+#include "cpu/decode/weights.h"
 
 namespace gpt_fast::decode {
 namespace {
@@ -27,19 +28,10 @@ using std::optional;
   throw pybind11::value_error("gpt_fast.DecodeSession: " + message);
 }
 
-Vec gelu(Vec x) { return x * Vec(0.5f) * (Vec(1.0f) + (x * Vec(0.70710678118654752f)).erf()); }
-
-Vec gelu_tanh(Vec x) {
-  const Vec inner = Vec(0.79788456080286536f) * at::vec::fmadd(x * x * x, Vec(0.044715f), x);
-  return x * Vec(0.5f) * (Vec(1.0f) + inner.tanh());
-}
-
-Vec relu(Vec x) { return at::vec::maximum(x, Vec(0.0f)); }
-
-void activate(const std::string& name, float* x, int64_t n) {
-  if (name == "relu") at::vec::map<float>(relu, x, x, n);
-  if (name == "gelu") at::vec::map<float>(gelu, x, x, n);
-  if (name == "gelu_tanh") at::vec::map<float>(gelu_tanh, x, x, n);
+void activate_row(Activation activation, float* x, int64_t n) {
+  with_activation(activation, [&](auto constant) {
+    at::vec::map<float>([](Vec z) { return activate<decltype(constant)::value>(z).value; }, x, x, n);
+  });
 }
 
 constexpr int64_t kBytesPerThread = 128 << 10;
@@ -48,7 +40,7 @@ constexpr int64_t kBytesPerThread = 128 << 10;
 struct Share {
   int64_t begin, end;
   Share(int64_t N, int64_t unit, int thread, int threads) {
-    const int64_t units = (N + unit - 1) / unit;
+    const int64_t units = ceil_div(N, unit);
     begin = std::min(N, units * thread / threads * unit);
     end = std::min(N, units * (thread + 1) / threads * unit);
   }
@@ -76,7 +68,7 @@ class DecodeSession {
   // keys and values: [layers, B, H, S, D], float32 for float32 weights, else bfloat16.
   DecodeSession(std::shared_ptr<const DecodeWeights> weights, Tensor keys, Tensor values)
       : w_(std::move(weights)), keys_(std::move(keys)), values_(std::move(values)) {
-    const auto type = w_->precision == Precision::kFloat32 ? at::kFloat : at::kBFloat16;
+    const auto type = w_->dtype == at::kFloat ? at::kFloat : at::kBFloat16;
     const int64_t L = static_cast<int64_t>(w_->blocks.size());
     for (const Tensor& cache : {keys_, values_}) {
       if (cache.dim() != 5 || cache.size(0) != L || cache.size(2) != w_->H || cache.size(4) != w_->C / w_->H ||
@@ -120,7 +112,7 @@ class DecodeSession {
 #pragma omp parallel num_threads(threads)
     {
       const int thread = omp_get_thread_num(), count = omp_get_num_threads();
-      with_format(w_->precision, [&](auto format) { run<decltype(format)>(work, private_[thread], thread, count); });
+      with_format(w_->dtype, [&](auto format) { run<decltype(format)>(work, private_[thread], thread, count); });
     }
     n_ = n;
     return taken(n);
@@ -219,13 +211,13 @@ class DecodeSession {
       const float* token = tokens.read(work.token[i], own.buffer.data());
       std::copy(token, token + C, x);
       const float* position = positions.read(work.position[i], own.buffer.data());
-      at::vec::map2<float>(gpt_fast::add, x, x, position, C);
+      at::vec::map2<float>(add, x, x, position, C);
     }
 #pragma omp barrier
     if (!w.pre_norm) std::copy(x_.data(), x_.data() + n * C, own.h.data());
 
     for (int64_t layer = 0; layer < static_cast<int64_t>(w.blocks.size()); ++layer) {
-      const Block& block = w.blocks[layer];
+      const DecoderWeights& block = w.blocks[layer];
       const auto cached = [&](int64_t i, int64_t head) {  // where the keys, and the values, of a head begin
         return (((layer * B_ + work.row[i]) * H) + head) * S_ * D;
       };
@@ -258,7 +250,7 @@ class DecodeSession {
       prepare<Format>(block.fc, own.h.data(), n, own);
       product<Format>(block.fc, n, own, wide, [&](int64_t i, int64_t f, float y) { hidden_[i * F + f] = y; });
       for (int64_t i = 0; i < n; ++i) {
-        activate(w.activation, hidden_.data() + i * F + wide.begin, wide.end - wide.begin);
+        activate_row(w.activation, hidden_.data() + i * F + wide.begin, wide.end - wide.begin);
       }
 #pragma omp barrier
       prepare<Format>(block.proj, hidden_.data(), n, own);

@@ -2,33 +2,16 @@
 #pragma once
 
 #include <atomic>
-#include <memory>
-#include <new>
 #include <optional>
 #include <vector>
 
-#include "attention_tiles.h"
+#include "cpu/attention/tiles.h"
 
 namespace gpt_fast {
 namespace {
 
 using at::Tensor;
 using std::optional;
-
-// Floats aligned to cache lines, not initialised.
-class Buffer {
- public:
-  explicit Buffer(int64_t size)
-      : data_(static_cast<float*>(
-            ::operator new(static_cast<size_t>(std::max<int64_t>(size, 1)) * sizeof(float), std::align_val_t{64}))) {}
-  operator float*() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(float* data) const { ::operator delete(data, std::align_val_t{64}); }
-  };
-  std::unique_ptr<float, Free> data_;
-};
 
 // One head of one sequence: T queries from q0 and S keys from k0 of the tensors. Packed sequences are segments of their
 // own, so no pass knows of them; keys beyond a length are cut off here. Query i sits at key i + offset.
@@ -64,23 +47,14 @@ Options make_options(const Tensor& q, const Tensor& k, const Tensor& v, const op
                      const optional<Tensor>& key_mask, const optional<Tensor>& mask, const optional<Tensor>& cu_seqlens,
                      bool causal, optional<int64_t> window, double dropout_p, const optional<Tensor>& seed,
                      int64_t site, double scale) {
-  TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && k.size(0) == q.size(0) && k.size(1) == q.size(1) &&
-                        k.size(3) == q.size(3) && v.sizes() == k.sizes() && k.scalar_type() == q.scalar_type() &&
-                        v.scalar_type() == q.scalar_type(),
-                    "gpt_fast.attention: got q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(),
-                    ", wanted [B, H, T, D] and twice [B, H, S, D] of one dtype");
   const int64_t B = q.size(0), H = q.size(1), T = q.size(2), S = k.size(2), D = q.size(3);
-  TORCH_CHECK_VALUE(D >= 1 && D <= 256, "gpt_fast.attention: head size is ", D, ", wanted 1 to 256");
   Options options{
       .causal = causal, .window = 0, .scale = static_cast<float>(scale), .B = B, .H = H, .T = T, .S = S, .D = D};
   options.dropout = make_dropout("attention", dropout_p, seed, site);
   if (window.has_value()) {
-    TORCH_CHECK_VALUE(*window >= 1, "gpt_fast.attention: window is ", *window, ", wanted at least 1");
     options.window = std::min(*window, T + S + 1);  // the sum of a position and a window stays small
   }
   if (key_mask.has_value()) {
-    TORCH_CHECK_VALUE(key_mask->sizes() == at::IntArrayRef({B, S}), "gpt_fast.attention: key_mask has shape ",
-                      key_mask->sizes(), ", wanted [", B, ", ", S, "]");
     options.key_mask = *key_mask;
     options.key_mask_data = key_mask->const_data_ptr<bool>();
   }
@@ -90,8 +64,6 @@ Options make_options(const Tensor& q, const Tensor& k, const Tensor& v, const op
   }
   std::vector<int64_t> limits(B, S);
   if (lengths.has_value()) {
-    TORCH_CHECK_VALUE(lengths->sizes() == at::IntArrayRef({B}), "gpt_fast.attention: lengths has shape ",
-                      lengths->sizes(), ", wanted [", B, "]");
     limits = values_of("lengths", *lengths);
     for (const int64_t limit : limits) {
       TORCH_CHECK_VALUE(0 <= limit && limit <= S, "gpt_fast.attention: lengths holds ", limit,
@@ -104,9 +76,6 @@ Options make_options(const Tensor& q, const Tensor& k, const Tensor& v, const op
     }
     return options;
   }
-  TORCH_CHECK_VALUE(B == 1 && T == S && cu_seqlens->dim() == 1 && cu_seqlens->numel() >= 1,
-                    "gpt_fast.attention: cu_seqlens of shape ", cu_seqlens->sizes(), " with batch ", B, ", ", T,
-                    " queries and ", S, " keys, wanted [n + 1], a batch of 1 and as many queries as keys");
   std::vector<int64_t> starts = values_of("cu_seqlens", *cu_seqlens);
   TORCH_CHECK_VALUE(starts[0] == 0, "gpt_fast.attention: cu_seqlens starts at ", starts[0], ", wanted 0");
   const int64_t sequences = static_cast<int64_t>(starts.size()) - 1;
@@ -162,7 +131,7 @@ struct Panel {
 };
 
 // The rows of a block of keys that a panel needs, in whole register tiles, and whether its mask applies to them.
-struct Block {
+struct KeyBlock {
   int64_t begin = 0, end = 0;
   bool masked = false;
   bool empty() const { return begin == end; }
@@ -187,10 +156,10 @@ Allowed allowed_of(const bool* flags, int64_t rows, int64_t stride_row, int64_t 
 
 // Keys j0 to j0 + kKeys for a panel. Where not all pairs are allowed, limits[row][lane] is +inf where one is, else
 // -inf.
-Block block_of(const Options& options, const Segment& segment, const Panel& panel, int64_t j0, float* limits) {
+KeyBlock block_of(const Options& options, const Segment& segment, const Panel& panel, int64_t j0, float* limits) {
   const int64_t first = std::max(panel.begin, j0), last = std::min(panel.end, j0 + kKeys);
   if (first >= last) return {};
-  Block block{(first - j0) / kRows * kRows, round_up(last - j0, kRows), false};
+  KeyBlock block{(first - j0) / kTileRows * kTileRows, round_up(last - j0, kTileRows), false};
   block.masked = panel.all_lo > j0 + block.begin || panel.all_hi < j0 + block.end;
 
   const bool* key_flags = nullptr;

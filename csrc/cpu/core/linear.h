@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "gemm.h"
+#include "cpu/core/gemm.h"
 
 namespace gpt_fast {
 

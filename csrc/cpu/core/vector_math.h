@@ -3,9 +3,29 @@
 
 #include <limits>
 
-#include "common.h"
+#include "cpu/core/common.h"
 
 namespace gpt_fast {
+
+inline Vec add(Vec a, Vec b) { return a + b; }
+
+inline float sum_lanes(Vec x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_reduce_add_ps(x);
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256 lanes = x;
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+#else
+  return at::vec::vec_reduce_all<float>(add, x);
+#endif
+}
+
+// The largest of n values, NaN if any of them is.
+inline float largest_of(const float* x, int64_t n) {
+  return at::vec::reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, x, n);
+}
 
 // The smaller and the larger; where one is NaN, the second. at::vec's own spend three instructions on NaN.
 inline Vec min_or_second(Vec a, Vec b) {

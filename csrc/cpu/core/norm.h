@@ -8,18 +8,16 @@
 #include <optional>
 #include <tuple>
 
-#include "common.h"
+#include "cpu/core/vector_math.h"
 
 namespace gpt_fast {
-
-inline Vec add(Vec a, Vec b) { return a + b; }
 
 // A gain or bias as float32 for all rows, or null where there is none.
 class Parameter {
  public:
   explicit Parameter(const std::optional<at::Tensor>& parameter) {
     if (!parameter.has_value()) return;
-    element_of(parameter->scalar_type());
+    readable(parameter->scalar_type());
     values_ = parameter->to(at::kFloat).contiguous();
   }
   const float* data() const { return values_.defined() ? values_.const_data_ptr<float>() : nullptr; }
@@ -35,7 +33,6 @@ struct Statistics {
 // The sum of term(x[j]), in four chains: one alone would wait for each addition.
 template <typename Term>
 inline float sum_of(const float* x, int64_t N, const Term& term) {
-  constexpr int64_t kVec = Vec::size();
   Vec sums[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
   int64_t j = 0;
   for (; j + 4 * kVec <= N; j += 4 * kVec) {
@@ -43,7 +40,7 @@ inline float sum_of(const float* x, int64_t N, const Term& term) {
   }
   for (; j + kVec <= N; j += kVec) sums[0] = sums[0] + term(Vec::loadu(x + j));
   if (j < N) sums[1] = sums[1] + Vec::set(Vec(0.0f), term(Vec::loadu(x + j, N - j)), N - j);
-  return at::vec::vec_reduce_all<float>(add, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 inline Statistics row_statistics(const float* x, int64_t N, double eps) {
@@ -83,13 +80,13 @@ inline void differentiate_row(const float* dy, const float* x, Statistics statis
     if (dbias != nullptr) (Vec::loadu(dbias + j, count) + upstream).store(dbias + j, count);
   };
   int64_t j = 0;
-  for (; j + 2 * Vec::size() <= N; j += 2 * Vec::size()) {
-    add_columns(j, Vec::size(), 0);
-    add_columns(j + Vec::size(), Vec::size(), 1);
+  for (; j + 2 * kVec <= N; j += 2 * kVec) {
+    add_columns(j, kVec, 0);
+    add_columns(j + kVec, kVec, 1);
   }
-  for (; j < N; j += Vec::size()) add_columns(j, std::min<int64_t>(Vec::size(), N - j), 0);
-  const Vec mean_g(at::vec::vec_reduce_all<float>(add, sum_g[0] + sum_g[1]) / N);
-  const Vec mean_gx(at::vec::vec_reduce_all<float>(add, sum_gx[0] + sum_gx[1]) / N);
+  for (; j < N; j += kVec) add_columns(j, std::min<int64_t>(kVec, N - j), 0);
+  const Vec mean_g(sum_lanes(sum_g[0] + sum_g[1]) / N);
+  const Vec mean_gx(sum_lanes(sum_gx[0] + sum_gx[1]) / N);
   for_each_vector(N, [&](int64_t j, int64_t count) {
     const Vec g = weighted(Vec::loadu(dy + j, count), j, count);
     ((g - mean_g - normalised(j, count) * mean_gx) * rstd).store(dx + j, count);

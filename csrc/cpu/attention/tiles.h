@@ -10,92 +10,59 @@
 #include <cstring>
 #include <limits>
 
-#include "common.h"
+#include "cpu/core/vector_math.h"
+#include "cpu/core/words.h"
 #include "philox.h"
-#include "vector_math.h"
 
 namespace gpt_fast {
 namespace {
 
-constexpr int64_t kVec = Vec::size();
 constexpr int64_t kPanel = 2 * kVec;                              // queries side by side
-constexpr int64_t kRows = kVec == 16 ? 8 : 4;                     // rows of a register tile, kPanel wide
+constexpr int64_t kTileRows = kVec == 16 ? 8 : 4;                 // rows of a register tile, kPanel wide
 constexpr int64_t kKeys = 64;                                     // keys of a block
 constexpr int64_t kPanels = kPanel < kKeys ? kKeys / kPanel : 1;  // panels that backward takes together
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504088896341f;
 
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// acc + a * b in floats.
-struct Fma {
-  static constexpr int64_t kPair = 1;
-  static Vec apply(Vec a, Vec b, Vec acc) { return at::vec::fmadd(a, b, acc); }
-};
-
-#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
-#define GPT_FAST_BF16_DOTS 1
-// acc + a0 * b0 + a1 * b1, words of two bfloat16.
-struct Bf16Dot {
-  static constexpr int64_t kPair = 2;
-  static Vec apply(Vec a, Vec b, Vec acc) {
-    return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
-  }
-};
-#else
-#define GPT_FAST_BF16_DOTS 0
-#endif
-
-template <typename scalar_t>
-struct MacOf {
-  using type = Fma;
-};
-#if GPT_FAST_BF16_DOTS
-template <>
-struct MacOf<at::BFloat16> {
-  using type = Bf16Dot;
-};
-#endif
-
 // acc[r][lane] += sum over k of A(r, k) * b[k][lane], where A(r, k) is a[r * lda + k], or a[k * lda + r] if COLUMNS.
-template <class Mac, int NV, bool COLUMNS>
-[[gnu::always_inline]] inline void multiply(Vec (&acc)[kRows][NV], const float* a, int64_t lda, const float* b,
+template <class Words, int NV, bool COLUMNS>
+[[gnu::always_inline]] inline void multiply(Vec (&acc)[kTileRows][NV], const float* a, int64_t lda, const float* b,
                                             int64_t ldb, int64_t K) {
   for (int64_t k = 0; k < K; ++k) {
     Vec row[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) row[v] = in_register(Vec::loadu(b + k * ldb + v * kVec));
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kTileRows; ++r) {
       const Vec x(COLUMNS ? a[k * lda + r] : a[r * lda + k]);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] = Mac::apply(x, row[v], acc[r][v]);
+      for (int v = 0; v < NV; ++v) acc[r][v] = Words::multiply_add(x, row[v], acc[r][v]);
     }
   }
 }
 
 template <int NV>
-[[gnu::always_inline]] inline void set_zero(Vec (&acc)[kRows][NV]) {
+[[gnu::always_inline]] inline void set_zero(Vec (&acc)[kTileRows][NV]) {
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[r][v] = Vec(0.0f);
   }
 }
 
 template <int NV>
-[[gnu::always_inline]] inline void load_tile(Vec (&acc)[kRows][NV], const float* c, int64_t ldc) {
+[[gnu::always_inline]] inline void load_tile(Vec (&acc)[kTileRows][NV], const float* c, int64_t ldc) {
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[r][v] = Vec::loadu(c + r * ldc + v * kVec);
   }
 }
 
 template <int NV>
-[[gnu::always_inline]] inline void store_tile(const Vec (&acc)[kRows][NV], float* c, int64_t ldc) {
+[[gnu::always_inline]] inline void store_tile(const Vec (&acc)[kTileRows][NV], float* c, int64_t ldc) {
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[r][v].store(c + r * ldc + v * kVec);
   }
@@ -137,9 +104,9 @@ inline void convert_row(const from_t* from, to_t* to, int64_t n) {
 }
 
 // One row in row layout: D elements, then zeros up to the padded size Dp.
-template <class Mac, typename scalar_t>
+template <class Words, typename scalar_t>
 inline void pack_row(const scalar_t* row, int64_t stride, int64_t D, int64_t Dp, float* words) {
-  if constexpr (Mac::kPair == 2) {
+  if constexpr (Words::kPair == 2) {
     uint16_t* halves = reinterpret_cast<uint16_t*>(words);
     if (stride == 1) {
       std::memcpy(halves, row, D * sizeof(uint16_t));
@@ -180,7 +147,7 @@ inline void transpose(const float* source, int64_t ld_source, int64_t rows, int6
 }
 
 // Two rows of a panel as words of two bfloat16: paired along the rows' elements, or row with row.
-#if GPT_FAST_BF16_DOTS
+#if GPT_FAST_BF16_WORDS
 inline __m512 pair_neighbours(Vec low, Vec high) {
   return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(high, low));
 }

@@ -1,7 +1,7 @@
 // The backward pass of attention: probabilities again from q, k and lse, then the three gradients.
 #pragma once
 
-#include "attention_keys.h"
+#include "cpu/attention/keys.h"
 
 namespace gpt_fast {
 namespace {
@@ -17,9 +17,9 @@ struct BackwardTask {
 
 template <typename scalar_t>
 class Backward {
-  using Mac = typename MacOf<scalar_t>::type;
-  static constexpr bool kPaired = Mac::kPair == 2;
-  static constexpr int64_t kPanelWords = kPanel / Mac::kPair;
+  using Words = WordsOf<scalar_t>;
+  static constexpr bool kPaired = Words::kPair == 2;
+  static constexpr int64_t kPanelWords = kPanel / Words::kPair;
 
  public:
   Backward(const Options& options, const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -33,8 +33,8 @@ class Backward {
         dv_(dv),
         lse_(lse.const_data_ptr<float>()),
         Dp_(options.padded_D()),
-        words_(Dp_ / Mac::kPair),
-        sums_(round_up(options.D, Mac::kPair) / Mac::kPair),
+        words_(Dp_ / Words::kPair),
+        sums_(round_up(options.D, Words::kPair) / Words::kPair),
         keys_(options, k, v, true, longest),
         dk_sums_(longest * Dp_),
         dv_sums_(longest * Dp_),
@@ -74,7 +74,7 @@ class Backward {
     Buffer dq_panel;               // [Dp][kPanel]
     Vec lse[2], delta[2];          // lse in powers of two
     Panel panel;
-    Block block;
+    KeyBlock block;
 
     explicit Queries(int64_t Dp)
         : q_panel(Dp * kPanel),
@@ -121,7 +121,8 @@ class Backward {
         keys_.pack(j0);
         differentiate(segment, queries, j0);
         if (task.dq) {
-          add_keys<Mac>(queries.dq_panel, keys_.key_pairs() + j0 * words_, queries.ds_pairs, Dp_, queries.block, true);
+          add_keys<Words>(queries.dq_panel, keys_.key_pairs() + j0 * words_, queries.ds_pairs, Dp_, queries.block,
+                          true);
         }
       }
       if (any && task.dkv) {
@@ -150,8 +151,8 @@ class Backward {
         if (lse[lane] == kInf) {  // without keys, or no query at all
           std::fill(rows + lane * words_, rows + (lane + 1) * words_, 0.0f);
         } else {
-          pack_row<Mac>(x.row(segment.batch, segment.head, segment.first + panel.i0 + lane), x.stride_d, options_.D,
-                        Dp_, rows + lane * words_);
+          pack_row<Words>(x.row(segment.batch, segment.head, segment.first + panel.i0 + lane), x.stride_d, options_.D,
+                          Dp_, rows + lane * words_);
         }
       }
       transpose(rows, words_, kPanel, words_, panel_words, kPanel);
@@ -168,7 +169,7 @@ class Backward {
       Vec delta(0.0f);
       for (int64_t k = 0; k < sums_; ++k) {
         const int64_t at = k * kPanel + v * kVec;
-        delta = Mac::apply(Vec::loadu(out_panel_ + at), Vec::loadu(queries.dout_panel + at), delta);
+        delta = Words::multiply_add(Vec::loadu(out_panel_ + at), Vec::loadu(queries.dout_panel + at), delta);
       }
       queries.delta[v] = delta;
     }
@@ -189,13 +190,13 @@ class Backward {
   void differentiate(Queries& queries, int64_t j0) {
     const Vec scale(options_.scale * kLog2E);
     const Vec lse[2] = {queries.lse[0], queries.lse[1]}, delta[2] = {queries.delta[0], queries.delta[1]};
-    alignas(64) float weights[kRows * kPanel];
-    for (int64_t r0 = queries.block.begin; r0 < queries.block.end; r0 += kRows) {
-      Vec tile[kRows][2];
+    alignas(64) float weights[kTileRows * kPanel];
+    for (int64_t r0 = queries.block.begin; r0 < queries.block.end; r0 += kTileRows) {
+      Vec tile[kTileRows][2];
       set_zero(tile);
-      multiply<Mac, 2, false>(tile, keys_.k_rows + (j0 + r0) * words_, words_, queries.q_panel, kPanel, sums_);
+      multiply<Words, 2, false>(tile, keys_.k_rows + (j0 + r0) * words_, words_, queries.q_panel, kPanel, sums_);
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) {
           Vec t = tile[r][v] * scale;
@@ -204,7 +205,7 @@ class Backward {
         }
       }
       set_zero(tile);
-      multiply<Mac, 2, false>(tile, keys_.v_words + (j0 + r0) * words_, words_, queries.dout_panel, kPanel, sums_);
+      multiply<Words, 2, false>(tile, keys_.v_words + (j0 + r0) * words_, words_, queries.dout_panel, kPanel, sums_);
       // In place: tile becomes ds, `p` the weight after dropout.
       const auto finish = [&](int r, int v) {
         Vec p = Vec::loadu(weights + r * kPanel + v * kVec);
@@ -218,11 +219,11 @@ class Backward {
         return p;
       };
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kTileRows; ++r) {
         const Vec low = finish(r, 0), high = finish(r, 1);
         float* weights_row = queries.weights_rows + (r0 + r) * kPanelWords;
         if constexpr (kPaired) {
-#if GPT_FAST_BF16_DOTS
+#if GPT_FAST_BF16_WORDS
           Vec(pair_neighbours(low, high)).store(weights_row);
           Vec(pair_neighbours(tile[r][0], tile[r][1])).store(queries.ds_rows + (r0 + r) * kPanelWords);
           if (r % 2 == 1) {
@@ -249,17 +250,17 @@ class Backward {
       end = std::max(end, panels_[p].block.end);
     }
     const auto add = [&]<int NV>(std::integral_constant<int, NV>, int64_t r0, int64_t d) {
-      Vec tile[kRows][NV];
+      Vec tile[kTileRows][NV];
       load_tile(tile, sums + r0 * Dp_ + d, Dp_);
       for (int64_t p = 0; p < count; ++p) {
-        const Block& block = panels_[p].block;
+        const KeyBlock& block = panels_[p].block;
         if (r0 < block.begin || r0 >= block.end) continue;
-        multiply<Mac, NV, false>(tile, weights(panels_[p]) + r0 * kPanelWords, kPanelWords, rows(panels_[p]) + d, Dp_,
-                                 kPanelWords);
+        multiply<Words, NV, false>(tile, weights(panels_[p]) + r0 * kPanelWords, kPanelWords, rows(panels_[p]) + d, Dp_,
+                                   kPanelWords);
       }
       store_tile(tile, sums + r0 * Dp_ + d, Dp_);
     };
-    for (int64_t r0 = begin; r0 < end; r0 += kRows) {
+    for (int64_t r0 = begin; r0 < end; r0 += kTileRows) {
       int64_t d = 0;
       for (; d + 2 * kVec <= Dp_; d += 2 * kVec) add(std::integral_constant<int, 2>(), r0, d);
       if (d < Dp_) add(std::integral_constant<int, 1>(), r0, d);

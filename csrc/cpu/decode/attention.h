@@ -6,20 +6,16 @@
 
 #include <cmath>
 
-#include "common.h"
+#include "cpu/core/vector_math.h"
 
 namespace gpt_fast {
 
 // Values per pass over the keys: as many as one thread keeps in registers.
-constexpr int64_t kValueVectors = 64 / Vec::size();
+constexpr int64_t kValueVectors = 64 / kVec;
 constexpr int64_t kKeysAtOnce = 4;
 
 // Memory for one thread: scores of up to S keys, and rows of D elements converted to float32.
 inline int64_t decode_scratch(int64_t S, int64_t D) { return S + kKeysAtOnce * D; }
-
-inline float sum_lanes(Vec x) {
-  return at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, x);
-}
 
 // scores[r] = q . keys[r], for `count` of at most kKeysAtOnce neighbouring keys.
 template <int COUNT, typename scalar_t>
@@ -44,19 +40,18 @@ inline void weigh_values(const float* p, const scalar_t* values, int64_t stride,
                          float* out) {
   Vec sum[COUNT];
   for (int v = 0; v < COUNT; ++v) sum[v] = Vec(0.0f);
-  const int64_t columns = (COUNT - 1) * Vec::size() + last;
-  float buffer[COUNT * Vec::size()];
+  const int64_t columns = (COUNT - 1) * kVec + last;
+  float buffer[COUNT * kVec];
   for (int64_t j = 0; j < n; ++j) {
     const float* row = load_row(values + j * stride, buffer, columns);
     const Vec weight(p[j]);
     for (int v = 0; v < COUNT; ++v) {
-      const Vec x = v + 1 < COUNT || last == Vec::size() ? Vec::loadu(row + v * Vec::size())
-                                                         : Vec::loadu(row + v * Vec::size(), last);
+      const Vec x = v + 1 < COUNT || last == kVec ? Vec::loadu(row + v * kVec) : Vec::loadu(row + v * kVec, last);
       sum[v] = at::vec::fmadd(weight, x, sum[v]);
     }
   }
   for (int v = 0; v < COUNT; ++v) {
-    (sum[v] * Vec(scale)).store(out + v * Vec::size(), v + 1 < COUNT ? Vec::size() : last);
+    (sum[v] * Vec(scale)).store(out + v * kVec, v + 1 < COUNT ? kVec : last);
   }
 }
 
@@ -73,22 +68,21 @@ inline void attend_to_cache(const float* q, const scalar_t* keys, int64_t stride
   }
   for (; j < n; ++j) score_keys<1>(q, keys + j * stride_k, stride_k, D, rows, scores + j);
 
-  const float largest =
-      at::vec::reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, scores, n);  // NaN passes on
+  const float largest = largest_of(scores, n);  // NaN passes on
   Vec sum(0.0f);
   for_each_vector(n, [&](int64_t i, int64_t count) {
     const Vec p = (Vec::loadu(scores + i, count) - Vec(largest)).exp();
     p.store(scores + i, count);
-    sum = sum + (count == Vec::size() ? p : Vec::set(Vec(0.0f), p, count));
+    sum = sum + (count == kVec ? p : Vec::set(Vec(0.0f), p, count));
   });
   const float scale = 1.0f / sum_lanes(sum);
 
   int64_t d = 0;
-  for (; d + kValueVectors * Vec::size() <= D; d += kValueVectors * Vec::size()) {
-    weigh_values<kValueVectors>(scores, values + d, stride_v, n, Vec::size(), scale, out + d);
+  for (; d + kValueVectors * kVec <= D; d += kValueVectors * kVec) {
+    weigh_values<kValueVectors>(scores, values + d, stride_v, n, kVec, scale, out + d);
   }
-  for (; d < D; d += Vec::size()) {
-    weigh_values<1>(scores, values + d, stride_v, n, std::min<int64_t>(Vec::size(), D - d), scale, out + d);
+  for (; d < D; d += kVec) {
+    weigh_values<1>(scores, values + d, stride_v, n, std::min(kVec, D - d), scale, out + d);
   }
 }
 

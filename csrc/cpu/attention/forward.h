@@ -1,14 +1,14 @@
 // The forward pass of attention: one panel of queries at a time, against the blocks of keys that serve it.
 #pragma once
 
-#include "attention_keys.h"
+#include "cpu/attention/keys.h"
 
 namespace gpt_fast {
 namespace {
 
 template <typename scalar_t>
 class Forward {
-  using Mac = typename MacOf<scalar_t>::type;
+  using Words = WordsOf<scalar_t>;
 
  public:
   Forward(const Options& options, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
@@ -18,8 +18,8 @@ class Forward {
         out_(out),
         lse_(lse.mutable_data_ptr<float>()),
         Dp_(options.padded_D()),
-        words_(Dp_ / Mac::kPair),
-        sums_(round_up(options.D, Mac::kPair) / Mac::kPair),
+        words_(Dp_ / Words::kPair),
+        sums_(round_up(options.D, Words::kPair) / Words::kPair),
         keys_(options, k, v, false, longest),
         q_rows_(kPanel * Dp_),
         q_panel_(words_ * kPanel),
@@ -38,7 +38,7 @@ class Forward {
     const Panel panel(options_, segment, i0);
     for (int64_t lane = 0; lane < kPanel; ++lane) {
       const int64_t i = segment.first + i0 + std::min(lane, panel.count - 1);
-      pack_row<Mac>(q_.row(segment.batch, segment.head, i), q_.stride_d, options_.D, Dp_, q_rows_ + lane * words_);
+      pack_row<Words>(q_.row(segment.batch, segment.head, i), q_.stride_d, options_.D, Dp_, q_rows_ + lane * words_);
     }
     transpose(q_rows_, words_, kPanel, words_, q_panel_, kPanel);
     const int64_t next = std::min(i0 + kPanel, segment.T), last = std::min(i0 + 2 * kPanel, segment.T);
@@ -47,7 +47,7 @@ class Forward {
     sum_[0] = sum_[1] = Vec(0.0f);
     bool started = false;
     for (int64_t j0 = panel.begin / kKeys * kKeys; j0 < panel.end; j0 += kKeys) {
-      const Block block = block_of(options_, segment, panel, j0, limits_);
+      const KeyBlock block = block_of(options_, segment, panel, j0, limits_);
       if (block.empty()) continue;
       keys_.pack(j0);
       Vec top[2] = {top_[0], top_[1]};
@@ -63,7 +63,7 @@ class Forward {
       } else {
         weights<false>(block);
       }
-      add_keys<Mac>(out_panel_, keys_.v_words + j0 * words_, scores_, Dp_, block, started);
+      add_keys<Words>(out_panel_, keys_.v_words + j0 * words_, scores_, Dp_, block, started);
       started = true;
     }
     if (!started) std::fill(out_panel_ + 0, out_panel_ + Dp_ * kPanel, 0.0f);
@@ -72,14 +72,14 @@ class Forward {
 
   // t of the block, and `top`, the largest so far.
   template <bool MASKED>
-  void scores(const Block& block, int64_t j0, Vec (&top)[2]) {
+  void scores(const KeyBlock& block, int64_t j0, Vec (&top)[2]) {
     const Vec scale(options_.scale * kLog2E);
-    for (int64_t r0 = block.begin; r0 < block.end; r0 += kRows) {
-      Vec tile[kRows][2];
+    for (int64_t r0 = block.begin; r0 < block.end; r0 += kTileRows) {
+      Vec tile[kTileRows][2];
       set_zero(tile);
-      multiply<Mac, 2, false>(tile, keys_.k_rows + (j0 + r0) * words_, words_, q_panel_, kPanel, sums_);
+      multiply<Words, 2, false>(tile, keys_.k_rows + (j0 + r0) * words_, words_, q_panel_, kPanel, sums_);
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) {
           const int64_t at = (r0 + r) * kPanel + v * kVec;
@@ -115,7 +115,7 @@ class Forward {
 
   // Turns t into the weights 2^(t - top) the output is made of, in the product's operand layout.
   template <bool DROPOUT>
-  void weights(const Block& block) {
+  void weights(const KeyBlock& block) {
     for (int v = 0; v < 2; ++v) {
       Vec sum(0.0f);
       const auto weight = [&](int64_t r) {
@@ -125,11 +125,11 @@ class Forward {
         if constexpr (DROPOUT) p = p * Vec::loadu(factors_ + at);
         return p;
       };
-      for (int64_t r = block.begin; r < block.end; r += Mac::kPair) {
+      for (int64_t r = block.begin; r < block.end; r += Words::kPair) {
         const Vec first = weight(r);
-        float* target = scores_ + r / Mac::kPair * kPanel + v * kVec;
-        if constexpr (Mac::kPair == 2) {
-#if GPT_FAST_BF16_DOTS
+        float* target = scores_ + r / Words::kPair * kPanel + v * kVec;
+        if constexpr (Words::kPair == 2) {
+#if GPT_FAST_BF16_WORDS
           // Row r / 2 is overwritten; rows from r on are still to be read.
           Vec(pair_vectors(first, weight(r + 1))).store(target);
 #endif

@@ -6,20 +6,15 @@
 // element is summed in the same order however the work is divided: results do not depend on the number of threads. No
 // ATen product is involved that autocast could interfere with.
 //
-// A packed element is 32 bits wide: a float, or, with the instructions for it, two bfloat16 neighbours along k.
+// A packed element is a word (words.h): a float, or, with the instructions for it, two bfloat16 neighbours along k.
 #pragma once
-
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 #include <cstring>
 
-#include "common.h"
+#include "cpu/core/words.h"
 
 namespace gpt_fast {
 
-constexpr int64_t kVec = Vec::size();
 constexpr int64_t kRows = kVec == 16 ? 14 : 6;  // of a panel of A; times two columns, what the registers hold
 constexpr int64_t kColumns = 2 * kVec;          // of a panel of B
 constexpr int64_t kBlock = 64;                  // columns a task computes at a time, whole panels
@@ -27,46 +22,11 @@ constexpr int64_t kDepthBlock = 768;            // packed elements along k for w
 constexpr int64_t kChain = 256;                 // packed elements along k that one register sums up
 static_assert(kBlock % kColumns == 0 && kDepthBlock % kChain == 0);
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// How elements are packed: one float, or two bfloat16 (kPair = 2) in the bits of a float.
-struct Floats {
-  static constexpr int64_t kPair = 1;
-  static Vec multiply_add(Vec a, Vec b, Vec sum) { return at::vec::fmadd(a, b, sum); }
-};
-
-#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
-struct BFloat16Pairs {
-  static constexpr int64_t kPair = 2;
-  static Vec multiply_add(Vec a, Vec b, Vec sum) {
-    return _mm512_dpbf16_ps(sum, (__m512bh) static_cast<__m512>(a), (__m512bh) static_cast<__m512>(b));
-  }
-};
-template <typename scalar_t>
-using Format = std::conditional_t<std::is_same_v<scalar_t, at::BFloat16>, BFloat16Pairs, Floats>;
-#else
-template <typename scalar_t>
-using Format = Floats;
-#endif
-
 // Packed elements along k.
 template <typename scalar_t>
 inline int64_t depth(int64_t K) {
-  return ceil_div(K, Format<scalar_t>::kPair);
+  return ceil_div(K, WordsOf<scalar_t>::kPair);
 }
-
-// Memory for floats, 64-byte aligned.
-class Buffer {
- public:
-  explicit Buffer(int64_t size)
-      : memory_(at::empty({size}, at::TensorOptions().dtype(at::kFloat))), data_(memory_.mutable_data_ptr<float>()) {}
-  float* data() const { return data_; }
-
- private:
-  at::Tensor memory_;
-  float* data_;
-};
 
 // A matrix as one of the two operands of a product: element (n, k) is data[n * stride_n + k * stride_k].
 template <typename scalar_t>
@@ -111,7 +71,7 @@ inline void round_row(const float* values, scalar_t* out, int64_t n) {
 // One packed element per column of a tile, the k of `depth` columns side by side: kVec rows into kVec lanes.
 template <typename scalar_t>
 inline void stage_row(const scalar_t* row, int64_t count, float* stage) {
-  if constexpr (Format<scalar_t>::kPair == 2) {
+  if constexpr (WordsOf<scalar_t>::kPair == 2) {
     if (count == 2 * kVec) {
       std::memcpy(stage, row, 2 * kVec * sizeof(scalar_t));
       return;
@@ -127,7 +87,7 @@ inline void stage_row(const scalar_t* row, int64_t count, float* stage) {
 // Packs N rows of K elements into panels of WIDTH, `panel_stride` floats apart; what is past N or K becomes zero.
 template <int64_t WIDTH, typename scalar_t>
 void pack(const Operand<scalar_t>& x, int64_t N, int64_t K, float* packed, int64_t panel_stride) {
-  constexpr int64_t PAIR = Format<scalar_t>::kPair;
+  constexpr int64_t PAIR = WordsOf<scalar_t>::kPair;
   const int64_t D = depth<scalar_t>(K), padded = round_up(N, WIDTH);
   if (x.stride_k == 1 && K > 1) {
     constexpr int64_t TILE = std::min(kVec, WIDTH);  // rows of a transposed tile, of kVec at most
@@ -243,7 +203,7 @@ class PackedRows {
 };
 
 // c (+)= a b, ROWS by kColumns.
-template <class FORMAT, int64_t ROWS>
+template <class Words, int64_t ROWS>
 inline void micro_kernel(int64_t D, const float* a, const float* b, float* c, int64_t stride_c, bool accumulate,
                          const float* next) {
   Vec sums[ROWS][2];
@@ -255,8 +215,8 @@ inline void micro_kernel(int64_t D, const float* a, const float* b, float* c, in
 #pragma GCC unroll 16
     for (int64_t i = 0; i < ROWS; ++i) {
       const Vec ai(a[i]);
-      sums[i][0] = FORMAT::multiply_add(ai, b0, sums[i][0]);
-      sums[i][1] = FORMAT::multiply_add(ai, b1, sums[i][1]);
+      sums[i][0] = Words::multiply_add(ai, b0, sums[i][0]);
+      sums[i][1] = Words::multiply_add(ai, b1, sums[i][1]);
     }
   }
   if (accumulate) {
@@ -273,18 +233,18 @@ inline void micro_kernel(int64_t D, const float* a, const float* b, float* c, in
   }
 }
 
-template <class FORMAT, int64_t ROWS = kRows>
+template <class Words, int64_t ROWS = kRows>
 inline void micro_kernel_rows(int64_t rows, int64_t D, const float* a, const float* b, float* c, int64_t stride_c,
                               bool accumulate, const float* next) {
   if (rows >= ROWS) {
-    micro_kernel<FORMAT, ROWS>(D, a, b, c, stride_c, accumulate, next);
+    micro_kernel<Words, ROWS>(D, a, b, c, stride_c, accumulate, next);
   } else if constexpr (ROWS > 1) {
-    micro_kernel_rows<FORMAT, ROWS - 1>(rows, D, a, b, c, stride_c, accumulate, next);
+    micro_kernel_rows<Words, ROWS - 1>(rows, D, a, b, c, stride_c, accumulate, next);
   }
 }
 
 // C [M, panels * kColumns] (+)= A B over D packed elements.
-template <class FORMAT>
+template <class Words>
 void multiply(int64_t M, int64_t panels, int64_t D, const float* a, int64_t stride_a, const float* b, int64_t stride_b,
               float* c, int64_t stride_c, bool accumulate) {
   for (int64_t d = 0; d < D; d += kChain) {
@@ -293,9 +253,9 @@ void multiply(int64_t M, int64_t panels, int64_t D, const float* a, int64_t stri
       // The next panel comes from afar, further than the processor's own prefetching reaches.
       const float* a_panel = a + i / kRows * stride_a + d * kRows;
       for (int64_t panel = 0; panel < panels; ++panel) {
-        micro_kernel_rows<FORMAT>(M - i, count, a_panel, b + panel * stride_b + d * kColumns,
-                                  c + i * stride_c + panel * kColumns, stride_c, accumulate || d > 0,
-                                  panel == 0 ? a_panel + stride_a : a_panel);
+        micro_kernel_rows<Words>(M - i, count, a_panel, b + panel * stride_b + d * kColumns,
+                                 c + i * stride_c + panel * kColumns, stride_c, accumulate || d > 0,
+                                 panel == 0 ? a_panel + stride_a : a_panel);
       }
     }
   }
@@ -310,14 +270,14 @@ class BlockProduct {
   template <typename scalar_t>
   void operator()(const PackedRows<scalar_t>& a, int64_t first, int64_t last, const Operand<scalar_t>& b, int64_t N,
                   int64_t K, float* c) const {
-    constexpr int64_t PAIR = Format<scalar_t>::kPair;
+    constexpr int64_t PAIR = WordsOf<scalar_t>::kPair;
     const int64_t panels = ceil_div(N, kColumns), D = depth<scalar_t>(K);
     for (int64_t d = 0; d < D; d += kDepthBlock) {
       const int64_t count = std::min(kDepthBlock, D - d), stride_b = count * kColumns;
       pack<kColumns>(Operand<scalar_t>{b.data + d * PAIR * b.stride_k, b.stride_n, b.stride_k}, N,
                      std::min(count * PAIR, K - d * PAIR), b_.data(), stride_b);
-      multiply<Format<scalar_t>>(last - first, panels, count, a.data() + first / kRows * a.stride + d * kRows, a.stride,
-                                 b_.data(), stride_b, c, kBlock, d > 0);
+      multiply<WordsOf<scalar_t>>(last - first, panels, count, a.data() + first / kRows * a.stride + d * kRows,
+                                  a.stride, b_.data(), stride_b, c, kBlock, d > 0);
     }
     if (K == 0) std::fill(c, c + (last - first) * kBlock, 0.0f);
     if (panels * kColumns < kBlock) {
@@ -373,9 +333,9 @@ inline void add_to_column_sums(const float* row, float* sums) {
 
 // A block of kBlock columns rounded to the model's dtype, row by row.
 template <typename scalar_t>
-class Block {
+class RoundedBlock {
  public:
-  explicit Block(int64_t rows) : memory_(rows * kBlock) {}
+  explicit RoundedBlock(int64_t rows) : memory_(rows * kBlock) {}
   scalar_t* row(int64_t i) const { return reinterpret_cast<scalar_t*>(memory_.data()) + i * kBlock; }
 
  private:
@@ -386,20 +346,12 @@ class Block {
 inline at::Tensor padded_parameter(const std::optional<at::Tensor>& parameter, int64_t n, float fill = 0.0f) {
   at::Tensor padded = at::full({round_up(n, kBlock)}, fill, at::TensorOptions().dtype(at::kFloat));
   if (parameter.has_value()) {
-    element_of(parameter->scalar_type());
+    readable(parameter->scalar_type());
     padded.narrow(0, 0, n).copy_(*parameter);
   } else {
     padded.narrow(0, 0, n).zero_();
   }
   return padded;
-}
-
-// [M, N] of a tensor [..., N], N possibly 0, with neighbouring columns side by side.
-inline at::Tensor as_matrix(const at::Tensor& x) {
-  int64_t M = 1;
-  for (int64_t dim = 0; dim + 1 < x.dim(); ++dim) M *= x.size(dim);
-  const at::Tensor rows = x.reshape({M, x.size(-1)});
-  return rows.size(1) <= 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
 }
 
 // How many pieces of rows to divide M into so that `column_blocks` blocks keep all threads busy: pieces repeat the

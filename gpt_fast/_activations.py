@@ -1,0 +1,63 @@
+"""The activations of an MLP: one table, from which every other part of the Python code takes what it needs.
+
+To add one, add its row here, its formula to csrc/cpu/core/activations.h and to `_activate` in kernels/mlp.py.
+`tests/ops/test_activations.py` then asks every part for it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Activation(NamedTuple):
+    """One activation: its definition, PyTorch's module for it, and its names in transformers.
+
+    `function` is the definition; `aliases` are other functions of PyTorch that compute the same. The module is
+    `module(**options)`. Of `gpt2` and `gpt1`, the names in the configurations of transformers, the first is the one
+    that `to_hf` writes. `cublaslt` is True if cuBLASLt has an epilogue for it.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    module: type[nn.Module]
+    options: dict[str, Any]
+    aliases: tuple[Callable[..., Any], ...] = ()
+    gpt2: tuple[str, ...] = ()
+    gpt1: tuple[str, ...] = ()
+    cublaslt: bool = False
+
+    def make_module(self) -> nn.Module:
+        return self.module(**self.options)
+
+    def is_computed_by(self, function: Any) -> bool:
+        """Return True if `function` is PyTorch's function for this activation, or its module with these options."""
+        if isinstance(function, nn.Module):
+            if not isinstance(function, self.module):
+                return False
+            return all(getattr(function, name) == value for name, value in self.options.items())
+        return function is self.function or function in self.aliases
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": Activation(F.relu, nn.ReLU, {}, aliases=(torch.relu,), gpt2=("relu",), gpt1=("relu",), cublaslt=True),
+    "gelu": Activation(F.gelu, nn.GELU, {"approximate": "none"}, gpt2=("gelu",)),
+    "gelu_tanh": Activation(
+        functools.partial(F.gelu, approximate="tanh"),
+        nn.GELU,
+        {"approximate": "tanh"},
+        gpt2=("gelu_new", "gelu_pytorch_tanh"),
+        gpt1=("gelu",),  # the tanh form, although transformers calls it gelu
+        cublaslt=True,
+    ),
+}
+
+
+def find(user: str, name: str) -> Activation:
+    """Return the activation of that name; raise ValueError, in the name of `user`, for an unknown one."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{user}: activation is {name!r}; expected one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
