@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -45,11 +44,8 @@ def say(message: str) -> None:
     err.print(Text(message), soft_wrap=True)
 
 
-def print_error(error: ValueError | OSError) -> None:
-    """One red line on stderr, however long."""
-    message = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+def print_error(message: str) -> None:
+    """Print one red line on stderr, however long."""
     err.print(Text(f"gpt-fast: {' '.join(message.split())}", style="red"), soft_wrap=True)
 
 
@@ -107,6 +103,8 @@ def _per(measured: dict[str, Any]) -> str:
 @contextmanager
 def training_bar(label: str) -> Iterator[Callable[[loop.Progress], None]]:
     """A progress bar on stderr, with the loss, tokens per second and the time left; validations are lines above it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (
         TextColumn(label),
         BarColumn(),
@@ -133,6 +131,8 @@ def training_bar(label: str) -> Iterator[Callable[[loop.Progress], None]]:
 @contextmanager
 def counting_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr that counts."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task(label, total=None)

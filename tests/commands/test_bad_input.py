@@ -302,11 +302,19 @@ def test_a_stray_argument(cli, tmp_path):
     refuse(cli("pretrain", "--out", tmp_path / "run", "text.txt"), "unexpected argument text.txt", "--data")
 
 
-def test_unknown_options_and_commands(cli):
-    for command in (["pretrain", "--out", "x", "--layer", "2"], ["pretend"], ["finetune", "--out", "x"], ["--nope"]):
-        result = cli(*command)
-        assert result.code == 2
-        assert "Traceback" not in result.err
+@pytest.mark.parametrize(
+    ("command", "messages"),
+    [
+        ("pretrain --out x --layer 2", ["No such option: --layer", "--layers"]),
+        ("pretrain --out x --steps many", ["'--steps'", "valid integer"]),
+        ("pretend", ["No such command 'pretend'. Did you mean 'pretrain'?"]),
+        ("finetune --out x", ["--from"]),
+        ("--nope", ["No such option: --nope"]),
+    ],
+)
+def test_unknown_options_and_commands(cli, command, messages):
+    """One line that names the nearest option or command."""
+    refuse(cli(*command.split()), *messages)
 
 
 def test_traceback_on_request(cli, tmp_path):

@@ -233,14 +233,11 @@ def test_every_block_runs_in_a_test(page):
 
 def command_options() -> dict[str, set[str]]:
     """The options of every `gpt-fast` command."""
-    import typer
+    from gpt_fast_cli.app import NAMES, load_command
 
-    from gpt_fast_cli.app import app
-
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     return {
-        name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-        for name, command in commands.items()
+        name: {option for param in load_command(name).params for option in (*param.opts, *param.secondary_opts)}
+        for name in NAMES
     }
 
 
