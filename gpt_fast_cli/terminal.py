@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -66,11 +67,21 @@ def print_json(result: dict[str, Any]) -> None:
 
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:
-    """Names and values on stdout."""
-    width = max(len(name) for name, _ in rows)
-    typer.secho(title, bold=True)
+    """Print names and values on stdout. A terminal folds long values inside their column; a file or pipe gets each on
+    one line, without colours and without spaces behind it."""
+    from rich.measure import Measurement
+    from rich.table import Column, Table
+
+    table = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
     for name, value in rows:
-        typer.echo(f"  {name:<{width}}  {value}")
+        table.add_row(Text(f"  {name}"), Text(value))
+    out = Console(highlight=False)
+    if not out.is_terminal:
+        out.width = 2 + Measurement.get(out, out.options.update_width(sys.maxsize), table).maximum
+    with out.capture() as printed:
+        out.print(Text(title, style="bold"), soft_wrap=True)
+        out.print(table)
+    print("\n".join(line.rstrip() for line in printed.get().splitlines()), flush=True)
 
 
 def metric_rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
