@@ -26,7 +26,7 @@ def main() -> None:
 def _require_packages() -> None:
     from importlib.util import find_spec
 
-    missing = [name for name in ("typer", "rich") if find_spec(name) is None]
+    missing = [name for name in ("typer", "rich", "pydantic") if find_spec(name) is None]
     if missing:
         print(f"gpt-fast: {' and '.join(missing)} not installed; pip install gpt-fast[train]", file=sys.stderr)
         sys.exit(2)

@@ -97,7 +97,7 @@ def run() -> None:
     try:
         sys.exit(app(standalone_mode=False))  # the code of `typer.Exit`, or None
     except typer.TyperException as error:
-        print_error(error.format_message())
+        print_error(error.format_message().replace("Value error, ", ""))  # pydantic's, which means nothing to users
         sys.exit(error.exit_code)
     except (ValueError, OSError) as error:
         if "--traceback" in sys.argv:

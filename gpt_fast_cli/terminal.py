@@ -32,13 +32,10 @@ def require_train_extra() -> None:
 
 
 def resolve_device(name: str) -> str:
-    import torch
+    """Return `cpu` or `cuda` for --device."""
+    from gpt_fast.training.engine.distributed import resolve_device as resolve
 
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device {name}: wanted auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this PyTorch sees no CUDA device; gpt-fast doctor tells more")
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return resolve(name)
 
 
 def say(message: str) -> None:
