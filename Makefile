@@ -98,7 +98,7 @@ mutants: install  ## plant faults in the kernels; the tests must catch every one
 .PHONY: sanitize
 sanitize: install  ## the op tests on a C++ extension built with the address and undefined-behaviour sanitizers
 	@mkdir -p build/sanitize
-	cp -R csrc gpt_fast gpt_fast_cli kernels tests setup.py pyproject.toml README.md LICENSE build/sanitize
+	cp -R csrc gpt_fast gpt_fast_cli gpt_fast_settings kernels tests setup.py pyproject.toml README.md LICENSE build/sanitize
 	rm -f build/sanitize/gpt_fast/_C*
 	cd build/sanitize && GPT_FAST_SANITIZE=1 $(abspath $(PY)) setup.py build_ext --inplace > build.log 2>&1
 	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \

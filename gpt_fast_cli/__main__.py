@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from importlib.util import find_spec
+from types import FrameType
+
+INTERRUPTED = 130  # the exit code that shells give for Ctrl-C
 
 
 def main() -> None:
-    """Run the command line, or name the packages that it needs and are not installed."""
-    missing = [name for name in ("typer", "rich") if find_spec(name) is None]
+    """Run the command line, or name the packages that it needs and that are not installed."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the caller ignores Ctrl-C
+        signal.signal(signal.SIGINT, _interrupt)
+    try:
+        _require_packages()
+        from .app import run
+
+        run()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def _require_packages() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("typer", "rich", "pydantic") if find_spec(name) is None]
     if missing:
         print(f"gpt-fast: {' and '.join(missing)} not installed; pip install gpt-fast[train]", file=sys.stderr)
         sys.exit(2)
-    from .app import run
 
-    run()
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """End the process if it is importing a module, else raise `KeyboardInterrupt`.
+
+    Inside an import the exception may not arrive: C code that initialises a module turns it into an ImportError, and
+    callbacks of the import system print and drop it. An import has nothing to clean up.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -1,43 +1,73 @@
-"""The commands of `gpt-fast`. Each imports torch and `gpt_fast` when it runs, so that `--help` answers at once."""
+"""The commands of `gpt-fast`. The file of a command is imported when that command is needed, and imports torch and
+`gpt_fast` when the command runs: `gpt-fast --help`, `--version` and completion answer at once."""
 
 from __future__ import annotations
 
+import ast
 import sys
 import warnings
+from importlib import import_module
 from io import TextIOWrapper
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from . import bench, compare, convert, doctor, evaluate, finetune, generate, plot, predict, prepare, pretrain
 from .terminal import print_error, say, show_warning
+
+NAMES = (
+    "doctor", "prepare", "pretrain", "finetune", "evaluate", "predict", "plot", "generate", "compare", "bench",
+    "convert",
+)  # fmt: skip
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+
+
+class Commands(TyperGroup):
+    """Group that knows its commands by name and docstring, and imports the one that runs, shows its help or is
+    completed."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.commands = {name: TyperCommand(name, help=_docstring(name)) for name in NAMES}
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command and load_command(str(name)), rest
+
+
+def load_command(name: str) -> Any:
+    """Import the file of a command and return the command with its options."""
+    module = import_module(f".{name}", __package__)
+    single = typer.Typer(
+        rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False, context_settings=HELP_OPTIONS
+    )
+    single.command(name, **getattr(module, "PASSES_ON", {}))(getattr(module, name))
+    return typer.main.get_command(single)
+
+
+def _docstring(name: str) -> str | None:
+    """Read the docstring of a command's function without importing its file."""
+    tree = ast.parse(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
+    (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return ast.get_docstring(function)
+
 
 app = typer.Typer(
     name="gpt-fast",
+    cls=Commands,
     help="Pre-train, fine-tune, evaluate and run GPT-1 and GPT-2 class models, on a GPU or a CPU.",
     epilog="A first round: gpt-fast pretrain --out runs/lm, then gpt-fast finetune --from runs/lm --out runs/task, "
     "then gpt-fast generate --from runs/lm --prompt 'def '. Neither needs data of yours.",
     rich_markup_mode="rich",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP_OPTIONS,
 )
-app.command("doctor")(doctor.doctor)
-app.command("prepare")(prepare.prepare)
-app.command("pretrain")(pretrain.pretrain)
-app.command("finetune")(finetune.finetune)
-app.command("evaluate")(evaluate.evaluate)
-app.command("predict")(predict.predict)
-app.command("plot")(plot.plot)
-app.command("generate")(generate.generate)
-app.command("compare")(compare.compare)
-app.command("bench", **bench.PASSES_ON)(bench.bench)
-app.command("convert")(convert.convert)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         typer.echo(f"gpt-fast {version('gpt-fast')}")
@@ -55,21 +85,24 @@ def options(
 
 
 def run() -> None:
-    """Run the command line.
+    """Run the command line and exit.
 
-    A `ValueError` or `OSError`, which a user can cause, becomes one line and exit code 2. A signal that stopped a
-    training becomes the exit code that shells give it (130 for Ctrl-C, 143 for SIGTERM). Any other exception is a fault
-    of this program and keeps its traceback.
+    A wrong command line, and a `ValueError` or `OSError`, which a user can cause, become one line and exit code 2. A
+    signal that stopped a training becomes the exit code that shells give it (130 for Ctrl-C, 143 for SIGTERM). Any
+    other exception is a fault of this program and keeps its traceback.
     """
     warnings.showwarning = show_warning
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: no label is an error because it is printed
     try:
-        app()
+        sys.exit(app(standalone_mode=False))  # the code of `typer.Exit`, or None
+    except typer.TyperException as error:
+        print_error(error.format_message().replace("Value error, ", ""))  # pydantic's, which means nothing to users
+        sys.exit(error.exit_code)
     except (ValueError, OSError) as error:
         if "--traceback" in sys.argv:
             raise
-        print_error(error)
+        print_error(_message(error))
         sys.exit(2)
     except BaseException as error:
         code = _signal_code(error)
@@ -77,6 +110,13 @@ def run() -> None:
             raise
         say(f"gpt-fast: {error.saved or f'stopped by {error}, nothing is left of it'}")  # type: ignore[attr-defined]
         sys.exit(code)
+
+
+def _message(error: ValueError | OSError) -> str:
+    """Return an error's text; for an `OSError` without Python's `[Errno 2]` and quotes."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
 
 
 def _signal_code(error: BaseException) -> int | None:

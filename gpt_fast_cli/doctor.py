@@ -16,6 +16,7 @@ PACKAGES = {
     "tokenizers": "train",
     "torchmetrics": "train",
     "matplotlib": "train",
+    "pydantic": "train",
     "typer": "train",
     "rich": "train",
     "PyYAML": "train",

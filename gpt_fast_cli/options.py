@@ -1,135 +1,142 @@
-"""The options that `pretrain` and `finetune` share, and their settings as a file."""
+"""Options from the declarations in `gpt_fast_settings`, and the run of a training with a bar, signals and a result."""
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
+from pydantic.fields import FieldInfo
 
-from .terminal import say, training_bar
+from gpt_fast_settings.base import extra, option_name
+from gpt_fast_settings.training import PANELS, RUN, TrainingSettings
+
+from .terminal import print_json, require_train_extra, say, training_bar
 
 if TYPE_CHECKING:
     from gpt_fast import interrupts
     from gpt_fast.training import loop
 
-_UNSET: tuple[Any, ...] = (None, [], ())
-
-
-def _load_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Puts a file's values where the command line's defaults are: whatever is given on the line itself wins."""
-    if path is None:
-        return None
-    from gpt_fast.training.runs.resume import read_settings
-
-    values = read_settings(path)
-    options = {
-        spelling.lstrip("-"): parameter
-        for parameter in context.command.params
-        for spelling in parameter.opts
-        if spelling.startswith("--")
-    }
-    defaults: dict[str, Any] = {}
-    for name, value in values.items():
-        parameter = options.get(name.replace("_", "-"))
-        if parameter is None:
-            known = ", ".join(sorted(options))
-            raise ValueError(f"--config {path}: {context.command.name} has no option {name!r}; it has {known}")
-        if value not in _UNSET:
-            defaults[str(parameter.name)] = value
-    context.default_map = {**(context.default_map or {}), **defaults}
-    return path
-
-
+S = TypeVar("S", bound=TrainingSettings)
 Config = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        callback=_load_config,
-        is_eager=True,
         help="YAML or JSON with values by the options' names; the command line wins. A run's settings.yaml is one.",
-        rich_help_panel="Run",
-    ),
-]
-Resume = Annotated[
-    bool,
-    typer.Option(
-        "--resume",
-        help="Go on from the last good checkpoint in --out; start where there is none, end where it is finished.",
-        rich_help_panel="Run",
-    ),
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.", rich_help_panel="Run")]
-CheckpointEvery = Annotated[int, typer.Option(help="Updates between checkpoints.", rich_help_panel="Run")]
-KeepCheckpoints = Annotated[int, typer.Option(help="How many checkpoints to keep.", rich_help_panel="Run")]
-LogEvery = Annotated[
-    int | None,
-    typer.Option(help="Updates between lines of metrics.jsonl; some fifty lines a run.", rich_help_panel="Run"),
-]
-TensorBoard = Annotated[
-    bool, typer.Option("--tensorboard", help="Write tensorboard/ into the run folder, too.", rich_help_panel="Run")
-]
-Accumulate = Annotated[
-    int, typer.Option(help="Parts that an update's batch is computed in, for less memory.", rich_help_panel="Training")
-]
-WeightDecay = Annotated[float, typer.Option(help="Of matrices; nothing else decays.", rich_help_panel="Training")]
-Beta1 = Annotated[float, typer.Option(help="Of AdamW: the first moment's memory.", rich_help_panel="Training")]
-Beta2 = Annotated[float, typer.Option(help="The second moment's.", rich_help_panel="Training")]
-Strategy = Annotated[
-    str | None,
-    typer.Option(
-        metavar="ddp|fsdp",
-        help="Under torchrun: every rank holds the whole model, or a share of it.",
-        rich_help_panel="Training",
-    ),
-]
-MaxGradNorm = Annotated[float, typer.Option(help="Gradients are clipped to this norm.", rich_help_panel="Training")]
-Precision = Annotated[
-    str,
-    typer.Option(
-        metavar="float32|bfloat16|float16",
-        help="The type that products are computed in, by autocast; float16 with a loss scale.",
-        rich_help_panel="Training",
-    ),
-]
-Compile = Annotated[bool, typer.Option("--compile", help="Run through torch.compile.", rich_help_panel="Training")]
-CheckpointActivations = Annotated[
-    bool,
-    typer.Option(
-        "--checkpoint-activations",
-        help="Compute each decoder again in backward instead of storing what is inside it.",
-        rich_help_panel="Training",
-    ),
-]
-MaxSkips = Annotated[
-    int,
-    typer.Option(
-        help="Updates in a row whose loss or gradient may be infinite or NaN; they are skipped.",
-        rich_help_panel="Training",
+        rich_help_panel=RUN,
     ),
 ]
 
 
-def settings_from(cls: type, given: dict[str, Any], **changed: Any) -> Any:
-    """A settings object from a command's arguments by their names."""
-    names = inspect.signature(cls).parameters
-    return cls(**{name: value for name, value in (given | changed).items() if name in names})
+def from_settings(cls: type[S]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command's function, whose first parameter takes settings of class `cls`: the command gets an option
+    for each setting, and --config. What the user gives on the command line or in the file counts as given."""
+
+    def decorate(body: Callable[..., None]) -> Callable[..., None]:
+        def command(context: typer.Context, config: Path | None, **values: Any) -> None:
+            require_train_extra()
+            options = {name: values.pop(name) for name in cls.model_fields}
+            given = {name: value for name, value in options.items() if _is_given(context, name)}
+            body(cls.read(config, given), **values)
+
+        _, *own = Signature.from_callable(body).parameters.values()
+        hints = get_type_hints(body, include_extras=True)
+        parameters = [
+            Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context),
+            *_parameters(cls),
+            Parameter("config", Parameter.KEYWORD_ONLY, default=None, annotation=Config),
+            *(param.replace(kind=Parameter.KEYWORD_ONLY, annotation=hints[param.name]) for param in own),
+        ]
+        # typer reads the parameters from these two.
+        command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {param.name: param.annotation for param in parameters}
+        command.__doc__ = body.__doc__
+        return command
+
+    return decorate
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _parameters(cls: type[TrainingSettings]) -> list[Parameter]:
+    """Return a parameter for each setting, panel by panel; in each those of `cls` come before those that it shares."""
+    own = cls.__annotations__
+    fields = sorted(
+        cls.model_fields.items(), key=lambda item: (PANELS.index(extra(item[1], "panel")), item[0] not in own)
+    )
+    return [
+        Parameter(
+            name,
+            Parameter.KEYWORD_ONLY,
+            default=None if field.is_required() or field.default == () else field.default,
+            annotation=_annotation(name, field),
+        )
+        for name, field in fields
+    ]
+
+
+def _annotation(name: str, field: FieldInfo) -> Any:
+    """Return a setting's type as typer reads it, with its option. A required setting is optional here, for a file may
+    have it; pydantic checks that it is there."""
+    kind, spelling, text = _without_none(field.annotation), f"--{option_name(name)}", field.description
+    if get_origin(kind) is tuple:
+        kind = list[get_args(kind)[0]]  # type: ignore[misc]
+    if kind is bool and extra(field, "resume") == "free":
+        spelling += f"/--no-{option_name(name)}"  # a resumed run may switch it off
+    if field.is_required():
+        text = f"{text} [red]\\[required][/red]"
+    return Annotated[
+        kind if kind is bool else kind | None,
+        typer.Option(
+            spelling,
+            help=text,
+            metavar=extra(field, "metavar"),
+            rich_help_panel=extra(field, "panel"),
+            show_default=kind is not bool,
+        ),
+    ]
+
+
+def _without_none(annotation: Any) -> Any:
+    """Return T for `T | None` and for `Annotated[T, …]`."""
+    if isinstance(annotation, UnionType) or NoneType in get_args(annotation):
+        (annotation,) = (kind for kind in get_args(annotation) if kind is not NoneType)
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def train(
+    label: str, program: Callable[..., dict[str, Any]], settings: TrainingSettings, as_json: bool
+) -> dict[str, Any] | None:
+    """Run a training. Return its record if the caller is to show it: not as JSON, and on the first rank."""
+    with training_session(label) as session:
+        record = program(settings, *session)
+    if follows():
+        return None
+    if as_json:
+        print_json({"out": str(settings.out), **record})
+        return None
+    return record
 
 
 @contextmanager
 def training_session(
     label: str,
 ) -> Iterator[tuple[Callable[[loop.Progress], None], Callable[[str], None], interrupts.Stop]]:
-    """What training needs of the terminal: a bar, a voice, and the signals that stop it."""
+    """Yield what training needs of the terminal: a bar, a way to print lines, and the signals that stop it."""
     from gpt_fast.interrupts import caught
+    from gpt_fast.training.program import ignore
 
     if follows():
         with caught() as stop:
-            yield _nothing, _nothing, stop
+            yield ignore, ignore, stop
         return
     with caught() as stop, training_bar(label) as show:
         yield show, say, stop
@@ -143,7 +150,3 @@ def run_folder(out: Path) -> str:
 def follows() -> bool:
     """Is this a rank other than the first, which prints nothing but errors?"""
     return int(os.environ.get("RANK", "0")) > 0
-
-
-def _nothing(_: object) -> None:
-    """Stands for a display."""

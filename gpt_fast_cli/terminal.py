@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -32,24 +32,18 @@ def require_train_extra() -> None:
 
 
 def resolve_device(name: str) -> str:
-    import torch
+    """Return `cpu` or `cuda` for --device."""
+    from gpt_fast.training.engine.distributed import resolve_device as resolve
 
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device {name}: wanted auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this PyTorch sees no CUDA device; gpt-fast doctor tells more")
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return resolve(name)
 
 
 def say(message: str) -> None:
     err.print(Text(message), soft_wrap=True)
 
 
-def print_error(error: ValueError | OSError) -> None:
-    """One red line on stderr, however long."""
-    message = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+def print_error(message: str) -> None:
+    """Print one red line on stderr, however long."""
     err.print(Text(f"gpt-fast: {' '.join(message.split())}", style="red"), soft_wrap=True)
 
 
@@ -70,11 +64,21 @@ def print_json(result: dict[str, Any]) -> None:
 
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:
-    """Names and values on stdout."""
-    width = max(len(name) for name, _ in rows)
-    typer.secho(title, bold=True)
+    """Print names and values on stdout. A terminal folds long values inside their column; a file or pipe gets each on
+    one line, without colours and without spaces behind it."""
+    from rich.measure import Measurement
+    from rich.table import Column, Table
+
+    table = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
     for name, value in rows:
-        typer.echo(f"  {name:<{width}}  {value}")
+        table.add_row(Text(f"  {name}"), Text(value))
+    out = Console(highlight=False)
+    if not out.is_terminal:
+        out.width = 2 + Measurement.get(out, out.options.update_width(sys.maxsize), table).maximum
+    with out.capture() as printed:
+        out.print(Text(title, style="bold"), soft_wrap=True)
+        out.print(table)
+    print("\n".join(line.rstrip() for line in printed.get().splitlines()), flush=True)
 
 
 def metric_rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
@@ -107,6 +111,8 @@ def _per(measured: dict[str, Any]) -> str:
 @contextmanager
 def training_bar(label: str) -> Iterator[Callable[[loop.Progress], None]]:
     """A progress bar on stderr, with the loss, tokens per second and the time left; validations are lines above it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (
         TextColumn(label),
         BarColumn(),
@@ -133,6 +139,8 @@ def training_bar(label: str) -> Iterator[Callable[[loop.Progress], None]]:
 @contextmanager
 def counting_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr that counts."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task(label, total=None)

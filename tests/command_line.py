@@ -17,6 +17,8 @@ SERVER = """
 import io, json, os, resource, socket, sys, tempfile, time, traceback
 from pathlib import Path
 import gpt_fast_cli.__main__, gpt_fast_cli.app
+for name in gpt_fast_cli.app.NAMES:
+    gpt_fast_cli.app.load_command(name)
 import gpt_fast.training.compare, gpt_fast.training.finetune, gpt_fast.training.pretrain
 
 def happened(watched):  # a path, with so many lines in it

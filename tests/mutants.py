@@ -153,7 +153,7 @@ class Copy:
 
     def __init__(self, folder: Path, compiler: Compiler | None) -> None:
         self.folder, self.compiler = folder, compiler
-        for name in ("csrc", "gpt_fast", "gpt_fast_cli", "kernels", "tests"):
+        for name in ("csrc", "gpt_fast", "gpt_fast_cli", "gpt_fast_settings", "kernels", "tests"):
             ignored = shutil.ignore_patterns("_C*", "__pycache__", ".*")
             shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
         shutil.copy(ROOT / "pyproject.toml", folder)

@@ -2,48 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import shutil
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
-from .._files import write_json
+from gpt_fast_settings.finetune import FinetuneSettings
+
 from ..data.batches import Batch
 from ..data.stream import mix
 from ..data.tables import Table
 from ..data.task_inputs import Example, task_batch
-from ..data.tokenizer import load_tokenizer, save_tokenizer
+from ..data.tokenizer import load_tokenizer
 from ..heads import GPTForCausalLM, Head
 from ..interrupts import Stop
 from ..model_folder import read_config
-from .engine import randomness
-from .engine.distributed import World, settings_of, world
 from .engine.optimizer import warmup_linear
-from .engine.update import Engine, EngineSettings
-from .loop import Loop, LoopSettings, Progress, intervals
 from .metrics import Metrics, confusion_matrix, predictions
 from .plots import plot_confusion, plot_task
-from .runs.folder import (
-    Run,
-    check_run,
-    is_finished,
-    new_run,
-    read_metrics,
-    read_record,
-    with_special_tokens,
-    write_extra,
-)
+from .program import Record, Say, Session, Show, train
+from .runs.folder import check_run, read_metrics, with_special_tokens
 from .runs.recipes import finetuning_lr
-from .runs.resume import SETTINGS, read_settings, take_up, write_settings
 from .tasks import (
     EVALUATION_BATCH,
     TaskSettings,
@@ -58,90 +43,15 @@ from .tasks import (
     written_metrics,
 )
 
-# What may differ when a run is taken up again; all else says what is trained.
-FREE = {
-    "out", "overwrite", "resume", "device", "strategy", "accumulate", "compile", "checkpoint_activations",
-    "tensorboard", "log_every", "checkpoint_every", "keep_checkpoints", "max_skips",
-}  # fmt: skip
-
-FEW_UPDATES = 50  # fewer are told
+FEW_UPDATES = 50  # with fewer, the user gets a remark
 
 
-@dataclass(frozen=True)
-class FinetuneSettings:
-    """The options of `gpt-fast finetune`. The defaults are the paper's; a rate that is None is, too, for models of the
-    published sizes, and a quarter of pre-training's for others. A column that is None is the task's own."""
-
-    source: Path  # --from
-    out: Path
-    train: Path | None = None
-    valid: Path | None = None
-    rows: int | None = None
-    text_column: str | None = None
-    pair_column: str | None = None
-    label_column: str | None = None
-    task: str = "classification"
-    numbers: bool = False
-    scratch: bool = False
-    epochs: int = 3
-    batch_size: int = 32
-    lr: float | None = None
-    lm_weight: float = 0.5
-    accumulate: int = 1
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.999
-    max_grad_norm: float = 1.0
-    precision: str = "float32"
-    compile: bool = False
-    checkpoint_activations: bool = False
-    seed: int = 0
-    log_every: int | None = None
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 3
-    max_skips: int = 10
-    tensorboard: bool = False
-    overwrite: bool = False
-    resume: bool = False
-    device: str = "cpu"
-    strategy: str | None = None
-
-
-def finetune(
-    settings: FinetuneSettings,
-    show: Callable[[Progress], None],
-    say: Callable[[str], None],
-    stop: Stop | None = None,
-) -> dict[str, Any]:
-    """Trains a task's head on `L_task + λ·L_lm`, or a causal model on answers, and writes a run folder with the weights
-    of the best validation; returns what goes into run.json."""
-    check(settings)
-    if settings.resume and is_finished(settings.out):
-        say(f"{settings.out}: finished, nothing is left to do")
-        return read_record(settings.out)
-    with world(settings.strategy, settings.device) as ranks:
-        if not ranks.first:
-            out = settings.out.resolve()
-            return _finetune(settings, Run(out, out), ranks, _nothing, _nothing, stop or Stop())
-        with new_run(settings.out, settings.overwrite, settings.resume) as run:
-            return _finetune(settings, run, ranks, show, say, stop or Stop())
-
-
-def check(settings: FinetuneSettings) -> None:
-    """What is wrong whatever the table says shall fail before it is read."""
-    task_of(settings)
-    for option, value in (
-        ("--epochs", settings.epochs),
-        ("--batch-size", settings.batch_size),
-        ("--accumulate", settings.accumulate),
-        ("--rows", settings.rows if settings.rows is not None else 1),
-    ):
-        if value < 1:
-            raise ValueError(f"{option} {value}: wanted at least 1")
-    if settings.lr is not None and not settings.lr >= 0:
-        raise ValueError(f"--lr {settings.lr}: wanted 0 or more")
-    EngineSettings.of(settings)
+def finetune(settings: FinetuneSettings, show: Show, say: Say, stop: Stop | None = None) -> Record:
+    """Train a task's head on `L_task + λ·L_lm`, or a causal model on answers, and write a run folder with the weights
+    of the best validation. Return what goes into run.json."""
+    task_of(settings)  # raises before any table is read
     check_run(settings.source)
+    return train(settings, _finetune, show, say, stop)
 
 
 def task_of(settings: FinetuneSettings) -> TaskSettings:
@@ -150,67 +60,41 @@ def task_of(settings: FinetuneSettings) -> TaskSettings:
     )
 
 
-def _finetune(
-    settings: FinetuneSettings,
-    run: Run,
-    ranks: World,
-    show: Callable[[Progress], None],
-    say: Callable[[str], None],
-    stop: Stop,
-) -> dict[str, Any]:
-    began = ranks.values(read_settings(run.folder / SETTINGS) if run.kept else {})  # it is gone on with
-    settings = take_up(run.folder, began, settings, FREE)
-    lr = settings.lr if settings.lr is not None else finetuning_lr(settings.source)
+def _finetune(session: Session[FinetuneSettings]) -> Record:
+    ranks, source = session.ranks, session.settings.source
+    lr = session.settings.lr if session.settings.lr is not None else finetuning_lr(source)
+    settings = session.settings.changed(lr=lr)
+    session = replace(session, settings=settings)
     task = task_of(settings)
     train, valid = read_tables(settings.train, settings.valid, task, settings.seed)
     names = label_names(train, task)
     if settings.rows is not None:
         train = some_rows(train, settings.rows, settings.seed)
-    torch.manual_seed(settings.seed)  # the new head's weights
-    tokenizer = load_tokenizer(settings.source)
-    pretrained_as, _ = read_config(settings.source)
+    tokenizer = load_tokenizer(source)
+    pretrained_as, _ = read_config(source)
     # A masked model has not learned to predict the next token, and λ would make it do that above all.
     lm_weight = 0.0 if task.writes or pretrained_as == "GPTForMaskedLM" else settings.lm_weight
     make = fresh if settings.scratch else pretrained
-    model = new_model(task, make, settings.source, lm_weight, names).to(ranks.device)
-    if ranks.rank:
-        randomness.seed(settings.seed, ranks.rank)
+    model = session.make_model(partial(new_model, task, make, source, lm_weight, names))
     rows, valid_rows = (examples(table, task, names, tokenizer, model.config) for table in (train, valid))
     steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
-    _tell(train, valid, rows, names, model.config.seq_len, steps, say)
+    _tell(train, valid, rows, names, model.config.seq_len, steps, session.say)
 
-    engine = Engine(model, lr, EngineSettings.of(settings), ranks)
-    if ranks.first and not run.kept:
-        write_settings(run.folder, dataclasses.replace(settings, lr=lr))
-        save_tokenizer(tokenizer, run.folder / "tokenizer.json")
-    source = RowSource(
-        rows, settings.batch_size, model.config.pad_token or 0, settings.seed, settings.accumulate, task.numbers,
-        ranks.rank, ranks.size,
-    )  # fmt: skip
-    loop = Loop(
-        engine,
-        source,
-        partial(validation, model, valid_rows, task, answer_bytes(valid)),
-        LoopSettings(
-            steps,
-            lr,
-            partial(warmup_linear, total=steps, warmup=max(1, round(0.002 * steps))),
-            **intervals(steps, validations=5, log_every=settings.log_every),
-            checkpoint_every=settings.checkpoint_every,
-            keep=settings.keep_checkpoints,
-            max_skips=settings.max_skips,
-            tensorboard=settings.tensorboard,
+    loop = session.make_loop(
+        model,
+        tokenizer,
+        RowSource(
+            rows, settings.batch_size, model.config.pad_token or 0, settings.seed, settings.accumulate, task.numbers,
+            ranks.rank, ranks.size,
         ),
-        run,
-        show,
-        say,
-        stop,
-        better=partial(better, task),
-        seed=settings.seed,
+        partial(validation, model, valid_rows, task, answer_bytes(valid)),
+        lr=lr,
+        steps=steps,
+        schedule=partial(warmup_linear, total=steps, warmup=max(1, round(0.002 * steps))),
+        validations=5,
         identity=identity(rows),
-    )
-    if run.kept or ranks.size > 1:
-        loop.resume()
+        better=partial(better, task),
+    )  # fmt: skip
     loop.run()
     best = loop.state.best_metrics
 
@@ -218,54 +102,33 @@ def _finetune(
         "command": "finetune",
         "task": settings.task,
         "columns": asdict(task),
-        "from": str(settings.source),
+        "from": str(source),
         "scratch": settings.scratch,
         "data": train.source,
         "labels": names,
         "train_rows": len(train),
         "valid_rows": len(valid),
         "epochs": settings.epochs,
-        "batch_size": settings.batch_size,
         "lr": lr,
         "lm_weight": lm_weight,
-        "seed": settings.seed,
-        "device": settings.device,
-        "precision": settings.precision,
-        "torch": torch.__version__,
-        "seconds": round(loop.state.seconds, 1),
-        "skipped": loop.state.skipped,
-        "spikes": loop.state.spike_count,
         "best_step": best["step"],
-    } | settings_of(ranks)
+    } | session.facts(loop)
     record |= {name: value for name, value in best.items() if name.startswith(("valid_", "majority_", "mean_"))}
     if ranks.first:
-        finish(run, task, valid, valid_rows, names, tokenizer, record, ranks.device)
+        chosen = task.task.head.from_pretrained(session.run.folder / "best").to(ranks.device)
+
+        def measure() -> Record:
+            if not isinstance(chosen, GPTForCausalLM):
+                return {}
+            written = written_metrics(chosen, valid_rows, tokenizer, valid.labels)
+            return {f"valid_{name}": value for name, value in written.items()}
+
+        pictures = {"loss.png": partial(draw, session.run.folder, task, train.source)}
+        if task.classifies:
+            title = f"Held-out rows: {valid.source}"
+            pictures["confusion.png"] = partial(draw_confusion, chosen, valid_rows, names, title)
+        session.finish(chosen, record, pictures, measure)
     return record
-
-
-def finish(
-    run: Run,
-    task: TaskSettings,
-    valid: Table,
-    rows: Sequence[Example],
-    names: Sequence[str],
-    tokenizer: Tokenizer,
-    record: dict[str, Any],
-    device: str,
-) -> None:
-    """Write the best weights, then run.json, which marks the folder as finished, then the pictures."""
-    best = task.task.head.from_pretrained(run.folder / "best").to(device)
-    best.save_pretrained(run.folder)
-    run.keep()
-    if isinstance(best, GPTForCausalLM):
-        written = written_metrics(best, rows, tokenizer, valid.labels)
-        record |= {f"valid_{name}": value for name, value in written.items()}
-    write_json(run.folder / "run.json", record)
-    shutil.rmtree(run.folder / "best", ignore_errors=True)
-    write_extra(run.folder / "loss.png", partial(draw, run.folder, task, str(record["data"])))
-    if task.classifies:
-        title = f"Held-out rows: {valid.source}"
-        write_extra(run.folder / "confusion.png", partial(draw_confusion, best, rows, names, title))
 
 
 def pretrained(head: type[Head], source: Path, **overrides: Any) -> Head:
@@ -335,10 +198,6 @@ class RowSource:
             generator = torch.Generator().manual_seed(mix(self.seed, epoch) >> 1)
             self._epoch, self._shuffled = epoch, torch.randperm(len(self.rows), generator=generator).tolist()
         return self._shuffled
-
-
-def _nothing(_: object) -> None:
-    """Ranks other than the first do not print."""
 
 
 def validation(model: Head, rows: Sequence[Example], task: TaskSettings, size: int) -> Metrics:

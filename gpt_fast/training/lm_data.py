@@ -67,10 +67,6 @@ class WindowSource:
 
     def __post_init__(self) -> None:
         self.stream.require(self.seq_len)
-        if self.parts < 1:
-            raise ValueError(f"--accumulate {self.parts}: wanted at least 1")
-        if self.batch_size < 1:
-            raise ValueError(f"--batch-size {self.batch_size}: wanted at least 1")
         if self.batch_size % (self.parts * self.ranks):
             among = f"{self.parts} parts" + (f" on each of {self.ranks} ranks" if self.ranks > 1 else "")
             raise ValueError(f"--batch-size {self.batch_size}: cannot be divided evenly among {among}")

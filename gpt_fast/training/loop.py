@@ -82,16 +82,6 @@ class LoopSettings:
     flops_per_token: float = 0.0
     tensorboard: bool = False
 
-    def __post_init__(self) -> None:
-        for option, value in (
-            ("--steps", self.steps), ("--log-every", self.log_every), ("--checkpoint-every", self.checkpoint_every),
-            ("--keep-checkpoints", self.keep),
-        ):  # fmt: skip
-            if value < 1:
-                raise ValueError(f"{option} {value}: wanted at least 1")
-        if self.max_skips < 0:
-            raise ValueError(f"--max-skips {self.max_skips}: wanted 0 or more")
-
 
 @dataclass
 class LoopState:
@@ -119,8 +109,6 @@ def intervals(steps: int, validations: int, log_every: int | None = None) -> dic
     """`log_every` for some fifty lines, or one every hundred updates of a long run, and `valid_every` as a multiple of
     it, so that every line of metrics.jsonl covers the same number of updates."""
     log_every = log_every if log_every is not None else min(100, max(1, steps // 50))
-    if log_every < 1:
-        raise ValueError(f"--log-every {log_every}: wanted at least 1")
     return {"log_every": log_every, "valid_every": log_every * max(1, round(steps / validations / log_every))}
 
 

@@ -257,10 +257,14 @@ def test_settings_from_a_file(cli, data, tmp_path, suffix):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("stepz: 3\n", "pretrain has no option 'stepz'; it has accumulate, batch-size"),
-        ("steps: many\n", "Invalid value for '--steps'"),
+        ("stepz: 3\n", "s.yaml: PretrainSettings has no 'stepz'; did you mean 'steps'?"),
+        ("xyz: 3\n", "s.yaml: PretrainSettings has no 'xyz'; it has accumulate, batch-size"),
+        ("steps: many\n", "s.yaml: steps has 'many'; expected a whole number"),
+        ("batch_size: 0\n", "s.yaml: batch-size has 0; expected at least 1"),
+        ("objective: xlm\n", "s.yaml: objective has 'xlm'; expected 'clm' or 'mlm'"),
+        ("data: books\n", "s.yaml: data has 'books'; expected a list"),
         ("steps: [", "neither YAML nor JSON"),
-        ("- steps\n", "wanted names of options with their values, got list"),
+        ("- steps\n", "s.yaml: has a list; expected names of options with values"),
     ],
 )
 def test_settings_files_that_cannot_be(cli, tmp_path, content, message):

@@ -206,10 +206,9 @@ def command_options() -> dict[str, set[str]]:
     import typer
 
     from benchmarks.__main__ import app as suite
-    from gpt_fast_cli.app import app
+    from gpt_fast_cli.app import NAMES, load_command
 
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    commands = commands | {SUITE: typer.main.get_command(suite)}
+    commands = {name: load_command(name) for name in NAMES} | {SUITE: typer.main.get_command(suite)}
     found = {
         name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
         for name, command in commands.items()

@@ -75,7 +75,7 @@ class Environment:
 def copy_tree(target: Path) -> Path:
     """What a clone of this tree holds of the package: the symlink stays one, nothing built comes along."""
     ignored = shutil.ignore_patterns("_C*", "__pycache__")
-    for name in ("csrc", "gpt_fast", "gpt_fast_cli", "kernels"):
+    for name in ("csrc", "gpt_fast", "gpt_fast_cli", "gpt_fast_settings", "kernels"):
         shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=ignored)
     for source in (target / "csrc" / "cpu").rglob("*.cpp"):
         if source.name != "layer_norm.cpp":
@@ -150,7 +150,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, pure_wheel: Path)
             "gpt-fast = gpt_fast_cli.__main__:main"
             in archive.read("gpt_fast-0.1.0.dist-info/entry_points.txt").decode()
         )
-    assert {name.split("/")[0] for name in names} == {"gpt_fast", "gpt_fast_cli", "gpt_fast-0.1.0.dist-info"}
+    assert {name.split("/")[0] for name in names} == {
+        "gpt_fast", "gpt_fast_cli", "gpt_fast_settings", "gpt_fast-0.1.0.dist-info",
+    }  # fmt: skip
     built = {name for name in names if name.startswith("gpt_fast/_C.")}
     assert built == {"gpt_fast/_C.json", f"gpt_fast/_C{sysconfig.get_config_var('EXT_SUFFIX')}"}
     assert {name for name in names if name.startswith("gpt_fast/")} - built == {

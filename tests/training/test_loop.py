@@ -299,15 +299,6 @@ def test_compile():
     torch.testing.assert_close(*curves, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("precision", "int8"), ("weight_decay", -1.0), ("max_grad_norm", 0.0), ("beta1", -0.1), ("beta2", 1.0)],
-)
-def test_engine_settings_that_make_no_sense(option, value):
-    with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} {value}: wanted"):
-        EngineSettings(**{option: value})
-
-
 # --- checkpoints ---
 
 

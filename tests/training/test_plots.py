@@ -127,9 +127,9 @@ def run(command: str, files: Path, out: Path, **options) -> dict:
     """Train on `files` for a few updates, into `out`."""
     if command == "pretrain":
         sizes = {"layers": 1, "heads": 2, "dim": 16, "seq_len": 32, "batch_size": 4, "steps": 2}
-        settings = pretrain.PretrainSettings(out, (files / "text.txt",), tokenizer="byte", **sizes, **options)
+        settings = pretrain.PretrainSettings(out=out, data=(files / "text.txt",), tokenizer="byte", **sizes, **options)
         return pretrain.pretrain(settings, ignore, ignore)
-    settings = finetune.FinetuneSettings(files / "lm", out, files / "table.jsonl", epochs=1, **options)
+    settings = finetune.FinetuneSettings(source=files / "lm", out=out, train=files / "table.jsonl", epochs=1, **options)
     return finetune.finetune(settings, ignore, ignore)
 
 

@@ -169,8 +169,8 @@ def source(tmp_path_factory) -> Path:
     text = "".join(f"{' '.join(map(str, draw(i)))} {ANIMALS[draw(i)[1]]}\n" for i in range(900))
     (folder / "text.txt").write_text(text)
     settings = pretrain.PretrainSettings(
-        folder / "lm", (folder / "text.txt",), tokenizer="bpe", layers=1, heads=2, dim=32, seq_len=24, steps=60,
-        batch_size=8, lr=5e-3,
+        out=folder / "lm", data=(folder / "text.txt",), tokenizer="bpe", layers=1, heads=2, dim=32, seq_len=24,
+        steps=60, batch_size=8, lr=5e-3,
     )  # fmt: skip
     pretrain.pretrain(settings, ignore, ignore)
     return folder / "lm"
@@ -183,8 +183,8 @@ def test_each_task_learns(source, tmp_path, task):
         rows = [json.dumps(row(task, i)) for i in numbers]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     settings = finetune.FinetuneSettings(
-        source, tmp_path / "run", tmp_path / "train.jsonl", tmp_path / "valid.jsonl", task=task, batch_size=16, lr=5e-3,
-        epochs=4,
+        source=source, out=tmp_path / "run", train=tmp_path / "train.jsonl", valid=tmp_path / "valid.jsonl", task=task,
+        batch_size=16, lr=5e-3, epochs=4,
         # Colours that are equally likely everywhere: the tied output layer would make them one in so small a model.
         lm_weight=0.0 if task == "similarity" else 0.5,
     )  # fmt: skip
@@ -228,7 +228,7 @@ def test_the_best_validation_is_kept(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(finetune, "validation", validation)
     settings = finetune.FinetuneSettings(
-        source, tmp_path / "run", tmp_path / "t.jsonl", batch_size=11, epochs=1, lr=1e-2
+        source=source, out=tmp_path / "run", train=tmp_path / "t.jsonl", batch_size=11, epochs=1, lr=1e-2
     )
     record = finetune.finetune(settings, ignore, ignore)
     assert (record["valid_accuracy"], record["best_step"]) == (0.9, 3)
@@ -270,7 +270,9 @@ def test_scratch_draws_the_weights_anew(source, tmp_path):
     for scratch in (False, True):
         out = tmp_path / str(scratch)
         finetune.finetune(
-            finetune.FinetuneSettings(source, out, tmp_path / "t.jsonl", scratch=scratch, epochs=1, lr=1e-9),
+            finetune.FinetuneSettings(
+                source=source, out=out, train=tmp_path / "t.jsonl", scratch=scratch, epochs=1, lr=1e-9
+            ),
             ignore,
             ignore,
         )

@@ -115,7 +115,7 @@ def test_the_optimizer_has_the_recipe_and_what_is_given_wins(text, tmp_path, mon
 
 
 def test_fine_tuning_defaults_are_the_papers(monkeypatch, tmp_path):
-    settings = finetune.FinetuneSettings(tmp_path, tmp_path)
+    settings = finetune.FinetuneSettings(source=tmp_path, out=tmp_path)
     assert (settings.epochs, settings.batch_size, settings.lm_weight) == (3, 32, 0.5)
     assert (settings.beta1, settings.beta2, settings.weight_decay, settings.max_grad_norm) == (0.9, 0.999, 0.01, 1.0)
     assert recipes.finetuning_lr(tmp_path) == 6.25e-5  # weights from elsewhere, without a record

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-STRATEGIES = ("ddp", "fsdp")
 TIMEOUT = timedelta(minutes=10)
 
 
@@ -140,6 +139,15 @@ def _mesh(device: str, size: int) -> DeviceMesh:
     return dist.init_device_mesh(device, (size,))
 
 
+def resolve_device(name: str) -> str:
+    """Return `cpu` or `cuda`; `auto` is a GPU if there is one."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device {name}: expected auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this PyTorch sees no CUDA device; gpt-fast doctor tells more")
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def launched_size() -> int:
     """How many processes torchrun started, 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -149,8 +157,6 @@ def launched_size() -> int:
 def world(strategy: str | None, device: str) -> Iterator[World]:
     """The world that torchrun describes: NCCL between GPUs, gloo between CPUs. What breaks the connection to another
     rank is a `LostRank` that says so."""
-    if strategy is not None and strategy not in STRATEGIES:
-        raise ValueError(f"--strategy {strategy}: wanted one of {', '.join(STRATEGIES)}")
     size = launched_size()
     if size == 1:
         yield World(device=device)

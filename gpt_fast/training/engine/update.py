@@ -31,19 +31,8 @@ class EngineSettings:
 
     @classmethod
     def of(cls, settings: Any) -> EngineSettings:
-        """Those among a command's settings."""
+        """Return those among a training's settings."""
         return cls(*(getattr(settings, field.name) for field in fields(cls)))
-
-    def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"--precision {self.precision}: wanted one of {', '.join(PRECISIONS)}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"--weight-decay {self.weight_decay}: wanted 0 or more")
-        for option, value in (("--beta1", self.beta1), ("--beta2", self.beta2)):
-            if not 0 <= value < 1:
-                raise ValueError(f"{option} {value}: wanted 0 or more, and less than 1")
-        if not self.max_grad_norm > 0:
-            raise ValueError(f"--max-grad-norm {self.max_grad_norm}: wanted more than 0")
 
 
 class Outcome(NamedTuple):
@@ -58,7 +47,8 @@ class Outcome(NamedTuple):
 class Engine:
     """A model with its optimizer on one rank.
 
-    An update is skipped on the device: the fused AdamW reads `found_inf` itself, so nobody waits for a flag.
+    An update is skipped on the device: the fused AdamW reads `found_inf` itself, so nobody waits for a flag. The loss
+    scale is not `torch.amp.GradScaler`'s, which does not look at the loss; docs/log.md has the comparison.
     """
 
     def __init__(self, model: Head, lr: float, settings: EngineSettings, world: World | None = None):
@@ -116,7 +106,7 @@ class Engine:
         return Outcome(loss, norm, skipped)
 
     def _rescale(self, overflow: Tensor) -> None:
-        """Half the scale after an overflow, double it after 2,000 updates without one."""
+        """Halve the scale after an overflow; double it after 2,000 updates without one."""
         self.growth = torch.where(overflow, 0.0, self.growth + 1)
         grows = self.growth >= GROWTH_EVERY
         self.scale = torch.where(overflow, self.scale / 2, torch.where(grows, self.scale * 2, self.scale))

@@ -25,16 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from tokenizers import Tokenizer
 
+from ..._files import write_text
 from ...config import GPTConfig
 from ...data.tokenizer import special_ids, vocabulary_size
 from ...heads import Head
 from ...interrupts import Interrupted
 from . import checkpoints
 
+SETTINGS = "settings.yaml"
 RUN_FILES = {
-    "config.json", "model.safetensors", "tokenizer.json", "settings.yaml", "metrics.jsonl", "run.json", "loss.png",
+    "config.json", "model.safetensors", "tokenizer.json", SETTINGS, "metrics.jsonl", "run.json", "loss.png",
 }  # fmt: skip
 OTHER_FILES = {checkpoints.FOLDER, "best", "tensorboard", "confusion.png", "bad-batch.safetensors"}
 
@@ -152,6 +155,11 @@ def write_extra(path: Path, write: Callable[[Path], object]) -> bool:
         warnings.warn(f"{path}: not written ({reason})", stacklevel=2)
         return False
     return True
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write every setting with its value, defaults too."""
+    write_text(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
 def is_finished(out: Path) -> bool:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gpt_fast_settings.base import Settings
+
 from .folder import read_record
 
-S = TypeVar("S")
+S = TypeVar("S", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,6 @@ def finetuning_lr(source: Path) -> float:
 
 
 def complete(settings: S, recipe: Recipe) -> S:
-    """Settings with the recipe's values where they have none."""
+    """Return the settings with the recipe's values for those that are None."""
     values = dataclasses.asdict(recipe)
-    unset = {name: value for name, value in values.items() if getattr(settings, name) is None}
-    return dataclasses.replace(settings, **unset)  # type: ignore[type-var]
+    return settings.changed(**{name: value for name, value in values.items() if getattr(settings, name) is None})

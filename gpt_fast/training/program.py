@@ -1,0 +1,155 @@
+"""What every training does around its own part: processes, run folder, settings of a resumed run, loop, record."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from tokenizers import Tokenizer
+
+from gpt_fast_settings.base import read_file
+from gpt_fast_settings.training import TrainingSettings
+
+from .._files import write_json
+from ..data.tokenizer import save_tokenizer
+from ..heads import Head
+from ..interrupts import Stop
+from .engine import randomness, throughput
+from .engine.distributed import World, resolve_device, settings_of, world
+from .engine.update import PRECISIONS, Engine, EngineSettings
+from .loop import Loop, LoopSettings, Progress, Source, intervals
+from .metrics import Metrics
+from .runs.folder import SETTINGS, Run, is_finished, new_run, read_record, write_extra, write_settings
+
+S = TypeVar("S", bound=TrainingSettings)
+Record = dict[str, Any]
+Show = Callable[[Progress], None]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Session(Generic[S]):
+    """One training on one rank. Ranks other than the first print nothing."""
+
+    settings: S
+    run: Run
+    ranks: World
+    show: Show
+    say: Say
+    stop: Stop
+
+    def make_model(self, make: Callable[[], Head]) -> Head:
+        """Return the model of `make` on this rank's device: every rank draws the same weights, then other dropout."""
+        torch.manual_seed(self.settings.seed)
+        model = make().to(self.ranks.device)
+        if self.ranks.rank:
+            randomness.seed(self.settings.seed, self.ranks.rank)
+        return model
+
+    def make_loop(
+        self,
+        model: Head,
+        tokenizer: Tokenizer,
+        source: Source,
+        validate: Callable[[], Metrics],
+        *,
+        lr: float,
+        steps: int,
+        schedule: Callable[[int], float],
+        validations: int,
+        identity: dict[str, Any],
+        better: Callable[[Metrics], Sequence[float]] | None = None,
+        flops_per_token: Callable[[], float] | None = None,
+    ) -> Loop:
+        """Return the loop, at its beginning or at the checkpoint that it resumes from. A new run's folder gets the
+        settings and the tokenizer."""
+        settings, run, ranks = self.settings, self.run, self.ranks
+        engine = Engine(model, lr, EngineSettings.of(settings), ranks)
+        loop_settings = LoopSettings(
+            steps,
+            lr,
+            schedule,
+            **intervals(steps, validations, settings.log_every),
+            checkpoint_every=settings.checkpoint_every,
+            keep=settings.keep_checkpoints,
+            max_skips=settings.max_skips,
+            tensorboard=settings.tensorboard,
+            peak_flops=throughput.peak_flops(engine.device, PRECISIONS[settings.precision])
+            if flops_per_token
+            else None,
+            flops_per_token=flops_per_token() if flops_per_token else 0.0,
+        )
+        if ranks.first and not run.kept:
+            write_settings(run.folder, settings.saved())
+            save_tokenizer(tokenizer, run.folder / "tokenizer.json")
+        loop = Loop(
+            engine, source, validate, loop_settings, run, self.show, self.say, self.stop, better, seed=settings.seed,
+            identity=identity,
+        )  # fmt: skip
+        if run.kept or ranks.size > 1:
+            loop.resume()
+        return loop
+
+    def facts(self, loop: Loop) -> Record:
+        """Return what the record of every training says."""
+        settings = self.settings
+        return {
+            "batch_size": settings.batch_size,
+            "seed": settings.seed,
+            "device": settings.device,
+            "precision": settings.precision,
+            "torch": torch.__version__,
+            "seconds": round(loop.state.seconds, 1),
+            "skipped": loop.state.skipped,
+            "spikes": loop.state.spike_count,
+        } | settings_of(self.ranks)
+
+    def finish(
+        self,
+        model: Head,
+        record: Record,
+        pictures: Mapping[str, Callable[[Path], object]],
+        measure: Callable[[], Record] = dict,
+    ) -> None:
+        """Write the weights, then run.json, which marks the folder as finished, then the pictures. What `measure`
+        returns goes into the record; it runs when the weights are safe."""
+        folder = self.run.folder
+        model.save_pretrained(folder)
+        self.run.keep()
+        record |= measure()
+        write_json(folder / "run.json", record)
+        shutil.rmtree(folder / "best", ignore_errors=True)
+        for name, draw in pictures.items():
+            write_extra(folder / name, draw)
+
+
+def train(settings: S, body: Callable[[Session[S]], Record], show: Show, say: Say, stop: Stop | None) -> Record:
+    """Run `body` with the processes that torchrun started and the run folder in `settings.out`. Return its record, or
+    the one of a finished run that need not be resumed."""
+    if settings.resume and is_finished(settings.out):
+        say(f"{settings.out}: finished, nothing is left to do")
+        return read_record(settings.out)
+    settings = settings.model_copy(update={"device": resolve_device(settings.device)})
+    with world(settings.strategy, settings.device) as ranks:
+        begin = partial(_resumed, settings, ranks=ranks, stop=stop or Stop())
+        if not ranks.first:
+            out = settings.out.resolve()
+            return body(begin(Run(out, out), show=ignore, say=ignore))
+        with new_run(settings.out, settings.overwrite, settings.resume) as run:
+            return body(begin(run, show=show, say=say))
+
+
+def _resumed(settings: S, run: Run, ranks: World, show: Show, say: Say, stop: Stop) -> Session[S]:
+    """Return the session, with the settings that the run began with if it is resumed."""
+    path = run.folder / SETTINGS
+    saved = ranks.values(read_file(path) if run.kept else {})
+    return Session(settings.resumed(path, saved) if saved else settings, run, ranks, show, say, stop)
+
+
+def ignore(_: object) -> None:
+    """Stands for a display on ranks that print nothing."""

@@ -1,0 +1,170 @@
+"""How a setting is declared, validated, read from a file, saved and resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+S = TypeVar("S", bound="Settings")
+# What a resumed run does with a setting. `same`: the user may omit it or repeat it. `free`: the user may change it.
+# `machine`: saved, but a resumed run takes the command's. `command`: neither saved nor compared.
+Resume = Literal["same", "free", "machine", "command"]
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    panel: str,
+    metavar: str | None = None,
+    resume: Resume = "same",
+    **bounds: float,
+) -> Any:
+    """Declare a setting: its default (`...` if it is required), its help on the command line and the help's panel, how
+    its value is called there, its part in a resumed run, and bounds such as `ge=1`."""
+    extra = {"panel": panel, "metavar": metavar, "resume": resume}
+    return Field(default, description=help, json_schema_extra=extra, **bounds)  # type: ignore[call-overload]
+
+
+def extra(field: FieldInfo, name: str) -> Any:
+    """Return what `option` was given as `panel`, `metavar` or `resume`."""
+    assert isinstance(field.json_schema_extra, dict)
+    return field.json_schema_extra[name]
+
+
+def option_name(field: str) -> str:
+    """Return a field's name on the command line and in files, without dashes in front."""
+    return {"source": "from"}.get(field, field.replace("_", "-"))
+
+
+class InvalidSettings(ValueError):
+    """Settings that do not validate, as one line. `errors` are pydantic's."""
+
+    def __init__(self, cls: type[Settings], errors: list[ErrorDetails], path: Path | None = None, read: Any = ()):
+        self.errors = errors
+        super().__init__("; ".join(_describe(cls, error, path, read) for error in errors))
+
+
+class Settings(BaseModel):
+    """Frozen settings that know which of them the user gave."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", alias_generator=option_name, populate_by_name=True, allow_inf_nan=False
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise InvalidSettings(type(self), error.errors(include_url=False)) from None
+
+    @classmethod
+    def fields(cls) -> dict[str, FieldInfo]:
+        """Return the declarations by the options' names."""
+        return {option_name(name): field for name, field in cls.model_fields.items()}
+
+    @classmethod
+    def read(cls: type[S], path: Path | None, given: Mapping[str, Any]) -> S:
+        """Return settings from `given` and, for what it omits, from the YAML or JSON file at `path`."""
+        names = {name: option_name(name) for name in cls.model_fields}
+        known = {**{option: option for option in names.values()}, **names}
+        content = {} if path is None else read_file(path)
+        values = {known.get(name, name): value for name, value in content.items() if value is not None}
+        values = {name: value for name, value in values.items() if name not in map(option_name, given)}
+        try:
+            return cls(**values, **{option_name(name): value for name, value in given.items()})
+        except InvalidSettings as invalid:
+            raise InvalidSettings(cls, invalid.errors, path, values) from None
+
+    def changed(self: S, **values: Any) -> S:
+        """Return these settings with other values, validated."""
+        return type(self)(**(dict(self) | values))
+
+    def saved(self) -> dict[str, Any]:
+        """Return plain values under the options' names, for settings.yaml."""
+        unsaved = {name for name, field in type(self).model_fields.items() if extra(field, "resume") == "command"}
+        return self.model_dump(mode="json", by_alias=True, exclude=unsaved)
+
+    def resumed(self: S, path: Path, saved: Mapping[str, Any]) -> S:
+        """Return the settings for resuming the run that saved `saved` at `path`. Settings that the user omits keep
+        their original value. Settings that the user gives must equal it, unless their declaration frees them."""
+        kinds = {name: extra(field, "resume") for name, field in type(self).model_fields.items()}
+        command = {name: getattr(self, name) for name, kind in kinds.items() if kind == "command"}
+        began = type(self).read(None, dict(saved) | command)
+        values = dict(self)
+        for name, kind in kinds.items():
+            mine, original = getattr(self, name), getattr(began, name)
+            if kind in ("command", "machine") or name not in began.model_fields_set:
+                continue
+            if name not in self.model_fields_set or mine in (None, ()):
+                values[name] = original
+            elif mine != original and kind == "same":
+                mine, original = (settings.saved()[option_name(name)] for settings in (self, began))
+                raise ValueError(
+                    f"--{option_name(name)} {mine}: the run in {path.parent} began with {original}; --resume goes on "
+                    f"with the same settings (--config {path} repeats them)"
+                )
+        return type(self)(**values)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Return the object in a .yaml, .yml or .json file."""
+    import yaml  # costs the start of the command line a tenth
+
+    if not path.is_file():
+        raise FileNotFoundError(f"--config {path}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path}: neither YAML nor JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path}: has a {type(values).__name__}; expected names of options with values")
+    return {str(name): value for name, value in values.items()}
+
+
+_EXPECTED = {
+    "greater_than_equal": "at least {ge:g}",
+    "greater_than": "more than {gt:g}",
+    "less_than_equal": "at most {le:g}",
+    "less_than": "less than {lt:g}",
+    "finite_number": "a finite number",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "path_type": "a path",
+    "string_type": "a text",
+    "tuple_type": "a list",
+    "literal_error": "{expected}",
+}
+
+
+def _describe(cls: type[Settings], error: ErrorDetails, path: Path | None, read: Collection[str]) -> str:
+    """Return one of pydantic's errors as `NAME has VALUE; expected WHAT`, or with the known name nearest to an unknown
+    one. `read` are the names that come from the file at `path`."""
+    name, place = option_name(str(error["loc"][0])), f"--config {path}: " if path else ""
+    if error["type"] == "missing":
+        return f"--{name}: missing ({cls.fields()[name].description})"
+    if error["type"] == "extra_forbidden":
+        known = sorted(cls.fields())
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+        return f"{place}{cls.__name__} has no {name!r}; {hint}"
+    expected = _EXPECTED.get(error["type"])
+    text = (
+        error["msg"].removeprefix("Input should be ") if expected is None else expected.format(**error.get("ctx", {}))
+    )
+    if name in read:
+        return f"{place}{name} has {error['input']!r}; expected {text}"
+    return f"--{name} {error['input']}: expected {text}"

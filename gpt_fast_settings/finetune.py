@@ -1,0 +1,57 @@
+"""The settings of fine-tuning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .base import option
+from .training import DATA, RUN, TRAINING, Count, Decay, NotNegative, TrainingSettings
+
+
+class FinetuneSettings(TrainingSettings):
+    """The options of `gpt-fast finetune`. The defaults are the paper's. A rate that is None is the paper's, too, for
+    models of the published sizes, and a quarter of pre-training's for others. A column that is None is the task's."""
+
+    source: Path = option(..., "Run folder of the pre-trained model.", panel=RUN)
+    train: Path | None = option(
+        None,
+        "Labelled table: .csv, .tsv or .jsonl. Without it: snippets of Python's standard library, to be told apart by "
+        "the package that they come from.",
+        panel=DATA,
+        metavar="FILE",
+    )
+    valid: Path | None = option(
+        None, "Table to validate on; without it a tenth of --train's rows.", panel=DATA, metavar="FILE"
+    )
+    rows: Count | None = option(None, "Train on this many rows, drawn by --seed, and not on all.", panel=DATA)
+    text_column: str | None = option(
+        None, "Column with the text: text; premise, sentence1, question, prompt or context by the task.", panel=DATA
+    )
+    pair_column: str | None = option(
+        None,
+        "Column with the second text: hypothesis, sentence2 or question by the task. For multiple-choice the answers: "
+        "columns with commas between them, or one of lists (choices).",
+        panel=DATA,
+    )
+    label_column: str | None = option(None, "Column with the label (label), or the answer.", panel=DATA)
+    scratch: bool = option(
+        False,
+        "Take sizes and tokenizer alone and draw the weights anew: what does pre-training bring?",
+        panel=TRAINING,
+    )
+    task: str = option(
+        "classification",
+        "classification, entailment, similarity, multiple-choice, regression, generation or question-answering.",
+        panel=TRAINING,
+        metavar="TASK",
+    )
+    numbers: bool = option(False, "Similarity as a number, by its squared error.", panel=TRAINING)
+    epochs: Count = option(3, "Passes over the table.", panel=TRAINING)
+    batch_size: Count = option(32, "Rows in an update.", panel=TRAINING)
+    lr: NotNegative | None = option(
+        None, "Peak learning rate; 6.25e-5, a quarter of pre-training's for models without a preset.", panel=TRAINING
+    )
+    lm_weight: float = option(0.5, "λ of the joint loss: task + λ · language model.", panel=TRAINING)
+    weight_decay: NotNegative | None = option(0.01, "Of matrices; nothing else decays.", panel=TRAINING)
+    beta1: Decay | None = option(0.9, "Of AdamW: the first moment's memory.", panel=TRAINING)
+    beta2: Decay | None = option(0.999, "The second moment's.", panel=TRAINING)

@@ -1,0 +1,66 @@
+"""The settings of pre-training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from .base import option
+from .training import DATA, MODEL, TRAINING, Count, Decay, NotNegative, TrainingSettings
+
+
+class PretrainSettings(TrainingSettings):
+    """The options of `gpt-fast pretrain`. A size or rate that is None is the preset's, or without a preset that of a
+    small GPT-2."""
+
+    data: tuple[Path, ...] = option(
+        (),
+        "Files or folders of UTF-8 text, or of token files (.bin): those of gpt-fast prepare, llm.c's and nanoGPT's. "
+        "Without it: the source of Python's standard library.",
+        panel=DATA,
+        metavar="PATH…",
+    )
+    tokenizer: str | None = option(
+        None,
+        "bpe (the default) and char learn from the training text; PATH is a tokenizer.json. Token files take the one "
+        "beside them.",
+        panel=DATA,
+        metavar="bpe|byte|char|PATH",
+    )
+    pack: bool = option(False, "Attention does not cross from one document to the next.", panel=DATA)
+    source: Path | None = option(
+        None,
+        "Run folder of a language model to continue from, of either objective: its weights, sizes and tokenizer.",
+        panel=MODEL,
+    )
+    objective: Literal["clm", "mlm"] = option("clm", "Predict the next token, or hidden ones.", panel=MODEL)
+    preset: str | None = option(
+        None,
+        "notes, gpt1, gpt2, gpt2-medium, gpt2-large or gpt2-xl; sizes given beside it replace its own. Without it: a "
+        "GPT-2 of 4 layers, 4 heads, 128 dimensions and 128 positions, without dropout.",
+        panel=MODEL,
+        metavar="NAME",
+    )
+    layers: int | None = option(None, "Decoders.", panel=MODEL)
+    heads: int | None = option(None, "Attention heads in each.", panel=MODEL)
+    dim: int | None = option(None, "Hidden dimensions.", panel=MODEL)
+    seq_len: int | None = option(None, "Positions: tokens seen at once.", panel=MODEL)
+    dropout: float | None = option(None, "Of embeddings, attention and residuals.", panel=MODEL)
+    steps: Count = option(1000, "Updates.", panel=TRAINING)
+    batch_size: Count = option(16, "Windows of text in an update.", panel=TRAINING)
+    lr: NotNegative | None = option(
+        None,
+        "Peak learning rate; 2e-3, with a preset the published one, with --from that run's.",
+        panel=TRAINING,
+    )
+    final_lr: float | None = option(
+        None, "Share of it that the cosine ends at: 0, with a preset of GPT-2 0.1.", panel=TRAINING, ge=0, le=1
+    )
+    warmup: Count | None = option(
+        None, "Updates until the peak learning rate: 2,000, but at most a tenth of all.", panel=TRAINING
+    )
+    weight_decay: NotNegative | None = option(
+        None, "Of matrices; nothing else decays. 0.01, with a preset of GPT-2 0.1.", panel=TRAINING
+    )
+    beta1: Decay | None = option(None, "Of AdamW: 0.9.", panel=TRAINING)
+    beta2: Decay | None = option(None, "0.99, with a preset of GPT-1 0.999, of GPT-2 0.95.", panel=TRAINING)

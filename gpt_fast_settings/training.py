@@ -1,0 +1,67 @@
+"""What pre-training and fine-tuning share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .base import Settings, option
+
+RUN, DATA, MODEL, TRAINING = PANELS = ("Run", "Data", "Model", "Training")
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class TrainingSettings(Settings):
+    """The options of every training. Those without `option` here have other defaults or another help in each."""
+
+    out: Path = option(..., "Run folder to create.", panel=RUN, resume="command")
+    log_every: Count | None = option(
+        None, "Updates between lines of metrics.jsonl; some fifty lines a run.", panel=RUN, resume="free"
+    )
+    checkpoint_every: Count = option(1000, "Updates between checkpoints.", panel=RUN, resume="free")
+    keep_checkpoints: Count = option(3, "How many checkpoints to keep.", panel=RUN, resume="free")
+    tensorboard: bool = option(False, "Write tensorboard/ into the run folder, too.", panel=RUN, resume="free")
+    overwrite: bool = option(False, "Replace the run in --out.", panel=RUN, resume="command")
+    resume: bool = option(
+        False,
+        "Resume from the last good checkpoint in --out; start if there is none, end if the run is finished.",
+        panel=RUN,
+        resume="command",
+    )
+    batch_size: Count
+    lr: NotNegative | None
+    weight_decay: NotNegative | None
+    beta1: Decay | None
+    beta2: Decay | None
+    accumulate: Count = option(
+        1, "Parts that an update's batch is computed in, for less memory.", panel=TRAINING, resume="free"
+    )
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", panel=TRAINING, gt=0)
+    precision: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", "The type that products are computed in, by autocast; float16 with a loss scale.", panel=TRAINING
+    )
+    compile: bool = option(False, "Run through torch.compile.", panel=TRAINING, resume="free")
+    checkpoint_activations: bool = option(
+        False,
+        "Compute each decoder again in backward instead of storing what is inside it.",
+        panel=TRAINING,
+        resume="free",
+    )
+    max_skips: int = option(
+        10,
+        "Updates in a row whose loss or gradient may be infinite or NaN; they are skipped.",
+        panel=TRAINING,
+        resume="free",
+        ge=0,
+    )
+    seed: int = option(0, "Of new weights, batches and dropout.", panel=TRAINING)
+    strategy: Literal["ddp", "fsdp"] | None = option(
+        None, "Under torchrun: every rank holds the whole model, or a share of it.", panel=TRAINING, resume="machine"
+    )
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "Where to run; auto takes a GPU if there is one.", panel=RUN, resume="machine"
+    )

@@ -1,0 +1,98 @@
+"""How `gpt-fast` starts: at once, without torch; shells complete it; Ctrl-C ends it quietly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.command_line import ENVIRONMENT
+
+MAIN = "import sys\nsys.argv = ['gpt-fast', *sys.argv[1:]]\nfrom gpt_fast_cli.__main__ import main\n"
+# Prints how much CPU the process has used and which heavy packages it has imported, after the command line's output.
+REPORT = """
+import json, resource
+try:
+    main()
+except SystemExit:
+    pass
+used = resource.getrusage(resource.RUSAGE_SELF)
+print("\\n" + json.dumps([used.ru_utime + used.ru_stime, sorted({"torch", "numpy", "gpt_fast"} & set(sys.modules))]))
+"""
+COMPLETE = {"_GPT_FAST_COMPLETE": "complete_bash"}
+CPU_SECONDS = 0.5
+
+
+def start(script: str, *args: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", script, *args], env=ENVIRONMENT | extra, capture_output=True, text=True, check=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "extra", "shown"),
+    [
+        (["--help"], {}, "pretrain"),
+        (["--version"], {}, "gpt-fast 0."),
+        (["pretrain", "--help"], {}, "--batch-size"),
+        ([], COMPLETE | {"COMP_WORDS": "gpt-fast pre", "COMP_CWORD": "1"}, "pretrain"),
+        ([], COMPLETE | {"COMP_WORDS": "gpt-fast pretrain --ch", "COMP_CWORD": "2"}, "--checkpoint-every"),
+    ],
+    ids=["help", "version", "help of a command", "complete a command", "complete an option"],
+)
+def test_answers_at_once(args, extra, shown):
+    """Neither torch nor numpy is imported, and the fastest of three starts is within the bound."""
+    seconds = []
+    for _ in range(3):
+        printed = start(MAIN + REPORT, *args, **extra).stdout
+        *output, report = printed.splitlines()
+        used, imported = json.loads(report)
+        assert imported == []
+        assert any(shown in line for line in output)
+        seconds.append(used)
+    assert min(seconds) < CPU_SECONDS
+
+
+def complete(words: str) -> set[str]:
+    """The words that bash offers after `words`."""
+    asked = COMPLETE | {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+    return set(start(MAIN + "main()", **asked).stdout.split())
+
+
+def test_bash_completes_commands_and_options():
+    assert complete("gpt-fast pre") == {"prepare", "pretrain", "predict"}
+    assert complete("gpt-fast pretrain --ch") == {"--checkpoint-every", "--checkpoint-activations"}
+    assert complete("gpt-fast finetune --label") == {"--label-column"}
+
+
+def test_bash_reads_the_completion_script():
+    """The script that `--install-completion` writes is valid bash and registers a function for `gpt-fast`."""
+    script = start(MAIN + "main()", _GPT_FAST_COMPLETE="source_bash").stdout
+    bash = subprocess.run(["bash", "-c", f"{script}\ncomplete -p gpt-fast"], capture_output=True, text=True, check=True)
+    assert "gpt_fast_completion gpt-fast" in bash.stdout
+
+
+@pytest.mark.parametrize("module", ["gpt_fast", "gpt_fast_cli"])
+def test_python_runs_the_package(module):
+    run = [sys.executable, "-m", module, "--version"]
+    assert subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout.startswith(
+        "gpt-fast 0."
+    )
+
+
+@pytest.mark.parametrize("imported", ["typer", "gpt_fast_cli.terminal", "numpy", "torch._C", "torch.nn", "tokenizers"])
+def test_ctrl_c_during_the_start_is_quiet(imported, tmp_path):
+    """SIGINT right after a module is imported: before the command line is built, and at several moments of torch."""
+    run = [sys.executable, "-X", "importtime", "-m", "gpt_fast_cli", "evaluate", "--from", str(tmp_path)]
+    with subprocess.Popen(run, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None and process.stdout is not None
+        for line in process.stderr:
+            if line.rpartition("|")[2].strip() == imported:
+                break
+        os.kill(process.pid, signal.SIGINT)
+        rest = [line for line in process.stderr if not line.startswith("import time:")]
+        assert process.stdout.read() == ""
+    assert rest == []
+    assert process.returncode == 130

@@ -1,0 +1,120 @@
+"""Settings: one declaration gives the option, the entry of a file, the saved value, and the part in a resumed run."""
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gpt_fast_settings.base import extra, option_name
+from gpt_fast_settings.finetune import FinetuneSettings
+from gpt_fast_settings.pretrain import PretrainSettings
+
+KINDS = pytest.mark.parametrize("cls", [PretrainSettings, FinetuneSettings])
+PATH = Path("runs/a/settings.yaml")
+
+
+@KINDS
+def test_every_setting_is_an_option_with_its_help(cls):
+    from gpt_fast_cli.app import load_command
+
+    command = load_command({PretrainSettings: "pretrain", FinetuneSettings: "finetune"}[cls])
+    options = {option.removeprefix("--"): parameter for parameter in command.params for option in parameter.opts}
+    for name, field in cls.fields().items():
+        assert options[name].help.startswith(field.description), name
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stepz": 3}, "PretrainSettings has no 'stepz'; did you mean 'steps'?"),
+        ({"bach_size": 3}, "PretrainSettings has no 'bach-size'; did you mean 'batch-size'?"),
+        ({"steps": "many"}, "--steps many: expected a whole number"),
+        ({"steps": 1.5}, "--steps 1.5: expected a whole number"),
+        ({"steps": 0}, "--steps 0: expected at least 1"),
+        ({"keep_checkpoints": 0}, "--keep-checkpoints 0: expected at least 1"),
+        ({"max_skips": -1}, "--max-skips -1: expected at least 0"),
+        ({"log_every": 0}, "--log-every 0: expected at least 1"),
+        ({"lr": -1.0}, "--lr -1.0: expected at least 0"),
+        ({"lr": math.nan}, "--lr nan: expected a finite number"),
+        ({"final_lr": 2}, "--final-lr 2: expected at most 1"),
+        ({"weight_decay": -1.0}, "--weight-decay -1.0: expected at least 0"),
+        ({"max_grad_norm": 0.0}, "--max-grad-norm 0.0: expected more than 0"),
+        ({"beta1": -0.1}, "--beta1 -0.1: expected at least 0"),
+        ({"beta2": 1.0}, "--beta2 1.0: expected less than 1"),
+        ({"precision": "int8"}, "--precision int8: expected 'float32', 'bfloat16' or 'float16'"),
+        ({"data": "books"}, "--data books: expected a list"),
+    ],
+)
+def test_a_setting_that_makes_no_sense(values, message):
+    with pytest.raises(ValueError) as raised:
+        PretrainSettings(out="a", **values)
+    assert str(raised.value) == message
+
+
+def test_a_required_setting_is_named():
+    with pytest.raises(ValueError, match=r"--from: missing \(Run folder of the pre-trained model"):
+        FinetuneSettings(out="a")
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    """Names in the file with - or _; null is as if it were not there; a wrong value that the line replaces is none."""
+    path = tmp_path / "s.yaml"
+    path.write_text("from: runs/lm\nbatch_size: 8\nweight-decay: 2e-3\nepochs: many\nvalid: null\n")
+    settings = FinetuneSettings.read(path, {"out": Path("a"), "epochs": 7})
+    assert (settings.source, settings.batch_size, settings.weight_decay) == (Path("runs/lm"), 8, 2e-3)
+    assert settings.epochs == 7
+    assert settings.model_fields_set == {"out", "source", "batch_size", "weight_decay", "epochs"}
+
+
+@KINDS
+def test_saved_settings_make_the_same_again(cls):
+    settings = cls(out="a", source="runs/lm", seed=7, lr=1e-3, strategy="ddp", resume=True)
+    saved = yaml.safe_load(yaml.safe_dump(settings.saved()))
+    assert saved["from"] == "runs/lm"
+    assert cls.read(None, saved | {"out": "b"}) == settings.changed(out="b", resume=False)
+
+
+def other_value(name: str, value: object) -> object:
+    """A valid value of a setting that is not `value`."""
+    others = {"objective": "mlm", "precision": "float16", "beta1": 0.5, "beta2": 0.5, "final_lr": 0.5, "dropout": 0.5}
+    if name in others:
+        return others[name]
+    if name in ("source", "train", "valid"):
+        return Path("other")
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    return (Path("other"),) if value == () else "other" if name.endswith(("column", "er", "set", "task")) else 3
+
+
+@KINDS
+def test_every_setting_of_a_resumed_run(cls):
+    """Omitted: as it was. Repeated: fine. Changed: taken where the declaration frees it, an error elsewhere."""
+    required = {"out": Path("b"), "source": Path("runs/lm")}
+    for name, field in cls.model_fields.items():
+        kind = extra(field, "resume")
+        if kind in ("command", "machine"):
+            continue
+        default = required.get(name, field.get_default())
+        began = cls(**(required | {name: other_value(name, default)}))
+        omitted = {key: value for key, value in required.items() if key != name or field.is_required()}
+        if not field.is_required():
+            assert getattr(cls(**omitted).resumed(PATH, began.saved()), name) == getattr(began, name), name
+        assert cls(**dict(began)).resumed(PATH, began.saved()) == began
+        again = cls(**(required | {name: default}))
+        if default in (None, ()):
+            continue
+        if kind == "free":
+            assert getattr(again.resumed(PATH, began.saved()), name) == default, name
+        else:
+            with pytest.raises(ValueError, match=f"^--{option_name(name)} .*: the run in runs/a began with"):
+                again.resumed(PATH, began.saved())
+
+
+def test_a_resumed_run_takes_its_machine_and_its_command_from_the_user():
+    began = PretrainSettings(out="a", device="cuda", strategy="fsdp", overwrite=True)
+    resumed = PretrainSettings(out="b", device="cpu", resume=True).resumed(PATH, began.saved())
+    assert (resumed.out, resumed.device, resumed.strategy) == (Path("b"), "cpu", None)
+    assert (resumed.resume, resumed.overwrite) == (True, False)
