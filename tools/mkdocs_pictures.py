@@ -1,14 +1,16 @@
-"""Hook of mkdocs: brings the pictures of benchmarks/results into the site, where docs/results.md shows them.
+"""Hook of mkdocs: brings the pictures of benchmarks/results into the site, where the page of the results shows them.
 
 The pictures are committed once, beside the figures they are drawn from. Pages link to them by the path that is right in
 the repository; in the site they lie in `results/`.
 """
 
+import posixpath
 import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 RESULTS = Path("benchmarks") / "results"
 SITE = "results"
@@ -23,6 +25,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: object) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     """Point pictures at their place in the site."""
-    return re.sub(rf"(!\[[^\]]*\]\()\.\./{RESULTS.as_posix()}/", rf"\1{SITE}/", markdown)
+    place = posixpath.relpath(SITE, posixpath.dirname(page.file.src_uri))
+    return re.sub(rf"(!\[[^\]]*\]\()(?:\.\./)+{RESULTS.as_posix()}/", rf"\1{place}/", markdown)

@@ -1,4 +1,4 @@
-"""The pages that show results: one for each device, docs/results.md, and the marked blocks of README.md."""
+"""The pages that show results: one for each device, docs/performance/results.md, and the marked blocks of README.md."""
 
 import re
 from collections.abc import Iterable
@@ -14,8 +14,8 @@ from benchmarks.report.results import Run
 from benchmarks.topic import OURS
 
 RESULTS = ROOT / "benchmarks" / "results"
-README, DOCS_PAGE = ROOT / "README.md", ROOT / "docs" / "results.md"
-WHOLE_MODELS = ("training_step", "generation")  # with every implementation in docs/results.md
+README, DOCS_PAGE = ROOT / "README.md", ROOT / "docs" / "performance" / "results.md"
+WHOLE_MODELS = ("training_step", "generation")  # with every implementation in docs/performance/results.md
 SHOWN = ("training_step_bars.png", "attention_T_float32.png", "attention_T_bfloat16.png")  # in README.md
 
 FLOOR = """\
@@ -144,11 +144,11 @@ def rewritten(text: str) -> str:
     return text
 
 
-# ---- docs/results.md
+# ---- docs/performance/results.md
 
 
 def docs_page(folder: Path) -> str:
-    """Return docs/results.md: of each device the floors, every case's summary and the curves of what grows."""
+    """Return docs/performance/results.md: the floors, the summary of every case and the curves of each device."""
     lines = [
         "# Results",
         "",
@@ -163,7 +163,7 @@ def docs_page(folder: Path) -> str:
         lines += ["", "No figure here was measured on a GPU."]
     for path, runs in measured.items():
         # The pictures stay beside the figures; tools/mkdocs_pictures.py brings them into the site.
-        folder_link = f"../{path.relative_to(ROOT)}/" if path.is_relative_to(ROOT) else f"{path}/"
+        folder_link = f"../../{path.relative_to(ROOT)}/" if path.is_relative_to(ROOT) else f"{path}/"
         lines += ["", f"## {runs[0]['device']['name']}", ""]
         lines += [*tables.versions(runs), "", *table(tables.SUMMARY_HEADER, tables.summary(runs))]
         for run in runs:
