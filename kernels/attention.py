@@ -454,10 +454,10 @@ def _bwd_dkdv_tile(
     """Add a tile of queries to dK / scale and dV, [BLOCK_N, BLOCK_D], both still without dropout's scale."""
     q = _walked_tile(queries, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_M, BLOCK_D]
     do = _walked_tile(douts, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_M, BLOCK_D]
+    i = (start + walk.offs)[None, :]
     lse_log2, delta = _saved_rows(rows_ptr, start, bh, masks.T, walk, DESCRIBED)
     s = dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_N, BLOCK_M]: keys are the rows
     p = tl.exp2(s * scale_log2 - lse_log2[None, :])
-    i = (start + walk.offs)[None, :]
     if MASKED:
         allowed = _allowed(i, rows, i, rows.offs, head, masks)
         p = tl.where(allowed, p, 0.0)
@@ -503,8 +503,9 @@ def _bwd_dkdv_kernel(
     b, h = bh // H, bh % H
     start_n = tl.program_id(0) * BLOCK_N  # the first keys of causal work have the most queries
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < S
+    offs_m = tl.arange(0, BLOCK_M)
     head = Head(b, h, tl.arange(0, BLOCK_D))
+    mask_n = offs_n < S
     packing = Packing(start_ptr, end_ptr, sequence_ptr)
     masks = Masks(key_mask_ptr, stride_kmb, stride_kms, mask_ptr, stride_mb, stride_mh, stride_mt, stride_ms, T, S)
     position, sequence_start, matrix = _coordinates(offs_n, mask_n, packing, bh, h, H)
@@ -515,7 +516,7 @@ def _bwd_dkdv_kernel(
         last = tl.where(offs_n < tl.load(length_ptr + b), last, 0)
     ranges = _ranges(first, last, mask_n, T, ALL_MASKED, BLOCK_M)
     rows = Rows(offs_n[:, None], first[:, None], last[:, None])
-    walk = Walk(tl.arange(0, BLOCK_M), ranges.end, start_ptr)
+    walk = Walk(offs_m, ranges.end, start_ptr)
     if not DESCRIBED:
         q_ptr += b * stride_qb + h * stride_qh
         do_ptr += b * stride_dob + h * stride_doh
