@@ -31,10 +31,11 @@ def constant_in_graphs(function: _Function) -> _Function:
 def apply(function: Any, *args: Any) -> Any:
     """Return `function.apply(*args)`, or its equal inside a transform.
 
-    If no gradient can be asked for, `function.forward` alone serves, which costs 4 µs less.
+    If no gradient can be asked for, `function.forward` alone serves and computes none: inside a Function PyTorch's
+    `needs_input_grad` is True for a parameter also under `torch.no_grad()`. It costs 4 µs less, too.
     """
     if not is_transformed():
-        if torch.compiler.is_compiling() or _is_recorded(args):
+        if torch.is_grad_enabled() if torch.compiler.is_compiling() else _is_recorded(args):
             return function.apply(*args)
         return function.forward(_Unrecorded(len(args)), *args)
     record = _Record(function, tuple(_requires_grad(arg) for arg in args))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops, use_reference
+from .. import ops
 from ..data.batches import Batch
 from ..heads import Head
 from .engine.update import Engine, EngineSettings
@@ -32,7 +32,7 @@ def compare(
     model = load_run(folder, device)
     batch = random_batch(model, batch_size).to(torch.device(device))
     fused = logits_and_gradients(model, batch, nullcontext)
-    exact = logits_and_gradients(model, batch, use_reference)
+    exact = logits_and_gradients(model, batch, ops.use_reference)
     result: dict[str, Any] = {
         "device": device,
         "batch": list(batch.tokens.shape),
@@ -41,7 +41,7 @@ def compare(
         "gradients": difference(fused[1], exact[1]),
     }
     speeds: dict[str, list[float]] = {"fused": [], "reference": []}
-    modes: list[tuple[str, Mode]] = [("fused", nullcontext), ("reference", use_reference)]
+    modes: list[tuple[str, Mode]] = [("fused", nullcontext), ("reference", ops.use_reference)]
     engines = {name: Engine(copy.deepcopy(model), 1e-4, EngineSettings()) for name, _ in modes}
     for repeat in range(repeats + 1):
         for name, mode in modes if repeat % 2 else reversed(modes):
