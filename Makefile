@@ -85,7 +85,7 @@ test: install  ## the tests on the CPU, then the Triton kernels in the interpret
 interp: install  ## the op tests on the Triton kernels, in Triton's interpreter, and whole models on them
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) $(TRITON_TESTS) \
 	  tests/ops/test_activations.py tests/ops/test_transforms.py
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) tests/model/test_citizenship.py -k "gpt2 and ($(INTERP_MODELS))"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) tests/model/test_torch_tools.py -k "gpt2 and ($(INTERP_MODELS))"
 
 .PHONY: test-slow
 test-slow: install mutants  ## what takes too long for make test

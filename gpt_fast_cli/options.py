@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin,
 import typer
 from pydantic.fields import FieldInfo
 
-from gpt_fast_settings.base import extra, option_name
+from gpt_fast_settings.declaration import extra, option_name
 from gpt_fast_settings.training import PANELS, RUN, TrainingSettings
 
 from .terminal import print_json, require_train_extra, say, training_bar

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .base import option
+from .declaration import option
 from .training import DATA, RUN, TRAINING, Count, Decay, NotNegative, TrainingSettings
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from .base import option
+from .declaration import option
 from .training import DATA, MODEL, TRAINING, Count, Decay, NotNegative, TrainingSettings
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .base import Settings, option
+from .declaration import Settings, option
 
 RUN, DATA, MODEL, TRAINING = PANELS = ("Run", "Data", "Model", "Training")
 Count = Annotated[int, Field(ge=1)]

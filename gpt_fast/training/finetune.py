@@ -24,24 +24,13 @@ from ..heads import GPTForCausalLM, Head
 from ..interrupts import Stop
 from ..model_folder import read_config
 from .engine.optimizer import warmup_linear
+from .examples import examples, label_names, read_tables, remarks
 from .metrics import Metrics, confusion_matrix, predictions
 from .plots import plot_confusion, plot_task
 from .program import Record, Say, Session, Show, train
 from .runs.folder import check_run, read_metrics, with_special_tokens
 from .runs.recipes import finetuning_lr
-from .tasks import (
-    EVALUATION_BATCH,
-    TaskSettings,
-    better,
-    examples,
-    label_names,
-    new_model,
-    read_tables,
-    remarks,
-    score,
-    task_settings,
-    written_metrics,
-)
+from .tasks import EVALUATION_BATCH, TaskSettings, better, new_model, score, task_settings, written_metrics
 
 FEW_UPDATES = 50  # with fewer, the user gets a remark
 

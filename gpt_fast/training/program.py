@@ -12,7 +12,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from tokenizers import Tokenizer
 
-from gpt_fast_settings.base import read_file
+from gpt_fast_settings.declaration import read_file
+from gpt_fast_settings.resume import resumed
 from gpt_fast_settings.training import TrainingSettings
 
 from .._files import write_json
@@ -148,7 +149,7 @@ def _resumed(settings: S, run: Run, ranks: World, show: Show, say: Say, stop: St
     """Return the session, with the settings that the run began with if it is resumed."""
     path = run.folder / SETTINGS
     saved = ranks.values(read_file(path) if run.kept else {})
-    return Session(settings.resumed(path, saved) if saved else settings, run, ranks, show, say, stop)
+    return Session(resumed(settings, path, saved) if saved else settings, run, ranks, show, say, stop)
 
 
 def ignore(_: object) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpt_fast_settings.base import extra, option_name
+from gpt_fast_settings.declaration import extra, option_name
 from gpt_fast_settings.finetune import FinetuneSettings
 from gpt_fast_settings.pretrain import PretrainSettings
+from gpt_fast_settings.resume import resumed
 
 KINDS = pytest.mark.parametrize("cls", [PretrainSettings, FinetuneSettings])
 PATH = Path("runs/a/settings.yaml")
@@ -101,20 +102,20 @@ def test_every_setting_of_a_resumed_run(cls):
         began = cls(**(required | {name: other_value(name, default)}))
         omitted = {key: value for key, value in required.items() if key != name or field.is_required()}
         if not field.is_required():
-            assert getattr(cls(**omitted).resumed(PATH, began.saved()), name) == getattr(began, name), name
-        assert cls(**dict(began)).resumed(PATH, began.saved()) == began
+            assert getattr(resumed(cls(**omitted), PATH, began.saved()), name) == getattr(began, name), name
+        assert resumed(cls(**dict(began)), PATH, began.saved()) == began
         again = cls(**(required | {name: default}))
         if default in (None, ()):
             continue
         if kind == "free":
-            assert getattr(again.resumed(PATH, began.saved()), name) == default, name
+            assert getattr(resumed(again, PATH, began.saved()), name) == default, name
         else:
             with pytest.raises(ValueError, match=f"^--{option_name(name)} .*: the run in runs/a began with"):
-                again.resumed(PATH, began.saved())
+                resumed(again, PATH, began.saved())
 
 
 def test_a_resumed_run_takes_its_machine_and_its_command_from_the_user():
     began = PretrainSettings(out="a", device="cuda", strategy="fsdp", overwrite=True)
-    resumed = PretrainSettings(out="b", device="cpu", resume=True).resumed(PATH, began.saved())
-    assert (resumed.out, resumed.device, resumed.strategy) == (Path("b"), "cpu", None)
-    assert (resumed.resume, resumed.overwrite) == (True, False)
+    settings = resumed(PretrainSettings(out="b", device="cpu", resume=True), PATH, began.saved())
+    assert (settings.out, settings.device, settings.strategy) == (Path("b"), "cpu", None)
+    assert (settings.resume, settings.overwrite) == (True, False)

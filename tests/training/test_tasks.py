@@ -13,7 +13,7 @@ from gpt_fast import GPTConfig, GPTForMultipleChoice, GPTForSimilarity
 from gpt_fast.data.tables import Table
 from gpt_fast.data.task_inputs import Example
 from gpt_fast.data.tokenizer import byte_tokenizer, special_ids
-from gpt_fast.training import evaluate, finetune, predict, pretrain, tasks
+from gpt_fast.training import evaluate, examples, finetune, predict, pretrain, tasks
 from gpt_fast.training.metrics import generated_metrics
 from gpt_fast.training.runs.folder import read_record
 
@@ -103,9 +103,9 @@ def spelled(name: str, table: Table, **options) -> list:
     """The sequences of each row as text, with | for start, / for the delimiter and ! for extract."""
     tokenizer, marks = byte_tokenizer(), tasks.marks(config())
     task = tasks.task_settings(name, None, None, None, **({"numbers": False} | options))
-    names = tasks.label_names(table, task)
+    names = examples.label_names(table, task)
     letters = {marks.start: "|", marks.delimiter: "/", marks.extract: "!"}
-    rows = tasks.examples(table, task, names, tokenizer, config())
+    rows = examples.examples(table, task, names, tokenizer, config())
     texts = [["".join(letters.get(t, chr(t)) for t in sequence) for sequence in row.sequences] for row in rows]
     return [(text, row.target, row.answer) for text, row in zip(texts, rows, strict=True)]
 
@@ -246,7 +246,7 @@ def test_a_rare_label_is_trained_on(tmp_path):
     task = tasks.task_settings("classification", None, None, None, False)
     sizes = set()
     for seed in range(40):
-        train, valid = tasks.read_tables(path, None, task, seed)
+        train, valid = examples.read_tables(path, None, task, seed)
         assert set(train.labels) == {"a", "b", "rare"} and "rare" not in valid.labels
         assert sorted(train.texts + valid.texts) == sorted(f"text {i}" for i in range(40))
         sizes.add(len(valid))
@@ -256,11 +256,11 @@ def test_a_rare_label_is_trained_on(tmp_path):
 def test_remarks():
     table = Table("t.csv", ["some words", " ", "x", ""], [])
     rows = [Example([[1] * 8]), Example([[1] * 3]), Example([[1] * 3]), Example([[1] * 2])]
-    assert tasks.remarks(table, rows, 8) == [
+    assert examples.remarks(table, rows, 8) == [
         "t.csv: 25% of the rows fill all 8 positions and may have been cut off",
         "t.csv: 2 rows have an empty text, the first of them row 2",
     ]
-    assert tasks.remarks(Table("t.csv", ["a"], []), [Example([[1] * 3])], 8) == []
+    assert examples.remarks(Table("t.csv", ["a"], []), [Example([[1] * 3])], 8) == []
 
 
 def test_scratch_draws_the_weights_anew(source, tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gpt_fast_settings.base import Settings
+from gpt_fast_settings.declaration import Settings
 
 from .folder import read_record
 

@@ -337,7 +337,7 @@ import sys, torch, gpt_fast, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from tests.model.test_citizenship import accelerated, gradients, ours, tokens
+from tests.model.test_torch_tools import accelerated, gradients, ours, tokens
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)

@@ -1,4 +1,4 @@
-"""How a setting is declared, validated, read from a file, saved and resumed."""
+"""How a setting is declared, validated, read from a file and saved."""
 
 from __future__ import annotations
 
@@ -91,27 +91,6 @@ class Settings(BaseModel):
         """Return plain values under the options' names, for settings.yaml."""
         unsaved = {name for name, field in type(self).model_fields.items() if extra(field, "resume") == "command"}
         return self.model_dump(mode="json", by_alias=True, exclude=unsaved)
-
-    def resumed(self: S, path: Path, saved: Mapping[str, Any]) -> S:
-        """Return the settings for resuming the run that saved `saved` at `path`. Settings that the user omits keep
-        their original value. Settings that the user gives must equal it, unless their declaration frees them."""
-        kinds = {name: extra(field, "resume") for name, field in type(self).model_fields.items()}
-        command = {name: getattr(self, name) for name, kind in kinds.items() if kind == "command"}
-        began = type(self).read(None, dict(saved) | command)
-        values = dict(self)
-        for name, kind in kinds.items():
-            mine, original = getattr(self, name), getattr(began, name)
-            if kind in ("command", "machine") or name not in began.model_fields_set:
-                continue
-            if name not in self.model_fields_set or mine in (None, ()):
-                values[name] = original
-            elif mine != original and kind == "same":
-                mine, original = (settings.saved()[option_name(name)] for settings in (self, began))
-                raise ValueError(
-                    f"--{option_name(name)} {mine}: the run in {path.parent} began with {original}; --resume goes on "
-                    f"with the same settings (--config {path} repeats them)"
-                )
-        return type(self)(**values)
 
 
 def read_file(path: Path) -> dict[str, Any]:

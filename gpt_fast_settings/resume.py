@@ -1,0 +1,32 @@
+"""How `--resume` compares the settings of a command with those that the run began with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .declaration import S, extra, option_name
+
+
+def resumed(settings: S, path: Path, saved: Mapping[str, Any]) -> S:
+    """Return the settings for resuming the run that saved `saved` at `path`. Settings that the user omits keep their
+    original value. Settings that the user gives must equal it, unless their declaration frees them."""
+    cls = type(settings)
+    kinds = {name: extra(field, "resume") for name, field in cls.model_fields.items()}
+    command = {name: getattr(settings, name) for name, kind in kinds.items() if kind == "command"}
+    began = cls.read(None, dict(saved) | command)
+    values = dict(settings)
+    for name, kind in kinds.items():
+        mine, original = getattr(settings, name), getattr(began, name)
+        if kind in ("command", "machine") or name not in began.model_fields_set:
+            continue
+        if name not in settings.model_fields_set or mine in (None, ()):
+            values[name] = original
+        elif mine != original and kind == "same":
+            mine, original = (given.saved()[option_name(name)] for given in (settings, began))
+            raise ValueError(
+                f"--{option_name(name)} {mine}: the run in {path.parent} began with {original}; --resume goes on "
+                f"with the same settings (--config {path} repeats them)"
+            )
+    return cls(**values)
