@@ -23,15 +23,19 @@ def save(head: Any, directory: Path) -> None:
     """Write a head's configuration and weights; the configuration last, so that a folder that has it is complete."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-    if head.config.tied:
-        tensors.pop(_TIED, None)
+    config = head.config
+    if config.tied and _TIED in tensors:
+        if head.is_tied():
+            tensors.pop(_TIED)
+        else:  # the tie was undone after the model was made
+            config = config.replace(tied=False)
     kind = type(head).__name__
     try:
         with replacing(directory / WEIGHTS) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt", _FORMAT: kind})
     except SafetensorError as error:
         raise OSError(f"{directory / WEIGHTS}: cannot be written: {error}") from error
-    write_json(directory / CONFIG, {"format": _FORMAT, "head": kind, **head.config.to_dict()})
+    write_json(directory / CONFIG, {"format": _FORMAT, "head": kind, **config.to_dict()})
 
 
 def read_config(directory: Path) -> tuple[str, GPTConfig]:

@@ -35,16 +35,17 @@ class StepPass:
 
     def __init__(self, cache: KVCache):
         self.cache = cache
-        self.positions = cache.lengths[:, None]  # [B, 1]
+        # A full row can only be one that is done: what it computes is not used, but has to stay inside the cache.
+        self.positions = cache.lengths[:, None].clamp(max=cache.length - 1)  # [B, 1]
 
     def attend(self, layer: int, qkv: Tensor, num_heads: int) -> Tensor:
         """qkv [B, 1, 3C] → [B, 1, C]."""
         q, k, v = split_qkv(qkv, num_heads)  # [B, H, 1, D]
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # [B, H, S, D]
-        index = self.cache.lengths[:, None, None, None].expand(k.shape)
+        index = self.positions[:, :, None, None].expand(k.shape)
         keys.scatter_(2, index, k.to(keys.dtype))
         values.scatter_(2, index, v.to(values.dtype))
-        out = ops.decode_attention(q[:, :, 0].to(keys.dtype), keys, values, self.cache.lengths + 1)  # [B, H, D]
+        out = ops.decode_attention(q[:, :, 0].to(keys.dtype), keys, values, self.positions[:, 0] + 1)  # [B, H, D]
         return out.to(qkv.dtype).flatten(1)[:, None]
 
 

@@ -82,7 +82,7 @@ class DecodeSession:
         self.model = model
 
     def __reduce__(self) -> tuple:
-        return type(None), ()  # a copied or pickled model goes without its session
+        raise TypeError("DecodeSession: cannot be copied or pickled: its cache belongs to one model; make a new one")
 
     @property
     def stale(self) -> bool:
@@ -145,6 +145,7 @@ class DecodeSession:
     def read_prompt(self, tokens: Tensor, lengths: Tensor, first: int = 0) -> Tensor:
         """`prefill` for the rows from `first` on, in passes of a bounded number of tokens."""
         trunk, output_layer = parts(self.model)
+        tokens = tokens[:, : int(lengths.max())]  # padding behind the longest prompt takes no room
         B, T = tokens.shape
         if first + B > self.cache.batch:
             raise ValueError(

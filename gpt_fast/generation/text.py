@@ -95,7 +95,9 @@ def generate(
         else:
             session.check_room(counts + max_new_tokens)
         try:
-            session.start_drawing(_seed() if seed is None else seed)
+            if seed is None:  # greedy tokens need none, and torch's generator stays where it was
+                seed = _seed() if temperature > 0 else 0
+            session.start_drawing(seed)
             slides = wanted > session.cache.length
             _continue(session, rows, max_new_tokens, options, stop_tokens, stream, slides and own)
             if not own and max_new_tokens > 0:
@@ -235,10 +237,21 @@ def _seed() -> int:
 _KEPT = "_kept_session"
 
 
+class _Kept:
+    """The session that a model keeps. A copied or pickled model goes without it."""
+
+    def __init__(self, session: DecodeSession):
+        self.session = session
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+
 def _take_session(model: Any, batch: int, length: int, weights: str | None) -> DecodeSession:
     """The session that the model keeps, where it fits, else a new one."""
-    kept: DecodeSession | None = model.__dict__.pop(_KEPT, None)
-    if kept is not None:
+    holder: _Kept | None = model.__dict__.pop(_KEPT, None)
+    if holder is not None:
+        kept = holder.session
         kept.attach(model)
         fits = kept.cache.batch == batch and kept.cache.length >= length and kept.kind == step_kind(model, weights)
         if fits and not kept.stale:
@@ -249,4 +262,4 @@ def _take_session(model: Any, batch: int, length: int, weights: str | None) -> D
 
 def _keep_session(model: Any, session: DecodeSession) -> None:
     session.attach(None)
-    model.__dict__[_KEPT] = session
+    model.__dict__[_KEPT] = _Kept(session)

@@ -42,6 +42,27 @@ class Head(Convertible, nn.Module):
         if config.tied:
             self.output_layer.weight = self.trunk.token_emb.weight
 
+    def is_tied(self) -> bool:
+        """Return True if the output layer's weight is the token embedding's: one parameter, not two equal ones."""
+        weight = getattr(getattr(self, "output_layer", None), "weight", None)
+        return weight is not None and weight is self.trunk.token_emb.weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Keep the tie where PyTorch makes a new parameter for each module, as `to_empty` does on the meta device."""
+        tied = self.is_tied()
+        super()._apply(fn, recurse)
+        if tied:
+            self.output_layer.weight = self.trunk.token_emb.weight
+        return self
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict as `nn.Module` does; with `assign=True` a tied output layer stays tied."""
+        tied = self.is_tied()
+        keys = super().load_state_dict(state_dict, strict, assign)
+        if tied and not self.is_tied():
+            self.output_layer.weight = self.trunk.token_emb.weight
+        return keys
+
     def _language_model_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         return output_loss(self.output_layer, hidden, labels)
 
@@ -52,7 +73,7 @@ class Head(Convertible, nn.Module):
         new parameters: make the optimiser afterwards. Raises `ValueError` for less than one token, or for fewer than a
         special token of the configuration needs.
         """
-        config = dataclasses.replace(self.config, num_tokens=num_tokens)
+        config, tied = dataclasses.replace(self.config, num_tokens=num_tokens), self.is_tied()
         embedding = _resized(nn.Embedding, self.trunk.token_emb, (num_tokens, config.hidden_dim), config.init_std)
         self.trunk.token_emb = embedding
         if hasattr(self, "output_layer"):
@@ -60,14 +81,15 @@ class Head(Convertible, nn.Module):
             self.output_layer = _resized(
                 nn.Linear, old, (config.hidden_dim, num_tokens), config.init_std, bias=old.bias is not None
             )
-            if config.tied:
+            if tied:
                 self.output_layer.weight = embedding.weight
         self.config = self.trunk.config = config
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write `config.json` and `model.safetensors` into `directory`, each whole or not at all.
 
-        Raises `OSError` where the folder cannot be written.
+        An output layer that is not the token embedding's parameter is written too, whatever the configuration says, and
+        the folder's configuration then has tied=False. Raises `OSError` where the folder cannot be written.
         """
         model_folder.save(self, Path(directory))
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -384,3 +385,53 @@ def test_a_session_survives_damaged_logits(model):
 def test_refuses_another_head(model):
     with pytest.raises(ValueError, match="wanted a GPTForCausalLM or a GPT, got GPTForMaskedLM"):
         generate(GPTForMaskedLM(model.config), torch.ones(1, 5, dtype=torch.int64), max_new_tokens=2)
+
+
+def test_padding_takes_no_room(model):
+    """A batch padded beyond the model's positions, whose prompts and new tokens fit."""
+    tokens, lengths = prompts(5, 3)
+    padded = torch.cat([tokens, torch.full((2, SEQ_LEN), PAD)], dim=1)
+    out = generate(model, padded, max_new_tokens=6, temperature=0, lengths=lengths)
+    for row, length in enumerate(lengths.tolist()):
+        assert out[row, : length + 6].tolist() == greedy_by_hand(model, tokens[row, :length].tolist(), 6)
+
+
+def test_a_prompt_whose_padding_passes_the_end_of_the_cache(model):
+    """The first turn fills most of the cache; the second is padded beyond its end, for all rows alike."""
+    first, _ = prompts(SEQ_LEN - 6, SEQ_LEN - 6)
+    second, lengths = prompts(4, 4)
+    padded = torch.cat([second, torch.full((2, 9), PAD)], dim=1)
+    session = decoding.DecodeSession(model, batch=2)
+    session.prefill(first)
+    got = session.prefill(padded, lengths)
+    model.eval()
+    wanted = model(torch.cat([first, second], dim=1)).logits[:, -1]
+    model.train()
+    torch.testing.assert_close(got, wanted)
+
+
+def test_sliding_with_stop_tokens_in_a_batch(model):
+    """A row that is done stays at a full cache while the other goes on: what its step computes stays in bounds."""
+    tokens, _ = prompts(4, 4)
+    free = generate(model, tokens, max_new_tokens=60, temperature=0, sliding=True)
+    for row in range(2):
+        for stop in {int(free[row, SEQ_LEN]), int(free[row, SEQ_LEN - 1]), int(free[row, SEQ_LEN + 1])}:
+            out = generate(model, tokens, max_new_tokens=60, temperature=0, sliding=True, stop_tokens=[stop]).tolist()
+            for got, wanted in zip(out, free.tolist(), strict=True):
+                end = wanted.index(stop, 4) + 1 if stop in wanted[4:] else 64
+                assert got == wanted[:end] + [PAD] * (64 - end)
+
+
+def test_greedy_leaves_torchs_generator_alone(model):
+    """So that printing a sample does not change the training that follows."""
+    tokens, _ = prompts(4)
+    state = torch.get_rng_state()
+    generate(model, tokens, max_new_tokens=3, temperature=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("copy_of", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_session_is_not_copied(model, copy_of):
+    session = decoding.DecodeSession(model)
+    with pytest.raises(TypeError, match="DecodeSession: cannot be copied or pickled"):
+        copy_of(session)

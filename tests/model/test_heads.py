@@ -1,5 +1,6 @@
 """The heads: their losses against definitions written out, saving and loading, growing vocabularies."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -66,6 +67,64 @@ def test_padding_counts_in_no_loss(kind):
         head(row[keep][None], row[keep][None]).loss * (keep.sum() - 1) for row, keep in zip(tokens, real, strict=True)
     )
     assert torch.allclose(head(tokens, tokens, **padding).loss, total / (lengths - 1).sum(), rtol=1e-5)
+
+
+def one_step(head) -> None:
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.5)
+    head(tokens_of(), labels=tokens_of()).loss.backward()
+    optimizer.step()
+
+
+def filled_on_meta():
+    """A model made without memory, then filled, as large models are."""
+    with torch.device("meta"):
+        head = build(GPTForCausalLM)
+    head.to_empty(device="cpu")
+    head.load_state_dict(build(GPTForCausalLM).state_dict())
+    return head
+
+
+def assigned():
+    head = build(GPTForCausalLM)
+    twin = {name: tensor.clone() for name, tensor in build(GPTForCausalLM).state_dict().items()}
+    head.load_state_dict(twin, assign=True)
+    return head
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(filled_on_meta, id="to_empty"),
+        pytest.param(assigned, id="assign"),
+        pytest.param(lambda: copy.deepcopy(build(GPTForCausalLM)), id="deepcopy"),
+        pytest.param(lambda: build(GPTForCausalLM).double().float(), id="cast"),
+    ],
+)
+def test_a_tie_survives(make, tmp_path):
+    """Trained on, saved and loaded: one parameter all the way."""
+    head = make()
+    assert head.is_tied()
+    one_step(head)
+    head.save_pretrained(tmp_path)
+    again = GPTForCausalLM.from_pretrained(tmp_path)
+    assert again.is_tied() and again.config.tied
+    assert torch.equal(again(tokens := tokens_of()).logits, head(tokens).logits)
+    head.resize_embeddings(70)
+    assert head.is_tied()
+
+
+def test_a_tie_that_was_undone_is_saved_as_it_is(tmp_path):
+    """A configuration that says tied must not cost the output layer its weights."""
+    head = build(GPTForCausalLM)
+    head.output_layer.weight = torch.nn.Parameter(head.output_layer.weight.detach().clone())
+    assert head.config.tied and not head.is_tied()
+    one_step(head)
+    head.save_pretrained(tmp_path)
+    again = GPTForCausalLM.from_pretrained(tmp_path)
+    assert not again.config.tied
+    assert torch.equal(again(tokens := tokens_of()).logits, head(tokens).logits)
+    head.resize_embeddings(70)
+    assert not head.is_tied()
 
 
 def test_tied_and_free_output_layers():
