@@ -1,6 +1,6 @@
 """The trunk every head shares, and the drop-in GPT."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -240,11 +240,28 @@ _KINDS = (
 def why_not_plain(modules: Mapping[str, nn.Module]) -> str | None:
     """Return why a model with these modules is not plain, such as "decoders.0.ff.0 has hooks", or None if it is."""
     for name, module in modules.items():
-        kind = next((kind for kind in _KINDS if isinstance(module, kind)), None)
+        kind = _kind_of(module)
         reason = "is of another class" if kind is None else _plain.why_not_plain(module, kind)
         if reason is not None:
             return f"{name or 'the model'} {reason}"
     return None
+
+
+def _kind_of(module: nn.Module) -> type[nn.Module] | None:
+    return next((kind for kind in _KINDS if isinstance(module, kind)), None)
+
+
+class StaysPlain:
+    """Whether the modules of a plain model are still there and still plain, told in a microsecond a module."""
+
+    def __init__(self, modules: Iterable[nn.Module]):
+        self._kinds = [(module, _kind_of(module)) for module in modules]
+        self._children = [(module._modules, dict(module._modules)) for module, _ in self._kinds if module._modules]
+
+    def __call__(self) -> bool:
+        return all(now == before for now, before in self._children) and all(
+            _plain.is_plain(module, kind) for module, kind in self._kinds
+        )
 
 
 def output_loss(output_layer: Any, hidden: Tensor, labels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..model import evaluating
+from ..model import StaysPlain, evaluating
 from .cache import KVCache, PromptPass
 from .sampling import DAMAGED, Sampling, damaged
 from .steps import CppStep, TorchStep, device_has_cpp_step, parts, step_kind, why_called
@@ -64,6 +64,8 @@ class DecodeSession:
                 f"generate: {reason}, so the model's modules run each step; the C++ step would not call them",
                 stacklevel=3,
             )
+        modules = {*trunk.modules(), output_layer}
+        self._stays_plain = None if self.kind == "torch" else StaysPlain(modules)
         self._parameters = list(model.parameters())
         self._versions = [_version(parameter) for parameter in self._parameters]
         self._layouts = [_layout(parameter) for parameter in self._parameters]
@@ -206,8 +208,8 @@ class DecodeSession:
                 f"DecodeSession: the model changed under it: {len(now)} parameters, were {len(self._layouts)}; "
                 "make a new session"
             )
-        reason = None if self.kind == "torch" else why_called(self.model)
-        if reason is not None:
+        if self._stays_plain is not None and not self._stays_plain():
+            reason = why_called(self.model) or "a module was replaced"
             raise ValueError(f"DecodeSession: the model changed under it: {reason}; make a new session")
 
     def check_room(self, more: Tensor | int, rows: slice = slice(None)) -> None:
