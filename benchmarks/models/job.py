@@ -34,7 +34,8 @@ class Job:
 
     def state_bytes(self) -> int:
         """Return the bytes that stay in memory between calls: parameters, moments, and the session of `generate`."""
-        kept = getattr(self.model, "_kept_session", None)
+        holder = getattr(self.model, "_kept_session", None)
+        kept = holder.session if holder is not None else None
         packed = 0
         if kept is not None:
             packed = kept.cache.keys.nbytes + kept.cache.values.nbytes
