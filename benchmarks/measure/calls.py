@@ -1,4 +1,4 @@
-"""What is called and timed: the passes of an implementation on random inputs."""
+"""Build the calls that are timed: the passes of an implementation on random inputs."""
 
 from collections.abc import Callable
 from typing import Any

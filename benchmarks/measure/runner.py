@@ -30,7 +30,7 @@ Failed = list[tuple[Peer, str]]
 
 @dataclass
 class Settings:
-    """How to run, and the functions that are told about progress."""
+    """Options of a run, and the callbacks that report its progress."""
 
     device: str
     quick: bool = False

@@ -1,4 +1,4 @@
-"""How time is measured on one device."""
+"""Stopwatch of one device."""
 
 import math
 import random
@@ -61,7 +61,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class Budget:
-    """How often a call is timed: `least` times, then until `seconds` are used up. A very long call runs once."""
+    """Number of repetitions: at least `least`, then until `seconds` have passed. A very long call runs once."""
 
     seconds: float
     least: int

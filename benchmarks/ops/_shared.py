@@ -1,4 +1,4 @@
-"""What several ops' benchmarks use: random inputs, the implementations that every op has, reasons to be missing."""
+"""Helpers that several benchmarks share: random inputs, the implementations of every op, reasons to be missing."""
 
 import importlib.util
 from collections.abc import Callable

@@ -250,7 +250,7 @@ def why_no_mlp(mlp: Any, kind: type) -> str | None:
         if reason is not None:
             return f"{name} {reason}"
     if _plain.class_of(mlp.act) not in _ACTIVATIONS or _plain.is_hooked(mlp.act):
-        return f"activation {_plain.class_of(mlp.act).__name__}, wanted ReLU or GELU"
+        return f"activation {_plain.class_of(mlp.act).__name__}, expected ReLU or GELU"
     return None
 
 
