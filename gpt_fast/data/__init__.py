@@ -2,16 +2,16 @@
 
 `tokenizer` maps text to ids and back, `corpus` reads plain text, `tables` reads labelled rows, `snippets` makes the
 labelled table that fine-tuning falls back on, `token_files` and `prepare` keep text as files of ids, `stream` shuffles
-windows of them, `batches` and `task_inputs` cut and pad, `masking` hides tokens for the masked language model.
+windows of them, `batches` and `example_batches` cut and pad, `masking` hides tokens for the masked language model.
 """
 
 from .batches import Batch, lm_windows, token_stream, unigram_entropy
 from .corpus import Corpus, Document, read_corpus
+from .example_batches import Example, Marks, task_batches, task_input
 from .masking import mask_tokens
 from .snippets import snippet_table
 from .stream import TokenStream
 from .tables import Table, read_table
-from .task_inputs import Example, Marks, task_batches, task_input
 from .tokenizer import (
     SPECIAL_TOKENS,
     encode_documents,

@@ -1,14 +1,14 @@
 """The heads: a trunk, an output layer, and the loss each is trained with."""
 
 from .base import Head, HeadOutput
-from .language import GPTForCausalLM, GPTForMaskedLM
-from .tasks import (
+from .classifiers import (
     GPTForMultipleChoice,
     GPTForQuestionAnswering,
     GPTForSequenceClassification,
     GPTForSimilarity,
     GPTForTokenClassification,
 )
+from .language import GPTForCausalLM, GPTForMaskedLM
 
 HEADS: dict[str, type[Head]] = {
     head.__name__: head

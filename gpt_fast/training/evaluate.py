@@ -18,12 +18,12 @@ from ..data.stream import TokenStream
 from ..data.tables import SUFFIXES as TABLE_SUFFIXES
 from ..data.tokenizer import encode_documents
 from ..heads import GPTForCausalLM, GPTForSequenceClassification, Head
-from .examples import examples, read_task_table, remarks
 from .finetune import answer_bytes, draw_confusion
 from .lm_data import lm_batch, masker
 from .metrics import lm_loss, perplexity
 from .runs.folder import read_record, special_token, write_extra
 from .runs.load import load_run, run_tokenizer
+from .table_examples import examples, read_task_table, remarks
 from .tasks import TaskSettings, score, task_settings, written_metrics
 
 BATCH = 32

@@ -16,20 +16,20 @@ import torch
 from gpt_fast_settings.finetune import FinetuneSettings
 
 from ..data.batches import Batch
+from ..data.example_batches import Example, task_batch
 from ..data.stream import mix
 from ..data.tables import Table
-from ..data.task_inputs import Example, task_batch
 from ..data.tokenizer import load_tokenizer
 from ..heads import GPTForCausalLM, Head
 from ..interrupts import Stop
 from ..model_folder import read_config
 from .engine.optimizer import warmup_linear
-from .examples import examples, label_names, read_tables, remarks
 from .metrics import Metrics, confusion_matrix, predictions
 from .plots import plot_confusion, plot_task
 from .program import Record, Say, Session, Show, train
 from .runs.folder import check_run, read_metrics, with_special_tokens
 from .runs.recipes import finetuning_lr
+from .table_examples import examples, label_names, read_tables, remarks
 from .tasks import EVALUATION_BATCH, TaskSettings, better, new_model, score, task_settings, written_metrics
 
 FEW_UPDATES = 50  # with fewer, the user gets a remark

@@ -18,7 +18,7 @@ from torchmetrics.functional import spearman_corrcoef
 from torchmetrics.text import SQuAD
 
 from ..data.batches import Batch
-from ..data.task_inputs import Example, task_batches
+from ..data.example_batches import Example, task_batches
 from ..model import evaluating
 from .engine.distributed import World
 

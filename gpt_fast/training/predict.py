@@ -10,10 +10,10 @@ from pathlib import Path
 from ..data.tables import Row, Table, read_rows, table_suffix, write_rows
 from ..heads import GPTForCausalLM, Head
 from .evaluate import run_task
-from .examples import examples, read_task_table, remarks
 from .metrics import predictions
 from .runs.folder import read_record
 from .runs.load import load_run, run_tokenizer
+from .table_examples import examples, read_task_table, remarks
 from .tasks import EVALUATION_BATCH, TaskSettings, answers
 
 ADDED = ("prediction", "probability")  # columns

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from ..config import GPTConfig
-from ..data.task_inputs import Example, Marks, pad_rows, task_batches, task_input
+from ..data.example_batches import Example, Marks, pad_rows, task_batches, task_input
 from ..data.tokenizer import decode, encode
 from ..generation import generate
 from ..heads import GPTForCausalLM, GPTForMultipleChoice, GPTForSequenceClassification, GPTForSimilarity, Head

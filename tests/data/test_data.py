@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt_fast.config import IGNORE
-from gpt_fast.data import batches, corpus, snippets, tables, task_inputs
+from gpt_fast.data import batches, corpus, example_batches, snippets, tables
 from gpt_fast.data import tokenizer as tok
+from gpt_fast.data.example_batches import Example, Marks
 from gpt_fast.data.masking import mask_tokens
 from gpt_fast.data.stream import TokenStream, WindowOrder, mix, shuffled
-from gpt_fast.data.task_inputs import Example, Marks
 
 TEXT = "def f(x):\r\n\treturn x  # naïve — 日本 🙂\n\n\nclass A:\n    pass\n" * 5
 SPECIAL = list(tok.SPECIAL_TOKENS.values())
@@ -390,19 +390,19 @@ MARKS = Marks(start=2, delimiter=3, extract=4, pad=0)
     ids=["fits", "cut", "empty", "pair", "longest is cut", "both are cut", "three"],
 )
 def test_task_input(texts, seq_len, wanted):
-    assert task_inputs.task_input(texts, seq_len, MARKS) == wanted
+    assert example_batches.task_input(texts, seq_len, MARKS) == wanted
 
 
 def test_task_input_needs_room_for_its_marks():
-    assert task_inputs.task_input([[7], [8]], 3, MARKS) == [2, 3, 4]
+    assert example_batches.task_input([[7], [8]], 3, MARKS) == [2, 3, 4]
     with pytest.raises(ValueError, match="2 texts in 2 positions, wanted at least 3"):
-        task_inputs.task_input([[7], [8]], 2, MARKS)
+        example_batches.task_input([[7], [8]], 2, MARKS)
 
 
 @given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=3), seq_len=st.integers(5, 40))
 def test_task_input_fills_but_never_exceeds(lengths, seq_len):
     """The longest lose first: of those that are cut none keeps much less than the longest that is left."""
-    row = task_inputs.task_input([[9 + i] * length for i, length in enumerate(lengths)], seq_len, MARKS)
+    row = example_batches.task_input([[9 + i] * length for i, length in enumerate(lengths)], seq_len, MARKS)
     assert len(row) == min(seq_len, sum(lengths) + len(lengths) + 1)
     kept = [row.count(9 + i) for i in range(len(lengths))]
     cut = [length for length, left in zip(lengths, kept, strict=True) if left < length]
@@ -411,14 +411,14 @@ def test_task_input_fills_but_never_exceeds(lengths, seq_len):
 
 def test_task_batches():
     """One sequence, several, and text of which only the answer is asked for."""
-    one = task_inputs.task_batch([Example([[2, 7, 4]], 1), Example([[2, 4]], 0)], 0)
+    one = example_batches.task_batch([Example([[2, 7, 4]], 1), Example([[2, 4]], 0)], 0)
     assert one.tokens.tolist() == [[2, 7, 4], [2, 4, 0]]
     assert (one.labels.tolist(), one.lengths.tolist(), one.weight) == ([1, 0], [3, 2], 2)
-    pairs = task_inputs.task_batch([Example([[2, 3, 4], [2, 4]], 0.5)], 0, numbers=True)
+    pairs = example_batches.task_batch([Example([[2, 3, 4], [2, 4]], 0.5)], 0, numbers=True)
     assert pairs.tokens.tolist() == [[[2, 3, 4], [2, 4, 0]]]
     assert (pairs.lengths.tolist(), pairs.labels.tolist(), pairs.labels.dtype) == ([[3, 2]], [0.5], torch.float32)
-    written = task_inputs.task_batch([Example([[2, 7, 3, 8, 4]], answer=3), Example([[2, 3, 4]], answer=2)], 0)
+    written = example_batches.task_batch([Example([[2, 7, 3, 8, 4]], answer=3), Example([[2, 3, 4]], answer=2)], 0)
     assert written.labels.tolist() == [[-100, -100, -100, 8, 4], [-100, -100, 4, -100, -100]]
     assert written.weight == 3
     with pytest.raises(ValueError, match="batch_size is 0, wanted at least 1"):
-        list(task_inputs.task_batches([Example([[2, 4]])], 0, 0))
+        list(example_batches.task_batches([Example([[2, 4]])], 0, 0))

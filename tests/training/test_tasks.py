@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from gpt_fast import GPTConfig, GPTForMultipleChoice, GPTForSimilarity
+from gpt_fast.data.example_batches import Example
 from gpt_fast.data.tables import Table
-from gpt_fast.data.task_inputs import Example
 from gpt_fast.data.tokenizer import byte_tokenizer, special_ids
 from gpt_fast.training import evaluate, examples, finetune, predict, pretrain, tasks
 from gpt_fast.training.metrics import generated_metrics

@@ -1,4 +1,4 @@
-"""What the tasks feed to a model: texts between start, delimiter and extract tokens, padded into batches."""
+"""Examples of the labelled tasks, with their start, delimiter and extract tokens, padded into batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a labelled table to what a model is fed: columns, labels, held-out rows, and a row as an example."""
+"""Turn a labelled table into examples: read its columns, hold rows out, map labels, make each row an Example."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 
 from ..config import GPTConfig
 from ..data.corpus import VALID_FRACTION
+from ..data.example_batches import Example, task_input
 from ..data.snippets import snippet_table
 from ..data.tables import Row, Table, read_rows, read_table
-from ..data.task_inputs import Example, task_input
 from ..data.tokenizer import encode_documents
 from .tasks import TaskSettings, marks
 
