@@ -124,10 +124,13 @@ def why_no_table(module: Any) -> str | None:
     return f"uses {', '.join(used)}" if used else None
 
 
-def dropout(module: Any, x: Tensor) -> tuple[Tensor, float]:
-    """x and the probability that is left to drop: a plain dropout is for the caller to fuse, any other is called."""
+def dropout(module: Any, x: Tensor, drops: bool = True) -> tuple[Tensor, float]:
+    """Return x and the probability that is left to drop: the caller fuses a plain dropout, any other is called.
+
+    With `drops=False` a plain dropout drops nothing, whatever its flag is.
+    """
     if is_plain(module, nn.Dropout) and module.p < 1:
-        return x, module.p if module.training else 0.0
+        return x, module.p if drops and module.training else 0.0
     return module(x), 0.0
 
 

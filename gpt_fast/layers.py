@@ -80,8 +80,8 @@ class MLP(nn.Sequential):
     """Linear, activation, dropout, linear: an `nn.Sequential` of the stock modules, run as one `gpt_fast.ops.mlp`.
 
     x [B, T, C] → [B, T, C], hidden [B, T, F]. activation: "relu", "gelu" or "gelu_tanh". Where a child is not plain (it
-    has hooks, an adapter, a parametrisation) the children are called one after the other. Dtypes, precision,
-    determinism, errors, source: the op's.
+    has hooks, an adapter, a parametrisation) the children are called one after the other. With `drops=False` a plain
+    MLP applies no dropout, whatever its flags are. Dtypes, precision, determinism, errors, source: the op's.
     """
 
     def __init__(self, hidden_dim: int, ff_dim: int, activation: str, dropout: float = 0.0, bias: bool = True):
@@ -93,14 +93,14 @@ class MLP(nn.Sequential):
         )
         self.activation = activation
 
-    def forward(self, x: Tensor, seed: Tensor | None = None, site: int = 0) -> Tensor:
+    def forward(self, x: Tensor, seed: Tensor | None = None, site: int = 0, drops: bool = True) -> Tensor:
         if not self._is_plain():
             for module in self:
                 x = _plain.linear(module, x) if isinstance(module, nn.Linear) else module(x)
             return x
         children: list[Any] = list(self)
         fc, _, dropout, proj = children
-        dropout_p = dropout.p if dropout.training else 0.0
+        dropout_p = dropout.p if drops and dropout.training else 0.0
         return ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.activation, dropout_p, seed, site)
 
     def _is_plain(self) -> bool:
@@ -195,7 +195,8 @@ class TransformerDecoder(nn.Module):
         attend: Callable[[Tensor, int], Tensor] | None = None,
     ) -> "Tensor | tuple[Tensor, Branch]":
         site = self.site if site is None else site
-        if seed is None and self.is_dropping():
+        drops = attend is None  # a cache's way to attend means that a text is continued
+        if seed is None and drops and self.is_dropping():
             seed = ops.new_seed(x.device)
         masks = {
             "causal": causal, "lengths": lengths, "key_mask": key_mask, "mask": None, "cu_seqlens": cu_seqlens,
@@ -208,25 +209,35 @@ class TransformerDecoder(nn.Module):
                 )
             masks |= {"causal": False, "mask": ~mask}
         if self.pre_norm:
-            return self._pre_norm(x, branch, carry, masks, seed, site)
-        attended, p = _plain.dropout(self.dropout1, self.multihead_attn(x, seed=seed, site=site, **masks))
+            return self._pre_norm(x, branch, carry, masks, seed, site, drops)
+        attended, p = _plain.dropout(self.dropout1, self.multihead_attn(x, seed=seed, site=site, **masks), drops)
         x, _ = add_norm(Branch(attended, p, site + 1), x, self.layer_norm1, seed)
-        hidden, p = _plain.dropout(self.dropout2, self.ff(x, seed, site + 2))
+        hidden, p = _plain.dropout(self.dropout2, self._feed_forward(x, seed, site + 2, drops), drops)
         return add_norm(Branch(hidden, p, site + 3), x, self.layer_norm2, seed)[0]
 
     def _pre_norm(
-        self, x: Tensor, branch: "Branch | None", carry: bool, masks: dict, seed: Tensor | None, site: int
+        self,
+        x: Tensor,
+        branch: "Branch | None",
+        carry: bool,
+        masks: dict,
+        seed: Tensor | None,
+        site: int,
+        drops: bool,
     ) -> "Tensor | tuple[Tensor, Branch]":
         if branch is None:
             normed = self.layer_norm1(x)
         else:
             normed, x = add_norm(branch, x, self.layer_norm1, seed)
-        attended, p = _plain.dropout(self.dropout1, self.multihead_attn(normed, seed=seed, site=site, **masks))
+        attended, p = _plain.dropout(self.dropout1, self.multihead_attn(normed, seed=seed, site=site, **masks), drops)
         normed, x = add_norm(Branch(attended, p, site + 1), x, self.layer_norm2, seed)
-        hidden, p = _plain.dropout(self.dropout2, self.ff(normed, seed, site + 2))
+        hidden, p = _plain.dropout(self.dropout2, self._feed_forward(normed, seed, site + 2, drops), drops)
         if carry:
             return x, Branch(hidden, p, site + 3)
         return _plain.add(hidden, x, p, seed, site + 3)
+
+    def _feed_forward(self, x: Tensor, seed: Tensor | None, site: int, drops: bool) -> Tensor:
+        return self.ff(x, seed, site, drops) if isinstance(self.ff, MLP) else self.ff(x)
 
 
 class Branch(NamedTuple):

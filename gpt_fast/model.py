@@ -1,5 +1,6 @@
 """The trunk every head shares, and the drop-in GPT."""
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -89,11 +90,12 @@ class _Trunk(nn.Module):
                     f"gpt_fast: key_mask is {key_mask.dtype} {list(key_mask.shape)}, wanted bool {list(tokens.shape)}"
                 )
             positions = (key_mask.long().cumsum(1) - 1).clamp(min=0)
-        if seed is None and self._is_dropping():
+        drops = cache is None  # with a cache a text is continued, whatever the modules' flags are
+        if seed is None and drops and self._is_dropping():
             seed = ops.new_seed(tokens.device)
         if cache is not None:
             positions = cache.positions
-        x = self._embed(tokens, positions, seed)
+        x = self._embed(tokens, positions, seed, drops)
         options: dict[str, Any] = {
             "causal": causal, "lengths": lengths, "key_mask": key_mask, "cu_seqlens": cu_seqlens, "seed": seed,
         }  # fmt: skip
@@ -112,10 +114,10 @@ class _Trunk(nn.Module):
             return x
         return self.final_norm(x) if branch is None else add_norm(branch, x, self.final_norm, seed)[0]
 
-    def _embed(self, tokens: Tensor, positions: Tensor | None, seed: Tensor | None) -> Tensor:
-        """tokens [B, T] → dropout(token_emb(tokens) + pos_emb) [B, T, C]; positions [B or 1, T], None counts from 0."""
+    def _embed(self, tokens: Tensor, positions: Tensor | None, seed: Tensor | None, drops: bool) -> Tensor:
+        """Embed tokens [B, T] as dropout(token_emb(tokens) + pos_emb) [B, T, C]; positions is [B or 1, T] or counts."""
         plain_dropout = _plain.is_plain(self.dropout, nn.Dropout) and self.dropout.p < 1
-        dropout_p = self.dropout.p if plain_dropout and self.dropout.training else 0.0
+        dropout_p = self.dropout.p if plain_dropout and drops and self.dropout.training else 0.0
         table = self.pos_emb[0]
         if _plain.why_no_table(self.token_emb) is None:
             x = ops.embedding(tokens, self.token_emb.weight, table, positions, dropout_p, seed, site=0)
@@ -168,6 +170,16 @@ class Convertible:
         return convert.to_hf(self)
 
 
+class Generating:
+    """`generate`, for the models that continue a text."""
+
+    def generate(self, tokens: Tensor, *, max_new_tokens: int, **options: Any) -> Any:
+        """Return `gpt_fast.generate(self, tokens, max_new_tokens=..., **options)`."""
+        from .generation import generate
+
+        return generate(self, tokens, max_new_tokens=max_new_tokens, **options)
+
+
 class GPTModel(Convertible, _Trunk):
     """tokens [B, T] → hidden states [B, T, C]: embeddings, decoders and, if pre-norm, a last LayerNorm.
 
@@ -183,15 +195,17 @@ class GPTModel(Convertible, _Trunk):
         causal: bool = True,
         lengths: Tensor | None = None,
         key_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         seed: Tensor | None = None,
     ) -> Tensor:
+        key_mask = as_key_mask(type(self).__name__, key_mask, attention_mask)
         return self.hidden_states(
             tokens, causal=causal, lengths=lengths, key_mask=key_mask, cu_seqlens=cu_seqlens, seed=seed
         )
 
 
-class GPT(_Trunk):
+class GPT(Generating, _Trunk):
     """The notes' GPT, line for line: tokens [B, T] int64 → probabilities [B, T, V].
 
     p = softmax(output_layer(decoders(dropout(token_emb + pos_emb)))) with causal post-norm decoders, ReLU and ff_dim =
@@ -276,6 +290,30 @@ def output_loss(output_layer: Any, hidden: Tensor, labels: Tensor) -> Tensor:
     return losses / (labels != IGNORE).sum().clamp(min=1)
 
 
+def as_key_mask(function: str, key_mask: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+    """Return the key mask of a call: `key_mask`, or `attention_mask` as transformers has it (1 real token, 0 padding).
+
+    A mask without padding becomes None, which is faster. Raise `ValueError` if both are given, or if `attention_mask`
+    holds something other than zeros and ones.
+    """
+    if attention_mask is None:
+        return key_mask
+    if key_mask is not None:
+        raise ValueError(f"gpt_fast.{function}: got both key_mask and attention_mask; expected one of them")
+    if attention_mask.dtype.is_floating_point or attention_mask.dtype.is_complex:
+        raise ValueError(
+            f"gpt_fast.{function}: attention_mask has dtype {str(attention_mask.dtype).removeprefix('torch.')}; "
+            "expected bool or integers, 1 for a real token and 0 for padding"
+        )
+    mask = attention_mask.bool()
+    if ops.values_checked(attention_mask) and not torch.equal(mask.to(attention_mask.dtype), attention_mask):
+        raise ValueError(
+            f"gpt_fast.{function}: attention_mask holds values other than 0 and 1; "
+            "expected 1 for a real token and 0 for padding"
+        )
+    return None if _plain.is_reading_values_cheap(mask) and bool(mask.all()) else mask
+
+
 def shift_labels(labels: Tensor, *, lengths: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:
     """labels [B, T] → the label of each position's successor, -100 where either of the two is padding."""
     if lengths is not None:
@@ -291,16 +329,43 @@ def _longest(cu_seqlens: Tensor) -> int:
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put `module` into evaluation mode inside the block; a module that is in it already is not touched."""
-    was_training = module.training
-    if was_training:
-        module.eval()
-    try:
-        yield
-    finally:
-        if was_training:
-            module.train()
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module of `model` into evaluation mode inside the block, and restore the flag of each after it.
+
+    A second thread waits until the first one has left the block of the same model, because it would otherwise compute
+    with flags that the first one restores.
+    """
+    with vars(model).setdefault(_FLAGS, _FlagLock()):
+        flags = [(module, module.training) for module in model.modules()]
+        if any(training for _, training in flags):
+            model.eval()
+        try:
+            yield
+        finally:
+            for module, training in flags:
+                if training and type(module).train is not nn.Module.train:
+                    module.train()  # a method of its own may do more than set the flag, such as split merged weights
+            for module, training in flags:
+                module.training = training
+
+
+_FLAGS = "_gpt_fast_flags"  # the instance attribute that holds the lock
+
+
+class _FlagLock:
+    """Lock around the train flags of one model. A copied or pickled model gets a lock of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple:
+        return _FlagLock, ()
 
 
 def init_weights(module: nn.Module, std: float) -> None:

@@ -64,7 +64,9 @@ def load(head_class: type[AnyHead], directory: Path, overrides: dict[str, Any]) 
     """A head of this class with the weights of a folder; see `Head.from_pretrained`."""
     saved_by, config = read_config(directory)
     tensors = read_weights(directory / WEIGHTS)
-    head = head_class(config.replace(**overrides))
+    with torch.device("meta"):  # draws no weights that would be overwritten, whatever the default device is
+        head = head_class(config.replace(**overrides))
+    head.to_empty(device="cpu")
     wanted = dict(head.state_dict())
     if head.config.tied:
         wanted.pop(_TIED, None)
@@ -82,6 +84,7 @@ def load(head_class: type[AnyHead], directory: Path, overrides: dict[str, Any]) 
                 f"{directory / WEIGHTS}: {name} has shape {list(tensor.shape)}, "
                 f"wanted {list(wanted[name].shape)} by {CONFIG}"
             )
+    head.draw_weights([name for name in wanted if name not in kept])
     with torch.no_grad():
         for name, tensor in kept.items():
             wanted[name].copy_(tensor)

@@ -1,6 +1,6 @@
 """Text generation: `generate` and `DecodeSession`, which keeps keys and values between calls."""
 
 from .session import DecodeSession
-from .text import generate
+from .text import GenerateOutput, generate
 
-__all__ = ["DecodeSession", "generate"]
+__all__ = ["DecodeSession", "GenerateOutput", "generate"]

@@ -16,10 +16,11 @@ class KVCache:
     def __init__(self, config: GPTConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device):
         H = config.num_heads
         shape = (config.num_layers, batch, H, length, config.hidden_dim // H)
-        # Zeros: what the reference multiplies by a probability of 0 must not be NaN. Untouched pages cost nothing.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # tensors made in inference mode could not be written outside it
+            # Zeros: what the reference multiplies by a probability of 0 must not be NaN. Untouched pages cost nothing.
+            self.keys = torch.zeros(shape, dtype=dtype, device=device)
+            self.values = torch.zeros(shape, dtype=dtype, device=device)
+            self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
 
     @property
     def batch(self) -> int:

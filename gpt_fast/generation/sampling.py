@@ -1,9 +1,11 @@
-"""How a token is drawn from logits: repetition penalty, temperature, top-k, top-p."""
+"""How a token is drawn from logits: repetition penalty, temperature, top-k, top-p, min-p."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,22 +15,30 @@ LEAST_TEMPERATURE = 1e-30  # float32 cannot divide by less; below it the most pr
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Options of a draw, in the order they apply: penalty, temperature, top_k, top_p. Raises `ValueError`."""
+    """Options of a draw, applied in this order: penalty, temperature, top_k, top_p, min_p. Raises `ValueError`."""
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
     repetition_penalty: float = 1.0
+    min_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"generate: temperature {self.temperature}; wanted 0 (greedy) or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"generate: top_k {self.top_k}; wanted 1 or more")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"generate: top_p {self.top_p}; wanted more than 0 and at most 1")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"generate: repetition_penalty {self.repetition_penalty}; wanted more than 0, 1 for none")
+        _check_number("temperature", self.temperature, "0 (greedy) or more", lambda x: 0 <= x < math.inf)
+        _check_number(
+            "repetition_penalty", self.repetition_penalty, "more than 0, 1 for none", lambda x: 0 < x < math.inf
+        )
+        if self.top_k is not None and (not isinstance(self.top_k, numbers.Integral) or self.top_k < 1):
+            raise ValueError(f"gpt_fast.generate: top_k is {self.top_k!r}; expected an integer of 1 or more, or None")
+        if self.top_p is not None:
+            _check_number("top_p", self.top_p, "more than 0 and at most 1, or None", lambda x: 0 < x <= 1)
+        if self.min_p is not None:
+            _check_number("min_p", self.min_p, "0 to 1, or None", lambda x: 0 <= x <= 1)
+
+
+def _check_number(name: str, value: object, expected: str, fits: Callable[[float], bool]) -> None:
+    if not isinstance(value, numbers.Real) or not fits(float(value)):
+        raise ValueError(f"gpt_fast.generate: {name} is {value!r}; expected {expected}")
 
 
 def sample(
@@ -48,7 +58,7 @@ def sample(
     return draw(logits, options, generator=generator, seen=seen)
 
 
-DAMAGED = "generate: the model's logits hold NaN or infinity; its weights are damaged or its training diverged"
+DAMAGED = "gpt_fast.generate: the model's logits hold NaN or infinity; its weights are damaged or its training diverged"
 
 
 def damaged(logits: Tensor) -> Tensor:
@@ -74,6 +84,8 @@ def draw(
         scaled = keep_top_k(scaled, options.top_k)
     if options.top_p is not None and options.top_p < 1:
         scaled = keep_top_p(scaled, options.top_p)
+    if options.min_p:
+        scaled = keep_min_p(scaled, options.min_p)
     # The largest of p / e, e exponentially distributed, is a draw from p, and one kernel that graphs can hold.
     noise = torch.empty_like(scaled).exponential_(generator=generator)
     return (scaled.softmax(dim=-1) / noise).argmax(dim=-1)
@@ -99,3 +111,9 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     first = torch.arange(logits.shape[-1], device=logits.device) == 0
     values = values.masked_fill((before >= p) & ~first, -math.inf)
     return torch.empty_like(logits).scatter_(-1, ids, values)
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """Return `logits` [B, V] with all at -inf whose probability is below `p` times that of the most probable token."""
+    least = logits.amax(dim=-1, keepdim=True) + math.log(p)
+    return logits.masked_fill(logits < least, -math.inf)

@@ -1,19 +1,22 @@
-"""DecodeSession: a model, a cache of what it has read, and the step that reads one more token a row."""
+"""gpt_fast.DecodeSession: a model, a cache of what it has read, and the step that reads one more token a row."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from ..model import StaysPlain, evaluating
+from ..ops._library import has_kernel
 from .cache import KVCache, PromptPass
 from .sampling import DAMAGED, Sampling, damaged
-from .steps import CppStep, TorchStep, device_has_cpp_step, parts, step_kind, why_called
+from .steps import CppStep, TorchStep, device_has_cpp_step, parts, step_kind, unwrapped, why_called
 
 if TYPE_CHECKING:
     from ..heads import Head
@@ -50,22 +53,25 @@ class DecodeSession:
     """
 
     def __init__(self, model: GPT | Head, *, batch: int = 1, length: int | None = None, weights: str | None = None):
+        model = unwrapped(model)
         trunk, output_layer = parts(model)
         config = trunk.config
         length = config.seq_len if length is None else length
         if batch < 1:
-            raise ValueError(f"DecodeSession: batch {batch}; wanted 1 or more")
+            raise ValueError(f"gpt_fast.DecodeSession: batch is {batch}; expected 1 or more")
         if not 1 <= length <= config.seq_len:
-            raise ValueError(f"DecodeSession: length {length}; wanted 1 to the model's seq_len, {config.seq_len}")
+            raise ValueError(
+                f"gpt_fast.DecodeSession: length is {length}; expected 1 to the model's seq_len, {config.seq_len}"
+            )
         self.kind = step_kind(model, weights)
         reason = why_called(model)
         if reason is not None and device_has_cpp_step(trunk.pos_emb.device):
             warnings.warn(
-                f"generate: {reason}, so the model's modules run each step; the C++ step would not call them",
+                f"gpt_fast.generate: {reason}, so the model's modules run each step; the C++ step would not call them",
                 stacklevel=3,
             )
-        modules = {*trunk.modules(), output_layer}
-        self._stays_plain = None if self.kind == "torch" else StaysPlain(modules)
+        self._stays_plain = StaysPlain({*trunk.modules(), output_layer}) if reason is None else None
+        self._calls_modules = reason is not None
         self._parameters = list(model.parameters())
         self._versions = [_version(parameter) for parameter in self._parameters]
         self._layouts = [_layout(parameter) for parameter in self._parameters]
@@ -76,15 +82,28 @@ class DecodeSession:
         self.cache = KVCache(config, batch, length, dtype, device)
         self._lock = threading.Lock()
         self.model: GPT | Head | None = model
+        self._reference_step: TorchStep | None = None
+        self._make_step()
+
+    def _make_step(self) -> None:
+        """Make the step for the parameters where they are now."""
+        assert self.model is not None
         self._step: TorchStep | CppStep
-        self._step = TorchStep(model, self.cache) if self.kind == "torch" else CppStep(model, self.cache, self.kind)
+        if self.kind == "torch":
+            self._step = TorchStep(self.model, self.cache)
+        else:
+            self._step = CppStep(self.model, self.cache, self.kind)
+        self._addresses = [parameter.data_ptr() for parameter in self.model.parameters()]
+        self._fingerprint = _fingerprint(self._step.copied)
 
     def attach(self, model: GPT | Head | None) -> None:
         """Sets or drops the reference to the model; `generate` keeps sessions without one, so as to hold no cycle."""
         self.model = model
 
     def __reduce__(self) -> tuple:
-        raise TypeError("DecodeSession: cannot be copied or pickled: its cache belongs to one model; make a new one")
+        raise TypeError(
+            "gpt_fast.DecodeSession: cannot be copied or pickled: its cache belongs to one model; make a new one"
+        )
 
     @property
     def stale(self) -> bool:
@@ -97,6 +116,22 @@ class DecodeSession:
             or [_layout(parameter) for parameter in now] != self._layouts
             or [_version(parameter) for parameter in now] != self._versions
             or not torch.equal(_samples(now), self._samples)
+        )
+
+    def reads_current_weights(self) -> bool:
+        """Return True if a step computes with the parameters as they are now.
+
+        Every value of a parameter that the C++ step has copied is compared, because fused optimisers and writes through
+        `.data` leave no other trace. That reads those parameters once, which takes about as long as one step in
+        float32. A change that keeps the sum of a parameter's bits, such as exchanging two rows, is not noticed.
+        """
+        assert self.model is not None
+        now = list(self.model.parameters())
+        return (
+            len(now) == len(self._parameters)
+            and all(a is b for a, b in zip(now, self._parameters, strict=True))
+            and [_layout(parameter) for parameter in now] == self._layouts
+            and torch.equal(_fingerprint(self._step.copied), self._fingerprint)
         )
 
     @property
@@ -118,9 +153,10 @@ class DecodeSession:
         """Adds one token [batch] to every row; the logits [batch, V] after it, float32."""
         with self.in_use():
             self.check_layout()
-            if tokens.shape != self.cache.lengths.shape or tokens.dtype != torch.int64:
+            here = self.cache.lengths.shape
+            if not isinstance(tokens, Tensor) or tokens.shape != here or tokens.dtype != torch.int64:
                 raise ValueError(
-                    f"DecodeSession: tokens is {tokens.dtype} {list(tokens.shape)}, wanted int64 [{self.cache.batch}]"
+                    f"gpt_fast.DecodeSession: tokens is {_described(tokens)}; expected int64 [{self.cache.batch}]"
                 )
             self.check_room(1)
             check_tokens(tokens, self.config.num_tokens)
@@ -131,7 +167,7 @@ class DecodeSession:
             except ValueError:
                 self.cache.lengths.copy_(before)
                 raise
-            return self._step.logits()
+            return self._serving.logits()
 
     # --- what generate is made of; the caller holds in_use() and has checked ---
 
@@ -151,14 +187,16 @@ class DecodeSession:
         B, T = tokens.shape
         if first + B > self.cache.batch:
             raise ValueError(
-                f"DecodeSession: {first + B} sequences, wanted at most the {self.cache.batch} it was made for"
+                f"gpt_fast.DecodeSession: tokens has {first + B} sequences; expected at most the {self.cache.batch} "
+                "that the session was made for"
             )
         rows = slice(first, first + B)
         self.check_room(lengths, rows)
         starts = self.cache.lengths[rows].tolist()
         last = torch.zeros(B, trunk.config.hidden_dim, device=tokens.device, dtype=trunk.pos_emb.dtype)
         width = max(1, _PROMPT_TOKENS // B)
-        with evaluating(trunk):
+        assert self.model is not None
+        with evaluating(self.model) if self._calls_modules else contextlib.nullcontext():
             for begin in range(0, T, width):
                 part = tokens[:, begin : begin + width]
                 past = PromptPass(self.cache, [start + begin for start in starts], part.shape[1], first)
@@ -177,21 +215,36 @@ class DecodeSession:
     def advance(
         self, tokens: Tensor, options: Sampling, live: Tensor | None = None, seen: Tensor | None = None
     ) -> Tensor:
-        """Adds one token to each row that is `live` [batch]; the next tokens [batch], drawn (for the others, any)."""
+        """Add one token to each row that is `live` [batch]; return the next tokens [batch], drawn (for others, any)."""
         assert self.model is not None
-        return self._step.advance(self.model, tokens.contiguous(), options, live, seen)
+        return self._serving.advance(self.model, tokens.contiguous(), options, live, seen, self._calls_modules)
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor, live: Tensor | None = None) -> Tensor:
+        """Add one token to each row that is `live` [batch]; return the logits [batch, V] after it."""
+        self.advance(tokens, GREEDY, live)
+        return self._serving.logits(live)
 
     def draw(self, logits: Tensor, options: Sampling, rows: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Tokens [n] drawn from the logits [n, V] of these rows."""
-        return self._step.draw(logits, options, rows, seen)
+        """Return tokens [n] drawn from the logits [n, V] of these rows."""
+        return self._serving.draw(logits, options, rows, seen)
 
     def start_drawing(self, seed: int) -> None:
-        """The next draws are those of this seed."""
-        self._step.start_drawing(seed)
+        """Let the next draws be those of this seed."""
+        self._serving.start_drawing(seed)
 
     def check_logits(self) -> None:
-        """Raises where a step since the last call had damaged logits, on devices that are not waited for."""
-        self._step.check_logits()
+        """Raise if a step since the last call had damaged logits, on devices that are not waited for."""
+        self._serving.check_logits()
+
+    @property
+    def _serving(self) -> TorchStep | CppStep:
+        """Return the step to run now: under `use_reference()` the modules run it, on the same cache."""
+        if self.kind == "torch" or has_kernel("decode_attention", self.cache.keys):
+            return self._step
+        if self._reference_step is None:
+            self._reference_step = TorchStep(self.model, self.cache)  # type: ignore[arg-type]
+        return self._reference_step
 
     def check_layout(self) -> None:
         """Raises where the model's parameters have other shapes, dtypes or devices than the session was made for."""
@@ -200,24 +253,28 @@ class DecodeSession:
         for got, wanted in zip(now, self._layouts, strict=False):
             if got[1:] != wanted[1:]:
                 raise ValueError(
-                    f"DecodeSession: the model changed under it: a parameter is {_words(got)}, was {_words(wanted)}; "
-                    "make a new session"
+                    f"gpt_fast.DecodeSession: the model changed under it: a parameter is {_words(got)}, "
+                    f"was {_words(wanted)}; make a new session"
                 )
         if len(now) != len(self._layouts):
             raise ValueError(
-                f"DecodeSession: the model changed under it: {len(now)} parameters, were {len(self._layouts)}; "
-                "make a new session"
+                f"gpt_fast.DecodeSession: the model changed under it: {len(now)} parameters, "
+                f"were {len(self._layouts)}; make a new session"
             )
-        if self._stays_plain is not None and not self._stays_plain():
+        is_plain = self._stays_plain is not None and self._stays_plain()
+        if self.kind != "torch" and not is_plain:
             reason = why_called(self.model) or "a module was replaced"
-            raise ValueError(f"DecodeSession: the model changed under it: {reason}; make a new session")
+            raise ValueError(f"gpt_fast.DecodeSession: the model changed under it: {reason}; make a new session")
+        self._calls_modules = not is_plain
+        if [layout[0] for layout in now] != self._addresses:  # moved there and back, or replaced through `.data`
+            self._make_step()
 
     def check_room(self, more: Tensor | int, rows: slice = slice(None)) -> None:
         """Raises where a row's cache does not hold so many more tokens."""
         wanted = int((self.cache.lengths[rows] + more).max())
         if wanted > self.cache.length:
             raise ValueError(
-                f"DecodeSession: the cache is full: a row would hold {wanted} tokens, it has room for "
+                f"gpt_fast.DecodeSession: the cache is full: a row would hold {wanted} tokens, it has room for "
                 f"{self.cache.length}; make a longer session, or reset() it"
             )
 
@@ -231,7 +288,8 @@ class _InUse:
     def __enter__(self) -> None:
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(
-                "DecodeSession: in use by another thread; a session serves one thread at a time, make one for each"
+                "gpt_fast.DecodeSession: in use by another thread; a session serves one thread at a time, "
+                "make one for each"
             )
 
     def __exit__(self, *exception: object) -> None:
@@ -248,6 +306,17 @@ def _samples(parameters: list[nn.Parameter]) -> Tensor:
     return torch.cat(few).nan_to_num()
 
 
+def _fingerprint(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of the bits of each tensor, [n] int64, read as integers that are as wide as its memory allows."""
+    sums = [_as_integers(tensor).sum(dtype=torch.int64) for tensor in tensors]
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64, device="cpu")
+
+
+def _as_integers(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().contiguous().flatten()
+    return flat.view(torch.int64) if flat.nbytes % 8 == 0 and flat.data_ptr() % 8 == 0 else flat.view(torch.uint8)
+
+
 def _layout(parameter: Tensor) -> tuple:
     return parameter.data_ptr(), tuple(parameter.shape), parameter.dtype, parameter.device
 
@@ -257,32 +326,42 @@ def _words(layout: tuple) -> str:
     return f"{str(dtype).removeprefix('torch.')} {list(shape)} on {device}"
 
 
-def check_prompt(tokens: Tensor, V: int, lengths: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:
-    """How many real tokens each row of a prompt [B, T] has, [B]; raises `ValueError` for what is no prompt."""
-    if tokens.ndim != 2 or tokens.dtype != torch.int64:
-        raise ValueError(f"generate: wanted int64 tokens [B, T], got {tokens.dtype} {list(tokens.shape)}")
+def check_prompt(tokens: Any, V: int, lengths: Any = None, key_mask: Any = None) -> Tensor:
+    """Return how many real tokens each row of a prompt [B, T] has, [B]; raise `ValueError` for what is no prompt."""
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype != torch.int64:
+        raise ValueError(f"gpt_fast.generate: tokens is {_described(tokens)}; expected int64 [B, T]")
     B, T = tokens.shape
     if lengths is not None and key_mask is not None:
-        raise ValueError("generate: got lengths and key_mask, wanted one of them")
+        raise ValueError("gpt_fast.generate: got both lengths and key_mask; expected one of them")
     if key_mask is not None:
-        if key_mask.shape != tokens.shape or key_mask.dtype != torch.bool:
-            raise ValueError(f"generate: key_mask is {key_mask.dtype} {list(key_mask.shape)}, wanted bool {[B, T]}")
+        if not isinstance(key_mask, Tensor) or key_mask.shape != tokens.shape or key_mask.dtype != torch.bool:
+            raise ValueError(f"gpt_fast.generate: key_mask is {_described(key_mask)}; expected bool {[B, T]}")
         lengths = key_mask.sum(dim=1)
     if lengths is None:
-        lengths = torch.full((B,), T)
-    if lengths.shape != (B,) or lengths.dtype.is_floating_point:
-        raise ValueError(f"generate: wanted {B} integer lengths, got {lengths.dtype} {list(lengths.shape)}")
+        lengths = torch.full((B,), T, device=tokens.device)
+    if not isinstance(lengths, Tensor) or lengths.shape != (B,) or lengths.dtype not in _INTEGERS:
+        raise ValueError(f"gpt_fast.generate: lengths is {_described(lengths)}; expected integers [{B}]")
     if B == 0 or T == 0 or bool((lengths < 1).any()):
-        raise ValueError("generate: empty prompt; wanted at least one token in every row")
+        raise ValueError("gpt_fast.generate: tokens has an empty prompt; expected at least one token in every row")
     if bool((lengths > T).any()):
-        raise ValueError(f"generate: a length of {int(lengths.max())} in rows of {T} tokens")
+        raise ValueError(f"gpt_fast.generate: a length of {int(lengths.max())} in rows of {T} tokens")
     lengths = lengths.to(device=tokens.device, dtype=torch.int64)
     real = torch.arange(T, device=tokens.device) < lengths[:, None] if key_mask is None else key_mask
     check_tokens(tokens[real], V)
     return lengths
 
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
 def check_tokens(tokens: Tensor, V: int) -> None:
     wrong = tokens[(tokens < 0) | (tokens >= V)]
     if wrong.numel():
-        raise ValueError(f"generate: token {int(wrong[0])}, wanted one in [0, {V})")
+        raise ValueError(f"gpt_fast.generate: tokens holds {int(wrong[0])}; expected ids in [0, {V})")
+
+
+def _described(value: object) -> str:
+    """Return dtype and shape of a tensor, or the type of anything else."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return f"a {type(value).__name__}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..model import GPT, _Trunk, evaluating, why_not_plain
-from ..ops._library import device_guard, runs_reference
+from ..ops._library import device_guard, has_kernel, runs_reference
 from .cache import KVCache, StepPass
 from .sampling import DAMAGED, Sampling, damaged, draw, sample
 
@@ -35,13 +36,20 @@ class CppStep:
             parameters, num_heads=config.num_heads, activation=config.activation, pre_norm=config.pre_norm,
             eps=config.layer_norm_eps, weights=weights,
         )  # fmt: skip
+        self.copied = [parameters[name] for name in self.weights.copied]
         self.cache = cache
         self._session = _C.DecodeSession(self.weights, cache.keys, cache.values)
-        self._every_row = torch.arange(cache.batch)
+        self._every_row = torch.arange(cache.batch, device=cache.lengths.device)
         self.start_drawing(0)
 
     def advance(
-        self, model: GPT | Head, tokens: Tensor, options: Sampling, live: Tensor | None, seen: Tensor | None
+        self,
+        model: GPT | Head,
+        tokens: Tensor,
+        options: Sampling,
+        live: Tensor | None,
+        seen: Tensor | None,
+        calls_modules: bool,
     ) -> Tensor:
         lengths = self.cache.lengths
         if live is None or bool(live.all()):
@@ -60,18 +68,23 @@ class CppStep:
     def start_drawing(self, seed: int) -> None:
         self._seed, self._draws = seed, 0
 
-    def logits(self) -> Tensor:
-        return self._session.logits()
+    def logits(self, live: Tensor | None = None) -> Tensor:
+        """Return the logits [batch, V] after the last step, zeros for rows that were not `live` in it."""
+        logits = self._session.logits()
+        if live is None or len(logits) == self.cache.batch:
+            return logits
+        return logits.new_zeros(self.cache.batch, logits.shape[1]).index_copy_(0, live.nonzero().squeeze(1), logits)
 
     def check_logits(self) -> None:
         """The step itself has raised."""
 
     def _sampling(self, options: Sampling) -> Any:
-        self._draws += 1
+        self._draws += options.temperature > 0
         return self._c.Sampling(
             temperature=options.temperature,
             top_k=options.top_k or 0,
             top_p=1.0 if options.top_p is None else options.top_p,
+            min_p=options.min_p or 0.0,
             penalty=options.repetition_penalty,
             seed=self._seed,
             draw=self._draws,
@@ -81,19 +94,22 @@ class CppStep:
 class TorchStep:
     """The step on the model's modules, on buffers that stay where they are: eager, or on CUDA as a captured graph."""
 
+    copied: tuple[Tensor, ...] = ()  # the modules read their own parameters
+
     def __init__(self, model: GPT | Head, cache: KVCache):
         self.cache = cache
         batch, device = cache.batch, cache.keys.device
-        self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.live = torch.ones(batch, dtype=torch.bool, device=device)
-        self.damaged = torch.zeros(batch, dtype=torch.bool, device=device)
-        self.kept_logits = torch.zeros(batch, parts(model)[0].config.num_tokens, device=device)
+        with torch.inference_mode(False):  # tensors made in inference mode could not be written outside it
+            self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+            self.live = torch.ones(batch, dtype=torch.bool, device=device)
+            self.damaged = torch.zeros(batch, dtype=torch.bool, device=device)
+            self.kept_logits = torch.zeros(batch, parts(model)[0].config.num_tokens, dtype=torch.float32, device=device)
         self.generator = torch.Generator(device)
         self._graph: Any = None
         self._captured: Any = None  # the options and marks that the graph was captured with
 
     def run(self, model: GPT | Head, options: Sampling, seen: Tensor | None) -> None:
-        """tokens → tokens, for every row; lengths grow where it is live."""
+        """Replace `tokens` by the next tokens of every row; lengths grow where a row is live."""
         trunk, output_layer = parts(model)
         hidden = trunk.hidden_states(self.tokens[:, None], cache=StepPass(self.cache))  # [B, 1, C]
         logits = output_layer(hidden[:, 0]).to(self.kept_logits.dtype)  # [B, V]
@@ -103,18 +119,30 @@ class TorchStep:
         self.cache.lengths += self.live
 
     def advance(
-        self, model: GPT | Head, tokens: Tensor, options: Sampling, live: Tensor | None, seen: Tensor | None
+        self,
+        model: GPT | Head,
+        tokens: Tensor,
+        options: Sampling,
+        live: Tensor | None,
+        seen: Tensor | None,
+        calls_modules: bool,
     ) -> Tensor:
         self.tokens.copy_(tokens)
         self.live.copy_(live) if live is not None else self.live.fill_(True)
-        if self.tokens.is_cuda and not ops.values_checked(self.tokens):
+        # A graph would replay kernels in the reference's place, and would not run hooks.
+        captures = not calls_modules and has_kernel("decode_attention", self.cache.keys)
+        if captures and self.tokens.is_cuda and not ops.values_checked(self.tokens):
             with device_guard(self.tokens.get_device()):
                 self._replay(model, options, seen)
         else:
-            with evaluating(parts(model)[0]):
+            with evaluating(model) if calls_modules else contextlib.nullcontext():
                 self.run(model, options, seen)
             self.check_logits()
         return self.tokens.clone()
+
+    def forget_graph(self) -> None:
+        """Drop the captured graph, which reads parameters at the addresses that they had when it was captured."""
+        self._graph = self._captured = None
 
     def _replay(self, model: GPT | Head, options: Sampling, seen: Tensor | None) -> None:
         captured = (options, None if seen is None else seen.data_ptr())
@@ -128,22 +156,21 @@ class TorchStep:
         state = (self.tokens, self.damaged, self.cache.lengths)
         before = [value.clone() for value in state]
         drawn = self.generator.get_state()
-        with evaluating(parts(model)[0]):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):  # kernels are compiled and libraries initialised outside the capture
-                    for value, saved in zip(state, before, strict=True):
-                        value.copy_(saved)
-                    self.run(model, options, seen)
-            torch.cuda.current_stream().wait_stream(side)
-            self._graph = torch.cuda.CUDAGraph()
-            self._graph.register_generator_state(self.generator)
-            for value, saved in zip(state, before, strict=True):
-                value.copy_(saved)
-            # Without a stream of ours torch captures on one that belongs to the device of the process's first capture.
-            with torch.cuda.graph(self._graph, stream=torch.cuda.Stream()):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # kernels are compiled and libraries initialised outside the capture
+                for value, saved in zip(state, before, strict=True):
+                    value.copy_(saved)
                 self.run(model, options, seen)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        self._graph.register_generator_state(self.generator)
+        for value, saved in zip(state, before, strict=True):
+            value.copy_(saved)
+        # Without a stream of ours torch captures on one that belongs to the device of the process's first capture.
+        with torch.cuda.graph(self._graph, stream=torch.cuda.Stream()):
+            self.run(model, options, seen)
         self.generator.set_state(drawn)
 
     def draw(self, logits: Tensor, options: Sampling, rows: Tensor, seen: Tensor | None) -> Tensor:
@@ -152,7 +179,8 @@ class TorchStep:
     def start_drawing(self, seed: int) -> None:
         self.generator.manual_seed(seed)
 
-    def logits(self) -> Tensor:
+    def logits(self, live: Tensor | None = None) -> Tensor:
+        """Return the logits [batch, V] after the last step."""
         return self.kept_logits.clone()
 
     def check_logits(self) -> None:
@@ -162,14 +190,48 @@ class TorchStep:
 
 
 def parts(model: Any) -> tuple[_Trunk, nn.Module]:
-    """The trunk and the output layer of a model that can continue a text."""
+    """Return the trunk and the output layer of a model that can continue a text."""
     from ..heads import GPTForMaskedLM, Head
 
     if isinstance(model, GPT):
         return model, model.output_layer
     if isinstance(model, Head) and hasattr(model, "output_layer") and not isinstance(model, GPTForMaskedLM):
         return model.trunk, model.output_layer
-    raise ValueError(f"generate: wanted a GPTForCausalLM or a GPT, got {type(model).__name__}")
+    raise ValueError(f"gpt_fast.generate: model is a {type(model).__name__}; expected a GPTForCausalLM or a GPT")
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the model inside the wrappers of torch.compile, DataParallel, DistributedDataParallel and PEFT.
+
+    Raise `ValueError` for a model whose parameters are sharded over ranks, and for an adapter that is no part of the
+    modules, such as a trained prompt.
+    """
+    while isinstance(model, nn.Module) and not isinstance(model, _Trunk):
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # of torch.compile
+            model = model._modules["_orig_mod"]
+        elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+            peft: Any = model
+            if peft.active_peft_config.is_prompt_learning:
+                raise ValueError(
+                    f"gpt_fast.generate: model has the adapter {peft.active_peft_config.peft_type}, which puts trained "
+                    "vectors before the tokens; expected one that changes modules, such as LoRA"
+                )
+            model = peft.get_base_model()
+        else:
+            break
+    if isinstance(model, nn.Module) and any(_is_sharded(module) for module in model.modules()):
+        raise ValueError(
+            f"gpt_fast.generate: model is a {type(model).__name__} whose parameters are sharded over ranks; expected a "
+            "whole model: load a full state dict into one that is not sharded"
+        )
+    return model
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Return True for a module of FSDP1 or FSDP2, told by name because importing FSDP takes seconds."""
+    return type(module).__name__.startswith(("FSDP", "FullyShardedDataParallel"))
 
 
 def step_kind(model: GPT | Head, weights: str | None) -> str:
@@ -178,7 +240,7 @@ def step_kind(model: GPT | Head, weights: str | None) -> str:
     The C++ step copies parameters by name, so it serves plain models only. The modules of any other model run its step.
     """
     if weights is not None and weights not in WEIGHTS:
-        raise ValueError(f"generate: weights {weights!r}; wanted one of {', '.join(WEIGHTS)}")
+        raise ValueError(f"gpt_fast.generate: weights is {weights!r}; expected one of {', '.join(WEIGHTS)}")
     place = parts(model)[0].pos_emb
     own = str(place.dtype).removeprefix("torch.")
     reason = why_called(model)
@@ -190,7 +252,7 @@ def step_kind(model: GPT | Head, weights: str | None) -> str:
         return weights or ("bfloat16" if own == "bfloat16" else "float32")
     if weights not in (None, own):
         raise ValueError(
-            f"generate: weights {weights!r} of a {own} model on {place.device.type}"
+            f"gpt_fast.generate: weights {weights!r} of a {own} model on {place.device.type}"
             f"{f' whose {reason}' if reason else ''}; other weights than its own need the C++ step, which runs plain "
             "models on a CPU with the extension built, in float32, bfloat16 or float16"
         )

@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import numbers
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model import GPT
-from .sampling import Sampling
+from ..model import GPT, as_key_mask
+from .sampling import Sampling, penalise
 from .session import DecodeSession, check_prompt
-from .steps import parts, step_kind
+from .steps import parts, step_kind, unwrapped
 
 if TYPE_CHECKING:
     from ..heads import Head
 
+Processor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
 _ROOM = 128  # caches are made for multiples of this many tokens, so that the next call finds them long enough
 
 
+class GenerateOutput(NamedTuple):
+    """What `generate` returns with `return_scores=True`.
+
+    `tokens` is the Tensor [B, T + new] that `generate` returns otherwise. `scores` [B, new] float32 holds the logarithm
+    of the probability that softmax(logits) gave to each new token, before penalty, processors, temperature and cuts;
+    it is 0 where a row was done.
+    """
+
+    tokens: Tensor
+    scores: Tensor
+
+
+@overload
 def generate(
+    model: Any, tokens: Tensor, *, max_new_tokens: int, return_scores: Literal[False] = ..., **options: Any
+) -> Tensor: ...
+@overload
+def generate(
+    model: Any, tokens: Tensor, *, max_new_tokens: int, return_scores: Literal[True], **options: Any
+) -> GenerateOutput: ...
+def generate(  # type: ignore[misc]  # the overloads leave the common options to this signature
     model: GPT | Head,
     tokens: Tensor,
     *,
@@ -28,62 +53,88 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     repetition_penalty: float = 1.0,
+    logits_processors: Sequence[Processor] = (),
     stop_tokens: Sequence[int] | None = None,
     seed: int | None = None,
     lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
     sliding: bool = False,
     weights: str | None = None,
     session: DecodeSession | None = None,
     stream: Callable[[Tensor], None] | None = None,
-) -> Tensor:
-    """Continues each row of `tokens` [B, T] by `max_new_tokens` tokens drawn from p = softmax(logits / temperature).
+    return_scores: bool = False,
+) -> Tensor | GenerateOutput:
+    """Continue each row of `tokens` by `max_new_tokens` tokens drawn from p = softmax(logits / temperature).
 
-    Returns [B, T + max_new_tokens]. Prompts of unequal `lengths` [B] are padded on the right; a row's new tokens follow
-    its own prompt directly, and what is left of the row holds the padding token. With `key_mask` [B, T] bool (True: a
-    real token; padding on the left, say) every row's new tokens begin at T. A row that has drawn one of `stop_tokens`
-    keeps it and goes on with padding. A row in a batch gets the greedy tokens that it gets alone.
+    Args:
+        model: A `GPTForCausalLM`, a `GPT`, or a head with a joint loss. The wrappers of `torch.compile`, DataParallel,
+            DistributedDataParallel and PEFT are taken off; sharded parameters are refused.
+        tokens: Prompts [B, T] int64.
+        max_new_tokens: How many tokens each row gets. A row in a batch gets the greedy tokens that it gets alone.
+        temperature: 0 takes the most probable token.
+        top_k: Keep the k most probable tokens.
+        top_p: Then keep the fewest tokens whose probabilities add up to it.
+        min_p: Then keep the tokens with at least this share of the probability of the most probable one.
+        repetition_penalty: Before all of these, divide the positive logits of the tokens that a row holds by it, and
+            multiply the negative ones.
+        logits_processors: Callables (tokens so far [B, L], logits [B, V]) → logits [B, V], as transformers'
+            `LogitsProcessor`. They run after the penalty and before the temperature. The tokens are padded on the left
+            where rows differ in length.
+        stop_tokens: A row that has drawn one of them keeps it and goes on with padding.
+        seed: The same integer draws the same tokens on a device. Without one, torch's generator gives a seed; greedy
+            generation needs none and leaves that generator alone.
+        lengths: Real tokens [B] of prompts that are padded on the right. A row's new tokens follow its prompt directly,
+            and the rest of the row holds the padding token.
+        key_mask: Bool [B, T], True for a real token, for prompts that are padded anywhere, such as on the left. New
+            tokens of every row begin at T.
+        attention_mask: The same as zeros and ones, as transformers' tokenizers return it.
+        sliding: Beyond `seq_len` tokens there are no positions, which is an error unless `sliding` is True: then the
+            model sees the last `seq_len` tokens of a prompt, and whenever a row is full its later half is read anew
+            from position 0.
+        weights: Precision of the weights in a step on a CPU, see `DecodeSession`.
+        session: A `DecodeSession` of B rows that this call continues, as in chat turns. It holds prompt and new tokens
+            afterwards. The penalty then counts the tokens of this call alone. Without one, the model keeps a session
+            for the next call and makes another one when its parameters have changed or moved.
+        stream: Called with the new tokens [B] of every step, which are the padding token where a row is done.
+        return_scores: Return the log-probabilities of the new tokens too.
 
-    Temperature 0 takes the most probable token. `repetition_penalty` divides the positive logits of all tokens that a
-    row holds and multiplies the negative ones; then `top_k` keeps the k most probable, then `top_p` the fewest whose
-    probabilities add up to it. The same `seed` draws the same tokens on a device; without one, torch's generator gives
-    a seed. `stream` is called with the new tokens [B] of every step, the padding token where a row is done.
+    Returns:
+        Tokens [B, T + max_new_tokens], or a `GenerateOutput` with `return_scores=True`.
 
-    Beyond `seq_len` tokens there are no positions: that is a ValueError, or with `sliding` the model sees the latest
-    tokens only: the last `seq_len` of a prompt, and whenever a row is full its later half is read anew from position 0.
+    Raises:
+        ValueError: For arguments that contradict this, an empty prompt, and logits that are NaN or infinite.
 
-    `weights` and the precision are those of `DecodeSession`. The model keeps the session for the next call and makes
-    another one when its parameters have changed or moved. A `session` given, of B rows, is what the rows go on from and
-    holds prompt and new tokens afterwards (chat turns); `seen` by the penalty are then this call's tokens alone.
-
-    Dtypes: tokens int64, logits and the drawing float32.
-
-    Raises `ValueError` for what contradicts this, for an empty prompt, and for logits that are NaN or infinite.
-
-    Source: Holtzman et al. (2019), arXiv:1904.09751, for top_p; Keskar et al. (2019), arXiv:1909.05858, for the
-    penalty.
+    Note:
+        Logits and the drawing are float32. Sources: Holtzman et al. (2019), arXiv:1904.09751, for top_p; Nguyen et al.
+        (2024), arXiv:2407.01082, for min_p; Keskar et al. (2019), arXiv:1909.05858, for the penalty.
     """
-    options = Sampling(temperature, top_k, top_p, repetition_penalty)
+    options = Sampling(temperature, top_k, top_p, repetition_penalty, min_p)
+    model = unwrapped(model)
     config = parts(model)[0].config
+    key_mask = as_key_mask("generate", key_mask, attention_mask)
     counts = check_prompt(tokens, config.num_tokens, lengths, key_mask)
-    if max_new_tokens < 0:
-        raise ValueError(f"generate: max_new_tokens {max_new_tokens}; wanted 0 or more")
+    if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 0:
+        raise ValueError(f"gpt_fast.generate: max_new_tokens is {max_new_tokens!r}; expected an integer of 0 or more")
+    seed = None if seed is None else as_seed(seed)
+    stop = _stop_tokens(stop_tokens, tokens.device)
     if session is not None and (session.model is not model or session.cache.batch != len(tokens) or sliding):
         raise ValueError(
-            f"generate: a session of {session.cache.batch} rows for {len(tokens)} rows of tokens; wanted one of this "
-            "model with as many rows, and no sliding"
+            f"gpt_fast.generate: session has {session.cache.batch} rows for {len(tokens)} rows of tokens; expected one "
+            "of this model with as many rows, and sliding=False"
         )
     wanted = int(counts.max()) + max_new_tokens
     if session is None and wanted > config.seq_len and not sliding:
         raise ValueError(
-            f"generate: {int(counts.max())} tokens of prompt and {max_new_tokens} new ones make {wanted}, but the "
-            f"model has {config.seq_len} positions; ask for fewer, or let them slide (sliding=True, --sliding)"
+            f"gpt_fast.generate: {int(counts.max())} tokens of prompt and {max_new_tokens} new ones make {wanted}, but "
+            f"the model has {config.seq_len} positions; ask for fewer, or let them slide (sliding=True, --sliding)"
         )
     pad = config.pad_token if config.pad_token is not None else 0
     rows = _Rows(tokens, counts, key_mask, max_new_tokens, pad)
     if max_new_tokens == 0 and session is None:
-        return rows.result()
+        return rows.result(return_scores)
     own = session is None
     if session is None:
         session = _take_session(model, len(tokens), min(wanted, config.seq_len), weights)
@@ -99,7 +150,8 @@ def generate(
                 seed = _seed() if temperature > 0 else 0
             session.start_drawing(seed)
             slides = wanted > session.cache.length
-            _continue(session, rows, max_new_tokens, options, stop_tokens, stream, slides and own)
+            drawing = _Drawing(session, rows, options, logits_processors, return_scores)
+            _continue(session, rows, max_new_tokens, drawing, stop, stream, slides and own)
             if not own and max_new_tokens > 0:
                 session.advance(rows.last, Sampling(temperature=0))  # what was drawn last has not been read yet
                 session.check_logits()
@@ -109,7 +161,7 @@ def generate(
         finally:
             if own:
                 _keep_session(model, session)
-    return rows.result()
+    return rows.result(return_scores)
 
 
 class _Rows:
@@ -129,10 +181,14 @@ class _Rows:
         self.ends = counts.clone()  # [B], where each row's next token goes
         self.done = torch.zeros(B, dtype=torch.bool, device=tokens.device)
         self.last = tokens.gather(1, counts[:, None] - 1).squeeze(1)  # [B], of rows not done
+        self.scores = torch.zeros(B, new, dtype=torch.float32, device=tokens.device)  # of the new tokens
 
-    def add(self, new: Tensor) -> Tensor:
-        """Appends new [B] to the rows that are not done; what each row shows of it."""
+    def add(self, new: Tensor, scores: Tensor | None) -> Tensor:
+        """Append new [B] with their scores [B] to the rows that are not done; return what each row shows of it."""
         shown = new.masked_fill(self.done, self.pad)
+        if scores is not None:
+            step = (self.ends - self.counts)[:, None]
+            self.scores.scatter_(1, step, scores.masked_fill(self.done, 0)[:, None])
         self.tokens.scatter_(1, self.ends[:, None], shown[:, None])
         self.last = torch.where(self.done, self.last, new)
         self.ends += 1
@@ -143,33 +199,91 @@ class _Rows:
         end = int(self.ends[row])
         return self.tokens[row : row + 1, max(0, end - width) : end]
 
-    def result(self) -> Tensor:
-        if self.key_mask is None:
-            return self.tokens
-        new = self.tokens.shape[1] - self.T
-        drawn = self.tokens.gather(1, self.counts[:, None] + torch.arange(new, device=self.tokens.device))
-        return torch.cat([self.prompt.masked_fill(~self.key_mask, self.pad), drawn], dim=1)
+    def so_far(self) -> Tensor:
+        """Return the real tokens of each row, [B, length of the longest row], padded on the left."""
+        width = int(self.ends.max())
+        shift = width - self.ends  # [B]
+        index = torch.arange(width, device=self.tokens.device) - shift[:, None]
+        return self.tokens.gather(1, index.clamp(min=0)).masked_fill(index < 0, self.pad)
+
+    def result(self, with_scores: bool) -> Tensor | GenerateOutput:
+        tokens = self.tokens
+        if self.key_mask is not None:
+            new = tokens.shape[1] - self.T
+            drawn = tokens.gather(1, self.counts[:, None] + torch.arange(new, device=tokens.device))
+            tokens = torch.cat([self.prompt.masked_fill(~self.key_mask, self.pad), drawn], dim=1)
+        return GenerateOutput(tokens, self.scores) if with_scores else tokens
+
+
+class _Drawing:
+    """How the next tokens are drawn: by the step itself, or from its logits where somebody wants to see those."""
+
+    def __init__(
+        self, session: DecodeSession, rows: _Rows, options: Sampling, processors: Sequence[Processor], scores: bool
+    ):
+        self.session, self.rows, self.options, self.processors, self.scores = session, rows, options, processors, scores
+        self.seen: Tensor | None = None  # [B, V], the tokens that each row holds
+        if options.repetition_penalty != 1:
+            B, V, device = len(rows.counts), session.config.num_tokens, rows.tokens.device
+            inside = torch.arange(rows.T, device=device) < rows.counts[:, None]
+            real = torch.where(inside, rows.tokens[:, : rows.T], rows.last[:, None])  # [B, T], padding replaced
+            self.seen = torch.zeros(B, V, dtype=torch.bool, device=device).scatter_(1, real, True)
+
+    def add(self, new: Tensor, scores: Tensor | None) -> Tensor:
+        """Append the tokens to their rows; return what each row shows of them."""
+        shown = self.rows.add(new, scores)
+        if self.seen is not None:
+            self.seen.scatter_(1, self.rows.last[:, None], True)
+        return shown
+
+    def step(self, live: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Read each live row's latest token; return the tokens [B] after it and their scores, if wanted."""
+        if not self.processors and not self.scores:
+            return self.session.advance(self.rows.last, self.options, live, self.seen), None
+        logits = self.session.read(self.rows.last, live)
+        self.session.check_logits()
+        return self.draw(logits, torch.arange(len(logits), device=logits.device))
+
+    def draw(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return tokens drawn from the logits [n, V] of these rows [n] and their scores, if wanted."""
+        if not self.processors:
+            new = self.session.draw(logits, self.options, rows, self.seen)
+        else:
+            processed = logits
+            if self.seen is not None:
+                processed = penalise(logits, self.seen[rows], self.options.repetition_penalty)
+            for processor in self.processors:
+                processed = processor(self.rows.so_far()[rows], processed)
+                _check_processed(processor, processed, logits)
+            options = dataclasses.replace(self.options, repetition_penalty=1.0)
+            new = self.session.draw(processed.float(), options, rows)
+        if not self.scores:
+            return new, None
+        return new, logits.log_softmax(dim=-1).gather(1, new[:, None]).squeeze(1)
+
+
+def _check_processed(processor: Processor, processed: Any, logits: Tensor) -> None:
+    name = getattr(processor, "__name__", type(processor).__name__)
+    if not isinstance(processed, Tensor) or processed.shape != logits.shape:
+        got = list(processed.shape) if isinstance(processed, Tensor) else type(processed).__name__
+        raise ValueError(f"gpt_fast.generate: {name} returned {got}; expected logits {list(logits.shape)}")
+    if not bool((processed > -math.inf).any(dim=-1).all()):
+        raise ValueError(
+            f"gpt_fast.generate: {name} left no token possible in a row; expected one finite logit or more"
+        )
 
 
 def _continue(
     session: DecodeSession,
     rows: _Rows,
     max_new_tokens: int,
-    options: Sampling,
-    stop_tokens: Sequence[int] | None,
+    drawing: _Drawing,
+    stop: Tensor | None,
     stream: Callable[[Tensor], None] | None,
     slides: bool,
 ) -> None:
-    """Reads the prompts and draws the new tokens."""
-    B, V, device = len(rows.counts), session.config.num_tokens, rows.tokens.device
-    stop = None if stop_tokens is None else torch.tensor(list(stop_tokens), device=device)
-    everyone = torch.arange(B, device=device)
-    seen: Tensor | None = None
-    if options.repetition_penalty != 1:
-        inside = torch.arange(rows.T, device=device) < rows.counts[:, None]
-        real = torch.where(inside, rows.tokens[:, : rows.T], rows.last[:, None])  # [B, T], padding replaced
-        seen = torch.zeros(B, V, dtype=torch.bool, device=device).scatter_(1, real, True)
-
+    """Read the prompts and draw the new tokens."""
+    device = rows.tokens.device
     if slides:  # the end of what is longer than the cache
         first = (rows.counts - session.cache.length).clamp(min=0)[:, None]  # [B, 1]
         width = min(rows.T, session.cache.length)
@@ -179,14 +293,12 @@ def _continue(
         logits = session.read_prompt(rows.tokens[:, : rows.T], rows.counts)
     if max_new_tokens == 0:
         return
-    new = session.draw(logits, options, everyone, seen)
+    new, scores = drawing.draw(logits, torch.arange(len(rows.counts), device=device))
     for step in range(max_new_tokens):
-        shown = rows.add(new)
+        shown = drawing.add(new, scores)
         if stream is not None:
             session.check_logits()
             stream(shown)
-        if seen is not None:
-            seen.scatter_(1, rows.last[:, None], True)
         live = None
         if stop is not None:
             rows.done |= torch.isin(rows.last, stop)
@@ -195,43 +307,57 @@ def _continue(
             live = ~rows.done
         if step + 1 == max_new_tokens:
             break
-        advance = _slide if slides else _advance
-        new = advance(session, rows, options, live, seen)
+        new, scores = _slide(session, rows, drawing, live) if slides else drawing.step(live)
     session.check_logits()
 
 
-def _advance(
-    session: DecodeSession, rows: _Rows, options: Sampling, live: Tensor | None, seen: Tensor | None
-) -> Tensor:
-    """The tokens [B] after each row's latest."""
-    return session.advance(rows.last, options, live, seen)
-
-
-def _slide(session: DecodeSession, rows: _Rows, options: Sampling, live: Tensor | None, seen: Tensor | None) -> Tensor:
-    """`_advance`, but a row without room is read anew from its later half."""
+def _slide(session: DecodeSession, rows: _Rows, drawing: _Drawing, live: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Do as `drawing.step`, but read a row without room anew from its later half."""
     S = session.cache.length
     full = session.cache.lengths >= S
     if live is not None:
         full = full & live
     if not bool(full.any()):
-        return session.advance(rows.last, options, live, seen)
+        return drawing.step(live)
     again = full.nonzero().squeeze(1)
     logits = []
     for row in again.tolist():
         session.cache.lengths[row] = 0
         window = rows.window(row, max(1, S // 2))
         logits.append(session.read_prompt(window, torch.tensor([window.shape[1]], device=window.device), first=row))
-    new = rows.last.clone()
-    new[again] = session.draw(torch.cat(logits), options, again, seen)
+    drawn, drawn_scores = drawing.draw(torch.cat(logits), again)
     others = ~full if live is None else live & ~full
+    new, scores = rows.last.clone(), torch.zeros_like(rows.last, dtype=torch.float32)
     if bool(others.any()):
-        new = torch.where(others, session.advance(rows.last, options, others, seen), new)
-    return new
+        stepped, stepped_scores = drawing.step(others)
+        new = torch.where(others, stepped, new)
+        scores = scores if stepped_scores is None else torch.where(others, stepped_scores, scores)
+    new[again] = drawn
+    if drawn_scores is None:
+        return new, None
+    scores[again] = drawn_scores
+    return new, scores
+
+
+def _stop_tokens(stop_tokens: Sequence[int] | None, device: torch.device) -> Tensor | None:
+    if stop_tokens is None:
+        return None
+    tokens = [stop_tokens] if isinstance(stop_tokens, int) else list(stop_tokens)
+    if not all(isinstance(token, numbers.Integral) for token in tokens):
+        raise ValueError(f"gpt_fast.generate: stop_tokens is {stop_tokens!r}; expected a list of token ids")
+    return torch.tensor(tokens, dtype=torch.int64, device=device)
+
+
+def as_seed(seed: object) -> int:
+    """Return a seed as a signed 64-bit integer; raise `ValueError` unless `torch.manual_seed` takes it."""
+    if not isinstance(seed, numbers.Integral) or not -(2**63) <= int(seed) < 2**64:
+        raise ValueError(f"gpt_fast.generate: seed is {seed!r}; expected an integer from -2^63 to 2^64 - 1, or None")
+    return (int(seed) + 2**63) % 2**64 - 2**63
 
 
 def _seed() -> int:
-    """From torch's own generator, so that `torch.manual_seed` governs."""
-    return int(torch.randint(2**63 - 1, (1,)))
+    """Draw a seed from torch's own generator, so that `torch.manual_seed` governs."""
+    return int(torch.randint(2**63 - 1, (1,), device="cpu"))
 
 
 _KEPT = "_kept_session"
@@ -254,7 +380,7 @@ def _take_session(model: Any, batch: int, length: int, weights: str | None) -> D
         kept = holder.session
         kept.attach(model)
         fits = kept.cache.batch == batch and kept.cache.length >= length and kept.kind == step_kind(model, weights)
-        if fits and not kept.stale:
+        if fits and kept.reads_current_weights():
             return kept
     seq_len = parts(model)[0].config.seq_len
     return DecodeSession(model, batch=batch, length=min(seq_len, -(-length // _ROOM) * _ROOM), weights=weights)

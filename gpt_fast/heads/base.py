@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from typing_extensions import Self
 
 from .. import model_folder
 from ..config import GPTConfig
-from ..model import Convertible, GPTModel, init_weights, output_loss
+from ..model import Convertible, GPTModel, as_key_mask, init_weights, output_loss
 
 
 class HeadOutput(NamedTuple):
@@ -63,6 +64,48 @@ class Head(Convertible, nn.Module):
             self.output_layer.weight = self.trunk.token_emb.weight
         return keys
 
+    def loss_counts(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Return how many predictions each term of the loss is the mean of, [terms] float32.
+
+        A head for language modelling has one term. A head for a labelled task has the task's (two for question
+        answering: starts and ends) and, with `config.lm_weight` > 0, the language model's after it. The counts make
+        gradient accumulation exact: with the sum of the counts over all parts of a batch and all ranks,
+
+            counts = [model.loss_counts(**part) for part in parts]
+            total = torch.stack(counts).sum(0)
+            for part, count in zip(parts, counts):
+                model(**part, loss_weights=count / total).loss.backward()
+
+        gives the gradient of the whole batch, however it is divided. Arguments are those of the forward pass.
+        """
+        key_mask = as_key_mask(type(self).__name__, key_mask, attention_mask)
+        return torch.stack(self._loss_counts(tokens, labels, lengths, key_mask)).float()
+
+    def _loss_counts(
+        self, tokens: Tensor, labels: Tensor, lengths: Tensor | None, key_mask: Tensor | None
+    ) -> list[Tensor]:
+        raise NotImplementedError
+
+    def _weighted(self, terms: list[Tensor], loss_weights: Tensor | None) -> Tensor:
+        """Return the sum of the loss's terms, each times its weight."""
+        if loss_weights is None:
+            return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
+        if loss_weights.shape != (len(terms),):
+            raise ValueError(
+                f"gpt_fast.{type(self).__name__}: loss_weights has shape {list(loss_weights.shape)}; "
+                f"expected [{len(terms)}], one for each term of the loss"
+            )
+        return (torch.stack(terms) * loss_weights).sum()
+
     def _language_model_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         return output_loss(self.output_layer, hidden, labels)
 
@@ -84,6 +127,12 @@ class Head(Convertible, nn.Module):
             if tied:
                 self.output_layer.weight = embedding.weight
         self.config = self.trunk.config = config
+
+    def draw_weights(self, names: Collection[str]) -> None:
+        """Draw initial weights for the layers on top of the trunk that own parameters of these names."""
+        for child, module in self.named_children():
+            if any(f"{child}.{name}" in names for name, _ in module.named_parameters()):
+                init_weights(module, self.config.init_std)
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write `config.json` and `model.safetensors` into `directory`, each whole or not at all.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import ops
 from ..config import IGNORE, GPTConfig
-from ..model import init_weights, shift_labels
+from ..model import as_key_mask, init_weights, shift_labels
 from .base import Head, HeadOutput
 
 
@@ -31,20 +31,42 @@ class TaskHead(Head):
         *,
         lengths: Tensor | None = None,
         key_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         logits: bool | None = None,
+        loss_weights: Tensor | None = None,
     ) -> HeadOutput:
         shape = tokens.shape
-        if not self._reads(shape):
-            raise ValueError(f"{type(self).__name__}: tokens has shape {list(shape)}, wanted {self.tokens_shape}")
-        if len(shape) == 3:
-            tokens, lengths, key_mask = flat(tokens, lengths, key_mask)
+        key_mask = as_key_mask(type(self).__name__, key_mask, attention_mask)
+        tokens, lengths, key_mask = self._rows(tokens, lengths, key_mask)
         hidden = self.trunk(tokens, lengths=lengths, key_mask=key_mask)
         real = real_tokens(tokens, lengths, key_mask)
         scores = self._scores(hidden, tokens, real, shape)
         if labels is None:
             return HeadOutput(None, scores)
-        loss = self._task_loss(scores, labels, real)
-        return HeadOutput(self._joint_loss(loss, hidden, tokens, lengths, key_mask), scores)
+        terms = self._task_losses(scores, labels, real)
+        if self.config.lm_weight > 0:
+            targets = shift_labels(tokens, lengths=lengths, key_mask=key_mask)
+            terms.append(self.config.lm_weight * self._language_model_loss(hidden, targets))
+        return HeadOutput(self._weighted(terms, loss_weights), scores)
+
+    def _loss_counts(
+        self, tokens: Tensor, labels: Tensor, lengths: Tensor | None, key_mask: Tensor | None
+    ) -> list[Tensor]:
+        tokens, lengths, key_mask = self._rows(tokens, lengths, key_mask)
+        counts = self._task_counts(labels, real_tokens(tokens, lengths, key_mask))
+        if self.config.lm_weight > 0:
+            counts.append((shift_labels(tokens, lengths=lengths, key_mask=key_mask) != IGNORE).sum())
+        return counts
+
+    def _rows(
+        self, tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the tokens as rows [N, T], with what says where each of them ends."""
+        if not self._reads(tokens.shape):
+            raise ValueError(
+                f"{type(self).__name__}: tokens has shape {list(tokens.shape)}, wanted {self.tokens_shape}"
+            )
+        return flat(tokens, lengths, key_mask) if tokens.dim() == 3 else (tokens, lengths, key_mask)
 
     def _reads(self, shape: torch.Size) -> bool:
         """Whether tokens have a shape that this head reads, `tokens_shape`."""
@@ -54,20 +76,17 @@ class TaskHead(Head):
         """What the logits are, of hidden states [N, T, C] and tokens [N, T] that came in `shape`."""
         raise NotImplementedError
 
-    def _task_loss(self, scores: Tensor, labels: Tensor, real: Tensor) -> Tensor:
+    def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
+        """Return the terms of the task's loss, each a mean over as many predictions as `_task_counts` has for it."""
         raise NotImplementedError
+
+    def _task_counts(self, labels: Tensor, real: Tensor) -> list[Tensor]:
+        """Return how many predictions each term is the mean of: by default one for each label."""
+        return [torch.tensor(len(labels), device=labels.device)]
 
     def _pooled(self, hidden: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
         """The hidden state that is read of each row [N, C]."""
         return hidden[torch.arange(tokens.shape[0], device=tokens.device), self._read_position(tokens, real)]
-
-    def _joint_loss(
-        self, loss: Tensor, hidden: Tensor, tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None
-    ) -> Tensor:
-        if self.config.lm_weight == 0:
-            return loss
-        shifted = shift_labels(tokens, lengths=lengths, key_mask=key_mask)
-        return loss + self.config.lm_weight * self._language_model_loss(hidden, shifted)
 
     def _read_position(self, tokens: Tensor, candidates: Tensor) -> Tensor:
         """The position [N] whose hidden state is read."""
@@ -144,8 +163,8 @@ class GPTForSequenceClassification(TaskHead):
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
         return self.classifier(self.dropout(self._pooled(hidden, tokens, real)))
 
-    def _task_loss(self, scores: Tensor, labels: Tensor, real: Tensor) -> Tensor:
-        return self._problem_loss(scores, labels)
+    def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
+        return [self._problem_loss(scores, labels)]
 
 
 class GPTForSimilarity(TaskHead):
@@ -171,8 +190,8 @@ class GPTForSimilarity(TaskHead):
         pooled = self._pooled(hidden, tokens, real)
         return self.classifier(self.dropout(pooled.view(shape[0], 2, -1).sum(1)))
 
-    def _task_loss(self, scores: Tensor, labels: Tensor, real: Tensor) -> Tensor:
-        return self._problem_loss(scores, labels)
+    def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
+        return [self._problem_loss(scores, labels)]
 
 
 class GPTForMultipleChoice(TaskHead):
@@ -196,8 +215,8 @@ class GPTForMultipleChoice(TaskHead):
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
         return self.classifier(self.dropout(self._pooled(hidden, tokens, real))).view(shape[:2])
 
-    def _task_loss(self, scores: Tensor, labels: Tensor, real: Tensor) -> Tensor:
-        return self._class_loss(scores, labels)
+    def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
+        return [self._class_loss(scores, labels)]
 
 
 class GPTForTokenClassification(TaskHead):
@@ -223,10 +242,13 @@ class GPTForTokenClassification(TaskHead):
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
         return self.classifier(self.dropout(hidden))
 
-    def _task_loss(self, scores: Tensor, labels: Tensor, real: Tensor) -> Tensor:
+    def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
         self._check_labels(labels, tuple(real.shape))
         labels = labels.masked_fill(~real, IGNORE)
-        return self._labelled_loss(scores.flatten(0, 1), labels.flatten())
+        return [self._labelled_loss(scores.flatten(0, 1), labels.flatten())]
+
+    def _task_counts(self, labels: Tensor, real: Tensor) -> list[Tensor]:
+        return [((labels != IGNORE) & real).sum()]
 
 
 class GPTForQuestionAnswering(TaskHead):
@@ -253,12 +275,15 @@ class GPTForQuestionAnswering(TaskHead):
         self._check_rows(tokens, real, "a real token")
         return self.classifier(self.dropout(hidden)).transpose(1, 2).masked_fill(~real[:, None], -torch.inf)
 
-    def _task_loss(self, scores: Tensor, labels: Tensor, real: Tensor) -> Tensor:
+    def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
         self._check_labels(labels, (len(scores), 2))
-        loss = torch.stack([self._labelled_loss(scores[:, i], labels[:, i]) for i in (0, 1)]).mean()
+        losses = [self._labelled_loss(scores[:, i], labels[:, i]) / 2 for i in (0, 1)]
         if ops.values_checked(labels) and not bool((real.gather(1, labels.clamp(min=0)) | (labels < 0)).all()):
             raise ValueError("GPTForQuestionAnswering: labels point at padding, wanted tokens of the answer")
-        return loss
+        return losses
+
+    def _task_counts(self, labels: Tensor, real: Tensor) -> list[Tensor]:
+        return [(labels[:, i] != IGNORE).sum() for i in (0, 1)]
 
 
 def real_tokens(tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None) -> Tensor:

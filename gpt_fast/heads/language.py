@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..config import IGNORE, GPTConfig
-from ..model import shift_labels
+from ..model import Generating, as_key_mask, shift_labels
 from .base import Head, HeadOutput
 
 
@@ -24,20 +24,32 @@ class LanguageModelHead(Head):
         *,
         lengths: Tensor | None = None,
         key_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         logits: bool | None = None,
+        loss_weights: Tensor | None = None,
     ) -> HeadOutput:
+        key_mask = as_key_mask(type(self).__name__, key_mask, attention_mask)
         hidden = self.trunk(tokens, causal=self.causal, lengths=lengths, key_mask=key_mask, cu_seqlens=cu_seqlens)
         loss = None
         if labels is not None:
             _check_labels(labels, tokens)
-            targets = shift_labels(labels, lengths=lengths, key_mask=key_mask) if self.causal else labels
-            loss = self._language_model_loss(hidden, targets)
+            loss = self._language_model_loss(hidden, self._targets(labels, lengths, key_mask))
+            loss = self._weighted([loss], loss_weights)
         wanted = labels is None if logits is None else logits
         return HeadOutput(loss, self.output_layer(hidden) if wanted else None)
 
+    def _targets(self, labels: Tensor, lengths: Tensor | None, key_mask: Tensor | None) -> Tensor:
+        return shift_labels(labels, lengths=lengths, key_mask=key_mask) if self.causal else labels
 
-class GPTForCausalLM(LanguageModelHead):
+    def _loss_counts(
+        self, tokens: Tensor, labels: Tensor, lengths: Tensor | None, key_mask: Tensor | None
+    ) -> list[Tensor]:
+        _check_labels(labels, tokens)
+        return [(self._targets(labels, lengths, key_mask) != IGNORE).sum()]
+
+
+class GPTForCausalLM(Generating, LanguageModelHead):
     """Next-token prediction: loss = mean of -log p(w_t | w_<t), p = softmax(output_layer(trunk(tokens))).
 
     `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, cu_seqlens=None, logits=None)` → `(loss, logits

@@ -230,6 +230,8 @@ def runs_reference(op: str, x: Tensor, *others: Tensor | None) -> bool:
 
 def by_reference(function: Callable, device_type: str, *args, **kwargs):
     """Call a definition of `gpt_fast.reference` with autocast off: it chooses its own dtypes."""
+    if device_type == "meta":  # PyTorch has no autocast for it
+        return function(*args, **kwargs)
     with torch.autocast(device_type, enabled=False):
         return function(*args, **kwargs)
 
@@ -240,7 +242,7 @@ def autocast(x: Tensor, *tensors: Tensor | None) -> tuple:
     Tensors of other dtypes than the kernels' (integers, float64) stay as they are, so that the checks refuse them.
     """
     device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return x, *tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(

@@ -256,7 +256,7 @@ BAD_USES = {
     "generate: penalty": ("generate --from {lm} --repetition-penalty 0 --max-new-tokens 3", ["repetition_penalty 0"]),
     "generate: top-k": ("generate --from {lm} --top-k 0 --max-new-tokens 3", ["top_k 0"]),
     "generate: top-p": ("generate --from {lm} --top-p 1.5 --max-new-tokens 3", ["top_p 1.5"]),
-    "generate: masked": ("generate --from {mlm} --prompt a", ["GPTForMaskedLM", "wanted a GPTForCausalLM"]),
+    "generate: masked": ("generate --from {mlm} --prompt a", ["GPTForMaskedLM", "expected a GPTForCausalLM"]),
     "generate: classifier": ("generate --from {classifier} --prompt a", ["GPTForSequenceClassification"]),
     "predict: nothing": ("predict --from {classifier}", ["--text or --data"]),
     "predict: both": ("predict --from {classifier} --text a --data {tmp}/new.csv", ["--text or --data", "not both"]),

@@ -289,16 +289,19 @@ def test_memory_is_the_weights_once_and_the_cache():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: DecodeSession(m, batch=0), "batch 0; wanted 1 or more"),
-        (lambda m: DecodeSession(m, length=T + 1), f"length {T + 1}; wanted 1 to the model's seq_len, {T}"),
-        (lambda m: DecodeSession(m, weights="fp4"), "weights 'fp4'; wanted one of float32, bfloat16, int8"),
-        (lambda m: DecodeSession(m.trunk), "wanted a GPTForCausalLM or a GPT, got GPTModel"),
-        (lambda m: DecodeSession(m).prefill(torch.ones(2, 3, dtype=torch.int64)), "2 sequences, wanted at most the 1"),
+        (lambda m: DecodeSession(m, batch=0), "batch is 0; expected 1 or more"),
+        (lambda m: DecodeSession(m, length=T + 1), f"length is {T + 1}; expected 1 to the model's seq_len, {T}"),
+        (lambda m: DecodeSession(m, weights="fp4"), "weights is 'fp4'; expected one of float32, bfloat16, int8"),
+        (lambda m: DecodeSession(m.trunk), "model is a GPTModel; expected a GPTForCausalLM or a GPT"),
+        (
+            lambda m: DecodeSession(m).prefill(torch.ones(2, 3, dtype=torch.int64)),
+            "tokens has 2 sequences; expected at most the 1",
+        ),
         (lambda m: DecodeSession(m).prefill(torch.ones(1, 0, dtype=torch.int64)), "empty prompt"),
-        (lambda m: DecodeSession(m).prefill(torch.tensor([[V]])), rf"token {V}, wanted one in \[0, {V}\)"),
-        (lambda m: DecodeSession(m).step(torch.tensor([-1])), rf"token -1, wanted one in \[0, {V}\)"),
-        (lambda m: DecodeSession(m).step(torch.tensor([1, 2])), r"tokens is torch.int64 \[2\], wanted int64 \[1\]"),
-        (lambda m: DecodeSession(m).step(torch.tensor([1.0])), r"tokens is torch.float32 \[1\], wanted int64 \[1\]"),
+        (lambda m: DecodeSession(m).prefill(torch.tensor([[V]])), rf"tokens holds {V}; expected ids in \[0, {V}\)"),
+        (lambda m: DecodeSession(m).step(torch.tensor([-1])), rf"tokens holds -1; expected ids in \[0, {V}\)"),
+        (lambda m: DecodeSession(m).step(torch.tensor([1, 2])), r"tokens is int64 \[2\]; expected int64 \[1\]"),
+        (lambda m: DecodeSession(m).step(torch.tensor([1.0])), r"tokens is float32 \[1\]; expected int64 \[1\]"),
     ],
 )
 def test_refuses(call, message):

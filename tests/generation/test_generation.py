@@ -161,7 +161,7 @@ def test_chat_turns(model):
     with pytest.raises(ValueError, match="the cache is full: a row would hold 35 tokens, it has room for 24"):
         generate(model, tokens, max_new_tokens=16, session=session)
     assert session.lengths.tolist() == [len(row) for row in history]
-    with pytest.raises(ValueError, match="a session of 2 rows for 1 rows"):
+    with pytest.raises(ValueError, match="session has 2 rows for 1 rows"):
         generate(model, tokens[:1], max_new_tokens=1, session=session)
 
 
@@ -332,21 +332,24 @@ def test_extreme_temperatures(temperature):
         ({"tokens": torch.empty(1, 0, dtype=torch.int64)}, "empty prompt"),
         ({"lengths": torch.tensor([0])}, "empty prompt"),
         ({"lengths": torch.tensor([6])}, "a length of 6 in rows of 5"),
-        ({"lengths": torch.tensor([5, 5])}, "wanted 1 integer lengths"),
-        ({"tokens": torch.ones(5, dtype=torch.int64)}, r"wanted int64 tokens \[B, T\], got torch.int64 \[5\]"),
-        ({"tokens": torch.ones(1, 5)}, "got torch.float32"),
+        ({"lengths": torch.tensor([5, 5])}, r"lengths is int64 \[2\]; expected integers \[1\]"),
+        ({"tokens": torch.ones(5, dtype=torch.int64)}, r"tokens is int64 \[5\]; expected int64 \[B, T\]"),
+        ({"tokens": torch.ones(1, 5)}, "tokens is float32"),
         ({"tokens": torch.tensor([[1, V]])}, "31"),
-        ({"temperature": -0.1}, "temperature -0.1; wanted 0"),
-        ({"temperature": math.nan}, "temperature nan"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty 0.0; wanted more than 0"),
-        ({"weights": "int4"}, "weights 'int4'; wanted one of float32, bfloat16, int8"),
-        ({"key_mask": torch.ones(1, 4, dtype=torch.bool)}, r"key_mask is torch.bool \[1, 4\], wanted bool \[1, 5\]"),
+        ({"temperature": -0.1}, "temperature is -0.1; expected 0"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; expected more than 0"),
+        ({"weights": "int4"}, "weights is 'int4'; expected one of float32, bfloat16, int8"),
+        ({"key_mask": torch.ones(1, 4, dtype=torch.bool)}, r"key_mask is bool \[1, 4\]; expected bool \[1, 5\]"),
         ({"key_mask": torch.zeros(1, 5, dtype=torch.bool)}, "empty prompt"),
-        ({"key_mask": torch.ones(1, 5, dtype=torch.bool), "lengths": torch.tensor([5])}, "lengths and key_mask"),
-        ({"top_k": 0}, "top_k 0; wanted 1"),
-        ({"top_p": 0.0}, "top_p 0.0; wanted more than 0"),
-        ({"top_p": 1.5}, "top_p 1.5"),
-        ({"max_new_tokens": -1}, "max_new_tokens -1"),
+        (
+            {"key_mask": torch.ones(1, 5, dtype=torch.bool), "lengths": torch.tensor([5])},
+            "got both lengths and key_mask",
+        ),
+        ({"top_k": 0}, "top_k is 0; expected an integer of 1"),
+        ({"top_p": 0.0}, "top_p is 0.0; expected more than 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
         ({"max_new_tokens": 20}, "5 tokens of prompt and 20 new ones make 25, but the model has 24 positions"),
     ],
 )
@@ -383,7 +386,7 @@ def test_a_session_survives_damaged_logits(model):
 
 
 def test_refuses_another_head(model):
-    with pytest.raises(ValueError, match="wanted a GPTForCausalLM or a GPT, got GPTForMaskedLM"):
+    with pytest.raises(ValueError, match="model is a GPTForMaskedLM; expected a GPTForCausalLM or a GPT"):
         generate(GPTForMaskedLM(model.config), torch.ones(1, 5, dtype=torch.int64), max_new_tokens=2)
 
 

@@ -4,6 +4,7 @@ The yardstick is `called`: the model's formula in plain PyTorch, which calls eac
 """
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -15,6 +16,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import gpt_fast
 from gpt_fast import GPT, GPTConfig, GPTForCausalLM, GPTForMaskedLM, GPTForSequenceClassification, generate
+from gpt_fast.heads import HEADS
+from tests import hf_models
 
 SIZES = {"num_tokens": 61, "hidden_dim": 32, "num_heads": 4, "num_layers": 3, "seq_len": 20}
 
@@ -94,7 +97,7 @@ def test_a_plain_model_is_its_formula(preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.filterwarnings("ignore:generate. .* has hooks")
+@pytest.mark.filterwarnings("ignore:gpt_fast.generate. .* has hooks")
 def test_a_hook_on_any_child_takes_effect(preset):
     """One child at a time, so that each is a case of its own: what is fused beside it must not go around it."""
     model = causal_lm(preset)
@@ -175,7 +178,7 @@ def test_global_hooks_count_on_accelerated_models(global_hook):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.filterwarnings("ignore:generate. .* so the model's modules run each step")
+@pytest.mark.filterwarnings("ignore:gpt_fast.generate. .* so the model's modules run each step")
 @pytest.mark.parametrize(
     "change",
     [
@@ -316,7 +319,7 @@ def adapters(peft) -> dict[str, Callable]:
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", ["lora", "dora", "ia3", "all_linear", "embedding", "output_layer"])
-@pytest.mark.filterwarnings("ignore:generate. .* so the model's modules run each step")
+@pytest.mark.filterwarnings("ignore:gpt_fast.generate. .* so the model's modules run each step")
 def test_adapters(preset, name):
     """Unmerged and merged, an adapter acts as it does where every child is called; merged weights are fused again."""
     peft = pytest.importorskip("peft", reason="the extra examples is not installed")
@@ -364,7 +367,9 @@ def test_generation_calls_what_is_not_plain():
     plain = generate(model, tokens(), max_new_tokens=6, temperature=0)
     # The hook turns the model's preference around.
     handle = model.trunk.final_norm.register_forward_hook(lambda module, args, output: -output)
-    with pytest.warns(UserWarning, match=r"generate: final_norm has hooks, so the model's modules run each step"):
+    with pytest.warns(
+        UserWarning, match=r"gpt_fast.generate: final_norm has hooks, so the model's modules run each step"
+    ):
         got = generate(model, tokens(), max_new_tokens=6, temperature=0)
     row = tokens()
     for _ in range(6):
@@ -401,3 +406,264 @@ def test_other_heads_call_their_children_too(head):
         assert model(tokens(), labels=labels).loss != before, name
         handle.remove()
     assert model(tokens(), labels=labels).loss == before
+
+
+# ---- every head, own and accelerated, against plain PyTorch ----------------------------------------------------------
+
+
+class PlainTrunk(nn.Module):
+    """The trunk's formula in plain PyTorch over the children of a trunk, with the trunk's arguments."""
+
+    def __init__(self, trunk: nn.Module):
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, tokens, *, causal=True, lengths=None, key_mask=None, cu_seqlens=None):
+        trunk = self.trunk
+        positions = (key_mask.long().cumsum(1) - 1).clamp(min=0)
+        x = trunk.dropout(trunk.token_emb(tokens) + trunk.pos_emb[0][positions])
+        T = tokens.shape[1]
+        mask = key_mask[:, None, None, :] & (torch.ones(T, T, dtype=torch.bool).tril() if causal else True)
+
+        def attend(attn: nn.Module, x: Tensor) -> Tensor:
+            q, k, v = F.linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)
+            q, k, v = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+            return attn.out_proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+        for block in trunk.decoders:
+            if block.pre_norm:
+                x = x + block.dropout1(attend(block.multihead_attn, block.layer_norm1(x)))
+                x = x + block.dropout2(nn.Sequential.forward(block.ff, block.layer_norm2(x)))
+            else:
+                x = block.layer_norm1(x + block.dropout1(attend(block.multihead_attn, x)))
+                x = block.layer_norm2(x + block.dropout2(nn.Sequential.forward(block.ff, x)))
+        return x if trunk.final_norm is None else trunk.final_norm(x)
+
+
+def plain_output_loss(output_layer: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(output_layer(hidden).flatten(0, -2), labels.flatten())
+
+
+def own_inputs(name: str) -> dict[str, Tensor]:
+    """Tokens padded on the right, and labels as the head takes them."""
+    shape = {"GPTForSimilarity": (2, 2, 9), "GPTForMultipleChoice": (2, 3, 9)}.get(name, (2, 9))
+    batch = torch.randint(61, shape, generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask[1, ..., 6:] = False
+    labels = {
+        "GPTForTokenClassification": (batch % 3).masked_fill(~mask, -100),
+        "GPTForQuestionAnswering": torch.tensor([[1, 4], [0, 5]]),
+    }
+    classes = torch.tensor([0, 2])
+    language = batch.masked_fill(~mask, -100) if name in ("GPTForCausalLM", "GPTForMaskedLM") else classes
+    return {"tokens": batch, "key_mask": mask, "labels": labels.get(name, language)}
+
+
+class Subject:
+    """A model under test, its inputs, and what plain PyTorch computes of it."""
+
+    def __init__(self, name: str):
+        self.name = name
+        torch.manual_seed(0)
+        self.is_own = name in HEADS
+        if self.is_own:
+            config = GPTConfig.preset("gpt2", **SIZES, dropout=0.0, num_labels=3, lm_weight=0.5, init_std=0.2)
+            self.model: nn.Module = HEADS[name](config)
+            self.inputs = own_inputs(name)
+            self.part = "trunk.decoders.1.ff.0"
+            self.linears = LINEARS
+        else:
+            self.model = hf_models.make(name)
+            gpt_fast.accelerate(self.model)
+            self.inputs = hf_models.inputs(name, "right")
+            trunk = "" if name in ("GPT2Model", "OpenAIGPTModel") else "transformer."
+            self.part = f"{trunk}h.1.mlp.c_fc"
+            self.linears = ["c_proj", "c_fc"]
+
+    def plain(self, model: nn.Module) -> list[Tensor]:
+        """Return what `outputs` does where PyTorch alone computes; the model is not this library's afterwards."""
+        if not self.is_own:
+            return self.outputs(gpt_fast.restore(model))
+        model.trunk = PlainTrunk(model.trunk)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("gpt_fast.heads.base.output_loss", plain_output_loss)
+            return self.outputs(model)
+
+    def outputs(self, model: nn.Module) -> list[Tensor]:
+        """Return the loss, if there is one, the logits or hidden states, and the gradient of every parameter."""
+        model.zero_grad(set_to_none=True)
+        extra = {"logits": True} if self.name in ("GPTForCausalLM", "GPTForMaskedLM") else {}
+        result = model(**self.inputs, **extra)
+        values = [value for value in _tensors(result) if value.is_floating_point()]
+        loss = values[0] if values[0].dim() == 0 else values[0].square().mean()
+        loss.backward()
+        mask = self.inputs.get("key_mask", self.inputs.get("attention_mask"))
+        values = [hf_models.at_real_positions(value.detach(), mask) for value in values]
+        values = [value.nan_to_num(neginf=0.0) for value in values]
+        return values + [
+            torch.zeros_like(p) if p.grad is None else p.grad
+            for _, p in sorted(_named(model), key=lambda item: item[0])
+        ]
+
+
+def _tensors(result: object) -> list[Tensor]:
+    values = result.to_tuple() if hasattr(result, "to_tuple") else result
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name.replace("trunk.trunk.", "trunk."), parameter) for name, parameter in model.named_parameters()]
+
+
+def hooked(subject: Subject) -> nn.Module:
+    subject.model.get_submodule(subject.part).register_forward_hook(scaled)
+    return subject.model
+
+
+def pre_hooked(subject: Subject) -> nn.Module:
+    subject.model.get_submodule(subject.part).register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
+    return subject.model
+
+
+def with_lora(subject: Subject) -> nn.Module:
+    peft = pytest.importorskip("peft", reason="the extra examples is not installed")
+    torch.manual_seed(3)
+    adapted = peft.get_peft_model(
+        subject.model, peft.LoraConfig(target_modules=subject.linears, r=2, init_lora_weights=False)
+    )
+    return adapted.get_base_model()
+
+
+def pruned(subject: Subject) -> nn.Module:
+    prune.l1_unstructured(subject.model.get_submodule(subject.part), "weight", amount=0.5)
+    return subject.model
+
+
+def parametrised(subject: Subject) -> nn.Module:
+    parametrizations.weight_norm(subject.model.get_submodule(subject.part))
+    return subject.model
+
+
+def evaluated(subject: Subject) -> nn.Module:
+    for module in subject.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    return subject.model.eval()
+
+
+CHANGES = {
+    "as_it_is": lambda subject: subject.model,
+    "hook": hooked,
+    "pre_hook": pre_hooked,
+    "lora": with_lora,
+    "pruning": pruned,
+    "parametrization": parametrised,
+    "deepcopy": lambda subject: copy.deepcopy(subject.model),
+    "pickle": lambda subject: pickle.loads(pickle.dumps(subject.model)),  # noqa: S301 (our own bytes)
+    "evaluation_mode": evaluated,
+    "meta_and_back": lambda subject: _through_meta(subject.model),
+}
+
+
+def _through_meta(model: nn.Module) -> nn.Module:
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model = model.to("meta").to_empty(device="cpu")
+    model.load_state_dict(state)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    return model
+
+
+SUBJECTS = [*HEADS, *hf_models.CLASSES]
+
+
+def assert_same(got: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(got) == len(expected)
+    for value, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=2e-3, atol=2e-4 * float(wanted.abs().max()) + 1e-7)
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_head_is_a_module_of_pytorch(name, change):
+    """Loss, logits and all gradients are what PyTorch computes of the same modules, changed in the same way."""
+    subject, twin = Subject(name), Subject(name)
+    assert_same(subject.outputs(CHANGES[change](subject)), twin.plain(CHANGES[change](twin)))
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_global_hooks_reach_every_head(name):
+    """A hook on all linear layers changes the result as it does in plain PyTorch."""
+    subject = Subject(name)
+    before = subject.outputs(subject.model)
+
+    def halve(module: nn.Module, args: tuple, output: object) -> object:
+        return output * 0.5 if isinstance(module, nn.Linear | nn.LayerNorm) else None
+
+    with nn.modules.module.register_module_forward_hook(halve):
+        got, expected = subject.outputs(subject.model), subject.plain(copy.deepcopy(subject.model))
+    assert_same(got, expected)
+    assert not torch.allclose(got[0], before[0])
+
+
+# Classes of transformers whose logits an accelerated training pass computes when they are read.
+DEFERRING = ("GPT2LMHeadModel", "GPT2DoubleHeadsModel", "OpenAIGPTLMHeadModel", "OpenAIGPTDoubleHeadsModel")
+WRAPPERS = {
+    "compile": lambda model: torch.compile(model, backend="aot_eager"),
+    "data_parallel": nn.DataParallel,
+    "swa": torch.optim.swa_utils.AveragedModel,
+}
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_every_head_inside_a_wrapper(name, wrap):
+    subject = Subject(name)
+    expected = subject.plain(copy.deepcopy(subject.model))
+    got = subject.outputs(wrap(subject.model))
+    if wrap is WRAPPERS["compile"] and name in DEFERRING:
+        del expected[2 if "Double" in name else 1]  # a compiled pass with labels has no logits to read later
+    assert_same(got, expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_every_head_is_exported(name):
+    """The exported program gives the logits of plain PyTorch."""
+    subject = Subject(name)
+    model = subject.model.eval()
+    given = {key: value for key, value in subject.inputs.items() if key in ("tokens", "key_mask", "input_ids")}
+    if "Double" in name:
+        given["mc_token_ids"] = subject.inputs["mc_token_ids"]
+    if name.startswith("GPT2"):
+        model.config.use_cache = False  # a cache is no output that a program can have
+    with torch.no_grad():
+        program = torch.export.export(model, (), given)
+        got = _tensors(program.module()(**given))
+        plain = copy.deepcopy(model)
+        if subject.is_own:
+            plain.trunk = PlainTrunk(plain.trunk)
+        else:
+            gpt_fast.restore(plain)
+        expected = _tensors(plain(**given))
+    for value, wanted in zip(got, expected, strict=True):
+        mask = given.get("key_mask")
+        real, wanted_real = (hf_models.at_real_positions(x, mask) for x in (value, wanted))
+        torch.testing.assert_close(real, wanted_real, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_every_head_on_meta_computes_shapes(name, dtype):
+    subject = Subject(name)
+    model = subject.model.to(dtype)
+    extra = {"logits": True} if name in ("GPTForCausalLM", "GPTForMaskedLM") else {}
+    expected = [(value.shape, value.dtype) for value in _tensors(model(**subject.inputs, **extra))]
+    model = model.to("meta")
+    values = _tensors(model(**{key: value.to("meta") for key, value in subject.inputs.items()}, **extra))
+    assert [(value.shape, value.dtype) for value in values] == expected
+    assert all(value.is_meta for value in values)
+    values[0].float().sum().backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters() if p.grad is not None)

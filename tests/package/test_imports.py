@@ -32,6 +32,7 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 LATE = {
     ("gpt_fast", "gpt_fast.integrations"),  # gpt_fast.accelerate and gpt_fast.restore
     ("gpt_fast.model", "gpt_fast.integrations.huggingface"),  # from_hf and to_hf
+    ("gpt_fast.model", "gpt_fast.generation"),  # model.generate
     ("gpt_fast.__main__", "gpt_fast_cli.__main__"),
 }
 DATA_IMPORTS = {"_files", "config"}  # data imports no model

@@ -1,4 +1,4 @@
-// One token from a row of logits: repetition penalty, temperature, top-k, top-p, then a draw by inversion.
+// One token from a row of logits: repetition penalty, temperature, top-k, top-p, min-p, then a draw by inversion.
 //
 // Greedy where the temperature is 0. A draw takes one uniform number of Philox, counted by (draw, row) and keyed by the
 // seed, and the first token, in the order of ids (or of falling probability where top-k or top-p cut), at which the sum
@@ -20,6 +20,7 @@ struct Sampling {
   double temperature = 0.0;
   int64_t top_k = 0;  // 0: all
   double top_p = 1.0;
+  double min_p = 0.0;  // tokens less probable than this share of the most probable one are dropped
   double penalty = 1.0;
   int64_t seed = 0;
   int64_t draw = 0;
@@ -60,9 +61,14 @@ class Sampler {
     if ((sampling.top_k == 0 || sampling.top_k >= V) && sampling.top_p >= 1.0) {
       weights_.resize(V);
       weigh(logits, V, largest, inverse, weights_.data());
+      if (sampling.min_p > 0.0) {
+        const float least = static_cast<float>(sampling.min_p);  // the most probable token weighs 1
+        for (int64_t i = 0; i < V; ++i) weights_[i] = weights_[i] < least ? 0.0f : weights_[i];
+      }
       return pick(V, u);
     }
-    const int64_t kept = keep_most_probable(logits, V, largest, inverse, sampling);
+    int64_t kept = keep_most_probable(logits, V, largest, inverse, sampling);
+    while (kept > 1 && weights_[kept - 1] < static_cast<float>(sampling.min_p)) --kept;
     return ids_[pick(kept, u)];
   }
 

@@ -339,14 +339,16 @@ const Binding binding([](py::module_& m) {
       .def(py::init<const Parameters&, int64_t, const std::string&, bool, double, const std::string&>(),
            py::arg("parameters"), py::kw_only(), py::arg("num_heads"), py::arg("activation"), py::arg("pre_norm"),
            py::arg("eps"), py::arg("weights"))
-      .def_property_readonly("bytes", &DecodeWeights::bytes, "What a step has to read: the bytes of all matrices.");
+      .def_property_readonly("bytes", &DecodeWeights::bytes, "What a step has to read: the bytes of all matrices.")
+      .def_readonly("copied", &DecodeWeights::copied, "Names of the parameters that were copied, not read in place.");
 
-  py::class_<Sampling>(m, "Sampling", "How a token is drawn from logits; top_k 0 and top_p 1 keep all.")
-      .def(py::init([](double temperature, int64_t top_k, double top_p, double penalty, int64_t seed, int64_t draw) {
-             return Sampling{temperature, top_k, top_p, penalty, seed, draw};
+  py::class_<Sampling>(m, "Sampling", "How a token is drawn from logits; top_k 0, top_p 1 and min_p 0 keep all.")
+      .def(py::init([](double temperature, int64_t top_k, double top_p, double min_p, double penalty, int64_t seed,
+                       int64_t draw) {
+             return Sampling{temperature, top_k, top_p, min_p, penalty, seed, draw};
            }),
-           py::kw_only(), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("penalty"),
-           py::arg("seed"), py::arg("draw"));
+           py::kw_only(), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"),
+           py::arg("penalty"), py::arg("seed"), py::arg("draw"));
 
   py::class_<DecodeSession>(
       m, "DecodeSession",

@@ -115,14 +115,22 @@ class DecodeWeights {
         H(num_heads),
         token_embedding(find(parameters, "token_emb.weight")),
         position_embedding(find(parameters, "pos_emb").squeeze(0)) {
+    const auto note_copy = [&](const at::Tensor& stored, const std::string& name) {
+      if (stored.defined() && stored.const_data_ptr() != find(parameters, name).const_data_ptr()) copied.push_back(name);
+    };
     const auto linear = [&](const std::string& weight, const std::string& bias) {
-      return Linear(dtype, find(parameters, weight), find(parameters, bias, true));
+      Linear made(dtype, find(parameters, weight), find(parameters, bias, true));
+      note_copy(made.data, weight);
+      note_copy(made.bias, bias);
+      return made;
     };
     const auto norm = [&](const std::string& name) {
       Norm found;
       const at::Tensor gain = find(parameters, name + ".weight", true), shift = find(parameters, name + ".bias", true);
       if (gain.defined()) found.weight = as_float(gain);
       if (shift.defined()) found.bias = as_float(shift);
+      note_copy(found.weight, name + ".weight");
+      note_copy(found.bias, name + ".bias");
       return found;
     };
     for (int64_t i = 0; parameters.count("decoders." + std::to_string(i) + ".ff.0.weight") > 0; ++i) {
@@ -164,6 +172,7 @@ class DecodeWeights {
   std::vector<DecoderWeights> blocks;
   Norm final_norm;
   Linear output;
+  std::vector<std::string> copied;  // parameters that are not read in place: later writes into them have no effect
 
  private:
   static at::ScalarType parse_dtype(const std::string& name) {

@@ -66,23 +66,27 @@ class Engine:
         self.growth = torch.zeros((), device=self.device)  # updates since the scale last changed
 
     def update(self, batches: Sequence[Batch], lr: float) -> Outcome:
-        """Accumulates the gradient of the mean loss over `batches`, which count by their weights, and steps at rate
-        `lr`."""
+        """Accumulate the gradient of the loss of all `batches` on all ranks, and step at rate `lr`.
+
+        Each term of the loss is the mean over all of its predictions, so that the gradient does not depend on how the
+        batch is divided. A batch of weight 0 does not count.
+        """
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        weights = self.world.total(torch.tensor(float(sum(batch.weight for batch in batches)), device=self.device))
+        counts = torch.stack([self.model.loss_counts(**batch.inputs()) * (batch.weight > 0) for batch in batches])
+        totals = self.world.total(counts.sum(0).to(self.device)).clamp(min=1)  # [terms]
+        shares = counts.to(self.device) / totals  # [parts, terms]
         total = torch.zeros((), device=self.device)
         for index, batch in enumerate(batches):
             batch = batch.to(self.device)
             with self.world.synchronised(self.parallel, index == len(batches) - 1):
                 with self.autocast():
-                    loss = self.forward(**batch.inputs()).loss
-                share = loss.float() * (batch.weight / weights)
+                    loss = self.forward(**batch.inputs(), loss_weights=shares[index]).loss.float()
                 # DDP and FSDP average over the ranks what is meant to be a sum.
-                (share * (self.scale * self.world.size)).backward()
-            total += share.detach()
+                (loss * (self.scale * self.world.size)).backward()
+            total += loss.detach()
         return self._step(total)
 
     def autocast(self) -> AbstractContextManager[object]:
