@@ -16,8 +16,8 @@ from torch.nn.modules import module as _module
 
 from . import _transforms, ops
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)  # of torch.nn.modules.module, for every module
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)  # of torch.nn.modules.module, for every module
 _MARK = "_gpt_fast_forward"  # the instance attribute that tells an accelerated module
 
 
@@ -66,7 +66,7 @@ def original(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 def is_hooked(module: nn.Module) -> bool:
     """Return True if calling the module runs a hook: one of its own, or one that is registered for all modules."""
-    return any(len(getattr(module, name)) > 0 for name in _HOOKS) or any(
+    return any(len(getattr(module, name)) > 0 for name in HOOKS) or any(
         len(getattr(_module, name)) > 0 for name in _GLOBAL_HOOKS
     )
 
@@ -78,12 +78,16 @@ def class_of(module: Any) -> type:
 
 def why_not_plain(module: Any, kind: Any) -> str | None:
     """Why a module's parameters are not read directly, or None where they are."""
+    reason = why_other_forward(module, kind)
+    return "has hooks" if reason is None and is_hooked(module) else reason
+
+
+def why_other_forward(module: Any, kind: Any) -> str | None:
+    """Return why a module runs another forward than that of the class `kind`, or None if it runs that one."""
     if class_of(module) is not kind:
         return f"is a {type(module).__module__}.{type(module).__qualname__}, not {kind.__name__}"
-    if "forward" in vars(module) and not (is_accelerated(module) and has_own_forward(module)):
+    if "forward" in vars(module) and not (vars(module).get(_MARK) and has_own_forward(module)):
         return "has a forward of its own"
-    if is_hooked(module):
-        return "has hooks"
     return None
 
 
