@@ -54,7 +54,12 @@ def has_own_forward(module: nn.Module) -> bool:
     """Whether the forward in place is what `attach` left, with nothing wrapped around it."""
     if not vars(module)[_MARK]:
         return True  # whose forward it is, is none of ours
-    function = getattr(vars(module).get("forward"), "__func__", None)
+    return is_attached(vars(module).get("forward"))
+
+
+def is_attached(forward: Any) -> bool:
+    """Return True if `forward` is what `attach` puts on a module, with nothing wrapped around it."""
+    function = getattr(forward, "__func__", None)
     is_function = isinstance(function, types.FunctionType) and not hasattr(function, "__wrapped__")
     return is_function and function.__module__.startswith("gpt_fast.")
 
@@ -78,16 +83,12 @@ def class_of(module: Any) -> type:
 
 def why_not_plain(module: Any, kind: Any) -> str | None:
     """Why a module's parameters are not read directly, or None where they are."""
-    reason = why_other_forward(module, kind)
-    return "has hooks" if reason is None and is_hooked(module) else reason
-
-
-def why_other_forward(module: Any, kind: Any) -> str | None:
-    """Return why a module runs another forward than that of the class `kind`, or None if it runs that one."""
     if class_of(module) is not kind:
         return f"is a {type(module).__module__}.{type(module).__qualname__}, not {kind.__name__}"
-    if "forward" in vars(module) and not (vars(module).get(_MARK) and has_own_forward(module)):
+    if "forward" in vars(module) and not (is_accelerated(module) and has_own_forward(module)):
         return "has a forward of its own"
+    if is_hooked(module):
+        return "has hooks"
     return None
 
 

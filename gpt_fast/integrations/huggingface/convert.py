@@ -190,14 +190,22 @@ def _transformers() -> Any:
 
 def _load(transformers: Any, folder: Any) -> Any:
     """Load the model in a folder, by the class that saved it. Nothing is unpickled, and nothing is filled at random."""
-    config = transformers.AutoConfig.from_pretrained(folder)
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except StrictDataclassError as error:
+        raise ValueError(f"gpt_fast.from_hf: {folder} has a config.json with a wrong value: {error}") from error
     if config.model_type not in ("gpt2", "openai-gpt"):
         raise TypeError(f"from_hf: {folder} holds a {config.model_type} model, wanted gpt2 or openai-gpt")
     if getattr(config, "quantization_config", None) is not None:
         _refuse("from_hf", f"{folder} holds quantised weights; expected a model in floating point")
     names = [name for name in config.architectures or [] if any(name in pair for pair in _KINDS.values())]
-    _config_from_hf(config, names[0] if names else "")  # before a missing activation is a KeyError in transformers
+    _config_from_hf(config, names[0] if names else "")  # transformers has only a KeyError for some of its errors
     kind = getattr(transformers, names[0]) if len(names) == 1 else transformers.AutoModelForCausalLM
+    logging = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of the keys would repeat ours
     try:
         model, info = kind.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
@@ -206,6 +214,8 @@ def _load(transformers: Any, folder: Any) -> Any:
         raise ValueError(
             f"gpt_fast.from_hf: {folder} has broken safetensors ({error}); expected whole files"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
     for what, keys in (
         ("lacks", info["missing_keys"]),
         ("has", {name for name in info["unexpected_keys"] if guard.UNREAD.search(name) is None}),
@@ -213,9 +223,7 @@ def _load(transformers: Any, folder: Any) -> Any:
     ):
         if keys:
             listed = ", ".join(sorted(keys))
-            _refuse(
-                "from_hf", f"{folder} {what} {listed}; expected the weights of a {kind.__name__} of its config.json"
-            )
+            _refuse("from_hf", f"{folder} {what} {listed}; expected all weights of its {kind.__name__}")
     return model
 
 

@@ -25,6 +25,7 @@ _IGNORED = {
     "training", "gradient_checkpointing", "supports_gradient_checkpointing", "checkpoint_activations", "name_or_path",
     "layer_idx", "site",
 }  # fmt: skip
+_BEFORE_AUTOCAST = "_original_forward"  # where Hugging Face Accelerate keeps the forward that it wraps
 _COMPARED = (bool, int, float, str, tuple, type(None), types.FunctionType, types.BuiltinFunctionType)
 
 
@@ -68,7 +69,7 @@ def _why_other_modules(model: Any, made: Any) -> str | None:
         if name not in modules:
             return f"{label} is missing; expected a {kind.__name__}, as the configuration says"
         module = modules[name]
-        reason = _plain.why_other_forward(module, kind) or ("has hooks" if _has_own_hooks(module) else None)
+        reason = _why_not_plain(module, kind)
         if reason is not None:
             return f"{label} {reason}; expected a plain {kind.__name__}"
         for key, value in vars(standard).items():
@@ -83,10 +84,29 @@ def _why_other_modules(model: Any, made: Any) -> str | None:
     return None
 
 
-def _has_own_hooks(module: nn.Module) -> bool:
-    """Return True if the module has hooks. Those that transformers itself leaves behind only record what they see."""
+def _why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Return why calling `module` is not calling the class `kind`, or None if it is.
+
+    Some changes only look like changes: hooks by which transformers records outputs, the forwards of
+    `gpt_fast.accelerate`, and the autocast that Hugging Face Accelerate leaves around the forward of a trained model.
+    """
+    if type(module) is not kind:
+        return f"is a {type(module).__module__}.{type(module).__qualname__}, not {kind.__name__}"
+    forward = vars(module).get(_BEFORE_AUTOCAST, vars(module).get("forward"))
+    if forward is not None and not _plain.is_attached(forward) and not _is_forward_of(kind, forward):
+        return "has a forward of its own"
     hooks = [hook for name in _plain.HOOKS for hook in getattr(module, name).values()]
-    return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
+    if any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks):
+        return "has hooks"
+    return None
+
+
+def _is_forward_of(kind: Any, forward: Any) -> bool:
+    """Return True if `forward` is the class's, with or without its decorators, which Accelerate takes off too."""
+    function, of_class = getattr(forward, "__func__", None), kind.forward
+    while of_class is not function and hasattr(of_class, "__wrapped__"):
+        of_class = of_class.__wrapped__
+    return of_class is function
 
 
 def _why_other_parameters(model: Any, made: Any, spare: str | None) -> str | None:
@@ -112,8 +132,11 @@ def _why_other_parameters(model: Any, made: Any, spare: str | None) -> str | Non
 
 def _why_other_buffers(model: Any, made: Any) -> str | None:
     """GPT-1 in transformers has two buffers that its forward reads: the causal mask and the positions."""
-    expected = dict(made.named_buffers(remove_duplicate=False))
-    for name, buffer in model.named_buffers(remove_duplicate=False):
+    buffers, expected = (dict(each.named_buffers(remove_duplicate=False)) for each in (model, made))
+    for name in expected:
+        if name not in buffers:
+            return f"{name} is missing; expected a buffer, as in a new model"
+    for name, buffer in buffers.items():
         if name not in expected:
             if UNREAD.search(name) is None:
                 return f"{name} is a buffer {list(buffer.shape)}; expected no such buffer"
@@ -152,7 +175,8 @@ def why_other_outputs(theirs: Any, ours: Any, whole: bool) -> str | None:
     with _evaluating(theirs, ours), torch.autocast(parameter.device.type, enabled=False):
         hidden = _call(theirs.base_model, tokens).last_hidden_state
         got = trunk(tokens, causal=is_causal(theirs.config))
-        tolerance = _tolerance(parameter.dtype)
+        has_autocast = any(_BEFORE_AUTOCAST in vars(model) for model in (theirs, ours))
+        tolerance = _tolerance(torch.bfloat16 if has_autocast else parameter.dtype)
         if not _agree(got, hidden, tolerance * _largest(hidden)):
             return f"the hidden states differ by {_difference(got, hidden)}"
         if not whole or ours is trunk:
