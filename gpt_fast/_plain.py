@@ -16,8 +16,8 @@ from torch.nn.modules import module as _module
 
 from . import _transforms, ops
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)  # of torch.nn.modules.module, for every module
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)  # of torch.nn.modules.module, for every module
 _MARK = "_gpt_fast_forward"  # the instance attribute that tells an accelerated module
 
 
@@ -54,7 +54,12 @@ def has_own_forward(module: nn.Module) -> bool:
     """Whether the forward in place is what `attach` left, with nothing wrapped around it."""
     if not vars(module)[_MARK]:
         return True  # whose forward it is, is none of ours
-    function = getattr(vars(module).get("forward"), "__func__", None)
+    return is_attached(vars(module).get("forward"))
+
+
+def is_attached(forward: Any) -> bool:
+    """Return True if `forward` is what `attach` puts on a module, with nothing wrapped around it."""
+    function = getattr(forward, "__func__", None)
     is_function = isinstance(function, types.FunctionType) and not hasattr(function, "__wrapped__")
     return is_function and function.__module__.startswith("gpt_fast.")
 
@@ -66,7 +71,7 @@ def original(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 def is_hooked(module: nn.Module) -> bool:
     """Return True if calling the module runs a hook: one of its own, or one that is registered for all modules."""
-    return any(len(getattr(module, name)) > 0 for name in _HOOKS) or any(
+    return any(len(getattr(module, name)) > 0 for name in HOOKS) or any(
         len(getattr(_module, name)) > 0 for name in _GLOBAL_HOOKS
     )
 

@@ -148,22 +148,40 @@ class Convertible:
 
     @classmethod
     def from_hf(cls, model: Any, **overrides: Any) -> Self:
-        """The weights and sizes of one of transformers' GPT-2 or GPT-1 models, or of a folder that holds one.
+        """Return a model with the weights and sizes of a GPT-2 or GPT-1 model of transformers, or of a folder of one.
 
-        The trunk is copied bit for bit, and what is on top of it where both have it: an output layer, a classifier
-        without bias. What is new starts afresh, which is how fine-tuning starts. `overrides` change fields of the
-        configuration. `to_hf` gives the weights back. Raises `TypeError` for another model, `ValueError` for an option
-        of its configuration that changes the function in a way this model does not have, `OSError` for a folder without
-        safetensors.
+        The trunk is copied bit for bit, and so are the output layer and the classifier if both models have one. The
+        output layer is tied if its weight is the token embedding's parameter, whatever the configuration says.
+        Fine-tuning on another head works: parts of the new head start afresh, and parts that it has no place for are
+        left out, as the `lm_head` is from a classifier. `overrides` change fields of the configuration. `to_hf` gives
+        the weights back.
+
+        Nothing else is left out. Every module has to be what the configuration says, without hooks, adapters,
+        parametrisations or pruning. A folder has to hold every weight of its model and no other. At last both models
+        run on a few tokens in evaluation mode and have to agree, unless an override asks for another function.
+
+        Args:
+            model: A model of transformers, accelerated or not, or the path of a folder with safetensors.
+            overrides: Fields of `GPTConfig`.
+
+        Raises:
+            TypeError: `model` is of another class; so is a subclass with code of its own.
+            ValueError: The model has something that this library's class cannot hold; the message names it.
+            OSError: The folder has no configuration or no safetensors.
         """
         from .integrations.huggingface import convert
 
         return convert.from_hf(cls, model, overrides)
 
     def to_hf(self) -> Any:
-        """The model of transformers with these weights: GPT-2's class for this head if pre-norm, GPT-1's if post-norm.
+        """Return transformers' model with these weights: GPT-2's class for this head if pre-norm, GPT-1's if post-norm.
 
-        Raises `ValueError` where transformers has no such model, as for an output bias.
+        An output layer whose weight is not the token embedding's parameter is kept, with tie_word_embeddings=False. At
+        last both models run on a few tokens in evaluation mode and have to agree.
+
+        Raises:
+            ValueError: transformers has no such model, as for an output bias, or a module is not what the
+                configuration says (replaced, with hooks, a further decoder); the message names it.
         """
         from .integrations.huggingface import convert
 

@@ -21,15 +21,16 @@ def convert(
         typer.Option(
             metavar="clm|mlm|classifier",
             help="From transformers: the model to make, with the trunk's weights and all else that both have. Without "
-            "it the one that holds every weight.",
+            "it the one that holds every weight; a model that has no such head is refused.",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Converts a model to transformers' GPT-2 or GPT-1 and back, bit for bit: which way, the folder tells.
 
-    Both sides are safetensors; nothing is unpickled. OpenAI's original TensorFlow files of GPT-2 are not read:
-    transformers converts them.
+    Both sides are safetensors; nothing is unpickled. A folder that lacks a weight, or has one that its config.json does
+    not name, is refused, and so is a model that the other library cannot hold. OpenAI's original TensorFlow files of
+    GPT-2 are not read: transformers converts them.
 
     [bold]Examples[/bold]
 

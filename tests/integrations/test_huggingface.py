@@ -209,7 +209,11 @@ def test_multiple_choice_is_double_heads(name, tied):
         assert torch.equal(tensor, back.state_dict()[label]), label
     if not tied:
         with pytest.raises(ValueError, match=r"cannot hold a free output layer that is not there \(lm_weight 0\)"):
-            GPTForMultipleChoice.from_hf(theirs).to_hf()
+            GPTForMultipleChoice.from_hf(theirs, lm_weight=0.0).to_hf()
+        with pytest.raises(
+            ValueError, match=r"lm_head\.weight has no place in GPTForMultipleChoice; expected lm_weight=0\.5"
+        ):
+            GPTForMultipleChoice.from_hf(theirs)
     theirs.config.summary_type = "mean"
     with pytest.raises(ValueError, match="summary_type is 'mean', wanted 'cls_index'"):
         GPTForMultipleChoice.from_hf(theirs)

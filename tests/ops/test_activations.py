@@ -86,8 +86,9 @@ def test_transformers_serves_it(activation, pre_norm):
     with torch.no_grad(), gpt_fast.use_reference():
         assert torch.allclose(model(tokens).logits, converted(tokens).logits, atol=1e-4, rtol=1e-4)
     for name in theirs:
-        setattr(converted.config, "activation_function" if pre_norm else "afn", name)
-        assert GPTForCausalLM.from_hf(converted).config.activation == activation
+        config = copy.deepcopy(converted.config)
+        setattr(config, "activation_function" if pre_norm else "afn", name)
+        assert GPTForCausalLM.from_hf(type(converted)(config)).config.activation == activation
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

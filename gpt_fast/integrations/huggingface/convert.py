@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
 
 from ... import _activations
 from ...config import GPTConfig
+from . import guard
 
 # Options of GPT2Config that change the function, and the only value this library has.
 _GPT2_FIXED = {
@@ -45,6 +46,14 @@ _CLASSIFIER = {
 }
 # How transformers' double heads read a sequence, and the only way this library has.
 _SUMMARY = {"summary_type": "cls_index", "summary_use_proj": True, "summary_activation": None}
+_OUTPUT, _OUTPUT_BIAS = "lm_head.weight", "lm_head.bias"
+# The fields of our configuration that change what the trunk computes.
+_COMPUTES = {
+    "num_tokens", "hidden_dim", "num_heads", "num_layers", "seq_len", "ff_dim", "activation", "pre_norm", "bias",
+    "layer_norm_eps",
+}  # fmt: skip
+# Those that say which parameters a head has.
+_MAKES_ROOM = {"lm_weight", "classifier_bias", "output_bias"}
 
 _BLOCK = (  # ours, transformers', transposed
     ("multihead_attn.in_proj_weight", "attn.c_attn.weight", True),
@@ -67,23 +76,36 @@ def from_hf(kind: Any, model: Any, overrides: dict[str, Any]) -> Any:
     transformers = _transformers()
     if isinstance(model, str | os.PathLike):
         model = _load(transformers, model)
-    if not isinstance(model, transformers.PreTrainedModel) or model.config.model_type not in ("gpt2", "openai-gpt"):
+    name = type(model).__name__
+    if type(model) not in {getattr(transformers, theirs) for pair in _KINDS.values() for theirs in pair if theirs}:
         raise TypeError(
-            f"from_hf: got {type(model).__name__}, wanted one of transformers' GPT-2 or GPT-1 models "
+            f"from_hf: got {name}, wanted one of transformers' GPT-2 or GPT-1 models "
             "(GPT2LMHeadModel, OpenAIGPTLMHeadModel, …), or a folder of one"
         )
-    ours = kind(_config_from_hf(model.config, type(model).__name__).replace(**overrides)).to(model.dtype)
-    theirs, wanted = model.state_dict(), ours.state_dict()
-    with torch.no_grad():
-        for name, their_name, transposed in _pairs(wanted, theirs, ours):
-            tensor = theirs[their_name].t() if transposed else theirs[their_name]
-            if tensor.numel() != wanted[name].numel():
-                raise ValueError(
-                    f"from_hf: {their_name} has shape {list(theirs[their_name].shape)}, but the configuration makes "
-                    f"{name} {list(wanted[name].shape)}"
-                )
-            wanted[name].copy_(tensor.reshape(wanted[name].shape))
-    return ours.to(model.device).train(model.training)
+    causal = guard.is_causal(model.config)
+    is_counterpart = our_class(name, causal) == kind.__name__
+    if not causal and not is_counterpart and name in _KINDS.get(kind.__name__, ()):
+        _refuse("from_hf", f"is_causal is False; expected True for {kind.__name__}: GPTForMaskedLM sees both sides")
+    held = _config_from_hf(model.config, name)
+    tie = (_OUTPUT, "transformer.wte.weight" if held.pre_norm else "transformer.tokens_embed.weight")
+    _refuse("from_hf", guard.why_changed(model, guard.make_theirs(model), tie, spare=_OUTPUT_BIAS))
+    theirs = dict(model.named_parameters(remove_duplicate=False))
+    if _OUTPUT in theirs:
+        held = held.replace(tied=theirs[_OUTPUT] is theirs[tie[1]], output_bias=_OUTPUT_BIAS in theirs)
+    config = held.replace(**overrides)
+    if config.tied and not held.tied and _OUTPUT in theirs:
+        _refuse("from_hf", f"tied is True; expected False, as {_OUTPUT} is not the token embedding")
+    ours = kind(config).to(model.dtype).to(model.device)
+    wanted = ours.state_dict()
+    pairs = [(their_name, our_name, transposed) for our_name, their_name, transposed in _pairs(wanted, theirs, ours)]
+    _copy("from_hf", theirs, wanted, pairs)
+    if is_counterpart and not overrides.keys() & _MAKES_ROOM:
+        _refuse("from_hf", _why_left_out(theirs, [pair[0] for pair in pairs], kind.__name__))
+    changed = {field for field, value in held.to_dict().items() if getattr(config, field) != value}
+    if not changed & _COMPUTES:  # else the caller asks for another function
+        whole = is_counterpart and not changed
+        _refuse("from_hf", _computes(guard.why_other_outputs(model, ours, whole)))
+    return ours.train(model.training)
 
 
 def to_hf(ours: Any) -> Any:
@@ -94,17 +116,53 @@ def to_hf(ours: Any) -> Any:
     if name is None:
         block = "pre-norm" if config.pre_norm else "post-norm"
         raise ValueError(f"to_hf: transformers has no {block} {type(ours).__name__}, wanted one of {', '.join(_KINDS)}")
+    tie = ("output_layer.weight", "trunk.token_emb.weight")
+    _refuse("to_hf", guard.why_changed(ours, guard.make_ours(ours), tie))
+    if hasattr(ours, "output_layer"):
+        config = config.replace(tied=ours.is_tied())
     hf_config = _config_to_hf(config, name, transformers)
     if type(ours).__name__ == "GPTForMaskedLM":
         hf_config.is_causal = False
     parameter = next(ours.parameters())
-    model = getattr(transformers, name)(hf_config).to(parameter.dtype)
-    tensors, wanted = ours.state_dict(), model.state_dict()
+    model = getattr(transformers, name)(hf_config).to(parameter.dtype).to(parameter.device)
+    tensors, wanted = dict(ours.named_parameters(remove_duplicate=False)), model.state_dict()
+    pairs = list(_pairs(tensors, wanted, ours))
+    _copy("to_hf", tensors, wanted, pairs)
+    _refuse("to_hf", _why_left_out(tensors, [pair[0] for pair in pairs], name))
+    _refuse("to_hf", _computes(guard.why_other_outputs(model, ours, whole=True)))
+    return model.train(ours.training)
+
+
+def _refuse(user: str, reason: str | None) -> None:
+    if reason is not None:
+        raise ValueError(f"gpt_fast.{user}: {reason}")
+
+
+def _copy(user: str, source: Any, target: Any, pairs: list[tuple[str, str, bool]]) -> None:
+    """Copy tensors between dicts: (name in `source`, name in `target`, whether it is transposed)."""
     with torch.no_grad():
-        for our_name, their_name, transposed in _pairs(tensors, wanted, ours):
-            tensor = tensors[our_name].t() if transposed else tensors[our_name]
-            wanted[their_name].copy_(tensor.reshape(wanted[their_name].shape))
-    return model.to(parameter.device).train(ours.training)
+        for name, to, transposed in pairs:
+            tensor = source[name].t() if transposed else source[name]
+            shape = target[to].shape
+            n = min(tensor.dim(), len(shape))  # ours has the positions as [1, T, C]
+            if tensor.shape[-n:] != shape[-n:]:
+                given, expected = list(source[name].shape), list(shape)
+                _refuse(user, f"{name} has shape {given}; expected the numbers of {to} {expected} in the configuration")
+            target[to].copy_(tensor.reshape(shape))
+
+
+def _why_left_out(tensors: dict[str, Any], used: list[str], kind: str) -> str | None:
+    """Return why a conversion would lose a parameter, or None if all of `tensors` are used, by this name or another."""
+    copied = {id(tensors[name]) for name in used}
+    lost = [name for name, tensor in tensors.items() if id(tensor) not in copied]
+    if not lost:
+        return None
+    room = "lm_weight=0.5 to make room for it, or lm_weight=0.0 to leave it out"
+    return f"{', '.join(lost)} has no place in {kind}; expected {room if 'Multiple' in kind else 'a model without it'}"
+
+
+def _computes(reason: str | None) -> str | None:
+    return None if reason is None else f"the model computes something else than its copy: {reason}; expected equal ones"
 
 
 def is_transformers_folder(config: dict[str, Any]) -> bool:
@@ -112,8 +170,10 @@ def is_transformers_folder(config: dict[str, Any]) -> bool:
     return config.get("model_type") in ("gpt2", "openai-gpt")
 
 
-def our_class(architecture: str) -> str:
-    """The head that holds all of one of transformers' classes, by name; the trunk where there is none."""
+def our_class(architecture: str, causal: bool = True) -> str:
+    """Return the name of the head that holds all of one of transformers' classes, or of the trunk if none does."""
+    if architecture == _KINDS["GPTForMaskedLM"][0] and not causal:
+        return "GPTForMaskedLM"
     for ours, theirs in _KINDS.items():
         if architecture in theirs and ours != "GPTForMaskedLM":
             return ours
@@ -129,29 +189,56 @@ def _transformers() -> Any:
 
 
 def _load(transformers: Any, folder: Any) -> Any:
-    """The model in a folder, by the class that saved it. Nothing is unpickled."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    names = config.architectures or []
-    kind = getattr(transformers, names[0], None) if len(names) == 1 else None
+    """Load the model in a folder, by the class that saved it. Nothing is unpickled, and nothing is filled at random."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except StrictDataclassError as error:
+        raise ValueError(f"gpt_fast.from_hf: {folder} has a config.json with a wrong value: {error}") from error
     if config.model_type not in ("gpt2", "openai-gpt"):
         raise TypeError(f"from_hf: {folder} holds a {config.model_type} model, wanted gpt2 or openai-gpt")
-    kind = transformers.AutoModelForCausalLM if kind is None else kind
-    return kind.from_pretrained(folder, use_safetensors=True)
+    if getattr(config, "quantization_config", None) is not None:
+        _refuse("from_hf", f"{folder} holds quantised weights; expected a model in floating point")
+    names = [name for name in config.architectures or [] if any(name in pair for pair in _KINDS.values())]
+    _config_from_hf(config, names[0] if names else "")  # transformers has only a KeyError for some of its errors
+    kind = getattr(transformers, names[0]) if len(names) == 1 else transformers.AutoModelForCausalLM
+    logging = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of the keys would repeat ours
+    try:
+        model, info = kind.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except SafetensorError as error:
+        raise ValueError(
+            f"gpt_fast.from_hf: {folder} has broken safetensors ({error}); expected whole files"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    for what, keys in (
+        ("lacks", info["missing_keys"]),
+        ("has", {name for name in info["unexpected_keys"] if guard.UNREAD.search(name) is None}),
+        ("has another shape of", {name for name, *_ in info["mismatched_keys"]}),
+    ):
+        if keys:
+            listed = ", ".join(sorted(keys))
+            _refuse("from_hf", f"{folder} {what} {listed}; expected all weights of its {kind.__name__}")
+    return model
 
 
-def _pairs(ours: dict[str, Tensor], theirs: dict[str, Tensor], model: Any) -> Iterator[tuple[str, str, bool]]:
-    """(our name, transformers' name, whether theirs is transposed) of every tensor both have, tied ones once."""
+def _pairs(ours: dict[str, Any], theirs: dict[str, Any], model: Any) -> Iterator[tuple[str, str, bool]]:
+    """(our name, transformers' name, whether theirs is transposed) of every tensor both have."""
     config = model.config
     our_trunk = "trunk." if "trunk.pos_emb" in ours else ""
     their_trunk = "transformer." if any(name.startswith("transformer.") for name in theirs) else ""
     for our_name, their_name, transposed in _trunk_names(config):
         yield our_trunk + our_name, their_trunk + their_name, transposed
-    if not config.tied and "output_layer.weight" in ours and "lm_head.weight" in theirs:
-        yield "output_layer.weight", "lm_head.weight", False
-    classifier = _CLASSIFIER.get(type(model).__name__)
-    for part in ("weight", "bias"):
-        if f"classifier.{part}" in ours and f"{classifier}.{part}" in theirs:
-            yield f"classifier.{part}", f"{classifier}.{part}", False
+    layers = (("output_layer", "lm_head"), ("classifier", _CLASSIFIER.get(type(model).__name__)))
+    for our_layer, their_layer in layers:
+        for part in ("weight", "bias"):
+            if f"{our_layer}.{part}" in ours and f"{their_layer}.{part}" in theirs:
+                yield f"{our_layer}.{part}", f"{their_layer}.{part}", False
 
 
 def _trunk_names(config: GPTConfig) -> Iterator[tuple[str, str, bool]]:
@@ -189,7 +276,7 @@ def _config_from_hf(theirs: Any, kind: str) -> GPTConfig:
         num_heads=theirs.n_head,
         num_layers=theirs.n_layer,
         seq_len=theirs.n_positions,
-        ff_dim=getattr(theirs, "n_inner", None) or 0,
+        ff_dim=(pre_norm and theirs.n_inner) or 0,  # GPT-1 has 4 C
         activation=activations[activation],
         pre_norm=pre_norm,
         tied=theirs.tie_word_embeddings,
@@ -242,6 +329,11 @@ def _choices_from_hf(theirs: Any) -> dict[str, Any]:
     for option, wanted in _SUMMARY.items():
         if getattr(theirs, option) != wanted:
             raise ValueError(f"from_hf: {option} is {getattr(theirs, option)!r}, wanted {wanted!r}")
+    last = getattr(theirs, "summary_last_dropout", 0)
+    if last:
+        _refuse(
+            "from_hf", f"summary_last_dropout is {last}; expected 0: this library has no dropout after a classifier"
+        )
     return {"classifier_dropout": theirs.summary_first_dropout}
 
 
@@ -263,7 +355,7 @@ def _config_to_hf(config: GPTConfig, kind: str, transformers: Any) -> Any:
     lacking = [
         problem
         for problem, there in (
-            ("an output bias", config.output_bias and "LMHead" in kind),
+            ("an output bias", config.output_bias and ("LMHead" in kind or (chooses and config.lm_weight > 0))),
             ("layers without bias", not config.bias),
             (f"dropout {config.ff_dropout} on the hidden activation", config.ff_dropout > 0),
             (f"activation {config.activation}", config.activation not in names),

@@ -52,7 +52,7 @@ def _from_transformers(source: Path, made: Path, config: dict[str, Any], head: s
     architecture = next(iter(config.get("architectures") or []), "GPT2LMHeadModel")
     if head is not None and head not in _NAMES:
         raise ValueError(f"--head {head}: wanted one of {', '.join(_NAMES)}")
-    name = convert.our_class(architecture) if head is None else _NAMES[head]
+    name = convert.our_class(architecture, config.get("is_causal", True)) if head is None else _NAMES[head]
     if name not in HEADS:
         raise ValueError(
             f"{source} holds a {architecture}, which has none of this library's heads; --head {', '.join(_NAMES)} "
