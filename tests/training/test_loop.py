@@ -13,6 +13,7 @@ from torch import nn
 
 from gpt_fast import GPTConfig, GPTForCausalLM, GPTForMaskedLM
 from gpt_fast.data.batches import Batch, causal_batch
+from gpt_fast.heads import HEADS
 from gpt_fast.training.engine.update import Engine, EngineSettings
 from gpt_fast.training.loop import Loop, LoopSettings, Progress, Spikes, intervals
 from gpt_fast.training.runs import checkpoints
@@ -222,6 +223,49 @@ def test_accumulation_is_the_same_update(head):
         b = parts.update([make_batch(slice(0, 2)), make_batch(slice(2, 5)), make_batch(slice(5, 8))], 1e-3)
         torch.testing.assert_close(a.loss, b.loss, rtol=1e-6, atol=0)
         torch.testing.assert_close(a.norm, b.norm, rtol=1e-5, atol=0)
+
+
+JOINT = ["GPTForSequenceClassification", "GPTForSimilarity", "GPTForMultipleChoice", "GPTForTokenClassification",
+         "GPTForQuestionAnswering"]  # fmt: skip
+
+
+def labelled_batch(name: str, rows: slice) -> Batch:
+    """Rows of very unequal lengths, so that a part's share of the tokens is not its share of the rows."""
+    generator = torch.Generator().manual_seed(1)
+    shape = {"GPTForSimilarity": (8, 2, 16), "GPTForMultipleChoice": (8, 2, 16)}.get(name, (8, 16))
+    batch = torch.randint(40, shape, generator=generator)
+    lengths = torch.tensor([16, 3, 2, 9, 2, 16, 5, 12])
+    if len(shape) == 3:
+        lengths = lengths[:, None].expand(8, 2)
+    labels = torch.arange(8) % 2
+    if name == "GPTForTokenClassification":
+        labels = (batch % 2).masked_fill(torch.rand(shape, generator=generator) > 0.4, -100)
+    if name == "GPTForQuestionAnswering":
+        labels = torch.tensor([[0, 1], [-100, -100], [0, -100], [1, 2], [-100, 1], [3, 4], [0, 0], [-100, -100]])
+    return Batch(batch[rows], labels[rows], lengths[rows], weight=len(labels[rows]))
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+@pytest.mark.parametrize("name", JOINT)
+def test_a_joint_loss_does_not_depend_on_the_division(name, parts):
+    """The task's loss is a mean over rows, the language model's over tokens: each is divided by its own total."""
+    whole, divided = (make(HEADS[name], lm_weight=0.5, num_labels=2) for _ in range(2))
+    size = 8 // parts
+    batches = [labelled_batch(name, slice(i, i + size)) for i in range(0, 8, size)]
+    spare = labelled_batch(name, slice(0, 1))._replace(weight=0)  # as a rank with fewer rows than parts repeats one
+    a = whole.update([labelled_batch(name, slice(0, 8))], 1e-3)
+    b = divided.update([*batches, spare], 1e-3)
+    torch.testing.assert_close(b.loss, a.loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(b.norm, a.norm, rtol=1e-5, atol=0)
+    inputs = labelled_batch(name, slice(0, 8)).inputs()
+    fresh = make(HEADS[name], lm_weight=0.5, num_labels=2).model
+    torch.testing.assert_close(a.loss, fresh(**inputs).loss.detach(), rtol=1e-5, atol=0)
+
+
+def test_loss_weights_of_another_number_of_terms():
+    model = make().model
+    with pytest.raises(ValueError, match=r"gpt_fast.GPTForCausalLM: loss_weights has shape \[2\]; expected \[1\]"):
+        model(tokens(2), labels=tokens(2), loss_weights=torch.ones(2))
 
 
 def test_clipping():

@@ -13,7 +13,8 @@ from gpt_fast import GPTConfig, GPTForMultipleChoice, GPTForSimilarity
 from gpt_fast.data.example_batches import Example
 from gpt_fast.data.tables import Table
 from gpt_fast.data.tokenizer import byte_tokenizer, special_ids
-from gpt_fast.training import evaluate, examples, finetune, predict, pretrain, tasks
+from gpt_fast.training import evaluate, finetune, predict, pretrain, tasks
+from gpt_fast.training import table_examples as examples
 from gpt_fast.training.metrics import generated_metrics
 from gpt_fast.training.runs.folder import read_record
 
