@@ -156,6 +156,8 @@ def _why_not(
     """Return why a call goes to PyTorch, or None. PyTorch raises the errors of calls that are wrong."""
     if _transforms.is_transformed():
         return "inside torch.func's transforms"  # which have been through their own dispatch here
+    if _transforms.is_forward_mode():
+        return "in forward mode"
     if not torch.backends.cuda.flash_sdp_enabled():  # the switch of every device, whatever its name
         return "flash attention is switched off, as by torch.nn.attention.sdpa_kernel"
     if q.is_nested or q.dim() != 4 or k.dim() != 4 or v.dim() != 4:

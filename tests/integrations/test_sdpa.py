@@ -163,6 +163,19 @@ def test_wrong_calls_get_pytorchs_errors(active: None, make) -> None:
     assert str(ours.value) == str(theirs.value)
 
 
+def test_forward_mode_has_pytorchs(active: None) -> None:
+    """The math backend is the one of PyTorch's that has derivatives in forward mode."""
+    from torch.autograd import forward_ad
+
+    tensors = qkv(grad=False)
+    with forward_ad.dual_level(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        duals = [forward_ad.make_dual(tensor, torch.ones_like(tensor)) for tensor in tensors]
+        got = forward_ad.unpack_dual(F.scaled_dot_product_attention(*duals)).tangent
+        wanted = forward_ad.unpack_dual(reference.attention(*duals, causal=False)).tangent
+    torch.testing.assert_close(got, wanted)
+    assert sdpa.report().served == 0 and set(sdpa.report().returned) == {"in forward mode"}
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_backend_that_the_user_chose_wins(active: None, compiled: bool) -> None:
     """The provider stands in for flash attention, so a choice with flash attention leaves the call to it."""
