@@ -125,11 +125,11 @@ def device_guard(index: int) -> contextlib.AbstractContextManager:
     `torch.cuda.device` costs microseconds, so the context is an empty one if the device is current already.
     """
     if index < 0 or index == torch.cuda.current_device():
-        return _NO_GUARD
+        return _NO_CONTEXT
     return torch.cuda.device(index)
 
 
-_NO_GUARD = contextlib.nullcontext()
+_NO_CONTEXT = contextlib.nullcontext()
 
 
 def _device_index(args: Iterable) -> int:
@@ -239,8 +239,18 @@ def runs_reference(op: str, x: Tensor, *others: Tensor | None) -> bool:
 
 def by_reference(function: Callable, device_type: str, *args, **kwargs):
     """Call a definition of `gpt_fast.reference` with autocast off: it chooses its own dtypes."""
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(device_type, enabled=False), profiled(f"gpt_fast::{function.__name__} (reference)"):
         return function(*args, **kwargs)
+
+
+def profiled(name: str) -> contextlib.AbstractContextManager:
+    """Return a context that PyTorch's profiler shows as `name`; without a profiler the context is empty.
+
+    Operators need none: the dispatcher gives the profiler their names. Graphs hold no names.
+    """
+    if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
+        return _NO_CONTEXT
+    return torch.profiler.record_function(name)
 
 
 def autocast(x: Tensor, *tensors: Tensor | None) -> tuple:
