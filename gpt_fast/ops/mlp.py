@@ -220,7 +220,7 @@ def _forward_flops(x, fc_weight, fc_bias, proj_weight, *options, **_):
 
 
 def _backward_flops(dy, x, fc_weight, fc_bias, proj_weight, hidden, *options, **_):
-    needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, _ = options[-1]
+    needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight = options[-1][:4]
     fc, proj = _flops.product(x, fc_weight), _flops.product(dy, proj_weight[::-1])
     recomputed = hidden is None
     needs_hidden = needs_x or needs_fc_weight or needs_fc_bias

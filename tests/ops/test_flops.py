@@ -16,6 +16,7 @@ import gpt_fast
 from benchmarks.models.plain_gpt import PlainGPT
 from gpt_fast import ops
 from gpt_fast.ops import _flops
+from gpt_fast.ops.mlp import _CublasLtMLP
 from tests.hf_models import V, make
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,9 +95,18 @@ def test_an_op_counts_as_pytorchs_functions(name: str) -> None:
 def test_a_recomputed_product_counts() -> None:
     """As PyTorch's activation checkpointing counts what backward computes again."""
     _, _, shapes = OPS["mlp"]
-    ours, every = OPS["mlp"][0], (True,) * 5
-    again = counted(lambda *tensors: ours(*tensors, recompute=True), shapes, every, "cpu")
-    assert again == counted(ours, shapes, every, "cpu") + 2 * 6 * 8 * 16
+    every = (True,) * 5
+    again = counted(lambda *tensors: ops.mlp(*tensors, recompute=True), shapes, every, "cpu")
+    assert again == counted(ops.mlp, shapes, every, "cpu") + 2 * 6 * 8 * 16
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_the_mlp_by_cublaslt_counts_the_same(recompute: bool) -> None:
+    """By its operators' shapes: the kernel needs a GPU."""
+    _, _, shapes = OPS["mlp"]
+    every = (True,) * 5
+    cublaslt = counted(lambda *tensors: _CublasLtMLP.apply(*tensors, "gelu_tanh", recompute), shapes, every, "meta")
+    assert cublaslt == counted(lambda *tensors: ops.mlp(*tensors, recompute=recompute), shapes, every, "cpu") > 0
 
 
 def test_a_step_of_decoding_counts_the_cache() -> None:

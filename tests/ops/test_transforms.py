@@ -260,3 +260,15 @@ def test_forward_mode_of_a_compiled_function(inside: bool) -> None:
         got = pushed(norm, (x,), (tangent,))
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:gpt_fast")
+def test_forward_mode_of_a_step_of_decoding() -> None:
+    """The op has no backward, and its tangent is that of attention with one query."""
+    q, keys, values, lengths = randn(2, 3, 8), randn(2, 3, 9, 8), randn(2, 3, 9, 8), torch.tensor([4, 9])
+    tensors, tangents = (q, keys, values), (randn(2, 3, 8), randn(2, 3, 9, 8), randn(2, 3, 9, 8))
+    got = pushed(lambda *tensors: ops.decode_attention(*tensors, lengths), tensors, tangents)
+    attend = lambda q, k, v: ops.attention(q[:, :, None], k, v, causal=False, lengths=lengths)[:, :, 0]  # noqa: E731
+    wanted = torch.func.jvp(attend, tensors, tangents)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)
