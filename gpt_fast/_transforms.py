@@ -44,9 +44,7 @@ def apply(function: Any, *args: Any) -> Any:
 
 
 def _is_recorded(args: tuple) -> bool:
-    """Return True if autograd records a call with these arguments, for backward or for forward-mode derivatives."""
-    if forward_ad._current_level >= 0:
-        return True
+    """Return True if autograd records a call with these arguments for backward."""
     if torch.is_grad_enabled():
         for arg in args:
             if isinstance(arg, Tensor) and arg.requires_grad:
@@ -73,8 +71,24 @@ def is_transformed() -> bool:
     return _functorch.peek_interpreter_stack() is not None
 
 
+def is_forward_mode() -> bool:
+    """Return True inside a `dual_level` of `torch.autograd.forward_ad`, which `torch.func.jvp` enters too.
+
+    The level tells it in 0.1 µs, while PyTorch takes 5 µs to tell whether a tensor is dual. `torch.compile` traces
+    this line and guards the level, so that a function compiled outside of a level is compiled anew inside.
+    """
+    return forward_ad._current_level >= 0
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Return True if a tensor is dual in the innermost level of forward mode."""
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def is_followed() -> bool:
-    """Whether kernels can serve here: outside of transforms, and where the only one is a `grad` or `vjp`."""
+    """Return True if kernels can serve here: in no forward mode, and in no transform but one `grad` or `vjp`."""
+    if is_forward_mode():
+        return False
     return not is_transformed() or (not torch.compiler.is_compiling() and _is_one_gradient())
 
 

@@ -25,6 +25,12 @@ class TrainingSettings(Settings):
     checkpoint_every: Count = option(1000, "Updates between checkpoints.", panel=RUN, resume="free")
     keep_checkpoints: Count = option(3, "How many checkpoints to keep.", panel=RUN, resume="free")
     tensorboard: bool = option(False, "Write tensorboard/ into the run folder, too.", panel=RUN, resume="free")
+    profile: bool = option(
+        False,
+        "Write profile.json into the run folder: a trace of three early updates, for Chrome or ui.perfetto.dev.",
+        panel=RUN,
+        resume="free",
+    )
     overwrite: bool = option(False, "Replace the run in --out.", panel=RUN, resume="command")
     resume: bool = option(
         False,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..model import GPT, _Trunk, evaluating, why_not_plain
-from ..ops._library import device_guard, has_kernel, runs_reference
+from ..ops._library import device_guard, has_kernel, profiled, runs_reference
 from .cache import KVCache, StepPass
 from .sampling import DAMAGED, Sampling, damaged, draw, sample
 
@@ -53,14 +53,18 @@ class CppStep:
     ) -> Tensor:
         lengths = self.cache.lengths
         if live is None or bool(live.all()):
-            new = self._session.step(tokens, lengths, self._every_row, self._sampling(options), seen)
+            new = self._step(tokens, lengths, self._every_row, options, seen)
             lengths += 1
             return new
         rows = live.nonzero().squeeze(1)
         new = tokens.clone()
-        new[rows] = self._session.step(tokens[rows], lengths[rows], rows, self._sampling(options), seen)
+        new[rows] = self._step(tokens[rows], lengths[rows], rows, options, seen)
         lengths += live
         return new
+
+    def _step(self, tokens: Tensor, lengths: Tensor, rows: Tensor, options: Sampling, seen: Tensor | None) -> Tensor:
+        with profiled("gpt_fast::decode_step"):
+            return self._session.step(tokens, lengths, rows, self._sampling(options), seen)
 
     def draw(self, logits: Tensor, options: Sampling, rows: Tensor, seen: Tensor | None) -> Tensor:
         return self._session.draw(logits, rows, self._sampling(options), seen)

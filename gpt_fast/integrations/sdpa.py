@@ -7,20 +7,22 @@
     print(sdpa.report())
     torch.nn.attention.restore_flash_attention_impl()            # or sdpa.restore()
 
-What is activated is a kernel of `aten::scaled_dot_product_attention` itself, for CPU and CUDA tensors: PyTorch's flash
-interface has no masks, and on a CPU no dropout and no seed. Eager and compiled calls reach it. A call it does not serve
-goes on to PyTorch's own implementation and is counted.
+`activate` registers a kernel of `aten::scaled_dot_product_attention` itself, for CPU and CUDA tensors: PyTorch's flash
+interface has no masks, and on a CPU no dropout and no seed. Eager calls and functions that are compiled afterwards
+reach the kernel. It hands calls that it does not serve to PyTorch's own implementation and counts them.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.compiler.config as compiler_config
 import torch.nn.attention as torch_attention
 from torch import Tensor
 
-from .. import _transforms, ops
+from .. import _plain, _transforms, ops
 from ..ops.attention import MAX_HEAD_DIM
 
 NAME = "gpt_fast"
@@ -28,6 +30,8 @@ _KEYS = ("AutogradCPU", "AutogradCUDA", "CPU", "CUDA")
 # PyTorch 2.10 can register an implementation and not take it back.
 _HAS_REGISTRY = hasattr(torch_attention, "restore_flash_attention_impl")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
+_CACHE_TAG = "+gpt_fast.sdpa"
 
 
 @dataclass
@@ -49,10 +53,20 @@ class _Handle:
         self.library = torch.library.Library("aten", "IMPL")
         for key in _KEYS:
             self.library.impl("scaled_dot_product_attention", _kernel, key)
+        # The graph that a call compiles to differs, but the key of torch.compile's cache on disk would be the same.
+        compiler_config.cache_key_tag += _CACHE_TAG
+        _forget_dispatch()
 
     def remove(self) -> None:
         _ACTIVE.clear()
         self.library._destroy()
+        compiler_config.cache_key_tag = compiler_config.cache_key_tag.replace(_CACHE_TAG, "")
+        _forget_dispatch()
+
+
+def _forget_dispatch() -> None:
+    """Let tracing look the operator's kernels up again: PyTorch keeps those of the first trace in the process."""
+    _OPERATOR._dispatch_cache.clear()
 
 
 _ACTIVE: list[tuple[_Handle, Calls]] = []  # none or one; a module's state because the dispatcher's is the process's
@@ -72,7 +86,14 @@ def register() -> None:
 
 
 def activate() -> None:
-    """Serve `scaled_dot_product_attention` from now on, in the whole process, in place of what was active before."""
+    """Serve `scaled_dot_product_attention` from now on, in the whole process, in place of what was active before.
+
+    Note:
+        A function that was compiled before keeps the kernels it was compiled with, and so does one that is compiled
+        before `restore`. Call `torch.compiler.reset()` to compile them anew. While the provider is active,
+        `torch.compiler.config.cache_key_tag` ends in "+gpt_fast.sdpa", which keeps its graphs apart in torch.compile's
+        cache on disk. Set a tag of your own before you call `activate`; `restore` leaves it as it was.
+    """
     if not _HAS_REGISTRY:
         restore()
         _activate()
@@ -118,36 +139,66 @@ def _kernel(
     enable_gqa: bool = False,
 ) -> Any:
     counts = _ACTIVE[0][1]
-    reason = _why_not(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    reason = _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is None:
+        mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask == 0
+        out = ops.attention(query, key, value, causal=is_causal, mask=mask, dropout_p=dropout_p, scale=scale)
         counts.served += 1
-        return ops.attention(query, key, value, causal=is_causal, mask=attn_mask, dropout_p=dropout_p, scale=scale)
+        return out
     counts.returned[reason] += 1
-    return torch.ops.aten.scaled_dot_product_attention.default.decompose(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+    return _OPERATOR.decompose(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def _why_not(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, enable_gqa: bool
-) -> str | None:
-    """Why a call goes to PyTorch, or None; whatever is wrong with it is for PyTorch to say."""
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, scale: float | None,
+    enable_gqa: bool,
+) -> str | None:  # fmt: skip
+    """Return why a call goes to PyTorch, or None. PyTorch raises the errors of calls that are wrong."""
     if _transforms.is_transformed():
         return "inside torch.func's transforms"  # which have been through their own dispatch here
+    if _transforms.is_forward_mode():
+        return "in forward mode"
+    if not torch.backends.cuda.flash_sdp_enabled():  # the switch of every device, whatever its name
+        return "flash attention is switched off, as by torch.nn.attention.sdpa_kernel"
     if q.is_nested or q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         return "shapes other than [B, H, T, D]"
     if q.dtype not in _DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         return f"dtype {q.dtype}" if q.dtype not in _DTYPES else "unlike dtypes"
+    if any(tensor is not None and tensor.device != q.device for tensor in (k, v, mask)):
+        return "unlike devices"
     if enable_gqa and q.shape[1] != k.shape[1]:
         return "fewer heads of keys than of queries"
     if q.shape[:2] != k.shape[:2] or k.shape != v.shape or q.shape[3] != k.shape[3]:
         return "unlike shapes"
     if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
         return f"heads wider than {MAX_HEAD_DIM}"
-    if mask is not None and (mask.dtype != torch.bool or mask.dim() > 4):
-        return "a mask that is not bool"
     if is_causal and (mask is not None or q.shape[2] != k.shape[2]):
         return "causal with another mask, or with other keys than queries"
     if not 0 <= dropout_p < 1:
         return f"dropout_p {dropout_p}"
+    if scale is not None and not -math.inf < scale < math.inf:  # isfinite takes no symbol
+        return f"scale {scale}"
+    return None if mask is None else _why_not_mask(q, k, mask)
+
+
+def _why_not_mask(q: Tensor, k: Tensor, mask: Tensor) -> str | None:
+    """Return why a call with this mask goes to PyTorch, or None. The kernel takes bool masks only.
+
+    A float mask is added to the scores. It equals a bool mask if it holds 0 and -inf alone, which only its values tell.
+    """
+    whole = (*q.shape[:3], k.shape[2])  # [B, H, T, S]
+    if not 2 <= mask.dim() <= 4 or any(
+        size not in (1, full) for size, full in zip(mask.shape[::-1], whole[::-1], strict=False)
+    ):
+        return "a mask that does not broadcast to [B, H, T, S]"
+    if mask.dtype == torch.bool:
+        return None
+    if mask.dtype not in (torch.float32, q.dtype):
+        return f"a mask of dtype {mask.dtype}"
+    if mask.requires_grad:
+        return "a float mask that requires a gradient"
+    if type(mask) is not Tensor or not _plain.is_reading_values_cheap(mask):  # a traced mask is of another type
+        return "a float mask whose values cannot be read: compiled, or on CUDA"
+    if not bool(((mask == 0) | (mask == -math.inf)).all()):
+        return "a float mask with other values than 0 and -inf"
     return None

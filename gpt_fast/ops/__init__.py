@@ -8,6 +8,7 @@ Dropout is a function of `seed` (int64, one element, on the device), `site` (an 
 pass) and the element's coordinates, the same bit for bit in every implementation, forward, backward and recomputed.
 """
 
+from . import _flops
 from ._library import check_values, new_seed, serving, use_reference, values_checked
 from .add_layer_norm import add_layer_norm
 from .attention import attention, attention_qkv
@@ -28,6 +29,8 @@ NAMES = (
     "embedding",
     "decode_attention",
 )
+
+_flops.install()
 
 __all__ = [
     "NAMES",

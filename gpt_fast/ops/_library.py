@@ -79,6 +79,11 @@ def backward(op: str, *args):
 
     An autograd kernel of the operator would say the same, but costs 20 µs of Python in every backward pass.
     """
+    if _transforms.is_forward_mode() and any(isinstance(arg, Tensor) and _transforms.has_tangent(arg) for arg in args):
+        raise NotImplementedError(
+            f"gpt_fast.{op}: the upstream gradient is a dual tensor; expected a forward pass inside the dual level, "
+            "which the reference then serves"
+        )
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _DifferentiatedOnce.apply(op, *args)
     return getattr(torch.ops.gpt_fast, f"{op}_backward")(*args)
@@ -120,11 +125,11 @@ def device_guard(index: int) -> contextlib.AbstractContextManager:
     `torch.cuda.device` costs microseconds, so the context is an empty one if the device is current already.
     """
     if index < 0 or index == torch.cuda.current_device():
-        return _NO_GUARD
+        return _NO_CONTEXT
     return torch.cuda.device(index)
 
 
-_NO_GUARD = contextlib.nullcontext()
+_NO_CONTEXT = contextlib.nullcontext()
 
 
 def _device_index(args: Iterable) -> int:
@@ -178,9 +183,9 @@ def _warn_once(op: str, where: str, advice: str) -> None:
 def has_kernel(op: str, x: Tensor, *others: Tensor | None) -> bool:
     """Return True if a kernel serves the call.
 
-    The reference serves it on a device without a kernel, for a float64 tensor among x and `others`, under
-    `use_reference`, and inside transforms of `torch.func` that kernels cannot follow. `others` are the floating
-    arguments whose dtype may differ from that of x.
+    The reference serves the call on a device without a kernel, for a float64 tensor among x and `others`, under
+    `use_reference`, in forward mode, and inside transforms of `torch.func` that kernels cannot follow. `others` are
+    the floating arguments whose dtype may differ from that of x.
     """
     if _reference_forced or _any_float64(x, *others) or not _transforms.is_followed():
         return False
@@ -200,6 +205,8 @@ def is_plain_call(op: str, x: Tensor, *others: Tensor | None) -> bool:
     False means only that the full checks decide. They cost 2 µs more, which shows in a norm of a few rows.
     """
     if _reference_forced or torch.compiler.is_compiling() or _transforms.is_transformed():
+        return False
+    if _transforms.is_forward_mode():
         return False
     dtype, device = x.dtype, x.device
     if dtype not in KERNEL_DTYPES or (op, device.type) not in _WITH_KERNEL:
@@ -221,8 +228,10 @@ def runs_reference(op: str, x: Tensor, *others: Tensor | None) -> bool:
         return False
     if _reference_forced or _any_float64(x, *others):
         return True
-    if not _transforms.is_followed():
+    if _transforms.is_transformed() and not _transforms.is_followed():
         _warn_once(op, "inside torch.func's transforms but one grad or vjp", "")
+    elif _transforms.is_forward_mode():
+        _warn_once(op, "in forward mode", "")
     else:
         _warn_once(op, f"on {x.device.type}", "; `gpt-fast doctor` tells why")
     return True
@@ -232,8 +241,18 @@ def by_reference(function: Callable, device_type: str, *args, **kwargs):
     """Call a definition of `gpt_fast.reference` with autocast off: it chooses its own dtypes."""
     if device_type == "meta":  # PyTorch has no autocast for it
         return function(*args, **kwargs)
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(device_type, enabled=False), profiled(f"gpt_fast::{function.__name__} (reference)"):
         return function(*args, **kwargs)
+
+
+def profiled(name: str) -> contextlib.AbstractContextManager:
+    """Return a context that PyTorch's profiler shows as `name`; without a profiler the context is empty.
+
+    Operators need none: the dispatcher gives the profiler their names. Graphs hold no names.
+    """
+    if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
+        return _NO_CONTEXT
+    return torch.profiler.record_function(name)
 
 
 def autocast(x: Tensor, *tensors: Tensor | None) -> tuple:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import _checks, _library
+from . import _checks, _flops, _library
 
 # `lse` [B, H, T] is the float32 natural logarithm of each row's sum of exponentials, +inf for a row without any key.
 # Gradients are laid out [B, T, H, D] as the output is; the packed form writes all three into one [B, T, 3C].
@@ -265,3 +265,25 @@ def _for_triton(options):
 _library.register_triton("attention_forward", _triton_forward)
 _library.register_triton("attention_backward", _triton_backward)
 _library.register_triton("attention_qkv_backward", _triton_backward_qkv)
+
+
+def _forward_flops(q, k, v, *options, **_):
+    return 2 * _scores_flops(q, k)
+
+
+def _backward_flops(dout, q, k, v, *options, **_):
+    return 5 * _scores_flops(q, k)  # the scores once more, their gradient, dq, dk and dv
+
+
+def _backward_qkv_flops(dout, qkv, *options, **_):
+    return 5 * _scores_flops(dout, dout)
+
+
+def _scores_flops(q, k):
+    """Return the FLOPs of q kᵀ, for shapes q [B, H, T, D] and k [B, H, S, D]."""
+    return 2 * math.prod(q) * k[2]
+
+
+_flops.register("attention_forward", _forward_flops)
+_flops.register("attention_backward", _backward_flops)
+_flops.register("attention_qkv_backward", _backward_qkv_flops)

@@ -1,10 +1,12 @@
 """decode_attention: one new query a sequence against a cache of keys and values."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from .. import reference
-from . import _checks, _library
+from . import _checks, _flops, _library
 from .attention import MAX_HEAD_DIM
 
 _SIGNATURE = "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths) -> Tensor"
@@ -64,3 +66,11 @@ def _triton_forward(q, k_cache, v_cache, lengths):
 
 
 _library.register_triton("decode_attention_forward", _triton_forward)
+
+
+def _forward_flops(q, k_cache, v_cache, lengths, **_):
+    return 4 * math.prod(k_cache)  # the whole cache: a shape does not tell how much of it is filled
+
+
+_flops.register("decode_attention_forward", _forward_flops)
+_flops.register("decode_attention_cuda_forward", _forward_flops)

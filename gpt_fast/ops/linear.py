@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, _library
+from . import _checks, _flops, _library
 
 _library.define_forward("linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor y")
 _library.define_backward(
@@ -72,3 +72,15 @@ def _backward_fake(dy, x, weight, needs_x, needs_weight, needs_bias):
         torch.empty_like(weight) if needs_weight else x.new_empty(nothing),
         x.new_empty((weight.shape[0],) if needs_bias else nothing),
     )
+
+
+def _forward_flops(x, weight, bias, **_):
+    return _flops.product(x, weight)
+
+
+def _backward_flops(dy, x, weight, needs_x, needs_weight, needs_bias, **_):
+    return (needs_x + needs_weight) * _flops.product(x, weight)
+
+
+_flops.register("linear_forward", _forward_flops)
+_flops.register("linear_backward", _backward_flops)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _transforms, reference
-from . import _checks, _library
+from . import _checks, _flops, _library
 
 # For "mean" and "sum" forward also gives the gradients of the summed loss, from the logits it has at hand: dx in x's
 # dtype, dweight and dbias in float32. They are not scaled, so that half precision neither overflows nor underflows;
@@ -155,3 +155,19 @@ def _triton_backward(*args):
 
 _library.register_triton("linear_cross_entropy_forward", _triton_forward)
 _library.register_triton("linear_cross_entropy_backward", _triton_backward)
+
+
+def _forward_flops(
+    x, weight, target, bias, ignore_index, label_smoothing, reduction, needs_x, needs_weight, needs_bias, **_
+):
+    return (1 + needs_x + needs_weight) * _flops.product(x, weight)
+
+
+def _backward_flops(
+    dloss, x, weight, target, bias, ignore_index, label_smoothing, needs_x, needs_weight, needs_bias, **_
+):
+    return (needs_x + needs_weight) * _flops.product(x, weight)
+
+
+_flops.register("linear_cross_entropy_forward", _forward_flops)
+_flops.register("linear_cross_entropy_backward", _backward_flops)

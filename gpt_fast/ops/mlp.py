@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _activations, _transforms, reference
-from . import _checks, _library
+from . import _checks, _flops, _library
 
 # `hidden` [..., F] is what backward needs, in x's dtype: the activation after dropout for relu, whose derivative can be
 # read off it, and the activation's input for gelu. It is empty where backward is to recompute it. `needs` says which of
@@ -213,3 +213,21 @@ def _triton_backward(dy, x, fc_weight, fc_bias, proj_weight, hidden, activation,
 
 _library.register_triton("mlp_forward", _triton_forward)
 _library.register_triton("mlp_backward", _triton_backward)
+
+
+def _forward_flops(x, fc_weight, fc_bias, proj_weight, *options, **_):
+    return _flops.product(x, fc_weight) + _flops.product((*x[:-1], fc_weight[0]), proj_weight)
+
+
+def _backward_flops(dy, x, fc_weight, fc_bias, proj_weight, hidden, *options, **_):
+    needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight = options[-1][:4]
+    fc, proj = _flops.product(x, fc_weight), _flops.product(dy, proj_weight[::-1])
+    recomputed = hidden is None
+    needs_hidden = needs_x or needs_fc_weight or needs_fc_bias
+    return (recomputed + needs_x + needs_fc_weight) * fc + (needs_hidden + needs_proj_weight) * proj
+
+
+_flops.register("mlp_forward", _forward_flops)
+_flops.register("mlp_backward", _backward_flops)
+_flops.register("mlp_cublaslt_forward", _forward_flops)
+_flops.register("mlp_cublaslt_backward", _backward_flops)

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..interrupts import Interrupted, Stop
 from .engine import randomness
 from .engine.update import Engine
 from .metrics import Metrics
+from .profiling import trace
 from .runs import checkpoints
 from .runs.folder import Run, write_extra
 
@@ -81,6 +83,7 @@ class LoopSettings:
     peak_flops: float | None = None
     flops_per_token: float = 0.0
     tensorboard: bool = False
+    profile: bool = False
 
 
 @dataclass
@@ -197,14 +200,24 @@ class Loop:
         world.wait()
         self.stop.deferred = True
         try:
-            while state.step < settings.steps:
-                batches, first = first or self.source(state.step), []
-                self._update(batches)
+            with self._trace() as profiler:
+                while state.step < settings.steps:
+                    batches, first = first or self.source(state.step), []
+                    self._update(batches)
+                    if profiler is not None:
+                        profiler.step()
             return state.line
         finally:
             self.stop.deferred = False
             if self._writer is not None:
                 self._write_tensorboard(lambda folder: self._writer.close())
+
+    def _trace(self) -> AbstractContextManager[Any]:
+        """Return the profiler of the updates to come, or a context of None. One rank's trace shows what all do."""
+        updates = self.settings.steps - self.state.step
+        if not self.settings.profile or not self.engine.world.first or updates == 0:
+            return nullcontext()
+        return trace(self.run_folder.folder, updates, self.say)
 
     def _update(self, batches: Sequence[Batch]) -> None:
         settings, state, engine = self.settings, self.state, self.engine

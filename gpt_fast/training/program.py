@@ -80,6 +80,7 @@ class Session(Generic[S]):
             keep=settings.keep_checkpoints,
             max_skips=settings.max_skips,
             tensorboard=settings.tensorboard,
+            profile=settings.profile,
             peak_flops=throughput.peak_flops(engine.device, PRECISIONS[settings.precision])
             if flops_per_token
             else None,

@@ -16,7 +16,7 @@ COMMANDS = {
     "pretrain": "--data --out --objective --tokenizer --preset --layers --heads --dim --seq-len --dropout --steps "
     "--batch-size --lr --seed --overwrite --device --json --from --pack --accumulate --warmup --weight-decay "
     "--max-grad-norm --precision --compile --checkpoint-activations --max-skips --strategy --config --log-every "
-    "--checkpoint-every --keep-checkpoints --tensorboard --resume --beta1 --beta2 --final-lr",
+    "--checkpoint-every --keep-checkpoints --tensorboard --profile --resume --beta1 --beta2 --final-lr",
     "prepare": "--data --valid --out --tokenizer --vocab-size --text-column --processes --overwrite --json",
     "finetune": "--from --train --valid --out --text-column --pair-column --label-column --task --numbers --scratch "
     "--epochs --batch-size --lr --lm-weight --rows --strategy --config --resume --overwrite --json",
@@ -305,6 +305,21 @@ def test_tensorboard_and_mfu(cli, data, tmp_path):
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < line["mfu"] < 1 for line in lines)
+
+
+def test_profile(cli, data, tmp_path):
+    """The trace holds the ops by name, the run tells where it is, and `--overwrite` replaces the folder."""
+    out = tmp_path / "run"
+    command = ["pretrain", "--data", data.text, "--tokenizer", "byte", *SMALL, "--steps", 4, "--profile", "--out", out]
+    told = succeed(cli(*command)).err
+    assert "profile.json" in told and "ui.perfetto.dev" in told
+    names = {event.get("name") for event in json.loads((out / "profile.json").read_text("utf-8"))["traceEvents"]}
+    ops = ("embedding", "layer_norm", "linear", "mlp", "add_layer_norm")
+    assert {f"gpt_fast::{op}_{way}" for op in ops for way in ("forward", "backward")} <= names
+    assert {"gpt_fast::linear_cross_entropy_forward", "gpt_fast::attention_qkv_backward", "ProfilerStep#3"} <= names
+    (out / "profile.json").write_text("{}")
+    succeed(cli(*command, "--overwrite"))
+    assert (out / "profile.json").stat().st_size > 2
 
 
 # --- one objective after the other ---

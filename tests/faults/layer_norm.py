@@ -65,5 +65,5 @@ FAULTS = (
     Fault("dtypes mixed", LIBRARY, "tensor.dtype != dtype or tensor.device != device", "tensor.device != device", "bad_input"),
     Fault("the reference where a kernel was not asked for", LIBRARY, "if _reference_forced or torch.compiler.is_compiling() or", "if torch.compiler.is_compiling() or", "reference"),
     Fault("nothing recorded", TRANSFORMS, "if isinstance(arg, Tensor) and arg.requires_grad:", "if False:"),
-    Fault("tangents dropped in silence", TRANSFORMS, "if forward_ad._current_level >= 0:", "if False:", "forward_mode"),
+    Fault("tangents dropped in silence", TRANSFORMS, "return forward_ad._current_level >= 0", "return False", "forward_mode"),
 )  # fmt: skip

@@ -1,9 +1,13 @@
 """The SDPA provider: PyTorch's own call on our kernels, and back."""
 
 import copy
+import os
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,8 +77,38 @@ def test_dropout_is_the_librarys(active: None) -> None:
     assert not torch.equal(got, again)
 
 
+HALF = torch.zeros(T, T).masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
+BIAS = torch.randn(T, T, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("shape", [(T, T), (1, T, T), (B, 1, T, T)], ids=["rank 2", "rank 3", "rank 4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_float_mask_of_zeros_and_minus_infinity_is_served(active: None, dtype: torch.dtype, shape: tuple) -> None:
+    """Such a mask hides keys and adds nothing. A query without keys gives 0, in PyTorch too."""
+    mask = HALF.clone()
+    mask[5] = -torch.inf
+    tensors = qkv(dtype)
+    got = forward_backward(tensors, attn_mask=mask.to(dtype).expand(shape))
+    assert sdpa.report().served == 1 and not sdpa.report().returned
+    wanted = forward_backward(tensors, attn_mask=mask == 0)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    assert not got[0][:, :, 5].any()
+    sdpa.restore()
+    exact = forward_backward([t.detach().double().requires_grad_() for t in tensors], attn_mask=mask.double())
+    yardstick = forward_backward(tensors, attn_mask=mask.to(dtype))
+    sdpa.activate()
+    for a, b, c in zip(got, yardstick, exact, strict=True):
+        numerics.assert_as_accurate(a, b, c)
+
+
+LOWEST = torch.finfo(torch.float32).min
 RETURNED = [
-    pytest.param(lambda t: {"attn_mask": torch.randn(T, T)}, "a mask that is not bool", id="additive mask"),
+    pytest.param(lambda t: {"attn_mask": BIAS}, "values than 0 and -inf", id="bias"),
+    pytest.param(lambda t: {"attn_mask": HALF.clamp(min=LOWEST)}, "values than 0 and -inf", id="lowest finite number"),
+    pytest.param(lambda t: {"attn_mask": HALF.clone().requires_grad_()}, "requires a gradient", id="learned bias"),
+    pytest.param(lambda t: {"scale": float("inf")}, "scale inf", id="infinite scale"),
+    pytest.param(lambda t: {"scale": float("nan")}, "scale nan", id="scale that is NaN"),
+    pytest.param(lambda t: {"attn_mask": MASK, "is_causal": True}, "causal with another mask", id="mask and causal"),
     pytest.param(lambda t: {"is_causal": True, "S": 50}, "causal with another mask, or", id="other keys than queries"),
     pytest.param(lambda t: {"dtype": torch.float64}, "dtype torch.float64", id="float64"),
     pytest.param(lambda t: {"three": True}, r"shapes other than \[B, H, T, D\]", id="three dimensions"),
@@ -96,21 +130,74 @@ def test_what_is_not_served_goes_back_and_is_counted(active: None, make, reason:
     assert re.search(reason, str(sdpa.report()))
     sdpa.restore()
     wanted = forward_backward(tensors, **options)
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
     sdpa.activate()
 
 
-def test_wrong_calls_get_pytorchs_errors(active: None) -> None:
+WRONG = [
+    pytest.param(lambda k: {"key": k[..., :5]}, id="width of the keys"),
+    pytest.param(lambda k: {"key": k.double()}, id="dtype of the keys"),
+    pytest.param(lambda k: {"key": k.to("meta")}, id="device of the keys"),
+    pytest.param(lambda k: {"dropout_p": 2.0}, id="probability above 1"),
+    pytest.param(lambda k: {"attn_mask": MASK.int()}, id="integer mask"),
+    pytest.param(lambda k: {"attn_mask": HALF.double()}, id="float64 mask"),
+    pytest.param(lambda k: {"attn_mask": MASK[..., :5]}, id="mask for other keys"),
+    pytest.param(lambda k: {"attn_mask": MASK.expand(B, 2, T, T)}, id="mask for other heads"),
+    pytest.param(lambda k: {"attn_mask": HALF[:5]}, id="float mask for other queries"),
+    pytest.param(lambda k: {"attn_mask": MASK[0, 0, 0]}, id="mask with one dimension"),
+    pytest.param(lambda k: {"attn_mask": MASK[None]}, id="mask with five dimensions"),
+]
+
+
+@pytest.mark.parametrize("make", WRONG)
+def test_wrong_calls_get_pytorchs_errors(active: None, make) -> None:
     q, k, v = qkv()
-    for options in ({"key": k[..., :5]}, {"key": k.double()}, {"attn_mask": MASK.int()}, {"dropout_p": 2.0}):
-        arguments = {"query": q, "key": k, "value": v} | options
-        with pytest.raises((RuntimeError, ValueError)) as ours:
-            F.scaled_dot_product_attention(**arguments)
-        sdpa.restore()
-        with pytest.raises((RuntimeError, ValueError)) as theirs:
-            F.scaled_dot_product_attention(**arguments)
-        sdpa.activate()
-        assert str(ours.value) == str(theirs.value)
+    arguments = {"query": q, "key": k, "value": v} | make(k)
+    with pytest.raises((RuntimeError, ValueError, IndexError)) as ours:
+        F.scaled_dot_product_attention(**arguments)
+    assert sdpa.report().served == 0
+    sdpa.restore()
+    with pytest.raises((RuntimeError, ValueError, IndexError)) as theirs:
+        F.scaled_dot_product_attention(**arguments)
+    sdpa.activate()
+    assert str(ours.value) == str(theirs.value)
+
+
+def test_forward_mode_has_pytorchs(active: None) -> None:
+    """The math backend is the one of PyTorch's that has derivatives in forward mode."""
+    from torch.autograd import forward_ad
+
+    tensors = qkv(grad=False)
+    with forward_ad.dual_level(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        duals = [forward_ad.make_dual(tensor, torch.ones_like(tensor)) for tensor in tensors]
+        got = forward_ad.unpack_dual(F.scaled_dot_product_attention(*duals)).tangent
+        wanted = forward_ad.unpack_dual(reference.attention(*duals, causal=False)).tangent
+    torch.testing.assert_close(got, wanted)
+    assert sdpa.report().served == 0 and set(sdpa.report().returned) == {"in forward mode"}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_backend_that_the_user_chose_wins(active: None, compiled: bool) -> None:
+    """The provider stands in for flash attention, so a choice with flash attention leaves the call to it."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def call(*backends: SDPBackend) -> torch.Tensor:
+        torch._dynamo.reset()
+        function = lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True)  # noqa: E731
+        with sdpa_kernel(list(backends)):
+            return torch.compile(function, backend="aot_eager")(*tensors) if compiled else function(*tensors)
+
+    tensors = qkv()
+    math = call(SDPBackend.MATH)
+    assert sdpa.report().served == 0 and set(sdpa.report().returned) == {
+        "flash attention is switched off, as by torch.nn.attention.sdpa_kernel"
+    }
+    chosen = call(SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)
+    assert sdpa.report().served > 0
+    assert torch.equal(chosen, gpt_fast.ops.attention(*tensors))
+    sdpa.restore()
+    assert torch.equal(math, call(SDPBackend.MATH))
+    sdpa.activate()
 
 
 def test_restored_bit_for_bit() -> None:
@@ -213,6 +300,68 @@ def test_compiled(active: None) -> None:
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     assert any("gpt_fast.attention_forward" in code for code in graphs)
     assert any("gpt_fast.attention_backward" in code for code in graphs)
+
+
+def test_a_process_that_has_compiled_before() -> None:
+    """activate and restore reach functions that are compiled afterwards, whatever was compiled before."""
+    tensors = qkv(grad=False)
+
+    def compiled() -> torch.Tensor:
+        torch._dynamo.reset()
+        function = lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True)  # noqa: E731
+        return torch.compile(function, backend="aot_eager")(*tensors)
+
+    # As in a new process. What PyTorch keeps of a trace depends on which provider was active in it.
+    torch.ops.aten.scaled_dot_product_attention.default._dispatch_cache.clear()
+    plain, ours = compiled(), gpt_fast.ops.attention(*tensors)
+    assert not torch.equal(plain, ours)
+    for _ in range(2):
+        sdpa.activate()
+        assert torch.equal(compiled(), ours)
+        assert sdpa.report().served > 0
+        sdpa.restore()
+        assert torch.equal(compiled(), plain)
+
+
+@pytest.mark.parametrize("tag", ["", "mine"], ids=["no tag", "the user's tag"])
+def test_the_users_tag_of_compiled_graphs_is_kept(tag: str) -> None:
+    with torch.compiler.config.patch(cache_key_tag=tag):
+        for _ in range(2):
+            sdpa.activate()
+            sdpa.activate()
+            assert torch.compiler.config.cache_key_tag == f"{tag}+gpt_fast.sdpa"
+            sdpa.restore()
+            assert torch.compiler.config.cache_key_tag == tag
+
+
+IN_A_PROCESS = """
+import sys, torch
+torch.manual_seed(0)
+tensors = [torch.randn(2, 3, 37, 16) for _ in range(3)]
+attend = lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+if sys.argv[1] == "provider":
+    from gpt_fast.integrations import sdpa
+    sdpa.activate()
+else:
+    assert "gpt_fast" not in sys.modules
+compiled, eager = torch.compile(attend)(*tensors), attend(*tensors)
+assert torch.equal(compiled, eager), (compiled - eager).abs().max()
+torch.save(eager, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [("provider", "plain"), ("plain", "provider")], ids=" then ".join)
+def test_the_cache_on_disk_keeps_graphs_apart(tmp_path: Path, order: tuple[str, str]) -> None:
+    """A graph that one process leaves in torch.compile's cache is not the next one's, with or without the provider."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    for process in order:
+        done = subprocess.run(
+            [sys.executable, "-c", IN_A_PROCESS, process, str(tmp_path / process)],
+            env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert not torch.equal(*(torch.load(tmp_path / process) for process in order))
 
 
 def test_a_transformers_model_is_reached(active: None) -> None:

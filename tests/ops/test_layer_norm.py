@@ -321,11 +321,17 @@ def test_double_backward_says_that_it_is_not_there(device):
         dx.sum().backward()
 
 
-def test_forward_mode_is_refused(device):
-    """A derivative that no kernel computes is an error, not a result without its tangent."""
-    x, weight, bias = (tensor.detach() for tensor in sample_inputs((4, 8), torch.float32, device))
-    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError), match="jvp|forward"):
-        ops.layer_norm(forward_ad.make_dual(x, torch.ones_like(x)), weight, bias)
+@pytest.mark.filterwarnings("ignore:gpt_fast")
+def test_forward_mode_keeps_tangents(device):
+    """The reference serves, on every device; `test_transforms.py` has all ops."""
+    tensors = [tensor.detach() for tensor in sample_inputs((4, 8), torch.float32, device)]
+    tangents = [torch.randn_like(tensor) for tensor in tensors]
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(a, b) for a, b in zip(tensors, tangents, strict=True)]
+        got = forward_ad.unpack_dual(ops.layer_norm(*duals)).tangent
+    exact, along = ([tensor.double() for tensor in group] for group in (tensors, tangents))
+    _, wanted = torch.func.jvp(lambda x, *affine: F.layer_norm(x, (8,), *affine), tuple(exact), tuple(along))
+    torch.testing.assert_close(got, wanted.float())
 
 
 def test_the_reference_is_torchs_layer_norm():

@@ -6,8 +6,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gpt_fast import ops
+from gpt_fast.config import GPTConfig
+from gpt_fast.heads import GPTForCausalLM
 
 SEED = torch.tensor([77])
 TARGET = torch.tensor([0, 3, -100, 6, 1, 2])
@@ -149,3 +152,123 @@ def test_differentiating_a_gradient_once_more_says_what_to_do(name: str) -> None
     first = torch.func.grad(function, tuple(range(len(leaves))))(*leaves)
     with pytest.raises(NotImplementedError, match=r"double backward is not implemented.*gpt_fast\.use_reference\(\)"):
         sum(grad.square().sum() for grad in first).backward()
+
+
+def pushed(function: Callable, tensors: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Return the function's value and its derivative along the tangents, by `torch.autograd.forward_ad`."""
+    with forward_ad.dual_level():
+        out = function(*(forward_ad.make_dual(a, b) for a, b in zip(tensors, tangents, strict=True)))
+        return tuple(forward_ad.unpack_dual(out))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_mode_is_the_references(name: str) -> None:
+    """In float32 the bits of `torch.func.jvp`, with a warning; in float64 a finite difference."""
+    function, tensors = sample(name)
+    tangents = tuple(torch.randn_like(tensor) for tensor in tensors)
+    ops._library._WARNED.clear()
+    if name == "linear":  # which is PyTorch's own function there, and has nothing to say
+        got = pushed(function, tensors, tangents)
+    else:
+        with pytest.warns(UserWarning, match="no fused kernel in forward mode, the pure-PyTorch reference serves"):
+            got = pushed(function, tensors, tangents)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="gpt_fast")
+        wanted = torch.func.jvp(function, tensors, tangents)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+    op, exact = OPS[name][0], tuple(tensor.double() for tensor in tensors)
+    steps, step = tuple(tangent.double() for tangent in tangents), 1e-5
+    _, got = pushed(op, exact, steps)
+    above, below = (op(*(a + sign * step * b for a, b in zip(exact, steps, strict=True))) for sign in (1, -1))
+    torch.testing.assert_close(got, ((above - below) / (2 * step)).to(got.dtype), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:gpt_fast")
+def test_forward_mode_of_one_argument_and_of_dtypes_that_kernels_have() -> None:
+    """A tangent of the gain alone; bfloat16 gives bfloat16."""
+    x, weight, tangent = randn(6, 8).bfloat16(), randn(8).bfloat16(), randn(8).bfloat16()
+    with forward_ad.dual_level():
+        out = forward_ad.unpack_dual(ops.layer_norm(x, forward_ad.make_dual(weight, tangent)))
+    assert out.tangent.dtype == torch.bfloat16
+    torch.testing.assert_close(out.tangent, ops.layer_norm(x, torch.ones_like(tangent)) * tangent)
+
+
+@pytest.mark.filterwarnings("ignore:gpt_fast")
+def test_forward_over_reverse_is_the_second_derivative() -> None:
+    """Gradients of dual tensors have tangents: a Hessian times a vector."""
+    function, tensors = sample("mlp", torch.float64)
+    tangents = tuple(torch.randn_like(tensor) for tensor in tensors)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(a.requires_grad_(), b) for a, b in zip(tensors, tangents, strict=True)]
+        grads = torch.autograd.grad(function(*duals), duals)
+        got = [forward_ad.unpack_dual(grad).tangent for grad in grads]
+    first = torch.autograd.grad(function(*tensors), tensors, create_graph=True)
+    along = sum((a * b).sum() for a, b in zip(first, tangents, strict=True))
+    wanted = torch.autograd.grad(along, tensors, materialize_grads=True)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(torch.zeros_like(b) if a is None else a, b)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "loss"])  # whose gradients only scale by it
+def test_a_dual_gradient_of_a_kernels_result_is_refused(name: str) -> None:
+    """The kernel ran before the level began. Its backward would lose the tangent."""
+    if name == "linear" and ops.serving("linear", "cpu") == "reference":
+        pytest.skip("PyTorch's own product, which forward mode follows")
+    op, shapes = OPS[name]
+    leaves = [randn(*shape).requires_grad_() for shape in shapes]
+    out = op(*leaves)
+    with forward_ad.dual_level():
+        upstream = forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
+        with pytest.raises(NotImplementedError, match="upstream gradient is a dual tensor; expected a forward pass in"):
+            torch.autograd.grad(out, leaves, upstream)
+
+
+@pytest.mark.filterwarnings("ignore:gpt_fast")
+@pytest.mark.parametrize("pre_norm", [True, False], ids=["gpt2", "gpt1"])
+def test_forward_mode_of_a_model(pre_norm: bool) -> None:
+    """The derivative of a whole model's loss along all parameters at once; float64 backward gives it too."""
+    config = GPTConfig(num_tokens=17, hidden_dim=8, num_heads=2, num_layers=2, seq_len=6, pre_norm=pre_norm)
+    model, tokens = GPTForCausalLM(config).eval().double(), torch.arange(12).view(2, 6)
+    leaves = dict(model.named_parameters())
+    tangents = {name: torch.randn_like(leaf) for name, leaf in leaves.items()}
+    grads = torch.autograd.grad(model(tokens, labels=tokens).loss, list(leaves.values()))
+    along = sum((a * b).sum() for a, b in zip(grads, tangents.values(), strict=True))
+    model.float()
+    with forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(leaf.float(), tangents[name].float()) for name, leaf in leaves.items()}
+        loss = torch.func.functional_call(model, duals, (tokens,), {"labels": tokens}).loss
+        got = forward_ad.unpack_dual(loss).tangent
+    torch.testing.assert_close(got, along.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:gpt_fast")
+@pytest.mark.parametrize("inside", [True, False], ids=["level inside", "level outside"])
+def test_forward_mode_of_a_compiled_function(inside: bool) -> None:
+    """Also if the function was compiled before the level began."""
+    x, weight, bias, tangent = randn(6, 8), randn(8), randn(8), randn(6, 8)
+    wanted = torch.func.jvp(lambda x: ops.layer_norm(x, weight, bias), (x,), (tangent,))
+    torch._dynamo.reset()
+    if inside:
+        push = torch.compile(
+            lambda: pushed(lambda x: ops.layer_norm(x, weight, bias), (x,), (tangent,)), backend="eager"
+        )
+        got = push()
+    else:
+        norm = torch.compile(lambda x: ops.layer_norm(x, weight, bias), backend="aot_eager")
+        norm(x)
+        got = pushed(norm, (x,), (tangent,))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:gpt_fast")
+def test_forward_mode_of_a_step_of_decoding() -> None:
+    """The op has no backward, and its tangent is that of attention with one query."""
+    q, keys, values, lengths = randn(2, 3, 8), randn(2, 3, 9, 8), randn(2, 3, 9, 8), torch.tensor([4, 9])
+    tensors, tangents = (q, keys, values), (randn(2, 3, 8), randn(2, 3, 9, 8), randn(2, 3, 9, 8))
+    got = pushed(lambda *tensors: ops.decode_attention(*tensors, lengths), tensors, tangents)
+    attend = lambda q, k, v: ops.attention(q[:, :, None], k, v, causal=False, lengths=lengths)[:, :, 0]  # noqa: E731
+    wanted = torch.func.jvp(attend, tensors, tangents)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)

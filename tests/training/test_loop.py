@@ -131,6 +131,50 @@ def test_tensorboard(tmp_path):
     )
 
 
+# --- traces ---
+
+
+def spans(folder: Path, name: str) -> list[dict]:
+    """Return the complete events with `name` in theirs, in the order in which they began."""
+    events = json.loads((folder / "profile.json").read_text("utf-8"))["traceEvents"]
+    return sorted((e for e in events if e.get("ph") == "X" and name in e["name"]), key=lambda event: event["ts"])
+
+
+@pytest.mark.parametrize(
+    ("updates", "recorded"),
+    [
+        pytest.param(14, [7, 8, 9], id="the profiler ends before the run"),
+        pytest.param(10, [7, 8, 9], id="the run ends with the profiler"),
+        pytest.param(6, [3, 4, 5], id="a run without time to wait"),
+        pytest.param(2, [0, 1], id="a run without time to warm up"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Profiler won't be using warmup")
+def test_a_trace_of_a_few_updates(tmp_path, updates, recorded):
+    """Each update is a span that holds the backward pass and the optimizer's step."""
+    loop = train(tmp_path / "a", [1.0] * updates, profile=True)
+    steps = [span for span in spans(tmp_path / "a", "ProfilerStep#") if span["cat"] == "user_annotation"]
+    assert [span["name"] for span in steps] == [f"ProfilerStep#{step}" for step in recorded]
+    for name in ("PowBackward0", "Optimizer.step#AdamW.step"):
+        found = [span["ts"] for span in spans(tmp_path / "a", name)]
+        assert all(any(step["ts"] <= at <= step["ts"] + step["dur"] for at in found) for step in steps), name
+    assert [message for message in loop.said if "profile.json" in message] == [
+        f"{tmp_path / 'a' / 'profile.json'}: a trace of updates; open it at https://ui.perfetto.dev or chrome://tracing"
+    ]
+
+
+def test_no_trace_unless_asked_for(tmp_path):
+    train(tmp_path / "a", [1.0, 1.0])
+    assert not (tmp_path / "a" / "profile.json").exists()
+
+
+def test_a_traced_run_trains_the_same(tmp_path):
+    traced, plain = Line(), Line()
+    train(tmp_path / "a", [1.0, 2.0, 3.0, 4.0], traced, profile=True)
+    train(tmp_path / "b", [1.0, 2.0, 3.0, 4.0], plain)
+    assert torch.equal(traced.x, plain.x)
+
+
 # --- updates that cannot be made ---
 
 

@@ -8,7 +8,7 @@ run.json                         how it came about and how it ended: data, label
                                  after the weights, so a folder that has it is finished
 loss.png                         the curves; pictures are drawn last, and one that fails is a warning
 checkpoints/, best/              what a run that was stopped goes on from, and the best weights so far
-tensorboard/, confusion.png, bad-batch.safetensors   where asked for, or where there is reason
+tensorboard/, profile.json, confusion.png, bad-batch.safetensors   where asked for, or where there is reason
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SETTINGS = "settings.yaml"
 RUN_FILES = {
     "config.json", "model.safetensors", "tokenizer.json", SETTINGS, "metrics.jsonl", "run.json", "loss.png",
 }  # fmt: skip
-OTHER_FILES = {checkpoints.FOLDER, "best", "tensorboard", "confusion.png", "bad-batch.safetensors"}
+OTHER_FILES = {checkpoints.FOLDER, "best", "tensorboard", "profile.json", "confusion.png", "bad-batch.safetensors"}
 
 
 class Run:

@@ -1,0 +1,76 @@
+"""FLOP formulas of the ops, for PyTorch's counter `torch.utils.flop_counter.FlopCounterMode`.
+
+Each op registers its formulas in its own file. They count what PyTorch counts of the same model in its own functions:
+matrix products alone, a multiplication and an addition as two; attention in full whatever its masks hide, and its
+scores once more in backward, as in PyTorch's flash attention. Ops without a matrix product have no formula.
+
+A counter copies PyTorch's registry when it is made, so the formulas have to be in the registry before. Importing the
+counter imports Triton, which `import gpt_fast` must not. So the formulas wait for the counter's own import.
+"""
+
+import importlib.abc
+import importlib.util
+import math
+import sys
+import types
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+
+import torch
+
+_COUNTER = "torch.utils.flop_counter"
+FORMULAS: dict[str, Callable[..., int]] = {}
+
+
+def register(name: str, formula: Callable[..., int]) -> None:
+    """Count `gpt_fast::<name>` by `formula`, which gets the operator's arguments, with shapes in place of tensors."""
+    FORMULAS[name] = formula
+
+
+def product(x: Sequence[int], weight: Sequence[int]) -> int:
+    """Return the FLOPs of x weightᵀ, for shapes x [..., C] and weight [N, C]. Both gradients cost the same."""
+    return 2 * math.prod(x[:-1]) * math.prod(weight)
+
+
+def install() -> None:
+    """Give the formulas to PyTorch's counter: now if it has been imported, else as soon as it is."""
+    if _COUNTER in sys.modules:
+        _hand_over(sys.modules[_COUNTER])
+    else:
+        sys.meta_path.insert(0, _Finder())
+
+
+def _hand_over(counter: types.ModuleType) -> None:
+    for name, formula in FORMULAS.items():
+        counter.register_flop_formula(getattr(torch.ops.gpt_fast, name))(formula)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the counter's module once, as Python would, and hands the formulas over when it is loaded."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    """Loads the counter's module by its own loader, then hands the formulas over."""
+
+    def __init__(self, own: importlib.abc.Loader):
+        self.own = own
+
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType | None:
+        return self.own.create_module(spec)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__loader__ = module.__spec__.loader = self.own  # for `inspect` and whoever else asks
+        self.own.exec_module(module)
+        _hand_over(module)
