@@ -9,7 +9,6 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules import module as _module
@@ -164,5 +163,5 @@ def add(branch: Tensor, x: Tensor, p: float, seed: Tensor | None, site: int) -> 
 
 
 def is_reading_values_cheap(tensor: Tensor) -> bool:
-    """Whether looking at a tensor's values neither waits for a device nor breaks a graph or a `vmap`."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not _transforms.is_batched(tensor)
+    """Return True if reading a tensor's values neither waits for a device nor breaks a graph or a `vmap`."""
+    return tensor.device.type == "cpu" and not _transforms.is_recording() and not _transforms.is_batched(tensor)

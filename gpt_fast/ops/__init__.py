@@ -8,7 +8,7 @@ Dropout is a function of `seed` (int64, one element, on the device), `site` (an 
 pass) and the element's coordinates, the same bit for bit in every implementation, forward, backward and recomputed.
 """
 
-from ._library import check_values, new_seed, serving, use_reference, values_checked
+from ._library import check_values, decompositions, new_seed, serving, use_reference, values_checked
 from .add_layer_norm import add_layer_norm
 from .attention import attention, attention_qkv
 from .decode_attention import decode_attention
@@ -36,6 +36,7 @@ __all__ = [
     "attention_qkv",
     "check_values",
     "decode_attention",
+    "decompositions",
     "embedding",
     "layer_norm",
     "linear",

@@ -126,7 +126,7 @@ def _trunk(model: Any, call: dict) -> Any:
 
 def _shift(labels: Tensor, ignore_index: int) -> Tensor:
     """labels [..., T] → the label of each position's successor."""
-    return F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]  # padded first: an exported T - 1 would exclude T = 2
 
 
 def _output(kind: type, lm_head: Any, hidden: Tensor, outputs: Any, **fields: Any) -> Any:
