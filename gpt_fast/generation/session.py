@@ -7,9 +7,9 @@ import warnings
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
+from .. import _plain
 from ..model import StaysPlain, evaluating
 from .cache import KVCache, PromptPass
 from .sampling import DAMAGED, Sampling, damaged
@@ -67,9 +67,9 @@ class DecodeSession:
         modules = {*trunk.modules(), output_layer}
         self._stays_plain = None if self.kind == "torch" else StaysPlain(modules)
         self._parameters = list(model.parameters())
-        self._versions = [_version(parameter) for parameter in self._parameters]
+        self._versions = [_plain.version(parameter) for parameter in self._parameters]
         self._layouts = [_layout(parameter) for parameter in self._parameters]
-        self._samples = _samples(self._parameters)
+        self._samples = _plain.samples(self._parameters)
         device, dtype = trunk.pos_emb.device, trunk.pos_emb.dtype
         if self.kind != "torch":
             dtype = torch.float32 if self.kind == "float32" else torch.bfloat16
@@ -95,8 +95,8 @@ class DecodeSession:
             len(now) != len(self._parameters)
             or any(a is not b for a, b in zip(now, self._parameters, strict=True))
             or [_layout(parameter) for parameter in now] != self._layouts
-            or [_version(parameter) for parameter in now] != self._versions
-            or not torch.equal(_samples(now), self._samples)
+            or [_plain.version(parameter) for parameter in now] != self._versions
+            or not torch.equal(_plain.samples(now), self._samples)
         )
 
     @property
@@ -236,16 +236,6 @@ class _InUse:
 
     def __exit__(self, *exception: object) -> None:
         self._lock.release()
-
-
-def _version(parameter: Tensor) -> int:
-    return 0 if parameter.is_inference() else parameter._version
-
-
-def _samples(parameters: list[nn.Parameter]) -> Tensor:
-    """A few numbers of each parameter: fused optimisers (torch 2.13) and writes through `.data` count no version."""
-    few = [p.detach().flatten()[:: max(1, p.numel() // 16)].double() for p in parameters]
-    return torch.cat(few).nan_to_num()
 
 
 def _layout(parameter: Tensor) -> tuple:
