@@ -6,7 +6,7 @@ plain modules directly. Any other module (with hooks, inside an adapter, paramet
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -172,5 +172,16 @@ def add(branch: Tensor, x: Tensor, p: float, seed: Tensor | None, site: int) -> 
 
 
 def is_reading_values_cheap(tensor: Tensor) -> bool:
-    """Whether looking at a tensor's values neither waits for a device nor breaks a graph or a `vmap`."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not _transforms.is_batched(tensor)
+    """Return True if reading a tensor's values neither waits for a device nor breaks a graph or a `vmap`."""
+    return tensor.device.type == "cpu" and not _transforms.is_recording() and not _transforms.is_batched(tensor)
+
+
+def version(tensor: Tensor) -> int:
+    """Return how many in-place writes autograd has counted; 0 for an inference tensor, which has no count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def samples(tensors: Sequence[Tensor]) -> Tensor:
+    """Return a few numbers of each tensor. Fused optimisers (torch 2.13) and writes to `.data` count no version."""
+    few = [t.detach().flatten()[:: max(1, t.numel() // 16)].double() for t in tensors]
+    return torch.cat(few).nan_to_num()

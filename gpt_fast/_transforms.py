@@ -97,6 +97,14 @@ def _is_one_gradient() -> bool:
     return len(stack) == 1 and stack[0].key() == _functorch.TransformType.Grad
 
 
+def is_recording() -> bool:
+    """Return True while PyTorch records a graph: `torch.compile`, `torch.export` or `torch.jit.trace`.
+
+    The graph would keep a value that Python reads now as a constant, for every later input.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def is_batched(tensor: Tensor) -> bool:
     """Whether a `vmap` hides some of the tensor's values; not asked while a graph is traced."""
     if torch.compiler.is_compiling():

@@ -336,10 +336,10 @@ def shift_labels(labels: Tensor, *, lengths: Tensor | None = None, key_mask: Ten
     """labels [B, T] → the label of each position's successor, -100 where either of the two is padding."""
     if lengths is not None:
         key_mask = torch.arange(labels.shape[1], device=labels.device) < lengths[:, None]
-    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    shifted = F.pad(labels, (0, 1), value=IGNORE)[:, 1:]  # padded first: an exported T - 1 columns would exclude T = 2
     if key_mask is None:
         return shifted
-    return shifted.masked_fill(~(key_mask & F.pad(key_mask[:, 1:], (0, 1))), IGNORE)
+    return shifted.masked_fill(~(key_mask & F.pad(key_mask, (0, 1))[:, 1:]), IGNORE)
 
 
 def _longest(cu_seqlens: Tensor) -> int:

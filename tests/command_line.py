@@ -20,6 +20,7 @@ import gpt_fast_cli.__main__, gpt_fast_cli.app
 for name in gpt_fast_cli.app.NAMES:
     gpt_fast_cli.app.load_command(name)
 import gpt_fast.training.compare, gpt_fast.training.finetune, gpt_fast.training.pretrain
+import matplotlib.backends.backend_agg, torchmetrics.classification, torchmetrics.text  # imported late
 
 def happened(watched):  # a path, with so many lines in it
     path, lines = watched

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
+from .. import _plain
 from ..model import StaysPlain, evaluating
 from ..ops._library import has_kernel
 from .cache import KVCache, PromptPass
@@ -73,9 +73,9 @@ class DecodeSession:
         self._stays_plain = StaysPlain({*trunk.modules(), output_layer}) if reason is None else None
         self._calls_modules = reason is not None
         self._parameters = list(model.parameters())
-        self._versions = [_version(parameter) for parameter in self._parameters]
+        self._versions = [_plain.version(parameter) for parameter in self._parameters]
         self._layouts = [_layout(parameter) for parameter in self._parameters]
-        self._samples = _samples(self._parameters)
+        self._samples = _plain.samples(self._parameters)
         device, dtype = trunk.pos_emb.device, trunk.pos_emb.dtype
         if self.kind != "torch":
             dtype = torch.float32 if self.kind == "float32" else torch.bfloat16
@@ -114,8 +114,8 @@ class DecodeSession:
             len(now) != len(self._parameters)
             or any(a is not b for a, b in zip(now, self._parameters, strict=True))
             or [_layout(parameter) for parameter in now] != self._layouts
-            or [_version(parameter) for parameter in now] != self._versions
-            or not torch.equal(_samples(now), self._samples)
+            or [_plain.version(parameter) for parameter in now] != self._versions
+            or not torch.equal(_plain.samples(now), self._samples)
         )
 
     def reads_current_weights(self) -> bool:
@@ -294,16 +294,6 @@ class _InUse:
 
     def __exit__(self, *exception: object) -> None:
         self._lock.release()
-
-
-def _version(parameter: Tensor) -> int:
-    return 0 if parameter.is_inference() else parameter._version
-
-
-def _samples(parameters: list[nn.Parameter]) -> Tensor:
-    """A few numbers of each parameter: fused optimisers (torch 2.13) and writes through `.data` count no version."""
-    few = [p.detach().flatten()[:: max(1, p.numel() // 16)].double() for p in parameters]
-    return torch.cat(few).nan_to_num()
 
 
 def _fingerprint(tensors: Sequence[Tensor]) -> Tensor:

@@ -29,11 +29,13 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
 
     Embeddings, attention, LayerNorm, MLP and the additions between them run as fused ops, on the weights where they
     lie; in training with labels the language model's loss is computed without logits, which the output computes when
-    they are read (or at once by `model(..., logits=True)`). Calls that ask for what the ops do not have (attention
+    they are read (or at once by `model(..., logits=True)`). Reading raises `RuntimeError` after an update of the
+    weights. Calls that ask for what the ops do not have (attention
     probabilities, cross-attention, a static cache) run as before, with a warning.
 
     Dropout is the library's: the same rates, other random numbers than PyTorch's. A query left without keys, as padding
-    on the left is, attends to nothing; a loss over no label is 0. Dtypes, precision, determinism: those of the ops.
+    on the left is, attends to nothing; a language-model loss over no label is 0. Dtypes, precision, determinism: those
+    of the ops.
 
     Returns a `Report` of what was replaced and what was left alone and why; `restore` undoes it.
 

@@ -9,7 +9,7 @@ pass) and the element's coordinates, the same bit for bit in every implementatio
 """
 
 from . import _flops
-from ._library import check_values, new_seed, serving, use_reference, values_checked
+from ._library import check_values, decompositions, new_seed, serving, use_reference, values_checked
 from .add_layer_norm import add_layer_norm
 from .attention import attention, attention_qkv
 from .decode_attention import decode_attention
@@ -39,6 +39,7 @@ __all__ = [
     "attention_qkv",
     "check_values",
     "decode_attention",
+    "decompositions",
     "embedding",
     "layer_norm",
     "linear",

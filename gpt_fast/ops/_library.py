@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,8 @@ LIBRARY = torch.library.Library("gpt_fast", "DEF")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON_KEYS = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_DECOMPOSITIONS: dict[torch._ops.OperatorBase, Callable] = {}  # filled by the ops' modules when they are imported
 
 # Module globals and no ContextVar, which Dynamo cannot trace.
 _reference_forced = False
@@ -51,15 +54,16 @@ def check_values(enabled: bool = True) -> None:
     """Check values inside tensors (token ids, targets, lengths, `cu_seqlens`) on every device, not on the CPU alone.
 
     On CUDA the check waits for the device, so it is off by default and kernels clamp instead. A value out of range
-    raises `ValueError` naming op and value. Nothing is checked while `torch.compile` traces, nor inside a `vmap`.
+    raises `ValueError` naming op and value. Nothing is checked while PyTorch records a graph (`torch.compile`,
+    `torch.export`, `torch.jit.trace`), nor inside a `vmap`.
     """
     global _values_checked
     _values_checked = enabled
 
 
 def values_checked(tensor: Tensor) -> bool:
-    """Whether the public function should look at this tensor's values."""
-    if torch.compiler.is_compiling() or _transforms.is_batched(tensor):
+    """Return True if the public function should validate this tensor's values."""
+    if _transforms.is_recording() or _transforms.is_batched(tensor):
         return False
     return _values_checked or tensor.device.type == "cpu"
 
@@ -72,6 +76,34 @@ def define_forward(op: str, signature: str) -> None:
 def define_backward(op: str, signature: str) -> None:
     """Define `gpt_fast::<op>_backward`, which is called by `backward`."""
     LIBRARY.define(f"{op}_backward{signature}")
+
+    def refuse(*args):
+        raise NotImplementedError(
+            f"gpt_fast.{op}: the exported program has gpt_fast::{op}_backward, which has no decomposition; "
+            "expected a program of a forward pass, or one exported under gpt_fast.use_reference()"
+        )
+
+    _DECOMPOSITIONS[getattr(torch.ops.gpt_fast, f"{op}_backward").default] = refuse
+
+
+def register_decomposition(op: str, function: Callable) -> None:
+    """Make `function`, written in PyTorch's own operators, the decomposition of `gpt_fast::<op>_forward`.
+
+    It takes the operator's arguments. Results that only backward reads may be empty: an exported program of a forward
+    pass has no use for them, and operators of backward refuse to be decomposed.
+    """
+    _DECOMPOSITIONS[getattr(torch.ops.gpt_fast, f"{op}_forward").default] = function
+
+
+def decompositions() -> dict[torch._ops.OperatorBase, Callable]:
+    """Return the table that replaces this library's operators by PyTorch's own in an exported program.
+
+    `program.run_decompositions(gpt_fast.ops.decompositions())` leaves every other operator as it is. The replacements
+    are the definitions of `gpt_fast.reference`, so the new program runs where this library is not installed, and
+    `torch.onnx.export` takes it. Raises `NotImplementedError` during the decomposition if the program contains an
+    operator of a backward pass.
+    """
+    return dict(_DECOMPOSITIONS)
 
 
 def backward(op: str, *args):
@@ -184,12 +216,22 @@ def has_kernel(op: str, x: Tensor, *others: Tensor | None) -> bool:
     """Return True if a kernel serves the call.
 
     The reference serves the call on a device without a kernel, for a float64 tensor among x and `others`, under
-    `use_reference`, in forward mode, and inside transforms of `torch.func` that kernels cannot follow. `others` are
-    the floating arguments whose dtype may differ from that of x.
+    `use_reference`, in forward mode, during `torch.onnx.export`, and inside transforms of `torch.func` that kernels
+    cannot follow. `others` are the floating arguments whose dtype may differ from that of x.
     """
-    if _reference_forced or _any_float64(x, *others) or not _transforms.is_followed():
+    if _reference_forced or _any_float64(x, *others) or not _transforms.is_followed() or _is_exporting_to_onnx():
         return False
     return serving(op, x.device.type) != "reference"
+
+
+def _is_exporting_to_onnx() -> bool:
+    """Return True inside `torch.onnx.export`, which knows PyTorch's own operators only."""
+    return _transforms.is_recording() and _is_in_onnx_export()
+
+
+@_transforms.constant_in_graphs
+def _is_in_onnx_export() -> bool:
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()  # importing it takes time
 
 
 def _any_float64(*tensors: Tensor | None) -> bool:
@@ -204,7 +246,7 @@ def is_plain_call(op: str, x: Tensor, *others: Tensor | None) -> bool:
 
     False means only that the full checks decide. They cost 2 µs more, which shows in a norm of a few rows.
     """
-    if _reference_forced or torch.compiler.is_compiling() or _transforms.is_transformed():
+    if _reference_forced or _transforms.is_recording() or _transforms.is_transformed():
         return False
     if _transforms.is_forward_mode():
         return False
@@ -226,7 +268,7 @@ def runs_reference(op: str, x: Tensor, *others: Tensor | None) -> bool:
     """Return True if the reference serves the call, not a kernel. Warn once if the caller did not ask for it."""
     if has_kernel(op, x, *others):
         return False
-    if _reference_forced or _any_float64(x, *others):
+    if _reference_forced or _any_float64(x, *others) or _is_exporting_to_onnx():
         return True
     if _transforms.is_transformed() and not _transforms.is_followed():
         _warn_once(op, "inside torch.func's transforms but one grad or vjp", "")

@@ -132,6 +132,13 @@ def _backward_fake(
     )
 
 
+def _decomposition(x, *args):
+    return *reference.add_layer_norm(x, *args), x.new_empty(0), x.new_empty(0)
+
+
+_library.register_decomposition("add_layer_norm", _decomposition)
+
+
 def _triton_forward(x, residual, weight, bias, eps, dropout_p, seed, site):
     rule = _library.dropout_rule(dropout_p)
     return _library.triton_kernel("add_layer_norm").forward(x, residual, weight, bias, eps, *rule, seed, site)

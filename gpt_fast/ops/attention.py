@@ -241,6 +241,13 @@ def _backward_qkv_fake(dout, qkv, *options):
     return qkv.new_empty(qkv.shape)
 
 
+def _decomposition(q, k, v, *options):
+    return reference.attention(q, k, v, **dict(zip(_NAMES, options, strict=True))), q.new_empty(0)
+
+
+_library.register_decomposition("attention", _decomposition)
+
+
 def _triton_forward(q, k, v, *options):
     kernel, options, rule = _for_triton(options)
     return kernel.forward(q, k, v, options, *rule)

@@ -61,6 +61,10 @@ def _forward_fake(q, k_cache, v_cache, lengths):
     return q.new_empty(q.shape)
 
 
+_library.register_decomposition("decode_attention", reference.decode_attention)
+_library.register_decomposition("decode_attention_cuda", reference.decode_attention)
+
+
 def _triton_forward(q, k_cache, v_cache, lengths):
     return _library.triton_kernel("decode_attention").forward(q, k_cache, v_cache, lengths)
 

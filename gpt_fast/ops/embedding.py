@@ -119,6 +119,9 @@ def _backward_fake(
     )
 
 
+_library.register_decomposition("embedding", reference.embedding)
+
+
 def _triton_forward(tokens, token_weight, position_weight, positions, dropout_p, seed, site):
     rule = _library.dropout_rule(dropout_p)
     return _library.triton_kernel("embedding").forward(

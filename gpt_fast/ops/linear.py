@@ -64,6 +64,13 @@ def _forward_fake(x, weight, bias):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+def _decomposition(x, weight, bias):
+    return F.linear(x, weight, bias)
+
+
+_library.register_decomposition("linear", _decomposition)
+
+
 @torch.library.register_fake("gpt_fast::linear_backward", lib=_library.LIBRARY)
 def _backward_fake(dy, x, weight, needs_x, needs_weight, needs_bias):
     nothing = (0,)

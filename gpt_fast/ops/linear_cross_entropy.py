@@ -145,6 +145,18 @@ def _gradients(x, weight, dtype, needs_x, needs_weight, needs_bias):
     )
 
 
+def _decomposition(x, weight, target, bias, ignore_index, label_smoothing, reduction, *needs):
+    """Compute every row: a number of rows that depends on the targets would be no shape of an exported program."""
+    losses = reference.linear_cross_entropy(x, weight, target, bias, ignore_index, label_smoothing, "none")
+    count = (target != ignore_index).sum().float()
+    total = losses if reduction == "none" else losses.sum()
+    loss = total / count.clamp(min=1) if reduction == "mean" else total
+    return loss, count, x.new_empty(0), x.new_empty(0), x.new_empty(0)
+
+
+_library.register_decomposition("linear_cross_entropy", _decomposition)
+
+
 def _triton_forward(*args):
     return _library.triton_kernel("linear_cross_entropy").forward(*args)
 

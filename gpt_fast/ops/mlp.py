@@ -199,6 +199,18 @@ def _cublaslt_backward_fake(dy, x, fc_weight, fc_bias, proj_weight, hidden, mask
     return _backward_fake(dy, x, fc_weight, fc_bias, proj_weight, hidden, activation, 0.0, None, 0, needs)
 
 
+def _decomposition(x, *args):
+    return reference.mlp(x, *args[:-1]), x.new_empty(0)  # the last one is keeps_hidden
+
+
+def _cublaslt_decomposition(x, *args):
+    return *_decomposition(x, *args), x.new_empty(0)
+
+
+_library.register_decomposition("mlp", _decomposition)
+_library.register_decomposition("mlp_cublaslt", _cublaslt_decomposition)
+
+
 def _triton_forward(
     x, fc_weight, fc_bias, proj_weight, proj_bias, activation, dropout_p, seed, site, keeps_hidden
 ):  # fmt: skip

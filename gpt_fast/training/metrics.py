@@ -1,4 +1,7 @@
-"""Held-out loss and metrics, each beside what a model that ignores its input would reach."""
+"""Held-out loss and metrics, each beside what a model that ignores its input would reach.
+
+torchmetrics is imported by the functions that measure with it: it takes a second, and imports matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanSquaredError, PearsonCorrCoef
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassConfusionMatrix,
-    MulticlassF1Score,
-    MulticlassMatthewsCorrCoef,
-)
-from torchmetrics.functional import spearman_corrcoef
-from torchmetrics.text import SQuAD
 
 from ..data.batches import Batch
 from ..data.example_batches import Example, task_batches
@@ -55,6 +49,8 @@ def predictions(model: nn.Module, examples: Sequence[Example], pad_token: int, b
 def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
     """Loss, accuracy, macro and micro F1 and Matthews' correlation of `logits` `[N, K]`, and accuracy and macro F1 of
     always answering the commonest label of `labels` `[N]`: no constant answer does better on them."""
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
+
     N, K = logits.shape
     constant = torch.full_like(labels, int(torch.bincount(labels).argmax()))
     accuracy = MulticlassAccuracy(K, average="micro")
@@ -73,12 +69,17 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
 
 def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
     """How often class i `[K]` was taken for class j `[K]`."""
+    from torchmetrics.classification import MulticlassConfusionMatrix
+
     return MulticlassConfusionMatrix(logits.shape[1])(logits, labels)
 
 
 def regression_metrics(values: Tensor, targets: Tensor) -> Metrics:
     """Mean squared error, Pearson's and Spearman's correlation of `values` `[N]`, and the error of always answering the
     mean of `targets` `[N]`, which is their variance. Without spread in either there is no correlation."""
+    from torchmetrics import MeanSquaredError, PearsonCorrCoef
+    from torchmetrics.functional import spearman_corrcoef
+
     metrics = {
         "mse": float(MeanSquaredError()(values, targets)),
         "mean_mse": float(targets.var(correction=0)),
@@ -103,6 +104,8 @@ def answer_metrics(loss: float, tokens: int, size: int, examples: int) -> Metric
 
 def generated_metrics(answers: Sequence[str], wanted: Sequence[str]) -> Metrics:
     """Exact match and the F1 of words, in [0, 1], as SQuAD counts them: without case, articles and punctuation."""
+    from torchmetrics.text import SQuAD
+
     metric = SQuAD(sync_on_compute=False)  # a rank that measures alone does not wait for the others
     metric.update(
         [{"prediction_text": answer, "id": str(i)} for i, answer in enumerate(answers)],

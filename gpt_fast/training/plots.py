@@ -1,4 +1,8 @@
-"""A run's curves as a picture."""
+"""A run's curves as a picture.
+
+matplotlib is imported when a picture is drawn: every training imports this module, and without a home directory the
+import prints a notice about its cache.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TRAIN, VALID, BASELINE = "#9db4c9", "#1f5a94", "#b5562b"
 
@@ -90,6 +94,10 @@ def _picture(path: Path, width: float, height: float) -> Iterator[Figure]:
     Text is text: to matplotlib a label with two `$` is mathematics, and a syntax error if it does not parse. The font
     lacks many scripts; a box in place of a letter needs no warning.
     """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     with rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         figure = Figure(figsize=(width, height), dpi=150, layout="constrained")

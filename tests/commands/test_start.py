@@ -55,6 +55,42 @@ def test_answers_at_once(args, extra, shown):
     assert min(seconds) < CPU_SECONDS
 
 
+# Runs one command line after the other and prints for each whether matplotlib is imported afterwards.
+COMMANDS = """
+import json
+with open(sys.argv[1]) as file:
+    commands = json.load(file)
+drawing = {}
+for args in commands:
+    sys.argv = ["gpt-fast", *args]
+    try:
+        main()
+    except SystemExit as stop:
+        assert not stop.code, args
+    drawing[args[0]] = "matplotlib" in sys.modules
+print("\\n" + json.dumps(drawing))
+"""
+
+
+def test_only_commands_that_draw_import_matplotlib(data, tmp_path):
+    """Without a home directory matplotlib prints a notice about its cache as soon as it is imported.
+
+    `evaluate` measures a language model here: torchmetrics, which measures classifiers, imports matplotlib itself.
+    """
+    commands = [
+        ["doctor"],
+        ["prepare", "--data", data.text, "--tokenizer", data.lm / "tokenizer.json", "--out", tmp_path / "prepared"],
+        ["generate", "--from", data.lm, "--prompt", "the", "--max-new-tokens", "2"],
+        ["evaluate", "--from", data.lm, "--data", data.text],
+        ["predict", "--from", data.classifier, "--text", "the red fox"],
+        ["plot", data.lm, "--out", tmp_path / "curve.png"],
+    ]
+    (tmp_path / "commands.json").write_text(json.dumps(commands, default=str))
+    printed = start(MAIN + COMMANDS, str(tmp_path / "commands.json")).stdout
+    drawing = json.loads(printed.splitlines()[-1])
+    assert drawing == {args[0]: args[0] == "plot" for args in commands}
+
+
 def complete(words: str) -> set[str]:
     """The words that bash offers after `words`."""
     asked = COMPLETE | {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}

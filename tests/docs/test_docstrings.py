@@ -21,8 +21,8 @@ FACTS = {
 }
 # What does not: it configures, reports, or holds values.
 OTHERS = {
-    "GPTConfig", "NAMES", "accelerate", "build_info", "check_values", "new_seed", "ops", "restore", "serving",
-    "use_reference", "values_checked",
+    "GPTConfig", "NAMES", "accelerate", "build_info", "check_values", "decompositions", "new_seed", "ops", "restore",
+    "serving", "use_reference", "values_checked",
 }  # fmt: skip
 
 

@@ -63,7 +63,7 @@ FAULTS = (
     Fault("a bias of any size", OPS, "bias.shape == columns", "bias.dim() == 1", "bad_input"),
     Fault("an eps of any sign", OPS, "        and eps > 0", "        and True", "bad_input"),
     Fault("dtypes mixed", LIBRARY, "tensor.dtype != dtype or tensor.device != device", "tensor.device != device", "bad_input"),
-    Fault("the reference where a kernel was not asked for", LIBRARY, "if _reference_forced or torch.compiler.is_compiling() or", "if torch.compiler.is_compiling() or", "reference"),
+    Fault("the reference where a kernel was not asked for", LIBRARY, "if _reference_forced or _transforms.is_recording() or", "if _transforms.is_recording() or", "reference"),
     Fault("nothing recorded", TRANSFORMS, "if isinstance(arg, Tensor) and arg.requires_grad:", "if False:"),
     Fault("tangents dropped in silence", TRANSFORMS, "return forward_ad._current_level >= 0", "return False", "forward_mode"),
 )  # fmt: skip

@@ -1,13 +1,20 @@
 """gpt_fast.accelerate on transformers' models: the same function, in place, and back."""
 
 import copy
+import dataclasses
 import functools
 import io
+import logging
+import pickle
+import types
 import warnings
 
 import pytest
 import torch
+import torch.distributed.utils as torch_distributed_utils
 from torch import Tensor, nn
+from torch.nn.parallel import distributed as ddp
+from torch.utils import _pytree as pytree
 
 import gpt_fast
 from gpt_fast import _plain
@@ -17,6 +24,7 @@ from tests.hf_models import (
     CLASSES,
     LAYERS,
     LM_HEADS,
+    PAD,
     H,
     P,
     V,
@@ -549,19 +557,251 @@ def test_logits_are_computed_when_they_are_read(name: str, computed: list) -> No
     assert accelerated.eval()(**given, logits=False).loss is not None
 
 
-def test_deferred_logits_survive_what_takes_outputs_apart(computed: list) -> None:
-    """Mixed precision in Accelerate rebuilds an output from its items, FSDP and DDP from a pytree."""
-    from torch.utils import _pytree as pytree
+def inside(module: str, function):
+    """Return `function` as if `module` defined it."""
+    return types.FunctionType(function.__code__, globals() | {"__name__": module})
 
+
+def rebuilt_from_leaves(out):
+    return pytree.tree_unflatten(*pytree.tree_flatten(out))
+
+
+def in_mixed_precision(out):
+    return pytest.importorskip("accelerate").utils.convert_to_fp32(out)
+
+
+WRAPPERS = {
+    "accelerate_mixed_precision": in_mixed_precision,
+    "ddp_unused_parameters": lambda out: (list(ddp._find_tensors(out)), out)[1],
+    "fsdp1": lambda out: torch_distributed_utils._apply_to_tensors(lambda x: x, out),
+    "fsdp2": inside("torch.distributed.fsdp._fully_shard._fsdp_state", rebuilt_from_leaves),
+}
+
+
+@pytest.mark.parametrize("walk", WRAPPERS.values(), ids=WRAPPERS)
+def test_wrappers_take_outputs_apart_without_computing_logits(walk, computed: list) -> None:
+    """They do so in every pass, though nobody reads the logits. What they make of it still has logits to read."""
     original, model = twins("GPT2LMHeadModel")
     gpt_fast.accelerate(model)
     given = inputs("GPT2LMHeadModel")
     out, wanted = model(**given), original(**given)
-    leaves, spec = pytree.tree_flatten(out)
-    for rebuilt in (type(out)(dict(out.items())), pytree.tree_unflatten(leaves, spec)):
-        assert not computed and torch.equal(rebuilt.loss, out.loss)
-        torch.testing.assert_close(rebuilt.logits, wanted.logits)
-        computed.clear()
+    rebuilt = walk(out)
+    assert not computed and torch.equal(rebuilt.loss, out.loss)
+    torch.testing.assert_close(rebuilt.logits, wanted.logits)
+
+
+READERS = {
+    "items": lambda out: dict(out.items())["logits"],
+    "values": lambda out: list(out.values())[list(out).index("logits")],
+    "unpacked": lambda out: {**out}["logits"],
+    "pytree": lambda out: pytree.tree_leaves(out)[list(out).index("logits")],
+    "dataclass": lambda out: dataclasses.replace(out).logits,
+    "accelerate_to_device": lambda out: dict.__getitem__(
+        pytest.importorskip("accelerate").utils.send_to_device(out, "cpu"), "logits"
+    ),
+    "data_parallel": inside("torch.nn.parallel.scatter_gather", lambda out: out["logits"]),
+    "copy": lambda out: dict.__getitem__(copy.copy(out), "logits"),
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_every_other_reader_meets_logits(read, computed: list) -> None:
+    original, model = twins("GPT2LMHeadModel")
+    gpt_fast.accelerate(model)
+    given = inputs("GPT2LMHeadModel")
+    torch.testing.assert_close(read(model(**given)), original(**given).logits)
+    assert len(computed) == 1
+
+
+def test_items_are_read_one_by_one_without_logits(computed: list) -> None:
+    model = make("GPT2LMHeadModel")
+    gpt_fast.accelerate(model)
+    out = model(**inputs("GPT2LMHeadModel"))
+    assert out["loss"] is out.loss and out.get("nothing", 3) == 3 and "logits" in out
+    with pytest.raises(KeyError):
+        out["nothing"]
+    assert not computed
+
+
+def saved(out):
+    buffer = io.BytesIO()
+    torch.save(out, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "GPT2DoubleHeadsModel"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.copy, copy.deepcopy, lambda out: pickle.loads(pickle.dumps(out)), saved],  # noqa: S301
+    ids=["copy", "deepcopy", "pickle", "save"],
+)  # fmt: skip
+def test_outputs_are_copied_and_saved_as_transformers_own(name: str, duplicate) -> None:
+    original, model = twins(name, use_cache=False)
+    gpt_fast.accelerate(model)
+    given = inputs(name)
+    with torch.no_grad():  # deepcopy refuses tensors of a graph, of transformers' outputs too
+        wanted, got = original(**given), duplicate(model(**given))
+    assert type(got) is type(wanted) and list(got) == list(wanted)
+    for key, value in wanted.items():
+        torch.testing.assert_close(got[key], value)
+
+
+READ_LATER = "read logits before the update, or call the model with logits=True"
+
+
+def step(model, **options) -> None:
+    torch.optim.SGD(model.parameters(), lr=1.0, **options).step()
+
+
+def load(model, assign: bool) -> None:
+    model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()}, assign=assign)
+
+
+CHANGES = {
+    "optimizer": step,
+    "fused_optimizer": functools.partial(step, fused=True),  # counts no version
+    "data": lambda model: model.lm_head.weight.data.mul_(2),
+    "in_place": lambda model: model.lm_head.weight.detach().mul_(2),
+    "state_dict": functools.partial(load, assign=False),
+    "other_parameter": lambda model: setattr(model.lm_head, "weight", nn.Parameter(torch.zeros(V, 32))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_logits_read_after_an_update_raise(change) -> None:
+    """The weights of the pass are gone: logits of the new ones would be those of no pass."""
+    original, model = twins("GPT2LMHeadModel")
+    gpt_fast.accelerate(model)
+    given = inputs("GPT2LMHeadModel")
+    early, late = model(**given), model(**given)
+    wanted = original(**given).logits
+    torch.testing.assert_close(early.logits, wanted)
+    late.loss.backward()
+    change(model)
+    torch.testing.assert_close(early.logits, wanted)  # what was read stays
+    for read in (lambda: late.logits, lambda: late["logits"], lambda: dict(late.items()), lambda: pickle.dumps(late)):
+        with pytest.raises(RuntimeError, match=f"gpt_fast.accelerate: logits has .*{READ_LATER}"):
+            read()
+    assert late.loss is late[0]
+
+
+def test_logits_of_hidden_states_that_were_overwritten_raise() -> None:
+    model = make("GPT2LMHeadModel")
+    gpt_fast.accelerate(model)
+    with torch.no_grad():
+        out = model(**inputs("GPT2LMHeadModel"), output_hidden_states=True)
+        out.hidden_states[-1].zero_()
+    with pytest.raises(RuntimeError, match="hidden states that changed after the pass"):
+        _ = out.logits
+
+
+MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+
+
+@pytest.mark.parametrize("reader", MODES.values(), ids=[f"read_in_{name}" for name in MODES])
+@pytest.mark.parametrize("mode", MODES.values(), ids=[f"passed_in_{name}" for name in MODES])
+def test_logits_have_the_gradient_mode_of_their_pass(mode, reader) -> None:
+    """Read under `no_grad` they belong to the graph of the pass; read outside of it they do not start a new one."""
+    original, model = twins("GPT2LMHeadModel")
+    gpt_fast.accelerate(model)
+    given = inputs("GPT2LMHeadModel")
+    with mode():
+        out, wanted = model(**given), original(**given).logits
+    with reader():
+        logits = out.logits
+    assert (logits.requires_grad, logits.is_inference()) == (wanted.requires_grad, wanted.is_inference())
+    if wanted.requires_grad:
+        logits.square().sum().backward()
+        wanted.square().sum().backward()
+        for (label, got), expected in zip(model.named_parameters(), original.parameters(), strict=True):
+            torch.testing.assert_close(got.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=label)
+
+
+@pytest.mark.parametrize(("inside", "outside"), [(True, False), (False, True)], ids=["pass", "reader"])
+def test_logits_have_the_autocast_of_their_pass(inside: bool, outside: bool) -> None:
+    model = make("GPT2LMHeadModel")
+    gpt_fast.accelerate(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        out = model(**inputs("GPT2LMHeadModel"))
+    with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+        assert out.logits.dtype == (torch.bfloat16 if inside else torch.float32)
+
+
+# ---- a loss over no label --------------------------------------------------------------------------------------------
+
+ITEMS = {"no_items": None, "int": 0, "tensor": torch.tensor(0), "some_items": 5}
+
+
+@pytest.mark.parametrize("items", ITEMS.values(), ids=ITEMS)
+@pytest.mark.parametrize(
+    ("training", "options"), [(True, {}), (True, {"logits": True}), (False, {}), (False, {"return_dict": False})],
+    ids=["training", "training_with_logits", "evaluation", "evaluation_as_tuple"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", [name for name in CLASSES if "LMHead" in name or "Double" in name])
+def test_a_loss_over_no_label_is_zero(name: str, training: bool, options: dict, items) -> None:
+    """And so are its gradients; with one label it is transformers' loss, bit for bit where theirs computes it."""
+    if items is not None and "Double" in name:
+        pytest.skip("transformers' double heads take no num_items_in_batch")
+    original, model = (each.train(training) for each in twins(name))
+    gpt_fast.accelerate(model)
+    given = inputs(name) | options | ({} if items is None else {"num_items_in_batch": items})
+    given.pop("mc_labels", None)
+    labels = given.pop("labels")
+    loss = model(**given, labels=torch.full_like(labels, -100))[0]
+    assert loss == 0
+    loss.backward()
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+    labels = labels.index_fill(-1, torch.arange(2, labels.shape[-1]), -100)  # one label in each row
+    if items not in (None, 5):
+        given["num_items_in_batch"] = items + 3
+    given.pop("logits", None)
+    torch.testing.assert_close(model(**given, labels=labels)[0], original(**given, labels=labels)[0])
+
+
+# ---- transformers' warnings ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What transformers' loggers warn of once, each time anew."""
+    messages: list[str] = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda self, message: messages.append(message))
+    return messages
+
+
+@pytest.mark.parametrize("name", ["GPT2Model", *LM_HEADS])
+def test_padding_without_a_mask_is_told(name: str, warned: list[str]) -> None:
+    model = make(name)
+    gpt_fast.accelerate(model)
+    tokens, mask = torch.full((2, 5), PAD), torch.ones(2, 5, dtype=torch.int64)
+    model(tokens, attention_mask=mask)
+    assert not warned
+    model(tokens)
+    assert len(warned) == 1 and "passing in an `attention_mask`" in warned[0]
+
+
+def test_a_cache_under_gradient_checkpointing_is_told(warned: list[str]) -> None:
+    model = make("GPT2LMHeadModel")
+    gpt_fast.accelerate(model)
+    model.activation_checkpointing_enable()
+    warned.clear()
+    assert model(**inputs("GPT2LMHeadModel"), use_cache=True).cache is None
+    assert [message for message in warned if "incompatible with gradient checkpointing" in message]
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["older_name", "both_names"])
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
+def test_an_older_argument_name_is_told_once(mode: bool, both: bool) -> None:
+    """By whichever forward the user calls, not by each one below it."""
+    model = make("GPT2LMHeadModel").train(mode)
+    gpt_fast.accelerate(model)
+    tokens = inputs("GPT2LMHeadModel")["input_ids"]
+    cache = model(tokens).cache
+    given = {"past_key_values": cache} | ({"cache": cache} if both else {})
+    with pytest.warns(FutureWarning) as record:
+        assert model(tokens[:, :4], labels=tokens[:, :4], use_cache=True, **given).cache is cache
+    told = [str(warning.message) for warning in record if "past_key_values" in str(warning.message)]
+    assert len(told) == 1 and "deprecated for `GPT2LMHeadModel.forward`" in told[0]
 
 
 # ---- in place, and back ----------------------------------------------------------------------------------------------

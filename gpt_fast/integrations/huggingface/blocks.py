@@ -19,11 +19,14 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPa
 from transformers.models.gpt2 import modeling_gpt2 as gpt2
 from transformers.models.openai import modeling_openai as gpt1
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
-from ... import _activations, _plain, ops
+from ... import _activations, _plain, _transforms, ops
 
 CACHE = "cache" if hasattr(BaseModelOutputWithPastAndCrossAttentions, "cache") else "past_key_values"
 _CACHES = ("cache", "past_key_values")
+_LOGGER = logging.get_logger("transformers.models.gpt2.modeling_gpt2")
+_NO_CACHE = "`use_cache=True` is incompatible with gradient checkpointing. Setting `use_cache=False`."
 _FEW_ROWS = 32  # below it our products pay more for packing the weights than they save: a Zen 3 core, C = 768
 
 # transformers' class of an activation → our name.
@@ -53,11 +56,14 @@ def gpt2_model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     call = named(self, args, kwargs)
     cache = next((call[name] for name in _CACHES if call.get(name) is not None), None)
     use_cache = self.config.use_cache if call.get("use_cache") is None else call["use_cache"]
-    if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-        use_cache = False  # as transformers has it: a checkpointed block would write to the cache twice
     reason = _unsupported(self, call, _GPT2_ARGUMENTS) or _unsupported_by_gpt2(self, call, cache)
     if reason is not None:
-        return _as_transformers_has_it(self, reason, args, kwargs)
+        return _as_transformers_has_it(self, reason, call)
+    _warn_of_padding(self, call)
+    if use_cache and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+        use_cache = False  # as transformers has it: a checkpointed block would write to the cache twice
+        if not torch.compiler.is_compiling():
+            _LOGGER.warning_once(_NO_CACHE)
     if use_cache and cache is None:
         cache = DynamicCache(config=self.config)
     x, shape, positions = _rows(call)
@@ -134,7 +140,8 @@ def gpt1_model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     call = named(self, args, kwargs)
     reason = _unsupported(self, call, _GPT1_ARGUMENTS)
     if reason is not None:
-        return _as_transformers_has_it(self, reason, args, kwargs)
+        return _as_transformers_has_it(self, reason, call)
+    _warn_of_padding(self, call)
     x, shape, positions = _rows(call)
     seed = _seed(self, x.device)
     key_mask, mask = call.get("attention_mask"), None
@@ -328,11 +335,27 @@ _GPT1_ARGUMENTS = _COMMON
 
 
 def named(module: Any, args: tuple, kwargs: dict) -> dict:
-    """The arguments of a call by name."""
-    if not args:
+    """Return the arguments of a call by name. An older name becomes the newer one, with transformers' warning."""
+    if not args and "past_key_values" not in kwargs:
         return kwargs
     names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return dict(zip(names, args, strict=False)) | kwargs
+    call = dict(zip(names, args, strict=False)) | kwargs
+    if "past_key_values" in call and "cache" in names:
+        older = call.pop("past_key_values")
+        both = call.get("cache") is not None
+        call["cache"] = call["cache"] if both else older
+        if not torch.compiler.is_compiling():
+            advice = "`cache` is given too and used" if both else "Use `cache` instead"
+            where = f"{type(module).__name__}.forward"
+            warnings.warn(f"`past_key_values` is deprecated for `{where}`. {advice}.", FutureWarning, stacklevel=4)
+    return call
+
+
+def _warn_of_padding(trunk: Any, call: dict) -> None:
+    """Give transformers' warning of padding without a mask. It reads tokens, and inside a `vmap` it could not."""
+    tokens = call.get("input_ids")
+    if tokens is not None and not _transforms.is_batched(tokens):
+        trunk.warn_if_padding_and_no_attention_mask(tokens, call.get("attention_mask"))
 
 
 def _flag(trunk: Any, call: dict, name: str) -> Any:
@@ -395,7 +418,7 @@ def _unsupported_by_gpt2(trunk: Any, call: dict, cache: Any) -> str | None:
     return None
 
 
-def _as_transformers_has_it(trunk: Any, reason: str, args: tuple, kwargs: dict) -> Any:
+def _as_transformers_has_it(trunk: Any, reason: str, call: dict) -> Any:
     if not torch.compiler.is_compiling():
         warnings.warn(f"gpt_fast: {type(trunk).__name__} runs this call as transformers has it: {reason}", stacklevel=3)
-    return _plain.original(trunk, *args, **kwargs)
+    return _plain.original(trunk, **call)

@@ -1,11 +1,13 @@
 """The language-model losses that `gpt_fast.accelerate` puts on transformers' heads: from hidden states, no logits.
 
 In training with labels the output's `logits` are computed when they are read. Evaluation, `logits=True`, tuples instead
-of outputs, a wrapped `lm_head` or another loss function run as transformers has them, on the accelerated trunk.
+of outputs, a wrapped `lm_head` or another loss function run as transformers has them, on the accelerated trunk. A loss
+over no label is 0 in all of them; only another loss function keeps its own answer.
 """
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +28,8 @@ from transformers.models.openai.modeling_openai import (
     OpenAIGPTLMHeadModel,
 )
 
-from ... import _plain, ops
+from ... import _plain, _transforms, ops
+from ...config import IGNORE
 from .blocks import CACHE, named
 
 _LOSS_ARGUMENTS = ("labels", "num_items_in_batch", "ignore_index", "shift_labels", "mc_labels", "mc_token_ids")
@@ -61,18 +64,20 @@ for _kind, _forward in FORWARDS.items():  # which columns of a data set a model 
 def _lm_head(self: Any, args: tuple, kwargs: dict) -> Any:
     call = dict(named(self, args, kwargs))
     logits = call.pop("logits", None)
-    if _needs_logits(self, call, logits) or has_another_loss(self):
+    if call.get("labels") is None or has_another_loss(self):
         return _plain.original(self, **call)
+    if not torch.compiler.is_compiling():
+        _ = self.loss_function  # transformers warns here of a configuration without loss_type
+    items = call.get("num_items_in_batch")
+    if items is not None:  # 0 items: the sum of their losses is 0, and so is its quotient by 1
+        items = call["num_items_in_batch"] = items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
+    if _needs_logits(self, call, logits):
+        return _zero_without_labels(_plain.original(self, **call), call)
     outputs = _trunk(self, call)
     hidden = outputs.last_hidden_state
-    ignore_index = call.get("ignore_index", -100)
-    targets = call.get("shift_labels")
-    if targets is None:
-        targets = _shift(call["labels"], ignore_index)
-    items = call.get("num_items_in_batch")
     loss = ops.linear_cross_entropy(
-        hidden, self.lm_head.weight, targets.to(hidden.device), self.lm_head.bias, ignore_index,
-        reduction="mean" if items is None else "sum",
+        hidden, self.lm_head.weight, _targets(call).to(hidden.device), self.lm_head.bias,
+        call.get("ignore_index", IGNORE), reduction="mean" if items is None else "sum",
     )  # fmt: skip
     if items is not None:
         loss = loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
@@ -84,11 +89,11 @@ def _double_heads(self: Any, args: tuple, kwargs: dict) -> Any:
     call = dict(named(self, args, kwargs))
     logits = call.pop("logits", None)
     if _needs_logits(self, call, logits):
-        return _plain.original(self, **call)
+        return _zero_without_labels(_plain.original(self, **call), call)
     outputs = _trunk(self, call)
     hidden = outputs.last_hidden_state
     head = self.lm_head
-    loss = ops.linear_cross_entropy(hidden, head.weight, _shift(call["labels"], -100).to(hidden.device), head.bias)
+    loss = ops.linear_cross_entropy(hidden, head.weight, _targets(call).to(hidden.device), head.bias)
     mc_logits = self.multiple_choice_head(hidden, call.get("mc_token_ids")).squeeze(-1)
     mc_labels, mc_loss = call.get("mc_labels"), None
     if mc_labels is not None:
@@ -98,7 +103,7 @@ def _double_heads(self: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def has_another_loss(model: Any) -> bool:
-    """Whether a model with one head computes its loss by another function than its class's usual one."""
+    """Return True if a model with one head computes its loss by another function than its class's usual one."""
     if "_loss_function" in vars(model):  # set by hand
         return model.loss_function is not ForCausalLMLoss
     return getattr(model, "loss_type", None) not in (None, "ForCausalLM")  # transformers takes None for ForCausalLM
@@ -124,9 +129,25 @@ def _trunk(model: Any, call: dict) -> Any:
     return model.transformer(**names)
 
 
-def _shift(labels: Tensor, ignore_index: int) -> Tensor:
-    """labels [..., T] → the label of each position's successor."""
-    return F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+def _targets(call: dict) -> Tensor:
+    """Return the label [..., T] of each position's successor."""
+    if call.get("shift_labels") is not None:
+        return call["shift_labels"]
+    # Padded first: T - 1 columns in an exported program would exclude T = 2.
+    return F.pad(call["labels"], (0, 1), value=call.get("ignore_index", IGNORE))[..., 1:]
+
+
+def _zero_without_labels(output: Any, call: dict) -> Any:
+    """Return the output of transformers' head with a loss of 0 instead of NaN if no label counts."""
+    if call.get("labels") is None:
+        return output
+    loss = output[0]
+    nothing = (_targets(call) == call.get("ignore_index", IGNORE)).all().to(loss.device)
+    loss = loss.masked_fill(nothing, 0.0)
+    if isinstance(output, tuple):
+        return loss, *output[1:]
+    output.loss = loss
+    return output
 
 
 def _output(kind: type, lm_head: Any, hidden: Tensor, outputs: Any, **fields: Any) -> Any:
@@ -137,32 +158,81 @@ def _output(kind: type, lm_head: Any, hidden: Tensor, outputs: Any, **fields: An
     }
     if torch.compiler.is_compiling():
         return kind(**fields, **passed)  # without logits: a graph has no way to compute them later
+    if torch.jit.is_tracing():
+        return kind(**fields, logits=lm_head(hidden), **passed)
     return _deferring(kind)(**fields, logits=Deferred(lm_head, hidden), **passed)
 
 
 class Deferred:
-    """Logits that nobody has asked for yet."""
+    """Logits of a pass that have not been read yet.
+
+    A call computes them in the gradient mode and under the autocast of the pass. It raises `RuntimeError` if the
+    weights or the hidden states changed after the pass, because those of the pass are gone.
+    """
 
     def __init__(self, lm_head: Any, hidden: Tensor):
         self.lm_head, self.hidden = lm_head, hidden
+        self.parameters = _parameters(lm_head)
+        self.versions = [_plain.version(tensor) for tensor in (*self.parameters, hidden)]
+        self.samples = None if _transforms.is_transformed() or hidden.is_meta else _plain.samples(self.parameters)
+        self.inference, self.grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         kind = hidden.device.type
         self.autocast: dict[str, Any] = {"device_type": kind, "enabled": torch.is_autocast_enabled(kind)}
         self.autocast |= {"dtype": torch.get_autocast_dtype(kind)} if self.autocast["enabled"] else {}
 
     def __call__(self) -> Tensor:
-        with torch.autocast(**self.autocast):  # as in the pass whose logits these are
+        if self._is_stale():
+            raise RuntimeError(
+                "gpt_fast.accelerate: logits has lm_head weights or hidden states that changed after the pass; "
+                "expected them as in the pass: read logits before the update, or call the model with logits=True"
+            )
+        with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad), torch.autocast(**self.autocast):
             return self.lm_head(self.hidden)
+
+    def _is_stale(self) -> bool:
+        now = _parameters(self.lm_head)
+        return (
+            len(now) != len(self.parameters)
+            or any(a is not b for a, b in zip(now, self.parameters, strict=True))
+            or [_plain.version(tensor) for tensor in (*now, self.hidden)] != self.versions
+            or (self.samples is not None and not torch.equal(_plain.samples(now), self.samples))
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({list(self.hidden.shape)})"
 
 
+def _parameters(lm_head: Any) -> list[Tensor]:
+    return [lm_head.weight] if lm_head.bias is None else [lm_head.weight, lm_head.bias]
+
+
+# These wrappers take the output of every pass apart and rebuild it, though nobody reads its logits: mixed precision in
+# Hugging Face Accelerate, DDP and FSDP. The new output holds the same `Deferred`. Every other reader gets logits: a
+# wrapper that is missing here costs time, and a reader that were taken for a wrapper would meet no tensor.
+_WRAPPERS = ("torch.distributed.fsdp.", "torch.distributed.utils", "torch.nn.parallel.distributed")
+_OPERATIONS = "accelerate.utils.operations"
+# Modules whose functions read an output on behalf of their caller.
+_BETWEEN = {__name__, _OPERATIONS, "dataclasses", "torch.utils._pytree", "transformers.utils.generic"}
+
+
+def _is_read_by_wrapper() -> bool:
+    """Return True if an output is being taken apart by one of the wrappers, as the call stack tells."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__"))
+        if module == _OPERATIONS and frame.f_code.co_name == "convert_to_fp32":
+            return True
+        if module not in _BETWEEN:
+            return module.startswith(_WRAPPERS)
+        frame = frame.f_back
+    return False
+
+
 @functools.cache
 def _deferring(kind: Any) -> Any:
-    """The output class `kind` with logits that are computed when they are first read.
+    """Return a subclass of the output class `kind` whose logits are computed when they are first read.
 
-    Whoever walks over the output (`items`, `values`, a pytree) meets a `Deferred` in their place and may put it into
-    another such output: mixed-precision wrappers and FSDP take outputs apart and build them anew.
+    Pickles and copies are of `kind` itself, with logits.
     """
 
     class Output(kind):
@@ -173,7 +243,7 @@ def _deferring(kind: Any) -> Any:
         @property
         def logits(self) -> Any:
             value = self.__dict__.get("logits")
-            if isinstance(value, Deferred) and "gpt_fast_ready" in self.__dict__:
+            if isinstance(value, Deferred) and "gpt_fast_ready" in self.__dict__ and not _is_read_by_wrapper():
                 self["logits"] = value = value()
             return value
 
@@ -182,15 +252,26 @@ def _deferring(kind: Any) -> Any:
             self.__dict__["logits"] = value
 
         def __getitem__(self, key: Any) -> Any:
-            if key == "logits":
-                return self.logits
-            if isinstance(key, str):
-                return super().__getitem__(key)
-            names = list(self.keys())[key]
-            return self[names] if isinstance(names, str) else tuple(self[name] for name in names)
+            if not isinstance(key, str):
+                names = list(self.keys())[key]
+                return self[names] if isinstance(names, str) else tuple(self[name] for name in names)
+            if key not in self:
+                raise KeyError(key)
+            return getattr(self, key)
 
         def get(self, key: Any, default: Any = None) -> Any:
-            return self[key] if key in self.keys() else default
+            return self[key] if key in self else default  # noqa: SIM401  this is `get`
+
+        def items(self) -> Any:
+            _ = self.logits
+            return super().items()
+
+        def values(self) -> Any:
+            _ = self.logits
+            return super().values()
+
+        def __reduce__(self) -> Any:
+            return kind(**{name: self[name] for name in self}).__reduce__()
 
     Output.__name__, Output.__qualname__ = kind.__name__, kind.__qualname__
     return Output
