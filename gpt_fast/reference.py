@@ -300,12 +300,13 @@ def linear_cross_entropy(
 ) -> Tensor:
     """-(1 - ε) log p[target] - ε/V Σ_v log p[v] with p = softmax(x weightᵀ + bias), over rows not ignored.
 
-    The mean is over those rows, and 0 where there is none. Ignored rows are not computed, except while tracing, where
-    a number of rows that depends on data would break the graph, and inside a `vmap`, which has none.
+    The mean is over those rows, and 0 where there is none. Ignored rows are not computed, except while tracing and on
+    meta, where no number of rows may depend on data, and inside a `vmap`, which has none.
     """
     rows, targets = x.reshape(target.numel(), x.shape[-1]), target.reshape(-1)
     valid = targets != ignore_index
-    if not torch.compiler.is_compiling() and not _transforms.is_batched(valid) and reduction != "none":
+    keeps_rows = torch.compiler.is_compiling() or _transforms.is_batched(valid) or valid.is_meta
+    if not keeps_rows and reduction != "none":
         rows, targets, valid = rows[valid], targets[valid], valid[valid]
     logits = F.linear(_wide(rows), _wide(weight), None if bias is None else _wide(bias))
     losses = F.cross_entropy(

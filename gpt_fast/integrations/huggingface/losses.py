@@ -176,7 +176,7 @@ class Deferred:
         self.versions = [_plain.version(tensor) for tensor in (*self.parameters, hidden)]
         self.samples = None if _transforms.is_transformed() or hidden.is_meta else _plain.samples(self.parameters)
         self.inference, self.grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-        kind = hidden.device.type
+        kind = "cpu" if hidden.is_meta else hidden.device.type  # PyTorch has no autocast for meta
         self.autocast: dict[str, Any] = {"device_type": kind, "enabled": torch.is_autocast_enabled(kind)}
         self.autocast |= {"dtype": torch.get_autocast_dtype(kind)} if self.autocast["enabled"] else {}
 
