@@ -60,6 +60,14 @@ def norm_conditioning(x: Tensor, eps: float) -> Tensor:
     return 4 * EPS32 * x.abs().amax(-1, keepdim=True) / std
 
 
+def sum_conditioning(terms: Tensor, dim: int = 0) -> Tensor:
+    """Return 4 eps(float32) Σ|terms|, by how much float32 may move a sum whose terms cancel, in any order of addition.
+
+    n terms added in a random order are off by about sqrt(n) / 2 eps of the partial sums, which stay far below Σ|terms|.
+    """
+    return 4 * EPS32 * terms.double().abs().sum(dim)
+
+
 def softmax_terms(scores: Tensor, exact: Tensor) -> float:
     """The `terms` that grant a result made of softmax probabilities 4 eps(float32) max|score| of its largest value.
 

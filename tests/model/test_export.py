@@ -301,3 +301,28 @@ def test_the_onnx_exporter_meets_pytorchs_operators_only(make, monkeypatch: pyte
     assert ours(program) == set()
     assert not [node.kind() for node in traced.inlined_graph.nodes() if node.kind().startswith("gpt_fast")]
     assert_same_at_every_length(program, model)
+
+
+@pytest.mark.parametrize("make", LOGITS.values(), ids=LOGITS)
+@pytest.mark.parametrize("decomposed", [False, True], ids=["model", "decomposed_program"])
+@pytest.mark.filterwarnings("ignore")
+def test_an_onnx_file_computes_the_same_logits(make, decomposed: bool, tmp_path: Path) -> None:
+    """Written by PyTorch's exporter and run by onnxruntime, with a free batch size and length."""
+    pytest.importorskip("onnxscript", reason="the extra dev is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra dev is not installed")
+    model = Call(make(), logits_of).eval()
+    sizes = {"inputs": ({0: torch.export.Dim("B", min=1, max=64), 1: torch.export.Dim("T", min=2, max=20)},)}
+    given = (torch.randint(61, (3, 9)),)
+    if decomposed:
+        program = torch.export.export(model, given, dynamic_shapes=sizes)
+        onnx = torch.onnx.export(program.run_decompositions(ops.decompositions()), (), dynamo=True, verbose=False)
+    else:
+        onnx = torch.onnx.export(model, given, dynamic_shapes=sizes, dynamo=True, verbose=False)
+    onnx.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (name,) = [argument.name for argument in session.get_inputs()]
+    for B, T in ((1, 2), (4, 20), (2, 11)):
+        batch = torch.randint(61, (B, T))
+        got = torch.from_numpy(session.run(None, {name: batch.numpy()})[0])
+        with torch.no_grad():
+            torch.testing.assert_close(got, model(batch), rtol=1e-5, atol=1e-5)

@@ -73,7 +73,8 @@ def check(x, residual, weight, bias, p=0.0, uses=("normed", "summed")):
         conditioning = delta * rstd * (dy * wd.detach()).abs().amax(-1, keepdim=True) * (1 + xhat.abs())
         moved = (dy.abs() * delta).reshape(-1, x.shape[-1]).sum(0)
         numerics.assert_rounded_once(grads["dweight"], dweight, conditioning=moved, label="dweight")
-        numerics.assert_rounded_once(grads["dbias"], dbias, label="dbias")
+        summed = numerics.sum_conditioning(dy.reshape(-1, dy.shape[-1]))
+        numerics.assert_rounded_once(grads["dbias"], dbias, conditioning=summed, label="dbias")
     if "summed" in uses:
         dstored = dstored + upstream["summed"].double()
     numerics.assert_rounded_once(grads["dresidual"], dstored, conditioning=conditioning, label="dresidual")
