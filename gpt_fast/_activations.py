@@ -58,6 +58,6 @@ ACTIVATIONS: dict[str, Activation] = {
 
 def find(user: str, name: str) -> Activation:
     """Return the activation of that name; raise ValueError, in the name of `user`, for an unknown one."""
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"{user}: activation is {name!r}; expected one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]

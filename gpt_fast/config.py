@@ -1,6 +1,8 @@
 """GPTConfig: one flat description of a model, and the published presets."""
 
 import dataclasses
+import math
+import numbers
 from typing import Any
 
 from . import _activations
@@ -72,29 +74,32 @@ class GPTConfig:
     extract_token: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.ff_dim:
+        if _is_integer(self.ff_dim) and self.ff_dim == 0 and _is_integer(self.hidden_dim):
             self.ff_dim = 4 * self.hidden_dim
         for name in ("num_tokens", "hidden_dim", "num_heads", "num_layers", "seq_len", "ff_dim", "num_labels"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_integer(value) or value < 1:
                 raise ValueError(f"GPTConfig: {name} is {value!r}, wanted a positive integer")
         check_heads(self.hidden_dim, self.num_heads)
         _activations.find("GPTConfig", self.activation)
         for name, known in (("problem", PROBLEMS), ("pooling", POOLINGS)):
-            if getattr(self, name) not in known:
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in known:
                 raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}, wanted one of {', '.join(known)}")
         for name in _DROPOUTS:
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}, wanted a probability in [0, 1)")
+            if not _is_number(getattr(self, name)) or not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}; expected a probability in [0, 1)")
         for name in ("layer_norm_eps", "init_std"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}, wanted a positive number")
-        if not self.lm_weight >= 0:
-            raise ValueError(f"GPTConfig: lm_weight is {self.lm_weight!r}, wanted 0 or more")
+            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}; expected a positive number")
+        if not _is_number(self.lm_weight) or not 0 <= self.lm_weight < math.inf:
+            raise ValueError(f"GPTConfig: lm_weight is {self.lm_weight!r}; expected a number of 0 or more")
+        for name in ("pre_norm", "tied", "bias", "output_bias", "scaled_init", "classifier_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}; expected True or False")
         for name in SPECIAL_TOKENS:
             token = getattr(self, name)
-            if token is not None and not 0 <= token < self.num_tokens:
-                raise ValueError(f"GPTConfig: {name} is {token!r}, wanted None or an id below {self.num_tokens}")
+            if token is not None and not (_is_integer(token) and 0 <= token < self.num_tokens):
+                raise ValueError(f"GPTConfig: {name} is {token!r}; expected None or an id below {self.num_tokens}")
         if self.pooling == "extract" and self.extract_token is None:
             raise ValueError('GPTConfig: pooling is "extract" and extract_token is None, wanted its id')
 
@@ -106,10 +111,12 @@ class GPTConfig:
         attention) at GPT-1's sizes; "gpt1" is Radford et al. (2018); "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" are
         the 124M, 355M, 774M and 1.5B of Radford et al. (2019). Raises `ValueError` for another name or field.
         """
-        if name not in PRESETS:
-            raise ValueError(f"GPTConfig: preset is {name!r}, wanted one of {', '.join(PRESETS)}")
+        if not isinstance(name, str) or name not in PRESETS:
+            raise ValueError(f"GPTConfig: preset name is {name!r}; expected one of {', '.join(PRESETS)}")
         values = dict(PRESETS[name])
         if dropout is not None:
+            if not _is_number(dropout) or not 0.0 <= dropout < 1.0:
+                raise ValueError(f"GPTConfig: dropout is {dropout!r}; expected a probability in [0, 1)")
             defaults = {field.name: field.default for field in dataclasses.fields(cls)}
             values |= {key: dropout for key in _DROPOUTS if values.get(key, defaults[key]) > 0}
         return cls.from_dict(values | overrides)
@@ -151,8 +158,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def check_heads(hidden_dim: int, num_heads: int) -> None:
     """Raise `ValueError` unless `hidden_dim` splits into `num_heads` heads of at most 256."""
+    if not _is_integer(hidden_dim) or hidden_dim < 1:
+        raise ValueError(f"gpt_fast: hidden_dim is {hidden_dim!r}; expected an integer of 1 or more")
+    if not _is_integer(num_heads):
+        raise ValueError(f"gpt_fast: num_heads is {num_heads!r}; expected an integer of 1 or more")
     if num_heads < 1 or hidden_dim % num_heads:
         raise ValueError(f"gpt_fast: hidden_dim {hidden_dim} is not divisible by num_heads {num_heads}")
     if hidden_dim // num_heads > 256:

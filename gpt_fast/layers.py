@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _activations, _plain, ops
 from .config import check_heads
+from .ops import _checks
 
 
 class LayerNorm(nn.LayerNorm):
@@ -85,6 +86,10 @@ class MLP(nn.Sequential):
     """
 
     def __init__(self, hidden_dim: int, ff_dim: int, activation: str, dropout: float = 0.0, bias: bool = True):
+        for name, size in (("hidden_dim", hidden_dim), ("ff_dim", ff_dim)):
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"gpt_fast.MLP: {name} is {size!r}; expected an integer of 1 or more")
+        _checks.probability("MLP", "dropout", dropout)
         super().__init__(
             nn.Linear(hidden_dim, ff_dim, bias=bias),
             _activations.find("gpt_fast.MLP", activation).make_module(),
@@ -159,8 +164,7 @@ class TransformerDecoder(nn.Module):
         super().__init__()
         ff_dropout = dropout if ff_dropout is None else ff_dropout
         for name, p in (("dropout", dropout), ("attention_dropout", attention_dropout), ("ff_dropout", ff_dropout)):
-            if not 0.0 <= p < 1.0:
-                raise ValueError(f"gpt_fast.TransformerDecoder: {name} is {p}, wanted a probability in [0, 1)")
+            _checks.probability("TransformerDecoder", name, p)
         self.multihead_attn = SelfAttention(hidden_dim, num_heads, attention_dropout, bias)
         self.layer_norm1 = LayerNorm(hidden_dim, eps=layer_norm_eps, bias=bias)
         self.ff = MLP(hidden_dim, ff_dim, activation, ff_dropout, bias)

@@ -17,6 +17,7 @@ from . import _plain, ops
 from ._activations import ACTIVATIONS
 from .config import IGNORE, GPTConfig
 from .layers import MLP, Branch, LayerNorm, SelfAttention, TransformerDecoder, add_norm
+from .ops import _checks
 from .reference import packed_positions
 
 if TYPE_CHECKING:
@@ -72,22 +73,28 @@ class _Trunk(nn.Module):
         vocabulary, and where more than one of the three is given.
         """
         config = self.config
-        if tokens.dim() != 2:
-            raise ValueError(f"gpt_fast: tokens has shape {list(tokens.shape)}, wanted [B, T]")
+        name = type(self).__name__
+        if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+            raise ValueError(f"gpt_fast.{name}: tokens is {_checks.described(tokens)}; expected int64 [B, T]")
+        _checks.optional_tensors(name, lengths=lengths, key_mask=key_mask, cu_seqlens=cu_seqlens, seed=seed)
         longest = tokens.shape[1]
         if cu_seqlens is not None:
             longest = _longest(cu_seqlens) if ops.values_checked(cu_seqlens) else 0
         if longest > config.seq_len:
-            raise ValueError(f"gpt_fast: {longest} tokens in a row, wanted at most seq_len = {config.seq_len}")
+            raise ValueError(
+                f"gpt_fast.{name}: tokens has {longest} in a row; expected at most seq_len = {config.seq_len}"
+            )
         if sum(given is not None for given in (lengths, key_mask, cu_seqlens)) > 1:
-            raise ValueError("gpt_fast: got more than one of lengths, key_mask and cu_seqlens, wanted one of them")
+            raise ValueError(
+                f"gpt_fast.{name}: got more than one of lengths, key_mask and cu_seqlens; expected one of them"
+            )
         positions = None
         if cu_seqlens is not None:
             positions = packed_positions(cu_seqlens, tokens.shape[1])[1][None]  # [1, T]
         if key_mask is not None:
             if key_mask.shape != tokens.shape or key_mask.dtype != torch.bool:
                 raise ValueError(
-                    f"gpt_fast: key_mask is {key_mask.dtype} {list(key_mask.shape)}, wanted bool {list(tokens.shape)}"
+                    f"gpt_fast.{name}: key_mask is {_checks.described(key_mask)}; expected bool {list(tokens.shape)}"
                 )
             positions = (key_mask.long().cumsum(1) - 1).clamp(min=0)
         drops = cache is None  # with a cache a text is continued, whatever the modules' flags are
@@ -239,6 +246,7 @@ class GPT(Generating, _Trunk):
     """
 
     def __init__(self, num_tokens: int, hidden_dim: int, num_heads: int, num_layers: int, seq_len: int, dropout: float):
+        _checks.probability("GPT", "dropout", dropout)
         super().__init__(
             GPTConfig.preset(
                 "notes", dropout=dropout, num_tokens=num_tokens, hidden_dim=hidden_dim, num_heads=num_heads,
@@ -318,6 +326,7 @@ def as_key_mask(function: str, key_mask: Tensor | None, attention_mask: Tensor |
         return key_mask
     if key_mask is not None:
         raise ValueError(f"gpt_fast.{function}: got both key_mask and attention_mask; expected one of them")
+    _checks.tensors(function, attention_mask=attention_mask)
     if attention_mask.dtype.is_floating_point or attention_mask.dtype.is_complex:
         raise ValueError(
             f"gpt_fast.{function}: attention_mask has dtype {str(attention_mask.dtype).removeprefix('torch.')}; "

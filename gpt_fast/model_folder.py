@@ -1,6 +1,7 @@
 """Model folders: `config.json` and `model.safetensors`, read and written whole or not at all. Nothing is unpickled."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,15 @@ _FORMAT = "gpt_fast"
 _TIED = "output_layer.weight"  # not stored where it is the token embedding
 
 AnyHead = TypeVar("AnyHead", bound=Any)
+
+
+def as_path(function: str, directory: Any) -> Path:
+    """Return a folder's name as a path; raise `TypeError` for what is no name."""
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(
+            f"gpt_fast.{function}: directory is of type {type(directory).__name__}; expected a path, str or os.PathLike"
+        )
+    return Path(directory)
 
 
 def save(head: Any, directory: Path) -> None:

@@ -28,7 +28,7 @@ class Sampling:
         _check_number(
             "repetition_penalty", self.repetition_penalty, "more than 0, 1 for none", lambda x: 0 < x < math.inf
         )
-        if self.top_k is not None and (not isinstance(self.top_k, numbers.Integral) or self.top_k < 1):
+        if self.top_k is not None and (not _is_integer(self.top_k) or self.top_k < 1):
             raise ValueError(f"gpt_fast.generate: top_k is {self.top_k!r}; expected an integer of 1 or more, or None")
         if self.top_p is not None:
             _check_number("top_p", self.top_p, "more than 0 and at most 1, or None", lambda x: 0 < x <= 1)
@@ -36,8 +36,12 @@ class Sampling:
             _check_number("min_p", self.min_p, "0 to 1, or None", lambda x: 0 <= x <= 1)
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def _check_number(name: str, value: object, expected: str, fits: Callable[[float], bool]) -> None:
-    if not isinstance(value, numbers.Real) or not fits(float(value)):
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not fits(float(value)):
         raise ValueError(f"gpt_fast.generate: {name} is {value!r}; expected {expected}")
 
 

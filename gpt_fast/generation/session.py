@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _plain
 from ..model import StaysPlain, evaluating
+from ..ops import _checks
 from ..ops._library import has_kernel
 from .cache import KVCache, PromptPass
 from .sampling import DAMAGED, Sampling, damaged
@@ -57,6 +58,7 @@ class DecodeSession:
         trunk, output_layer = parts(model)
         config = trunk.config
         length = config.seq_len if length is None else length
+        _checks.integer("DecodeSession", batch=batch, length=length)
         if batch < 1:
             raise ValueError(f"gpt_fast.DecodeSession: batch is {batch}; expected 1 or more")
         if not 1 <= length <= config.seq_len:
@@ -155,9 +157,8 @@ class DecodeSession:
             self.check_layout()
             here = self.cache.lengths.shape
             if not isinstance(tokens, Tensor) or tokens.shape != here or tokens.dtype != torch.int64:
-                raise ValueError(
-                    f"gpt_fast.DecodeSession: tokens is {_described(tokens)}; expected int64 [{self.cache.batch}]"
-                )
+                got = _checks.described(tokens)
+                raise ValueError(f"gpt_fast.DecodeSession: tokens is {got}; expected int64 [{self.cache.batch}]")
             self.check_room(1)
             check_tokens(tokens, self.config.num_tokens)
             before = self.cache.lengths.clone()
@@ -319,18 +320,18 @@ def _words(layout: tuple) -> str:
 def check_prompt(tokens: Any, V: int, lengths: Any = None, key_mask: Any = None) -> Tensor:
     """Return how many real tokens each row of a prompt [B, T] has, [B]; raise `ValueError` for what is no prompt."""
     if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype != torch.int64:
-        raise ValueError(f"gpt_fast.generate: tokens is {_described(tokens)}; expected int64 [B, T]")
+        raise ValueError(f"gpt_fast.generate: tokens is {_checks.described(tokens)}; expected int64 [B, T]")
     B, T = tokens.shape
     if lengths is not None and key_mask is not None:
         raise ValueError("gpt_fast.generate: got both lengths and key_mask; expected one of them")
     if key_mask is not None:
         if not isinstance(key_mask, Tensor) or key_mask.shape != tokens.shape or key_mask.dtype != torch.bool:
-            raise ValueError(f"gpt_fast.generate: key_mask is {_described(key_mask)}; expected bool {[B, T]}")
+            raise ValueError(f"gpt_fast.generate: key_mask is {_checks.described(key_mask)}; expected bool {[B, T]}")
         lengths = key_mask.sum(dim=1)
     if lengths is None:
         lengths = torch.full((B,), T, device=tokens.device)
     if not isinstance(lengths, Tensor) or lengths.shape != (B,) or lengths.dtype not in _INTEGERS:
-        raise ValueError(f"gpt_fast.generate: lengths is {_described(lengths)}; expected integers [{B}]")
+        raise ValueError(f"gpt_fast.generate: lengths is {_checks.described(lengths)}; expected integers [{B}]")
     if B == 0 or T == 0 or bool((lengths < 1).any()):
         raise ValueError("gpt_fast.generate: tokens has an empty prompt; expected at least one token in every row")
     if bool((lengths > T).any()):
@@ -348,10 +349,3 @@ def check_tokens(tokens: Tensor, V: int) -> None:
     wrong = tokens[(tokens < 0) | (tokens >= V)]
     if wrong.numel():
         raise ValueError(f"gpt_fast.generate: tokens holds {int(wrong[0])}; expected ids in [0, {V})")
-
-
-def _described(value: object) -> str:
-    """Return dtype and shape of a tensor, or the type of anything else."""
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return f"a {type(value).__name__}"

@@ -243,7 +243,7 @@ def step_kind(model: GPT | Head, weights: str | None) -> str:
 
     The C++ step copies parameters by name, so it serves plain models only. The modules of any other model run its step.
     """
-    if weights is not None and weights not in WEIGHTS:
+    if weights is not None and not (isinstance(weights, str) and weights in WEIGHTS):
         raise ValueError(f"gpt_fast.generate: weights is {weights!r}; expected one of {', '.join(WEIGHTS)}")
     place = parts(model)[0].pos_emb
     own = str(place.dtype).removeprefix("torch.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
@@ -116,9 +116,10 @@ def generate(  # type: ignore[misc]  # the overloads leave the common options to
     config = parts(model)[0].config
     key_mask = as_key_mask("generate", key_mask, attention_mask)
     counts = check_prompt(tokens, config.num_tokens, lengths, key_mask)
-    if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 0:
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 0:
         raise ValueError(f"gpt_fast.generate: max_new_tokens is {max_new_tokens!r}; expected an integer of 0 or more")
     seed = None if seed is None else as_seed(seed)
+    _check_processors(logits_processors)
     stop = _stop_tokens(stop_tokens, tokens.device)
     if session is not None and (session.model is not model or session.cache.batch != len(tokens) or sliding):
         raise ValueError(
@@ -339,18 +340,24 @@ def _slide(session: DecodeSession, rows: _Rows, drawing: _Drawing, live: Tensor 
     return new, scores
 
 
-def _stop_tokens(stop_tokens: Sequence[int] | None, device: torch.device) -> Tensor | None:
+def _check_processors(processors: Any) -> None:
+    if not isinstance(processors, list | tuple) or not all(callable(processor) for processor in processors):
+        raise ValueError(f"gpt_fast.generate: logits_processors is {processors!r}; expected a list of callables")
+
+
+def _stop_tokens(stop_tokens: Any, device: torch.device) -> Tensor | None:
     if stop_tokens is None:
         return None
-    tokens = [stop_tokens] if isinstance(stop_tokens, int) else list(stop_tokens)
-    if not all(isinstance(token, numbers.Integral) for token in tokens):
+    tokens = [stop_tokens] if isinstance(stop_tokens, int) else stop_tokens
+    is_list = isinstance(tokens, Iterable) and not isinstance(tokens, str | bytes)
+    if not is_list or not all(isinstance(token, numbers.Integral) for token in tokens):
         raise ValueError(f"gpt_fast.generate: stop_tokens is {stop_tokens!r}; expected a list of token ids")
-    return torch.tensor(tokens, dtype=torch.int64, device=device)
+    return torch.tensor(list(tokens), dtype=torch.int64, device=device)
 
 
 def as_seed(seed: object) -> int:
     """Return a seed as a signed 64-bit integer; raise `ValueError` unless `torch.manual_seed` takes it."""
-    if not isinstance(seed, numbers.Integral) or not -(2**63) <= int(seed) < 2**64:
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not -(2**63) <= int(seed) < 2**64:
         raise ValueError(f"gpt_fast.generate: seed is {seed!r}; expected an integer from -2^63 to 2^64 - 1, or None")
     return (int(seed) + 2**63) % 2**64 - 2**63
 

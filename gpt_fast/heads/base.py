@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from typing_extensions import Self
 from .. import model_folder
 from ..config import GPTConfig
 from ..model import Convertible, GPTModel, as_key_mask, init_weights, output_loss
+from ..ops import _checks
 
 
 class HeadOutput(NamedTuple):
@@ -99,6 +99,7 @@ class Head(Convertible, nn.Module):
         """Return the sum of the loss's terms, each times its weight."""
         if loss_weights is None:
             return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
+        _checks.tensors(type(self).__name__, loss_weights=loss_weights)
         if loss_weights.shape != (len(terms),):
             raise ValueError(
                 f"gpt_fast.{type(self).__name__}: loss_weights has shape {list(loss_weights.shape)}; "
@@ -140,7 +141,7 @@ class Head(Convertible, nn.Module):
         An output layer that is not the token embedding's parameter is written too, whatever the configuration says, and
         the folder's configuration then has tied=False. Raises `OSError` where the folder cannot be written.
         """
-        model_folder.save(self, Path(directory))
+        model_folder.save(self, model_folder.as_path("save_pretrained", directory))
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, **overrides: Any) -> Self:
@@ -151,7 +152,7 @@ class Head(Convertible, nn.Module):
         safetensors alone. Raises `FileNotFoundError` for a missing file, `ValueError` for one that is truncated, not
         ours, or holds tensors of other names or shapes.
         """
-        return model_folder.load(cls, Path(directory), overrides)
+        return model_folder.load(cls, model_folder.as_path("from_pretrained", directory), overrides)
 
 
 def _resized(kind: type, old: Any, sizes: tuple[int, int], std: float, **options: Any) -> Any:

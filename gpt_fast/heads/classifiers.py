@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import ops
 from ..config import IGNORE, GPTConfig
 from ..model import as_key_mask, init_weights, shift_labels
+from ..ops import _checks
 from .base import Head, HeadOutput
 
 
@@ -35,9 +36,11 @@ class TaskHead(Head):
         logits: bool | None = None,
         loss_weights: Tensor | None = None,
     ) -> HeadOutput:
-        shape = tokens.shape
-        key_mask = as_key_mask(type(self).__name__, key_mask, attention_mask)
-        tokens, lengths, key_mask = self._rows(tokens, lengths, key_mask)
+        name = type(self).__name__
+        key_mask = as_key_mask(name, key_mask, attention_mask)
+        _checks.optional_tensors(name, labels=labels, lengths=lengths, key_mask=key_mask)
+        given, (tokens, lengths, key_mask) = tokens, self._rows(tokens, lengths, key_mask)
+        shape = given.shape
         hidden = self.trunk(tokens, lengths=lengths, key_mask=key_mask)
         real = real_tokens(tokens, lengths, key_mask)
         scores = self._scores(hidden, tokens, real, shape)
@@ -62,9 +65,10 @@ class TaskHead(Head):
         self, tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the tokens as rows [N, T], with what says where each of them ends."""
-        if not self._reads(tokens.shape):
+        if not isinstance(tokens, Tensor) or not self._reads(tokens.shape):
             raise ValueError(
-                f"{type(self).__name__}: tokens has shape {list(tokens.shape)}, wanted {self.tokens_shape}"
+                f"gpt_fast.{type(self).__name__}: tokens is {_checks.described(tokens)}; "
+                f"expected int64 {self.tokens_shape}"
             )
         return flat(tokens, lengths, key_mask) if tokens.dim() == 3 else (tokens, lengths, key_mask)
 
@@ -129,7 +133,7 @@ class TaskHead(Head):
     def _check_labels(self, labels: Tensor, shape: tuple[int, ...]) -> None:
         if labels.shape != shape or labels.dtype != torch.int64:
             raise ValueError(
-                f"{type(self).__name__}: labels is {labels.dtype} {list(labels.shape)}, wanted int64 {list(shape)}"
+                f"gpt_fast.{type(self).__name__}: labels is {_checks.described(labels)}; expected int64 {list(shape)}"
             )
 
     def _check_classes(self, classes: Tensor, L: int) -> None:

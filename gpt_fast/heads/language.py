@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..config import IGNORE, GPTConfig
 from ..model import Generating, as_key_mask, shift_labels
+from ..ops import _checks
 from .base import Head, HeadOutput
 
 
@@ -29,11 +30,14 @@ class LanguageModelHead(Head):
         logits: bool | None = None,
         loss_weights: Tensor | None = None,
     ) -> HeadOutput:
-        key_mask = as_key_mask(type(self).__name__, key_mask, attention_mask)
+        name = type(self).__name__
+        key_mask = as_key_mask(name, key_mask, attention_mask)
+        if logits is not None:
+            _checks.boolean_option(name, logits=logits)
         hidden = self.trunk(tokens, causal=self.causal, lengths=lengths, key_mask=key_mask, cu_seqlens=cu_seqlens)
         loss = None
         if labels is not None:
-            _check_labels(labels, tokens)
+            _check_labels(type(self).__name__, labels, tokens)
             loss = self._language_model_loss(hidden, self._targets(labels, lengths, key_mask))
             loss = self._weighted([loss], loss_weights)
         wanted = labels is None if logits is None else logits
@@ -45,7 +49,7 @@ class LanguageModelHead(Head):
     def _loss_counts(
         self, tokens: Tensor, labels: Tensor, lengths: Tensor | None, key_mask: Tensor | None
     ) -> list[Tensor]:
-        _check_labels(labels, tokens)
+        _check_labels(type(self).__name__, labels, tokens)
         return [(self._targets(labels, lengths, key_mask) != IGNORE).sum()]
 
 
@@ -81,9 +85,9 @@ class GPTForMaskedLM(LanguageModelHead):
     causal = False
 
 
-def _check_labels(labels: Tensor, tokens: Tensor) -> None:
-    if labels.shape != tokens.shape or labels.dtype != torch.int64:
+def _check_labels(head: str, labels: Tensor, tokens: Tensor) -> None:
+    if not isinstance(labels, Tensor) or labels.shape != tokens.shape or labels.dtype != torch.int64:
         raise ValueError(
-            f"gpt_fast: labels is {labels.dtype} {list(labels.shape)}, wanted int64 {list(tokens.shape)} as tokens, "
+            f"gpt_fast.{head}: labels is {_checks.described(labels)}; expected int64 {list(tokens.shape)} as tokens, "
             f"unshifted, {IGNORE} where a position does not count"
         )

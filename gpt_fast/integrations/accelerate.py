@@ -45,7 +45,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     Source: transformers' `modeling_gpt2.py` and `modeling_openai.py`, whose functions these are.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"accelerate: got {type(model).__name__}, wanted an nn.Module: {SUPPORTED}")
+        raise TypeError(f"gpt_fast.accelerate: model is a {type(model).__name__}; expected an nn.Module: {SUPPORTED}")
     report, patches, seen = Report(), [], False
     for name, module in model.named_modules():
         if isinstance(module, layers.TransformerDecoder | own._Trunk):
@@ -60,7 +60,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
             seen = True
             patches += planned
     if not seen:
-        raise TypeError(f"accelerate: got {type(model).__name__}, wanted one of {SUPPORTED}")
+        raise TypeError(f"gpt_fast.accelerate: model is a {type(model).__name__}; expected one of {SUPPORTED}")
     if not patches and not report.left and not report.notes:
         report.notes.append("the model was accelerated already; nothing was changed")
     if strict and report.left:
@@ -84,6 +84,8 @@ def restore(model: nn.Module) -> nn.Module:
     A model that is not accelerated stays as it is. Raises `ValueError`, and changes nothing, where something else was
     wrapped around a forward since, as mixed precision does in Hugging Face Accelerate: unwrap the model first.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"gpt_fast.restore: model is a {type(model).__name__}; expected an nn.Module")
     modules = [(name, module) for name, module in model.named_modules() if _plain.is_accelerated(module)]
     for name, module in modules:
         if not _plain.has_own_forward(module):

@@ -1,5 +1,8 @@
 """The checks public functions share. Each raises `ValueError` naming the op, what it got and what it wants."""
 
+import numbers
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,46 @@ INT_DTYPES = (torch.int64, torch.int32)
 
 def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def described(value: object) -> str:
+    """Return dtype and shape of a tensor, or the type of anything else, for messages."""
+    if isinstance(value, Tensor):
+        return f"{short(value.dtype)} {list(value.shape)}"
+    return "None" if value is None else f"of type {type(value).__name__}"
+
+
+def tensors(op: str, **arguments: Any) -> None:
+    """Validate that each argument is a tensor."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"gpt_fast.{op}: {name} is {described(value)}; expected a tensor")
+
+
+def optional_tensors(op: str, **arguments: Any) -> None:
+    """Validate that each argument is a tensor or None."""
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"gpt_fast.{op}: {name} is {described(value)}; expected a tensor or None")
+
+
+def is_number(value: Any) -> bool:
+    """Return True for a real number, Python's or NumPy's or the symbol of one in a graph, and False for a bool."""
+    return isinstance(value, float | int | numbers.Real | torch.SymFloat | torch.SymInt) and not isinstance(value, bool)
+
+
+def integer(op: str, **arguments: Any) -> None:
+    """Validate that each argument is an integer."""
+    for name, value in arguments.items():
+        if not isinstance(value, int | numbers.Integral | torch.SymInt) or isinstance(value, bool):
+            raise ValueError(f"gpt_fast.{op}: {name} is {value!r}; expected an integer")
+
+
+def boolean_option(op: str, **arguments: Any) -> None:
+    """Validate that each argument is True or False."""
+    for name, value in arguments.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"gpt_fast.{op}: {name} is {value!r}; expected True or False")
 
 
 def alike(first: Tensor, *others: Tensor | None) -> bool:
@@ -87,9 +130,9 @@ def dimensions(op: str, name: str, tensor: Tensor, wanted: str) -> None:
 
 
 def probability(op: str, name: str, p: float) -> None:
-    """A dropout probability is in [0, 1)."""
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"gpt_fast.{op}: {name} is {p}, wanted a probability in [0, 1)")
+    """Validate that a dropout probability is a number in [0, 1)."""
+    if not is_number(p) or not 0.0 <= p < 1.0:
+        raise ValueError(f"gpt_fast.{op}: {name} is {p!r}; expected a probability in [0, 1)")
 
 
 def seed(op: str, seed: Tensor | None, device: torch.device) -> None:
@@ -98,7 +141,7 @@ def seed(op: str, seed: Tensor | None, device: torch.device) -> None:
         return
     if not isinstance(seed, Tensor):
         raise ValueError(
-            f"gpt_fast.{op}: seed has type {type(seed).__name__}; expected an int64 tensor of one element on {device}"
+            f"gpt_fast.{op}: seed is {described(seed)}; expected an int64 tensor of one element on {device}"
         )
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
         raise ValueError(

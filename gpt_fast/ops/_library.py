@@ -178,14 +178,22 @@ def _device_index(args: Iterable) -> int:
 def serving(op: str, device_type: str) -> str:
     """What runs `op` on a device type now: "triton", "cpp" or "reference", as PyTorch's dispatcher has it.
 
-    Raises `ValueError` for a device type PyTorch does not know.
+    Raises `ValueError` for an op that this library does not have and a device type that PyTorch does not know.
     """
+    if not isinstance(op, str) or not isinstance(device_type, str):
+        raise ValueError(
+            f"gpt_fast.serving: op is {op!r} and device_type {device_type!r}; expected two names, as in 'mlp', 'cpu'"
+        )
     if (op, device_type) in _WITH_KERNEL:
         return _WITH_KERNEL[op, device_type]
+    if not hasattr(torch.ops.gpt_fast, f"{op}_forward"):
+        raise ValueError(f"gpt_fast.serving: op is {op!r}; expected the name of an op of this library, such as 'mlp'")
     try:
         key = torch._C._dispatch_key_for_device(device_type)
     except RuntimeError as error:
-        raise ValueError(f"gpt_fast: unknown device type {device_type!r}; known are cpu, cuda, …") from error
+        raise ValueError(
+            f"gpt_fast.serving: device_type is {device_type!r}; expected one that PyTorch knows, such as 'cuda'"
+        ) from error
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"gpt_fast::{op}_forward", key):
         return "reference"
     _WITH_KERNEL[op, device_type] = "triton" if key in TRITON_KEYS else "cpp"
@@ -248,13 +256,15 @@ def is_plain_call(op: str, x: Tensor, *others: Tensor | None) -> bool:
     """
     if _reference_forced or _transforms.is_recording() or _transforms.is_transformed():
         return False
-    if _transforms.is_forward_mode():
+    if _transforms.is_forward_mode() or not isinstance(x, Tensor):
         return False
     dtype, device = x.dtype, x.device
     if dtype not in KERNEL_DTYPES or (op, device.type) not in _WITH_KERNEL:
         return False
-    for tensor in others:  # noqa: SIM110  a generator would take twice as long
-        if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
+    for tensor in others:
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.device != device:
             return False
     return True
 
@@ -317,6 +327,8 @@ def new_seed(device: torch.device | str) -> Tensor:
     `torch.manual_seed`, activation checkpointing and CUDA graphs govern it. Under `torch.compile` torch draws other
     numbers than in eager mode; masks agree for a seed passed explicitly.
     """
+    if not isinstance(device, torch.device | str | int) or isinstance(device, bool):
+        raise ValueError(f"gpt_fast.new_seed: device is {device!r}; expected a torch.device or its name")
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         seed = seed + _signed(torch.distributed.get_rank() * _RANK_STEP)

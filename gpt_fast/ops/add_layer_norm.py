@@ -55,7 +55,10 @@ def add_layer_norm(
         and has_plain_shapes(x, weight, bias, eps)
         and residual.shape == x.shape
     )
+    if type(site) is not int:
+        _checks.integer("add_layer_norm", site=site)
     if not plain:
+        _checks.tensors("add_layer_norm", x=x, residual=residual)
         check_norm("add_layer_norm", x, weight, bias, eps)
         _checks.floating("add_layer_norm", residual=residual)
         _checks.same_device("add_layer_norm", x=x, residual=residual)

@@ -69,6 +69,7 @@ def attention(
 
     Source: Vaswani et al. (2017), arXiv:1706.03762; Dao (2023), arXiv:2307.08691.
     """
+    _checks.tensors("attention", q=q, k=k, v=v)
     q, k, v = _library.autocast(q, k, v)
     _checks.dimensions("attention", "q", q, "[B, H, T, D]")
     _checks.dimensions("attention", "k", k, "[B, H, S, D]")
@@ -105,6 +106,8 @@ def attention_qkv(
     precision, dropout, determinism, errors and source are those of `attention`; besides, `ValueError` where the last
     axis is no multiple of 3 · num_heads.
     """
+    _checks.tensors("attention_qkv", qkv=qkv)
+    _checks.integer("attention_qkv", num_heads=num_heads)
     (qkv,) = _library.autocast(qkv)
     _checks.dimensions("attention_qkv", "qkv", qkv, "[B, T, 3C]")
     _checks.floating("attention_qkv", qkv=qkv)
@@ -127,6 +130,9 @@ def _options(
     scale: float | None,
 ) -> dict:  # fmt: skip
     """The options, checked against q [B, H, T, D] and S keys, with seed and scale filled in."""
+    _checks.optional_tensors("attention", lengths=lengths, key_mask=key_mask, mask=mask, cu_seqlens=cu_seqlens)
+    _checks.boolean_option("attention", causal=causal)
+    _checks.integer("attention", site=site)
     B, H, _, D = q.shape
     if not 1 <= D <= MAX_HEAD_DIM:
         raise ValueError(f"gpt_fast.attention: head size is {D}, wanted 1 to {MAX_HEAD_DIM}")
@@ -149,10 +155,13 @@ def _options(
             f"gpt_fast.attention: cu_seqlens of shape {list(cu_seqlens.shape)} with batch {B}, {T} queries and {S} "
             "keys, wanted [n + 1], a batch of 1 and as many queries as keys"
         )
-    if window is not None and window < 1:
-        raise ValueError(f"gpt_fast.attention: window is {window}, wanted at least 1")
-    if scale is not None and not -math.inf < scale < math.inf:  # isfinite takes no symbol
-        raise ValueError(f"gpt_fast.attention: scale is {scale}, wanted a finite number")
+    if window is not None:
+        _checks.integer("attention", window=window)
+        if window < 1:
+            raise ValueError(f"gpt_fast.attention: window is {window}; expected 1 or more, or None")
+    # isfinite takes no symbol
+    if scale is not None and not (_checks.is_number(scale) and -math.inf < scale < math.inf):
+        raise ValueError(f"gpt_fast.attention: scale is {scale!r}; expected a finite number or None")
     _checks.probability("attention", "dropout_p", dropout_p)
     _checks.seed("attention", seed, q.device)
     if lengths is not None and _library.values_checked(lengths) and not _library.kernel_checks("attention", q):

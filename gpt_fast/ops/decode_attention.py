@@ -33,6 +33,7 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
     Source: Dao et al. (2023), "Flash-Decoding for long-context inference".
     """
     op = "decode_attention"
+    _checks.tensors(op, q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
     _checks.dimensions(op, "q", q, "[B, H, D]")
     _checks.dimensions(op, "k_cache", k_cache, "[B, H, S, D]")
     B, H, D = q.shape

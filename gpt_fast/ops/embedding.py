@@ -46,6 +46,9 @@ def embedding(
 
     Source: Radford et al. (2018), "Improving Language Understanding by Generative Pre-Training".
     """
+    _checks.tensors("embedding", tokens=tokens, token_weight=token_weight, position_weight=position_weight)
+    _checks.optional_tensors("embedding", positions=positions)
+    _checks.integer("embedding", site=site)
     _checks.integral("embedding", tokens=tokens, positions=positions)
     _checks.floating("embedding", token_weight=token_weight, position_weight=position_weight)
     _checks.same_dtype("embedding", token_weight=token_weight, position_weight=position_weight)

@@ -43,6 +43,8 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
 
 def check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
     """Validate what layer_norm and add_layer_norm have in common: the input, gain, bias and eps."""
+    _checks.tensors(op, x=x)
+    _checks.optional_tensors(op, weight=weight, bias=bias)
     if not _checks.alike(x, weight, bias):  # x may be narrower
         _checks.floating(op, x=x, weight=weight, bias=bias)
         _checks.same_device(op, x=x, weight=weight, bias=bias)
@@ -53,8 +55,8 @@ def check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, e
     _checks.shape(op, "bias", bias, x.shape[-1:], "the last dimension of x")
     if bias is not None and weight is None:
         raise ValueError(f"gpt_fast.{op}: got a bias and no weight, wanted both, the weight alone or neither")
-    if not eps > 0:
-        raise ValueError(f"gpt_fast.{op}: eps is {eps}, wanted a positive number")
+    if not _checks.is_number(eps) or not eps > 0:
+        raise ValueError(f"gpt_fast.{op}: eps is {eps!r}; expected a positive number")
 
 
 def has_plain_shapes(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> bool:
@@ -64,6 +66,7 @@ def has_plain_shapes(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps:
         len(columns) == 1
         and (weight is not None and weight.shape == columns)
         and (bias is not None and bias.shape == columns)
+        and isinstance(eps, float)
         and eps > 0
     )
 

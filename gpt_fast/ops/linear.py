@@ -34,6 +34,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Source: `torch.nn.functional.linear`, which it stands in for.
     """
+    _checks.tensors("linear", x=x, weight=weight)
+    _checks.optional_tensors("linear", bias=bias)
     x, weight, bias = _library.autocast(x, weight, bias)
     _checks.floating_alike("linear", x=x, weight=weight, bias=bias)
     _checks.dimensions("linear", "weight", weight, "[N, C]")

@@ -51,8 +51,11 @@ def linear_cross_entropy(
 
     Source: Szegedy et al. (2016), section 7, arXiv:1512.00567, for the smoothing.
     """
-    x, weight, bias = _library.autocast(x, weight, bias)
     op = "linear_cross_entropy"
+    _checks.tensors(op, x=x, weight=weight, target=target)
+    _checks.optional_tensors(op, bias=bias)
+    _checks.integer(op, ignore_index=ignore_index)
+    x, weight, bias = _library.autocast(x, weight, bias)
     _checks.floating(op, x=x, weight=weight, bias=bias)
     _checks.same_dtype(op, x=x, weight=weight, bias=bias)
     _checks.same_device(op, x=x, weight=weight, target=target, bias=bias)
@@ -63,10 +66,10 @@ def linear_cross_entropy(
         raise ValueError(f"gpt_fast.{op}: target has dtype {_checks.short(target.dtype)}; expected int64")
     _checks.shape(op, "target", target, x.shape[:-1], "one class for each row of x")
     _checks.shape(op, "bias", bias, weight.shape[:1], "the rows of weight")
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"gpt_fast.{op}: reduction is {reduction!r}, wanted one of {', '.join(REDUCTIONS)}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"gpt_fast.{op}: label_smoothing is {label_smoothing}, wanted a number in [0, 1]")
+    if not _checks.is_number(label_smoothing) or not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"gpt_fast.{op}: label_smoothing is {label_smoothing!r}; expected a number in [0, 1]")
     if _library.values_checked(target) and not _library.kernel_checks(op, x):
         _checks.values_below(op, "target", target, weight.shape[0], besides=ignore_index)
     args = x, weight, target, bias, ignore_index, label_smoothing, reduction

@@ -69,6 +69,9 @@ def mlp(
 
     Source: Vaswani et al. (2017), section 3.3; Hendrycks and Gimpel (2016), arXiv:1606.08415.
     """
+    _checks.tensors("mlp", x=x, fc_weight=fc_weight, proj_weight=proj_weight)
+    _checks.optional_tensors("mlp", fc_bias=fc_bias, proj_bias=proj_bias)
+    _checks.integer("mlp", site=site)
     x, fc_weight, fc_bias, proj_weight, proj_bias = _library.autocast(x, fc_weight, fc_bias, proj_weight, proj_bias)
     _checks.floating_alike(
         "mlp", x=x, fc_weight=fc_weight, fc_bias=fc_bias, proj_weight=proj_weight, proj_bias=proj_bias
