@@ -108,7 +108,8 @@ def generate(  # type: ignore[misc]  # the overloads leave the common options to
         ValueError: For arguments that contradict this, an empty prompt, and logits that are NaN or infinite.
 
     Note:
-        Logits and the drawing are float32. Sources: Holtzman et al. (2019), arXiv:1904.09751, for top_p; Nguyen et al.
+        Dtypes: tokens are int64, logits and the drawing float32. Deterministic for a given seed, device and number of
+        threads. Sources: Holtzman et al. (2019), arXiv:1904.09751, for top_p; Nguyen et al.
         (2024), arXiv:2407.01082, for min_p; Keskar et al. (2019), arXiv:1909.05858, for the penalty.
     """
     options = Sampling(temperature, top_k, top_p, repetition_penalty, min_p)

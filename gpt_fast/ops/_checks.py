@@ -36,13 +36,17 @@ def optional_tensors(op: str, **arguments: Any) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Return True for a real number, Python's or NumPy's or the symbol of one in a graph, and False for a bool."""
+    """Return True for a real number, Python's or NumPy's or what stands for one in a graph, and False for a bool."""
+    if isinstance(value, Tensor):
+        return torch.jit.is_tracing() and value.dim() == 0  # what follows from a shape is a tensor in a trace
     return isinstance(value, float | int | numbers.Real | torch.SymFloat | torch.SymInt) and not isinstance(value, bool)
 
 
 def integer(op: str, **arguments: Any) -> None:
     """Validate that each argument is an integer."""
     for name, value in arguments.items():
+        if isinstance(value, Tensor) and torch.jit.is_tracing():
+            continue  # what follows from a shape
         if not isinstance(value, int | numbers.Integral | torch.SymInt) or isinstance(value, bool):
             raise ValueError(f"gpt_fast.{op}: {name} is {value!r}; expected an integer")
 

@@ -53,6 +53,7 @@ def add_layer_norm(
     plain = (
         _library.is_plain_call("add_layer_norm", x, residual, weight, bias)
         and has_plain_shapes(x, weight, bias, eps)
+        and residual is not None
         and residual.shape == x.shape
     )
     if type(site) is not int:

@@ -943,7 +943,7 @@ def test_a_subclass_with_its_own_forward_keeps_it() -> None:
 @pytest.mark.parametrize("bad", [nn.Linear(2, 2), "gpt2", None], ids=str)
 def test_other_models_are_named(bad) -> None:
     kind = type(bad).__name__
-    with pytest.raises(TypeError, match=rf"got {kind}, wanted .*GPT2LMHeadModel.*OpenAIGPTLMHeadModel"):
+    with pytest.raises(TypeError, match=rf"model is a {kind}; expected .*GPT2LMHeadModel.*OpenAIGPTLMHeadModel"):
         gpt_fast.accelerate(bad)
     if isinstance(bad, nn.Module):
         assert not any(name.startswith("_gpt_fast") for name in vars(bad))

@@ -263,13 +263,13 @@ def test_deepcopy_and_state_are_independent():
     ("call", "message"),
     [
         pytest.param(
-            lambda m: m(torch.zeros(1, 21).long()), "21 tokens in a row, wanted at most seq_len = 20", id="long"
+            lambda m: m(torch.zeros(1, 21).long()), "tokens has 21 in a row; expected at most seq_len = 20", id="long"
         ),
         pytest.param(
             lambda m: m(torch.full((1, 3), 61)), r"tokens holds 61, wanted values in \[0, 61\)", id="token_high"
         ),
         pytest.param(lambda m: m(torch.full((1, 3), -1)), "tokens holds -1", id="token_negative"),
-        pytest.param(lambda m: m(torch.zeros(3).long()), r"tokens has shape \[3\], wanted \[B, T\]", id="no_batch"),
+        pytest.param(lambda m: m(torch.zeros(3).long()), r"tokens is int64 \[3\]; expected int64 \[B, T\]", id="no_batch"),
         pytest.param(lambda m: m(torch.zeros(1, 3)), "tokens has dtype float32", id="float_tokens"),
         pytest.param(lambda m: m.loss(torch.zeros(2, 3).long(), torch.full((2, 3), 99)), "target holds 99", id="label"),
     ],
@@ -313,7 +313,7 @@ def test_presets_have_the_published_sizes(name, count):
 
 
 def test_preset_errors_and_overrides():
-    with pytest.raises(ValueError, match=r"preset is 'gpt5', wanted one of notes, gpt1, gpt2, gpt2-medium"):
+    with pytest.raises(ValueError, match=r"preset name is 'gpt5'; expected one of notes, gpt1, gpt2, gpt2-medium"):
         GPTConfig.preset("gpt5")
     with pytest.raises(ValueError, match="got layers, wanted only num_tokens"):
         GPTConfig.preset("gpt2", layers=3)
@@ -329,7 +329,7 @@ def test_preset_errors_and_overrides():
         pytest.param({"problem": "ranking"}, "problem is 'ranking'", id="problem"),
         pytest.param({"pooling": "mean"}, "pooling is 'mean'", id="pooling"),
         pytest.param({"pooling": "extract"}, "extract_token is None", id="extract_without_token"),
-        pytest.param({"pad_token": 61}, "pad_token is 61, wanted None or an id below 61", id="special_token"),
+        pytest.param({"pad_token": 61}, "pad_token is 61; expected None or an id below 61", id="special_token"),
         pytest.param({"layer_norm_eps": 0.0}, "layer_norm_eps is 0.0", id="eps"),
         pytest.param({"lm_weight": -1.0}, "lm_weight is -1.0", id="lm_weight"),
     ],
@@ -359,7 +359,7 @@ def test_packed_sequences_are_as_they_are_alone(preset, causal):
 def test_packed_sequences_that_cannot_be():
     model = GPTModel(GPTConfig.preset("gpt2", num_tokens=30, hidden_dim=16, num_heads=2, num_layers=1, seq_len=9))
     row = torch.zeros(1, 12, dtype=torch.int64)
-    with pytest.raises(ValueError, match="10 tokens in a row, wanted at most seq_len = 9"):
+    with pytest.raises(ValueError, match="tokens has 10 in a row; expected at most seq_len = 9"):
         model(row, cu_seqlens=torch.tensor([0, 10, 12], dtype=torch.int32))
     with pytest.raises(ValueError, match="more than one of lengths, key_mask and cu_seqlens"):
         model(row, cu_seqlens=torch.tensor([0, 6, 12], dtype=torch.int32), lengths=torch.tensor([12]))

@@ -290,8 +290,8 @@ BAD_INPUT = [
     pytest.param(lambda x, r, w, b: (x, r.int(), w, b), "residual has dtype int32", id="dtype"),
     pytest.param(lambda x, r, w, b: (x, r, w, b, EPS, 1.0), "dropout_p is 1.0", id="p_of_one"),
     pytest.param(lambda x, r, w, b: (x, r, w, b, EPS, -0.1), "dropout_p is -0.1", id="negative_p"),
-    pytest.param(lambda x, r, w, b: (x, r, w, b, EPS, 0.1, 3), "seed has type int", id="seed_type"),
-    pytest.param(lambda x, r, w, b: (x, r, w, b, EPS, 0.0, 3), "seed has type int", id="unused_seed_type"),
+    pytest.param(lambda x, r, w, b: (x, r, w, b, EPS, 0.1, 3), "seed is of type int", id="seed_type"),
+    pytest.param(lambda x, r, w, b: (x, r, w, b, EPS, 0.0, 3), "seed is of type int", id="unused_seed_type"),
     pytest.param(
         lambda x, r, w, b: (x, r, w, b, EPS, 0.1, torch.zeros(2).long()),
         r"seed has dtype int64 and shape \[2\]",

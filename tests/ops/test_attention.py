@@ -716,7 +716,7 @@ BAD_INPUT = [
     pytest.param(lambda q, k, v: ((q, k, v), {"scale": float("-inf")}), "scale is -inf", id="scale_infinite"),
     pytest.param(lambda q, k, v: ((q, k, v), {"dropout_p": 1.0}), "dropout_p is 1.0", id="dropout_one"),
     pytest.param(lambda q, k, v: ((q, k, v), {"dropout_p": -0.1}), "dropout_p is -0.1", id="dropout_negative"),
-    pytest.param(lambda q, k, v: ((q, k, v), {"dropout_p": 0.1, "seed": 5}), "seed has type int", id="seed"),
+    pytest.param(lambda q, k, v: ((q, k, v), {"dropout_p": 0.1, "seed": 5}), "seed is of type int", id="seed"),
 ]  # fmt: skip
 
 

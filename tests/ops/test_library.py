@@ -137,7 +137,7 @@ def test_decode_step_is_captured_on_the_device_of_the_model(fake_cuda, monkeypat
     step.tokens = torch.zeros(1, dtype=torch.int64).as_subclass(OnSecondGPU)
     before = fake_cuda.current
     for _ in range(2):  # captured once, replayed twice
-        step.advance(GPTForCausalLM(config), torch.zeros(1, dtype=torch.int64), Sampling(), None, None)
+        step.advance(GPTForCausalLM(config), torch.zeros(1, dtype=torch.int64), Sampling(), None, None, False)
     assert {device for _, device in places} == {1}
     assert [what for what, _ in places].count("replay") == 2 and [what for what, _ in places].count("graph") == 1
     assert fake_cuda.current == before and fake_cuda.entered == entered

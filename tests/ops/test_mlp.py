@@ -514,7 +514,7 @@ BAD_INPUT = [
     pytest.param(lambda *a: (*a, "relu", 1.0), "dropout_p is 1.0", id="certain_dropout"),
     pytest.param(lambda *a: (*a, "relu", -0.1), "dropout_p is -0.1", id="negative_dropout"),
     pytest.param(lambda *a: (*a, "relu", 0.1, torch.tensor([1.0])), "seed has dtype float32", id="seed_dtype"),
-    pytest.param(lambda *a: (*a, "relu", 0.1, 3), "seed has type int", id="seed_number"),
+    pytest.param(lambda *a: (*a, "relu", 0.1, 3), "seed is of type int", id="seed_number"),
 ]
 
 

@@ -83,9 +83,9 @@ def test_the_joint_loss_adds_the_language_model(head, S):
 
 
 def test_what_the_heads_refuse():
-    with pytest.raises(ValueError, match=r"GPTForSimilarity: tokens has shape \[2, 3, 5\], wanted \[B, 2, T\]"):
+    with pytest.raises(ValueError, match=r"GPTForSimilarity: tokens is int64 \[2, 3, 5\]; expected int64 \[B, 2, T\]"):
         make(GPTForSimilarity)(torch.zeros(2, 3, 5, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"GPTForMultipleChoice: tokens has shape \[2, 5\], wanted \[B, K, T\]"):
+    with pytest.raises(ValueError, match=r"GPTForMultipleChoice: tokens is int64 \[2, 5\]; expected int64 \[B, K, T\]"):
         make(GPTForMultipleChoice)(torch.zeros(2, 5, dtype=torch.int64))
     tokens, lengths = several(2, 3)
     with pytest.raises(ValueError, match=r"labels hold 0 to 3, wanted classes in \[0, 3\)"):
