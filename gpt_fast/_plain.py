@@ -185,3 +185,18 @@ def samples(tensors: Sequence[Tensor]) -> Tensor:
     """Return a few numbers of each tensor. Fused optimisers (torch 2.13) and writes to `.data` count no version."""
     few = [t.detach().flatten()[:: max(1, t.numel() // 16)].double() for t in tensors]
     return torch.cat(few).nan_to_num()
+
+
+class Unchanged:
+    """Whether tensors still hold what they held when this was made: by identity, version and a sample of values."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self._tensors = list(tensors)
+        self._versions = [version(tensor) for tensor in tensors]
+        has_values = not _transforms.is_transformed() and not any(tensor.is_meta for tensor in tensors)
+        self._samples = samples(tensors) if has_values else None
+
+    def __call__(self) -> bool:
+        return [version(tensor) for tensor in self._tensors] == self._versions and (
+            self._samples is None or torch.equal(samples(self._tensors), self._samples)
+        )

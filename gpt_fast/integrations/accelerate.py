@@ -7,7 +7,8 @@ import torch.nn as nn
 from .. import _plain, layers
 from .. import model as own
 from . import torch_modules
-from .report import Patch, Report
+from .handwritten import plan as handwritten
+from .report import LeftAlone, Patch, Report
 
 SUPPORTED = (
     "transformers' GPT2Model, GPT2LMHeadModel, GPT2DoubleHeadsModel, GPT2ForSequenceClassification, "
@@ -47,7 +48,11 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"gpt_fast.accelerate: model is a {type(model).__name__}; expected an nn.Module: {SUPPORTED}")
     report, patches, seen = Report(), [], False
+    written: dict[nn.Module, list[Patch]] = {}  # blocks that somebody wrote
+    inside: set[nn.Module] = set()
     for name, module in model.named_modules():
+        if module in inside:
+            continue
         if isinstance(module, layers.TransformerDecoder | own._Trunk):
             seen = True
             report.notes = ["the model is this library's own and runs on its ops already"]
@@ -59,6 +64,15 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
         if planned is not None:
             seen = True
             patches += planned
+            continue
+        planned = handwritten.plan(name, module, report)
+        if planned is not None:
+            seen = True
+            inside |= set(module.modules())
+            if planned:
+                written[module] = planned
+    if written:
+        patches += _plan_written(model, written, report)
     if not seen:
         raise TypeError(f"gpt_fast.accelerate: model is a {type(model).__name__}; expected one of {SUPPORTED}")
     if not patches and not report.left and not report.notes:
@@ -109,6 +123,18 @@ def _undo(module: nn.Module) -> None:
     for name in vars(module).pop(_ATTRIBUTES, ()):
         vars(module).pop(name, None)
     _plain.detach(module)
+
+
+def _plan_written(model: nn.Module, blocks: dict[nn.Module, list[Patch]], report: Report) -> list[Patch]:
+    """Return the patches of blocks that somebody wrote and of what stands around them, if the model then agrees."""
+    patches = [patch for planned in blocks.values() for patch in planned]
+    if model not in blocks:
+        patches += handwritten.around("", model, list(blocks), report)
+    if handwritten.whole_model_agrees(model, patches, _apply, _undo):
+        return patches
+    report.replaced.clear()
+    report.left.append(LeftAlone("", type(model).__name__, "as a whole computes something else with these blocks"))
+    return []
 
 
 def _plan(name: str, module: nn.Module, report: Report) -> list[Patch] | None:

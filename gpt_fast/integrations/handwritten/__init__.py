@@ -1,0 +1,1 @@
+"""GPT-2 as people write it themselves: blocks that are recognised by their parts and by what they compute."""

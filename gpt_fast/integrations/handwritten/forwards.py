@@ -1,0 +1,180 @@
+"""The forwards that `gpt_fast.accelerate` puts on the recognised modules of a hand-written GPT.
+
+A block draws a dropout seed for each call; its sites are 0 (attention), 1 and 3 (branches) and 2 (hidden activation).
+Parts that have hooks or were replaced since are called; where that leaves nothing to fuse the class's own forward runs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
+
+from ... import _plain, ops
+from .deferred import Embedded, Sum, add, logits, rows, value
+from .layouts import Layout, Norm, part
+
+PARTS = "_gpt_fast_parts"  # the attribute that holds what a module was recognised as
+
+
+@dataclass(frozen=True)
+class Block:
+    """A recognised block: where its parts are, what its norms and dropouts are, and the classes that they had."""
+
+    layout: Layout
+    norm1: Norm
+    norm2: Norm
+    heads: int
+    activation: str  # this library's name
+    pre_norm: bool
+    dropouts: tuple[str, str, str, str]  # paths of the rates: attention, its branch, hidden, the MLP's branch; "" none
+    kinds: dict[str, type]  # the class of each part, by path
+
+
+def block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    block: Block = vars(self)[PARTS]
+    x = args[0] if len(args) == 1 and not kwargs else None
+    if not isinstance(x, Tensor) or x.dim() != 3 or not _is_whole(self, block):
+        return _plain.original(self, *(value(arg) for arg in args), **{k: value(v) for k, v in kwargs.items()})
+    seed = ops.new_seed(x.device) if any(_rate(self, path) > 0 for path in block.dropouts) else None
+    if block.pre_norm:
+        if isinstance(x, Sum) and x._value is None:
+            normed, x = _add_norm(self, block, block.norm1, x.branch, x.x, x.p, x.seed, x.site)
+        else:
+            x = value(x)
+            normed = _norm(self, block, block.norm1, x)
+        branch, p = _attention(self, block, normed, seed)
+        normed, x = _add_norm(self, block, block.norm2, branch, x, p, seed, 1)
+        branch, p = _mlp(self, block, normed, seed)
+        return add(x, branch, p, seed, 3)
+    x = value(x)
+    branch, p = _attention(self, block, x, seed)
+    x, _ = _add_norm(self, block, block.norm1, branch, x, p, seed, 1)
+    branch, p = _mlp(self, block, x, seed)
+    return _add_norm(self, block, block.norm2, branch, x, p, seed, 3)[0]
+
+
+def _is_whole(self: Any, block: Block) -> bool:
+    """Return True if the block, attention and MLP are called by nobody but the block's own forward, and unhooked."""
+    layout = block.layout
+    return all(
+        _plain.why_not_plain(part(self, path), block.kinds[path]) is None
+        for path in dict.fromkeys(("", layout.attention, layout.mlp))
+    ) and all(_has_plain_rate(self, path) for path in (block.dropouts[0], block.dropouts[2]))
+
+
+def _has_plain_rate(self: Any, path: str) -> bool:
+    """Return True if a dropout inside an op is a rate, not a module that has to be called."""
+    source: Any = part(self, path) if path else None
+    if not isinstance(source, nn.Module):
+        return True
+    return isinstance(source, nn.Dropout) and _plain.is_plain(source, nn.Dropout) and source.p < 1
+
+
+def _rate(self: Any, path: str) -> float:
+    """Return the rate of a dropout now: of an `nn.Dropout`, or a number that holds while its owner trains."""
+    if not path:
+        return 0.0
+    source = part(self, path)
+    if isinstance(source, nn.Module):
+        return getattr(source, "p", 0.0) if source.training else 0.0
+    return source if part(self, path.rpartition(".")[0]).training else 0.0
+
+
+def _branch(self: Any, path: str, branch: Tensor) -> tuple[Tensor, float]:
+    """Return the branch and the dropout that is left for its addition."""
+    source = part(self, path) if path else None
+    if isinstance(source, nn.Module):
+        return _plain.dropout(source, branch)
+    return branch, _rate(self, path)
+
+
+def _attention(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple[Tensor, float]:
+    layout = block.layout
+    projected = [_plain.linear(part(self, path), x) for path in layout.qkv]
+    options: dict[str, Any] = {"dropout_p": _rate(self, block.dropouts[0]), "seed": seed, "site": 0}
+    if len(projected) == 1:
+        out = ops.attention_qkv(projected[0], block.heads, **options)
+    else:
+        q, k, v = (one.unflatten(2, (block.heads, -1)).transpose(1, 2) for one in projected)  # [B, H, T, D]
+        out = ops.attention(q, k, v, **options).transpose(1, 2).flatten(2)
+    return _branch(self, block.dropouts[1], _plain.linear(part(self, layout.out), out))
+
+
+def _mlp(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple[Tensor, float]:
+    layout = block.layout
+    fc, proj = part(self, layout.fc), part(self, layout.proj)
+    is_plain = _plain.is_plain(fc, nn.Linear) and _plain.is_plain(proj, nn.Linear)
+    p = _rate(self, block.dropouts[2])
+    if is_plain and _is_as_it_was(self, block, layout.activation):
+        branch = ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, block.activation, p, seed, site=2)
+    else:
+        hidden = _activate(self, block, fc(x))
+        branch = proj(hidden if not block.dropouts[2] else nn.functional.dropout(hidden, p, p > 0))
+    return _branch(self, block.dropouts[3], branch)
+
+
+def _activate(self: Any, block: Block, x: Tensor) -> Tensor:
+    from ..._activations import ACTIVATIONS
+
+    path = block.layout.activation
+    return part(self, path)(x) if path else ACTIVATIONS[block.activation].make_module()(x)
+
+
+def _is_as_it_was(self: Any, block: Block, path: str) -> bool:
+    return not path or _plain.why_not_plain(part(self, path), block.kinds[path]) is None
+
+
+def _norm(self: Any, block: Block, norm: Norm, x: Tensor) -> Tensor:
+    module = part(self, norm.path)
+    if _plain.why_not_plain(module, block.kinds[norm.path]) is not None:
+        return module(x)
+    return ops.layer_norm(x, _named(module, norm.weight), _named(module, norm.bias), norm.eps)
+
+
+def _add_norm(
+    self: Any, block: Block, norm: Norm, branch: Tensor, x: Tensor, p: float, seed: Tensor | None, site: int
+) -> tuple[Tensor, Tensor]:
+    """Return (norm(x + dropout(branch)), x + dropout(branch))."""
+    module = part(self, norm.path)
+    if _plain.why_not_plain(module, block.kinds[norm.path]) is not None:
+        summed = _plain.add(branch, x, p, seed, site)
+        return module(summed), summed
+    weight, bias = _named(module, norm.weight), _named(module, norm.bias)
+    return ops.add_layer_norm(branch, x, weight, bias, norm.eps, p, seed, site)
+
+
+def _named(module: Any, name: str) -> Tensor | None:
+    return getattr(module, name) if name else None
+
+
+# ---- around the blocks -----------------------------------------------------------------------------------------------
+
+
+def norm_forward(self: Any, x: Tensor) -> Tensor:
+    """The last norm: what the last block has left to be added is one pass with it."""
+    norm: Norm = vars(self)[PARTS]
+    weight, bias = _named(self, norm.weight), _named(self, norm.bias)
+    if isinstance(x, Sum) and x._value is None:
+        return ops.add_layer_norm(x.branch, x.x, weight, bias, norm.eps, x.p, x.seed, x.site)[0]
+    return ops.layer_norm(value(x), weight, bias, norm.eps)
+
+
+def output_forward(self: Any, x: Tensor) -> Tensor:
+    """The projection to the vocabulary, left to whoever reads it."""
+    return logits(value(x), self.weight, self.bias)
+
+
+def table_forward(self: Any, index: Tensor) -> Tensor:
+    """An embedding, left to the addition of both embeddings."""
+    if _plain.why_no_table(self) is not None and not _plain.is_accelerated(self):
+        return _plain.original(self, index)
+    return rows(index, self.weight)
+
+
+def dropout_forward(self: Any, x: Tensor) -> Tensor:
+    """The dropout on the embeddings: both embeddings, their sum and it are one op."""
+    if not isinstance(x, Embedded) or x._value is not None or not 0 <= self.p < 1:
+        return _plain.original(self, value(x))
+    p = self.p if self.training else 0.0
+    return ops.embedding(*x.arguments, p, ops.new_seed(x.device) if p else None, site=0)

@@ -1,0 +1,196 @@
+"""Which attribute of a hand-written block plays which part: a table of known layouts, and inference for other names."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Attribute paths of a block's parts, relative to the block.
+
+    `qkv` is one packed projection or three separate ones, in the order q, k, v. `activation` is "" where the forward
+    calls a function. `attention` and `mlp` are the modules around the parts, "" where the block holds them itself.
+    """
+
+    name: str
+    norm1: str
+    attention: str
+    qkv: tuple[str, ...]
+    out: str
+    norm2: str
+    mlp: str
+    fc: str
+    activation: str
+    proj: str
+
+
+# A code base whose blocks have other names is a row here, or needs none if inference finds its parts.
+LAYOUTS = (
+    Layout(
+        "nanoGPT, build-nanogpt", norm1="ln_1", attention="attn", qkv=("attn.c_attn",), out="attn.c_proj", norm2="ln_2",
+        mlp="mlp", fc="mlp.c_fc", activation="mlp.gelu", proj="mlp.c_proj",
+    ),
+    Layout(
+        "minGPT", norm1="ln_1", attention="attn", qkv=("attn.c_attn",), out="attn.c_proj", norm2="ln_2",
+        mlp="mlp", fc="mlp.c_fc", activation="mlp.act", proj="mlp.c_proj",
+    ),
+    Layout(
+        "LLMs-from-scratch", norm1="norm1", attention="att", qkv=("att.W_query", "att.W_key", "att.W_value"),
+        out="att.out_proj", norm2="norm2", mlp="ff", fc="ff.layers.0", activation="ff.layers.1", proj="ff.layers.2",
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Names of a LayerNorm's gain and bias ("" for none) within its module, and its eps."""
+
+    path: str
+    weight: str
+    bias: str
+    eps: float
+
+
+def part(block: Any, path: str) -> Any:
+    """Return the part of a block at an attribute path; "" is the block itself."""
+    for name in path.split(".") if path else ():
+        block = getattr(block, name)
+    return block
+
+
+def layouts(block: nn.Module) -> Iterator[Layout]:
+    """Yield every layout whose parts the block has: rows of the table first, then what its structure suggests."""
+    known = [layout for layout in LAYOUTS if _is_there(block, layout)]
+    yield from known
+    inferred = None if known else _inferred(block)
+    if inferred is not None:
+        yield inferred
+
+
+def _is_there(block: nn.Module, layout: Layout) -> bool:
+    modules = dict(block.named_modules())
+    paths = [getattr(layout, field.name) for field in fields(layout) if field.name != "name"]
+    flat = [path for value in paths for path in ([value] if isinstance(value, str) else value)]
+    linears = (*layout.qkv, layout.out, layout.fc, layout.proj)
+    return all(path == "" or path in modules for path in flat) and all(
+        isinstance(modules[path], nn.Linear) for path in linears
+    )
+
+
+def _inferred(block: nn.Module) -> Layout | None:
+    """Return the layout that a block's structure suggests, or None.
+
+    A block has two norms of width C; linear layers C → 3C, or three C → C, for queries, keys and values; another C → C
+    for the output; and C → F and F → C for the MLP, in the order in which modules are registered.
+    """
+    modules = dict(block.named_modules())
+    norms = [path for path, module in modules.items() if norm_width(module) is not None]
+    linears = [path for path, module in modules.items() if isinstance(module, nn.Linear)]
+    if len(norms) != 2 or len(linears) not in (4, 6):
+        return None
+    C = norm_width(modules[norms[0]]) or 0
+    sizes = {path: (modules[path].in_features, modules[path].out_features) for path in linears}
+    packed = [path for path in linears if sizes[path] == (C, 3 * C)] if len(linears) == 4 else []
+    square = [path for path in linears if sizes[path] == (C, C)]
+    if len(linears) == 4 and len(packed) == 2 and sizes[packed[1]] == (C, 3 * C):
+        packed = packed[:1]  # an MLP of width 3C, registered behind attention
+    if len(linears) == 4 and len(packed) == 1 and len(square) == 1:
+        qkv, out = tuple(packed), square[0]
+    elif len(linears) == 6 and len(square) == 4:
+        named = {role: path for path in square for role in ("q", "k", "v") if _role(path) == role}
+        if len(named) != 3:
+            return None
+        qkv = tuple(named[role] for role in ("q", "k", "v"))
+        out = next(path for path in square if path not in qkv)
+    else:
+        return None
+    rest = [path for path in linears if path not in (*qkv, out)]
+    if len(rest) != 2 or sizes[rest[0]][0] != C or sizes[rest[1]] != (sizes[rest[0]][1], C):
+        return None
+    fc, proj = rest
+    mlp = _common(fc, proj)
+    between = [
+        path for path, module in modules.items()
+        if path.startswith(f"{mlp}." if mlp else "") and path not in linears and _is_activation(module)
+    ]  # fmt: skip
+    return Layout(
+        "inferred", norms[0], _common(*qkv, out), qkv, out, norms[1], mlp, fc, between[0] if between else "", proj
+    )
+
+
+def _role(path: str) -> str | None:
+    """Return "q", "k" or "v" for the name of a projection, such as "att.W_query", "k_proj" or "to_v"."""
+    name = path.rpartition(".")[2].lower().replace("weight", "").replace("proj", "").replace("linear", "")
+    words = [word for word in name.replace("-", "_").split("_") if word not in ("", "w", "to", "lin", "attn")]
+    found = {word[0] for word in words if word in ("q", "k", "v", "query", "key", "value", "queries", "keys", "values")}
+    return found.pop() if len(found) == 1 else None
+
+
+def _common(*paths: str) -> str:
+    """Return the path of the innermost module that holds all of these."""
+    prefixes = [path.split(".")[:-1] for path in paths]
+    shared = []
+    for names in zip(*prefixes, strict=False):
+        if len(set(names)) > 1:
+            break
+        shared.append(names[0])
+    return ".".join(shared)
+
+
+def _is_activation(module: nn.Module) -> bool:
+    """Return True for a module without children and parameters that is no dropout."""
+    empty = not list(module.children()) and not list(module.parameters())
+    return empty and not isinstance(module, nn.Dropout | nn.Identity)
+
+
+def norm_width(module: nn.Module) -> int | None:
+    """Return the width of what may be a LayerNorm: no children, and one or two parameters of one dimension; or None."""
+    if list(module.children()) or isinstance(module, nn.Embedding | nn.Linear):
+        return None
+    parameters = list(module.parameters(recurse=False))
+    if len(parameters) not in (1, 2) or any(parameter.dim() != 1 for parameter in parameters):
+        return None
+    widths = {parameter.numel() for parameter in parameters}
+    return widths.pop() if len(widths) == 1 else None
+
+
+_GAINS, _SHIFTS = ("weight", "scale", "gamma", "gain", "g", "a_2"), ("bias", "shift", "beta", "b", "b_2")
+_EPS_NAMES = ("eps", "epsilon", "variance_epsilon")
+_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
+
+
+def find_norm(path: str, module: Any) -> Norm | None:
+    """Return how a module normalises if it computes LayerNorm, as shown by what it gives in float64; else None."""
+    names = dict(module.named_parameters(recurse=False))
+    gain = next((name for name in _GAINS if name in names), "")
+    shift = next((name for name in _SHIFTS if name in names), "")
+    if {gain, shift} - {""} != set(names):
+        return None
+    own = [getattr(module, name) for name in _EPS_NAMES if isinstance(getattr(module, name, None), float)]
+    C = next(iter(names.values())).numel()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, C, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 1e-2, 5.0])[:, None, None]
+    x = x + torch.randn(3, 4, 1, generator=generator, dtype=torch.float64)
+    drawn = {
+        name: torch.randn(C, generator=generator, dtype=torch.float64) for name in names
+    }  # fmt: skip
+    place = next(iter(names.values())).device
+    try:
+        with torch.no_grad():
+            drawn = {name: value.to(place) for name, value in drawn.items()}
+            got = torch.func.functional_call(module, drawn, (x.to(place),))
+    except Exception:  # noqa: BLE001  whatever foreign code raises: it is no LayerNorm
+        return None
+    if not isinstance(got, Tensor) or got.shape != x.shape:
+        return None
+    for eps in dict.fromkeys([*own, *_EPS]):
+        weight, bias = drawn.get(gain), drawn.get(shift)
+        expected = torch.nn.functional.layer_norm(x.to(place), (C,), weight, bias, eps)
+        if torch.allclose(got.double(), expected, rtol=1e-6, atol=1e-6):
+            return Norm(path, gain, shift, eps)
+    return None
