@@ -253,7 +253,10 @@ BAD_USES = {
     "generate: temperature": ("generate --from {lm} --temperature -1 --max-new-tokens 3", ["temperature is -1.0"]),
     "generate: weights": ("generate --from {lm} --weights int4 --max-new-tokens 3", ["'int4'", "float32, bfloat16"]),
     "generate: samples": ("generate --from {lm} --num-samples 0 --max-new-tokens 3", ["--num-samples 0"]),
-    "generate: penalty": ("generate --from {lm} --repetition-penalty 0 --max-new-tokens 3", ["repetition_penalty is 0"]),
+    "generate: penalty": (
+        "generate --from {lm} --repetition-penalty 0 --max-new-tokens 3",
+        ["penalty is 0"],
+    ),
     "generate: top-k": ("generate --from {lm} --top-k 0 --max-new-tokens 3", ["top_k is 0"]),
     "generate: top-p": ("generate --from {lm} --top-p 1.5 --max-new-tokens 3", ["top_p is 1.5"]),
     "generate: masked": ("generate --from {mlm} --prompt a", ["GPTForMaskedLM", "wanted a GPTForCausalLM"]),

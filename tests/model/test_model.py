@@ -269,7 +269,9 @@ def test_deepcopy_and_state_are_independent():
             lambda m: m(torch.full((1, 3), 61)), r"tokens holds 61, wanted values in \[0, 61\)", id="token_high"
         ),
         pytest.param(lambda m: m(torch.full((1, 3), -1)), "tokens holds -1", id="token_negative"),
-        pytest.param(lambda m: m(torch.zeros(3).long()), r"tokens is int64 \[3\]; expected int64 \[B, T\]", id="no_batch"),
+        pytest.param(
+            lambda m: m(torch.zeros(3).long()), r"tokens is int64 \[3\]; expected int64 \[B, T\]", id="no_batch"
+        ),
         pytest.param(lambda m: m(torch.zeros(1, 3)), "tokens has dtype float32", id="float_tokens"),
         pytest.param(lambda m: m.loss(torch.zeros(2, 3).long(), torch.full((2, 3), 99)), "target holds 99", id="label"),
     ],

@@ -1,0 +1,346 @@
+"""accelerate() on GPT-2s that people write themselves: what is recognised, what it computes, what is left alone."""
+
+import collections
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import gpt_fast
+from gpt_fast import ops
+from gpt_fast.integrations.handwritten.deferred import Deferred
+from tests import handwritten
+from tests.handwritten import CHANGES, MODELS, V, look_alike, loss_of, make
+
+NAMES = list(MODELS)
+
+
+def tokens(B: int = 3, T: int = 17, seed: int = 0) -> Tensor:
+    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def twins(name: str, dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
+    """Return the model as it is, and the same one accelerated. (Copies of `masked` share a lambda.)"""
+    plain, fast = make(name, dropout), make(name, dropout)
+    fast.load_state_dict(plain.state_dict())
+    report = gpt_fast.accelerate(fast, strict=name != "own")
+    assert report.replaced
+    return plain, fast
+
+
+class Operators(TorchDispatchMode):
+    """Counts the forward operators of this library, and PyTorch's that they replace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count[str(func).removesuffix(".default")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+# ---- what is recognised ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(gpt_fast.build_info() is None, reason="the reference serves: no operator is called")
+@pytest.mark.parametrize("name", ["packed", "masked", "separate"])
+def test_a_training_pass_is_fused_as_a_whole(name):
+    """One embedding, every residual addition with the norm that follows, and a loss without logits."""
+    _, fast = twins(name, dropout=0.1)
+    with Operators() as seen:
+        loss_of(fast, tokens(), tokens(seed=1)).backward()
+    ours = {
+        op.removeprefix("gpt_fast."): n for op, n in seen.count.items() if op.startswith("gpt_fast") and "forward" in op
+    }
+    L = handwritten.LAYERS
+    projections = 4 if name == "separate" else 2
+    assert ours == {
+        "embedding_forward": 1, "layer_norm_forward": 1, "add_layer_norm_forward": 2 * L,
+        "attention_forward": L, "linear_forward": projections * L, "mlp_forward": L, "linear_cross_entropy_forward": 1,
+    }  # fmt: skip
+    theirs = ("native_layer_norm", "softmax", "scaled_dot_product", "embedding", "gelu", "native_dropout", "mm.")
+    assert not [op for op in seen.count if op.startswith("aten.") and any(part in f"{op}." for part in theirs)]
+
+
+def test_the_report_names_the_parts():
+    report = gpt_fast.accelerate(make("packed"), strict=True)
+    assert not report.left
+    found = {(entry.name, entry.op) for entry in report.replaced}
+    assert {
+        ("transformer.h.0.ln_1", "layer_norm"), ("transformer.h.2.ln_2", "add_layer_norm"),
+        ("transformer.h.1.attn", "attention"), ("transformer.h.1.attn.c_attn", "linear"),
+        ("transformer.h.1.mlp", "mlp"), ("transformer.wte", "embedding"), ("transformer.ln_f", "layer_norm"),
+        ("lm_head", "linear_cross_entropy"),
+    } <= found  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_look_alikes_are_left_alone(change):
+    """The same parts with one difference: nothing is replaced, and the reason is told."""
+    model = look_alike(change)
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    report = gpt_fast.accelerate(model)
+    assert not report.replaced
+    assert [entry.kind for entry in report.left] == ["Changeable"]
+    assert len(report.left[0].reason.split()) > 3
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_the_block_without_a_change_is_recognised():
+    """What the look-alikes are compared with."""
+    report = gpt_fast.accelerate(look_alike("none"), strict=True)
+    assert {entry.op for entry in report.replaced} >= {"attention", "mlp", "add_layer_norm", "linear_cross_entropy"}
+
+
+def test_a_probe_leaves_no_trace():
+    """Flags, rates, buffers, gradients and random state are as before; so they are where a block is refused."""
+    model = make("masked", dropout=0.3)
+    model.transformer["h"][1].eval()
+    flags = [module.training for module in model.modules()]
+    rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    state = torch.get_rng_state()
+    gpt_fast.accelerate(model, strict=True)
+    assert [module.training for module in model.modules()] == flags
+    assert [module.p for module in model.modules() if isinstance(module, nn.Dropout)] == rates
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), buffers, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# ---- what it computes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_and_gradients(name):
+    plain, fast = twins(name)
+    batch, labels = tokens(), tokens(seed=1)
+    a, b = loss_of(plain, batch, labels), loss_of(fast, batch, labels)
+    torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+    a.backward()
+    b.backward()
+    for (label, p), (_, q) in zip(plain.named_parameters(), fast.named_parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-5, msg=lambda m, label=label: f"{label}: {m}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_twenty_steps_have_the_same_losses(name):
+    plain, fast = twins(name)
+    losses = []
+    for model in (plain, fast):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses.append([])
+        for step in range(20):
+            optimizer.zero_grad()
+            loss = loss_of(model, tokens(seed=step), tokens(seed=step + 100))
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_in_every_mode(name):
+    """Logits in training and evaluation, with and without gradients, for one token and for all positions."""
+    plain, fast = twins(name)
+    for T in (1, 5, handwritten.P):
+        for training in (True, False):
+            for grad in (True, False):
+                with torch.set_grad_enabled(grad):
+                    got, expected = (model.train(training)(tokens(T=T)) for model in (fast, plain))
+                    got, expected = (
+                        one["logits"] if isinstance(one, dict) else one[0] if isinstance(one, tuple) else one
+                        for one in (got, expected)
+                    )
+                torch.testing.assert_close(got + 0, expected + 0, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["packed", "masked", "separate", "own"])
+def test_dropout_has_the_same_rates_at_the_same_places(name):
+    """Means of many passes agree within their standard errors, and rates are read at each pass."""
+    plain, fast = twins(name, dropout=0.2)
+    batch, labels = tokens(2, 9), tokens(2, 9, seed=1)
+
+    def losses(model: nn.Module) -> Tensor:
+        torch.manual_seed(1)
+        with torch.no_grad():
+            return torch.stack([loss_of(model.train(), batch, labels) for _ in range(400)])
+
+    a, b = losses(plain), losses(fast)
+    assert (a.mean() - b.mean()).abs() < 5 * ((a.var() + b.var()) / 400).sqrt()
+    assert 0.7 < a.std() / b.std() < 1.4
+    for module in fast.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if "dropout" in vars(module):
+            module.dropout = 0.0
+    assert len(losses(fast).unique()) == 1
+
+
+@pytest.mark.parametrize("name", ["packed", "separate", "own"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(name, dtype):
+    plain, fast = twins(name)
+    with torch.autocast("cpu", dtype=dtype):
+        a, b = (loss_of(model, tokens(), tokens(seed=1)) for model in (plain, fast))
+    assert a.dtype == b.dtype == torch.float32
+    torch.testing.assert_close(b, a, rtol=2e-2, atol=2e-2)
+
+
+# ---- logits that nobody has read -------------------------------------------------------------------------------------
+
+
+def test_logits_are_a_tensor_for_whoever_reads_them():
+    plain, fast = twins("separate")
+    expected, got = plain(tokens()), fast(tokens())
+    assert isinstance(got, Deferred) and isinstance(got, Tensor)
+    assert got.shape == expected.shape and got.dtype == expected.dtype and got.requires_grad
+    torch.testing.assert_close(got.argmax(-1), expected.argmax(-1))
+    torch.testing.assert_close(got[:, -1, :], expected[:, -1, :], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(copy.copy(fast(tokens()).detach()), expected.detach(), rtol=1e-4, atol=1e-5)
+    assert got.tolist() == got.detach().numpy().tolist()
+    got.sum().backward()
+    assert fast.out_head.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ignore_index": 3}, {"reduction": "sum"}, {"reduction": "none"}, {"label_smoothing": 0.1},
+        {"weight": torch.linspace(0.5, 2, V)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_option_of_the_loss(options):
+    plain, fast = twins("separate")
+    labels = tokens(seed=1)
+    expected, got = (F.cross_entropy(m(tokens()).flatten(0, 1), labels.flatten(), **options) for m in (plain, fast))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    rows, other = (F.cross_entropy(m(tokens()).transpose(1, 2), labels, **options) for m in (plain, fast))
+    torch.testing.assert_close(other, rows, rtol=1e-4, atol=1e-5)
+
+
+def test_logits_read_after_an_update_are_refused():
+    _, fast = twins("separate")
+    logits = fast(tokens())
+    F.cross_entropy(logits.flatten(0, 1), tokens(seed=1).flatten()).backward()
+    torch.optim.SGD(fast.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="gpt_fast.accelerate: logits has weights that changed after the pass"):
+        logits.sum()
+
+
+def test_logits_are_saved_as_a_tensor(tmp_path: Path):
+    _, fast = twins("separate")
+    torch.save(fast(tokens()).detach(), tmp_path / "logits.pt")
+    assert type(torch.load(tmp_path / "logits.pt")) is Tensor
+
+
+# ---- PyTorch's tools -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_restore_is_bit_for_bit(name):
+    plain, fast = twins(name)
+    gpt_fast.restore(fast)
+    assert torch.equal(loss_of(fast, tokens(), tokens(seed=1)), loss_of(plain, tokens(), tokens(seed=1)))
+    assert vars(fast).keys() == vars(plain).keys()
+    assert all(a.keys() == b.keys() for a, b in zip(map(vars, fast.modules()), map(vars, plain.modules()), strict=True))
+
+
+@pytest.mark.parametrize("name", ["packed", "separate", "own"])
+def test_compile_deepcopy_and_state_dicts(name):
+    plain, fast = twins(name)
+    batch, labels = tokens(), tokens(seed=1)
+    expected = loss_of(plain, batch, labels)
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+    got = loss_of(compiled, batch, labels)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    got.backward()
+    expected.backward()
+    for p, q in zip(plain.parameters(), fast.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-5)
+    twin = copy.deepcopy(fast)
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+    larger = {key: value * 1.1 if value.is_floating_point() else value for key, value in plain.state_dict().items()}
+    for model in (plain, twin):
+        model.load_state_dict(larger)
+    torch.testing.assert_close(loss_of(twin, batch, labels), loss_of(plain, batch, labels), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activation_checkpointing(reentrant, dropout):
+    """Each block repeats its pass in backward: gradients are those without it, dropout included."""
+    _, fast = twins("packed", dropout)
+    x = torch.randn(2, 7, handwritten.C, requires_grad=True)
+    blocks = fast.transformer["h"]
+
+    def run(call) -> list[Tensor]:
+        torch.manual_seed(3)
+        y = x
+        for block in blocks:
+            y = call(block, y)
+        y = fast.transformer["ln_f"](y)
+        x.grad = None
+        fast.zero_grad(set_to_none=True)
+        y.square().sum().backward()
+        return [y.detach(), x.grad, *(parameter.grad for parameter in blocks.parameters())]
+
+    plain = run(lambda block, y: block(y))
+    repeated = run(lambda block, y: checkpoint(block, y, use_reentrant=reentrant))
+    for a, b in zip(plain, repeated, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "transformer.h.1", "transformer.h.1.attn", "transformer.h.1.mlp.c_fc", "transformer.h.1.ln_2", "lm_head",
+        "transformer.h.1.attn.resid_dropout", "transformer.wte", "transformer.drop", "transformer.ln_f",
+    ],
+)  # fmt: skip
+def test_hooks_take_effect(where):
+    plain, fast = twins("packed")
+    for model in (plain, fast):
+        model.get_submodule(where).register_forward_hook(lambda module, args, output: output * 1.5)
+    a, b = (loss_of(model, tokens(), tokens(seed=1)) for model in (plain, fast))
+    torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+    a.backward()
+    b.backward()
+    for p, q in zip(plain.parameters(), fast.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_adapters_take_effect():
+    peft = pytest.importorskip("peft", reason="the extra examples is not installed")
+    losses = []
+    for model in twins("separate"):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(target_modules=["W_query", "out_proj", "layers.0"], init_lora_weights=False)
+        adapted = peft.get_peft_model(model, config).get_base_model()
+        losses.append(loss_of(adapted, tokens(), tokens(seed=1)))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+
+
+def test_accelerating_twice_changes_nothing():
+    _, fast = twins("packed")
+    report = gpt_fast.accelerate(fast)
+    assert not report.replaced and "accelerated already" in str(report)
+
+
+def test_within_use_reference():
+    plain, fast = twins("packed")
+    with gpt_fast.use_reference(), torch.no_grad():
+        got = loss_of(fast, tokens(), tokens(seed=1))
+    torch.testing.assert_close(got, loss_of(plain, tokens(), tokens(seed=1)).detach(), rtol=1e-5, atol=1e-6)
+    assert ops.serving("mlp", "cpu") in ("cpp", "triton", "reference")
