@@ -52,6 +52,14 @@ def training_peers(ours: Build, plain: Build, hf: Callable[[str, Case], tuple[nn
     return tuple(dataclasses.replace(peer, missing=_where_it_fits(peer.missing)) for peer in peers)
 
 
+def written_peers(build: Build) -> tuple[Peer, ...]:
+    """Return the implementations of a step of somebody's own model: accelerated (ours), as it is, and compiled."""
+    as_written, compiled = _trains("as written", build)
+    accelerated, _ = _trains(OURS, _accelerated(build, strict=False))
+    peers = (accelerated, as_written, compiled)
+    return tuple(dataclasses.replace(peer, missing=_where_it_fits(peer.missing)) for peer in peers)
+
+
 def _job(case: Case, model: nn.Module, loss: Loss) -> Job:
     optimizer = make_optimizer(model, lr=1e-4)
     half = case.dtype != torch.float32
@@ -89,12 +97,12 @@ def _reference(build: Build) -> Peer:
     return Peer("reference", run, rival=False)
 
 
-def _accelerated(build: Build) -> Build:
+def _accelerated(build: Build, strict: bool = True) -> Build:
     """Return the same model after `gpt_fast.accelerate`."""
 
     def run(case: Case) -> tuple[nn.Module, Loss]:
         model, loss = build(case)
-        gpt_fast.accelerate(model, strict=True)
+        gpt_fast.accelerate(model, strict=strict)
         return model, loss
 
     return run

@@ -2,6 +2,9 @@
 
 import collections
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -344,3 +347,43 @@ def test_within_use_reference():
         got = loss_of(fast, tokens(), tokens(seed=1))
     torch.testing.assert_close(got, loss_of(plain, tokens(), tokens(seed=1)).detach(), rtol=1e-5, atol=1e-6)
     assert ops.serving("mlp", "cpu") in ("cpp", "triton", "reference")
+
+
+RANK = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tests.integrations.test_handwritten import loss_of, tokens, twins
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+for name in ("packed", "separate", "own"):
+    torch.manual_seed(0)
+    plain, fast = twins(name)
+    (sum(loss_of(plain, tokens(seed=r), tokens(seed=r + 2)) for r in range(2)) / 2).backward()
+    for options in ({}, {"find_unused_parameters": True}, {"static_graph": True}):
+        fast.zero_grad(set_to_none=True)
+        wrapped = DistributedDataParallel(fast, **options)
+        loss_of(wrapped, tokens(seed=rank), tokens(seed=rank + 2)).backward()
+        for p, q in zip(plain.parameters(), fast.parameters(), strict=True):
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-5, msg=f"{name} {options}")
+dist.destroy_process_group()
+print("done")
+"""
+
+
+def test_ddp_over_gloo(tmp_path: Path) -> None:
+    """Two ranks have the mean of their gradients, whatever DDP looks for in the outputs."""
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")], cwd=root, env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for rank in ranks:
+        output, _ = rank.communicate(timeout=300)
+        assert rank.returncode == 0 and output.endswith("done\n"), output[-3000:]

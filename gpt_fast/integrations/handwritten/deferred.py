@@ -143,9 +143,35 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     like = hidden
     if torch.is_autocast_enabled(hidden.device.type):
         like = hidden.new_empty(0, dtype=torch.get_autocast_dtype(hidden.device.type))
-    made: Any = Deferred.make(Logits, shape, like, compute)
+    made: Any = _Linked.apply(hidden, weight, bias, lambda: Deferred.make(Logits, shape, like, compute))
     made.hidden, made.weight, made.bias = hidden, weight, bias
     return made
+
+
+class _Linked(torch.autograd.Function):
+    """Link deferred logits to the graph, for code in C++ and autograd functions, which take the tensor as it is.
+
+    The sink of DistributedDataParallel is one. Whoever computes the value has a graph of its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, make: Callable[[], Tensor]) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        with torch.enable_grad():  # the mode in which the value will be computed
+            return make()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        hidden, weight = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        dy = value(grads[0]).to(weight.dtype)
+        rows = dy.flatten(0, -2)
+        return (
+            (dy @ weight).to(hidden.dtype) if needs_hidden else None,
+            rows.t() @ hidden.flatten(0, -2).to(dy.dtype) if needs_weight else None,
+            rows.sum(0) if needs_bias else None,
+            None,
+        )
 
 
 _RESHAPES = {Tensor.view, Tensor.reshape, Tensor.flatten, torch.flatten, torch.reshape, Tensor.contiguous}

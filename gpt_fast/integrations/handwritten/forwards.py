@@ -4,6 +4,8 @@ A block draws a dropout seed for each call; its sites are 0 (attention), 1 and 3
 Parts that have hooks or were replaced since are called; where that leaves nothing to fuse the class's own forward runs.
 """
 
+import functools
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +35,7 @@ class Block:
 
 def block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     block: Block = vars(self)[PARTS]
-    x = args[0] if len(args) == 1 and not kwargs else None
+    x = args[0] if args and ((len(args) == 1 and not kwargs) or _asks_for_nothing(self, args, kwargs)) else None
     if not isinstance(x, Tensor) or x.dim() != 3 or not _is_whole(self, block):
         return _plain.original(self, *(value(arg) for arg in args), **{k: value(v) for k, v in kwargs.items()})
     seed = ops.new_seed(x.device) if any(_rate(self, path) > 0 for path in block.dropouts) else None
@@ -52,6 +54,25 @@ def block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     x, _ = _add_norm(self, block, block.norm1, branch, x, p, seed, 1)
     branch, p = _mlp(self, block, x, seed)
     return _add_norm(self, block, block.norm2, branch, x, p, seed, 3)[0]
+
+
+def _asks_for_nothing(self: Any, args: tuple, kwargs: dict) -> bool:
+    """Return True if all arguments but the first have the values that the class's forward gives them anyway."""
+    kind: Any = type(self)
+    names, defaults = _signature(kind)
+    given = dict(zip(names[1:], args[1:], strict=False)) | kwargs
+    return len(args) <= len(names) and all(
+        name in defaults and (value is defaults[name] or (isinstance(value, bool) and value == defaults[name]))
+        for name, value in given.items()
+    )
+
+
+@functools.cache
+def _signature(kind: type[nn.Module]) -> tuple[list[str], dict[str, Any]]:
+    """Return the names of a forward's arguments and their defaults."""
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    defaults = {one.name: one.default for one in parameters if one.default is not one.empty}
+    return [one.name for one in parameters], defaults
 
 
 def _is_whole(self: Any, block: Block) -> bool:

@@ -68,8 +68,9 @@ def block_of(block: nn.Module, layout: Layout, norms: tuple[Norm, Norm], longest
                 kinds = {path: type(part(block, path)) for path in _paths(layout, norms)}
                 found = Block(layout, *norms, heads, activation, pre_norm, ("", "", "", ""), kinds)
                 with without_trace(block):
-                    reason = _why_not(block, found)
-                    if reason:
+                    wrong = _why_not(block, found)
+                    if wrong:
+                        reason = reason or wrong  # of the likeliest parts, which come first
                         continue
                     found = _with_dropouts(block, found)
                     if longest is not None:
@@ -171,8 +172,9 @@ def _why_not(block: nn.Module, parts: Block) -> str:
         leaves = [x, *wide.values()]
         ours = torch.autograd.grad(expected, leaves, upstream, allow_unused=True)
         theirs = torch.autograd.grad(got, leaves, upstream, allow_unused=True)
+        largest = max(float(b.abs().max()) for b in ours if b is not None)  # the gradient of a key's bias is 0
         for a, b in zip(theirs, ours, strict=True):
-            if (a is None) != (b is None) or (a is not None and b is not None and not _close(a, b)):
+            if (a is None) != (b is None) or (a is not None and b is not None and not _close(a, b, largest)):
                 return f"has other gradients than its parts suggest, at batch {B} and length {T}"
     return ""
 
@@ -196,11 +198,13 @@ def _swapped(block: nn.Module, parameters: dict[str, Tensor], parts: Block, x: T
     return torch.func.functional_call(Holder(), named, (x,), tie_weights=False)
 
 
-def _close(got: Any, expected: Tensor) -> bool:
+def _close(got: Any, expected: Tensor, largest: float | None = None) -> bool:
+    """Return True if `got` is `expected` within the tolerance, relative to the `largest` value."""
     if not isinstance(got, Tensor) or got.shape != expected.shape or got.dtype != expected.dtype:
         return False
     got, expected = got.detach(), expected.detach()
-    largest = float(expected.abs().max()) if expected.numel() else 0.0
+    if largest is None:
+        largest = float(expected.abs().max()) if expected.numel() else 0.0
     return bool(torch.isfinite(got).all()) and torch.allclose(got, expected, rtol=_TOLERANCE, atol=_TOLERANCE * largest)
 
 

@@ -1,0 +1,65 @@
+"""Benchmark of a training step of GPT-2s that people write themselves, before and after `gpt_fast.accelerate`."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.models.counts import training
+from benchmarks.models.handwritten import MODELS, Sizes, loss_of
+from benchmarks.models.training import Loss, pair_bytes, written_peers
+from benchmarks.topic import BF16, F32, Case, Target, Topic, Work, every, ids
+
+JOB = "handwritten_step"
+
+
+def inputs(case: Case) -> tuple:
+    return (ids(case, case.config.num_tokens, case.size["B"], case.size["T"] + 1),)
+
+
+def tokens(case: Case) -> int:
+    return case.size["B"] * case.size["T"]
+
+
+def work(case: Case, passes: str) -> Work:
+    return training(case.config, case.size["B"], case.size["T"], output_rows=tokens(case))
+
+
+def cases(device: str) -> Iterator[Case]:
+    """Yield one case for each structure, quick for two of them."""
+    for code in MODELS:
+        if device == "cuda":
+            size = {"model": "gpt2", "code": code, "B": 8, "T": 1023}
+            yield from every(JOB, device, [size], (BF16,), (0.1, 0.0), quick=code in ("packed", "separate"))
+        else:
+            size = {"model": "gpt2", "layers": 2, "code": code, "B": 4, "T": 255}
+            yield from every(JOB, device, [size], (F32,), (0.1, 0.0), quick=code in ("packed", "separate"))
+
+
+def targets(case: Case) -> Iterator[Target]:
+    yield Target("as written", 1.0)
+
+
+def as_written(case: Case) -> tuple[nn.Module, Loss]:
+    config = case.config
+    sizes = Sizes(config.num_tokens, config.seq_len, config.hidden_dim, config.num_heads, config.num_layers)
+    torch.manual_seed(0)
+    model = MODELS[case.size["code"]](sizes, case.dropout).to(case.device)
+    return model, partial(_loss, model)
+
+
+def _loss(model: nn.Module, row: Tensor) -> Tensor:
+    return loss_of(model, row[:, :-1], row[:, 1:].contiguous())
+
+
+TOPIC = Topic(
+    JOB, "train", inputs, work, cases,
+    peers=written_peers(as_written),
+    title="training step of a model written by hand",
+    passes=("step",),
+    targets=targets,
+    tests=("integrations/test_handwritten.py",),
+    tokens=tokens,
+    pair_bytes=pair_bytes,
+)  # fmt: skip
