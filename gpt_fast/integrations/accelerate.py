@@ -14,7 +14,8 @@ SUPPORTED = (
     "transformers' GPT2Model, GPT2LMHeadModel, GPT2DoubleHeadsModel, GPT2ForSequenceClassification, "
     "GPT2ForTokenClassification, GPT2ForQuestionAnswering, OpenAIGPTModel, OpenAIGPTLMHeadModel, "
     "OpenAIGPTDoubleHeadsModel, OpenAIGPTForSequenceClassification; the notes' TransformerDecoder; "
-    "nn.TransformerEncoderLayer; and modules that contain one of them"
+    "nn.TransformerEncoderLayer; blocks of GPT-2 with two norms, attention and an MLP, as in nanoGPT; and modules that "
+    "contain one of them"
 )
 
 
@@ -22,7 +23,7 @@ _ATTRIBUTES = "_gpt_fast_attributes"  # names of the instance attributes a patch
 
 
 def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
-    """Let a transformers GPT-2 or GPT-1, the notes' module or `nn.TransformerEncoderLayer` run on `gpt_fast.ops`.
+    """Let a transformers GPT-2 or GPT-1, a GPT-2 of your own or `nn.TransformerEncoderLayer` run on `gpt_fast.ops`.
 
     In place: classes, parameters and state dict stay what they are, and so do hooks, adapters, checkpoints, copies.
     `model` may also contain such modules, as a PEFT model or a `LightningModule` does. A module that is wrapped or has
@@ -31,8 +32,9 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     Embeddings, attention, LayerNorm, MLP and the additions between them run as fused ops, on the weights where they
     lie; in training with labels the language model's loss is computed without logits, which the output computes when
     they are read (or at once by `model(..., logits=True)`). Reading raises `RuntimeError` after an update of the
-    weights. Calls that ask for what the ops do not have (attention
-    probabilities, cross-attention, a static cache) run as before, with a warning.
+    weights. Calls that ask for what the ops do not have (attention probabilities, cross-attention, a static cache) run
+    as before, with a warning. A block that somebody wrote is replaced only if its outputs, gradients and dropout on
+    drawn inputs are those that its parts suggest.
 
     Dropout is the library's: the same rates, other random numbers than PyTorch's. A query left without keys, as padding
     on the left is, attends to nothing; a language-model loss over no label is 0. Dtypes, precision, determinism: those
