@@ -76,6 +76,11 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
+def is_hooked_itself(module: nn.Module) -> bool:
+    """Return True if the module has hooks of its own; those that are registered for all modules do not count."""
+    return any(len(getattr(module, name)) > 0 for name in HOOKS)
+
+
 def class_of(module: Any) -> type:
     """The class of a module, also where torch.export puts a proxy before it."""
     return type(module.get_base()) if hasattr(type(module), "get_base") else type(module)
@@ -89,13 +94,26 @@ def why_not_plain(module: Any, kind: Any) -> str | None:
         return "has a forward of its own"
     if is_hooked(module):
         return "has hooks"
-    return None
+    return why_own_weight(module)
+
+
+# Types of a weight that is read directly; a subclass of somebody else's may compute products in its own way.
+_WEIGHTS = (nn.Parameter, Tensor, type(None))
+
+
+def why_own_weight(module: Any) -> str | None:
+    """Return why a module's weight is not read directly: a tensor class of somebody else's, as of a quantised layer."""
+    kind = type(module._parameters.get("weight"))
+    if kind in _WEIGHTS or (kind.__module__.startswith("torch.") and not kind.__module__.startswith("torch.ao")):
+        return None  # fake tensors and sharded ones are PyTorch's own
+    return f"has a weight of class {kind.__module__}.{kind.__qualname__}"
 
 
 def is_plain(module: Any, kind: Any) -> bool:
     """Return True if the module's parameters may be read directly. The usual case is told in half a microsecond."""
     if (
         type(module) is kind
+        and type(module._parameters.get("weight")) in _WEIGHTS
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
         and not (_module._global_forward_hooks or _module._global_forward_pre_hooks)

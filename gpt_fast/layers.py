@@ -180,7 +180,7 @@ class TransformerDecoder(nn.Module):
         if attention.training and getattr(attention, "dropout", 0) > 0:
             return True
         drops: list[Any] = [self.dropout1, self.dropout2]
-        drops += [module for module in self.ff if isinstance(module, nn.Dropout)]
+        drops += [module for module in self.ff.children() if isinstance(module, nn.Dropout)]
         return any(drop.training and getattr(drop, "p", 0) > 0 for drop in drops)
 
     def forward(

@@ -29,6 +29,7 @@ class _Trunk(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        check_config(type(self).__name__, config)
         self.config = config
         self.checkpoint_activations = False  # True: backward computes each decoder again and stores its input alone
         C, T = config.hidden_dim, config.seq_len
@@ -79,6 +80,7 @@ class _Trunk(nn.Module):
         _checks.optional_tensors(name, lengths=lengths, key_mask=key_mask, cu_seqlens=cu_seqlens, seed=seed)
         longest = tokens.shape[1]
         if cu_seqlens is not None:
+            _checks.dimensions(name, "cu_seqlens", cu_seqlens, "[n + 1]")
             longest = _longest(cu_seqlens) if ops.values_checked(cu_seqlens) else 0
         if longest > config.seq_len:
             raise ValueError(
@@ -148,6 +150,11 @@ class _Trunk(nn.Module):
     def num_parameters(self) -> int:
         """How many numbers are trained, tied ones counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def check_config(kind: str, config: object) -> None:
+    if not isinstance(config, GPTConfig):
+        raise ValueError(f"gpt_fast.{kind}: config is of type {type(config).__name__}; expected a GPTConfig")
 
 
 class Convertible:
@@ -223,10 +230,11 @@ class GPTModel(Convertible, _Trunk):
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         seed: Tensor | None = None,
+        cache: "StepPass | PromptPass | None" = None,
     ) -> Tensor:
-        key_mask = as_key_mask(type(self).__name__, key_mask, attention_mask)
+        key_mask = as_key_mask(type(self).__name__, tokens, key_mask, attention_mask)
         return self.hidden_states(
-            tokens, causal=causal, lengths=lengths, key_mask=key_mask, cu_seqlens=cu_seqlens, seed=seed
+            tokens, causal=causal, lengths=lengths, key_mask=key_mask, cu_seqlens=cu_seqlens, seed=seed, cache=cache
         )
 
 
@@ -287,21 +295,64 @@ def why_not_plain(modules: Mapping[str, nn.Module]) -> str | None:
     return None
 
 
+def why_not_as_configured(trunk: "_Trunk") -> str | None:
+    """Return how the modules of a trunk differ from its configuration, such as "decoders.0.layer_norm1 has eps 5.0".
+
+    The C++ decode step and saved configurations know a model by its configuration and the names of its parameters.
+    """
+    config = trunk.config
+    decoders: list[Any] = list(trunk.decoders)
+    if len(decoders) != config.num_layers:
+        return f"decoders has {len(decoders)} blocks, not num_layers = {config.num_layers}"
+    if len(set(map(id, decoders))) != len(decoders):
+        return "decoders has a block twice"
+    norms: list[tuple[str, Any]] = [("final_norm", trunk.final_norm)] if config.pre_norm else []
+    row = ACTIVATIONS[config.activation]
+    for i, decoder in enumerate(decoders):
+        norms += [(f"decoders.{i}.{name}", getattr(decoder, name, None)) for name in ("layer_norm1", "layer_norm2")]
+        heads = getattr(getattr(decoder, "multihead_attn", None), "num_heads", None)
+        if heads != config.num_heads:
+            return f"decoders.{i}.multihead_attn has {heads} heads, not num_heads = {config.num_heads}"
+        if getattr(decoder, "pre_norm", None) != config.pre_norm:
+            return f"decoders.{i} has pre_norm {getattr(decoder, 'pre_norm', None)}, not {config.pre_norm}"
+        children: list[Any] = list(decoder.ff.children())
+        if len(children) != 4 or not isinstance(children[1], row.module) or not row.is_computed_by(children[1]):
+            return f"decoders.{i}.ff is not linear, {config.activation}, dropout, linear"
+        if getattr(children[0], "out_features", None) != config.ff_dim:
+            return (
+                f"decoders.{i}.ff has {getattr(children[0], 'out_features', None)} hidden, not ff_dim = {config.ff_dim}"
+            )
+    for name, norm in norms:
+        if getattr(norm, "eps", None) != config.layer_norm_eps:
+            return f"{name} has eps {getattr(norm, 'eps', None)}, not layer_norm_eps = {config.layer_norm_eps}"
+    reason = _plain.why_no_table(trunk.token_emb)
+    return None if reason is None else f"token_emb {reason}"
+
+
 def _kind_of(module: nn.Module) -> type[nn.Module] | None:
     return next((kind for kind in _KINDS if isinstance(module, kind)), None)
 
 
 class StaysPlain:
-    """Whether the modules of a plain model are still there and still plain, told in a microsecond a module."""
+    """Whether the modules of a plain model are still there, plain and as configured, told in a microsecond a module."""
 
     def __init__(self, modules: Iterable[nn.Module]):
+        modules = list(modules)
+        self._options = [(vars(module), name, vars(module)[name]) for module in modules for name in _OPTIONS
+                         if name in vars(module)]  # fmt: skip
         self._kinds = [(module, _kind_of(module)) for module in modules]
         self._children = [(module._modules, dict(module._modules)) for module, _ in self._kinds if module._modules]
 
     def __call__(self) -> bool:
-        return all(now == before for now, before in self._children) and all(
-            _plain.is_plain(module, kind) for module, kind in self._kinds
+        return (
+            all(now == before for now, before in self._children)
+            and all(_plain.is_plain(module, kind) for module, kind in self._kinds)
+            and all(own.get(name) == before for own, name, before in self._options)
         )
+
+
+# Attributes of modules that the C++ decode step takes from the configuration.
+_OPTIONS = ("eps", "num_heads", "pre_norm", "approximate", "max_norm", "padding_idx", "scale_grad_by_freq", "sparse")
 
 
 def output_loss(output_layer: Any, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -316,7 +367,7 @@ def output_loss(output_layer: Any, hidden: Tensor, labels: Tensor) -> Tensor:
     return losses / (labels != IGNORE).sum().clamp(min=1)
 
 
-def as_key_mask(function: str, key_mask: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+def as_key_mask(function: str, tokens: Tensor, key_mask: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
     """Return the key mask of a call: `key_mask`, or `attention_mask` as transformers has it (1 real token, 0 padding).
 
     A mask without padding becomes None, which is faster. Raise `ValueError` if both are given, or if `attention_mask`
@@ -331,6 +382,11 @@ def as_key_mask(function: str, key_mask: Tensor | None, attention_mask: Tensor |
         raise ValueError(
             f"gpt_fast.{function}: attention_mask has dtype {str(attention_mask.dtype).removeprefix('torch.')}; "
             "expected bool or integers, 1 for a real token and 0 for padding"
+        )
+    if isinstance(tokens, Tensor) and attention_mask.shape != tokens.shape:
+        raise ValueError(
+            f"gpt_fast.{function}: attention_mask has shape {list(attention_mask.shape)}; "
+            f"expected {list(tokens.shape)} as tokens"
         )
     mask = attention_mask.bool()
     if ops.values_checked(attention_mask) and not torch.equal(mask.to(attention_mask.dtype), attention_mask):

@@ -31,14 +31,14 @@ def as_path(function: str, directory: Any) -> Path:
 
 def save(head: Any, directory: Path) -> None:
     """Write a head's configuration and weights; the configuration last, so that a folder that has it is complete."""
+    state, config = head.state_dict(), head.config
+    if _TIED in state and config.tied != head.is_tied():  # tied or untied after the model was made
+        config = config.replace(tied=head.is_tied())
+    _check_names(head, state, config)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-    config = head.config
-    if config.tied and _TIED in tensors:
-        if head.is_tied():
-            tensors.pop(_TIED)
-        else:  # the tie was undone after the model was made
-            config = config.replace(tied=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    if config.tied:
+        tensors.pop(_TIED, None)
     kind = type(head).__name__
     try:
         with replacing(directory / WEIGHTS) as temporary:
@@ -46,6 +46,29 @@ def save(head: Any, directory: Path) -> None:
     except SafetensorError as error:
         raise OSError(f"{directory / WEIGHTS}: cannot be written: {error}") from error
     write_json(directory / CONFIG, {"format": _FORMAT, "head": kind, **config.to_dict()})
+
+
+def _check_names(head: Any, state: dict[str, Tensor], config: GPTConfig) -> None:
+    """Raise `ValueError` for a state that a model of the configuration does not have."""
+    with torch.device("meta"):
+        wanted = {name: tensor.shape for name, tensor in type(head)(config).state_dict().items()}
+    spare, missing = sorted(state.keys() - wanted.keys()), sorted(wanted.keys() - state.keys())
+    if spare or missing:
+        raise ValueError(
+            f"gpt_fast.save_pretrained: the model has {', '.join(spare[:3]) or 'nothing'} beyond its configuration and "
+            f"lacks {', '.join(missing[:3]) or 'nothing'}; expected the model of its configuration, adapters merged"
+        )
+    for name, tensor in state.items():
+        if hasattr(tensor, "full_tensor"):
+            raise ValueError(
+                f"gpt_fast.save_pretrained: {name} is sharded over ranks; expected a whole model: load a full state "
+                "dict into one that is not sharded"
+            )
+        if tensor.shape != wanted[name]:
+            raise ValueError(
+                f"gpt_fast.save_pretrained: {name} has shape {list(tensor.shape)}; "
+                f"expected {list(wanted[name])} by the configuration"
+            )
 
 
 def read_config(directory: Path) -> tuple[str, GPTConfig]:

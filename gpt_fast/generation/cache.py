@@ -13,9 +13,18 @@ from ..reference import split_qkv
 class KVCache:
     """`keys` and `values` [L, B, H, S, D], allocated once; `lengths` [B] int64 says how many of a row's are real."""
 
-    def __init__(self, config: GPTConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device):
-        H = config.num_heads
-        shape = (config.num_layers, batch, H, length, config.hidden_dim // H)
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch: int,
+        length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_layers: int | None = None,
+        num_heads: int | None = None,
+    ):
+        H, L = num_heads or config.num_heads, num_layers or config.num_layers
+        shape = (L, batch, H, length, config.hidden_dim // H)
         with torch.inference_mode(False):  # tensors made in inference mode could not be written outside it
             # Zeros: what the reference multiplies by a probability of 0 must not be NaN. Untouched pages cost nothing.
             self.keys = torch.zeros(shape, dtype=dtype, device=device)

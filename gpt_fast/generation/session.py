@@ -17,7 +17,17 @@ from ..ops import _checks
 from ..ops._library import has_kernel
 from .cache import KVCache, PromptPass
 from .sampling import DAMAGED, Sampling, damaged
-from .steps import CppStep, TorchStep, device_has_cpp_step, parts, step_kind, unwrapped, why_called
+from .steps import (
+    CppStep,
+    TorchStep,
+    continue_trunk,
+    device_has_cpp_step,
+    parts,
+    step_kind,
+    unwrapped,
+    why_called,
+    why_not_reached,
+)
 
 if TYPE_CHECKING:
     from ..heads import Head
@@ -72,6 +82,9 @@ class DecodeSession:
                 f"gpt_fast.generate: {reason}, so the model's modules run each step; the C++ step would not call them",
                 stacklevel=3,
             )
+        unreached = why_not_reached(model)
+        if unreached is not None:
+            warnings.warn(f"gpt_fast.generate: {unreached}", stacklevel=3)
         self._stays_plain = StaysPlain({*trunk.modules(), output_layer}) if reason is None else None
         self._calls_modules = reason is not None
         self._parameters = list(model.parameters())
@@ -81,7 +94,7 @@ class DecodeSession:
         device, dtype = trunk.pos_emb.device, trunk.pos_emb.dtype
         if self.kind != "torch":
             dtype = torch.float32 if self.kind == "float32" else torch.bfloat16
-        self.cache = KVCache(config, batch, length, dtype, device)
+        self.cache = KVCache(config, batch, length, dtype, device, *_sizes(trunk))
         self._lock = threading.Lock()
         self.model: GPT | Head | None = model
         self._reference_step: TorchStep | None = None
@@ -129,8 +142,11 @@ class DecodeSession:
         """
         assert self.model is not None
         now = list(self.model.parameters())
+        was_plain = self._stays_plain is not None
         return (
-            len(now) == len(self._parameters)
+            was_plain == (why_called(self.model) is None)
+            and (self._stays_plain is None or self._stays_plain())
+            and len(now) == len(self._parameters)
             and all(a is b for a, b in zip(now, self._parameters, strict=True))
             and [_layout(parameter) for parameter in now] == self._layouts
             and torch.equal(_fingerprint(self._step.copied), self._fingerprint)
@@ -201,7 +217,7 @@ class DecodeSession:
             for begin in range(0, T, width):
                 part = tokens[:, begin : begin + width]
                 past = PromptPass(self.cache, [start + begin for start in starts], part.shape[1], first)
-                hidden = trunk.hidden_states(part, cache=past)  # [B, width, C]
+                hidden = continue_trunk(trunk, part, past)  # [B, width, C]
                 at = (lengths - 1 - begin).clamp(0, part.shape[1] - 1)
                 here = (lengths > begin) & (lengths <= begin + part.shape[1])
                 ends = hidden[torch.arange(B, device=tokens.device), at]  # [B, C]
@@ -295,6 +311,16 @@ class _InUse:
 
     def __exit__(self, *exception: object) -> None:
         self._lock.release()
+
+
+def _sizes(trunk: Any) -> tuple[int, int]:
+    """Return the numbers of blocks and of heads that the cache is for."""
+    heads = {getattr(getattr(block, "multihead_attn", None), "num_heads", None) for block in trunk.decoders}
+    if len(heads) != 1 or None in heads:
+        raise ValueError(
+            f"gpt_fast.generate: model has blocks with {sorted(map(str, heads))} heads; expected the same number in all"
+        )
+    return len(trunk.decoders), heads.pop()  # type: ignore[return-value]
 
 
 def _fingerprint(tensors: Sequence[Tensor]) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .. import ops
-from ..model import GPT, _Trunk, evaluating, why_not_plain
+from .. import _plain, ops
+from ..model import GPT, _Trunk, evaluating, why_not_as_configured, why_not_plain
 from ..ops._library import device_guard, has_kernel, profiled, runs_reference
 from .cache import KVCache, StepPass
 from .sampling import DAMAGED, Sampling, damaged, draw, sample
@@ -115,7 +115,7 @@ class TorchStep:
     def run(self, model: GPT | Head, options: Sampling, seen: Tensor | None) -> None:
         """Replace `tokens` by the next tokens of every row; lengths grow where a row is live."""
         trunk, output_layer = parts(model)
-        hidden = trunk.hidden_states(self.tokens[:, None], cache=StepPass(self.cache))  # [B, 1, C]
+        hidden = continue_trunk(trunk, self.tokens[:, None], StepPass(self.cache))  # [B, 1, C]
         logits = output_layer(hidden[:, 0]).to(self.kept_logits.dtype)  # [B, V]
         self.kept_logits.copy_(logits)
         self.damaged |= damaged(logits) & self.live
@@ -263,6 +263,23 @@ def step_kind(model: GPT | Head, weights: str | None) -> str:
     return "torch"
 
 
+def why_not_reached(model: Any) -> str | None:
+    """Return what of the model itself generation does not run, or None.
+
+    Generation calls the trunk and the output layer. Hooks on a head, on the drop-in `GPT`, and a forward of a
+    subclass's own are around them.
+    """
+    from ..heads import HEADS
+
+    known = {GPT, *HEADS.values()}
+    kind: Any = next(kind for kind in type(model).__mro__ if kind in known)
+    if _plain.is_hooked_itself(model):
+        return f"hooks of the {type(model).__name__} itself do not run; those of its trunk and output layer do"
+    if type(model).forward is not kind.forward or "forward" in vars(model):
+        return f"the forward of {type(model).__name__} does not run: generation calls its trunk and output layer"
+    return None
+
+
 def device_has_cpp_step(device: torch.device) -> bool:
     """Return True if the C++ extension can run a plain model's step on `device`."""
     return device.type == "cpu" and ops.serving("decode_attention", "cpu") == "cpp"
@@ -271,4 +288,12 @@ def device_has_cpp_step(device: torch.device) -> bool:
 def why_called(model: Any) -> str | None:
     """Return why the modules that continue a text have to be called, or None if the model is plain."""
     trunk, output_layer = parts(model)
-    return why_not_plain({**dict(trunk.named_modules()), "output_layer": output_layer})
+    reason = why_not_plain({**dict(trunk.named_modules()), "output_layer": output_layer})
+    return why_not_as_configured(trunk) if reason is None else reason
+
+
+def continue_trunk(trunk: Any, tokens: Tensor, cache: Any) -> Tensor:
+    """Return the trunk's hidden states of tokens that follow the cache, through the hooks of a trunk that is called."""
+    if isinstance(trunk, GPT):
+        return trunk.hidden_states(tokens, cache=cache)  # its call would give probabilities
+    return trunk(tokens, cache=cache)

@@ -115,13 +115,17 @@ def generate(  # type: ignore[misc]  # the overloads leave the common options to
     options = Sampling(temperature, top_k, top_p, repetition_penalty, min_p)
     model = unwrapped(model)
     config = parts(model)[0].config
-    key_mask = as_key_mask("generate", key_mask, attention_mask)
+    key_mask = as_key_mask("generate", tokens, key_mask, attention_mask)
     counts = check_prompt(tokens, config.num_tokens, lengths, key_mask)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 0:
         raise ValueError(f"gpt_fast.generate: max_new_tokens is {max_new_tokens!r}; expected an integer of 0 or more")
     seed = None if seed is None else as_seed(seed)
     _check_processors(logits_processors)
     stop = _stop_tokens(stop_tokens, tokens.device)
+    if session is not None and not isinstance(session, DecodeSession):
+        raise ValueError(f"gpt_fast.generate: session is of type {type(session).__name__}; expected a DecodeSession")
+    if stream is not None and not callable(stream):
+        raise ValueError(f"gpt_fast.generate: stream is of type {type(stream).__name__}; expected a callable")
     if session is not None and (session.model is not model or session.cache.batch != len(tokens) or sliding):
         raise ValueError(
             f"gpt_fast.generate: session has {session.cache.batch} rows for {len(tokens)} rows of tokens; expected one "
@@ -251,9 +255,9 @@ class _Drawing:
         if not self.processors:
             new = self.session.draw(logits, self.options, rows, self.seen)
         else:
-            processed = logits
+            processed = logits.clone()  # a processor may write into what it gets
             if self.seen is not None:
-                processed = penalise(logits, self.seen[rows], self.options.repetition_penalty)
+                processed = penalise(processed, self.seen[rows], self.options.repetition_penalty)
             for processor in self.processors:
                 processed = processor(self.rows.so_far()[rows], processed)
                 _check_processed(processor, processed, logits)
@@ -350,6 +354,7 @@ def _stop_tokens(stop_tokens: Any, device: torch.device) -> Tensor | None:
     if stop_tokens is None:
         return None
     tokens = [stop_tokens] if isinstance(stop_tokens, int) else stop_tokens
+    tokens = tokens.tolist() if isinstance(tokens, Tensor) else tokens
     is_list = isinstance(tokens, Iterable) and not isinstance(tokens, str | bytes)
     if not is_list or not all(isinstance(token, numbers.Integral) for token in tokens):
         raise ValueError(f"gpt_fast.generate: stop_tokens is {stop_tokens!r}; expected a list of token ids")

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from .. import model_folder
 from ..config import GPTConfig
-from ..model import Convertible, GPTModel, as_key_mask, init_weights, output_loss
+from ..model import Convertible, GPTModel, as_key_mask, check_config, init_weights, output_loss, why_not_as_configured
 from ..ops import _checks
 
 
@@ -28,8 +28,10 @@ class Head(Convertible, nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        check_config(type(self).__name__, config)
         self.config = config
         self.trunk = GPTModel(config)
+        self.register_load_state_dict_post_hook(_tie_again)
 
     def num_parameters(self) -> int:
         """How many numbers are trained, tied ones counted once."""
@@ -46,7 +48,7 @@ class Head(Convertible, nn.Module):
     def is_tied(self) -> bool:
         """Return True if the output layer's weight is the token embedding's: one parameter, not two equal ones."""
         weight = getattr(getattr(self, "output_layer", None), "weight", None)
-        return weight is not None and weight is self.trunk.token_emb.weight
+        return weight is not None and weight is getattr(self.trunk.token_emb, "weight", None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Keep the tie where PyTorch makes a new parameter for each module, as `to_empty` does on the meta device."""
@@ -56,13 +58,16 @@ class Head(Convertible, nn.Module):
             self.output_layer.weight = self.trunk.token_emb.weight
         return self
 
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load a state dict as `nn.Module` does; with `assign=True` a tied output layer stays tied."""
-        tied = self.is_tied()
-        keys = super().load_state_dict(state_dict, strict, assign)
-        if tied and not self.is_tied():
-            self.output_layer.weight = self.trunk.token_emb.weight
-        return keys
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+        """Remember the tie, which `assign=True` would undo, also where a model that contains this one is loaded."""
+        self._was_tied = self.is_tied()
+        names = (f"{prefix}output_layer.weight", f"{prefix}trunk.token_emb.weight")
+        output, table = (state_dict.get(name) for name in names)
+        replaces = metadata.get("assign_to_params_buffers", False)
+        both = output is not None and table is not None and output is not table
+        if self._was_tied and replaces and both and not torch.equal(output, table):
+            rest[-1].append(f"{names[0]} differs from {names[1]}, but the model has one parameter for both")
+        super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
 
     def loss_counts(
         self,
@@ -87,7 +92,7 @@ class Head(Convertible, nn.Module):
 
         gives the gradient of the whole batch, however it is divided. Arguments are those of the forward pass.
         """
-        key_mask = as_key_mask(type(self).__name__, key_mask, attention_mask)
+        key_mask = as_key_mask(type(self).__name__, tokens, key_mask, attention_mask)
         return torch.stack(self._loss_counts(tokens, labels, lengths, key_mask)).float()
 
     def _loss_counts(
@@ -139,8 +144,13 @@ class Head(Convertible, nn.Module):
         """Write `config.json` and `model.safetensors` into `directory`, each whole or not at all.
 
         An output layer that is not the token embedding's parameter is written too, whatever the configuration says, and
-        the folder's configuration then has tied=False. Raises `OSError` where the folder cannot be written.
+        the folder's configuration then has tied=False. Raises `OSError` where the folder cannot be written, and
+        `ValueError` for a model that `from_pretrained` could not make again: of other modules than its configuration
+        says, with adapters that are not merged, or with parameters that are sharded over ranks.
         """
+        reason = why_not_as_configured(self.trunk)
+        if reason is not None:
+            raise ValueError(f"gpt_fast.save_pretrained: {reason}; expected the model of its configuration")
         model_folder.save(self, model_folder.as_path("save_pretrained", directory))
 
     @classmethod
@@ -153,6 +163,12 @@ class Head(Convertible, nn.Module):
         ours, or holds tensors of other names or shapes.
         """
         return model_folder.load(cls, model_folder.as_path("from_pretrained", directory), overrides)
+
+
+def _tie_again(head: Any, keys: Any) -> None:
+    """Give a head that was tied before its state was loaded one parameter for both again."""
+    if vars(head).pop("_was_tied", False) and not head.is_tied():
+        head.output_layer.weight = head.trunk.token_emb.weight
 
 
 def _resized(kind: type, old: Any, sizes: tuple[int, int], std: float, **options: Any) -> Any:

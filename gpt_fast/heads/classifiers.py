@@ -37,7 +37,7 @@ class TaskHead(Head):
         loss_weights: Tensor | None = None,
     ) -> HeadOutput:
         name = type(self).__name__
-        key_mask = as_key_mask(name, key_mask, attention_mask)
+        key_mask = as_key_mask(name, tokens, key_mask, attention_mask)
         _checks.optional_tensors(name, labels=labels, lengths=lengths, key_mask=key_mask)
         given, (tokens, lengths, key_mask) = tokens, self._rows(tokens, lengths, key_mask)
         shape = given.shape

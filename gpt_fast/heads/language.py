@@ -31,7 +31,7 @@ class LanguageModelHead(Head):
         loss_weights: Tensor | None = None,
     ) -> HeadOutput:
         name = type(self).__name__
-        key_mask = as_key_mask(name, key_mask, attention_mask)
+        key_mask = as_key_mask(name, tokens, key_mask, attention_mask)
         if logits is not None:
             _checks.boolean_option(name, logits=logits)
         hidden = self.trunk(tokens, causal=self.causal, lengths=lengths, key_mask=key_mask, cu_seqlens=cu_seqlens)

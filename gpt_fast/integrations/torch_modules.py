@@ -20,6 +20,9 @@ from .report import LeftAlone, Patch, Report
 _NOTES = ("multihead_attn", "layer_norm1", "ff", "layer_norm2")
 
 
+_METHODS = ("forward", "_sa_block", "_ff_block")  # of nn.TransformerEncoderLayer, which the fused forward replaces
+
+
 class Parts(NamedTuple):
     """A block's modules, by what they do."""
 
@@ -39,8 +42,11 @@ def plan(name: str, module: Any, report: Report) -> list[Patch] | None:
     """The patches of `module` if it is one of the two blocks, else None."""
     forward: Callable
     if isinstance(module, nn.TransformerEncoderLayer):
-        if type(module).forward is not nn.TransformerEncoderLayer.forward:
-            reason: str | None = "its class has a forward of its own"
+        changed = [
+            name for name in _METHODS if getattr(type(module), name) is not getattr(nn.TransformerEncoderLayer, name)
+        ]
+        if changed:
+            reason: str | None = f"its class has a {changed[0]} of its own"
         else:
             reason = _why_not(_encoder_parts(module))
         parts, forward = _encoder_parts(module), encoder_layer_forward

@@ -85,6 +85,83 @@ def test_use_reference_reaches_a_session_made_before(monkeypatch):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+def appended(model) -> None:
+    model.trunk.decoders.append(copy.deepcopy(model.trunk.decoders[0]))
+
+
+def narrower(model) -> None:
+    ff = model.trunk.decoders[0].ff
+    ff[0], ff[3] = nn.Linear(32, 64), nn.Linear(64, 32)
+
+
+CONFIGURED = {
+    "eps": lambda m: setattr(m.trunk.decoders[0].layer_norm1, "eps", 5.0),
+    "activation": lambda m: m.trunk.decoders[0].ff.__setitem__(1, nn.ReLU()),
+    "max_norm": lambda m: setattr(m.trunk.token_emb, "max_norm", 0.5),
+    "num_heads": lambda m: [setattr(block.multihead_attn, "num_heads", 4) for block in m.trunk.decoders],
+    "appended_block": appended,
+    "deleted_block": lambda m: m.trunk.decoders.__delitem__(0),
+    "shared_block": lambda m: m.trunk.decoders.__setitem__(1, m.trunk.decoders[0]),
+    "narrower_mlp": narrower,
+    "trunk_hook": lambda m: m.trunk.register_forward_hook(lambda module, args, output: output.flip(-1)),
+    "block_in_the_place_of_the_mlp": lambda m: setattr(m.trunk.decoders[0], "ff", nn.Linear(32, 32)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CONFIGURED.values(), ids=CONFIGURED)
+@pytest.mark.filterwarnings("ignore:gpt_fast.generate. .* so the model's modules run each step")
+def test_a_changed_model_steps_as_it_is(change):
+    """The step is the model's own forward, whatever differs from its configuration: before and after a kept session."""
+    for keeps_session in (False, True):
+        model = make()
+        if keeps_session:
+            greedy(model)
+        with torch.no_grad():
+            change(model)
+        for _ in range(2):
+            row, twin = tokens(), copy.deepcopy(model).eval()  # max_norm writes into the table
+            for _ in range(8):
+                with torch.no_grad():
+                    row = torch.cat([row, twin(row).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+            assert torch.equal(greedy(model), row)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.register_forward_hook(lambda *_: None), "hooks of the GPTForCausalLM itself do not run"),
+        (lambda m: setattr(m, "forward", lambda *a, **k: None), "the forward of GPTForCausalLM does not run"),
+    ],
+)
+def test_what_generation_does_not_run_is_told(change, message):
+    model = make()
+    change(model)
+    with pytest.warns(UserWarning, match=message):
+        greedy(model)
+
+
+def test_another_number_of_heads_in_one_block_is_refused():
+    model = make()
+    model.trunk.decoders[0].multihead_attn.num_heads = 4
+    with pytest.raises(ValueError, match=r"model has blocks with \['2', '4'\] heads; expected the same number in all"):
+        greedy(model)
+
+
+@pytest.mark.skipif(gpt_fast.build_info() is None, reason="the extension is not built")
+def test_the_extension_refuses_blocks_of_other_sizes():
+    """It would write past the ends of its buffers."""
+    model = make()
+    parameters = {name: value.detach() for name, value in model.trunk.named_parameters()}
+    parameters["output_layer.weight"] = model.output_layer.weight.detach()
+    parameters["decoders.1.ff.0.weight"] = torch.randn(256, 32)
+    parameters["decoders.1.ff.0.bias"] = torch.randn(256)
+    parameters["decoders.1.ff.3.weight"] = torch.randn(32, 256)
+    from gpt_fast import _C
+
+    with pytest.raises(ValueError, match="a block has other sizes than width 32 and MLP width 128 of the first one"):
+        _C.DecodeWeights(parameters, num_heads=2, activation="gelu_tanh", pre_norm=True, eps=1e-5, weights="float32")
+
+
 # ---- train flags -----------------------------------------------------------------------------------------------------
 
 
@@ -356,7 +433,8 @@ def test_attention_mask_is_a_key_mask(side, dtype):
     [
         (torch.full((2, 5), 2), "attention_mask holds values other than 0 and 1; expected 1 for a real token"),
         (torch.zeros(2, 5), "attention_mask has dtype float32; expected bool or integers"),
-        (torch.ones(2, 4, dtype=torch.int64).tril(), r"key_mask is .*\[2, 4\]"),
+        (torch.ones(2, 4, dtype=torch.int64), r"attention_mask has shape \[2, 4\]; expected \[2, 5\] as tokens"),
+        (torch.ones(2, 5, 7, dtype=torch.bool), r"attention_mask has shape \[2, 5, 7\]; expected \[2, 5\] as tokens"),
     ],
 )
 def test_attention_masks_that_are_refused(mask, message):
@@ -418,6 +496,20 @@ def test_logits_processors(dtype):
     assert torch.equal(seen[-1][1], out[1, :10]) and torch.equal(seen[-1][0, 2:], out[0, :8])
     new = torch.cat([out[0, 3:9], out[1, 5:]])
     assert (new < 7).all()
+
+
+def test_scores_are_those_of_the_model_whatever_a_processor_writes():
+    def forbid_even(so_far, logits):
+        logits[:, ::2] = -torch.inf
+        return logits
+
+    model = make()
+    out, scores = generate(
+        model, tokens(), max_new_tokens=3, temperature=0, logits_processors=[forbid_even], return_scores=True
+    )
+    with torch.no_grad():
+        logp = model(out).logits.log_softmax(-1)[:, 4:-1].gather(2, out[:, 5:, None]).squeeze(2)
+    torch.testing.assert_close(scores, logp, rtol=1e-3, atol=1e-3)
 
 
 def test_processors_that_do_nothing_change_nothing():

@@ -301,6 +301,59 @@ def test_the_state_dict_is_without_the_dropouts():
     assert not [name for name in causal_lm("gpt2", dropout=0.1).state_dict() if "dropout" in name]
 
 
+class Doubling(Tensor):
+    """A weight that computes products in its own way, as those of quantised layers do."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {})) * 2
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("name", ["decoders.1.ff.0", "decoders.0.multihead_attn.out_proj"])
+def test_a_weight_of_another_class_is_called(name):
+    model = causal_lm("gpt2").eval()
+    plain = model(tokens()).logits
+    module = model.trunk.get_submodule(name)
+    module.weight = nn.Parameter(module.weight.detach().as_subclass(Doubling), requires_grad=False)
+    got = model(tokens()).logits
+    torch.testing.assert_close(got, called(model, tokens()), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got, plain)
+
+
+@pytest.mark.parametrize("place", ["hook", "identity", "monte_carlo", "quiet"])
+def test_attentions_dropout_of_gpt1_is_a_module(place):
+    """transformers' GPT-1 calls it, so it has to take effect on accelerated models too."""
+    plain, fast = hf_models.twins("OpenAIGPTLMHeadModel", 0.0)
+    gpt_fast.accelerate(fast)
+    for model in (plain, fast):
+        for block in model.transformer.h:
+            if place == "hook":
+                block.attn.attn_dropout.register_forward_hook(lambda module, args, output: output * 2)
+            if place == "identity":
+                block.attn.attn_dropout = nn.Identity()
+            if place in ("monte_carlo", "quiet"):
+                block.attn.attn_dropout.p = 0.5
+        model.train(place == "quiet")
+        for block in model.transformer.h:
+            block.attn.attn_dropout.train(place == "monte_carlo")
+    if place == "monte_carlo":
+        assert not torch.equal(fast(tokens()).logits, fast(tokens()).logits)
+    else:
+        torch.testing.assert_close(fast(tokens()).logits, plain(tokens()).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_of_pytorchs_with_methods_of_its_own_is_left_alone():
+    class Quiet(nn.TransformerEncoderLayer):
+        def _ff_block(self, x):
+            return super()._ff_block(x) * 0
+
+    report = gpt_fast.accelerate(nn.Sequential(Quiet(32, 4, 64, batch_first=True)))
+    assert [entry.reason for entry in report.left] == ["its class has a _ff_block of its own"]
+
+
 # ---- adapters --------------------------------------------------------------------------------------------------------
 
 LINEARS = ["out_proj", "ff.0", "ff.3"]

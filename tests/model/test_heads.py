@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -125,6 +126,63 @@ def test_a_tie_that_was_undone_is_saved_as_it_is(tmp_path):
     assert torch.equal(again(tokens := tokens_of()).logits, head(tokens).logits)
     head.resize_embeddings(70)
     assert not head.is_tied()
+
+
+def test_a_tie_survives_inside_another_model():
+    """`load_state_dict(assign=True)` of a module that contains the head."""
+    whole = torch.nn.ModuleDict({"model": build(GPTForCausalLM)})
+    whole.load_state_dict({name: tensor.clone() for name, tensor in whole.state_dict().items()}, assign=True)
+    assert whole["model"].is_tied()
+    pickle.loads(pickle.dumps(whole))  # noqa: S301 (our own bytes)
+
+
+def test_two_weights_for_one_parameter_are_refused():
+    model = build(GPTForCausalLM)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["output_layer.weight"] += 1
+    with pytest.raises(RuntimeError, match="output_layer.weight differs from trunk.token_emb.weight"):
+        model.load_state_dict(state, assign=True)
+
+
+def test_a_tie_made_by_hand_is_saved(tmp_path):
+    model = build(GPTForCausalLM, tied=False)
+    model.output_layer.weight = model.trunk.token_emb.weight
+    model.save_pretrained(tmp_path)
+    loaded = GPTForCausalLM.from_pretrained(tmp_path)
+    assert loaded.is_tied() and loaded.config.tied
+    tokens = tokens_of()
+    assert torch.equal(loaded.eval()(tokens).logits, model.eval()(tokens).logits)
+
+
+def lora(model) -> None:
+    peft = pytest.importorskip("peft", reason="the extra examples is not installed")
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["out_proj"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(lambda m: m.trunk.decoders.append(copy.deepcopy(m.trunk.decoders[0])), "has 3 blocks", id="block"),
+        pytest.param(lambda m: setattr(m.trunk.final_norm, "eps", 1.0), "final_norm has eps 1.0", id="eps"),
+        pytest.param(
+            lambda m: m.trunk.decoders[1].ff.__setitem__(1, torch.nn.ReLU()), "decoders.1.ff is not", id="act"
+        ),
+        pytest.param(
+            lambda m: setattr(m, "output_layer", torch.nn.Linear(32, 61)), "output_layer.bias beyond", id="bias"
+        ),
+        pytest.param(lora, "lora_A.default.weight", id="adapter"),
+        pytest.param(
+            lambda m: m.trunk.decoders[0].ff.__setitem__(0, torch.nn.Linear(32, 64)), r"ff has 64 hidden", id="mlp"
+        ),
+    ],
+)
+def test_a_model_that_could_not_be_loaded_is_not_saved(change, message, tmp_path):
+    """What the configuration does not say would be lost without a word."""
+    model = build(GPTForCausalLM)
+    change(model)
+    with pytest.raises(ValueError, match=rf"gpt_fast.save_pretrained: .*{message}"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_tied_and_free_output_layers():

@@ -152,6 +152,7 @@ class DecodeWeights {
                                   " outputs of width " + std::to_string(C) + ", " +
                                   std::to_string(token_embedding.size(0)) + " tokens, " + std::to_string(H) + " heads");
     }
+    for (const DecoderWeights& block : blocks) check_shapes(block);
   }
 
   // What a step has to read: the bytes of all matrices, biases and norms left out.
@@ -175,6 +176,21 @@ class DecodeWeights {
   std::vector<std::string> copied;  // parameters that are not read in place: later writes into them have no effect
 
  private:
+  // Steps write into buffers of C and F numbers: a block of other sizes would write past their ends.
+  void check_shapes(const DecoderWeights& block) const {
+    const auto fits = [](const Linear& linear, int64_t N, int64_t K) {
+      return linear.N == N && linear.K == K && (!linear.bias.defined() || linear.bias.numel() == N);
+    };
+    const auto norm_fits = [&](const Norm& norm) {
+      return (!norm.weight.defined() || norm.weight.numel() == C) && (!norm.bias.defined() || norm.bias.numel() == C);
+    };
+    if (!fits(block.qkv, 3 * C, C) || !fits(block.out, C, C) || !fits(block.fc, F, C) || !fits(block.proj, C, F) ||
+        !norm_fits(block.norm1) || !norm_fits(block.norm2)) {
+      throw pybind11::value_error("gpt_fast.DecodeWeights: a block has other sizes than width " + std::to_string(C) +
+                                  " and MLP width " + std::to_string(F) + " of the first one");
+    }
+  }
+
   static at::ScalarType parse_dtype(const std::string& name) {
     if (name == "float32") return at::kFloat;
     if (name == "bfloat16") return at::kBFloat16;

@@ -191,7 +191,7 @@ def _attention(attn: Any, kind: type, x: Tensor, now: Pass) -> tuple[Tensor, flo
 
 def _attend(attn: Any, x: Tensor, now: Pass) -> Tensor:
     qkv = _project(attn.c_attn, x)  # [B, T, 3C]
-    p = attn.attn_dropout.p if attn.training else 0.0
+    p = _attention_dropout(attn)
     options: dict[str, Any] = {
         "causal": now.causal, "key_mask": now.key_mask, "mask": now.mask, "dropout_p": p, "seed": now.seed,
         "site": now.site, "scale": _scale(attn, qkv.shape[-1] // 3),
@@ -205,6 +205,12 @@ def _attend(attn: Any, x: Tensor, now: Pass) -> Tensor:
     if fresh:
         return _project(attn.c_proj, ops.attention_qkv(qkv, heads, **options))
     return _project(attn.c_proj, ops.attention(q, k, v, **options).transpose(1, 2).flatten(2))
+
+
+def _attention_dropout(attn: Any) -> float:
+    """Return the rate now: GPT-2's fused attention looks at its own flag, any other attention at the module's."""
+    fused = isinstance(attn, gpt2.GPT2Attention) and attn.config._attn_implementation != "eager"
+    return attn.attn_dropout.p if (attn if fused else attn.attn_dropout).training else 0.0
 
 
 def _project(layer: Any, x: Tensor) -> Tensor:
@@ -388,6 +394,10 @@ def _unsupported(trunk: Any, call: dict, known: set[str]) -> str | None:
             return "a bool attention_mask of four dimensions means something else to eager attention"
     elif mask is not None and (mask.dim() > 3 or (isinstance(trunk, gpt1.OpenAIGPTModel) and mask.numel() != N * T)):
         return f"attention_mask is {mask.dtype} {list(mask.shape)}"
+    for i, block in enumerate(trunk.h):
+        dropout = getattr(getattr(block, "attn", None), "attn_dropout", None)
+        if dropout is not None and not _plain.is_plain(dropout, nn.Dropout):
+            return f"h.{i}.attn.attn_dropout has to be called: it {_plain.why_not_plain(dropout, nn.Dropout)}"
     foreign = next((i for i, block in enumerate(trunk.h) if not _is_ours(block)), None)
     if foreign is not None:
         return f"block {foreign} or its attention was put there after accelerate"

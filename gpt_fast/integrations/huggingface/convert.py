@@ -95,9 +95,14 @@ def from_hf(kind: Any, model: Any, overrides: dict[str, Any]) -> Any:
     config = held.replace(**overrides)
     if config.tied and not held.tied and _OUTPUT in theirs:
         _refuse("from_hf", f"tied is True; expected False, as {_OUTPUT} is not the token embedding")
-    ours = kind(config).to(model.dtype).to(model.device)
+    with torch.device("meta"):  # draws no weights that would be overwritten, whatever the default device is
+        ours = kind(config)
+    ours = ours.to(model.dtype).to_empty(device=model.device)
     wanted = ours.state_dict()
     pairs = [(their_name, our_name, transposed) for our_name, their_name, transposed in _pairs(wanted, theirs, ours)]
+    copied = {our_name for _, our_name, _ in pairs} | ({"output_layer.weight"} if config.tied else set())
+    if hasattr(ours, "draw_weights"):
+        ours.draw_weights([name for name in wanted if name not in copied])
     _copy("from_hf", theirs, wanted, pairs)
     if is_counterpart and not overrides.keys() & _MAKES_ROOM:
         _refuse("from_hf", _why_left_out(theirs, [pair[0] for pair in pairs], kind.__name__))
@@ -124,7 +129,9 @@ def to_hf(ours: Any) -> Any:
     if type(ours).__name__ == "GPTForMaskedLM":
         hf_config.is_causal = False
     parameter = next(ours.parameters())
-    model = getattr(transformers, name)(hf_config).to(parameter.dtype).to(parameter.device)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # its weights are drawn and overwritten
+        model = getattr(transformers, name)(hf_config)
+    model = model.to(parameter.dtype).to(parameter.device)
     tensors, wanted = dict(ours.named_parameters(remove_duplicate=False)), model.state_dict()
     pairs = list(_pairs(tensors, wanted, ours))
     _copy("to_hf", tensors, wanted, pairs)
