@@ -214,7 +214,8 @@ class Unchanged:
         has_values = not _transforms.is_transformed() and not any(tensor.is_meta for tensor in tensors)
         self._samples = samples(tensors) if has_values else None
 
-    def __call__(self) -> bool:
-        return [version(tensor) for tensor in self._tensors] == self._versions and (
-            self._samples is None or torch.equal(samples(self._tensors), self._samples)
-        )
+    def __call__(self, reads_values: bool = True) -> bool:
+        """Compare; without `reads_values`, by versions alone, which does not wait for a device."""
+        if [version(tensor) for tensor in self._tensors] != self._versions:
+            return False
+        return not reads_values or self._samples is None or torch.equal(samples(self._tensors), self._samples)

@@ -1,5 +1,7 @@
 """Small models of the hand-written structures, and look-alikes: the same parts, but another function."""
 
+import random
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -42,6 +44,7 @@ class Changeable(nn.Module):
         self.mlp.c_fc, self.mlp.gelu, self.mlp.c_proj = nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C)
         self.drop, self.second, self.n_head = nn.Dropout(dropout), nn.Dropout(dropout), H
         self.register_buffer("calls", torch.zeros(()))
+        self.lengths: list[int] = []
 
     def forward(self, x: Tensor) -> Tensor:
         change, T, D = self.change, x.shape[1], C // H
@@ -72,6 +75,16 @@ class Changeable(nn.Module):
         p = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         if change == "attention_sink":
             p = p * 0.9
+        if change == "keeps_probabilities":
+            self.probabilities = p.detach()
+        if change == "counts_in_a_list":
+            self.lengths.append(T)
+        if change == "pythons_random_skip" and self.training and random.random() < 0.3:
+            return x
+        if change == "detached_in_training" and self.training:
+            p = p.detach()
+        if change == "shift_of_long_rows_in_training" and self.training and T > 16:
+            p = p.roll(1, 1)
         out = self.attn.c_proj((p @ v).transpose(1, 2).flatten(2))
         if change == "detached":
             out = out.detach() + (out - out.detach()) * 0.5
@@ -81,6 +94,12 @@ class Changeable(nn.Module):
             return x
         if change == "parallel":
             return x + self.drop(out) + self.feed(self.ln_2(x))
+        if change == "clamped_stream":
+            x = x.clamp(-50, 50)
+        if change == "clamped_scores":
+            x = x + 0 * scores.clamp(-30, 30).sum() + (scores.clamp(-30, 30) - scores).mean()
+        if change == "fixed_dropout":
+            out = F.dropout(out, 0.11, self.training)
         x = (0.5 * x if change == "factor" else x) + self.drop(out)
         if change == "dropout_of_the_sum":
             x = self.second(x)
@@ -99,6 +118,8 @@ class Changeable(nn.Module):
             h = h.square()
         if self.change == "twice_dropped":
             h = self.second(self.drop(h))
+        if self.change == "dropped_before_the_projection":
+            return self.mlp.c_proj(self.drop(h))
         return self.drop(self.mlp.c_proj(h))
 
 
@@ -132,7 +153,8 @@ CHANGES = (
     "scale", "no_mask", "one_token_ahead", "window", "alibi", "rotary", "normalised_queries", "softcap",
     "attention_sink", "token_shift", "gate", "squared", "another_activation", "rms_norm", "another_eps", "factor",
     "clamped", "parallel", "detached", "counter", "noise", "skipped_layers", "dropout_of_scores", "dropout_of_the_sum",
-    "twice_dropped",
+    "twice_dropped", "keeps_probabilities", "counts_in_a_list", "pythons_random_skip", "detached_in_training",
+    "shift_of_long_rows_in_training", "clamped_stream", "clamped_scores", "fixed_dropout",
 )  # fmt: skip
 
 

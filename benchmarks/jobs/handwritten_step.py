@@ -45,7 +45,7 @@ def as_written(case: Case) -> tuple[nn.Module, Loss]:
     config = case.config
     sizes = Sizes(config.num_tokens, config.seq_len, config.hidden_dim, config.num_heads, config.num_layers)
     torch.manual_seed(0)
-    model = MODELS[case.size["code"]](sizes, case.dropout).to(case.device)
+    model = MODELS[case.size.get("code", "packed")](sizes, case.dropout).to(case.device)
     return model, partial(_loss, model)
 
 

@@ -67,7 +67,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
             seen = True
             patches += planned
             continue
-        planned = handwritten.plan(name, module, report)
+        planned = handwritten.plan(name, module, report, handwritten.longest_sequence(model))
         if planned is not None:
             seen = True
             inside |= set(module.modules())

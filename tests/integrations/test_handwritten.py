@@ -55,7 +55,7 @@ class Operators(TorchDispatchMode):
 @pytest.mark.skipif(gpt_fast.build_info() is None, reason="the reference serves: no operator is called")
 @pytest.mark.parametrize("name", ["packed", "masked", "separate"])
 def test_a_training_pass_is_fused_as_a_whole(name):
-    """One embedding, every residual addition with the norm that follows, and a loss without logits."""
+    """Attention, MLPs, norms with the additions before them, and a loss without logits."""
     _, fast = twins(name, dropout=0.1)
     with Operators() as seen:
         loss_of(fast, tokens(), tokens(seed=1)).backward()
@@ -65,10 +65,10 @@ def test_a_training_pass_is_fused_as_a_whole(name):
     L = handwritten.LAYERS
     projections = 4 if name == "separate" else 2
     assert ours == {
-        "embedding_forward": 1, "layer_norm_forward": 1, "add_layer_norm_forward": 2 * L,
+        "layer_norm_forward": L + 1, "add_layer_norm_forward": 2 * L,
         "attention_forward": L, "linear_forward": projections * L, "mlp_forward": L, "linear_cross_entropy_forward": 1,
     }  # fmt: skip
-    theirs = ("native_layer_norm", "softmax", "scaled_dot_product", "embedding", "gelu", "native_dropout", "mm.")
+    theirs = ("native_layer_norm", "softmax", "scaled_dot_product", "gelu", "mm.")
     assert not [op for op in seen.count if op.startswith("aten.") and any(part in f"{op}." for part in theirs)]
 
 
@@ -79,7 +79,7 @@ def test_the_report_names_the_parts():
     assert {
         ("transformer.h.0.ln_1", "layer_norm"), ("transformer.h.2.ln_2", "add_layer_norm"),
         ("transformer.h.1.attn", "attention"), ("transformer.h.1.attn.c_attn", "linear"),
-        ("transformer.h.1.mlp", "mlp"), ("transformer.wte", "embedding"), ("transformer.ln_f", "layer_norm"),
+        ("transformer.h.1.mlp", "mlp"), ("transformer.ln_f", "layer_norm"),
         ("lm_head", "linear_cross_entropy"),
     } <= found  # fmt: skip
 
@@ -237,7 +237,7 @@ def test_logits_read_after_an_update_are_refused():
     logits = fast(tokens())
     F.cross_entropy(logits.flatten(0, 1), tokens(seed=1).flatten()).backward()
     torch.optim.SGD(fast.parameters(), lr=0.1).step()
-    with pytest.raises(RuntimeError, match="gpt_fast.accelerate: logits has weights that changed after the pass"):
+    with pytest.raises(RuntimeError, match="gpt_fast.accelerate: logits has weights or hidden states that changed"):
         logits.sum()
 
 
@@ -347,6 +347,122 @@ def test_within_use_reference():
         got = loss_of(fast, tokens(), tokens(seed=1))
     torch.testing.assert_close(got, loss_of(plain, tokens(), tokens(seed=1)).detach(), rtol=1e-5, atol=1e-6)
     assert ops.serving("mlp", "cpu") in ("cpp", "triton", "reference")
+
+
+# ---- what is changed after accelerate --------------------------------------------------------------------------------
+
+
+def heads(model: nn.Module) -> None:
+    for block in model.transformer["h"]:
+        block.attn.n_head = 2
+
+
+CHANGED = {
+    "heads": heads,
+    "eps": lambda m: setattr(m.transformer["h"][0].ln_1, "eps", 0.5),
+    "same_class_other_options": lambda m: setattr(m.transformer["h"][0], "ln_2", nn.LayerNorm(handwritten.C, eps=0.5)),
+    "mask": lambda m: m.transformer["h"][1].attn.bias.fill_(1),
+    "last_norm": lambda m: setattr(m.transformer["ln_f"], "eps", 0.5),
+    "hook_on_a_module_that_is_not_called": lambda m: m.transformer["h"][0].attn.attn_dropout.register_forward_hook(
+        lambda module, args, output: output * 2
+    ),
+    "another_block": lambda m: m.transformer["h"].__setitem__(1, nn.Identity()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED)
+def test_changes_after_accelerate_take_effect(change):
+    plain, fast = twins("masked")
+    before = loss_of(fast, tokens(), tokens(seed=1)).detach()
+    for model in (plain, fast):
+        change(model)
+    a, b = (loss_of(model, tokens(), tokens(seed=1)).detach() for model in (plain, fast))
+    torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(a, before)
+
+
+def test_a_loaded_state_keeps_blocks_fused():
+    """`load_state_dict` writes the same mask again, which is no change."""
+    _, fast = twins("masked")
+    fast.load_state_dict(copy.deepcopy(fast.state_dict()))
+    with Operators() as seen:
+        loss_of(fast, tokens(), tokens(seed=1))
+    if gpt_fast.build_info() is not None:
+        assert seen.count["gpt_fast.attention_forward"] == handwritten.LAYERS
+
+
+def test_views_of_logits_share_what_is_written_into_them():
+    plain, fast = twins("separate")
+    losses = []
+    for model in (plain, fast):
+        logits = model(tokens())
+        rows = logits.flatten(0, 1)
+        logits[..., 0] = 100.0
+        losses.append(F.cross_entropy(rows, tokens(seed=1).flatten()))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_loss_after_an_update_is_refused():
+    _, fast = twins("separate")
+    rows = fast(tokens()).flatten(0, 1)
+    F.cross_entropy(rows, tokens(seed=1).flatten()).backward()
+    torch.optim.AdamW(fast.parameters(), lr=0.1, fused=True).step()
+    with pytest.raises(RuntimeError, match="logits has weights or hidden states that changed after the pass"):
+        F.cross_entropy(rows, tokens(seed=1).flatten())
+
+
+class Twice(torch.autograd.Function):
+    """An autograd function takes a tensor as C++ sees it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * 2
+
+
+@pytest.mark.parametrize("shape", [False, True], ids=["logits", "rows"])
+def test_gradients_through_autograd_functions(shape):
+    gradients = []
+    for model in twins("separate"):
+        logits = model(tokens())
+        logits = logits.flatten(0, 1) if shape else logits
+        Twice.apply(logits).square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_has_the_dtype_that_pytorch_gives_it(dtype):
+    plain, fast = twins("separate")
+    a, b = (loss_of(model.to(dtype), tokens(), tokens(seed=1)) for model in (plain, fast))
+    assert a.dtype == b.dtype == dtype
+    torch.testing.assert_close(b, a, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_accelerate_in_any_gradient_mode(mode):
+    plain, fast = make("packed"), make("packed")
+    fast.load_state_dict(plain.state_dict())
+    with mode():
+        gpt_fast.accelerate(fast, strict=True)
+    loss_of(fast, tokens(), tokens(seed=1)).backward()
+    torch.testing.assert_close(loss_of(fast, tokens(), tokens(seed=1)), loss_of(plain, tokens(), tokens(seed=1)))
+
+
+def test_a_norm_that_trains_otherwise_is_left_alone():
+    class Straight(nn.LayerNorm):
+        def forward(self, x):
+            y = super().forward(x)
+            return y + (y * 0.5).detach() - y.detach() * 0.5 + (y - y.detach()) if self.training else y
+
+    model = make("packed")
+    model.transformer["ln_f"] = Straight(handwritten.C)
+    report = gpt_fast.accelerate(model)
+    assert [entry.name for entry in report.left] == ["transformer.ln_f"]
 
 
 RANK = """

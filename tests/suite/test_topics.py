@@ -224,7 +224,7 @@ def test_whole_models_run(name, monkeypatch):
             assert out[:, : tokens.shape[1]].equal(tokens)
             assert job.state_bytes() >= 4 * counts.parameters(SMALL)
         else:
-            classes = SMALL.num_tokens if name == "training_step" else 2
+            classes = 2 if name == "finetuning_step" else SMALL.num_tokens
             assert float(out) == pytest.approx(math.log(classes), abs=0.7), peer.name
             # Weights, and AdamW's two moments of the parameters.
             assert job.state_bytes() >= 3 * 4 * counts.parameters(SMALL), peer.name

@@ -1,8 +1,7 @@
-"""Tensors that are computed when somebody reads them, so that what follows may compute them in one op with its own.
+"""Logits that are computed when somebody reads them, so that the loss may be computed without them.
 
-A hand-written model adds, normalises and computes its loss in code that stays as it is. Its recognised modules return
-a `Deferred` in place of a sum or of logits. Recognised modules and `F.cross_entropy` take it as it is; for anybody else
-it is the tensor.
+A hand-written model computes its loss in code that stays as it is. Its output layer returns `Logits`. `F.cross_entropy`
+takes their hidden states and the weight instead; for anybody else they are the tensor.
 """
 
 from collections.abc import Callable
@@ -54,7 +53,7 @@ class Deferred(Tensor):
         if func in _SHAPES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        for handle in (_as_rows, _as_loss, _as_embedding):
+        for handle in (_as_rows, _as_loss):
             result = handle(func, args, kwargs or {})
             if result is not NotImplemented:
                 return result
@@ -92,28 +91,6 @@ def value(x: Any) -> Any:
     return x.value() if isinstance(x, Deferred) else x
 
 
-# ---- a sum that the next norm computes -------------------------------------------------------------------------------
-
-
-class Sum(Deferred):
-    """x + dropout(branch), which a LayerNorm that follows computes in one pass with its own work."""
-
-    x: Tensor
-    branch: Tensor
-    p: float
-    seed: Tensor | None
-    site: int
-
-
-def add(x: Tensor, branch: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
-    """Return x + dropout(branch), deferred outside of graphs."""
-    if not _may_defer():
-        return _plain.add(branch, x, p, seed, site)
-    made: Any = Deferred.make(Sum, x.shape, x, lambda: _plain.add(branch, x, p, seed, site))
-    made.x, made.branch, made.p, made.seed, made.site = x, branch, p, seed, site
-    return made
-
-
 # ---- logits that the loss computes -----------------------------------------------------------------------------------
 
 
@@ -123,6 +100,8 @@ class Logits(Deferred):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
+    base: "Logits | None"  # the logits that these are another shape of
+    unchanged: Callable[[bool], bool]
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -130,13 +109,13 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not _may_defer():
         return F.linear(hidden, weight, bias)
     unchanged = _plain.Unchanged([weight] if bias is None else [weight, bias])
+    version = _plain.version(hidden)
+
+    def is_as_it_was(reads_values: bool) -> bool:
+        return _plain.version(hidden) == version and unchanged(reads_values)
 
     def compute() -> Tensor:
-        if not unchanged():
-            raise RuntimeError(
-                "gpt_fast.accelerate: logits has weights that changed after the pass; expected them as in the pass: "
-                "read logits before the update"
-            )
+        _check(is_as_it_was(True))
         return F.linear(hidden, weight, bias)
 
     shape = torch.Size([*hidden.shape[:-1], weight.shape[0]])
@@ -144,8 +123,16 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.is_autocast_enabled(hidden.device.type):
         like = hidden.new_empty(0, dtype=torch.get_autocast_dtype(hidden.device.type))
     made: Any = _Linked.apply(hidden, weight, bias, lambda: Deferred.make(Logits, shape, like, compute))
-    made.hidden, made.weight, made.bias = hidden, weight, bias
+    made.hidden, made.weight, made.bias, made.base, made.unchanged = hidden, weight, bias, None, is_as_it_was
     return made
+
+
+def _check(unchanged: bool) -> None:
+    if not unchanged:
+        raise RuntimeError(
+            "gpt_fast.accelerate: logits has weights or hidden states that changed after the pass; expected them as in "
+            "the pass: read logits before the update"
+        )
 
 
 class _Linked(torch.autograd.Function):
@@ -180,7 +167,7 @@ _RESHAPES = {Tensor.view, Tensor.reshape, Tensor.flatten, torch.flatten, torch.r
 def _as_rows(func: Any, args: tuple, kwargs: dict) -> Any:
     """Return logits in another shape that keeps the last dimension, still deferred."""
     source = args[0] if args else None
-    if func not in _RESHAPES or not isinstance(source, Logits) or source._value is not None:
+    if func not in _RESHAPES or not isinstance(source, Logits) or _is_computed(source):
         return NotImplemented
     with torch._C.DisableTorchFunctionSubclass():
         try:
@@ -190,9 +177,24 @@ def _as_rows(func: Any, args: tuple, kwargs: dict) -> Any:
     V = source.weight.shape[0]
     if len(shape) == 0 or shape[-1] != V:
         return NotImplemented
-    made: Any = Deferred.make(Logits, shape, source, lambda: source.value().reshape(shape))
-    made.hidden, made.weight, made.bias = source.hidden.reshape(*shape[:-1], -1), source.weight, source.bias
+    hidden = source.hidden.reshape(*shape[:-1], source.hidden.shape[-1])
+
+    def make() -> Tensor:
+        return Deferred.make(Logits, shape, source, lambda: source.value().reshape(shape))
+
+    made: Any = _Linked.apply(hidden, source.weight, source.bias, make)
+    made.hidden, made.weight, made.bias = hidden, source.weight, source.bias
+    made.base, made.unchanged = source, source.unchanged
     return made
+
+
+def _is_computed(logits: Logits | None) -> bool:
+    """Return True if somebody has the values, and may have written into them."""
+    while logits is not None:
+        if logits._value is not None:
+            return True
+        logits = logits.base
+    return False
 
 
 def _as_loss(func: Any, args: tuple, kwargs: dict) -> Any:
@@ -202,61 +204,19 @@ def _as_loss(func: Any, args: tuple, kwargs: dict) -> Any:
     names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
     call = dict(zip(names, args, strict=False)) | kwargs
     source, target = call.pop("input"), call.pop("target")
-    if not isinstance(source, Logits) or source._value is not None or not isinstance(target, Tensor):
+    if not isinstance(source, Logits) or _is_computed(source) or not isinstance(target, Tensor):
         return NotImplemented
     if any(call.get(name) is not None for name in ("weight", "size_average", "reduce")):
         return NotImplemented
     if source.dim() != 2 or target.dim() != 1 or target.dtype != torch.int64 or len(target) != len(source.hidden):
         return NotImplemented
-    return ops.linear_cross_entropy(
+    _check(source.unchanged(not source.is_cuda))  # a GPU is not waited for
+    loss = ops.linear_cross_entropy(
         source.hidden, source.weight, value(target), source.bias, ignore_index=call.get("ignore_index", IGNORE),
         label_smoothing=call.get("label_smoothing", 0.0), reduction=call.get("reduction", "mean"),
     )  # fmt: skip
-
-
-# ---- embeddings that are added ---------------------------------------------------------------------------------------
-
-
-class Rows(Deferred):
-    """table[index], which an addition of two of them computes in one op."""
-
-    places: Tensor
-    table: Tensor
-
-
-class Embedded(Deferred):
-    """token_table[tokens] + position_table[positions], which a dropout that follows computes in one op."""
-
-    arguments: tuple[Tensor, Tensor, Tensor, Tensor]  # tokens, both tables, positions
-
-
-def rows(index: Tensor, table: Tensor) -> Tensor:
-    """Return table[index], deferred outside of graphs."""
-    if not _may_defer():
-        return F.embedding(index, table)
-    shape = torch.Size([*index.shape, table.shape[1]])
-    made: Any = Deferred.make(Rows, shape, table, lambda: F.embedding(index, table))
-    made.places, made.table = index, table
-    return made
-
-
-_ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
-
-
-def _as_embedding(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Return the sum of token and position embeddings, deferred."""
-    if func not in _ADDITIONS or kwargs or len(args) != 2 or not all(isinstance(arg, Rows) for arg in args):
-        return NotImplemented
-    positions, tokens = sorted(args, key=lambda one: (one.places.dim(), one.places.numel()))
-    at = positions.places
-    if at.dim() == 2 and at.shape[0] == 1:
-        at = at[0]
-    if tokens.places.dim() != 2 or at.shape not in (tokens.places.shape, tokens.places.shape[-1:]):
-        return NotImplemented
-    arguments = (tokens.places, tokens.table, positions.table, at)
-    made: Any = Deferred.make(Embedded, tokens.shape, tokens.table, lambda: ops.embedding(*arguments))
-    made.arguments = arguments
-    return made
+    autocast = torch.is_autocast_enabled(source.device.type)  # which computes a cross-entropy in float32
+    return loss if autocast else loss.to(source.dtype)
 
 
 def _may_defer() -> bool:

@@ -1,7 +1,8 @@
 """The forwards that `gpt_fast.accelerate` puts on the recognised modules of a hand-written GPT.
 
 A block draws a dropout seed for each call; its sites are 0 (attention), 1 and 3 (branches) and 2 (hidden activation).
-Parts that have hooks or were replaced since are called; where that leaves nothing to fuse the class's own forward runs.
+Norms, linear layers, activations and branch dropouts that have hooks are called. A block that is not what it was when
+it was recognised runs the forward of its class.
 """
 
 import functools
@@ -9,12 +10,14 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
 from ... import _plain, ops
-from .deferred import Embedded, Sum, add, logits, rows, value
+from .deferred import logits, value
 from .layouts import Layout, Norm, part
+from .snapshot import Snapshot
 
 PARTS = "_gpt_fast_parts"  # the attribute that holds what a module was recognised as
 
@@ -31,25 +34,20 @@ class Block:
     pre_norm: bool
     dropouts: tuple[str, str, str, str]  # paths of the rates: attention, its branch, hidden, the MLP's branch; "" none
     kinds: dict[str, type]  # the class of each part, by path
+    state: Snapshot | None = None  # what else its function depends on
 
 
 def block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     block: Block = vars(self)[PARTS]
     x = args[0] if args and ((len(args) == 1 and not kwargs) or _asks_for_nothing(self, args, kwargs)) else None
     if not isinstance(x, Tensor) or x.dim() != 3 or not _is_whole(self, block):
-        return _plain.original(self, *(value(arg) for arg in args), **{k: value(v) for k, v in kwargs.items()})
+        return _plain.original(self, *args, **kwargs)
     seed = ops.new_seed(x.device) if any(_rate(self, path) > 0 for path in block.dropouts) else None
     if block.pre_norm:
-        if isinstance(x, Sum) and x._value is None:
-            normed, x = _add_norm(self, block, block.norm1, x.branch, x.x, x.p, x.seed, x.site)
-        else:
-            x = value(x)
-            normed = _norm(self, block, block.norm1, x)
-        branch, p = _attention(self, block, normed, seed)
+        branch, p = _attention(self, block, _norm(self, block, block.norm1, x), seed)
         normed, x = _add_norm(self, block, block.norm2, branch, x, p, seed, 1)
         branch, p = _mlp(self, block, normed, seed)
-        return add(x, branch, p, seed, 3)
-    x = value(x)
+        return _plain.add(branch, x, p, seed, 3)
     branch, p = _attention(self, block, x, seed)
     x, _ = _add_norm(self, block, block.norm1, branch, x, p, seed, 1)
     branch, p = _mlp(self, block, x, seed)
@@ -76,12 +74,28 @@ def _signature(kind: type[nn.Module]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _is_whole(self: Any, block: Block) -> bool:
-    """Return True if the block, attention and MLP are called by nobody but the block's own forward, and unhooked."""
+    """Return True if the block is what was recognised, and its modules are called by its own forward alone."""
     layout = block.layout
-    return all(
-        _plain.why_not_plain(part(self, path), block.kinds[path]) is None
-        for path in dict.fromkeys(("", layout.attention, layout.mlp))
-    ) and all(_has_plain_rate(self, path) for path in (block.dropouts[0], block.dropouts[2]))
+    called = {*layout.qkv, layout.out, layout.fc, layout.proj, layout.activation, block.norm1.path, block.norm2.path}
+    called |= {block.dropouts[1], block.dropouts[3]}
+    return (
+        (torch.compiler.is_compiling() or _is_unchanged(self, block, called))
+        and all(
+            _plain.why_not_plain(part(self, path), block.kinds[path]) is None
+            for path in dict.fromkeys(("", layout.attention, layout.mlp))
+        )
+        and all(_has_plain_rate(self, path) for path in (block.dropouts[0], block.dropouts[2]))
+    )
+
+
+def _is_unchanged(self: Any, block: Block, called: set[str]) -> bool:
+    """Return True if the block's options and buffers are as they were, and no hook hangs where nothing is called.
+
+    A graph cannot ask: it is for the block as it was when the model was accelerated.
+    """
+    if block.state is None or not block.state.holds(self):
+        return False
+    return all(path in called or not _plain.is_hooked_itself(module) for path, module in self.named_modules() if path)
 
 
 def _has_plain_rate(self: Any, path: str) -> bool:
@@ -172,30 +186,17 @@ def _named(module: Any, name: str) -> Tensor | None:
 # ---- around the blocks -----------------------------------------------------------------------------------------------
 
 
-def norm_forward(self: Any, x: Tensor) -> Tensor:
-    """The last norm: what the last block has left to be added is one pass with it."""
+def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     norm: Norm = vars(self)[PARTS]
-    weight, bias = _named(self, norm.weight), _named(self, norm.bias)
-    if isinstance(x, Sum) and x._value is None:
-        return ops.add_layer_norm(x.branch, x.x, weight, bias, norm.eps, x.p, x.seed, x.site)[0]
-    return ops.layer_norm(value(x), weight, bias, norm.eps)
+    x = args[0] if len(args) == 1 and not kwargs else None
+    is_as_it_was = torch.compiler.is_compiling() or (norm.state is not None and norm.state.holds(self))
+    if not isinstance(x, Tensor) or not is_as_it_was:
+        return _plain.original(self, *args, **kwargs)
+    return ops.layer_norm(x, _named(self, norm.weight), _named(self, norm.bias), norm.eps)
 
 
-def output_forward(self: Any, x: Tensor) -> Tensor:
+def output_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The projection to the vocabulary, left to whoever reads it."""
-    return logits(value(x), self.weight, self.bias)
-
-
-def table_forward(self: Any, index: Tensor) -> Tensor:
-    """An embedding, left to the addition of both embeddings."""
-    if _plain.why_no_table(self) is not None and not _plain.is_accelerated(self):
-        return _plain.original(self, index)
-    return rows(index, self.weight)
-
-
-def dropout_forward(self: Any, x: Tensor) -> Tensor:
-    """The dropout on the embeddings: both embeddings, their sum and it are one op."""
-    if not isinstance(x, Embedded) or x._value is not None or not 0 <= self.p < 1:
-        return _plain.original(self, value(x))
-    p = self.p if self.training else 0.0
-    return ops.embedding(*x.arguments, p, ops.new_seed(x.device) if p else None, site=0)
+    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+        return _plain.original(self, *args, **kwargs)
+    return logits(value(args[0]), self.weight, self.bias)

@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
+
+from .snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Norm:
     weight: str
     bias: str
     eps: float
+    state: Snapshot | None = None  # of a norm outside of blocks
 
 
 def part(block: Any, path: str) -> Any:
@@ -125,10 +129,11 @@ def _inferred(block: nn.Module) -> Layout | None:
 
 def _role(path: str) -> str | None:
     """Return "q", "k" or "v" for the name of a projection, such as "att.W_query", "k_proj" or "to_v"."""
-    name = path.rpartition(".")[2].lower().replace("weight", "").replace("proj", "").replace("linear", "")
-    words = [word for word in name.replace("-", "_").split("_") if word not in ("", "w", "to", "lin", "attn")]
-    found = {word[0] for word in words if word in ("q", "k", "v", "query", "key", "value", "queries", "keys", "values")}
-    return found.pop() if len(found) == 1 else None
+    name = path.rpartition(".")[2].lower()
+    for word in ("weight", "proj", "linear", "attn", "lin", "_", "to", "w", "fc"):
+        name = name.replace(word, "")
+    names = ("q", "k", "v", "query", "key", "value", "queries", "keys", "values", "qs", "ks", "vs")
+    return name[0] if name in names else None
 
 
 def _common(*paths: str) -> str:
@@ -165,32 +170,55 @@ _EPS = (1e-5, 1e-6, 1e-8, 1e-12)
 
 
 def find_norm(path: str, module: Any) -> Norm | None:
-    """Return how a module normalises if it computes LayerNorm, as shown by what it gives in float64; else None."""
+    """Return how a module normalises if it computes LayerNorm; else None.
+
+    It is asked in float64, in evaluation and training mode, for outputs and gradients.
+    """
     names = dict(module.named_parameters(recurse=False))
     gain = next((name for name in _GAINS if name in names), "")
     shift = next((name for name in _SHIFTS if name in names), "")
-    if {gain, shift} - {""} != set(names):
+    if not names or {gain, shift} - {""} != set(names) or list(module.buffers()):
         return None
-    own = [getattr(module, name) for name in _EPS_NAMES if isinstance(getattr(module, name, None), float)]
-    C = next(iter(names.values())).numel()
+    first = next(iter(names.values()))
+    C = first.numel()
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 4, C, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 1e-2, 5.0])[:, None, None]
-    x = x + torch.randn(3, 4, 1, generator=generator, dtype=torch.float64)
-    drawn = {
-        name: torch.randn(C, generator=generator, dtype=torch.float64) for name in names
-    }  # fmt: skip
-    place = next(iter(names.values())).device
+
+    def drawn(*shape: int) -> Tensor:
+        with torch.inference_mode(False):
+            return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+    with torch.inference_mode(False):
+        x = drawn(3, 4, C) * torch.tensor([1.0, 1e-2, 5.0], dtype=torch.float64, device="cpu")[:, None, None]
+        x = (x + drawn(3, 4, 1)).to(first.device).requires_grad_()
+    weights = {name: drawn(C).to(first.device).requires_grad_() for name in names}
+    upstream = drawn(3, 4, C).to(first.device)
+    leaves = [x, *weights.values()]
+    results = []
+    flag, state = module.training, torch.get_rng_state()
     try:
-        with torch.no_grad():
-            drawn = {name: value.to(place) for name, value in drawn.items()}
-            got = torch.func.functional_call(module, drawn, (x.to(place),))
+        with torch.inference_mode(False), torch.enable_grad():
+            for training in (False, True):
+                module.train(training)
+                y = torch.func.functional_call(module, weights, (x.clone(),))
+                results.append((y, *torch.autograd.grad(y, leaves, upstream)))
     except Exception:  # noqa: BLE001  whatever foreign code raises: it is no LayerNorm
         return None
-    if not isinstance(got, Tensor) or got.shape != x.shape:
+    finally:
+        module.train(flag)
+    if not torch.equal(torch.get_rng_state(), state):
+        torch.set_rng_state(state)
         return None
+    own = [getattr(module, name) for name in _EPS_NAMES if isinstance(getattr(module, name, None), float)]
     for eps in dict.fromkeys([*own, *_EPS]):
-        weight, bias = drawn.get(gain), drawn.get(shift)
-        expected = torch.nn.functional.layer_norm(x.to(place), (C,), weight, bias, eps)
-        if torch.allclose(got.double(), expected, rtol=1e-6, atol=1e-6):
+        with torch.inference_mode(False), torch.enable_grad():
+            y = F.layer_norm(x, (C,), weights.get(gain), weights.get(shift), eps)
+            expected = (y, *torch.autograd.grad(y, leaves, upstream))
+        if all(_same(got, wanted) for result in results for got, wanted in zip(result, expected, strict=True)):
             return Norm(path, gain, shift, eps)
     return None
+
+
+def _same(got: Tensor, expected: Tensor) -> bool:
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        return False
+    return torch.allclose(got, expected, rtol=1e-6, atol=1e-6 * float(expected.detach().abs().max()))

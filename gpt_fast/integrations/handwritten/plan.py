@@ -1,5 +1,7 @@
 """What `accelerate` does to GPT-2 as people write it themselves."""
 
+import contextlib
+import dataclasses
 from typing import Any
 
 import torch
@@ -11,10 +13,14 @@ from ..report import LeftAlone, Patch, Report
 from . import forwards, probe
 from .forwards import PARTS, Block
 from .layouts import Norm, find_norm, layouts, norm_width, part
+from .snapshot import Snapshot
 
 
-def plan(name: str, module: nn.Module, report: Report) -> list[Patch] | None:
-    """Return the patches of `module` if its parts are those of a block, else None."""
+def plan(name: str, module: nn.Module, report: Report, longest: int) -> list[Patch] | None:
+    """Return the patches of `module` if its parts are those of a block, else None.
+
+    `longest` is the longest sequence that the model takes, at which blocks are compared once.
+    """
     found = list(layouts(module))
     if not found or type(module).__module__.startswith(("transformers.", "torch.")):
         return None
@@ -27,9 +33,12 @@ def plan(name: str, module: nn.Module, report: Report) -> list[Patch] | None:
             reason = f"{wrong} ({type(part(module, wrong)).__name__}) computes no LayerNorm"
             continue
         try:
-            block = probe.block_of(module, layout, (norms[0], norms[1]), _longest(module))
+            block = probe.block_of(module, layout, (norms[0], norms[1]), longest)
         except probe.Refused as refused:
             reason = str(refused)
+            continue
+        except Exception as error:  # noqa: BLE001  whatever foreign code raises
+            reason = f"cannot be compared ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
             continue
         _note(name, module, block, report)
         return [Patch(module, forwards.block_forward, {PARTS: block})]
@@ -37,10 +46,16 @@ def plan(name: str, module: nn.Module, report: Report) -> list[Patch] | None:
     return []
 
 
-def _longest(block: nn.Module) -> int:
-    """Return a length that shows local windows: that of the block's mask, or 256."""
-    masks = [buffer for buffer in block.buffers() if buffer.dim() >= 2 and buffer.shape[-1] == buffer.shape[-2]]
-    return max((int(mask.shape[-1]) for mask in masks), default=256)
+def longest_sequence(model: nn.Module) -> int:
+    """Return how many positions a model has, as its masks and tables tell, between 256 and 8,192."""
+    masks = [
+        buffer.shape[-1] for buffer in model.buffers() if buffer.dim() >= 2 and buffer.shape[-1] == buffer.shape[-2]
+    ]
+    tables = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    positions = [parameter.shape[-2] for parameter in model.parameters(recurse=False) if parameter.dim() >= 2]
+    if masks:
+        return min(8192, max(masks))
+    return min(8192, max([256, *(size for size in (*tables, *positions) if size <= 8192)]))
 
 
 def _note(name: str, module: nn.Module, block: Block, report: Report) -> None:
@@ -57,34 +72,25 @@ def _note(name: str, module: nn.Module, block: Block, report: Report) -> None:
 
 
 def around(name: str, model: nn.Module, blocks: list[nn.Module], report: Report) -> list[Patch]:
-    """Return the patches for what stands around the blocks of one model: embeddings, last norm and output layer."""
+    """Return the patches for what stands around the blocks of one model: the last norm and the output layer."""
     inside = {id(child) for block in blocks for child in block.modules()}
     outside = {path: module for path, module in model.named_modules() if id(module) not in inside}
     C = _width(blocks[0])
     prefix = f"{name}." if name else ""
     patches = []
-    tables = {
-        path: module for path, module in outside.items()
+    vocabularies = {
+        module.num_embeddings for module in outside.values()
         if isinstance(module, nn.Embedding) and module.embedding_dim == C
     }  # fmt: skip
-    vocabularies = [table.num_embeddings for table in tables.values()]
     for path, module in outside.items():
         reason = "has a forward of its own" if "forward" in vars(module) else None
-        if path in tables:
-            reason = reason or _plain.why_no_table(module)
-            report.note(prefix + path, module, "embedding", reason)
-            if reason is None:
-                patches.append(Patch(module, forwards.table_forward, {}))
-        elif isinstance(module, nn.Dropout):
-            report.note(prefix + path, module, "embedding", reason)
-            if reason is None:
-                patches.append(Patch(module, forwards.dropout_forward, {}))
-        elif norm_width(module) == C:
+        if norm_width(module) == C:
             norm = find_norm("", module)
             reason = reason or ("computes no LayerNorm" if norm is None else None)
             report.note(prefix + path, module, "layer_norm", reason)
             if norm is not None and reason is None:
-                patches.append(Patch(module, forwards.norm_forward, {PARTS: norm}))
+                held = dataclasses.replace(norm, state=Snapshot(module))
+                patches.append(Patch(module, forwards.norm_forward, {PARTS: held}))
         elif isinstance(module, nn.Linear) and module.in_features == C and module.out_features in vocabularies:
             reason = reason or _plain.why_not_plain(module, nn.Linear)
             report.note(prefix + path, module, "linear_cross_entropy", reason)
@@ -102,12 +108,13 @@ def whole_model_agrees(model: nn.Module, patches: list[Patch], apply: Any, undo:
 
     A model that cannot be called with tokens alone is compared by its blocks only.
     """
-    table = next((patch.module for patch in patches if patch.forward is forwards.table_forward), None)
-    if not isinstance(table, nn.Embedding) or table.weight.is_meta:
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if not tables or tables[0].weight.is_meta:
         return True
-    V = max(patch.module.num_embeddings for patch in patches if isinstance(patch.module, nn.Embedding))
-    tokens = torch.randint(V, (2, 6), generator=torch.Generator().manual_seed(4)).to(table.weight.device)
-    with probe.without_trace(model):
+    V = min(table.num_embeddings for table in tables)
+    tokens = torch.randint(V, (2, 6), generator=torch.Generator().manual_seed(4), device="cpu")
+    tokens = tokens.to(tables[0].weight.device)
+    with contextlib.suppress(probe.Refused), probe.without_trace(model):
         model.eval()
         before = _outputs(model, tokens)
         for patch in patches:

@@ -6,6 +6,8 @@ random generators are as before. Whatever foreign code raises means that the mod
 
 import contextlib
 import dataclasses
+import random
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,14 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ... import _plain
 from ..._activations import ACTIVATIONS
 from .forwards import Block
 from .layouts import Layout, Norm, part
+from .snapshot import Snapshot
 
-# Rows, positions and scale of the drawn inputs. The small scale shows eps, the large one the softmax's scale.
-_SHAPES = ((2, 5, 1.0), (1, 9, 0.05), (3, 1, 2.0))
+# Rows, positions, scale of the drawn inputs and factor on the weights. A small scale shows eps, a large one clamps of
+# the residual stream, large weights clamps of the scores.
+_SHAPES = ((2, 5, 1.0, 1.0), (1, 9, 0.05, 1.0), (9, 3, 2.0, 1.0), (2, 6, 60.0, 1.0), (2, 7, 1.0, 4.0), (1, 1, 1.0, 1.0))
 _TOLERANCE = 1e-6  # relative, in float64: constants such as sqrt(2 / pi) are often written in float32
-_FIRST_RATE = 0.11
+_FIRST_RATE, _RATE_STEP = 0.1234567, 0.0076543  # rates that nobody writes
 
 
 class Refused(Exception):
@@ -31,36 +36,74 @@ class Refused(Exception):
 
 @contextlib.contextmanager
 def without_trace(module: nn.Module) -> Iterator[None]:
-    """Restore flags, buffers and random generators after the block."""
-    flags = [(child, child.training) for child in module.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    attributes = [(child, dict(vars(child))) for child in module.modules()]
-    tables = [(child, dict(child._buffers)) for child in module.modules()]
-    with torch.random.fork_rng(devices=_cuda_devices(module)):
-        try:
+    """Restore flags, attributes, buffers and random generators after the block; raise `Refused` if they were written.
+
+    What a forward writes into its module (a counter, a cache, kept probabilities) would not be written by fused ops.
+    """
+    modules = list(module.modules())
+    attributes = [dict(vars(child)) for child in modules]
+    tables = [dict(child._buffers) for child in modules]
+    boxes = [(box, list(box)) for before in attributes for key, box in before.items()
+             if isinstance(box, list | dict | set) and not key.startswith("_")]  # fmt: skip
+    values = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers() if not buffer.is_inference()]
+    python, state = random.getstate(), torch.get_rng_state()
+    numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
+    wrote = ""
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=_cuda_devices(module)):
             yield
-        finally:
-            for child, training in flags:
-                child.training = training
-            for child, before in tables:
-                child._buffers.clear()
-                child._buffers.update(before)
-            with torch.no_grad():
-                for buffer, before_value in buffers:
-                    if not torch.equal(buffer.nan_to_num(), before_value.nan_to_num()):
-                        buffer.copy_(before_value)
-            for child, before_attributes in attributes:
-                if vars(child).keys() != before_attributes.keys():
-                    for name in vars(child).keys() - before_attributes.keys():
-                        del vars(child)[name]
+            if random.getstate() != python or not torch.equal(torch.get_rng_state(), state):
+                wrote = "draws random numbers that are no dropout"
+    finally:
+        for child, before, table in zip(modules, attributes, tables, strict=True):
+            own = vars(child)
+            if own.keys() - {"training"} != before.keys() - {"training"} or any(
+                own[name] is not before[name] for name in before if name not in ("training", "p", "_buffers")
+                and name in own and not isinstance(before[name], float)
+            ):  # fmt: skip
+                wrote = "keeps values of a pass in its attributes"
+            if any(child._buffers.get(name) is not buffer for name, buffer in table.items()):
+                wrote = "keeps values of a pass in its buffers"
+            child._buffers.clear()
+            child._buffers.update(table)
+            own.clear()
+            own.update(before)
+        for box, before_items in boxes:
+            if len(box) != len(before_items):
+                wrote = "keeps values of a pass in its attributes"
+                if isinstance(box, list):
+                    box[:] = before_items
+                else:
+                    for item in set(box) - set(before_items):
+                        box.pop(item) if isinstance(box, dict) else box.discard(item)
+        with torch.no_grad():
+            for buffer, version, before_value in values:
+                if buffer._version != version:
+                    wrote = "writes into its buffers"
+                    buffer.copy_(before_value)
+        random.setstate(python)
+        if numpy is not None:
+            if not _same_state(sys.modules["numpy"].random.get_state(), numpy):
+                wrote = "draws random numbers that are no dropout"
+            sys.modules["numpy"].random.set_state(numpy)
+    if wrote:
+        raise Refused(wrote)
+
+
+def _same_state(a: Any, b: Any) -> bool:
+    return all(bool((x == y).all()) if hasattr(x, "all") else x == y for x, y in zip(a, b, strict=True))
 
 
 def _cuda_devices(module: nn.Module) -> list[int]:
     return sorted({p.get_device() for p in module.parameters() if p.is_cuda})
 
 
-def block_of(block: nn.Module, layout: Layout, norms: tuple[Norm, Norm], longest: int | None) -> Block:
+def block_of(block: nn.Module, layout: Layout, norms: tuple[Norm, Norm], longest: int) -> Block:
     """Return what the block is, after comparing outputs, gradients, dropout and masks; raise `Refused`."""
+    if any(parameter.is_meta for parameter in block.parameters()):
+        raise Refused("is on the meta device, where nothing can be compared")
+    if any(_plain.is_hooked_itself(module) for module in block.modules()):
+        raise Refused("has hooks, which a probe would run: accelerate before they are registered")
     reason = ""
     for heads in _heads(block, layout):
         for pre_norm in (True, False):
@@ -69,13 +112,15 @@ def block_of(block: nn.Module, layout: Layout, norms: tuple[Norm, Norm], longest
                 found = Block(layout, *norms, heads, activation, pre_norm, ("", "", "", ""), kinds)
                 with without_trace(block):
                     wrong = _why_not(block, found)
-                    if wrong:
-                        reason = reason or wrong  # of the likeliest parts, which come first
-                        continue
-                    found = _with_dropouts(block, found)
-                    if longest is not None:
-                        _compare_long(block, found, longest)
-                return found
+                if wrong:
+                    reason = reason or wrong  # of the likeliest parts, which come first
+                    continue
+                with without_trace(block):
+                    found = _with_dropouts(block, found, longest)
+                with without_trace(block):
+                    _compare_long(block, found, longest)
+                rates = frozenset(path for path in found.dropouts if path)
+                return dataclasses.replace(found, state=Snapshot(block, rates))
     raise Refused(reason or "has parts of a block, but no number of heads was found")
 
 
@@ -92,9 +137,21 @@ def _heads(block: Any, layout: Layout) -> Iterator[int]:
     C = part(block, layout.out).in_features
     owners = [part(block, layout.attention), block]
     named = [getattr(owner, name, None) for owner in owners for name in _HEAD_NAMES]
-    others = [value for owner in owners for value in vars(owner).values()]
-    seen = {value: None for value in (*named, *others) if type(value) is int and 0 < value <= C and C % value == 0}
+    options = [value for owner in owners for key, value in vars(owner).items() if not key.startswith("_")]
+    inner = [one for value in options for one in _inside(value)]
+    numbers = [
+        value for value in (*named, *options, *inner) if type(value) is int and 0 < value <= C and C % value == 0
+    ]
+    seen = dict.fromkeys([*numbers, *(C // value for value in numbers)])  # a number may be the width of a head
     yield from (value for value in seen if C // value <= 256)
+
+
+def _inside(value: Any) -> list[Any]:
+    """Return the values that a configuration holds, whether dictionary or object."""
+    if isinstance(value, dict):
+        return list(value.values())
+    has_options = hasattr(value, "__dict__") and not isinstance(value, type | nn.Module | Tensor)
+    return list(vars(value).values()) if has_options else []
 
 
 def _activations_of(block: Any, layout: Layout) -> list[str]:
@@ -116,8 +173,14 @@ def _activations_of(block: Any, layout: Layout) -> list[str]:
 # ---- the formula -----------------------------------------------------------------------------------------------------
 
 
-def formula(block: Any, parts: Block, x: Tensor, factors: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
-    """Return what a block of these parts computes, in plain PyTorch; each dropout multiplies by its factor instead."""
+Factors = tuple[float | Tensor, float | Tensor, float | Tensor, float | Tensor]
+
+
+def formula(block: Any, parts: Block, x: Tensor, factors: Factors = (1.0, 1.0, 1.0, 1.0), fused: float = 1.0) -> Tensor:
+    """Return what a block of these parts computes, in plain PyTorch; each dropout multiplies by its factor instead.
+
+    `fused` is the factor of a dropout inside of PyTorch's attention, whose probabilities are not to be seen.
+    """
     layout = parts.layout
 
     def normed(norm: Norm, y: Tensor) -> Tensor:
@@ -135,7 +198,7 @@ def formula(block: Any, parts: Block, x: Tensor, factors: tuple[float, ...] = (1
         q, k, v = (one.unflatten(2, (parts.heads, -1)).transpose(1, 2) for one in qkv.chunk(3, dim=-1))
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         later = torch.ones(T, T, dtype=torch.bool, device=y.device).triu(1)
-        out = scores.masked_fill(later, -torch.inf).softmax(-1) @ v * factors[0]
+        out = (scores.masked_fill(later, -torch.inf).softmax(-1) * factors[0]) @ v * fused
         return linear(layout.out, out.transpose(1, 2).flatten(2)) * factors[1]
 
     def feed(y: Tensor) -> Tensor:
@@ -152,35 +215,49 @@ def formula(block: Any, parts: Block, x: Tensor, factors: tuple[float, ...] = (1
 def _why_not(block: nn.Module, parts: Block) -> str:
     """Return how the block differs from the formula in evaluation mode, "" where outputs and gradients agree."""
     block.eval()
-    wide = {name: value.detach().double().requires_grad_() for name, value in block.named_parameters()}
-    first = next(iter(wide.values()))
     C = part(block, parts.layout.out).in_features
     generator = torch.Generator().manual_seed(1)
-    for B, T, scale in _SHAPES:
-        drawn = torch.randn(B, T, C, generator=generator, dtype=torch.float64) * scale
-        x = drawn.to(first.device).requires_grad_()
+    for B, T, scale, factor in _SHAPES:
+        wide = _widened(block, factor)
+        place = next(iter(wide.values())).device
+        x = (_drawn(generator, B, T, C) * scale).to(place).requires_grad_()
         try:
             got = _called(block, wide, x)
         except Exception as error:  # noqa: BLE001  whatever foreign code raises
             return f"cannot be called with hidden states alone ({type(error).__name__}: {str(error).splitlines()[0]})"
         if not isinstance(got, Tensor) or got.shape != x.shape:
             return "returns something else than hidden states"
-        expected = _swapped(block, wide, parts, x)
-        if not _close(got, expected):
-            return f"computes something else than its parts suggest, at batch {B} and length {T}"
-        upstream = torch.randn(got.shape, generator=generator, dtype=torch.float64).to(first.device)
-        leaves = [x, *wide.values()]
-        ours = torch.autograd.grad(expected, leaves, upstream, allow_unused=True)
-        theirs = torch.autograd.grad(got, leaves, upstream, allow_unused=True)
-        largest = max(float(b.abs().max()) for b in ours if b is not None)  # the gradient of a key's bias is 0
-        for a, b in zip(theirs, ours, strict=True):
-            if (a is None) != (b is None) or (a is not None and b is not None and not _close(a, b, largest)):
-                return f"has other gradients than its parts suggest, at batch {B} and length {T}"
+        where = f"at batch {B} and length {T}"
+        reason = _why_other(got, _swapped(block, wide, parts, x), [x, *wide.values()], generator, where)
+        if reason:
+            return reason
     return ""
 
 
+def _why_other(got: Tensor, expected: Tensor, leaves: list[Tensor], generator: torch.Generator, where: str) -> str:
+    """Return how outputs or gradients differ, "" where they agree."""
+    if not _close(got, expected):
+        return f"computes something else than its parts suggest, {where}"
+    upstream = _drawn(generator, *got.shape).to(got.device)
+    ours = torch.autograd.grad(expected, leaves, upstream, allow_unused=True)
+    theirs = torch.autograd.grad(got, leaves, upstream, allow_unused=True)
+    largest = max(float(b.abs().max()) for b in ours if b is not None)  # the gradient of a key's bias is 0
+    for a, b in zip(theirs, ours, strict=True):
+        if (a is None) != (b is None) or (a is not None and b is not None and not _close(a, b, largest)):
+            return f"has other gradients than its parts suggest, {where}"
+    return ""
+
+
+def _drawn(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+
+def _widened(block: nn.Module, factor: float = 1.0) -> dict[str, Tensor]:
+    return {name: (value.detach().double() * factor).requires_grad_() for name, value in block.named_parameters()}
+
+
 def _called(block: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Any:
-    return torch.func.functional_call(block, parameters, (x,), tie_weights=False)
+    return torch.func.functional_call(block, parameters, (x.clone(),), tie_weights=False)  # which may write into it
 
 
 def _swapped(block: nn.Module, parameters: dict[str, Tensor], parts: Block, x: Tensor, *factors: Any) -> Tensor:
@@ -214,9 +291,9 @@ def _compare_long(block: nn.Module, parts: Block, length: int) -> None:
     first = next(block.parameters())
     C = part(block, parts.layout.out).in_features
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(1, length, C, generator=generator).to(first.device, first.dtype)
+    x = torch.randn(1, length, C, generator=generator, device="cpu").to(first.device, first.dtype)
     with torch.no_grad():
-        got, expected = block(x), formula(block, parts, x)
+        got, expected = block(x.clone()), formula(block, parts, x)
     rounding = 64 * torch.finfo(first.dtype).eps * float(expected.abs().max())
     if float((got - expected).abs().max()) > rounding:
         raise Refused(f"computes something else than its parts suggest, at length {length}")
@@ -226,93 +303,96 @@ def _compare_long(block: nn.Module, parts: Block, length: int) -> None:
 
 
 class _Dropouts(TorchFunctionMode):
-    """Record every dropout, and multiply by a factor of its own in its place."""
+    """Record every dropout, and multiply by numbers of its own in its place."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[float, tuple[int, ...]]] = []  # rate and shape; () for attention's fused dropout
-        self.others: list[str] = []
-
-    def factor(self, rate: float, shape: tuple[int, ...]) -> float:
-        self.calls.append((rate, shape))
-        return 1.0 + 0.25 * len(self.calls)
+        self.calls: list[tuple[float, Any]] = []  # rate and factor: a number for attention's fused dropout, else a mask
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.dropout:
-            call = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
-            x, p = call["input"], call.get("p", 0.5)
-            if not call.get("training", True) or p == 0:
-                return x
-            return x * self.factor(p, tuple(x.shape))
-        if func is F.scaled_dot_product_attention:
-            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        if func in (F.dropout, torch.dropout):
+            names = ("input", "p", "training", "inplace") if func is F.dropout else ("input", "p", "train")
             call = dict(zip(names, args, strict=False)) | kwargs
+            x, p = call["input"], call.get("p", 0.5)
+            if not call.get("training", call.get("train", True)) or p == 0:
+                return x
+            mask = _drawn(torch.Generator().manual_seed(100 + len(self.calls)), *x.shape).to(x.device) + 2.0
+            self.calls.append((p, mask))
+            return x * mask
+        if func is F.scaled_dot_product_attention:
+            inputs = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+            call = dict(zip(inputs, args, strict=False)) | kwargs
             p = call.pop("dropout_p", 0.0)
-            out = func(**call)
-            return out * self.factor(p, ()) if p > 0 else out
-        if getattr(func, "__name__", "") in _RANDOM:
-            self.others.append(func.__name__)
+            if p > 0:
+                factor = 1.5 + 0.25 * len(self.calls)
+                self.calls.append((p, factor))
+                return func(**call) * factor
+            return func(**call)
         return func(*args, **kwargs)
 
 
-_RANDOM = {
-    "bernoulli", "bernoulli_", "rand", "rand_like", "randn", "randn_like", "dropout", "dropout_", "native_dropout",
-    "alpha_dropout", "feature_dropout", "dropout1d", "dropout2d", "dropout3d", "exponential_", "normal_", "uniform_",
-}  # fmt: skip
-
-
-def _with_dropouts(block: nn.Module, parts: Block) -> Block:
+def _with_dropouts(block: nn.Module, parts: Block, longest: int) -> Block:
     """Return the block with the places of its dropouts, as training mode shows them; raise `Refused`."""
     rates = _rates(block)
     before = {path: _get_rate(block, path) for path in rates}
     try:
         for index, path in enumerate(rates):  # each rate is another one, so that a call tells whose it is
-            _set_rate(block, path, _FIRST_RATE + 0.01 * index)
-        return _placed(block, parts, {round(_FIRST_RATE + 0.01 * i, 2): path for i, path in enumerate(rates)})
+            _set_rate(block, path, _FIRST_RATE + _RATE_STEP * index)
+        sources = {_FIRST_RATE + _RATE_STEP * index: path for index, path in enumerate(rates)}
+        found = [_placed(block, parts, sources, T) for T in (min(5, longest), min(33, longest))]
     finally:
         for path, rate in before.items():
             _set_rate(block, path, rate)
+    if found[0] != found[1]:
+        raise Refused("drops at other places in longer sequences")
+    return dataclasses.replace(parts, dropouts=found[0])
 
 
-def _placed(block: nn.Module, parts: Block, sources: dict[float, str]) -> Block:
+def _placed(block: nn.Module, parts: Block, sources: dict[float, str], T: int) -> tuple[str, str, str, str]:
+    """Return the sources of the rates of attention, its branch, the hidden activation and the MLP's branch."""
     block.train()
-    wide = {name: value.detach().double() for name, value in block.named_parameters()}
-    first = next(iter(wide.values()))
+    wide = _widened(block)
+    place = next(iter(wide.values())).device
     layout = parts.layout
-    C, hidden = part(block, layout.out).in_features, part(block, layout.fc).out_features
-    B, T = 2, 5
-    x = torch.randn(B, T, C, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(first.device)
-    with _Dropouts() as seen, torch.no_grad():
+    C, F_ = part(block, layout.out).in_features, part(block, layout.fc).out_features
+    B = 2
+    generator = torch.Generator().manual_seed(3)
+    x = _drawn(generator, B, T, C).to(place).requires_grad_()
+    with _Dropouts() as seen:
         got = _called(block, wide, x)
-    if seen.others:
-        raise Refused(f"draws random numbers by {seen.others[0]}, which is no dropout that can be fused")
-    places: dict[int, str] = {}
-    factors = [1.0, 1.0, 1.0, 1.0]
-    for index, (rate, shape) in enumerate(seen.calls):
-        if round(rate, 2) not in sources:
+    factors: dict[int, Any] = {}
+    places = {0: "", 1: "", 2: "", 3: ""}
+    fused = 1.0
+    branches = []
+    for rate, factor in seen.calls:
+        source = next((path for one, path in sources.items() if abs(one - rate) < 1e-9), None)
+        if source is None:
             raise Refused(f"drops with a rate of {rate} that belongs to no nn.Dropout and no attribute")
-        if shape in ((), (B, parts.heads, T, T), (B * parts.heads, T, T)):
-            site = 0
-        elif shape[-1] == hidden and hidden != C:
-            site = 2
-        elif shape == (B, T, C):
-            site = 1 if 1 not in places else 3
-        else:
+        shape = tuple(factor.shape) if isinstance(factor, Tensor) else ()
+        if shape == (B, T, C):
+            branches.append((source, factor))
+            continue
+        site = 0 if shape in ((), (B, parts.heads, T, T)) else 2 if shape == (B, T, F_) else None
+        if site is None or places[site]:
             raise Refused(f"drops at a place of shape {list(shape)}, which no op fuses")
-        if site in places:
-            raise Refused("drops twice at one place")
-        places[site] = sources[round(rate, 2)]
-        factors[site] = 1.0 + 0.25 * (index + 1)
-    candidates = [(places, tuple(factors))]
-    if 1 in places and 3 not in places:  # one dropout on a branch: attention's or the MLP's
-        moved = {3 if site == 1 else site: path for site, path in places.items()}
-        candidates.append((moved, (factors[0], 1.0, factors[2], factors[1])))
-    for found, chosen in candidates:
-        if _close(got, _swapped(block, wide, parts, x, chosen).detach()):
-            places_found = (found.get(0, ""), found.get(1, ""), found.get(2, ""), found.get(3, ""))
-            return dataclasses.replace(parts, dropouts=places_found)
-    raise Refused("drops at other places than a block of its parts")
+        places[site] = source
+        if shape:
+            factors[site] = factor
+        else:
+            fused = factor
+    choices: dict[int, list[tuple[int, ...]]] = {0: [()], 1: [(1,), (3,)], 2: [(1, 3)]}
+    orders = choices.get(len(branches))
+    if orders is None:
+        raise Refused("drops more than once on a branch")
+    for order in orders:
+        chosen = factors | {site: factor for site, (_, factor) in zip(order, branches, strict=True)}
+        given = tuple(chosen.get(site, 1.0) for site in range(4))
+        expected = _swapped(block, wide, parts, x, given, fused)
+        if not _why_other(got, expected, [x, *wide.values()], generator, ""):
+            named = places | {site: source for site, (source, _) in zip(order, branches, strict=True)}
+            return named[0], named[1], named[2], named[3]
+    raise Refused("computes something else in training mode, or drops at other places than a block of its parts")
 
 
 def _rates(block: nn.Module) -> list[str]:

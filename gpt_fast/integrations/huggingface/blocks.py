@@ -396,8 +396,8 @@ def _unsupported(trunk: Any, call: dict, known: set[str]) -> str | None:
         return f"attention_mask is {mask.dtype} {list(mask.shape)}"
     for i, block in enumerate(trunk.h):
         dropout = getattr(getattr(block, "attn", None), "attn_dropout", None)
-        if dropout is not None and not _plain.is_plain(dropout, nn.Dropout):
-            return f"h.{i}.attn.attn_dropout has to be called: it {_plain.why_not_plain(dropout, nn.Dropout)}"
+        if dropout is not None and (_plain.class_of(dropout) is not nn.Dropout or _plain.is_hooked_itself(dropout)):
+            return f"h.{i}.attn.attn_dropout is another module or has hooks, and attention's op would not call it"
     foreign = next((i for i, block in enumerate(trunk.h) if not _is_ours(block)), None)
     if foreign is not None:
         return f"block {foreign} or its attention was put there after accelerate"
