@@ -124,6 +124,8 @@ class GPTConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "GPTConfig":
         """The configuration with these fields; raises `ValueError` naming those it does not have or misses."""
+        if not isinstance(values, dict):
+            raise ValueError(f"GPTConfig: values is of type {type(values).__name__}; expected a dictionary of fields")
         fields = {field.name: field for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(fields))
         if unknown:

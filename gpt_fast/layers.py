@@ -198,6 +198,7 @@ class TransformerDecoder(nn.Module):
         carry: bool = False,
         attend: Callable[[Tensor, int], Tensor] | None = None,
     ) -> "Tensor | tuple[Tensor, Branch]":
+        _checks.tensors("TransformerDecoder", x=x)
         site = self.site if site is None else site
         drops = attend is None  # a cache's way to attend means that a text is continued
         if seed is None and drops and self.is_dropping():

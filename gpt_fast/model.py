@@ -274,6 +274,7 @@ class GPT(Generating, _Trunk):
         `ValueError` for tokens or labels of other shapes or out of range.
         """
         hidden = self.hidden_states(tokens, lengths=lengths)
+        _checks.optional_tensors("GPT", labels=labels)
         labels = shift_labels(tokens if labels is None else labels, lengths=lengths)
         return output_loss(self.output_layer, hidden, labels)
 

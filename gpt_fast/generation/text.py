@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model import GPT, as_key_mask
+from ..ops import _checks
 from .sampling import Sampling, penalise
 from .session import DecodeSession, check_prompt
 from .steps import parts, step_kind, unwrapped
@@ -121,6 +122,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the common options to
         raise ValueError(f"gpt_fast.generate: max_new_tokens is {max_new_tokens!r}; expected an integer of 0 or more")
     seed = None if seed is None else as_seed(seed)
     _check_processors(logits_processors)
+    _checks.boolean_option("generate", sliding=sliding, return_scores=return_scores)
     stop = _stop_tokens(stop_tokens, tokens.device)
     if session is not None and not isinstance(session, DecodeSession):
         raise ValueError(f"gpt_fast.generate: session is of type {type(session).__name__}; expected a DecodeSession")

@@ -92,7 +92,10 @@ class Head(Convertible, nn.Module):
 
         gives the gradient of the whole batch, however it is divided. Arguments are those of the forward pass.
         """
-        key_mask = as_key_mask(type(self).__name__, tokens, key_mask, attention_mask)
+        name = type(self).__name__
+        _checks.tensors(name, tokens=tokens, labels=labels)
+        _checks.optional_tensors(name, lengths=lengths, key_mask=key_mask)
+        key_mask = as_key_mask(name, tokens, key_mask, attention_mask)
         return torch.stack(self._loss_counts(tokens, labels, lengths, key_mask)).float()
 
     def _loss_counts(

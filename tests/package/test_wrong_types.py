@@ -55,7 +55,7 @@ CALLS: dict[str, tuple[Callable, dict[str, Any]]] = {
         generate,
         {"model": MODEL, "tokens": TOKENS, "max_new_tokens": 2, "temperature": 1.0, "top_k": 3, "top_p": 0.9,
          "min_p": 0.1, "repetition_penalty": 1.1, "logits_processors": [], "stop_tokens": [3], "seed": 1,
-         "lengths": LENGTHS, "weights": "float32"},
+         "lengths": LENGTHS, "weights": "float32", "sliding": False},
     ),
     "DecodeSession": (DecodeSession, {"model": MODEL, "batch": 1, "length": 8, "weights": "float32"}),
     "prefill": (DecodeSession(MODEL, batch=2).prefill, {"tokens": TOKENS, "lengths": LENGTHS}),
@@ -70,6 +70,9 @@ CALLS: dict[str, tuple[Callable, dict[str, Any]]] = {
         CLASSIFIER,
         {"tokens": TOKENS, "labels": torch.tensor([0, 1]), "lengths": LENGTHS, "loss_weights": torch.ones(1)},
     ),
+    "loss_counts": (MODEL.loss_counts, {"tokens": TOKENS, "labels": TOKENS, "lengths": LENGTHS}),
+    "GPT_loss": (GPT(5, 8, 2, 1, 4, 0.0).loss, {"tokens": TOKENS, "labels": TOKENS, "lengths": LENGTHS}),
+    "head_of": (GPTForCausalLM, {"config": CONFIG}),
     "GPTConfig": (GPTConfig, CONFIG.to_dict()),
     "preset": (GPTConfig.preset, {"name": "gpt2", "dropout": 0.1}),
     "GPT": (
@@ -113,7 +116,8 @@ def wrong_values(function: str, name: str, value: Any) -> list[Any]:
 
 # The same names elsewhere.
 REQUIRED = {
-    ("linear", "weight"), ("linear_cross_entropy", "weight"), ("decode_attention", "lengths"), ("GPTConfig", "bias"),
+    ("loss_counts", "labels"), ("linear", "weight"), ("linear_cross_entropy", "weight"),
+    ("decode_attention", "lengths"), ("GPTConfig", "bias"),
 }  # fmt: skip
 
 
