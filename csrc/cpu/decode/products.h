@@ -1,8 +1,8 @@
 // Products of a weight matrix with few vectors: y[b][n] = sum over k of W[n, k] x[b][k], bound by reading the weights.
 //
-// Rows of weights lie one after another, padded with zeros to whole steps of their format, so that a thread reads memory
-// from one end to the other. One sum is always made in the same order, whatever rows and vectors are taken together:
-// results depend neither on the number of threads nor on the size of the batch.
+// Rows of weights lie one after another, padded with zeros to whole steps of their format, so that a thread reads
+// memory from one end to the other. One sum is always made in the same order, whatever rows and vectors are taken
+// together: results depend neither on the number of threads nor on the size of the batch.
 #pragma once
 
 #include <algorithm>

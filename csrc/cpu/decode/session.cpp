@@ -344,9 +344,7 @@ const Binding binding([](py::module_& m) {
 
   py::class_<Sampling>(m, "Sampling", "How a token is drawn from logits; top_k 0, top_p 1 and min_p 0 keep all.")
       .def(py::init([](double temperature, int64_t top_k, double top_p, double min_p, double penalty, int64_t seed,
-                       int64_t draw) {
-             return Sampling{temperature, top_k, top_p, min_p, penalty, seed, draw};
-           }),
+                       int64_t draw) { return Sampling{temperature, top_k, top_p, min_p, penalty, seed, draw}; }),
            py::kw_only(), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"),
            py::arg("penalty"), py::arg("seed"), py::arg("draw"));
 

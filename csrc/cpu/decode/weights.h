@@ -116,7 +116,8 @@ class DecodeWeights {
         token_embedding(find(parameters, "token_emb.weight")),
         position_embedding(find(parameters, "pos_emb").squeeze(0)) {
     const auto note_copy = [&](const at::Tensor& stored, const std::string& name) {
-      if (stored.defined() && stored.const_data_ptr() != find(parameters, name).const_data_ptr()) copied.push_back(name);
+      if (stored.defined() && stored.const_data_ptr() != find(parameters, name).const_data_ptr())
+        copied.push_back(name);
     };
     const auto linear = [&](const std::string& weight, const std::string& bias) {
       Linear made(dtype, find(parameters, weight), find(parameters, bias, true));
