@@ -206,7 +206,7 @@ def samples(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class Unchanged:
-    """Whether tensors still hold what they held when this was made: by identity, version and a sample of values."""
+    """Comparison of tensors with what they held when this was made, by version and a sample of values."""
 
     def __init__(self, tensors: Sequence[Tensor]):
         self._tensors = list(tensors)

@@ -1,4 +1,4 @@
-"""How a token is drawn from logits: repetition penalty, temperature, top-k, top-p, min-p."""
+"""Draw a token from logits: repetition penalty, temperature, top-k, top-p, min-p."""
 
 from __future__ import annotations
 

@@ -247,7 +247,7 @@ class DecodeSession:
         return self._serving.draw(logits, options, rows, seen)
 
     def start_drawing(self, seed: int) -> None:
-        """Let the next draws be those of this seed."""
+        """Seed the next draws."""
         self._serving.start_drawing(seed)
 
     def check_logits(self) -> None:

@@ -274,7 +274,7 @@ def why_not_reached(model: Any) -> str | None:
     known = {GPT, *HEADS.values()}
     kind: Any = next(kind for kind in type(model).__mro__ if kind in known)
     if _plain.is_hooked_itself(model):
-        return f"hooks of the {type(model).__name__} itself do not run; those of its trunk and output layer do"
+        return f"hooks of the {type(model).__name__} itself do not run; hooks of its trunk and output layer do"
     if type(model).forward is not kind.forward or "forward" in vars(model):
         return f"the forward of {type(model).__name__} does not run: generation calls its trunk and output layer"
     return None

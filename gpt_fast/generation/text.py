@@ -27,7 +27,7 @@ _ROOM = 128  # caches are made for multiples of this many tokens, so that the ne
 
 
 class GenerateOutput(NamedTuple):
-    """What `generate` returns with `return_scores=True`.
+    """Tokens and scores, which `generate` returns with `return_scores=True`.
 
     `tokens` is the Tensor [B, T + new] that `generate` returns otherwise. `scores` [B, new] float32 holds the logarithm
     of the probability that softmax(logits) gave to each new token, before penalty, processors, temperature and cuts;
@@ -224,7 +224,7 @@ class _Rows:
 
 
 class _Drawing:
-    """How the next tokens are drawn: by the step itself, or from its logits where somebody wants to see those."""
+    """Drawing of the next tokens: the step draws, or its logits go through processors and give scores first."""
 
     def __init__(
         self, session: DecodeSession, rows: _Rows, options: Sampling, processors: Sequence[Processor], scores: bool

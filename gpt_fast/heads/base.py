@@ -90,7 +90,7 @@ class Head(Convertible, nn.Module):
             for part, count in zip(parts, counts):
                 model(**part, loss_weights=count / total).loss.backward()
 
-        gives the gradient of the whole batch, however it is divided. Arguments are those of the forward pass.
+        gives the gradient of the whole batch, however it is divided. The forward pass has the same arguments.
         """
         name = type(self).__name__
         _checks.tensors(name, tokens=tokens, labels=labels)

@@ -2,9 +2,6 @@
 
 import collections
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import gpt_fast
 from gpt_fast import ops
 from gpt_fast.integrations.handwritten.deferred import Deferred
-from tests import handwritten
+from tests import handwritten, two_ranks
 from tests.handwritten import CHANGES, MODELS, V, look_alike, loss_of, make
 
 NAMES = list(MODELS)
@@ -491,15 +488,4 @@ print("done")
 
 def test_ddp_over_gloo(tmp_path: Path) -> None:
     """Two ranks have the mean of their gradients, whatever DDP looks for in the outputs."""
-    root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")], cwd=root, env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for rank in ranks:
-        output, _ = rank.communicate(timeout=300)
-        assert rank.returncode == 0 and output.endswith("done\n"), output[-3000:]
+    two_ranks.run(RANK, tmp_path)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gpt_fast
 from gpt_fast import GPTConfig, GPTForCausalLM, GPTModel, _transforms
-from tests import hf_models
+from tests import hf_models, two_ranks
 
 SIZES = {"num_tokens": 61, "hidden_dim": 32, "num_heads": 4, "num_layers": 2, "seq_len": 20}
 
@@ -379,15 +379,4 @@ print("done")
 
 def test_ddp_and_fsdp2_over_gloo(tmp_path: Path) -> None:
     """Both give the mean of two ranks' gradients, as one process computes it."""
-    root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")], cwd=root, env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for rank in ranks:
-        output, _ = rank.communicate(timeout=300)
-        assert rank.returncode == 0 and output.endswith("done\n"), output[-3000:]
+    two_ranks.run(RANK, tmp_path)

@@ -1,4 +1,4 @@
-"""What `accelerate` does to GPT-2 as people write it themselves."""
+"""Plan the patches of GPT-2s that people write themselves."""
 
 import contextlib
 import dataclasses
@@ -114,6 +114,7 @@ def whole_model_agrees(model: nn.Module, patches: list[Patch], apply: Any, undo:
     V = min(table.num_embeddings for table in tables)
     tokens = torch.randint(V, (2, 6), generator=torch.Generator().manual_seed(4), device="cpu")
     tokens = tokens.to(tables[0].weight.device)
+    # What the model itself writes or draws, outside of its blocks, it goes on writing: its own forward runs.
     with contextlib.suppress(probe.Refused), probe.without_trace(model):
         model.eval()
         before = _outputs(model, tokens)
