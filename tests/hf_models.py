@@ -4,7 +4,10 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+import gpt_fast
+from tests import numerics
 
 transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
 transformers.utils.logging.set_verbosity_error()
@@ -90,3 +93,65 @@ def at_real_positions(value: Tensor, mask: Tensor | None) -> Tensor:
         return value
     value = value.squeeze(0) if value.shape[0] == 1 and value.dim() > mask.dim() else value
     return value[mask.bool()] if value.shape[: mask.dim()] == mask.shape else value
+
+
+LOSSES = ("loss", "mc_loss")
+
+
+def run(model, given: dict, dtype: torch.dtype | None = None, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """Outputs of one pass in training mode, at real tokens, and the gradient of every parameter."""
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        out = model(**given)
+    values = {
+        name: at_real_positions(out[name], mask).detach().clone()
+        for name in ("loss", "mc_loss", "logits", "mc_logits", "start_logits", "end_logits", "last_hidden_state")
+        if name in out
+    }
+    if ("LMHead" in type(model).__name__ or "CausalLM" in type(model).__name__) and out.logits.dtype == torch.float64:
+        labels = given["labels"][:, 1:].flatten()  # transformers takes this loss in float32, whatever the logits are
+        out["loss"] = nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels)
+        values["loss"] = out.loss.detach().clone()
+    losses = [out[name] for name in LOSSES if name in out]
+    total = sum(losses)
+    if not losses:  # a trunk: a random upstream gradient at real tokens
+        hidden = at_real_positions(out.last_hidden_state, mask)
+        total = (hidden * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(hidden.dtype)).sum()
+    total.backward()
+    return values | {f"grad {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def in_float64(model):
+    model = copy.deepcopy(model).double()
+    for module in model.modules():
+        if hasattr(module, "reorder_and_upcast_attn"):
+            module.reorder_and_upcast_attn = False  # to float32, which would be a step down here
+    return model
+
+
+def assert_same(original, given: dict, accelerated=None, *, dtype: torch.dtype | None = None) -> None:
+    """Accelerated and original agree with float64 alike: the original in the tested dtype is the yardstick."""
+    if accelerated is None:
+        accelerated = copy.deepcopy(original)
+        gpt_fast.accelerate(accelerated, strict=True)
+    mask = given.get("attention_mask")
+    mask = mask if mask is not None and mask.dim() == 2 else None if mask is None else mask.squeeze(0)
+    exact = run(in_float64(original), given, None, mask)
+    yardstick, got = run(original, given, dtype, mask), run(accelerated, given, dtype, mask)
+    assert got.keys() == yardstick.keys() == exact.keys()
+    for name, value in got.items():
+        assert value.dtype == yardstick[name].dtype or name in LOSSES, name
+        assert value.shape == yardstick[name].shape, name
+    # Pooled, each at its own scale: the error of one small tensor, or of a loss, is a single draw.
+    gradients = {name for name in got if name.startswith("grad ")}
+    for names, label in ((gradients, "gradients"), (got.keys() - gradients, "outputs")):
+        scales = {name: exact[name].abs().max() for name in sorted(names)}
+        # Some gradients are 0 but for the rounding of their terms (a softmax's, summed over its classes, say), which
+        # are of the size of the others: half an eps of the terms is no error of the result.
+        floor = 0.1 * max(scales.values())
+        scales = {name: max(scale, floor) for name, scale in scales.items()}
+
+        def pooled(values: dict[str, Tensor], scales: dict[str, Tensor] = scales) -> Tensor:
+            return torch.cat([(values[name].double() / scale).flatten() for name, scale in scales.items()])
+
+        numerics.assert_as_accurate(pooled(got), pooled(yardstick), pooled(exact), label=label)

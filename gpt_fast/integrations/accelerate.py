@@ -13,7 +13,8 @@ from .report import LeftAlone, Patch, Report
 SUPPORTED = (
     "transformers' GPT2Model, GPT2LMHeadModel, GPT2DoubleHeadsModel, GPT2ForSequenceClassification, "
     "GPT2ForTokenClassification, GPT2ForQuestionAnswering, OpenAIGPTModel, OpenAIGPTLMHeadModel, "
-    "OpenAIGPTDoubleHeadsModel, OpenAIGPTForSequenceClassification; the notes' TransformerDecoder; "
+    "OpenAIGPTDoubleHeadsModel, OpenAIGPTForSequenceClassification; OPT, BioGPT, GPT-Neo and ImageGPT; "
+    "the notes' TransformerDecoder; "
     "nn.TransformerEncoderLayer; blocks of GPT-2 with two norms, attention and an MLP, as in nanoGPT; and modules that "
     "contain one of them"
 )
@@ -45,7 +46,8 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     Raises `TypeError` where nothing in `model` is supported, `ValueError` with `strict=True` where anything is left
     alone; the model is then as it was, as after any other failure.
 
-    Source: transformers' `modeling_gpt2.py` and `modeling_openai.py`, whose functions these are.
+    Source: transformers' `modeling_gpt2.py` and `modeling_openai.py`, whose functions these are; its OPT, BioGPT, GPT-Neo
+    and ImageGPT block by block.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"gpt_fast.accelerate: model is a {type(model).__name__}; expected an nn.Module: {SUPPORTED}")
@@ -53,7 +55,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     written: dict[nn.Module, list[Patch]] = {}  # blocks that somebody wrote
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if module in inside:
+        if module in inside or any(entry.name == name for entry in report.left):
             continue
         if isinstance(module, layers.TransformerDecoder | own._Trunk):
             seen = True

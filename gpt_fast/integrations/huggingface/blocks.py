@@ -114,7 +114,7 @@ def _gpt2_block(self: Any, x: Tensor, now: Pass) -> Any:
     normed, x = _first_norm(self.ln_1, x, now)
     branch, p = _attention(self.attn, gpt2.GPT2Attention, normed, now)
     normed, x = _plain.add_norm(branch, x, p, self.ln_2, now.seed, now.site + 1)
-    branch, p = _mlp(self.mlp, gpt2.GPT2MLP, normed)
+    branch, p = mlp_branch(self.mlp, gpt2.GPT2MLP, normed)
     return (x, branch, p) if now.carries else _plain.add(branch, x, p, now.seed, now.site + 3)
 
 
@@ -169,7 +169,7 @@ def gpt1_block_forward(self: Any, x: Any = None, *args: Any, gpt_fast_pass: Any 
 def _gpt1_block(self: Any, x: Tensor, now: Pass) -> Tensor:
     branch, p = _attention(self.attn, gpt1.Attention, x, now)
     x, _ = _plain.add_norm(branch, x, p, self.ln_1, now.seed, now.site + 1)
-    branch, p = _mlp(self.mlp, gpt1.MLP, x)
+    branch, p = mlp_branch(self.mlp, gpt1.MLP, x)
     return _plain.add_norm(branch, x, p, self.ln_2, now.seed, now.site + 3)[0]
 
 
@@ -190,7 +190,7 @@ def _attention(attn: Any, kind: type, x: Tensor, now: Pass) -> tuple[Tensor, flo
 
 
 def _attend(attn: Any, x: Tensor, now: Pass) -> Tensor:
-    qkv = _project(attn.c_attn, x)  # [B, T, 3C]
+    qkv = project(attn.c_attn, x)  # [B, T, 3C]
     p = _attention_dropout(attn)
     options: dict[str, Any] = {
         "causal": now.causal, "key_mask": now.key_mask, "mask": now.mask, "dropout_p": p, "seed": now.seed,
@@ -198,13 +198,13 @@ def _attend(attn: Any, x: Tensor, now: Pass) -> Tensor:
     }  # fmt: skip
     heads = _heads(attn)
     if now.cache is None:
-        return _project(attn.c_proj, ops.attention_qkv(qkv, heads, **options))
+        return project(attn.c_proj, ops.attention_qkv(qkv, heads, **options))
     q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
     fresh = now.cache.get_seq_length(attn.layer_idx) == 0
     k, v = now.cache.update(k, v, attn.layer_idx)
     if fresh:
-        return _project(attn.c_proj, ops.attention_qkv(qkv, heads, **options))
-    return _project(attn.c_proj, ops.attention(q, k, v, **options).transpose(1, 2).flatten(2))
+        return project(attn.c_proj, ops.attention_qkv(qkv, heads, **options))
+    return project(attn.c_proj, ops.attention(q, k, v, **options).transpose(1, 2).flatten(2))
 
 
 def _attention_dropout(attn: Any) -> float:
@@ -213,20 +213,20 @@ def _attention_dropout(attn: Any) -> float:
     return attn.attn_dropout.p if (attn if fused else attn.attn_dropout).training else 0.0
 
 
-def _project(layer: Any, x: Tensor) -> Tensor:
+def project(layer: Any, x: Tensor) -> Tensor:
     """A `Conv1D`'s product, on the transposed weights where they lie; another layer is called."""
-    if _has_few_rows(x) or why_no_projection(layer) is not None:
+    if has_few_rows(x) or why_no_projection(layer) is not None:
         return layer(x)
     return ops.linear(x, layer.weight.t(), layer.bias)
 
 
-def why_no_projection(layer: Any) -> str | None:
-    """Why a projection of attention is called, or None."""
-    reason = _plain.why_not_plain(layer, Conv1D)
+def why_no_projection(layer: Any, kind: Any = Conv1D) -> str | None:
+    """Return why a projection is called, or None."""
+    reason = _plain.why_not_plain(layer, kind)
     return None if reason is None else f"{reason}: called through it"
 
 
-def _has_few_rows(x: Tensor) -> bool:
+def has_few_rows(x: Tensor) -> bool:
     rows = x.shape[0] * x.shape[1]
     return not torch.compiler.is_compiling() and type(rows) is int and rows < _FEW_ROWS  # a graph is for any number
 
@@ -241,11 +241,11 @@ def _scale(attn: Any, C: int) -> float:
     return (C // attn.n_head) ** -0.5 if attn.scale else 1.0
 
 
-def _mlp(mlp: Any, kind: type, x: Tensor) -> tuple[Tensor, float]:
+def mlp_branch(mlp: Any, kind: type, x: Tensor) -> tuple[Tensor, float]:
     """The MLP's branch, and the dropout that is left for the residual addition."""
     if not _plain.is_plain(mlp, kind):
         return mlp(x), 0.0
-    if _has_few_rows(x) or why_no_mlp(mlp, kind) is not None:
+    if has_few_rows(x) or why_no_mlp(mlp, kind) is not None:
         return _plain.dropout(mlp.dropout, mlp.c_proj(mlp.act(mlp.c_fc(x))))
     # Conv1D keeps its matrices transposed: read in place, and their gradients come back in the same strides.
     fc, proj = mlp.c_fc, mlp.c_proj
@@ -253,16 +253,21 @@ def _mlp(mlp: Any, kind: type, x: Tensor) -> tuple[Tensor, float]:
     return _plain.dropout(mlp.dropout, branch)
 
 
-def why_no_mlp(mlp: Any, kind: type) -> str | None:
-    """Why an MLP does not run as one op, or None."""
+def activation_of(module: Any) -> str | None:
+    """Return this library's name of the activation that a module without hooks computes, or None."""
+    return None if _plain.is_hooked(module) else _ACTIVATIONS.get(_plain.class_of(module))
+
+
+def why_no_mlp(mlp: Any, kind: type, layer: Any = Conv1D) -> str | None:
+    """Return why an MLP with projections of class `layer` does not run as one op, or None."""
     reason = _plain.why_not_plain(mlp, kind)
     if reason is not None:
         return reason
     for name in ("c_fc", "c_proj"):
-        reason = why_no_projection(getattr(mlp, name))
+        reason = why_no_projection(getattr(mlp, name), layer)
         if reason is not None:
             return f"{name} {reason}"
-    if _plain.class_of(mlp.act) not in _ACTIVATIONS or _plain.is_hooked(mlp.act):
+    if activation_of(mlp.act) is None:
         return f"activation {_plain.class_of(mlp.act).__name__}, expected ReLU or GELU"
     return None
 

@@ -9,7 +9,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -35,33 +35,54 @@ from .blocks import CACHE, named
 _LOSS_ARGUMENTS = ("labels", "num_items_in_batch", "ignore_index", "shift_labels", "mc_labels", "mc_token_ids")
 
 
+class Head(NamedTuple):
+    """A class of transformers' with a language-model loss."""
+
+    kind: Any
+    forward: Callable
+    result: Any  # the class of its outputs
+    trunk: str = "transformer"
+    output: str = "lm_head"
+
+
 def gpt2_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return _lm_head(self, args, kwargs)
+    return lm_head(self, _GPT2, args, kwargs)
 
 
 def gpt1_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return _lm_head(self, args, kwargs)
+    return lm_head(self, _GPT1, args, kwargs)
 
 
 def gpt2_double_heads_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return _double_heads(self, args, kwargs)
+    return _double_heads(self, _GPT2_DOUBLE, args, kwargs)
 
 
 def gpt1_double_heads_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return _double_heads(self, args, kwargs)
+    return _double_heads(self, _GPT1_DOUBLE, args, kwargs)
 
 
-FORWARDS: dict[type, Callable] = {
-    GPT2LMHeadModel: gpt2_lm_head_forward,
-    OpenAIGPTLMHeadModel: gpt1_lm_head_forward,
-    GPT2DoubleHeadsModel: gpt2_double_heads_forward,
-    OpenAIGPTDoubleHeadsModel: gpt1_double_heads_forward,
-}
-for _kind, _forward in FORWARDS.items():  # which columns of a data set a model takes, Trainer reads off its signature
-    vars(_forward)["__signature__"] = inspect.signature(_kind.forward)  # type: ignore[attr-defined]
+def with_signatures(heads: tuple[Head, ...]) -> tuple[Head, ...]:
+    """Return the heads. Their forwards get their classes' signatures, by which Trainer chooses a data set's columns."""
+    for head in heads:
+        vars(head.forward)["__signature__"] = inspect.signature(head.kind.forward)
+    return heads
 
 
-def _lm_head(self: Any, args: tuple, kwargs: dict) -> Any:
+HEADS = (_GPT2, _GPT1, _GPT2_DOUBLE, _GPT1_DOUBLE) = with_signatures((
+    Head(GPT2LMHeadModel, gpt2_lm_head_forward, CausalLMOutputWithCrossAttentions),
+    Head(OpenAIGPTLMHeadModel, gpt1_lm_head_forward, CausalLMOutput),
+    Head(GPT2DoubleHeadsModel, gpt2_double_heads_forward, GPT2DoubleHeadsModelOutput),
+    Head(OpenAIGPTDoubleHeadsModel, gpt1_double_heads_forward, OpenAIGPTDoubleHeadsModelOutput),
+))  # fmt: skip
+
+
+def head_of(model: Any, heads: tuple[Head, ...] = HEADS) -> Head | None:
+    """Return the row of `heads` for a model's class, or None."""
+    return next((head for head in heads if isinstance(model, head.kind)), None)
+
+
+def lm_head(self: Any, head: Head, args: tuple, kwargs: dict) -> Any:
+    """Run one pass of a model with a language-model head, its loss without logits where nobody asks for them."""
     call = dict(named(self, args, kwargs))
     logits = call.pop("logits", None)
     if call.get("labels") is None or has_another_loss(self):
@@ -71,35 +92,34 @@ def _lm_head(self: Any, args: tuple, kwargs: dict) -> Any:
     items = call.get("num_items_in_batch")
     if items is not None:  # 0 items: the sum of their losses is 0, and so is its quotient by 1
         items = call["num_items_in_batch"] = items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
-    if _needs_logits(self, call, logits):
+    output = getattr(self, head.output)
+    if _needs_logits(self, output, call, logits):
         return _zero_without_labels(_plain.original(self, **call), call)
-    outputs = _trunk(self, call)
+    outputs = _trunk(self, head, call)
     hidden = outputs.last_hidden_state
     loss = ops.linear_cross_entropy(
-        hidden, self.lm_head.weight, _targets(call).to(hidden.device), self.lm_head.bias,
+        hidden, output.weight, _targets(call).to(hidden.device), output.bias,
         call.get("ignore_index", IGNORE), reduction="mean" if items is None else "sum",
     )  # fmt: skip
     if items is not None:
         loss = loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
-    kind = CausalLMOutputWithCrossAttentions if self.config.model_type == "gpt2" else CausalLMOutput
-    return _output(kind, self.lm_head, hidden, outputs, loss=loss)
+    return _output(head.result, output, hidden, outputs, loss=loss)
 
 
-def _double_heads(self: Any, args: tuple, kwargs: dict) -> Any:
+def _double_heads(self: Any, head: Head, args: tuple, kwargs: dict) -> Any:
     call = dict(named(self, args, kwargs))
     logits = call.pop("logits", None)
-    if _needs_logits(self, call, logits):
+    output = self.lm_head
+    if _needs_logits(self, output, call, logits):
         return _zero_without_labels(_plain.original(self, **call), call)
-    outputs = _trunk(self, call)
+    outputs = _trunk(self, head, call)
     hidden = outputs.last_hidden_state
-    head = self.lm_head
-    loss = ops.linear_cross_entropy(hidden, head.weight, _targets(call).to(hidden.device), head.bias)
+    loss = ops.linear_cross_entropy(hidden, output.weight, _targets(call).to(hidden.device), output.bias)
     mc_logits = self.multiple_choice_head(hidden, call.get("mc_token_ids")).squeeze(-1)
     mc_labels, mc_loss = call.get("mc_labels"), None
     if mc_labels is not None:
         mc_loss = F.cross_entropy(mc_logits.view(-1, mc_logits.size(-1)), mc_labels.view(-1))
-    kind = GPT2DoubleHeadsModelOutput if self.config.model_type == "gpt2" else OpenAIGPTDoubleHeadsModelOutput
-    return _output(kind, head, hidden, outputs, loss=loss, mc_loss=mc_loss, mc_logits=mc_logits)
+    return _output(head.result, output, hidden, outputs, loss=loss, mc_loss=mc_loss, mc_logits=mc_logits)
 
 
 def has_another_loss(model: Any) -> bool:
@@ -109,8 +129,8 @@ def has_another_loss(model: Any) -> bool:
     return getattr(model, "loss_type", None) not in (None, "ForCausalLM")  # transformers takes None for ForCausalLM
 
 
-def _needs_logits(model: Any, call: dict, logits: bool | None) -> bool:
-    """Whether this call is left to transformers, which computes the logits and the loss from them."""
+def _needs_logits(model: Any, output: Any, call: dict, logits: bool | None) -> bool:
+    """Return True if this call is left to transformers, which computes the logits and the loss from them."""
     labels = call.get("labels")
     rows = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
     if labels is None or rows is None or (not model.training if logits is None else logits):
@@ -120,13 +140,13 @@ def _needs_logits(model: Any, call: dict, logits: bool | None) -> bool:
     shape = rows.shape if call.get("input_ids") is not None else rows.shape[:-1]
     keep = call.get("logits_to_keep", 0)
     keeps_all = not isinstance(keep, Tensor) and keep == 0
-    plain = _plain.is_plain(model.lm_head, nn.Linear)
+    plain = _plain.is_plain(output, nn.Linear)
     return returns_tuple or not keeps_all or not plain or labels.shape != shape
 
 
-def _trunk(model: Any, call: dict) -> Any:
+def _trunk(model: Any, head: Head, call: dict) -> Any:
     names = {name: value for name, value in call.items() if name not in (*_LOSS_ARGUMENTS, "logits_to_keep")}
-    return model.transformer(**names)
+    return model.get_submodule(head.trunk)(**names)
 
 
 def _targets(call: dict) -> Tensor:

@@ -1,6 +1,8 @@
-"""What `accelerate` does to each of transformers' GPT-2 and GPT-1 classes."""
+"""Plan what `accelerate` does to each of transformers' GPT-2 and GPT-1 classes and to their relatives."""
 
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch.nn as nn
@@ -20,10 +22,28 @@ def plan(name: str, module: Any, report: Report) -> list[Patch] | None:
         return _plan_trunk(name, module, report, _GPT2)
     if isinstance(module, gpt1.OpenAIGPTModel):
         return _plan_trunk(name, module, report, _GPT1)
-    if isinstance(module, tuple(losses.FORWARDS)):
-        return _plan_head(name, module, report)
+    head = losses.head_of(module)
+    if head is not None:
+        return _plan_head(name, module, head, report)
     if isinstance(module, gpt2.GPT2PreTrainedModel | gpt1.OpenAIGPTPreTrainedModel):
         return [Patch(module, None, _checkpointing(module))]  # its trunk has all there is to replace
+    relatives = _relatives(module)
+    if relatives is None:
+        return None
+    head = losses.head_of(module, relatives.HEADS)
+    if head is not None:
+        return _plan_head(name, module, head, report)
+    planned = relatives.plan(name, module, report, why_foreign)
+    return [] if planned is None and isinstance(module, PreTrainedModel) else planned
+
+
+_RELATIVES = tuple(f"transformers.models.{model}." for model in ("opt", "biogpt", "gpt_neo", "imagegpt"))
+
+
+def _relatives(module: Any) -> ModuleType | None:
+    """Return the module for the relatives if `module` is of one of their classes. Else nothing imports their code."""
+    if any(kind.__module__.startswith(_RELATIVES) for kind in type(module).__mro__):
+        return importlib.import_module(".relatives", __package__)
     return None
 
 
@@ -51,10 +71,10 @@ _GPT1 = _Family(
 
 def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family) -> list[Patch]:
     prefix = f"{name}." if name else ""
-    unfit = _why_foreign(trunk, family.trunk)
+    unfit = why_foreign(trunk, family.trunk)
     for i, block in enumerate(trunk.h):
-        unfit = unfit or _why_foreign(block, family.block, f"h.{i} ")
-        unfit = unfit or _why_foreign(getattr(block, "attn", None), family.attention, f"h.{i}.attn ")
+        unfit = unfit or why_foreign(block, family.block, f"h.{i} ")
+        unfit = unfit or why_foreign(getattr(block, "attn", None), family.attention, f"h.{i}.attn ")
     size = trunk.config.n_embd // trunk.config.n_head
     if size > MAX_HEAD_DIM:
         unfit = f"has heads of {size}, wanted at most {MAX_HEAD_DIM}"
@@ -87,14 +107,14 @@ def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family) -> list[
     return patches
 
 
-def _plan_head(name: str, head: Any, report: Report) -> list[Patch]:
-    kind = next(kind for kind in losses.FORWARDS if isinstance(head, kind))
-    reason = _why_foreign(head, kind) or _plain.why_not_plain(head.lm_head, nn.Linear)
-    if reason is None and losses.has_another_loss(head):
+def _plan_head(name: str, model: Any, head: losses.Head, report: Report) -> list[Patch]:
+    output = getattr(model, head.output)
+    reason = why_foreign(model, head.kind) or _plain.why_not_plain(output, nn.Linear)
+    if reason is None and losses.has_another_loss(model):
         reason = "feeds a loss function other than transformers' own"
-    path = f"{name}.lm_head" if name else "lm_head"
-    report.note(path, head.lm_head, "linear_cross_entropy", reason)
-    return [Patch(head, losses.FORWARDS[kind] if reason is None else None, _checkpointing(head))]
+    path = f"{name}.{head.output}" if name else head.output
+    report.note(path, output, "linear_cross_entropy", reason)
+    return [Patch(model, head.forward if reason is None else None, _checkpointing(model))]
 
 
 def _checkpointing(model: PreTrainedModel) -> dict[str, Any]:
@@ -102,7 +122,8 @@ def _checkpointing(model: PreTrainedModel) -> dict[str, Any]:
     return {} if model.supports_gradient_checkpointing else {"supports_gradient_checkpointing": True}
 
 
-def _why_foreign(module: Any, kind: Any, label: str = "") -> str | None:
+def why_foreign(module: Any, kind: Any, label: str = "") -> str | None:
+    """Return why a module's forward is not that of `kind`, or None. `label` begins the reason."""
     if not isinstance(module, kind):
         return f"{label}is a {type(module).__name__}, not {kind.__name__}"
     if type(module).forward is not kind.forward and not _is_sharded(type(module)):
