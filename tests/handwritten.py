@@ -158,4 +158,82 @@ CHANGES = (
 )  # fmt: skip
 
 
-__all__ = ["CHANGES", "MODELS", "V", "look_alike", "loss_of", "make"]
+# ---- blocks that are fused in part -----------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Causal attention; the "rotary" one turns its queries and keys."""
+
+    def __init__(self, dropout: float, is_rotary: bool):
+        super().__init__()
+        self.qkv, self.out, self.drop = nn.Linear(C, 3 * C), nn.Linear(C, C), nn.Dropout(dropout)
+        self.p, self.heads, self.is_rotary = nn.Dropout(dropout), H, is_rotary
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (one.unflatten(-1, (H, -1)).transpose(1, 2) for one in self.qkv(x).chunk(3, dim=-1))
+        if self.is_rotary:
+            angle = torch.arange(x.shape[1], dtype=x.dtype)[:, None] * 0.3
+            q, k = (torch.cat([y[..., :1] * angle.cos() - y[..., 1:2] * angle.sin(), y[..., 1:]], -1) for y in (q, k))
+        scores = q @ k.transpose(-2, -1) / (C // H) ** 0.5
+        hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        if mask is not None:
+            hidden = hidden | mask
+        p = self.p(scores.masked_fill(hidden, -torch.inf).softmax(-1))
+        return self.drop(self.out((p @ v).transpose(1, 2).flatten(2)))
+
+
+class Partly(nn.Module):
+    """A block whose sums are no block's of GPT-2, with attention and an MLP that are."""
+
+    def __init__(self, kind: str, dropout: float):
+        super().__init__()
+        self.kind, self.gamma = kind, nn.Parameter(torch.full((), 0.5))
+        self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(4))
+        self.attention = Attention(dropout, kind == "rotary")
+        self.feed = nn.Sequential(nn.Linear(C, 4 * C), nn.ReLU(), nn.Linear(4 * C, C), nn.Dropout(dropout))
+        if kind == "gated":
+            self.feed.append(nn.GLU())
+            self.feed[2] = nn.Linear(4 * C, 2 * C)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None]:
+        a, b, c, d = self.norms
+        if self.kind == "parallel":
+            return x + self.attention(a(x)) + self.feed(b(x)), None
+        if self.kind == "sandwich":
+            x = x + b(self.attention(a(x)))
+            return x + d(self.feed(c(x))), None
+        if self.kind == "masked":
+            x = x + self.attention(a(x), mask)
+            return x + self.feed(b(x)), None
+        x = x + self.gamma * self.attention(a(x))
+        return x + self.gamma * self.feed(b(x)), None
+
+
+class PartlyFused(nn.Module):
+    """A model of such blocks, which return tuples."""
+
+    def __init__(self, kind: str, dropout: float = 0.0):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(V, C), nn.Embedding(P, C)
+        self.blocks = nn.ModuleList(Partly(kind, dropout) for _ in range(LAYERS))
+        self.last, self.output = nn.LayerNorm(C), nn.Linear(C, V, bias=False)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
+        for block in self.blocks:
+            x, _ = block(x, mask)
+        return self.output(self.last(x))
+
+
+# Kind → the ops that each of its blocks is fused by, besides its four norms.
+PARTLY = {
+    "parallel": ("attention", "linear", "linear", "mlp"),
+    "sandwich": ("attention", "linear", "linear", "mlp"),
+    "scaled": ("attention", "linear", "linear", "mlp"),
+    "masked": ("attention", "linear", "linear", "mlp"),
+    "rotary": ("mlp",),
+    "gated": ("attention", "linear", "linear"),
+}
+
+
+__all__ = ["CHANGES", "MODELS", "PARTLY", "PartlyFused", "V", "look_alike", "loss_of", "make"]

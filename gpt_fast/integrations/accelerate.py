@@ -8,7 +8,7 @@ from .. import _plain, layers
 from .. import model as own
 from . import torch_modules
 from .handwritten import plan as handwritten
-from .report import LeftAlone, Patch, Report
+from .report import Patch, Report
 
 SUPPORTED = (
     "transformers' GPT2Model, GPT2LMHeadModel, GPT2DoubleHeadsModel, GPT2ForSequenceClassification, "
@@ -35,7 +35,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     they are read (or at once by `model(..., logits=True)`). Reading raises `RuntimeError` after an update of the
     weights. Calls that ask for what the ops do not have (attention probabilities, cross-attention, a static cache) run
     as before, with a warning. A block that somebody wrote is replaced only if its outputs, gradients and dropout on
-    drawn inputs are those that its parts suggest.
+    drawn inputs are those that its parts suggest. Where a block as a whole is not, its attention, MLP and norms may be.
 
     Dropout is the library's: the same rates, other random numbers than PyTorch's. A query left without keys, as padding
     on the left is, attends to nothing; a language-model loss over no label is 0. Dtypes, precision, determinism: those
@@ -46,39 +46,17 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     Raises `TypeError` where nothing in `model` is supported, `ValueError` with `strict=True` where anything is left
     alone; the model is then as it was, as after any other failure.
 
-    Source: transformers' `modeling_gpt2.py` and `modeling_openai.py`, whose functions these are; its OPT, BioGPT, GPT-Neo
-    and ImageGPT block by block.
+    Source: transformers' `modeling_gpt2.py` and `modeling_openai.py`, whose functions these are, and the modelling code
+    of its OPT, BioGPT, GPT-Neo and ImageGPT.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"gpt_fast.accelerate: model is a {type(model).__name__}; expected an nn.Module: {SUPPORTED}")
-    report, patches, seen = Report(), [], False
-    written: dict[nn.Module, list[Patch]] = {}  # blocks that somebody wrote
-    inside: set[nn.Module] = set()
-    for name, module in model.named_modules():
-        if module in inside or any(entry.name == name for entry in report.left):
-            continue
-        if isinstance(module, layers.TransformerDecoder | own._Trunk):
-            seen = True
-            report.notes = ["the model is this library's own and runs on its ops already"]
-            continue
-        if _plain.is_accelerated(module):
-            seen = True
-            continue
-        planned = _plan(name, module, report)
-        if planned is not None:
-            seen = True
-            patches += planned
-            continue
-        planned = handwritten.plan(name, module, report, handwritten.longest_sequence(model))
-        if planned is not None:
-            seen = True
-            inside |= set(module.modules())
-            if planned:
-                written[module] = planned
-    if written:
-        patches += _plan_written(model, written, report)
-    if not seen:
+    report = Report()
+    known, claimed = _plan_known(model, report)
+    written = handwritten.plan(model, claimed, report, _apply, _undo)
+    if known is None and written is None:
         raise TypeError(f"gpt_fast.accelerate: model is a {type(model).__name__}; expected one of {SUPPORTED}")
+    patches = (known or []) + (written or [])
     if not patches and not report.left and not report.notes:
         report.notes.append("the model was accelerated already; nothing was changed")
     if strict and report.left:
@@ -129,16 +107,22 @@ def _undo(module: nn.Module) -> None:
     _plain.detach(module)
 
 
-def _plan_written(model: nn.Module, blocks: dict[nn.Module, list[Patch]], report: Report) -> list[Patch]:
-    """Return the patches of blocks that somebody wrote and of what stands around them, if the model then agrees."""
-    patches = [patch for planned in blocks.values() for patch in planned]
-    if model not in blocks:
-        patches += handwritten.around("", model, list(blocks), report)
-    if handwritten.whole_model_agrees(model, patches, _apply, _undo):
-        return patches
-    report.replaced.clear()
-    report.left.append(LeftAlone("", type(model).__name__, "as a whole computes something else with these blocks"))
-    return []
+def _plan_known(model: nn.Module, report: Report) -> tuple[list[Patch] | None, set[nn.Module]]:
+    """Return the patches of classes that are known by name, None if there is none, and all modules inside them."""
+    patches: list[Patch] | None = None
+    claimed: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if any(entry.name == name for entry in report.left):
+            continue
+        if isinstance(module, layers.TransformerDecoder | own._Trunk):
+            report.notes = ["the model is this library's own and runs on its ops already"]
+            planned: list[Patch] | None = []
+        else:
+            planned = [] if _plain.is_accelerated(module) else _plan(name, module, report)
+        if planned is not None:
+            claimed |= set(module.modules())
+            patches = (patches or []) + planned
+    return patches, claimed
 
 
 def _plan(name: str, module: nn.Module, report: Report) -> list[Patch] | None:

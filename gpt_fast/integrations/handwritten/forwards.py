@@ -24,11 +24,11 @@ PARTS = "_gpt_fast_parts"  # the attribute that holds what a module was recognis
 
 @dataclass(frozen=True)
 class Block:
-    """A recognised block: where its parts are, what its norms and dropouts are, and the classes that they had."""
+    """A recognised block, attention or MLP: where its parts are, its norms and dropouts, and the parts' classes."""
 
     layout: Layout
-    norm1: Norm
-    norm2: Norm
+    norm1: Norm | None
+    norm2: Norm | None
     heads: int
     activation: str  # this library's name
     pre_norm: bool
@@ -43,15 +43,36 @@ def block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(x, Tensor) or x.dim() != 3 or not _is_whole(self, block):
         return _plain.original(self, *args, **kwargs)
     seed = ops.new_seed(x.device) if any(_rate(self, path) > 0 for path in block.dropouts) else None
+    norm1, norm2 = block.norm1, block.norm2
+    assert norm1 is not None and norm2 is not None
     if block.pre_norm:
-        branch, p = _attention(self, block, _norm(self, block, block.norm1, x), seed)
-        normed, x = _add_norm(self, block, block.norm2, branch, x, p, seed, 1)
+        branch, p = _attention(self, block, _norm(self, block, norm1, x), seed)
+        normed, x = _add_norm(self, block, norm2, branch, x, p, seed, 1)
         branch, p = _mlp(self, block, normed, seed)
         return _plain.add(branch, x, p, seed, 3)
     branch, p = _attention(self, block, x, seed)
-    x, _ = _add_norm(self, block, block.norm1, branch, x, p, seed, 1)
+    x, _ = _add_norm(self, block, norm1, branch, x, p, seed, 1)
     branch, p = _mlp(self, block, x, seed)
-    return _add_norm(self, block, block.norm2, branch, x, p, seed, 3)[0]
+    return _add_norm(self, block, norm2, branch, x, p, seed, 3)[0]
+
+
+def attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return _alone(self, _attention, args, kwargs)
+
+
+def mlp_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return _alone(self, _mlp, args, kwargs)
+
+
+def _alone(self: Any, branch_of: Any, args: tuple, kwargs: dict) -> Any:
+    """Return the branch of attention or an MLP that stands alone; its last dropout has no addition to fuse with."""
+    block: Block = vars(self)[PARTS]
+    x = args[0] if args and ((len(args) == 1 and not kwargs) or _asks_for_nothing(self, args, kwargs)) else None
+    if not isinstance(x, Tensor) or x.dim() != 3 or not _is_whole(self, block):
+        return _plain.original(self, *args, **kwargs)
+    seed = ops.new_seed(x.device) if any(_rate(self, path) > 0 for path in block.dropouts) else None
+    branch, p = branch_of(self, block, x, seed)
+    return nn.functional.dropout(branch, p) if p > 0 else branch
 
 
 def _asks_for_nothing(self: Any, args: tuple, kwargs: dict) -> bool:
@@ -76,7 +97,7 @@ def _signature(kind: type[nn.Module]) -> tuple[list[str], dict[str, Any]]:
 def _is_whole(self: Any, block: Block) -> bool:
     """Return True if the block is what was recognised, and its modules are called by its own forward alone."""
     layout = block.layout
-    called = {*layout.qkv, layout.out, layout.fc, layout.proj, layout.activation, block.norm1.path, block.norm2.path}
+    called = {*layout.qkv, layout.out, layout.fc, layout.proj, layout.activation, layout.norm1, layout.norm2}
     called |= {block.dropouts[1], block.dropouts[3]}
     return (
         (torch.compiler.is_compiling() or _is_unchanged(self, block, called))

@@ -18,18 +18,19 @@ class Layout:
 
     `qkv` is one packed projection or three separate ones, in the order q, k, v. `activation` is "" where the forward
     calls a function. `attention` and `mlp` are the modules around the parts, "" where the block holds them itself.
+    A module that is attention alone has no `fc`, one that is an MLP alone no `qkv`; neither has norms.
     """
 
     name: str
-    norm1: str
-    attention: str
-    qkv: tuple[str, ...]
-    out: str
-    norm2: str
-    mlp: str
-    fc: str
-    activation: str
-    proj: str
+    norm1: str = ""
+    attention: str = ""
+    qkv: tuple[str, ...] = ()
+    out: str = ""
+    norm2: str = ""
+    mlp: str = ""
+    fc: str = ""
+    activation: str = ""
+    proj: str = ""
 
 
 # A code base whose blocks have other names is a row here, or needs none if inference finds its parts.
@@ -99,32 +100,53 @@ def _inferred(block: nn.Module) -> Layout | None:
         return None
     C = norm_width(modules[norms[0]]) or 0
     sizes = {path: (modules[path].in_features, modules[path].out_features) for path in linears}
-    packed = [path for path in linears if sizes[path] == (C, 3 * C)] if len(linears) == 4 else []
-    square = [path for path in linears if sizes[path] == (C, C)]
-    if len(linears) == 4 and len(packed) == 2 and sizes[packed[1]] == (C, 3 * C):
-        packed = packed[:1]  # an MLP of width 3C, registered behind attention
-    if len(linears) == 4 and len(packed) == 1 and len(square) == 1:
-        qkv, out = tuple(packed), square[0]
-    elif len(linears) == 6 and len(square) == 4:
-        named = {role: path for path in square for role in ("q", "k", "v") if _role(path) == role}
-        if len(named) != 3:
-            return None
-        qkv = tuple(named[role] for role in ("q", "k", "v"))
-        out = next(path for path in square if path not in qkv)
-    else:
+    found = _projections(C, sizes, len(linears) == 4)
+    if found is None:
         return None
+    qkv, out = found
     rest = [path for path in linears if path not in (*qkv, out)]
     if len(rest) != 2 or sizes[rest[0]][0] != C or sizes[rest[1]] != (sizes[rest[0]][1], C):
         return None
     fc, proj = rest
     mlp = _common(fc, proj)
-    between = [
-        path for path, module in modules.items()
-        if path.startswith(f"{mlp}." if mlp else "") and path not in linears and _is_activation(module)
-    ]  # fmt: skip
-    return Layout(
-        "inferred", norms[0], _common(*qkv, out), qkv, out, norms[1], mlp, fc, between[0] if between else "", proj
-    )
+    activation = _activation_within(modules, mlp)
+    return Layout("inferred", norms[0], _common(*qkv, out), qkv, out, norms[1], mlp, fc, activation, proj)
+
+
+def _projections(C: int, sizes: dict[str, tuple[int, int]], is_packed: bool) -> tuple[tuple[str, ...], str] | None:
+    """Return the paths (qkv, out) of attention's projections among linear layers of these sizes, or None."""
+    square = [path for path, size in sizes.items() if size == (C, C)]
+    if is_packed:
+        packed = [path for path, size in sizes.items() if size == (C, 3 * C)]
+        # A second one is an MLP of width 3C, registered behind attention.
+        return ((packed[0],), square[0]) if len(packed) in (1, 2) and len(square) == 1 else None
+    named = {role: path for path in square for role in ("q", "k", "v") if _role(path) == role}
+    if len(square) != 4 or len(named) != 3:
+        return None
+    qkv = tuple(named[role] for role in ("q", "k", "v"))
+    return qkv, next(path for path in square if path not in qkv)
+
+
+def _activation_within(modules: dict[str, nn.Module], mlp: str) -> str:
+    """Return the path of the first activation inside the module at `mlp`, "" if it has none."""
+    inside = (path for path in modules if path.startswith(f"{mlp}." if mlp else "") and _is_activation(modules[path]))
+    return next(inside, "")
+
+
+def alone(module: nn.Module) -> Layout | None:
+    """Return the layout of a module that may be attention alone or an MLP alone, by its linear layers, or None."""
+    modules = dict(module.named_modules())
+    sizes = {path: (one.in_features, one.out_features) for path, one in modules.items() if isinstance(one, nn.Linear)}
+    if "" in sizes or len(sizes) not in (2, 4) or any(norm_width(one) is not None for one in modules.values()):
+        return None
+    first = next(iter(sizes.values()))
+    found = _projections(first[0], sizes, len(sizes) == 2)
+    if found is not None:
+        return Layout("attention", qkv=found[0], out=found[1])
+    if len(sizes) == 2 and list(sizes.values())[1] == first[::-1]:
+        fc, proj = sizes
+        return Layout("mlp", fc=fc, activation=_activation_within(modules, ""), proj=proj)
+    return None
 
 
 def _role(path: str) -> str | None:

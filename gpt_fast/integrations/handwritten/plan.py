@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,11 +13,42 @@ from ... import _plain
 from ..report import LeftAlone, Patch, Report
 from . import forwards, probe
 from .forwards import PARTS, Block
-from .layouts import Norm, find_norm, layouts, norm_width, part
+from .layouts import alone, find_norm, layouts, norm_width, part
 from .snapshot import Snapshot
 
 
-def plan(name: str, module: nn.Module, report: Report, longest: int) -> list[Patch] | None:
+def plan(
+    model: nn.Module, claimed: set[nn.Module], report: Report, apply: Callable, undo: Callable
+) -> list[Patch] | None:
+    """Return the patches of what somebody wrote in a model, or None if nothing is recognised.
+
+    Modules in `claimed` are known otherwise. `apply` and `undo` put a patch on and off, to compare the whole model.
+    """
+    fused, claimed, longest = list(report.replaced), set(claimed), _longest_sequence(model)
+    blocks: list[Patch] | None = None
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in claimed or module in inside:
+            continue
+        planned = _plan_block(name, module, report, longest)
+        if planned is not None:
+            inside |= set(module.modules())
+            blocks = (blocks or []) + planned
+    claimed |= {module for patch in blocks or [] for module in patch.module.modules()}
+    patches = (blocks or []) + _pieces(model, claimed, report, longest)
+    if not patches:
+        return blocks
+    C = _width(patches[0].module) or _width(model)
+    if model not in claimed and C is not None:
+        patches += _around(model, claimed, C, report)
+    if _whole_model_agrees(model, patches, apply, undo):
+        return patches
+    report.replaced[:] = fused
+    report.left.append(LeftAlone("", type(model).__name__, "as a whole computes something else with these blocks"))
+    return []
+
+
+def _plan_block(name: str, module: nn.Module, report: Report, longest: int) -> list[Patch] | None:
     """Return the patches of `module` if its parts are those of a block, else None.
 
     `longest` is the longest sequence that the model takes, at which blocks are compared once.
@@ -38,7 +70,7 @@ def plan(name: str, module: nn.Module, report: Report, longest: int) -> list[Pat
             reason = str(refused)
             continue
         except Exception as error:  # noqa: BLE001  whatever foreign code raises
-            reason = f"cannot be compared ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+            reason = _why_not_compared(error)
             continue
         _note(name, module, block, report)
         return [Patch(module, forwards.block_forward, {PARTS: block})]
@@ -46,7 +78,11 @@ def plan(name: str, module: nn.Module, report: Report, longest: int) -> list[Pat
     return []
 
 
-def longest_sequence(model: nn.Module) -> int:
+def _why_not_compared(error: Exception) -> str:
+    return f"cannot be compared ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+
+
+def _longest_sequence(model: nn.Module) -> int:
     """Return how many positions a model has, as its masks and tables tell, between 256 and 8,192."""
     masks = [
         buffer.shape[-1] for buffer in model.buffers() if buffer.dim() >= 2 and buffer.shape[-1] == buffer.shape[-2]
@@ -60,9 +96,9 @@ def longest_sequence(model: nn.Module) -> int:
 
 def _note(name: str, module: nn.Module, block: Block, report: Report) -> None:
     prefix, layout = f"{name}." if name else "", block.layout
-    for norm in (block.norm1, block.norm2):
-        op = "layer_norm" if block.pre_norm and norm is block.norm1 else "add_layer_norm"
-        report.note(prefix + norm.path, part(module, norm.path), op, None)
+    for path in (layout.norm1, layout.norm2):
+        op = "layer_norm" if block.pre_norm and path == layout.norm1 else "add_layer_norm"
+        report.note(prefix + path, part(module, path), op, None)
     attention = layout.attention or layout.qkv[0]
     report.note(prefix + attention, part(module, attention), "attention", None)
     for path in (*layout.qkv, layout.out):
@@ -71,12 +107,9 @@ def _note(name: str, module: nn.Module, block: Block, report: Report) -> None:
     report.note(prefix + mlp, part(module, mlp), "mlp", None)
 
 
-def around(name: str, model: nn.Module, blocks: list[nn.Module], report: Report) -> list[Patch]:
-    """Return the patches for what stands around the blocks of one model: the last norm and the output layer."""
-    inside = {id(child) for block in blocks for child in block.modules()}
-    outside = {path: module for path, module in model.named_modules() if id(module) not in inside}
-    C = _width(blocks[0])
-    prefix = f"{name}." if name else ""
+def _around(model: nn.Module, claimed: set[nn.Module], C: int, report: Report) -> list[Patch]:
+    """Return the patches for a model's norms of width C and its output layer, except for `claimed` modules."""
+    outside = {path: module for path, module in model.named_modules() if module not in claimed}
     patches = []
     vocabularies = {
         module.num_embeddings for module in outside.values()
@@ -85,66 +118,128 @@ def around(name: str, model: nn.Module, blocks: list[nn.Module], report: Report)
     for path, module in outside.items():
         reason = "has a forward of its own" if "forward" in vars(module) else None
         if norm_width(module) == C:
-            norm = find_norm("", module)
+            if _plain.is_hooked_itself(module):
+                reason = reason or "has hooks, which a probe would run: accelerate before they are registered"
+            norm = find_norm("", module) if reason is None else None
             reason = reason or ("computes no LayerNorm" if norm is None else None)
-            report.note(prefix + path, module, "layer_norm", reason)
+            report.note(path, module, "layer_norm", reason)
             if norm is not None and reason is None:
                 held = dataclasses.replace(norm, state=Snapshot(module))
                 patches.append(Patch(module, forwards.norm_forward, {PARTS: held}))
         elif isinstance(module, nn.Linear) and module.in_features == C and module.out_features in vocabularies:
             reason = reason or _plain.why_not_plain(module, nn.Linear)
-            report.note(prefix + path, module, "linear_cross_entropy", reason)
+            report.note(path, module, "linear_cross_entropy", reason)
             if reason is None:
                 patches.append(Patch(module, forwards.output_forward, {}))
     return patches
 
 
-def _width(block: nn.Module) -> int:
-    return next(width for module in block.modules() if (width := norm_width(module)) is not None)
+def _width(block: nn.Module) -> int | None:
+    """Return the width of a module's first norm, or None if it has none."""
+    return next((width for module in block.modules() if (width := norm_width(module)) is not None), None)
 
 
-def whole_model_agrees(model: nn.Module, patches: list[Patch], apply: Any, undo: Any) -> bool:
+def _pieces(model: nn.Module, claimed: set[nn.Module], report: Report, longest: int) -> list[Patch]:
+    """Return the patches of attention and MLPs that stand alone: in no block, or in one that is left alone.
+
+    Adds the modules inside them to `claimed`, whose members are not looked at.
+    """
+    patches: list[Patch] = []
+    if _width(model) is None:  # no Transformer
+        return patches
+    for name, module in model.named_modules():
+        if module in claimed or type(module).__module__.startswith("transformers."):
+            claimed |= set(module.modules())
+            continue
+        layout = alone(module)
+        if layout is None or "forward" in vars(module):
+            continue
+        reason = None
+        try:
+            block = probe.block_of(module, layout, (None, None), longest)
+        except probe.Refused as refused:
+            reason = str(refused)
+        except Exception as error:  # noqa: BLE001  whatever foreign code raises
+            reason = _why_not_compared(error)
+        claimed |= set(module.modules())
+        op = "attention" if layout.qkv else "mlp"
+        if reason is not None:
+            is_named = any(name.startswith(f"{entry.name}.") or not entry.name for entry in report.left)
+            if layout.qkv and not is_named:
+                report.note(name, module, op, reason)
+            continue
+        report.note(name, module, op, None)
+        for path in (*layout.qkv, layout.out) if layout.qkv else ():
+            report.note(f"{name}.{path}" if name else path, part(module, path), "linear", None)
+        forward = forwards.attention_forward if layout.qkv else forwards.mlp_forward
+        patches.append(Patch(module, forward, {PARTS: block}))
+    return patches
+
+
+def _whole_model_agrees(model: nn.Module, patches: list[Patch], apply: Callable, undo: Callable) -> bool:
     """Return True if the model computes the same with the patches, on drawn tokens in evaluation mode.
 
-    A model that cannot be called with tokens alone is compared by its blocks only.
+    Outputs are compared, and the gradients of what is outside of the patched modules: theirs were compared before. A
+    model that cannot be called with tokens alone is compared by its blocks only.
     """
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     if not tables or tables[0].weight.is_meta:
         return True
     V = min(table.num_embeddings for table in tables)
-    tokens = torch.randint(V, (2, 6), generator=torch.Generator().manual_seed(4), device="cpu")
-    tokens = tokens.to(tables[0].weight.device)
+    generator = torch.Generator().manual_seed(4)
+    drawn = [torch.randint(V, shape, generator=generator, device="cpu") for shape in ((2, 6), (1, 9), (3, 1))]
+    drawn = [tokens.to(tables[0].weight.device) for tokens in drawn]
+    within = {
+        id(p) for patch in patches for p in patch.module.parameters() if patch.forward is not forwards.output_forward
+    }
+    outside = [p for p in model.parameters() if id(p) not in within and p.requires_grad and p.is_floating_point()]
+    before, after = [], []
     # What the model itself writes or draws, outside of its blocks, it goes on writing: its own forward runs.
     with contextlib.suppress(probe.Refused), probe.without_trace(model):
         model.eval()
-        before = _outputs(model, tokens)
+        before = [_results(model, tokens, outside) for tokens in drawn]
         for patch in patches:
             apply(patch)
         try:
-            after = _outputs(model, tokens)
+            after = [_results(model, tokens, outside) for tokens in drawn]
         finally:
             for patch in patches:
                 undo(patch.module)
-    if before is None:
-        return True
-    return after is not None and len(after) == len(before) and all(map(_near, after, before))
+    for was, now in zip(before, after, strict=True):
+        if was is None:
+            continue
+        if now is None or len(now) != len(was) or not all(map(_near, now, was)):
+            return False
+    return True
 
 
-def _outputs(model: nn.Module, tokens: Tensor) -> list[Tensor] | None:
+def _results(model: nn.Module, tokens: Tensor, parameters: list[nn.Parameter]) -> list[Tensor] | None:
+    """Return the model's outputs and the gradients of `parameters`, or None where it cannot be called with tokens."""
     try:
-        with torch.enable_grad():  # as in training, where sums and logits are deferred
+        with torch.enable_grad():  # as in training, where logits are deferred
             result = model(tokens)
+        return _with_gradients(result, parameters)
     except Exception:  # noqa: BLE001  whatever foreign code raises: it wants other arguments
         return None
+
+
+def _with_gradients(result: Any, parameters: list[nn.Parameter]) -> list[Tensor]:
     values = result.values() if isinstance(result, dict) else result if isinstance(result, list | tuple) else [result]
-    return [value.detach() for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    outputs = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    found = [output.detach() for output in outputs]
+    differentiable = [output for output in outputs if output.requires_grad]
+    if not differentiable or not parameters:
+        return found
+    generator = torch.Generator().manual_seed(5)
+    upstream = [torch.randn(output.shape, generator=generator, device="cpu").to(output) for output in differentiable]
+    gradients = torch.autograd.grad(differentiable, parameters, upstream, allow_unused=True)
+    return found + [torch.zeros(()) if gradient is None else gradient for gradient in gradients]
 
 
 def _near(got: Tensor, expected: Tensor) -> bool:
     if got.shape != expected.shape:
         return False
+    if expected.numel() == 0:
+        return True
     rounding = 256 * torch.finfo(expected.dtype).eps * float(expected.abs().max().clamp(min=1e-30))
     return bool((got - expected).abs().max() <= rounding)
-
-
-__all__ = ["Block", "Norm", "around", "plan", "whole_model_agrees"]

@@ -98,17 +98,20 @@ def _cuda_devices(module: nn.Module) -> list[int]:
     return sorted({p.get_device() for p in module.parameters() if p.is_cuda})
 
 
-def block_of(block: nn.Module, layout: Layout, norms: tuple[Norm, Norm], longest: int) -> Block:
-    """Return what the block is, after comparing outputs, gradients, dropout and masks; raise `Refused`."""
+def block_of(block: nn.Module, layout: Layout, norms: tuple[Norm | None, Norm | None], longest: int) -> Block:
+    """Return what the block is, after comparing outputs, gradients, dropout and masks; raise `Refused`.
+
+    Attention or an MLP alone is a block without norms.
+    """
     if any(parameter.is_meta for parameter in block.parameters()):
         raise Refused("is on the meta device, where nothing can be compared")
     if any(_plain.is_hooked_itself(module) for module in block.modules()):
         raise Refused("has hooks, which a probe would run: accelerate before they are registered")
     reason = ""
-    for heads in _heads(block, layout):
-        for pre_norm in (True, False):
-            for activation in _activations_of(block, layout):
-                kinds = {path: type(part(block, path)) for path in _paths(layout, norms)}
+    for heads in _heads(block, layout) if layout.qkv else (1,):
+        for pre_norm in (True, False) if layout.norm1 else (True,):
+            for activation in _activations_of(block, layout) if layout.fc else ("",):
+                kinds = {path: type(part(block, path)) for path in _paths(layout)}
                 found = Block(layout, *norms, heads, activation, pre_norm, ("", "", "", ""), kinds)
                 with without_trace(block):
                     wrong = _why_not(block, found)
@@ -124,9 +127,13 @@ def block_of(block: nn.Module, layout: Layout, norms: tuple[Norm, Norm], longest
     raise Refused(reason or "has parts of a block, but no number of heads was found")
 
 
-def _paths(layout: Layout, norms: tuple[Norm, Norm]) -> set[str]:
-    named = {"", layout.attention, layout.mlp, layout.activation, *(norm.path for norm in norms)}
+def _paths(layout: Layout) -> set[str]:
+    named = {"", layout.attention, layout.mlp, layout.activation, layout.norm1, layout.norm2}
     return named | {*layout.qkv, layout.out, layout.fc, layout.proj}
+
+
+def _width(block: nn.Module, layout: Layout) -> int:
+    return part(block, layout.out if layout.qkv else layout.fc).in_features
 
 
 _HEAD_NAMES = ("n_head", "num_heads", "n_heads", "heads", "nhead", "num_attention_heads", "h")
@@ -205,6 +212,8 @@ def formula(block: Any, parts: Block, x: Tensor, factors: Factors = (1.0, 1.0, 1
         hidden = ACTIVATIONS[parts.activation].make_module()(linear(layout.fc, y)) * factors[2]
         return linear(layout.proj, hidden) * factors[3]
 
+    if parts.norm1 is None or parts.norm2 is None:
+        return attend(x) if layout.qkv else feed(x)
     if parts.pre_norm:
         x = x + attend(normed(parts.norm1, x))
         return x + feed(normed(parts.norm2, x))
@@ -215,7 +224,7 @@ def formula(block: Any, parts: Block, x: Tensor, factors: Factors = (1.0, 1.0, 1
 def _why_not(block: nn.Module, parts: Block) -> str:
     """Return how the block differs from the formula in evaluation mode, "" where outputs and gradients agree."""
     block.eval()
-    C = part(block, parts.layout.out).in_features
+    C = _width(block, parts.layout)
     generator = torch.Generator().manual_seed(1)
     for B, T, scale, factor in _SHAPES:
         wide = _widened(block, factor)
@@ -289,7 +298,7 @@ def _compare_long(block: nn.Module, parts: Block, length: int) -> None:
     """Compare at the longest sequence, in the block's own dtype, because a local window does not show in short ones."""
     block.eval()
     first = next(block.parameters())
-    C = part(block, parts.layout.out).in_features
+    C = _width(block, parts.layout)
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(1, length, C, generator=generator, device="cpu").to(first.device, first.dtype)
     with torch.no_grad():
@@ -355,7 +364,7 @@ def _placed(block: nn.Module, parts: Block, sources: dict[float, str], T: int) -
     wide = _widened(block)
     place = next(iter(wide.values())).device
     layout = parts.layout
-    C, F_ = part(block, layout.out).in_features, part(block, layout.fc).out_features
+    C, F_ = _width(block, layout), part(block, layout.fc).out_features if layout.fc else 0
     B = 2
     generator = torch.Generator().manual_seed(3)
     x = _drawn(generator, B, T, C).to(place).requires_grad_()
