@@ -1,13 +1,14 @@
-"""GPT-2s as people write them themselves: four structures, with names and code of their own.
+"""GPT-2s as people write them themselves: five structures, with names and code of their own.
 
 `packed`: a packed projection and PyTorch's attention, a tied output layer, the loss inside, as in nanoGPT. `masked`: a
 masked softmax written out and an MLP in a lambda, as in minGPT. `separate`: three projections, norms written out, the
-loss outside, as in "LLMs from scratch". `own`: names that no table has, post-norm.
+loss outside, as in "LLMs from scratch". `own`: names that no table has, post-norm. `single`: each head a module with
+projections of its own, as lectures begin.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn as nn
@@ -282,8 +283,58 @@ class Own(nn.Module):
         return {"logits": logits, "loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten())}
 
 
+# ---- heads that are modules of their own -----------------------------------------------------------------------------
+
+
+class SingleHead(nn.Module):
+    def __init__(self, s: Sizes, dropout: float):
+        super().__init__()
+        C, D, P = s.C, s.C // s.H, s.P
+        self.key, self.query, self.value = (nn.Linear(C, D, bias=False) for _ in range(3))
+        self.register_buffer("lower", torch.ones(P, P).tril())
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        T, lower = x.shape[1], cast(Tensor, self.lower)
+        k = self.key(x)
+        scores = self.query(x) @ k.mT * k.shape[-1] ** -0.5
+        p = scores.masked_fill(lower[:T, :T] == 0, float("-inf")).softmax(-1)
+        return self.drop(p) @ self.value(x)
+
+
+class SingleHeads(nn.Module):
+    def __init__(self, s: Sizes, dropout: float):
+        super().__init__()
+        self.heads = nn.ModuleList(SingleHead(s, dropout) for _ in range(s.H))
+        self.project, self.drop = nn.Linear(s.C, s.C), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.project(torch.cat([head(x) for head in self.heads], dim=-1)))
+
+
+class SingleBlock(nn.Module):
+    def __init__(self, s: Sizes, dropout: float):
+        super().__init__()
+        C = s.C
+        self.talk = SingleHeads(s, dropout)
+        self.think = nn.Sequential(nn.Linear(C, 4 * C), nn.ReLU(), nn.Linear(4 * C, C), nn.Dropout(dropout))
+        self.before, self.between = nn.LayerNorm(C), nn.LayerNorm(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.talk(self.before(x))
+        return x + self.think(self.between(x))
+
+
+class Single(Packed):
+    """The first structure's trunk around these blocks."""
+
+    def __init__(self, s: Sizes, dropout: float = 0.0):
+        super().__init__(s, dropout)
+        self.transformer["h"] = nn.ModuleList(SingleBlock(s, dropout) for _ in range(s.L))
+
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "packed": Packed, "masked": Masked, "separate": Separate, "own": Own,
+    "packed": Packed, "masked": Masked, "separate": Separate, "own": Own, "single": Single,
 }  # fmt: skip
 
 

@@ -51,7 +51,7 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.skipif(gpt_fast.build_info() is None, reason="the reference serves: no operator is called")
-@pytest.mark.parametrize("name", ["packed", "masked", "separate"])
+@pytest.mark.parametrize("name", ["packed", "masked", "separate", "single"])
 def test_a_training_pass_is_fused_as_a_whole(name):
     """Attention, MLPs, norms with the additions before them, and a loss without logits."""
     _, fast = twins(name, dropout=0.1)
@@ -247,7 +247,7 @@ def test_outputs_in_every_mode(name):
                 torch.testing.assert_close(got + 0, expected + 0, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["packed", "masked", "separate", "own"])
+@pytest.mark.parametrize("name", NAMES)
 def test_dropout_has_the_same_rates_at_the_same_places(name):
     """Means of many passes agree within their standard errors, and rates are read at each pass."""
     plain, fast = twins(name, dropout=0.2)
@@ -269,7 +269,7 @@ def test_dropout_has_the_same_rates_at_the_same_places(name):
     assert len(losses(fast).unique()) == 1
 
 
-@pytest.mark.parametrize("name", ["packed", "separate", "own"])
+@pytest.mark.parametrize("name", ["packed", "separate", "own", "single"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(name, dtype):
     plain, fast = twins(name)
@@ -339,7 +339,7 @@ def test_restore_is_bit_for_bit(name):
     assert all(a.keys() == b.keys() for a, b in zip(map(vars, fast.modules()), map(vars, plain.modules()), strict=True))
 
 
-@pytest.mark.parametrize("name", ["packed", "separate", "own"])
+@pytest.mark.parametrize("name", ["packed", "separate", "own", "single"])
 def test_compile_deepcopy_and_state_dicts(name):
     plain, fast = twins(name)
     batch, labels = tokens(), tokens(seed=1)
@@ -459,6 +459,26 @@ def test_changes_after_accelerate_take_effect(change):
     a, b = (loss_of(model, tokens(), tokens(seed=1)).detach() for model in (plain, fast))
     torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
     assert not torch.equal(a, before)
+
+
+@pytest.mark.skipif(gpt_fast.build_info() is None, reason="the reference serves: no operator is called")
+@pytest.mark.parametrize("change", ["rate", "hook", "forward"])
+def test_a_head_that_is_not_as_the_others_runs_its_block_as_written(change):
+    """Heads are modules of their own: another rate, a hook or a forward of one of them."""
+    plain, fast = twins("single", dropout=0.1)
+    head = fast.transformer["h"][1].talk.heads[2]
+    seen = []
+    if change == "rate":
+        head.drop.p = 0.9
+    elif change == "hook":
+        head.register_forward_hook(lambda *_: seen.append(1))
+    else:
+        head.forward = lambda x: seen.append(1) or type(head).forward(head, x)
+    with Operators() as operators:
+        loss_of(fast, tokens(), tokens(seed=1))
+    assert operators.count["gpt_fast.attention_forward"] == handwritten.LAYERS - 1
+    assert seen == ([] if change == "rate" else [1])
+    torch.testing.assert_close(loss_of(fast.eval(), tokens(), tokens()), loss_of(plain.eval(), tokens(), tokens()))
 
 
 def test_a_loaded_state_keeps_blocks_fused():

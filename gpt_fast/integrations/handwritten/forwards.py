@@ -34,6 +34,7 @@ class Block:
     pre_norm: bool
     dropouts: tuple[str, str, str, str]  # paths of the rates: attention, its branch, hidden, the MLP's branch; "" none
     kinds: dict[str, type]  # the class of each part, by path
+    head_dropouts: tuple[str, ...] = ()  # of heads that are modules of their own: one rate for all
     state: Snapshot | None = None  # what else its function depends on
 
 
@@ -105,7 +106,8 @@ def _is_whole(self: Any, block: Block) -> bool:
             _plain.why_not_plain(part(self, path), block.kinds[path]) is None
             for path in dict.fromkeys(("", layout.attention, layout.mlp))
         )
-        and all(_has_plain_rate(self, path) for path in (block.dropouts[0], block.dropouts[2]))
+        and all(_has_plain_rate(self, path) for path in (block.dropouts[0], block.dropouts[2], *block.head_dropouts))
+        and len({_rate(self, path) for path in block.head_dropouts}) <= 1
     )
 
 
@@ -116,7 +118,11 @@ def _is_unchanged(self: Any, block: Block, called: set[str]) -> bool:
     """
     if block.state is None or not block.state.holds(self):
         return False
-    return all(path in called or not _plain.is_hooked_itself(module) for path, module in self.named_modules() if path)
+    return all(
+        path in called or not (_plain.is_hooked_itself(module) or "forward" in vars(module))
+        for path, module in self.named_modules()
+        if path
+    )
 
 
 def _has_plain_rate(self: Any, path: str) -> bool:
@@ -147,7 +153,7 @@ def _branch(self: Any, path: str, branch: Tensor) -> tuple[Tensor, float]:
 
 def _attention(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple[Tensor, float]:
     layout = block.layout
-    projected = [_plain.linear(part(self, path), x) for path in layout.qkv]
+    projected = _projected(self, layout.qkv, x)
     options: dict[str, Any] = {"dropout_p": _rate(self, block.dropouts[0]), "seed": seed, "site": 0}
     if len(projected) == 1:
         out = ops.attention_qkv(projected[0], block.heads, **options)
@@ -155,6 +161,20 @@ def _attention(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple
         q, k, v = (one.unflatten(2, (block.heads, -1)).transpose(1, 2) for one in projected)  # [B, H, T, D]
         out = ops.attention(q, k, v, **options).transpose(1, 2).flatten(2)
     return _branch(self, block.dropouts[1], _plain.linear(part(self, layout.out), out))
+
+
+def _projected(self: Any, paths: tuple[str, ...], x: Tensor) -> list[Tensor]:
+    """Return queries, keys and values packed in one tensor [B, T, 3C], or as three.
+
+    Projections of single heads, [C, D] each, are one product with their joined weights.
+    """
+    layers = [part(self, path) for path in paths]
+    if len(layers) <= 3:
+        return [_plain.linear(layer, x) for layer in layers]
+    if not all(_plain.is_plain(layer, nn.Linear) for layer in layers):
+        return [torch.cat([layer(x) for layer in layers], dim=-1)]
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return [ops.linear(x, torch.cat([layer.weight for layer in layers]), torch.cat(biases) if biases else None)]
 
 
 def _mlp(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple[Tensor, float]:

@@ -16,9 +16,10 @@ from .snapshot import Snapshot
 class Layout:
     """Attribute paths of a block's parts, relative to the block.
 
-    `qkv` is one packed projection or three separate ones, in the order q, k, v. `activation` is "" where the forward
-    calls a function. `attention` and `mlp` are the modules around the parts, "" where the block holds them itself.
-    A module that is attention alone has no `fc`, one that is an MLP alone no `qkv`; neither has norms.
+    `qkv` is one packed projection, or three separate ones in the order q, k, v, or those of single heads: all queries,
+    then all keys, then all values. `activation` is "" where the forward calls a function. `attention` and `mlp` are
+    the modules around the parts, "" where the block holds them itself. A module that is attention alone has no `fc`,
+    one that is an MLP alone no `qkv`; neither has norms.
     """
 
     name: str
@@ -90,17 +91,17 @@ def _is_there(block: nn.Module, layout: Layout) -> bool:
 def _inferred(block: nn.Module) -> Layout | None:
     """Return the layout that a block's structure suggests, or None.
 
-    A block has two norms of width C; linear layers C → 3C, or three C → C, for queries, keys and values; another C → C
-    for the output; and C → F and F → C for the MLP, in the order in which modules are registered.
+    A block has two norms of width C; linear layers C → 3C, three C → C, or three C → D for each head, for queries, keys
+    and values; another C → C for the output; and C → F and F → C for the MLP, in the order of registration.
     """
     modules = dict(block.named_modules())
     norms = [path for path, module in modules.items() if norm_width(module) is not None]
     linears = [path for path, module in modules.items() if isinstance(module, nn.Linear)]
-    if len(norms) != 2 or len(linears) not in (4, 6):
+    if len(norms) != 2 or len(linears) < 4:
         return None
     C = norm_width(modules[norms[0]]) or 0
     sizes = {path: (modules[path].in_features, modules[path].out_features) for path in linears}
-    found = _projections(C, sizes, len(linears) == 4)
+    found = _projections(C, sizes, len(linears) - 2)
     if found is None:
         return None
     qkv, out = found
@@ -113,18 +114,22 @@ def _inferred(block: nn.Module) -> Layout | None:
     return Layout("inferred", norms[0], _common(*qkv, out), qkv, out, norms[1], mlp, fc, activation, proj)
 
 
-def _projections(C: int, sizes: dict[str, tuple[int, int]], is_packed: bool) -> tuple[tuple[str, ...], str] | None:
-    """Return the paths (qkv, out) of attention's projections among linear layers of these sizes, or None."""
+def _projections(C: int, sizes: dict[str, tuple[int, int]], count: int) -> tuple[tuple[str, ...], str] | None:
+    """Return the paths (qkv, out) of attention's `count` projections among linear layers of these sizes, or None."""
     square = [path for path, size in sizes.items() if size == (C, C)]
-    if is_packed:
+    if count == 2:
         packed = [path for path, size in sizes.items() if size == (C, 3 * C)]
         # A second one is an MLP of width 3C, registered behind attention.
         return ((packed[0],), square[0]) if len(packed) in (1, 2) and len(square) == 1 else None
-    named = {role: path for path in square for role in ("q", "k", "v") if _role(path) == role}
-    if len(square) != 4 or len(named) != 3:
-        return None
-    qkv = tuple(named[role] for role in ("q", "k", "v"))
-    return qkv, next(path for path in square if path not in qkv)
+    H = (count - 1) // 3
+    named = {
+        role: [path for path, size in sizes.items() if size == (C, C // H) and _role(path) == role]
+        for role in ("q", "k", "v")
+    } if H > 0 and count == 3 * H + 1 and C % H == 0 else {}  # fmt: skip
+    qkv = tuple(path for paths in named.values() for path in paths)
+    rest = [path for path in square if path not in qkv]
+    is_whole = named and len(rest) == 1 and all(len(paths) == H for paths in named.values())
+    return (qkv, rest[0]) if is_whole else None
 
 
 def _activation_within(modules: dict[str, nn.Module], mlp: str) -> str:
@@ -137,10 +142,10 @@ def alone(module: nn.Module) -> Layout | None:
     """Return the layout of a module that may be attention alone or an MLP alone, by its linear layers, or None."""
     modules = dict(module.named_modules())
     sizes = {path: (one.in_features, one.out_features) for path, one in modules.items() if isinstance(one, nn.Linear)}
-    if "" in sizes or len(sizes) not in (2, 4) or any(norm_width(one) is not None for one in modules.values()):
+    if "" in sizes or len(sizes) < 2 or any(norm_width(one) is not None for one in modules.values()):
         return None
     first = next(iter(sizes.values()))
-    found = _projections(first[0], sizes, len(sizes) == 2)
+    found = _projections(first[0], sizes, len(sizes))
     if found is not None:
         return Layout("attention", qkv=found[0], out=found[1])
     if len(sizes) == 2 and list(sizes.values())[1] == first[::-1]:

@@ -122,7 +122,7 @@ def block_of(block: nn.Module, layout: Layout, norms: tuple[Norm | None, Norm | 
                     found = _with_dropouts(block, found, longest)
                 with without_trace(block):
                     _compare_long(block, found, longest)
-                rates = frozenset(path for path in found.dropouts if path)
+                rates = frozenset(path for path in (*found.dropouts, *found.head_dropouts) if path)
                 return dataclasses.replace(found, state=Snapshot(block, rates))
     raise Refused(reason or "has parts of a block, but no number of heads was found")
 
@@ -142,6 +142,9 @@ _HEAD_NAMES = ("n_head", "num_heads", "n_heads", "heads", "nhead", "num_attentio
 def _heads(block: Any, layout: Layout) -> Iterator[int]:
     """Yield numbers of heads that the block may have: what it calls so, then other integers that divide its width."""
     C = part(block, layout.out).in_features
+    if len(layout.qkv) > 3:
+        yield len(layout.qkv) // 3
+        return
     owners = [part(block, layout.attention), block]
     named = [getattr(owner, name, None) for owner in owners for name in _HEAD_NAMES]
     options = [value for owner in owners for key, value in vars(owner).items() if not key.startswith("_")]
@@ -355,11 +358,18 @@ def _with_dropouts(block: nn.Module, parts: Block, longest: int) -> Block:
             _set_rate(block, path, rate)
     if found[0] != found[1]:
         raise Refused("drops at other places in longer sequences")
-    return dataclasses.replace(parts, dropouts=found[0])
+    dropouts, heads = found[0]
+    return dataclasses.replace(parts, dropouts=dropouts, head_dropouts=heads)
 
 
-def _placed(block: nn.Module, parts: Block, sources: dict[float, str], T: int) -> tuple[str, str, str, str]:
-    """Return the sources of the rates of attention, its branch, the hidden activation and the MLP's branch."""
+Places = tuple[tuple[str, str, str, str], tuple[str, ...]]
+
+
+def _placed(block: nn.Module, parts: Block, sources: dict[float, str], T: int) -> Places:
+    """Return the sources of the rates of attention, its branch, the hidden activation and the MLP's branch.
+
+    If heads are modules with a dropout each, their sources follow, and attention's is the first of them.
+    """
     block.train()
     wide = _widened(block)
     place = next(iter(wide.values())).device
@@ -374,6 +384,7 @@ def _placed(block: nn.Module, parts: Block, sources: dict[float, str], T: int) -
     places = {0: "", 1: "", 2: "", 3: ""}
     fused = 1.0
     branches = []
+    heads: dict[str, Tensor] = {}
     for rate, factor in seen.calls:
         source = next((path for one, path in sources.items() if abs(one - rate) < 1e-9), None)
         if source is None:
@@ -381,6 +392,9 @@ def _placed(block: nn.Module, parts: Block, sources: dict[float, str], T: int) -
         shape = tuple(factor.shape) if isinstance(factor, Tensor) else ()
         if shape == (B, T, C):
             branches.append((source, factor))
+            continue
+        if shape == (B, T, T) and len(layout.qkv) > 3 and source not in heads:
+            heads[source] = factor
             continue
         site = 0 if shape in ((), (B, parts.heads, T, T)) else 2 if shape == (B, T, F_) else None
         if site is None or places[site]:
@@ -390,6 +404,10 @@ def _placed(block: nn.Module, parts: Block, sources: dict[float, str], T: int) -
             factors[site] = factor
         else:
             fused = factor
+    if heads:
+        if len(heads) != parts.heads or places[0]:
+            raise Refused("drops out in some of its heads")
+        places[0], factors[0] = next(iter(heads)), torch.stack(list(heads.values()), dim=1)
     choices: dict[int, list[tuple[int, ...]]] = {0: [()], 1: [(1,), (3,)], 2: [(1, 3)]}
     orders = choices.get(len(branches))
     if orders is None:
@@ -400,7 +418,7 @@ def _placed(block: nn.Module, parts: Block, sources: dict[float, str], T: int) -
         expected = _swapped(block, wide, parts, x, given, fused)
         if not _why_other(got, expected, [x, *wide.values()], generator, ""):
             named = places | {site: source for site, (source, _) in zip(order, branches, strict=True)}
-            return named[0], named[1], named[2], named[3]
+            return (named[0], named[1], named[2], named[3]), tuple(heads)
     raise Refused("computes something else in training mode, or drops at other places than a block of its parts")
 
 
