@@ -119,9 +119,13 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
-    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension, with the biased variance."""
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension, with the biased variance.
+
+    A constant row gives exactly the bias: what rounds in the first mean, the second one corrects.
+    """
     wide = _wide(x)
-    centred = wide - wide.mean(-1, keepdim=True)
+    rough = wide.mean(-1, keepdim=True)
+    centred = wide - (rough + (wide - rough).mean(-1, keepdim=True))
     y = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     if weight is not None:
         y = y * _wide(weight)

@@ -2,7 +2,8 @@
 
 Notation: x, y [M, N]; xhat = (x - mean) * rstd; y = xhat * weight + bias. Backward, with g = dy * weight:
 dx = (g - mean(g) - xhat * mean(g * xhat)) * rstd; dweight = sum over rows of dy * xhat; dbias = sum over rows of dy.
-Precision: a row is held in registers, its mean first, then the variance of the centred row, all in float32.
+Precision: a row is held in registers, its mean first, then the variance of the centred row, all in float32. The mean of
+what is left corrects the mean, so that a constant row gives exactly the bias.
 Determinism: a program sums every P-th tile of rows in registers and stores one partial sum; a second kernel adds the
 P partial sums in their order. P comes from the table, by width, so it is the same on all devices of an architecture.
 """
@@ -35,10 +36,13 @@ def normalise(
     x, mask, weight_ptr, bias_ptr, offs_n, mask_n, N, eps, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr
 ):  # fmt: skip
     """(y, mean, rstd) of a float32 tile of whole rows that holds zeros where `mask` is False."""
-    mean = tl.sum(x, axis=1) / N
-    centred = tl.where(mask, x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / N + eps)
-    y = centred * rstd[:, None]
+    rough = tl.sum(x, axis=1) / N
+    rest = tl.where(mask, x - rough[:, None], 0.0)
+    shift = tl.sum(rest, axis=1) / N
+    mean = rough + shift  # of a constant row, the constant
+    variance = tl.maximum(tl.sum(rest * rest, axis=1) / N - shift * shift, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    rstd = 1.0 / tl.sqrt_rn(variance + eps)
+    y = (x - mean[:, None]) * rstd[:, None]
     if HAS_WEIGHT:
         y *= tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:

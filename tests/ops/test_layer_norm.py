@@ -130,10 +130,21 @@ def test_conditioning(mean, std, device):
     check(x, weight, bias)
 
 
-def test_constant_rows_give_the_bias(device):
-    x = torch.full((3, 50), 7.25, device=device)
-    _, weight, bias = sample_inputs((3, 50), torch.float32, device)
-    assert torch.equal(ops.layer_norm(x, weight, bias), bias.expand(3, 50))
+CONSTANTS = (1234.567, -1e5, 0.1, 7e-3, 3.0)
+
+
+@pytest.mark.parametrize("N", [1, 2, 3, 7, 50, 257, 768, 1000, 4100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_constant_rows_give_the_bias(N, dtype, device):
+    """Exactly, although their mean rounds; the weight's gradient is then exactly 0. The reference does the same."""
+    x = torch.tensor(CONSTANTS, device=device).to(dtype).clamp(-6e4, 6e4)[:, None].repeat(1, N).requires_grad_()
+    _, weight, bias = sample_inputs((3, N), dtype, device)
+    expected = bias.detach().expand(len(CONSTANTS), N)
+    y = ops.layer_norm(x, weight, bias)
+    assert torch.equal(y, expected)
+    (dweight,) = torch.autograd.grad(y, weight, torch.randn_like(y))
+    assert torch.equal(dweight, torch.zeros_like(weight))
+    assert torch.equal(reference.layer_norm(x, weight, bias), expected)
 
 
 def test_large_eps_counts(device):

@@ -4,6 +4,8 @@
 // dx = (g - mean(g) - xhat * mean(g * xhat)) * rstd, dweight = sum of dy * xhat, dbias = sum of dy over the rows.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -30,24 +32,43 @@ struct Statistics {
   float mean, rstd;
 };
 
-// The sum of term(x[j]), in four chains: one alone would wait for each addition.
-template <typename Term>
-inline float sum_of(const float* x, int64_t N, const Term& term) {
-  Vec sums[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+// The sums of each term(x[j]), in four chains: one alone would wait for each addition.
+template <typename... Terms>
+inline std::array<float, sizeof...(Terms)> sums_of(const float* x, int64_t N, const Terms&... terms) {
+  constexpr size_t kTerms = sizeof...(Terms);
+  std::array<Vec, 4 * kTerms> sums;
+  sums.fill(Vec(0.0f));
+  const auto add = [&](Vec value, size_t chain, int64_t count) {
+    size_t term = 0;
+    const auto add_one = [&](Vec summand) {
+      Vec& sum = sums[chain * kTerms + term++];
+      sum = sum + (count < kVec ? Vec::set(Vec(0.0f), summand, count) : summand);
+    };
+    (add_one(terms(value)), ...);
+  };
   int64_t j = 0;
   for (; j + 4 * kVec <= N; j += 4 * kVec) {
-    for (int64_t chain = 0; chain < 4; ++chain) sums[chain] = sums[chain] + term(Vec::loadu(x + j + chain * kVec));
+    for (size_t chain = 0; chain < 4; ++chain) add(Vec::loadu(x + j + chain * kVec), chain, kVec);
   }
-  for (; j + kVec <= N; j += kVec) sums[0] = sums[0] + term(Vec::loadu(x + j));
-  if (j < N) sums[1] = sums[1] + Vec::set(Vec(0.0f), term(Vec::loadu(x + j, N - j)), N - j);
-  return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; j + kVec <= N; j += kVec) add(Vec::loadu(x + j), 0, kVec);
+  if (j < N) add(Vec::loadu(x + j, N - j), 1, N - j);
+  std::array<float, kTerms> totals;
+  for (size_t term = 0; term < kTerms; ++term) {
+    const auto chain = [&](size_t index) { return sums[index * kTerms + term]; };
+    totals[term] = sum_lanes((chain(0) + chain(1)) + (chain(2) + chain(3)));
+  }
+  return totals;
 }
 
+// The second pass corrects the mean by the mean of what is left. The mean of a constant row is then the constant.
 inline Statistics row_statistics(const float* x, int64_t N, double eps) {
-  const float mean = sum_of(x, N, [](Vec a) { return a; }) / N;
-  const Vec centre(mean);
-  const float variance = sum_of(x, N, [centre](Vec a) { return (a - centre) * (a - centre); }) / N;
-  return {mean, 1.0f / std::sqrt(variance + static_cast<float>(eps))};
+  const float rough = sums_of(x, N, [](Vec a) { return a; })[0] / N;
+  const Vec centre(rough);
+  const auto [rest, squares] =
+      sums_of(x, N, [centre](Vec a) { return a - centre; }, [centre](Vec a) { return (a - centre) * (a - centre); });
+  const float shift = rest / N;
+  const float variance = std::max(squares / N - shift * shift, 0.0f);
+  return {rough + shift, 1.0f / std::sqrt(variance + static_cast<float>(eps))};
 }
 
 inline void normalise_row(const float* x, Statistics statistics, const float* weight, const float* bias, int64_t N,
