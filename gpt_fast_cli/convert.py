@@ -51,7 +51,7 @@ def convert(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="For a character-level model: its training text, such as input.txt. meta.pkl is a pickle and not read.",
+            help="For a character-level model: its training text (input.txt). A meta.pkl is a pickle and not read.",
             rich_help_panel=_CHECKPOINTS,
         ),
     ] = None,

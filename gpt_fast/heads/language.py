@@ -75,9 +75,7 @@ class GPTForCausalLM(Generating, LanguageModelHead):
     causal = True
 
     @classmethod
-    def from_nanogpt(
-        cls, state_dict: Mapping[str, Tensor], model_args: Mapping[str, Any], **overrides: Any
-    ) -> Self:
+    def from_nanogpt(cls, state_dict: Mapping[str, Tensor], model_args: Mapping[str, Any], **overrides: Any) -> Self:
         """Return a model with the weights of a nanoGPT, or of another model with nanoGPT's names.
 
         Weights are copied bit for bit, in their dtype and on their device. The output layer is tied if its weight

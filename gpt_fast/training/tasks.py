@@ -172,7 +172,9 @@ def writing_prompt(
     if not writes:
         ids = encode(tokenizer, prompt)
         if max(ids, default=0) >= config.num_tokens:
-            raise ValueError(f"--prompt {prompt!r:.60}: has a character without a token in {folder}; expected known ones")
+            raise ValueError(
+                f"--prompt {prompt!r:.60}: has a character without a token in {folder}; expected known ones"
+            )
         return ids or [special_token(config, "start_token")], config.start_token
     between = marks(config)
     texts = [encode(tokenizer, text) for text in (prompt, question) if text is not None]

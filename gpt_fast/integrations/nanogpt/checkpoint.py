@@ -63,7 +63,10 @@ def write(path: Path, state_dict: dict[str, Tensor], model_args: dict[str, Any],
         "config": progress.get("config", {}),
     }
     with replacing(path) as temporary:
-        torch.save(checkpoint, temporary)
+        try:
+            torch.save(checkpoint, temporary)
+        except RuntimeError as error:  # PyTorch's writer has no OSError
+            raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0][:120]})") from error
 
 
 def _check_archive(path: Path) -> None:
@@ -87,11 +90,9 @@ def _check_archive(path: Path) -> None:
 def _why_refused(error: Exception) -> str:
     found = _REFUSED.search(str(error))
     if found is None:
-        reason = str(error).strip().splitlines() or [""]
-        return f"damaged or no checkpoint ({type(error).__name__}: {reason[0][:120]}); expected one of nanoGPT"
-    text = (
-        f"holds {found[1]}, which torch.load(weights_only=True) does not unpickle; expected tensors and plain values"
-    )
+        reason = (str(error).rpartition("WeightsUnpickler error: ")[2].strip().splitlines() or [""])[0]
+        return f"damaged or no checkpoint ({type(error).__name__}: {reason[:120]}); expected one of nanoGPT"
+    text = f"holds {found[1]}, which torch.load(weights_only=True) does not unpickle; expected tensors and plain values"
     if found[1].endswith("Config"):
         text += (
             ". Where you trust the file and its class can be imported: checkpoint = torch.load(FILE, "

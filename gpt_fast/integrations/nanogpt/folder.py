@@ -181,5 +181,3 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}; expected an object")
     return value
-
-

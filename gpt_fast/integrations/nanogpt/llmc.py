@@ -6,6 +6,7 @@ layers together. The vocabulary is padded to `padded_vocab_size` rows, which hol
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,10 @@ from ...config import GPTConfig
 
 MAGIC = 20240326
 _HEADER = 256  # int32
-_VERSIONS = {3: (np.dtype("<f4"), torch.float32), 5: (np.dtype("<i2"), torch.bfloat16)}
+_VERSIONS: dict[int, tuple[np.dtype[Any], torch.dtype]] = {
+    3: (np.dtype("<f4"), torch.float32),
+    5: (np.dtype("<i2"), torch.bfloat16),
+}
 _FIELDS = ("max_seq_len", "vocab_size", "num_layers", "num_heads", "channels", "padded_vocab_size")
 _LAYER_TENSORS = (  # nanoGPT's name, shape in units of C
     ("ln_1.weight", (1,)), ("ln_1.bias", (1,)), ("attn.c_attn.weight", (3, 1)), ("attn.c_attn.bias", (3,)),
@@ -59,7 +63,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], GPTConfig]:
     _check_sizes(path, sizes, header[2 + len(_FIELDS) :])
     T, V, L, H, C, Vp = sizes.values()
     stored, dtype = _VERSIONS[header[1]]
-    shapes: list[tuple[str, tuple[int, ...]]] = [("transformer.wte.weight", (Vp, C)), ("transformer.wpe.weight", (T, C))]
+    shapes: list[tuple[str, tuple[int, ...]]] = [
+        ("transformer.wte.weight", (Vp, C)),
+        ("transformer.wpe.weight", (T, C)),
+    ]
     for name, units in _LAYER_TENSORS:
         shapes += [(f"transformer.h.{{}}.{name}", (L, *(n * C for n in units)))]
     shapes += [("transformer.ln_f.weight", (C,)), ("transformer.ln_f.bias", (C,))]

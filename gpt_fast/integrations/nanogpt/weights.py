@@ -63,7 +63,9 @@ def read_model_args(model_args: Any, overrides: Mapping[str, Any]) -> GPTConfig:
     for name in SIZES:
         value = model_args[name]
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
-            raise ValueError(f"{USER}: model_args has {name} {_shown(value)}; expected an integer from 1 to {_LARGEST:,}")
+            raise ValueError(
+                f"{USER}: model_args has {name} {_shown(value)}; expected an integer from 1 to {_LARGEST:,}"
+            )
     bias, dropout = model_args.get("bias", True), model_args.get("dropout", 0.0)
     if not isinstance(bias, bool):
         raise ValueError(f"{USER}: model_args has bias {_shown(bias)}; expected True or False")
@@ -98,7 +100,8 @@ def build(kind: Any, state: dict[str, Tensor], config: GPTConfig) -> Any:
         raise ValueError(f"{USER}: state_dict lacks {_listed(missing)}; expected every tensor of nanoGPT's GPT")
     unexpected = [name for name in state if name not in expected]
     if unexpected:
-        hint = ", because model_args has bias False" if not config.bias and _listed(unexpected).endswith("bias") else ""
+        biases = not config.bias and all(name.endswith(".bias") for name in unexpected)
+        hint = ", because model_args has bias False" if biases else ""
         raise ValueError(f"{USER}: state_dict has {_listed(unexpected)}; expected no such tensor{hint}")
     dtype, device = state[_TABLE].dtype, state[_TABLE].device
     for name, (_, shape) in expected.items():
@@ -184,9 +187,8 @@ def _checked_state(state_dict: Any) -> dict[str, Tensor]:
         if not isinstance(given, str):
             raise ValueError(f"{USER}: state_dict has the key {_shown(given)}; expected names of tensors")
         name = _WRAPPERS.sub("", given)
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
-            kind = f"{described(tensor)}, {type(tensor).__name__}" if isinstance(tensor, Tensor) else described(tensor)
-            raise ValueError(f"{USER}: {given} is {kind}; expected a plain dense tensor with values")
+        if not _is_plain(tensor):
+            raise ValueError(f"{USER}: state_dict has {given} of type {type(tensor).__name__}; expected a dense tensor")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f"{USER}: {given} has shape {list(tensor.shape)}; expected as many numbers in its storage")
         if name in state:
@@ -198,6 +200,13 @@ def _checked_state(state_dict: Any) -> dict[str, Tensor]:
             raise ValueError(f"{USER}: {given} has {tensor.dtype}; expected float32, bfloat16 or float16")
         state[name] = tensor.detach()
     return state
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Return True for a tensor whose values lie in memory one by one, without a class of its own."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_nested:
+        return False
+    return tensor.layout == torch.strided and not tensor.is_meta
 
 
 def _check_mask(name: str, mask: Tensor) -> None:
@@ -249,7 +258,7 @@ def _listed(names: list[Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Return a value for a message. Values come from files and may be endless; Python refuses to write long integers."""
+    """Return a value for a message. Values come from files, and Python refuses to write very long integers."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length():,} bits"
     plain = isinstance(value, int | float | str | bool)
