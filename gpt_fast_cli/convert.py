@@ -90,7 +90,7 @@ def convert(
     gpt-fast convert --from runs/lm --to nanogpt --out out/ckpt.pt
     """
     if to is not None and to not in FORMATS:
-        raise ValueError(f"--to {to}: wanted one of {', '.join(FORMATS)}")
+        raise ValueError(f"--to {to}: expected one of {', '.join(FORMATS)}")
     options = {"--tokenizer": tokenizer, "--characters": characters, "--heads": heads, "--activation": activation}
     if source.is_file():
         result = _from_file(source, out, to, head, options)
@@ -109,7 +109,7 @@ def convert(
 
 def _from_file(source: Path, out: Path, to: str | None, head: str | None, options: dict[str, Any]) -> dict[str, Any]:
     if to not in (None, "gpt-fast"):
-        raise ValueError(f"--to {to}: {source} is a checkpoint, which becomes a run folder first; wanted gpt-fast")
+        raise ValueError(f"--to {to}: {source} is a checkpoint, which becomes a run folder first; expected gpt-fast")
     if head is not None:
         raise ValueError(f"--head {head}: {source} holds a language model; gpt-fast finetune puts another head on it")
     require_train_extra()
@@ -131,7 +131,7 @@ def _from_file(source: Path, out: Path, to: str | None, head: str | None, option
 def _from_folder(source: Path, out: Path, to: str | None, head: str | None) -> dict[str, Any]:
     checkpoint = source / "ckpt.pt"
     if checkpoint.is_file() and not (source / "config.json").exists():
-        raise ValueError(f"{source}: nanoGPT's folder; wanted its checkpoint, --from {checkpoint}")
+        raise ValueError(f"{source}: nanoGPT's folder; expected its checkpoint, --from {checkpoint}")
     if to == "nanogpt":
         if head is not None:
             raise ValueError(f"--head {head}: is for a folder of transformers; leave it out")

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import pickle
+import random
 import struct
 import sys
 import warnings
@@ -19,6 +20,7 @@ import torch.nn as nn
 
 from gpt_fast import GPTConfig, GPTForCausalLM, GPTForSequenceClassification
 from gpt_fast.data.tokenizer import load_tokenizer, save_tokenizer, train_bpe
+from gpt_fast.integrations.nanogpt.checkpoint import read
 from gpt_fast_cli.app import run
 from tests import handwritten, numerics
 from tests.command_line import SENTENCES, Cli, Result, succeed
@@ -409,6 +411,53 @@ def test_a_damaged_file_is_refused(here, tmp_path, case):
     assert names(tmp_path) == ["ckpt.pt"]
 
 
+def test_no_damage_changes_weights(tmp_path):
+    """Bytes are cut off or changed, most of them where the archive keeps its sizes and places. Each file is refused, or
+    what changed was a date or the like and the weights are the same."""
+    path, rng, refused = tmp_path / "ckpt.pt", random.Random(0), 0
+    saved = checkpoint()
+    torch.save(saved, path)
+    whole = path.read_bytes()
+    for _ in range(300):
+        content = bytearray(whole)
+        if rng.random() < 0.2:
+            del content[rng.randrange(len(content)) :]
+        else:
+            place = rng.choice(
+                (rng.randrange(4000), rng.randrange(len(content) - 8000, len(content)), rng.randrange(len(content)))
+            )
+            content[place] = rng.randrange(256)
+        path.write_bytes(content)
+        try:
+            loaded = read(path)
+            model = GPTForCausalLM.from_nanogpt(loaded.state_dict, loaded.model_args)
+        except ValueError:
+            refused += 1
+            continue
+        assert_equal_tensors(model.to_nanogpt()[0], saved["model"])
+    assert refused > 100
+
+
+def test_no_damaged_pickle_is_more_than_an_error(tmp_path):
+    """The archive is whole and its checksums are right; what is pickled is not."""
+    path, rng, refused = tmp_path / "ckpt.pt", random.Random(0), 0
+    for _ in range(200):
+        torch.save(checkpoint(), path)
+        rewritten(path, lambda data: damaged(data, rng))
+        try:
+            loaded = read(path)
+            GPTForCausalLM.from_nanogpt(loaded.state_dict, loaded.model_args)
+        except ValueError:
+            refused += 1
+    assert refused > 100
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    content = bytearray(data)
+    content[rng.randrange(len(content))] = rng.randrange(256)
+    return bytes(content)
+
+
 def state(**changes: Any) -> dict[str, Any]:
     """Return the checkpoint with tensors replaced, or without those that are None."""
     changed = {name.replace("__", "."): tensor for name, tensor in changes.items()}
@@ -574,12 +623,12 @@ def test_options_that_do_not_fit(here, tmp_path):
     before = names(tmp_path)
     for source, options, message in (
         ("classifier", "--to nanogpt", "holds a GPTForSequenceClassification; expected a GPTForCausalLM"),
-        ("lm", "--to keras", "--to keras: wanted one of gpt-fast, transformers, nanogpt"),
+        ("lm", "--to keras", "--to keras: expected one of gpt-fast, transformers, nanogpt"),
         ("lm", "--to gpt-fast", "is a folder of gpt-fast already"),
         ("lm", "--to nanogpt --head clm", "--head clm: is for a folder of transformers"),
         ("lm", "--heads 4", "--heads 4: {tmp}/lm is no checkpoint"),
         ("lm", "--tokenizer {tmp}/letters.txt", "is no checkpoint of nanoGPT or llm.c"),
-        ("out", "", "nanoGPT's folder; wanted its checkpoint, --from {tmp}/out/ckpt.pt"),
+        ("out", "", "nanoGPT's folder; expected its checkpoint, --from {tmp}/out/ckpt.pt"),
         ("out/ckpt.pt", "--to transformers", "becomes a run folder first"),
         ("out/ckpt.pt", "--to nanogpt", "becomes a run folder first"),
         ("out/ckpt.pt", "--head classifier", "gpt-fast finetune puts another head on it"),

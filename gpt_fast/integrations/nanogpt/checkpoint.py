@@ -2,6 +2,8 @@
 
 import math
 import re
+import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,7 +41,9 @@ def read(path: Path) -> Checkpoint:
     """
     _check_archive(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a damaged protocol number; the error says enough
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # noqa: BLE001  a hostile pickle can make PyTorch raise an error of any type
         raise ValueError(f"{path}: {_why_refused(error)}") from None
     if not isinstance(content, Mapping):
@@ -81,7 +85,7 @@ def _check_archive(path: Path) -> None:
             if sum(entry.file_size for entry in entries) > path.stat().st_size:
                 raise ValueError(f"{path}: has records larger than the file; expected a file that torch.save wrote")
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, struct.error) as error:
         raise ValueError(f"{path}: damaged or cut off ({error}); expected a file that torch.save wrote") from None
     if damaged is not None:
         raise ValueError(f"{path}: damaged, the checksum of {damaged} is wrong; expected a file that torch.save wrote")
