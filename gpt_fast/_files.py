@@ -3,6 +3,8 @@
 import json
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +35,28 @@ def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
         raise
     if flush:
         sync(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, which takes the name of `path` when the block ends.
+
+    If the block raises, the folder is removed, and so are the parents of `path` that were made for it. Raises `OSError`
+    where the folder cannot be made.
+    """
+    made = [folder for folder in path.parents if not folder.exists()]  # innermost first
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)  # mkdtemp's folders are the owner's alone
+        folder.rename(path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            if not any(parent.iterdir()):
+                parent.rmdir()
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .terminal import AsJson, err, print_json, print_table
+from .terminal import AsJson, err, print_json, print_table, require_train_extra, say
+
+FORMATS = ("gpt-fast", "transformers", "nanogpt")
+_CHECKPOINTS = "Checkpoints of nanoGPT and llm.c"
 
 
 def convert(
     source: Annotated[
-        Path, typer.Option("--from", help="Run folder of gpt-fast, or folder of a transformers GPT-2 or GPT-1 model.")
+        Path,
+        typer.Option(
+            "--from",
+            help="Run folder of gpt-fast, folder of a transformers GPT-2 or GPT-1 model, nanoGPT's ckpt.pt, or llm.c's "
+            "model_*.bin.",
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.")],
+    out: Annotated[Path, typer.Option(help="Folder to write, or with --to nanogpt the file; it must not exist yet.")],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(FORMATS),
+            help="Format to write. Without it a run folder becomes transformers', and all else a run folder.",
+        ),
+    ] = None,
     head: Annotated[
         str | None,
         typer.Option(
@@ -24,29 +39,110 @@ def convert(
             "it the one that holds every weight; a model that has no such head is refused.",
         ),
     ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="tokenizer.json that the model was trained with; GPT-2's for most. A checkpoint holds none.",
+            rich_help_panel=_CHECKPOINTS,
+        ),
+    ] = None,
+    characters: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="For a character-level model: its training text (input.txt). A meta.pkl is a pickle and not read.",
+            rich_help_panel=_CHECKPOINTS,
+        ),
+    ] = None,
+    heads: Annotated[
+        int | None,
+        typer.Option(help="Attention heads, for a bare state dict, such as minGPT's.", rich_help_panel=_CHECKPOINTS),
+    ] = None,
+    activation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="gelu|gelu_tanh",
+            help="Activation, if it is not nanoGPT's gelu: gelu_tanh for minGPT, build-nanogpt and nanoGPT before "
+            "2023-05.",
+            rich_help_panel=_CHECKPOINTS,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Converts a model to transformers' GPT-2 or GPT-1 and back, bit for bit: which way, the folder tells.
+    """Converts a model of transformers, nanoGPT, minGPT, build-nanogpt or llm.c to a run folder, and a run folder to
+    transformers or nanoGPT, bit for bit.
 
-    Both sides are safetensors; nothing is unpickled. A folder that lacks a weight, or has one that its config.json does
-    not name, is refused, and so is a model that the other library cannot hold. OpenAI's original TensorFlow files of
-    GPT-2 are not read: transformers converts them.
+    A source that lacks a weight, or has one that its configuration does not name, is refused, and so is a model that
+    the other library cannot hold. Folders are safetensors. A ckpt.pt is read with torch.load(weights_only=True), which
+    runs no code. OpenAI's original TensorFlow files of GPT-2 are not read: transformers converts them.
 
     [bold]Examples[/bold]
 
     gpt-fast convert --from runs/lm --out exported/lm
 
     gpt-fast convert --from models/gpt2 --out runs/gpt2 --head classifier
+
+    gpt-fast convert --from out/ckpt.pt --out runs/nanogpt --tokenizer gpt2/tokenizer.json
+
+    gpt-fast convert --from log124M/model_00018865.bin --out runs/llmc --tokenizer gpt2/tokenizer.json
+
+    gpt-fast convert --from runs/lm --to nanogpt --out out/ckpt.pt
     """
+    if to is not None and to not in FORMATS:
+        raise ValueError(f"--to {to}: expected one of {', '.join(FORMATS)}")
+    options = {"--tokenizer": tokenizer, "--characters": characters, "--heads": heads, "--activation": activation}
+    if source.is_file():
+        result = _from_file(source, out, to, head, options)
+    else:
+        for option, value in options.items():
+            if value is not None:
+                raise ValueError(f"{option} {value}: {source} is no checkpoint of nanoGPT or llm.c; leave it out")
+        result = _from_folder(source, out, to, head)
+    if as_json:
+        print_json(result)
+        return
+    rows = [("model", result["model"]), ("from", result["from"]), ("numbers", f"{result['numbers']:,}")]
+    rows += [(name, str(result[name])) for name in ("dtype", "activation") if name in result]
+    print_table(f"{out}", rows)
+
+
+def _from_file(source: Path, out: Path, to: str | None, head: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    if to not in (None, "gpt-fast"):
+        raise ValueError(f"--to {to}: {source} is a checkpoint, which becomes a run folder first; expected gpt-fast")
+    if head is not None:
+        raise ValueError(f"--head {head}: {source} holds a language model; gpt-fast finetune puts another head on it")
+    require_train_extra()
+    from gpt_fast.integrations.nanogpt.folder import from_checkpoint
+
+    given = {name.removeprefix("--"): value for name, value in options.items()}
+    with err.status("converting"):
+        result = from_checkpoint(source, out, **given)
+    if result["left_out"]:
+        say(f"gpt-fast: left out of {source}: {', '.join(result['left_out'])}")
+    if not result["tokenizer"]:
+        say(
+            f"gpt-fast: {source} holds no tokenizer; generate, evaluate and finetune need {out / 'tokenizer.json'}, "
+            "the one that the model was trained with (--tokenizer, or --characters)"
+        )
+    return result
+
+
+def _from_folder(source: Path, out: Path, to: str | None, head: str | None) -> dict[str, Any]:
+    checkpoint = source / "ckpt.pt"
+    if checkpoint.is_file() and not (source / "config.json").exists():
+        raise ValueError(f"{source}: nanoGPT's folder; expected its checkpoint, --from {checkpoint}")
+    if to == "nanogpt":
+        if head is not None:
+            raise ValueError(f"--head {head}: is for a folder of transformers; leave it out")
+        require_train_extra()
+        from gpt_fast.integrations.nanogpt.folder import to_checkpoint
+
+        with err.status("converting"):
+            return to_checkpoint(source, out)
     if find_spec("transformers") is None:
         raise ValueError("this command needs transformers; pip install gpt-fast[hf]")
     from gpt_fast.integrations.huggingface.folder import convert_folder
 
     with err.status("converting"):
-        result = convert_folder(source, out, head)
-    if as_json:
-        print_json(result)
-    else:
-        print_table(
-            f"{out}", [("model", result["model"]), ("from", result["from"]), ("numbers", f"{result['numbers']:,}")]
-        )
+        return convert_folder(source, out, head, to)

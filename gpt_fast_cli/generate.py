@@ -76,7 +76,8 @@ def generate(
     model = load_generator(source, device)
     tokenizer = run_tokenizer(source, model)
     ids, end = writing_prompt(source, model.config, tokenizer, prompt, question)
-    samples = [_Text(tokenizer, stop or [], [end]) for _ in range(num_samples)]
+    ends = [] if end is None else [end]
+    samples = [_Text(tokenizer, stop or [], ends) for _ in range(num_samples)]
     streams = num_samples == 1 and not as_json
 
     def write(new: Tensor) -> None:
@@ -99,7 +100,7 @@ def generate(
             top_k=top_k,
             top_p=top_p,
             repetition_penalty=repetition_penalty,
-            stop_tokens=[end],
+            stop_tokens=ends,
             seed=seed,
             sliding=sliding,
             weights=weights,

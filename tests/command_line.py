@@ -19,6 +19,7 @@ from pathlib import Path
 import gpt_fast_cli.__main__, gpt_fast_cli.app
 for name in gpt_fast_cli.app.NAMES:
     gpt_fast_cli.app.load_command(name)
+import gpt_fast.integrations.nanogpt.folder
 import gpt_fast.training.compare, gpt_fast.training.finetune, gpt_fast.training.pretrain
 import matplotlib.backends.backend_agg, torchmetrics.classification, torchmetrics.text  # imported late
 

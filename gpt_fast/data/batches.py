@@ -37,10 +37,11 @@ class Batch(NamedTuple):
         return self.tokens.numel() if self.lengths is None else int(self.lengths.sum())
 
 
-def token_stream(documents: Iterable[list[int]], start_token: int) -> TokenStream:
-    """All documents one after another, each behind a start token: ids as int32, in memory. Raises `OverflowError` for
-    an id that int32 does not hold."""
-    pieces = [np.array([start_token, *ids], dtype=np.int32) for ids in documents]
+def token_stream(documents: Iterable[list[int]], start_token: int | None) -> TokenStream:
+    """All documents one after another, each behind a start token if there is one: ids as int32, in memory. Raises
+    `OverflowError` for an id that int32 does not hold."""
+    begin = [] if start_token is None else [start_token]
+    pieces = [np.array([*begin, *ids], dtype=np.int32) for ids in documents]
     return TokenStream([np.concatenate(pieces)] if pieces else [])
 
 

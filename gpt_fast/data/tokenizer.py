@@ -66,12 +66,13 @@ def byte_tokenizer() -> Tokenizer:
 
 def char_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """One token per character seen in `texts`, in code point order; a character not seen there becomes `<|unk|>`."""
-    letters = sorted(set().union(*texts))
-    vocabulary = {name: i for i, name in enumerate([*SPECIAL_TOKENS.values(), UNKNOWN, *letters])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return _finish(tokenizer)
+    return _words_tokenizer([*SPECIAL_TOKENS.values(), UNKNOWN, *sorted(set().union(*texts))])
+
+
+def letters_tokenizer(letters: Sequence[str]) -> Tokenizer:
+    """Return a tokenizer for a character-level model of somebody else's: the id of a character is its place in
+    `letters`. `<|unk|>` and the special tokens follow, for which that model has no embedding."""
+    return _words_tokenizer([*letters, UNKNOWN])
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -132,6 +133,14 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str], chunk: int = 25
 def decode(tokenizer: Tokenizer, ids: Sequence[int], *, special: bool = True) -> str:
     """The text of `ids`; special tokens are written out, or left out with `special=False`."""
     return tokenizer.decode(ids, skip_special_tokens=not special)
+
+
+def _words_tokenizer(words: Sequence[str]) -> Tokenizer:
+    """Return a tokenizer that cuts text into characters, whose ids are their places in `words`."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return _finish(tokenizer)
 
 
 def _finish(tokenizer: Tokenizer) -> Tokenizer:

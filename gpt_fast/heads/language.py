@@ -1,7 +1,11 @@
 """Language modelling: the head that predicts the next token and the one that predicts masked tokens."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ..config import IGNORE, GPTConfig
 from ..model import Generating, as_key_mask, shift_labels
@@ -69,6 +73,49 @@ class GPTForCausalLM(Generating, LanguageModelHead):
     """
 
     causal = True
+
+    @classmethod
+    def from_nanogpt(cls, state_dict: Mapping[str, Tensor], model_args: Mapping[str, Any], **overrides: Any) -> Self:
+        """Return a model with the weights of a nanoGPT, or of another model with nanoGPT's names.
+
+        Weights are copied bit for bit, in their dtype and on their device. The output layer is tied if its weight
+        equals the token embedding's. Prefixes of torch.compile and DistributedDataParallel are dropped. A model with
+        `bias=False` has no biases here either.
+
+        Args:
+            state_dict: `model.state_dict()`, or `checkpoint["model"]`.
+            model_args: `vars(model.config)`, or `checkpoint["model_args"]`: `n_layer`, `n_head`, `n_embd`,
+                `block_size`, `vocab_size`, `bias` and `dropout`.
+            overrides: Fields of `GPTConfig`. The default activation is "gelu", nanoGPT's since 2023-05. minGPT,
+                build-nanogpt and earlier nanoGPT need `activation="gelu_tanh"`.
+
+        Raises:
+            ValueError: A size is missing or wrong, a tensor is missing, unexpected, or has another shape than
+                `model_args` say, or a causal mask is not causal; the message names it. Without `bias` or `dropout`
+                in `model_args` the activation has to be given.
+
+        Example:
+            ```python
+            ours = GPTForCausalLM.from_nanogpt(model.state_dict(), vars(model.config))
+            ```
+        """
+        from ..integrations.nanogpt import weights
+
+        return weights.from_nanogpt(cls, state_dict, model_args, overrides)
+
+    def to_nanogpt(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return nanoGPT's state dict and `model_args`: `GPT(GPTConfig(**model_args)).load_state_dict(state_dict)`.
+
+        The tensors share memory with this model's parameters. Special tokens have no place in `model_args`.
+
+        Raises:
+            ValueError: nanoGPT has no such model: post-norm, another activation than "gelu", an output layer of its
+                own or with bias, `ff_dim` other than 4C, different dropout rates, or a module that is not what the
+                configuration says; the message names it.
+        """
+        from ..integrations.nanogpt import weights
+
+        return weights.to_nanogpt(self)
 
 
 class GPTForMaskedLM(LanguageModelHead):

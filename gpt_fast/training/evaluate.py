@@ -21,7 +21,7 @@ from ..heads import GPTForCausalLM, GPTForSequenceClassification, Head
 from .finetune import answer_bytes, draw_confusion
 from .lm_data import lm_batch, masker
 from .metrics import lm_loss, perplexity
-from .runs.folder import read_record, special_token, write_extra
+from .runs.folder import read_record, write_extra
 from .runs.load import load_run, run_tokenizer
 from .table_examples import examples, read_task_table, remarks
 from .tasks import TaskSettings, score, task_settings, written_metrics
@@ -99,10 +99,10 @@ def evaluate_language_model(model: Head, folder: Path, data: Path | None) -> dic
     tokenizer. A masked model is asked for 15 % of the tokens, always the same."""
     documents = read_corpus(None).valid if data is None else read_path(data)
     tokenizer = run_tokenizer(folder, model)
-    stream = token_stream(
-        encode_documents(tokenizer, [d.text for d in documents]), special_token(model.config, "start_token")
-    )
+    stream = token_stream(encode_documents(tokenizer, [d.text for d in documents]), model.config.start_token)
     tokens = lm_windows(stream, min(model.config.seq_len, len(stream)))
+    if int(tokens.max()) >= model.config.num_tokens:
+        raise ValueError(f"{data}: has a character without a token in {folder}; expected text of known characters")
     causal = isinstance(model, GPTForCausalLM)
     mask = None if causal else masker(tokenizer, model.config)
     generator = torch.Generator().manual_seed(0)

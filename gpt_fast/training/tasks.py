@@ -160,8 +160,9 @@ def answers(
 
 def writing_prompt(
     folder: Path, config: GPTConfig, tokenizer: Tokenizer, prompt: str, question: str | None
-) -> tuple[list[int], int]:
-    """The tokens that the model of a run folder goes on from, in the form its task has, and the one it ends with."""
+) -> tuple[list[int], int | None]:
+    """Return the tokens that the model of a run folder continues, in the form its task has, and the one that ends a
+    text. A model of another library may have no such token: it continues until it has enough tokens."""
     task = TASKS.get(str(read_record(folder).get("task")))
     writes = task is not None and task.head is GPTForCausalLM
     asks = task is not None and writes and bool(task.columns[1])
@@ -169,8 +170,12 @@ def writing_prompt(
         wanted = "--question, as it was fine-tuned to answer" if asks else "no --question, as it does not answer any"
         raise ValueError(f"{folder}: wanted {wanted}")
     if not writes:
-        start = special_token(config, "start_token")
-        return encode(tokenizer, prompt) or [start], start
+        ids = encode(tokenizer, prompt)
+        if max(ids, default=0) >= config.num_tokens:
+            raise ValueError(
+                f"--prompt {prompt!r:.60}: has a character without a token in {folder}; expected known ones"
+            )
+        return ids or [special_token(config, "start_token")], config.start_token
     between = marks(config)
     texts = [encode(tokenizer, text) for text in (prompt, question) if text is not None]
     row = task_input([*texts, []], sum(map(len, texts)) + 4, between)

@@ -26,7 +26,7 @@ COMMANDS = {
     "generate": "--from --prompt --question --max-new-tokens --num-samples --temperature --top-k --top-p "
     "--repetition-penalty --stop --seed --sliding --weights --json",
     "compare": "--from --json",
-    "convert": "--from --out --head --json",
+    "convert": "--from --out --to --head --tokenizer --characters --heads --activation --json",
     "doctor": "--json",
 }
 

@@ -33,6 +33,7 @@ LATE = {
     ("gpt_fast", "gpt_fast.integrations"),  # gpt_fast.accelerate and gpt_fast.restore
     ("gpt_fast.model", "gpt_fast.integrations.huggingface"),  # from_hf and to_hf
     ("gpt_fast.model", "gpt_fast.generation"),  # model.generate
+    ("gpt_fast.heads.language", "gpt_fast.integrations.nanogpt"),  # from_nanogpt and to_nanogpt
     ("gpt_fast.__main__", "gpt_fast_cli.__main__"),
 }
 DATA_IMPORTS = {"_files", "config"}  # data imports no model

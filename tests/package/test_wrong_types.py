@@ -82,6 +82,11 @@ CALLS: dict[str, tuple[Callable, dict[str, Any]]] = {
     "accelerate": (gpt_fast.accelerate, {"model": MODEL}),
     "restore": (gpt_fast.restore, {"model": MODEL}),
     "from_pretrained": (GPTForCausalLM.from_pretrained, {"directory": "nowhere"}),
+    "from_nanogpt": (
+        GPTForCausalLM.from_nanogpt,
+        {"state_dict": {}, "model_args": {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 4, "vocab_size": 5,
+                                          "bias": True, "dropout": 0.1}},
+    ),
     "save_pretrained": (MODEL.save_pretrained, {"directory": "nowhere"}),
 }  # fmt: skip
 NOT_NUMBERS = [None, [1, 2], np.ones(2), "x", object(), {"a": 1}, True]

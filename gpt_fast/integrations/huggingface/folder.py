@@ -1,15 +1,14 @@
 """Model folders of this library to folders of transformers and back."""
 
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import transformers
 
 from ... import model_folder
+from ..._files import new_folder
 from ...config import SPECIAL_TOKENS
 from ...heads import HEADS
 from . import convert
@@ -19,11 +18,12 @@ _NAMES = {"clm": "GPTForCausalLM", "mlm": "GPTForMaskedLM", "classifier": "GPTFo
 _SPECIAL = {"pad_token": "pad_token", "mask_token": "mask_token", "start_token": "bos_token"}
 
 
-def convert_folder(source: Path, out: Path, head: str | None = None) -> dict[str, Any]:
+def convert_folder(source: Path, out: Path, head: str | None = None, to: str | None = None) -> dict[str, Any]:
     """Write the model in `source` to `out` in the other library's format, whole or not at all; says what it was.
 
-    Raises `ValueError` for a folder of neither library, a model that the other does not have, an unknown `head`;
-    `OSError` where something is missing, or `out` exists.
+    `to` names that format, "gpt-fast" or "transformers"; None takes it from the folder. Raises `ValueError` for a
+    folder of neither library, a model that the other does not have, an unknown `head`, a folder that has the format
+    `to` already; `OSError` where something is missing, or `out` exists.
     """
     config_path = source / model_folder.CONFIG
     if not config_path.is_file():
@@ -31,20 +31,17 @@ def convert_folder(source: Path, out: Path, head: str | None = None) -> dict[str
     if out.exists():
         raise FileExistsError(f"--out {out}: exists already, wanted a folder that does not")
     config = json.loads(config_path.read_text(encoding="utf-8"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        if isinstance(config, dict) and convert.is_transformers_folder(config):
+    is_theirs = isinstance(config, dict) and convert.is_transformers_folder(config)
+    if to is not None and to != ("gpt-fast" if is_theirs else "transformers"):
+        held = "a folder of transformers" if is_theirs else "a folder of gpt-fast"
+        raise ValueError(f"--to {to}: {source} is {held} already; leave --to out to convert it")
+    with new_folder(out) as made:
+        if is_theirs:
             result = _from_transformers(source, made, config, head)
         elif head is not None:
             raise ValueError(f"--head {head}: {source} is no transformers folder, whose head could be chosen")
         else:
             result = _to_transformers(source, made)
-        made.chmod(0o755)
-        os.rename(made, out)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
     return result
 
 

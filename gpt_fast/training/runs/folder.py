@@ -193,6 +193,10 @@ def check_run(folder: Path) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: " + ("a file, no run folder" if folder.exists() else "no such run folder"))
     missing = sorted({"config.json", "model.safetensors", "tokenizer.json"} - {path.name for path in folder.iterdir()})
+    if missing == ["tokenizer.json"]:
+        raise FileNotFoundError(
+            f"{folder}: has a model and no tokenizer.json; put the one there that the model was trained with"
+        )
     if missing:
         raise FileNotFoundError(f"{folder}: not a run of gpt-fast, {' and '.join(missing)} missing")
 

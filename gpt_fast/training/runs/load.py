@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ...config import SPECIAL_TOKENS
-from ...data.tokenizer import load_tokenizer, vocabulary_size
+from ...data.tokenizer import UNKNOWN, load_tokenizer, vocabulary_size
 from ...heads import HEADS, GPTForCausalLM, Head
 from ...model_folder import read_config
 from .folder import check_run
@@ -36,7 +36,10 @@ def run_tokenizer(folder: Path, model: Head) -> Tokenizer:
     """The tokenizer of a run folder, checked against the model's vocabulary. A model of another library has no rows for
     the special tokens, which are added to every tokenizer and of which no text consists."""
     tokenizer, rows = load_tokenizer(folder), model.config.num_tokens
-    added = 0 if model.config.extract_token is not None else len(SPECIAL_TOKENS)
+    added = 0
+    if model.config.extract_token is None:
+        unknown = tokenizer.token_to_id(UNKNOWN)
+        added = len(SPECIAL_TOKENS) + (unknown is not None and unknown >= rows)
     if vocabulary_size(tokenizer) > rows + added:
         wanted = f"{vocabulary_size(tokenizer)} tokens, the model has {rows}"
         raise ValueError(

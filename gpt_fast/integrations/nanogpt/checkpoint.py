@@ -1,0 +1,141 @@
+"""`ckpt.pt` as nanoGPT writes and reads it. This module alone unpickles, and only with `weights_only=True`."""
+
+import math
+import re
+import struct
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..._files import replacing
+
+_USED = ("model", "model_args", "iter_num", "best_val_loss", "config")
+_REFUSED = re.compile(r"GLOBAL ([\w.]+)")
+_NEVER_EVALUATED = 1e9  # nanoGPT's best_val_loss before the first evaluation
+# The hyperparameters of nanoGPT's train.py. A resumed run takes all but the learning rate from the checkpoint.
+_LR, _BETAS, _WEIGHT_DECAY = 6e-4, (0.9, 0.95), 0.1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Content of a checkpoint: `progress` is what nanoGPT needs to resume besides the weights, as plain values."""
+
+    state_dict: Any
+    model_args: Any  # None: a bare state dict
+    progress: dict[str, Any]
+    left_out: list[str]
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a checkpoint, or a bare state dict. The tensors are mapped into memory and not read.
+
+    Raises `ValueError` for a file that is damaged, compressed, holds anything but tensors and plain values, or is no
+    checkpoint.
+    """
+    _check_archive(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a damaged protocol number; the error says enough
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # noqa: BLE001  a hostile pickle can make PyTorch raise an error of any type
+        raise ValueError(f"{path}: {_why_refused(error)}") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: holds a {type(content).__name__}; expected nanoGPT's checkpoint or a state dict")
+    if "model" not in content:
+        if not content or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+            raise ValueError(f"{path}: has no key 'model'; expected nanoGPT's checkpoint or a state dict")
+        return Checkpoint(content, None, {}, [])
+    left_out = [str(name)[:40] for name in content if name not in _USED]
+    return Checkpoint(content["model"], content.get("model_args"), progress_of(path, content), left_out)
+
+
+def write(path: Path, state_dict: dict[str, Tensor], model_args: dict[str, Any], progress: dict[str, Any]) -> None:
+    """Write a checkpoint whole or not at all. Its optimizer is new: AdamW's moments are not there."""
+    checkpoint = {
+        "model": state_dict,
+        "optimizer": _new_optimizer(state_dict),
+        "model_args": model_args,
+        "iter_num": progress.get("iter_num", 0),
+        "best_val_loss": progress.get("best_val_loss", _NEVER_EVALUATED),
+        "config": progress.get("config", {}),
+    }
+    with replacing(path) as temporary:
+        try:
+            torch.save(checkpoint, temporary)
+        except RuntimeError as error:  # PyTorch's writer has no OSError
+            raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0][:120]})") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Raise `ValueError` for a zip archive that is damaged or would take more memory than the file has bytes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise ValueError(f"{path}: is compressed; expected a file that torch.save wrote")
+            if len({entry.filename for entry in entries}) != len(entries):
+                raise ValueError(f"{path}: has two records of one name; expected a file that torch.save wrote")
+            if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise ValueError(f"{path}: has records larger than the file; expected a file that torch.save wrote")
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, struct.error) as error:
+        raise ValueError(f"{path}: damaged or cut off ({error}); expected a file that torch.save wrote") from None
+    if damaged is not None:
+        raise ValueError(f"{path}: damaged, the checksum of {damaged} is wrong; expected a file that torch.save wrote")
+
+
+def _why_refused(error: Exception) -> str:
+    found = _REFUSED.search(str(error))
+    if found is None:
+        reason = (str(error).rpartition("WeightsUnpickler error: ")[2].strip().splitlines() or [""])[0]
+        return f"damaged or no checkpoint ({type(error).__name__}: {reason[:120]}); expected one of nanoGPT"
+    text = f"holds {found[1]}, which torch.load(weights_only=True) does not unpickle; expected tensors and plain values"
+    if found[1].endswith("Config"):
+        text += (
+            ". Where you trust the file and its class can be imported: checkpoint = torch.load(FILE, "
+            "weights_only=False); torch.save({'model': checkpoint['model'], 'model_args': vars(checkpoint['config'])}, "
+            "NEW)"
+        )
+    return text
+
+
+def progress_of(path: Path, content: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the step, the best validation loss and the plain values of the settings, where the checkpoint has them."""
+    progress: dict[str, Any] = {}
+    if "iter_num" in content:
+        step = content["iter_num"]
+        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**63:
+            raise ValueError(f"{path}: iter_num is a {type(step).__name__}; expected an integer of 0 or more")
+        progress["iter_num"] = step
+    if "best_val_loss" in content:
+        loss = content["best_val_loss"]
+        if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_meta and loss.is_floating_point():
+            loss = loss.item()
+        if not isinstance(loss, int | float) or isinstance(loss, bool):
+            raise ValueError(f"{path}: best_val_loss is a {type(loss).__name__}; expected a number")
+        if math.isfinite(loss):
+            progress["best_val_loss"] = float(loss)
+    if "config" in content:
+        settings = content["config"]
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"{path}: config is a {type(settings).__name__}; expected names and values")
+        plain = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
+        progress["config"] = {name: value for name, value in plain.items() if isinstance(name, str)}
+    return progress
+
+
+def _new_optimizer(state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the state of a new AdamW with the two groups of nanoGPT's: matrices, then gains and biases."""
+    dims = [tensor.dim() for name, tensor in state_dict.items() if name != "lm_head.weight"]  # tied: one parameter
+    groups = [
+        {"params": [nn.Parameter(torch.empty(0)) for dim in dims if (dim >= 2) is decays], "weight_decay": decay}
+        for decays, decay in ((True, _WEIGHT_DECAY), (False, 0.0))
+    ]
+    return torch.optim.AdamW(groups, lr=_LR, betas=_BETAS).state_dict()
