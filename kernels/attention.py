@@ -21,6 +21,7 @@ from .philox import keep_matrix
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 ROW_TILE = tl.constexpr(128)  # what backward keeps of rows is padded to whole tiles, so that loads need no mask
 UNBOUNDED = 1 << 30  # a window that reaches everywhere
 
@@ -247,6 +248,8 @@ def _fwd_tile(
     s = dot(q, tl.trans(k), None, PRECISION) * scale_log2  # [BLOCK_M, BLOCK_N]
     j = (start + walk.offs)[None, :]
     if MASKED:
+        if masks.key_mask_ptr is not None or masks.mask_ptr is not None:
+            s = tl.maximum(s, LOWEST, propagate_nan=tl.PropagateNan.ALL)  # a maximum of -inf means: no key yet
         s = tl.where(_allowed(j, rows, rows.offs, j, head, masks), s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, axis=1))
     shift = m_new
@@ -322,6 +325,12 @@ def _fwd_kernel(
         )  # fmt: skip
 
     empty = total == 0.0
+    # Keys whose scores are all -inf: NaN, as in PyTorch.
+    if ALL_MASKED:
+        total = tl.where(m == LOWEST, float("nan"), total)
+    else:
+        total = tl.where(empty & (first < last), float("nan"), total)
+        empty = total == 0.0
     out = acc * (dropout_scale / tl.where(empty, 1.0, total))[:, None]  # [BLOCK_M, BLOCK_D]
     lse = tl.where(empty, float("inf"), (m + tl.log2(tl.where(empty, 1.0, total))) * LN2)  # [BLOCK_M]
     offs = offs_m.to(tl.int64)[:, None]

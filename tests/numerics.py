@@ -10,8 +10,8 @@ rounding errors reject correct kernels.
   yardstick's, plus a float32 floor.
 - A norm amplifies the rounding of its statistics where mean ≫ std: `norm_conditioning` is that amplification.
 - A softmax turns the rounding of its scores into a relative error of its probabilities: `softmax_terms`.
-- Drawn calls (tests/fuzz) have results of one value, for which a yardstick's error is luck. `assert_bounded` judges each
-  value by a bound of its own: every rounding that the contract names, carried to the result by absolute values.
+- Drawn calls (tests/fuzz) have results of one value, for which a yardstick's error is luck. `assert_bounded` judges
+  each value by a bound of its own: every rounding that the contract names, carried to the result by absolute values.
 """
 
 import torch

@@ -85,8 +85,9 @@ def run_refused(op: str, spec: Op, draw: Draw, arguments: Arguments) -> str:
     try:
         getattr(ops, op)(**arguments)
     except (ValueError, TypeError) as error:
-        assert MESSAGE.fullmatch(str(error)), f"{name}: the message is not in the project's form: {error}"
-        assert re.search(expected, str(error)), f"{name}: refused for another reason: {error}"
+        message = str(error)
+        assert MESSAGE.fullmatch(message), f"{name}: the message is not in the project's form: {message}"
+        assert re.search(expected, message), f"{name}: refused for another reason: {message}"
         return f"refused: {name}"
     raise AssertionError(f"{name}: the call was not refused")
 
@@ -234,7 +235,7 @@ def pattern_of_reference(
 
 @contextlib.contextmanager
 def dropout_by_multiplication() -> Iterator[None]:
-    """Let the reference drop as `torch.nn.functional.dropout` does: a dropped NaN times 0 is NaN, and so may ours be."""
+    """Let the reference drop as `torch.nn.functional.dropout` does, where a dropped NaN stays NaN. So may ours."""
     before = reference._dropout
     reference._dropout = lambda x, keep, p: x * (keep.to(x.dtype) * reference.dropout_scale(p))
     try:
@@ -741,7 +742,7 @@ def pattern_attention(a: Arguments, upstream: list[Tensor]) -> dict[str, tuple[T
 
     A weight of zero (masked, dropped or underflown) times NaN is NaN in a matrix product, and nothing in a kernel that
     skips the tile. Both are right. An output that is not finite may spoil its query's gradients, because backward
-    starts from the output.
+    starts from the output. An operand may overflow where it is rounded to float16, which C++ computes in float32.
     """
     parts, dout = split(a), heads_first(a, upstream[0]).float()
     dtype = parts["q"].dtype
@@ -765,18 +766,21 @@ def pattern_attention(a: Arguments, upstream: list[Tensor]) -> dict[str, tuple[T
     # In PyTorch's softmax one NaN makes its whole row NaN, masked keys too.
     softmax = scores.softmax(-1)
     probs, plain = softmax.masked_fill(~allowed, 0.0), softmax.masked_fill(~allowed & softmax.isfinite(), 0.0)
-    weights = rounded(torch.where(factor == 0, 0.0, probs * factor))
+    weights = torch.where(factor == 0, 0.0, probs * factor)
     out = {"must": rounded(skipping(weights, v)), "may": rounded(rounded(plain * factor) @ v)}
     dp = dout @ v.mT
     dp = {"must": torch.where(factor == 0, 0.0, dp * factor), "may": dp * factor}
-    delta = {"may": (dout * out["may"]).sum(-1, keepdim=True)}
-    both = (
-        (dout * out["must"]).sum(-1, keepdim=True),
+    # PyTorch sums P dP; the contract starts from the output.
+    sums = (
         (probs * dp["must"]).masked_fill(probs == 0, 0.0).sum(-1, keepdim=True),
+        (dout * out["must"]).sum(-1, keepdim=True),
     )
-    delta["must"] = both[0].where(~both[0].isfinite() & ~both[1].isfinite(), 0.0)
+    delta = {
+        "must": torch.where(sums[0].isfinite(), *sums),
+        "may": (dout * out["may"]).sum(-1, keepdim=True),
+    }
     ds = {
-        "must": rounded((probs * (dp["must"] - delta["must"])).masked_fill(probs == 0, 0.0)),
+        "must": (probs * (dp["must"] - delta["must"])).masked_fill(probs == 0, 0.0),
         "may": rounded(plain * (dp["may"] - delta["may"])),
     }
     found = {
