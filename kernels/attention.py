@@ -476,7 +476,7 @@ def _bwd_dkdv_tile(
         # dropout is applied once, at the end.
         keep = _keep(_walked_position(start, walk, dropout), dropout.position, dropout)
         signed = tl.where(keep, p, -p)
-        z = tl.maximum(signed, 0.0)
+        z = tl.maximum(signed, 0.0, propagate_nan=tl.PropagateNan.ALL)
         ds = z * dp - tl.abs(signed) * delta[None, :]
         dv = dot(cast(z, do.dtype, PRECISION), do, dv, PRECISION)
     else:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 from tests.fuzz import worker
 
 BATCH = 500  # draws of one process, which takes seconds to start
+WORKER = (sys.executable, "-X", "faulthandler", "-m", "tests.fuzz.worker")
 LIMIT = 120  # seconds for one draw; the longest takes a few, in the interpreter
 REFUSED = 0.2  # the largest share of draws that may be refused
 
@@ -49,7 +50,7 @@ def run_batch(
         index, ended = first, False
         with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-X", "faulthandler", "-m", "tests.fuzz.worker", target, *map(str, (seed, first, last))],
+                [*WORKER, target, *map(str, (seed, first, last))],
                 stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
             assert process.stdout

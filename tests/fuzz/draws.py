@@ -43,7 +43,7 @@ class Draw:
     def shape(self, rows: int, *last: int) -> tuple[int, ...]:
         """Return a shape [..., *last] of none to three leading dimensions with at most `rows` rows or so."""
         count = self.pick((0, 1, 1, 1, 2, 2, 3))
-        sizes, left = [], max(1, rows)
+        sizes, left = [], max(1, min(rows, 12) if INTERPRETED else rows)
         for _ in range(count):
             size = self.size(left)
             sizes.append(size)

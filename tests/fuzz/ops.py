@@ -222,15 +222,16 @@ def check_pattern(op: str, spec: Op, arguments: Arguments, upstream: list[Tensor
 
 
 def pattern_of_reference(
-    op: str, arguments: Arguments, upstream: list[Tensor], differentiable: bool
+    op: str, arguments: Arguments, upstream: list[Tensor], differentiable: bool, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Return where results of the reference in the dtype of the arguments are not finite."""
+    """Return where results of the reference, in its dtypes or rounded to `dtype`, are not finite."""
     leaves = {}
     for name, x in arguments.items():
         leaves[name] = x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
     outputs = as_tuple(definition(op)(**without(leaves)))
     grads = [x.to(out.dtype) for x, out in zip(upstream, outputs, strict=True)]
-    return {label: ~x.isfinite() for label, x in results(outputs, leaves, grads, differentiable).items()}
+    found = results(outputs, leaves, grads, differentiable)
+    return {label: ~x.to(dtype or x.dtype).isfinite() for label, x in found.items()}
 
 
 @contextlib.contextmanager
@@ -387,7 +388,7 @@ def bound_add_layer_norm(a: Arguments, upstream: list[Tensor], dtype: torch.dtyp
 def draw_embedding(draw: Draw) -> Arguments:
     dtype, C = draw.dtype(), draw.size(300)
     V, P = draw.size(140, 1), draw.size(140, 1)
-    shape = draw.shape(140, draw.size(P))
+    shape = draw.shape(140, draw.size(min(P, 8) if INTERPRETED else P))
     integers = [draw.pick((torch.int64, torch.int32)) for _ in range(2)]
     arguments = {
         "tokens": draw.laid_out(torch.randint(0, draw.pick((1, V, V)), shape).to(integers[0])),
@@ -487,11 +488,12 @@ def pattern_mlp(a: Arguments, upstream: list[Tensor]) -> dict[str, tuple[Tensor,
     """What is dropped passes nothing back, whatever the derivative of the activation is.
 
     That derivative is 0 or 1 at infinity, and NaN by its formula: both are right. Backward of gelu starts from the
-    activation's input, which may overflow where it is rounded to float16.
+    activation's input, which may overflow where it is rounded to float16; so may other operands.
     """
     name = a["activation"]
+    wide = {name: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in a.items()}
     with activation_replaced(name, lambda stock: lambda z: _Skipping.apply(z, stock)):
-        must = pattern_of_reference("mlp", requiring(a), upstream, True)
+        must = pattern_of_reference("mlp", requiring(wide), [x.float() for x in upstream], True, a["x"].dtype)
     with activation_replaced(name, lambda stock: lambda z: stock(z.to(a["x"].dtype).to(z.dtype))):
         may = pattern_of_reference("mlp", requiring(a), upstream, True)
     return {label: (places, places | may[label]) for label, places in must.items()}
