@@ -115,6 +115,17 @@ class Dropout(NamedTuple):
 
 
 @triton.jit
+def _program(rows, BLOCK: tl.constexpr):
+    """Return (matrix as int64, tile, tiles of a matrix) of this program: the tiles of a matrix are neighbours.
+
+    The grid has one dimension, because CUDA allows 65,535 programs in the others and a batch may have more heads.
+    """
+    tiles = tl.cdiv(rows, BLOCK)
+    program = tl.program_id(0)
+    return (program // tiles).to(tl.int64), program % tiles, tiles
+
+
+@triton.jit
 def _bounds(offs, mask_offs, lower, upper, others, length_ptr, packing, b):
     """Return [first, last) of the rows that each row meets on the other axis, which holds `others` rows.
 
@@ -287,9 +298,9 @@ def _fwd_kernel(
     ALL_MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    bh = tl.program_id(1).to(tl.int64)
+    bh, tile, tiles = _program(T, BLOCK_M)
     b, h = bh // H, bh % H
-    start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest rows of causal work first
+    start_m = (tiles - 1 - tile) * BLOCK_M  # the longest rows of causal work first
     offs_m = start_m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < T
     head = Head(b, h, tl.arange(0, BLOCK_D))
@@ -370,7 +381,7 @@ def _bwd_dq_kernel(
     out_ptr,  # [B, H, T, D], elements contiguous
     do_ptr,  # [B, H, T, D]
     lse_ptr,  # [B, H, T] float32
-    rows_ptr,  # [2, B H, padded T] float32: lse in powers of two and delta (1 - p), for _bwd_dkdv_kernel
+    rows_ptr,  # [B H, 2, padded T] float32: lse in powers of two and delta (1 - p), for _bwd_dkdv_kernel
     dq_ptr,  # [B, H, T, D], elements contiguous
     length_ptr,  # [B]
     key_mask_ptr,  # [B, S]
@@ -386,9 +397,9 @@ def _bwd_dq_kernel(
     ALL_MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    bh = tl.program_id(1).to(tl.int64)
+    bh, tile, tiles = _program(T, BLOCK_M)
     b, h = bh // H, bh % H
-    start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest rows of causal work first
+    start_m = (tiles - 1 - tile) * BLOCK_M  # the longest rows of causal work first
     offs_m = start_m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < T
     head = Head(b, h, tl.arange(0, BLOCK_D))
@@ -415,9 +426,9 @@ def _bwd_dq_kernel(
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), axis=1)  # [BLOCK_M]
     lse_log2 = tl.load(lse_ptr + bh * T + offs_m, mask=mask_m, other=float("inf")) * LOG2E  # [BLOCK_M]
     padded = tl.cdiv(T, ROW_TILE) * ROW_TILE
-    rows_ptr += bh * padded + offs_m
+    rows_ptr += bh * 2 * padded + offs_m
     tl.store(rows_ptr, lse_log2, mask=offs_m < padded)
-    tl.store(rows_ptr + tl.num_programs(1) * padded, delta * kept, mask=offs_m < padded)
+    tl.store(rows_ptr + padded, delta * kept, mask=offs_m < padded)
 
     scale_log2 = scale * LOG2E
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -445,13 +456,13 @@ def _saved_rows(rows_ptr, start, bh, T, walk, DESCRIBED: tl.constexpr):
     """
     if DESCRIBED:
         matrix = bh.to(tl.int32)
-        lse_log2 = tl.reshape(rows_ptr.load([matrix, start]), [walk.offs.shape[0]])
-        delta = tl.reshape(rows_ptr.load([tl.num_programs(1) + matrix, start]), [walk.offs.shape[0]])
+        lse_log2 = tl.reshape(rows_ptr.load([2 * matrix, start]), [walk.offs.shape[0]])
+        delta = tl.reshape(rows_ptr.load([2 * matrix + 1, start]), [walk.offs.shape[0]])
     else:
         padded = tl.cdiv(T, ROW_TILE) * ROW_TILE
-        ptrs = rows_ptr + bh * padded + (start + walk.offs)
+        ptrs = rows_ptr + bh * 2 * padded + (start + walk.offs)
         lse_log2 = tl.load(ptrs)
-        delta = tl.load(ptrs + tl.num_programs(1) * padded)
+        delta = tl.load(ptrs + padded)
     return lse_log2, delta
 
 
@@ -492,7 +503,7 @@ def _bwd_dkdv_tile(
 def _bwd_dkdv_kernel(
     q_ptr, do_ptr,  # [B, H, T, D], or descriptors if DESCRIBED
     k_ptr, v_ptr,  # [B, H, S, D]
-    rows_ptr,  # [2, B H, padded T] float32, from _bwd_dq_kernel; or a descriptor if DESCRIBED
+    rows_ptr,  # [B H, 2, padded T] float32, from _bwd_dq_kernel; or a descriptor if DESCRIBED
     dk_ptr, dv_ptr,  # [B, H, S, D], elements contiguous
     length_ptr,  # [B]
     key_mask_ptr,  # [B, S]
@@ -508,9 +519,9 @@ def _bwd_dkdv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     tl.static_assert(ROW_TILE % BLOCK_M == 0)  # saved rows are read without a mask
-    bh = tl.program_id(1).to(tl.int64)
+    bh, tile, tiles = _program(S, BLOCK_N)
     b, h = bh // H, bh % H
-    start_n = tl.program_id(0) * BLOCK_N  # the first keys of causal work have the most queries
+    start_n = tile * BLOCK_N  # the first keys of causal work have the most queries
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
     head = Head(b, h, tl.arange(0, BLOCK_D))
@@ -640,8 +651,8 @@ def _strides(prefix: str, tensor: torch.Tensor, rows: str, last: bool = True) ->
     return dict(list(zip(names, tensor.stride(), strict=True))[: 4 if last else 3])
 
 
-def _grid(rows: int, tile: int, q: torch.Tensor) -> tuple[int, int]:
-    return triton.cdiv(rows, tile), q.shape[0] * q.shape[1]
+def _grid(rows: int, tile: int, q: torch.Tensor) -> tuple[int]:
+    return (triton.cdiv(rows, tile) * q.shape[0] * q.shape[1],)
 
 
 def _empty_bthd(q: torch.Tensor, rows: int) -> torch.Tensor:
