@@ -230,8 +230,9 @@ def attention(
         q, k, causal=causal, lengths=lengths, key_mask=key_mask, mask=mask, cu_seqlens=cu_seqlens, window=window
     )
     scores = (_wide(q) @ _wide(k).transpose(-2, -1)) * scale  # [B, H, T, S]
-    # The lowest finite number instead of -inf: a row without any key stays free of NaN, forward and backward.
-    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    scores = scores.masked_fill(~allowed, -math.inf)
+    # A row without any key stays free of NaN, forward and backward. Scores of -inf are NaN, as in PyTorch.
+    scores = scores.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
     probs = torch.softmax(scores, dim=-1).masked_fill(~allowed, 0.0)
     if dropout_p > 0:
         assert seed is not None

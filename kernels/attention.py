@@ -21,6 +21,7 @@ from .philox import keep_matrix
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 ROW_TILE = tl.constexpr(128)  # what backward keeps of rows is padded to whole tiles, so that loads need no mask
 UNBOUNDED = 1 << 30  # a window that reaches everywhere
 
@@ -111,6 +112,17 @@ class Dropout(NamedTuple):
     site: Any
     threshold: Any
     seed_ptr: Any
+
+
+@triton.jit
+def _program(rows, BLOCK: tl.constexpr):
+    """Return (matrix as int64, tile, tiles of a matrix) of this program: the tiles of a matrix are neighbours.
+
+    The grid has one dimension, because CUDA allows 65,535 programs in the others and a batch may have more heads.
+    """
+    tiles = tl.cdiv(rows, BLOCK)
+    program = tl.program_id(0)
+    return (program // tiles).to(tl.int64), program % tiles, tiles
 
 
 @triton.jit
@@ -247,6 +259,8 @@ def _fwd_tile(
     s = dot(q, tl.trans(k), None, PRECISION) * scale_log2  # [BLOCK_M, BLOCK_N]
     j = (start + walk.offs)[None, :]
     if MASKED:
+        if masks.key_mask_ptr is not None or masks.mask_ptr is not None:
+            s = tl.maximum(s, LOWEST, propagate_nan=tl.PropagateNan.ALL)  # a maximum of -inf means: no key yet
         s = tl.where(_allowed(j, rows, rows.offs, j, head, masks), s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, axis=1))
     shift = m_new
@@ -284,9 +298,9 @@ def _fwd_kernel(
     ALL_MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    bh = tl.program_id(1).to(tl.int64)
+    bh, tile, tiles = _program(T, BLOCK_M)
     b, h = bh // H, bh % H
-    start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest rows of causal work first
+    start_m = (tiles - 1 - tile) * BLOCK_M  # the longest rows of causal work first
     offs_m = start_m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < T
     head = Head(b, h, tl.arange(0, BLOCK_D))
@@ -322,6 +336,12 @@ def _fwd_kernel(
         )  # fmt: skip
 
     empty = total == 0.0
+    # Keys whose scores are all -inf: NaN, as in PyTorch.
+    if ALL_MASKED:
+        total = tl.where(m == LOWEST, float("nan"), total)
+    else:
+        total = tl.where(empty & (first < last), float("nan"), total)
+        empty = total == 0.0
     out = acc * (dropout_scale / tl.where(empty, 1.0, total))[:, None]  # [BLOCK_M, BLOCK_D]
     lse = tl.where(empty, float("inf"), (m + tl.log2(tl.where(empty, 1.0, total))) * LN2)  # [BLOCK_M]
     offs = offs_m.to(tl.int64)[:, None]
@@ -361,7 +381,7 @@ def _bwd_dq_kernel(
     out_ptr,  # [B, H, T, D], elements contiguous
     do_ptr,  # [B, H, T, D]
     lse_ptr,  # [B, H, T] float32
-    rows_ptr,  # [2, B H, padded T] float32: lse in powers of two and delta (1 - p), for _bwd_dkdv_kernel
+    rows_ptr,  # [B H, 2, padded T] float32: lse in powers of two and delta (1 - p), for _bwd_dkdv_kernel
     dq_ptr,  # [B, H, T, D], elements contiguous
     length_ptr,  # [B]
     key_mask_ptr,  # [B, S]
@@ -377,9 +397,9 @@ def _bwd_dq_kernel(
     ALL_MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    bh = tl.program_id(1).to(tl.int64)
+    bh, tile, tiles = _program(T, BLOCK_M)
     b, h = bh // H, bh % H
-    start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest rows of causal work first
+    start_m = (tiles - 1 - tile) * BLOCK_M  # the longest rows of causal work first
     offs_m = start_m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < T
     head = Head(b, h, tl.arange(0, BLOCK_D))
@@ -406,9 +426,9 @@ def _bwd_dq_kernel(
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), axis=1)  # [BLOCK_M]
     lse_log2 = tl.load(lse_ptr + bh * T + offs_m, mask=mask_m, other=float("inf")) * LOG2E  # [BLOCK_M]
     padded = tl.cdiv(T, ROW_TILE) * ROW_TILE
-    rows_ptr += bh * padded + offs_m
+    rows_ptr += bh * 2 * padded + offs_m
     tl.store(rows_ptr, lse_log2, mask=offs_m < padded)
-    tl.store(rows_ptr + tl.num_programs(1) * padded, delta * kept, mask=offs_m < padded)
+    tl.store(rows_ptr + padded, delta * kept, mask=offs_m < padded)
 
     scale_log2 = scale * LOG2E
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -436,13 +456,13 @@ def _saved_rows(rows_ptr, start, bh, T, walk, DESCRIBED: tl.constexpr):
     """
     if DESCRIBED:
         matrix = bh.to(tl.int32)
-        lse_log2 = tl.reshape(rows_ptr.load([matrix, start]), [walk.offs.shape[0]])
-        delta = tl.reshape(rows_ptr.load([tl.num_programs(1) + matrix, start]), [walk.offs.shape[0]])
+        lse_log2 = tl.reshape(rows_ptr.load([2 * matrix, start]), [walk.offs.shape[0]])
+        delta = tl.reshape(rows_ptr.load([2 * matrix + 1, start]), [walk.offs.shape[0]])
     else:
         padded = tl.cdiv(T, ROW_TILE) * ROW_TILE
-        ptrs = rows_ptr + bh * padded + (start + walk.offs)
+        ptrs = rows_ptr + bh * 2 * padded + (start + walk.offs)
         lse_log2 = tl.load(ptrs)
-        delta = tl.load(ptrs + tl.num_programs(1) * padded)
+        delta = tl.load(ptrs + padded)
     return lse_log2, delta
 
 
@@ -467,7 +487,7 @@ def _bwd_dkdv_tile(
         # dropout is applied once, at the end.
         keep = _keep(_walked_position(start, walk, dropout), dropout.position, dropout)
         signed = tl.where(keep, p, -p)
-        z = tl.maximum(signed, 0.0)
+        z = tl.maximum(signed, 0.0, propagate_nan=tl.PropagateNan.ALL)
         ds = z * dp - tl.abs(signed) * delta[None, :]
         dv = dot(cast(z, do.dtype, PRECISION), do, dv, PRECISION)
     else:
@@ -483,7 +503,7 @@ def _bwd_dkdv_tile(
 def _bwd_dkdv_kernel(
     q_ptr, do_ptr,  # [B, H, T, D], or descriptors if DESCRIBED
     k_ptr, v_ptr,  # [B, H, S, D]
-    rows_ptr,  # [2, B H, padded T] float32, from _bwd_dq_kernel; or a descriptor if DESCRIBED
+    rows_ptr,  # [B H, 2, padded T] float32, from _bwd_dq_kernel; or a descriptor if DESCRIBED
     dk_ptr, dv_ptr,  # [B, H, S, D], elements contiguous
     length_ptr,  # [B]
     key_mask_ptr,  # [B, S]
@@ -499,9 +519,9 @@ def _bwd_dkdv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     tl.static_assert(ROW_TILE % BLOCK_M == 0)  # saved rows are read without a mask
-    bh = tl.program_id(1).to(tl.int64)
+    bh, tile, tiles = _program(S, BLOCK_N)
     b, h = bh // H, bh % H
-    start_n = tl.program_id(0) * BLOCK_N  # the first keys of causal work have the most queries
+    start_n = tile * BLOCK_N  # the first keys of causal work have the most queries
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
     head = Head(b, h, tl.arange(0, BLOCK_D))
@@ -631,8 +651,8 @@ def _strides(prefix: str, tensor: torch.Tensor, rows: str, last: bool = True) ->
     return dict(list(zip(names, tensor.stride(), strict=True))[: 4 if last else 3])
 
 
-def _grid(rows: int, tile: int, q: torch.Tensor) -> tuple[int, int]:
-    return triton.cdiv(rows, tile), q.shape[0] * q.shape[1]
+def _grid(rows: int, tile: int, q: torch.Tensor) -> tuple[int]:
+    return (triton.cdiv(rows, tile) * q.shape[0] * q.shape[1],)
 
 
 def _empty_bthd(q: torch.Tensor, rows: int) -> torch.Tensor:

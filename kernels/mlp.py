@@ -114,7 +114,8 @@ def _dz_part(
     value, slope = _activate(at_z, ACTIVATION)
     dz = dh * slope
     if ACTIVATION == "relu":
-        dz *= scale  # 0 where dropped: the hidden layer is
+        # 0 where dropped: the hidden layer is. Selected, because PyTorch passes no NaN where relu is 0.
+        dz = tl.where(at_z <= 0.0, 0.0, dh * scale)
     elif HAS_DROPOUT:
         i = m + tl.arange(0, dh.shape[0])[:, None]
         j = n + tl.arange(0, dh.shape[1])[None, :]

@@ -10,6 +10,8 @@ rounding errors reject correct kernels.
   yardstick's, plus a float32 floor.
 - A norm amplifies the rounding of its statistics where mean ≫ std: `norm_conditioning` is that amplification.
 - A softmax turns the rounding of its scores into a relative error of its probabilities: `softmax_terms`.
+- Drawn calls (tests/fuzz) have results of one value, for which a yardstick's error is luck. `assert_bounded` judges
+  each value by a bound of its own: every rounding that the contract names, carried to the result by absolute values.
 """
 
 import torch
@@ -51,6 +53,32 @@ def assert_as_accurate(got: Tensor, yardstick: Tensor, exact: Tensor, *, terms: 
     rms, rms_allowed, rms_exact = (value.square().mean().sqrt().item() for value in (error, allowed, exact))
     bound = RMS_FACTOR * rms_allowed + FLOOR * max(rms_exact, terms)
     assert rms <= bound, f"{label}: root mean square error {rms:.3g}, allowed {bound:.3g}"
+
+
+def rounding(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return eps(dtype) |exact| and the spacing of its smallest numbers, twice what one rounding to `dtype` may change.
+
+    float32 and bfloat16 numbers below the smallest normal one may be flushed to zero.
+    """
+    info = torch.finfo(dtype)
+    return info.eps * exact.abs() + (info.eps * info.tiny if dtype == torch.float16 else info.tiny)
+
+
+def assert_bounded(got: Tensor, exact: Tensor, bound: Tensor, *, label: str = "") -> None:
+    """|got - exact| ≤ bound + the rounding of the result, everywhere. A value without a finite bound is not judged.
+
+    `bound` is the error of the arithmetic before the result is rounded to its dtype. Where |exact| exceeds the largest
+    number of the dtype by less than the bound, the result may be infinite, and it has to be beyond that.
+    """
+    assert exact.dtype == torch.float64, "the truth is computed in float64"
+    assert got.shape == exact.shape, f"{label}: shape {list(got.shape)}; expected {list(exact.shape)}"
+    if exact.numel() == 0:
+        return
+    bound = bound + rounding(exact, got.dtype)
+    error = (got.double() - exact).abs()
+    overflows = got.isinf() & (got.sign() == exact.sign()) & (exact.abs() + bound >= torch.finfo(got.dtype).max)
+    ok = (error <= bound) | overflows | ~bound.isfinite()
+    _assert_all(ok, error / bound.clamp(min=1e-300), got, exact, label)
 
 
 def norm_conditioning(x: Tensor, eps: float) -> Tensor:

@@ -148,10 +148,12 @@ class Backward {
     const auto pack = [&](const View<scalar_t>& x, float* panel_words, float* pairs) {
       float* rows = kPaired ? +rows_ : pairs;
       for (int64_t lane = 0; lane < kPanel; ++lane) {
-        if (lse[lane] == kInf) {  // without keys, or no query at all
+        // Lanes past the last query repeat it, with weights of zero: zeros would meet an infinite key as NaN.
+        const int64_t query = std::min(lane, panel.count - 1);
+        if (lse[query] == kInf) {  // without keys
           std::fill(rows + lane * words_, rows + (lane + 1) * words_, 0.0f);
         } else {
-          pack_row<Words>(x.row(segment.batch, segment.head, segment.first + panel.i0 + lane), x.stride_d, options_.D,
+          pack_row<Words>(x.row(segment.batch, segment.head, segment.first + panel.i0 + query), x.stride_d, options_.D,
                           Dp_, rows + lane * words_);
         }
       }

@@ -150,13 +150,28 @@ class Forward {
       inverse[v] = Vec::blendv(Vec(1.0f) / sum_[v], Vec(0.0f), sum_[v] == Vec(0.0f));
     }
     const int64_t i = segment.first + panel.i0;
-    store_panel(out_panel_, inverse, out_panel_, q_rows_, options_.D, Dp_, out_.row(segment.batch, segment.head, i),
-                out_.stride_t, panel.count);
     float* lse = lse_ + (segment.batch * options_.H + segment.head) * options_.T + i;
+    bool spoiled = false;
     for (int64_t lane = 0; lane < panel.count; ++lane) {
       const double natural = top[lane] * 0.693147180559945309 + std::log(static_cast<double>(sum[lane]));
-      lse[lane] = sum[lane] == 0.0f ? kInf : static_cast<float>(natural);
+      lse[lane] = static_cast<float>(natural);
+      if (sum[lane] == 0.0f) {
+        // Without keys the output is 0; with keys whose scores are all -inf it is NaN, as PyTorch has it.
+        const bool nan = has_key(options_, segment, panel, lane);
+        lse[lane] = nan ? kNan : kInf;
+        spoiled = spoiled || nan;
+      }
     }
+    if (spoiled) {
+      float factor[kPanel];
+      for (int v = 0; v < 2; ++v) inverse[v].store(factor + v * kVec);
+      for (int64_t lane = 0; lane < panel.count; ++lane) {
+        if (std::isnan(lse[lane])) factor[lane] = kNan;
+      }
+      for (int v = 0; v < 2; ++v) inverse[v] = Vec::loadu(factor + v * kVec);
+    }
+    store_panel(out_panel_, inverse, out_panel_, q_rows_, options_.D, Dp_, out_.row(segment.batch, segment.head, i),
+                out_.stride_t, panel.count);
   }
 
   const Options& options_;

@@ -22,6 +22,7 @@ constexpr int64_t kTileRows = kVec == 16 ? 8 : 4;                 // rows of a r
 constexpr int64_t kKeys = 64;                                     // keys of a block
 constexpr int64_t kPanels = kPanel < kKeys ? kKeys / kPanel : 1;  // panels that backward takes together
 constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kLog2E = 1.44269504088896341f;
 
 // acc[r][lane] += sum over k of A(r, k) * b[k][lane], where A(r, k) is a[r * lda + k], or a[k * lda + r] if COLUMNS.
