@@ -72,7 +72,7 @@ class Backward {
     Buffer ds_pairs;               // [kKeys / kPair][kPanel], for dq
     Buffer ds_rows, weights_rows;  // [kKeys][kPanel / kPair], for dk and dv; with floats ds_pairs serves
     Buffer dq_panel;               // [Dp][kPanel]
-    Vec lse[2], delta[2];          // lse in powers of two
+    Vec lse[2], delta[2];
     Panel panel;
     KeyBlock block;
 
@@ -161,7 +161,7 @@ class Backward {
       if constexpr (kPaired) pair_rows(rows, kPanel, Dp_, pairs);
     };
     const float* saved = lse_ + (segment.batch * options_.H + segment.head) * options_.T + segment.first + panel.i0;
-    for (int64_t lane = 0; lane < kPanel; ++lane) lse[lane] = lane < panel.count ? saved[lane] * kLog2E : kInf;
+    for (int64_t lane = 0; lane < kPanel; ++lane) lse[lane] = lane < panel.count ? saved[lane] : kInf;
     pack(q_, queries.q_panel, queries.q_pairs);
     pack(out_, out_panel_, queries.dout_pairs);  // the pairs of dout replace these
     pack(dout_, queries.dout_panel, queries.dout_pairs);
@@ -190,7 +190,7 @@ class Backward {
   // The block's weights and ds, in the layouts of the products they enter.
   template <bool MASKED, bool DROPOUT>
   void differentiate(Queries& queries, int64_t j0) {
-    const Vec scale(options_.scale * kLog2E);
+    const Vec scale(options_.scale), log2e(kLog2E);
     const Vec lse[2] = {queries.lse[0], queries.lse[1]}, delta[2] = {queries.delta[0], queries.delta[1]};
     alignas(64) float weights[kTileRows * kPanel];
     for (int64_t r0 = queries.block.begin; r0 < queries.block.end; r0 += kTileRows) {
@@ -201,9 +201,9 @@ class Backward {
       for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) {
-          Vec t = tile[r][v] * scale;
-          if constexpr (MASKED) t = min_or_second(t, Vec::loadu(limits_ + (r0 + r) * kPanel + v * kVec));
-          exp2(t - lse[v]).store(weights + r * kPanel + v * kVec);
+          Vec s = tile[r][v] * scale;
+          if constexpr (MASKED) s = min_or_second(s, Vec::loadu(limits_ + (r0 + r) * kPanel + v * kVec));
+          exp2((s - lse[v]) * log2e).store(weights + r * kPanel + v * kVec);
         }
       }
       set_zero(tile);
@@ -252,15 +252,15 @@ class Backward {
       end = std::max(end, panels_[p].block.end);
     }
     const auto add = [&]<int NV>(std::integral_constant<int, NV>, int64_t r0, int64_t d) {
-      Vec tile[kTileRows][NV];
-      load_tile(tile, sums + r0 * Dp_ + d, Dp_);
+      Vec tile[kTileRows][NV];  // the sums of these panels, apart from the sums so far, which are larger
+      set_zero(tile);
       for (int64_t p = 0; p < count; ++p) {
         const KeyBlock& block = panels_[p].block;
         if (r0 < block.begin || r0 >= block.end) continue;
         multiply<Words, NV, false>(tile, weights(panels_[p]) + r0 * kPanelWords, kPanelWords, rows(panels_[p]) + d, Dp_,
                                    kPanelWords);
       }
-      store_tile(tile, sums + r0 * Dp_ + d, Dp_);
+      add_tile(tile, sums + r0 * Dp_ + d, Dp_);
     };
     for (int64_t r0 = begin; r0 < end; r0 += kTileRows) {
       int64_t d = 0;

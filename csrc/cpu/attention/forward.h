@@ -70,10 +70,10 @@ class Forward {
     finish(segment, panel);
   }
 
-  // t of the block, and `top`, the largest so far.
+  // Scores of the block, and `top`, the largest so far.
   template <bool MASKED>
   void scores(const KeyBlock& block, int64_t j0, Vec (&top)[2]) {
-    const Vec scale(options_.scale * kLog2E);
+    const Vec scale(options_.scale);
     for (int64_t r0 = block.begin; r0 < block.end; r0 += kTileRows) {
       Vec tile[kTileRows][2];
       set_zero(tile);
@@ -83,10 +83,10 @@ class Forward {
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) {
           const int64_t at = (r0 + r) * kPanel + v * kVec;
-          Vec t = tile[r][v] * scale;
-          if constexpr (MASKED) t = min_or_second(t, Vec::loadu(limits_ + at));
-          top[v] = max_or_second(top[v], t);
-          t.store(scores_ + at);
+          Vec s = tile[r][v] * scale;
+          if constexpr (MASKED) s = min_or_second(s, Vec::loadu(limits_ + at));
+          top[v] = max_or_second(top[v], s);
+          s.store(scores_ + at);
         }
       }
     }
@@ -99,7 +99,7 @@ class Forward {
     for (int v = 0; v < 2; ++v) {
       // A query without keys so far subtracts 0 instead of -inf: its weights stay 0.
       base_[v] = Vec::blendv(top[v], Vec(0.0f), top[v] == Vec(-kInf));
-      factor[v] = exp2(top_[v] - base_[v]);
+      factor[v] = exp2((top_[v] - base_[v]) * Vec(kLog2E));
       sum_[v] = sum_[v] * factor[v];
       top_[v] = top[v];
       same = same && (factor[v] - Vec(1.0f)).zero_mask() == (1 << kVec) - 1;
@@ -113,14 +113,15 @@ class Forward {
     }
   }
 
-  // Turns t into the weights 2^(t - top) the output is made of, in the product's operand layout.
+  // Turns scores into the weights e^(score - top) of the output, in the product's operand layout. Scores and lse are
+  // natural: powers of two would round large ones once more, and lse again, before they cancel here and in backward.
   template <bool DROPOUT>
   void weights(const KeyBlock& block) {
     for (int v = 0; v < 2; ++v) {
       Vec sum(0.0f);
       const auto weight = [&](int64_t r) {
         const int64_t at = r * kPanel + v * kVec;
-        Vec p = exp2(Vec::loadu(scores_ + at) - base_[v]);
+        Vec p = exp2((Vec::loadu(scores_ + at) - base_[v]) * Vec(kLog2E));
         sum = sum + p;
         if constexpr (DROPOUT) p = p * Vec::loadu(factors_ + at);
         return p;
@@ -153,8 +154,7 @@ class Forward {
     float* lse = lse_ + (segment.batch * options_.H + segment.head) * options_.T + i;
     bool spoiled = false;
     for (int64_t lane = 0; lane < panel.count; ++lane) {
-      const double natural = top[lane] * 0.693147180559945309 + std::log(static_cast<double>(sum[lane]));
-      lse[lane] = static_cast<float>(natural);
+      lse[lane] = static_cast<float>(top[lane] + std::log(static_cast<double>(sum[lane])));
       if (sum[lane] == 0.0f) {
         // Without keys the output is 0; with keys whose scores are all -inf it is NaN, as PyTorch has it.
         const bool nan = has_key(options_, segment, panel, lane);

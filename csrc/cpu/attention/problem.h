@@ -135,13 +135,13 @@ bool has_key(const Options& options, const Segment& segment, const Panel& panel,
   const int64_t i = segment.first + panel.i0 + lane;
   for (int64_t j = panel.lo[lane]; j < panel.hi[lane]; ++j) {
     const int64_t key = segment.first + j;
-    const bool kept = options.key_mask_data == nullptr ||
-                      options.key_mask_data[segment.batch * options.key_mask.stride(0) +
-                                            key * options.key_mask.stride(1)];
-    const bool allowed = options.mask_data == nullptr ||
-                         options.mask_data[segment.batch * options.mask.stride(0) +
-                                           segment.head * options.mask.stride(1) + i * options.mask.stride(2) +
-                                           key * options.mask.stride(3)];
+    const bool kept =
+        options.key_mask_data == nullptr ||
+        options.key_mask_data[segment.batch * options.key_mask.stride(0) + key * options.key_mask.stride(1)];
+    const bool allowed =
+        options.mask_data == nullptr ||
+        options.mask_data[segment.batch * options.mask.stride(0) + segment.head * options.mask.stride(1) +
+                          i * options.mask.stride(2) + key * options.mask.stride(3)];
     if (kept && allowed) return true;
   }
   return false;

@@ -69,6 +69,15 @@ template <int NV>
   }
 }
 
+template <int NV>
+[[gnu::always_inline]] inline void add_tile(const Vec (&acc)[kTileRows][NV], float* c, int64_t ldc) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) (Vec::loadu(c + r * ldc + v * kVec) + acc[r][v]).store(c + r * ldc + v * kVec);
+  }
+}
+
 // A strided [B, H, T, D] tensor.
 template <typename scalar_t>
 struct View {
