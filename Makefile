@@ -9,6 +9,11 @@ PART ?= 1/1
 CODEGEN_VENV ?= .venv-codegen
 CODEGEN_TRITON ?= triton==3.6.0
 PYTEST_FLAGS ?= -q
+# Draws of each target of the fuzz, of those in the interpreter, and the number that all of them follow from.
+FUZZ_DRAWS ?= 3000
+FUZZ_INTERP_DRAWS ?= 100
+FUZZ_SEED ?= 0
+FUZZ_TARGETS ?=
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -84,12 +89,18 @@ test: install  ## the tests on the CPU, then the Triton kernels in the interpret
 .PHONY: interp
 interp: install  ## the op tests on the Triton kernels, in Triton's interpreter, and whole models on them
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) $(TRITON_TESTS) \
-	  tests/ops/test_activations.py tests/ops/test_transforms.py
+	  tests/ops/test_activations.py tests/ops/test_transforms.py \
+	  tests/fuzz/test_ops.py tests/fuzz/test_opinfo.py tests/fuzz/test_bounds.py
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) tests/model/test_torch_tools.py -k "gpt2 and ($(INTERP_MODELS))"
 
 .PHONY: test-slow
 test-slow: install mutants  ## what takes too long for make test
 	$(PYTEST) -m slow
+
+.PHONY: fuzz
+fuzz: install  ## drawn calls of every op against the reference, in C++ and in the interpreter (FUZZ_DRAWS=3000)
+	$(PY) -m tests.fuzz $(FUZZ_TARGETS) --draws $(FUZZ_DRAWS) --seed $(FUZZ_SEED) --jobs $(JOBS)
+	TRITON_INTERPRET=1 $(PY) -m tests.fuzz $(FUZZ_TARGETS) --draws $(FUZZ_INTERP_DRAWS) --seed $(FUZZ_SEED) --jobs $(JOBS)
 
 .PHONY: mutants
 mutants: install  ## plant faults in the kernels; the tests must catch every one (PART=2/6: every sixth of them)

@@ -127,6 +127,7 @@ def run_valid(op: str, spec: Op, draw: Draw, arguments: Arguments) -> str:
     if "upstream" in padding and kind_of_draw != "computed":
         clean_upstream = [x.masked_fill(padding["upstream"], 0.0) for x in upstream]
         if kind_of_draw == "padding":
+            upstream = [x.clone() if shares_memory(x) else x for x in upstream]
             for x in upstream:
                 fill_padding(draw, x, padding["upstream"])
     got = results(outputs, arguments, upstream, spec.differentiable)
