@@ -1,5 +1,6 @@
 """Files that a reader sees whole or not at all, whatever happens to the process that writes them."""
 
+import hashlib
 import json
 import os
 import secrets
@@ -57,6 +58,15 @@ def new_folder(path: Path) -> Iterator[Path]:
             if not any(parent.iterdir()):
                 parent.rmdir()
         raise
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

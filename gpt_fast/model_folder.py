@@ -39,13 +39,17 @@ def save(head: Any, directory: Path) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     if config.tied:
         tensors.pop(_TIED, None)
-    kind = type(head).__name__
     try:
         with replacing(directory / WEIGHTS) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt", _FORMAT: kind})
+            save_file(tensors, temporary, metadata={"format": "pt"})  # two entries would have no fixed order
     except SafetensorError as error:
         raise OSError(f"{directory / WEIGHTS}: cannot be written: {error}") from error
-    write_json(directory / CONFIG, {"format": _FORMAT, "head": kind, **config.to_dict()})
+    write_config(head, config, directory)
+
+
+def write_config(head: Any, config: GPTConfig, directory: Path) -> None:
+    """Write the configuration of a head, without its weights."""
+    write_json(directory / CONFIG, {"format": _FORMAT, "head": type(head).__name__, **config.to_dict()})
 
 
 def _check_names(head: Any, state: dict[str, Tensor], config: GPTConfig) -> None:
@@ -93,10 +97,12 @@ def read_config(directory: Path) -> tuple[str, GPTConfig]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def load(head_class: type[AnyHead], directory: Path, overrides: dict[str, Any]) -> AnyHead:
-    """A head of this class with the weights of a folder; see `Head.from_pretrained`."""
+def load(
+    head_class: type[AnyHead], directory: Path, overrides: dict[str, Any], tensors: dict[str, Tensor] | None = None
+) -> AnyHead:
+    """Return a head of this class with the weights of a folder, or these; see `Head.from_pretrained`."""
     saved_by, config = read_config(directory)
-    tensors = read_weights(directory / WEIGHTS)
+    tensors = read_weights(directory / WEIGHTS) if tensors is None else tensors
     with torch.device("meta"):  # draws no weights that would be overwritten, whatever the default device is
         head = head_class(config.replace(**overrides))
     head.to_empty(device="cpu")

@@ -108,7 +108,7 @@ def run() -> None:
         code = _signal_code(error)
         if code is None:
             raise
-        say(f"gpt-fast: {error.saved or f'stopped by {error}, nothing is left of it'}")  # type: ignore[attr-defined]
+        say(f"gpt-fast: {error.saved or f'stopped by {error}'}")  # type: ignore[attr-defined]
         sys.exit(code)
 
 

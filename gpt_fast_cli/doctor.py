@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-from .terminal import AsJson, print_json, print_table
+import typer
+
+from .terminal import AsJson, print_json, print_table, require_train_extra
 
 PACKAGES = {
     "torch": "",
@@ -25,8 +28,26 @@ PACKAGES = {
 }
 
 
-def doctor(as_json: AsJson = False) -> None:
-    """Shows versions, devices, and which kernel serves each operation here; says what is missing and how to mend it."""
+def doctor(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="Run folder to verify instead: every file in it is read.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Shows versions, devices, and which kernel serves each operation here; says what is missing and how to mend it.
+
+    With a run folder: whether its weights, tokenizer and checkpoints are what was written, and what dead runs left
+    beside it. The exit code is 1 if something is damaged.
+
+    [bold]Examples[/bold]
+
+    gpt-fast doctor
+
+    gpt-fast doctor runs/lm
+    """
+    if run is not None:
+        _show_run(run, as_json)
+        return
     findings = examine()
     if as_json:
         print_json(findings)
@@ -40,6 +61,23 @@ def doctor(as_json: AsJson = False) -> None:
     ]
     print_table("what serves each operation", served)
     print_table("to mend", [("-", line) for line in findings["advice"]] or [("-", "nothing is missing")])
+
+
+def _show_run(folder: Path, as_json: bool) -> None:
+    require_train_extra()
+    from gpt_fast.training.runs.examine import examine_run
+
+    findings = examine_run(folder)
+    if as_json:
+        print_json(findings)
+    else:
+        rows = [("state", findings["state"]), *findings["checkpoints"].items()]
+        rows += [("left over", f"{path}: a dead run's; remove it, or move back what is in it") for path in
+                 findings["leftovers"]]  # fmt: skip
+        rows += [("damaged", line) for line in findings["problems"]] or [("files", "as they were written")]
+        print_table(findings["folder"], rows)
+    if findings["problems"]:
+        raise typer.Exit(1)
 
 
 def examine() -> dict[str, Any]:

@@ -13,9 +13,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 S = TypeVar("S", bound="Settings")
-# What a resumed run does with a setting. `same`: the user may omit it or repeat it. `free`: the user may change it.
+# What a resumed run does with a setting. `same`: the user may omit it or repeat it. `more`: or give a larger number.
+# `free`: the user may change it.
 # `machine`: saved, but a resumed run takes the command's. `command`: neither saved nor compared.
-Resume = Literal["same", "free", "machine", "command"]
+Resume = Literal["same", "more", "free", "machine", "command"]
 
 
 def option(

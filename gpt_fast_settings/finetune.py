@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
+from typing import ClassVar
 
 from .declaration import option
 from .training import DATA, RUN, TRAINING, Count, Decay, NotNegative, TrainingSettings
@@ -11,6 +13,8 @@ from .training import DATA, RUN, TRAINING, Count, Decay, NotNegative, TrainingSe
 class FinetuneSettings(TrainingSettings):
     """The options of `gpt-fast finetune`. The defaults are the paper's. A rate that is None is the paper's, too, for
     models of the published sizes, and a quarter of pre-training's for others. A column that is None is the task's."""
+
+    command: ClassVar[str] = "finetune"
 
     source: Path = option(..., "Run folder of the pre-trained model.", panel=RUN)
     train: Path | None = option(
@@ -46,7 +50,7 @@ class FinetuneSettings(TrainingSettings):
         metavar="TASK",
     )
     numbers: bool = option(False, "Similarity as a number, by its squared error.", panel=TRAINING)
-    epochs: Count = option(3, "Passes over the table.", panel=TRAINING)
+    epochs: Count = option(3, "Passes over the table. --resume takes more than before.", panel=TRAINING, resume="more")
     batch_size: Count = option(32, "Rows in an update.", panel=TRAINING)
     lr: NotNegative | None = option(
         None, "Peak learning rate; 6.25e-5, a quarter of pre-training's for models without a preset.", panel=TRAINING
@@ -55,3 +59,7 @@ class FinetuneSettings(TrainingSettings):
     weight_decay: NotNegative | None = option(0.01, "Of matrices; nothing else decays.", panel=TRAINING)
     beta1: Decay | None = option(0.9, "Of AdamW: the first moment's memory.", panel=TRAINING)
     beta2: Decay | None = option(0.999, "The second moment's.", panel=TRAINING)
+
+    def resume_command(self, ranks: int = 1) -> str:
+        command = super().resume_command(ranks)
+        return command.replace(" --out ", f" --from {shlex.quote(str(self.source))} --out ", 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from .declaration import option
 from .training import DATA, MODEL, TRAINING, Count, Decay, NotNegative, TrainingSettings
@@ -12,6 +12,8 @@ from .training import DATA, MODEL, TRAINING, Count, Decay, NotNegative, Training
 class PretrainSettings(TrainingSettings):
     """The options of `gpt-fast pretrain`. A size or rate that is None is the preset's, or without a preset that of a
     small GPT-2."""
+
+    command: ClassVar[str] = "pretrain"
 
     data: tuple[Path, ...] = option(
         (),
@@ -46,7 +48,7 @@ class PretrainSettings(TrainingSettings):
     dim: int | None = option(None, "Hidden dimensions.", panel=MODEL)
     seq_len: int | None = option(None, "Positions: tokens seen at once.", panel=MODEL)
     dropout: float | None = option(None, "Of embeddings, attention and residuals.", panel=MODEL)
-    steps: Count = option(1000, "Updates.", panel=TRAINING)
+    steps: Count = option(1000, "Updates. --resume takes more than before.", panel=TRAINING, resume="more")
     batch_size: Count = option(16, "Windows of text in an update.", panel=TRAINING)
     lr: NotNegative | None = option(
         None,

@@ -9,9 +9,19 @@ from typing import Any
 from .declaration import S, extra, option_name
 
 
+def asks_for_more(settings: S, saved: Mapping[str, Any]) -> tuple[str, int] | None:
+    """Return the option by which the user lets a run train for longer than it was begun with, and its value."""
+    for name, field in type(settings).model_fields.items():
+        value, before = getattr(settings, name), saved.get(option_name(name))
+        is_given = extra(field, "resume") == "more" and name in settings.model_fields_set
+        if is_given and isinstance(before, int) and value > before:
+            return option_name(name), value
+    return None
+
+
 def resumed(settings: S, path: Path, saved: Mapping[str, Any]) -> S:
     """Return the settings for resuming the run that saved `saved` at `path`. Settings that the user omits keep their
-    original value. Settings that the user gives must equal it, unless their declaration frees them."""
+    original value. Settings that the user gives must equal it, unless their declaration frees them or allows more."""
     cls = type(settings)
     kinds = {name: extra(field, "resume") for name, field in cls.model_fields.items()}
     command = {name: getattr(settings, name) for name, kind in kinds.items() if kind == "command"}
@@ -28,5 +38,10 @@ def resumed(settings: S, path: Path, saved: Mapping[str, Any]) -> S:
             raise ValueError(
                 f"--{option_name(name)} {mine}: the run in {path.parent} began with {original}; --resume goes on "
                 f"with the same settings (--config {path} repeats them)"
+            )
+        elif kind == "more" and mine < original:
+            raise ValueError(
+                f"--{option_name(name)} {mine}: the run in {path.parent} began with {original}; "
+                f"expected {original} or more"
             )
     return cls(**values)

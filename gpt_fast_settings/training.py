@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,6 +18,14 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 class TrainingSettings(Settings):
     """The options of every training. Those without `option` here have other defaults or another help in each."""
+
+    command: ClassVar[str]  # its name on the command line
+
+    def resume_command(self, ranks: int = 1) -> str:
+        """Return the command that resumes this run."""
+        if ranks > 1:
+            return "the same torchrun command with --resume"
+        return f"gpt-fast {self.command} --out {shlex.quote(str(self.out))} --resume"
 
     out: Path = option(..., "Run folder to create.", panel=RUN, resume="command")
     log_every: Count | None = option(

@@ -82,6 +82,9 @@ for line in sys.stdin:
             done, status = os.waitpid(victim, os.WNOHANG)
             if not done:
                 os.kill(victim, request["signal"])
+                if request["again"]:
+                    time.sleep(0.002)
+                    os.kill(victim, request["again"])
                 continue
             codes[waiting.pop(done)] = os.waitstatus_to_exitcode(status)
             continue
@@ -120,9 +123,9 @@ Cli = Callable[..., Result]
 @pytest.fixture(scope="session")
 def cli() -> Iterator[Cli]:
     """Runs one command line in a process of its own: with `watched` (a path, perhaps with wildcards, and how many lines
-    it must have) the process gets `signal` as soon as that is there and `later` seconds have passed; no file can grow
-    past `file_size`. With `ranks`, as many processes that find each other as torchrun's do; the last one gets the
-    signal, and its code is the result's."""
+    it must have) the process gets `signal`, and `again`, as soon as that is there and `later` seconds have passed; no
+    file can grow past `file_size`. With `ranks`, as many processes that find each other as torchrun's do; the last one
+    gets the signal, and its code is the result's."""
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
     )
@@ -131,13 +134,14 @@ def cli() -> Iterator[Cli]:
         *args: object,
         watched: tuple[object, int] | None = None,
         signal: int = 9,
+        again: int = 0,
         later: float = 0.0,
         file_size: int = 0,
         ranks: int = 0,
     ) -> Result:
         request = {
             "args": [str(arg) for arg in args], "signal": int(signal), "later": later, "file_size": file_size,
-            "ranks": ranks, "watched": watched and (str(watched[0]), watched[1]),
+            "ranks": ranks, "again": int(again), "watched": watched and (str(watched[0]), watched[1]),
         }  # fmt: skip
         print(json.dumps(request), file=server.stdin, flush=True)
         return Result(*json.loads(server.stdout.readline()))

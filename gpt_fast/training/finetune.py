@@ -28,6 +28,7 @@ from .metrics import Metrics, confusion_matrix, predictions
 from .plots import plot_confusion, plot_task
 from .program import Record, Say, Session, Show, train
 from .runs.folder import check_run, read_metrics, with_special_tokens
+from .runs.load import load_head
 from .runs.recipes import finetuning_lr
 from .table_examples import examples, label_names, read_tables, remarks
 from .tasks import EVALUATION_BATCH, TaskSettings, better, new_model, score, task_settings, written_metrics
@@ -69,6 +70,16 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
     steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
     _tell(train, valid, rows, names, model.config.seq_len, steps, session.say)
 
+    origin: Record = {
+        "command": "finetune",
+        "task": settings.task,
+        "columns": asdict(task),
+        "from": str(source),
+        "scratch": settings.scratch,
+        "data": train.source,
+        "labels": names,
+        "lr": lr,
+    }
     loop = session.make_loop(
         model,
         tokenizer,
@@ -82,26 +93,20 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
         schedule=partial(warmup_linear, total=steps, warmup=max(1, round(0.002 * steps))),
         validations=5,
         identity=identity(rows),
+        record=origin,
         better=partial(better, task),
     )  # fmt: skip
     loop.run()
     best = loop.state.best_metrics
 
-    record = {
-        "command": "finetune",
-        "task": settings.task,
-        "columns": asdict(task),
-        "from": str(source),
-        "scratch": settings.scratch,
-        "data": train.source,
-        "labels": names,
+    record = origin | {
         "train_rows": len(train),
         "valid_rows": len(valid),
         "epochs": settings.epochs,
-        "lr": lr,
         "lm_weight": lm_weight,
         "best_step": best["step"],
-    } | session.facts(loop)
+    }
+    record |= session.facts(loop)
     record |= {name: value for name, value in best.items() if name.startswith(("valid_", "majority_", "mean_"))}
     if ranks.first:
         chosen = task.task.head.from_pretrained(session.run.folder / "best").to(ranks.device)
@@ -121,7 +126,7 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
 
 
 def pretrained(head: type[Head], source: Path, **overrides: Any) -> Head:
-    return _loaded(source, head.from_pretrained, overrides)
+    return _loaded(source, partial(load_head, head), overrides)
 
 
 def fresh(head: type[Head], source: Path, **overrides: Any) -> Head:

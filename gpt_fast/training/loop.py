@@ -140,6 +140,7 @@ class Loop:
     state: LoopState = field(default_factory=LoopState)
     seed: int = 0
     identity: dict[str, Any] = field(default_factory=dict)  # of the data: a run goes on with the same
+    record: dict[str, Any] = field(default_factory=dict)  # what a reader of a checkpoint has to know of the run
 
     def __post_init__(self) -> None:
         self._pending: list[tuple[int, Tensor, Tensor]] = []  # (step, loss, skipped), not yet read off the device
@@ -152,14 +153,13 @@ class Loop:
     def resume(self) -> None:
         """Takes up the newest checkpoint that is as it was written; without any, the loop begins at the beginning."""
         world, folder = self.engine.world, self.run_folder.checkpoints
-        chosen: Path | None = None
-        if world.first:
-            chosen = self._newest_good(folder)
-        step = world.number(-1 if chosen is None else int(chosen.name.split("-")[1]))
+        good = checkpoints.newest_good(folder, self.say) if world.first else None
+        step = world.number(-1 if good is None else checkpoints.step_of(good[0]))
         if step < 0:
             return
-        path = chosen or folder / f"step-{step:09d}"
-        manifest = checkpoints.read(path) if chosen is None else self._manifest
+        path = folder / f"step-{step:09d}"
+        manifest = checkpoints.read(path) if good is None else good[1]
+        manifest["state"].pop("record", None)
         if manifest["state"].pop("data") != self.identity:
             raise ValueError(
                 f"{path}: the run began on other data; go on with the same, or start again with --overwrite"
@@ -178,20 +178,6 @@ class Loop:
             with (self.run_folder.folder / "metrics.jsonl").open("ab") as file:
                 file.truncate(self.state.metrics_bytes)
 
-    def _newest_good(self, folder: Path) -> Path | None:
-        damaged = []
-        for path in checkpoints.newest_first(folder):
-            try:
-                self._manifest = checkpoints.read(path)
-            except checkpoints.Damaged as error:
-                damaged.append(str(error))
-                self.say(f"{error}; trying the one before")
-                continue
-            return path
-        if damaged:
-            raise ValueError(f"{folder}: no checkpoint is whole ({damaged[0]}); start again with --overwrite")
-        return None
-
     def run(self) -> Metrics:
         settings, state, world = self.settings, self.state, self.engine.world
         first = self.source(state.step) if state.step < settings.steps else []  # what is wrong with data shows here
@@ -206,6 +192,7 @@ class Loop:
                     self._update(batches)
                     if profiler is not None:
                         profiler.step()
+            self._save_last()
             return state.line
         finally:
             self.stop.deferred = False
@@ -243,7 +230,7 @@ class Loop:
             self.save()
         self.show(Progress(state.step, settings.steps, self._shown, rate, logged, self._mfu(rate)))
         if stopping and state.step < settings.steps:
-            raise Interrupted(self.stop.signum or 15, f"stopped after update {state.step:,}; go on with --resume")
+            raise Interrupted(self.stop.signum or 15)
 
     def _asked_to_stop(self, may_wait: bool) -> bool:
         """Ranks get their signals at different times, so they agree where they wait for each other anyway."""
@@ -349,6 +336,15 @@ class Loop:
             if name != "step":
                 self._writer.add_scalar(name, value, int(line["step"]))
 
+    def _save_last(self) -> None:
+        """Write the checkpoint that more steps would resume from. The run does without it where the disk is full."""
+        if checkpoints.step_of(next(checkpoints.newest_first(self.run_folder.checkpoints), None)) == self.state.step:
+            return
+        try:
+            self.save()
+        except OSError as error:
+            self.say(f"{error}; without this checkpoint the run cannot be resumed for more steps")
+
     def save(self) -> None:
         """A checkpoint of this moment."""
         world = self.engine.world
@@ -357,7 +353,8 @@ class Loop:
         self.state.seconds += self._seconds
         self._tokens, self._seconds = 0, 0.0
         tensors = self.engine.state() | randomness.states(self.engine.device, world.rank)
-        folder, state = self.run_folder.checkpoints, asdict(self.state) | {"data": self.identity}
+        folder = self.run_folder.checkpoints
+        state = asdict(self.state) | {"data": self.identity, "record": self.record}
         checkpoints.save(folder, self.state.step, tensors, state, self.settings.keep, world)
         if world.first:
             self.run_folder.keep()

@@ -27,6 +27,7 @@ from .metrics import Metrics, lm_loss
 from .plots import plot_language_model
 from .program import Record, Say, Session, Show, train
 from .runs.folder import check_run, read_metrics, read_record, with_special_tokens
+from .runs.load import load_head
 from .runs.recipes import Recipe, complete, pretraining
 
 OBJECTIVES: dict[str, type[Head]] = {"clm": GPTForCausalLM, "mlm": GPTForMaskedLM}
@@ -68,6 +69,14 @@ def _pretrain(session: Session[PretrainSettings]) -> Record:
     if settings.pack and document_token is None:
         raise ValueError("--pack: nothing says which token begins a document in these files")
     recipe = Recipe.of(settings)
+    origin: Record = {
+        "command": "pretrain",
+        "objective": settings.objective,
+        "data": data.source,
+        "tokenizer": str(settings.source or settings.tokenizer or "bpe"),
+        "preset": settings.preset or (read_record(settings.source).get("preset") if settings.source else None),
+        **dataclasses.asdict(recipe),
+    }
     source = WindowSource(
         data.train, config.seq_len, settings.batch_size, settings.seed, mask, document_token, settings.accumulate,
         ranks.rank, ranks.size,
@@ -83,25 +92,21 @@ def _pretrain(session: Session[PretrainSettings]) -> Record:
         schedule=partial(warmup_cosine, total=settings.steps, warmup=warmup, final=recipe.final_lr),
         validations=10,
         identity=data.identity,
+        record=origin,
         flops_per_token=lambda: throughput.flops_per_token(config, model.num_parameters(), causal),
     )
     last = loop.run()
 
-    record = {
-        "command": "pretrain",
-        "objective": settings.objective,
-        "data": data.source,
-        "tokenizer": str(settings.source or settings.tokenizer or "bpe"),
+    record = origin | {
         "train_tokens": len(data.train),
         "valid_tokens": len(data.valid),
         "steps": settings.steps,
-        "preset": settings.preset or (read_record(settings.source).get("preset") if settings.source else None),
-        **dataclasses.asdict(recipe),
         "parameters": model.num_parameters(),
         "train_loss": last["train_loss"],
         "valid_loss": last["valid_loss"],
         "unigram_entropy": entropy,
-    } | session.facts(loop)
+    }
+    record |= session.facts(loop)
     whole = loop.engine.whole_model()
     if ranks.first:
         session.finish(whole, record, {"loss.png": partial(draw, run.folder, record)})
@@ -132,7 +137,7 @@ def make_model(settings: PretrainSettings, tokenizer: Tokenizer) -> Head:
     if settings.dropout is not None:
         names = ("embedding_dropout", "attention_dropout", "residual_dropout")
         overrides |= dict.fromkeys(names, settings.dropout)
-    model = with_special_tokens(head.from_pretrained(settings.source, **overrides), tokenizer)
+    model = with_special_tokens(load_head(head, settings.source, **overrides), tokenizer)
     if settings.seq_len is not None and settings.seq_len != model.config.seq_len:
         raise ValueError(f"--seq-len {settings.seq_len}: --from {settings.source} has {model.config.seq_len} positions")
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,19 +14,31 @@ import torch
 from tokenizers import Tokenizer
 
 from gpt_fast_settings.declaration import read_file
-from gpt_fast_settings.resume import resumed
+from gpt_fast_settings.resume import asks_for_more, resumed
 from gpt_fast_settings.training import TrainingSettings
 
-from .._files import write_json
+from .._files import sha256, write_json
 from ..data.tokenizer import save_tokenizer
 from ..heads import Head
 from ..interrupts import Stop
+from ..model_folder import write_config
 from .engine import randomness, throughput
 from .engine.distributed import World, resolve_device, settings_of, world
 from .engine.update import PRECISIONS, Engine, EngineSettings
 from .loop import Loop, LoopSettings, Progress, Source, intervals
 from .metrics import Metrics
-from .runs.folder import SETTINGS, Run, is_finished, new_run, read_record, write_extra, write_settings
+from .runs import checkpoints
+from .runs.folder import (
+    SETTINGS,
+    Run,
+    check_weights,
+    is_finished,
+    new_run,
+    put_back,
+    read_record,
+    write_extra,
+    write_settings,
+)
 
 S = TypeVar("S", bound=TrainingSettings)
 Record = dict[str, Any]
@@ -64,11 +77,15 @@ class Session(Generic[S]):
         schedule: Callable[[int], float],
         validations: int,
         identity: dict[str, Any],
+        record: Record,
         better: Callable[[Metrics], Sequence[float]] | None = None,
         flops_per_token: Callable[[], float] | None = None,
     ) -> Loop:
-        """Return the loop, at its beginning or at the checkpoint that it resumes from. A new run's folder gets the
-        settings and the tokenizer."""
+        """Return the loop, at its beginning or at the checkpoint that it resumes from.
+
+        A new run's folder gets settings, tokenizer and configuration. Checkpoints hold `record`, what a reader of a
+        stopped run has to know.
+        """
         settings, run, ranks = self.settings, self.run, self.ranks
         engine = Engine(model, lr, EngineSettings.of(settings), ranks)
         loop_settings = LoopSettings(
@@ -88,10 +105,11 @@ class Session(Generic[S]):
         )
         if ranks.first and not run.kept:
             write_settings(run.folder, settings.saved())
+            write_config(model, model.config, run.folder)
             save_tokenizer(tokenizer, run.folder / "tokenizer.json")
         loop = Loop(
             engine, source, validate, loop_settings, run, self.show, self.say, self.stop, better, seed=settings.seed,
-            identity=identity,
+            identity=identity, record=record,
         )  # fmt: skip
         if run.kept or ranks.size > 1:
             loop.resume()
@@ -123,7 +141,8 @@ class Session(Generic[S]):
         folder = self.run.folder
         model.save_pretrained(folder)
         self.run.keep()
-        record |= measure()
+        path = folder / "model.safetensors"
+        record |= measure() | {"weights": {"bytes": path.stat().st_size, "sha256": sha256(path)}}
         write_json(folder / "run.json", record)
         shutil.rmtree(folder / "best", ignore_errors=True)
         for name, draw in pictures.items():
@@ -133,16 +152,28 @@ class Session(Generic[S]):
 def train(settings: S, body: Callable[[Session[S]], Record], show: Show, say: Say, stop: Stop | None) -> Record:
     """Run `body` with the processes that torchrun started and the run folder in `settings.out`. Return its record, or
     the one of a finished run that need not be resumed."""
-    if settings.resume and is_finished(settings.out):
-        say(f"{settings.out}: finished, nothing is left to do")
-        return read_record(settings.out)
+    out = settings.out
+    if os.environ.get("RANK", "0") == "0":
+        put_back(out.absolute())
+    if settings.resume and is_finished(out):
+        record = read_record(out)
+        check_weights(out, record, whole=True)
+        more = asks_for_more(settings, read_file(out / SETTINGS) if (out / SETTINGS).is_file() else {})
+        if not more:
+            say(f"{out}: finished, nothing is left to do")
+            return record
+        if not any(checkpoints.newest_first(out / checkpoints.FOLDER)):
+            raise ValueError(
+                f"--{more[0]} {more[1]}: {out} is finished and has no checkpoint to resume; expected one, or "
+                f"gpt-fast {settings.command} --from {out}, which begins with its weights"
+            )
     settings = settings.model_copy(update={"device": resolve_device(settings.device)})
     with world(settings.strategy, settings.device) as ranks:
         begin = partial(_resumed, settings, ranks=ranks, stop=stop or Stop())
         if not ranks.first:
             out = settings.out.resolve()
             return body(begin(Run(out, out), show=ignore, say=ignore))
-        with new_run(settings.out, settings.overwrite, settings.resume) as run:
+        with new_run(settings.out, settings.overwrite, settings.resume, settings.resume_command(ranks.size)) as run:
             return body(begin(run, show=show, say=say))
 
 
@@ -150,7 +181,13 @@ def _resumed(settings: S, run: Run, ranks: World, show: Show, say: Say, stop: St
     """Return the session, with the settings that the run began with if it is resumed."""
     path = run.folder / SETTINGS
     saved = ranks.values(read_file(path) if run.kept else {})
-    return Session(resumed(settings, path, saved) if saved else settings, run, ranks, show, say, stop)
+    if not saved:
+        return Session(settings, run, ranks, show, say, stop)
+    more = asks_for_more(settings, saved)
+    settings = resumed(settings, path, saved)
+    if more and ranks.first:
+        run.reopen(saved | {more[0]: more[1]})
+    return Session(settings, run, ranks, show, say, stop)
 
 
 def ignore(_: object) -> None:

@@ -42,20 +42,35 @@ def test_an_error_leaves_nothing(tmp_path, error, before):
     assert not before or (out / "run.json").read_text() == "old"
 
 
-@pytest.mark.parametrize("saved", ["", "go on with --resume"], ids=["unsaid", "said"])
-def test_a_stop_after_the_run_was_kept_names_its_folder(tmp_path, saved):
-    """The command line prints it; it would say that nothing is left."""
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ([], "stopped by SIGINT; the weights are in {out}, which has no checkpoint"),
+        (["run.json"], "stopped by SIGINT; the run in {out} is finished"),
+        (
+            ["checkpoints/step-000000007/checkpoint.json"],
+            "stopped by SIGINT after update 7, whose checkpoint is saved; resume: gpt-fast this",
+        ),
+        (None, "stopped by SIGINT; nothing is left of this run"),
+    ],
+    ids=["weights", "finished", "checkpoint", "nothing"],
+)
+def test_a_stop_tells_what_is_left(tmp_path, files, told):
     out = tmp_path / "a"
 
     def stop() -> None:
-        with runs.new_run(out) as run:
-            run.keep()
-            raise Interrupted(2, saved)
+        with runs.new_run(out, resume_command="gpt-fast this") as run:
+            if files is not None:
+                run.keep()
+            for name in files or []:
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                (out / name).write_text("{}")
+            raise Interrupted(2)
 
     with pytest.raises(Interrupted) as stopped:
         stop()
-    assert stopped.value.saved == (saved or f"stopped by SIGINT; the run is in {out}")
-    assert out.is_dir()
+    assert stopped.value.saved == told.format(out=out)
+    assert out.is_dir() == (files is not None)
 
 
 def test_overwrite_replaces_a_run(tmp_path):
@@ -175,6 +190,26 @@ def test_what_a_kill_left_is_swept_up(tmp_path):
             fail()
         (first.folder / "run.json").write_text("{}")
     assert listing(tmp_path) == [".b.new-other", "a", "a/run.json"]
+
+
+@pytest.mark.parametrize("killed", ["between_the_moves", "in_training", "after_a_checkpoint"])
+def test_a_run_that_overwrite_moved_away_is_put_back(tmp_path, killed):
+    """Unless its replacement has a checkpoint: then that is worth more."""
+    out, hidden = tmp_path / "a", tmp_path / ".a.old-x" / "a"
+    hidden.mkdir(parents=True)
+    (hidden / "run.json").write_text("old")
+    if killed != "between_the_moves":
+        out.mkdir()
+        (out / "metrics.jsonl").write_text("")
+    if killed == "after_a_checkpoint":
+        (out / "checkpoints" / "step-000000001").mkdir(parents=True)
+        with runs.new_run(out, resume=True):
+            assert not hidden.parent.exists()
+        return
+    with pytest.warns(UserWarning, match="is back"), pytest.raises(FileExistsError), runs.new_run(out):
+        pass
+    assert listing(tmp_path) == ["a", "a/run.json"]
+    assert (out / "run.json").read_text() == "old"
 
 
 def test_overwrite_or_resume(tmp_path):

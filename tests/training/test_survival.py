@@ -1,7 +1,10 @@
 """Trainings that are killed, stopped, damaged and starved, as users meet them: through `gpt-fast`."""
 
+import hashlib
 import json
 import random
+import shlex
+import shutil
 import signal
 from pathlib import Path
 
@@ -83,11 +86,135 @@ def test_signals_save_and_end(cli, command, whole, tmp_path, signum):
     stopped = cli(*command, "--out", out, watched=(out / "metrics.jsonl", 7), signal=signum)
     assert stopped.code == 128 + signum
     assert "Traceback" not in stopped.err
-    assert "go on with --resume" in stopped.err.splitlines()[-1]
     step = int((out / "checkpoints" / "latest").read_text().split("-")[1])
     assert step >= 7
-    assert f"stopped after update {step}" in stopped.err
-    assert f"going on after update {step} of {STEPS}" in succeed(cli(*command, "--out", out, "--resume")).err
+    last = stopped.err.splitlines()[-1]
+    assert f"stopped by {signal.Signals(signum).name} after update {step}, whose checkpoint is saved" in last
+    told = shlex.split(last.partition("; resume: ")[2])
+    assert told[:2] == ["gpt-fast", "pretrain"]
+    assert f"going on after update {step} of {STEPS}" in succeed(cli(*told[1:])).err
+    same(out, whole)
+
+
+def test_a_second_signal_tells_what_is_on_disk(cli, command, tmp_path):
+    """It does not wait for a checkpoint of its own, and there is one of an earlier update."""
+    out = tmp_path / "run"
+    stopped = cli(
+        *command, "--out", out, watched=(out / "checkpoints" / "step-000000005" / "checkpoint.json", 0),
+        signal=signal.SIGTERM, again=signal.SIGTERM,
+    )  # fmt: skip
+    assert stopped.code == 128 + signal.SIGTERM
+    assert "whose checkpoint is saved; resume: gpt-fast pretrain --out" in stopped.err.splitlines()[-1]
+    assert "nothing is left" not in stopped.err
+
+
+def run_of(out: Path) -> dict:
+    return json.loads((out / "run.json").read_text())
+
+
+def test_more_steps_of_a_finished_run(cli, data, whole, tmp_path):
+    """The same weights whether the further updates are killed and resumed or not; fewer steps are refused."""
+    runs = [tmp_path / name for name in ("through", "killed")]
+    for out in runs:
+        shutil.copytree(whole, out)
+    succeed(cli("pretrain", "--out", runs[0], "--resume", "--steps", STEPS + 8))
+    more = ["--resume", "--steps", STEPS + 8]
+    killed = cli("pretrain", "--out", runs[1], *more, watched=(runs[1] / "metrics.jsonl", 27))
+    assert killed.code == -signal.SIGKILL
+    evaluated = succeed(cli("evaluate", "--from", runs[1], "--data", data.text))
+    assert "a stopped run; its weights after update" in evaluated.err
+    succeed(cli("pretrain", "--out", runs[1], "--resume"))
+    same(runs[1], runs[0])
+    assert [run_of(out)["steps"] for out in (*runs, whole)] == [STEPS + 8, STEPS + 8, STEPS]
+    steps = [json.loads(line)["step"] for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, STEPS + 9))
+    assert "finished" in succeed(cli("pretrain", "--out", runs[0], "--resume")).err
+    fewer = cli("pretrain", "--out", runs[0], "--resume", "--steps", STEPS)
+    assert fewer.code == 0 and "finished" in fewer.err  # it asks for nothing that is not there
+
+
+def test_more_steps_need_a_checkpoint(cli, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "checkpoints")
+    result = cli("pretrain", "--out", out, "--resume", "--steps", STEPS + 8)
+    assert result.code == 2
+    assert f"is finished and has no checkpoint to resume; expected one, or gpt-fast pretrain --from {out}" in result.err
+    assert (out / "run.json").exists()
+
+
+def test_a_stopped_run_is_generated_from_evaluated_and_trained_from(cli, data, stopped, tmp_path):
+    """With the weights of the last checkpoint that is whole: the same as its own tensors."""
+    arguments = ["--prompt", "the", "--seed", 0, "--max-new-tokens", 12]
+    text = succeed(cli("generate", "--from", stopped, *arguments))
+    assert "a stopped run; its weights after update 10" in text.err
+    damage(shards(stopped)[-1])
+    older = succeed(cli("generate", "--from", stopped, *arguments))
+    assert "a stopped run; its weights after update 5" in older.err
+    assert older.out != text.out
+    succeed(cli("evaluate", "--from", stopped, "--data", data.text))
+    succeed(cli("pretrain", "--from", stopped, "--data", data.text, "--out", tmp_path / "next", "--steps", 2))
+    for shard in shards(stopped)[:-1]:
+        damage(shard)
+    result = cli("generate", "--from", stopped, *arguments)
+    assert result.code == 2 and "no checkpoint is whole" in result.err
+
+
+def test_equal_runs_write_equal_files(cli, command, whole, tmp_path):
+    """model.safetensors byte for byte, so that its SHA-256 in run.json tells whether two runs are the same."""
+    out = tmp_path / "run"
+    succeed(cli(*command, "--out", out))
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert run_of(out)["weights"] == run_of(whole)["weights"]
+    content = (out / "model.safetensors").read_bytes()
+    assert run_of(out)["weights"] == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_changed_weights_are_found(cli, whole, tmp_path):
+    """A flipped bit by `doctor` and by --resume, another size by every command that loads them."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    assert "finished" in succeed(cli("doctor", out)).out
+    damage(out / "model.safetensors")
+    for arguments in (["doctor", out], ["pretrain", "--out", out, "--resume"]):
+        result = cli(*arguments)
+        assert result.code == (1 if arguments[0] == "doctor" else 2)
+        assert "SHA-256 is not that in run.json" in (result.out + result.err).replace("\n", " ")
+    with (out / "model.safetensors").open("ab") as file:
+        file.write(b"\0")
+    result = cli("generate", "--from", out)
+    assert result.code == 2 and "as run.json says" in result.err
+
+
+def test_doctor_examines_a_run(cli, stopped):
+    found = json.loads(succeed(cli("doctor", stopped, "--json")).out)
+    assert found["state"] == "stopped; --resume begins after update 10"
+    assert found["checkpoints"] == {"step-000000010": "whole", "step-000000005": "whole"}
+    damage(shards(stopped)[-1])
+    (stopped.parent / ".other.old-x" / "other").mkdir(parents=True)
+    result = cli("doctor", stopped, "--json")
+    found = json.loads(result.out)
+    assert result.code == 1
+    assert found["state"] == "stopped; --resume begins after update 5"
+    assert found["checkpoints"]["step-000000010"] == "damaged"
+    assert found["leftovers"] == [str(stopped.parent / ".other.old-x")]
+    missing = cli("doctor", stopped / "no")
+    assert missing.code == 2 and "no such run folder" in missing.err
+
+
+def test_overwrite_killed_before_its_first_checkpoint(cli, command, whole, tmp_path):
+    """The run that was there is back at the next command, whichever it is; so it is after Ctrl-C."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    killed = cli(*command, "--out", out, "--overwrite", watched=(tmp_path / ".run.old-*" / "run", 0))
+    assert killed.code == -signal.SIGKILL
+    assert not (out / "run.json").exists()
+    result = succeed(cli(*command, "--out", out, "--resume"))
+    assert "the run that --overwrite replaced is back" in result.err and "finished" in result.err
+    same(out, whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    killed = cli(*command, "--out", out, "--overwrite", watched=(tmp_path / ".run.old-*" / "run", 0))
+    assert "is back" in succeed(cli("generate", "--from", out, "--max-new-tokens", 2)).err
     same(out, whole)
 
 
@@ -108,15 +235,20 @@ def stopped(cli, command, tmp_path) -> Path:
     return out
 
 
+def damage(path: Path) -> None:
+    """Flip a bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def shards(out: Path) -> list[Path]:
     return sorted(out.glob("checkpoints/step-*/*.safetensors"))
 
 
 def test_a_damaged_checkpoint_is_passed_over(cli, command, whole, stopped):
     newest = shards(stopped)[-1]
-    content = bytearray(newest.read_bytes())
-    content[len(content) // 2] ^= 1
-    newest.write_bytes(content)
+    damage(newest)
     resumed = succeed(cli(*command, "--out", stopped, "--resume"))
     assert f"{newest.name}: damaged" in resumed.err
     assert "going on after update 5 of" in resumed.err
@@ -136,7 +268,7 @@ def test_no_checkpoint_that_is_whole(cli, command, stopped):
     ("changed", "message"),
     [
         (["--lr", 1.0], "--lr 1.0: the run in"),
-        (["--steps", 50], "--steps 50: the run in"),
+        (["--steps", 20], "began with 24; expected 24 or more"),
         (["--objective", "mlm"], "--objective mlm: the run in"),
     ],
 )
@@ -201,7 +333,18 @@ def test_fine_tuning_killed_and_resumed(cli, data, tmp_path):
         assert killed.code == -signal.SIGKILL
     succeed(cli(*command, "--out", out, "--resume"))
     same(out, whole)
-    records = [json.loads((folder / "run.json").read_text()) for folder in (out, whole)]
+    records = [run_of(folder) for folder in (out, whole)]
     for record in records:
         record.pop("seconds")
     assert records[0] == records[1]
+    # A stopped classifier is evaluated, and a finished one trained for more passes.
+    other = tmp_path / "other"
+    assert cli(*command, "--out", other, watched=(other / "metrics.jsonl", 9)).code == -signal.SIGKILL
+    assert "a stopped run" in succeed(cli("evaluate", "--from", other, "--data", data.table)).err
+    for lines in (None, len((out / "metrics.jsonl").read_text().splitlines()) + 3):
+        folder = out if lines is None else whole
+        watched = {} if lines is None else {"watched": (folder / "metrics.jsonl", lines)}
+        cli("finetune", "--from", data.lm, "--out", folder, "--resume", "--epochs", 8, **watched)
+        succeed(cli("finetune", "--from", data.lm, "--out", folder, "--resume"))
+    same(out, whole)
+    assert run_of(out)["epochs"] == run_of(whole)["epochs"] == 8

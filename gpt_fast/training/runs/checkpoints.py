@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..._files import PARTIAL, sync, write_json, write_text
+from ..._files import PARTIAL, sha256, sync, write_json, write_text
 from ..engine.distributed import World
 
 FOLDER, MANIFEST, LATEST = "checkpoints", "checkpoint.json", "latest"
@@ -63,10 +63,33 @@ def newest_first(folder: Path) -> Iterator[Path]:
     """The complete checkpoints of a folder: the one that `latest` names, then the others from the newest on."""
     if not folder.is_dir():
         return
-    found = sorted((path for path in folder.iterdir() if path.name.startswith(_PREFIX)), reverse=True)
+    names = (path for path in folder.iterdir() if path.name.startswith(_PREFIX))
+    found = sorted((path for path in names if path.name.removeprefix(_PREFIX).isdecimal()), reverse=True)
     latest = folder / LATEST
     named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
     yield from sorted(found, key=lambda path: path.name != named)
+
+
+def step_of(path: Path | None) -> int:
+    """Return the update that a checkpoint's name tells, -1 for None."""
+    return -1 if path is None else int(path.name.removeprefix(_PREFIX))
+
+
+def newest_good(folder: Path, say: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest checkpoint that is as it was written and its manifest; None if there is no checkpoint.
+
+    Raises `ValueError` if there are checkpoints and all are damaged. `say` gets a line for each damaged one.
+    """
+    damaged = []
+    for path in newest_first(folder):
+        try:
+            return path, read(path)
+        except Damaged as error:
+            damaged.append(str(error))
+            say(f"{error}; trying the one before")
+    if damaged:
+        raise ValueError(f"{folder}: no checkpoint is whole ({damaged[0]}); start again with --overwrite")
+    return None
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -134,16 +157,8 @@ def _sums(path: Path) -> dict[str, list[Any]]:
     with ThreadPoolExecutor(8) as pool:
         return {
             file.name: [file.stat().st_size, digest]
-            for file, digest in zip(files, pool.map(_digest, files), strict=True)
+            for file, digest in zip(files, pool.map(sha256, files), strict=True)
         }
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        digest = hashlib.sha256()
-        while chunk := opened.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _sum_of(manifest: dict[str, Any]) -> str:

@@ -7,13 +7,14 @@ metrics.jsonl                    one line per logged step
 run.json                         how it came about and how it ended: data, labels, baselines, last figures; written
                                  after the weights, so a folder that has it is finished
 loss.png                         the curves; pictures are drawn last, and one that fails is a warning
-checkpoints/, best/              what a run that was stopped goes on from, and the best weights so far
+checkpoints/, best/              what a run resumes from, stopped or for more steps, and the best weights so far
 tensorboard/, profile.json, confusion.png, bad-batch.safetensors   where asked for, or where there is reason
 """
 
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ import torch
 import yaml
 from tokenizers import Tokenizer
 
-from ..._files import write_text
+from ..._files import replacing, sha256, write_text
 from ...config import GPTConfig
 from ...data.tokenizer import special_ids, vocabulary_size
 from ...heads import Head
@@ -36,6 +37,7 @@ from ...interrupts import Interrupted
 from . import checkpoints
 
 SETTINGS = "settings.yaml"
+_NEW, _OLD = ".new-", ".old-"  # hidden folders beside a run: one that is begun, and one that --overwrite moved away
 RUN_FILES = {
     "config.json", "model.safetensors", "tokenizer.json", SETTINGS, "metrics.jsonl", "run.json", "loss.png",
 }  # fmt: skip
@@ -49,8 +51,9 @@ class Run:
     the first checkpoint on, the folder stays whatever happens.
     """
 
-    def __init__(self, out: Path, folder: Path, overwrite: bool = False):
+    def __init__(self, out: Path, folder: Path, overwrite: bool = False, resume_command: str = "--resume"):
         self.out = out
+        self.resume_command = resume_command
         self.folder = folder
         self.overwrite = overwrite
         self.kept = False
@@ -68,7 +71,7 @@ class Run:
         _check_idle(self.out)
         self.folder.chmod(0o777 & ~_umask())  # mkdtemp's folders are the owner's alone
         if self.out.exists():
-            self._replaced = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.old-", dir=self.out.parent))
+            self._replaced = Path(tempfile.mkdtemp(prefix=f".{self.out.name}{_OLD}", dir=self.out.parent))
             self.out.rename(self._replaced / self.out.name)
         self.folder.rename(self.out)
         self.folder = self.out
@@ -87,9 +90,36 @@ class Run:
             (self._replaced / self.out.name).rename(self.out)
             self._replaced.rmdir()
 
+    def reopen(self, settings: dict[str, Any]) -> None:
+        """Let a run be resumed for more steps: save its new settings, and make it a stopped run if it is finished."""
+        write_settings(self.folder, settings)
+        if not is_finished(self.folder):
+            return
+        if "best_step" in read_record(self.folder):  # its weights are those of the best validation so far
+            (self.folder / "best").mkdir(exist_ok=True)
+            for name in ("config.json", "model.safetensors"):
+                with replacing(self.folder / "best" / name) as temporary:
+                    shutil.copyfile(self.folder / name, temporary)
+        (self.folder / "run.json").unlink()
+
+    def what_is_left(self, signal: object) -> str:
+        """Return what a signal left on disk, and the command that resumes the run."""
+        if not self.kept:
+            before = f"; {self.out} is what it was" if self._replaced is not None else ""
+            return f"stopped by {signal}; nothing is left of this run{before}"
+        if is_finished(self.out):
+            return f"stopped by {signal}; the run in {self.out} is finished"
+        newest = next(checkpoints.newest_first(self.checkpoints), None)
+        if newest is None:
+            return f"stopped by {signal}; the weights are in {self.out}, which has no checkpoint"
+        step = checkpoints.step_of(newest)
+        return f"stopped by {signal} after update {step:,}, whose checkpoint is saved; resume: {self.resume_command}"
+
 
 @contextmanager
-def new_run(out: Path, overwrite: bool = False, resume: bool = False) -> Iterator[Run]:
+def new_run(
+    out: Path, overwrite: bool = False, resume: bool = False, resume_command: str = "--resume"
+) -> Iterator[Run]:
     """Yields a run whose folder takes its place at the end of the block, or before, when `publish` is called. If the
     block raises, or is interrupted, before a checkpoint is written, nothing of it stays and a run that was there before
     is untouched.
@@ -102,10 +132,11 @@ def new_run(out: Path, overwrite: bool = False, resume: bool = False) -> Iterato
         raise ValueError(
             "--overwrite and --resume: one replaces the run, the other goes on with it; wanted one of them"
         )
+    put_back(out)
     if resume and any(checkpoints.newest_first(out / checkpoints.FOLDER)):
-        run = Run(out, out)
+        run = Run(out, out, resume_command=resume_command)
         run.kept = True
-        with _locked(out):
+        with _locked(out), _telling(run):
             yield run
         return
     overwrite = overwrite or (resume and not is_finished(out))
@@ -114,17 +145,14 @@ def new_run(out: Path, overwrite: bool = False, resume: bool = False) -> Iterato
     try:
         made = _make_parents(out.parent)
         _sweep(out)
-        run = Run(out, Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent)), overwrite)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}{_NEW}", dir=out.parent))
+        run = Run(out, folder, overwrite, resume_command)
     except OSError as error:
         raise ValueError(f"--out {out}: cannot write there ({error.strerror})") from None
     try:
-        with _locked(run.folder):
+        with _locked(run.folder), _telling(run):
             yield run
             run.keep()
-    except Interrupted as stopped:
-        if run.kept:  # while it was evaluated or drawn
-            stopped.saved = stopped.saved or f"stopped by {stopped}; the run is in {out}"
-        raise
     finally:
         if not run.kept:
             run.discard()
@@ -133,14 +161,65 @@ def new_run(out: Path, overwrite: bool = False, resume: bool = False) -> Iterato
                     folder.rmdir()
 
 
+@contextmanager
+def _telling(run: Run) -> Iterator[None]:
+    """Let a signal that stops the block say what is left."""
+    try:
+        yield
+    except Interrupted as stopped:
+        stopped.saved = run.what_is_left(stopped)
+        raise
+
+
 def _sweep(out: Path) -> None:
-    """Removes what a kill before the first update left beside `out`: folders that no living process has locked."""
-    for folder in out.parent.glob(f".{out.name}.new-*"):
-        try:
-            with _locked(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-        except ValueError:
+    """Remove what a kill before the first update left beside `out`: folders that no living process has locked."""
+    for folder in _beside(out, _NEW):
+        if _is_idle(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def put_back(out: Path) -> None:
+    """Put back the run that --overwrite had moved away, if its replacement was killed before its first checkpoint."""
+    for folder in _beside(out, _OLD):
+        before = folder / out.name
+        if not before.is_dir():  # it is there again, or was being removed
+            shutil.rmtree(folder, ignore_errors=True)
             continue
+        if out.exists() and not _is_idle(out):
+            continue
+        if is_finished(out) or any(checkpoints.newest_first(out / checkpoints.FOLDER)):
+            shutil.rmtree(folder, ignore_errors=True)  # the replacement is worth more
+            continue
+        if out.exists():
+            _check_target(out, overwrite=True)
+            shutil.rmtree(out)
+        before.rename(out)
+        folder.rmdir()
+        warnings.warn(
+            f"{out}: the run that --overwrite replaced is back, because its replacement was killed before its first "
+            "checkpoint",
+            stacklevel=2,
+        )
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Return hidden folders of dead runs in and beside `folder`: begun runs, and runs that --overwrite moved away."""
+    places = {folder, folder.parent}
+    found = {path for place in places if place.is_dir() for kind in (_NEW, _OLD) for path in place.glob(f".*{kind}*")}
+    return sorted(path for path in found if path.is_dir() and _is_idle(path))
+
+
+def _beside(out: Path, kind: str) -> list[Path]:
+    return sorted(path for path in out.parent.glob(f".{glob.escape(out.name)}{kind}*") if path.is_dir())
+
+
+def _is_idle(folder: Path) -> bool:
+    """Return True if no living process trains in `folder`."""
+    try:
+        with _locked(folder):
+            return True
+    except ValueError:
+        return False
 
 
 def write_extra(path: Path, write: Callable[[Path], object]) -> bool:
@@ -189,10 +268,14 @@ def _check_idle(out: Path) -> None:
 
 
 def check_run(folder: Path) -> None:
-    """Raises unless `folder` holds what a run needs to be read."""
+    """Raise unless `folder` holds what a run needs to be read. Put back a run that a dead --overwrite moved away."""
+    put_back(folder.absolute())
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: " + ("a file, no run folder" if folder.exists() else "no such run folder"))
-    missing = sorted({"config.json", "model.safetensors", "tokenizer.json"} - {path.name for path in folder.iterdir()})
+    there = {path.name for path in folder.iterdir()}
+    if any(checkpoints.newest_first(folder / checkpoints.FOLDER)):
+        there.add("model.safetensors")  # a stopped run, whose weights are in its checkpoints
+    missing = sorted({"config.json", "model.safetensors", "tokenizer.json"} - there)
     if missing == ["tokenizer.json"]:
         raise FileNotFoundError(
             f"{folder}: has a model and no tokenizer.json; put the one there that the model was trained with"
@@ -202,9 +285,27 @@ def check_run(folder: Path) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What run.json says, or nothing where a model was saved without it."""
+    """Return what run.json says; of a stopped run what its newest checkpoint says; else nothing."""
     path = folder / "run.json"
-    return _read_object(path) if path.exists() else {}
+    if path.exists():
+        return _read_object(path)
+    good = checkpoints.newest_good(folder / checkpoints.FOLDER, warnings.warn)
+    return {} if good is None else dict(good[1]["state"].get("record", {}))
+
+
+def check_weights(folder: Path, record: dict[str, Any], whole: bool) -> None:
+    """Compare model.safetensors with the size in a run's record; if `whole`, with its SHA-256 too.
+
+    Raises `ValueError` where they differ. Records of older versions say nothing of the weights.
+    """
+    expected, path = record.get("weights"), folder / "model.safetensors"
+    if not isinstance(expected, dict):
+        return
+    size = path.stat().st_size
+    if size != expected.get("bytes"):
+        raise ValueError(f"{path}: has {size:,} bytes; expected {expected.get('bytes'):,}, as run.json says")
+    if whole and sha256(path) != expected.get("sha256"):
+        raise ValueError(f"{path}: its SHA-256 is not that in run.json: the file was changed or damaged")
 
 
 def special_token(config: GPTConfig, name: str) -> int:

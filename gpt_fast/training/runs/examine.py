@@ -1,0 +1,57 @@
+"""What `gpt-fast doctor RUN` finds in a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ...heads import HEADS
+from ...model_folder import read_config
+from . import checkpoints
+from .folder import check_run, check_weights, is_finished, leftovers, read_record
+from .load import run_tokenizer
+
+
+def examine_run(folder: Path) -> dict[str, Any]:
+    """Return the state of a run, its checkpoints, leftovers of dead runs around it, and problems, each as one line.
+
+    Every file is read and compared with what was written: the weights with the size and SHA-256 in run.json,
+    checkpoints with their manifests. Raises `FileNotFoundError` if there is no such folder.
+    """
+    problems: list[str] = []
+    good, states = [], {}
+    for path in checkpoints.newest_first(folder / checkpoints.FOLDER):
+        try:
+            checkpoints.read(path)
+            good.append(checkpoints.step_of(path))
+            states[path.name] = "whole"
+        except checkpoints.Damaged as error:
+            states[path.name] = "damaged"
+            problems.append(str(error))
+    try:
+        check_run(folder)
+        name, config = read_config(folder)
+        if name not in HEADS:
+            raise ValueError(f"{folder / 'config.json'}: head {name}; expected one of {', '.join(HEADS)}")
+        if is_finished(folder) or not states:
+            check_weights(folder, read_record(folder), whole=True)
+            run_tokenizer(folder, HEADS[name].from_pretrained(folder))
+    except FileNotFoundError:
+        if not folder.is_dir():
+            raise
+        problems.append(f"{folder}: no run: config.json, tokenizer.json or the weights are missing")
+    except (ValueError, OSError) as error:
+        problems.append(str(error))
+    if is_finished(folder):
+        state = "finished"
+    elif good:
+        state = f"stopped; --resume begins after update {max(good):,}"
+    else:
+        state = "no checkpoint is whole" if states else "a model without a record of its training"
+    return {
+        "folder": str(folder),
+        "state": state,
+        "checkpoints": states,
+        "leftovers": [str(path) for path in leftovers(folder)],
+        "problems": problems,
+    }
