@@ -1,12 +1,13 @@
 """Tests the tests: plants each fault of tests/faults/<op>.py and runs that op's tests, which must fail.
 
-    python -m tests.mutants [OP ...] [--match TEXT] [--part I/N] [--jobs N]
+    python -m tests.mutants [OP ...] [--match TEXT] [--part I/N] [--jobs N] [--fuzz]
 
 A fault that no test notices is an error, and so is one whose text does not occur exactly once, one that does not
 compile, and one caught by a test that fails without it too. A test that never ends has noticed its fault, and so has
 one that kills its process. Everything happens in copies of the tree. Faults in kernels/ run in Triton's interpreter.
 For faults in csrc/ the op's own file is compiled with -O1, several faults side by side in one file, and linked with
-the objects of the other ops.
+the objects of the other ops. With --fuzz the draws of tests/fuzz judge instead of the op's tests: this tests the fuzz,
+which need not catch every fault.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 150  # seconds for one test; without a fault the longest takes a tenth of that
+FUZZ_DRAWS = {"C++": 1000, "Triton": 100}  # of each op, by which --fuzz judges; the interpreter is slow
 BATCH = 12  # faults that are compiled and judged together
 CPP_SOURCES = sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))
 REGISTRATION = r"TORCH_LIBRARY_IMPL\(gpt_fast, (\w+), m\)"
@@ -151,8 +153,8 @@ def check(*command: str) -> None:
 class Copy:
     """A copy of the tree for one implementation, and a process that runs tests in it."""
 
-    def __init__(self, folder: Path, compiler: Compiler | None) -> None:
-        self.folder, self.compiler = folder, compiler
+    def __init__(self, folder: Path, compiler: Compiler | None, fuzz: bool) -> None:
+        self.folder, self.compiler, self.fuzz = folder, compiler, fuzz
         for name in ("csrc", "gpt_fast", "gpt_fast_cli", "gpt_fast_settings", "kernels", "tests"):
             ignored = shutil.ignore_patterns("_C*", "__pycache__", ".*")
             shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
@@ -180,7 +182,8 @@ class Copy:
         """Exit code, output and the last test that ran."""
         assert self.server.stdin and self.server.stdout
         arguments = (*arguments, "-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:faulthandler")
-        environment = {"GPT_FAST_MUTANT": str(mutant)}
+        draws = FUZZ_DRAWS["C++" if self.compiler else "Triton"]
+        environment = {"GPT_FAST_MUTANT": str(mutant), "GPT_FAST_FUZZ_DRAWS": str(draws)}
         print(
             json.dumps({"arguments": arguments, "limit": LIMIT, "environment": environment}),
             file=self.server.stdin,
@@ -224,9 +227,11 @@ class Copy:
     def judge_one(self, op: str, fault: Fault, number: int) -> tuple[str, str]:
         """(the test that noticed the fault, how if it did not just fail) or ("", what is wrong)."""
         code, output, test = 0, "", ""
-        if fault.test:
+        if self.fuzz:
+            code, output, test = self.pytest(*draws_of(op), mutant=number)
+        elif fault.test:
             code, output, test = self.pytest(f"tests/ops/test_{op}.py", "-k", fault.test, mutant=number)
-        if code == 0:
+        if code == 0 and not self.fuzz:
             code, output, test = self.pytest(f"tests/ops/test_{op}.py", mutant=number)
         if code == 0:
             return "", "SURVIVED"
@@ -248,15 +253,15 @@ class Copy:
 class Workshop:
     """The copies of the tree, one of each implementation for each thread."""
 
-    def __init__(self, folder: Path, compiles: bool) -> None:
-        self.folder, self.copies, self.local = folder, list[Copy](), threading.local()
+    def __init__(self, folder: Path, compiles: bool, fuzz: bool) -> None:
+        self.folder, self.copies, self.local, self.fuzz = folder, list[Copy](), threading.local(), fuzz
         self.compiler = Compiler(folder) if compiles else None
 
     def copy(self, kind: str) -> Copy:
         mine = self.local.__dict__.get(kind)
         if mine is None:
             folder = Path(tempfile.mkdtemp(dir=self.folder))
-            mine = self.local.__dict__[kind] = Copy(folder, self.compiler if kind == "C++" else None)
+            mine = self.local.__dict__[kind] = Copy(folder, self.compiler if kind == "C++" else None, self.fuzz)
             self.copies.append(mine)
         return mine
 
@@ -271,6 +276,12 @@ def ops_with_faults() -> list[str]:
 
 def faults_of(op: str) -> tuple[Fault, ...]:
     return importlib.import_module(f"tests.faults.{op}").FAULTS
+
+
+def draws_of(op: str) -> list[str]:
+    """Return the tests that draw calls of an op."""
+    drawn = [op, "attention_qkv"] if op == "attention" else [op]
+    return [f"tests/fuzz/test_ops.py::test_draws[{name}]" for name in drawn]
 
 
 def batches_of(chosen: list[tuple[str, Fault]]) -> Iterator[tuple[str, str, list[Fault]]]:
@@ -299,6 +310,7 @@ def main() -> None:
     parser.add_argument("--match", default="", help="only faults whose file and name contain this")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="every N-th fault, from the I-th on")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--fuzz", action="store_true", help="let the draws of tests/fuzz judge")
     arguments = parser.parse_args()
     chosen = [(op, f) for op in arguments.ops for f in faults_of(op) if arguments.match in f"{f.file}: {f.name}"]
     part, parts = map(int, arguments.part.split("/"))
@@ -316,7 +328,7 @@ def main() -> None:
             )  # fmt: skip
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
-        workshop = Workshop(Path(folder), any(kind == "C++" for _, kind, _ in batches))
+        workshop = Workshop(Path(folder), any(kind == "C++" for _, kind, _ in batches), arguments.fuzz)
         print(f"mutants: {len(chosen)} faults; ready after {time.monotonic() - start:.0f} s", flush=True)
         for job in [pool.submit(judge, *batch) for batch in batches]:
             job.result()

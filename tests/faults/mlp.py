@@ -23,7 +23,7 @@ FAULTS = (
     Fault("activation kept, not its input", TRITON, "store(kept, z, m, n", "store(kept, _activate(z, ACTIVATION)[0], m, n", "numerics"),
     # Triton, backward
     Fault("slope dropped", TRITON, "dz = dh * slope", "dz = dh", "numerics"),
-    Fault("scale dropped from relu's gradient", TRITON, "dz *= scale  # 0", "dz *= 1.0  # 0", "dropout_mask"),
+    Fault("scale dropped from relu's gradient", TRITON, "tl.where(at_z <= 0.0, 0.0, dh * scale)", "tl.where(at_z <= 0.0, 0.0, dh)", "dropout_mask"),
     Fault("dropout left out of the gradient", TRITON, "dz = tl.where(keep, dz * scale, 0.0)", "dz = dz * scale", "dropout_mask"),
     Fault("dropout left out of the hidden layer made again", TRITON, "value = tl.where(keep, value * scale, 0.0)", "value = value * scale", "numerics"),
     Fault("wrong lane of the gradient's dropout", TRITON, "j = n + tl.arange(0, dh.shape[1])[None, :]", "j = n + 1 + tl.arange(0, dh.shape[1])[None, :]", "dropout_mask"),
@@ -63,8 +63,8 @@ FAULTS = (
     Fault("hidden activation in bfloat16", CPP, "round_row(row, h.row(i), kBlock);", "for (int64_t j = 0; j < kBlock; ++j) row[j] = static_cast<float>(at::BFloat16(row[j]));\n        round_row(row, h.row(i), kBlock);", "numerics"),
     Fault("hidden activation of every chunk in the first's place", CPP, "hidden.mutable_data_ptr<scalar_t>() + first * F", "hidden.mutable_data_ptr<scalar_t>()", "chunk"),
     # C++, backward
-    Fault("scale dropped, backward", CPP, "Vec::loadu(dz_row + j) * Vec(scale) * at_z.slope", "Vec::loadu(dz_row + j) * at_z.slope", "numerics"),
-    Fault("slope dropped", CPP, "Vec::loadu(dz_row + j) * Vec(scale) * at_z.slope", "Vec::loadu(dz_row + j) * Vec(scale)", "numerics"),
+    Fault("scale dropped, backward", CPP, "const Vec dh = Vec::loadu(dz_row + j) * Vec(scale);", "const Vec dh = Vec::loadu(dz_row + j);", "numerics"),
+    Fault("slope dropped", CPP, "dz_of_relu : dh * at_z.slope)", "dz_of_relu : dh)", "numerics"),
     Fault("dropout left out of the gradient", CPP, "if (needs_dz) keep.apply(Vec::loadu(dz_row + j), j).store(dz_row + j);", "", "dropout_mask"),
     Fault("dropout left out of the recomputed activation", CPP, "keep.apply(Vec::loadu(h_values + j), j).store(h_values + j);", "", "numerics"),
     Fault("scale dropped from the recomputed activation", CPP, "at_z.value * Vec(scale)).store(h_values + j)", "at_z.value).store(h_values + j)", "numerics"),
@@ -96,4 +96,6 @@ FAULTS = (
     Fault("wrong lane", PHILOX, "j / 16 * 4 + column / 4", "j / 16 * 4 + column / 8", "dropout_mask"),
     Fault("rows 8 apart count as neighbours", PHILOX, "(i / 16) * 8 + i % 8", "i / 2", "dropout_mask"),
     Fault("site ignored", PHILOX, "site, key);\n      // Four counters, half", "0, key);\n      // Four counters, half", "dropout_mask"),
+    Fault("relu multiplies by its slope, Triton", TRITON, "tl.where(at_z <= 0.0, 0.0, dh * scale)", "dh * slope * scale", "relu_passes"),
+    Fault("relu multiplies by its slope", CPP, "(ACTIVATION == Activation::kRelu ? dz_of_relu : dh * at_z.slope)", "(dh * at_z.slope)", "relu_passes"),
 )  # fmt: skip

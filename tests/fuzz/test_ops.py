@@ -14,8 +14,8 @@ from tests.fuzz import draws, worker
 from tests.fuzz.ops import OPS, TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
-# Draws of each op. The interpreter takes up to a second for one.
-DRAWS = 12 if draws.INTERPRETED else 250
+# Draws of each op. The interpreter takes up to a second for one. `python -m tests.mutants --fuzz` asks for more.
+DRAWS = int(os.environ.get("GPT_FAST_FUZZ_DRAWS") or (12 if draws.INTERPRETED else 200))
 # "not finite" and "padding" are kinds of valid calls.
 KINDS = ("computed", "not finite", "padding", "refused")
 

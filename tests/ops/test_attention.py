@@ -215,6 +215,54 @@ def test_rows_without_keys_give_zero(device):
     assert (out[:, :, [0, 7, 39]] == 0).all() and (dq[:, :, [0, 7, 39]] == 0).all()
 
 
+MASKS_OF_THREE = {
+    "none": {},
+    "causal": {"causal": True},
+    "lengths": {"lengths": torch.tensor([2])},
+    "key_mask": {"key_mask": torch.tensor([[True, False, True]])},
+    "mask": {"mask": torch.tensor([[True, False, True]])},
+}
+
+
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("name", MASKS_OF_THREE)
+def test_scores_of_minus_infinity_give_nan(name, dtype, device):
+    """As in PyTorch's softmax, and in the reference; a query without keys still gives 0."""
+    q, dout = torch.full((1, 1, 3, 1), -torch.inf, dtype=dtype, device=device), torch.ones(1, 1, 3, 1, device=device)
+    k, v = (torch.ones(1, 1, 3, 1, dtype=dtype, device=device) for _ in range(2))
+    options = {"causal": False} | {
+        key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in MASKS_OF_THREE[name].items()
+    }
+    for function in (ops.attention, reference.attention):
+        tensors = (x.detach().requires_grad_() for x in (q, k, v))
+        assert all(x.isnan().any() for x in run(*tensors, dout.to(dtype), function, **options))
+    empty = options | {"mask": torch.zeros(3, 3, dtype=torch.bool, device=device)}
+    for x in run(*(x.detach().requires_grad_() for x in (torch.zeros_like(q), k, v)), dout.to(dtype), **empty):
+        assert (x == 0).all()
+
+
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+def test_an_infinite_key_without_weight_spoils_only_the_queries_gradient(dtype, device):
+    """Scores of -inf have weights of 0: outputs, dk and dv are finite, as in PyTorch; dq is 0 times infinity."""
+    q, k, v, dout = (torch.randn(1, 2, 5, 4, device=device).abs().to(dtype) for _ in range(4))
+    k[0, 0, 3, 2] = -torch.inf
+    out, dq, dk, dv = run(*(x.requires_grad_() for x in (q, k, v)), dout, causal=False)
+    assert all(x.isfinite().all() for x in (out, dk, dv))
+    assert (~dq.isfinite()).nonzero()[:, 1:].tolist() == [[0, i, 2] for i in range(5)]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_a_query_of_nan_spoils_the_gradients_of_its_keys(p, device):
+    """With dropout too: a NaN weight is no weight of zero."""
+    q, k, v, dout = inputs(1, 2, 40, 40, 8, device=device)
+    with torch.no_grad():
+        q[0, 1, 39, 3] = torch.nan
+    out, dq, dk, dv = run(q, k, v, dout, dropout_p=p, seed=seed_on(device))
+    for x in (out[:, :, 39:], dq[:, :, 39:], dk, dv):
+        assert x[:, 1].isnan().any(-1).all() and x[:, 0].isfinite().all()
+    assert out[:, :, :39].isfinite().all() and dq[:, :, :39].isfinite().all()
+
+
 EXAMPLES = 8 if os.environ.get("TRITON_INTERPRET") == "1" else 40  # the interpreter takes many seconds for each
 
 

@@ -162,6 +162,20 @@ def test_large_arguments(device):
         assert torch.allclose(dbias, torch.tensor([0, 0, 0, middle, 1, 1, 1], device=device)), activation
 
 
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan], ids=str)
+def test_relu_passes_nothing_where_it_is_zero(value, recompute, p, dtype, device):
+    """A gradient that is not finite reaches no input of a negative z, as PyTorch selects and does not multiply by 0."""
+    x = torch.ones(3, 4, dtype=dtype, device=device, requires_grad=True)
+    fc_weight = (-torch.eye(4, dtype=dtype, device=device)).requires_grad_()
+    proj_weight = torch.eye(4, dtype=dtype, device=device)
+    y = ops.mlp(x, fc_weight, None, proj_weight, None, "relu", p, seed_on(device), SITE, recompute)
+    grads = torch.autograd.grad(y, (x, fc_weight), torch.full_like(y, value))
+    assert all((grad == 0).all() for grad in grads)
+
+
 @pytest.mark.parametrize(("p", "dtype"), [(0.1, torch.float32), (0.5, torch.bfloat16), (0.99, torch.float16)], ids=str)
 @pytest.mark.parametrize("rows", [1, 9, 50, 1041])
 def test_dropout_mask(rows, p, dtype, device, implementation):
