@@ -165,7 +165,11 @@ class DecodeSession:
         """Adds tokens [B, T], of which the first `lengths` [B] count, to rows 0 to B; the logits [B, V] after each."""
         with self.in_use():
             self.check_layout()
-            return self.read_prompt(tokens, check_prompt(tokens, self.config.num_tokens, lengths))
+            counts = check_prompt(tokens, self.config.num_tokens, lengths)
+            if lengths is not None:  # padding may hold anything, such as -100; the embedding takes token ids alone
+                is_padding = torch.arange(tokens.shape[1], device=tokens.device) >= counts[:, None]
+                tokens = tokens.masked_fill(is_padding, 0)
+            return self.read_prompt(tokens, counts)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Adds one token [batch] to every row; the logits [batch, V] after it, float32."""
@@ -361,7 +365,7 @@ def check_prompt(tokens: Any, V: int, lengths: Any = None, key_mask: Any = None)
     if B == 0 or T == 0 or bool((lengths < 1).any()):
         raise ValueError("gpt_fast.generate: tokens has an empty prompt; expected at least one token in every row")
     if bool((lengths > T).any()):
-        raise ValueError(f"gpt_fast.generate: a length of {int(lengths.max())} in rows of {T} tokens")
+        raise ValueError(f"gpt_fast.generate: lengths holds {int(lengths.max())}; expected at most the {T} of a row")
     lengths = lengths.to(device=tokens.device, dtype=torch.int64)
     real = torch.arange(T, device=tokens.device) < lengths[:, None] if key_mask is None else key_mask
     check_tokens(tokens[real], V)
