@@ -58,13 +58,28 @@ def assert_as_accurate_as_draws(
     assert shapes == (list(got.shape), list(got.shape)), f"{label}: shape {list(got.shape)}, wanted {shapes}"
     if exact.numel() == 0:
         return
-    error, allowed = (got.double() - exact).abs(), (yardsticks.double() - exact).abs().flatten(1)
-    largest = MAX_FACTOR * allowed.max() + FLOOR * max(exact.abs().max().item(), terms)
-    _assert_all(error <= largest, error / largest.clamp(min=1e-300), got, exact, f"{label} (largest error)")
-    rms, rms_exact = (value.square().mean().sqrt().item() for value in (error, exact))
-    rms_allowed = allowed.square().mean(dim=1).sqrt().max().item()
-    bound = RMS_FACTOR * rms_allowed + FLOOR * max(rms_exact, terms)
-    assert rms <= bound, f"{label}: root mean square error {rms:.3g}, allowed {bound:.3g}"
+    error, largest, rms_allowed = (got.double() - exact).abs(), *_allowed(yardsticks, exact, terms)
+    _assert_all(error <= largest, error / max(largest, 1e-300), got, exact, f"{label} (largest error)")
+    rms = error.square().mean().sqrt().item()
+    assert rms <= rms_allowed, f"{label}: root mean square error {rms:.3g}, allowed {rms_allowed:.3g}"
+
+
+def shares_of_allowed(got: Tensor, yardstick: Tensor, exact: Tensor) -> tuple[float, float]:
+    """Return the largest and the root mean square error as shares of what `assert_as_accurate` allows each: 1 is all.
+
+    NaN in `got` gives NaN.
+    """
+    error = (got.double() - exact).abs()
+    largest, rms = _allowed(yardstick[None], exact, 0.0)
+    return error.max().item() / max(largest, 1e-300), error.square().mean().sqrt().item() / max(rms, 1e-300)
+
+
+def _allowed(yardsticks: Tensor, exact: Tensor, terms: float) -> tuple[float, float]:
+    """Return the allowed largest and root mean square error, given yardsticks [K, ...]."""
+    allowed = (yardsticks.double() - exact).abs().flatten(1)
+    rms, rms_exact = allowed.square().mean(dim=1).sqrt().max().item(), exact.square().mean().sqrt().item()
+    largest = MAX_FACTOR * allowed.max().item() + FLOOR * max(exact.abs().max().item(), terms)
+    return largest, RMS_FACTOR * rms + FLOOR * max(rms_exact, terms)
 
 
 def norm_conditioning(x: Tensor, eps: float) -> Tensor:

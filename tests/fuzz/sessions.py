@@ -31,7 +31,7 @@ from gpt_fast.generation.sampling import penalise
 from gpt_fast.generation.steps import WEIGHTS, parts, step_kind
 from tests.numerics import FLOOR, MAX_FACTOR, assert_as_accurate_as_draws
 
-MESSAGE = re.compile(r"gpt_fast\.\w+: .+; (expected|make|ask|wanted) ", re.DOTALL)
+MESSAGE = re.compile(r"gpt_fast\.\w+: .+; (expected|make|ask) ", re.DOTALL)
 HEAD_SIZES = (2, 3, 5, 8, 16, 17, 20, 32, 64)
 Call = Callable[[], object]
 
@@ -77,7 +77,7 @@ def _surroundings() -> Iterator[None]:
 # ---- the plain model of a pass ---------------------------------------------------------------------------------------
 
 
-DRAWS = 6  # yardsticks: the first rounds to nearest, the others up or down at random
+DRAWS = 24  # yardsticks: the first rounds to nearest, the others up or down at random
 _SIGNIFICANDS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}  # bits
 _LEAST_ULP = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2.0**-149}
 
@@ -430,19 +430,17 @@ class Fuzz:
     def content(self) -> list[Tensor]:
         """Return copies of the keys and values that the rows hold."""
         cache = self.session.cache
-        return [
-            half[:, b, :, :n].clone() for half in (cache.keys, cache.values) for b, n in enumerate(self.lengths)
-        ]
+        return [half[:, b, :, :n].clone() for half in (cache.keys, cache.values) for b, n in enumerate(self.lengths)]
 
     def refused(self, call: Call, label: str) -> None:
         """Assert that a call raises an error in the project's form, and that the session holds what it held."""
-        before = self.content()
+        before, message = self.content(), None
         try:
             call()
         except (ValueError, TypeError, IndexError) as error:
-            assert MESSAGE.match(str(error)), f"{label}: the message is {str(error)!r}"
-        else:
-            raise AssertionError(f"{label}: no error")
+            message = str(error)
+        assert message is not None, f"{label}: no error"
+        assert MESSAGE.match(message), f"{label}: the message is {message!r}"
         self.pack()
         self.check_state()
         assert all(map(torch.equal, self.content(), before)), f"{label}: the error changed what the cache holds"
@@ -456,7 +454,8 @@ def prefill(fuzz: Fuzz) -> None:
     rows = fuzz.rng.randint(1, fuzz.batch)
     room = fuzz.length - max(fuzz.lengths[:rows])
     if room == 0:
-        return overfull(fuzz)
+        overfull(fuzz)
+        return
     tokens, lengths, real = fuzz.prompt(rows, room)
     referenced = fuzz.rng.random() < 0.15
     with gpt_fast.use_reference() if referenced else contextlib.nullcontext(), _pieces(fuzz):
@@ -481,10 +480,11 @@ def _pieces(fuzz: Fuzz) -> Iterator[None]:
 
 
 def step(fuzz: Fuzz) -> None:
-    """Read a few tokens a row, one after the other; some steps again with another number of threads, to the same bits."""
+    """Read a few tokens a row, one after the other. With another number of threads a step gives the same bits."""
     for _ in range(fuzz.rng.randint(1, 4)):
         if fuzz.room() == 0:
-            return overfull(fuzz)
+            overfull(fuzz)
+            return
         tokens, referenced = fuzz.tokens(fuzz.batch), fuzz.rng.random() < 0.15
         with gpt_fast.use_reference() if referenced else contextlib.nullcontext():
             got = fuzz.session.step(tokens)
@@ -498,7 +498,6 @@ def step(fuzz: Fuzz) -> None:
         for row, token in zip(fuzz.plain.rows, tokens.tolist(), strict=True):
             fuzz.plain.step(row, token, referenced)
         check_logits(got, fuzz.plain.rows, "step")
-    return None
 
 
 def overfull(fuzz: Fuzz) -> None:
@@ -545,9 +544,15 @@ def loaded(fuzz: Fuzz) -> None:
 
 
 def trained(fuzz: Fuzz) -> None:
-    """One step of an optimizer, fused or not."""
-    fused = fuzz.rng.random() < 0.5
-    optimizer = torch.optim.SGD(fuzz.model.parameters(), lr=0.05, fused=fused)
+    """Train for one step: AdamW, fused or not; of a 16-bit model SGD.
+
+    In 16 bits the second moment of a small gradient is 0, and torch's fused SGD leaves most of a tensor as it is.
+    """
+    parameters = list(fuzz.model.parameters())
+    if parameters[0].dtype in (torch.float32, torch.float64):
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=0.02, fused=fuzz.rng.random() < 0.5)
+    else:
+        optimizer = torch.optim.SGD(parameters, lr=0.05, fused=False, foreach=fuzz.rng.random() < 0.5)
     for parameter in fuzz.model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
@@ -622,7 +627,7 @@ def copy_session(fuzz: Fuzz) -> None:
 
 def copy_model(fuzz: Fuzz) -> None:
     """A copy of the model is another model: the session refuses it, and it generates what the model generates."""
-    twin = copy.deepcopy(fuzz.model) if fuzz.rng.random() < 0.5 else pickle.loads(pickle.dumps(fuzz.model))
+    twin = copy.deepcopy(fuzz.model) if fuzz.rng.random() < 0.5 else pickle.loads(pickle.dumps(fuzz.model))  # noqa: S301
     tokens = fuzz.tokens(fuzz.batch, 1)
     call = partial(generate, twin, tokens, max_new_tokens=1, session=fuzz.session)
     fuzz.refused(call, "generate with the session of another model")
@@ -773,9 +778,10 @@ def continue_session(fuzz: Fuzz) -> None:
     """Generate with the session: it holds the prompt and the new tokens afterwards."""
     room = fuzz.room()
     if room == 0:
-        return overfull(fuzz)
+        overfull(fuzz)
+        return
     longest = fuzz.rng.randint(1, room)
-    return call_generate(fuzz, fuzz.plain, longest, fuzz.rng.randint(0, room - longest), session=fuzz.session)
+    call_generate(fuzz, fuzz.plain, longest, fuzz.rng.randint(0, room - longest), session=fuzz.session)
 
 
 def generate_alone(fuzz: Fuzz) -> None:
