@@ -126,7 +126,7 @@ def times_inverse(x: Tensor, largest: Tensor, most: int) -> Tensor:
 class Roundings:
     """Roundings of one pass: of inputs of products, results of ops, keys and values, and inside attention.
 
-    `dtype` is that of the arithmetic in between, `draws` the number of draws.
+    `dtype` is that of the arithmetic in between, to which attention rounds its scores; `draws` is the number of draws.
     """
 
     dtype: torch.dtype = torch.float32
@@ -136,6 +136,9 @@ class Roundings:
     result: Callable[[Tensor], Tensor] = same
     kept: Callable[[Tensor], Tensor] = same
     attention: Callable[[Tensor], Tensor] = same
+
+    def score(self, x: Tensor) -> Tensor:
+        return x if self.draws == 1 else rounds_to(self.dtype)(x)
 
 
 def read(
@@ -168,8 +171,12 @@ def read(
         if past:
             k, v = torch.cat([past[i][0], k], dim=2), torch.cat([past[i][1], v], dim=2)
         kept.append((k, v))
-        scores = by.attention(q) @ k.transpose(2, 3) * (C // H) ** -0.5
-        probs = by.attention(scores.masked_fill(~allowed, -torch.inf).softmax(-1))
+        # A score in the hundreds is known to few digits after the point, and its softmax to as many: three operations
+        # round it, of which the last is the difference from the largest.
+        scores = by.score(by.score(by.attention(q) @ k.transpose(2, 3)) * (C // H) ** -0.5)
+        scores = scores.masked_fill(~allowed, -torch.inf)
+        scores = by.score(scores - scores.amax(-1, keepdim=True)).masked_fill(~allowed, -torch.inf)
+        probs = by.attention(scores.softmax(-1))
         attended = by.result(by.attention(probs @ v)).transpose(1, 2).reshape(by.draws, n, C)
         x = by.result(x + by.result(linear(attended, block + "multihead_attn.out_proj")))
         if not config.pre_norm:
