@@ -102,7 +102,7 @@ def test_seed_and_index_decide_a_session(monkeypatch, one_thread):
 
         def recorded(fuzz):
             operation(fuzz)
-            seen.append((name, repr(fuzz), fuzz.lengths, float(fuzz.trunk.pos_emb.sum())))
+            seen.append((name, repr(fuzz), fuzz.lengths, float(fuzz.trunk.pos_emb.detach().sum())))
 
         monkeypatch.setitem(sessions.OPERATIONS, name, (weight, recorded))
 
