@@ -45,7 +45,7 @@ def drops_a_gradient(model):
 
 
 def another_eps(model):
-    model.trunk.decoders[1].layer_norm2.eps = 1e-4
+    model.trunk.decoders[0].layer_norm1.eps = 1e-4  # its input, the embeddings, varies least
 
 
 def damages_a_gradient(model):
