@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.table import Column
 from rich.text import Text
+
+from benchmarks.console import out_console, print_table, resolve_device
 
 app = typer.Typer(
     add_completion=False,
@@ -21,7 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out_console = Console(highlight=False)
 err_console = Console(stderr=True, highlight=False)
 
 
@@ -59,7 +59,7 @@ def bench(
         return
     from benchmarks.catalogue import select
 
-    topics, device = select(suite), _resolve_device(device)
+    topics, device = select(suite), resolve_device(device)
     if cpu_time:
         if device != "cpu":
             raise ValueError(f"--cpu-time with --device {device}; expected --device cpu: a GPU's times are its own")
@@ -67,16 +67,6 @@ def bench(
 
         torch.set_num_threads(1)
     _run(topics, device, quick, out, resume, cpu_time)
-
-
-def _resolve_device(name: str) -> str:
-    import torch
-
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device is {name}; expected auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this PyTorch sees no CUDA device; gpt-fast doctor tells more")
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _say(message: str) -> None:
@@ -103,7 +93,7 @@ def _compare(old: Path, new: Path) -> None:
     ]
     if rows:
         header = ["case", "pass", "implementation", "old", "new", "new / old"]
-        _print_table(header, rows, ["green" if change["ratio"] < 1 else "red" for change in moved])
+        print_table(header, rows, ["green" if change["ratio"] < 1 else "red" for change in moved])
     faster = sum(change["ratio"] < 1 for change in moved)
     typer.echo(
         f"{len(changes)} figures in both: {faster} faster, {len(moved) - faster} slower, "
@@ -152,27 +142,11 @@ def _show_case(run: dict[str, Any], records: list[dict[str, Any]]) -> None:
 
     if records:
         rows = tables.rows(run, {record["peer"]: record for record in records})
-        _print_table(tables.columns(run, records), rows, title=f"{run['topic']} {records[0]['case']}")
+        print_table(tables.columns(run, records), rows, title=f"{run['topic']} {records[0]['case']}")
 
 
 def _show_study(study: Any, record: dict[str, Any]) -> None:
     out_console.print(Markdown("\n".join(study.lines(record))))
-
-
-def _print_table(
-    header: list[str], rows: list[list[str]], colors: list[str] | None = None, title: str | None = None
-) -> None:  # fmt: skip
-    """Print columns on stdout, the first aligned left, the others right. In a pipe no row is cut off or wrapped."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for place, name in enumerate(header):
-        table.add_column(name, justify="right" if place else "left", overflow="fold")
-    for place, row in enumerate(rows):
-        table.add_row(*map(Text, row), style=colors[place] if colors else None)
-    if out_console.is_terminal:
-        out_console.print(table)
-    else:
-        wide = Console(highlight=False, width=1000)
-        wide.print(table, crop=False)
 
 
 def main() -> None:

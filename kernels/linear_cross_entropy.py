@@ -188,11 +188,11 @@ def _gradient_kernel(
 
 
 @triton.jit
-def _dx_half(dx, out_ptr, index_ptr, m, n, first, live, C, stride_om, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
+def _dx_half(dx, out_ptr, index_ptr, m, n, first, live, C, stride_om, scale, PRECISION: tl.constexpr):
     offs_m = m + tl.arange(0, dx.shape[0])
     offs_n = n + tl.arange(0, dx.shape[1])
     row = tl.load(index_ptr + first + offs_m, mask=offs_m < live, other=0).to(tl.int64)
-    value = cast(dx * (1.0 / FACTOR), out_ptr.dtype.element_ty, PRECISION)
+    value = cast(dx * scale, out_ptr.dtype.element_ty, PRECISION)
     mask = (offs_m < live)[:, None] & (offs_n < C)[None, :]
     tl.store(out_ptr + row[:, None] * stride_om + offs_n[None, :], value, mask=mask)
 
@@ -200,12 +200,18 @@ def _dx_half(dx, out_ptr, index_ptr, m, n, first, live, C, stride_om, FACTOR: tl
 @triton.jit(do_not_specialize=["first", "M"])
 def _dx_kernel(
     a, b, out, index_ptr, count_ptr, stride_am, stride_ak, stride_bn, stride_bk, stride_om, stride_on,
-    first, M, N, K, FACTOR: tl.constexpr,
+    first, M, N, K, FACTOR: tl.constexpr, MEAN: tl.constexpr,
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dx, whose rows go where those of the chunk came from."""
-    live = tl.minimum(tl.load(count_ptr) - first, M)
+    count = tl.load(count_ptr)
+    live = tl.minimum(count - first, M)
+    scale = 1.0 / FACTOR
+    if MEAN:  # the part of 1 / count that is no power of two: autograd divides by the rest, which is exact
+        counted = tl.maximum(count, 1).to(tl.float32)
+        power = (counted.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        scale = power / counted * scale
     tiles = tl.cdiv(tl.maximum(live, 0), BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
         m, n = tile(index, live, N, BLOCK_M, BLOCK_N)
@@ -214,8 +220,8 @@ def _dx_kernel(
             BLOCK_M, BLOCK_N, BLOCK_K, A_MODE, B_MODE, PRECISION,
         )  # fmt: skip
         left, right = halves(acc)
-        _dx_half(left, out, index_ptr, m, n, first, live, N, stride_om, FACTOR, PRECISION)
-        _dx_half(right, out, index_ptr, m, n + BLOCK_N // 2, first, live, N, stride_om, FACTOR, PRECISION)
+        _dx_half(left, out, index_ptr, m, n, first, live, N, stride_om, scale, PRECISION)
+        _dx_half(right, out, index_ptr, m, n + BLOCK_N // 2, first, live, N, stride_om, scale, PRECISION)
 
 
 @triton.jit
@@ -288,7 +294,7 @@ def _total_kernel(loss_ptr, count_ptr, total_ptr, counted_ptr, MEAN: tl.constexp
 def _run(
     x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None, ignore_index: int,
     smoothing: float, dloss: torch.Tensor | None, loss: torch.Tensor | None, scatters: bool,
-    dx: torch.Tensor | None, dweight: torch.Tensor | None, dbias: torch.Tensor | None,
+    dx: torch.Tensor | None, dweight: torch.Tensor | None, dbias: torch.Tensor | None, mean: bool,
 ) -> torch.Tensor:  # fmt: skip
     """Writes the losses of x [N, C] and the gradients, whichever are given; returns how many rows count, int32 [1]."""
     (N, C), V, device = x.shape, weight.shape[0], x.device
@@ -351,7 +357,7 @@ def _run(
             FACTOR=factor, PRECISION=precision(), BLOCK_M=GRADIENT_ROWS, BLOCK_V=width, num_warps=4,
         )  # fmt: skip
         if dx is not None and C:
-            multiply(_dx_kernel, gradient, weight.t(), dx, 0, index_ptr=index, first=first, FACTOR=factor)
+            multiply(_dx_kernel, gradient, weight.t(), dx, 0, index_ptr=index, first=first, FACTOR=factor, MEAN=mean)
         if dweight is not None and C:
             multiply(
                 _dweight_kernel, gradient.t(), rows.t(), dweight, 0, first=first, FACTOR=factor, ACCUMULATES=first > 0
@@ -379,7 +385,10 @@ def forward(
     x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None, ignore_index: int,
     label_smoothing: float, reduction: str, needs_x: bool, needs_weight: bool, needs_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The loss, the number of rows that count, and unscaled gradients of the summed loss, empty where not needed."""
+    """The loss, the number of rows that count, and gradients of the summed loss, empty where not needed.
+
+    They are not scaled, but dx of a mean: by the part of 1 / count that is no power of two.
+    """
     rows = as_matrix(x)
     N = rows.shape[0]
     floats = {"dtype": torch.float32, "device": x.device}
@@ -395,7 +404,7 @@ def forward(
     else:
         count = _run(
             rows, weight, target, bias, ignore_index, label_smoothing, None, losses, none,
-            None if dx is None else dx.view(rows.shape), dweight, dbias,
+            None if dx is None else dx.view(rows.shape), dweight, dbias, reduction == "mean",
         )  # fmt: skip
         if none:
             counted = count[0].float()
@@ -426,7 +435,7 @@ def backward(
     else:
         dloss = dloss.to(torch.float32).reshape(-1).contiguous()
         flat = None if dx is None else dx.view(rows.shape)
-        _run(rows, weight, target, bias, ignore_index, label_smoothing, dloss, None, False, flat, dweight, dbias)
+        _run(rows, weight, target, bias, ignore_index, label_smoothing, dloss, None, False, flat, dweight, dbias, False)
     nothing = torch.empty(0, dtype=weight.dtype, device=x.device)
     return (
         torch.empty(0, dtype=x.dtype, device=x.device) if dx is None else dx,

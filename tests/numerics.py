@@ -42,17 +42,46 @@ def assert_as_accurate(got: Tensor, yardstick: Tensor, exact: Tensor, *, terms: 
     result is a sum that cancels, `terms` is the size of what is added: the floor is relative to it, because float32
     rounds the terms, however small their sum.
     """
+    assert_as_accurate_as_draws(got, yardstick[None], exact, terms=terms, label=label)
+
+
+def assert_as_accurate_as_draws(
+    got: Tensor, yardsticks: Tensor, exact: Tensor, *, terms: float = 0.0, label: str = ""
+) -> None:
+    """`assert_as_accurate` against the largest errors among several yardsticks [K, ...].
+
+    One yardstick is one draw of the rounding errors. A result of few numbers after many roundings can be close to the
+    truth by luck, and a correct kernel that rounds another sum the other way is then outside any factor of its error.
+    Draws of the same computation that round up or down at random say how large an error the roundings can make.
+    """
     assert exact.dtype == torch.float64, "the truth is computed in float64"
-    assert yardstick.dtype == got.dtype, f"{label}: yardstick is {yardstick.dtype}, got {got.dtype}"
-    assert got.shape == exact.shape == yardstick.shape, f"{label}: shape {list(got.shape)}, wanted {list(exact.shape)}"
+    assert yardsticks.dtype == got.dtype, f"{label}: yardstick is {yardsticks.dtype}, got {got.dtype}"
+    shapes = list(yardsticks.shape[1:]), list(exact.shape)
+    assert shapes == (list(got.shape), list(got.shape)), f"{label}: shape {list(got.shape)}, wanted {shapes}"
     if exact.numel() == 0:
         return
-    error, allowed = (got.double() - exact).abs(), (yardstick.double() - exact).abs()
-    largest = MAX_FACTOR * allowed.max() + FLOOR * max(exact.abs().max().item(), terms)
-    _assert_all(error <= largest, error / largest.clamp(min=1e-300), got, exact, f"{label} (largest error)")
-    rms, rms_allowed, rms_exact = (value.square().mean().sqrt().item() for value in (error, allowed, exact))
-    bound = RMS_FACTOR * rms_allowed + FLOOR * max(rms_exact, terms)
-    assert rms <= bound, f"{label}: root mean square error {rms:.3g}, allowed {bound:.3g}"
+    error, largest, rms_allowed = (got.double() - exact).abs(), *_allowed(yardsticks, exact, terms)
+    _assert_all(error <= largest, error / max(largest, 1e-300), got, exact, f"{label} (largest error)")
+    rms = error.square().mean().sqrt().item()
+    assert rms <= rms_allowed, f"{label}: root mean square error {rms:.3g}, allowed {rms_allowed:.3g}"
+
+
+def shares_of_allowed(got: Tensor, yardstick: Tensor, exact: Tensor) -> tuple[float, float]:
+    """Return the largest and the root mean square error as shares of what `assert_as_accurate` allows each: 1 is all.
+
+    NaN in `got` gives NaN.
+    """
+    error = (got.double() - exact).abs()
+    largest, rms = _allowed(yardstick[None], exact, 0.0)
+    return error.max().item() / max(largest, 1e-300), error.square().mean().sqrt().item() / max(rms, 1e-300)
+
+
+def _allowed(yardsticks: Tensor, exact: Tensor, terms: float) -> tuple[float, float]:
+    """Return the allowed largest and root mean square error, given yardsticks [K, ...]."""
+    allowed = (yardsticks.double() - exact).abs().flatten(1)
+    rms, rms_exact = allowed.square().mean(dim=1).sqrt().max().item(), exact.square().mean().sqrt().item()
+    largest = MAX_FACTOR * allowed.max().item() + FLOOR * max(exact.abs().max().item(), terms)
+    return largest, RMS_FACTOR * rms + FLOOR * max(rms_exact, terms)
 
 
 def rounding(exact: Tensor, dtype: torch.dtype) -> Tensor:

@@ -78,7 +78,8 @@ class PlainGPT(nn.Module):
 
     def loss(self, tokens: Tensor) -> Tensor:
         labels = F.pad(tokens[:, 1:], (0, 1), value=-100)
-        return F.cross_entropy(self(tokens).flatten(0, 1).float(), labels.flatten())
+        logits = self(tokens).flatten(0, 1)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.flatten())
 
     def generate(self, tokens: Tensor, new: int) -> Tensor:
         """Greedy, with the whole context computed again for each token."""
@@ -89,16 +90,24 @@ class PlainGPT(nn.Module):
     @torch.no_grad()
     def copy_weights(self, ours: nn.Module) -> "PlainGPT":
         """Takes the weights of a `GPTForCausalLM` of the same configuration."""
-        theirs = {name.removeprefix("trunk."): value for name, value in ours.state_dict().items()}
-        renamed = (
-            ("blocks.", "decoders."),
-            ("attention.in_proj.", "multihead_attn.in_proj_"),
-            ("attention.out_proj.", "multihead_attn.out_proj."),
-            ("fc.", "ff.0."),
-            (".proj.", ".ff.3."),
-        )
+        theirs = ours.state_dict()
         for name, value in self.state_dict().items():
-            for mine, other in renamed:
-                name = name.replace(mine, other)
-            value.copy_(theirs["pos_emb"][0] if name == "pos_emb.weight" else theirs[name])
+            value.copy_(theirs[name_of_ours(name)].view(value.shape))
         return self
+
+
+def name_of_ours(name: str) -> str:
+    """Return the name in a `GPTForCausalLM` of a parameter of a `PlainGPT`."""
+    for mine, theirs in _RENAMED:
+        name = name.replace(mine, theirs)
+    return name if name.startswith("output_layer.") else f"trunk.{name}"
+
+
+_RENAMED = (
+    ("pos_emb.weight", "pos_emb"),
+    ("blocks.", "decoders."),
+    ("attention.in_proj.", "multihead_attn.in_proj_"),
+    ("attention.out_proj.", "multihead_attn.out_proj."),
+    ("fc.", "ff.0."),
+    (".proj.", ".ff.3."),
+)

@@ -54,6 +54,7 @@ struct Problem {
   const CountedRows& rows;
   float smoothing;
   const float* scale;  // of each row's gradient, by its index in x; null: 1
+  float dx_scale;      // of dx alone, before it is rounded
 };
 
 // Undefined where not needed. dx holds zeros in the rows that do not count; the others add up in float32.
@@ -187,6 +188,10 @@ class Chunk {
         for (int64_t group = 1; group < groups; ++group) {
           at::vec::map2<float>(add, total, total, total + group * M * padded_C, C);
         }
+        if (in_.dx_scale != 1.0f) {
+          const Vec scale(in_.dx_scale);
+          at::vec::map<float>([scale](Vec value) { return value * scale; }, total, total, C);
+        }
         at::vec::convert(total, out.dx.mutable_data_ptr<scalar_t>() + in_.rows.index[begin_ + i] * C, C);
       }
     });
@@ -292,6 +297,14 @@ Tensor gradient_like_x(const Tensor& x, int64_t rows, int64_t valid, bool needed
   return valid < rows ? at::zeros(x.sizes(), x.options()) : at::empty(x.sizes(), x.options());
 }
 
+// The part of 1 / count that is no power of two: autograd divides by the largest power of two up to count, which is
+// exact.
+float mean_scale(int64_t count) {
+  if (count < 2) return 1.0f;
+  const float counted = static_cast<float>(count);
+  return std::exp2(static_cast<float>(std::ilogb(counted))) / counted;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(
     const Tensor& x, const Tensor& weight, const Tensor& target, const optional<Tensor>& bias, int64_t ignore_index,
     double label_smoothing, c10::string_view reduction, bool needs_x, bool needs_weight, bool needs_bias) {
@@ -312,7 +325,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(
   if (needs_x) out.dx = dx;
   if (needs_weight) out.dweight = dweight;
   if (needs_bias) out.dbias = dbias.mutable_data_ptr<float>();
-  run({rows, weight, shift.const_data_ptr<float>(), valid, static_cast<float>(label_smoothing), nullptr}, out);
+  const float dx_scale = reduction == "mean" ? mean_scale(count) : 1.0f;
+  run({rows, weight, shift.const_data_ptr<float>(), valid, static_cast<float>(label_smoothing), nullptr, dx_scale},
+      out);
 
   const Tensor counted = at::scalar_tensor(static_cast<double>(count), sums);
   if (!reduces) return {losses.view(target.sizes()), counted, dx, dweight, dbias};
@@ -342,7 +357,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(const Tensor& d
   if (needs_weight) out.dweight = dweight;
   if (needs_bias) out.dbias = dbias.mutable_data_ptr<float>();
   run({rows, weight, shift.const_data_ptr<float>(), valid, static_cast<float>(label_smoothing),
-       scale.const_data_ptr<float>()},
+       scale.const_data_ptr<float>(), 1.0f},
       out);
   return {dx, dweight.to(weight.scalar_type()), dbias.to(weight.scalar_type())};
 }

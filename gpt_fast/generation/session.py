@@ -46,15 +46,17 @@ class DecodeSession:
 
     On a CPU the step is one call of `gpt_fast._C.DecodeSession`. `weights`: "float32", "bfloat16" or "int8" (one scale
     for each output channel, symmetric; embeddings, biases and norms stay as they are), by default the model's own.
-    Matrices of that dtype are read in place, others packed once. Activations stay float32; but where the CPU multiplies
-    pairs of bfloat16, products round their inputs to it, and to 16-bit integers with int8 weights. Keys and values are
-    float32 for float32 weights, else bfloat16. Prompts are read with the model's own weights. On CUDA, without the
-    extension, in float64 and under `use_reference()` the model's modules run the step, with `ops.decode_attention`.
+    Matrices of that dtype are read in place if their rows fill whole vectors of the CPU; others are packed once.
+    Activations stay float32; but where the CPU multiplies pairs of bfloat16, products round their inputs to it, and to
+    16-bit integers with int8 weights. Keys and values are float32 for float32 weights, else bfloat16. Prompts are read
+    with the model's own weights. On CUDA, without the extension, in float64 and under `use_reference()` the model's
+    modules run the step, with `ops.decode_attention`.
 
     Deterministic; on a CPU neither the number of threads nor the other rows change a bit of a step. A session serves
     one thread at a time and raises `RuntimeError` for a second one; several sessions serve several threads. `stale`
     tells that the model's parameters were changed, replaced or moved since: writes that autograd does not count (fused
-    optimisers, `.data`) by a sample of every parameter. After an error the session is as it was before.
+    optimisers, `.data`) by a sample of every parameter. Make a new session then: a step sees new values in parameters
+    that it reads in place and not in packed ones. After an error the session is as it was before.
 
     Raises `ValueError` for a model without causal output layer, weights or a length it does not have, more rows than
     `batch`, tokens outside the vocabulary, a full cache, logits that are NaN or infinite, and where the model's
@@ -165,7 +167,11 @@ class DecodeSession:
         """Adds tokens [B, T], of which the first `lengths` [B] count, to rows 0 to B; the logits [B, V] after each."""
         with self.in_use():
             self.check_layout()
-            return self.read_prompt(tokens, check_prompt(tokens, self.config.num_tokens, lengths))
+            counts = check_prompt(tokens, self.config.num_tokens, lengths)
+            if lengths is not None:  # padding may hold anything, such as -100; the embedding takes token ids alone
+                is_padding = torch.arange(tokens.shape[1], device=tokens.device) >= counts[:, None]
+                tokens = tokens.masked_fill(is_padding, 0)
+            return self.read_prompt(tokens, counts)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Adds one token [batch] to every row; the logits [batch, V] after it, float32."""
@@ -361,7 +367,7 @@ def check_prompt(tokens: Any, V: int, lengths: Any = None, key_mask: Any = None)
     if B == 0 or T == 0 or bool((lengths < 1).any()):
         raise ValueError("gpt_fast.generate: tokens has an empty prompt; expected at least one token in every row")
     if bool((lengths > T).any()):
-        raise ValueError(f"gpt_fast.generate: a length of {int(lengths.max())} in rows of {T} tokens")
+        raise ValueError(f"gpt_fast.generate: lengths holds {int(lengths.max())}; expected at most the {T} of a row")
     lengths = lengths.to(device=tokens.device, dtype=torch.int64)
     real = torch.arange(T, device=tokens.device) < lengths[:, None] if key_mask is None else key_mask
     check_tokens(tokens[real], V)

@@ -8,7 +8,9 @@ from . import _checks, _flops, _library
 
 # For "mean" and "sum" forward also gives the gradients of the summed loss, from the logits it has at hand: dx in x's
 # dtype, dweight and dbias in float32. They are not scaled, so that half precision neither overflows nor underflows;
-# autograd multiplies them by the upstream gradient, over `count` for "mean". For "none" the backward op recomputes.
+# autograd multiplies them by the upstream gradient, over `count` for "mean". There dx is scaled by power / count before
+# it is rounded, where power is the largest power of two up to count, and autograd divides it by power, which is exact.
+# For "none" the backward op recomputes.
 _library.define_forward(
     "linear_cross_entropy",
     "(Tensor x, Tensor weight, Tensor target, Tensor? bias, int ignore_index, float label_smoothing, str reduction,"
@@ -42,7 +44,7 @@ def linear_cross_entropy(
     where autocast is on; target int64; the loss is float32.
 
     Precision: logits, softmax and sums in float32; the logits' gradient is rounded to x's dtype as an operand, dx
-    before and after it is scaled by the upstream gradient, others once.
+    before and after it is scaled by the upstream gradient (so once where that is a power of two), others once.
 
     Deterministic; on CPU the same bits at any number of threads.
 
@@ -111,11 +113,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 sums = torch.ops.gpt_fast.linear_cross_entropy_forward(
                     x, weight, target, bias, *options, reduction, *needs
                 )[2:]
-            scale = dloss / count.clamp(min=1) if reduction == "mean" else dloss
-            dtypes = x.dtype, weight.dtype, weight.dtype
-            grads = tuple(_scaled(total, scale, to) for total, to in zip(sums, dtypes, strict=True))
+            scale = dx_scale = dloss
+            if reduction == "mean":
+                count = count.clamp(min=1)
+                scale, dx_scale = dloss / count, dloss / _power_of_two(count)
+            dtypes, scales = (x.dtype, weight.dtype, weight.dtype), (dx_scale, scale, scale)
+            grads = tuple(map(_scaled, sums, scales, dtypes))
         dx, dweight, dbias = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
         return dx, dweight, None, dbias, None, None, None
+
+
+def _power_of_two(count: Tensor) -> Tensor:
+    """Return the largest power of two up to `count`, float32 of at least 1: its bits without the fraction."""
+    return (count.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
 def _scaled(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -32,6 +32,7 @@ from tests.command_line import ENVIRONMENT
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WORKED_EXAMPLE = ROOT / "docs" / "contributing.md"
 SUITE = "python -m benchmarks"
+PARITY = "python -m benchmarks.parity"
 IN_A_CLONE, BEHIND = "in a clone", "behind the commands"
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 FENCE = re.compile(
@@ -206,9 +207,13 @@ def command_options() -> dict[str, set[str]]:
     import typer
 
     from benchmarks.__main__ import app as suite
+    from benchmarks.parity import app as parity
     from gpt_fast_cli.app import NAMES, load_command
 
-    commands = {name: load_command(name) for name in NAMES} | {SUITE: typer.main.get_command(suite)}
+    commands = {name: load_command(name) for name in NAMES} | {
+        SUITE: typer.main.get_command(suite),
+        PARITY: typer.main.get_command(parity),
+    }
     found = {
         name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
         for name, command in commands.items()
@@ -224,8 +229,8 @@ def test_commands_exist(page):
     for line in (line for block in blocks(page, "sh") for line in shell_lines(block)):
         words = line.split()
         name, arguments = "", []
-        if line.startswith(f"{SUITE} "):
-            name, arguments = SUITE, words[3:]
+        if line.startswith((f"{SUITE} ", f"{PARITY} ")):
+            name, arguments = " ".join(words[:3]), words[3:]
         elif "gpt-fast" in words and words[-1] != "gpt-fast":
             name, *arguments = words[words.index("gpt-fast") + 1 :]
         if name:

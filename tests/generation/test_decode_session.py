@@ -286,6 +286,16 @@ def test_memory_is_the_weights_once_and_the_cache():
         assert session.stale
 
 
+@pytest.mark.parametrize("padding", [-100, -1, V, 2**40])
+def test_padding_of_a_prompt_may_hold_anything(padding):
+    """Labels' -100 behind the shorter of two prompts, where no token is read."""
+    model = make_model("gpt2", hidden_dim=32, num_heads=2)
+    tokens, lengths = torch.randint(0, V, (2, 6)), torch.tensor([6, 4])
+    expected = DecodeSession(model, batch=2).prefill(tokens, lengths)
+    tokens[1, 4:] = padding
+    assert torch.equal(DecodeSession(model, batch=2).prefill(tokens, lengths), expected)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

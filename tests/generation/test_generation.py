@@ -331,7 +331,7 @@ def test_extreme_temperatures(temperature):
     [
         ({"tokens": torch.empty(1, 0, dtype=torch.int64)}, "empty prompt"),
         ({"lengths": torch.tensor([0])}, "empty prompt"),
-        ({"lengths": torch.tensor([6])}, "a length of 6 in rows of 5"),
+        ({"lengths": torch.tensor([6])}, "lengths holds 6; expected at most the 5 of a row"),
         ({"lengths": torch.tensor([5, 5])}, r"lengths is int64 \[2\]; expected integers \[1\]"),
         ({"tokens": torch.ones(5, dtype=torch.int64)}, r"tokens is int64 \[5\]; expected int64 \[B, T\]"),
         ({"tokens": torch.ones(1, 5)}, "tokens is float32"),

@@ -45,7 +45,10 @@ def gradients(loss, inputs, dloss):
 
 
 def yardstick(x, weight, bias, target, ignore_index, smoothing, reduction, dloss):
-    """The gradients with the roundings the contract names: of the logits' gradient, and of dx before it is scaled."""
+    """The gradients with the roundings the contract names: of the logits' gradient, and of dx before it is scaled.
+
+    The part of a mean's 1 / count that is no power of two scales dx before that rounding.
+    """
     dtype, V = x.dtype, weight.shape[0]
     rows, targets = x.detach().reshape(target.numel(), x.shape[-1]).float(), target.reshape(-1)
     valid = targets != ignore_index
@@ -53,13 +56,15 @@ def yardstick(x, weight, bias, target, ignore_index, smoothing, reduction, dloss
     dlogits = torch.softmax(logits, -1) - smoothing / V
     dlogits -= F.one_hot(targets.where(valid, 0), V) * (1 - smoothing)
     dlogits *= valid[:, None]
-    scale = torch.ones((), device=x.device)
+    upstream, count = dloss, torch.ones((), device=x.device)
     if reduction == "none":
         dlogits *= dloss.reshape(-1, 1)
-    else:
-        scale = dloss / valid.sum().clamp(min=1) if reduction == "mean" else dloss
-    operand = dlogits.to(dtype).float()
-    dx = (operand @ weight.detach().float()).to(dtype).float() * scale
+        upstream = count
+    elif reduction == "mean":
+        count = valid.sum().clamp(min=1).float()
+    power = 2.0 ** count.log2().floor()
+    operand, scale = dlogits.to(dtype).float(), upstream / count
+    dx = (operand @ weight.detach().float() * (power / count)).to(dtype).float() * (upstream / power)
     grads = dx.view(x.shape), operand.t() @ rows * scale, dlogits.sum(0) * scale
     return [grad.to(dtype) for grad in grads[: 2 + (bias is not None)]]
 
@@ -95,6 +100,23 @@ def check(inputs, ignore_index=-100, smoothing=0.0, reduction="mean"):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_numerics(shape, dtype, reduction, device):
     check(sample_inputs(shape, dtype, device, ignored=0 if shape[0] == 1 else 0.3), reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("upstream", [1.0, 1024.0], ids=["loss", "scaled_loss"])
+@pytest.mark.parametrize("rows", [1, 63, 64, 100])
+def test_dx_of_a_mean_is_rounded_once(rows, upstream, dtype, device):
+    """Logits of zero over four classes have exact gradients, so the rounding of dx is the only one.
+
+    A loss is usually the last result, or multiplied by a power of two for half precision.
+    """
+    weight = torch.randn(4, 500, device=device).to(dtype)
+    x = torch.zeros(rows, 500, device=device, dtype=dtype, requires_grad=True)
+    target = torch.randint(0, 4, (rows,), device=device)
+    loss = ops.linear_cross_entropy(x, weight, target)
+    (got,) = torch.autograd.grad(loss, x, torch.full_like(loss, upstream))
+    exact = (0.25 - F.one_hot(target, 4).double()) @ weight.double() * upstream / rows
+    numerics.assert_as_accurate(got, exact.to(dtype), exact, label="dx")
 
 
 @pytest.mark.parametrize("smoothing", [0.1, 1.0])

@@ -1,0 +1,37 @@
+"""What the commands of the suite share: the console, a table, and the choice of a device."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+out_console = Console(highlight=False)
+
+
+def print_table(
+    header: list[str], rows: list[list[str]], colors: list[str | None] | None = None, title: str | None = None
+) -> None:  # fmt: skip
+    """Print columns on stdout, the first aligned left, the others right. In a pipe no row is cut off or wrapped."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, name in enumerate(header):
+        table.add_column(name, justify="right" if place else "left", overflow="fold")
+    for place, row in enumerate(rows):
+        table.add_row(*map(Text, row), style=colors[place] if colors else None)
+    if out_console.is_terminal:
+        out_console.print(table)
+    else:
+        wide = Console(highlight=False, width=1000)
+        wide.print(table, crop=False)
+
+
+def resolve_device(name: str) -> str:
+    """Return "cpu" or "cuda" for the option --device; raise `ValueError` for another name or a missing GPU."""
+    import torch
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device is {name}; expected auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this PyTorch sees no CUDA device; gpt-fast doctor tells more")
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,116 @@
+"""A hundred random sessions of DecodeSession, and that the fuzz finds faults that are planted."""
+
+import pytest
+
+from gpt_fast import DecodeSession, build_info
+from gpt_fast.generation import session as session_module
+from gpt_fast.generation.cache import StepPass
+from gpt_fast.generation.steps import CppStep
+from tests.conftest import INTERPRETED
+from tests.fuzz import sessions
+from tests.fuzz.sessions import run_one
+
+pytestmark = pytest.mark.skipif(
+    build_info() is None or INTERPRETED, reason="the C++ step is what most sessions are about: it needs the extension"
+)
+
+
+def run_sessions(indices):
+    for index in indices:
+        run_one(seed=1, index=index)
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_random_sessions(part, one_thread):
+    """Ten sessions a part; the seed is fixed, so that a failure is found again."""
+    run_sessions(range(10 * part, 10 * part + 10))
+
+
+def no_tokens_checked(monkeypatch):
+    """A step takes every id; the embedding refuses those out of range, in other words and after other work."""
+    monkeypatch.setattr(session_module, "check_tokens", lambda tokens, V: None)
+
+
+def lengths_kept_after_a_full_cache(monkeypatch):
+    """A refused step counts its token all the same."""
+    check_room = DecodeSession.check_room
+
+    def counts_first(self, more, rows=slice(None)):
+        self.cache.lengths[rows] += more
+        check_room(self, 0, rows)
+        self.cache.lengths[rows] -= more
+
+    monkeypatch.setattr(DecodeSession, "check_room", counts_first)
+
+
+def stale_copies(monkeypatch):
+    """Parameters that were moved are not packed again."""
+    make_step = DecodeSession._make_step
+
+    def only_once(self):
+        if not hasattr(self, "_step"):
+            make_step(self)
+        self._addresses = [parameter.data_ptr() for parameter in self.model.parameters()]
+
+    monkeypatch.setattr(DecodeSession, "_make_step", only_once)
+
+
+def late_position(monkeypatch):
+    """The modules' step attends to all keys but the newest."""
+    attend = StepPass.attend
+
+    def without_itself(self, layer, qkv, num_heads):
+        self.positions = (self.positions - (layer == 0)).clamp(min=0)
+        return attend(self, layer, qkv, num_heads)
+
+    monkeypatch.setattr(StepPass, "attend", without_itself)
+
+
+def swapped_rows(monkeypatch):
+    """Rows that are done shift the tokens of the others."""
+    step = CppStep._step
+    monkeypatch.setattr(CppStep, "_step", lambda self, t, n, rows, *rest: step(self, t.flip(0), n, rows, *rest))
+
+
+def wrong_padding(monkeypatch):
+    """A prompt's shorter rows are as long as its longest one."""
+    check_prompt = session_module.check_prompt
+
+    def longest(*arguments):
+        counts = check_prompt(*arguments)
+        return counts.new_full(counts.shape, int(counts.max()))
+
+    monkeypatch.setattr(session_module, "check_prompt", longest)
+
+
+FAULTS = (no_tokens_checked, lengths_kept_after_a_full_cache, stale_copies, late_position, swapped_rows, wrong_padding)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_planted_faults_are_found(fault, monkeypatch, one_thread):
+    """Within thirty sessions one fails, and its message names the operation."""
+    fault(monkeypatch)
+    with pytest.raises(AssertionError, match=r"session 1/\d+, operation \d+ of "):
+        run_sessions(range(30))
+
+
+def test_seed_and_index_decide_a_session(monkeypatch, one_thread):
+    """A session that failed can be run again: its model, its operations and what its rows hold are the same."""
+
+    def record(name):
+        weight, operation = sessions.OPERATIONS[name]
+
+        def recorded(fuzz):
+            operation(fuzz)
+            seen.append((name, repr(fuzz), fuzz.lengths, float(fuzz.trunk.pos_emb.detach().sum())))
+
+        monkeypatch.setitem(sessions.OPERATIONS, name, (weight, recorded))
+
+    for name in list(sessions.OPERATIONS):
+        record(name)
+    runs = []
+    for index in (0, 0, 1):
+        seen: list[tuple] = []
+        run_one(seed=1, index=index)
+        runs.append(seen)
+    assert runs[0] == runs[1] != runs[2]
