@@ -35,7 +35,7 @@ class Draw:
         return self.random.choice(choices)
 
     def size(self, largest: int, smallest: int = 0) -> int:
-        """Return a size in [smallest, largest]; four of ten draws stay below 18, nine of ten below 41 if interpreted."""
+        """Return a size in [smallest, largest]; four of ten stay below 18, nine of ten below 41 if interpreted."""
         largest = min(largest, 40) if INTERPRETED and self.chance(0.9) else largest
         limit = min(largest, 17) if self.chance(0.4) else largest
         return self.pick([size for size in SIZES if smallest <= size <= limit] or [smallest])
