@@ -32,7 +32,7 @@ def _activate(z, ACTIVATION: tl.constexpr):
     """Return the activation of z and its derivative; the compiler drops the one that the caller does not use."""
     if ACTIVATION == "relu":
         value = tl.where(z < 0.0, 0.0, z)
-        slope = tl.where(z > 0.0, 1.0, 0.0)
+        slope = tl.where(z <= 0.0, 0.0, 1.0)
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
         value = z * cdf
@@ -115,7 +115,7 @@ def _dz_part(
     dz = dh * slope
     if ACTIVATION == "relu":
         # 0 where dropped: the hidden layer is. Selected, because PyTorch passes no NaN where relu is 0.
-        dz = tl.where(at_z <= 0.0, 0.0, dh * scale)
+        dz = tl.where(slope == 0.0, 0.0, dh * scale)
     elif HAS_DROPOUT:
         i = m + tl.arange(0, dh.shape[0])[:, None]
         j = n + tl.arange(0, dh.shape[1])[None, :]

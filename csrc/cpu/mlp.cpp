@@ -174,8 +174,9 @@ void backward_chunk(const BackwardInputs& in, const optional<Dropout>& dropout, 
                      (is_h ? Vec::loadu(z_row + j) : at_z.value * Vec(scale)).store(h_values + j);
                      if (needs_dz) {
                        const Vec dh = Vec::loadu(dz_row + j) * Vec(scale);
-                       // Selected and not multiplied by 0: where relu is 0, an infinite dh passes nothing, as in PyTorch.
-                       const Vec dz_of_relu = Vec::blendv(dh, Vec(0.0f), Vec::loadu(z_row + j) <= Vec(0.0f));
+                       // Selected and not multiplied by 0: where relu is 0, an infinite dh passes nothing, as in
+                       // PyTorch.
+                       const Vec dz_of_relu = Vec::blendv(dh, Vec(0.0f), at_z.slope == Vec(0.0f));
                        (ACTIVATION == Activation::kRelu ? dz_of_relu : dh * at_z.slope).store(dz_row + j);
                      }
                    }

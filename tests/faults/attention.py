@@ -79,7 +79,7 @@ FAULTS = (
     Fault("queries counted from the first key", PROBLEM, "{b, h, 0, T, limits[b], S, S - T, b * H + h}", "{b, h, 0, T, limits[b], S, 0, b * H + h}", "fewer_queries"),
     Fault("lengths of packed sequences ignored", PROBLEM, "std::clamp<int64_t>(limits[0] - first, 0, count)", "count", "packed"),
     Fault("key_mask of the batch's first", PROBLEM, "options.key_mask_data + segment.batch * options.key_mask.stride(0) +", "options.key_mask_data +", "holes_in_key_mask or left_padding"),
-    Fault("mask of the first head", PROBLEM, "segment.head * options.mask.stride(1) +\n            (segment", "(segment", "dense_mask"),
+    Fault("mask of the first head", PROBLEM, "segment.head * options.mask.stride(1) +", "", "dense_mask"),
     Fault("mask of the batch's first", PROBLEM, "segment.batch * options.mask.stride(0) + segment.head", "segment.head", "dense_mask"),
     Fault("mask of the first packed sequence", PROBLEM, "(segment.first + panel.i0) * stride_t + segment.first * stride_s", "panel.i0 * stride_t", "any_combination"),
     Fault("one allowed pair allows all", PROBLEM, "count == rows * columns ? Allowed::kAll", "count > 0 ? Allowed::kAll", "dense_mask or holes"),

@@ -8,7 +8,7 @@ CPP, LINEAR, GEMM, PHILOX = "csrc/cpu/mlp.cpp", "csrc/cpu/core/linear.h", "csrc/
 
 FAULTS = (
     # Triton, activations
-    Fault("slope of relu at zero", TRITON, "slope = tl.where(z > 0.0, 1.0, 0.0)", "slope = tl.where(z >= 0.0, 1.0, 0.0)", "large_arguments"),
+    Fault("slope of relu at zero", TRITON, "slope = tl.where(z <= 0.0, 0.0, 1.0)", "slope = tl.where(z < 0.0, 0.0, 1.0)", "large_arguments"),
     Fault("density dropped from gelu's slope", TRITON, "slope = cdf + z * (0.3989422804014327 * tl.exp(-0.5 * z * z))", "slope = cdf", "numerics"),
     Fault("gelu to three digits", TRITON, "tl.erf(z * 0.7071067811865476)", "tl.erf(z * 0.707)", "numerics"),
     Fault("cube left out of gelu_tanh", TRITON, "z * (1.0 + 0.044715 * square)))", "z))", "numerics"),
@@ -23,7 +23,7 @@ FAULTS = (
     Fault("activation kept, not its input", TRITON, "store(kept, z, m, n", "store(kept, _activate(z, ACTIVATION)[0], m, n", "numerics"),
     # Triton, backward
     Fault("slope dropped", TRITON, "dz = dh * slope", "dz = dh", "numerics"),
-    Fault("scale dropped from relu's gradient", TRITON, "tl.where(at_z <= 0.0, 0.0, dh * scale)", "tl.where(at_z <= 0.0, 0.0, dh)", "dropout_mask"),
+    Fault("scale dropped from relu's gradient", TRITON, "tl.where(slope == 0.0, 0.0, dh * scale)", "tl.where(slope == 0.0, 0.0, dh)", "dropout_mask"),
     Fault("dropout left out of the gradient", TRITON, "dz = tl.where(keep, dz * scale, 0.0)", "dz = dz * scale", "dropout_mask"),
     Fault("dropout left out of the hidden layer made again", TRITON, "value = tl.where(keep, value * scale, 0.0)", "value = value * scale", "numerics"),
     Fault("wrong lane of the gradient's dropout", TRITON, "j = n + tl.arange(0, dh.shape[1])[None, :]", "j = n + 1 + tl.arange(0, dh.shape[1])[None, :]", "dropout_mask"),
@@ -43,7 +43,7 @@ FAULTS = (
     Fault("a tile of every group left out", PRODUCT, "return (group + inside % height) * BLOCK_M", "return (group + (inside + 1) % height * (height > 2)) * BLOCK_M", "chunk"),
     Fault("second step of the bias sums left out", PRODUCT, "for m in range(first, tl.minimum(first + ROWS, M), BLOCK_M):", "for m in range(first, tl.minimum(first + BLOCK_M, M), BLOCK_M):", "chunk"),
     # C++, activations
-    Fault("slope of relu at zero", ACTIVATIONS, "z > Vec(0.0f))};", "z >= Vec(0.0f))};", "large_arguments"),
+    Fault("slope of relu at zero", ACTIVATIONS, "z <= Vec(0.0f))};", "z < Vec(0.0f))};", "large_arguments"),
     Fault("density dropped from gelu's slope", ACTIVATIONS, "at::vec::fmadd(z, pdf, cdf)", "cdf", "numerics"),
     Fault("gelu to three digits", ACTIVATIONS, "Vec(0.70710678f)", "Vec(0.707f)", "numerics"),
     Fault("cube left out of gelu_tanh", ACTIVATIONS, "c * z * at::vec::fmadd(square, Vec(0.044715f), one)", "c * z", "numerics"),
@@ -96,6 +96,6 @@ FAULTS = (
     Fault("wrong lane", PHILOX, "j / 16 * 4 + column / 4", "j / 16 * 4 + column / 8", "dropout_mask"),
     Fault("rows 8 apart count as neighbours", PHILOX, "(i / 16) * 8 + i % 8", "i / 2", "dropout_mask"),
     Fault("site ignored", PHILOX, "site, key);\n      // Four counters, half", "0, key);\n      // Four counters, half", "dropout_mask"),
-    Fault("relu multiplies by its slope, Triton", TRITON, "tl.where(at_z <= 0.0, 0.0, dh * scale)", "dh * slope * scale", "relu_passes"),
+    Fault("relu multiplies by its slope, Triton", TRITON, "tl.where(slope == 0.0, 0.0, dh * scale)", "dh * slope * scale", "relu_passes"),
     Fault("relu multiplies by its slope", CPP, "(ACTIVATION == Activation::kRelu ? dz_of_relu : dh * at_z.slope)", "(dh * at_z.slope)", "relu_passes"),
 )  # fmt: skip

@@ -35,15 +35,15 @@ class Draw:
         return self.random.choice(choices)
 
     def size(self, largest: int, smallest: int = 0) -> int:
-        """Return a size in [smallest, largest]; four of ten draws stay below 18."""
-        largest = min(largest, 40) if INTERPRETED else largest
+        """Return a size in [smallest, largest]; four of ten stay below 18, nine of ten below 41 if interpreted."""
+        largest = min(largest, 40) if INTERPRETED and self.chance(0.9) else largest
         limit = min(largest, 17) if self.chance(0.4) else largest
         return self.pick([size for size in SIZES if smallest <= size <= limit] or [smallest])
 
     def shape(self, rows: int, *last: int) -> tuple[int, ...]:
         """Return a shape [..., *last] of none to three leading dimensions with at most `rows` rows or so."""
         count = self.pick((0, 1, 1, 1, 2, 2, 3))
-        sizes, left = [], max(1, min(rows, 12) if INTERPRETED else rows)
+        sizes, left = [], max(1, rows)
         for _ in range(count):
             size = self.size(left)
             sizes.append(size)

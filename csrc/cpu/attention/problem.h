@@ -132,17 +132,16 @@ struct Panel {
 
 // Returns whether the query in a lane may attend to any key. It reads the flags of all its keys: for rare rows only.
 bool has_key(const Options& options, const Segment& segment, const Panel& panel, int64_t lane) {
-  const int64_t i = segment.first + panel.i0 + lane;
-  for (int64_t j = panel.lo[lane]; j < panel.hi[lane]; ++j) {
-    const int64_t key = segment.first + j;
-    const bool kept =
-        options.key_mask_data == nullptr ||
-        options.key_mask_data[segment.batch * options.key_mask.stride(0) + key * options.key_mask.stride(1)];
-    const bool allowed =
-        options.mask_data == nullptr ||
-        options.mask_data[segment.batch * options.mask.stride(0) + segment.head * options.mask.stride(1) +
-                          i * options.mask.stride(2) + key * options.mask.stride(3)];
-    if (kept && allowed) return true;
+  const int64_t b = segment.batch, h = segment.head, i = segment.first + panel.i0 + lane;
+  for (int64_t j = segment.first + panel.lo[lane]; j < segment.first + panel.hi[lane]; ++j) {
+    bool allowed = true;
+    if (const Tensor& x = options.key_mask; options.key_mask_data != nullptr) {
+      allowed = options.key_mask_data[b * x.stride(0) + j * x.stride(1)];
+    }
+    if (const Tensor& x = options.mask; options.mask_data != nullptr) {
+      allowed = allowed && options.mask_data[b * x.stride(0) + h * x.stride(1) + i * x.stride(2) + j * x.stride(3)];
+    }
+    if (allowed) return true;
   }
   return false;
 }

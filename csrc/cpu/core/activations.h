@@ -45,7 +45,7 @@ template <Activation ACTIVATION>
 inline ValueAndSlope activate(Vec z) {
   const Vec one(1.0f), half(0.5f);
   if constexpr (ACTIVATION == Activation::kRelu) {
-    return {at::vec::maximum(z, Vec(0.0f)), Vec::blendv(Vec(0.0f), one, z > Vec(0.0f))};
+    return {at::vec::maximum(z, Vec(0.0f)), Vec::blendv(one, Vec(0.0f), z <= Vec(0.0f))};
   } else if constexpr (ACTIVATION == Activation::kGelu) {
     const Vec cdf = half * (one + (z * Vec(0.70710678f)).erf());
     const Vec pdf = exp(z * z * Vec(-0.5f)) * Vec(0.39894228f);
