@@ -60,7 +60,9 @@ def show_warning(
 
 
 def print_json(result: dict[str, Any]) -> None:
-    typer.echo(json.dumps(result, ensure_ascii=False))
+    from gpt_fast._files import finite
+
+    typer.echo(json.dumps(finite(result), ensure_ascii=False))
 
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:

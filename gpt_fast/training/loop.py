@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .._files import finite
 from ..data.batches import Batch
 from ..interrupts import Interrupted, Stop
 from .engine import randomness
@@ -303,7 +304,7 @@ class Loop:
         if self.engine.world.first:
             path = self.run_folder.folder / "metrics.jsonl"
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(finite(line)) + "\n")
             state.metrics_bytes = path.stat().st_size
             self._write_tensorboard(partial(self._add_scalars, line))
         state.line, state.losses = line, []

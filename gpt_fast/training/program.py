@@ -17,7 +17,7 @@ from gpt_fast_settings.declaration import read_file
 from gpt_fast_settings.resume import asks_for_more, resumed
 from gpt_fast_settings.training import TrainingSettings
 
-from .._files import sha256, write_json
+from .._files import finite, sha256, write_json
 from ..data.tokenizer import save_tokenizer
 from ..heads import Head
 from ..interrupts import Stop
@@ -143,7 +143,7 @@ class Session(Generic[S]):
         self.run.keep()
         path = folder / "model.safetensors"
         record |= measure() | {"weights": {"bytes": path.stat().st_size, "sha256": sha256(path)}}
-        write_json(folder / "run.json", record)
+        write_json(folder / "run.json", finite(record))
         shutil.rmtree(folder / "best", ignore_errors=True)
         for name, draw in pictures.items():
             write_extra(folder / name, draw)

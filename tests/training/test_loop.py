@@ -17,7 +17,7 @@ from gpt_fast.heads import HEADS
 from gpt_fast.training.engine.update import Engine, EngineSettings
 from gpt_fast.training.loop import Loop, LoopSettings, Progress, Spikes, intervals
 from gpt_fast.training.runs import checkpoints
-from gpt_fast.training.runs.folder import new_run
+from gpt_fast.training.runs.folder import new_run, read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -188,6 +188,17 @@ def test_an_update_that_is_not_finite_changes_nothing(tmp_path):
     for name, tensor in other.engine.state().items():
         assert torch.equal(loop.engine.state()[name], tensor), name
     assert [line["skipped"] for line in lines(tmp_path / "a")] == [0, 1, 1, 2, 2]
+    # JSON has no NaN: a strict reader takes the file, and the curve has gaps.
+    text = (tmp_path / "a" / "metrics.jsonl").read_text()
+    strict = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+    assert [line["train_loss"] for line in strict] == [1.0, None, 2.0, None, 3.0]
+    assert [math.isnan(line["train_loss"]) for line in read_metrics(tmp_path / "a")] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
     assert [message for message in loop.said if "skipped" in message] == [
         "update 2: skipped, its loss (inf) or its gradient is not finite",
         "update 4: skipped, its loss (nan) or its gradient is not finite",

@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import glob
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -335,8 +336,10 @@ def with_special_tokens(model: Head, tokenizer: Tokenizer) -> Head:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """Return the lines of metrics.jsonl, with NaN for null."""
     with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]  # a kill may leave half a line
+        lines = [json.loads(line) for line in file if line.endswith("\n")]  # a kill may leave half a line
+    return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 
 
 def read_curve(folder: Path, field: str) -> list[dict[str, float]]:
