@@ -82,7 +82,7 @@ def test_divergence_leaves_the_batch_that_began_it(cli, data, tmp_path):
     refuse(result, "the training loss is", "smaller --lr", f"{out}/bad-batch.safetensors")
     assert "update 3: skipped" in result.err
     assert sorted(path.name for path in out.iterdir()) == [
-        "bad-batch.safetensors", "metrics.jsonl", "settings.yaml", "tokenizer.json",
+        "bad-batch.safetensors", "config.json", "metrics.jsonl", "settings.yaml", "tokenizer.json",
     ]  # fmt: skip
 
 
@@ -184,6 +184,9 @@ def spoil_pickle(run: Path) -> None:
 def spoil_foreign(run: Path) -> None:
     header = json.dumps({"their.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
     (run / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    record = json.loads((run / "run.json").read_text())
+    record.pop("weights")  # whose size would tell first
+    (run / "run.json").write_text(json.dumps(record))
 
 
 def spoil_config(**changes: object) -> Callable[[Path], None]:
@@ -209,7 +212,7 @@ BAD_RUNS = {
     "unknown head": (spoil_config(head="GPTForTagging"), ["config.json", "GPTForTagging", "GPTForCausalLM"]),
     "foreign config": (lambda run: (run / "config.json").write_text('{"model_type": "gpt2"}'), ["config.json"]),
     "no json": (lambda run: (run / "config.json").write_text("{"), ["config.json", "not JSON"]),
-    "no tokenizer": (lambda run: (run / "tokenizer.json").unlink(), ["tokenizer.json missing"]),
+    "no tokenizer": (lambda run: (run / "tokenizer.json").unlink(), ["has a model and no tokenizer.json"]),
     "other tokenizer": (spoil_tokenizer, ["do not belong together", "262 tokens", "261"]),
 }
 

@@ -54,7 +54,8 @@ def test_doctor(cli):
 
 def test_pretrain_writes_a_run(data):
     assert sorted(path.name for path in data.lm.iterdir()) == [
-        "config.json", "loss.png", "metrics.jsonl", "model.safetensors", "run.json", "settings.yaml", "tokenizer.json",
+        "checkpoints", "config.json", "loss.png", "metrics.jsonl", "model.safetensors", "run.json", "settings.yaml",
+        "tokenizer.json",
     ]  # fmt: skip
     lines = [json.loads(line) for line in (data.lm / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 4

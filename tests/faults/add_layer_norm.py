@@ -62,7 +62,7 @@ FAULTS = (
     Fault("weight and bias gradients swapped", CPP, "return {dx, dresidual, gradients.dweight(), gradients.dbias()};", "return {dx, dresidual, gradients.dbias(), gradients.dweight()};", "shapes"),
     Fault("last row of a block skipped", CPP, "i < end; ++i) {\n      float* total", "i < end - 1; ++i) {\n      float* total", "shapes"),
     # C++, the norm's arithmetic on the summed row
-    Fault("unbiased variance", NORM, "(a - centre) * (a - centre); }) / N;", "(a - centre) * (a - centre); }) / (N - 1);", "shapes"),
+    Fault("unbiased variance", NORM, "squares / N - shift * shift", "squares / (N - 1) - shift * shift", "shapes"),
     Fault("second gradient term dropped", NORM, "(g - mean_g - normalised(j, count) * mean_gx)", "(g - mean_g)", "shapes"),
     # Python: checks and autograd
     Fault("no gradient without one of the norm", OPS, "            if dsummed is None:\n", "            if True:\n", "shapes"),

@@ -9,13 +9,14 @@ TRANSFORMS = "gpt_fast/_transforms.py"
 
 FAULTS = (
     # Triton, forward
-    Fault("mean over the padded width", TRITON, "mean = tl.sum(x, axis=1) / N", "mean = tl.sum(x, axis=1) / x.shape[1]"),
-    Fault("unbiased variance", TRITON, "axis=1) / N + eps)", "axis=1) / (N - 1) + eps)"),
-    Fault("eps dropped", TRITON, "axis=1) / N + eps)", "axis=1) / N)"),
-    Fault("eps added to the deviation", TRITON, "1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / N + eps)", "1.0 / (tl.sqrt_rn(tl.sum(centred * centred, axis=1) / N) + eps)"),
-    Fault("variance of what is not centred in the padding", TRITON, "tl.where(mask, x - mean[:, None], 0.0)", "x - mean[:, None]"),
-    Fault("bfloat16 mean", TRITON, "mean = tl.sum(x, axis=1) / N", "mean = (tl.sum(x, axis=1) / N).to(tl.bfloat16).to(tl.float32)"),
-    Fault("variance as a difference of squares", TRITON, "tl.sum(centred * centred, axis=1) / N + eps", "tl.sum(x * x, axis=1) / N - mean * mean + eps"),
+    Fault("mean over the padded width", TRITON, "mean = rough + shift", "mean = (rough + shift) * N / x.shape[1]"),
+    Fault("unbiased variance", TRITON, "axis=1) / N - shift * shift", "axis=1) / (N - 1) - shift * shift"),
+    Fault("eps dropped", TRITON, "tl.sqrt_rn(variance + eps)", "tl.sqrt_rn(variance)"),
+    Fault("eps added to the deviation", TRITON, "1.0 / tl.sqrt_rn(variance + eps)", "1.0 / (tl.sqrt_rn(variance) + eps)"),
+    Fault("variance of what is not centred in the padding", TRITON, "tl.where(mask, x - rough[:, None], 0.0)", "x - rough[:, None]"),
+    Fault("bfloat16 mean", TRITON, "mean = rough + shift", "mean = (rough + shift).to(tl.bfloat16).to(tl.float32)"),
+    Fault("mean not corrected", TRITON, "mean = rough + shift", "mean = rough", "constant"),
+    Fault("variance as a difference of squares", TRITON, "tl.sum(rest * rest, axis=1) / N - shift * shift", "tl.sum(x * x, axis=1) / N - mean * mean"),
     Fault("last row of a tile skipped", TRITON, "mask_m, mask_n = offs_m < M, offs_n < N", "mask_m, mask_n = offs_m < M - 1, offs_n < N"),
     Fault("last column skipped", TRITON, "mask_m, mask_n = offs_m < M, offs_n < N", "mask_m, mask_n = offs_m < M, offs_n < N - 1"),
     Fault("rows taken as contiguous, forward", TRITON, "x = tl.load(x_ptr + offs_m[:, None] * stride_x + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)\n    y, mean", "x = tl.load(x_ptr + offs_m[:, None] * N + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)\n    y, mean"),
@@ -42,7 +43,8 @@ FAULTS = (
     Fault("rows taken as contiguous, backward", TRITON, "dy_ptr + offs_m[:, None] * stride_dy", "dy_ptr + offs_m[:, None] * N"),
     Fault("second stage skips its tail", TRITON, "for first in range(0, P, BLOCK_P)", "for first in range(0, P - BLOCK_P + 1, BLOCK_P)"),
     # C++, forward
-    Fault("unbiased variance", NORM, "(a - centre) * (a - centre); }) / N;", "(a - centre) * (a - centre); }) / (N - 1);"),
+    Fault("unbiased variance", NORM, "squares / N - shift * shift", "squares / (N - 1) - shift * shift"),
+    Fault("mean not corrected", NORM, "return {rough + shift,", "return {rough,", "constant"),
     Fault("eps dropped", NORM, "variance + static_cast<float>(eps)", "variance"),
     Fault("bias ignored", NORM, "if (bias != nullptr) value", "if (false) value"),
     Fault("tail of a row skipped", COMMON, "if (j < N) body(j, N - j);", ""),

@@ -41,8 +41,9 @@ SETTINGS = "settings.yaml"
 _NEW, _OLD = ".new-", ".old-"  # hidden folders beside a run: one that is begun, and one that --overwrite moved away
 RUN_FILES = {
     "config.json", "model.safetensors", "tokenizer.json", SETTINGS, "metrics.jsonl", "run.json", "loss.png",
+    checkpoints.FOLDER,
 }  # fmt: skip
-OTHER_FILES = {checkpoints.FOLDER, "best", "tensorboard", "profile.json", "confusion.png", "bad-batch.safetensors"}
+OTHER_FILES = {"best", "tensorboard", "profile.json", "confusion.png", "bad-batch.safetensors"}
 
 
 class Run:
