@@ -41,7 +41,12 @@ class Draw:
         return self.pick([size for size in SIZES if smallest <= size <= limit] or [smallest])
 
     def shape(self, rows: int, *last: int) -> tuple[int, ...]:
-        """Return a shape [..., *last] of none to three leading dimensions with at most `rows` rows or so."""
+        """Return a shape [..., *last] of none to three leading dimensions with at most `rows` rows or so.
+
+        Three of a hundred have more rows than the C++ kernels take at once, 1,024.
+        """
+        if not INTERPRETED and self.chance(0.03):
+            return (self.pick((1025, 1041, 1100)), *last)
         count = self.pick((0, 1, 1, 1, 2, 2, 3))
         sizes, left = [], max(1, rows)
         for _ in range(count):

@@ -812,6 +812,18 @@ ATTENTION_OPTION_SPOILS = {
     "shape of key_mask": (changed("key_mask", longer), "key_mask has shape"),
     "dtype of lengths": (changed("lengths", lambda draw, x: x.to(torch.int16)), "lengths has dtype .+expected"),
     "shape of lengths": (changed("lengths", longer), "lengths has shape"),
+    "a length past the keys": (
+        changed("lengths", lambda draw, x: torch.full_like(x, draw.pick((-1, 10_000))) if x.numel() else None),
+        "lengths holds",
+    ),
+    "a sequence past the tokens": (
+        changed("cu_seqlens", lambda draw, x: torch.tensor([0, 10_000], dtype=x.dtype)),
+        "cu_seqlens (holds|is)",
+    ),
+    "sequences that fall": (
+        changed("cu_seqlens", lambda draw, x: torch.tensor([0, 1, 0], dtype=x.dtype)),
+        "cu_seqlens (holds|is)",
+    ),
     "dtype of mask": (changed("mask", lambda draw, x: x.float()), "mask has dtype .+expected bool"),
     **DROPOUT_SPOILS,
 }
