@@ -17,6 +17,7 @@ from gpt_fast_settings.finetune import FinetuneSettings
 
 from ..data.batches import Batch
 from ..data.example_batches import Example, task_batch
+from ..data.rows import row_options
 from ..data.stream import mix
 from ..data.tables import Table
 from ..data.tokenizer import load_tokenizer
@@ -29,7 +30,7 @@ from .plots import plot_confusion, plot_task
 from .program import Record, Say, Session, Show, train
 from .runs.folder import check_run, read_metrics, with_special_tokens
 from .runs.recipes import finetuning_lr
-from .table_examples import examples, label_names, read_tables, remarks
+from .table_examples import examples, label_names, label_rule, read_tables, remarks
 from .tasks import EVALUATION_BATCH, TaskSettings, better, new_model, score, task_settings, written_metrics
 
 FEW_UPDATES = 50  # with fewer, the user gets a remark
@@ -45,8 +46,9 @@ def finetune(settings: FinetuneSettings, show: Show, say: Say, stop: Stop | None
 
 def task_of(settings: FinetuneSettings) -> TaskSettings:
     return task_settings(
-        settings.task, settings.text_column, settings.pair_column, settings.label_column, settings.numbers
-    )
+        settings.task, settings.text_column, settings.pair_column, settings.label_column, settings.numbers,
+        settings.labels, settings.skip_label, settings.answers,
+    )  # fmt: skip
 
 
 def _finetune(session: Session[FinetuneSettings]) -> Record:
@@ -55,7 +57,8 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
     settings = session.settings.changed(lr=lr)
     session = replace(session, settings=settings)
     task = task_of(settings)
-    train, valid = read_tables(settings.train, settings.valid, task, settings.seed)
+    options = row_options(settings.columns, settings.skip_ragged)
+    train, valid, task = read_tables(settings.train, settings.valid, task, settings.seed, options)
     names = label_names(train, task)
     if settings.rows is not None:
         train = some_rows(train, settings.rows, settings.seed)
@@ -67,7 +70,7 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
     model = session.make_model(partial(new_model, task, make, source, lm_weight, names))
     rows, valid_rows = (examples(table, task, names, tokenizer, model.config) for table in (train, valid))
     steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
-    _tell(train, valid, rows, names, model.config.seq_len, steps, session.say)
+    _tell(train, valid, rows, label_rule(names, task), model.config.seq_len, steps, session.say)
 
     loop = session.make_loop(
         model,
@@ -215,15 +218,15 @@ def _tell(
     train: Table,
     valid: Table,
     rows: Sequence[Example],
-    names: list[str],
+    rule: str | None,
     seq_len: int,
     steps: int,
     say: Callable[[str], None],
 ) -> None:
     say(f"{train.source}: {len(train):,} rows to train on, {len(valid):,} held out")
-    for remark in remarks(train, rows, seq_len):
+    for remark in [*remarks(train, rows, seq_len), *valid.notes]:
         say(remark)
-    if names:
-        say(f"{len(names)} labels: {', '.join(names[:12])}{', …' if len(names) > 12 else ''}")
+    if rule is not None:
+        say(rule)
     if steps < FEW_UPDATES:
         say(f"only {steps} updates on {len(train):,} rows: more --epochs or a higher --lr would teach more")

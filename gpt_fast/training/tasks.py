@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from ..config import GPTConfig
 from ..data.example_batches import Example, Marks, pad_rows, task_batches, task_input
+from ..data.labels import ANSWERS
 from ..data.tokenizer import decode, encode
 from ..generation import generate
 from ..heads import GPTForCausalLM, GPTForMultipleChoice, GPTForSequenceClassification, GPTForSimilarity, Head
@@ -59,6 +60,9 @@ class TaskSettings:
     pair_columns: tuple[str, ...]
     label_column: str
     numbers: bool
+    labels: tuple[str, ...] = ()  # the classes, where the user lists them
+    skip_labels: tuple[str, ...] = ()  # rows with such a label are skipped
+    answers: str | None = None  # of multiple choice: one of labels.ANSWERS, None until a column decides
 
     @property
     def task(self) -> Task:
@@ -75,10 +79,17 @@ class TaskSettings:
 
 
 def task_settings(
-    name: str, text_column: str | None, pair_column: str | None, label_column: str | None, numbers: bool
+    name: str,
+    text_column: str | None,
+    pair_column: str | None,
+    label_column: str | None,
+    numbers: bool,
+    labels: str | None = None,
+    skip_labels: Sequence[str] = (),
+    answers: str | None = None,
 ) -> TaskSettings:
     """The task called `name`; a column that is None is the task's own. Several choices are columns with commas
-    between them, or one column of lists."""
+    between them, or one column of lists. `labels` are classes with commas between them."""
     if name not in TASKS:
         raise ValueError(f"--task {name}: wanted one of {', '.join(TASKS)}")
     task = TASKS[name]
@@ -87,8 +98,18 @@ def task_settings(
         raise ValueError(f"--pair-column {pair_column}: {name} reads one text only")
     if numbers and name not in ("similarity", "regression"):
         raise ValueError(f"--numbers: {name} has no numbers as its labels; wanted similarity or regression")
+    if answers is not None and (name != "multiple-choice" or answers not in ANSWERS):
+        raise ValueError(f"--answers {answers}: expected one of {', '.join(ANSWERS)}, for multiple-choice")
     pairs = tuple(column for column in (pair_column or pair).split(",") if column)
-    return TaskSettings(name, text_column or text, pairs, label_column or label, numbers or task.numbers)
+    made = TaskSettings(
+        name, text_column or text, pairs, label_column or label, numbers or task.numbers,
+        tuple(each.strip() for each in (labels or "").split(",") if each.strip()), tuple(skip_labels), answers,
+    )  # fmt: skip
+    if labels is not None and (not made.classifies or name == "multiple-choice"):
+        raise ValueError(f"--labels {labels}: {name} has no classes; leave it out")
+    if labels is not None and len(set(made.labels)) != max(2, len(made.labels)):
+        raise ValueError(f"--labels {labels}: expected two classes or more, each once, with commas between them")
+    return made
 
 
 def marks(config: GPTConfig) -> Marks:
