@@ -73,6 +73,11 @@ class FinetuneSettings(TrainingSettings):
         metavar="TASK",
     )
     numbers: bool = option(False, "Similarity as a number, by its squared error.", panel=TRAINING)
+    convertible: bool = option(
+        False,
+        "Give the classifier no bias, as transformers' has none, so that gpt-fast convert can turn the run into its.",
+        panel=TRAINING,
+    )
     epochs: Count = option(3, "Passes over the table.", panel=TRAINING)
     batch_size: Count = option(32, "Rows in an update.", panel=TRAINING)
     lr: NotNegative | None = option(

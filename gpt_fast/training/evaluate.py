@@ -64,7 +64,7 @@ def evaluate(
         pair_columns=pairs,
         skip_labels=(*task.skip_labels, *skip_labels),
     )
-    return evaluate_task(model, folder, data, task, record.get("labels", []), confusion, options)
+    return evaluate_task(model, folder, data, task, run_labels(model, record), confusion, options)
 
 
 def run_task(model: Head, record: dict[str, Any]) -> TaskSettings | None:
@@ -78,6 +78,16 @@ def run_task(model: Head, record: dict[str, Any]) -> TaskSettings | None:
     return task_settings(
         "regression" if model.config.problem == "regression" else "classification", None, None, None, False
     )
+
+
+def run_labels(model: Head, record: dict[str, Any]) -> list[str]:
+    """The names of a run's classes, or of those of another library's classifier; numbers where it has no names."""
+    if record.get("labels"):
+        return list(record["labels"])
+    config = model.config
+    if not isinstance(model, GPTForSequenceClassification) or config.problem == "regression":
+        return []
+    return list(config.label_names) or [str(i) for i in range(config.num_labels)]
 
 
 def evaluate_task(

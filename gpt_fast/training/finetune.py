@@ -21,7 +21,7 @@ from ..data.rows import row_options
 from ..data.stream import mix
 from ..data.tables import Table
 from ..data.tokenizer import load_tokenizer
-from ..heads import GPTForCausalLM, Head
+from ..heads import GPTForCausalLM, GPTForSequenceClassification, Head
 from ..interrupts import Stop
 from ..model_folder import read_config
 from .engine.optimizer import warmup_linear
@@ -39,7 +39,9 @@ FEW_UPDATES = 50  # with fewer, the user gets a remark
 def finetune(settings: FinetuneSettings, show: Show, say: Say, stop: Stop | None = None) -> Record:
     """Train a task's head on `L_task + λ·L_lm`, or a causal model on answers, and write a run folder with the weights
     of the best validation. Return what goes into run.json."""
-    task_of(settings)  # raises before any table is read
+    task = task_of(settings)  # raises before any table is read
+    if settings.convertible and task.task.head is not GPTForSequenceClassification:
+        raise ValueError(f"--convertible: is for transformers' classifiers; leave it out for {task.name}")
     check_run(settings.source)
     return train(settings, _finetune, show, say, stop)
 
@@ -67,7 +69,7 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
     # A masked model has not learned to predict the next token, and λ would make it do that above all.
     lm_weight = 0.0 if task.writes or pretrained_as == "GPTForMaskedLM" else settings.lm_weight
     make = fresh if settings.scratch else pretrained
-    model = session.make_model(partial(new_model, task, make, source, lm_weight, names))
+    model = session.make_model(partial(new_model, task, make, source, lm_weight, names, not settings.convertible))
     rows, valid_rows = (examples(table, task, names, tokenizer, model.config) for table in (train, valid))
     steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
     _tell(train, valid, rows, label_rule(names, task), model.config.seq_len, steps, session.say)

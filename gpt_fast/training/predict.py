@@ -10,7 +10,7 @@ from pathlib import Path
 from ..data.rows import RowOptions
 from ..data.tables import WRITTEN, Row, Table, read_rows, table_suffix, write_rows
 from ..heads import GPTForCausalLM, Head
-from .evaluate import run_task
+from .evaluate import run_labels, run_task
 from .metrics import predictions
 from .runs.folder import read_record
 from .runs.load import load_run, run_tokenizer
@@ -53,7 +53,7 @@ def predict(
             f"{folder}: holds a {type(model).__name__} without a task; wanted a run of gpt-fast finetune"
             " (gpt-fast generate lets a language model write)"
         )
-    names = record.get("labels") or [str(i) for i in range(model.config.num_labels if task.classifies else 0)]
+    names = run_labels(model, record)
     if data is not None:
         pairs = task.pair_columns if pair_column is None else tuple(pair_column.split(","))
         task = replace(task, text_column=text_column or task.text_column, pair_columns=pairs)

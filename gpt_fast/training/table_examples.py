@@ -21,6 +21,7 @@ from ..data.labels import (
     class_names,
     class_rule,
     number,
+    without_lone_surrogates,
 )
 from ..data.rows import RowOptions, some
 from ..data.snippets import snippet_table
@@ -182,6 +183,9 @@ def examples(
     answers."""
     wanted = targets(table, task, names)
     width = len(table.fields(0))
+    if config.extract_token is None and width == 1 and not task.writes:
+        rows = plain_rows(table, tokenizer, config.seq_len)
+        return [Example([row], target) for row, target in zip(rows, wanted, strict=True)]
     columns = [list(encode_documents(tokenizer, [table.fields(i)[c] for i in range(len(table))])) for c in range(width)]
     answers = list(encode_documents(tokenizer, table.labels or [""] * len(table))) if task.writes else []
     between, T = marks(config), config.seq_len - room
@@ -199,6 +203,19 @@ def examples(
         else:
             made.append(Example([task_input(texts, T, between)], target))
     return made
+
+
+def plain_rows(table: Table, tokenizer: Tokenizer, seq_len: int) -> list[list[int]]:
+    """Each text as transformers' tokenizer gives it to a classifier that was trained there, without our marks."""
+    tokenizer.enable_truncation(seq_len)
+    try:
+        rows = [encoding.ids for encoding in tokenizer.encode_batch([*map(without_lone_surrogates, table.texts)])]
+    finally:
+        tokenizer.no_truncation()
+    empty = [table.place(row) for row, ids in enumerate(rows) if not ids]
+    if empty:
+        raise ValueError(f"{table.source}, {some(empty)}: an empty text; expected one token or more")
+    return rows
 
 
 def remarks(table: Table, rows: Sequence[Example], seq_len: int) -> list[str]:

@@ -118,7 +118,9 @@ def marks(config: GPTConfig) -> Marks:
     return Marks(start, delimiter, extract, config.pad_token or 0)
 
 
-def new_model(task: TaskSettings, make: Any, source: Path, lm_weight: float, names: Sequence[str]) -> Head:
+def new_model(
+    task: TaskSettings, make: Any, source: Path, lm_weight: float, names: Sequence[str], classifier_bias: bool = True
+) -> Head:
     """The task's head on a pre-trained trunk. `make` is the head's `from_pretrained`, or draws weights anew."""
     if task.writes:
         return make(task.task.head, source)
@@ -126,6 +128,8 @@ def new_model(task: TaskSettings, make: Any, source: Path, lm_weight: float, nam
         task.task.head,
         source,
         num_labels=len(names) or 1,
+        label_names=() if task.name == "multiple-choice" else tuple(names),
+        classifier_bias=classifier_bias,
         problem="regression" if task.numbers else "classification",
         pooling="extract",
         classifier_dropout=0.1,
@@ -196,7 +200,8 @@ def writing_prompt(
             raise ValueError(
                 f"--prompt {prompt!r:.60}: has a character without a token in {folder}; expected known ones"
             )
-        return ids or [special_token(config, "start_token")], config.start_token
+        ends = config.start_token if config.end_token is None else config.end_token
+        return ids or [special_token(config, "start_token")], ends
     between = marks(config)
     texts = [encode(tokenizer, text) for text in (prompt, question) if text is not None]
     row = task_input([*texts, []], sum(map(len, texts)) + 4, between)

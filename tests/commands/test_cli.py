@@ -19,9 +19,10 @@ COMMANDS = {
     "--checkpoint-every --keep-checkpoints --tensorboard --profile --resume --beta1 --beta2 --final-lr",
     "prepare": "--data --valid --out --tokenizer --vocab-size --text-column --processes --overwrite --json",
     "finetune": "--from --train --valid --out --text-column --pair-column --label-column --task --numbers --scratch "
-    "--labels --skip-label --answers --columns --skip-ragged --epochs --batch-size --lr --lm-weight --rows --strategy --config --resume --overwrite --json",
-    "evaluate": "--from --data --text-column --pair-column --label-column --skip-label --columns --skip-ragged --confusion "
-    "--json",
+    "--labels --skip-label --answers --columns --skip-ragged --convertible "
+    "--epochs --batch-size --lr --lm-weight --rows --strategy --config --resume --overwrite --json",
+    "evaluate": "--from --data --text-column --pair-column --label-column --skip-label --columns --skip-ragged "
+    "--confusion --json",
     "predict": "--from --text --pair --data --out --overwrite --text-column --pair-column --columns --skip-ragged "
     "--max-new-tokens --json",
     "plot": "--metric --out",
