@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options
-from .terminal import AsJson, Device, err, print_json, print_table, require_train_extra, resolve_device, say
+from .terminal import (
+    AsJson,
+    Device,
+    Raw,
+    check_decoded,
+    err,
+    print_json,
+    print_table,
+    require_train_extra,
+    resolve_device,
+    say,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from gpt_fast.training.predict import Prediction
@@ -39,6 +51,7 @@ def predict(
         int | None,
         typer.Option(help="The most tokens of a written answer; 100, or half of the model's positions, unless given."),
     ] = None,
+    raw: Raw = False,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -59,6 +72,8 @@ def predict(
     for option, blank in (("--text", [text]), ("--pair", pair or [])):
         if any(value is not None and not value.strip() for value in blank):
             raise ValueError(f"{option}: empty; wanted a text")
+        for value in blank:
+            check_decoded(option, value)
     if text is None and pair:
         raise ValueError("--pair: belongs to --text; a table's second text is named by --pair-column")
     if data is None:
@@ -83,17 +98,17 @@ def predict(
         answers = [p.columns() | ({"probabilities": p.probabilities} if p.probabilities else {}) for p in found]
         print_json({"task": task.name, "data": table.source, "predictions": answers})
     elif text is not None:
-        _print_one(found[0])
+        _print_one(found[0], raw)
     elif out is not None:
         say(f"{out}: {len(found):,} rows" + (f", {_counts(found)}" if task.classifies else ""))
     else:
         for row, prediction in zip(table.texts, found, strict=True):
-            typer.echo("\t".join([*map(_shown, prediction.columns().values()), _line(row)]))
+            write_text("\t".join([*map(_shown, prediction.columns().values()), _line(row)]), raw)
 
 
-def _print_one(prediction: Prediction) -> None:
+def _print_one(prediction: Prediction, raw: bool) -> None:
     if prediction.probabilities is None:
-        typer.echo(_shown(prediction.answer))
+        write_text(_shown(prediction.answer), raw)
     else:
         print_table(str(prediction.answer), [(name, f"{p:.1%}") for name, p in prediction.probabilities.items()])
 

@@ -9,18 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 ANSWERS = ("text", "letters", "0", "1")  # how a column names one of several answers
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _CODE = re.compile(r"[+-]?0\d")  # 007 is a name, not the number 7
-_SURROGATE = re.compile("[\ud800-\udfff]")
 Place = Callable[[int], str]
-
-
-def has_lone_surrogate(text: str) -> bool:
-    """Return True if `text` holds half of a surrogate pair, which UTF-8 cannot write."""
-    return not text.isascii() and _SURROGATE.search(text) is not None
-
-
-def without_lone_surrogates(text: str) -> str:
-    """Return `text` with U+FFFD in the place of each half of a surrogate pair."""
-    return _SURROGATE.sub("\ufffd", text) if has_lone_surrogate(text) else text
 
 
 def number(label: str) -> float | None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from .._files import replacing
-from .labels import has_lone_surrogate, is_same_label
+from .labels import is_same_label
 from .rows import SUFFIXES, WRITTEN, Row, RowOptions, delimiter, read_rows, some, table_suffix
+from .tokenizer import has_lone_surrogate
 
 __all__ = [
     "SUFFIXES", "WRITTEN", "MissingColumn", "Row", "Table", "TableOptions", "read_rows", "read_table", "table_suffix",

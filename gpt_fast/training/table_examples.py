@@ -21,12 +21,11 @@ from ..data.labels import (
     class_names,
     class_rule,
     number,
-    without_lone_surrogates,
 )
 from ..data.rows import RowOptions, some
 from ..data.snippets import snippet_table
 from ..data.tables import MissingColumn, Row, Table, TableOptions, read_table
-from ..data.tokenizer import encode_documents
+from ..data.tokenizer import encode_documents, without_lone_surrogates
 from .tasks import TaskSettings, marks
 
 PLAIN = RowOptions()

@@ -183,6 +183,12 @@ def answers(
     return written
 
 
+def writes_answers(folder: Path) -> bool:
+    """Return True if the run in `folder` was fine-tuned for a task whose answer is a text."""
+    task = TASKS.get(str(read_record(folder).get("task")))
+    return task is not None and task.head is GPTForCausalLM
+
+
 def writing_prompt(
     folder: Path, config: GPTConfig, tokenizer: Tokenizer, prompt: str, question: str | None
 ) -> tuple[list[int], int | None]:
@@ -201,6 +207,8 @@ def writing_prompt(
                 f"--prompt {prompt!r:.60}: has a character without a token in {folder}; expected known ones"
             )
         ends = config.start_token if config.end_token is None else config.end_token
+        if not ids and config.start_token is None:
+            raise ValueError(f"--prompt '': {folder} has no start token to begin a text with; expected a text")
         return ids or [special_token(config, "start_token")], ends
     between = marks(config)
     texts = [encode(tokenizer, text) for text in (prompt, question) if text is not None]

@@ -24,10 +24,10 @@ COMMANDS = {
     "evaluate": "--from --data --text-column --pair-column --label-column --skip-label --columns --skip-ragged "
     "--confusion --json",
     "predict": "--from --text --pair --data --out --overwrite --text-column --pair-column --columns --skip-ragged "
-    "--max-new-tokens --json",
+    "--max-new-tokens --raw --json",
     "plot": "--metric --out",
     "generate": "--from --prompt --question --max-new-tokens --num-samples --temperature --top-k --top-p "
-    "--repetition-penalty --stop --seed --sliding --weights --json",
+    "--repetition-penalty --stop --seed --sliding --weights --raw --json",
     "compare": "--from --json",
     "convert": "--from --out --to --head --tokenizer --characters --heads --activation --json",
     "doctor": "--json",
