@@ -30,12 +30,16 @@ class RowOptions:
 DEFAULT = RowOptions()
 
 
+def ignore(message: str) -> None:
+    """Take a message about a file and say nothing."""
+
+
 def row_options(columns: str | None, skip_ragged: bool) -> RowOptions:
     """Return the options --columns, names with commas between them, and --skip-ragged."""
     return RowOptions(() if columns is None else tuple(columns.split(",")), skip_ragged)
 
 
-def read_rows(path: Path, options: RowOptions = DEFAULT, say: Say = len) -> Iterator[tuple[str, Row]]:
+def read_rows(path: Path, options: RowOptions = DEFAULT, say: Say = ignore) -> Iterator[tuple[str, Row]]:
     """Yield the rows of a table, each with its place: "line 5", or "row 5" in a .json or .parquet.
 
     Text is UTF-8, with or without a byte order mark. A .csv may quote; a .tsv is read with or without quoting, as its
@@ -285,17 +289,22 @@ def _squad_rows(path: Path, articles: list[Any]) -> Iterator[tuple[str, Row]]:
     has none, as in SQuAD 2.0."""
     number = count(1)
     for article in articles:
-        for paragraph in article["paragraphs"]:
-            for question in paragraph["qas"] if isinstance(paragraph, dict) and "qas" in paragraph else [None]:
-                place = f"row {next(number)}"
-                if not isinstance(question, dict) or "context" not in paragraph:
-                    raise ValueError(f"{path}, {place}: expected SQuAD's context and qas")
-                row = {"title": article.get("title"), "context": paragraph["context"]}
+        for paragraph in _objects(path, article, "paragraphs"):
+            for question in _objects(path, paragraph, "qas"):
+                row = {"title": article.get("title"), "context": paragraph.get("context")}
                 row |= {name: question.get(name) for name in ("id", "question")}
                 if "answers" in question:
-                    answers = question["answers"]
+                    answers = _objects(path, question, "answers")
                     row["answers"] = {name: [each.get(name) for each in answers] for name in ("text", "answer_start")}
-                yield place, row
+                yield f"row {next(number)}", row
+
+
+def _objects(path: Path, value: Row, name: str) -> list[Row]:
+    """Return the objects that a level of SQuAD's nested form lists as `name`."""
+    found = value.get(name)
+    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+        raise ValueError(f"{path}: {name} of SQuAD's form is {json.dumps(found)[:40]}; expected a list of objects")
+    return found
 
 
 def _unnested(place: str, row: Row) -> Iterator[tuple[str, Row]]:
@@ -342,5 +351,5 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 for row in batch.to_pylist():
                     place = f"row {next(number)}"
                     yield from _unnested(place, row)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: damaged, or no parquet file ({error})") from None

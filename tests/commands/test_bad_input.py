@@ -222,7 +222,7 @@ BAD_RUNS = {
     "unknown head": (spoil_config(head="GPTForTagging"), ["config.json", "GPTForTagging", "GPTForCausalLM"]),
     "foreign config": (lambda run: (run / "config.json").write_text('{"model_type": "gpt2"}'), ["config.json"]),
     "no json": (lambda run: (run / "config.json").write_text("{"), ["config.json", "not JSON"]),
-    "no tokenizer": (lambda run: (run / "tokenizer.json").unlink(), ["tokenizer.json missing"]),
+    "no tokenizer": (lambda run: (run / "tokenizer.json").unlink(), ["has a model and no tokenizer.json"]),
     "other tokenizer": (spoil_tokenizer, ["do not belong together", "262 tokens", "261"]),
 }
 

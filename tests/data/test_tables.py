@@ -73,6 +73,27 @@ def test_parquet(tmp_path):
         read(tmp_path, "broken.parquet", path.read_bytes()[:-9])
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [lambda b: b.replace(b"caf", b"ca\xff"), lambda b: b[:-20] + b"\xff" * 12 + b[-8:]],
+    ids=["text", "footer"],
+)
+def test_a_damaged_parquet_is_named(tmp_path, damage):
+    """pyarrow raises errors of several types, most of them without the name of the file."""
+    path = write_parquet(tmp_path / "t.parquet", {"text": ["cafe", "tea"], "label": [0, 1]})
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"t\.parquet: damaged, or no parquet file"):
+        tables.read_table(path)
+
+
+@pytest.mark.parametrize("level", ["paragraphs", "qas", "answers"])
+def test_a_damaged_squad_is_named(tmp_path, level):
+    content = re.sub(rf'"{level}": \[', f'"{level}": [5, ', json.dumps(SQUAD), count=1)
+    write(tmp_path, {"t.json": content.replace("[5, ]", "[5]")})
+    with pytest.raises(ValueError, match=rf"t\.json: {level} of SQuAD's form is \[5"):
+        load(tmp_path / "t.json", "question-answering", label="answers")
+
+
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     write(tmp_path, {"t.parquet": b"PAR1"})
     find = util.find_spec
