@@ -38,7 +38,9 @@ class GPTConfig:
     write into the residual stream.
 
     Classifiers: `num_labels`, `problem` ("classification" or "regression"), `pooling` ("last" real token or "extract"
-    token), `lm_weight` (λ of the joint loss), `classifier_bias`. Special tokens are ids below num_tokens, or None.
+    token), `lm_weight` (λ of the joint loss), `classifier_bias`, `label_names` (as many as labels, or none; they do not
+    survive another `num_labels`). Special tokens are ids below num_tokens, or None; `end_token` ends a generated text,
+    where that is not `start_token`.
 
     Source: Radford et al. (2018, 2019).
     """
@@ -72,6 +74,8 @@ class GPTConfig:
     start_token: int | None = None
     delimiter_token: int | None = None
     extract_token: int | None = None
+    end_token: int | None = None
+    label_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if _is_integer(self.ff_dim) and self.ff_dim == 0 and _is_integer(self.hidden_dim):
@@ -96,10 +100,17 @@ class GPTConfig:
         for name in ("pre_norm", "tied", "bias", "output_bias", "scaled_init", "classifier_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}; expected True or False")
-        for name in SPECIAL_TOKENS:
+        for name in (*SPECIAL_TOKENS, "end_token"):
             token = getattr(self, name)
             if token is not None and not (_is_integer(token) and 0 <= token < self.num_tokens):
                 raise ValueError(f"GPTConfig: {name} is {token!r}; expected None or an id below {self.num_tokens}")
+        if not isinstance(self.label_names, list | tuple) or not all(isinstance(n, str) for n in self.label_names):
+            raise ValueError(f"GPTConfig: label_names is {self.label_names!r}; expected a list of strings")
+        self.label_names = tuple(self.label_names)
+        if self.label_names and len(self.label_names) != self.num_labels:
+            raise ValueError(
+                f"GPTConfig: label_names has {len(self.label_names)} names; expected {self.num_labels}, or none"
+            )
         if self.pooling == "extract" and self.extract_token is None:
             raise ValueError('GPTConfig: pooling is "extract" and extract_token is None, wanted its id')
 
@@ -141,7 +152,9 @@ class GPTConfig:
         return dataclasses.asdict(self)
 
     def replace(self, **overrides: Any) -> "GPTConfig":
-        """A copy with some fields changed."""
+        """A copy with some fields changed. Another `num_labels` drops the `label_names`, unless new ones are given."""
+        if overrides.get("num_labels", self.num_labels) != self.num_labels:
+            overrides = {"label_names": ()} | overrides
         return type(self).from_dict(self.to_dict() | overrides)
 
 

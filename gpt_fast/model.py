@@ -175,13 +175,16 @@ class Convertible:
         run on a few tokens in evaluation mode and have to agree, unless an override asks for another function.
 
         Args:
-            model: A model of transformers, accelerated or not, or the path of a folder with safetensors.
+            model: A model of transformers, accelerated or not, the path of a folder, or a name on the hub such as
+                "gpt2", which transformers loads through its cache. A folder holds safetensors, or pytorch_model.bin,
+                which is read with torch.load(weights_only=True).
             overrides: Fields of `GPTConfig`.
 
         Raises:
             TypeError: `model` is of another class; so is a subclass with code of its own.
             ValueError: The model has something that this library's class cannot hold; the message names it.
-            OSError: The folder has no configuration or no safetensors.
+            OSError: The folder has no configuration or no weights, or the hub is out of reach and the cache lacks the
+                model.
         """
         from .integrations.huggingface import convert
 

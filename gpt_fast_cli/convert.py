@@ -145,4 +145,7 @@ def _from_folder(source: Path, out: Path, to: str | None, head: str | None) -> d
     from gpt_fast.integrations.huggingface.folder import convert_folder
 
     with err.status("converting"):
-        return convert_folder(source, out, head, to)
+        result = convert_folder(source, out, head, to)
+    if result.get("left_out"):
+        say(f"gpt-fast: left out of {source}: {', '.join(result['left_out'])}")
+    return result

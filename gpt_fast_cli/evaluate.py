@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from . import options
 from .terminal import (
     AsJson,
     Device,
@@ -33,6 +34,9 @@ def evaluate(
     text_column: Annotated[str | None, typer.Option(help="Column with the text; training's unless given.")] = None,
     pair_column: Annotated[str | None, typer.Option(help="Column with the second text, or the answers.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column with the label.")] = None,
+    skip_label: options.SkipLabel = None,
+    columns: options.Columns = None,
+    skip_ragged: options.SkipRagged = False,
     confusion: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Draw a classifier's confusion matrix there.")
     ] = None,
@@ -51,10 +55,14 @@ def evaluate(
     device = resolve_device(device)
     if confusion is not None and confusion.suffix.lower() != ".png":
         raise ValueError(f"--confusion {confusion}: wanted a name that ends in .png")
+    from gpt_fast.data.rows import row_options
     from gpt_fast.training.evaluate import evaluate as measure
 
+    rows = row_options(columns, skip_ragged)
     with err.status("evaluating"):
-        result = measure(source, data, text_column, label_column, device, pair_column, confusion)
+        result = measure(
+            source, data, text_column, label_column, device, pair_column, confusion, skip_label or (), rows
+        )
     if as_json:
         print_json(result)
     else:

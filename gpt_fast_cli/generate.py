@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .terminal import AsJson, Device, print_json, require_train_extra, resolve_device
+from .terminal import (
+    AsJson,
+    Device,
+    Raw,
+    check_decoded,
+    print_json,
+    require_train_extra,
+    resolve_device,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,6 +57,7 @@ def generate(
     weights: Annotated[
         str | None, typer.Option(metavar="float32|bfloat16|int8", help="How a CPU stores them while it writes.")
     ] = None,
+    raw: Raw = False,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -67,26 +77,30 @@ def generate(
         raise ValueError(f"--num-samples {num_samples}: wanted 1 or more")
     if any(not text for text in stop or []):
         raise ValueError("--stop '': wanted a text, not nothing")
+    for option, text in [("--prompt", prompt), ("--question", question), *(("--stop", text) for text in stop or [])]:
+        check_decoded(option, text)
     import torch
 
     from gpt_fast.generation.text import generate as continue_text
     from gpt_fast.training.runs.load import load_generator, run_tokenizer
-    from gpt_fast.training.tasks import writing_prompt
+    from gpt_fast.training.tasks import writes_answers, writing_prompt
 
     model = load_generator(source, device)
     tokenizer = run_tokenizer(source, model)
     ids, end = writing_prompt(source, model.config, tokenizer, prompt, question)
     ends = [] if end is None else [end]
-    samples = [_Text(tokenizer, stop or [], ends) for _ in range(num_samples)]
+    # An answer to a question was learned as a text of its own.
+    context = [] if writes_answers(source) else ids
+    samples = [_Text(tokenizer, prompt, context, stop or [], ends) for _ in range(num_samples)]
     streams = num_samples == 1 and not as_json
 
     def write(new: Tensor) -> None:
         if streams and not samples[0].drawn:  # not before it is clear that the prompt will do
-            typer.echo(prompt, nl=False)
+            write_text(prompt, raw, nl=False)
         for sample, token in zip(samples, new.tolist(), strict=True):
             sample.add(token)
         if streams:
-            typer.echo(samples[0].settled(), nl=False)
+            write_text(samples[0].settled(), raw, nl=False)
         if all(sample.done for sample in samples):
             raise _Finished
 
@@ -113,11 +127,11 @@ def generate(
         several = {"samples": found} if num_samples > 1 else found[0]
         print_json({"prompt": prompt, **several, "tokens_per_second": drawn / seconds})
     elif streams:
-        typer.echo(samples[0].rest())
+        write_text(samples[0].rest(), raw)
     else:
         for number, sample in enumerate(samples, 1):
             typer.secho(f"--- {number}", bold=True)
-            typer.echo(prompt + sample.text())
+            write_text(prompt + sample.text(), raw)
 
 
 class _Finished(Exception):
@@ -125,10 +139,19 @@ class _Finished(Exception):
 
 
 class _Text:
-    """One continuation: the tokens drawn, and the text they make up to where it stops."""
+    """One continuation: the tokens drawn, and the text they add to the prompt up to where it stops."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], ends: Sequence[int]):
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: str, context: Sequence[int], stop: Sequence[str], ends: Sequence[int]
+    ):
+        from gpt_fast.data.tokenizer import decode, keeps_text
+
         self.tokenizer = tokenizer
+        self.context = context
+        start = decode(tokenizer, context, special=False)
+        self.has_space = prompt[-1:].isspace() and not start[-1:].isspace()  # typed, but not in the tokens
+        self.keeps_text = keeps_text(tokenizer)
+        self.before = ""  # the text without the last token
         self.stop = stop
         self.ends = ends
         self.drawn: list[int] = []
@@ -138,6 +161,8 @@ class _Text:
     def add(self, token: int) -> None:
         if self.done:
             return
+        if not self.keeps_text:
+            self.before = self._decoded()
         self.drawn.append(token)
         self.done = token in self.ends or (bool(self.stop) and len(self.text()) < len(self._decoded()))
 
@@ -149,7 +174,11 @@ class _Text:
 
     def settled(self) -> str:
         """What has been added since and will stay: whole characters, and nothing that may begin a text to stop at."""
+        from gpt_fast.data.tokenizer import shared_start
+
         text = self.text()
+        if not self.keeps_text and not self.done:  # the last token may yet change, as an apostrophe before its s
+            text = shared_start(text, self.before)
         if text.endswith("\ufffd"):  # a character of several bytes, until its last one is there
             return ""
         held = 0
@@ -157,7 +186,7 @@ class _Text:
             held = max(
                 (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
             )  # fmt: skip
-        settled = text[self.written : len(text) - held]
+        settled = text[self.written : max(self.written, len(text) - held)]
         self.written = max(self.written, len(text) - held)
         return settled
 
@@ -165,6 +194,7 @@ class _Text:
         return self.text()[self.written :]
 
     def _decoded(self) -> str:
-        from gpt_fast.data.tokenizer import decode
+        from gpt_fast.data.tokenizer import added_text
 
-        return decode(self.tokenizer, self.drawn, special=False)
+        text = added_text(self.tokenizer, self.context, self.drawn)
+        return text.removeprefix(" ") if self.has_space else text

@@ -32,6 +32,17 @@ Config = Annotated[
     ),
 ]
 
+SkipLabel = Annotated[
+    list[str] | None,
+    typer.Option(metavar="LABEL", help="Skip rows with this label besides those that training skipped."),
+]
+Columns = Annotated[
+    str | None, typer.Option(help="Names of the columns of a .csv or .tsv without a header line, with commas between.")
+]
+SkipRagged = Annotated[
+    bool, typer.Option("--skip-ragged", help="Skip rows with another number of fields than the header, or of choices.")
+]
+
 
 def from_settings(cls: type[S]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorate a command's function, whose first parameter takes settings of class `cls`: the command gets an option

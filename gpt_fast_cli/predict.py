@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .terminal import AsJson, Device, err, print_json, print_table, require_train_extra, resolve_device, say
+from . import options
+from .terminal import (
+    AsJson,
+    Device,
+    Raw,
+    check_decoded,
+    err,
+    print_json,
+    print_table,
+    require_train_extra,
+    resolve_device,
+    say,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from gpt_fast.training.predict import Prediction
@@ -22,7 +35,8 @@ def predict(
         typer.Option(metavar="TEXT", help="The second text beside --text; repeated, the answers to choose from."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A table to answer row by row: .csv, .tsv or .jsonl.")
+        Path | None,
+        typer.Option(metavar="FILE", help="A table to answer row by row: .csv, .tsv, .jsonl, .json or .parquet."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -31,10 +45,13 @@ def predict(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out if it exists.")] = False,
     text_column: Annotated[str | None, typer.Option(help="Column with the text; training's unless given.")] = None,
     pair_column: Annotated[str | None, typer.Option(help="Column with the second text, or the answers.")] = None,
+    columns: options.Columns = None,
+    skip_ragged: options.SkipRagged = False,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(help="The most tokens of a written answer; 100, or half of the model's positions, unless given."),
     ] = None,
+    raw: Raw = False,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -55,39 +72,43 @@ def predict(
     for option, blank in (("--text", [text]), ("--pair", pair or [])):
         if any(value is not None and not value.strip() for value in blank):
             raise ValueError(f"{option}: empty; wanted a text")
+        for value in blank:
+            check_decoded(option, value)
     if text is None and pair:
         raise ValueError("--pair: belongs to --text; a table's second text is named by --pair-column")
     if data is None:
-        options = {"--text-column": text_column, "--pair-column": pair_column, "--out": out}
-        for option in (name for name, value in options.items() if value is not None):
-            raise ValueError(f"{option} {options[option]}: belongs to --data, not to --text")
+        given = {"--text-column": text_column, "--pair-column": pair_column, "--out": out, "--columns": columns}
+        for option in (name for name, value in given.items() if value is not None):
+            raise ValueError(f"{option} {given[option]}: belongs to --data, not to --text")
+    from gpt_fast.data.rows import row_options
     from gpt_fast.training.predict import check_target, write_predictions
     from gpt_fast.training.predict import predict as answer
 
+    rows = row_options(columns, skip_ragged)
     if out is not None and data is not None:
-        check_target(out, data)
+        check_target(out, data, rows)
         if out.exists() and not overwrite:
             raise ValueError(f"--out {out}: exists; --overwrite replaces it")
     texts = () if text is None else (text, *(pair or []))
     with err.status("predicting"):
-        task, table, found = answer(source, device, data, texts, text_column, pair_column, max_new_tokens)
+        task, table, found = answer(source, device, data, texts, text_column, pair_column, max_new_tokens, rows)
         if out is not None and data is not None:
-            write_predictions(out, data, found)
+            write_predictions(out, data, table, found, rows)
     if as_json:
-        rows = [p.columns() | ({"probabilities": p.probabilities} if p.probabilities else {}) for p in found]
-        print_json({"task": task.name, "data": table.source, "predictions": rows})
+        answers = [p.columns() | ({"probabilities": p.probabilities} if p.probabilities else {}) for p in found]
+        print_json({"task": task.name, "data": table.source, "predictions": answers})
     elif text is not None:
-        _print_one(found[0])
+        _print_one(found[0], raw)
     elif out is not None:
         say(f"{out}: {len(found):,} rows" + (f", {_counts(found)}" if task.classifies else ""))
     else:
         for row, prediction in zip(table.texts, found, strict=True):
-            typer.echo("\t".join([*map(_shown, prediction.columns().values()), _line(row)]))
+            write_text("\t".join([*map(_shown, prediction.columns().values()), _line(row)]), raw)
 
 
-def _print_one(prediction: Prediction) -> None:
+def _print_one(prediction: Prediction, raw: bool) -> None:
     if prediction.probabilities is None:
-        typer.echo(_shown(prediction.answer))
+        write_text(_shown(prediction.answer), raw)
     else:
         print_table(str(prediction.answer), [(name, f"{p:.1%}") for name, p in prediction.probabilities.items()])
 

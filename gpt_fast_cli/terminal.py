@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where to run; auto takes a GPU if there is one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout, for programs.")]
+
+Raw = Annotated[bool, typer.Option("--raw", help="Print control characters as they are, on a terminal too.")]
+
+# C0 but for tabs and line ends, DEL, C1, and the characters that reorder text.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 err = Console(stderr=True, highlight=False)
 
@@ -38,13 +45,40 @@ def resolve_device(name: str) -> str:
     return resolve(name)
 
 
+def escaped(text: str) -> str:
+    """Return `text` with control characters written out, \\x1b for example, but for line ends and tabs. They would move
+    the cursor, colour or retitle a terminal, or turn the order of the characters around."""
+    return _CONTROL.sub(lambda found: _code(found[0]), text)
+
+
+def printable(text: str, raw: bool = False) -> str:
+    """Return `text` for stdout: escaped where that is a terminal, unless `raw`; as it is for a file or a pipe."""
+    return text if raw or not sys.stdout.isatty() else escaped(text)
+
+
+def write_text(text: str, raw: bool, nl: bool = True) -> None:
+    """Print a model's text on stdout, whole; `typer.echo` alone would drop what looks like a colour from a file."""
+    typer.echo(printable(text, raw), nl=nl, color=True)
+
+
+def _code(character: str) -> str:
+    return f"\\x{ord(character):02x}" if ord(character) < 256 else f"\\u{ord(character):04x}"
+
+
+def check_decoded(option: str, text: str | None) -> None:
+    """Raise `ValueError` for a text of the command line that came as bytes which are no characters."""
+    found = None if text is None else _SURROGATE.search(text)
+    if found is not None:
+        raise ValueError(f"{option}: not UTF-8 from character {found.start() + 1} on; expected text")
+
+
 def say(message: str) -> None:
-    err.print(Text(message), soft_wrap=True)
+    err.print(Text(escaped(message)), soft_wrap=True)
 
 
 def print_error(message: str) -> None:
     """Print one red line on stderr, however long."""
-    err.print(Text(f"gpt-fast: {' '.join(message.split())}", style="red"), soft_wrap=True)
+    err.print(Text(f"gpt-fast: {escaped(' '.join(message.split()))}", style="red"), soft_wrap=True)
 
 
 def show_warning(
@@ -56,13 +90,16 @@ def show_warning(
     line: str | None = None,
 ) -> None:
     """A warning as one line on stderr, without the place in the code that `warnings` adds."""
-    err.print(Text(f"gpt-fast: {message}", style="yellow"), soft_wrap=True)
+    err.print(Text(f"gpt-fast: {escaped(str(message))}", style="yellow"), soft_wrap=True)
 
 
 def print_json(result: dict[str, Any]) -> None:
     from gpt_fast._files import finite
 
-    typer.echo(json.dumps(finite(result), ensure_ascii=False))
+    text = json.dumps(finite(result), ensure_ascii=False)
+    if sys.stdout.isatty():
+        text = _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    typer.echo(text)
 
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:
@@ -73,12 +110,12 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
 
     table = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
     for name, value in rows:
-        table.add_row(Text(f"  {name}"), Text(value))
+        table.add_row(Text(f"  {printable(name)}"), Text(printable(value)))
     out = Console(highlight=False)
     if not out.is_terminal:
         out.width = 2 + Measurement.get(out, out.options.update_width(sys.maxsize), table).maximum
     with out.capture() as printed:
-        out.print(Text(title, style="bold"), soft_wrap=True)
+        out.print(Text(printable(title), style="bold"), soft_wrap=True)
         out.print(table)
     print("\n".join(line.rstrip() for line in printed.get().splitlines()), flush=True)
 

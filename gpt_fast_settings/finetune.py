@@ -19,8 +19,8 @@ class FinetuneSettings(TrainingSettings):
     source: Path = option(..., "Run folder of the pre-trained model.", panel=RUN)
     train: Path | None = option(
         None,
-        "Labelled table: .csv, .tsv or .jsonl. Without it: snippets of Python's standard library, to be told apart by "
-        "the package that they come from.",
+        "Labelled table: .csv, .tsv, .jsonl, .json or .parquet. Without it: snippets of Python's standard "
+        "library, to be told apart by the package that they come from.",
         panel=DATA,
         metavar="FILE",
     )
@@ -29,7 +29,10 @@ class FinetuneSettings(TrainingSettings):
     )
     rows: Count | None = option(None, "Train on this many rows, drawn by --seed, and not on all.", panel=DATA)
     text_column: str | None = option(
-        None, "Column with the text: text; premise, sentence1, question, prompt or context by the task.", panel=DATA
+        None,
+        "Column with the text: text; premise, sentence1, question, prompt or context by the task. Columns with commas "
+        "between them are joined.",
+        panel=DATA,
     )
     pair_column: str | None = option(
         None,
@@ -38,6 +41,30 @@ class FinetuneSettings(TrainingSettings):
         panel=DATA,
     )
     label_column: str | None = option(None, "Column with the label (label), or the answer.", panel=DATA)
+    labels: str | None = option(
+        None,
+        "The classes in their order, with commas between them. Without it the whole label column decides: numbers by "
+        "value, texts sorted.",
+        panel=DATA,
+    )
+    skip_label: tuple[str, ...] = option(
+        (), "Skip rows with this label, such as -1; '' for blank ones. May be repeated.", panel=DATA, metavar="LABEL"
+    )
+    answers: str | None = option(
+        None,
+        "How the column of a multiple choice names an answer: by its text, by letters, or by numbers that count from 0 "
+        "or 1. Without it the whole column decides.",
+        panel=DATA,
+        metavar="text|letters|0|1",
+    )
+    columns: str | None = option(
+        None, "Names of the columns of a .csv or .tsv without a header line, with commas between them.", panel=DATA
+    )
+    skip_ragged: bool = option(
+        False,
+        "Skip rows with another number of fields than the header, or of choices than most rows, and tell which.",
+        panel=DATA,
+    )
     scratch: bool = option(
         False,
         "Take sizes and tokenizer alone and draw the weights anew: what does pre-training bring?",
@@ -50,6 +77,11 @@ class FinetuneSettings(TrainingSettings):
         metavar="TASK",
     )
     numbers: bool = option(False, "Similarity as a number, by its squared error.", panel=TRAINING)
+    convertible: bool = option(
+        False,
+        "Give the classifier no bias, as transformers' has none, so that gpt-fast convert can turn the run into its.",
+        panel=TRAINING,
+    )
     epochs: Count = option(3, "Passes over the table. --resume takes more than before.", panel=TRAINING, resume="more")
     batch_size: Count = option(32, "Rows in an update.", panel=TRAINING)
     lr: NotNegative | None = option(

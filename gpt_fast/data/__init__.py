@@ -1,8 +1,9 @@
 """Text, tables and tokenizers, turned into the integer tensors that the heads take.
 
-`tokenizer` maps text to ids and back, `corpus` reads plain text, `tables` reads labelled rows, `snippets` makes the
-labelled table that fine-tuning falls back on, `token_files` and `prepare` keep text as files of ids, `stream` shuffles
-windows of them, `batches` and `example_batches` cut and pad, `masking` hides tokens for the masked language model.
+`tokenizer` maps text to ids and back, `corpus` reads plain text, `tables` reads labelled rows (`rows` their files,
+`labels` what their label columns mean), `snippets` makes the labelled table that fine-tuning falls back on,
+`token_files` and `prepare` keep text as files of ids, `stream` shuffles windows of them, `batches` and
+`example_batches` cut and pad, `masking` hides tokens for the masked language model.
 """
 
 from .batches import Batch, lm_windows, token_stream, unigram_entropy
@@ -11,7 +12,7 @@ from .example_batches import Example, Marks, task_batches, task_input
 from .masking import mask_tokens
 from .snippets import snippet_table
 from .stream import TokenStream
-from .tables import Table, read_table
+from .tables import Table, TableOptions, read_table
 from .tokenizer import (
     SPECIAL_TOKENS,
     encode_documents,
@@ -29,6 +30,7 @@ __all__ = [
     "Example",
     "Marks",
     "Table",
+    "TableOptions",
     "TokenStream",
     "encode_documents",
     "lm_windows",

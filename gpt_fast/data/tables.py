@@ -1,90 +1,154 @@
-"""Labelled tables: .csv, .tsv and .jsonl, read row by row."""
+"""Labelled tables: the columns of a task, read row by row from the files that `rows` reads."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .._files import replacing
+from .labels import is_same_label
+from .rows import SUFFIXES, WRITTEN, Row, RowOptions, delimiter, read_rows, some, table_suffix
+from .tokenizer import has_lone_surrogate
 
-SUFFIXES = (".csv", ".tsv", ".jsonl")
-Row = dict[str, object]
+__all__ = [
+    "SUFFIXES", "WRITTEN", "MissingColumn", "Row", "Table", "TableOptions", "read_rows", "read_table", "table_suffix",
+    "write_rows",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Table:
     """Texts and their labels, as strings, none where the labels are what is asked for; `source` names the file and
-    appears in messages. `more` holds each row's further texts, where a task has several."""
+    appears in messages. `more` holds each row's further texts, where a task has several. `places` says where each row
+    stands in the file, and `notes` what a reader of results has to know of how it was read."""
 
     source: str
     texts: list[str]
     labels: list[str]
     more: list[tuple[str, ...]] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def rows(self, indices: list[int]) -> Table:
         """The table of the rows at `indices`, in their order."""
-        columns = ([column[i] for i in indices] if column else [] for column in (self.texts, self.labels, self.more))
-        return Table(self.source, *columns)  # type: ignore[arg-type]
+        names = ("texts", "labels", "more", "places")
+        columns: dict[str, Any] = {name: getattr(self, name) for name in names}
+        chosen = {name: [column[i] for i in indices] if column else [] for name, column in columns.items()}
+        return Table(self.source, notes=[*self.notes], **chosen)
 
     def fields(self, row: int) -> tuple[str, ...]:
         """All texts of a row."""
         return (self.texts[row], *(self.more[row] if self.more else ()))
 
+    def place(self, row: int) -> str:
+        """Return where a row stands in the file, "line 5" for example."""
+        return self.places[row] if self.places else f"row {row + 1}"
+
+
+@dataclass(frozen=True)
+class TableOptions(RowOptions):
+    """How to read a table. Rows whose label is one of `skip_labels` are skipped; "" stands for a label that is blank,
+    NaN or null. `text_labels`: are labels texts to be written, which keep their spaces and may be nested answers?"""
+
+    skip_labels: tuple[str, ...] = ()
+    text_labels: bool = False
+
+
+DEFAULT = TableOptions()
+
+
+class MissingColumn(ValueError):
+    """A table lacks a column; `row` is the first row."""
+
+    def __init__(self, path: Path, place: str, column: str, row: Row):
+        super().__init__(f"{path}, {place}: no column {column!r}; it has {', '.join(map(repr, row))}")
+        self.path, self.column, self.row = path, column, row
+
 
 def read_table(
-    path: Path, text_column: str = "text", label_column: str | None = "label", more_columns: Sequence[str] = ()
+    path: Path,
+    text_column: str = "text",
+    label_column: str | None = "label",
+    more_columns: Sequence[str] = (),
+    options: TableOptions = DEFAULT,
 ) -> Table:
-    """The named columns of a table; without a label's the table has no labels. A further column of a jsonl may be a
-    list of texts. Raises `FileNotFoundError` where there is no such file, `ValueError` for a column that is missing or
-    holds no text, an empty table or one that is not UTF-8; what is wrong with a row names its line."""
+    """The named columns of a table; without a label's the table has no labels.
+
+    A `text_column` with commas names several columns, whose texts are joined by line ends. A further column may hold
+    lists of texts. Spaces around labels are dropped. Raises `FileNotFoundError` where there is no such file,
+    `ValueError` for a column that is missing, holds no text or lacks a label, an empty table or one that is not UTF-8;
+    what is wrong with a row names its line.
+    """
     table = Table(str(path), [], [])
-    columns = (text_column, *more_columns, *([] if label_column is None else [label_column]))
-    for line, row in read_rows(path):
+    text_columns: list[str] = []
+    columns: list[str] = []
+    without: list[str] = []
+    skipped: list[str] = []
+    spaced: list[str] = []
+    unanswered: list[str] = []
+    first: object = None
+    for place, row in read_rows(path, options, table.notes.append):
+        if not columns:
+            text_columns = [text_column] if text_column in row else text_column.split(",")
+            columns = [*text_columns, *more_columns, *([] if label_column is None else [label_column])]
         for column in columns:
             if column not in row:
-                raise ValueError(f"{path}, line {line}: no column {column!r}; it has {', '.join(map(repr, row))}")
-        text = row[text_column]
-        if not isinstance(text, str):
-            raise ValueError(f"{path}, line {line}: column {text_column!r} holds {text!r}; wanted text")
-        more = [part for column in more_columns for part in _texts(row[column])]
-        if not all(isinstance(part, str) for part in more):
-            raise ValueError(
-                f"{path}, line {line}: columns {', '.join(map(repr, more_columns))} hold {more!r}; wanted texts"
-            )
+                raise MissingColumn(path, place, column, row)
         if label_column is not None:
-            label = row[label_column]
-            if not isinstance(label, (str, int, float)) or label == "":
-                raise ValueError(f"{path}, line {line}: column {label_column!r} holds {label!r}; wanted a label")
-            table.labels.append(str(label))
+            value = row[label_column]
+            label = _text_label(path, place, label_column, value) if options.text_labels else _label(value)
+            if label is None:
+                raise ValueError(f"{path}, {place}: column {label_column!r} holds {value!r}; wanted a label")
+            if any(is_same_label(label.strip(), skip) for skip in options.skip_labels):
+                skipped.append(place)
+                continue
+            if not label.strip() and isinstance(value, (dict, list)):
+                unanswered.append(place)
+            elif not label.strip():
+                first = first if without else value
+                without.append(place)
+                continue
+            if isinstance(value, str) and value != value.strip():
+                spaced.append(place)
+            table.labels.append(label)
+        texts = [_text(path, place, column, row[column]) for column in text_columns]
         if more_columns:
-            table.more.append(tuple(map(str, more)))
-        table.texts.append(text)
+            table.more.append(tuple(_more(path, place, more_columns, row)))
+        table.texts.append("\n".join(texts))
+        table.places.append(place)
+    if without:
+        raise ValueError(
+            f"{path}, {some(without)}: column {label_column!r} holds {first!r}; wanted a label ({len(without):,} rows "
+            "have none; --skip-label '' skips them)"
+        )
+    if skipped:
+        table.notes.append(f"{path}: skipped {len(skipped):,} rows by their label: {some(skipped)}")
+    if spaced and not options.text_labels:
+        table.notes.append(f"{path}: dropped spaces around the labels of {len(spaced):,} rows: {some(spaced)}")
+    if unanswered:
+        table.notes.append(
+            f"{path}: {len(unanswered):,} rows have no answer, which is an empty text: {some(unanswered)}"
+        )
+    damaged = [table.place(i) for i in range(len(table)) if any(map(has_lone_surrogate, table.fields(i)))]
+    if damaged:
+        table.notes.append(f"{path}: half a surrogate pair is read as \ufffd in {len(damaged):,} rows: {some(damaged)}")
     if not table.texts:
-        raise ValueError(f"{path}: empty; wanted at least one row with {' and '.join(map(repr, columns))}")
+        wanted = [text_column, *more_columns, *([] if label_column is None else [label_column])]
+        raise ValueError(f"{path}: empty; wanted at least one row with {' and '.join(map(repr, wanted))}")
     return table
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """The rows of a table in UTF-8 (a byte order mark is fine) as objects, each with the number of its line. csv and
-    tsv have a header line and may quote; jsonl has one object per line. Ragged rows are errors that name the line."""
-    suffix = table_suffix(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        yield from _jsonl_rows(path) if suffix == ".jsonl" else _csv_rows(path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason}); convert it first") from None
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """A table of the kind that the name of `path` tells: whole, or not at all."""
-    suffix = table_suffix(path)
+    suffix = table_suffix(path, WRITTEN)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Half of a surrogate pair, which a .jsonl may hold, becomes \ud800: UTF-8 has no other way to write it.
     with (
@@ -92,59 +156,57 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
         temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
     ):
         if suffix == ".jsonl":
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(_json(row) + "\n" for row in rows)
         else:
             columns = list(dict.fromkeys(column for row in rows for column in row))
-            writer = csv.DictWriter(file, columns, delimiter=_delimiter(suffix), lineterminator="\n")
+            writer = csv.DictWriter(file, columns, delimiter=delimiter(suffix), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(
+                {name: _json(value) if isinstance(value, (dict, list)) else value for name, value in row.items()}
+                for row in rows
+            )
 
 
-def table_suffix(path: Path) -> str:
-    """.csv, .tsv or .jsonl, whatever its case; another one is an error."""
-    suffix = path.suffix.lower()
-    if path.is_dir():
-        raise ValueError(f"{path}: a folder; wanted a table ending in {', '.join(SUFFIXES)}")
-    if suffix not in SUFFIXES:
-        raise ValueError(f"{path}: wanted a table ending in {', '.join(SUFFIXES)}, got {path.suffix or 'no ending'!r}")
-    return suffix
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)  # dates, which a .parquet may hold
 
 
-def _texts(value: object) -> list[object]:
+def _label(value: object) -> str | None:
+    """Return a class or a number as text, "" if it is missing, None if it is neither."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if not isinstance(value, (str, int, float)):
+        return None
+    text = str(value).strip()
+    return "" if text.lower() in ("nan", "<na>") else text
+
+
+def _text_label(path: Path, place: str, column: str, value: object) -> str | None:
+    """Return a text to be written, of several answers the first; "" if there is none."""
+    if isinstance(value, dict) and isinstance(value.get("text"), list):
+        value = value["text"]
+    if isinstance(value, list):
+        if not all(isinstance(answer, str) for answer in value):
+            raise ValueError(f"{path}, {place}: column {column!r} holds {value!r}; wanted a text or a list of texts")
+        value = value[0] if value else ""
+    if isinstance(value, (str, int)):
+        return str(value)
+    return _label(value)
+
+
+def _text(path: Path, place: str, column: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{path}, {place}: column {column!r} holds {value!r}; wanted text")
+    return value
+
+
+def _more(path: Path, place: str, columns: Sequence[str], row: Row) -> list[str]:
+    """Return the further texts of a row."""
+    more = [part for column in columns for part in _listed(row[column])]
+    if not all(isinstance(part, str) for part in more):
+        raise ValueError(f"{path}, {place}: columns {', '.join(map(repr, columns))} hold {more!r}; wanted texts")
+    return [str(part) for part in more]
+
+
+def _listed(value: object) -> list[object]:
     return value if isinstance(value, list) else [value]
-
-
-def _delimiter(suffix: str) -> str:
-    return "\t" if suffix == ".tsv" else ","
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    csv.field_size_limit(2**31 - 1)  # the module's own limit of 128 kB is less than a long article
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=_delimiter(path.suffix.lower()), strict=True)
-        try:
-            header = next(reader, [])
-            for row in reader:
-                if not row:
-                    continue
-                if len(row) != len(header):
-                    raise ValueError(
-                        f"{path}, line {reader.line_num}: {len(row)} fields under a header of {len(header)}"
-                    )
-                yield reader.line_num, dict(zip(header, row, strict=True))
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: wanted an object with named fields, got {line.strip()[:40]}")
-            yield number, row

@@ -8,6 +8,7 @@ spelled out in ordinary tokens, and special tokens enter a sequence only by id.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from .._files import write_text
 from ..config import SPECIAL_TOKENS
 
 UNKNOWN = "<|unk|>"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """The tokenizer that `kind` names: `bpe` and `char` learn their vocabulary from `texts`, `byte` needs none, and
     anything else is the path of a tokenizer.json. `vocab_size` bounds `bpe` alone. Raises `ValueError` for another
     kind, a file that is no tokenizer, or a vocabulary too small for the 256 bytes and the special tokens."""
+    texts = map(without_lone_surrogates, texts)
     if kind == "bpe":
         return train_bpe(texts, vocab_size)
     if kind == "byte":
@@ -119,20 +122,55 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
+def has_lone_surrogate(text: str) -> bool:
+    """Return True if `text` holds half of a surrogate pair, which UTF-8 cannot write."""
+    return not text.isascii() and _SURROGATE.search(text) is not None
+
+
+def without_lone_surrogates(text: str) -> str:
+    """Return `text` with U+FFFD in the place of each half of a surrogate pair."""
+    return _SURROGATE.sub("\ufffd", text) if has_lone_surrogate(text) else text
+
+
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False).ids
+    """Return the ids of a text without any special token. Half of a surrogate pair is read as U+FFFD."""
+    return tokenizer.encode(without_lone_surrogates(text), add_special_tokens=False).ids
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Sequence[str], chunk: int = 256) -> Iterator[list[int]]:
-    """The ids of each text without any special token, encoded `chunk` texts at a time on all cores."""
+    """The ids of each text without any special token, encoded `chunk` texts at a time on all cores. Half of a surrogate
+    pair is read as U+FFFD."""
     for first in range(0, len(texts), chunk):
-        for encoding in tokenizer.encode_batch_fast(texts[first : first + chunk], add_special_tokens=False):
+        part = [without_lone_surrogates(text) for text in texts[first : first + chunk]]
+        for encoding in tokenizer.encode_batch_fast(part, add_special_tokens=False):
             yield encoding.ids
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int], *, special: bool = True) -> str:
     """The text of `ids`; special tokens are written out, or left out with `special=False`."""
     return tokenizer.decode(ids, skip_special_tokens=not special)
+
+
+def added_text(tokenizer: Tokenizer, before: Sequence[int], new: Sequence[int]) -> str:
+    """Return what the tokens `new` add to the text of the tokens `before`; special tokens are left out.
+
+    Tokenizers whose words carry no space (GPT-1's, WordPiece, SentencePiece) put one between words when they decode, so
+    that the text of `new` alone has lost its first space.
+    """
+    text, start = (decode(tokenizer, ids, special=False) for ids in ([*before, *new], before))
+    return text[len(shared_start(text, start)) :]
+
+
+def shared_start(one: str, other: str) -> str:
+    """Return the characters with which both texts begin."""
+    if other.startswith(one):
+        return one
+    return one[: next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))]
+
+
+def keeps_text(tokenizer: Tokenizer) -> bool:
+    """Return True if a further token never changes the text of those before it, but for bytes of one character."""
+    return isinstance(tokenizer.decoder, (decoders.ByteLevel, decoders.Fuse))
 
 
 def _words_tokenizer(words: Sequence[str]) -> Tokenizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from ..data.batches import lm_windows, token_stream, unigram_entropy
 from ..data.corpus import STDLIB, read_corpus, read_path
+from ..data.rows import RowOptions
 from ..data.snippets import snippet_table
 from ..data.stream import TokenStream
 from ..data.tables import SUFFIXES as TABLE_SUFFIXES
@@ -23,7 +25,7 @@ from .lm_data import lm_batch, masker
 from .metrics import lm_loss, perplexity
 from .runs.folder import read_record, write_extra
 from .runs.load import load_run, run_tokenizer
-from .table_examples import examples, read_task_table, remarks
+from .table_examples import PLAIN, examples, read_task_table, remarks
 from .tasks import TaskSettings, score, task_settings, written_metrics
 
 BATCH = 32
@@ -37,6 +39,8 @@ def evaluate(
     device: str,
     pair_column: str | None = None,
     confusion: Path | None = None,
+    skip_labels: Sequence[str] = (),
+    options: RowOptions = PLAIN,
 ) -> dict[str, Any]:
     """A language model's loss on text, or a task's metrics on a table, each with its baseline. Without `data`, a model
     that learned from the standard library takes the files that its training held out. `confusion` is the file for a
@@ -58,16 +62,17 @@ def evaluate(
         text_column=text_column or task.text_column,
         label_column=label_column or task.label_column,
         pair_columns=pairs,
+        skip_labels=(*task.skip_labels, *skip_labels),
     )
-    return evaluate_task(model, folder, data, task, record.get("labels", []), confusion)
+    return evaluate_task(model, folder, data, task, run_labels(model, record), confusion, options)
 
 
 def run_task(model: Head, record: dict[str, Any]) -> TaskSettings | None:
     """The task that a run was fine-tuned for; None for a language model. A classifier saved without a record reads
     columns text and label."""
     if "columns" in record:
-        columns = record["columns"]
-        return TaskSettings(**(columns | {"pair_columns": tuple(columns["pair_columns"])}))
+        columns: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in record["columns"].items()}
+        return TaskSettings(**columns)
     if not isinstance(model, GPTForSequenceClassification):
         return None
     return task_settings(
@@ -75,10 +80,26 @@ def run_task(model: Head, record: dict[str, Any]) -> TaskSettings | None:
     )
 
 
+def run_labels(model: Head, record: dict[str, Any]) -> list[str]:
+    """The names of a run's classes, or of those of another library's classifier; numbers where it has no names."""
+    if record.get("labels"):
+        return list(record["labels"])
+    config = model.config
+    if not isinstance(model, GPTForSequenceClassification) or config.problem == "regression":
+        return []
+    return list(config.label_names) or [str(i) for i in range(config.num_labels)]
+
+
 def evaluate_task(
-    model: Head, folder: Path, data: Path | None, task: TaskSettings, labels: list[str], confusion: Path | None
+    model: Head,
+    folder: Path,
+    data: Path | None,
+    task: TaskSettings,
+    labels: list[str],
+    confusion: Path | None,
+    options: RowOptions = PLAIN,
 ) -> dict[str, Any]:
-    table = snippet_table()[1] if data is None else read_task_table(data, task)
+    table = snippet_table()[1] if data is None else read_task_table(data, task, options=options)
     tokenizer = run_tokenizer(folder, model)
     rows = examples(table, task, labels, tokenizer, model.config)
     for remark in remarks(table, rows, model.config.seq_len):

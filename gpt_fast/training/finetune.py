@@ -17,10 +17,11 @@ from gpt_fast_settings.finetune import FinetuneSettings
 
 from ..data.batches import Batch
 from ..data.example_batches import Example, task_batch
+from ..data.rows import row_options
 from ..data.stream import mix
 from ..data.tables import Table
 from ..data.tokenizer import load_tokenizer
-from ..heads import GPTForCausalLM, Head
+from ..heads import GPTForCausalLM, GPTForSequenceClassification, Head
 from ..interrupts import Stop
 from ..model_folder import read_config
 from .engine.optimizer import warmup_linear
@@ -30,7 +31,7 @@ from .program import Record, Say, Session, Show, train
 from .runs.folder import check_run, read_metrics, with_special_tokens
 from .runs.load import load_head
 from .runs.recipes import finetuning_lr
-from .table_examples import examples, label_names, read_tables, remarks
+from .table_examples import examples, label_names, label_rule, read_tables, remarks
 from .tasks import EVALUATION_BATCH, TaskSettings, better, new_model, score, task_settings, written_metrics
 
 FEW_UPDATES = 50  # with fewer, the user gets a remark
@@ -39,15 +40,18 @@ FEW_UPDATES = 50  # with fewer, the user gets a remark
 def finetune(settings: FinetuneSettings, show: Show, say: Say, stop: Stop | None = None) -> Record:
     """Train a task's head on `L_task + λ·L_lm`, or a causal model on answers, and write a run folder with the weights
     of the best validation. Return what goes into run.json."""
-    task_of(settings)  # raises before any table is read
+    task = task_of(settings)  # raises before any table is read
+    if settings.convertible and task.task.head is not GPTForSequenceClassification:
+        raise ValueError(f"--convertible: is for transformers' classifiers; leave it out for {task.name}")
     check_run(settings.source)
     return train(settings, _finetune, show, say, stop)
 
 
 def task_of(settings: FinetuneSettings) -> TaskSettings:
     return task_settings(
-        settings.task, settings.text_column, settings.pair_column, settings.label_column, settings.numbers
-    )
+        settings.task, settings.text_column, settings.pair_column, settings.label_column, settings.numbers,
+        settings.labels, settings.skip_label, settings.answers,
+    )  # fmt: skip
 
 
 def _finetune(session: Session[FinetuneSettings]) -> Record:
@@ -56,7 +60,8 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
     settings = session.settings.changed(lr=lr)
     session = replace(session, settings=settings)
     task = task_of(settings)
-    train, valid = read_tables(settings.train, settings.valid, task, settings.seed)
+    options = row_options(settings.columns, settings.skip_ragged)
+    train, valid, task = read_tables(settings.train, settings.valid, task, settings.seed, options)
     names = label_names(train, task)
     if settings.rows is not None:
         train = some_rows(train, settings.rows, settings.seed)
@@ -65,10 +70,10 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
     # A masked model has not learned to predict the next token, and λ would make it do that above all.
     lm_weight = 0.0 if task.writes or pretrained_as == "GPTForMaskedLM" else settings.lm_weight
     make = fresh if settings.scratch else pretrained
-    model = session.make_model(partial(new_model, task, make, source, lm_weight, names))
+    model = session.make_model(partial(new_model, task, make, source, lm_weight, names, not settings.convertible))
     rows, valid_rows = (examples(table, task, names, tokenizer, model.config) for table in (train, valid))
     steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
-    _tell(train, valid, rows, names, model.config.seq_len, steps, session.say)
+    _tell(train, valid, rows, label_rule(names, task), model.config.seq_len, steps, session.say)
 
     origin: Record = {
         "command": "finetune",
@@ -220,15 +225,15 @@ def _tell(
     train: Table,
     valid: Table,
     rows: Sequence[Example],
-    names: list[str],
+    rule: str | None,
     seq_len: int,
     steps: int,
     say: Callable[[str], None],
 ) -> None:
     say(f"{train.source}: {len(train):,} rows to train on, {len(valid):,} held out")
-    for remark in remarks(train, rows, seq_len):
+    for remark in [*remarks(train, rows, seq_len), *valid.notes]:
         say(remark)
-    if names:
-        say(f"{len(names)} labels: {', '.join(names[:12])}{', …' if len(names) > 12 else ''}")
+    if rule is not None:
+        say(rule)
     if steps < FEW_UPDATES:
         say(f"only {steps} updates on {len(train):,} rows: more --epochs or a higher --lr would teach more")

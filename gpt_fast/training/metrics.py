@@ -103,16 +103,25 @@ def answer_metrics(loss: float, tokens: int, size: int, examples: int) -> Metric
 
 
 def generated_metrics(answers: Sequence[str], wanted: Sequence[str]) -> Metrics:
-    """Exact match and the F1 of words, in [0, 1], as SQuAD counts them: without case, articles and punctuation."""
+    """Exact match and the F1 of words, in [0, 1], as SQuAD counts them: without case, articles and punctuation. A row
+    whose answer is empty counts 1 for an empty text and 0 for any other."""
     from torchmetrics.text import SQuAD
 
+    pairs = list(zip(answers, wanted, strict=True))
+    answered = [(answer, text) for answer, text in pairs if text.strip()]
+    empty = sum(not answer.strip() for answer, text in pairs if not text.strip())  # torchmetrics gives them an F1 of 0
+    if not answered:
+        return {"exact_match": empty / len(pairs), "word_f1": empty / len(pairs)}
     metric = SQuAD(sync_on_compute=False)  # a rank that measures alone does not wait for the others
     metric.update(
-        [{"prediction_text": answer, "id": str(i)} for i, answer in enumerate(answers)],
-        [{"answers": {"text": [text], "answer_start": [0]}, "id": str(i)} for i, text in enumerate(wanted)],
+        [{"prediction_text": answer, "id": str(i)} for i, (answer, _) in enumerate(answered)],
+        [{"answers": {"text": [text], "answer_start": [0]}, "id": str(i)} for i, (_, text) in enumerate(answered)],
     )
-    measured = metric.compute()
-    return {"exact_match": float(measured["exact_match"]) / 100, "word_f1": float(measured["f1"]) / 100}
+    measured, share = metric.compute(), len(answered) / 100
+    return {
+        "exact_match": (float(measured["exact_match"]) * share + empty) / len(pairs),
+        "word_f1": (float(measured["f1"]) * share + empty) / len(pairs),
+    }
 
 
 def perplexity(loss: float) -> float:

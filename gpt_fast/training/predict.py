@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..data.tables import Row, Table, read_rows, table_suffix, write_rows
+from ..data.rows import RowOptions
+from ..data.tables import WRITTEN, Row, Table, read_rows, table_suffix, write_rows
 from ..heads import GPTForCausalLM, Head
-from .evaluate import run_task
+from .evaluate import run_labels, run_task
 from .metrics import predictions
 from .runs.folder import read_record
 from .runs.load import load_run, run_tokenizer
-from .table_examples import examples, read_task_table, remarks
+from .table_examples import PLAIN, examples, read_task_table, remarks
 from .tasks import EVALUATION_BATCH, TaskSettings, answers
 
 ADDED = ("prediction", "probability")  # columns
@@ -40,6 +41,7 @@ def predict(
     text_column: str | None = None,
     pair_column: str | None = None,
     max_new_tokens: int | None = None,
+    options: RowOptions = PLAIN,
 ) -> tuple[TaskSettings, Table, list[Prediction]]:
     """The run's task, what was read, and the prediction for each row of a table, whose columns are those of training
     unless given, or for one row of `texts`. A model that writes adds at most `max_new_tokens`; unless given, 100 or
@@ -51,11 +53,11 @@ def predict(
             f"{folder}: holds a {type(model).__name__} without a task; wanted a run of gpt-fast finetune"
             " (gpt-fast generate lets a language model write)"
         )
-    names = record.get("labels") or [str(i) for i in range(model.config.num_labels if task.classifies else 0)]
+    names = run_labels(model, record)
     if data is not None:
         pairs = task.pair_columns if pair_column is None else tuple(pair_column.split(","))
         task = replace(task, text_column=text_column or task.text_column, pair_columns=pairs)
-        table = read_task_table(data, task, labelled=False)
+        table = read_task_table(data, task, labelled=False, options=options)
     else:
         table = one_row(texts, task, names)
     return task, table, answer(model, folder, table, task, names, max_new_tokens)
@@ -97,15 +99,18 @@ def _warn(found: Sequence[str]) -> None:
         warnings.warn(remark, stacklevel=3)
 
 
-def check_target(out: Path, data: Path) -> None:
+def check_target(out: Path, data: Path, options: RowOptions = PLAIN) -> None:
     """What would be wrong with writing to `out`, before any work."""
-    table_suffix(out)
-    for line, row in read_rows(data):
+    table_suffix(out, WRITTEN)
+    for place, row in read_rows(data, options):
         if taken := [name for name in ADDED if name in row]:
-            raise ValueError(f"{data}, line {line}: has a column {taken[0]!r} already, which --out {out} would add")
+            raise ValueError(f"{data}, {place}: has a column {taken[0]!r} already, which --out {out} would add")
 
 
-def write_predictions(out: Path, data: Path, found: Sequence[Prediction]) -> None:
-    """The rows of a table with their predictions as further columns."""
-    rows = [row for _, row in read_rows(data)]
+def write_predictions(
+    out: Path, data: Path, table: Table, found: Sequence[Prediction], options: RowOptions = PLAIN
+) -> None:
+    """The rows of `table`, which was read from `data`, with their predictions as further columns."""
+    read = set(table.places)  # a row without a usual number of choices may have been skipped
+    rows = [row for place, row in read_rows(data, options) if place in read]
     write_rows(out, [row | prediction.columns() for row, prediction in zip(rows, found, strict=True)])

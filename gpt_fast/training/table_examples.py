@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Sequence
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,24 +13,54 @@ from tokenizers import Tokenizer
 from ..config import GPTConfig
 from ..data.corpus import VALID_FRACTION
 from ..data.example_batches import Example, task_input
+from ..data.labels import (
+    ANSWER_NAMES,
+    answer_index,
+    answer_reading,
+    class_index,
+    class_names,
+    class_rule,
+    number,
+)
+from ..data.rows import RowOptions, some
 from ..data.snippets import snippet_table
-from ..data.tables import Row, Table, read_rows, read_table
-from ..data.tokenizer import encode_documents
+from ..data.tables import MissingColumn, Row, Table, TableOptions, read_table
+from ..data.tokenizer import encode_documents, without_lone_surrogates
 from .tasks import TaskSettings, marks
 
+PLAIN = RowOptions()
 
-def read_task_table(path: Path, task: TaskSettings, labelled: bool = True) -> Table:
+
+def read_task_table(path: Path, task: TaskSettings, labelled: bool = True, options: RowOptions = PLAIN) -> Table:
     """The columns of a task; without `labelled` only those that a model reads."""
     columns = {"--text-column": [task.text_column], "--pair-column": [*task.pair_columns]}
     if labelled:
         columns["--label-column"] = [task.label_column]
-    for _, row in islice(read_rows(path), 1):
-        for option, names in columns.items():
-            for name in (name for name in names if name not in row):
-                raise ValueError(
-                    f"{path}: no column {name!r}; it has {', '.join(map(repr, row)) or 'none'}; {_advice(option, row)}"
-                )
-    return read_table(path, task.text_column, task.label_column if labelled else None, task.pair_columns)
+    reading = TableOptions(options.columns, options.skip_ragged, task.skip_labels, text_labels=task.writes)
+    label_column = task.label_column if labelled else None
+    try:
+        table = read_table(path, task.text_column, label_column, task.pair_columns, reading)
+    except MissingColumn as missing:
+        names = ["--text-column"] + [option for option, names in columns.items() if missing.column in names]
+        raise ValueError(
+            f"{path}: no column {missing.column!r}; it has {', '.join(map(repr, missing.row)) or 'none'}; "
+            f"{_advice(names[-1], missing.row)}"
+        ) from None
+    if task.name == "multiple-choice" and options.skip_ragged:
+        return _without_ragged(table)
+    return table
+
+
+def _without_ragged(table: Table) -> Table:
+    """The rows of a table that have as many choices as most rows."""
+    counts = Counter(map(len, table.more))
+    usual = counts.most_common(1)[0][0]
+    ragged = [table.place(row) for row, choices in enumerate(table.more) if len(choices) != usual]
+    if not ragged:
+        return table
+    kept = table.rows([row for row, choices in enumerate(table.more) if len(choices) == usual])
+    kept.notes.append(f"{table.source}: skipped {len(ragged):,} rows without {usual} choices: {some(ragged)}")
+    return kept
 
 
 def _advice(option: str, row: Row) -> str:
@@ -39,21 +69,24 @@ def _advice(option: str, row: Row) -> str:
     if found is not None:
         return f"it looks separated by {found!r}, wanted commas in a .csv and tabs in a .tsv"
     without = ", and gpt-fast predict answers rows without labels" if option == "--label-column" else ""
-    return f"{option} names another{without}"
+    return f"{option} names another, and --columns the columns of a file without a header{without}"
 
 
-def read_tables(train: Path | None, valid: Path | None, task: TaskSettings, seed: int) -> tuple[Table, Table]:
+def read_tables(
+    train: Path | None, valid: Path | None, task: TaskSettings, seed: int, options: RowOptions = PLAIN
+) -> tuple[Table, Table, TaskSettings]:
     """The two tables that were named; with only one, a seeded tenth of its rows is held out; with none, snippets of the
-    standard library."""
+    standard library. The task comes with the rule for its labels, decided on the whole first table."""
     if train is None:
         if valid is not None:
             raise ValueError(f"--valid {valid}: given without --train")
         if task.name != "classification":
             raise ValueError(f"--task {task.name}: no table comes with it; give --train FILE")
-        return snippet_table()
-    table = read_task_table(train, task)
+        return *snippet_table(), task
+    table = read_task_table(train, task, options=options)
+    table, task = _with_rule(table, task)
     if valid is not None:
-        return table, read_task_table(valid, task)
+        return table, read_task_table(valid, task, options=options), task
     if len(table) < 10:
         raise ValueError(f"{train}: {len(table)} rows are too few to hold some out; give --valid")
     order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -66,7 +99,27 @@ def read_tables(train: Path | None, valid: Path | None, task: TaskSettings, seed
                 f"{train}: column {task.label_column!r} has {len(set(table.labels))} labels in {len(table)} rows, too "
                 "many to hold some rows out; wanted labels that repeat, or --valid"
             )
-    return table.rows(sorted(kept)), table.rows(sorted(held))
+    return table.rows(sorted(kept)), replace(table.rows(sorted(held)), notes=[]), task
+
+
+def _with_rule(table: Table, task: TaskSettings) -> tuple[Table, TaskSettings]:
+    """The table with one spelling of each class, and the task with the reading of its answers."""
+    if task.name == "multiple-choice":
+        return table, replace(task, answers=_reading(table, task, label_names(table, task)))
+    if not task.classifies:
+        return table, task
+    names = label_names(table, task)
+    labels = [names[int(i)] for i in targets(table, task, names)]
+    spelled = sorted({f"{old} is {new}" for old, new in zip(table.labels, labels, strict=True) if old != new})
+    notes = [f"{table.source}: column {task.label_column!r}: {some(spelled)}"] if spelled else []
+    return replace(table, labels=labels, notes=table.notes + notes), task
+
+
+def label_rule(names: Sequence[str], task: TaskSettings) -> str | None:
+    """One line about how the labels are read; None where they are numbers or texts."""
+    if task.name == "multiple-choice" and task.answers is not None:
+        return f"answers: {ANSWER_NAMES[task.answers]}, of {len(names)} choices"
+    return f"labels: {class_rule(names, bool(task.labels))}" if task.classifies else None
 
 
 def _every_label_trained(table: Table, held: list[int], kept: list[int]) -> tuple[list[int], list[int]]:
@@ -89,7 +142,9 @@ def label_names(table: Table, task: TaskSettings) -> list[str]:
         if count < 2:
             raise ValueError(f"{table.source}: {count} choices; wanted two or more, in columns or in a list")
         return [_letter(i) for i in range(count)]
-    names = sorted(set(table.labels))
+    if task.labels:
+        return list(task.labels)
+    names = class_names(table.source, task.label_column, table.labels, table.place)
     if len(names) < 2:
         raise ValueError(f"{table.source}: every row has the label {names[0]!r}; wanted two labels or more")
     return names
@@ -104,13 +159,20 @@ def targets(table: Table, task: TaskSettings, names: Sequence[str]) -> list[floa
     if task.numbers:
         return [_number(table, row) for row in range(len(table))]
     if task.name == "multiple-choice":
-        return [_choice(table, row, names) for row in range(len(table))]
-    index = {name: i for i, name in enumerate(names)}
-    for row, label in enumerate(table.labels, start=1):
-        if label not in index:
-            known = ", ".join(map(repr, names[:12])) + (", …" if len(names) > 12 else "")
-            raise ValueError(f"{table.source}, row {row}: unknown label {label!r}; those trained on are {known}")
-    return [index[label] for label in table.labels]
+        reading = _reading(table, task, names)
+        rows = zip(table.labels, table.more, strict=True)
+        return [index for label, choices in rows if (index := answer_index(reading, label, choices)) is not None]
+    find = class_index(names)
+    found = [find(label) for label in table.labels]
+    unknown = [row for row, index in enumerate(found) if index is None]
+    if unknown:
+        label = table.labels[unknown[0]]
+        known = ", ".join(map(repr, names[:12])) + (", …" if len(names) > 12 else "")
+        raise ValueError(
+            f"{table.source}, {some([table.place(row) for row in unknown])}: unknown label {label!r}; those trained on "
+            f"are {known}; --skip-label={label} skips such rows"
+        )
+    return [index for index in found if index is not None]
 
 
 def examples(
@@ -120,6 +182,9 @@ def examples(
     answers."""
     wanted = targets(table, task, names)
     width = len(table.fields(0))
+    if config.extract_token is None and width == 1 and not task.writes:
+        rows = plain_rows(table, tokenizer, config.seq_len)
+        return [Example([row], target) for row, target in zip(rows, wanted, strict=True)]
     columns = [list(encode_documents(tokenizer, [table.fields(i)[c] for i in range(len(table))])) for c in range(width)]
     answers = list(encode_documents(tokenizer, table.labels or [""] * len(table))) if task.writes else []
     between, T = marks(config), config.seq_len - room
@@ -139,16 +204,30 @@ def examples(
     return made
 
 
+def plain_rows(table: Table, tokenizer: Tokenizer, seq_len: int) -> list[list[int]]:
+    """Each text as transformers' tokenizer gives it to a classifier that was trained there, without our marks."""
+    tokenizer.enable_truncation(seq_len)
+    try:
+        rows = [encoding.ids for encoding in tokenizer.encode_batch([*map(without_lone_surrogates, table.texts)])]
+    finally:
+        tokenizer.no_truncation()
+    empty = [table.place(row) for row, ids in enumerate(rows) if not ids]
+    if empty:
+        raise ValueError(f"{table.source}, {some(empty)}: an empty text; expected one token or more")
+    return rows
+
+
 def remarks(table: Table, rows: Sequence[Example], seq_len: int) -> list[str]:
     """What may surprise whoever reads the results: texts that were cut off, rows without text."""
-    found = []
+    found = [*table.notes]
     cut = sum(len(sequence) == seq_len for row in rows for sequence in row.sequences)
     if cut:
         share = cut / sum(len(row.sequences) for row in rows)
         found.append(f"{table.source}: {share:.0%} of the rows fill all {seq_len} positions and may have been cut off")
-    empty = [row for row, text in enumerate(table.texts, start=1) if not text.strip()]
+    empty = [row for row, text in enumerate(table.texts) if not text.strip()]
     if empty:
-        found.append(f"{table.source}: {len(empty):,} rows have an empty text, the first of them row {empty[0]}")
+        where = table.place(empty[0])
+        found.append(f"{table.source}: {len(empty):,} rows have an empty text, the first of them {where}")
     return found
 
 
@@ -157,32 +236,31 @@ def _letter(index: int) -> str:
 
 
 def _check_choices(table: Table, names: Sequence[str]) -> None:
-    for row, choices in enumerate(table.more, start=1):
+    for row, choices in enumerate(table.more):
         if len(choices) != len(names):
-            raise ValueError(f"{table.source}, row {row}: {len(choices)} choices; wanted {len(names)} in every row")
+            raise ValueError(
+                f"{table.source}, {table.place(row)}: {len(choices)} choices; wanted {len(names)} in every row "
+                "(--skip-ragged skips rows with another number than most)"
+            )
 
 
-def _choice(table: Table, row: int, names: Sequence[str]) -> int:
-    """A label is the text of an answer, its letter, or its number, counted from 0."""
-    label, choices = table.labels[row], table.more[row]
-    if label in choices:
-        return choices.index(label)
-    if label.upper() in names:
-        return list(names).index(label.upper())
-    if label.isdecimal() and int(label) < len(choices):
-        return int(label)
-    known = f"{', '.join(names)}, 0 to {len(choices) - 1}"
-    raise ValueError(
-        f"{table.source}, row {row + 1}: unknown label {label!r}; wanted an answer's text, or one of {known}"
-    )
+def _reading(table: Table, task: TaskSettings, names: Sequence[str]) -> str:
+    """How the column of answers names them: as the task says, or as the whole column allows."""
+    _check_choices(table, names)
+    if task.answers is None:
+        return answer_reading(table.source, table.labels, table.more, table.place)
+    for row, (label, choices) in enumerate(zip(table.labels, table.more, strict=True)):
+        if answer_index(task.answers, label, choices) is None:
+            raise ValueError(
+                f"{table.source}, {table.place(row)}: unknown label {label!r}; wanted {ANSWER_NAMES[task.answers]} "
+                f"of {len(choices)} choices, as --answers {task.answers} says or the training table has"
+            )
+    return task.answers
 
 
 def _number(table: Table, row: int) -> float:
     label = table.labels[row]
-    try:
-        value = float(label)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"{table.source}, row {row + 1}: label {label!r} is not a number, as a regression wants")
+    value = number(label)
+    if value is None:
+        raise ValueError(f"{table.source}, {table.place(row)}: label {label!r} is not a number, as a regression wants")
     return value

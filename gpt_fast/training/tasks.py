@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from ..config import GPTConfig
 from ..data.example_batches import Example, Marks, pad_rows, task_batches, task_input
+from ..data.labels import ANSWERS
 from ..data.tokenizer import decode, encode
 from ..generation import generate
 from ..heads import GPTForCausalLM, GPTForMultipleChoice, GPTForSequenceClassification, GPTForSimilarity, Head
@@ -59,6 +60,9 @@ class TaskSettings:
     pair_columns: tuple[str, ...]
     label_column: str
     numbers: bool
+    labels: tuple[str, ...] = ()  # the classes, where the user lists them
+    skip_labels: tuple[str, ...] = ()  # rows with such a label are skipped
+    answers: str | None = None  # of multiple choice: one of labels.ANSWERS, None until a column decides
 
     @property
     def task(self) -> Task:
@@ -75,10 +79,17 @@ class TaskSettings:
 
 
 def task_settings(
-    name: str, text_column: str | None, pair_column: str | None, label_column: str | None, numbers: bool
+    name: str,
+    text_column: str | None,
+    pair_column: str | None,
+    label_column: str | None,
+    numbers: bool,
+    labels: str | None = None,
+    skip_labels: Sequence[str] = (),
+    answers: str | None = None,
 ) -> TaskSettings:
     """The task called `name`; a column that is None is the task's own. Several choices are columns with commas
-    between them, or one column of lists."""
+    between them, or one column of lists. `labels` are classes with commas between them."""
     if name not in TASKS:
         raise ValueError(f"--task {name}: wanted one of {', '.join(TASKS)}")
     task = TASKS[name]
@@ -87,8 +98,18 @@ def task_settings(
         raise ValueError(f"--pair-column {pair_column}: {name} reads one text only")
     if numbers and name not in ("similarity", "regression"):
         raise ValueError(f"--numbers: {name} has no numbers as its labels; wanted similarity or regression")
+    if answers is not None and (name != "multiple-choice" or answers not in ANSWERS):
+        raise ValueError(f"--answers {answers}: expected one of {', '.join(ANSWERS)}, for multiple-choice")
     pairs = tuple(column for column in (pair_column or pair).split(",") if column)
-    return TaskSettings(name, text_column or text, pairs, label_column or label, numbers or task.numbers)
+    made = TaskSettings(
+        name, text_column or text, pairs, label_column or label, numbers or task.numbers,
+        tuple(each.strip() for each in (labels or "").split(",") if each.strip()), tuple(skip_labels), answers,
+    )  # fmt: skip
+    if labels is not None and (not made.classifies or name == "multiple-choice"):
+        raise ValueError(f"--labels {labels}: {name} has no classes; leave it out")
+    if labels is not None and len(set(made.labels)) != max(2, len(made.labels)):
+        raise ValueError(f"--labels {labels}: expected two classes or more, each once, with commas between them")
+    return made
 
 
 def marks(config: GPTConfig) -> Marks:
@@ -97,7 +118,9 @@ def marks(config: GPTConfig) -> Marks:
     return Marks(start, delimiter, extract, config.pad_token or 0)
 
 
-def new_model(task: TaskSettings, make: Any, source: Path, lm_weight: float, names: Sequence[str]) -> Head:
+def new_model(
+    task: TaskSettings, make: Any, source: Path, lm_weight: float, names: Sequence[str], classifier_bias: bool = True
+) -> Head:
     """The task's head on a pre-trained trunk. `make` is the head's `from_pretrained`, or draws weights anew."""
     if task.writes:
         return make(task.task.head, source)
@@ -105,6 +128,8 @@ def new_model(task: TaskSettings, make: Any, source: Path, lm_weight: float, nam
         task.task.head,
         source,
         num_labels=len(names) or 1,
+        label_names=() if task.name == "multiple-choice" else tuple(names),
+        classifier_bias=classifier_bias,
         problem="regression" if task.numbers else "classification",
         pooling="extract",
         classifier_dropout=0.1,
@@ -158,6 +183,12 @@ def answers(
     return written
 
 
+def writes_answers(folder: Path) -> bool:
+    """Return True if the run in `folder` was fine-tuned for a task whose answer is a text."""
+    task = TASKS.get(str(read_record(folder).get("task")))
+    return task is not None and task.head is GPTForCausalLM
+
+
 def writing_prompt(
     folder: Path, config: GPTConfig, tokenizer: Tokenizer, prompt: str, question: str | None
 ) -> tuple[list[int], int | None]:
@@ -175,7 +206,10 @@ def writing_prompt(
             raise ValueError(
                 f"--prompt {prompt!r:.60}: has a character without a token in {folder}; expected known ones"
             )
-        return ids or [special_token(config, "start_token")], config.start_token
+        ends = config.start_token if config.end_token is None else config.end_token
+        if not ids and config.start_token is None:
+            raise ValueError(f"--prompt '': {folder} has no start token to begin a text with; expected a text")
+        return ids or [special_token(config, "start_token")], ends
     between = marks(config)
     texts = [encode(tokenizer, text) for text in (prompt, question) if text is not None]
     row = task_input([*texts, []], sum(map(len, texts)) + 4, between)

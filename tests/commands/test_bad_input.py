@@ -100,12 +100,16 @@ TABLES = {
     "nameless.jsonl": b"{}\n",
     "broken.jsonl": b'{"text": "a", "label": "b"}\n{"text": \n',
     "latin.txt": b"caf\xe9\n",
+    "twice.csv": b"text,label,label\na,b,c\n",
+    "minus.csv": b"text,label\n" + b"a,0\nb,-1\nc,1\n" * 5,
+    "quiz.csv": b"question,a,b,answer\nq,x,y,1\nq,x,y,2\n",
+    "broken.parquet": b"PAR1",
     "table.txt": b"text,label\na,b\n",
 }
 BAD_FINETUNE = {
     "missing table": ("--train {tmp}/none.csv", ["none.csv: no such file"]),
     "empty table": ("--train {tmp}/empty.csv", ["empty.csv: empty"]),
-    "not utf-8": ("--train {tmp}/latin.csv", ["latin.csv: not UTF-8"]),
+    "not utf-8": ("--train {tmp}/latin.csv", ["latin.csv, line 2: not UTF-8 (byte 3"]),
     "no such column": (
         "--train {tmp}/column.csv",
         ["column.csv: no column 'label'", "'text', 'lable'", "--label-column names another"],
@@ -125,14 +129,23 @@ BAD_FINETUNE = {
     "few rows": ("--train {tmp}/few.csv", ["few.csv: 2 rows", "--valid"]),
     "unknown label": (
         "--train {table} --valid {tmp}/new.csv",
-        ["new.csv, row 2: unknown label 'tepid'", "'cold', 'warm'"],
+        ["new.csv, line 3: unknown label 'tepid'", "'cold', 'warm'"],
     ),
     "not json": ("--train {tmp}/broken.jsonl", ["broken.jsonl, line 2: not JSON"]),
+    "two columns of one name": ("--train {tmp}/twice.csv", ["twice.csv: columns 2 and 3 are both called 'label'"]),
+    "minus one": ("--train {tmp}/minus.csv --skip-label=5", ["column 'label' holds -1 in 5 rows", "--skip-label=-1"]),
+    "answers from one": (
+        "--train {tmp}/quiz.csv --task multiple-choice --pair-column a,b",
+        ["quiz.csv, line 3: answer '2' of 2 counts from 1", "--answers 1"],
+    ),
+    "broken parquet": ("--train {tmp}/broken.parquet", ["broken.parquet: damaged, or no parquet file"]),
+    "labels of a regression": ("--train {table} --task regression --labels a,b", ["--labels a,b: regression has no"]),
+    "columns of a jsonl": ("--train {tmp}/broken.jsonl --columns a,b", ["--columns a,b: ", "names its columns itself"]),
     "not a table": ("--train {tmp}/table.txt", ["table.txt: wanted a table ending in .csv, .tsv, .jsonl"]),
     "valid alone": ("--valid {table}", ["--valid", "without --train"]),
     "words for numbers": (
         "--train {tmp}/words.csv --task regression",
-        ["words.csv, row 1: label 'three' is not a number"],
+        ["words.csv, line 2: label 'three' is not a number"],
     ),
     "unknown task": ("--train {table} --task tagging", ["tagging", "classification, entailment, similarity"]),
     "pair where there is none": ("--train {table} --pair-column b", ["--pair-column b", "reads one text only"]),
@@ -143,7 +156,7 @@ BAD_FINETUNE = {
     ),
     "choice that is none": (
         "--train {table} --task multiple-choice --text-column text --pair-column text,text --label-column label",
-        ["row 1: unknown label 'cold'", "A, B, 0 to 1"],
+        ["line 2: unknown label 'cold'", "A, B, 0 to 1"],
     ),
     "numbers of classes": ("--train {table} --numbers", ["--numbers", "wanted similarity or regression"]),
     "no table for a task": ("--task similarity", ["no table comes with it", "--train FILE"]),
@@ -227,7 +240,7 @@ def test_damaged_runs(cli, data, tmp_path, case):
 
 
 BAD_USES = {
-    "evaluate: unknown label": ("evaluate --from {classifier} --data {tmp}/new.csv", ["row 2: unknown label 'tepid'"]),
+    "evaluate: unknown label": ("evaluate --from {classifier} --data {tmp}/new.csv", ["line 3: unknown label 'tepid'"]),
     "evaluate: a table for a language model": (
         "evaluate --from {lm} --data {tmp}/new.csv",
         ["new.csv: a table", "holds a language model"],

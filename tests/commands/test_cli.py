@@ -19,12 +19,15 @@ COMMANDS = {
     "--checkpoint-every --keep-checkpoints --tensorboard --profile --resume --beta1 --beta2 --final-lr",
     "prepare": "--data --valid --out --tokenizer --vocab-size --text-column --processes --overwrite --json",
     "finetune": "--from --train --valid --out --text-column --pair-column --label-column --task --numbers --scratch "
+    "--labels --skip-label --answers --columns --skip-ragged --convertible "
     "--epochs --batch-size --lr --lm-weight --rows --strategy --config --resume --overwrite --json",
-    "evaluate": "--from --data --text-column --pair-column --label-column --confusion --json",
-    "predict": "--from --text --pair --data --out --overwrite --text-column --pair-column --max-new-tokens --json",
+    "evaluate": "--from --data --text-column --pair-column --label-column --skip-label --columns --skip-ragged "
+    "--confusion --json",
+    "predict": "--from --text --pair --data --out --overwrite --text-column --pair-column --columns --skip-ragged "
+    "--max-new-tokens --raw --json",
     "plot": "--metric --out",
     "generate": "--from --prompt --question --max-new-tokens --num-samples --temperature --top-k --top-p "
-    "--repetition-penalty --stop --seed --sliding --weights --json",
+    "--repetition-penalty --stop --seed --sliding --weights --raw --json",
     "compare": "--from --json",
     "convert": "--from --out --to --head --tokenizer --characters --heads --activation --json",
     "doctor": "--json",
@@ -104,6 +107,30 @@ def test_finetune_and_evaluate_agree(cli, data, tmp_path):
     assert result["majority_accuracy"] == trained["majority_accuracy"] == pytest.approx(2 / 3)
     shown = succeed(cli("evaluate", "--from", out, "--data", tmp_path / "t.csv")).out
     assert f"accuracy       {result['accuracy']:.1%}, always the commonest label: 66.7%" in shown
+
+
+def test_how_a_table_was_read_is_told(cli, data, tmp_path):
+    """A .tsv without quoting or header: one line each about quotes, skipped rows and the rule for labels. Evaluation
+    skips what training skipped, and predictions stand beside the rows that were read."""
+    lines = [f'{1 + i % 2}.0\t"text {i}\n' for i in range(20)]
+    (tmp_path / "t.tsv").write_text("".join([*lines, "-1\tno label\n", "2\n"]))
+    table = ["--columns", "label,text", "--skip-ragged"]
+    options = ["--train", tmp_path / "t.tsv", "--valid", tmp_path / "t.tsv", "--skip-label", "-1", "--epochs", 1]
+    run = succeed(cli("finetune", "--from", data.lm, *options, *table, "--out", tmp_path / "run", "--json"))
+    assert json.loads(run.out)["labels"] == ["1", "2"]
+    told = run.err.splitlines()
+    assert f"{tmp_path}/t.tsv: skipped 1 rows with another number of fields: line 22" in told
+    assert f"{tmp_path}/t.tsv: skipped 1 rows by their label: line 21" in told
+    assert "labels: integers 1..2, sorted by value" in told
+    assert any(line.startswith(f"{tmp_path}/t.tsv: read without quoting, 22 rows") for line in told)
+    use = ["--from", tmp_path / "run", "--data", tmp_path / "t.tsv", *table]
+    result = succeed(cli("evaluate", *use, "--json"))
+    assert json.loads(result.out)["examples"] == 20
+    assert "skipped 1 rows by their label: line 21" in result.err
+    succeed(cli("predict", *use, "--out", tmp_path / "out.jsonl"))
+    written = [row for _, row in tables.read_rows(tmp_path / "out.jsonl")]
+    assert [row["text"] for row in written] == [*(f'"text {i}' for i in range(20)), "no label"]
+    assert {row["prediction"] for row in written} <= {"1", "2"}
 
 
 def test_predict_a_text(cli, data):

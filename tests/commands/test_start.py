@@ -100,7 +100,7 @@ def complete(words: str) -> set[str]:
 def test_bash_completes_commands_and_options():
     assert complete("gpt-fast pre") == {"prepare", "pretrain", "predict"}
     assert complete("gpt-fast pretrain --ch") == {"--checkpoint-every", "--checkpoint-activations"}
-    assert complete("gpt-fast finetune --label") == {"--label-column"}
+    assert complete("gpt-fast finetune --label") == {"--label-column", "--labels"}
 
 
 def test_bash_reads_the_completion_script():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt_fast.config import IGNORE
-from gpt_fast.data import batches, corpus, example_batches, snippets, tables
+from gpt_fast.data import batches, corpus, example_batches, snippets
 from gpt_fast.data import tokenizer as tok
 from gpt_fast.data.example_batches import Example, Marks
 from gpt_fast.data.masking import mask_tokens
@@ -164,57 +164,6 @@ def test_standard_library(stdlib):
     assert 0.08 < sizes[1] / sum(sizes) < 0.11
     for name in snippets.chosen_packages(stdlib.train + stdlib.valid):
         assert any(document.startswith(f"{name}/") for document in valid), name
-
-
-# --- tables ---
-
-
-TABLES = {
-    "t.csv": '\ufefftext,label,more\r\n"a, ""b""\nc",x,1\r\n日本,y,2\r\n',
-    "t.tsv": 'more\ttext\tlabel\n1\t"a, ""b""\nc"\tx\n2\t日本\ty\n',
-    "t.jsonl": '{"text": "a, \\"b\\"\\nc", "label": "x"}\n\n{"label": "y", "text": "日本", "more": [1]}\n',
-}
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_tables(tmp_path, name):
-    """The same two rows in three formats: quotes, line ends in a field, a byte order mark, a blank line."""
-    table = tables.read_table(write(tmp_path, TABLES) / name)
-    assert table.texts == ['a, "b"\nc', "日本"]
-    assert table.labels == ["x", "y"]
-
-
-def test_a_field_longer_than_csvs_limit(tmp_path):
-    write(tmp_path, {"t.csv": "text,label\n" + "a" * 200_000 + ",x\n"})
-    assert len(tables.read_table(tmp_path / "t.csv").texts[0]) == 200_000
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("t.txt", "text,label\na,b\n", "t.txt: wanted a table ending in .csv, .tsv, .jsonl, got '.txt'"),
-        ("t.csv", "", "t.csv: empty"),
-        ("t.csv", "text,label\n", "t.csv: empty"),
-        ("t.csv", "text,lable\na,b\n", "t.csv, line 2: no column 'label'; it has 'text', 'lable'"),
-        ("t.csv", "text,label\na,b\nc\n", "t.csv, line 3: 1 fields under a header of 2"),
-        ("t.csv", "text,label\na,\n", "t.csv, line 2: column 'label' holds ''"),
-        ("t.csv", 'text,label\n"a,b\n', "t.csv, line 2: unexpected end of data"),
-        ("t.csv", b"text,label\ncaf\xe9,b\n", "t.csv: not UTF-8"),
-        ("t.jsonl", '{"text": "a", "label": 1}\n{"text"\n', "t.jsonl, line 2: not JSON"),
-        ("t.jsonl", '["a", 1]\n', "t.jsonl, line 1: wanted an object"),
-        ("t.jsonl", '{"text": 5, "label": 1}\n', "t.jsonl, line 1: column 'text' holds 5"),
-        ("t.jsonl", '{"text": "a", "label": null}\n', "t.jsonl, line 1: column 'label' holds None"),
-    ],
-)
-def test_tables_that_cannot_be_read(tmp_path, name, content, message):
-    write(tmp_path, {name: content})
-    with pytest.raises(ValueError, match=re.escape(message)):
-        tables.read_table(tmp_path / name)
-
-
-def test_missing_table(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        tables.read_table(tmp_path / "t.csv")
 
 
 # --- snippets ---

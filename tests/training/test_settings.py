@@ -87,7 +87,9 @@ def other_value(name: str, value: object) -> object:
         return not value
     if isinstance(value, (int, float)):
         return value + 1
-    return (Path("other"),) if value == () else "other" if name.endswith(("column", "er", "set", "task")) else 3
+    if value == ():
+        return ("other",) if name == "skip_label" else (Path("other"),)
+    return "other" if name.endswith(("column", "er", "set", "task", "labels", "answers", "columns")) else 3
 
 
 @KINDS

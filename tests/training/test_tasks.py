@@ -118,7 +118,7 @@ def test_what_each_task_is_fed():
     assert spelled("similarity", table) == [(["|aa/c!", "|c/aa!"], 0, None), (["|b/dd!", "|dd/b!"], 1, None)]
     numbers = Table("t", ["aa", "b"], ["0.5", "-1"], [("c",), ("dd",)])
     assert [row[1] for row in spelled("similarity", numbers, numbers=True)] == [0.5, -1]
-    choices = Table("t", ["q", "r", "s", "t"], ["two", "A", "1", "b"], [("one", "two")] * 4)
+    choices = Table("t", ["q", "r", "s", "t"], ["two", "one", "two", "two"], [("one", "two")] * 4)
     assert spelled("multiple-choice", choices)[0] == (["|q/one!", "|q/two!"], 1, None)
     assert [row[1] for row in spelled("multiple-choice", choices)] == [1, 0, 1, 1]
     assert spelled("generation", Table("t", ["aa"], ["xy"])) == [(["|aa/xy!"], 0, 4)]
@@ -129,6 +129,14 @@ def test_exact_match_and_word_f1():
     measured = generated_metrics(["the Red fox", "a dog.", "cat"], ["red fox", "dog", "no cat here"])
     assert measured["exact_match"] == pytest.approx(2 / 3)
     assert measured["word_f1"] == pytest.approx((1 + 1 + 0.5) / 3)
+
+
+def test_a_question_without_an_answer_is_measured_as_squad_2_measures_it():
+    """An empty text is all right, any other is all wrong; before, an empty one had a word F1 of 0."""
+    measured = generated_metrics(["", "fox", "a red fox", ""], ["", "", "fox", "fox"])
+    assert measured["exact_match"] == pytest.approx(1 / 4)
+    assert measured["word_f1"] == pytest.approx((1 + 0 + 2 / 3 + 0) / 4)
+    assert generated_metrics(["", "x"], ["", ""]) == {"exact_match": 0.5, "word_f1": 0.5}
 
 
 # --- each task learns ---
@@ -247,7 +255,7 @@ def test_a_rare_label_is_trained_on(tmp_path):
     task = tasks.task_settings("classification", None, None, None, False)
     sizes = set()
     for seed in range(40):
-        train, valid = examples.read_tables(path, None, task, seed)
+        train, valid, _ = examples.read_tables(path, None, task, seed)
         assert set(train.labels) == {"a", "b", "rare"} and "rare" not in valid.labels
         assert sorted(train.texts + valid.texts) == sorted(f"text {i}" for i in range(40))
         sizes.add(len(valid))

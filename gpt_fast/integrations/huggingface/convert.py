@@ -5,8 +5,10 @@ OpenAI's original TensorFlow layout of GPT-2 is out of scope; transformers conve
 """
 
 import importlib.util
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ from safetensors import SafetensorError
 
 from ... import _activations
 from ...config import GPTConfig
-from . import guard
+from ..nanogpt import checkpoint
+from . import guard, hub
 
 # Options of GPT2Config that change the function, and the only value this library has.
 _GPT2_FIXED = {
@@ -46,6 +49,7 @@ _CLASSIFIER = {
 }
 # How transformers' double heads read a sequence, and the only way this library has.
 _SUMMARY = {"summary_type": "cls_index", "summary_use_proj": True, "summary_activation": None}
+_PICKLED = "pytorch_model.bin"
 _OUTPUT, _OUTPUT_BIAS = "lm_head.weight", "lm_head.bias"
 # The fields of our configuration that change what the trunk computes.
 _COMPUTES = {
@@ -196,13 +200,19 @@ def _transformers() -> Any:
 
 
 def _load(transformers: Any, folder: Any) -> Any:
-    """Load the model in a folder, by the class that saved it. Nothing is unpickled, and nothing is filled at random."""
+    """Load the model in a folder or of a name on the hub, by the class that saved it. Nothing is filled at random, and
+    nothing is unpickled but tensors, by the reader of nanoGPT's checkpoints."""
     from huggingface_hub.errors import StrictDataclassError
 
+    local = hub.is_local(folder)
+    if os.path.isdir(folder) and not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(f"gpt_fast.from_hf: {folder} has no config.json; expected a model's folder")
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=local)
     except StrictDataclassError as error:
         raise ValueError(f"gpt_fast.from_hf: {folder} has a config.json with a wrong value: {error}") from error
+    except OSError as error:
+        raise hub.not_found(folder, local, error) from error
     if config.model_type not in ("gpt2", "openai-gpt"):
         raise TypeError(f"from_hf: {folder} holds a {config.model_type} model, wanted gpt2 or openai-gpt")
     if getattr(config, "quantization_config", None) is not None:
@@ -213,10 +223,14 @@ def _load(transformers: Any, folder: Any) -> Any:
     logging = transformers.utils.logging
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of the keys would repeat ours
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, info = kind.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        pickled = _pickled_weights(folder)
+        if pickled is None:
+            options |= {"use_safetensors": True, "local_files_only": local}
+            model, info = kind.from_pretrained(folder, **options)
+        else:
+            model, info = kind.from_pretrained(None, config=config, state_dict=pickled, **options)
     except SafetensorError as error:
         raise ValueError(
             f"gpt_fast.from_hf: {folder} has broken safetensors ({error}); expected whole files"
@@ -232,6 +246,23 @@ def _load(transformers: Any, folder: Any) -> Any:
             listed = ", ".join(sorted(keys))
             _refuse("from_hf", f"{folder} {what} {listed}; expected all weights of its {kind.__name__}")
     return model
+
+
+def _pickled_weights(folder: Any) -> dict[str, torch.Tensor] | None:
+    """Return the tensors of a folder that has pytorch_model.bin and no safetensors, or None for any other."""
+    path = Path(folder)
+    if not path.is_dir() or any(path.glob("*.safetensors")):
+        return None
+    index = path / f"{_PICKLED}.index.json"
+    names = [_PICKLED]
+    if index.is_file():
+        found = json.loads(index.read_text(encoding="utf-8"))
+        names = sorted(set(found.get("weight_map", {}).values())) if isinstance(found, dict) else []
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError(f"{index}: expected a weight_map from tensors to files of this folder")
+    elif not (path / _PICKLED).is_file():
+        raise FileNotFoundError(f"{folder}: has neither model.safetensors nor {_PICKLED}; expected a model's weights")
+    return {name: tensor for file in names for name, tensor in checkpoint.read_tensors(path / file).items()}
 
 
 def _pairs(ours: dict[str, Any], theirs: dict[str, Any], model: Any) -> Iterator[tuple[str, str, bool]]:
@@ -294,15 +325,24 @@ def _config_from_hf(theirs: Any, kind: str) -> GPTConfig:
         init_std=theirs.initializer_range,
         scaled_init=pre_norm,
         pad_token=theirs.pad_token_id,
-        start_token=_begins_texts(theirs),
+        start_token=_in_vocabulary(theirs, theirs.bos_token_id),
+        end_token=_in_vocabulary(theirs, theirs.eos_token_id),
         **_head_from_hf(theirs, kind),
     )
 
 
-def _begins_texts(theirs: Any) -> int | None:
-    """The id before a text, where the vocabulary has it: a small model's configuration may still have GPT-2's."""
-    token = theirs.bos_token_id
-    return token if token is not None and token < theirs.vocab_size else None
+def _in_vocabulary(theirs: Any, token: Any) -> int | None:
+    """Return a special token's id if the vocabulary has it: a small model's configuration may still have GPT-2's. Of
+    several ids the first counts."""
+    if isinstance(token, list) and token:
+        token = token[0]
+    return token if isinstance(token, int) and 0 <= token < theirs.vocab_size else None
+
+
+def _label_names(theirs: Any) -> tuple[str, ...]:
+    """Return the names of the labels, unless they are the ones that transformers makes up."""
+    names = tuple(str(theirs.id2label.get(i, f"LABEL_{i}")) for i in range(theirs.num_labels))
+    return () if names == tuple(f"LABEL_{i}" for i in range(theirs.num_labels)) else names
 
 
 def _head_from_hf(theirs: Any, kind: str) -> dict[str, Any]:
@@ -321,6 +361,7 @@ def _classifier_from_hf(theirs: Any) -> dict[str, Any]:
         raise ValueError(f"from_hf: problem_type is {problem!r}, wanted one of {', '.join(_PROBLEMS)}")
     return {
         "num_labels": theirs.num_labels,
+        "label_names": _label_names(theirs),
         "problem": _PROBLEMS[problem],
         "classifier_bias": False,
         "classifier_dropout": _own_dropout(theirs),
@@ -348,6 +389,7 @@ def _tags_from_hf(theirs: Any) -> dict[str, Any]:
     rates = [getattr(theirs, name, None) for name in ("classifier_dropout", "hidden_dropout")]
     return {
         "num_labels": theirs.num_labels,
+        "label_names": _label_names(theirs),
         "classifier_dropout": next((rate for rate in rates if rate is not None), 0.1),  # as transformers' class has it
     }
 
@@ -367,7 +409,10 @@ def _config_to_hf(config: GPTConfig, kind: str, transformers: Any) -> Any:
             (f"dropout {config.ff_dropout} on the hidden activation", config.ff_dropout > 0),
             (f"activation {config.activation}", config.activation not in names),
             (f"ff_dim {config.ff_dim}", not config.pre_norm and config.ff_dim != 4 * config.hidden_dim),
-            ("a classifier with bias (train with classifier_bias=False)", classifies and config.classifier_bias),
+            (
+                "a classifier with bias (train with classifier_bias=False; gpt-fast finetune --convertible)",
+                classifies and config.classifier_bias,
+            ),
             ("a classifier without bias", (chooses or reads_each) and not config.classifier_bias),
             (
                 "a free output layer that is not there (lm_weight 0)",
@@ -386,10 +431,13 @@ def _config_to_hf(config: GPTConfig, kind: str, transformers: Any) -> Any:
         "embd_pdrop": config.embedding_dropout, "attn_pdrop": config.attention_dropout,
         "resid_pdrop": config.residual_dropout, "initializer_range": config.init_std,
         "tie_word_embeddings": config.tied, "pad_token_id": config.pad_token, "bos_token_id": config.start_token,
-        "eos_token_id": None,
+        "eos_token_id": config.end_token,
     }  # fmt: skip
     if classifies or reads_each:
         common |= {"num_labels": config.num_labels, "classifier_dropout": config.classifier_dropout}
+        if config.label_names:
+            common["id2label"] = dict(enumerate(config.label_names))
+            common["label2id"] = {name: i for i, name in enumerate(config.label_names)}
     if classifies:
         common["problem_type"] = {ours: theirs for theirs, ours in _PROBLEMS.items()}[config.problem]
     if chooses:

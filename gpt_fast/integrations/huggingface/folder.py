@@ -6,16 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from tokenizers import Tokenizer, processors
 
 from ... import model_folder
 from ..._files import new_folder
-from ...config import SPECIAL_TOKENS
-from ...heads import HEADS
+from ...config import GPTConfig
+from ...heads import HEADS, GPTForSequenceClassification
 from . import convert
 
 _NAMES = {"clm": "GPTForCausalLM", "mlm": "GPTForMaskedLM", "classifier": "GPTForSequenceClassification"}
 # Our special tokens under transformers' names, for its tokenizer.
-_SPECIAL = {"pad_token": "pad_token", "mask_token": "mask_token", "start_token": "bos_token"}
+_SPECIAL = {
+    "pad_token": "pad_token", "mask_token": "mask_token", "start_token": "bos_token", "end_token": "eos_token",
+}  # fmt: skip
+# What transformers keeps beside the model, and this library in a folder inside its own.
+EXTRAS = "transformers"
+_EXTRAS = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
 
 
 def convert_folder(source: Path, out: Path, head: str | None = None, to: str | None = None) -> dict[str, Any]:
@@ -60,7 +69,9 @@ def _from_transformers(source: Path, made: Path, config: dict[str, Any], head: s
     if (source / "tokenizer.json").is_file():
         shutil.copy(source / "tokenizer.json", made)
     elif (source / "vocab.json").is_file():
-        transformers.AutoTokenizer.from_pretrained(source).backend_tokenizer.save(str(made / "tokenizer.json"))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
+        tokenizer.backend_tokenizer.save(str(made / "tokenizer.json"))
+    _copy_extras(source, made / EXTRAS)
     return {"model": name, "from": architecture, "numbers": model.num_parameters()}
 
 
@@ -69,15 +80,54 @@ def _to_transformers(source: Path, made: Path) -> dict[str, Any]:
     if name not in HEADS:
         raise ValueError(f"{source}: holds a {name}, wanted one of {', '.join(HEADS)}")
     model = HEADS[name].from_pretrained(source)
+    model, left_out = _as_transformers_reads(model)
     theirs = model.to_hf()
     theirs.save_pretrained(made)
     if (source / "tokenizer.json").is_file():
-        special = {
-            _SPECIAL[ours]: token for ours, token in SPECIAL_TOKENS.items()
-            if ours in _SPECIAL and getattr(config, ours) is not None
-        }  # fmt: skip
-        tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_file=str(source / "tokenizer.json"), model_max_length=config.seq_len, **special
-        )
-        tokenizer.save_pretrained(made)
-    return {"model": type(theirs).__name__, "from": name, "numbers": model.num_parameters()}
+        if (source / EXTRAS / "tokenizer_config.json").is_file():
+            shutil.copy(source / "tokenizer.json", made)
+        else:
+            _new_tokenizer(source / "tokenizer.json", config).save_pretrained(made)
+    _copy_extras(source / EXTRAS, made)
+    return {
+        "model": type(theirs).__name__, "from": name, "numbers": theirs.num_parameters(), "left_out": left_out,
+    }  # fmt: skip
+
+
+def _as_transformers_reads(model: Any) -> tuple[Any, list[str]]:
+    """Return a classifier that reads the last token and has no joint loss, with the weights of `model`, and what it
+    lacks. Its input ends in the extract token, so the last token is that one. Other models are returned as they are."""
+    config: GPTConfig = model.config
+    if not isinstance(model, GPTForSequenceClassification) or config.pooling != "extract":
+        return model, []
+    plain = GPTForSequenceClassification(config.replace(pooling="last", lm_weight=0.0))
+    names = plain.state_dict().keys()
+    plain.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in names})
+    left_out = [f"the joint loss (lm_weight {config.lm_weight:g})"] if config.lm_weight else []
+    if config.lm_weight and not model.is_tied():
+        left_out.append("output_layer")
+    return plain.to(next(model.parameters()).dtype).train(model.training), left_out
+
+
+def _new_tokenizer(path: Path, config: GPTConfig) -> Any:
+    """Return transformers' tokenizer of a tokenizer.json of ours. That of a task puts a row as the task does."""
+    tokenizer = Tokenizer.from_file(str(path))
+    tokens = {ours: tokenizer.id_to_token(getattr(config, ours) or 0) for ours in _SPECIAL}
+    special = {theirs: tokens[ours] for ours, theirs in _SPECIAL.items() if getattr(config, ours) is not None}
+    if config.pooling == "extract":
+        ids = [config.start_token, config.delimiter_token, config.extract_token]
+        if None not in ids:
+            start, between, extract = (tokenizer.id_to_token(token) for token in ids if token is not None)
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=[start, "$A", extract],
+                pair=[start, "$A", between, "$B", extract],
+                special_tokens=list(zip((start, between, extract), ids, strict=True)),
+            )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=config.seq_len, **special)
+
+
+def _copy_extras(source: Path, target: Path) -> None:
+    for name in _EXTRAS:
+        if (source / name).is_file():
+            target.mkdir(exist_ok=True)
+            shutil.copy(source / name, target)

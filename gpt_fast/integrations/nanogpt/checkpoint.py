@@ -39,13 +39,7 @@ def read(path: Path) -> Checkpoint:
     Raises `ValueError` for a file that is damaged, compressed, holds anything but tensors and plain values, or is no
     checkpoint.
     """
-    _check_archive(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a damaged protocol number; the error says enough
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # noqa: BLE001  a hostile pickle can make PyTorch raise an error of any type
-        raise ValueError(f"{path}: {_why_refused(error)}") from None
+    content = _load(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}; expected nanoGPT's checkpoint or a state dict")
     if "model" not in content:
@@ -54,6 +48,29 @@ def read(path: Path) -> Checkpoint:
         return Checkpoint(content, None, {}, [])
     left_out = [str(name)[:40] for name in content if name not in _USED]
     return Checkpoint(content["model"], content.get("model_args"), progress_of(path, content), left_out)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a state dict that another library pickled, as transformers did as pytorch_model.bin. Raises `ValueError`
+    for a file that is damaged or holds anything but named tensors."""
+    content = _load(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: holds a {type(content).__name__}; expected a state dict")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{path}: {str(name)[:40]} is a {type(tensor).__name__}; expected a tensor")
+    return dict(content)
+
+
+def _load(path: Path) -> Any:
+    """Unpickle tensors and plain values, which run no code."""
+    _check_archive(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a damaged protocol number; the error says enough
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # noqa: BLE001  a hostile pickle can make PyTorch raise an error of any type
+        raise ValueError(f"{path}: {_why_refused(error)}") from None
 
 
 def write(path: Path, state_dict: dict[str, Tensor], model_args: dict[str, Any], progress: dict[str, Any]) -> None:

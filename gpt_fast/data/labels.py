@@ -1,0 +1,166 @@
+"""What the labels of a column mean: one rule for the whole column, or an error where two are possible."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+ANSWERS = ("text", "letters", "0", "1")  # how a column names one of several answers
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_CODE = re.compile(r"[+-]?0\d")  # 007 is a name, not the number 7
+Place = Callable[[int], str]
+
+
+def number(label: str) -> float | None:
+    """Return the number that a label spells in decimal digits, or None."""
+    if not _NUMBER.fullmatch(label):
+        return None
+    value = float(label)
+    return value if math.isfinite(value) else None
+
+
+def is_same_label(label: str, other: str) -> bool:
+    """Return True for equal labels and for two spellings of one number, such as -1 and -1.0."""
+    return label == other or (number(label) is not None and number(label) == number(other))
+
+
+def class_names(source: str, column: str, labels: Sequence[str], place: Place) -> list[str]:
+    """Return the classes of a column: numbers sorted by value, each in its shortest spelling, or texts sorted.
+
+    Raises `ValueError` where two readings are possible: labels that differ in case alone, or as texts but not as
+    numbers in a column of texts, and -1 or - where it may mark a row without a label.
+    """
+    rows: dict[str, int] = {}
+    for row, label in enumerate(labels):
+        rows.setdefault(label, row)
+    where = f"{source}: column {column!r}"
+    found = _as_numbers(rows)
+    if found is not None:
+        values, least = set(found), min(found)
+        if least == -1 and 0 in values and all(value.is_integer() for value in values):
+            marks = [place(row) for row, label in enumerate(labels) if number(label) == -1]
+            raise ValueError(_two_readings(where, "-1", marks, [_spelled(value) for value in sorted(values)]))
+        return [_spelled(value) for value in sorted(values)]
+    alike: dict[object, str] = {}
+    for label, row in rows.items():
+        value = number(label)
+        for key in (label.casefold(), value):
+            other = alike.setdefault(key, label) if key is not None else label
+            if other != label:
+                raise ValueError(
+                    f"{where} holds {other!r} ({place(rows[other])}) and {label!r} ({place(row)}), which may be one "
+                    f"class or two; expected one spelling of each class, or --labels {','.join(sorted(rows)[:12])}"
+                )
+    if "-" in rows and "+" not in rows:
+        marks = [place(row) for row, label in enumerate(labels) if label == "-"]
+        raise ValueError(_two_readings(where, "-", marks, sorted(rows)))
+    return sorted(rows)
+
+
+def _as_numbers(labels: Iterable[str]) -> list[float] | None:
+    """Return the values of labels that are all numbers, or None."""
+    values = [None if _CODE.match(label) else number(label) for label in labels]
+    found = [value for value in values if value is not None]
+    return found if found and len(found) == len(values) else None
+
+
+def _spelled(value: float) -> str:
+    return str(int(value)) if value.is_integer() else repr(value)
+
+
+def _two_readings(where: str, mark: str, marks: list[str], names: Sequence[str]) -> str:
+    listed = ", ".join(marks[:3]) + (", …" if len(marks) > 3 else "")
+    return (
+        f"{where} holds {mark} in {len(marks):,} rows ({listed}), which may be a class or mark rows without a label; "
+        f"expected --skip-label={mark} to skip them, or --labels={','.join(names[:12])} to list the classes"
+    )
+
+
+def class_rule(names: Sequence[str], listed: bool) -> str:
+    """Return how a column's labels are read, as the end of a line: "integers 0..4, sorted by value"."""
+    shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+    if listed:
+        return f"{shown} (as --labels lists them)"
+    values = _as_numbers(names)
+    if values is None:
+        return f"{shown} ({len(names)} texts, sorted)"
+    if values == list(range(int(values[0]), int(values[0]) + len(values))):
+        return f"integers {names[0]}..{names[-1]}, sorted by value"
+    kind = "integers" if all(value.is_integer() for value in values) else "numbers"
+    return f"{shown} ({len(names)} {kind}, sorted by value)"
+
+
+def class_index(names: Sequence[str]) -> Callable[[str], int | None]:
+    """Return a function from a label to its place among `names`, whatever the spelling of a number, or to None."""
+    exact = {name: i for i, name in enumerate(names)}
+    values = _as_numbers(names)
+    by_value = {value: i for i, value in enumerate(values)} if values is not None else {}
+
+    def index(label: str) -> int | None:
+        label = label.strip()
+        if label in exact:
+            return exact[label]
+        value = None if _CODE.match(label) else number(label)
+        return None if value is None else by_value.get(value)
+
+    return index
+
+
+def answer_index(reading: str, label: str, choices: Sequence[str]) -> int | None:
+    """Return which of `choices` a label names in one of the readings `ANSWERS`, or None."""
+    if reading == "text":
+        stripped = [choice.strip() for choice in choices]
+        return stripped.index(label) if label in stripped else None
+    if reading == "letters":
+        place = ord(label.upper()) - ord("A") if len(label) == 1 else -1
+    else:
+        value = number(label)
+        place = int(value) - int(reading) if value is not None and value.is_integer() else -1
+    return place if 0 <= place < len(choices) else None
+
+
+def answer_reading(source: str, labels: Sequence[str], choices: Sequence[Sequence[str]], place: Place) -> str:
+    """Return the reading of `ANSWERS` that serves every row of a column of answers.
+
+    Raises `ValueError` where none does, where two give other answers, and for numbers that count from 1.
+    """
+    found = {
+        reading: [answer_index(reading, label, each) for label, each in zip(labels, choices, strict=True)]
+        for reading in ANSWERS
+    }
+    possible = [reading for reading in ANSWERS if None not in found[reading]]
+    if not possible:
+        best = max(ANSWERS, key=lambda reading: sum(index is not None for index in found[reading]))
+        row = found[best].index(None)
+        served = sum(index is not None for index in found[best])
+        others = f" as in {served:,} of {len(labels):,} rows" if served else ""
+        known = f"{_letters(len(choices[row]))}, 0 to {len(choices[row]) - 1}"
+        raise ValueError(
+            f"{source}, {place(row)}: unknown label {labels[row]!r}; wanted {ANSWER_NAMES[best]}{others}, one way "
+            f"in the whole column: an answer's text, or one of {known}"
+        )
+    for reading in possible[1:]:
+        for row, (one, other) in enumerate(zip(found[possible[0]], found[reading], strict=True)):
+            if one != other:
+                raise ValueError(
+                    f"{source}, {place(row)}: answer {labels[row]!r} may be {ANSWER_NAMES[possible[0]]} or "
+                    f"{ANSWER_NAMES[reading]}; expected --answers {possible[0]} or --answers {reading}"
+                )
+    if possible == ["1"]:
+        row = max(range(len(labels)), key=lambda i: number(labels[i]) or 0)
+        raise ValueError(
+            f"{source}, {place(row)}: answer {labels[row]!r} of {len(choices[row])} counts from 1; expected numbers "
+            "that count from 0, or --answers 1"
+        )
+    return possible[0]
+
+
+ANSWER_NAMES = {
+    "text": "an answer's text", "letters": "a letter", "0": "a number that counts from 0",
+    "1": "a number that counts from 1",
+}  # fmt: skip
+
+
+def _letters(count: int) -> str:
+    return ", ".join(chr(ord("A") + i) for i in range(min(count, 26)))
