@@ -56,7 +56,13 @@ def _pretrain(session: Session[PretrainSettings]) -> Record:
     warmup = settings.warmup if settings.warmup is not None else min(2000, max(1, settings.steps // 10))
     settings = settings.changed(warmup=warmup)
     session = dataclasses.replace(session, settings=settings)
-    data = read_lm_data(settings.data, _tokenizer_name(settings, run.folder, run.kept), _bpe_size(settings), ranks)
+    data = read_lm_data(
+        settings.data,
+        _tokenizer_name(settings, run.folder, run.kept),
+        _bpe_size(settings),
+        ranks,
+        settings.raw_dtype,
+    )
     say(data.summary)
     model = session.make_model(partial(make_model, settings, data.tokenizer))
     config, causal = model.config, settings.objective == "clm"
