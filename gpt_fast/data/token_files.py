@@ -1,9 +1,9 @@
 """Files of token ids, mapped into memory: ours, llm.c's and, by an explicit option, files without a header.
 
-Ours begin with 1,024 bytes: eight of magic, JSON padded with spaces, and the CRC-32 of these 1,020 bytes. The JSON holds
-`dtype`, `count`, `crc32` of the ids, `vocabulary` (a hash of the tokenizer's) and `document_token`, which begins each
-document. The ids follow, little-endian. llm.c's files have 256 int32 (magic, version, count, zeros) in front of ids that
-are uint16, or uint32 for Llama 3. nanoGPT's have nothing in front; only `raw_dtype` tells what they hold.
+Ours begin with 1,024 bytes: eight of magic, JSON padded with spaces, and the CRC-32 of these 1,020 bytes. The JSON
+holds `dtype`, `count`, `crc32` of the ids, `vocabulary` (a hash of the tokenizer's) and `document_token`, which begins
+each document. The ids follow, little-endian. llm.c's files have 256 int32 (magic, version, count, zeros) in front of
+ids that are uint16, or uint32 for Llama 3. nanoGPT's have nothing in front; only `raw_dtype` tells what they hold.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 
 from .. import _llmc
 from .._files import replacing
-from .corpus import VALID_FRACTION
+from .sources import VALID_FRACTION
 from .stream import TokenStream
 from .tokenizer import vocabulary_size
 

@@ -16,11 +16,12 @@ COMMANDS = {
     "pretrain": "--data --out --objective --tokenizer --preset --layers --heads --dim --seq-len --dropout --steps "
     "--batch-size --lr --seed --overwrite --device --json --from --pack --accumulate --warmup --weight-decay "
     "--max-grad-norm --precision --compile --checkpoint-activations --max-skips --strategy --config --log-every "
-    "--checkpoint-every --keep-checkpoints --tensorboard --profile --resume --beta1 --beta2 --final-lr --raw-dtype",
+    "--checkpoint-every --keep-checkpoints --tensorboard --profile --resume --beta1 --beta2 --final-lr "
+    "--raw-dtype --text-column",
     "prepare": "--data --valid --out --tokenizer --vocab-size --text-column --processes --overwrite --json",
     "finetune": "--from --train --valid --out --text-column --pair-column --label-column --task --numbers --scratch "
     "--epochs --batch-size --lr --lm-weight --rows --strategy --config --resume --overwrite --json",
-    "evaluate": "--from --data --text-column --pair-column --label-column --confusion --json",
+    "evaluate": "--from --data --raw-dtype --text-column --pair-column --label-column --confusion --json",
     "predict": "--from --text --pair --data --out --overwrite --text-column --pair-column --max-new-tokens --json",
     "plot": "--metric --out",
     "generate": "--from --prompt --question --max-new-tokens --num-samples --temperature --top-k --top-p "

@@ -5,9 +5,13 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,7 @@ import pytest
 from gpt_fast.data import prepare, sources, token_files
 from gpt_fast.data import tokenizer as tok
 from gpt_fast.data.stream import TokenStream
-from tests.command_line import SMALL, succeed
+from tests.command_line import ENVIRONMENT, SMALL, succeed
 
 TEXT = "def f(x):\n    return x  # naïve — 日本\n\n\nclass A:\n\tpass\n \nx = 1\n" * 40
 
@@ -270,8 +274,7 @@ def test_long_texts_are_cut_where_no_token_changes(tmp_path, monkeypatch, kind, 
     ids = token_files.read_token_file(tmp_path / "out" / "train.bin").tokens.tolist()
     assert ids == [tok.special_ids(tokenizer)["start_token"], *tok.encode(tokenizer, TEXT)]
     if not suffix:
-        settings = prepare.PrepareSettings(tmp_path / "out", (str(path),), (str(other),))
-        assert len(prepare.plan(settings)) > 5
+        assert len(sources.plan([str(path)], [str(other)])) > 5
 
 
 def test_few_files_give_their_last_tenth(tmp_path):
@@ -300,7 +303,7 @@ def test_rows_are_documents(tmp_path, monkeypatch, suffix):
 
 def test_a_hugging_face_data_set(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets", reason="the extra hf is not installed")
-    monkeypatch.setattr(prepare, "ROWS", 25)
+    monkeypatch.setattr(sources, "ROWS", 25)
     rows = [f"row {i}" for i in range(60)]
     datasets.Dataset.from_dict({"text": rows}).save_to_disk(str(tmp_path / "set"))
     make(tmp_path / "out", f"hf:{tmp_path / 'set'}")
@@ -327,7 +330,7 @@ def test_a_large_vocabulary_takes_uint32(tmp_path):
     [
         ({"a.txt": b"caf\xe9 \n"}, r"a\.txt: not UTF-8 \(byte 3"),
         ({"a.jsonl": b'{"text": "a"}\n{"text"\n'}, r"a\.jsonl, byte 14: not JSON"),
-        ({"a.jsonl": b'{"body": "a"}\n'}, r"a\.jsonl, byte 0: wanted an object with text in 'text', got 'body'"),
+        ({"a.jsonl": b'{"body": "a"}\n'}, r"a\.jsonl, byte 0: no field 'text'; it has 'body' \(see --text-column\)"),
         ({"a.jsonl": b'{"text": "a"}\n'}, "no document is for validation"),
         ({"a.txt.gz": b"no gzip"}, r"a\.txt\.gz: damaged, or not gzip"),
         ({"a.txt": b""}, r"a\.txt: empty"),
@@ -358,6 +361,94 @@ def test_a_preparation_goes_on_where_it_was_killed(cli, folder, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert "nothing is left to do" in succeed(cli(*command, "--out", out)).err
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def killed_at(out: Path, data: Path, stage: str) -> int:
+    """Prepare in a process that is killed where it would rename the file `stage`, or remove the parts. Return its exit
+    code."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    rename, remove = Path.replace, shutil.rmtree
+    die = partial(os.kill, os.getpid(), signal.SIGKILL)
+    Path.replace = lambda path, target: die() if Path(target) == out / stage else rename(path, target)
+    shutil.rmtree = lambda path, **given: die() if stage == "parts" else remove(path, **given)
+    make(out, data)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("stage", ["train.bin", "valid.bin", "tokenizer.json", "data.json", "parts"])
+def test_a_preparation_that_was_killed_while_joining_resumes(folder, tmp_path, monkeypatch, stage):
+    """From its parts, none of which is tokenised again, and with nothing left beside the same files."""
+    make(tmp_path / "whole", folder)
+    out = tmp_path / "out"
+    assert killed_at(out, folder, stage) == -signal.SIGKILL
+    assert stage == "parts" or list(out.glob(f".{stage}.*.partial"))
+    monkeypatch.setattr(prepare, "tokenise", lambda *_: pytest.fail("a part was tokenised again"))
+    make(out, folder)
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (tmp_path / "whole").iterdir())
+    for path in (tmp_path / "whole").iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_preparation_whose_files_are_gone_is_made_again(folder, tmp_path):
+    """Its record alone does not count as done."""
+    make(tmp_path / "out", folder)
+    (tmp_path / "out" / "train.bin").unlink()
+    with pytest.raises(FileExistsError, match="holds other data, or a part of it"):
+        make(tmp_path / "out", folder)
+    make(tmp_path / "out", folder, overwrite=True)
+    assert (tmp_path / "out" / "train.bin").exists()
+
+
+def living(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are read from /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_their_parent(tmp_path, number):
+    """However the parent ends, and in the middle of a part; a signal that it can catch leaves the way to resume."""
+    (tmp_path / "a.txt").write_text("lorem ipsum dolor " * 2_000_000)
+    command = [sys.executable, "-m", "gpt_fast", "prepare", "--data", tmp_path / "a.txt", "--tokenizer", "byte"]
+    command += ["--processes", "2", "--out", tmp_path / "out"]
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    children, deadline = Path(f"/proc/{parent.pid}/task/{parent.pid}/children"), time.monotonic() + 60
+    while len(list((tmp_path / "out").glob(".parts/.*.train.*"))) != 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = [int(pid) for pid in children.read_text().split()]
+    assert len(workers) == 2
+    parent.send_signal(number)
+    _, shown = parent.communicate(timeout=60)
+    assert parent.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+    deadline = time.monotonic() + 10
+    while any(map(living, workers)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(map(living, workers))
+    assert "Traceback" not in shown
+    if number != signal.SIGKILL:
+        message = rf"stopped by {number.name}; \d of 5 parts are done in .*\.parts, and the same command resumes"
+        assert re.search(message, " ".join(shown.split()))
+
+
+def test_a_worker_that_is_killed_is_an_error_of_one_line(folder, tmp_path, monkeypatch):
+    """As the system does where memory is short; the parts that are done stay."""
+
+    def killed(unit: sources.Unit, *given) -> Iterator[tuple[str, bool, str]]:
+        if unit.name == "7.txt":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return sources.documents(unit, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare, "documents", killed)
+        with pytest.raises(
+            ChildProcessError, match=r"a worker was killed, perhaps for want of memory; \d+ of 12 parts"
+        ):
+            make(tmp_path / "out", folder, processes=2)
+    assert make(tmp_path / "out", folder, processes=2)["train_documents"] == 11
 
 
 def test_another_preparations_folder_is_not_written_over(cli, folder, tmp_path):

@@ -36,7 +36,7 @@ LATE = {
     ("gpt_fast.heads.language", "gpt_fast.integrations.nanogpt"),  # from_nanogpt and to_nanogpt
     ("gpt_fast.__main__", "gpt_fast_cli.__main__"),
 }
-DATA_IMPORTS = {"_files", "_llmc", "config"}  # data imports no model
+DATA_IMPORTS = {"_files", "_llmc", "config", "interrupts"}  # data imports no model
 
 
 class Import(NamedTuple):
