@@ -63,6 +63,9 @@ def read_corpus(paths: Sequence[Path] | None, text_column: str = "text") -> Corp
     source = ", ".join(map(str, paths))
     with copied([str(path) for path in paths]) as sources:
         found = _read(plan(sources), text_column, source)
+    for part, use in (("train", "training"), ("valid", "validation")):
+        if not found[part]:
+            raise ValueError(f"{source}: no document is for {use}; give more text")
     return Corpus(source, found["train"], found["valid"])
 
 
@@ -84,15 +87,11 @@ def _read(units: list[Unit], text_column: str, source: str) -> dict[str, list[Do
                 texts[part].append((unit.name if unit.kind == "text" else f"{unit.name}:{number}", [text]))
             else:
                 texts[part][-1][1].append(text)
-    found = {
-        part: [Document(name, "".join(pieces)) for name, pieces in read if any(map(str.strip, pieces))]
-        for part, read in texts.items()
-    }
-    if not any(found.values()):
+    if not any(map(str.strip, (piece for read in texts.values() for _, pieces in read for piece in pieces))):
         raise ValueError(f"{source}: empty; expected UTF-8 text")
     if empty:
         warnings.warn(f"{source}: {empty:,} rows without text in {text_column!r} are left out", stacklevel=3)
-    return found
+    return {part: [Document(name, "".join(pieces)) for name, pieces in read] for part, read in texts.items()}
 
 
 def read_stdlib() -> list[Document]:

@@ -171,7 +171,7 @@ def _units(file: TextFile, kind: str, part: str, keeps: Keeps | None) -> list[Un
     if part != "both":
         ranges = [(0, size, part)]
     else:
-        cut = min(size, place_to_cut(file, size - size // PERIOD, size, keeps)) if size >= PERIOD else size
+        cut = min(size, place_to_cut(file, size - max(1, size // PERIOD), size, keeps))
         ranges = [(0, cut, "train"), (cut, size, "valid")]
     units: list[Unit] = []
     for start, end, which in ranges:
