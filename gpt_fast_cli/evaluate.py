@@ -27,9 +27,12 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="A labelled table for a classifier, a file or folder of text for a language model. Without it a model "
-            "of the standard library takes the files held out from it.",
+            help="A labelled table for a classifier; for a language model whatever pretrain --data takes. Without it a "
+            "model of the standard library takes the files held out from it.",
         ),
+    ] = None,
+    raw_dtype: Annotated[
+        str | None, typer.Option(metavar="uint16|uint32", help="The type of ids in token files without a header.")
     ] = None,
     text_column: Annotated[str | None, typer.Option(help="Column with the text; training's unless given.")] = None,
     pair_column: Annotated[str | None, typer.Option(help="Column with the second text, or the answers.")] = None,
@@ -55,13 +58,15 @@ def evaluate(
     device = resolve_device(device)
     if confusion is not None and confusion.suffix.lower() != ".png":
         raise ValueError(f"--confusion {confusion}: wanted a name that ends in .png")
+    if raw_dtype not in (None, "uint16", "uint32"):
+        raise ValueError(f"--raw-dtype {raw_dtype}: expected uint16 or uint32")
     from gpt_fast.data.rows import row_options
     from gpt_fast.training.evaluate import evaluate as measure
 
     rows = row_options(columns, skip_ragged)
     with err.status("evaluating"):
         result = measure(
-            source, data, text_column, label_column, device, pair_column, confusion, skip_label or (), rows
+            source, data, text_column, label_column, device, pair_column, confusion, skip_label or (), rows, raw_dtype
         )
     if as_json:
         print_json(result)

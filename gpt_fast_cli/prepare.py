@@ -17,8 +17,9 @@ def prepare(
         list[str],
         typer.Option(
             metavar="PATH…",
-            help="Files or folders of text: plain (a file is a document), .jsonl (a row is one), either as .gz; or a "
-            "Hugging Face data set as hf:NAME or hf:NAME:SPLIT.",
+            help="Files, folders or .zip archives: of plain text (a file is a document) or tables (a row is one: "
+            ".jsonl, .json, .csv, .tsv, .parquet), compressed too (.gz, .zst, .bz2, .xz); hf:NAME or hf:NAME:SPLIT; - "
+            "for standard input.",
         ),
     ],
     more_data: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
@@ -55,6 +56,7 @@ def prepare(
     require_train_extra()
     from gpt_fast.data.prepare import PrepareSettings
     from gpt_fast.data.prepare import prepare as run
+    from gpt_fast.interrupts import caught
 
     settings = PrepareSettings(
         out=out,
@@ -66,7 +68,7 @@ def prepare(
         processes=processes if processes is not None else os.cpu_count() or 1,
         overwrite=overwrite,
     )
-    with counting_bar("tokenising") as show:
+    with caught(), counting_bar("tokenising") as show:
         record = run(settings, show, say)
     if as_json:
         print_json({"out": str(out), **record})

@@ -17,8 +17,9 @@ class PretrainSettings(TrainingSettings):
 
     data: tuple[Path, ...] = option(
         (),
-        "Files or folders of UTF-8 text, or of token files (.bin): those of gpt-fast prepare, llm.c's and nanoGPT's. "
-        "Without it: the source of Python's standard library.",
+        "Files, folders or .zip archives of text or tables (.jsonl, .json, .csv, .tsv, .parquet), hf:NAME[:SPLIT], - "
+        "for standard input; or token files (.bin): those of gpt-fast prepare, llm.c's and, with --raw-dtype, "
+        "nanoGPT's. Without it: the source of Python's standard library.",
         panel=DATA,
         metavar="PATH…",
     )
@@ -28,6 +29,10 @@ class PretrainSettings(TrainingSettings):
         "beside them.",
         panel=DATA,
         metavar="bpe|byte|char|PATH",
+    )
+    text_column: str = option("text", "Column or field with the text, of tables.", panel=DATA)
+    raw_dtype: Literal["uint16", "uint32"] | None = option(
+        None, "The type of ids in token files without a header; nanoGPT's are uint16.", panel=DATA
     )
     pack: bool = option(False, "Attention does not cross from one document to the next.", panel=DATA)
     source: Path | None = option(

@@ -1,16 +1,19 @@
-"""Plain text to pre-train on: files and folders of the user's, or the Python standard library that every machine
-has."""
+"""Text in memory to pre-train on: what the user names, or the Python standard library that every machine has."""
 
 from __future__ import annotations
 
-import hashlib
 import sysconfig
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .reading.pipes import copied
+from .sources import VALID_FRACTION as VALID_FRACTION
+from .sources import Unit, held_out, plan
+from .sources import documents as documents_of
+
 STDLIB = "standard library"
-VALID_FRACTION = 0.1  # the share of a text, a table or token files that is held out for validation
 # Folders of the standard library left out: what pip installed, tests (half of all the text, much of it generated),
 # tables of characters, and the help topics, which are one 700 kB literal.
 SKIPPED_FOLDERS = {
@@ -28,7 +31,8 @@ SKIPPED_PREFIXES = ("config-", "_sysconfigdata", "_sysconfig_vars")  # written a
 
 @dataclass(frozen=True)
 class Document:
-    """A text with its name: the path below the folder that it was found in, with forward slashes."""
+    """A text with its name: the path below the folder that it was found in, with forward slashes; of a table's row with
+    its number behind."""
 
     name: str
     text: str
@@ -43,21 +47,51 @@ class Corpus:
     valid: list[Document]
 
 
-def read_corpus(paths: Sequence[Path] | None) -> Corpus:
-    """The text of `paths` (files, or folders with all that is in them), or of the standard library where there are
-    none, split into nine parts for training and one for validation. The same files always give the same split.
+def read_corpus(paths: Sequence[Path] | None, text_column: str = "text") -> Corpus:
+    """Read the text of `paths`, or of the standard library where there are none, and hold out a tenth for validation.
 
-    Of ten files or more whole ones are held out, chosen by a hash of their names; of fewer the last tenth of each.
-    Raises `FileNotFoundError` for a path that does not exist, `ValueError` for one that is empty or not UTF-8, and
-    where this Python comes without its source.
+    A path is a file, a folder, a .zip, `hf:NAME`, or `-` for standard input. A file of plain text is a document, and so
+    is a row of a table with its text in `text_column`. Of ten files or more whole ones are held out, chosen by a hash
+    of their names; of fewer the last tenth of each; of rows one in ten. The same files always give the same split.
+    Raises `FileNotFoundError` for a path that does not exist, `ValueError` for one that is empty or holds something
+    else, and where this Python comes without its source.
     """
     if not paths:
         documents = read_stdlib()
         train, valid = split_by_file(documents, group_by_package=True)
         return Corpus(STDLIB, train, valid)
-    documents = [document for path in paths for document in read_path(path)]
-    train, valid = split_by_file(documents) if len(documents) >= 10 else split_by_lines(documents)
-    return Corpus(", ".join(map(str, paths)), train, valid)
+    source = ", ".join(map(str, paths))
+    with copied([str(path) for path in paths]) as sources:
+        found = _read(plan(sources), text_column, source)
+    for part, use in (("train", "training"), ("valid", "validation")):
+        if not found[part]:
+            raise ValueError(f"{source}: no document is for {use}; give more text")
+    return Corpus(source, found["train"], found["valid"])
+
+
+def read_documents(path: Path, text_column: str = "text") -> list[Document]:
+    """Read the documents of one path, as `read_corpus` does, and hold none out."""
+    with copied([str(path)]) as sources:
+        return _read(plan([], sources), text_column, str(path))["valid"]
+
+
+def _read(units: list[Unit], text_column: str, source: str) -> dict[str, list[Document]]:
+    """Return the documents of `units` for training and for validation. Warn of rows without text."""
+    texts: dict[str, list[tuple[str, list[str]]]] = {"train": [], "valid": []}
+    empty = 0
+    for unit in units:
+        for number, (part, begins, text) in enumerate(documents_of(unit, text_column), start=1):
+            if not text:
+                empty += 1
+            elif begins:
+                texts[part].append((unit.name if unit.kind == "text" else f"{unit.name}:{number}", [text]))
+            else:
+                texts[part][-1][1].append(text)
+    if not any(map(str.strip, (piece for read in texts.values() for _, pieces in read for piece in pieces))):
+        raise ValueError(f"{source}: empty; expected UTF-8 text")
+    if empty:
+        warnings.warn(f"{source}: {empty:,} rows without text in {text_column!r} are left out", stacklevel=3)
+    return {part: [Document(name, "".join(pieces)) for name, pieces in read] for part, read in texts.items()}
 
 
 def read_stdlib() -> list[Document]:
@@ -79,33 +113,6 @@ def read_stdlib() -> list[Document]:
     return documents
 
 
-def read_path(path: Path) -> list[Document]:
-    """The text of a file, or of every file below a folder but hidden ones. What is not UTF-8, or empty, is an error."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    if path.is_dir():
-        files = [f for f in sorted(path.rglob("*")) if f.is_file() and not _hidden(f.relative_to(path))]
-        if not files:
-            raise ValueError(f"{path}: no files in this folder")
-        documents = [Document(f.relative_to(path).as_posix(), read_text(f)) for f in files]
-    else:
-        documents = [Document(path.name, read_text(path))]
-    documents = [document for document in documents if document.text.strip()]
-    if not documents:
-        raise ValueError(f"{path}: empty; wanted UTF-8 text")
-    return documents
-
-
-def read_text(path: Path) -> str:
-    """The file's text, line ends and all."""
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 (byte {error.start}: {error.reason}); convert it or leave it out"
-        ) from None
-
-
 def split_by_file(documents: list[Document], group_by_package: bool = False) -> tuple[list[Document], list[Document]]:
     """A tenth of the text, in whole files taken in the order of their names' hashes while they fit, is held out: of
     all files, or of each top-level folder on its own."""
@@ -120,37 +127,9 @@ def split_by_file(documents: list[Document], group_by_package: bool = False) -> 
     return train, valid
 
 
-def held_out(sizes: Sequence[tuple[str, int]]) -> set[str]:
-    """The names of a tenth of what has these names and sizes, taken in the order of the names' hashes while they
-    fit."""
-    names: set[str] = set()
-    room = VALID_FRACTION * sum(size for _, size in sizes)
-    for name, size in sorted(sizes, key=lambda entry: hashlib.sha256(entry[0].encode()).digest()):
-        if size <= room:
-            names.add(name)
-            room -= size
-    return names
-
-
-def split_by_lines(documents: list[Document]) -> tuple[list[Document], list[Document]]:
-    """With too few files to hold whole ones out, the last tenth of each, cut at the end of a line where there is
-    one."""
-    train, valid = [], []
-    for document in documents:
-        cut = int(len(document.text) * (1 - VALID_FRACTION))
-        cut = document.text.rfind("\n", 0, cut) + 1 or cut
-        train.append(Document(document.name, document.text[:cut]))
-        valid.append(Document(document.name, document.text[cut:]))
-    return train, valid
-
-
 def package(name: str) -> str:
     """The top-level package of a module's path, "" for a module that is in none."""
     return name.split("/")[0] if "/" in name else ""
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _utf8_or_none(path: Path) -> str | None:

@@ -1,7 +1,7 @@
 """Text, however much, to token files: cut into units of work, tokenised by several processes, joined.
 
-A unit is a part of a file, or of a data set. Its tokens are written to a file of their own, whole or not at all, so
-that what was done when a preparation was stopped need not be done again.
+A unit is a part of a file, or of a data set. Its tokens are written to a file of their own, whole or not at all. So a
+preparation that was stopped, also while it joined these files, resumes from them.
 """
 
 from __future__ import annotations
@@ -10,9 +10,14 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,26 +26,20 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from .._files import replacing, write_json
-from .corpus import held_out
-from .sources import (
-    PERIOD,
-    PREFIX,
-    Unit,
-    cut_into_units,
-    data_set,
-    documents,
-    kind_of,
-    place_to_cut,
-    size_of,
-    text_files,
-)
+from .._files import PARTIAL, replacing, write_json
+from ..interrupts import Interrupted
+from .reading.cuts import Keeps, keeps_tokens
+from .reading.pipes import copied, is_piped
+from .sources import Unit, documents, plan
 from .token_files import DTYPES, write_token_file
 from .tokenizer import encode_documents, make_tokenizer, parse_tokenizer, save_tokenizer, special_ids, vocabulary_size
 
-ROWS = 10_000  # rows of a data set in one unit
-SAMPLE = 100 << 20  # bytes that a vocabulary is learned from
+SAMPLE = 100 << 20  # characters that a vocabulary is learned from
 PARTS, RECORD = ".parts", "data.json"
+FILES = ("train.bin", "valid.bin", "tokenizer.json", RECORD)
+_JOINING = re.compile(rf"\.({'|'.join(map(re.escape, FILES))})\.[0-9a-f]+{re.escape(PARTIAL)}")  # left by a kill
+_BATCH, _BATCH_TEXT = 256, 1 << 18  # pieces, and characters, that are encoded at once
+_CHUNK = 1 << 20  # ids that are copied at once
 
 
 @dataclass(frozen=True)
@@ -58,38 +57,75 @@ class PrepareSettings:
 
 
 def prepare(settings: PrepareSettings, show: Callable[[int, int], None], say: Callable[[str], None]) -> dict[str, Any]:
-    """Writes train.bin, valid.bin, tokenizer.json and data.json into `settings.out`; returns what data.json says."""
+    """Write train.bin, valid.bin, tokenizer.json and data.json into `settings.out`. Return what data.json holds.
+
+    Raises `FileNotFoundError`, `FileExistsError` or `ValueError` for what the user can mend, `ChildProcessError` if a
+    worker was killed. After a kill, a signal or a full disk the same call resumes.
+    """
     if settings.processes < 1:
-        raise ValueError(f"--processes {settings.processes}: wanted at least 1")
+        raise ValueError(f"--processes {settings.processes}: expected at least 1")
     out = settings.out
-    units = plan(settings)
-    plan_hash = hashlib.sha256(json.dumps([list(map(asdict, units)), _inputs(settings)]).encode()).hexdigest()
     if out.exists() and not out.is_dir():
-        raise FileExistsError(f"--out {out}: is a file; wanted a folder")
-    parts = out / PARTS
-    if _made_from(out / RECORD) == plan_hash and not settings.overwrite:
+        raise FileExistsError(f"--out {out}: is a file; expected a folder")
+    with copied(settings.data) as data, copied(settings.valid) as valid:
+        originals = dict(zip([*data, *valid], [*settings.data, *settings.valid], strict=True))
+        units = plan(data, valid, _keeps(settings.tokenizer))
+        made_from = [_described(units, originals), _inputs(settings, units, originals)]
+        plan_hash = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+        return _in_folder(settings, units, plan_hash, show, say)
+
+
+def _in_folder(
+    settings: PrepareSettings,
+    units: list[Unit],
+    plan_hash: str,
+    show: Callable[[int, int], None],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Prepare `units` unless `settings.out` holds their tokens already. Resume from the parts that it holds."""
+    out, parts = settings.out, settings.out / PARTS
+    if (
+        not settings.overwrite
+        and _made_from(out / RECORD) == plan_hash
+        and all((out / name).exists() for name in FILES)
+    ):
+        _sweep(out)
+        shutil.rmtree(parts, ignore_errors=True)
         say(f"{out}: prepared from the same data already, nothing is left to do")
         return json.loads((out / RECORD).read_text(encoding="utf-8"))
-    known = {RECORD, PARTS, "train.bin", "valid.bin", "tokenizer.json"}
-    foreign = sorted({path.name for path in out.iterdir()} - known) if out.exists() else []
+    inside = {path.name for path in out.iterdir()} if out.exists() else set()
+    foreign = sorted(name for name in inside - {PARTS, *FILES} if not _JOINING.fullmatch(name))
     if foreign:
         raise FileExistsError(
             f"--out {out}: holds what this command did not write ({foreign[0]}); choose another folder"
         )
-    going_on = _made_from(parts / "plan.json") == plan_hash and not settings.overwrite
-    if out.exists() and any(out.iterdir()) and not going_on:
+    resumed = not settings.overwrite and _made_from(parts / "plan.json") == plan_hash
+    if inside and not resumed:
         if not settings.overwrite:
             raise FileExistsError(f"--out {out}: holds other data, or a part of it; give --overwrite to replace it")
+        (out / RECORD).unlink(missing_ok=True)  # first: it says that the others are whole
         shutil.rmtree(out)
     existed = out.exists()
     try:
         parts.mkdir(parents=True, exist_ok=True)
+        _sweep(out)
         write_json(parts / "plan.json", {"plan": plan_hash})
         return _prepare(settings, units, plan_hash, show, say)
+    except Interrupted as stopped:
+        stopped.saved = f"stopped by {stopped}; {_progress(parts, len(units))}, and the same command resumes"
+        raise
+    except BrokenProcessPool:
+        raise ChildProcessError(
+            f"--out {out}: a worker was killed, perhaps for want of memory; {_progress(parts, len(units))}, and the "
+            "same command with fewer --processes resumes"
+        ) from None
     except OSError as error:
-        raise OSError(error.errno, f"--out {out}: {error.strerror}") from None
+        raise OSError(
+            error.errno,
+            f"--out {out}: {error.strerror or error}; {_progress(parts, len(units))}, and the same command resumes",
+        ) from None
     except ValueError:
-        # Bad input: what was done of it is of no use.
+        # Bad input: the parts that were made of it are of no use.
         shutil.rmtree(parts if existed else out, ignore_errors=True)
         raise
 
@@ -120,17 +156,17 @@ def _prepare(
         show(done, len(jobs))
 
     reports = [json.loads((parts / f"{i:06d}.json").read_text()) for i in range(len(units))]
+    for part, use in (("train", "training"), ("valid", "validation")):
+        if not any(report[part]["documents"] for report in reports):
+            raise ValueError(f"{', '.join(settings.data)}: no document is for {use}; give more text, or --valid")
+    if empty := sum(report["empty"] for report in reports):
+        say(f"{empty:,} rows without text in {settings.text_column!r} are left out")
     counts: dict[str, int] = {}
     for part in ("train", "valid"):
-        documents = sum(report[part]["documents"] for report in reports)
-        if documents == 0:
-            raise ValueError(
-                f"no document is for {'training' if part == 'train' else 'validation'}; give more text, or --valid"
-            )
-        pieces = (np.fromfile(parts / f"{i:06d}.{part}", DTYPES[dtype]) for i in range(len(units)))
         start = special_ids(tokenizer)["start_token"]
-        tokens = write_token_file(settings.out / f"{part}.bin", pieces, dtype, tokenizer, start)
-        counts |= {f"{part}_documents": documents, f"{part}_tokens": tokens}
+        ids = _chunks([parts / f"{i:06d}.{part}" for i in range(len(units))], DTYPES[dtype])
+        counts[f"{part}_documents"] = sum(report[part]["documents"] for report in reports)
+        counts[f"{part}_tokens"] = write_token_file(settings.out / f"{part}.bin", ids, dtype, tokenizer, start)
     save_tokenizer(tokenizer, settings.out / "tokenizer.json")
     record = {"data": list(settings.data), "tokenizer": settings.tokenizer, "vocabulary": vocabulary_size(tokenizer)}
     record |= {"dtype": dtype, **counts, "plan": plan_hash}
@@ -139,45 +175,34 @@ def _prepare(
     return record
 
 
-def plan(settings: PrepareSettings) -> list[Unit]:
-    """The units of all sources, in their order: the same for the same files."""
-    chosen = [(source, "valid") for source in settings.valid]
-    chosen += [(source, "train" if settings.valid else "both") for source in settings.data]
-    files: list[tuple[Path, str, str, str]] = []
-    units: list[Unit] = []
-    for source, part in chosen:
-        if source.startswith(PREFIX):
-            rows = len(data_set(source))
-            units += [Unit(source, "hf", i, min(i + ROWS, rows), part) for i in range(0, rows, ROWS)]
-        else:
-            root = Path(source) if Path(source).is_dir() else Path(source).parent
-            found = text_files(Path(source))
-            files += [(path, path.relative_to(root).as_posix(), kind_of(path), part) for path in found]
-    texts = [(name, size_of(path)) for path, name, kind, part in files if kind == "text" and part == "both"]
-    valid = held_out(texts) if len(texts) >= 10 else None
-    for path, name, kind, part in files:
-        if kind == "jsonl" or part != "both":
-            units += cut_into_units(path, kind, 0, size_of(path), part)
-        elif valid is not None:
-            units += cut_into_units(path, kind, 0, size_of(path), "valid" if name in valid else "train")
-        else:  # too few files to hold whole ones out: the last tenth of each
-            size = size_of(path)
-            cut = place_to_cut(path, size - size // PERIOD, size)
-            units += cut_into_units(path, kind, 0, cut, "train") + cut_into_units(path, kind, cut, size, "valid")
-    return units
+def _keeps(tokenizer: str) -> Keeps | None:
+    """Return how a tokenizer.json is asked where it lets a text be cut; None for the tokenizers made here, for which
+    the rule of `cuts` is exact."""
+    return None if tokenizer in ("bpe", "byte", "char") else keeps_tokens(make_tokenizer(tokenizer, [], 0))
 
 
-def _inputs(settings: PrepareSettings) -> list[Any]:
-    """All that the result depends on besides the units: files by size and time."""
-    paths = [
-        path
-        for source in (*settings.data, *settings.valid)
-        if not source.startswith(PREFIX)
-        for path in text_files(Path(source))
-    ]
+def _described(units: Sequence[Unit], originals: dict[str, str]) -> list[dict[str, Any]]:
+    """Return the fields of `units`; a copied pipe counts under its original name."""
+    return [asdict(unit) | {"source": originals.get(unit.source, unit.source)} for unit in units]
+
+
+def _inputs(settings: PrepareSettings, units: Sequence[Unit], originals: dict[str, str]) -> list[Any]:
+    """Return what the result depends on besides the units: files by size and time, copied pipes by their content."""
+    paths = dict.fromkeys(unit.source for unit in units if unit.kind != "hf")
     if Path(settings.tokenizer).exists():
-        paths.append(Path(settings.tokenizer))
-    stamps = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+        tokenizer = Path(settings.tokenizer)
+        paths[str(tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer)] = None
+    stamps: list[list[Any]] = []
+    for path in paths:
+        if path in originals and is_piped(originals[path]):
+            content = hashlib.sha256()
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    content.update(block)
+            stamps.append([originals[path], content.hexdigest()])
+        else:
+            status = Path(path).stat()
+            stamps.append([path, status.st_size, status.st_mtime_ns])
     return [stamps, settings.tokenizer, settings.vocab_size, settings.text_column]
 
 
@@ -186,68 +211,113 @@ def _run(jobs: Sequence[tuple], processes: int) -> Iterator[int]:
         for job in jobs:
             yield tokenise(*job)
         return
-    # Forked workers share the modules; each tokenises on one core.
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), initializer=_one_core) as pool:
-        futures = [pool.submit(tokenise, *job) for job in jobs]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    # Nothing is written to this pipe. Its end, which this process alone holds, closes with it, however it dies.
+    watched, held = os.pipe()
+    try:
+        # Forked workers share the modules; each tokenises on one core.
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(min(processes, len(jobs)), context, _start_worker, (watched, held)) as pool:
+            try:
+                for future in as_completed([pool.submit(tokenise, *job) for job in jobs]):
+                    yield future.result()
+            except BaseException:
+                os.close(held)  # the workers end now, in the middle of a unit
+                held = -1
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        os.close(watched)
+        if held >= 0:
+            os.close(held)
 
 
-def _one_core() -> None:
+def _start_worker(watched: int, held: int) -> None:
+    """Make this process tokenise on one core, leave signals to its parent, and end when its parent does."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.close(held)
+    threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
+
+
+def _end_with(watched: int) -> None:
+    os.read(watched, 1)  # returns when the parent's end is closed
+    os._exit(1)
 
 
 def tokenise(index: int, unit: Unit, tokenizer: str, parts: str, dtype: str, text_column: str) -> int:
-    """Writes a unit's tokens for training and for validation, and then the report that says so."""
-    return _tokenise(index, unit, _tokenizer(tokenizer), Path(parts), DTYPES[dtype], text_column)
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(text: str) -> Tokenizer:
-    return parse_tokenizer(text)
-
-
-def _tokenise(index: int, unit: Unit, tokenizer: Tokenizer, parts: Path, dtype: np.dtype, text_column: str) -> int:
-    start = special_ids(tokenizer)["start_token"]
-    report: dict[str, dict[str, int]] = {}
-    collected: dict[str, list[np.ndarray]] = {"train": [], "valid": []}
-    counts = {"train": 0, "valid": 0}
+    """Write a unit's tokens for training and for validation, then the report that says so. Return `index`."""
+    made, keeps = _tokenizer(tokenizer)
+    start = special_ids(made)["start_token"]
+    report: dict[str, Any] = {part: {"documents": 0, "tokens": 0} for part in ("train", "valid")} | {"empty": 0}
     batch: list[tuple[str, bool, str]] = []
+    with ExitStack() as stack:
+        files = {}
+        for part in ("train", "valid"):
+            temporary = stack.enter_context(replacing(Path(parts, f"{index:06d}.{part}"), flush=False))
+            files[part] = stack.enter_context(temporary.open("wb"))
 
-    def flush() -> None:
-        for (part, begins, _), ids in zip(
-            batch, encode_documents(tokenizer, [text for *_, text in batch]), strict=True
-        ):
-            collected[part].append(np.array([start, *ids] if begins else ids, dtype))
-            counts[part] += begins
-        batch.clear()
+        def flush() -> None:
+            encoded = encode_documents(made, [text for *_, text in batch])
+            for (part, begins, _), ids in zip(batch, encoded, strict=True):
+                files[part].write(np.array([start, *ids] if begins else ids, DTYPES[dtype]).tobytes())
+                report[part]["documents"] += begins
+                report[part]["tokens"] += len(ids) + begins
+            batch.clear()
 
-    for row in documents(unit, text_column):
-        batch.append(row)
-        if len(batch) == 256:
-            flush()
-    flush()
-    for part, pieces in collected.items():
-        tokens = np.concatenate(pieces) if pieces else np.empty(0, dtype)
-        with replacing(parts / f"{index:06d}.{part}", flush=False) as temporary:
-            tokens.tofile(temporary)
-        report[part] = {"documents": counts[part], "tokens": len(tokens)}
-    write_json(parts / f"{index:06d}.json", report)
+        length = 0
+        for part, begins, text in documents(unit, text_column, keeps):
+            if not text:
+                report["empty"] += 1
+                continue
+            batch.append((part, begins, text))
+            length += len(text)
+            if len(batch) == _BATCH or length >= _BATCH_TEXT:
+                flush()
+                length = 0
+        flush()
+    write_json(Path(parts, f"{index:06d}.json"), report)
     return index
 
 
+@lru_cache(maxsize=1)
+def _tokenizer(text: str) -> tuple[Tokenizer, Keeps]:
+    tokenizer = parse_tokenizer(text)
+    return tokenizer, keeps_tokens(tokenizer)
+
+
+def _chunks(paths: Sequence[Path], dtype: np.dtype) -> Iterator[np.ndarray]:
+    """Yield the ids of all files, some at a time."""
+    for path in paths:
+        with path.open("rb") as file:
+            while len(ids := np.fromfile(file, dtype, _CHUNK)):
+                yield ids
+
+
 def _is_done(parts: Path, index: int, dtype: str) -> bool:
+    """Return True if the unit's report is there, and its files have the sizes that the report says."""
     report = parts / f"{index:06d}.json"
     if not report.exists():
         return False
     sizes = json.loads(report.read_text())
+    files = {part: parts / f"{index:06d}.{part}" for part in ("train", "valid")}
     return all(
-        (parts / f"{index:06d}.{part}").stat().st_size == sizes[part]["tokens"] * DTYPES[dtype].itemsize
-        for part in ("train", "valid")
+        file.exists() and file.stat().st_size == sizes[part]["tokens"] * DTYPES[dtype].itemsize
+        for part, file in files.items()
     )
+
+
+def _sweep(out: Path) -> None:
+    """Remove the files that a killed preparation was writing when it joined its parts."""
+    for path in [*out.iterdir(), *((out / PARTS).iterdir() if (out / PARTS).exists() else ())]:
+        if _JOINING.fullmatch(path.name) or (path.parent != out and path.name.endswith(PARTIAL)):
+            path.unlink()
+
+
+def _progress(parts: Path, units: int) -> str:
+    """Return how many parts are done, for a message."""
+    done = sum(1 for path in parts.glob("*.json") if path.stem.isdigit()) if parts.exists() else 0
+    return f"{done} of {units} parts are done in {parts}"
 
 
 def _made_from(path: Path) -> str | None:
@@ -255,10 +325,14 @@ def _made_from(path: Path) -> str | None:
 
 
 def sample(units: Sequence[Unit], text_column: str) -> Iterator[str]:
-    """Training text for a vocabulary, at most 100 MB, units taken from all over the data."""
+    """Yield training text for a vocabulary, at most 100 million characters, of units from all over the data."""
     room = SAMPLE
     for unit in sorted(units, key=lambda unit: hashlib.sha256(repr(unit).encode()).digest()):
+        if unit.part == "valid":
+            continue
         for part, _, text in documents(unit, text_column):
-            if part == "train" and room > 0:
+            if part == "train":
                 room -= len(text)
                 yield text
+            if room <= 0:
+                return

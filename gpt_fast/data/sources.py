@@ -1,202 +1,243 @@
-"""Where text comes from: files and folders, compressed ones, tables in JSON lines, Hugging Face data sets.
+"""What a person names as data, cut into units: ranges of text that can be read on their own.
 
-Every source is cut into units, ranges that can be read on their own.
+A source is a file, a folder, a .zip, or a Hugging Face data set (`hf:NAME`). Its text is read by `documents`.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import re
-from collections.abc import Iterator
+import codecs
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any
 
-UNIT = 16 << 20  # bytes of a file in one unit
+from .reading import rows
+from .reading.cuts import WINDOW, Keeps, next_place, pieces
+from .reading.files import TEXT_BLOCK, TextFile, find, kind_of, layout_of, open_utf8, place_in_file, size_of
+from .reading.rows import HF
+
+UNIT = 8 << 20  # bytes of a file in one unit
+ROWS = 10_000  # rows of a data set in one unit
 PERIOD = 10  # of so many rows one is for validation
-PREFIX = "hf:"
-# A place where cutting a text changes no token of byte-level BPE, whose words end before or after white space.
-_CUT = re.compile(rb"[!-~]\n(?=[!-~])")
+VALID_FRACTION = 0.1  # the share of a text, a table or token files that is held out for validation
+WHOLE_FILES = 10  # of so many files whole ones are held out, of fewer the last tenth of each
 
 
 @dataclass(frozen=True)
 class Unit:
-    """`start` to `end` of a source: bytes (uncompressed ones of a .gz), or rows of a data set. `part` is train, valid
-    or, for rows, both: then one of ten is for validation. `begins`: does a text begin here, or go on?"""
+    """Part of a source: bytes of a file's UTF-8 (to its end where `end` is None), row groups of a parquet table, or
+    rows of a data set. `part` is train, valid or, for rows, both: then one of ten is for validation. `begins`: does a
+    text begin here, or go on?"""
 
     source: str
-    kind: str  # text, jsonl or hf
+    kind: str  # text, jsonl, json, csv, tsv, parquet or hf
     start: int
-    end: int
+    end: int | None
     part: str
     begins: bool = True
+    row: int = 0  # of rows: how many count as before it, when one of ten is chosen
+    name: str = ""
+    member: str = ""  # of a zip archive
+
+    @property
+    def file(self) -> TextFile:
+        return TextFile(Path(self.source), self.name, self.member)
 
 
-def text_files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    if not path.is_dir():
-        found = [path]
-    else:
-        found = [f for f in sorted(path.rglob("*")) if f.is_file() and not _hidden(f.relative_to(path))]
-        if not found:
-            raise ValueError(f"{path}: no files in this folder")
-    kept = [f for f in found if f.stat().st_size]
-    if not kept:
-        raise ValueError(f"{path}: empty; wanted UTF-8 text")
-    return kept
+def plan(data: Sequence[str], valid: Sequence[str] = (), keeps: Keeps | None = None) -> list[Unit]:
+    """Return the units of all sources, in their order: the same for the same files.
 
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def kind_of(path: Path) -> str:
-    return "jsonl" if path.name.removesuffix(".gz").endswith(".jsonl") else "text"
-
-
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
-
-
-def size_of(path: Path) -> int:
-    """Bytes, uncompressed."""
-    if path.suffix != ".gz":
-        return path.stat().st_size
-    return _uncompressed(path, path.stat().st_mtime_ns)
-
-
-@lru_cache
-def _uncompressed(path: Path, written: int) -> int:
-    try:
-        with _open(path) as file:
-            return sum(len(chunk) for chunk in iter(lambda: file.read(1 << 20), b""))
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{path}: damaged, or not gzip ({error})") from None
-
-
-def cut_into_units(path: Path, kind: str, start: int, end: int, part: str) -> list[Unit]:
-    """A range of a file in units; a .gz, which can only be read from its beginning, in one."""
+    Without `valid` a tenth of `data` is held out: one of ten rows, whole files of ten or more, else the last tenth of
+    each. `keeps` tells where a text may be cut. Raises `FileNotFoundError` or `ValueError` for what cannot be read.
+    """
+    chosen = [(source, "valid") for source in valid] + [(source, "train" if valid else "both") for source in data]
+    found = [(source, part, [] if source.startswith(HF) else find(Path(source))) for source, part in chosen]
+    named = _distinct([file for _, _, files in found for file in files])
+    kinds = {file: kind_of(file) for file in named}
+    sizes = [(named[f], size_of(f)) for _, part, files in found for f in files if part == "both" and kinds[f] == "text"]
+    held = held_out(sizes) if len(sizes) >= WHOLE_FILES else None
     units: list[Unit] = []
-    while start < end:
-        stop = end if path.suffix == ".gz" else min(end, start + UNIT)
-        if stop < end:
-            stop = place_to_cut(path, stop, end, rb"\n" if kind == "jsonl" else None)
-        units.append(Unit(str(path), kind, start, stop, part, begins=not units))
-        start = stop
+    for source, part, files in found:
+        if source.startswith(HF):
+            count = len(rows.data_set(source))
+            units += [
+                Unit(source, "hf", i, min(i + ROWS, count), part, row=i, name=source) for i in range(0, count, ROWS)
+            ]
+        for file in files:
+            whole = part
+            if part == "both" and kinds[file] == "text" and held is not None:
+                whole = "valid" if named[file] in held else "train"
+            units += _units(TextFile(file.path, named[file], file.member), kinds[file], whole, keeps)
     return units
 
 
-def place_to_cut(path: Path, place: int, end: int, pattern: bytes | None = None) -> int:
-    """The first byte from `place` on where a line begins, `end` where none does."""
-    search = re.compile(pattern) if pattern else _CUT
-    with _open(path) as file:
-        file.seek(place)
-        while place < end:
-            block = file.read(1 << 16)
-            if not block:
-                return end
-            if found := search.search(block):
-                return min(end, place + found.end())
-            # Two bytes again, so that no cut at a block's end is missed.
-            back = min(2, len(block) - 1)
-            place += len(block) - back
-            file.seek(place)
-    return end
+def held_out(sizes: Sequence[tuple[str, int]]) -> set[str]:
+    """Return the names of a tenth of what has these names and sizes, taken in the order of the names' hashes while they
+    fit."""
+    names: set[str] = set()
+    room = VALID_FRACTION * sum(size for _, size in sizes)
+    for name, size in sorted(sizes, key=lambda entry: hashlib.sha256(entry[0].encode()).digest()):
+        if size <= room:
+            names.add(name)
+            room -= size
+    return names
 
 
-def documents(unit: Unit, text_column: str) -> Iterator[tuple[str, bool, str]]:
-    """(part, does a document begin here?, text) for each piece of a unit."""
+def documents(unit: Unit, text_column: str, keeps: Keeps | None = None) -> Iterator[tuple[str, bool, str]]:
+    """Yield (part, does a document begin here?, text) for each piece of a unit; the text of a row without any is "".
+
+    A piece has at most `cuts.PIECE` characters. Raises `ValueError` for text that is not UTF-8 or holds NUL bytes, and
+    for rows without the column.
+    """
     if unit.kind == "text":
-        yield from _pieces(unit)
+        begins = unit.begins
+        for piece in pieces(_decoded(unit), keeps):
+            yield unit.part, begins, piece
+            begins = False
         return
-    for number, text in enumerate(_rows(unit, text_column)):
+    for number, (where, text) in enumerate(_rows(unit, text_column), start=unit.row):
+        if "\0" in text:
+            raise ValueError(f"{where}: has a NUL character; expected text")
         part = unit.part if unit.part != "both" else "valid" if number % PERIOD == PERIOD - 1 else "train"
-        if text:
-            yield part, True, text
+        if not text:
+            yield part, True, ""
+        begins = True
+        for piece in pieces(iter([text]), keeps):
+            yield part, begins, piece
+            begins = False
 
 
-def _pieces(unit: Unit) -> Iterator[tuple[str, bool, str]]:
-    """A text's range, no more than a unit of it at a time."""
-    path, place, begins = Path(unit.source), unit.start, unit.begins
-    rest = b""
-    with _open(path) as file:
-        file.seek(place)
-        while place < unit.end:
-            block = file.read(min(UNIT, unit.end - place))
+def place_to_cut(file: TextFile, place: int, end: int, keeps: Keeps | None = None) -> int:
+    """Return the first byte from `place` on where the file's text can be cut, at most `WINDOW` bytes behind it, else
+    the first character."""
+    with open_utf8(file, place) as opened:
+        window = opened.read(min(WINDOW, end - place))
+    first = next((i for i, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), len(window))
+    try:
+        text = codecs.getincrementaldecoder("utf-8")("strict").decode(window[first:])
+    except UnicodeDecodeError:  # reading the text will name the place
+        return place + first
+    cut = next_place(text, keeps)
+    return place + first + (len(text[:cut].encode()) if cut is not None else 0)
+
+
+def _distinct(files: Sequence[TextFile]) -> dict[TextFile, str]:
+    """Return a name for each file that no other file has: its own, with as many folders in front as that takes.
+
+    By their names files are chosen for validation, and ten of one name must not all be.
+    """
+    names = {file: file.name for file in files}
+    real = {file: (os.path.realpath(file.path), file.member) for file in names}
+    while True:
+        owners: dict[str, set[tuple[str, str]]] = {}
+        for file, name in names.items():
+            owners.setdefault(name, set()).add(real[file])
+        changed = False
+        for file, name in names.items():
+            if len(owners[name]) > 1:
+                base = _with_parent(file, name)
+                changed |= base != name
+                names[file] = base
+        if not changed:
+            return names
+
+
+def _with_parent(file: TextFile, name: str) -> str:
+    """Return `name` with one more folder of the file's path in front, or `name` where there is none."""
+    parts = Path(os.path.abspath(file.path)).parts
+    depth = name.removesuffix(f"/{file.member}" if file.member else "").count("/") + 2
+    if depth > len(parts):
+        return name
+    return "/".join([*parts[-depth:], *([file.member] if file.member else [])])
+
+
+def _units(file: TextFile, kind: str, part: str, keeps: Keeps | None) -> list[Unit]:
+    """Return the units of one file, one or more for each of its parts."""
+    unit = partial(Unit, str(file.path), kind, name=file.name, member=file.member)
+    if kind == "parquet":
+        ends = list(accumulate(rows.parquet_groups(file)))
+        return [unit(i, i + 1, part, row=first) for i, first in enumerate([0, *ends[:-1]][: len(ends)])]
+    seekable = layout_of(file).plain and not file.member
+    if kind != "text" and not (kind == "jsonl" and seekable):
+        return [unit(0, None, part)]
+    size = size_of(file)
+    if kind == "jsonl":
+        cuts = _line_cuts(file, size)
+        # The rows of earlier units are not counted. Steps of 3 let units with few rows hold out one of ten, too.
+        return [unit(a, b, part, row=3 * i) for i, (a, b) in enumerate(zip([0, *cuts], [*cuts, size], strict=True))]
+    if part != "both":
+        ranges = [(0, size, part)]
+    else:
+        cut = min(size, place_to_cut(file, size - max(1, size // PERIOD), size, keeps))
+        ranges = [(0, cut, "train"), (cut, size, "valid")]
+    units: list[Unit] = []
+    for start, end, which in ranges:
+        begin, begins = start, True
+        while begin < end:
+            stop = min(end, begin + UNIT)
+            if stop < end:
+                stop = min(end, place_to_cut(file, stop, end, keeps)) if seekable else end
+            units.append(unit(begin, stop, which, begins))
+            begin, begins = stop, False
+    return units
+
+
+def _line_cuts(file: TextFile, size: int) -> list[int]:
+    """Return the places near each multiple of `UNIT` where a line of a plain file begins."""
+    cuts: list[int] = []
+    place = UNIT
+    while place < size:
+        with open_utf8(file, place - 1) as opened:
+            while (line := opened.readline(TEXT_BLOCK)) and not line.endswith(b"\n"):
+                place += len(line)
+            place += len(line) - 1
+        if place >= size:
+            break
+        cuts.append(place)
+        place += UNIT
+    return cuts
+
+
+def _decoded(unit: Unit) -> Iterator[str]:
+    """Yield the text of a unit block by block."""
+    file, place = unit.file, unit.start
+    decoder = codecs.getincrementaldecoder("utf-8")("strict")
+    with open_utf8(file, unit.start) as opened:
+        while True:
+            wanted = TEXT_BLOCK if unit.end is None else min(TEXT_BLOCK, unit.end - place)
+            block = opened.read(wanted) if wanted else b""
+            if not block and unit.end is not None and place < unit.end:
+                raise ValueError(f"{file}: changed while it was read; expected {unit.end} bytes of text")
+            begin = place - len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                where = place_in_file(file, begin + error.start)
+                raise ValueError(f"{file}: not UTF-8 ({where}: {error.reason}); convert it or leave it out") from None
+            if "\0" in text:
+                where = place_in_file(file, begin + len(text[: text.index("\0")].encode()))
+                raise ValueError(
+                    f"{file}: has a NUL byte ({where}); expected text in UTF-8, or in UTF-16 with a byte order mark"
+                )
+            if text:
+                yield text
             if not block:
-                raise ValueError(f"{path}: changed while it was read")
-            place += len(block)
-            block = rest + block
-            cuts = [found.end() for found in _CUT.finditer(block)] if place < unit.end else [len(block)]
-            cut = cuts[-1] if cuts else 0
-            if cut:
-                yield unit.part, begins, _decode(path, block[:cut], place - len(block))
-                begins = False
-            rest = block[cut:]
-
-
-def _decode(path: Path, content: bytes, place: int) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 (byte {place + error.start}: {error.reason}); convert it or leave it out"
-        ) from None
-
-
-def _rows(unit: Unit, text_column: str) -> Iterator[str]:
-    if unit.kind == "hf":
-        table = data_set(unit.source)
-        if text_column not in table.column_names:
-            raise ValueError(
-                f"{unit.source}: no column {text_column!r}; it has {', '.join(map(repr, table.column_names))}"
-            )
-        yield from (str(text) for text in table[unit.start : unit.end][text_column])
-        return
-    path, place = Path(unit.source), unit.start
-    with _open(path) as file:
-        file.seek(place)
-        while place < unit.end:
-            line = file.readline()
-            if not line:
                 return
-            if line.strip():
-                yield _field(path, place, _decode(path, line, place), text_column)
-            place += len(line)
+            place += len(block)
 
 
-def _field(path: Path, place: int, line: str, text_column: str) -> str:
-    try:
-        row = json.loads(line.lstrip("\ufeff"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, byte {place}: not JSON ({error})") from None
-    if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
-        got = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{path}, byte {place}: wanted an object with text in {text_column!r}, got {got}")
-    return row[text_column]
-
-
-def data_set(source: str) -> Any:
-    """`hf:NAME` or `hf:NAME:SPLIT` of the Hub, or a folder that `save_to_disk` wrote."""
-    from importlib.util import find_spec
-
-    if find_spec("datasets") is None:
-        raise ValueError(f"{source}: needs datasets; pip install gpt-fast[hf]")
-    return _load_data_set(source)
-
-
-@lru_cache(maxsize=4)
-def _load_data_set(source: str) -> Any:
-    import datasets
-
-    name, _, split = source.removeprefix(PREFIX).partition(":")
-    try:
-        if Path(name).is_dir():
-            table = datasets.load_from_disk(name)
-            return table if isinstance(table, datasets.Dataset) else table[split or "train"]
-        return datasets.load_dataset(name, split=split or "train")
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{source}: cannot be loaded ({error})") from None
+def _rows(unit: Unit, text_column: str) -> rows.Rows:
+    if unit.kind == "hf":
+        assert unit.end is not None
+        return rows.data_set_rows(unit.source, unit.start, unit.end, text_column)
+    if unit.kind == "parquet":
+        assert unit.end is not None
+        return rows.parquet(unit.file, range(unit.start, unit.end), text_column)
+    if unit.kind == "jsonl":
+        return rows.json_lines(unit.file, unit.start, unit.end, text_column)
+    if unit.kind == "json":
+        return rows.json_array(unit.file, text_column)
+    return rows.separated(unit.file, unit.kind, text_column)

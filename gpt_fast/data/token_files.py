@@ -1,14 +1,18 @@
-"""Files of token ids, mapped into memory: ours, llm.c's and nanoGPT's.
+"""Files of token ids, mapped into memory: ours, llm.c's and, by an explicit option, files without a header.
 
-Ours begin with 1,024 bytes: eight of magic, then JSON padded with spaces (`dtype`, `count`, `crc32` of all that
-follows, `vocabulary`, a hash of the tokenizer's, and `document_token`, which begins each document), and hold the ids
-behind them, little-endian. llm.c's have 256 int32 (magic, version, count) in front, nanoGPT's nothing; both are uint16.
+Ours begin with 1,024 bytes: eight of magic, JSON padded with spaces, and the CRC-32 of these 1,020 bytes. The JSON
+holds `dtype`, `count`, `crc32` of the ids, `vocabulary` (a hash of the tokenizer's) and `document_token`, which begins
+each document. The ids follow, little-endian. llm.c's files have 256 int32 (magic, version, count, zeros) in front of
+ids that are uint16, or uint32 for Llama 3. nanoGPT's have nothing in front; only `raw_dtype` tells what they hold.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shlex
+import struct
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,16 +22,20 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from .. import _llmc
 from .._files import replacing
-from .corpus import VALID_FRACTION
+from .sources import VALID_FRACTION
 from .stream import TokenStream
 from .tokenizer import vocabulary_size
 
 SUFFIX = ".bin"
-MAGIC, HEADER = b"gptfast1", 1024
-LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER = 20240520, 1, 1024
+MAGIC, HEADER = b"gptfast2", 1024
+OLD_MAGIC = b"gptfast1"  # its header has no checksum
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _CHUNK = 1 << 22
+_CHECKED = HEADER - 4  # bytes of the header in front of its own checksum
+_HIGH_WORDS = 16  # the upper halves of uint32 ids are below this for any vocabulary of up to a million
+_FOR_VALIDATION = re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -52,39 +60,52 @@ def token_files(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def read_token_file(path: Path) -> TokenFile:
-    """Maps a file; nothing but its header is read."""
+def read_token_file(path: Path, raw_dtype: str | None = None) -> TokenFile:
+    """Map a file and read nothing but its header. A file without a header needs `raw_dtype`, uint16 or uint32.
+
+    Raises `FileNotFoundError` where there is no file, and `ValueError` for a file that is damaged, of another kind, or
+    of another size than its header asks for.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    size = path.stat().st_size
+        raise FileNotFoundError(f"{path}: no such file; expected a token file")
     with path.open("rb") as file:
         head = file.read(HEADER)
-    if head.startswith(MAGIC):
+    # One of the two survives any single damage, so a damaged file of ours is never taken for a raw one.
+    ours = head.startswith(MAGIC) or head[len(MAGIC) :].startswith(b'{"dtype": ')
+    foreign = _llmc.magic(head)
+    if raw_dtype is not None and (ours or foreign is not None):
+        kind = "gpt-fast" if ours else "llm.c"
+        raise ValueError(f"--raw-dtype {raw_dtype}: {path} has a header of {kind}; expected a file without a header")
+    if head.startswith(OLD_MAGIC):
+        raise ValueError(
+            f"{path}: a token file of an earlier gpt-fast, whose header has no checksum; expected one of this version: "
+            f"{_prepare_command(path)}"
+        )
+    if ours:
         header = _parse(path, head)
         dtype = DTYPES[header["dtype"]]
-        wanted = HEADER + header["count"] * dtype.itemsize
-        if size != wanted:
-            raise ValueError(f"{path}: {size:,} bytes, wanted {wanted:,} by its header; it was cut off or added to")
+        _check_size(path, HEADER, header["count"], dtype)
         return TokenFile(path, _mapped(path, dtype, HEADER, header["count"]), header)
-    dtype = DTYPES["uint16"]
-    numbers = np.frombuffer(head[: len(head) // 4 * 4], "<i4")
-    if len(numbers) >= 3 and numbers[0] == LLMC_MAGIC:
-        version, count = int(numbers[1]), int(numbers[2])
-        wanted = LLMC_HEADER + count * dtype.itemsize
-        if version != LLMC_VERSION or size != wanted:
-            raise ValueError(
-                f"{path}: llm.c's version {version} with {size:,} bytes, wanted version {LLMC_VERSION} with {wanted:,}"
-            )
-        return TokenFile(path, _mapped(path, dtype, LLMC_HEADER, count), None)
+    if foreign is not None:
+        dtype, count = _llmc_header(path, head, foreign)
+        _check_size(path, 4 * _llmc.HEADER, count, dtype)
+        return TokenFile(path, _mapped(path, dtype, 4 * _llmc.HEADER, count), None)
+    size = path.stat().st_size
+    if raw_dtype is None:
+        raise ValueError(
+            f"{path}: {size:,} bytes without a header of gpt-fast or llm.c; expected one, or --raw-dtype uint16 "
+            "(nanoGPT's files) or uint32"
+        )
+    dtype = DTYPES[raw_dtype]
     if size == 0 or size % dtype.itemsize:
-        raise ValueError(f"{path}: {size} bytes, wanted a token file of gpt-fast, llm.c or nanoGPT (uint16)")
+        raise ValueError(f"{path}: {size:,} bytes; expected a multiple of {dtype.itemsize} for {raw_dtype} ids")
     return TokenFile(path, _mapped(path, dtype, 0, size // dtype.itemsize), None)
 
 
 def write_token_file(
     path: Path, pieces: Iterable[np.ndarray], dtype: str, tokenizer: Tokenizer, document_token: int
 ) -> int:
-    """Writes the ids of `pieces` under a temporary name, synced, and renames it; returns how many there are."""
+    """Write the ids of `pieces` under a temporary name, sync and rename the file. Return how many ids there are."""
     count = crc = 0
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(bytes(HEADER))
@@ -94,10 +115,15 @@ def write_token_file(
             count += len(piece)
             file.write(content)
         header = {"dtype": dtype, "count": count, "crc32": crc, "vocabulary": vocabulary_hash(tokenizer)}
-        text = json.dumps(header | {"document_token": document_token}).encode()
         file.seek(0)
-        file.write(MAGIC + text.ljust(HEADER - len(MAGIC)))
+        file.write(pack_header(header | {"document_token": document_token}))
     return count
+
+
+def pack_header(fields: dict[str, Any]) -> bytes:
+    """Return the 1,024 bytes of a header with these fields."""
+    head = MAGIC + json.dumps(fields).encode().ljust(_CHECKED - len(MAGIC))
+    return head + struct.pack("<I", zlib.crc32(head))
 
 
 def vocabulary_hash(tokenizer: Tokenizer) -> str:
@@ -107,30 +133,48 @@ def vocabulary_hash(tokenizer: Tokenizer) -> str:
 
 
 def check_vocabulary(file: TokenFile, tokenizer: Tokenizer) -> None:
+    """Raise `ValueError` if the file's header names another vocabulary than the tokenizer's."""
     if file.header is not None and file.header["vocabulary"] != vocabulary_hash(tokenizer):
-        raise ValueError(f"{file.path}: made with another vocabulary than that of the tokenizer given; wanted its own")
+        raise ValueError(
+            f"{file.path}: made with another vocabulary than that of the tokenizer given; expected its own"
+        )
 
 
 def check_content(file: TokenFile, tokenizer: Tokenizer) -> int:
-    """Reads the whole file once and returns its CRC-32. Raises where it is not the one in the header, or where an id is
-    beyond the vocabulary."""
+    """Read the whole file once and return its CRC-32.
+
+    Raises `ValueError` where the CRC-32 differs from the header's, where an id is beyond the vocabulary, and where the
+    ids of a file without a checksum are all 0 or are halves of wider ids.
+    """
     crc, size = 0, vocabulary_size(tokenizer)
+    even = odd = 0  # the largest ids at even and at odd places
     for first in range(0, len(file.tokens), _CHUNK):
         piece = file.tokens[first : first + _CHUNK]
         crc = zlib.crc32(piece.tobytes(), crc)
-        if (largest := int(piece.max())) >= size:
+        even = max(even, int(piece[::2].max()))
+        odd = max(odd, int(piece[1::2].max(initial=0)))
+        if (largest := max(even, odd)) >= size:
             raise ValueError(
-                f"{file.path}: holds the id {largest}, the tokenizer has {size}; wanted the one it was made by"
+                f"{file.path}: holds the id {largest}, the tokenizer has {size}; expected the tokenizer, and the type "
+                f"of ids, that it was made with"
             )
-    if file.header is not None and crc != file.header["crc32"]:
-        raise ValueError(f"{file.path}: damaged, its checksum is {crc:08x}, wanted {file.header['crc32']:08x}")
+    if file.header is not None:
+        if crc != file.header["crc32"]:
+            raise ValueError(
+                f"{file.path}: damaged, its ids have the checksum {crc:08x}; expected {file.header['crc32']:08x}"
+            )
+    elif even == odd == 0:
+        raise ValueError(f"{file.path}: all {len(file.tokens):,} ids are 0; expected the tokens of a text")
+    elif file.tokens.itemsize == 2 and odd < _HIGH_WORDS <= even:
+        raise ValueError(f"{file.path}: every second uint16 is nearly 0, as in a file of uint32; expected uint16 ids")
     return crc
 
 
 def split_streams(files: Sequence[TokenFile]) -> tuple[TokenStream, TokenStream]:
-    """Training and validation: files with "val" in their names are for validation; without any, the last tenth is."""
-    valid = [file.tokens for file in files if "val" in file.path.name]
-    train = [file.tokens for file in files if "val" not in file.path.name]
+    """Return the training and the validation stream. Files whose names have the word val, valid or validation are for
+    validation; without any, the last tenth of the ids is."""
+    valid = [file.tokens for file in files if _FOR_VALIDATION.search(file.path.name)]
+    train = [file.tokens for file in files if not _FOR_VALIDATION.search(file.path.name)]
     if not train:
         raise ValueError(f"{files[0].path}: no file to train on, all are named for validation")
     if valid:
@@ -146,17 +190,56 @@ def split_streams(files: Sequence[TokenFile]) -> tuple[TokenStream, TokenStream]
 
 def _mapped(path: Path, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
     if count == 0:
-        raise ValueError(f"{path}: holds no tokens")
+        raise ValueError(f"{path}: holds no ids; expected at least one")
     return np.memmap(path, dtype, "r", offset, (count,))
 
 
+def _check_size(path: Path, header: int, count: int, dtype: np.dtype) -> None:
+    size, expected = path.stat().st_size, header + count * dtype.itemsize
+    if size != expected:
+        raise ValueError(f"{path}: {size:,} bytes; expected {expected:,} by its header, so it was cut off or added to")
+
+
+def _llmc_header(path: Path, head: bytes, number: int) -> tuple[np.dtype, int]:
+    """Return the type and the number of ids of llm.c's token file that begins with `head`."""
+    if number not in _llmc.TOKENS:
+        raise ValueError(f"{path}: {_llmc.describe(number)}, by llm.c; expected a token file")
+    if len(head) < 4 * _llmc.HEADER:
+        raise ValueError(
+            f"{path}: {len(head)} bytes; expected a header of {4 * _llmc.HEADER} by llm.c, so it was cut off"
+        )
+    version, dtype = _llmc.TOKENS[number]
+    _, found, count, *rest = (int(word) for word in np.frombuffer(head, "<i4"))
+    if found != version:
+        raise ValueError(f"{path}: llm.c's version {found}; expected {version} ({dtype}) under magic {number}")
+    if count < 1 or any(rest):
+        raise ValueError(
+            f"{path}: its header by llm.c is damaged (count {count}); expected a count of 1 or more, then zeros"
+        )
+    return DTYPES[dtype], count
+
+
 def _parse(path: Path, head: bytes) -> dict[str, Any]:
+    checked, crc = head[:_CHECKED], head[_CHECKED:HEADER]
+    if not head.startswith(MAGIC) or crc != struct.pack("<I", zlib.crc32(checked)):
+        raise ValueError(f"{path}: its header is damaged; expected one whose checksum is right")
     try:
-        header = json.loads(head[len(MAGIC) :])
-        right = header["dtype"] in DTYPES and header["count"] >= 0 and isinstance(header["crc32"], int)
-        right = right and isinstance(header["vocabulary"], str) and isinstance(header["document_token"], int)
-    except (ValueError, KeyError, TypeError):
+        header = json.loads(checked[len(MAGIC) :])
+        right = header["dtype"] in DTYPES and type(header["count"]) is int and header["count"] >= 0
+        right = right and type(header["crc32"]) is int and type(header["document_token"]) is int
+        right = right and type(header["vocabulary"]) is str
+    except (ValueError, KeyError, TypeError, RecursionError):
         right = False
     if not right:
-        raise ValueError(f"{path}: its header is damaged")
+        raise ValueError(f"{path}: its header is damaged; expected dtype, count, crc32, vocabulary and document_token")
     return header
+
+
+def _prepare_command(path: Path) -> str:
+    """Return the command that makes the token file at `path` anew, with its data if the record beside it names them."""
+    try:
+        data = json.loads((path.parent / "data.json").read_text(encoding="utf-8"))["data"]
+        text = " ".join(map(shlex.quote, data))
+    except (OSError, ValueError, KeyError, TypeError):
+        text = "TEXT"
+    return f"gpt-fast prepare --data {text} --tokenizer TOKENIZER.json --out NEW_FOLDER"

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from ..data.batches import lm_windows, token_stream, unigram_entropy
-from ..data.corpus import STDLIB, read_corpus, read_path
+from ..data.corpus import STDLIB, read_corpus, read_documents
 from ..data.rows import RowOptions
 from ..data.snippets import snippet_table
 from ..data.stream import TokenStream
-from ..data.tables import SUFFIXES as TABLE_SUFFIXES
+from ..data.token_files import check_content, check_vocabulary, read_token_file, token_files
 from ..data.tokenizer import encode_documents
 from ..heads import GPTForCausalLM, GPTForSequenceClassification, Head
 from .finetune import answer_bytes, draw_confusion
@@ -41,6 +41,7 @@ def evaluate(
     confusion: Path | None = None,
     skip_labels: Sequence[str] = (),
     options: RowOptions = PLAIN,
+    raw_dtype: str | None = None,
 ) -> dict[str, Any]:
     """A language model's loss on text, or a task's metrics on a table, each with its baseline. Without `data`, a model
     that learned from the standard library takes the files that its training held out. `confusion` is the file for a
@@ -53,9 +54,9 @@ def evaluate(
     if confusion is not None and (task is None or not task.classifies):
         raise ValueError(f"--confusion {confusion}: {folder} holds no classifier")
     if task is None:
-        if data is not None and data.suffix.lower() in TABLE_SUFFIXES:
-            raise ValueError(f"{data}: a table; {folder} holds a language model, which wants plain text")
-        return evaluate_language_model(model, folder, data)
+        return evaluate_language_model(model, folder, data, text_column or "text", raw_dtype)
+    if raw_dtype is not None:
+        raise ValueError(f"--raw-dtype {raw_dtype}: {folder} holds no language model; expected a labelled table")
     pairs = task.pair_columns if pair_column is None else tuple(pair_column.split(","))
     task = replace(
         task,
@@ -115,12 +116,26 @@ def evaluate_task(
     return result
 
 
-def evaluate_language_model(model: Head, folder: Path, data: Path | None) -> dict[str, Any]:
-    """Loss in nats per predicted token over the whole text, perplexity, and bits per byte, which do not depend on the
-    tokenizer. A masked model is asked for 15 % of the tokens, always the same."""
-    documents = read_corpus(None).valid if data is None else read_path(data)
+def evaluate_language_model(
+    model: Head, folder: Path, data: Path | None, text_column: str = "text", raw_dtype: str | None = None
+) -> dict[str, Any]:
+    """Return the loss in nats per predicted token over all of `data`, its perplexity and, for text, the bits per byte,
+    which do not depend on the tokenizer. A masked model is asked for 15 % of the tokens, always the same."""
     tokenizer = run_tokenizer(folder, model)
-    stream = token_stream(encode_documents(tokenizer, [d.text for d in documents]), model.config.start_token)
+    files = token_files([data] if data is not None else [])
+    size: int | None = None
+    if files:
+        read = [read_token_file(path, raw_dtype) for path in files]
+        for file in read:
+            check_vocabulary(file, tokenizer)
+            check_content(file, tokenizer)
+        stream = TokenStream([file.tokens for file in read])
+    elif raw_dtype is not None:
+        raise ValueError(f"--raw-dtype {raw_dtype}: --data names text; expected a token file (.bin)")
+    else:
+        documents = read_corpus(None).valid if data is None else read_documents(data, text_column)
+        size = sum(len(document.text.encode()) for document in documents)
+        stream = token_stream(encode_documents(tokenizer, [d.text for d in documents]), model.config.start_token)
     tokens = lm_windows(stream, min(model.config.seq_len, len(stream)))
     if int(tokens.max()) >= model.config.num_tokens:
         raise ValueError(f"{data}: has a character without a token in {folder}; expected text of known characters")
@@ -136,7 +151,6 @@ def evaluate_language_model(model: Head, folder: Path, data: Path | None) -> dic
         "unigram_entropy": unigram_entropy(TokenStream([tokens.flatten().numpy()]).counts()),
         "perplexity": perplexity(loss),
     }
-    if causal:
-        size = sum(len(document.text.encode()) for document in documents)
+    if causal and size is not None:
         result["bits_per_byte"] = loss / math.log(2) * len(stream) / size
     return result

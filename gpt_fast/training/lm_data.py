@@ -18,6 +18,7 @@ from ..config import IGNORE, GPTConfig
 from ..data.batches import Batch, causal_batch, packed, token_stream
 from ..data.corpus import Document, read_corpus
 from ..data.masking import mask_tokens
+from ..data.reading.pipes import is_piped
 from ..data.stream import TokenStream, WindowOrder, mix
 from ..data.token_files import check_content, check_vocabulary, read_token_file, split_streams, token_files
 from ..data.tokenizer import encode_documents, load_tokenizer, make_tokenizer, parse_tokenizer, special_ids
@@ -110,13 +111,24 @@ class LMData:
     summary: str
 
 
-def read_lm_data(paths: Sequence[Path], tokenizer: str | None, bpe_size: int, ranks: World) -> LMData:
-    """Token files, mapped; or the text of `paths`, or of the standard library, tokenised in memory, by bpe where no
+def read_lm_data(
+    paths: Sequence[Path],
+    tokenizer: str | None,
+    bpe_size: int,
+    ranks: World,
+    text_column: str = "text",
+    raw_dtype: str | None = None,
+) -> LMData:
+    """Map token files, or tokenise in memory the text of `paths` or of the standard library, by bpe where no
     `tokenizer` is named. Rank 0 makes the tokenizer, and reads token files through once to check them."""
     files = token_files(paths)
     if files:
-        return _read_token_files(files, tokenizer, ranks)
-    corpus = read_corpus(paths)
+        return _read_token_files(files, tokenizer, ranks, raw_dtype)
+    if raw_dtype is not None:
+        raise ValueError(f"--raw-dtype {raw_dtype}: --data names text; expected token files (.bin)")
+    if ranks.size > 1 and any(map(is_piped, paths)):
+        raise ValueError("--data: one process alone can read a pipe; expected files under torchrun")
+    corpus = read_corpus(paths, text_column)
     made = make_tokenizer(tokenizer or "bpe", (d.text for d in corpus.train), bpe_size).to_str() if ranks.first else ""
     shared = parse_tokenizer(ranks.text(made))
     start = special_ids(shared)["start_token"]
@@ -130,14 +142,14 @@ def read_lm_data(paths: Sequence[Path], tokenizer: str | None, bpe_size: int, ra
     )  # fmt: skip
 
 
-def _read_token_files(paths: Sequence[Path], named: str | None, ranks: World) -> LMData:
+def _read_token_files(paths: Sequence[Path], named: str | None, ranks: World, raw_dtype: str | None) -> LMData:
     if named in ("bpe", "byte", "char"):
-        raise ValueError(f"--tokenizer {named}: {paths[0]} holds tokens already; wanted the tokenizer.json they are of")
+        raise ValueError(f"--tokenizer {named}: {paths[0]} holds tokens already; expected their tokenizer.json")
+    files = [read_token_file(path, raw_dtype) for path in paths]
     beside = paths[0].parent / "tokenizer.json"
     if named is None and not beside.is_file():
         raise ValueError(f"{paths[0]}: no tokenizer.json beside it; name it with --tokenizer PATH")
     tokenizer = load_tokenizer(Path(named) if named else beside)
-    files = [read_token_file(path) for path in paths]
     sums = []
     for file in files:
         check_vocabulary(file, tokenizer)
@@ -162,4 +174,4 @@ def crc(stream: TokenStream) -> int:
 
 
 def _count(documents: list[Document], stream: TokenStream) -> str:
-    return f"{len(documents)} files with {len(stream):,} tokens"
+    return f"{len(documents):,} documents with {len(stream):,} tokens"

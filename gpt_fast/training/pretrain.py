@@ -15,6 +15,7 @@ from gpt_fast_settings.pretrain import PretrainSettings
 
 from ..config import GPTConfig
 from ..data.batches import Batch, lm_windows, unigram_entropy
+from ..data.reading.pipes import is_piped
 from ..data.stream import TokenStream
 from ..data.tokenizer import special_ids, vocabulary_size
 from ..heads import GPTForCausalLM, GPTForMaskedLM, Head
@@ -42,6 +43,8 @@ def pretrain(settings: PretrainSettings, show: Show, say: Say, stop: Stop | None
 
 def check(settings: PretrainSettings) -> None:
     """Validate what the settings alone tell, before any text is read."""
+    if settings.resume:
+        _refuse_pipes(settings)
     if settings.source is None:
         make_config(settings, num_tokens=1000)
         return
@@ -53,11 +56,20 @@ def check(settings: PretrainSettings) -> None:
 
 def _pretrain(session: Session[PretrainSettings]) -> Record:
     run, ranks, say = session.run, session.ranks, session.say
+    if run.kept:
+        _refuse_pipes(session.settings)
     settings = complete(session.settings, pretraining(session.settings.preset, session.settings.source))
     warmup = settings.warmup if settings.warmup is not None else min(2000, max(1, settings.steps // 10))
     settings = settings.changed(warmup=warmup)
     session = dataclasses.replace(session, settings=settings)
-    data = read_lm_data(settings.data, _tokenizer_name(settings, run.folder, run.kept), _bpe_size(settings), ranks)
+    data = read_lm_data(
+        settings.data,
+        _tokenizer_name(settings, run.folder, run.kept),
+        _bpe_size(settings),
+        ranks,
+        settings.text_column,
+        settings.raw_dtype,
+    )
     say(data.summary)
     model = session.make_model(partial(make_model, settings, data.tokenizer))
     config, causal = model.config, settings.objective == "clm"
@@ -112,6 +124,13 @@ def _pretrain(session: Session[PretrainSettings]) -> Record:
         session.finish(whole, record, {"loss.png": partial(draw, run.folder, record)})
     ranks.wait()
     return record
+
+
+def _refuse_pipes(settings: PretrainSettings) -> None:
+    """Raise `ValueError` if a resumed run would read standard input or another pipe."""
+    for path in settings.data:
+        if is_piped(path):
+            raise ValueError(f"--resume: --data {path} is a pipe, whose text is gone once it was read; expected files")
 
 
 def _tokenizer_name(settings: PretrainSettings, folder: Path, resumed: bool) -> str | None:

@@ -31,7 +31,7 @@ def refuse(result: Result, *messages: str) -> None:
 
 BAD_PRETRAIN = {
     "missing data": ("--data {tmp}/none.txt", ["none.txt: no such file"]),
-    "empty data": ("--data {tmp}/empty.txt", ["empty.txt: empty", "wanted UTF-8 text"]),
+    "empty data": ("--data {tmp}/empty.txt", ["empty.txt: empty", "expected UTF-8 text"]),
     "not utf-8": ("--data {tmp}/latin.txt", ["latin.txt: not UTF-8"]),
     "too little data": ("--data {tmp}/short.txt", ["fewer than a window of 32"]),
     "unknown preset": ("--preset gpt5", ["gpt5", "notes, gpt1, gpt2"]),
@@ -241,9 +241,9 @@ def test_damaged_runs(cli, data, tmp_path, case):
 
 BAD_USES = {
     "evaluate: unknown label": ("evaluate --from {classifier} --data {tmp}/new.csv", ["line 3: unknown label 'tepid'"]),
-    "evaluate: a table for a language model": (
-        "evaluate --from {lm} --data {tmp}/new.csv",
-        ["new.csv: a table", "holds a language model"],
+    "evaluate: a table without text": (
+        "evaluate --from {lm} --data {tmp}/semicolons.csv",
+        ["semicolons.csv: no column 'text'; it has 'text;label'"],
     ),
     "evaluate: confusion, no png": (
         "evaluate --from {classifier} --data {table} --confusion {tmp}/c.jpg",

@@ -16,13 +16,14 @@ COMMANDS = {
     "pretrain": "--data --out --objective --tokenizer --preset --layers --heads --dim --seq-len --dropout --steps "
     "--batch-size --lr --seed --overwrite --device --json --from --pack --accumulate --warmup --weight-decay "
     "--max-grad-norm --precision --compile --checkpoint-activations --max-skips --strategy --config --log-every "
-    "--checkpoint-every --keep-checkpoints --tensorboard --profile --resume --beta1 --beta2 --final-lr",
+    "--checkpoint-every --keep-checkpoints --tensorboard --profile --resume --beta1 --beta2 --final-lr "
+    "--raw-dtype --text-column",
     "prepare": "--data --valid --out --tokenizer --vocab-size --text-column --processes --overwrite --json",
     "finetune": "--from --train --valid --out --text-column --pair-column --label-column --task --numbers --scratch "
     "--labels --skip-label --answers --columns --skip-ragged --convertible "
     "--epochs --batch-size --lr --lm-weight --rows --strategy --config --resume --overwrite --json",
-    "evaluate": "--from --data --text-column --pair-column --label-column --skip-label --columns --skip-ragged "
-    "--confusion --json",
+    "evaluate": "--from --data --raw-dtype --text-column --pair-column --label-column --skip-label --columns "
+    "--skip-ragged --confusion --json",
     "predict": "--from --text --pair --data --out --overwrite --text-column --pair-column --columns --skip-ragged "
     "--max-new-tokens --raw --json",
     "plot": "--metric --out",

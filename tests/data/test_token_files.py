@@ -5,9 +5,13 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,7 @@ import pytest
 from gpt_fast.data import prepare, sources, token_files
 from gpt_fast.data import tokenizer as tok
 from gpt_fast.data.stream import TokenStream
-from tests.command_line import SMALL, succeed
+from tests.command_line import ENVIRONMENT, SMALL, succeed
 
 TEXT = "def f(x):\n    return x  # naïve — 日本\n\n\nclass A:\n\tpass\n \nx = 1\n" * 40
 
@@ -64,7 +68,14 @@ def test_a_token_file_comes_back(tmp_path, dtype):
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
 
 
-@pytest.mark.parametrize("change", ["cut off", "added to", "flipped", "header", "vocabulary"])
+def read_checked(path: Path, tokenizer=None, raw_dtype: str | None = None) -> token_files.TokenFile:
+    file = token_files.read_token_file(path, raw_dtype)
+    token_files.check_vocabulary(file, tokenizer or tok.byte_tokenizer())
+    token_files.check_content(file, tokenizer or tok.byte_tokenizer())
+    return file
+
+
+@pytest.mark.parametrize("change", ["cut off", "added to", "flipped", "vocabulary"])
 def test_a_damaged_token_file(tmp_path, change):
     path = written(tmp_path / "a.bin")
     content = bytearray(path.read_bytes())
@@ -75,57 +86,111 @@ def test_a_damaged_token_file(tmp_path, change):
         content, message = content + b"\0\0", "cut off or added to"
     elif change == "flipped":
         content[1024 + 500] ^= 1
-        message = "damaged, its checksum is"
-    elif change == "header":
-        content[12] ^= 64
-        message = "its header is damaged"
+        message = "damaged, its ids have the checksum"
     else:
         tokenizer, message = tok.char_tokenizer(["abc"]), "made with another vocabulary"
     path.write_bytes(content)
-
-    def read() -> None:
-        file = token_files.read_token_file(path)
-        token_files.check_vocabulary(file, tokenizer)
-        token_files.check_content(file, tokenizer)
-
     with pytest.raises(ValueError, match=rf"a\.bin: .*{message}"):
-        read()
+        read_checked(path, tokenizer)
 
 
-def llmc(path: Path, ids: np.ndarray) -> Path:
+def test_any_flipped_bit_of_a_header_is_found(tmp_path):
+    """Each of the 8,192 bits, the magic and the padding too; with --raw-dtype the file is not taken for a raw one."""
+    path = written(tmp_path / "a.bin")
+    content = path.read_bytes()[:1024]
+    with path.open("r+b", buffering=0) as file:
+        for bit in range(8 * 1024):
+            byte = bit // 8
+            os.pwrite(file.fileno(), bytes([content[byte] ^ 1 << bit % 8]), byte)
+            with pytest.raises(ValueError, match=r"a\.bin: its header is damaged; expected one whose checksum"):
+                token_files.read_token_file(path)
+            if byte < 32:  # the magic, and what tells a file of ours without it
+                with pytest.raises(ValueError, match=r"--raw-dtype uint16: .*a\.bin has a header of gpt-fast"):
+                    token_files.read_token_file(path, "uint16")
+            os.pwrite(file.fileno(), content[byte : byte + 1], byte)
+    read_checked(path)
+
+
+def test_an_older_token_file_names_the_command_that_remakes_it(tmp_path):
+    header = b'gptfast1{"dtype": "uint16", "count": 4, "crc32": 1, "vocabulary": "", "document_token": 1}'
+    (tmp_path / "train.bin").write_bytes(header.ljust(1024) + bytes(8))
+    (tmp_path / "data.json").write_text('{"data": ["my books"]}')
+    with pytest.raises(
+        ValueError, match=r"train\.bin: .*header has no checksum.*prepare --data 'my books' --tokenizer"
+    ):
+        token_files.read_token_file(tmp_path / "train.bin")
+
+
+def llmc(path: Path, ids: np.ndarray, magic: int = 20240520, version: int = 1, dtype: str = "<u2") -> Path:
     header = np.zeros(256, "<i4")
-    header[:3] = 20240520, 1, len(ids)
-    path.write_bytes(header.tobytes() + ids.astype("<u2").tobytes())
+    header[:3] = magic, version, len(ids)
+    path.write_bytes(header.tobytes() + ids.astype(dtype).tobytes())
     return path
 
 
-def test_llm_c_and_nanogpt_are_read_as_they_are(tmp_path):
+def test_foreign_token_files_are_read_as_what_they_are(tmp_path):
+    """llm.c's two versions by their headers, files without one by the given type."""
     ids = np.arange(3000) % 256
-    (tmp_path / "n.bin").write_bytes(ids.astype("<u2").tobytes())
-    for path in (llmc(tmp_path / "l.bin", ids), tmp_path / "n.bin"):
-        file = token_files.read_token_file(path)
+    (tmp_path / "16.bin").write_bytes(ids.astype("<u2").tobytes())
+    (tmp_path / "32.bin").write_bytes(ids.astype("<u4").tobytes())
+    for path, raw_dtype in (
+        (llmc(tmp_path / "gpt2.bin", ids), None),
+        (llmc(tmp_path / "llama.bin", ids, 20240801, 7, "<u4"), None),
+        (tmp_path / "16.bin", "uint16"),
+        (tmp_path / "32.bin", "uint32"),
+    ):
+        file = read_checked(path, raw_dtype=raw_dtype)
         assert file.header is None
         assert file.tokens.tolist() == ids.tolist()
         assert isinstance(file.tokens, np.memmap)
-        token_files.check_content(file, tok.byte_tokenizer())
 
 
-def test_foreign_files_that_cannot_be(tmp_path):
-    path = llmc(tmp_path / "l.bin", np.arange(100))
-    path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(ValueError, match=r"llm.c's version 1 with 1,222 bytes, wanted version 1 with 1,224"):
-        token_files.read_token_file(path)
-    (tmp_path / "odd.bin").write_bytes(b"abc")
-    with pytest.raises(ValueError, match="3 bytes, wanted a token file"):
-        token_files.read_token_file(tmp_path / "odd.bin")
-    file = token_files.read_token_file(llmc(tmp_path / "big.bin", np.array([5, 9000])))
-    with pytest.raises(ValueError, match="holds the id 9000, the tokenizer has 261"):
-        token_files.check_content(file, tok.byte_tokenizer())
+def head(*words: int, ids: bytes = b"") -> bytes:
+    """A file with these first words of llm.c's header."""
+    return np.array([*words, *[0] * (256 - len(words))], "<i4").tobytes() + ids
+
+
+IDS = (np.arange(100) % 90).astype("<u2").tobytes()
+NO_TOKEN_FILES = {
+    "cut off": (head(20240520, 1, 100, ids=IDS[:-2]), None, "1,222 bytes; expected 1,224 by its header"),
+    "half a header": (head(20240520, 1, 100)[:600], None, "600 bytes; expected a header of 1024 by llm.c"),
+    "version": (head(20240520, 2, 100, ids=IDS), None, "llm.c's version 2; expected 1 \\(uint16\\)"),
+    "llama version": (head(20240801, 1, 100, ids=IDS), None, "llm.c's version 1; expected 7 \\(uint32\\)"),
+    "llama as uint16": (head(20240801, 7, 100, ids=IDS), None, "1,224 bytes; expected 1,424"),
+    "negative count": (head(20240520, 1, -100, ids=IDS), None, "damaged \\(count -100\\)"),
+    "padding": (head(20240520, 1, 100, 0, 7, ids=IDS), None, "its header by llm.c is damaged"),
+    "evaluation": (head(20240522, 1, 100), None, "a data set for evaluation, by llm.c; expected a token file"),
+    "model": (head(20240326, 3, 1024), None, "a model file, by llm.c; expected a token file"),
+    "llama model": (head(20240803, 3, 1024), None, "a Llama 3 model, by llm.c; expected a token file"),
+    "tokenizer": (head(20240328, 2, 1024), None, "a tokenizer, by llm.c; expected a token file"),
+    "optimizer": (head(20240527, 1), None, "an optimizer state; .*by llm.c; expected a token file"),
+    "debug state": (head(20240327, 2), None, "a debug state, by llm.c; expected a token file"),
+    "flipped magic": (head(20240520 ^ 64, 1, 100, ids=IDS), None, "without a header .*or --raw-dtype uint16"),
+    "no header": (IDS, None, "200 bytes without a header of gpt-fast or llm.c; expected one, or --raw-dtype uint16"),
+    "zeros": (bytes(6000), None, "6,000 bytes without a header"),
+    "zeros as raw": (bytes(6000), "uint16", "all 3,000 ids are 0; expected the tokens of a text"),
+    "zeros behind a header": (head(20240520, 1, 50, ids=bytes(100)), None, "all 50 ids are 0"),
+    "odd": (b"abc", "uint16", "3 bytes; expected a multiple of 2 for uint16"),
+    "odd uint32": (IDS[:-2], "uint32", "198 bytes; expected a multiple of 4 for uint32"),
+    "empty": (b"", "uint16", "0 bytes; expected a multiple of 2"),
+    "empty without an option": (b"", None, "0 bytes without a header"),
+    "uint32 as uint16": (np.arange(100, dtype="<u4").tobytes(), "uint16", "as in a file of uint32; expected uint16"),
+    "uint16 as uint32": (IDS, "uint32", "holds the id \\d{7}, .*the type of ids"),
+    "large id": (np.array([5, 9000], "<u2").tobytes(), "uint16", "holds the id 9000, the tokenizer has 261"),
+}
+
+
+@pytest.mark.parametrize("case", NO_TOKEN_FILES)
+def test_files_that_are_no_token_files(tmp_path, case):
+    content, raw_dtype, message = NO_TOKEN_FILES[case]
+    (tmp_path / "a.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.bin: .*{message}"):
+        read_checked(tmp_path / "a.bin", raw_dtype=raw_dtype)
 
 
 def test_which_files_validate(tmp_path):
-    """Those named for it, else the last tenth, also across files."""
-    for name, count in (("a", 700), ("b", 300), ("my_val_0", 50)):
+    """Those whose names have the word, else the last tenth, also across files."""
+    for name, count in (("a", 700), ("medieval", 300), ("my_val_0", 50)):
         written(tmp_path / f"{name}.bin", count)
     files = [token_files.read_token_file(path) for path in token_files.token_files([tmp_path])]
     train, valid = token_files.split_streams(files)
@@ -158,9 +223,9 @@ print(len(stream), own() - before)
 def test_reading_takes_constant_memory(tmp_path):
     """Four billion tokens, a sparse file: thousands of windows all over it and at any position cost less than 8 MB."""
     path = written(tmp_path / "a.bin")
-    header = path.read_bytes()[:1024].replace(b'"count": 1000', b'"count": 4000000000')
+    fields = token_files.read_token_file(path).header | {"count": 4_000_000_000}
     with path.open("wb") as file:
-        file.write(header[:1024].ljust(1024))
+        file.write(token_files.pack_header(fields))
         file.truncate(1024 + 2 * 4_000_000_000)
     done = subprocess.run([sys.executable, "-c", READER, str(path)], capture_output=True, text=True, check=True)
     tokens, kilobytes = map(int, done.stdout.split())
@@ -209,8 +274,7 @@ def test_long_texts_are_cut_where_no_token_changes(tmp_path, monkeypatch, kind, 
     ids = token_files.read_token_file(tmp_path / "out" / "train.bin").tokens.tolist()
     assert ids == [tok.special_ids(tokenizer)["start_token"], *tok.encode(tokenizer, TEXT)]
     if not suffix:
-        settings = prepare.PrepareSettings(tmp_path / "out", (str(path),), (str(other),))
-        assert len(prepare.plan(settings)) > 5
+        assert len(sources.plan([str(path)], [str(other)])) > 5
 
 
 def test_few_files_give_their_last_tenth(tmp_path):
@@ -239,7 +303,7 @@ def test_rows_are_documents(tmp_path, monkeypatch, suffix):
 
 def test_a_hugging_face_data_set(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets", reason="the extra hf is not installed")
-    monkeypatch.setattr(prepare, "ROWS", 25)
+    monkeypatch.setattr(sources, "ROWS", 25)
     rows = [f"row {i}" for i in range(60)]
     datasets.Dataset.from_dict({"text": rows}).save_to_disk(str(tmp_path / "set"))
     make(tmp_path / "out", f"hf:{tmp_path / 'set'}")
@@ -266,7 +330,7 @@ def test_a_large_vocabulary_takes_uint32(tmp_path):
     [
         ({"a.txt": b"caf\xe9 \n"}, r"a\.txt: not UTF-8 \(byte 3"),
         ({"a.jsonl": b'{"text": "a"}\n{"text"\n'}, r"a\.jsonl, byte 14: not JSON"),
-        ({"a.jsonl": b'{"body": "a"}\n'}, r"a\.jsonl, byte 0: wanted an object with text in 'text', got 'body'"),
+        ({"a.jsonl": b'{"body": "a"}\n'}, r"a\.jsonl, byte 0: no field 'text'; it has 'body' \(see --text-column\)"),
         ({"a.jsonl": b'{"text": "a"}\n'}, "no document is for validation"),
         ({"a.txt.gz": b"no gzip"}, r"a\.txt\.gz: damaged, or not gzip"),
         ({"a.txt": b""}, r"a\.txt: empty"),
@@ -297,6 +361,94 @@ def test_a_preparation_goes_on_where_it_was_killed(cli, folder, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert "nothing is left to do" in succeed(cli(*command, "--out", out)).err
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def killed_at(out: Path, data: Path, stage: str) -> int:
+    """Prepare in a process that is killed where it would rename the file `stage`, or remove the parts. Return its exit
+    code."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    rename, remove = Path.replace, shutil.rmtree
+    die = partial(os.kill, os.getpid(), signal.SIGKILL)
+    Path.replace = lambda path, target: die() if Path(target) == out / stage else rename(path, target)
+    shutil.rmtree = lambda path, **given: die() if stage == "parts" else remove(path, **given)
+    make(out, data)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("stage", ["train.bin", "valid.bin", "tokenizer.json", "data.json", "parts"])
+def test_a_preparation_that_was_killed_while_joining_resumes(folder, tmp_path, monkeypatch, stage):
+    """From its parts, none of which is tokenised again, and with nothing left beside the same files."""
+    make(tmp_path / "whole", folder)
+    out = tmp_path / "out"
+    assert killed_at(out, folder, stage) == -signal.SIGKILL
+    assert stage == "parts" or list(out.glob(f".{stage}.*.partial"))
+    monkeypatch.setattr(prepare, "tokenise", lambda *_: pytest.fail("a part was tokenised again"))
+    make(out, folder)
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (tmp_path / "whole").iterdir())
+    for path in (tmp_path / "whole").iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_preparation_whose_files_are_gone_is_made_again(folder, tmp_path):
+    """Its record alone does not count as done."""
+    make(tmp_path / "out", folder)
+    (tmp_path / "out" / "train.bin").unlink()
+    with pytest.raises(FileExistsError, match="holds other data, or a part of it"):
+        make(tmp_path / "out", folder)
+    make(tmp_path / "out", folder, overwrite=True)
+    assert (tmp_path / "out" / "train.bin").exists()
+
+
+def living(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are read from /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_their_parent(tmp_path, number):
+    """However the parent ends, and in the middle of a part; a signal that it can catch leaves the way to resume."""
+    (tmp_path / "a.txt").write_text("lorem ipsum dolor " * 2_000_000)
+    command = [sys.executable, "-m", "gpt_fast", "prepare", "--data", tmp_path / "a.txt", "--tokenizer", "byte"]
+    command += ["--processes", "2", "--out", tmp_path / "out"]
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    children, deadline = Path(f"/proc/{parent.pid}/task/{parent.pid}/children"), time.monotonic() + 60
+    while len(list((tmp_path / "out").glob(".parts/.*.train.*"))) != 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = [int(pid) for pid in children.read_text().split()]
+    assert len(workers) == 2
+    parent.send_signal(number)
+    _, shown = parent.communicate(timeout=60)
+    assert parent.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+    deadline = time.monotonic() + 10
+    while any(map(living, workers)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(map(living, workers))
+    assert "Traceback" not in shown
+    if number != signal.SIGKILL:
+        message = rf"stopped by {number.name}; \d of 5 parts are done in .*\.parts, and the same command resumes"
+        assert re.search(message, " ".join(shown.split()))
+
+
+def test_a_worker_that_is_killed_is_an_error_of_one_line(folder, tmp_path, monkeypatch):
+    """As the system does where memory is short; the parts that are done stay."""
+
+    def killed(unit: sources.Unit, *given) -> Iterator[tuple[str, bool, str]]:
+        if unit.name == "7.txt":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return sources.documents(unit, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare, "documents", killed)
+        with pytest.raises(
+            ChildProcessError, match=r"a worker was killed, perhaps for want of memory; \d+ of 12 parts"
+        ):
+            make(tmp_path / "out", folder, processes=2)
+    assert make(tmp_path / "out", folder, processes=2)["train_documents"] == 11
 
 
 def test_another_preparations_folder_is_not_written_over(cli, folder, tmp_path):
@@ -356,6 +508,7 @@ def test_token_files_train_as_their_text(cli, data, tmp_path):
     ("options", "message"),
     [
         ("--tokenizer byte", "holds tokens already"),
+        ("--tokenizer {lm} --raw-dtype uint16", "--raw-dtype uint16: "),
         ("", "no tokenizer.json beside it"),
         ("--tokenizer {lm} --pack", "--pack: nothing says which token begins a document"),
     ],
@@ -375,3 +528,19 @@ def test_pretrain_from_llm_c(cli, data, tmp_path):
     succeed(cli("pretrain", "--data", path, "--tokenizer", data.lm, *SMALL, "--steps", 2, "--out", out))
     record = json.loads((out / "run.json").read_text())
     assert (record["train_tokens"], record["valid_tokens"]) == (2700, 300)
+
+
+def test_pretrain_from_nanogpt_takes_the_option(cli, data, tmp_path):
+    """Without the option the file is refused by name; text with the option is refused, too."""
+    path = tmp_path / "train.bin"
+    path.write_bytes((np.arange(3000) % 256).astype("<u2").tobytes())
+    command = ["pretrain", "--data", path, "--tokenizer", data.lm, *SMALL, "--steps", 2, "--out", tmp_path / "run"]
+    refused = cli(*command)
+    assert refused.code == 2
+    assert "Traceback" not in refused.err
+    message = " ".join(refused.err.split())
+    assert "train.bin: 6,000 bytes without a header of gpt-fast or llm.c; expected one, or --raw-dtype" in message
+    succeed(cli(*command, "--raw-dtype", "uint16"))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["train_tokens"] == 2700
+    refused = cli("pretrain", "--data", data.text, "--raw-dtype", "uint16", *SMALL, "--out", tmp_path / "other")
+    assert (refused.code, "--raw-dtype uint16: --data names text" in refused.err) == (2, True)

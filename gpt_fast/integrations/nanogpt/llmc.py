@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..._llmc import HEADER, MODEL, describe, magic
 from ...config import GPTConfig
 
-MAGIC = 20240326
-_HEADER = 256  # int32
 _VERSIONS: dict[int, tuple[np.dtype[Any], torch.dtype]] = {
     3: (np.dtype("<f4"), torch.float32),
     5: (np.dtype("<i2"), torch.bfloat16),
@@ -26,22 +25,6 @@ _LAYER_TENSORS = (  # nanoGPT's name, shape in units of C
     ("attn.c_proj.weight", (1, 1)), ("attn.c_proj.bias", (1,)), ("ln_2.weight", (1,)), ("ln_2.bias", (1,)),
     ("mlp.c_fc.weight", (4, 1)), ("mlp.c_fc.bias", (4,)), ("mlp.c_proj.weight", (1, 4)), ("mlp.c_proj.bias", (1,)),
 )  # fmt: skip
-# Other files of llm.c, by their magic number.
-OTHERS = {
-    20240327: "a debug state",
-    20240328: "a tokenizer",
-    20240520: "a token file; pretrain --data reads it",
-    20240522: "a data set for evaluation",
-    20240527: "an optimizer state; the model_*.bin beside it holds the weights",
-    20240801: "a token file of Llama 3",
-    20240803: "a Llama 3 model",
-}
-
-
-def magic(head: bytes) -> int | None:
-    """Return the magic number of a file that begins with these bytes if llm.c wrote it, else None."""
-    number = int.from_bytes(head[:4], "little") if len(head) >= 4 else 0
-    return number if number == MAGIC or number in OTHERS else None
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], GPTConfig]:
@@ -51,11 +34,12 @@ def read(path: Path) -> tuple[dict[str, Tensor], GPTConfig]:
     asks for.
     """
     with path.open("rb") as file:
-        head = file.read(4 * _HEADER)
-    if (number := magic(head)) in OTHERS:
-        raise ValueError(f"{path}: {OTHERS[number]}, by llm.c; expected its model file (magic {MAGIC})")
-    if number is None or len(head) < 4 * _HEADER:
-        raise ValueError(f"{path}: cut off or no file of llm.c; expected its model file (magic {MAGIC})")
+        head = file.read(4 * HEADER)
+    number = magic(head)
+    if number is not None and number != MODEL:
+        raise ValueError(f"{path}: {describe(number)}, by llm.c; expected its model file (magic {MODEL})")
+    if number is None or len(head) < 4 * HEADER:
+        raise ValueError(f"{path}: cut off or no file of llm.c; expected its model file (magic {MODEL})")
     header = [int(value) for value in np.frombuffer(head, "<i4")]
     if header[1] not in _VERSIONS:
         raise ValueError(f"{path}: llm.c's version {header[1]}; expected 3 (float32) or 5 (bfloat16)")
@@ -71,10 +55,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], GPTConfig]:
         shapes += [(f"transformer.h.{{}}.{name}", (L, *(n * C for n in units)))]
     shapes += [("transformer.ln_f.weight", (C,)), ("transformer.ln_f.bias", (C,))]
     counts = [math.prod(shape) for _, shape in shapes]
-    expected, found = 4 * _HEADER + stored.itemsize * sum(counts), path.stat().st_size
+    expected, found = 4 * HEADER + stored.itemsize * sum(counts), path.stat().st_size
     if found != expected:
         raise ValueError(f"{path}: {found:,} bytes; expected {expected:,} by its header, so it was cut off or added to")
-    numbers = torch.from_numpy(np.memmap(path, stored, "c", 4 * _HEADER, (sum(counts),))).view(dtype)
+    numbers = torch.from_numpy(np.memmap(path, stored, "c", 4 * HEADER, (sum(counts),))).view(dtype)
     state: dict[str, Tensor] = {}
     for (name, shape), piece in zip(shapes, numbers.split(counts), strict=True):
         tensor = piece.view(shape)

@@ -1,0 +1,308 @@
+"""Files that hold text, found and opened: compressed or not, in UTF-8 or with the byte order mark of UTF-16 or UTF-32.
+
+Whatever the file, `open_utf8` gives its UTF-8 without a byte order mark, in constant memory.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, cast
+
+TEXT_BLOCK = 1 << 16
+COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
+KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+TOKENS = ".bin"
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz"}
+_BOMS = (  # UTF-32's first: UTF-16's is its beginning
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+# What begins like this is not the text that a person means, even where it is UTF-8.
+_NO_TEXT = {
+    b"%PDF": "a PDF; convert it to text",
+    b"{\\rtf": "an RTF document; convert it to text",
+    b"PK\x03\x04": "a zip archive or an office document; convert it to text, or name it .zip",
+    b"PAR1": "a parquet table; name it .parquet",
+    b"version https://git-lfs.": "a pointer of Git LFS; fetch the file itself with git lfs pull",
+}
+
+
+@dataclass(frozen=True, order=True)
+class TextFile:
+    """A file of text or a table, perhaps a member of a zip archive. `name` tells it from others wherever it lies."""
+
+    path: Path
+    name: str
+    member: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.path}/{self.member}" if self.member else str(self.path)
+
+    @property
+    def suffixes(self) -> tuple[str, str]:
+        """The ending that tells the format and the one that tells the compression, "" for none."""
+        name = PurePosixPath(self.member or self.path.name.lower())
+        packed = name.suffix.lower() if name.suffix.lower() in COMPRESSED else ""
+        return PurePosixPath(name.name[: len(name.name) - len(packed)]).suffix.lower(), packed
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a file holds its text: its compression, its encoding, and the length of its byte order mark."""
+
+    compression: str
+    encoding: str
+    bom: int
+
+    @property
+    def plain(self) -> bool:
+        """True if a place in the text is a place in the file."""
+        return not self.compression and self.encoding == "utf-8"
+
+
+def find(path: Path) -> list[TextFile]:
+    """Return the files that `path` names or holds: every file below a folder but hidden ones, every member of a .zip.
+
+    Links are followed, and each folder and file is taken once, so links that form a loop do no harm. Raises
+    `FileNotFoundError` where nothing is, or where a link leads nowhere, and `ValueError` for an empty file or folder.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.is_dir():
+        found = _walk(path)
+        if not found:
+            raise ValueError(f"{path}: no files in this folder; expected UTF-8 text")
+    else:
+        found = [TextFile(path, path.name)]
+    found = [member for file in found for member in ([file] if file.path.suffix.lower() != ".zip" else _members(file))]
+    kept = [file for file in found if file.member or file.path.stat().st_size]
+    if not kept:
+        raise ValueError(f"{path}: empty; expected UTF-8 text")
+    return kept
+
+
+def kind_of(file: TextFile) -> str:
+    """Return text, jsonl, json, csv, tsv or parquet: by the name, and by the content where the name does not tell.
+
+    Raises `ValueError` for a file that is neither text nor a table.
+    """
+    suffix, packed = file.suffixes
+    if suffix == TOKENS:
+        raise ValueError(f"{file}: a token file by its name; expected text, or pretrain --data to read tokens")
+    kind = KINDS.get(suffix, "text")
+    if kind == "parquet":
+        if packed or file.member:
+            raise ValueError(f"{file}: a parquet table inside of another file; expected it unpacked")
+        return kind
+    if kind in ("csv", "tsv", "jsonl"):
+        return kind
+    with open_utf8(file) as opened:
+        head = opened.read(TEXT_BLOCK)
+    for magic, what in _NO_TEXT.items():
+        if head.startswith(magic):
+            raise ValueError(f"{file}: {what}; expected text")
+    if kind == "json":
+        first = head.lstrip()[:1]
+        if first == b"[":
+            return "json"
+        if first == b"{" and _is_object(head.lstrip().partition(b"\n")[0]):
+            return "jsonl"
+        raise ValueError(
+            f"{file}: one JSON value; expected an array of rows, or a row on each line (named .txt it is read as text)"
+        )
+    if not suffix and _is_object(head.lstrip().partition(b"\n")[0]):
+        return "jsonl"  # standard input has no name that tells
+    return "text"
+
+
+@contextmanager
+def open_utf8(file: TextFile, start: int = 0) -> Iterator[IO[bytes]]:
+    """Yield the file's text as UTF-8, without a byte order mark, from its byte `start` on.
+
+    Inside the block, what is damaged in the file raises `ValueError`.
+    """
+    with _named_damage(file):
+        layout = layout_of(file)
+        with _decompressed(file, layout.compression) as opened:
+            if layout.plain and not file.member:
+                opened.seek(layout.bom + start)
+                yield opened
+                return
+            opened.read(layout.bom)
+            if layout.encoding != "utf-8":
+                opened = cast(IO[bytes], io.BufferedReader(_Recoded(file, opened, layout.encoding), TEXT_BLOCK))
+            while start > 0 and (skipped := len(opened.read(min(start, TEXT_BLOCK)))):
+                start -= skipped
+            yield opened
+
+
+def layout_of(file: TextFile) -> Layout:
+    """Return how the file holds its text, by its first bytes."""
+    with _named_damage(file):
+        with _raw(file) as raw:
+            head = raw.read(8)
+        compression = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
+        packed = file.suffixes[1]
+        if packed and compression != COMPRESSED[packed]:
+            raise ValueError(f"{file}: damaged, or not {COMPRESSED[packed]}; expected what its name says")
+        if compression:
+            with _decompressed(file, compression) as opened:
+                head = opened.read(4)
+        bom, encoding = next(((len(bom), name) for bom, name in _BOMS if head.startswith(bom)), (0, "utf-8"))
+        return Layout(compression, encoding, bom)
+
+
+def size_of(file: TextFile) -> int:
+    """Return the length of the file's UTF-8 in bytes. Only a plain file is not read for it."""
+    layout = layout_of(file)
+    if layout.plain and not file.member:
+        return file.path.stat().st_size - layout.bom
+    return _read_through(file, file.path.stat().st_mtime_ns)
+
+
+def place_in_file(file: TextFile, place: int) -> str:
+    """Return how a message names the byte `place` of the file's text."""
+    layout = layout_of(file)
+    return f"byte {place + layout.bom}" if layout.plain else f"byte {place} of its text"
+
+
+def require(package: str, extra: str, why: str) -> None:
+    """Raise `ValueError` naming the extra that brings `package` where it is not installed."""
+    if find_spec(package) is None:
+        raise ValueError(f"{why}: needs {package}; pip install gpt-fast[{extra}]")
+
+
+@lru_cache(maxsize=4096)
+def _read_through(file: TextFile, written: int) -> int:
+    with open_utf8(file) as opened:
+        return sum(len(block) for block in iter(lambda: opened.read(1 << 20), b""))
+
+
+def _walk(folder: Path) -> list[TextFile]:
+    """Return the files below `folder` under their own names before those of links, each once."""
+    files: dict[str, Path] = {}
+    folders, links = [folder], list[Path]()
+    seen: set[tuple[int, int]] = set()
+    while folders or links:
+        here = folders.pop() if folders else links.pop(0)
+        status = here.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        entries = sorted(
+            (e for e in os.scandir(here) if not e.name.startswith(".")), key=lambda e: (e.is_symlink(), e.name)
+        )
+        for entry in entries:
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(Path(entry.path))
+            elif entry.is_file():
+                files.setdefault(os.path.realpath(entry.path), Path(entry.path))
+            elif entry.is_symlink():
+                raise FileNotFoundError(f"{entry.path}: a link to {os.readlink(entry.path)}, which is not there")
+    return [TextFile(path, path.relative_to(folder).as_posix()) for path in sorted(files.values())]
+
+
+def _members(file: TextFile) -> list[TextFile]:
+    """Return the members of a zip archive, without hidden ones."""
+    with _named_damage(file), zipfile.ZipFile(file.path) as archive:
+        kept = []
+        for info in sorted(archive.infolist(), key=lambda info: info.filename):
+            parts = PurePosixPath(info.filename).parts
+            if info.is_dir() or not info.file_size or any(part.startswith((".", "__MACOSX")) for part in parts):
+                continue
+            if info.flag_bits & 1:
+                raise ValueError(f"{file.path}/{info.filename}: encrypted; expected a member without a password")
+            kept.append(TextFile(file.path, f"{file.name}/{info.filename}", info.filename))
+        return kept
+
+
+@contextmanager
+def _raw(file: TextFile) -> Iterator[IO[bytes]]:
+    if not file.member:
+        with file.path.open("rb") as opened:
+            yield opened
+        return
+    with zipfile.ZipFile(file.path) as archive, archive.open(file.member) as member:
+        yield member
+
+
+@contextmanager
+def _decompressed(file: TextFile, compression: str) -> Iterator[IO[bytes]]:
+    with _raw(file) as raw:
+        if not compression:
+            yield raw
+        elif compression == "zstd":
+            require("pyarrow", "hf", str(file))
+            import pyarrow
+
+            with pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd") as stream:
+                yield cast(IO[bytes], io.BufferedReader(stream, TEXT_BLOCK))
+        else:
+            opener: Any = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}[compression]
+            with opener(raw, "rb") as stream:
+                yield stream
+
+
+@contextmanager
+def _named_damage(file: TextFile) -> Iterator[None]:
+    """Turn the errors of damaged archives into one that names the file."""
+    try:
+        yield
+    except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(f"{file}: damaged, or not what its name says ({error})") from None
+    except OSError as error:
+        if error.errno is not None:  # the disk's, not the archive's
+            raise
+        raise ValueError(f"{file}: damaged, or not what its name says ({error})") from None
+
+
+def _is_object(line: bytes) -> bool:
+    import json
+
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+class _Recoded(io.RawIOBase):
+    """The UTF-8 of a stream in another encoding."""
+
+    def __init__(self, file: TextFile, stream: IO[bytes], encoding: str):
+        self._file, self._stream, self._encoding = file, stream, encoding
+        self._decoder = codecs.getincrementaldecoder(encoding)("strict")
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            block = self._stream.read(TEXT_BLOCK)
+            try:
+                self._ready = self._decoder.decode(block, final=not block).encode("utf-8")
+            except UnicodeError as error:
+                raise ValueError(
+                    f"{self._file}: not {self._encoding.upper()} ({error}); expected what its mark says"
+                ) from None
+            if not block:
+                break
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size

@@ -1,0 +1,45 @@
+"""Standard input and named pipes: they can be read once, so they are copied to a file before anything else reads
+them."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+STANDARD_INPUT = "-"
+
+
+def is_piped(source: str | Path) -> bool:
+    """Return True if `source` is standard input or another pipe or device, which can be read only once."""
+    path = Path(source)
+    return str(source) == STANDARD_INPUT or (path.exists() and not path.is_file() and not path.is_dir())
+
+
+@contextmanager
+def copied(sources: Sequence[str]) -> Iterator[list[str]]:
+    """Yield `sources` with the path of a copy in place of each pipe. The copies are removed at the end.
+
+    Raises `OSError` where the folder for temporary files has no room.
+    """
+    if not any(map(is_piped, sources)):
+        yield list(sources)
+        return
+    with tempfile.TemporaryDirectory(prefix="gpt-fast-") as folder:
+        yield [_copy(source, Path(folder, str(i))) if is_piped(source) else source for i, source in enumerate(sources)]
+
+
+def _copy(source: str, folder: Path) -> str:
+    folder.mkdir()
+    if source == STANDARD_INPUT:
+        path = folder / "standard-input"
+        with path.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+    else:
+        path = folder / Path(source).name
+        with Path(source).open("rb") as pipe, path.open("wb") as file:
+            shutil.copyfileobj(pipe, file)
+    return str(path)
