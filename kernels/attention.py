@@ -24,6 +24,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of the finite float32 numbers
 ROW_TILE = tl.constexpr(128)  # what backward keeps of rows is padded to whole tiles, so that loads need no mask
 UNBOUNDED = 1 << 30  # a window that reaches everywhere
+GRID_LIMIT = 65_535  # programs in the second dimension of a grid
 
 
 class Config(NamedTuple):
@@ -115,14 +116,19 @@ class Dropout(NamedTuple):
 
 
 @triton.jit
-def _program(rows, BLOCK: tl.constexpr):
+def _program(rows, BLOCK: tl.constexpr, FLAT: tl.constexpr):
     """Return (matrix as int64, tile, tiles of a matrix) of this program: the tiles of a matrix are neighbours.
 
-    The grid has one dimension, because CUDA allows 65,535 programs in the others and a batch may have more heads.
+    CUDA allows 65,535 programs in a grid's second dimension. For more matrices the grid has one dimension (FLAT), which
+    costs a division and up to four registers.
     """
-    tiles = tl.cdiv(rows, BLOCK)
-    program = tl.program_id(0)
-    return (program // tiles).to(tl.int64), program % tiles, tiles
+    if FLAT:
+        tiles = tl.cdiv(rows, BLOCK)
+        matrix, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    else:
+        tiles = tl.num_programs(0)
+        matrix, tile = tl.program_id(1), tl.program_id(0)
+    return matrix.to(tl.int64), tile, tiles
 
 
 @triton.jit
@@ -295,10 +301,10 @@ def _fwd_kernel(
     stride_kmb, stride_kms, stride_mb, stride_mh, stride_mt, stride_ms,
     H, T, S, lower, upper, scale, site, threshold, dropout_scale,
     dropped,  # zero, which the compiler must not know: with a constant the selection costs more instructions
-    ALL_MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ALL_MASKED: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    bh, tile, tiles = _program(T, BLOCK_M)
+    bh, tile, tiles = _program(T, BLOCK_M, FLAT)
     b, h = bh // H, bh % H
     start_m = (tiles - 1 - tile) * BLOCK_M  # the longest rows of causal work first
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -394,10 +400,10 @@ def _bwd_dq_kernel(
     stride_kmb, stride_kms, stride_mb, stride_mh, stride_mt, stride_ms,
     H, T, S, lower, upper, scale, site, threshold, dropout_scale,
     kept,  # 1 - p
-    ALL_MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ALL_MASKED: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    bh, tile, tiles = _program(T, BLOCK_M)
+    bh, tile, tiles = _program(T, BLOCK_M, FLAT)
     b, h = bh // H, bh % H
     start_m = (tiles - 1 - tile) * BLOCK_M  # the longest rows of causal work first
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -515,11 +521,11 @@ def _bwd_dkdv_kernel(
     stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
     stride_kmb, stride_kms, stride_mb, stride_mh, stride_mt, stride_ms,
     H, T, S, lower, upper, scale, site, threshold, dropout_scale,
-    ALL_MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ALL_MASKED: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     tl.static_assert(ROW_TILE % BLOCK_M == 0)  # saved rows are read without a mask
-    bh, tile, tiles = _program(S, BLOCK_N)
+    bh, tile, tiles = _program(S, BLOCK_N, FLAT)
     b, h = bh // H, bh % H
     start_n = tile * BLOCK_N  # the first keys of causal work have the most queries
     offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -621,6 +627,7 @@ def _shared_arguments(q: torch.Tensor, k: torch.Tensor, options: Options) -> tup
     }  # fmt: skip
     switches = {
         "ALL_MASKED": options.key_mask is not None or mask is not None,
+        "FLAT": B * H > GRID_LIMIT,
         "PRECISION": precision(),
         "D": D,
     }
@@ -651,8 +658,9 @@ def _strides(prefix: str, tensor: torch.Tensor, rows: str, last: bool = True) ->
     return dict(list(zip(names, tensor.stride(), strict=True))[: 4 if last else 3])
 
 
-def _grid(rows: int, tile: int, q: torch.Tensor) -> tuple[int]:
-    return (triton.cdiv(rows, tile) * q.shape[0] * q.shape[1],)
+def _grid(rows: int, tile: int, q: torch.Tensor) -> tuple[int, ...]:
+    tiles, matrices = triton.cdiv(rows, tile), q.shape[0] * q.shape[1]
+    return (tiles, matrices) if matrices <= GRID_LIMIT else (tiles * matrices,)
 
 
 def _empty_bthd(q: torch.Tensor, rows: int) -> torch.Tensor:

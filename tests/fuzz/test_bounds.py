@@ -90,6 +90,20 @@ def test_more_heads_than_65535(dtype):
     assert torch.equal(decoded, v[:, :, 0])
 
 
+@pytest.mark.skipif(not draws.INTERPRETED, reason="the grid of the Triton kernels")
+def test_a_grid_of_one_dimension_computes_the_same(monkeypatch):
+    """It is the grid for more than 65,535 heads, here for more than 2."""
+    kernel = importlib.import_module("gpt_fast.kernels.attention")
+    leaves = [torch.randn(2, 3, 150, 8, requires_grad=True) for _ in range(3)]
+    dout = torch.randn(2, 3, 150, 8)
+    results = []
+    for limit in (kernel.GRID_LIMIT, 2):
+        monkeypatch.setattr(kernel, "GRID_LIMIT", limit)
+        out = ops.attention(*leaves, dropout_p=0.1, seed=torch.tensor([3]))
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, dout)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("count", [11, 300])
 def test_many_packed_sequences(count):
     """More sequences than queries of a tile, empty ones among them."""
