@@ -335,6 +335,20 @@ def test_a_dominant_last_key_returns_its_value(dtype, device):
     assert torch.equal(ops.attention(q, k, v)[:, :, -1], v[:, :, -1])
 
 
+@pytest.mark.parametrize("T", [1, 5, 33])
+def test_an_infinite_key_that_the_last_query_does_not_see(T, device):
+    """Nobody sees it, so every gradient is finite: tiles of queries are filled up with copies of the last one."""
+    q, k, v = (torch.randn(1, 1, T, 8, device=device) for _ in range(3))
+    k[:, :, -1] = torch.inf
+    mask = torch.ones(T, T, dtype=torch.bool, device=device)
+    mask[:, -1] = False
+    leaves = [leaf.requires_grad_() for leaf in (q, k, v)]
+    out = ops.attention(*leaves, mask=mask)
+    _, _, dv = torch.autograd.grad(out, leaves, torch.randn(1, 1, T, 8, device=device))
+    assert out.isfinite().all() and dv.isfinite().all()
+    assert not dv[:, :, -1].any()
+
+
 @pytest.mark.parametrize("amplitude", [1, 3, 9])
 def test_large_scores_are_as_accurate_as_pytorchs(amplitude, device, implementation):
     """Each error's root mean square is at most 1.25 times that of PyTorch's flash attention, for scores up to 144."""

@@ -222,6 +222,8 @@ KeyBlock block_of(const Options& options, const Segment& segment, const Panel& p
       for (int64_t lane = 0; lane < panel.count; ++lane) {
         if (!column[lane * stride_t]) row[lane] = -kInf;
       }
+      // Lanes past the last query repeat it with its mask: a NaN that it does not see shall not reach its gradients.
+      if (!column[(panel.count - 1) * stride_t]) std::fill(row + panel.count, row + kPanel, -kInf);
     }
   }
   return block;
