@@ -56,7 +56,7 @@ def plan(data: Sequence[str], valid: Sequence[str] = (), keeps: Keeps | None = N
     chosen = [(source, "valid") for source in valid] + [(source, "train" if valid else "both") for source in data]
     found = [(source, part, [] if source.startswith(HF) else find(Path(source))) for source, part in chosen]
     named = _distinct([file for _, _, files in found for file in files])
-    kinds = {file: kind_of(file) for file in named}
+    kinds = {file: kind_of(file, Path(source).is_dir() or bool(file.member)) for source, _, fs in found for file in fs}
     sizes = [(named[f], size_of(f)) for _, part, files in found for f in files if part == "both" and kinds[f] == "text"]
     held = held_out(sizes) if len(sizes) >= WHOLE_FILES else None
     units: list[Unit] = []

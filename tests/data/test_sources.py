@@ -3,12 +3,14 @@
 import bz2
 import csv
 import gzip
+import io
 import json
 import lzma
 import os
 import re
 import subprocess
 import sys
+import tarfile
 import threading
 import zipfile
 from collections.abc import Callable
@@ -306,6 +308,16 @@ def test_text_of_every_encoding(tmp_path, monkeypatch, name):
     assert corpus.read_documents(tmp_path / name)[0].text == NOVEL
 
 
+def tarball() -> bytes:
+    """A tar archive with one text in it."""
+    written = io.BytesIO()
+    with tarfile.open(fileobj=written, mode="w") as archive:
+        info = tarfile.TarInfo("a.txt")
+        info.size = 5
+        archive.addfile(info, io.BytesIO(b"words"))
+    return written.getvalue()
+
+
 REFUSED: dict[str, tuple[str, bytes, str]] = {
     "nul": ("a.txt", b"abc\ndef\0ghi" * 20, r"a\.txt: has a NUL byte \(byte 7\); expected text"),
     "nul behind a mark": ("a.txt", b"\xef\xbb\xbfab\0" * 20, r"has a NUL byte \(byte 5\)"),
@@ -328,6 +340,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "pdf": ("a.txt", b"%PDF-1.7\n" * 20, r"a\.txt: a PDF; convert it to text"),
     "docx": ("a.docx", b"PK\x03\x04" + bytes(60), r"a\.docx: a zip archive or an office document"),
     "rtf": ("a.txt", b"{\\rtf1\\ansi " * 20, r"a\.txt: an RTF document"),
+    "tar": ("a.tar.gz", gzip.compress(tarball()), r"a\.tar\.gz: a tar archive; unpack it"),
     "lfs": ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a pointer of Git LFS"),
     "tokens": ("a.bin", b"gptfast2" * 20, r"a\.bin: a token file by its name"),
     "json object": ("a.json", b'{"data": [\n1, 2]}', r"a\.json: one JSON value; expected an array of rows"),
@@ -429,12 +442,14 @@ def test_a_folder_of_several_kinds(tmp_path):
     folder.mkdir()
     (folder / "a.txt").write_text("plain text. " * 20)
     (folder / "rows.jsonl").write_text(json_lines())
+    (folder / "package.json").write_text('{\n"name": 1}')
     write_zip(
         folder / "z.zip", {"one.txt": b"first member. " * 20, "deep/two.md.gz": gzip.compress(b"second one. " * 20)}
     )
     found = prepared(tmp_path / "out", folder)
     whole = "".join(found)
     assert all(row in found for row in ROWS)
+    assert whole.count('"name": 1') == 1  # among other files one JSON object is text
     for words in ("plain text. ", "first member. ", "second one. "):
         assert whole.count(words.strip()) == 20
 
@@ -458,12 +473,12 @@ def test_a_named_pipe(cli, data, tmp_path, command):
         "pretrain": ["--out", tmp_path / "out", "--tokenizer", "byte", *SMALL, "--steps", 2],
         "evaluate": ["--from", data.lm, "--json"],
     }[command]
-    writer = write_into(pipe, gzip.compress(json_lines().encode()))
+    writer = write_into(pipe, gzip.compress(json_lines().encode(), mtime=0))
     done = succeed(cli(command, "--data", pipe, *given))
     writer.join()
     if command == "prepare":
         assert sorted(texts_of(tmp_path / "out/train.bin") + texts_of(tmp_path / "out/valid.bin")) == sorted(ROWS)
-        writer = write_into(pipe, gzip.compress(json_lines().encode()))
+        writer = write_into(pipe, gzip.compress(json_lines().encode(), mtime=0))
         assert "nothing is left to do" in cli(command, "--data", pipe, *given).err
         writer.join()
     elif command == "pretrain":
@@ -489,6 +504,16 @@ def test_standard_input(data, tmp_path):
     ]
     subprocess.run(command, input=json_lines().encode(), check=True, capture_output=True, env=ENVIRONMENT)
     assert sorted(texts_of(tmp_path / "out/train.bin") + texts_of(tmp_path / "out/valid.bin")) == sorted(ROWS)
+
+
+def test_errors_name_the_pipe_and_not_its_copy(cli, tmp_path):
+    pipe = tmp_path / "pipe.txt"
+    os.mkfifo(pipe)
+    writer = write_into(pipe, b"a\0b" * 20)
+    refused = cli("prepare", "--data", pipe, "--tokenizer", "byte", "--out", tmp_path / "out")
+    writer.join()
+    assert (refused.code, f"gpt-fast: {pipe}: has a NUL byte (byte 1)" in " ".join(refused.err.split())) == (2, True)
+    assert list(tmp_path.iterdir()) == [pipe]
 
 
 def test_resume_refuses_pipes(cli, data, tmp_path):

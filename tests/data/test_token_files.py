@@ -310,7 +310,7 @@ def test_a_hugging_face_data_set(tmp_path, monkeypatch):
     tokenizer = tok.load_tokenizer(tmp_path / "out")
     train, valid = (texts(tmp_path / "out" / f"{part}.bin", tokenizer) for part in ("train", "valid"))
     assert sorted(train + valid) == sorted(rows)
-    assert len(valid) == 5
+    assert len(valid) == 6
     with pytest.raises(ValueError, match=r"no column 'body'; it has 'text'"):
         make(tmp_path / "other", f"hf:{tmp_path / 'set'}", text_column="body")
 

@@ -97,8 +97,9 @@ def find(path: Path) -> list[TextFile]:
     return kept
 
 
-def kind_of(file: TextFile) -> str:
-    """Return text, jsonl, json, csv, tsv or parquet: by the name, and by the content where the name does not tell.
+def kind_of(file: TextFile, in_folder: bool = False) -> str:
+    """Return text, jsonl, json, csv, tsv or parquet: by the name, and by the content where the name does not tell. One
+    JSON object `in_folder`, such as a package.json among source code, is text.
 
     Raises `ValueError` for a file that is neither text nor a table.
     """
@@ -117,12 +118,16 @@ def kind_of(file: TextFile) -> str:
     for magic, what in _NO_TEXT.items():
         if head.startswith(magic):
             raise ValueError(f"{file}: {what}; expected text")
+    if head[257:262] == b"ustar":
+        raise ValueError(f"{file}: a tar archive; unpack it and name the folder; expected text")
     if kind == "json":
         first = head.lstrip()[:1]
         if first == b"[":
             return "json"
-        if first == b"{" and _is_object(head.lstrip().partition(b"\n")[0]):
+        if first == b"{" and _is_object(head.lstrip().partition(b"\n")[0]) and (b"\n" in head.strip() or not in_folder):
             return "jsonl"
+        if in_folder:
+            return "text"
         raise ValueError(
             f"{file}: one JSON value; expected an array of rows, or a row on each line (named .txt it is read as text)"
         )

@@ -23,13 +23,24 @@ def is_piped(source: str | Path) -> bool:
 def copied(sources: Sequence[str]) -> Iterator[list[str]]:
     """Yield `sources` with the path of a copy in place of each pipe. The copies are removed at the end.
 
-    Raises `OSError` where the folder for temporary files has no room.
+    An error inside the block that names a copy names its pipe instead. Raises `OSError` where the folder for temporary
+    files has no room.
     """
     if not any(map(is_piped, sources)):
         yield list(sources)
         return
     with tempfile.TemporaryDirectory(prefix="gpt-fast-") as folder:
-        yield [_copy(source, Path(folder, str(i))) if is_piped(source) else source for i, source in enumerate(sources)]
+        copies = [
+            _copy(source, Path(folder, str(i))) if is_piped(source) else source for i, source in enumerate(sources)
+        ]
+        try:
+            yield copies
+        except ValueError as error:
+            message = str(error)
+            for copy, source in zip(copies, sources, strict=True):
+                if copy != source:
+                    message = message.replace(copy, "standard input" if source == STANDARD_INPUT else source)
+            raise ValueError(message) from None
 
 
 def _copy(source: str, folder: Path) -> str:
