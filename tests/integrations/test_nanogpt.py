@@ -668,7 +668,7 @@ def test_a_character_level_model_is_used_and_fine_tuned(cli, data, tmp_path):
         succeed(cli("generate", "--from", run, "--prompt", "the ", "--max-new-tokens", 9, "--seed", 0, "--json")).out
     )
     assert written["new_tokens"] == 9 and set(written["text"]) <= set(LETTERS)
-    refuse(cli("generate", "--from", run, "--prompt", ""), "has no start_token")
+    refuse(cli("generate", "--from", run, "--prompt", ""), "has no start token to begin a text with")
     refuse(cli("generate", "--from", run, "--prompt", "caf\u00e9"), "has a character without a token")
     evaluate = ["evaluate", "--from", run, "--device", "cpu", "--json", "--data"]
     assert json.loads(succeed(cli(*evaluate, data.text)).out)["loss"] > 0

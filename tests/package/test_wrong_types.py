@@ -97,7 +97,7 @@ OPTIONAL = {
     "weight", "bias", "fc_bias", "proj_bias", "mask", "window", "scale", "positions", "lengths", "seed", "top_k",
     "top_p", "min_p", "stop_tokens", "weights", "length", "labels", "logits", "loss_weights", "key_mask",
     "attention_mask",
-    "pad_token", "mask_token", "start_token", "delimiter_token", "extract_token",
+    "pad_token", "mask_token", "start_token", "delimiter_token", "extract_token", "end_token",
 }  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def wrong_values(function: str, name: str, value: Any) -> list[Any]:
     """Return values of other types than the argument's, which is told by a right `value`."""
     if isinstance(value, bool):
         wrong = [one for one in NOT_TENSORS if one is not True]
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple):
         wrong = [3.5, "x", object()]
     elif isinstance(value, int) or name.endswith("_token"):
         wrong = NOT_INTEGERS

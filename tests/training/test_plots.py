@@ -108,7 +108,7 @@ def test_a_failure_is_told_with_its_file_and_its_reason(tmp_path) -> None:
 
 # --- trainings whose pictures fail ---
 
-LABELS = ["$x^{$", "$$", "_", " ", "\ud800", "x" * 300]
+LABELS = ["$x^{$", "$$", "_", "\u00a4", "\ufffd", "x" * 300]
 TRAININGS = ("pretrain", "finetune")
 
 

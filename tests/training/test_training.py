@@ -12,6 +12,7 @@ from torch import nn
 
 from gpt_fast import GPTConfig, GPTForCausalLM, GPTForMaskedLM
 from gpt_fast.data.batches import Batch
+from gpt_fast.data.corpus import read_corpus
 from gpt_fast.data.stream import TokenStream
 from gpt_fast.data.tables import Table
 from gpt_fast.training import evaluate, finetune, pretrain
@@ -241,9 +242,9 @@ def test_pretraining_learns_and_leaves_a_run(language_runs, objective, margin):
 
 def test_evaluating_a_language_model(language_runs, text, tmp_path):
     """On the held-out tenth of the text evaluation finds the loss that training logged last."""
-    kept = text.read_text().encode()
-    cut = text.read_text().rfind("\n", 0, int(len(kept) * 0.9)) + 1
-    (tmp_path / "held_out.txt").write_bytes(kept[cut:])
+    held_out = "".join(document.text for document in read_corpus([text]).valid)
+    assert text.read_text().endswith(held_out) and 0.05 < len(held_out) / len(text.read_text()) < 0.15
+    (tmp_path / "held_out.txt").write_text(held_out)
     for run in language_runs.values():
         result = evaluate.evaluate(run, tmp_path / "held_out.txt", None, None, "cpu")
         record = runs.read_record(run)
