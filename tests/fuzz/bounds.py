@@ -15,7 +15,7 @@ from tests import numerics
 from tests.numerics import FLOOR, rounding
 
 SLOPE = 1.13  # largest slope of relu, gelu and gelu_tanh; their second derivatives stay below 1
-FLUSHED = 2 * 2**-125  # kernels take 2^x below 2^-125 for 0; twice that, as everywhere
+FLUSHED = 2 * 2**-125  # kernels take 2^x below 2^-125, and e^x below e^-86, for 0; twice 2^-125, as everywhere
 Bounds = dict[str, Tensor]
 
 
@@ -157,7 +157,8 @@ def linear_cross_entropy(
     probs = logits.softmax(-1)
     pull = chosen * (1 - smoothing) + smoothing / V
     d = (probs - pull) * keep
-    error_d = (probs * (2 * largest + FLOOR * (1 + logits.abs().amax(-1)))[:, None] + FLOOR * (probs + pull)) * keep
+    error_d = probs * (2 * largest + FLOOR * (1 + logits.abs().amax(-1)))[:, None] + FLOOR * (probs + pull) + FLUSHED
+    error_d = error_d * keep
     count = valid.sum().clamp(min=1)
     if reduction == "none":
         d, error_d, scale = d * dloss[:, None], error_d * dloss.abs()[:, None], torch.ones(())
