@@ -179,6 +179,16 @@ def test_parts_drop_at_the_same_rates(kind):
         torch.testing.assert_close(flat_loss(fast.eval()), flat_loss(plain.eval()))
 
 
+def test_a_projection_of_the_width_of_a_table_is_no_output_layer():
+    """As many positions as channels: attention's output layer, C → C, is not taken for the one to the vocabulary."""
+    plain = handwritten.PartlyFused("rotary")
+    plain.positions = nn.Embedding(32, 32)
+    fast = copy.deepcopy(plain)
+    report = gpt_fast.accelerate(fast)
+    assert [entry.name for entry in report.replaced if entry.op == "linear_cross_entropy"] == ["output"]
+    torch.testing.assert_close(fast(tokens()), plain(tokens()))
+
+
 def test_linear_layers_in_a_model_without_norms_are_nobodys():
     with pytest.raises(TypeError, match="expected one of"):
         gpt_fast.accelerate(nn.Sequential(nn.Linear(8, 2), nn.ReLU(), nn.Linear(2, 8)))

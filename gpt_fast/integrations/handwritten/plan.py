@@ -126,12 +126,29 @@ def _around(model: nn.Module, claimed: set[nn.Module], C: int, report: Report) -
             if norm is not None and reason is None:
                 held = dataclasses.replace(norm, state=Snapshot(module))
                 patches.append(Patch(module, forwards.norm_forward, {PARTS: held}))
-        elif isinstance(module, nn.Linear) and module.in_features == C and module.out_features in vocabularies:
+        elif (
+            isinstance(module, nn.Linear)
+            and module.in_features == C != module.out_features
+            and module.out_features in vocabularies
+            and not _is_in_block(model, path, C)
+        ):
             reason = reason or _plain.why_not_plain(module, nn.Linear)
             report.note(path, module, "linear_cross_entropy", reason)
             if reason is None:
                 patches.append(Patch(module, forwards.output_forward, {}))
     return patches
+
+
+def _is_in_block(model: nn.Module, path: str, C: int) -> bool:
+    """Return True if a module around the one at `path` has a norm of width C and no table: a block, not the model."""
+    around = model
+    for name in path.split(".")[:-1]:
+        around = getattr(around, name)
+        inside = list(around.modules())
+        has_norm = any(norm_width(module) == C for module in inside)
+        if has_norm and not any(isinstance(module, nn.Embedding) for module in inside):
+            return True
+    return False
 
 
 def _width(block: nn.Module) -> int | None:
