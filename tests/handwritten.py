@@ -182,6 +182,20 @@ class Attention(nn.Module):
         return self.drop(self.out((p @ v).transpose(1, 2).flatten(2)))
 
 
+class ByParameters(nn.Module):
+    """Attention without linear layers. The gradient of its key bias is 0 but for rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(3, C, C) * 0.1), nn.Parameter(torch.randn(3, C))
+        self.key_bias = nn.Parameter(torch.randn(C))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (x @ self.weight[i] + self.bias[i] for i in range(3))
+        q, k, v = (one.unflatten(-1, (H, -1)).transpose(1, 2) for one in (q, k + self.key_bias, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
 class Partly(nn.Module):
     """A block whose sums are no block's of GPT-2, with attention and an MLP that are."""
 
@@ -189,7 +203,7 @@ class Partly(nn.Module):
         super().__init__()
         self.kind, self.gamma = kind, nn.Parameter(torch.full((), 0.5))
         self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(4))
-        self.attention = Attention(dropout, kind == "rotary")
+        self.attention = ByParameters() if kind == "parameters" else Attention(dropout, kind == "rotary")
         self.feed = nn.Sequential(nn.Linear(C, 4 * C), nn.ReLU(), nn.Linear(4 * C, C), nn.Dropout(dropout))
         if kind == "gated":
             self.feed.append(nn.GLU())
@@ -232,6 +246,7 @@ PARTLY = {
     "scaled": ("attention", "linear", "linear", "mlp"),
     "masked": ("attention", "linear", "linear", "mlp"),
     "rotary": ("mlp",),
+    "parameters": ("mlp",),
     "gated": ("attention", "linear", "linear"),
 }
 

@@ -225,12 +225,20 @@ def _whole_model_agrees(model: nn.Module, patches: list[Patch], apply: Callable,
     for was, now in zip(before, after, strict=True):
         if was is None:
             continue
-        if now is None or len(now) != len(was) or not all(map(_near, now, was)):
+        if now is None or [len(part) for part in now] != [len(part) for part in was]:
+            return False
+        outputs, gradients = zip(now, was, strict=True)
+        # Some gradients are 0 but for rounding, as that of a key's bias: judged by the largest of all.
+        largest = max((float(gradient.abs().max()) for gradient in was[1] if gradient.numel()), default=0.0)
+        if not all(map(_near, *outputs)) or not all(_near(a, b, largest) for a, b in zip(*gradients, strict=True)):
             return False
     return True
 
 
-def _results(model: nn.Module, tokens: Tensor, parameters: list[nn.Parameter]) -> list[Tensor] | None:
+Results = tuple[list[Tensor], list[Tensor]]  # outputs and gradients
+
+
+def _results(model: nn.Module, tokens: Tensor, parameters: list[nn.Parameter]) -> Results | None:
     """Return the model's outputs and the gradients of `parameters`, or None where it cannot be called with tokens."""
     try:
         with torch.enable_grad():  # as in training, where logits are deferred
@@ -240,23 +248,25 @@ def _results(model: nn.Module, tokens: Tensor, parameters: list[nn.Parameter]) -
         return None
 
 
-def _with_gradients(result: Any, parameters: list[nn.Parameter]) -> list[Tensor]:
+def _with_gradients(result: Any, parameters: list[nn.Parameter]) -> Results:
     values = result.values() if isinstance(result, dict) else result if isinstance(result, list | tuple) else [result]
     outputs = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
     found = [output.detach() for output in outputs]
     differentiable = [output for output in outputs if output.requires_grad]
     if not differentiable or not parameters:
-        return found
+        return found, []
     generator = torch.Generator().manual_seed(5)
     upstream = [torch.randn(output.shape, generator=generator, device="cpu").to(output) for output in differentiable]
     gradients = torch.autograd.grad(differentiable, parameters, upstream, allow_unused=True)
-    return found + [torch.zeros(()) if gradient is None else gradient for gradient in gradients]
+    return found, [torch.zeros(()) if gradient is None else gradient for gradient in gradients]
 
 
-def _near(got: Tensor, expected: Tensor) -> bool:
+def _near(got: Tensor, expected: Tensor, largest: float = 0.0) -> bool:
+    """Compare within 256 roundings of the largest expected value, or of `largest` if that is more."""
     if got.shape != expected.shape:
         return False
     if expected.numel() == 0:
         return True
-    rounding = 256 * torch.finfo(expected.dtype).eps * float(expected.abs().max().clamp(min=1e-30))
+    largest = max(largest, float(expected.abs().max()), 1e-30)
+    rounding = 256 * torch.finfo(expected.dtype).eps * largest
     return bool((got - expected).abs().max() <= rounding)
