@@ -1,4 +1,4 @@
-"""What the commands of the suite share: the console, a table, and the choice of a device."""
+"""Console, table and choice of a device for the commands of the suite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the labels of a column mean: one rule for the whole column, or an error where two are possible."""
+"""Rules for the labels of a column: one for the whole column, or an error where two are possible."""
 
 from __future__ import annotations
 

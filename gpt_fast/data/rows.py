@@ -20,8 +20,8 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True)
 class RowOptions:
-    """How to read a file. `columns` names the columns of a .csv or .tsv without a header line. `skip_ragged` skips
-    rows that have another number of fields than the header."""
+    """Options for reading a file. `columns` names the columns of a .csv or .tsv without a header line. `skip_ragged`
+    skips rows that have another number of fields than the header."""
 
     columns: tuple[str, ...] = ()
     skip_ragged: bool = False
@@ -68,9 +68,11 @@ def table_suffix(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> str:
     """Return the ending of a table's name in small letters. Raise `ValueError` for a folder and another ending."""
     suffix = path.suffix.lower()
     if path.is_dir():
-        raise ValueError(f"{path}: a folder; wanted a table ending in {', '.join(suffixes)}")
+        raise ValueError(f"{path}: a folder; expected a table ending in {', '.join(suffixes)}")
     if suffix not in suffixes:
-        raise ValueError(f"{path}: wanted a table ending in {', '.join(suffixes)}, got {path.suffix or 'no ending'!r}")
+        raise ValueError(
+            f"{path}: ends in {path.suffix or 'nothing'!r}; expected a table ending in {', '.join(suffixes)}"
+        )
     return suffix
 
 

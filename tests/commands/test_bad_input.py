@@ -141,7 +141,10 @@ BAD_FINETUNE = {
     "broken parquet": ("--train {tmp}/broken.parquet", ["broken.parquet: damaged, or no parquet file"]),
     "labels of a regression": ("--train {table} --task regression --labels a,b", ["--labels a,b: regression has no"]),
     "columns of a jsonl": ("--train {tmp}/broken.jsonl --columns a,b", ["--columns a,b: ", "names its columns itself"]),
-    "not a table": ("--train {tmp}/table.txt", ["table.txt: wanted a table ending in .csv, .tsv, .jsonl"]),
+    "not a table": (
+        "--train {tmp}/table.txt",
+        ["table.txt: ends in '.txt'; expected a table ending in .csv, .tsv, .jsonl"],
+    ),
     "valid alone": ("--valid {table}", ["--valid", "without --train"]),
     "words for numbers": (
         "--train {tmp}/words.csv --task regression",
@@ -261,7 +264,10 @@ BAD_USES = {
     "plot: no such field": ("plot {lm} --metric f1 --out {tmp}/p.png", ["no f1 in its metrics", "train_loss"]),
     "plot: no run": ("plot {tmp} --out {tmp}/p.png", ["no run folder"]),
     "plot: no png": ("plot {lm} --out {tmp}/p.jpg", ["p.jpg", "ends in .png"]),
-    "evaluate: text for a classifier": ("evaluate --from {classifier} --data {text}", ["text.txt: wanted a table"]),
+    "evaluate: text for a classifier": (
+        "evaluate --from {classifier} --data {text}",
+        ["text.txt: ends in '.txt'; expected a table"],
+    ),
     "evaluate: missing data": ("evaluate --from {lm} --data {tmp}/none", ["none: no such file"]),
     "evaluate: not utf-8": ("evaluate --from {lm} --data {tmp}/latin.txt", ["latin.txt: not UTF-8"]),
     "generate: prompt too long": ("generate --from {lm} --prompt {long}", ["40 tokens of prompt", "32 positions"]),
@@ -292,13 +298,16 @@ BAD_USES = {
         "predict --from {classifier} --data {tmp}/new.csv --text-column words",
         ["new.csv: no column 'words'", "'text'"],
     ),
-    "predict: text for a table": ("predict --from {classifier} --data {text}", ["text.txt: wanted a table"]),
+    "predict: text for a table": (
+        "predict --from {classifier} --data {text}",
+        ["text.txt: ends in '.txt'; expected a table"],
+    ),
     "predict: no such table": ("predict --from {classifier} --data {tmp}/none.csv", ["none.csv: no such file"]),
     "predict: into no table": (
         "predict --from {classifier} --data {tmp}/new.csv --out {tmp}/o.txt",
-        ["o.txt: wanted a table"],
+        ["o.txt: ends in '.txt'; expected a table"],
     ),
-    "predict: a folder for a table": ("predict --from {classifier} --data {tmp}", ["a folder; wanted a table"]),
+    "predict: a folder for a table": ("predict --from {classifier} --data {tmp}", ["a folder; expected a table"]),
     "predict: a file for a run": ("predict --from {table} --text a", ["table.csv: a file, no run folder"]),
     "predict: into what is there": (
         "predict --from {classifier} --data {tmp}/new.csv --out {tmp}/latin.csv",

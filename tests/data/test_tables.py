@@ -112,7 +112,7 @@ def test_a_field_longer_than_csvs_limit(tmp_path):
         (
             "t.txt",
             "text,label\na,b\n",
-            "t.txt: wanted a table ending in .csv, .tsv, .jsonl, .json, .parquet, got '.txt'",
+            "t.txt: ends in '.txt'; expected a table ending in .csv, .tsv, .jsonl, .json, .parquet",
         ),
         ("t.csv", "", "t.csv: empty"),
         ("t.csv", "text,label\n", "t.csv: empty"),

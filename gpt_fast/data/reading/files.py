@@ -64,7 +64,7 @@ class TextFile:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a file holds its text: its compression, its encoding, and the length of its byte order mark."""
+    """Layout of a text file: compression, encoding, and length of the byte order mark."""
 
     compression: str
     encoding: str
@@ -200,7 +200,7 @@ def _read_through(file: TextFile, written: int) -> int:
 
 
 def _walk(folder: Path) -> list[TextFile]:
-    """Return the files below `folder` under their own names before those of links, each once."""
+    """Return each file below `folder` once. A file's own name comes before the names of links to it."""
     files: dict[str, Path] = {}
     folders, links = [folder], list[Path]()
     seen: set[tuple[int, int]] = set()

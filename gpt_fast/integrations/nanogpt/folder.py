@@ -1,13 +1,12 @@
 """Checkpoints of nanoGPT and llm.c to model folders of this library, and model folders to nanoGPT's `ckpt.pt`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from ... import model_folder
-from ..._files import new_folder, write_json
+from ..._files import new_folder, read_object, write_json
 from ...config import SPECIAL_TOKENS
 from ...data.tokenizer import letters_tokenizer, load_tokenizer, save_tokenizer
 from ...heads import GPTForCausalLM
@@ -167,17 +166,7 @@ def _characters_tokenizer(path: Path, rows: int) -> Tokenizer:
 def _progress(source: Path) -> dict[str, Any]:
     """Return the step and the loss of a run: those of the checkpoint it came from, or of its own training."""
     if (source / PROGRESS).is_file():
-        return checkpoint.progress_of(source / PROGRESS, _read_object(source / PROGRESS))
-    record = _read_object(source / "run.json") if (source / "run.json").is_file() else {}
+        return checkpoint.progress_of(source / PROGRESS, read_object(source / PROGRESS))
+    record = read_object(source / "run.json") if (source / "run.json").is_file() else {}
     names = {"steps": "iter_num", "valid_loss": "best_val_loss"}
     return {theirs: record[ours] for ours, theirs in names.items() if isinstance(record.get(ours), int | float)}
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}; expected an object")
-    return value

@@ -30,7 +30,7 @@ import torch
 import yaml
 from tokenizers import Tokenizer
 
-from ..._files import replacing, sha256, write_text
+from ..._files import read_object, replacing, sha256, write_text
 from ...config import GPTConfig
 from ...data.tokenizer import special_ids, vocabulary_size
 from ...heads import Head
@@ -182,6 +182,8 @@ def _sweep(out: Path) -> None:
 
 def put_back(out: Path) -> None:
     """Put back the run that --overwrite had moved away, if its replacement was killed before its first checkpoint."""
+    if not all(map(_is_idle, _beside(out, _NEW))):
+        return  # a living process is about to put its run there
     for folder in _beside(out, _OLD):
         before = folder / out.name
         if not before.is_dir():  # it is there again, or was being removed
@@ -290,7 +292,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """Return what run.json says; of a stopped run what its newest checkpoint says; else nothing."""
     path = folder / "run.json"
     if path.exists():
-        return _read_object(path)
+        return read_object(path)
     good = checkpoints.newest_good(folder / checkpoints.FOLDER, warnings.warn)
     return {} if good is None else dict(good[1]["state"].get("record", {}))
 
@@ -353,16 +355,6 @@ def read_curve(folder: Path, field: str) -> list[dict[str, float]]:
         known = sorted({name for line in lines for name in line})
         raise ValueError(f"{folder}: no {field} in its metrics; they have {', '.join(known) or 'no line yet'}")
     return kept
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: wanted an object, got {type(value).__name__}")
-    return value
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
