@@ -207,6 +207,8 @@ def _inputs(settings: PrepareSettings, units: Sequence[Unit], originals: dict[st
 
 
 def _run(jobs: Sequence[tuple], processes: int) -> Iterator[int]:
+    """Run `tokenise` for all jobs; yield their indices. Of several jobs that refuse their text, raise the first's
+    error."""
     if processes == 1 or len(jobs) < 2:
         for job in jobs:
             yield tokenise(*job)
@@ -218,7 +220,11 @@ def _run(jobs: Sequence[tuple], processes: int) -> Iterator[int]:
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(min(processes, len(jobs)), context, _start_worker, (watched, held)) as pool:
             try:
-                for future in as_completed([pool.submit(tokenise, *job) for job in jobs]):
+                futures = [pool.submit(tokenise, *job) for job in jobs]
+                for future in as_completed(futures):
+                    if isinstance(future.exception(), ValueError):
+                        for earlier in futures:  # these began before it
+                            earlier.result()
                     yield future.result()
             except BaseException:
                 os.close(held)  # the workers end now, in the middle of a unit

@@ -451,6 +451,20 @@ def test_a_worker_that_is_killed_is_an_error_of_one_line(folder, tmp_path, monke
     assert make(tmp_path / "out", folder, processes=2)["train_documents"] == 11
 
 
+def test_of_several_faulty_parts_the_first_is_named(tmp_path, monkeypatch):
+    """Whichever worker meets its fault first."""
+    (tmp_path / "a.txt").write_bytes(b"a\0b\n" * 100)
+
+    def late(unit: sources.Unit, *given) -> Iterator[tuple[str, bool, str]]:
+        if unit.start == 0:
+            time.sleep(0.3)
+        return sources.documents(unit, *given)
+
+    monkeypatch.setattr(prepare, "documents", late)
+    with pytest.raises(ValueError, match=r"a\.txt: has a NUL byte \(byte 1\)"):
+        make(tmp_path / "out", tmp_path / "a.txt", processes=2)
+
+
 def test_another_preparations_folder_is_not_written_over(cli, folder, tmp_path):
     out = tmp_path / "out"
     make(out, folder)
