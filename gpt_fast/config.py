@@ -7,6 +7,7 @@ from typing import Any
 
 from . import _activations
 
+MAX_SIZE = 2**28  # of any size in a configuration: PyTorch counts the bytes of the largest product of three in 64 bits
 IGNORE = -100  # the label of a position that does not count, as in torch and transformers
 # The fields of GPTConfig that hold a special token's id, and the text of that token in this library's tokenizers.
 SPECIAL_TOKENS = {
@@ -82,8 +83,8 @@ class GPTConfig:
             self.ff_dim = 4 * self.hidden_dim
         for name in ("num_tokens", "hidden_dim", "num_heads", "num_layers", "seq_len", "ff_dim", "num_labels"):
             value = getattr(self, name)
-            if not _is_integer(value) or value < 1:
-                raise ValueError(f"GPTConfig: {name} is {value!r}, wanted a positive integer")
+            if not _is_integer(value) or not 1 <= value <= MAX_SIZE:
+                raise ValueError(f"GPTConfig: {name} is {value!r}; expected a positive integer, at most {MAX_SIZE:,}")
         check_heads(self.hidden_dim, self.num_heads)
         _activations.find("GPTConfig", self.activation)
         for name, known in (("problem", PROBLEMS), ("pooling", POOLINGS)):
@@ -146,6 +147,13 @@ class GPTConfig:
         if missing:
             raise ValueError(f"GPTConfig: {', '.join(missing)} missing, wanted {', '.join(required)}")
         return cls(**values)
+
+    def trunk_parameters(self) -> int:
+        """Return how many numbers the trunk has: both embeddings, L blocks and, with `pre_norm`, the last norm."""
+        C, F = self.hidden_dim, self.ff_dim
+        norm = C * (1 + self.bias)
+        block = 4 * C * C + 2 * C * F + 2 * norm + self.bias * (5 * C + F)
+        return (self.num_tokens + self.seq_len) * C + self.num_layers * block + self.pre_norm * norm
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, which `from_dict` takes back."""

@@ -1,7 +1,8 @@
 """Model folders: `config.json` and `model.safetensors`, read and written whole or not at all. Nothing is unpickled."""
 
-import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,11 +11,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gpt_fast_settings.documents import read_object
+
 from ._files import replacing, write_json
 from .config import GPTConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _FORMAT = "gpt_fast"
+_MANY_LAYERS = 1000  # of which even a model without memory takes a second to make
 _TIED = "output_layer.weight"  # not stored where it is the token embedding
 
 AnyHead = TypeVar("AnyHead", bound=Any)
@@ -76,20 +80,20 @@ def _check_names(head: Any, state: dict[str, Tensor], config: GPTConfig) -> None
 
 
 def read_config(directory: Path) -> tuple[str, GPTConfig]:
-    """The name of the head a folder was saved by, and its configuration."""
+    """Return the name of the head that a folder was saved by, and its configuration.
+
+    Raises `FileNotFoundError` where there is none, and `ValueError` for a file that is damaged or of another library.
+    """
     path = directory / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{directory}: no {CONFIG} there, wanted a folder written by save_pretrained")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8 or not JSON
-        raise ValueError(f"{path}: not JSON ({error}), wanted a configuration written by save_pretrained") from error
-    if isinstance(values, dict) and "model_type" in values and "format" not in values:
+        raise FileNotFoundError(f"{directory}: no {CONFIG} there; expected a folder written by save_pretrained")
+    values = read_object(path)
+    if "model_type" in values and "format" not in values:
         raise ValueError(
             f"{path}: a transformers model; gpt-fast convert --from {directory} --out FOLDER makes one of ours"
         )
-    if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
-        raise ValueError(f"{path}: not written by gpt_fast (no format {_FORMAT!r}), wanted one of its model folders")
+    if values.pop("format", None) != _FORMAT:
+        raise ValueError(f"{path}: not written by gpt_fast (no format {_FORMAT!r}); expected one of its model folders")
     head = values.pop("head", None)
     try:
         return str(head), GPTConfig.from_dict(values)
@@ -102,40 +106,50 @@ def load(
 ) -> AnyHead:
     """Return a head of this class with the weights of a folder, or these; see `Head.from_pretrained`."""
     saved_by, config = read_config(directory)
-    tensors = read_weights(directory / WEIGHTS) if tensors is None else tensors
+    path = directory / WEIGHTS
+    tensors = read_weights(path) if tensors is None else tensors
+    if config.num_layers > max(len(tensors), _MANY_LAYERS):
+        raise ValueError(f"{path}: holds {len(tensors)} tensors; expected those of {config.num_layers:,} layers")
     with torch.device("meta"):  # draws no weights that would be overwritten, whatever the default device is
         head = head_class(config.replace(**overrides))
-    head.to_empty(device="cpu")
     wanted = dict(head.state_dict())
     if head.config.tied:
         wanted.pop(_TIED, None)
     same_head = saved_by == head_class.__name__
     missing = sorted(name for name in wanted if name not in tensors and (same_head or name.startswith("trunk.")))
     if missing:
-        raise ValueError(f"{directory / WEIGHTS}: lacks {', '.join(missing)}, wanted every tensor of a {saved_by}")
+        raise ValueError(f"{path}: lacks {', '.join(missing)}; expected every tensor of a {saved_by}")
     unexpected = sorted(name for name in tensors if name not in wanted and (same_head or name.startswith("trunk.")))
     if unexpected:
-        raise ValueError(f"{directory / WEIGHTS}: holds {', '.join(unexpected)}, which a {saved_by} does not have")
+        raise ValueError(f"{path}: holds {', '.join(unexpected)}, which a {saved_by} does not have")
     kept = {name: tensor for name, tensor in tensors.items() if name in wanted}
     for name, tensor in kept.items():
         if tensor.shape != wanted[name].shape:
             raise ValueError(
-                f"{directory / WEIGHTS}: {name} has shape {list(tensor.shape)}, "
-                f"wanted {list(wanted[name].shape)} by {CONFIG}"
+                f"{path}: {name} has shape {list(tensor.shape)}; expected {list(wanted[name].shape)} by {CONFIG}"
             )
+    head.to_empty(device="cpu")
     head.draw_weights([name for name in wanted if name not in kept])
+    state = head.state_dict()
     with torch.no_grad():
         for name, tensor in kept.items():
-            wanted[name].copy_(tensor)
+            state[name].copy_(tensor)
     return head
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; `ValueError` where it is truncated or something else."""
+    """Return the tensors of a safetensors file; raise `ValueError` where it is truncated or something else."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Yield an open safetensors file; raise `ValueError` where it is truncated or something else."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing, wanted the weights written by save_pretrained")
+        raise FileNotFoundError(f"{path}: missing; expected the weights written by save_pretrained")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            yield file
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated, or no safetensors file ({error})") from error

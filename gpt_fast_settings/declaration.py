@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from .documents import YAML_LIMIT, parse_json, parse_yaml, read_bytes
 
 S = TypeVar("S", bound="Settings")
 # What a resumed run does with a setting. `same`: the user may omit it or repeat it. `more`: or give a larger number.
@@ -46,11 +47,12 @@ def option_name(field: str) -> str:
 
 
 class InvalidSettings(ValueError):
-    """Settings that do not validate, as one line. `errors` are pydantic's."""
+    """Settings that do not validate, as one line. `errors` are pydantic's; `read` are the names that come from a file,
+    and `place` names it."""
 
-    def __init__(self, cls: type[Settings], errors: list[ErrorDetails], path: Path | None = None, read: Any = ()):
+    def __init__(self, cls: type[Settings], errors: list[ErrorDetails], place: str = "", read: Collection[str] = ()):
         self.errors = errors
-        super().__init__("; ".join(_describe(cls, error, path, read) for error in errors))
+        super().__init__("; ".join(_describe(cls, error, place, read) for error in errors))
 
 
 class Settings(BaseModel):
@@ -59,6 +61,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", alias_generator=option_name, populate_by_name=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        """Raise for true and false where a number is expected: Python would take them for 1 and 0."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise PydanticCustomError("boolean", "true or false")
+        return value
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -82,7 +92,7 @@ class Settings(BaseModel):
         try:
             return cls(**values, **{option_name(name): value for name, value in given.items()})
         except InvalidSettings as invalid:
-            raise InvalidSettings(cls, invalid.errors, path, values) from None
+            raise InvalidSettings(cls, invalid.errors, f"--config {path}: " if path else "", values) from None
 
     def changed(self: S, **values: Any) -> S:
         """Return these settings with other values, validated."""
@@ -95,18 +105,14 @@ class Settings(BaseModel):
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Return the object in a .yaml, .yml or .json file."""
-    import yaml  # costs the start of the command line a tenth
-
-    if not path.is_file():
-        raise FileNotFoundError(f"--config {path}: no such file")
+    """Return the object in a .yaml, .yml or .json file; raise as `documents.read_object` does."""
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path}: neither YAML nor JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"--config {path}: has a {type(values).__name__}; expected names of options with values")
+        content = read_bytes(path, YAML_LIMIT)
+        values = parse_json(path, content) if path.suffix.lower() == ".json" else parse_yaml(path, content)
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: has a {type(values).__name__}; expected names of options with values")
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"--config {error}") from None
     return {str(name): value for name, value in values.items()}
 
 
@@ -119,32 +125,61 @@ _EXPECTED = {
     "int_parsing": "a whole number",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
+    "int_parsing_size": "a smaller number",
     "float_parsing": "a number",
     "float_type": "a number",
     "bool_parsing": "true or false",
     "bool_type": "true or false",
+    "boolean": "a value other than true and false",
     "path_type": "a path",
     "string_type": "a text",
     "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
     "literal_error": "{expected}",
 }
 
 
-def _describe(cls: type[Settings], error: ErrorDetails, path: Path | None, read: Collection[str]) -> str:
+def _describe(cls: type[Settings], error: ErrorDetails, place: str, read: Collection[str]) -> str:
     """Return one of pydantic's errors as `NAME has VALUE; expected WHAT`, or with the known name nearest to an unknown
-    one. `read` are the names that come from the file at `path`."""
-    name, place = option_name(str(error["loc"][0])), f"--config {path}: " if path else ""
+    one. `read` are the names that come from the file that `place` names."""
+    name = option_name(str(error["loc"][0]))
     if error["type"] == "missing":
         return f"--{name}: missing ({cls.fields()[name].description})"
     if error["type"] == "extra_forbidden":
         known = sorted(cls.fields())
         near = get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
-        return f"{place}{cls.__name__} has no {name!r}; {hint}"
-    expected = _EXPECTED.get(error["type"])
-    text = (
-        error["msg"].removeprefix("Input should be ") if expected is None else expected.format(**error.get("ctx", {}))
-    )
+        return f"{place}{cls.__name__} has no {shortened(name)}; {hint}"
     if name in read:
-        return f"{place}{name} has {error['input']!r}; expected {text}"
-    return f"--{name} {error['input']}: expected {text}"
+        return f"{place}{name} has {shortened(error['input'])}; expected {_expectation(error)}"
+    return f"--{name} {error['input']}: expected {_expectation(error)}"
+
+
+def describe(error: ErrorDetails) -> str:
+    """Return one of pydantic's errors about an object that was read, as `NAME has VALUE; expected WHAT`."""
+    name = ""
+    for part in error["loc"]:
+        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
+    if error["type"] == "missing":
+        return f"lacks {name}"
+    if error["type"] == "extra_forbidden":
+        return f"unknown name {shortened(name)}"
+    if not name:
+        return error["msg"]
+    return f"{name} has {shortened(error['input'])}; expected {_expectation(error)}"
+
+
+def shortened(value: Any) -> str:
+    """Return `repr(value)`, of a long one its first 77 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _expectation(error: ErrorDetails) -> str:
+    """Return what was expected where pydantic found `error`."""
+    expected = _EXPECTED.get(error["type"])
+    if expected is None:
+        return error["msg"].removeprefix("Input should be ")
+    return expected.format(**error.get("ctx", {}))

@@ -87,7 +87,7 @@ class FinetuneSettings(TrainingSettings):
     lr: NotNegative | None = option(
         None, "Peak learning rate; 6.25e-5, a quarter of pre-training's for models without a preset.", panel=TRAINING
     )
-    lm_weight: float = option(0.5, "λ of the joint loss: task + λ · language model.", panel=TRAINING)
+    lm_weight: NotNegative = option(0.5, "λ of the joint loss: task + λ · language model.", panel=TRAINING)
     weight_decay: NotNegative | None = option(0.01, "Of matrices; nothing else decays.", panel=TRAINING)
     beta1: Decay | None = option(0.9, "Of AdamW: the first moment's memory.", panel=TRAINING)
     beta2: Decay | None = option(0.999, "The second moment's.", panel=TRAINING)

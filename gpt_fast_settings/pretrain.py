@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from .declaration import option
-from .training import DATA, MODEL, TRAINING, Count, Decay, NotNegative, TrainingSettings
+from .training import DATA, MODEL, TRAINING, Count, Decay, NotNegative, Size, TrainingSettings
 
 
 class PretrainSettings(TrainingSettings):
@@ -48,11 +48,11 @@ class PretrainSettings(TrainingSettings):
         panel=MODEL,
         metavar="NAME",
     )
-    layers: int | None = option(None, "Decoders.", panel=MODEL)
-    heads: int | None = option(None, "Attention heads in each.", panel=MODEL)
-    dim: int | None = option(None, "Hidden dimensions.", panel=MODEL)
-    seq_len: int | None = option(None, "Positions: tokens seen at once.", panel=MODEL)
-    dropout: float | None = option(None, "Of embeddings, attention and residuals.", panel=MODEL)
+    layers: Size | None = option(None, "Decoders.", panel=MODEL)
+    heads: Size | None = option(None, "Attention heads in each.", panel=MODEL)
+    dim: Size | None = option(None, "Hidden dimensions.", panel=MODEL)
+    seq_len: Size | None = option(None, "Positions: tokens seen at once.", panel=MODEL)
+    dropout: Decay | None = option(None, "Of embeddings, attention and residuals.", panel=MODEL)
     steps: Count = option(1000, "Updates. --resume takes more than before.", panel=TRAINING, resume="more")
     batch_size: Count = option(16, "Windows of text in an update.", panel=TRAINING)
     lr: NotNegative | None = option(

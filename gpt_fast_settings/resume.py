@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .declaration import S, extra, option_name
+from .declaration import InvalidSettings, S, extra, option_name
 
 
 def asks_for_more(settings: S, saved: Mapping[str, Any]) -> tuple[str, int] | None:
@@ -25,7 +25,10 @@ def resumed(settings: S, path: Path, saved: Mapping[str, Any]) -> S:
     cls = type(settings)
     kinds = {name: extra(field, "resume") for name, field in cls.model_fields.items()}
     command = {name: getattr(settings, name) for name, kind in kinds.items() if kind == "command"}
-    began = cls.read(None, dict(saved) | command)
+    try:
+        began = cls.read(None, dict(saved) | command)
+    except InvalidSettings as invalid:
+        raise InvalidSettings(cls, invalid.errors, f"{path}: ", saved) from None
     values = dict(settings)
     for name, kind in kinds.items():
         mine, original = getattr(settings, name), getattr(began, name)

@@ -13,6 +13,7 @@ from .declaration import Settings, option
 RUN, DATA, MODEL, TRAINING = PANELS = ("Run", "Data", "Model", "Training")
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
+Size = Annotated[int, Field(ge=1, le=2**28)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -73,7 +74,7 @@ class TrainingSettings(Settings):
         resume="free",
         ge=0,
     )
-    seed: int = option(0, "Of new weights, batches and dropout.", panel=TRAINING)
+    seed: int = option(0, "Of new weights, batches and dropout.", panel=TRAINING, ge=0, lt=2**63)
     strategy: Literal["ddp", "fsdp"] | None = option(
         None, "Under torchrun: every rank holds the whole model, or a share of it.", panel=TRAINING, resume="machine"
     )

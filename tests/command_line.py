@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 SERVER = """
-import io, json, os, resource, socket, sys, tempfile, time, traceback
+import io, json, os, resource, signal, socket, sys, tempfile, time, traceback
 from pathlib import Path
 import gpt_fast_cli.__main__, gpt_fast_cli.app
 for name in gpt_fast_cli.app.NAMES:
@@ -45,6 +45,9 @@ def start(request, rank, out, err):
     sys.argv = ["gpt-fast", *request["args"]]
     if request["file_size"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
+    if request["memory"]:
+        resource.setrlimit(resource.RLIMIT_AS, (request["memory"],) * 2)
+    signal.alarm(request["seconds"])
     code = 0
     try:
         gpt_fast_cli.__main__.main()
@@ -123,9 +126,9 @@ Cli = Callable[..., Result]
 @pytest.fixture(scope="session")
 def cli() -> Iterator[Cli]:
     """Runs one command line in a process of its own: with `watched` (a path, perhaps with wildcards, and how many lines
-    it must have) the process gets `signal`, and `again`, as soon as that is there and `later` seconds have passed; no
-    file can grow past `file_size`. With `ranks`, as many processes that find each other as torchrun's do; the last one
-    gets the signal, and its code is the result's."""
+    it must have) the process gets `signal`, and `again`, as soon as that is there and `later` seconds have passed. No
+    file can grow past `file_size`, and no process past `memory` bytes of addresses or `seconds`. With `ranks`, as many
+    processes that find each other as torchrun's do; the last one gets the signal, and its code is the result's."""
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
     )
@@ -137,11 +140,14 @@ def cli() -> Iterator[Cli]:
         again: int = 0,
         later: float = 0.0,
         file_size: int = 0,
+        memory: int = 0,
+        seconds: int = 0,
         ranks: int = 0,
     ) -> Result:
         request = {
             "args": [str(arg) for arg in args], "signal": int(signal), "later": later, "file_size": file_size,
-            "ranks": ranks, "again": int(again), "watched": watched and (str(watched[0]), watched[1]),
+            "memory": memory, "seconds": seconds, "ranks": ranks, "again": int(again),
+            "watched": watched and (str(watched[0]), watched[1]),
         }  # fmt: skip
         print(json.dumps(request), file=server.stdin, flush=True)
         return Result(*json.loads(server.stdout.readline()))

@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from gpt_fast_settings.documents import read_object
+
 from .._files import PARTIAL, replacing, write_json
 from ..interrupts import Interrupted
 from .reading.cuts import Keeps, keeps_tokens
@@ -38,6 +40,8 @@ SAMPLE = 100 << 20  # characters that a vocabulary is learned from
 PARTS, RECORD = ".parts", "data.json"
 FILES = ("train.bin", "valid.bin", "tokenizer.json", RECORD)
 _JOINING = re.compile(rf"\.({'|'.join(map(re.escape, FILES))})\.[0-9a-f]+{re.escape(PARTIAL)}")  # left by a kill
+_COUNTS = ("train_documents", "train_tokens", "valid_documents", "valid_tokens")
+_FIELDS = {"data": list, "tokenizer": str, "dtype": str, "plan": str, **dict.fromkeys(("vocabulary", *_COUNTS), int)}
 _BATCH, _BATCH_TEXT = 256, 1 << 18  # pieces, and characters, that are encoded at once
 _CHUNK = 1 << 20  # ids that are copied at once
 
@@ -86,13 +90,13 @@ def _in_folder(
     out, parts = settings.out, settings.out / PARTS
     if (
         not settings.overwrite
-        and _made_from(out / RECORD) == plan_hash
+        and _record(out / RECORD).get("plan") == plan_hash
         and all((out / name).exists() for name in FILES)
     ):
         _sweep(out)
         shutil.rmtree(parts, ignore_errors=True)
         say(f"{out}: prepared from the same data already, nothing is left to do")
-        return json.loads((out / RECORD).read_text(encoding="utf-8"))
+        return _record(out / RECORD)
     inside = {path.name for path in out.iterdir()} if out.exists() else set()
     foreign = sorted(name for name in inside - {PARTS, *FILES} if not _JOINING.fullmatch(name))
     if foreign:
@@ -302,14 +306,18 @@ def _chunks(paths: Sequence[Path], dtype: np.dtype) -> Iterator[np.ndarray]:
 
 def _is_done(parts: Path, index: int, dtype: str) -> bool:
     """Return True if the unit's report is there, and its files have the sizes that the report says."""
-    report = parts / f"{index:06d}.json"
-    if not report.exists():
+    try:
+        report = read_object(parts / f"{index:06d}.json")
+        counts = [
+            report["empty"],
+            *(report[part][name] for part in ("train", "valid") for name in ("tokens", "documents")),
+        ]
+        sizes = {part: report[part]["tokens"] * DTYPES[dtype].itemsize for part in ("train", "valid")}
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    sizes = json.loads(report.read_text())
-    files = {part: parts / f"{index:06d}.{part}" for part in ("train", "valid")}
-    return all(
-        file.exists() and file.stat().st_size == sizes[part]["tokens"] * DTYPES[dtype].itemsize
-        for part, file in files.items()
+    files = {part: parts / f"{index:06d}.{part}" for part in sizes}
+    return all(type(count) is int for count in counts) and all(
+        file.exists() and file.stat().st_size == sizes[part] for part, file in files.items()
     )
 
 
@@ -327,7 +335,20 @@ def _progress(parts: Path, units: int) -> str:
 
 
 def _made_from(path: Path) -> str | None:
-    return json.loads(path.read_text(encoding="utf-8")).get("plan") if path.is_file() else None
+    """Return the plan that a file names; None where it is missing or damaged."""
+    try:
+        return read_object(path).get("plan")
+    except (OSError, ValueError):
+        return None
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """Return what a data.json says; nothing where it is missing or damaged."""
+    try:
+        record = read_object(path)
+    except (OSError, ValueError):
+        return {}
+    return record if all(type(record.get(name)) is kind for name, kind in _FIELDS.items()) else {}
 
 
 def sample(units: Sequence[Unit], text_column: str) -> Iterator[str]:

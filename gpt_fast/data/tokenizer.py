@@ -7,12 +7,13 @@ spelled out in ordinary tokens, and special tokens enter a sequence only by id.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from gpt_fast_settings.documents import parse_json, read_bytes
 
 from .._files import write_text
 from ..config import SPECIAL_TOKENS
@@ -79,21 +80,24 @@ def letters_tokenizer(letters: Sequence[str]) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer.json, or the folder that holds one. Special tokens that it lacks are added after its own
-    vocabulary. Raises `FileNotFoundError` where there is none, `ValueError` for a file that is something else."""
+    """Return the tokenizer in a tokenizer.json, or in the folder that holds one.
+
+    Special tokens that it lacks are added after its own vocabulary. Raises `FileNotFoundError` where there is none,
+    and `ValueError` for a file that is something else.
+    """
     if path.is_dir():
         path = path / "tokenizer.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; wanted a tokenizer.json")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a tokenizer.json")
+    content = read_bytes(path)
     try:
-        text = path.read_bytes().decode("utf-8")
-        is_tokenizer = "model" in json.loads(text)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
-    if not is_tokenizer:
-        raise ValueError(f"{path}: not a tokenizer.json (it has no field 'model')")
+        values = parse_json(path, content)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a tokenizer.json ({str(error).removeprefix(f'{path}: ')})") from None
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        raise ValueError(f"{path}: not a tokenizer.json (it has no object 'model')")
     try:
-        return parse_tokenizer(text)
+        return parse_tokenizer(content.decode("utf-8-sig"))
     except Exception as error:  # noqa: BLE001  the tokenizers library raises nothing narrower
         raise ValueError(f"{path}: not a tokenizer.json that this version of tokenizers reads ({error})") from None
 

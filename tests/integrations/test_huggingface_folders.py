@@ -12,9 +12,8 @@ import pytest
 import tokenizers
 import torch
 
-from gpt_fast import GPTConfig, GPTForCausalLM, GPTForSequenceClassification, GPTForTokenClassification
+from gpt_fast import GPTConfig, GPTForCausalLM, GPTForSequenceClassification, GPTForTokenClassification, _hub
 from gpt_fast.data import tokenizer as tok
-from gpt_fast.integrations.huggingface import hub
 from gpt_fast.integrations.huggingface.folder import EXTRAS, convert_folder
 from tests import hf_models
 from tests.command_line import ENVIRONMENT, succeed
@@ -249,7 +248,7 @@ def test_a_path_that_is_no_folder(name):
 
 def test_a_folder_needs_no_network(tmp_path, monkeypatch):
     hf_models.make("GPT2LMHeadModel").save_pretrained(tmp_path / "theirs")
-    monkeypatch.setattr(hub, "_reaches_hub", lambda: pytest.fail("asked for a network"))
+    monkeypatch.setattr(_hub, "is_reachable", lambda: pytest.fail("asked for a network"))
     assert GPTForCausalLM.from_hf(tmp_path / "theirs").config.num_tokens == 61
     (tmp_path / "theirs" / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="has no config.json"):
@@ -292,11 +291,11 @@ def test_a_hub_that_does_not_answer_is_given_up(monkeypatch):
         time.sleep(5)
         raise OSError
 
-    monkeypatch.setattr(hub.socket, "create_connection", block)
+    monkeypatch.setattr(_hub.socket, "create_connection", block)
     began = time.perf_counter()
-    assert not hub._reaches_hub()
+    assert not _hub.is_reachable()
     assert time.perf_counter() - began < 2
     monkeypatch.setenv("http_proxy", "http://proxy:3128")
     monkeypatch.setenv("https_proxy", "proxy:3128")
     monkeypatch.setenv("no_proxy", "")
-    assert hub._address() == ("proxy", 3128)
+    assert _hub.address() == ("proxy", 3128)

@@ -288,7 +288,7 @@ def test_bad_input(call, message):
         pytest.param({"hidden_dim": 2048}, "heads of 512, wanted at most 256", id="head_size"),
         pytest.param({"dropout": 1.0}, "dropout is 1.0", id="dropout_one"),
         pytest.param({"dropout": -0.1}, "dropout is -0.1", id="dropout_negative"),
-        pytest.param({"num_layers": 0}, "num_layers is 0, wanted a positive integer", id="layers"),
+        pytest.param({"num_layers": 0}, "num_layers is 0; expected a positive integer", id="layers"),
         pytest.param({"num_tokens": 2.5}, "num_tokens is 2.5", id="tokens"),
     ],
 )

@@ -5,8 +5,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from gpt_fast_settings.documents import read_object
+
 from ... import model_folder
-from ..._files import new_folder, read_object, write_json
+from ..._files import new_folder, write_json
 from ...config import SPECIAL_TOKENS
 from ...data.tokenizer import letters_tokenizer, load_tokenizer, save_tokenizer
 from ...heads import GPTForCausalLM

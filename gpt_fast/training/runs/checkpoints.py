@@ -23,8 +23,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from gpt_fast_settings.documents import read_bytes, read_object
+
 from ..._files import PARTIAL, sha256, sync, write_json, write_text
 from ..engine.distributed import World
+from . import schemas
 
 FOLDER, MANIFEST, LATEST = "checkpoints", "checkpoint.json", "latest"
 _PREFIX, _FORMAT = "step-", "gpt_fast checkpoint"
@@ -65,8 +68,10 @@ def newest_first(folder: Path) -> Iterator[Path]:
         return
     names = (path for path in folder.iterdir() if path.name.startswith(_PREFIX))
     found = sorted((path for path in names if path.name.removeprefix(_PREFIX).isdecimal()), reverse=True)
-    latest = folder / LATEST
-    named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
+    try:
+        named = read_bytes(folder / LATEST, limit=100).decode("utf-8", "replace").strip()
+    except (OSError, ValueError):  # missing, or no name
+        named = ""
     yield from sorted(found, key=lambda path: path.name != named)
 
 
@@ -93,15 +98,15 @@ def newest_good(folder: Path, say: Callable[[str], object]) -> tuple[Path, dict[
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What checkpoint.json says; `Damaged` where it, or any file that it lists, is not as it was written."""
+    """Return what checkpoint.json says; raise `Damaged` where it, or any file that it lists, is not as written."""
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        total = manifest.pop("sha256")
-        right = manifest["format"] == _FORMAT and total == _sum_of(manifest)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        right = False
-    if not right:
-        raise Damaged(f"{path}: {MANIFEST} is missing or damaged")
+        manifest = read_object(path / MANIFEST, non_finite=True)  # a loss may be NaN
+        total = manifest.pop("sha256", None)
+        if manifest.get("format") != _FORMAT or total != _sum_of(manifest):
+            raise ValueError("its checksum is wrong")
+        schemas.check(path / MANIFEST, schemas.Manifest, manifest)
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{path}: {MANIFEST} is missing or damaged ({_without(error, path / MANIFEST)})") from None
     present = {file.name for file in path.iterdir()} - {MANIFEST}
     if present != set(manifest["files"]):
         wrong = ", ".join(sorted(present ^ set(manifest["files"])))
@@ -150,6 +155,11 @@ def _seal(path: Path, manifest: dict[str, Any]) -> None:
     manifest["files"] = _sums(path)
     manifest["sha256"] = _sum_of(manifest)
     write_json(path / MANIFEST, manifest)
+
+
+def _without(error: Exception, path: Path) -> str:
+    """Return an error's text without the name of the file in front."""
+    return str(error).removeprefix(f"{path}: ")
 
 
 def _sums(path: Path) -> dict[str, list[Any]]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import fcntl
 import glob
-import json
 import math
 import os
 import shutil
@@ -30,12 +29,14 @@ import torch
 import yaml
 from tokenizers import Tokenizer
 
-from ..._files import read_object, replacing, sha256, write_text
+from gpt_fast_settings.documents import checked_object, parse_json, read_bytes, read_object
+
+from ..._files import replacing, sha256, write_text
 from ...config import GPTConfig
 from ...data.tokenizer import special_ids, vocabulary_size
 from ...heads import Head
 from ...interrupts import Interrupted
-from . import checkpoints
+from . import checkpoints, schemas
 
 SETTINGS = "settings.yaml"
 _NEW, _OLD = ".new-", ".old-"  # hidden folders beside a run: one that is begun, and one that --overwrite moved away
@@ -247,7 +248,7 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 def is_finished(out: Path) -> bool:
     """Return True if the run in `out` has its record, which training writes after the weights."""
-    return (out / "run.json").is_file()
+    return (out / "run.json").exists()
 
 
 @contextmanager
@@ -289,10 +290,15 @@ def check_run(folder: Path) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return what run.json says; of a stopped run what its newest checkpoint says; else nothing."""
+    """Return what run.json says; of a stopped run what its newest checkpoint says; else nothing.
+
+    Raises `ValueError` for a run.json that is no record of a run.
+    """
     path = folder / "run.json"
     if path.exists():
-        return read_object(path)
+        record = read_object(path)
+        schemas.check(path, schemas.Record, record)
+        return record
     good = checkpoints.newest_good(folder / checkpoints.FOLDER, warnings.warn)
     return {} if good is None else dict(good[1]["state"].get("record", {}))
 
@@ -339,10 +345,16 @@ def with_special_tokens(model: Head, tokenizer: Tokenizer) -> Head:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Return the lines of metrics.jsonl, with NaN for null."""
-    with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file if line.endswith("\n")]  # a kill may leave half a line
-    return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
+    """Return the lines of metrics.jsonl, with NaN for null. Raises `ValueError` for a line that holds no numbers."""
+    path, lines = folder / "metrics.jsonl", []
+    for number, content in enumerate(read_bytes(path).splitlines(keepends=True), start=1):
+        if not content.endswith(b"\n"):
+            break  # a kill may leave half a line
+        where = Path(f"{path}, line {number}")
+        line = checked_object(where, parse_json(where, content))
+        schemas.check(where, schemas.Line, line)
+        lines.append({name: math.nan if value is None else value for name, value in line.items()})
+    return lines
 
 
 def read_curve(folder: Path, field: str) -> list[dict[str, float]]:
