@@ -62,7 +62,7 @@ def read_corpus(paths: Sequence[Path] | None, text_column: str = "text") -> Corp
         return Corpus(STDLIB, train, valid)
     source = ", ".join(map(str, paths))
     with copied([str(path) for path in paths]) as sources:
-        found = _read(plan(sources), text_column, source)
+        found = _read(plan(sources, say=warnings.warn), text_column, source)
     for part, use in (("train", "training"), ("valid", "validation")):
         if not found[part]:
             raise ValueError(f"{source}: no document is for {use}; give more text")
@@ -72,7 +72,7 @@ def read_corpus(paths: Sequence[Path] | None, text_column: str = "text") -> Corp
 def read_documents(path: Path, text_column: str = "text") -> list[Document]:
     """Read the documents of one path, as `read_corpus` does, and hold none out."""
     with copied([str(path)]) as sources:
-        return _read(plan([], sources), text_column, str(path))["valid"]
+        return _read(plan([], sources, say=warnings.warn), text_column, str(path))["valid"]
 
 
 def _read(units: list[Unit], text_column: str, source: str) -> dict[str, list[Document]]:

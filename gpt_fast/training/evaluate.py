@@ -14,7 +14,7 @@ import torch
 
 from ..data.batches import lm_windows, token_stream, unigram_entropy
 from ..data.corpus import STDLIB, read_corpus, read_documents
-from ..data.rows import RowOptions
+from ..data.reading.rows import RowOptions
 from ..data.snippets import snippet_table
 from ..data.stream import TokenStream
 from ..data.token_files import check_content, check_vocabulary, read_token_file, token_files
