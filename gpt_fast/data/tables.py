@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .._files import replacing
+from .._memory import available
+from .._memory import size as in_bytes
 from .labels import is_same_label
 from .reading.rows import SUFFIXES, WRITTEN, Row, RowOptions, delimiter, read_rows, some, written_kind
 from .tokenizer import has_lone_surrogate
@@ -63,6 +65,8 @@ class TableOptions(RowOptions):
 
 
 DEFAULT = TableOptions()
+_COST = 12  # bytes of memory for each byte of text: the text, and its tokens in lists before they are cut off
+_OVERHEAD = 64  # bytes of text that a row counts for besides its own
 
 
 class MissingColumn(ValueError):
@@ -95,6 +99,7 @@ def read_table(
     spaced: list[str] = []
     unanswered: list[str] = []
     first: object = None
+    room, size = available(), 0
     for place, row in read_rows(path, options, table.notes.append):
         if not columns:
             text_columns = [text_column] if text_column in row else text_column.split(",")
@@ -122,6 +127,12 @@ def read_table(
         texts = [_text(path, place, column, row[column]) for column in text_columns]
         if more_columns:
             table.more.append(tuple(_more(path, place, more_columns, row)))
+        size += sum(map(len, texts)) + sum(map(len, table.more[-1] if more_columns else ())) + _OVERHEAD
+        if _COST * size > room:
+            raise ValueError(
+                f"{path}, {place}: {in_bytes(size)} of text or more, held in memory with its tokens; expected at most "
+                f"{in_bytes(room // _COST)}, by the memory that is left; a part of the rows may be enough"
+            )
         table.texts.append("\n".join(texts))
         table.places.append(place)
     if without:

@@ -38,7 +38,7 @@ def make(out: Path, *data: object, valid: tuple = (), say: Callable = ignore, **
 
 
 def ids_of(path: Path) -> list[int]:
-    return token_files.read_token_file(path).tokens.tolist()
+    return token_files.read_token_file(path).tokens[:].tolist()
 
 
 def texts_of(path: Path) -> list[str]:
@@ -139,6 +139,7 @@ def test_tokens_of_a_cut_text_are_those_of_the_whole(tmp_path, monkeypatch, text
     again, *valid = ids_of(tmp_path / "out" / "valid.bin")
     assert start == again == tok.special_ids(tokenizer)["start_token"]
     assert train + valid == tok.encode(tokenizer, content)
+    assert list(tok.encode_documents(tokenizer, [content, "", content])) == [train + valid, [], train + valid]
     assert 0.01 < len(valid) / (len(train) + len(valid)) < 0.15
     keeps = cuts.keeps_tokens(tokenizer) if made else None
     assert len(sources.plan([str(tmp_path / "a.txt")], keeps=keeps)) >= 5

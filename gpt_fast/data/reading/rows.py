@@ -199,14 +199,13 @@ def _json_lines(file: TextFile, start: int, end: int | None) -> Rows:
 
 
 def _json_array(file: TextFile) -> Rows:
-    decoder = json.JSONDecoder(object_pairs_hook=_object)
     with open_utf8(file) as opened:
         text = _Ahead(file, opened)
         text.skip("[")
         number = 0
         while text.peek() != "]":
             number += 1
-            yield f"row {number}", text.value(decoder, number)
+            yield f"row {number}", text.value(number)
             if text.peek() != "]":
                 text.skip(",")
         text.skip("]")
@@ -216,10 +215,11 @@ def _json_array(file: TextFile) -> Rows:
 
 def _json_object(file: TextFile) -> Rows:
     """Yield the questions of SQuAD's file, the rows of an array that an object has as `data`, or the object itself."""
+    most = 4 * files.ROW
     with open_utf8(file) as opened:
-        content = opened.read(16 * files.ROW + 1)
-    if len(content) > 16 * files.ROW:
-        raise ValueError(f"{file}: one JSON value of more than {16 * files.ROW:,} bytes; expected a row on each line")
+        content = opened.read(most + 1) if file.path.stat().st_size <= most else b""
+    if not 0 < len(content) <= most:
+        raise ValueError(f"{file}: one JSON value of more than {most:,} bytes; expected a row on each line")
     value = _parsed(file, content, None)
     if not isinstance(value, dict):
         raise ValueError(f"{file}: {_a(value)}; expected an array of objects")
@@ -233,7 +233,7 @@ def _json_object(file: TextFile) -> Rows:
 def _parsed(file: TextFile, text: bytes, place: object) -> Any:
     where = file if place is None else f"{file}, {place}"
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_object)
+        return _DECODER.decode(text.decode("utf-8"))
     except UnicodeDecodeError as error:
         if place is None:
             raise
@@ -256,6 +256,9 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
         twice = next(name for name in names if names.count(name) > 1)
         raise _TwiceError(f"an object has the field {twice!r} twice; expected a name for each")
     return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 class _TwiceError(ValueError):
@@ -299,13 +302,13 @@ class _Ahead:
             )
         self._place += 1
 
-    def value(self, decoder: json.JSONDecoder, number: int) -> Any:
+    def value(self, number: int) -> Any:
         """Parse the next value. The text grows by doubling until the value is whole."""
         self.peek()
         where = f"{self._file}, row {number}"
         while True:
             try:
-                value, end = decoder.raw_decode(self._text, self._place)
+                value, end = _DECODER.raw_decode(self._text, self._place)
                 if end - self._place <= files.ROW and (end < len(self._text) or self._ended):  # a number may go on
                     self._place = end
                     return value
