@@ -60,7 +60,7 @@ def evaluate(
         raise ValueError(f"--confusion {confusion}: wanted a name that ends in .png")
     if raw_dtype not in (None, "uint16", "uint32"):
         raise ValueError(f"--raw-dtype {raw_dtype}: expected uint16 or uint32")
-    from gpt_fast.data.rows import row_options
+    from gpt_fast.data.reading.rows import row_options
     from gpt_fast.training.evaluate import evaluate as measure
 
     rows = row_options(columns, skip_ragged)

@@ -80,7 +80,7 @@ def predict(
         given = {"--text-column": text_column, "--pair-column": pair_column, "--out": out, "--columns": columns}
         for option in (name for name, value in given.items() if value is not None):
             raise ValueError(f"{option} {given[option]}: belongs to --data, not to --text")
-    from gpt_fast.data.rows import row_options
+    from gpt_fast.data.reading.rows import row_options
     from gpt_fast.training.predict import check_target, write_predictions
     from gpt_fast.training.predict import predict as answer
 

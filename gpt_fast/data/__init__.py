@@ -1,7 +1,7 @@
 """Text, tables and tokenizers, turned into the integer tensors that the heads take.
 
-`tokenizer` maps text to ids and back, `corpus` reads plain text, `tables` reads labelled rows (`rows` their files,
-`labels` what their label columns mean), `snippets` makes the labelled table that fine-tuning falls back on,
+`tokenizer` maps text to ids and back, `reading` reads every kind of file, `corpus` plain text, `tables` labelled rows
+(`labels` what their label columns mean), `snippets` makes the labelled table that fine-tuning falls back on,
 `token_files` and `prepare` keep text as files of ids, `stream` shuffles windows of them, `batches` and
 `example_batches` cut and pad, `masking` hides tokens for the masked language model.
 """

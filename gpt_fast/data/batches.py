@@ -7,10 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..config import IGNORE
 from .stream import TokenStream
+from .tokenizer import encoded_pieces
+
+_CHUNK = 1 << 22  # ids in one array
 
 
 class Batch(NamedTuple):
@@ -43,6 +47,22 @@ def token_stream(documents: Iterable[list[int]], start_token: int | None) -> Tok
     begin = [] if start_token is None else [start_token]
     pieces = [np.array([*begin, *ids], dtype=np.int32) for ids in documents]
     return TokenStream([np.concatenate(pieces)] if pieces else [])
+
+
+def text_stream(tokenizer: Tokenizer, texts: Iterable[str], start_token: int | None) -> TokenStream:
+    """The tokens of all texts one after another, as `token_stream` has them, encoded piece by piece: this takes four
+    bytes of memory for each token, and little more."""
+    begin = np.array([] if start_token is None else [start_token], np.int32)
+    arrays: list[np.ndarray] = []
+    waiting: list[np.ndarray] = []
+    length = 0
+    for begins, ids in encoded_pieces(tokenizer, texts):
+        waiting += [begin, np.array(ids, np.int32)] if begins else [np.array(ids, np.int32)]
+        length += len(ids)
+        if length >= _CHUNK:
+            arrays.append(np.concatenate(waiting))
+            waiting, length = [], 0
+    return TokenStream([*arrays, *([np.concatenate(waiting)] if waiting else [])])
 
 
 def lm_windows(stream: TokenStream, seq_len: int, most: int | None = None) -> Tensor:

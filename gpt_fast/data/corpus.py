@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .._memory import available
+from .._memory import size as in_bytes
 from .reading.pipes import copied
 from .sources import VALID_FRACTION as VALID_FRACTION
 from .sources import Unit, held_out, plan
@@ -26,6 +28,8 @@ SKIPPED_FOLDERS = {
     "encodings",
     "pydoc_data",
 }
+_COST = 8  # bytes of memory for each byte of text: the text, its pieces, and tokens of four bytes, up to one for a byte
+_OVERHEAD = 64  # bytes of text that a document counts for besides its own
 SKIPPED_PREFIXES = ("config-", "_sysconfigdata", "_sysconfig_vars")  # written anew on each machine
 
 
@@ -62,7 +66,7 @@ def read_corpus(paths: Sequence[Path] | None, text_column: str = "text") -> Corp
         return Corpus(STDLIB, train, valid)
     source = ", ".join(map(str, paths))
     with copied([str(path) for path in paths]) as sources:
-        found = _read(plan(sources), text_column, source)
+        found = _read(plan(sources, say=warnings.warn), text_column, source)
     for part, use in (("train", "training"), ("valid", "validation")):
         if not found[part]:
             raise ValueError(f"{source}: no document is for {use}; give more text")
@@ -72,15 +76,24 @@ def read_corpus(paths: Sequence[Path] | None, text_column: str = "text") -> Corp
 def read_documents(path: Path, text_column: str = "text") -> list[Document]:
     """Read the documents of one path, as `read_corpus` does, and hold none out."""
     with copied([str(path)]) as sources:
-        return _read(plan([], sources), text_column, str(path))["valid"]
+        return _read(plan([], sources, say=warnings.warn), text_column, str(path))["valid"]
 
 
 def _read(units: list[Unit], text_column: str, source: str) -> dict[str, list[Document]]:
-    """Return the documents of `units` for training and for validation. Warn of rows without text."""
+    """Return the documents of `units` for training and for validation. Warn of rows without text.
+
+    Raises `ValueError` where the text takes more memory than is left: before anything is read where the size is known,
+    else at the row or piece that is too much.
+    """
+    room = available()
+    _check_room(source, sum(unit.end - unit.start for unit in units if unit.kind == "text" and unit.end), room)
+    size = 0
     texts: dict[str, list[tuple[str, list[str]]]] = {"train": [], "valid": []}
     empty = 0
     for unit in units:
         for number, (part, begins, text) in enumerate(documents_of(unit, text_column), start=1):
+            size += len(text) + _OVERHEAD * begins
+            _check_room(str(unit.file) if unit.kind != "hf" else unit.source, size, room)
             if not text:
                 empty += 1
             elif begins:
@@ -92,6 +105,14 @@ def _read(units: list[Unit], text_column: str, source: str) -> dict[str, list[Do
     if empty:
         warnings.warn(f"{source}: {empty:,} rows without text in {text_column!r} are left out", stacklevel=3)
     return {part: [Document(name, "".join(pieces)) for name, pieces in read] for part, read in texts.items()}
+
+
+def _check_room(source: str, size: int, room: int) -> None:
+    if _COST * size > room:
+        raise ValueError(
+            f"{source}: {in_bytes(size)} of text or more, held in memory with its tokens; expected at most "
+            f"{in_bytes(room // _COST)}, by the memory that is left; gpt-fast prepare makes token files of any amount"
+        )
 
 
 def read_stdlib() -> list[Document]:

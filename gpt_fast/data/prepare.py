@@ -73,7 +73,7 @@ def prepare(settings: PrepareSettings, show: Callable[[int, int], None], say: Ca
         raise FileExistsError(f"--out {out}: is a file; expected a folder")
     with copied(settings.data) as data, copied(settings.valid) as valid:
         originals = dict(zip([*data, *valid], [*settings.data, *settings.valid], strict=True))
-        units = plan(data, valid, _keeps(settings.tokenizer))
+        units = plan(data, valid, _keeps(settings.tokenizer), say)
         made_from = [_described(units, originals), _inputs(settings, units, originals)]
         plan_hash = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
         return _in_folder(settings, units, plan_hash, show, say)

@@ -18,6 +18,7 @@ from .reading import rows
 from .reading.cuts import WINDOW, Keeps, next_place, pieces
 from .reading.files import TEXT_BLOCK, TextFile, find, kind_of, layout_of, open_utf8, place_in_file, size_of
 from .reading.rows import HF
+from .reading.separated import Say, ignore, tsv_quoting
 
 UNIT = 8 << 20  # bytes of a file in one unit
 ROWS = 10_000  # rows of a data set in one unit
@@ -47,8 +48,9 @@ class Unit:
         return TextFile(Path(self.source), self.name, self.member)
 
 
-def plan(data: Sequence[str], valid: Sequence[str] = (), keeps: Keeps | None = None) -> list[Unit]:
-    """Return the units of all sources, in their order: the same for the same files.
+def plan(data: Sequence[str], valid: Sequence[str] = (), keeps: Keeps | None = None, say: Say = ignore) -> list[Unit]:
+    """Return the units of all sources, in their order: the same for the same files. `say` gets a line about the quotes
+    of each .tsv that has any.
 
     Without `valid` a tenth of `data` is held out: one of ten rows, whole files of ten or more, else the last tenth of
     each. `keeps` tells where a text may be cut. Raises `FileNotFoundError` or `ValueError` for what cannot be read.
@@ -71,6 +73,8 @@ def plan(data: Sequence[str], valid: Sequence[str] = (), keeps: Keeps | None = N
             if part == "both" and kinds[file] == "text" and held is not None:
                 whole = "valid" if named[file] in held else "train"
             units += _units(TextFile(file.path, named[file], file.member), kinds[file], whole, keeps)
+            if kinds[file] == "tsv" and (told := tsv_quoting(units[-1].file)[1]):
+                say(told)
     return units
 
 
@@ -98,9 +102,7 @@ def documents(unit: Unit, text_column: str, keeps: Keeps | None = None) -> Itera
             yield unit.part, begins, piece
             begins = False
         return
-    for number, (where, text) in enumerate(_rows(unit, text_column), start=unit.row):
-        if "\0" in text:
-            raise ValueError(f"{where}: has a NUL character; expected text")
+    for number, text in enumerate(_rows(unit, text_column), start=unit.row):
         part = unit.part if unit.part != "both" else "valid" if number % PERIOD == PERIOD - 1 else "train"
         if not text:
             yield part, True, ""
@@ -229,15 +231,11 @@ def _decoded(unit: Unit) -> Iterator[str]:
             place += len(block)
 
 
-def _rows(unit: Unit, text_column: str) -> rows.Rows:
+def _rows(unit: Unit, text_column: str) -> Iterator[str]:
+    """Yield the text of each row of a unit."""
     if unit.kind == "hf":
         assert unit.end is not None
-        return rows.data_set_rows(unit.source, unit.start, unit.end, text_column)
-    if unit.kind == "parquet":
-        assert unit.end is not None
-        return rows.parquet(unit.file, range(unit.start, unit.end), text_column)
-    if unit.kind == "jsonl":
-        return rows.json_lines(unit.file, unit.start, unit.end, text_column)
-    if unit.kind == "json":
-        return rows.json_array(unit.file, text_column)
-    return rows.separated(unit.file, unit.kind, text_column)
+        found = rows.data_set_rows(unit.source, unit.start, unit.end, text_column)
+        return rows.column_texts(unit.source, found, text_column)
+    found = rows.file_rows(unit.file, unit.kind, start=unit.start, end=unit.end, column=text_column)
+    return rows.column_texts(str(unit.file), found, text_column)

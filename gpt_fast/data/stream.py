@@ -1,4 +1,4 @@
-"""A stream of tokens, in memory or mapped from files, and its windows in a shuffled order that is a pure function.
+"""A stream of tokens, in memory or in files, and its windows in a shuffled order that is a pure function.
 
 `WindowOrder.start(position)` is arithmetic, not a list: any position of the shuffled stream is reached at once and in
 constant memory, on any number of ranks, so a run that goes on at a position repeats nothing and skips nothing.
@@ -13,16 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .stored_ids import StoredIds
+
 _WORD = 2**64 - 1
 _ROUNDS = 4
 _CHUNK = 1 << 22
 
 
 class TokenStream:
-    """Arrays of token ids, of any integer dtype and in memory or mapped from files, read as one after another. Nothing
-    is copied but what is asked for, which comes as int64."""
+    """Arrays of token ids, of any integer dtype and in memory or in files, read as one after another. Nothing is read
+    or copied but what is asked for, which comes as int64."""
 
-    def __init__(self, arrays: Sequence[np.ndarray]):
+    def __init__(self, arrays: Sequence[np.ndarray | StoredIds]):
         self.arrays = [array for array in arrays if len(array)]
         self.ends = np.cumsum([len(array) for array in self.arrays], dtype=np.int64)
 
@@ -40,6 +42,16 @@ class TokenStream:
             pieces.append(piece.astype(np.int64))
             start, length, which = start + len(piece), length - len(piece), which + 1
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+    def part(self, start: int, stop: int) -> TokenStream:
+        """The stream of the ids from `start` to `stop`, of which none is read yet."""
+        parts, begin = [], 0
+        for array in self.arrays:
+            first, last = max(0, start - begin), min(len(array), stop - begin)
+            if first < last:
+                parts.append(array.part(first, last) if isinstance(array, StoredIds) else array[first:last])
+            begin += len(array)
+        return TokenStream(parts)
 
     def windows(self, starts: Sequence[int] | np.ndarray, seq_len: int) -> Tensor:
         """`[N, seq_len]` int64 ids from each of `starts` on."""

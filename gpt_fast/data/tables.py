@@ -1,4 +1,4 @@
-"""Labelled tables: the columns of a task, read row by row from the files that `rows` reads."""
+"""Labelled tables: the columns of a task, read row by row from the files that `reading` reads."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from .._files import replacing
+from .._memory import available
+from .._memory import size as in_bytes
 from .labels import is_same_label
-from .rows import SUFFIXES, WRITTEN, Row, RowOptions, delimiter, read_rows, some, table_suffix
+from .reading.rows import SUFFIXES, WRITTEN, Row, RowOptions, delimiter, read_rows, some, written_kind
 from .tokenizer import has_lone_surrogate
 
 __all__ = [
-    "SUFFIXES", "WRITTEN", "MissingColumn", "Row", "Table", "TableOptions", "read_rows", "read_table", "table_suffix",
+    "SUFFIXES", "WRITTEN", "MissingColumn", "Row", "Table", "TableOptions", "read_rows", "read_table",
     "write_rows",
 ]  # fmt: skip
 
@@ -63,6 +65,8 @@ class TableOptions(RowOptions):
 
 
 DEFAULT = TableOptions()
+_COST = 12  # bytes of memory for each byte of text: the text, and its tokens in lists before they are cut off
+_OVERHEAD = 64  # bytes of text that a row counts for besides its own
 
 
 class MissingColumn(ValueError):
@@ -95,6 +99,7 @@ def read_table(
     spaced: list[str] = []
     unanswered: list[str] = []
     first: object = None
+    room, size = available(), 0
     for place, row in read_rows(path, options, table.notes.append):
         if not columns:
             text_columns = [text_column] if text_column in row else text_column.split(",")
@@ -122,6 +127,12 @@ def read_table(
         texts = [_text(path, place, column, row[column]) for column in text_columns]
         if more_columns:
             table.more.append(tuple(_more(path, place, more_columns, row)))
+        size += sum(map(len, texts)) + sum(map(len, table.more[-1] if more_columns else ())) + _OVERHEAD
+        if _COST * size > room:
+            raise ValueError(
+                f"{path}, {place}: {in_bytes(size)} of text or more, held in memory with its tokens; expected at most "
+                f"{in_bytes(room // _COST)}, by the memory that is left; a part of the rows may be enough"
+            )
         table.texts.append("\n".join(texts))
         table.places.append(place)
     if without:
@@ -148,18 +159,18 @@ def read_table(
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """A table of the kind that the name of `path` tells: whole, or not at all."""
-    suffix = table_suffix(path, WRITTEN)
+    kind = written_kind(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Half of a surrogate pair, which a .jsonl may hold, becomes \ud800: UTF-8 has no other way to write it.
     with (
         replacing(path) as temporary,
         temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
     ):
-        if suffix == ".jsonl":
+        if kind == "jsonl":
             file.writelines(_json(row) + "\n" for row in rows)
         else:
             columns = list(dict.fromkeys(column for row in rows for column in row))
-            writer = csv.DictWriter(file, columns, delimiter=delimiter(suffix), lineterminator="\n")
+            writer = csv.DictWriter(file, columns, delimiter=delimiter(kind), lineterminator="\n")
             writer.writeheader()
             writer.writerows(
                 {name: _json(value) if isinstance(value, (dict, list)) else value for name, value in row.items()}
@@ -196,7 +207,9 @@ def _text_label(path: Path, place: str, column: str, value: object) -> str | Non
 
 def _text(path: Path, place: str, column: str, value: object) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{path}, {place}: column {column!r} holds {value!r}; wanted text")
+        raise ValueError(f"{path}, {place}: column {column!r} holds {value!r}; expected text")
+    if "\0" in value:
+        raise ValueError(f"{path}, {place}: column {column!r} has a NUL character; expected text")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Files of token ids, mapped into memory: ours, llm.c's and, by an explicit option, files without a header.
+"""Files of token ids, read where they are asked for: ours, llm.c's and, by an explicit option, files without a header.
 
 Ours begin with 1,024 bytes: eight of magic, JSON padded with spaces, and the CRC-32 of these 1,020 bytes. The JSON
 holds `dtype`, `count`, `crc32` of the ids, `vocabulary` (a hash of the tokenizer's) and `document_token`, which begins
@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 from .. import _llmc
 from .._files import replacing
 from .sources import VALID_FRACTION
+from .stored_ids import StoredIds
 from .stream import TokenStream
 from .tokenizer import vocabulary_size
 
@@ -41,7 +42,7 @@ _FOR_VALIDATION = re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])", re.IGNORECA
 @dataclass(frozen=True)
 class TokenFile:
     path: Path
-    tokens: np.ndarray
+    tokens: StoredIds
     header: dict[str, Any] | None  # None: not one of ours
 
 
@@ -61,7 +62,7 @@ def token_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_token_file(path: Path, raw_dtype: str | None = None) -> TokenFile:
-    """Map a file and read nothing but its header. A file without a header needs `raw_dtype`, uint16 or uint32.
+    """Open a file and read nothing but its header. A file without a header needs `raw_dtype`, uint16 or uint32.
 
     Raises `FileNotFoundError` where there is no file, and `ValueError` for a file that is damaged, of another kind, or
     of another size than its header asks for.
@@ -85,11 +86,11 @@ def read_token_file(path: Path, raw_dtype: str | None = None) -> TokenFile:
         header = _parse(path, head)
         dtype = DTYPES[header["dtype"]]
         _check_size(path, HEADER, header["count"], dtype)
-        return TokenFile(path, _mapped(path, dtype, HEADER, header["count"]), header)
+        return TokenFile(path, _opened(path, dtype, HEADER, header["count"]), header)
     if foreign is not None:
         dtype, count = _llmc_header(path, head, foreign)
         _check_size(path, 4 * _llmc.HEADER, count, dtype)
-        return TokenFile(path, _mapped(path, dtype, 4 * _llmc.HEADER, count), None)
+        return TokenFile(path, _opened(path, dtype, 4 * _llmc.HEADER, count), None)
     size = path.stat().st_size
     if raw_dtype is None:
         raise ValueError(
@@ -99,7 +100,7 @@ def read_token_file(path: Path, raw_dtype: str | None = None) -> TokenFile:
     dtype = DTYPES[raw_dtype]
     if size == 0 or size % dtype.itemsize:
         raise ValueError(f"{path}: {size:,} bytes; expected a multiple of {dtype.itemsize} for {raw_dtype} ids")
-    return TokenFile(path, _mapped(path, dtype, 0, size // dtype.itemsize), None)
+    return TokenFile(path, _opened(path, dtype, 0, size // dtype.itemsize), None)
 
 
 def write_token_file(
@@ -165,7 +166,7 @@ def check_content(file: TokenFile, tokenizer: Tokenizer) -> int:
             )
     elif even == odd == 0:
         raise ValueError(f"{file.path}: all {len(file.tokens):,} ids are 0; expected the tokens of a text")
-    elif file.tokens.itemsize == 2 and odd < _HIGH_WORDS <= even:
+    elif file.tokens.dtype.itemsize == 2 and odd < _HIGH_WORDS <= even:
         raise ValueError(f"{file.path}: every second uint16 is nearly 0, as in a file of uint32; expected uint16 ids")
     return crc
 
@@ -179,19 +180,15 @@ def split_streams(files: Sequence[TokenFile]) -> tuple[TokenStream, TokenStream]
         raise ValueError(f"{files[0].path}: no file to train on, all are named for validation")
     if valid:
         return TokenStream(train), TokenStream(valid)
-    cut = round(sum(map(len, train)) * (1 - VALID_FRACTION))
-    before, after = [], []
-    for array in train:
-        before.append(array[:cut])
-        after.append(array[cut:])
-        cut = max(0, cut - len(array))
-    return TokenStream(before), TokenStream(after)
+    stream = TokenStream(train)
+    cut = round(len(stream) * (1 - VALID_FRACTION))
+    return stream.part(0, cut), stream.part(cut, len(stream))
 
 
-def _mapped(path: Path, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
+def _opened(path: Path, dtype: np.dtype, offset: int, count: int) -> StoredIds:
     if count == 0:
         raise ValueError(f"{path}: holds no ids; expected at least one")
-    return np.memmap(path, dtype, "r", offset, (count,))
+    return StoredIds(path, dtype, offset, count)
 
 
 def _check_size(path: Path, header: int, count: int, dtype: np.dtype) -> None:

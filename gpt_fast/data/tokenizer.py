@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, repeat
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -17,8 +18,11 @@ from gpt_fast_settings.documents import parse_json, read_bytes
 
 from .._files import write_text
 from ..config import SPECIAL_TOKENS
+from .reading.cuts import keeps_tokens, pieces
 
 UNKNOWN = "<|unk|>"
+_BATCH_TEXT = 1 << 18  # characters that are encoded at once
+_TRAINED = 1 << 12  # characters of a text that a vocabulary is learned from at once
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -55,7 +59,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    # The trainer takes 256 texts at once, at 75 bytes for each byte. A cut between words changes no count.
+    parts = (part for text in texts for part in pieces(iter([text]), size=_TRAINED))
+    tokenizer.train_from_iterator(parts, trainer)
     return _finish(tokenizer)
 
 
@@ -141,13 +147,43 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(without_lone_surrogates(text), add_special_tokens=False).ids
 
 
-def encode_documents(tokenizer: Tokenizer, texts: Sequence[str], chunk: int = 256) -> Iterator[list[int]]:
-    """The ids of each text without any special token, encoded `chunk` texts at a time on all cores. Half of a surrogate
-    pair is read as U+FFFD."""
-    for first in range(0, len(texts), chunk):
-        part = [without_lone_surrogates(text) for text in texts[first : first + chunk]]
-        for encoding in tokenizer.encode_batch_fast(part, add_special_tokens=False):
-            yield encoding.ids
+def encode_documents(tokenizer: Tokenizer, texts: Iterable[str], chunk: int = 256) -> Iterator[list[int]]:
+    """The ids of each text without any special token, encoded `chunk` pieces at a time on all cores. Half of a
+    surrogate pair is read as U+FFFD. A long text is cut into pieces where its tokens stay the same, as in `prepare`."""
+    document: list[int] | None = None
+    for begins, ids in encoded_pieces(tokenizer, texts, chunk):
+        if document is None:
+            document = ids
+        elif begins:
+            yield document
+            document = ids
+        else:
+            document += ids
+    if document is not None:
+        yield document
+
+
+def encoded_pieces(tokenizer: Tokenizer, texts: Iterable[str], chunk: int = 256) -> Iterator[tuple[bool, list[int]]]:
+    """Yield (does a text begin here?, ids) for each piece of each text. One encoding takes 150 bytes and more for each
+    byte of its text, so a long text is not encoded whole."""
+    keeps = keeps_tokens(tokenizer)
+    batch: list[tuple[bool, str]] = []
+    length = 0
+    for text in texts:
+        parts = pieces(iter([without_lone_surrogates(text)]), keeps) if text else iter([""])
+        for begins, part in zip(chain([True], repeat(False)), parts, strict=False):
+            batch.append((begins, part))
+            length += len(part)
+            if len(batch) == chunk or length >= _BATCH_TEXT:
+                yield from _encoded(tokenizer, batch)
+                batch, length = [], 0
+    yield from _encoded(tokenizer, batch)
+
+
+def _encoded(tokenizer: Tokenizer, batch: list[tuple[bool, str]]) -> Iterator[tuple[bool, list[int]]]:
+    encodings = tokenizer.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
+    for (begins, _), encoding in zip(batch, encodings, strict=True):
+        yield begins, encoding.ids
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int], *, special: bool = True) -> str:

@@ -5,23 +5,22 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..data.batches import lm_windows, token_stream, unigram_entropy
+from ..data.batches import Batch, text_stream, unigram_entropy
 from ..data.corpus import STDLIB, read_corpus, read_documents
-from ..data.rows import RowOptions
+from ..data.reading.rows import RowOptions
 from ..data.snippets import snippet_table
 from ..data.stream import TokenStream
 from ..data.token_files import check_content, check_vocabulary, read_token_file, token_files
-from ..data.tokenizer import encode_documents
 from ..heads import GPTForCausalLM, GPTForSequenceClassification, Head
 from .finetune import answer_bytes, draw_confusion
-from .lm_data import lm_batch, masker
+from .lm_data import Mask, lm_batch, masker
 from .metrics import lm_loss, perplexity
 from .runs.folder import read_record, write_extra
 from .runs.load import load_run, run_tokenizer
@@ -116,6 +115,23 @@ def evaluate_task(
     return result
 
 
+@dataclass(frozen=True)
+class _Batches(Sequence[Batch]):
+    """Batches of windows that lie side by side, read when they are asked for, each once and in their order."""
+
+    stream: TokenStream
+    seq_len: int
+    mask: Mask | None
+    generator: torch.Generator
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.stream) / (BATCH * self.seq_len))
+
+    def __getitem__(self, index: Any) -> Any:
+        starts = range(index * BATCH * self.seq_len, len(self.stream), self.seq_len)[:BATCH]
+        return lm_batch(self.stream.windows(starts, self.seq_len), self.mask, self.generator, None)
+
+
 def evaluate_language_model(
     model: Head, folder: Path, data: Path | None, text_column: str = "text", raw_dtype: str | None = None
 ) -> dict[str, Any]:
@@ -135,20 +151,23 @@ def evaluate_language_model(
     else:
         documents = read_corpus(None).valid if data is None else read_documents(data, text_column)
         size = sum(len(document.text.encode()) for document in documents)
-        stream = token_stream(encode_documents(tokenizer, [d.text for d in documents]), model.config.start_token)
-    tokens = lm_windows(stream, min(model.config.seq_len, len(stream)))
-    if int(tokens.max()) >= model.config.num_tokens:
+        stream = text_stream(tokenizer, (document.text for document in documents), model.config.start_token)
+    T = min(model.config.seq_len, len(stream))
+    stream.require(max(1, T))
+    asked = stream.part(0, len(stream) // T * T)  # a rest shorter than a window is left out
+    counts = asked.counts()
+    if len(counts) > model.config.num_tokens:
         raise ValueError(f"{data}: has a character without a token in {folder}; expected text of known characters")
     causal = isinstance(model, GPTForCausalLM)
     mask = None if causal else masker(tokenizer, model.config)
     generator = torch.Generator().manual_seed(0)
-    loss = lm_loss(model, [lm_batch(windows, mask, generator, None) for windows in tokens.split(BATCH)])
+    loss = lm_loss(model, _Batches(asked, T, mask, generator))
     result: dict[str, Any] = {
         "task": "clm" if causal else "mlm",
         "data": STDLIB if data is None else str(data),
-        "tokens": tokens.numel(),
+        "tokens": len(asked),
         "loss": loss,
-        "unigram_entropy": unigram_entropy(TokenStream([tokens.flatten().numpy()]).counts()),
+        "unigram_entropy": unigram_entropy(counts),
         "perplexity": perplexity(loss),
     }
     if causal and size is not None:

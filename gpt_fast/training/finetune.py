@@ -17,7 +17,7 @@ from gpt_fast_settings.finetune import FinetuneSettings
 
 from ..data.batches import Batch
 from ..data.example_batches import Example, task_batch
-from ..data.rows import row_options
+from ..data.reading.rows import row_options
 from ..data.stream import mix
 from ..data.tables import Table
 from ..data.tokenizer import load_tokenizer

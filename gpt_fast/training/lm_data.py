@@ -15,13 +15,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..config import IGNORE, GPTConfig
-from ..data.batches import Batch, causal_batch, packed, token_stream
+from ..data.batches import Batch, causal_batch, packed, text_stream
 from ..data.corpus import Document, read_corpus
 from ..data.masking import mask_tokens
 from ..data.reading.pipes import is_piped
 from ..data.stream import TokenStream, WindowOrder, mix
 from ..data.token_files import check_content, check_vocabulary, read_token_file, split_streams, token_files
-from ..data.tokenizer import encode_documents, load_tokenizer, make_tokenizer, parse_tokenizer, special_ids
+from ..data.tokenizer import load_tokenizer, make_tokenizer, parse_tokenizer, special_ids
 from .engine.distributed import World
 from .runs.folder import special_token
 
@@ -133,7 +133,7 @@ def read_lm_data(
     shared = parse_tokenizer(ranks.text(made))
     start = special_ids(shared)["start_token"]
     train, valid = (
-        token_stream(encode_documents(shared, [d.text for d in part]), start) for part in (corpus.train, corpus.valid)
+        text_stream(shared, (document.text for document in part), start) for part in (corpus.train, corpus.valid)
     )
     return LMData(
         corpus.source, shared, train, valid, start,

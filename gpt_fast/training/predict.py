@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..data.rows import RowOptions
-from ..data.tables import WRITTEN, Row, Table, read_rows, table_suffix, write_rows
+from ..data.reading.rows import RowOptions, written_kind
+from ..data.tables import Row, Table, read_rows, write_rows
 from ..heads import GPTForCausalLM, Head
 from .evaluate import run_labels, run_task
 from .metrics import predictions
@@ -101,7 +101,7 @@ def _warn(found: Sequence[str]) -> None:
 
 def check_target(out: Path, data: Path, options: RowOptions = PLAIN) -> None:
     """What would be wrong with writing to `out`, before any work."""
-    table_suffix(out, WRITTEN)
+    written_kind(out)
     for place, row in read_rows(data, options):
         if taken := [name for name in ADDED if name in row]:
             raise ValueError(f"{data}, {place}: has a column {taken[0]!r} already, which --out {out} would add")

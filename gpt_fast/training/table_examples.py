@@ -22,7 +22,7 @@ from ..data.labels import (
     class_rule,
     number,
 )
-from ..data.rows import RowOptions, some
+from ..data.reading.rows import RowOptions, some
 from ..data.snippets import snippet_table
 from ..data.tables import MissingColumn, Row, Table, TableOptions, read_table
 from ..data.tokenizer import encode_documents, without_lone_surrogates

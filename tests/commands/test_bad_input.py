@@ -138,7 +138,7 @@ BAD_FINETUNE = {
         "--train {tmp}/quiz.csv --task multiple-choice --pair-column a,b",
         ["quiz.csv, line 3: answer '2' of 2 counts from 1", "--answers 1"],
     ),
-    "broken parquet": ("--train {tmp}/broken.parquet", ["broken.parquet: damaged, or no parquet file"]),
+    "broken parquet": ("--train {tmp}/broken.parquet", ["broken.parquet: damaged, or no parquet table"]),
     "labels of a regression": ("--train {table} --task regression --labels a,b", ["--labels a,b: regression has no"]),
     "columns of a jsonl": ("--train {tmp}/broken.jsonl --columns a,b", ["--columns a,b: ", "names its columns itself"]),
     "not a table": (
@@ -246,7 +246,7 @@ BAD_USES = {
     "evaluate: unknown label": ("evaluate --from {classifier} --data {tmp}/new.csv", ["line 3: unknown label 'tepid'"]),
     "evaluate: a table without text": (
         "evaluate --from {lm} --data {tmp}/semicolons.csv",
-        ["semicolons.csv: no column 'text'; it has 'text;label'"],
+        ["semicolons.csv, line 2: no column 'text'; it has 'text;label'"],
     ),
     "evaluate: confusion, no png": (
         "evaluate --from {classifier} --data {table} --confusion {tmp}/c.jpg",

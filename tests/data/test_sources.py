@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from gpt_fast.data import corpus, prepare, sources, token_files
+from gpt_fast.data import corpus, prepare, sources, tables, token_files
 from gpt_fast.data import tokenizer as tok
 from gpt_fast.data.reading import cuts, files
 from tests.command_line import ENVIRONMENT, SMALL, succeed
@@ -38,7 +38,7 @@ def make(out: Path, *data: object, valid: tuple = (), say: Callable = ignore, **
 
 
 def ids_of(path: Path) -> list[int]:
-    return token_files.read_token_file(path).tokens.tolist()
+    return token_files.read_token_file(path).tokens[:].tolist()
 
 
 def texts_of(path: Path) -> list[str]:
@@ -139,6 +139,7 @@ def test_tokens_of_a_cut_text_are_those_of_the_whole(tmp_path, monkeypatch, text
     again, *valid = ids_of(tmp_path / "out" / "valid.bin")
     assert start == again == tok.special_ids(tokenizer)["start_token"]
     assert train + valid == tok.encode(tokenizer, content)
+    assert list(tok.encode_documents(tokenizer, [content, "", content])) == [train + valid, [], train + valid]
     assert 0.01 < len(valid) / (len(train) + len(valid)) < 0.15
     keeps = cuts.keeps_tokens(tokenizer) if made else None
     assert len(sources.plan([str(tmp_path / "a.txt")], keeps=keeps)) >= 5
@@ -330,12 +331,12 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "late latin-1": ("a.txt", "日本".encode() * 30000 + b"\xe9 ", r"not UTF-8 \(byte 180000: "),
     "cut off character": ("a.txt", "日本".encode()[:-1], r"not UTF-8 \(byte 3: "),
     "half a surrogate": ("a.txt", b"\xff\xfe\x00\xd8a\x00" * 20, r"a\.txt: not UTF-16-LE"),
-    "nul in json": ("a.jsonl", b'{"text": "a\\u0000b"}\n' * 20, r"a\.jsonl, byte 0: has a NUL character"),
+    "nul in json": ("a.jsonl", b'{"text": "a\\u0000b"}\n' * 20, r"a\.jsonl, line 1: has a NUL character"),
     "no gzip": ("a.txt.gz", b"no gzip", r"a\.txt\.gz: damaged, or not gzip"),
     "cut off gzip": ("a.txt.gz", gzip.compress(os.urandom(5000))[:3000], r"a\.txt\.gz: damaged, or not what its name"),
     "flipped gzip": ("a.jsonl.gz", gzip.compress(json_lines().encode())[:-8] + bytes(8), r"a\.jsonl\.gz: damaged"),
     "no zip": ("a.zip", b"no zip", r"a\.zip: damaged, or not what its name says"),
-    "no parquet": ("a.parquet", b"no parquet", r"a\.parquet: not a parquet table, or damaged"),
+    "no parquet": ("a.parquet", b"no parquet", r"a\.parquet: damaged, or no parquet table"),
     "parquet as text": ("a.txt", b"PAR1" + bytes(100), r"a\.txt: a parquet table; name it \.parquet"),
     "pdf": ("a.txt", b"%PDF-1.7\n" * 20, r"a\.txt: a PDF; convert it to text"),
     "docx": ("a.docx", b"PK\x03\x04" + bytes(60), r"a\.docx: a zip archive or an office document"),
@@ -344,24 +345,28 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "lfs": ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a pointer of Git LFS"),
     "tokens": ("a.bin", b"gptfast2" * 20, r"a\.bin: a token file by its name"),
     "json object": ("a.json", b'{"data": [\n1, 2]}', r"a\.json: one JSON value; expected an array of rows"),
-    "json array of numbers": ("a.json", b"[1, 2]", r"a\.json, element 1: a int; expected an object with text"),
-    "cut off array": ("a.json", b'[{"text": "a"}, {"text": "b', r"a\.json, element 2: not JSON"),
+    "json array of numbers": ("a.json", b"[1, 2]", r"a\.json, row 1: a number; expected an object with text"),
+    "cut off array": ("a.json", b'[{"text": "a"}, {"text": "b', r"a\.json, row 2: not JSON"),
     "array without an end": ("a.json", b'[{"text": "a"}', r"a\.json: not JSON, has its end; expected ','"),
     "text behind an array": ("a.json", b'[{"text": "a"}] x', r"a\.json: more text behind its JSON array"),
-    "nested array": ("a.json", b"[" * 100_000, r"a\.json, element 1: not JSON"),
-    "broken line": ("a.jsonl", b'{"text": "a"}\n{"text"\n', r"a\.jsonl, byte 14: not JSON"),
+    "nested array": ("a.json", b"[" * 100_000, r"a\.json, row 1: not JSON that can be read, nested"),
+    "broken line": ("a.jsonl", b'{"text": "a"}\n{"text"\n', r"a\.jsonl, line 2: not JSON"),
     "other field": (
         "a.jsonl",
         b'{"body": "a"}\n',
-        r"a\.jsonl, byte 0: no field 'text'; it has 'body' \(see --text-col",
+        r"a\.jsonl, line 1: no column 'text'; it has 'body' \(see --text-col",
     ),
-    "number": ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl, byte 0: 'text' holds a int; expected text"),
-    "line of a list": ("a.jsonl", b'["a"]\n', r"a\.jsonl, byte 0: a list; expected an object"),
-    "other column": ("a.csv", b"n,body\n1,a\n", r"a\.csv: no column 'text'; it has 'n', 'body'"),
-    "two columns": ("a.csv", b"text,text\n1,a\n", r"a\.csv: two columns 'text'"),
-    "ragged": ("a.csv", b"n,text\n1,a\n2\n", r"a\.csv, line 3: 1 fields; expected 2, as in its header"),
+    "number": ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl, line 1: 'text' holds a number; expected text"),
+    "line of a list": ("a.jsonl", b'["a"]\n', r"a\.jsonl, line 1: a list; expected an object"),
+    "other column": ("a.csv", b"n,body\n1,a\n", r"a\.csv, line 2: no column 'text'; it has 'n', 'body'"),
+    "two columns": (
+        "a.csv",
+        b"text,text\n1,a\n",
+        r"a\.csv: columns 1 and 2 are both called 'text'; expected a name for each",
+    ),
+    "ragged": ("a.csv", b"n,text\n1,a\n2\n", r"a\.csv, line 3: 1 fields under a header of 2$"),
     "lone quote": ("a.csv", b'n,text\n1,"a\n', r"a\.csv, line 2: unexpected end of data; expected quotes"),
-    "latin-1 table": ("a.csv", b"n,text\n1,caf\xe9\n", r"a\.csv, line \d: not UTF-8"),
+    "latin-1 table": ("a.csv", b"n,text\n1,caf\xe9\n", r"a\.csv, line 2: not UTF-8 \(byte 5 of the line"),
 }
 
 
@@ -400,7 +405,76 @@ def test_the_quotes_of_a_tsv(tmp_path):
     rows = ['"It was fun', 'an inch is 2.54 cm, 1"', 'the end"', 'a "b" c']
     (tmp_path / "a.tsv").write_text("".join(f"{i}\t{row}\n" for i, row in enumerate(["text", *rows])))
     (tmp_path / "a.tsv").write_text("n\ttext\n" + "".join(f"{i}\t{row}\n" for i, row in enumerate(rows)))
-    assert [document.text for document in corpus.read_documents(tmp_path / "a.tsv")] == rows
+    with pytest.warns(UserWarning, match=r"a\.tsv: read without quoting, 4 rows"):
+        assert [document.text for document in corpus.read_documents(tmp_path / "a.tsv")] == rows
+    said: list[str] = []
+    make(tmp_path / "out", tmp_path / "a.tsv", valid=(tmp_path / "a.tsv",), say=said.append)
+    assert len(said) == 2
+    assert all("a.tsv: read without quoting, 4 rows" in line for line in said)
+
+
+def read_labelled(path: Path) -> list[str]:
+    """The texts of a labelled table whose labels are its column n."""
+    return tables.read_table(path, label_column="n").texts
+
+
+@pytest.mark.parametrize("name", [name for name in TABLES if name not in ("texts.json", "a.zip")])
+def test_a_labelled_table_is_read_by_the_same_reader(tmp_path, name):
+    """Compressed and in UTF-16, too (before: plain UTF-8 alone)."""
+    TABLES[name](tmp_path / name)
+    assert read_labelled(tmp_path / name) == ROWS
+
+
+@pytest.mark.parametrize("case", [case for case, (name, *_) in REFUSED.items() if Path(name).suffix in files.KINDS])
+def test_a_labelled_table_is_refused_in_the_same_words(tmp_path, case):
+    """All but what one of the two forbids alone: an object, and a text where numbers are labels."""
+    name, content, message = REFUSED[case]
+    message = {
+        "json object": r"a\.json, row 1: a number; expected an object with named fields",
+        "json array of numbers": r"a\.json, row 1: a number; expected an object with named fields",
+        "other field": r"a\.jsonl, line 1: no column 'text'",
+        "other column": r"a\.csv, line 2: no column 'text'",
+        "number": r"a\.jsonl, line 1: column 'text' holds 5; expected text",
+        "nul in json": r"a\.jsonl, line 1: column 'text' has a NUL character; expected text",
+    }.get(case, message.removesuffix("$"))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        tables.read_table(tmp_path / name, label_column=None)
+
+
+def test_a_row_of_a_later_unit_is_named_by_its_line(tmp_path, monkeypatch):
+    """A unit begins in the middle of a file (before: by the byte)."""
+    monkeypatch.setattr(sources, "UNIT", 300)
+    lines = json_lines().splitlines(keepends=True)
+    lines[29] = '{"text": 5}\n'
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    assert len(sources.plan([str(tmp_path / "a.jsonl")])) > 5
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 30: 'text' holds a number; expected text"):
+        corpus.read_corpus([tmp_path / "a.jsonl"])
+
+
+LONG = "a" * 5000
+TOO_LONG = {
+    "a.jsonl": (json.dumps({"n": 1, "text": "b"}) + "\n" + json.dumps({"n": 1, "text": LONG}), "line 2"),
+    "a.json": (json.dumps([{"n": 1, "text": "b"}, {"n": 1, "text": LONG}]), "row 2"),
+    "a.csv": (f"n,text\n1,b\n1,{LONG}\n", "line 3"),
+    "quoted.csv": ('n,text\n1,b\n1,"' + "line\n" * 1000 + '"\n', "line 202"),
+    "a.tsv": (f"n\ttext\n1\tb\n1\t{LONG}\n", "line 3"),
+}
+
+
+@pytest.mark.parametrize("name", TOO_LONG)
+def test_a_row_has_a_limit(tmp_path, monkeypatch, name):
+    """A damaged file, whose row never ends, takes no memory beyond it. A row of several lines has the same limit."""
+    monkeypatch.setattr(files, "ROW", 1000)
+    monkeypatch.setattr(files, "TEXT_BLOCK", 64)
+    content, place = TOO_LONG[name]
+    (tmp_path / name).write_text(content)
+    for read in (read_labelled, corpus.read_documents, lambda path: make(tmp_path / "out", path)):
+        with pytest.raises(ValueError, match=rf"{name}, {place}: a row of more than 1,000 bytes; expected fewer"):
+            read(tmp_path / name)
+    (tmp_path / name).write_text(content.replace("a" * 5000, "a" * 900).replace("line\n" * 1000, "line\n" * 150))
+    assert len(read_labelled(tmp_path / name)) == 2
 
 
 def test_rows_without_text_are_counted(tmp_path):
@@ -551,4 +625,4 @@ def test_pretrain_and_evaluate_read_tables(cli, data, tmp_path):
     assert measured["bits_per_byte"] > 0
     refused = cli("evaluate", "--from", tmp_path / "run", "--data", table)
     assert refused.code == 2
-    assert re.search(r"a\.jsonl, byte 0: no field 'text'; it has 'id', 'review'", " ".join(refused.err.split()))
+    assert re.search(r"a\.jsonl, line 1: no column 'text'; it has 'id', 'review'", " ".join(refused.err.split()))

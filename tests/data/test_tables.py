@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt_fast.data import labels, rows, tables
+from gpt_fast.data import labels, tables
+from gpt_fast.data.reading import files, rows
 from gpt_fast.data.tables import TableOptions
 from gpt_fast.training import table_examples, tasks
 
@@ -69,7 +70,7 @@ def test_parquet(tmp_path):
     path = write_parquet(tmp_path / "none.parquet", {"text": ["a", "b", "c"], "label": [0, None, 1]})
     with pytest.raises(ValueError, match=r"none\.parquet, row 2: column 'label' holds None"):
         tables.read_table(path)
-    with pytest.raises(ValueError, match=r"broken\.parquet: damaged, or no parquet file"):
+    with pytest.raises(ValueError, match=r"broken\.parquet: damaged, or no parquet table"):
         read(tmp_path, "broken.parquet", path.read_bytes()[:-9])
 
 
@@ -82,7 +83,7 @@ def test_a_damaged_parquet_is_named(tmp_path, damage):
     """pyarrow raises errors of several types, most of them without the name of the file."""
     path = write_parquet(tmp_path / "t.parquet", {"text": ["cafe", "tea"], "label": [0, 1]})
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=r"t\.parquet: damaged, or no parquet file"):
+    with pytest.raises(ValueError, match=r"t\.parquet: damaged, or no parquet table"):
         tables.read_table(path)
 
 
@@ -97,7 +98,7 @@ def test_a_damaged_squad_is_named(tmp_path, level):
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     write(tmp_path, {"t.parquet": b"PAR1"})
     find = util.find_spec
-    monkeypatch.setattr(rows, "find_spec", lambda name: None if name == "pyarrow" else find(name))
+    monkeypatch.setattr(files, "find_spec", lambda name: None if name == "pyarrow" else find(name))
     with pytest.raises(ValueError, match=r"t\.parquet: needs pyarrow; pip install gpt-fast\[hf\]"):
         tables.read_table(tmp_path / "t.parquet")
 
@@ -123,14 +124,14 @@ def test_a_field_longer_than_csvs_limit(tmp_path):
         ("t.csv", b"text,label\na,b\ncaf\xe9,b\n", "t.csv, line 3: not UTF-8 (byte 3 of the line"),
         ("t.jsonl", b'{"text": "a", "label": 1}\n{"text": "caf\xe9"}\n', "t.jsonl, line 2: not UTF-8 (byte 13"),
         ("t.jsonl", '{"text": "a", "label": 1}\n{"text"\n', "t.jsonl, line 2: not JSON"),
-        ("t.jsonl", '["a", 1]\n', "t.jsonl, line 1: wanted an object"),
+        ("t.jsonl", '["a", 1]\n', "t.jsonl, line 1: a list; expected an object"),
         ("t.jsonl", '{"text": 5, "label": 1}\n', "t.jsonl, line 1: column 'text' holds 5"),
         ("t.jsonl", '{"text": "a", "label": null}\n', "t.jsonl, line 1: column 'label' holds None"),
         ("t.jsonl", '{"text": "a", "label": {}}\n', "t.jsonl, line 1: column 'label' holds {}; wanted a label"),
-        ("t.json", '[{"text": "a",\n "label": }]', "t.json, line 2: not JSON"),
-        ("t.json", '[{"text": "a", "label": 1}, 5]', "t.json, row 2: wanted an object with named fields, got 5"),
-        ("t.json", '"text"', "t.json: holds a str; expected an array of objects"),
-        ("t.json", "[" * 100_000, "t.json"),
+        ("t.json", '[{"text": "a",\n "label": }]', "t.json, row 1: not JSON"),
+        ("t.json", '[{"text": "a", "label": 1}, 5]', "t.json, row 2: a number; expected an object with named fields"),
+        ("t.json", '"text"', "t.json: a text; expected an array of objects"),
+        ("t.json", "[" * 100_000, "t.json, row 1: not JSON that can be read, nested too deeply"),
     ],
 )
 def test_tables_that_cannot_be_read(tmp_path, name, content, message):

@@ -69,15 +69,16 @@ def last_place(text: str, keeps: Keeps | None = None) -> int | None:
     return None
 
 
-def pieces(texts: Iterator[str], keeps: Keeps | None = None) -> Iterator[str]:
-    """Yield the text that `texts` make together in pieces of `PIECE` characters or fewer, cut where no token changes if
-    there is such a place."""
+def pieces(texts: Iterator[str], keeps: Keeps | None = None, size: int | None = None) -> Iterator[str]:
+    """Yield the text that `texts` make together in pieces of `size` characters (`PIECE` unless given) or fewer, cut
+    where no token changes if there is such a place."""
+    size = PIECE if size is None else size
     rest = ""
     for text in texts:
         rest += text
         begin = 0
-        while len(rest) - begin > PIECE:  # one character more than a piece: a cut needs what follows it
-            window = rest[begin : begin + PIECE]
+        while len(rest) - begin > size:  # one character more than a piece: a cut needs what follows it
+            window = rest[begin : begin + size]
             place = last_place(window, keeps) or len(window)
             yield window[:place]
             begin += place

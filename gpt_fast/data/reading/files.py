@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 TEXT_BLOCK = 1 << 16
+ROW = 1 << 26  # bytes, or characters, of one row of a table: a longer one is no row but a damaged or hostile file
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 TOKENS = ".bin"
@@ -121,19 +122,37 @@ def kind_of(file: TextFile, in_folder: bool = False) -> str:
     if head[257:262] == b"ustar":
         raise ValueError(f"{file}: a tar archive; unpack it and name the folder; expected text")
     if kind == "json":
-        first = head.lstrip()[:1]
-        if first == b"[":
-            return "json"
-        if first == b"{" and _is_object(head.lstrip().partition(b"\n")[0]) and (b"\n" in head.strip() or not in_folder):
-            return "jsonl"
+        form = json_form(file)
+        if form in ("json", "jsonl"):
+            return form
         if in_folder:
             return "text"
+        if form == "object" and b"\n" not in head.strip() and _is_object(head):
+            return "jsonl"
         raise ValueError(
             f"{file}: one JSON value; expected an array of rows, or a row on each line (named .txt it is read as text)"
         )
     if not suffix and _is_object(head.lstrip().partition(b"\n")[0]):
         return "jsonl"  # standard input has no name that tells
     return "text"
+
+
+def json_form(file: TextFile) -> str:
+    """Return json for an array, jsonl for an object on each line, object for one object, "" for another value."""
+    with open_utf8(file) as opened:
+        head = opened.readline(ROW).lstrip()
+        while head == b"" and (line := opened.readline(ROW)):
+            head = line.lstrip()
+        behind = b""
+        while head.startswith(b"{") and behind == b"" and (line := opened.readline(ROW)):
+            behind = line.lstrip()
+    if head.startswith(b"{"):
+        return "jsonl" if head.rstrip().endswith(b"}") and behind.startswith(b"{") else "object"
+    return "json" if head.startswith(b"[") else ""
+
+
+def too_long() -> str:
+    return f"a row of more than {ROW:,} bytes; expected fewer"
 
 
 @contextmanager

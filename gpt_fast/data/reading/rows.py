@@ -1,94 +1,128 @@
-"""The text column of tables, row by row in constant memory: JSON lines and arrays, CSV and TSV, parquet, data sets."""
+"""Rows of tables, one by one and in constant memory, whatever reads them: labelled tables or a column of texts.
+
+A row is (place, value): where it is, "line 5" or "row 5", and an object with named fields; in a JSON array also a text.
+Text is UTF-8, or what a byte order mark says, packed or not. Each format has one rule, the same for every command.
+"""
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
-from .files import TextFile, open_utf8, place_in_file, require
+from . import files
+from .files import KINDS, TextFile, json_form, open_utf8, require
+from .nested import Row, is_squad, squad_rows, unnested
+from .separated import DEFAULT, RowOptions, Say, check_names, delimiter, ignore, separated, some
 
+__all__ = [
+    "DEFAULT", "HF", "SUFFIXES", "WRITTEN", "Row", "RowOptions", "Say", "column_texts", "data_set", "data_set_rows",
+    "delimiter", "file_rows", "parquet_groups", "read_rows", "row_options", "some", "table_kind", "written_kind",
+]  # fmt: skip
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+WRITTEN = (".csv", ".tsv", ".jsonl")
 HF = "hf:"
 _BATCH = 256  # rows of a parquet table that are in memory at once
-_FIELD_LIMIT = 2**31 - 1  # of csv's fields; the module's own is shorter than a long article
-Rows = Iterator[tuple[str, str]]  # where a row is, and its text: "" where it has none
+Rows = Iterator[tuple[object, Any]]
 
 
-def json_lines(file: TextFile, start: int, end: int | None, column: str) -> Rows:
-    """Yield the rows of JSON lines that begin at the bytes `start` to `end` of a file's text."""
-    place = start
-    with open_utf8(file, start) as opened:
-        while end is None or place < end:
-            line = opened.readline()
-            if not line:
-                return
-            if line.strip():
-                where = f"{file}, {place_in_file(file, place)}"
-                try:
-                    row = json.loads(line)
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{where}: not UTF-8 ({error.reason}); convert it or leave it out") from None
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{where}: not JSON ({error}); expected an object on each line") from None
-                yield where, _field(where, row, column)
-            place += len(line)
+def row_options(columns: str | None, skip_ragged: bool) -> RowOptions:
+    """Return the options --columns, names with commas between them, and --skip-ragged."""
+    return RowOptions(() if columns is None else tuple(columns.split(",")), skip_ragged)
 
 
-def json_array(file: TextFile, column: str) -> Rows:
-    """Yield the elements of a JSON array: texts, or objects with the text in `column`."""
-    decoder = json.JSONDecoder()
-    with open_utf8(file) as opened:
-        text = _Ahead(file, opened)
-        text.skip("[")
-        number = 0
-        while text.peek() != "]":
-            number += 1
-            where = f"{file}, element {number}"
-            row = text.value(decoder, where)
-            yield where, row if isinstance(row, str) else _field(where, row, column)
-            if text.peek() != "]":
-                text.skip(",")
-        text.skip("]")
-        if text.peek():
-            raise ValueError(f"{file}: more text behind its JSON array; expected one array")
+def read_rows(path: Path, options: RowOptions = DEFAULT, say: Say = ignore) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a labelled table, each with its place; the nested forms of SQuAD, RACE and ARC as rows.
+
+    `say` gets lines about quotes and about rows that were skipped. Raises `FileNotFoundError`, and `ValueError` for a
+    file that cannot be read without losing a row or a column.
+    """
+    kind = table_kind(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    file = TextFile(path, path.name)
+    if options.columns and kind not in ("csv", "tsv"):
+        raise ValueError(f"--columns {','.join(options.columns)}: {path} names its columns itself; leave it out")
+    if kind == "json":
+        kind = json_form(file) or "object"
+    for place, value in file_rows(file, kind, options, say):
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}, {place}: {_a(value)}; expected an object with named fields")
+        yield from unnested(str(place), value)
 
 
-def separated(file: TextFile, kind: str, column: str) -> Rows:
-    """Yield the rows of a .csv or .tsv with a header line."""
-    quoted = kind == "csv" or _tsv_is_quoted(file)
-    rows = _separated_rows(file, kind, quoted)
-    _, header = next(rows, (0, []))
-    if header.count(column) != 1:
-        found = "two columns" if column in header else "no column"
-        raise ValueError(f"{file}: {found} {column!r}; it has {', '.join(map(repr, header))} (see --text-column)")
-    place = header.index(column)
-    for line, row in rows:
-        if len(row) != len(header):
-            raise ValueError(f"{file}, line {line}: {len(row)} fields; expected {len(header)}, as in its header")
-        yield f"{file}, line {line}", row[place]
+def table_kind(path: Path) -> str:
+    """Return csv, tsv, jsonl, json or parquet by the name of a table, which may be compressed: t.csv.gz. Raise
+    `ValueError` for a folder and for another ending."""
+    suffix = TextFile(path, path.name).suffixes[0]
+    if suffix not in KINDS or path.is_dir():
+        _refuse(path, suffix, SUFFIXES)
+    return KINDS[suffix]
 
 
-def parquet(file: TextFile, groups: Sequence[int], column: str) -> Rows:
-    """Yield the rows of some row groups of a parquet table."""
-    import pyarrow
+def written_kind(path: Path) -> str:
+    """Return csv, tsv or jsonl by the name of a table to be written. Raise `ValueError` as `table_kind` does."""
+    suffix = path.suffix.lower()
+    if suffix not in WRITTEN or path.is_dir():
+        _refuse(path, suffix, WRITTEN)
+    return KINDS[suffix]
 
-    with _parquet_file(file) as table:
-        names = table.schema_arrow.names
-        if column not in names:
-            raise ValueError(f"{file}: no column {column!r}; it has {', '.join(map(repr, names))} (see --text-column)")
-        number = sum(table.metadata.row_group(group).num_rows for group in range(groups[0])) if groups else 0
-        try:
-            for batch in table.iter_batches(_BATCH, row_groups=list(groups), columns=[column]):
-                for value in batch.column(0).to_pylist():
-                    number += 1
-                    where = f"{file}, row {number}"
-                    yield where, _text(where, value, column)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{file}: damaged ({error}); expected a parquet table") from None
+
+def _refuse(path: Path, suffix: str, suffixes: Sequence[str]) -> NoReturn:
+    has = "a folder" if path.is_dir() else f"ends in {suffix or 'nothing'!r}"
+    raise ValueError(f"{path}: {has}; expected a table ending in {', '.join(suffixes)}")
+
+
+def file_rows(
+    file: TextFile,
+    kind: str,
+    options: RowOptions | None = None,
+    say: Say = ignore,
+    start: int = 0,
+    end: int | None = None,
+    column: str | None = None,
+) -> Rows:
+    """Yield the rows of a file of this kind: jsonl, json, object, csv, tsv or parquet.
+
+    Of JSON lines those that begin at the bytes `start` to `end` of the text, of parquet the row groups `start` to `end`
+    are read. A parquet table need not read more than `column`.
+    """
+    try:
+        if kind == "parquet":
+            yield from _parquet(file, start, end, column)
+        elif kind == "jsonl":
+            yield from _json_lines(file, start, end)
+        elif kind == "json":
+            yield from _json_array(file)
+        elif kind == "object":
+            yield from _json_object(file)
+        else:
+            yield from separated(file, kind, options, say)
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}{_undecodable(file)}") from None
+
+
+def column_texts(source: str, rows: Rows, column: str) -> Iterator[str]:
+    """Yield the text in `column` of each row, "" for a row without any; of a JSON array also texts by themselves."""
+    for place, value in rows:
+        if isinstance(value, dict):
+            if column not in value:
+                found = ", ".join(map(repr, value)) or "none"
+                raise ValueError(f"{source}, {place}: no column {column!r}; it has {found} (see --text-column)")
+            value = value[column]
+            if value is None:
+                value = ""
+            if not isinstance(value, str):
+                raise ValueError(f"{source}, {place}: {column!r} holds {_a(value)}; expected text")
+        elif not isinstance(value, str):
+            raise ValueError(f"{source}, {place}: {_a(value)}; expected an object with text in {column!r}")
+        if "\0" in value:
+            raise ValueError(f"{source}, {place}: has a NUL character; expected text")
+        yield value
 
 
 def parquet_groups(file: TextFile) -> list[int]:
@@ -101,13 +135,11 @@ def data_set_rows(source: str, start: int, end: int, column: str) -> Rows:
     """Yield the rows `start` to `end` of a Hugging Face data set."""
     table = data_set(source)
     if column not in table.column_names:
-        raise ValueError(
-            f"{source}: no column {column!r}; it has {', '.join(map(repr, table.column_names))} (see --text-column)"
-        )
+        found = ", ".join(map(repr, table.column_names))
+        raise ValueError(f"{source}: no column {column!r}; it has {found} (see --text-column)")
     for first in range(start, end, _BATCH):
         for number, value in enumerate(table[first : min(first + _BATCH, end)][column], start=first + 1):
-            where = f"{source}, row {number}"
-            yield where, _text(where, value, column)
+            yield f"row {number}", {column: value}
 
 
 def data_set(source: str) -> Any:
@@ -130,80 +162,120 @@ def _load_data_set(source: str) -> Any:
         raise ValueError(f"{source}: cannot be loaded ({' '.join(str(error).split())})") from None
 
 
-def _field(where: str, row: object, column: str) -> str:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a {type(row).__name__}; expected an object with text in {column!r}")
-    if column not in row:
+# --- JSON ---
+
+
+class _Line:
+    """The number of a line; those before `start`, a byte of the text, are counted when a message needs them."""
+
+    def __init__(self, file: TextFile, start: int, number: int):
+        self._file, self._start, self._number = file, start, number
+
+    def __str__(self) -> str:
+        before, left = 0, self._start
+        if left:
+            with open_utf8(self._file) as opened:
+                while left and (block := opened.read(min(left, 1 << 20))):
+                    before, left = before + block.count(b"\n"), left - len(block)
+        return f"line {before + self._number}"
+
+
+def _json_lines(file: TextFile, start: int, end: int | None) -> Rows:
+    at = start
+    with open_utf8(file, start) as opened:
+        for number in count(1):
+            line = opened.readline(files.ROW + 1) if end is None or at < end else b""
+            if not line:
+                return
+            place = _Line(file, start, number)
+            if len(line) > files.ROW:
+                raise ValueError(f"{file}, {place}: {files.too_long()}")
+            at += len(line)
+            if line.strip():
+                value = _parsed(file, line, place)
+                if not isinstance(value, dict):
+                    raise ValueError(f"{file}, {place}: {_a(value)}; expected an object with named fields")
+                yield place, value
+
+
+def _json_array(file: TextFile) -> Rows:
+    with open_utf8(file) as opened:
+        text = _Ahead(file, opened)
+        text.skip("[")
+        number = 0
+        while text.peek() != "]":
+            number += 1
+            yield f"row {number}", text.value(number)
+            if text.peek() != "]":
+                text.skip(",")
+        text.skip("]")
+        if text.peek():
+            raise ValueError(f"{file}: more text behind its JSON array; expected one array")
+
+
+def _json_object(file: TextFile) -> Rows:
+    """Yield the questions of SQuAD's file, the rows of an array that an object has as `data`, or the object itself."""
+    most = 4 * files.ROW
+    with open_utf8(file) as opened:
+        content = opened.read(most + 1) if file.path.stat().st_size <= most else b""
+    if not 0 < len(content) <= most:
+        raise ValueError(f"{file}: one JSON value of more than {most:,} bytes; expected a row on each line")
+    value = _parsed(file, content, None)
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: {_a(value)}; expected an array of objects")
+    value = value["data"] if isinstance(value.get("data"), list) else [value]
+    if is_squad(value):
+        yield from squad_rows(str(file), value)
+        return
+    yield from ((f"row {number}", row) for number, row in enumerate(value, start=1))
+
+
+def _parsed(file: TextFile, text: bytes, place: object) -> Any:
+    where = file if place is None else f"{file}, {place}"
+    try:
+        return _DECODER.decode(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        if place is None:
+            raise
         raise ValueError(
-            f"{where}: no field {column!r}; it has {', '.join(map(repr, row)) or 'none'} (see --text-column)"
-        )
-    return _text(where, row[column], column)
+            f"{where}: not UTF-8 (byte {error.start} of the line: {error.reason}); convert it first"
+        ) from None
+    except json.JSONDecodeError as error:
+        where = where if place is not None else f"{file}, line {error.lineno}"
+        raise ValueError(f"{where}: not JSON ({error}); expected an object with named fields") from None
+    except RecursionError:
+        raise ValueError(f"{where}: not JSON that can be read, nested too deeply; expected rows") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
-def _text(where: str, value: object, column: str) -> str:
-    """Return a row's text, "" for a missing value."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: {column!r} holds a {type(value).__name__}; expected text")
-    return value
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _TwiceError(f"an object has the field {twice!r} twice; expected a name for each")
+    return row
 
 
-def _parquet_file(file: TextFile) -> Any:
-    require("pyarrow", "hf", str(file))
-    import pyarrow
-    from pyarrow import parquet as tables
-
-    try:
-        return tables.ParquetFile(file.path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not a parquet table, or damaged ({error})") from None
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
-def _separated_rows(file: TextFile, kind: str, quoted: bool) -> Iterator[tuple[int, list[str]]]:
-    """Yield (number of the last line, fields) of each row, the header too. Blank lines are no rows."""
-    csv.field_size_limit(_FIELD_LIMIT)
-    with open_utf8(file) as opened, io.TextIOWrapper(opened, "utf-8", newline="") as text:
-        reader = csv.reader(
-            text,
-            delimiter="\t" if kind == "tsv" else ",",
-            strict=True,
-            quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
-        )
-        try:
-            for row in reader:
-                if row:
-                    yield reader.line_num, row
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{file}, line {reader.line_num + 1}: not UTF-8 ({error.reason}); convert it first"
-            ) from None
-        except csv.Error as error:
-            raise ValueError(f"{file}, line {reader.line_num}: {error}; expected quotes around whole fields") from None
+class _TwiceError(ValueError):
+    """An object has two fields of one name. More text would not mend it."""
 
 
-@lru_cache(maxsize=256)
-def _tsv_is_quoted(file: TextFile) -> bool:
-    """Return True if the quotes of a .tsv enclose fields, False if they are characters like others.
-
-    Quotes enclose fields if every row then has the header's number of fields, and no row is lost against the reading
-    that takes them for characters, unless that one has ragged rows.
-    """
-    try:
-        quoted = _shape(file, quoted=True)
-    except ValueError:
-        return False
-    plain = _shape(file, quoted=False)
-    return quoted[1] and (quoted[0] == plain[0] or not plain[1])
-
-
-def _shape(file: TextFile, quoted: bool) -> tuple[int, bool]:
-    """Return the number of rows, and whether all have as many fields as the header."""
-    count, even, width = 0, True, None
-    for _, row in _separated_rows(file, "tsv", quoted):
-        width = len(row) if width is None else width
-        count, even = count + 1, even and len(row) == width
-    return count, even
+def _a(value: object) -> str:
+    """Return what kind of JSON value this is, for a message."""
+    names = {
+        dict: "an object",
+        list: "a list",
+        int: "a number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+    }
+    return names.get(type(value), "null" if value is None else f"a {type(value).__name__}")
 
 
 class _Ahead:
@@ -230,25 +302,74 @@ class _Ahead:
             )
         self._place += 1
 
-    def value(self, decoder: json.JSONDecoder, where: str) -> Any:
+    def value(self, number: int) -> Any:
         """Parse the next value. The text grows by doubling until the value is whole."""
         self.peek()
+        where = f"{self._file}, row {number}"
         while True:
             try:
-                value, end = decoder.raw_decode(self._text, self._place)
-                if end < len(self._text) or self._ended:  # a number may go on
+                value, end = _DECODER.raw_decode(self._text, self._place)
+                if end - self._place <= files.ROW and (end < len(self._text) or self._ended):  # a number may go on
                     self._place = end
                     return value
-            except (ValueError, RecursionError) as error:
-                if self._ended or isinstance(error, RecursionError):
+            except RecursionError:
+                raise ValueError(f"{where}: not JSON that can be read, nested too deeply; expected a row") from None
+            except _TwiceError as error:
+                raise ValueError(f"{where}: {error}") from None
+            except ValueError as error:
+                if self._ended:
                     raise ValueError(f"{where}: not JSON ({error}); expected a text or an object") from None
+            if len(self._text) - self._place > files.ROW:
+                raise ValueError(f"{where}: {files.too_long()}")
             self._more(max(1 << 16, len(self._text)))
 
     def _more(self, size: int) -> bool:
-        try:
-            block = self._opened.read(size)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self._file}: not UTF-8 ({error.reason}); convert it or leave it out") from None
+        block = self._opened.read(size)
         self._ended = not block
         self._text, self._place = self._text[self._place :] + block, 0
         return bool(block)
+
+
+# --- parquet ---
+
+
+def _parquet(file: TextFile, start: int, end: int | None, column: str | None) -> Rows:
+    with _parquet_file(file) as table:
+        import pyarrow
+
+        names = table.schema_arrow.names
+        check_names(file, names)
+        if column is not None and column not in names:
+            found = ", ".join(map(repr, names))
+            raise ValueError(f"{file}: no column {column!r}; it has {found} (see --text-column)")
+        last = table.metadata.num_row_groups if end is None else end
+        number = count(1 + sum(table.metadata.row_group(group).num_rows for group in range(start)))
+        only = None if column is None else [column]
+        try:
+            for batch in table.iter_batches(_BATCH, row_groups=list(range(start, last)), columns=only):
+                for row in batch.to_pylist():
+                    yield f"row {next(number)}", row
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}: damaged, or no parquet table ({error})") from None
+
+
+def _parquet_file(file: TextFile) -> Any:
+    require("pyarrow", "hf", str(file))
+    import pyarrow
+    from pyarrow import parquet as tables
+
+    try:
+        return tables.ParquetFile(file.path)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: damaged, or no parquet table ({error})") from None
+
+
+def _undecodable(file: TextFile) -> str:
+    """Return the place and the cause of the first bytes of a file's text that are not UTF-8."""
+    with open_utf8(file) as opened:
+        for number, line in enumerate(iter(lambda: opened.readline(files.ROW), b""), start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return f", line {number}: not UTF-8 (byte {error.start} of the line: {error.reason}); convert it first"
+    return ": not UTF-8; convert it first"

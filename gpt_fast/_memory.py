@@ -1,0 +1,64 @@
+"""The memory that this process may still take."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+UNKNOWN = 1 << 62
+
+
+def available(root: Path = Path("/")) -> int:
+    """Return the bytes that this process may still take: the least of the machine's available memory, what the limits
+    of its control groups leave, and what RLIMIT_AS leaves. `root` has the folders proc and sys."""
+    return min(UNKNOWN, *_machine(root), *_control_groups(root), *_address_space(root))
+
+
+def size(count: int) -> str:
+    """Return a number of bytes for a message: "1.5 GB"."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
+
+
+def _machine(root: Path) -> Iterator[int]:
+    for line in _lines(root / "proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            yield int(line.split()[1]) << 10
+
+
+def _control_groups(root: Path) -> Iterator[int]:
+    """Yield what each control group of this process, and each group around it, leaves (version 2 and version 1). Page
+    cache counts as free."""
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.rstrip("\n").split(":", 2)
+        if controllers == "":
+            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            top = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        else:
+            continue
+        group = Path(path.strip("/"))
+        for folder in dict.fromkeys(top / part for part in (group, *group.parents)):
+            limit, used = (next(_lines(folder / name), "").strip() for name in names[:2])
+            if limit.isdecimal() and used.isdecimal():
+                cached = 0
+                for entry in _lines(folder / "memory.stat"):
+                    name, _, count = entry.partition(" ")
+                    if name in (f"{names[2]}inactive_file", f"{names[2]}active_file"):
+                        cached += int(count)
+                yield max(0, int(limit) - max(0, int(used) - cached))
+
+
+def _address_space(root: Path) -> Iterator[int]:
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        used = int(next(_lines(root / "proc/self/statm"), "0").split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        yield max(0, limit - used)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a file of the system, none where this system does not have it."""
+    if path.is_file() and os.access(path, os.R_OK):
+        yield from path.read_text("ascii", errors="replace").splitlines()

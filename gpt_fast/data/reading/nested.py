@@ -1,0 +1,69 @@
+"""Nested forms of well-known data sets as rows of a table: SQuAD's file, RACE's articles, ARC's choices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+Row = dict[str, object]
+
+
+def is_squad(articles: object) -> bool:
+    """Return True for the list of articles in a file of SQuAD."""
+    return (
+        isinstance(articles, list)
+        and bool(articles)
+        and all(isinstance(entry, dict) and "paragraphs" in entry for entry in articles)
+    )
+
+
+def squad_rows(source: str, articles: list[Any]) -> Iterator[tuple[str, Row]]:
+    """Yield a row for each question, with the fields of Hugging Face's copy; `answers` is empty for a question that
+    has none, as in SQuAD 2.0."""
+    number = count(1)
+    for article in articles:
+        for paragraph in _objects(source, article, "paragraphs"):
+            for question in _objects(source, paragraph, "qas"):
+                row = {"title": article.get("title"), "context": paragraph.get("context")}
+                row |= {name: question.get(name) for name in ("id", "question")}
+                if "answers" in question:
+                    answers = _objects(source, question, "answers")
+                    row["answers"] = {name: [each.get(name) for each in answers] for name in ("text", "answer_start")}
+                yield f"row {next(number)}", row
+
+
+def unnested(place: str, row: Row) -> Iterator[tuple[str, Row]]:
+    """Yield a row as it is, a row for each question of one of RACE's articles, or one of ARC's with plain choices."""
+    questions, choices = row.get("questions"), row.get("choices")
+    parts = [row.get(name) for name in ("questions", "options", "answers")]
+    if "article" in row and isinstance(questions, list) and all(isinstance(part, list) for part in parts):
+        for number, question in enumerate(questions):
+            answers, options = (row[name][number : number + 1] for name in ("answers", "options"))  # type: ignore[index]
+            several = {"question": question, "options": [*options, None][0], "answer": [*answers, None][0]}
+            yield f"{place}, question {number + 1}", {"id": row.get("id"), "article": row["article"], **several}
+        return
+    stem = row.get("question")
+    if isinstance(stem, dict) and "stem" in stem:
+        row = row | {"question": stem["stem"]}
+        choices = stem.get("choices")
+    if (
+        isinstance(choices, list)
+        and choices
+        and all(isinstance(c, dict) and {"text", "label"} <= c.keys() for c in choices)
+    ):
+        choices = {name: [choice[name] for choice in choices] for name in ("text", "label")}
+    if isinstance(choices, dict) and all(isinstance(choices.get(name), list) for name in ("text", "label")):
+        row = row | {"choices": choices["text"]}
+        if row.get("answerKey") in choices["label"]:  # some of ARC's rows count from 1, most have letters
+            row["answer"] = choices["label"].index(row["answerKey"])
+    yield place, row
+
+
+def _objects(source: str, value: Row, name: str) -> list[Row]:
+    """Return the objects that a level of SQuAD's nested form lists as `name`."""
+    found = value.get(name)
+    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+        raise ValueError(f"{source}: {name} of SQuAD's form is {json.dumps(found)[:40]}; expected a list of objects")
+    return found

@@ -1,0 +1,220 @@
+"""Rows of .csv and .tsv files. A .csv may quote; whether a .tsv does is decided by its content."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import IO, Any
+
+from . import files
+from .files import TextFile, open_utf8
+
+Say = Callable[[str], object]
+Quoting = tuple[int, str]  # csv's constant, and the line about it that a user is told
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """Options for reading a file. `columns` names the columns of a .csv or .tsv without a header line. `skip_ragged`
+    skips rows that have another number of fields than the header."""
+
+    columns: tuple[str, ...] = ()
+    skip_ragged: bool = False
+
+
+DEFAULT = RowOptions()
+
+
+def ignore(message: str) -> None:
+    """Take a message about a file and say nothing."""
+
+
+def delimiter(kind: str) -> str:
+    return "\t" if kind == "tsv" else ","
+
+
+def separated(
+    file: TextFile, kind: str, given: RowOptions | None = None, say: Say = ignore
+) -> Iterator[tuple[str, dict[str, object]]]:
+    """Yield ("line 5", row) for each row under the header; blank lines are no rows. `say` gets a line about quotes.
+    Errors name an option only where the caller has options."""
+    options = given or DEFAULT
+    quoting = csv.QUOTE_MINIMAL
+    if kind == "tsv":
+        quoting, told = tsv_quoting(file, options)
+        if told:
+            say(told)
+    ragged: list[str] = []
+    with _reader(file, kind, quoting) as (reader, lines):
+        header = list(options.columns) or next(reader, [])
+        check_names(file, header)
+        for row in reader:
+            lines.begin_row()
+            if not row:
+                continue
+            place = f"line {reader.line_num}"
+            if len(row) == len(header):
+                yield place, dict(zip(header, row, strict=True))
+            elif options.skip_ragged:
+                ragged.append(place)
+            else:
+                raise ValueError(
+                    f"{file}, {place}: {len(row)} fields under a header of {len(header)}"
+                    + ("; --skip-ragged skips such rows" if len(header) > 1 and given is not None else "")
+                )
+    if ragged:
+        say(f"{file}: skipped {len(ragged):,} rows with another number of fields: {some(ragged)}")
+
+
+def check_names(file: TextFile, header: list[str]) -> None:
+    """Raise `ValueError` for two columns of one name: a row could keep only one of them."""
+    for name in header:
+        places = [str(i) for i, other in enumerate(header, start=1) if other == name]
+        if len(places) > 1:
+            raise ValueError(
+                f"{file}: columns {' and '.join(places)} are both called {name!r}; expected a name for each "
+                "(rename one in the header)"
+            )
+
+
+def some(places: list[str], most: int = 3) -> str:
+    """Return the first of some places as text: "line 3, line 5, line 9, …"."""
+    return ", ".join(places[:most]) + (", …" if len(places) > most else "")
+
+
+def tsv_quoting(file: TextFile, options: RowOptions = DEFAULT) -> Quoting:
+    """Return how a .tsv is read: `csv.QUOTE_MINIMAL` if its quotes are syntax, `csv.QUOTE_NONE` if they are text.
+
+    Both readings are counted. Quotes are syntax if every row then has all fields, and either the plain lines do not, or
+    a csv writer would have written this very file. In an unquoted file, such as GLUE's, a lone quote would otherwise
+    swallow the rows up to the next one.
+    """
+    return _tsv_quoting(file, options, file.path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _tsv_quoting(file: TextFile, options: RowOptions, written: int) -> Quoting:
+    with open_utf8(file) as opened:
+        if not any(b'"' in block for block in iter(lambda: opened.read(1 << 20), b"")):
+            return csv.QUOTE_NONE, ""
+    plain, quoted = (_scan(file, quoting, options) for quoting in (csv.QUOTE_NONE, csv.QUOTE_MINIMAL))
+    swallowed = plain.rows - quoted.rows
+    if quoted.error is not None or quoted.ragged:
+        is_quoted = False
+    elif plain.ragged:  # of the lines of a quoted field, all but the first or the last are ragged
+        is_quoted = plain.ragged >= swallowed
+    else:
+        is_quoted = bool(quoted.forms) and swallowed == 0
+    with_quotes = f"{quoted.rows:,} rows" if quoted.error is None else f"an error ({quoted.error})"
+    if is_quoted:
+        told = f'{file}: read with " as quotes, {with_quotes} (as plain text: {plain.rows:,})'
+        return csv.QUOTE_MINIMAL, told
+    return csv.QUOTE_NONE, f'{file}: read without quoting, {plain.rows:,} rows (with " as quotes: {with_quotes})'
+
+
+@dataclass
+class _Scan:
+    """What a .tsv holds in one of the two readings."""
+
+    rows: int = 0
+    ragged: int = 0
+    error: str | None = None
+    forms: set[int] = field(default_factory=lambda: {csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC})
+
+
+def _scan(file: TextFile, quoting: int, options: RowOptions) -> _Scan:
+    scan = _Scan()
+    try:
+        with _reader(file, "tsv", quoting) as (reader, lines):
+            width = len(options.columns) or len(next(reader, []))
+            lines.begin_row()
+            for row in reader:
+                text = lines.begin_row().rstrip("\r\n")
+                if not row:
+                    continue
+                scan.rows += 1
+                scan.ragged += len(row) != width
+                if quoting != csv.QUOTE_NONE:
+                    scan.forms = {form for form in scan.forms if _written(row, form) == text}
+    except UnicodeDecodeError:
+        raise
+    except ValueError as error:  # in this reading; reading the rows in the chosen one raises it again
+        scan.error = str(error).removeprefix(f"{file}, ")
+    return scan
+
+
+@contextmanager
+def _reader(file: TextFile, kind: str, quoting: int) -> Iterator[tuple[Any, _Lines]]:
+    """Yield a csv reader and the lines that it reads."""
+    csv.field_size_limit(files.ROW)
+    with open_utf8(file) as opened:
+        lines = _Lines(file, opened)
+        reader = csv.reader(lines, delimiter=delimiter(kind), quoting=quoting, strict=True)  # type: ignore[arg-type]
+        try:
+            yield reader, lines
+        except csv.Error as error:
+            raise ValueError(f"{file}, line {reader.line_num}: {error}; expected quotes around whole fields") from None
+
+
+class _Lines:
+    """Lines of a file with the text of the row that they belong to, which has at most `files.ROW` characters."""
+
+    def __init__(self, file: TextFile, opened: IO[bytes]):
+        self._file, self._text = file, io.TextIOWrapper(opened, "utf-8", newline="")
+        self._number, self._length = 0, 0
+        self._row: list[str] = []
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline(files.ROW - self._length + 1)
+        if not line:
+            raise StopIteration
+        self._number += 1
+        self._length += len(line)
+        if self._length > files.ROW:
+            raise ValueError(f"{self._file}, line {self._number}: {files.too_long()}")
+        if "\0" in line:
+            raise ValueError(f"{self._file}, line {self._number}: has a NUL character; expected text")
+        self._row.append(line)
+        return line
+
+    def begin_row(self) -> str:
+        """Return the text of the row that ends here."""
+        text, self._row, self._length = "".join(self._row), [], 0
+        return text
+
+
+def _written(row: list[str], form: int) -> str:
+    """Return the line that a csv writer makes of a row."""
+    values: list[Any] = list(row)
+    if form == csv.QUOTE_NONNUMERIC:
+        values = [_Numeral(value) if _is_number(value) else value for value in row]
+    out = io.StringIO()
+    csv.writer(out, delimiter="\t", quoting=form, lineterminator="").writerow(values)  # type: ignore[arg-type]
+    return out.getvalue()
+
+
+class _Numeral(float):
+    """A number that a csv writer writes as it was spelled."""
+
+    def __new__(cls, spelled: str) -> _Numeral:
+        number = super().__new__(cls, spelled)
+        number.spelled = spelled
+        return number
+
+    spelled: str
+
+    def __str__(self) -> str:
+        return self.spelled
+
+    __repr__ = __str__
+
+
+def _is_number(text: str) -> bool:
+    return text.strip().lstrip("+-").replace(".", "", 1).isdecimal()

@@ -1,0 +1,150 @@
+"""Sizes are compared with the memory that is left before it is taken: sparse files, endless rows, archives that unpack
+to more, long texts."""
+
+import gzip
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from gpt_fast import _memory
+from tests.command_line import ENVIRONMENT
+
+ROOM = 600 << 20  # bytes that the child may take
+TEXT = "lorem ipsum dolor sit amet, " * (1 << 15)  # 0.9 MB
+ROW = "a row of more than 67,108,864 bytes; expected fewer"
+MUCH = "of text or more, held in memory with its tokens; expected at most"
+PREPARE = "gpt-fast prepare makes token files of any amount"
+
+# In one process whose address space has room for ROOM: it reads each file and tells the error, then encodes a text.
+CHILD = """
+import json, os, resource, sys, warnings
+from pathlib import Path
+from gpt_fast.data import batches, corpus, prepare, tables, tokenizer
+room, folder = int(sys.argv[1]), Path(sys.argv[2])
+used = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+resource.setrlimit(resource.RLIMIT_AS, (used + room,) * 2)
+
+def prepared(path):
+    options = prepare.PrepareSettings(folder / "out", (str(path),), tokenizer="byte")
+    prepare.prepare(options, lambda *_: None, lambda _: None)
+
+readers = {
+    "pretrain": lambda path: corpus.read_corpus([path]), "evaluate": corpus.read_documents,
+    "finetune": lambda path: tables.read_table(path), "prepare": prepared,
+}
+found = {}
+for command, name in json.loads(sys.argv[3]):
+    try:
+        readers[command](folder / name)
+        found[f"{command} {name}"] = "no error"
+    except ValueError as error:
+        found[f"{command} {name}"] = str(error)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+text = "lorem ipsum dolor sit amet, " * 100_000
+stream = batches.text_stream(tokenizer.byte_tokenizer(), [text], 258)
+assert len(stream) == len(text) + 1
+found["growth"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before >> 10
+print(json.dumps(found))
+"""
+
+
+def sparse(path: Path, begin: bytes, size: int) -> None:
+    with path.open("wb") as file:
+        file.write(begin)
+        file.truncate(size)
+
+
+def make(folder: Path) -> None:
+    sparse(folder / "sparse.txt", b"words ", 20 << 30)
+    sparse(folder / "line.jsonl", b'{"text": "a"}\n{"text": "', 3 << 30)
+    sparse(folder / "line.csv", b"text,label\na,b\n", 20 << 30)
+    sparse(folder / "quoted.tsv", b'text\tlabel\n"a', 3 << 30)
+    sparse(folder / "array.json", b'[{"text": "a', 20 << 30)
+    sparse(folder / "object.json", b'{\n"data": [', 20 << 30)
+    row = json.dumps({"text": TEXT, "label": 1}) + "\n"
+    with gzip.open(folder / "bomb.txt.gz", "wt", 1) as text, gzip.open(folder / "bomb.jsonl.gz", "wt", 1) as rows:
+        for _ in range(100):
+            text.write(TEXT)
+            rows.write(row)
+    with zipfile.ZipFile(folder / "bomb.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("rows.jsonl", row * 100)
+
+
+CASES = {
+    ("pretrain", "sparse.txt"): ("sparse.txt: 21.5 GB", MUCH, PREPARE),
+    ("evaluate", "sparse.txt"): ("sparse.txt: 21.5 GB", MUCH, PREPARE),
+    ("prepare", "sparse.txt"): ("sparse.txt: has a NUL byte (byte 6)",),
+    ("pretrain", "line.jsonl"): (f"line.jsonl, line 2: {ROW}",),
+    ("prepare", "line.jsonl"): (f"line.jsonl, line 2: {ROW}",),
+    ("finetune", "line.csv"): (f"line.csv, line 3: {ROW}",),
+    ("pretrain", "line.csv"): (f"line.csv, line 3: {ROW}",),
+    ("finetune", "quoted.tsv"): (f"quoted.tsv, line 2: {ROW}",),
+    ("finetune", "array.json"): (f"array.json, row 1: {ROW}",),
+    ("pretrain", "array.json"): (f"array.json, row 1: {ROW}",),
+    ("finetune", "object.json"): ("object.json: one JSON value of more than 268,435,456 bytes; expected a row on",),
+    ("pretrain", "bomb.txt.gz"): ("bomb.txt.gz: ", MUCH, PREPARE),
+    ("evaluate", "bomb.jsonl.gz"): ("bomb.jsonl.gz: ", MUCH, PREPARE),
+    ("pretrain", "bomb.zip"): ("bomb.zip/rows.jsonl: ", MUCH, PREPARE),
+    ("finetune", "bomb.jsonl.gz"): ("bomb.jsonl.gz, line ", MUCH, "a part of the rows may be enough"),
+}
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("hostile")
+    make(folder)
+    command = [sys.executable, "-c", CHILD, str(ROOM), str(folder), json.dumps(list(CASES))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is limited and read as Linux does")
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_files_that_are_larger_than_the_memory(told, case):
+    """One line names the file, and the row or what to do, in a process that has 600 MB."""
+    for words in CASES[case]:
+        assert words in told[" ".join(case)]
+
+
+def test_a_long_text_is_not_encoded_whole(told):
+    """2.8 MB take less than 100 MB (before: 190 bytes for each byte, 530 MB)."""
+    assert told["growth"] < 100
+
+
+GROUPS = {
+    "version 2": ("0::/user/job\n", {
+        "sys/fs/cgroup/user/job/memory.max": "max\n", "sys/fs/cgroup/user/job/memory.current": "100\n",
+        "sys/fs/cgroup/user/memory.max": "5000\n", "sys/fs/cgroup/user/memory.current": "3000\n",
+        "sys/fs/cgroup/user/memory.stat": "anon 1\ninactive_file 500\nactive_file 300\n",
+    }, 2800),
+    "version 1": ("3:cpu:/a\n2:memory:/a\n0::/\n", {
+        "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "4000\n",
+        "sys/fs/cgroup/memory/a/memory.usage_in_bytes": "3500\n",
+        "sys/fs/cgroup/memory/a/memory.stat": "total_inactive_file 100\ninactive_file 900\n",
+    }, 600),
+    "full": ("0::/\n", {
+        "sys/fs/cgroup/memory.max": "1000\n", "sys/fs/cgroup/memory.current": "2000\n",
+    }, 0),
+    "no group": ("0::/\n", {}, 7 << 10),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_available_memory(tmp_path, name):
+    """The least of what the machine has and what each control group leaves, whose page cache is free."""
+    groups, files, expected = GROUPS[name]
+    for path, content in {
+        "proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   7 kB\n",
+        "proc/self/cgroup": groups,
+        **files,
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(content)
+    assert _memory.available(tmp_path) == expected
