@@ -87,9 +87,9 @@ def options(
 def run() -> None:
     """Run the command line and exit.
 
-    A wrong command line, and a `ValueError` or `OSError`, which a user can cause, become one line and exit code 2. A
-    signal that stopped a training becomes the exit code that shells give it (130 for Ctrl-C, 143 for SIGTERM). Any
-    other exception is a fault of this program and keeps its traceback.
+    A wrong command line, and a `ValueError`, `OSError` or `MemoryError`, which a user can cause, become one line and
+    exit code 2. A signal that stopped a training becomes the exit code that shells give it (130 for Ctrl-C, 143 for
+    SIGTERM). Any other exception is a fault of this program and keeps its traceback.
     """
     warnings.showwarning = show_warning
     if isinstance(sys.stdout, TextIOWrapper):
@@ -103,6 +103,13 @@ def run() -> None:
         if "--traceback" in sys.argv:
             raise
         print_error(_message(error))
+        sys.exit(2)
+    except MemoryError as error:
+        if "--traceback" in sys.argv:
+            raise
+        print_error(
+            f"out of memory ({error}); expected a smaller batch, model or file" if str(error) else "out of memory"
+        )
         sys.exit(2)
     except BaseException as error:
         code = _signal_code(error)

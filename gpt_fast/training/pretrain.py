@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gpt_fast_settings.pretrain import PretrainSettings
 
+from .. import _memory
 from ..config import GPTConfig
 from ..data.batches import Batch, lm_windows, unigram_entropy
 from ..data.reading.pipes import is_piped
@@ -21,7 +22,7 @@ from ..data.tokenizer import special_ids, vocabulary_size
 from ..heads import GPTForCausalLM, GPTForMaskedLM, Head
 from ..interrupts import Stop
 from .engine import throughput
-from .engine.distributed import World
+from .engine.distributed import World, resolve_device
 from .engine.optimizer import warmup_cosine
 from .lm_data import LMData, Mask, WindowSource, lm_batch, masker, read_lm_data
 from .metrics import Metrics, lm_loss
@@ -46,12 +47,31 @@ def check(settings: PretrainSettings) -> None:
     if settings.resume:
         _refuse_pipes(settings)
     if settings.source is None:
-        make_config(settings, num_tokens=1000)
+        _check_memory(settings, make_config(settings, num_tokens=1000))
         return
     check_run(settings.source)
     for name in ("preset", "layers", "heads", "dim", "tokenizer"):
         if (value := getattr(settings, name)) is not None:
             raise ValueError(f"--{name} {value}: --from {settings.source} has its own; leave one out")
+
+
+def _check_memory(settings: PretrainSettings, config: GPTConfig) -> None:
+    """Raise `ValueError` for a model, or a batch, that this machine cannot hold.
+
+    Counted is what is certainly needed, in float32: weights, gradients and two moments where the CPU trains, weights
+    alone elsewhere, and the input of each block.
+    """
+    on_cpu = resolve_device(settings.device) == "cpu" and settings.strategy != "fsdp"
+    numbers = (4 if on_cpu else 1) * config.trunk_parameters()
+    if on_cpu:
+        tokens = settings.batch_size // settings.accumulate * config.seq_len
+        numbers += config.num_layers * tokens * config.hidden_dim
+    needed, left = 4 * numbers, _memory.available()
+    if needed > left:
+        raise ValueError(
+            f"this model with its batch needs {_memory.size(needed)} of memory; expected at most "
+            f"{_memory.size(left)}, which is left: give a smaller --dim, --layers, --seq-len or --batch-size"
+        )
 
 
 def _pretrain(session: Session[PretrainSettings]) -> Record:

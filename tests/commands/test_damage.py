@@ -193,12 +193,16 @@ def drawn(path: Path, draw: random.Random) -> Damage:
     after = BYTES[name](content, draw)
     # A digit or a letter that is another one is what a person may have written, and so are tokens and weights.
     same = after == content or (skeleton(after) is not None and skeleton(after) == skeleton(content))
-    weights = path.suffix == ".safetensors" and len(after) == len(content)
+    weights = path.suffix in (".safetensors", ".pt") and len(after) == len(content)
     return Damage(name, lambda path: path.write_bytes(after), same or weights or path.name == "tokenizer.json")
 
 
 def generating(run: Path, data: Data) -> list:
     return ["generate", "--from", run, "--prompt", "the red", "--max-new-tokens", 4, "--temperature", 0]
+
+
+def converting(run: Path, data: Data) -> list:
+    return ["convert", "--from", run, "--out", run.parent / "new"]
 
 
 def resuming(run: Path, data: Data) -> list:
@@ -227,6 +231,11 @@ CASES = {
     "tokens": Case(
         "tokens", "valid.bin", lambda run, data: ["evaluate", "--from", data.lm, "--data", run / "valid.bin"]
     ),
+    "transformers configuration": Case("theirs", "config.json", converting),
+    "transformers weights": Case("theirs", "model.safetensors", converting),
+    "checkpoint of nanoGPT": Case(
+        "nanogpt", "ckpt.pt", lambda run, data: ["convert", "--from", run / "ckpt.pt", "--out", run.parent / "new"]
+    ),
     "prepared": Case(
         "tokens",
         "data.json",
@@ -237,13 +246,22 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def runs(cli: Cli, data: Data, tmp_path_factory) -> dict[str, Path]:
-    """What is damaged: a language model, a classifier, a run stopped after three of four updates, token files."""
+    """What is damaged: runs, one of them stopped after three updates, token files, models of other libraries."""
     folder = tmp_path_factory.mktemp("runs")
     begun = [*resuming(folder / "stopped", data), "--steps", 4, "--checkpoint-every", 1]
     assert cli(*begun, watched=(folder / "stopped" / "checkpoints" / "step-000000003", 0)).code == -9
     command = ["prepare", "--data", data.text, "--tokenizer", "byte", "--processes", 1]
     succeed(cli(*command, "--out", folder / "tokens"))
-    return {"lm": data.lm, "classifier": data.classifier} | {name: folder / name for name in ("stopped", "tokens")}
+    plain = ["--layers", 1, "--heads", 2, "--dim", 16, "--seq-len", 32, "--steps", 1]
+    succeed(cli("pretrain", "--data", data.text, "--tokenizer", "byte", "--out", folder / "plain", *plain))
+    succeed(cli("convert", "--from", folder / "plain", "--out", folder / "theirs"))
+    config = json.loads((folder / "plain" / "config.json").read_text())
+    (folder / "plain" / "config.json").write_text(json.dumps(config | {"activation": "gelu"}))  # nanoGPT's
+    (folder / "nanogpt").mkdir()
+    succeed(cli("convert", "--from", folder / "plain", "--to", "nanogpt", "--out", folder / "nanogpt" / "ckpt.pt"))
+    return {"lm": data.lm, "classifier": data.classifier} | {
+        name: folder / name for name in ("stopped", "tokens", "theirs", "nanogpt")
+    }
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -606,6 +606,25 @@ def test_resume_refuses_pipes(cli, data, tmp_path):
     assert (refused.code, f"--resume: --data {pipe} is a pipe" in " ".join(refused.err.split())) == (2, True)
 
 
+def test_a_data_set_without_a_network_is_an_error_at_once(tmp_path):
+    """In a process of its own, whose hub refuses connections (before: 28 seconds of retries)."""
+    script = (
+        "import time\n"
+        "from gpt_fast.data.reading import rows\n"
+        "import datasets\n"
+        "began = time.perf_counter()\n"
+        "try:\n"
+        "    rows.data_set('hf:me/tiny')\n"
+        "except ValueError as error:\n"
+        "    print(time.perf_counter() - began, error)\n"
+    )
+    environment = ENVIRONMENT | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    seconds, _, message = done.stdout.strip().partition(" ")
+    assert message.startswith("hf:me/tiny: cannot be loaded (Couldn't reach 'me/tiny' on the Hub"), done.stderr
+    assert float(seconds) < 3  # on a busy machine
+
+
 # --- the commands ---
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from ... import _hub
 from . import files
 from .files import KINDS, TextFile, json_form, open_utf8, require
 from .nested import Row, is_squad, squad_rows, unnested
@@ -157,7 +159,8 @@ def _load_data_set(source: str) -> Any:
         if Path(name).is_dir():
             table = datasets.load_from_disk(name)
             return table if isinstance(table, datasets.Dataset) else table[split or "train"]
-        return datasets.load_dataset(name, split=split or "train")
+        with nullcontext() if _hub.is_reachable() else _hub.only_cached():
+            return datasets.load_dataset(name, split=split or "train")
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{source}: cannot be loaded ({' '.join(str(error).split())})") from None
 

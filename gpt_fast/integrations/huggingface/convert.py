@@ -5,7 +5,6 @@ OpenAI's original TensorFlow layout of GPT-2 is out of scope; transformers conve
 """
 
 import importlib.util
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +13,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from gpt_fast_settings.documents import read_object
+
 from ... import _activations
 from ...config import GPTConfig
 from ..nanogpt import checkpoint
 from . import guard, hub
 
+_SMALL = 10**8  # numbers that every machine has memory for
 # Options of GPT2Config that change the function, and the only value this library has.
 _GPT2_FIXED = {
     "scale_attn_weights": True,
@@ -204,9 +206,11 @@ def _load(transformers: Any, folder: Any) -> Any:
     nothing is unpickled but tensors, by the reader of nanoGPT's checkpoints."""
     from huggingface_hub.errors import StrictDataclassError
 
-    local = hub.is_local(folder)
-    if os.path.isdir(folder) and not (Path(folder) / "config.json").is_file():
-        raise FileNotFoundError(f"gpt_fast.from_hf: {folder} has no config.json; expected a model's folder")
+    local, is_folder = hub.is_local(folder), os.path.isdir(folder)
+    if is_folder:
+        if not (Path(folder) / "config.json").is_file():
+            raise FileNotFoundError(f"gpt_fast.from_hf: {folder} has no config.json; expected a model's folder")
+        read_object(Path(folder) / "config.json")  # transformers sets no limits to it
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=local)
     except StrictDataclassError as error:
@@ -218,7 +222,12 @@ def _load(transformers: Any, folder: Any) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         _refuse("from_hf", f"{folder} holds quantised weights; expected a model in floating point")
     names = [name for name in config.architectures or [] if any(name in pair for pair in _KINDS.values())]
-    _config_from_hf(config, names[0] if names else "")  # transformers has only a KeyError for some of its errors
+    try:
+        ours = _config_from_hf(config, names[0] if names else "")  # transformers has a KeyError for some of its errors
+    except ValueError as error:
+        raise ValueError(f"gpt_fast.from_hf: {folder}: {str(error).removeprefix('gpt_fast.from_hf: ')}") from None
+    if is_folder:
+        _check_size(ours, Path(folder))
     kind = getattr(transformers, names[0]) if len(names) == 1 else transformers.AutoModelForCausalLM
     logging = transformers.utils.logging
     verbosity = logging.get_verbosity()
@@ -231,7 +240,7 @@ def _load(transformers: Any, folder: Any) -> Any:
             model, info = kind.from_pretrained(folder, **options)
         else:
             model, info = kind.from_pretrained(None, config=config, state_dict=pickled, **options)
-    except SafetensorError as error:
+    except (SafetensorError, MemoryError) as error:  # the latter for a file that is too long to be mapped
         raise ValueError(
             f"gpt_fast.from_hf: {folder} has broken safetensors ({error}); expected whole files"
         ) from error
@@ -248,6 +257,13 @@ def _load(transformers: Any, folder: Any) -> Any:
     return model
 
 
+def _check_size(config: GPTConfig, folder: Path) -> None:
+    """Raise `ValueError` for a model with more numbers than its files have bytes: making it could take all memory."""
+    found = sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
+    if (expected := config.trunk_parameters()) > max(found, _SMALL):
+        _refuse("from_hf", f"{folder} has {found:,} bytes of weights; expected {expected:,} numbers by config.json")
+
+
 def _pickled_weights(folder: Any) -> dict[str, torch.Tensor] | None:
     """Return the tensors of a folder that has pytorch_model.bin and no safetensors, or None for any other."""
     path = Path(folder)
@@ -256,10 +272,11 @@ def _pickled_weights(folder: Any) -> dict[str, torch.Tensor] | None:
     index = path / f"{_PICKLED}.index.json"
     names = [_PICKLED]
     if index.is_file():
-        found = json.loads(index.read_text(encoding="utf-8"))
-        names = sorted(set(found.get("weight_map", {}).values())) if isinstance(found, dict) else []
-        if not names or any(Path(name).name != name for name in names):
+        weight_map = read_object(index).get("weight_map")
+        files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not files or any(not isinstance(name, str) or Path(name).name != name for name in files):
             raise ValueError(f"{index}: expected a weight_map from tensors to files of this folder")
+        names = sorted(set(files))
     elif not (path / _PICKLED).is_file():
         raise FileNotFoundError(f"{folder}: has neither model.safetensors nor {_PICKLED}; expected a model's weights")
     return {name: tensor for file in names for name, tensor in checkpoint.read_tensors(path / file).items()}

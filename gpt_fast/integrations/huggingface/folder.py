@@ -1,12 +1,13 @@
 """Model folders of this library to folders of transformers and back."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import transformers
 from tokenizers import Tokenizer, processors
+
+from gpt_fast_settings.documents import read_object
 
 from ... import model_folder
 from ..._files import new_folder
@@ -36,11 +37,11 @@ def convert_folder(source: Path, out: Path, head: str | None = None, to: str | N
     """
     config_path = source / model_folder.CONFIG
     if not config_path.is_file():
-        raise FileNotFoundError(f"{source}: no {model_folder.CONFIG} there, wanted a model's folder")
+        raise FileNotFoundError(f"{source}: no {model_folder.CONFIG} there; expected a model's folder")
     if out.exists():
-        raise FileExistsError(f"--out {out}: exists already, wanted a folder that does not")
-    config = json.loads(config_path.read_text(encoding="utf-8"))
-    is_theirs = isinstance(config, dict) and convert.is_transformers_folder(config)
+        raise FileExistsError(f"--out {out}: exists already; expected a folder that does not")
+    config = read_object(config_path)
+    is_theirs = convert.is_transformers_folder(config)
     if to is not None and to != ("gpt-fast" if is_theirs else "transformers"):
         held = "a folder of transformers" if is_theirs else "a folder of gpt-fast"
         raise ValueError(f"--to {to}: {source} is {held} already; leave --to out to convert it")
