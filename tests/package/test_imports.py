@@ -16,7 +16,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # From the ground up. A module may import its own room and the rooms of lower layers.
 LAYERS = (
-    ("_transforms", "_files", "_memory", "_llmc", "_extension", "_activations", "interrupts", "gpt_fast_settings"),
+    (
+        "_transforms",
+        "_files",
+        "_memory",
+        "_disk",
+        "_llmc",
+        "_extension",
+        "_activations",
+        "interrupts",
+        "gpt_fast_settings",
+    ),
     ("reference", "kernels"),
     ("ops", "config"),
     ("_plain",),
@@ -36,7 +46,7 @@ LATE = {
     ("gpt_fast.heads.language", "gpt_fast.integrations.nanogpt"),  # from_nanogpt and to_nanogpt
     ("gpt_fast.__main__", "gpt_fast_cli.__main__"),
 }
-DATA_IMPORTS = {"_files", "_memory", "_llmc", "config", "interrupts"}  # data imports no model
+DATA_IMPORTS = {"_disk", "_files", "_memory", "_llmc", "config", "interrupts"}  # data imports no model
 
 
 class Import(NamedTuple):
