@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .terminal import print_error, say, show_warning
+from .terminal import print_error, say, show_warning, write_text
 
 NAMES = (
     "doctor", "prepare", "pretrain", "finetune", "evaluate", "predict", "plot", "generate", "compare", "bench",
@@ -70,7 +70,7 @@ def _print_version(requested: bool) -> None:
     if requested:
         from importlib.metadata import version
 
-        typer.echo(f"gpt-fast {version('gpt-fast')}")
+        write_text(f"gpt-fast {version('gpt-fast')}", raw=False)
         raise typer.Exit
 
 

@@ -10,6 +10,7 @@ import typer
 
 from .terminal import AsJson, err, print_json, print_table, require_train_extra, say
 
+NOTHING = "nothing of it is left"
 FORMATS = ("gpt-fast", "transformers", "nanogpt")
 _CHECKPOINTS = "Checkpoints of nanoGPT and llm.c"
 
@@ -113,10 +114,11 @@ def _from_file(source: Path, out: Path, to: str | None, head: str | None, option
     if head is not None:
         raise ValueError(f"--head {head}: {source} holds a language model; gpt-fast finetune puts another head on it")
     require_train_extra()
+    from gpt_fast._disk import writing
     from gpt_fast.integrations.nanogpt.folder import from_checkpoint
 
     given = {name.removeprefix("--"): value for name, value in options.items()}
-    with err.status("converting"):
+    with err.status("converting"), writing(out, NOTHING):
         result = from_checkpoint(source, out, **given)
     if result["left_out"]:
         say(f"gpt-fast: left out of {source}: {', '.join(result['left_out'])}")
@@ -136,15 +138,17 @@ def _from_folder(source: Path, out: Path, to: str | None, head: str | None) -> d
         if head is not None:
             raise ValueError(f"--head {head}: is for a folder of transformers; leave it out")
         require_train_extra()
+        from gpt_fast._disk import writing
         from gpt_fast.integrations.nanogpt.folder import to_checkpoint
 
-        with err.status("converting"):
+        with err.status("converting"), writing(out, NOTHING):
             return to_checkpoint(source, out)
     if find_spec("transformers") is None:
         raise ValueError("this command needs transformers; pip install gpt-fast[hf]")
+    from gpt_fast._disk import writing
     from gpt_fast.integrations.huggingface.folder import convert_folder
 
-    with err.status("converting"):
+    with err.status("converting"), writing(out, NOTHING):
         result = convert_folder(source, out, head, to)
     if result.get("left_out"):
         say(f"gpt-fast: left out of {source}: {', '.join(result['left_out'])}")

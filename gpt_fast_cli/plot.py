@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .terminal import require_train_extra
+from .terminal import require_train_extra, write_text
 
 
 def plot(
@@ -31,4 +31,4 @@ def plot(
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out {out}: wanted a name that ends in .png")
     plot_runs(curves, metric, out)
-    typer.echo(str(out))
+    write_text(str(out), raw=False)

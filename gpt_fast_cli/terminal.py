@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -58,7 +60,23 @@ def printable(text: str, raw: bool = False) -> str:
 
 def write_text(text: str, raw: bool, nl: bool = True) -> None:
     """Print a model's text on stdout, whole; `typer.echo` alone would drop what looks like a colour from a file."""
-    typer.echo(printable(text, raw), nl=nl, color=True)
+    with _standard_output():
+        typer.echo(printable(text, raw), nl=nl, color=True)
+
+
+@contextmanager
+def _standard_output() -> Iterator[None]:
+    """Let a full disk behind standard output be an error that says so, and the exit be quiet about what is lost."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # a reader that has seen enough, as in `gpt-fast … | head -1`
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(
+            error.errno, f"standard output: not written whole ({error.strerror}); files that were named are written"
+        ) from None
 
 
 def _code(character: str) -> str:
@@ -99,7 +117,8 @@ def print_json(result: dict[str, Any]) -> None:
     text = json.dumps(finite(result), ensure_ascii=False)
     if sys.stdout.isatty():
         text = _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-    typer.echo(text)
+    with _standard_output():
+        typer.echo(text)
 
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:
@@ -114,10 +133,11 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
     out = Console(highlight=False)
     if not out.is_terminal:
         out.width = 2 + Measurement.get(out, out.options.update_width(sys.maxsize), table).maximum
-    with out.capture() as printed:
-        out.print(Text(printable(title), style="bold"), soft_wrap=True)
-        out.print(table)
-    print("\n".join(line.rstrip() for line in printed.get().splitlines()), flush=True)
+    with _standard_output():
+        with out.capture() as printed:
+            out.print(Text(printable(title), style="bold"), soft_wrap=True)
+            out.print(table)
+        print("\n".join(line.rstrip() for line in printed.get().splitlines()))
 
 
 def metric_rows(measured: dict[str, Any]) -> list[tuple[str, str]]:

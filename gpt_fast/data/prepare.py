@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 
 from gpt_fast_settings.documents import read_object
 
+from .._disk import NotWritten, writing
 from .._files import PARTIAL, replacing, write_json
 from ..interrupts import Interrupted
 from .reading.cuts import Keeps, keeps_tokens
@@ -123,6 +124,9 @@ def _in_folder(
             f"--out {out}: a worker was killed, perhaps for want of memory; {_progress(parts, len(units))}, and the "
             "same command with fewer --processes resumes"
         ) from None
+    except NotWritten as error:
+        progress = f"{_progress(parts, len(units))}, and the same command resumes"
+        raise NotWritten(error.errno, f"{error.strerror}; {progress}") from None
     except OSError as error:
         raise OSError(
             error.errno,
@@ -145,7 +149,8 @@ def _prepare(
     if not (parts / "tokenizer.json").exists():
         texts = sample(units, settings.text_column) if settings.tokenizer in ("bpe", "char") else []
         made = make_tokenizer(settings.tokenizer, texts, settings.vocab_size)
-        save_tokenizer(made, parts / "tokenizer.json")
+        with writing(parts / "tokenizer.json", "it is made anew"):
+            save_tokenizer(made, parts / "tokenizer.json")
     text = (parts / "tokenizer.json").read_text(encoding="utf-8")
     tokenizer = parse_tokenizer(text)
     dtype = "uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32"
@@ -170,8 +175,11 @@ def _prepare(
         start = special_ids(tokenizer)["start_token"]
         ids = _chunks([parts / f"{i:06d}.{part}" for i in range(len(units))], DTYPES[dtype])
         counts[f"{part}_documents"] = sum(report[part]["documents"] for report in reports)
-        counts[f"{part}_tokens"] = write_token_file(settings.out / f"{part}.bin", ids, dtype, tokenizer, start)
-    save_tokenizer(tokenizer, settings.out / "tokenizer.json")
+        path = settings.out / f"{part}.bin"
+        with writing(path, "it is made anew"):
+            counts[f"{part}_tokens"] = write_token_file(path, ids, dtype, tokenizer, start)
+    with writing(settings.out / "tokenizer.json", "it is made anew"):
+        save_tokenizer(tokenizer, settings.out / "tokenizer.json")
     record = {"data": list(settings.data), "tokenizer": settings.tokenizer, "vocabulary": vocabulary_size(tokenizer)}
     record |= {"dtype": dtype, **counts, "plan": plan_hash}
     write_json(settings.out / RECORD, record)
@@ -261,7 +269,7 @@ def tokenise(index: int, unit: Unit, tokenizer: str, parts: str, dtype: str, tex
     start = special_ids(made)["start_token"]
     report: dict[str, Any] = {part: {"documents": 0, "tokens": 0} for part in ("train", "valid")} | {"empty": 0}
     batch: list[tuple[str, bool, str]] = []
-    with ExitStack() as stack:
+    with writing(Path(parts, f"{index:06d}"), "its part is made anew"), ExitStack() as stack:
         files = {}
         for part in ("train", "valid"):
             temporary = stack.enter_context(replacing(Path(parts, f"{index:06d}.{part}"), flush=False))

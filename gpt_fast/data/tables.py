@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .._files import replacing
+from .._disk import writing
+from .._files import finite, replacing
 from .._memory import available
 from .._memory import size as in_bytes
 from .labels import is_same_label
@@ -163,6 +164,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Half of a surrogate pair, which a .jsonl may hold, becomes \ud800: UTF-8 has no other way to write it.
     with (
+        writing(path, "nothing of it is left" if not path.exists() else "the file before is as it was"),
         replacing(path) as temporary,
         temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
     ):
@@ -179,7 +181,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)  # dates, which a .parquet may hold
+    return json.dumps(finite(value), ensure_ascii=False, default=str)  # dates, which a .parquet may hold
 
 
 def _label(value: object) -> str | None:

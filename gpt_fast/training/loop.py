@@ -25,6 +25,7 @@ from .metrics import Metrics
 from .profiling import trace
 from .runs import checkpoints
 from .runs.folder import Run, write_extra
+from .tensorboard import TensorBoard
 
 MEMORY = 50  # updates over which the running mean of the loss forgets
 THRESHOLD = 6.0  # standard deviations above it
@@ -149,7 +150,7 @@ class Loop:
         self._seconds = 0.0
         self._shown = math.nan
         self._tensorboard = self.settings.tensorboard
-        self._writer: Any = None
+        self._writer: TensorBoard | None = None
 
     def resume(self) -> None:
         """Takes up the newest checkpoint that is as it was written; without any, the loop begins at the beginning."""
@@ -198,7 +199,9 @@ class Loop:
         finally:
             self.stop.deferred = False
             if self._writer is not None:
-                self._write_tensorboard(lambda folder: self._writer.close())
+                writer = self._writer
+                self._write_tensorboard(lambda folder: writer.close())
+                writer.release()
 
     def _trace(self) -> AbstractContextManager[Any]:
         """Return the profiler of the updates to come, or a context of None. One rank's trace shows what all do."""
@@ -330,12 +333,8 @@ class Loop:
 
     def _add_scalars(self, line: Metrics, folder: Path) -> None:
         if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(folder), purge_step=int(line["step"]))
-        for name, value in line.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, int(line["step"]))
+            self._writer = TensorBoard(folder, int(line["step"]))
+        self._writer.add(line)
 
     def _save_last(self) -> None:
         """Write the checkpoint that more steps would resume from. The run does without it where the disk is full."""

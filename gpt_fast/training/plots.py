@@ -13,6 +13,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .._disk import writing
+from .._files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -105,7 +108,9 @@ def _picture(path: Path, width: float, height: float) -> Iterator[Figure]:
         content = BytesIO()
         FigureCanvasAgg(figure).print_png(content)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.getvalue())
+    left = "the picture before is as it was" if path.exists() else "nothing of it is left"
+    with writing(path, left), replacing(path) as temporary:
+        temporary.write_bytes(content.getvalue())
 
 
 def _curve(axes: Axes, metrics: list[dict[str, float]], field: str, color: str, label: str, marker: str = "") -> None:

@@ -21,6 +21,7 @@ LAYERS = (
         "_files",
         "_hub",
         "_memory",
+        "_disk",
         "_llmc",
         "_extension",
         "_activations",
@@ -46,15 +47,7 @@ LATE = {
     ("gpt_fast.heads.language", "gpt_fast.integrations.nanogpt"),  # from_nanogpt and to_nanogpt
     ("gpt_fast.__main__", "gpt_fast_cli.__main__"),
 }
-DATA_IMPORTS = {
-    "_files",
-    "_hub",
-    "_memory",
-    "gpt_fast_settings",
-    "_llmc",
-    "config",
-    "interrupts",
-}  # data imports no model
+DATA_IMPORTS = {"_disk", "_files", "_hub", "_memory", "gpt_fast_settings", "_llmc", "config", "interrupts"}  # no model
 
 
 class Import(NamedTuple):

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..._disk import writing
+
 STANDARD_INPUT = "-"
 
 
@@ -45,12 +47,13 @@ def copied(sources: Sequence[str]) -> Iterator[list[str]]:
 
 def _copy(source: str, folder: Path) -> str:
     folder.mkdir()
-    if source == STANDARD_INPUT:
-        path = folder / "standard-input"
-        with path.open("wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
-    else:
-        path = folder / Path(source).name
-        with Path(source).open("rb") as pipe, path.open("wb") as file:
-            shutil.copyfileobj(pipe, file)
+    is_input = source == STANDARD_INPUT
+    path = folder / ("standard-input" if is_input else Path(source).name)
+    with writing(path, f"nothing of {'standard input' if is_input else source} is left; TMPDIR names another folder"):
+        if is_input:
+            with path.open("wb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file)
+        else:
+            with Path(source).open("rb") as pipe, path.open("wb") as file:
+                shutil.copyfileobj(pipe, file)
     return str(path)

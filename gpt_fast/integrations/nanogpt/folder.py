@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from gpt_fast_settings.documents import read_object
 
 from ... import model_folder
-from ..._files import new_folder, write_json
+from ..._files import finite, new_folder, write_json
 from ...config import SPECIAL_TOKENS
 from ...data.tokenizer import letters_tokenizer, load_tokenizer, save_tokenizer
 from ...heads import GPTForCausalLM
@@ -62,7 +62,7 @@ def from_checkpoint(
         if chosen is not None:
             save_tokenizer(chosen, made / "tokenizer.json")
         if progress:
-            write_json(made / PROGRESS, progress)
+            write_json(made / PROGRESS, finite(progress))
     return {
         "model": "GPTForCausalLM", "from": kind, "numbers": model.num_parameters(),
         "dtype": str(model.trunk.pos_emb.dtype).removeprefix("torch."), "activation": model.config.activation,

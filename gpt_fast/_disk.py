@@ -1,0 +1,38 @@
+"""Errors of a disk that is full or fails, with the file's name and what is left."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_OF_RUST = re.compile(r"\(os error (\d+)\)")  # in the messages of safetensors and tokenizers
+
+
+class NotWritten(OSError):
+    """A file that the disk did not take, with the line that a user is told."""
+
+
+@contextmanager
+def writing(path: Path, left: str) -> Iterator[None]:
+    """Turn an error of the disk inside the block into one that names `path` and what is left. Other errors pass."""
+    try:
+        yield
+    except NotWritten:
+        raise
+    except Exception as error:  # safetensors, tokenizers and torch raise errors of their own for a full disk
+        number = number_of(error)
+        if number is None:
+            raise
+        raise NotWritten(number, f"{path}: not written ({os.strerror(number)}); {left}") from None
+
+
+def number_of(error: BaseException) -> int | None:
+    """Return the system's number of an error of the disk, None for any other error."""
+    found = _OF_RUST.search(str(error))
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    return number if number in _FAILS else None
