@@ -261,6 +261,25 @@ BAD_USES = {
         "evaluate --from {lm} --data {text} --confusion {tmp}/c.png",
         ["holds no classifier"],
     ),
+    "evaluate: stride": ("evaluate --from {lm} --data {text} --stride 33", ["--stride 33", "32 positions"]),
+    "evaluate: stride of a masked model": (
+        "evaluate --from {mlm} --data {text} --stride 9",
+        ["--stride 9", "GPTForMaskedLM"],
+    ),
+    "evaluate: stride of a classifier": ("evaluate --from {classifier} --data {table} --stride 9", ["--stride 9"]),
+    "evaluate: unknown form": (
+        "evaluate --from {lm} --data {table} --form squad",
+        ["--form squad: expected one of lambada, hellaswag"],
+    ),
+    "evaluate: form without data": ("evaluate --from {lm} --form lambada", ["--form lambada: no --data"]),
+    "evaluate: form of a classifier": (
+        "evaluate --from {classifier} --data {table} --form lambada",
+        ["--form lambada", "GPTForSequenceClassification"],
+    ),
+    "evaluate: form and stride": (
+        "evaluate --from {lm} --data {table} --form lambada --stride 9",
+        ["--stride 9", "--form lambada"],
+    ),
     "plot: no such field": ("plot {lm} --metric f1 --out {tmp}/p.png", ["no f1 in its metrics", "train_loss"]),
     "plot: no run": ("plot {tmp} --out {tmp}/p.png", ["no run folder"]),
     "plot: no png": ("plot {lm} --out {tmp}/p.jpg", ["p.jpg", "ends in .png"]),

@@ -23,7 +23,7 @@ COMMANDS = {
     "--labels --skip-label --answers --columns --skip-ragged --convertible "
     "--epochs --batch-size --lr --lm-weight --rows --strategy --config --resume --overwrite --json",
     "evaluate": "--from --data --raw-dtype --text-column --pair-column --label-column --skip-label --columns "
-    "--skip-ragged --confusion --json",
+    "--skip-ragged --confusion --stride --form --json",
     "predict": "--from --text --pair --data --out --overwrite --text-column --pair-column --columns --skip-ragged "
     "--max-new-tokens --raw --json",
     "plot": "--metric --out",
