@@ -332,6 +332,11 @@ BAD_USES = {
         "predict --from {classifier} --data {tmp}/new.csv --out {tmp}/latin.csv",
         ["latin.csv: exists", "--overwrite"],
     ),
+    "compare: nothing": ("compare", ["expected --from with one run folder, or --runs with several"]),
+    "compare: both": ("compare --from {lm} --runs {mlm}", ["expected --from with one run folder, or --runs"]),
+    "compare: a loss of one run": ("compare --from {lm} --loss 3", ["--loss 3: of one run; expected --runs"]),
+    "compare: no such run": ("compare --runs {lm} {tmp}/none", ["none: no run folder"]),
+    "compare: no such metric": ("compare --runs {lm} --metric f1", ["no f1 in its metrics"]),
     "compare: repeats": ("compare --from {lm} --repeats 0", ["--repeats 0"]),
 }
 
