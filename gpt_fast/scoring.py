@@ -115,9 +115,10 @@ def score(
         raise ValueError(f"gpt_fast.score: batch_size is {batch_size}; expected at least 1")
     stride = _stride(stride, seq_len)
     if not isinstance(inputs, Tensor):
+        texts = _texts(inputs, tokenizer)
         if any(given is not None for given in (labels, lengths, key_mask, attention_mask)):
             raise ValueError("gpt_fast.score: got labels, lengths or a mask beside texts; expected them beside tokens")
-        inputs, lengths = _encoded(model, inputs, tokenizer)
+        inputs, lengths = _encoded(model, texts, tokenizer)
     tokens = inputs
     if tokens.dim() != 2 or tokens.dtype != torch.int64:
         raise ValueError(f"gpt_fast.score: inputs is {_checks.described(tokens)}; expected int64 [B, T]")
@@ -276,13 +277,18 @@ def _stride(stride: int | None, seq_len: int) -> int:
     return stride
 
 
-def _encoded(model: Any, texts: Any, tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Return the ids of texts [B, T] behind the start token, padded on the right, and how many there are of each."""
-    texts = [texts] if isinstance(texts, str) else texts
+def _texts(inputs: Any, tokenizer: Any) -> Sequence[str]:
+    texts = [inputs] if isinstance(inputs, str) else inputs
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"gpt_fast.score: inputs is {_checks.described(texts)}; expected tokens, a text or texts")
-    if tokenizer is None:
-        raise ValueError("gpt_fast.score: tokenizer is None; expected one beside texts")
+    if not hasattr(tokenizer, "encode"):
+        given = _checks.described(tokenizer)
+        raise ValueError(f"gpt_fast.score: inputs is text and tokenizer is {given}; expected a tokenizers.Tokenizer")
+    return texts
+
+
+def _encoded(model: Any, texts: Sequence[str], tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Return the ids of texts [B, T] behind the start token, padded on the right, and how many there are of each."""
     start = _trunk(model).config.start_token
     rows = []
     for text in texts:
