@@ -370,12 +370,14 @@ def output_loss(output_layer: Any, hidden: Tensor, labels: Tensor, z_loss: float
     if is_plain and not z_loss:
         return ops.linear_cross_entropy(hidden, output_layer.weight, labels, output_layer.bias)
     known = labels != IGNORE
+    log_z: Tensor | None = None
     if is_plain:
         losses, log_z = _losses_and_log_z(output_layer, hidden, labels, known)
     else:
         logits = output_layer(hidden).float()
         losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none")
-        log_z = logits.logsumexp(-1).masked_fill(~known, 0.0) if z_loss else None
+        if z_loss:
+            log_z = logits.logsumexp(-1).masked_fill(~known, 0.0)
     total = losses.sum()
     if log_z is not None:
         total = total + z_loss * log_z.square().sum()
@@ -387,9 +389,11 @@ def _losses_and_log_z(layer: Any, hidden: Tensor, labels: Tensor, known: Tensor)
     losses = ops.linear_cross_entropy(hidden, layer.weight, labels, layer.bias, reduction="none")
     targets = labels.masked_fill(~known, 0)
     x, weight = _library.autocast(hidden, layer.weight)  # the operands of the product that the loss is made of
-    logits = (x.float() * F.embedding(targets, weight).float()).sum(-1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x = x.masked_fill(~known[..., None], 0)  # what is not finite there would reach the weight's gradient
+    logits = (x.to(wide) * F.embedding(targets, weight).to(wide)).sum(-1)
     if layer.bias is not None:
-        logits = logits + F.embedding(targets, layer.bias[:, None])[..., 0].float()
+        logits = logits + F.embedding(targets, layer.bias[:, None])[..., 0].to(wide)
     return losses, (losses + logits).masked_fill(~known, 0.0)
 
 

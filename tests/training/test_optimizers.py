@@ -209,6 +209,27 @@ def test_z_loss_is_the_squared_log_of_the_denominator(plain, bias):
         torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-7)
 
 
+def test_what_a_position_without_a_label_holds_reaches_no_gradient():
+    layer, hidden = torch.nn.Linear(16, 40), torch.randn(2, 6, 16)
+    labels = torch.randint(40, (2, 6))
+    labels[1, 3] = -100
+    hidden[1, 3] = math.inf
+    output_loss(layer, hidden, labels, 1e-2).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_z_loss_under_autocast(dtype):
+    """The logits that the loss is made of are those of the rounded operands."""
+    layer, hidden = torch.nn.Linear(64, 40, bias=False), torch.randn(2, 6, 64)
+    labels = torch.randint(40, (2, 6))
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        got = output_loss(layer, hidden, labels, 1.0) - output_loss(layer, hidden, labels)
+    logits = hidden.to(dtype).double() @ layer.weight.to(dtype).double().T
+    wanted = logits.logsumexp(-1).square().mean()
+    torch.testing.assert_close(got.double(), wanted.detach(), rtol=1e-5, atol=0)
+
+
 def test_z_loss_by_the_kernel():
     layer, hidden = torch.nn.Linear(16, 40), torch.randn(2, 6, 16)
     labels = torch.randint(40, (2, 6))
