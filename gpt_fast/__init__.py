@@ -17,6 +17,7 @@ from .heads import (
 )
 from .model import GPT, GPTModel
 from .ops import check_values, use_reference
+from .scoring import Scores, score
 
 if TYPE_CHECKING:
     from .integrations.accelerate import accelerate, restore
@@ -34,12 +35,14 @@ __all__ = [
     "GPTForSimilarity",
     "GPTForTokenClassification",
     "GPTModel",
+    "Scores",
     "accelerate",
     "build_info",
     "check_values",
     "generate",
     "ops",
     "restore",
+    "score",
     "use_reference",
 ]
 

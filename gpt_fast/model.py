@@ -17,7 +17,7 @@ from . import _plain, ops
 from ._activations import ACTIVATIONS
 from .config import IGNORE, GPTConfig
 from .layers import MLP, Branch, LayerNorm, SelfAttention, TransformerDecoder, add_norm
-from .ops import _checks
+from .ops import _checks, _library
 from .reference import packed_positions
 
 if TYPE_CHECKING:
@@ -359,16 +359,42 @@ class StaysPlain:
 _OPTIONS = ("eps", "num_heads", "pre_norm", "approximate", "max_norm", "padding_idx", "scale_grad_by_freq", "sparse")
 
 
-def output_loss(output_layer: Any, hidden: Tensor, labels: Tensor) -> Tensor:
+def output_loss(output_layer: Any, hidden: Tensor, labels: Tensor, z_loss: float = 0.0) -> Tensor:
     """Return the mean cross-entropy of output_layer(hidden) [..., V] over the labels that are not -100, float32.
 
-    A plain `nn.Linear` is fused with the loss and no logits are stored; any other output layer is called.
+    With `z_loss` the mean of z_loss · (log Z)² is added, Z = Σ exp(logits), which keeps logits from drifting. A plain
+    `nn.Linear` is fused with the loss and no logits are stored; any other output layer is called.
+    Source of the z-loss: Chowdhery et al. (2022), arXiv:2204.02311, section 5.
     """
-    if _plain.is_plain(output_layer, nn.Linear):
+    is_plain = _plain.is_plain(output_layer, nn.Linear)
+    if is_plain and not z_loss:
         return ops.linear_cross_entropy(hidden, output_layer.weight, labels, output_layer.bias)
-    logits = output_layer(hidden).float()
-    losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-    return losses / (labels != IGNORE).sum().clamp(min=1)
+    known = labels != IGNORE
+    log_z: Tensor | None = None
+    if is_plain:
+        losses, log_z = _losses_and_log_z(output_layer, hidden, labels, known)
+    else:
+        logits = output_layer(hidden).float()
+        losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none")
+        if z_loss:
+            log_z = logits.logsumexp(-1).masked_fill(~known, 0.0)
+    total = losses.sum()
+    if log_z is not None:
+        total = total + z_loss * log_z.square().sum()
+    return total / known.sum().clamp(min=1)
+
+
+def _losses_and_log_z(layer: Any, hidden: Tensor, labels: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy and log Z of each row, 0 where the label is not known: log Z = loss + logit[label]."""
+    losses = ops.linear_cross_entropy(hidden, layer.weight, labels, layer.bias, reduction="none")
+    targets = labels.masked_fill(~known, 0)
+    x, weight = _library.autocast(hidden, layer.weight)  # the operands of the product that the loss is made of
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x = x.masked_fill(~known[..., None], 0)  # what is not finite there would reach the weight's gradient
+    logits = (x.to(wide) * F.embedding(targets, weight).to(wide)).sum(-1)
+    if layer.bias is not None:
+        logits = logits + F.embedding(targets, layer.bias[:, None])[..., 0].to(wide)
+    return losses, (losses + logits).masked_fill(~known, 0.0)
 
 
 def as_key_mask(function: str, tokens: Tensor, key_mask: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:

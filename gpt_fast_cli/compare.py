@@ -11,23 +11,46 @@ from .terminal import AsJson, Device, counting_bar, print_json, print_table, req
 
 
 def compare(
-    source: Annotated[Path, typer.Option("--from", help="Run folder of any model.")],
+    source: Annotated[Path | None, typer.Option("--from", help="Run folder of any model.")] = None,
+    runs: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="RUN…", help="Run folders: how soon does each reach a loss? Instead of --from."),
+    ] = None,
+    more_runs: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
+    loss: Annotated[
+        float | None, typer.Option(help="The loss, in nats; of --runs the lowest that all reach unless given.")
+    ] = None,
+    metric: Annotated[str, typer.Option(help="A field of metrics.jsonl that falls.")] = "valid_loss",
     batch_size: Annotated[int, typer.Option(help="Rows in the batch.")] = 8,
     repeats: Annotated[int, typer.Option(help="Timed training steps of each; the median is shown.")] = 9,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Compares a model on its fused kernels with the same model on the pure-PyTorch reference.
+    """Compares a model on its fused kernels with the same model on the pure-PyTorch reference, or runs with each other.
 
     One batch, the same weights and dropout masks: the largest differences of logits and gradients, and the speed of
     training steps, the two taking turns. [bold]gpt-fast doctor[/bold] shows which operations have a kernel here; one
     served by the reference does not differ from it.
 
-    [bold]Example[/bold]
+    With [bold]--runs[/bold]: after how many updates, and seconds spent in them, each run's held-out loss first fell to
+    a value.
+
+    [bold]Examples[/bold]
 
     gpt-fast compare --from runs/lm
+
+    gpt-fast compare --runs runs/adamw runs/muon --loss 3.5
     """
     require_train_extra()
+    folders = [*(runs or ()), *(more_runs or ())]
+    if (source is None) == (not folders) or (more_runs and not runs):
+        raise ValueError("compare: expected --from with one run folder, or --runs with several")
+    if folders:
+        _compare_runs(folders, loss, metric, as_json)
+        return
+    if loss is not None:
+        raise ValueError(f"--loss {loss:g}: of one run; expected --runs beside it")
+    assert source is not None
     for option, value in (("--batch-size", batch_size), ("--repeats", repeats)):
         if value < 1:
             raise ValueError(f"{option} {value}: wanted at least 1")
@@ -52,3 +75,18 @@ def compare(
     rows.append(("speed-up", f"{result['speedup']:.2f} ×"))
     B, T = result["batch"]
     print_table(f"{source} on {result['device']}, training steps of {B} × {T} tokens", rows)
+
+
+def _compare_runs(folders: list[Path], loss: float | None, metric: str, as_json: bool) -> None:
+    from gpt_fast.training.compare import compare_runs
+
+    result = compare_runs(folders, loss, metric)
+    if as_json:
+        print_json(result)
+        return
+    rows = []
+    for run in result["runs"]:
+        step, seconds = run["step"], run["seconds"]
+        when = f"not reached; its best is {run['best']:.3f}" if step is None else f"{step:,.0f} updates"
+        rows.append((run["run"], when if seconds is None else f"{when}, {seconds:,.1f} s"))
+    print_table(f"{metric} {result['loss']:.3f}", rows)

@@ -40,6 +40,20 @@ def evaluate(
     skip_label: options.SkipLabel = None,
     columns: options.Columns = None,
     skip_ragged: options.SkipRagged = False,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Read text in windows that begin so many tokens after the one before: 1 to the model's positions, of "
+            "which half is usual. Without it windows lie side by side."
+        ),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            metavar="lambada|hellaswag",
+            help="--data is LAMBADA's or HellaSwag's file, or has its columns: a language model is judged.",
+        ),
+    ] = None,
     confusion: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Draw a classifier's confusion matrix there.")
     ] = None,
@@ -51,6 +65,10 @@ def evaluate(
     [bold]Examples[/bold]
 
     gpt-fast evaluate --from runs/lm --data novel.txt
+
+    gpt-fast evaluate --from runs/lm --data novel.txt --stride 64
+
+    gpt-fast evaluate --from runs/gpt2 --data hellaswag_val.jsonl --form hellaswag
 
     gpt-fast evaluate --from runs/reviews --data test.jsonl --label-column stars --json
     """
@@ -66,8 +84,9 @@ def evaluate(
     rows = row_options(columns, skip_ragged)
     with err.status("evaluating"):
         result = measure(
-            source, data, text_column, label_column, device, pair_column, confusion, skip_label or (), rows, raw_dtype
-        )
+            source, data, text_column, label_column, device, pair_column, confusion, skip_label or (), rows, raw_dtype,
+            stride, form,
+        )  # fmt: skip
     if as_json:
         print_json(result)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from .declaration import option
 from .training import DATA, RUN, TRAINING, Count, Decay, NotNegative, TrainingSettings
@@ -86,6 +86,12 @@ class FinetuneSettings(TrainingSettings):
     batch_size: Count = option(32, "Rows in an update.", panel=TRAINING)
     lr: NotNegative | None = option(
         None, "Peak learning rate; 6.25e-5, a quarter of pre-training's for models without a preset.", panel=TRAINING
+    )
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = option(
+        "linear",
+        "After a warm-up over 0.2 % of the updates: along a line to 0, along half a cosine, flat and then down at the "
+        "end (wsd), or flat.",
+        panel=TRAINING,
     )
     lm_weight: NotNegative = option(0.5, "λ of the joint loss: task + λ · language model.", panel=TRAINING)
     weight_decay: NotNegative | None = option(0.01, "Of matrices; nothing else decays.", panel=TRAINING)

@@ -60,8 +60,17 @@ class PretrainSettings(TrainingSettings):
         "Peak learning rate; 2e-3, with a preset the published one, with --from that run's.",
         panel=TRAINING,
     )
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = option(
+        "cosine",
+        "After the warm-up: along half a cosine, flat and then down at the end (wsd), along a line, or flat.",
+        panel=TRAINING,
+    )
     final_lr: float | None = option(
-        None, "Share of it that the cosine ends at: 0, with a preset of GPT-2 0.1.", panel=TRAINING, ge=0, le=1
+        None,
+        "Share of the peak rates that a schedule falls to: 0, with a preset of GPT-2 0.1.",
+        panel=TRAINING,
+        ge=0,
+        le=1,
     )
     warmup: Count | None = option(
         None, "Updates until the peak learning rate: 2,000, but at most a tenth of all.", panel=TRAINING

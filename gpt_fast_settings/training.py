@@ -56,6 +56,24 @@ class TrainingSettings(Settings):
     accumulate: Count = option(
         1, "Parts that an update's batch is computed in, for less memory.", panel=TRAINING, resume="free"
     )
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw",
+        "adamw for all weights, or muon for the matrices inside the decoders and AdamW for all others: embeddings, "
+        "norms, biases and the output layer.",
+        panel=TRAINING,
+    )
+    muon_lr: NotNegative | None = option(
+        None, "Peak learning rate of Muon's matrices; --lr, which AdamW's weights have.", panel=TRAINING
+    )
+    schedule: Literal["cosine", "wsd", "linear", "constant"]
+    decay: float = option(
+        0.2, "Share of all updates, the last ones, over which --schedule wsd falls.", panel=TRAINING, gt=0, le=1
+    )
+    z_loss: NotNegative = option(
+        0.0,
+        "Weight of the squared log of the softmax's denominator in the language model's loss; 0 is off.",
+        panel=TRAINING,
+    )
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", panel=TRAINING, gt=0)
     precision: Literal["float32", "bfloat16", "float16"] = option(
         "float32", "The type that products are computed in, by autocast; float16 with a loss scale.", panel=TRAINING

@@ -193,22 +193,22 @@ class TorchStep:
             raise ValueError(DAMAGED)
 
 
-def parts(model: Any) -> tuple[_Trunk, nn.Module]:
-    """Return the trunk and the output layer of a model that can continue a text."""
+def parts(model: Any, function: str = "generate") -> tuple[_Trunk, nn.Module]:
+    """Return the trunk and the output layer of a model that can continue a text. Errors name `function`."""
     from ..heads import GPTForMaskedLM, Head
 
     if isinstance(model, GPT):
         return model, model.output_layer
     if isinstance(model, Head) and hasattr(model, "output_layer") and not isinstance(model, GPTForMaskedLM):
         return model.trunk, model.output_layer
-    raise ValueError(f"gpt_fast.generate: model is a {type(model).__name__}; expected a GPTForCausalLM or a GPT")
+    raise ValueError(f"gpt_fast.{function}: model is a {type(model).__name__}; expected a GPTForCausalLM or a GPT")
 
 
-def unwrapped(model: Any) -> Any:
+def unwrapped(model: Any, function: str = "generate") -> Any:
     """Return the model inside the wrappers of torch.compile, DataParallel, DistributedDataParallel and PEFT.
 
-    Raise `ValueError` for a model whose parameters are sharded over ranks, and for an adapter that is no part of the
-    modules, such as a trained prompt.
+    Raise `ValueError`, which names `function`, for a model whose parameters are sharded over ranks, and for an adapter
+    that is no part of the modules, such as a trained prompt.
     """
     while isinstance(model, nn.Module) and not isinstance(model, _Trunk):
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -219,16 +219,16 @@ def unwrapped(model: Any) -> Any:
             peft: Any = model
             if peft.active_peft_config.is_prompt_learning:
                 raise ValueError(
-                    f"gpt_fast.generate: model has the adapter {peft.active_peft_config.peft_type}, which puts trained "
-                    "vectors before the tokens; expected one that changes modules, such as LoRA"
+                    f"gpt_fast.{function}: model has the adapter {peft.active_peft_config.peft_type}, which puts "
+                    "trained vectors before the tokens; expected one that changes modules, such as LoRA"
                 )
             model = peft.get_base_model()
         else:
             break
     if isinstance(model, nn.Module) and any(_is_sharded(module) for module in model.modules()):
         raise ValueError(
-            f"gpt_fast.generate: model is a {type(model).__name__} whose parameters are sharded over ranks; expected a "
-            "whole model: load a full state dict into one that is not sharded"
+            f"gpt_fast.{function}: model is a {type(model).__name__} whose parameters are sharded over ranks; expected "
+            "a whole model: load a full state dict into one that is not sharded"
         )
     return model
 

@@ -26,6 +26,8 @@ class HeadOutput(NamedTuple):
 class Head(Convertible, nn.Module):
     """What the heads share: the trunk, its configuration, saving, loading and a growing vocabulary."""
 
+    z_loss: float = 0.0  # in training the language model's loss has this times the squared log Z of its logits, too
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         check_config(type(self).__name__, config)
@@ -116,7 +118,7 @@ class Head(Convertible, nn.Module):
         return (torch.stack(terms) * loss_weights).sum()
 
     def _language_model_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        return output_loss(self.output_layer, hidden, labels)
+        return output_loss(self.output_layer, hidden, labels, self.z_loss if self.training else 0.0)
 
     def resize_embeddings(self, num_tokens: int) -> None:
         """Make room for `num_tokens` tokens, or drop the last ones; rows that stay keep their values.

@@ -1,11 +1,12 @@
-"""A model on its kernels beside the same model on the pure-PyTorch reference: do they agree, and how fast is each?"""
+"""A model on its kernels beside the same model on the pure-PyTorch reference: do they agree, and how fast is each?
+And runs beside each other: how soon does each reach a loss?"""
 
 from __future__ import annotations
 
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from .. import ops
 from ..data.batches import Batch
 from ..heads import Head
 from .engine.update import Engine, EngineSettings
-from .runs.folder import special_token
+from .runs.folder import read_curve, read_record, special_token
 from .runs.load import load_run
 
 SEED = 1234
@@ -55,6 +56,39 @@ def compare(
         result[f"{name}_spread"] = [min(measured), max(measured)]
     result["speedup"] = result["fused_tokens_per_second"] / result["reference_tokens_per_second"]
     return result
+
+
+def compare_runs(folders: Sequence[Path], loss: float | None, metric: str) -> dict[str, Any]:
+    """Return after how many updates, and seconds spent in them, each run's `metric` first fell to `loss`.
+
+    Without `loss` it is the lowest that all of them reach. Between two validations the metric is taken for a line. A
+    run that does not get there has None, and so have the seconds of runs that did not log them.
+    """
+    curves = {folder: read_curve(folder, metric) for folder in folders}
+    best = {folder: min(line[metric] for line in curve) for folder, curve in curves.items()}
+    if loss is None:
+        loss = max(best.values())
+    rows = []
+    for folder, curve in curves.items():
+        record = read_record(folder)
+        row = {"run": str(folder), "best": best[folder], "optimizer": record.get("optimizer", "adamw")}
+        rows.append(row | {name: first_at(curve, metric, loss, name) for name in ("step", "seconds")})
+    return {"metric": metric, "loss": loss, "runs": rows}
+
+
+def first_at(curve: Sequence[dict[str, float]], metric: str, loss: float, field: str) -> float | None:
+    """Return the value of `field` where `metric` first falls to `loss`, on a line between two lines of the curve."""
+    before: dict[str, float] | None = None
+    for line in curve:
+        if line[metric] <= loss:
+            if field not in line or (before is not None and field not in before):
+                return None
+            if before is None:
+                return float(line[field])
+            share = (before[metric] - loss) / (before[metric] - line[metric])
+            return before[field] + share * (line[field] - before[field])
+        before = line if line[metric] == line[metric] else before  # NaN is no loss
+    return None
 
 
 def random_batch(model: Head, batch_size: int) -> Batch:

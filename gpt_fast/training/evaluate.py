@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 
-from ..data.batches import Batch, text_stream, unigram_entropy
+from ..data.batches import Batch, lm_windows, text_stream, unigram_entropy
 from ..data.corpus import STDLIB, read_corpus, read_documents
 from ..data.reading.rows import RowOptions
 from ..data.snippets import snippet_table
 from ..data.stream import TokenStream
 from ..data.token_files import check_content, check_vocabulary, read_token_file, token_files
 from ..heads import GPTForCausalLM, GPTForSequenceClassification, Head
+from ..scoring import score as scored
 from .finetune import answer_bytes, draw_confusion
+from .forms import FORMS, evaluate_form
 from .lm_data import Mask, lm_batch, masker
 from .metrics import lm_loss, perplexity
 from .runs.folder import read_record, write_extra
@@ -41,19 +43,33 @@ def evaluate(
     skip_labels: Sequence[str] = (),
     options: RowOptions = PLAIN,
     raw_dtype: str | None = None,
+    stride: int | None = None,
+    form: str | None = None,
 ) -> dict[str, Any]:
-    """A language model's loss on text, or a task's metrics on a table, each with its baseline. Without `data`, a model
-    that learned from the standard library takes the files that its training held out. `confusion` is the file for a
-    picture of a classifier's confusion matrix; the result names the file if it could be written."""
+    """Return a language model's loss on text, or a task's metrics on a table, each with its baseline.
+
+    Without `data`, a model that learned from the standard library takes the files that its training held out.
+    `confusion` is the file for a picture of a classifier's confusion matrix; the result names the file if it could be
+    written. `stride` reads text in windows that overlap, and `form` reads a file of one of `FORMS`.
+    """
     model = load_run(folder, device)
     record = read_record(folder)
+    if form is not None and data is None:
+        raise ValueError(f"--form {form}: no --data; expected a file of that form")
     if data is None and record.get("data") != STDLIB:
         raise ValueError(f"{folder}: was not trained on the standard library; name what to evaluate on with --data")
     task = run_task(model, record)
+    for option, value in (("--stride", stride), ("--form", form)):
+        if value is not None and not isinstance(model, GPTForCausalLM):
+            raise ValueError(f"{option} {value}: {folder} holds a {type(model).__name__}; expected a GPTForCausalLM")
+    if form is not None:
+        return _evaluate_form(form, model, folder, data, text_column, pair_column, label_column, options, stride)
+    if stride is not None and task is not None:
+        raise ValueError(f"--stride {stride}: {folder} was fine-tuned for {task.name}; expected a language model")
     if confusion is not None and (task is None or not task.classifies):
         raise ValueError(f"--confusion {confusion}: {folder} holds no classifier")
     if task is None:
-        return evaluate_language_model(model, folder, data, text_column or "text", raw_dtype)
+        return evaluate_language_model(model, folder, data, text_column or "text", raw_dtype, stride)
     if raw_dtype is not None:
         raise ValueError(f"--raw-dtype {raw_dtype}: {folder} holds no language model; expected a labelled table")
     pairs = task.pair_columns if pair_column is None else tuple(pair_column.split(","))
@@ -65,6 +81,27 @@ def evaluate(
         skip_labels=(*task.skip_labels, *skip_labels),
     )
     return evaluate_task(model, folder, data, task, run_labels(model, record), confusion, options)
+
+
+def _evaluate_form(
+    form: str,
+    model: Head,
+    folder: Path,
+    data: Path | None,
+    text_column: str | None,
+    choice_columns: str | None,
+    label_column: str | None,
+    options: RowOptions,
+    stride: int | None,
+) -> dict[str, Any]:
+    if form not in FORMS:
+        raise ValueError(f"--form {form}: expected one of {', '.join(FORMS)}")
+    if stride is not None:
+        raise ValueError(f"--stride {stride}: reads text in windows; leave it out beside --form {form}")
+    assert isinstance(model, GPTForCausalLM) and data is not None
+    tokenizer = run_tokenizer(folder, model)
+    measured = evaluate_form(form, model, tokenizer, data, options, text_column, choice_columns, label_column)
+    return {"data": str(data)} | measured
 
 
 def run_task(model: Head, record: dict[str, Any]) -> TaskSettings | None:
@@ -133,13 +170,26 @@ class _Batches(Sequence[Batch]):
 
 
 def evaluate_language_model(
-    model: Head, folder: Path, data: Path | None, text_column: str = "text", raw_dtype: str | None = None
+    model: Head,
+    folder: Path,
+    data: Path | None,
+    text_column: str = "text",
+    raw_dtype: str | None = None,
+    stride: int | None = None,
 ) -> dict[str, Any]:
-    """Return the loss in nats per predicted token over all of `data`, its perplexity and, for text, the bits per byte,
-    which do not depend on the tokenizer. A masked model is asked for 15 % of the tokens, always the same."""
+    """Return the loss in nats per predicted token over all of `data`, its perplexity and, for text, the bits per byte
+    and per word, which do not depend on the tokenizer. A masked model is asked for 15 % of the tokens, always the same.
+
+    Windows lie side by side, and a rest shorter than one is left out. With `stride` a window begins so many tokens
+    after the one before, and scores what none before it has: nothing is left out, and tokens have more context.
+    """
+    T = model.config.seq_len
+    if stride is not None and not 1 <= stride <= T:
+        raise ValueError(f"--stride {stride}: {folder} has {T} positions; expected 1 to {T}")
     tokenizer = run_tokenizer(folder, model)
     files = token_files([data] if data is not None else [])
     size: int | None = None
+    words = 0
     if files:
         read = [read_token_file(path, raw_dtype) for path in files]
         for file in read:
@@ -151,17 +201,21 @@ def evaluate_language_model(
     else:
         documents = read_corpus(None).valid if data is None else read_documents(data, text_column)
         size = sum(len(document.text.encode()) for document in documents)
+        words = sum(len(document.text.split()) for document in documents)
         stream = text_stream(tokenizer, (document.text for document in documents), model.config.start_token)
-    T = min(model.config.seq_len, len(stream))
+    T = min(T, len(stream))
     stream.require(max(1, T))
-    asked = stream.part(0, len(stream) // T * T)  # a rest shorter than a window is left out
+    asked = stream if stride is not None else stream.part(0, len(stream) // T * T)
     counts = asked.counts()
     if len(counts) > model.config.num_tokens:
         raise ValueError(f"{data}: has a character without a token in {folder}; expected text of known characters")
     causal = isinstance(model, GPTForCausalLM)
-    mask = None if causal else masker(tokenizer, model.config)
-    generator = torch.Generator().manual_seed(0)
-    loss = lm_loss(model, _Batches(asked, T, mask, generator))
+    if stride is not None:
+        scores = scored(model, lm_windows(stream, len(stream)), stride=stride, batch_size=BATCH)
+        loss = -float(scores.log_probs.double().sum() / scores.predicted.sum())
+    else:
+        mask = None if causal else masker(tokenizer, model.config)
+        loss = lm_loss(model, _Batches(asked, T, mask, torch.Generator().manual_seed(0)))
     result: dict[str, Any] = {
         "task": "clm" if causal else "mlm",
         "data": STDLIB if data is None else str(data),
@@ -170,6 +224,9 @@ def evaluate_language_model(
         "unigram_entropy": unigram_entropy(counts),
         "perplexity": perplexity(loss),
     }
+    if stride is not None:
+        result["stride"] = stride
     if causal and size is not None:
-        result["bits_per_byte"] = loss / math.log(2) * len(stream) / size
+        bits = loss / math.log(2) * len(stream)
+        result |= {"bits_per_byte": bits / size, "bits_per_word": bits / max(1, words), "words": words}
     return result

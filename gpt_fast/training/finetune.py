@@ -24,7 +24,7 @@ from ..data.tokenizer import load_tokenizer
 from ..heads import GPTForCausalLM, GPTForSequenceClassification, Head
 from ..interrupts import Stop
 from ..model_folder import read_config
-from .engine.optimizer import warmup_linear
+from .engine.optimizer import schedule
 from .metrics import Metrics, confusion_matrix, predictions
 from .plots import plot_confusion, plot_task
 from .program import Record, Say, Session, Show, train
@@ -95,7 +95,9 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
         partial(validation, model, valid_rows, task, answer_bytes(valid)),
         lr=lr,
         steps=steps,
-        schedule=partial(warmup_linear, total=steps, warmup=max(1, round(0.002 * steps))),
+        schedule=schedule(
+            settings.schedule, total=steps, warmup=max(1, round(0.002 * steps)), decay=settings.decay
+        ),
         validations=5,
         identity=identity(rows),
         record=origin,

@@ -122,8 +122,9 @@ class Loop:
     """One training: `run()` updates the engine's model on `settings.steps` batches and returns the last line logged.
 
     A line of metrics.jsonl holds the step, the mean loss since the line before, the learning rate, the gradient's norm
-    before clipping, tokens per second without the time spent in validation, how many updates were skipped so far and
-    how many losses were spikes, and what `validate` returns on the steps that call it; the last step always does.
+    before clipping, tokens per second without the time spent in validation, how many updates were skipped so far, how
+    many losses were spikes, the seconds spent in updates so far, and what `validate` returns on the steps that call it;
+    the last step always does.
 
     An update whose loss or gradient is not finite changes nothing and is counted; more than `max_skips` in a row are an
     error, and the batch that began them is saved. With `better`, a key that is larger the better, the weights of the
@@ -300,6 +301,7 @@ class Loop:
         if (mfu := self._mfu(rate)) is not None:
             line["mfu"] = mfu
         line |= {"skipped": state.skipped, "spikes": state.spike_count}
+        line["seconds"] = round(state.seconds + self._seconds, 3)
         if validates:
             with self.engine.autocast():
                 line |= self.validate()

@@ -23,7 +23,7 @@ from ..heads import GPTForCausalLM, GPTForMaskedLM, Head
 from ..interrupts import Stop
 from .engine import throughput
 from .engine.distributed import World, resolve_device
-from .engine.optimizer import warmup_cosine
+from .engine.optimizer import schedule
 from .lm_data import LMData, Mask, WindowSource, lm_batch, masker, read_lm_data
 from .metrics import Metrics, lm_loss
 from .plots import plot_language_model
@@ -121,7 +121,9 @@ def _pretrain(session: Session[PretrainSettings]) -> Record:
         partial(validation, model, valid, ranks),
         lr=recipe.lr,
         steps=settings.steps,
-        schedule=partial(warmup_cosine, total=settings.steps, warmup=warmup, final=recipe.final_lr),
+        schedule=schedule(
+            settings.schedule, total=settings.steps, warmup=warmup, final=recipe.final_lr, decay=settings.decay
+        ),
         validations=10,
         identity=data.identity,
         record=origin,

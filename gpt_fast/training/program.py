@@ -123,6 +123,8 @@ class Session(Generic[S]):
             "seed": settings.seed,
             "device": settings.device,
             "precision": settings.precision,
+            "optimizer": settings.optimizer,
+            "schedule": settings.schedule,
             "torch": torch.__version__,
             "seconds": round(loop.state.seconds, 1),
             "skipped": loop.state.skipped,
@@ -182,12 +184,29 @@ def _resumed(settings: S, run: Run, ranks: World, show: Show, say: Say, stop: St
     path = run.folder / SETTINGS
     saved = ranks.values(read_file(path) if run.kept else {})
     if not saved:
+        check_optimizer(settings)
         return Session(settings, run, ranks, show, say, stop)
     more = asks_for_more(settings, saved)
     settings = resumed(settings, path, saved)
+    check_optimizer(settings)
     if more and ranks.first:
         run.reopen(saved | {more[0]: more[1]})
     return Session(settings, run, ranks, show, say, stop)
+
+
+def check_optimizer(settings: TrainingSettings) -> None:
+    """Raise `ValueError` for options that the optimizer contradicts, before any data is read."""
+    if settings.optimizer != "muon":
+        if settings.muon_lr is not None:
+            raise ValueError(f"--muon-lr {settings.muon_lr:g}: --optimizer is {settings.optimizer}; expected muon")
+        return
+    if settings.strategy == "fsdp":
+        raise ValueError(
+            "--optimizer muon: orthogonalises whole matrices, of which --strategy fsdp leaves a rank a share; expected "
+            "--strategy ddp"
+        )
+    if settings.lr == 0 and settings.muon_lr != 0:
+        raise ValueError("--lr 0: Muon's rate follows that of AdamW; expected more than 0 with --optimizer muon")
 
 
 def ignore(_: object) -> None:

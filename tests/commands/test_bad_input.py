@@ -264,6 +264,25 @@ BAD_USES = {
         "evaluate --from {lm} --data {text} --confusion {tmp}/c.png",
         ["holds no classifier"],
     ),
+    "evaluate: stride": ("evaluate --from {lm} --data {text} --stride 33", ["--stride 33", "32 positions"]),
+    "evaluate: stride of a masked model": (
+        "evaluate --from {mlm} --data {text} --stride 9",
+        ["--stride 9", "GPTForMaskedLM"],
+    ),
+    "evaluate: stride of a classifier": ("evaluate --from {classifier} --data {table} --stride 9", ["--stride 9"]),
+    "evaluate: unknown form": (
+        "evaluate --from {lm} --data {table} --form squad",
+        ["--form squad: expected one of lambada, hellaswag"],
+    ),
+    "evaluate: form without data": ("evaluate --from {lm} --form lambada", ["--form lambada: no --data"]),
+    "evaluate: form of a classifier": (
+        "evaluate --from {classifier} --data {table} --form lambada",
+        ["--form lambada", "GPTForSequenceClassification"],
+    ),
+    "evaluate: form and stride": (
+        "evaluate --from {lm} --data {table} --form lambada --stride 9",
+        ["--stride 9", "--form lambada"],
+    ),
     "plot: no such field": ("plot {lm} --metric f1 --out {tmp}/p.png", ["no f1 in its metrics", "train_loss"]),
     "plot: no run": ("plot {tmp} --out {tmp}/p.png", ["no run folder"]),
     "plot: no png": ("plot {lm} --out {tmp}/p.jpg", ["p.jpg", "ends in .png"]),
@@ -316,6 +335,11 @@ BAD_USES = {
         "predict --from {classifier} --data {tmp}/new.csv --out {tmp}/latin.csv",
         ["latin.csv: exists", "--overwrite"],
     ),
+    "compare: nothing": ("compare", ["expected --from with one run folder, or --runs with several"]),
+    "compare: both": ("compare --from {lm} --runs {mlm}", ["expected --from with one run folder, or --runs"]),
+    "compare: a loss of one run": ("compare --from {lm} --loss 3", ["--loss 3: of one run; expected --runs"]),
+    "compare: no such run": ("compare --runs {lm} {tmp}/none", ["none: no run folder"]),
+    "compare: no such metric": ("compare --runs {lm} --metric f1", ["no f1 in its metrics"]),
     "compare: repeats": ("compare --from {lm} --repeats 0", ["--repeats 0"]),
 }
 

@@ -17,19 +17,20 @@ COMMANDS = {
     "--batch-size --lr --seed --overwrite --device --json --from --pack --accumulate --warmup --weight-decay "
     "--max-grad-norm --precision --compile --checkpoint-activations --max-skips --strategy --config --log-every "
     "--checkpoint-every --keep-checkpoints --tensorboard --profile --resume --beta1 --beta2 --final-lr "
-    "--raw-dtype --text-column",
+    "--raw-dtype --text-column --optimizer --muon-lr --schedule --decay --z-loss",
     "prepare": "--data --valid --out --tokenizer --vocab-size --text-column --processes --overwrite --json",
     "finetune": "--from --train --valid --out --text-column --pair-column --label-column --task --numbers --scratch "
     "--labels --skip-label --answers --columns --skip-ragged --convertible "
+    "--optimizer --muon-lr --schedule --decay --z-loss "
     "--epochs --batch-size --lr --lm-weight --rows --strategy --config --resume --overwrite --json",
     "evaluate": "--from --data --raw-dtype --text-column --pair-column --label-column --skip-label --columns "
-    "--skip-ragged --confusion --json",
+    "--skip-ragged --confusion --stride --form --json",
     "predict": "--from --text --pair --data --out --overwrite --text-column --pair-column --columns --skip-ragged "
     "--max-new-tokens --raw --json",
     "plot": "--metric --out",
     "generate": "--from --prompt --question --max-new-tokens --num-samples --temperature --top-k --top-p "
     "--repetition-penalty --stop --seed --sliding --weights --raw --json",
-    "compare": "--from --json",
+    "compare": "--from --runs --loss --metric --json",
     "convert": "--from --out --to --head --tokenizer --characters --heads --activation --json",
     "doctor": "--json",
 }

@@ -35,6 +35,7 @@ LAYERS = (
     ("model", "model_folder", "data"),
     ("heads",),
     ("generation", "integrations"),
+    ("scoring",),
     ("training",),
     ("gpt_fast_cli",),
 )

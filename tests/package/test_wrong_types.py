@@ -57,6 +57,12 @@ CALLS: dict[str, tuple[Callable, dict[str, Any]]] = {
          "min_p": 0.1, "repetition_penalty": 1.1, "logits_processors": [], "stop_tokens": [3], "seed": 1,
          "lengths": LENGTHS, "weights": "float32", "sliding": False},
     ),
+    "score": (
+        gpt_fast.score,
+        {"model": MODEL, "inputs": TOKENS, "labels": TOKENS, "lengths": LENGTHS, "stride": 2, "batch_size": 2,
+         "greedy": False},
+    ),
+    "score_mask": (gpt_fast.score, {"model": MODEL, "inputs": TOKENS, "key_mask": TOKENS == TOKENS}),
     "DecodeSession": (DecodeSession, {"model": MODEL, "batch": 1, "length": 8, "weights": "float32"}),
     "prefill": (DecodeSession(MODEL, batch=2).prefill, {"tokens": TOKENS, "lengths": LENGTHS}),
     "step": (DecodeSession(MODEL, batch=2).step, {"tokens": TOKENS[:, 0]}),
@@ -96,7 +102,7 @@ NOT_TENSORS = [*NOT_INTEGERS, -1]
 OPTIONAL = {
     "weight", "bias", "fc_bias", "proj_bias", "mask", "window", "scale", "positions", "lengths", "seed", "top_k",
     "top_p", "min_p", "stop_tokens", "weights", "length", "labels", "logits", "loss_weights", "key_mask",
-    "attention_mask",
+    "attention_mask", "stride",
     "pad_token", "mask_token", "start_token", "delimiter_token", "extract_token", "end_token",
 }  # fmt: skip
 

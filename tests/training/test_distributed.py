@@ -75,6 +75,17 @@ def test_the_curve_of_one_process(cli, command, alone, tmp_path, strategy, ranks
     assert (json.loads((out / "run.json").read_text())["ranks"]) == ranks
 
 
+def test_muon_on_two_ranks(cli, command, tmp_path):
+    """The curve of one process but for Muon's products, which are in bfloat16: 2^-8 of a step in each update."""
+    options = ["--optimizer", "muon", "--lr", 1e-3]
+    succeed(cli(*command, *options, "--out", tmp_path / "alone"))
+    result = succeed(cli(*command, *options, "--strategy", "ddp", "--out", tmp_path / "run", ranks=2))
+    assert result.codes == [0, 0]
+    got, wanted = (torch.tensor(curve(tmp_path / name)) for name in ("run", "alone"))
+    torch.testing.assert_close(got[0], wanted[0], rtol=1e-5, atol=1e-6)  # before any of Muon's steps
+    torch.testing.assert_close(got, wanted, rtol=2**-8, atol=0)
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_mixed_precision(cli, command, alone, tmp_path, precision):
     """FSDP2 computes in 16 bits and sums gradients in 32: the float32 curve but for that."""

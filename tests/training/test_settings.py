@@ -44,6 +44,11 @@ def test_every_setting_is_an_option_with_its_help(cls):
         ({"beta1": -0.1}, "--beta1 -0.1: expected at least 0"),
         ({"beta2": 1.0}, "--beta2 1.0: expected less than 1"),
         ({"precision": "int8"}, "--precision int8: expected 'float32', 'bfloat16' or 'float16'"),
+        ({"optimizer": "lion"}, "--optimizer lion: expected 'adamw' or 'muon'"),
+        ({"schedule": "steps"}, "--schedule steps: expected 'cosine', 'wsd', 'linear' or 'constant'"),
+        ({"decay": 0.0}, "--decay 0.0: expected more than 0"),
+        ({"z_loss": -1.0}, "--z-loss -1.0: expected at least 0"),
+        ({"muon_lr": -1.0}, "--muon-lr -1.0: expected at least 0"),
         ({"data": "books"}, "--data books: expected a list"),
     ],
 )
@@ -79,7 +84,7 @@ def test_saved_settings_make_the_same_again(cls):
 def other_value(name: str, value: object) -> object:
     """A valid value of a setting that is not `value`."""
     others = {"objective": "mlm", "precision": "float16", "beta1": 0.5, "beta2": 0.5, "final_lr": 0.5, "dropout": 0.5}
-    others |= {"raw_dtype": "uint32"}
+    others |= {"raw_dtype": "uint32", "optimizer": "muon", "schedule": "constant", "decay": 0.5}
     if name in others:
         return others[name]
     if name in ("source", "train", "valid"):

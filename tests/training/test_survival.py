@@ -61,6 +61,20 @@ def test_killed_between_and_inside_checkpoints(cli, command, whole, tmp_path):
     same(out, whole)
 
 
+def test_muon_and_its_schedule_resume_bit_for_bit(cli, command, tmp_path):
+    """Killed between checkpoints; what the run began with need not be given again, and nothing else is taken."""
+    options = ["--optimizer", "muon", "--muon-lr", 1e-2, "--schedule", "wsd", "--decay", 0.5, "--z-loss", 1e-4]
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    succeed(cli(*command, *options, "--out", whole))
+    assert cli(*command, *options, "--out", out, watched=(out / "metrics.jsonl", 12)).code == -signal.SIGKILL
+    other = cli("pretrain", "--out", out, "--resume", "--optimizer", "adamw")
+    assert other.code == 2 and "--optimizer adamw: the run in" in other.err
+    sharded = cli("pretrain", "--out", out, "--resume", "--strategy", "fsdp")
+    assert sharded.code == 2 and "--optimizer muon: orthogonalises whole matrices" in sharded.err
+    succeed(cli("pretrain", "--out", out, "--resume"))
+    same(out, whole)
+
+
 @pytest.mark.slow
 def test_ten_random_kills(cli, command, whole, tmp_path):
     """Each at a random line of progress and a random moment after it, or in the middle of a checkpoint's write."""

@@ -1,4 +1,4 @@
-"""One update: forward and backward over the parts of a batch, in the precision asked for, clipping, AdamW."""
+"""One update: forward and backward over the parts of a batch, in the precision asked for, clipping, the optimizers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...data.batches import Batch
 from ...heads import Head
 from .distributed import World
-from .optimizer import make_optimizer
+from .optimizer import hidden_matrices, make_muon, make_optimizer
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FIRST_SCALE, GROWTH_EVERY = 2.0**16, 2000
@@ -28,6 +28,9 @@ class EngineSettings:
     max_grad_norm: float = 1.0
     compile: bool = False
     checkpoint_activations: bool = False
+    optimizer: str = "adamw"  # or muon, for the hidden matrices
+    muon_lr: float | None = None  # its peak rate; None is AdamW's
+    z_loss: float = 0.0
 
     @classmethod
     def of(cls, settings: Any) -> EngineSettings:
@@ -47,7 +50,8 @@ class Outcome(NamedTuple):
 class Engine:
     """A model with its optimizer on one rank.
 
-    An update is skipped on the device: the fused AdamW reads `found_inf` itself, so nobody waits for a flag. The loss
+    An update is skipped on the device: the fused AdamW reads `found_inf` itself, so nobody waits for a flag. Muon reads
+    no flag, so with it the host waits for one each update. The loss
     scale is not `torch.amp.GradScaler`'s, which does not look at the loss; docs/log.md has the comparison.
     """
 
@@ -58,15 +62,21 @@ class Engine:
         self.dtype = PRECISIONS[settings.precision]
         self.model = model
         model.trunk.checkpoint_activations = settings.checkpoint_activations
+        model.z_loss = settings.z_loss
         # FSDP2 replaces the parameters, so it comes before the optimizer.
         self.parallel = self.world.wrap(model, self.dtype)
-        self.optimizer = make_optimizer(model, lr, settings.weight_decay, (settings.beta1, settings.beta2))
+        hidden = hidden_matrices(model) if settings.optimizer == "muon" else []
+        self.optimizer = make_optimizer(model, lr, settings.weight_decay, (settings.beta1, settings.beta2), hidden)
+        muon_lr = lr if settings.muon_lr is None else settings.muon_lr
+        self.muon = make_muon(hidden, muon_lr, settings.weight_decay) if hidden else None
+        self.muon_ratio = muon_lr / lr if lr else 1.0
         self.forward: nn.Module = torch.compile(self.parallel) if settings.compile else self.parallel  # type: ignore[assignment]
         self.scale = torch.tensor(FIRST_SCALE if self.dtype == torch.float16 else 1.0, device=self.device)
         self.growth = torch.zeros((), device=self.device)  # updates since the scale last changed
 
     def update(self, batches: Sequence[Batch], lr: float) -> Outcome:
-        """Accumulate the gradient of the loss of all `batches` on all ranks, and step at rate `lr`.
+        """Accumulate the gradient of the loss of all `batches` on all ranks, and step at AdamW's rate `lr`. Muon's rate
+        follows it.
 
         Each term of the loss is the mean over all of its predictions, so that the gradient does not depend on how the
         batch is divided. A batch of weight 0 does not count.
@@ -74,7 +84,10 @@ class Engine:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.muon is not None:
+            for group in self.muon.param_groups:
+                group["lr"] = lr * self.muon_ratio
+        self.model.zero_grad(set_to_none=True)
         counts = torch.stack([self.model.loss_counts(**batch.inputs()) * (batch.weight > 0) for batch in batches])
         totals = self.world.total(counts.sum(0).to(self.device)).clamp(min=1)  # [terms]
         shares = counts.to(self.device) / totals  # [parts, terms]
@@ -105,6 +118,12 @@ class Engine:
         self.optimizer.grad_scale = self.world.replicated(self.scale)  # type: ignore[attr-defined]
         self.optimizer.found_inf = self.world.replicated(skipped)  # type: ignore[attr-defined]
         self.optimizer.step()
+        if self.muon is not None and not bool(skipped):
+            if self.dtype == torch.float16:
+                torch._foreach_div_(
+                    [p.grad for g in self.muon.param_groups for p in g["params"] if p.grad is not None], self.scale
+                )
+            self.muon.step()
         if self.dtype == torch.float16:
             self._rescale(skipped > 0)
         return Outcome(loss, norm, skipped)
@@ -117,13 +136,19 @@ class Engine:
         self.growth = torch.where(grows, 0.0, self.growth)
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that training goes on from: weights, both moments, the scale. The tensors are the live ones:
+        """Return every tensor that training resumes from: weights, moments, the scale. The tensors are the live ones:
         copying into them restores the state."""
         self.world.reshard(self.model)
         tensors: dict[str, Tensor] = {"scale": self.scale, "growth": self.growth}
+        hidden = {id(p) for group in self.muon.param_groups for p in group["params"]} if self.muon else set()
         for name, parameter in self.model.named_parameters():
             tensors[f"model.{name}"] = parameter.detach()
-            moments = self.optimizer.state[parameter]
+            if self.muon is not None and id(parameter) in hidden:
+                moments = self.muon.state[parameter]
+                if not moments:
+                    moments["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            else:
+                moments = self.optimizer.state[parameter]
             if not moments and parameter.requires_grad:
                 moments["step"] = torch.zeros((), dtype=torch.float32, device=self.device)
                 moments["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)

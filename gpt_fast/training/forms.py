@@ -1,0 +1,199 @@
+"""The forms in which GPT-2 is judged, scored as lm-evaluation-harness does: LAMBADA's last words, HellaSwag's endings.
+
+A continuation is scored behind its context alone. The start token stands in for an empty context.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from ..data.reading.rows import Row, RowOptions, read_rows
+from ..data.tokenizer import encode
+from ..heads import GPTForCausalLM
+from ..scoring import Continuation, score_continuations
+from .metrics import perplexity
+
+FORMS = ("lambada", "hellaswag")
+HELLASWAG = ("activity_label", "ctx_a", "ctx_b")  # columns of the published file, which make a question
+_BRACKETS = re.compile(r"\[.*?\]")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A context with its continuations, of which number `answer` is the right one; `place` tells where it stands."""
+
+    place: str
+    context: str
+    choices: tuple[str, ...]
+    answer: int = 0
+
+
+def evaluate_form(
+    form: str,
+    model: GPTForCausalLM,
+    tokenizer: Tokenizer,
+    path: Path,
+    options: RowOptions,
+    text_column: str | None = None,
+    choice_columns: str | None = None,
+    label_column: str | None = None,
+) -> dict[str, Any]:
+    """Return the figures of the file at `path`. Columns that are None are those of the published file."""
+    if form == "lambada":
+        return last_words(model, tokenizer, read_last_words(path, text_column or "text", options))
+    questions = read_endings(path, text_column, choice_columns or "endings", label_column or "label", options)
+    return endings(model, tokenizer, questions)
+
+
+def read_last_words(path: Path, text_column: str, options: RowOptions) -> list[Question]:
+    """Read a text from each row: its last word behind a space is what is asked for, behind all before it."""
+    questions = []
+    for place, row in read_rows(path, options):
+        text = _text(path, place, row, text_column)
+        context, space, word = text.rpartition(" ")
+        if not space or not word:
+            raise ValueError(f"{path}, {place}: {text_column!r} has {text!r:.60}; expected words with a space between")
+        questions.append(Question(place, context, (space + word,)))
+    return _some(path, questions)
+
+
+def read_endings(
+    path: Path, text_column: str | None, choice_columns: str, label_column: str, options: RowOptions
+) -> list[Question]:
+    """Read a context, its endings and the number of the right one from each row.
+
+    Without `text_column` the context of HellaSwag's own files is made of `activity_label`, `ctx_a` and `ctx_b`, without
+    what stands in brackets, as lm-evaluation-harness makes it; without these columns it is `ctx`.
+    """
+    questions = []
+    for place, row in read_rows(path, options):
+        published = text_column is None and set(HELLASWAG) <= set(row)
+        if published:
+            label, first, second = (_text(path, place, row, column) for column in HELLASWAG)
+            context = without_brackets(f"{label}: {first} {second.capitalize()}")
+        else:
+            context = _text(path, place, row, text_column or "ctx")
+        choices = _choices(path, place, row, choice_columns)
+        if published:
+            choices = [without_brackets(choice) for choice in choices]
+        answer = _number(path, place, row, label_column, len(choices))
+        questions.append(Question(place, context, tuple(f" {choice}" for choice in choices), answer))
+    return _some(path, questions)
+
+
+def without_brackets(text: str) -> str:
+    """Return a text of HellaSwag without the marks that WikiHow left in it."""
+    return _BRACKETS.sub("", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def last_words(model: GPTForCausalLM, tokenizer: Tokenizer, questions: Sequence[Question]) -> dict[str, Any]:
+    """Return how often greedy decoding writes the last word, and the mean loss and the perplexity of that word."""
+    found = [scores[0] for scores in _scores(model, tokenizer, questions)]
+    loss = -math.fsum(score.log_prob for score in found) / len(found)
+    return {
+        "task": "lambada",
+        "last_word_accuracy": sum(score.is_greedy for score in found) / len(found),
+        "last_word_loss": loss,
+        "last_word_perplexity": perplexity(loss),
+        "examples": len(found),
+    }
+
+
+def endings(model: GPTForCausalLM, tokenizer: Tokenizer, questions: Sequence[Question]) -> dict[str, Any]:
+    """Return how often the right ending has the largest log-likelihood: as it is, for each character, which is
+    lm-evaluation-harness's `acc_norm`, and for each token."""
+    right = {"choice_accuracy": 0, "choice_accuracy_norm": 0, "choice_accuracy_per_token": 0}
+    for question, scores in zip(questions, _scores(model, tokenizer, questions), strict=True):
+        characters = [len(choice) - 1 for choice in question.choices]  # without the space in front
+        tokens = [len(continuation_ids(model, tokenizer, question, choice)[1]) for choice in question.choices]
+        for name, sizes in zip(right, ([1] * len(scores), characters, tokens), strict=True):
+            values = [score.log_prob / size for score, size in zip(scores, sizes, strict=True)]
+            right[name] += values.index(max(values)) == question.answer
+    chance = math.fsum(1 / len(question.choices) for question in questions) / len(questions)
+    shares = {name: count / len(questions) for name, count in right.items()}
+    return {"task": "hellaswag", **shares, "chance": chance, "examples": len(questions)}
+
+
+def continuation_ids(
+    model: GPTForCausalLM, tokenizer: Tokenizer, question: Question, choice: str
+) -> tuple[list[int], list[int]]:
+    """Return the ids of the context and of a continuation: those that both together have more than the context alone.
+
+    Spaces at the end of the context belong to the continuation, whose first word they are part of.
+    """
+    context = question.context.rstrip()
+    choice = question.context[len(context) :] + choice
+    if not context:
+        start = model.config.start_token
+        if start is None:
+            raise ValueError(
+                f"{question.place}: the context is empty and the model has no start token; expected a text"
+            )
+        return [start], encode(tokenizer, choice)
+    before = encode(tokenizer, context)
+    return before, encode(tokenizer, context + choice)[len(before) :]
+
+
+def _scores(model: GPTForCausalLM, tokenizer: Tokenizer, questions: Sequence[Question]) -> list[list[Continuation]]:
+    """Return the scores of the continuations of each question."""
+    pairs = []
+    for question in questions:
+        for choice in question.choices:
+            context, continuation = continuation_ids(model, tokenizer, question, choice)
+            if not 1 <= len(continuation) <= model.config.seq_len:
+                raise ValueError(
+                    f"{question.place}: {choice!r:.60} has {len(continuation)} tokens; expected 1 to "
+                    f"{model.config.seq_len}, the model's positions"
+                )
+            pairs.append((context, continuation))
+    found = iter(score_continuations(model, pairs))
+    return [[next(found) for _ in question.choices] for question in questions]
+
+
+def _text(path: Path, place: str, row: Row, column: str) -> str:
+    value = _value(path, place, row, column)
+    if not isinstance(value, str):
+        raise ValueError(f"{path}, {place}: column {column!r} holds {value!r:.60}; expected a text")
+    return value
+
+
+def _choices(path: Path, place: str, row: Row, columns: str) -> list[str]:
+    """Return the endings of a row: a list in one column, or several columns, named with commas between them."""
+    names = [columns] if columns in row else columns.split(",")
+    found = [_value(path, place, row, name) for name in names]
+    choices = found[0] if len(found) == 1 else found
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        raise ValueError(
+            f"{path}, {place}: column {columns!r} holds {choices!r:.60}; expected a list of two texts or more"
+        )
+    return choices
+
+
+def _number(path: Path, place: str, row: Row, column: str, count: int) -> int:
+    value = _value(path, place, row, column)
+    text = str(value).strip()
+    if isinstance(value, bool) or not text.isdecimal() or int(text) >= count:
+        raise ValueError(
+            f"{path}, {place}: column {column!r} holds {value!r:.60}; expected the number of the right choice, 0 to "
+            f"{count - 1}"
+        )
+    return int(text)
+
+
+def _value(path: Path, place: str, row: Row, column: str) -> object:
+    if column not in row:
+        raise ValueError(f"{path}, {place}: no column {column!r}; it has {', '.join(map(repr, row))}")
+    return row[column]
+
+
+def _some(path: Path, questions: list[Question]) -> list[Question]:
+    if not questions:
+        raise ValueError(f"{path}: has no row; expected one or more")
+    return questions
