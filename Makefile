@@ -29,6 +29,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 PYTEST := $(PY) -m pytest $(PYTEST_FLAGS)
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 BENCH_CPP := benchmarks/measure/read_all.cpp
+FAKE_CPP := $(wildcard tools/fakecuda/driver/*)
 # The test files of the ops that have a C++ kernel, and of those that have a Triton kernel.
 CPP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/ops/test_%.py,$(wildcard csrc/cpu/*.cpp)))
 TRITON_TESTS = $(wildcard $(patsubst kernels/%.py,tests/ops/test_%.py,$(wildcard kernels/*.py)))
@@ -186,13 +187,13 @@ compile-isa: $(VENV)/.stamp-package  ## compile the C++ kernels for AVX2, AVX-51
 lint: $(VENV)/.stamp-package  ## ruff and clang-format, changing nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) $(BENCH_CPP)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) $(BENCH_CPP) $(FAKE_CPP)
 
 .PHONY: format
 format: $(VENV)/.stamp-package  ## ruff and clang-format, rewriting
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $(CSRC) $(BENCH_CPP)
+	$(VENV)/bin/clang-format -i $(CSRC) $(BENCH_CPP) $(FAKE_CPP)
 
 .PHONY: types
 types: $(VENV)/.stamp-package  ## mypy

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from gpt_fast import GPTConfig, GPTForCausalLM
 from gpt_fast.data.batches import Batch, causal_batch
 from gpt_fast.training.engine.update import PRECISIONS, Engine, EngineSettings
+from gpt_fast.training.loop import Loop, LoopSettings
+from gpt_fast.training.runs.folder import new_run
 
 if os.environ.get("FAKECUDA_CAPABILITY", "90") != "90":
     pytest.skip("whole models run as sm_90", allow_module_level=True)
@@ -45,3 +48,39 @@ def test_the_first_update_of_a_resumed_state_does_not_wait(device: torch.device,
     engine.state()
     with watched():
         engine.update(batches(1), 1e-4)
+
+
+def test_batches_are_copied_beside_the_kernels(device: torch.device, watched: Callable) -> None:
+    """From pinned memory, on a stream that computes nothing."""
+    engine = engine_on(device)
+    engine.update(batches(), 1e-4)
+    with watched() as seen:
+        engine.update(batches(), 1e-4)
+    copies = [entry for entry in seen.of("copy") if entry.name.startswith("host")]
+    assert {entry.name for entry in copies} == {"host to device, pinned"}
+    assert not {entry.stream for entry in copies} & {entry.stream for entry in seen.of("triton")}
+
+
+def test_a_loop_waits_where_it_logs_only(
+    device: torch.device, watched: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses, skips and the gradient's norm are read at a line of the log, losses and skips after the first update."""
+    monkeypatch.setattr(Loop, "_save_last", lambda self: None)  # a checkpoint reads everything
+    engine, steps = engine_on(device, precision="bfloat16"), 8
+    settings = LoopSettings(steps, 1e-4, lambda step: 1.0, log_every=4, valid_every=100)
+    sent: list[int] = []
+    ahead: list[int] = []
+
+    def source(step: int) -> list[Batch]:
+        sent.append(step)
+        return batches(1)
+
+    with new_run(tmp_path / "run") as run:
+        loop = Loop(engine, source, dict, settings, run, lambda progress: ahead.append(len(sent) - progress.step))
+        with watched(waits=True) as seen:
+            loop.run()
+    assert sent == list(range(steps))
+    assert ahead == [1] * (steps - 1) + [0], "expected the next batch on its way before an update is waited for"
+    reads = [entry for entry in seen.of("sync") if entry.name == "cudaStreamSynchronize"]
+    assert len(reads) == 2 + 2 * 3
+    assert {entry.name for entry in seen.of("copy") if "pageable" in entry.name} == {"device to host, pageable"}

@@ -45,13 +45,13 @@ def test_steps_are_captured_once_and_replayed(
 
 
 def test_a_step_of_a_session_is_one_graph(device: torch.device, watched: Callable) -> None:
+    """The public step looks at the values of its tokens and logits, which waits for the device."""
     model, prompt = model_on(device, torch.bfloat16), torch.ones(2, 9, dtype=torch.int64, device=device)
     session = DecodeSession(model, batch=2)
     with torch.inference_mode():
         session.prefill(prompt)
-        new = session.step(prompt[:, 0].contiguous())
-        session.step(new)
-        with watched() as seen:
-            session.step(new)
+        session.step(prompt[:, 0].contiguous())
+        with watched(waits=True) as seen:
+            session.step(prompt[:, 0].contiguous())
     assert len(seen.of("graph")) == 1
     assert seen.of("triton") == [], "expected every kernel of the step inside the graph"

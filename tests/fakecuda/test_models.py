@@ -148,9 +148,8 @@ def test_a_captured_step(preset: str, device: torch.device, watched: Callable) -
             step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with watched(waits=True):
-            with torch.cuda.graph(graph, stream=side):
-                step()
+        with watched(waits=True), torch.cuda.graph(graph, stream=side):
+            step()
         with watched() as seen:
             graph.replay()
     assert len(seen.of("graph")) == 1
@@ -165,7 +164,8 @@ def accelerated(name: str) -> nn.Module:
 
     sizes = {"n_layer": 2, "n_embd": 128, "n_head": 2, "vocab_size": 512, "n_positions": 64}
     if name.startswith("GPT2"):
-        config = transformers.GPT2Config(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=1)
+        padding = {"pad_token_id": 0} if "Sequence" in name else {}
+        config = transformers.GPT2Config(**sizes, **padding, bos_token_id=1, eos_token_id=1)
     else:
         config = transformers.OpenAIGPTConfig(**sizes)
     model = getattr(transformers, name)(config)
@@ -185,7 +185,8 @@ def test_an_accelerated_model(name: str, compiled: bool, device: torch.device, w
     step = training_step(model, device, lambda: forward(ids, labels=labels).loss)
     step()
     step()
-    with watched() as seen:
+    # transformers looks for the padding token at both ends of a row if the configuration has one.
+    with watched(waits="Sequence" in name) as seen:
         step()
     assert seen.of("triton")
     check_launches(f"{'compiled' if compiled else 'eager'} {name} bfloat16", seen)

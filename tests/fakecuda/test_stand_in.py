@@ -75,11 +75,16 @@ def test_a_call_that_a_capture_forbids_is_refused(x: torch.Tensor, side: torch.c
 
 
 def test_work_that_a_capture_does_not_wait_for_is_refused(x: torch.Tensor, side: torch.cuda.Stream) -> None:
-    graph, other = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with watch() as seen, pytest.raises(RuntimeError, match="Unjoined"), torch.cuda.graph(graph, stream=side):
-        other.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(other):
-            x.add_(1)
+    other = torch.cuda.Stream()
+
+    def capture() -> None:
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side):
+            other.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(other):
+                x.add_(1)
+
+    with watch() as seen, pytest.raises(RuntimeError, match="Unjoined"):
+        capture()
     assert "does not wait for" in seen.refusals[0]
 
 
@@ -105,10 +110,9 @@ def test_a_misaligned_tensor_map_is_refused(x: torch.Tensor) -> None:
     with watch() as seen:
         _tile_kernel[(1,)](TensorDescriptor(wide, [64, 64], [72, 1], [64, 64]), out, BLOCK=64)
     assert seen.refusals == []
-    odd = wide.flatten()[1:4097].view(64, 64)
+    descriptor = TensorDescriptor(wide, [64, 64], [72, 1], [64, 64])
+    descriptor.base = wide.flatten()[1:4097].view(64, 64)  # TensorDescriptor itself refuses it when it is made
     with watch() as seen, pytest.raises(RuntimeError, match="invalid argument"):
-        descriptor = TensorDescriptor(wide, [64, 64], [72, 1], [64, 64])
-        descriptor.base = odd  # TensorDescriptor itself refuses it when it is made
         _tile_kernel[(1,)](descriptor, out, BLOCK=64)
     assert "multiple of 16 bytes" in seen.refusals[0]
 

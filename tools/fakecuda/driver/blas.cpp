@@ -56,13 +56,13 @@ FAKECUDA_EXPORT cublasStatus_t cublasGetPointerMode_v2(cublasHandle_t, cublasPoi
   return CUBLAS_STATUS_SUCCESS;
 }
 
-// The sizes of a product are recorded; the arguments after them are not read. cuBLAS declares these functions with all of
-// their arguments, so each is defined under a name of ours.
-#define FAKECUDA_PRODUCT(function)                                                                     \
-  extern "C" __attribute__((visibility("default"))) int fakecuda_##function(void* handle, int, int, int m, int n, int k, ...) \
-      __asm__(#function);                                                                              \
-  int fakecuda_##function(void* handle, int, int, int m, int n, int k, ...) {                          \
-    return product(#function, stream_in(handle), m, n, k);                                             \
+// The sizes of a product are recorded; the arguments after them are not read. cuBLAS declares these functions with all
+// of their arguments, so each is defined under a name of ours.
+#define FAKECUDA_PRODUCT(function)                                                                                \
+  extern "C" __attribute__((visibility("default"))) int fakecuda_##function(void* handle, int, int, int m, int n, \
+                                                                            int k, ...) __asm__(#function);       \
+  int fakecuda_##function(void* handle, int, int, int m, int n, int k, ...) {                                     \
+    return product(#function, stream_in(handle), m, n, k);                                                        \
   }
 #undef cublasSgemm_v2
 #undef cublasSgemmStridedBatched
@@ -79,8 +79,7 @@ FAKECUDA_EXPORT cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
   *handle = reinterpret_cast<cublasLtHandle_t>(new Handle);
   return CUBLAS_STATUS_SUCCESS;
 }
-FAKECUDA_EXPORT cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* made, cublasComputeType_t,
-                                                        cudaDataType) {
+FAKECUDA_EXPORT cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* made, cublasComputeType_t, cudaDataType) {
   *made = static_cast<cublasLtMatmulDesc_t>(descriptor());
   return CUBLAS_STATUS_SUCCESS;
 }

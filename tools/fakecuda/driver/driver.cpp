@@ -51,7 +51,8 @@ void check_pointers(const Function& function, void** arguments) {
 CUresult launch(const Function& function, dim3 grid, dim3 block, size_t shared, const void* stream, void** arguments) {
   const char* name = function.name.c_str();
   if (const char* fault = launch_fault(grid, block)) {
-    refuse("triton %s: %s: grid %u %u %u, block %u %u %u", name, fault, grid.x, grid.y, grid.z, block.x, block.y, block.z);
+    refuse("triton %s: %s: grid %u %u %u, block %u %u %u", name, fault, grid.x, grid.y, grid.z, block.x, block.y,
+           block.z);
     return CUDA_ERROR_INVALID_VALUE;
   }
   if (shared > size_t(function.shared_allowed)) {
@@ -274,7 +275,8 @@ FAKECUDA_EXPORT CUresult cuLaunchCooperativeKernel(CUfunction function, unsigned
                                                    unsigned grid_z, unsigned block_x, unsigned block_y,
                                                    unsigned block_z, unsigned shared, CUstream stream,
                                                    void** arguments) {
-  return cuLaunchKernel(function, grid_x, grid_y, grid_z, block_x, block_y, block_z, shared, stream, arguments, nullptr);
+  return cuLaunchKernel(function, grid_x, grid_y, grid_z, block_x, block_y, block_z, shared, stream, arguments,
+                        nullptr);
 }
 FAKECUDA_EXPORT CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank,
                                                 void* address, const cuuint64_t* sizes, const cuuint64_t* strides,

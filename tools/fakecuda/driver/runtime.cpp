@@ -39,11 +39,17 @@ std::string copy_name(const void* to, const void* from) {
   return std::string(device_to ? "host to device" : "device to host") + (pinned ? ", pinned" : ", pageable");
 }
 
-// Small values are moved, because PyTorch decides by them; large ones would only cost time.
+// Small values are moved; large ones would only cost time.
 constexpr size_t kMoved = 1 << 20;
 
+// No kernel has computed what a device holds, so the host reads zeros: whatever it decides by them, it decides it
+// again.
 void move(void* to, const void* from, size_t bytes) {
-  if (bytes <= kMoved) memmove(to, from, bytes);
+  if (is_device(from) && !is_device(to)) {
+    memset(to, 0, bytes);
+  } else if (bytes <= kMoved) {
+    memmove(to, from, bytes);
+  }
 }
 
 cudaError_t launch(const void* function, dim3 grid, dim3 block, size_t shared, const void* stream) {
@@ -54,8 +60,8 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, size_t shared, c
     if (found != kernel_names().end()) name = found->second;
   }
   if (const char* fault = launch_fault(grid, block)) {
-    refuse("kernel %s: %s: grid %u %u %u, block %u %u %u", name.c_str(), fault, grid.x, grid.y, grid.z, block.x, block.y,
-           block.z);
+    refuse("kernel %s: %s: grid %u %u %u, block %u %u %u", name.c_str(), fault, grid.x, grid.y, grid.z, block.x,
+           block.y, block.z);
     return fail(cudaErrorInvalidConfiguration);
   }
   if (shared > shared_memory_limit()) {
@@ -480,13 +486,13 @@ FAKECUDA_EXPORT cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute 
   }
   return cudaSuccess;
 }
-FAKECUDA_EXPORT cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int threads,
-                                                                                   size_t, unsigned) {
+FAKECUDA_EXPORT cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*,
+                                                                                   int threads, size_t, unsigned) {
   *blocks = threads > 0 ? 2048 / threads : 1;
   return cudaSuccess;
 }
-FAKECUDA_EXPORT cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int threads,
-                                                                          size_t shared) {
+FAKECUDA_EXPORT cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function,
+                                                                          int threads, size_t shared) {
   return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, function, threads, shared, 0);
 }
 FAKECUDA_EXPORT cudaError_t cudaGetSymbolAddress(void** pointer, const void*) {

@@ -319,8 +319,8 @@ void record(const char* kind, const std::string& name, dim3 grid, dim3 block, si
     refuse("%s %s: the stream is of device %d, the current device is %d", kind, name.c_str(), stream->device,
            current_device);
   }
-  state().entries.push_back({kind, name, grid, block, shared, current_device, stream->graph != nullptr,
-                             reinterpret_cast<uintptr_t>(handle)});
+  state().entries.push_back(
+      {kind, name, grid, block, shared, current_device, stream->graph != nullptr, reinterpret_cast<uintptr_t>(handle)});
 }
 
 void record_wait(const char* call) {
@@ -380,7 +380,8 @@ size_t bytes_in_use(int device) {
 
 const char* launch_fault(dim3 grid, dim3 block) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return "the grid is empty";
-  if (grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535) return "the grid is larger than 2147483647 x 65535 x 65535";
+  if (grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535)
+    return "the grid is larger than 2147483647 x 65535 x 65535";
   const unsigned long long threads = 1ull * block.x * block.y * block.z;
   if (threads == 0 || threads > 1024) return "a block has no thread or over 1024";
   if (block.x > 1024 || block.y > 1024 || block.z > 64) return "the block is larger than 1024 x 1024 x 64";

@@ -1,7 +1,7 @@
 // State that the stand-in's entry points share: devices, memory, streams, graphs, and the record of what was called.
 //
-// Invariant: every access to the state below holds `state_lock()`. `current_device`, the capture mode and the last error
-// belong to a thread, as in CUDA.
+// Invariant: every access to the state below holds `state_lock()`. `current_device`, the capture mode and the last
+// error belong to a thread, as in CUDA.
 #pragma once
 
 #include <cuda.h>
