@@ -234,6 +234,17 @@ def test_tests_are_run_again_when_files_change(tmp_path, monkeypatch):
     assert gate.run_tests(topic, "cpu") == ""
 
 
+def test_a_topic_without_a_test_for_the_device_is_refused(tmp_path, monkeypatch):
+    """pytest selects nothing and calls it an error; the message says which files lack a test."""
+    monkeypatch.setattr(gate, "ROOT", tmp_path)
+    monkeypatch.setattr(gate, "GREEN", tmp_path / "build" / "green.json")
+    test = tmp_path / "tests" / "test_x.py"
+    test.parent.mkdir()
+    test.write_text("def test_x():\n    pass\n")
+    topic = types.SimpleNamespace(name="x", tests=("test_x.py",))
+    assert "tests/test_x.py: no test is marked for cuda" in gate.run_tests(topic, "cuda")
+
+
 @pytest.mark.parametrize(("available", "paired"), [(100, True), (99, False)])
 def test_a_model_in_training_takes_turns_with_ours_if_two_fit(tiny, tmp_path, monkeypatch, available, paired):
     """All of an op take turns; with `pair_bytes` each implementation takes turns with ours alone."""

@@ -74,5 +74,8 @@ def watch() -> Iterator[Seen]:
 
 def _entry(fields: list[str]) -> Entry:
     kind, name, grid, block, shared, device, captured, stream = fields
-    sides = [tuple(int(side) for side in text.split(",")) for text in (grid, block)]
-    return Entry(kind, name, *sides, int(shared), int(device), captured == "1", int(stream, 16))
+    return Entry(kind, name, _sides(grid), _sides(block), int(shared), int(device), captured == "1", int(stream, 16))
+
+
+def _sides(text: str) -> tuple[int, ...]:
+    return tuple(int(side) for side in text.split(","))
