@@ -105,6 +105,11 @@ def examine() -> dict[str, Any]:
             advice.append(f"{', '.join(missing)} not installed: pip install gpt-fast[{extra}]")
     if cuda and versions["triton"] is None:
         advice.append("Triton is not installed, so the GPU cannot run its kernels: pip install triton")
+    if torch.version.cuda and info is not None and info.get("no_cuda"):
+        advice.append(
+            f"the C++ extension has no CUDA C++ kernels, so Triton serves alone: {info['no_cuda']}; "
+            "GPT_FAST_CUDA=1 make install, with CUDA_HOME at a toolkit, builds them"
+        )
     if not cuda and torch.version.cuda:
         advice.append("this PyTorch is built for CUDA but sees no device: look at nvidia-smi and CUDA_VISIBLE_DEVICES")
     return {
