@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from benchmarks.measure import environment
 from benchmarks.measure.calls import all_passes, make_inputs, prepare
 from benchmarks.measure.floors import measure_floors
 from benchmarks.measure.gate import run_tests
+from benchmarks.measure.graphs import Replays, capture
 from benchmarks.measure.memory import available_memory, peak_memory
 from benchmarks.measure.timing import FULL, QUICK, Budget, Call, Stopwatch, flush, take_turns
 from benchmarks.models.job import Job
@@ -102,8 +104,10 @@ def measure(
         torch.manual_seed(0)
         with _failure(peer, failed):
             functions[peer] = peer.build(case)
+    replays = topic.suite == "ops" and case.device == "cuda"
     for passes in topic.passes:
-        for peer, summary in _take_turns(functions, inputs, passes, case.device, before, budget, failed).items():
+        timed = _take_turns(functions, inputs, passes, case.device, before, budget, failed, replays)
+        for peer, summary in timed.items():
             times.setdefault(peer, {})[passes] = summary
     records = []
     work = {passes: vars(topic.work(case, passes)) for passes in topic.passes}
@@ -136,20 +140,40 @@ def _take_turns(
     before: Call | None,
     budget: Budget,
     failed: Failed,
+    replays: bool = False,
 ) -> dict[Peer, dict[str, Any]]:
+    """Time one pass of every implementation; with `replays` as CUDA graphs, where it can be captured."""
     watches: dict[Peer, Stopwatch] = {}
+    extra: dict[Peer, dict[str, Any]] = {}
     for peer, function in functions.items():
         with _failure(peer, failed, f"{passes}: "):
-            watch = Stopwatch(device, prepare(function, inputs, passes), before, peer.compiles, budget.cpu_time)
+            make = partial(prepare, function, inputs, passes)
+            captured = _captured(make) if replays else None
+            calls = make() if captured is None else captured.calls
+            watch = Stopwatch(device, calls, before, peer.compiles, budget.cpu_time)
             watch.start()
+            if captured is not None:
+                watch.first, extra[peer] = captured.first, {"host": captured.host}
             watches[peer] = watch
     if watches:
         take_turns(list(watches.values()), budget)
     ours = next((watch for peer, watch in watches.items() if peer.name == OURS), None)
     return {
-        peer: watch.summary() | ({"to_ours": watch.ratio_to(ours)} if ours and watch is not ours else {})
+        peer: watch.summary()
+        | extra.get(peer, {})
+        | ({"to_ours": watch.ratio_to(ours)} if ours and watch is not ours else {})
         for peer, watch in watches.items()
     }
+
+
+def _captured(make: Callable[[], list[Call]]) -> Replays | None:
+    """Return the calls as CUDA graphs, or None where a graph cannot hold them."""
+    try:
+        return capture(make)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "captur" not in str(error):
+            raise
+        return None
 
 
 @contextlib.contextmanager

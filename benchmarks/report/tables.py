@@ -51,7 +51,8 @@ def rows(run: Run, records: dict[str, Record]) -> list[list[str]]:
                 continue
             spread = (time["q3"] - time["q1"]) / 2 / time["median"]
             cells += [
-                f"{seconds(time['median'])} ± {spread:.0%}",
+                f"{seconds(time['median'])} ± {spread:.0%}"
+                + (f", host {seconds(time['host'])}" if "host" in time else ""),
                 to_ours(time, ours and ours["times"].get(name)),
                 f"{results.share_of_floor(run, record, name):.0%}",
             ]
