@@ -211,8 +211,8 @@ report: install  ## write every table and plot of benchmarks/results and README.
 	$(PY) -m benchmarks.report
 
 .PHONY: gpu
-gpu:  ## build, test, sanitize and benchmark on a GPU: make gpu PYTHON=python3 OUT=dir (no environment, no downloads)
-	PYTHON="$(PYTHON)" OUT="$(OUT)" .ci/gpu
+gpu:  ## the first minutes on a GPU: make gpu PART=1, then PART=2, PYTHON=python3 OUT=dir (no environment, no downloads)
+	PYTHON="$(PYTHON)" OUT="$(OUT)" PART="$(firstword $(subst /, ,$(PART)))" .ci/gpu
 
 # --- documentation ---
 

@@ -38,6 +38,7 @@ class Settings:
     quick: bool = False
     resume: bool = False
     cpu_time: bool = False
+    untested: bool = False  # the tests of a topic are not run before it; its file says so
     out: Path = Path("runs/bench")
     advance: Callable[[int, str], None] = lambda done, label: None  # implementations done since, what comes now
     done: Callable[[Run, list[Record]], None] = lambda run, records: None  # after a case, with its records
@@ -234,7 +235,7 @@ def run(topics: list[Topic | Study], settings: Settings) -> Outcome:
     try:
         for topic in topics:
             settings.advance(0, f"{topic.name}: its tests")
-            red = run_tests(topic, settings.device)
+            red = "" if settings.untested else run_tests(topic, settings.device)
             if red:
                 outcome.refused[topic.name] = red
                 continue
@@ -254,7 +255,7 @@ def _open(topic: Topic | Study, path: Path, facts: dict[str, Any], settings: Set
     """Return an empty run, or with `resume` the one that is there."""
     head = {
         "schema": results.SCHEMA, "version": results.VERSION, "topic": topic.name, "suite": topic.suite,
-        "quick": settings.quick, **facts,
+        "quick": settings.quick, **({"untested": True} if settings.untested else {}), **facts,
     }  # fmt: skip
     new = head if isinstance(topic, Study) else head | {"partial": True, "sessions": [], "records": [], "missing": []}
     if not settings.resume or not path.exists():
@@ -263,7 +264,7 @@ def _open(topic: Topic | Study, path: Path, facts: dict[str, Any], settings: Set
     for name in ("quick", "device", "versions", "commit"):
         if old[name] != new[name]:
             raise ValueError(f"{path}: cannot be resumed, its {name} was {old[name]}, now it is {new[name]}")
-    return old
+    return old | ({"untested": True} if settings.untested else {})
 
 
 def _now() -> dict[str, Any]:

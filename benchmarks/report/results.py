@@ -3,6 +3,7 @@
 schema, version   "gpt_fast benchmark", 1
 topic, suite      what was measured
 quick             whether fewer cases were taken
+untested          true where the tests were not run before; else it is not there
 device, versions, commit
 
 A topic's file also has

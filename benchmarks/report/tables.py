@@ -190,6 +190,8 @@ def notes(run: Run) -> list[str]:
         lines.append("This CPU has no instructions for bfloat16 products, which take PyTorch minutes.")
     if run["quick"]:
         lines.append("A quick run: fewer cases and rounds.")
+    if run.get("untested"):
+        lines.append("The tests were not run before: these figures may be of wrong results.")
     if run["partial"]:
         lines.append("**Partial**: the run was cut off before its end.")
     return ["  \n".join(lines)]
