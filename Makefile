@@ -127,7 +127,7 @@ sanitize: install  ## the op tests on a C++ extension built with the address and
 FAKE_PY := $(abspath $(FAKE_VENV))/bin/python
 FAKE_TREE := build/fakecuda/tree
 FAKE_PARTS := csrc gpt_fast gpt_fast_cli gpt_fast_settings kernels tests tools benchmarks examples .ci
-FAKE_RUN = cd $(FAKE_TREE) && PYTHONPATH=$(abspath $(FAKE_TREE)) OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
+FAKE_RUN = cd $(FAKE_TREE) && PATH=$(abspath $(FAKE_VENV))/bin:$$PATH PYTHONPATH=$(abspath $(FAKE_TREE)) OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
   TRITON_CACHE_DIR=$(abspath build/fakecuda/triton) $(FAKE_PY) -m tools.fakecuda --library $(abspath build/fakecuda/lib)
 FAKE_PYTEST = $(FAKE_PY) -m pytest $(PYTEST_FLAGS) -p no:cacheprovider tests/fakecuda $(FAKE_FLAGS)
 
@@ -148,7 +148,7 @@ fake-build: $(FAKE_VENV)/.stamp
 	@rm -rf $(addprefix $(FAKE_TREE)/,tests tools benchmarks)
 	@tar cf - --exclude='_C*' --exclude=__pycache__ $(FAKE_PARTS) setup.py pyproject.toml README.md LICENSE Makefile \
 	  | tar xf - -C $(FAKE_TREE)
-	cd $(FAKE_TREE) && GPT_FAST_CUDA=1 $(FAKE_PY) setup.py build_ext --inplace > ../extension.log 2>&1 \
+	cd $(FAKE_TREE) && PATH=$(abspath $(FAKE_VENV))/bin:$$PATH GPT_FAST_CUDA=1 $(FAKE_PY) setup.py build_ext --inplace > ../extension.log 2>&1 \
 	  || { cat ../extension.log >&2; exit 1; }
 	cd $(FAKE_TREE) && $(FAKE_PY) -m tools.fakecuda.build ../lib
 

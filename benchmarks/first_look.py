@@ -163,10 +163,15 @@ def look_at(look: Look, device: str) -> dict[str, Any]:
     try:
         value, worst = share(look, device)
         record |= {"outcome": "pass" if value <= 1 else "fail", "share": value, "of": worst}
+    except AssertionError as error:  # of a result that the others start from
+        record |= {"outcome": "fail", "of": _first_line(error)}
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        record |= {"outcome": "fail", "error": f"{type(error).__name__}: {first}"}
+        record |= {"outcome": "fail", "error": f"{type(error).__name__}: {_first_line(error)}"}
     return record | {"seconds": round(time.perf_counter() - began, 2)}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def main() -> None:
@@ -183,7 +188,7 @@ def main() -> None:
     for look in chosen:
         record = look_at(look, device)
         failed += record["outcome"] == "fail"
-        detail = f"{record['share']:.2f} {record['of']}" if "share" in record else record["error"]
+        detail = f"{record['share']:.2f} {record['of']}" if "share" in record else record.get("error") or record["of"]
         print(f"{record['outcome']}  {look.op} {look.name} {record['dtype']}: {detail}", flush=True)
         if options.out:
             with options.out.open("a", encoding="utf-8") as file:

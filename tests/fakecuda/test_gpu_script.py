@@ -39,7 +39,7 @@ def test_the_first_part(tmp_path: Path) -> None:
     assert len(looks) > 50
     assert [look for look in looks if "error" in look] == [], "expected every kernel to launch"
     for name in ("parity_f32", "parity_bf16"):
-        assert "beyond what is allowed" in (tmp_path / f"{name}.log").read_text()
+        assert "parity: the loss has not fallen" in (tmp_path / f"{name}.log").read_text()  # it is 0
     (device,) = (tmp_path / "results").iterdir() if (tmp_path / "results").is_dir() else ()
     assert {path.stem for path in device.glob("*.json")} >= {"training_step", "attention", "add_layer_norm"}
 

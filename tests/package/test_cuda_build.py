@@ -1,6 +1,7 @@
 """When setup.py builds the CUDA C++ kernels, and what it says where it cannot."""
 
 import runpy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,13 @@ def test_doctor_reports_an_extension_without_cuda(monkeypatch: pytest.MonkeyPatc
     assert any("nvcc is of CUDA 12.4; GPT_FAST_CUDA=1" in line for line in doctor.examine()["advice"])
     monkeypatch.setattr(gpt_fast, "build_info", lambda: {"no_cuda": None})
     assert not any("CUDA C++" in line for line in doctor.examine()["advice"])
+
+
+def test_doctor_names_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_available() -> bool:
+        warnings.warn("The NVIDIA driver on your system is too old (found version 12000). Please update", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    lines = [line for line in doctor.examine()["advice"] if "GPU" in line]
+    assert lines == ["PyTorch cannot use the GPU: The NVIDIA driver on your system is too old (found version 12000)"]

@@ -43,6 +43,20 @@ def test_a_wrong_gradient_fails(monkeypatch):
     assert record["of"] == "gradient of bias"
 
 
+def test_a_wrong_sum_fails(monkeypatch):
+    """The second result of add_layer_norm, which the truth of the first one starts from."""
+    right = ops.add_layer_norm
+
+    def wrong(*args, **kwargs):
+        normed, summed = right(*args, **kwargs)
+        return normed, summed * 1.01
+
+    monkeypatch.setattr(first_look.ops, "add_layer_norm", wrong)
+    record = first_look.look_at(LOOKS["add_layer_norm C=768 dropout torch.float32"], "cpu")
+    assert record["outcome"] == "fail"
+    assert record["of"].startswith("out1: ")
+
+
 def test_nan_fails(monkeypatch):
     right = ops.decode_attention
     monkeypatch.setattr(first_look.ops, "decode_attention", lambda *a, **k: right(*a, **k) * torch.nan)

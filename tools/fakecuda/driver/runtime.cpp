@@ -91,6 +91,7 @@ using namespace fakecuda;  // NOLINT: every function below is CUDA's
 // --- devices
 
 FAKECUDA_EXPORT cudaError_t cudaGetDeviceCount(int* count) {
+  if (settings().driver / 1000 < CUDART_VERSION / 1000) return fail(cudaErrorInsufficientDriver);
   *count = settings().devices;
   return cudaSuccess;
 }
