@@ -14,6 +14,10 @@ FUZZ_DRAWS ?= 3000
 FUZZ_INTERP_DRAWS ?= 100
 FUZZ_SEED ?= 0
 FUZZ_TARGETS ?=
+FAKE_VENV ?= .venv-fakecuda
+FAKE_TORCH ?= torch==2.11.0
+FAKE_CAPABILITIES ?= 80 86 100 120
+FAKE_FLAGS ?=
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -25,6 +29,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 PYTEST := $(PY) -m pytest $(PYTEST_FLAGS)
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 BENCH_CPP := benchmarks/measure/read_all.cpp
+FAKE_CPP := $(wildcard tools/fakecuda/driver/*)
 # The test files of the ops that have a C++ kernel, and of those that have a Triton kernel.
 CPP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/ops/test_%.py,$(wildcard csrc/cpu/*.cpp)))
 TRITON_TESTS = $(wildcard $(patsubst kernels/%.py,tests/ops/test_%.py,$(wildcard kernels/*.py)))
@@ -117,6 +122,43 @@ sanitize: install  ## the op tests on a C++ extension built with the address and
 	  $(abspath $(PY)) -m pytest $(PYTEST_FLAGS) -p no:cacheprovider $(CPP_TESTS) \
 	  -k 'not peak_memory and not memory_is_linear'  # the sanitizer's own memory counts there
 
+# --- the stand-in for CUDA ---
+
+FAKE_PY := $(abspath $(FAKE_VENV))/bin/python
+FAKE_TREE := build/fakecuda/tree
+FAKE_PARTS := csrc gpt_fast gpt_fast_cli gpt_fast_settings kernels tests tools benchmarks examples .ci
+FAKE_RUN = cd $(FAKE_TREE) && PATH=$(abspath $(FAKE_VENV))/bin:$$PATH PYTHONPATH=$(abspath $(FAKE_TREE)) OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
+  TRITON_CACHE_DIR=$(abspath build/fakecuda/triton) $(FAKE_PY) -m tools.fakecuda --library $(abspath build/fakecuda/lib)
+FAKE_PYTEST = $(FAKE_PY) -m pytest $(PYTEST_FLAGS) -p no:cacheprovider tests/fakecuda $(FAKE_FLAGS)
+
+# PyTorch's CUDA build comes from PyPI alone: pip's settings may prefer a mirror that has the CPU build of that version.
+$(FAKE_VENV)/.stamp:
+	@echo 'fake-gpu: downloading 4.7 GB, PyTorch with CUDA and its libraries, into $(FAKE_VENV)'
+	$(PYTHON) -m venv $(FAKE_VENV)
+	PIP_FIND_LINKS= PIP_CONFIG_FILE=/dev/null $(FAKE_PY) -m pip --disable-pip-version-check --quiet install \
+	  "$(FAKE_TORCH)" "setuptools>=77,<82" wheel ninja
+	PIP_FIND_LINKS= PIP_CONFIG_FILE=/dev/null GPT_FAST_NO_CPP=1 $(FAKE_PY) -m pip --disable-pip-version-check --quiet \
+	  install --no-build-isolation --editable ".[train,hf,bench]"
+	@touch $@
+
+# A copy of the tree, because the extension of this tree has the same name and is built for another PyTorch.
+.PHONY: fake-build
+fake-build: $(FAKE_VENV)/.stamp
+	@mkdir -p $(FAKE_TREE)
+	@rm -rf $(addprefix $(FAKE_TREE)/,tests tools benchmarks)
+	@tar cf - --exclude='_C*' --exclude=__pycache__ $(FAKE_PARTS) setup.py pyproject.toml README.md LICENSE Makefile \
+	  | tar xf - -C $(FAKE_TREE)
+	cd $(FAKE_TREE) && PATH=$(abspath $(FAKE_VENV))/bin:$$PATH GPT_FAST_CUDA=1 $(FAKE_PY) setup.py build_ext --inplace > ../extension.log 2>&1 \
+	  || { cat ../extension.log >&2; exit 1; }
+	cd $(FAKE_TREE) && $(FAKE_PY) -m tools.fakecuda.build ../lib
+
+.PHONY: fake-gpu
+fake-gpu: fake-build  ## the library on a stand-in for CUDA that runs no kernel (needs nvcc; downloads 4.7 GB)
+	$(FAKE_RUN) --devices 1 -- $(FAKE_PYTEST)
+	$(FAKE_RUN) --devices 2 -- $(FAKE_PYTEST)
+	for capability in $(FAKE_CAPABILITIES); do \
+	  ($(FAKE_RUN) --capability $$capability -- $(FAKE_PYTEST)) || exit 1; done
+
 # --- gates ---
 
 $(CODEGEN_VENV)/.stamp: | $(VENV)/bin/python
@@ -145,13 +187,13 @@ compile-isa: $(VENV)/.stamp-package  ## compile the C++ kernels for AVX2, AVX-51
 lint: $(VENV)/.stamp-package  ## ruff and clang-format, changing nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) $(BENCH_CPP)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) $(BENCH_CPP) $(FAKE_CPP)
 
 .PHONY: format
 format: $(VENV)/.stamp-package  ## ruff and clang-format, rewriting
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $(CSRC) $(BENCH_CPP)
+	$(VENV)/bin/clang-format -i $(CSRC) $(BENCH_CPP) $(FAKE_CPP)
 
 .PHONY: types
 types: $(VENV)/.stamp-package  ## mypy
@@ -169,8 +211,8 @@ report: install  ## write every table and plot of benchmarks/results and README.
 	$(PY) -m benchmarks.report
 
 .PHONY: gpu
-gpu:  ## build, test, sanitize and benchmark on a GPU: make gpu PYTHON=python3 OUT=dir (no environment, no downloads)
-	PYTHON="$(PYTHON)" OUT="$(OUT)" .ci/gpu
+gpu:  ## the first minutes on a GPU: make gpu PART=1, then PART=2, PYTHON=python3 OUT=dir (no environment, no downloads)
+	PYTHON="$(PYTHON)" OUT="$(OUT)" PART="$(firstword $(subst /, ,$(PART)))" .ci/gpu
 
 # --- documentation ---
 

@@ -1,6 +1,7 @@
 """Builds gpt_fast._C, the C++ extension; everything else about the package is in pyproject.toml. The CUDA C++ kernels
 are part of it where PyTorch has CUDA and its toolkit is installed.
 
+GPT_FAST_CUDA=0|1    leave the CUDA C++ kernels out, or fail where they cannot be built
 GPT_FAST_NO_CPP=1    build no extension: a pure-Python install, where the reference serves the CPU
 GPT_FAST_PORTABLE=1  compile for any x86-64-v3 CPU (AVX2, FMA) instead of for this one
 GPT_FAST_SANITIZE=1  compile with the address and undefined-behaviour sanitizers
@@ -10,6 +11,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import runpy
 import shlex
 import subprocess
@@ -118,6 +120,41 @@ def cublas_include(toolkit: str) -> str | None:
     return next((str(place) for place in places if (place / "cublasLt.h").exists()), None)
 
 
+def why_no_cuda(cuda: str | None, toolkit: str | None) -> str | None:
+    """Return why the CUDA C++ kernels cannot be built for PyTorch's CUDA version with this toolkit, or None."""
+    if cuda is None:
+        return "this PyTorch is built without CUDA"
+    nvcc = Path(toolkit or "", "bin", "nvcc")
+    if toolkit is None or not nvcc.exists():
+        return f"no nvcc in {toolkit or 'CUDA_HOME, which is not set'}; expected the toolkit of CUDA {cuda}"
+    if not Path(toolkit, "include", "cuda_runtime.h").exists():
+        return f"{nvcc} is there, {toolkit}/include/cuda_runtime.h is not; expected CUDA_HOME to be a whole toolkit"
+    done = subprocess.run([str(nvcc), "--version"], check=False, capture_output=True, text=True)
+    release = re.search(r"release (\d+)\.(\d+)", done.stdout)
+    if release is None:
+        return f"{nvcc} --version does not say its release: {(done.stderr or done.stdout).strip()[:200] or 'no output'}"
+    if release[1] != cuda.partition(".")[0]:
+        return (
+            f"{nvcc} is of CUDA {release[1]}.{release[2]}; expected CUDA {cuda.partition('.')[0]}, as this PyTorch has"
+        )
+    return None
+
+
+def chosen_cuda(cuda: str | None, toolkit: str | None) -> str | None:
+    """Return why the CUDA C++ kernels are left out, or None. Raises `SystemExit` where GPT_FAST_CUDA=1 forbids that."""
+    choice = os.environ.get("GPT_FAST_CUDA", "")
+    if choice not in ("", "0", "1"):
+        raise SystemExit(f"gpt-fast: GPT_FAST_CUDA is {choice}; expected 0 or 1")
+    if choice == "0":
+        return "GPT_FAST_CUDA=0"
+    reason = why_no_cuda(cuda, toolkit)
+    if reason and choice == "1":
+        raise SystemExit(f"gpt-fast: GPT_FAST_CUDA=1, but {reason}")
+    if reason and cuda:  # a PyTorch for the CPU needs no word about it
+        print(f"gpt-fast: built without the CUDA C++ kernels: {reason}")
+    return reason
+
+
 def extension_arguments() -> dict[str, Any]:
     if enabled("GPT_FAST_NO_CPP"):
         return {}
@@ -154,6 +191,7 @@ def extension_arguments() -> dict[str, Any]:
                 "compiler": version.splitlines()[0],
                 "flags": flags,
                 "vector": vector,
+                "no_cuda": no_cuda,
                 "cpu_flags": sorted(name for macro, name in CPU_FLAGS.items() if macro in macros),
             }
             path = Path(self.build_lib, "gpt_fast", "_C.json")
@@ -168,7 +206,8 @@ def extension_arguments() -> dict[str, Any]:
     arguments: dict[str, Any] = {"include_dirs": [str(ROOT / "csrc")], "extra_link_args": link}
     compile_args = {"cxx": flags}
     make_extension = CppExtension
-    if torch.version.cuda and CUDA_HOME and Path(CUDA_HOME, "bin", "nvcc").exists():
+    no_cuda = chosen_cuda(torch.version.cuda, CUDA_HOME)
+    if no_cuda is None:
         make_extension = CUDAExtension
         cuda_sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.c*"))
         cublas = cublas_include(CUDA_HOME)  # its functions are in what PyTorch's own library links

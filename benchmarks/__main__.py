@@ -39,6 +39,9 @@ def bench(
     cpu_time: Annotated[
         bool, typer.Option("--cpu-time", help="CPU seconds of one thread, for a machine that others keep busy.")
     ] = False,
+    untested: Annotated[
+        bool, typer.Option("--untested", help="Time at once, without the tests; the results say so.")
+    ] = False,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(metavar="OLD NEW", help="Measure nothing: show what changed beyond the noise."),
@@ -46,9 +49,9 @@ def bench(
 ) -> None:
     """Time every operation, training steps and generation against their floors and against other implementations.
 
-    Runs the tests of each op or job first and reports no time if they fail. The floors (copy and read bandwidth, rate
-    of matrix products) are measured in the same run. Writes one JSON file a topic, a page with tables, and plots.
-    Ctrl-C keeps what was measured, marked partial; --resume continues.
+    Runs the tests of each op or job first and reports no time if they fail, unless --untested. The floors (copy and
+    read bandwidth, rate of matrix products) are measured in the same run. Writes one JSON file a topic, a page with
+    tables, and plots. Ctrl-C keeps what was measured, marked partial; --resume continues.
 
     [bold]Example[/bold]
 
@@ -66,7 +69,7 @@ def bench(
         import torch
 
         torch.set_num_threads(1)
-    _run(topics, device, quick, out, resume, cpu_time)
+    _run(topics, device, quick, out, resume, cpu_time, untested)
 
 
 def _say(message: str) -> None:
@@ -101,7 +104,7 @@ def _compare(old: Path, new: Path) -> None:
     )
 
 
-def _run(topics: list[Any], device: str, quick: bool, out: Path, resume: bool, cpu_time: bool) -> None:
+def _run(topics: list[Any], device: str, quick: bool, out: Path, resume: bool, cpu_time: bool, untested: bool) -> None:
     from benchmarks.measure.runner import Settings, count, here, run
     from benchmarks.report import pages
     from gpt_fast.interrupts import caught
@@ -120,7 +123,7 @@ def _run(topics: list[Any], device: str, quick: bool, out: Path, resume: bool, c
             progress.update(task, advance=done, description=label)
 
         topics = here(topics, device)
-        settings = Settings(device, quick, resume, cpu_time, out, advance, _show_case, _show_study)
+        settings = Settings(device, quick, resume, cpu_time, untested, out, advance, _show_case, _show_study)
         progress.update(task, total=count(topics, settings))
         with caught():
             outcome = run(topics, settings)

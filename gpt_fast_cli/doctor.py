@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,7 +90,9 @@ def examine() -> dict[str, Any]:
     versions: dict[str, str | None] = {"gpt-fast": _version("gpt-fast"), "python": platform.python_version()}
     versions |= {name: _version(name) for name in PACKAGES}
     info = build_info()
-    cuda = torch.cuda.is_available()
+    with warnings.catch_warnings(record=True) as warned:  # PyTorch's only word on a driver that is too old
+        warnings.simplefilter("always")
+        cuda = torch.cuda.is_available()
     threads = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     devices = [{"type": "cpu", "name": threads}]
     if cuda:
@@ -105,7 +108,14 @@ def examine() -> dict[str, Any]:
             advice.append(f"{', '.join(missing)} not installed: pip install gpt-fast[{extra}]")
     if cuda and versions["triton"] is None:
         advice.append("Triton is not installed, so the GPU cannot run its kernels: pip install triton")
-    if not cuda and torch.version.cuda:
+    if torch.version.cuda and info is not None and info.get("no_cuda"):
+        advice.append(
+            f"the C++ extension has no CUDA C++ kernels, so Triton serves alone: {info['no_cuda']}; "
+            "GPT_FAST_CUDA=1 make install, with CUDA_HOME at a toolkit, builds them"
+        )
+    if not cuda and warned:
+        advice.append(f"PyTorch cannot use the GPU: {str(warned[0].message).partition('. ')[0]}")
+    elif not cuda and torch.version.cuda:
         advice.append("this PyTorch is built for CUDA but sees no device: look at nvidia-smi and CUDA_VISIBLE_DEVICES")
     return {
         "versions": versions,

@@ -14,6 +14,7 @@ class Architecture(NamedTuple):
     """What the kernels and their tools need to know about a GPU architecture."""
 
     capability: int  # compute capability times ten: the key of launch configurations
+    rows: int  # the newest architecture whose rows of launch_configs.py fit, where it has none of its own
     shared: int  # bytes of shared memory that a program may use
     descriptors: bool  # the tensor memory accelerator reads tiles by tensor descriptor
     wgmma: bool  # products in 16 bits must compile to wgmma
@@ -21,10 +22,19 @@ class Architecture(NamedTuple):
     nvcc: tuple[str, ...]  # what setup.py compiles csrc/cuda to: "sm" machine code, "compute" PTX for newer GPUs
 
 
+# An RTX 5090 has tensor descriptors and an RTX 3090's shared memory, but no wgmma, which reads its operands from shared
+# memory. Compiled with descriptors its products spill up to 752 bytes, with pointers and an RTX 3090's tiles none.
 ARCHITECTURES = (
-    Architecture(80, shared=163 * 1024, descriptors=False, wgmma=False, targeted=False, nvcc=("sm",)),
-    Architecture(90, shared=227 * 1024, descriptors=True, wgmma=True, targeted=True, nvcc=("sm", "compute")),
-    Architecture(100, shared=227 * 1024, descriptors=True, wgmma=False, targeted=False, nvcc=()),
+    # A100
+    Architecture(80, 80, shared=163 * 1024, descriptors=False, wgmma=False, targeted=False, nvcc=("sm",)),
+    # A10 and RTX 3090; L4 and RTX 4090, sm_89, have the same limits
+    Architecture(86, 86, shared=99 * 1024, descriptors=False, wgmma=False, targeted=False, nvcc=()),
+    # H100 and H200
+    Architecture(90, 90, shared=227 * 1024, descriptors=True, wgmma=True, targeted=True, nvcc=("sm", "compute")),
+    # B200
+    Architecture(100, 100, shared=227 * 1024, descriptors=True, wgmma=False, targeted=False, nvcc=()),
+    # RTX 5090
+    Architecture(120, 86, shared=99 * 1024, descriptors=False, wgmma=False, targeted=False, nvcc=()),
 )
 OLDEST = min(row.capability for row in ARCHITECTURES)
 NVCC_FLAGS = [
@@ -35,6 +45,13 @@ NVCC_FLAGS = [
 def serving(capability: int) -> Architecture:
     """Return the row that serves a compute capability: the newest that is not newer."""
     return max(row for row in ARCHITECTURES if row.capability <= capability)
+
+
+def fits(architecture: int, capability: int) -> bool:
+    """Return True if launch configurations for `architecture` may serve a compute capability, or the interpreter."""
+    if INTERPRETER in (architecture, capability):
+        return architecture == INTERPRETER
+    return architecture == serving(capability).capability or architecture <= serving(capability).rows
 
 
 def has_descriptors(capability: int) -> bool:

@@ -1,8 +1,9 @@
 """Launch configurations: one table per op, one row for a kernel, an architecture and a class of shapes.
 
-A row serves its architecture and newer ones without rows of their own, elements of up to its size in bytes, and shapes
-of up to its size. `source` says where it came from: "compiled" is read off benchmarks/results/codegen.md, and nothing
-but "measured" was run on a GPU. `python -m tools.tune` measures there and rewrites TABLES.
+A row serves its architecture, and newer ones that it fits and that have no rows of their own; elements of up to its
+size in bytes; and shapes of up to its size. `source` says where it came from: "compiled" is read off
+benchmarks/results/codegen.md, and nothing but "measured" was run on a GPU. `python -m tools.tune` measures there and
+rewrites TABLES.
 """
 
 import functools
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .architectures import INTERPRETER, OLDEST
+from .architectures import INTERPRETER, OLDEST, fits
 
 ANY = 1 << 30  # a size that everything is below
 
@@ -36,6 +37,9 @@ TABLES: dict[str, list[Row]] = {
         Row("fwd", 80, 4, 64, (32, 32, 4, 2), "compiled"),
         Row("fwd", 80, 4, 128, (32, 16, 8, 2), "compiled, no spills"),
         Row("fwd", 80, 4, 256, (16, 16, 4, 1), "compiled"),
+        Row("fwd", 86, 2, 64, (128, 64, 8, 3), "compiled, no spills"),
+        Row("fwd", 86, 2, 128, (128, 32, 8, 3), "compiled, no spills without dropout, 8 bytes with it"),
+        Row("fwd", 86, 2, 256, (64, 32, 8, 2), "compiled, no spills without dropout, 16 bytes with it"),
         Row("fwd", 90, 2, 64, (128, 64, 8, 3), "compiled, no spills"),
         Row("fwd", 90, 2, 128, (128, 64, 8, 3), "compiled, no spills"),
         Row("fwd", 90, 2, 256, (128, 32, 8, 2), "compiled, 16 bytes spilled on sm_90"),
@@ -45,6 +49,9 @@ TABLES: dict[str, list[Row]] = {
         Row("bwd_dq", 80, 4, 64, (32, 16, 4, 1), "compiled"),
         Row("bwd_dq", 80, 4, 128, (16, 16, 8, 1), "compiled, no spills"),
         Row("bwd_dq", 80, 4, 256, (16, 16, 8, 1), "compiled"),
+        Row("bwd_dq", 86, 2, 64, (128, 64, 8, 2), "compiled, no spills"),
+        Row("bwd_dq", 86, 2, 128, (64, 64, 8, 2), "compiled, no spills"),
+        Row("bwd_dq", 86, 2, 256, (64, 16, 8, 2), "compiled, no spills"),
         Row("bwd_dq", 90, 2, 64, (128, 64, 8, 2), "compiled, no spills"),
         Row("bwd_dq", 90, 2, 128, (128, 64, 8, 2), "compiled, no spills"),
         Row("bwd_dq", 90, 2, 256, (64, 32, 8, 2), "compiled, no spills"),
@@ -137,10 +144,10 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def serving(op: str, kernel: str, architecture: int, element: int) -> tuple[Row, ...]:
-    """The rows for elements of this size, of the newest architecture not newer, by size."""
+    """The rows for elements of this size, of the newest architecture whose rows fit this one, by size."""
     rows = [row for row in TABLES[op] if row.kernel == kernel and row.element >= element]
     rows = [row for row in rows if row.element == min(row.element for row in rows)]
-    older = [row.architecture for row in rows if row.architecture <= architecture]
+    older = [row.architecture for row in rows if fits(row.architecture, architecture)]
     newest = max(older) if older else min(row.architecture for row in rows)
     return tuple(sorted((row for row in rows if row.architecture == newest), key=lambda row: row.size))
 

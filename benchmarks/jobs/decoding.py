@@ -199,5 +199,5 @@ STUDY = Study(
     picture=picture,
     caption="milliseconds a token, by the tokens before it",
     devices=("cpu",),
-    tests=("generation/test_decode_session.py",),
+    tests=("generation/test_decode_session.py", "model/test_devices.py"),
 )  # fmt: skip

@@ -67,7 +67,7 @@ TOPIC = Topic(
     peers=training_peers(ours, plain, hugging_face),
     title="fine-tuning step of a classifier",
     passes=("step",),
-    tests=("model/test_model.py", "model/test_heads.py"),
+    tests=("model/test_model.py", "model/test_heads.py", "model/test_devices.py"),
     tokens=lambda case: case.size["B"] * case.size["T"],
     pair_bytes=pair_bytes,
 )  # fmt: skip

@@ -36,6 +36,6 @@ TOPIC = Topic(
     title="decoding, greedily, prompt included",
     passes=("step",),
     targets=targets,
-    tests=("model/test_model.py", "generation/test_generation.py"),
+    tests=("model/test_model.py", "generation/test_generation.py", "model/test_devices.py"),
     tokens=lambda case: case.size["B"] * case.size["new"],
 )  # fmt: skip

@@ -59,7 +59,7 @@ TOPIC = Topic(
     title="training step of a model written by hand",
     passes=("step",),
     targets=targets,
-    tests=("integrations/test_handwritten.py",),
+    tests=("integrations/test_handwritten.py", "model/test_devices.py"),
     tokens=tokens,
     pair_bytes=pair_bytes,
 )  # fmt: skip

@@ -28,6 +28,6 @@ TOPIC = Topic(
     JOB, "decode", inputs, work, cases, PEERS,
     title="prefill: the first token after a prompt",
     passes=("step",),
-    tests=("model/test_model.py", "generation/test_generation.py"),
+    tests=("model/test_model.py", "generation/test_generation.py", "model/test_devices.py"),
     tokens=lambda case: case.size["B"] * case.size["T"],
 )  # fmt: skip

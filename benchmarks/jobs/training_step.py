@@ -110,7 +110,7 @@ TOPIC = Topic(
     title="training step (forward, backward, AdamW)",
     passes=("step",),
     targets=targets,
-    tests=("model/test_model.py", "model/test_heads.py"),
+    tests=("model/test_model.py", "model/test_heads.py", "model/test_devices.py"),
     tokens=tokens,
     pair_bytes=pair_bytes,
 )  # fmt: skip

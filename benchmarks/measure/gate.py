@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from benchmarks.measure.environment import ROOT
@@ -13,6 +14,7 @@ from benchmarks.topic import Study, Topic
 
 GREEN = ROOT / "build" / "benchmarks" / "green.json"  # topic → digest of the files that its tests passed on
 SUFFIXES = (".py", ".cpp", ".h", ".cu", ".json")
+NO_TESTS = int(pytest.ExitCode.NO_TESTS_COLLECTED)
 APART = {"commands", "data", "training"}  # folders that compute nothing that is timed
 
 
@@ -38,6 +40,8 @@ def run_tests(topic: Topic | Study, device: str) -> str:
     done = subprocess.run(
         command, check=False, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
     )
+    if done.returncode == NO_TESTS:
+        return f"{', '.join(files)}: no test is marked for {device}; expected at least one\n"
     if done.returncode:
         return (done.stdout + done.stderr)[-2000:]
     GREEN.parent.mkdir(parents=True, exist_ok=True)

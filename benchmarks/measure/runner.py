@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from benchmarks.measure import environment
 from benchmarks.measure.calls import all_passes, make_inputs, prepare
 from benchmarks.measure.floors import measure_floors
 from benchmarks.measure.gate import run_tests
+from benchmarks.measure.graphs import Replays, capture
 from benchmarks.measure.memory import available_memory, peak_memory
 from benchmarks.measure.timing import FULL, QUICK, Budget, Call, Stopwatch, flush, take_turns
 from benchmarks.models.job import Job
@@ -36,6 +38,7 @@ class Settings:
     quick: bool = False
     resume: bool = False
     cpu_time: bool = False
+    untested: bool = False  # the tests of a topic are not run before it; its file says so
     out: Path = Path("runs/bench")
     advance: Callable[[int, str], None] = lambda done, label: None  # implementations done since, what comes now
     done: Callable[[Run, list[Record]], None] = lambda run, records: None  # after a case, with its records
@@ -102,8 +105,10 @@ def measure(
         torch.manual_seed(0)
         with _failure(peer, failed):
             functions[peer] = peer.build(case)
+    replays = topic.suite == "ops" and case.device == "cuda"
     for passes in topic.passes:
-        for peer, summary in _take_turns(functions, inputs, passes, case.device, before, budget, failed).items():
+        timed = _take_turns(functions, inputs, passes, case.device, before, budget, failed, replays)
+        for peer, summary in timed.items():
             times.setdefault(peer, {})[passes] = summary
     records = []
     work = {passes: vars(topic.work(case, passes)) for passes in topic.passes}
@@ -136,20 +141,40 @@ def _take_turns(
     before: Call | None,
     budget: Budget,
     failed: Failed,
+    replays: bool = False,
 ) -> dict[Peer, dict[str, Any]]:
+    """Time one pass of every implementation; with `replays` as CUDA graphs, where it can be captured."""
     watches: dict[Peer, Stopwatch] = {}
+    extra: dict[Peer, dict[str, Any]] = {}
     for peer, function in functions.items():
         with _failure(peer, failed, f"{passes}: "):
-            watch = Stopwatch(device, prepare(function, inputs, passes), before, peer.compiles, budget.cpu_time)
+            make = partial(prepare, function, inputs, passes)
+            captured = _captured(make) if replays else None
+            calls = make() if captured is None else captured.calls
+            watch = Stopwatch(device, calls, before, peer.compiles, budget.cpu_time)
             watch.start()
+            if captured is not None:
+                watch.first, extra[peer] = captured.first, {"host": captured.host}
             watches[peer] = watch
     if watches:
         take_turns(list(watches.values()), budget)
     ours = next((watch for peer, watch in watches.items() if peer.name == OURS), None)
     return {
-        peer: watch.summary() | ({"to_ours": watch.ratio_to(ours)} if ours and watch is not ours else {})
+        peer: watch.summary()
+        | extra.get(peer, {})
+        | ({"to_ours": watch.ratio_to(ours)} if ours and watch is not ours else {})
         for peer, watch in watches.items()
     }
+
+
+def _captured(make: Callable[[], list[Call]]) -> Replays | None:
+    """Return the calls as CUDA graphs, or None where a graph cannot hold them."""
+    try:
+        return capture(make)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "captur" not in str(error):
+            raise
+        return None
 
 
 @contextlib.contextmanager
@@ -210,7 +235,7 @@ def run(topics: list[Topic | Study], settings: Settings) -> Outcome:
     try:
         for topic in topics:
             settings.advance(0, f"{topic.name}: its tests")
-            red = run_tests(topic, settings.device)
+            red = "" if settings.untested else run_tests(topic, settings.device)
             if red:
                 outcome.refused[topic.name] = red
                 continue
@@ -230,7 +255,7 @@ def _open(topic: Topic | Study, path: Path, facts: dict[str, Any], settings: Set
     """Return an empty run, or with `resume` the one that is there."""
     head = {
         "schema": results.SCHEMA, "version": results.VERSION, "topic": topic.name, "suite": topic.suite,
-        "quick": settings.quick, **facts,
+        "quick": settings.quick, **({"untested": True} if settings.untested else {}), **facts,
     }  # fmt: skip
     new = head if isinstance(topic, Study) else head | {"partial": True, "sessions": [], "records": [], "missing": []}
     if not settings.resume or not path.exists():
@@ -239,7 +264,7 @@ def _open(topic: Topic | Study, path: Path, facts: dict[str, Any], settings: Set
     for name in ("quick", "device", "versions", "commit"):
         if old[name] != new[name]:
             raise ValueError(f"{path}: cannot be resumed, its {name} was {old[name]}, now it is {new[name]}")
-    return old
+    return old | ({"untested": True} if settings.untested else {})
 
 
 def _now() -> dict[str, Any]:

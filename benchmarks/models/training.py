@@ -42,6 +42,7 @@ def training_peers(ours: Build, plain: Build, hf: Callable[[str, Case], tuple[nn
     peers = (
         eager,
         dataclasses.replace(compiled, missing=_cuda_only),
+        _as_one_graph(ours),
         *_trains("plain", plain),
         hf_eager,
         hf_sdpa,
@@ -86,6 +87,45 @@ def _trains(name: str, build: Build, missing: Callable[[Case], str | None] = lam
         return _job(case, model, torch.compile(loss, dynamic=False))
 
     return Peer(name, eager, missing), Peer(f"{name} compiled", compiled, missing, compiles=True)
+
+
+def _as_one_graph(build: Build) -> Peer:
+    """Return the implementation that captures a step, the optimizer included, and replays it as one CUDA graph."""
+
+    def run(case: Case) -> Job:
+        job = _job(case, *build(case))
+        assert job.optimizer is not None
+        for group in job.optimizer.param_groups:
+            group["capturable"] = True
+        job.run = captured_step(job.run)
+        return job
+
+    return Peer(f"{OURS} as one graph", run, _cuda_only)
+
+
+def captured_step(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `step` as a graph that its first call captures. The loss of a call is overwritten by the next one."""
+    graph = torch.cuda.CUDAGraph()
+    held: list[Tensor] = []  # the inputs that the graph reads
+    losses: list[Tensor] = []
+
+    def run(*inputs: Tensor) -> Tensor:
+        if not held:
+            held.extend(value.clone() for value in inputs)
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):  # kernels are compiled and memory is allocated outside the capture
+                    step(*held)
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph, stream=side):
+                losses.append(step(*held))
+        for place, value in zip(held, inputs, strict=True):
+            place.copy_(value)
+        graph.replay()
+        return losses[0]
+
+    return run
 
 
 def _reference(build: Build) -> Peer:

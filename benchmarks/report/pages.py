@@ -25,8 +25,9 @@ the bandwidth, and so does the embedding's gradient on a CPU, whose unused rows 
 EXPLANATION = f"""\
 Times are medians ± half the interquartile range. Implementations take turns; in training, where they do not fit into
 memory together, each takes turns with {OURS} alone. *× ours*: the time as a multiple of {OURS}'s; with quartiles, the
-median over pairs of rounds. {FLOOR} *Peak memory*: what a call adds to its inputs, forward and backward together; of a
-job, with weights and the optimizer's state.
+median over pairs of rounds. On a GPU an op is timed as a CUDA graph, *host* is what a direct call of it costs the host;
+without *host* the implementation cannot be captured, and its direct calls are timed. {FLOOR} *Peak memory*: what a call
+adds to its inputs, forward and backward together; of a job, with weights and the optimizer's state.
 
 {MFU_FORMULA}. {MFU_WHERE}."""
 

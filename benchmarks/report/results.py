@@ -3,15 +3,17 @@
 schema, version   "gpt_fast benchmark", 1
 topic, suite      what was measured
 quick             whether fewer cases were taken
+untested          true where the tests were not run before; else it is not there
 device, versions, commit
 
 A topic's file also has
 partial           whether the run was cut off before its end
 sessions          of each start of the program: date, load of the machine, floors (rates with quartiles)
 records           of each case and implementation: times by pass (median, quartiles, rounds, first call; seconds;
-                  to_ours, the ratio to ours over pairs of rounds), work by pass (bytes, FLOPs, the bandwidth they are
-                  held against), tokens, peak_memory in bytes, series (the size that grows), complete (not confined to
-                  some implementations), session (index)
+                  to_ours, the ratio to ours over pairs of rounds; host, what a direct call costs the host, where
+                  graphs were timed), work by pass (bytes, FLOPs, the bandwidth they are held against), tokens,
+                  peak_memory in bytes, series (the size that grows), complete (not confined to some
+                  implementations), session (index)
 missing           implementations that were not measured on a case, and why
 
 A study's file has date, load, and the study's own fields.

@@ -51,7 +51,8 @@ def rows(run: Run, records: dict[str, Record]) -> list[list[str]]:
                 continue
             spread = (time["q3"] - time["q1"]) / 2 / time["median"]
             cells += [
-                f"{seconds(time['median'])} ± {spread:.0%}",
+                f"{seconds(time['median'])} ± {spread:.0%}"
+                + (f", host {seconds(time['host'])}" if "host" in time else ""),
                 to_ours(time, ours and ours["times"].get(name)),
                 f"{results.share_of_floor(run, record, name):.0%}",
             ]
@@ -189,6 +190,8 @@ def notes(run: Run) -> list[str]:
         lines.append("This CPU has no instructions for bfloat16 products, which take PyTorch minutes.")
     if run["quick"]:
         lines.append("A quick run: fewer cases and rounds.")
+    if run.get("untested"):
+        lines.append("The tests were not run before: these figures may be of wrong results.")
     if run["partial"]:
         lines.append("**Partial**: the run was cut off before its end.")
     return ["  \n".join(lines)]

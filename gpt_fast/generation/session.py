@@ -167,6 +167,7 @@ class DecodeSession:
         """Adds tokens [B, T], of which the first `lengths` [B] count, to rows 0 to B; the logits [B, V] after each."""
         with self.in_use():
             self.check_layout()
+            check_device(tokens, self.cache.keys)
             counts = check_prompt(tokens, self.config.num_tokens, lengths)
             if lengths is not None:  # padding may hold anything, such as -100; the embedding takes token ids alone
                 is_padding = torch.arange(tokens.shape[1], device=tokens.device) >= counts[:, None]
@@ -181,6 +182,7 @@ class DecodeSession:
             if not isinstance(tokens, Tensor) or tokens.shape != here or tokens.dtype != torch.int64:
                 got = _checks.described(tokens)
                 raise ValueError(f"gpt_fast.DecodeSession: tokens is {got}; expected int64 [{self.cache.batch}]")
+            check_device(tokens, self.cache.keys)
             self.check_room(1)
             check_tokens(tokens, self.config.num_tokens)
             before = self.cache.lengths.clone()
@@ -347,6 +349,12 @@ def _layout(parameter: Tensor) -> tuple:
 def _words(layout: tuple) -> str:
     _, shape, dtype, device = layout
     return f"{str(dtype).removeprefix('torch.')} {list(shape)} on {device}"
+
+
+def check_device(tokens: Any, place: Tensor) -> None:
+    """Raise `ValueError` for tokens on another device than `place`, which belongs to the model."""
+    if isinstance(tokens, Tensor) and tokens.device != place.device:
+        raise ValueError(f"gpt_fast.generate: tokens is on {tokens.device}; expected {place.device}, as the model")
 
 
 def check_prompt(tokens: Any, V: int, lengths: Any = None, key_mask: Any = None) -> Tensor:

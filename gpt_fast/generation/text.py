@@ -15,7 +15,7 @@ from torch import Tensor
 from ..model import GPT, as_key_mask
 from ..ops import _checks
 from .sampling import Sampling, penalise
-from .session import DecodeSession, check_prompt
+from .session import DecodeSession, check_device, check_prompt
 from .steps import parts, step_kind, unwrapped
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the common options to
     options = Sampling(temperature, top_k, top_p, repetition_penalty, min_p)
     model = unwrapped(model)
     config = parts(model)[0].config
+    check_device(tokens, parts(model)[0].pos_emb)
     key_mask = as_key_mask("generate", tokens, key_mask, attention_mask)
     counts = check_prompt(tokens, config.num_tokens, lengths, key_mask)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 0:

@@ -20,6 +20,7 @@ from .._files import finite
 from ..data.batches import Batch
 from ..interrupts import Interrupted, Stop
 from .engine import randomness
+from .engine.transfer import Sent
 from .engine.update import Engine
 from .metrics import Metrics
 from .profiling import trace
@@ -183,7 +184,7 @@ class Loop:
 
     def run(self) -> Metrics:
         settings, state, world = self.settings, self.state, self.engine.world
-        first = self.source(state.step) if state.step < settings.steps else []  # what is wrong with data shows here
+        sent = self._send() if state.step < settings.steps else None  # what is wrong with data shows here
         if world.first:
             self.run_folder.publish()
         world.wait()
@@ -191,8 +192,7 @@ class Loop:
         try:
             with self._trace() as profiler:
                 while state.step < settings.steps:
-                    batches, first = first or self.source(state.step), []
-                    self._update(batches)
+                    sent = self._update(sent or self._send())
                     if profiler is not None:
                         profiler.step()
             self._save_last()
@@ -211,14 +211,19 @@ class Loop:
             return nullcontext()
         return trace(self.run_folder.folder, updates, self.say)
 
-    def _update(self, batches: Sequence[Batch]) -> None:
+    def _send(self) -> Sent:
+        return self.engine.send(self.source(self.state.step))
+
+    def _update(self, sent: Sent) -> Sent | None:
+        """Make one update. Return the parts of the next one if they were sent beside it, which only helps a GPU."""
         settings, state, engine = self.settings, self.state, self.engine
         began = time.perf_counter()
         lr = settings.lr * settings.schedule(state.step)
-        loss, norm, skipped = engine.update(batches, lr)
+        loss, norm, skipped = engine.update(sent, lr)
         state.step += 1
         self._pending.append((state.step, loss, skipped))
-        self._tokens += sum(batch.num_tokens() for batch in batches) * engine.world.size
+        self._tokens += sent.tokens * engine.world.size
+        ahead = self._send() if engine.device.type == "cuda" and state.step < settings.steps else None
         logs = state.step % settings.log_every == 0 or state.step == settings.steps
         validates = state.step % settings.valid_every == 0 or state.step == settings.steps
         saves = state.step % settings.checkpoint_every == 0 and state.step < settings.steps
@@ -236,6 +241,7 @@ class Loop:
         self.show(Progress(state.step, settings.steps, self._shown, rate, logged, self._mfu(rate)))
         if stopping and state.step < settings.steps:
             raise Interrupted(self.stop.signum or 15)
+        return ahead
 
     def _asked_to_stop(self, may_wait: bool) -> bool:
         """Ranks get their signals at different times, so they agree where they wait for each other anyway."""

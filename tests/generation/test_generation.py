@@ -438,3 +438,18 @@ def test_a_session_is_not_copied(model, copy_of):
     session = decoding.DecodeSession(model)
     with pytest.raises(TypeError, match="DecodeSession: cannot be copied or pickled"):
         copy_of(session)
+
+
+def test_tokens_on_another_device_are_named():
+    """The embedding would name a weight, and a mask in between two devices of PyTorch's own."""
+    model = GPTForCausalLM(
+        GPTConfig.preset("gpt2", num_tokens=31, hidden_dim=16, num_heads=2, num_layers=1, seq_len=24)
+    )
+    tokens = torch.zeros(2, 5, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match=r"generate: tokens is on meta; expected cpu, as the model"):
+        generate(model, tokens, max_new_tokens=2)
+    session = DecodeSession(model, batch=2)
+    with pytest.raises(ValueError, match="tokens is on meta"):
+        session.prefill(tokens)
+    with pytest.raises(ValueError, match="tokens is on meta"):
+        session.step(tokens[:, 0])

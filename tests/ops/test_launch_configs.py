@@ -17,6 +17,8 @@ TABLE = [
     Row("a", 90, 2, 128, (3,), "x"),
     Row("a", 80, 4, ANY, (4,), "x"),
     Row("b", 90, 4, ANY, (5,), "x"),
+    Row("c", 86, 2, ANY, (6,), "x"),
+    Row("c", 120, 2, ANY, (7,), "x"),
 ]
 
 
@@ -26,7 +28,10 @@ TABLE = [
         pytest.param("a", 80, 2, 64, (1,), id="exact"),
         pytest.param("a", 80, 2, 65, (2,), id="next_size"),
         pytest.param("a", 86, 2, 3, (1,), id="newer_without_rows"),
-        pytest.param("a", 120, 2, 64, (3,), id="newest_not_newer"),
+        pytest.param("a", 100, 2, 64, (3,), id="newest_not_newer"),
+        pytest.param("a", 89, 2, 64, (1,), id="between_two_architectures"),
+        pytest.param("a", 120, 2, 64, (1,), id="newest_that_fits"),
+        pytest.param("c", 120, 2, 64, (7,), id="its_own"),
         pytest.param("a", 90, 4, 1000, (4,), id="wider_element"),
         pytest.param("b", 90, 2, 5, (5,), id="element_up_to"),
         pytest.param("b", 80, 4, 5, (5,), id="older_than_all_rows"),

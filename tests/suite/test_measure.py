@@ -219,6 +219,18 @@ def test_red_tests_refuse_a_time(tiny, tmp_path, monkeypatch):
     assert files(tmp_path) == []
 
 
+def test_an_untested_run_says_so(tiny, tmp_path, monkeypatch):
+    """In its file and on its page, also where it resumes a run that was tested."""
+    monkeypatch.setattr(runner, "run_tests", lambda topic, device: "")
+    outcome = runner.run([tiny], runner.Settings("cpu", out=tmp_path))
+    assert "untested" not in results.read(outcome.files[0])
+    monkeypatch.setattr(runner, "run_tests", lambda topic, device: pytest.fail("ran the tests"))
+    outcome = runner.run([tiny], runner.Settings("cpu", out=tmp_path, resume=True, untested=True))
+    run = results.read(outcome.files[0])
+    assert run["untested"] is True
+    assert "may be of wrong results" in pages.device_page(tmp_path, [run], {})
+
+
 def test_tests_are_run_again_when_files_change(tmp_path, monkeypatch):
     monkeypatch.setattr(gate, "ROOT", tmp_path)
     monkeypatch.setattr(gate, "GREEN", tmp_path / "build" / "green.json")
@@ -232,6 +244,17 @@ def test_tests_are_run_again_when_files_change(tmp_path, monkeypatch):
     assert gate.run_tests(topic, "cpu") == ""
     monkeypatch.setattr(gate.subprocess, "run", lambda *args, **options: pytest.fail("ran passed tests again"))
     assert gate.run_tests(topic, "cpu") == ""
+
+
+def test_a_topic_without_a_test_for_the_device_is_refused(tmp_path, monkeypatch):
+    """pytest selects nothing and calls it an error; the message says which files lack a test."""
+    monkeypatch.setattr(gate, "ROOT", tmp_path)
+    monkeypatch.setattr(gate, "GREEN", tmp_path / "build" / "green.json")
+    test = tmp_path / "tests" / "test_x.py"
+    test.parent.mkdir()
+    test.write_text("def test_x():\n    pass\n")
+    topic = types.SimpleNamespace(name="x", tests=("test_x.py",))
+    assert "tests/test_x.py: no test is marked for cuda" in gate.run_tests(topic, "cuda")
 
 
 @pytest.mark.parametrize(("available", "paired"), [(100, True), (99, False)])

@@ -5,6 +5,8 @@ import graphlib
 import importlib
 import math
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ import torch
 import gpt_fast
 from benchmarks import catalogue
 from benchmarks.measure.calls import make_inputs
+from benchmarks.measure.environment import ROOT
+from benchmarks.measure.gate import files_of_tests
 from benchmarks.models import counts, training
 from benchmarks.models.plain_gpt import PlainGPT
 from benchmarks.topic import BF16, F32, FLOOR, OURS, PASSES, SUITES, TOKENS, Case, Study
@@ -131,6 +135,18 @@ def test_imports_have_no_circles():
         graph[name] = imported & set(paths)
     assert graph["benchmarks.jobs.overhead"] >= {"benchmarks.catalogue", "benchmarks.topic"}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_every_topic_with_cases_on_a_gpu_has_tests_for_it():
+    """The suite runs the tests marked `cuda` before it times anything there, and refuses a topic that has none."""
+    timed = [topic for topic in TOPICS.values() if catalogue.cases(topic, "cuda")]
+    files = {topic.name: {f"tests/{name}" for name in files_of_tests(topic)} for topic in timed}
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "cuda and not slow"]
+    done = subprocess.run(
+        [*command, *sorted(set().union(*files.values()))], check=True, cwd=ROOT, capture_output=True, text=True
+    )
+    found = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert {name for name, tests in files.items() if not tests & found} == set()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -14,6 +14,7 @@ from ...data.batches import Batch
 from ...heads import Head
 from .distributed import World
 from .optimizer import hidden_matrices, make_muon, make_optimizer
+from .transfer import Sender, Sent
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FIRST_SCALE, GROWTH_EVERY = 2.0**16, 2000
@@ -71,16 +72,27 @@ class Engine:
         self.muon = make_muon(hidden, muon_lr, settings.weight_decay) if hidden else None
         self.muon_ratio = muon_lr / lr if lr else 1.0
         self.forward: nn.Module = torch.compile(self.parallel) if settings.compile else self.parallel  # type: ignore[assignment]
+        self._sender = Sender(self.device)
         self.scale = torch.tensor(FIRST_SCALE if self.dtype == torch.float16 else 1.0, device=self.device)
         self.growth = torch.zeros((), device=self.device)  # updates since the scale last changed
 
-    def update(self, batches: Sequence[Batch], lr: float) -> Outcome:
+    def send(self, batches: Sequence[Batch]) -> Sent:
+        """Start copying `batches` to the device, for a later `update`."""
+
+        def count(batch: Batch) -> Tensor:
+            return self.model.loss_counts(**batch.inputs()) * (batch.weight > 0)
+
+        return self._sender.send(batches, count)
+
+    def update(self, batches: Sequence[Batch] | Sent, lr: float) -> Outcome:
         """Accumulate the gradient of the loss of all `batches` on all ranks, and step at AdamW's rate `lr`. Muon's rate
         follows it.
 
         Each term of the loss is the mean over all of its predictions, so that the gradient does not depend on how the
-        batch is divided. A batch of weight 0 does not count.
+        batch is divided. A batch of weight 0 does not count. On CUDA the host waits for nothing, if the batches come
+        from the CPU or by `send`.
         """
+        parts, counts = self._sender.receive(batches if isinstance(batches, Sent) else self.send(batches))
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -88,13 +100,10 @@ class Engine:
             for group in self.muon.param_groups:
                 group["lr"] = lr * self.muon_ratio
         self.model.zero_grad(set_to_none=True)
-        counts = torch.stack([self.model.loss_counts(**batch.inputs()) * (batch.weight > 0) for batch in batches])
-        totals = self.world.total(counts.sum(0).to(self.device)).clamp(min=1)  # [terms]
-        shares = counts.to(self.device) / totals  # [parts, terms]
+        shares = counts / self.world.total(counts.sum(0)).clamp(min=1)  # [parts, terms]
         total = torch.zeros((), device=self.device)
-        for index, batch in enumerate(batches):
-            batch = batch.to(self.device)
-            with self.world.synchronised(self.parallel, index == len(batches) - 1):
+        for index, batch in enumerate(parts):
+            with self.world.synchronised(self.parallel, index == len(parts) - 1):
                 with self.autocast():
                     loss = self.forward(**batch.inputs(), loss_weights=shares[index]).loss.float()
                 # DDP and FSDP average over the ranks what is meant to be a sum.

@@ -1,0 +1,202 @@
+"""What to run first on a new device: every op once, against its definition: python -m benchmarks.first_look
+
+Each call runs forward and backward on random values. The truth is the definition in float64 on the CPU. A figure is the
+largest error as a share of the bound that the fuzz has for it: every rounding that the contract names, carried to the
+result. Above 1 it fails. Lines are printed as they come, and a kernel that raises is a failure like any other.
+`--part 2/8` takes every eighth call from the second on: compiling a kernel takes a second of one core, so several
+processes share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.console import resolve_device
+from gpt_fast import ops
+from tests import numerics
+from tests.fuzz.ops import OPS, as_tuple, definition, detached, results, without
+
+BF16, F32 = torch.bfloat16, torch.float32
+B, H, T, D, C = 2, 3, 200, 64, 768
+SEED = {"dropout_p": 0.1, "seed": torch.tensor([5])}
+Arguments = dict[str, Any]
+
+
+class Look(NamedTuple):
+    """One call: `draw()` returns its arguments on the CPU in float32, `dtype` is what floating ones become."""
+
+    op: str
+    name: str
+    dtype: torch.dtype
+    draw: Callable[[], Arguments]
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape)
+
+
+def attention(D: int = D, **options: Any) -> Arguments:
+    return {name: normal(B, H, T, D) for name in "qkv"} | options
+
+
+def packed_attention(D: int = D) -> Arguments:
+    starts = torch.tensor([0, 50, T], dtype=torch.int32)
+    return {name: normal(1, H, T, D) for name in "qkv"} | {"cu_seqlens": starts} | SEED
+
+
+def norm(width: int) -> Arguments:
+    return {"x": normal(67, width), "weight": normal(width), "bias": normal(width)}
+
+
+def add_norm(width: int) -> Arguments:
+    return norm(width) | {"residual": normal(67, width)} | SEED
+
+
+def mlp(activation: str, **options: Any) -> Arguments:
+    tensors = {
+        "x": normal(130, 72), "fc_weight": normal(288, 72) / 72**0.5, "fc_bias": normal(288),
+        "proj_weight": normal(72, 288) / 288**0.5, "proj_bias": normal(72),
+    }  # fmt: skip
+    return tensors | {"activation": activation} | options
+
+
+def loss(V: int, **options: Any) -> Arguments:
+    target = torch.randint(0, V, (150,))
+    target[::7] = -100
+    return {"x": normal(150, 72), "weight": normal(V, 72) / 8, "bias": normal(V), "target": target} | options
+
+
+def embedding() -> Arguments:
+    return {
+        "tokens": torch.randint(0, 53, (B, 19)),
+        "token_weight": normal(53, C),
+        "position_weight": normal(19, C),
+    } | SEED
+
+
+def decode(D: int) -> Arguments:
+    cache = {name: normal(B, H, 300, D) for name in ("k_cache", "v_cache")}
+    return {"q": normal(B, H, D), "lengths": torch.tensor([300, 7])} | cache
+
+
+def looks() -> Iterator[Look]:
+    masks: dict[str, Arguments] = {
+        "causal": {}, "bidirectional": {"causal": False}, "lengths": {"lengths": torch.tensor([T // 2, 7])},
+        "key_mask": {"key_mask": torch.arange(T) % 5 > 0}, "window": {"window": 17},
+        "mask": {"causal": False, "mask": torch.rand(T, T) < 0.7},
+    }  # fmt: skip
+    masks["key_mask"]["key_mask"] = masks["key_mask"]["key_mask"].expand(B, T)
+    dropouts: tuple[Arguments, ...] = ({}, SEED)
+    for dtype, (name, options), dropout in product((BF16, F32), masks.items(), dropouts):
+        yield Look(
+            "attention", f"{name}{' dropout' if dropout else ''}", dtype, partial(attention, **options, **dropout)
+        )
+    for size in (20, 128, 256):
+        yield Look("attention", f"D={size} dropout", BF16, partial(attention, size, **SEED))
+    yield Look("attention", "packed dropout", BF16, packed_attention)
+    for dtype, width in product((BF16, F32), (768, 1600)):
+        yield Look("layer_norm", f"C={width}", dtype, partial(norm, width))
+        yield Look("add_layer_norm", f"C={width} dropout", dtype, partial(add_norm, width))
+    for dtype, activation in product((BF16, F32), ("relu", "gelu", "gelu_tanh")):
+        yield Look("mlp", f"{activation} dropout", dtype, partial(mlp, activation, **SEED))
+        yield Look("mlp", activation, dtype, partial(mlp, activation))
+    for dtype in (BF16, F32):
+        yield Look("linear_cross_entropy", "V=301", dtype, partial(loss, 301, label_smoothing=0.1))
+        yield Look("linear_cross_entropy", "V=50257", dtype, partial(loss, 50257))
+        yield Look("embedding", "dropout", dtype, embedding)
+        yield Look("decode_attention", "D=64", dtype, partial(decode, 64))
+    yield Look("decode_attention", "D=256", BF16, partial(decode, 256))
+
+
+def share(look: Look, device: str) -> tuple[float, str]:
+    """Return the largest error as a share of its bound, and the result it belongs to. NaN counts as the largest."""
+    torch.manual_seed(0)
+    spec, function = OPS[look.op], getattr(ops, look.op)
+    parameters = inspect.signature(function).parameters.values()
+    arguments = {p.name: p.default for p in parameters if p.default is not p.empty} | look.draw()
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            arguments[name] = value.to(look.dtype)
+    exact = {name: numerics.exact(value) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    moved: Arguments = {}
+    for name, value in arguments.items():
+        grows = isinstance(value, Tensor) and value.is_floating_point() and spec.differentiable
+        moved[name] = value.to(device).requires_grad_(grows) if isinstance(value, Tensor) else value
+    outputs = as_tuple(function(**moved))
+    upstream = [torch.randn(output.shape).to(output.dtype) for output in outputs]
+    on_device = [value.to(device) for value in upstream]
+    got = {label: value.cpu() for label, value in results(outputs, moved, on_device, spec.differentiable).items()}
+    if spec.stored is not None:
+        exact = spec.stored(exact, tuple(output.detach().cpu() for output in outputs))
+    for value in exact.values():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value.requires_grad_(spec.differentiable)
+    wide = [value.double() for value in upstream]
+    truth = results(as_tuple(definition(look.op)(**without(exact))), exact, wide, spec.differentiable)
+    bounds = spec.bound({name: detached(value) for name, value in exact.items()}, wide, look.dtype)
+    shares = {}
+    for label, value in got.items():
+        allowed = bounds[label] + numerics.rounding(truth[label].detach(), value.dtype)
+        shares[label] = ((value.double() - truth[label].detach()).abs() / allowed).max().item()
+    worst = max(shares, key=lambda label: _rank(shares[label]))
+    return shares[worst], worst if worst.startswith("out") else f"gradient of {worst}"
+
+
+def _rank(share: float) -> float:
+    return share if share == share else float("inf")
+
+
+def look_at(look: Look, device: str) -> dict[str, Any]:
+    """Return the outcome of one call: "pass", "fail" with the share, or "fail" with the error's first line."""
+    began = time.perf_counter()
+    record: dict[str, Any] = {"op": look.op, "case": look.name, "dtype": str(look.dtype).removeprefix("torch.")}
+    try:
+        value, worst = share(look, device)
+        record |= {"outcome": "pass" if value <= 1 else "fail", "share": value, "of": worst}
+    except AssertionError as error:  # of a result that the others start from
+        record |= {"outcome": "fail", "of": _first_line(error)}
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        record |= {"outcome": "fail", "error": f"{type(error).__name__}: {_first_line(error)}"}
+    return record | {"seconds": round(time.perf_counter() - began, 2)}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.first_look", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--part", default="1/1", help="2/8: every eighth call, from the second on")
+    parser.add_argument("--only", default="", help="an op's name")
+    parser.add_argument("--out", type=Path, help="file that gets one line of JSON a call")
+    options = parser.parse_args()
+    device = resolve_device(options.device)
+    part, parts = (int(number) for number in options.part.split("/"))
+    chosen = [look for look in list(looks())[part - 1 :: parts] if options.only in ("", look.op)]
+    failed = 0
+    for look in chosen:
+        record = look_at(look, device)
+        failed += record["outcome"] == "fail"
+        detail = f"{record['share']:.2f} {record['of']}" if "share" in record else record.get("error") or record["of"]
+        print(f"{record['outcome']}  {look.op} {look.name} {record['dtype']}: {detail}", flush=True)
+        if options.out:
+            with options.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+    print(f"first_look: {len(chosen) - failed} of {len(chosen)} calls within what is allowed")
+    raise SystemExit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Fixtures of the tests on the stand-in for CUDA (tools/fakecuda), which `make fake-gpu` runs.
+
+The stand-in runs no kernel: these tests assert what is launched, where, what CUDA would refuse and when the host
+waits, never a value.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from tools.fakecuda import record
+
+PRESENT = record.is_present()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if PRESENT:
+        return
+    for item in items:
+        if "fakecuda" in item.path.parts:
+            item.add_marker(pytest.mark.skip(reason="no stand-in for CUDA: make fake-gpu"))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> None:
+    """Leave memory as it is: filling it would add launches, and there are no values to look at."""
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The last device, so that with two of them the current device is another one."""
+    torch.cuda.set_device(0)
+    return torch.device("cuda", torch.cuda.device_count() - 1)
+
+
+@pytest.fixture
+def watched(device: torch.device) -> Callable:
+    """`with watched() as seen:`: nothing is refused, everything runs on `device`, and the host does not wait for it.
+
+    `waits=True` allows the host to wait.
+    """
+
+    @contextlib.contextmanager
+    def watch(waits: bool = False) -> Iterator[record.Seen]:
+        with record.watch() as seen:
+            yield seen
+        assert seen.refusals == []
+        elsewhere = [entry for entry in seen.entries if entry.device != device.index]
+        assert not elsewhere, f"expected everything on {device}"
+        if not waits:
+            assert [entry.name for entry in seen.of("sync")] == []
+
+    return watch

@@ -1,0 +1,68 @@
+"""What a user can get wrong on a GPU: one line that names it, as far as a stand-in can be in the way."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt_fast import GPTConfig, GPTForCausalLM, generate, ops
+from tools.fakecuda.__main__ import environment
+
+if os.environ.get("FAKECUDA_CAPABILITY", "90") != "90":
+    pytest.skip("bad input is tried as sm_90", allow_module_level=True)
+
+LIBRARY = Path(os.environ.get("TRITON_LIBCUDA_PATH", "."))
+
+
+def on_another_machine(code: str, **machine: int) -> str:
+    """Return what `code` prints where the stand-in is another machine."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment(LIBRARY, **machine)
+    )
+    return done.stdout
+
+
+def test_a_model_and_its_tokens_on_two_devices(device: torch.device) -> None:
+    with torch.device(device):
+        model = GPTForCausalLM(
+            GPTConfig.preset("gpt2", num_layers=1, hidden_dim=64, num_heads=1, num_tokens=64, seq_len=32)
+        )
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=rf"embedding: got tokens on cpu, token_weight on {device}"):
+        model(tokens, tokens)
+    with pytest.raises(ValueError, match=rf"generate: tokens is on cpu; expected {device}, as the model"):
+        generate(model, tokens, max_new_tokens=2)
+
+
+def test_weights_on_another_device_than_x(device: torch.device) -> None:
+    x, weight = torch.zeros(4, 8, device=device), torch.zeros(8)
+    with pytest.raises(ValueError, match=rf"layer_norm: got x on {device}, weight on cpu, bias on cpu"):
+        ops.layer_norm(x, weight, weight)
+
+
+def test_a_card_that_is_too_old() -> None:
+    code = (
+        "import torch; from gpt_fast import ops\n"
+        "try: ops.layer_norm(torch.zeros(4, 8, device='cuda'))\n"
+        "except RuntimeError as error: print(error)"
+    )
+    assert "Tesla T4 has compute capability 7.5" in on_another_machine(code, capability=75)
+
+
+def test_a_driver_older_than_the_toolkit() -> None:
+    code = "from gpt_fast_cli.doctor import examine; print(examine()['advice'])"
+    assert "driver on your system is too old (found version 12080)" in on_another_machine(code, driver=12080)
+
+
+def test_a_card_without_enough_memory() -> None:
+    """PyTorch's own message has the sizes; nothing of ours hides it."""
+    code = (
+        "import torch; from gpt_fast import ops\n"
+        "x = torch.zeros(1 << 27, 3, device='cuda')\n"  # 1.5 of 2 GB
+        "try: ops.layer_norm(x)\n"
+        "except torch.OutOfMemoryError as error: print(error)"
+    )
+    assert "CUDA out of memory. Tried to allocate 1.50 GiB" in on_another_machine(code, memory=2)

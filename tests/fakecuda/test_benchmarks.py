@@ -1,0 +1,59 @@
+"""The benchmark suite with `--device cuda`: every op on every implementation, timed as graphs where they can be."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import catalogue
+from benchmarks.measure import runner
+from benchmarks.measure.calls import prepare
+from benchmarks.measure.graphs import capture
+from benchmarks.report import results
+from benchmarks.topic import BF16, OURS
+from tools.fakecuda.record import watch
+
+if os.environ.get("FAKECUDA_CAPABILITY", "90") != "90" or os.environ.get("FAKECUDA_DEVICES", "1") != "1":
+    pytest.skip("the benchmarks run on one device as sm_90", allow_module_level=True)
+
+OPS = {name: topic for name, topic in catalogue.ops().items() if catalogue.cases(topic, "cuda")}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_our_calls_are_captured(name: str, watched: Callable) -> None:
+    """Both passes: a graph holds every launch of a call, so timing it leaves the host out."""
+    topic = OPS[name]
+    for case in topic.small_cases("cuda", BF16):
+        function, inputs = topic.peers[0].build(case), topic.inputs(case)
+        for passes in topic.passes:
+            replays = capture(lambda f=function, i=inputs, p=passes: prepare(f, [i, i], p))
+            with watched() as seen:
+                for replay in replays.calls:
+                    replay()
+            assert [entry.kind for entry in seen.launches() if entry.kind != "fill"] == ["graph", "graph"]
+            assert replays.host > 0
+
+
+def test_a_call_that_waits_is_timed_directly() -> None:
+    x = torch.zeros(4, device="cuda")
+    assert runner._captured(lambda: [lambda: x.sum().item()]) is None
+    assert runner._captured(lambda: [x.sum]) is not None
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "decode_attention"])
+def test_a_run_of_the_suite(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quick cases with every peer. The tests before it would compare values, which the stand-in does not have."""
+    monkeypatch.setattr(runner, "run_tests", lambda topic, device: "")
+    monkeypatch.setattr(runner, "QUICK", runner.Budget(0.0, 1))
+    with watch() as seen:
+        outcome = runner.run([OPS[name]], runner.Settings("cuda", quick=True, out=tmp_path))
+    assert seen.refusals == []
+    (file,) = outcome.files
+    run = results.read(file)
+    records = [record for record in run["records"] if record["peer"] == OURS]
+    assert records
+    assert all(time["host"] > 0 for record in records for time in record["times"].values())
+    missing = [entry["reason"] for entry in run["missing"]]  # the stand-in has no cuDNN, which PyTorch's own SDPA asks
+    assert [reason for reason in missing if "cuDNN" not in reason and "not installed" not in reason] == []

@@ -1,0 +1,86 @@
+"""The training engine on `cuda`: updates in three precisions, with batches that the source makes on the host."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpt_fast import GPTConfig, GPTForCausalLM
+from gpt_fast.data.batches import Batch, causal_batch
+from gpt_fast.training.engine.update import PRECISIONS, Engine, EngineSettings
+from gpt_fast.training.loop import Loop, LoopSettings
+from gpt_fast.training.runs.folder import new_run
+
+if os.environ.get("FAKECUDA_CAPABILITY", "90") != "90":
+    pytest.skip("whole models run as sm_90", allow_module_level=True)
+
+SIZES: dict[str, Any] = {"num_layers": 2, "hidden_dim": 128, "num_heads": 2, "num_tokens": 512, "seq_len": 64}
+
+
+def engine_on(device: torch.device, **settings: Any) -> Engine:
+    with torch.device(device):
+        model = GPTForCausalLM(GPTConfig.preset("gpt2", **SIZES, dropout=0.1))
+    return Engine(model, 1e-4, EngineSettings(**settings))
+
+
+def batches(parts: int = 2) -> list[Batch]:
+    return [causal_batch(torch.zeros(2, 32, dtype=torch.int64)) for _ in range(parts)]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("options", [{}, {"checkpoint_activations": True}, {"compile": True}], ids=str)
+def test_an_update_does_not_wait(precision: str, options: dict, device: torch.device, watched: Callable) -> None:
+    """Neither for the copy of a batch nor for a number that the host knows."""
+    engine = engine_on(device, precision=precision, **options)
+    for _ in range(2):
+        engine.update(batches(), 1e-4)
+    with watched() as seen:
+        engine.update(batches(), 1e-4)
+    assert seen.of("triton")
+
+
+def test_the_first_update_of_a_resumed_state_does_not_wait(device: torch.device, watched: Callable) -> None:
+    engine = engine_on(device, precision="bfloat16")
+    engine.update(batches(), 1e-4)
+    engine.state()
+    with watched():
+        engine.update(batches(1), 1e-4)
+
+
+def test_batches_are_copied_beside_the_kernels(device: torch.device, watched: Callable) -> None:
+    """From pinned memory, on a stream that computes nothing."""
+    engine = engine_on(device)
+    engine.update(batches(), 1e-4)
+    with watched() as seen:
+        engine.update(batches(), 1e-4)
+    copies = [entry for entry in seen.of("copy") if entry.name.startswith("host")]
+    assert {entry.name for entry in copies} == {"host to device, pinned"}
+    assert not {entry.stream for entry in copies} & {entry.stream for entry in seen.of("triton")}
+
+
+def test_a_loop_waits_where_it_logs_only(
+    device: torch.device, watched: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses, skips and the gradient's norm are read at a line of the log, losses and skips after the first update."""
+    monkeypatch.setattr(Loop, "_save_last", lambda self: None)  # a checkpoint reads everything
+    engine, steps = engine_on(device, precision="bfloat16"), 8
+    settings = LoopSettings(steps, 1e-4, lambda step: 1.0, log_every=4, valid_every=100)
+    sent: list[int] = []
+    ahead: list[int] = []
+
+    def source(step: int) -> list[Batch]:
+        sent.append(step)
+        return batches(1)
+
+    with new_run(tmp_path / "run") as run:
+        loop = Loop(engine, source, dict, settings, run, lambda progress: ahead.append(len(sent) - progress.step))
+        with watched(waits=True) as seen:
+            loop.run()
+    assert sent == list(range(steps))
+    assert ahead == [1] * (steps - 1) + [0], "expected the next batch on its way before an update is waited for"
+    reads = [entry for entry in seen.of("sync") if entry.name == "cudaStreamSynchronize"]
+    assert len(reads) == 2 + 2 * 3
+    assert {entry.name for entry in seen.of("copy") if "pageable" in entry.name} == {"device to host, pageable"}

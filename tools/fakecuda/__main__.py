@@ -1,0 +1,47 @@
+"""Runs a command on the stand-in for CUDA: python -m tools.fakecuda [--capability 90] [--devices 1] -- COMMAND ...
+
+The library is that of tools.fakecuda.build. No kernel runs: what a command computes on `cuda` is meaningless, and only
+what it asks of the devices, how long the host takes and what CUDA would refuse is known.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
+LIBRARY = Path("build", "fakecuda", "lib")
+
+
+def environment(
+    library: Path, capability: int = 90, devices: int = 1, memory: int = 80, driver: int = 13000
+) -> dict[str, str]:
+    """Return the variables of a process that sees `devices` GPUs of `memory` GB each."""
+    library = library.resolve()
+    if not (library / "libcuda.so.1").exists():
+        raise SystemExit(f"tools.fakecuda: {library} has no libcuda.so.1; expected what tools.fakecuda.build makes")
+    preloaded = [str(library / "libcuda.so.1"), *os.environ.get("LD_PRELOAD", "").split(":")]
+    return os.environ | {
+        "LD_PRELOAD": ":".join(filter(None, dict.fromkeys(preloaded))),
+        "TRITON_LIBCUDA_PATH": str(library),
+        "FAKECUDA_CAPABILITY": str(capability),
+        "FAKECUDA_DEVICES": str(devices),
+        "FAKECUDA_MEMORY_GB": str(memory),
+        "FAKECUDA_DRIVER": str(driver),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.fakecuda", description=__doc__)
+    parser.add_argument("--capability", type=int, default=90, choices=CAPABILITIES, help="compute capability times ten")
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--memory", type=int, default=80, help="GB of each device")
+    parser.add_argument("--driver", type=int, default=13000, help="CUDA version that the driver serves, as in 13000")
+    parser.add_argument("--library", type=Path, default=LIBRARY, help="folder that tools.fakecuda.build wrote")
+    parser.add_argument("command", nargs="+")
+    options = parser.parse_args()
+    chosen = environment(options.library, options.capability, options.devices, options.memory, options.driver)
+    os.execvpe(options.command[0], options.command, chosen)
+
+
+if __name__ == "__main__":
+    main()

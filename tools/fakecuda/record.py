@@ -1,0 +1,81 @@
+"""Reads what the stand-in recorded: `with watch() as seen: ...`, then `seen.entries` and `seen.refusals`.
+
+`torch` must not be imported here: a process without the stand-in asks `is_present` first.
+"""
+
+import contextlib
+import ctypes
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+LAUNCHES = ("kernel", "triton", "cublas", "copy", "fill", "graph")  # kinds of entries that take time on a device
+
+
+class Entry(NamedTuple):
+    """One thing that a device was asked to do, or one time that the host waited for it."""
+
+    kind: str  # of LAUNCHES, "callback" or "sync"
+    name: str
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    shared: int  # bytes of dynamic shared memory
+    device: int
+    captured: bool
+    stream: int
+
+
+@dataclass
+class Seen:
+    """What happened in a block. Both lists are filled when it ends."""
+
+    entries: list[Entry] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+
+    def of(self, *kinds: str) -> list[Entry]:
+        return [entry for entry in self.entries if entry.kind in kinds]
+
+    def launches(self) -> list[Entry]:
+        return self.of(*LAUNCHES)
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of launches of each kind, and of waits of the host as "sync"."""
+        return dict(sorted(Counter(entry.kind for entry in self.entries).items()))
+
+
+def is_present() -> bool:
+    """Return True if this process runs on the stand-in."""
+    return "libcuda.so.1" in os.environ.get("LD_PRELOAD", "") and hasattr(ctypes.CDLL(None), "fakecuda_write")
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[Seen]:
+    """Record what the block asks of the devices."""
+    library, seen = ctypes.CDLL(None), Seen()
+    library.fakecuda_reset()
+    try:
+        yield seen
+    finally:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "record")
+            if library.fakecuda_write(str(path).encode()):
+                raise OSError(f"tools.fakecuda: {path} cannot be written")
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                kind, *fields = line.split("\t")
+                if kind == "refusal":
+                    seen.refusals.append(fields[0])
+                else:
+                    seen.entries.append(_entry(fields))
+
+
+def _entry(fields: list[str]) -> Entry:
+    kind, name, grid, block, shared, device, captured, stream = fields
+    return Entry(kind, name, _sides(grid), _sides(block), int(shared), int(device), captured == "1", int(stream, 16))
+
+
+def _sides(text: str) -> tuple[int, ...]:
+    return tuple(int(side) for side in text.split(","))
