@@ -56,6 +56,8 @@ class Record(Schema):
     labels: list[str] = []
     tokenizer: str | None = None
     preset: str | None = None
+    optimizer: str | None = None
+    schedule: str | None = None
     lr: Finite | None = None
     beta1: Finite | None = None
     beta2: Finite | None = None
