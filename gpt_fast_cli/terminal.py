@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from gpt_fast.training import loop
 
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where to run; auto takes a GPU if there is one.")]
@@ -186,11 +188,11 @@ def training_bar(label: str) -> Iterator[Callable[[loop.Progress], None]]:
         TimeRemainingColumn(),
         TextColumn("left"),
     )
-    with Progress(*columns, console=err) as progress:
-        # Seen from the first update on: what fails before it fails without a bar.
+    with _from_first_call(Progress(*columns, console=err)) as progress:
         task = progress.add_task(label, total=None, visible=False, loss=float("nan"), rate=0.0, mfu="")
 
         def show(now: loop.Progress) -> None:
+            progress.start()
             mfu = f" · MFU {now.mfu:.0%}" if now.mfu else ""
             rate = now.tokens_per_second
             progress.update(task, completed=now.step, total=now.steps, loss=now.loss, rate=rate, mfu=mfu, visible=True)
@@ -207,9 +209,24 @@ def counting_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
+    with _from_first_call(Progress(*columns, console=err, transient=True)) as progress:
         task = progress.add_task(label, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+        def show(done: int, total: int) -> None:
+            progress.start()
+            progress.update(task, completed=done, total=total)
+
+        yield show
+
+
+@contextmanager
+def _from_first_call(progress: Progress) -> Iterator[Progress]:
+    """Yield a bar that its user starts, so that a command that fails before prints its error alone."""
+    try:
+        yield progress
+    finally:
+        if progress.live.is_started:
+            progress.stop()
 
 
 def _shown(name: str) -> bool:

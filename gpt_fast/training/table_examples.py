@@ -22,7 +22,7 @@ from ..data.labels import (
     class_rule,
     number,
 )
-from ..data.reading.rows import RowOptions, some
+from ..data.reading.rows import RowOptions, some, table_kind
 from ..data.snippets import snippet_table
 from ..data.tables import MissingColumn, Row, Table, TableOptions, read_table
 from ..data.tokenizer import encode_documents, without_lone_surrogates
@@ -44,7 +44,7 @@ def read_task_table(path: Path, task: TaskSettings, labelled: bool = True, optio
         names = ["--text-column"] + [option for option, names in columns.items() if missing.column in names]
         raise ValueError(
             f"{path}: no column {missing.column!r}; it has {', '.join(map(repr, missing.row)) or 'none'}; "
-            f"{_advice(names[-1], missing.row)}"
+            f"{_advice(names[-1], missing.row, path)}"
         ) from None
     if task.name == "multiple-choice" and options.skip_ragged:
         return _without_ragged(table)
@@ -63,13 +63,14 @@ def _without_ragged(table: Table) -> Table:
     return kept
 
 
-def _advice(option: str, row: Row) -> str:
+def _advice(option: str, row: Row, path: Path) -> str:
     """What to do about a missing column."""
     found = next((separator for separator in ";\t|," if len(row) == 1 and separator in next(iter(row))), None)
     if found is not None:
         return f"it looks separated by {found!r}, wanted commas in a .csv and tabs in a .tsv"
     without = ", and gpt-fast predict answers rows without labels" if option == "--label-column" else ""
-    return f"{option} names another, and --columns the columns of a file without a header{without}"
+    header = ", and --columns the columns of a file without a header" if table_kind(path) in ("csv", "tsv") else ""
+    return f"{option} names another{header}{without}"
 
 
 def read_tables(
