@@ -228,12 +228,16 @@ docs: $(VENV)/.stamp-docs  ## the documentation, in build/docs; a warning is an 
 # --- packages ---
 
 .PHONY: dist
-dist: install  ## in dist/: the sources, a wheel with the extension for any x86-64-v3 CPU, and one without it
+dist: install  ## in dist/: the sources, a wheel with the extension for AVX2 and two kinds of AVX-512, and one without it
 	$(PY) -m build --no-isolation --sdist
-	GPT_FAST_PORTABLE=1 $(PY) -m build --no-isolation --wheel
+	@rm -rf build/wheel
+	GPT_FAST_PORTABLE=1 $(PY) -m build --no-isolation --wheel --outdir build/wheel
+	@# PyTorch's own copies of these libraries serve: a second libgomp would start threads of its own.
+	PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m auditwheel repair --wheel-dir dist \
+	  --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcu*' --exclude libgomp.so.1 build/wheel/*.whl
 	GPT_FAST_NO_CPP=1 $(PY) -m build --no-isolation --wheel
 
 .PHONY: clean
 clean:  ## remove what was built, but not the environments
-	rm -rf build dist *.egg-info gpt_fast/_C*.so gpt_fast/_C.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info gpt_fast/_C*.so gpt_fast/_C.json gpt_fast/_isa .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f $(VENV)/.stamp-extension

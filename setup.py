@@ -3,7 +3,8 @@ are part of it where PyTorch has CUDA and its toolkit is installed.
 
 GPT_FAST_CUDA=0|1    leave the CUDA C++ kernels out, or fail where they cannot be built
 GPT_FAST_NO_CPP=1    build no extension: a pure-Python install, where the reference serves the CPU
-GPT_FAST_PORTABLE=1  compile for any x86-64-v3 CPU (AVX2, FMA) instead of for this one
+GPT_FAST_PORTABLE=1  compile once for each instruction set in gpt_fast/_levels.py instead of once for this machine;
+                     GPT_FAST_PORTABLE=avx2 compiles for that one alone
 GPT_FAST_SANITIZE=1  compile with the address and undefined-behaviour sanitizers
 """
 
@@ -14,6 +15,7 @@ import platform
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,17 @@ CPU_FLAGS = {
     "__AMX_INT8__": "amx_int8",
 }
 
+LEVELS = runpy.run_path(str(ROOT / "gpt_fast" / "_levels.py"))["LEVELS"]
 NVCC_FLAGS = runpy.run_path(str(ROOT / "gpt_fast" / "kernels" / "architectures.py"))["NVCC_FLAGS"]
+
+CPU_SOURCES = [
+    "csrc/bindings.cpp",
+    *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/**/*.cpp")),
+]
+# A write past a buffer on the stack ends the process, and the table of functions cannot be overwritten.
+HARDENING = ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2"]
+HARDENING_LINK = ["-Wl,-z,relro,-z,now"]
+SANITIZE = ["-fsanitize=address,undefined"]
 
 CUBLAS_SOURCES = ("cublaslt.cpp", "mlp.cpp")  # of csrc/cuda
 
@@ -79,14 +91,24 @@ gpt-fast: the C++ extension is built against the PyTorch it will run with, and t
 """
 
 
+NO_COMPILER = """gpt-fast: the C++ compiler '{}' was not found; install one (Debian and Ubuntu: apt install g++), \
+or set GPT_FAST_NO_CPP=1 for a pure-Python install without the extension"""
+
+
 def enabled(variable: str) -> bool:
     return os.environ.get(variable, "0") not in ("", "0")
 
 
-def machine_flags() -> list[str]:
+def machine_flags() -> dict[str, list[str]]:
+    """Return the compiler's flags for each module to build, by the module's name."""
     if platform.machine() not in ("x86_64", "AMD64"):
-        return []
-    return ["-march=x86-64-v3"] if enabled("GPT_FAST_PORTABLE") else ["-march=native"]
+        return {NAME: []}
+    if not enabled("GPT_FAST_PORTABLE"):
+        return {NAME: ["-march=native"]}
+    chosen = os.environ["GPT_FAST_PORTABLE"]
+    if chosen not in ("1", *LEVELS):
+        raise SystemExit(f"gpt-fast: GPT_FAST_PORTABLE is '{chosen}'; expected 1 or one of {', '.join(LEVELS)}")
+    return {f"gpt_fast._isa.{level}._C": [*flags] for level, flags in LEVELS.items() if chosen in ("1", level)}
 
 
 def predefined_macros(compiler: list[str], flags: list[str]) -> set[str]:
@@ -102,11 +124,61 @@ def capability(macros: set[str]) -> str:
     return "AVX2" if {"__AVX2__", "__FMA__"} <= macros else "DEFAULT"
 
 
-class MissingTorch(build_ext):
-    """Metadata and source distributions need no torch; compiling does."""
+def jobs() -> int:
+    """Return how many compilers run side by side: MAX_JOBS, as PyTorch reads it, or one a core."""
+    given = os.environ.get("MAX_JOBS", "")
+    return int(given) if given.isdigit() and int(given) > 0 else len(os.sched_getaffinity(0))
 
-    def run(self) -> None:
-        raise SystemExit(NO_TORCH)
+
+def translation_units(sources: list[str], folder: Path) -> list[str]:
+    """Deal the files of csrc/cpu over one translation unit a job, and leave all other files as they are.
+
+    A unit includes its files. Each unit reads PyTorch's headers once, which costs a small file most of its time.
+    """
+    dealt = [source for source in sources if not source.startswith("csrc/cuda/")]
+    units = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for first in range(min(jobs(), len(dealt))):
+        unit = folder / f"unit{first}.cpp"
+        text = "".join(f'#include "{ROOT / source}"\n' for source in dealt[first :: jobs()])
+        if not unit.exists() or unit.read_text(encoding="utf-8") != text:  # ninja compiles again what is newer
+            unit.write_text(text, encoding="utf-8")
+        units.append(str(unit))
+    return [*units, *(source for source in sources if source not in dealt)]
+
+
+def record_of(compiler: list[str], machine: list[str]) -> dict[str, Any]:
+    """Return the flags for one module, the vector width they give, and what the CPU must have for them."""
+    flags = ["-std=c++20", "-O3", "-g0", "-fopenmp", *HARDENING, *machine]
+    macros = predefined_macros(compiler, flags)
+    vector = capability(macros)
+    flags += [f"-DCPU_CAPABILITY={vector}", f"-DCPU_CAPABILITY_{vector}", "-Wall", "-Wno-unknown-pragmas"]
+    flags += ["-Wno-maybe-uninitialized"]  # GCC 12 raises it falsely, hundreds of times, in its own AVX-512 headers
+    if "__clang__" not in macros:
+        # GCC inlines until a large translation unit has grown by 40 %, and gives that allowance to a few functions. A
+        # higher threshold leaves enough for the others where a unit holds several files.
+        flags += [f"--param=large-unit-insns={15_000 * -(-len(CPU_SOURCES) // jobs())}"]
+    if enabled("GPT_FAST_SANITIZE"):
+        flags += [*SANITIZE, "-fno-omit-frame-pointer", "-O1", "-g1"]
+    cpu_flags = sorted(name for macro, name in CPU_FLAGS.items() if macro in macros)
+    return {"flags": flags, "vector": vector, "cpu_flags": cpu_flags}
+
+
+def remove_builds(package: Path) -> None:
+    """Remove the libraries of an earlier build, which may have been for other instruction sets."""
+    for path in package.glob("_C.*"):
+        path.unlink()
+    shutil.rmtree(package / "_isa", ignore_errors=True)
+
+
+def refuse_to_compile(message: str) -> dict[str, Any]:
+    """Return arguments that raise when the extension is compiled; metadata and source distributions still work."""
+
+    class Refuse(build_ext):
+        def run(self) -> None:
+            raise SystemExit(message)
+
+    return {"ext_modules": [Extension(NAME, [])], "cmdclass": {"build_ext": Refuse}}
 
 
 def cublas_include(toolkit: str) -> str | None:
@@ -159,52 +231,49 @@ def extension_arguments() -> dict[str, Any]:
     if enabled("GPT_FAST_NO_CPP"):
         return {}
     if importlib.util.find_spec("torch") is None:
-        return {"ext_modules": [Extension(NAME, [])], "cmdclass": {"build_ext": MissingTorch}}
+        return refuse_to_compile(NO_TORCH)
 
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, get_cxx_compiler
 
     compiler = shlex.split(get_cxx_compiler())
-    flags = ["-std=c++20", "-O3", "-g0", "-fopenmp", *machine_flags()]
-    macros = predefined_macros(compiler, flags)
-    vector = capability(macros)
-    flags += [f"-DCPU_CAPABILITY={vector}", f"-DCPU_CAPABILITY_{vector}", "-Wall", "-Wno-unknown-pragmas"]
-    flags += ["-Wno-maybe-uninitialized"]  # GCC 12 raises it falsely, hundreds of times, in its own AVX-512 headers
-    link = ["-fopenmp"]
+    if shutil.which(compiler[0]) is None:
+        return refuse_to_compile(NO_COMPILER.format(compiler[0]))
+    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True).stdout
+    records = {name: record_of(compiler, machine) for name, machine in machine_flags().items()}
+    link = ["-fopenmp", *HARDENING_LINK]
     if enabled("GPT_FAST_SANITIZE"):
-        sanitize = ["-fsanitize=address,undefined"]
-        flags += [*sanitize, "-fno-omit-frame-pointer", "-O1", "-g1"]
-        link += sanitize
+        link += SANITIZE
 
     class BuildWithRecord(BuildExtension):
-        """Writes `_C.json` beside the extension: what a process has to know before it may load it."""
+        """Writes `_C.json` beside each module: what a process has to know before it may load it."""
 
         def finalize_options(self) -> None:
             super().finalize_options()
             self.force = True  # ninja decides what to compile again: it also knows the headers and the flags
 
         def build_extensions(self) -> None:
+            remove_builds(Path(self.build_lib, "gpt_fast"))
+            for extension in self.extensions:
+                folder = Path(self.build_temp, "units", extension.name)
+                extension.sources = translation_units(extension.sources, folder)
             super().build_extensions()
-            version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True).stdout
-            record = {
-                "torch": torch.__version__,
-                "compiler": version.splitlines()[0],
-                "flags": flags,
-                "vector": vector,
-                "no_cuda": no_cuda,
-                "cpu_flags": sorted(name for macro, name in CPU_FLAGS.items() if macro in macros),
-            }
-            path = Path(self.build_lib, "gpt_fast", "_C.json")
-            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            for name, record in records.items():
+                whole = {"torch": torch.__version__, "compiler": version.splitlines()[0], "no_cuda": no_cuda, **record}
+                path = Path(self.build_lib, *name.split(".")[:-1], "_C.json")
+                path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
         def copy_extensions_to_source(self) -> None:
+            remove_builds(ROOT / "gpt_fast")
+            for name in records:
+                folder = Path(*name.split(".")[:-1])
+                (ROOT / folder).mkdir(parents=True, exist_ok=True)
+                self.copy_file(str(Path(self.build_lib, folder, "_C.json")), str(ROOT / folder / "_C.json"))
             super().copy_extensions_to_source()
-            self.copy_file(str(Path(self.build_lib, "gpt_fast", "_C.json")), str(ROOT / "gpt_fast" / "_C.json"))
 
-    cpu_sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/**/*.cpp"))
-    sources = ["csrc/bindings.cpp", *cpu_sources]
+    sources = CPU_SOURCES
     arguments: dict[str, Any] = {"include_dirs": [str(ROOT / "csrc")], "extra_link_args": link}
-    compile_args = {"cxx": flags}
+    nvcc: dict[str, list[str]] = {}
     make_extension = CppExtension
     no_cuda = chosen_cuda(torch.version.cuda, CUDA_HOME)
     if no_cuda is None:
@@ -216,10 +285,13 @@ def extension_arguments() -> dict[str, Any]:
             cuda_sources = [source for source in cuda_sources if Path(source).name not in CUBLAS_SOURCES]
         elif cublas != str(Path(CUDA_HOME, "include")):
             arguments["include_dirs"].append(cublas)
-        sources += cuda_sources
-        compile_args["nvcc"] = ["-O3", *NVCC_FLAGS]  # without them PyTorch would ask the GPU that happens to be here
-    extension = make_extension(NAME, sources, extra_compile_args=compile_args, **arguments)
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildWithRecord}}
+        sources = [*sources, *cuda_sources]
+        nvcc["nvcc"] = ["-O3", *NVCC_FLAGS]  # without them PyTorch would ask the GPU that happens to be here
+    extensions = [
+        make_extension(name, sources, extra_compile_args={"cxx": record["flags"], **nvcc}, **arguments)
+        for name, record in records.items()
+    ]
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildWithRecord}}
 
 
 setup(**extension_arguments())

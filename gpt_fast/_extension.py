@@ -1,52 +1,136 @@
-"""Finds and loads `gpt_fast._C`, the optional C++ extension."""
+"""Finds, chooses and loads `gpt_fast._C`, the optional C++ extension.
 
-import importlib
+A build from source is one library for this machine, `_C*.so`. A wheel holds one for each instruction set of `LEVELS`,
+`_isa/<level>/_C*.so`. Each library has its record `_C.json` beside it.
+"""
+
+import importlib.util
 import json
 import os
-from importlib.machinery import PathFinder
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from ._levels import LEVELS
+
 _FOLDER = Path(__file__).resolve().parent
+_NAME = "gpt_fast._C"
+NATIVE = "native"  # the instruction set of a build from source: this machine's
+FORCED = "GPT_FAST_ISA"
+# Later minor releases that run an extension of an earlier one: the op tests passed, and the layouts of tensors agree.
+# PyTorch promises no such thing, so that each pair is measured before it is listed.
+_LATER = {"2.13": ("2.14",)}
+
+
+class Choice(NamedTuple):
+    """The library that is loaded: its instruction set, its record, and why it was chosen."""
+
+    isa: str
+    record: dict[str, Any]
+    reason: str
 
 
 def build_info() -> dict[str, Any] | None:
-    """What this tree's extension was built with and for, read without loading it; None when it is not built."""
-    # Searched for in this folder alone: an editable install of another checkout would offer its own `_C`.
-    if PathFinder.find_spec("gpt_fast._C", [str(_FOLDER)]) is None:
+    """Return what this tree's extension was built with and for, without loading it; None if there is none."""
+    found = choice()
+    return found and found.record
+
+
+def choice() -> Choice | None:
+    """Return the library that serves this CPU, or None if none is built.
+
+    Raises:
+        ImportError: If `GPT_FAST_ISA` names an instruction set that is not built.
+    """
+    records = {isa: _record(isa) for isa in (NATIVE, *reversed(LEVELS)) if _find(isa) is not None}
+    if not records:
         return None
-    return json.loads((_FOLDER / "_C.json").read_text(encoding="utf-8"))
+    forced = os.environ.get(FORCED, "")
+    if forced and forced not in records:
+        raise ImportError(f"{FORCED} is '{forced}'; expected one that is built: {', '.join(records)}")
+    if forced:
+        return Choice(forced, records[forced], f"{FORCED} forces it")
+    if NATIVE in records:
+        return Choice(NATIVE, records[NATIVE], "built from source for this machine")
+    smallest = list(records)[-1]
+    if not _cpu_flags():
+        return Choice(smallest, records[smallest], "the smallest: /proc/cpuinfo lists no instruction sets")
+    reason = f"the best of {', '.join(records)} that this CPU runs"
+    for isa, record in records.items():
+        missing = _missing(record)
+        if not missing or isa == smallest:  # `load` refuses the smallest if this CPU lacks even that
+            return Choice(isa, record, reason)
+        reason += f"; {isa} needs {', '.join(missing)}"
+    raise AssertionError("unreachable: the smallest is always returned")
 
 
 def load() -> bool:
-    """Load the extension, which registers the C++ kernels; False when it is not built or not wanted.
+    """Load the extension, which registers the C++ kernels; return False if it is not built or not wanted.
 
-    Raises ImportError when it is built for another PyTorch or for instructions that this CPU lacks.
+    Raises:
+        ImportError: If the extension was built for a PyTorch of another ABI or for instructions that this CPU lacks.
     """
     # Under the interpreter the Triton kernels serve the CPU, so that one test file checks either implementation;
     # an operator takes one kernel for a device, and ours would be the second.
     if os.environ.get("TRITON_INTERPRET") == "1":
         return False
-    info = build_info()
-    if info is None:
+    chosen = choice()
+    if chosen is None:
         return False
-    _check(info)  # before the library is opened: its static initialisers may already use the instructions
-    importlib.import_module("gpt_fast._C")
+    _check(chosen.record)  # before the library is opened: its static initialisers may already use the instructions
+    spec = _find(chosen.isa)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[_NAME] = module
+    spec.loader.exec_module(module)
+    vars(sys.modules["gpt_fast"])["_C"] = module
     return True
 
 
-def _check(info: dict[str, Any]) -> None:
-    mend = f"in {_FOLDER.parent}: make install" if (_FOLDER.parent / "setup.py").exists() else _REINSTALL
-    if info["torch"] != torch.__version__:
-        raise ImportError(
-            f"gpt_fast._C was built against torch {info['torch']}, but this is torch {torch.__version__}. "
-            f"Build it again {mend}"
-        )
+def _find(isa: str) -> ModuleSpec | None:
+    # Searched for in this folder alone: an editable install of another checkout would offer its own `_C`.
+    return PathFinder.find_spec(_NAME, [str(_place(isa))])
+
+
+def _place(isa: str) -> Path:
+    return _FOLDER if isa == NATIVE else _FOLDER / "_isa" / isa
+
+
+def _record(isa: str) -> dict[str, Any]:
+    return json.loads((_place(isa) / "_C.json").read_text(encoding="utf-8"))
+
+
+def _missing(record: dict[str, Any]) -> list[str]:
+    """Return the instruction sets of a record that this CPU lacks, as far as the CPU tells."""
     cpu = _cpu_flags()
-    missing = sorted(set(info["cpu_flags"]) - cpu)
-    if cpu and missing:
+    return sorted(set(record["cpu_flags"]) - cpu) if cpu else []
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.partition("+")[0].split(".")[:2])
+
+
+def _serves(built: str, running: str) -> bool:
+    """Return True if an extension built against one version of PyTorch runs with another.
+
+    Patch releases and builds for CPU or CUDA of one minor release have the same headers and C++ symbols.
+    """
+    return _minor(running) in (_minor(built), *_LATER.get(_minor(built), ()))
+
+
+def _check(record: dict[str, Any]) -> None:
+    mend = f"in {_FOLDER.parent}: make install" if (_FOLDER.parent / "setup.py").exists() else _REINSTALL
+    if not _serves(record["torch"], torch.__version__):
+        minors = " or ".join((_minor(record["torch"]), *_LATER.get(_minor(record["torch"]), ())))
+        raise ImportError(
+            f"gpt_fast._C was built against torch {record['torch']}, but this is torch {torch.__version__}; "
+            f"expected torch {minors}. Build it again {mend}"
+        )
+    missing = _missing(record)
+    if missing:
         raise ImportError(
             f"gpt_fast._C was built for a CPU with {', '.join(missing)}, which this one lacks. "
             f"Build it again {mend} (GPT_FAST_PORTABLE=1 builds for any CPU with AVX2)"

@@ -57,6 +57,8 @@ def doctor(
     print_table("versions", list(versions.items()))
     devices = [(device["type"], device["name"]) for device in findings["devices"]]
     print_table("devices", devices)
+    extension = findings["extension"] or {"isa": "none", "reason": "it is not built", "torch": "-"}
+    print_table("C++ extension", [(name, extension[name]) for name in ("isa", "reason", "torch")])
     served = [
         (op, ", ".join(f"{kernel} on {device}" for device, kernel in by.items())) for op, by in findings["ops"].items()
     ]
@@ -85,11 +87,12 @@ def examine() -> dict[str, Any]:
     """Everything that `doctor` shows."""
     import torch
 
-    from gpt_fast import build_info, ops
+    from gpt_fast import _extension, ops
 
     versions: dict[str, str | None] = {"gpt-fast": _version("gpt-fast"), "python": platform.python_version()}
     versions |= {name: _version(name) for name in PACKAGES}
-    info = build_info()
+    chosen = _extension.choice()
+    info = chosen and {"isa": chosen.isa, "reason": chosen.reason, **chosen.record}
     with warnings.catch_warnings(record=True) as warned:  # PyTorch's only word on a driver that is too old
         warnings.simplefilter("always")
         cuda = torch.cuda.is_available()

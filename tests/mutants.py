@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 150  # seconds for one test; without a fault the longest takes a tenth of that
 FUZZ_DRAWS = {"C++": 1000, "Triton": 100}  # of each op, by which --fuzz judges; the interpreter is slow
 BATCH = 12  # faults that are compiled and judged together
+BINDINGS = ROOT / "csrc" / "bindings.cpp"
 CPP_SOURCES = sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))
 REGISTRATION = r"TORCH_LIBRARY_IMPL\(gpt_fast, (\w+), m\)"
 BROKEN = re.compile(r"\b(SyntaxError|IndentationError|NameError|CompilationError|ImportError|ModuleNotFoundError)\b")
@@ -94,16 +95,18 @@ class Compiler:
         header.write_text("\n".join(includes) + "\n", "utf-8")
         check(*self.command, "-x", "c++-header", str(header), "-o", f"{header}.gch")
         self.command += ["-include", str(header)]
+        # setup.py compiles several files as one, so that its objects are of no use here.
+        self.objects = {source: folder / f"{source.stem}_without_faults.o" for source in (BINDINGS, *CPP_SOURCES)}
+        for source, target in self.objects.items():
+            self.compile(source, target)
 
     def compile(self, source: Path, target: Path) -> None:
         check(*self.command, "-c", str(source), "-o", str(target))
 
     def link(self, target: Path, op: str, own: Path) -> None:
         """Link the extension from `own`, the object of csrc/cpu/<op>.cpp, and the objects of all other files."""
-        folder = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         replaced = ROOT / "csrc" / "cpu" / f"{op}.cpp"
-        others = [ROOT / "csrc" / "bindings.cpp", *(source for source in CPP_SOURCES if source != replaced)]
-        objects = [folder / source.relative_to(ROOT).with_suffix(".o") for source in others]
+        objects = [target for source, target in self.objects.items() if source != replaced]
         libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
         libraries += ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python", "-fopenmp"]
         check(self.command[0], "-shared", str(own), *map(str, objects), *libraries, "-o", str(target))
@@ -127,16 +130,18 @@ def one_text(path: Path, fault: Fault, seen: set[Path]) -> str:
 
 def many_mutants(op: str, faults: list[Fault]) -> str:
     """One file with a copy of the op for each fault, each in a namespace of its own; GPT_FAST_MUTANT chooses one."""
+    source = ROOT / "csrc" / "cpu" / f"{op}.cpp"
+    inner = re.findall(r"^namespace gpt_fast([\w:]*) \{$", source.read_text("utf-8"), re.MULTILINE)[-1]
     texts, keys = [], []
     for number, fault in enumerate(faults):
-        text = one_text(ROOT / "csrc" / "cpu" / f"{op}.cpp", fault, set())
+        text = one_text(source, fault, set())
         text = re.sub(r"(?<!\")\bgpt_fast(?= \{|::)", f"mutant_{number}", text)
         keys = re.findall(REGISTRATION, text)
         texts.append(re.sub(REGISTRATION, r"void add_\1(torch::Library& m)", text))
     texts.append("#include <cstdlib>\n")
     choice = 'std::atoi(std::getenv("GPT_FAST_MUTANT"))'
     for key in keys:
-        cases = "".join(f"case {number}: return mutant_{number}::add_{key}(m);" for number in range(len(faults)))
+        cases = "".join(f"case {number}: return mutant_{number}{inner}::add_{key}(m);" for number in range(len(faults)))
         texts.append(f"TORCH_LIBRARY_IMPL(gpt_fast, {key}, m) {{ switch ({choice}) {{ {cases} }} }}\n")
     return "\n".join(texts)
 

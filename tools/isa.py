@@ -1,7 +1,7 @@
 """Compiles every C++ file for instruction sets this machine may lack: make compile-isa
 
-Portable AVX2, AVX-512, and AVX-512 with bfloat16 products. Nothing is optimised, linked or run: this finds code that
-one of the paths no longer has, not code that computes something else there.
+The levels are those of gpt_fast/_levels.py. Nothing is optimised, linked or run: this finds code that one of the paths
+no longer has, not code that computes something else there.
 """
 
 import os
@@ -14,30 +14,30 @@ from pathlib import Path
 
 from torch.utils.cpp_extension import get_cxx_compiler, include_paths
 
-ROOT = Path(__file__).resolve().parent.parent
-TARGETS = {"x86-64-v3": "AVX2", "x86-64-v4": "AVX512", "sapphirerapids": "AVX512"}  # -march, at::vec's vectors
+from gpt_fast._levels import LEVELS
 
+ROOT = Path(__file__).resolve().parent.parent
 INCLUDED = (*include_paths(), sysconfig.get_paths()["include"])
 
 
-def compiles(source: Path, march: str) -> str:
+def compiles(source: Path, level: str) -> str:
     """What the compiler says against it; empty where it compiles."""
-    vector = TARGETS[march]
+    vector = "AVX2" if level == "avx2" else "AVX512"  # of at::vec
     command = [
-        *shlex.split(get_cxx_compiler()), "-std=c++20", "-O0", "-g0", "-fopenmp", f"-march={march}",
+        *shlex.split(get_cxx_compiler()), "-std=c++20", "-O0", "-g0", "-fopenmp", *LEVELS[level],
         f"-DCPU_CAPABILITY={vector}", f"-DCPU_CAPABILITY_{vector}", "-w",
         f"-I{ROOT / 'csrc'}", *(flag for path in INCLUDED for flag in ("-isystem", path)),
         "-S", "-o", os.devnull, str(source),
     ]  # fmt: skip
     done = subprocess.run(command, check=False, capture_output=True, text=True)
-    return "" if done.returncode == 0 else f"{source.relative_to(ROOT)} for {march}\n{done.stderr}"
+    return "" if done.returncode == 0 else f"{source.relative_to(ROOT)} for {level}\n{done.stderr}"
 
 
 def main() -> None:
-    work = [(path, march) for path in sorted((ROOT / "csrc/cpu").rglob("*.cpp")) for march in TARGETS]
+    work = [(path, level) for path in sorted((ROOT / "csrc/cpu").rglob("*.cpp")) for level in LEVELS]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", len(os.sched_getaffinity(0))))) as pool:
         failures = [output for output in pool.map(lambda item: compiles(*item), work) if output]
-    print("\n".join([*failures, f"{len(work) - len(failures)} of {len(work)} compile, for {', '.join(TARGETS)}"]))
+    print("\n".join([*failures, f"{len(work) - len(failures)} of {len(work)} compile, for {', '.join(LEVELS)}"]))
     sys.exit(bool(failures))
 
 

@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& 
                                                                   const optional<Tensor>& bias, double eps,
                                                                   double dropout_p, const optional<Tensor>& seed,
                                                                   int64_t site) {
-  const auto options = x.options().dtype(at::promote_types(x.scalar_type(), residual.scalar_type()));
+  const auto options = x.options().dtype(c10::promoteTypes(x.scalar_type(), residual.scalar_type()));
   const Tensor normed = at::empty(x.sizes(), options), summed = at::empty(x.sizes(), options);
   const auto [mean, rstd] = empty_statistics(x);
   if (x.numel() == 0) {

@@ -11,7 +11,7 @@
 #include "cpu/attention/backward.h"
 #include "cpu/attention/forward.h"
 
-namespace gpt_fast {
+namespace gpt_fast::attention {
 namespace {
 
 // Into how many tasks a segment is cut, so that all threads are busy to the end. Each task packs the keys it needs.
@@ -137,4 +137,4 @@ TORCH_LIBRARY_IMPL(gpt_fast, CPU, m) {
   m.impl("attention_qkv_backward", attention_qkv_backward);
 }
 
-}  // namespace gpt_fast
+}  // namespace gpt_fast::attention

@@ -28,22 +28,21 @@ Tensor decode_attention_forward(const Tensor& q, const Tensor& k_cache, const Te
     const scalar_t* k_data = keys.const_data_ptr<scalar_t>();
     const scalar_t* v_data = values.const_data_ptr<scalar_t>();
     scalar_t* out_data = out.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, B * H, std::max<int64_t>(1, at::internal::GRAIN_SIZE / ((S + 1) * D)),
-                     [&](int64_t begin, int64_t end) {
-                       std::vector<float> query(D), result(D), scratch(decode_scratch(S, D));
-                       for (int64_t i = begin; i < end; ++i) {
-                         const int64_t b = i / H, h = i % H;
-                         std::fill(result.begin(), result.end(), 0.0f);
-                         if (n[b] > 0) {
-                           const scalar_t* row = q_data + b * queries.stride(0) + h * queries.stride(1);
-                           for (int64_t d = 0; d < D; ++d) query[d] = static_cast<float>(row[d]) * scale;
-                           attend_to_cache(query.data(), k_data + b * keys.stride(0) + h * keys.stride(1),
-                                           keys.stride(2), v_data + b * values.stride(0) + h * values.stride(1),
-                                           values.stride(2), n[b], D, scratch.data(), result.data());
-                         }
-                         at::vec::convert(result.data(), out_data + i * D, D);
-                       }
-                     });
+    at::parallel_for(0, B * H, std::max<int64_t>(1, kGrain / ((S + 1) * D)), [&](int64_t begin, int64_t end) {
+      std::vector<float> query(D), result(D), scratch(decode_scratch(S, D));
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / H, h = i % H;
+        std::fill(result.begin(), result.end(), 0.0f);
+        if (n[b] > 0) {
+          const scalar_t* row = q_data + b * queries.stride(0) + h * queries.stride(1);
+          for (int64_t d = 0; d < D; ++d) query[d] = static_cast<float>(row[d]) * scale;
+          attend_to_cache(query.data(), k_data + b * keys.stride(0) + h * keys.stride(1), keys.stride(2),
+                          v_data + b * values.stride(0) + h * values.stride(1), values.stride(2), n[b], D,
+                          scratch.data(), result.data());
+        }
+        at::vec::convert(result.data(), out_data + i * D, D);
+      }
+    });
   });
   return out;
 }

@@ -6,6 +6,9 @@
 #include <sys/mman.h>
 #endif
 
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros_like.h>
+
 #include <optional>
 #include <tuple>
 #include <vector>

@@ -5,6 +5,8 @@
 // being the row's largest logit in the block, when it leaves the product; once a row's blocks are all there, each
 // needs one factor to become p. Weight gradients add up in float32 in the order of the rows; dx in kGroups groups of
 // blocks, a number that does not depend on the threads, added in their order.
+#include <ATen/ops/scalar_tensor.h>
+
 #include <cmath>
 #include <limits>
 #include <tuple>
@@ -14,7 +16,7 @@
 #include "cpu/core/gemm.h"
 #include "cpu/core/vector_math.h"
 
-namespace gpt_fast {
+namespace gpt_fast::linear_cross_entropy {
 namespace {
 
 using at::Tensor;
@@ -369,4 +371,4 @@ TORCH_LIBRARY_IMPL(gpt_fast, CPU, m) {
   m.impl("linear_cross_entropy_backward", linear_cross_entropy_backward);
 }
 
-}  // namespace gpt_fast
+}  // namespace gpt_fast::linear_cross_entropy

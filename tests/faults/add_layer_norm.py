@@ -51,7 +51,7 @@ FAULTS = (
     Fault("bias ignored", CPP, "gain.data(), shift.data(), N, target", "gain.data(), nullptr, N, target", "shapes"),
     Fault("wrong statistics saved", CPP, "mean_data[i] = statistics.mean;", "mean_data[i] = statistics.rstd;", "shapes"),
     Fault("last row of a thread's share skipped", CPP, "i < end; ++i) {\n      const float* branch_row", "i < end - 1; ++i) {\n      const float* branch_row", "shapes"),
-    Fault("outputs of the branch's dtype", CPP, "at::promote_types(x.scalar_type(), residual.scalar_type())", "x.scalar_type()", "dtypes"),
+    Fault("outputs of the branch's dtype", CPP, "c10::promoteTypes(x.scalar_type(), residual.scalar_type())", "x.scalar_type()", "dtypes"),
     # C++, backward
     Fault("gradient of the sum left out", CPP, "if (carried) {", "if (false) {", "shapes"),
     Fault("gradient of the sum alone", CPP, "at::vec::map2<float>(add, total, total, carried_row, N);", "std::copy_n(carried_row, N, total);", "shapes"),

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # From the ground up. A module may import its own room and the rooms of lower layers.
 LAYERS = (
+    ("_levels",),
     (
         "_transforms",
         "_files",

@@ -17,6 +17,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from gpt_fast import _extension
+from gpt_fast._levels import LEVELS
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = sysconfig.get_path("purelib")
@@ -34,6 +38,7 @@ print(json.dumps({
     "extension": extension and extension.__file__,
     "compiled": extension and extension.build_info(),
     "record": _extension.build_info(),
+    "choice": _extension.choice() and _extension.choice()[::2],
     "serving": serving("layer_norm", "cpu"),
 }))
 """
@@ -42,7 +47,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the extension a
 
 
 def environment(**extra: str) -> dict[str, str]:
-    dropped = ("PYTHONPATH", "TRITON_INTERPRET", "GPT_FAST_NO_CPP", "GPT_FAST_PORTABLE", "GPT_FAST_SANITIZE")
+    dropped = (
+        "PYTHONPATH", "TRITON_INTERPRET", "GPT_FAST_ISA", "GPT_FAST_NO_CPP", "GPT_FAST_PORTABLE", "GPT_FAST_SANITIZE",
+    )  # fmt: skip
     return {name: value for name, value in os.environ.items() if name not in dropped} | extra
 
 
@@ -162,6 +169,16 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, pure_wheel: Path)
     assert pure_wheel.name.endswith("-py3-none-any.whl")
 
 
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf reads what the linker wrote")
+def test_extension_is_hardened(wheel: Path, tmp_path: Path) -> None:
+    """Read-only relocations, all bound at load, and canaries on the stack."""
+    with zipfile.ZipFile(wheel) as archive:
+        library = archive.extract(f"gpt_fast/_C{sysconfig.get_config_var('EXT_SUFFIX')}", tmp_path)
+    assert "GNU_RELRO" in run("readelf", "-lW", library, cwd=tmp_path)
+    assert "BIND_NOW" in run("readelf", "-dW", library, cwd=tmp_path)
+    assert "__stack_chk_fail" in run("readelf", "-sW", library, cwd=tmp_path)
+
+
 def test_wheel_with_the_extension(env: Environment, wheel: Path) -> None:
     env.install(wheel)
     found = env.probe()
@@ -192,11 +209,18 @@ def test_make_dist_builds_all_three() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86-64 is what has portable levels")
 def test_portable_wheel_runs_on_any_x86_64_v3(env: Environment, sdist: Path, tmp_path: Path) -> None:
-    """Compiled for AVX2 and FMA whatever this CPU has, and installed where nothing but its requirements is."""
+    """One module for each level whatever this CPU has, installed where nothing but its requirements is."""
     (tmp_path / "portable").mkdir()
-    env.install(build_wheel(sdist, tmp_path / "portable", GPT_FAST_PORTABLE="1"))
-    found = env.probe()
-    assert found["serving"] == "cpp" and found["record"]["vector"] == "AVX2"
+    wheel = build_wheel(sdist, tmp_path / "portable", GPT_FAST_PORTABLE="1")
+    with zipfile.ZipFile(wheel) as archive:
+        built = {name for name in archive.namelist() if "/_C." in name}
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    assert built == {f"gpt_fast/_isa/{level}/_C{end}" for level in LEVELS for end in (".json", suffix)}
+    env.install(wheel)
+    best = env.probe()
+    assert best["serving"] == "cpp" and best["choice"][0] in LEVELS
+    found = env.probe(GPT_FAST_ISA="avx2")
+    assert found["serving"] == "cpp" and found["record"]["vector"] == found["compiled"]["vector"] == "AVX2"
     assert "-march=x86-64-v3" in found["record"]["flags"] and "-march=native" not in found["record"]["flags"]
     level = {"pni", "ssse3", "sse4_1", "sse4_2", "popcnt", "abm", "movbe", "bmi1", "bmi2", "f16c", "fma", "avx", "avx2"}
     assert set(found["record"]["cpu_flags"]) <= level
@@ -250,6 +274,82 @@ def test_extension_that_cannot_run_here_is_refused(
     assert "make install" in output
 
 
+@pytest.mark.parametrize("patch", ["99", "99+cu999"])
+def test_other_builds_of_a_minor_release_are_taken(checkout: Callable[..., Path], env: Environment, patch: str) -> None:
+    """A patch release, or a build for another device, has the same C++ symbols."""
+    folder = checkout("moved", extension=True)
+    record = folder / "gpt_fast" / "_C.json"
+    minor = ".".join(torch.__version__.split(".")[:2])
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"torch": f"{minor}.{patch}"}))
+    assert env.probe(PYTHONPATH=str(folder))["serving"] == "cpp"
+
+
+@pytest.mark.parametrize(
+    ("built", "running", "expected"),
+    [
+        pytest.param("2.13.0+cpu", "2.13.0+cu130", True, id="another device"),
+        pytest.param("2.13.0", "2.13.2", True, id="a later patch"),
+        pytest.param("2.13.0+cpu", "2.14.1+cu130", True, id="a later minor release that was measured"),
+        pytest.param("2.14.0", "2.13.0", False, id="an earlier minor release"),
+        pytest.param("2.1.0", "2.13.0", False, id="a minor release that begins alike"),
+        pytest.param("2.13.0", "3.13.0", False, id="another major release"),
+    ],
+)
+def test_which_pytorch_an_extension_serves(built: str, running: str, expected: bool) -> None:
+    assert _extension._serves(built, running) == expected
+
+
+@pytest.fixture
+def levels(checkout: Callable[..., Path]) -> Path:
+    """A checkout with one module for each level; no CPU has what the best level asks for."""
+    folder = checkout("levels", extension=True)
+    package = folder / "gpt_fast"
+    record = json.loads((package / "_C.json").read_text())
+    for level in LEVELS:
+        place = package / "_isa" / level
+        place.mkdir(parents=True)
+        shutil.copy(next(package.glob("_C*.so")), place)
+        needs = ["avx4096"] if level == list(LEVELS)[-1] else []
+        (place / "_C.json").write_text(json.dumps(record | {"cpu_flags": needs}))
+    for path in package.glob("_C.*"):
+        path.unlink()
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the CPU does not tell what it has")
+def test_best_level_that_the_cpu_runs_is_loaded(levels: Path, env: Environment) -> None:
+    found = env.probe(PYTHONPATH=str(levels))
+    assert Path(found["extension"]).parent == levels / "gpt_fast" / "_isa" / "avx512"
+    assert found["choice"][0] == "avx512" and "avx512_bf16 needs avx4096" in found["choice"][1]
+    found = env.probe(PYTHONPATH=str(levels), GPT_FAST_ISA="avx2")
+    assert Path(found["extension"]).parent == levels / "gpt_fast" / "_isa" / "avx2"
+    assert found["choice"] == ["avx2", "GPT_FAST_ISA forces it"]
+
+
+@pytest.mark.parametrize(
+    ("isa", "message"),
+    [
+        ("avx512_bf16", "gpt_fast._C was built for a CPU with avx4096, which this one lacks"),
+        ("sse", "GPT_FAST_ISA is 'sse'; expected one that is built: avx512_bf16, avx512, avx2"),
+    ],
+)
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the CPU does not tell what it has")
+def test_level_that_cannot_be_loaded_is_refused(levels: Path, isa: str, message: str) -> None:
+    output = run(
+        sys.executable, "-c", "import gpt_fast", cwd=levels, fails=True, PYTHONPATH=str(levels), GPT_FAST_ISA=isa
+    )
+    assert f"ImportError: {message}" in output
+
+
+def test_portable_builds_know_their_levels(tree: Path) -> None:
+    command = (sys.executable, "setup.py", "--name")
+    output = run(*command, cwd=tree, fails=True, GPT_FAST_PORTABLE="sse")
+    assert (
+        output.splitlines()[-1]
+        == "gpt-fast: GPT_FAST_PORTABLE is 'sse'; expected 1 or one of avx2, avx512, avx512_bf16"
+    )
+
+
 def test_interpreter_leaves_the_cpu_to_triton(checkout: Callable[..., Path]) -> None:
     folder = checkout("interpreted", extension=True)
     code = "import sys, gpt_fast; print('gpt_fast._C' in sys.modules)"
@@ -270,3 +370,16 @@ def test_building_without_torch_says_what_to_do(tmp_path: Path, tree: Path) -> N
     assert "Traceback" not in output
     run(env.python, "setup.py", "sdist", "-d", tmp_path, cwd=tree)
     run(env.python, "setup.py", "bdist_wheel", "-d", tmp_path, cwd=tree, GPT_FAST_NO_CPP="1")
+
+
+def test_building_without_a_compiler_says_what_to_do(tree: Path, tmp_path: Path) -> None:
+    """One line, with the way to go on; the source distribution and the pure wheel need no compiler."""
+    build = (sys.executable, "setup.py", "bdist_wheel", "-d", tmp_path)
+    output = run(*build, cwd=tree, fails=True, CXX="no-such-compiler")
+    assert output.splitlines()[-1] == (
+        "gpt-fast: the C++ compiler 'no-such-compiler' was not found; install one (Debian and Ubuntu: apt install g++),"
+        " or set GPT_FAST_NO_CPP=1 for a pure-Python install without the extension"
+    )
+    assert "Traceback" not in output
+    run(sys.executable, "setup.py", "sdist", "-d", tmp_path, cwd=tree, CXX="no-such-compiler")
+    run(*build, cwd=tree, CXX="no-such-compiler", GPT_FAST_NO_CPP="1")

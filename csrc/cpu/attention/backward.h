@@ -3,7 +3,7 @@
 
 #include "cpu/attention/keys.h"
 
-namespace gpt_fast {
+namespace gpt_fast::attention {
 namespace {
 
 // Queries of a segment against a range of its keys. Which gradients a task computes and how a segment is cut into tasks
@@ -279,4 +279,4 @@ class Backward {
 };
 
 }  // namespace
-}  // namespace gpt_fast
+}  // namespace gpt_fast::attention

@@ -3,7 +3,7 @@
 
 #include "cpu/attention/keys.h"
 
-namespace gpt_fast {
+namespace gpt_fast::attention {
 namespace {
 
 template <typename scalar_t>
@@ -184,4 +184,4 @@ class Forward {
 };
 
 }  // namespace
-}  // namespace gpt_fast
+}  // namespace gpt_fast::attention

@@ -3,7 +3,7 @@
 
 #include "cpu/attention/problem.h"
 
-namespace gpt_fast {
+namespace gpt_fast::attention {
 namespace {
 
 // A segment's keys and values, each block packed when it is first needed. Keys that serve no query are zeros, so that
@@ -118,4 +118,4 @@ void add_keys(float* acc, const float* pairs, const float* weights, int64_t Dp, 
 }
 
 }  // namespace
-}  // namespace gpt_fast
+}  // namespace gpt_fast::attention

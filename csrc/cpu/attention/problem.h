@@ -7,7 +7,7 @@
 
 #include "cpu/attention/tiles.h"
 
-namespace gpt_fast {
+namespace gpt_fast::attention {
 namespace {
 
 using at::Tensor;
@@ -245,4 +245,4 @@ void run_tasks(int64_t count, const MakeWorker& make_worker, const Work& work) {
 }
 
 }  // namespace
-}  // namespace gpt_fast
+}  // namespace gpt_fast::attention

@@ -14,7 +14,7 @@
 #include "cpu/core/words.h"
 #include "philox.h"
 
-namespace gpt_fast {
+namespace gpt_fast::attention {
 namespace {
 
 constexpr int64_t kPanel = 2 * kVec;                              // queries side by side
@@ -279,4 +279,4 @@ inline void dropout_tile(const Dropout& dropout, int64_t b, int64_t i0, int64_t 
 }
 
 }  // namespace
-}  // namespace gpt_fast
+}  // namespace gpt_fast::attention

@@ -7,11 +7,15 @@
 // pointers and sizes check nothing. gpt_fast._C.DecodeSession has no operator in front and checks its own arguments.
 #pragma once
 
-#include <ATen/ATen.h>
+// ATen/ATen.h declares every operator and takes as long to read as all of these.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -24,6 +28,7 @@ namespace gpt_fast {
 
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kVec = Vec::size();
+constexpr int64_t kGrain = 32768;  // elements that are worth a thread: PyTorch's own number
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -148,7 +153,7 @@ class Rows {
 };
 
 // Rows for one task of at::parallel_for: enough work to be worth a thread.
-inline int64_t row_grain(int64_t N) { return std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::max<int64_t>(N, 1)); }
+inline int64_t row_grain(int64_t N) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(N, 1)); }
 
 // The dropout of a site, or nothing where p is 0.
 inline std::optional<Dropout> make_dropout(const char* op, double p, const std::optional<at::Tensor>& seed,

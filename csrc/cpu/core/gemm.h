@@ -9,6 +9,8 @@
 // A packed element is a word (words.h): a float, or, with the instructions for it, two bfloat16 neighbours along k.
 #pragma once
 
+#include <ATen/ops/full.h>
+
 #include <cstring>
 
 #include "cpu/core/words.h"
@@ -184,8 +186,7 @@ class PackedRows {
   PackedRows(const Operand<scalar_t>& x, int64_t N, int64_t K) : PackedRows(N, K) {
     // Whole panels a task, and enough of them to be worth a thread.
     const int64_t step = 4 * kRows;
-    at::parallel_for(0, ceil_div(N, step),
-                     std::max<int64_t>(1, at::internal::GRAIN_SIZE / (step * std::max<int64_t>(1, K))),
+    at::parallel_for(0, ceil_div(N, step), std::max<int64_t>(1, kGrain / (step * std::max<int64_t>(1, K))),
                      [&](int64_t begin, int64_t end) {
                        const int64_t first = begin * step, last = std::min(N, end * step);
                        pack<kRows>(Operand<scalar_t>{x.data + first * x.stride_n, x.stride_n, x.stride_k}, last - first,

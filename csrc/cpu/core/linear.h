@@ -85,16 +85,14 @@ template <typename scalar_t>
 inline void add_column_sums(const Tensor& dy, float* sums) {
   const int64_t M = dy.size(0), N = dy.size(1);
   const scalar_t* rows = dy.const_data_ptr<scalar_t>();
-  at::parallel_for(0, N, std::max<int64_t>(kBlock, at::internal::GRAIN_SIZE / std::max<int64_t>(M, 1)),
-                   [&](int64_t begin, int64_t end) {
-                     std::vector<float> buffer(end - begin), total(end - begin);
-                     for (int64_t i = 0; i < M; ++i) {
-                       const float* row = load_row(rows + i * dy.stride(0) + begin, buffer.data(), end - begin);
-                       at::vec::map2<float>([](Vec a, Vec b) { return a + b; }, total.data(), total.data(), row,
-                                            end - begin);
-                     }
-                     for (int64_t j = begin; j < end; ++j) sums[j] += total[j - begin];
-                   });
+  at::parallel_for(0, N, std::max<int64_t>(kBlock, kGrain / std::max<int64_t>(M, 1)), [&](int64_t begin, int64_t end) {
+    std::vector<float> buffer(end - begin), total(end - begin);
+    for (int64_t i = 0; i < M; ++i) {
+      const float* row = load_row(rows + i * dy.stride(0) + begin, buffer.data(), end - begin);
+      at::vec::map2<float>([](Vec a, Vec b) { return a + b; }, total.data(), total.data(), row, end - begin);
+    }
+    for (int64_t j = begin; j < end; ++j) sums[j] += total[j - begin];
+  });
 }
 
 }  // namespace gpt_fast

@@ -3,6 +3,7 @@
 // One parallel region serves a step; its threads meet at five barriers a layer and own fixed rows of every weight
 // matrix in between. What is small (norms, the preparation of a product's input) every thread computes for itself,
 // which is cheaper than to wait for another. x is the residual stream, shared; h its normed form, private.
+#include <ATen/ops/from_blob.h>
 #include <omp.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
