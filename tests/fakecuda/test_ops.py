@@ -1,12 +1,15 @@
 """Every op forward and backward on `cuda`: what it launches, and on which device."""
 
+import contextlib
 import os
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from gpt_fast.ops import _library
 from tests.fakecuda import calls
+from tools.fakecuda.record import watch
 
 # As sm_90 every dtype, mask and edge; as another architecture one training and one decoding call of each op.
 CASES = calls.EVERY if os.environ.get("FAKECUDA_CAPABILITY", "90") == "90" else calls.TRAINING | calls.DECODING
@@ -18,3 +21,24 @@ def test_an_op_launches_on_its_tensors_device(name: str, device: torch.device, w
     with watched() as seen:
         call()
     assert seen.of("triton"), "expected Triton's kernels"
+
+
+def test_an_op_without_its_device_guard_is_noticed(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the tensors on `cuda:1` and device 0 current, as Triton would launch them."""
+    if device.index == 0:
+        pytest.skip("needs two devices")
+    monkeypatch.setattr(_library, "device_guard", lambda index: contextlib.nullcontext())
+    call = CASES["layer_norm"](device)
+    with watch() as seen:
+        call()
+    assert any("is of device 1, the current device is 0" in line for line in seen.refusals)
+
+
+def test_the_cuda_extension_decodes_on_its_tensors_device(device: torch.device, watched: Callable) -> None:
+    """decode_attention in CUDA C++, which Triton's kernel stands in for until a GPU has said which is faster."""
+    q = torch.zeros(2, 3, 64, dtype=torch.bfloat16, device=device)
+    cache = torch.zeros(2, 3, 77, 64, dtype=torch.bfloat16, device=device)
+    lengths = torch.ones(2, dtype=torch.int64, device=device)
+    with watched() as seen:
+        torch.ops.gpt_fast.decode_attention_cuda_forward(q, cache, cache, lengths)
+    assert any("decode" in entry.name or "split" in entry.name for entry in seen.of("kernel"))

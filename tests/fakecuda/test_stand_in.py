@@ -4,6 +4,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tools.fakecuda.record import watch
@@ -61,6 +63,26 @@ def test_a_grid_over_the_limit_is_refused(x: torch.Tensor) -> None:
     with watch() as seen, pytest.raises(RuntimeError, match="invalid argument"):
         launch(x, x, x, x, grid=(1, 65536))
     assert "the grid is larger" in seen.refusals[0]
+
+
+def compiled_for(capability: int) -> triton.compiler.CompiledKernel:
+    signature = {"n": "i32", "x_ptr": "*fp32", "y_ptr": "*fp32", "z_ptr": "*fp32", "out_ptr": "*fp32"}
+    source = ASTSource(_copy_kernel, signature | {"BLOCK": "constexpr"}, {"BLOCK": 64})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+
+
+def test_machine_code_of_another_architecture_is_refused() -> None:
+    major, minor = torch.cuda.get_device_capability()
+    here, load = 10 * major + minor, triton.runtime.driver.active.utils.load_binary
+    kernel = compiled_for(here)
+    with watch() as seen:
+        _, _, registers, *_ = load(kernel.name, kernel.asm["cubin"], 0, 0)
+    assert seen.refusals == []
+    assert 8 <= registers <= 255, "expected the registers that the cubin names"
+    other = 80 if here >= 90 else 90
+    with watch() as seen, pytest.raises(RuntimeError, match="no kernel image"):
+        load(kernel.name, compiled_for(other).asm["cubin"], 0, 0)
+    assert f"the image is for sm_{other}, the device is sm_{here}" in seen.refusals[0]
 
 
 @pytest.mark.parametrize("call", ["synchronize", "item", "query"])
