@@ -87,6 +87,6 @@ def _compare_runs(folders: list[Path], loss: float | None, metric: str, as_json:
     rows = []
     for run in result["runs"]:
         step, seconds = run["step"], run["seconds"]
-        when = f"not reached; its best is {run['best']:.3f}" if step is None else f"{step:,.0f} updates"
-        rows.append((run["run"], when if seconds is None else f"{when}, {seconds:,.1f} s"))
+        when = f"not reached; its best is {run['best']:.3f}" if step is None else f"{step:,.1f} updates"
+        rows.append((run["run"], when if seconds is None else f"{when}, {seconds:,.0f} s"))
     print_table(f"{metric} {result['loss']:.3f}", rows)

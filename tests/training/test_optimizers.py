@@ -287,7 +287,7 @@ def test_pretrain_with_muon(cli, data, tmp_path):
     adamw, muon = result["runs"]
     assert muon["step"] < adamw["step"] == 60
     assert 0 < adamw["seconds"]
-    assert f"{muon['step']:,.0f} updates, {muon['seconds']:,.1f} s" in shown.out
+    assert f"{muon['step']:,.1f} updates, {muon['seconds']:,.0f} s" in shown.out
 
 
 def test_fine_tuning_with_muon(cli, data, tmp_path):
