@@ -122,7 +122,8 @@ def run() -> None:
 def _message(error: ValueError | OSError) -> str:
     """Return an error's text; for an `OSError` without Python's `[Errno 2]` and quotes."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        name = error.filename2 or error.filename  # of a rename the name that the file was to have
+        return f"{name}: {error.strerror}" if name else error.strerror
     return str(error)
 
 

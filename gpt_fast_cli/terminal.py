@@ -71,7 +71,6 @@ def _standard_output() -> Iterator[None]:
     """Let a full disk behind standard output be an error that says so, and the exit be quiet about what is lost."""
     try:
         yield
-        sys.stdout.flush()
     except OSError as error:
         if error.errno == errno.EPIPE:  # a reader that has seen enough, as in `gpt-fast … | head -1`
             raise
@@ -139,7 +138,7 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
         with out.capture() as printed:
             out.print(Text(printable(title), style="bold"), soft_wrap=True)
             out.print(table)
-        print("\n".join(line.rstrip() for line in printed.get().splitlines()))
+        print("\n".join(line.rstrip() for line in printed.get().splitlines()), flush=True)
 
 
 def metric_rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
