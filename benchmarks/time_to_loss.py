@@ -49,7 +49,8 @@ def tokens(out: Path) -> Path:
 
 def train(out: Path, optimizer: str, rates: Sequence[float], seed: int, steps: int, batch_size: int) -> Path:
     """Train a run unless it is there, with AdamW's rate and, of Muon, that of the matrices; return its folder."""
-    folder = out / "-".join([optimizer, *(f"{rate:g}" for rate in rates), f"seed-{seed}"])
+    name = "-".join([optimizer, *(f"{rate:g}" for rate in rates), f"seed-{seed}"])
+    folder = out / f"{steps}-updates-of-{batch_size}" / name
     options = ["--optimizer", optimizer, "--lr", rates[0]]
     if optimizer == "muon":
         options += ["--muon-lr", rates[1]]

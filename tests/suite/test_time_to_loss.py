@@ -52,4 +52,5 @@ def test_a_whole_run_in_small(tmp_path, monkeypatch, capsys):
         assert "| muon |" in capsys.readouterr().out
     assert found["sweep"].keys() == {"adamw", "muon"}
     assert len(found["muon"]["final"]) == 2
-    assert sum(path.name.startswith(("adamw", "muon")) for path in (tmp_path / "out").iterdir()) == 6
+    runs = {path.name for path in (tmp_path / "out" / "10-updates-of-2").iterdir()}
+    assert len(runs) == 6 and {f"adamw-{found['rates'][0]:g}-seed-{seed}" for seed in (0, 1)} <= runs
