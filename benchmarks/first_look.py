@@ -29,8 +29,8 @@ from tests.fuzz.ops import OPS, as_tuple, definition, detached, results, without
 
 BF16, F32 = torch.bfloat16, torch.float32
 B, H, T, D, C = 2, 3, 200, 64, 768
-SEED = {"dropout_p": 0.1, "seed": torch.tensor([5])}
 Arguments = dict[str, Any]
+SEED: Arguments = {"dropout_p": 0.1, "seed": torch.tensor([5])}
 
 
 class Look(NamedTuple):

@@ -104,13 +104,17 @@ def _as_one_graph(build: Build) -> Peer:
     return Peer(f"{OURS} as one graph", run, _cuda_only)
 
 
+<<<<<<< HEAD
 def captured_step(step: Callable[..., Any]) -> Callable[..., Any]:
+=======
+def captured_step(step: Callable[..., object]) -> Callable[..., object]:
+>>>>>>> fakecuda
     """Return `step` as a graph that its first call captures. The loss of a call is overwritten by the next one."""
     graph = torch.cuda.CUDAGraph()
     held: list[Tensor] = []  # the inputs that the graph reads
-    losses: list[Tensor] = []
+    losses: list[object] = []
 
-    def run(*inputs: Tensor) -> Tensor:
+    def run(*inputs: Tensor) -> object:
         if not held:
             held.extend(value.clone() for value in inputs)
             side = torch.cuda.Stream()
