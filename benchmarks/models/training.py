@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,11 +103,7 @@ def _as_one_graph(build: Build) -> Peer:
     return Peer(f"{OURS} as one graph", run, _cuda_only)
 
 
-<<<<<<< HEAD
-def captured_step(step: Callable[..., Any]) -> Callable[..., Any]:
-=======
 def captured_step(step: Callable[..., object]) -> Callable[..., object]:
->>>>>>> fakecuda
     """Return `step` as a graph that its first call captures. The loss of a call is overwritten by the next one."""
     graph = torch.cuda.CUDAGraph()
     held: list[Tensor] = []  # the inputs that the graph reads

@@ -42,6 +42,21 @@ def test_an_error_leaves_nothing(tmp_path, error, before):
     assert not before or (out / "run.json").read_text() == "old"
 
 
+def test_a_stop_just_behind_the_first_checkpoint_keeps_it(tmp_path):
+    """A second signal may come between the checkpoint and the call of `keep`."""
+    out = tmp_path / "a"
+
+    def stop() -> None:
+        with runs.new_run(out, resume_command="gpt-fast this") as run:
+            (run.checkpoints / "step-000000007").mkdir(parents=True)
+            raise Interrupted(2)
+
+    with pytest.raises(Interrupted) as stopped:
+        stop()
+    assert stopped.value.saved.startswith("stopped by SIGINT after update 7, whose checkpoint is saved")
+    assert listing(out) == ["checkpoints", "checkpoints/step-000000007"]
+
+
 @pytest.mark.parametrize(
     ("files", "told"),
     [

@@ -166,10 +166,12 @@ def new_run(
 
 @contextmanager
 def _telling(run: Run) -> Iterator[None]:
-    """Let a signal that stops the block say what is left."""
+    """Let a signal that stops the block say what is left; a checkpoint that is written is kept."""
     try:
         yield
     except Interrupted as stopped:
+        if any(checkpoints.newest_first(run.checkpoints)):  # a second signal may come before the run is told of it
+            run.keep()
         stopped.saved = run.what_is_left(stopped)
         raise
 
