@@ -171,7 +171,7 @@ BAD_FINETUNE = {
     "no rows": ("--train {table} --rows 0", ["--rows 0", "at least 1"]),
     "more rows than there are": ("--train {table} --rows 55", ["--rows 55", "table.csv has 54 to train on"]),
     "strategy": ("--train {table} --strategy zero", ["--strategy", "'zero' is not one of 'ddp', 'fsdp'"]),
-    "negative lambda": ("--train {table} --lm-weight -1", ["lm_weight", "-1"]),
+    "negative lambda": ("--train {table} --lm-weight -1", ["--lm-weight -1", "at least 0"]),
     "out holds a run": ("--train {table} --out {classifier}", ["already holds a run"]),
     "missing run": ("--train {table} --from {tmp}/none", ["none: no such run folder"]),
     "no run": ("--train {table} --from {tmp}", ["not a run of gpt-fast", "config.json"]),

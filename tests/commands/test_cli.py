@@ -293,7 +293,7 @@ def test_settings_from_a_file(cli, data, tmp_path, suffix):
         ("batch_size: 0\n", "s.yaml: batch-size has 0; expected at least 1"),
         ("objective: xlm\n", "s.yaml: objective has 'xlm'; expected 'clm' or 'mlm'"),
         ("data: books\n", "s.yaml: data has 'books'; expected a list"),
-        ("steps: [", "neither YAML nor JSON"),
+        ("steps: [", "not YAML"),
         ("- steps\n", "s.yaml: has a list; expected names of options with values"),
     ],
 )

@@ -151,6 +151,11 @@ def changed_values(content: bytes, draw: random.Random) -> tuple[str, bytes, boo
     return f"{where} {kind}", json.dumps(value).encode(), True  # many fields have a default
 
 
+def is_part(now: Any, before: Any) -> bool:
+    """Are all settings in `now` some of those in `before`? Each may be left out."""
+    return isinstance(now, dict) and now.items() <= before.items()
+
+
 def skeleton(content: bytes) -> Any:
     """Returns the names and the types in a file of JSON or YAML; None where it is neither."""
     try:
@@ -158,13 +163,15 @@ def skeleton(content: bytes) -> Any:
         value = [json.loads(line) for line in lines] if lines and lines[0].endswith("}") else yaml.safe_load(content)
     except (ValueError, yaml.YAMLError):
         return None
-    return re.sub(r"<class '(int|float)'>", "number", str(_types(value)))
+    return _types(value)
 
 
 def _types(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _types(inner) for name, inner in value.items()}
-    return [_types(inner) for inner in value] if isinstance(value, list) else type(value)
+    if isinstance(value, list):
+        return [_types(inner) for inner in value]
+    return "number" if type(value) in (int, float) else str(type(value))
 
 
 def drawn(path: Path, draw: random.Random) -> Damage:
@@ -192,7 +199,8 @@ def drawn(path: Path, draw: random.Random) -> Damage:
     name = draw.choice(list(BYTES))
     after = BYTES[name](content, draw)
     # A digit or a letter that is another one is what a person may have written, and so are tokens and weights.
-    same = after == content or (skeleton(after) is not None and skeleton(after) == skeleton(content))
+    before, now = skeleton(content), skeleton(after)
+    same = after == content or (now is not None and now == before) or (path.suffix == ".yaml" and is_part(now, before))
     weights = path.suffix in (".safetensors", ".pt") and len(after) == len(content)
     return Damage(name, lambda path: path.write_bytes(after), same or weights or path.name == "tokenizer.json")
 

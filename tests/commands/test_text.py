@@ -171,6 +171,9 @@ class Terminal:
     def isatty(self) -> bool:
         return True
 
+    def flush(self) -> None:
+        """Do nothing."""
+
 
 def test_control_characters_are_escaped_on_a_terminal_alone(monkeypatch):
     assert terminal.printable(HOSTILE) == HOSTILE

@@ -519,7 +519,7 @@ BAD_CONTENT: dict[str, tuple[Any, str]] = {
         "lacks n_head",
     ),
     "absurd layers": (sizes(n_layer=10**18), "n_layer 1000000000000000000; expected an integer from 1"),
-    "many layers": (sizes(n_layer=2**31 - 1), "has 3 blocks transformer.h.N; expected n_layer = 2147483647"),
+    "many layers": (sizes(n_layer=2**28), "has 3 blocks transformer.h.N; expected n_layer = 268435456"),
     "absurd width": (sizes(n_embd=10**18), "n_embd 1000000000000000000"),
     "another width": (sizes(n_embd=2**20, n_head=2**14), "wte.weight has shape [61, 32]; expected [61, 1048576]"),
     "a text for a size": (sizes(n_embd="32"), "n_embd '32'"),

@@ -493,7 +493,8 @@ class PlainTrunk(nn.Module):
         return x if trunk.final_norm is None else trunk.final_norm(x)
 
 
-def plain_output_loss(output_layer: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+def plain_output_loss(output_layer: nn.Module, hidden: Tensor, labels: Tensor, z_loss: float) -> Tensor:
+    assert z_loss == 0
     return F.cross_entropy(output_layer(hidden).flatten(0, -2), labels.flatten())
 
 

@@ -82,7 +82,7 @@ def imports() -> list[dict]:
 
 def test_import_adds_only_our_modules_to_those_of_torch(imports) -> None:
     """Dynamo, Inductor, SymPy, Triton, transformers and torch.distributed's tools wait until they are needed."""
-    light = {"gpt_fast", "safetensors", *sys.stdlib_module_names}
+    light = {"gpt_fast", "gpt_fast_settings", "safetensors", *sys.stdlib_module_names}
     assert [name for name in imports[0]["added"] if name.partition(".")[0] not in light] == []
 
 

@@ -1,5 +1,6 @@
 """The training loop and its engine: logging, accumulation, precision, skipped updates, spikes."""
 
+import dataclasses
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from gpt_fast import GPTConfig, GPTForCausalLM, GPTForMaskedLM
 from gpt_fast.data.batches import Batch, causal_batch
 from gpt_fast.heads import HEADS
 from gpt_fast.training.engine.update import Engine, EngineSettings
-from gpt_fast.training.loop import Loop, LoopSettings, Progress, Spikes, intervals
+from gpt_fast.training.loop import Loop, LoopSettings, LoopState, Progress, Spikes, intervals
 from gpt_fast.training.runs import checkpoints
 from gpt_fast.training.runs.folder import new_run, read_metrics
 
@@ -400,6 +401,9 @@ def test_compile():
 # --- checkpoints ---
 
 
+STATE = dataclasses.asdict(LoopState(losses=[1.25])) | {"data": {"rows": 3}, "record": {}}  # in a checkpoint
+
+
 def engine_with_state(steps: int = 2) -> Engine:
     engine = make()
     for _ in range(steps):
@@ -409,9 +413,9 @@ def engine_with_state(steps: int = 2) -> Engine:
 
 def test_a_checkpoint_gives_every_tensor_back(tmp_path):
     engine, other = engine_with_state(), make()
-    checkpoints.save(tmp_path, 2, engine.state(), {"a": [1.5]}, 3, engine.world)
+    checkpoints.save(tmp_path, 2, engine.state(), STATE, 3, engine.world)
     (path,) = checkpoints.newest_first(tmp_path)
-    assert checkpoints.read(path)["state"] == {"a": [1.5]}
+    assert checkpoints.read(path)["state"] == STATE
     checkpoints.load(path, other.state(), other.world)
     for name, tensor in engine.state().items():
         assert torch.equal(other.state()[name], tensor), name
@@ -422,7 +426,7 @@ def test_a_checkpoint_gives_every_tensor_back(tmp_path):
 def test_the_last_k_are_kept_and_latest_names_the_newest(tmp_path):
     engine = engine_with_state(0)
     for step in (2, 10, 30, 100):
-        checkpoints.save(tmp_path, step, engine.state(), {}, 2, engine.world)
+        checkpoints.save(tmp_path, step, engine.state(), STATE, 2, engine.world)
     assert [path.name for path in checkpoints.newest_first(tmp_path)] == ["step-000000100", "step-000000030"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000000030", "step-000000100"]
     assert (tmp_path / "latest").read_text() == "step-000000100\n"
@@ -438,14 +442,14 @@ def test_latest_moves_when_the_checkpoint_is_whole_and_none_is_gone_yet(tmp_path
 
     monkeypatch.setattr(checkpoints, "write_text", moving)
     for step in (1, 2, 3):
-        checkpoints.save(tmp_path, step, engine.state(), {}, 1, engine.world)
+        checkpoints.save(tmp_path, step, engine.state(), STATE, 1, engine.world)
     assert seen == [(1, None, 1), (2, "step-000000001", 2), (3, "step-000000002", 2)]
 
 
 def test_every_flipped_byte_is_noticed(tmp_path):
     """In the tensors as in the manifest, in the names of fields as in their values."""
     engine = engine_with_state(0)
-    checkpoints.save(tmp_path, 1, engine.state(), {"losses": [1.25]}, 2, engine.world)
+    checkpoints.save(tmp_path, 1, engine.state(), STATE, 2, engine.world)
     (path,) = checkpoints.newest_first(tmp_path)
     checkpoints.read(path)
     for file in path.iterdir():
@@ -458,7 +462,7 @@ def test_every_flipped_byte_is_noticed(tmp_path):
                 continue
             # White space is all that may change without harm.
             assert whole[place : place + 1].isspace(), (file.name, place)
-            assert manifest["state"] == {"losses": [1.25]}
+            assert manifest["state"] == STATE
         file.write_bytes(whole[:-2])
         with pytest.raises(checkpoints.Damaged):
             checkpoints.read(path)
@@ -467,7 +471,7 @@ def test_every_flipped_byte_is_noticed(tmp_path):
 
 def test_a_missing_or_foreign_file_is_noticed(tmp_path):
     engine = engine_with_state(0)
-    checkpoints.save(tmp_path, 1, engine.state(), {}, 2, engine.world)
+    checkpoints.save(tmp_path, 1, engine.state(), STATE, 2, engine.world)
     (path,) = checkpoints.newest_first(tmp_path)
     (path / "more").write_text("")
     with pytest.raises(checkpoints.Damaged, match="more"):
@@ -480,14 +484,14 @@ def test_a_missing_or_foreign_file_is_noticed(tmp_path):
 
 def test_a_failed_write_leaves_the_ones_before(tmp_path, monkeypatch):
     engine = engine_with_state(0)
-    checkpoints.save(tmp_path, 1, engine.state(), {}, 2, engine.world)
+    checkpoints.save(tmp_path, 1, engine.state(), STATE, 2, engine.world)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        checkpoints.save(tmp_path, 2, engine.state(), {}, 2, engine.world)
+        checkpoints.save(tmp_path, 2, engine.state(), STATE, 2, engine.world)
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000000001"]
     checkpoints.read(tmp_path / "step-000000001")
@@ -495,6 +499,6 @@ def test_a_failed_write_leaves_the_ones_before(tmp_path, monkeypatch):
 
 def test_a_checkpoint_of_other_sizes(tmp_path):
     engine = engine_with_state(0)
-    checkpoints.save(tmp_path, 1, engine.state(), {}, 2, engine.world)
+    checkpoints.save(tmp_path, 1, engine.state(), STATE, 2, engine.world)
     with pytest.raises(ValueError, match="does not fit this model"):
         checkpoints.load(tmp_path / "step-000000001", make(hidden_dim=32).state(), engine.world)

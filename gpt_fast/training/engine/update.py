@@ -96,10 +96,11 @@ class Engine:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)  # FSDP's model may hold other parameters at this moment
         if self.muon is not None:
+            self.muon.zero_grad(set_to_none=True)
             for group in self.muon.param_groups:
                 group["lr"] = lr * self.muon_ratio
-        self.model.zero_grad(set_to_none=True)
         shares = counts / self.world.total(counts.sum(0)).clamp(min=1)  # [parts, terms]
         total = torch.zeros((), device=self.device)
         for index, batch in enumerate(parts):
