@@ -1,6 +1,6 @@
 """Tests the tests: plants each fault of tests/faults/<op>.py and runs that op's tests, which must fail.
 
-    python -m tests.mutants [OP ...] [--match TEXT] [--part I/N] [--jobs N] [--fuzz]
+    python -m tests.mutants [OP ...] [--match REGEX] [--part I/N] [--jobs N] [--fuzz]
 
 A fault that no test notices is an error, and so is one whose text does not occur exactly once, one that does not
 compile, and one caught by a test that fails without it too. A test that never ends has noticed its fault, and so has
@@ -312,12 +312,14 @@ def print_table(verdicts: list[Verdict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("ops", nargs="*", default=ops_with_faults())
-    parser.add_argument("--match", default="", help="only faults whose file and name contain this")
+    parser.add_argument("--match", default="", metavar="REGEX", help="only faults whose file and name match this")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="every N-th fault, from the I-th on")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--fuzz", action="store_true", help="let the draws of tests/fuzz judge")
     arguments = parser.parse_args()
-    chosen = [(op, f) for op in arguments.ops for f in faults_of(op) if arguments.match in f"{f.file}: {f.name}"]
+    chosen = [
+        (op, f) for op in arguments.ops for f in faults_of(op) if re.search(arguments.match, f"{f.file}: {f.name}")
+    ]
     part, parts = map(int, arguments.part.split("/"))
     chosen = chosen[part - 1 :: parts]
     batches = list(batches_of(chosen))
