@@ -38,7 +38,7 @@ FAULTS = (
     Fault("keys past the length attended to", CPP, "values.stride(2), n[b], D,", "values.stride(2), S, D,", "numerics"),
     Fault("output of the query before where there is no key", CPP, "std::fill(result.begin(), result.end(), 0.0f);", "", "past_the_length"),
     Fault("cache's heads taken as contiguous", CPP, "h * keys.stride(1)", "h * S * D", "strided"),
-    Fault("cache's rows taken as contiguous", CPP, "keys.stride(2), v_data", "D, v_data", "strided"),
+    Fault("cache's rows taken as contiguous", CPP, "keys.stride(1), keys.stride(2)", "keys.stride(1), D", "strided"),
     Fault("query taken as contiguous", CPP, "q_data + b * queries.stride(0) + h * queries.stride(1)", "q_data + i * D", "strided"),
     Fault("elements taken as neighbours", CPP, "x.size(-1) == 1 || x.stride(-1) == 1 ? x : x.contiguous()", "x", "strided"),
     Fault("last head of a thread's share skipped", CPP, "i < end; ++i", "i < end - 1; ++i", "numerics"),

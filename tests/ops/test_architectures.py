@@ -35,8 +35,8 @@ def tree(tmp_path):
         (tmp_path / folder).mkdir(parents=True)
     for folder in ("kernels", "gpt_fast/kernels"):
         (tmp_path / folder / "architectures.py").write_text(text.replace(")\nOLDEST", row), "utf-8")
-    for name in ("setup.py", "Makefile"):
-        shutil.copy(ROOT / name, tmp_path)
+    for name in ("setup.py", "Makefile", "gpt_fast/_levels.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "csrc" / "cuda" / "kernel.cu").touch()
     return tmp_path
 

@@ -8,7 +8,7 @@ import pytest
 import setuptools
 import torch
 
-import gpt_fast
+from gpt_fast import _extension
 from gpt_fast_cli import doctor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,9 +89,10 @@ def test_the_variable_chooses(
 
 def test_doctor_reports_an_extension_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(gpt_fast, "build_info", lambda: {"no_cuda": "/usr/bin/nvcc is of CUDA 12.4"})
+    record = {"no_cuda": "/usr/bin/nvcc is of CUDA 12.4"}
+    monkeypatch.setattr(_extension, "choice", lambda: _extension.Choice(_extension.NATIVE, record, "tested"))
     assert any("nvcc is of CUDA 12.4; GPT_FAST_CUDA=1" in line for line in doctor.examine()["advice"])
-    monkeypatch.setattr(gpt_fast, "build_info", lambda: {"no_cuda": None})
+    record["no_cuda"] = None
     assert not any("CUDA C++" in line for line in doctor.examine()["advice"])
 
 
