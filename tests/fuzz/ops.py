@@ -120,6 +120,10 @@ def run_valid(op: str, spec: Op, draw: Draw, arguments: Arguments) -> str:
 
     before = {name: x.detach().clone() for name, x in arguments.items() if isinstance(x, Tensor)}
     outputs = as_tuple(getattr(ops, op)(**arguments))
+    if len({x.dtype for x in floats.values()}) > 1:
+        with torch.no_grad():
+            expected = [out.dtype for out in as_tuple(definition(op)(**without(clean)))]
+        assert [out.dtype for out in outputs] == expected, f"outputs: {[out.dtype for out in outputs]}"
     upstream = [draw.tensor(out.shape, out.dtype, grad=0.0) for out in outputs]
     clean_upstream = upstream
     if kind_of_draw == "not finite" and draw.chance(0.3):
