@@ -1,8 +1,10 @@
 """The tasks: two heads of several sequences, what each task reads, and that each learns."""
 
+import dataclasses
 import json
 import random
 import statistics
+import typing
 from pathlib import Path
 
 import pytest
@@ -11,17 +13,37 @@ from torch.nn import functional as F
 
 from gpt_fast import GPTConfig, GPTForMultipleChoice, GPTForSimilarity
 from gpt_fast.data.example_batches import Example
+from gpt_fast.data.labels import ANSWERS
 from gpt_fast.data.tables import Table
 from gpt_fast.data.tokenizer import byte_tokenizer, special_ids
 from gpt_fast.training import evaluate, finetune, predict, pretrain, tasks
 from gpt_fast.training import table_examples as examples
 from gpt_fast.training.metrics import generated_metrics
+from gpt_fast.training.runs import schemas
 from gpt_fast.training.runs.folder import read_record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES = {"num_tokens": 40, "hidden_dim": 16, "num_heads": 2, "num_layers": 2, "seq_len": 16}
 EXTRACT = 39
+
+
+def test_a_record_may_name_every_task_and_every_form_of_answers():
+    columns = tasks.task_settings("multiple-choice", None, None, None, False)
+    fields = {field.name for field in dataclasses.fields(columns)}
+    assert set(schemas.Columns.model_fields) == fields
+    assert set(typing.get_args(schemas.TaskName)) == set(tasks.TASKS)
+    for answers in ANSWERS:
+        values = {
+            "name": "multiple-choice",
+            "text_column": "a",
+            "pair_columns": [],
+            "label_column": "b",
+            "numbers": False,
+        }
+        schemas.check("run.json", schemas.Columns, values | {"answers": answers})
+    with pytest.raises(ValueError, match="run.json: name has 'x'; expected 'classification', "):
+        schemas.check("run.json", schemas.Columns, values | {"name": "x"})
 
 
 def ignore(*_: object) -> None:

@@ -13,6 +13,9 @@ from gpt_fast_settings.declaration import describe
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+TaskName = Literal[
+    "classification", "entailment", "similarity", "multiple-choice", "regression", "generation", "question-answering"
+]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _MEASURED = re.compile(r"(valid|majority|mean)_\w+")  # metrics of the task, and of its baselines
 
@@ -31,14 +34,14 @@ class Weights(Schema):
 class Columns(Schema):
     """The fields of `tasks.TaskSettings`."""
 
-    name: str
+    name: TaskName
     text_column: str
     pair_columns: list[str]
     label_column: str
     numbers: bool
     labels: list[str] = []
     skip_labels: list[str] = []
-    answers: str | None = None
+    answers: Literal["text", "letters", "0", "1"] | None = None
 
 
 class Record(Schema):
@@ -48,7 +51,7 @@ class Record(Schema):
 
     command: Literal["pretrain", "finetune"] = "pretrain"
     objective: Literal["clm", "mlm"] | None = None
-    task: str | None = None
+    task: TaskName | None = None
     columns: Columns | None = None
     source: str | None = Field(None, alias="from")
     scratch: bool = False
