@@ -897,7 +897,8 @@ DECODE_ATTENTION_SPOILS = {
     "shape of lengths": (changed("lengths", longer), "lengths has shape"),
     "dtype of lengths": (changed("lengths", lambda draw, x: x.bool()), "lengths has dtype .+expected"),
     "a length past the cache": (
-        changed("lengths", lambda draw, x: torch.full_like(x, 10_000) if x.numel() else None), "lengths holds",
+        changed("lengths", lambda draw, x: torch.full_like(x, draw.pick((-1, 10_000))) if x.numel() else None),
+        "lengths holds",
     ),
     "a gradient": (changed("q", lambda draw, x: x.detach().requires_grad_()), "requires a gradient"),
 }  # fmt: skip
