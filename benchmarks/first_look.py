@@ -1,4 +1,4 @@
-"""What to run first on a new device: every op once, against its definition: python -m benchmarks.first_look
+"""Runs every op once against its definition, first of all on a new device: python -m benchmarks.first_look
 
 Each call runs forward and backward on random values. The truth is the definition in float64 on the CPU. A figure is the
 largest error as a share of the bound that the fuzz has for it: every rounding that the contract names, carried to the

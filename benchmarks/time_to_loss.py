@@ -1,4 +1,4 @@
-"""How soon AdamW and Muon reach a loss, in a checkout: python -m benchmarks.time_to_loss
+"""Measures how soon AdamW and Muon reach a loss, in a checkout: python -m benchmarks.time_to_loss
 
 Pre-trains the same small model on the source of Python's standard library, as bytes, with either optimizer. A sweep on
 the first seed finds each one's peak learning rate. Muon's is that of its matrices; the weights of AdamW beside it keep

@@ -137,7 +137,7 @@ def answer_reading(source: str, labels: Sequence[str], choices: Sequence[Sequenc
         others = f" as in {served:,} of {len(labels):,} rows" if served else ""
         known = f"{_letters(len(choices[row]))}, 0 to {len(choices[row]) - 1}"
         raise ValueError(
-            f"{source}, {place(row)}: unknown label {labels[row]!r}; wanted {ANSWER_NAMES[best]}{others}, one way "
+            f"{source}, {place(row)}: unknown label {labels[row]!r}; expected {ANSWER_NAMES[best]}{others}, one way "
             f"in the whole column: an answer's text, or one of {known}"
         )
     for reading in possible[1:]:

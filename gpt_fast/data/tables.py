@@ -58,8 +58,11 @@ class Table:
 
 @dataclass(frozen=True)
 class TableOptions(RowOptions):
-    """How to read a table. Rows whose label is one of `skip_labels` are skipped; "" stands for a label that is blank,
-    NaN or null. `text_labels`: are labels texts to be written, which keep their spaces and may be nested answers?"""
+    """Tells how to read a table.
+
+    Rows whose label is one of `skip_labels` are skipped; "" stands for a label that is blank, NaN or null.
+    `text_labels`: are labels texts to be written, which keep their spaces and may be nested answers?
+    """
 
     skip_labels: tuple[str, ...] = ()
     text_labels: bool = False
@@ -112,7 +115,7 @@ def read_table(
             value = row[label_column]
             label = _text_label(path, place, label_column, value) if options.text_labels else _label(value)
             if label is None:
-                raise ValueError(f"{path}, {place}: column {label_column!r} holds {value!r}; wanted a label")
+                raise ValueError(f"{path}, {place}: column {label_column!r} holds {value!r}; expected a label")
             if any(is_same_label(label.strip(), skip) for skip in options.skip_labels):
                 skipped.append(place)
                 continue
@@ -138,8 +141,8 @@ def read_table(
         table.places.append(place)
     if without:
         raise ValueError(
-            f"{path}, {some(without)}: column {label_column!r} holds {first!r}; wanted a label ({len(without):,} rows "
-            "have none; --skip-label '' skips them)"
+            f"{path}, {some(without)}: column {label_column!r} holds {first!r}; expected a label "
+            f"({len(without):,} rows have none; --skip-label '' skips them)"
         )
     if skipped:
         table.notes.append(f"{path}: skipped {len(skipped):,} rows by their label: {some(skipped)}")
@@ -154,7 +157,7 @@ def read_table(
         table.notes.append(f"{path}: half a surrogate pair is read as \ufffd in {len(damaged):,} rows: {some(damaged)}")
     if not table.texts:
         wanted = [text_column, *more_columns, *([] if label_column is None else [label_column])]
-        raise ValueError(f"{path}: empty; wanted at least one row with {' and '.join(map(repr, wanted))}")
+        raise ValueError(f"{path}: empty; expected at least one row with {' and '.join(map(repr, wanted))}")
     return table
 
 

@@ -253,7 +253,7 @@ def _reading(table: Table, task: TaskSettings, names: Sequence[str]) -> str:
     for row, (label, choices) in enumerate(zip(table.labels, table.more, strict=True)):
         if answer_index(task.answers, label, choices) is None:
             raise ValueError(
-                f"{table.source}, {table.place(row)}: unknown label {label!r}; wanted {ANSWER_NAMES[task.answers]} "
+                f"{table.source}, {table.place(row)}: unknown label {label!r}; expected {ANSWER_NAMES[task.answers]} "
                 f"of {len(choices)} choices, as --answers {task.answers} says or the training table has"
             )
     return task.answers

@@ -127,7 +127,7 @@ def test_a_field_longer_than_csvs_limit(tmp_path):
         ("t.jsonl", '["a", 1]\n', "t.jsonl, line 1: a list; expected an object"),
         ("t.jsonl", '{"text": 5, "label": 1}\n', "t.jsonl, line 1: column 'text' holds 5"),
         ("t.jsonl", '{"text": "a", "label": null}\n', "t.jsonl, line 1: column 'label' holds None"),
-        ("t.jsonl", '{"text": "a", "label": {}}\n', "t.jsonl, line 1: column 'label' holds {}; wanted a label"),
+        ("t.jsonl", '{"text": "a", "label": {}}\n', "t.jsonl, line 1: column 'label' holds {}; expected a label"),
         ("t.json", '[{"text": "a",\n "label": }]', "t.json, row 1: not JSON"),
         ("t.json", '[{"text": "a", "label": 1}, 5]', "t.json, row 2: a number; expected an object with named fields"),
         ("t.json", '"text"', "t.json: a text; expected an array of objects"),
@@ -273,7 +273,7 @@ def test_a_column_with_two_readings_is_refused(tmp_path, case):
 def test_a_blank_label_is_no_class(tmp_path, blank):
     """Before, spaces and NaN were classes."""
     write(tmp_path, {"t.csv": f"text,label\na,x\nb,{blank}\nc,y\nd,{blank}\n"})
-    with pytest.raises(ValueError, match=r"t\.csv, line 3, line 5: column 'label' holds .*wanted a label \(2 rows"):
+    with pytest.raises(ValueError, match=r"t\.csv, line 3, line 5: column 'label' holds .*expected a label \(2 rows"):
         load(tmp_path / "t.csv", "classification")
     table, names, targets = load(tmp_path / "t.csv", "classification", skip_labels=("",))
     assert (table.texts, names, targets) == (["a", "c"], ["x", "y"], [0, 1])
@@ -337,11 +337,11 @@ def test_answers_are_named_in_one_way(tmp_path, case):
 @pytest.mark.parametrize(
     ("column", "options", "message"),
     [
-        (["z", "x", "B"], (), "line 4: unknown label 'B'; wanted an answer's text as in 2 of 3 rows"),
-        (["0", "1", "x"], (), "line 4: unknown label 'x'; wanted a number that counts from 0 as in 2 of 3"),
+        (["z", "x", "B"], (), "line 4: unknown label 'B'; expected an answer's text as in 2 of 3 rows"),
+        (["0", "1", "x"], (), "line 4: unknown label 'x'; expected a number that counts from 0 as in 2 of 3"),
         (["1", "2"], (), "line 2: answer '1' may be a number that counts from 0 or a number that counts from 1"),
         (["2", "3", "1"], (), "line 3: answer '3' of 3 counts from 1; expected numbers that count from 0, or"),
-        (["0", "3"], (), "line 3: unknown label '3'; wanted a number that counts from 0 as in 1 of 2 rows"),
+        (["0", "3"], (), "line 3: unknown label '3'; expected a number that counts from 0 as in 1 of 2 rows"),
         (["2", "1"], ("1", "2", "3"), "line 2: answer '2' may be an answer's text or a number that counts from 0"),
         (["b", "a"], ("b", "a", "c"), "line 2: answer 'b' may be an answer's text or a letter"),
     ],
@@ -357,7 +357,7 @@ def test_answers_by_an_option(tmp_path):
     for reading, expected in (("0", [1, 2]), ("1", [0, 1])):
         assert load(path, "multiple-choice", pair="a,b,c", answers=reading)[2] == expected
     with pytest.raises(
-        ValueError, match="line 2: unknown label '1'; wanted a letter of 3 choices, as --answers letters"
+        ValueError, match="line 2: unknown label '1'; expected a letter of 3 choices, as --answers letters"
     ):
         load(path, "multiple-choice", pair="a,b,c", answers="letters")
     with pytest.raises(ValueError, match="--answers 2: expected one of text, letters, 0, 1, for multiple-choice"):
@@ -468,7 +468,7 @@ def test_squad(tmp_path):
 
 def test_a_blank_answer_in_a_plain_column_is_refused(tmp_path):
     write(tmp_path, {"t.csv": "prompt,answer\na,b\nc,\n"})
-    with pytest.raises(ValueError, match=r"line 3: column 'answer' holds ''; wanted a label \(1 rows have none"):
+    with pytest.raises(ValueError, match=r"line 3: column 'answer' holds ''; expected a label \(1 rows have none"):
         load(tmp_path / "t.csv", "generation")
 
 
