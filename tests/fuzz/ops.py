@@ -150,7 +150,8 @@ def run_valid(op: str, spec: Op, draw: Draw, arguments: Arguments) -> str:
     allowed = spec.bound({n: detached(x) for n, x in exact.items()}, wide, dtype)
     may = {}
     if kind_of_draw == "not finite":
-        may = check_pattern(op, spec, clean, clean_upstream, got)
+        fits = {label: fits_within(truth[label].detach(), allowed[label], value.dtype) for label, value in got.items()}
+        may = check_pattern(op, spec, clean, clean_upstream, got, fits)
     for label, value in got.items():
         bound = torch.as_tensor(allowed[label], dtype=torch.float64).expand(value.shape)
         if label in may:
@@ -205,8 +206,16 @@ def fill_padding(draw: Draw, x: Tensor, places: Tensor) -> None:
         x.masked_fill_(places, draw.pick((float("nan"), float("inf"), float("-inf"))))
 
 
-def check_pattern(op: str, spec: Op, arguments: Arguments, upstream: list[Tensor], got: dict[str, Tensor]) -> dict:
-    """Check which values are not finite; return those that may be."""
+def fits_within(exact: Tensor, bound: Any, dtype: torch.dtype) -> Tensor:
+    """Return where a result that is off by its bound may still be a finite number of `dtype`."""
+    bound = bound + numerics.rounding(exact, dtype)
+    return exact.isfinite() & (exact.abs() - bound <= torch.finfo(dtype).max)
+
+
+def check_pattern(
+    op: str, spec: Op, arguments: Arguments, upstream: list[Tensor], got: dict[str, Tensor], fits: dict[str, Tensor]
+) -> dict:
+    """Check which values are not finite, except those that `fits` says may be finite; return those that may be so."""
     must, multiplied = pattern_of_reference(op, arguments, upstream, spec.differentiable), {}
     with dropout_by_multiplication():
         multiplied = pattern_of_reference(op, arguments, upstream, spec.differentiable)
@@ -217,6 +226,7 @@ def check_pattern(op: str, spec: Op, arguments: Arguments, upstream: list[Tensor
                 pattern[label] = (places, may | pattern[label][1])
     for label, (places, may) in pattern.items():
         wrong = ~got[label].isfinite()
+        places = places & ~fits[label]
         assert not (places & ~wrong).any(), (
             f"{label}: {int((places & ~wrong).sum())} of {wrong.numel()} values are finite; expected otherwise"
         )
@@ -808,6 +818,16 @@ def pattern_attention(a: Arguments, upstream: list[Tensor]) -> dict[str, tuple[T
     return {name: (places["must"][name], places["may"][name] | places["must"][name]) for name in places["must"]}
 
 
+def length_out_of_range(draw: Draw, arguments: Arguments) -> Arguments | None:
+    """Give one sequence a length below 0 or past the keys, also in a draw without lengths."""
+    B = arguments["q" if "q" in arguments else "qkv"].shape[0]
+    if B == 0:
+        return None
+    lengths = torch.zeros(B, dtype=draw.pick((torch.int64, torch.int32)))
+    lengths[draw.random.randrange(B)] = draw.pick((-1, 10_000))
+    return arguments | {"lengths": lengths}
+
+
 ATTENTION_OPTION_SPOILS = {
     "window": (always("window", 0, -1, 1.5), "window is .+expected"),
     "scale": (always("scale", float("nan"), float("inf"), "1"), "scale is .+expected a finite number"),
@@ -816,10 +836,7 @@ ATTENTION_OPTION_SPOILS = {
     "shape of key_mask": (changed("key_mask", longer), "key_mask has shape"),
     "dtype of lengths": (changed("lengths", lambda draw, x: x.to(torch.int16)), "lengths has dtype .+expected"),
     "shape of lengths": (changed("lengths", longer), "lengths has shape"),
-    "a length past the keys": (
-        changed("lengths", lambda draw, x: torch.full_like(x, draw.pick((-1, 10_000))) if x.numel() else None),
-        "lengths holds",
-    ),
+    "a length out of range": (length_out_of_range, "lengths holds"),
     "a sequence past the tokens": (
         changed("cu_seqlens", lambda draw, x: torch.tensor([0, 10_000], dtype=x.dtype)),
         "cu_seqlens (holds|is)",

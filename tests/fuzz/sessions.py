@@ -38,11 +38,29 @@ Call = Callable[[], object]
 
 
 def run_one(seed: int, index: int) -> None:
-    """Run one session of random operations; raise `AssertionError` naming the operation that differs."""
+    """Run one session of random operations; raise `AssertionError` naming the operation that differs.
+
+    By luck, once in a thousand sessions, logits are further from the truth than few draws of the roundings. They are
+    then held to many draws.
+    """
+    try:
+        _run(seed, index, DRAWS)
+    except AssertionError as error:
+        inaccurate = error.__cause__
+        if not isinstance(inaccurate, Inaccurate):
+            raise
+        checked = _run(seed, index, MANY_DRAWS)
+        if not any(torch.equal(got, inaccurate.got) for got in checked if got.shape == inaccurate.got.shape):
+            raise AssertionError(f"the session does not repeat itself: {error}") from error
+
+
+def _run(seed: int, index: int, draws: int) -> list[Tensor]:
+    """Run one session, judged by so many draws of the roundings; return the logits that were judged."""
     rng = random.Random(f"sessions {seed} {index}")
     torch.manual_seed(rng.getrandbits(62))
+    _noise.manual_seed(0)
     with _surroundings():
-        fuzz = Fuzz(rng)
+        fuzz = Fuzz(rng, draws)
         for number in range(rng.randint(6, 14)):
             name = rng.choices(list(OPERATIONS), [weight for weight, _ in OPERATIONS.values()])[0]
             fuzz.trace.append(name)
@@ -52,6 +70,7 @@ def run_one(seed: int, index: int) -> None:
             except Exception as error:
                 where = f"session {seed}/{index}, operation {number} of {fuzz.trace} on {fuzz}"
                 raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
+        return fuzz.checked
 
 
 # In the interpreter there is no C++ step, which alone has int8 weights and most of what is drawn.
@@ -79,7 +98,8 @@ def _surroundings() -> Iterator[None]:
 # ---- the plain model of a pass ---------------------------------------------------------------------------------------
 
 
-DRAWS = 24  # yardsticks: the first rounds to nearest, the others up or down at random
+DRAWS, MANY_DRAWS = 24, 960  # yardsticks: the first rounds to nearest, the others up or down at random
+_noise = torch.Generator()  # of its own: the number of draws changes nothing else in a session
 _SIGNIFICANDS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}  # bits
 _LEAST_ULP = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2.0**-149}
 
@@ -89,14 +109,14 @@ def same(x: Tensor) -> Tensor:
 
 
 def up_or_down(x: Tensor, ulp: Tensor) -> Tensor:
-    """Add up to half an ulp at random to all of x [DRAWS, ...] but the first."""
-    noise = (torch.rand_like(x) - 0.5) * ulp
+    """Add up to half an ulp at random to all of x [draws, ...] but the first."""
+    noise = (torch.rand(x.shape, dtype=x.dtype, generator=_noise) - 0.5) * ulp
     noise[0] = 0
     return x + noise
 
 
 def rounds_to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Return the function that rounds x [DRAWS, ...] to `dtype`, to nearest in the first draw alone."""
+    """Return the function that rounds x [draws, ...] to `dtype`, to nearest in the first draw alone."""
     if dtype == torch.float64:
         return same
 
@@ -132,7 +152,7 @@ class Roundings:
     """
 
     dtype: torch.dtype = torch.float32
-    draws: int = DRAWS
+    draws: int = 1
 
     product: Callable[[Tensor], Tensor] = same
     result: Callable[[Tensor], Tensor] = same
@@ -222,7 +242,7 @@ class Row:
         self.tokens: list[int] = []
         self.exact: list[tuple[Tensor, Tensor]] = []
         self.rounded: list[tuple[Tensor, Tensor]] = []
-        self.logits: tuple[Tensor, Tensor] | None = None  # [V] of the truth and [DRAWS, V] of the yardsticks
+        self.logits: tuple[Tensor, Tensor] | None = None  # [V] of the truth and [draws, V] of the yardsticks
         self.penalised: list[int] = []  # what the current call of generate counts for its repetition penalty
 
     def clear(self) -> None:
@@ -233,7 +253,7 @@ class Row:
         """Add tokens to the row, read with these float64 weights."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        exact, self.exact = read(weights, config, tokens, self.exact, Roundings(draws=1))
+        exact, self.exact = read(weights, config, tokens, self.exact, Roundings())
         weights = {name: value.to(by.dtype) for name, value in weights.items()}
         rounded, self.rounded = read(weights, config, tokens, self.rounded, by)
         self.logits = exact[0], rounded.float()
@@ -244,8 +264,8 @@ class Row:
 class Plain:
     """Plain model of a session: its rows, the weights that its step has stored, and the roundings of each pass."""
 
-    def __init__(self, model: nn.Module, batch: int, kind: str, copied: set[str]):
-        self.model, self.kind = model, kind
+    def __init__(self, model: nn.Module, batch: int, kind: str, copied: set[str], draws: int):
+        self.model, self.kind, self.draws = model, kind, draws
         self.config = parts(model)[0].config
         self.rows = [Row() for _ in range(batch)]
         self.pack(copied)
@@ -261,7 +281,7 @@ class Plain:
     def prompt(self, row: Row, tokens: list[int]) -> None:
         """Read a prompt with the model's own weights."""
         weights, own = named_parameters(self.model), self._dtype()
-        by = Roundings(self._wide(), result=rounds_to(own), kept=self._kept(), attention=rounds_to(own))
+        by = Roundings(self._wide(), self.draws, result=rounds_to(own), kept=self._kept(), attention=rounds_to(own))
         row.read({name: value.double() for name, value in weights.items()}, self.config, tokens, by)
 
     def step(self, row: Row, token: int, referenced: bool = False) -> None:
@@ -269,10 +289,14 @@ class Plain:
         now = {name: value.double() for name, value in named_parameters(self.model).items()}
         if self.kind == "torch" or referenced:
             inside = rounds_to(self._cache_dtype())
-            by = Roundings(self._wide(), result=rounds_to(self._dtype()), kept=self._kept(), attention=inside)
+            by = Roundings(
+                self._wide(), self.draws, result=rounds_to(self._dtype()), kept=self._kept(), attention=inside
+            )
         else:
             single = rounds_to(torch.float32)
-            by = Roundings(product=self._product(), result=single, kept=self._kept(), attention=single)
+            by = Roundings(
+                draws=self.draws, product=self._product(), result=single, kept=self._kept(), attention=single
+            )
             now |= self.copies
         row.read(now, self.config, [token], by)
 
@@ -296,12 +320,24 @@ class Plain:
         return rounds_to(torch.bfloat16) if self.kind == "bfloat16" and pairs else same
 
 
-def check_logits(got: Tensor, rows: list[Row], label: str) -> None:
+class Inaccurate(AssertionError):
+    """Logits are further from the truth than the yardsticks allow."""
+
+    def __init__(self, message: str, got: Tensor):
+        super().__init__(message)
+        self.got = got
+
+
+def check_logits(fuzz: "Fuzz", got: Tensor, rows: list[Row], label: str) -> None:
     """Hold logits [B, V] to the truth and the yardsticks of their rows."""
+    fuzz.checked.append(got)
     pairs = [row.logits for row in rows if row.logits is not None]
     exact, yardsticks = torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs], dim=1)
     assert got.dtype == torch.float32, f"{label}: logits are {got.dtype}"
-    assert_as_accurate_as_draws(got, yardsticks, exact, label=label)
+    try:
+        assert_as_accurate_as_draws(got, yardsticks, exact, label=label)
+    except AssertionError as error:
+        raise Inaccurate(str(error), got) from error
 
 
 def margin(row: Row) -> float:
@@ -349,9 +385,10 @@ def random_model(rng: random.Random) -> GPT | GPTForCausalLM | GPTForSequenceCla
 class Fuzz:
     """One model, its session, and the plain model of the session."""
 
-    def __init__(self, rng: random.Random):
-        self.rng = rng
+    def __init__(self, rng: random.Random, draws: int):
+        self.rng, self.draws = rng, draws
         self.trace: list[str] = []
+        self.checked: list[Tensor] = []  # logits that were judged
         self.model = random_model(rng)
         self.trunk, self.output_layer = parts(self.model)
         self.config = self.trunk.config
@@ -370,7 +407,7 @@ class Fuzz:
         if own != "float64" and gpt_fast.ops.serving("decode_attention", "cpu") == "cpp":
             kind = self.weights or ("bfloat16" if own == "bfloat16" else "float32")
         assert self.session.kind == kind, f"the session runs {self.session.kind}, expected {kind}"
-        self.plain = Plain(self.model, self.batch, kind, self.copied())
+        self.plain = Plain(self.model, self.batch, kind, self.copied(), self.draws)
         self.step_made = self.session._step
         self.stale = False
 
@@ -472,7 +509,7 @@ def prefill(fuzz: Fuzz) -> None:
     fuzz.notice()
     for row, new in zip(fuzz.plain.rows, real, strict=False):
         fuzz.plain.prompt(row, new)
-    check_logits(got, fuzz.plain.rows[:rows], "prefill")
+    check_logits(fuzz, got, fuzz.plain.rows[:rows], "prefill")
 
 
 @contextlib.contextmanager
@@ -506,7 +543,7 @@ def step(fuzz: Fuzz) -> None:
             torch.set_num_threads(threads)
         for row, token in zip(fuzz.plain.rows, tokens.tolist(), strict=True):
             fuzz.plain.step(row, token, referenced)
-        check_logits(got, fuzz.plain.rows, "step")
+        check_logits(fuzz, got, fuzz.plain.rows, "step")
 
 
 def overfull(fuzz: Fuzz) -> None:
@@ -801,7 +838,7 @@ def generate_alone(fuzz: Fuzz) -> None:
     copied = set()
     if kind != "torch":  # every parameter that a step could copy is as it is now
         copied = {name for name in named_parameters(fuzz.model) if name not in ("token_emb.weight", "pos_emb")}
-    plain = Plain(fuzz.model, rng.randint(1, 3), kind, copied)
+    plain = Plain(fuzz.model, rng.randint(1, 3), kind, copied, fuzz.draws)
     longest = rng.randint(1, S + 3 if sliding else S)
     new = rng.randint(0, 12) if sliding else rng.randint(0, min(12, S - longest))
     call_generate(fuzz, plain, longest, new, weights=weights, sliding=sliding)

@@ -11,7 +11,7 @@ import torch
 from gpt_fast import ops
 from tests.fuzz import __main__ as command
 from tests.fuzz import draws, worker
-from tests.fuzz.ops import OPS, TARGETS
+from tests.fuzz.ops import OPS, TARGETS, fits_within
 
 ROOT = Path(__file__).resolve().parents[2]
 # Draws of each op. The interpreter takes up to a second for one. `python -m tests.mutants --fuzz` asks for more.
@@ -34,6 +34,13 @@ def test_every_public_op_is_drawn():
     public = {name for name in ops.__all__ if name != "NAMES" and not name.startswith(("check_", "decomp", "new_"))}
     public -= {"serving", "use_reference", "values_checked"}
     assert public == set(OPS) | ({"linear"} if draws.INTERPRETED else set())
+
+
+def test_where_the_rounding_may_decide_what_is_finite():
+    exact = torch.tensor([65525.9, 65525.9, 66000.0, torch.inf, torch.nan], dtype=torch.float64)
+    bound = torch.tensor([10.0, 0.0, 10.0, torch.inf, 10.0], dtype=torch.float64)
+    assert fits_within(exact, bound, torch.float16).tolist() == [True, True, False, False, False]
+    assert not fits_within(exact[:1] * 1.01, bound[:1], torch.float16).item()
 
 
 def test_a_draw_repeats_itself():

@@ -114,3 +114,28 @@ def test_seed_and_index_decide_a_session(monkeypatch, one_thread):
         run_one(seed=1, index=index)
         runs.append(seen)
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_many_draws_judge_what_few_find_inaccurate(monkeypatch):
+    """What few draws of the roundings allow depends on luck; an error that many do not allow stays one."""
+    runs = []
+
+    def judged(fuzz, got, rows, label):
+        runs.append(fuzz.draws)
+        fuzz.checked.append(got)
+        if fuzz.draws < sessions.MANY_DRAWS or always_wrong:
+            raise sessions.Inaccurate("too far", got)
+
+    monkeypatch.setattr(sessions, "check_logits", judged)
+    monkeypatch.setattr(sessions, "MANY_DRAWS", 25)
+    always_wrong = False
+    index = next(index for index in range(20) if _checks(index, runs))
+    assert {sessions.DRAWS, 25} == set(runs)
+    always_wrong = True
+    with pytest.raises(AssertionError, match="Inaccurate: too far"):
+        run_one(seed=1, index=index)
+
+
+def _checks(index: int, runs: list[int]) -> bool:
+    run_one(seed=1, index=index)
+    return bool(runs)
