@@ -1,6 +1,6 @@
 """Tests the tests: plants each fault of tests/faults/<op>.py and runs that op's tests, which must fail.
 
-    python -m tests.mutants [OP ...] [--match REGEX] [--part I/N] [--jobs N] [--fuzz]
+    python -m tests.mutants [OP ...] [--match REGEX] [--part I/N] [--jobs N] [--fuzz [--draws N]]
 
 A fault that no test notices is an error, and so is one whose text does not occur exactly once, one that does not
 compile, and one caught by a test that fails without it too. A test that never ends has noticed its fault, and so has
@@ -34,6 +34,7 @@ from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 150  # seconds for one test; without a fault the longest takes a tenth of that
+FUZZ_LIMIT = 900  # seconds for the draws of an op
 FUZZ_DRAWS = {"C++": 1000, "Triton": 100}  # of each op, by which --fuzz judges; the interpreter is slow
 BATCH = 12  # faults that are compiled and judged together
 BINDINGS = ROOT / "csrc" / "bindings.cpp"
@@ -158,8 +159,8 @@ def check(*command: str) -> None:
 class Copy:
     """A copy of the tree for one implementation, and a process that runs tests in it."""
 
-    def __init__(self, folder: Path, compiler: Compiler | None, fuzz: bool) -> None:
-        self.folder, self.compiler, self.fuzz = folder, compiler, fuzz
+    def __init__(self, folder: Path, compiler: Compiler | None, fuzz: bool, draws: int | None) -> None:
+        self.folder, self.compiler, self.fuzz, self.draws = folder, compiler, fuzz, draws
         for name in ("csrc", "gpt_fast", "gpt_fast_cli", "gpt_fast_settings", "kernels", "tests"):
             ignored = shutil.ignore_patterns("_C*", "__pycache__", ".*")
             shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
@@ -187,10 +188,12 @@ class Copy:
         """Exit code, output and the last test that ran."""
         assert self.server.stdin and self.server.stdout
         arguments = (*arguments, "-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:faulthandler")
-        draws = FUZZ_DRAWS["C++" if self.compiler else "Triton"]
+        draws = self.draws or FUZZ_DRAWS["C++" if self.compiler else "Triton"]
         environment = {"GPT_FAST_MUTANT": str(mutant), "GPT_FAST_FUZZ_DRAWS": str(draws)}
         print(
-            json.dumps({"arguments": arguments, "limit": LIMIT, "environment": environment}),
+            json.dumps(
+                {"arguments": arguments, "limit": FUZZ_LIMIT if self.fuzz else LIMIT, "environment": environment}
+            ),
             file=self.server.stdin,
             flush=True,
         )
@@ -258,15 +261,18 @@ class Copy:
 class Workshop:
     """The copies of the tree, one of each implementation for each thread."""
 
-    def __init__(self, folder: Path, compiles: bool, fuzz: bool) -> None:
+    def __init__(self, folder: Path, compiles: bool, fuzz: bool, draws: int | None) -> None:
         self.folder, self.copies, self.local, self.fuzz = folder, list[Copy](), threading.local(), fuzz
+        self.draws = draws
         self.compiler = Compiler(folder) if compiles else None
 
     def copy(self, kind: str) -> Copy:
         mine = self.local.__dict__.get(kind)
         if mine is None:
             folder = Path(tempfile.mkdtemp(dir=self.folder))
-            mine = self.local.__dict__[kind] = Copy(folder, self.compiler if kind == "C++" else None, self.fuzz)
+            mine = self.local.__dict__[kind] = Copy(
+                folder, self.compiler if kind == "C++" else None, self.fuzz, self.draws
+            )
             self.copies.append(mine)
         return mine
 
@@ -316,6 +322,7 @@ def main() -> None:
     parser.add_argument("--part", default="1/1", metavar="I/N", help="every N-th fault, from the I-th on")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--fuzz", action="store_true", help="let the draws of tests/fuzz judge")
+    parser.add_argument("--draws", type=int, metavar="N", help="draws of each op with --fuzz (1000; Triton 100)")
     arguments = parser.parse_args()
     chosen = [
         (op, f) for op in arguments.ops for f in faults_of(op) if re.search(arguments.match, f"{f.file}: {f.name}")
@@ -335,7 +342,7 @@ def main() -> None:
             )  # fmt: skip
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
-        workshop = Workshop(Path(folder), any(kind == "C++" for _, kind, _ in batches), arguments.fuzz)
+        workshop = Workshop(Path(folder), any(kind == "C++" for _, kind, _ in batches), arguments.fuzz, arguments.draws)
         print(f"mutants: {len(chosen)} faults; ready after {time.monotonic() - start:.0f} s", flush=True)
         for job in [pool.submit(judge, *batch) for batch in batches]:
             job.result()
