@@ -430,7 +430,7 @@ class DecodeSession {
             const int64_t head = piece % H, begin = piece / H * kQueries, end = std::min(n, begin + kQueries);
             const float* out = scratch().h.data();
             for (int64_t i = begin; i < end; ++i, out += D) {
-              std::copy(out, out + D, attended_.data() + i * C + head * D);
+              round_row(out, attended_.data() + i * C + head * D, D);
             }
           });
       product<Format>(walker, block.out, {attended_.data()}, n, unchanged, add_branch);
@@ -438,7 +438,7 @@ class DecodeSession {
           walker, block.fc, {x_.data(), w.pre_norm ? &block.norm2 : &block.norm1, !w.pre_norm}, n,
           [&](float* y, int64_t count) { activate_row(w.activation, y, count); },
           [&](int64_t i, int64_t f, const float* y, int64_t count) {
-            std::copy(y, y + count, hidden_.data() + i * F + f);
+            round_row(y, hidden_.data() + i * F + f, count);
           });
       product<Format>(walker, block.proj, {hidden_.data()}, n, unchanged, add_branch);
       pending = &block.norm2;
@@ -447,7 +447,7 @@ class DecodeSession {
     const int64_t m = static_cast<int64_t>(work.ends.size());
     product<Format>(walker, w.output, {x_.data(), w.pre_norm ? &w.final_norm : pending, false, work.ends.data()}, m,
                     unchanged, [&](int64_t i, int64_t v, const float* y, int64_t count) {
-                      std::copy(y, y + count, logits_.data() + i * w.V + v);
+                      round_row(y, logits_.data() + i * w.V + v, count);
                     });
     int64_t drawn = 0;
     walker.phase(
