@@ -138,7 +138,7 @@ inline int32_t rounded(float x) {
 }
 
 // Vectors of a tile (products.h): with its four rows of weights, as many sums as the registers hold beside operands.
-constexpr int kMostVectors = kVec == 16 ? 6 : 2;
+constexpr int kMostVectors = kVec == 16 ? 6 : 3;
 
 // Weights as they are, float32.
 struct Float32 {

@@ -46,14 +46,14 @@ template <class Format, int R, int B>
     for (int r = 0; r < R; ++r) sum[i][r] = Format::zero();
   }
   for (int64_t k = begin; k < end; k += Format::kStep) {
-    typename Format::Weights weights[R];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) weights[r] = Format::load(w[r] + k);
+    typename Format::Inputs inputs[B];
 #pragma GCC unroll 8
-    for (int i = 0; i < B; ++i) {
-      const typename Format::Inputs inputs = Format::load_inputs(x + i * stride + k);
+    for (int i = 0; i < B; ++i) inputs[i] = Format::load_inputs(x + i * stride + k);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sum[i][r] = Format::multiply(weights[r], inputs, sum[i][r]);
+    for (int r = 0; r < R; ++r) {
+      const typename Format::Weights weights = Format::load(w[r] + k);
+#pragma GCC unroll 8
+      for (int i = 0; i < B; ++i) sum[i][r] = Format::multiply(weights, inputs[i], sum[i][r]);
     }
   }
 #pragma GCC unroll 8
@@ -122,7 +122,8 @@ inline void multiply(const Matrix<Format>& matrix, int64_t begin, int64_t end, c
                      const Write& write) {
   constexpr int MOST = Format::kTileVectors;
   int64_t b = 0;
-  for (; B - b >= MOST && B - b != 8; b += MOST) multiply_vectors<Format, MOST>(matrix, begin, end, x, b, write);
+  for (; B - b >= MOST && B - b != MOST / 3 * 4; b += MOST)
+    multiply_vectors<Format, MOST>(matrix, begin, end, x, b, write);
   if constexpr (MOST >= 4) {
     for (; B - b >= 4; b += 4) multiply_vectors<Format, 4>(matrix, begin, end, x, b, write);
   }
