@@ -44,15 +44,16 @@ class DecodeSession:
     token; `step(tokens [B])` adds one token a row and returns the logits after it. Both may follow each other in any
     order (chat turns), up to `length` tokens a row (default: the model's seq_len). The cache is allocated once.
 
-    On a CPU the step is one call of `gpt_fast._C.DecodeSession`. `weights`: "float32", "bfloat16" or "int8" (one scale
+    On a CPU a step or a prompt is one call of `gpt_fast._C.DecodeSession`. `weights`: "float32", "bfloat16" or "int8" (one scale
     for each output channel, symmetric; embeddings, biases and norms stay as they are), by default the model's own.
     Matrices of that dtype are read in place if their rows fill whole vectors of the CPU; others are packed once.
     Activations stay float32; but where the CPU multiplies pairs of bfloat16, products round their inputs to it, and to
-    16-bit integers with int8 weights. Keys and values are float32 for float32 weights, else bfloat16. Prompts are read
-    with the model's own weights. On CUDA, without the extension, in float64 and under `use_reference()` the model's
-    modules run the step, with `ops.decode_attention`.
+    16-bit integers with int8 weights. Keys and values are float32 for float32 weights, else bfloat16. On CUDA, without
+    the extension, in float64 and under `use_reference()` the model's modules read prompts and run the step, with
+    `ops.attention` and `ops.decode_attention`.
 
-    Deterministic; on a CPU neither the number of threads nor the other rows change a bit of a step. A session serves
+    Deterministic; on a CPU neither the number of threads nor the other rows change a bit, and a prompt gives the bits of
+    as many steps. Threads are those of `torch.get_num_threads()`, at most the CPUs that the process may use. A session serves
     one thread at a time and raises `RuntimeError` for a second one; several sessions serve several threads. `stale`
     tells that the model's parameters were changed, replaced or moved since: writes that autograd does not count (fused
     optimisers, `.data`) by a sample of every parameter. Make a new session then: a step sees new values in parameters
@@ -110,7 +111,7 @@ class DecodeSession:
             self._step = TorchStep(self.model, self.cache)
         else:
             self._step = CppStep(self.model, self.cache, self.kind)
-        self._addresses = [parameter.data_ptr() for parameter in self.model.parameters()]
+        self._places = _Places(self.model)
         self._fingerprint = _fingerprint(self._step.copied)
 
     def attach(self, model: GPT | Head | None) -> None:
@@ -207,7 +208,6 @@ class DecodeSession:
     @torch.no_grad()
     def read_prompt(self, tokens: Tensor, lengths: Tensor, first: int = 0) -> Tensor:
         """`prefill` for the rows from `first` on, in passes of a bounded number of tokens."""
-        trunk, output_layer = parts(self.model)
         tokens = tokens[:, : int(lengths.max())]  # padding behind the longest prompt takes no room
         B, T = tokens.shape
         if first + B > self.cache.batch:
@@ -217,7 +217,21 @@ class DecodeSession:
             )
         rows = slice(first, first + B)
         self.check_room(lengths, rows)
-        starts = self.cache.lengths[rows].tolist()
+        serving = self._serving
+        if isinstance(serving, CppStep):
+            logits = serving.read_prompt(tokens, lengths, first)
+        else:
+            logits = self._call_prompt(tokens, lengths, first)
+        if bool(damaged(logits).any()):
+            raise ValueError(DAMAGED)
+        self.cache.lengths[rows] += lengths
+        return logits
+
+    def _call_prompt(self, tokens: Tensor, lengths: Tensor, first: int) -> Tensor:
+        """Return the logits [B, V] after a prompt that the model's modules read."""
+        trunk, output_layer = parts(self.model)
+        B, T = tokens.shape
+        starts = self.cache.lengths[first : first + B].tolist()
         last = torch.zeros(B, trunk.config.hidden_dim, device=tokens.device, dtype=trunk.pos_emb.dtype)
         width = max(1, _PROMPT_TOKENS // B)
         assert self.model is not None
@@ -230,11 +244,7 @@ class DecodeSession:
                 here = (lengths > begin) & (lengths <= begin + part.shape[1])
                 ends = hidden[torch.arange(B, device=tokens.device), at]  # [B, C]
                 last = torch.where(here[:, None], ends.to(last.dtype), last)
-            logits = output_layer(last).float()
-        if bool(damaged(logits).any()):
-            raise ValueError(DAMAGED)
-        self.cache.lengths[rows] += lengths
-        return logits
+            return output_layer(last).float()
 
     @torch.no_grad()
     def advance(
@@ -274,6 +284,10 @@ class DecodeSession:
     def check_layout(self) -> None:
         """Raises where the model's parameters have other shapes, dtypes or devices than the session was made for."""
         assert self.model is not None
+        is_plain = self._stays_plain is not None and self._stays_plain()
+        if is_plain and self._places.unchanged():  # of plain modules there are no others than when the session was made
+            self._calls_modules = False
+            return
         now = [_layout(parameter) for parameter in self.model.parameters()]
         for got, wanted in zip(now, self._layouts, strict=False):
             if got[1:] != wanted[1:]:
@@ -286,12 +300,11 @@ class DecodeSession:
                 f"gpt_fast.DecodeSession: the model changed under it: {len(now)} parameters, "
                 f"were {len(self._layouts)}; make a new session"
             )
-        is_plain = self._stays_plain is not None and self._stays_plain()
         if self.kind != "torch" and not is_plain:
             reason = why_called(self.model) or "a module was replaced"
             raise ValueError(f"gpt_fast.DecodeSession: the model changed under it: {reason}; make a new session")
         self._calls_modules = not is_plain
-        if [layout[0] for layout in now] != self._addresses:  # moved there and back, or replaced through `.data`
+        if not self._places.unchanged():  # moved there and back, or replaced through `.data`
             self._make_step()
 
     def check_room(self, more: Tensor | int, rows: slice = slice(None)) -> None:
@@ -319,6 +332,36 @@ class _InUse:
 
     def __exit__(self, *exception: object) -> None:
         self._lock.release()
+
+
+class _Places:
+    """Where a model's parameters are, compared in a third of a microsecond each."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._modules = [(module._parameters, len(module._parameters)) for module in model.modules()]
+        self._parameters = [
+            (own, name, parameter.data_ptr(), parameter.shape, parameter.dtype, parameter.device)
+            for own, _ in self._modules
+            for name, parameter in own.items()
+            if parameter is not None
+        ]
+
+    def unchanged(self) -> bool:
+        """Return True if every parameter has the address, shape, dtype and device that it had."""
+        for own, count in self._modules:
+            if len(own) != count:
+                return False
+        for own, name, address, shape, dtype, device in self._parameters:
+            now = own.get(name)
+            if (
+                now is None
+                or now.data_ptr() != address
+                or now.shape != shape
+                or now.dtype is not dtype
+                or now.device != device
+            ):
+                return False
+        return True
 
 
 def _sizes(trunk: Any) -> tuple[int, int]:

@@ -66,6 +66,17 @@ class CppStep:
         with profiled("gpt_fast::decode_step"):
             return self._session.step(tokens, lengths, rows, self._sampling(options), seen)
 
+    def read_prompt(self, tokens: Tensor, lengths: Tensor, first: int) -> Tensor:
+        """Read the first `lengths` [B] of the tokens [B, T] into the rows from `first` on; return logits [B, V]."""
+        B, T = tokens.shape
+        places = torch.arange(T, device=tokens.device)
+        real = places < lengths[:, None]  # [B, T]
+        rows = torch.arange(first, first + B, device=tokens.device)
+        positions = self.cache.lengths[first : first + B, None] + places
+        ends = lengths.cumsum(0) - 1
+        with profiled("gpt_fast::decode_prompt"):
+            return self._session.prefill(tokens[real], positions[real], rows[:, None].expand(B, T)[real], ends)
+
     def draw(self, logits: Tensor, options: Sampling, rows: Tensor, seen: Tensor | None) -> Tensor:
         return self._session.draw(logits, rows, self._sampling(options), seen)
 

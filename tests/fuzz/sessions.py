@@ -278,27 +278,20 @@ class Plain:
     def _kind_of(self, name: str, value: Tensor) -> str:
         return self.kind if is_matrix(name, value) else "float32"
 
-    def prompt(self, row: Row, tokens: list[int]) -> None:
-        """Read a prompt with the model's own weights."""
-        weights, own = named_parameters(self.model), self._dtype()
-        by = Roundings(self._wide(), self.draws, result=rounds_to(own), kept=self._kept(), attention=rounds_to(own))
-        row.read({name: value.double() for name, value in weights.items()}, self.config, tokens, by)
-
-    def step(self, row: Row, token: int, referenced: bool = False) -> None:
-        """Read one token as the session's step does, or as the modules do under `use_reference()`."""
+    def read(self, row: Row, tokens: list[int], referenced: bool = False) -> None:
+        """Read tokens as the C++ step does, or as the modules do, which also do it under `use_reference()`."""
         now = {name: value.double() for name, value in named_parameters(self.model).items()}
         if self.kind == "torch" or referenced:
-            inside = rounds_to(self._cache_dtype())
-            by = Roundings(
-                self._wide(), self.draws, result=rounds_to(self._dtype()), kept=self._kept(), attention=inside
-            )
+            own = rounds_to(self._dtype())
+            inside = own if len(tokens) > 1 else rounds_to(self._cache_dtype())
+            by = Roundings(self._wide(), self.draws, result=own, kept=self._kept(), attention=inside)
         else:
             single = rounds_to(torch.float32)
             by = Roundings(
                 draws=self.draws, product=self._product(), result=single, kept=self._kept(), attention=single
             )
             now |= self.copies
-        row.read(now, self.config, [token], by)
+        row.read(now, self.config, tokens, by)
 
     def _dtype(self) -> torch.dtype:
         return parts(self.model)[0].pos_emb.dtype
@@ -465,8 +458,7 @@ class Fuzz:
     def notice(self) -> None:
         """`pack` after a call that succeeded: the step is that of the parameters where they are now."""
         self.pack()
-        addresses = [parameter.data_ptr() for parameter in self.model.parameters()]
-        assert self.session._addresses == addresses, "the step is not that of the parameters where they are now"
+        assert self.session._places.unchanged(), "the step is not that of the parameters where they are now"
 
     def check_state(self) -> None:
         """Compare the session's public state with the plain model's."""
@@ -508,7 +500,7 @@ def prefill(fuzz: Fuzz) -> None:
         got = fuzz.session.prefill(tokens, lengths)
     fuzz.notice()
     for row, new in zip(fuzz.plain.rows, real, strict=False):
-        fuzz.plain.prompt(row, new)
+        fuzz.plain.read(row, new, referenced)
     check_logits(fuzz, got, fuzz.plain.rows[:rows], "prefill")
 
 
@@ -542,7 +534,7 @@ def step(fuzz: Fuzz) -> None:
             assert torch.equal(fuzz.session.step(tokens), got), "a step again, with other threads, gave other bits"
             torch.set_num_threads(threads)
         for row, token in zip(fuzz.plain.rows, tokens.tolist(), strict=True):
-            fuzz.plain.step(row, token, referenced)
+            fuzz.plain.read(row, [token], referenced)
         check_logits(fuzz, got, fuzz.plain.rows, "step")
 
 
@@ -795,7 +787,7 @@ def follow(
     """Read what a row of `generate` read and judge each token and its score; return how many tokens the row drew."""
     S = plain.config.seq_len if own else fuzz.length
     text = list(prompt)
-    plain.prompt(row, prompt[-S:])
+    plain.read(row, prompt[-S:])
     for number, token in enumerate(drawn):
         label = f"generate, token {number}"
         check_drawn(token, row, draw, label)
@@ -812,9 +804,9 @@ def follow(
             return number + 1
         if len(row.tokens) == S:  # slides: the later half is read anew
             row.clear()
-            plain.prompt(row, text[-max(1, S // 2) :])
+            plain.read(row, text[-max(1, S // 2) :])
         else:
-            plain.step(row, token)
+            plain.read(row, [token])
         if is_last:
             return number + 1
     return len(drawn)

@@ -22,6 +22,30 @@ inline float sum_lanes(Vec x) {
 #endif
 }
 
+// out[i] = sum_lanes(x[i]), to the bit, in a third of the instructions.
+inline void sum_lanes_of_four(const Vec (&x)[4], float* out) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const auto halves = [](__m512 a, __m512 b) {  // [a: 8 sums, b: 8 sums]
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  };
+  const __m512 a = halves(x[0], x[1]), b = halves(x[2], x[3]);
+  __m512 sum = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));  // 4 sums each
+  sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0x4e));
+  sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0xb1));
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, sum)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  const auto halves = [](__m256 a, __m256 b) {  // [a: 4 sums, b: 4 sums]
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  };
+  const __m256 a = halves(x[0], x[2]), b = halves(x[1], x[3]);
+  __m256 sum = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));  // [0 1 0 1, 2 3 2 3]
+  sum = _mm256_add_ps(sum, _mm256_permute_ps(sum, 0x4e));
+  _mm_storeu_ps(out, _mm_movelh_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1)));
+#else
+  for (int i = 0; i < 4; ++i) out[i] = sum_lanes(x[i]);
+#endif
+}
+
 // The largest of n values, NaN if any of them is.
 inline float largest_of(const float* x, int64_t n) {
   return at::vec::reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, x, n);

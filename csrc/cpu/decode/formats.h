@@ -20,7 +20,6 @@ namespace gpt_fast::decode {
 
 using Ints = __m512i;
 inline Ints zero_ints() { return _mm512_setzero_si512(); }
-inline Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Ints load_ints(const void* x) { return _mm512_loadu_si512(x); }
 inline Vec to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
 // The lower and the upper bfloat16 of each word, as floats.
@@ -44,7 +43,6 @@ inline Ints multiply_add_pairs(Ints a, Ints b, Ints sum) {
 
 using Ints = __m256i;
 inline Ints zero_ints() { return _mm256_setzero_si256(); }
-inline Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline Ints load_ints(const void* x) { return _mm256_loadu_si256(static_cast<const __m256i*>(x)); }
 inline Vec to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
 inline Vec lower_halves(Ints x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
@@ -68,7 +66,6 @@ inline T load_as(const void* x) {
   return value;
 }
 inline Ints zero_ints() { return Ints{}; }
-inline Ints add_ints(Ints a, Ints b) { return a + b; }
 inline Ints load_ints(const void* x) { return load_as<Ints>(x); }
 inline Vec to_floats(Ints x) {
   float values[kVec];
@@ -91,6 +88,24 @@ inline Ints multiply_add_pairs(Ints a, Ints b, Ints sum) {
 }
 
 #endif
+
+// Keeps a loaded operand in a register: left alone, GCC 12 loads it again for each product, and loads limit a tile.
+template <typename T>
+inline T in_a_register(T x) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
+inline Vec in_a_register(Vec x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return in_a_register(static_cast<__m512>(x));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return in_a_register(static_cast<__m256>(x));
+#else
+  return x;
+#endif
+}
 
 inline uint16_t round_to_bfloat16(float x) {
   uint32_t bits;
@@ -122,8 +137,12 @@ inline int32_t rounded(float x) {
   return bits - 0x4b400000;
 }
 
+// Vectors of a tile (products.h): with its four rows of weights, as many sums as the registers hold beside operands.
+constexpr int kMostVectors = kVec == 16 ? 6 : 3;
+
 // Weights as they are, float32.
 struct Float32 {
+  static constexpr int kTileVectors = kMostVectors;
   static constexpr at::ScalarType kDtype = at::kFloat;  // of stored weights
   using weight_t = float;
   using input_t = float;
@@ -131,10 +150,11 @@ struct Float32 {
   static constexpr int64_t kStep = kVec;  // weights that one step multiplies
   static constexpr int64_t kChain = int64_t{1} << 40;
   using Weights = Vec;
-  static Weights load(const weight_t* w) { return Vec::loadu(w); }
+  using Inputs = Vec;
+  static Weights load(const weight_t* w) { return in_a_register(Vec::loadu(w)); }
+  static Inputs load_inputs(const input_t* x) { return in_a_register(Vec::loadu(x)); }
   static Sum zero() { return Vec(0.0f); }
-  static Sum multiply(Weights w, const input_t* x, Sum sum) { return at::vec::fmadd(w, Vec::loadu(x), sum); }
-  static Sum add(Sum a, Sum b) { return a + b; }
+  static Sum multiply(Weights w, Inputs x, Sum sum) { return at::vec::fmadd(w, x, sum); }
   static Vec finish(Sum sum) { return sum; }
 
   // Writes x [K], zeros up to `padded`, as `multiply` wants it; returns what the products are to be multiplied by.
@@ -151,32 +171,41 @@ struct Float32 {
 // Weights rounded to bfloat16. Where the CPU multiplies pairs of bfloat16 the vector is rounded to bfloat16 too, else
 // it stays float32, and the lower and upper halves of the weights' words are taken in turn.
 struct BFloat16 {
+  static constexpr int kTileVectors = kMostVectors;
   static constexpr at::ScalarType kDtype = at::kBFloat16;  // of stored weights
   using weight_t = uint16_t;
   using Sum = Vec;
   static constexpr int64_t kStep = 2 * kVec;
   static constexpr int64_t kChain = int64_t{1} << 40;
-  using Weights = Ints;
-  static Weights load(const weight_t* w) { return load_ints(w); }
   static Sum zero() { return Vec(0.0f); }
-  static Sum add(Sum a, Sum b) { return a + b; }
   static Vec finish(Sum sum) { return sum; }
 
 #if GPT_FAST_BF16_WORDS
   using input_t = uint16_t;
-  static Sum multiply(Weights w, const input_t* x, Sum sum) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)load_ints(x));
-  }
+  using Weights = Ints;
+  using Inputs = Ints;
+  static Weights load(const weight_t* w) { return in_a_register(load_ints(w)); }
+  static Inputs load_inputs(const input_t* x) { return in_a_register(load_ints(x)); }
+  static Sum multiply(Weights w, Inputs x, Sum sum) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
   static float prepare(const float* x, int64_t K, int64_t padded, input_t* out) {
     for (int64_t k = 0; k < K; ++k) out[k] = round_to_bfloat16(x[k]);
     std::fill(out + K, out + padded, input_t(0));
     return 1.0f;
   }
 #else
+  struct Halves {
+    Vec lower, upper;
+  };
   using input_t = float;
-  static Sum multiply(Weights w, const input_t* x, Sum sum) {
-    sum = at::vec::fmadd(lower_halves(w), Vec::loadu(x), sum);
-    return at::vec::fmadd(upper_halves(w), Vec::loadu(x + kVec), sum);
+  using Weights = Halves;
+  using Inputs = Halves;
+  static Weights load(const weight_t* w) {
+    const Ints words = load_ints(w);
+    return {lower_halves(words), upper_halves(words)};
+  }
+  static Inputs load_inputs(const input_t* x) { return {Vec::loadu(x), Vec::loadu(x + kVec)}; }
+  static Sum multiply(Weights w, Inputs x, Sum sum) {
+    return at::vec::fmadd(w.upper, x.upper, at::vec::fmadd(w.lower, x.lower, sum));
   }
   static float prepare(const float* x, int64_t K, int64_t padded, input_t* out) {
     int64_t k = 0;
@@ -202,17 +231,19 @@ struct BFloat16 {
 // Weights as int8 with one scale for a row (an output channel); the vector as int16 with one scale of its own, 2^-16 of
 // its largest value at most from what it was. Products and sums are exact integers.
 struct Int8 {
-  static constexpr at::ScalarType kDtype = at::kChar;  // of stored weights
+  static constexpr int kTileVectors = std::min(kMostVectors, 4);  // GCC 12 spills the sums of six
+  static constexpr at::ScalarType kDtype = at::kChar;             // of stored weights
   using weight_t = int8_t;
   using input_t = int16_t;
   using Sum = Ints;
   static constexpr int64_t kStep = 2 * kVec;
   static constexpr int64_t kChain = 256 * kStep;  // 256 * 2 * 127 * 32767 < 2^31
   using Weights = Ints;
-  static Weights load(const weight_t* w) { return widen_bytes(w); }
+  using Inputs = Ints;
+  static Weights load(const weight_t* w) { return in_a_register(widen_bytes(w)); }
+  static Inputs load_inputs(const input_t* x) { return in_a_register(load_ints(x)); }
   static Sum zero() { return zero_ints(); }
-  static Sum multiply(Weights w, const input_t* x, Sum sum) { return multiply_add_pairs(w, load_ints(x), sum); }
-  static Sum add(Sum a, Sum b) { return add_ints(a, b); }
+  static Sum multiply(Weights w, Inputs x, Sum sum) { return multiply_add_pairs(w, x, sum); }
   static Vec finish(Sum sum) { return to_floats(sum); }
 
   static float prepare(const float* x, int64_t K, int64_t padded, input_t* out) {

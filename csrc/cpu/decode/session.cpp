@@ -1,20 +1,21 @@
 // gpt_fast._C.DecodeSession: one decode step of a whole model in one call, and the drawing of the next tokens.
 //
-// One parallel region serves a step; its threads meet at five barriers a layer and own fixed rows of every weight
-// matrix in between. What is small (norms, the preparation of a product's input) every thread computes for itself,
-// which is cheaper than to wait for another. x is the residual stream, shared; h its normed form, private.
-#include <ATen/ops/from_blob.h>
-#include <omp.h>
+// A step, and a piece of a prompt, is one job of the threads (core/team.h): nine phases a layer, whose pieces go to
+// whoever is free. A prompt is n tokens of one row where a step is one token of n rows. x is the residual stream.
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <atomic>
+#include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
 #include "cpu/core/activations.h"
+#include "cpu/core/gemm.h"
 #include "cpu/core/norm.h"
+#include "cpu/core/team.h"
 #include "cpu/decode/attention.h"
 #include "cpu/decode/sampling.h"
 #include "cpu/decode/weights.h"
@@ -35,17 +36,12 @@ void activate_row(Activation activation, float* x, int64_t n) {
   });
 }
 
-constexpr int64_t kBytesPerThread = 128 << 10;
-
-// Thread `thread`'s part of N, in multiples of `unit`.
-struct Share {
-  int64_t begin, end;
-  Share(int64_t N, int64_t unit, int thread, int threads) {
-    const int64_t units = ceil_div(N, unit);
-    begin = std::min(N, units * thread / threads * unit);
-    end = std::min(N, units * (thread + 1) / threads * unit);
-  }
-};
+constexpr int64_t kBytesPerThread = 128 << 10;  // of weights, from which on another thread is worth waking
+constexpr int64_t kPieceBytes = 256 << 10;      // of weights, that one piece of a product reads
+constexpr int64_t kChunk = 512;                 // tokens of prompts that are read together
+constexpr int64_t kQueries = 16;                // of a piece of attention
+constexpr int64_t kPreparedValues = 8192;       // of a piece that prepares vectors
+constexpr int64_t kPreparedAlone = 2;           // vectors that every thread prepares for itself
 
 // Marks a session as in use; a second thread gets an error instead of a data race.
 class InUse {
@@ -79,13 +75,10 @@ class DecodeSession {
     }
     B_ = keys_.size(1);
     S_ = keys_.size(3);
-    x_.resize(B_ * w_->C);
-    q_.resize(B_ * w_->C);
-    attended_.resize(B_ * w_->C);
-    hidden_.resize(B_ * w_->F);
-    logits_.resize(B_ * w_->V);
     drawn_.resize(B_);
   }
+
+  ~DecodeSession() { finish_jobs(); }
 
   // Feeds tokens[i] at positions[i] to the cache's row rows[i], each [n] int64; draws and returns the next tokens [n].
   Tensor step(const Tensor& tokens, const Tensor& positions, const Tensor& rows, const Sampling& sampling,
@@ -94,29 +87,42 @@ class DecodeSession {
     check_rows(rows);
     n_ = 0;  // no logits to show until this step has made them
     const int64_t n = rows.numel();
-    const int64_t* token = integers("tokens", tokens, n);
-    const int64_t* position = integers("positions", positions, n);
-    for (int64_t i = 0; i < n; ++i) {
-      if (token[i] < 0 || token[i] >= w_->V) {
-        refuse("token " + std::to_string(token[i]) + ", wanted one in [0, " + std::to_string(w_->V) + ")");
-      }
-      const int64_t most = std::min(S_, w_->T);
-      if (position[i] < 0 || position[i] >= most) {
-        refuse("position " + std::to_string(position[i]) + " in a cache of " + std::to_string(most) +
-               ": it is full; make a longer one, or let the context slide");
-      }
-    }
-    const Work work{token, position, rows.const_data_ptr<int64_t>(), n, sampling, marks(seen)};
-    const int threads = threads_for(n);
-    if (static_cast<int>(private_.size()) < threads) private_.resize(threads);
-    for (Private& own : private_) own.reserve(*this);
-#pragma omp parallel num_threads(threads)
-    {
-      const int thread = omp_get_thread_num(), count = omp_get_num_threads();
-      with_format(w_->dtype, [&](auto format) { run<decltype(format)>(work, private_[thread], thread, count); });
-    }
+    auto work = std::make_shared<Work>(read_work(tokens, positions, rows));
+    for (int64_t i = 0; i < n; ++i) work->ends.push_back(i);
+    work->sampling = sampling;
+    work->seen = marks(seen);
+    work->seen_tensor = seen;
+    work->draws = true;
+    read(work);
     n_ = n;
     return taken(n);
+  }
+
+  // Feeds a prompt's tokens as `step` does, those of a row one after another; returns logits [m, V] of the tokens whose
+  // places `ends` [m] names, in rising order.
+  Tensor prefill(const Tensor& tokens, const Tensor& positions, const Tensor& rows, const Tensor& ends) {
+    const InUse guard(in_use_);
+    n_ = 0;
+    const Work all = read_work(tokens, positions, rows);
+    const int64_t n = tokens.numel(), m = ends.numel();
+    const int64_t* end = integers("ends", ends, m);
+    const Tensor logits = at::empty({m, w_->V}, at::TensorOptions().dtype(at::kFloat));
+    for (int64_t begin = 0, made = 0; begin < n; begin += kChunk) {
+      const int64_t last = std::min(n, begin + kChunk);
+      auto work = std::make_shared<Work>();
+      const auto part = [&](const std::vector<int64_t>& x) {
+        return std::vector<int64_t>(x.begin() + begin, x.begin() + last);
+      };
+      work->token = part(all.token);
+      work->position = part(all.position);
+      work->row = part(all.row);
+      const int64_t before = made;
+      for (; made < m && end[made] < last; ++made) work->ends.push_back(end[made] - begin);
+      read(work);
+      std::copy(logits_.data(), logits_.data() + (made - before) * w_->V,
+                logits.mutable_data_ptr<float>() + before * w_->V);
+    }
+    return logits;
   }
 
   // Draws from given logits [n, V] float32 as `step` does from its own.
@@ -128,11 +134,10 @@ class DecodeSession {
       refuse("logits to draw from do not fit, wanted float32 [n, V]");
     }
     const Tensor copy = logits.clone(at::MemoryFormat::Contiguous);
-    if (private_.empty()) private_.resize(1);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t row = rows.const_data_ptr<int64_t>()[i];
-      drawn_[i] = private_[0].sampler.draw(copy.mutable_data_ptr<float>() + i * w_->V, w_->V, sampling,
-                                           row_marks(marks(seen), row), row);
+      drawn_[i] = scratch().sampler.draw(copy.mutable_data_ptr<float>() + i * w_->V, w_->V, sampling,
+                                         row_marks(marks(seen), row), row);
     }
     return taken(n);
   }
@@ -140,142 +145,328 @@ class DecodeSession {
   // Of the last step, float32 [n, V], as they were before any penalty or cut.
   Tensor logits() const {
     const InUse guard(in_use_);
-    return at::from_blob(const_cast<float*>(logits_.data()), {n_, w_->V}, at::kFloat).clone();
+    // Copied by this thread: the library's own copy would wake OpenMP's threads, which then spin beside the next step.
+    const Tensor logits = at::empty({n_, w_->V}, at::TensorOptions().dtype(at::kFloat));
+    std::memcpy(logits.mutable_data_ptr<float>(), logits_.data(), n_ * w_->V * sizeof(float));
+    return logits;
   }
 
  private:
+  // What a job reads: other threads may be in it when the next one has begun, so it shares nothing with its caller.
   struct Work {
-    const int64_t *token, *position, *row;
-    int64_t n;
-    const Sampling& sampling;
-    const uint8_t* seen;
+    std::vector<int64_t> token, position, row;
+    std::vector<int64_t> ends;  // of which the logits are computed
+    Sampling sampling;
+    optional<Tensor> seen_tensor;
+    const uint8_t* seen = nullptr;
+    bool draws = false;
+
+    int64_t n() const { return static_cast<int64_t>(token.size()); }
   };
 
-  // One thread's memory.
-  struct Private {
-    std::vector<float> h, scale, scratch, buffer, logits;
-    std::vector<char> input;
+  // One thread's memory, for the results of a piece.
+  struct Scratch {
+    std::vector<float> y, h, scores, buffer, scale;
+    std::vector<char> inputs;
     Sampler sampler;
-
-    void reserve(const DecodeSession& s) {
-      const DecodeWeights& w = *s.w_;
-      const int64_t widest = std::max(w.C, w.F);
-      h.resize(s.B_ * w.C);
-      scale.resize(s.B_);
-      scratch.resize(decode_scratch(s.S_, w.C / w.H));
-      buffer.resize(widest);
-      logits.resize(w.V);
-      input.resize(s.B_ * (widest + 64) * sizeof(float) + 64);
-    }
-    template <class Format>
-    typename Format::input_t* inputs() {
-      const auto address = reinterpret_cast<uintptr_t>(input.data());
-      return reinterpret_cast<typename Format::input_t*>((address + 63) / 64 * 64);
-    }
   };
 
-  template <class Format>
-  void prepare(const Linear& linear, const float* x, int64_t n, Private& own) const {
+  static Scratch& scratch() {
+    static thread_local Scratch own;
+    return own;
+  }
+
+  static float* sized(std::vector<float>& memory, int64_t size) {
+    if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
+    return memory.data();
+  }
+
+  template <typename T>
+  static T* aligned(std::vector<char>& memory) {
+    const auto address = reinterpret_cast<uintptr_t>(memory.data());
+    return reinterpret_cast<T*>((address + 63) / 64 * 64);
+  }
+
+  Work read_work(const Tensor& tokens, const Tensor& positions, const Tensor& rows) const {
+    const int64_t n = tokens.numel(), most = std::min(S_, w_->T);
+    const int64_t* token = integers("tokens", tokens, n);
+    const int64_t* position = integers("positions", positions, n);
+    const int64_t* row = integers("rows", rows, n);
     for (int64_t i = 0; i < n; ++i) {
-      own.scale[i] =
-          Format::prepare(x + i * linear.K, linear.K, linear.stride, own.inputs<Format>() + i * linear.stride);
+      if (token[i] < 0 || token[i] >= w_->V) {
+        refuse("token is " + std::to_string(token[i]) + "; expected one in [0, " + std::to_string(w_->V) + ")");
+      }
+      if (position[i] < 0 || position[i] >= most) {
+        refuse("position " + std::to_string(position[i]) + " in a cache of " + std::to_string(most) +
+               ": it is full; make a longer one, or let the context slide");
+      }
+      if (row[i] < 0 || row[i] >= B_) {
+        refuse("row is " + std::to_string(row[i]) + "; expected one in [0, " + std::to_string(B_) + ")");
+      }
     }
+    Work work;
+    work.token.assign(token, token + n);
+    work.position.assign(position, position + n);
+    work.row.assign(row, row + n);
+    return work;
   }
 
-  void normalise(const Norm& norm, int64_t n, Private& own) const {
-    const int64_t C = w_->C;
-    for (int64_t i = 0; i < n; ++i) {
-      const float* row = x_.data() + i * C;
-      normalise_row(row, row_statistics(row, C, w_->eps), norm.gain(), norm.shift(), C, own.h.data() + i * C);
-    }
+  // Computes the keys and values of the work's tokens, and logits_ of its ends.
+  void read(const std::shared_ptr<const Work>& work) {
+    reserve(work->n(), static_cast<int64_t>(work->ends.size()));
+    const int threads = threads_for(work->n());
+    const auto running = Team::instance().run(threads, [this, work](Team::Walker& walker) {
+      with_format(w_->dtype, [&](auto format) { run<decltype(format)>(walker, *work); });
+    });
+    std::erase_if(jobs_, [](const Team::Running& job) { return job.is_over(); });
+    if (!running.is_over()) jobs_.push_back(running);
   }
 
-  template <class Format, class Write>
-  void product(const Linear& linear, int64_t n, Private& own, const Share& share, const Write& write) const {
-    multiply(linear.matrix<Format>(), share.begin, share.end, own.inputs<Format>(), own.scale.data(), n, write);
-  }
-
-  template <class Format>
-  void run(const Work& work, Private& own, int thread, int threads) {
+  // Memory for n vectors, of which m have logits.
+  void reserve(int64_t n, int64_t m) {
     const DecodeWeights& w = *w_;
-    const int64_t n = work.n, C = w.C, F = w.F, H = w.H, D = C / H;
-    const Share narrow(C, kStreams, thread, threads), wide(F, kStreams, thread, threads),
-        triple(3 * C, kStreams, thread, threads), heads(n * H, 1, thread, threads);
+    if (n > capacity_) {
+      finish_jobs();
+      capacity_ = n;
+      x_.resize(n * w.C);
+      q_.resize(n * w.C);
+      attended_.resize(n * w.C);
+      hidden_.resize(n * w.F);
+      scale_.resize(n);
+      inputs_.resize(n * (std::max(w.C, w.F) + 64) * sizeof(float) + 64);
+    }
+    if (m * w.V > static_cast<int64_t>(logits_.size())) {
+      finish_jobs();
+      logits_.resize(m * w.V);
+    }
+  }
+
+  void finish_jobs() {
+    for (const Team::Running& job : jobs_) job.finish();
+    jobs_.clear();
+  }
+
+  // The vectors of a product: rows of `x`, normalised if there is a norm, and written back if it `stores` the result.
+  struct Source {
+    float* x;
+    const Norm* norm = nullptr;
+    bool stores = false;
+    const int64_t* rows = nullptr;  // which rows; null for the first ones
+
+    int64_t row(int64_t i) const { return rows == nullptr ? i : rows[i]; }
+  };
+
+  // Prepares vectors `begin` to `end` into the thread's own inputs and scale; the normalised ones are in its h.
+  template <class Format>
+  void prepare(const Linear& linear, const Source& source, int64_t begin, int64_t end) const {
+    using input_t = typename Format::input_t;
+    const int64_t K = linear.K, stride = linear.stride, count = end - begin;
+    Scratch& own = scratch();
+    const size_t bytes = count * stride * sizeof(input_t) + 64;
+    if (own.inputs.size() < bytes) own.inputs.resize(bytes);
+    sized(own.h, count * K);
+    sized(own.scale, count);
+    for (int64_t i = begin; i < end; ++i) {
+      const float* row = source.x + source.row(i) * K;
+      if (source.norm != nullptr) {
+        float* h = own.h.data() + (i - begin) * K;
+        normalise_row(row, row_statistics(row, K, w_->eps), source.norm->gain(), source.norm->shift(), K, h);
+        row = h;
+      }
+      own.scale[i - begin] = Format::prepare(row, K, stride, aligned<input_t>(own.inputs) + (i - begin) * stride);
+    }
+  }
+
+  // As a phase: the vectors go where all threads read them.
+  template <class Format>
+  void prepare_together(Team::Walker& walker, const Linear& linear, const Source& source, int64_t n) {
+    using input_t = typename Format::input_t;
+    const int64_t K = linear.K, stride = linear.stride, rows = std::max<int64_t>(1, kPreparedValues / K);
+    walker.phase(
+        ceil_div(n, rows),
+        [&](int64_t piece) { prepare<Format>(linear, source, piece * rows, std::min(n, (piece + 1) * rows)); },
+        [&](int64_t piece) {
+          const int64_t begin = piece * rows, end = std::min(n, begin + rows);
+          Scratch& own = scratch();
+          std::memcpy(aligned<input_t>(inputs_) + begin * stride, aligned<input_t>(own.inputs),
+                      (end - begin) * stride * sizeof(input_t));
+          std::copy(own.scale.data(), own.scale.data() + (end - begin), scale_.data() + begin);
+          if (source.stores) {
+            for (int64_t i = begin; i < end; ++i) {
+              std::copy(own.h.data() + (i - begin) * K, own.h.data() + (i - begin + 1) * K,
+                        source.x + source.row(i) * K);
+            }
+          }
+        });
+  }
+
+  // The product of n vectors with a matrix: change(y, count), then write(i, c, y, count) for each vector's values from
+  // c on. A few vectors every thread prepares for itself, which is cheaper than to wait for another.
+  template <class Format, class Change, class Write>
+  void product(Team::Walker& walker, const Linear& linear, const Source& source, int64_t n, const Change& change,
+               const Write& write) {
+    using input_t = typename Format::input_t;
+    const bool together = n > kPreparedAlone || source.stores;
+    if (together) prepare_together<Format>(walker, linear, source, n);
+    const Matrix<Format> matrix = linear.matrix<Format>();
+    const int64_t height = stripe_height(matrix), tiles = height + linear.N % kTileRows;
+    const int64_t bytes = kTileRows * linear.stride * static_cast<int64_t>(sizeof(typename Format::weight_t));
+    int64_t width = std::clamp<int64_t>(kPieceBytes / bytes, 4, n > kTileRows ? 16 : 4096);  // tiles of a piece
+    width = std::max(width, ceil_div(tiles, Team::kMostPieces));
+    bool prepared = together;
+    // A piece holds [n, kTileRows, width] values, of which the stripes' rows lie side by side.
+    walker.phase(
+        ceil_div(tiles, width),
+        [&](int64_t piece) {
+          Scratch& own = scratch();
+          if (!prepared) prepare<Format>(linear, source, 0, n);
+          prepared = true;
+          const Inputs<Format> inputs{aligned<input_t>(together ? inputs_ : own.inputs),
+                                      (together ? scale_ : own.scale).data()};
+          const int64_t begin = piece * width, end = std::min(tiles, begin + width);
+          float* y = sized(own.y, n * kTileRows * width);
+          multiply(matrix, begin, end, inputs, n, [&](int64_t i, int64_t stripe, int64_t tile, float value) {
+            y[(i * kTileRows + stripe) * width + tile - begin] = value;
+          });
+          for (int64_t i = 0; i < n * kTileRows; ++i) {
+            const int64_t stripe = i % kTileRows, last = stripe + 1 < kTileRows ? std::min(end, height) : end;
+            if (begin < last) change(y + i * width, last - begin);
+          }
+        },
+        [&](int64_t piece) {
+          const int64_t begin = piece * width, end = std::min(tiles, begin + width);
+          const float* y = scratch().y.data();
+          for (int64_t i = 0; i < n; ++i) {
+            for (int64_t stripe = 0; stripe < kTileRows; ++stripe, y += width) {
+              const int64_t last = stripe + 1 < kTileRows ? std::min(end, height) : end;
+              if (begin < last) write(i, stripe * height + begin, y, last - begin);
+            }
+          }
+        });
+  }
+
+  // One thread's way through a job. What it decides must follow from the work alone: a thread that comes late reads
+  // what later phases have written.
+  template <class Format>
+  void run(Team::Walker& walker, const Work& work) {
+    const DecodeWeights& w = *w_;
+    const int64_t n = work.n(), C = w.C, F = w.F, H = w.H, D = C / H, L = static_cast<int64_t>(w.blocks.size());
     using cache_t = Cache<Format>;
     cache_t* const keys = keys_.mutable_data_ptr<cache_t>();
     cache_t* const values = values_.mutable_data_ptr<cache_t>();
     const float scale = 1.0f / std::sqrt(static_cast<float>(D));
+    const auto unchanged = [](float*, int64_t) {};
+    const auto add_branch = [&](int64_t i, int64_t c, const float* y, int64_t count) {
+      at::vec::map2<float>(add, x_.data() + i * C + c, x_.data() + i * C + c, y, count);
+    };
 
     const Rows tokens(w.token_embedding), positions(w.position_embedding);
-    for (int64_t i = thread; i < n; i += threads) {
-      float* x = x_.data() + i * C;
-      const float* token = tokens.read(work.token[i], own.buffer.data());
-      std::copy(token, token + C, x);
-      const float* position = positions.read(work.position[i], own.buffer.data());
-      at::vec::map2<float>(add, x, x, position, C);
-    }
-#pragma omp barrier
-    if (!w.pre_norm) std::copy(x_.data(), x_.data() + n * C, own.h.data());
+    walker.phase(
+        ceil_div(n, kQueries),
+        [&](int64_t piece) {
+          Scratch& own = scratch();
+          float* x = sized(own.h, kQueries * C);
+          float* buffer = sized(own.buffer, C);
+          for (int64_t i = piece * kQueries; i < std::min(n, (piece + 1) * kQueries); ++i, x += C) {
+            const float* token = tokens.read(work.token[i], buffer);
+            std::copy(token, token + C, x);
+            at::vec::map2<float>(add, x, x, positions.read(work.position[i], buffer), C);
+          }
+        },
+        [&](int64_t piece) {
+          const int64_t begin = piece * kQueries, end = std::min(n, begin + kQueries);
+          std::copy(scratch().h.data(), scratch().h.data() + (end - begin) * C, x_.data() + begin * C);
+        });
 
-    for (int64_t layer = 0; layer < static_cast<int64_t>(w.blocks.size()); ++layer) {
+    // With norms after the blocks, the last norm of a block is that of what reads it next.
+    const Norm* pending = nullptr;
+    for (int64_t layer = 0; layer < L; ++layer) {
       const DecoderWeights& block = w.blocks[layer];
       const auto cached = [&](int64_t i, int64_t head) {  // where the keys, and the values, of a head begin
         return (((layer * B_ + work.row[i]) * H) + head) * S_ * D;
       };
-      const auto add_branch = [&](int64_t i, int64_t c, float y) {
-        x_[i * C + c] = (w.pre_norm ? x_[i * C + c] : own.h[i * C + c]) + y;
-      };
 
-      if (w.pre_norm) normalise(block.norm1, n, own);
-      prepare<Format>(block.qkv, own.h.data(), n, own);
-      product<Format>(block.qkv, n, own, triple, [&](int64_t i, int64_t c, float y) {
-        if (c < C) {
-          q_[i * C + c] = y * scale;
-          return;
-        }
-        const int64_t within = (c - C) % C;
-        (c < 2 * C ? keys : values)[cached(i, within / D) + work.position[i] * D + within % D] =
-            static_cast<cache_t>(y);
-      });
-#pragma omp barrier
-      for (int64_t task = heads.begin; task < heads.end; ++task) {
-        const int64_t i = task / H, head = task % H, base = cached(i, head);
-        attend_to_cache(q_.data() + i * C + head * D, keys + base, D, values + base, D, work.position[i] + 1, D,
-                        own.scratch.data(), attended_.data() + i * C + head * D);
-      }
-#pragma omp barrier
-      prepare<Format>(block.out, attended_.data(), n, own);
-      product<Format>(block.out, n, own, narrow, add_branch);
-#pragma omp barrier
-      normalise(w.pre_norm ? block.norm2 : block.norm1, n, own);
-      prepare<Format>(block.fc, own.h.data(), n, own);
-      product<Format>(block.fc, n, own, wide, [&](int64_t i, int64_t f, float y) { hidden_[i * F + f] = y; });
-      for (int64_t i = 0; i < n; ++i) {
-        activate_row(w.activation, hidden_.data() + i * F + wide.begin, wide.end - wide.begin);
-      }
-#pragma omp barrier
-      prepare<Format>(block.proj, hidden_.data(), n, own);
-      product<Format>(block.proj, n, own, narrow, add_branch);
-#pragma omp barrier
-      if (!w.pre_norm) normalise(block.norm2, n, own);
+      const Norm* first = w.pre_norm ? &block.norm1 : pending;
+      product<Format>(walker, block.qkv, {x_.data(), first, !w.pre_norm && first != nullptr}, n, unchanged,
+                      [&](int64_t i, int64_t begin, const float* y, int64_t count) {
+                        for (int64_t c = begin, end = begin + count; c < end;) {  // pieces of one head's values
+                          const int64_t part = c / C, head = c % C / D, d = c % D, length = std::min(D - d, end - c);
+                          const float* values_here = y + c - begin;
+                          if (part == 0) {
+                            float* q = q_.data() + i * C + c;
+                            for (int64_t e = 0; e < length; ++e) q[e] = values_here[e] * scale;
+                          } else {
+                            cache_t* row = (part == 1 ? keys : values) + cached(i, head) + work.position[i] * D + d;
+                            round_row(values_here, row, length);
+                          }
+                          c += length;
+                        }
+                      });
+      const int64_t groups = ceil_div(n, kQueries);
+      walker.phase(
+          groups * H,
+          [&](int64_t piece) {
+            const int64_t head = piece % H, begin = piece / H * kQueries, end = std::min(n, begin + kQueries);
+            Scratch& own = scratch();
+            float* out = sized(own.h, kQueries * D);
+            float* scores = sized(own.scores, kQueriesTogether * decode_scratch(S_, D));
+            const auto query = [&](int64_t i) { return q_.data() + i * C + head * D; };
+            for (int64_t i = begin; i < end;) {
+              const int64_t base = cached(i, head), last = i + kQueriesTogether - 1;
+              if (last < end && work.row[i] == work.row[last]) {  // a row's tokens follow one another
+                const float* const q[] = {query(i), query(i + 1), query(i + 2), query(i + 3)};
+                const int64_t* position = work.position.data() + i;
+                const int64_t lengths[] = {position[0] + 1, position[1] + 1, position[2] + 1, position[3] + 1};
+                attend_together(q, keys + base, values + base, lengths, D, scores, out + (i - begin) * D);
+                i += kQueriesTogether;
+              } else {
+                attend_to_cache(query(i), keys + base, D, values + base, D, work.position[i] + 1, D, scores,
+                                out + (i - begin) * D);
+                ++i;
+              }
+            }
+          },
+          [&](int64_t piece) {
+            const int64_t head = piece % H, begin = piece / H * kQueries, end = std::min(n, begin + kQueries);
+            const float* out = scratch().h.data();
+            for (int64_t i = begin; i < end; ++i, out += D) {
+              round_row(out, attended_.data() + i * C + head * D, D);
+            }
+          });
+      product<Format>(walker, block.out, {attended_.data()}, n, unchanged, add_branch);
+      product<Format>(
+          walker, block.fc, {x_.data(), w.pre_norm ? &block.norm2 : &block.norm1, !w.pre_norm}, n,
+          [&](float* y, int64_t count) { activate_row(w.activation, y, count); },
+          [&](int64_t i, int64_t f, const float* y, int64_t count) {
+            round_row(y, hidden_.data() + i * F + f, count);
+          });
+      product<Format>(walker, block.proj, {hidden_.data()}, n, unchanged, add_branch);
+      pending = &block.norm2;
     }
-    if (w.pre_norm) normalise(w.final_norm, n, own);
-    prepare<Format>(w.output, own.h.data(), n, own);
-    product<Format>(w.output, n, own, Share(w.V, kStreams, thread, threads),
-                    [&](int64_t i, int64_t v, float y) { logits_[i * w.V + v] = y; });
-#pragma omp barrier
-    for (int64_t i = thread; i < n; i += threads) {
-      std::copy(logits_.data() + i * w.V, logits_.data() + (i + 1) * w.V, own.logits.data());
-      drawn_[i] =
-          own.sampler.draw(own.logits.data(), w.V, work.sampling, row_marks(work.seen, work.row[i]), work.row[i]);
-    }
+
+    const int64_t m = static_cast<int64_t>(work.ends.size());
+    product<Format>(walker, w.output, {x_.data(), w.pre_norm ? &w.final_norm : pending, false, work.ends.data()}, m,
+                    unchanged, [&](int64_t i, int64_t v, const float* y, int64_t count) {
+                      round_row(y, logits_.data() + i * w.V + v, count);
+                    });
+    int64_t drawn = 0;
+    walker.phase(
+        work.draws ? m : 0,
+        [&](int64_t i) {
+          Scratch& own = scratch();
+          float* logits = sized(own.y, w.V);
+          std::copy(logits_.data() + i * w.V, logits_.data() + (i + 1) * w.V, logits);
+          drawn = own.sampler.draw(logits, w.V, work.sampling, row_marks(work.seen, work.row[i]), work.row[i]);
+        },
+        [&](int64_t i) { drawn_[i] = drawn; });
   }
 
-  // A layer's five barriers are worth another thread from about kBytesPerThread of weights on.
+  // Another thread is worth waking from about kBytesPerThread of weights in a layer on.
   int threads_for(int64_t n) const {
+    static const int usable = usable_cpus();
     const int64_t layers = std::max<int64_t>(1, static_cast<int64_t>(w_->blocks.size()));
     const int64_t useful = w_->bytes() / layers * n / kBytesPerThread;
-    return static_cast<int>(std::clamp<int64_t>(useful, 1, at::get_num_threads()));
+    return static_cast<int>(std::clamp<int64_t>(useful, 1, std::min(at::get_num_threads(), usable)));
   }
 
   const uint8_t* row_marks(const uint8_t* seen, int64_t row) const {
@@ -326,9 +517,11 @@ class DecodeSession {
   std::shared_ptr<const DecodeWeights> w_;
   Tensor keys_, values_;
   int64_t B_ = 0, S_ = 0, n_ = 0;  // sequences, positions; rows of the last step
-  std::vector<float> x_, q_, attended_, hidden_, logits_;
+  int64_t capacity_ = 0;           // vectors that the next seven have room for
+  std::vector<float> x_, q_, attended_, hidden_, scale_, logits_;
+  std::vector<char> inputs_;
   std::vector<int64_t> drawn_;
-  std::vector<Private> private_;
+  std::vector<Team::Running> jobs_;  // that other threads may still be in
   mutable std::atomic<bool> in_use_{false};
 };
 
@@ -360,6 +553,8 @@ const Binding binding([](py::module_& m) {
            py::arg("seen") = py::none(), py::call_guard<py::gil_scoped_release>())
       .def("draw", &DecodeSession::draw, py::arg("logits"), py::arg("rows"), py::arg("sampling"),
            py::arg("seen") = py::none(), py::call_guard<py::gil_scoped_release>())
+      .def("prefill", &DecodeSession::prefill, py::arg("tokens"), py::arg("positions"), py::arg("rows"),
+           py::arg("ends"), py::call_guard<py::gil_scoped_release>())
       .def("logits", &DecodeSession::logits);
 });
 

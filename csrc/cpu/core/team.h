@@ -1,0 +1,289 @@
+// Threads that share the phases of a job piece by piece, so that none waits for one that the system has put aside.
+//
+// A job is a sequence of phases, and a phase is a number of pieces. Every thread of the job walks through all phases
+// and claims pieces while there are any: those of its own share from the first to the last, so that it reads memory
+// from one end to the other, and then what others have left of theirs. A piece is computed into memory of the thread's
+// own and committed to shared memory by exactly one thread. A thread that finds no piece left waits for those of others
+// for a while, and then computes them too: whoever is first commits, the other one's result is dropped. So a suspended
+// thread delays its job only while it commits. A thread that comes late, or is suspended in the middle, passes the
+// phases that are over.
+//
+// What a piece reads may be overwritten by a later phase if its thread was suspended: its result is then dropped, and
+// what it reads has to stay allocated, which `Team::finish` waits for.
+#pragma once
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <fstream>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace gpt_fast {
+
+inline void pause_briefly() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// CPUs that the process may use: those of its affinity, and no more than its control group's quota grants.
+inline int usable_cpus() {
+  cpu_set_t set;
+  int count = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+  double quota = -1.0, period = -1.0;
+  std::ifstream unified("/sys/fs/cgroup/cpu.max");  // "max 100000" without a quota, which reads as no number
+  if (unified >> quota >> period) {
+  } else {
+    std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") >> quota;  // -1 without a quota
+    std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_period_us") >> period;
+  }
+  if (quota > 0.0 && period > 0.0) count = std::min(count, static_cast<int>(quota / period + 0.999));
+  return std::max(count, 1);
+}
+
+class Team {
+  using Clock = std::chrono::steady_clock;
+
+ public:
+  class Walker;
+  using Job = std::function<void(Walker&)>;
+
+  // One thread's way through the phases of a job.
+  class Walker {
+   public:
+    // Computes and commits the pieces 0 to `pieces`, at most kMostPieces, together with the other threads of the job.
+    // Returns when all are committed. Every thread calls it with the same number.
+    template <class Compute, class Commit>
+    void phase(int64_t pieces, const Compute& compute, const Commit& commit) {
+      if (team_ == nullptr) {
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+          compute(piece);
+          commit(piece);
+        }
+        return;
+      }
+      const uint64_t id = id_++;
+      if (pieces == 0) {
+        team_->pass(id);
+        return;
+      }
+      auto began = Clock::now();
+      auto last = Clock::duration::zero();
+      for (int64_t piece; (piece = team_->claim(id, share_, shares_, pieces)) >= 0;) {
+        compute(piece);
+        if (team_->begin_commit(id, piece)) {
+          commit(piece);
+          team_->end_commit(id, piece);
+        }
+        const auto now = Clock::now();
+        last = now - began;
+        began = now;
+      }
+      const auto patience = 2 * last + kPatience;
+      int64_t turn = 0, committed = 0;
+      while (!team_->finish_phase(id, committed, pieces)) {
+        pause_briefly();
+        if (++turn % 64 != 0 || Clock::now() - began < patience) continue;
+        for (int64_t piece = pieces - 1; piece >= committed && !team_->is_over(id); --piece) {
+          if (team_->is_committing(id, piece)) continue;
+          compute(piece);
+          if (team_->begin_commit(id, piece)) {
+            commit(piece);
+            team_->end_commit(id, piece);
+          }
+        }
+        began = Clock::now();
+      }
+    }
+
+   private:
+    friend class Team;
+    Walker(Team* team, uint64_t id, int share, int shares) : team_(team), id_(id), share_(share), shares_(shares) {}
+    Team* const team_;  // null: the thread is alone
+    uint64_t id_;       // of the next phase
+    const int share_, shares_;
+  };
+
+  // A job that other threads may still be in.
+  class Running {
+   public:
+    // Whether no other thread is in the job. Of a process that was forked away no thread is.
+    bool is_over() const { return job_.use_count() <= 1 || team_ != &instance(); }
+
+    void finish() const {
+      while (!is_over()) std::this_thread::yield();
+      std::atomic_thread_fence(std::memory_order_acquire);
+    }
+
+   private:
+    friend class Team;
+    Running() = default;
+    Running(const Team* team, std::shared_ptr<const Job> job) : team_(team), job_(std::move(job)) {}
+    const Team* team_ = nullptr;
+    std::shared_ptr<const Job> job_;
+  };
+
+  static constexpr int64_t kMostPieces = 4096;
+
+  // The process's team; after a fork, a new one in the child, which has none of the threads.
+  static Team& instance() {
+    static Team* team = new Team;  // never destroyed: its threads may outlive static objects
+    static const int registered = pthread_atfork(nullptr, nullptr, [] { forked() = true; });
+    (void)registered;
+    if (forked().exchange(false)) team = new Team;
+    return *team;
+  }
+
+  // Runs the job on this thread and up to `threads` - 1 others. A team serves one job at a time: a second caller runs
+  // its job alone. Returns what `finish` waits for.
+  Running run(int threads, Job given) {
+    std::unique_lock<std::mutex> turn(turn_, std::defer_lock);
+    if (threads <= 1 || !turn.try_lock()) {
+      Walker alone(nullptr, 0, 0, 1);
+      given(alone);
+      return {};
+    }
+    auto job = std::make_shared<const Job>(std::move(given));
+    threads = std::min(threads, kMostThreads);
+    const uint64_t first = phase_.load(std::memory_order_acquire);
+    {
+      const std::lock_guard<std::mutex> guard(mutex_);
+      job_ = job;
+      first_ = first;
+      threads_ = threads;
+      try {
+        for (; threads_started_ < threads - 1; ++threads_started_) {
+          std::thread([this, number = threads_started_ + 1] { serve(number); }).detach();
+        }
+      } catch (const std::system_error&) {  // the system has no more threads: those that there are serve
+      }
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    if (sleeping_.load(std::memory_order_seq_cst) > 0) woken_.notify_all();
+    Walker walker(this, first, 0, threads);
+    (*job)(walker);
+    {
+      const std::lock_guard<std::mutex> guard(mutex_);
+      job_ = nullptr;
+    }
+    return {this, job};
+  }
+
+ private:
+  static constexpr int kPieceBits = 16;
+  static constexpr int kMostThreads = 256;
+  static constexpr auto kPatience = std::chrono::microseconds(30);
+  static constexpr auto kAwake = std::chrono::microseconds(300);  // how long a thread looks out for the next job
+  enum : uint64_t { kCommitting = 1, kCommitted = 2 };
+
+  Team() : tickets_(kMostThreads), states_(kMostPieces) {}
+
+  static std::atomic<bool>& forked() {
+    static std::atomic<bool> flag{false};
+    return flag;
+  }
+
+  // A piece of phase `id` that nobody has claimed, or -1: first of the thread's own share, then of those after it.
+  int64_t claim(uint64_t id, int share, int shares, int64_t pieces) {
+    for (int i = 0; i < shares; ++i) {
+      const int from = (share + i) % shares;
+      const int64_t begin = from * pieces / shares, end = (from + 1) * pieces / shares;
+      std::atomic<uint64_t>& ticket = tickets_[from].value;
+      uint64_t seen = ticket.load(std::memory_order_acquire);
+      while (begin < end) {
+        const uint64_t phase = seen >> kPieceBits;
+        const int64_t next = phase == id ? static_cast<int64_t>(seen & ((1u << kPieceBits) - 1)) : begin;
+        if (phase > id || next >= end) break;  // of a phase that is over every ticket is at its end, or further
+        if (ticket.compare_exchange_weak(seen, id << kPieceBits | static_cast<uint64_t>(next + 1),
+                                         std::memory_order_acq_rel)) {
+          return next;
+        }
+      }
+      if (is_over(id)) return -1;
+    }
+    return -1;
+  }
+
+  bool is_over(uint64_t id) const { return phase_.load(std::memory_order_acquire) != id; }
+
+  bool is_committing(uint64_t id, int64_t piece) const {
+    return states_[piece].load(std::memory_order_relaxed) >= (id << 2 | kCommitting);
+  }
+
+  // Whether the calling thread is the one to commit the piece. States only grow, so that of an earlier phase, whose
+  // pieces were all committed, no thread can begin a commit any more.
+  bool begin_commit(uint64_t id, int64_t piece) {
+    uint64_t state = states_[piece].load(std::memory_order_acquire);
+    return state < (id << 2 | kCommitting) &&
+           states_[piece].compare_exchange_strong(state, id << 2 | kCommitting, std::memory_order_acq_rel);
+  }
+
+  void end_commit(uint64_t id, int64_t piece) { states_[piece].store(id << 2 | kCommitted, std::memory_order_release); }
+
+  // Whether the phase is over, which whoever sees all pieces committed decides. `committed` counts those seen so far.
+  bool finish_phase(uint64_t id, int64_t& committed, int64_t pieces) {
+    while (committed < pieces && states_[committed].load(std::memory_order_acquire) == (id << 2 | kCommitted)) {
+      ++committed;
+    }
+    if (committed == pieces) phase_.compare_exchange_strong(id, id + 1, std::memory_order_acq_rel);
+    return committed == pieces || is_over(id);
+  }
+
+  // A phase without pieces is over when the first thread comes to it.
+  void pass(uint64_t id) { phase_.compare_exchange_strong(id, id + 1, std::memory_order_acq_rel); }
+
+  void serve(int number) {
+    uint64_t seen = 0;
+    while (true) {
+      const auto began = Clock::now();
+      for (int64_t turn = 1; generation_.load(std::memory_order_acquire) == seen; ++turn) {
+        pause_briefly();
+        if (turn % 64 != 0 || Clock::now() - began < kAwake) continue;
+        std::unique_lock<std::mutex> lock(mutex_);
+        sleeping_.fetch_add(1, std::memory_order_seq_cst);
+        woken_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
+        sleeping_.fetch_sub(1, std::memory_order_seq_cst);
+      }
+      std::shared_ptr<const Job> job;
+      uint64_t first = 0;
+      int threads = 0;
+      {
+        const std::lock_guard<std::mutex> guard(mutex_);
+        seen = generation_.load(std::memory_order_acquire);
+        threads = threads_;
+        if (number < threads) job = job_;
+        first = first_;
+      }
+      if (job == nullptr) continue;
+      Walker walker(this, first, number, threads);
+      (*job)(walker);
+    }
+  }
+
+  std::mutex turn_, mutex_;
+  std::condition_variable woken_;
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<int> sleeping_{0};
+  std::shared_ptr<const Job> job_;  // with the next three, under mutex_
+  uint64_t first_ = 0;
+  int threads_ = 0, threads_started_ = 0;  // of the job, its caller too; of those that serve
+
+  struct alignas(64) Ticket {
+    std::atomic<uint64_t> value{0};  // a phase, and the next piece of a share of it
+  };
+  alignas(64) std::atomic<uint64_t> phase_{1};
+  std::vector<Ticket> tickets_;                // of each share
+  std::vector<std::atomic<uint64_t>> states_;  // of pieces: phase, and kCommitting or kCommitted
+};
+
+}  // namespace gpt_fast
