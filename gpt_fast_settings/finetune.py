@@ -82,7 +82,43 @@ class FinetuneSettings(TrainingSettings):
         "Give the classifier no bias, as transformers' has none, so that gpt-fast convert can turn the run into its.",
         panel=TRAINING,
     )
+    class_weights: str | None = option(
+        None,
+        "Weigh each class in the loss: balanced, inversely to its rows, or numbers in the order of the classes. For "
+        "several labels a row, what the rows that have a label count for.",
+        panel=TRAINING,
+        metavar="balanced|W,W,…",
+    )
+    freeze: str | None = option(
+        None,
+        "Train nothing of the trunk, of the embeddings, or of the embeddings and the first N decoders.",
+        panel=TRAINING,
+        metavar="trunk|embeddings|N",
+    )
+    layer_decay: float = option(
+        1.0,
+        "Each decoder's rate is this times that of the one above, and the embeddings' this times the first one's.",
+        panel=TRAINING,
+        gt=0,
+        le=1,
+    )
     epochs: Count = option(3, "Passes over the table. --resume takes more than before.", panel=TRAINING, resume="more")
+    patience: Count | None = option(
+        None,
+        "End after so many validations in a row without a better one; without it all epochs are trained.",
+        panel=TRAINING,
+        resume="free",
+    )
+    metric: str | None = option(
+        None,
+        "What validation chooses the best weights by, and --patience waits for: accuracy, macro_f1, micro_f1, "
+        "matthews, mse, pearson, spearman or loss, by the task. Without it accuracy, mse or loss.",
+        panel=TRAINING,
+        metavar="NAME",
+    )
+    valid_every: Count | None = option(
+        None, "Updates between validations; a fifth of all unless given.", panel=TRAINING, resume="free"
+    )
     batch_size: Count = option(32, "Rows in an update.", panel=TRAINING)
     lr: NotNegative | None = option(
         None, "Peak learning rate; 6.25e-5, a quarter of pre-training's for models without a preset.", panel=TRAINING

@@ -22,8 +22,10 @@ from ..data.stream import mix
 from ..data.tables import Table
 from ..data.tokenizer import load_tokenizer
 from ..heads import GPTForCausalLM, GPTForSequenceClassification, Head
+from ..heads.classifiers import TaskHead
 from ..interrupts import Stop
 from ..model_folder import read_config
+from . import adaptation
 from .engine.optimizer import schedule
 from .metrics import Metrics, confusion_matrix, predictions
 from .plots import plot_confusion, plot_task
@@ -32,7 +34,16 @@ from .runs.folder import check_run, read_metrics, with_special_tokens
 from .runs.load import load_head
 from .runs.recipes import finetuning_lr
 from .table_examples import examples, label_names, label_rule, read_tables, remarks
-from .tasks import EVALUATION_BATCH, TaskSettings, better, new_model, score, task_settings, written_metrics
+from .tasks import (
+    EVALUATION_BATCH,
+    TaskSettings,
+    better,
+    metric_of,
+    new_model,
+    score,
+    task_settings,
+    written_metrics,
+)
 
 FEW_UPDATES = 50  # with fewer, the user gets a remark
 
@@ -60,18 +71,30 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
     settings = session.settings.changed(lr=lr)
     session = replace(session, settings=settings)
     task = task_of(settings)
+    metric = metric_of(task, settings.metric)
+    pretrained_as, config = read_config(source)
+    adaptation.check(settings, task, config)
     options = row_options(settings.columns, settings.skip_ragged)
     train, valid, task = read_tables(settings.train, settings.valid, task, settings.seed, options)
     names = label_names(train, task)
     if settings.rows is not None:
         train = some_rows(train, settings.rows, settings.seed)
     tokenizer = load_tokenizer(source)
-    pretrained_as, _ = read_config(source)
     # A masked model has not learned to predict the next token, and λ would make it do that above all.
-    lm_weight = 0.0 if task.writes or pretrained_as == "GPTForMaskedLM" else settings.lm_weight
+    without_lm = task.writes or pretrained_as == "GPTForMaskedLM" or settings.freeze == "trunk"
+    lm_weight = 0.0 if without_lm else settings.lm_weight
+    if settings.freeze == "trunk" and settings.lm_weight:
+        session.say("--freeze trunk: nothing of the language model is trained, so its loss is left out (--lm-weight 0)")
     make = fresh if settings.scratch else pretrained
     model = session.make_model(partial(new_model, task, make, source, lm_weight, names, not settings.convertible))
     rows, valid_rows = (examples(table, task, names, tokenizer, model.config) for table in (train, valid))
+    if settings.freeze is not None:
+        adaptation.freeze(model, settings.freeze)
+    if settings.class_weights is not None and isinstance(model, TaskHead):
+        weights = adaptation.class_weights(settings.class_weights, names, [int(row.target) for row in rows])
+        model.weigh_classes(weights)
+        shown = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(names, weights, strict=True))
+        session.say(f"class weights: {shown}")
     steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
     _tell(train, valid, rows, label_rule(names, task), model.config.seq_len, steps, session.say)
 
@@ -101,7 +124,9 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
         validations=5,
         identity=identity(rows),
         record=origin,
-        better=partial(better, task),
+        better=partial(better, metric),
+        valid_every=settings.valid_every,
+        patience=settings.patience,
     )  # fmt: skip
     loop.run()
     best = loop.state.best_metrics
@@ -112,6 +137,8 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
         "epochs": settings.epochs,
         "lm_weight": lm_weight,
         "best_step": best["step"],
+        "last_step": loop.state.step,
+        "metric": metric,
     }
     record |= session.facts(loop)
     record |= {name: value for name, value in best.items() if name.startswith(("valid_", "majority_", "mean_"))}

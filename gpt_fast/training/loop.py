@@ -87,6 +87,7 @@ class LoopSettings:
     flops_per_token: float = 0.0
     tensorboard: bool = False
     profile: bool = False
+    patience: int | None = None  # validations in a row that may pass without a better one
 
 
 @dataclass
@@ -105,17 +106,24 @@ class LoopState:
     line: Metrics = field(default_factory=dict)  # the last one
     best: list[float] | None = None  # the key of the best validation
     best_metrics: Metrics = field(default_factory=dict)
+    stale: int = 0  # validations since the best one
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LoopState:
         return cls(**(values | {"spikes": Spikes(**values["spikes"])}))
 
 
-def intervals(steps: int, validations: int, log_every: int | None = None) -> dict[str, int]:
-    """`log_every` for some fifty lines, or one every hundred updates of a long run, and `valid_every` as a multiple of
-    it, so that every line of metrics.jsonl covers the same number of updates."""
+def intervals(
+    steps: int, validations: int, log_every: int | None = None, valid_every: int | None = None
+) -> dict[str, int]:
+    """Return `log_every` for some fifty lines, or one every hundred updates of a long run, and `valid_every`.
+
+    Unless it is given, the latter is a multiple of `log_every`, so that every line of metrics.jsonl covers the same
+    number of updates.
+    """
     log_every = log_every if log_every is not None else min(100, max(1, steps // 50))
-    return {"log_every": log_every, "valid_every": log_every * max(1, round(steps / validations / log_every))}
+    regular = log_every * max(1, round(steps / validations / log_every))
+    return {"log_every": log_every, "valid_every": regular if valid_every is None else valid_every}
 
 
 @dataclass
@@ -129,7 +137,7 @@ class Loop:
 
     An update whose loss or gradient is not finite changes nothing and is counted; more than `max_skips` in a row are an
     error, and the batch that began them is saved. With `better`, a key that is larger the better, the weights of the
-    best validation are kept in best/.
+    best validation are kept in best/, and `patience` ends the run after so many validations without a better one.
     """
 
     engine: Engine
@@ -183,18 +191,23 @@ class Loop:
                 file.truncate(self.state.metrics_bytes)
 
     def run(self) -> Metrics:
-        settings, state, world = self.settings, self.state, self.engine.world
-        sent = self._send() if state.step < settings.steps else None  # what is wrong with data shows here
+        state, settings, world = self.state, self.settings, self.engine.world
+        sent = self._send() if self._continues() else None  # what is wrong with data shows here
         if world.first:
             self.run_folder.publish()
         world.wait()
         self.stop.deferred = True
         try:
             with self._trace() as profiler:
-                while state.step < settings.steps:
+                while self._continues():
                     sent = self._update(sent or self._send())
                     if profiler is not None:
                         profiler.step()
+            if state.step < settings.steps:
+                self.say(
+                    f"ended after update {state.step:,} of {settings.steps:,}: none of the last {state.stale} "
+                    f"validations was better than that of update {int(state.best_metrics['step']):,}"
+                )
             self._save_last()
             return state.line
         finally:
@@ -204,9 +217,14 @@ class Loop:
                 self._write_tensorboard(lambda folder: writer.close())
                 writer.release()
 
+    def _continues(self) -> bool:
+        """Return True if an update is left, and validations did not stop getting better."""
+        patience = self.settings.patience
+        return self.state.step < self.settings.steps and (patience is None or self.state.stale < patience)
+
     def _trace(self) -> AbstractContextManager[Any]:
         """Return the profiler of the updates to come, or a context of None. One rank's trace shows what all do."""
-        updates = self.settings.steps - self.state.step
+        updates = self.settings.steps - self.state.step if self._continues() else 0
         if not self.settings.profile or not self.engine.world.first or updates == 0:
             return nullcontext()
         return trace(self.run_folder.folder, updates, self.say)
@@ -333,6 +351,9 @@ class Loop:
             model = self.engine.whole_model()
             if self.engine.world.first:
                 model.save_pretrained(self.run_folder.folder / "best")
+            self.state.stale = 0
+        else:
+            self.state.stale += 1
 
     def _write_tensorboard(self, write: Callable[[Path], object]) -> None:
         """Call `write(folder)` unless TensorBoard is off or has failed before: one warning is enough for a run."""

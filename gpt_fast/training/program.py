@@ -80,6 +80,8 @@ class Session(Generic[S]):
         record: Record,
         better: Callable[[Metrics], Sequence[float]] | None = None,
         flops_per_token: Callable[[], float] | None = None,
+        valid_every: int | None = None,
+        patience: int | None = None,
     ) -> Loop:
         """Return the loop, at its beginning or at the checkpoint that it resumes from.
 
@@ -92,12 +94,13 @@ class Session(Generic[S]):
             steps,
             lr,
             schedule,
-            **intervals(steps, validations, settings.log_every),
+            **intervals(steps, validations, settings.log_every, valid_every),
             checkpoint_every=settings.checkpoint_every,
             keep=settings.keep_checkpoints,
             max_skips=settings.max_skips,
             tensorboard=settings.tensorboard,
             profile=settings.profile,
+            patience=patience,
             peak_flops=throughput.peak_flops(engine.device, PRECISIONS[settings.precision])
             if flops_per_token
             else None,

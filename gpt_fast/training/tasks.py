@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,24 +31,31 @@ from .runs.folder import read_record, special_token
 EVALUATION_BATCH = 64
 
 
+# What validation may choose by, the default first, which the picture shows.
+_OF_CLASSES = ("accuracy", "macro_f1", "micro_f1", "matthews", "loss")
+_OF_NUMBERS = ("mse", "pearson", "spearman")
+_OF_TEXTS = ("loss",)
+_SMALLER_IS_BETTER = ("loss", "mse")
+
+
 @dataclass(frozen=True)
 class Task:
     """`columns` are the defaults of --text-column, --pair-column and --label-column; "" where a task has no pair."""
 
     head: type[Head]
     columns: tuple[str, str, str]
-    score: str  # what validation chooses by, and the picture shows
+    scores: tuple[str, ...] = _OF_CLASSES
     numbers: bool = False
 
 
 TASKS: dict[str, Task] = {
-    "classification": Task(GPTForSequenceClassification, ("text", "", "label"), "accuracy"),
-    "entailment": Task(GPTForSequenceClassification, ("premise", "hypothesis", "label"), "accuracy"),
-    "similarity": Task(GPTForSimilarity, ("sentence1", "sentence2", "label"), "accuracy"),
-    "multiple-choice": Task(GPTForMultipleChoice, ("question", "choices", "answer"), "accuracy"),
-    "regression": Task(GPTForSequenceClassification, ("text", "", "label"), "mse", numbers=True),
-    "generation": Task(GPTForCausalLM, ("prompt", "", "answer"), "loss"),
-    "question-answering": Task(GPTForCausalLM, ("context", "question", "answer"), "loss"),
+    "classification": Task(GPTForSequenceClassification, ("text", "", "label")),
+    "entailment": Task(GPTForSequenceClassification, ("premise", "hypothesis", "label")),
+    "similarity": Task(GPTForSimilarity, ("sentence1", "sentence2", "label")),
+    "multiple-choice": Task(GPTForMultipleChoice, ("question", "choices", "answer")),
+    "regression": Task(GPTForSequenceClassification, ("text", "", "label"), _OF_NUMBERS, numbers=True),
+    "generation": Task(GPTForCausalLM, ("prompt", "", "answer"), _OF_TEXTS),
+    "question-answering": Task(GPTForCausalLM, ("context", "question", "answer"), _OF_TEXTS),
 }
 
 
@@ -76,6 +84,11 @@ class TaskSettings:
     @property
     def classifies(self) -> bool:
         return not self.numbers and not self.writes
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """What validation may choose by, the default first."""
+        return _OF_NUMBERS if self.numbers else self.task.scores
 
 
 def task_settings(
@@ -151,11 +164,21 @@ def score(model: Head, rows: Sequence[Example], task: TaskSettings, answer_bytes
     return classification_metrics(logits, wanted.long())
 
 
-def better(task: TaskSettings, line: Metrics) -> tuple[float, ...]:
-    """Larger is better: accuracy, and of equals the lower loss; or a loss's negative."""
-    if task.classifies:
-        return line["valid_accuracy"], -line["valid_loss"]
-    return (-line[f"valid_{task.task.score if task.writes else 'mse'}"],)
+def metric_of(task: TaskSettings, name: str | None) -> str:
+    """Return what validation chooses by, `name` or the task's own. Raise `ValueError` for what is not measured."""
+    if name is None:
+        return task.scores[0]
+    if name not in task.scores:
+        raise ValueError(f"--metric {name}: {task.name} does not measure it; expected {' or '.join(task.scores)}")
+    return name
+
+
+def better(metric: str, line: Metrics) -> tuple[float, float]:
+    """Return a key that is larger the better: the metric, and of equals the lower loss. A correlation that does not
+    exist is worse than any other."""
+    sign = -1 if metric in _SMALLER_IS_BETTER else 1
+    value = sign * line.get(f"valid_{metric}", math.nan)
+    return value if value == value else -math.inf, -line.get("valid_loss", 0.0)
 
 
 def answers(

@@ -74,6 +74,8 @@ class Record(Schema):
     steps: Count = 0
     epochs: Count = 0
     best_step: Count | None = None
+    last_step: Count | None = None
+    metric: str | None = None
     parameters: Count = 0
     train_loss: Finite | None = None
     unigram_entropy: Finite | None = None
@@ -122,6 +124,7 @@ class State(Schema):
     line: dict[str, float]
     best: list[float] | None
     best_metrics: dict[str, float]
+    stale: Count = 0
     data: dict[str, int]
     record: Record = Field(default_factory=lambda: Record.model_validate({}))
 

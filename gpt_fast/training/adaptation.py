@@ -1,0 +1,86 @@
+"""How fine-tuning treats the pre-trained weights and the classes: which are frozen, and what each class counts for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from gpt_fast_settings.finetune import FinetuneSettings
+
+from ..config import GPTConfig
+from ..data.labels import number
+from ..heads import Head
+from .tasks import TaskSettings
+
+
+def check(settings: FinetuneSettings, task: TaskSettings, config: GPTConfig) -> None:
+    """Raise `ValueError` for options that the task, the model or another option contradicts. No data is read."""
+    _check_freeze(settings, task, config)
+    _check_class_weights(settings, task)
+
+
+def _check_freeze(settings: FinetuneSettings, task: TaskSettings, config: GPTConfig) -> None:
+    frozen = settings.freeze
+    if frozen is None:
+        return
+    if settings.scratch:
+        raise ValueError(f"--freeze {frozen}: --scratch draws the weights anew; expected one of the two")
+    if frozen == "trunk":
+        if task.writes:
+            raise ValueError(
+                f"--freeze trunk: {task.name} has no head of its own to train; expected embeddings or a number"
+            )
+        return
+    L = config.num_layers
+    if frozen != "embeddings" and not (frozen.isascii() and frozen.isdigit() and 0 < int(frozen) <= L):
+        raise ValueError(
+            f"--freeze {frozen}: {settings.source} has {L} decoders; expected trunk, embeddings or 1 to {L}"
+        )
+
+
+def freeze(model: Head, what: str) -> None:
+    """Freeze the trunk and an output layer, the embeddings, or the embeddings and so many decoders."""
+    modules: list[nn.Module] = [model.trunk.token_emb, *model.trunk.decoders[: int(what) if what.isdigit() else 0]]
+    if what == "trunk":
+        modules = [model.trunk, *([model.output_layer] if hasattr(model, "output_layer") else [])]
+    model.trunk.pos_emb.requires_grad_(False)
+    for module in modules:
+        module.requires_grad_(False)
+
+
+def _check_class_weights(settings: FinetuneSettings, task: TaskSettings) -> None:
+    given = settings.class_weights
+    if given is None:
+        return
+    if not task.classifies or task.name == "multiple-choice":
+        raise ValueError(f"--class-weights {given}: {task.name} has no classes; leave it out")
+    values = [] if given == "balanced" else [number(part.strip()) for part in given.split(",")]
+    if any(value is None or value < 0 for value in values):
+        raise ValueError(
+            f"--class-weights {given}: expected balanced, or numbers of 0 or more with commas between them"
+        )
+    if given != "balanced" and task.labels and len(values) != len(task.labels):
+        _refuse_number(given, task.labels)
+
+
+def class_weights(given: str, names: Sequence[str], targets: Sequence[int]) -> list[float]:
+    """Return the weight of each class: the numbers that the user gave, or N / (K · rows of the class) as scikit-learn's
+    "balanced" has it. K counts the classes that have rows; a class without any weighs 1."""
+    if given != "balanced":
+        weights = [float(part) for part in given.split(",")]
+        if len(weights) != len(names):
+            _refuse_number(given, names)
+        return weights
+    rows = [0] * len(names)
+    for target in targets:
+        rows[target] += 1
+    share = len(targets) / sum(count > 0 for count in rows)
+    return [share / count if count else 1.0 for count in rows]
+
+
+def _refuse_number(given: str, names: Sequence[str]) -> None:
+    raise ValueError(
+        f"--class-weights {given}: the classes are {', '.join(names[:12])}{', …' if len(names) > 12 else ''}; "
+        f"expected {len(names)} numbers in this order"
+    )

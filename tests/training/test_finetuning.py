@@ -1,0 +1,237 @@
+"""What fine-tuning offers beside its recipe: early stopping, class weights, frozen layers, rates by layer."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gpt_fast import GPTConfig, GPTForMultipleChoice, GPTForSequenceClassification, GPTForTokenClassification
+from gpt_fast.data.batches import Batch
+from gpt_fast.training import adaptation, finetune, pretrain, tasks
+from gpt_fast.training.engine.update import Engine, EngineSettings
+from gpt_fast.training.runs.folder import read_metrics, read_record
+from gpt_fast.training.runs.load import load_run
+from gpt_fast_settings.finetune import FinetuneSettings
+from gpt_fast_settings.pretrain import PretrainSettings
+from tests import numerics
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZES = {"num_tokens": 40, "hidden_dim": 16, "num_heads": 2, "num_layers": 3, "seq_len": 16, "dropout": 0.0}
+
+
+def ignore(*_: object) -> None:
+    """Stands for a display."""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finetuning")
+    (folder / "text.txt").write_text("".join(f"the {'red' if i % 3 else 'blue'} fox {i % 7}\n" for i in range(300)))
+    settings = PretrainSettings(
+        out=folder / "lm", data=(folder / "text.txt",), tokenizer="byte", layers=3, heads=2, dim=16, seq_len=24,
+        steps=4, batch_size=4,
+    )  # fmt: skip
+    pretrain.pretrain(settings, ignore, ignore)
+    return folder / "lm"
+
+
+@pytest.fixture
+def table(tmp_path) -> Path:
+    """Forty rows, three of four red."""
+    path = tmp_path / "t.jsonl"
+    rows = [
+        {"text": f"the {'red' if i % 4 else 'blue'} fox {i}", "label": "warm" if i % 4 else "cold"} for i in range(40)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(source: Path, table: Path, out: Path, say=ignore, **options) -> dict:
+    given = {"epochs": 1, "batch_size": 4, "lr": 1e-3} | options
+    return finetune.finetune(FinetuneSettings(source=source, train=table, out=out, **given), ignore, say)
+
+
+# --- early stopping ---
+
+
+def test_a_run_ends_where_validations_stop_getting_better(source, table, tmp_path, monkeypatch):
+    """After two that are not, by the metric that the user names; and a longer run with more patience resumes it."""
+    scores = [0.2, 0.9, 0.9, 0.3, 0.5, 0.95, 0.1, 0.1, 0.1, 0.1]
+    called = []
+
+    def validation(*_):
+        called.append(1)
+        accuracy = {"valid_accuracy": len(called), "majority_accuracy": 0.1}
+        return {"valid_macro_f1": scores[len(called) - 1], "valid_loss": 1.0} | accuracy
+
+    monkeypatch.setattr(finetune, "validation", validation)
+    said = []
+    options = {"metric": "macro_f1", "valid_every": 2, "patience": 2}
+    record = run(source, table, tmp_path / "run", said.append, epochs=3, **options)
+    assert (record["best_step"], record["last_step"], record["metric"]) == (4, 8, "macro_f1")
+    assert [line["step"] for line in read_metrics(tmp_path / "run") if "valid_loss" in line] == [2, 4, 6, 8]
+    assert "ended after update 8 of 27: none of the last 2 validations was better than that of update 4" in said
+    longer = options | {"patience": 4, "epochs": 4, "resume": True}
+    record = run(source, table, tmp_path / "run", **longer)
+    assert (record["best_step"], record["last_step"]) == (12, 20)
+    assert read_record(tmp_path / "run")["valid_macro_f1"] == 0.95
+
+
+def test_which_validation_is_better():
+    """Larger for a score, smaller for an error; of equals the lower loss; a correlation that does not exist is last."""
+    lines = [
+        {"valid_accuracy": 0.5, "valid_loss": 2.0, "valid_mse": 1.0},
+        {"valid_accuracy": 0.5, "valid_loss": 1.0, "valid_mse": 2.0, "valid_pearson": -0.9},
+    ]
+    for metric, best in (("accuracy", 1), ("loss", 1), ("mse", 0), ("pearson", 1)):
+        assert max((0, 1), key=lambda i: tasks.better(metric, lines[i])) == best, metric
+
+
+def test_a_metric_that_the_task_does_not_measure(source, tmp_path):
+    """Told before any table is read."""
+    with pytest.raises(
+        ValueError, match="--metric mse: classification does not measure it; expected accuracy or macro"
+    ):
+        run(source, tmp_path / "none.csv", tmp_path / "run", metric="mse")
+
+
+# --- class weights ---
+
+
+def make(head=GPTForSequenceClassification, **options):
+    torch.manual_seed(0)
+    return head(GPTConfig.preset("gpt2", **SIZES, pad_token=0, classifier_dropout=0.0, num_labels=3, **options))
+
+
+def rows(B: int = 6) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(1, 40, (B, 9), generator=generator)
+    return Batch(tokens, torch.arange(B) % 3, torch.full((B,), 9), weight=B)
+
+
+WEIGHTS = (0.1, 0.02, 0.3)
+
+
+def test_weighted_classes_are_those_of_torch():
+    model, batch = make(), rows()
+    plain = model(batch.tokens, batch.labels, lengths=batch.lengths)
+    assert torch.equal(plain.loss, nn.functional.cross_entropy(plain.logits, batch.labels))
+    model.weigh_classes(WEIGHTS)
+    loss, logits = model(batch.tokens, batch.labels, lengths=batch.lengths)
+    expected = nn.CrossEntropyLoss(weight=torch.tensor(WEIGHTS, dtype=torch.float64))(logits.double(), batch.labels)
+    numerics.assert_rounded_once(loss, expected)
+    model.weigh_classes(None)
+    assert torch.equal(model(batch.tokens, batch.labels, lengths=batch.lengths).loss, plain.loss)
+    assert "class_weights" not in model.state_dict()
+
+
+def test_weighted_tokens_are_those_of_torch():
+    model, batch = make(GPTForTokenClassification), rows()
+    labels = torch.randint(0, 3, batch.tokens.shape, generator=torch.Generator().manual_seed(2))
+    labels[:, 3:] = -100
+    model.weigh_classes(WEIGHTS)
+    loss, logits = model(batch.tokens, labels)
+    cross_entropy = nn.CrossEntropyLoss(weight=torch.tensor(WEIGHTS, dtype=torch.float64))
+    numerics.assert_rounded_once(loss, cross_entropy(logits.double().flatten(0, 1), labels.flatten()))
+
+
+@pytest.mark.parametrize("lm_weight", [0.0, 0.5])
+def test_weighted_gradients_do_not_depend_on_how_a_batch_is_divided(lm_weight):
+    """The weights of these rows sum to less than 1, which a mean over predictions never does."""
+    gradients = []
+    batch = rows()
+    parts = [batch], [Batch(*(x[i::3] for x in batch[:3]), weight=2) for i in range(3)]
+    for batches in parts:
+        model = make(lm_weight=lm_weight)
+        model.weigh_classes(WEIGHTS)
+        Engine(model, 0.0, EngineSettings(max_grad_norm=1e9)).update(batches, 0.0)
+        gradients.append([p.grad for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-7)
+    assert model.classifier.bias.grad.abs().max() > 0.01
+
+
+def test_weights_that_a_head_cannot_take():
+    with pytest.raises(ValueError, match=r"class_weights is \[1.0\]; expected 3 numbers of 0 or more"):
+        make().weigh_classes([1.0])
+    with pytest.raises(ValueError, match="GPTForMultipleChoice: has no classes to weigh; expected a classifier"):
+        make(GPTForMultipleChoice).weigh_classes([1.0])
+
+
+def test_balanced_weights_count_every_class_alike():
+    """N / (K · rows of the class), as scikit-learn has them, so that each class counts N / K in all."""
+    weights = adaptation.class_weights("balanced", ["a", "b", "c"], [0, 0, 0, 1, 2, 2])
+    assert weights == pytest.approx([6 / 9, 6 / 3, 6 / 6])
+    assert adaptation.class_weights("balanced", ["a", "b", "c"], [0, 2, 2, 2]) == pytest.approx([2, 1, 2 / 3])
+
+
+def test_class_weights_of_a_run(source, table, tmp_path):
+    said: list[str] = []
+    run(source, table, tmp_path / "a", said.append, class_weights="balanced")
+    assert "class weights: cold 2.25, warm 0.643" in said  # of the 36 rows kept 8 are cold
+    for given, message in (
+        ("1,2,3", "--class-weights 1,2,3: the classes are cold, warm; expected 2 numbers in this order"),
+        ("1,x", "--class-weights 1,x: expected balanced, or numbers of 0 or more with commas between them"),
+    ):
+        with pytest.raises(ValueError) as raised:
+            run(source, table, tmp_path / "b", class_weights=given)
+        assert str(raised.value) == message
+
+
+# --- frozen layers, and rates by layer ---
+
+
+@pytest.mark.parametrize(
+    ("freeze", "frozen"),
+    [
+        ("embeddings", ("trunk.token_emb", "trunk.pos_emb")),
+        ("2", ("trunk.token_emb", "trunk.pos_emb", "trunk.decoders.0", "trunk.decoders.1")),
+        ("trunk", ("trunk.",)),
+    ],
+)
+def test_frozen_layers_stay_as_they_are(source, table, tmp_path, freeze, frozen):
+    run(source, table, tmp_path / "run", freeze=freeze, lr=1e-2)
+    before, after = (dict(load_run(folder, "cpu").named_parameters()) for folder in (source, tmp_path / "run"))
+    for name, parameter in after.items():
+        if name in before:
+            assert torch.equal(parameter, before[name]) == name.startswith(frozen), name
+    assert read_record(tmp_path / "run")["lm_weight"] == (0 if freeze == "trunk" else 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"freeze": "4"}, "expected trunk, embeddings or 1 to 3"),
+        ({"freeze": "all"}, "expected trunk, embeddings or 1 to 3"),
+        ({"freeze": "1", "scratch": True}, "--scratch draws the weights anew; expected one of the two"),
+        ({"freeze": "trunk", "task": "generation"}, "--freeze trunk: generation has no head of its own to train"),
+        ({"class_weights": "balanced", "task": "regression"}, "--class-weights balanced: regression has no classes"),
+    ],
+)
+def test_what_contradicts_the_model_or_the_task_is_told_before_data_is_read(source, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(source, tmp_path / "none.csv", tmp_path / "run", **options)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_rate_of_each_layer(optimizer):
+    """Adam's first step is the rate times the sign of the gradient, so the largest one tells the rate. Muon's is as
+    many times smaller as the rate is."""
+    steps = {}
+    for decay in (1.0, 0.5):
+        model = make()
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        settings = EngineSettings(weight_decay=0.0, layer_decay=decay, optimizer=optimizer)
+        Engine(model, 1e-3, settings).update([rows()], 1e-3)
+        for name, parameter in model.named_parameters():
+            steps[name, decay] = float((parameter.detach() - before[name]).abs().max())
+    factors = {"classifier": 1, "trunk.final_norm": 1, "trunk.decoders.2": 0.5, "trunk.decoders.1": 0.25}
+    factors |= {"trunk.decoders.0": 0.125, "trunk.token_emb": 0.0625, "trunk.pos_emb": 0.0625}
+    for name in before:
+        (factor,) = (value for prefix, value in factors.items() if name.startswith(prefix))
+        assert steps[name, 0.5] == pytest.approx(factor * steps[name, 1.0], rel=1e-2), name
+        if optimizer == "adamw":
+            assert steps[name, 0.5] == pytest.approx(1e-3 * factor, rel=1e-2), name
