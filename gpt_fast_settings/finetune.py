@@ -102,6 +102,15 @@ class FinetuneSettings(TrainingSettings):
         gt=0,
         le=1,
     )
+    lora_rank: Count | None = option(
+        None,
+        "Train a LoRA adapter of this rank, by PEFT, and not the trunk's own weights. The run folder holds the "
+        "adapter; gpt-fast convert merges it.",
+        panel=TRAINING,
+    )
+    lora_alpha: float | None = option(
+        None, "The adapter counts alpha / rank times; twice the rank unless given.", panel=TRAINING, gt=0
+    )
     epochs: Count = option(3, "Passes over the table. --resume takes more than before.", panel=TRAINING, resume="more")
     patience: Count | None = option(
         None,

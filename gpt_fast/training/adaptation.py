@@ -11,6 +11,9 @@ from gpt_fast_settings.finetune import FinetuneSettings
 from ..config import GPTConfig
 from ..data.labels import number
 from ..heads import Head
+from .runs import checkpoints
+from .runs.adapters import require_peft
+from .runs.folder import is_finished
 from .tasks import TaskSettings
 
 
@@ -18,6 +21,7 @@ def check(settings: FinetuneSettings, task: TaskSettings, config: GPTConfig) -> 
     """Raise `ValueError` for options that the task, the model or another option contradicts. No data is read."""
     _check_freeze(settings, task, config)
     _check_class_weights(settings, task)
+    _check_lora(settings)
 
 
 def _check_freeze(settings: FinetuneSettings, task: TaskSettings, config: GPTConfig) -> None:
@@ -47,6 +51,31 @@ def freeze(model: Head, what: str) -> None:
     model.trunk.pos_emb.requires_grad_(False)
     for module in modules:
         module.requires_grad_(False)
+
+
+def _check_lora(settings: FinetuneSettings) -> None:
+    rank, source = settings.lora_rank, settings.source
+    if rank is None:
+        if settings.lora_alpha is not None:
+            raise ValueError(f"--lora-alpha {settings.lora_alpha:g}: no --lora-rank; expected both, or none")
+        return
+    require_peft(f"--lora-rank {rank}")
+    for option, given in (
+        ("--scratch", settings.scratch),
+        (f"--freeze {settings.freeze}", settings.freeze is not None),
+        ("--strategy fsdp", settings.strategy == "fsdp"),
+    ):
+        if given:
+            raise ValueError(
+                f"{option}: beside --lora-rank {rank}, which trains an adapter of frozen weights; leave one out"
+            )
+    if not (source / "model.safetensors").is_file() or (
+        not is_finished(source) and any(checkpoints.newest_first(source / checkpoints.FOLDER))
+    ):
+        raise ValueError(
+            f"--lora-rank {rank}: {source} has no weights of its own that stay; expected a finished run, or an adapter "
+            "that gpt-fast convert merged"
+        )
 
 
 def _check_class_weights(settings: FinetuneSettings, task: TaskSettings) -> None:

@@ -30,8 +30,10 @@ from .engine.optimizer import schedule
 from .metrics import Metrics, confusion_matrix, predictions
 from .plots import plot_confusion, plot_task
 from .program import Record, Say, Session, Show, train
-from .runs.folder import check_run, read_metrics, with_special_tokens
-from .runs.load import load_head
+from .runs import adapters
+from .runs.adapters import Adapter
+from .runs.folder import check_run, read_metrics
+from .runs.load import adapter_base, load_adapted, load_for_task, load_head
 from .runs.recipes import finetuning_lr
 from .table_examples import examples, label_names, label_rule, read_tables, remarks
 from .tasks import (
@@ -85,8 +87,12 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
     lm_weight = 0.0 if without_lm else settings.lm_weight
     if settings.freeze == "trunk" and settings.lm_weight:
         session.say("--freeze trunk: nothing of the language model is trained, so its loss is left out (--lm-weight 0)")
-    make = fresh if settings.scratch else pretrained
-    model = session.make_model(partial(new_model, task, make, source, lm_weight, names, not settings.convertible))
+    adapter = None
+    if settings.lora_rank is not None:
+        adapter = Adapter(settings.lora_rank, settings.lora_alpha, source)
+    begin = adapter_base if adapter else fresh if settings.scratch else pretrained
+    make = partial(new_model, task, begin, source, lm_weight, names, not settings.convertible)
+    model = session.make_model((lambda: adapter.attach(make())) if adapter else make)
     rows, valid_rows = (examples(table, task, names, tokenizer, model.config) for table in (train, valid))
     if settings.freeze is not None:
         adaptation.freeze(model, settings.freeze)
@@ -107,7 +113,7 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
         "data": train.source,
         "labels": names,
         "lr": lr,
-    }
+    } | ({"lora": adapter.record()} if adapter else {})
     loop = session.make_loop(
         model,
         tokenizer,
@@ -127,6 +133,7 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
         better=partial(better, metric),
         valid_every=settings.valid_every,
         patience=settings.patience,
+        save_best=adapter.save if adapter else Head.save_pretrained,
     )  # fmt: skip
     loop.run()
     best = loop.state.best_metrics
@@ -143,7 +150,11 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
     record |= session.facts(loop)
     record |= {name: value for name, value in best.items() if name.startswith(("valid_", "majority_", "mean_"))}
     if ranks.first:
-        chosen = task.task.head.from_pretrained(session.run.folder / "best").to(ranks.device)
+        best_folder = session.run.folder / "best"
+        if adapter is None:
+            chosen = task.task.head.from_pretrained(best_folder).to(ranks.device)
+        else:
+            chosen = load_adapted(task.task.head, session.run.folder, record, best_folder).to(ranks.device)
 
         def measure() -> Record:
             if not isinstance(chosen, GPTForCausalLM):
@@ -155,25 +166,18 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
         if task.classifies:
             title = f"Held-out rows: {valid.source}"
             pictures["confusion.png"] = partial(draw_confusion, chosen, valid_rows, names, title)
-        session.finish(chosen, record, pictures, measure)
+        write = partial(adapters.copy, best_folder) if adapter else None
+        session.finish(chosen, record, pictures, measure, write)
     return record
 
 
 def pretrained(head: type[Head], source: Path, **overrides: Any) -> Head:
-    return _loaded(source, partial(load_head, head), overrides)
+    return load_for_task(source, partial(load_head, head), overrides)
 
 
 def fresh(head: type[Head], source: Path, **overrides: Any) -> Head:
     """The model that `pretrained` would load, with weights drawn anew."""
-    return _loaded(source, lambda folder, **changed: head(read_config(folder)[1].replace(**changed)), overrides)
-
-
-def _loaded(source: Path, load: Callable[..., Head], overrides: dict[str, Any]) -> Head:
-    """What `load` makes of a folder; how it pools is said once the token that it may read is there."""
-    pooling = {"pooling": overrides.pop("pooling")} if "pooling" in overrides else {}
-    model = with_special_tokens(load(source, **overrides), load_tokenizer(source))
-    model.config = model.trunk.config = model.config.replace(**pooling)
-    return model
+    return load_for_task(source, lambda folder, **changed: head(read_config(folder)[1].replace(**changed)), overrides)
 
 
 def identity(rows: Sequence[Example]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .._files import finite
 from ..data.batches import Batch
+from ..heads import Head
 from ..interrupts import Interrupted, Stop
 from .engine import randomness
 from .engine.transfer import Sent
@@ -153,6 +154,7 @@ class Loop:
     seed: int = 0
     identity: dict[str, Any] = field(default_factory=dict)  # of the data: a run goes on with the same
     record: dict[str, Any] = field(default_factory=dict)  # what a reader of a checkpoint has to know of the run
+    save_best: Callable[[Head, Path], None] = Head.save_pretrained
 
     def __post_init__(self) -> None:
         self._pending: list[tuple[int, Tensor, Tensor]] = []  # (step, loss, skipped), not yet read off the device
@@ -350,7 +352,7 @@ class Loop:
             self.state.best, self.state.best_metrics = key, line
             model = self.engine.whole_model()
             if self.engine.world.first:
-                model.save_pretrained(self.run_folder.folder / "best")
+                self.save_best(model, self.run_folder.folder / "best")
             self.state.stale = 0
         else:
             self.state.stale += 1

@@ -82,6 +82,7 @@ class Session(Generic[S]):
         flops_per_token: Callable[[], float] | None = None,
         valid_every: int | None = None,
         patience: int | None = None,
+        save_best: Callable[[Head, Path], None] = Head.save_pretrained,
     ) -> Loop:
         """Return the loop, at its beginning or at the checkpoint that it resumes from.
 
@@ -112,7 +113,7 @@ class Session(Generic[S]):
             save_tokenizer(tokenizer, run.folder / "tokenizer.json")
         loop = Loop(
             engine, source, validate, loop_settings, run, self.show, self.say, self.stop, better, seed=settings.seed,
-            identity=identity, record=record,
+            identity=identity, record=record, save_best=save_best,
         )  # fmt: skip
         if run.kept or ranks.size > 1:
             loop.resume()
@@ -140,13 +141,18 @@ class Session(Generic[S]):
         record: Record,
         pictures: Mapping[str, Callable[[Path], object]],
         measure: Callable[[], Record] = dict,
+        write: Callable[[Path], Path] | None = None,
     ) -> None:
         """Write the weights, then run.json, which marks the folder as finished, then the pictures. What `measure`
-        returns goes into the record; it runs when the weights are safe."""
+        returns goes into the record; it runs when the weights are safe. `write(folder)` writes other weights than those
+        of `model`, and returns their path."""
         folder = self.run.folder
-        model.save_pretrained(folder)
-        self.run.keep()
         path = folder / "model.safetensors"
+        if write is None:
+            model.save_pretrained(folder)
+        else:
+            path = write(folder)
+        self.run.keep()
         record |= measure() | {"weights": {"bytes": path.stat().st_size, "sha256": sha256(path)}}
         write_json(folder / "run.json", finite(record))
         shutil.rmtree(folder / "best", ignore_errors=True)

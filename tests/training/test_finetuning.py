@@ -1,21 +1,36 @@
-"""What fine-tuning offers beside its recipe: early stopping, class weights, frozen layers, rates by layer."""
+"""What fine-tuning offers beside its recipe: early stopping, class weights, frozen layers, rates by layer, LoRA."""
 
+import copy
 import json
+import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from gpt_fast import GPTConfig, GPTForMultipleChoice, GPTForSequenceClassification, GPTForTokenClassification
+from gpt_fast import (
+    GPTConfig,
+    GPTForCausalLM,
+    GPTForMultipleChoice,
+    GPTForSequenceClassification,
+    GPTForTokenClassification,
+)
+from gpt_fast.config import SPECIAL_TOKENS
 from gpt_fast.data.batches import Batch
-from gpt_fast.training import adaptation, finetune, pretrain, tasks
+from gpt_fast.interrupts import Interrupted, Stop
+from gpt_fast.training import adaptation, evaluate, finetune, pretrain, tasks
 from gpt_fast.training.engine.update import Engine, EngineSettings
+from gpt_fast.training.runs.adapters import Adapter
+from gpt_fast.training.runs.examine import examine_run
 from gpt_fast.training.runs.folder import read_metrics, read_record
-from gpt_fast.training.runs.load import load_run
+from gpt_fast.training.runs.load import adapter_base, load_run
 from gpt_fast_settings.finetune import FinetuneSettings
 from gpt_fast_settings.pretrain import PretrainSettings
 from tests import numerics
+from tests.command_line import succeed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -235,3 +250,157 @@ def test_the_rate_of_each_layer(optimizer):
         assert steps[name, 0.5] == pytest.approx(factor * steps[name, 1.0], rel=1e-2), name
         if optimizer == "adamw":
             assert steps[name, 0.5] == pytest.approx(1e-3 * factor, rel=1e-2), name
+
+
+# --- LoRA ---
+
+
+@pytest.fixture(scope="module")
+def adapted(source, tmp_path_factory) -> Path:
+    """A classifier's run with an adapter. The source lacks the task's tokens, as a model of another library does."""
+    folder = tmp_path_factory.mktemp("lora")
+    foreign = shutil.copytree(source, folder / "foreign")
+    (foreign / "run.json").unlink()
+    shutil.rmtree(foreign / "checkpoints")
+    model = load_run(foreign, "cpu")
+    model.config = model.trunk.config = model.config.replace(**dict.fromkeys(SPECIAL_TOKENS))
+    model.resize_embeddings(256)
+    model.save_pretrained(foreign)
+    path = folder / "t.csv"
+    path.write_text("text,label\n" + "".join(f"the {'red' if i % 2 else 'blue'} fox {i},{i % 2}\n" for i in range(40)))
+    run(foreign, path, folder / "run", lora_rank=2, lr=1e-2, epochs=6)
+    return folder / "run"
+
+
+def test_an_adapter_is_trained_and_saved_alone(adapted, capsys):
+    files = {path.name for path in adapted.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "config.json", "tokenizer.json", "run.json"} <= files
+    assert not files & {"model.safetensors", "best"}
+    names = {name.split("decoders.")[-1] for name in load_file(adapted / "adapter_model.safetensors")}
+    parts = ("multihead_attn", "ff.0", "ff.3")
+    assert names == {f"{i}.{part}.lora_{x}.weight" for i in range(3) for part in parts for x in "AB"} | {
+        "base_model.model.classifier.weight",
+        "base_model.model.classifier.bias",
+    }
+    record = read_record(adapted)
+    assert record["lora"]["rank"] == 2 and record["lora"]["alpha"] == 4
+    assert record["valid_accuracy"] > 0.9
+    assert examine_run(adapted)["problems"] == []
+
+
+def test_the_merge_is_pefts(adapted):
+    """Of the same base with the task's layer drawn anew, which the adapter brings along."""
+    ours = load_run(adapted, "cpu").eval()
+    config = ours.config
+    base = adapter_base(
+        GPTForSequenceClassification, adapted.parent / "foreign", num_labels=2, label_names=config.label_names,
+        pooling="extract", lm_weight=0.5,
+    )  # fmt: skip
+    nn.init.normal_(base.classifier.weight)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), adapted).eval()
+    tokens = torch.tensor([[config.start_token, *b"the red fox", config.extract_token]])
+    assert (theirs(tokens).logits - base.eval()(tokens).logits).abs().max() > 0.1
+    torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=1e-4, atol=1e-5)
+    merged = theirs.merge_and_unload().state_dict()
+    for name, tensor in ours.state_dict().items():
+        torch.testing.assert_close(tensor, merged[name], rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_a_merged_adapter_is_a_run_of_its_own(adapted, tmp_path, cli):
+    """It evaluates as before, without its base, and becomes transformers' model either way."""
+    succeed(cli("convert", "--from", adapted, "--to", "gpt-fast", "--out", tmp_path / "merged"))
+    table = adapted.parent / "t.csv"
+    one, other = (evaluate.evaluate(folder, table, None, None, "cpu") for folder in (adapted, tmp_path / "merged"))
+    assert one == other
+    assert examine_run(tmp_path / "merged")["problems"] == []
+    assert "lora" not in read_record(tmp_path / "merged")
+    refused = cli("convert", "--from", adapted, "--to", "nanogpt", "--out", tmp_path / "ckpt.pt")
+    assert refused.code == 2 and "GPTForSequenceClassification" in refused.err
+
+
+def test_an_adapter_whose_base_changed_is_refused(adapted, tmp_path):
+    moved = tmp_path / "runs"
+    shutil.copytree(adapted, moved / "run")
+    record = read_record(adapted)
+    record["from"] = str(moved / "foreign")
+    (moved / "run" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(FileNotFoundError, match="an adapter of .*foreign, which is no run folder"):
+        load_run(moved / "run", "cpu")
+    shutil.copytree(adapted.parent / "foreign", moved / "foreign")
+    assert load_run(moved / "run", "cpu").config.num_labels == 2
+    model = load_run(moved / "foreign", "cpu")
+    nn.init.zeros_(model.trunk.pos_emb)
+    model.save_pretrained(moved / "foreign")
+    with pytest.raises(ValueError, match="foreign: has other weights than the adapter in .*run was trained on"):
+        load_run(moved / "run", "cpu")
+
+
+def test_a_damaged_adapter_is_refused(adapted, tmp_path):
+    folder = shutil.copytree(adapted, tmp_path / "run")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.trunk.decoders.1.ff.0.lora_A.weight"
+    record = read_record(folder)
+    for changed, message in (
+        (
+            {name: tensors[name][:1].contiguous()},
+            rf"adapter_model.safetensors: {name} has shape \[1, 16\]; expected \[2, 16\]",
+        ),
+        ({"more": torch.zeros(1)}, "adapter_model.safetensors: holds more, which an adapter of this model does not"),
+    ):
+        save_file(tensors | changed, folder / "adapter_model.safetensors")
+        del record["weights"]
+        (folder / "run.json").write_text(json.dumps(record))
+        record["weights"] = {}
+        with pytest.raises(ValueError, match=message):
+            load_run(folder, "cpu")
+
+
+def test_a_stopped_run_with_an_adapter_is_read_and_resumed(source, table, tmp_path):
+    """The end is that of a run which was not stopped."""
+    options = {"lora_rank": 2, "epochs": 2, "checkpoint_every": 6, "valid_every": 6, "lr": 1e-2}
+    run(source, table, tmp_path / "whole", **options)
+    stop = Stop()
+
+    def show(now):
+        if now.step == 7:
+            stop.signum = 15
+
+    given = options | {"source": source, "train": table, "batch_size": 4}
+    with pytest.raises(Interrupted):
+        finetune.finetune(FinetuneSettings(out=tmp_path / "run", **given), show, ignore, stop)
+    with pytest.warns(UserWarning, match="a stopped run; its weights after update 8"):
+        stopped = load_run(tmp_path / "run", "cpu")
+    base = load_run(source, "cpu").trunk.decoders[0].multihead_attn.in_proj_weight
+    assert not torch.equal(stopped.trunk.decoders[0].multihead_attn.in_proj_weight, base)
+    assert torch.equal(stopped.trunk.token_emb.weight, load_run(source, "cpu").trunk.token_emb.weight)
+    run(source, table, tmp_path / "run", **options, resume=True)
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "run")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"lora_rank": 2, "scratch": True},
+            "--scratch: beside --lora-rank 2, which trains an adapter of frozen weights",
+        ),
+        ({"lora_rank": 2, "freeze": "1"}, "--freeze 1: beside --lora-rank 2"),
+        ({"lora_alpha": 2.0}, "--lora-alpha 2: no --lora-rank; expected both, or none"),
+    ],
+)
+def test_what_an_adapter_cannot_stand_beside(source, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(source, tmp_path / "none.csv", tmp_path / "run", **options)
+
+
+def test_attention_dropout_reaches_an_adapted_model():
+    """PEFT wraps the attention; before, a model whose only dropout is that of attention drew no seed then."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"dropout": None}
+    config = GPTConfig.preset("gpt2", **sizes, embedding_dropout=0.0, residual_dropout=0.0, attention_dropout=0.5)
+    model = Adapter(2, None, Path("base")).attach(GPTForCausalLM(config))
+    tokens = torch.randint(40, (2, 8))
+    assert not torch.equal(model(tokens).logits, model(tokens).logits)
+    model.eval()
+    assert torch.equal(model(tokens).logits, model(tokens).logits)

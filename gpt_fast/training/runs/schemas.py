@@ -31,6 +31,14 @@ class Weights(Schema):
     sha256: Sha256
 
 
+class Lora(Schema):
+    """What merging an adapter needs."""
+
+    rank: Annotated[int, Field(ge=1, lt=2**31)]
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    base_sha256: Sha256
+
+
 class Columns(Schema):
     """The fields of `tasks.TaskSettings`."""
 
@@ -89,6 +97,7 @@ class Record(Schema):
     spikes: Count = 0
     ranks: Count = 1
     weights: Weights | None = None
+    lora: Lora | None = None
 
     @model_validator(mode="after")
     def _only_metrics_besides(self) -> Record:
