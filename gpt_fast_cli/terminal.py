@@ -162,6 +162,7 @@ def metric_rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
         ("accuracy", "choice_accuracy", "{choice_accuracy:.1%} by log-likelihood, by chance: {chance:.1%}"),
         ("normalised", "choice_accuracy_norm", "{choice_accuracy_norm:.1%} by log-likelihood per character"),
         ("per token", "choice_accuracy_per_token", "{choice_accuracy_per_token:.1%} by log-likelihood per token"),
+        ("entity F1", "entity_f1", "{entity_f1:.3f}"),
         ("exact match", "exact_match", "{exact_match:.1%}"),
         ("word F1", "word_f1", "{word_f1:.3f}"),
         ("tokens", "tokens", "{tokens:,}"),
@@ -171,7 +172,7 @@ def metric_rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _per(measured: dict[str, Any]) -> str:
-    return "" if "accuracy" in measured else " per token"
+    return " per token" if "perplexity" in measured else ""
 
 
 @contextmanager

@@ -30,8 +30,8 @@ class FinetuneSettings(TrainingSettings):
     rows: Count | None = option(None, "Train on this many rows, drawn by --seed, and not on all.", panel=DATA)
     text_column: str | None = option(
         None,
-        "Column with the text: text; premise, sentence1, question, prompt or context by the task. Columns with commas "
-        "between them are joined.",
+        "Column with the text: text; premise, sentence1, question, tokens, prompt or context by the task. Columns with "
+        "commas between them are joined.",
         panel=DATA,
     )
     pair_column: str | None = option(
@@ -40,7 +40,9 @@ class FinetuneSettings(TrainingSettings):
         "columns with commas between them, or one of lists (choices).",
         panel=DATA,
     )
-    label_column: str | None = option(None, "Column with the label (label), or the answer.", panel=DATA)
+    label_column: str | None = option(
+        None, "Column with the label (label), the labels, the tags or the answer.", panel=DATA
+    )
     labels: str | None = option(
         None,
         "The classes in their order, with commas between them. Without it the whole label column decides: numbers by "
@@ -72,7 +74,8 @@ class FinetuneSettings(TrainingSettings):
     )
     task: str = option(
         "classification",
-        "classification, entailment, similarity, multiple-choice, regression, generation or question-answering.",
+        "classification, entailment, similarity, multiple-choice, multi-label, token-classification, regression, "
+        "answer-span, generation or question-answering.",
         panel=TRAINING,
         metavar="TASK",
     )
@@ -121,7 +124,8 @@ class FinetuneSettings(TrainingSettings):
     metric: str | None = option(
         None,
         "What validation chooses the best weights by, and --patience waits for: accuracy, macro_f1, micro_f1, "
-        "matthews, mse, pearson, spearman or loss, by the task. Without it accuracy, mse or loss.",
+        "matthews, mse, pearson, spearman, word_f1, exact_match or loss, by the task. Without it accuracy, micro_f1, "
+        "mse, word_f1 or loss.",
         panel=TRAINING,
         metavar="NAME",
     )

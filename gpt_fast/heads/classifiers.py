@@ -145,7 +145,7 @@ class TaskHead(Head):
             raise ValueError(f"{type(self).__name__}: row {row} of tokens has none, wanted {wanted} to read")
 
     def _problem_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Of classes or of numbers, as the configuration says."""
+        """Return the loss of one class, of numbers or of several classes, as the configuration says."""
         B, L = scores.shape
         if self.config.problem == "regression":
             if labels.shape != (B, L) and not (L == 1 and labels.shape == (B,)):
@@ -153,6 +153,13 @@ class TaskHead(Head):
                     f"{type(self).__name__}: labels has shape {list(labels.shape)}, wanted {[B, L]} to regress"
                 )
             return F.mse_loss(scores.float(), labels.view(B, L).float())
+        if self.config.problem == "multi_label":
+            if labels.shape != (B, L) or not labels.is_floating_point():
+                raise ValueError(
+                    f"gpt_fast.{type(self).__name__}: labels is {_checks.described(labels)}; "
+                    f"expected floating point {[B, L]}, 1 for each class that a row has and 0 for others"
+                )
+            return F.binary_cross_entropy_with_logits(scores.float(), labels.float(), pos_weight=self.class_weights)
         return self._class_loss(scores, labels)
 
     def _class_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
@@ -195,8 +202,9 @@ class GPTForSequenceClassification(TaskHead):
     `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, logits=None)` → `(loss, logits [B, L])`, the
     logits always. h is that of the last real token, or of the extract token (`config.pooling`). With problem
     "classification" labels are [B] int64 and the loss is the cross-entropy; with "regression" they are [B, L], or [B]
-    for one output, and it is the mean squared error. With `config.lm_weight` λ > 0 the loss is L_cls + λ L_lm, L_lm the
-    language-model loss on the same tokens.
+    for one output, and it is the mean squared error; with "multi_label" they are [B, L] floating point, 1 for each
+    class that a row has, and it is the binary cross-entropy. With `config.lm_weight` λ > 0 the loss is L_cls + λ L_lm,
+    L_lm the language-model loss on the same tokens.
 
     Dtypes, precision, determinism: those of the ops; the task's loss is float32.
 

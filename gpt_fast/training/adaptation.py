@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import nn
 
 from gpt_fast_settings.finetune import FinetuneSettings
 
-from ..config import GPTConfig
+from ..config import IGNORE, GPTConfig
+from ..data.example_batches import Example
 from ..data.labels import number
 from ..heads import Head
 from .runs import checkpoints
@@ -82,7 +86,7 @@ def _check_class_weights(settings: FinetuneSettings, task: TaskSettings) -> None
     given = settings.class_weights
     if given is None:
         return
-    if not task.classifies or task.name == "multiple-choice":
+    if not task.names_classes:
         raise ValueError(f"--class-weights {given}: {task.name} has no classes; leave it out")
     values = [] if given == "balanced" else [number(part.strip()) for part in given.split(",")]
     if any(value is None or value < 0 for value in values):
@@ -93,19 +97,25 @@ def _check_class_weights(settings: FinetuneSettings, task: TaskSettings) -> None
         _refuse_number(given, task.labels)
 
 
-def class_weights(given: str, names: Sequence[str], targets: Sequence[int]) -> list[float]:
+def class_weights(given: str, names: Sequence[str], rows: Sequence[Example], task: TaskSettings) -> list[float]:
     """Return the weight of each class: the numbers that the user gave, or N / (K · rows of the class) as scikit-learn's
-    "balanced" has it. K counts the classes that have rows; a class without any weighs 1."""
+    "balanced" has it. K counts the classes that have rows; a class without any weighs 1.
+
+    Where a row has several labels, "balanced" is the rows without the label over those that have it.
+    """
     if given != "balanced":
         weights = [float(part) for part in given.split(",")]
         if len(weights) != len(names):
             _refuse_number(given, names)
         return weights
-    rows = [0] * len(names)
-    for target in targets:
-        rows[target] += 1
-    share = len(targets) / sum(count > 0 for count in rows)
-    return [share / count if count else 1.0 for count in rows]
+    if task.kind == "set":
+        labels = torch.tensor([row.target for row in rows])
+        counts = labels.sum(0).tolist()
+        return [(len(rows) - count) / count if count else 1.0 for count in counts]
+    targets: Any = [row.tags or [] for row in rows] if task.kind == "tags" else [[row.target] for row in rows]
+    found = Counter(label for labels in targets for label in labels if label != IGNORE)
+    share = found.total() / len(found)
+    return [share / found[i] if found[i] else 1.0 for i in range(len(names))]
 
 
 def _refuse_number(given: str, names: Sequence[str]) -> None:

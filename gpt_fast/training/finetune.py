@@ -97,7 +97,7 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
     if settings.freeze is not None:
         adaptation.freeze(model, settings.freeze)
     if settings.class_weights is not None and isinstance(model, TaskHead):
-        weights = adaptation.class_weights(settings.class_weights, names, [int(row.target) for row in rows])
+        weights = adaptation.class_weights(settings.class_weights, names, rows, task)
         model.weigh_classes(weights)
         shown = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(names, weights, strict=True))
         session.say(f"class weights: {shown}")
@@ -118,7 +118,8 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
         model,
         tokenizer,
         RowSource(
-            rows, settings.batch_size, model.config.pad_token or 0, settings.seed, settings.accumulate, task.numbers,
+            rows, settings.batch_size, model.config.pad_token or 0, settings.seed, settings.accumulate,
+            task.kind in ("number", "set"),
             ranks.rank, ranks.size,
         ),
         partial(validation, model, valid_rows, task, answer_bytes(valid)),
@@ -182,7 +183,8 @@ def fresh(head: type[Head], source: Path, **overrides: Any) -> Head:
 
 def identity(rows: Sequence[Example]) -> dict[str, Any]:
     """Tells whether a run that goes on reads the table that it began with."""
-    content = json.dumps([[row.sequences, row.target] for row in rows]).encode()
+    tagged = any(row.tags for row in rows)
+    content = json.dumps([[row.sequences, row.tags if tagged else row.target] for row in rows]).encode()
     return {"rows": len(rows), "crc32": zlib.crc32(content)}
 
 
@@ -242,6 +244,8 @@ def draw(folder: Path, task: TaskSettings, source: str, path: Path) -> None:
     metrics, title = read_metrics(folder), f"Fine-tuning: {source}"
     if task.writes:
         plot_task(metrics, "valid_loss", None, "loss of the answers (nats per token)", title, path)
+    elif task.kind == "span":
+        plot_task(metrics, "valid_word_f1", None, "F1 of the words", title, path)
     elif task.numbers:
         plot_task(metrics, "valid_mse", metrics[-1]["mean_mse"], "mean squared error", title, path)
     else:
@@ -250,7 +254,7 @@ def draw(folder: Path, task: TaskSettings, source: str, path: Path) -> None:
 
 def draw_confusion(model: Head, rows: Sequence[Example], names: Sequence[str], title: str, path: Path) -> None:
     logits = predictions(model, rows, model.config.pad_token or 0, EVALUATION_BATCH)
-    labels = torch.tensor([int(row.target) for row in rows])
+    labels = torch.tensor([int(row.target) for row in rows])  # type: ignore[arg-type]
     plot_confusion(confusion_matrix(logits, labels).tolist(), names, title, path)
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer
@@ -16,25 +16,43 @@ from ..data.example_batches import Example, Marks, pad_rows, task_batches, task_
 from ..data.labels import ANSWERS
 from ..data.tokenizer import decode, encode
 from ..generation import generate
-from ..heads import GPTForCausalLM, GPTForMultipleChoice, GPTForSequenceClassification, GPTForSimilarity, Head
+from ..heads import (
+    GPTForCausalLM,
+    GPTForMultipleChoice,
+    GPTForQuestionAnswering,
+    GPTForSequenceClassification,
+    GPTForSimilarity,
+    GPTForTokenClassification,
+    Head,
+)
 from .metrics import (
     Metrics,
     answer_metrics,
     classification_metrics,
     generated_metrics,
     lm_loss,
+    multi_label_metrics,
     predictions,
     regression_metrics,
+    row_predictions,
+    span_metrics,
+    tag_metrics,
 )
 from .runs.folder import read_record, special_token
 
 EVALUATION_BATCH = 64
 
 
-# What validation may choose by, the default first, which the picture shows.
-_OF_CLASSES = ("accuracy", "macro_f1", "micro_f1", "matthews", "loss")
-_OF_NUMBERS = ("mse", "pearson", "spearman")
-_OF_TEXTS = ("loss",)
+# What a row's label is, and by which metrics validation may choose, the default first, which the picture shows.
+Kind = Literal["class", "number", "text", "set", "tags", "span"]
+SCORES: dict[Kind, tuple[str, ...]] = {
+    "class": ("accuracy", "macro_f1", "micro_f1", "matthews", "loss"),
+    "number": ("mse", "pearson", "spearman"),
+    "text": ("loss",),
+    "set": ("micro_f1", "macro_f1", "accuracy", "loss"),
+    "tags": ("accuracy", "macro_f1", "micro_f1", "matthews", "loss"),
+    "span": ("word_f1", "exact_match", "loss"),
+}
 _SMALLER_IS_BETTER = ("loss", "mse")
 
 
@@ -44,8 +62,7 @@ class Task:
 
     head: type[Head]
     columns: tuple[str, str, str]
-    scores: tuple[str, ...] = _OF_CLASSES
-    numbers: bool = False
+    kind: Kind = "class"
 
 
 TASKS: dict[str, Task] = {
@@ -53,9 +70,12 @@ TASKS: dict[str, Task] = {
     "entailment": Task(GPTForSequenceClassification, ("premise", "hypothesis", "label")),
     "similarity": Task(GPTForSimilarity, ("sentence1", "sentence2", "label")),
     "multiple-choice": Task(GPTForMultipleChoice, ("question", "choices", "answer")),
-    "regression": Task(GPTForSequenceClassification, ("text", "", "label"), _OF_NUMBERS, numbers=True),
-    "generation": Task(GPTForCausalLM, ("prompt", "", "answer"), _OF_TEXTS),
-    "question-answering": Task(GPTForCausalLM, ("context", "question", "answer"), _OF_TEXTS),
+    "multi-label": Task(GPTForSequenceClassification, ("text", "", "labels"), "set"),
+    "token-classification": Task(GPTForTokenClassification, ("tokens", "", "tags"), "tags"),
+    "regression": Task(GPTForSequenceClassification, ("text", "", "label"), "number"),
+    "answer-span": Task(GPTForQuestionAnswering, ("context", "question", "answers"), "span"),
+    "generation": Task(GPTForCausalLM, ("prompt", "", "answer"), "text"),
+    "question-answering": Task(GPTForCausalLM, ("context", "question", "answer"), "text"),
 }
 
 
@@ -82,13 +102,23 @@ class TaskSettings:
         return self.task.head is GPTForCausalLM
 
     @property
+    def kind(self) -> Kind:
+        return "number" if self.numbers else self.task.kind
+
+    @property
     def classifies(self) -> bool:
-        return not self.numbers and not self.writes
+        """Is a row's label one class?"""
+        return self.kind == "class"
+
+    @property
+    def names_classes(self) -> bool:
+        """Does the label column name classes, one a row or several?"""
+        return self.kind in ("class", "set", "tags") and self.name != "multiple-choice"
 
     @property
     def scores(self) -> tuple[str, ...]:
         """What validation may choose by, the default first."""
-        return _OF_NUMBERS if self.numbers else self.task.scores
+        return SCORES[self.kind]
 
 
 def task_settings(
@@ -115,10 +145,10 @@ def task_settings(
         raise ValueError(f"--answers {answers}: expected one of {', '.join(ANSWERS)}, for multiple-choice")
     pairs = tuple(column for column in (pair_column or pair).split(",") if column)
     made = TaskSettings(
-        name, text_column or text, pairs, label_column or label, numbers or task.numbers,
+        name, text_column or text, pairs, label_column or label, numbers or task.kind == "number",
         tuple(each.strip() for each in (labels or "").split(",") if each.strip()), tuple(skip_labels), answers,
     )  # fmt: skip
-    if labels is not None and (not made.classifies or name == "multiple-choice"):
+    if labels is not None and not made.names_classes:
         raise ValueError(f"--labels {labels}: {name} has no classes; leave it out")
     if labels is not None and len(set(made.labels)) != max(2, len(made.labels)):
         raise ValueError(f"--labels {labels}: expected two classes or more, each once, with commas between them")
@@ -143,7 +173,7 @@ def new_model(
         num_labels=len(names) or 1,
         label_names=() if task.name == "multiple-choice" else tuple(names),
         classifier_bias=classifier_bias,
-        problem="regression" if task.numbers else "classification",
+        problem={"number": "regression", "set": "multi_label"}.get(task.kind, "classification"),
         pooling="extract",
         classifier_dropout=0.1,
         lm_weight=lm_weight,
@@ -157,8 +187,14 @@ def score(model: Head, rows: Sequence[Example], task: TaskSettings, answer_bytes
         batches = list(task_batches(rows, EVALUATION_BATCH, pad))
         tokens = sum(batch.weight for batch in batches)
         return answer_metrics(lm_loss(model, batches), tokens, answer_bytes, len(rows))
+    if task.kind == "tags":
+        return tag_metrics(row_predictions(model, rows, pad, EVALUATION_BATCH), rows, model.config.label_names)
+    if task.kind == "span":
+        return span_metrics(row_predictions(model, rows, pad, EVALUATION_BATCH), rows)
     logits = predictions(model, rows, pad, EVALUATION_BATCH)
     wanted = torch.tensor([row.target for row in rows])
+    if task.kind == "set":
+        return multi_label_metrics(logits, wanted)
     if task.numbers:
         return regression_metrics(logits.flatten(), wanted)
     return classification_metrics(logits, wanted.long())

@@ -20,6 +20,7 @@ from gpt_fast import (
 )
 from gpt_fast.config import SPECIAL_TOKENS
 from gpt_fast.data.batches import Batch
+from gpt_fast.data.example_batches import Example
 from gpt_fast.interrupts import Interrupted, Stop
 from gpt_fast.training import adaptation, evaluate, finetune, pretrain, tasks
 from gpt_fast.training.engine.update import Engine, EngineSettings
@@ -178,9 +179,20 @@ def test_weights_that_a_head_cannot_take():
 
 def test_balanced_weights_count_every_class_alike():
     """N / (K · rows of the class), as scikit-learn has them, so that each class counts N / K in all."""
-    weights = adaptation.class_weights("balanced", ["a", "b", "c"], [0, 0, 0, 1, 2, 2])
-    assert weights == pytest.approx([6 / 9, 6 / 3, 6 / 6])
-    assert adaptation.class_weights("balanced", ["a", "b", "c"], [0, 2, 2, 2]) == pytest.approx([2, 1, 2 / 3])
+    names = ["a", "b", "c"]
+
+    def weights(task: str, rows: list[Example]) -> list[float]:
+        return adaptation.class_weights("balanced", names, rows, tasks.task_settings(task, None, None, None, False))
+
+    def classes(*targets: int) -> list[Example]:
+        return [Example([[1]], target) for target in targets]
+
+    assert weights("classification", classes(0, 0, 0, 1, 2, 2)) == pytest.approx([6 / 9, 6 / 3, 6 / 6])
+    assert weights("classification", classes(0, 2, 2, 2)) == pytest.approx([2, 1, 2 / 3])
+    tagged = [Example([[1]], tags=[-100, 0, 0]), Example([[1]], tags=[0, 1, -100, 2, 2])]
+    assert weights("token-classification", tagged) == pytest.approx([6 / 9, 6 / 3, 6 / 6])
+    sets = [Example([[1]], [1.0, 0.0, 0.0]), Example([[1]], [1.0, 1.0, 0.0]), Example([[1]], [0.0, 1.0, 0.0])]
+    assert weights("multi-label", [*sets, sets[0]]) == pytest.approx([1 / 3, 2 / 2, 1])  # rows without over rows with
 
 
 def test_class_weights_of_a_run(source, table, tmp_path):

@@ -186,6 +186,12 @@ def row(task: str, i: int) -> dict[str, object]:
         return {"question": "red is the answer", "choices": choices, "answer": choices.index("red")}
     if task == "regression":
         return {"text": text, "label": count}
+    if task == "multi-label":
+        return {"text": text, "labels": [ANIMALS[animal]] + ["red"] * (colour == "red")}
+    if task == "token-classification":
+        return {"tokens": text.split(), "tags": ["colour", f"B-{ANIMALS[animal]}", "O"]}
+    if task == "answer-span":
+        return {"context": text, "question": "animal", "answers": {"text": [animal], "answer_start": [len(colour) + 1]}}
     if task == "generation":
         return {"prompt": text, "answer": ANIMALS[animal]}
     if task == "question-answering":
@@ -215,7 +221,7 @@ def test_each_task_learns(source, tmp_path, task):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     settings = finetune.FinetuneSettings(
         source=source, out=tmp_path / "run", train=tmp_path / "train.jsonl", valid=tmp_path / "valid.jsonl", task=task,
-        batch_size=16, lr=5e-3, epochs=4,
+        batch_size=16, lr=5e-3, epochs=10 if task == "multi-label" else 4,
         # Colours that are equally likely everywhere: the tied output layer would make them one in so small a model.
         lm_weight=0.0 if task == "similarity" else 0.5,
     )  # fmt: skip
@@ -227,21 +233,32 @@ def test_each_task_learns(source, tmp_path, task):
         assert result["word_f1"] >= result["exact_match"]
         assert result["perplexity"] < 1.5
         names = ("exact_match", "loss", "bits_per_byte")
+    elif task == "answer-span":
+        assert result["exact_match"] > 0.9
+        names = ("exact_match", "word_f1", "loss")
     else:
         assert result["majority_accuracy"] < 0.8
         assert result["accuracy"] > 0.9
-        names = ("accuracy", "matthews", "loss")
+        names = ("accuracy", "micro_f1", "loss")
     for name in names:
         assert result[name] == pytest.approx(record[f"valid_{name}"], rel=1e-4)
     _, table, found = predict.predict(tmp_path / "run", "cpu", tmp_path / "valid.jsonl")
     assert table.labels == []
     rows = [row(task, i) for i in range(1000, 1060)]
     label = tasks.TASKS[task].columns[2]
-    wanted = ["ABC"[r[label]] if task == "multiple-choice" else r[label] for r in rows]
-    right = statistics.mean(prediction.answer == want for prediction, want in zip(found, wanted, strict=True))
+    spelled = {
+        "multiple-choice": lambda value: "ABC"[value],
+        "multi-label": lambda value: ",".join(sorted(value)),
+        "token-classification": " ".join,
+        "answer-span": lambda value: value["text"][0],
+    }.get(task, str)
+    pairs = [(prediction.answer, spelled(r[label])) for prediction, r in zip(found, rows, strict=True)]
+    if task == "token-classification":
+        pairs = [pair for answer, wanted in pairs for pair in zip(answer.split(), wanted.split(), strict=True)]
+    right = statistics.mean(answer == wanted for answer, wanted in pairs)
     assert right == pytest.approx(result["exact_match" if "exact_match" in result else "accuracy"])
     for prediction in found:
-        if prediction.probabilities is not None:
+        if prediction.probabilities is not None and task != "multi-label":
             assert sum(prediction.probabilities.values()) == pytest.approx(1)
             assert prediction.answer == max(prediction.probabilities, key=prediction.probabilities.__getitem__)
 

@@ -411,7 +411,11 @@ def _tags_from_hf(theirs: Any) -> dict[str, Any]:
     }
 
 
-_PROBLEMS = {"regression": "regression", "single_label_classification": "classification"}
+_PROBLEMS = {
+    "regression": "regression",
+    "single_label_classification": "classification",
+    "multi_label_classification": "multi_label",
+}
 
 
 def _config_to_hf(config: GPTConfig, kind: str, transformers: Any) -> Any:

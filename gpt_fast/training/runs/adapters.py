@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..._files import replacing, sha256
 from ...heads import Head
+from ...heads.classifiers import TaskHead
 from ...model import init_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -51,14 +52,14 @@ class Adapter:
         """Put the adapter into `model`, and freeze all else but the task's layer, whose weights are drawn anew."""
         import peft
 
-        if hasattr(model, "classifier"):
+        if isinstance(model, TaskHead):
             init_weights(model.classifier, model.config.init_std)
         config = peft.LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
             target_modules=[name for name in _ADAPTED if name.startswith("ff")],
             target_parameters=[_ADAPTED["multihead_attn"]],
-            modules_to_save=["classifier"] if hasattr(model, "classifier") else None,
+            modules_to_save=["classifier"] if isinstance(model, TaskHead) else None,
         )
         self._adapted = peft.get_peft_model(model, config)  # changes the model in place
         self._adapted.peft_config["default"].base_model_name_or_path = os.path.abspath(self.base)
@@ -92,7 +93,7 @@ def live_shapes(model: Head, rank: int) -> dict[str, tuple[str, list[int]]]:
             for part, shape in (("lora_A", [rank, columns]), ("lora_B", [rows, rank])):
                 name = f"trunk.decoders.{i}.{module}.{part}"
                 found[f"{_SAVED}{name}.weight"] = (f"{name}{_LIVE}.weight", shape)
-    if hasattr(model, "classifier"):
+    if isinstance(model, TaskHead):
         for name, parameter in model.classifier.named_parameters():
             live = f"classifier.modules_to_save{_LIVE}.{name}"
             found[f"{_SAVED}classifier.{name}"] = (live, list(parameter.shape))
@@ -115,6 +116,6 @@ def merge(model: Head, tensors: Mapping[str, Tensor], rank: int, alpha: float, p
                 name = f"{_SAVED}trunk.decoders.{i}.{module}"
                 product = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
                 decoder.get_parameter(weight).add_(product, alpha=alpha / rank)
-        if hasattr(model, "classifier"):
+        if isinstance(model, TaskHead):
             for name, parameter in model.classifier.named_parameters():
                 parameter.copy_(tensors[f"{_SAVED}classifier.{name}"])

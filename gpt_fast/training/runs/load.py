@@ -89,7 +89,8 @@ def load_for_task(source: Path, load: Callable[..., AnyHead], overrides: dict[st
     """Return what `load` makes of a folder, with the tokens that a task's input has. How it pools is set once the token
     that it may read is there."""
     pooling = {"pooling": overrides.pop("pooling")} if "pooling" in overrides else {}
-    model = with_special_tokens(load(source, **overrides), load_tokenizer(source))
+    model = load(source, **overrides)
+    with_special_tokens(model, load_tokenizer(source))
     model.config = model.trunk.config = model.config.replace(**pooling)
     return model
 

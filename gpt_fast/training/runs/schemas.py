@@ -14,8 +14,9 @@ from gpt_fast_settings.declaration import describe
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 TaskName = Literal[
-    "classification", "entailment", "similarity", "multiple-choice", "regression", "generation", "question-answering"
-]
+    "classification", "entailment", "similarity", "multiple-choice", "multi-label", "token-classification",
+    "regression", "answer-span", "generation", "question-answering",
+]  # fmt: skip
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _MEASURED = re.compile(r"(valid|majority|mean)_\w+")  # metrics of the task, and of its baselines
 
