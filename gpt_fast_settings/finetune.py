@@ -27,6 +27,20 @@ class FinetuneSettings(TrainingSettings):
     valid: Path | None = option(
         None, "Table to validate on; without it a tenth of --train's rows.", panel=DATA, metavar="FILE"
     )
+    folds: int | None = option(
+        None,
+        "Divide --train into so many parts with equal shares of each class, and train a run for each part, which "
+        "validates on it: OUT/fold-1 and so on.",
+        panel=DATA,
+        ge=2,
+    )
+    fold: Count | None = option(None, "Train the run of this one of --folds alone, counted from 1.", panel=DATA)
+    seeds: Count | None = option(
+        None,
+        "Train so many runs, with --seed and the seeds behind it: OUT/seed-0 and so on. Mean and spread are printed.",
+        panel=TRAINING,
+        resume="command",
+    )
     rows: Count | None = option(None, "Train on this many rows, drawn by --seed, and not on all.", panel=DATA)
     text_column: str | None = option(
         None,

@@ -26,6 +26,7 @@ def check(settings: FinetuneSettings, task: TaskSettings, config: GPTConfig) -> 
     _check_freeze(settings, task, config)
     _check_class_weights(settings, task)
     _check_lora(settings)
+    _check_folds(settings)
 
 
 def _check_freeze(settings: FinetuneSettings, task: TaskSettings, config: GPTConfig) -> None:
@@ -80,6 +81,18 @@ def _check_lora(settings: FinetuneSettings) -> None:
             f"--lora-rank {rank}: {source} has no weights of its own that stay; expected a finished run, or an adapter "
             "that gpt-fast convert merged"
         )
+
+
+def _check_folds(settings: FinetuneSettings) -> None:
+    folds, fold = settings.folds, settings.fold
+    if folds is None:
+        if fold is not None:
+            raise ValueError(f"--fold {fold}: no --folds; expected the number of parts, too")
+        return
+    if fold is not None and fold > folds:
+        raise ValueError(f"--fold {fold}: --folds is {folds}; expected 1 to {folds}")
+    if settings.train is None or settings.valid is not None:
+        raise ValueError(f"--folds {folds}: validates on parts of --train; expected --train FILE without --valid")
 
 
 def _check_class_weights(settings: FinetuneSettings, task: TaskSettings) -> None:

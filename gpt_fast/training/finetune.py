@@ -77,7 +77,8 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
     pretrained_as, config = read_config(source)
     adaptation.check(settings, task, config)
     options = row_options(settings.columns, settings.skip_ragged)
-    train, valid, task = read_tables(settings.train, settings.valid, task, settings.seed, options)
+    fold = (settings.fold, settings.folds) if settings.fold and settings.folds else None
+    train, valid, task = read_tables(settings.train, settings.valid, task, settings.seed, options, fold)
     names = label_names(train, task)
     if settings.rows is not None:
         train = some_rows(train, settings.rows, settings.seed)

@@ -77,10 +77,16 @@ def _advice(option: str, row: Row, path: Path) -> str:
 
 
 def read_tables(
-    train: Path | None, valid: Path | None, task: TaskSettings, seed: int, options: RowOptions = PLAIN
+    train: Path | None,
+    valid: Path | None,
+    task: TaskSettings,
+    seed: int,
+    options: RowOptions = PLAIN,
+    fold: tuple[int, int] | None = None,
 ) -> tuple[Table, Table, TaskSettings]:
-    """The two tables that were named; with only one, a seeded tenth of its rows is held out; with none, snippets of the
-    standard library. The task comes with the rule for its labels, decided on the whole first table."""
+    """The two tables that were named; with only one, a seeded tenth of its rows is held out, or by `fold` (i, K) the
+    i-th of K parts, counted from 1; with none, snippets of the standard library. The task comes with the rule for its
+    labels, decided on the whole first table."""
     if train is None:
         if valid is not None:
             raise ValueError(f"--valid {valid}: given without --train")
@@ -96,6 +102,8 @@ def read_tables(
     order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed)).tolist()
     cut = round(len(table) * VALID_FRACTION)
     held, kept = order[:cut], order[cut:]
+    if fold is not None:
+        held, kept = _fold(table, task, order, *fold)
     if task.names_classes:
         held, kept = _every_label_trained(table, task, held, kept)
         if not held:
@@ -124,6 +132,18 @@ def label_rule(names: Sequence[str], task: TaskSettings) -> str | None:
     if task.name == "multiple-choice" and task.answers is not None:
         return f"answers: {ANSWER_NAMES[task.answers]}, of {len(names)} choices"
     return f"labels: {class_rule(names, bool(task.labels))}" if task.names_classes else None
+
+
+def _fold(
+    table: Table, task: TaskSettings, order: Sequence[int], number: int, folds: int
+) -> tuple[list[int], list[int]]:
+    """Return the rows of one of the parts that a shuffled table is divided into, and all others. Each class is shared
+    out equally."""
+    if len(table) < folds:
+        raise ValueError(f"{table.source}: {len(table)} rows; expected {folds} or more for --folds {folds}")
+    dealt = sorted(order, key=lambda row: table.labels[row]) if task.classifies else list(order)
+    held = dealt[number - 1 :: folds]
+    return held, sorted(set(dealt) - set(held))
 
 
 def _every_label_trained(

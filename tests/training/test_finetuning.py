@@ -1,10 +1,11 @@
-"""What fine-tuning offers beside its recipe: early stopping, class weights, frozen layers, rates by layer, LoRA."""
+"""What fine-tuning offers beside its recipe: early stopping, class weights, frozen layers, LoRA, repeated runs."""
 
 import copy
 import json
 import shutil
 from pathlib import Path
 
+import numpy
 import peft
 import pytest
 import torch
@@ -22,7 +23,7 @@ from gpt_fast.config import SPECIAL_TOKENS
 from gpt_fast.data.batches import Batch
 from gpt_fast.data.example_batches import Example
 from gpt_fast.interrupts import Interrupted, Stop
-from gpt_fast.training import adaptation, evaluate, finetune, pretrain, tasks
+from gpt_fast.training import adaptation, evaluate, finetune, pretrain, repeats, table_examples, tasks
 from gpt_fast.training.engine.update import Engine, EngineSettings
 from gpt_fast.training.runs.adapters import Adapter
 from gpt_fast.training.runs.examine import examine_run
@@ -416,3 +417,66 @@ def test_attention_dropout_reaches_an_adapted_model():
     assert not torch.equal(model(tokens).logits, model(tokens).logits)
     model.eval()
     assert torch.equal(model(tokens).logits, model(tokens).logits)
+
+
+# --- repeated runs ---
+
+
+def test_seeds_are_runs_of_their_own(source, table, tmp_path):
+    """Each is the run of its seed alone, and the summary has their mean and spread. A resumed command trains what is
+    missing."""
+    given = {"source": source, "train": table, "epochs": 1, "batch_size": 4, "lr": 1e-2}
+    summary = repeats.repeat(FinetuneSettings(out=tmp_path / "all", seeds=3, **given), ignore, ignore)
+    assert summary["runs"] == [str(tmp_path / "all" / f"seed-{seed}") for seed in range(3)]
+    alone = finetune.finetune(FinetuneSettings(out=tmp_path / "one", seed=1, **given), ignore, ignore)
+    assert alone["weights"] == read_record(tmp_path / "all" / "seed-1")["weights"]
+    losses = [read_record(Path(run))["valid_loss"] for run in summary["runs"]]
+    assert len(set(losses)) == 3
+    of = summary["metrics"]["loss"]
+    assert of.pop("values") == losses
+    expected = {"mean": numpy.mean(losses), "sd": numpy.std(losses, ddof=1), "min": min(losses), "max": max(losses)}
+    assert of == pytest.approx(expected)
+    of["values"] = losses
+    assert json.loads((tmp_path / "all" / "repeats.json").read_text()) == summary
+    shutil.rmtree(tmp_path / "all" / "seed-2")
+    kept = (tmp_path / "all" / "seed-0" / "run.json").stat().st_mtime_ns
+    again = repeats.repeat(FinetuneSettings(out=tmp_path / "all", seeds=3, resume=True, **given), ignore, ignore)
+    assert again == summary
+    assert (tmp_path / "all" / "seed-0" / "run.json").stat().st_mtime_ns == kept
+
+
+def test_every_row_is_held_out_by_one_fold(table):
+    """Each fold holds its share of every class, as scikit-learn's StratifiedKFold has them."""
+    task = tasks.task_settings("classification", None, None, None, False)
+    held = []
+    for fold in range(1, 5):
+        train, valid, _ = table_examples.read_tables(table, None, task, 3, fold=(fold, 4))
+        assert sorted(train.texts + valid.texts) == sorted(
+            f"the {'red' if i % 4 else 'blue'} fox {i}" for i in range(40)
+        )
+        assert sorted([valid.labels.count("cold"), valid.labels.count("warm")])[0] in (2, 3)
+        held += valid.texts
+    assert sorted(held) == sorted(train.texts + valid.texts)
+
+
+def test_folds_and_seeds_from_the_command_line(source, table, tmp_path, cli):
+    command = ["finetune", "--from", source, "--train", table, "--out", tmp_path / "folds", "--batch-size", 8]
+    printed = succeed(cli(*command, "--epochs", 1, "--folds", 2, "--seeds", 2)).out
+    assert "fine-tuned 4 times, on held-out rows" in printed and " ± " in printed
+    names = {path.name for path in (tmp_path / "folds").iterdir()}
+    assert names == {"repeats.json", *(f"seed-{seed}-fold-{fold}" for seed in (0, 1) for fold in (1, 2))}
+    settings = (tmp_path / "folds" / "seed-1-fold-2" / "settings.yaml").read_text()
+    assert "seed: 1\n" in settings and "fold: 2\n" in settings
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fold": 2}, "--fold 2: no --folds; expected the number of parts, too"),
+        ({"folds": 3, "fold": 4}, "--fold 4: --folds is 3; expected 1 to 3"),
+        ({"folds": 3, "fold": 1, "valid": Path("v.csv")}, "--folds 3: validates on parts of --train; expected --train"),
+    ],
+)
+def test_folds_that_are_refused(source, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(source, tmp_path / "none.csv", tmp_path / "run", **options)

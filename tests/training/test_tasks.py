@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from torchmetrics.classification import MulticlassMatthewsCorrCoef
 
 from gpt_fast import GPTConfig, GPTForMultipleChoice, GPTForSimilarity
 from gpt_fast.data.example_batches import Example
@@ -18,7 +19,7 @@ from gpt_fast.data.tables import Table
 from gpt_fast.data.tokenizer import byte_tokenizer, special_ids
 from gpt_fast.training import evaluate, finetune, predict, pretrain, tasks
 from gpt_fast.training import table_examples as examples
-from gpt_fast.training.metrics import generated_metrics
+from gpt_fast.training.metrics import classification_metrics, generated_metrics
 from gpt_fast.training.runs import schemas
 from gpt_fast.training.runs.folder import read_record
 
@@ -159,6 +160,22 @@ def test_a_question_without_an_answer_is_measured_as_squad_2_measures_it():
     assert measured["exact_match"] == pytest.approx(1 / 4)
     assert measured["word_f1"] == pytest.approx((1 + 0 + 2 / 3 + 0) / 4)
     assert generated_metrics(["", "x"], ["", ""]) == {"exact_match": 0.5, "word_f1": 0.5}
+
+
+def test_a_constant_answer_has_no_correlation():
+    """As in scikit-learn; before, 40 of 60 right gave 0.09. Elsewhere it is the correlation of indicators."""
+    labels = torch.tensor([0] * 20 + [1] * 40)
+    always = F.one_hot(torch.ones(60, dtype=torch.int64), 2).float()
+    assert classification_metrics(always, labels)["matthews"] == 0
+    assert classification_metrics(always[:40], labels[20:])["matthews"] == 0
+    answers = torch.tensor([0, 1, 1, 0, 1, 1, 0, 1])
+    truth = torch.tensor([0, 1, 0, 0, 1, 1, 1, 1])
+    expected = float(torch.corrcoef(torch.stack([answers, truth]).double())[0, 1])
+    assert classification_metrics(F.one_hot(answers).float(), truth)["matthews"] == pytest.approx(expected)
+    three = torch.tensor([0, 2, 2, 1, 1, 0]), torch.tensor([0, 2, 1, 1, 0, 0])
+    assert classification_metrics(F.one_hot(three[0]).float(), three[1])["matthews"] == pytest.approx(
+        float(MulticlassMatthewsCorrCoef(3)(*three))
+    )
 
 
 # --- each task learns ---
