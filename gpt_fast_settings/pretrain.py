@@ -75,6 +75,12 @@ class PretrainSettings(TrainingSettings):
     warmup: Count | None = option(
         None, "Updates until the peak learning rate: 2,000, but at most a tenth of all.", panel=TRAINING
     )
+    window_warmup: Decay = option(
+        0.0,
+        "Share of the updates, the first ones, in which windows are cut: into four for the first half of it, then into "
+        "two. A piece does not see the others.",
+        panel=TRAINING,
+    )
     weight_decay: NotNegative | None = option(
         None, "Of matrices; nothing else decays. 0.01, with a preset of GPT-2 0.1.", panel=TRAINING
     )

@@ -111,8 +111,13 @@ def _pretrain(session: Session[PretrainSettings]) -> Record:
     }
     source = WindowSource(
         data.train, config.seq_len, settings.batch_size, settings.seed, mask, document_token, settings.accumulate,
-        ranks.rank, ranks.size,
+        ranks.rank, ranks.size, round(settings.window_warmup * settings.steps),
     )  # fmt: skip
+    if settings.window_warmup and config.seq_len % 4:
+        raise ValueError(
+            f"--window-warmup {settings.window_warmup:g}: windows have {config.seq_len} positions; expected a multiple "
+            "of 4, as they are cut into four pieces"
+        )
     valid = validation_batches(data.valid, config.seq_len, settings.batch_size, mask, document_token)
     loop = session.make_loop(
         model,
