@@ -23,6 +23,7 @@ class FinetuneSettings(TrainingSettings):
         "library, to be told apart by the package that they come from.",
         panel=DATA,
         metavar="FILE",
+        also="--data",
     )
     valid: Path | None = option(
         None, "Table to validate on; without it a tenth of --train's rows.", panel=DATA, metavar="FILE"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from .declaration import option
 from .training import DATA, MODEL, TRAINING, Count, Decay, NotNegative, Size, TrainingSettings
@@ -51,7 +53,7 @@ class PretrainSettings(TrainingSettings):
     layers: Size | None = option(None, "Decoders.", panel=MODEL)
     heads: Size | None = option(None, "Attention heads in each.", panel=MODEL)
     dim: Size | None = option(None, "Hidden dimensions.", panel=MODEL)
-    seq_len: Size | None = option(None, "Positions: tokens seen at once.", panel=MODEL)
+    seq_len: Annotated[int, Field(ge=2, le=2**28)] | None = option(None, "Positions: tokens seen at once.", panel=MODEL)
     dropout: Decay | None = option(None, "Of embeddings, attention and residuals.", panel=MODEL)
     steps: Count = option(1000, "Updates. --resume takes more than before.", panel=TRAINING, resume="more")
     batch_size: Count = option(16, "Windows of text in an update.", panel=TRAINING)

@@ -25,7 +25,7 @@ def check(settings: FinetuneSettings, task: TaskSettings, config: GPTConfig) -> 
     """Raise `ValueError` for options that the task, the model or another option contradicts. No data is read."""
     _check_freeze(settings, task, config)
     _check_class_weights(settings, task)
-    _check_lora(settings)
+    _check_lora(settings, config)
     _check_folds(settings)
 
 
@@ -58,12 +58,14 @@ def freeze(model: Head, what: str) -> None:
         module.requires_grad_(False)
 
 
-def _check_lora(settings: FinetuneSettings) -> None:
+def _check_lora(settings: FinetuneSettings, config: GPTConfig) -> None:
     rank, source = settings.lora_rank, settings.source
     if rank is None:
         if settings.lora_alpha is not None:
             raise ValueError(f"--lora-alpha {settings.lora_alpha:g}: no --lora-rank; expected both, or none")
         return
+    if rank > config.hidden_dim:
+        raise ValueError(f"--lora-rank {rank}: {source} has {config.hidden_dim} dimensions; expected at most as many")
     require_peft(f"--lora-rank {rank}")
     for option, given in (
         ("--scratch", settings.scratch),

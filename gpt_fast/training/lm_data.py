@@ -54,6 +54,15 @@ def lm_batch(
     return packed(batch, tokens, document_token)
 
 
+def check_division(batch_size: int, parts: int, ranks: int) -> None:
+    """Raise `ValueError` for a batch that cannot be divided evenly."""
+    if batch_size % (parts * ranks):
+        among = f"{parts} parts" + (f" on each of {ranks} ranks" if ranks > 1 else "")
+        raise ValueError(
+            f"--batch-size {batch_size}: cannot be divided evenly among {among}; expected a multiple of {parts * ranks}"
+        )
+
+
 @dataclass(frozen=True)
 class WindowSource:
     """The batches of a run, as a function of the update: `source(step)` is this rank's parts of update `step`.
@@ -76,9 +85,7 @@ class WindowSource:
 
     def __post_init__(self) -> None:
         self.stream.require(self.seq_len)
-        if self.batch_size % (self.parts * self.ranks):
-            among = f"{self.parts} parts" + (f" on each of {self.ranks} ranks" if self.ranks > 1 else "")
-            raise ValueError(f"--batch-size {self.batch_size}: cannot be divided evenly among {among}")
+        check_division(self.batch_size, self.parts, self.ranks)
 
     def __call__(self, step: int) -> Sequence[Batch]:
         each = self.batch_size // (self.parts * self.ranks)

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from .engine.update import Engine
 from .metrics import Metrics
 from .profiling import trace
 from .runs import checkpoints
-from .runs.folder import Run, write_extra
-from .tensorboard import TensorBoard
+from .runs.folder import Run
+from .trackers import Tracked
 
 MEMORY = 50  # updates over which the running mean of the loss forgets
 THRESHOLD = 6.0  # standard deviations above it
@@ -86,7 +85,7 @@ class LoopSettings:
     max_skips: int = 10  # updates in a row that are not finite
     peak_flops: float | None = None
     flops_per_token: float = 0.0
-    tensorboard: bool = False
+    trackers: tuple[str, ...] = ()
     profile: bool = False
     patience: int | None = None  # validations in a row that may pass without a better one
 
@@ -161,8 +160,7 @@ class Loop:
         self._tokens = 0  # and seconds, since the last line
         self._seconds = 0.0
         self._shown = math.nan
-        self._tensorboard = self.settings.tensorboard
-        self._writer: TensorBoard | None = None
+        self._trackers: list[Tracked] | None = None
 
     def resume(self) -> None:
         """Takes up the newest checkpoint that is as it was written; without any, the loop begins at the beginning."""
@@ -214,10 +212,8 @@ class Loop:
             return state.line
         finally:
             self.stop.deferred = False
-            if self._writer is not None:
-                writer = self._writer
-                self._write_tensorboard(lambda folder: writer.close())
-                writer.release()
+            for tracker in self._trackers or ():
+                tracker.close()
 
     def _continues(self) -> bool:
         """Return True if an update is left, and validations did not stop getting better."""
@@ -337,7 +333,11 @@ class Loop:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finite(line)) + "\n")
             state.metrics_bytes = path.stat().st_size
-            self._write_tensorboard(partial(self._add_scalars, line))
+            if self._trackers is None:  # made here, for the run folder has its name now
+                folder = self.run_folder.folder
+                self._trackers = [Tracked(name, folder, self.record) for name in self.settings.trackers]
+            for tracker in self._trackers:
+                tracker.add(line)
         state.line, state.losses = line, []
         state.tokens += self._tokens
         state.seconds += self._seconds
@@ -356,16 +356,6 @@ class Loop:
             self.state.stale = 0
         else:
             self.state.stale += 1
-
-    def _write_tensorboard(self, write: Callable[[Path], object]) -> None:
-        """Call `write(folder)` unless TensorBoard is off or has failed before: one warning is enough for a run."""
-        if self._tensorboard:
-            self._tensorboard = write_extra(self.run_folder.folder / "tensorboard", write)
-
-    def _add_scalars(self, line: Metrics, folder: Path) -> None:
-        if self._writer is None:
-            self._writer = TensorBoard(folder, int(line["step"]))
-        self._writer.add(line)
 
     def _save_last(self) -> None:
         """Write the checkpoint that more steps would resume from. The run does without it where the disk is full."""

@@ -22,6 +22,7 @@ from ..data.tokenizer import save_tokenizer
 from ..heads import Head
 from ..interrupts import Stop
 from ..model_folder import write_config
+from . import trackers
 from .engine import randomness, throughput
 from .engine.distributed import World, resolve_device, settings_of, world
 from .engine.update import PRECISIONS, Engine, EngineSettings
@@ -99,7 +100,7 @@ class Session(Generic[S]):
             checkpoint_every=settings.checkpoint_every,
             keep=settings.keep_checkpoints,
             max_skips=settings.max_skips,
-            tensorboard=settings.tensorboard,
+            trackers=("tensorboard",) * settings.tensorboard + ((settings.tracker,) if settings.tracker else ()),
             profile=settings.profile,
             patience=patience,
             peak_flops=throughput.peak_flops(engine.device, PRECISIONS[settings.precision])
@@ -164,6 +165,7 @@ def train(settings: S, body: Callable[[Session[S]], Record], show: Show, say: Sa
     """Run `body` with the processes that torchrun started and the run folder in `settings.out`. Return its record, or
     the one of a finished run that need not be resumed."""
     out = settings.out
+    trackers.require(settings.tracker)
     if os.environ.get("RANK", "0") == "0":
         put_back(out.absolute())
     if settings.resume and is_finished(out):

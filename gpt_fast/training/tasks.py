@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from tokenizers import Tokenizer
 
+from gpt_fast_settings.declaration import did_you_mean
+
 from ..config import GPTConfig
 from ..data.example_batches import Example, Marks, pad_rows, task_batches, task_input
 from ..data.labels import ANSWERS
@@ -134,13 +136,16 @@ def task_settings(
     """The task called `name`; a column that is None is the task's own. Several choices are columns with commas
     between them, or one column of lists. `labels` are classes with commas between them."""
     if name not in TASKS:
-        raise ValueError(f"--task {name}: wanted one of {', '.join(TASKS)}")
+        raise ValueError(f"--task {name!r}: expected one of {', '.join(TASKS)}{did_you_mean(name, TASKS)}")
+    for option, given in (("text", text_column), ("pair", pair_column), ("label", label_column)):
+        if given is not None and not all(part.strip() for part in given.split(",")):
+            raise ValueError(f"--{option}-column {given!r}: expected the name of a column")
     task = TASKS[name]
     text, pair, label = task.columns
     if pair_column is not None and not pair:
         raise ValueError(f"--pair-column {pair_column}: {name} reads one text only")
     if numbers and name not in ("similarity", "regression"):
-        raise ValueError(f"--numbers: {name} has no numbers as its labels; wanted similarity or regression")
+        raise ValueError(f"--numbers: {name} has no numbers as its labels; expected similarity or regression")
     if answers is not None and (name != "multiple-choice" or answers not in ANSWERS):
         raise ValueError(f"--answers {answers}: expected one of {', '.join(ANSWERS)}, for multiple-choice")
     pairs = tuple(column for column in (pair_column or pair).split(",") if column)
@@ -205,7 +210,8 @@ def metric_of(task: TaskSettings, name: str | None) -> str:
     if name is None:
         return task.scores[0]
     if name not in task.scores:
-        raise ValueError(f"--metric {name}: {task.name} does not measure it; expected {' or '.join(task.scores)}")
+        expected = f"{' or '.join(task.scores)}{did_you_mean(name, task.scores)}"
+        raise ValueError(f"--metric {name}: {task.name} does not measure it; expected {expected}")
     return name
 
 

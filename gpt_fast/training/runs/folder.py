@@ -9,7 +9,8 @@ run.json                         how it came about and how it ended: data, label
 loss.png                         the curves; pictures are drawn last, and one that fails is a warning
 checkpoints/, best/              what a run resumes from, stopped or for more steps, and the best weights so far
 adapter_config.json, adapter_model.safetensors   of a run with --lora-rank, in the place of model.safetensors
-tensorboard/, profile.json, confusion.png, bad-batch.safetensors   where asked for, or where there is reason
+tensorboard/, wandb/, mlflow.db, profile.json, confusion.png, bad-batch.safetensors
+                                 where asked for, or where there is reason
 """
 
 from __future__ import annotations
@@ -45,7 +46,17 @@ RUN_FILES = {
     "config.json", "model.safetensors", "tokenizer.json", SETTINGS, "metrics.jsonl", "run.json", "loss.png",
     checkpoints.FOLDER,
 }  # fmt: skip
-OTHER_FILES = {*adapters.FILES, "best", "tensorboard", "profile.json", "confusion.png", "bad-batch.safetensors"}
+OTHER_FILES = {
+    *adapters.FILES,
+    "best",
+    "tensorboard",
+    "wandb",
+    "mlflow.db",
+    "mlruns",
+    "profile.json",
+    "confusion.png",
+    "bad-batch.safetensors",
+}
 
 
 class Run:
