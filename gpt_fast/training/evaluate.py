@@ -206,7 +206,7 @@ def evaluate_language_model(
         words = sum(len(document.text.split()) for document in documents)
         stream = text_stream(tokenizer, (document.text for document in documents), model.config.start_token)
     T = min(T, len(stream))
-    stream.require(max(1, T))
+    stream.require(max(1, T), STDLIB if data is None else str(data))
     asked = stream if stride is not None else stream.part(0, len(stream) // T * T)
     counts = asked.counts()
     if len(counts) > model.config.num_tokens:

@@ -56,7 +56,7 @@ def predict(
     task = run_task(model, record)
     if task is None:
         raise ValueError(
-            f"{folder}: holds a {type(model).__name__} without a task; wanted a run of gpt-fast finetune"
+            f"{folder}: holds a {type(model).__name__} without a task; expected a run of gpt-fast finetune"
             " (gpt-fast generate lets a language model write)"
         )
     names = run_labels(model, record)
@@ -73,7 +73,9 @@ def one_row(texts: Sequence[str], task: TaskSettings, names: Sequence[str]) -> T
     choices = task.name == "multiple-choice"
     pairs, wanted = len(texts) - 1, len(names) if choices else len(task.pair_columns)
     if pairs != wanted:
-        raise ValueError(f"--pair: {pairs} given; {task.name} wanted {wanted}" + (", the answers" if choices else ""))
+        raise ValueError(
+            f"--pair: {pairs} given; expected {wanted} for {task.name}" + (", the answers" if choices else "")
+        )
     return Table("--text", [texts[0]], [], [tuple(texts[1:])] if pairs else [])
 
 
@@ -85,7 +87,7 @@ def answer(
         T = model.config.seq_len
         room = min(100, T // 2) if max_new_tokens is None else max_new_tokens
         if not 1 <= room <= T - 5:
-            raise ValueError(f"--max-new-tokens {room}: wanted 1 to {T - 5}, as the model has {T} positions")
+            raise ValueError(f"--max-new-tokens {room}: expected 1 to {T - 5}, as the model has {T} positions")
         rows = examples(table, task, names, tokenizer, model.config, room)
         _warn(remarks(table, rows, T - room))
         return [Prediction(text) for text in answers(model, rows, tokenizer, room)]

@@ -133,10 +133,12 @@ def _pretrain(session: Session[PretrainSettings]) -> Record:
     entropy = unigram_entropy(data.valid.counts())
     say(f"{model.num_parameters():,} parameters; unigram entropy of the held-out text: {entropy:.3f} nats per token")
 
+    data.train.require(config.seq_len, f"{data.source}, the part to train on")
+    data.valid.require(config.seq_len, f"{data.source}, the part to validate on")
     mask = None if causal else masker(data.tokenizer, config)
     document_token = data.document_token if settings.pack else None
     if settings.pack and document_token is None:
-        raise ValueError("--pack: nothing says which token begins a document in these files")
+        raise ValueError(f"--pack: nothing says which token begins a document in {data.source}; leave it out")
     recipe = Recipe.of(settings)
     origin: Record = {
         "command": "pretrain",

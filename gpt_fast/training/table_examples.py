@@ -70,7 +70,7 @@ def _advice(option: str, row: Row, path: Path) -> str:
     """What to do about a missing column."""
     found = next((separator for separator in ";\t|," if len(row) == 1 and separator in next(iter(row))), None)
     if found is not None:
-        return f"it looks separated by {found!r}, wanted commas in a .csv and tabs in a .tsv"
+        return f"it looks separated by {found!r}; expected commas in a .csv and tabs in a .tsv"
     without = ", and gpt-fast predict answers rows without labels" if option == "--label-column" else ""
     header = ", and --columns the columns of a file without a header" if table_kind(path) in ("csv", "tsv") else ""
     return f"{option} names another{header}{without}"
@@ -109,7 +109,7 @@ def read_tables(
         if not held:
             raise ValueError(
                 f"{train}: column {task.label_column!r} has {len(set(table.labels))} labels in {len(table)} rows, too "
-                "many to hold some rows out; wanted labels that repeat, or --valid"
+                "many to hold some rows out; expected labels that repeat, or --valid"
             )
     return table.rows(sorted(kept)), replace(table.rows(sorted(held)), notes=[]), task
 
@@ -174,7 +174,7 @@ def label_names(table: Table, task: TaskSettings) -> list[str]:
     if task.name == "multiple-choice":
         count = len(table.more[0])
         if count < 2:
-            raise ValueError(f"{table.source}: {count} choices; wanted two or more, in columns or in a list")
+            raise ValueError(f"{table.source}: {count} choices; expected two or more, in columns or in a list")
         return [_letter(i) for i in range(count)]
     if task.labels:
         return list(task.labels)
@@ -365,7 +365,7 @@ def _check_choices(table: Table, names: Sequence[str]) -> None:
     for row, choices in enumerate(table.more):
         if len(choices) != len(names):
             raise ValueError(
-                f"{table.source}, {table.place(row)}: {len(choices)} choices; wanted {len(names)} in every row "
+                f"{table.source}, {table.place(row)}: {len(choices)} choices; expected {len(names)} in every row "
                 "(--skip-ragged skips rows with another number than most)"
             )
 

@@ -264,7 +264,7 @@ def writing_prompt(
     asks = task is not None and writes and bool(task.columns[1])
     if asks != (question is not None):
         wanted = "--question, as it was fine-tuned to answer" if asks else "no --question, as it does not answer any"
-        raise ValueError(f"{folder}: wanted {wanted}")
+        raise ValueError(f"{folder}: expected {wanted}")
     if not writes:
         ids = encode(tokenizer, prompt)
         if max(ids, default=0) >= config.num_tokens:

@@ -168,3 +168,21 @@ def test_no_colour_where_it_is_not_wanted(monkeypatch):
     monkeypatch.setattr(terminal, "err", Console(file=written, stderr=True, force_terminal=True))
     terminal.print_error("wrong")
     assert written.getvalue() == "gpt-fast: wrong\n"
+
+
+# --- errors name their file ---
+
+
+def test_a_text_that_is_too_short_is_named(cli, data, tmp_path):
+    """Before, the message was about "the text"."""
+    short = tmp_path / "short.txt"
+    short.write_text("a fox\nand a crow\nruns\n" * 2)
+    sizes = ["--tokenizer", "byte", "--layers", 1, "--heads", 2, "--dim", 16, "--seq-len", 30, "--steps", 2]
+    result = cli("pretrain", "--data", short, *sizes, "--out", tmp_path / "run")
+    assert result.code == 2
+    assert f"{short}, the part to validate on: has " in result.err
+    assert "tokens, fewer than a window of 30; expected more text or fewer positions" in result.err
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    result = cli("evaluate", "--from", data.lm, "--data", empty)
+    assert result.code == 2 and str(empty) in result.err

@@ -146,9 +146,7 @@ def new_run(
     """
     out = out.resolve()
     if overwrite and resume:
-        raise ValueError(
-            "--overwrite and --resume: one replaces the run, the other goes on with it; wanted one of them"
-        )
+        raise ValueError("--overwrite and --resume: one replaces the run, the other resumes it; expected one of them")
     put_back(out)
     if resume and any(checkpoints.newest_first(out / checkpoints.FOLDER)):
         run = Run(out, out, resume_command=resume_command)
@@ -391,7 +389,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise FileExistsError(f"--out {out}: is a file; wanted a folder that does not exist yet")
+        raise FileExistsError(f"--out {out}: is a file; expected a folder that does not exist yet")
     foreign = sorted({path.name for path in out.iterdir()} - RUN_FILES - OTHER_FILES)
     foreign = [name for name in foreign if not name.endswith(".partial")]  # a kill in the middle of a write
     if foreign:

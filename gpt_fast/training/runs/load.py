@@ -34,7 +34,7 @@ def load_run(folder: Path, device: str) -> Head:
     check_run(folder)
     name, _ = read_config(folder)
     if name not in HEADS:
-        raise ValueError(f"{folder / 'config.json'}: head {name}; wanted one of {', '.join(HEADS)}")
+        raise ValueError(f"{folder / 'config.json'}: head {name}; expected one of {', '.join(HEADS)}")
     return load_head(HEADS[name], folder).to(device)
 
 
@@ -155,7 +155,7 @@ def load_generator(folder: Path, device: str) -> GPTForCausalLM:
     model = load_run(folder, device)
     if not isinstance(model, GPTForCausalLM):
         raise ValueError(
-            f"{folder}: holds a {type(model).__name__}; wanted a GPTForCausalLM, which --objective clm trains"
+            f"{folder}: holds a {type(model).__name__}; expected a GPTForCausalLM, which --objective clm trains"
         )
     return model
 
