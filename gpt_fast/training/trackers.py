@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,11 +35,7 @@ class Tracked:
 
     def __init__(self, name: str, run: Path, record: dict[str, Any]):
         self._path = run / PLACES[name]
-        self._make: Callable[[Path, Metrics], Tracker] = {
-            "tensorboard": TensorBoard,
-            "wandb": lambda path, line: Wandb(path.parent, record),
-            "mlflow": lambda path, line: MLflow(path.parent, record),
-        }[name]
+        self._name, self._record = name, record
         self._tracker: Tracker | None = None
         self._works = True
 
@@ -58,8 +53,14 @@ class Tracked:
             tracker.release()
 
     def _opened(self, path: Path, line: Metrics) -> Tracker:
-        if self._tracker is None:
-            self._tracker = self._make(path, line)
+        if self._tracker is not None:
+            return self._tracker
+        if self._name == "tensorboard":
+            self._tracker = TensorBoard(path, line)
+        elif self._name == "wandb":
+            self._tracker = Wandb(path.parent, self._record)
+        else:
+            self._tracker = MLflow(path.parent, self._record)
         return self._tracker
 
 
