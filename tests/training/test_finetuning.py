@@ -480,3 +480,29 @@ def test_folds_and_seeds_from_the_command_line(source, table, tmp_path, cli):
 def test_folds_that_are_refused(source, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         run(source, tmp_path / "none.csv", tmp_path / "run", **options)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("ddp", ["--lora-rank", 2, "--patience", 9]),
+        ("fsdp", ["--freeze", 1, "--layer-decay", 0.5]),
+        ("fsdp", ["--lr", 0, "--valid-every", 1, "--patience", 1]),
+    ],
+)
+def test_two_ranks_train_what_one_trains(source, tmp_path, cli, strategy, options):
+    """No dropout, so their weights are those of one process; the ranks end early together."""
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"fox {i % 5}", "answer": "red"}) + "\n" for i in range(40)))
+    command = ["finetune", "--from", source, "--train", path, "--task", "generation", "--batch-size", 8, "--lr", 0.3]
+    command += ["--epochs", 2, *options]
+    succeed(cli(*command, "--out", tmp_path / "one"))
+    assert cli(*command, "--out", tmp_path / "two", "--strategy", strategy, ranks=2).codes == [0, 0]
+    one, two = (read_record(tmp_path / name) for name in ("one", "two"))
+    assert (two["best_step"], two["last_step"]) == (one["best_step"], one["last_step"])
+    assert two["valid_loss"] == pytest.approx(one["valid_loss"], rel=1e-3)
+    assert one["last_step"] == (2 if 0 in options else 10)  # nothing gets better at a rate of 0
+    name = "adapter_model.safetensors" if strategy == "ddp" else "model.safetensors"
+    weights, expected = (load_file(tmp_path / folder / name) for folder in ("two", "one"))
+    for label, tensor in expected.items():
+        torch.testing.assert_close(weights[label], tensor, rtol=1e-2, atol=1e-3, msg=label)

@@ -97,6 +97,7 @@ class Record(Schema):
     skipped: Count = 0
     spikes: Count = 0
     ranks: Count = 1
+    strategy: Literal["ddp", "fsdp"] | None = None
     weights: Weights | None = None
     lora: Lora | None = None
 
