@@ -494,7 +494,7 @@ def test_two_ranks_train_what_one_trains(source, tmp_path, cli, strategy, option
     """No dropout, so their weights are those of one process; the ranks end early together."""
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"fox {i % 5}", "answer": "red"}) + "\n" for i in range(40)))
-    command = ["finetune", "--from", source, "--train", path, "--task", "generation", "--batch-size", 8, "--lr", 0.3]
+    command = ["finetune", "--from", source, "--train", path, "--task", "generation", "--batch-size", 8, "--lr", 3e-3]
     command += ["--epochs", 2, *options]
     succeed(cli(*command, "--out", tmp_path / "one"))
     assert cli(*command, "--out", tmp_path / "two", "--strategy", strategy, ranks=2).codes == [0, 0]
@@ -505,4 +505,4 @@ def test_two_ranks_train_what_one_trains(source, tmp_path, cli, strategy, option
     name = "adapter_model.safetensors" if strategy == "ddp" else "model.safetensors"
     weights, expected = (load_file(tmp_path / folder / name) for folder in ("two", "one"))
     for label, tensor in expected.items():
-        torch.testing.assert_close(weights[label], tensor, rtol=1e-2, atol=1e-3, msg=label)
+        torch.testing.assert_close(weights[label], tensor, rtol=1e-3, atol=2e-5, msg=label)
