@@ -18,7 +18,7 @@ SPECIAL_TOKENS = {
     "extract_token": "<|extract|>",
 }
 _DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout", "ff_dropout", "classifier_dropout")
-PROBLEMS = ("classification", "regression")
+PROBLEMS = ("classification", "regression", "multi_label")
 POOLINGS = ("last", "extract")
 
 
@@ -38,10 +38,10 @@ class GPTConfig:
     Initial weights: N(0, init_std²); `scaled_init` divides init_std by sqrt(2 num_layers) for the two projections that
     write into the residual stream.
 
-    Classifiers: `num_labels`, `problem` ("classification" or "regression"), `pooling` ("last" real token or "extract"
-    token), `lm_weight` (λ of the joint loss), `classifier_bias`, `label_names` (as many as labels, or none; they do not
-    survive another `num_labels`). Special tokens are ids below num_tokens, or None; `end_token` ends a generated text,
-    where that is not `start_token`.
+    Classifiers: `num_labels`, `problem` ("classification", "regression" or "multi_label"), `pooling` ("last" real token
+    or "extract" token), `lm_weight` (λ of the joint loss), `classifier_bias`, `label_names` (as many as labels, or
+    none; they do not survive another `num_labels`). Special tokens are ids below num_tokens, or None; `end_token` ends
+    a generated text, where that is not `start_token`.
 
     Source: Radford et al. (2018, 2019).
     """

@@ -177,6 +177,8 @@ class TransformerDecoder(nn.Module):
     def is_dropping(self) -> bool:
         """Return True if a dropout with p > 0 is in training mode, so that a pass needs a seed."""
         attention: Any = self.multihead_attn
+        while not hasattr(attention, "dropout") and hasattr(attention, "base_layer"):
+            attention = attention.base_layer  # inside PEFT's wrapper
         if attention.training and getattr(attention, "dropout", 0) > 0:
             return True
         drops: list[Any] = [self.dropout1, self.dropout2]

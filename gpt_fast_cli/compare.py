@@ -53,7 +53,7 @@ def compare(
     assert source is not None
     for option, value in (("--batch-size", batch_size), ("--repeats", repeats)):
         if value < 1:
-            raise ValueError(f"{option} {value}: wanted at least 1")
+            raise ValueError(f"{option} {value}: expected at least 1")
     device = resolve_device(device)
     from gpt_fast.training.compare import compare as measure
 

@@ -29,7 +29,8 @@ def convert(
         str | None,
         typer.Option(
             metavar="|".join(FORMATS),
-            help="Format to write. Without it a run folder becomes transformers', and all else a run folder.",
+            help="Format to write. Without it a run folder becomes transformers', and all else a run folder. gpt-fast "
+            "merges the adapter of a run with --lora-rank into its base.",
         ),
     ] = None,
     head: Annotated[
@@ -89,6 +90,8 @@ def convert(
     gpt-fast convert --from log124M/model_00018865.bin --out runs/llmc --tokenizer gpt2/tokenizer.json
 
     gpt-fast convert --from runs/lm --to nanogpt --out out/ckpt.pt
+
+    gpt-fast convert --from runs/lora --to gpt-fast --out runs/merged
     """
     if to is not None and to not in FORMATS:
         raise ValueError(f"--to {to}: expected one of {', '.join(FORMATS)}")
@@ -130,7 +133,33 @@ def _from_file(source: Path, out: Path, to: str | None, head: str | None, option
     return result
 
 
+def _from_adapter(source: Path, out: Path, to: str | None, head: str | None) -> dict[str, Any]:
+    """Merge the adapter of a run, and write the model in the format `to`, by default transformers'."""
+    from tempfile import TemporaryDirectory
+
+    require_train_extra()
+    from gpt_fast._disk import writing
+    from gpt_fast._files import new_folder
+    from gpt_fast.training.runs.load import write_merged
+
+    if to != "gpt-fast":
+        with TemporaryDirectory() as folder:
+            merged = Path(folder) / source.resolve().name
+            merged.mkdir()
+            write_merged(source, merged)
+            return _from_folder(merged, out, to, head)
+    if head is not None:
+        raise ValueError(f"--head {head}: is for a folder of transformers; leave it out")
+    if out.exists():
+        raise FileExistsError(f"--out {out}: exists already; expected a folder that does not")
+    with err.status("merging"), writing(out, NOTHING), new_folder(out) as made:
+        model = write_merged(source, made)
+    return {"model": type(model).__name__, "from": f"the adapter in {source}", "numbers": model.num_parameters()}
+
+
 def _from_folder(source: Path, out: Path, to: str | None, head: str | None) -> dict[str, Any]:
+    if (source / "adapter_config.json").is_file() and (source / "config.json").is_file():
+        return _from_adapter(source, out, to, head)
     checkpoint = source / "ckpt.pt"
     if checkpoint.is_file() and not (source / "config.json").exists():
         raise ValueError(f"{source}: nanoGPT's folder; expected its checkpoint, --from {checkpoint}")

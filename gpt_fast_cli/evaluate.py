@@ -75,7 +75,7 @@ def evaluate(
     require_train_extra()
     device = resolve_device(device)
     if confusion is not None and confusion.suffix.lower() != ".png":
-        raise ValueError(f"--confusion {confusion}: wanted a name that ends in .png")
+        raise ValueError(f"--confusion {confusion}: expected a name that ends in .png")
     if raw_dtype not in (None, "uint16", "uint32"):
         raise ValueError(f"--raw-dtype {raw_dtype}: expected uint16 or uint32")
     from gpt_fast.data.reading.rows import row_options

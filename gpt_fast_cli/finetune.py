@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from gpt_fast_settings.finetune import FinetuneSettings
 
 from . import options
 from .terminal import AsJson, metric_rows, print_table
+
+
+def _print_spread(summary: dict[str, Any], settings: FinetuneSettings) -> None:
+    rows = [("", "mean ± sd (smallest to largest)")]
+    for name, of in summary["metrics"].items():
+        if name != "examples":
+            rows.append((name.replace("_", " "), "{mean:.3f} ± {sd:.3f} ({min:.3f} to {max:.3f})".format(**of)))
+    rows.append(("run folders", f"{settings.out}, with the figures in repeats.json"))
+    print_table(f"fine-tuned {len(summary['runs'])} times, on held-out rows", rows)
 
 
 @options.from_settings(FinetuneSettings)
@@ -27,10 +38,18 @@ def finetune(settings: FinetuneSettings, as_json: AsJson = False) -> None:
 
     gpt-fast finetune --from runs/lm --train nli.jsonl --task entailment --out runs/nli
 
+    gpt-fast finetune --from runs/lm --train reviews.csv --folds 5 --patience 3 --out runs/folds
+
     gpt-fast finetune --from runs/lm --train quiz.csv --task multiple-choice --pair-column a,b,c,d --out runs/quiz
     """
+    from gpt_fast.training import repeats
     from gpt_fast.training.finetune import finetune as train
 
+    if repeats.is_repeated(settings):
+        summary = options.train("fine-tuning", repeats.repeat, settings, as_json)
+        if summary is not None:
+            _print_spread(summary, settings)
+        return
     record = options.train("fine-tuning", train, settings, as_json)
     if record is None:
         return

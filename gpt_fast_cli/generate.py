@@ -14,6 +14,7 @@ from .terminal import (
     Device,
     Raw,
     check_decoded,
+    piped_text,
     print_json,
     require_train_extra,
     resolve_device,
@@ -26,18 +27,36 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
 
+    from gpt_fast import GPTConfig
+
 
 def generate(
-    source: Annotated[
-        Path, typer.Option("--from", help="Run folder of a language model, or of one fine-tuned to write or answer.")
-    ],
+    run: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="RUN",
+            help="Run folder of a language model, or of one fine-tuned to write or answer.",
+            show_default=False,
+        ),
+    ] = None,
+    source: Annotated[Path | None, typer.Option("--from", help="The run folder, by its option.")] = None,
     prompt: Annotated[
-        str, typer.Option(metavar="TEXT", help="Text to go on from; without it a document is begun.")
-    ] = "",
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Text to go on from. Without it a pipe or file at standard input is read, or a document is begun.",
+        ),
+    ] = None,
     question: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What to answer from the prompt; fine-tuned question answering.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add; fewer where the model ends the document.")] = 100,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens to add; fewer where the model ends the document. 100, or what the model's positions leave, "
+            "unless given."
+        ),
+    ] = None,
     num_samples: Annotated[int, typer.Option(help="How many continuations to write, all at once.")] = 1,
     temperature: Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k most probable tokens only.")] = None,
@@ -65,18 +84,29 @@ def generate(
 
     [bold]Examples[/bold]
 
-    gpt-fast generate --from runs/lm --prompt "def read(self" --temperature 0
+    gpt-fast generate runs/lm --prompt "def read(self" --temperature 0
 
-    gpt-fast generate --from runs/lm --prompt "class " --top-p 0.9 --seed 7 --max-new-tokens 500 --sliding
+    echo "import os" | gpt-fast generate runs/lm
 
-    gpt-fast generate --from runs/lm --prompt "import " --num-samples 5 --stop "class " --weights int8
+    gpt-fast generate runs/lm --prompt "class " --top-p 0.9 --seed 7 --max-new-tokens 500 --sliding
+
+    gpt-fast generate runs/lm --prompt "import " --num-samples 5 --stop "class " --weights int8
     """
     require_train_extra()
+    if (run is None) == (source is None):
+        given = "no run folder" if run is None else f"{run} and --from {source}"
+        raise ValueError(f"{given}; expected one, as gpt-fast generate RUN or by --from RUN")
+    source = source or run
+    assert source is not None
     device = resolve_device(device)
     if num_samples < 1:
-        raise ValueError(f"--num-samples {num_samples}: wanted 1 or more")
+        raise ValueError(f"--num-samples {num_samples}: expected 1 or more")
+    if max_new_tokens is not None and max_new_tokens < 0:
+        raise ValueError(f"--max-new-tokens {max_new_tokens}: expected 0 or more")
     if any(not text for text in stop or []):
-        raise ValueError("--stop '': wanted a text, not nothing")
+        raise ValueError("--stop '': expected a text, not nothing")
+    if prompt is None:
+        prompt = piped_text()
     for option, text in [("--prompt", prompt), ("--question", question), *(("--stop", text) for text in stop or [])]:
         check_decoded(option, text)
     import torch
@@ -89,6 +119,15 @@ def generate(
     tokenizer = run_tokenizer(source, model)
     ids, end = writing_prompt(source, model.config, tokenizer, prompt, question)
     ends = [] if end is None else [end]
+    room = model.config.seq_len - len(ids)
+    if max_new_tokens is None:
+        max_new_tokens = 100 if sliding else min(100, room)
+        if max_new_tokens < 1:
+            raise ValueError(
+                f"--prompt: has {len(ids):,} tokens, and {source} has {model.config.seq_len:,} positions; "
+                "expected fewer tokens, or --sliding"
+            )
+    _check_memory(num_samples, min(len(ids) + max_new_tokens, model.config.seq_len), model.config)
     # An answer to a question was learned as a text of its own.
     context = [] if writes_answers(source) else ids
     samples = [_Text(tokenizer, prompt, context, stop or [], ends) for _ in range(num_samples)]
@@ -130,8 +169,20 @@ def generate(
         write_text(samples[0].rest(), raw)
     else:
         for number, sample in enumerate(samples, 1):
-            typer.secho(f"--- {number}", bold=True)
+            write_text(f"--- {number}", raw)
             write_text(prompt + sample.text(), raw)
+
+
+def _check_memory(num_samples: int, length: int, config: GPTConfig) -> None:
+    """Raise `ValueError` for more continuations than memory holds keys and values of, in 16 bits."""
+    from gpt_fast import _memory
+
+    needed, left = 4 * config.num_layers * config.hidden_dim * length * num_samples, _memory.available()
+    if needed > left:
+        raise ValueError(
+            f"--num-samples {num_samples:,}: needs {_memory.size(needed)} of memory or more; expected at most "
+            f"{_memory.size(left)}, which is left"
+        )
 
 
 class _Finished(Exception):

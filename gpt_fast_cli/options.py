@@ -107,7 +107,7 @@ def _annotation(name: str, field: FieldInfo) -> Any:
     return Annotated[
         kind if kind is bool else kind | None,
         typer.Option(
-            spelling,
+            *([spelling] if extra(field, "also") is None else [spelling, extra(field, "also")]),
             help=text,
             metavar=extra(field, "metavar"),
             rich_help_panel=extra(field, "panel"),

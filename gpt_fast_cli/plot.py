@@ -29,6 +29,6 @@ def plot(
 
     curves = [(str(run), read_curve(run, metric)) for run in runs]
     if out.suffix.lower() != ".png":
-        raise ValueError(f"--out {out}: wanted a name that ends in .png")
+        raise ValueError(f"--out {out}: expected a name that ends in .png")
     plot_runs(curves, metric, out)
     write_text(str(out), raw=False)

@@ -68,10 +68,10 @@ def predict(
     require_train_extra()
     device = resolve_device(device)
     if (text is None) == (data is None):
-        raise ValueError("wanted either --text or --data" + ("" if text is None else ", not both"))
+        raise ValueError("expected either --text or --data" + ("" if text is None else ", not both"))
     for option, blank in (("--text", [text]), ("--pair", pair or [])):
         if any(value is not None and not value.strip() for value in blank):
-            raise ValueError(f"{option}: empty; wanted a text")
+            raise ValueError(f"{option}: empty; expected a text")
         for value in blank:
             check_decoded(option, value)
     if text is None and pair:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u20
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 err = Console(stderr=True, highlight=False)
+_PIPED = 1 << 24  # bytes of a prompt at standard input
+_WIDE = 80  # columns that a bar needs beside its figures; count and time left fit into 40
 
 
 def require_train_extra() -> None:
@@ -89,6 +92,26 @@ def check_decoded(option: str, text: str | None) -> None:
     found = None if text is None else _SURROGATE.search(text)
     if found is not None:
         raise ValueError(f"{option}: not UTF-8 from character {found.start() + 1} on; expected text")
+
+
+def piped_text() -> str:
+    """Return the text of a pipe or file at standard input, without a line end behind it; "" for anything else there.
+
+    A terminal is not asked, and neither is a socket or /dev/null, which a program may have left there.
+    """
+    try:
+        mode = os.fstat(0).st_mode
+    except OSError:  # closed
+        return ""
+    if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
+        return ""
+    content = sys.stdin.buffer.read(_PIPED + 1)
+    if len(content) > _PIPED:
+        raise ValueError(f"standard input: has more than {_PIPED:,} bytes; expected a prompt")
+    try:
+        return content.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input: not UTF-8 from byte {error.start} on; expected text") from None
 
 
 def say(message: str) -> None:
@@ -162,6 +185,7 @@ def metric_rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
         ("accuracy", "choice_accuracy", "{choice_accuracy:.1%} by log-likelihood, by chance: {chance:.1%}"),
         ("normalised", "choice_accuracy_norm", "{choice_accuracy_norm:.1%} by log-likelihood per character"),
         ("per token", "choice_accuracy_per_token", "{choice_accuracy_per_token:.1%} by log-likelihood per token"),
+        ("entity F1", "entity_f1", "{entity_f1:.3f}"),
         ("exact match", "exact_match", "{exact_match:.1%}"),
         ("word F1", "word_f1", "{word_f1:.3f}"),
         ("tokens", "tokens", "{tokens:,}"),
@@ -171,23 +195,32 @@ def metric_rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _per(measured: dict[str, Any]) -> str:
-    return "" if "accuracy" in measured else " per token"
+    return " per token" if "perplexity" in measured else ""
+
+
+def has_bars() -> bool:
+    """Return True if stderr is a terminal that can draw a line anew."""
+    return err.is_terminal and not err.is_dumb_terminal
 
 
 @contextmanager
 def training_bar(label: str) -> Iterator[Callable[[loop.Progress], None]]:
     """A progress bar on stderr, with the loss, tokens per second and the time left; validations are lines above it."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn(label),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f} · {task.fields[rate]:,.0f} tokens/s{task.fields[mfu]} ·"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
     )
-    with _from_first_call(Progress(*columns, console=err)) as progress:
+
+    count, left = MofNCompleteColumn(), TimeRemainingColumn(compact=True)
+    columns: tuple[ProgressColumn, ...] = (TextColumn(label), count, left, TextColumn("left"))
+    if err.width >= _WIDE:
+        loss = TextColumn("loss {task.fields[loss]:.3f} · {task.fields[rate]:,.0f} tokens/s{task.fields[mfu]} ·")
+        columns = (TextColumn(label), BarColumn(), count, loss, left, TextColumn("left"))
+    with _from_first_call(Progress(*columns, console=err, disable=not has_bars())) as progress:
         task = progress.add_task(label, total=None, visible=False, loss=float("nan"), rate=0.0, mfu="")
 
         def show(now: loop.Progress) -> None:
@@ -207,8 +240,10 @@ def counting_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr that counts."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with _from_first_call(Progress(*columns, console=err, transient=True)) as progress:
+    count, left = MofNCompleteColumn(), TimeRemainingColumn(compact=True)
+    columns = (TextColumn(label), *([BarColumn()] if err.width >= _WIDE else []), count, left)
+    bar = Progress(*columns, console=err, transient=True, disable=not has_bars())
+    with _from_first_call(bar) as progress:
         task = progress.add_task(label, total=None)
 
         def show(done: int, total: int) -> None:

@@ -27,16 +27,18 @@ def option(
     panel: str,
     metavar: str | None = None,
     resume: Resume = "same",
+    also: str | None = None,
     **bounds: float,
 ) -> Any:
     """Declare a setting: its default (`...` if it is required), its help on the command line and the help's panel, how
-    its value is called there, its part in a resumed run, and bounds such as `ge=1`."""
-    extra = {"panel": panel, "metavar": metavar, "resume": resume}
+    its value is called there, its part in a resumed run, another spelling on the command line, and bounds such as
+    `ge=1`."""
+    extra = {"panel": panel, "metavar": metavar, "resume": resume, "also": also}
     return Field(default, description=help, json_schema_extra=extra, **bounds)  # type: ignore[call-overload]
 
 
 def extra(field: FieldInfo, name: str) -> Any:
-    """Return what `option` was given as `panel`, `metavar` or `resume`."""
+    """Return what `option` was given as `panel`, `metavar`, `resume` or `also`."""
     assert isinstance(field.json_schema_extra, dict)
     return field.json_schema_extra[name]
 
@@ -116,11 +118,17 @@ def read_file(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in values.items()}
 
 
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """Return "; did you mean 'NAME'?" with the known name nearest to `name`, or "" if none is near."""
+    near = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 _EXPECTED = {
-    "greater_than_equal": "at least {ge:g}",
-    "greater_than": "more than {gt:g}",
-    "less_than_equal": "at most {le:g}",
-    "less_than": "less than {lt:g}",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
     "finite_number": "a finite number",
     "int_parsing": "a whole number",
     "int_type": "a whole number",
@@ -182,4 +190,10 @@ def _expectation(error: ErrorDetails) -> str:
     expected = _EXPECTED.get(error["type"])
     if expected is None:
         return error["msg"].removeprefix("Input should be ")
-    return expected.format(**error.get("ctx", {}))
+    bounds = {name: _spelled(value) for name, value in error.get("ctx", {}).items()}
+    return expected.format(**bounds)
+
+
+def _spelled(value: object) -> object:
+    """Return a bound as people write it: 268,435,456, and 0.5."""
+    return f"{int(value):,}" if isinstance(value, int | float) and float(value).is_integer() else value

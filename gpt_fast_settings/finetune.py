@@ -23,15 +23,30 @@ class FinetuneSettings(TrainingSettings):
         "library, to be told apart by the package that they come from.",
         panel=DATA,
         metavar="FILE",
+        also="--data",
     )
     valid: Path | None = option(
         None, "Table to validate on; without it a tenth of --train's rows.", panel=DATA, metavar="FILE"
     )
+    folds: int | None = option(
+        None,
+        "Divide --train into so many parts with equal shares of each class, and train a run for each part, which "
+        "validates on it: OUT/fold-1 and so on.",
+        panel=DATA,
+        ge=2,
+    )
+    fold: Count | None = option(None, "Train the run of this one of --folds alone, counted from 1.", panel=DATA)
+    seeds: Count | None = option(
+        None,
+        "Train so many runs, with --seed and the seeds behind it: OUT/seed-0 and so on. Mean and spread are printed.",
+        panel=TRAINING,
+        resume="command",
+    )
     rows: Count | None = option(None, "Train on this many rows, drawn by --seed, and not on all.", panel=DATA)
     text_column: str | None = option(
         None,
-        "Column with the text: text; premise, sentence1, question, prompt or context by the task. Columns with commas "
-        "between them are joined.",
+        "Column with the text: text; premise, sentence1, question, tokens, prompt or context by the task. Columns with "
+        "commas between them are joined.",
         panel=DATA,
     )
     pair_column: str | None = option(
@@ -40,7 +55,9 @@ class FinetuneSettings(TrainingSettings):
         "columns with commas between them, or one of lists (choices).",
         panel=DATA,
     )
-    label_column: str | None = option(None, "Column with the label (label), or the answer.", panel=DATA)
+    label_column: str | None = option(
+        None, "Column with the label (label), the labels, the tags or the answer.", panel=DATA
+    )
     labels: str | None = option(
         None,
         "The classes in their order, with commas between them. Without it the whole label column decides: numbers by "
@@ -72,7 +89,8 @@ class FinetuneSettings(TrainingSettings):
     )
     task: str = option(
         "classification",
-        "classification, entailment, similarity, multiple-choice, regression, generation or question-answering.",
+        "classification, entailment, similarity, multiple-choice, multi-label, token-classification, regression, "
+        "answer-span, generation or question-answering.",
         panel=TRAINING,
         metavar="TASK",
     )
@@ -82,7 +100,53 @@ class FinetuneSettings(TrainingSettings):
         "Give the classifier no bias, as transformers' has none, so that gpt-fast convert can turn the run into its.",
         panel=TRAINING,
     )
+    class_weights: str | None = option(
+        None,
+        "Weigh each class in the loss: balanced, inversely to its rows, or numbers in the order of the classes. For "
+        "several labels a row, what the rows that have a label count for.",
+        panel=TRAINING,
+        metavar="balanced|W,W,…",
+    )
+    freeze: str | None = option(
+        None,
+        "Train nothing of the trunk, of the embeddings, or of the embeddings and the first N decoders.",
+        panel=TRAINING,
+        metavar="trunk|embeddings|N",
+    )
+    layer_decay: float = option(
+        1.0,
+        "Each decoder's rate is this times that of the one above, and the embeddings' this times the first one's.",
+        panel=TRAINING,
+        gt=0,
+        le=1,
+    )
+    lora_rank: Count | None = option(
+        None,
+        "Train a LoRA adapter of this rank, by PEFT, and not the trunk's own weights. The run folder holds the "
+        "adapter; gpt-fast convert merges it.",
+        panel=TRAINING,
+    )
+    lora_alpha: float | None = option(
+        None, "The adapter counts alpha / rank times; twice the rank unless given.", panel=TRAINING, gt=0
+    )
     epochs: Count = option(3, "Passes over the table. --resume takes more than before.", panel=TRAINING, resume="more")
+    patience: Count | None = option(
+        None,
+        "End after so many validations in a row without a better one; without it all epochs are trained.",
+        panel=TRAINING,
+        resume="free",
+    )
+    metric: str | None = option(
+        None,
+        "What validation chooses the best weights by, and --patience waits for: accuracy, macro_f1, micro_f1, "
+        "matthews, mse, pearson, spearman, word_f1, exact_match or loss, by the task. Without it accuracy, micro_f1, "
+        "mse, word_f1 or loss.",
+        panel=TRAINING,
+        metavar="NAME",
+    )
+    valid_every: Count | None = option(
+        None, "Updates between validations; a fifth of all unless given.", panel=TRAINING, resume="free"
+    )
     batch_size: Count = option(32, "Rows in an update.", panel=TRAINING)
     lr: NotNegative | None = option(
         None, "Peak learning rate; 6.25e-5, a quarter of pre-training's for models without a preset.", panel=TRAINING

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from .declaration import option
 from .training import DATA, MODEL, TRAINING, Count, Decay, NotNegative, Size, TrainingSettings
@@ -51,7 +53,7 @@ class PretrainSettings(TrainingSettings):
     layers: Size | None = option(None, "Decoders.", panel=MODEL)
     heads: Size | None = option(None, "Attention heads in each.", panel=MODEL)
     dim: Size | None = option(None, "Hidden dimensions.", panel=MODEL)
-    seq_len: Size | None = option(None, "Positions: tokens seen at once.", panel=MODEL)
+    seq_len: Annotated[int, Field(ge=2, le=2**28)] | None = option(None, "Positions: tokens seen at once.", panel=MODEL)
     dropout: Decay | None = option(None, "Of embeddings, attention and residuals.", panel=MODEL)
     steps: Count = option(1000, "Updates. --resume takes more than before.", panel=TRAINING, resume="more")
     batch_size: Count = option(16, "Windows of text in an update.", panel=TRAINING)
@@ -74,6 +76,12 @@ class PretrainSettings(TrainingSettings):
     )
     warmup: Count | None = option(
         None, "Updates until the peak learning rate: 2,000, but at most a tenth of all.", panel=TRAINING
+    )
+    window_warmup: Decay = option(
+        0.0,
+        "Share of the updates, the first ones, in which windows are cut: into four for the first half of it, then into "
+        "two. A piece does not see the others.",
+        panel=TRAINING,
     )
     weight_decay: NotNegative | None = option(
         None, "Of matrices; nothing else decays. 0.01, with a preset of GPT-2 0.1.", panel=TRAINING

@@ -35,6 +35,12 @@ class TrainingSettings(Settings):
     checkpoint_every: Count = option(1000, "Updates between checkpoints.", panel=RUN, resume="free")
     keep_checkpoints: Count = option(3, "How many checkpoints to keep.", panel=RUN, resume="free")
     tensorboard: bool = option(False, "Write tensorboard/ into the run folder, too.", panel=RUN, resume="free")
+    tracker: Literal["wandb", "mlflow"] | None = option(
+        None,
+        "Log to wandb or MLflow, too: into the run folder, or to a server that their own environment variables name.",
+        panel=RUN,
+        resume="free",
+    )
     profile: bool = option(
         False,
         "Write profile.json into the run folder: a trace of three early updates, for Chrome or ui.perfetto.dev.",

@@ -37,6 +37,14 @@ def start(request, rank, out, err):
     pid = os.fork()
     if pid:
         return pid
+    if request["stdin"] is None:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    else:
+        piped = tempfile.TemporaryFile()
+        piped.write(request["stdin"].encode("utf-8", "surrogateescape"))
+        piped.seek(0)
+        os.dup2(piped.fileno(), 0)
+    sys.stdin = open(0, closefd=False)
     os.dup2(out.fileno(), 1)
     os.dup2(err.fileno(), 2)
     os.environ.update(request["environment"])
@@ -128,7 +136,8 @@ def cli() -> Iterator[Cli]:
     """Runs one command line in a process of its own: with `watched` (a path, perhaps with wildcards, and how many lines
     it must have) the process gets `signal`, and `again`, as soon as that is there and `later` seconds have passed. No
     file can grow past `file_size`, and no process past `memory` bytes of addresses or `seconds`. With `ranks`, as many
-    processes that find each other as torchrun's do; the last one gets the signal, and its code is the result's."""
+    processes that find each other as torchrun's do; the last one gets the signal, and its code is the result's.
+    Standard input is a file with the text `stdin`, or /dev/null."""
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
     )
@@ -143,10 +152,11 @@ def cli() -> Iterator[Cli]:
         memory: int = 0,
         seconds: int = 0,
         ranks: int = 0,
+        stdin: str | None = None,
     ) -> Result:
         request = {
             "args": [str(arg) for arg in args], "signal": int(signal), "later": later, "file_size": file_size,
-            "memory": memory, "seconds": seconds, "ranks": ranks, "again": int(again),
+            "memory": memory, "seconds": seconds, "ranks": ranks, "again": int(again), "stdin": stdin,
             "watched": watched and (str(watched[0]), watched[1]),
         }  # fmt: skip
         print(json.dumps(request), file=server.stdin, flush=True)

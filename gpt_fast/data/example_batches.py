@@ -23,13 +23,27 @@ class Marks:
 
 
 @dataclass(frozen=True)
+class Context:
+    """The text that a span is found in: where its tokens begin in the sequence, which characters each of them stands
+    for, and the answer, "" for none."""
+
+    text: str
+    begin: int
+    offsets: list[tuple[int, int]]
+    answer: str = ""
+
+
+@dataclass(frozen=True)
 class Example:
-    """One row of a table as a model takes it: its sequences (one; two orders of a pair; one for each answer), its
-    target, and for text to be generated the position where that begins."""
+    """One row of a table as a model takes it: its sequences (one; two orders of a pair; one for each answer) and its
+    target: a class, a number, a list with 1 for each class that it has, or the first and last position of a span. Text
+    to be generated has the position where it begins, tagged text a class for each token, -100 where none counts."""
 
     sequences: list[list[int]]
-    target: float = 0
+    target: float | list[float] | list[int] = 0
     answer: int | None = None
+    tags: list[int] | None = None
+    context: Context | None = None
 
 
 def task_input(texts: Sequence[Sequence[int]], seq_len: int, marks: Marks) -> list[int]:
@@ -64,7 +78,8 @@ def pad_rows(rows: Sequence[list[int]], pad_token: int) -> tuple[Tensor, Tensor]
 
 def task_batch(examples: Sequence[Example], pad_token: int, numbers: bool = False) -> Batch:
     """Examples as one batch: tokens `[B, T]`, or `[B, S, T]` where each has several sequences, with lengths; labels
-    `[B]`, float32 where targets are `numbers`, or for generated text `[B, T]`, -100 on all that is given."""
+    `[B]`, or `[B, L]` where targets are lists, float32 where they are `numbers`, or for generated or tagged text
+    `[B, T]`, -100 on all that does not count."""
     B, S = len(examples), len(examples[0].sequences)
     tokens, lengths = pad_rows([row for example in examples for row in example.sequences], pad_token)
     if examples[0].answer is not None:
@@ -72,6 +87,9 @@ def task_batch(examples: Sequence[Example], pad_token: int, numbers: bool = Fals
         begin = torch.tensor([example.answer for example in examples])
         asked = (place >= begin[:, None]) & (place < lengths[:, None])
         return Batch(tokens, tokens.masked_fill(~asked, IGNORE), lengths, weight=int(asked.sum()))
+    if examples[0].tags is not None:
+        tags, _ = pad_rows([example.tags or [] for example in examples], IGNORE)
+        return Batch(tokens, tags, lengths, weight=B)
     labels = torch.tensor([example.target for example in examples], dtype=torch.float32 if numbers else torch.int64)
     if S > 1:
         tokens, lengths = tokens.view(B, S, -1), lengths.view(B, S)
@@ -84,8 +102,8 @@ def task_batches(
     """All examples in their order, `batch_size` at a time, each batch padded to its longest row.
 
     Of a batch `tokens` are `[B, T]` int64, or `[B, S, T]` where each example has S sequences, and `lengths` `[B]` or
-    `[B, S]`; labels are `[B]`, int64 classes or with `numbers` float32, or for text to be written `[B, T]`, -100 on all
-    that is given. Raises `ValueError` for a batch size below 1.
+    `[B, S]`; labels are `[B]`, or `[B, L]` where targets are lists, int64 or with `numbers` float32, or for text to be
+    written or tagged `[B, T]`, -100 on all that does not count. Raises `ValueError` for a batch size below 1.
     """
     if batch_size < 1:
         raise ValueError(f"task_batches: batch_size is {batch_size}, wanted at least 1")

@@ -67,11 +67,12 @@ class TokenStream:
                 total = np.pad(total, (0, size - len(total))) + np.pad(counts, (0, size - len(counts)))
         return total
 
-    def require(self, seq_len: int) -> None:
-        """Raises where the stream does not fill one window."""
+    def require(self, seq_len: int, source: str = "the text") -> None:
+        """Raise `ValueError`, which names the source, where the stream does not fill one window."""
         if len(self) < seq_len:
             raise ValueError(
-                f"the text has {len(self)} tokens, fewer than a window of {seq_len}; give more text or fewer positions"
+                f"{source}: has {len(self):,} tokens, fewer than a window of {seq_len:,}; expected more text or fewer "
+                "positions"
             )
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .._disk import writing
 from .._files import finite, replacing
@@ -28,7 +28,8 @@ __all__ = [
 class Table:
     """Texts and their labels, as strings, none where the labels are what is asked for; `source` names the file and
     appears in messages. `more` holds each row's further texts, where a task has several. `places` says where each row
-    stands in the file, and `notes` what a reader of results has to know of how it was read."""
+    stands in the file, and `notes` what a reader of results has to know of how it was read. `starts` says where in its
+    text each row's answer begins, -1 where the table does not tell."""
 
     source: str
     texts: list[str]
@@ -36,13 +37,14 @@ class Table:
     more: list[tuple[str, ...]] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def rows(self, indices: list[int]) -> Table:
         """The table of the rows at `indices`, in their order."""
-        names = ("texts", "labels", "more", "places")
+        names = ("texts", "labels", "more", "places", "starts")
         columns: dict[str, Any] = {name: getattr(self, name) for name in names}
         chosen = {name: [column[i] for i in indices] if column else [] for name, column in columns.items()}
         return Table(self.source, notes=[*self.notes], **chosen)
@@ -61,11 +63,14 @@ class TableOptions(RowOptions):
     """Tells how to read a table.
 
     Rows whose label is one of `skip_labels` are skipped; "" stands for a label that is blank, NaN or null.
-    `text_labels`: are labels texts to be written, which keep their spaces and may be nested answers?
+    `text_labels`: are labels texts to be written or found, which keep their spaces and may be nested answers?
+    `several`: is a label a set of classes ("set": a list, or a text with commas), or a tag for each word ("tags": a
+    list, or a text with spaces)? The table then holds a text with commas, or spaces.
     """
 
     skip_labels: tuple[str, ...] = ()
     text_labels: bool = False
+    several: Literal["", "set", "tags"] = ""
 
 
 DEFAULT = TableOptions()
@@ -113,13 +118,18 @@ def read_table(
                 raise MissingColumn(path, place, column, row)
         if label_column is not None:
             value = row[label_column]
-            label = _text_label(path, place, label_column, value) if options.text_labels else _label(value)
+            if options.several:
+                label = _several(path, place, label_column, value, options.several)
+            else:
+                label = _text_label(path, place, label_column, value) if options.text_labels else _label(value)
             if label is None:
                 raise ValueError(f"{path}, {place}: column {label_column!r} holds {value!r}; expected a label")
             if any(is_same_label(label.strip(), skip) for skip in options.skip_labels):
                 skipped.append(place)
                 continue
-            if not label.strip() and isinstance(value, (dict, list)):
+            if not label.strip() and options.several == "set":
+                pass  # a row of no class
+            elif not label.strip() and isinstance(value, (dict, list)) and not options.several:
                 unanswered.append(place)
             elif not label.strip():
                 first = first if without else value
@@ -128,7 +138,10 @@ def read_table(
             if isinstance(value, str) and value != value.strip():
                 spaced.append(place)
             table.labels.append(label)
-        texts = [_text(path, place, column, row[column]) for column in text_columns]
+            if options.text_labels:
+                table.starts.append(_start(value) if len(text_columns) == 1 else -1)
+        read = _words if options.several == "tags" else _text
+        texts = [read(path, place, column, row[column]) for column in text_columns]
         if more_columns:
             table.more.append(tuple(_more(path, place, more_columns, row)))
         size += sum(map(len, texts)) + sum(map(len, table.more[-1] if more_columns else ())) + _OVERHEAD
@@ -208,6 +221,44 @@ def _text_label(path: Path, place: str, column: str, value: object) -> str | Non
     if isinstance(value, (str, int)):
         return str(value)
     return _label(value)
+
+
+def _several(path: Path, place: str, column: str, value: object, kind: str) -> str | None:
+    """Return classes with commas between them, or tags with spaces; None for what is neither."""
+    between = "," if kind == "set" else " "
+    parts = value if isinstance(value, list) else None
+    if parts is None:
+        text = _label(value)
+        parts = None if text is None else text.split("," if kind == "set" else None)
+    if parts is None:
+        return None
+    labels = [_label(part) for part in parts]
+    for part, label in zip(parts, labels, strict=True):
+        if label is None or between in label or (not label and (kind == "tags" or isinstance(value, list))):
+            raise ValueError(
+                f"{path}, {place}: column {column!r} holds {part!r} in a list; "
+                f"expected a label without {'commas' if kind == 'set' else 'spaces'}"
+            )
+    return between.join(label for label in labels if label)
+
+
+def _words(path: Path, place: str, column: str, value: object) -> str:
+    """Return a text whose words have one space between them; `value` is a text or a list of words."""
+    if not isinstance(value, list):
+        value = _text(path, place, column, value).split()
+    for word in value:
+        if not isinstance(word, str) or not word or word.split() != [word] or "\0" in word:
+            raise ValueError(
+                f"{path}, {place}: column {column!r} holds {word!r} in a list; expected a word without spaces"
+            )
+    return " ".join(value)
+
+
+def _start(value: object) -> int:
+    """Return where the first of SQuAD's answers begins, or -1."""
+    starts = value.get("answer_start") if isinstance(value, dict) else None
+    first = starts[0] if isinstance(starts, list) and starts else starts
+    return first if isinstance(first, int) and not isinstance(first, bool) else -1
 
 
 def _text(path: Path, place: str, column: str, value: object) -> str:

@@ -20,6 +20,7 @@ from .._files import write_text
 from ..config import SPECIAL_TOKENS
 from .reading.cuts import keeps_tokens, pieces
 
+KINDS = ("bpe", "byte", "char")  # tokenizers that need no file
 UNKNOWN = "<|unk|>"
 _BATCH_TEXT = 1 << 18  # characters that are encoded at once
 _TRAINED = 1 << 12  # characters of a text that a vocabulary is learned from at once

@@ -1,5 +1,7 @@
 """The heads of the labelled tasks: which layer reads which hidden states, and the loss it is trained with."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -16,11 +18,15 @@ class TaskHead(Head):
     """A linear layer on one token's last hidden state, and the joint loss L_task + λ L_lm (λ is `config.lm_weight`)."""
 
     tokens_shape = "[B, T]"
+    has_classes = True  # do the outputs of the classifier stand for classes?
+    class_weights: Tensor | None
+    _host_weights: Tensor | None = None
 
     def __init__(self, config: GPTConfig, outputs: int):
         super().__init__(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(config.hidden_dim, outputs, bias=config.classifier_bias)
+        self.register_buffer("class_weights", None, persistent=False)
         init_weights(self.classifier, config.init_std)
         if config.lm_weight > 0:
             self._build_output_layer()
@@ -51,6 +57,28 @@ class TaskHead(Head):
             targets = shift_labels(tokens, lengths=lengths, key_mask=key_mask)
             terms.append(self.config.lm_weight * self._language_model_loss(hidden, targets))
         return HeadOutput(self._weighted(terms, loss_weights), scores)
+
+    def weigh_classes(self, weights: Sequence[float] | None) -> None:
+        """Weigh each class in the task's loss, in training and in evaluation, until the model is saved; None weighs all
+        alike.
+
+        With weights w the loss is Σ w[yᵢ] lᵢ / Σ w[yᵢ], as `torch.nn.CrossEntropyLoss(weight=w)` has it; with problem
+        "multi_label" they are `torch.nn.BCEWithLogitsLoss(pos_weight=w)`. Raises `ValueError` for another number of
+        weights than classes, one below 0, or a head that has no classes.
+        """
+        name, L = type(self).__name__, self.classifier.out_features
+        if weights is None:
+            self.class_weights = self._host_weights = None
+            return
+        if not self.has_classes or self.config.problem == "regression":
+            raise ValueError(f"gpt_fast.{name}: has no classes to weigh; expected a classifier")
+        if len(weights) != L or not all(0 <= weight < torch.inf for weight in weights):
+            raise ValueError(
+                f"gpt_fast.{name}: class_weights is {list(weights)}; expected {L} numbers of 0 or more, one a class"
+            )
+        # The counts of a batch are made on the host, before the batch is copied to a GPU.
+        self._host_weights = torch.tensor(weights, dtype=torch.float32, device="cpu")
+        self.class_weights = self._host_weights.to(self.classifier.weight.device)
 
     def _loss_counts(
         self, tokens: Tensor, labels: Tensor, lengths: Tensor | None, key_mask: Tensor | None
@@ -85,8 +113,18 @@ class TaskHead(Head):
         raise NotImplementedError
 
     def _task_counts(self, labels: Tensor, real: Tensor) -> list[Tensor]:
-        """Return how many predictions each term is the mean of: by default one for each label."""
-        return [torch.tensor(len(labels), device=labels.device)]
+        """Return how many predictions each term is the mean of: by default one a label, or its class's weight."""
+        if self.class_weights is None or self.config.problem != "classification":
+            return [torch.tensor(len(labels), device=labels.device)]
+        return [self._weight_of(labels)]
+
+    def _weight_of(self, labels: Tensor) -> Tensor:
+        """Return how many labels count, each with the weight of its class."""
+        counted = labels != IGNORE
+        if self.class_weights is None or self._host_weights is None:
+            return counted.sum()
+        weights = self._host_weights if labels.is_cpu else self.class_weights
+        return (weights[labels.masked_fill(~counted, 0)] * counted).sum()
 
     def _pooled(self, hidden: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
         """The hidden state that is read of each row [N, C]."""
@@ -107,7 +145,7 @@ class TaskHead(Head):
             raise ValueError(f"{type(self).__name__}: row {row} of tokens has none, wanted {wanted} to read")
 
     def _problem_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Of classes or of numbers, as the configuration says."""
+        """Return the loss of one class, of numbers or of several classes, as the configuration says."""
         B, L = scores.shape
         if self.config.problem == "regression":
             if labels.shape != (B, L) and not (L == 1 and labels.shape == (B,)):
@@ -115,20 +153,34 @@ class TaskHead(Head):
                     f"{type(self).__name__}: labels has shape {list(labels.shape)}, wanted {[B, L]} to regress"
                 )
             return F.mse_loss(scores.float(), labels.view(B, L).float())
+        if self.config.problem == "multi_label":
+            if labels.shape != (B, L) or not labels.is_floating_point():
+                raise ValueError(
+                    f"gpt_fast.{type(self).__name__}: labels is {_checks.described(labels)}; "
+                    f"expected floating point {[B, L]}, 1 for each class that a row has and 0 for others"
+                )
+            return F.binary_cross_entropy_with_logits(scores.float(), labels.float(), pos_weight=self.class_weights)
         return self._class_loss(scores, labels)
 
     def _class_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         B, L = scores.shape
         self._check_labels(labels, (B,))
         self._check_classes(labels, L)
-        return F.cross_entropy(scores.float(), labels)
+        return F.cross_entropy(scores.float(), labels) if self.class_weights is None else self._mean(scores, labels)
 
     def _labelled_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         """The mean cross-entropy over the rows that have a label, 0 without any."""
         counted = labels != IGNORE
         self._check_classes(labels.masked_fill(~counted, 0), scores.shape[1])
-        losses = F.cross_entropy(scores.float(), labels, ignore_index=IGNORE, reduction="sum")
-        return losses / counted.sum().clamp(min=1)
+        return self._mean(scores, labels)
+
+    def _mean(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Return the weighted mean of the cross-entropies, 0 where nothing counts."""
+        losses = F.cross_entropy(
+            scores.float(), labels, weight=self.class_weights, ignore_index=IGNORE, reduction="sum"
+        )
+        total = self._weight_of(labels)
+        return losses / torch.where(total > 0, total, 1)
 
     def _check_labels(self, labels: Tensor, shape: tuple[int, ...]) -> None:
         if labels.shape != shape or labels.dtype != torch.int64:
@@ -150,8 +202,9 @@ class GPTForSequenceClassification(TaskHead):
     `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, logits=None)` → `(loss, logits [B, L])`, the
     logits always. h is that of the last real token, or of the extract token (`config.pooling`). With problem
     "classification" labels are [B] int64 and the loss is the cross-entropy; with "regression" they are [B, L], or [B]
-    for one output, and it is the mean squared error. With `config.lm_weight` λ > 0 the loss is L_cls + λ L_lm, L_lm the
-    language-model loss on the same tokens.
+    for one output, and it is the mean squared error; with "multi_label" they are [B, L] floating point, 1 for each
+    class that a row has, and it is the binary cross-entropy. With `config.lm_weight` λ > 0 the loss is L_cls + λ L_lm,
+    L_lm the language-model loss on the same tokens.
 
     Dtypes, precision, determinism: those of the ops; the task's loss is float32.
 
@@ -209,6 +262,7 @@ class GPTForMultipleChoice(TaskHead):
     """
 
     tokens_shape = "[B, K, T]"
+    has_classes = False
 
     def __init__(self, config: GPTConfig):
         super().__init__(config, 1)
@@ -252,7 +306,7 @@ class GPTForTokenClassification(TaskHead):
         return [self._labelled_loss(scores.flatten(0, 1), labels.flatten())]
 
     def _task_counts(self, labels: Tensor, real: Tensor) -> list[Tensor]:
-        return [((labels != IGNORE) & real).sum()]
+        return [self._weight_of(labels.masked_fill(~real, IGNORE))]
 
 
 class GPTForQuestionAnswering(TaskHead):
@@ -271,6 +325,8 @@ class GPTForQuestionAnswering(TaskHead):
 
     Source: transformers' `GPT2ForQuestionAnswering`, which lets answers begin in padding.
     """
+
+    has_classes = False
 
     def __init__(self, config: GPTConfig):
         super().__init__(config, 2)

@@ -109,6 +109,12 @@ def random_batch(model: Head, batch_size: int) -> Batch:
         tokens, lengths = tokens.view(batch_size, sequences, -1), lengths.view(batch_size, sequences)
     if name == "GPTForMultipleChoice":
         return Batch(tokens, torch.randint(sequences, (batch_size,), generator=generator), lengths)
+    if name == "GPTForTokenClassification":
+        return Batch(tokens, torch.randint(config.num_labels, tokens.shape, generator=generator), lengths)
+    if name == "GPTForQuestionAnswering":
+        return Batch(tokens, lengths[:, None] - torch.tensor([2, 1]), lengths)
+    if config.problem == "multi_label":
+        return Batch(tokens, torch.rand(batch_size, config.num_labels, generator=generator).round(), lengths)
     if config.problem == "regression":
         return Batch(tokens, torch.randn(batch_size, generator=generator), lengths)
     return Batch(tokens, torch.randint(config.num_labels, (batch_size,), generator=generator), lengths)

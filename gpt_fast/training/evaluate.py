@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from gpt_fast_settings.declaration import did_you_mean
+
 from ..data.batches import Batch, lm_windows, text_stream, unigram_entropy
 from ..data.corpus import STDLIB, read_corpus, read_documents
 from ..data.reading.rows import RowOptions
@@ -95,7 +97,7 @@ def _evaluate_form(
     stride: int | None,
 ) -> dict[str, Any]:
     if form not in FORMS:
-        raise ValueError(f"--form {form}: expected one of {', '.join(FORMS)}")
+        raise ValueError(f"--form {form!r}: expected one of {', '.join(FORMS)}{did_you_mean(form, FORMS)}")
     if stride is not None:
         raise ValueError(f"--stride {stride}: reads text in windows; leave it out beside --form {form}")
     assert isinstance(model, GPTForCausalLM) and data is not None
@@ -204,7 +206,7 @@ def evaluate_language_model(
         words = sum(len(document.text.split()) for document in documents)
         stream = text_stream(tokenizer, (document.text for document in documents), model.config.start_token)
     T = min(T, len(stream))
-    stream.require(max(1, T))
+    stream.require(max(1, T), STDLIB if data is None else str(data))
     asked = stream if stride is not None else stream.part(0, len(stream) // T * T)
     counts = asked.counts()
     if len(counts) > model.config.num_tokens:

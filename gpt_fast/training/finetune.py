@@ -22,17 +22,30 @@ from ..data.stream import mix
 from ..data.tables import Table
 from ..data.tokenizer import load_tokenizer
 from ..heads import GPTForCausalLM, GPTForSequenceClassification, Head
+from ..heads.classifiers import TaskHead
 from ..interrupts import Stop
 from ..model_folder import read_config
+from . import adaptation
 from .engine.optimizer import schedule
 from .metrics import Metrics, confusion_matrix, predictions
 from .plots import plot_confusion, plot_task
 from .program import Record, Say, Session, Show, train
-from .runs.folder import check_run, read_metrics, with_special_tokens
-from .runs.load import load_head
+from .runs import adapters
+from .runs.adapters import Adapter
+from .runs.folder import check_run, read_metrics
+from .runs.load import adapter_base, load_adapted, load_for_task, load_head
 from .runs.recipes import finetuning_lr
 from .table_examples import examples, label_names, label_rule, read_tables, remarks
-from .tasks import EVALUATION_BATCH, TaskSettings, better, new_model, score, task_settings, written_metrics
+from .tasks import (
+    EVALUATION_BATCH,
+    TaskSettings,
+    better,
+    metric_of,
+    new_model,
+    score,
+    task_settings,
+    written_metrics,
+)
 
 FEW_UPDATES = 50  # with fewer, the user gets a remark
 
@@ -60,18 +73,35 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
     settings = session.settings.changed(lr=lr)
     session = replace(session, settings=settings)
     task = task_of(settings)
+    metric = metric_of(task, settings.metric)
+    pretrained_as, config = read_config(source)
+    adaptation.check(settings, task, config)
     options = row_options(settings.columns, settings.skip_ragged)
-    train, valid, task = read_tables(settings.train, settings.valid, task, settings.seed, options)
+    fold = (settings.fold, settings.folds) if settings.fold and settings.folds else None
+    train, valid, task = read_tables(settings.train, settings.valid, task, settings.seed, options, fold)
     names = label_names(train, task)
     if settings.rows is not None:
         train = some_rows(train, settings.rows, settings.seed)
     tokenizer = load_tokenizer(source)
-    pretrained_as, _ = read_config(source)
     # A masked model has not learned to predict the next token, and λ would make it do that above all.
-    lm_weight = 0.0 if task.writes or pretrained_as == "GPTForMaskedLM" else settings.lm_weight
-    make = fresh if settings.scratch else pretrained
-    model = session.make_model(partial(new_model, task, make, source, lm_weight, names, not settings.convertible))
+    without_lm = task.writes or pretrained_as == "GPTForMaskedLM" or settings.freeze == "trunk"
+    lm_weight = 0.0 if without_lm else settings.lm_weight
+    if settings.freeze == "trunk" and settings.lm_weight:
+        session.say("--freeze trunk: nothing of the language model is trained, so its loss is left out (--lm-weight 0)")
+    adapter = None
+    if settings.lora_rank is not None:
+        adapter = Adapter(settings.lora_rank, settings.lora_alpha, source)
+    begin = adapter_base if adapter else fresh if settings.scratch else pretrained
+    make = partial(new_model, task, begin, source, lm_weight, names, not settings.convertible)
+    model = session.make_model((lambda: adapter.attach(make())) if adapter else make)
     rows, valid_rows = (examples(table, task, names, tokenizer, model.config) for table in (train, valid))
+    if settings.freeze is not None:
+        adaptation.freeze(model, settings.freeze)
+    if settings.class_weights is not None and isinstance(model, TaskHead):
+        weights = adaptation.class_weights(settings.class_weights, names, rows, task)
+        model.weigh_classes(weights)
+        shown = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(names, weights, strict=True))
+        session.say(f"class weights: {shown}")
     steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
     _tell(train, valid, rows, label_rule(names, task), model.config.seq_len, steps, session.say)
 
@@ -84,12 +114,13 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
         "data": train.source,
         "labels": names,
         "lr": lr,
-    }
+    } | ({"lora": adapter.record()} if adapter else {})
     loop = session.make_loop(
         model,
         tokenizer,
         RowSource(
-            rows, settings.batch_size, model.config.pad_token or 0, settings.seed, settings.accumulate, task.numbers,
+            rows, settings.batch_size, model.config.pad_token or 0, settings.seed, settings.accumulate,
+            task.kind in ("number", "set"),
             ranks.rank, ranks.size,
         ),
         partial(validation, model, valid_rows, task, answer_bytes(valid)),
@@ -101,7 +132,10 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
         validations=5,
         identity=identity(rows),
         record=origin,
-        better=partial(better, task),
+        better=partial(better, metric),
+        valid_every=settings.valid_every,
+        patience=settings.patience,
+        save_best=adapter.save if adapter else Head.save_pretrained,
     )  # fmt: skip
     loop.run()
     best = loop.state.best_metrics
@@ -112,11 +146,17 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
         "epochs": settings.epochs,
         "lm_weight": lm_weight,
         "best_step": best["step"],
+        "last_step": loop.state.step,
+        "metric": metric,
     }
     record |= session.facts(loop)
     record |= {name: value for name, value in best.items() if name.startswith(("valid_", "majority_", "mean_"))}
     if ranks.first:
-        chosen = task.task.head.from_pretrained(session.run.folder / "best").to(ranks.device)
+        best_folder = session.run.folder / "best"
+        if adapter is None:
+            chosen = task.task.head.from_pretrained(best_folder).to(ranks.device)
+        else:
+            chosen = load_adapted(task.task.head, session.run.folder, record, best_folder).to(ranks.device)
 
         def measure() -> Record:
             if not isinstance(chosen, GPTForCausalLM):
@@ -128,30 +168,24 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
         if task.classifies:
             title = f"Held-out rows: {valid.source}"
             pictures["confusion.png"] = partial(draw_confusion, chosen, valid_rows, names, title)
-        session.finish(chosen, record, pictures, measure)
+        write = partial(adapters.copy, best_folder) if adapter else None
+        session.finish(chosen, record, pictures, measure, write)
     return record
 
 
 def pretrained(head: type[Head], source: Path, **overrides: Any) -> Head:
-    return _loaded(source, partial(load_head, head), overrides)
+    return load_for_task(source, partial(load_head, head), overrides)
 
 
 def fresh(head: type[Head], source: Path, **overrides: Any) -> Head:
     """The model that `pretrained` would load, with weights drawn anew."""
-    return _loaded(source, lambda folder, **changed: head(read_config(folder)[1].replace(**changed)), overrides)
-
-
-def _loaded(source: Path, load: Callable[..., Head], overrides: dict[str, Any]) -> Head:
-    """What `load` makes of a folder; how it pools is said once the token that it may read is there."""
-    pooling = {"pooling": overrides.pop("pooling")} if "pooling" in overrides else {}
-    model = with_special_tokens(load(source, **overrides), load_tokenizer(source))
-    model.config = model.trunk.config = model.config.replace(**pooling)
-    return model
+    return load_for_task(source, lambda folder, **changed: head(read_config(folder)[1].replace(**changed)), overrides)
 
 
 def identity(rows: Sequence[Example]) -> dict[str, Any]:
     """Tells whether a run that goes on reads the table that it began with."""
-    content = json.dumps([[row.sequences, row.target] for row in rows]).encode()
+    tagged = any(row.tags for row in rows)
+    content = json.dumps([[row.sequences, row.tags if tagged else row.target] for row in rows]).encode()
     return {"rows": len(rows), "crc32": zlib.crc32(content)}
 
 
@@ -211,6 +245,8 @@ def draw(folder: Path, task: TaskSettings, source: str, path: Path) -> None:
     metrics, title = read_metrics(folder), f"Fine-tuning: {source}"
     if task.writes:
         plot_task(metrics, "valid_loss", None, "loss of the answers (nats per token)", title, path)
+    elif task.kind == "span":
+        plot_task(metrics, "valid_word_f1", None, "F1 of the words", title, path)
     elif task.numbers:
         plot_task(metrics, "valid_mse", metrics[-1]["mean_mse"], "mean squared error", title, path)
     else:
@@ -219,7 +255,7 @@ def draw(folder: Path, task: TaskSettings, source: str, path: Path) -> None:
 
 def draw_confusion(model: Head, rows: Sequence[Example], names: Sequence[str], title: str, path: Path) -> None:
     logits = predictions(model, rows, model.config.pad_token or 0, EVALUATION_BATCH)
-    labels = torch.tensor([int(row.target) for row in rows])
+    labels = torch.tensor([int(row.target) for row in rows])  # type: ignore[arg-type]
     plot_confusion(confusion_matrix(logits, labels).tolist(), names, title, path)
 
 

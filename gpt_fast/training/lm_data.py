@@ -35,17 +35,32 @@ def masker(tokenizer: Tokenizer, config: GPTConfig) -> Mask:
     return partial(mask_tokens, mask_token=special_token(config, "mask_token"), ordinary=ordinary)
 
 
-def lm_batch(tokens: Tensor, mask: Mask | None, generator: torch.Generator, document_token: int | None) -> Batch:
+def lm_batch(
+    tokens: Tensor, mask: Mask | None, generator: torch.Generator, document_token: int | None, pieces: int = 1
+) -> Batch:
     """Windows `[B, T]` as next-token prediction, or with `mask` as hidden-token prediction; with `document_token`
-    packed into one row whose documents do not see each other."""
+    packed into one row whose documents do not see each other. Each window is cut into `pieces`, which are windows of
+    their own."""
+    length = tokens.shape[1] // pieces
     if mask is None:
+        tokens = tokens.reshape(-1, length)
         batch = causal_batch(tokens)
     else:
-        inputs, labels = mask(tokens, generator)
+        inputs, labels = (x.reshape(-1, length) for x in mask(tokens, generator))
+        tokens = tokens.reshape(-1, length)
         batch = Batch(inputs, labels, weight=int(labels.ne(IGNORE).sum()))
     if document_token is None:
         return batch
     return packed(batch, tokens, document_token)
+
+
+def check_division(batch_size: int, parts: int, ranks: int) -> None:
+    """Raise `ValueError` for a batch that cannot be divided evenly."""
+    if batch_size % (parts * ranks):
+        among = f"{parts} parts" + (f" on each of {ranks} ranks" if ranks > 1 else "")
+        raise ValueError(
+            f"--batch-size {batch_size}: cannot be divided evenly among {among}; expected a multiple of {parts * ranks}"
+        )
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,8 @@ class WindowSource:
     """The batches of a run, as a function of the update: `source(step)` is this rank's parts of update `step`.
 
     Update s takes the windows at positions s·batch_size to (s + 1)·batch_size of the shuffled stream, whatever the
-    number of ranks and parts they are divided among. The masks of a window are seeded by its position.
+    number of ranks and parts they are divided among. The masks of a window are seeded by its position. Before update
+    `warmup` / 2 windows are cut into four, and into two before update `warmup`.
     """
 
     stream: TokenStream
@@ -65,24 +81,25 @@ class WindowSource:
     parts: int = 1
     rank: int = 0
     ranks: int = 1
+    warmup: int = 0
 
     def __post_init__(self) -> None:
         self.stream.require(self.seq_len)
-        if self.batch_size % (self.parts * self.ranks):
-            among = f"{self.parts} parts" + (f" on each of {self.ranks} ranks" if self.ranks > 1 else "")
-            raise ValueError(f"--batch-size {self.batch_size}: cannot be divided evenly among {among}")
+        check_division(self.batch_size, self.parts, self.ranks)
 
     def __call__(self, step: int) -> Sequence[Batch]:
         each = self.batch_size // (self.parts * self.ranks)
         first = step * self.batch_size + self.rank * self.parts * each
-        return [self._part(range(begin, begin + each)) for begin in range(first, first + self.parts * each, each)]
+        pieces = 1 if step >= self.warmup else 2 if 2 * step >= self.warmup else 4
+        begins = range(first, first + self.parts * each, each)
+        return [self._part(range(begin, begin + each), pieces) for begin in begins]
 
-    def _part(self, positions: Sequence[int]) -> Batch:
+    def _part(self, positions: Sequence[int], pieces: int) -> Batch:
         order = WindowOrder(len(self.stream), self.seq_len, self.seed)
         tokens = self.stream.windows([order.start(position) for position in positions], self.seq_len)
         # One generator for each part would give other masks to other divisions of the same windows.
         mask = None if self.mask is None else partial(mask_each, mask=self.mask, seed=self.seed, positions=positions)
-        return lm_batch(tokens, mask, torch.Generator(), self.document_token)
+        return lm_batch(tokens, mask, torch.Generator(), self.document_token, pieces)
 
 
 def mask_each(

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from .._files import finite
 from ..data.batches import Batch
+from ..heads import Head
 from ..interrupts import Interrupted, Stop
 from .engine import randomness
 from .engine.transfer import Sent
@@ -25,8 +25,8 @@ from .engine.update import Engine
 from .metrics import Metrics
 from .profiling import trace
 from .runs import checkpoints
-from .runs.folder import Run, write_extra
-from .tensorboard import TensorBoard
+from .runs.folder import Run
+from .trackers import Tracked
 
 MEMORY = 50  # updates over which the running mean of the loss forgets
 THRESHOLD = 6.0  # standard deviations above it
@@ -85,8 +85,9 @@ class LoopSettings:
     max_skips: int = 10  # updates in a row that are not finite
     peak_flops: float | None = None
     flops_per_token: float = 0.0
-    tensorboard: bool = False
+    trackers: tuple[str, ...] = ()
     profile: bool = False
+    patience: int | None = None  # validations in a row that may pass without a better one
 
 
 @dataclass
@@ -105,17 +106,24 @@ class LoopState:
     line: Metrics = field(default_factory=dict)  # the last one
     best: list[float] | None = None  # the key of the best validation
     best_metrics: Metrics = field(default_factory=dict)
+    stale: int = 0  # validations since the best one
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LoopState:
         return cls(**(values | {"spikes": Spikes(**values["spikes"])}))
 
 
-def intervals(steps: int, validations: int, log_every: int | None = None) -> dict[str, int]:
-    """`log_every` for some fifty lines, or one every hundred updates of a long run, and `valid_every` as a multiple of
-    it, so that every line of metrics.jsonl covers the same number of updates."""
+def intervals(
+    steps: int, validations: int, log_every: int | None = None, valid_every: int | None = None
+) -> dict[str, int]:
+    """Return `log_every` for some fifty lines, or one every hundred updates of a long run, and `valid_every`.
+
+    Unless it is given, the latter is a multiple of `log_every`, so that every line of metrics.jsonl covers the same
+    number of updates.
+    """
     log_every = log_every if log_every is not None else min(100, max(1, steps // 50))
-    return {"log_every": log_every, "valid_every": log_every * max(1, round(steps / validations / log_every))}
+    regular = log_every * max(1, round(steps / validations / log_every))
+    return {"log_every": log_every, "valid_every": regular if valid_every is None else valid_every}
 
 
 @dataclass
@@ -129,7 +137,7 @@ class Loop:
 
     An update whose loss or gradient is not finite changes nothing and is counted; more than `max_skips` in a row are an
     error, and the batch that began them is saved. With `better`, a key that is larger the better, the weights of the
-    best validation are kept in best/.
+    best validation are kept in best/, and `patience` ends the run after so many validations without a better one.
     """
 
     engine: Engine
@@ -145,14 +153,14 @@ class Loop:
     seed: int = 0
     identity: dict[str, Any] = field(default_factory=dict)  # of the data: a run goes on with the same
     record: dict[str, Any] = field(default_factory=dict)  # what a reader of a checkpoint has to know of the run
+    save_best: Callable[[Head, Path], None] = Head.save_pretrained
 
     def __post_init__(self) -> None:
         self._pending: list[tuple[int, Tensor, Tensor]] = []  # (step, loss, skipped), not yet read off the device
         self._tokens = 0  # and seconds, since the last line
         self._seconds = 0.0
         self._shown = math.nan
-        self._tensorboard = self.settings.tensorboard
-        self._writer: TensorBoard | None = None
+        self._trackers: list[Tracked] | None = None
 
     def resume(self) -> None:
         """Takes up the newest checkpoint that is as it was written; without any, the loop begins at the beginning."""
@@ -183,30 +191,38 @@ class Loop:
                 file.truncate(self.state.metrics_bytes)
 
     def run(self) -> Metrics:
-        settings, state, world = self.settings, self.state, self.engine.world
-        sent = self._send() if state.step < settings.steps else None  # what is wrong with data shows here
+        state, settings, world = self.state, self.settings, self.engine.world
+        sent = self._send() if self._continues() else None  # what is wrong with data shows here
         if world.first:
             self.run_folder.publish()
         world.wait()
         self.stop.deferred = True
         try:
             with self._trace() as profiler:
-                while state.step < settings.steps:
+                while self._continues():
                     sent = self._update(sent or self._send())
                     if profiler is not None:
                         profiler.step()
+            if state.step < settings.steps:
+                self.say(
+                    f"ended after update {state.step:,} of {settings.steps:,}: none of the last {state.stale} "
+                    f"validations was better than that of update {int(state.best_metrics['step']):,}"
+                )
             self._save_last()
             return state.line
         finally:
             self.stop.deferred = False
-            if self._writer is not None:
-                writer = self._writer
-                self._write_tensorboard(lambda folder: writer.close())
-                writer.release()
+            for tracker in self._trackers or ():
+                tracker.close()
+
+    def _continues(self) -> bool:
+        """Return True if an update is left, and validations did not stop getting better."""
+        patience = self.settings.patience
+        return self.state.step < self.settings.steps and (patience is None or self.state.stale < patience)
 
     def _trace(self) -> AbstractContextManager[Any]:
         """Return the profiler of the updates to come, or a context of None. One rank's trace shows what all do."""
-        updates = self.settings.steps - self.state.step
+        updates = self.settings.steps - self.state.step if self._continues() else 0
         if not self.settings.profile or not self.engine.world.first or updates == 0:
             return nullcontext()
         return trace(self.run_folder.folder, updates, self.say)
@@ -317,7 +333,11 @@ class Loop:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finite(line)) + "\n")
             state.metrics_bytes = path.stat().st_size
-            self._write_tensorboard(partial(self._add_scalars, line))
+            if self._trackers is None:  # made here, for the run folder has its name now
+                folder = self.run_folder.folder
+                self._trackers = [Tracked(name, folder, self.record) for name in self.settings.trackers]
+            for tracker in self._trackers:
+                tracker.add(line)
         state.line, state.losses = line, []
         state.tokens += self._tokens
         state.seconds += self._seconds
@@ -332,17 +352,10 @@ class Loop:
             self.state.best, self.state.best_metrics = key, line
             model = self.engine.whole_model()
             if self.engine.world.first:
-                model.save_pretrained(self.run_folder.folder / "best")
-
-    def _write_tensorboard(self, write: Callable[[Path], object]) -> None:
-        """Call `write(folder)` unless TensorBoard is off or has failed before: one warning is enough for a run."""
-        if self._tensorboard:
-            self._tensorboard = write_extra(self.run_folder.folder / "tensorboard", write)
-
-    def _add_scalars(self, line: Metrics, folder: Path) -> None:
-        if self._writer is None:
-            self._writer = TensorBoard(folder, int(line["step"]))
-        self._writer.add(line)
+                self.save_best(model, self.run_folder.folder / "best")
+            self.state.stale = 0
+        else:
+            self.state.stale += 1
 
     def _save_last(self) -> None:
         """Write the checkpoint that more steps would resume from. The run does without it where the disk is full."""

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..config import IGNORE
 from ..data.batches import Batch
 from ..data.example_batches import Example, task_batches
 from ..model import evaluating
 from .engine.distributed import World
 
 Metrics = dict[str, float]
+LONGEST_SPAN = 30  # tokens, as in the code of BERT
 
 
 def lm_loss(model: nn.Module, batches: Sequence[Batch], world: World | None = None) -> float:
@@ -46,10 +48,111 @@ def predictions(model: nn.Module, examples: Sequence[Example], pad_token: int, b
     return torch.cat(logits)
 
 
+def row_predictions(model: nn.Module, examples: Sequence[Example], pad_token: int, batch_size: int) -> list[Tensor]:
+    """A tagger's logits for every token of every example `[T, K]`, or those of a span's first and last token `[2, T]`,
+    without padding."""
+    found: list[Tensor] = []
+    device = next(model.parameters()).device
+    with evaluating(model), torch.no_grad():
+        for batch in task_batches(examples, batch_size, pad_token):
+            assert batch.lengths is not None
+            lengths = batch.lengths.tolist()
+            batch = batch.to(device)
+            logits = model(batch.tokens, lengths=batch.lengths).logits.float().cpu()
+            tagged = logits.shape[-1] != batch.tokens.shape[1] or logits.shape[1] != 2
+            found += [row[:length] if tagged else row[:, :length] for row, length in zip(logits, lengths, strict=True)]
+    return found
+
+
+def multi_label_metrics(logits: Tensor, labels: Tensor) -> Metrics:
+    """Loss, accuracy (of whole rows), macro and micro F1 of answering the classes whose logit in `logits` `[N, K]` is
+    above 0, and accuracy and macro F1 of always answering the commonest row of `labels` `[N, K]`, which has 0 and 1."""
+    from torchmetrics.classification import MultilabelF1Score
+
+    N, K = logits.shape
+    answers, truth = (logits > 0).long(), labels.long()
+    rows, counts = truth.unique(dim=0, return_counts=True)
+    constant = rows[counts.argmax()].expand(N, K)
+    return {
+        "loss": float(nn.functional.binary_cross_entropy_with_logits(logits, labels.float())),
+        "accuracy": float((answers == truth).all(1).float().mean()),
+        "macro_f1": float(MultilabelF1Score(K, average="macro")(answers, truth)),
+        "micro_f1": float(MultilabelF1Score(K, average="micro")(answers, truth)),
+        "majority_accuracy": float((constant == truth).all(1).float().mean()),
+        "majority_macro_f1": float(MultilabelF1Score(K, average="macro")(constant, truth)),
+        "examples": N,
+    }
+
+
+def tag_metrics(logits: Sequence[Tensor], rows: Sequence[Example], names: Sequence[str]) -> Metrics:
+    """The metrics of classes over all words of all rows, and where the tags are B-X, I-X and O the F1 of the entities
+    that they mark."""
+    tags = [torch.tensor(row.tags) for row in rows]
+    counted = [(scores[which != IGNORE], which[which != IGNORE]) for scores, which in zip(logits, tags, strict=True)]
+    metrics = classification_metrics(torch.cat([a for a, _ in counted]), torch.cat([b for _, b in counted]))
+    metrics |= {"words": metrics["examples"], "examples": len(rows)}
+    if names and all(name == "O" or name[:2] in ("B-", "I-") for name in names):
+        found, truth = (
+            {(i, *entity) for i, each in enumerate(counted) for entity in entities([names[t] for t in tag(each)])}
+            for tag in (lambda each: each[0].argmax(1).tolist(), lambda each: each[1].tolist())
+        )
+        metrics["entity_f1"] = 2 * len(found & truth) / max(1, len(found) + len(truth))
+    return metrics
+
+
+def entities(tags: Sequence[str]) -> list[tuple[int, int, str]]:
+    """Return (first word, last word, kind) of each entity that B-X, I-X and O mark. An I-X behind another kind, or
+    behind O, begins one, as in CoNLL's own script."""
+    found: list[tuple[int, int, str]] = []
+    before = ""
+    for i, tag in enumerate(tags):
+        kind = tag[2:] if tag != "O" else ""
+        if kind and tag[0] == "I" and kind == before:
+            found[-1] = (found[-1][0], i, kind)
+        elif kind:
+            found.append((i, i, kind))
+        before = kind
+    return found
+
+
+def span_metrics(logits: Sequence[Tensor], rows: Sequence[Example]) -> Metrics:
+    """Loss over the rows whose answer is among their tokens, exact match and the F1 of words over all."""
+    losses = []
+    for scores, row in zip(logits, rows, strict=True):
+        target = torch.tensor(row.target)
+        if (target != IGNORE).all():
+            losses.append(float(nn.functional.cross_entropy(scores, target.long())))
+    contexts = [row.context for row in rows]
+    wanted = ["" if context is None else context.answer for context in contexts]
+    return {
+        "loss": math.fsum(losses) / len(losses) if losses else math.nan,
+        **generated_metrics([span_text(s, row) for s, row in zip(logits, rows, strict=True)], wanted),
+        "examples": len(rows),
+    }
+
+
+def span_text(logits: Tensor, row: Example) -> str:
+    """Return the likeliest answer of at most `LONGEST_SPAN` tokens; "" where none is likelier, which is the span of the
+    last token. `logits` `[2, T]`."""
+    context = row.context
+    assert context is not None
+    begin, T = context.begin, logits.shape[1]
+    starts, ends = logits[:, begin : T - 1]
+    if len(starts) == 0:
+        return ""
+    scores = starts[:, None] + ends  # [first, last]
+    allowed = torch.ones_like(scores, dtype=torch.bool).triu().tril(LONGEST_SPAN - 1)
+    best = int(scores.masked_fill(~allowed, -torch.inf).argmax())
+    first, last = divmod(best, len(starts))
+    if float(scores[first, last]) < float(logits[0, -1] + logits[1, -1]):
+        return ""
+    return context.text[context.offsets[first][0] : context.offsets[last][1]].strip()
+
+
 def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
     """Loss, accuracy, macro and micro F1 and Matthews' correlation of `logits` `[N, K]`, and accuracy and macro F1 of
     always answering the commonest label of `labels` `[N]`: no constant answer does better on them."""
-    from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
     N, K = logits.shape
     constant = torch.full_like(labels, int(torch.bincount(labels).argmax()))
@@ -60,7 +163,7 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
         "accuracy": float(accuracy(logits, labels)),
         "macro_f1": float(f1(logits, labels)),
         "micro_f1": float(MulticlassF1Score(K, average="micro")(logits, labels)),
-        "matthews": float(MulticlassMatthewsCorrCoef(K)(logits, labels)),
+        "matthews": matthews(confusion_matrix(logits, labels)),
         "majority_accuracy": float(accuracy(constant, labels)),
         "majority_macro_f1": float(f1(constant, labels)),
         "examples": N,
@@ -72,6 +175,18 @@ def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
     from torchmetrics.classification import MulticlassConfusionMatrix
 
     return MulticlassConfusionMatrix(logits.shape[1])(logits, labels)
+
+
+def matthews(counts: Tensor) -> float:
+    """Return Matthews' correlation of a confusion matrix `[K, K]`, 0 where all labels or all answers are one class.
+
+    torchmetrics has another value there, 0.09 of 40 right answers in 60, which no constant answer deserves. Source:
+    Gorodkin (2004), "Comparing two K-category assignments by a K-category correlation coefficient".
+    """
+    counts = counts.double()
+    truth, answers, total = counts.sum(1), counts.sum(0), counts.sum()
+    spread = (total**2 - truth @ truth) * (total**2 - answers @ answers)
+    return float((counts.trace() * total - truth @ answers) / spread.sqrt()) if spread > 0 else 0.0
 
 
 def regression_metrics(values: Tensor, targets: Tensor) -> Metrics:

@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from ..config import IGNORE
+from ..data.example_batches import Example
 from ..data.reading.rows import RowOptions, written_kind
 from ..data.tables import Row, Table, read_rows, write_rows
 from ..heads import GPTForCausalLM, Head
 from .evaluate import run_labels, run_task
-from .metrics import predictions
+from .metrics import predictions, row_predictions, span_text
 from .runs.folder import read_record
 from .runs.load import load_run, run_tokenizer
 from .table_examples import PLAIN, examples, read_task_table, remarks
@@ -22,13 +27,14 @@ ADDED = ("prediction", "probability")  # columns
 
 @dataclass(frozen=True)
 class Prediction:
-    """A label, a number or a text; of a label the probabilities of all labels, the likeliest first."""
+    """A label, several with commas between them, a tag for each word, a number or a text; of labels the probabilities
+    of all, the likeliest first."""
 
     answer: str | float
     probabilities: dict[str, float] | None = None
 
     def columns(self) -> Row:
-        if self.probabilities is None:
+        if self.probabilities is None or self.answer not in self.probabilities:
             return {"prediction": self.answer}
         return {"prediction": self.answer, "probability": self.probabilities[str(self.answer)]}
 
@@ -50,7 +56,7 @@ def predict(
     task = run_task(model, record)
     if task is None:
         raise ValueError(
-            f"{folder}: holds a {type(model).__name__} without a task; wanted a run of gpt-fast finetune"
+            f"{folder}: holds a {type(model).__name__} without a task; expected a run of gpt-fast finetune"
             " (gpt-fast generate lets a language model write)"
         )
     names = run_labels(model, record)
@@ -67,7 +73,9 @@ def one_row(texts: Sequence[str], task: TaskSettings, names: Sequence[str]) -> T
     choices = task.name == "multiple-choice"
     pairs, wanted = len(texts) - 1, len(names) if choices else len(task.pair_columns)
     if pairs != wanted:
-        raise ValueError(f"--pair: {pairs} given; {task.name} wanted {wanted}" + (", the answers" if choices else ""))
+        raise ValueError(
+            f"--pair: {pairs} given; expected {wanted} for {task.name}" + (", the answers" if choices else "")
+        )
     return Table("--text", [texts[0]], [], [tuple(texts[1:])] if pairs else [])
 
 
@@ -79,19 +87,37 @@ def answer(
         T = model.config.seq_len
         room = min(100, T // 2) if max_new_tokens is None else max_new_tokens
         if not 1 <= room <= T - 5:
-            raise ValueError(f"--max-new-tokens {room}: wanted 1 to {T - 5}, as the model has {T} positions")
+            raise ValueError(f"--max-new-tokens {room}: expected 1 to {T - 5}, as the model has {T} positions")
         rows = examples(table, task, names, tokenizer, model.config, room)
         _warn(remarks(table, rows, T - room))
         return [Prediction(text) for text in answers(model, rows, tokenizer, room)]
     rows = examples(table, task, names, tokenizer, model.config)
     _warn(remarks(table, rows, model.config.seq_len))
+    pad = model.config.pad_token or 0
+    if task.kind == "tags":
+        found = row_predictions(model, rows, pad, EVALUATION_BATCH)
+        tags = [
+            [names[int(i)] for i in logits[_counted(row)].argmax(1)] for logits, row in zip(found, rows, strict=True)
+        ]
+        return [Prediction(" ".join(each)) for each in tags]
+    if task.kind == "span":
+        found = row_predictions(model, rows, pad, EVALUATION_BATCH)
+        return [Prediction(span_text(logits, row)) for logits, row in zip(found, rows, strict=True)]
     logits = predictions(model, rows, model.config.pad_token or 0, EVALUATION_BATCH)
     if task.numbers:
         return [Prediction(value) for value in logits.flatten().tolist()]
-    found = []
-    for values, order in zip(*(part.tolist() for part in logits.softmax(-1).sort(descending=True)), strict=True):
-        found.append(Prediction(names[order[0]], {names[i]: p for p, i in zip(values, order, strict=True)}))
-    return found
+    shares = logits.sigmoid() if task.kind == "set" else logits.softmax(-1)
+    answered = []
+    for values, order in zip(*(part.tolist() for part in shares.sort(descending=True)), strict=True):
+        chances = {names[i]: p for p, i in zip(values, order, strict=True)}
+        several = ",".join(name for name in names if chances[name] > 0.5)
+        answered.append(Prediction(several if task.kind == "set" else names[order[0]], chances))
+    return answered
+
+
+def _counted(row: Example) -> Tensor:
+    """Return which tokens of a tagged row have a tag."""
+    return torch.tensor(row.tags) != IGNORE
 
 
 def _warn(found: Sequence[str]) -> None:

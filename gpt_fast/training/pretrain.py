@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,22 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from gpt_fast_settings.declaration import did_you_mean
 from gpt_fast_settings.pretrain import PretrainSettings
 
 from .. import _memory
-from ..config import GPTConfig
+from ..config import PRESETS, GPTConfig
 from ..data.batches import Batch, lm_windows, unigram_entropy
 from ..data.reading.pipes import is_piped
 from ..data.stream import TokenStream
+from ..data.tokenizer import KINDS as TOKENIZERS
 from ..data.tokenizer import special_ids, vocabulary_size
 from ..heads import GPTForCausalLM, GPTForMaskedLM, Head
 from ..interrupts import Stop
 from .engine import throughput
 from .engine.distributed import World, resolve_device
 from .engine.optimizer import schedule
-from .lm_data import LMData, Mask, WindowSource, lm_batch, masker, read_lm_data
+from .lm_data import LMData, Mask, WindowSource, check_division, lm_batch, masker, read_lm_data
 from .metrics import Metrics, lm_loss
 from .plots import plot_language_model
 from .program import Record, Say, Session, Show, train
@@ -34,6 +37,7 @@ from .runs.recipes import Recipe, complete, pretraining
 
 OBJECTIVES: dict[str, type[Head]] = {"clm": GPTForCausalLM, "mlm": GPTForMaskedLM}
 VALID_WINDOWS = 128
+SMALL_SIZES: dict[str, Any] = {"num_layers": 4, "num_heads": 4, "hidden_dim": 128, "seq_len": 128, "dropout": 0.0}
 
 
 def pretrain(settings: PretrainSettings, show: Show, say: Say, stop: Stop | None = None) -> Record:
@@ -46,13 +50,46 @@ def check(settings: PretrainSettings) -> None:
     """Validate what the settings alone tell, before any text is read."""
     if settings.resume:
         _refuse_pipes(settings)
+    check_division(settings.batch_size, settings.accumulate, int(os.environ.get("WORLD_SIZE", "1")))
+    if settings.warmup is not None and settings.warmup > settings.steps and not settings.resume:
+        raise ValueError(f"--warmup {settings.warmup}: --steps is {settings.steps}; expected at most as many")
+    _check_names(settings)
     if settings.source is None:
-        _check_memory(settings, make_config(settings, num_tokens=1000))
+        config = make_config(settings, num_tokens=1000)
+        _check_pieces(settings, config.seq_len)
+        _check_memory(settings, config)
         return
     check_run(settings.source)
     for name in ("preset", "layers", "heads", "dim", "tokenizer"):
         if (value := getattr(settings, name)) is not None:
             raise ValueError(f"--{name} {value}: --from {settings.source} has its own; leave one out")
+
+
+def _check_names(settings: PretrainSettings) -> None:
+    """Raise `ValueError` for names that mean nothing, and for heads that the dimensions do not divide among."""
+    preset, tokenizer = settings.preset, settings.tokenizer
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"--preset {preset!r}: expected one of {', '.join(PRESETS)}{did_you_mean(preset, PRESETS)}")
+    if tokenizer is not None and tokenizer not in TOKENIZERS and (not tokenizer or not Path(tokenizer).exists()):
+        raise ValueError(
+            f"--tokenizer {tokenizer!r}: no such file; expected {', '.join(TOKENIZERS)} or the path of a tokenizer.json"
+            f"{did_you_mean(tokenizer, TOKENIZERS)}"
+        )
+    sizes = PRESETS.get(str(preset), SMALL_SIZES)
+    dim, heads = settings.dim or sizes["hidden_dim"], settings.heads or sizes["num_heads"]
+    if settings.source is None and dim % heads:
+        given = f"--heads {heads}" if settings.heads else f"--dim {dim}"
+        raise ValueError(
+            f"{given}: {dim} dimensions are not divisible by {heads} heads; expected a multiple of the heads"
+        )
+
+
+def _check_pieces(settings: PretrainSettings, seq_len: int) -> None:
+    if settings.window_warmup and seq_len % 4:
+        raise ValueError(
+            f"--window-warmup {settings.window_warmup:g}: windows have {seq_len} positions; expected a multiple of 4, "
+            "as they are cut into four pieces"
+        )
 
 
 def _check_memory(settings: PretrainSettings, config: GPTConfig) -> None:
@@ -96,10 +133,12 @@ def _pretrain(session: Session[PretrainSettings]) -> Record:
     entropy = unigram_entropy(data.valid.counts())
     say(f"{model.num_parameters():,} parameters; unigram entropy of the held-out text: {entropy:.3f} nats per token")
 
+    data.train.require(config.seq_len, f"{data.source}, the part to train on")
+    data.valid.require(config.seq_len, f"{data.source}, the part to validate on")
     mask = None if causal else masker(data.tokenizer, config)
     document_token = data.document_token if settings.pack else None
     if settings.pack and document_token is None:
-        raise ValueError("--pack: nothing says which token begins a document in these files")
+        raise ValueError(f"--pack: nothing says which token begins a document in {data.source}; leave it out")
     recipe = Recipe.of(settings)
     origin: Record = {
         "command": "pretrain",
@@ -111,8 +150,9 @@ def _pretrain(session: Session[PretrainSettings]) -> Record:
     }
     source = WindowSource(
         data.train, config.seq_len, settings.batch_size, settings.seed, mask, document_token, settings.accumulate,
-        ranks.rank, ranks.size,
+        ranks.rank, ranks.size, round(settings.window_warmup * settings.steps),
     )  # fmt: skip
+    _check_pieces(settings, config.seq_len)
     valid = validation_batches(data.valid, config.seq_len, settings.batch_size, mask, document_token)
     loop = session.make_loop(
         model,
@@ -187,7 +227,6 @@ def make_model(settings: PretrainSettings, tokenizer: Tokenizer) -> Head:
 def make_config(settings: PretrainSettings, num_tokens: int, **tokens: int) -> GPTConfig:
     """The preset with the sizes that were given; without a preset, GPT-2's block in a size that trains in minutes on
     a CPU."""
-    small = {"num_layers": 4, "num_heads": 4, "hidden_dim": 128, "seq_len": 128, "dropout": 0.0}
     given = {
         "num_layers": settings.layers,
         "num_heads": settings.heads,
@@ -195,7 +234,7 @@ def make_config(settings: PretrainSettings, num_tokens: int, **tokens: int) -> G
         "seq_len": settings.seq_len,
         "dropout": settings.dropout,
     }
-    sizes = {} if settings.preset else small
+    sizes: dict[str, Any] = {} if settings.preset else {**SMALL_SIZES}
     sizes |= {name: value for name, value in given.items() if value is not None}
     return GPTConfig.preset(settings.preset or "gpt2", num_tokens=num_tokens, **sizes, **tokens)
 

@@ -22,6 +22,7 @@ from ..data.tokenizer import save_tokenizer
 from ..heads import Head
 from ..interrupts import Stop
 from ..model_folder import write_config
+from . import trackers
 from .engine import randomness, throughput
 from .engine.distributed import World, resolve_device, settings_of, world
 from .engine.update import PRECISIONS, Engine, EngineSettings
@@ -80,6 +81,9 @@ class Session(Generic[S]):
         record: Record,
         better: Callable[[Metrics], Sequence[float]] | None = None,
         flops_per_token: Callable[[], float] | None = None,
+        valid_every: int | None = None,
+        patience: int | None = None,
+        save_best: Callable[[Head, Path], None] = Head.save_pretrained,
     ) -> Loop:
         """Return the loop, at its beginning or at the checkpoint that it resumes from.
 
@@ -92,12 +96,13 @@ class Session(Generic[S]):
             steps,
             lr,
             schedule,
-            **intervals(steps, validations, settings.log_every),
+            **intervals(steps, validations, settings.log_every, valid_every),
             checkpoint_every=settings.checkpoint_every,
             keep=settings.keep_checkpoints,
             max_skips=settings.max_skips,
-            tensorboard=settings.tensorboard,
+            trackers=("tensorboard",) * settings.tensorboard + ((settings.tracker,) if settings.tracker else ()),
             profile=settings.profile,
+            patience=patience,
             peak_flops=throughput.peak_flops(engine.device, PRECISIONS[settings.precision])
             if flops_per_token
             else None,
@@ -109,7 +114,7 @@ class Session(Generic[S]):
             save_tokenizer(tokenizer, run.folder / "tokenizer.json")
         loop = Loop(
             engine, source, validate, loop_settings, run, self.show, self.say, self.stop, better, seed=settings.seed,
-            identity=identity, record=record,
+            identity=identity, record=record, save_best=save_best,
         )  # fmt: skip
         if run.kept or ranks.size > 1:
             loop.resume()
@@ -137,13 +142,18 @@ class Session(Generic[S]):
         record: Record,
         pictures: Mapping[str, Callable[[Path], object]],
         measure: Callable[[], Record] = dict,
+        write: Callable[[Path], Path] | None = None,
     ) -> None:
         """Write the weights, then run.json, which marks the folder as finished, then the pictures. What `measure`
-        returns goes into the record; it runs when the weights are safe."""
+        returns goes into the record; it runs when the weights are safe. `write(folder)` writes other weights than those
+        of `model`, and returns their path."""
         folder = self.run.folder
-        model.save_pretrained(folder)
-        self.run.keep()
         path = folder / "model.safetensors"
+        if write is None:
+            model.save_pretrained(folder)
+        else:
+            path = write(folder)
+        self.run.keep()
         record |= measure() | {"weights": {"bytes": path.stat().st_size, "sha256": sha256(path)}}
         write_json(folder / "run.json", finite(record))
         shutil.rmtree(folder / "best", ignore_errors=True)
@@ -155,6 +165,7 @@ def train(settings: S, body: Callable[[Session[S]], Record], show: Show, say: Sa
     """Run `body` with the processes that torchrun started and the run folder in `settings.out`. Return its record, or
     the one of a finished run that need not be resumed."""
     out = settings.out
+    trackers.require(settings.tracker)
     if os.environ.get("RANK", "0") == "0":
         put_back(out.absolute())
     if settings.resume and is_finished(out):

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from tokenizers import Tokenizer
 
-from ..config import GPTConfig
+from ..config import IGNORE, GPTConfig
 from ..data.corpus import VALID_FRACTION
-from ..data.example_batches import Example, task_input
+from ..data.example_batches import Context, Example, task_input
 from ..data.labels import (
     ANSWER_NAMES,
     answer_index,
@@ -25,7 +26,7 @@ from ..data.labels import (
 from ..data.reading.rows import RowOptions, some, table_kind
 from ..data.snippets import snippet_table
 from ..data.tables import MissingColumn, Row, Table, TableOptions, read_table
-from ..data.tokenizer import encode_documents, without_lone_surrogates
+from ..data.tokenizer import encode, encode_documents, without_lone_surrogates
 from .tasks import TaskSettings, marks
 
 PLAIN = RowOptions()
@@ -36,7 +37,9 @@ def read_task_table(path: Path, task: TaskSettings, labelled: bool = True, optio
     columns = {"--text-column": [task.text_column], "--pair-column": [*task.pair_columns]}
     if labelled:
         columns["--label-column"] = [task.label_column]
-    reading = TableOptions(options.columns, options.skip_ragged, task.skip_labels, text_labels=task.writes)
+    several: Any = task.kind if task.kind in ("set", "tags") else ""
+    is_text = task.kind in ("text", "span")
+    reading = TableOptions(options.columns, options.skip_ragged, task.skip_labels, is_text, several)
     label_column = task.label_column if labelled else None
     try:
         table = read_table(path, task.text_column, label_column, task.pair_columns, reading)
@@ -67,17 +70,23 @@ def _advice(option: str, row: Row, path: Path) -> str:
     """What to do about a missing column."""
     found = next((separator for separator in ";\t|," if len(row) == 1 and separator in next(iter(row))), None)
     if found is not None:
-        return f"it looks separated by {found!r}, wanted commas in a .csv and tabs in a .tsv"
+        return f"it looks separated by {found!r}; expected commas in a .csv and tabs in a .tsv"
     without = ", and gpt-fast predict answers rows without labels" if option == "--label-column" else ""
     header = ", and --columns the columns of a file without a header" if table_kind(path) in ("csv", "tsv") else ""
     return f"{option} names another{header}{without}"
 
 
 def read_tables(
-    train: Path | None, valid: Path | None, task: TaskSettings, seed: int, options: RowOptions = PLAIN
+    train: Path | None,
+    valid: Path | None,
+    task: TaskSettings,
+    seed: int,
+    options: RowOptions = PLAIN,
+    fold: tuple[int, int] | None = None,
 ) -> tuple[Table, Table, TaskSettings]:
-    """The two tables that were named; with only one, a seeded tenth of its rows is held out; with none, snippets of the
-    standard library. The task comes with the rule for its labels, decided on the whole first table."""
+    """The two tables that were named; with only one, a seeded tenth of its rows is held out, or by `fold` (i, K) the
+    i-th of K parts, counted from 1; with none, snippets of the standard library. The task comes with the rule for its
+    labels, decided on the whole first table."""
     if train is None:
         if valid is not None:
             raise ValueError(f"--valid {valid}: given without --train")
@@ -93,12 +102,14 @@ def read_tables(
     order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed)).tolist()
     cut = round(len(table) * VALID_FRACTION)
     held, kept = order[:cut], order[cut:]
-    if task.classifies and task.name != "multiple-choice":
-        held, kept = _every_label_trained(table, held, kept)
+    if fold is not None:
+        held, kept = _fold(table, task, order, *fold)
+    if task.names_classes:
+        held, kept = _every_label_trained(table, task, held, kept)
         if not held:
             raise ValueError(
                 f"{train}: column {task.label_column!r} has {len(set(table.labels))} labels in {len(table)} rows, too "
-                "many to hold some rows out; wanted labels that repeat, or --valid"
+                "many to hold some rows out; expected labels that repeat, or --valid"
             )
     return table.rows(sorted(kept)), replace(table.rows(sorted(held)), notes=[]), task
 
@@ -120,42 +131,76 @@ def label_rule(names: Sequence[str], task: TaskSettings) -> str | None:
     """One line about how the labels are read; None where they are numbers or texts."""
     if task.name == "multiple-choice" and task.answers is not None:
         return f"answers: {ANSWER_NAMES[task.answers]}, of {len(names)} choices"
-    return f"labels: {class_rule(names, bool(task.labels))}" if task.classifies else None
+    return f"labels: {class_rule(names, bool(task.labels))}" if task.names_classes else None
 
 
-def _every_label_trained(table: Table, held: list[int], kept: list[int]) -> tuple[list[int], list[int]]:
+def _fold(
+    table: Table, task: TaskSettings, order: Sequence[int], number: int, folds: int
+) -> tuple[list[int], list[int]]:
+    """Return the rows of one of the parts that a shuffled table is divided into, and all others. Each class is shared
+    out equally."""
+    if len(table) < folds:
+        raise ValueError(f"{table.source}: {len(table)} rows; expected {folds} or more for --folds {folds}")
+    dealt = sorted(order, key=lambda row: table.labels[row]) if task.classifies else list(order)
+    held = dealt[number - 1 :: folds]
+    return held, sorted(set(dealt) - set(held))
+
+
+def _every_label_trained(
+    table: Table, task: TaskSettings, held: list[int], kept: list[int]
+) -> tuple[list[int], list[int]]:
     """The split with one row of every label among those kept for training."""
-    trained = {table.labels[row] for row in kept}
+    trained = {label for row in kept for label in _labels(table.labels[row], task)}
     left: list[int] = []
     kept = list(kept)
     for row in held:
-        (left if table.labels[row] in trained else kept).append(row)
-        trained.add(table.labels[row])
+        labels = set(_labels(table.labels[row], task))
+        (left if labels <= trained else kept).append(row)
+        trained |= labels
     return left, kept
+
+
+def _labels(label: str, task: TaskSettings) -> list[str]:
+    """Return the classes that a row's label names: one, a set of them, or a tag for each word."""
+    if task.kind == "set":
+        return label.split(",") if label else []
+    return label.split(" ") if task.kind == "tags" else [label]
 
 
 def label_names(table: Table, task: TaskSettings) -> list[str]:
     """The classes of a training table, in order; of a multiple choice the letters of its answers."""
-    if not task.classifies:
+    if task.kind not in ("class", "set", "tags"):
         return []
     if task.name == "multiple-choice":
         count = len(table.more[0])
         if count < 2:
-            raise ValueError(f"{table.source}: {count} choices; wanted two or more, in columns or in a list")
+            raise ValueError(f"{table.source}: {count} choices; expected two or more, in columns or in a list")
         return [_letter(i) for i in range(count)]
     if task.labels:
         return list(task.labels)
-    names = class_names(table.source, task.label_column, table.labels, table.place)
-    if len(names) < 2:
-        raise ValueError(f"{table.source}: every row has the label {names[0]!r}; wanted two labels or more")
+    if task.classifies:
+        names = class_names(table.source, task.label_column, table.labels, table.place)
+        least = 2
+    else:
+        places = [(row, label) for row in range(len(table)) for label in _labels(table.labels[row], task)]
+        labels = [label for _, label in places]
+        if not labels:
+            raise ValueError(f"{table.source}: column {task.label_column!r} names no label; expected one or more")
+        names = class_names(table.source, task.label_column, labels, lambda i: table.place(places[i][0]))
+        least = 1 if task.kind == "set" else 2
+    if len(names) < least:
+        raise ValueError(f"{table.source}: every row has the label {names[0]!r}; expected two labels or more")
     return names
 
 
-def targets(table: Table, task: TaskSettings, names: Sequence[str]) -> list[float]:
-    """Labels as indices into `names`, or as numbers; zeros for text to be written and for a table without labels."""
+def targets(table: Table, task: TaskSettings, names: Sequence[str]) -> list[Any]:
+    """Labels as indices into `names`, or as numbers; a list of 0 and 1 for sets of classes, and of indices for tags;
+    zeros for text to be written or found. A table without labels has zeros, of whatever shape."""
     if task.name == "multiple-choice":
         _check_choices(table, names)
-    if task.writes or not table.labels:
+    if task.kind in ("set", "tags"):
+        return _lists(table, task, names)
+    if task.kind in ("text", "span") or not table.labels:
         return [0] * len(table)
     if task.numbers:
         return [_number(table, row) for row in range(len(table))]
@@ -167,13 +212,36 @@ def targets(table: Table, task: TaskSettings, names: Sequence[str]) -> list[floa
     found = [find(label) for label in table.labels]
     unknown = [row for row, index in enumerate(found) if index is None]
     if unknown:
-        label = table.labels[unknown[0]]
-        known = ", ".join(map(repr, names[:12])) + (", …" if len(names) > 12 else "")
-        raise ValueError(
-            f"{table.source}, {some([table.place(row) for row in unknown])}: unknown label {label!r}; those trained on "
-            f"are {known}; --skip-label={label} skips such rows"
-        )
+        _refuse_label(table, unknown, table.labels[unknown[0]], names, "; --skip-label={} skips such rows")
     return [index for index in found if index is not None]
+
+
+def _lists(table: Table, task: TaskSettings, names: Sequence[str]) -> list[list[float]]:
+    """Return for each row 1 for each class that it has and 0 for others, or the class of each of its words."""
+    words = [len(text.split()) for text in table.texts]
+    if not table.labels:
+        return [[0.0] * (len(names) if task.kind == "set" else count) for count in words]
+    find = class_index(names)
+    made: list[list[float]] = []
+    for row, label in enumerate(table.labels):
+        labels = _labels(label, task)
+        found = [find(each) for each in labels]
+        if None in found:
+            _refuse_label(table, [row], labels[found.index(None)], names, "")
+        if task.kind == "tags" and len(found) != words[row]:
+            raise ValueError(
+                f"{table.source}, {table.place(row)}: {len(found)} tags of {words[row]} words; expected one for each"
+            )
+        made.append([float(i in found) for i in range(len(names))] if task.kind == "set" else found)  # type: ignore[arg-type]
+    return made
+
+
+def _refuse_label(table: Table, rows: Sequence[int], label: str, names: Sequence[str], hint: str) -> NoReturn:
+    known = ", ".join(map(repr, names[:12])) + (", …" if len(names) > 12 else "")
+    raise ValueError(
+        f"{table.source}, {some([table.place(row) for row in rows])}: unknown label {label!r}; those trained on "
+        f"are {known}{hint.format(label)}"
+    )
 
 
 def examples(
@@ -182,6 +250,10 @@ def examples(
     """Each row as the model takes it, with `room` positions left over; without labels, one that writes takes empty
     answers."""
     wanted = targets(table, task, names)
+    if task.kind == "tags":
+        return [_tagged(row, tags, tokenizer, config) for row, tags in zip(table.texts, wanted, strict=True)]
+    if task.kind == "span":
+        return [_with_span(table, row, tokenizer, config) for row in range(len(table))]
     width = len(table.fields(0))
     if config.extract_token is None and width == 1 and not task.writes:
         rows = plain_rows(table, tokenizer, config.seq_len)
@@ -203,6 +275,59 @@ def examples(
         else:
             made.append(Example([task_input(texts, T, between)], target))
     return made
+
+
+def _tagged(text: str, tags: Sequence[int], tokenizer: Tokenizer, config: GPTConfig) -> Example:
+    """Return start, words, extract, with the tag of each word at its last token, which alone has seen all of it. Words
+    that do not fit are left out."""
+    between, T = marks(config), config.seq_len
+    row, found = [between.start], [IGNORE]
+    for place, (word, tag) in enumerate(zip(text.split(), tags, strict=True)):
+        ids = encode(tokenizer, f" {word}" if place else word) or encode(tokenizer, word)
+        if len(row) + len(ids) + 1 > T:
+            row += ids[: T - 1 - len(row)]  # so that a row that was cut off fills all positions
+            break
+        row += ids
+        found += [IGNORE] * (len(ids) - 1) + ([int(tag)] if ids else [])
+    found += [IGNORE] * (len(row) - len(found) + 1)
+    return Example([[*row, between.extract]], tags=found)
+
+
+def _with_span(table: Table, row: int, tokenizer: Tokenizer, config: GPTConfig) -> Example:
+    """Return start, question, delimiter, context, extract, and the first and last position of the answer in it: the
+    last position of all where there is no answer, -100 where the answer was cut off."""
+    text, question = (without_lone_surrogates(part) for part in table.fields(row)[:2])
+    between = marks(config)
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    sequence = task_input([encode(tokenizer, question), encoding.ids], config.seq_len, between)
+    begin = sequence.index(between.delimiter) + 1
+    answer = without_lone_surrogates(table.labels[row]) if table.labels else ""
+    if not answer.strip():
+        target = [len(sequence) - 1] * 2
+    else:
+        first = _answer_start(table, row, text, answer)
+        last = first + len(answer)
+        inside = [i for i, (start, end) in enumerate(encoding.offsets) if end > first and start < last]
+        fits = bool(inside) and begin + inside[-1] < len(sequence) - 1
+        target = [begin + inside[0], begin + inside[-1]] if fits else [IGNORE, IGNORE]
+    return Example([sequence], target, context=Context(text, begin, encoding.offsets, answer))
+
+
+def _answer_start(table: Table, row: int, text: str, answer: str) -> int:
+    """Return where the answer begins in its text: where the table says, or at its first occurrence."""
+    start = table.starts[row] if table.starts else -1
+    if start < 0:
+        start = text.find(answer)
+        if start < 0:
+            raise ValueError(
+                f"{table.source}, {table.place(row)}: answer {answer!r:.60} is not in the text; expected a part of it"
+            )
+    elif text[start : start + len(answer)] != answer:
+        raise ValueError(
+            f"{table.source}, {table.place(row)}: answer_start is {start}, where the text has "
+            f"{text[start : start + len(answer)]!r:.60}; expected {answer!r:.60}"
+        )
+    return start
 
 
 def plain_rows(table: Table, tokenizer: Tokenizer, seq_len: int) -> list[list[int]]:
@@ -240,7 +365,7 @@ def _check_choices(table: Table, names: Sequence[str]) -> None:
     for row, choices in enumerate(table.more):
         if len(choices) != len(names):
             raise ValueError(
-                f"{table.source}, {table.place(row)}: {len(choices)} choices; wanted {len(names)} in every row "
+                f"{table.source}, {table.place(row)}: {len(choices)} choices; expected {len(names)} in every row "
                 "(--skip-ragged skips rows with another number than most)"
             )
 

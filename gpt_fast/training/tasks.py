@@ -2,32 +2,60 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer
+
+from gpt_fast_settings.declaration import did_you_mean
 
 from ..config import GPTConfig
 from ..data.example_batches import Example, Marks, pad_rows, task_batches, task_input
 from ..data.labels import ANSWERS
 from ..data.tokenizer import decode, encode
 from ..generation import generate
-from ..heads import GPTForCausalLM, GPTForMultipleChoice, GPTForSequenceClassification, GPTForSimilarity, Head
+from ..heads import (
+    GPTForCausalLM,
+    GPTForMultipleChoice,
+    GPTForQuestionAnswering,
+    GPTForSequenceClassification,
+    GPTForSimilarity,
+    GPTForTokenClassification,
+    Head,
+)
 from .metrics import (
     Metrics,
     answer_metrics,
     classification_metrics,
     generated_metrics,
     lm_loss,
+    multi_label_metrics,
     predictions,
     regression_metrics,
+    row_predictions,
+    span_metrics,
+    tag_metrics,
 )
 from .runs.folder import read_record, special_token
 
 EVALUATION_BATCH = 64
+
+
+# What a row's label is, and by which metrics validation may choose, the default first, which the picture shows.
+Kind = Literal["class", "number", "text", "set", "tags", "span"]
+SCORES: dict[Kind, tuple[str, ...]] = {
+    "class": ("accuracy", "macro_f1", "micro_f1", "matthews", "loss"),
+    "number": ("mse", "pearson", "spearman"),
+    "text": ("loss",),
+    "set": ("micro_f1", "macro_f1", "accuracy", "loss"),
+    "tags": ("accuracy", "macro_f1", "micro_f1", "matthews", "loss"),
+    "span": ("word_f1", "exact_match", "loss"),
+}
+_SMALLER_IS_BETTER = ("loss", "mse")
 
 
 @dataclass(frozen=True)
@@ -36,18 +64,20 @@ class Task:
 
     head: type[Head]
     columns: tuple[str, str, str]
-    score: str  # what validation chooses by, and the picture shows
-    numbers: bool = False
+    kind: Kind = "class"
 
 
 TASKS: dict[str, Task] = {
-    "classification": Task(GPTForSequenceClassification, ("text", "", "label"), "accuracy"),
-    "entailment": Task(GPTForSequenceClassification, ("premise", "hypothesis", "label"), "accuracy"),
-    "similarity": Task(GPTForSimilarity, ("sentence1", "sentence2", "label"), "accuracy"),
-    "multiple-choice": Task(GPTForMultipleChoice, ("question", "choices", "answer"), "accuracy"),
-    "regression": Task(GPTForSequenceClassification, ("text", "", "label"), "mse", numbers=True),
-    "generation": Task(GPTForCausalLM, ("prompt", "", "answer"), "loss"),
-    "question-answering": Task(GPTForCausalLM, ("context", "question", "answer"), "loss"),
+    "classification": Task(GPTForSequenceClassification, ("text", "", "label")),
+    "entailment": Task(GPTForSequenceClassification, ("premise", "hypothesis", "label")),
+    "similarity": Task(GPTForSimilarity, ("sentence1", "sentence2", "label")),
+    "multiple-choice": Task(GPTForMultipleChoice, ("question", "choices", "answer")),
+    "multi-label": Task(GPTForSequenceClassification, ("text", "", "labels"), "set"),
+    "token-classification": Task(GPTForTokenClassification, ("tokens", "", "tags"), "tags"),
+    "regression": Task(GPTForSequenceClassification, ("text", "", "label"), "number"),
+    "answer-span": Task(GPTForQuestionAnswering, ("context", "question", "answers"), "span"),
+    "generation": Task(GPTForCausalLM, ("prompt", "", "answer"), "text"),
+    "question-answering": Task(GPTForCausalLM, ("context", "question", "answer"), "text"),
 }
 
 
@@ -74,8 +104,23 @@ class TaskSettings:
         return self.task.head is GPTForCausalLM
 
     @property
+    def kind(self) -> Kind:
+        return "number" if self.numbers else self.task.kind
+
+    @property
     def classifies(self) -> bool:
-        return not self.numbers and not self.writes
+        """Is a row's label one class?"""
+        return self.kind == "class"
+
+    @property
+    def names_classes(self) -> bool:
+        """Does the label column name classes, one a row or several?"""
+        return self.kind in ("class", "set", "tags") and self.name != "multiple-choice"
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """What validation may choose by, the default first."""
+        return SCORES[self.kind]
 
 
 def task_settings(
@@ -91,21 +136,24 @@ def task_settings(
     """The task called `name`; a column that is None is the task's own. Several choices are columns with commas
     between them, or one column of lists. `labels` are classes with commas between them."""
     if name not in TASKS:
-        raise ValueError(f"--task {name}: wanted one of {', '.join(TASKS)}")
+        raise ValueError(f"--task {name!r}: expected one of {', '.join(TASKS)}{did_you_mean(name, TASKS)}")
+    for option, given in (("text", text_column), ("pair", pair_column), ("label", label_column)):
+        if given is not None and not all(part.strip() for part in given.split(",")):
+            raise ValueError(f"--{option}-column {given!r}: expected the name of a column")
     task = TASKS[name]
     text, pair, label = task.columns
     if pair_column is not None and not pair:
         raise ValueError(f"--pair-column {pair_column}: {name} reads one text only")
     if numbers and name not in ("similarity", "regression"):
-        raise ValueError(f"--numbers: {name} has no numbers as its labels; wanted similarity or regression")
+        raise ValueError(f"--numbers: {name} has no numbers as its labels; expected similarity or regression")
     if answers is not None and (name != "multiple-choice" or answers not in ANSWERS):
         raise ValueError(f"--answers {answers}: expected one of {', '.join(ANSWERS)}, for multiple-choice")
     pairs = tuple(column for column in (pair_column or pair).split(",") if column)
     made = TaskSettings(
-        name, text_column or text, pairs, label_column or label, numbers or task.numbers,
+        name, text_column or text, pairs, label_column or label, numbers or task.kind == "number",
         tuple(each.strip() for each in (labels or "").split(",") if each.strip()), tuple(skip_labels), answers,
     )  # fmt: skip
-    if labels is not None and (not made.classifies or name == "multiple-choice"):
+    if labels is not None and not made.names_classes:
         raise ValueError(f"--labels {labels}: {name} has no classes; leave it out")
     if labels is not None and len(set(made.labels)) != max(2, len(made.labels)):
         raise ValueError(f"--labels {labels}: expected two classes or more, each once, with commas between them")
@@ -130,7 +178,7 @@ def new_model(
         num_labels=len(names) or 1,
         label_names=() if task.name == "multiple-choice" else tuple(names),
         classifier_bias=classifier_bias,
-        problem="regression" if task.numbers else "classification",
+        problem={"number": "regression", "set": "multi_label"}.get(task.kind, "classification"),
         pooling="extract",
         classifier_dropout=0.1,
         lm_weight=lm_weight,
@@ -144,18 +192,35 @@ def score(model: Head, rows: Sequence[Example], task: TaskSettings, answer_bytes
         batches = list(task_batches(rows, EVALUATION_BATCH, pad))
         tokens = sum(batch.weight for batch in batches)
         return answer_metrics(lm_loss(model, batches), tokens, answer_bytes, len(rows))
+    if task.kind == "tags":
+        return tag_metrics(row_predictions(model, rows, pad, EVALUATION_BATCH), rows, model.config.label_names)
+    if task.kind == "span":
+        return span_metrics(row_predictions(model, rows, pad, EVALUATION_BATCH), rows)
     logits = predictions(model, rows, pad, EVALUATION_BATCH)
     wanted = torch.tensor([row.target for row in rows])
+    if task.kind == "set":
+        return multi_label_metrics(logits, wanted)
     if task.numbers:
         return regression_metrics(logits.flatten(), wanted)
     return classification_metrics(logits, wanted.long())
 
 
-def better(task: TaskSettings, line: Metrics) -> tuple[float, ...]:
-    """Larger is better: accuracy, and of equals the lower loss; or a loss's negative."""
-    if task.classifies:
-        return line["valid_accuracy"], -line["valid_loss"]
-    return (-line[f"valid_{task.task.score if task.writes else 'mse'}"],)
+def metric_of(task: TaskSettings, name: str | None) -> str:
+    """Return what validation chooses by, `name` or the task's own. Raise `ValueError` for what is not measured."""
+    if name is None:
+        return task.scores[0]
+    if name not in task.scores:
+        expected = f"{' or '.join(task.scores)}{did_you_mean(name, task.scores)}"
+        raise ValueError(f"--metric {name}: {task.name} does not measure it; expected {expected}")
+    return name
+
+
+def better(metric: str, line: Metrics) -> tuple[float, float]:
+    """Return a key that is larger the better: the metric, and of equals the lower loss. A correlation that does not
+    exist is worse than any other."""
+    sign = -1 if metric in _SMALLER_IS_BETTER else 1
+    value = sign * line.get(f"valid_{metric}", math.nan)
+    return value if value == value else -math.inf, -line.get("valid_loss", 0.0)
 
 
 def answers(
@@ -199,7 +264,7 @@ def writing_prompt(
     asks = task is not None and writes and bool(task.columns[1])
     if asks != (question is not None):
         wanted = "--question, as it was fine-tuned to answer" if asks else "no --question, as it does not answer any"
-        raise ValueError(f"{folder}: wanted {wanted}")
+        raise ValueError(f"{folder}: expected {wanted}")
     if not writes:
         ids = encode(tokenizer, prompt)
         if max(ids, default=0) >= config.num_tokens:

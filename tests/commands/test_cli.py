@@ -235,9 +235,9 @@ def test_generate_answers_a_question(cli, data, tmp_path):
     assert succeed(cli(*command, "--question", "what colour")).out.startswith("the red fox")
     failed = cli(*command)
     assert failed.code == 2
-    assert "wanted --question" in failed.err
+    assert "expected --question" in failed.err
     failed = cli("generate", "--from", data.lm, "--prompt", "a", "--question", "what")
-    assert "wanted no --question" in failed.err
+    assert "expected no --question" in failed.err
 
 
 def test_generate_slides_past_the_last_position(cli, data):

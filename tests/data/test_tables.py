@@ -502,7 +502,7 @@ def test_arc(tmp_path):
     lines = [arc("B", "ABCD", list("wxyz")), arc("4", "1234", list("wxyz")), arc("A", "ABC", list("wxy"))]
     write(tmp_path, {"ARC-Easy-Train.jsonl": "".join(json.dumps(line) + "\n" for line in lines)})
     path = tmp_path / "ARC-Easy-Train.jsonl"
-    with pytest.raises(ValueError, match=r"line 3: 3 choices; wanted 4 in every row \(--skip-ragged"):
+    with pytest.raises(ValueError, match=r"line 3: 3 choices; expected 4 in every row \(--skip-ragged"):
         load(path, "multiple-choice")
     table, _, targets = load(path, "multiple-choice", rows.RowOptions(skip_ragged=True), answers="0")
     assert (table.texts, targets) == (["Which?"] * 2, [1, 3])

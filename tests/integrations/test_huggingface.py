@@ -293,10 +293,8 @@ def test_regression_is_one_too(labels):
     values = torch.randn(3, labels)
     torch.testing.assert_close(ours(tokens, values).loss, theirs(tokens, labels=values).loss)
     assert ours.to_hf().config.problem_type == "regression"
-    theirs.config.problem_type = "multi_label_classification"
-    with pytest.raises(
-        ValueError, match="problem_type is 'multi_label_classification', wanted one of regression, sing"
-    ):
+    theirs.config.problem_type = "ranking"
+    with pytest.raises(ValueError, match="problem_type is 'ranking'; expected one of regression, single_label"):
         GPTForSequenceClassification.from_hf(theirs)
 
 

@@ -123,7 +123,7 @@ def test_logged_loss_is_the_mean_since_the_last_line(tmp_path):
 def test_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(tmp_path / "a", [1.0, 3.0], tensorboard=True)
+    train(tmp_path / "a", [1.0, 3.0], trackers=("tensorboard",))
     events = EventAccumulator(str(tmp_path / "a" / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("train_loss")] == [1, 2]

@@ -84,6 +84,8 @@ def test_saved_settings_make_the_same_again(cls):
 def other_value(name: str, value: object) -> object:
     """A valid value of a setting that is not `value`."""
     others = {"objective": "mlm", "precision": "float16", "beta1": 0.5, "beta2": 0.5, "final_lr": 0.5, "dropout": 0.5}
+    others |= {"metric": "loss", "class_weights": "balanced", "freeze": "trunk", "layer_decay": 0.5}
+    others |= {"window_warmup": 0.5, "tracker": "mlflow", "lora_alpha": 8.0}
     others |= {"raw_dtype": "uint32", "optimizer": "muon", "schedule": "constant", "decay": 0.5}
     if name in others:
         return others[name]

@@ -375,7 +375,7 @@ def _head_from_hf(theirs: Any, kind: str) -> dict[str, Any]:
 def _classifier_from_hf(theirs: Any) -> dict[str, Any]:
     problem = theirs.problem_type or ("regression" if theirs.num_labels == 1 else "single_label_classification")
     if problem not in _PROBLEMS:
-        raise ValueError(f"from_hf: problem_type is {problem!r}, wanted one of {', '.join(_PROBLEMS)}")
+        raise ValueError(f"from_hf: problem_type is {problem!r}; expected one of {', '.join(_PROBLEMS)}")
     return {
         "num_labels": theirs.num_labels,
         "label_names": _label_names(theirs),
@@ -411,7 +411,11 @@ def _tags_from_hf(theirs: Any) -> dict[str, Any]:
     }
 
 
-_PROBLEMS = {"regression": "regression", "single_label_classification": "classification"}
+_PROBLEMS = {
+    "regression": "regression",
+    "single_label_classification": "classification",
+    "multi_label_classification": "multi_label",
+}
 
 
 def _config_to_hf(config: GPTConfig, kind: str, transformers: Any) -> Any:

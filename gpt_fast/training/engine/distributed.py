@@ -209,7 +209,7 @@ def bytes_per_update(parameters: int, ranks: int, strategy: str, bits: int = 16,
     doi:10.1177/1094342005051521, for the ring; Rajbhandari et al. (2020), arXiv:1910.02054, section 7.
     """
     if strategy not in ("ddp", "fsdp"):
-        raise ValueError(f"strategy is {strategy!r}, wanted ddp or fsdp")
+        raise ValueError(f"strategy is {strategy!r}; expected ddp or fsdp")
     share = (ranks - 1) / ranks
     per_parameter = 8.0 if strategy == "ddp" else 2 * parts * bits / 8 + 4
     return share * per_parameter * parameters

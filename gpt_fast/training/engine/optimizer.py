@@ -6,8 +6,9 @@ A schedule is the factor in [0, 1] that multiplies the peak rate at an update co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,12 +17,16 @@ from torch import Tensor, nn
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
 
 
+Factors = Mapping[int, float]  # of the learning rate, by the id of a parameter; others have 1
+
+
 def make_optimizer(
     model: nn.Module,
     lr: float,
     weight_decay: float = 0.01,
     betas: tuple[float, float] = (0.9, 0.999),
     without: Collection[Tensor] = (),
+    factors: Factors = MappingProxyType({}),
 ) -> torch.optim.AdamW:
     """Return fused AdamW for all parameters but those in `without`. It decays every matrix and, as in the paper, no
     bias and no gain. A weight shared by two modules is one parameter."""
@@ -29,8 +34,29 @@ def make_optimizer(
     parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in others]
     matrices = [p for p in parameters if p.ndim >= 2]
     vectors = [p for p in parameters if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [*_groups(matrices, weight_decay, factors), *_groups(vectors, 0.0, factors)]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def _groups(parameters: Sequence[Tensor], weight_decay: float, factors: Factors) -> list[dict[str, Any]]:
+    """Return a group of parameters for each factor of the learning rate."""
+    found: dict[float, list[Tensor]] = {} if parameters else {1.0: []}
+    for parameter in parameters:
+        found.setdefault(factors.get(id(parameter), 1.0), []).append(parameter)
+    return [{"params": each, "weight_decay": weight_decay, "lr_factor": factor} for factor, each in found.items()]
+
+
+def layer_factors(model: Any, decay: float) -> dict[int, float]:
+    """Return what multiplies the learning rate of the trunk's parameters, by their ids: decay^(L - i) in decoder i of
+    L, counted from 0, and decay^(L + 1) in the embeddings. Source: Howard and Ruder (2018), arXiv:1801.06146, section
+    3.2, with the layers of BEiT's code."""
+    if decay == 1:
+        return {}
+    L = len(model.trunk.decoders)
+    parts = [(decoder, L - i) for i, decoder in enumerate(model.trunk.decoders)]
+    factors = {id(p): decay**power for part, power in parts for p in part.parameters()}
+    embeddings = [model.trunk.pos_emb, *model.trunk.token_emb.parameters()]
+    return factors | {id(p): decay ** (L + 1) for p in embeddings}
 
 
 def hidden_matrices(model: Any) -> list[Tensor]:
@@ -38,13 +64,16 @@ def hidden_matrices(model: Any) -> list[Tensor]:
     return [p for p in model.trunk.decoders.parameters() if p.requires_grad and p.ndim == 2]
 
 
-def make_muon(matrices: Sequence[Tensor], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def make_muon(
+    matrices: Sequence[Tensor], lr: float, weight_decay: float, factors: Factors = MappingProxyType({})
+) -> torch.optim.Optimizer:
     """Return PyTorch's Muon with its momentum of 0.95.
 
     Its steps have the root mean square that AdamW's usually have, so that AdamW's rate and decay are a good start.
     Source: Jordan et al. (2024), https://kellerjordan.github.io/posts/muon; Liu et al. (2025), arXiv:2502.16982.
     """
-    return torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    groups = _groups(matrices, weight_decay, factors)
+    return torch.optim.Muon(groups, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
 
 def schedule(name: str, *, total: int, warmup: int, final: float = 0.0, decay: float = 0.2) -> Callable[[int], float]:

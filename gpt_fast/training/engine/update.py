@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...data.batches import Batch
 from ...heads import Head
 from .distributed import World
-from .optimizer import hidden_matrices, make_muon, make_optimizer
+from .optimizer import hidden_matrices, layer_factors, make_muon, make_optimizer
 from .transfer import Sender, Sent
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,11 +32,13 @@ class EngineSettings:
     optimizer: str = "adamw"  # or muon, for the hidden matrices
     muon_lr: float | None = None  # its peak rate; None is AdamW's
     z_loss: float = 0.0
+    layer_decay: float = 1.0
 
     @classmethod
     def of(cls, settings: Any) -> EngineSettings:
-        """Return those among a training's settings."""
-        return cls(*(getattr(settings, field.name) for field in fields(cls)))
+        """Return those among a training's settings; pre-training has fewer of them."""
+        names = [field.name for field in fields(cls) if hasattr(settings, field.name)]
+        return cls(**{name: getattr(settings, name) for name in names})
 
 
 class Outcome(NamedTuple):
@@ -67,9 +69,11 @@ class Engine:
         # FSDP2 replaces the parameters, so it comes before the optimizer.
         self.parallel = self.world.wrap(model, self.dtype)
         hidden = hidden_matrices(model) if settings.optimizer == "muon" else []
-        self.optimizer = make_optimizer(model, lr, settings.weight_decay, (settings.beta1, settings.beta2), hidden)
+        factors = layer_factors(model, settings.layer_decay)
+        betas = (settings.beta1, settings.beta2)
+        self.optimizer = make_optimizer(model, lr, settings.weight_decay, betas, hidden, factors)
         muon_lr = lr if settings.muon_lr is None else settings.muon_lr
-        self.muon = make_muon(hidden, muon_lr, settings.weight_decay) if hidden else None
+        self.muon = make_muon(hidden, muon_lr, settings.weight_decay, factors) if hidden else None
         self.muon_ratio = muon_lr / lr if lr else 1.0
         self.forward: nn.Module = torch.compile(self.parallel) if settings.compile else self.parallel  # type: ignore[assignment]
         self._sender = Sender(self.device)
@@ -95,13 +99,16 @@ class Engine:
         parts, counts = self._sender.receive(batches if isinstance(batches, Sent) else self.send(batches))
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         self.optimizer.zero_grad(set_to_none=True)  # FSDP's model may hold other parameters at this moment
         if self.muon is not None:
             self.muon.zero_grad(set_to_none=True)
             for group in self.muon.param_groups:
-                group["lr"] = lr * self.muon_ratio
-        shares = counts / self.world.total(counts.sum(0)).clamp(min=1)  # [parts, terms]
+                group["lr"] = lr * self.muon_ratio * group["lr_factor"]
+        total_counts = self.world.total(counts.sum(0))
+        shares = counts / torch.where(
+            total_counts > 0, total_counts, 1
+        )  # [parts, terms]; weights may sum to less than 1
         total = torch.zeros((), device=self.device)
         for index, batch in enumerate(parts):
             with self.world.synchronised(self.parallel, index == len(parts) - 1):

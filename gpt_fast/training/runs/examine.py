@@ -9,7 +9,7 @@ from ...heads import HEADS
 from ...model_folder import read_config
 from . import checkpoints
 from .folder import check_run, check_weights, is_finished, leftovers, read_record
-from .load import run_tokenizer
+from .load import load_head, run_tokenizer
 
 
 def examine_run(folder: Path) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def examine_run(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{folder / 'config.json'}: head {name}; expected one of {', '.join(HEADS)}")
         if is_finished(folder) or not states:
             check_weights(folder, read_record(folder), whole=True)
-            run_tokenizer(folder, HEADS[name].from_pretrained(folder))
+            run_tokenizer(folder, load_head(HEADS[name], folder))
     except FileNotFoundError:
         if not folder.is_dir():
             raise

@@ -8,7 +8,9 @@ run.json                         how it came about and how it ended: data, label
                                  after the weights, so a folder that has it is finished
 loss.png                         the curves; pictures are drawn last, and one that fails is a warning
 checkpoints/, best/              what a run resumes from, stopped or for more steps, and the best weights so far
-tensorboard/, profile.json, confusion.png, bad-batch.safetensors   where asked for, or where there is reason
+adapter_config.json, adapter_model.safetensors   of a run with --lora-rank, in the place of model.safetensors
+tensorboard/, wandb/, mlflow.db, profile.json, confusion.png, bad-batch.safetensors
+                                 where asked for, or where there is reason
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from ...config import GPTConfig
 from ...data.tokenizer import special_ids, vocabulary_size
 from ...heads import Head
 from ...interrupts import Interrupted
-from . import checkpoints, schemas
+from . import adapters, checkpoints, schemas
 
 SETTINGS = "settings.yaml"
 _NEW, _OLD = ".new-", ".old-"  # hidden folders beside a run: one that is begun, and one that --overwrite moved away
@@ -44,7 +46,17 @@ RUN_FILES = {
     "config.json", "model.safetensors", "tokenizer.json", SETTINGS, "metrics.jsonl", "run.json", "loss.png",
     checkpoints.FOLDER,
 }  # fmt: skip
-OTHER_FILES = {"best", "tensorboard", "profile.json", "confusion.png", "bad-batch.safetensors"}
+OTHER_FILES = {
+    *adapters.FILES,
+    "best",
+    "tensorboard",
+    "wandb",
+    "mlflow.db",
+    "mlruns",
+    "profile.json",
+    "confusion.png",
+    "bad-batch.safetensors",
+}
 
 
 class Run:
@@ -100,7 +112,9 @@ class Run:
             return
         if "best_step" in read_record(self.folder):  # its weights are those of the best validation so far
             (self.folder / "best").mkdir(exist_ok=True)
-            for name in ("config.json", "model.safetensors"):
+            for name in ("config.json", "model.safetensors", *adapters.FILES):
+                if not (self.folder / name).is_file():
+                    continue
                 with replacing(self.folder / "best" / name) as temporary:
                     shutil.copyfile(self.folder / name, temporary)
         (self.folder / "run.json").unlink()
@@ -132,9 +146,7 @@ def new_run(
     """
     out = out.resolve()
     if overwrite and resume:
-        raise ValueError(
-            "--overwrite and --resume: one replaces the run, the other goes on with it; wanted one of them"
-        )
+        raise ValueError("--overwrite and --resume: one replaces the run, the other resumes it; expected one of them")
     put_back(out)
     if resume and any(checkpoints.newest_first(out / checkpoints.FOLDER)):
         run = Run(out, out, resume_command=resume_command)
@@ -282,6 +294,8 @@ def check_run(folder: Path) -> None:
     there = {path.name for path in folder.iterdir()}
     if any(checkpoints.newest_first(folder / checkpoints.FOLDER)):
         there.add("model.safetensors")  # a stopped run, whose weights are in its checkpoints
+    if adapters.WEIGHTS in there:
+        there.add("model.safetensors")  # a run whose weights are its base's with an adapter
     missing = sorted({"config.json", "model.safetensors", "tokenizer.json"} - there)
     if missing == ["tokenizer.json"]:
         raise FileNotFoundError(
@@ -306,11 +320,11 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def check_weights(folder: Path, record: dict[str, Any], whole: bool) -> None:
-    """Compare model.safetensors with the size in a run's record; if `whole`, with its SHA-256 too.
+    """Compare the weights, or the adapter, with the size in a run's record; if `whole`, with its SHA-256 too.
 
     Raises `ValueError` where they differ. Records of older versions say nothing of the weights.
     """
-    expected, path = record.get("weights"), folder / "model.safetensors"
+    expected, path = record.get("weights"), folder / (adapters.WEIGHTS if record.get("lora") else "model.safetensors")
     if not isinstance(expected, dict):
         return
     size = path.stat().st_size
@@ -375,7 +389,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise FileExistsError(f"--out {out}: is a file; wanted a folder that does not exist yet")
+        raise FileExistsError(f"--out {out}: is a file; expected a folder that does not exist yet")
     foreign = sorted({path.name for path in out.iterdir()} - RUN_FILES - OTHER_FILES)
     foreign = [name for name in foreign if not name.endswith(".partial")]  # a kill in the middle of a write
     if foreign:

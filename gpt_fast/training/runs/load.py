@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,20 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ... import model_folder
+from ..._files import sha256, write_json
 from ...config import SPECIAL_TOKENS, GPTConfig
 from ...data.tokenizer import UNKNOWN, load_tokenizer, vocabulary_size
 from ...heads import HEADS, GPTForCausalLM, Head
+from ...heads.classifiers import TaskHead
 from ...model_folder import AnyHead, read_config
 from ..engine.distributed import World
-from . import checkpoints
-from .folder import check_run, check_weights, is_finished, read_record
+from . import adapters, checkpoints
+from .folder import SETTINGS, check_run, check_weights, is_finished, read_record, with_special_tokens
+
+# What a task's head has in its configuration beside the trunk's.
+_OF_A_TASK = (
+    "num_labels", "label_names", "problem", "pooling", "lm_weight", "classifier_dropout", "classifier_bias",
+)  # fmt: skip
 
 
 def load_run(folder: Path, device: str) -> Head:
@@ -25,7 +34,7 @@ def load_run(folder: Path, device: str) -> Head:
     check_run(folder)
     name, _ = read_config(folder)
     if name not in HEADS:
-        raise ValueError(f"{folder / 'config.json'}: head {name}; wanted one of {', '.join(HEADS)}")
+        raise ValueError(f"{folder / 'config.json'}: head {name}; expected one of {', '.join(HEADS)}")
     return load_head(HEADS[name], folder).to(device)
 
 
@@ -38,11 +47,98 @@ def load_head(head: type[AnyHead], folder: Path, **overrides: Any) -> AnyHead:
     if not is_finished(folder):
         good = checkpoints.newest_good(folder / checkpoints.FOLDER, warnings.warn)
     if good is None:
-        check_weights(folder, read_record(folder), whole=False)
-        return head.from_pretrained(folder, **overrides)
-    path, _ = good
+        record = read_record(folder)
+        check_weights(folder, record, whole=False)
+        if not record.get("lora"):
+            return head.from_pretrained(folder, **overrides)
+        return load_adapted(head, folder, record, folder, **overrides)
+    path, manifest = good
     warnings.warn(f"{folder}: a stopped run; its weights after update {checkpoints.step_of(path):,}", stacklevel=2)
+    record = manifest["state"].get("record", {})
+    if record.get("lora"):
+        return model_folder.load(head, folder, overrides, _merged(folder, record, path))
     return model_folder.load(head, folder, overrides, _weights(path, *read_config(folder)))
+
+
+def load_adapted(head: type[AnyHead], folder: Path, record: dict[str, Any], where: Path, **overrides: Any) -> AnyHead:
+    """Return a head with the weights of the run in `folder` and the adapter in the folder `where` merged into them."""
+    return model_folder.load(head, folder, overrides, _merged(folder, record, where / adapters.WEIGHTS))
+
+
+def write_merged(folder: Path, out: Path) -> Head:
+    """Write the run in `folder`, whose weights are an adapter's, into the empty folder `out` with its weights merged.
+    Return the model."""
+    check_run(folder)
+    record = read_record(folder)
+    if not is_finished(folder) or not record.get("lora"):
+        raise ValueError(f"{folder}: a stopped run; expected a finished one, --resume ends it")
+    check_weights(folder, record, whole=True)
+    model = load_run(folder, "cpu")
+    model.save_pretrained(out)
+    for name in ("tokenizer.json", SETTINGS, "metrics.jsonl"):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+    path = out / "model.safetensors"
+    del record["lora"]
+    record["weights"] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    write_json(out / "run.json", record)
+    return model
+
+
+def load_for_task(source: Path, load: Callable[..., AnyHead], overrides: dict[str, Any]) -> AnyHead:
+    """Return what `load` makes of a folder, with the tokens that a task's input has. How it pools is set once the token
+    that it may read is there."""
+    pooling = {"pooling": overrides.pop("pooling")} if "pooling" in overrides else {}
+    model = load(source, **overrides)
+    with_special_tokens(model, load_tokenizer(source))
+    model.config = model.trunk.config = model.config.replace(**pooling)
+    return model
+
+
+def adapter_base(head: type[AnyHead], source: Path, **overrides: Any) -> AnyHead:
+    """Return the model that an adapter belongs to: the same numbers each time, those that are drawn for tokens that the
+    source lacks too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return load_for_task(source, head.from_pretrained, overrides)
+
+
+def _merged(folder: Path, record: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    """Return the weights of the run in `folder` with its adapter, in the file or the checkpoint at `path`, merged."""
+    name, config = read_config(folder)
+    if name not in HEADS:
+        raise ValueError(f"{folder / 'config.json'}: head {name}; expected one of {', '.join(HEADS)}")
+    lora = record["lora"]
+    overrides = {field: getattr(config, field) for field in _OF_A_TASK} if issubclass(HEADS[name], TaskHead) else {}
+    model = adapter_base(HEADS[name], _base(folder, record), **overrides)
+    if model.config != config:
+        raise ValueError(f"{folder / 'config.json'}: is not that of the adapter's base with a head; was it changed?")
+    if path.is_dir():
+        live = adapters.live_shapes(model, lora["rank"])
+        read = {f"model.{name}": torch.empty(shape) for name, shape in live.values()}
+        checkpoints.load(path, read, World())
+        tensors = {file: read[f"model.{name}"] for file, (name, _) in live.items()}
+    else:
+        tensors = model_folder.read_weights(path)
+    adapters.merge(model, tensors, lora["rank"], lora["alpha"], path)
+    state = dict(model.state_dict())
+    if config.tied:
+        state.pop("output_layer.weight", None)
+    return state
+
+
+def _base(folder: Path, record: dict[str, Any]) -> Path:
+    """Return the folder that an adapter was trained on: where it was, or beside the run."""
+    source = Path(str(record.get("from")))
+    there = [base for base in (source, folder.resolve().parent / source.name) if (base / "model.safetensors").is_file()]
+    if not there:
+        raise FileNotFoundError(
+            f"{folder}: an adapter of {source}, which is no run folder; expected the one it began with"
+        )
+    for base in there:
+        if sha256(base / "model.safetensors") == record["lora"]["base_sha256"]:
+            return base
+    raise ValueError(f"{there[0]}: has other weights than the adapter in {folder} was trained on")
 
 
 def _weights(path: Path, name: str, config: GPTConfig) -> dict[str, Tensor]:
@@ -59,7 +155,7 @@ def load_generator(folder: Path, device: str) -> GPTForCausalLM:
     model = load_run(folder, device)
     if not isinstance(model, GPTForCausalLM):
         raise ValueError(
-            f"{folder}: holds a {type(model).__name__}; wanted a GPTForCausalLM, which --objective clm trains"
+            f"{folder}: holds a {type(model).__name__}; expected a GPTForCausalLM, which --objective clm trains"
         )
     return model
 

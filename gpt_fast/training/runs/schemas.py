@@ -14,8 +14,9 @@ from gpt_fast_settings.declaration import describe
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 TaskName = Literal[
-    "classification", "entailment", "similarity", "multiple-choice", "regression", "generation", "question-answering"
-]
+    "classification", "entailment", "similarity", "multiple-choice", "multi-label", "token-classification",
+    "regression", "answer-span", "generation", "question-answering",
+]  # fmt: skip
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _MEASURED = re.compile(r"(valid|majority|mean)_\w+")  # metrics of the task, and of its baselines
 
@@ -29,6 +30,14 @@ class Schema(BaseModel):
 class Weights(Schema):
     bytes: Count
     sha256: Sha256
+
+
+class Lora(Schema):
+    """What merging an adapter needs."""
+
+    rank: Annotated[int, Field(ge=1, lt=2**31)]
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    base_sha256: Sha256
 
 
 class Columns(Schema):
@@ -74,6 +83,8 @@ class Record(Schema):
     steps: Count = 0
     epochs: Count = 0
     best_step: Count | None = None
+    last_step: Count | None = None
+    metric: str | None = None
     parameters: Count = 0
     train_loss: Finite | None = None
     unigram_entropy: Finite | None = None
@@ -86,7 +97,9 @@ class Record(Schema):
     skipped: Count = 0
     spikes: Count = 0
     ranks: Count = 1
+    strategy: Literal["ddp", "fsdp"] | None = None
     weights: Weights | None = None
+    lora: Lora | None = None
 
     @model_validator(mode="after")
     def _only_metrics_besides(self) -> Record:
@@ -122,6 +135,7 @@ class State(Schema):
     line: dict[str, float]
     best: list[float] | None
     best_metrics: dict[str, float]
+    stale: Count = 0
     data: dict[str, int]
     record: Record = Field(default_factory=lambda: Record.model_validate({}))
 

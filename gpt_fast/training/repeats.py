@@ -1,0 +1,79 @@
+"""Several runs of one fine-tuning, over seeds or folds of the table, with the mean and the spread of their metrics."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from gpt_fast_settings.finetune import FinetuneSettings
+
+from .._files import finite, write_json
+from ..interrupts import Interrupted, Stop
+from .finetune import finetune
+from .program import Record, Say, Show
+
+SUMMARY = "repeats.json"
+
+
+def is_repeated(settings: FinetuneSettings) -> bool:
+    """Return True for settings of several runs."""
+    return settings.seeds is not None or (settings.folds is not None and settings.fold is None)
+
+
+def repeat(settings: FinetuneSettings, show: Show, say: Say, stop: Stop | None = None) -> Record:
+    """Train each run into a folder of its own inside `settings.out`, and write repeats.json there. Return its content.
+
+    With `--resume` finished runs stay as they are, and the others are trained or resumed.
+    """
+    if (settings.out / "config.json").exists():
+        raise FileExistsError(f"--out {settings.out}: is a run; expected a folder to hold several")
+    runs = variants(settings)
+    records = []
+    for number, (name, changes) in enumerate(runs, start=1):
+        say(f"{settings.out / name}: run {number} of {len(runs)}")
+        # A copy keeps which settings the user gave, which a resumed run asks.
+        one = settings.model_copy(update=changes | {"out": settings.out / name})
+        try:
+            records.append(finetune(one, show, say, stop))
+        except Interrupted as stopped:
+            others = "; the whole command with --resume trains the others, too" if len(runs) > 1 else ""
+            stopped.saved = f"{stopped.saved or f'stopped by {stopped}'}{others}"
+            raise
+    summary = {"runs": [str(settings.out / name) for name, _ in runs], "metrics": spread(records)}
+    if os.environ.get("RANK", "0") == "0":
+        write_json(settings.out / SUMMARY, finite(summary))
+    return summary
+
+
+def variants(settings: FinetuneSettings) -> list[tuple[str, dict[str, Any]]]:
+    """Return the name of each run, and the settings that it has of its own."""
+    seeds = range(settings.seed, settings.seed + (settings.seeds or 1))
+    folds = [settings.fold] if settings.folds is None or settings.fold else list(range(1, settings.folds + 1))
+    made = []
+    for seed in seeds:
+        for fold in folds:
+            names = [f"seed-{seed}"] * (settings.seeds is not None) + [f"fold-{fold}"] * (len(folds) > 1)
+            made.append(("-".join(names), {"seed": seed, "fold": fold, "seeds": None}))
+    return made
+
+
+def spread(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """Return the mean, the standard deviation (of a sample), the smallest and the largest value of each metric that all
+    runs measured."""
+    names = [name for name in records[0] if name.startswith("valid_") and name != "valid_rows"]
+    found = {}
+    for name in names:
+        values = [record.get(name) for record in records]
+        if not all(isinstance(value, int | float) for value in values):
+            continue
+        numbers = [float(value) for value in values if value is not None]
+        found[name.removeprefix("valid_")] = {
+            "mean": statistics.fmean(numbers),
+            "sd": statistics.stdev(numbers) if len(numbers) > 1 else 0.0,
+            "min": min(numbers),
+            "max": max(numbers),
+            "values": numbers,
+        }
+    return found

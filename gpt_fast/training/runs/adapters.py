@@ -1,0 +1,121 @@
+"""LoRA adapters: PEFT attaches and trains them, a run folder holds them in PEFT's format, and reading one merges it.
+
+Adapted are the projection to queries, keys and values, and both layers of the MLP: W + alpha / rank · B A, with
+A [rank, in] and B [out, rank]. A task's own layer is trained as a whole. Source: Hu et al. (2021), arXiv:2106.09685.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..._files import replacing, sha256
+from ...heads import Head
+from ...heads.classifiers import TaskHead
+from ...model import init_weights
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FILES = (CONFIG, WEIGHTS)
+# What PEFT wraps in a decoder, and the weight that the adapter is added to.
+_ADAPTED = {"multihead_attn": "multihead_attn.in_proj_weight", "ff.0": "ff.0.weight", "ff.3": "ff.3.weight"}
+_SAVED, _LIVE = "base_model.model.", ".default"  # in the names of PEFT's files, and in those of its modules
+
+
+def require_peft(option: str) -> None:
+    """Raise `ValueError` where PEFT is not installed."""
+    if find_spec("peft") is None:
+        raise ValueError(f"{option}: needs peft, which is not installed; pip install gpt-fast[lora]")
+
+
+class Adapter:
+    """A LoRA adapter of a model in training."""
+
+    def __init__(self, rank: int, alpha: float | None, base: Path):
+        self.rank = rank
+        self.alpha = 2.0 * rank if alpha is None else alpha
+        self.base = base
+        self._adapted: Any = None
+
+    def record(self) -> dict[str, Any]:
+        """Return what a reader of the run needs to merge the adapter."""
+        return {"rank": self.rank, "alpha": self.alpha, "base_sha256": sha256(self.base / "model.safetensors")}
+
+    def attach(self, model: Head) -> Head:
+        """Put the adapter into `model`, and freeze all else but the task's layer, whose weights are drawn anew."""
+        import peft
+
+        if isinstance(model, TaskHead):
+            init_weights(model.classifier, model.config.init_std)
+        config = peft.LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            target_modules=[name for name in _ADAPTED if name.startswith("ff")],
+            target_parameters=[_ADAPTED["multihead_attn"]],
+            modules_to_save=["classifier"] if isinstance(model, TaskHead) else None,
+        )
+        self._adapted = peft.get_peft_model(model, config)  # changes the model in place
+        self._adapted.peft_config["default"].base_model_name_or_path = os.path.abspath(self.base)
+        return model
+
+    def save(self, model: Head, folder: Path) -> None:
+        """Write the adapter into `folder`, in PEFT's format."""
+        import peft
+
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = peft.get_peft_model_state_dict(self._adapted)
+        with replacing(folder / WEIGHTS) as temporary:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        self._adapted.peft_config["default"].save_pretrained(str(folder))
+
+
+def copy(source: Path, folder: Path) -> Path:
+    """Copy an adapter's files. Return the path of its weights."""
+    for name in FILES:
+        with replacing(folder / name) as temporary:
+            shutil.copyfile(source / name, temporary)
+    return folder / WEIGHTS
+
+
+def live_shapes(model: Head, rank: int) -> dict[str, tuple[str, list[int]]]:
+    """Return the name and shape of each tensor of an adapter of `model`, under its name in a file."""
+    found = {}
+    for i, decoder in enumerate(model.trunk.decoders):
+        for module, weight in _ADAPTED.items():
+            rows, columns = decoder.get_parameter(weight).shape
+            for part, shape in (("lora_A", [rank, columns]), ("lora_B", [rows, rank])):
+                name = f"trunk.decoders.{i}.{module}.{part}"
+                found[f"{_SAVED}{name}.weight"] = (f"{name}{_LIVE}.weight", shape)
+    if isinstance(model, TaskHead):
+        for name, parameter in model.classifier.named_parameters():
+            live = f"classifier.modules_to_save{_LIVE}.{name}"
+            found[f"{_SAVED}classifier.{name}"] = (live, list(parameter.shape))
+    return found
+
+
+def merge(model: Head, tensors: Mapping[str, Tensor], rank: int, alpha: float, path: Path) -> None:
+    """Add an adapter to the weights of its base, in place. Raise `ValueError` for tensors of another model; `path` is
+    where they come from."""
+    expected = live_shapes(model, rank)
+    for name, (_, shape) in expected.items():
+        if name not in tensors or list(tensors[name].shape) != shape:
+            has = f"{name} has shape {list(tensors[name].shape)}" if name in tensors else f"lacks {name}"
+            raise ValueError(f"{path}: {has}; expected {shape} by config.json and run.json")
+    if spare := sorted(tensors.keys() - expected.keys()):
+        raise ValueError(f"{path}: holds {spare[0]}, which an adapter of this model does not have")
+    with torch.no_grad():
+        for i, decoder in enumerate(model.trunk.decoders):
+            for module, weight in _ADAPTED.items():
+                name = f"{_SAVED}trunk.decoders.{i}.{module}"
+                product = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+                decoder.get_parameter(weight).add_(product, alpha=alpha / rank)
+        if isinstance(model, TaskHead):
+            for name, parameter in model.classifier.named_parameters():
+                parameter.copy_(tensors[f"{_SAVED}classifier.{name}"])

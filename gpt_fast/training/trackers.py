@@ -1,0 +1,139 @@
+"""Experiment trackers beside metrics.jsonl: TensorBoard's events, and wandb and MLflow, which write into the run folder
+unless their own environment variables name a server."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from .metrics import Metrics
+from .runs.folder import write_extra
+
+# Where each writes inside the run folder.
+PLACES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow.db"}
+PROJECT = "gpt-fast"  # of wandb, and MLflow's experiment
+
+
+class Tracker(Protocol):
+    def add(self, line: Metrics) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def require(name: str | None) -> None:
+    """Raise `ValueError` for a tracker whose package is not installed."""
+    if name is not None and find_spec(name) is None:
+        raise ValueError(f"--tracker {name}: needs {name}, which is not installed; pip install gpt-fast[{name}]")
+
+
+class Tracked:
+    """A tracker that a run can do without, made with the first line. A failure is one warning, and the last call."""
+
+    def __init__(self, name: str, run: Path, record: dict[str, Any]):
+        self._path = run / PLACES[name]
+        self._name, self._record = name, record
+        self._tracker: Tracker | None = None
+        self._works = True
+
+    def add(self, line: Metrics) -> None:
+        if self._works:
+            self._works = write_extra(self._path, lambda path: self._opened(path, line).add(line))
+
+    def close(self) -> None:
+        if self._tracker is None:
+            return
+        tracker = self._tracker
+        if self._works:
+            write_extra(self._path, lambda path: tracker.close())
+        if isinstance(tracker, TensorBoard):
+            tracker.release()
+
+    def _opened(self, path: Path, line: Metrics) -> Tracker:
+        if self._tracker is not None:
+            return self._tracker
+        if self._name == "tensorboard":
+            self._tracker = TensorBoard(path, line)
+        elif self._name == "wandb":
+            self._tracker = Wandb(path.parent, self._record)
+        else:
+            self._tracker = MLflow(path.parent, self._record)
+        return self._tracker
+
+
+class TensorBoard:
+    """Writer of events. Its thread meets a full disk; the next call raises that error, and no traceback is printed."""
+
+    def __init__(self, folder: Path, line: Metrics):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._hook = threading.excepthook
+        threading.excepthook = self._ignore
+        self._writer = SummaryWriter(str(folder), purge_step=int(line["step"]))
+
+    def _ignore(self, raised: threading.ExceptHookArgs) -> None:
+        if not type(raised.thread).__module__.startswith("tensorboard."):
+            self._hook(raised)
+
+    def add(self, line: Metrics) -> None:
+        for name, value in line.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, int(line["step"]))
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def release(self) -> None:
+        """Let other threads' exceptions be printed as before."""
+        threading.excepthook = self._hook
+
+
+class Wandb:
+    """A run of wandb, offline unless WANDB_MODE says otherwise: `wandb sync RUN/wandb/offline-run-*` sends it later. A
+    resumed run is another one of the same group."""
+
+    def __init__(self, run: Path, record: dict[str, Any]):
+        import wandb
+
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            group=run.name,
+            name=run.name,
+            dir=str(run),
+            mode=os.environ.get("WANDB_MODE", "offline"),
+            config=record,
+        )
+
+    def add(self, line: Metrics) -> None:
+        self._run.log({name: value for name, value in line.items() if name != "step"}, step=int(line["step"]))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MLflow:
+    """A run of MLflow, in the run folder's mlflow.db unless MLFLOW_TRACKING_URI names a server: `mlflow ui
+    --backend-store-uri sqlite:///RUN/mlflow.db` shows it. A resumed run is another one of the same name."""
+
+    def __init__(self, run: Path, record: dict[str, Any]):
+        from mlflow import MlflowClient
+
+        uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{run.resolve() / PLACES['mlflow']}")
+        self._client = MlflowClient(tracking_uri=uri)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        experiment = self._client.get_experiment_by_name(name)
+        made = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
+        self._id = self._client.create_run(made, run_name=run.name).info.run_id
+        for field, value in record.items():
+            self._client.log_param(self._id, field, str(value)[:500])
+
+    def add(self, line: Metrics) -> None:
+        for name, value in line.items():
+            if name != "step" and math.isfinite(value):
+                self._client.log_metric(self._id, name, value, step=int(line["step"]))
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id)
