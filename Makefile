@@ -31,6 +31,8 @@ PYTEST := $(PY) -m pytest $(PYTEST_FLAGS)
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 BENCH_CPP := benchmarks/measure/read_all.cpp
 FAKE_CPP := $(wildcard tools/fakecuda/driver/*)
+# The nvcc on PATH may be a script that calls the toolkit's own. Its dry run prints the toolkit's folder.
+CUDA_TOOLKIT = $(realpath $(or $(CUDA_HOME),$(shell nvcc --dryrun none.cu 2>&1 | sed -n "s/^\#\$$ TOP=//p")))
 # The test files of the ops that have a C++ kernel, and of those that have a Triton kernel.
 CPP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/ops/test_%.py,$(wildcard csrc/cpu/*.cpp)))
 TRITON_TESTS = $(wildcard $(patsubst kernels/%.py,tests/ops/test_%.py,$(wildcard kernels/*.py)))
@@ -128,12 +130,9 @@ sanitize: install  ## the op tests on a C++ extension built with the address and
 FAKE_PY := $(abspath $(FAKE_VENV))/bin/python
 FAKE_TREE := build/fakecuda/tree
 FAKE_PARTS := csrc gpt_fast gpt_fast_cli gpt_fast_settings kernels tests tools benchmarks examples .ci
-FAKE_RUN = cd $(FAKE_TREE) && PATH=$(abspath $(FAKE_VENV))/bin:$$PATH PYTHONPATH=$(abspath $(FAKE_TREE)) OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
+FAKE_RUN = cd $(FAKE_TREE) && CUDA_HOME="$(CUDA_TOOLKIT)" PATH=$(abspath $(FAKE_VENV))/bin:$$PATH PYTHONPATH=$(abspath $(FAKE_TREE)) OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
   TRITON_CACHE_DIR=$(abspath build/fakecuda/triton) $(FAKE_PY) -m tools.fakecuda --library $(abspath build/fakecuda/lib)
 FAKE_PYTEST = $(FAKE_PY) -m pytest $(PYTEST_FLAGS) -p no:cacheprovider tests/fakecuda $(FAKE_FLAGS)
-
-# The nvcc on PATH may be a script that calls the toolkit's own. Its dry run prints the toolkit's folder.
-FAKE_TOOLKIT = $(realpath $(or $(CUDA_HOME),$(shell nvcc --dryrun none.cu 2>&1 | sed -n "s/^\#\$$ TOP=//p")))
 
 # PyTorch's CUDA build comes from PyPI alone: pip's settings may prefer a mirror that has the CPU build of that version.
 $(FAKE_VENV)/.stamp:
@@ -152,11 +151,11 @@ fake-build: $(FAKE_VENV)/.stamp
 	@rm -rf $(addprefix $(FAKE_TREE)/,tests tools benchmarks)
 	@tar cf - --exclude='_C*' --exclude=__pycache__ $(FAKE_PARTS) setup.py pyproject.toml README.md LICENSE Makefile \
 	  | tar xf - -C $(FAKE_TREE)
-	@test -d "$(FAKE_TOOLKIT)" \
+	@test -d "$(CUDA_TOOLKIT)" \
 	  || { echo 'make fake-gpu: no CUDA toolkit; expected nvcc on PATH or its folder in CUDA_HOME' >&2; exit 1; }
-	cd $(FAKE_TREE) && CUDA_HOME="$(FAKE_TOOLKIT)" PATH=$(abspath $(FAKE_VENV))/bin:$$PATH GPT_FAST_CUDA=1 \
+	cd $(FAKE_TREE) && CUDA_HOME="$(CUDA_TOOLKIT)" PATH=$(abspath $(FAKE_VENV))/bin:$$PATH GPT_FAST_CUDA=1 \
 	  $(FAKE_PY) setup.py build_ext --inplace > ../extension.log 2>&1 || { cat ../extension.log >&2; exit 1; }
-	cd $(FAKE_TREE) && CUDA_HOME="$(FAKE_TOOLKIT)" $(FAKE_PY) -m tools.fakecuda.build ../lib
+	cd $(FAKE_TREE) && CUDA_HOME="$(CUDA_TOOLKIT)" $(FAKE_PY) -m tools.fakecuda.build ../lib
 
 .PHONY: fake-gpu
 fake-gpu: fake-build  ## the library on a stand-in for CUDA that runs no kernel (needs nvcc; downloads 4.7 GB)
@@ -227,7 +226,7 @@ report: install  ## write every table and plot of benchmarks/results and README.
 
 .PHONY: gpu
 gpu:  ## the first minutes on a GPU: make gpu PART=1, then PART=2, PYTHON=python3 OUT=dir (no environment, no downloads)
-	PYTHON="$(PYTHON)" OUT="$(OUT)" PART="$(firstword $(subst /, ,$(PART)))" .ci/gpu
+	$(if $(CUDA_TOOLKIT),CUDA_HOME="$(CUDA_TOOLKIT)") PYTHON="$(PYTHON)" OUT="$(OUT)" PART="$(firstword $(subst /, ,$(PART)))" .ci/gpu
 
 # --- documentation ---
 
