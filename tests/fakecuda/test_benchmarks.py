@@ -57,3 +57,16 @@ def test_a_run_of_the_suite(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert all(time["host"] > 0 for record in records for time in record["times"].values())
     missing = [entry["reason"] for entry in run["missing"]]  # the stand-in has no cuDNN, which PyTorch's own SDPA asks
     assert [reason for reason in missing if "cuDNN" not in reason and "not installed" not in reason] == []
+
+
+@pytest.mark.parametrize("name", ["prefill", "finetuning_step", "handwritten_step"])
+def test_a_run_of_a_job(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first case with every peer; `make gpu` measures the other jobs, and test_gpu_script.py rehearses it."""
+    (topic,) = catalogue.select(name)
+    monkeypatch.setattr(runner, "QUICK", runner.Budget(0.0, 1))
+    monkeypatch.setattr(runner, "cases", lambda topic, device, quick=False: catalogue.cases(topic, device, quick)[:1])
+    with watch() as seen:
+        outcome = runner.run([topic], runner.Settings("cuda", quick=True, untested=True, out=tmp_path))
+    assert seen.refusals == []
+    (file,) = outcome.files
+    assert OURS in {record["peer"] for record in results.read(file)["records"]}
