@@ -179,9 +179,10 @@ codegen-triton: $(VENV)/.stamp-package $(CODEGEN_VENV)/.stamp
 
 # The other releases of Triton that come with PyTorch 2.10 to 2.15, each in an environment of its own.
 .PHONY: codegen-all
-codegen-all:  ## make codegen for Triton 3.7, 3.8 and 3.9, with the budget of each
+codegen-all:  ## the same for sm_90 with Triton 3.7, 3.8 and 3.9, each with its own budget
 	for version in $(CODEGEN_OTHERS); do \
-	  $(MAKE) --no-print-directory codegen-triton CODEGEN_TRITON=triton==$$version CODEGEN_VENV=.venv-codegen-$$version; done
+	  $(MAKE) --no-print-directory codegen-triton CODEGEN_TRITON=triton==$$version \
+	    CODEGEN_VENV=$(CODEGEN_VENV)-$$version CODEGEN_FLAGS="--targeted $(CODEGEN_FLAGS)" || exit 1; done
 
 .PHONY: codegen
 codegen: codegen-triton  ## compile every kernel for every architecture and hold it to its budget

@@ -1,6 +1,6 @@
 """The codegen gate: compile every recorded launch for its architecture without a GPU, and hold it to a budget.
 
-    python -m tools.codegen LAUNCHES [--update]
+    python -m tools.codegen LAUNCHES [--update] [--targeted]
 
 LAUNCHES is what tools.record_launches wrote. Fails when a kernel exceeds the chip's shared memory, when it needs
 more registers, spills or shared memory than its budget, when its instructions grow by more than 5 %,
@@ -10,7 +10,7 @@ of 64 spills nothing, at 128 nothing without dropout and at most 128 bytes with 
 memory and no shuffle to any of attention's loops. kernels/architectures.py says which are which. On every architecture
 a kernel spills at most 128 bytes, except heads over 128 and rows over 8,192. --update makes this build the budget,
 statements aside. Each minor version of Triton has its own budget, results/codegen-3.6.json, and its own table,
-results/codegen-3.6.md, which is written either way.
+results/codegen-3.6.md, which is written either way. --targeted compiles for the targeted architectures alone.
 """
 
 import argparse
@@ -259,7 +259,10 @@ def table(figures: dict[str, dict[str, Figure]], version: str) -> str:
         "thread, `shared` is bytes a program, the rest counts instructions; `lds` and `sts` include LDSM and STSM.",
         f"Nothing here was run. Written by `make codegen`; the budgets are in codegen-{minor(version)}.json.",
     ]
+    compiled = {target for by_target in figures.values() for target in by_target}
     for target, architecture in BY_TARGET.items():
+        if target not in compiled:
+            continue
         lines += [
             "",
             f"## {target}",
@@ -281,12 +284,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("launches", type=Path)
     parser.add_argument("--update", action="store_true", help="make this build the budget")
+    parser.add_argument("--targeted", action="store_true", help="only architectures that have speed targets")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes that compile")
     arguments = parser.parse_args()
     stand_in_torch()
     import triton
 
     launches = json.loads(arguments.launches.read_text("utf-8"))
+    if arguments.targeted:
+        launches = [launch for launch in launches if BY_TARGET[f"sm_{launch['target']}"].targeted]
     with ProcessPoolExecutor(arguments.jobs) as pool:
         measured = list(pool.map(compile_launch, launches))
     figures: dict[str, dict[str, Figure]] = {}

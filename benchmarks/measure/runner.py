@@ -185,7 +185,7 @@ def _failure(peer: Peer, failed: Failed, doing: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, NotImplementedError, ValueError, ImportError) as error:
+    except (RuntimeError, NotImplementedError, ValueError, ImportError, AssertionError) as error:
         if peer.name == OURS and not isinstance(error, torch.OutOfMemoryError):
             raise
         failed.append((peer, doing + _first_line(error)))

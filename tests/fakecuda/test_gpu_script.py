@@ -18,7 +18,10 @@ LINE = re.compile(r"^(\w+) +(?:exit +(\d+) +\d+ s|skipped: )", re.MULTILINE)
 # Steps whose outcome depends on values or on counters of the device, which the stand-in does not have.
 JUDGE_VALUES = {"look", "parity_f32", "parity_bf16", "tests", "profile"}
 # A rehearsal needs a few figures of each kind, and shares its cores with other work.
-SHORT = {"LOOKS": "1", "LIMIT_SCALE": "8", "TRAINING_SECONDS": "12", "TESTS": "tests/ops/test_embedding.py"}
+SHORT = {
+    "LOOKS": "1", "LIMIT_SCALE": "8", "TRAINING_SECONDS": "10", "TUNE_SECONDS": "8",
+    "TESTS": "tests/ops/test_embedding.py",
+}  # fmt: skip
 
 
 def rehearse(part: int, out: Path, **changes: str) -> dict[str, int | None]:
