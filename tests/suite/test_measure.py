@@ -180,6 +180,26 @@ def test_interrupted_results_are_kept_and_can_be_resumed(tiny, tmp_path, monkeyp
         runner.run([tiny], runner.Settings("cpu", out=tmp_path, resume=True))
 
 
+def test_an_implementation_that_compiles_is_measured_last(tiny, tmp_path):
+    """A run that is cut off while it compiles has the others; it takes turns with ours all the same."""
+    torch_peer = next(peer for peer in tiny.peers if peer.name == "torch")
+
+    def cut_off(case):
+        raise KeyboardInterrupt
+
+    def with_compiled(build):
+        slow = dataclasses.replace(torch_peer, name="Liger", compiles=True, build=build)
+        return dataclasses.replace(tiny, peers=(slow, tiny.peers[0], torch_peer))
+
+    outcome = runner.run([with_compiled(cut_off)], runner.Settings("cpu", out=tmp_path))
+    assert outcome.interrupted
+    assert [record["peer"] for record in results.read(files(tmp_path)[0])["records"]] == [OURS, "torch"]
+    runner.run([with_compiled(torch_peer.build)], runner.Settings("cpu", out=tmp_path))
+    records = results.read(files(tmp_path)[0])["records"]
+    assert [record["peer"] for record in records] == [OURS, "torch", "Liger"] * 2
+    assert all("to_ours" in time for record in records[1:3] for time in record["times"].values())
+
+
 @pytest.mark.parametrize("kind", [RuntimeError, AssertionError])
 def test_an_implementation_that_fails_is_missing_and_ours_may_not(kind, tiny, tmp_path):
     """Liger asserts what it cannot do."""
