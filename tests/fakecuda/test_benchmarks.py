@@ -1,5 +1,6 @@
 """The benchmark suite with `--device cuda`: every op on every implementation, timed as graphs where they can be."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -61,10 +62,13 @@ def test_a_run_of_the_suite(name: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("name", ["prefill", "finetuning_step", "handwritten_step"])
 def test_a_run_of_a_job(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first case with every peer; `make gpu` measures the other jobs, and test_gpu_script.py rehearses it."""
+    """The first case; `make gpu` measures the other jobs with every peer, and test_gpu_script.py rehearses it."""
     (topic,) = catalogue.select(name)
     monkeypatch.setattr(runner, "QUICK", runner.Budget(0.0, 1))
-    monkeypatch.setattr(runner, "cases", lambda topic, device, quick=False: catalogue.cases(topic, device, quick)[:1])
+    case = dataclasses.replace(
+        catalogue.cases(topic, "cuda", quick=True)[0], peers=(OURS, "plain", "Hugging Face sdpa")
+    )
+    monkeypatch.setattr(runner, "cases", lambda topic, device, quick=False: [case])
     with watch() as seen:
         outcome = runner.run([topic], runner.Settings("cuda", quick=True, untested=True, out=tmp_path))
     assert seen.refusals == []
