@@ -8,6 +8,7 @@ JOBS ?= 2
 PART ?= 1/1
 CODEGEN_VENV ?= .venv-codegen
 CODEGEN_TRITON ?= triton==3.6.0
+CODEGEN_OTHERS ?= 3.7.1 3.8.0 3.9.0
 PYTEST_FLAGS ?= -q
 # Draws of each target of the fuzz, of those in the interpreter, and the number that all of them follow from.
 FUZZ_DRAWS ?= 3000
@@ -30,6 +31,8 @@ PYTEST := $(PY) -m pytest $(PYTEST_FLAGS)
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 BENCH_CPP := benchmarks/measure/read_all.cpp
 FAKE_CPP := $(wildcard tools/fakecuda/driver/*)
+# The nvcc on PATH may be a script that calls the toolkit's own. Its dry run prints the toolkit's folder.
+CUDA_TOOLKIT = $(realpath $(or $(CUDA_HOME),$(shell nvcc --dryrun none.cu 2>&1 | sed -n "s/^\#\$$ TOP=//p")))
 # The test files of the ops that have a C++ kernel, and of those that have a Triton kernel.
 CPP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/ops/test_%.py,$(wildcard csrc/cpu/*.cpp)))
 TRITON_TESTS = $(wildcard $(patsubst kernels/%.py,tests/ops/test_%.py,$(wildcard kernels/*.py)))
@@ -127,7 +130,7 @@ sanitize: install  ## the op tests on a C++ extension built with the address and
 FAKE_PY := $(abspath $(FAKE_VENV))/bin/python
 FAKE_TREE := build/fakecuda/tree
 FAKE_PARTS := csrc gpt_fast gpt_fast_cli gpt_fast_settings kernels tests tools benchmarks examples .ci
-FAKE_RUN = cd $(FAKE_TREE) && PATH=$(abspath $(FAKE_VENV))/bin:$$PATH PYTHONPATH=$(abspath $(FAKE_TREE)) OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
+FAKE_RUN = cd $(FAKE_TREE) && CUDA_HOME="$(CUDA_TOOLKIT)" PATH=$(abspath $(FAKE_VENV))/bin:$$PATH PYTHONPATH=$(abspath $(FAKE_TREE)) OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
   TRITON_CACHE_DIR=$(abspath build/fakecuda/triton) $(FAKE_PY) -m tools.fakecuda --library $(abspath build/fakecuda/lib)
 FAKE_PYTEST = $(FAKE_PY) -m pytest $(PYTEST_FLAGS) -p no:cacheprovider tests/fakecuda $(FAKE_FLAGS)
 
@@ -148,9 +151,11 @@ fake-build: $(FAKE_VENV)/.stamp
 	@rm -rf $(addprefix $(FAKE_TREE)/,tests tools benchmarks)
 	@tar cf - --exclude='_C*' --exclude=__pycache__ $(FAKE_PARTS) setup.py pyproject.toml README.md LICENSE Makefile \
 	  | tar xf - -C $(FAKE_TREE)
-	cd $(FAKE_TREE) && PATH=$(abspath $(FAKE_VENV))/bin:$$PATH GPT_FAST_CUDA=1 $(FAKE_PY) setup.py build_ext --inplace > ../extension.log 2>&1 \
-	  || { cat ../extension.log >&2; exit 1; }
-	cd $(FAKE_TREE) && $(FAKE_PY) -m tools.fakecuda.build ../lib
+	@test -d "$(CUDA_TOOLKIT)" \
+	  || { echo 'make fake-gpu: no CUDA toolkit; expected nvcc on PATH or its folder in CUDA_HOME' >&2; exit 1; }
+	cd $(FAKE_TREE) && CUDA_HOME="$(CUDA_TOOLKIT)" PATH=$(abspath $(FAKE_VENV))/bin:$$PATH GPT_FAST_CUDA=1 \
+	  $(FAKE_PY) setup.py build_ext --inplace > ../extension.log 2>&1 || { cat ../extension.log >&2; exit 1; }
+	cd $(FAKE_TREE) && CUDA_HOME="$(CUDA_TOOLKIT)" $(FAKE_PY) -m tools.fakecuda.build ../lib
 
 .PHONY: fake-gpu
 fake-gpu: fake-build  ## the library on a stand-in for CUDA that runs no kernel (needs nvcc; downloads 4.7 GB)
@@ -166,11 +171,21 @@ $(CODEGEN_VENV)/.stamp: | $(VENV)/bin/python
 	$(CODEGEN_VENV)/bin/python -m pip --disable-pip-version-check --quiet install "$(CODEGEN_TRITON)" setuptools numpy
 	@touch $@
 
-.PHONY: codegen
-codegen: $(VENV)/.stamp-package $(CODEGEN_VENV)/.stamp  ## compile every kernel for every architecture and hold it to its budget
+.PHONY: codegen-triton
+codegen-triton: $(VENV)/.stamp-package $(CODEGEN_VENV)/.stamp
 	@mkdir -p build
 	$(PY) -m tools.record_launches build/launches.json
 	$(CODEGEN_VENV)/bin/python -m tools.codegen build/launches.json $(CODEGEN_FLAGS)
+
+# The other releases of Triton that come with PyTorch 2.10 to 2.15, each in an environment of its own.
+.PHONY: codegen-all
+codegen-all:  ## the same for sm_90 with Triton 3.7, 3.8 and 3.9, each with its own budget
+	for version in $(CODEGEN_OTHERS); do \
+	  $(MAKE) --no-print-directory codegen-triton CODEGEN_TRITON=triton==$$version \
+	    CODEGEN_VENV=$(CODEGEN_VENV)-$$version CODEGEN_FLAGS="--targeted $(CODEGEN_FLAGS)" || exit 1; done
+
+.PHONY: codegen
+codegen: codegen-triton  ## compile every kernel for every architecture and hold it to its budget
 	@command -v nvcc > /dev/null || { echo 'codegen: no nvcc, csrc/cuda is not compiled'; exit 0; }; \
 	cublas=$$($(PY) -m tools.cublas_headers $(CODEGEN_VENV)/cublas); \
 	nvcc="nvcc -std=c++17 -O3 -Xptxas=-warn-spills -Xcompiler=-Wall -Werror=all-warnings -I$$cublas -o build/nvcc.o -c"; \
@@ -212,7 +227,7 @@ report: install  ## write every table and plot of benchmarks/results and README.
 
 .PHONY: gpu
 gpu:  ## the first minutes on a GPU: make gpu PART=1, then PART=2, PYTHON=python3 OUT=dir (no environment, no downloads)
-	PYTHON="$(PYTHON)" OUT="$(OUT)" PART="$(firstword $(subst /, ,$(PART)))" .ci/gpu
+	$(if $(CUDA_TOOLKIT),CUDA_HOME="$(CUDA_TOOLKIT)") PYTHON="$(PYTHON)" OUT="$(OUT)" PART="$(firstword $(subst /, ,$(PART)))" .ci/gpu
 
 # --- documentation ---
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -111,6 +113,11 @@ def examine() -> dict[str, Any]:
             advice.append(f"{', '.join(missing)} not installed: pip install gpt-fast[{extra}]")
     if cuda and versions["triton"] is None:
         advice.append("Triton is not installed, so the GPU cannot run its kernels: pip install triton")
+    if cuda and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        advice.append(
+            "no C compiler is found, and Triton builds its launcher with one: install gcc (Debian and Ubuntu: apt "
+            "install gcc) or set CC"
+        )
     if torch.version.cuda and info is not None and info.get("no_cuda"):
         advice.append(
             f"the C++ extension has no CUDA C++ kernels, so Triton serves alone: {info['no_cuda']}; "

@@ -116,7 +116,7 @@ def forward(
         stride_x=rows.stride(0), stride_residual=residual_rows.stride(0), M=M, N=N, eps=eps,
         site=site, threshold=threshold, scale=scale,
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None,
-        BLOCK_M=launch.fwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.fwd_warps,
+        BLOCK_M=launch.fwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.fwd_warps, enable_fp_fusion=True,
     )  # fmt: skip
     return normed, summed, mean, rstd
 
@@ -161,7 +161,7 @@ def backward(
         site=site, threshold=threshold, scale=scale,
         HAS_WEIGHT=weight is not None, HAS_DSUMMED=carried is not None, HAS_DROPOUT=seed is not None, HAS_DX=has_dx,
         NEEDS_SUMS=needs_sums,
-        BLOCK_M=launch.bwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.bwd_warps,
+        BLOCK_M=launch.bwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.bwd_warps, enable_fp_fusion=True,
     )  # fmt: skip
     if needs_sums:
         add_partial_sums(partial, dweight, dbias, needs_weight, needs_bias)

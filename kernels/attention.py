@@ -688,7 +688,7 @@ def forward(
         last=False),
         **arguments, scale=scale, threshold=threshold, dropout_scale=dropout_scale, dropped=0.0,
         **switches, BLOCK_D=BLOCK_D, BLOCK_M=launch.queries, BLOCK_N=launch.keys,
-        num_warps=launch.warps, num_stages=launch.stages,
+        num_warps=launch.warps, enable_fp_fusion=True, num_stages=launch.stages,
     )  # fmt: skip
     return out, lse
 
@@ -719,7 +719,8 @@ def backward_into(
         q_ptr=q, do_ptr=dout, **sources(launch.keys, BLOCK_D, k_ptr=k, v_ptr=v),
         out_ptr=out, lse_ptr=lse, rows_ptr=rows, dq_ptr=dq, **_strides("o", out, "t", last=False),
         **_strides("dq", dq, "t", last=False), **inputs, kept=1 / dropout_scale if dropout_scale else 0.0,
-        BLOCK_M=launch.queries, BLOCK_N=launch.keys, num_warps=launch.warps, num_stages=launch.stages,
+        BLOCK_M=launch.queries, BLOCK_N=launch.keys,
+        num_warps=launch.warps, enable_fp_fusion=True, num_stages=launch.stages,
     )  # fmt: skip
     launch, _ = config("bwd_dkdv", q)
     walked = sources(launch.queries, BLOCK_D, q_ptr=q, do_ptr=dout)
@@ -728,7 +729,8 @@ def backward_into(
     _bwd_dkdv_kernel[_grid(S, launch.keys, q)](
         k_ptr=k, v_ptr=v, **walked, rows_ptr=rows,
         dk_ptr=dk, dv_ptr=dv, **_strides("dk", dk, "s", last=False), **_strides("dv", dv, "s", last=False), **inputs,
-        BLOCK_M=launch.queries, BLOCK_N=launch.keys, num_warps=launch.warps, num_stages=launch.stages,
+        BLOCK_M=launch.queries, BLOCK_N=launch.keys,
+        num_warps=launch.warps, enable_fp_fusion=True, num_stages=launch.stages,
     )  # fmt: skip
     if negative:
         dq.neg_()

@@ -128,10 +128,10 @@ def forward(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengt
             stride_kd=k_cache.stride(3), stride_vb=v_cache.stride(0), stride_vh=v_cache.stride(1),
             stride_vt=v_cache.stride(2), stride_vd=v_cache.stride(3),
             H=H, S=S, D=D, splits=splits, scale=D**-0.5 * LOG2E,
-            SPLIT=launch.split, BLOCK_N=launch.keys, BLOCK_D=BLOCK_D, num_warps=launch.warps,
+            SPLIT=launch.split, BLOCK_N=launch.keys, BLOCK_D=BLOCK_D, num_warps=launch.warps, enable_fp_fusion=True,
         )  # fmt: skip
     _add_kernel[(B * H,)](
         acc_ptr=acc, m_ptr=m[0], l_ptr=m[1], lengths_ptr=lengths, out_ptr=out, H=H, S=S, D=D, splits=splits,
-        SPLIT=launch.split, ADDED=launch.added, BLOCK_D=BLOCK_D, num_warps=1,
+        SPLIT=launch.split, ADDED=launch.added, BLOCK_D=BLOCK_D, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     return out.to(q.dtype)

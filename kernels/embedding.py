@@ -140,7 +140,8 @@ def forward(
         stride_pp=position_weight.stride(0), stride_pc=position_weight.stride(1),
         M=M, T=positions.numel(), V=token_weight.shape[0], P=position_weight.shape[0], C=C,
         site=site, threshold=threshold, scale=scale,
-        HAS_DROPOUT=seed is not None, BLOCK_M=launch.rows, BLOCK_C=launch.columns, num_warps=launch.warps,
+        HAS_DROPOUT=seed is not None, BLOCK_M=launch.rows, BLOCK_C=launch.columns,
+        num_warps=launch.warps, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -175,14 +176,15 @@ def backward(
             dout_ptr=rows, ids_ptr=ids, order_ptr=order, grad_ptr=grad, partial_ptr=partial, seed_ptr=seed,
             stride_dm=rows.stride(0), stride_dc=rows.stride(1), stride_gk=grad.stride(0), stride_gc=grad.stride(1),
             M=M, C=C, site=site, threshold=threshold, scale=scale,
-            HAS_DROPOUT=seed is not None, CHUNK=launch.chunk, BLOCK_C=launch.columns, num_warps=launch.warps,
+            HAS_DROPOUT=seed is not None, CHUNK=launch.chunk, BLOCK_C=launch.columns,
+            num_warps=launch.warps, enable_fp_fusion=True,
         )  # fmt: skip
         ends = torch.arange(launch.chunk - 1, chunks * launch.chunk, launch.chunk, device=ids.device).clamp(max=M - 1)
         reach = (torch.searchsorted(ids, ids[ends], right=True) - 1) // launch.chunk
         _bwd_reduce_kernel[grid](
             ids_ptr=ids, reach_ptr=reach, grad_ptr=grad, partial_ptr=partial,
             stride_gk=grad.stride(0), stride_gc=grad.stride(1), M=M, C=C,
-            CHUNK=launch.chunk, BLOCK_C=launch.columns, num_warps=launch.warps,
+            CHUNK=launch.chunk, BLOCK_C=launch.columns, num_warps=launch.warps, enable_fp_fusion=True,
         )  # fmt: skip
         return grad
 

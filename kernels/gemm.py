@@ -150,7 +150,7 @@ def _sum_rows(x: torch.Tensor, out: torch.Tensor, rows: int) -> None:
     M, N = x.shape
     sum_rows_kernel[(triton.cdiv(M, rows), triton.cdiv(N, 64))](
         x_ptr=x, out_ptr=out, stride_xm=x.stride(0), stride_xn=x.stride(1), M=M, N=N,
-        ROWS=rows, BLOCK_M=min(rows, 64), BLOCK_N=64, PRECISION=precision(), num_warps=4,
+        ROWS=rows, BLOCK_M=min(rows, 64), BLOCK_N=64, PRECISION=precision(), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -198,7 +198,7 @@ def operands(
     switches = {
         "A_MODE": a_mode, "B_MODE": b_mode, "OUT_MODE": out_mode, "PRECISION": precision(),
         "BLOCK_M": launch.m, "BLOCK_N": launch.n, "BLOCK_K": launch.k,
-        "num_warps": launch.warps, "num_stages": launch.stages,
+        "num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True,
     }  # fmt: skip
     if launch.programs > 1 and a_mode and b_mode and out_mode:  # by pointers it would spill
         switches["maxnreg"] = 65536 // (32 * launch.warps * launch.programs)

@@ -2,8 +2,8 @@
 
 A row serves its architecture, and newer ones that it fits and that have no rows of their own; elements of up to its
 size in bytes; and shapes of up to its size. `source` says where it came from: "compiled" is read off
-benchmarks/results/codegen.md, and nothing but "measured" was run on a GPU. `python -m tools.tune` measures there and
-rewrites TABLES.
+benchmarks/results/codegen-3.6.md, and nothing but "measured" was run on a GPU. `python -m tools.tune` measures there
+and rewrites TABLES.
 """
 
 import functools

@@ -172,7 +172,7 @@ def forward(
         x_ptr=rows, weight_ptr=packed(weight), bias_ptr=packed(bias), y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
         stride_x=rows.stride(0), M=M, N=N, eps=eps,
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-        BLOCK_M=launch.fwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.fwd_warps,
+        BLOCK_M=launch.fwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.fwd_warps, enable_fp_fusion=True,
     )  # fmt: skip
     return y, mean, rstd
 
@@ -205,7 +205,7 @@ def backward(
         dx_ptr=dx, dweight_ptr=partial[0], dbias_ptr=partial[1],
         stride_dy=dy_rows.stride(0), stride_x=rows.stride(0), M=M, N=N,
         HAS_WEIGHT=weight is not None, NEEDS_SUMS=needs_sums,
-        BLOCK_M=launch.bwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.bwd_warps,
+        BLOCK_M=launch.bwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.bwd_warps, enable_fp_fusion=True,
     )  # fmt: skip
     if needs_sums:
         add_partial_sums(partial, dweight, dbias, needs_weight, needs_bias)
@@ -219,5 +219,6 @@ def add_partial_sums(
     _, P, N = partial.shape
     _bwd_reduce_kernel[(triton.cdiv(N, REDUCE_COLUMNS),)](
         partial_dweight_ptr=partial[0], partial_dbias_ptr=partial[1], dweight_ptr=dweight, dbias_ptr=dbias, P=P, N=N,
-        NEEDS_WEIGHT=needs_weight, NEEDS_BIAS=needs_bias, BLOCK_P=REDUCE_ROWS, BLOCK_N=REDUCE_COLUMNS, num_warps=4,
+        NEEDS_WEIGHT=needs_weight, NEEDS_BIAS=needs_bias, BLOCK_P=REDUCE_ROWS, BLOCK_N=REDUCE_COLUMNS,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -302,7 +302,14 @@ def _run(
     count = torch.empty(1, dtype=torch.int32, device=device)
     target = target.contiguous()
     _compact_kernel[(1,)](
-        target_ptr=target, index_ptr=index, count_ptr=count, N=N, ignore_index=ignore_index, BLOCK=COMPACT, num_warps=4
+        target_ptr=target,
+        index_ptr=index,
+        count_ptr=count,
+        N=N,
+        ignore_index=ignore_index,
+        BLOCK=COMPACT,
+        num_warps=4,
+        enable_fp_fusion=True,
     )
 
     keeps = dx is not None or dweight is not None or dbias is not None
@@ -337,7 +344,7 @@ def _run(
         _gather_kernel[(triton.cdiv(R, ROWS), max(1, triton.cdiv(C, COLUMNS)))](
             x_ptr=x, target_ptr=target, index_ptr=index, count_ptr=count, rows_ptr=rows, targets_ptr=targets,
             stride_xm=x.stride(0), stride_xc=x.stride(1), first=first, R=R, C=C, V=V,
-            BLOCK_M=ROWS, BLOCK_C=COLUMNS, num_warps=4,
+            BLOCK_M=ROWS, BLOCK_C=COLUMNS, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         multiply(
             _logits_kernel, rows, weight, logits, 2, bias_ptr=bias, targets_ptr=targets, largest_ptr=largest,
@@ -346,7 +353,7 @@ def _run(
         _statistics_kernel[(triton.cdiv(R, 32),)](
             largest_ptr=largest, total_ptr=total, sum_ptr=sums, picked_ptr=picked, index_ptr=index, count_ptr=count,
             row_ptr=of_rows, loss_ptr=loss, first=first, R=R, V=V, parts=parts, smoothing=smoothing,
-            SCATTERS=scatters, BLOCK_M=32, BLOCK_P=32, num_warps=4,
+            SCATTERS=scatters, BLOCK_M=32, BLOCK_P=32, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         if not keeps:
             continue
@@ -354,7 +361,8 @@ def _run(
             logits_ptr=logits, gradient_ptr=gradient, largest_ptr=largest, row_ptr=of_rows, targets_ptr=targets,
             index_ptr=index, count_ptr=count, dloss_ptr=dloss, partial_ptr=partial,
             stride_l=logits.stride(0), stride_g=gradient.stride(0), first=first, R=R, V=V, smoothing=smoothing,
-            FACTOR=factor, PRECISION=precision(), BLOCK_M=GRADIENT_ROWS, BLOCK_V=width, num_warps=4,
+            FACTOR=factor, PRECISION=precision(), BLOCK_M=GRADIENT_ROWS, BLOCK_V=width,
+            num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         if dx is not None and C:
             multiply(_dx_kernel, gradient, weight.t(), dx, 0, index_ptr=index, first=first, FACTOR=factor, MEAN=mean)
@@ -365,7 +373,7 @@ def _run(
         if dbias is not None:
             _dbias_kernel[(triton.cdiv(V, 128),)](
                 partial_ptr=partial, dbias_ptr=dbias, count_ptr=count, first=first, R=R, V=V,
-                ROWS=GRADIENT_ROWS, ACCUMULATES=first > 0, BLOCK=128, num_warps=4,
+                ROWS=GRADIENT_ROWS, ACCUMULATES=first > 0, BLOCK=128, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
     return count
 
@@ -411,7 +419,7 @@ def forward(
         else:
             _total_kernel[(1,)](
                 loss_ptr=losses, count_ptr=count, total_ptr=loss, counted_ptr=counted, MEAN=reduction == "mean",
-                BLOCK=COMPACT, num_warps=4,
+                BLOCK=COMPACT, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
     return (
         loss, counted,

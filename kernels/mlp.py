@@ -108,7 +108,7 @@ def _dz_part(
     ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, MAKES_HIDDEN: tl.constexpr, OUT_MODE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Half a tile of dz from that of dh, its sum over the rows, and the hidden layer again."""
+    """Part of a tile of dz from that of dh, its sum over the rows, and the hidden layer again."""
     at_z = load(kept, m, n, M, N, stride_om, stride_on, dh.shape[0], dh.shape[1], OUT_MODE).to(tl.float32)
     dh, at_z = tl.split(tl.join(dh, at_z))  # in one layout: else what follows is computed in two
     value, slope = _activate(at_z, ACTIVATION)
@@ -134,7 +134,7 @@ def _dz_part(
 def _dz_kernel(
     a, b, out, kept, h, partial_ptr, seed_ptr, stride_am, stride_ak, stride_bn, stride_bk, stride_om, stride_on,
     M, N, K, site, threshold, scale,
-    ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, MAKES_HIDDEN: tl.constexpr,
+    ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, MAKES_HIDDEN: tl.constexpr, PARTS: tl.constexpr,
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -150,15 +150,25 @@ def _dz_kernel(
         for side in tl.static_range(2):
             part = left if side == 0 else right
             first, second = halves(part)
-            _dz_part(
-                first, out, kept, h, partial_ptr, seed_ptr, m, n + side * (BLOCK_N // 2), M, N, stride_om, stride_on,
-                site, threshold, scale, ACTIVATION, HAS_DROPOUT, MAKES_HIDDEN, OUT_MODE, PRECISION, BLOCK_M,
-            )  # fmt: skip
-            _dz_part(
-                second, out, kept, h, partial_ptr, seed_ptr, m, n + side * (BLOCK_N // 2) + BLOCK_N // 4, M, N,
-                stride_om, stride_on,
-                site, threshold, scale, ACTIVATION, HAS_DROPOUT, MAKES_HIDDEN, OUT_MODE, PRECISION, BLOCK_M,
-            )  # fmt: skip
+            for step in tl.static_range(2):
+                quarter = first if step == 0 else second
+                column = n + side * (BLOCK_N // 2) + step * (BLOCK_N // 4)
+                if PARTS == 4:
+                    _dz_part(
+                        quarter, out, kept, h, partial_ptr, seed_ptr, m, column, M, N, stride_om, stride_on,
+                        site, threshold, scale, ACTIVATION, HAS_DROPOUT, MAKES_HIDDEN, OUT_MODE, PRECISION, BLOCK_M,
+                    )  # fmt: skip
+                else:
+                    tl.static_assert(PARTS == 8, "PARTS is unknown; expected 4 or 8")
+                    near, far = halves(quarter)
+                    _dz_part(
+                        near, out, kept, h, partial_ptr, seed_ptr, m, column, M, N, stride_om, stride_on,
+                        site, threshold, scale, ACTIVATION, HAS_DROPOUT, MAKES_HIDDEN, OUT_MODE, PRECISION, BLOCK_M,
+                    )  # fmt: skip
+                    _dz_part(
+                        far, out, kept, h, partial_ptr, seed_ptr, m, column + BLOCK_N // 8, M, N, stride_om, stride_on,
+                        site, threshold, scale, ACTIVATION, HAS_DROPOUT, MAKES_HIDDEN, OUT_MODE, PRECISION, BLOCK_M,
+                    )  # fmt: skip
 
 
 @triton.jit
@@ -297,8 +307,10 @@ def _dz(
     dz = torch.empty_like(kept)
     b = proj_weight.t()
     launch, architecture = config("mlp", "product", dy, dy.shape[1])
-    arguments, switches = operands(launch, architecture, dy, b, dz, 4)
-    columns = launch.n // 4
+    # erf beside the random numbers needs so many registers that quarters of a tile spill 336 bytes with Triton 3.9.
+    parts = 8 if activation == "gelu" and seed is not None else 4
+    arguments, switches = operands(launch, architecture, dy, b, dz, parts)
+    columns = launch.n // parts
     partial = None
     if dfc_bias is not None:
         partial = torch.empty((triton.cdiv(M, launch.m), F), dtype=torch.float32, device=dy.device)
@@ -306,7 +318,7 @@ def _dz(
         **arguments, kept=operand(kept, launch.m, columns, architecture)[0],
         h=None if h is None else operand(h, launch.m, columns, architecture)[0], partial_ptr=partial, seed_ptr=seed,
         site=site, threshold=threshold, scale=scale, ACTIVATION=activation, HAS_DROPOUT=seed is not None,
-        MAKES_HIDDEN=h is not None, **switches,
+        MAKES_HIDDEN=h is not None, PARTS=parts, **switches,
     )  # fmt: skip
     if partial is not None:
         sum_rows(partial, dfc_bias)

@@ -31,6 +31,8 @@ POINTERS = {
     torch.bool: "*i1",
 }
 
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+
 
 def describe(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the signature, constants and alignments that Triton would derive from this call."""
@@ -56,7 +58,7 @@ def describe(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> dict[s
                 divisible.append(name)
         else:
             signature[name] = "fp32"
-    options = {name: value for name, value in kwargs.items() if name in ("num_warps", "num_stages", "maxnreg")}
+    options = {name: value for name, value in kwargs.items() if name in OPTIONS}
     return {"signature": signature, "constants": constants, "divisible": divisible, "options": options}
 
 

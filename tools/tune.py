@@ -5,22 +5,29 @@ number changed, are measured, the fastest becomes the next start, until none is 
 passed over. The row is written for this architecture with device, Triton and date as its source. Tuning keeps what a
 kernel computes but not its bits, because tiles order sums: run the tests and `make codegen` after it. cuBLASLt's mlp is
 passed over unless its tests pass here first.
+
+`--compare FILE` rewrites nothing: it measures the configuration that serves and its neighbours, and appends one line of
+JSON for each to FILE. `--part 2/8` takes every eighth class of shapes from the second on. Processes that share the work
+compile side by side and time one after the other.
 """
 
 import argparse
 import datetime
+import fcntl
 import functools
+import json
 import math
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 import triton
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import TritonError
 
 import gpt_fast.ops  # noqa: F401  defines the operators
 from kernels import (
@@ -181,9 +188,12 @@ def with_row(rows: list[Row], new: Row) -> list[Row]:
     return sorted((*kept, new), key=lambda row: (kernels.index(row.kernel), *row[1:4]))
 
 
-def tuned(op: str, row: Row, architecture: int, source: str, timer: Callable[[Callable[[], object]], float]) -> Row:
-    """The row of this architecture for the class of shapes of `row`."""
-    run = work(op, row, "cuda")
+Timer = Callable[[Callable[[], object]], float]
+
+
+def measurer(op: str, row: Row, architecture: int, timer: Timer, device: str = "cuda") -> Callable[[Config], float]:
+    """Return a function that times a configuration for the class of shapes of `row`, inf where it does not run."""
+    run = work(op, row, device)
 
     def measure(config: Config) -> float:
         candidate = row._replace(architecture=architecture, config=config)
@@ -192,13 +202,66 @@ def tuned(op: str, row: Row, architecture: int, source: str, timer: Callable[[Ca
         try:
             with mock.patch.object(launch_configs, "TABLES", table):
                 return timer(run)
-        except (OutOfResources, triton.CompilationError, RuntimeError):
+        except (TritonError, triton.CompilationError, RuntimeError):
             return math.inf
         finally:
             launch_configs.forget()
 
-    best = climb(launch_configs.pick(op, row.kernel, architecture, row.element, row.size), limits(row, op), measure)
+    return measure
+
+
+def serving(op: str, row: Row, architecture: int) -> Config:
+    """Return the configuration that serves the class of shapes of `row`."""
+    return launch_configs.pick(op, row.kernel, architecture, row.element, row.size)
+
+
+def tuned(op: str, row: Row, architecture: int, source: str, timer: Timer) -> Row:
+    """The row of this architecture for the class of shapes of `row`."""
+    best = climb(serving(op, row, architecture), limits(row, op), measurer(op, row, architecture, timer))
     return row._replace(architecture=architecture, config=best, source=source)
+
+
+def compared(op: str, row: Row, architecture: int, timer: Timer, device: str = "cuda") -> Iterator[dict[str, Any]]:
+    """Yield the time of the configuration that serves, then of each neighbour, as a share of the first."""
+    measure = measurer(op, row, architecture, timer, device)
+    shipped = serving(op, row, architecture)
+    first = measure(shipped)
+    what = {"op": op, "kernel": row.kernel, "element": row.element, "size": row.size, "architecture": architecture}
+    for config in (shipped, *neighbours(shipped, limits(row, op))):
+        time = first if config == shipped else measure(config)
+        known = {"ms": time, "of_shipped": time / first} if math.isfinite(time) else {"ms": None}
+        yield what | {"config": config, "shipped": config == shipped} | known
+
+
+def classes(op: str) -> list[Row]:
+    """Return one row for each class of shapes in the table of an op."""
+    rows = (row for row in launch_configs.TABLES[op] if row.architecture != launch_configs.INTERPRETER)
+    return list({(row.kernel, row.element, row.size): row for row in rows}.values())
+
+
+def one_at_a_time(timer: Timer, lock: Path) -> Timer:
+    """Return `timer` that runs the work once, which compiles it, and times it while no other process does."""
+
+    def timed(run: Callable[[], object]) -> float:
+        run()
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            return timer(run)
+
+    return timed
+
+
+def compare(ops: list[str], part: str, path: Path, architecture: int) -> None:
+    """Measure the candidates of a part of all classes, 16-bit and most used first, and append them to a file."""
+    number, parts = (int(value) for value in part.split("/"))
+    every = [(op, row) for op in ops for row in classes(op)]
+    every.sort(key=lambda each: each[1].element)  # stable: the ops keep their order
+    timer = one_at_a_time(median, path.with_suffix(".lock"))
+    for op, row in every[number - 1 :: parts]:
+        for record in compared(op, row, architecture, timer):
+            print(*record.values(), flush=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
 
 def rewritten(text: str, op: str, rows: list[Row]) -> str:
@@ -213,7 +276,7 @@ def rewritten(text: str, op: str, rows: list[Row]) -> str:
     pattern = re.compile(rf'(    "{op}": \[\n).*?(    \],\n)', re.DOTALL)
     new, count = pattern.subn(lambda match: match[1] + "".join(lines) + match[2], text)
     if count != 1:
-        raise ValueError(f"{PATH}: found {count} tables of {op}, wanted 1")
+        raise ValueError(f"{PATH}: found {count} tables of {op}; expected 1")
     return new
 
 
@@ -224,6 +287,8 @@ def median(run: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(launch_configs.TABLES)}; all by default")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="append the times of the neighbours, tune nothing")
+    parser.add_argument("--part", default="1/1", help="with --compare: 2/8 is every eighth class from the second on")
     arguments = parser.parse_args()
     unknown = set(arguments.ops) - set(launch_configs.TABLES)
     if unknown:
@@ -231,14 +296,12 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("tools.tune: no CUDA device")
     architecture = launch_configs.architecture(torch.device("cuda"))
+    if arguments.compare:
+        compare(arguments.ops or list(launch_configs.TABLES), arguments.part, arguments.compare, architecture)
+        return
     source = f"measured: {torch.cuda.get_device_name()}, Triton {triton.__version__}, {datetime.date.today()}"
     for op in arguments.ops or launch_configs.TABLES:
-        classes = {
-            (row.kernel, row.element, row.size): row
-            for row in launch_configs.TABLES[op]
-            if row.architecture != launch_configs.INTERPRETER
-        }
-        for row in classes.values():
+        for row in classes(op):
             new = tuned(op, row, architecture, source, median)
             print(op, *new, flush=True)
             launch_configs.TABLES[op] = with_row(launch_configs.TABLES[op], new)

@@ -78,12 +78,15 @@ def runs_here(topic: Topic, case: Case, quick: bool) -> tuple[list[Peer], Failed
 def groups(topic: Topic, case: Case, peers: list[Peer]) -> list[tuple[list[Peer], Peer | None]]:
     """Return which implementations take turns, and who takes turns with them without a record.
 
-    All of an op take turns. Models in training do not fit into memory together: each takes turns with ours alone, or
-    with nobody if two do not fit.
+    All of an op take turns, but those that compile, which can take a minute each: they take turns with ours afterwards,
+    so that a run that is cut off has the others. Models in training do not fit into memory together: each takes turns
+    with ours alone, or with nobody if two do not fit.
     """
-    if topic.pair_bytes is None:
-        return [(peers, None)]
     ours = next((peer for peer in peers if peer.name == OURS), None)
+    if topic.pair_bytes is None:
+        at_once = [peer for peer in peers if not peer.compiles]
+        later = [([peer], ours) for peer in peers if peer.compiles]
+        return [(at_once, None), *later] if at_once else later
     pair = ours if topic.pair_bytes(case) <= available_memory(case.device) else None
     return [([peer], None if peer is ours else pair) for peer in peers]
 
@@ -185,7 +188,7 @@ def _failure(peer: Peer, failed: Failed, doing: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, NotImplementedError, ValueError, ImportError) as error:
+    except (RuntimeError, NotImplementedError, ValueError, ImportError, AssertionError) as error:
         if peer.name == OURS and not isinstance(error, torch.OutOfMemoryError):
             raise
         failed.append((peer, doing + _first_line(error)))

@@ -161,7 +161,10 @@ def docs_page(folder: Path) -> str:
     ]
     measured = devices(folder)
     if not any(runs[0]["device"]["type"] == "cuda" for runs in measured.values()):
-        lines += ["", "No figure here was measured on a GPU."]
+        lines += [
+            "",
+            "No figure here was measured on a GPU: [what a GPU should show](what-a-gpu-should-show.md) is predicted.",
+        ]
     for path, runs in measured.items():
         # The pictures stay beside the figures; tools/mkdocs_pictures.py brings them into the site.
         folder_link = f"../../{path.relative_to(ROOT)}/" if path.is_relative_to(ROOT) else f"{path}/"

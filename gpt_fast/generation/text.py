@@ -162,7 +162,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the common options to
             drawing = _Drawing(session, rows, options, logits_processors, return_scores)
             _continue(session, rows, max_new_tokens, drawing, stop, stream, slides and own)
             if not own and max_new_tokens > 0:
-                session.advance(rows.last, Sampling(temperature=0))  # what was drawn last has not been read yet
+                drawing.read_last()
                 session.check_logits()
         except BaseException:
             session.cache.lengths.copy_(before)
@@ -252,6 +252,13 @@ class _Drawing:
         logits = self.session.read(self.rows.last, live)
         self.session.check_logits()
         return self.draw(logits, torch.arange(len(logits), device=logits.device))
+
+    def read_last(self) -> None:
+        """Read each row's latest token by the step that draws, so that a CUDA session needs no second graph."""
+        if self.processors or self.scores:
+            self.session.read(self.rows.last)
+        else:
+            self.session.advance(self.rows.last, self.options, seen=self.seen)
 
     def draw(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return tokens drawn from the logits [n, V] of these rows [n] and their scores, if wanted."""

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import subprocess
 import sys
 import types
 import warnings
@@ -135,7 +136,7 @@ class _DifferentiatedOnce(torch.autograd.Function):
 def triton_kernel(op: str) -> types.ModuleType:
     """The module kernels/<op>.py, imported when a kernel is first launched."""
     if importlib.util.find_spec("triton") is None:
-        raise RuntimeError(f"gpt_fast.{op}: CUDA tensors need Triton, which is not installed: pip install triton")
+        raise RuntimeError(f"gpt_fast.{op}: Triton is not installed; expected it for CUDA tensors: pip install triton")
     return importlib.import_module(f"gpt_fast.kernels.{op}")
 
 
@@ -144,10 +145,31 @@ def register_triton(name: str, launcher: Callable) -> None:
 
     def on_own_device(*args):
         with device_guard(_device_index(args)):
-            return launcher(*args)
+            try:
+                return launcher(*args)
+            except (RuntimeError, subprocess.CalledProcessError) as error:
+                if (reason := _why_not_built(error)) is None:
+                    raise
+                op = name.removesuffix("_forward").removesuffix("_backward")
+                raise RuntimeError(f"gpt_fast.{op}: {reason}") from error
 
     for key in TRITON_KEYS:
         LIBRARY.impl(name, on_own_device, key)
+
+
+def _why_not_built(error: Exception) -> str | None:
+    """Return why Triton could not build its launcher, which is written in C, or None for any other error."""
+    if isinstance(error, subprocess.CalledProcessError):
+        return (
+            f"Triton's launcher was not compiled, {error.cmd[0]} ended with {error.returncode}; "
+            "expected a C compiler and Python's headers (Debian and Ubuntu: apt install gcc python3-dev)"
+        )
+    if "Failed to find C compiler" in str(error):
+        return (
+            "Triton found no C compiler; expected gcc or clang on PATH, or CC set to one "
+            "(Debian and Ubuntu: apt install gcc)"
+        )
+    return None
 
 
 def device_guard(index: int) -> contextlib.AbstractContextManager:

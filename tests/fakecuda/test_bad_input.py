@@ -17,11 +17,19 @@ if os.environ.get("FAKECUDA_CAPABILITY", "90") != "90":
 LIBRARY = Path(os.environ.get("TRITON_LIBCUDA_PATH", "."))
 
 
-def on_another_machine(code: str, **machine: int) -> str:
-    """Return what `code` prints where the stand-in is another machine."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment(LIBRARY, **machine)
-    )
+LAYER_NORM = (
+    "import torch; from gpt_fast import ops\n"
+    "try: ops.layer_norm(torch.zeros(4, 8, device='cuda'))\n"
+    "except RuntimeError as error: print(error)"
+)
+
+WITHOUT_CC = f"import os; os.environ.pop('CC', None)\n{LAYER_NORM}"
+
+
+def on_another_machine(code: str, variables: dict[str, str] | None = None, **machine: int) -> str:
+    """Return what `code` prints where the stand-in is another machine, with some environment variables changed."""
+    changed = environment(LIBRARY, **machine) | (variables or {})
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=changed)
     return done.stdout
 
 
@@ -44,12 +52,44 @@ def test_weights_on_another_device_than_x(device: torch.device) -> None:
 
 
 def test_a_card_that_is_too_old() -> None:
-    code = (
-        "import torch; from gpt_fast import ops\n"
-        "try: ops.layer_norm(torch.zeros(4, 8, device='cuda'))\n"
-        "except RuntimeError as error: print(error)"
+    assert "Tesla T4 has compute capability 7.5" in on_another_machine(LAYER_NORM, capability=75)
+
+
+def test_no_triton() -> None:
+    printed = on_another_machine(f"import sys; sys.modules['triton'] = None\n{LAYER_NORM}")
+    expected = "gpt_fast.layer_norm: Triton is not installed; expected it for CUDA tensors: pip install triton"
+    assert printed.splitlines() == [expected]
+
+
+def compiler(folder: Path, script: str = "") -> dict[str, str]:
+    """Return the environment of a new machine, whose C compiler is `script`, or missing."""
+    (folder / "bin").mkdir()
+    if script:
+        (folder / "bin" / "gcc").write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        (folder / "bin" / "gcc").chmod(0o755)
+    return {"PATH": str(folder / "bin"), "TRITON_CACHE_DIR": str(folder / "cache")}
+
+
+def test_no_compiler_for_tritons_launcher(tmp_path: Path) -> None:
+    printed = on_another_machine(WITHOUT_CC, compiler(tmp_path))
+    expected = (
+        "gpt_fast.layer_norm: Triton found no C compiler; expected gcc or clang on PATH, or CC set to one "
+        "(Debian and Ubuntu: apt install gcc)"
     )
-    assert "Tesla T4 has compute capability 7.5" in on_another_machine(code, capability=75)
+    assert printed.splitlines() == [expected]
+    doctor = (
+        "import os; os.environ.pop('CC', None); from gpt_fast_cli.doctor import examine; print(examine()['advice'])"
+    )
+    assert "no C compiler is found" in on_another_machine(doctor, {"PATH": str(tmp_path)})
+
+
+def test_a_compiler_without_pythons_headers(tmp_path: Path) -> None:
+    printed = on_another_machine(WITHOUT_CC, compiler(tmp_path, "exit 1"))
+    expected = (
+        f"gpt_fast.layer_norm: Triton's launcher was not compiled, {tmp_path / 'bin' / 'gcc'} ended with 1; "
+        "expected a C compiler and Python's headers (Debian and Ubuntu: apt install gcc python3-dev)"
+    )
+    assert printed.splitlines() == [expected]
 
 
 def test_a_driver_older_than_the_toolkit() -> None:

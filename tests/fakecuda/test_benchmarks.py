@@ -1,5 +1,6 @@
 """The benchmark suite with `--device cuda`: every op on every implementation, timed as graphs where they can be."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -57,3 +58,18 @@ def test_a_run_of_the_suite(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert all(time["host"] > 0 for record in records for time in record["times"].values())
     missing = [entry["reason"] for entry in run["missing"]]  # the stand-in has no cuDNN, which PyTorch's own SDPA asks
     assert [reason for reason in missing if "cuDNN" not in reason and "not installed" not in reason] == []
+
+
+@pytest.mark.parametrize("name", ["prefill", "finetuning_step", "handwritten_step"])
+def test_a_run_of_a_job(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first case with one layer; `make gpu` measures the other jobs, and test_gpu_script.py rehearses it."""
+    (topic,) = catalogue.select(name)
+    monkeypatch.setattr(runner, "QUICK", runner.Budget(0.0, 1))
+    first = catalogue.cases(topic, "cuda", quick=True)[0]
+    case = dataclasses.replace(first, sizes=(*first.sizes, ("layers", 1)), peers=(OURS, "plain", "as written"))
+    monkeypatch.setattr(runner, "cases", lambda topic, device, quick=False: [case])
+    with watch() as seen:
+        outcome = runner.run([topic], runner.Settings("cuda", quick=True, untested=True, out=tmp_path))
+    assert seen.refusals == []
+    (file,) = outcome.files
+    assert OURS in {record["peer"] for record in results.read(file)["records"]}

@@ -127,15 +127,13 @@ def test_a_compiled_step(preset: str, device: torch.device, watched: Callable) -
     check_launches(f"compiled {preset} bfloat16", seen)
 
 
-@pytest.mark.parametrize("preset", ["notes", "gpt1", "gpt2"])
-def test_a_captured_step(preset: str, device: torch.device, watched: Callable) -> None:
-    """Forward, backward and the optimizer as one graph, captured and replayed."""
-    model, ids = own(preset, device), tokens(device)
+def check_captured(model: nn.Module, loss: Callable[[], Tensor], device: torch.device, watched: Callable) -> None:
+    """Capture forward, backward and the optimizer as one graph, and replay it."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=True)
 
     def step() -> None:
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            value = model(ids, ids).loss
+            value = loss()
         value.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
@@ -154,6 +152,12 @@ def test_a_captured_step(preset: str, device: torch.device, watched: Callable) -
             graph.replay()
     assert len(seen.of("graph")) == 1
     assert len(seen.launches()) <= 3, "expected the graph, and the fills of the generator's seed and offset"
+
+
+@pytest.mark.parametrize("preset", ["notes", "gpt1", "gpt2"])
+def test_a_captured_step(preset: str, device: torch.device, watched: Callable) -> None:
+    model, ids = own(preset, device), tokens(device)
+    check_captured(model, lambda: model(ids, ids).loss, device, watched)
 
 
 # --- accelerated models
@@ -190,6 +194,38 @@ def test_an_accelerated_model(name: str, compiled: bool, device: torch.device, w
         step()
     assert seen.of("triton")
     check_launches(f"{'compiled' if compiled else 'eager'} {name} bfloat16", seen)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "OpenAIGPTLMHeadModel"])
+def test_an_accelerated_model_in_another_precision(
+    name: str, dtype: torch.dtype | None, device: torch.device, watched: Callable
+) -> None:
+    pytest.importorskip("transformers")
+    model, ids = accelerated(name).to(device), tokens(device)
+    step = training_step(model, device, lambda: model(ids, labels=ids).loss, dtype)
+    step()
+    with watched() as seen:
+        step()
+    check_launches(f"eager {name} {'float32' if dtype is None else str(dtype).removeprefix('torch.')}", seen)
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "OpenAIGPTLMHeadModel"])
+def test_a_captured_step_of_an_accelerated_model(name: str, device: torch.device, watched: Callable) -> None:
+    pytest.importorskip("transformers")
+    model, ids = accelerated(name).to(device), tokens(device)
+    check_captured(model, lambda: model(ids, labels=ids).loss, device, watched)
+
+
+def test_activation_checkpointing_of_an_accelerated_model(device: torch.device, watched: Callable) -> None:
+    pytest.importorskip("transformers")
+    model, ids = accelerated("GPT2LMHeadModel").to(device).train(), tokens(device)
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    step = training_step(model, device, lambda: model(ids, labels=ids, use_cache=False).loss)
+    step()
+    with watched() as seen:
+        step()
+    check_launches("checkpointed GPT2LMHeadModel bfloat16", seen)
 
 
 def test_an_accelerated_model_with_a_mask(device: torch.device, watched: Callable) -> None:

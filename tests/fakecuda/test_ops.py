@@ -1,17 +1,20 @@
 """Every op forward and backward on `cuda`: what it launches, and on which device."""
 
 import contextlib
+import importlib
 import os
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from gpt_fast import ops
 from gpt_fast.ops import _library
 from tests.fakecuda import calls
 from tools.fakecuda.record import watch
 
 # As sm_90 every dtype, mask and edge; as another architecture one training and one decoding call of each op.
+mlp = importlib.import_module("gpt_fast.ops.mlp")  # as an attribute it is the function
 CASES = calls.EVERY if os.environ.get("FAKECUDA_CAPABILITY", "90") == "90" else calls.TRAINING | calls.DECODING
 
 
@@ -42,3 +45,22 @@ def test_the_cuda_extension_decodes_on_its_tensors_device(device: torch.device, 
     with watched() as seen:
         torch.ops.gpt_fast.decode_attention_cuda_forward(q, cache, cache, lengths)
     assert any("decode" in entry.name or "split" in entry.name for entry in seen.of("kernel"))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu_tanh"])
+def test_mlp_by_cublaslt_on_its_tensors_device(
+    activation: str, recompute: bool, device: torch.device, watched: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is off until a GPU has said that it is faster."""
+    monkeypatch.setattr(mlp, "_cublaslt_serves", lambda *args: True)
+    call = calls.mlp(device, torch.bfloat16, activation, 0.0, (128, 64, 256, 64), recompute=recompute)
+    with watched() as seen:
+        call()
+    assert len(seen.of("cublas")) == 6 + recompute, "expected two products forward and four backward"
+    assert {entry.name for entry in seen.of("triton")} == set()
+
+
+def test_every_op_is_called() -> None:
+    for op in ops.NAMES:
+        assert any(name.split()[0] == op for name in calls.TRAINING | calls.DECODING), op

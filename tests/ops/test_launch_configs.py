@@ -1,5 +1,6 @@
 """Launch configurations: which row serves, devices too old, and the tuner that rewrites the table."""
 
+import fcntl
 import math
 import re
 
@@ -101,6 +102,47 @@ def test_the_climb_ends_at_the_fastest_that_runs():
 
     assert tune.climb((16, 16, 4, 1), tune.LIMITS["attention"], measure) == (128, 64, 8, 3)
     assert len(seen) == len(set(seen))
+
+
+def test_candidates_are_compared_with_what_serves(monkeypatch):
+    """The first record is the shipped configuration; what does not run has no time, and the table stays as it was."""
+
+    def timer(run):
+        queries, keys, *_ = launch_configs.pick("attention", "fwd", 90, 2, 64)
+        if queries * keys > 8192:
+            raise RuntimeError("out of shared memory")
+        return queries + keys
+
+    monkeypatch.setattr(tune, "work", lambda op, row, device: lambda: None)
+    before = list(launch_configs.TABLES["attention"])
+    (row,) = [row for row in before if row[:4] == ("fwd", 90, 2, 64)]
+    records = list(tune.compared("attention", row, 90, timer))
+    assert launch_configs.TABLES["attention"] == before
+    assert [record["config"] for record in records] == [
+        row.config,
+        *tune.neighbours(row.config, tune.limits(row, "attention")),
+    ]
+    assert [record["shipped"] for record in records] == [True] + [False] * (len(records) - 1)
+    by_config = {record["config"]: record for record in records}
+    assert by_config[row.config]["of_shipped"] == 1
+    assert by_config[(64, *row.config[1:])]["of_shipped"] == (64 + 64) / (128 + 64)
+    assert by_config[(256, *row.config[1:])]["ms"] is None
+
+
+def test_processes_time_one_after_the_other(tmp_path):
+    """The work runs once before, so that compiling it is shared; the lock is held while it is timed."""
+    lock, events = tmp_path / "lock", []
+
+    def timer(run):
+        with lock.open("w") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        events.append("timed")
+        return 1.0
+
+    assert tune.one_at_a_time(timer, lock)(lambda: events.append("ran")) == 1.0
+    assert events == ["ran", "timed"]
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_the_tuner_refuses_without_a_gpu(monkeypatch):

@@ -77,3 +77,28 @@ def test_dropout_without_a_kernel_to_compare_is_a_violation():
     assert codegen.broken_statements(got) == [
         f"{DROPOUT} {TARGETED}: no kernel without dropout is compiled to compare it with"
     ]
+
+
+@pytest.mark.parametrize("target", [f"sm_{row.capability}" for row in ARCHITECTURES])
+def test_spills_are_limited_on_every_architecture(target):
+    """Except for heads over 128 and rows over 8,192, which do not fit in registers."""
+    names = ["mlp dz gelu bfloat16 dropout", "attention fwd D=128 float32", "layer_norm bwd N=8192 bfloat16"]
+    excepted = ["attention fwd D=256 float32", "layer_norm bwd N=16384 bfloat16"]
+    kernel = KERNEL | {"loops": []}
+    made = {name: {target: kernel | {"spilled": 136}} for name in names + excepted}
+    assert codegen.broken_statements(made) == [
+        f"{name} {target}: spills 136 bytes, expected at most 128" for name in names
+    ]
+    assert codegen.broken_statements({name: {target: kernel | {"spilled": 128}} for name in names}) == []
+
+
+def test_the_table_has_the_architectures_that_were_compiled():
+    text = codegen.table(figures_of_the_table(), "3.9.0")
+    assert "What Triton 3.9.0 makes" in text
+    assert "codegen-3.9.json" in text
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [f"## {TARGETED}"]
+
+
+def figures_of_the_table() -> dict:
+    counts = dict.fromkeys(codegen.COLUMNS, 0)
+    return {"mlp dz relu bfloat16": {TARGETED: counts | KERNEL | {"loops": []}}}

@@ -180,9 +180,32 @@ def test_interrupted_results_are_kept_and_can_be_resumed(tiny, tmp_path, monkeyp
         runner.run([tiny], runner.Settings("cpu", out=tmp_path, resume=True))
 
 
-def test_an_implementation_that_fails_is_missing_and_ours_may_not(tiny, tmp_path):
+def test_an_implementation_that_compiles_is_measured_last(tiny, tmp_path):
+    """A run that is cut off while it compiles has the others; it takes turns with ours all the same."""
+    torch_peer = next(peer for peer in tiny.peers if peer.name == "torch")
+
+    def cut_off(case):
+        raise KeyboardInterrupt
+
+    def with_compiled(build):
+        slow = dataclasses.replace(torch_peer, name="Liger", compiles=True, build=build)
+        return dataclasses.replace(tiny, peers=(slow, tiny.peers[0], torch_peer))
+
+    outcome = runner.run([with_compiled(cut_off)], runner.Settings("cpu", out=tmp_path))
+    assert outcome.interrupted
+    assert [record["peer"] for record in results.read(files(tmp_path)[0])["records"]] == [OURS, "torch"]
+    runner.run([with_compiled(torch_peer.build)], runner.Settings("cpu", out=tmp_path))
+    records = results.read(files(tmp_path)[0])["records"]
+    assert [record["peer"] for record in records] == [OURS, "torch", "Liger"] * 2
+    assert all("to_ours" in time for record in records[1:3] for time in record["times"].values())
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, AssertionError])
+def test_an_implementation_that_fails_is_missing_and_ours_may_not(kind, tiny, tmp_path):
+    """Liger asserts what it cannot do."""
+
     def fail(case):
-        raise RuntimeError("no such kernel\nand more")
+        raise kind("no such kernel\nand more")
 
     peers = tuple(dataclasses.replace(peer, build=fail) if peer.name == "torch" else peer for peer in tiny.peers)
     runner.run([dataclasses.replace(tiny, peers=peers)], runner.Settings("cpu", out=tmp_path))
@@ -191,7 +214,7 @@ def test_an_implementation_that_fails_is_missing_and_ours_may_not(tiny, tmp_path
     assert {"case": "M=3 N=8 float32", "peer": "torch", "reason": "no such kernel"} in run["missing"]
     assert "- torch: no such kernel" in pages.device_page(tmp_path, [run], {})
     ours = dataclasses.replace(tiny.peers[0], build=fail)
-    with pytest.raises(RuntimeError, match="no such kernel"):
+    with pytest.raises(kind, match="no such kernel"):
         runner.run([dataclasses.replace(tiny, peers=(ours,))], runner.Settings("cpu", out=tmp_path))
 
     def exhaust(case):
