@@ -53,7 +53,7 @@ class DecodeSession:
     with `ops.attention` and `ops.decode_attention`.
 
     Deterministic; on a CPU neither the number of threads nor the other rows change a bit, and a prompt gives the bits
-    of as many steps. The threads are `torch.get_num_threads()`, and at most the CPUs that the process may use. A session
+    of as many steps. The threads are `torch.get_num_threads()`, at most the CPUs that the process may use. A session
     serves one thread at a time and raises `RuntimeError` for a second one; several sessions serve several threads.
     `stale` tells that the model's parameters were changed, replaced or moved since: writes that autograd does not count
     (fused optimisers, `.data`) by a sample of every parameter. Make a new session then: a step sees new values in
