@@ -18,7 +18,7 @@ Tensor decode_attention_forward(const Tensor& q, const Tensor& k_cache, const Te
   const int64_t* n = counts.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < B; ++b) {
     TORCH_CHECK_VALUE(n[b] >= 0 && n[b] <= S, "gpt_fast.decode_attention: lengths holds ", n[b],
-                      ", wanted values in [0, ", S + 1, ")");
+                      "; expected values in [0, ", S + 1, ")");
   }
   if (out.numel() == 0) return out;
   const Tensor queries = with_rows(q), keys = with_rows(k_cache), values = with_rows(v_cache);

@@ -30,7 +30,7 @@ std::vector<int64_t> indices(const char* name, const Tensor& given, int64_t M, i
   for (int64_t i = 0; i < M; ++i) {
     const int64_t id = data[i % count];
     TORCH_CHECK_VALUE(id >= 0 && id < table_rows, "gpt_fast.embedding: ", name, " holds ", id,
-                      ", wanted values in [0, ", table_rows, ")");
+                      "; expected values in [0, ", table_rows, ")");
     result[i] = id;
   }
   return result;

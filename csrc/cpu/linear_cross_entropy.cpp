@@ -42,7 +42,7 @@ CountedRows counted_rows(const Tensor& target, int64_t V, int64_t ignore_index) 
   for (int64_t i = 0; i < targets.numel(); ++i) {
     if (values[i] == ignore_index) continue;
     TORCH_CHECK_VALUE(values[i] >= 0 && values[i] < V, "gpt_fast.linear_cross_entropy: target holds ", values[i],
-                      ", wanted values in [0, ", V, ") or ", ignore_index);
+                      "; expected values in [0, ", V, ") or ", ignore_index);
     rows.index.push_back(i);
     rows.target.push_back(values[i]);
   }

@@ -24,7 +24,7 @@ Element element_of(const Tensor& x) {
       return Element::kFloat16;
     default:
       TORCH_CHECK_VALUE(false, "gpt_fast.decode_attention: q is ", x.scalar_type(),
-                        ", wanted float32, bfloat16 or float16");
+                        "; expected float32, bfloat16 or float16");
   }
 }
 

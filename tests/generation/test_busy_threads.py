@@ -107,3 +107,13 @@ def test_a_prompt_gives_the_bits_of_steps(model, two_threads):
         in_parts = DecodeSession(model, batch=2, weights=weights)
         in_parts.prefill(tokens[:, :20])
         assert torch.equal(in_parts.prefill(tokens[:, 20:], torch.tensor([17, 3])), logits)
+
+
+def test_more_pieces_than_are_shared_at_a_time(model, two_threads):
+    """The draws of 4,200 rows are as many pieces."""
+    session = DecodeSession(model, batch=4200, length=2)
+    tokens = torch.arange(4200) % 997
+    logits = session.step(tokens)
+    assert torch.equal(logits[:997], logits[997:1994])
+    few = DecodeSession(model, batch=3, length=2)
+    assert torch.equal(few.step(tokens[4000:4003]), logits[4000:4003])

@@ -67,7 +67,7 @@ Options make_options(const Tensor& q, const Tensor& k, const Tensor& v, const op
     limits = values_of("lengths", *lengths);
     for (const int64_t limit : limits) {
       TORCH_CHECK_VALUE(0 <= limit && limit <= S, "gpt_fast.attention: lengths holds ", limit,
-                        ", wanted values in [0, ", S + 1, ")");
+                        "; expected values in [0, ", S + 1, ")");
     }
   }
   if (!cu_seqlens.has_value()) {
@@ -77,11 +77,11 @@ Options make_options(const Tensor& q, const Tensor& k, const Tensor& v, const op
     return options;
   }
   std::vector<int64_t> starts = values_of("cu_seqlens", *cu_seqlens);
-  TORCH_CHECK_VALUE(starts[0] == 0, "gpt_fast.attention: cu_seqlens starts at ", starts[0], ", wanted 0");
+  TORCH_CHECK_VALUE(starts[0] == 0, "gpt_fast.attention: cu_seqlens starts at ", starts[0], "; expected 0");
   const int64_t sequences = static_cast<int64_t>(starts.size()) - 1;
   for (int64_t n = 0; n < sequences; ++n) {
     TORCH_CHECK_VALUE(starts[n] <= starts[n + 1] && starts[n + 1] <= T, "gpt_fast.attention: cu_seqlens holds ",
-                      starts[n + 1], " after ", starts[n], ", wanted values that never fall and are at most ", T);
+                      starts[n + 1], " after ", starts[n], "; expected values that never fall and are at most ", T);
   }
   starts.push_back(T);  // tokens after the last sequence: queries without keys
   for (int64_t n = 0; n <= sequences; ++n) {

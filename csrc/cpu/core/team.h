@@ -9,11 +9,15 @@
 // phases that are over.
 //
 // What a piece reads may be overwritten by a later phase if its thread was suspended: its result is then dropped, and
-// what it reads has to stay allocated, which `Team::finish` waits for.
+// what it reads has to stay allocated, which `Running::finish` waits for.
 #pragma once
 
+#if __has_include(<pthread.h>)
 #include <pthread.h>
+#endif
+#if defined(__linux__)
 #include <sched.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -38,8 +42,11 @@ inline void pause_briefly() {
 
 // CPUs that the process may use: those of its affinity, and no more than its control group's quota grants.
 inline int usable_cpus() {
+  int count = static_cast<int>(std::thread::hardware_concurrency());  // 0 where that is not known
+#if defined(__linux__)
   cpu_set_t set;
-  int count = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) count = CPU_COUNT(&set);
+#endif
   double quota = -1.0, period = -1.0;
   std::ifstream unified("/sys/fs/cgroup/cpu.max");  // "max 100000" without a quota, which reads as no number
   if (unified >> quota >> period) {
@@ -57,12 +64,13 @@ class Team {
  public:
   class Walker;
   using Job = std::function<void(Walker&)>;
+  static constexpr int64_t kMostPieces = 4096;  // that are shared at a time
 
   // One thread's way through the phases of a job.
   class Walker {
    public:
-    // Computes and commits the pieces 0 to `pieces`, at most kMostPieces, together with the other threads of the job.
-    // Returns when all are committed. Every thread calls it with the same number.
+    // Computes and commits the pieces 0 to `pieces` together with the other threads of the job. Returns when all are
+    // committed. Every thread calls it with the same number.
     template <class Compute, class Commit>
     void phase(int64_t pieces, const Compute& compute, const Commit& commit) {
       if (team_ == nullptr) {
@@ -72,11 +80,20 @@ class Team {
         }
         return;
       }
-      const uint64_t id = id_++;
-      if (pieces == 0) {
-        team_->pass(id);
-        return;
+      for (int64_t begin = 0; begin < pieces; begin += kMostPieces) {
+        share_pieces(
+            std::min(kMostPieces, pieces - begin), [&](int64_t piece) { compute(begin + piece); },
+            [&](int64_t piece) { commit(begin + piece); });
       }
+    }
+
+   private:
+    friend class Team;
+    Walker(Team* team, uint64_t id, int share, int shares) : team_(team), id_(id), share_(share), shares_(shares) {}
+
+    template <class Compute, class Commit>
+    void share_pieces(int64_t pieces, const Compute& compute, const Commit& commit) {
+      const uint64_t id = id_++;
       auto began = Clock::now();
       auto last = Clock::duration::zero();
       for (int64_t piece; (piece = team_->claim(id, share_, shares_, pieces)) >= 0;) {
@@ -106,9 +123,6 @@ class Team {
       }
     }
 
-   private:
-    friend class Team;
-    Walker(Team* team, uint64_t id, int share, int shares) : team_(team), id_(id), share_(share), shares_(shares) {}
     Team* const team_;  // null: the thread is alone
     uint64_t id_;       // of the next phase
     const int share_, shares_;
@@ -133,13 +147,13 @@ class Team {
     std::shared_ptr<const Job> job_;
   };
 
-  static constexpr int64_t kMostPieces = 4096;
-
   // The process's team; after a fork, a new one in the child, which has none of the threads.
   static Team& instance() {
     static Team* team = new Team;  // never destroyed: its threads may outlive static objects
+#if __has_include(<pthread.h>)
     static const int registered = pthread_atfork(nullptr, nullptr, [] { forked() = true; });
     (void)registered;
+#endif
     if (forked().exchange(false)) team = new Team;
     return *team;
   }
@@ -238,9 +252,6 @@ class Team {
     if (committed == pieces) phase_.compare_exchange_strong(id, id + 1, std::memory_order_acq_rel);
     return committed == pieces || is_over(id);
   }
-
-  // A phase without pieces is over when the first thread comes to it.
-  void pass(uint64_t id) { phase_.compare_exchange_strong(id, id + 1, std::memory_order_acq_rel); }
 
   void serve(int number) {
     uint64_t seen = 0;

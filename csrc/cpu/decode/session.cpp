@@ -131,7 +131,7 @@ class DecodeSession {
     check_rows(rows);
     const int64_t n = rows.numel();
     if (logits.scalar_type() != at::kFloat || logits.dim() != 2 || logits.size(0) != n || logits.size(1) != w_->V) {
-      refuse("logits to draw from do not fit, wanted float32 [n, V]");
+      refuse("logits to draw from do not fit; expected float32 [n, V]");
     }
     const Tensor copy = logits.clone(at::MemoryFormat::Contiguous);
     for (int64_t i = 0; i < n; ++i) {
@@ -475,19 +475,20 @@ class DecodeSession {
 
   const int64_t* integers(const char* name, const Tensor& x, int64_t n) const {
     if (x.scalar_type() != at::kLong || x.dim() != 1 || x.numel() != n || !x.is_contiguous()) {
-      refuse(std::string(name) + " does not fit, wanted int64 [" + std::to_string(n) + "]");
+      refuse(std::string(name) + " does not fit; expected int64 [" + std::to_string(n) + "]");
     }
     return x.const_data_ptr<int64_t>();
   }
 
   void check_rows(const Tensor& rows) const {
     const int64_t n = rows.numel();
-    if (n > B_) refuse(std::to_string(n) + " sequences, wanted at most the " + std::to_string(B_) + " it was made for");
+    if (n > B_)
+      refuse(std::to_string(n) + " sequences; expected at most the " + std::to_string(B_) + " it was made for");
     const int64_t* row = integers("rows", rows, n);
     std::vector<bool> used(B_);
     for (int64_t i = 0; i < n; ++i) {
       if (row[i] < 0 || row[i] >= B_ || used[row[i]]) {
-        refuse("row " + std::to_string(row[i]) + ", wanted different ones in [0, " + std::to_string(B_) + ")");
+        refuse("row " + std::to_string(row[i]) + "; expected different ones in [0, " + std::to_string(B_) + ")");
       }
       used[row[i]] = true;
     }
@@ -497,7 +498,7 @@ class DecodeSession {
     if (!seen.has_value()) return nullptr;
     if (seen->scalar_type() != at::kBool || seen->dim() != 2 || seen->size(0) != B_ || seen->size(1) != w_->V ||
         !seen->is_contiguous()) {
-      refuse("seen does not fit, wanted bool [" + std::to_string(B_) + ", " + std::to_string(w_->V) + "]");
+      refuse("seen does not fit; expected bool [" + std::to_string(B_) + ", " + std::to_string(w_->V) + "]");
     }
     return static_cast<const uint8_t*>(seen->const_data_ptr());
   }

@@ -197,7 +197,7 @@ class DecodeWeights {
     if (name == "bfloat16") return at::kBFloat16;
     if (name == "int8") return at::kChar;
     throw pybind11::value_error("gpt_fast.DecodeWeights: weights is '" + name +
-                                "', wanted one of float32, bfloat16, int8");
+                                "'; expected one of float32, bfloat16, int8");
   }
 
   static Activation read_activation(const std::string& name) {
