@@ -328,8 +328,8 @@ LINEAR_SPOILS = {
 
 
 def draw_norm_shape(draw: Draw, C: int) -> tuple[int, ...]:
-    """Return a shape [..., C]; in the interpreter four of a hundred have more rows than 512 programs sum at once."""
-    if INTERPRETED and draw.chance(0.04):
+    """Return a shape [..., C]; in the interpreter eight of a hundred have more rows than 512 programs sum at once."""
+    if INTERPRETED and draw.chance(0.08):
         return (8209, C)  # a program takes 16 rows at most
     return draw.shape(140, C)
 
