@@ -114,12 +114,12 @@ def read(path: Path) -> dict[str, Any]:
     for name, (size, _) in manifest["files"].items():
         file = path / name
         if not file.is_file():  # a pipe or a device has no end to read to
-            raise Damaged(f"{file}: not a regular file; expected {size:,} bytes")
+            raise Damaged(f"{file}: damaged, it is no regular file; expected {size:,} bytes")
         if file.stat().st_size != size:
-            raise Damaged(f"{file}: has {file.stat().st_size:,} bytes; expected {size:,}")
+            raise Damaged(f"{file}: damaged, it has {file.stat().st_size:,} bytes; expected {size:,}")
     for name, written in _sums(path).items():
         if written != manifest["files"][name]:
-            raise Damaged(f"{path / name}: its bytes are not those that were written")
+            raise Damaged(f"{path / name}: damaged, its bytes are not those that were written")
     return manifest
 
 
