@@ -48,7 +48,7 @@ FAULTS = (
     Fault("largest score not subtracted", CACHE, "(Vec::loadu(scores + i, count) - Vec(largest)).exp()", "Vec::loadu(scores + i, count).exp()", "large_scores"),
     Fault("padding of the last vector counts", CACHE, "sum = sum + (count == kVec ? p : Vec::set(Vec(0.0f), p, count));", "sum = sum + p;", "numerics"),
     Fault("sum left out", CACHE, "return 1.0f / sum_lanes(sum);", "return 1.0f;", "numerics"),
-    Fault("bfloat16 sum", CACHE, "return 1.0f / sum_lanes(sum);", "return = static_cast<float>(at::BFloat16(1.0f / sum_lanes(sum)));", "numerics"),
+    Fault("bfloat16 sum", CACHE, "return 1.0f / sum_lanes(sum);", "return static_cast<float>(at::BFloat16(1.0f / sum_lanes(sum)));", "numerics"),
     Fault("keys past the last four skipped", CACHE, "for (; j < n; ++j) score_keys<1>", "for (; j < n - 1; ++j) score_keys<1>", "numerics"),
     Fault("first of four keys for all", CACHE, "load_row(keys + r * stride, rows + r * D, D)", "load_row(keys, rows + r * D, D)", "numerics"),
     Fault("columns past the last whole vector skipped", CACHE, "for (; d < D; d += kVec) {", "for (; d + kVec <= D; d += kVec) {", "numerics"),
