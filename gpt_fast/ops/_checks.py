@@ -162,4 +162,4 @@ def values_below(op: str, name: str, tensor: Tensor, upper: int, *, lower: int =
     if bool(wrong.any()):
         value = int(tensor[wrong][0])
         extra = f" or {besides}" if besides is not None else ""
-        raise ValueError(f"gpt_fast.{op}: {name} holds {value}, wanted values in [{lower}, {upper}){extra}")
+        raise ValueError(f"gpt_fast.{op}: {name} holds {value}; expected values in [{lower}, {upper}){extra}")

@@ -170,7 +170,7 @@ def _options(
         _checks.values_below("attention", "cu_seqlens", cu_seqlens, T + 1)
         if int(cu_seqlens[0]) != 0 or bool((cu_seqlens.diff() < 0).any()):
             raise ValueError(
-                f"gpt_fast.attention: cu_seqlens is {cu_seqlens.tolist()}, wanted values that start at 0 and never fall"
+                f"gpt_fast.attention: cu_seqlens is {cu_seqlens.tolist()}; expected to start at 0 and never fall"
             )
     return {
         "lengths": lengths, "key_mask": key_mask, "mask": mask, "cu_seqlens": cu_seqlens, "causal": causal,

@@ -546,7 +546,9 @@ def test_resize_embeddings_errors():
 BAD_LABELS = [
     pytest.param(GPTForCausalLM, lambda t: t[:, :-1], r"labels is int64 \[3, 8\]; expected int64 \[3, 9\]", id="lm"),
     pytest.param(GPTForCausalLM, lambda t: t.float(), "labels is float32", id="lm_dtype"),
-    pytest.param(GPTForMaskedLM, lambda t: t + 61, r"target holds \d+, wanted values in \[0, 61\) or -100", id="range"),
+    pytest.param(
+        GPTForMaskedLM, lambda t: t + 61, r"target holds \d+; expected values in \[0, 61\) or -100", id="range"
+    ),
     pytest.param(GPTForSequenceClassification, lambda t: t[:, 0] * 0 + 2, r"labels hold 2 to 2.*\[0, 2\)", id="class"),
     pytest.param(GPTForSequenceClassification, lambda t: t, r"labels is int64 \[3, 9\]; expected int64 \[3\]", id="s"),
 ]

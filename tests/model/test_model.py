@@ -266,7 +266,7 @@ def test_deepcopy_and_state_are_independent():
             lambda m: m(torch.zeros(1, 21).long()), "tokens has 21 in a row; expected at most seq_len = 20", id="long"
         ),
         pytest.param(
-            lambda m: m(torch.full((1, 3), 61)), r"tokens holds 61, wanted values in \[0, 61\)", id="token_high"
+            lambda m: m(torch.full((1, 3), 61)), r"tokens holds 61; expected values in \[0, 61\)", id="token_high"
         ),
         pytest.param(lambda m: m(torch.full((1, 3), -1)), "tokens holds -1", id="token_negative"),
         pytest.param(

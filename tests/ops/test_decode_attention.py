@@ -205,8 +205,8 @@ def bad(**changes):
         ({"v_cache": torch.randn(2, 2, 6, 4)}, r"v_cache has shape \[2, 2, 6, 4\], wanted \[2, 2, 5, 4\]"),
         ({"lengths": torch.tensor([1])}, r"lengths has shape \[1\], wanted \[2\]"),
         ({"lengths": torch.tensor([1.0, 2.0])}, "lengths has dtype float32"),
-        ({"lengths": torch.tensor([1, 6])}, r"lengths holds 6, wanted values in \[0, 6\)"),
-        ({"lengths": torch.tensor([-1, 5])}, r"lengths holds -1, wanted values in \[0, 6\)"),
+        ({"lengths": torch.tensor([1, 6])}, r"lengths holds 6; expected values in \[0, 6\)"),
+        ({"lengths": torch.tensor([-1, 5])}, r"lengths holds -1; expected values in \[0, 6\)"),
         ({"q": torch.randn(2, 2, 4).half()}, "k_cache has dtype float32; expected float16"),
         ({"lengths": torch.ones(2, dtype=torch.int64, device="meta")}, "lengths on meta"),
         ({"v_cache": torch.randn(2, 2, 5, 4, device="meta")}, "v_cache on meta"),
@@ -226,7 +226,7 @@ def test_the_kernel_checks_lengths_itself(length, implementation):
         pytest.skip("only the C++ kernel raises; others clamp")
     q, k, v, lengths = inputs(2, 2, 5, 4)
     lengths[0] = length
-    with pytest.raises(ValueError, match=rf"decode_attention: lengths holds {length}, wanted values in \[0, 6\)"):
+    with pytest.raises(ValueError, match=rf"decode_attention: lengths holds {length}; expected values in \[0, 6\)"):
         torch.ops.gpt_fast.decode_attention_forward(q, k, v, lengths)
     assert ops.decode_attention(q, k, v, lengths.clamp(0, 5)).isfinite().all()
 

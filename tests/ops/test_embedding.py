@@ -189,7 +189,7 @@ def test_tables_without_columns_or_rows(device):
     assert out.shape == (2, 3, 0)
     assert [grad.shape for grad in torch.autograd.grad(out.sum(), weights)] == [(5, 0), (3, 0)]
     empty = torch.zeros(0, 8, device=device)
-    with pytest.raises(ValueError, match=r"tokens holds \d, wanted values in \[0, 0\)"):
+    with pytest.raises(ValueError, match=r"tokens holds \d; expected values in \[0, 0\)"):
         ops.embedding(tokens, empty, torch.zeros(3, 8, device=device))
 
 
@@ -248,7 +248,7 @@ BAD_INPUT = [
     pytest.param(lambda t, w, p: (t, w, p[:2]), "3 tokens in a row, wanted at most 2", id="too_long"),
     pytest.param(lambda t, w, p: (t, w, p, t[:, :2]), r"positions has shape \[2, 2\]", id="position_shape"),
     pytest.param(lambda t, w, p: (t, w, p, None, 1.5), "dropout_p is 1.5", id="probability"),
-    pytest.param(lambda t, w, p: (id_tensor(0, 5, 1), w, p), r"tokens holds 5, wanted values in \[0, 5\)", id="high"),
+    pytest.param(lambda t, w, p: (id_tensor(0, 5, 1), w, p), r"tokens holds 5; expected values in \[0, 5\)", id="high"),
     pytest.param(lambda t, w, p: (id_tensor(0, -1, 1), w, p), "tokens holds -1", id="id_negative"),
     pytest.param(lambda t, w, p: (t, w, p, id_tensor(0, 1, 9)[0]), "positions holds 9", id="position_high"),
     pytest.param(lambda t, w, p: (t, w.to("meta"), p), "token_weight on meta", id="devices"),
@@ -270,7 +270,7 @@ def test_the_kernel_checks_ids_itself(implementation):
         for value, upper in ((-1, (5, 3)[index]), ((5, 3)[index], (5, 3)[index])):
             ids = [tokens.clone(), torch.arange(3)]
             ids[index].view(-1)[1] = value
-            message = rf"embedding: {name} holds {value}, wanted values in \[0, {upper}\)"
+            message = rf"embedding: {name} holds {value}; expected values in \[0, {upper}\)"
             with pytest.raises(ValueError, match=message):
                 torch.ops.gpt_fast.embedding_forward(ids[0], token_weight, position_weight, ids[1], 0.0, None, 0)
             with pytest.raises(ValueError, match=message):

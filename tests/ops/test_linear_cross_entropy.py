@@ -583,7 +583,7 @@ def test_the_kernel_checks_targets_itself(reduction, value, implementation):
         pytest.skip("only the C++ kernel raises; others clamp")
     x, weight, bias, target = (tensor.detach() for tensor in sample_inputs((20, 24, 70), torch.float32, "cpu"))
     target[7] = value
-    message = rf"linear_cross_entropy: target holds {value}, wanted values in \[0, 70\) or -100"
+    message = rf"linear_cross_entropy: target holds {value}; expected values in \[0, 70\) or -100"
     with pytest.raises(ValueError, match=message):
         torch.ops.gpt_fast.linear_cross_entropy_forward(
             x, weight, target, bias, -100, 0.0, reduction, False, False, False
