@@ -1,4 +1,4 @@
-"""How fine-tuning treats the pre-trained weights and the classes: which are frozen, and what each class counts for."""
+"""Freezes pre-trained weights for a fine-tuning, and weighs its classes."""
 
 from __future__ import annotations
 

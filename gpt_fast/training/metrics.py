@@ -49,8 +49,7 @@ def predictions(model: nn.Module, examples: Sequence[Example], pad_token: int, b
 
 
 def row_predictions(model: nn.Module, examples: Sequence[Example], pad_token: int, batch_size: int) -> list[Tensor]:
-    """A tagger's logits for every token of every example `[T, K]`, or those of a span's first and last token `[2, T]`,
-    without padding."""
+    """Return each example's logits without padding: `[T, K]` of a tagger, `[2, T]` of a model that finds spans."""
     found: list[Tensor] = []
     device = next(model.parameters()).device
     with evaluating(model), torch.no_grad():
@@ -123,10 +122,10 @@ def span_metrics(logits: Sequence[Tensor], rows: Sequence[Example]) -> Metrics:
         if (target != IGNORE).all():
             losses.append(float(nn.functional.cross_entropy(scores, target.long())))
     contexts = [row.context for row in rows]
-    wanted = ["" if context is None else context.answer for context in contexts]
+    answers = ["" if context is None else context.answer for context in contexts]
     return {
         "loss": math.fsum(losses) / len(losses) if losses else math.nan,
-        **generated_metrics([span_text(s, row) for s, row in zip(logits, rows, strict=True)], wanted),
+        **generated_metrics([span_text(s, row) for s, row in zip(logits, rows, strict=True)], answers),
         "examples": len(rows),
     }
 

@@ -119,7 +119,7 @@ class TaskSettings:
 
     @property
     def scores(self) -> tuple[str, ...]:
-        """What validation may choose by, the default first."""
+        """Return the metrics that validation may choose by, the default first."""
         return SCORES[self.kind]
 
 

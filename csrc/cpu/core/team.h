@@ -1,12 +1,12 @@
 // Threads that share the phases of a job piece by piece, so that none waits for one that the system has put aside.
 //
 // A job is a sequence of phases, and a phase is a number of pieces. Every thread of the job walks through all phases
-// and claims pieces while there are any: those of its own share from the first to the last, so that it reads memory
-// from one end to the other, and then what others have left of theirs. A piece is computed into memory of the thread's
-// own and committed to shared memory by exactly one thread. A thread that finds no piece left waits for those of others
-// for a while, and then computes them too: whoever is first commits, the other one's result is dropped. So a suspended
-// thread delays its job only while it commits. A thread that comes late, or is suspended in the middle, passes the
-// phases that are over.
+// and claims pieces while there are any. It begins with its own share, from the first piece to the last, so that it
+// reads memory from one end to the other; then it takes pieces of the other shares. Each piece is computed into memory
+// that belongs to the thread alone, and exactly one thread commits it to shared memory. A thread that finds no piece
+// left waits for a while, and then computes the missing pieces too. The first thread to finish a piece commits it, and
+// the second one drops its result. So a suspended thread delays its job only while it commits. A thread that comes late
+// passes the phases that are over.
 //
 // What a piece reads may be overwritten by a later phase if its thread was suspended: its result is then dropped, and
 // what it reads has to stay allocated, which `Running::finish` waits for.
@@ -40,7 +40,7 @@ inline void pause_briefly() {
 #endif
 }
 
-// CPUs that the process may use: those of its affinity, and no more than its control group's quota grants.
+// Returns how many CPUs the process may use: its affinity counts them, and its control group's quota limits them.
 inline int usable_cpus() {
   int count = static_cast<int>(std::thread::hardware_concurrency());  // 0 where that is not known
 #if defined(__linux__)

@@ -98,8 +98,8 @@ class DecodeSession {
     return taken(n);
   }
 
-  // Feeds a prompt's tokens as `step` does, those of a row one after another; returns logits [m, V] of the tokens whose
-  // places `ends` [m] names, in rising order.
+  // Feeds the tokens of prompts as `step` does. The tokens of one row follow one another. Returns the logits [m, V]
+  // after the tokens at the places `ends` [m], which rise.
   Tensor prefill(const Tensor& tokens, const Tensor& positions, const Tensor& rows, const Tensor& ends) {
     const InUse guard(in_use_);
     n_ = 0;
