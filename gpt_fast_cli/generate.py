@@ -74,7 +74,8 @@ def generate(
         bool, typer.Option("--sliding", help="Beyond the model's positions, go on from the latest tokens.")
     ] = False,
     weights: Annotated[
-        str | None, typer.Option(metavar="float32|bfloat16|int8", help="How a CPU stores them while it writes.")
+        str | None,
+        typer.Option(metavar="float32|bfloat16|int8|int8-a16", help="How a CPU stores them while it writes."),
     ] = None,
     raw: Raw = False,
     device: Device = "auto",

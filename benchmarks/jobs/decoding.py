@@ -176,7 +176,7 @@ def picture(record: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(6.3, 4.2), dpi=130, layout="constrained")
     axes = figure.subplots()
     config = GPTConfig.preset(record["model"])
-    for weights, color in zip(WEIGHTS, ("#c1440e", "#1f5a94", "#3c8d5a"), strict=True):
+    for weights, color in zip(WEIGHTS, ("#c1440e", "#1f5a94", "#3c8d5a", "#7a5195"), strict=True):
         places, seconds, bandwidths = zip(*record["curves"][weights], strict=True)
         axes.plot(places, [1e3 * value for value in seconds], color=color, marker="o", markersize=4, label=weights)
         limit = [1e3 * bound(record[weights], *at) for at in zip(places, bandwidths, strict=True)]

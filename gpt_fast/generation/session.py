@@ -44,20 +44,20 @@ class DecodeSession:
     token; `step(tokens [B])` adds one token a row and returns the logits after it. Both may follow each other in any
     order (chat turns), up to `length` tokens a row (default: the model's seq_len). The cache is allocated once.
 
-    On a CPU a step or a prompt is one call of `gpt_fast._C.DecodeSession`. `weights`: "float32", "bfloat16" or "int8"
-    (one scale for each output channel, symmetric; embeddings, biases and norms stay as they are), by default the
-    model's own. Matrices of that dtype are read in place if their rows fill whole vectors of the CPU; others are packed
-    once. Activations stay float32; but where the CPU multiplies pairs of bfloat16, products round their inputs to it,
-    and to 16-bit integers with int8 weights. Keys and values are float32 for float32 weights, else bfloat16. On CUDA,
-    without the extension, in float64 and under `use_reference()` the model's modules read prompts and run the step,
-    with `ops.attention` and `ops.decode_attention`.
+    On a CPU a step or a prompt is one call of `gpt_fast._C.DecodeSession`. `weights` is "float32", "bfloat16", "int8"
+    or "int8-a16", by default the model's own. They are packed once, beside the model's parameters; embeddings, biases
+    and norms stay as they are. int8 has one scale for each output channel, symmetric. Activations stay float32, but a
+    product may round its inputs: to bfloat16 with bfloat16 weights where the CPU multiplies pairs of them; with "int8"
+    to 8-bit integers, with "int8-a16" to 16-bit ones, one scale for each token. Keys and values are float32 for float32
+    weights, else bfloat16. On CUDA, without the extension, in float64 and under `use_reference()` the model's modules
+    read prompts and run the step, with `ops.attention` and `ops.decode_attention`.
 
     Deterministic; on a CPU neither the number of threads nor the other rows change a bit, and a prompt gives the bits
     of as many steps. The threads are `torch.get_num_threads()`, at most the CPUs that the process may use. A session
     serves one thread at a time and raises `RuntimeError` for a second one; several sessions serve several threads.
     `stale` tells that the model's parameters were changed, replaced or moved since: writes that autograd does not count
-    (fused optimisers, `.data`) by a sample of every parameter. Make a new session then: a step sees new values in
-    parameters that it reads in place and not in packed ones. After an error the session is as it was before.
+    (fused optimisers, `.data`) by a sample of every parameter. Make a new session then: a step on a CPU goes on with
+    the packed weights. After an error the session is as it was before.
 
     Raises `ValueError` for a model without causal output layer, weights or a length it does not have, more rows than
     `batch`, tokens outside the vocabulary, a full cache, logits that are NaN or infinite, and where the model's

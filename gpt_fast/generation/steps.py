@@ -18,7 +18,7 @@ from .sampling import DAMAGED, Sampling, damaged, draw, sample
 if TYPE_CHECKING:
     from ..heads import Head
 
-WEIGHTS = ("float32", "bfloat16", "int8")
+WEIGHTS = ("float32", "bfloat16", "int8", "int8-a16")
 
 
 class CppStep:

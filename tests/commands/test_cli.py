@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from gpt_fast.data import tables
+from gpt_fast.generation.steps import WEIGHTS
 from tests.command_line import SMALL, succeed
 
 COMMANDS = {
@@ -217,7 +218,7 @@ def test_generate_stops_before_a_text(cli, data):
     assert succeed(cli(*command, "--stop", text + "x")).out == f"the red{text}\n"
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("weights", WEIGHTS)
 def test_generate_with_other_weights(cli, data, weights):
     command = ["generate", "--from", data.lm, "--prompt", "the red", "--max-new-tokens", 5, "--repetition-penalty", 1.3]
     assert succeed(cli(*command, "--weights", weights, "--temperature", 0)).out.startswith("the red")

@@ -45,7 +45,7 @@ FAULTS = (
     Fault("lengths not checked from above", CPP, "n[b] >= 0 && n[b] <= S", "n[b] >= 0", "kernel_checks_lengths"),
     Fault("lengths not checked from below", CPP, "n[b] >= 0 && n[b] <= S", "n[b] <= S", "kernel_checks_lengths"),
     # C++, one query against a cache
-    Fault("largest score not subtracted", CACHE, "(Vec::loadu(scores + i, count) - Vec(largest)).exp()", "Vec::loadu(scores + i, count).exp()", "large_scores"),
+    Fault("largest score not subtracted", CACHE, "exp(Vec::loadu(scores + i, count) - Vec(largest))", "exp(Vec::loadu(scores + i, count))", "large_scores"),
     Fault("padding of the last vector counts", CACHE, "sum = sum + (count == kVec ? p : Vec::set(Vec(0.0f), p, count));", "sum = sum + p;", "numerics"),
     Fault("sum left out", CACHE, "return 1.0f / sum_lanes(sum);", "return 1.0f;", "numerics"),
     Fault("bfloat16 sum", CACHE, "return 1.0f / sum_lanes(sum);", "return static_cast<float>(at::BFloat16(1.0f / sum_lanes(sum)));", "numerics"),

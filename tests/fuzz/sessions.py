@@ -127,11 +127,18 @@ def rounds_to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return rounded
 
 
-def rounds_to_int16(x: Tensor) -> Tensor:
-    """Round each row to 16-bit integers with one scale, as the step does before a product with int8 weights."""
-    largest = x.abs().amax(-1, keepdim=True)
-    scaled = times_inverse(x, largest, 32767)
-    return up_or_down(scaled, torch.ones_like(scaled)).round().float() * (largest / 32767)
+def rounds_to_integers(most: int) -> Callable[[Tensor], Tensor]:
+    """Return the function that rounds each row to integers up to `most`, as the step does with int8 weights."""
+
+    def rounded(x: Tensor) -> Tensor:
+        largest = x.abs().amax(-1, keepdim=True)
+        scaled = times_inverse(x, largest, most)
+        return up_or_down(scaled, torch.ones_like(scaled)).round().to(x.dtype) * (largest / most)
+
+    return rounded
+
+
+LARGEST_INPUT = {"int8": 127, "int8-a16": 32767}  # of the integers that a product's inputs become
 
 
 def times_inverse(x: Tensor, largest: Tensor, most: int) -> Tensor:
@@ -229,7 +236,7 @@ def stored(value: Tensor, kind: str) -> Tensor:
     value = value.float()
     if kind == "bfloat16":
         value = value.bfloat16()
-    elif kind == "int8":
+    elif kind in LARGEST_INPUT:
         largest = value.abs().amax(1, keepdim=True)
         return times_inverse(value, largest, 127).round() * (largest / 127).double()
     return value.double()
@@ -300,15 +307,16 @@ class Plain:
         return torch.promote_types(self._dtype(), torch.float32)
 
     def _cache_dtype(self) -> torch.dtype:
-        kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
-        return kinds.get(self.kind, self._dtype())
+        if self.kind == "torch":
+            return self._dtype()
+        return torch.float32 if self.kind == "float32" else torch.bfloat16
 
     def _kept(self) -> Callable[[Tensor], Tensor]:
         return rounds_to(self._cache_dtype())
 
     def _product(self) -> Callable[[Tensor], Tensor]:
-        if self.kind == "int8":
-            return rounds_to_int16
+        if self.kind in LARGEST_INPUT:
+            return rounds_to_integers(LARGEST_INPUT[self.kind])
         pairs = "avx512_bf16" in (gpt_fast.build_info() or {}).get("cpu_flags", ())
         return rounds_to(torch.bfloat16) if self.kind == "bfloat16" and pairs else same
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gpt_fast import DecodeSession, GPTConfig, GPTForCausalLM, build_info
+from gpt_fast.generation.steps import WEIGHTS
 from tests.conftest import INTERPRETED
 
 pytestmark = pytest.mark.skipif(
@@ -43,7 +44,7 @@ def logits_of_steps(model: GPTForCausalLM, steps: int = 100, **options) -> torch
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("weights", WEIGHTS)
 def test_a_busy_machine_changes_no_bit(model, two_threads, weights):
     """Two processes that never wait suspend the threads in the middle of their pieces."""
     torch.set_num_threads(1)
@@ -92,7 +93,7 @@ def test_after_a_fork(model, two_threads):
 
 
 def test_a_prompt_gives_the_bits_of_steps(model, two_threads):
-    for weights in ("float32", "bfloat16", "int8"):
+    for weights in WEIGHTS:
         tokens = torch.randint(0, 997, (2, 37), generator=torch.Generator().manual_seed(2))
         at_once, stepped = (
             DecodeSession(model, batch=2, weights=weights),

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from gpt_fast import DecodeSession, GPTConfig, GPTForCausalLM, build_info, generate, use_reference
 from gpt_fast.generation.sampling import Sampling, keep_top_k, keep_top_p, penalise
+from gpt_fast.generation.steps import WEIGHTS
 from tests.conftest import INTERPRETED
+from tests.fuzz.sessions import Roundings, named_parameters, read, rounds_to, rounds_to_integers
 from tests.numerics import assert_as_accurate
 
 pytestmark = pytest.mark.skipif(
     build_info() is None or INTERPRETED, reason="the C++ step is what these tests are about: it needs the extension"
 )
 V, T = 83, 40
-WEIGHTS = ("float32", "bfloat16", "int8")
 # Widths that are no multiple of a vector, heads of odd sizes, one head, MLPs narrower than the model.
 SHAPES = {
     "notes": {"preset": "notes", "hidden_dim": 36, "num_heads": 4},
@@ -65,18 +66,32 @@ def rounded(model: GPTForCausalLM, weights: str) -> GPTForCausalLM:
             with torch.no_grad():
                 if weights == "bfloat16":
                     parameter.copy_(parameter.bfloat16())
-                elif weights == "int8":
+                elif weights != "float32":
                     scale = parameter.abs().amax(dim=1, keepdim=True) / 127
                     parameter.copy_((parameter / scale).round() * scale)
     return twin
+
+
+def read_with_byte_inputs(model: GPTForCausalLM, tokens: Tensor, first: int) -> Tensor:
+    """The logits of `stepped` in plain PyTorch, where products round their inputs to 8 bits, one scale a token."""
+    weights = {name: value.float() for name, value in named_parameters(model).items()}
+    by = Roundings(product=rounds_to_integers(127), kept=rounds_to(torch.bfloat16))
+    found = []
+    for row in tokens.tolist():
+        _, past = read(weights, model.config, row[:first], [], by)
+        for token in row[first:]:
+            logits, past = read(weights, model.config, [token], past, by)
+            found.append(logits[0])
+    return torch.stack(found).view(len(tokens), -1, V)
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_step_by_step(shape, weights):
     """Against the float64 model with weights rounded alike. The yardstick is the model in the dtype of what is inexact:
-    float32, or bfloat16. That rounds its activations where the session keeps them (int8: to 16 bits), so the session's
-    errors must be smaller; keys and values are bfloat16 in both."""
+    float32, or bfloat16. That rounds its activations where the session keeps them (int8-a16: to 16 bits), so the
+    session's errors must be smaller. For int8 it rounds products' inputs to 8 bits as the session does: errors are then
+    of one size, and two samples of them may differ. Keys and values are bfloat16 in both."""
     model = make_model(**SHAPES[shape])
     tokens = torch.randint(0, V, (3, 30))
     got = stepped(model, tokens, 7, weights=weights)
@@ -87,16 +102,18 @@ def test_logits_step_by_step(shape, weights):
         if weights != "float32":
             yardstick.load_state_dict(twin.state_dict())
         allowed = yardstick(tokens).logits[:, 7:]
+        if weights == "int8":
+            allowed = read_with_byte_inputs(twin, tokens, 7)
     if weights == "float32":
         assert_as_accurate(got, allowed, exact, label=shape)
     else:
         error, bound = (got - exact).abs(), (allowed.double() - exact).abs()
         assert error.max() <= 2 * bound.max()
-        assert error.square().mean() <= bound.square().mean()
+        assert error.square().mean() <= (1.5 if weights == "int8" else 1) * bound.square().mean()
 
 
-def test_a_bfloat16_model_is_read_in_place():
-    """Weights of its own dtype: the logits of the bfloat16 model within the numerics policy, and no second copy."""
+def test_a_bfloat16_model_has_weights_of_its_own_dtype():
+    """The logits are those of the bfloat16 model within the numerics policy."""
     model = make_model("gpt2", hidden_dim=64, num_heads=2).bfloat16()
     tokens = torch.randint(0, V, (2, 25))
     got = stepped(model, tokens, 5)
@@ -269,21 +286,29 @@ def test_the_cache_to_its_last_slot():
 def test_memory_is_the_weights_once_and_the_cache():
     model = make_model("gpt2", hidden_dim=64, num_heads=2)
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2)
-    for weights, size in (("float32", 4), ("bfloat16", 2), ("int8", 1)):
+    for weights, size in (("float32", 4), ("bfloat16", 2), ("int8", 1), ("int8-a16", 1)):
         session = DecodeSession(model, batch=3, length=20, weights=weights)
-        assert session._step.weights.bytes == matrices * size
+        padded = (-V % 16) * 64  # rows of the output layer fill whole panels, of 16 rows at most
+        assert matrices * size <= session._step.weights.bytes <= (matrices + padded) * size
         assert session.cache.keys.shape == (2, 3, 2, 20, 32)
         assert session.cache.keys.dtype == (torch.float32 if size == 4 else torch.bfloat16)
-    before = model.trunk.decoders[0].ff[0].weight
-    with torch.no_grad():  # float32 weights are the model's own memory, not a copy
-        session = DecodeSession(model)
-        session.prefill(torch.tensor([[1, 2]]))
-        first = session.step(torch.tensor([3]))
-        before.mul_(2)
-        session.reset()
-        session.prefill(torch.tensor([[1, 2]]))
-        assert not torch.equal(session.step(torch.tensor([3])), first)
-        assert session.stale
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_packed_copy_is_read_and_known_to_be_stale(weights):
+    """A change of the model's weights leaves a session as it is, and `stale` tells of it."""
+    model = make_model("gpt2", hidden_dim=64, num_heads=2)
+    session = DecodeSession(model, weights=weights)
+    session.prefill(torch.tensor([[1, 2]]))
+    first = session.step(torch.tensor([3]))
+    assert not session.stale
+    with torch.no_grad():
+        model.trunk.decoders[0].ff[0].weight.mul_(2)
+    session.reset()
+    session.prefill(torch.tensor([[1, 2]]))
+    assert torch.equal(session.step(torch.tensor([3])), first)
+    assert session.stale
+    assert not torch.equal(DecodeSession(model, weights=weights).prefill(torch.tensor([[1, 2, 3]])), first)
 
 
 @pytest.mark.parametrize("padding", [-100, -1, V, 2**40])
@@ -301,7 +326,7 @@ def test_padding_of_a_prompt_may_hold_anything(padding):
     [
         (lambda m: DecodeSession(m, batch=0), "batch is 0; expected 1 or more"),
         (lambda m: DecodeSession(m, length=T + 1), f"length is {T + 1}; expected 1 to the model's seq_len, {T}"),
-        (lambda m: DecodeSession(m, weights="fp4"), "weights is 'fp4'; expected one of float32, bfloat16, int8"),
+        (lambda m: DecodeSession(m, weights="fp4"), "weights is 'fp4'; expected one of float32, bfloat16, int8, "),
         (lambda m: DecodeSession(m.trunk), "model is a GPTModel; expected a GPTForCausalLM or a GPT"),
         (
             lambda m: DecodeSession(m).prefill(torch.ones(2, 3, dtype=torch.int64)),

@@ -339,7 +339,7 @@ def test_extreme_temperatures(temperature):
         ({"temperature": -0.1}, "temperature is -0.1; expected 0"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; expected more than 0"),
-        ({"weights": "int4"}, "weights is 'int4'; expected one of float32, bfloat16, int8"),
+        ({"weights": "int4"}, "weights is 'int4'; expected one of float32, bfloat16, int8, int8-a16"),
         ({"key_mask": torch.ones(1, 4, dtype=torch.bool)}, r"key_mask is bool \[1, 4\]; expected bool \[1, 5\]"),
         ({"key_mask": torch.zeros(1, 5, dtype=torch.bool)}, "empty prompt"),
         (

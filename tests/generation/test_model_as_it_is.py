@@ -12,6 +12,7 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 
 import gpt_fast
 from gpt_fast import GPT, DecodeSession, GPTConfig, GPTForCausalLM, GPTForSequenceClassification, generate
+from gpt_fast.generation.steps import WEIGHTS
 from gpt_fast.model import evaluating
 
 SIZES = {"num_tokens": 41, "hidden_dim": 32, "num_heads": 2, "num_layers": 2, "seq_len": 32}
@@ -33,7 +34,7 @@ def greedy(model, **options) -> torch.Tensor:
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize(
     "name", ["decoders.1.ff.0.weight", "decoders.0.multihead_attn.out_proj.bias", "final_norm.weight"]
 )

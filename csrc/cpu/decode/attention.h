@@ -56,7 +56,11 @@ inline void score_keys(const float* q, const scalar_t* keys, int64_t stride, int
     const Vec x = Vec::loadu(q + d, count);
     for (int r = 0; r < COUNT; ++r) sum[r] = at::vec::fmadd(x, Vec::loadu(row[r] + d, count), sum[r]);
   });
-  for (int r = 0; r < COUNT; ++r) scores[r] = sum_lanes(sum[r]);
+  if constexpr (COUNT == 4) {
+    sum_lanes_of_four(sum, scores);
+  } else {
+    for (int r = 0; r < COUNT; ++r) scores[r] = sum_lanes(sum[r]);
+  }
 }
 
 // out[d] = scale * sum over j of p[j] V[j][d], for COUNT vectors of columns from `values` on; `last` columns of the
@@ -86,7 +90,7 @@ inline float weigh_scores(float* scores, int64_t n) {
   const float largest = largest_of(scores, n);  // NaN passes on
   Vec sum(0.0f);
   for_each_vector(n, [&](int64_t i, int64_t count) {
-    const Vec p = (Vec::loadu(scores + i, count) - Vec(largest)).exp();
+    const Vec p = exp(Vec::loadu(scores + i, count) - Vec(largest));
     p.store(scores + i, count);
     sum = sum + (count == kVec ? p : Vec::set(Vec(0.0f), p, count));
   });
@@ -117,61 +121,127 @@ inline void attend_to_cache(const float* q, const scalar_t* keys, int64_t stride
   }
 }
 
-// How many queries of one head are attended together: each key and value is then loaded once for all of them.
-constexpr int kQueriesTogether = 4;
+// Queries of one head that are attended together: one in each lane. Fewer than kFewestTogether are not worth it. Where
+// sums over lanes are made in an order of their own, no queries are attended together.
+constexpr int64_t kQueriesTogether = kVec;
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+constexpr int64_t kFewestTogether = kVec / 4;
+#else
+constexpr int64_t kFewestTogether = kQueriesTogether + 1;
+#endif
 
-// As attend_to_cache, to the bit, for kQueriesTogether queries of one head of a float32 or bfloat16 cache, of which
-// query i, D floats from q[i] on, has n[i] keys. `scratch` holds kQueriesTogether * decode_scratch(max n, D) floats.
-template <typename scalar_t>
-inline void attend_together(const float* const (&q)[kQueriesTogether], const scalar_t* keys, const scalar_t* values,
-                            const int64_t (&n)[kQueriesTogether], int64_t D, float* scratch, float* out) {
-  constexpr int Q = kQueriesTogether;
-  static_assert(kKeysAtOnce == 4 && Q == 4);
-  const int64_t most = *std::max_element(n, n + Q);
-  float* rows = scratch + Q * most;  // for the last keys
-  const auto scores_of = [&](int i) { return scratch + i * most; };
-  int64_t j = 0;
-  for (; j + kKeysAtOnce <= most; j += kKeysAtOnce) {
-    Vec sum[Q][kKeysAtOnce];
+// Memory for attend_together: scores, keys or values as float32, and the queries side by side.
+inline int64_t together_scratch(int64_t S, int64_t D) {
+  return kQueriesTogether * (round_up(S, kVec) + D) + round_up(S, kVec) * D;
+}
+
+// The sum of the partial sums LANE, LANE + STEP, ... of a dot product, added up as sum_lanes does. Partial sum l is
+// that of the elements l, l + kVec, ...; every lane is a query, and every one of the KEYS keys has a result.
+template <int KEYS, int64_t LANE, int64_t STEP>
+[[gnu::always_inline]] inline void add_lanes(const float* queries, const float* keys, int64_t D, Vec (&sum)[KEYS]) {
+  if constexpr (STEP == kVec) {
+    for (int j = 0; j < KEYS; ++j) sum[j] = Vec(0.0f);
+    for (int64_t d = LANE; d < D; d += kVec) {
+      const Vec query = Vec::loadu(queries + d * kQueriesTogether);
 #pragma GCC unroll 4
-    for (int r = 0; r < kKeysAtOnce; ++r) {
-#pragma GCC unroll 4
-      for (int i = 0; i < Q; ++i) sum[i][r] = Vec(0.0f);
+      for (int j = 0; j < KEYS; ++j) sum[j] = at::vec::fmadd(query, Vec(keys[j * D + d]), sum[j]);
     }
-    for_each_vector(D, [&](int64_t d, int64_t count) {
-      const bool whole = count == kVec;
-      Vec x[Q];
-#pragma GCC unroll 4
-      for (int i = 0; i < Q; ++i) x[i] = whole ? Vec::loadu(q[i] + d) : Vec::loadu(q[i] + d, count);
-#pragma GCC unroll 4
-      for (int r = 0; r < kKeysAtOnce; ++r) {
-        const Vec key = load_floats(keys + (j + r) * D + d, count);
-#pragma GCC unroll 4
-        for (int i = 0; i < Q; ++i) sum[i][r] = at::vec::fmadd(x[i], key, sum[i][r]);
-      }
-    });
-#pragma GCC unroll 4
-    for (int i = 0; i < Q; ++i) sum_lanes_of_four(sum[i], scores_of(i) + j);
+  } else {
+    Vec other[KEYS];
+    add_lanes<KEYS, LANE, 2 * STEP>(queries, keys, D, sum);
+    add_lanes<KEYS, LANE + STEP, 2 * STEP>(queries, keys, D, other);
+    for (int j = 0; j < KEYS; ++j) sum[j] = sum[j] + other[j];
   }
-  for (; j < most; ++j) {
-    for (int i = 0; i < Q; ++i) score_keys<1>(q[i], keys + j * D, D, D, rows, scores_of(i) + j);
+}
+
+// out[i][d] = sum over j of p[i][j] V[j][d], for QUERIES rows of p, `stride` apart, and VECTORS vectors of columns.
+template <int QUERIES, int VECTORS>
+[[gnu::noinline]] void weigh_values_together(const float* p, int64_t stride, const float* values, int64_t n, int64_t D,
+                                             float* out) {
+  Vec sum[QUERIES][VECTORS];
+#pragma GCC unroll 8
+  for (int i = 0; i < QUERIES; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) sum[i][v] = Vec(0.0f);
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    Vec value[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) value[v] = in_register(Vec::loadu(values + j * D + v * kVec));
+#pragma GCC unroll 8
+    for (int i = 0; i < QUERIES; ++i) {
+      const Vec weight(p[i * stride + j]);
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) sum[i][v] = at::vec::fmadd(weight, value[v], sum[i][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < QUERIES; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) sum[i][v].store(out + i * D + v * kVec);
+  }
+}
+
+// As attend_to_cache, to the bit, for `count` queries of one head, at most kQueriesTogether: query i is `q` + i *
+// stride and has `first` + i keys. D is a multiple of kVec. `scratch` holds together_scratch(keys, D) floats.
+template <typename scalar_t>
+inline void attend_together(const float* q, int64_t stride, int64_t count, const scalar_t* keys, const scalar_t* values,
+                            int64_t first, int64_t D, float* scratch, float* out) {
+  constexpr int64_t Q = kQueriesTogether, KEYS = 4;
+  constexpr int VECTORS = kVec == 16 ? 4 : 2, QUERIES = kVec == 16 ? 6 : 4;
+  const int64_t n = first + count - 1, padded = round_up(n, kVec);
+  float* const scores = scratch;               // [Q, padded]
+  float* const queries = scores + Q * padded;  // [D, Q]
+  float* const rows = queries + Q * D;         // [padded, D]
+  for (int64_t d = 0; d < D; ++d) {
+    for (int64_t i = 0; i < Q; ++i) queries[d * Q + i] = i < count ? q[i * stride + d] : 0.0f;
+  }
+
+  alignas(64) float tile[kVec * Q];  // [keys, queries]
+  for (int64_t j = 0; j < padded; j += kVec) {
+    const int64_t here = std::min(kVec, n - j);
+    const float* block = here == kVec ? load_row(keys + j * D, rows, kVec * D) : rows;
+    if (here < kVec) {
+      at::vec::convert(keys + j * D, rows, here * D);
+      std::fill(rows + here * D, rows + kVec * D, 0.0f);
+    }
+    for (int64_t own = 0; own < kVec; own += KEYS) {
+      Vec sum[KEYS];
+      add_lanes<KEYS, 0, 1>(queries, block + own * D, D, sum);
+      for (int64_t key = 0; key < KEYS; ++key) sum[key].store(tile + (own + key) * Q);
+    }
+    at::vec::transpose_mxn<float, kVec, kVec>(tile, Q, scores + j, padded);
   }
 
   float scale[Q];
-  for (int i = 0; i < Q; ++i) {
-    scale[i] = weigh_scores(scores_of(i), n[i]);
-    std::fill(scores_of(i) + n[i], scores_of(i) + most, 0.0f);  // keys that the query does not have
+  for (int64_t i = 0; i < count; ++i) {
+    scale[i] = weigh_scores(scores + i * padded, first + i);
+    std::fill(scores + i * padded + first + i, scores + (i + 1) * padded, 0.0f);  // keys that the query does not have
   }
-  for (int64_t d = 0; d < D; d += kVec) {
-    const int64_t count = std::min(kVec, D - d);
-    Vec sum[Q];
-    for (int i = 0; i < Q; ++i) sum[i] = Vec(0.0f);
-    for (j = 0; j < most; ++j) {
-      const Vec value = load_floats(values + j * D + d, count);
-#pragma GCC unroll 4
-      for (int i = 0; i < Q; ++i) sum[i] = at::vec::fmadd(Vec(scores_of(i)[j]), value, sum[i]);
+
+  const float* const value_rows = load_row(values, rows, n * D);
+  for (int64_t d = 0; d < D;) {
+    const auto columns = [&](auto vectors) {
+      constexpr int V = decltype(vectors)::value;
+      int64_t i = 0;
+      const auto add = [&](auto number) {
+        weigh_values_together<decltype(number)::value, V>(scores + i * padded, padded, value_rows + d, n, D,
+                                                          out + i * D + d);
+        i += decltype(number)::value;
+      };
+      while (count - i >= QUERIES && count - i != 8) add(std::integral_constant<int, QUERIES>{});
+      while (count - i >= 4) add(std::integral_constant<int, 4>{});
+      while (count - i >= 1) add(std::integral_constant<int, 1>{});
+      d += V * kVec;
+    };
+    if (D - d >= VECTORS * kVec) {
+      columns(std::integral_constant<int, VECTORS>{});
+    } else {
+      columns(std::integral_constant<int, 1>{});
     }
-    for (int i = 0; i < Q; ++i) (sum[i] * Vec(scale[i])).store(out + i * D + d, count);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    at::vec::map<float>([&](Vec x) { return x * Vec(scale[i]); }, out + i * D, out + i * D, D);
   }
 }
 

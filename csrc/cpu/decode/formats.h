@@ -1,7 +1,8 @@
-// How the decode step stores weights: float32, bfloat16 or int8 with one scale a row.
+// How the decode step stores weights: float32, bfloat16, or int8 with one scale a row.
 //
-// A format says how a row of weights is packed, how a vector is prepared for the products with it, and how one register
-// of weights is multiplied and its products are summed.
+// Weights and the vectors that they are multiplied with are read as 32-bit words: one float, two bfloat16 or four int8
+// neighbours along the summed axis. A format says how a row of weights and a vector become words, and how a register of
+// words, one row in each lane, is multiplied with a word of a vector.
 #pragma once
 
 #include <algorithm>
@@ -9,27 +10,29 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "cpu/core/vector_math.h"
 #include "cpu/core/words.h"
 
 namespace gpt_fast::decode {
 
-// kVec words, each an int32, two int16 or two bfloat16.
+using Word = int32_t;
+
+// kVec words. Named by what they hold: 32-bit, 16-bit or 8-bit integers.
 #if defined(CPU_CAPABILITY_AVX512)
 
 using Ints = __m512i;
-inline Ints zero_ints() { return _mm512_setzero_si512(); }
-inline Ints load_ints(const void* x) { return _mm512_loadu_si512(x); }
+inline Ints load_words(const Word* x) { return _mm512_loadu_si512(x); }
+inline Ints broadcast(Word x) { return _mm512_set1_epi32(x); }
 inline Vec to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
+inline Vec as_floats(Ints x) { return _mm512_castsi512_ps(x); }
 // The lower and the upper bfloat16 of each word, as floats.
 inline Vec lower_halves(Ints x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
-inline Vec upper_halves(Ints x) {
-  return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-}
-inline Ints widen_bytes(const int8_t* x) {
-  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-}
+inline Vec upper_halves(Ints x) { return _mm512_castsi512_ps(_mm512_and_si512(x, broadcast(-0x10000))); }
+// Bytes 0 and 2 of each word, and bytes 1 and 3, as 16-bit integers.
+inline Ints even_bytes(Ints x) { return _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8); }
+inline Ints odd_bytes(Ints x) { return _mm512_srai_epi16(x, 8); }
 // sum + products of 16-bit integers, two neighbours at a time.
 inline Ints multiply_add_pairs(Ints a, Ints b, Ints sum) {
 #if defined(__AVX512VNNI__)
@@ -42,45 +45,36 @@ inline Ints multiply_add_pairs(Ints a, Ints b, Ints sum) {
 #elif defined(CPU_CAPABILITY_AVX2)
 
 using Ints = __m256i;
-inline Ints zero_ints() { return _mm256_setzero_si256(); }
-inline Ints load_ints(const void* x) { return _mm256_loadu_si256(static_cast<const __m256i*>(x)); }
+inline Ints load_words(const Word* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
+inline Ints broadcast(Word x) { return _mm256_set1_epi32(x); }
 inline Vec to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
+inline Vec as_floats(Ints x) { return _mm256_castsi256_ps(x); }
 inline Vec lower_halves(Ints x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
-inline Vec upper_halves(Ints x) {
-  return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
-}
-inline Ints widen_bytes(const int8_t* x) {
-  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-}
+inline Vec upper_halves(Ints x) { return _mm256_castsi256_ps(_mm256_and_si256(x, broadcast(-0x10000))); }
+inline Ints even_bytes(Ints x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }
+inline Ints odd_bytes(Ints x) { return _mm256_srai_epi16(x, 8); }
 inline Ints multiply_add_pairs(Ints a, Ints b, Ints sum) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
 
 #else  // the compiler's own vectors
 
 typedef int32_t Ints __attribute__((vector_size(4 * kVec)));
 typedef int16_t Shorts __attribute__((vector_size(4 * kVec)));
-typedef int8_t Bytes __attribute__((vector_size(2 * kVec)));
-template <typename T>
-inline T load_as(const void* x) {
-  T value;
-  std::memcpy(&value, x, sizeof value);
-  return value;
+inline Ints load_words(const Word* x) {
+  Ints words;
+  std::memcpy(&words, x, sizeof words);
+  return words;
 }
-inline Ints zero_ints() { return Ints{}; }
-inline Ints load_ints(const void* x) { return load_as<Ints>(x); }
+inline Ints broadcast(Word x) { return Ints{} + x; }
 inline Vec to_floats(Ints x) {
   float values[kVec];
   for (int64_t i = 0; i < kVec; ++i) values[i] = static_cast<float>(x[i]);
   return Vec::loadu(values);
 }
-inline Vec lower_halves(Ints x) {
-  x = x << 16;
-  return Vec::loadu(&x);
-}
-inline Vec upper_halves(Ints x) {
-  x = x & static_cast<int32_t>(0xffff0000u);
-  return Vec::loadu(&x);
-}
-inline Ints widen_bytes(const int8_t* x) { return (Ints) __builtin_convertvector(load_as<Bytes>(x), Shorts); }
+inline Vec as_floats(Ints x) { return Vec::loadu(&x); }
+inline Vec lower_halves(Ints x) { return as_floats(x << 16); }
+inline Vec upper_halves(Ints x) { return as_floats(x & -0x10000); }
+inline Ints even_bytes(Ints x) { return (Ints)((Shorts)((Shorts)x << 8) >> 8); }
+inline Ints odd_bytes(Ints x) { return (Ints)((Shorts)x >> 8); }
 inline Ints multiply_add_pairs(Ints a, Ints b, Ints sum) {
   const Shorts x = (Shorts)a, y = (Shorts)b;
   for (int64_t i = 0; i < kVec; ++i) sum[i] += x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
@@ -89,22 +83,18 @@ inline Ints multiply_add_pairs(Ints a, Ints b, Ints sum) {
 
 #endif
 
-// Keeps a loaded operand in a register: left alone, GCC 12 loads it again for each product, and loads limit a tile.
-template <typename T>
-inline T in_a_register(T x) {
+// Keeps an operand in a register: left alone, GCC 12 loads it again for each product, and loads limit a tile.
+inline Ints in_a_register(Ints x) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   asm("" : "+v"(x));
 #endif
   return x;
 }
-inline Vec in_a_register(Vec x) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return in_a_register(static_cast<__m512>(x));
-#elif defined(CPU_CAPABILITY_AVX2)
-  return in_a_register(static_cast<__m256>(x));
-#else
-  return x;
-#endif
+
+inline Vec broadcast_float(const Word* x) {
+  float value;
+  std::memcpy(&value, x, sizeof value);
+  return Vec(value);
 }
 
 inline uint16_t round_to_bfloat16(float x) {
@@ -112,6 +102,12 @@ inline uint16_t round_to_bfloat16(float x) {
   std::memcpy(&bits, &x, sizeof bits);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;  // NaN
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// Writes n values rounded to bfloat16, two in each word.
+inline void pack_bfloat16(const float* x, int64_t n, Word* out) {
+  uint16_t* halves = reinterpret_cast<uint16_t*>(out);
+  for (int64_t k = 0; k < n; ++k) halves[k] = round_to_bfloat16(x[k]);
 }
 
 constexpr float kLargestFloat = std::numeric_limits<float>::max();
@@ -137,134 +133,182 @@ inline int32_t rounded(float x) {
   return bits - 0x4b400000;
 }
 
-// Vectors of a tile (products.h): with its four rows of weights, as many sums as the registers hold beside operands.
-constexpr int kMostVectors = kVec == 16 ? 6 : 3;
+// How values up to `largest` become integers up to `most`: each times `inverse`, rounded. An integer stands for `step`.
+// Where the step would be no normal number all values become 0.
+struct Quantiser {
+  Quantiser(float largest, float most) : inverse(0.0f), step(largest / most) {
+    if (step < std::numeric_limits<float>::min()) {
+      step = 1.0f;
+    } else {
+      inverse = most / largest;
+    }
+  }
+  float inverse, step;
+};
+
+// Panels and vectors of a tile (products.h): as many sums as the registers hold beside the operands.
+constexpr int kTilePanels = kVec == 16 ? 4 : 2;
 
 // Weights as they are, float32.
 struct Float32 {
-  static constexpr int kTileVectors = kMostVectors;
+  static constexpr int kTileVectors = 6;
   static constexpr at::ScalarType kDtype = at::kFloat;  // of stored weights
-  using weight_t = float;
-  using input_t = float;
+  static constexpr int64_t kPer = 1;                    // weights of a word
+  static constexpr int64_t kInputWords = 1;             // of a vector, for one word of weights
+  static constexpr int64_t kChain = 512;                // words that one register sums up
+  static constexpr bool kScaled = false;                // whether rows and vectors have scales
   using Sum = Vec;
-  static constexpr int64_t kStep = kVec;  // weights that one step multiplies
-  static constexpr int64_t kChain = int64_t{1} << 40;
   using Weights = Vec;
-  using Inputs = Vec;
-  static Weights load(const weight_t* w) { return in_a_register(Vec::loadu(w)); }
-  static Inputs load_inputs(const input_t* x) { return in_a_register(Vec::loadu(x)); }
-  static Sum zero() { return Vec(0.0f); }
-  static Sum multiply(Weights w, Inputs x, Sum sum) { return at::vec::fmadd(w, x, sum); }
+  using Input = Vec;
+  static Weights load(const Word* w) { return as_floats(in_a_register(load_words(w))); }
+  static Input load_input(const Word* x) { return broadcast_float(x); }
+  static Sum start(Word) { return Vec(0.0f); }
+  static Sum multiply(Weights w, Input x, Sum sum) { return at::vec::fmadd(w, x, sum); }
   static Vec finish(Sum sum) { return sum; }
 
-  // Writes x [K], zeros up to `padded`, as `multiply` wants it; returns what the products are to be multiplied by.
-  static float prepare(const float* x, int64_t K, int64_t padded, input_t* out) {
+  // Writes the vector x [K] as words, zeros up to `words`; returns what the products are to be multiplied by.
+  static float prepare(const float* x, int64_t K, int64_t words, Word* out) {
     std::memcpy(out, x, K * sizeof(float));
-    std::fill(out + K, out + padded, 0.0f);
+    std::fill(out + K, out + words, 0);
     return 1.0f;
   }
 
-  // Writes one row of weights, zeros up to `padded`; returns the scale of the row.
-  static float pack(const float* w, int64_t K, int64_t padded, weight_t* out) { return prepare(w, K, padded, out); }
+  // Writes a row of weights [K] as words, zeros up to `words`; returns the scale of the row.
+  static float pack(const float* w, int64_t K, int64_t words, Word* out) { return prepare(w, K, words, out); }
 };
 
-// Weights rounded to bfloat16. Where the CPU multiplies pairs of bfloat16 the vector is rounded to bfloat16 too, else
-// it stays float32, and the lower and upper halves of the weights' words are taken in turn.
+// Weights rounded to bfloat16. Where the CPU multiplies pairs of bfloat16 the vector is rounded to bfloat16 too. Else
+// it stays float32, and the two halves of the weights' words are multiplied one after the other.
 struct BFloat16 {
-  static constexpr int kTileVectors = kMostVectors;
-  static constexpr at::ScalarType kDtype = at::kBFloat16;  // of stored weights
-  using weight_t = uint16_t;
+  static constexpr at::ScalarType kDtype = at::kBFloat16;
+  static constexpr int64_t kPer = 2;
+  static constexpr int64_t kChain = 512;
+  static constexpr bool kScaled = false;
   using Sum = Vec;
-  static constexpr int64_t kStep = 2 * kVec;
-  static constexpr int64_t kChain = int64_t{1} << 40;
-  static Sum zero() { return Vec(0.0f); }
+  static Sum start(Word) { return Vec(0.0f); }
   static Vec finish(Sum sum) { return sum; }
 
 #if GPT_FAST_BF16_WORDS
-  using input_t = uint16_t;
+  static constexpr int kTileVectors = 6;
+  static constexpr int64_t kInputWords = 1;
   using Weights = Ints;
-  using Inputs = Ints;
-  static Weights load(const weight_t* w) { return in_a_register(load_ints(w)); }
-  static Inputs load_inputs(const input_t* x) { return in_a_register(load_ints(x)); }
-  static Sum multiply(Weights w, Inputs x, Sum sum) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
-  static float prepare(const float* x, int64_t K, int64_t padded, input_t* out) {
-    for (int64_t k = 0; k < K; ++k) out[k] = round_to_bfloat16(x[k]);
-    std::fill(out + K, out + padded, input_t(0));
-    return 1.0f;
-  }
+  using Input = Ints;
+  static Weights load(const Word* w) { return in_a_register(load_words(w)); }
+  static Input load_input(const Word* x) { return broadcast(*x); }
+  static Sum multiply(Weights w, Input x, Sum sum) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
+  static float prepare(const float* x, int64_t K, int64_t words, Word* out) { return pack(x, K, words, out); }
 #else
-  struct Halves {
+  static constexpr int kTileVectors = 4;
+  static constexpr int64_t kInputWords = 2;
+  struct Weights {
     Vec lower, upper;
   };
-  using input_t = float;
-  using Weights = Halves;
-  using Inputs = Halves;
-  static Weights load(const weight_t* w) {
-    const Ints words = load_ints(w);
+  struct Input {
+    Vec lower, upper;
+  };
+  static Weights load(const Word* w) {
+    const Ints words = in_a_register(load_words(w));
     return {lower_halves(words), upper_halves(words)};
   }
-  static Inputs load_inputs(const input_t* x) { return {Vec::loadu(x), Vec::loadu(x + kVec)}; }
-  static Sum multiply(Weights w, Inputs x, Sum sum) {
+  static Input load_input(const Word* x) { return {broadcast_float(x), broadcast_float(x + 1)}; }
+  static Sum multiply(Weights w, Input x, Sum sum) {
     return at::vec::fmadd(w.upper, x.upper, at::vec::fmadd(w.lower, x.lower, sum));
   }
-  static float prepare(const float* x, int64_t K, int64_t padded, input_t* out) {
-    int64_t k = 0;
-    for (; k + kStep <= K; k += kStep) {
-      for (int64_t i = 0; i < kVec; ++i) {
-        out[k + i] = x[k + 2 * i];
-        out[k + kVec + i] = x[k + 2 * i + 1];
-      }
-    }
-    std::fill(out + k, out + padded, 0.0f);
-    for (int64_t i = 0; k + i < K; ++i) out[k + i / 2 + i % 2 * kVec] = x[k + i];
-    return 1.0f;
+  static float prepare(const float* x, int64_t K, int64_t words, Word* out) {
+    return Float32::prepare(x, K, 2 * words, out);
   }
 #endif
 
-  static float pack(const float* w, int64_t K, int64_t padded, weight_t* out) {
-    for (int64_t k = 0; k < K; ++k) out[k] = round_to_bfloat16(w[k]);
-    std::fill(out + K, out + padded, weight_t(0));
+  static float pack(const float* w, int64_t K, int64_t words, Word* out) {
+    std::fill(out + K / kPer, out + words, 0);
+    pack_bfloat16(w, K, out);
     return 1.0f;
   }
 };
 
-// Weights as int8 with one scale for a row (an output channel); the vector as int16 with one scale of its own, 2^-16 of
-// its largest value at most from what it was. Products and sums are exact integers.
+// Weights as int8 with one scale for a row (an output channel); the vector as integers of BITS bits with a scale of its
+// own. Products and sums are exact integers.
+template <int BITS>
 struct Int8 {
-  static constexpr int kTileVectors = std::min(kMostVectors, 4);  // GCC 12 spills the sums of six
-  static constexpr at::ScalarType kDtype = at::kChar;             // of stored weights
-  using weight_t = int8_t;
-  using input_t = int16_t;
+  static_assert(BITS == 8 || BITS == 16);
+  static constexpr int kTileVectors = 4;  // GCC 12 spills the sums of six
+  static constexpr at::ScalarType kDtype = at::kChar;
+  static constexpr int64_t kPer = 4;
+  static constexpr int64_t kChain = BITS == 8 ? 512 : 128;  // 512 * 127 * 32767 < 2^31
+  static constexpr bool kScaled = true;
+  static constexpr float kLargest = BITS == 8 ? 127.0f : 32767.0f;
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512VNNI__)
+  static constexpr bool kMultipliesBytes = BITS == 8;
+#else
+  static constexpr bool kMultipliesBytes = false;
+#endif
+  static constexpr int64_t kInputWords = kMultipliesBytes ? 1 : 2;
   using Sum = Ints;
-  static constexpr int64_t kStep = 2 * kVec;
-  static constexpr int64_t kChain = 256 * kStep;  // 256 * 2 * 127 * 32767 < 2^31
-  using Weights = Ints;
-  using Inputs = Ints;
-  static Weights load(const weight_t* w) { return in_a_register(widen_bytes(w)); }
-  static Inputs load_inputs(const input_t* x) { return in_a_register(load_ints(x)); }
-  static Sum zero() { return zero_ints(); }
-  static Sum multiply(Weights w, Inputs x, Sum sum) { return multiply_add_pairs(w, x, sum); }
+  struct Pairs {  // of 16-bit integers: elements 0 and 2 of each four, and elements 1 and 3
+    Ints even, odd;
+  };
+  using Weights = std::conditional_t<kMultipliesBytes, Ints, Pairs>;
+  using Input = std::conditional_t<kMultipliesBytes, Ints, Pairs>;
+
+  // The instruction that multiplies bytes takes unsigned ones: weights become w + 128, and sums begin at -128 sum(x).
+  static Weights load(const Word* w) {
+    const Ints words = in_a_register(load_words(w));
+    if constexpr (kMultipliesBytes) {
+      return in_a_register(words ^ broadcast(static_cast<Word>(0x80808080u)));
+    } else {
+      return {even_bytes(words), odd_bytes(words)};
+    }
+  }
+  static Input load_input(const Word* x) {
+    if constexpr (kMultipliesBytes) {
+      return in_a_register(broadcast(*x));
+    } else {
+      return {broadcast(x[0]), broadcast(x[1])};
+    }
+  }
+  static Sum start(Word sum_of_inputs) { return broadcast(kMultipliesBytes ? -128 * sum_of_inputs : 0); }
+  static Sum multiply(Weights w, Input x, Sum sum) {
+    if constexpr (kMultipliesBytes) {
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512VNNI__)
+      return _mm512_dpbusd_epi32(sum, w, x);
+#endif
+    } else {
+      return multiply_add_pairs(w.odd, x.odd, multiply_add_pairs(w.even, x.even, sum));
+    }
+  }
   static Vec finish(Sum sum) { return to_floats(sum); }
 
-  static float prepare(const float* x, int64_t K, int64_t padded, input_t* out) {
+  // Behind the words of the vector stand the sums of its integers, one for each chain.
+  static float prepare(const float* x, int64_t K, int64_t words, Word* out) {
     const float largest = largest_magnitude(x, K);
-    if (!(largest <= kLargestFloat)) {  // the products become NaN by their scale
-      std::fill(out, out + padded, input_t(1));
-      return NAN;
+    std::fill(out, out + words * kInputWords + words / kChain + 1, 0);
+    if (!(largest <= kLargestFloat)) return NAN;  // the products become NaN by their scale
+    const auto [inverse, step] = Quantiser(largest, kLargest);
+    if constexpr (kMultipliesBytes) {
+      int8_t* bytes = reinterpret_cast<int8_t*>(out);
+      for (int64_t k = 0; k < K; ++k) bytes[k] = static_cast<int8_t>(rounded(x[k] * inverse));
+      for (int64_t begin = 0; begin < words; begin += kChain) {
+        Word sum = 0;
+        for (int64_t k = begin * kPer; k < std::min(words, begin + kChain) * kPer; ++k) sum += bytes[k];
+        out[words + begin / kChain] = sum;
+      }
+    } else {
+      int16_t* halves = reinterpret_cast<int16_t*>(out);  // four neighbours in the order 0 2 1 3
+      for (int64_t k = 0; k < K; ++k) {
+        halves[k / 4 * 4 + k % 2 * 2 + k % 4 / 2] = static_cast<int16_t>(rounded(x[k] * inverse));
+      }
     }
-    const float inverse = largest > 0.0f ? 32767.0f / largest : 0.0f;
-    for (int64_t k = 0; k < K; ++k) out[k] = static_cast<input_t>(rounded(x[k] * inverse));
-    std::fill(out + K, out + padded, input_t(0));
-    return largest / 32767.0f;
+    return step;
   }
 
-  static float pack(const float* w, int64_t K, int64_t padded, weight_t* out) {
+  static float pack(const float* w, int64_t K, int64_t words, Word* out) {
     const float largest = largest_magnitude(w, K);
-    std::fill(out, out + padded, weight_t(0));
+    std::fill(out, out + words, 0);
     if (!(largest <= kLargestFloat)) return NAN;
-    const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-    for (int64_t k = 0; k < K; ++k) out[k] = static_cast<weight_t>(rounded(w[k] * inverse));
-    return largest / 127.0f;
+    const auto [inverse, step] = Quantiser(largest, 127.0f);
+    int8_t* bytes = reinterpret_cast<int8_t*>(out);
+    for (int64_t k = 0; k < K; ++k) bytes[k] = static_cast<int8_t>(rounded(w[k] * inverse));
+    return step;
   }
 };
 

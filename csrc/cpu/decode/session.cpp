@@ -37,7 +37,7 @@ void activate_row(Activation activation, float* x, int64_t n) {
 }
 
 constexpr int64_t kBytesPerThread = 128 << 10;  // of weights, from which on another thread is worth waking
-constexpr int64_t kPieceBytes = 256 << 10;      // of weights, that one piece of a product reads
+constexpr int64_t kPieceBytes = 128 << 10;      // of weights, that one piece of a product reads
 constexpr int64_t kChunk = 512;                 // tokens of prompts that are read together
 constexpr int64_t kQueries = 16;                // of a piece of attention
 constexpr int64_t kPreparedValues = 8192;       // of a piece that prepares vectors
@@ -65,7 +65,7 @@ class DecodeSession {
   // keys and values: [layers, B, H, S, D], float32 for float32 weights, else bfloat16.
   DecodeSession(std::shared_ptr<const DecodeWeights> weights, Tensor keys, Tensor values)
       : w_(std::move(weights)), keys_(std::move(keys)), values_(std::move(values)) {
-    const auto type = w_->dtype == at::kFloat ? at::kFloat : at::kBFloat16;
+    const auto type = w_->storage == Storage::kFloat32 ? at::kFloat : at::kBFloat16;
     const int64_t L = static_cast<int64_t>(w_->blocks.size());
     for (const Tensor& cache : {keys_, values_}) {
       if (cache.dim() != 5 || cache.size(0) != L || cache.size(2) != w_->H || cache.size(4) != w_->C / w_->H ||
@@ -166,8 +166,8 @@ class DecodeSession {
 
   // One thread's memory, for the results of a piece.
   struct Scratch {
-    std::vector<float> y, h, scores, buffer, scale;
-    std::vector<char> inputs;
+    Memory<float> y, h, scores, buffer, scale;
+    Memory<Word> inputs;
     Sampler sampler;
   };
 
@@ -176,15 +176,17 @@ class DecodeSession {
     return own;
   }
 
-  static float* sized(std::vector<float>& memory, int64_t size) {
-    if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
+  static float* sized(Memory<float>& memory, int64_t size) {
+    memory.reserve(size);
     return memory.data();
   }
 
-  template <typename T>
-  static T* aligned(std::vector<char>& memory) {
-    const auto address = reinterpret_cast<uintptr_t>(memory.data());
-    return reinterpret_cast<T*>((address + 63) / 64 * 64);
+  // The words of a prepared vector of K values.
+  int64_t input_words(int64_t K) const {
+    return with_format(w_->storage, [&](auto format) {
+      using Format = decltype(format);
+      return input_stride<Format>(ceil_div(K, Format::kPer));
+    });
   }
 
   Work read_work(const Tensor& tokens, const Tensor& positions, const Tensor& rows) const {
@@ -216,7 +218,7 @@ class DecodeSession {
     reserve(work->n(), static_cast<int64_t>(work->ends.size()));
     const int threads = threads_for(work->n());
     const auto running = Team::instance().run(threads, [this, work](Team::Walker& walker) {
-      with_format(w_->dtype, [&](auto format) { run<decltype(format)>(walker, *work); });
+      with_format(w_->storage, [&](auto format) { run<decltype(format)>(walker, *work); });
     });
     std::erase_if(jobs_, [](const Team::Running& job) { return job.is_over(); });
     if (!running.is_over()) jobs_.push_back(running);
@@ -225,20 +227,14 @@ class DecodeSession {
   // Memory for n vectors, of which m have logits.
   void reserve(int64_t n, int64_t m) {
     const DecodeWeights& w = *w_;
-    if (n > capacity_) {
-      finish_jobs();
-      capacity_ = n;
-      x_.resize(n * w.C);
-      q_.resize(n * w.C);
-      attended_.resize(n * w.C);
-      hidden_.resize(n * w.F);
-      scale_.resize(n);
-      inputs_.resize(n * (std::max(w.C, w.F) + 64) * sizeof(float) + 64);
-    }
-    if (m * w.V > static_cast<int64_t>(logits_.size())) {
-      finish_jobs();
-      logits_.resize(m * w.V);
-    }
+    if (n > scale_.size() || m * w.V > logits_.size()) finish_jobs();
+    x_.reserve(n * w.C);
+    q_.reserve(n * w.C);
+    attended_.reserve(n * w.C);
+    hidden_.reserve(n * w.F);
+    scale_.reserve(n);
+    inputs_.reserve(n * std::max(input_words(w.C), input_words(w.F)));
+    logits_.reserve(m * w.V);
   }
 
   void finish_jobs() {
@@ -259,11 +255,9 @@ class DecodeSession {
   // Prepares vectors `begin` to `end` into the thread's own inputs and scale; the normalised ones are in its h.
   template <class Format>
   void prepare(const Linear& linear, const Source& source, int64_t begin, int64_t end) const {
-    using input_t = typename Format::input_t;
-    const int64_t K = linear.K, stride = linear.stride, count = end - begin;
+    const int64_t K = linear.K, stride = input_stride<Format>(linear.words), count = end - begin;
     Scratch& own = scratch();
-    const size_t bytes = count * stride * sizeof(input_t) + 64;
-    if (own.inputs.size() < bytes) own.inputs.resize(bytes);
+    own.inputs.reserve(count * stride);
     sized(own.h, count * K);
     sized(own.scale, count);
     for (int64_t i = begin; i < end; ++i) {
@@ -273,23 +267,22 @@ class DecodeSession {
         normalise_row(row, row_statistics(row, K, w_->eps), source.norm->gain(), source.norm->shift(), K, h);
         row = h;
       }
-      own.scale[i - begin] = Format::prepare(row, K, stride, aligned<input_t>(own.inputs) + (i - begin) * stride);
+      own.scale.data()[i - begin] = Format::prepare(row, K, linear.words, own.inputs.data() + (i - begin) * stride);
     }
   }
 
   // As a phase: the vectors go where all threads read them.
   template <class Format>
   void prepare_together(Team::Walker& walker, const Linear& linear, const Source& source, int64_t n) {
-    using input_t = typename Format::input_t;
-    const int64_t K = linear.K, stride = linear.stride, rows = std::max<int64_t>(1, kPreparedValues / K);
+    const int64_t K = linear.K, stride = input_stride<Format>(linear.words);
+    const int64_t rows = std::max<int64_t>(1, kPreparedValues / K);
     walker.phase(
         ceil_div(n, rows),
         [&](int64_t piece) { prepare<Format>(linear, source, piece * rows, std::min(n, (piece + 1) * rows)); },
         [&](int64_t piece) {
           const int64_t begin = piece * rows, end = std::min(n, begin + rows);
           Scratch& own = scratch();
-          std::memcpy(aligned<input_t>(inputs_) + begin * stride, aligned<input_t>(own.inputs),
-                      (end - begin) * stride * sizeof(input_t));
+          std::memcpy(inputs_.data() + begin * stride, own.inputs.data(), (end - begin) * stride * sizeof(Word));
           std::copy(own.scale.data(), own.scale.data() + (end - begin), scale_.data() + begin);
           if (source.stores) {
             for (int64_t i = begin; i < end; ++i) {
@@ -305,42 +298,32 @@ class DecodeSession {
   template <class Format, class Change, class Write>
   void product(Team::Walker& walker, const Linear& linear, const Source& source, int64_t n, const Change& change,
                const Write& write) {
-    using input_t = typename Format::input_t;
     const bool together = n > kPreparedAlone || source.stores;
     if (together) prepare_together<Format>(walker, linear, source, n);
     const Matrix<Format> matrix = linear.matrix<Format>();
-    const int64_t height = stripe_height(matrix), tiles = height + linear.N % kTileRows;
-    const int64_t bytes = kTileRows * linear.stride * static_cast<int64_t>(sizeof(typename Format::weight_t));
-    int64_t width = std::clamp<int64_t>(kPieceBytes / bytes, 4, n > kTileRows ? 16 : 4096);  // tiles of a piece
-    width = std::max(width, ceil_div(tiles, Team::kMostPieces));
+    const int64_t panels = matrix.panels(), bytes = linear.words * kVec * static_cast<int64_t>(sizeof(Word));
+    int64_t count = std::max<int64_t>(1, kPieceBytes / bytes);  // panels of a piece
+    if (count > kTilePanels) count = count / kTilePanels * kTilePanels;
+    if (n > Format::kTileVectors) count = kTilePanels;
+    count = std::max(count, ceil_div(panels, Team::kMostPieces));
     bool prepared = together;
-    // A piece holds [n, kTileRows, width] values, of which the stripes' rows lie side by side.
     walker.phase(
-        ceil_div(tiles, width),
+        ceil_div(panels, count),
         [&](int64_t piece) {
           Scratch& own = scratch();
           if (!prepared) prepare<Format>(linear, source, 0, n);
           prepared = true;
-          const Inputs<Format> inputs{aligned<input_t>(together ? inputs_ : own.inputs),
-                                      (together ? scale_ : own.scale).data()};
-          const int64_t begin = piece * width, end = std::min(tiles, begin + width);
-          float* y = sized(own.y, n * kTileRows * width);
-          multiply(matrix, begin, end, inputs, n, [&](int64_t i, int64_t stripe, int64_t tile, float value) {
-            y[(i * kTileRows + stripe) * width + tile - begin] = value;
-          });
-          for (int64_t i = 0; i < n * kTileRows; ++i) {
-            const int64_t stripe = i % kTileRows, last = stripe + 1 < kTileRows ? std::min(end, height) : end;
-            if (begin < last) change(y + i * width, last - begin);
-          }
+          const Inputs inputs{(together ? inputs_ : own.inputs).data(), (together ? scale_ : own.scale).data()};
+          const int64_t begin = piece * count, end = std::min(panels, begin + count), width = (end - begin) * kVec;
+          float* y = sized(own.y, n * width);
+          multiply(matrix, begin, end, inputs, n, y);
+          for (int64_t i = 0; i < n; ++i) change(y + i * width, std::min(width, linear.N - begin * kVec));
         },
         [&](int64_t piece) {
-          const int64_t begin = piece * width, end = std::min(tiles, begin + width);
+          const int64_t begin = piece * count, end = std::min(panels, begin + count), width = (end - begin) * kVec;
           const float* y = scratch().y.data();
           for (int64_t i = 0; i < n; ++i) {
-            for (int64_t stripe = 0; stripe < kTileRows; ++stripe, y += width) {
-              const int64_t last = stripe + 1 < kTileRows ? std::min(end, height) : end;
-              if (begin < last) write(i, stripe * height + begin, y, last - begin);
-            }
+            write(i, begin * kVec, y + i * width, std::min(width, linear.N - begin * kVec));
           }
         });
   }
@@ -409,20 +392,18 @@ class DecodeSession {
             const int64_t head = piece % H, begin = piece / H * kQueries, end = std::min(n, begin + kQueries);
             Scratch& own = scratch();
             float* out = sized(own.h, kQueries * D);
-            float* scores = sized(own.scores, kQueriesTogether * decode_scratch(S_, D));
-            const auto query = [&](int64_t i) { return q_.data() + i * C + head * D; };
-            for (int64_t i = begin; i < end;) {
-              const int64_t base = cached(i, head), last = i + kQueriesTogether - 1;
-              if (last < end && work.row[i] == work.row[last]) {  // a row's tokens follow one another
-                const float* const q[] = {query(i), query(i + 1), query(i + 2), query(i + 3)};
-                const int64_t* position = work.position.data() + i;
-                const int64_t lengths[] = {position[0] + 1, position[1] + 1, position[2] + 1, position[3] + 1};
-                attend_together(q, keys + base, values + base, lengths, D, scores, out + (i - begin) * D);
-                i += kQueriesTogether;
+            const bool fits = D % kVec == 0 && end - begin >= kFewestTogether;
+            float* memory = sized(own.scores, fits ? together_scratch(S_, D) : decode_scratch(S_, D));
+            for (int64_t i = begin, count; i < end; i += count) {
+              const float* q = q_.data() + i * C + head * D;
+              const int64_t base = cached(i, head), keys_here = work.position[i] + 1;
+              for (count = 1; i + count < end && count < kQueriesTogether && work.row[i + count] == work.row[i];)
+                ++count;
+              if (fits && count >= kFewestTogether) {  // a row's tokens follow one another
+                attend_together(q, C, count, keys + base, values + base, keys_here, D, memory, out + (i - begin) * D);
               } else {
-                attend_to_cache(query(i), keys + base, D, values + base, D, work.position[i] + 1, D, scores,
-                                out + (i - begin) * D);
-                ++i;
+                count = 1;
+                attend_to_cache(q, keys + base, D, values + base, D, keys_here, D, memory, out + (i - begin) * D);
               }
             }
           },
@@ -518,9 +499,8 @@ class DecodeSession {
   std::shared_ptr<const DecodeWeights> w_;
   Tensor keys_, values_;
   int64_t B_ = 0, S_ = 0, n_ = 0;  // sequences, positions; rows of the last step
-  int64_t capacity_ = 0;           // vectors that the next seven have room for
-  std::vector<float> x_, q_, attended_, hidden_, scale_, logits_;
-  std::vector<char> inputs_;
+  Memory<float> x_, q_, attended_, hidden_, scale_, logits_;
+  Memory<Word> inputs_;
   std::vector<int64_t> drawn_;
   std::vector<Team::Running> jobs_;  // that other threads may still be in
   mutable std::atomic<bool> in_use_{false};

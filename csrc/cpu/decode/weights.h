@@ -1,10 +1,6 @@
 // The weights of a model as DecodeSession reads them: packed once, shared by any number of sessions and threads.
 #pragma once
 
-#if __has_include(<sys/mman.h>)
-#include <sys/mman.h>
-#endif
-
 #include <pybind11/pybind11.h>
 
 #include <map>
@@ -13,6 +9,7 @@
 
 #include "cpu/core/activations.h"
 #include "cpu/core/common.h"
+#include "cpu/decode/memory.h"
 #include "cpu/decode/products.h"
 
 namespace gpt_fast::decode {
@@ -23,71 +20,71 @@ using Parameters = std::map<std::string, at::Tensor>;
 template <class Format>
 using Cache = std::conditional_t<std::is_same_v<Format, Float32>, float, at::BFloat16>;
 
-// Calls body with a value of the type of the format that stores weights in `dtype`: float32, bfloat16 or int8.
+// How weights are stored and multiplied.
+enum class Storage { kFloat32, kBFloat16, kInt8, kInt8With16BitInputs };
+
+// Calls body with a value of the type of the format.
 template <class Body>
-auto with_format(at::ScalarType dtype, const Body& body) {
-  if (dtype == at::kFloat) return body(Float32{});
-  if (dtype == at::kBFloat16) return body(BFloat16{});
-  TORCH_INTERNAL_ASSERT(dtype == at::kChar);
-  return body(Int8{});
+auto with_format(Storage storage, const Body& body) {
+  switch (storage) {
+    case Storage::kFloat32:
+      return body(Float32{});
+    case Storage::kBFloat16:
+      return body(BFloat16{});
+    case Storage::kInt8:
+      return body(Int8<8>{});
+    default:
+      return body(Int8<16>{});
+  }
 }
 
 inline at::Tensor as_float(const at::Tensor& x) { return x.to(at::kFloat).contiguous(); }
 
-// Before the memory is first written. One stream of reads gains a third from it (16 to 22 GB/s), four little.
-inline void ask_for_huge_pages(const at::Tensor& x) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t HUGE = 2 << 20;
-  const auto address = reinterpret_cast<uintptr_t>(x.data_ptr());
-  const uintptr_t begin = round_up(address, HUGE), end = (address + x.nbytes()) / HUGE * HUGE;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may fail
-#endif
-}
-
-// A weight matrix and its bias. A matrix that is stored already as its format wants it is read where it is.
+// A weight matrix, packed, and its bias.
 struct Linear {
   at::Tensor data, scale, bias;
-  int64_t N = 0, K = 0, stride = 0;
+  int64_t N = 0, K = 0, words = 0;
 
   Linear() = default;
-  Linear(at::ScalarType dtype, const at::Tensor& weight, const at::Tensor& bias_or_none)
+  Linear(Storage storage, const at::Tensor& weight, const at::Tensor& bias_or_none)
       : N(weight.size(0)), K(weight.size(1)) {
     if (bias_or_none.defined()) bias = as_float(bias_or_none);
-    with_format(dtype, [&](auto format) { pack<decltype(format)>(weight); });
+    with_format(storage, [&](auto format) { pack<decltype(format)>(weight); });
   }
 
   template <class Format>
   Matrix<Format> matrix() const {
-    return {reinterpret_cast<const typename Format::weight_t*>(data.const_data_ptr()),
-            scale.defined() ? scale.const_data_ptr<float>() : nullptr,
-            bias.defined() ? bias.const_data_ptr<float>() : nullptr,
-            N,
-            K,
-            stride};
+    return {data.const_data_ptr<Word>(), scale.defined() ? scale.const_data_ptr<float>() : nullptr,
+            bias.defined() ? bias.const_data_ptr<float>() : nullptr, N, words};
   }
 
  private:
   template <class Format>
   void pack(const at::Tensor& weight) {
-    using weight_t = typename Format::weight_t;
-    stride = round_up(K, Format::kStep);
-    if (weight.scalar_type() == Format::kDtype && weight.is_contiguous() && stride == K) {
-      data = weight;
-      return;
-    }
+    words = ceil_div(K, Format::kPer);
     const Rows rows(weight);
-    data = at::empty({N, stride}, at::TensorOptions().dtype(Format::kDtype));
+    const int64_t panels = ceil_div(N, kVec);
+    data = at::empty({panels, words, kVec}, at::TensorOptions().dtype(at::kInt));
     ask_for_huge_pages(data);
-    weight_t* packed = reinterpret_cast<weight_t*>(data.mutable_data_ptr());
-    const at::Tensor scales = at::empty({N}, at::TensorOptions().dtype(at::kFloat));
-    float* scale_data = scales.mutable_data_ptr<float>();
-    at::parallel_for(0, N, 64, [&](int64_t begin, int64_t end) {
-      std::vector<float> buffer(K);
-      for (int64_t n = begin; n < end; ++n) {
-        scale_data[n] = Format::pack(rows.read(n, buffer.data()), K, stride, packed + n * stride);
+    Word* packed = data.mutable_data_ptr<Word>();
+    if (Format::kScaled) scale = at::empty({N}, at::TensorOptions().dtype(at::kFloat));
+    at::parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) {
+      const int64_t stride = round_up(words, kVec);
+      std::vector<Word> panel(kVec * stride);
+      std::vector<float> buffer(K), tile(kVec * kVec);
+      for (int64_t p = begin; p < end; ++p) {
+        std::fill(panel.begin(), panel.end(), 0);
+        for (int64_t n = p * kVec; n < std::min(N, (p + 1) * kVec); ++n) {
+          const float own = Format::pack(rows.read(n, buffer.data()), K, words, panel.data() + n % kVec * stride);
+          if (Format::kScaled) scale.mutable_data_ptr<float>()[n] = own;
+        }
+        for (int64_t k = 0; k < words; k += kVec) {
+          at::vec::transpose_mxn<float, kVec, kVec>(reinterpret_cast<const float*>(panel.data()) + k, stride,
+                                                    tile.data(), kVec);
+          std::memcpy(packed + (p * words + k) * kVec, tile.data(), std::min(kVec, words - k) * kVec * sizeof(Word));
+        }
       }
     });
-    if (std::is_same_v<Format, Int8>) scale = scales;
   }
 };
 
@@ -108,7 +105,7 @@ class DecodeWeights {
   // `parameters`: those of a trunk by their names, and output_layer.weight and .bias.
   DecodeWeights(const Parameters& parameters, int64_t num_heads, const std::string& activation_name, bool is_pre_norm,
                 double norm_eps, const std::string& weights)
-      : dtype(parse_dtype(weights)),
+      : storage(parse_storage(weights)),
         activation(read_activation(activation_name)),
         pre_norm(is_pre_norm),
         eps(norm_eps),
@@ -120,7 +117,7 @@ class DecodeWeights {
         copied.push_back(name);
     };
     const auto linear = [&](const std::string& weight, const std::string& bias) {
-      Linear made(dtype, find(parameters, weight), find(parameters, bias, true));
+      Linear made(storage, find(parameters, weight), find(parameters, bias, true));
       note_copy(made.data, weight);
       note_copy(made.bias, bias);
       return made;
@@ -165,7 +162,7 @@ class DecodeWeights {
     return sum;
   }
 
-  at::ScalarType dtype;  // of the matrices
+  Storage storage;  // of the matrices
   Activation activation;
   bool pre_norm;
   double eps;
@@ -192,12 +189,13 @@ class DecodeWeights {
     }
   }
 
-  static at::ScalarType parse_dtype(const std::string& name) {
-    if (name == "float32") return at::kFloat;
-    if (name == "bfloat16") return at::kBFloat16;
-    if (name == "int8") return at::kChar;
+  static Storage parse_storage(const std::string& name) {
+    if (name == "float32") return Storage::kFloat32;
+    if (name == "bfloat16") return Storage::kBFloat16;
+    if (name == "int8") return Storage::kInt8;
+    if (name == "int8-a16") return Storage::kInt8With16BitInputs;
     throw pybind11::value_error("gpt_fast.DecodeWeights: weights is '" + name +
-                                "'; expected one of float32, bfloat16, int8");
+                                "'; expected one of float32, bfloat16, int8, int8-a16");
   }
 
   static Activation read_activation(const std::string& name) {
