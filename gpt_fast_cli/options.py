@@ -127,6 +127,9 @@ def train(
     label: str, program: Callable[..., dict[str, Any]], settings: TrainingSettings, as_json: bool
 ) -> dict[str, Any] | None:
     """Run a training. Return its record if the caller is to show it: not as JSON, and on the first rank."""
+    from gpt_fast._memory import keep_freed
+
+    keep_freed()
     with training_session(label) as session:
         record = program(settings, *session)
     if follows():
