@@ -20,8 +20,8 @@ def available(root: Path = Path("/")) -> int:
 def keep_freed() -> bool:
     """Make the C library keep memory that was freed, for the whole process; return False where it cannot.
 
-    glibc gives each large block back to the system. The next one is made of new pages, each of which is cleared: 2 to 4 %
-    of a training step on a CPU, which allocates the same sizes again and again.
+    glibc gives each large block back to the system. The next one is made of new pages, each of which is cleared: 2 to
+    4 % of a training step on a CPU, which allocates the same sizes again and again.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

@@ -89,7 +89,7 @@ class GPTConfig:
         _activations.find("GPTConfig", self.activation)
         for name, known in (("problem", PROBLEMS), ("pooling", POOLINGS)):
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in known:
-                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}, wanted one of {', '.join(known)}")
+                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
         for name in _DROPOUTS:
             if not _is_number(getattr(self, name)) or not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}; expected a probability in [0, 1)")
@@ -113,7 +113,7 @@ class GPTConfig:
                 f"GPTConfig: label_names has {len(self.label_names)} names; expected {self.num_labels}, or none"
             )
         if self.pooling == "extract" and self.extract_token is None:
-            raise ValueError('GPTConfig: pooling is "extract" and extract_token is None, wanted its id')
+            raise ValueError('GPTConfig: pooling is "extract" and extract_token is None; expected its id')
 
     @classmethod
     def preset(cls, name: str, *, dropout: float | None = None, **overrides: Any) -> "GPTConfig":
@@ -141,11 +141,11 @@ class GPTConfig:
         fields = {field.name: field for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(fields))
         if unknown:
-            raise ValueError(f"GPTConfig: got {', '.join(unknown)}, wanted only {', '.join(fields)}")
+            raise ValueError(f"GPTConfig: got {', '.join(unknown)}; expected only {', '.join(fields)}")
         required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
         missing = [name for name in required if name not in values]
         if missing:
-            raise ValueError(f"GPTConfig: {', '.join(missing)} missing, wanted {', '.join(required)}")
+            raise ValueError(f"GPTConfig: {', '.join(missing)} missing; expected {', '.join(required)}")
         return cls(**values)
 
     def trunk_parameters(self) -> int:
@@ -199,6 +199,6 @@ def check_heads(hidden_dim: int, num_heads: int) -> None:
         raise ValueError(f"gpt_fast: hidden_dim {hidden_dim} is not divisible by num_heads {num_heads}")
     if hidden_dim // num_heads > 256:
         raise ValueError(
-            f"gpt_fast: hidden_dim {hidden_dim} over num_heads {num_heads} gives heads of {hidden_dim // num_heads}, "
-            "wanted at most 256"
+            f"gpt_fast: hidden_dim {hidden_dim} over num_heads {num_heads} gives heads of {hidden_dim // num_heads}; "
+            "expected at most 256"
         )

@@ -24,7 +24,7 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(normalized_shape, *args, **kwargs)
         if len(self.normalized_shape) != 1:
             raise ValueError(
-                f"gpt_fast.LayerNorm: normalized_shape is {tuple(self.normalized_shape)}, wanted one dimension"
+                f"gpt_fast.LayerNorm: normalized_shape is {tuple(self.normalized_shape)}; expected one dimension"
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ class TransformerDecoder(nn.Module):
         if mask is not None:
             if mask.dtype != torch.bool:
                 raise ValueError(
-                    f"gpt_fast.TransformerDecoder: mask is {mask.dtype}, wanted bool, True = may not attend"
+                    f"gpt_fast.TransformerDecoder: mask is {mask.dtype}; expected bool, True = may not attend"
                 )
             masks |= {"causal": False, "mask": ~mask}
         if self.pre_norm:

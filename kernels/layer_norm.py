@@ -140,7 +140,7 @@ def _bwd_reduce_kernel(
 def config(N: int, device: torch.device) -> Config:
     """The launch configuration for rows of N columns."""
     if N > WIDEST:
-        raise ValueError(f"gpt_fast.layer_norm: rows have {N} columns, wanted at most {WIDEST} on this device")
+        raise ValueError(f"gpt_fast.layer_norm: rows have {N} columns; expected at most {WIDEST} on this device")
     return Config(*launch_configs.pick("layer_norm", "rows", launch_configs.architecture(device), 4, N))
 
 

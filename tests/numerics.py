@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def assert_rounded_once(got: Tensor, exact: Tensor, *, conditioning: Tensor | float = 0.0, label: str = "") -> None:
     """|got - exact| ≤ eps(dtype) |exact| + 16 eps(float32) max|exact| + conditioning, everywhere."""
     assert exact.dtype == torch.float64, "the truth is computed in float64"
-    assert got.shape == exact.shape, f"{label}: shape {list(got.shape)}, wanted {list(exact.shape)}"
+    assert got.shape == exact.shape, f"{label}: shape {list(got.shape)}; expected {list(exact.shape)}"
     if exact.numel() == 0:
         return
     bound = torch.finfo(got.dtype).eps * exact.abs() + FLOOR * exact.abs().max() + conditioning
@@ -57,7 +57,7 @@ def assert_as_accurate_as_draws(
     assert exact.dtype == torch.float64, "the truth is computed in float64"
     assert yardsticks.dtype == got.dtype, f"{label}: yardstick is {yardsticks.dtype}, got {got.dtype}"
     shapes = list(yardsticks.shape[1:]), list(exact.shape)
-    assert shapes == (list(got.shape), list(got.shape)), f"{label}: shape {list(got.shape)}, wanted {shapes}"
+    assert shapes == (list(got.shape), list(got.shape)), f"{label}: shape {list(got.shape)}; expected {shapes}"
     if exact.numel() == 0:
         return
     error, largest, rms_allowed = (got.double() - exact).abs(), *_allowed(yardsticks, exact, terms)
@@ -151,6 +151,6 @@ def _assert_all(ok: Tensor, excess: Tensor, got: Tensor, wanted: Tensor, label: 
     worst = int(torch.where(ok, 0.0, excess.nan_to_num(nan=torch.inf)).argmax())
     raise AssertionError(
         f"{label}: {int((~ok).sum())} of {ok.numel()} values are off; the worst, number {worst}, is "
-        f"{got.flatten()[worst].item():.9g}, wanted {wanted.flatten()[worst].item():.9g}, "
+        f"{got.flatten()[worst].item():.9g}; expected {wanted.flatten()[worst].item():.9g}, "
         f"{excess.flatten()[worst].item():.3g} times the allowed error"
     )

@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& 
   const int64_t N = branch.N();
   float* mean_data = mean.mutable_data_ptr<float>();
   float* rstd_data = rstd.mutable_data_ptr<float>();
-  at::parallel_for(0, branch.M(), row_grain(N), [&](int64_t begin, int64_t end) {
+  parallel_for(0, branch.M(), row_grain(N), [&](int64_t begin, int64_t end) {
     std::vector<float> branch_buffer(N), stream_buffer(N), sum_buffer(N), out_buffer(N), factors(N, 1.0f);
     for (int64_t i = begin; i < end; ++i) {
       const float* branch_row = branch.read(i, branch_buffer.data());

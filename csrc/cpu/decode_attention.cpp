@@ -28,7 +28,7 @@ Tensor decode_attention_forward(const Tensor& q, const Tensor& k_cache, const Te
     const scalar_t* k_data = keys.const_data_ptr<scalar_t>();
     const scalar_t* v_data = values.const_data_ptr<scalar_t>();
     scalar_t* out_data = out.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, B * H, std::max<int64_t>(1, kGrain / ((S + 1) * D)), [&](int64_t begin, int64_t end) {
+    parallel_for(0, B * H, std::max<int64_t>(1, kGrain / ((S + 1) * D)), [&](int64_t begin, int64_t end) {
       std::vector<float> query(D), result(D), scratch(decode_scratch(S, D));
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / H, h = i % H;

@@ -47,7 +47,7 @@ Tensor embedding_forward(const Tensor& tokens, const Tensor& token_weight, const
   if (out.numel() == 0) return out;
   const Rows token_rows(token_weight), position_rows(position_weight), out_rows(out);
   const optional<Dropout> dropout = make_dropout("embedding", dropout_p, seed, site);
-  at::parallel_for(0, M, row_grain(C), [&](int64_t begin, int64_t end) {
+  parallel_for(0, M, row_grain(C), [&](int64_t begin, int64_t end) {
     std::vector<float> token_buffer(C), position_buffer(C), out_buffer(C), factors(C);
     for (int64_t i = begin; i < end; ++i) {
       const float* token = token_rows.read(token_of[i], token_buffer.data());
@@ -98,7 +98,7 @@ Tensor table_gradient(const Rows& upstream, const Tensor& table, const std::vect
   const bool by_rows = C == 1 || gradient.stride(1) == 1;
   const Tensor target = by_rows ? gradient : at::zeros({table_rows, C}, table.options());
   const Rows out(target);
-  at::parallel_for(0, static_cast<int64_t>(used.size()), row_grain(C), [&](int64_t begin, int64_t end) {
+  parallel_for(0, static_cast<int64_t>(used.size()), row_grain(C), [&](int64_t begin, int64_t end) {
     std::vector<float> buffer(C), sum(C), factors(C);
     for (int64_t u = begin; u < end; ++u) {
       const int64_t k = used[u];

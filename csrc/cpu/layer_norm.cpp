@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x, const opt
   const int64_t N = in.N();
   float* mean_data = mean.mutable_data_ptr<float>();
   float* rstd_data = rstd.mutable_data_ptr<float>();
-  at::parallel_for(0, in.M(), row_grain(N), [&](int64_t begin, int64_t end) {
+  parallel_for(0, in.M(), row_grain(N), [&](int64_t begin, int64_t end) {
     std::vector<float> in_buffer(N), out_buffer(N);
     for (int64_t i = begin; i < end; ++i) {
       const float* row = in.read(i, in_buffer.data());

@@ -29,7 +29,7 @@ void add_weight_gradient(const Tensor& dy, const Tensor& x, const WeightGradient
   const Operand<scalar_t> columns = columns_of<scalar_t>(x);
   const int64_t blocks = ceil_div(C, kBlock), pieces = row_pieces(N, blocks);
   const int64_t piece_rows = round_up(ceil_div(N, pieces), kRows);
-  at::parallel_for(0, blocks * pieces, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks * pieces, 1, [&](int64_t begin, int64_t end) {
     const BlockProduct product;
     const Buffer sums(round_up(piece_rows, kVec) * kBlock);
     for (int64_t task = begin; task < end; ++task) {

@@ -107,7 +107,7 @@ class Chunk {
   void forward(bool keeps, float* loss) {
     const PackedRows<scalar_t> x(rows_of<scalar_t>(gathered_), M, C);
     const Operand<scalar_t> weight = rows_of<scalar_t>(in_.weight);
-    at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
       const BlockProduct product;
       const Buffer own(keeps ? 0 : M * kBlock);
       for (int64_t block = first; block < last; ++block) {
@@ -117,7 +117,7 @@ class Chunk {
         for (int64_t i = 0; i < M; ++i) exponentiate(block, i, logits + i * kBlock, width);
       }
     });
-    at::parallel_for(0, M, 16, [&](int64_t first, int64_t last) {
+    parallel_for(0, M, 16, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) finish_row(i, keeps, loss);
     });
   }
@@ -133,7 +133,7 @@ class Chunk {
     const Operand<scalar_t> weight = columns_of<scalar_t>(in_.weight);
     const int64_t wide_depth = kWideDepth, D = depth<scalar_t>(M);
 
-    at::parallel_for(0, groups, 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, groups, 1, [&](int64_t first, int64_t last) {
       const RoundedBlock<operand_t> gradient(M);
       const Buffer by_rows(D * kBlock), sums(round_up(C, kVec) * kBlock);
       const Buffer left(needs_x ? round_up(M, kRows) * wide_depth : 0);
@@ -184,7 +184,7 @@ class Chunk {
     });
 
     if (!needs_x) return;
-    at::parallel_for(0, M, 16, [&](int64_t first, int64_t last) {
+    parallel_for(0, M, 16, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         float* total = parts.data() + i * padded_C;
         for (int64_t group = 1; group < groups; ++group) {

@@ -59,7 +59,7 @@ void forward_chunk(const Tensor& x, const Tensor& fc_weight, const float* fc_bia
   const PackedRows<scalar_t> packed_x(rows_of<scalar_t>(x), M, C);
   const PackedRows<scalar_t> packed_h(M, F);
   const Operand<scalar_t> weight = rows_of<scalar_t>(fc_weight);
-  at::parallel_for(0, ceil_div(F, kBlock), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, ceil_div(F, kBlock), 1, [&](int64_t begin, int64_t end) {
     const BlockProduct product;
     const Buffer z(M * kBlock);
     const RoundedBlock<scalar_t> h(M);
@@ -128,7 +128,7 @@ void backward_chunk(const BackwardInputs& in, const optional<Dropout>& dropout, 
   const float scale = dropout.has_value() ? dropout->scale : 1.0f;
 
   if (needs_dz || out.proj_weight.needed) {
-    at::parallel_for(0, ceil_div(F, kBlock), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, ceil_div(F, kBlock), 1, [&](int64_t begin, int64_t end) {
       const BlockProduct product;
       const Buffer z(M * kBlock), dz(M * kBlock), gradient(round_up(std::max(C, C_out), kVec) * kBlock);
       const Buffer panels(depth<scalar_t>(M) * kBlock);

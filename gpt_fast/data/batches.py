@@ -104,6 +104,6 @@ def unigram_entropy(counts: np.ndarray) -> float:
     Raises `ValueError` where no id occurs. Source: Shannon (1948), "A Mathematical Theory of Communication".
     """
     if not counts.sum() > 0:
-        raise ValueError("unigram_entropy: counts are all 0, wanted a text of one token or more")
+        raise ValueError("unigram_entropy: counts are all 0; expected a text of one token or more")
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())

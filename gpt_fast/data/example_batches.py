@@ -51,7 +51,7 @@ def task_input(texts: Sequence[Sequence[int]], seq_len: int, marks: Marks) -> li
     the longest loses its end until they do. Raises `ValueError` where the ids of `marks` alone do not fit. Source:
     Radford et al. (2018), section 3.3."""
     if seq_len < len(texts) + 1:
-        raise ValueError(f"task_input: {len(texts)} texts in {seq_len} positions, wanted at least {len(texts) + 1}")
+        raise ValueError(f"task_input: {len(texts)} texts in {seq_len} positions; expected at least {len(texts) + 1}")
     lengths = [len(text) for text in texts]
     over = sum(lengths) + len(texts) + 1 - seq_len
     while over > 0:
@@ -106,6 +106,6 @@ def task_batches(
     written or tagged `[B, T]`, -100 on all that does not count. Raises `ValueError` for a batch size below 1.
     """
     if batch_size < 1:
-        raise ValueError(f"task_batches: batch_size is {batch_size}, wanted at least 1")
+        raise ValueError(f"task_batches: batch_size is {batch_size}; expected at least 1")
     for first in range(0, len(examples), batch_size):
         yield task_batch(examples[first : first + batch_size], pad_token, numbers)

@@ -21,11 +21,11 @@ def mask_tokens(
     section 3.1.
     """
     if tokens.dim() != 2:
-        raise ValueError(f"mask_tokens: tokens has shape {list(tokens.shape)}, wanted [B, T]")
+        raise ValueError(f"mask_tokens: tokens has shape {list(tokens.shape)}; expected [B, T]")
     if ordinary.numel() == 0:
-        raise ValueError("mask_tokens: ordinary is empty, wanted the ids that may be hidden")
+        raise ValueError("mask_tokens: ordinary is empty; expected the ids that may be hidden")
     if not 0 <= rate <= 1:
-        raise ValueError(f"mask_tokens: rate is {rate}, wanted a share in [0, 1]")
+        raise ValueError(f"mask_tokens: rate is {rate}; expected a share in [0, 1]")
     place = torch.searchsorted(ordinary, tokens).clamp_(max=ordinary.numel() - 1)
     eligible = ordinary[place] == tokens
     draw = torch.rand(tokens.shape, generator=generator).masked_fill_(~eligible, 2.0)

@@ -216,7 +216,7 @@ def _text_label(path: Path, place: str, column: str, value: object) -> str | Non
         value = value["text"]
     if isinstance(value, list):
         if not all(isinstance(answer, str) for answer in value):
-            raise ValueError(f"{path}, {place}: column {column!r} holds {value!r}; wanted a text or a list of texts")
+            raise ValueError(f"{path}, {place}: column {column!r} holds {value!r}; expected a text or a list of texts")
         value = value[0] if value else ""
     if isinstance(value, (str, int)):
         return str(value)
@@ -273,7 +273,7 @@ def _more(path: Path, place: str, columns: Sequence[str], row: Row) -> list[str]
     """Return the further texts of a row."""
     more = [part for column in columns for part in _listed(row[column])]
     if not all(isinstance(part, str) for part in more):
-        raise ValueError(f"{path}, {place}: columns {', '.join(map(repr, columns))} hold {more!r}; wanted texts")
+        raise ValueError(f"{path}, {place}: columns {', '.join(map(repr, columns))} hold {more!r}; expected texts")
     return [str(part) for part in more]
 
 

@@ -56,7 +56,7 @@ def token_files(paths: Sequence[Path]) -> list[Path]:
         text += [] if inside else [path]
     if found and text:
         raise ValueError(
-            f"--data {text[0]}: no token file, and {found[0]} is one; wanted text alone or token files alone"
+            f"--data {text[0]}: no token file, and {found[0]} is one; expected text alone or token files alone"
         )
     return found
 

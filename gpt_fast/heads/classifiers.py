@@ -142,7 +142,7 @@ class TaskHead(Head):
     def _check_rows(self, tokens: Tensor, there: Tensor, wanted: str) -> None:
         if ops.values_checked(tokens) and not bool(there.any(1).all()):
             row = int((~there.any(1)).nonzero()[0])
-            raise ValueError(f"{type(self).__name__}: row {row} of tokens has none, wanted {wanted} to read")
+            raise ValueError(f"{type(self).__name__}: row {row} of tokens has none; expected {wanted} to read")
 
     def _problem_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of one class, of numbers or of several classes, as the configuration says."""
@@ -150,7 +150,7 @@ class TaskHead(Head):
         if self.config.problem == "regression":
             if labels.shape != (B, L) and not (L == 1 and labels.shape == (B,)):
                 raise ValueError(
-                    f"{type(self).__name__}: labels has shape {list(labels.shape)}, wanted {[B, L]} to regress"
+                    f"{type(self).__name__}: labels has shape {list(labels.shape)}; expected {[B, L]} to regress"
                 )
             return F.mse_loss(scores.float(), labels.view(B, L).float())
         if self.config.problem == "multi_label":
@@ -191,8 +191,8 @@ class TaskHead(Head):
     def _check_classes(self, classes: Tensor, L: int) -> None:
         if ops.values_checked(classes) and len(classes) and not (0 <= int(classes.min()) and int(classes.max()) < L):
             raise ValueError(
-                f"{type(self).__name__}: labels hold {int(classes.min())} to {int(classes.max())}, "
-                f"wanted classes in [0, {L})"
+                f"{type(self).__name__}: labels hold {int(classes.min())} to {int(classes.max())}; "
+                f"expected classes in [0, {L})"
             )
 
 
@@ -294,7 +294,7 @@ class GPTForTokenClassification(TaskHead):
 
     def __init__(self, config: GPTConfig):
         if config.problem != "classification":
-            raise ValueError(f'GPTForTokenClassification: problem is {config.problem!r}, wanted "classification"')
+            raise ValueError(f'GPTForTokenClassification: problem is {config.problem!r}; expected "classification"')
         super().__init__(config, config.num_labels)
 
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
@@ -339,7 +339,7 @@ class GPTForQuestionAnswering(TaskHead):
         self._check_labels(labels, (len(scores), 2))
         losses = [self._labelled_loss(scores[:, i], labels[:, i]) / 2 for i in (0, 1)]
         if ops.values_checked(labels) and not bool((real.gather(1, labels.clamp(min=0)) | (labels < 0)).all()):
-            raise ValueError("GPTForQuestionAnswering: labels point at padding, wanted tokens of the answer")
+            raise ValueError("GPTForQuestionAnswering: labels point at padding; expected tokens of the answer")
         return losses
 
     def _task_counts(self, labels: Tensor, real: Tensor) -> list[Tensor]:

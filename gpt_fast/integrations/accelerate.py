@@ -87,7 +87,7 @@ def restore(model: nn.Module) -> nn.Module:
         if not _plain.has_own_forward(module):
             raise ValueError(
                 f"restore: the forward of {name or 'the model'} ({type(module).__name__}) was wrapped after "
-                "accelerate, wanted it as accelerate left it: unwrap the model first"
+                "accelerate; expected it as accelerate left it: unwrap the model first"
             )
     for _, module in modules:
         _undo(module)

@@ -80,7 +80,7 @@ def register() -> None:
     """
     if not _HAS_REGISTRY:
         raise RuntimeError(
-            f"sdpa.register: torch {torch.__version__} has no registry that restores, wanted 2.11 or later"
+            f"sdpa.register: torch {torch.__version__} has no registry that restores; expected 2.11 or later"
         )
     torch_attention.register_flash_attention_impl(NAME, register_fn=_activate)
 
@@ -117,7 +117,7 @@ def report() -> Calls:
     calls count when they are traced. Raises `RuntimeError` where this implementation is not active.
     """
     if not _ACTIVE:
-        raise RuntimeError('sdpa.report: "gpt_fast" is not active, wanted sdpa.activate() before')
+        raise RuntimeError('sdpa.report: "gpt_fast" is not active; expected sdpa.activate() before')
     return _ACTIVE[0][1]
 
 

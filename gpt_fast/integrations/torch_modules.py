@@ -238,7 +238,7 @@ def _why_not(parts: Parts) -> str | None:
     if not attn._qkv_same_embed_dim or attn.bias_k is not None or attn.add_zero_attn:
         return "its attention has other widths for keys or values, or extra keys"
     if attn.head_dim > MAX_HEAD_DIM:
-        return f"has heads of {attn.head_dim}, wanted at most {MAX_HEAD_DIM}"
+        return f"has heads of {attn.head_dim}; expected at most {MAX_HEAD_DIM}"
     return None
 
 

@@ -118,19 +118,19 @@ def same_device(op: str, **tensors: Tensor | None) -> None:
         return
     if len({tensor.device for tensor in given.values()}) > 1:
         got = ", ".join(f"{name} on {tensor.device}" for name, tensor in given.items())
-        raise ValueError(f"gpt_fast.{op}: got {got}, wanted one device for all of them")
+        raise ValueError(f"gpt_fast.{op}: got {got}; expected one device for all of them")
 
 
 def shape(op: str, name: str, tensor: Tensor | None, wanted: tuple, why: str) -> None:
     """The tensor, if given, has this shape; `why` says in words where the sizes come from."""
     if tensor is not None and tuple(tensor.shape) != tuple(wanted):
-        raise ValueError(f"gpt_fast.{op}: {name} has shape {list(tensor.shape)}, wanted {list(wanted)}: {why}")
+        raise ValueError(f"gpt_fast.{op}: {name} has shape {list(tensor.shape)}; expected {list(wanted)}: {why}")
 
 
 def dimensions(op: str, name: str, tensor: Tensor, wanted: str) -> None:
     """The tensor has as many dimensions as `wanted`, a list of size names such as "[B, H, T, D]"."""
     if tensor.dim() != wanted.count(",") + 1:
-        raise ValueError(f"gpt_fast.{op}: {name} has shape {list(tensor.shape)}, wanted {wanted}")
+        raise ValueError(f"gpt_fast.{op}: {name} has shape {list(tensor.shape)}; expected {wanted}")
 
 
 def probability(op: str, name: str, p: float) -> None:

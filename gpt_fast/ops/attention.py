@@ -113,7 +113,7 @@ def attention_qkv(
     _checks.floating("attention_qkv", qkv=qkv)
     if num_heads < 1 or qkv.shape[2] % (3 * num_heads):
         raise ValueError(
-            f"gpt_fast.attention_qkv: qkv has shape {list(qkv.shape)}, wanted [B, T, 3C] with C a multiple of "
+            f"gpt_fast.attention_qkv: qkv has shape {list(qkv.shape)}; expected [B, T, 3C] with C a multiple of "
             f"num_heads = {num_heads}"
         )
     q, k, v = reference.split_qkv(qkv, num_heads)
@@ -135,9 +135,9 @@ def _options(
     _checks.integer("attention", site=site)
     B, H, _, D = q.shape
     if not 1 <= D <= MAX_HEAD_DIM:
-        raise ValueError(f"gpt_fast.attention: head size is {D}, wanted 1 to {MAX_HEAD_DIM}")
+        raise ValueError(f"gpt_fast.attention: head size is {D}; expected 1 to {MAX_HEAD_DIM}")
     if causal and T > S:
-        raise ValueError(f"gpt_fast.attention: {T} queries and {S} keys, wanted no more queries than keys if causal")
+        raise ValueError(f"gpt_fast.attention: {T} queries and {S} keys; expected no more queries than keys if causal")
     _checks.integral("attention", lengths=lengths, cu_seqlens=cu_seqlens)
     _checks.boolean("attention", key_mask=key_mask, mask=mask)
     _checks.same_device("attention", q=q, lengths=lengths, key_mask=key_mask, mask=mask, cu_seqlens=cu_seqlens)
@@ -148,12 +148,12 @@ def _options(
         or any(got not in (1, wanted) for got, wanted in zip(mask.shape[::-1], (S, T, H, B), strict=False))
     ):
         raise ValueError(
-            f"gpt_fast.attention: mask has shape {list(mask.shape)}, wanted one broadcastable to {[B, H, T, S]}"
+            f"gpt_fast.attention: mask has shape {list(mask.shape)}; expected one broadcastable to {[B, H, T, S]}"
         )
     if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or B != 1 or T != S):
         raise ValueError(
             f"gpt_fast.attention: cu_seqlens of shape {list(cu_seqlens.shape)} with batch {B}, {T} queries and {S} "
-            "keys, wanted [n + 1], a batch of 1 and as many queries as keys"
+            "keys; expected [n + 1], a batch of 1 and as many queries as keys"
         )
     if window is not None:
         _checks.integer("attention", window=window)

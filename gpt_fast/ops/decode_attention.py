@@ -46,9 +46,11 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
     _checks.integral(op, lengths=lengths)
     _checks.same_device(op, q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
     if not 1 <= D <= MAX_HEAD_DIM:
-        raise ValueError(f"gpt_fast.{op}: head size is {D}, wanted 1 to {MAX_HEAD_DIM}")
+        raise ValueError(f"gpt_fast.{op}: head size is {D}; expected 1 to {MAX_HEAD_DIM}")
     if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
-        raise ValueError(f"gpt_fast.{op}: an input requires a gradient, wanted none: use attention, or torch.no_grad()")
+        raise ValueError(
+            f"gpt_fast.{op}: an input requires a gradient; expected none: use attention, or torch.no_grad()"
+        )
     if _library.values_checked(lengths) and not _library.kernel_checks(op, q):
         _checks.values_below(op, "lengths", lengths, S + 1)
     if _library.runs_reference(op, q):

@@ -58,22 +58,22 @@ def embedding(
     _checks.dimensions("embedding", "token_weight", token_weight, "[V, C]")
     _checks.dimensions("embedding", "position_weight", position_weight, "[P, C]")
     if tokens.dim() == 0:
-        raise ValueError("gpt_fast.embedding: tokens has no dimension, wanted [..., T]")
+        raise ValueError("gpt_fast.embedding: tokens has no dimension; expected [..., T]")
     if token_weight.shape[1] != position_weight.shape[1]:
         raise ValueError(
             f"gpt_fast.embedding: token_weight {list(token_weight.shape)} and position_weight "
-            f"{list(position_weight.shape)} differ in width, wanted [V, C] and [P, C]"
+            f"{list(position_weight.shape)} differ in width; expected [V, C] and [P, C]"
         )
     _checks.probability("embedding", "dropout_p", dropout_p)
     _checks.seed("embedding", seed, token_weight.device)
     T, P = tokens.shape[-1], position_weight.shape[0]
     if positions is None:
         if T > P:
-            raise ValueError(f"gpt_fast.embedding: {T} tokens in a row, wanted at most {P}, the positions there are")
+            raise ValueError(f"gpt_fast.embedding: {T} tokens in a row; expected at most {P}, the positions there are")
         positions = torch.arange(T, device=tokens.device)
     elif positions.shape not in (tokens.shape, tokens.shape[-1:]):
         raise ValueError(
-            f"gpt_fast.embedding: positions has shape {list(positions.shape)}, wanted {list(tokens.shape)} or [{T}]"
+            f"gpt_fast.embedding: positions has shape {list(positions.shape)}; expected {list(tokens.shape)} or [{T}]"
         )
     elif _library.values_checked(positions) and not _library.kernel_checks("embedding", token_weight):
         _checks.values_below("embedding", "positions", positions, P)

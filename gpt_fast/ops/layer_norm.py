@@ -50,11 +50,11 @@ def check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, e
         _checks.same_device(op, x=x, weight=weight, bias=bias)
         _checks.same_dtype(op, weight=weight, bias=bias)
     if x.dim() == 0:
-        raise ValueError(f"gpt_fast.{op}: x has no dimension, wanted [..., C]")
+        raise ValueError(f"gpt_fast.{op}: x has no dimension; expected [..., C]")
     _checks.shape(op, "weight", weight, x.shape[-1:], "the last dimension of x")
     _checks.shape(op, "bias", bias, x.shape[-1:], "the last dimension of x")
     if bias is not None and weight is None:
-        raise ValueError(f"gpt_fast.{op}: got a bias and no weight, wanted both, the weight alone or neither")
+        raise ValueError(f"gpt_fast.{op}: got a bias and no weight; expected both, the weight alone or neither")
     if not _checks.is_number(eps) or not eps > 0:
         raise ValueError(f"gpt_fast.{op}: eps is {eps!r}; expected a positive number")
 

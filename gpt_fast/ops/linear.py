@@ -40,7 +40,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _checks.floating_alike("linear", x=x, weight=weight, bias=bias)
     _checks.dimensions("linear", "weight", weight, "[N, C]")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"gpt_fast.linear: x has shape {list(x.shape)}, wanted [..., {weight.shape[1]}] as weight")
+        raise ValueError(f"gpt_fast.linear: x has shape {list(x.shape)}; expected [..., {weight.shape[1]}] as weight")
     _checks.shape("linear", "bias", bias, weight.shape[:1], "the rows of weight")
     if not _library.has_kernel("linear", x):
         return F.linear(x, weight, bias)

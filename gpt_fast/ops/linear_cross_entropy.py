@@ -63,13 +63,13 @@ def linear_cross_entropy(
     _checks.same_device(op, x=x, weight=weight, target=target, bias=bias)
     _checks.dimensions(op, "weight", weight, "[V, C]")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"gpt_fast.{op}: x has shape {list(x.shape)}, wanted [..., {weight.shape[1]}] as weight")
+        raise ValueError(f"gpt_fast.{op}: x has shape {list(x.shape)}; expected [..., {weight.shape[1]}] as weight")
     if target.dtype != torch.int64:
         raise ValueError(f"gpt_fast.{op}: target has dtype {_checks.short(target.dtype)}; expected int64")
     _checks.shape(op, "target", target, x.shape[:-1], "one class for each row of x")
     _checks.shape(op, "bias", bias, weight.shape[:1], "the rows of weight")
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise ValueError(f"gpt_fast.{op}: reduction is {reduction!r}, wanted one of {', '.join(REDUCTIONS)}")
+        raise ValueError(f"gpt_fast.{op}: reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
     if not _checks.is_number(label_smoothing) or not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"gpt_fast.{op}: label_smoothing is {label_smoothing!r}; expected a number in [0, 1]")
     if _library.values_checked(target) and not _library.kernel_checks(op, x):

@@ -79,10 +79,12 @@ def mlp(
     _checks.dimensions("mlp", "fc_weight", fc_weight, "[F, C]")
     _checks.dimensions("mlp", "proj_weight", proj_weight, "[C', F]")
     if x.dim() == 0 or x.shape[-1] != fc_weight.shape[1]:
-        raise ValueError(f"gpt_fast.mlp: x has shape {list(x.shape)}, wanted [..., {fc_weight.shape[1]}] as fc_weight")
+        raise ValueError(
+            f"gpt_fast.mlp: x has shape {list(x.shape)}; expected [..., {fc_weight.shape[1]}] as fc_weight"
+        )
     if proj_weight.shape[1] != fc_weight.shape[0]:
         raise ValueError(
-            f"gpt_fast.mlp: proj_weight has shape {list(proj_weight.shape)}, wanted [C', {fc_weight.shape[0]}] "
+            f"gpt_fast.mlp: proj_weight has shape {list(proj_weight.shape)}; expected [C', {fc_weight.shape[0]}] "
             "to follow fc_weight"
         )
     _checks.shape("mlp", "fc_bias", fc_bias, fc_weight.shape[:1], "the rows of fc_weight")

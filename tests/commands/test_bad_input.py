@@ -1,4 +1,4 @@
-"""What `gpt-fast` refuses: exit code 2, one line that says what came and what is wanted, nothing left on the disk."""
+"""What `gpt-fast` refuses: exit code 2, one line that says what came and what is expected, nothing left on the disk."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ def files(folder: Path) -> dict[str, float]:
 
 
 def refuse(result: Result, *messages: str) -> None:
-    """Exit code 2, nothing on stdout, and an error of one line that says what came and what is wanted."""
+    """Exit code 2, nothing on stdout, and an error of one line that says what came and what is expected."""
     assert result.code == 2, result
     assert "Traceback" not in result.err
     assert result.out == ""

@@ -217,7 +217,7 @@ def test_masking_rates():
 @pytest.mark.parametrize(
     ("shape", "ordinary", "rate", "message"),
     [
-        ((3,), 5, 0.15, r"shape \[3\], wanted \[B, T\]"),
+        ((3,), 5, 0.15, r"shape \[3\]; expected \[B, T\]"),
         ((1, 3), 0, 0.15, "ordinary is empty"),
         ((1, 3), 5, 1.5, "rate is 1.5"),
     ],
@@ -318,7 +318,7 @@ def test_packing_documents():
 def test_unigram_entropy():
     assert batches.unigram_entropy(np.array([0, 2, 0, 2])) == pytest.approx(0.6931472)
     assert batches.unigram_entropy(np.ones(64)) == pytest.approx(4.158883)
-    with pytest.raises(ValueError, match="wanted a text of one token or more"):
+    with pytest.raises(ValueError, match="expected a text of one token or more"):
         batches.unigram_entropy(np.zeros(4))
 
 
@@ -344,7 +344,7 @@ def test_task_input(texts, seq_len, wanted):
 
 def test_task_input_needs_room_for_its_marks():
     assert example_batches.task_input([[7], [8]], 3, MARKS) == [2, 3, 4]
-    with pytest.raises(ValueError, match="2 texts in 2 positions, wanted at least 3"):
+    with pytest.raises(ValueError, match="2 texts in 2 positions; expected at least 3"):
         example_batches.task_input([[7], [8]], 2, MARKS)
 
 
@@ -369,5 +369,5 @@ def test_task_batches():
     written = example_batches.task_batch([Example([[2, 7, 3, 8, 4]], answer=3), Example([[2, 3, 4]], answer=2)], 0)
     assert written.labels.tolist() == [[-100, -100, -100, 8, 4], [-100, -100, 4, -100, -100]]
     assert written.weight == 3
-    with pytest.raises(ValueError, match="batch_size is 0, wanted at least 1"):
+    with pytest.raises(ValueError, match="batch_size is 0; expected at least 1"):
         list(example_batches.task_batches([Example([[2, 4]])], 0, 0))

@@ -890,7 +890,7 @@ def test_other_models_are_named(bad) -> None:
 def test_heads_too_wide_for_the_kernels() -> None:
     model = make("GPT2Model", n_embd=257, n_head=1)
     report = gpt_fast.accelerate(model)
-    assert [(entry.name, entry.reason) for entry in report.left] == [("", "has heads of 257, wanted at most 256")]
+    assert [(entry.name, entry.reason) for entry in report.left] == [("", "has heads of 257; expected at most 256")]
 
 
 @pytest.mark.parametrize("after", [0, 1, 3, 5])

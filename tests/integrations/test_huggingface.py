@@ -112,9 +112,9 @@ def test_half_precision_weights_stay_what_they_are():
     ("options", "message"),
     [
         ({"activation_function": "silu"}, "activation is 'silu'; expected one of relu, gelu"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True, wanted False"),
-        ({"scale_attn_weights": False}, "scale_attn_weights is False, wanted True"),
-        ({"add_cross_attention": True}, "add_cross_attention is True, wanted False"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True; expected False"),
+        ({"scale_attn_weights": False}, "scale_attn_weights is False; expected True"),
+        ({"add_cross_attention": True}, "add_cross_attention is True; expected False"),
     ],
 )
 def test_options_this_library_does_not_have(options, message):
@@ -123,7 +123,7 @@ def test_options_this_library_does_not_have(options, message):
 
 
 def test_other_models_are_named():
-    with pytest.raises(TypeError, match="got Linear, wanted one of transformers' GPT-2 or GPT-1 models"):
+    with pytest.raises(TypeError, match="got Linear; expected one of transformers' GPT-2 or GPT-1 models"):
         GPTForCausalLM.from_hf(torch.nn.Linear(2, 2))
 
 
@@ -215,7 +215,7 @@ def test_multiple_choice_is_double_heads(name, tied):
         ):
             GPTForMultipleChoice.from_hf(theirs)
     theirs.config.summary_type = "mean"
-    with pytest.raises(ValueError, match="summary_type is 'mean', wanted 'cls_index'"):
+    with pytest.raises(ValueError, match="summary_type is 'mean'; expected 'cls_index'"):
         GPTForMultipleChoice.from_hf(theirs)
 
 
@@ -281,7 +281,9 @@ def test_similarity_takes_what_there_is_and_has_no_counterpart(name):
     trunk = theirs.transformer if "Sequence" in name else theirs
     states = trunk(given).last_hidden_state[:, -1] + trunk(given.flip(1)).last_hidden_state[:, -1]
     torch.testing.assert_close(ours(torch.stack((given, given.flip(1)), 1)).logits, ours.classifier(states))
-    with pytest.raises(ValueError, match="transformers has no .* GPTForSimilarity, wanted one of GPTModel, GPTForCaus"):
+    with pytest.raises(
+        ValueError, match="transformers has no .* GPTForSimilarity; expected one of GPTModel, GPTForCaus"
+    ):
         ours.to_hf()
 
 
@@ -432,7 +434,7 @@ def test_convert_says_what_is_wrong(cli, tmp_path):
             (),
             "a OpenAIGPTModel, which has none of this library's heads; --head clm, mlm, classifier",
         ),
-        ("trunk", ("--head", "lm"), "--head lm: wanted one of clm, mlm, classifier"),
+        ("trunk", ("--head", "lm"), "--head lm: expected one of clm, mlm, classifier"),
         ("silu", (), "activation is 'silu'"),
         ("biased", (), "GPT2LMHeadModel cannot hold an output bias"),
         ("biased", ("--head", "clm"), "is no transformers folder"),

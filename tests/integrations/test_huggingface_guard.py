@@ -305,7 +305,7 @@ def test_a_class_of_ones_own_is_refused():
             return out
 
     config = hf_models.make("GPT2LMHeadModel").config
-    with pytest.raises(TypeError, match="got Halved, wanted one of transformers' GPT-2 or GPT-1 models"):
+    with pytest.raises(TypeError, match="got Halved; expected one of transformers' GPT-2 or GPT-1 models"):
         GPTForCausalLM.from_hf(Halved(config))
 
 

@@ -211,7 +211,7 @@ def test_restored_bit_for_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(before, during, strict=True))
     sdpa.restore()  # nothing active: no warning, no error
-    with pytest.raises(RuntimeError, match=r"not active, wanted sdpa\.activate"):
+    with pytest.raises(RuntimeError, match=r"not active; expected sdpa\.activate"):
         sdpa.report()
 
 

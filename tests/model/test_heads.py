@@ -281,7 +281,7 @@ def test_classifier_reads_the_extract_token():
     out = head(tokens).logits
     assert torch.allclose(out[0], head(tokens[:1, :6]).logits[0], atol=1e-5)
     assert torch.allclose(out[1], head(tokens[1:]).logits[0], atol=1e-5)
-    with pytest.raises(ValueError, match=r"row 1 of tokens has none, wanted an extract token \(60\)"):
+    with pytest.raises(ValueError, match=r"row 1 of tokens has none; expected an extract token \(60\)"):
         head(torch.tensor([[60, 1], [2, 3]]))
 
 
@@ -408,9 +408,9 @@ def test_they_learn_drop_out_and_join_losses(name):
             r"is int64 \[3, 8\]; expected int64 \[3, 9\]",
         ),
         ("GPTForTokenClassification", torch.zeros(3, 9), r"is float32 \[3, 9\]; expected int64 \[3, 9\]"),
-        ("GPTForTokenClassification", torch.full((3, 9), 2), r"hold 0 to 2, wanted classes in \[0, 2\)"),
+        ("GPTForTokenClassification", torch.full((3, 9), 2), r"hold 0 to 2; expected classes in \[0, 2\)"),
         ("GPTForQuestionAnswering", torch.zeros(3).long(), r"is int64 \[3\]; expected int64 \[3, 2\]"),
-        ("GPTForQuestionAnswering", torch.full((3, 2), 9), r"hold 9 to 9, wanted classes in \[0, 9\)"),
+        ("GPTForQuestionAnswering", torch.full((3, 2), 9), r"hold 9 to 9; expected classes in \[0, 9\)"),
         ("GPTForQuestionAnswering", torch.full((3, 2), 6), "point at padding"),
     ],
 )
@@ -421,10 +421,10 @@ def test_labels_they_refuse(name, labels, message):
 
 def test_what_else_they_refuse():
     with pytest.raises(
-        ValueError, match=r"GPTForTokenClassification: problem is 'regression', wanted \"classification"
+        ValueError, match=r"GPTForTokenClassification: problem is 'regression'; expected \"classification"
     ):
         build(GPTForTokenClassification, problem="regression")
-    with pytest.raises(ValueError, match="GPTForQuestionAnswering: row 1 of tokens has none, wanted a real token"):
+    with pytest.raises(ValueError, match="GPTForQuestionAnswering: row 1 of tokens has none; expected a real token"):
         build(GPTForQuestionAnswering)(tokens_of(), lengths=torch.tensor([3, 0, 2]))
 
 

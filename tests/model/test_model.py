@@ -285,7 +285,7 @@ def test_bad_input(call, message):
     ("changes", "message"),
     [
         pytest.param({"hidden_dim": 50}, "hidden_dim 50 is not divisible by num_heads 4", id="heads"),
-        pytest.param({"hidden_dim": 2048}, "heads of 512, wanted at most 256", id="head_size"),
+        pytest.param({"hidden_dim": 2048}, "heads of 512; expected at most 256", id="head_size"),
         pytest.param({"dropout": 1.0}, "dropout is 1.0", id="dropout_one"),
         pytest.param({"dropout": -0.1}, "dropout is -0.1", id="dropout_negative"),
         pytest.param({"num_layers": 0}, "num_layers is 0; expected a positive integer", id="layers"),
@@ -317,7 +317,7 @@ def test_presets_have_the_published_sizes(name, count):
 def test_preset_errors_and_overrides():
     with pytest.raises(ValueError, match=r"preset name is 'gpt5'; expected one of notes, gpt1, gpt2, gpt2-medium"):
         GPTConfig.preset("gpt5")
-    with pytest.raises(ValueError, match="got layers, wanted only num_tokens"):
+    with pytest.raises(ValueError, match="got layers; expected only num_tokens"):
         GPTConfig.preset("gpt2", layers=3)
     config = GPTConfig.preset("notes", dropout=0.25)
     assert (config.residual_dropout, config.ff_dropout, config.attention_dropout) == (0.25, 0.25, 0.0)

@@ -286,7 +286,7 @@ def test_fullgraph(device):
 
 
 BAD_INPUT = [
-    pytest.param(lambda x, r, w, b: (x, r[:-1], w, b), r"residual has shape \[3, 8\], wanted \[4, 8\]", id="shape"),
+    pytest.param(lambda x, r, w, b: (x, r[:-1], w, b), r"residual has shape \[3, 8\]; expected \[4, 8\]", id="shape"),
     pytest.param(lambda x, r, w, b: (x, r.int(), w, b), "residual has dtype int32", id="dtype"),
     pytest.param(lambda x, r, w, b: (x, r, w, b, EPS, 1.0), "dropout_p is 1.0", id="p_of_one"),
     pytest.param(lambda x, r, w, b: (x, r, w, b, EPS, -0.1), "dropout_p is -0.1", id="negative_p"),

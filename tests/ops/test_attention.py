@@ -776,7 +776,7 @@ def test_memory_is_linear_in_the_length(dropout_p, device, implementation):
 
 LONG = torch.tensor
 BAD_INPUT = [
-    pytest.param(lambda q, k, v: ((q[0], k, v), {}), r"q has shape \[3, 10, 8\], wanted \[B, H, T, D\]", id="q_3d"),
+    pytest.param(lambda q, k, v: ((q[0], k, v), {}), r"q has shape \[3, 10, 8\]; expected \[B, H, T, D\]", id="q_3d"),
     pytest.param(lambda q, k, v: ((q, k[:, :1], v), {}), r"k has shape \[2, 1, 12, 8\]", id="k_heads"),
     pytest.param(lambda q, k, v: ((q, k, v[:, :, 1:]), {}), r"v has shape \[2, 3, 11, 8\]", id="v_keys"),
     pytest.param(lambda q, k, v: ((q.long(), k, v), {}), "q has dtype int64", id="dtype"),
@@ -820,7 +820,10 @@ def test_bad_input(spoil, message, device):
 
 
 def test_bad_packed_projection(device):
-    for shape, heads, message in (((2, 5, 20), 2, "a multiple of num_heads = 2"), ((2, 5), 1, r"wanted \[B, T, 3C\]")):
+    for shape, heads, message in (
+        ((2, 5, 20), 2, "a multiple of num_heads = 2"),
+        ((2, 5), 1, r"expected \[B, T, 3C\]"),
+    ):
         with pytest.raises(ValueError, match=f"attention_qkv: qkv has shape .*{message}"):
             ops.attention_qkv(torch.randn(shape, device=device), heads)
 

@@ -200,10 +200,10 @@ def bad(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"q": torch.randn(2, 2, 1, 4)}, r"q has shape \[2, 2, 1, 4\], wanted \[B, H, D\]"),
-        ({"k_cache": torch.randn(2, 3, 5, 4)}, r"k_cache has shape \[2, 3, 5, 4\], wanted \[2, 2, 5, 4\]"),
-        ({"v_cache": torch.randn(2, 2, 6, 4)}, r"v_cache has shape \[2, 2, 6, 4\], wanted \[2, 2, 5, 4\]"),
-        ({"lengths": torch.tensor([1])}, r"lengths has shape \[1\], wanted \[2\]"),
+        ({"q": torch.randn(2, 2, 1, 4)}, r"q has shape \[2, 2, 1, 4\]; expected \[B, H, D\]"),
+        ({"k_cache": torch.randn(2, 3, 5, 4)}, r"k_cache has shape \[2, 3, 5, 4\]; expected \[2, 2, 5, 4\]"),
+        ({"v_cache": torch.randn(2, 2, 6, 4)}, r"v_cache has shape \[2, 2, 6, 4\]; expected \[2, 2, 5, 4\]"),
+        ({"lengths": torch.tensor([1])}, r"lengths has shape \[1\]; expected \[2\]"),
         ({"lengths": torch.tensor([1.0, 2.0])}, "lengths has dtype float32"),
         ({"lengths": torch.tensor([1, 6])}, r"lengths holds 6; expected values in \[0, 6\)"),
         ({"lengths": torch.tensor([-1, 5])}, r"lengths holds -1; expected values in \[0, 6\)"),
@@ -250,7 +250,7 @@ def test_offsets_beyond_2_to_the_31(device, far_apart):
 
 
 def test_refuses_heads_that_are_too_large():
-    with pytest.raises(ValueError, match="head size is 257, wanted 1 to 256"):
+    with pytest.raises(ValueError, match="head size is 257; expected 1 to 256"):
         ops.decode_attention(*inputs(1, 1, 2, 257))
 
 

@@ -243,9 +243,11 @@ def id_tensor(*values):
 BAD_INPUT = [
     pytest.param(lambda t, w, p: (t.float(), w, p), "tokens has dtype float32", id="token_dtype"),
     pytest.param(lambda t, w, p: (t, w, p.half()), "position_weight has dtype float16", id="mixed_dtypes"),
-    pytest.param(lambda t, w, p: (t, w[0], p), r"token_weight has shape \[8\], wanted \[V, C\]", id="table_dimensions"),
+    pytest.param(
+        lambda t, w, p: (t, w[0], p), r"token_weight has shape \[8\]; expected \[V, C\]", id="table_dimensions"
+    ),
     pytest.param(lambda t, w, p: (t, w, p[:, 1:]), "differ in width", id="widths"),
-    pytest.param(lambda t, w, p: (t, w, p[:2]), "3 tokens in a row, wanted at most 2", id="too_long"),
+    pytest.param(lambda t, w, p: (t, w, p[:2]), "3 tokens in a row; expected at most 2", id="too_long"),
     pytest.param(lambda t, w, p: (t, w, p, t[:, :2]), r"positions has shape \[2, 2\]", id="position_shape"),
     pytest.param(lambda t, w, p: (t, w, p, None, 1.5), "dropout_p is 1.5", id="probability"),
     pytest.param(lambda t, w, p: (id_tensor(0, 5, 1), w, p), r"tokens holds 5; expected values in \[0, 5\)", id="high"),

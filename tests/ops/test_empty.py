@@ -164,7 +164,7 @@ def test_attention(B, H, T, S, D, option, dtype, device):
         "dropout": {"causal": False, "dropout_p": 0.5, "seed": torch.tensor([7], device=device)},
     }[option]  # fmt: skip
     if D == 0 or (option == "causal" and T > S):
-        with pytest.raises(ValueError, match="head size is 0, wanted 1 to 256|3 queries and 0 keys"):
+        with pytest.raises(ValueError, match="head size is 0; expected 1 to 256|3 queries and 0 keys"):
             ops.attention(*tensors, **options)
         return
     check("attention", *tensors, **options)
@@ -174,7 +174,7 @@ def test_attention(B, H, T, S, D, option, dtype, device):
 def test_attention_qkv(B, T, C, dtype, device):
     qkv = leaf(dtype, device, B, T, 3 * C)
     if C == 0:
-        with pytest.raises(ValueError, match="head size is 0, wanted 1 to 256"):
+        with pytest.raises(ValueError, match="head size is 0; expected 1 to 256"):
             ops.attention_qkv(qkv, 2)
         return
     check("attention_qkv", qkv, 2)
@@ -196,7 +196,7 @@ def test_decode_attention(B, H, S, D, dtype, device):
     q, k, v = (tensor.detach() for tensor in tensors)
     lengths = torch.full((B,), S, device=device)
     if D == 0:
-        with pytest.raises(ValueError, match="head size is 0, wanted 1 to 256"):
+        with pytest.raises(ValueError, match="head size is 0; expected 1 to 256"):
             ops.decode_attention(q, k, v, lengths)
         return
     got = ops.decode_attention(q, k, v, lengths)

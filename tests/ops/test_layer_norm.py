@@ -85,7 +85,7 @@ def test_the_widest_rows(device, implementation):
     numerics.assert_rounded_once(ops.layer_norm(x, weight, bias, EPS), exact, conditioning=delta)
     x = torch.zeros(1, 65537, device=device)
     if implementation == "triton":
-        with pytest.raises(ValueError, match=r"layer_norm: rows have 65537 columns, wanted at most 65536"):
+        with pytest.raises(ValueError, match=r"layer_norm: rows have 65537 columns; expected at most 65536"):
             ops.layer_norm(x)
     else:
         assert (ops.layer_norm(x) == 0).all()
@@ -371,9 +371,9 @@ def test_layer_has_the_stock_layers_constructor_and_state(device):
 
 BAD_INPUT = [
     pytest.param(lambda x, w, b: (x.long(), w, b), "x has dtype int64", id="dtype"),
-    pytest.param(lambda x, w, b: (x, w[:-1], b), r"weight has shape \[7\], wanted \[8\]", id="weight_shape"),
-    pytest.param(lambda x, w, b: (x, w, b[:7]), r"bias has shape \[7\], wanted \[8\]", id="bias_length"),
-    pytest.param(lambda x, w, b: (x, w, b[:, None]), r"bias has shape \[8, 1\], wanted \[8\]", id="bias_shape"),
+    pytest.param(lambda x, w, b: (x, w[:-1], b), r"weight has shape \[7\]; expected \[8\]", id="weight_shape"),
+    pytest.param(lambda x, w, b: (x, w, b[:7]), r"bias has shape \[7\]; expected \[8\]", id="bias_length"),
+    pytest.param(lambda x, w, b: (x, w, b[:, None]), r"bias has shape \[8, 1\]; expected \[8\]", id="bias_shape"),
     pytest.param(lambda x, w, b: (x, None, b), "a bias and no weight", id="bias_alone"),
     pytest.param(lambda x, w, b: (x, w, b.half()), "bias has dtype float16; expected float32", id="mixed_parameters"),
     pytest.param(lambda x, w, b: (x, w.to("meta"), b), "weight on meta", id="mixed_devices"),

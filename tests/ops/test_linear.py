@@ -211,8 +211,8 @@ BAD_INPUT = [
     pytest.param(lambda x, w, b: (x, w.half(), b), "weight has dtype float16; expected float32", id="mixed_dtypes"),
     pytest.param(lambda x, w, b: (x, w.to("meta"), b), "weight on meta", id="mixed_devices"),
     pytest.param(lambda x, w, b: (x, w[0], b), r"weight has shape \[12\]", id="weight_dimensions"),
-    pytest.param(lambda x, w, b: (x[:, :5], w, b), r"x has shape \[10, 5\], wanted \[..., 12\]", id="x_shape"),
-    pytest.param(lambda x, w, b: (x, w, b[1:]), r"bias has shape \[19\], wanted \[20\]", id="bias_shape"),
+    pytest.param(lambda x, w, b: (x[:, :5], w, b), r"x has shape \[10, 5\]; expected \[..., 12\]", id="x_shape"),
+    pytest.param(lambda x, w, b: (x, w, b[1:]), r"bias has shape \[19\]; expected \[20\]", id="bias_shape"),
 ]
 
 

@@ -519,11 +519,13 @@ BAD_INPUT = [
     pytest.param(lambda x, w, b, v, c: (x, w.to("meta"), b, v, c), "fc_weight on meta", id="mixed_devices"),
     pytest.param(lambda x, w, b, v, c: (x, w[0], b, v, c), r"fc_weight has shape \[12\]", id="fc_weight_dimensions"),
     pytest.param(lambda x, w, b, v, c: (x, w, b, v[None], c), r"proj_weight has shape \[1, 8, 20\]", id="proj_weight"),
-    pytest.param(lambda x, w, b, v, c: (x[:, :5], w, b, v, c), r"x has shape \[10, 5\], wanted \[..., 12\]", id="x"),
+    pytest.param(lambda x, w, b, v, c: (x[:, :5], w, b, v, c), r"x has shape \[10, 5\]; expected \[..., 12\]", id="x"),
     pytest.param(lambda x, w, b, v, c: (x[0, 0], w, b, v, c), r"x has shape \[\]", id="scalar"),
     pytest.param(lambda x, w, b, v, c: (x, w, b, v[:, 1:], c), r"proj_weight has shape \[8, 19\]", id="hidden_size"),
-    pytest.param(lambda x, w, b, v, c: (x, w, b[1:], v, c), r"fc_bias has shape \[19\], wanted \[20\]", id="fc_bias"),
-    pytest.param(lambda x, w, b, v, c: (x, w, b, v, c[:3]), r"proj_bias has shape \[3\], wanted \[8\]", id="proj_bias"),
+    pytest.param(lambda x, w, b, v, c: (x, w, b[1:], v, c), r"fc_bias has shape \[19\]; expected \[20\]", id="fc_bias"),
+    pytest.param(
+        lambda x, w, b, v, c: (x, w, b, v, c[:3]), r"proj_bias has shape \[3\]; expected \[8\]", id="proj_bias"
+    ),
     pytest.param(lambda *a: (*a, "swish"), "activation is 'swish'; expected one of relu", id="activation"),
     pytest.param(lambda *a: (*a, "relu", 1.0), "dropout_p is 1.0", id="certain_dropout"),
     pytest.param(lambda *a: (*a, "relu", -0.1), "dropout_p is -0.1", id="negative_dropout"),

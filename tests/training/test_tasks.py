@@ -111,7 +111,7 @@ def test_what_the_heads_refuse():
     with pytest.raises(ValueError, match=r"GPTForMultipleChoice: tokens is int64 \[2, 5\]; expected int64 \[B, K, T\]"):
         make(GPTForMultipleChoice)(torch.zeros(2, 5, dtype=torch.int64))
     tokens, lengths = several(2, 3)
-    with pytest.raises(ValueError, match=r"labels hold 0 to 3, wanted classes in \[0, 3\)"):
+    with pytest.raises(ValueError, match=r"labels hold 0 to 3; expected classes in \[0, 3\)"):
         make(GPTForMultipleChoice)(tokens, torch.tensor([0, 3]), lengths=lengths)
 
 

@@ -235,7 +235,7 @@ template <class MakeWorker, class Work>
 void run_tasks(int64_t count, const MakeWorker& make_worker, const Work& work) {
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(count, at::get_num_threads());
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
       if (next.load(std::memory_order_relaxed) >= count) return;
       auto worker = make_worker();

@@ -22,6 +22,7 @@
 #include <optional>
 #include <type_traits>
 
+#include "cpu/core/team.h"
 #include "philox.h"
 
 namespace gpt_fast {

@@ -186,12 +186,12 @@ class PackedRows {
   PackedRows(const Operand<scalar_t>& x, int64_t N, int64_t K) : PackedRows(N, K) {
     // Whole panels a task, and enough of them to be worth a thread.
     const int64_t step = 4 * kRows;
-    at::parallel_for(0, ceil_div(N, step), std::max<int64_t>(1, kGrain / (step * std::max<int64_t>(1, K))),
-                     [&](int64_t begin, int64_t end) {
-                       const int64_t first = begin * step, last = std::min(N, end * step);
-                       pack<kRows>(Operand<scalar_t>{x.data + first * x.stride_n, x.stride_n, x.stride_k}, last - first,
-                                   K, data() + first / kRows * stride, stride);
-                     });
+    parallel_for(0, ceil_div(N, step), std::max<int64_t>(1, kGrain / (step * std::max<int64_t>(1, K))),
+                 [&](int64_t begin, int64_t end) {
+                   const int64_t first = begin * step, last = std::min(N, end * step);
+                   pack<kRows>(Operand<scalar_t>{x.data + first * x.stride_n, x.stride_n, x.stride_k}, last - first, K,
+                               data() + first / kRows * stride, stride);
+                 });
   }
 
   float* data() const { return memory_.data(); }

@@ -25,7 +25,7 @@ inline void multiply_into(const PackedRows<scalar_t>& a, const Operand<scalar_t>
                           const float* bias, scalar_t* out, int64_t stride_out) {
   const int64_t M = a.rows, blocks = ceil_div(N, kBlock), pieces = row_pieces(M, blocks);
   const int64_t piece_rows = round_up(ceil_div(M, pieces), kRows);
-  at::parallel_for(0, blocks * pieces, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks * pieces, 1, [&](int64_t begin, int64_t end) {
     const BlockProduct product;
     const Buffer c(piece_rows * kBlock);
     for (int64_t task = begin; task < end; ++task) {
@@ -85,7 +85,7 @@ template <typename scalar_t>
 inline void add_column_sums(const Tensor& dy, float* sums) {
   const int64_t M = dy.size(0), N = dy.size(1);
   const scalar_t* rows = dy.const_data_ptr<scalar_t>();
-  at::parallel_for(0, N, std::max<int64_t>(kBlock, kGrain / std::max<int64_t>(M, 1)), [&](int64_t begin, int64_t end) {
+  parallel_for(0, N, std::max<int64_t>(kBlock, kGrain / std::max<int64_t>(M, 1)), [&](int64_t begin, int64_t end) {
     std::vector<float> buffer(end - begin), total(end - begin);
     for (int64_t i = 0; i < M; ++i) {
       const float* row = load_row(rows + i * dy.stride(0) + begin, buffer.data(), end - begin);

@@ -132,7 +132,7 @@ class ParameterGradients {
   // Calls body(begin, end, dweight, dbias) for each block of rows, with where to add that block's sums (or null).
   template <typename Body>
   void for_each_block(const Body& body) const {
-    at::parallel_for(0, blocks_, 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, blocks_, 1, [&](int64_t first, int64_t last) {
       for (int64_t block = first; block < last; ++block) {
         body(row_block_begin(block, blocks_, M_), row_block_begin(block + 1, blocks_, M_), zeros(dweight_, block),
              zeros(dbias_, block));
@@ -156,7 +156,7 @@ class ParameterGradients {
     const at::Tensor sums = at::empty({N_}, options_.dtype(at::kFloat));
     const float* partial_data = partial.const_data_ptr<float>();
     float* sums_data = sums.mutable_data_ptr<float>();
-    at::parallel_for(0, N_, kColumnGrain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, N_, kColumnGrain, [&](int64_t begin, int64_t end) {
       for_each_vector(end - begin, [&](int64_t j, int64_t count) {
         Vec sum(0.0f);
         for (int64_t block = 0; block < blocks_; ++block) {

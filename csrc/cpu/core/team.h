@@ -19,11 +19,14 @@
 #include <sched.h>
 #endif
 
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <fstream>
 #include <functional>
 #include <memory>
@@ -57,6 +60,8 @@ inline int usable_cpus() {
   if (quota > 0.0 && period > 0.0) count = std::min(count, static_cast<int>(quota / period + 0.999));
   return std::max(count, 1);
 }
+
+constexpr int64_t kPartsOfThread = 4;  // of a loop
 
 class Team {
   using Clock = std::chrono::steady_clock;
@@ -296,5 +301,38 @@ class Team {
   std::vector<Ticket> tickets_;                // of each share
   std::vector<std::atomic<uint64_t>> states_;  // of pieces: phase, and kCommitting or kCommitted
 };
+
+// Calls body(first, last) for parts of `begin` to `end`, of `grain` at least, on the threads that PyTorch may use. They
+// claim part by part: one that the system has put aside delays only what it is working on.
+template <class Body>
+inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
+  static const int usable = usable_cpus();
+  const int64_t n = end - begin, most = n <= 0 ? 0 : (n + grain - 1) / std::max<int64_t>(grain, 1);
+  const int threads = static_cast<int>(std::min<int64_t>(most, std::min(at::get_num_threads(), usable)));
+  if (threads <= 1 || at::in_parallel_region()) {
+    if (n > 0) body(begin, end);
+    return;
+  }
+  const int64_t parts = std::min<int64_t>(most, kPartsOfThread * threads);
+  struct Failure {
+    std::mutex mutex;
+    std::exception_ptr first;
+  };
+  const auto failure = std::make_shared<Failure>();
+  const Body* const work = &body;  // a thread that comes late does not read it
+  Team::instance().run(threads, [=](Team::Walker& walker) {
+    walker.phase(
+        parts, [](int64_t) {},
+        [=](int64_t part) {
+          try {
+            (*work)(begin + part * n / parts, begin + (part + 1) * n / parts);
+          } catch (...) {
+            const std::lock_guard<std::mutex> guard(failure->mutex);
+            if (failure->first == nullptr) failure->first = std::current_exception();
+          }
+        });
+  });
+  if (failure->first != nullptr) std::rethrow_exception(failure->first);
+}
 
 }  // namespace gpt_fast

@@ -391,7 +391,7 @@ def _unsupported(trunk: Any, call: dict, known: set[str]) -> str | None:
     tokens: Any = call.get("input_ids")
     embeddings: Any = call.get("inputs_embeds")
     if (tokens is None) == (embeddings is None):
-        return "input_ids and inputs_embeds, wanted one of them"
+        return "input_ids and inputs_embeds; expected one of them"
     N, T = (tokens.view(-1, tokens.shape[-1]) if tokens is not None else embeddings).shape[:2]
     mask = call.get("attention_mask")
     if mask is not None and mask.dim() == 4 and mask.dtype == torch.bool and isinstance(trunk, gpt2.GPT2Model):

@@ -85,7 +85,7 @@ def from_hf(kind: Any, model: Any, overrides: dict[str, Any]) -> Any:
     name = type(model).__name__
     if type(model) not in {getattr(transformers, theirs) for pair in _KINDS.values() for theirs in pair if theirs}:
         raise TypeError(
-            f"from_hf: got {name}, wanted one of transformers' GPT-2 or GPT-1 models "
+            f"from_hf: got {name}; expected one of transformers' GPT-2 or GPT-1 models "
             "(GPT2LMHeadModel, OpenAIGPTLMHeadModel, …), or a folder of one"
         )
     causal = guard.is_causal(model.config)
@@ -126,7 +126,9 @@ def to_hf(ours: Any) -> Any:
     name = _KINDS.get(type(ours).__name__, (None, None))[0 if config.pre_norm else 1]
     if name is None:
         block = "pre-norm" if config.pre_norm else "post-norm"
-        raise ValueError(f"to_hf: transformers has no {block} {type(ours).__name__}, wanted one of {', '.join(_KINDS)}")
+        raise ValueError(
+            f"to_hf: transformers has no {block} {type(ours).__name__}; expected one of {', '.join(_KINDS)}"
+        )
     tie = ("output_layer.weight", "trunk.token_emb.weight")
     _refuse("to_hf", guard.why_changed(ours, guard.make_ours(ours), tie))
     if hasattr(ours, "output_layer"):
@@ -218,7 +220,7 @@ def _load(transformers: Any, folder: Any) -> Any:
     except OSError as error:
         raise hub.not_found(folder, local, error) from error
     if config.model_type not in ("gpt2", "openai-gpt"):
-        raise TypeError(f"from_hf: {folder} holds a {config.model_type} model, wanted gpt2 or openai-gpt")
+        raise TypeError(f"from_hf: {folder} holds a {config.model_type} model; expected gpt2 or openai-gpt")
     if getattr(config, "quantization_config", None) is not None:
         _refuse("from_hf", f"{folder} holds quantised weights; expected a model in floating point")
     names = [name for name in config.architectures or [] if any(name in pair for pair in _KINDS.values())]
@@ -324,7 +326,7 @@ def _config_from_hf(theirs: Any, kind: str) -> GPTConfig:
     for option, wanted in _GPT2_FIXED.items() if pre_norm else ():
         got = getattr(theirs, option)
         if got != wanted:
-            raise ValueError(f"from_hf: {option} is {got}, wanted {wanted}: this library has no other attention")
+            raise ValueError(f"from_hf: {option} is {got}; expected {wanted}: this library has no other attention")
     return GPTConfig(
         num_tokens=theirs.vocab_size,
         hidden_dim=theirs.n_embd,
@@ -393,7 +395,7 @@ def _own_dropout(theirs: Any) -> float:
 def _choices_from_hf(theirs: Any) -> dict[str, Any]:
     for option, wanted in _SUMMARY.items():
         if getattr(theirs, option) != wanted:
-            raise ValueError(f"from_hf: {option} is {getattr(theirs, option)!r}, wanted {wanted!r}")
+            raise ValueError(f"from_hf: {option} is {getattr(theirs, option)!r}; expected {wanted!r}")
     last = getattr(theirs, "summary_last_dropout", 0)
     if last:
         _refuse(

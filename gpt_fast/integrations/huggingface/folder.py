@@ -58,7 +58,7 @@ def convert_folder(source: Path, out: Path, head: str | None = None, to: str | N
 def _from_transformers(source: Path, made: Path, config: dict[str, Any], head: str | None) -> dict[str, Any]:
     architecture = next(iter(config.get("architectures") or []), "GPT2LMHeadModel")
     if head is not None and head not in _NAMES:
-        raise ValueError(f"--head {head}: wanted one of {', '.join(_NAMES)}")
+        raise ValueError(f"--head {head}: expected one of {', '.join(_NAMES)}")
     name = convert.our_class(architecture, config.get("is_causal", True)) if head is None else _NAMES[head]
     if name not in HEADS:
         raise ValueError(
@@ -79,7 +79,7 @@ def _from_transformers(source: Path, made: Path, config: dict[str, Any], head: s
 def _to_transformers(source: Path, made: Path) -> dict[str, Any]:
     name, config = model_folder.read_config(source)
     if name not in HEADS:
-        raise ValueError(f"{source}: holds a {name}, wanted one of {', '.join(HEADS)}")
+        raise ValueError(f"{source}: holds a {name}; expected one of {', '.join(HEADS)}")
     model = HEADS[name].from_pretrained(source)
     model, left_out = _as_transformers_reads(model)
     theirs = model.to_hf()

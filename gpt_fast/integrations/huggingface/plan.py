@@ -77,7 +77,7 @@ def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family) -> list[
         unfit = unfit or why_foreign(getattr(block, "attn", None), family.attention, f"h.{i}.attn ")
     size = trunk.config.n_embd // trunk.config.n_head
     if size > MAX_HEAD_DIM:
-        unfit = f"has heads of {size}, wanted at most {MAX_HEAD_DIM}"
+        unfit = f"has heads of {size}; expected at most {MAX_HEAD_DIM}"
     if unfit is not None:
         report.left.append(LeftAlone(name, type(trunk).__name__, unfit))
         return []
