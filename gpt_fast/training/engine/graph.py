@@ -45,8 +45,8 @@ class GraphedStep:
 
     Args:
         step: A whole update. `step(*tensors)` zeroes the gradients by `zero_grad(set_to_none=True)`, computes a loss
-            and its gradients, clips, calls `optimizer.step()`, and returns a tensor or a tuple of tensors on the device.
-            It must not read a value of the device, as `.item()`, `float(loss)` and `print(loss)` do.
+            and its gradients, clips, calls `optimizer.step()`, and returns a tensor or a tuple of tensors of the
+            device. It must not read a value of the device, as `.item()`, `float(loss)` and `print(loss)` do.
         optimizers: Those that `step` calls. Their learning rates become tensors on the device. A loop or a scheduler
             may still set `group["lr"]` between calls; other options are fixed by the capture.
 
