@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.modules import module as _module
 
 from . import _transforms, ops
+from .ops import _library
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)  # of torch.nn.modules.module, for every module
@@ -174,10 +175,15 @@ def add_norm(
     seed: Tensor | None,
     site: int,
     kind: type[nn.LayerNorm] = nn.LayerNorm,
+    product: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return (norm(x + dropout(branch)), x + dropout(branch)). `module` is the norm, `kind` its class if plain."""
+    """Return (norm(x + dropout(branch)), x + dropout(branch)). `module` is the norm, `kind` its class if plain.
+
+    With `product` the only reader of the first is a product. A plain norm then rounds to the product's dtype at once.
+    """
     if why_no_norm(module, kind) is None:
-        return ops.add_layer_norm(branch, x, module.weight, module.bias, module.eps, p, seed, site)
+        dtype = _library.product_dtype(x, torch.promote_types(x.dtype, branch.dtype)) if product else None
+        return ops.add_layer_norm(branch, x, module.weight, module.bias, module.eps, p, seed, site, _normed_dtype=dtype)
     summed = add(branch, x, p, seed, site)
     return module(summed), summed
 

@@ -97,12 +97,16 @@ def forward(
     scale: float,
     seed: torch.Tensor | None,
     site: int,
+    normed_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """normed, summed, and the float32 statistics mean and rstd of `summed`; without a seed there is no dropout."""
+    """Return normed, summed, and the float32 statistics mean and rstd of `summed`. Without a seed there is no dropout.
+
+    `normed` has the dtype of `summed` unless another is given.
+    """
     N = x.shape[-1]
     dtype = torch.promote_types(x.dtype, residual.dtype)
-    normed = torch.empty(x.shape, dtype=dtype, device=x.device)
-    summed = torch.empty_like(normed)
+    summed = torch.empty(x.shape, dtype=dtype, device=x.device)
+    normed = torch.empty_like(summed, dtype=normed_dtype)
     mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     if normed.numel() == 0:

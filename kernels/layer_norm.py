@@ -156,11 +156,15 @@ def packed(parameter: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def forward(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    y_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y like x and the float32 statistics mean and rstd, one of each a row."""
+    """Return y, in the dtype of x unless another is given, and the float32 statistics mean and rstd of each row."""
     N = x.shape[-1]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=y_dtype or x.dtype, device=x.device)
     mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     if y.numel() == 0:

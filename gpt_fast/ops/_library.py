@@ -343,6 +343,19 @@ def autocast(x: Tensor, *tensors: Tensor | None) -> tuple:
     )
 
 
+def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype | None:
+    """Return the dtype that a product on x's device casts a tensor of `dtype` to, or None if it casts none.
+
+    A norm whose only reader is a product may round its result to this dtype at once. The bits are the same only for a
+    float32 result, which the norm does not round before.
+    """
+    device_type = x.device.type
+    if dtype != torch.float32 or device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    cast = torch.get_autocast_dtype(device_type)
+    return cast if cast != dtype and cast in KERNEL_DTYPES else None
+
+
 def new_seed(device: torch.device | str) -> Tensor:
     """A fresh dropout seed: int64 [1] on `device`, from torch's generator for it, different on each rank.
 
