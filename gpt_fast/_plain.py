@@ -163,8 +163,12 @@ def linear(module: Any, x: Tensor) -> Tensor:
     return ops.linear(x, module.weight, module.bias) if is_plain(module, nn.Linear) else module(x)
 
 
-def norm(module: Any, x: Tensor) -> Tensor:
-    return ops.layer_norm(x, module.weight, module.bias, module.eps) if why_no_norm(module) is None else module(x)
+def norm(module: Any, x: Tensor, kind: type[nn.LayerNorm] = nn.LayerNorm, product: bool = False) -> Tensor:
+    """Return module(x), by `ops.layer_norm` if the module is a plain norm; `kind` and `product` as in `add_norm`."""
+    if why_no_norm(module, kind) is not None:
+        return module(x)
+    dtype = _library.product_dtype(x, x.dtype) if product else None
+    return ops.layer_norm(x, module.weight, module.bias, module.eps, _y_dtype=dtype)
 
 
 def add_norm(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _activations, _plain, ops
 from .config import check_heads
-from .ops import _checks, _library
+from .ops import _checks
 
 
 class LayerNorm(nn.LayerNorm):
@@ -234,7 +234,7 @@ class TransformerDecoder(nn.Module):
     ) -> "Tensor | tuple[Tensor, Branch]":
         attends = _plain.is_plain(self.multihead_attn, SelfAttention)
         if branch is None:
-            normed = norm_for(attends, x, self.layer_norm1)
+            normed = _plain.norm(self.layer_norm1, x, LayerNorm, attends)
         else:
             normed, x = add_norm(branch, x, self.layer_norm1, seed, attends)
         attended, p = _plain.dropout(self.dropout1, self.multihead_attn(normed, seed=seed, site=site, **masks), drops)
@@ -265,11 +265,3 @@ def add_norm(
     With `product` the norm's only reader is a product, so that a plain norm returns the dtype that it multiplies.
     """
     return _plain.add_norm(branch.hidden, x, branch.p, norm, seed, branch.site, LayerNorm, product)
-
-
-def norm_for(product: bool, x: Tensor, norm: nn.Module) -> Tensor:
-    """Return norm(x), with `product` as in `add_norm`."""
-    dtype = _library.product_dtype(x, x.dtype) if product else None
-    if dtype is None or not _plain.is_plain(norm, LayerNorm):
-        return norm(x)
-    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, _y_dtype=dtype)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from typing_extensions import Self
 from . import _plain, ops
 from ._activations import ACTIVATIONS
 from .config import IGNORE, GPTConfig
-from .layers import MLP, Branch, LayerNorm, SelfAttention, TransformerDecoder, add_norm, norm_for
+from .layers import MLP, Branch, LayerNorm, SelfAttention, TransformerDecoder, add_norm
 from .ops import _checks, _library
 from .reference import packed_positions
 
@@ -123,7 +123,7 @@ class _Trunk(nn.Module):
         if self.final_norm is None:
             return x
         if branch is None:
-            return norm_for(_product, x, self.final_norm)
+            return _plain.norm(self.final_norm, x, LayerNorm, _product)
         return add_norm(branch, x, self.final_norm, seed, _product)[0]
 
     def _embed(self, tokens: Tensor, positions: Tensor | None, seed: Tensor | None, drops: bool) -> Tensor:

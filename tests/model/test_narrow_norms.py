@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import gpt_fast
 from gpt_fast import GPTConfig, GPTForCausalLM, GPTForMaskedLM, GPTForSequenceClassification, use_reference
 from gpt_fast.layers import TransformerDecoder
 from gpt_fast.ops import _library
@@ -145,3 +146,44 @@ def test_one_graph(device: str) -> None:
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     expected = pass_through(model, torch.bfloat16)
     assert all(map(torch.equal, expected, pass_through(compiled, torch.bfloat16)))
+
+
+# --- transformers' GPT-2, accelerated
+
+
+def accelerated() -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 40, "n_positions": 16}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=1))
+    gpt_fast.accelerate(model)
+    return model
+
+
+def accelerated_pass(model: Any) -> list[Tensor]:
+    torch.manual_seed(1)
+    tokens = torch.randint(40, (3, 16))
+    model.zero_grad()
+    with torch.autocast("cpu", torch.float16):
+        loss = model(tokens, labels=tokens).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def wrap_projection(model: Any) -> None:
+    model.transformer.h[0].attn.c_attn = nn.Sequential(model.transformer.h[0].attn.c_attn)
+
+
+@pytest.mark.parametrize(
+    ("change", "spared"), [(lambda model: None, NORMS - 1), (wrap_projection, NORMS - 2)], ids=["plain", "adapter"]
+)
+def test_an_accelerated_gpt2(change: Callable, spared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last norm, whose result transformers returns, stays wide."""
+    model = accelerated()
+    change(model)
+    with Casts() as narrow:
+        results = accelerated_pass(model)
+    monkeypatch.setattr(_library, "product_dtype", lambda x, dtype: None)
+    with Casts() as wide:
+        assert all(map(torch.equal, results, accelerated_pass(model)))
+    assert (wide.narrowed - narrow.narrowed, wide.widened - narrow.widened) == (spared, spared)
