@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .layer_norm import add_partial_sums, as_rows, config, differentiate, normalise, packed
 from .philox import keep_rows
+from .sizes import cdiv, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["M", "site", "threshold"])
@@ -114,13 +115,13 @@ def forward(
     rows, residual_rows = as_rows(x), as_rows(residual)
     M = rows.shape[0]
     launch = config(N, rows.device)
-    _fwd_kernel[(triton.cdiv(M, launch.fwd_rows),)](
+    _fwd_kernel[(cdiv(M, launch.fwd_rows),)](
         x_ptr=rows, residual_ptr=residual_rows, weight_ptr=packed(weight), bias_ptr=packed(bias),
         normed_ptr=normed, summed_ptr=summed, mean_ptr=mean, rstd_ptr=rstd, seed_ptr=seed,
         stride_x=rows.stride(0), stride_residual=residual_rows.stride(0), M=M, N=N, eps=eps,
         site=site, threshold=threshold, scale=scale,
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None,
-        BLOCK_M=launch.fwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.fwd_warps, enable_fp_fusion=True,
+        BLOCK_M=launch.fwd_rows, BLOCK_N=next_power_of_2(N), num_warps=launch.fwd_warps, enable_fp_fusion=True,
     )  # fmt: skip
     return normed, summed, mean, rstd
 
@@ -156,7 +157,7 @@ def backward(
     M = rows.shape[0]
     launch = config(N, rows.device)
     needs_sums = needs_weight or needs_bias
-    P = min(launch.bwd_programs, triton.cdiv(M, launch.bwd_rows))
+    P = min(launch.bwd_programs, cdiv(M, launch.bwd_rows))
     partial = torch.empty((2, P, N) if needs_sums else (2, 0, 0), dtype=torch.float32, device=summed.device)
     _bwd_kernel[(P,)](
         dnormed_ptr=rows, dsummed_ptr=carried, summed_ptr=summed, weight_ptr=packed(weight), mean_ptr=mean,
@@ -165,7 +166,7 @@ def backward(
         site=site, threshold=threshold, scale=scale,
         HAS_WEIGHT=weight is not None, HAS_DSUMMED=carried is not None, HAS_DROPOUT=seed is not None, HAS_DX=has_dx,
         NEEDS_SUMS=needs_sums,
-        BLOCK_M=launch.bwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.bwd_warps, enable_fp_fusion=True,
+        BLOCK_M=launch.bwd_rows, BLOCK_N=next_power_of_2(N), num_warps=launch.bwd_warps, enable_fp_fusion=True,
     )  # fmt: skip
     if needs_sums:
         add_partial_sums(partial, dweight, dbias, needs_weight, needs_bias)

