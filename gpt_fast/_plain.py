@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.modules import module as _module
 
 from . import _transforms, ops
+from .ops import _library
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)  # of torch.nn.modules.module, for every module
@@ -162,8 +163,12 @@ def linear(module: Any, x: Tensor) -> Tensor:
     return ops.linear(x, module.weight, module.bias) if is_plain(module, nn.Linear) else module(x)
 
 
-def norm(module: Any, x: Tensor) -> Tensor:
-    return ops.layer_norm(x, module.weight, module.bias, module.eps) if why_no_norm(module) is None else module(x)
+def norm(module: Any, x: Tensor, kind: type[nn.LayerNorm] = nn.LayerNorm, product: bool = False) -> Tensor:
+    """Return module(x), by `ops.layer_norm` if the module is a plain norm; `kind` and `product` as in `add_norm`."""
+    if why_no_norm(module, kind) is not None:
+        return module(x)
+    dtype = _library.product_dtype(x, x.dtype) if product else None
+    return ops.layer_norm(x, module.weight, module.bias, module.eps, _y_dtype=dtype)
 
 
 def add_norm(
@@ -174,10 +179,15 @@ def add_norm(
     seed: Tensor | None,
     site: int,
     kind: type[nn.LayerNorm] = nn.LayerNorm,
+    product: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return (norm(x + dropout(branch)), x + dropout(branch)). `module` is the norm, `kind` its class if plain."""
+    """Return (norm(x + dropout(branch)), x + dropout(branch)). `module` is the norm, `kind` its class if plain.
+
+    With `product` the only reader of the first is a product. A plain norm then rounds to the product's dtype at once.
+    """
     if why_no_norm(module, kind) is None:
-        return ops.add_layer_norm(branch, x, module.weight, module.bias, module.eps, p, seed, site)
+        dtype = _library.product_dtype(x, torch.promote_types(x.dtype, branch.dtype)) if product else None
+        return ops.add_layer_norm(branch, x, module.weight, module.bias, module.eps, p, seed, site, _normed_dtype=dtype)
     summed = add(branch, x, p, seed, site)
     return module(summed), summed
 

@@ -232,12 +232,14 @@ class TransformerDecoder(nn.Module):
         site: int,
         drops: bool,
     ) -> "Tensor | tuple[Tensor, Branch]":
+        attends = _plain.is_plain(self.multihead_attn, SelfAttention)
         if branch is None:
-            normed = self.layer_norm1(x)
+            normed = _plain.norm(self.layer_norm1, x, LayerNorm, attends)
         else:
-            normed, x = add_norm(branch, x, self.layer_norm1, seed)
+            normed, x = add_norm(branch, x, self.layer_norm1, seed, attends)
         attended, p = _plain.dropout(self.dropout1, self.multihead_attn(normed, seed=seed, site=site, **masks), drops)
-        normed, x = add_norm(Branch(attended, p, site + 1), x, self.layer_norm2, seed)
+        multiplies = _plain.is_plain(self.ff, MLP) and self.ff._is_plain()
+        normed, x = add_norm(Branch(attended, p, site + 1), x, self.layer_norm2, seed, multiplies)
         hidden, p = _plain.dropout(self.dropout2, self._feed_forward(normed, seed, site + 2, drops), drops)
         if carry:
             return x, Branch(hidden, p, site + 3)
@@ -255,6 +257,11 @@ class Branch(NamedTuple):
     site: int
 
 
-def add_norm(branch: Branch, x: Tensor, norm: nn.Module, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return (norm(x + dropout(branch)), x + dropout(branch)), in one pass if the norm is plain."""
-    return _plain.add_norm(branch.hidden, x, branch.p, norm, seed, branch.site, LayerNorm)
+def add_norm(
+    branch: Branch, x: Tensor, norm: nn.Module, seed: Tensor | None, product: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return (norm(x + dropout(branch)), x + dropout(branch)), in one pass if the norm is plain.
+
+    With `product` the norm's only reader is a product, so that a plain norm returns the dtype that it multiplies.
+    """
+    return _plain.add_norm(branch.hidden, x, branch.p, norm, seed, branch.site, LayerNorm, product)

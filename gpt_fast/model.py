@@ -63,6 +63,7 @@ class _Trunk(nn.Module):
         cu_seqlens: Tensor | None = None,
         seed: Tensor | None = None,
         cache: "StepPass | PromptPass | None" = None,
+        _product: bool = False,
     ) -> Tensor:
         """tokens [B, T] → [B, T, C].
 
@@ -121,7 +122,9 @@ class _Trunk(nn.Module):
                 x, branch = self._decode(decoder, x, **options), None
         if self.final_norm is None:
             return x
-        return self.final_norm(x) if branch is None else add_norm(branch, x, self.final_norm, seed)[0]
+        if branch is None:
+            return _plain.norm(self.final_norm, x, LayerNorm, _product)
+        return add_norm(branch, x, self.final_norm, seed, _product)[0]
 
     def _embed(self, tokens: Tensor, positions: Tensor | None, seed: Tensor | None, drops: bool) -> Tensor:
         """Embed tokens [B, T] as dropout(token_emb(tokens) + pos_emb) [B, T, C]; positions is [B or 1, T] or counts."""
@@ -234,11 +237,13 @@ class GPTModel(Convertible, _Trunk):
         cu_seqlens: Tensor | None = None,
         seed: Tensor | None = None,
         cache: "StepPass | PromptPass | None" = None,
+        _product: bool = False,  # the only reader is a product, as in `add_norm`
     ) -> Tensor:
         key_mask = as_key_mask(type(self).__name__, tokens, key_mask, attention_mask)
         return self.hidden_states(
-            tokens, causal=causal, lengths=lengths, key_mask=key_mask, cu_seqlens=cu_seqlens, seed=seed, cache=cache
-        )
+            tokens, causal=causal, lengths=lengths, key_mask=key_mask, cu_seqlens=cu_seqlens, seed=seed, cache=cache,
+            _product=_product,
+        )  # fmt: skip
 
 
 class GPT(Generating, _Trunk):

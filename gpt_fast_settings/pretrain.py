@@ -88,3 +88,9 @@ class PretrainSettings(TrainingSettings):
     )
     beta1: Decay | None = option(None, "Of AdamW: 0.9.", panel=TRAINING)
     beta2: Decay | None = option(None, "0.99, with a preset of GPT-1 0.999, of GPT-2 0.95.", panel=TRAINING)
+    graph: bool = option(
+        False,
+        "Run an update as one CUDA graph: one GPU, AdamW, and batches of one shape. Same bits, less work for the host.",
+        panel=TRAINING,
+        resume="free",
+    )

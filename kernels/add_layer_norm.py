@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .layer_norm import add_partial_sums, as_rows, config, differentiate, normalise, packed
 from .philox import keep_rows
+from .sizes import cdiv, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["M", "site", "threshold"])
@@ -97,12 +98,16 @@ def forward(
     scale: float,
     seed: torch.Tensor | None,
     site: int,
+    normed_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """normed, summed, and the float32 statistics mean and rstd of `summed`; without a seed there is no dropout."""
+    """Return normed, summed, and the float32 statistics mean and rstd of `summed`. Without a seed there is no dropout.
+
+    `normed` has the dtype of `summed` unless another is given.
+    """
     N = x.shape[-1]
     dtype = torch.promote_types(x.dtype, residual.dtype)
-    normed = torch.empty(x.shape, dtype=dtype, device=x.device)
-    summed = torch.empty_like(normed)
+    summed = torch.empty(x.shape, dtype=dtype, device=x.device)
+    normed = torch.empty_like(summed, dtype=normed_dtype)
     mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     if normed.numel() == 0:
@@ -110,13 +115,13 @@ def forward(
     rows, residual_rows = as_rows(x), as_rows(residual)
     M = rows.shape[0]
     launch = config(N, rows.device)
-    _fwd_kernel[(triton.cdiv(M, launch.fwd_rows),)](
+    _fwd_kernel[(cdiv(M, launch.fwd_rows),)](
         x_ptr=rows, residual_ptr=residual_rows, weight_ptr=packed(weight), bias_ptr=packed(bias),
         normed_ptr=normed, summed_ptr=summed, mean_ptr=mean, rstd_ptr=rstd, seed_ptr=seed,
         stride_x=rows.stride(0), stride_residual=residual_rows.stride(0), M=M, N=N, eps=eps,
         site=site, threshold=threshold, scale=scale,
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, HAS_DROPOUT=seed is not None,
-        BLOCK_M=launch.fwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.fwd_warps, enable_fp_fusion=True,
+        BLOCK_M=launch.fwd_rows, BLOCK_N=next_power_of_2(N), num_warps=launch.fwd_warps, enable_fp_fusion=True,
     )  # fmt: skip
     return normed, summed, mean, rstd
 
@@ -152,7 +157,7 @@ def backward(
     M = rows.shape[0]
     launch = config(N, rows.device)
     needs_sums = needs_weight or needs_bias
-    P = min(launch.bwd_programs, triton.cdiv(M, launch.bwd_rows))
+    P = min(launch.bwd_programs, cdiv(M, launch.bwd_rows))
     partial = torch.empty((2, P, N) if needs_sums else (2, 0, 0), dtype=torch.float32, device=summed.device)
     _bwd_kernel[(P,)](
         dnormed_ptr=rows, dsummed_ptr=carried, summed_ptr=summed, weight_ptr=packed(weight), mean_ptr=mean,
@@ -161,7 +166,7 @@ def backward(
         site=site, threshold=threshold, scale=scale,
         HAS_WEIGHT=weight is not None, HAS_DSUMMED=carried is not None, HAS_DROPOUT=seed is not None, HAS_DX=has_dx,
         NEEDS_SUMS=needs_sums,
-        BLOCK_M=launch.bwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.bwd_warps, enable_fp_fusion=True,
+        BLOCK_M=launch.bwd_rows, BLOCK_N=next_power_of_2(N), num_warps=launch.bwd_warps, enable_fp_fusion=True,
     )  # fmt: skip
     if needs_sums:
         add_partial_sums(partial, dweight, dbias, needs_weight, needs_bias)

@@ -5,6 +5,7 @@ A new architecture needs a row here, rows in launch_configs.py where those of an
 neither torch nor triton, so that setup.py and the codegen gate can load it without them.
 """
 
+import functools
 from typing import NamedTuple
 
 INTERPRETER = 0  # capability of Triton's interpreter in launch_configs.py
@@ -54,6 +55,7 @@ def fits(architecture: int, capability: int) -> bool:
     return architecture == serving(capability).capability or architecture <= serving(capability).rows
 
 
+@functools.cache
 def has_descriptors(capability: int) -> bool:
     """Return True if tensor descriptors work on a compute capability, or in the interpreter."""
     return capability == INTERPRETER or serving(capability).descriptors

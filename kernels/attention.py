@@ -8,6 +8,7 @@ Precision: products of the inputs' dtype accumulate in float32, softmax in float
 inputs' dtype before their products. Deterministic: one program owns each output, no atomics.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from . import launch_configs
 from .descriptors import describable, descriptor
 from .gemm import cast, dot, precision
 from .philox import keep_matrix
+from .sizes import cdiv, next_power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -576,7 +578,7 @@ def _bwd_dkdv_kernel(
 def config(kernel: str, q: torch.Tensor) -> tuple[Config, int]:
     """Return the launch configuration for q [B, H, T, D], and BLOCK_D."""
     D = q.shape[-1]
-    BLOCK_D = max(16, triton.next_power_of_2(D))
+    BLOCK_D = max(16, next_power_of_2(D))
     launch = launch_configs.pick("attention", kernel, launch_configs.architecture(q.device), q.element_size(), BLOCK_D)
     return Config(*launch), BLOCK_D
 
@@ -654,12 +656,16 @@ def _signed(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
 
 
 def _strides(prefix: str, tensor: torch.Tensor, rows: str, last: bool = True) -> dict[str, int]:
-    names = (f"stride_{prefix}b", f"stride_{prefix}h", f"stride_{prefix}{rows}", f"stride_{prefix}d")
-    return dict(list(zip(names, tensor.stride(), strict=True))[: 4 if last else 3])
+    return dict(zip(_stride_names(prefix, rows, last), tensor.stride(), strict=False))
+
+
+@functools.cache
+def _stride_names(prefix: str, rows: str, last: bool) -> tuple[str, ...]:
+    return tuple(f"stride_{prefix}{axis}" for axis in ("b", "h", rows, "d")[: 4 if last else 3])
 
 
 def _grid(rows: int, tile: int, q: torch.Tensor) -> tuple[int, ...]:
-    tiles, matrices = triton.cdiv(rows, tile), q.shape[0] * q.shape[1]
+    tiles, matrices = cdiv(rows, tile), q.shape[0] * q.shape[1]
     return (tiles, matrices) if matrices <= GRID_LIMIT else (tiles * matrices,)
 
 
@@ -707,7 +713,7 @@ def backward_into(
     negative = options.scale < 0
     q, scale = _signed(q, options.scale)
     arguments, switches = _shared_arguments(q, k, options)
-    matrices, padded = lse.shape[0] * lse.shape[1], triton.cdiv(T, ROW_TILE.value) * ROW_TILE.value
+    matrices, padded = lse.shape[0] * lse.shape[1], cdiv(T, ROW_TILE.value) * ROW_TILE.value
     rows = torch.empty((2 * matrices, padded), dtype=torch.float32, device=lse.device)
     launch, BLOCK_D = config("bwd_dq", q)
     inputs = {

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from . import launch_configs
+from .sizes import cdiv, next_power_of_2
 
 LOG2E = 1.4426950408889634
 
@@ -114,10 +115,10 @@ def forward(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengt
     out = torch.empty((B, H, D), dtype=dtype, device=q.device)
     if out.numel() == 0:
         return out.to(q.dtype)
-    BLOCK_D = triton.next_power_of_2(D)
+    BLOCK_D = next_power_of_2(D)
     launch = config(BLOCK_D, q.device)
     lengths = lengths.contiguous()
-    splits = triton.cdiv(S, launch.split)
+    splits = cdiv(S, launch.split)
     acc = torch.empty((B * H, splits, D), dtype=torch.float32, device=q.device)
     m = torch.empty((2, B * H, splits), dtype=torch.float32, device=q.device)
     if splits > 0:

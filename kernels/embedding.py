@@ -15,6 +15,7 @@ import triton.language as tl
 
 from . import launch_configs
 from .philox import keep_rows
+from .sizes import cdiv
 
 
 class Config(NamedTuple):
@@ -133,7 +134,7 @@ def forward(
     if out.numel() == 0:
         return out
     M, launch = tokens.numel(), config(token_weight)
-    _fwd_kernel[(triton.cdiv(M, launch.rows), triton.cdiv(C, launch.columns))](
+    _fwd_kernel[(cdiv(M, launch.rows), cdiv(C, launch.columns))](
         tokens_ptr=tokens.contiguous(), positions_ptr=positions.contiguous(), token_weight_ptr=token_weight,
         position_weight_ptr=position_weight, out_ptr=out, seed_ptr=seed,
         stride_tv=token_weight.stride(0), stride_tc=token_weight.stride(1),
@@ -169,8 +170,8 @@ def backward(
             return grad
         ids, order = indices.expand(tokens.shape).reshape(-1).long().clamp(0, table.shape[0] - 1).sort(stable=True)
         launch = config(table)
-        chunks = triton.cdiv(M, launch.chunk)
-        grid = chunks, triton.cdiv(C, launch.columns)
+        chunks = cdiv(M, launch.chunk)
+        grid = chunks, cdiv(C, launch.columns)
         partial = torch.empty((chunks, 2, C), dtype=torch.float32, device=dout.device)
         _bwd_kernel[grid](
             dout_ptr=rows, ids_ptr=ids, order_ptr=order, grad_ptr=grad, partial_ptr=partial, seed_ptr=seed,

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from . import launch_configs
 from .descriptors import describable, descriptor
+from .sizes import cdiv, next_power_of_2
 
 
 class Config(NamedTuple):
@@ -140,15 +141,15 @@ def sum_rows(x: torch.Tensor, out: torch.Tensor) -> None:
     """The sum over the rows of x [M, N], rounded once into out [N]; in two steps where there are many rows."""
     M, N = x.shape
     if M > 4096:
-        partial = torch.empty((triton.cdiv(M, 512), N), dtype=torch.float32, device=x.device)
+        partial = torch.empty((cdiv(M, 512), N), dtype=torch.float32, device=x.device)
         _sum_rows(x, partial, 512)
         x = partial
-    _sum_rows(x, out, max(16, triton.next_power_of_2(x.shape[0])))
+    _sum_rows(x, out, max(16, next_power_of_2(x.shape[0])))
 
 
 def _sum_rows(x: torch.Tensor, out: torch.Tensor, rows: int) -> None:
     M, N = x.shape
-    sum_rows_kernel[(triton.cdiv(M, rows), triton.cdiv(N, 64))](
+    sum_rows_kernel[(cdiv(M, rows), cdiv(N, 64))](
         x_ptr=x, out_ptr=out, stride_xm=x.stride(0), stride_xn=x.stride(1), M=M, N=N,
         ROWS=rows, BLOCK_M=min(rows, 64), BLOCK_N=64, PRECISION=precision(), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -207,5 +208,5 @@ def operands(
 
 def grid(launch: Config, M: int, N: int, device: torch.device) -> tuple[int]:
     """As many persistent programs as run at once, or as there are tiles."""
-    tiles = triton.cdiv(M, launch.m) * triton.cdiv(N, launch.n)
+    tiles = cdiv(M, launch.m) * cdiv(N, launch.n)
     return (min(tiles, launch.programs * launch_configs.multiprocessors(device)),)

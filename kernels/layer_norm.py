@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from . import launch_configs
+from .sizes import cdiv, next_power_of_2
 
 
 class Config(NamedTuple):
@@ -156,11 +157,15 @@ def packed(parameter: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def forward(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    y_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y like x and the float32 statistics mean and rstd, one of each a row."""
+    """Return y, in the dtype of x unless another is given, and the float32 statistics mean and rstd of each row."""
     N = x.shape[-1]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=y_dtype or x.dtype, device=x.device)
     mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     if y.numel() == 0:
@@ -168,11 +173,11 @@ def forward(
     rows = as_rows(x)
     M = rows.shape[0]
     launch = config(N, rows.device)
-    _fwd_kernel[(triton.cdiv(M, launch.fwd_rows),)](
+    _fwd_kernel[(cdiv(M, launch.fwd_rows),)](
         x_ptr=rows, weight_ptr=packed(weight), bias_ptr=packed(bias), y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
         stride_x=rows.stride(0), M=M, N=N, eps=eps,
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-        BLOCK_M=launch.fwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.fwd_warps, enable_fp_fusion=True,
+        BLOCK_M=launch.fwd_rows, BLOCK_N=next_power_of_2(N), num_warps=launch.fwd_warps, enable_fp_fusion=True,
     )  # fmt: skip
     return y, mean, rstd
 
@@ -198,14 +203,14 @@ def backward(
     M = rows.shape[0]
     launch = config(N, rows.device)
     needs_sums = needs_weight or needs_bias
-    P = min(launch.bwd_programs, triton.cdiv(M, launch.bwd_rows))
+    P = min(launch.bwd_programs, cdiv(M, launch.bwd_rows))
     partial = torch.empty((2, P, N) if needs_sums else (2, 0, 0), dtype=torch.float32, device=x.device)
     _bwd_kernel[(P,)](
         dy_ptr=dy_rows, x_ptr=rows, weight_ptr=packed(weight), mean_ptr=mean, rstd_ptr=rstd,
         dx_ptr=dx, dweight_ptr=partial[0], dbias_ptr=partial[1],
         stride_dy=dy_rows.stride(0), stride_x=rows.stride(0), M=M, N=N,
         HAS_WEIGHT=weight is not None, NEEDS_SUMS=needs_sums,
-        BLOCK_M=launch.bwd_rows, BLOCK_N=triton.next_power_of_2(N), num_warps=launch.bwd_warps, enable_fp_fusion=True,
+        BLOCK_M=launch.bwd_rows, BLOCK_N=next_power_of_2(N), num_warps=launch.bwd_warps, enable_fp_fusion=True,
     )  # fmt: skip
     if needs_sums:
         add_partial_sums(partial, dweight, dbias, needs_weight, needs_bias)
@@ -217,7 +222,7 @@ def add_partial_sums(
 ) -> None:
     """The second stage: partial [2, P, N], of weight and bias, into dweight and dbias where they are needed."""
     _, P, N = partial.shape
-    _bwd_reduce_kernel[(triton.cdiv(N, REDUCE_COLUMNS),)](
+    _bwd_reduce_kernel[(cdiv(N, REDUCE_COLUMNS),)](
         partial_dweight_ptr=partial[0], partial_dbias_ptr=partial[1], dweight_ptr=dweight, dbias_ptr=dbias, P=P, N=N,
         NEEDS_WEIGHT=needs_weight, NEEDS_BIAS=needs_bias, BLOCK_P=REDUCE_ROWS, BLOCK_N=REDUCE_COLUMNS,
         num_warps=4, enable_fp_fusion=True,

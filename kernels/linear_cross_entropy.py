@@ -17,6 +17,7 @@ import triton.language as tl
 
 from . import launch_configs
 from .gemm import as_matrix, cast, config, grid, halves, operands, precision, product, store, tile
+from .sizes import cdiv
 
 COMPACT = 1024  # rows a step of _compact_kernel and _total_kernel
 ROWS, COLUMNS = 16, 128  # tile of _gather_kernel
@@ -316,8 +317,8 @@ def _run(
     launch, architecture = config("linear_cross_entropy", "product", x, C)
     R = min(N, *launch_configs.pick("linear_cross_entropy", "chunk", architecture, x.element_size(), C))
     width = launch.n // 2
-    parts = 2 * triton.cdiv(V, launch.n)
-    padded = triton.cdiv(V, 64) * 64  # aligned rows
+    parts = 2 * cdiv(V, launch.n)
+    padded = cdiv(V, 64) * 64  # aligned rows
     floats = {"dtype": torch.float32, "device": device}
     rows = torch.empty((R, C), dtype=x.dtype, device=device)
     targets = torch.empty(R, dtype=torch.int32, device=device)
@@ -331,7 +332,7 @@ def _run(
     largest, total = torch.empty((parts, R), **floats), torch.empty((parts, R), **floats)
     sums = torch.empty((parts, R), **floats) if smoothing > 0 and loss is not None else None
     picked, of_rows = torch.empty(R, **floats), torch.empty((2, R), **floats)
-    partial = None if dbias is None else torch.empty((triton.cdiv(R, GRADIENT_ROWS), V), **floats)
+    partial = None if dbias is None else torch.empty((cdiv(R, GRADIENT_ROWS), V), **floats)
     # A power of two: exact. What autograd asks of single losses may be large itself.
     factor = 32768.0 if x.dtype == torch.float16 and dloss is None else 1.0
     bias = None if bias is None else bias.contiguous()
@@ -341,7 +342,7 @@ def _run(
         kernel[grid(launch, a.shape[0], b.shape[0], device)](**arguments, count_ptr=count, **more, **switches)
 
     for first in range(0, N, R):
-        _gather_kernel[(triton.cdiv(R, ROWS), max(1, triton.cdiv(C, COLUMNS)))](
+        _gather_kernel[(cdiv(R, ROWS), max(1, cdiv(C, COLUMNS)))](
             x_ptr=x, target_ptr=target, index_ptr=index, count_ptr=count, rows_ptr=rows, targets_ptr=targets,
             stride_xm=x.stride(0), stride_xc=x.stride(1), first=first, R=R, C=C, V=V,
             BLOCK_M=ROWS, BLOCK_C=COLUMNS, num_warps=4, enable_fp_fusion=True,
@@ -350,14 +351,14 @@ def _run(
             _logits_kernel, rows, weight, logits, 2, bias_ptr=bias, targets_ptr=targets, largest_ptr=largest,
             total_ptr=total, sum_ptr=sums, picked_ptr=picked, first=first, KEEPS=keeps,
         )  # fmt: skip
-        _statistics_kernel[(triton.cdiv(R, 32),)](
+        _statistics_kernel[(cdiv(R, 32),)](
             largest_ptr=largest, total_ptr=total, sum_ptr=sums, picked_ptr=picked, index_ptr=index, count_ptr=count,
             row_ptr=of_rows, loss_ptr=loss, first=first, R=R, V=V, parts=parts, smoothing=smoothing,
             SCATTERS=scatters, BLOCK_M=32, BLOCK_P=32, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         if not keeps:
             continue
-        _gradient_kernel[(triton.cdiv(V, width), triton.cdiv(R, GRADIENT_ROWS))](
+        _gradient_kernel[(cdiv(V, width), cdiv(R, GRADIENT_ROWS))](
             logits_ptr=logits, gradient_ptr=gradient, largest_ptr=largest, row_ptr=of_rows, targets_ptr=targets,
             index_ptr=index, count_ptr=count, dloss_ptr=dloss, partial_ptr=partial,
             stride_l=logits.stride(0), stride_g=gradient.stride(0), first=first, R=R, V=V, smoothing=smoothing,
@@ -371,7 +372,7 @@ def _run(
                 _dweight_kernel, gradient.t(), rows.t(), dweight, 0, first=first, FACTOR=factor, ACCUMULATES=first > 0
             )
         if dbias is not None:
-            _dbias_kernel[(triton.cdiv(V, 128),)](
+            _dbias_kernel[(cdiv(V, 128),)](
                 partial_ptr=partial, dbias_ptr=dbias, count_ptr=count, first=first, R=R, V=V,
                 ROWS=GRADIENT_ROWS, ACCUMULATES=first > 0, BLOCK=128, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip

@@ -25,6 +25,7 @@ from .gemm import (
     tile,
 )
 from .philox import keep_matrix
+from .sizes import cdiv
 
 
 @triton.jit
@@ -313,7 +314,7 @@ def _dz(
     columns = launch.n // parts
     partial = None
     if dfc_bias is not None:
-        partial = torch.empty((triton.cdiv(M, launch.m), F), dtype=torch.float32, device=dy.device)
+        partial = torch.empty((cdiv(M, launch.m), F), dtype=torch.float32, device=dy.device)
     _dz_kernel[grid(launch, M, F, dy.device)](
         **arguments, kept=operand(kept, launch.m, columns, architecture)[0],
         h=None if h is None else operand(h, launch.m, columns, architecture)[0], partial_ptr=partial, seed_ptr=seed,

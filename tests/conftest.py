@@ -14,6 +14,8 @@ import gpt_fast.reference
 pytest_plugins = ("tests.command_line",)  # the fixtures cli and data
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Dtypes that a norm may round to for a product. Triton's interpreter truncates to bfloat16, where a GPU rounds.
+PRODUCT_DTYPES = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

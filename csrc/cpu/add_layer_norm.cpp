@@ -18,9 +18,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& 
                                                                   const optional<Tensor>& weight,
                                                                   const optional<Tensor>& bias, double eps,
                                                                   double dropout_p, const optional<Tensor>& seed,
-                                                                  int64_t site) {
-  const auto options = x.options().dtype(c10::promoteTypes(x.scalar_type(), residual.scalar_type()));
-  const Tensor normed = at::empty(x.sizes(), options), summed = at::empty(x.sizes(), options);
+                                                                  int64_t site, optional<at::ScalarType> normed_dtype) {
+  const at::ScalarType dtype = c10::promoteTypes(x.scalar_type(), residual.scalar_type());
+  const Tensor summed = at::empty(x.sizes(), x.options().dtype(dtype));
+  const Tensor normed = at::empty(x.sizes(), x.options().dtype(normed_dtype.value_or(dtype)));
   const auto [mean, rstd] = empty_statistics(x);
   if (x.numel() == 0) {
     constexpr float nan = std::numeric_limits<float>::quiet_NaN();

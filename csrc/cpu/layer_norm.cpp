@@ -11,8 +11,9 @@ using at::Tensor;
 using std::optional;
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x, const optional<Tensor>& weight,
-                                                      const optional<Tensor>& bias, double eps) {
-  const Tensor y = at::empty(x.sizes(), x.options());
+                                                      const optional<Tensor>& bias, double eps,
+                                                      optional<at::ScalarType> y_dtype) {
+  const Tensor y = at::empty(x.sizes(), x.options().dtype(y_dtype.value_or(x.scalar_type())));
   const auto [mean, rstd] = empty_statistics(x);
   if (x.numel() == 0) {
     constexpr float nan = std::numeric_limits<float>::quiet_NaN();

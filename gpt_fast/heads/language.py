@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
+from .. import _plain
 from ..config import IGNORE, GPTConfig
-from ..model import Generating, as_key_mask, shift_labels
+from ..model import Generating, GPTModel, as_key_mask, shift_labels
 from ..ops import _checks
 from .base import Head, HeadOutput
 
@@ -38,14 +39,24 @@ class LanguageModelHead(Head):
         key_mask = as_key_mask(name, tokens, key_mask, attention_mask)
         if logits is not None:
             _checks.boolean_option(name, logits=logits)
-        hidden = self.trunk(tokens, causal=self.causal, lengths=lengths, key_mask=key_mask, cu_seqlens=cu_seqlens)
+        wanted = labels is None if logits is None else logits
+        options: dict[str, Any] = {"lengths": lengths, "key_mask": key_mask, "cu_seqlens": cu_seqlens}
+        if self._reads_once(labels is not None, wanted):
+            options["_product"] = True
+        hidden = self.trunk(tokens, causal=self.causal, **options)
         loss = None
         if labels is not None:
             _check_labels(type(self).__name__, labels, tokens)
             loss = self._language_model_loss(hidden, self._targets(labels, lengths, key_mask))
             loss = self._weighted([loss], loss_weights)
-        wanted = labels is None if logits is None else logits
         return HeadOutput(loss, self.output_layer(hidden) if wanted else None)
+
+    def _reads_once(self, has_loss: bool, has_logits: bool) -> bool:
+        """Return True if one product of the output layer is all that reads the hidden states."""
+        losses = 2 if self.training and self.z_loss > 0 else 1
+        readers = losses * has_loss + has_logits
+        plain = _plain.is_plain(self.output_layer, nn.Linear) and _plain.is_plain(self.trunk, GPTModel)
+        return readers == 1 and plain
 
     def _targets(self, labels: Tensor, lengths: Tensor | None, key_mask: Tensor | None) -> Tensor:
         return shift_labels(labels, lengths=lengths, key_mask=key_mask) if self.causal else labels

@@ -5,6 +5,7 @@ the C++ extension and Triton only implement them.
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -133,8 +134,12 @@ class _DifferentiatedOnce(torch.autograd.Function):
         raise _transforms.double_backward(ctx.op)
 
 
+@functools.cache
 def triton_kernel(op: str) -> types.ModuleType:
-    """The module kernels/<op>.py, imported when a kernel is first launched."""
+    """Return the module kernels/<op>.py, which is imported when a kernel is first launched.
+
+    Looking for Triton takes 10 µs, so it is done once; a failure is not kept.
+    """
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError(f"gpt_fast.{op}: Triton is not installed; expected it for CUDA tensors: pip install triton")
     return importlib.import_module(f"gpt_fast.kernels.{op}")
@@ -341,6 +346,19 @@ def autocast(x: Tensor, *tensors: Tensor | None) -> tuple:
     return tuple(
         tensor.to(dtype) if tensor is not None and tensor.dtype in KERNEL_DTYPES else tensor for tensor in (x, *tensors)
     )
+
+
+def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype | None:
+    """Return the dtype that a product on x's device casts a tensor of `dtype` to, or None if it casts none.
+
+    A norm whose only reader is a product may round its result to this dtype at once. The bits are the same only for a
+    float32 result, which the norm does not round before.
+    """
+    device_type = x.device.type
+    if dtype != torch.float32 or device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    cast = torch.get_autocast_dtype(device_type)
+    return cast if cast != dtype and cast in KERNEL_DTYPES else None
 
 
 def new_seed(device: torch.device | str) -> Tensor:

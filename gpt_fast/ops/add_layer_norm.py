@@ -9,8 +9,8 @@ from .layer_norm import check_norm, has_plain_shapes
 
 _library.define_forward(
     "add_layer_norm",
-    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float dropout_p, Tensor? seed, int site)"
-    " -> (Tensor normed, Tensor summed, Tensor mean, Tensor rstd)",
+    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float dropout_p, Tensor? seed, int site,"
+    " ScalarType? normed_dtype=None) -> (Tensor normed, Tensor summed, Tensor mean, Tensor rstd)",
 )
 # Without dropout and in one dtype dx is dresidual; the op then leaves dx empty, because outputs may not share memory.
 _library.define_backward(
@@ -30,6 +30,8 @@ def add_layer_norm(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     site: int = 0,
+    *,
+    _normed_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """summed = residual + dropout(x); normed = layer_norm(summed) * weight + bias; returns (normed, summed).
 
@@ -50,6 +52,7 @@ def add_layer_norm(
 
     Source: Vaswani et al. (2017), "Attention Is All You Need", section 5.4, arXiv:1706.03762.
     """
+    # `_normed_dtype`, which only this library's blocks pass, is the dtype of `normed`: see `_library.product_dtype`.
     plain = (
         _library.is_plain_call("add_layer_norm", x, residual, weight, bias)
         and has_plain_shapes(x, weight, bias, eps)
@@ -69,17 +72,18 @@ def add_layer_norm(
         _checks.seed("add_layer_norm", seed, x.device)
         seed = _library.seed_for(dropout_p, seed, x.device)
     if not plain and _library.runs_reference("add_layer_norm", x, residual, weight):
-        return _library.by_reference(
+        normed, summed = _library.by_reference(
             reference.add_layer_norm, x.device.type, x, residual, weight, bias, eps, dropout_p, seed, site
         )
-    return _library.apply(_AddLayerNorm, x, residual, weight, bias, eps, dropout_p, seed, site)
+        return normed if _normed_dtype is None else normed.to(_normed_dtype), summed
+    return _library.apply(_AddLayerNorm, x, residual, weight, bias, eps, dropout_p, seed, site, _normed_dtype)
 
 
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps, dropout_p, seed, site):
+    def forward(ctx, x, residual, weight, bias, eps, dropout_p, seed, site, normed_dtype):
         normed, summed, mean, rstd = torch.ops.gpt_fast.add_layer_norm_forward(
-            x, residual, weight, bias, eps, dropout_p, seed, site
+            x, residual, weight, bias, eps, dropout_p, seed, site, normed_dtype
         )
         ctx.save_for_backward(summed, weight, mean, rstd, seed)
         ctx.x_dtype, ctx.residual_dtype = x.dtype, residual.dtype
@@ -94,7 +98,7 @@ class _AddLayerNorm(torch.autograd.Function):
         needs_weight, needs_bias = ctx.needs_input_grad[2:4]
         if dnormed is None:
             if dsummed is None:
-                return (None,) * 8
+                return (None,) * 9
             dnormed = torch.zeros_like(summed)
         dx, dresidual, dweight, dbias = _library.backward(
             "add_layer_norm", dnormed, dsummed, summed, weight, mean, rstd, ctx.x_dtype, ctx.residual_dtype, dropout_p,
@@ -105,7 +109,7 @@ class _AddLayerNorm(torch.autograd.Function):
             dresidual,
             dweight if needs_weight else None,
             dbias if needs_bias else None,
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -114,10 +118,10 @@ def _has_own_dx(x_dtype: torch.dtype, residual_dtype: torch.dtype, dropout_p: fl
 
 
 @torch.library.register_fake("gpt_fast::add_layer_norm_forward", lib=_library.LIBRARY)
-def _forward_fake(x, residual, weight, bias, eps, dropout_p, seed, site):
+def _forward_fake(x, residual, weight, bias, eps, dropout_p, seed, site, normed_dtype=None):
     summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    return torch.empty_like(summed), summed, mean, torch.empty_like(mean)
+    return torch.empty_like(summed, dtype=normed_dtype), summed, mean, torch.empty_like(mean)
 
 
 @torch.library.register_fake("gpt_fast::add_layer_norm_backward", lib=_library.LIBRARY)
@@ -136,16 +140,19 @@ def _backward_fake(
     )
 
 
-def _decomposition(x, *args):
-    return *reference.add_layer_norm(x, *args), x.new_empty(0), x.new_empty(0)
+def _decomposition(x, residual, weight, bias, eps, dropout_p, seed, site, normed_dtype=None):
+    normed, summed = reference.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, site)
+    return normed.to(normed_dtype or summed.dtype), summed, x.new_empty(0), x.new_empty(0)
 
 
 _library.register_decomposition("add_layer_norm", _decomposition)
 
 
-def _triton_forward(x, residual, weight, bias, eps, dropout_p, seed, site):
+def _triton_forward(x, residual, weight, bias, eps, dropout_p, seed, site, normed_dtype=None):
     rule = _library.dropout_rule(dropout_p)
-    return _library.triton_kernel("add_layer_norm").forward(x, residual, weight, bias, eps, *rule, seed, site)
+    return _library.triton_kernel("add_layer_norm").forward(
+        x, residual, weight, bias, eps, *rule, seed, site, normed_dtype
+    )
 
 
 def _triton_backward(

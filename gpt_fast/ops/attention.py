@@ -71,15 +71,12 @@ def attention(
     """
     _checks.tensors("attention", q=q, k=k, v=v)
     q, k, v = _library.autocast(q, k, v)
-    _checks.dimensions("attention", "q", q, "[B, H, T, D]")
-    _checks.dimensions("attention", "k", k, "[B, H, S, D]")
-    B, H, T, D = q.shape
-    S = k.shape[2]
-    _checks.shape("attention", "k", k, (B, H, S, D), "batch, heads and head size of q")
-    _checks.shape("attention", "v", v, (B, H, S, D), "the shape of k")
-    _checks.floating_alike("attention", q=q, k=k, v=v)
+    plain = _library.is_plain_call("attention", q, k, v) and _has_plain_shapes(q, k, v)
+    if not plain:
+        _check_heads(q, k, v)
+    T, S = q.shape[2], k.shape[2]
     options = _options(q, T, S, causal, lengths, key_mask, mask, cu_seqlens, window, dropout_p, seed, site, scale)
-    if _library.runs_reference("attention", q):
+    if not plain and _library.runs_reference("attention", q):
         return _library.by_reference(reference.attention, q.device.type, q, k, v, **options)
     return _library.apply(_Attention, q, k, v, *_in_order(options))
 
@@ -119,9 +116,25 @@ def attention_qkv(
     q, k, v = reference.split_qkv(qkv, num_heads)
     T = qkv.shape[1]
     options = _options(q, T, T, causal, lengths, key_mask, mask, cu_seqlens, window, dropout_p, seed, site, scale)
-    if _library.runs_reference("attention", qkv):
+    if not _library.is_plain_call("attention", qkv) and _library.runs_reference("attention", qkv):
         return _library.by_reference(reference.attention_qkv, qkv.device.type, qkv, num_heads, **options)
     return _library.apply(_AttentionQKV, qkv, num_heads, *_in_order(options))
+
+
+def _has_plain_shapes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Return True if `_check_heads` accepts the shapes."""
+    queries, keys = q.shape, k.shape
+    return len(queries) == len(keys) == 4 and keys == v.shape and queries[:2] == keys[:2] and queries[3] == keys[3]
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Validate shapes, dtypes and devices of queries, keys and values."""
+    _checks.dimensions("attention", "q", q, "[B, H, T, D]")
+    _checks.dimensions("attention", "k", k, "[B, H, S, D]")
+    B, H, _, D = q.shape
+    _checks.shape("attention", "k", k, (B, H, k.shape[2], D), "batch, heads and head size of q")
+    _checks.shape("attention", "v", v, (B, H, k.shape[2], D), "the shape of k")
+    _checks.floating_alike("attention", q=q, k=k, v=v)
 
 
 def _options(
@@ -129,15 +142,43 @@ def _options(
     cu_seqlens: Tensor | None, window: int | None, dropout_p: float, seed: Tensor | None, site: int,
     scale: float | None,
 ) -> dict:  # fmt: skip
-    """The options, checked against q [B, H, T, D] and S keys, with seed and scale filled in."""
-    _checks.optional_tensors("attention", lengths=lengths, key_mask=key_mask, mask=mask, cu_seqlens=cu_seqlens)
-    _checks.boolean_option("attention", causal=causal)
-    _checks.integer("attention", site=site)
-    B, H, _, D = q.shape
+    """Return the options, checked against q [B, H, T, D] and S keys, with seed and scale filled in."""
+    if causal is not True and causal is not False:
+        _checks.boolean_option("attention", causal=causal)
+    if type(site) is not int:
+        _checks.integer("attention", site=site)
+    D = q.shape[3]
     if not 1 <= D <= MAX_HEAD_DIM:
         raise ValueError(f"gpt_fast.attention: head size is {D}; expected 1 to {MAX_HEAD_DIM}")
     if causal and T > S:
         raise ValueError(f"gpt_fast.attention: {T} queries and {S} keys; expected no more queries than keys if causal")
+    if lengths is not None or key_mask is not None or mask is not None or cu_seqlens is not None:
+        _check_masks(q, T, S, lengths, key_mask, mask, cu_seqlens)
+    if window is not None:
+        _checks.integer("attention", window=window)
+        if window < 1:
+            raise ValueError(f"gpt_fast.attention: window is {window}; expected 1 or more, or None")
+    # isfinite takes no symbol
+    if scale is not None and not (_checks.is_number(scale) and -math.inf < scale < math.inf):
+        raise ValueError(f"gpt_fast.attention: scale is {scale!r}; expected a finite number or None")
+    _checks.probability("attention", "dropout_p", dropout_p)
+    if seed is not None or dropout_p:
+        _checks.seed("attention", seed, q.device)
+        seed = _library.seed_for(dropout_p, seed, q.device)
+    return {
+        "lengths": lengths, "key_mask": key_mask, "mask": mask, "cu_seqlens": cu_seqlens, "causal": causal,
+        "window": window, "dropout_p": dropout_p, "seed": seed, "site": site,
+        "scale": D**-0.5 if scale is None else float(scale),
+    }  # fmt: skip
+
+
+def _check_masks(
+    q: Tensor, T: int, S: int, lengths: Tensor | None, key_mask: Tensor | None, mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:  # fmt: skip
+    """Validate the masks of q [B, H, T, D] and S keys, and, where they can be read, the values of lengths."""
+    _checks.optional_tensors("attention", lengths=lengths, key_mask=key_mask, mask=mask, cu_seqlens=cu_seqlens)
+    B, H = q.shape[:2]
     _checks.integral("attention", lengths=lengths, cu_seqlens=cu_seqlens)
     _checks.boolean("attention", key_mask=key_mask, mask=mask)
     _checks.same_device("attention", q=q, lengths=lengths, key_mask=key_mask, mask=mask, cu_seqlens=cu_seqlens)
@@ -155,15 +196,6 @@ def _options(
             f"gpt_fast.attention: cu_seqlens of shape {list(cu_seqlens.shape)} with batch {B}, {T} queries and {S} "
             "keys; expected [n + 1], a batch of 1 and as many queries as keys"
         )
-    if window is not None:
-        _checks.integer("attention", window=window)
-        if window < 1:
-            raise ValueError(f"gpt_fast.attention: window is {window}; expected 1 or more, or None")
-    # isfinite takes no symbol
-    if scale is not None and not (_checks.is_number(scale) and -math.inf < scale < math.inf):
-        raise ValueError(f"gpt_fast.attention: scale is {scale!r}; expected a finite number or None")
-    _checks.probability("attention", "dropout_p", dropout_p)
-    _checks.seed("attention", seed, q.device)
     if lengths is not None and _library.values_checked(lengths) and not _library.kernel_checks("attention", q):
         _checks.values_below("attention", "lengths", lengths, S + 1)
     if cu_seqlens is not None and _library.values_checked(cu_seqlens):
@@ -172,11 +204,6 @@ def _options(
             raise ValueError(
                 f"gpt_fast.attention: cu_seqlens is {cu_seqlens.tolist()}; expected to start at 0 and never fall"
             )
-    return {
-        "lengths": lengths, "key_mask": key_mask, "mask": mask, "cu_seqlens": cu_seqlens, "causal": causal,
-        "window": window, "dropout_p": dropout_p, "seed": _library.seed_for(dropout_p, seed, q.device), "site": site,
-        "scale": D**-0.5 if scale is None else float(scale),
-    }  # fmt: skip
 
 
 _NAMES = ("lengths", "key_mask", "mask", "cu_seqlens", "causal", "window", "dropout_p", "seed", "site", "scale")

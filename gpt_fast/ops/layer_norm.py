@@ -7,7 +7,9 @@ from .. import reference
 from . import _checks, _library
 
 _library.define_forward(
-    "layer_norm", "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)"
+    "layer_norm",
+    "(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType? y_dtype=None)"
+    " -> (Tensor y, Tensor mean, Tensor rstd)",
 )
 _library.define_backward(
     "layer_norm",
@@ -16,7 +18,14 @@ _library.define_backward(
 )
 
 
-def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    _y_dtype: torch.dtype | None = None,
+) -> Tensor:
     """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension.
 
     Shapes: x [..., C], weight and bias [C] or None; y like x, contiguous. Rows that lie at one distance are read in
@@ -34,11 +43,13 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
 
     Source: Ba, Kiros, Hinton (2016), "Layer Normalization", arXiv:1607.06450.
     """
+    # `_y_dtype`, which only this library's blocks pass, is the dtype of y: see `_library.product_dtype`.
     if not (_library.is_plain_call("layer_norm", x, weight, bias) and has_plain_shapes(x, weight, bias, eps)):
         check_norm("layer_norm", x, weight, bias, eps)
         if _library.runs_reference("layer_norm", x, weight):
-            return _library.by_reference(reference.layer_norm, x.device.type, x, weight, bias, eps)
-    return _library.apply(_LayerNorm, x, weight, bias, eps)
+            y = _library.by_reference(reference.layer_norm, x.device.type, x, weight, bias, eps)
+            return y if _y_dtype is None else y.to(_y_dtype)
+    return _library.apply(_LayerNorm, x, weight, bias, eps, _y_dtype)
 
 
 def check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
@@ -73,23 +84,23 @@ def has_plain_shapes(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps:
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        y, mean, rstd = torch.ops.gpt_fast.layer_norm_forward(x, weight, bias, eps)
+    def forward(ctx, x, weight, bias, eps, y_dtype):
+        y, mean, rstd = torch.ops.gpt_fast.layer_norm_forward(x, weight, bias, eps, y_dtype)
         ctx.save_for_backward(x, weight, mean, rstd)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, mean, rstd = ctx.saved_tensors
-        _, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        needs_weight, needs_bias = ctx.needs_input_grad[1:3]
         dx, dweight, dbias = _library.backward("layer_norm", dy, x, weight, mean, rstd, needs_weight, needs_bias)
-        return dx, dweight if needs_weight else None, dbias if needs_bias else None, None
+        return dx, dweight if needs_weight else None, dbias if needs_bias else None, None, None
 
 
 @torch.library.register_fake("gpt_fast::layer_norm_forward", lib=_library.LIBRARY)
-def _forward_fake(x, weight, bias, eps):
+def _forward_fake(x, weight, bias, eps, y_dtype=None):
     statistics = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
+    return x.new_empty(x.shape, dtype=y_dtype), statistics, torch.empty_like(statistics)
 
 
 @torch.library.register_fake("gpt_fast::layer_norm_backward", lib=_library.LIBRARY)
@@ -99,15 +110,16 @@ def _backward_fake(dy, x, weight, mean, rstd, needs_weight, needs_bias):
     return x.new_empty(x.shape), like.new_empty(C if needs_weight else 0), like.new_empty(C if needs_bias else 0)
 
 
-def _decomposition(x, weight, bias, eps):
-    return reference.layer_norm(x, weight, bias, eps), x.new_empty(0), x.new_empty(0)
+def _decomposition(x, weight, bias, eps, y_dtype=None):
+    y = reference.layer_norm(x, weight, bias, eps)
+    return y.to(x.dtype if y_dtype is None else y_dtype), x.new_empty(0), x.new_empty(0)
 
 
 _library.register_decomposition("layer_norm", _decomposition)
 
 
-def _triton_forward(x, weight, bias, eps):
-    return _library.triton_kernel("layer_norm").forward(x, weight, bias, eps)
+def _triton_forward(x, weight, bias, eps, y_dtype=None):
+    return _library.triton_kernel("layer_norm").forward(x, weight, bias, eps, y_dtype)
 
 
 def _triton_backward(dy, x, weight, mean, rstd, needs_weight, needs_bias):

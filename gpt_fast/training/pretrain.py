@@ -25,7 +25,7 @@ from ..data.tokenizer import special_ids, vocabulary_size
 from ..heads import GPTForCausalLM, GPTForMaskedLM, Head
 from ..interrupts import Stop
 from .engine import throughput
-from .engine.distributed import World, resolve_device
+from .engine.distributed import World, launched_size, resolve_device
 from .engine.optimizer import schedule
 from .lm_data import LMData, Mask, WindowSource, check_division, lm_batch, masker, read_lm_data
 from .metrics import Metrics, lm_loss
@@ -53,6 +53,7 @@ def check(settings: PretrainSettings) -> None:
     check_division(settings.batch_size, settings.accumulate, int(os.environ.get("WORLD_SIZE", "1")))
     if settings.warmup is not None and settings.warmup > settings.steps and not settings.resume:
         raise ValueError(f"--warmup {settings.warmup}: --steps is {settings.steps}; expected at most as many")
+    _check_graph(settings)
     _check_names(settings)
     if settings.source is None:
         config = make_config(settings, num_tokens=1000)
@@ -84,6 +85,23 @@ def _check_names(settings: PretrainSettings) -> None:
         )
 
 
+def _check_graph(settings: PretrainSettings) -> None:
+    """Raise `ValueError` for settings whose updates no graph can hold."""
+    if not settings.graph:
+        return
+    if resolve_device(settings.device) == "cpu":
+        raise ValueError("--graph: --device is cpu; expected cuda, as a graph is CUDA's")
+    if (ranks := launched_size()) > 1:
+        raise ValueError(f"--graph: torchrun started {ranks} processes; expected one")
+    if settings.optimizer == "muon":
+        raise ValueError("--graph: --optimizer muon reads a value of the device in each update; expected adamw")
+    if settings.objective == "mlm":
+        raise ValueError("--graph: --objective mlm counts its labels on the host in each update; expected clm")
+    for name, changes in (("--pack", settings.pack), ("--window-warmup", settings.window_warmup > 0)):
+        if changes:
+            raise ValueError(f"--graph: {name} gives updates of different shapes; expected one shape, without {name}")
+
+
 def _check_pieces(settings: PretrainSettings, seq_len: int) -> None:
     if settings.window_warmup and seq_len % 4:
         raise ValueError(
@@ -113,8 +131,9 @@ def _check_memory(settings: PretrainSettings, config: GPTConfig) -> None:
 
 def _pretrain(session: Session[PretrainSettings]) -> Record:
     run, ranks, say = session.run, session.ranks, session.say
-    if run.kept:
+    if run.kept:  # the command may have omitted what the run began with
         _refuse_pipes(session.settings)
+        _check_graph(session.settings)
     settings = complete(session.settings, pretraining(session.settings.preset, session.settings.source))
     warmup = settings.warmup if settings.warmup is not None else min(2000, max(1, settings.steps // 10))
     settings = settings.changed(warmup=warmup)

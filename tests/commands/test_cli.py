@@ -18,7 +18,7 @@ COMMANDS = {
     "--batch-size --lr --seed --overwrite --device --json --from --pack --accumulate --warmup --weight-decay "
     "--max-grad-norm --precision --compile --checkpoint-activations --max-skips --strategy --config --log-every "
     "--checkpoint-every --keep-checkpoints --tensorboard --profile --resume --beta1 --beta2 --final-lr "
-    "--raw-dtype --text-column --optimizer --muon-lr --schedule --decay --z-loss",
+    "--raw-dtype --text-column --optimizer --muon-lr --schedule --decay --z-loss --graph",
     "prepare": "--data --valid --out --tokenizer --vocab-size --text-column --processes --overwrite --json",
     "finetune": "--from --train --valid --out --text-column --pair-column --label-column --task --numbers --scratch "
     "--labels --skip-label --answers --columns --skip-ragged --convertible "
@@ -34,6 +34,7 @@ COMMANDS = {
     "compare": "--from --runs --loss --metric --json",
     "convert": "--from --out --to --head --tokenizer --characters --heads --activation --json",
     "doctor": "--json",
+    "warmup": "--from --preset --batch-size --precision --json",
 }
 
 
@@ -56,6 +57,17 @@ def test_doctor(cli):
     shown = succeed(cli("doctor")).out
     assert all(op in shown for op in findings["ops"])
     assert (findings["extension"] is None) == any("make install" in line for line in findings["advice"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
+def test_warmup_without_a_gpu(cli, data):
+    """Also for a run; what is wrong with the options is told first."""
+    for options in (["--preset", "gpt2"], ["--from", data.lm]):
+        result = cli("warmup", *options)
+        assert result.code == 2
+        assert "gpt-fast warmup: this PyTorch sees no CUDA device; expected one, as only it runs Triton" in result.err
+    assert "expected --from RUN or --preset NAME, one of them" in cli("warmup").err
+    assert "--preset 'gpt3': expected one of" in cli("warmup", "--preset", "gpt3").err
 
 
 def test_pretrain_writes_a_run(data):

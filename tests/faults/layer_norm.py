@@ -59,7 +59,7 @@ FAULTS = (
     # Python: checks and autograd
     Fault("statistics swapped", OPS, "ctx.save_for_backward(x, weight, mean, rstd)", "ctx.save_for_backward(x, weight, rstd, mean)"),
     Fault("gradients of weight and bias swapped", OPS, "dweight if needs_weight else None, dbias if needs_bias else None", "dbias if needs_weight else None, dweight if needs_bias else None"),
-    Fault("the bias has the weight's number", OPS, "_, needs_weight, needs_bias, _ = ctx", "_, needs_bias, needs_weight, _ = ctx"),
+    Fault("the bias has the weight's number", OPS, "needs_weight, needs_bias = ctx", "needs_bias, needs_weight = ctx"),
     Fault("differentiated twice in silence", LIBRARY, "if torch.is_grad_enabled() and not torch.compiler.is_compiling():", "if False:", "double"),
     Fault("a weight of any size", OPS, "weight.shape == columns", "weight.dim() == 1", "bad_input"),
     Fault("a bias of any size", OPS, "bias.shape == columns", "bias.dim() == 1", "bad_input"),

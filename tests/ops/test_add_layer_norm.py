@@ -1,12 +1,15 @@
 """add_layer_norm against the float64 reference, and against the ops it is made of."""
 
+import contextlib
 import importlib
 
 import pytest
 import torch
 
+import gpt_fast
 from gpt_fast import ops, reference
 from tests import numerics
+from tests.conftest import PRODUCT_DTYPES
 
 EPS = 1e-5
 SHAPES = [
@@ -261,6 +264,7 @@ def test_opcheck():
     for p, chosen in ((0.0, None), (0.1, seed)):
         args = x, residual, weight, bias, EPS, p, chosen, 1
         torch.library.opcheck(forward, args)
+        torch.library.opcheck(forward, (*args, torch.bfloat16))
         normed, summed, mean, rstd = forward(*args)
         for x_dtype in (torch.float32, torch.bfloat16):
             for dsummed in (None, torch.randn_like(summed)):
@@ -269,6 +273,21 @@ def test_opcheck():
                     (torch.randn_like(normed), dsummed, summed, weight, mean, rstd, x_dtype, torch.float32, p, chosen,
                      1, True, False),
                 )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
+@pytest.mark.parametrize("reference", [False, True], ids=["kernel", "reference"])
+def test_a_norm_for_a_product_is_the_norm_rounded(device, dtype, reference):
+    """This library's blocks ask for it: `summed` stays, and the rest has the bits of a cast after the norm."""
+    inputs, seed = sample_inputs((6, 70), device), torch.tensor([8], device=device)
+    upstream = torch.randn(6, 70, device=device).to(dtype), torch.randn(6, 70, device=device)
+    results = []
+    for normed_dtype in (dtype, None):
+        with gpt_fast.use_reference() if reference else contextlib.nullcontext():
+            normed, summed = ops.add_layer_norm(*inputs, EPS, 0.1, seed, 1, _normed_dtype=normed_dtype)
+        normed = normed.to(dtype)
+        results.append([normed, summed, *torch.autograd.grad((normed, summed), inputs, upstream)])
+    assert all(map(torch.equal, *results))
 
 
 def test_fullgraph(device):

@@ -1,5 +1,6 @@
 """layer_norm against the float64 reference: the C++ kernel, Triton in the interpreter, Triton on CUDA."""
 
+import contextlib
 import importlib
 
 import pytest
@@ -13,6 +14,7 @@ import gpt_fast
 from gpt_fast import ops, reference
 from gpt_fast.layers import LayerNorm
 from tests import numerics
+from tests.conftest import PRODUCT_DTYPES
 
 EPS = 1e-5
 
@@ -297,6 +299,7 @@ def test_opcheck(device):
     y, mean, rstd = torch.ops.gpt_fast.layer_norm_forward(x, weight, bias, EPS)
     torch.library.opcheck(torch.ops.gpt_fast.layer_norm_forward.default, (x, weight, bias, EPS))
     torch.library.opcheck(torch.ops.gpt_fast.layer_norm_forward.default, (x.bfloat16(), None, None, EPS))
+    torch.library.opcheck(torch.ops.gpt_fast.layer_norm_forward.default, (x, weight, bias, EPS, torch.bfloat16))
     for needs in ((True, True), (True, False), (False, False)):
         args = torch.randn_like(y), x, weight, mean, rstd, *needs
         torch.library.opcheck(torch.ops.gpt_fast.layer_norm_backward.default, args)
@@ -324,6 +327,19 @@ def test_autocast_keeps_the_dtype_of_the_input(device):
         assert torch.equal(ops.layer_norm(x, weight, bias), ops.layer_norm(x.clone(), weight, bias))
         assert ops.layer_norm(x, weight, bias).dtype == torch.float32
         assert ops.layer_norm(x.bfloat16(), weight, bias).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
+@pytest.mark.parametrize("reference", [False, True], ids=["kernel", "reference"])
+def test_a_result_for_a_product_is_the_result_rounded(device, dtype, reference):
+    """This library's blocks ask for it: the bits of a cast after the norm, forward and backward."""
+    inputs = sample_inputs((6, 70), torch.float32, device)
+    dy = torch.randn(6, 70, device=device).to(dtype)
+    with gpt_fast.use_reference() if reference else contextlib.nullcontext():
+        narrow, wide = ops.layer_norm(*inputs, EPS, _y_dtype=dtype), ops.layer_norm(*inputs, EPS)
+    assert torch.equal(narrow, wide.to(dtype))
+    grads = torch.autograd.grad(narrow, inputs, dy), torch.autograd.grad(wide.to(dtype), inputs, dy)
+    assert all(map(torch.equal, *grads))
 
 
 def test_double_backward_says_that_it_is_not_there(device):

@@ -111,18 +111,21 @@ def gpt2_block_forward(
 
 
 def _gpt2_block(self: Any, x: Tensor, now: Pass) -> Any:
-    normed, x = _first_norm(self.ln_1, x, now)
+    attn, mlp = self.attn, self.mlp
+    attends = _plain.is_plain(attn, gpt2.GPT2Attention) and _plain.is_plain(attn.c_attn, Conv1D)
+    multiplies = _plain.is_plain(mlp, gpt2.GPT2MLP) and _plain.is_plain(mlp.c_fc, Conv1D)
+    normed, x = _first_norm(self.ln_1, x, now, attends)
     branch, p = _attention(self.attn, gpt2.GPT2Attention, normed, now)
-    normed, x = _plain.add_norm(branch, x, p, self.ln_2, now.seed, now.site + 1)
+    normed, x = _plain.add_norm(branch, x, p, self.ln_2, now.seed, now.site + 1, product=multiplies)
     branch, p = mlp_branch(self.mlp, gpt2.GPT2MLP, normed)
     return (x, branch, p) if now.carries else _plain.add(branch, x, p, now.seed, now.site + 3)
 
 
-def _first_norm(norm: Any, x: Tensor, now: Pass) -> tuple[Tensor, Tensor]:
-    """(norm(x), x), x with what the block before has left to be added."""
+def _first_norm(norm: Any, x: Tensor, now: Pass, product: bool = False) -> tuple[Tensor, Tensor]:
+    """Return (norm(x), x), x with what the block before has left to be added; `product` as in `_plain.add_norm`."""
     if now.branch is None:
-        return _plain.norm(norm, x), x
-    return _plain.add_norm(now.branch, x, now.branch_p, norm, now.seed, now.site - 1)
+        return _plain.norm(norm, x, product=product), x
+    return _plain.add_norm(now.branch, x, now.branch_p, norm, now.seed, now.site - 1, product=product)
 
 
 def gpt2_attention_forward(

@@ -7,12 +7,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...data.batches import Batch
 from ...heads import Head
 from .distributed import World
+from .graph import GraphedStep
 from .optimizer import hidden_matrices, layer_factors, make_muon, make_optimizer
 from .transfer import Sender, Sent
 
@@ -28,6 +30,7 @@ class EngineSettings:
     beta2: float = 0.999
     max_grad_norm: float = 1.0
     compile: bool = False
+    graph: bool = False
     checkpoint_activations: bool = False
     optimizer: str = "adamw"  # or muon, for the hidden matrices
     muon_lr: float | None = None  # its peak rate; None is AdamW's
@@ -79,6 +82,8 @@ class Engine:
         self._sender = Sender(self.device)
         self.scale = torch.tensor(FIRST_SCALE if self.dtype == torch.float16 else 1.0, device=self.device)
         self.growth = torch.zeros((), device=self.device)  # updates since the scale last changed
+        optimizers = [self.optimizer] if self.muon is None else [self.optimizer, self.muon]
+        self._graphed = GraphedStep(self._compute_named, *optimizers) if settings.graph else None
 
     def send(self, batches: Sequence[Batch]) -> Sent:
         """Start copying `batches` to the device, for a later `update`."""
@@ -99,21 +104,38 @@ class Engine:
         parts, counts = self._sender.receive(batches if isinstance(batches, Sent) else self.send(batches))
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_factor"]
+            group["lr"] = float(np.float32(lr * group["lr_factor"]))  # as a graph holds it, so that both agree
+        if self.muon is not None:
+            for group in self.muon.param_groups:
+                group["lr"] = lr * self.muon_ratio * group["lr_factor"]
+        if self._graphed is None:
+            return self._compute([part.inputs() for part in parts], counts)
+        tensors = {f"{name} of part {i}": x for i, part in enumerate(parts) for name, x in part.inputs().items()}
+        return Outcome(*self._graphed(counts=counts, **tensors).unbind())
+
+    def _compute_named(self, counts: Tensor, **tensors: Tensor) -> Tensor:
+        """Make the update of `tensors`, whose names are "tokens of part 0" and so on. Return the Outcome as [3]."""
+        parts: list[dict[str, Tensor]] = [{} for _ in range(len(counts))]
+        for name, tensor in tensors.items():
+            field, _, index = name.partition(" of part ")
+            parts[int(index)][field] = tensor
+        return torch.stack(self._compute(parts, counts))
+
+    def _compute(self, parts: Sequence[dict[str, Tensor]], counts: Tensor) -> Outcome:
+        """Make the update of `parts`, whose terms of the loss have `counts` [parts, terms] predictions. Whether this
+        runs or a graph of it is replayed makes no difference, so it keeps no number on the host."""
         self.optimizer.zero_grad(set_to_none=True)  # FSDP's model may hold other parameters at this moment
         if self.muon is not None:
             self.muon.zero_grad(set_to_none=True)
-            for group in self.muon.param_groups:
-                group["lr"] = lr * self.muon_ratio * group["lr_factor"]
         total_counts = self.world.total(counts.sum(0))
         shares = counts / torch.where(
             total_counts > 0, total_counts, 1
         )  # [parts, terms]; weights may sum to less than 1
         total = torch.zeros((), device=self.device)
-        for index, batch in enumerate(parts):
+        for index, inputs in enumerate(parts):
             with self.world.synchronised(self.parallel, index == len(parts) - 1):
                 with self.autocast():
-                    loss = self.forward(**batch.inputs(), loss_weights=shares[index]).loss.float()
+                    loss = self.forward(**inputs, loss_weights=shares[index]).loss.float()
                 # DDP and FSDP average over the ranks what is meant to be a sum.
                 (loss * (self.scale * self.world.size)).backward()
             total += loss.detach()
@@ -147,10 +169,10 @@ class Engine:
 
     def _rescale(self, overflow: Tensor) -> None:
         """Halve the scale after an overflow; double it after 2,000 updates without one."""
-        self.growth = torch.where(overflow, 0.0, self.growth + 1)
-        grows = self.growth >= GROWTH_EVERY
-        self.scale = torch.where(overflow, self.scale / 2, torch.where(grows, self.scale * 2, self.scale))
-        self.growth = torch.where(grows, 0.0, self.growth)
+        growth = torch.where(overflow, 0.0, self.growth + 1)
+        grows = growth >= GROWTH_EVERY
+        self.scale.copy_(torch.where(overflow, self.scale / 2, torch.where(grows, self.scale * 2, self.scale)))
+        self.growth.copy_(torch.where(grows, 0.0, growth))
 
     def state(self) -> dict[str, Tensor]:
         """Return every tensor that training resumes from: weights, moments, the scale. The tensors are the live ones:

@@ -1,0 +1,222 @@
+"""A training step as one CUDA graph: captured once, replayed for every later call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops._library import device_guard
+
+EAGER_CALLS = 2  # kernels are compiled, and the optimizer's state is made, before the capture
+Step = Callable[..., Any]
+
+
+def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> list[Tensor]:
+    """Keep the learning rates and step counts of `optimizer` on `device`. Return the rates, one for each group.
+
+    Raises `ValueError` for an optimizer that decides something on the host, such as `torch.optim.Muon`.
+    """
+    if any("capturable" not in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"gpt_fast.GraphedStep: optimizer is a {type(optimizer).__name__}, which no graph can hold; "
+            "expected one with the option capturable, such as torch.optim.AdamW"
+        )
+    rates = []
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+        group["lr"] = torch.full((), float(group["lr"]), dtype=torch.float32, device=device)
+        rates.append(group["lr"])
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].to(device)
+    return rates
+
+
+class GraphedStep:
+    """A training step that runs as one CUDA graph, so that the host launches once instead of some hundred times.
+
+    The first two calls run `step` as it is, and they count. The third call captures it. Every later call copies its
+    tensors to where the graph reads them, fills in the learning rates and replays. Results equal those of `step`.
+    Dropout differs from call to call, because the graph advances torch's generator as `step` does.
+
+    Args:
+        step: A whole update. `step(*tensors)` zeroes the gradients by `zero_grad(set_to_none=True)`, computes a loss
+            and its gradients, clips, calls `optimizer.step()`, and returns a tensor or a tuple of tensors of the
+            device. It must not read a value of the device, as `.item()`, `float(loss)` and `print(loss)` do.
+        optimizers: Those that `step` calls. Their learning rates become tensors on the device. A loop or a scheduler
+            may still set `group["lr"]` between calls; other options are fixed by the capture.
+
+    Shape:
+        Each tensor has the shape and dtype that it had in the first call.
+
+    Returns:
+        What `step` returns, as copies that the next call leaves alone.
+
+    Raises:
+        ValueError: A tensor is not on a CUDA device, or its shape or dtype differs from the first call; a process group
+            has several ranks; an optimizer cannot be captured; or parameters, optimizer state or options were replaced
+            after the capture.
+        RuntimeError: `step` does what no capture allows, such as reading a value.
+
+    Example:
+        ```python
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+        def step(tokens, labels):
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(tokens, labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            return loss.detach()
+
+        graphed = gpt_fast.training.GraphedStep(step, optimizer)
+        loss = graphed(tokens, labels)
+        ```
+
+    Note:
+        The graph keeps the memory of one step, gradients included, as long as this object lives. Modes of the model
+        (`train()`, `eval()`) and everything else that `step` asks in Python are as they were at the capture.
+    """
+
+    def __init__(self, step: Step, *optimizers: torch.optim.Optimizer):
+        if not torch.cuda.is_available():
+            raise ValueError("gpt_fast.GraphedStep: this PyTorch sees no CUDA device; expected one, to capture a graph")
+        if (ranks := _ranks()) > 1:
+            raise ValueError(f"gpt_fast.GraphedStep: the process group has {ranks} ranks; expected one process alone")
+        self._step = step
+        self._optimizers = optimizers
+        self._rates = [make_capturable(optimizer, _device_of(optimizer)) for optimizer in optimizers]
+        self._inputs: dict[str, Tensor] = {}
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._side: torch.cuda.Stream | None = None
+        self._results: Any = None
+        self._captured: list[Any] = []
+
+    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Any:
+        tensors = {f"tensor {i}": x for i, x in enumerate(args)} | kwargs
+        self._check(tensors)
+        device = next(iter(tensors.values())).device
+        with device_guard(device.index):
+            self._take_inputs(tensors)
+            self._take_rates()
+            if self._calls < EAGER_CALLS:
+                results = self._run_eagerly(len(args))
+            else:
+                if self._graph is None:
+                    self._capture(len(args))
+                elif self._captured != self._what_a_graph_reads():
+                    raise ValueError(
+                        "gpt_fast.GraphedStep: parameters, optimizer state or options are not those of the capture; "
+                        "expected no change but of learning rates; make a new GraphedStep after one"
+                    )
+                assert self._graph is not None
+                self._graph.replay()
+                results = self._results
+            self._calls += 1
+            return tuple(x.clone() for x in results) if isinstance(results, tuple) else results.clone()
+
+    def _check(self, tensors: dict[str, Tensor]) -> None:
+        """Raise `ValueError` for tensors that the graph could not read."""
+        if not tensors:
+            raise ValueError("gpt_fast.GraphedStep: the call has no tensors; expected those that change between calls")
+        if self._inputs and list(tensors) != list(self._inputs):
+            raise ValueError(
+                f"gpt_fast.GraphedStep: the call has {', '.join(tensors)}; expected {', '.join(self._inputs)}, as in "
+                "the first call"
+            )
+        for name, x in tensors.items():
+            if not isinstance(x, Tensor) or not x.is_cuda:
+                where = f"on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+                raise ValueError(f"gpt_fast.GraphedStep: {name} is {where}; expected a tensor on a CUDA device")
+            held = self._inputs.get(name)
+            if held is not None and (x.shape != held.shape or x.dtype != held.dtype or x.device != held.device):
+                raise ValueError(
+                    f"gpt_fast.GraphedStep: {name} is {x.dtype} {list(x.shape)} on {x.device}; expected {held.dtype} "
+                    f"{list(held.shape)} on {held.device}, as in the first call"
+                )
+
+    def _take_inputs(self, tensors: dict[str, Tensor]) -> None:
+        if not self._inputs:
+            self._inputs = {name: torch.empty_like(x, requires_grad=False) for name, x in tensors.items()}
+        by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for name, x in tensors.items():
+            held, given = by_dtype.setdefault(x.dtype, ([], []))
+            held.append(self._inputs[name])
+            given.append(x)
+        for held, given in by_dtype.values():  # a launch for each dtype
+            torch._foreach_copy_(held, given)
+
+    def _take_rates(self) -> None:
+        """Move learning rates that were set since the last call into the tensors that the graph reads."""
+        for optimizer, rates in zip(self._optimizers, self._rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                if group["lr"] is not rate:
+                    rate.copy_(group["lr"]) if isinstance(group["lr"], Tensor) else rate.fill_(group["lr"])
+                    group["lr"] = rate
+
+    def _call_step(self, positional: int) -> Any:
+        values = list(self._inputs.items())
+        return self._step(*(x for _, x in values[:positional]), **dict(values[positional:]))
+
+    def _run_eagerly(self, positional: int) -> Any:
+        """Run the step on the stream of the capture, on which libraries then have their workspaces."""
+        if self._side is None:
+            self._side = torch.cuda.Stream()
+        current = torch.cuda.current_stream()
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
+            results = self._call_step(positional)
+        current.wait_stream(self._side)
+        return results
+
+    def _capture(self, positional: int) -> None:
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)  # gradients are allocated again, in the graph's memory
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may use CUDA meanwhile, as a DataLoader's does that pins memory.
+            with torch.cuda.graph(graph, stream=self._side, capture_error_mode="thread_local"):
+                self._results = self._call_step(positional)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"gpt_fast.GraphedStep: the step cannot be captured ({str(error).splitlines()[0]}); expected one that "
+                "reads no value of the device and makes no tensor from a number of the host"
+            ) from error
+        self._graph, self._captured = graph, self._what_a_graph_reads()
+
+    def _what_a_graph_reads(self) -> list[Any]:
+        """Return the options of every group, and where its first parameter and that one's state lie.
+
+        Loading a state or moving a model replaces all of a group, so its first parameter tells.
+        """
+        found: list[Any] = []
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                found.append({name: value for name, value in group.items() if name not in ("params", "lr")})
+                for parameter in group["params"][:1]:
+                    state = optimizer.state.get(parameter, {})
+                    found += [parameter.data_ptr(), *(x.data_ptr() for x in state.values() if isinstance(x, Tensor))]
+        return found
+
+
+def _device_of(optimizer: torch.optim.Optimizer) -> torch.device:
+    """Return the device of the parameters. Raise `ValueError` where it is no CUDA device."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    devices = {parameter.device for parameter in parameters}
+    if len(devices) != 1 or next(iter(devices)).type != "cuda":
+        raise ValueError(
+            f"gpt_fast.GraphedStep: the optimizer's parameters are on {', '.join(sorted(map(str, devices)))}; "
+            "expected one CUDA device"
+        )
+    return devices.pop()
+
+
+def _ranks() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

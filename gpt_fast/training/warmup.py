@@ -1,0 +1,110 @@
+"""Compiles what a model needs before it is needed: Triton keeps compiled kernels in its cache on the disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import PRESETS, GPTConfig
+from ..data.batches import causal_batch
+from ..generation import generate
+from ..heads import GPTForCausalLM
+from ..model_folder import read_config
+from .engine.update import Engine, EngineSettings
+
+LAYERS = 2  # the first block and the others call different kernels
+PROMPTS = (1, 17, 32)  # tokens: one alone, a length that no tile divides, one that tiles divide
+NEW_TOKENS = 2
+
+
+@dataclasses.dataclass
+class Compiled:
+    """Kernels that Triton compiled, and those that it found in its cache."""
+
+    compiled: int = 0
+    found: int = 0
+
+    def __call__(self, *, cache_hit: bool, **_: Any) -> None:
+        """Count one kernel, as Triton's listener."""
+        self.found += cache_hit
+        self.compiled += not cache_hit
+
+
+def choose(source: Path | None, preset: str | None) -> GPTConfig:
+    """Return the configuration of a run folder or of a preset. Raise `ValueError` unless one of them is given."""
+    if (source is None) == (preset is None):
+        raise ValueError("expected --from RUN or --preset NAME, one of them")
+    if source is None:
+        if preset not in PRESETS:
+            raise ValueError(f"--preset {preset!r}: expected one of {', '.join(PRESETS)}")
+        return GPTConfig.preset(str(preset))
+    head, config = read_config(source)
+    if head != GPTForCausalLM.__name__:
+        raise ValueError(f"--from {source}: its head is {head}; expected {GPTForCausalLM.__name__}")
+    return config
+
+
+def warm(config: GPTConfig, batch_size: int = 16, precision: str = "float32") -> dict[str, Any]:
+    """Compile the kernels that training and generation launch for a model of this configuration.
+
+    One update and a few generated tokens run on the current CUDA device, by a model of two layers: the other layers
+    launch the same kernels. Sizes decide what is compiled, so the batch has those of the training to come.
+
+    Args:
+        config: The model, with the vocabulary that it will have.
+        batch_size: Windows in one part of an update: `--batch-size` over `--accumulate`.
+        precision: "float32", "bfloat16" or "float16", as `gpt-fast pretrain --precision`.
+
+    Returns:
+        The seconds and the numbers of compiled and of found kernels of `training` and of `generation`, and `cache`, the
+        folder of Triton's cache.
+
+    Raises:
+        ValueError: There is no CUDA device, or no Triton.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("gpt-fast warmup: this PyTorch sees no CUDA device; expected one, as only it runs Triton")
+    if batch_size < 1:
+        raise ValueError(f"--batch-size {batch_size}: expected 1 or more")
+    from triton import knobs
+
+    config = dataclasses.replace(config, num_layers=min(LAYERS, config.num_layers))
+    device = torch.device("cuda", torch.cuda.current_device())
+    with torch.device(device):
+        model = GPTForCausalLM(config)
+    result: dict[str, Any] = {}
+    with _counted(knobs, result, "training"):
+        batch = causal_batch(torch.zeros(batch_size, config.seq_len, dtype=torch.int64))
+        Engine(model, 1e-4, EngineSettings(precision=precision)).update([batch], 1e-4)
+    model.eval()
+    with _counted(knobs, result, "generation"):
+        for length in PROMPTS:
+            length = min(length, config.seq_len - NEW_TOKENS)
+            generate(model, torch.zeros(1, length, dtype=torch.int64, device=device), max_new_tokens=NEW_TOKENS)
+    return result | {"cache": str(knobs.cache.dir)}
+
+
+@contextmanager
+def _counted(knobs: Any, result: dict[str, Any], name: str) -> Iterator[None]:
+    """Put the seconds and kernels of the block into `result`; a listener that was there before is called, too."""
+    counter, before, began = Compiled(), knobs.compilation.listener, time.perf_counter()
+
+    def listen(**event: Any) -> None:
+        counter(**event)
+        if before is not None:
+            before(**event)
+
+    knobs.compilation.listener = listen
+    try:
+        yield
+        torch.cuda.synchronize()
+    finally:
+        knobs.compilation.listener = before
+    seconds = round(time.perf_counter() - began, 1)
+    result[name] = {"seconds": seconds, **dataclasses.asdict(counter)}
