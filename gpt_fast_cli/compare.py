@@ -50,9 +50,8 @@ def compare(
     if folders:
         _compare_runs(folders, loss, metric or "valid_loss", as_json)
         return
-    for option, given in (("--loss", loss), ("--metric", metric)):
-        if given is not None:
-            raise ValueError(f"{option} {given}: of one run; expected --runs beside it")
+    for option in ([] if loss is None else [f"--loss {loss:g}"]) + ([] if metric is None else [f"--metric {metric}"]):
+        raise ValueError(f"{option}: of one run; expected --runs beside it")
     assert source is not None
     for option, value in (("--batch-size", batch_size), ("--repeats", repeats)):
         if not 1 <= value <= 1_000_000:
