@@ -15,12 +15,21 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the caller ignores Ctrl-C
         signal.signal(signal.SIGINT, _interrupt)
     try:
+        _require_standard_output()
         _require_packages()
         from .app import run
 
         run()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+def _require_standard_output() -> None:
+    """End the process if its caller closed standard output: a result would be lost, and a file that is opened later
+    would take its place."""
+    if sys.stdout is None:
+        print("gpt-fast: standard output: closed; expected a file, pipe or terminal", file=sys.stderr)
+        sys.exit(2)
 
 
 def _require_packages() -> None:

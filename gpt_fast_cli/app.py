@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from . import usage
 from .terminal import print_error, say, show_warning, write_text
 
 NAMES = (
@@ -32,6 +33,8 @@ class Commands(TyperGroup):
         self.commands = {name: TyperCommand(name, help=_docstring(name)) for name in NAMES}
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        if args[0] not in self.commands:
+            ctx.fail(usage.no_such_command(args[0], NAMES))
         name, command, rest = super().resolve_command(ctx, args)
         return name, command and load_command(str(name)), rest
 
@@ -42,7 +45,7 @@ def load_command(name: str) -> Any:
     single = typer.Typer(
         rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False, context_settings=HELP_OPTIONS
     )
-    single.command(name, **getattr(module, "PASSES_ON", {}))(getattr(module, name))
+    single.command(name, cls=usage.Command, **getattr(module, "PASSES_ON", {}))(getattr(module, name))
     return typer.main.get_command(single)
 
 
@@ -97,7 +100,7 @@ def run() -> None:
     try:
         sys.exit(app(standalone_mode=False))  # the code of `typer.Exit`, or None
     except typer.TyperException as error:
-        print_error(error.format_message().replace("Value error, ", ""))  # pydantic's, which means nothing to users
+        print_error(usage.message(error))
         sys.exit(error.exit_code)
     except (ValueError, OSError) as error:
         if "--traceback" in sys.argv:

@@ -20,7 +20,9 @@ def compare(
     loss: Annotated[
         float | None, typer.Option(help="The loss, in nats; of --runs the lowest that all reach unless given.")
     ] = None,
-    metric: Annotated[str, typer.Option(help="A field of metrics.jsonl that falls.")] = "valid_loss",
+    metric: Annotated[
+        str | None, typer.Option(help="A field of metrics.jsonl that falls; valid_loss unless given.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows in the batch.")] = 8,
     repeats: Annotated[int, typer.Option(help="Timed training steps of each; the median is shown.")] = 9,
     device: Device = "auto",
@@ -46,14 +48,14 @@ def compare(
     if (source is None) == (not folders) or (more_runs and not runs):
         raise ValueError("compare: expected --from with one run folder, or --runs with several")
     if folders:
-        _compare_runs(folders, loss, metric, as_json)
+        _compare_runs(folders, loss, metric or "valid_loss", as_json)
         return
-    if loss is not None:
-        raise ValueError(f"--loss {loss:g}: of one run; expected --runs beside it")
+    for option in ([] if loss is None else [f"--loss {loss:g}"]) + ([] if metric is None else [f"--metric {metric}"]):
+        raise ValueError(f"{option}: of one run; expected --runs beside it")
     assert source is not None
     for option, value in (("--batch-size", batch_size), ("--repeats", repeats)):
-        if value < 1:
-            raise ValueError(f"{option} {value}: expected at least 1")
+        if not 1 <= value <= 1_000_000:
+            raise ValueError(f"{option} {value}: expected 1 to 1,000,000")
     device = resolve_device(device)
     from gpt_fast.training.compare import compare as measure
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -22,7 +23,7 @@ from .terminal import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from tokenizers import Tokenizer
     from torch import Tensor
@@ -74,8 +75,8 @@ def generate(
         bool, typer.Option("--sliding", help="Beyond the model's positions, go on from the latest tokens.")
     ] = False,
     weights: Annotated[
-        str | None,
-        typer.Option(metavar="float32|bfloat16|int8|int8-a16", help="How a CPU stores them while it writes."),
+        Literal["float32", "bfloat16", "int8", "int8-a16"] | None,
+        typer.Option(help="How a CPU stores them while it writes."),
     ] = None,
     raw: Raw = False,
     device: Device = "auto",
@@ -104,6 +105,10 @@ def generate(
         raise ValueError(f"--num-samples {num_samples}: expected 1 or more")
     if max_new_tokens is not None and max_new_tokens < 0:
         raise ValueError(f"--max-new-tokens {max_new_tokens}: expected 0 or more")
+    with _named_by_option():
+        from gpt_fast.generation.sampling import Sampling
+
+        Sampling(temperature, top_k, top_p, repetition_penalty)  # raises, before a model is read
     if any(not text for text in stop or []):
         raise ValueError("--stop '': expected a text, not nothing")
     if prompt is None:
@@ -128,7 +133,12 @@ def generate(
                 f"--prompt: has {len(ids):,} tokens, and {source} has {model.config.seq_len:,} positions; "
                 "expected fewer tokens, or --sliding"
             )
-    _check_memory(num_samples, min(len(ids) + max_new_tokens, model.config.seq_len), model.config)
+    if max_new_tokens > room and not sliding:
+        raise ValueError(
+            f"--max-new-tokens {max_new_tokens}: the prompt has {len(ids):,} tokens, and {source} has "
+            f"{model.config.seq_len:,} positions; expected at most {max(0, room):,}, or --sliding"
+        )
+    _check_memory(num_samples, len(ids), max_new_tokens, model.config)
     # An answer to a question was learned as a text of its own.
     context = [] if writes_answers(source) else ids
     samples = [_Text(tokenizer, prompt, context, stop or [], ends) for _ in range(num_samples)]
@@ -145,7 +155,7 @@ def generate(
             raise _Finished
 
     began = time.perf_counter()
-    with contextlib.suppress(_Finished):
+    with contextlib.suppress(_Finished), _named_by_option():
         continue_text(
             model,
             torch.tensor([ids] * num_samples, device=device),
@@ -174,14 +184,29 @@ def generate(
             write_text(prompt + sample.text(), raw)
 
 
-def _check_memory(num_samples: int, length: int, config: GPTConfig) -> None:
-    """Raise `ValueError` for more continuations than memory holds keys and values of, in 16 bits."""
+@contextlib.contextmanager
+def _named_by_option() -> Iterator[None]:
+    """Let an error about an argument of `gpt_fast.generate` name the option that it came from."""
+    try:
+        yield
+    except ValueError as error:
+        found = re.fullmatch(r"gpt_fast\.generate: (\w+) is (.+); (expected .+?)(?:, or None)?", str(error))
+        if found is None:
+            raise
+        raise ValueError(f"--{found[1].replace('_', '-')} {found[2]}: {found[3]}") from None
+
+
+def _check_memory(num_samples: int, prompt: int, new: int, config: GPTConfig) -> None:
+    """Raise `ValueError` for more continuations than memory holds the tokens of, and keys and values in 16 bits."""
     from gpt_fast import _memory
 
-    needed, left = 4 * config.num_layers * config.hidden_dim * length * num_samples, _memory.available()
+    length = prompt + new
+    kept = 4 * config.num_layers * config.hidden_dim * min(length, config.seq_len)
+    needed, left = (kept + 8 * length) * num_samples, _memory.available()
     if needed > left:
+        option = f"--num-samples {num_samples}" if num_samples > 1 else f"--max-new-tokens {new}"
         raise ValueError(
-            f"--num-samples {num_samples:,}: needs {_memory.size(needed)} of memory or more; expected at most "
+            f"{option}: needs {_memory.size(needed)} of memory or more; expected at most "
             f"{_memory.size(left)}, which is left"
         )
 

@@ -74,6 +74,8 @@ def predict(
             raise ValueError(f"{option}: empty; expected a text")
         for value in blank:
             check_decoded(option, value)
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {max_new_tokens}: expected 1 or more")
     if text is None and pair:
         raise ValueError("--pair: belongs to --text; a table's second text is named by --pair-column")
     if data is None:

@@ -72,6 +72,17 @@ class Settings(BaseModel):
             raise PydanticCustomError("boolean", "true or false")
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_blank_paths(cls, value: Any, info: ValidationInfo) -> Any:
+        """Raise for a blank path, which would become the current folder."""
+        values = value if isinstance(value, list | tuple) else [value]
+        if "Path" in str(cls.model_fields[str(info.field_name)].annotation) and any(
+            isinstance(each, str) and not each.strip() for each in values
+        ):
+            raise PydanticCustomError("blank", "a path")
+        return value
+
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
@@ -140,6 +151,7 @@ _EXPECTED = {
     "bool_type": "true or false",
     "boolean": "a value other than true and false",
     "path_type": "a path",
+    "blank": "a path",
     "string_type": "a text",
     "tuple_type": "a list",
     "list_type": "a list",
@@ -161,8 +173,8 @@ def _describe(cls: type[Settings], error: ErrorDetails, place: str, read: Collec
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
         return f"{place}{cls.__name__} has no {shortened(name)}; {hint}"
     if name in read:
-        return f"{place}{name} has {shortened(error['input'])}; expected {_expectation(error)}"
-    return f"--{name} {error['input']}: expected {_expectation(error)}"
+        return f"{place}{name} has {shortened(error['input'])}; expected {expectation(error)}"
+    return f"--{name} {error['input']}: expected {expectation(error)}"
 
 
 def describe(error: ErrorDetails) -> str:
@@ -176,7 +188,7 @@ def describe(error: ErrorDetails) -> str:
         return f"unknown name {shortened(name)}"
     if not name:
         return error["msg"]
-    return f"{name} has {shortened(error['input'])}; expected {_expectation(error)}"
+    return f"{name} has {shortened(error['input'])}; expected {expectation(error)}"
 
 
 def shortened(value: Any) -> str:
@@ -185,7 +197,7 @@ def shortened(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _expectation(error: ErrorDetails) -> str:
+def expectation(error: ErrorDetails) -> str:
     """Return what was expected where pydantic found `error`."""
     expected = _EXPECTED.get(error["type"])
     if expected is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from .declaration import option
-from .training import DATA, RUN, TRAINING, Count, Decay, NotNegative, TrainingSettings
+from .training import DATA, RUN, TRAINING, Count, Decay, NotNegative, Repeats, TrainingSettings
 
 
 class FinetuneSettings(TrainingSettings):
@@ -34,9 +34,10 @@ class FinetuneSettings(TrainingSettings):
         "validates on it: OUT/fold-1 and so on.",
         panel=DATA,
         ge=2,
+        le=10_000,
     )
     fold: Count | None = option(None, "Train the run of this one of --folds alone, counted from 1.", panel=DATA)
-    seeds: Count | None = option(
+    seeds: Repeats | None = option(
         None,
         "Train so many runs, with --seed and the seeds behind it: OUT/seed-0 and so on. Mean and spread are printed.",
         panel=TRAINING,

@@ -11,7 +11,8 @@ from pydantic import Field
 from .declaration import Settings, option
 
 RUN, DATA, MODEL, TRAINING = PANELS = ("Run", "Data", "Model", "Training")
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+Repeats = Annotated[int, Field(ge=1, le=10_000)]  # runs, each in a folder of its own
 NotNegative = Annotated[float, Field(ge=0)]
 Size = Annotated[int, Field(ge=1, le=2**28)]
 Decay = Annotated[float, Field(ge=0, lt=1)]

@@ -30,12 +30,21 @@ from gpt_fast_settings.documents import read_object
 
 from .._disk import NotWritten, writing
 from .._files import PARTIAL, replacing, write_json
+from ..config import SPECIAL_TOKENS
 from ..interrupts import Interrupted
 from .reading.cuts import Keeps, keeps_tokens
 from .reading.pipes import copied, is_piped
 from .sources import Unit, documents, plan
 from .token_files import DTYPES, write_token_file
-from .tokenizer import encode_documents, make_tokenizer, parse_tokenizer, save_tokenizer, special_ids, vocabulary_size
+from .tokenizer import (
+    check_kind,
+    encode_documents,
+    make_tokenizer,
+    parse_tokenizer,
+    save_tokenizer,
+    special_ids,
+    vocabulary_size,
+)
 
 SAMPLE = 100 << 20  # characters that a vocabulary is learned from
 PARTS, RECORD = ".parts", "data.json"
@@ -67,8 +76,13 @@ def prepare(settings: PrepareSettings, show: Callable[[int, int], None], say: Ca
     Raises `FileNotFoundError`, `FileExistsError` or `ValueError` for what the user can mend, `ChildProcessError` if a
     worker was killed. After a kill, a signal or a full disk the same call resumes.
     """
-    if settings.processes < 1:
-        raise ValueError(f"--processes {settings.processes}: expected at least 1")
+    check_kind(settings.tokenizer)
+    for option, value, least, most in (
+        ("--processes", settings.processes, 1, 1024),
+        ("--vocab-size", settings.vocab_size, len(SPECIAL_TOKENS) + 256, 2**28),
+    ):
+        if not least <= value <= most:
+            raise ValueError(f"{option} {value}: expected {least} to {most:,}")
     out = settings.out
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out {out}: is a file; expected a folder")

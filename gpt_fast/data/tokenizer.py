@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from gpt_fast_settings.declaration import did_you_mean
 from gpt_fast_settings.documents import parse_json, read_bytes
 
 from .._files import write_text
@@ -38,9 +39,17 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenize
         return byte_tokenizer()
     if kind == "char":
         return char_tokenizer(texts)
-    if not Path(kind).exists():
-        raise ValueError(f"--tokenizer {kind}: neither bpe, byte, char nor the path of a tokenizer.json")
+    check_kind(kind)
     return load_tokenizer(Path(kind))
+
+
+def check_kind(kind: str) -> None:
+    """Raise `ValueError` for a name that is no kind of tokenizer and no path."""
+    if kind not in KINDS and (not kind.strip() or not Path(kind).exists()):
+        raise ValueError(
+            f"--tokenizer {kind!r}: no such file; expected {', '.join(KINDS)} or the path of a tokenizer.json"
+            f"{did_you_mean(kind, KINDS)}"
+        )
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

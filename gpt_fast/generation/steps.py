@@ -97,7 +97,7 @@ class CppStep:
         self._draws += options.temperature > 0
         return self._c.Sampling(
             temperature=options.temperature,
-            top_k=options.top_k or 0,
+            top_k=min(options.top_k or 0, 2**31 - 1),
             top_p=1.0 if options.top_p is None else options.top_p,
             min_p=options.min_p or 0.0,
             penalty=options.repetition_penalty,

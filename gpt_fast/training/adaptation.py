@@ -70,12 +70,16 @@ def _check_lora(settings: FinetuneSettings, config: GPTConfig) -> None:
     for option, given in (
         ("--scratch", settings.scratch),
         (f"--freeze {settings.freeze}", settings.freeze is not None),
-        ("--strategy fsdp", settings.strategy == "fsdp"),
     ):
         if given:
             raise ValueError(
-                f"{option}: beside --lora-rank {rank}, which trains an adapter of frozen weights; leave one out"
+                f"{option}: --lora-rank {rank} trains an adapter of frozen weights; expected one of the two options"
             )
+    if settings.strategy == "fsdp":
+        raise ValueError(
+            f"--strategy fsdp: --lora-rank {rank} trains an adapter, which each rank holds as a whole; expected "
+            "--strategy ddp"
+        )
     if not (source / "model.safetensors").is_file() or (
         not is_finished(source) and any(checkpoints.newest_first(source / checkpoints.FOLDER))
     ):

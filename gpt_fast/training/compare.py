@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import _memory, ops
 from ..data.batches import Batch
 from ..heads import Head
 from .engine.update import Engine, EngineSettings
@@ -31,6 +31,14 @@ def compare(
     """Largest differences of logits and gradients on one batch of random tokens, with the dropout that the model
     trains with and the same masks in both, then tokens per second of whole training steps, the two taking turns."""
     model = load_run(folder, device)
+    config = model.config
+    tokens = batch_size * config.seq_len
+    needed, left = 4 * tokens * (2 + config.num_layers * config.hidden_dim), _memory.available()
+    if needed > left:  # the least: the ids, and the input of each block in float32
+        raise ValueError(
+            f"--batch-size {batch_size}: needs {_memory.size(needed)} of memory or more; expected at most "
+            f"{_memory.size(left)}, which is left"
+        )
     batch = random_batch(model, batch_size).to(torch.device(device))
     fused = logits_and_gradients(model, batch, nullcontext)
     exact = logits_and_gradients(model, batch, ops.use_reference)

@@ -26,7 +26,7 @@ from .metrics import Metrics
 from .profiling import trace
 from .runs import checkpoints
 from .runs.folder import Run
-from .trackers import Tracked
+from .trackers import End, Tracked
 
 MEMORY = 50  # updates over which the running mean of the loss forgets
 THRESHOLD = 6.0  # standard deviations above it
@@ -153,6 +153,7 @@ class Loop:
     seed: int = 0
     identity: dict[str, Any] = field(default_factory=dict)  # of the data: a run goes on with the same
     record: dict[str, Any] = field(default_factory=dict)  # what a reader of a checkpoint has to know of the run
+    tracked: dict[str, Any] = field(default_factory=dict)  # what trackers show beside the curve
     save_best: Callable[[Head, Path], None] = Head.save_pretrained
 
     def __post_init__(self) -> None:
@@ -197,6 +198,7 @@ class Loop:
             self.run_folder.publish()
         world.wait()
         self.stop.deferred = True
+        end: End = "failed"
         try:
             with self._trace() as profiler:
                 while self._continues():
@@ -209,11 +211,15 @@ class Loop:
                     f"validations was better than that of update {int(state.best_metrics['step']):,}"
                 )
             self._save_last()
+            end = "finished"
             return state.line
+        except Interrupted:
+            end = "killed"
+            raise
         finally:
             self.stop.deferred = False
             for tracker in self._trackers or ():
-                tracker.close()
+                tracker.close(end)
 
     def _continues(self) -> bool:
         """Return True if an update is left, and validations did not stop getting better."""
@@ -335,7 +341,7 @@ class Loop:
             state.metrics_bytes = path.stat().st_size
             if self._trackers is None:  # made here, for the run folder has its name now
                 folder = self.run_folder.folder
-                self._trackers = [Tracked(name, folder, self.record) for name in self.settings.trackers]
+                self._trackers = [Tracked(name, folder, self.tracked) for name in self.settings.trackers]
             for tracker in self._trackers:
                 tracker.add(line)
         state.line, state.losses = line, []

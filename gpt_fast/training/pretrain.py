@@ -20,8 +20,7 @@ from ..config import PRESETS, GPTConfig
 from ..data.batches import Batch, lm_windows, unigram_entropy
 from ..data.reading.pipes import is_piped
 from ..data.stream import TokenStream
-from ..data.tokenizer import KINDS as TOKENIZERS
-from ..data.tokenizer import special_ids, vocabulary_size
+from ..data.tokenizer import check_kind, special_ids, vocabulary_size
 from ..heads import GPTForCausalLM, GPTForMaskedLM, Head
 from ..interrupts import Stop
 from .engine import throughput
@@ -71,11 +70,8 @@ def _check_names(settings: PretrainSettings) -> None:
     preset, tokenizer = settings.preset, settings.tokenizer
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"--preset {preset!r}: expected one of {', '.join(PRESETS)}{did_you_mean(preset, PRESETS)}")
-    if tokenizer is not None and tokenizer not in TOKENIZERS and (not tokenizer or not Path(tokenizer).exists()):
-        raise ValueError(
-            f"--tokenizer {tokenizer!r}: no such file; expected {', '.join(TOKENIZERS)} or the path of a tokenizer.json"
-            f"{did_you_mean(tokenizer, TOKENIZERS)}"
-        )
+    if tokenizer is not None:
+        check_kind(tokenizer)
     sizes = PRESETS.get(str(preset), SMALL_SIZES)
     dim, heads = settings.dim or sizes["hidden_dim"], settings.heads or sizes["num_heads"]
     if settings.source is None and dim % heads:

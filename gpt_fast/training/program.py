@@ -114,7 +114,7 @@ class Session(Generic[S]):
             save_tokenizer(tokenizer, run.folder / "tokenizer.json")
         loop = Loop(
             engine, source, validate, loop_settings, run, self.show, self.say, self.stop, better, seed=settings.seed,
-            identity=identity, record=record, save_best=save_best,
+            identity=identity, record=record, tracked=settings.saved() | record, save_best=save_best,
         )  # fmt: skip
         if run.kept or ranks.size > 1:
             loop.resume()

@@ -6,9 +6,10 @@ from __future__ import annotations
 import math
 import os
 import threading
+import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from .metrics import Metrics
 from .runs.folder import write_extra
@@ -16,12 +17,13 @@ from .runs.folder import write_extra
 # Where each writes inside the run folder.
 PLACES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow.db"}
 PROJECT = "gpt-fast"  # of wandb, and MLflow's experiment
+End = Literal["finished", "failed", "killed"]
 
 
 class Tracker(Protocol):
     def add(self, line: Metrics) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, end: End) -> None: ...
 
 
 def require(name: str | None) -> None:
@@ -33,9 +35,9 @@ def require(name: str | None) -> None:
 class Tracked:
     """A tracker that a run can do without, made with the first line. A failure is one warning, and the last call."""
 
-    def __init__(self, name: str, run: Path, record: dict[str, Any]):
+    def __init__(self, name: str, run: Path, settings: dict[str, Any]):
         self._path = run / PLACES[name]
-        self._name, self._record = name, record
+        self._name, self._settings = name, settings
         self._tracker: Tracker | None = None
         self._works = True
 
@@ -43,12 +45,12 @@ class Tracked:
         if self._works:
             self._works = write_extra(self._path, lambda path: self._opened(path, line).add(line))
 
-    def close(self) -> None:
+    def close(self, end: End) -> None:
         if self._tracker is None:
             return
         tracker = self._tracker
         if self._works:
-            write_extra(self._path, lambda path: tracker.close())
+            write_extra(self._path, lambda path: tracker.close(end))
         if isinstance(tracker, TensorBoard):
             tracker.release()
 
@@ -58,9 +60,9 @@ class Tracked:
         if self._name == "tensorboard":
             self._tracker = TensorBoard(path, line)
         elif self._name == "wandb":
-            self._tracker = Wandb(path.parent, self._record)
+            self._tracker = Wandb(path.parent, self._settings)
         else:
-            self._tracker = MLflow(path.parent, self._record)
+            self._tracker = MLflow(path.parent, self._settings)
         return self._tracker
 
 
@@ -83,7 +85,7 @@ class TensorBoard:
             if name != "step":
                 self._writer.add_scalar(name, value, int(line["step"]))
 
-    def close(self) -> None:
+    def close(self, end: End) -> None:
         self._writer.close()
 
     def release(self) -> None:
@@ -95,31 +97,32 @@ class Wandb:
     """A run of wandb, offline unless WANDB_MODE says otherwise: `wandb sync RUN/wandb/offline-run-*` sends it later. A
     resumed run is another one of the same group."""
 
-    def __init__(self, run: Path, record: dict[str, Any]):
+    def __init__(self, run: Path, settings: dict[str, Any]):
         import wandb
 
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            group=run.name,
-            name=run.name,
+            group=os.environ.get("WANDB_RUN_GROUP", run.name),
+            name=os.environ.get("WANDB_NAME", run.name),
             dir=str(run),
             mode=os.environ.get("WANDB_MODE", "offline"),
-            config=record,
+            config=settings,
         )
 
     def add(self, line: Metrics) -> None:
         self._run.log({name: value for name, value in line.items() if name != "step"}, step=int(line["step"]))
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, end: End) -> None:
+        self._run.finish(exit_code=int(end != "finished"))
 
 
 class MLflow:
     """A run of MLflow, in the run folder's mlflow.db unless MLFLOW_TRACKING_URI names a server: `mlflow ui
     --backend-store-uri sqlite:///RUN/mlflow.db` shows it. A resumed run is another one of the same name."""
 
-    def __init__(self, run: Path, record: dict[str, Any]):
+    def __init__(self, run: Path, settings: dict[str, Any]):
         from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param
 
         uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{run.resolve() / PLACES['mlflow']}")
         self._client = MlflowClient(tracking_uri=uri)
@@ -127,13 +130,20 @@ class MLflow:
         experiment = self._client.get_experiment_by_name(name)
         made = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
         self._id = self._client.create_run(made, run_name=run.name).info.run_id
-        for field, value in record.items():
-            self._client.log_param(self._id, field, str(value)[:500])
+        self._metric = Metric
+        self._client.log_batch(self._id, params=[Param(name, str(value)[:500]) for name, value in settings.items()])
 
     def add(self, line: Metrics) -> None:
-        for name, value in line.items():
-            if name != "step" and math.isfinite(value):
-                self._client.log_metric(self._id, name, value, step=int(line["step"]))
+        """Log a line in one transaction: one for each number took eight times as long."""
+        step, now = int(line["step"]), time.time_ns() // 1_000_000
+        self._client.log_batch(
+            self._id,
+            metrics=[
+                self._metric(name, value, now, step)
+                for name, value in line.items()
+                if name != "step" and math.isfinite(value)
+            ],
+        )
 
-    def close(self) -> None:
-        self._client.set_terminated(self._id)
+    def close(self, end: End) -> None:
+        self._client.set_terminated(self._id, end.upper())

@@ -34,7 +34,7 @@ BEFORE_DATA = [
     ("--dim 30", "--dim 30: 30 dimensions are not divisible by 4 heads; expected a multiple of the heads"),
     ("--heads 5", "--heads 5: 128 dimensions are not divisible by 5 heads"),
     ("--warmup 1000000000", "--warmup 1000000000: --steps is 1000; expected at most as many"),
-    ("--objectiv mlm", "No such option: --objectiv"),
+    ("--objectiv mlm", "--objectiv: no such option; did you mean '--objective'?"),
 ]
 
 
@@ -106,7 +106,7 @@ def test_the_default_length_fits_the_model(cli, data):
     result = succeed(cli("generate", data.lm, "--prompt", prompt, "--seed", 1, "--json"))
     assert 1 <= json.loads(result.out)["new_tokens"] <= 32 - len(prompt)
     asked = cli("generate", data.lm, "--prompt", prompt, "--max-new-tokens", 100)
-    assert asked.code == 2 and "the model has 32 positions" in asked.err
+    assert asked.code == 2 and "has 32 positions; expected at most 16, or --sliding" in asked.err
     full = cli("generate", data.lm, "--prompt", "x" * 32)
     assert (
         full.code == 2
@@ -121,8 +121,15 @@ def test_the_default_length_fits_the_model(cli, data):
     ("options", "message"),
     [
         ("--num-samples 0", "--num-samples 0: expected 1 or more"),
-        ("--num-samples 1000000000", "--num-samples 1,000,000,000: needs "),
+        ("--num-samples 1000000000", "--num-samples 1000000000: needs "),
         ("--max-new-tokens -1", "--max-new-tokens -1: expected 0 or more"),
+        ("--max-new-tokens 1000000000", "--max-new-tokens 1000000000: the prompt has 1 tokens, and "),
+        ("--max-new-tokens 1000000000000 --sliding", "--max-new-tokens 1000000000000: needs "),
+        ("--temperature -1", "--temperature -1.0: expected 0 (greedy) or more"),
+        ("--top-k 0", "--top-k 0: expected an integer of 1 or more"),
+        ("--top-p 2", "--top-p 2.0: expected more than 0 and at most 1"),
+        ("--seed 99999999999999999999", "--seed 99999999999999999999: expected an integer from -2^63"),
+        ("--weights int9", "--weights 'int9': expected one of float32, bfloat16, int8; did you mean 'int8'?"),
     ],
 )
 def test_what_generate_refuses(cli, data, options, message):
@@ -186,3 +193,47 @@ def test_a_text_that_is_too_short_is_named(cli, data, tmp_path):
     empty.write_text("")
     result = cli("evaluate", "--from", data.lm, "--data", empty)
     assert result.code == 2 and str(empty) in result.err
+
+
+# --- every command ---
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("pretrain --out r --data=", "--data '': expected a path"),
+        ("pretrain --out=", "--out '': expected a path"),
+        ("pretrain --out r --text-column=", "--text-column '': expected the name of a column"),
+        ("pretrain --out r --tokenizer bqe", "--tokenizer 'bqe': no such file; expected bpe, byte, char"),
+        ("pretrain --out r --steps 99999999999999999999", "expected less than 9,223,372,036,854,775,808"),
+        ("pretrain --out r --log-every 1.5", "--log-every '1.5': expected a whole number"),
+        ("prepare --out r --data=", "--data '': expected a path"),
+        ("prepare --out r --data none --tokenizer byt", "or the path of a tokenizer.json; did you mean 'byte'?"),
+        ("prepare --out r --data none --vocab-size 0", "--vocab-size 0: expected 261 to 268,435,456"),
+        ("prepare --out r --data none --processes 1000000000", "--processes 1000000000: expected 1 to 1,024"),
+        ("finetune --from {lm} --out r --train none.csv --seeds 1000000000", "expected at most 10,000"),
+        ("finetune --from {lm} --out r --train none.csv --folds 99999999999999999999", "expected at most 10,000"),
+        ("finetune --from {lm} --out r --train none.csv --freeze=", "--freeze '': expected trunk or embeddings or N"),
+        ("evaluate --from {lm} --data=", "--data '': expected a path"),
+        ("evaluate --from {lm} --columns=", "--columns '': expected the name of a column"),
+        ("evaluate --from {lm} --device=", "--device '': expected auto or cpu or cuda"),
+        ("predict --from {classifier} --data none.csv --max-new-tokens -1", "-1: expected 1 or more"),
+        ("compare --from {lm} --metric valid_loss", "--metric valid_loss: of one run; expected --runs beside it"),
+        ("compare --from {lm} --batch-size 99999999999999999999", "expected 1 to 1,000,000"),
+        ("compare --from {lm} --runs=", "--runs '': expected a path"),
+        ("plot {lm} --out=", "--out '': expected a path"),
+        ("generate  --prompt a", "no run folder; expected one"),
+        ("convert --from {lm} --out r --to hf", "--to hf: expected one of gpt-fast, transformers, nanogpt"),
+    ],
+)
+def test_values_that_mean_nothing(cli, data, command, message):
+    """Before, some were read as the current folder, some trained without end, and some ended in a traceback."""
+    result = cli(*(word.format(**data._asdict()) for word in command.split()))
+    assert result.code == 2 and message in result.err, result.err
+    assert len(result.err.splitlines()) == 1 and "none" not in result.err.replace("none of", "")
+
+
+def test_a_blank_path_in_a_file_of_settings(cli, tmp_path):
+    (tmp_path / "s.yaml").write_text("data: ['']\n")
+    result = cli("pretrain", "--config", tmp_path / "s.yaml", "--out", tmp_path / "run")
+    assert result.code == 2 and "data has ['']; expected a path" in result.err

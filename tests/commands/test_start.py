@@ -118,6 +118,16 @@ def test_python_runs_the_package(module):
     )
 
 
+def test_a_closed_standard_output_is_told():
+    """A shell's `>&-`. Before, a result was computed and lost in a traceback."""
+    closed = subprocess.run(
+        ["bash", "-c", '"$0" -m gpt_fast_cli --help >&-', sys.executable],
+        env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    assert closed.stderr == "gpt-fast: standard output: closed; expected a file, pipe or terminal\n"
+    assert closed.returncode == 2
+
+
 @pytest.mark.parametrize("imported", ["typer", "gpt_fast_cli.terminal", "numpy", "torch._C", "torch.nn", "tokenizers"])
 def test_ctrl_c_during_the_start_is_quiet(imported, tmp_path):
     """SIGINT right after a module is imported: before the command line is built, and at several moments of torch."""

@@ -288,6 +288,13 @@ def test_no_new_tokens(model):
 # --- sampling ---
 
 
+def test_a_top_k_beyond_the_vocabulary_keeps_all(model):
+    """Also one that no C++ integer holds, which ended in a TypeError of pybind11."""
+    prompt = torch.tensor([[3, 4]])
+    everything = generate(model, prompt, max_new_tokens=8, seed=1)
+    assert torch.equal(generate(model, prompt, max_new_tokens=8, seed=1, top_k=10**20), everything)
+
+
 def test_top_k_keeps_exactly_k():
     """Also where the k-th largest is not alone, and where there are fewer than k."""
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0], [0.0, -1.0, -2.0, -3.0]])

@@ -396,9 +396,10 @@ def test_a_stopped_run_with_an_adapter_is_read_and_resumed(source, table, tmp_pa
     [
         (
             {"lora_rank": 2, "scratch": True},
-            "--scratch: beside --lora-rank 2, which trains an adapter of frozen weights",
+            "--scratch: --lora-rank 2 trains an adapter of frozen weights; expected one of the two options",
         ),
-        ({"lora_rank": 2, "freeze": "1"}, "--freeze 1: beside --lora-rank 2"),
+        ({"lora_rank": 2, "freeze": "1"}, "--freeze 1: --lora-rank 2 trains an adapter of frozen weights"),
+        ({"lora_rank": 2, "strategy": "fsdp"}, "--strategy fsdp: --lora-rank 2 trains an adapter, .* --strategy ddp"),
         ({"lora_alpha": 2.0}, "--lora-alpha 2: no --lora-rank; expected both, or none"),
     ],
 )
