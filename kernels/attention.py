@@ -17,7 +17,7 @@ import triton.language as tl
 from . import launch_configs
 from .descriptors import describable, descriptor
 from .gemm import cast, dot, precision
-from .philox import keep_matrix
+from .philox import dropping_seed, keep_matrix
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -359,10 +359,10 @@ def _fwd_kernel(
 
 @triton.jit
 def _bwd_dq_tile(
-    dq, q, do, lse_log2, delta, keys, values, start, walk, rows, head, masks, dropout, dropout_scale, scale_log2,
+    dq, q, do, lse_log2, delta, keys, values, start, walk, rows, head, masks, dropout, scale_log2,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of keys to dQ / scale, [BLOCK_M, BLOCK_D]."""
+    """Add a tile of keys to dQ / scale, [BLOCK_M, BLOCK_D], still without dropout's scale."""
     k = _walked_tile(keys, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_N, BLOCK_D]
     v = _walked_tile(values, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_N, BLOCK_D]
     if MASKED and masks.key_mask_ptr is not None:
@@ -373,7 +373,7 @@ def _bwd_dq_tile(
     dp = dot(do, tl.trans(v), None, PRECISION)  # [BLOCK_M, BLOCK_N]
     if dropout.seed_ptr is not None:
         keep = _keep(dropout.position, _walked_position(start, walk, dropout), dropout)
-        dp = tl.where(keep, dp * dropout_scale, 0.0)
+        dp = tl.where(keep, dp, 0.0)
     ds = p * (dp - delta[:, None])
     if MASKED:
         ds = tl.where(_allowed(j, rows, rows.offs, j, head, masks), ds, 0.0)
@@ -435,23 +435,28 @@ def _bwd_dq_kernel(
     rows_ptr += bh * 2 * padded + offs_m
     tl.store(rows_ptr, lse_log2, mask=offs_m < padded)
     tl.store(rows_ptr + padded, delta * kept, mask=offs_m < padded)
+    if seed_ptr is not None:  # the scale of dropout is applied once, at the end
+        delta *= kept
+        scale_dq = scale * dropout_scale
+    else:
+        scale_dq = scale
 
     scale_log2 = scale * LOG2E
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for n in range(0, _masked_tiles(ranges, BLOCK_N)):
         dq = _bwd_dq_tile(
             dq, q, do, lse_log2, delta, keys, values, _masked_start(n, ranges, BLOCK_N), walk, rows, head, masks,
-            dropout, dropout_scale, scale_log2, True, PRECISION, D, DESCRIBED,
+            dropout, scale_log2, True, PRECISION, D, DESCRIBED,
         )  # fmt: skip
     for start in range(ranges.inside, ranges.outside, BLOCK_N):
         dq = _bwd_dq_tile(
             dq, q, do, lse_log2, delta, keys, values, tl.multiple_of(start, BLOCK_N), walk, rows, head, masks,
-            dropout, dropout_scale, scale_log2, False, PRECISION, D, DESCRIBED,
+            dropout, scale_log2, False, PRECISION, D, DESCRIBED,
         )  # fmt: skip
     offs = offs_m.to(tl.int64)[:, None]
     dq_ptrs = dq_ptr + b * stride_dqb + h * stride_dqh + offs * stride_dqt + head.offs_d[None, :]
     mask = mask_m[:, None] & (head.offs_d < D)[None, :]
-    tl.store(dq_ptrs, cast(dq * scale, dq_ptr.dtype.element_ty, PRECISION), mask=mask)
+    tl.store(dq_ptrs, cast(dq * scale_dq, dq_ptr.dtype.element_ty, PRECISION), mask=mask)
 
 
 @triton.jit
@@ -605,7 +610,9 @@ class Options(NamedTuple):
     scale: float
 
 
-def _shared_arguments(q: torch.Tensor, k: torch.Tensor, options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
+def _shared_arguments(
+    q: torch.Tensor, k: torch.Tensor, options: Options, threshold: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the arguments that all three kernels take: pointers, strides and numbers; and compile-time switches."""
     B, H, T, D = q.shape
     S = k.shape[2]
@@ -619,7 +626,8 @@ def _shared_arguments(q: torch.Tensor, k: torch.Tensor, options: Options) -> tup
     mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
     arguments = {
         "length_ptr": lengths, "key_mask_ptr": options.key_mask, "mask_ptr": mask,
-        "start_ptr": start, "end_ptr": end, "sequence_ptr": sequence, "seed_ptr": options.seed,
+        "start_ptr": start, "end_ptr": end, "sequence_ptr": sequence,
+        "seed_ptr": dropping_seed(options.seed, threshold),
         "stride_kmb": key_mask_strides[0], "stride_kms": key_mask_strides[1],
         "stride_mb": mask_strides[0], "stride_mh": mask_strides[1], "stride_mt": mask_strides[2],
         "stride_ms": mask_strides[3],
@@ -680,7 +688,7 @@ def forward(
     if k.numel() == 0:
         return out.zero_(), lse.fill_(float("inf"))
     q, scale = _signed(q, options.scale)
-    arguments, switches = _shared_arguments(q, k, options)
+    arguments, switches = _shared_arguments(q, k, options, threshold)
     launch, BLOCK_D = config("fwd", q)
     _fwd_kernel[_grid(T, launch.queries, q)](
         q_ptr=q, **sources(launch.keys, BLOCK_D, k_ptr=k, v_ptr=v), out_ptr=out, lse_ptr=lse,
@@ -706,7 +714,7 @@ def backward_into(
         return
     negative = options.scale < 0
     q, scale = _signed(q, options.scale)
-    arguments, switches = _shared_arguments(q, k, options)
+    arguments, switches = _shared_arguments(q, k, options, threshold)
     matrices, padded = lse.shape[0] * lse.shape[1], triton.cdiv(T, ROW_TILE.value) * ROW_TILE.value
     rows = torch.empty((2 * matrices, padded), dtype=torch.float32, device=lse.device)
     launch, BLOCK_D = config("bwd_dq", q)

@@ -24,7 +24,7 @@ from .gemm import (
     sum_rows,
     tile,
 )
-from .philox import keep_matrix
+from .philox import dropping_seed, keep_matrix
 
 
 @triton.jit
@@ -217,6 +217,7 @@ def _hidden(
     out = z if h is None else h
     if out is None or out.numel() == 0:
         return
+    seed = dropping_seed(seed, threshold)
     launch, architecture = config("mlp", "product", x, x.shape[1])
     arguments, switches = operands(launch, architecture, x, fc_weight, out)
     kept = out if z is None else operand(z, launch.m, launch.n // 2, architecture)[0]
@@ -304,6 +305,7 @@ def _dz(
 ) -> torch.Tensor:  # fmt: skip
     """dz [M, F]; also writes the hidden layer and dfc_bias, where given."""
     M, F = kept.shape
+    seed = dropping_seed(seed, threshold)
     dz = torch.empty_like(kept)
     b = proj_weight.t()
     launch, architecture = config("mlp", "product", dy, dy.shape[1])

@@ -474,7 +474,7 @@ def kept(device, T, S, causal, H=2, B=2, **options):
     return ops.attention(q, torch.zeros_like(v), v, causal=causal, **options)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.99])
+@pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.99, 1 - 1e-6])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 def test_dropout_mask_is_the_references(p, causal, device):
     """Bit for bit, and kept weights carry the exact scale."""

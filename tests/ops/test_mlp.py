@@ -176,7 +176,17 @@ def test_relu_passes_nothing_where_it_is_zero(value, recompute, p, dtype, device
     assert all((grad == 0).all() for grad in grads)
 
 
-@pytest.mark.parametrize(("p", "dtype"), [(0.1, torch.float32), (0.5, torch.bfloat16), (0.99, torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    ("p", "dtype"),
+    [
+        (0.1, torch.float32),
+        (0.5, torch.bfloat16),
+        (0.99, torch.float16),
+        pytest.param(1e-6, torch.float32, id="threshold_0"),
+        pytest.param(1 - 1e-6, torch.float32, id="threshold_65536"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("rows", [1, 9, 50, 1041])
 def test_dropout_mask(rows, p, dtype, device, implementation):
     """Bit for bit the reference's, forward and backward: of a hidden layer of ones it leaves the mask times scale."""
