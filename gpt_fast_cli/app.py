@@ -18,7 +18,7 @@ from .terminal import print_error, say, show_warning, write_text
 
 NAMES = (
     "doctor", "prepare", "pretrain", "finetune", "evaluate", "predict", "plot", "generate", "compare", "bench",
-    "convert",
+    "tune", "convert",
 )  # fmt: skip
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 

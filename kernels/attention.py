@@ -25,15 +25,19 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # of the finite float32 numbers
 ROW_TILE = tl.constexpr(128)  # what backward keeps of rows is padded to whole tiles, so that loads need no mask
 UNBOUNDED = 1 << 30  # a window that reaches everywhere
 GRID_LIMIT = 65_535  # programs in the second dimension of a grid
+# Scaled late, a score of -inf times 0 would be NaN, and LOWEST times a tiny scale a score like any other.
+LEAST_LATE_SCALE = 2.0**-64
 
 
 class Config(NamedTuple):
-    """Tile of queries × keys, warps and pipeline stages of one kernel."""
+    """Tile of queries × keys, warps and pipeline stages of one kernel; what follows has a default in every row."""
 
     queries: int
     keys: int
     warps: int
     stages: int
+    registers: int = 0  # that a thread may use; 0 leaves it to the compiler
+    late: int = 0  # 1: forward scales scores after their maximum, in the instruction that subtracts it
 
 
 # Arguments that the kernels' helpers share, in groups. A group may hold a None pointer but no constexpr, because Triton
@@ -258,21 +262,35 @@ def _keep(i, j, dropout):
 @triton.jit
 def _fwd_tile(
     acc, m, total, q, keys, values, start, walk, rows, head, masks, dropout, dropped, scale_log2,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DESCRIBED: tl.constexpr,
+    MASKED: tl.constexpr, LATE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of keys to acc [BLOCK_M, BLOCK_D], the running maximum m [BLOCK_M] and the sum `total` [BLOCK_M]."""
+    """Add a tile of keys to acc [BLOCK_M, BLOCK_D], the running maximum m [BLOCK_M] and the sum `total` [BLOCK_M].
+
+    If LATE, `s` stays unscaled: the maximum is scaled for each row, and a score in the sum that its exponential needs.
+    """
     k = _walked_tile(keys, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_N, BLOCK_D]
-    s = dot(q, tl.trans(k), None, PRECISION) * scale_log2  # [BLOCK_M, BLOCK_N]
+    s = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
+    if not LATE:
+        s *= scale_log2
     j = (start + walk.offs)[None, :]
     if MASKED:
         if masks.key_mask_ptr is not None or masks.mask_ptr is not None:
             s = tl.maximum(s, LOWEST, propagate_nan=tl.PropagateNan.ALL)  # a maximum of -inf means: no key yet
         s = tl.where(_allowed(j, rows, rows.offs, j, head, masks), s, float("-inf"))
-    m_new = tl.maximum(m, tl.max(s, axis=1))
+    highest = tl.max(s, axis=1)
+    if LATE:
+        any_key = highest > float("-inf")
+        highest *= scale_log2
+        if MASKED and (masks.key_mask_ptr is not None or masks.mask_ptr is not None):
+            highest = tl.where(any_key, tl.maximum(highest, LOWEST), highest)
+    m_new = tl.maximum(m, highest)
     shift = m_new
     if MASKED:
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key yet: -inf - -inf would be NaN
-    p = tl.exp2(s - shift[:, None])
+    if LATE:
+        p = tl.exp2(s * scale_log2 - shift[:, None])
+    else:
+        p = tl.exp2(s - shift[:, None])
     alpha = tl.exp2(m - shift)
     total = total * alpha + tl.sum(p, axis=1)
     if dropout.seed_ptr is not None:
@@ -302,7 +320,7 @@ def _fwd_kernel(
     H, T, S, lower, upper, scale, site, threshold, dropout_scale,
     dropped,  # zero, which the compiler must not know: with a constant the selection costs more instructions
     ALL_MASKED: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     bh, tile, tiles = _program(T, BLOCK_M, FLAT)
     b, h = bh // H, bh % H
@@ -333,18 +351,23 @@ def _fwd_kernel(
     for n in range(0, _masked_tiles(ranges, BLOCK_N)):
         acc, m, total = _fwd_tile(
             acc, m, total, q, keys, values, _masked_start(n, ranges, BLOCK_N), walk, rows, head, masks, dropout,
-            dropped, scale_log2, True, PRECISION, D, DESCRIBED,
+            dropped, scale_log2, True, LATE, PRECISION, D, DESCRIBED,
         )  # fmt: skip
     for start in range(ranges.inside, ranges.outside, BLOCK_N):
         acc, m, total = _fwd_tile(
             acc, m, total, q, keys, values, tl.multiple_of(start, BLOCK_N), walk, rows, head, masks, dropout,
-            dropped, scale_log2, False, PRECISION, D, DESCRIBED,
+            dropped, scale_log2, False, LATE, PRECISION, D, DESCRIBED,
         )  # fmt: skip
 
     empty = total == 0.0
     # Keys whose scores are all -inf: NaN, as in PyTorch.
     if ALL_MASKED:
-        total = tl.where(m == LOWEST, float("nan"), total)
+        if LATE:  # LOWEST came to this, or a finite score to infinity
+            total = tl.where(m == tl.maximum(LOWEST * scale_log2, LOWEST), float("nan"), total)
+            total = tl.where(m == float("inf"), float("nan"), total)
+            empty = total == 0.0
+        else:
+            total = tl.where(m == LOWEST, float("nan"), total)
     else:
         total = tl.where(empty & (first < last), float("nan"), total)
         empty = total == 0.0
@@ -595,6 +618,12 @@ def sources(rows: int, BLOCK_D: int, **tensors: torch.Tensor) -> dict[str, Any]:
     return {"DESCRIBED": False, **tensors}
 
 
+def launch_options(launch: Config) -> dict[str, Any]:
+    """Return what the compiler is told beside the tile."""
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    return options | {"maxnreg": launch.registers} if launch.registers else options
+
+
 class Options(NamedTuple):
     """Options of the op, in the order of its schema."""
 
@@ -696,7 +725,7 @@ def forward(
         last=False),
         **arguments, scale=scale, threshold=threshold, dropout_scale=dropout_scale, dropped=0.0,
         **switches, BLOCK_D=BLOCK_D, BLOCK_M=launch.queries, BLOCK_N=launch.keys,
-        num_warps=launch.warps, enable_fp_fusion=True, num_stages=launch.stages,
+        LATE=bool(launch.late) and scale >= LEAST_LATE_SCALE, **launch_options(launch),
     )  # fmt: skip
     return out, lse
 
@@ -727,8 +756,7 @@ def backward_into(
         q_ptr=q, do_ptr=dout, **sources(launch.keys, BLOCK_D, k_ptr=k, v_ptr=v),
         out_ptr=out, lse_ptr=lse, rows_ptr=rows, dq_ptr=dq, **_strides("o", out, "t", last=False),
         **_strides("dq", dq, "t", last=False), **inputs, kept=1 / dropout_scale if dropout_scale else 0.0,
-        BLOCK_M=launch.queries, BLOCK_N=launch.keys,
-        num_warps=launch.warps, enable_fp_fusion=True, num_stages=launch.stages,
+        BLOCK_M=launch.queries, BLOCK_N=launch.keys, **launch_options(launch),
     )  # fmt: skip
     launch, _ = config("bwd_dkdv", q)
     walked = sources(launch.queries, BLOCK_D, q_ptr=q, do_ptr=dout)
@@ -737,8 +765,7 @@ def backward_into(
     _bwd_dkdv_kernel[_grid(S, launch.keys, q)](
         k_ptr=k, v_ptr=v, **walked, rows_ptr=rows,
         dk_ptr=dk, dv_ptr=dv, **_strides("dk", dk, "s", last=False), **_strides("dv", dv, "s", last=False), **inputs,
-        BLOCK_M=launch.queries, BLOCK_N=launch.keys,
-        num_warps=launch.warps, enable_fp_fusion=True, num_stages=launch.stages,
+        BLOCK_M=launch.queries, BLOCK_N=launch.keys, **launch_options(launch),
     )  # fmt: skip
     if negative:
         dq.neg_()

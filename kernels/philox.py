@@ -5,7 +5,6 @@ every kernel here, the C++ kernels and the reference drop the same elements. Wid
 instruction of its two halves.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -58,6 +57,6 @@ def keep_matrix(i, j, b, site, threshold, seed_ptr):
     return (bits << (16 * (1 - j % 2))) > (threshold.to(tl.uint32) << 16) - 1
 
 
-def dropping_seed(seed: torch.Tensor | None, threshold: int) -> torch.Tensor | None:
+def dropping_seed(seed, threshold: int):
     """Return the seed of a matrix site, or None where the threshold is 0 and nothing is dropped."""
     return seed if threshold > 0 else None
