@@ -46,6 +46,7 @@ LIMITS: dict[str, dict[str, tuple[int, int]]] = {
         zip(gemm.Config._fields, ((32, 256), (32, 256), (16, 128), (4, 8), (1, 5), (1, 2)), strict=True)
     ),
     "chunk": {"rows": (512, 16384)},
+    "few": dict(zip(mlp.Few._fields, ((0, 16), (16, 64), (32, 512), (1, 8), (1, 5), (64, 512)), strict=True)),
     "cublaslt relu": {"cublaslt": (0, 1)},
     "cublaslt gelu_tanh": {"cublaslt": (0, 1)},
     "attention": dict(
@@ -78,7 +79,7 @@ def neighbours(config: Config, ranges: dict[str, tuple[int, int]]) -> Iterator[C
         value = config[index]
         if name in ("stages", "programs", "cublaslt", "late"):
             steps = (value - 1, value + 1)
-        elif name == "registers":
+        elif name == "registers" or (high == mlp.FEW_ROWS and name == "rows"):
             steps = (0 if value else high,)
         else:
             steps = (value // 2, value * 2)
@@ -165,6 +166,9 @@ def work(op: str, row: Row, device: str) -> Callable[[], object]:
             random(*s) for s in ((16384, size), (16384, size), (4 * size, size), (size, 4 * size))
         )
         fc_bias, proj_bias, rule = random(4 * size), random(size), ("gelu_tanh", *DROPOUT, seed, 0)
+        if row.kernel == "few":
+            few, rule = random(1, size), ("gelu_tanh", 0, 1.0, None, 0)
+            return lambda: mlp.forward(few, fc_weight, fc_bias, proj_weight, proj_bias, *rule, False)
         if row.kernel.startswith("cublaslt "):
             return either_mlp(row, dy, x, fc_weight, fc_bias, proj_weight, proj_bias)
 

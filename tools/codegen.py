@@ -108,7 +108,9 @@ def compile_launch(launch: dict[str, Any]) -> Figure:
     figure["shared"] = compiled.metadata.shared
     if launch["module"] == "kernels.attention":
         figure["tile"] = [launch["constants"][name] for name in ("BLOCK_M", "BLOCK_N")]
-    figure["needs_wgmma"] = int(architecture.wgmma and bool(re.search(r"tt\.dot .*(bf16|f16)>.*->", ttir)))
+    # wgmma has 64 rows: products in smaller tiles cannot use it.
+    rows = [int(found) for found in re.findall(r"tt\.dot .* tensor<(\d+)x\d+x(?:bf16|f16)> \*", ttir)]
+    figure["needs_wgmma"] = int(architecture.wgmma and max(rows, default=0) >= 64)
     return figure
 
 
