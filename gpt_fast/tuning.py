@@ -46,7 +46,7 @@ LIMITS: dict[str, dict[str, tuple[int, int]]] = {
         zip(gemm.Config._fields, ((32, 256), (32, 256), (16, 128), (4, 8), (1, 5), (1, 2)), strict=True)
     ),
     "chunk": {"rows": (512, 16384)},
-    "few": dict(zip(mlp.Few._fields, ((0, 16), (16, 64), (32, 512), (1, 8), (1, 5), (64, 512)), strict=True)),
+    "few": dict(zip(mlp.Few._fields, ((0, 16), (8, 64), (32, 512), (1, 8), (1, 5), (48, 768)), strict=True)),
     "cublaslt relu": {"cublaslt": (0, 1)},
     "cublaslt gelu_tanh": {"cublaslt": (0, 1)},
     "attention": dict(
