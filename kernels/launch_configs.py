@@ -98,7 +98,7 @@ TABLES: dict[str, list[Row]] = {
         Row("rows", 80, 4, ANY, (4, 256, 32, 4), "compiled, no spills"),
     ],
     # kernels/gemm.py: m, n, k, warps, stages, programs on a multiprocessor; by the columns of x. For products with few
-    # rows: up to how many, columns and a step of K, warps, stages, programs that K is split for. 768 columns make 96, and
+    # rows: up to how many, columns and a step of K, warps, stages, programs that K is split for. 768 columns make 96;
     # to split K for more would cost a second launch. And for what csrc/cuda/mlp.cpp can do: 1 where cuBLASLt serves,
     # because it was measured to be faster, or 0.
     "mlp": [
