@@ -77,6 +77,7 @@ def neighbours(config: Config, ranges: dict[str, tuple[int, int]]) -> Iterator[C
     """Yield every configuration with one number changed by a step, inside its range."""
     for index, (name, (low, high)) in enumerate(ranges.items()):
         value = config[index]
+        steps: tuple[int, ...]
         if name in ("stages", "programs", "cublaslt", "late"):
             steps = (value - 1, value + 1)
         elif name == "registers" or (high == mlp.FEW_ROWS and name == "rows"):
@@ -167,8 +168,10 @@ def work(op: str, row: Row, device: str) -> Callable[[], object]:
         )
         fc_bias, proj_bias, rule = random(4 * size), random(size), ("gelu_tanh", *DROPOUT, seed, 0)
         if row.kernel == "few":
-            few, rule = random(1, size), ("gelu_tanh", 0, 1.0, None, 0)
-            return lambda: mlp.forward(few, fc_weight, fc_bias, proj_weight, proj_bias, *rule, False)
+            few = random(1, size)
+            return lambda: mlp.forward(
+                few, fc_weight, fc_bias, proj_weight, proj_bias, "gelu_tanh", 0, 1.0, None, 0, False
+            )
         if row.kernel.startswith("cublaslt "):
             return either_mlp(row, dy, x, fc_weight, fc_bias, proj_weight, proj_bias)
 

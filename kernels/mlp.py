@@ -45,7 +45,7 @@ class Few(NamedTuple):
     k: int  # of a step
     warps: int
     stages: int
-    programs: int  # that K is split for, where the columns make fewer
+    fill: int  # programs that K is split for, where the columns make fewer
 
 
 @triton.jit
@@ -289,7 +289,7 @@ def _few(launch: Few, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, **fin
     """Run a product with few rows; `finish` is what else `_finish` takes."""
     (M, K), N = a.shape, b.shape[0]
     tiles, steps = triton.cdiv(N, launch.n), triton.cdiv(K, launch.k)
-    part = triton.cdiv(steps, min(triton.cdiv(launch.programs, tiles), steps)) * launch.k
+    part = triton.cdiv(steps, min(triton.cdiv(launch.fill, tiles), steps)) * launch.k
     parts = triton.cdiv(K, part)
     partial = None
     if parts > 1:
