@@ -19,7 +19,7 @@ from .terminal import print_error, say, show_warning, write_text
 
 NAMES = (
     "doctor", "prepare", "pretrain", "finetune", "evaluate", "predict", "plot", "generate", "compare", "bench",
-    "convert", "warmup",
+    "tune", "convert", "warmup",
 )  # fmt: skip
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from . import launch_configs
 from .descriptors import describable, descriptor
 from .gemm import cast, dot, precision
-from .philox import keep_matrix
+from .philox import dropping_seed, keep_matrix
 from .sizes import cdiv, next_power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -27,15 +27,19 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # of the finite float32 numbers
 ROW_TILE = tl.constexpr(128)  # what backward keeps of rows is padded to whole tiles, so that loads need no mask
 UNBOUNDED = 1 << 30  # a window that reaches everywhere
 GRID_LIMIT = 65_535  # programs in the second dimension of a grid
+# Scaled late, a score of -inf times 0 would be NaN, and LOWEST times a tiny scale a score like any other.
+LEAST_LATE_SCALE = 2.0**-64
 
 
 class Config(NamedTuple):
-    """Tile of queries × keys, warps and pipeline stages of one kernel."""
+    """Tile of queries × keys, warps and pipeline stages of one kernel; what follows has a default in every row."""
 
     queries: int
     keys: int
     warps: int
     stages: int
+    registers: int = 0  # that a thread may use; 0 leaves it to the compiler
+    late: int = 0  # 1: forward scales scores after their maximum, in the instruction that subtracts it
 
 
 # Arguments that the kernels' helpers share, in groups. A group may hold a None pointer but no constexpr, because Triton
@@ -260,21 +264,35 @@ def _keep(i, j, dropout):
 @triton.jit
 def _fwd_tile(
     acc, m, total, q, keys, values, start, walk, rows, head, masks, dropout, dropped, scale_log2,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DESCRIBED: tl.constexpr,
+    MASKED: tl.constexpr, LATE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of keys to acc [BLOCK_M, BLOCK_D], the running maximum m [BLOCK_M] and the sum `total` [BLOCK_M]."""
+    """Add a tile of keys to acc [BLOCK_M, BLOCK_D], the running maximum m [BLOCK_M] and the sum `total` [BLOCK_M].
+
+    If LATE, `s` stays unscaled: the maximum is scaled for each row, and a score in the sum that its exponential needs.
+    """
     k = _walked_tile(keys, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_N, BLOCK_D]
-    s = dot(q, tl.trans(k), None, PRECISION) * scale_log2  # [BLOCK_M, BLOCK_N]
+    s = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
+    if not LATE:
+        s *= scale_log2
     j = (start + walk.offs)[None, :]
     if MASKED:
         if masks.key_mask_ptr is not None or masks.mask_ptr is not None:
             s = tl.maximum(s, LOWEST, propagate_nan=tl.PropagateNan.ALL)  # a maximum of -inf means: no key yet
         s = tl.where(_allowed(j, rows, rows.offs, j, head, masks), s, float("-inf"))
-    m_new = tl.maximum(m, tl.max(s, axis=1))
+    highest = tl.max(s, axis=1)
+    if LATE:
+        any_key = highest > float("-inf")
+        highest *= scale_log2
+        if MASKED and (masks.key_mask_ptr is not None or masks.mask_ptr is not None):
+            highest = tl.where(any_key, tl.maximum(highest, LOWEST), highest)
+    m_new = tl.maximum(m, highest)
     shift = m_new
     if MASKED:
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key yet: -inf - -inf would be NaN
-    p = tl.exp2(s - shift[:, None])
+    if LATE:
+        p = tl.exp2(s * scale_log2 - shift[:, None])
+    else:
+        p = tl.exp2(s - shift[:, None])
     alpha = tl.exp2(m - shift)
     total = total * alpha + tl.sum(p, axis=1)
     if dropout.seed_ptr is not None:
@@ -304,7 +322,7 @@ def _fwd_kernel(
     H, T, S, lower, upper, scale, site, threshold, dropout_scale,
     dropped,  # zero, which the compiler must not know: with a constant the selection costs more instructions
     ALL_MASKED: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     bh, tile, tiles = _program(T, BLOCK_M, FLAT)
     b, h = bh // H, bh % H
@@ -335,18 +353,23 @@ def _fwd_kernel(
     for n in range(0, _masked_tiles(ranges, BLOCK_N)):
         acc, m, total = _fwd_tile(
             acc, m, total, q, keys, values, _masked_start(n, ranges, BLOCK_N), walk, rows, head, masks, dropout,
-            dropped, scale_log2, True, PRECISION, D, DESCRIBED,
+            dropped, scale_log2, True, LATE, PRECISION, D, DESCRIBED,
         )  # fmt: skip
     for start in range(ranges.inside, ranges.outside, BLOCK_N):
         acc, m, total = _fwd_tile(
             acc, m, total, q, keys, values, tl.multiple_of(start, BLOCK_N), walk, rows, head, masks, dropout,
-            dropped, scale_log2, False, PRECISION, D, DESCRIBED,
+            dropped, scale_log2, False, LATE, PRECISION, D, DESCRIBED,
         )  # fmt: skip
 
     empty = total == 0.0
     # Keys whose scores are all -inf: NaN, as in PyTorch.
     if ALL_MASKED:
-        total = tl.where(m == LOWEST, float("nan"), total)
+        if LATE:  # LOWEST came to this, or a finite score to infinity
+            total = tl.where(m == tl.maximum(LOWEST * scale_log2, LOWEST), float("nan"), total)
+            total = tl.where(m == float("inf"), float("nan"), total)
+            empty = total == 0.0
+        else:
+            total = tl.where(m == LOWEST, float("nan"), total)
     else:
         total = tl.where(empty & (first < last), float("nan"), total)
         empty = total == 0.0
@@ -361,10 +384,10 @@ def _fwd_kernel(
 
 @triton.jit
 def _bwd_dq_tile(
-    dq, q, do, lse_log2, delta, keys, values, start, walk, rows, head, masks, dropout, dropout_scale, scale_log2,
+    dq, q, do, lse_log2, delta, keys, values, start, walk, rows, head, masks, dropout, scale_log2,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of keys to dQ / scale, [BLOCK_M, BLOCK_D]."""
+    """Add a tile of keys to dQ / scale, [BLOCK_M, BLOCK_D], still without dropout's scale."""
     k = _walked_tile(keys, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_N, BLOCK_D]
     v = _walked_tile(values, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_N, BLOCK_D]
     if MASKED and masks.key_mask_ptr is not None:
@@ -375,7 +398,7 @@ def _bwd_dq_tile(
     dp = dot(do, tl.trans(v), None, PRECISION)  # [BLOCK_M, BLOCK_N]
     if dropout.seed_ptr is not None:
         keep = _keep(dropout.position, _walked_position(start, walk, dropout), dropout)
-        dp = tl.where(keep, dp * dropout_scale, 0.0)
+        dp = tl.where(keep, dp, 0.0)
     ds = p * (dp - delta[:, None])
     if MASKED:
         ds = tl.where(_allowed(j, rows, rows.offs, j, head, masks), ds, 0.0)
@@ -437,23 +460,28 @@ def _bwd_dq_kernel(
     rows_ptr += bh * 2 * padded + offs_m
     tl.store(rows_ptr, lse_log2, mask=offs_m < padded)
     tl.store(rows_ptr + padded, delta * kept, mask=offs_m < padded)
+    if seed_ptr is not None:  # the scale of dropout is applied once, at the end
+        delta *= kept
+        scale_dq = scale * dropout_scale
+    else:
+        scale_dq = scale
 
     scale_log2 = scale * LOG2E
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for n in range(0, _masked_tiles(ranges, BLOCK_N)):
         dq = _bwd_dq_tile(
             dq, q, do, lse_log2, delta, keys, values, _masked_start(n, ranges, BLOCK_N), walk, rows, head, masks,
-            dropout, dropout_scale, scale_log2, True, PRECISION, D, DESCRIBED,
+            dropout, scale_log2, True, PRECISION, D, DESCRIBED,
         )  # fmt: skip
     for start in range(ranges.inside, ranges.outside, BLOCK_N):
         dq = _bwd_dq_tile(
             dq, q, do, lse_log2, delta, keys, values, tl.multiple_of(start, BLOCK_N), walk, rows, head, masks,
-            dropout, dropout_scale, scale_log2, False, PRECISION, D, DESCRIBED,
+            dropout, scale_log2, False, PRECISION, D, DESCRIBED,
         )  # fmt: skip
     offs = offs_m.to(tl.int64)[:, None]
     dq_ptrs = dq_ptr + b * stride_dqb + h * stride_dqh + offs * stride_dqt + head.offs_d[None, :]
     mask = mask_m[:, None] & (head.offs_d < D)[None, :]
-    tl.store(dq_ptrs, cast(dq * scale, dq_ptr.dtype.element_ty, PRECISION), mask=mask)
+    tl.store(dq_ptrs, cast(dq * scale_dq, dq_ptr.dtype.element_ty, PRECISION), mask=mask)
 
 
 @triton.jit
@@ -592,6 +620,12 @@ def sources(rows: int, BLOCK_D: int, **tensors: torch.Tensor) -> dict[str, Any]:
     return {"DESCRIBED": False, **tensors}
 
 
+def launch_options(launch: Config) -> dict[str, Any]:
+    """Return what the compiler is told beside the tile."""
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    return options | {"maxnreg": launch.registers} if launch.registers else options
+
+
 class Options(NamedTuple):
     """Options of the op, in the order of its schema."""
 
@@ -607,7 +641,9 @@ class Options(NamedTuple):
     scale: float
 
 
-def _shared_arguments(q: torch.Tensor, k: torch.Tensor, options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
+def _shared_arguments(
+    q: torch.Tensor, k: torch.Tensor, options: Options, threshold: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the arguments that all three kernels take: pointers, strides and numbers; and compile-time switches."""
     B, H, T, D = q.shape
     S = k.shape[2]
@@ -621,7 +657,8 @@ def _shared_arguments(q: torch.Tensor, k: torch.Tensor, options: Options) -> tup
     mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
     arguments = {
         "length_ptr": lengths, "key_mask_ptr": options.key_mask, "mask_ptr": mask,
-        "start_ptr": start, "end_ptr": end, "sequence_ptr": sequence, "seed_ptr": options.seed,
+        "start_ptr": start, "end_ptr": end, "sequence_ptr": sequence,
+        "seed_ptr": dropping_seed(options.seed, threshold),
         "stride_kmb": key_mask_strides[0], "stride_kms": key_mask_strides[1],
         "stride_mb": mask_strides[0], "stride_mh": mask_strides[1], "stride_mt": mask_strides[2],
         "stride_ms": mask_strides[3],
@@ -686,7 +723,7 @@ def forward(
     if k.numel() == 0:
         return out.zero_(), lse.fill_(float("inf"))
     q, scale = _signed(q, options.scale)
-    arguments, switches = _shared_arguments(q, k, options)
+    arguments, switches = _shared_arguments(q, k, options, threshold)
     launch, BLOCK_D = config("fwd", q)
     _fwd_kernel[_grid(T, launch.queries, q)](
         q_ptr=q, **sources(launch.keys, BLOCK_D, k_ptr=k, v_ptr=v), out_ptr=out, lse_ptr=lse,
@@ -694,7 +731,7 @@ def forward(
         last=False),
         **arguments, scale=scale, threshold=threshold, dropout_scale=dropout_scale, dropped=0.0,
         **switches, BLOCK_D=BLOCK_D, BLOCK_M=launch.queries, BLOCK_N=launch.keys,
-        num_warps=launch.warps, enable_fp_fusion=True, num_stages=launch.stages,
+        LATE=bool(launch.late) and scale >= LEAST_LATE_SCALE, **launch_options(launch),
     )  # fmt: skip
     return out, lse
 
@@ -712,7 +749,7 @@ def backward_into(
         return
     negative = options.scale < 0
     q, scale = _signed(q, options.scale)
-    arguments, switches = _shared_arguments(q, k, options)
+    arguments, switches = _shared_arguments(q, k, options, threshold)
     matrices, padded = lse.shape[0] * lse.shape[1], cdiv(T, ROW_TILE.value) * ROW_TILE.value
     rows = torch.empty((2 * matrices, padded), dtype=torch.float32, device=lse.device)
     launch, BLOCK_D = config("bwd_dq", q)
@@ -725,8 +762,7 @@ def backward_into(
         q_ptr=q, do_ptr=dout, **sources(launch.keys, BLOCK_D, k_ptr=k, v_ptr=v),
         out_ptr=out, lse_ptr=lse, rows_ptr=rows, dq_ptr=dq, **_strides("o", out, "t", last=False),
         **_strides("dq", dq, "t", last=False), **inputs, kept=1 / dropout_scale if dropout_scale else 0.0,
-        BLOCK_M=launch.queries, BLOCK_N=launch.keys,
-        num_warps=launch.warps, enable_fp_fusion=True, num_stages=launch.stages,
+        BLOCK_M=launch.queries, BLOCK_N=launch.keys, **launch_options(launch),
     )  # fmt: skip
     launch, _ = config("bwd_dkdv", q)
     walked = sources(launch.queries, BLOCK_D, q_ptr=q, do_ptr=dout)
@@ -735,8 +771,7 @@ def backward_into(
     _bwd_dkdv_kernel[_grid(S, launch.keys, q)](
         k_ptr=k, v_ptr=v, **walked, rows_ptr=rows,
         dk_ptr=dk, dv_ptr=dv, **_strides("dk", dk, "s", last=False), **_strides("dv", dv, "s", last=False), **inputs,
-        BLOCK_M=launch.queries, BLOCK_N=launch.keys,
-        num_warps=launch.warps, enable_fp_fusion=True, num_stages=launch.stages,
+        BLOCK_M=launch.queries, BLOCK_N=launch.keys, **launch_options(launch),
     )  # fmt: skip
     if negative:
         dq.neg_()

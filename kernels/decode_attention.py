@@ -5,6 +5,10 @@ and stores its running maximum m, its sum of exponentials l and its unnormalised
 splits in their order, each weighed by 2^(m - max m). Precision: everything in float32, one rounding on store; there is
 one query, so that products are sums of the rows as they are loaded and no tensor core would help. Deterministic: what a
 split is depends on its keys' positions alone, so the batch changes no bit. Lengths are clamped.
+
+`append_forward` also writes each sequence's new key and value behind the keys that its cache holds, then attends to
+them too. The one program whose split has the new key takes it from the caller's tensor and stores it, so no program
+reads what another writes.
 """
 
 from typing import NamedTuple
@@ -28,17 +32,30 @@ class Config(NamedTuple):
     added: int  # splits that the second kernel adds at a time
 
 
+@triton.jit
+def _keys(length_ptr, S, k_new_ptr):
+    """Return the number of keys that a sequence attends to, its new one included."""
+    n = tl.maximum(tl.load(length_ptr).to(tl.int64), 0)
+    if k_new_ptr is not None:
+        n = tl.minimum(n, S - 1) + 1
+    else:
+        n = tl.minimum(n, S)
+    return n
+
+
 @triton.jit(do_not_specialize=["H", "S", "splits"])
 def _fwd_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, acc_ptr, m_ptr, l_ptr,
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd, H, S, D, splits, scale,
+    k_new_ptr, v_new_ptr,  # [B, H, D]: what becomes the last key and value; None, None if the cache is only read
+    stride_knb, stride_knh, stride_knd, stride_vnb, stride_vnh, stride_vnd,
     SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # batch · H + head
     split = tl.program_id(1).to(tl.int64)
     b, h = row // H, row % H
-    n = tl.minimum(tl.maximum(tl.load(lengths_ptr + b).to(tl.int64), 0), S)
+    n = _keys(lengths_ptr + b, S, k_new_ptr)
     begin = split * SPLIT
     tl.static_assert(SPLIT % BLOCK_N == 0)
     if begin < n:
@@ -46,6 +63,16 @@ def _fwd_kernel(
         mask_d = offs_d < D
         q = tl.load(q_ptr + b * stride_qb + h * stride_qh + offs_d * stride_qd, mask=mask_d, other=0.0)
         q = q.to(tl.float32) * scale
+        if k_new_ptr is not None:
+            offs_kn = b * stride_knb + h * stride_knh + offs_d * stride_knd
+            offs_vn = b * stride_vnb + h * stride_vnh + offs_d * stride_vnd
+            k_new = tl.load(k_new_ptr + offs_kn, mask=mask_d, other=0.0)  # [BLOCK_D]
+            v_new = tl.load(v_new_ptr + offs_vn, mask=mask_d, other=0.0)
+            if n <= begin + SPLIT:  # the new key is this program's
+                offs_k = b * stride_kb + h * stride_kh + (n - 1) * stride_kt + offs_d * stride_kd
+                offs_v = b * stride_vb + h * stride_vh + (n - 1) * stride_vt + offs_d * stride_vd
+                tl.store(k_ptr + offs_k, k_new, mask=mask_d)
+                tl.store(v_ptr + offs_v, v_new, mask=mask_d)
         m = -float("inf")
         l = 0.0  # noqa: E741
         acc = tl.zeros([BLOCK_D], dtype=tl.float32)
@@ -54,9 +81,15 @@ def _fwd_kernel(
             mask_n = offs_n < n
             mask = mask_n[:, None] & mask_d[None, :]
             offs_k = b * stride_kb + h * stride_kh + offs_n[:, None] * stride_kt + offs_d[None, :] * stride_kd
-            k = tl.load(k_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
             offs_v = b * stride_vb + h * stride_vh + offs_n[:, None] * stride_vt + offs_d[None, :] * stride_vd
+            if k_new_ptr is not None:
+                mask = mask & (offs_n < n - 1)[:, None]
+            k = tl.load(k_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
             v = tl.load(v_ptr + offs_v, mask=mask, other=0.0).to(tl.float32)
+            if k_new_ptr is not None:
+                is_new = (offs_n == n - 1)[:, None]
+                k = tl.where(is_new, k_new.to(tl.float32)[None, :], k)
+                v = tl.where(is_new, v_new.to(tl.float32)[None, :], v)
             s = tl.where(mask_n, tl.sum(q[None, :] * k, axis=1), -float("inf"))  # [BLOCK_N]
             m_new = tl.maximum(m, tl.max(s, axis=0))  # finite: the first tile holds a key
             p = tl.exp2(s - m_new)
@@ -72,11 +105,11 @@ def _fwd_kernel(
 
 @triton.jit(do_not_specialize=["H", "S", "splits"])
 def _add_kernel(
-    acc_ptr, m_ptr, l_ptr, lengths_ptr, out_ptr, H, S, D, splits,
+    acc_ptr, m_ptr, l_ptr, lengths_ptr, out_ptr, k_new_ptr, H, S, D, splits,
     SPLIT: tl.constexpr, ADDED: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    n = tl.minimum(tl.maximum(tl.load(lengths_ptr + row // H).to(tl.int64), 0), S)
+    n = _keys(lengths_ptr + row // H, S, k_new_ptr)
     used = (n + SPLIT - 1) // SPLIT
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -107,7 +140,22 @@ def config(BLOCK_D: int, device: torch.device) -> Config:
 
 
 def forward(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """out [B, H, D], contiguous."""
+    """Return out [B, H, D], contiguous."""
+    return _attend(q, k_cache, v_cache, lengths, None, None)
+
+
+def append_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """Write k and v [B, H, D] into the caches at `lengths` and return out [B, H, D], contiguous."""
+    return _attend(q, k_cache, v_cache, lengths, k, v)
+
+
+def _attend(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor,
+    k: torch.Tensor | None, v: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
     B, H, D = q.shape
     S = k_cache.shape[2]
     # Triton's interpreter (as of 3.9) truncates to bfloat16 where a GPU rounds: there PyTorch rounds, below.
@@ -128,11 +176,18 @@ def forward(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengt
             stride_kb=k_cache.stride(0), stride_kh=k_cache.stride(1), stride_kt=k_cache.stride(2),
             stride_kd=k_cache.stride(3), stride_vb=v_cache.stride(0), stride_vh=v_cache.stride(1),
             stride_vt=v_cache.stride(2), stride_vd=v_cache.stride(3),
-            H=H, S=S, D=D, splits=splits, scale=D**-0.5 * LOG2E,
+            H=H, S=S, D=D, splits=splits, scale=D**-0.5 * LOG2E, k_new_ptr=k, v_new_ptr=v,
+            **_strides("kn", k), **_strides("vn", v),
             SPLIT=launch.split, BLOCK_N=launch.keys, BLOCK_D=BLOCK_D, num_warps=launch.warps, enable_fp_fusion=True,
         )  # fmt: skip
     _add_kernel[(B * H,)](
-        acc_ptr=acc, m_ptr=m[0], l_ptr=m[1], lengths_ptr=lengths, out_ptr=out, H=H, S=S, D=D, splits=splits,
+        acc_ptr=acc, m_ptr=m[0], l_ptr=m[1], lengths_ptr=lengths, out_ptr=out, k_new_ptr=k,
+        H=H, S=S, D=D, splits=splits,
         SPLIT=launch.split, ADDED=launch.added, BLOCK_D=BLOCK_D, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     return out.to(q.dtype)
+
+
+def _strides(prefix: str, x: torch.Tensor | None) -> dict[str, int]:
+    names = (f"stride_{prefix}b", f"stride_{prefix}h", f"stride_{prefix}d")
+    return dict(zip(names, (0, 0, 0) if x is None else x.stride(), strict=True))

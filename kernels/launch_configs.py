@@ -2,12 +2,20 @@
 
 A row serves its architecture, and newer ones that it fits and that have no rows of their own; elements of up to its
 size in bytes; and shapes of up to its size. `source` says where it came from: "compiled" is read off
-benchmarks/results/codegen-3.6.md, and nothing but "measured" was run on a GPU. `python -m tools.tune` measures there
-and rewrites TABLES.
+benchmarks/results/codegen-3.6.md, and nothing but "measured" was run on a GPU.
+
+`gpt-fast tune` measures rows on the user's GPU and writes them to a file of its own, which wins over TABLES here.
+CANDIDATES are rows that a prediction favours and that no GPU has measured: they serve nobody until the tuner has.
 """
 
+import contextlib
 import functools
-from typing import NamedTuple
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,7 +37,7 @@ class Row(NamedTuple):
 
 
 TABLES: dict[str, list[Row]] = {
-    # kernels/attention.py: queries, keys, warps, stages; by head size
+    # kernels/attention.py: queries, keys, warps, stages, then registers and late where they are not 0; by head size
     "attention": [
         Row("fwd", 80, 2, 64, (128, 64, 8, 3), "compiled, no spills"),
         Row("fwd", 80, 2, 128, (128, 32, 8, 3), "compiled, no spills without dropout, 8 bytes with it"),
@@ -89,8 +97,10 @@ TABLES: dict[str, list[Row]] = {
     "embedding": [
         Row("rows", 80, 4, ANY, (4, 256, 32, 4), "compiled, no spills"),
     ],
-    # kernels/gemm.py: m, n, k, warps, stages, programs on a multiprocessor; by the columns of x. And for what
-    # csrc/cuda/mlp.cpp can do: 1 where cuBLASLt serves, because it was measured to be faster, or 0.
+    # kernels/gemm.py: m, n, k, warps, stages, programs on a multiprocessor; by the columns of x. For products with few
+    # rows: up to how many, columns and a step of K, warps, stages, programs that K is split for. 768 columns make 96;
+    # to split K for more would cost a second launch. And for what csrc/cuda/mlp.cpp can do: 1 where cuBLASLt serves,
+    # because it was measured to be faster, or 0.
     "mlp": [
         Row("product", 0, 2, ANY, (64, 64, 32, 4, 1, 1), "small, for tests to have several tiles"),
         Row("product", 0, 4, ANY, (64, 64, 32, 4, 1, 1), "small, for tests to have several tiles"),
@@ -98,6 +108,10 @@ TABLES: dict[str, list[Row]] = {
         Row("product", 80, 4, ANY, (64, 64, 16, 8, 2, 2), "compiled"),
         Row("product", 90, 2, ANY, (128, 128, 64, 8, 3, 2), "compiled"),
         Row("product", 100, 2, ANY, (128, 128, 64, 8, 3, 1), "compiled"),
+        Row("few", 0, 2, ANY, (16, 16, 32, 4, 1, 4), "small, for tests to split K"),
+        Row("few", 0, 4, ANY, (16, 16, 32, 4, 1, 4), "small, for tests to split K"),
+        Row("few", 80, 2, ANY, (16, 8, 256, 4, 4, 96), "computed"),
+        Row("few", 80, 4, ANY, (16, 8, 128, 4, 3, 96), "computed"),
         Row("cublaslt relu", 80, 2, ANY, (0,), "default: cuBLASLt has not run on a GPU yet"),
         Row("cublaslt gelu_tanh", 80, 2, ANY, (0,), "default: cuBLASLt has not run on a GPU yet"),
     ],
@@ -118,6 +132,25 @@ TABLES: dict[str, list[Row]] = {
         Row("chunk", 80, 4, ANY, (2048,), "computed"),
     ],
 }
+
+# Rows that the tuner measures beside the neighbours of what serves, and that the codegen gate compiles. What each is
+# predicted to bring is in docs/performance/what-a-gpu-should-show.md.
+CANDIDATES: dict[str, list[Row]] = {
+    "attention": [
+        Row("fwd", 90, 2, 64, (128, 64, 8, 3, 0, 1), "predicted: 1.05 x, with dropout 1.03 x"),
+        Row("fwd", 90, 2, 64, (64, 128, 4, 2, 0, 1), "predicted: 1.07 to 1.14 x, with dropout 1.07 to 1.11 x"),
+        Row("fwd", 90, 2, 64, (128, 64, 8, 3, 128, 1), "predicted: two programs a multiprocessor with dropout"),
+        Row("bwd_dq", 90, 2, 64, (64, 64, 4, 2, 0, 0), "predicted: 1.03 to 1.11 x with the next, with dropout too"),
+        Row("bwd_dkdv", 90, 2, 64, (64, 64, 4, 2, 0, 0), "predicted: 1.03 to 1.11 x with the last, with dropout too"),
+    ],
+    "linear_cross_entropy": [
+        Row("chunk", 90, 2, 768, (5632,), "predicted: 0.23 ms less for 16,384 rows, twice the memory"),
+        Row("chunk", 90, 2, 768, (8448,), "predicted: 0.31 ms less for 16,384 rows, three times the memory"),
+    ],
+}
+
+FOLDER = "GPT_FAST_LAUNCH_CONFIGS"  # environment variable: folder of the user's tables; empty means none
+FORMAT = 1  # of a user's table
 
 
 @functools.cache
@@ -142,10 +175,121 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def user_table(architecture: int) -> Path | None:
+    """Return the file of the user's own rows for an architecture, which need not exist; None if there is no folder."""
+    folder = os.environ.get(FOLDER)
+    if folder is None:
+        settings = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+        folder = os.path.join(settings, "gpt_fast", "launch_configs")
+    return Path(folder) / f"sm_{architecture}.json" if folder else None
+
+
+def read_table(path: Path) -> tuple[dict[str, str], dict[str, list[Row]]]:
+    """Return the device and Triton version of a user's table, and its rows by op.
+
+    Raises `ValueError` for a file that `written` cannot have made with this version of the library.
+    """
+    try:
+        table = json.loads(path.read_text("utf-8"))
+        if table["format"] != FORMAT:
+            raise ValueError(f"format is {table['format']!r}; expected {FORMAT}")
+        made_by = {name: str(table[name]) for name in ("device", "triton")}
+        rows: dict[str, list[Row]] = {}
+        for entry in table["rows"]:
+            op, row = entry.pop("op"), Row(**entry)
+            row = row._replace(config=tuple(row.config))
+            check_row(op, row)
+            rows.setdefault(op, []).append(row)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"gpt_fast: {path} has {what}; expected a table of launch configurations: remove it, or run gpt-fast tune"
+        ) from error
+    return made_by, rows
+
+
+def check_row(op: str, row: Row) -> None:
+    """Raise `ValueError` unless the shipped table of `op` has rows for such a kernel, with as many numbers."""
+    shipped = [other for other in TABLES.get(op, ()) if other.kernel == row.kernel]
+    if not shipped:
+        raise ValueError(f"a row of {op} {row.kernel}, which has no such kernel")
+    lengths = {len(other.config) for other in [*shipped, *CANDIDATES.get(op, ())] if other.kernel == row.kernel}
+    whole = all(type(number) is int and number >= 0 for number in (*row.config, *row[1:4]))
+    if not whole or len(row.config) not in lengths:
+        raise ValueError(f"{list(row.config)} for {op} {row.kernel}")
+
+
+def written(device: str, rows: dict[str, list[Row]]) -> dict[str, Any]:
+    """Return what a user's table holds as JSON."""
+    entries = [{"op": op, **row._asdict()} for op, of_op in rows.items() for row in of_op]
+    return {"format": FORMAT, "device": device, "triton": triton.__version__, "rows": entries}
+
+
+def with_row(rows: list[Row], new: Row) -> list[Row]:
+    """Return the rows with one replaced or inserted, kernels in their order, then by architecture, element and size."""
+    kept = [row for row in rows if row[:4] != new[:4]]
+    kernels = list(dict.fromkeys(row.kernel for row in rows))
+    return sorted((*kept, new), key=lambda row: (kernels.index(row.kernel), *row[1:4]))
+
+
+@functools.cache
+def tables(architecture: int) -> dict[str, list[Row]]:
+    """Return TABLES with the user's rows for an architecture.
+
+    The rows of another GPU or another Triton are left out with a warning. Raises `ValueError` for a damaged file.
+    """
+    rows = {op: list(shipped) for op, shipped in TABLES.items()}
+    path = None if architecture == INTERPRETER else user_table(architecture)
+    if path is None or not path.is_file():
+        return rows
+    made_by, measured = read_table(path)
+    here = {"device": torch.cuda.get_device_name(), "triton": triton.__version__}
+    if made_by != here:
+        warnings.warn(
+            f"gpt_fast: {path} was measured on {made_by['device']} with Triton {made_by['triton']}; expected "
+            f"{here['device']} with {here['triton']}, so the shipped configurations serve: run gpt-fast tune",
+            stacklevel=2,
+        )
+        return rows
+    for op, of_op in measured.items():
+        for row in of_op:
+            rows[op] = with_row(rows[op], row)
+    return rows
+
+
+@contextlib.contextmanager
+def trying(op: str, row: Row) -> Iterator[None]:
+    """Let a row serve its architecture and class of shapes inside the block, in place of the row that does."""
+    changed = tables(row.architecture)
+    before = changed[op]
+    changed[op] = with_row(before, row)
+    forget_picks()
+    try:
+        yield
+    finally:
+        changed[op] = before
+        forget_picks()
+
+
+@contextlib.contextmanager
+def shipped_alone() -> Iterator[None]:
+    """Let no row of the user's tables serve inside the block."""
+    before = os.environ.get(FOLDER)
+    os.environ[FOLDER] = ""
+    forget()
+    try:
+        yield
+    finally:
+        del os.environ[FOLDER]
+        if before is not None:
+            os.environ[FOLDER] = before
+        forget()
+
+
 @functools.cache
 def serving(op: str, kernel: str, architecture: int, element: int) -> tuple[Row, ...]:
     """The rows for elements of this size, of the newest architecture whose rows fit this one, by size."""
-    rows = [row for row in TABLES[op] if row.kernel == kernel and row.element >= element]
+    rows = [row for row in tables(architecture)[op] if row.kernel == kernel and row.element >= element]
     rows = [row for row in rows if row.element == min(row.element for row in rows)]
     older = [row.architecture for row in rows if fits(row.architecture, architecture)]
     newest = max(older) if older else min(row.architecture for row in rows)
@@ -159,6 +303,12 @@ def pick(op: str, kernel: str, architecture: int, element: int, size: int) -> tu
 
 
 def forget() -> None:
-    """To be called when TABLES has changed."""
+    """Forget what was read of TABLES and of the user's tables, which have changed."""
+    tables.cache_clear()
+    forget_picks()
+
+
+def forget_picks() -> None:
+    """Forget which rows serve."""
     serving.cache_clear()
     pick.cache_clear()

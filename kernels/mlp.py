@@ -5,12 +5,19 @@ db1 = sum of dz, dW2 = dyᵀ h, db2 = sum of dy, dx = dz W1. Kept is h for relu,
 derivative is 1 and nothing was dropped, so that backward needs no random numbers; z for gelu, whose backward makes h
 again. Precision: products and epilogues in float32, z, h and dz rounded once to the dtype of x, bias sums taken from dz
 before that. Deterministic: partial bias sums, one a row of tiles, are added in their order.
+
+A decode step has few rows, so that tiles of a usual product would leave most multiprocessors idle. Products with at
+most `Few.rows` rows run in narrow tiles instead, and where these are few too, each sums a part of K; a second kernel
+adds the parts in their order.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from . import launch_configs
 from .gemm import (
     as_matrix,
     config,
@@ -19,13 +26,27 @@ from .gemm import (
     load,
     operand,
     operands,
+    precision,
     product,
     store,
     sum_rows,
     tile,
 )
-from .philox import keep_matrix
+from .philox import dropping_seed, keep_matrix
 from .sizes import cdiv
+
+FEW_ROWS = 16  # of a tile of few rows: the least that a matrix product has
+
+
+class Few(NamedTuple):
+    """Launch configuration of products with few rows."""
+
+    rows: int  # up to which it serves; 0 turns it off
+    n: int  # columns of a program
+    k: int  # of a step
+    warps: int
+    stages: int
+    fill: int  # programs that K is split for, where the columns make fewer
 
 
 @triton.jit
@@ -201,9 +222,105 @@ def _linear_kernel(
         _linear_half(right, out, bias_ptr, m, n + BLOCK_N // 2, M, N, stride_om, stride_on, OUT_MODE, PRECISION)
 
 
+@triton.jit
+def _finish(
+    value, out, kept, bias_ptr, seed_ptr, n, M, N, stride_om, stride_on, site, threshold, scale,
+    ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, KEEPS_INPUT: tl.constexpr, HAS_OUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store columns from n on of a product with few rows: a hidden layer, or a linear one if ACTIVATION is None."""
+    if ACTIVATION is None:
+        _linear_half(value, out, bias_ptr, 0, n, M, N, stride_om, stride_on, 0, PRECISION)
+    else:
+        _hidden_half(
+            value, out, kept, bias_ptr, seed_ptr, 0, n, M, N, stride_om, stride_on, site, threshold, scale,
+            ACTIVATION, HAS_DROPOUT, KEEPS_INPUT, HAS_OUT, 0, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "site", "threshold"])
+def _few_kernel(
+    a, b, out, kept, partial_ptr, bias_ptr, seed_ptr, stride_am, stride_ak, stride_bn, stride_bk, stride_om, stride_on,
+    M, N, K, part, site, threshold, scale,
+    ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, KEEPS_INPUT: tl.constexpr, HAS_OUT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A Bᵀ for A of at most BLOCK_M rows; or the sums of `part` columns of A each, partial [parts, M, N] float32."""
+    n = tl.program_id(0) * BLOCK_N
+    first = tl.program_id(1).to(tl.int64) * part
+    acc = product(
+        a + first * stride_ak, b + first * stride_bk, 0, n, M, N, tl.minimum(part, (K - first).to(tl.int32)),
+        stride_am, stride_ak, stride_bn, stride_bk, BLOCK_M, BLOCK_N, BLOCK_K, 0, 0, PRECISION,
+    )  # fmt: skip
+    if partial_ptr is None:
+        _finish(
+            acc, out, kept, bias_ptr, seed_ptr, n, M, N, stride_om, stride_on, site, threshold, scale,
+            ACTIVATION, HAS_DROPOUT, KEEPS_INPUT, HAS_OUT, PRECISION,
+        )  # fmt: skip
+    else:
+        rows = tl.program_id(1).to(tl.int64) * M
+        store(partial_ptr + rows * N, acc, 0, n, M, N, N, 1, 0, PRECISION)
+
+
+@triton.jit(do_not_specialize=["M", "parts", "site", "threshold"])
+def _few_add_kernel(
+    out, kept, partial_ptr, bias_ptr, seed_ptr, stride_om, stride_on, M, N, parts, site, threshold, scale,
+    ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, KEEPS_INPUT: tl.constexpr, HAS_OUT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add the sums that `_few_kernel` left, the first part first, and store what they make."""
+    n = tl.program_id(0) * BLOCK_N
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for index in range(0, parts):
+        rows = tl.full((), 0, dtype=tl.int64) + index * M
+        acc += load(partial_ptr + rows * N, 0, n, M, N, N, 1, BLOCK_M, BLOCK_N, 0)
+    _finish(
+        acc, out, kept, bias_ptr, seed_ptr, n, M, N, stride_om, stride_on, site, threshold, scale,
+        ACTIVATION, HAS_DROPOUT, KEEPS_INPUT, HAS_OUT, PRECISION,
+    )  # fmt: skip
+
+
+def few_config(a: torch.Tensor) -> Few:
+    """Return the launch configuration for products of a [M, K] if M is small."""
+    row = launch_configs.pick("mlp", "few", launch_configs.architecture(a.device), a.element_size(), a.shape[1])
+    return Few(*row)
+
+
+def _few(launch: Few, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, **finish: Any) -> None:
+    """Run a product with few rows; `finish` is what else `_finish` takes."""
+    (M, K), N = a.shape, b.shape[0]
+    tiles, steps = triton.cdiv(N, launch.n), triton.cdiv(K, launch.k)
+    part = triton.cdiv(steps, min(triton.cdiv(launch.fill, tiles), steps)) * launch.k
+    parts = triton.cdiv(K, part)
+    partial = None
+    if parts > 1:
+        partial = torch.empty((parts, M, N), dtype=torch.float32, device=a.device)
+    options = {
+        **finish, "out": out, "partial_ptr": partial, "stride_om": out.stride(0), "stride_on": out.stride(1),
+        "M": M, "N": N, "PRECISION": precision(), "BLOCK_M": FEW_ROWS, "BLOCK_N": launch.n, "num_warps": launch.warps,
+        "enable_fp_fusion": True,
+    }  # fmt: skip
+    _few_kernel[(tiles, parts)](
+        a=a, b=b, stride_am=a.stride(0), stride_ak=a.stride(1), stride_bn=b.stride(0), stride_bk=b.stride(1),
+        K=K, part=part, BLOCK_K=launch.k, num_stages=launch.stages, **options,
+    )  # fmt: skip
+    if partial is not None:
+        _few_add_kernel[(tiles,)](parts=parts, **options)
+
+
+PLAIN = {
+    "seed_ptr": None, "site": 0, "threshold": 0, "scale": 1.0, "ACTIVATION": None, "HAS_DROPOUT": False,
+    "KEEPS_INPUT": False, "HAS_OUT": True,
+}  # fmt: skip
+
+
 def _linear(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     """out [M, N] = A Bᵀ + bias, in out's strides; A [M, K], B [N, K]."""
     if out.numel() == 0:
+        return
+    few = few_config(a)
+    if 0 < a.shape[1] and a.shape[0] <= few.rows:
+        _few(few, a, b, out, kept=out, bias_ptr=_contiguous(bias), **PLAIN)
         return
     launch, architecture = config("mlp", "product", a, a.shape[1])
     arguments, switches = operands(launch, architecture, a, b, out)
@@ -218,14 +335,20 @@ def _hidden(
     out = z if h is None else h
     if out is None or out.numel() == 0:
         return
+    seed = dropping_seed(seed, threshold)
+    finish = {
+        "bias_ptr": _contiguous(fc_bias), "seed_ptr": seed, "site": site, "threshold": threshold, "scale": scale,
+        "ACTIVATION": activation, "HAS_DROPOUT": seed is not None, "KEEPS_INPUT": z is not None,
+        "HAS_OUT": h is not None,
+    }  # fmt: skip
+    few = few_config(x)
+    if 0 < x.shape[1] and x.shape[0] <= few.rows:
+        _few(few, x, fc_weight, out, kept=out if z is None else z, **finish)
+        return
     launch, architecture = config("mlp", "product", x, x.shape[1])
     arguments, switches = operands(launch, architecture, x, fc_weight, out)
     kept = out if z is None else operand(z, launch.m, launch.n // 2, architecture)[0]
-    _hidden_kernel[grid(launch, *out.shape, x.device)](
-        **arguments, kept=kept, bias_ptr=_contiguous(fc_bias), seed_ptr=seed, site=site, threshold=threshold,
-        scale=scale, ACTIVATION=activation, HAS_DROPOUT=seed is not None, KEEPS_INPUT=z is not None,
-        HAS_OUT=h is not None, **switches,
-    )  # fmt: skip
+    _hidden_kernel[grid(launch, *out.shape, x.device)](**arguments, kept=kept, **finish, **switches)
 
 
 def _contiguous(bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -305,6 +428,7 @@ def _dz(
 ) -> torch.Tensor:  # fmt: skip
     """dz [M, F]; also writes the hidden layer and dfc_bias, where given."""
     M, F = kept.shape
+    seed = dropping_seed(seed, threshold)
     dz = torch.empty_like(kept)
     b = proj_weight.t()
     launch, architecture = config("mlp", "product", dy, dy.shape[1])

@@ -7,7 +7,8 @@ more registers, spills or shared memory than its budget, when its instructions g
 when dropout costs one of attention's loops more than 5 % more instructions than its budget, and when a statement does
 not hold. On an architecture with wgmma, products in 16 bits are done by it. On a targeted one, attention at a head size
 of 64 spills nothing, at 128 nothing without dropout and at most 128 bytes with it; dropout adds no access to shared
-memory and no shuffle to any of attention's loops. kernels/architectures.py says which are which. On every architecture
+memory and no shuffle to any of attention's loops, and by the bounds of tools/loop_bounds.py it leaves attention 0.65 of
+its speed forward and 0.70 backward. kernels/architectures.py says which are which. On every architecture
 a kernel spills at most 128 bytes, except heads over 128 and rows over 8,192. --update makes this build the budget,
 statements aside. Each minor version of Triton has its own budget, results/codegen-3.6.json, and its own table,
 results/codegen-3.6.md, which is written either way. --targeted compiles for the targeted architectures alone.
@@ -16,6 +17,7 @@ results/codegen-3.6.md, which is written either way. --targeted compiles for the
 import argparse
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.architectures import ARCHITECTURES
+from tools import loop_bounds
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 BY_TARGET = {f"sm_{row.capability}": row for row in ARCHITECTURES}
@@ -36,7 +39,10 @@ GROWTH = {"registers": 1.0, "spilled": 1.0, "shared": 1.0, "instructions": 1.05}
 SPILLS = 128  # bytes that a kernel for sizes up to SMALL may spill
 SMALL = {"D": 128, "N": 8192}
 KINDS = {"lds": ("LDS", "LDSM"), "sts": ("STS", "STSM"), "shfl": ("SHFL",), "local": ("LDL", "STL")}
-INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+PASSES = {"forward": ("fwd",), "backward": ("bwd_dq", "bwd_dkdv")}  # attention's kernels
+PRODUCTS = {"forward": 2, "backward": 5}  # of attention, as its FLOPs are counted
+DROPOUT_SPEED = {"forward": 0.65, "backward": 0.70}  # DESIGN: at least this much of attention's speed without dropout
+LENGTHS = (1024, 4096, 16384)
 
 
 Figure = dict[str, Any]  # of one kernel on one target
@@ -49,47 +55,33 @@ def stand_in_torch() -> None:
     sys.modules["torch"] = torch
 
 
-def loops(instructions: list[tuple[int, str, str]]) -> list[dict[str, int]]:
-    """What the innermost loops around matrix products consist of: stretches that a branch jumps back over.
-
-    Waiting for memory is compiled out of line, behind the kernel's end, and jumps back too: a stretch with an end in it
-    is no loop.
-    """
-    bodies = []
-    for address, name, operands in instructions:
-        target = re.search(r"0x([0-9a-f]+)", operands)
-        if name.startswith("BRA") and target and int(target[1], 16) < address:
-            bodies.append((int(target[1], 16), address))
-    found = {}
-    for first, last in bodies:
-        body = [name.split(".")[0] for address, name, _ in instructions if first <= address <= last]
-        if any(name.endswith("MMA") for name in body) and "EXIT" not in body:
-            found[first, last] = body
-    inner = [
-        body
-        for (first, last), body in sorted(found.items())
-        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in found)
-    ]
-    return [
-        {"instructions": len(body)} | {kind: sum(map(body.count, names)) for kind, names in KINDS.items()}
-        for body in inner
-    ]
+def loops(instructions: list[loop_bounds.Instruction], warps: int, bounded: bool) -> list[dict[str, Any]]:
+    """Return what each innermost loop around matrix products consists of, and its bound if `bounded`."""
+    found = []
+    for body in loop_bounds.product_loops(instructions):
+        opcodes = [instruction.opcode for instruction in body]
+        loop: dict[str, Any] = {"instructions": len(body)}
+        loop |= {kind: sum(map(opcodes.count, names)) for kind, names in KINDS.items()}
+        if bounded and "HGMMA" in opcodes:
+            loop["pipes"] = loop_bounds.bound(body, warps)
+        found.append(loop)
+    return found
 
 
-def measure(cubin: bytes, folder: Path) -> Figure:
+def measure(cubin: bytes, folder: Path, warps: int, bounded: bool) -> Figure:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         tool = [str(folder / "cuobjdump")]
         usage = subprocess.run([*tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
         sass = subprocess.run([*tool, "-sass", file.name], check=True, capture_output=True, text=True).stdout
-    instructions = [(int(a, 16), name, rest) for a, name, rest in INSTRUCTION.findall(sass)]
-    counts = Counter(name.split(".")[0] for _, name, _ in instructions)
+    instructions = loop_bounds.parse(sass)
+    counts = Counter(instruction.opcode for instruction in instructions)
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
         "spilled": int(re.search(r"STACK:(\d+)", usage)[1]),  # type: ignore[index]
         "instructions": sum(counts.values()) - counts["NOP"],
-        "loops": loops(instructions),
+        "loops": loops(instructions, warps, bounded),
         "mma": sum(count for name, count in counts.items() if name.endswith("MMA")),
         "wgmma": counts["HGMMA"],
         "ldg": counts["LDG"],
@@ -111,9 +103,14 @@ def compile_launch(launch: dict[str, Any]) -> Figure:
     aligned = {(position[name],): [["tt.divisibility", 16]] for name in launch["divisible"]}
     source = ASTSource(kernel, launch["signature"], launch["constants"], aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", launch["target"], 32), options=launch["options"])
-    figure = measure(compiled.asm["cubin"], folder) | {"shared": compiled.metadata.shared}
     ttir, architecture = compiled.asm["ttir"], BY_TARGET[f"sm_{launch['target']}"]
-    figure["needs_wgmma"] = int(architecture.wgmma and bool(re.search(r"tt\.dot .*(bf16|f16)>.*->", ttir)))
+    figure = measure(compiled.asm["cubin"], folder, compiled.metadata.num_warps, architecture.targeted)
+    figure["shared"] = compiled.metadata.shared
+    if launch["module"] == "kernels.attention":
+        figure["tile"] = [launch["constants"][name] for name in ("BLOCK_M", "BLOCK_N")]
+    # wgmma has 64 rows: products in smaller tiles cannot use it.
+    rows = [int(found) for found in re.findall(r"tt\.dot .* tensor<(\d+)x\d+x(?:bf16|f16)> \*", ttir)]
+    figure["needs_wgmma"] = int(architecture.wgmma and max(rows, default=0) >= 64)
     return figure
 
 
@@ -193,9 +190,55 @@ def is_small(key: str) -> bool:
     return size is None or int(size[2]) <= SMALL[size[1]]
 
 
+def attention_loops(figures: dict[str, dict[str, Figure]], target: str, step: str, label: str) -> list[Figure] | None:
+    """Return the figures of attention's kernels of a pass, or None unless each has two loops with bounds."""
+    found = []
+    for kernel in PASSES[step]:
+        figure = figures.get(f"attention {kernel} {label}", {}).get(target)
+        if figure is None or len(figure["loops"]) != 2 or any("pipes" not in loop for loop in figure["loops"]):
+            return None
+        found.append(figure)
+    return found
+
+
+def dropout_speed(figures: dict[str, dict[str, Figure]], target: str, step: str, label: str) -> float | None:
+    """Return the share of its speed that dropout leaves attention, by the bounds of the loops without a mask."""
+    cycles = []
+    for name in (label, f"{label} dropout"):
+        kernels = attention_loops(figures, target, step, name)
+        if kernels is None:
+            return None
+        cycles.append(
+            sum(loop_bounds.cycles(figure["loops"][-1]["pipes"]) / math.prod(figure["tile"]) for figure in kernels)
+        )
+    return cycles[0] / cycles[1]
+
+
+def attention_labels(figures: dict[str, dict[str, Figure]], step: str) -> list[str]:
+    """Return the labels of attention's kernels of a pass, such as "D=64 bfloat16"."""
+    prefix = f"attention {PASSES[step][0]} "
+    return [key.removeprefix(prefix) for key in figures if key.startswith(prefix)]
+
+
+def slow_dropout(figures: dict[str, dict[str, Figure]]) -> list[str]:
+    """Return where dropout leaves attention less of its speed than DESIGN says."""
+    found = []
+    for step, least in DROPOUT_SPEED.items():
+        shipped = [label for label in attention_labels(figures, step) if " candidate " not in label]
+        for label in shipped:
+            for target in (target for target, architecture in BY_TARGET.items() if architecture.targeted):
+                share = dropout_speed(figures, target, step, label)
+                if share is not None and share < least:
+                    found.append(
+                        f"attention {label} {target}: dropout leaves {step} {share:.3f} of its speed; "
+                        f"expected at least {least}"
+                    )
+    return found
+
+
 def broken_statements(figures: dict[str, dict[str, Figure]]) -> list[str]:
     """Return which statements do not hold, whatever the budget says."""
-    found = []
+    found = slow_dropout(figures)
     for key, by_target in figures.items():
         for target, figure in by_target.items():
             if is_small(key) and figure["spilled"] > SPILLS:
@@ -227,23 +270,62 @@ def _broken_on(figures: dict[str, dict[str, Figure]], key: str, target: str) -> 
 
 
 def loop_table(figures: dict[str, dict[str, Figure]], target: str) -> list[str]:
-    """Attention's loops one by one: tiles that need a mask, then those that do not."""
+    """Return the table of the loops around matrix products. Attention has two: tiles with a mask, then without."""
+    columns = ("instructions", "added by dropout", *KINDS, *loop_bounds.PIPES, "cycles")
     lines = [
         "",
-        f"### Loops of attention, {target}",
+        f"### Loops, {target}",
         "",
-        "| kernel | loop | instructions | added by dropout | lds | sts | shfl | local |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "Cycles of a multiprocessor for one turn of one program, by pipe. `cycles` is the slower of `tensor` and",
+        "`shared` plus the busiest of the others. tools/loop_bounds.py says what is counted.",
+        "",
+        f"| kernel | loop | {' | '.join(columns)} |",
+        "| --- |" + " ---: |" * (len(columns) + 1),
     ]
     for key, by_target in figures.items():
-        if key.startswith("attention ") and target in by_target:
-            figure = by_target[target]
-            added = figure.get("dropout", [""] * len(figure["loops"]))
-            for number, (loop, dropout) in enumerate(zip(figure["loops"], added, strict=True), 1):
-                traffic = (loop[name] for name in ("lds", "sts", "shfl", "local"))
-                cells = (number, loop["instructions"], dropout, *traffic)
-                lines.append(f"| {key} | {' | '.join(map(str, cells))} |")
+        figure = by_target.get(target)
+        if figure is None:
+            continue
+        added = figure.get("dropout", [""] * len(figure["loops"]))
+        for number, (loop, dropout) in enumerate(zip(figure["loops"], added, strict=True), 1):
+            pipes = loop.get("pipes")
+            cells = [number, loop["instructions"], dropout, *(loop[name] for name in KINDS)]
+            cells += [*pipes.values(), loop_bounds.cycles(pipes)] if pipes else [""] * (len(loop_bounds.PIPES) + 1)
+            lines.append(f"| {key} | {' | '.join(map(str, cells))} |")
     return lines
+
+
+def speed_table(figures: dict[str, dict[str, Figure]], target: str) -> list[str]:
+    """Return the table of attention's predicted rates, and what dropout leaves of its speed by the bounds."""
+    lines = [
+        "",
+        f"### Attention's predicted rates, {target}",
+        "",
+        "Causal, TFLOP/s of an H100 SXM by the cycles above; `dropout leaves` compares the loops without a mask.",
+        "",
+        f"| kernel | {' | '.join(f'T = {T:,}' for T in LENGTHS)} | dropout leaves |",
+        "| --- |" + " ---: |" * (len(LENGTHS) + 1),
+    ]
+    for step in PASSES:
+        for label in attention_labels(figures, step):
+            kernels = attention_loops(figures, target, step, label)
+            if kernels is not None:
+                share = dropout_speed(figures, target, step, label.removesuffix(" dropout"))
+                left = f"{share:.2f}" if share is not None and label.endswith(" dropout") else ""
+                cells = [f"{predicted_rate(kernels, step, label, T):.0f}" for T in LENGTHS]
+                lines.append(f"| {step} {label} | {' | '.join(cells)} | {left} |")
+    return lines
+
+
+def predicted_rate(kernels: list[Figure], step: str, label: str, T: int) -> float:
+    """Return the predicted TFLOP/s of attention's kernels of a pass, causal, with T tokens."""
+    total = 0.0
+    for name, figure in zip(PASSES[step], kernels, strict=True):
+        masked, unmasked = (loop_bounds.cycles(loop["pipes"]) for loop in figure["loops"])
+        own, walked = reversed(figure["tile"]) if name == "bwd_dkdv" else figure["tile"]
+        total += loop_bounds.causal_cycles(masked, unmasked, own, walked, T)
+    size = re.search(r"D=(\d+)", label)
+    return loop_bounds.rate(PRODUCTS[step], int(size[1]), T, total)  # type: ignore[index]
 
 
 def minor(version: str) -> str:
@@ -276,7 +358,7 @@ def table(figures: dict[str, dict[str, Figure]], version: str) -> str:
             figure = by_target[target]
             lines.append(f"| {key} | {' | '.join(str(figure[name]) for name in COLUMNS)} |")
         if architecture.targeted:
-            lines += loop_table(figures, target)
+            lines += loop_table(figures, target) + speed_table(figures, target)
     return "\n".join(lines) + "\n"
 
 

@@ -83,6 +83,7 @@ def record(topic: Topic, target: int, found: dict[str, dict[str, Any]]) -> None:
             mock.patch.object(JITFunction, "run", run),
             mock.patch.object(launch_configs, "architecture", return_value=target),
             mock.patch.object(launch_configs, "multiprocessors", return_value=132),
+            launch_configs.shipped_alone(),
         ):
             launch()
 

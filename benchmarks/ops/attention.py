@@ -1,8 +1,10 @@
 """Benchmark of attention: causal, with and without dropout, against each of SDPA's backends and FlexAttention."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -127,15 +129,47 @@ def launches(kernels: ModuleType) -> Launches:
     shapes += [(64, dtype, p) for dtype in (torch.float16, torch.float32) for p in (0.0, 0.1)]
     shapes += [(D, torch.float32, 0.0) for D in (128, 256)]
     for D, dtype, p in shapes:
-        B, T, H = 2, 4096, 4
-        qkv, out = meta(B, T, 3 * H * D, dtype=dtype), meta(B, T, H, D, dtype=dtype).transpose(1, 2)
-        q, k, v = qkv.unflatten(2, (3, H, D)).permute(2, 0, 3, 1, 4)
-        lse, seed = meta(B, H, T, dtype=torch.float32), meta(1, dtype=torch.int64) if p else None
-        options = kernels.Options(None, None, None, None, True, None, p, seed, 3, D**-0.5)
-        rule = DROPOUT_RULE if p else (0, 1.0)
         label = f"D={D} {short(dtype)}{' dropout' if p else ''}"
-        yield label, partial(kernels.forward, q, k, v, options, *rule)
-        yield label, partial(kernels.backward_qkv, out, qkv, H, out, lse, options, *rule)
+        for call in calls(kernels, D, dtype, p):
+            yield label, call
+    for rows in candidates(kernels):
+        config = kernels.Config(*rows[0].config)
+        more = f"{' late' if config.late else ''}{f' r{config.registers}' if config.registers else ''}"
+        for p in (0.0, 0.1):
+            label = f"D={rows[0].size} bfloat16 candidate {config.queries}x{config.keys} w{config.warps}{more}"
+            forward, backward = calls(kernels, rows[0].size, torch.bfloat16, p)
+            call = forward if rows[0].kernel == "fwd" else backward
+            yield f"{label}{' dropout' if p else ''}", partial(trying, kernels, rows, call)
+
+
+def calls(kernels: ModuleType, D: int, dtype: torch.dtype, p: float) -> tuple[Callable[[], object], ...]:
+    """Return the forward and the backward call of one case."""
+    B, T, H = 2, 4096, 4
+    qkv, out = meta(B, T, 3 * H * D, dtype=dtype), meta(B, T, H, D, dtype=dtype).transpose(1, 2)
+    q, k, v = qkv.unflatten(2, (3, H, D)).permute(2, 0, 3, 1, 4)
+    lse, seed = meta(B, H, T, dtype=torch.float32), meta(1, dtype=torch.int64) if p else None
+    options = kernels.Options(None, None, None, None, True, None, p, seed, 3, D**-0.5)
+    rule = DROPOUT_RULE if p else (0, 1.0)
+    return (
+        partial(kernels.forward, q, k, v, options, *rule),
+        partial(kernels.backward_qkv, out, qkv, H, out, lse, options, *rule),
+    )
+
+
+def candidates(kernels: ModuleType) -> list[list[Any]]:
+    """Return the rows of launch_configs.CANDIDATES, one at a time for forward, those of backward together."""
+    rows = kernels.launch_configs.CANDIDATES[OP]
+    return [*([row] for row in rows if row.kernel == "fwd"), [row for row in rows if row.kernel != "fwd"]]
+
+
+def trying(kernels: ModuleType, rows: list[Any], call: Callable[[], object]) -> None:
+    """Run a call with candidates in place of the rows that serve, on their architecture alone."""
+    configs = kernels.launch_configs
+    if configs.architecture(torch.device("meta")) == rows[0].architecture:
+        with contextlib.ExitStack() as stack:
+            for row in rows:
+                stack.enter_context(configs.trying(OP, row))
+            call()
 
 
 TOPIC = Topic(

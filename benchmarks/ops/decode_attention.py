@@ -49,7 +49,9 @@ def launches(kernels: ModuleType) -> Launches:
     for D, dtype in [*shapes, (64, torch.float16), (64, torch.float32), (256, torch.float32)]:
         B, H, S = 2, 12, 1024
         q, cache = meta(B, 1, 3, H, D, dtype=dtype)[:, 0, 0], meta(B, H, S, D, dtype=dtype)
-        yield f"D={D} {short(dtype)}", partial(kernels.forward, q, cache, cache, meta(B, dtype=torch.int64))
+        lengths = meta(B, dtype=torch.int64)
+        yield f"D={D} {short(dtype)}", partial(kernels.forward, q, cache, cache, lengths)
+        yield f"D={D} {short(dtype)} append", partial(kernels.append_forward, q, q, q, cache, cache, lengths)
 
 
 TOPIC = Topic(

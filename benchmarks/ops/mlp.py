@@ -105,6 +105,12 @@ def launches(kernels: ModuleType) -> Launches:
         yield label, partial(kernels.forward, x, fc_weight, fc_bias, proj_weight, proj_bias, *rule, True)
         hidden = meta(M, 4 * C, dtype=dtype)
         yield label, partial(kernels.backward, x, x, fc_weight, fc_bias, proj_weight, hidden, *rule, [True] * 5)
+    # A decode step. The narrower model's second product is split.
+    for C, dtype in ((768, torch.bfloat16), (768, torch.float16), (768, torch.float32), (256, torch.bfloat16)):
+        x, fc_bias, proj_bias = meta(1, C, dtype=dtype), meta(4 * C, dtype=dtype), meta(C, dtype=dtype)
+        weights = meta(4 * C, C, dtype=dtype), fc_bias, meta(C, 4 * C, dtype=dtype), proj_bias
+        rule = ("gelu_tanh", 0, 1.0, None, 3)
+        yield f"gelu_tanh {short(dtype)} one row", partial(kernels.forward, x, *weights, *rule, False)
 
 
 TOPIC = Topic(

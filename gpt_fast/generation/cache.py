@@ -50,12 +50,9 @@ class StepPass:
 
     def attend(self, layer: int, qkv: Tensor, num_heads: int) -> Tensor:
         """qkv [B, 1, 3C] → [B, 1, C]."""
-        q, k, v = split_qkv(qkv, num_heads)  # [B, H, 1, D]
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # [B, H, S, D]
-        index = self.positions[:, :, None, None].expand(k.shape)
-        keys.scatter_(2, index, k.to(keys.dtype))
-        values.scatter_(2, index, v.to(values.dtype))
-        out = ops.decode_attention(q[:, :, 0].to(keys.dtype), keys, values, self.positions[:, 0] + 1)  # [B, H, D]
+        q, k, v = (x[:, :, 0] for x in split_qkv(qkv.to(keys.dtype), num_heads))  # [B, H, D]
+        out = ops.decode_attention_append(q, k, v, keys, values, self.positions[:, 0])  # [B, H, D]
         return out.to(qkv.dtype).flatten(1)[:, None]
 
 

@@ -12,7 +12,7 @@ from . import _flops
 from ._library import check_values, decompositions, new_seed, serving, use_reference, values_checked
 from .add_layer_norm import add_layer_norm
 from .attention import attention, attention_qkv
-from .decode_attention import decode_attention
+from .decode_attention import decode_attention, decode_attention_append
 from .embedding import embedding
 from .layer_norm import layer_norm
 from .linear import linear
@@ -39,6 +39,7 @@ __all__ = [
     "attention_qkv",
     "check_values",
     "decode_attention",
+    "decode_attention_append",
     "decompositions",
     "embedding",
     "layer_norm",

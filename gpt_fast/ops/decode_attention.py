@@ -1,4 +1,4 @@
-"""decode_attention: one new query a sequence against a cache of keys and values."""
+"""decode_attention: one new query a sequence against a cache of keys and values, which may first get a new entry."""
 
 import math
 
@@ -13,6 +13,10 @@ _SIGNATURE = "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths) -> Tens
 _library.define_forward("decode_attention", _SIGNATURE)
 # csrc/cuda/decode_attention.cu, where it was built. Triton serves: no GPU has said yet which of the two is faster.
 _library.define_forward("decode_attention_cuda", _SIGNATURE)
+_library.define_forward(
+    "decode_attention_append",
+    "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths) -> Tensor",
+)
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
@@ -33,34 +37,87 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
     Source: Dao et al. (2023), "Flash-Decoding for long-context inference".
     """
     op = "decode_attention"
-    _checks.tensors(op, q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
-    _checks.dimensions(op, "q", q, "[B, H, D]")
-    _checks.dimensions(op, "k_cache", k_cache, "[B, H, S, D]")
-    B, H, D = q.shape
-    S = k_cache.shape[2]
-    _checks.shape(op, "k_cache", k_cache, (B, H, S, D), "batch, heads and head size of q")
-    _checks.shape(op, "v_cache", v_cache, (B, H, S, D), "the shape of k_cache")
-    _checks.shape(op, "lengths", lengths, (B,), "one length for each sequence")
-    _checks.floating(op, q=q, k_cache=k_cache, v_cache=v_cache)
-    _checks.same_dtype(op, q=q, k_cache=k_cache, v_cache=v_cache)
-    _checks.integral(op, lengths=lengths)
-    _checks.same_device(op, q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
-    if not 1 <= D <= MAX_HEAD_DIM:
-        raise ValueError(f"gpt_fast.{op}: head size is {D}; expected 1 to {MAX_HEAD_DIM}")
-    if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
-        raise ValueError(
-            f"gpt_fast.{op}: an input requires a gradient; expected none: use attention, or torch.no_grad()"
-        )
+    _check(op, k_cache, v_cache, lengths, q=q)
     if _library.values_checked(lengths) and not _library.kernel_checks(op, q):
-        _checks.values_below(op, "lengths", lengths, S + 1)
+        _checks.values_below(op, "lengths", lengths, k_cache.shape[2] + 1)
     if _library.runs_reference(op, q):
         return _library.by_reference(reference.decode_attention, q.device.type, q, k_cache, v_cache, lengths)
     return torch.ops.gpt_fast.decode_attention_forward(q, k_cache, v_cache, lengths)
 
 
+def decode_attention_append(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor
+) -> Tensor:
+    """K[b, :, lengths[b]] = k[b], V likewise, in place; out = softmax(D^-1/2 q Kᵀ) V over the first lengths[b] + 1.
+
+    A decode step's attention: the caches get the new token's key and value, and its query sees them too. On CUDA it is
+    as many kernels as `decode_attention`. The caller advances `lengths`.
+
+    Shapes: q, k and v [B, H, D], k_cache and v_cache [B, H, S, D] with S ≥ 1 and D up to 256, lengths [B]; out
+    [B, H, D]. The caches may be slices; none of their entries may share memory with another, or with k and v.
+
+    Dtypes: q, k, v, k_cache, v_cache alike, float32, bfloat16 or float16 (float64: the reference); lengths int64 or
+    int32.
+
+    Precision: scores, softmax and sums in float32, one rounding on store.
+
+    Deterministic. No gradient: it serves generation.
+
+    Raises `ValueError` for other dtypes, shapes or devices, inputs that require a gradient while autograd records, and
+    on CPU (elsewhere after `check_values`) for lengths outside [0, S). Where nobody checks them, lengths are clamped.
+
+    Source: Dao et al. (2023), "Flash-Decoding for long-context inference".
+    """
+    op = "decode_attention_append"
+    _check(op, k_cache, v_cache, lengths, q=q, k=k, v=v)
+    S = k_cache.shape[2]
+    if S == 0:
+        raise ValueError(f"gpt_fast.{op}: k_cache has shape {list(k_cache.shape)}; expected room for the new key")
+    if _library.values_checked(lengths):
+        _checks.values_below(op, "lengths", lengths, S)
+    if not _library.runs_reference("decode_attention", q) and _library.serving("decode_attention", q.device.type) == (
+        "triton"
+    ):
+        return torch.ops.gpt_fast.decode_attention_append_forward(q, k, v, k_cache, v_cache, lengths)
+    positions = lengths.long().clamp(0, S - 1)
+    index = positions[:, None, None, None].expand(*k.shape[:2], 1, k.shape[2])
+    k_cache.scatter_(2, index, k[:, :, None])
+    v_cache.scatter_(2, index, v[:, :, None])
+    return decode_attention(q, k_cache, v_cache, positions + 1)
+
+
+def _check(op: str, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, **rows: Tensor) -> None:
+    """Validate the arguments of both ops; `rows` are q, and k and v where they are given."""
+    _checks.tensors(op, **rows, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
+    q = rows["q"]
+    _checks.dimensions(op, "q", q, "[B, H, D]")
+    _checks.dimensions(op, "k_cache", k_cache, "[B, H, S, D]")
+    B, H, D = q.shape
+    for name, row in rows.items():
+        _checks.shape(op, name, row, (B, H, D), "the shape of q")
+    _checks.shape(op, "k_cache", k_cache, (B, H, k_cache.shape[2], D), "batch, heads and head size of q")
+    _checks.shape(op, "v_cache", v_cache, k_cache.shape, "the shape of k_cache")
+    _checks.shape(op, "lengths", lengths, (B,), "one length for each sequence")
+    _checks.floating(op, **rows, k_cache=k_cache, v_cache=v_cache)
+    _checks.same_dtype(op, **rows, k_cache=k_cache, v_cache=v_cache)
+    _checks.integral(op, lengths=lengths)
+    _checks.same_device(op, **rows, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
+    if not 1 <= D <= MAX_HEAD_DIM:
+        raise ValueError(f"gpt_fast.{op}: head size is {D}; expected 1 to {MAX_HEAD_DIM}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*rows.values(), k_cache, v_cache)):
+        raise ValueError(
+            f"gpt_fast.{op}: an input requires a gradient; expected none: use attention, or torch.no_grad()"
+        )
+
+
 @torch.library.register_fake("gpt_fast::decode_attention_cuda_forward", lib=_library.LIBRARY)
 @torch.library.register_fake("gpt_fast::decode_attention_forward", lib=_library.LIBRARY)
 def _forward_fake(q, k_cache, v_cache, lengths):
+    return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("gpt_fast::decode_attention_append_forward", lib=_library.LIBRARY)
+def _append_fake(q, k, v, k_cache, v_cache, lengths):
     return q.new_empty(q.shape)
 
 
@@ -72,12 +129,22 @@ def _triton_forward(q, k_cache, v_cache, lengths):
     return _library.triton_kernel("decode_attention").forward(q, k_cache, v_cache, lengths)
 
 
+def _triton_append(q, k, v, k_cache, v_cache, lengths):
+    return _library.triton_kernel("decode_attention").append_forward(q, k, v, k_cache, v_cache, lengths)
+
+
 _library.register_triton("decode_attention_forward", _triton_forward)
+_library.register_triton("decode_attention_append_forward", _triton_append)
 
 
 def _forward_flops(q, k_cache, v_cache, lengths, **_):
     return 4 * math.prod(k_cache)  # the whole cache: a shape does not tell how much of it is filled
 
 
+def _append_flops(q, k, v, k_cache, v_cache, lengths, **_):
+    return 4 * math.prod(k_cache)
+
+
 _flops.register("decode_attention_forward", _forward_flops)
+_flops.register("decode_attention_append_forward", _append_flops)
 _flops.register("decode_attention_cuda_forward", _forward_flops)

@@ -139,6 +139,19 @@ def decode_attention(device: torch.device, dtype: torch.dtype, D: int, S: int) -
     return partial(ops.decode_attention, q, cache, cache, lengths)
 
 
+def decode_attention_append(device: torch.device, dtype: torch.dtype, D: int, S: int) -> Call:
+    q, k, v = (values(device, B, H, D, dtype=dtype, grad=False) for _ in range(3))
+    caches = (values(device, B, H, S, D, dtype=dtype, grad=False) for _ in range(2))
+    lengths = torch.ones(B, dtype=torch.int64, device=device)
+    return partial(ops.decode_attention_append, q, k, v, *caches, lengths)
+
+
+def few_rows(device: torch.device, dtype: torch.dtype, C: int) -> Call:
+    x = values(device, 1, C, dtype=dtype, grad=False)
+    weights = values(device, 4 * C, C, dtype=dtype), None, values(device, C, 4 * C, dtype=dtype), None
+    return partial(ops.mlp, x, *(weight if weight is None else weight.detach() for weight in weights))
+
+
 def _training() -> dict[str, Make]:
     """One training call of each op, in bfloat16 with dropout where the op has it, and attention at each head size."""
     made: dict[str, Make] = {
@@ -165,6 +178,14 @@ TRAINING = _training()
 DECODING: dict[str, Make] = {
     f"decode_attention D={D} {name}": partial(decode_attention, dtype=dtype, D=D, S=77)
     for D, (name, dtype) in product((64, 256), DTYPES.items())
+}
+DECODING |= {
+    f"decode_attention_append D={D} {name}": partial(decode_attention_append, dtype=dtype, D=D, S=77)
+    for D, (name, dtype) in product((64, 256), DTYPES.items())
+}
+DECODING |= {
+    f"mlp one row C={C} {name}": partial(few_rows, dtype=dtype, C=C)
+    for C, (name, dtype) in product((256, 768), DTYPES.items())
 }
 
 

@@ -48,7 +48,7 @@ FAULTS = (
     Fault("delta left out of dQ", TRITON, "delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), axis=1)", "delta = tl.zeros_like(tl.sum(do.to(tl.float32), axis=1))", "numerics"),
     Fault("bfloat16 delta", TRITON, "delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), axis=1)", "delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), axis=1).to(tl.bfloat16).to(tl.float32)", "numerics"),
     Fault("delta of the first head", TRITON, "tl.store(rows_ptr + padded, delta * kept, mask=offs_m < padded)", "tl.store(rows_ptr + padded - bh * 2 * padded, delta * kept, mask=offs_m < padded)", "numerics"),
-    Fault("dQ not scaled", TRITON, "cast(dq * scale, dq_ptr", "cast(dq, dq_ptr", "numerics"),
+    Fault("dQ not scaled", TRITON, "cast(dq * scale_dq, dq_ptr", "cast(dq, dq_ptr", "numerics"),
     Fault("dQ of a negative scale not turned", TRITON, "if negative:", "if False:", "negative_scale"),
     Fault("delta left out of dK", TRITON, "ds = p * (dp - delta[None, :])", "ds = p * dp", "numerics"),
     Fault("delta left out of dK under dropout", TRITON, "ds = z * dp - tl.abs(signed) * delta[None, :]", "ds = z * dp", "dropout_numerics"),

@@ -129,6 +129,89 @@ def test_tiles_of_both_backward_kernels(dq, dkdv, device, implementation, monkey
     check(*inputs(1, 1, 70, 70, 16, device=device), causal=False)
 
 
+@pytest.fixture
+def late(implementation, monkeypatch):
+    """Forward scales its scores after their maximum, in tiles that several rounds of these tests' keys fill."""
+    if implementation != "triton":
+        pytest.skip("a launch configuration of the Triton kernels")
+    kernel = importlib.import_module("gpt_fast.kernels.attention")
+    shipped = kernel.config
+
+    def config(name, q):
+        launch, BLOCK_D = shipped(name, q)
+        return (launch._replace(queries=16, keys=32, late=1) if name == "fwd" else launch), BLOCK_D
+
+    monkeypatch.setattr(kernel, "config", config)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 0.2, 3.0, -0.5], ids=str)
+@pytest.mark.parametrize("name", ["none", "lengths", "key_mask", "mask", "window"])
+def test_late_scale_with_masks(name, scale, late, device):
+    """Scale 0 turns -inf into no NaN, and rows without a key give 0."""
+    empty = torch.rand(70, 70, device=device) > 0.3
+    empty[[0, 7, 69]] = False
+    options = {
+        "none": {"causal": True},
+        "lengths": {"lengths": torch.tensor([0, 41], device=device)},
+        "key_mask": {"key_mask": torch.arange(70, device=device) >= torch.tensor([[30], [70]], device=device)},
+        "mask": {"mask": empty, "causal": False},
+        "window": {"window": 9, "causal": False},
+    }[name]
+    out, *_ = check(*inputs(2, 1, 70, 70, 16, device=device), scale=scale, **options)
+    if name == "mask":
+        assert (out[:, :, [0, 7, 69]] == 0).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 0.5, 3.0], ids=str)
+@pytest.mark.parametrize("name", ["none", "causal", "lengths", "key_mask", "mask"])
+def test_late_scale_of_scores_that_are_not_finite(name, scale, late, device):
+    """NaN where all of a query's scores are -inf; a weight of 0 where only one is; as the shipped order of scaling."""
+    options = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in MASKS_OF_THREE[name].items()} | {
+        "scale": scale
+    }
+    ones = torch.ones(1, 1, 3, 1, device=device)
+    queries = torch.full_like(ones, -torch.inf)
+    assert ops.attention(queries, ones, ones, **{"causal": False} | options).isnan().any(-1).all()
+    if scale > 0:
+        keys = ones.clone()
+        keys[:, :, 1] = -torch.inf
+        values = torch.tensor([1.0, 100.0, 1.0], device=device).view(1, 1, 3, 1)
+        assert torch.equal(ops.attention(ones, keys, values, **{"causal": False} | options), ones)
+    if scale > 1:
+        huge = torch.full_like(ones, 3e38)
+        assert ops.attention(huge, ones, ones, **{"causal": False} | options).isnan().any()
+
+
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"dropout_p": 0.3}], ids=["causal", "all", "dropout"])
+def test_late_scale_numerics(options, dtype, late, device):
+    if options.get("dropout_p"):
+        options = options | {"seed": seed_on(device), "site": 3}
+    check(*inputs(1, 2, 70, 100, 24, dtype=dtype, device=device), **options)
+
+
+CANDIDATES = importlib.import_module("gpt_fast.kernels.launch_configs").CANDIDATES["attention"]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1], ids=["plain", "dropout"])
+@pytest.mark.parametrize("row", CANDIDATES, ids=lambda row: f"{row.kernel} {'-'.join(map(str, row.config))}")
+def test_candidates_of_the_tuner(row, p, device, implementation):
+    """Every configuration that a measurement may switch on is right before it is."""
+    if implementation != "triton":
+        pytest.skip("a launch configuration of the Triton kernels")
+    configs = importlib.import_module("gpt_fast.kernels.launch_configs")
+    tensors = inputs(1, 2, 150, 150, 64, dtype=torch.bfloat16, device=device)
+    with configs.trying("attention", row._replace(architecture=configs.architecture(tensors[0].device))):
+        kernel = importlib.import_module("gpt_fast.kernels.attention")
+        assert kernel.config(row.kernel, tensors[0])[0] == row.config
+        check(*tensors, dropout_p=p, **({"seed": seed_on(device)} if p else {}))
+
+
+def test_large_scores_with_a_late_scale(late, device):
+    q, k, v, dout = inputs(1, 2, 70, 70, 16, device=device)
+    check((q.detach() * 30).requires_grad_(), k, v, dout)
+
+
 def test_large_scores(device):
     """Scores in the hundreds: exponentials overflow without the running maximum."""
     q, k, v, dout = inputs(1, 2, 70, 70, 16, device=device)
@@ -474,7 +557,7 @@ def kept(device, T, S, causal, H=2, B=2, **options):
     return ops.attention(q, torch.zeros_like(v), v, causal=causal, **options)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.99])
+@pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.99, 1 - 1e-6])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 def test_dropout_mask_is_the_references(p, causal, device):
     """Bit for bit, and kept weights carry the exact scale."""

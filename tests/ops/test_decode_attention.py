@@ -260,3 +260,132 @@ def test_every_dtype_agrees_with_every_other(device):
     outs = [ops.decode_attention(q.to(t), k.to(t), v.to(t), lengths).float() for t in numerics.DTYPES]
     for a, b in itertools.pairwise(outs):
         assert (a - b).abs().max() <= 2**-7 * v.abs().max().float()
+
+
+# ---- with a new key and value ----------------------------------------------------------------------------------------
+
+
+def new_inputs(B, H, S, D, lengths, *, dtype=torch.float32, device="cpu"):
+    """q, k, v, the two caches, of which nothing behind `lengths` is a number, and `lengths`."""
+    q, k, v = (torch.randn(B, H, D, device=device).to(dtype) for _ in range(3))
+    k_cache, v_cache = (torch.randn(B, H, S, D, device=device).to(dtype) for _ in range(2))
+    for b, length in enumerate(lengths):
+        k_cache[b, :, length:] = v_cache[b, :, length:] = float("nan")
+    return q, k, v, k_cache, v_cache, torch.tensor(lengths, device=device)
+
+
+def written(x, cache, lengths):
+    """Return the cache with x [B, H, D] at `lengths`."""
+    cache = cache.clone()
+    for b, length in enumerate(lengths.tolist()):
+        cache[b, :, length] = x[b]
+    return cache
+
+
+@pytest.fixture
+def append_device(device, request):
+    if "cuda C++" in request.node.callspec.params.values():
+        pytest.skip("csrc/cuda has no kernel that writes the cache")
+    return device
+
+
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "lengths"),
+    [
+        pytest.param((2, 3, 64, 64), [0, 63], id="empty_and_last_place"),
+        pytest.param((3, 2, 37, 24), [5, 0, 36], id="off_powers_of_two"),
+        pytest.param((2, 2, 130, 3), [63, 64], id="end_and_start_of_a_tile"),
+        pytest.param((3, 1, 300, 16), [127, 128, 255], id="end_and_start_of_a_split"),
+        pytest.param((1, 1, 1, 1), [0], id="one_of_everything"),
+    ],
+)
+def test_append_is_a_write_and_decode_attention(shape, lengths, dtype, append_device):
+    """To the bit: output and caches; nothing else of the caches is touched."""
+    q, k, v, k_cache, v_cache, lengths = new_inputs(*shape, lengths, dtype=dtype, device=append_device)
+    keys, values = written(k, k_cache, lengths), written(v, v_cache, lengths)
+    got = ops.decode_attention_append(q, k, v, k_cache, v_cache, lengths)
+    assert got.isfinite().all()
+    assert torch.equal(got, ops.decode_attention(q, keys, values, lengths + 1))
+    assert torch.equal(k_cache.nan_to_num(9), keys.nan_to_num(9))
+    assert torch.equal(v_cache.nan_to_num(9), values.nan_to_num(9))
+
+
+def test_append_reads_and_writes_strided_tensors_in_place(append_device):
+    """q, k and v as views of a packed projection, the caches as one layer of larger ones."""
+    B, H, S, D = 2, 3, 40, 16
+    q, k, v = torch.randn(B, 3, H, D, device=append_device).unbind(1)
+    caches = torch.randn(2, 5, B, H, 64, 2 * D, device=append_device)
+    before = caches.clone()
+    k_cache, v_cache = caches[:, 3, :, :, 8 : 8 + S, ::2]
+    lengths = torch.tensor([39, 17], device=append_device, dtype=torch.int32)
+    keys, values = written(k, k_cache, lengths), written(v, v_cache, lengths)
+    got = ops.decode_attention_append(q, k, v, k_cache, v_cache, lengths)
+    assert torch.equal(got, ops.decode_attention(q, keys.contiguous(), values.contiguous(), lengths + 1))
+    before[0, 3, :, :, 8 : 8 + S, ::2], before[1, 3, :, :, 8 : 8 + S, ::2] = keys, values
+    assert torch.equal(caches, before)
+
+
+def test_append_of_float64_and_by_the_reference(append_device):
+    q, k, v, k_cache, v_cache, lengths = new_inputs(2, 2, 20, 8, [3, 19], device=append_device)
+    wide = [x.nan_to_num().double() for x in (q, k, v, k_cache, v_cache)]
+    keys, values = written(wide[1], wide[3], lengths), written(wide[2], wide[4], lengths)
+    got = ops.decode_attention_append(*wide, lengths)
+    assert torch.equal(got, reference.decode_attention(wide[0], keys, values, lengths + 1))
+    assert torch.equal(wide[3], keys) and torch.equal(wide[4], values)
+
+
+def test_append_of_an_empty_batch(append_device):
+    arguments = new_inputs(0, 2, 5, 4, [], device=append_device)
+    assert ops.decode_attention_append(*arguments[:-1], arguments[-1].long()).shape == (0, 2, 4)
+
+
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+def test_append_opcheck(dtype, append_device, implementation):
+    if implementation != "triton":
+        pytest.skip("elsewhere it is PyTorch's scatter and decode_attention")
+    arguments = [x.nan_to_num() for x in new_inputs(2, 3, 21, 16, [4, 20], dtype=dtype, device=append_device)]
+    torch.library.opcheck(torch.ops.gpt_fast.decode_attention_append_forward.default, arguments)
+
+
+def test_append_compiles_without_a_graph_break(append_device):
+    eager = new_inputs(2, 2, 50, 16, [7, 49], device=append_device)
+    traced = [x.clone() for x in eager]
+    compiled = torch.compile(ops.decode_attention_append, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*traced), ops.decode_attention_append(*eager))
+    for a, b in zip(traced, eager, strict=True):
+        assert torch.equal(a.nan_to_num(9), b.nan_to_num(9))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": torch.randn(2, 2, 3)}, r"k has shape \[2, 2, 3\], wanted \[2, 2, 4\]"),
+        ({"v": torch.randn(2, 2, 4).half()}, "v has dtype float16; expected float32"),
+        ({"v_cache": torch.randn(2, 2, 6, 4)}, r"v_cache has shape \[2, 2, 6, 4\], wanted \[2, 2, 5, 4\]"),
+        ({"lengths": torch.tensor([1, 5])}, r"append: lengths holds 5; expected values in \[0, 5\)"),
+        ({"lengths": torch.tensor([-1, 0])}, r"append: lengths holds -1; expected values in \[0, 5\)"),
+        ({"k": torch.randn(2, 2, 4, requires_grad=True)}, "an input requires a gradient"),
+        (
+            {"k_cache": torch.randn(2, 2, 0, 4), "v_cache": torch.randn(2, 2, 0, 4)},
+            r"k_cache has shape \[2, 2, 0, 4\]; expected room for the new key",
+        ),
+    ],
+)
+def test_append_refuses(changes, message):
+    names = ("q", "k", "v", "k_cache", "v_cache", "lengths")
+    values = dict(zip(names, new_inputs(2, 2, 5, 4, [1, 2]), strict=True)) | changes
+    with pytest.raises(ValueError, match=message):
+        ops.decode_attention_append(**values)
+
+
+def test_append_with_lengths_out_of_range_stays_inside_the_cache(append_device, implementation):
+    """Where nobody looked at them, they are taken for the nearest that are possible."""
+    if implementation != "triton":
+        pytest.skip("elsewhere values are checked")
+    arguments = [x.nan_to_num() for x in new_inputs(3, 2, 70, 16, [69, 0, 69], device=append_device)]
+    others = [x.clone() for x in arguments]
+    others[-1] = torch.tensor([2**33, -5, 70], device=append_device)
+    operator = torch.ops.gpt_fast.decode_attention_append_forward
+    assert torch.equal(operator(*arguments), operator(*others))
+    assert all(torch.equal(a, b) for a, b in zip(arguments[3:5], others[3:5], strict=True))

@@ -2,6 +2,7 @@
 
 import bisect
 import contextlib
+import importlib
 import os
 import subprocess
 import sys
@@ -99,6 +100,48 @@ def test_numerics(shape, activation, dtype, device):
     check(sample_inputs(shape, dtype, device), activation, 0.1)
 
 
+FEW = [(1, 70, 100, 33), (2, 33, 16, 7), (16, 130, 40, 64), (15, 9, 19, 5), (1, 300, 20, 5)]
+
+
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", FEW, ids=str)
+def test_few_rows(shape, dtype, device):
+    """A decode step's: narrow tiles, K in one part and in several, of which the last is shorter."""
+    for activation in ACTIVATIONS:
+        check(sample_inputs(shape, dtype, device), activation)
+    check(sample_inputs(shape, dtype, device, fc_bias=False, transposed=True), "gelu_tanh", 0.3)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17])
+def test_up_to_how_many_rows_are_few(rows, device, implementation, monkeypatch):
+    """By the table, and the row of a table may turn it off."""
+    if implementation != "triton":
+        pytest.skip("a launch configuration of the Triton kernels")
+    kernels = importlib.import_module("gpt_fast.kernels.mlp")
+    tables = kernels.launch_configs
+    x, fc_weight, fc_bias, proj_weight, proj_bias = (
+        tensor.detach() for tensor in sample_inputs((rows, 40, 24, 8), torch.float32, device)
+    )
+    calls = []
+    few = kernels._few
+    monkeypatch.setattr(kernels, "_few", lambda *args, **kwargs: (calls.append(1), few(*args, **kwargs)))
+    arguments = (x, fc_weight, fc_bias, proj_weight, proj_bias, "relu")
+    first = ops.mlp(*arguments)
+    assert len(calls) == (2 if rows <= 16 else 0)
+    off = tables.Row("few", tables.architecture(x.device), 4, tables.ANY, (0, 16, 32, 4, 1, 4), "off")
+    with tables.trying("mlp", off):
+        torch.testing.assert_close(ops.mlp(*arguments), first, rtol=1e-5, atol=1e-5)
+    assert len(calls) == (2 if rows <= 16 else 0)
+
+
+def test_few_rows_depend_on_no_other_row(device, implementation):
+    if implementation != "triton":
+        pytest.skip("the C++ kernel has no such limit")
+    x, *rest = (tensor.detach() for tensor in sample_inputs((16, 70, 40, 33), torch.float32, device))
+    together = ops.mlp(x, *rest, "gelu")
+    assert torch.equal(ops.mlp(x[5:6], *rest, "gelu"), together[5:6])
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_one_hidden_column(activation, device):
     """In float32: a single bias gradient in half precision is too small a sample of errors."""
@@ -176,7 +219,17 @@ def test_relu_passes_nothing_where_it_is_zero(value, recompute, p, dtype, device
     assert all((grad == 0).all() for grad in grads)
 
 
-@pytest.mark.parametrize(("p", "dtype"), [(0.1, torch.float32), (0.5, torch.bfloat16), (0.99, torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    ("p", "dtype"),
+    [
+        (0.1, torch.float32),
+        (0.5, torch.bfloat16),
+        (0.99, torch.float16),
+        pytest.param(1e-6, torch.float32, id="threshold_0"),
+        pytest.param(1 - 1e-6, torch.float32, id="threshold_65536"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("rows", [1, 9, 50, 1041])
 def test_dropout_mask(rows, p, dtype, device, implementation):
     """Bit for bit the reference's, forward and backward: of a hidden layer of ones it leaves the mask times scale."""

@@ -11,6 +11,7 @@ LOOP = {"instructions": 400, "lds": 2, "sts": 2, "shfl": 4, "local": 0}
 KERNEL = {"registers": 128, "spilled": 0, "shared": 65536, "instructions": 1700, "needs_wgmma": 1, "wgmma": 8}
 TARGETED = next(f"sm_{row.capability}" for row in ARCHITECTURES if row.targeted)
 PLAIN, DROPOUT = "attention fwd D=64 bfloat16", "attention fwd D=64 bfloat16 dropout"
+EMPTY = " | ".join([""] * 7)  # no bound
 
 
 def figures(cost: int, target: str = TARGETED) -> dict:
@@ -61,8 +62,57 @@ def test_missing_dropout_budget_is_a_violation():
 
 def test_loop_table_shows_what_dropout_adds():
     lines = codegen.loop_table(figures(cost=200), TARGETED)
-    assert f"| {DROPOUT} | 1 | 600 | 200 | 2 | 2 | 4 | 0 |" in lines
-    assert f"| {PLAIN} | 1 | 400 |  | 2 | 2 | 4 | 0 |" in lines
+    assert f"| {DROPOUT} | 1 | 600 | 200 | 2 | 2 | 4 | 0 | {EMPTY} |" in lines
+    assert f"| {PLAIN} | 1 | 400 |  | 2 | 2 | 4 | 0 | {EMPTY} |" in lines
+
+
+def test_loop_table_shows_the_bound_of_a_loop_that_has_one():
+    lines = codegen.loop_table(bounded(forward=1.0, backward=1.0), TARGETED)
+    assert f"| {PLAIN} | 2 | 400 |  | 2 | 2 | 4 | 0 | 500 | 10 | 20 | 30 | 500 | 400 | 1000 |" in lines
+
+
+def bounded(forward: float, backward: float) -> dict:
+    """Return figures of attention's kernels whose dropout leaves so much of the speed, by the loops without a mask."""
+    made: dict = {}
+    tiles = {"fwd": [128, 64], "bwd_dq": [128, 64], "bwd_dkdv": [32, 128]}
+    for kernel, tile in tiles.items():
+        for label, share in (("", 1.0), (" dropout", forward if kernel == "fwd" else backward)):
+            pipes = {"tensor": 500, "mufu": 10, "fma": 20, "alu": 30, "issue": round(1000 / share) - 500, "shared": 400}
+            loops = [LOOP | {"pipes": pipes | {"issue": 10000}}, LOOP | {"pipes": pipes}]
+            figure = KERNEL | {"loops": loops, "tile": tile}
+            made[f"attention {kernel} D=64 bfloat16{label}"] = {TARGETED: figure}
+    codegen.add_dropout(made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "complaints"),
+    [
+        pytest.param(0.66, 0.71, [], id="holds"),
+        pytest.param(0.64, 0.71, ["dropout leaves forward 0.640 of its speed; expected at least 0.65"], id="forward"),
+        pytest.param(0.66, 0.69, ["dropout leaves backward 0.690 of its speed; expected at least 0.7"], id="backward"),
+    ],
+)
+def test_what_dropout_leaves_of_the_speed(forward, backward, complaints):
+    assert codegen.broken_statements(bounded(forward, backward)) == [
+        f"attention D=64 bfloat16 {TARGETED}: {line}" for line in complaints
+    ]
+
+
+def test_backward_counts_both_kernels_by_the_scores_of_a_tile():
+    """dK and dV have tiles of half the size here, so that their cycles count twice."""
+    made = bounded(forward=1.0, backward=1.0)
+    made["attention bwd_dkdv D=64 bfloat16 dropout"][TARGETED]["loops"][-1]["pipes"]["issue"] += 1000
+    assert codegen.dropout_speed(made, TARGETED, "backward", "D=64 bfloat16") == pytest.approx(3000 / 5000)
+
+
+def test_predicted_rates_are_in_the_table():
+    lines = codegen.speed_table(bounded(forward=0.8, backward=0.75), TARGETED)
+    rows = {line.split(" | ")[0]: line for line in lines if line.startswith("| ")}
+    assert rows["| forward D=64 bfloat16 dropout"].endswith("| 0.80 |")
+    assert rows["| backward D=64 bfloat16 dropout"].endswith("| 0.75 |")
+    rates = [int(cell) for cell in rows["| forward D=64 bfloat16"].split(" | ")[1:4]]
+    assert rates == sorted(rates) and len(set(rates)) == 3  # the diagonal's share falls
 
 
 def test_more_shared_memory_traffic_with_dropout_is_a_violation():

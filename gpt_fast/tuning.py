@@ -1,0 +1,322 @@
+"""The tuner: measures launch configurations on a GPU and writes them to the user's own table.
+
+For every class of shapes in an op's table a climb starts at the fastest of two kinds of configurations: the one that
+serves here, and the candidates of `launch_configs.CANDIDATES`. Its neighbours, one number changed, are measured; the
+fastest becomes the next start, until none is faster. What does not compile or fit is passed over. Tuning keeps what a
+kernel computes but not its bits, because tiles order sums. cuBLASLt's mlp is passed over unless its tests, which are in
+a checkout, pass here first.
+"""
+
+import datetime
+import fcntl
+import functools
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.runtime.errors import TritonError
+
+from . import _files, ops  # noqa: F401  ops defines the operators
+from .kernels import (
+    attention,
+    decode_attention,
+    embedding,
+    gemm,
+    launch_configs,
+    layer_norm,
+    linear_cross_entropy,
+    mlp,
+)
+from .kernels.launch_configs import ANY, Row
+
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+GAIN = 0.98  # a neighbour has to be this much faster, or noise would move the table
+DROPOUT = (6554, 65536 / (65536 - 6554))
+Config = tuple[int, ...]
+
+# What each number of a configuration is, and its range: doubled and halved; stages, programs, switches one up and down.
+LIMITS: dict[str, dict[str, tuple[int, int]]] = {
+    "product": dict(
+        zip(gemm.Config._fields, ((32, 256), (32, 256), (16, 128), (4, 8), (1, 5), (1, 2)), strict=True)
+    ),
+    "chunk": {"rows": (512, 16384)},
+    "few": dict(zip(mlp.Few._fields, ((0, 16), (8, 64), (32, 512), (1, 8), (1, 5), (48, 768)), strict=True)),
+    "cublaslt relu": {"cublaslt": (0, 1)},
+    "cublaslt gelu_tanh": {"cublaslt": (0, 1)},
+    "attention": dict(
+        zip(attention.Config._fields, ((16, 256), (16, 256), (4, 8), (1, 4), (0, 128), (0, 0)), strict=True)
+    ),
+    "layer_norm": dict(
+        zip(layer_norm.Config._fields, ((1, 32), (1, 32), (1, 32), (1, 32), (64, 1024)), strict=True)
+    ),
+    "decode_attention": dict(
+        zip(decode_attention.Config._fields, ((64, 1024), (16, 128), (1, 8), (4, 64)), strict=True)
+    ),
+    "embedding": dict(zip(embedding.Config._fields, ((1, 32), (64, 1024), (8, 128), (1, 8)), strict=True)),
+}  # fmt: skip
+
+
+def limits(row: Row, op: str) -> dict[str, tuple[int, int]]:
+    """Return the name and the range of each number of a row's configuration."""
+    ranges = LIMITS.get(row.kernel) or LIMITS[op]
+    return ranges | {"late": (0, 1)} if op == "attention" and row.kernel == "fwd" else ranges
+
+
+def complete(config: Config, ranges: dict[str, tuple[int, int]]) -> Config:
+    """Return a configuration with zeros for the numbers that its row leaves out."""
+    return (*config, *(0,) * (len(ranges) - len(config)))
+
+
+def neighbours(config: Config, ranges: dict[str, tuple[int, int]]) -> Iterator[Config]:
+    """Yield every configuration with one number changed by a step, inside its range."""
+    for index, (name, (low, high)) in enumerate(ranges.items()):
+        value = config[index]
+        steps: tuple[int, ...]
+        if name in ("stages", "programs", "cublaslt", "late"):
+            steps = (value - 1, value + 1)
+        elif name == "registers" or (high == mlp.FEW_ROWS and name == "rows"):
+            steps = (0 if value else high,)
+        else:
+            steps = (value // 2, value * 2)
+        for step in steps:
+            if low <= step <= high:
+                yield (*config[:index], step, *config[index + 1 :])
+
+
+def candidates(op: str, row: Row, architecture: int) -> list[Config]:
+    """Return the configurations that a prediction favours for the class of shapes of `row`."""
+    place = (row.kernel, row.element, row.size)
+    return [
+        other.config
+        for other in launch_configs.CANDIDATES.get(op, ())
+        if (other.kernel, other.element, other.size) == place and other.architecture <= architecture
+    ]
+
+
+def climb(
+    start: Config, others: list[Config], ranges: dict[str, tuple[int, int]], measure: Callable[[Config], float]
+) -> Config:
+    """Return the best configuration that steps downhill reach from the fastest of `start` and `others`.
+
+    Each configuration is measured once. `measure` gives inf for what fails.
+    """
+    times = {start: measure(start)}
+    best, following = start, others
+    while True:
+        for candidate in following:
+            if candidate not in times:
+                times[candidate] = measure(candidate)
+        fastest = min((*following, best), key=lambda config: times[config])
+        if times[fastest] < GAIN * times[best]:
+            best = fastest
+        elif following is not others:
+            return best
+        following = list(neighbours(best, ranges))
+
+
+def work(op: str, row: Row, device: str) -> Callable[[], object]:
+    """What to time for a class of shapes: the largest of it, or GPT-2's smallest where it has no end."""
+    dtype = DTYPES[row.element]
+    size = row.size if row.size < ANY else 768
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    if op == "attention":
+        q, k, v, dout = (random(8, 12, 1024, size) for _ in range(4))
+        dropping = attention.Options(None, None, None, None, True, None, 0.1, seed, 0, size**-0.5)
+        rules = [(dropping, *DROPOUT), (dropping._replace(dropout_p=0.0, seed=None), 0, 1.0)]
+        if row.kernel == "fwd":
+            return lambda: [attention.forward(q, k, v, *rule) for rule in rules]
+        saved = [attention.forward(q, k, v, *rule) for rule in rules]
+        return lambda: [
+            attention.backward(dout, q, k, v, *kept, *rule) for kept, rule in zip(saved, rules, strict=True)
+        ]
+    if op == "layer_norm":
+        x, weight, bias = random(max(2**25 // size, 64), size), random(size), random(size)
+
+        def both() -> None:
+            _, mean, rstd = layer_norm.forward(x, weight, bias, 1e-5)
+            layer_norm.backward(x, x, weight, mean, rstd, True, True)
+
+        return both
+    if op == "decode_attention":
+        q, k_cache, v_cache = random(1, 12, size), random(1, 12, 1024, size), random(1, 12, 1024, size)
+        lengths = torch.full((1,), 1024, device=device)
+        return lambda: decode_attention.forward(q, k_cache, v_cache, lengths)
+    if op == "embedding":
+        tokens = torch.randint(0, 50257, (32, 1024), device=device)
+        positions = torch.arange(1024, device=device)
+        token_weight, position_weight, dout = random(50257, size), random(1024, size), random(32, 1024, size)
+        arguments = (tokens, token_weight, position_weight, positions, *DROPOUT, seed, 0)
+
+        def both_tables() -> None:
+            embedding.forward(*arguments)
+            embedding.backward(dout, *arguments, True, True)
+
+        return both_tables
+    if op == "mlp":
+        x, dy, fc_weight, proj_weight = (
+            random(*s) for s in ((16384, size), (16384, size), (4 * size, size), (size, 4 * size))
+        )
+        fc_bias, proj_bias, rule = random(4 * size), random(size), ("gelu_tanh", *DROPOUT, seed, 0)
+        if row.kernel == "few":
+            few = random(1, size)
+            return lambda: mlp.forward(
+                few, fc_weight, fc_bias, proj_weight, proj_bias, "gelu_tanh", 0, 1.0, None, 0, False
+            )
+        if row.kernel.startswith("cublaslt "):
+            return either_mlp(row, dy, x, fc_weight, fc_bias, proj_weight, proj_bias)
+
+        def layer() -> None:
+            _, hidden = mlp.forward(x, fc_weight, fc_bias, proj_weight, proj_bias, *rule, True)
+            mlp.backward(dy, x, fc_weight, fc_bias, proj_weight, hidden, *rule, [True] * 5)
+
+        return layer
+    x, weight = random(16384, size), random(50257, size)
+    target = torch.randint(0, 50257, (16384,), device=device)
+    return lambda: linear_cross_entropy.forward(x, weight, target, None, -100, 0.0, "mean", True, True, False)
+
+
+def either_mlp(row: Row, dy: torch.Tensor, *inputs: torch.Tensor) -> Callable[[], object]:
+    """mlp without dropout by cuBLASLt or by Triton, as the table has it when it runs."""
+    operators, activation, needs = torch.ops.gpt_fast, row.kernel.removeprefix("cublaslt "), [True] * 5
+
+    def run() -> None:
+        if launch_configs.pick("mlp", row.kernel, launch_configs.architecture(dy.device), row.element, row.size) == (
+            0,
+        ):
+            rule = (activation, 0, 1.0, None, 0)
+            _, hidden = mlp.forward(*inputs, *rule, True)
+            mlp.backward(dy, *inputs[:4], hidden, *rule, needs)
+        elif cublaslt_tests_pass():
+            _, hidden, mask = operators.mlp_cublaslt_forward(*inputs, activation, True)
+            operators.mlp_cublaslt_backward(dy, *inputs[:4], hidden, mask, activation, needs)
+        else:
+            raise RuntimeError("cuBLASLt's mlp does not pass its tests")
+
+    return run
+
+
+@functools.cache
+def cublaslt_tests_pass() -> bool:
+    """Whether cuBLASLt's mlp was built and passes its tests on this GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/ops/test_mlp_cublaslt.py"]
+    tests = subprocess.run(command, capture_output=True, text=True, check=False)
+    print(tests.stdout.splitlines()[-1] if tests.stdout else tests.stderr, flush=True)
+    return tests.returncode == 0 and " passed" in tests.stdout
+
+
+Timer = Callable[[Callable[[], object]], float]
+
+
+def measurer(op: str, row: Row, architecture: int, timer: Timer, device: str = "cuda") -> Callable[[Config], float]:
+    """Return a function that times a configuration for the class of shapes of `row`, inf where it does not run."""
+    run = work(op, row, device)
+
+    def measure(config: Config) -> float:
+        try:
+            with launch_configs.trying(op, row._replace(architecture=architecture, config=config)):
+                return timer(run)
+        except (TritonError, triton.CompilationError, RuntimeError):
+            return math.inf
+
+    return measure
+
+
+def serving(op: str, row: Row, architecture: int) -> Config:
+    """Return the configuration that serves the class of shapes of `row`."""
+    config = launch_configs.pick(op, row.kernel, architecture, row.element, row.size)
+    return complete(config, limits(row, op))
+
+
+def tuned(op: str, row: Row, architecture: int, source: str, timer: Timer) -> Row:
+    """Return the fastest row of this architecture for the class of shapes of `row`."""
+    measure = measurer(op, row, architecture, timer)
+    best = climb(serving(op, row, architecture), candidates(op, row, architecture), limits(row, op), measure)
+    return row._replace(architecture=architecture, config=best, source=source)
+
+
+def tune(names: list[str], path: Path, architecture: int, device: str, timer: Timer) -> Iterator[tuple[str, Row, bool]]:
+    """Measure every class of shapes of some ops and yield op, fastest row, and whether the shipped one is another.
+
+    Rows that differ from the shipped ones are written to `path` as soon as their op is done. Rows of other ops that the
+    file has of the same device and Triton stay. Raises `ValueError` if the file is damaged.
+    """
+    rows: dict[str, list[Row]] = {}
+    if path.is_file():
+        made_by, found = launch_configs.read_table(path)
+        if made_by == {"device": device, "triton": triton.__version__}:
+            rows = found
+    source = f"measured: {device}, Triton {triton.__version__}, {datetime.date.today()}"
+    with launch_configs.shipped_alone():
+        for op in names:
+            rows[op] = []
+            for row in classes(op):
+                shipped, new = serving(op, row, architecture), tuned(op, row, architecture, source, timer)
+                if new.config != shipped:
+                    rows[op].append(new)
+                yield op, new, new.config != shipped
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _files.write_json(path, launch_configs.written(device, rows))
+    launch_configs.forget()
+
+
+def compared(op: str, row: Row, architecture: int, timer: Timer, device: str = "cuda") -> Iterator[dict[str, Any]]:
+    """Yield the time of the configuration that serves, then of candidates and neighbours, as a share of the first."""
+    measure = measurer(op, row, architecture, timer, device)
+    shipped = serving(op, row, architecture)
+    first = measure(shipped)
+    what = {"op": op, "kernel": row.kernel, "element": row.element, "size": row.size, "architecture": architecture}
+    others = (*candidates(op, row, architecture), *neighbours(shipped, limits(row, op)))
+    for config in dict.fromkeys((shipped, *others)):
+        time = first if config == shipped else measure(config)
+        known = {"ms": time, "of_shipped": time / first} if math.isfinite(time) else {"ms": None}
+        yield what | {"config": config, "shipped": config == shipped} | known
+
+
+def classes(op: str) -> list[Row]:
+    """Return one row for each class of shapes in the table of an op."""
+    rows = (row for row in launch_configs.TABLES[op] if row.architecture != launch_configs.INTERPRETER)
+    return list({(row.kernel, row.element, row.size): row for row in rows}.values())
+
+
+def one_at_a_time(timer: Timer, lock: Path) -> Timer:
+    """Return `timer` that runs the work once, which compiles it, and times it while no other process does."""
+
+    def timed(run: Callable[[], object]) -> float:
+        run()
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            return timer(run)
+
+    return timed
+
+
+def compare(names: list[str], part: str, path: Path, architecture: int) -> None:
+    """Measure what `compared` yields for a part of all classes, 16-bit and most used first, and append it to a file.
+
+    `part` 2/8 takes every eighth class of shapes from the second on. Processes that share the work compile side by side
+    and time one after the other.
+    """
+    number, parts = (int(value) for value in part.split("/"))
+    every = [(op, row) for op in names for row in classes(op)]
+    every.sort(key=lambda each: each[1].element)  # stable: the ops keep their order
+    timer = one_at_a_time(median, path.with_suffix(".lock"))
+    for op, row in every[number - 1 :: parts]:
+        for record in compared(op, row, architecture, timer):
+            print(*record.values(), flush=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def median(run: Callable[[], object]) -> float:
+    """Return the median time of a run in milliseconds."""
+    return triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")
