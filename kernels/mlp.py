@@ -289,9 +289,9 @@ def few_config(a: torch.Tensor) -> Few:
 def _few(launch: Few, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, **finish: Any) -> None:
     """Run a product with few rows; `finish` is what else `_finish` takes."""
     (M, K), N = a.shape, b.shape[0]
-    tiles, steps = triton.cdiv(N, launch.n), triton.cdiv(K, launch.k)
-    part = triton.cdiv(steps, min(triton.cdiv(launch.fill, tiles), steps)) * launch.k
-    parts = triton.cdiv(K, part)
+    tiles, steps = cdiv(N, launch.n), cdiv(K, launch.k)
+    part = cdiv(steps, min(cdiv(launch.fill, tiles), steps)) * launch.k
+    parts = cdiv(K, part)
     partial = None
     if parts > 1:
         partial = torch.empty((parts, M, N), dtype=torch.float32, device=a.device)
