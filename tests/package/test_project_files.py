@@ -1,0 +1,25 @@
+"""The files around the code agree with it: CI's two forms, the citation."""
+
+import re
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_both_forms_of_ci_run_the_same_targets():
+    script = re.findall(r"^step make (\w+)", (ROOT / ".ci/run").read_text("utf-8"), re.MULTILINE)
+    job = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text("utf-8"))["jobs"]["gate"]
+    runs = [step["run"] for step in job["steps"] if "run" in step]
+    assert [run.removeprefix("make ") for run in runs] == ["install", "${{ matrix.target }}"]
+    assert script == ["install", *job["strategy"]["matrix"]["target"]]
+
+
+def test_the_citation_names_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    fields = dict(re.findall(r'^(name|version|license) = "(.*)"$', project, re.MULTILINE))
+    assert citation["version"] == fields["version"]
+    assert citation["license"] == fields["license"]
+    assert fields["name"].replace("-", "_") in citation["title"]
