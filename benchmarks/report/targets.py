@@ -59,7 +59,7 @@ def unjudged(runs: list[Run]) -> list[str]:
         topic = catalogue.topics().get(run["topic"])
         for records in results.by_case(run).values() if topic else ():
             for target in topic.targets(case_of(run, next(iter(records.values())))):  # type: ignore[union-attr]
-                if target.products and not _has(run, target.products):
+                if run["device"].get(target.products) is False:
                     found[target.who] = f"{target.who}: this CPU has no {target.products.replace('_', ' ')}"
     return list(found.values())
 

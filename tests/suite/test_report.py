@@ -1,5 +1,6 @@
 """What the suite writes and reads: results, comparisons, tables, targets, pictures, pages."""
 
+import dataclasses
 import json
 
 import pytest
@@ -103,16 +104,18 @@ def test_page_shows_quiet_and_busy_speeds_side_by_side(tmp_path):
 
 @pytest.mark.parametrize(("busy", "expected"), [(False, [1.5]), (True, [3.0, 0.9])])
 def test_targets_of_busy_and_of_quiet_runs(busy, expected, monkeypatch):
-    targets_of = (
+    there = (
         Target("torch", 1.3),
         Target("torch", 1.0, busy=True),
         Target(f"{OURS}, {LEFT}", 0.8, busy=True),
         Target("torch", 1.3, products="int8_products"),
     )
-    monkeypatch.setattr(targets.catalogue.topics()["layer_norm"].__class__, "targets", lambda self, case: targets_of)
+    topic = dataclasses.replace(targets.catalogue.topics()["layer_norm"], targets=lambda case: there)
+    monkeypatch.setattr(targets.catalogue, "topics", lambda: {"layer_norm": topic})
     quiet = [record(median=1.0), record(peer="torch", median=1.5)]
     beside = [record(peer=f"{OURS}, {LEFT}", median=1.8), record(median=2.0), record(peer="torch", median=6.0)]
     run = a_run(*(beside if busy else quiet), **({"busy": True} if busy else {}))
+    run["device"]["int8_products"] = False
     assert [verdict.reached for verdict in targets.verdicts([run])] == pytest.approx(expected)
     assert targets.unjudged([run]) == [f"{OURS}: this CPU has no int8 products"]
 
