@@ -59,7 +59,7 @@ def unjudged(runs: list[Run]) -> list[str]:
         topic = catalogue.topics().get(run["topic"])
         for records in results.by_case(run).values() if topic else ():
             for target in topic.targets(case_of(run, next(iter(records.values())))):  # type: ignore[union-attr]
-                if run["device"].get(target.products) is False:
+                if run["device"].get(target.products) is False and judge(run, records, target):
                     found[target.who] = f"{target.who}: this CPU has no {target.products.replace('_', ' ')}"
     return list(found.values())
 
