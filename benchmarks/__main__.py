@@ -42,6 +42,9 @@ def bench(
     untested: Annotated[
         bool, typer.Option("--untested", help="Time at once, without the tests; the results say so.")
     ] = False,
+    busy: Annotated[
+        bool, typer.Option("--busy", help="A process that computes in an endless loop runs beside, on purpose.")
+    ] = False,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(metavar="OLD NEW", help="Measure nothing: show what changed beyond the noise."),
@@ -51,7 +54,8 @@ def bench(
 
     Runs the tests of each op or job first and reports no time if they fail, unless --untested. The floors (copy and
     read bandwidth, rate of matrix products) are measured in the same run. Writes one JSON file a topic, a page with
-    tables, and plots. Ctrl-C keeps what was measured, marked partial; --resume continues.
+    tables, and plots. Ctrl-C keeps what was measured, marked partial; --resume continues. --busy measures beside a busy
+    process, into files of its own, which the page shows beside the quiet figures.
 
     [bold]Example[/bold]
 
@@ -69,7 +73,11 @@ def bench(
         import torch
 
         torch.set_num_threads(1)
-    _run(topics, device, quick, out, resume, cpu_time, untested)
+    if busy and (device != "cpu" or cpu_time):
+        raise ValueError(
+            f"--busy with {'--cpu-time' if cpu_time else '--device ' + device}; expected a CPU's wall time"
+        )
+    _run(topics, device, quick, out, resume, cpu_time, untested, busy)
 
 
 def _say(message: str) -> None:
@@ -104,7 +112,9 @@ def _compare(old: Path, new: Path) -> None:
     )
 
 
-def _run(topics: list[Any], device: str, quick: bool, out: Path, resume: bool, cpu_time: bool, untested: bool) -> None:
+def _run(
+    topics: list[Any], device: str, quick: bool, out: Path, resume: bool, cpu_time: bool, untested: bool, busy: bool
+) -> None:  # fmt: skip
     from benchmarks.measure.runner import Settings, count, here, run
     from benchmarks.report import pages
     from gpt_fast.interrupts import caught
@@ -122,8 +132,8 @@ def _run(topics: list[Any], device: str, quick: bool, out: Path, resume: bool, c
         def advance(done: int, label: str) -> None:
             progress.update(task, advance=done, description=label)
 
-        topics = here(topics, device)
-        settings = Settings(device, quick, resume, cpu_time, untested, out, advance, _show_case, _show_study)
+        topics = here(topics, device, busy)
+        settings = Settings(device, quick, resume, cpu_time, untested, busy, out, advance, _show_case, _show_study)
         progress.update(task, total=count(topics, settings))
         with caught():
             outcome = run(topics, settings)
@@ -141,11 +151,11 @@ def _run(topics: list[Any], device: str, quick: bool, out: Path, resume: bool, c
 
 def _show_case(run: dict[str, Any], records: list[dict[str, Any]]) -> None:
     """Print the table of one case on stdout."""
-    from benchmarks.report import tables
+    from benchmarks.report import results, tables
 
     if records:
         rows = tables.rows(run, {record["peer"]: record for record in records})
-        print_table(tables.columns(run, records), rows, title=f"{run['topic']} {records[0]['case']}")
+        print_table(tables.columns(run, records), rows, title=f"{results.label(run)} {records[0]['case']}")
 
 
 def _show_study(study: Any, record: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from gpt_fast import GPTConfig
 
 OURS = "gpt_fast"
 FLOOR, TOKENS = "the floor", "tokens/s"  # what a target can name in place of an implementation
+LEFT = "quiet, with one thread less"  # after ours in a busy run: measured without the busy process, on the cores left
 SUITES = ("ops", "train", "decode")
 # forward: records for backward. training: forward and backward. inference: forward without autograd. step: one call of
 # a job.
@@ -38,6 +39,7 @@ class Work:
     bytes: int
     flops: int = 0
     bound: str = "copy"  # the bandwidth for the bytes: "copy", or "read" if nearly all of them are read
+    product: str = ""  # the dtype whose matrix rate may count beside those of float32 and the case's dtype
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class Target:
     times: float
     passes: tuple[str, ...] = ()  # all passes together if empty
     who: str = OURS
+    busy: bool = False  # of a run beside a busy process; else of a quiet one
+    products: str = ""  # the instructions that the device must have, as its facts name them
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,7 @@ class Study:
     caption: str = ""  # of the picture
     devices: tuple[str, ...] = ("cpu", "cuda")
     tests: tuple[str, ...] = ()
+    timed: bool = True  # its figures are times, so that a busy process beside it would change them
 
 
 def product_dtypes(device: str) -> tuple[torch.dtype, ...]:

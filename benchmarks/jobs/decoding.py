@@ -26,6 +26,7 @@ from gpt_fast.generation.steps import WEIGHTS
 MODEL = "gpt2"
 PEERS = {"float32": "hf float32", "bfloat16": "hf bfloat16"}  # by the weights they are compared with
 PROMPT = 16  # tokens before the first that is timed
+COLORS = ("#c1440e", "#1f5a94", "#3c8d5a", "#8a63a8", "#b38b00")  # by weights, in their order
 READ = 512 << 20  # bytes of the buffer whose reading is timed
 
 
@@ -149,10 +150,15 @@ def curve(
 # ---- how it is shown
 
 
+def shown(record: dict[str, Any]) -> list[str]:
+    """Return the precisions of the weights that the record has: an older one lacks those that came since."""
+    return [weights for weights in WEIGHTS if weights in record]
+
+
 def lines(record: dict[str, Any]) -> list[str]:
     low, high = (f"{bandwidth / 1e9:.1f}" for bandwidth in record["read_bandwidth_range"])
     rows = []
-    for weights in WEIGHTS:
+    for weights in shown(record):
         ours = record[weights]
         theirs = record.get(PEERS.get(weights, ""), {}).get("seconds")
         rows.append([
@@ -176,7 +182,7 @@ def picture(record: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(6.3, 4.2), dpi=130, layout="constrained")
     axes = figure.subplots()
     config = GPTConfig.preset(record["model"])
-    for weights, color in zip(WEIGHTS, ("#c1440e", "#1f5a94", "#3c8d5a", "#7a5195"), strict=True):
+    for weights, color in zip(shown(record), COLORS, strict=False):
         places, seconds, bandwidths = zip(*record["curves"][weights], strict=True)
         axes.plot(places, [1e3 * value for value in seconds], color=color, marker="o", markersize=4, label=weights)
         limit = [1e3 * bound(record[weights], *at) for at in zip(places, bandwidths, strict=True)]
@@ -195,7 +201,7 @@ def picture(record: dict[str, Any]) -> Figure:
 
 STUDY = Study(
     "decoding", "decode", measure, lines,
-    fields=("model", "read_bandwidth", "read_bandwidth_range", *WEIGHTS, "curves"),
+    fields=("model", "read_bandwidth", "read_bandwidth_range", WEIGHTS[0], "curves"),
     picture=picture,
     caption="milliseconds a token, by the tokens before it",
     devices=("cpu",),

@@ -1,10 +1,11 @@
-"""Benchmark of `generate`: a prompt and new tokens, greedily, against a plain model and transformers."""
+"""Benchmark of `generate`: a prompt and new tokens, greedily, against a plain model, transformers and engines."""
 
 from collections.abc import Iterator
 
+from benchmarks.engines.peers import ENGINE_PEERS, rivals
 from benchmarks.models.counts import decoding
 from benchmarks.models.generating import PACKED_PEERS, PEERS
-from benchmarks.topic import FLOOR, Case, Target, Topic, Work, every, ids, main_dtype
+from benchmarks.topic import F32, FLOOR, Case, Target, Topic, Work, every, ids, main_dtype
 
 JOB = "generation"
 
@@ -20,7 +21,8 @@ def work(case: Case, passes: str) -> Work:
 
 def cases(device: str) -> Iterator[Case]:
     yield from every(JOB, device, [{"model": "gpt2", "B": 1, "prompt": 16, "new": 32}], main_dtype(device), quick=True)
-    sizes = [{"model": "gpt2", "B": B, "prompt": 16, "new": 128} for B in (1, 8)]
+    batches, new = ((1, 8), 128) if device == "cuda" else ((1, 8, 32), 64)
+    sizes = [{"model": "gpt2", "B": B, "prompt": 16, "new": new} for B in batches]
     yield from every(JOB, device, sizes, main_dtype(device))
     if device == "cuda":
         yield from every(JOB, device, [{"model": "gpt2-xl", "B": 1, "prompt": 16, "new": 128}])
@@ -29,10 +31,14 @@ def cases(device: str) -> Iterator[Case]:
 def targets(case: Case) -> Iterator[Target]:
     if case.device == "cuda" and case.size["B"] == 1:
         yield Target(FLOOR, 0.8 if case.size["model"] == "gpt2-xl" else 0.5)
+    if case.device == "cpu" and case.dtype == F32:
+        one = case.size["B"] == 1
+        low = 1.3 if one else 1.1
+        yield from rivals({"float32": 1.0 if one else 1.1, "bfloat16": low, "int8": low})
 
 
 TOPIC = Topic(
-    JOB, "decode", inputs, work, cases, (PEERS[0], *PACKED_PEERS, *PEERS[1:]),
+    JOB, "decode", inputs, work, cases, (PEERS[0], *PACKED_PEERS, *PEERS[1:], *ENGINE_PEERS),
     title="decoding, greedily, prompt included",
     passes=("step",),
     targets=targets,

@@ -1,10 +1,11 @@
-"""Benchmark of prefill: the first token after a prompt, against a plain model and transformers."""
+"""Benchmark of prefill: the first token after a prompt, against a plain model, transformers and inference engines."""
 
 from collections.abc import Iterator
 
-from benchmarks.models.counts import forward_flops, matrix_parameters
-from benchmarks.models.generating import PEERS
-from benchmarks.topic import Case, Topic, Work, every, ids, main_dtype
+from benchmarks.engines.peers import ENGINE_PEERS, rivals
+from benchmarks.models.counts import prompt
+from benchmarks.models.generating import PACKED_PEERS, PEERS
+from benchmarks.topic import F32, Case, Target, Topic, Work, every, ids, main_dtype
 
 JOB = "prefill"
 
@@ -14,9 +15,7 @@ def inputs(case: Case) -> tuple:
 
 
 def work(case: Case, passes: str) -> Work:
-    """Count the layers on B × T tokens, and the output layer on the last of each row. Reads every weight once."""
-    config, B, T = case.config, case.size["B"], case.size["T"]
-    return Work(case.dtype.itemsize * matrix_parameters(config), forward_flops(config, B, T, B), "read")
+    return prompt(case.config, case.size["B"], case.size["T"], case.dtype.itemsize)
 
 
 def cases(device: str) -> Iterator[Case]:
@@ -24,10 +23,16 @@ def cases(device: str) -> Iterator[Case]:
     yield from every(JOB, device, [{"model": "gpt2", "B": 1, "T": 512}, {"model": "gpt2", "B": 8, "T": 128}])
 
 
+def targets(case: Case) -> Iterator[Target]:
+    if case.device == "cpu" and case.dtype == F32:
+        yield from rivals({"float32": 1.05, "bfloat16": 1.05, "int8": 1.05})
+
+
 TOPIC = Topic(
-    JOB, "decode", inputs, work, cases, PEERS,
+    JOB, "decode", inputs, work, cases, (PEERS[0], *PACKED_PEERS, *PEERS[1:], *ENGINE_PEERS),
     title="prefill: the first token after a prompt",
     passes=("step",),
+    targets=targets,
     tests=("model/test_model.py", "generation/test_generation.py", "model/test_devices.py"),
     tokens=lambda case: case.size["B"] * case.size["T"],
 )  # fmt: skip

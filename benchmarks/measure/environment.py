@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure.floors import bf16_products
+from benchmarks.measure.floors import bf16_products, int8_products
 from gpt_fast import build_info
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("triton", "transformers", "liger-kernel")
+PACKAGES = ("triton", "transformers", "liger-kernel", "openvino", "nncf", "ctranslate2", "onnxruntime")
 
 
 # Bytes and dense operations a second by the vendors' data sheets, for devices whose name contains the key. Pages show
@@ -63,6 +63,8 @@ def describe(device: str, cpu_time: bool = False) -> dict[str, Any]:
         },
         "commit": commit(),
     }
+    if device == "cpu":
+        facts["device"]["int8_products"] = int8_products()
     if device == "cuda":
         facts["versions"]["cuda"] = torch.version.cuda
     else:

@@ -29,6 +29,12 @@ def bf16_products(device: str) -> bool:
     return device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def int8_products() -> bool:
+    """Return True if the CPU adds products of four pairs of 8-bit integers in one instruction (VNNI)."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and not {"avx512_vnni", "avx_vnni"}.isdisjoint(cpuinfo.read_text("utf-8").split())
+
+
 @dataclass(frozen=True)
 class Floor:
     """Work whose rate is a speed limit."""

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from gpt_fast import DecodeSession
 from gpt_fast.data.batches import lm_windows, token_stream
@@ -14,17 +15,21 @@ from gpt_fast.training.runs.folder import special_token
 from gpt_fast.training.runs.load import load_generator, run_tokenizer
 
 
-def perplexities(folder: Path, windows: int = 64) -> dict[str, float]:
-    """Return the perplexity of held-out text of the standard library, by the precision of the weights.
-
-    A decode step with these weights predicts each token.
-    """
+def run_perplexities(folder: Path, windows: int = 64) -> dict[str, float]:
+    """Return the perplexities of a run's model on held-out text of the standard library."""
     model = load_generator(folder, "cpu").eval()
     texts = [document.text for document in read_corpus(None).valid]
     ids = encode_documents(run_tokenizer(folder, model), texts)
     stream = token_stream(ids, special_token(model.config, "start_token"))
     tokens = lm_windows(stream, model.config.seq_len)
-    tokens = tokens[:: max(1, len(tokens) // windows)][:windows]  # [B, T]
+    return perplexities(model, tokens[:: max(1, len(tokens) // windows)][:windows])
+
+
+def perplexities(model: nn.Module, tokens: Tensor) -> dict[str, float]:
+    """Return the perplexity of the windows [B, T] by the precision of the weights.
+
+    A decode step with these weights predicts each token.
+    """
     found = {}
     for weights in WEIGHTS:
         session = DecodeSession(model, batch=len(tokens), weights=weights)
@@ -39,7 +44,7 @@ def perplexities(folder: Path, windows: int = 64) -> dict[str, float]:
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python -m benchmarks.measure.perplexity RUN")
-    found = perplexities(Path(sys.argv[1]))
+    found = run_perplexities(Path(sys.argv[1]))
     for name, value in found.items():
         print(f"  {name:12} perplexity {value:.4f} ({value / found['float32'] - 1:+.3%})")
 

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.catalogue import cases
 from benchmarks.measure import environment
+from benchmarks.measure.busy import busy_process, threads
 from benchmarks.measure.calls import all_passes, make_inputs, prepare
 from benchmarks.measure.floors import measure_floors
 from benchmarks.measure.gate import run_tests
@@ -24,7 +25,7 @@ from benchmarks.measure.timing import FULL, QUICK, Budget, Call, Stopwatch, flus
 from benchmarks.models.job import Job
 from benchmarks.report import results
 from benchmarks.report.results import Record, Run
-from benchmarks.topic import OURS, Case, Function, Peer, Study, Topic
+from benchmarks.topic import LEFT, OURS, Case, Function, Peer, Study, Topic
 from gpt_fast.interrupts import Interrupted
 
 Failed = list[tuple[Peer, str]]
@@ -39,6 +40,7 @@ class Settings:
     resume: bool = False
     cpu_time: bool = False
     untested: bool = False  # the tests of a topic are not run before it; its file says so
+    busy: bool = False  # a process that computes in an endless loop runs beside
     out: Path = Path("runs/bench")
     advance: Callable[[int, str], None] = lambda done, label: None  # implementations done since, what comes now
     done: Callable[[Run, list[Record]], None] = lambda run, records: None  # after a case, with its records
@@ -124,7 +126,8 @@ def measure(
             extra = peak_memory(case.device, all_passes(function, inputs[0], topic.passes))
         own = function.work if isinstance(function, Job) else None
         if extra is not None and isinstance(function, Job):
-            extra += function.state_bytes()
+            kept = function.state_bytes()
+            extra = None if kept is None else extra + kept
         records.append(
             {
                 "case": case.name, "peer": peer.name, "sizes": case.size, "dtype": case.dtype_name,
@@ -202,10 +205,12 @@ def _first_line(error: Exception) -> str:
 # ---- a whole run
 
 
-def here(topics: list[Topic | Study], device: str) -> list[Topic | Study]:
-    """Return those that have something to measure on the device."""
+def here(topics: list[Topic | Study], device: str, busy: bool = False) -> list[Topic | Study]:
+    """Return those that have something to measure on the device; `busy`: something that a busy process changes."""
     return [
-        topic for topic in topics if (device in topic.devices if isinstance(topic, Study) else cases(topic, device))
+        topic
+        for topic in topics
+        if (device in topic.devices and (topic.timed or not busy) if isinstance(topic, Study) else cases(topic, device))
     ]
 
 
@@ -215,7 +220,9 @@ def count(topics: list[Topic | Study], settings: Settings) -> int:
         1
         if isinstance(topic, Study)
         else sum(
-            len(runs_here(topic, case, settings.quick)[0]) for case in cases(topic, settings.device, settings.quick)
+            len(peers) + len(on_the_cores_left(peers) if settings.busy else [])
+            for case in cases(topic, settings.device, settings.quick)
+            for peers in [runs_here(topic, case, settings.quick)[0]]
         )
         for topic in topics
     )
@@ -233,7 +240,8 @@ def run(topics: list[Topic | Study], settings: Settings) -> Outcome:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".writable").touch()
     (folder / ".writable").unlink()
-    opened = {topic.name: _open(topic, folder / f"{topic.name}.json", facts, settings) for topic in topics}
+    paths = {topic.name: folder / results.file_name(topic.name, settings.busy) for topic in topics}
+    opened = {topic.name: _open(topic, paths[topic.name], facts, settings) for topic in topics}
     outcome = Outcome()
     try:
         for topic in topics:
@@ -242,7 +250,7 @@ def run(topics: list[Topic | Study], settings: Settings) -> Outcome:
             if red:
                 outcome.refused[topic.name] = red
                 continue
-            path = folder / f"{topic.name}.json"
+            path = paths[topic.name]
             outcome.files.append(path)
             if isinstance(topic, Study):
                 _run_study(topic, opened[topic.name], path, settings)
@@ -258,7 +266,8 @@ def _open(topic: Topic | Study, path: Path, facts: dict[str, Any], settings: Set
     """Return an empty run, or with `resume` the one that is there."""
     head = {
         "schema": results.SCHEMA, "version": results.VERSION, "topic": topic.name, "suite": topic.suite,
-        "quick": settings.quick, **({"untested": True} if settings.untested else {}), **facts,
+        "quick": settings.quick, **({"untested": True} if settings.untested else {}),
+        **({"busy": True} if settings.busy else {}), **facts,
     }  # fmt: skip
     new = head if isinstance(topic, Study) else head | {"partial": True, "sessions": [], "records": [], "missing": []}
     if not settings.resume or not path.exists():
@@ -279,7 +288,8 @@ def _run_study(study: Study, record: Run, path: Path, settings: Settings) -> Non
     """Measure a study, unless its record is already there, and write it."""
     settings.advance(0, study.name)
     if "date" not in record:
-        record |= _now() | study.measure(settings.device, settings.quick, settings.cpu_time)
+        with _beside(settings):
+            record |= _now() | study.measure(settings.device, settings.quick, settings.cpu_time)
         results.write(record, path)
         _release(settings.device)
     settings.advance(1, study.name)
@@ -298,8 +308,8 @@ def _run_topic(topic: Topic, run: Run, path: Path, settings: Settings) -> None:
         run["missing"] = [entry for entry in run["missing"] if entry["case"] != case.name]
         run["missing"] += [_absent(case, peer, reason) for peer, reason in missing]
         measured = len(run["records"])
-        for group, beside in groups(topic, case, peers):
-            label = f"{topic.name} {case.name}" + (f": {group[0].name}" if topic.pair_bytes else "")
+
+        def fill(group: list[Peer], beside: Peer | None, label: str, case: Case = case) -> None:
             settings.advance(0, label)
             left = [peer for peer in group if results.find(run, case.name, peer.name) is None]
             if left:
@@ -309,11 +319,28 @@ def _run_topic(topic: Topic, run: Run, path: Path, settings: Settings) -> None:
                 results.write(run, path)
                 _release(settings.device)
             settings.advance(len(group), label)
+
+        if settings.busy:
+            with threads(max(1, torch.get_num_threads() - 1)):
+                fill(on_the_cores_left(peers), None, f"{topic.name} {case.name}: {LEFT}")
+        for group, beside in groups(topic, case, peers):
+            with _beside(settings):
+                fill(group, beside, f"{topic.name} {case.name}" + (f": {group[0].name}" if topic.pair_bytes else ""))
         settings.done(run, run["records"][measured:])
     if not any(record["session"] == index for record in run["records"]) and index:
         run["sessions"].pop()  # there was nothing left to measure
     run["partial"] = False
     results.write(run, path)
+
+
+def on_the_cores_left(peers: list[Peer]) -> list[Peer]:
+    """Return our implementations under the names that their quiet figures have in a busy run."""
+    ours = [peer for peer in peers if peer.name.startswith(OURS)]
+    return [dataclasses.replace(peer, name=f"{peer.name}, {LEFT}") for peer in ours]
+
+
+def _beside(settings: Settings) -> contextlib.AbstractContextManager[object]:
+    return busy_process() if settings.busy else contextlib.nullcontext()
 
 
 def _absent(case: Case, peer: Peer, reason: str) -> dict[str, str]:

@@ -36,10 +36,15 @@ def training(config: GPTConfig, B: int, T: int, output_rows: int) -> Work:
     return Work(7 * 4 * parameters(config), 3 * forward_flops(config, B, T, output_rows))
 
 
-def decoding(config: GPTConfig, B: int, prompt: int, new: int, element: int, cache_element: int) -> Work:
+def prompt(config: GPTConfig, B: int, T: int, element: float) -> Work:
+    """Count the layers on B × T tokens, and the output layer on the last of each row. Reads every weight once."""
+    return Work(int(element * matrix_parameters(config)), forward_flops(config, B, T, B), "read")
+
+
+def decoding(config: GPTConfig, B: int, prompt: int, new: int, element: float, cache_element: int) -> Work:
     """Count `new` tokens a row, one at a time: each reads the weights, and the keys and values of the tokens before."""
     C, L = config.hidden_dim, config.num_layers
-    weights = element * matrix_parameters(config)
+    weights = int(element * matrix_parameters(config))
     seen = sum(prompt + i for i in range(new))  # tokens in the cache, added up over the steps
     cache = cache_element * 2 * L * C * B * seen
     flops = 2 * B * new * matrix_parameters(config) + 4 * L * C * B * seen

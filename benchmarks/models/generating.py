@@ -3,6 +3,7 @@
 Weights are in the case's dtype, and tokens are chosen greedily.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -10,14 +11,28 @@ import torch
 from torch import Tensor
 
 import gpt_fast
-from benchmarks.models.counts import decoding
+from benchmarks.models import counts
 from benchmarks.models.job import Job, hf_model, no_transformers, referenced
 from benchmarks.models.plain_gpt import PlainGPT
-from benchmarks.topic import OURS, Case, Peer
+from benchmarks.topic import OURS, Case, Peer, Work
+from gpt_fast.generation.steps import WEIGHTS
+
+ELEMENT = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int8-a16": 1.0, "int4": 0.5}  # bytes of a weight
 
 
 def _new_tokens(case: Case) -> int:
     return case.size.get("new", 1)
+
+
+def work_with(case: Case, weights: str) -> Work:
+    """Return what a prompt or a generation cannot avoid with such weights. Below float32 the cache has 16 bits."""
+    size, element = case.size, ELEMENT[weights]
+    if "new" in size:
+        cache = 4 if weights == "float32" else 2
+        found = counts.decoding(case.config, size["B"], size["prompt"], size["new"], element, cache)
+    else:
+        found = counts.prompt(case.config, size["B"], size["T"], element)
+    return dataclasses.replace(found, product="" if weights == "float32" else "bfloat16")
 
 
 def _eval(case: Case, model: Any) -> Any:
@@ -27,10 +42,7 @@ def _eval(case: Case, model: Any) -> Any:
 def _ours(case: Case, weights: str | None = None) -> Job:
     model = _eval(case, gpt_fast.GPTForCausalLM(case.config))
     new = _new_tokens(case)
-    work = None
-    if weights is not None:
-        element = {"bfloat16": 2, "int8": 1}[weights]
-        work = decoding(case.config, case.size["B"], case.size["prompt"], new, element, cache_element=2)
+    work = None if weights is None else work_with(case, weights)
 
     def run(tokens: Tensor) -> Tensor:
         return gpt_fast.generate(model, tokens, max_new_tokens=new, temperature=0, weights=weights)
@@ -41,6 +53,8 @@ def _ours(case: Case, weights: str | None = None) -> Job:
 def _packed_missing(case: Case) -> str | None:
     if case.device != "cpu" or gpt_fast.build_info() is None:
         return "weights are packed on the CPU only, by the C++ extension"
+    if case.dtype != torch.float32:
+        return "packed from a float32 model: beside the float32 case"
     return None
 
 
@@ -89,5 +103,6 @@ PEERS = (
 )
 PACKED_PEERS = tuple(
     Peer(f"{OURS} {weights} weights", partial(_ours, weights=weights), _packed_missing)
-    for weights in ("bfloat16", "int8")
+    for weights in WEIGHTS
+    if weights != "float32"
 )

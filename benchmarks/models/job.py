@@ -12,14 +12,14 @@ from gpt_fast.generation.steps import WEIGHTS
 
 
 class Job:
-    """Call of a job, with the model it runs and, in training, the optimizer.
+    """Call of a job, with the model it runs and, in training, the optimizer. An engine keeps a model of its own.
 
     `work` is what the job cannot avoid, if that differs from the case's work, as with weights of another dtype.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | None,
         run: Callable[..., object],
         optimizer: optim.Optimizer | None = None,
         work: Work | None = None,
@@ -32,8 +32,13 @@ class Job:
     def __call__(self, *inputs: Tensor) -> object:
         return self.run(*inputs)
 
-    def state_bytes(self) -> int:
-        """Return the bytes that stay in memory between calls: parameters, moments, and the session of `generate`."""
+    def state_bytes(self) -> int | None:
+        """Return the bytes that stay in memory between calls: parameters, moments, and the session of `generate`.
+
+        Return None for an engine, which does not tell.
+        """
+        if self.model is None:
+            return None
         holder = getattr(self.model, "_kept_session", None)
         kept = holder.session if holder is not None else None
         packed = 0
@@ -44,6 +49,7 @@ class Job:
         return packed + sum(tensor.nbytes for tensor in self._state())
 
     def _state(self) -> Iterator[Tensor]:
+        assert self.model is not None
         yield from {tensor.data_ptr(): tensor for tensor in self.model.state_dict().values()}.values()
         if self.optimizer:
             for state in self.optimizer.state.values():

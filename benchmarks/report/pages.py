@@ -58,7 +58,7 @@ def draw(path: Path, runs: list[Run]) -> dict[str, str]:
     shown = plots.draw(runs, path)
     studies = set()
     for study, record in results.read_studies(path):
-        if study.picture:
+        if study.picture and not record.get("busy"):
             studies.add(picture_of(study.name))
             FigureCanvasAgg(study.picture(record)).print_png(path / picture_of(study.name))
     for stale in path.glob("*.png"):
@@ -85,6 +85,7 @@ def device_page(path: Path, runs: list[Run], pictures: dict[str, str]) -> str:
     ]
     if runs:
         lines += ["", "## Summary", "", *table(tables.SUMMARY_HEADER, tables.summary(runs)), *target_section(runs)]
+        lines += busy_section(runs)
     for name, caption in pictures.items():
         lines += ["", f"![{caption}]({name})"]
     for run in runs:
@@ -96,16 +97,24 @@ def device_page(path: Path, runs: list[Run], pictures: dict[str, str]) -> str:
 
 
 def target_section(runs: list[Run]) -> list[str]:
-    rows = targets.rows(runs)
-    return ["", "## Targets", "", *table(targets.HEADER, rows)] if rows else []
+    rows, unjudged = targets.rows(runs), targets.unjudged(runs)
+    lines = ["", "## Targets", "", *table(targets.HEADER, rows)] if rows else []
+    return [*lines, "", "Not judged:", "", *(f"- {line}" for line in unjudged)] if rows and unjudged else lines
+
+
+def busy_section(runs: list[Run]) -> list[str]:
+    """Return quiet speeds beside those that were measured while another process computed in an endless loop."""
+    rows = tables.beside(runs)
+    return ["", "## Beside a busy process", "", *table(tables.BUSY_HEADER, rows)] if rows else []
 
 
 def study_sections(path: Path, pictures: str = "") -> list[str]:
     """Return the sections of a device's studies. `pictures`: the path from the page to the device's folder."""
     lines: list[str] = []
     for study, record in results.read_studies(path):
-        lines += ["", *study.lines(record)]
-        if study.picture:
+        heading, *rest = study.lines(record)
+        lines += ["", heading + (results.BUSY if record.get("busy") else ""), *rest]
+        if study.picture and not record.get("busy"):
             lines += ["", f"![{study.caption}]({pictures}{picture_of(study.name)})"]
     return lines
 
@@ -171,10 +180,10 @@ def docs_page(folder: Path) -> str:
         lines += ["", f"## {runs[0]['device']['name']}", ""]
         lines += [*tables.versions(runs), "", *table(tables.SUMMARY_HEADER, tables.summary(runs))]
         for run in runs:
-            if run["topic"] in WHOLE_MODELS:
+            if run["topic"] in WHOLE_MODELS and not run.get("busy"):
                 lines += ["", f"### {tables.title(run)}", "", *tables.notes(run)]
                 lines += tables.case_tables(run, complete=True)
-        sections = [*target_section(runs), *study_sections(path, folder_link)]
+        sections = [*target_section(runs), *busy_section(runs), *study_sections(path, folder_link)]
         lines += [f"#{line}" if line.startswith("## ") else line for line in sections]
         lines += ["", "### How cost grows"]
         for picture in growth(path):

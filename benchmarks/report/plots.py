@@ -20,6 +20,16 @@ COLORS = {
     f"{OURS} compiled": "#e39a6f",
     f"{OURS} bfloat16 weights": "#d96c3f",
     f"{OURS} int8 weights": "#e39a6f",
+    f"{OURS} int8-a16 weights": "#f0c3a8",
+    "OpenVINO float32": "#0f6e6e",
+    "OpenVINO bfloat16": "#2f9191",
+    "OpenVINO int8": "#63b3b3",
+    "OpenVINO int4": "#a3d3d3",
+    "CTranslate2 float32": "#5b6b1f",
+    "CTranslate2 bfloat16": "#7f9130",
+    "CTranslate2 int8": "#a9b964",
+    "ONNX Runtime float32": "#4a4a7d",
+    "ONNX Runtime int8": "#8a8ac0",
     "torch": "#1f5a94",
     "plain": "#1f5a94",
     "sdpa flash": "#1f5a94",
@@ -49,9 +59,9 @@ Series = list[dict[str, Record]]  # one entry for each size
 
 
 def draw(runs: list[Run], folder: Path) -> dict[str, str]:
-    """Write every picture that the runs give. Return file name → caption."""
+    """Write every picture that the quiet runs give. Return file name → caption."""
     written: dict[str, str] = {}
-    for run in runs:
+    for run in (run for run in runs if not run.get("busy")):
         for (series, kind), group in groups(run).items():
             for stem, figure, caption in figures(run, series, kind, group):
                 name = f"{run['topic']}_{stem}.png"

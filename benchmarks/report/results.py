@@ -4,6 +4,7 @@ schema, version   "gpt_fast benchmark", 1
 topic, suite      what was measured
 quick             whether fewer cases were taken
 untested          true where the tests were not run before; else it is not there
+busy              true where a process that computes in an endless loop ran beside, in <topic>_busy.json; else not there
 device, versions, commit
 
 A topic's file also has
@@ -27,6 +28,7 @@ from benchmarks import catalogue
 from benchmarks.topic import OURS, Study
 from gpt_fast._files import write_json
 
+BUSY = ", beside a busy process"
 SCHEMA, VERSION = "gpt_fast benchmark", 1
 Run = dict[str, Any]
 Record = dict[str, Any]
@@ -78,15 +80,29 @@ def _unless(wrong: list[str], found: dict[str, Any], path: Path) -> dict[str, An
     return found
 
 
+def file_name(topic: str, busy: bool = False) -> str:
+    return f"{topic}{'_busy' if busy else ''}.json"
+
+
+def label(run: Run) -> str:
+    """Return the topic's name, and whether a busy process ran beside it."""
+    return f"{run['topic']}{BUSY if run.get('busy') else ''}"
+
+
 def read_folder(folder: Path) -> list[Run]:
-    """Return the results of every topic in one device's folder, in the order of `catalogue.topics`."""
-    paths = (folder / f"{name}.json" for name in catalogue.topics())
+    """Return the results of every topic in one device's folder, in the order of `catalogue.topics`.
+
+    The results of a topic beside a busy process follow its quiet ones.
+    """
+    paths = (folder / file_name(name, busy) for name in catalogue.topics() for busy in (False, True))
     return [read(path) for path in paths if path.exists()]
 
 
 def read_studies(folder: Path) -> list[tuple[Study, dict[str, Any]]]:
     """Return the record of every study in one device's folder."""
-    found = ((study, folder / f"{name}.json") for name, study in catalogue.studies().items())
+    found = (
+        (study, folder / file_name(name, busy)) for name, study in catalogue.studies().items() for busy in (False, True)
+    )
     return [(study, read_study(path, study)) for study, path in found if path.exists()]
 
 
@@ -122,7 +138,11 @@ def floor_seconds(record: Record, passes: str, floors: dict[str, dict[str, float
     rate counts: operands can be widened.
     """
     work = record["work"][passes]
-    rates = [floors[f"matmul {dtype}"]["rate"] for dtype in {record["dtype"], "float32"} if f"matmul {dtype}" in floors]
+    rates = [
+        floors[f"matmul {dtype}"]["rate"]
+        for dtype in {record["dtype"], "float32", work.get("product")}
+        if f"matmul {dtype}" in floors
+    ]
     arithmetic = work["flops"] / max(rates) if work["flops"] and rates else 0.0
     return max(work["bytes"] / floors[work["bound"]]["rate"], arithmetic)
 
@@ -160,7 +180,7 @@ def compare(old: list[Run], new: list[Run]) -> list[dict[str, Any]]:
             ratio = now["median"] / then["median"]
             changes.append(
                 {
-                    "topic": run["topic"], "case": record["case"], "pass": passes, "peer": record["peer"],
+                    "topic": label(run), "case": record["case"], "pass": passes, "peer": record["peer"],
                     "old": then["median"], "new": now["median"], "ratio": ratio,
                     "beyond": apart > spread and abs(ratio - 1) > LEAST_CHANGE,
                 }
@@ -169,7 +189,7 @@ def compare(old: list[Run], new: list[Run]) -> list[dict[str, Any]]:
 
 
 def _key(run: Run, record: Record, passes: str) -> tuple[str, ...]:
-    return run["topic"], record["case"], record["peer"], passes
+    return label(run), record["case"], record["peer"], passes
 
 
 def _times(run: Run) -> list[tuple[Record, str, dict[str, float]]]:

@@ -8,7 +8,7 @@ from benchmarks.measure.environment import data_sheet
 from benchmarks.report import results
 from benchmarks.report.markdown import PASS_NAMES, memory, rate, seconds, table
 from benchmarks.report.results import Record, Run
-from benchmarks.topic import OURS, Topic
+from benchmarks.topic import LEFT, OURS, Topic
 
 
 def topic_of(run: Run) -> Topic | None:
@@ -18,7 +18,7 @@ def topic_of(run: Run) -> Topic | None:
 
 def title(run: Run) -> str:
     topic = topic_of(run)
-    return topic.title or topic.name if topic else str(run["topic"])
+    return (topic.title or topic.name if topic else str(run["topic"])) + (results.BUSY if run.get("busy") else "")
 
 
 # ---- one case
@@ -116,7 +116,8 @@ def highlights(runs: list[Run]) -> list[list[str]]:
 
 
 def _complete(runs: list[Run]) -> Iterator[tuple[Run, str, dict[str, Record]]]:
-    for run in runs:
+    """Yield the complete cases of quiet runs."""
+    for run in (run for run in runs if not run.get("busy")):
         for case, records in results.by_case(run).items():
             if OURS in records and records[OURS]["complete"]:
                 yield run, f"{run['topic']} {case}", records
@@ -137,6 +138,37 @@ def _summed(run: Run, records: dict[str, Record], case: str, passes: tuple[str, 
     best = min(others, key=lambda peer: others[peer]) if others else ""
     against = f"{others[best] / time(ours):.2f} × {best}" if best else ""
     return [case, seconds(time(ours)), f"{results.share_of_floor(run, ours, *passes):.0%}", against]
+
+
+# ---- quiet and busy
+
+
+BUSY_HEADER = ["case", "quiet", "busy", "busy, of quiet", "busy, of quiet with one thread less"]
+
+
+def beside(runs: list[Run]) -> list[list[str]]:
+    """Return one row for each case and implementation that a quiet run and a busy one have: speeds and their ratios."""
+    quiet = {run["topic"]: run for run in runs if not run.get("busy")}
+    lines = []
+    for run in (run for run in runs if run.get("busy") and run["topic"] in quiet):
+        for record in run["records"]:
+            then = results.find(quiet[run["topic"]], record["case"], record["peer"])
+            if then is None:
+                continue
+            left = results.find(run, record["case"], f"{record['peer']}, {LEFT}")
+            for name, time in record["times"].items():
+                if name in then["times"]:
+                    ratios = [then["times"][name], left and left["times"][name]]
+                    lines.append([
+                        f"{run['topic']} {record['case']}: {record['peer']}",
+                        *(_speed(found, found["times"][name]) for found in (then, record)),
+                        *(f"{other['median'] / time['median']:.0%}" if other else "" for other in ratios),
+                    ])  # fmt: skip
+    return lines
+
+
+def _speed(record: Record, time: dict[str, Any]) -> str:
+    return f"{record['tokens'] / time['median']:,.0f} tokens/s" if record["tokens"] else seconds(time["median"])
 
 
 # ---- facts of a run
@@ -170,7 +202,7 @@ def versions(runs: list[Run]) -> list[str]:
     """Return versions and commits; one line if all runs agree."""
     shown: dict[str, list[str]] = {}
     for run in runs:
-        shown.setdefault(_versions(run), []).append(run["topic"])
+        shown.setdefault(_versions(run), []).append(results.label(run))
     if len(shown) == 1:
         return [next(iter(shown))]
     return [f"- {', '.join(topics)}: {line}" for line, topics in shown.items()]
@@ -188,6 +220,11 @@ def notes(run: Run) -> list[str]:
         lines.append("CPU seconds of one thread, measured while other programs kept the machine busy.")
     if not run["device"]["bf16_products"]:
         lines.append("This CPU has no instructions for bfloat16 products, which take PyTorch minutes.")
+    if run.get("busy"):
+        lines.append(
+            "A process that computes in an endless loop ran beside on purpose. The floors were measured without it, "
+            f"and so were the implementations named “{LEFT}”."
+        )
     if run["quick"]:
         lines.append("A quick run: fewer cases and rounds.")
     if run.get("untested"):

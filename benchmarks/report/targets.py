@@ -45,9 +45,27 @@ def verdicts(runs: list[Run]) -> Iterator[Verdict]:
         topic = catalogue.topics().get(run["topic"])
         for records in results.by_case(run).values() if topic else ():
             for target in topic.targets(case_of(run, next(iter(records.values())))):  # type: ignore[union-attr]
+                if target.busy != bool(run.get("busy")) or (target.products and not _has(run, target.products)):
+                    continue
                 verdict = judge(run, records, target)
                 if verdict:
                     yield verdict
+
+
+def unjudged(runs: list[Run]) -> list[str]:
+    """Return the implementations whose targets are not judged, as the device lacks instructions for their products."""
+    found = {}
+    for run in runs:
+        topic = catalogue.topics().get(run["topic"])
+        for records in results.by_case(run).values() if topic else ():
+            for target in topic.targets(case_of(run, next(iter(records.values())))):  # type: ignore[union-attr]
+                if run["device"].get(target.products) is False and judge(run, records, target):
+                    found[target.who] = f"{target.who}: this CPU has no {target.products.replace('_', ' ')}"
+    return list(found.values())
+
+
+def _has(run: Run, products: str) -> bool:
+    return bool(run["device"].get(products))
 
 
 def case_of(run: Run, record: Record) -> Case:
@@ -65,7 +83,7 @@ def judge(run: Run, records: dict[str, Record], target: Target) -> Verdict | Non
     if not set(passes) <= set(who["times"]):
         return None
     names = [PASS_NAMES.get(name, name) for name in passes]
-    case = f"{run['topic']} {who['case']}" + ("" if names == ["time"] else f", {' + '.join(names)}")
+    case = f"{results.label(run)} {who['case']}" + ("" if names == ["time"] else f", {' + '.join(names)}")
     case = case if target.who == OURS else f"{case}: {target.who}"
     if target.peer == FLOOR:
         return Verdict(case, FLOOR, target.times, results.share_of_floor(run, who, *passes))

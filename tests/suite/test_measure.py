@@ -1,15 +1,19 @@
 """How the suite measures: turns, rounds, pairs, memory, refusals, interruptions. Nothing here measures a speed."""
 
 import dataclasses
+import signal
+import subprocess
+import sys
 import types
 
+import psutil
 import pytest
 import torch
 
 from benchmarks import catalogue
-from benchmarks.measure import environment, floors, gate, memory, runner, timing
+from benchmarks.measure import busy, environment, floors, gate, memory, runner, timing
 from benchmarks.report import pages, results
-from benchmarks.topic import OURS, Case, Study
+from benchmarks.topic import LEFT, OURS, Case, Study
 from tests.suite.figures import FLOORS
 
 
@@ -233,6 +237,49 @@ def test_cpu_time_is_that_of_the_process(tiny, tmp_path):
     outcome = runner.run([tiny], runner.Settings("cpu", cpu_time=True, out=tmp_path))
     assert outcome.files[0].parent.name.endswith("-cpu-time")
     assert "CPU seconds of one thread" in pages.device_page(tmp_path, [results.read(outcome.files[0])], {})
+
+
+def test_the_busy_process_computes_and_ends_with_its_block():
+    with busy.busy_process() as process:
+        timing.time.sleep(0.3)
+        assert process.poll() is None
+        assert psutil.Process(process.pid).cpu_times().user > 0
+    assert process.returncode == -signal.SIGKILL
+    with pytest.raises(KeyboardInterrupt), busy.busy_process() as process:
+        raise KeyboardInterrupt
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_the_busy_process_ends_if_the_suite_is_killed():
+    code = "from benchmarks.measure.busy import *\nwith busy_process() as p:\n print(p.pid, flush=True)\n p.wait()"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=environment.ROOT, stdout=subprocess.PIPE) as suite:
+        loop = psutil.Process(int(suite.stdout.readline()))
+        suite.kill()
+    loop.wait(timeout=60)  # raises TimeoutExpired
+
+
+def test_a_busy_run_has_a_file_of_its_own_and_quiet_figures_of_one_thread_less(tiny, tmp_path, monkeypatch):
+    before, used = torch.get_num_threads(), []
+    build = tiny.peers[0].build
+
+    def noted(case):
+        used.append(torch.get_num_threads())
+        return build(case)
+
+    topic = dataclasses.replace(tiny, peers=(dataclasses.replace(tiny.peers[0], build=noted), *tiny.peers[1:]))
+    runner.run([topic], runner.Settings("cpu", out=tmp_path))
+    used.clear()
+    outcome = runner.run([topic], runner.Settings("cpu", out=tmp_path, busy=True))
+    assert [path.name for path in outcome.files] == ["layer_norm_busy.json"]
+    run = results.read(outcome.files[0])
+    assert run["busy"] is True
+    assert [r["peer"] for r in run["records"]] == [f"{OURS}, {LEFT}", OURS, "torch"] * 2
+    assert used == [max(1, before - 1), before] * 2
+    assert torch.get_num_threads() == before
+    (quiet, busy_run) = results.read_any(outcome.files[0].parent)
+    assert (quiet.get("busy"), busy_run["busy"]) == (None, True)
+    study = next(study for study in catalogue.studies().values() if not study.timed)
+    assert runner.here([study, topic], "cpu", busy=True) == [topic]
 
 
 def test_red_tests_refuse_a_time(tiny, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """What the suite writes and reads: results, comparisons, tables, targets, pictures, pages."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from benchmarks.measure.environment import ROOT
 from benchmarks.models import counts
 from benchmarks.report import pages, results, tables, targets
-from benchmarks.topic import FLOOR, OURS, TOKENS, Target
+from benchmarks.topic import FLOOR, LEFT, OURS, TOKENS, Target
 from tests.suite.figures import FLOORS, a_run, record
 
 
@@ -86,6 +87,37 @@ def test_page_shows_every_figure(tmp_path):
     assert "copy 10 GB/s, read 20 GB/s, matmul float32 100 GFLOP/s" in text
     assert "Commit ffffffffffff; torch 2." in text
     assert "![bars](layer_norm_bars.png)" in text
+
+
+def test_page_shows_quiet_and_busy_speeds_side_by_side(tmp_path):
+    quiet = a_run(record(median=1.0), record(peer="torch", median=1.5))
+    busy = a_run(record(peer=f"{OURS}, {LEFT}", median=1.8), record(median=2.0), record(peer="torch", median=6.0))
+    runs = [quiet, busy | {"busy": True}]
+    text = pages.device_page(tmp_path, runs, {})
+    assert "| layer_norm M=4 float32: gpt_fast | 1 s | 2 s | 50% | 90% |" in text
+    assert "| layer_norm M=4 float32: torch | 1.5 s | 6 s | 25% |  |" in text
+    assert "## layer_norm, beside a busy process" in text
+    assert "ran beside on purpose" in text
+    assert tables.summary(runs) == tables.summary([quiet])
+    assert results.compare([quiet], [runs[1]]) == []
+
+
+@pytest.mark.parametrize(("busy", "expected"), [(False, [1.5]), (True, [3.0, 0.9])])
+def test_targets_of_busy_and_of_quiet_runs(busy, expected, monkeypatch):
+    there = (
+        Target("torch", 1.3),
+        Target("torch", 1.0, busy=True),
+        Target(f"{OURS}, {LEFT}", 0.8, busy=True),
+        Target("torch", 1.3, products="int8_products"),
+    )
+    topic = dataclasses.replace(targets.catalogue.topics()["layer_norm"], targets=lambda case: there)
+    monkeypatch.setattr(targets.catalogue, "topics", lambda: {"layer_norm": topic})
+    quiet = [record(median=1.0), record(peer="torch", median=1.5)]
+    beside = [record(peer=f"{OURS}, {LEFT}", median=1.8), record(median=2.0), record(peer="torch", median=6.0)]
+    run = a_run(*(beside if busy else quiet), **({"busy": True} if busy else {}))
+    run["device"]["int8_products"] = False
+    assert [verdict.reached for verdict in targets.verdicts([run])] == pytest.approx(expected)
+    assert targets.unjudged([run]) == [f"{OURS}: this CPU has no int8 products"]
 
 
 def test_data_sheets_are_shown_beside_the_floors_and_shares_are_not_taken_of_them(tmp_path):

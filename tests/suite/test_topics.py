@@ -13,12 +13,13 @@ import torch
 
 import gpt_fast
 from benchmarks import catalogue
+from benchmarks.engines.peers import ENGINE_PEERS
 from benchmarks.measure.calls import make_inputs
 from benchmarks.measure.environment import ROOT
 from benchmarks.measure.gate import files_of_tests
 from benchmarks.models import counts, training
 from benchmarks.models.plain_gpt import PlainGPT
-from benchmarks.topic import BF16, F32, FLOOR, OURS, PASSES, SUITES, TOKENS, Case, Study
+from benchmarks.topic import BF16, F32, FLOOR, LEFT, OURS, PASSES, SUITES, TOKENS, Case, Study
 from gpt_fast import GPTConfig, GPTForCausalLM
 
 OPS, TOPICS = catalogue.ops(), catalogue.topics()
@@ -169,13 +170,15 @@ def test_cases_are_sound(device):
                 assert found_work.flops >= 0
             for target in topic.targets(case):
                 against = {target.peer} if isinstance(target.peer, str) else set(target.peer)
-                assert against <= peers | {FLOOR, TOKENS}
+                assert against <= peers | {FLOOR, TOKENS} | {f"{peer}, {LEFT}" for peer in peers if target.busy}
                 assert target.who in peers
                 assert set(target.passes) <= set(topic.passes)
 
 
 def test_select():
-    assert [topic.name for topic in catalogue.select("decode")] == ["generation", "prefill", "decoding"]
+    assert [topic.name for topic in catalogue.select("decode")] == [
+        "generation", "prefill", "decoding", "perplexity"
+    ]  # fmt: skip
     assert [topic.name for topic in catalogue.select("mlp")] == ["mlp"]
     assert isinstance(catalogue.select("overhead")[0], Study)
     assert len(catalogue.select("all")) == len(TOPICS) + len(catalogue.studies())
@@ -231,7 +234,7 @@ def test_whole_models_run(name, monkeypatch):
     case = Case(name, "cpu", tuple(sizes.items()), torch.float32, 0.1)
     (tokens, *rest), _ = make_inputs(TOPICS[name], case)
     for peer in TOPICS[name].peers:
-        if peer.missing(case) or peer.compiles:
+        if peer.missing(case) or peer.compiles or peer in ENGINE_PEERS:  # test_engines.py runs the engines
             continue
         job = peer.build(case)
         out = job(tokens, *rest)

@@ -1,0 +1,57 @@
+"""PlainGPT with its key/value cache as inputs and outputs, as graph compilers take it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.models.plain_gpt import PlainGPT
+
+
+def greedy(logits: Callable[[Tensor], Tensor], tokens: Tensor, new: int) -> Tensor:
+    """Return tokens [B, T] and `new` more. `logits` reads tokens and returns the logits [B, V] after the last."""
+    texts = [tokens]
+    for _ in range(new):
+        texts.append(logits(texts[-1]).argmax(-1, keepdim=True))
+    return torch.cat(texts, dim=1)
+
+
+class CachedGPT(nn.Module):
+    """tokens [B, T], then keys and values [B, H, P, D] of every layer → logits [B, V] after the last token, then keys
+    and values [B, H, P + T, D].
+
+    `masks`: whether attention gets an explicit mask. Without it the graph asks for causal attention, for engines that
+    align it to the last key; PyTorch itself aligns it to the first and needs the mask.
+    """
+
+    def __init__(self, model: PlainGPT, masks: bool):
+        super().__init__()
+        self.model = model
+        self.masks = masks
+
+    def forward(self, tokens: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        T, P = tokens.shape[1], past[0].shape[2]
+        places = torch.arange(P, P + T)
+        seen = places[:, None] >= torch.arange(P + T) if self.masks else None  # [T, P + T]
+        x = self.model.token_emb(tokens) + self.model.pos_emb(places)
+        caches = []
+        blocks: Any = self.model.blocks
+        for block, keys, values in zip(blocks, past[::2], past[1::2], strict=True):
+            attention = block.attention
+            qkv = attention.in_proj(block.layer_norm1(x)).split(x.shape[2], dim=2)
+            q, k, v = (part.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for part in qkv)  # [B, H, T, D]
+            k, v = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=not self.masks)
+            x = x + attention.out_proj(y.transpose(1, 2).flatten(2))
+            x = x + block.proj(F.gelu(block.fc(block.layer_norm2(x)), approximate="tanh"))
+            caches += [k, v]
+        return self.model.output_layer(self.model.final_norm(x[:, -1])), *caches
+
+    def example(self) -> tuple[Tensor, ...]:
+        """Return inputs of two rows: three tokens after a cache of five."""
+        config = self.model.config
+        shape = 2, config.num_heads, 5, config.hidden_dim // config.num_heads
+        past = [torch.zeros(shape) for _ in range(2 * config.num_layers)]  # the exporter would merge equal tensors
+        return torch.zeros(2, 3, dtype=torch.int64), *past

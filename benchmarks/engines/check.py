@@ -1,0 +1,113 @@
+"""An engine is checked before it is timed: its greedy tokens on a small GPT-2 must be those of the plain model."""
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.models.plain_gpt import PlainGPT
+from gpt_fast import GPTConfig, GPTForCausalLM
+from tests.numerics import FLOOR, MAX_FACTOR
+
+# More tokens than bfloat16 can number, heads of 64 as GPT-2's, matrices that int4's groups of 128 fit.
+SMALL = GPTConfig.preset("gpt2", num_tokens=600, hidden_dim=128, num_heads=2, num_layers=2, seq_len=64)
+ROWS, PROMPT, NEW = 5, 20, 30
+EMBEDDING, MATRIX = 0.5, 0.15  # standard deviations
+BITS = {"int8": 8, "int4": 4}
+GROUP = 128  # weights of an output channel that share a scale in int4
+
+
+def small_model() -> GPTForCausalLM:
+    """Return a model whose greedy texts depend on places and earlier tokens.
+
+    With a usual initialisation the residual stream is nearly the token's embedding, so that every token repeats itself.
+    """
+    torch.manual_seed(0)
+    model = GPTForCausalLM(SMALL).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(std=EMBEDDING if "_emb" in name else MATRIX)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def check(engine: Any, precision: str) -> None:
+    """Raise `ValueError` if the engine's tokens on the small model are none that the plain model could choose."""
+    model = small_model()
+    with tempfile.TemporaryDirectory() as folder:
+        engine.convert(model, precision, Path(folder))
+        generate = engine.Generator(Path(folder), precision)
+        torch.manual_seed(1)
+        for rows in (ROWS, 1):
+            judge(model, precision, torch.randint(SMALL.num_tokens, (rows, PROMPT)), generate)
+
+
+def judge(model: GPTForCausalLM, precision: str, tokens: Tensor, generate: Any) -> None:
+    """Raise `ValueError` for a text whose tokens are not nearly the most likely ones.
+
+    A chosen logit may lie below the best by what rounding moves the two: twice the error that the tolerance policy
+    allows, `MAX_FACTOR` times the yardstick's. The largest distance is held to its largest error, and each row's mean
+    distance to its root mean square. Errors in int4 exceed the logits' own spread: the mean distance is held to that of
+    the yardstick's own text.
+    """
+    text = generate(tokens, NEW)
+    B, T = tokens.shape
+    if text.shape != (B, T + NEW) or not text[:, :T].equal(tokens):
+        raise ValueError(f"check: tokens {list(text.shape)}; expected the prompt and {NEW} more, {[B, T + NEW]}")
+    plain = PlainGPT(model.config).copy_weights(model).eval()
+    with torch.inference_mode():
+        exact = copy.deepcopy(plain).double()(text)[:, T - 1 : -1]  # [B, NEW, V]
+        error = yardstick(plain, precision)(text)[:, T - 1 : -1].double() - exact
+        behind = distances(plain, text, T)
+    floor = FLOOR * exact.abs().max().item()
+    mean = 2 * (MAX_FACTOR * error.square().mean().sqrt().item() + floor)
+    if precision == "int4":
+        with torch.inference_mode():
+            mean = MAX_FACTOR * distances(plain, yardstick(plain, precision).generate(tokens, NEW), T).mean().item()
+    for name, found, allowed in (
+        ("at most", behind.max().item(), 2 * (MAX_FACTOR * error.abs().max().item() + floor)),
+        ("in a row's mean", behind.mean(-1).max().item(), mean),
+    ):
+        if found > allowed:
+            raise ValueError(
+                f"check: logits of chosen tokens are {name} {found:.3g} below the best; expected {allowed:.3g} or less"
+            )
+
+
+def distances(plain: PlainGPT, text: Tensor, T: int) -> Tensor:
+    """Return by how much each token's logit after the first T tokens is below the best one, [B, NEW] in float64."""
+    exact = copy.deepcopy(plain).double()(text)[:, T - 1 : -1]  # [B, NEW, V]
+    return exact.amax(-1) - exact.gather(-1, text[:, T:, None]).squeeze(-1)
+
+
+def yardstick(plain: PlainGPT, precision: str) -> PlainGPT:
+    """Return the plain model in a precision.
+
+    int8 and int4: matrices of so many bits, and activations of 8 bits with one scale for the whole tensor, the coarsest
+    that an engine uses. The rest is in bfloat16.
+    """
+    plain = copy.deepcopy(plain)
+    if precision == "float32":
+        return plain
+    if precision in BITS:
+        for module in plain.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data = rounded_weights(module.weight.data, BITS[precision])
+                module.register_forward_pre_hook(lambda module, inputs: (rounded(inputs[0], inputs[0].abs().max(), 8),))
+    return plain.bfloat16()
+
+
+def rounded_weights(weight: Tensor, bits: int) -> Tensor:
+    """Return weights [N, K] as integers times a scale: of each row, in int4 of each group in it."""
+    groups = weight.unflatten(1, (-1, GROUP)) if bits == 4 else weight
+    return rounded(groups, groups.abs().amax(-1, keepdim=True), bits).reshape(weight.shape)
+
+
+def rounded(x: Tensor, largest: Tensor, bits: int) -> Tensor:
+    scale = largest / (2 ** (bits - 1) - 1)
+    return (x / scale).round() * scale

@@ -1,0 +1,62 @@
+"""GPT-2 on CTranslate2, by its converter for transformers' models."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gpt_fast import GPTForCausalLM
+
+PACKAGES = ("ctranslate2", "transformers", "tokenizers")
+PRECISIONS = ("float32", "bfloat16", "int8")
+COMPUTE_TYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8_float32"}
+
+
+def missing(precision: str) -> str | None:
+    """Return the reason why CTranslate2 does not compute in this precision here, or None."""
+    import ctranslate2
+
+    kinds = ctranslate2.get_supported_compute_types("cpu")
+    return None if COMPUTE_TYPES[precision] in kinds else f"CTranslate2 has no {precision} products for this CPU"
+
+
+def convert(model: GPTForCausalLM, precision: str, folder: Path) -> None:
+    """Write the model. int8: weights by output channel, activations by token."""
+    from ctranslate2.converters import TransformersConverter
+
+    theirs = folder / "transformers"
+    model.to_hf().save_pretrained(theirs)
+    _save_tokenizer(model.config.num_tokens, theirs)
+    TransformersConverter(str(theirs)).convert(str(folder / "model"), quantization=COMPUTE_TYPES[precision])
+    shutil.rmtree(theirs)
+
+
+def _save_tokenizer(size: int, folder: Path) -> None:
+    """Write a tokenizer whose name for a token is its number: the converter needs one."""
+    import tokenizers
+    import transformers
+
+    words = tokenizers.models.WordLevel({str(token): token for token in range(size)}, unk_token="0")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(words), unk_token="0", bos_token="0", eos_token="0"
+    ).save_pretrained(folder)
+
+
+class Generator:
+    """CTranslate2's generator; no token ends a text."""
+
+    def __init__(self, folder: Path, precision: str):
+        import ctranslate2
+
+        self.generator = ctranslate2.Generator(
+            str(folder / "model"), compute_type=COMPUTE_TYPES[precision], inter_threads=1,
+            intra_threads=torch.get_num_threads(),
+        )  # fmt: skip
+
+    def __call__(self, tokens: Tensor, new: int) -> Tensor:
+        prompts = [[str(token) for token in row] for row in tokens.tolist()]
+        found = self.generator.generate_batch(
+            prompts, max_length=new, min_length=new, sampling_topk=1, end_token=[], include_prompt_in_result=False
+        )
+        return torch.cat([tokens, torch.tensor([result.sequences_ids[0] for result in found])], dim=1)

@@ -1,0 +1,100 @@
+"""GPT-2 on OpenVINO: the cache as the model's state, one infer request a step."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.engines.cached_gpt import CachedGPT, greedy
+from benchmarks.models.plain_gpt import PlainGPT
+from gpt_fast import GPTForCausalLM
+
+PACKAGES = ("openvino", "nncf")
+PRECISIONS = ("float32", "bfloat16", "int8", "int4")
+FILE = "model.xml"
+# Without hints OpenVINO computes in bfloat16 where the CPU has its products, and keeps 8 bits of keys and values.
+HINTS: dict[str, dict[str, Any]] = {
+    "float32": {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"},
+    "bfloat16": {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16"},
+}
+
+
+def missing(precision: str) -> str | None:
+    """Return the reason why OpenVINO does not compute in this precision here, or None."""
+    import openvino as ov
+
+    if precision == "bfloat16" and "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        return "OpenVINO has no bfloat16 products for this CPU"
+    return None
+
+
+def convert(model: GPTForCausalLM, precision: str, folder: Path) -> None:
+    """Write the model with its cache as state. nncf compresses weights to int8 and int4 with its default options."""
+    import openvino as ov
+
+    cached = CachedGPT(
+        PlainGPT(model.config).copy_weights(model).eval(), masks=False
+    )  # OpenVINO 2026.4 misreads masks of batches in bfloat16
+    found = ov.convert_model(cached, example_input=cached.example())
+    keep_cache(found, model.config.num_heads, model.config.hidden_dim // model.config.num_heads)
+    if precision in ("int8", "int4"):
+        import nncf
+
+        modes = {"int8": nncf.CompressWeightsMode.INT8_ASYM, "int4": nncf.CompressWeightsMode.INT4_SYM}
+        found = nncf.compress_weights(found, mode=modes[precision])
+    ov.save_model(found, folder / FILE, compress_to_fp16=False)
+
+
+def keep_cache(model: Any, heads: int, size: int) -> None:
+    """Turn the inputs and outputs for keys and values into state, which starts empty and follows `beam_idx`."""
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    tokens, *past = model.inputs
+    tokens.get_node().set_partial_shape(ov.PartialShape([-1, -1]))
+    tokens.get_tensor().set_names({"tokens"})
+    rows = ops.parameter([-1], np.int32, name="beam_idx")
+    rows.output(0).get_tensor().set_names({"beam_idx"})
+    model.add_parameters([rows])
+    model.outputs[0].get_tensor().set_names({"logits"})
+    batch = ops.gather(ops.shape_of(tokens, output_type="i64"), ops.constant([0]), ops.constant(0))
+    empty = ops.broadcast(
+        ops.constant(np.float32(0)), ops.concat([batch, ops.constant(np.array([heads, 0, size], np.int64))], axis=0)
+    )
+    results = [output.get_node() for output in model.outputs[1:]]
+    for place, (parameter, result) in enumerate(zip([entry.get_node() for entry in past], results, strict=True)):
+        info = ov.op.util.VariableInfo()
+        info.data_shape, info.data_type = ov.PartialShape([-1, heads, -1, size]), ov.Type.f32
+        info.variable_id = f"cache.{place}"
+        variable = ov.op.util.Variable(info)
+        model.add_variables([variable])
+        read = ops.read_value(empty, variable)
+        ordered = ops.gather(read, rows, ops.constant(0))
+        parameter.output(0).replace(ordered.output(0))
+        model.add_sinks([ov.op.assign(result.input_value(0).get_node(), variable)])
+        model.remove_result(result)
+        model.remove_parameter(parameter)
+    model.validate_nodes_and_infer_types()
+
+
+class Generator:
+    """Compiled model with its state."""
+
+    def __init__(self, folder: Path, precision: str):
+        import openvino as ov
+
+        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        self.compiled = ov.Core().compile_model(folder / FILE, "CPU", options | HINTS.get(precision, {}))
+        self.request = self.compiled.create_infer_request()
+
+    def __call__(self, tokens: Tensor, new: int) -> Tensor:
+        self.request.reset_state()
+        rows = np.arange(len(tokens), dtype=np.int32)
+
+        def logits(read: Tensor) -> Tensor:
+            inputs = {"tokens": read.numpy(), "beam_idx": rows}
+            return torch.from_numpy(self.request.infer(inputs, share_inputs=True, share_outputs=True)["logits"])
+
+        return greedy(logits, tokens, new)

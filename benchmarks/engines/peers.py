@@ -1,0 +1,100 @@
+"""Inference engines as peers of generation and prompts: OpenVINO, CTranslate2 and ONNX Runtime, where installed."""
+
+import dataclasses
+import importlib.util
+import tempfile
+from collections.abc import Iterator
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from benchmarks.engines import ctranslate2, onnxruntime, openvino
+from benchmarks.engines.check import check
+from benchmarks.models.generating import work_with
+from benchmarks.models.job import Job
+from benchmarks.topic import LEFT, OURS, Case, Function, Peer, Target
+from gpt_fast import GPTConfig, GPTForCausalLM
+
+ENGINES: dict[str, ModuleType] = {"OpenVINO": openvino, "CTranslate2": ctranslate2, "ONNX Runtime": onnxruntime}
+PRECISIONS = ("float32", "bfloat16", "int8", "int4")  # from the highest
+PRODUCTS = {"bfloat16": "bf16_products", "int8": "int8_products"}  # what a device must have for a target
+
+
+def missing(case: Case, engine: str, precision: str) -> str | None:
+    """Return the reason why an engine cannot run here, or None."""
+    if case.device != "cpu":
+        return "measured on CPUs only"
+    if case.dtype != torch.float32:
+        return "converted from float32 models: each of its precisions is beside the float32 case"
+    absent = [name for name in ENGINES[engine].PACKAGES if importlib.util.find_spec(name) is None]
+    if absent:
+        return f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed"
+    return ENGINES[engine].missing(precision)
+
+
+def build(case: Case, engine: str, precision: str) -> Function:
+    """Return the job on the engine, whose results on a small model have been checked.
+
+    Raise `ValueError` for an engine that fails the check: it is reported and not timed.
+    """
+    checked(engine, precision)
+    facts = tuple((field.name, getattr(case.config, field.name)) for field in dataclasses.fields(case.config))
+    generate = ENGINES[engine].Generator(Path(converted(engine, precision, facts).name), precision)
+    new = case.size.get("new", 1)
+    return Job(None, lambda tokens: generate(tokens, new), work=work_with(case, precision))
+
+
+@cache
+def checked(engine: str, precision: str) -> None:
+    check(ENGINES[engine], precision)
+
+
+@cache
+def converted(engine: str, precision: str, facts: tuple[tuple[str, Any], ...]) -> tempfile.TemporaryDirectory:
+    """Return a folder with a model of this configuration, random weights. It lasts as long as the program."""
+    torch.manual_seed(0)
+    folder = tempfile.TemporaryDirectory(prefix="gpt_fast_benchmarks_")
+    ENGINES[engine].convert(GPTForCausalLM(GPTConfig(**dict(facts))).eval(), precision, Path(folder.name))
+    return folder
+
+
+def no_llama(case: Case) -> str:
+    if importlib.util.find_spec("llama_cpp") is None:
+        return "llama-cpp-python is not installed"
+    return "the suite writes no GGUF file, which llama.cpp reads"
+
+
+def name(engine: str, precision: str) -> str:
+    return f"{engine} {precision}"
+
+
+def rivals(times: dict[str, float]) -> Iterator[Target]:
+    """Yield the targets of ours by precision: `times` against the best engine of the same or a higher precision.
+
+    Beside a busy process ours must be as fast as that engine, and reach 80 % of its own quiet figure on the cores left.
+    """
+    for precision, least in times.items():
+        who = OURS if precision == "float32" else f"{OURS} {precision} weights"
+        others = tuple(name(engine, kind) for engine, kind in _KINDS if _rank(kind) <= _rank(precision))
+        products = PRODUCTS.get(precision, "")
+        yield Target(others, least, who=who, products=products)
+        yield Target(others, 1.0, who=who, products=products, busy=True)
+        yield Target(f"{who}, {LEFT}", 0.8, who=who, products=products, busy=True)
+
+
+_rank = PRECISIONS.index
+_KINDS = [(engine, precision) for engine, module in ENGINES.items() for precision in module.PRECISIONS]
+# The fastest other of a float32 case is one that computes in float32.
+ENGINE_PEERS = (
+    *(
+        Peer(
+            name(engine, precision), partial(build, engine=engine, precision=precision),
+            partial(missing, engine=engine, precision=precision), rival=precision == "float32",
+        )
+        for engine, precision in _KINDS
+    ),
+    Peer("llama.cpp", partial(build, engine="llama.cpp", precision="float32"), no_llama),
+)  # fmt: skip

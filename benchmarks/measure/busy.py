@@ -1,0 +1,42 @@
+"""A process that computes in an endless loop, to measure beside."""
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import torch
+
+# It ends by itself if the suite is killed: its parent is then another process.
+_LOOP = """
+import os
+parent = os.getppid()
+print(flush=True)
+while os.getppid() == parent:
+    for _ in range(100_000):
+        pass
+"""
+
+
+@contextlib.contextmanager
+def busy_process() -> Iterator[subprocess.Popen]:
+    """Run the loop on one core while the block runs, and end it however the block ends."""
+    process = subprocess.Popen([sys.executable, "-I", "-S", "-c", _LOOP], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()  # it loops from now on
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Let PyTorch compute with so many threads in the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
