@@ -4,13 +4,14 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gpt_fast import DecodeSession
+from gpt_fast import GPT, DecodeSession
 from gpt_fast.data.batches import lm_windows, token_stream
 from gpt_fast.data.corpus import read_corpus
 from gpt_fast.data.tokenizer import encode_documents
 from gpt_fast.generation.steps import WEIGHTS
+from gpt_fast.heads import Head
 from gpt_fast.training.runs.folder import special_token
 from gpt_fast.training.runs.load import load_generator, run_tokenizer
 
@@ -25,7 +26,7 @@ def run_perplexities(folder: Path, windows: int = 64) -> dict[str, float]:
     return perplexities(model, tokens[:: max(1, len(tokens) // windows)][:windows])
 
 
-def perplexities(model: nn.Module, tokens: Tensor) -> dict[str, float]:
+def perplexities(model: GPT | Head, tokens: Tensor) -> dict[str, float]:
     """Return the perplexity of the windows [B, T] by the precision of the weights.
 
     A decode step with these weights predicts each token.
