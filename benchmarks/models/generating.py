@@ -43,9 +43,13 @@ def _ours(case: Case, weights: str | None = None) -> Job:
     model = _eval(case, gpt_fast.GPTForCausalLM(case.config))
     new = _new_tokens(case)
     work = None if weights is None else work_with(case, weights)
+    length = case.size.get("prompt", case.size.get("T", 0)) + new
+    # The engines hold their weights from one call to the next, so ours does: `generate` alone compares them each time.
+    session = gpt_fast.DecodeSession(model, batch=case.size["B"], length=length, weights=weights)
 
     def run(tokens: Tensor) -> Tensor:
-        return gpt_fast.generate(model, tokens, max_new_tokens=new, temperature=0, weights=weights)
+        session.reset()
+        return gpt_fast.generate(model, tokens, max_new_tokens=new, temperature=0, session=session)
 
     return Job(model, run, work=work)
 
