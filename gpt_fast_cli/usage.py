@@ -55,7 +55,9 @@ def message(error: typer.TyperException) -> str:
     from gpt_fast_settings.declaration import did_you_mean, expectation, shortened
 
     text: str = error.format_message()
-    param, context, option = (getattr(error, name, None) for name in ("param", "ctx", "option_name"))
+    param: Any = getattr(error, "param", None)
+    context: Any = getattr(error, "ctx", None)
+    option: str | None = getattr(error, "option_name", None)
     errors = getattr(error.__cause__, "errors", None)  # pydantic's
     if param is not None and errors is not None:
         (found, *_) = errors()

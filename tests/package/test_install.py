@@ -179,6 +179,16 @@ def test_extension_is_hardened(wheel: Path, tmp_path: Path) -> None:
     assert "__stack_chk_fail" in run("readelf", "-sW", library, cwd=tmp_path)
 
 
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf reads what the linker wrote")
+def test_extension_needs_no_symbol_that_rhel_9_lacks(wheel: Path, tmp_path: Path) -> None:
+    """GCC 12 exports `wait` of condition variables anew; with it the wheel's tag was manylinux_2_35 instead of 2_34."""
+    with zipfile.ZipFile(wheel) as archive:
+        library = archive.extract(f"gpt_fast/_C{sysconfig.get_config_var('EXT_SUFFIX')}", tmp_path)
+    symbols = run("readelf", "--dyn-syms", "-W", library, cwd=tmp_path)
+    assert "_ZNSt18condition_variableD1Ev" in symbols
+    assert "_ZNSt18condition_variable4waitERSt11unique_lockISt5mutexE" not in symbols
+
+
 def test_wheel_with_the_extension(env: Environment, wheel: Path) -> None:
     env.install(wheel)
     found = env.probe()

@@ -267,7 +267,9 @@ class Team {
         if (turn % 64 != 0 || Clock::now() - began < kAwake) continue;
         std::unique_lock<std::mutex> lock(mutex_);
         sleeping_.fetch_add(1, std::memory_order_seq_cst);
-        woken_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
+        // Not wait(): GCC 12 takes it from libstdc++ 3.4.30, which RHEL 9 and Amazon Linux 2023 lack.
+        woken_.wait_for(lock, std::chrono::hours(24),
+                        [&] { return generation_.load(std::memory_order_acquire) != seen; });
         sleeping_.fetch_sub(1, std::memory_order_seq_cst);
       }
       std::shared_ptr<const Job> job;
