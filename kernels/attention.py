@@ -258,7 +258,7 @@ def _walked_position(start, walk, dropout):
 @triton.jit
 def _keep(i, j, dropout):
     """Return whether dropout keeps (query i, key j)."""
-    return keep_matrix(i, j, dropout.matrix, dropout.site, dropout.threshold, dropout.seed_ptr)
+    return keep_matrix(i, j, dropout.matrix, dropout.site, dropout.threshold, dropout.seed_ptr, UPPER=True)
 
 
 @triton.jit

@@ -32,7 +32,7 @@ from .gemm import (
     sum_rows,
     tile,
 )
-from .philox import dropping_seed, keep_matrix
+from .philox import keep_matrix
 from .sizes import cdiv
 
 FEW_ROWS = 16  # of a tile of few rows: the least that a matrix product has
@@ -335,7 +335,6 @@ def _hidden(
     out = z if h is None else h
     if out is None or out.numel() == 0:
         return
-    seed = dropping_seed(seed, threshold)
     finish = {
         "bias_ptr": _contiguous(fc_bias), "seed_ptr": seed, "site": site, "threshold": threshold, "scale": scale,
         "ACTIVATION": activation, "HAS_DROPOUT": seed is not None, "KEEPS_INPUT": z is not None,
@@ -428,7 +427,6 @@ def _dz(
 ) -> torch.Tensor:  # fmt: skip
     """dz [M, F]; also writes the hidden layer and dfc_bias, where given."""
     M, F = kept.shape
-    seed = dropping_seed(seed, threshold)
     dz = torch.empty_like(kept)
     b = proj_weight.t()
     launch, architecture = config("mlp", "product", dy, dy.shape[1])

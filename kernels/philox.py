@@ -40,12 +40,13 @@ def keep_rows(i, j, site, threshold, seed_ptr):
 
 
 @triton.jit
-def keep_matrix(i, j, b, site, threshold, seed_ptr):
+def keep_matrix(i, j, b, site, threshold, seed_ptr, UPPER: tl.constexpr = False):
     """Matrix sites: whether (i, j) of matrix b is kept; i, j and b are ints that broadcast to [M, N].
 
     i and j may stand on either axis: the bits i // 8 % 2, j // 8 % 2 and j % 2 choose among a counter's eight numbers,
     and in the accumulators of matrix instructions those are bits of the register, so one call serves many elements.
-    A threshold of 0 is not for this function: `dropping_seed` gives no seed for it.
+    If UPPER, numbers are compared in the upper half of their word, whatever lies below: an odd j's needs no instruction
+    for it. A threshold of 0 cannot be told so; `dropping_seed` gives no seed for it.
     """
     i, j = i.to(tl.uint32), j.to(tl.uint32)  # unsigned: division by a power of two is a shift
     c0 = (j // 16) * 4 + (j % 8) // 2
@@ -53,8 +54,11 @@ def keep_matrix(i, j, b, site, threshold, seed_ptr):
     w0, w1, w2, w3 = _philox(c0, c1, b.to(tl.uint32), site.to(tl.uint32), seed_ptr)
     odd_j = (j // 8) % 2 == 1
     bits = tl.where((i // 8) % 2 == 1, tl.where(odd_j, w3, w2), tl.where(odd_j, w1, w0))
-    # The number in the upper half, whatever lies below it: an odd j's needs no instruction.
-    return (bits << (16 * (1 - j % 2))) > (threshold.to(tl.uint32) << 16) - 1
+    if UPPER:
+        keep = (bits << (16 * (1 - j % 2))) > (threshold.to(tl.uint32) << 16) - 1
+    else:
+        keep = ((bits >> (16 * (j % 2))) & 0xFFFF) >= threshold
+    return keep
 
 
 def dropping_seed(seed, threshold: int):

@@ -33,8 +33,11 @@ FAULTS = (
     # Triton, forward
     Fault("output not brought to the new maximum", TRITON, "v, acc * alpha[:, None], PRECISION)", "v, acc, PRECISION)", "numerics"),
     Fault("sum not brought to the new maximum", TRITON, "total = total * alpha + tl.sum(p, axis=1)", "total = total + tl.sum(p, axis=1)", "numerics"),
-    Fault("maximum of the tile alone", TRITON, "m_new = tl.maximum(m, tl.max(s, axis=1))", "m_new = tl.max(s, axis=1)", "numerics"),
-    Fault("no maximum", TRITON, "m_new = tl.maximum(m, tl.max(s, axis=1))", "m_new = tl.zeros_like(m)", "large_scores"),
+    Fault("maximum of the tile alone", TRITON, "m_new = tl.maximum(m, highest)", "m_new = highest", "numerics"),
+    Fault("no maximum", TRITON, "m_new = tl.maximum(m, highest)", "m_new = tl.zeros_like(m)", "large_scores"),
+    Fault("late maximum not scaled", TRITON, "        highest *= scale_log2\n", "", "late_scale"),
+    Fault("a scale of 0 applied late", TRITON, " and scale >= LEAST_LATE_SCALE", "", "late_scale_with_masks"),
+    Fault("late scores of -inf not told from none", TRITON, "            highest = tl.where(any_key, tl.maximum(highest, LOWEST), highest)\n", "            pass\n", "late_scale_of"),
     Fault("bfloat16 sum", TRITON, "total = total * alpha + tl.sum(p, axis=1)", "total = (total * alpha + tl.sum(p, axis=1)).to(tl.bfloat16).to(tl.float32)", "numerics"),
     Fault("dropped weights leave the sum", TRITON, "        p = tl.where(keep, p, dropped)\n", "        p = tl.where(keep, p, dropped)\n        total = total - tl.sum(tl.where(keep, 0.0, tl.exp2(s - shift[:, None])), axis=1)\n", "dropout"),
     Fault("rows without keys divide by zero", TRITON, "dropout_scale / tl.where(empty, 1.0, total)", "dropout_scale / total", "rows_without_keys"),
@@ -69,6 +72,9 @@ FAULTS = (
     Fault("wrong word for columns past the eighth", TRITON_PHILOX, "tl.where(odd_j, w3, w2), tl.where(odd_j, w1, w0)", "tl.where(odd_j, w2, w2), tl.where(odd_j, w0, w0)", "dropout"),
     Fault("wrong lane", TRITON_PHILOX, "c0 = (j // 16) * 4 + (j % 8) // 2", "c0 = (j // 16) * 4 + (j % 8) // 4", "dropout"),
     Fault("rows 8 apart count as neighbours", TRITON_PHILOX, "c1 = (i // 16) * 8 + i % 8", "c1 = i // 2", "dropout"),
+    Fault("halves of a word exchanged", TRITON_PHILOX, "bits << (16 * (1 - j % 2))", "bits << (16 * (j % 2))", "dropout"),
+    Fault("a number equal to the threshold drops", TRITON_PHILOX, "(threshold.to(tl.uint32) << 16) - 1", "(threshold.to(tl.uint32) << 16) + 0xFFFF", "dropout_mask"),
+    Fault("a threshold of 0 drops everything", TRITON_PHILOX, "return seed if threshold > 0 else None", "return seed", "dropout_mask"),
     Fault("head ignored", TRITON_PHILOX, "_philox(c0, c1, b.to(tl.uint32)", "_philox(c0, c1, tl.zeros_like(b).to(tl.uint32)", "dropout"),
     # C++, masks
     Fault("a query sees the next key", PROBLEM, "to = std::min(to, position + 1)", "to = std::min(to, position + 2)", "numerics"),

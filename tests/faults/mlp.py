@@ -7,6 +7,11 @@ ACTIVATIONS = "csrc/cpu/core/activations.h"
 CPP, LINEAR, GEMM, PHILOX = "csrc/cpu/mlp.cpp", "csrc/cpu/core/linear.h", "csrc/cpu/core/gemm.h", "csrc/philox.h"
 
 FAULTS = (
+    # Triton, few rows
+    Fault("last part of K left out", TRITON, "for index in range(0, parts):", "for index in range(0, parts - 1):", "few_rows"),
+    Fault("parts of K overlap", TRITON, "first = tl.program_id(1).to(tl.int64) * part", "first = tl.program_id(1).to(tl.int64) * BLOCK_K", "few_rows"),
+    Fault("part of K as long as K", TRITON, "tl.minimum(part, (K - first).to(tl.int32))", "part", "few_rows"),
+    Fault("one row more than few", TRITON, "x.shape[0] <= few.rows", "x.shape[0] <= few.rows + 1", "few"),
     # Triton, activations
     Fault("slope of relu at zero", TRITON, "slope = tl.where(z <= 0.0, 0.0, 1.0)", "slope = tl.where(z < 0.0, 0.0, 1.0)", "large_arguments"),
     Fault("density dropped from gelu's slope", TRITON, "slope = cdf + z * (0.3989422804014327 * tl.exp(-0.5 * z * z))", "slope = cdf", "numerics"),

@@ -314,7 +314,7 @@ def test_append_is_a_write_and_decode_attention(shape, lengths, dtype, append_de
 def test_append_reads_and_writes_strided_tensors_in_place(append_device):
     """q, k and v as views of a packed projection, the caches as one layer of larger ones."""
     B, H, S, D = 2, 3, 40, 16
-    q, k, v = torch.randn(B, 3, H, D, device=append_device).unbind(1)
+    q, k, v = torch.randn(B, 3, H, 2 * D, device=append_device)[..., ::2].unbind(1)
     caches = torch.randn(2, 5, B, H, 64, 2 * D, device=append_device)
     before = caches.clone()
     k_cache, v_cache = caches[:, 3, :, :, 8 : 8 + S, ::2]
