@@ -43,7 +43,7 @@ def _ours(case: Case, weights: str | None = None) -> Job:
     model = _eval(case, gpt_fast.GPTForCausalLM(case.config))
     new = _new_tokens(case)
     work = None if weights is None else work_with(case, weights)
-    length = case.size.get("prompt", case.size.get("T", 0)) + new
+    length = (case.size["prompt"] if "prompt" in case.size else case.size["T"]) + new
     # The engines hold their weights from one call to the next, so ours does: `generate` alone compares them each time.
     session = gpt_fast.DecodeSession(model, batch=case.size["B"], length=length, weights=weights)
 
