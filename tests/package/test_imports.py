@@ -31,7 +31,7 @@ LAYERS = (
     ),
     ("reference", "kernels"),
     ("ops", "config"),
-    ("_plain",),
+    ("_plain", "tuning"),
     ("layers",),
     ("model", "model_folder", "data"),
     ("heads",),
