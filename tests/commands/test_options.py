@@ -129,7 +129,7 @@ def test_the_default_length_fits_the_model(cli, data):
         ("--top-k 0", "--top-k 0: expected an integer of 1 or more"),
         ("--top-p 2", "--top-p 2.0: expected more than 0 and at most 1"),
         ("--seed 99999999999999999999", "--seed 99999999999999999999: expected an integer from -2^63"),
-        ("--weights int9", "--weights 'int9': expected one of float32, bfloat16, int8; did you mean 'int8'?"),
+        ("--weights int9", "--weights 'int9': expected one of float32, bfloat16, int8, int8-a16; did you mean 'int8'?"),
     ],
 )
 def test_what_generate_refuses(cli, data, options, message):

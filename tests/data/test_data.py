@@ -99,7 +99,7 @@ def test_what_is_no_tokenizer(tmp_path, content):
 
 
 def test_unknown_tokenizer():
-    with pytest.raises(ValueError, match="bqe: neither bpe, byte, char nor"):
+    with pytest.raises(ValueError, match="no such file; expected bpe, byte, char or the path"):
         tok.make_tokenizer("bqe", [], 300)
 
 

@@ -360,9 +360,9 @@ def test_append_compiles_without_a_graph_break(append_device):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"k": torch.randn(2, 2, 3)}, r"k has shape \[2, 2, 3\], wanted \[2, 2, 4\]"),
+        ({"k": torch.randn(2, 2, 3)}, r"k has shape \[2, 2, 3\]; expected \[2, 2, 4\]"),
         ({"v": torch.randn(2, 2, 4).half()}, "v has dtype float16; expected float32"),
-        ({"v_cache": torch.randn(2, 2, 6, 4)}, r"v_cache has shape \[2, 2, 6, 4\], wanted \[2, 2, 5, 4\]"),
+        ({"v_cache": torch.randn(2, 2, 6, 4)}, r"v_cache has shape \[2, 2, 6, 4\]; expected \[2, 2, 5, 4\]"),
         ({"lengths": torch.tensor([1, 5])}, r"append: lengths holds 5; expected values in \[0, 5\)"),
         ({"lengths": torch.tensor([-1, 0])}, r"append: lengths holds -1; expected values in \[0, 5\)"),
         ({"k": torch.randn(2, 2, 4, requires_grad=True)}, "an input requires a gradient"),
