@@ -53,7 +53,15 @@ def from_settings(cls: type[S]) -> Callable[[Callable[..., None]], Callable[...,
             require_train_extra()
             options = {name: values.pop(name) for name in cls.model_fields}
             given = {name: value for name, value in options.items() if _is_given(context, name)}
-            body(cls.read(config, given), **values)
+            settings = cls.read(config, given)
+            try:
+                body(settings, **values)
+            except ValueError as error:
+                option = str(error).removeprefix("--").partition(" ")[0].removesuffix(":")
+                from_file = settings.model_fields_set - given.keys()
+                if config is None or option not in map(option_name, from_file):
+                    raise
+                raise ValueError(f"--config {config}: {error}") from error
 
         _, *own = Signature.from_callable(body).parameters.values()
         hints = get_type_hints(body, include_extras=True)

@@ -107,6 +107,11 @@ def threads() -> Iterator:
 
 
 @pytest.fixture
+def two_threads(threads: Callable[[int], None]) -> None:
+    threads(2)
+
+
+@pytest.fixture
 def thread_counts() -> tuple[int, ...]:
     """With how many threads a second run has to agree with the first. The interpreter is slow and runs one program
     after the other; on a GPU the runs are three, for programs that race."""

@@ -78,14 +78,19 @@ def define_forward(op: str, signature: str) -> None:
 def define_backward(op: str, signature: str) -> None:
     """Define `gpt_fast::<op>_backward`, which is called by `backward`."""
     LIBRARY.define(f"{op}_backward{signature}")
+    refuse_decomposition(op, "backward", "a program of a forward pass, or one exported under gpt_fast.use_reference()")
+
+
+def refuse_decomposition(op: str, direction: str, expected: str) -> None:
+    """Make the decomposition of `gpt_fast::<op>_<direction>` an error that says what was expected in its place."""
 
     def refuse(*args):
         raise NotImplementedError(
-            f"gpt_fast.{op}: the exported program has gpt_fast::{op}_backward, which has no decomposition; "
-            "expected a program of a forward pass, or one exported under gpt_fast.use_reference()"
+            f"gpt_fast.{op}: the exported program has gpt_fast::{op}_{direction}, which has no decomposition; "
+            f"expected {expected}"
         )
 
-    _DECOMPOSITIONS[getattr(torch.ops.gpt_fast, f"{op}_backward").default] = refuse
+    _DECOMPOSITIONS[getattr(torch.ops.gpt_fast, f"{op}_{direction}").default] = refuse
 
 
 def register_decomposition(op: str, function: Callable) -> None:

@@ -123,6 +123,9 @@ def _append_fake(q, k, v, k_cache, v_cache, lengths):
 
 _library.register_decomposition("decode_attention", reference.decode_attention)
 _library.register_decomposition("decode_attention_cuda", reference.decode_attention)
+_library.refuse_decomposition(
+    "decode_attention_append", "forward", "one that writes no cache, such as decode_attention"
+)
 
 
 def _triton_forward(q, k_cache, v_cache, lengths):

@@ -237,3 +237,24 @@ def test_a_blank_path_in_a_file_of_settings(cli, tmp_path):
     (tmp_path / "s.yaml").write_text("data: ['']\n")
     result = cli("pretrain", "--config", tmp_path / "s.yaml", "--out", tmp_path / "run")
     assert result.code == 2 and "data has ['']; expected a path" in result.err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("preset: gpt9", "--preset 'gpt9': expected one of "),
+        ("graph: true\ndevice: cpu", "--graph: --device is cpu; expected cuda"),
+        ("dim: 30\nheads: 7", "--heads 7: 30 dimensions are not divisible by 7 heads"),
+    ],
+)
+def test_a_setting_of_a_file_is_named_with_the_file(cli, tmp_path, text, message):
+    """Also what is checked after the file was read; the same on the command line names no file."""
+    (tmp_path / "s.yaml").write_text(text)
+    result = cli("pretrain", "--config", tmp_path / "s.yaml", "--out", tmp_path / "run")
+    assert (result.code, result.out) == (2, "")
+    assert f"gpt-fast: --config {tmp_path / 's.yaml'}: {message}" in result.err
+    given = [word for line in text.splitlines() for word in (f"--{line.split(': ')[0]}", line.split(": ")[1])]
+    given = [word for word in given if word != "true"]
+    result = cli("pretrain", "--config", tmp_path / "s.yaml", *given, "--out", tmp_path / "run")
+    assert result.code == 2
+    assert f"gpt-fast: {message}" in result.err

@@ -31,6 +31,7 @@ class Op(NamedTuple):
     content has no effect. `bound` returns the Bounds of exact arguments and upstream gradients. `pattern` returns, for
     each result, the places that must be and those that may be not finite; None means: where the reference's are.
     `stored` checks an output that the others start from, and returns exact arguments that give just this output.
+    `writes` returns what arguments hold after the call, for those that the op writes to.
     `unchecked` calls the kernel with values that nobody has looked at, as on a GPU.
     """
 
@@ -42,6 +43,7 @@ class Op(NamedTuple):
     differentiable: bool = True
     stored: Callable[[Arguments, tuple[Tensor, ...]], Arguments] | None = None
     unchecked: Callable[[Draw, Arguments], None] | None = None
+    writes: Callable[[Arguments], dict[str, Tensor]] = lambda arguments: {}
 
 
 # ---- one draw --------------------------------------------------------------------------------------------------------
@@ -120,7 +122,8 @@ def run_valid(op: str, spec: Op, draw: Draw, arguments: Arguments) -> str:
     else:
         kind_of_draw = "computed"
 
-    before = {name: x.detach().clone() for name, x in arguments.items() if isinstance(x, Tensor)}
+    after = {name: x.detach().clone() for name, x in arguments.items() if isinstance(x, Tensor)}
+    after |= spec.writes(after)
     outputs = as_tuple(getattr(ops, op)(**arguments))
     if len({x.dtype for x in floats.values()}) > 1:
         with torch.no_grad():
@@ -137,8 +140,8 @@ def run_valid(op: str, spec: Op, draw: Draw, arguments: Arguments) -> str:
             for x in upstream:
                 fill_padding(draw, x, padding["upstream"])
     got = results(outputs, arguments, upstream, spec.differentiable)
-    for name, x in before.items():
-        assert torch.equal(numbers(arguments[name]), numbers(x)), f"{name} was written to"
+    for name, x in after.items():
+        assert torch.equal(numbers(arguments[name]), numbers(x)), f"{name} was written to where it should not be"
 
     exact = {name: numerics.exact(x) if isinstance(x, Tensor) else x for name, x in clean.items()}
     if spec.stored is not None:
@@ -179,6 +182,8 @@ def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
 
 def definition(op: str) -> Callable:
     """Return the definition of an op; that of `linear` is F.linear in float32 or float64, rounded once."""
+    if op == "decode_attention_append":
+        return lambda **arguments: reference.decode_attention(**appended(arguments))
     return widened_linear if op == "linear" else getattr(reference, op)
 
 
@@ -941,6 +946,61 @@ DECODE_ATTENTION_SPOILS = {
 }  # fmt: skip
 
 
+# ---- decode_attention_append -----------------------------------------------------------------------------------------
+
+
+def draw_decode_attention_append(draw: Draw) -> Arguments:
+    """The caches have room for a key, and no two of their entries lie at one address."""
+    a = draw_decode_attention(draw)
+    S, dtype = max(1, a["k_cache"].shape[2]), a["q"].dtype
+    for name in ("k_cache", "v_cache"):
+        if a[name].shape[2] == 0:
+            a[name] = draw.tensor((*a["q"].shape[:2], S, a["q"].shape[2]), dtype, grad=0.0, lay=False)
+        elif shares_memory(a[name]):
+            a[name] = a[name].contiguous()
+    rows = {name: draw.tensor(a["q"].shape, dtype, grad=0.0) for name in ("k", "v")}
+    lengths = torch.randint(0, S, a["lengths"].shape).to(a["lengths"].dtype)
+    return {"q": a["q"], **rows, "k_cache": a["k_cache"], "v_cache": a["v_cache"], "lengths": draw.laid_out(lengths)}
+
+
+def caches_after(a: Arguments) -> dict[str, Tensor]:
+    """Return the caches with the new key and value in them."""
+    here = torch.arange(a["k_cache"].shape[2]) == a["lengths"][:, None]  # [B, S]
+    return {f"{x}_cache": torch.where(here[:, None, :, None], a[x][:, :, None], a[f"{x}_cache"]) for x in "kv"}
+
+
+def appended(a: Arguments) -> Arguments:
+    """Return the arguments of the decode_attention that is left when the caches have been written."""
+    return {"q": a["q"], **caches_after(a), "lengths": a["lengths"] + 1}
+
+
+def padding_decode_attention_append(a: Arguments) -> dict[str, Tensor]:
+    """Entries of the caches from the length on, and so the one that is written."""
+    return padding_decode_attention({name: x for name, x in a.items() if name not in ("k", "v")})
+
+
+def unchecked_decode_attention_append(draw: Draw, a: Arguments) -> None:
+    """Lengths out of range are taken for the nearest that are possible, by the write and by the query."""
+    tame, last = a["lengths"], a["k_cache"].shape[2] - 1
+    wild = torch.where(tame == last, draw.pick((last + 1, 10_000, 2**30)), torch.where(tame == 0, -5, tame))
+    found = []
+    for lengths in (wild.to(tame.dtype), tame):
+        caches = a["k_cache"].clone(), a["v_cache"].clone()
+        out = torch.ops.gpt_fast.decode_attention_append_forward(a["q"], a["k"], a["v"], *caches, lengths)
+        found.append([numbers(x) for x in (out, *caches)])
+    for got, expected in zip(*found, strict=True):
+        assert torch.equal(got, expected), "lengths out of range changed what is computed"
+
+
+DECODE_ATTENTION_APPEND_SPOILS = DECODE_ATTENTION_SPOILS | {
+    "shape of k": (changed("k", longer), "k has shape"),
+    "a full cache": (
+        changed("lengths", lambda draw, x: torch.full_like(x, 10_000) if x.numel() else None),
+        "lengths holds",
+    ),
+}
+
+
 class _Skipping(torch.autograd.Function):
     """An activation with its limits at infinity, which passes back nothing where it gets a gradient of zero."""
 
@@ -968,6 +1028,16 @@ OPS = {
     "decode_attention": Op(
         draw_decode_attention, bound_decode_attention, DECODE_ATTENTION_SPOILS, padding_decode_attention,
         pattern_decode_attention, differentiable=False, unchecked=unchecked_decode_attention,
+    ),
+    "decode_attention_append": Op(
+        draw_decode_attention_append,
+        lambda a, upstream, dtype: bound_decode_attention(appended(a), upstream, dtype),
+        DECODE_ATTENTION_APPEND_SPOILS,
+        padding_decode_attention_append,
+        lambda a, upstream: pattern_decode_attention(appended(a), upstream),
+        differentiable=False,
+        unchecked=unchecked_decode_attention_append,
+        writes=caches_after,
     ),
     "layer_norm": Op(draw_layer_norm, bound_layer_norm, NORM_SPOILS),
     "add_layer_norm": Op(

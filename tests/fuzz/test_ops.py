@@ -33,7 +33,6 @@ def test_draws(op):
 def test_every_public_op_is_drawn():
     public = {name for name in ops.__all__ if name != "NAMES" and not name.startswith(("check_", "decomp", "new_"))}
     public -= {"serving", "use_reference", "values_checked"}
-    public -= {"decode_attention_append"}  # a scatter before decode_attention, which is drawn; it has tests of its own
     assert public == set(OPS) | ({"linear"} if draws.INTERPRETED else set())
 
 

@@ -26,14 +26,6 @@ def model() -> GPTForCausalLM:
     return GPTForCausalLM(GPTConfig.preset("gpt2", **SIZES)).eval()
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def logits_of_steps(model: GPTForCausalLM, steps: int = 100, **options) -> torch.Tensor:
     """Return the logits [steps, 3, V] of a prompt and the steps after it."""
     generator = torch.Generator().manual_seed(1)

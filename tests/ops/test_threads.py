@@ -15,14 +15,6 @@ from tests.conftest import INTERPRETED
 pytestmark = pytest.mark.skipif(build_info() is None or INTERPRETED, reason="these are about the C++ kernels' threads")
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def block(seed: int) -> list[Tensor]:
     """Return the gradients of a small block, which runs the loops of every kind of kernel."""
     generator = torch.Generator().manual_seed(seed)
