@@ -39,7 +39,7 @@ class Work:
     bytes: int
     flops: int = 0
     bound: str = "copy"  # the bandwidth for the bytes: "copy", or "read" if nearly all of them are read
-    product: str = ""  # the dtype whose matrix rate may count beside those of float32 and the case's dtype
+    product: str = ""  # a further dtype whose matrix rate may bound the case
 
 
 @dataclass(frozen=True)

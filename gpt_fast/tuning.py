@@ -121,7 +121,7 @@ def climb(
 
 
 def work(op: str, row: Row, device: str) -> Callable[[], object]:
-    """What to time for a class of shapes: the largest of it, or GPT-2's smallest where it has no end."""
+    """Return the work to time for a class of shapes: its largest, or GPT-2's smallest where it has no end."""
     dtype = DTYPES[row.element]
     size = row.size if row.size < ANY else 768
     seed = torch.zeros(1, dtype=torch.int64, device=device)
@@ -207,7 +207,7 @@ def either_mlp(row: Row, dy: torch.Tensor, *inputs: torch.Tensor) -> Callable[[]
 
 @functools.cache
 def cublaslt_tests_pass() -> bool:
-    """Whether cuBLASLt's mlp was built and passes its tests on this GPU."""
+    """Return True if cuBLASLt's mlp was built and passes its tests on this GPU."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/ops/test_mlp_cublaslt.py"]
     tests = subprocess.run(command, capture_output=True, text=True, check=False)
     print(tests.stdout.splitlines()[-1] if tests.stdout else tests.stderr, flush=True)

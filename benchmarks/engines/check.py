@@ -1,4 +1,4 @@
-"""An engine is checked before it is timed: its greedy tokens on a small GPT-2 must be those of the plain model."""
+"""An engine is checked before it is timed: on a small GPT-2 it must choose the tokens that the plain model chooses."""
 
 import copy
 import tempfile

@@ -157,7 +157,7 @@ def calls(kernels: ModuleType, D: int, dtype: torch.dtype, p: float) -> tuple[Ca
 
 
 def candidates(kernels: ModuleType) -> list[list[Any]]:
-    """Return the rows of launch_configs.CANDIDATES, one at a time for forward, those of backward together."""
+    """Return the rows of launch_configs.CANDIDATES: each forward row alone, and all backward rows together."""
     rows = kernels.launch_configs.CANDIDATES[OP]
     return [*([row] for row in rows if row.kernel == "fwd"), [row for row in rows if row.kernel != "fwd"]]
 

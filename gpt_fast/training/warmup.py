@@ -54,7 +54,7 @@ def warm(config: GPTConfig, batch_size: int = 16, precision: str = "float32") ->
     """Compile the kernels that training and generation launch for a model of this configuration.
 
     One update and a few generated tokens run on the current CUDA device, by a model of two layers: the other layers
-    launch the same kernels. Sizes decide what is compiled, so the batch has those of the training to come.
+    launch the same kernels. Sizes decide what is compiled, so the batch is as large as in the training to come.
 
     Args:
         config: The model, with the vocabulary that it will have.

@@ -113,7 +113,7 @@ class GraphedStep:
                     self._capture(len(args))
                 elif self._captured != self._what_a_graph_reads():
                     raise ValueError(
-                        "gpt_fast.GraphedStep: parameters, optimizer state or options are not those of the capture; "
+                        "gpt_fast.GraphedStep: parameters, optimizer state or options were replaced after the capture; "
                         "expected no change but of learning rates; make a new GraphedStep after one"
                     )
                 assert self._graph is not None
