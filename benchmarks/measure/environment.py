@@ -33,7 +33,10 @@ def data_sheet(name: str) -> dict[str, float]:
 
 
 def device_name(device: str) -> str:
-    """Return the GPU's or the CPU's name, with the number of CPU threads used."""
+    """Return the GPU's name, or the CPU's with its vectors, its products of low precision and the number of threads.
+
+    CPUs of one model name may have different instructions, as virtual machines show them.
+    """
     if device == "cuda":
         return torch.cuda.get_device_name()
     model = platform.processor() or platform.machine()
@@ -41,8 +44,11 @@ def device_name(device: str) -> str:
     if cpuinfo.exists():
         names = [line for line in cpuinfo.read_text("utf-8").splitlines() if line.startswith("model name")]
         model = names[0].partition(":")[2].strip() if names else model
+    vectors = torch.backends.cpu.get_cpu_capability()
+    products = [name for name, has in (("bf16", bf16_products(device)), ("int8", int8_products())) if has]
     threads = torch.get_num_threads()
-    return f"{model}, {threads} {'thread' if threads == 1 else 'threads'} of {os.cpu_count()}"
+    instructions = ", ".join([vectors, *products])
+    return f"{model} ({instructions}), {threads} {'thread' if threads == 1 else 'threads'} of {os.cpu_count()}"
 
 
 def slug(device: str) -> str:

@@ -15,8 +15,7 @@ from benchmarks.topic import OURS
 
 RESULTS = ROOT / "benchmarks" / "results"
 README, DOCS_PAGE = ROOT / "README.md", ROOT / "docs" / "performance" / "results.md"
-WHOLE_MODELS = ("training_step", "generation")  # with every implementation in docs/performance/results.md
-SHOWN = ("training_step_bars.png", "attention_T_float32.png", "attention_T_bfloat16.png")  # in README.md
+WHOLE_MODELS = ("training_step", "generation", "prefill")  # with every implementation in docs/performance/results.md
 
 FLOOR = """\
 *Of the floor*: how much of the speed limit is reached, which is the bytes that must move at the bandwidth measured in
@@ -123,20 +122,17 @@ def study_sections(path: Path, pictures: str = "") -> list[str]:
 
 
 def figures(folder: Path) -> str:
-    """Return each device's highlights, with a link to all of its results."""
+    """Return the picture of the device that was measured last, and a link to the results of each device."""
+    measured = devices(folder)
+    last = max(measured, key=lambda path: max(run["sessions"][-1]["date"] for run in measured[path]), default=None)
     lines = []
-    for path, runs in devices(folder).items():
-        link = (path / "README.md").relative_to(ROOT)
-        lines += [
-            f"Measured on: {runs[0]['device']['name']}. [All of it, with memory and every implementation]({link}).",
-            "",
-            FLOOR,
-            "",
-            *table(tables.SUMMARY_HEADER, tables.highlights(runs)),
-            "",
-            *(f"![{name}]({path.relative_to(ROOT) / name})\n" for name in SHOWN if (path / name).exists()),
-        ]
-    return "\n".join(lines)
+    if last is not None and tables.speedups(measured[last]):
+        picture = last.relative_to(ROOT) / plots.OVERVIEW
+        lines += [f"![Speed of whole models against the fastest other implementation]({picture})", ""]
+    for path, runs in measured.items():
+        page = path.relative_to(ROOT) / "README.md"
+        lines += [f"- {runs[0]['device']['name']}: [every figure, implementation and peak memory]({page})"]
+    return "\n".join([*lines, ""])
 
 
 def blocks() -> dict[str, str]:
@@ -158,16 +154,8 @@ def rewritten(text: str) -> str:
 
 
 def docs_page(folder: Path) -> str:
-    """Return docs/performance/results.md: the floors, the summary of every case and the curves of each device."""
-    lines = [
-        "# Results",
-        "",
-        "Made by `make report` from the files in `benchmarks/results`, which `make bench` writes; "
-        "[how it is measured](benchmarks.md). Each folder there has a page with every implementation, pass and peak "
-        "memory.",
-        "",
-        EXPLANATION,
-    ]
+    """Return docs/performance/results.md: the pictures and highlights of each device first, then everything else."""
+    lines = ["# Results"]
     measured = devices(folder)
     if not any(runs[0]["device"]["type"] == "cuda" for runs in measured.values()):
         lines += [
@@ -175,24 +163,42 @@ def docs_page(folder: Path) -> str:
             "No figure here was measured on a GPU: [what a GPU should show](what-a-gpu-should-show.md) is predicted.",
         ]
     for path, runs in measured.items():
-        # The pictures stay beside the figures; tools/mkdocs_pictures.py brings them into the site.
-        folder_link = f"../../{path.relative_to(ROOT)}/" if path.is_relative_to(ROOT) else f"{path}/"
-        lines += ["", f"## {runs[0]['device']['name']}", ""]
-        lines += [*tables.versions(runs), "", *table(tables.SUMMARY_HEADER, tables.summary(runs))]
+        link = folder_link(path)
+        lines += ["", f"## {runs[0]['device']['name']}", "", f"![Speed of whole models]({link}{plots.OVERVIEW})"]
+        lines += ["", "The largest case of each topic:", ""]
+        lines += [*table(tables.SUMMARY_HEADER, tables.highlights(runs)), "", FLOOR, "", "### How cost grows"]
+        for picture in growth(path):
+            lines += ["", f"![{picture.stem.replace('_', ' ')}]({link}{picture.name})"]
+    lines += [
+        "",
+        "## How to read the tables",
+        "",
+        "`make report` makes this page from the files in `benchmarks/results`, which `make bench` writes. "
+        "[The method](benchmarks.md) has its own page. Each folder there has a page with every implementation, pass "
+        "and peak memory.",
+        "",
+        EXPLANATION,
+    ]
+    for path, runs in measured.items():
+        name = runs[0]["device"]["name"]
+        lines += ["", f"## {name}: every case", "", *tables.versions(runs)]
+        lines += ["", *table(tables.SUMMARY_HEADER, tables.summary(runs))]
         for run in runs:
             if run["topic"] in WHOLE_MODELS and not run.get("busy"):
                 lines += ["", f"### {tables.title(run)}", "", *tables.notes(run)]
                 lines += tables.case_tables(run, complete=True)
-        sections = [*target_section(runs), *busy_section(runs), *study_sections(path, folder_link)]
+        sections = [*target_section(runs), *busy_section(runs), *study_sections(path, folder_link(path))]
         lines += [f"#{line}" if line.startswith("## ") else line for line in sections]
-        lines += ["", "### How cost grows"]
-        for picture in growth(path):
-            lines += ["", f"![{picture.stem.replace('_', ' ')}]({folder_link}{picture.name})"]
     return "\n".join(lines) + "\n"
 
 
+def folder_link(path: Path) -> str:
+    """Return the link from docs/performance to a device's folder; tools/mkdocs_pictures.py serves its pictures."""
+    return f"../../{path.relative_to(ROOT)}/" if path.is_relative_to(ROOT) else f"{path}/"
+
+
 def growth(path: Path) -> Iterable[Path]:
-    """Return a device's pictures of how cost grows, and the one of the training step."""
+    """Return a device's pictures of how cost grows with a size."""
     studies = {picture_of(study.name) for study, _ in results.read_studies(path)}
-    shown = (picture for picture in path.glob("*.png") if picture.name not in studies)
-    return sorted(p for p in shown if not p.stem.endswith("_bars") or p.stem == "training_step_bars")
+    shown = (picture for picture in path.glob("*.png") if picture.name not in {*studies, plots.OVERVIEW})
+    return sorted(picture for picture in shown if not picture.stem.endswith("_bars"))

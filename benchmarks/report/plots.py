@@ -11,6 +11,7 @@ from benchmarks.report import results
 from benchmarks.report.markdown import PASS_NAMES, seconds
 from benchmarks.report.markdown import memory as memory_of
 from benchmarks.report.results import Record, Run
+from benchmarks.report.tables import speedups
 from benchmarks.report.tables import title as title_of
 from benchmarks.topic import OURS
 
@@ -51,6 +52,7 @@ COLORS = {
     "reference": "#555555",
 }
 ROOF = "#222222"
+OVERVIEW = "overview.png"  # the picture that stands for a device
 AXES = {
     "T": "tokens in a sequence, T", "V": "vocabulary, V", "B": "batch, B", "N": "columns, N", "C": "width, C",
     "layers": "layers",
@@ -61,6 +63,10 @@ Series = list[dict[str, Record]]  # one entry for each size
 def draw(runs: list[Run], folder: Path) -> dict[str, str]:
     """Write every picture that the quiet runs give. Return file name → caption."""
     written: dict[str, str] = {}
+    faster = speedups(runs)
+    if faster:
+        FigureCanvasAgg(overview(faster)).print_png(folder / OVERVIEW)
+        written[OVERVIEW] = "Speed of whole models against the fastest other implementation"
     for run in (run for run in runs if not run.get("busy")):
         for (series, kind), group in groups(run).items():
             for stem, figure, caption in figures(run, series, kind, group):
@@ -68,6 +74,23 @@ def draw(runs: list[Run], folder: Path) -> dict[str, str]:
                 FigureCanvasAgg(figure).print_png(folder / name)
                 written[name] = caption
     return written
+
+
+def overview(faster: dict[str, tuple[float, str]]) -> Figure:
+    """Draw a bar for each whole-model case: our speed as a multiple of the fastest other's, whose name it bears."""
+    figure = Figure(figsize=(8.4, 0.34 * len(faster) + 0.9), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    places = list(range(len(faster)))[::-1]
+    axes.barh(places, [times for times, _ in faster.values()], color=COLORS[OURS], height=0.62)
+    for place, (times, other) in zip(places, faster.values(), strict=True):
+        label = f"{times:.2f} × {other}"
+        axes.annotate(label, (times, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.axvline(1, color=ROOF, linewidth=1.2, linestyle=(0, (5, 3)))
+    axes.set_yticks(places, [case.replace("model=gpt2 ", "") for case in faster], fontsize=8)
+    axes.set_xlim(0, 1.45 * max(times for times, _ in faster.values()))
+    axes.tick_params(axis="x", labelsize=8)
+    _head(figure, f"{OURS}: speed against the fastest other implementation (GPT-2 124M)")
+    return figure
 
 
 def groups(run: Run) -> dict[tuple[str, str], Series]:

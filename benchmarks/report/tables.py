@@ -106,12 +106,24 @@ def summary(runs: list[Run]) -> list[list[str]]:
 
 def highlights(runs: list[Run]) -> list[list[str]]:
     """Return the summary with all passes of a case together, and only the largest case by topic, dtype and dropout."""
-    largest: dict[tuple[Any, ...], list[str]] = {}
+    return [_summed(run, records, name, passes) for run, name, records, passes in _largest(runs)]
+
+
+def speedups(runs: list[Run]) -> dict[str, tuple[float, str]]:
+    """Return whole-model highlights: case → (speed as a multiple of the fastest other's, name of that other)."""
+    jobs = [run for run in runs if run["suite"] != "ops"]
+    found = {name: _against(run, records, passes) for run, name, records, passes in _largest(jobs)}
+    return {name: against for name, against in found.items() if against is not None}
+
+
+def _largest(runs: list[Run]) -> list[tuple[Run, str, dict[str, Record], tuple[str, ...]]]:
+    """Return (run, name, records, passes) of the largest complete case by topic, dtype and dropout."""
+    largest = {}
     for run, case, records in _complete(runs):
         ours = records[OURS]
         passes = tuple(ours["times"])
         name = "" if passes == ("step",) else f", {' + '.join(PASS_NAMES.get(name, name) for name in passes)}"
-        largest[run["topic"], ours["dtype"], ours["dropout"]] = _summed(run, records, case + name, passes)
+        largest[run["topic"], ours["dtype"], ours["dropout"]] = (run, case + name, records, passes)
     return list(largest.values())
 
 
@@ -124,20 +136,29 @@ def _complete(runs: list[Run]) -> Iterator[tuple[Run, str, dict[str, Record]]]:
 
 
 def _summed(run: Run, records: dict[str, Record], case: str, passes: tuple[str, ...]) -> list[str]:
-    def time(record: Record) -> float:
-        return sum(record["times"][name]["median"] for name in passes)
-
     ours = records[OURS]
+    against = _against(run, records, passes)
+    speed = f"{against[0]:.2f} × {against[1]}" if against else ""
+    return [case, seconds(_time(ours, passes)), f"{results.share_of_floor(run, ours, *passes):.0%}", speed]
+
+
+def _against(run: Run, records: dict[str, Record], passes: tuple[str, ...]) -> tuple[float, str] | None:
+    """Return our speed as a multiple of the fastest other's, with its name; None if no other did the same work."""
     topic = topic_of(run)
     rivals = {peer.name for peer in topic.peers if peer.rival} if topic else set(records)
     others = {
-        peer: time(record)
+        peer: _time(record, passes)
         for peer, record in records.items()
         if set(passes) <= set(record["times"]) and not peer.startswith(OURS) and peer in rivals
     }
-    best = min(others, key=lambda peer: others[peer]) if others else ""
-    against = f"{others[best] / time(ours):.2f} × {best}" if best else ""
-    return [case, seconds(time(ours)), f"{results.share_of_floor(run, ours, *passes):.0%}", against]
+    if not others:
+        return None
+    best = min(others, key=lambda peer: others[peer])
+    return others[best] / _time(records[OURS], passes), best
+
+
+def _time(record: Record, passes: tuple[str, ...]) -> float:
+    return sum(record["times"][name]["median"] for name in passes)
 
 
 # ---- quiet and busy
