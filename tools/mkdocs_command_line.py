@@ -1,26 +1,18 @@
-"""Hook of mkdocs: writes the page of the command line from the commands themselves, with typer's own generator."""
+"""Hook of mkdocs: lists every option on the page of the command line, by typer's own generator."""
 
 import typer
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 from typer.cli import get_docs_for_click
 from typer.core import MARKUP_MODE_KEY
 
 from gpt_fast_cli.app import NAMES, load_command
 
 PAGE = "reference/command-line.md"
-INTRODUCTION = """\
-# Command line
-
-Every command and option of `gpt-fast`. `gpt-fast COMMAND --help` prints the same on a terminal.
-
-"""
 
 
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the page, with one section for each command."""
-    files.append(File.generated(config, PAGE, content=INTRODUCTION + "\n".join(map(section, NAMES))))
-    return files
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
+    """Add a section for each command to the page."""
+    return "\n".join([markdown, *map(section, NAMES)]) if page.file.src_uri == PAGE else markdown
 
 
 def section(name: str) -> str:

@@ -1,13 +1,13 @@
 """Writes every table and picture from the files of results: python -m benchmarks.report [DIR]
 
 For each device's folder in DIR (benchmarks/results by default): README.md and the pictures, from its JSON files.
-Without DIR also docs/performance/results.md and the blocks of README.md that are marked as made here.
+Without DIR also docs/performance/results.md, and the marked blocks of README.md and docs/index.md.
 """
 
 import sys
 from pathlib import Path
 
-from benchmarks.report.pages import DOCS_PAGE, README, RESULTS, docs_page, rewritten, write_pages
+from benchmarks.report.pages import DOCS_PAGE, HOME, README, RESULTS, docs_page, rewritten, write_pages
 
 
 def main() -> None:
@@ -15,7 +15,8 @@ def main() -> None:
         pages = write_pages(Path(sys.argv[1]))
     else:
         pages = write_pages(RESULTS)
-        README.write_text(rewritten(README.read_text("utf-8")), encoding="utf-8")
+        for page in (README, HOME):
+            page.write_text(rewritten(page), encoding="utf-8")
         DOCS_PAGE.write_text(docs_page(RESULTS), encoding="utf-8")
     print("\n".join(str(path) for path in pages) or "no results")
 

@@ -1,5 +1,7 @@
-"""The pages that show results: one for each device, docs/performance/results.md, and the marked blocks of README.md."""
+"""The pages that show results: one for each device, docs/performance/results.md, marked blocks of README.md and of the
+site's home page."""
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +16,7 @@ from benchmarks.report.results import Run
 from benchmarks.topic import OURS
 
 RESULTS = ROOT / "benchmarks" / "results"
-README, DOCS_PAGE = ROOT / "README.md", ROOT / "docs" / "performance" / "results.md"
+README, HOME, DOCS_PAGE = ROOT / "README.md", ROOT / "docs" / "index.md", ROOT / "docs" / "performance" / "results.md"
 WHOLE_MODELS = ("training_step", "generation", "prefill")  # with every implementation in docs/performance/results.md
 
 FLOOR = """\
@@ -118,34 +120,42 @@ def study_sections(path: Path, pictures: str = "") -> list[str]:
     return lines
 
 
-# ---- README.md
+# ---- README.md and docs/index.md
 
 
 def figures(folder: Path) -> str:
     """Return the picture of the device that was measured last, and a link to the results of each device."""
-    measured = devices(folder)
-    last = max(measured, key=lambda path: max(run["sessions"][-1]["date"] for run in measured[path]), default=None)
-    lines = []
-    if last is not None and tables.speedups(measured[last]):
-        picture = last.relative_to(ROOT) / plots.OVERVIEW
-        lines += [f"![Speed of whole models against the fastest other implementation]({picture})", ""]
-    for path, runs in measured.items():
+    lines = [picture(folder, README), ""]
+    for path, runs in devices(folder).items():
         page = path.relative_to(ROOT) / "README.md"
         lines += [f"- {runs[0]['device']['name']}: [every figure, implementation and peak memory]({page})"]
     return "\n".join([*lines, ""])
 
 
-def blocks() -> dict[str, str]:
-    """Return the blocks of README.md that are made here, by name."""
-    return {"support": support.table(), "figures": figures(RESULTS)}
+def picture(folder: Path, page: Path) -> str:
+    """Return the picture of the device that was measured last, linked from a page; "" if no device has one."""
+    measured = {path: runs for path, runs in devices(folder).items() if tables.speedups(runs)}
+    if not measured:
+        return ""
+    last = max(measured, key=lambda path: max(run["sessions"][-1]["date"] for run in measured[path]))
+    place = os.path.relpath(last / plots.OVERVIEW, page.parent)
+    return f"![Speed of whole models against the fastest other implementation]({place})"
 
 
-def rewritten(text: str) -> str:
-    """Return the text with every block that is made here replaced."""
-    for name, block in blocks().items():
+def blocks(page: Path) -> dict[str, str]:
+    """Return the blocks of a page that are made here, by name."""
+    if page == README:
+        return {"support": support.table(), "figures": figures(RESULTS)}
+    return {"picture": picture(RESULTS, page) + "\n"}
+
+
+def rewritten(page: Path) -> str:
+    """Return the text of a page with every block that is made here replaced."""
+    text = page.read_text("utf-8")
+    for name, block in blocks(page).items():
         parts = re.split(rf"(<!-- {name}: made by `make report` -->\n|<!-- /{name} -->)", text)
         if len(parts) != 5:
-            raise ValueError(f"README.md has {len(parts) // 4} blocks of {name}; expected 1")
+            raise ValueError(f"{page.name} has {len(parts) // 4} blocks of {name}; expected 1")
         text = "".join([*parts[:2], block, *parts[3:]])
     return text
 

@@ -5,9 +5,8 @@ import json
 
 import pytest
 
-from benchmarks.measure.environment import ROOT
 from benchmarks.models import counts
-from benchmarks.report import pages, results, tables, targets
+from benchmarks.report import pages, plots, results, tables, targets
 from benchmarks.topic import FLOOR, LEFT, OURS, TOKENS, Target
 from tests.suite.figures import FLOORS, a_run, record
 
@@ -144,6 +143,14 @@ def test_highlights_put_passes_together():
     assert tables.highlights([a_run(*rows)]) == [expected]
 
 
+def test_speedups_are_of_whole_models(tmp_path):
+    """The picture of a device has the largest case of each job, against the fastest other that does the same work."""
+    job = a_run(record(median=1.0), record(peer="plain", median=1.5), record(peer="torch", median=1.2), suite="train")
+    assert tables.speedups([a_run(record(), record(peer="torch", median=3.0))]) == {}
+    assert tables.speedups([job]) == {"layer_norm M=4 float32, forward": (pytest.approx(1.2), "torch")}
+    assert plots.OVERVIEW in pages.draw(tmp_path, [job])
+
+
 def test_training_shows_tokens_and_mfu(tmp_path):
     work = {"step": {"bytes": 0, "flops": 50e9, "bound": "copy"}}
     sizes = {"model": "gpt2", "B": 1, "T": 1234}
@@ -234,13 +241,16 @@ def test_committed_pages_are_made_from_the_committed_files():
         page = pages.device_page(folder, runs, shown)
         without = [line for line in text.splitlines() if not line.startswith("![")]
         assert without == [line for line in page.splitlines() if not line.startswith("![")], "make report"
-    assert pages.figures(pages.RESULTS) in (ROOT / "README.md").read_text("utf-8"), "README.md: make report"
+    for page in (pages.README, pages.HOME):
+        assert pages.rewritten(page) == page.read_text("utf-8"), f"{page.name}: make report"
     assert pages.docs_page(pages.RESULTS) == pages.DOCS_PAGE.read_text("utf-8"), "make report"
 
 
-def test_blocks_of_the_readme(monkeypatch):
-    monkeypatch.setattr(pages, "blocks", lambda: {"a": "new\n"})
-    text = "x\n<!-- a: made by `make report` -->\nold\n<!-- /a -->\ny\n"
-    assert pages.rewritten(text) == text.replace("old", "new")
+def test_marked_blocks_of_a_page_are_replaced(monkeypatch, tmp_path):
+    monkeypatch.setattr(pages, "blocks", lambda page: {"a": "new\n"})
+    page = tmp_path / "README.md"
+    page.write_text("x\n<!-- a: made by `make report` -->\nold\n<!-- /a -->\ny\n")
+    assert pages.rewritten(page) == page.read_text().replace("old", "new")
+    page.write_text("x")
     with pytest.raises(ValueError, match="README.md has 0 blocks of a"):
-        pages.rewritten("x")
+        pages.rewritten(page)
