@@ -6,7 +6,7 @@ import contextlib
 import threading
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,6 +101,7 @@ class DecodeSession:
         self._lock = threading.Lock()
         self.model: GPT | Head | None = model
         self._reference_step: TorchStep | None = None
+        self._unread: _Unread | None = None
         self._make_step()
 
     def _make_step(self) -> None:
@@ -157,12 +158,13 @@ class DecodeSession:
 
     @property
     def lengths(self) -> Tensor:
-        """How many tokens each row has read, [batch] int64."""
-        return self.cache.lengths.clone()
+        """How many tokens each row holds, [batch] int64."""
+        return self.cache.lengths + (self._unread is not None)
 
     def reset(self) -> None:
         """Forget everything read."""
         self.cache.lengths.zero_()
+        self._unread = None
 
     def prefill(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Adds tokens [B, T], of which the first `lengths` [B] count, to rows 0 to B; the logits [B, V] after each."""
@@ -173,6 +175,7 @@ class DecodeSession:
             if lengths is not None:  # padding may hold anything, such as -100; the embedding takes token ids alone
                 is_padding = torch.arange(tokens.shape[1], device=tokens.device) >= counts[:, None]
                 tokens = tokens.masked_fill(is_padding, 0)
+            self.read_unread()
             return self.read_prompt(tokens, counts)
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -184,6 +187,7 @@ class DecodeSession:
                 got = _checks.described(tokens)
                 raise ValueError(f"gpt_fast.DecodeSession: tokens is {got}; expected int64 [{self.cache.batch}]")
             check_device(tokens, self.cache.keys)
+            self.read_unread()
             self.check_room(1)
             check_tokens(tokens, self.config.num_tokens)
             before = self.cache.lengths.clone()
@@ -204,6 +208,23 @@ class DecodeSession:
     @property
     def config(self):
         return parts(self.model)[0].config
+
+    def leave_unread(self, tokens: Tensor, options: Sampling, seen: Tensor | None) -> None:
+        """Leave the last drawn token of each row [batch] to the next call: often there is none."""
+        self._unread = _Unread(tokens, options, seen)
+
+    def read_unread(self) -> None:
+        """Read what `leave_unread` left. The step draws as the steps before, so CUDA needs no second graph."""
+        if self._unread is None:
+            return
+        before = self.cache.lengths.clone()
+        try:
+            self.advance(self._unread.tokens, self._unread.options, seen=self._unread.seen)
+            self.check_logits()
+        except BaseException:
+            self.cache.lengths.copy_(before)
+            raise
+        self._unread = None
 
     @torch.no_grad()
     def read_prompt(self, tokens: Tensor, lengths: Tensor, first: int = 0) -> Tensor:
@@ -315,6 +336,14 @@ class DecodeSession:
                 f"gpt_fast.DecodeSession: the cache is full: a row would hold {wanted} tokens, it has room for "
                 f"{self.cache.length}; make a longer session, or reset() it"
             )
+
+
+class _Unread(NamedTuple):
+    """The last tokens [batch] that `generate` drew, and how: they belong to the session but are not in its cache."""
+
+    tokens: Tensor
+    options: Sampling
+    seen: Tensor | None
 
 
 class _InUse:

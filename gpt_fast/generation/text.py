@@ -15,7 +15,7 @@ from torch import Tensor
 from ..model import GPT, as_key_mask
 from ..ops import _checks
 from .sampling import Sampling, penalise
-from .session import DecodeSession, check_device, check_prompt
+from .session import GREEDY, DecodeSession, check_device, check_prompt
 from .steps import parts, step_kind, unwrapped
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the common options to
             from position 0.
         weights: Precision of the weights in a step on a CPU, see `DecodeSession`.
         session: A `DecodeSession` of B rows that this call continues, as in chat turns. It holds prompt and new tokens
-            afterwards. The penalty then counts the tokens of this call alone. Without one, the model keeps a session
+            afterwards; the model reads the last one when the next call needs it. The penalty then counts the tokens of this call alone. Without one, the model keeps a session
             for the next call and makes another one when its parameters have changed or moved.
         stream: Called with the new tokens [B] of every step, which are the padding token where a row is done.
         return_scores: Return the log-probabilities of the new tokens too.
@@ -149,6 +149,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the common options to
         session = _take_session(model, len(tokens), min(wanted, config.seq_len), weights)
     with session.in_use():
         session.check_layout()
+        session.read_unread()
         before = session.cache.lengths.clone()
         if own:
             session.reset()
@@ -162,8 +163,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the common options to
             drawing = _Drawing(session, rows, options, logits_processors, return_scores)
             _continue(session, rows, max_new_tokens, drawing, stop, stream, slides and own)
             if not own and max_new_tokens > 0:
-                drawing.read_last()
-                session.check_logits()
+                session.leave_unread(rows.last, GREEDY if logits_processors or return_scores else options, drawing.seen)
         except BaseException:
             session.cache.lengths.copy_(before)
             raise
@@ -252,13 +252,6 @@ class _Drawing:
         logits = self.session.read(self.rows.last, live)
         self.session.check_logits()
         return self.draw(logits, torch.arange(len(logits), device=logits.device))
-
-    def read_last(self) -> None:
-        """Read each row's latest token by the step that draws, so that a CUDA session needs no second graph."""
-        if self.processors or self.scores:
-            self.session.read(self.rows.last)
-        else:
-            self.session.advance(self.rows.last, self.options, seen=self.seen)
 
     def draw(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return tokens drawn from the logits [n, V] of these rows [n] and their scores, if wanted."""

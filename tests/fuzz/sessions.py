@@ -828,6 +828,8 @@ def continue_session(fuzz: Fuzz) -> None:
         return
     longest = fuzz.rng.randint(1, room)
     call_generate(fuzz, fuzz.plain, longest, fuzz.rng.randint(0, room - longest), session=fuzz.session)
+    with fuzz.session.in_use():  # now, so that the cache holds what `content` compares
+        fuzz.session.read_unread()
 
 
 def generate_alone(fuzz: Fuzz) -> None:

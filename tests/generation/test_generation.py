@@ -145,6 +145,50 @@ def test_repetition_penalty_against_a_plain_loop(model):
     model.train()
 
 
+@pytest.mark.parametrize("then", ["step", "prefill", "generate", "reset"])
+def test_the_last_token_is_read_by_the_next_call(model, then, monkeypatch):
+    """`generate` draws n tokens by a prompt and n - 1 steps; the session holds all of them for whatever comes next."""
+    session, other = DecodeSession(model, batch=2), DecodeSession(model, batch=2)
+    steps = []
+    advance = session.advance
+    monkeypatch.setattr(session, "advance", lambda *args, **options: steps.append(1) or advance(*args, **options))
+    tokens, lengths = prompts(3, 5)
+    out = generate(model, tokens, max_new_tokens=4, temperature=0, lengths=lengths, session=session)
+    assert len(steps) == 3
+    assert session.lengths.tolist() == (lengths + 4).tolist()
+    other.prefill(out, lengths + 4)
+
+    more = torch.tensor([[1, 2], [3, 4]])
+    if then == "reset":
+        session.reset()
+        assert session.lengths.tolist() == [0, 0]
+        assert torch.equal(session.prefill(more), DecodeSession(model, batch=2).prefill(more))
+    elif then == "generate":
+        got, expected = (generate(model, more, max_new_tokens=3, temperature=0, session=s) for s in (session, other))
+        assert torch.equal(got, expected)
+    elif then == "prefill":
+        torch.testing.assert_close(session.prefill(more), other.prefill(more))
+    else:
+        torch.testing.assert_close(session.step(more[:, 0]), other.step(more[:, 0]))
+    assert len(steps) == {"step": 5, "prefill": 4, "generate": 6, "reset": 3}[then]
+
+
+def test_a_last_token_that_cannot_be_read_stays_unread(model):
+    """The damage shows in the next call, which leaves the session as it was."""
+    session = DecodeSession(model, batch=1)
+    generate(model, torch.tensor([[1, 2]]), max_new_tokens=2, temperature=0, session=session)
+    with torch.no_grad():
+        weight = model.trunk.token_emb.weight
+        before = weight.clone()
+        weight.fill_(math.nan)
+    for call in (lambda: session.step(torch.tensor([1])), lambda: session.prefill(torch.tensor([[1]]))):
+        with pytest.raises(ValueError, match="logits hold NaN or infinity"):
+            call()
+        assert session.lengths.tolist() == [4]
+    with torch.no_grad():
+        weight.copy_(before)
+
+
 def test_chat_turns(model):
     """A session given holds prompt and answer: the next turn goes on from it, rows of unequal length included."""
     session = DecodeSession(model, batch=2)

@@ -23,3 +23,20 @@ def test_the_citation_names_this_version():
     assert citation["version"] == fields["version"]
     assert citation["license"] == fields["license"]
     assert fields["name"].replace("-", "_") in citation["title"]
+
+
+def test_the_log_has_its_newest_entry_first():
+    dates = re.findall(r"^## (\d{4}-\d{2}-\d{2}): ", (ROOT / "docs/log.md").read_text("utf-8"), re.MULTILINE)
+    headings = re.findall(r"^## .*", (ROOT / "docs/log.md").read_text("utf-8"), re.MULTILINE)
+    assert len(dates) == len(headings)
+    assert dates == sorted(dates, reverse=True)
+
+
+def test_each_guide_begins_with_a_command_or_code():
+    """The first block after the title shows the guide's subject; comments for the tests may stand before it."""
+    late = []
+    for page in sorted((ROOT / "docs/guides").glob("*.md")):
+        text = re.sub(r"<!--.*?-->", "", page.read_text("utf-8"), flags=re.DOTALL)
+        if not re.match(r"# [^\n]+\n\s*```(sh|python)", text):
+            late.append(page.name)
+    assert late == []
