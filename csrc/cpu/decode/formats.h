@@ -104,9 +104,9 @@ inline uint16_t round_to_bfloat16(float x) {
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// Writes n values rounded to bfloat16, two in each word.
-inline void pack_bfloat16(const float* x, int64_t n, Word* out) {
-  uint16_t* halves = reinterpret_cast<uint16_t*>(out);
+// Writes n values rounded to bfloat16, two in each word, from the half `begin` on.
+inline void pack_bfloat16(const float* x, int64_t n, Word* out, int64_t begin = 0) {
+  uint16_t* halves = reinterpret_cast<uint16_t*>(out) + begin;
   for (int64_t k = 0; k < n; ++k) halves[k] = round_to_bfloat16(x[k]);
 }
 
@@ -156,7 +156,7 @@ struct Float32 {
   static constexpr int64_t kPer = 1;                    // weights of a word
   static constexpr int64_t kInputWords = 1;             // of a vector, for one word of weights
   static constexpr int64_t kChain = 512;                // words that one register sums up
-  static constexpr bool kScaled = false;                // whether rows and vectors have scales
+  static constexpr bool kScaled = false;                // whether rows and vectors have scales, which take whole ones
   using Sum = Vec;
   using Weights = Vec;
   using Input = Vec;
@@ -168,9 +168,14 @@ struct Float32 {
 
   // Writes the vector x [K] as words, zeros up to `words`; returns what the products are to be multiplied by.
   static float prepare(const float* x, int64_t K, int64_t words, Word* out) {
-    std::memcpy(out, x, K * sizeof(float));
-    std::fill(out + K, out + words, 0);
+    prepare_part(x, 0, K, K, words, out);
     return 1.0f;
+  }
+
+  // Writes the values `begin` to `begin + count` of a vector [K] into its words; the last ones with the zeros.
+  static void prepare_part(const float* x, int64_t begin, int64_t count, int64_t K, int64_t words, Word* out) {
+    std::memcpy(out + begin, x, count * sizeof(float));
+    if (begin + count == K) std::fill(out + K, out + words, 0);
   }
 
   // Writes a row of weights [K] as words, zeros up to `words`; returns the scale of the row.
@@ -196,7 +201,10 @@ struct BFloat16 {
   static Weights load(const Word* w) { return in_a_register(load_words(w)); }
   static Input load_input(const Word* x) { return broadcast(*x); }
   static Sum multiply(Weights w, Input x, Sum sum) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
-  static float prepare(const float* x, int64_t K, int64_t words, Word* out) { return pack(x, K, words, out); }
+  static void prepare_part(const float* x, int64_t begin, int64_t count, int64_t K, int64_t words, Word* out) {
+    if (begin + count == K) std::fill(out + K / kPer, out + words, 0);
+    pack_bfloat16(x, count, out, begin);
+  }
 #else
   static constexpr int kTileVectors = 4;
   static constexpr int64_t kInputWords = 2;
@@ -214,10 +222,15 @@ struct BFloat16 {
   static Sum multiply(Weights w, Input x, Sum sum) {
     return at::vec::fmadd(w.upper, x.upper, at::vec::fmadd(w.lower, x.lower, sum));
   }
-  static float prepare(const float* x, int64_t K, int64_t words, Word* out) {
-    return Float32::prepare(x, K, 2 * words, out);
+  static void prepare_part(const float* x, int64_t begin, int64_t count, int64_t K, int64_t words, Word* out) {
+    Float32::prepare_part(x, begin, count, K, 2 * words, out);
   }
 #endif
+
+  static float prepare(const float* x, int64_t K, int64_t words, Word* out) {
+    prepare_part(x, 0, K, K, words, out);
+    return 1.0f;
+  }
 
   static float pack(const float* w, int64_t K, int64_t words, Word* out) {
     std::fill(out + K / kPer, out + words, 0);

@@ -230,9 +230,12 @@ class DecodeSession {
     if (n > scale_.size() || m * w.V > logits_.size()) finish_jobs();
     x_.reserve(n * w.C);
     q_.reserve(n * w.C);
-    attended_.reserve(n * w.C);
-    hidden_.reserve(n * w.F);
-    scale_.reserve(n);
+    attended_.reserve(n * std::max(w.C, input_words(w.C)));
+    hidden_.reserve(n * std::max(w.F, input_words(w.F)));
+    if (n > scale_.size()) {
+      scale_.reserve(n);
+      std::fill(scale_.data(), scale_.data() + n, 1.0f);  // stays so where vectors have no scales
+    }
     inputs_.reserve(n * std::max(input_words(w.C), input_words(w.F)));
     logits_.reserve(m * w.V);
   }
@@ -243,14 +246,35 @@ class DecodeSession {
   }
 
   // The vectors of a product: rows of `x`, normalised if there is a norm, and written back if it `stores` the result.
+  // Or `words`, which are prepared already.
   struct Source {
     float* x;
     const Norm* norm = nullptr;
     bool stores = false;
     const int64_t* rows = nullptr;  // which rows; null for the first ones
+    const Word* words = nullptr;
 
     int64_t row(int64_t i) const { return rows == nullptr ? i : rows[i]; }
   };
+
+  // Vectors [n, K] between two products, as the first one's pieces write them (`put`) and the next one reads them. They
+  // are words already where no scale of the whole vector is needed, else floats.
+  template <class Format>
+  static Source between(Memory<Word>& vectors) {
+    if constexpr (Format::kScaled) return {reinterpret_cast<float*>(vectors.data())};
+    return {nullptr, nullptr, false, nullptr, vectors.data()};
+  }
+
+  // Writes the values from `begin` on of vector i.
+  template <class Format>
+  static void put(const float* y, int64_t count, Memory<Word>& vectors, const Linear& next, int64_t i, int64_t begin) {
+    if constexpr (Format::kScaled) {
+      round_row(y, reinterpret_cast<float*>(vectors.data()) + i * next.K + begin, count);
+    } else {
+      Word* vector = vectors.data() + i * input_stride<Format>(next.words);
+      Format::prepare_part(y, begin, count, next.K, next.words, vector);
+    }
+  }
 
   // Prepares vectors `begin` to `end` into the thread's own inputs and scale; the normalised ones are in its h.
   template <class Format>
@@ -298,8 +322,8 @@ class DecodeSession {
   template <class Format, class Change, class Write>
   void product(Team::Walker& walker, const Linear& linear, const Source& source, int64_t n, const Change& change,
                const Write& write) {
-    const bool together = n > kPreparedAlone || source.stores;
-    if (together) prepare_together<Format>(walker, linear, source, n);
+    const bool together = source.words != nullptr || n > kPreparedAlone || source.stores;
+    if (together && source.words == nullptr) prepare_together<Format>(walker, linear, source, n);
     const Matrix<Format> matrix = linear.matrix<Format>();
     const int64_t panels = matrix.panels(), bytes = linear.words * kVec * static_cast<int64_t>(sizeof(Word));
     int64_t count = std::max<int64_t>(1, kPieceBytes / bytes);  // panels of a piece
@@ -313,7 +337,8 @@ class DecodeSession {
           Scratch& own = scratch();
           if (!prepared) prepare<Format>(linear, source, 0, n);
           prepared = true;
-          const Inputs inputs{(together ? inputs_ : own.inputs).data(), (together ? scale_ : own.scale).data()};
+          const Word* words = source.words != nullptr ? source.words : (together ? inputs_ : own.inputs).data();
+          const Inputs inputs{words, (together ? scale_ : own.scale).data()};
           const int64_t begin = piece * count, end = std::min(panels, begin + count), width = (end - begin) * kVec;
           float* y = sized(own.y, n * width);
           multiply(matrix, begin, end, inputs, n, y);
@@ -333,7 +358,7 @@ class DecodeSession {
   template <class Format>
   void run(Team::Walker& walker, const Work& work) {
     const DecodeWeights& w = *w_;
-    const int64_t n = work.n(), C = w.C, F = w.F, H = w.H, D = C / H, L = static_cast<int64_t>(w.blocks.size());
+    const int64_t n = work.n(), C = w.C, H = w.H, D = C / H, L = static_cast<int64_t>(w.blocks.size());
     using cache_t = Cache<Format>;
     cache_t* const keys = keys_.mutable_data_ptr<cache_t>();
     cache_t* const values = values_.mutable_data_ptr<cache_t>();
@@ -411,17 +436,17 @@ class DecodeSession {
             const int64_t head = piece % H, begin = piece / H * kQueries, end = std::min(n, begin + kQueries);
             const float* out = scratch().h.data();
             for (int64_t i = begin; i < end; ++i, out += D) {
-              round_row(out, attended_.data() + i * C + head * D, D);
+              put<Format>(out, D, attended_, block.out, i, head * D);
             }
           });
-      product<Format>(walker, block.out, {attended_.data()}, n, unchanged, add_branch);
+      product<Format>(walker, block.out, between<Format>(attended_), n, unchanged, add_branch);
       product<Format>(
           walker, block.fc, {x_.data(), w.pre_norm ? &block.norm2 : &block.norm1, !w.pre_norm}, n,
           [&](float* y, int64_t count) { activate_row(w.activation, y, count); },
           [&](int64_t i, int64_t f, const float* y, int64_t count) {
-            round_row(y, hidden_.data() + i * F + f, count);
+            put<Format>(y, count, hidden_, block.proj, i, f);
           });
-      product<Format>(walker, block.proj, {hidden_.data()}, n, unchanged, add_branch);
+      product<Format>(walker, block.proj, between<Format>(hidden_), n, unchanged, add_branch);
       pending = &block.norm2;
     }
 
@@ -499,8 +524,8 @@ class DecodeSession {
   std::shared_ptr<const DecodeWeights> w_;
   Tensor keys_, values_;
   int64_t B_ = 0, S_ = 0, n_ = 0;  // sequences, positions; rows of the last step
-  Memory<float> x_, q_, attended_, hidden_, scale_, logits_;
-  Memory<Word> inputs_;
+  Memory<float> x_, q_, scale_, logits_;
+  Memory<Word> inputs_, attended_, hidden_;
   std::vector<int64_t> drawn_;
   std::vector<Team::Running> jobs_;  // that other threads may still be in
   mutable std::atomic<bool> in_use_{false};
