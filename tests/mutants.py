@@ -1,4 +1,5 @@
-"""Tests the tests: plants each fault of tests/faults/<op>.py and runs that op's tests, which must fail.
+"""Tests the tests: plants each fault of tests/faults/<op>.py and runs that op's tests, which must fail. The engine of
+generation on a CPU, `decode_session`, is judged in the same way.
 
     python -m tests.mutants [OP ...] [--match REGEX] [--part I/N] [--jobs N] [--fuzz [--draws N]]
 
@@ -40,6 +41,14 @@ BATCH = 12  # faults that are compiled and judged together
 BINDINGS = ROOT / "csrc" / "bindings.cpp"
 CPP_SOURCES = sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))
 REGISTRATION = r"TORCH_LIBRARY_IMPL\(gpt_fast, (\w+), m\)"
+BINDING = "const Binding binding("
+# What is no op: its file, and its tests.
+ENGINES = {
+    "decode_session": (
+        "decode/session.cpp",
+        ("tests/generation/test_decode_session.py", "tests/generation/test_busy_threads.py"),
+    )
+}
 BROKEN = re.compile(r"\b(SyntaxError|IndentationError|NameError|CompilationError|ImportError|ModuleNotFoundError)\b")
 
 
@@ -65,6 +74,14 @@ class Verdict(NamedTuple):
     test: str  # that noticed it; empty where there is a complaint
     note: str  # the complaint, or how the test ended where it did not just fail
     seconds: float
+
+
+def source_of(op: str) -> Path:
+    return ROOT / "csrc" / "cpu" / (ENGINES[op][0] if op in ENGINES else f"{op}.cpp")
+
+
+def tests_of(op: str) -> tuple[str, ...]:
+    return ENGINES[op][1] if op in ENGINES else (f"tests/ops/test_{op}.py",)
 
 
 def implementation(fault: Fault) -> str:
@@ -105,9 +122,8 @@ class Compiler:
         check(*self.command, "-c", str(source), "-o", str(target))
 
     def link(self, target: Path, op: str, own: Path) -> None:
-        """Link the extension from `own`, the object of csrc/cpu/<op>.cpp, and the objects of all other files."""
-        replaced = ROOT / "csrc" / "cpu" / f"{op}.cpp"
-        objects = [target for source, target in self.objects.items() if source != replaced]
+        """Link the extension from `own`, the object of the op's file, and the objects of all other files."""
+        objects = [target for source, target in self.objects.items() if source != source_of(op)]
         libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
         libraries += ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python", "-fopenmp"]
         check(self.command[0], "-shared", str(own), *map(str, objects), *libraries, "-o", str(target))
@@ -131,16 +147,21 @@ def one_text(path: Path, fault: Fault, seen: set[Path]) -> str:
 
 def many_mutants(op: str, faults: list[Fault]) -> str:
     """One file with a copy of the op for each fault, each in a namespace of its own; GPT_FAST_MUTANT chooses one."""
-    source = ROOT / "csrc" / "cpu" / f"{op}.cpp"
+    source = source_of(op)
     inner = re.findall(r"^namespace gpt_fast([\w:]*) \{$", source.read_text("utf-8"), re.MULTILINE)[-1]
     texts, keys = [], []
     for number, fault in enumerate(faults):
         text = one_text(source, fault, set())
         text = re.sub(r"(?<!\")\bgpt_fast(?= \{|::)", f"mutant_{number}", text)
         keys = re.findall(REGISTRATION, text)
-        texts.append(re.sub(REGISTRATION, r"void add_\1(torch::Library& m)", text))
+        text = re.sub(REGISTRATION, r"void add_\1(torch::Library& m)", text)
+        texts.append(text.replace(BINDING, "const auto bind = ("))
     texts.append("#include <cstdlib>\n")
     choice = 'std::atoi(std::getenv("GPT_FAST_MUTANT"))'
+    if BINDING in source.read_text("utf-8"):
+        cases = "".join(f"case {number}: return mutant_{number}{inner}::bind(m);" for number in range(len(faults)))
+        function = f"[](pybind11::module_& m) {{ switch ({choice}) {{ {cases} }} }}"
+        texts.append(f'#include "bindings.h"\nstatic const gpt_fast::{BINDING.removeprefix("const ")}{function});\n')
     for key in keys:
         cases = "".join(f"case {number}: return mutant_{number}{inner}::add_{key}(m);" for number in range(len(faults)))
         texts.append(f"TORCH_LIBRARY_IMPL(gpt_fast, {key}, m) {{ switch ({choice}) {{ {cases} }} }}\n")
@@ -178,7 +199,7 @@ class Copy:
         )  # fmt: skip
 
     def build(self, compiler: Compiler, op: str, faults: list[Fault]) -> None:
-        """An extension in which GPT_FAST_MUTANT chooses the fault."""
+        """Build an extension in which GPT_FAST_MUTANT chooses the fault."""
         source, own = self.folder / f"{op}.cpp", self.folder / f"{op}.o"
         source.write_text(many_mutants(op, faults), "utf-8")
         compiler.compile(source, own)
@@ -238,9 +259,9 @@ class Copy:
         if self.fuzz:
             code, output, test = self.pytest(*draws_of(op), mutant=number)
         elif fault.test:
-            code, output, test = self.pytest(f"tests/ops/test_{op}.py", "-k", fault.test, mutant=number)
+            code, output, test = self.pytest(*tests_of(op), "-k", fault.test, mutant=number)
         if code == 0 and not self.fuzz:
-            code, output, test = self.pytest(f"tests/ops/test_{op}.py", mutant=number)
+            code, output, test = self.pytest(*tests_of(op), mutant=number)
         if code == 0:
             return "", "SURVIVED"
         if not test or BROKEN.search(output):
@@ -290,7 +311,9 @@ def faults_of(op: str) -> tuple[Fault, ...]:
 
 
 def draws_of(op: str) -> list[str]:
-    """Return the tests that draw calls of an op."""
+    """Return the tests that draw calls of an op, or sessions."""
+    if op in ENGINES:
+        return ["tests/fuzz/test_sessions.py"]
     drawn = [op, "attention_qkv"] if op == "attention" else [op]
     return [f"tests/fuzz/test_ops.py::test_draws[{name}]" for name in drawn]
 
