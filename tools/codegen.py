@@ -7,11 +7,12 @@ more registers, spills or shared memory than its budget, when its instructions g
 when dropout costs one of attention's loops more than 5 % more instructions than its budget, and when a statement does
 not hold. On an architecture with wgmma, products in 16 bits are done by it. On a targeted one, attention at a head size
 of 64 spills nothing, at 128 nothing without dropout and at most 128 bytes with it; up to 128, dropout adds no access to
-shared memory and no shuffle to any of attention's loops. By the bounds of tools/loop_bounds.py dropout leaves attention
-0.65 of its speed forward and 0.70 backward. kernels/architectures.py says which are which. On every architecture a
-kernel spills at most 128 bytes, except heads over 128 and rows over 8,192. --update makes this build the budget,
-statements aside. Each minor version of Triton has its own budget, results/codegen-3.6.json, and its own table,
-results/codegen-3.6.md, which is written either way. --targeted compiles for the targeted architectures alone.
+shared memory and no shuffle to any of attention's loops. kernels/architectures.py says which are which. On every
+architecture a kernel spills at most 128 bytes, except heads over 128 and rows over 8,192. In the code of Triton 3.6
+dropout leaves attention 0.65 of its speed forward and 0.70 backward, by the bounds of tools/loop_bounds.py. --update
+makes this build the budget, statements aside. Each minor version of Triton has its own budget,
+results/codegen-3.6.json, and its own table, results/codegen-3.6.md, which is written either way. --targeted compiles
+for the targeted architectures alone.
 """
 
 import argparse
@@ -43,6 +44,7 @@ PASSES = {"forward": ("fwd",), "backward": ("bwd_dq", "bwd_dkdv")}  # attention'
 PRODUCTS = {"forward": 2, "backward": 5}  # of attention, as its FLOPs are counted
 DROPOUT_SPEED = {"forward": 0.65, "backward": 0.70}  # DESIGN: at least this much of attention's speed without dropout
 LENGTHS = (1024, 4096, 16384)
+TRITON = "3.6"  # of the GPU machines; what DESIGN says of speed is judged by the code of this release
 
 
 Figure = dict[str, Any]  # of one kernel on one target
@@ -174,8 +176,11 @@ def violations(key: str, target: str, figure: Figure, budget: dict[str, Any] | N
 
 
 def spill_limit(key: str) -> int | None:
-    """Return how many bytes an attention kernel may spill on a targeted architecture, or None for no limit."""
-    if not key.startswith("attention ") or "float32" in key:
+    """Return how many bytes an attention kernel may spill on a targeted architecture, or None for no limit.
+
+    Candidates have none of their own: they serve nobody before they have been measured.
+    """
+    if not key.startswith("attention ") or "float32" in key or " candidate " in key:
         return None
     if "D=64 " in key:
         return 0
@@ -236,9 +241,9 @@ def slow_dropout(figures: dict[str, dict[str, Figure]]) -> list[str]:
     return found
 
 
-def broken_statements(figures: dict[str, dict[str, Figure]]) -> list[str]:
-    """Return which statements do not hold, whatever the budget says."""
-    found = slow_dropout(figures)
+def broken_statements(figures: dict[str, dict[str, Figure]], triton: str = TRITON) -> list[str]:
+    """Return which statements do not hold of the code of a minor release of Triton, whatever the budget says."""
+    found = slow_dropout(figures) if triton == TRITON else []
     for key, by_target in figures.items():
         for target, figure in by_target.items():
             if is_small(key) and figure["spilled"] > SPILLS:
@@ -395,7 +400,7 @@ def main() -> None:
         sys.exit(f"codegen: budgets are for Triton {recorded['triton']}, this is {triton.__version__}: --update")
     allowed = recorded["kernels"]
     found = [f"{key}: in the budget but not launched" for key in sorted(set(allowed) - set(figures))]
-    found += broken_statements(figures)
+    found += broken_statements(figures, minor(triton.__version__))
     for key, by_target in figures.items():
         for target, figure in by_target.items():
             found += violations(key, target, figure, allowed.get(key, {}).get(target))

@@ -21,10 +21,10 @@ FAULTS = (
     Fault("no final norm", SESSION, "w.pre_norm ? &w.final_norm : pending", "w.pre_norm ? nullptr : pending", "step_by_step"),
     Fault("vectors between products not by row", SESSION, "vectors.data() + i * input_stride<Format>(next.words)", "vectors.data() + 0 * input_stride<Format>(next.words)", "step_by_step"),
     Fault("floats between products not by row", SESSION, "reinterpret_cast<float*>(vectors.data()) + i * next.K + begin", "reinterpret_cast<float*>(vectors.data()) + begin", "step_by_step"),
-    Fault("ends of later pieces of a prompt not moved", SESSION, "end[made] - begin", "end[made] - 0 * begin", "bits_of_steps"),
-    Fault("logits of later pieces written over the first", SESSION, "logits.mutable_data_ptr<float>() + before * w_->V", "logits.mutable_data_ptr<float>()", "bits_of_steps"),
+    Fault("ends of later pieces of a prompt not moved", SESSION, "end[made] - begin", "end[made] - 0 * begin", "in_pieces"),
+    Fault("logits of later pieces written over the first", SESSION, "logits.mutable_data_ptr<float>() + before * w_->V", "logits.mutable_data_ptr<float>()", "in_pieces"),
     Fault("every row draws the first row's token", SESSION, "[&](int64_t i) { drawn_[i] = drawn; }", "[&](int64_t i) { drawn_[0 * i] = drawn; }", "generate_takes"),
-    Fault("a token outside the vocabulary", SESSION, "token[i] < 0 || token[i] >= w_->V", "token[i] < 0", "refuses"),
+    Fault("a token outside the vocabulary", SESSION, "token[i] < 0 || token[i] >= w_->V", "token[i] < 0", "refuses_places"),
     Fault("two threads in one session", SESSION, "if (flag_.exchange(true)) {", "if (flag_.exchange(true) && false) {", "guards_itself"),
     # products
     Fault("later chains overwrite", PRODUCTS, "(begin == 0 ? result : Vec::loadu(out) + result)", "result", "step_by_step"),

@@ -418,6 +418,35 @@ def test_the_gil_is_released_and_the_extension_guards_itself():
     assert all("in use by another thread" in str(error) for error in errors)
 
 
+def test_the_extension_refuses_places_that_it_does_not_have():
+    """Its callers check them too; an id past its table would read foreign memory."""
+    inner = (session := DecodeSession(make_model("gpt2"), batch=2, length=8))._step._session
+    sampling, zero = session._step._sampling(Sampling(0)), torch.tensor([0])
+    for token, position, row, message in (
+        (V, 0, 0, f"token is {V}; expected one in"),
+        (-1, 0, 0, "token is -1; expected one in"),
+        (0, 8, 0, "position 8 in a cache of 8"),
+        (0, -1, 0, "position -1 in a cache of 8"),
+        (0, 0, 2, "row 2; expected different ones in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            inner.step(torch.tensor([token]), torch.tensor([position]), torch.tensor([row]), sampling)
+    with pytest.raises(ValueError, match="row is 2; expected one in"):
+        inner.prefill(zero, zero, torch.tensor([2]), zero)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_prompts_of_many_tokens_are_read_in_pieces(weights):
+    """Three prompts of 300 tokens are read 512 tokens at a time; each has the bits that it has alone, in one piece."""
+    model = make_model("gpt2", hidden_dim=32, num_heads=2, seq_len=300, num_layers=1)
+    tokens = torch.randint(0, V, (3, 300))
+    together = DecodeSession(model, batch=3, weights=weights).prefill(tokens)
+    for row in range(3):
+        assert torch.equal(
+            DecodeSession(model, weights=weights).prefill(tokens[row : row + 1]), together[row : row + 1]
+        )
+
+
 def test_two_sessions_in_two_threads():
     """Each with its own model: both get what they get alone."""
     models = [make_model("gpt2", std=0.3, hidden_dim=128, num_heads=2) for _ in range(2)]
