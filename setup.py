@@ -17,6 +17,7 @@ import runpy
 import shlex
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,9 @@ gpt-fast: the C++ extension is built against the PyTorch it will run with, and t
 
 
 NO_COMPILER = """gpt-fast: the C++ compiler '{}' was not found; install one (Debian and Ubuntu: apt install g++), \
+or set GPT_FAST_NO_CPP=1 for a pure-Python install without the extension"""
+
+NO_HEADERS = """gpt-fast: Python's header {} was not found; install it (Debian and Ubuntu: apt install python3-dev), \
 or set GPT_FAST_NO_CPP=1 for a pure-Python install without the extension"""
 
 
@@ -239,6 +243,9 @@ def extension_arguments() -> dict[str, Any]:
     compiler = shlex.split(get_cxx_compiler())
     if shutil.which(compiler[0]) is None:
         return refuse_to_compile(NO_COMPILER.format(compiler[0]))
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.exists():
+        return refuse_to_compile(NO_HEADERS.format(header))
     version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True).stdout
     records = {name: record_of(compiler, machine) for name, machine in machine_flags().items()}
     link = ["-fopenmp", *HARDENING_LINK]

@@ -47,6 +47,6 @@ FAULTS = (
     Fault("penalty always divides", SAMPLING, "logits[i] > 0.0f ? logits[i] / penalty : logits[i] * penalty", "logits[i] / penalty", "frequencies"),
     Fault("top-p one token short", SAMPLING, "if (running >= wanted) return i + 1;", "if (running >= wanted) return std::max<int64_t>(1, i);", "top_p"),
     Fault("min-p not applied after top-k", SAMPLING, "while (kept > 1 && weights_[kept - 1]", "while (kept > 1 && false && weights_[kept - 1]", "frequencies"),
-    Fault("ties by the higher id", SAMPLING, "logits[a] == logits[b] && a < b", "logits[a] == logits[b] && a > b", "top_k"),
-    Fault("NaN is drawn from", SAMPLING, "if (!(before < std::numeric_limits<float>::infinity())) return kNotFinite;", "", "frequencies"),
+    Fault("ties by the higher id", SAMPLING, "logits[a] == logits[b] && a < b", "logits[a] == logits[b] && a > b", "equal_logits"),
+    Fault("NaN is drawn from", SAMPLING, "if (!(before < std::numeric_limits<float>::infinity())) return kNotFinite;", "", "damaged"),
 )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gpt_fast import DecodeSession, GPTConfig, GPTForCausalLM, build_info, generate, use_reference
-from gpt_fast.generation.sampling import Sampling, keep_top_k, keep_top_p, penalise
+from gpt_fast.generation.sampling import Sampling, keep_min_p, keep_top_k, keep_top_p, penalise
 from gpt_fast.generation.steps import WEIGHTS
 from tests.conftest import INTERPRETED
 from tests.fuzz.sessions import Roundings, named_parameters, read, rounds_to, rounds_to_integers
@@ -174,7 +174,7 @@ def draw(logits: Tensor, options: Sampling, draws: int = 1, seen: Tensor | None 
 
 
 def plain_probabilities(logits: Tensor, options: Sampling, seen: Tensor | None = None) -> Tensor:
-    """float64 probabilities after penalty, temperature, top-k and top-p, by the functions of gpt_fast.sampling."""
+    """float64 probabilities after penalty, temperature, top-k, top-p and min-p, by functions of gpt_fast.sampling."""
     logits = logits.double()[None]
     if seen is not None:
         logits = penalise(logits, seen, options.repetition_penalty)
@@ -183,6 +183,8 @@ def plain_probabilities(logits: Tensor, options: Sampling, seen: Tensor | None =
         logits = keep_top_k(logits, options.top_k)
     if options.top_p is not None:
         logits = keep_top_p(logits, options.top_p)
+    if options.min_p is not None:
+        logits = keep_min_p(logits, options.min_p)
     return logits.softmax(-1)[0]
 
 
@@ -193,6 +195,9 @@ OPTIONS = {
     "top_p": Sampling(1.3, top_p=0.8),
     "both": Sampling(1.0, top_k=9, top_p=0.9),
     "penalty": Sampling(1.0, top_k=12, repetition_penalty=1.5),
+    "penalty_of_all": Sampling(2.0, repetition_penalty=1.5),  # also of negative logits
+    "min_p": Sampling(1.0, min_p=0.1),
+    "min_p_after_top_k": Sampling(1.0, top_k=40, min_p=0.1),
     "all_kept": Sampling(1.0, top_k=500, top_p=1.0),
 }
 
@@ -227,6 +232,17 @@ def test_top_k_keeps_the_k_largest(top_k):
     assert len(drawn.unique()) <= top_k
     if top_k == 17:
         assert len(drawn.unique()) == 17
+
+
+def test_of_equal_logits_the_first_are_kept():
+    assert set(draw(torch.zeros(50), Sampling(1.0, top_k=3), 200).tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("damage", [math.nan, math.inf])
+def test_damaged_logits_are_not_drawn_from(damage):
+    for options in (Sampling(0), Sampling(1.0), Sampling(1.0, top_k=2)):
+        with pytest.raises(ValueError, match="logits hold NaN or infinity"):
+            draw(torch.tensor([0.0, damage, 1.0]), options, 1)
 
 
 @pytest.mark.parametrize("top_p", [1e-9, 0.1, 0.5, 0.9, 0.999])

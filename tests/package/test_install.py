@@ -382,6 +382,20 @@ def test_building_without_torch_says_what_to_do(tmp_path: Path, tree: Path) -> N
     run(env.python, "setup.py", "bdist_wheel", "-d", tmp_path, cwd=tree, GPT_FAST_NO_CPP="1")
 
 
+def test_building_without_the_headers_of_python_says_what_to_do(tree: Path, tmp_path: Path) -> None:
+    """One line instead of a compiler's page. They are a package of their own in Debian."""
+    nowhere = "import sysconfig; path = sysconfig.get_path; "
+    nowhere += "sysconfig.get_path = lambda name, *more: '/nowhere' if name == 'include' else path(name, *more)"
+    (tmp_path / "sitecustomize.py").write_text(nowhere)
+    build = (sys.executable, "setup.py", "bdist_wheel", "-d", tmp_path / "dist")
+    output = run(*build, cwd=tree, fails=True, PYTHONPATH=str(tmp_path))
+    assert output.splitlines()[-1] == (
+        "gpt-fast: Python's header /nowhere/Python.h was not found; install it (Debian and Ubuntu: apt install "
+        "python3-dev), or set GPT_FAST_NO_CPP=1 for a pure-Python install without the extension"
+    )
+    assert "Traceback" not in output
+
+
 def test_building_without_a_compiler_says_what_to_do(tree: Path, tmp_path: Path) -> None:
     """One line, with the way to go on; the source distribution and the pure wheel need no compiler."""
     build = (sys.executable, "setup.py", "bdist_wheel", "-d", tmp_path)
