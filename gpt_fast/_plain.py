@@ -193,7 +193,7 @@ def add_norm(
 
 
 def add(branch: Tensor, x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
-    """x + dropout(branch)."""
+    """Return x + dropout(branch)."""
     if p == 0:
         return x + branch
     return ops.add_layer_norm(branch, x, dropout_p=p, seed=seed, site=site)[1]

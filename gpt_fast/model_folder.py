@@ -82,7 +82,9 @@ def _check_names(head: Any, state: dict[str, Tensor], config: GPTConfig) -> None
 def read_config(directory: Path) -> tuple[str, GPTConfig]:
     """Return the name of the head that a folder was saved by, and its configuration.
 
-    Raises `FileNotFoundError` where there is none, and `ValueError` for a file that is damaged or of another library.
+    Raises:
+        FileNotFoundError: There is no configuration.
+        ValueError: The file is damaged or of another library.
     """
     path = directory / CONFIG
     if not path.is_file():

@@ -65,7 +65,7 @@ def _halves(words: Tensor) -> Tensor:
 
 
 def dropout_keep_rows(seed: Tensor, site: int, N: int, C: int, p: float) -> Tensor:
-    """bool [N, C] of a row site (embedding, add_layer_norm): True is kept.
+    """Return bool [N, C] of a row site (embedding, add_layer_norm), True for an element that is kept.
 
     counter = (j // 8, i, 0, site); word = (j // 2) % 4; u16 = the word's half j % 2; keep = u16 >= T. So one counter
     gives eight neighbours j = 8 J + 2 word + half, in this order.
@@ -79,10 +79,10 @@ def dropout_keep_rows(seed: Tensor, site: int, N: int, C: int, p: float) -> Tens
 
 
 def dropout_keep_matrix(seed: Tensor, site: int, b: Tensor, M: int, N: int, p: float) -> Tensor:
-    """bool [*b.shape, M, N] of a matrix site (attention, mlp): True is kept.
+    """Return bool [*b.shape, M, N] of a matrix site (attention, mlp), True for an element that is kept.
 
-    `dropout_keep_at` on the whole grid, evaluated once per counter: with i = 16 I + 8 i3 + g and
-    j = 16 J + 8 j3 + 2 t + j0, the counter is (4 J + t, 8 I + g, b, site), the word 2 i3 + j3, the half j0.
+    This is `dropout_keep_at` on the whole grid, evaluated once per counter: with i = 16 I + 8 i3 + g and j = 16 J + 8
+    j3 + 2 t + j0, the counter is (4 J + t, 8 I + g, b, site), the word 2 i3 + j3, the half j0.
     """
     I, J = (M + 15) // 16, (N + 15) // 16  # noqa: E741
     c0 = torch.arange(4 * J, device=seed.device)
@@ -119,9 +119,9 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
-    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension, with the biased variance.
+    """Return (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension, with the biased variance.
 
-    A constant row gives exactly the bias: what rounds in the first mean, the second one corrects.
+    A constant row gives exactly the bias, because the second mean corrects what the first one rounds.
     """
     wide = _wide(x)
     rough = wide.mean(-1, keepdim=True)
@@ -144,7 +144,10 @@ def add_layer_norm(
     seed: Tensor | None = None,
     site: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """summed = residual + dropout(x), rounded to the wider dtype of the two; normed = layer_norm(summed)."""
+    """Return (normed, summed): summed = residual + dropout(x), normed = layer_norm(summed).
+
+    `summed` is rounded to the wider dtype of the two.
+    """
     dtype = torch.promote_types(x.dtype, residual.dtype)
     branch = _wide(x)
     if dropout_p > 0:
@@ -222,7 +225,7 @@ def attention(
     site: int = 0,
     scale: float | None = None,
 ) -> Tensor:
-    """out = dropout(softmax(scale Q Kᵀ where allowed)) V; a query that may attend to nothing gives 0."""
+    """Return dropout(softmax(scale Q Kᵀ where allowed)) V. A query that may attend to nothing gives 0."""
     B, H, T, D = q.shape
     S = k.shape[2]
     scale = D**-0.5 if scale is None else scale
@@ -281,7 +284,7 @@ def mlp(
     seed: Tensor | None = None,
     site: int = 0,
 ) -> Tensor:
-    """y = dropout(activation(x fc_weightᵀ + fc_bias)) proj_weightᵀ + proj_bias; weights [F, C] and [C, F]."""
+    """Return dropout(activation(x fc_weightᵀ + fc_bias)) proj_weightᵀ + proj_bias, with weights [F, C] and [C, F]."""
     z = F.linear(_wide(x), _wide(fc_weight), None if fc_bias is None else _wide(fc_bias))
     hidden = _activations.find("gpt_fast.mlp", activation).function(z)
     if dropout_p > 0:
@@ -380,7 +383,7 @@ class GPT(nn.Module):
         self.output_layer = nn.Linear(hidden_dim, num_tokens)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """tokens [B, T] → logits [B, T, V]."""
+        """Return the logits [B, T, V] of tokens [B, T]."""
         T = tokens.shape[1]
         mask = torch.ones(T, T, dtype=torch.bool, device=tokens.device).triu(1)  # True: may not attend
         x = self.dropout(self.token_emb(tokens) + self.pos_emb[:, :T])
@@ -389,5 +392,5 @@ class GPT(nn.Module):
         return self.output_layer(x)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [B, T] → probabilities [B, T, V]."""
+        """Return the probabilities [B, T, V] of tokens [B, T]."""
         return torch.softmax(self.logits(tokens), dim=-1)

@@ -186,7 +186,7 @@ def work(op: str, row: Row, device: str) -> Callable[[], object]:
 
 
 def either_mlp(row: Row, dy: torch.Tensor, *inputs: torch.Tensor) -> Callable[[], object]:
-    """mlp without dropout by cuBLASLt or by Triton, as the table has it when it runs."""
+    """Run mlp without dropout by cuBLASLt or by Triton, as the table has it when it runs."""
     operators, activation, needs = torch.ops.gpt_fast, row.kernel.removeprefix("cublaslt "), [True] * 5
 
     def run() -> None:

@@ -172,8 +172,11 @@ def check_content(file: TokenFile, tokenizer: Tokenizer) -> int:
 
 
 def split_streams(files: Sequence[TokenFile]) -> tuple[TokenStream, TokenStream]:
-    """Return the training and the validation stream. Files whose names have the word val, valid or validation are for
-    validation; without any, the last tenth of the ids is."""
+    """Return the training and the validation stream.
+
+    Files whose names have the word val, valid or validation are for validation. Without any, the last tenth of the ids
+    is.
+    """
     valid = [file.tokens for file in files if _FOR_VALIDATION.search(file.path.name)]
     train = [file.tokens for file in files if not _FOR_VALIDATION.search(file.path.name)]
     if not train:

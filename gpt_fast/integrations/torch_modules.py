@@ -83,7 +83,7 @@ def encoder_layer_forward(
     src_key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """x [B, T, C] → [B, T, C]; masks as `nn.TransformerEncoderLayer` has them."""
+    """Return the layer's output, x [B, T, C] → [B, T, C], with the masks of `nn.TransformerEncoderLayer`."""
     parts = _encoder_parts(self)
     masks, reason = None, _why_not_this(src, parts)
     if reason is None and is_causal and src_mask is None:
@@ -99,7 +99,7 @@ def encoder_layer_forward(
 
 
 def notes_block_forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """x [B, T, C] → [B, T, C]; mask [T, T] bool, True = may not attend."""
+    """Return the block's output, x [B, T, C] → [B, T, C], with mask [T, T] bool, True = may not attend."""
     parts = _notes_parts(self)
     masks, reason = None, _why_not_this(x, parts)
     if reason is None:

@@ -51,8 +51,10 @@ FEW_UPDATES = 50  # with fewer, the user gets a remark
 
 
 def finetune(settings: FinetuneSettings, show: Show, say: Say, stop: Stop | None = None) -> Record:
-    """Train a task's head on `L_task + λ·L_lm`, or a causal model on answers, and write a run folder with the weights
-    of the best validation. Return what goes into run.json."""
+    """Train a task's head on `L_task + λ·L_lm`, or a causal model on answers, and write a run folder.
+
+    The folder has the weights of the best validation. Return the record of run.json.
+    """
     task = task_of(settings)  # raises before any table is read
     if settings.convertible and task.task.head is not GPTForSequenceClassification:
         raise ValueError(f"--convertible: is for transformers' classifiers; leave it out for {task.name}")
@@ -203,9 +205,11 @@ def some_rows(table: Table, count: int, seed: int) -> Table:
 
 @dataclass
 class RowSource:
-    """The batches of a run as a function of the update: one shuffled pass over the rows after another. `source(step)`
-    is this rank's parts of update `step`, as many on every rank; where there are fewer rows than parts some repeat one
-    that does not count."""
+    """Batches of a run as a function of the update: one shuffled pass over the rows after another.
+
+    `source(step)` returns this rank's parts of update `step`, as many on every rank. If there are fewer rows than
+    parts, some parts repeat a row that does not count.
+    """
 
     rows: Sequence[Example]
     batch_size: int

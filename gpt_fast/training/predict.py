@@ -27,8 +27,10 @@ ADDED = ("prediction", "probability")  # columns
 
 @dataclass(frozen=True)
 class Prediction:
-    """A label, several with commas between them, a tag for each word, a number or a text; of labels the probabilities
-    of all, the likeliest first."""
+    """A label, several with commas between them, a tag for each word, a number or a text.
+
+    Labels come with the probabilities of all, the likeliest first.
+    """
 
     answer: str | float
     probabilities: dict[str, float] | None = None
@@ -49,9 +51,11 @@ def predict(
     max_new_tokens: int | None = None,
     options: RowOptions = PLAIN,
 ) -> tuple[TaskSettings, Table, list[Prediction]]:
-    """The run's task, what was read, and the prediction for each row of a table, whose columns are those of training
-    unless given, or for one row of `texts`. A model that writes adds at most `max_new_tokens`; unless given, 100 or
-    half of the positions it has."""
+    """Return the run's task, the input, and the prediction for each row of a table, or for one row of `texts`.
+
+    Columns are those of training unless given. A model that writes adds at most `max_new_tokens`, by default 100 or
+    half of the positions it has.
+    """
     model, record = load_run(folder, device), read_record(folder)
     task = run_task(model, record)
     if task is None:

@@ -240,8 +240,10 @@ def make_model(settings: PretrainSettings, tokenizer: Tokenizer) -> Head:
 
 
 def make_config(settings: PretrainSettings, num_tokens: int, **tokens: int) -> GPTConfig:
-    """The preset with the sizes that were given; without a preset, GPT-2's block in a size that trains in minutes on
-    a CPU."""
+    """Return the preset with the sizes that were given.
+
+    Without a preset, the result is GPT-2's block in a size that trains in minutes on a CPU.
+    """
     given = {
         "num_layers": settings.layers,
         "num_heads": settings.heads,

@@ -84,9 +84,12 @@ def read_tables(
     options: RowOptions = PLAIN,
     fold: tuple[int, int] | None = None,
 ) -> tuple[Table, Table, TaskSettings]:
-    """The two tables that were named; with only one, a seeded tenth of its rows is held out, or by `fold` (i, K) the
-    i-th of K parts, counted from 1; with none, snippets of the standard library. The task comes with the rule for its
-    labels, decided on the whole first table."""
+    """Return the training and validation table, and the task with the rule for its labels.
+
+    With only one table a seeded tenth of its rows is held out, or by `fold` (i, K) the i-th of K parts, counted from 1.
+    Without any, the tables are snippets of the standard library. The rule for labels is decided on the whole first
+    table.
+    """
     if train is None:
         if valid is not None:
             raise ValueError(f"--valid {valid}: given without --train")
@@ -137,8 +140,10 @@ def label_rule(names: Sequence[str], task: TaskSettings) -> str | None:
 def _fold(
     table: Table, task: TaskSettings, order: Sequence[int], number: int, folds: int
 ) -> tuple[list[int], list[int]]:
-    """Return the rows of one of the parts that a shuffled table is divided into, and all others. Each class is shared
-    out equally."""
+    """Return the rows of one of the parts that a shuffled table is divided into, and all others.
+
+    Each class is divided equally among the parts.
+    """
     if len(table) < folds:
         raise ValueError(f"{table.source}: {len(table)} rows; expected {folds} or more for --folds {folds}")
     dealt = sorted(order, key=lambda row: table.labels[row]) if task.classifies else list(order)
@@ -194,8 +199,11 @@ def label_names(table: Table, task: TaskSettings) -> list[str]:
 
 
 def targets(table: Table, task: TaskSettings, names: Sequence[str]) -> list[Any]:
-    """Labels as indices into `names`, or as numbers; a list of 0 and 1 for sets of classes, and of indices for tags;
-    zeros for text to be written or found. A table without labels has zeros, of whatever shape."""
+    """Return labels as indices into `names`, or as numbers.
+
+    They are a list of 0 and 1 for sets of classes, a list of indices for tags, and zeros for text to be written or
+    found. A table without labels has zeros of that shape.
+    """
     if task.name == "multiple-choice":
         _check_choices(table, names)
     if task.kind in ("set", "tags"):
@@ -247,8 +255,10 @@ def _refuse_label(table: Table, rows: Sequence[int], label: str, names: Sequence
 def examples(
     table: Table, task: TaskSettings, names: Sequence[str], tokenizer: Tokenizer, config: GPTConfig, room: int = 0
 ) -> list[Example]:
-    """Each row as the model takes it, with `room` positions left over; without labels, one that writes takes empty
-    answers."""
+    """Return each row as the model takes it, with `room` positions left over.
+
+    Without labels, a model that writes takes empty answers.
+    """
     wanted = targets(table, task, names)
     if task.kind == "tags":
         return [_tagged(row, tags, tokenizer, config) for row, tags in zip(table.texts, wanted, strict=True)]
@@ -278,8 +288,10 @@ def examples(
 
 
 def _tagged(text: str, tags: Sequence[int], tokenizer: Tokenizer, config: GPTConfig) -> Example:
-    """Return start, words, extract, with the tag of each word at its last token, which alone has seen all of it. Words
-    that do not fit are left out."""
+    """Return start, words, extract, with the tag of each word at its last token, which alone has seen the whole word.
+
+    Words that do not fit are left out.
+    """
     between, T = marks(config), config.seq_len
     row, found = [between.start], [IGNORE]
     for place, (word, tag) in enumerate(zip(text.split(), tags, strict=True)):
@@ -294,8 +306,10 @@ def _tagged(text: str, tags: Sequence[int], tokenizer: Tokenizer, config: GPTCon
 
 
 def _with_span(table: Table, row: int, tokenizer: Tokenizer, config: GPTConfig) -> Example:
-    """Return start, question, delimiter, context, extract, and the first and last position of the answer in it: the
-    last position of all where there is no answer, -100 where the answer was cut off."""
+    """Return start, question, delimiter, context, extract, and the first and last position of the answer in it.
+
+    Without an answer both are the last position of all. If the answer was cut off they are -100.
+    """
     text, question = (without_lone_surrogates(part) for part in table.fields(row)[:2])
     between = marks(config)
     encoding = tokenizer.encode(text, add_special_tokens=False)

@@ -99,10 +99,12 @@ def find(path: Path) -> list[TextFile]:
 
 
 def kind_of(file: TextFile, in_folder: bool = False) -> str:
-    """Return text, jsonl, json, csv, tsv or parquet: by the name, and by the content where the name does not tell. One
-    JSON object `in_folder`, such as a package.json among source code, is text.
+    """Return text, jsonl, json, csv, tsv or parquet, by the name or else by the content.
 
-    Raises `ValueError` for a file that is neither text nor a table.
+    One JSON object `in_folder`, such as a package.json among source code, is text.
+
+    Raises:
+        ValueError: The file is neither text nor a table.
     """
     suffix, packed = file.suffixes
     if suffix == TOKENS:

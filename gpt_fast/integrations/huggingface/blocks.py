@@ -330,7 +330,7 @@ def _masks(given: Tensor, N: int) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _packed(positions: Tensor) -> Tensor | None:
-    """bool [N, 1, T, T]: sequences packed into one row, told by positions that start again, see themselves only."""
+    """Return the mask [N, 1, T, T] of sequences packed into one row, which begin where positions start again."""
     first = positions[:, :1] - 1
     sequence = (torch.diff(positions, prepend=first, dim=-1) != 1).cumsum(-1)  # [N, T]
     if _plain.is_reading_values_cheap(sequence) and not bool(sequence[:, -1].any()):

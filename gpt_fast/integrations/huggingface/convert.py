@@ -204,8 +204,10 @@ def _transformers() -> Any:
 
 
 def _load(transformers: Any, folder: Any) -> Any:
-    """Load the model in a folder or of a name on the hub, by the class that saved it. Nothing is filled at random, and
-    nothing is unpickled but tensors, by the reader of nanoGPT's checkpoints."""
+    """Load the model in a folder or of a name on the hub, by the class that saved it.
+
+    Nothing is filled at random. Nothing is unpickled but tensors, by the reader of nanoGPT's checkpoints.
+    """
     from huggingface_hub.errors import StrictDataclassError
 
     local, is_folder = hub.is_local(folder), os.path.isdir(folder)
@@ -351,8 +353,10 @@ def _config_from_hf(theirs: Any, kind: str) -> GPTConfig:
 
 
 def _in_vocabulary(theirs: Any, token: Any) -> int | None:
-    """Return a special token's id if the vocabulary has it: a small model's configuration may still have GPT-2's. Of
-    several ids the first counts."""
+    """Return a special token's id if the vocabulary has it, else None. Of several ids the first counts.
+
+    The configuration of a small model may still have the ids of GPT-2.
+    """
     if isinstance(token, list) and token:
         token = token[0]
     return token if isinstance(token, int) and 0 <= token < theirs.vocab_size else None

@@ -80,8 +80,10 @@ class World:
         return value if self.size == 1 else json.loads(self.text(json.dumps(value)))
 
     def wrap(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
-        """The model that trains on this rank's part of each batch: DDP holds all of it everywhere, FSDP2 a share on
-        each rank, in place, one unit per decoder."""
+        """Return the model that trains on this rank's part of each batch.
+
+        DDP holds the whole model on each rank. FSDP2 holds a share on each rank, in place, one unit per decoder.
+        """
         if self.size == 1:
             return model
         if self.strategy == "ddp":
@@ -111,8 +113,10 @@ class World:
             yield
 
     def reshard(self, model: nn.Module) -> None:
-        """Back to the parameters that the optimizer knows: after a forward without backward FSDP2's root still shows
-        whole ones."""
+        """Put back the parameters that the optimizer knows.
+
+        After a forward without backward FSDP2's root still shows whole ones.
+        """
         if self.size > 1 and self.strategy == "fsdp":
             from torch.distributed.fsdp import FSDPModule
 
@@ -155,8 +159,10 @@ def launched_size() -> int:
 
 @contextmanager
 def world(strategy: str | None, device: str) -> Iterator[World]:
-    """The world that torchrun describes: NCCL between GPUs, gloo between CPUs. What breaks the connection to another
-    rank is a `LostRank` that says so."""
+    """Join the world that torchrun describes: NCCL between GPUs, gloo between CPUs.
+
+    A lost connection to another rank becomes a `LostRank`, which names the cause.
+    """
     size = launched_size()
     if size == 1:
         yield World(device=device)

@@ -27,9 +27,12 @@ def flops_per_token(config: GPTConfig, parameters: int, causal: bool) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The published rate of a known GPU in a 16-bit type; else that of a 1024³ product measured here, the best of
-    five; of a smaller one where that would take long, as in 16 bits on a CPU without instructions for them. Each size
-    says whether the next is worth trying: on busy cores a small product waits far longer than it multiplies."""
+    """Return the peak rate of a device: a known GPU's published 16-bit rate, else a measured one.
+
+    The measurement is the best of five 1024³ products, or of smaller ones where that would take long, as in 16 bits on
+    a CPU without instructions for them. Each size shows whether the next is worth trying: on busy cores a small product
+    waits far longer than it multiplies.
+    """
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for known, rate in PUBLISHED.items():

@@ -101,8 +101,11 @@ def live_shapes(model: Head, rank: int) -> dict[str, tuple[str, list[int]]]:
 
 
 def merge(model: Head, tensors: Mapping[str, Tensor], rank: int, alpha: float, path: Path) -> None:
-    """Add an adapter to the weights of its base, in place. Raise `ValueError` for tensors of another model; `path` is
-    where they come from."""
+    """Add an adapter to the weights of its base, in place.
+
+    Raises:
+        ValueError: The tensors are those of another model. The message names `path`, where they come from.
+    """
     expected = live_shapes(model, rank)
     for name, (_, shape) in expected.items():
         if name not in tensors or list(tensors[name].shape) != shape:

@@ -38,8 +38,13 @@ class Damaged(ValueError):
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int, world: World) -> None:
-    """Writes the checkpoint of `step` into `folder` (a run's checkpoints/) and leaves the last `keep`; every rank calls
-    it with its own tensors. Raises `OSError` where it cannot be written, and then the ones before are untouched."""
+    """Write the checkpoint of `step` into `folder`, a run's checkpoints/, and keep the last `keep`.
+
+    Every rank calls it with its own tensors.
+
+    Raises:
+        OSError: It cannot be written. The checkpoints before are then untouched.
+    """
     name = f"{_PREFIX}{step:09d}"
     partial = folder / f".{name}{PARTIAL}"
     if world.first:
@@ -182,8 +187,10 @@ def _sum_of(manifest: dict[str, Any]) -> str:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, and what kills left half-done. A checkpoint loses its name before
-    its files, so that none is ever seen with a part of them."""
+    """Remove all but the newest `keep` checkpoints, and the half-written ones of killed runs.
+
+    A checkpoint loses its name before its files, so that none is ever seen with a part of them.
+    """
     for path in list(newest_first(folder))[keep:]:
         path.rename(folder / f".{path.name}.removed")
     for path in folder.iterdir():

@@ -137,12 +137,11 @@ class Run:
 def new_run(
     out: Path, overwrite: bool = False, resume: bool = False, resume_command: str = "--resume"
 ) -> Iterator[Run]:
-    """Yields a run whose folder takes its place at the end of the block, or before, when `publish` is called. If the
-    block raises, or is interrupted, before a checkpoint is written, nothing of it stays and a run that was there before
-    is untouched.
+    """Yield a run whose folder takes its place at the end of the block, or before, when `publish` is called.
 
-    `overwrite` replaces a run, never a folder that holds anything else. `resume` goes on in a folder with checkpoints,
-    and replaces an unfinished one without.
+    If the block raises, or is interrupted, before a checkpoint is written, nothing of it stays and a run that was there
+    before is untouched. `overwrite` replaces a run, never a folder that holds anything else. `resume` resumes in a
+    folder with checkpoints, and replaces an unfinished one without.
     """
     out = out.resolve()
     if overwrite and resume:
@@ -343,9 +342,11 @@ def special_token(config: GPTConfig, name: str) -> int:
 
 
 def with_special_tokens(model: Head, tokenizer: Tokenizer) -> Head:
-    """The model with ids for the special tokens that its configuration lacks, as one does that `gpt-fast convert` made
-    of another library's: they follow its vocabulary. Their embeddings begin near the mean of all others, and so do
-    their logits, while rows near 0 would be likelier than most where a model's logits are all far below 0."""
+    """Return the model with ids for the special tokens that its configuration lacks, which follow its vocabulary.
+
+    A model lacks them if `gpt-fast convert` made it of another library's. Their embeddings begin near the mean of all
+    others, and so do their logits. Rows near 0 would be likelier than most where a model's logits are all far below 0.
+    """
     config = model.config
     ids = {name: token for name, token in special_ids(tokenizer).items() if getattr(config, name) is None}
     before, size = config.num_tokens, vocabulary_size(tokenizer)

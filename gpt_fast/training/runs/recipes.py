@@ -61,8 +61,10 @@ def pretraining(preset: str | None, source: Path | None) -> Recipe:
 
 
 def finetuning_lr(source: Path) -> float:
-    """The paper's rate for models of the published sizes; a quarter of its pre-training's, which is what the paper's
-    is, for others."""
+    """Return the paper's learning rate for published sizes, or a quarter of the pre-training's for others.
+
+    The paper's rate is a quarter of its pre-training's, too.
+    """
     record = read_record(source)
     return FINETUNE_LR if "lr" not in record or record.get("preset") else record["lr"] / 4
 
