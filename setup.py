@@ -1,5 +1,6 @@
-"""Builds gpt_fast._C, the C++ extension; everything else about the package is in pyproject.toml. The CUDA C++ kernels
-are part of it where PyTorch has CUDA and its toolkit is installed.
+"""Build gpt_fast._C, the C++ extension. The rest of the package is described in pyproject.toml.
+
+The CUDA C++ kernels are part of it where PyTorch has CUDA and its toolkit is installed.
 
 GPT_FAST_CUDA=0|1    leave the CUDA C++ kernels out, or fail where they cannot be built
 GPT_FAST_NO_CPP=1    build no extension: a pure-Python install, where the reference serves the CPU

@@ -1,7 +1,7 @@
-"""The suite's cases under pytest-benchmark: pytest benchmarks --benchmark-only -k "ops and embedding"
+"""The suite's cases under pytest-benchmark: `pytest benchmarks --benchmark-only -k "ops and embedding"`.
 
-One group a case and one benchmark an implementation, with pytest-benchmark's statistics, options and JSON. `python -m
-benchmarks` measures the same calls with the implementations taking turns.
+Each case is a group, and each implementation a benchmark, with pytest-benchmark's statistics, options and JSON. `python
+-m benchmarks` measures the same calls with the implementations taking turns.
 """
 
 import itertools

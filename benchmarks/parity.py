@@ -1,4 +1,4 @@
-"""The parity gate, in a checkout: python -m benchmarks.parity
+"""The parity gate, in a checkout: `python -m benchmarks.parity`.
 
 Trains a GPT-2 for a few AdamW steps and compares each step's logits, loss and gradients with a plain PyTorch model.
 

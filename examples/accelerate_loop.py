@@ -1,4 +1,4 @@
-"""A loop of one's own with Hugging Face Accelerate on an accelerated GPT-2: python examples/accelerate_loop.py
+"""Train an accelerated GPT-2 in your own loop with Hugging Face Accelerate: `python examples/accelerate_loop.py`.
 
 A small random model learns the bytes of a file of Python's standard library in bfloat16 mixed precision. Unwrapped and
 restored, it is transformers' model again.

@@ -1,4 +1,4 @@
-"""Lightning on an accelerated GPT-1, offline: python examples/lightning_module.py
+"""Train an accelerated GPT-1 with Lightning, offline: `python examples/lightning_module.py`.
 
 A small random model learns the bytes of a file of Python's standard library, with gradient checkpointing, which
 transformers' GPT-1 does not have by itself.

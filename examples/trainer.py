@@ -1,7 +1,7 @@
-"""transformers' Trainer on an accelerated GPT-2, offline: python examples/trainer.py
+"""Train an accelerated GPT-2 with transformers' Trainer, offline: `python examples/trainer.py`.
 
-A small random model learns the bytes of a file of Python's standard library. Evaluation asks for logits and gets them;
-training computes its loss without.
+A small random model learns the bytes of a file of Python's standard library. Evaluation asks for logits and gets them.
+Training computes its loss without logits.
 """
 
 import argparse

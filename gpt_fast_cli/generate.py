@@ -1,4 +1,4 @@
-"""`gpt-fast generate`"""
+"""The command `gpt-fast generate`."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def generate(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Writes text that goes on from a prompt, as it is drawn.
+    """Continue a prompt, and write the text as it is drawn.
 
     [bold]Examples[/bold]
 

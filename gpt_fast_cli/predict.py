@@ -1,4 +1,4 @@
-"""`gpt-fast predict`"""
+"""The command `gpt-fast predict`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def predict(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Answers with a fine-tuned model: the label of a text with its probability, a number, or what it writes.
+    """Answer with a fine-tuned model: the label of a text with its probability, a number, or a text.
 
     [bold]Examples[/bold]
 

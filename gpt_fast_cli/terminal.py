@@ -53,8 +53,10 @@ def resolve_device(name: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """Return `text` with control characters written out, \\x1b for example, but for line ends and tabs. They would move
-    the cursor, colour or retitle a terminal, or turn the order of the characters around."""
+    r"""Return `text` with control characters written out, \x1b for example, but for line ends and tabs.
+
+    They would move the cursor, colour or retitle a terminal, or turn the order of the characters around.
+    """
     return _CONTROL.sub(lambda found: _code(found[0]), text)
 
 
@@ -146,8 +148,11 @@ def print_json(result: dict[str, Any]) -> None:
 
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:
-    """Print names and values on stdout. A terminal folds long values inside their column; a file or pipe gets each on
-    one line, without colours and without spaces behind it."""
+    """Print names and values on stdout.
+
+    A terminal folds long values inside their column. A file or pipe gets each on one line, without colours and without
+    spaces behind it.
+    """
     from rich.measure import Measurement
     from rich.table import Column, Table
 

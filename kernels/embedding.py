@@ -128,7 +128,7 @@ def forward(
     seed: torch.Tensor | None,
     site: int,
 ) -> torch.Tensor:
-    """out [..., C]; positions [T] repeat along the leading axes of tokens. Without a seed there is no dropout."""
+    """Return out [..., C], with positions [T] for each row of tokens. Without a seed there is no dropout."""
     C = token_weight.shape[1]
     out = torch.empty((*tokens.shape, C), dtype=token_weight.dtype, device=tokens.device)
     if out.numel() == 0:

@@ -30,7 +30,10 @@ class Config(NamedTuple):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b. Triton's interpreter takes bfloat16 for integers in a product; widening it there is exact."""
+    """Return acc + a b.
+
+    Triton's interpreter takes bfloat16 for integers in a product. Widening it there is exact.
+    """
     if PRECISION == "interpreter":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -38,8 +41,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def cast(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """float32 to `dtype`, to nearest. Triton's interpreter (as of 3.9) truncates to bfloat16, so there it is rounded
-    first."""
+    """Cast float32 to `dtype`, to nearest.
+
+    Triton's interpreter (as of 3.9) truncates to bfloat16, so there the value is rounded first.
+    """
     if PRECISION == "interpreter" and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -122,7 +127,7 @@ def sum_rows_kernel(
     x_ptr, out_ptr, stride_xm, stride_xn, M, N, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out [programs, N]: program p adds rows p ROWS to (p + 1) ROWS of x [M, N], in float32."""
+    """Write out [programs, N]: program p adds rows p ROWS to (p + 1) ROWS of x [M, N], in float32."""
     program = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N

@@ -191,7 +191,7 @@ def backward(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dx like x; dweight and dbias [N] in the weight's dtype, empty where not needed."""
+    """Return dx like x, and dweight and dbias [N] in the weight's dtype, empty if not needed."""
     N = x.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums_dtype = x.dtype if weight is None else weight.dtype

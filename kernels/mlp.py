@@ -209,7 +209,7 @@ def _linear_kernel(
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out = A Bᵀ + bias."""
+    """Write out = A Bᵀ + bias."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
         m, n = tile(index, M, N, BLOCK_M, BLOCK_N)
@@ -315,7 +315,7 @@ PLAIN = {
 
 
 def _linear(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out [M, N] = A Bᵀ + bias, in out's strides; A [M, K], B [N, K]."""
+    """Write out [M, N] = A Bᵀ + bias, in out's strides. A is [M, K], B is [N, K]."""
     if out.numel() == 0:
         return
     few = few_config(a)
@@ -359,7 +359,7 @@ def forward(
     proj_bias: torch.Tensor | None, activation: str, threshold: int, scale: float, seed: torch.Tensor | None,
     site: int, keeps_hidden: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """y [..., C'], and what backward needs, [..., F] or empty. Without a seed there is no dropout."""
+    """Return (y [..., C'], kept). `kept` [..., F] is for backward, or empty. Without a seed there is no dropout."""
     F, C_out = fc_weight.shape[0], proj_weight.shape[0]
     rows = as_matrix(x)
     M = rows.shape[0]
@@ -425,7 +425,7 @@ def _dz(
     dy: torch.Tensor, proj_weight: torch.Tensor, kept: torch.Tensor, h: torch.Tensor | None, activation: str,
     threshold: int, scale: float, seed: torch.Tensor | None, site: int, dfc_bias: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """dz [M, F]; also writes the hidden layer and dfc_bias, where given."""
+    """Return dz [M, F], and write the hidden layer and dfc_bias, where given."""
     M, F = kept.shape
     dz = torch.empty_like(kept)
     b = proj_weight.t()

@@ -1,4 +1,4 @@
-"""Compiles every C++ file for instruction sets this machine may lack: make compile-isa
+"""Compile every C++ file for instruction sets this machine may lack: `make compile-isa`.
 
 The levels are those of gpt_fast/_levels.py. Nothing is optimised, linked or run: this finds code that one of the paths
 no longer has, not code that computes something else there.
