@@ -119,7 +119,7 @@ def predefined_macros(compiler: list[str], flags: list[str]) -> set[str]:
 
 
 def capability(macros: set[str]) -> str:
-    """The vector width that at::vec is to use: its headers look at CPU_CAPABILITY_*, not at the compiler's macros."""
+    """Return the vector width for at::vec, whose headers read CPU_CAPABILITY_* and not the compiler's macros."""
     if {"__AVX512F__", "__AVX512BW__", "__AVX512DQ__", "__AVX512VL__"} <= macros:
         return "AVX512"
     return "AVX2" if {"__AVX2__", "__FMA__"} <= macros else "DEFAULT"
@@ -183,7 +183,7 @@ def refuse_to_compile(message: str) -> dict[str, Any]:
 
 
 def cublas_include(toolkit: str) -> str | None:
-    """Where cublasLt.h is: in the toolkit, or in the package that comes with PyTorch's own wheel."""
+    """Return the folder of cublasLt.h: in the toolkit, or in the package that comes with PyTorch's own wheel."""
     spec = importlib.util.find_spec("nvidia")
     packages = [Path(place) for place in spec.submodule_search_locations or ()] if spec else []
     places = [

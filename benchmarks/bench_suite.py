@@ -39,7 +39,7 @@ def facts() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def red() -> dict[str, str]:
-    """Output of a topic's failed tests by topic, empty if they passed."""
+    """Return the output of a topic's failed tests by topic, empty if they passed."""
     return {}
 
 

@@ -19,7 +19,7 @@ LENGTH = 64
 
 
 def main(steps: int = 100, mixed_precision: str = "bf16") -> tuple[GPT2LMHeadModel, list[float]]:
-    """The trained model as transformers made it, and the loss of every step."""
+    """Return the trained model as transformers made it, and the loss of every step."""
     set_seed(0)
     tokens = torch.tensor(list(inspect.getsource(argparse).encode()))
     rows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)

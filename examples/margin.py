@@ -35,7 +35,7 @@ def measured(out: Path, arm: str, rows: int, seed: int) -> Path:
 
 
 def table(out: Path, rows: int, seeds: list[int]) -> str:
-    """Accuracies on the held-out snippets as a table: each seed, the mean, the standard deviation."""
+    """Return accuracies on the held-out snippets as a table: each seed, the mean, the standard deviation."""
     lines = ["| classifier | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean | sd | macro F1 | loss |"]
     lines.append("| --- |" + " ---: |" * (len(seeds) + 4))
     for arm in ARMS:

@@ -74,6 +74,6 @@ def _address_space(root: Path) -> Iterator[int]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a file of the system, none where this system does not have it."""
+    """Yield the lines of a file of the system, or none on a system without that file."""
     if path.is_file() and os.access(path, os.R_OK):
         yield from path.read_text("ascii", errors="replace").splitlines()

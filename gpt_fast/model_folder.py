@@ -34,7 +34,7 @@ def as_path(function: str, directory: Any) -> Path:
 
 
 def save(head: Any, directory: Path) -> None:
-    """Write a head's configuration and weights; the configuration last, so that a folder that has it is complete."""
+    """Write a head's weights, and at last its configuration, so that a folder with a configuration is complete."""
     state, config = head.state_dict(), head.config
     if _TIED in state and config.tied != head.is_tied():  # tied or untied after the model was made
         config = config.replace(tied=head.is_tied())

@@ -89,7 +89,7 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Runs before any command; `run` looks for --traceback itself."""
+    """Run before any command. `run` itself reads --traceback."""
 
 
 def run() -> None:

@@ -86,7 +86,7 @@ def _show_run(folder: Path, as_json: bool) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """Everything that `doctor` shows."""
+    """Return everything that `doctor` shows."""
     import torch
 
     from gpt_fast import _extension, ops

@@ -175,5 +175,5 @@ def run_folder(out: Path) -> str:
 
 
 def follows() -> bool:
-    """Is this a rank other than the first, which prints nothing but errors?"""
+    """Return True on a rank other than the first, which prints nothing but errors."""
     return int(os.environ.get("RANK", "0")) > 0

@@ -124,6 +124,6 @@ def _shown(value: object) -> str:
 
 
 def _line(text: str, width: int = 100) -> str:
-    """A text on one line, cut where it is long."""
+    """Return a text on one line, cut if it is long."""
     text = " ".join(text.split())
     return text if len(text) <= width else f"{text[: width - 1]}…"

@@ -45,7 +45,7 @@ def prepare(
 ) -> None:
     """Turn text of any size into token files, which pretrain maps into memory.
 
-    Stopped, it goes on where it was with the same command.
+    Stopped, the same command resumes.
 
     [bold]Examples[/bold]
 

@@ -37,7 +37,7 @@ _WIDE = 80  # columns that a bar needs beside its figures; count and time left f
 
 
 def require_train_extra() -> None:
-    """Raises where the packages of the extra `train` are not installed."""
+    """Raise if the packages of the extra `train` are not installed."""
     missing = [
         name for name in ("tokenizers", "safetensors", "torchmetrics", "matplotlib", "yaml") if find_spec(name) is None
     ]
@@ -73,7 +73,7 @@ def write_text(text: str, raw: bool, nl: bool = True) -> None:
 
 @contextmanager
 def _standard_output() -> Iterator[None]:
-    """Let a full disk behind standard output be an error that says so, and the exit be quiet about what is lost."""
+    """Turn a full disk behind standard output into a clear error, and let the exit be quiet about lost output."""
     try:
         yield
     except OSError as error:
@@ -133,7 +133,7 @@ def show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A warning as one line on stderr, without the place in the code that `warnings` adds."""
+    """Print a warning as one line on stderr, without the place in the code that `warnings` adds."""
     err.print(Text(f"gpt-fast: {escaped(str(message))}", style="yellow"), soft_wrap=True)
 
 
@@ -170,7 +170,7 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def metric_rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
-    """What was measured, for a table: each figure beside what a constant answer reaches."""
+    """Return the figures for a table, each beside the figure that a constant answer reaches."""
     constant = "always the commonest label"
     lines = (
         ("accuracy", "accuracy", "{accuracy:.1%}, " + constant + ": {majority_accuracy:.1%}"),
@@ -210,7 +210,7 @@ def has_bars() -> bool:
 
 @contextmanager
 def training_bar(label: str) -> Iterator[Callable[[loop.Progress], None]]:
-    """A progress bar on stderr, with the loss, tokens per second and the time left; validations are lines above it."""
+    """Yield a progress bar on stderr: loss, tokens per second, the time left. Validations are lines above it."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -242,7 +242,7 @@ def training_bar(label: str) -> Iterator[Callable[[loop.Progress], None]]:
 
 @contextmanager
 def counting_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr that counts."""
+    """Yield a progress bar on stderr that counts."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     count, left = MofNCompleteColumn(), TimeRemainingColumn(compact=True)

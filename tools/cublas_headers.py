@@ -21,7 +21,7 @@ def toolkit() -> Path:
 
 
 def find(folder: Path = UNPACKED) -> Path | None:
-    """The folder with cublasLt.h, without fetching anything."""
+    """Return the folder with cublasLt.h, without fetching anything."""
     return next((place for place in (toolkit() / "include", folder) if (place / "cublasLt.h").exists()), None)
 
 

@@ -21,7 +21,7 @@ INCLUDED = (*include_paths(), sysconfig.get_paths()["include"])
 
 
 def compiles(source: Path, level: str) -> str:
-    """What the compiler says against it; empty where it compiles."""
+    """Return the compiler's errors, empty if it compiles."""
     vector = "AVX2" if level == "avx2" else "AVX512"  # of at::vec
     command = [
         *shlex.split(get_cxx_compiler()), "-std=c++20", "-O0", "-g0", "-fopenmp", *LEVELS[level],

@@ -279,7 +279,7 @@ def _end_with(watched: int) -> None:
 
 
 def tokenise(index: int, unit: Unit, tokenizer: str, parts: str, dtype: str, text_column: str) -> int:
-    """Write a unit's tokens for training and for validation, then the report that says so. Return `index`."""
+    """Write a unit's tokens for training and for validation, then its report. Return `index`."""
     made, keeps = _tokenizer(tokenizer)
     start = special_ids(made)["start_token"]
     report: dict[str, Any] = {part: {"documents": 0, "tokens": 0} for part in ("train", "valid")} | {"empty": 0}

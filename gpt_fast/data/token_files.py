@@ -47,7 +47,7 @@ class TokenFile:
 
 
 def token_files(paths: Sequence[Path]) -> list[Path]:
-    """The token files that `paths` name or hold; none where they are text. Both together are an error."""
+    """Return the token files that `paths` name or hold, none if they are text. Both together are an error."""
     found: list[Path] = []
     text: list[Path] = []
     for path in paths:
@@ -128,7 +128,7 @@ def pack_header(fields: dict[str, Any]) -> bytes:
 
 
 def vocabulary_hash(tokenizer: Tokenizer) -> str:
-    """A hash of every token with its id."""
+    """Return a hash of every token with its id."""
     vocabulary = sorted(tokenizer.get_vocab(with_added_tokens=True).items())
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 

@@ -91,7 +91,7 @@ class CppStep:
         return logits.new_zeros(self.cache.batch, logits.shape[1]).index_copy_(0, live.nonzero().squeeze(1), logits)
 
     def check_logits(self) -> None:
-        """The step itself has raised."""
+        """Do nothing, because the step itself has raised."""
 
     def _sampling(self, options: Sampling) -> Any:
         self._draws += options.temperature > 0

@@ -259,7 +259,7 @@ class _Drawing:
         return shown
 
     def step(self, live: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Read each live row's latest token; return the tokens [B] after it and their scores, if wanted."""
+        """Read each live row's latest token. Return the tokens [B] after it, with scores or None."""
         if not self.processors and not self.scores:
             return self.session.advance(self.rows.last, self.options, live, self.seen), None
         logits = self.session.read(self.rows.last, live)
@@ -274,7 +274,7 @@ class _Drawing:
             self.session.advance(self.rows.last, self.options, seen=self.seen)
 
     def draw(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return tokens drawn from the logits [n, V] of these rows [n] and their scores, if wanted."""
+        """Return tokens drawn from the logits [n, V] of these rows [n], with scores or None."""
         if not self.processors:
             new = self.session.draw(logits, self.options, rows, self.seen)
         else:

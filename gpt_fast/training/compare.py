@@ -106,7 +106,7 @@ def first_at(curve: Sequence[dict[str, float]], metric: str, loss: float, field:
 
 
 def random_batch(model: Head, batch_size: int) -> Batch:
-    """Random tokens with the labels that the model's head takes; rows of a classifier have unequal lengths."""
+    """Return random tokens with the labels that the model's head takes. Rows of a classifier have unequal lengths."""
     config = model.config
     generator = torch.Generator().manual_seed(SEED)
     tokens = torch.randint(config.num_tokens, (batch_size, config.seq_len), generator=generator)
@@ -135,7 +135,7 @@ def random_batch(model: Head, batch_size: int) -> Batch:
 
 
 def logits_and_gradients(model: nn.Module, batch: Batch, mode: Mode) -> tuple[Tensor, list[Tensor]]:
-    """One training pass in float32: logits, and the gradient of every parameter that has one."""
+    """Return logits of one training pass in float32, and the gradient of every parameter that has one."""
     model.train()
     model.zero_grad(set_to_none=True)
     torch.manual_seed(SEED)  # the same dropout masks every time

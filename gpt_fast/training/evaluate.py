@@ -122,7 +122,7 @@ def run_task(model: Head, record: dict[str, Any]) -> TaskSettings | None:
 
 
 def run_labels(model: Head, record: dict[str, Any]) -> list[str]:
-    """The names of a run's classes, or of those of another library's classifier; numbers where it has no names."""
+    """Return the names of a run's classes, or of another library's classifier, or numbers if it has no names."""
     if record.get("labels"):
         return list(record["labels"])
     config = model.config

@@ -180,12 +180,12 @@ def pretrained(head: type[Head], source: Path, **overrides: Any) -> Head:
 
 
 def fresh(head: type[Head], source: Path, **overrides: Any) -> Head:
-    """The model that `pretrained` would load, with weights drawn anew."""
+    """Return the model that `pretrained` would load, with new weights."""
     return load_for_task(source, lambda folder, **changed: head(read_config(folder)[1].replace(**changed)), overrides)
 
 
 def identity(rows: Sequence[Example]) -> dict[str, Any]:
-    """Tells whether a run that goes on reads the table that it began with."""
+    """Return a value that shows whether a resumed run reads the table of its beginning."""
     tagged = any(row.tags for row in rows)
     content = json.dumps([[row.sequences, row.tags if tagged else row.target] for row in rows]).encode()
     return {"rows": len(rows), "crc32": zlib.crc32(content)}
@@ -196,7 +196,7 @@ def answer_bytes(table: Table) -> int:
 
 
 def some_rows(table: Table, count: int, seed: int) -> Table:
-    """`count` rows of a table, drawn by the seed, in the order they stand in."""
+    """Return `count` rows of a table, drawn by the seed, in the table's order."""
     if count > len(table):
         raise ValueError(f"--rows {count}: {table.source} has {len(table):,} to train on")
     order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))

@@ -29,7 +29,7 @@ Mask = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 
 def masker(tokenizer: Tokenizer, config: GPTConfig) -> Mask:
-    """`mask_tokens` for this vocabulary."""
+    """Return `mask_tokens` for this vocabulary."""
     special = set(special_ids(tokenizer).values())
     ordinary = torch.tensor([i for i in sorted(tokenizer.get_vocab(True).values()) if i not in special])
     return partial(mask_tokens, mask_token=special_token(config, "mask_token"), ordinary=ordinary)
@@ -107,7 +107,7 @@ class WindowSource:
 def mask_each(
     tokens: Tensor, generator: torch.Generator, *, mask: Mask, seed: int, positions: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Hides tokens of each row by a generator seeded with its position."""
+    """Hide tokens of each row by a generator seeded with the row's position."""
     rows = [
         mask(row[None], generator.manual_seed(mix(seed, position, 2) >> 1))
         for row, position in zip(tokens, positions, strict=True)

@@ -41,7 +41,7 @@ def lm_loss(model: nn.Module, batches: Sequence[Batch], world: World | None = No
 
 
 def predictions(model: nn.Module, examples: Sequence[Example], pad_token: int, batch_size: int) -> Tensor:
-    """A task head's logits for every example `[N, K]`, or a regressor's values `[N, 1]`."""
+    """Return a task head's logits [N, K] for every example, or a regressor's values [N, 1]."""
     logits = []
     device = next(model.parameters()).device
     with evaluating(model), torch.no_grad():
@@ -125,7 +125,7 @@ def entities(tags: Sequence[str]) -> list[tuple[int, int, str]]:
 
 
 def span_metrics(logits: Sequence[Tensor], rows: Sequence[Example]) -> Metrics:
-    """Loss over the rows whose answer is among their tokens, exact match and the F1 of words over all."""
+    """Return the loss over rows whose answer is among their tokens, and exact match and the F1 of words over all."""
     losses = []
     for scores, row in zip(logits, rows, strict=True):
         target = torch.tensor(row.target)
@@ -185,7 +185,7 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
 
 
 def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
-    """How often class i `[K]` was taken for class j `[K]`."""
+    """Return how often class i was taken for class j [K, K]."""
     from torchmetrics.classification import MulticlassConfusionMatrix
 
     return MulticlassConfusionMatrix(logits.shape[1])(logits, labels)

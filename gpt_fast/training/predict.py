@@ -130,7 +130,7 @@ def _warn(found: Sequence[str]) -> None:
 
 
 def check_target(out: Path, data: Path, options: RowOptions = PLAIN) -> None:
-    """What would be wrong with writing to `out`, before any work."""
+    """Raise `ValueError` before any work if `out` cannot take the predictions."""
     written_kind(out)
     for place, row in read_rows(data, options):
         if taken := [name for name in ADDED if name in row]:
@@ -140,7 +140,7 @@ def check_target(out: Path, data: Path, options: RowOptions = PLAIN) -> None:
 def write_predictions(
     out: Path, data: Path, table: Table, found: Sequence[Prediction], options: RowOptions = PLAIN
 ) -> None:
-    """The rows of `table`, which was read from `data`, with their predictions as further columns."""
+    """Write the rows of `table`, which was read from `data`, with their predictions as further columns."""
     read = set(table.places)  # a row without a usual number of choices may have been skipped
     rows = [row for place, row in read_rows(data, options) if place in read]
     write_rows(out, [row | prediction.columns() for row, prediction in zip(rows, found, strict=True)])

@@ -225,4 +225,4 @@ def check_optimizer(settings: TrainingSettings) -> None:
 
 
 def ignore(_: object) -> None:
-    """Stands for a display on ranks that print nothing."""
+    """Replace a display on ranks that print nothing."""

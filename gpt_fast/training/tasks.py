@@ -172,7 +172,7 @@ def marks(config: GPTConfig) -> Marks:
 def new_model(
     task: TaskSettings, make: Any, source: Path, lm_weight: float, names: Sequence[str], classifier_bias: bool = True
 ) -> Head:
-    """The task's head on a pre-trained trunk. `make` is the head's `from_pretrained`, or draws weights anew."""
+    """Return the task's head on a pre-trained trunk. `make` is the head's `from_pretrained`, or draws new weights."""
     if task.writes:
         return make(task.task.head, source)
     return make(
@@ -189,7 +189,7 @@ def new_model(
 
 
 def score(model: Head, rows: Sequence[Example], task: TaskSettings, answer_bytes: int) -> Metrics:
-    """The metrics of the task on `rows`."""
+    """Return the metrics of the task on `rows`."""
     pad = model.config.pad_token or 0
     if task.writes:
         batches = list(task_batches(rows, EVALUATION_BATCH, pad))
@@ -233,8 +233,8 @@ def answers(
 ) -> list[str]:
     """Return the text that the model writes behind each row's prompt, greedily, until its end token.
 
-    It has at most `max_new_tokens`, by default eight more than the longest answer wanted, and no more than the model's
-    positions leave.
+    It has at most `max_new_tokens`, by default eight more than the longest expected answer, and no more than the
+    model's positions leave.
     """
     config = model.config
     device = next(model.parameters()).device

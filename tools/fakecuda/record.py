@@ -31,7 +31,7 @@ class Entry(NamedTuple):
 
 @dataclass
 class Seen:
-    """What happened in a block. Both lists are filled when it ends."""
+    """Record of a block. Both lists are filled when it ends."""
 
     entries: list[Entry] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)

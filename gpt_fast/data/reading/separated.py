@@ -124,7 +124,7 @@ def _tsv_quoting(file: TextFile, options: RowOptions, written: int) -> Quoting:
 
 @dataclass
 class _Scan:
-    """Holds one of the two readings of a .tsv, with or without quotes."""
+    """One of the two readings of a .tsv, with or without quotes."""
 
     rows: int = 0
     ragged: int = 0

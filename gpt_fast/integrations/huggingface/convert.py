@@ -181,7 +181,7 @@ def _computes(reason: str | None) -> str | None:
 
 
 def is_transformers_folder(config: dict[str, Any]) -> bool:
-    """Whether a `config.json` is of a model that `from_hf` reads."""
+    """Return True if a `config.json` belongs to a model that `from_hf` reads."""
     return config.get("model_type") in ("gpt2", "openai-gpt")
 
 
@@ -287,7 +287,7 @@ def _pickled_weights(folder: Any) -> dict[str, torch.Tensor] | None:
 
 
 def _pairs(ours: dict[str, Any], theirs: dict[str, Any], model: Any) -> Iterator[tuple[str, str, bool]]:
-    """(our name, transformers' name, whether theirs is transposed) of every tensor both have."""
+    """Return (our name, transformers' name, True if theirs is transposed) of every tensor that both have."""
     config = model.config
     our_trunk = "trunk." if "trunk.pos_emb" in ours else ""
     their_trunk = "transformer." if any(name.startswith("transformer.") for name in theirs) else ""
@@ -392,7 +392,7 @@ def _classifier_from_hf(theirs: Any) -> dict[str, Any]:
 
 
 def _own_dropout(theirs: Any) -> float:
-    """What `to_hf` wrote for a head that has no dropout in transformers."""
+    """Return the dropout that `to_hf` wrote for a head that has no dropout in transformers."""
     return getattr(theirs, "classifier_dropout", None) or 0.0
 
 

@@ -15,9 +15,9 @@ LONGEST = 0.5  # seconds of one product
 
 
 def flops_per_token(config: GPTConfig, parameters: int, causal: bool) -> float:
-    """`6 N + 12 L C T`, the products of forward and backward, halved in attention where it is causal.
+    """Return `6 N + 12 L C T`, the products of forward and backward, halved in attention if it is causal.
 
-    N counts the weights that multiply: not the position embedding, and not the token embedding where a layer of its own
+    N counts the weights that multiply: not the position embedding, and not the token embedding if a layer of its own
     makes the output. Recomputed activations do not count, so checkpointing lowers the share. Source: Kaplan et al.
     (2020), arXiv:2001.08361; Chowdhery et al. (2022), arXiv:2204.02311, appendix B.
     """

@@ -205,7 +205,7 @@ class Engine:
         return tensors
 
     def whole_model(self) -> Head:
-        """The model with all of its weights in one place, for saving; every rank calls it."""
+        """Return the model with all of its weights in one place, for saving. Every rank calls this."""
         if self.world.size == 1 or self.world.strategy == "ddp":
             return self.model
         tensors = {name: self.world.full(tensor).cpu() for name, tensor in self.model.state_dict().items()}

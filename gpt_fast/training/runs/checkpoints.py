@@ -68,7 +68,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
 
 
 def newest_first(folder: Path) -> Iterator[Path]:
-    """The complete checkpoints of a folder: the one that `latest` names, then the others from the newest on."""
+    """Return the complete checkpoints of a folder: the one that `latest` names, then the others from the newest on."""
     if not folder.is_dir():
         return
     names = (path for path in folder.iterdir() if path.name.startswith(_PREFIX))
@@ -129,7 +129,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, tensors: dict[str, Tensor], world: World) -> None:
-    """Fills `tensors` from a checkpoint, whatever the number of ranks that wrote it."""
+    """Fill `tensors` from a checkpoint, whatever the number of ranks that wrote it."""
     reader = dcp.HuggingFaceStorageReader(str(path))
     try:
         with warnings.catch_warnings():
@@ -150,7 +150,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None
 
 
 def _with_a_dimension(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Scalars as one-element views: the safetensors reader slices, which a scalar does not allow."""
+    """Return scalars as views of one element: the safetensors reader slices, which a scalar does not allow."""
     return {name: tensor.view(1) if tensor.ndim == 0 else tensor for name, tensor in tensors.items()}
 
 
@@ -160,7 +160,7 @@ def _cause(error: CheckpointException) -> str:
 
 
 def _seal(path: Path, manifest: dict[str, Any]) -> None:
-    """Syncs all files and writes the manifest that vouches for them."""
+    """Sync all files and write the manifest that vouches for them."""
     for file in path.iterdir():
         sync(file)
     manifest["files"] = _sums(path)

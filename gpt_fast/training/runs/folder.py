@@ -79,7 +79,7 @@ class Run:
         return self.folder / checkpoints.FOLDER
 
     def publish(self) -> None:
-        """Moves the folder to its place, before the first update: from now on metrics can be watched there."""
+        """Move the folder to its place, before the first update. From now on metrics can be watched there."""
         if self.folder == self.out:
             return
         _check_target(self.out, self.overwrite)  # someone may have written there meanwhile
@@ -92,7 +92,7 @@ class Run:
         self.folder = self.out
 
     def keep(self) -> None:
-        """What lies in the folder is worth more than what it replaced."""
+        """Keep the folder, which is now worth more than the one that it replaced."""
         self.publish()
         self.kept = True
         if self._replaced is not None:
@@ -266,7 +266,7 @@ def is_finished(out: Path) -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """No two processes train in one folder: the lock is the folder's own and ends with the process."""
+    """Lock the folder, so that no two processes train in it. The lock ends with the process."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -279,7 +279,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _check_idle(out: Path) -> None:
-    """Raises where a living process trains in `out`, which has no checkpoint there yet."""
+    """Raise if a living process trains in `out`, which has no checkpoint there yet."""
     if out.exists():
         with _locked(out):
             pass
@@ -334,7 +334,7 @@ def check_weights(folder: Path, record: dict[str, Any], whole: bool) -> None:
 
 
 def special_token(config: GPTConfig, name: str) -> int:
-    """The id of a special token that a task cannot do without."""
+    """Return the id of a special token that a task cannot do without."""
     token = getattr(config, name)
     if token is None:
         raise ValueError(f"this model has no {name}; pre-train it with gpt-fast, or name the token's id in config.json")
@@ -375,7 +375,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def read_curve(folder: Path, field: str) -> list[dict[str, float]]:
-    """The lines of a run's metrics that have a field; `ValueError` naming those it has where none does."""
+    """Return the lines of a run's metrics that have a field. Raise `ValueError` with the known fields if none does."""
     if not (folder / "metrics.jsonl").is_file():
         raise FileNotFoundError(f"{folder}: no run folder, it has no metrics.jsonl")
     lines = read_metrics(folder)
@@ -402,7 +402,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
 
 
 def _make_parents(folder: Path) -> list[Path]:
-    """Creates `folder` and returns what had to be made, innermost first."""
+    """Create `folder` and its parents. Return the new folders, innermost first."""
     made = []
     while not folder.exists():
         made.append(folder)

@@ -157,7 +157,7 @@ def _weights(path: Path, name: str, config: GPTConfig) -> dict[str, Tensor]:
 
 
 def load_generator(folder: Path, device: str) -> GPTForCausalLM:
-    """The model of a run folder, which has to be one that generates text."""
+    """Return the model of a run folder, which has to be one that generates text."""
     model = load_run(folder, device)
     if not isinstance(model, GPTForCausalLM):
         raise ValueError(

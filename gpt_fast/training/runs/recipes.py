@@ -26,7 +26,7 @@ class Recipe:
 
     @classmethod
     def of(cls, settings: Any) -> Recipe:
-        """The one in complete settings."""
+        """Return the recipe in complete settings."""
         return cls(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)})
 
 
@@ -52,7 +52,7 @@ FINETUNE_LR = 6.25e-5  # Radford et al. (2018), section 4.1
 
 
 def pretraining(preset: str | None, source: Path | None) -> Recipe:
-    """A preset's recipe; or that of the run that is gone on from, GPT-1's where a folder says nothing of it."""
+    """Return a preset's recipe, or that of the run that training starts from, GPT-1's if a folder has none."""
     if source is None:
         return RECIPES[preset]
     record = read_record(source)
