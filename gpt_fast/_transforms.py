@@ -163,7 +163,7 @@ class _Transformed(torch.autograd.Function):
         ctx.record = record = inputs[0]
         known = (*inputs, *output)
         ctx.save_for_backward(*(None if place is None else known[place] for place in record.places))
-        # What else was saved counts as differentiable: `_Once` tells by it that a gradient depends on the arguments.
+        # Other saved tensors count as differentiable: by them `_Once` knows that a gradient depends on the arguments.
         ctx.set_materialize_grads(False)
 
     @staticmethod

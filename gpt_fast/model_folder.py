@@ -153,5 +153,5 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, MemoryError) as error:  # the latter for a file that is too long to be mapped
+    except (SafetensorError, MemoryError) as error:  # MemoryError for a file that is too long to be mapped
         raise ValueError(f"{path}: truncated, or no safetensors file ({error})") from error

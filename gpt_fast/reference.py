@@ -202,7 +202,7 @@ def attention_allowed(
 
 
 def packed_positions(cu_seqlens: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """(sequence, position within it) of each of T packed tokens; sequence `n` holds what follows the last one."""
+    """Return (sequence, position within it) of each of T packed tokens. Tokens behind the last sequence are in n."""
     tokens = torch.arange(T, device=cu_seqlens.device)
     starts = cu_seqlens.long()
     sequence = torch.searchsorted(starts[1:].contiguous(), tokens, right=True)

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from .documents import YAML_LIMIT, parse_json, parse_yaml, read_bytes
 
 S = TypeVar("S", bound="Settings")
-# What a resumed run does with a setting. `same`: the user may omit it or repeat it. `more`: or give a larger number.
+# Rules for a setting in a resumed run. `same`: the user may omit it or repeat it. `more`: or give a larger number.
 # `free`: the user may change it.
 # `machine`: saved, but a resumed run takes the command's. `command`: neither saved nor compared.
 Resume = Literal["same", "more", "free", "machine", "command"]

@@ -57,7 +57,10 @@ def _bwd_kernel(
     dout_ptr, ids_ptr, order_ptr, grad_ptr, partial_ptr, seed_ptr, stride_dm, stride_dc, stride_gk, stride_gc,
     M, C, site, threshold, scale, HAS_DROPOUT: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Add one chunk of the sorted uses. The chunk's first and last run go to partial [chunks, 2, C]."""
+    """Add one chunk of the sorted uses.
+
+    The run that the chunk continues and the one that it begins go to partial [chunks, 2, C].
+    """
     chunk = tl.program_id(0).to(tl.int64)
     offs_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     base = chunk * CHUNK

@@ -191,7 +191,7 @@ def config(op: str, kernel: str, x: torch.Tensor, size: int) -> tuple[Config, in
 def operands(
     launch: Config, architecture: int, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, parts: int = 2
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments and compile-time switches of a product A Bᵀ that stores its tiles in parts; 0: by pointers."""
+    """Return arguments and compile-time switches of a product A Bᵀ that stores its tiles in parts (0: by pointers)."""
     a_source, a_mode = operand(a, launch.m, launch.k, architecture)
     b_source, b_mode = operand(b, launch.n, launch.k, architecture)
     out_target, out_mode = operand(out, launch.m, launch.n // parts, architecture) if parts else (out, 0)

@@ -123,7 +123,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if reduction == "none":
             grads = _library.backward("linear_cross_entropy", dloss, x, weight, target, bias, *options, *needs)
         else:
-            # What follows could be differentiated, as if the gradients were constants.
+            # Autograd could differentiate the code below, as if the gradients were constants.
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 raise NotImplementedError(
                     "gpt_fast.linear_cross_entropy: double backward is not implemented, nor create_graph=True; "

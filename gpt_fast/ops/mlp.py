@@ -6,9 +6,9 @@ from torch import Tensor
 from .. import _activations, _transforms, reference
 from . import _checks, _flops, _library
 
-# `hidden` [..., F] is what backward needs, in x's dtype: the activation after dropout for relu, whose derivative can be
-# read off it, and the activation's input for gelu. It is empty where backward is to recompute it. `needs` says which of
-# the five gradients are wanted; the others come back empty.
+# `hidden` [..., F] is kept for backward, in x's dtype: for relu the activation after dropout, which has the derivative,
+# and for gelu the activation's input. It is empty if backward recomputes it. `needs` has a flag for each of the five
+# gradients; the others come back empty.
 _library.define_forward(
     "mlp",
     "(Tensor x, Tensor fc_weight, Tensor? fc_bias, Tensor proj_weight, Tensor? proj_bias, str activation,"

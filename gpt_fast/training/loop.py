@@ -151,7 +151,7 @@ class Loop:
     better: Callable[[Metrics], Sequence[float]] | None = None
     state: LoopState = field(default_factory=LoopState)
     seed: int = 0
-    identity: dict[str, Any] = field(default_factory=dict)  # of the data: a run goes on with the same
+    identity: dict[str, Any] = field(default_factory=dict)  # of the data: a resumed run has the same
     record: dict[str, Any] = field(default_factory=dict)  # what a reader of a checkpoint has to know of the run
     tracked: dict[str, Any] = field(default_factory=dict)  # what trackers show beside the curve
     save_best: Callable[[Head, Path], None] = Head.save_pretrained

@@ -45,7 +45,7 @@ from .runs.folder import read_record, special_token
 EVALUATION_BATCH = 64
 
 
-# What a row's label is, and by which metrics validation may choose, the default first, which the picture shows.
+# Kinds of labels, and the metrics by which validation may choose. The picture shows the first, which is the default.
 Kind = Literal["class", "number", "text", "set", "tags", "span"]
 SCORES: dict[Kind, tuple[str, ...]] = {
     "class": ("accuracy", "macro_f1", "micro_f1", "matthews", "loss"),

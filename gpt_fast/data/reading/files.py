@@ -34,7 +34,7 @@ _BOMS = (  # UTF-32's first: UTF-16's is its beginning
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-# What begins like this is not the text that a person means, even where it is UTF-8.
+# A file that begins like this is not the text that a user means, even if it is UTF-8.
 _NO_TEXT = {
     b"%PDF": "a PDF; convert it to text",
     b"{\\rtf": "an RTF document; convert it to text",

@@ -14,7 +14,7 @@ from . import files
 from .files import TextFile, open_utf8
 
 Say = Callable[[str], object]
-Quoting = tuple[int, str]  # csv's constant, and the line about it that a user is told
+Quoting = tuple[int, str]  # csv's constant, and the line about it for the user
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class Deferred(Tensor):
 
 
 _T: Any = Tensor  # whose attributes are descriptors, which stubs do not know
-# What a deferred tensor tells without being computed.
+# Properties of a deferred tensor that need no computation.
 _SHAPES = {
     _T.size, _T.dim, _T.numel, _T.__len__, _T.is_floating_point,
     *(getattr(_T, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "is_meta")),

@@ -211,7 +211,7 @@ def _whole_model_agrees(model: nn.Module, patches: list[Patch], apply: Callable,
     }
     outside = [p for p in model.parameters() if id(p) not in within and p.requires_grad and p.is_floating_point()]
     before, after = [], []
-    # What the model itself writes or draws, outside of its blocks, it goes on writing: its own forward runs.
+    # The model still writes or draws what it does outside of its blocks, because its own forward runs.
     with contextlib.suppress(probe.Refused), probe.without_trace(model):
         model.eval()
         before = [_results(model, tokens, outside) for tokens in drawn]

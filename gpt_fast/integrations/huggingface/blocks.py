@@ -61,7 +61,7 @@ def gpt2_model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _as_transformers_has_it(self, reason, call)
     _warn_of_padding(self, call)
     if use_cache and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-        use_cache = False  # as transformers has it: a checkpointed block would write to the cache twice
+        use_cache = False  # as in transformers: a checkpointed block would write to the cache twice
         if not torch.compiler.is_compiling():
             _LOGGER.warning_once(_NO_CACHE)
     if use_cache and cache is None:

@@ -58,7 +58,7 @@ _COMPUTES = {
     "num_tokens", "hidden_dim", "num_heads", "num_layers", "seq_len", "ff_dim", "activation", "pre_norm", "bias",
     "layer_norm_eps",
 }  # fmt: skip
-# Those that say which parameters a head has.
+# Options that decide which parameters a head has.
 _MAKES_ROOM = {"lm_weight", "classifier_bias", "output_bias"}
 
 _BLOCK = (  # ours, transformers', transposed
@@ -244,7 +244,7 @@ def _load(transformers: Any, folder: Any) -> Any:
             model, info = kind.from_pretrained(folder, **options)
         else:
             model, info = kind.from_pretrained(None, config=config, state_dict=pickled, **options)
-    except (SafetensorError, MemoryError) as error:  # the latter for a file that is too long to be mapped
+    except (SafetensorError, MemoryError) as error:  # MemoryError for a file that is too long to be mapped
         raise ValueError(
             f"gpt_fast.from_hf: {folder} has broken safetensors ({error}); expected whole files"
         ) from error
@@ -413,7 +413,7 @@ def _tags_from_hf(theirs: Any) -> dict[str, Any]:
     return {
         "num_labels": theirs.num_labels,
         "label_names": _label_names(theirs),
-        "classifier_dropout": next((rate for rate in rates if rate is not None), 0.1),  # as transformers' class has it
+        "classifier_dropout": next((rate for rate in rates if rate is not None), 0.1),  # as in transformers' class
     }
 
 

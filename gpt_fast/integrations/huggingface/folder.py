@@ -20,7 +20,7 @@ _NAMES = {"clm": "GPTForCausalLM", "mlm": "GPTForMaskedLM", "classifier": "GPTFo
 _SPECIAL = {
     "pad_token": "pad_token", "mask_token": "mask_token", "start_token": "bos_token", "end_token": "eos_token",
 }  # fmt: skip
-# What transformers keeps beside the model, and this library in a folder inside its own.
+# Files that transformers keeps beside the model, and this library in a folder inside its own.
 EXTRAS = "transformers"
 _EXTRAS = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",

@@ -24,7 +24,7 @@ from ...model import init_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
-# What PEFT wraps in a decoder, and the weight that the adapter is added to.
+# Modules that PEFT wraps in a decoder, and the weight to which the adapter is added.
 _ADAPTED = {"multihead_attn": "multihead_attn.in_proj_weight", "ff.0": "ff.0.weight", "ff.3": "ff.3.weight"}
 _SAVED, _LIVE = "base_model.model.", ".default"  # PEFT's files have the first in names, its modules the second
 

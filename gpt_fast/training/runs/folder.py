@@ -181,7 +181,7 @@ def _telling(run: Run) -> Iterator[None]:
     try:
         yield
     except Interrupted as stopped:
-        if any(checkpoints.newest_first(run.checkpoints)):  # a second signal may come before the run is told of it
+        if any(checkpoints.newest_first(run.checkpoints)):  # a second signal may come before the run knows of it
             run.keep()
         stopped.saved = run.what_is_left(stopped)
         raise

@@ -23,7 +23,7 @@ from ..engine.distributed import World
 from . import adapters, checkpoints
 from .folder import SETTINGS, check_run, check_weights, is_finished, read_record, with_special_tokens
 
-# What a task's head has in its configuration beside the trunk's.
+# Fields of a task's head in its configuration, beside the trunk's.
 _OF_A_TASK = (
     "num_labels", "label_names", "problem", "pooling", "lm_weight", "classifier_dropout", "classifier_bias",
 )  # fmt: skip
