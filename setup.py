@@ -247,7 +247,7 @@ def extension_arguments() -> dict[str, Any]:
         link += SANITIZE
 
     class BuildWithRecord(BuildExtension):
-        """Writes `_C.json` beside each module: what a process has to know before it may load it."""
+        """Build that writes `_C.json` beside each module, which a process reads before it loads the module."""
 
         def finalize_options(self) -> None:
             super().finalize_options()

@@ -79,7 +79,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Peer:
-    """An implementation of a topic: ours, the reference, or somebody else's."""
+    """An implementation of a topic: ours, the reference, or another library's."""
 
     name: str
     build: Callable[[Case], Function]  # returns the function, which takes the case's inputs

@@ -103,7 +103,7 @@ _WEIGHTS = (nn.Parameter, Tensor, type(None))
 
 
 def why_own_weight(module: Any) -> str | None:
-    """Return why a module's weight is not read directly: a tensor class of somebody else's, as of a quantised layer."""
+    """Return why a module's weight is not read directly: its tensor class is foreign, as a quantised layer's."""
     kind = type(module._parameters.get("weight"))
     if kind in _WEIGHTS or (kind.__module__.startswith("torch.") and not kind.__module__.startswith("torch.ao")):
         return None  # fake tensors and sharded ones are PyTorch's own

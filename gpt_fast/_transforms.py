@@ -1,9 +1,9 @@
 """Autograd functions inside the transforms of `torch.func`.
 
-There PyTorch asks for functions whose forward takes no `ctx`; it binds the arguments of every call of such a one by an
-inspection of its signature, which costs 43 µs (a 2-core Zen 3; a call with `ctx` takes 9). So the ops keep theirs, and
-`apply` wraps them where a transform is under way: in one `torch.func.grad` or `vjp`. Elsewhere (vmap, forward mode,
-grad of grad, inside a compiled graph) `is_followed` is false, and the reference serves.
+There PyTorch asks for functions whose forward takes no `ctx`. It binds the arguments of every call of such a function
+by an inspection of its signature, which costs 43 µs (a 2-core Zen 3; a call with `ctx` takes 9). So the ops keep their
+`ctx`, and `apply` wraps them where a transform is under way: in one `torch.func.grad` or `vjp`. Elsewhere (vmap,
+forward mode, grad of grad, inside a compiled graph) `is_followed` is false, and the reference serves.
 """
 
 import copy

@@ -23,7 +23,7 @@ _U32 = 0xFFFFFFFF
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = PHILOX_ROUNDS) -> Tensor:
-    """philox4x32-`rounds` of Salmon et al. (2011): four words below 2^32 as int64, stacked last.
+    """Return philox4x32-`rounds` of Salmon et al. (2011): four words below 2^32 as int64, stacked last.
 
     Counters and keys are int64 tensors holding unsigned 32-bit values, broadcast against each other. Products wrap
     modulo 2^64, so the high half is the arithmetic shift with its sign bits masked off.
@@ -38,12 +38,12 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: 
 
 
 def dropout_threshold(p: float) -> int:
-    """T = floor(65536 p + 1/2): an element is dropped where its 16 random bits are below T."""
+    """Return T = floor(65536 p + 1/2). An element is dropped if its 16 random bits are below T."""
     return math.floor(p * 65536 + 0.5)
 
 
 def dropout_scale(p: float) -> float:
-    """65536 / (65536 - T), the exact inverse of the keep rate; 0 where everything is dropped."""
+    """Return 65536 / (65536 - T), the exact inverse of the keep rate, or 0 if every element is dropped."""
     T = dropout_threshold(p)
     return 0.0 if T == 65536 else 65536 / (65536 - T)
 
@@ -54,13 +54,13 @@ def _philox_key(seed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _philox_words(counter: tuple[Tensor, ...], seed: Tensor, site: int) -> Tensor:
-    """The four words at a counter whose last component is the site."""
+    """Return the four words at a counter whose last component is the site."""
     site_word = torch.tensor(site & _U32, dtype=torch.int64, device=seed.device)
     return philox4x32((*counter, site_word), _philox_key(seed))
 
 
 def _halves(words: Tensor) -> Tensor:
-    """[..., 4] words → [..., 4, 2] 16-bit halves, low half first."""
+    """Return words [..., 4] as 16-bit halves [..., 4, 2], low half first."""
     return torch.stack((words & 0xFFFF, words >> 16), dim=-1)
 
 
@@ -95,10 +95,10 @@ def dropout_keep_matrix(seed: Tensor, site: int, b: Tensor, M: int, N: int, p: f
 
 
 def dropout_keep_at(seed: Tensor, site: int, b: Tensor, i: Tensor, j: Tensor, p: float) -> Tensor:
-    """The rule of a matrix site, literally, at coordinates that broadcast against each other: True is kept.
+    """Return the rule of a matrix site, literally, at coordinates that broadcast against each other. True is kept.
 
-    counter = ((j // 16)*4 + (j % 8)//2, (i // 16)*8 + i % 8, b, site); word = 2*((i // 8) % 2) + (j // 8) % 2;
-    u16 = (word >> 16*(j % 2)) & 0xffff; keep = u16 >= T.
+    counter = ((j // 16)*4 + (j % 8)//2, (i // 16)*8 + i % 8, b, site); word = 2*((i // 8) % 2) + (j // 8) % 2; u16 =
+    (word >> 16*(j % 2)) & 0xffff; keep = u16 >= T.
     """
     words = _philox_words(((j // 16) * 4 + (j % 8) // 2, (i // 16) * 8 + i % 8, b), seed, site)
     word = 2 * ((i // 8) % 2) + (j // 8) % 2
@@ -114,7 +114,7 @@ def _dropout(x: Tensor, keep: Tensor, p: float) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """The dtype sums are taken in: float32 for half-precision inputs, else their own."""
+    """Return the dtype of sums: float32 for half-precision inputs, else their own."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -173,7 +173,7 @@ def attention_allowed(
     cu_seqlens: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """bool, broadcastable to [B, H, T, S]: True where query i may attend to key j. All conditions hold at once.
+    """Return bool, broadcastable to [B, H, T, S], True where query i may attend to key j. All conditions hold at once.
 
     Causal is bottom-right: the last query sits at the last key. Packed sequences see their own tokens only, and tokens
     after the last of them see nothing.
@@ -253,7 +253,7 @@ def attention(
 
 
 def attention_qkv(qkv: Tensor, num_heads: int, **options) -> Tensor:
-    """`attention` on the projection's [B, T, 3C], heads merged: [B, T, C]. The options are those of `attention`."""
+    """Return `attention` on a projection [B, T, 3C], heads merged, [B, T, C]. The options are those of `attention`."""
     out = attention(*split_qkv(qkv, num_heads), **options)
     return out.transpose(1, 2).flatten(2)
 
@@ -266,7 +266,7 @@ def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
-    """One query [B, H, D] a sequence against the first `lengths` [B] entries of its cache [B, H, S, D]."""
+    """Attend from one query [B, H, D] a sequence to the first `lengths` [B] entries of its cache [B, H, S, D]."""
     return attention(q[:, :, None], k_cache, v_cache, causal=False, lengths=lengths)[:, :, 0]
 
 
@@ -306,10 +306,10 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """-(1 - ε) log p[target] - ε/V Σ_v log p[v] with p = softmax(x weightᵀ + bias), over rows not ignored.
+    """Return -(1 - ε) log p[target] - ε/V Σ_v log p[v], p = softmax(x weightᵀ + bias), over rows not ignored.
 
-    The mean is over those rows, and 0 where there is none. Ignored rows are not computed, except while tracing and on
-    meta, where no number of rows may depend on data, and inside a `vmap`, which has none.
+    The mean is over those rows, and 0 if there are none. Ignored rows are not computed, except while tracing and on
+    meta, where no number of rows may depend on data, and inside a `vmap`, where no number may either.
     """
     rows, targets = x.reshape(target.numel(), x.shape[-1]), target.reshape(-1)
     valid = targets != ignore_index
@@ -335,7 +335,7 @@ def embedding(
     seed: Tensor | None = None,
     site: int = 0,
 ) -> Tensor:
-    """dropout(token_weight[tokens] + position_weight[positions]); positions count along the last axis by default."""
+    """Return dropout(token_weight[tokens] + position_weight[positions]), with positions 0 to T - 1 by default."""
     if positions is None:
         positions = torch.arange(tokens.shape[-1], device=tokens.device)
     out = _wide(F.embedding(tokens, token_weight)) + _wide(F.embedding(positions, position_weight))

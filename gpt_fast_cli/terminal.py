@@ -1,4 +1,4 @@
-"""What the commands share: devices, progress bars, results and errors on the terminal."""
+"""Common parts of the commands: devices, progress bars, results and errors on the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a setting is declared, validated, read from a file and saved."""
+"""Settings: how one is declared, validated, read from a file and saved."""
 
 from __future__ import annotations
 

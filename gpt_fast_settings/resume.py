@@ -1,4 +1,4 @@
-"""How `--resume` compares the settings of a command with those that the run began with."""
+"""Comparison of a command's settings with the original ones of the run that it resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs topics and studies: their tests, the floors, every case on every implementation. Writes results as they come."""
+"""Run topics and studies: their tests, the floors, every case on every implementation. Write results as they come."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""What a person names as data, cut into units: ranges of text that can be read on their own.
+"""Sources of data, cut into units: ranges of text that can be read on their own.
 
 A source is a file, a folder, a .zip, or a Hugging Face data set (`hf:NAME`). Its text is read by `documents`.
 """

@@ -1,4 +1,4 @@
-"""What a language model trains on: text or token files become streams, and an update's number becomes its batches."""
+"""Data of a language model: text or token files become streams, and an update's number becomes its batches."""
 
 from __future__ import annotations
 

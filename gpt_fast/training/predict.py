@@ -1,4 +1,4 @@
-"""What a fine-tuned run answers to rows without labels."""
+"""Predictions of a fine-tuned run for rows without labels."""
 
 from __future__ import annotations
 

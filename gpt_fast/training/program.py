@@ -1,4 +1,4 @@
-"""What every training does around its own part: processes, run folder, settings of a resumed run, loop, record."""
+"""Common part of every training: processes, run folder, settings of a resumed run, loop, record."""
 
 from __future__ import annotations
 

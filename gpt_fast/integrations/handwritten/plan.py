@@ -20,7 +20,7 @@ from .snapshot import Snapshot
 def plan(
     model: nn.Module, claimed: set[nn.Module], report: Report, apply: Callable, undo: Callable
 ) -> list[Patch] | None:
-    """Return the patches of what somebody wrote in a model, or None if nothing is recognised.
+    """Return the patches of a model's hand-written blocks, or None if no block is recognised.
 
     Modules in `claimed` are known otherwise. `apply` and `undo` put a patch on and off, to compare the whole model.
     """

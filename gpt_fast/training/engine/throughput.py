@@ -1,4 +1,4 @@
-"""How much of a device a training run uses: model FLOPs per token, and the rate that they are compared with."""
+"""Share of a device that a training run uses: model FLOPs per token, and the rate to which they are compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the published models were trained: what a run's options are where they are not given."""
+"""Recipes of the published models, from which a run takes the options that are not given."""
 
 from __future__ import annotations
 
