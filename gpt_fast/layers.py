@@ -41,7 +41,7 @@ class LayerNorm(nn.LayerNorm):
         Dtypes, precision, determinism and source are those of `gpt_fast.ops.layer_norm`.
     """
 
-    def __init__(self, normalized_shape, *args, **kwargs):
+    def __init__(self, normalized_shape: Any, *args: Any, **kwargs: Any):
         super().__init__(normalized_shape, *args, **kwargs)
         if len(self.normalized_shape) != 1:
             raise ValueError(
