@@ -1,5 +1,6 @@
-"""Builds gpt_fast._C, the C++ extension; everything else about the package is in pyproject.toml. The CUDA C++ kernels
-are part of it where PyTorch has CUDA and its toolkit is installed.
+"""Build gpt_fast._C, the C++ extension. The rest of the package is described in pyproject.toml.
+
+The CUDA C++ kernels are part of it where PyTorch has CUDA and its toolkit is installed.
 
 GPT_FAST_CUDA=0|1    leave the CUDA C++ kernels out, or fail where they cannot be built
 GPT_FAST_NO_CPP=1    build no extension: a pure-Python install, where the reference serves the CPU
@@ -122,7 +123,7 @@ def predefined_macros(compiler: list[str], flags: list[str]) -> set[str]:
 
 
 def capability(macros: set[str]) -> str:
-    """The vector width that at::vec is to use: its headers look at CPU_CAPABILITY_*, not at the compiler's macros."""
+    """Return the vector width for at::vec, whose headers read CPU_CAPABILITY_* and not the compiler's macros."""
     if {"__AVX512F__", "__AVX512BW__", "__AVX512DQ__", "__AVX512VL__"} <= macros:
         return "AVX512"
     return "AVX2" if {"__AVX2__", "__FMA__"} <= macros else "DEFAULT"
@@ -186,7 +187,7 @@ def refuse_to_compile(message: str) -> dict[str, Any]:
 
 
 def cublas_include(toolkit: str) -> str | None:
-    """Where cublasLt.h is: in the toolkit, or in the package that comes with PyTorch's own wheel."""
+    """Return the folder of cublasLt.h: in the toolkit, or in the package that comes with PyTorch's own wheel."""
     spec = importlib.util.find_spec("nvidia")
     packages = [Path(place) for place in spec.submodule_search_locations or ()] if spec else []
     places = [
@@ -253,7 +254,7 @@ def extension_arguments() -> dict[str, Any]:
         link += SANITIZE
 
     class BuildWithRecord(BuildExtension):
-        """Writes `_C.json` beside each module: what a process has to know before it may load it."""
+        """Build that writes `_C.json` beside each module, which a process reads before it loads the module."""
 
         def finalize_options(self) -> None:
             super().finalize_options()

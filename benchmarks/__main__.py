@@ -1,4 +1,4 @@
-"""The command of the suite, in a checkout: python -m benchmarks"""
+"""The command of the suite, in a checkout: `python -m benchmarks`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The suite's cases under pytest-benchmark: pytest benchmarks --benchmark-only -k "ops and embedding"
+"""The suite's cases under pytest-benchmark: `pytest benchmarks --benchmark-only -k "ops and embedding"`.
 
-One group a case and one benchmark an implementation, with pytest-benchmark's statistics, options and JSON. `python -m
-benchmarks` measures the same calls with the implementations taking turns.
+Each case is a group, and each implementation a benchmark, with pytest-benchmark's statistics, options and JSON. `python
+-m benchmarks` measures the same calls with the implementations taking turns.
 """
 
 import itertools
@@ -39,7 +39,7 @@ def facts() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def red() -> dict[str, str]:
-    """Output of a topic's failed tests by topic, empty if they passed."""
+    """Return the output of a topic's failed tests by topic, empty if they passed."""
     return {}
 
 

@@ -1,4 +1,4 @@
-"""Finds the topics: every file of benchmarks/ops and benchmarks/jobs that defines `TOPIC` or `STUDY`.
+"""Find the topics: every file of benchmarks/ops and benchmarks/jobs that defines `TOPIC` or `STUDY`.
 
 Nothing is listed here. A new file is found because it is there.
 """

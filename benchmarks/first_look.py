@@ -1,10 +1,10 @@
-"""Runs every op once against its definition, first of all on a new device: python -m benchmarks.first_look
+"""Run every op once against its definition, first of all on a new device: `python -m benchmarks.first_look`.
 
 Each call runs forward and backward on random values. The truth is the definition in float64 on the CPU. A figure is the
 largest error as a share of the bound that the fuzz has for it: every rounding that the contract names, carried to the
-result. Above 1 it fails. Lines are printed as they come, and a kernel that raises is a failure like any other.
-`--part 2/8` takes every eighth call from the second on: compiling a kernel takes a second of one core, so several
-processes share the work.
+result. Above 1 it fails. Lines are printed as they come, and a kernel that raises is a failure like any other. `--part
+2/8` takes every eighth call from the second on: compiling a kernel takes a second of one core, so several processes
+share the work.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Measures whether batches that grow during a run pay, in a checkout: python -m benchmarks.growing_batches
+"""Measure whether batches that grow during a run pay, in a checkout: `python -m benchmarks.growing_batches`.
 
-Pre-trains the demo's model on the demo's text, the source of Python's standard library. Every variant sees as many
+Pre-train the demo's model on the demo's text, the source of Python's standard library. Every variant sees as many
 tokens, under a learning rate that follows their share. Batches that grow are a quarter of the full one in the first
 quarter of the tokens, and half of it in the second. A smaller batch is more updates.
 """

@@ -1,6 +1,6 @@
-"""The parity gate, in a checkout: python -m benchmarks.parity
+"""The parity gate, in a checkout: `python -m benchmarks.parity`.
 
-Trains a GPT-2 for a few AdamW steps and compares each step's logits, loss and gradients with a plain PyTorch model.
+Train a GPT-2 for a few AdamW steps and compare each step's logits, loss and gradients with a plain PyTorch model.
 
 Every step starts from equal weights: those that gpt_fast has trained so far are copied into the two plain models. If
 each trained on its own, AdamW would turn the rounding of a gradient near zero into a whole step of the learning rate,

@@ -1,8 +1,8 @@
-"""Profiles a training step of GPT-2 124M, kernel by kernel: python -m benchmarks.step_profile --device cuda --out FILE
+"""Profile a training step of GPT-2 124M, kernel by kernel: `python -m benchmarks.step_profile --out FILE`.
 
-Each kernel's time, launches and share of a step, the longest first, as PyTorch's profiler has them. A step is timed
-without the profiler before: what its kernels do not account for, the device waits for the host. FILE gets the same as
-JSON. Without a kernel in the profile the exit code is 1.
+Each kernel's time, launches and share of a step are printed, the longest first, as PyTorch's profiler has them. A step
+is timed without the profiler before. The time that its kernels do not account for is the device's wait for the host.
+FILE gets the same as JSON. Without a kernel in the profile the exit code is 1.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Measures how soon AdamW and Muon reach a loss, in a checkout: python -m benchmarks.time_to_loss
+"""Measure how soon AdamW and Muon reach a loss, in a checkout: `python -m benchmarks.time_to_loss`.
 
-Pre-trains the same small model on the source of Python's standard library, as bytes, with either optimizer. A sweep on
-the first seed finds each one's peak learning rate. Muon's is that of its matrices; the weights of AdamW beside it keep
+Pre-train the same small model on the source of Python's standard library, as bytes, with either optimizer. A sweep on
+the first seed finds each one's peak learning rate. Muon's is that of its matrices. The weights of AdamW beside it keep
 the rate that is best for AdamW alone. Then every seed trains with the best. Stopped, the same command resumes.
 
-The loss to reach is the highest final one of AdamW's seeds, so that all of its runs reach it. A rate at the edge of its
-sweep is told: the best one may lie outside.
+The loss to reach is the highest final one of AdamW's seeds, so that all of its runs reach it. The command reports a
+rate at the edge of its sweep, because the best one may lie outside.
 """
 
 from __future__ import annotations

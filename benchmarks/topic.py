@@ -1,7 +1,8 @@
-"""The suite's vocabulary: a topic (an op or a whole-model job), its cases, the implementations that run a case, the
-work that a case cannot avoid, and the speed it must reach.
+"""The suite's vocabulary: topics, cases, implementations, the work of a case, and its targets.
 
-`benchmarks/ops/<op>.py` and `benchmarks/jobs/<job>.py` each define one `TOPIC` (or one `STUDY`) in these words.
+A topic is an op or a whole-model job. An implementation runs a case. A case has work that no implementation can avoid,
+and a speed to reach. `benchmarks/ops/<op>.py` and `benchmarks/jobs/<job>.py` each define one `TOPIC` (or one `STUDY`)
+in these words.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -78,7 +79,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Peer:
-    """An implementation of a topic: ours, the reference, or somebody else's."""
+    """An implementation of a topic: ours, the reference, or another library's."""
 
     name: str
     build: Callable[[Case], Function]  # returns the function, which takes the case's inputs

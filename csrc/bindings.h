@@ -1,4 +1,4 @@
-// What else gpt_fast._C offers to Python: each file adds its own, as TORCH_LIBRARY_IMPL adds kernels.
+// Further functions of gpt_fast._C for Python. Each file adds its own, as TORCH_LIBRARY_IMPL adds kernels.
 //
 //   static const Binding binding([](pybind11::module_& m) { ... });
 #pragma once

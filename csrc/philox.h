@@ -98,7 +98,7 @@ class PhiloxEight {
   __m256i x_[4][2];
 };
 
-// Of sixteen 16-bit numbers, eight in either half: `scale` as a float where they are not below the threshold, else 0.
+// Factors of sixteen 16-bit numbers, eight in either half: `scale` if the number is not below the threshold, else 0.
 class KeepSixteen {
  public:
   KeepSixteen(uint32_t threshold, float scale)

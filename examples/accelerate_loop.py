@@ -1,4 +1,4 @@
-"""A loop of one's own with Hugging Face Accelerate on an accelerated GPT-2: python examples/accelerate_loop.py
+"""Train an accelerated GPT-2 in your own loop with Hugging Face Accelerate: `python examples/accelerate_loop.py`.
 
 A small random model learns the bytes of a file of Python's standard library in bfloat16 mixed precision. Unwrapped and
 restored, it is transformers' model again.
@@ -19,7 +19,7 @@ LENGTH = 64
 
 
 def main(steps: int = 100, mixed_precision: str = "bf16") -> tuple[GPT2LMHeadModel, list[float]]:
-    """The trained model as transformers made it, and the loss of every step."""
+    """Return the trained model as transformers made it, and the loss of every step."""
     set_seed(0)
     tokens = torch.tensor(list(inspect.getsource(argparse).encode()))
     rows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)

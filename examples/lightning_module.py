@@ -1,4 +1,4 @@
-"""Lightning on an accelerated GPT-1, offline: python examples/lightning_module.py
+"""Train an accelerated GPT-1 with Lightning, offline: `python examples/lightning_module.py`.
 
 A small random model learns the bytes of a file of Python's standard library, with gradient checkpointing, which
 transformers' GPT-1 does not have by itself.
@@ -37,7 +37,7 @@ class LanguageModel(lightning.LightningModule):
 
 
 def main(steps: int = 100) -> list[float]:
-    """The loss of every step."""
+    """Return the loss of every step."""
     lightning.seed_everything(0, verbose=False)
     tokens = torch.tensor(list(inspect.getsource(argparse).encode()))
     rows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)

@@ -1,9 +1,9 @@
-"""What pre-training brings, by seeds: python examples/margin.py
+"""Measure the gain from pre-training, over seeds: `python examples/margin.py`.
 
-Pre-trains a language model on the source of Python's standard library, then trains the same classifier on the same few
-labelled snippets from those weights and from weights drawn anew, and measures all of them on snippets of files that
-neither stage has seen. A classifier from scratch also gets the rate that this model needs from scratch. Stopped, the
-same command goes on where it was.
+Pre-train a language model on the source of Python's standard library. Then train the same classifier on the same few
+labelled snippets from those weights and from new weights, and measure both on snippets of files that neither stage has
+seen. A classifier from scratch also gets the rate that this model needs from scratch. Stopped, the same command
+resumes.
 """
 
 import json
@@ -35,7 +35,7 @@ def measured(out: Path, arm: str, rows: int, seed: int) -> Path:
 
 
 def table(out: Path, rows: int, seeds: list[int]) -> str:
-    """Accuracies on the held-out snippets as a table: each seed, the mean, the standard deviation."""
+    """Return accuracies on the held-out snippets as a table: each seed, the mean, the standard deviation."""
     lines = ["| classifier | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean | sd | macro F1 | loss |"]
     lines.append("| --- |" + " ---: |" * (len(seeds) + 4))
     for arm in ARMS:

@@ -1,7 +1,7 @@
-"""transformers' Trainer on an accelerated GPT-2, offline: python examples/trainer.py
+"""Train an accelerated GPT-2 with transformers' Trainer, offline: `python examples/trainer.py`.
 
-A small random model learns the bytes of a file of Python's standard library. Evaluation asks for logits and gets them;
-training computes its loss without.
+A small random model learns the bytes of a file of Python's standard library. Evaluation asks for logits and gets them.
+Training computes its loss without logits.
 """
 
 import argparse
@@ -32,7 +32,7 @@ class Blocks(Dataset):
 
 
 def main(out: str, steps: int = 100, bf16: bool = False) -> tuple[float, float]:
-    """Loss on other text before and after training."""
+    """Return the loss on other text before and after training."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 256, "n_positions": LENGTH, "n_embd": 64, "n_layer": 2, "n_head": 4}
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None))

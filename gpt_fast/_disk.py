@@ -14,7 +14,7 @@ _OF_RUST = re.compile(r"\(os error (\d+)\)")  # in the messages of safetensors a
 
 
 class NotWritten(OSError):
-    """A file that the disk did not take, with the line that a user is told."""
+    """A file that the disk did not take, with a line for the user."""
 
 
 @contextmanager

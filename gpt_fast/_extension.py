@@ -1,4 +1,4 @@
-"""Finds, chooses and loads `gpt_fast._C`, the optional C++ extension.
+"""Find, choose and load `gpt_fast._C`, the optional C++ extension.
 
 A build from source is one library for this machine, `_C*.so`. A wheel holds one for each instruction set of `LEVELS`,
 `_isa/<level>/_C*.so`. Each library has its record `_C.json` beside it.
@@ -34,16 +34,34 @@ class Choice(NamedTuple):
 
 
 def build_info() -> dict[str, Any] | None:
-    """Return what this tree's extension was built with and for, without loading it; None if there is none."""
+    """Return what the C++ extension of this tree was built with and for, without loading it.
+
+    Returns:
+        The record of the library that serves this CPU, or None if none is built.
+
+    Raises:
+        ImportError: The environment variable `GPT_FAST_ISA` names an instruction set that is not built.
+
+    Example:
+        ```python
+        import gpt_fast
+
+        info = gpt_fast.build_info()
+        built_for = info and info["torch"]  # the version of PyTorch
+        ```
+    """
     found = choice()
     return found and found.record
 
 
 def choice() -> Choice | None:
-    """Return the library that serves this CPU, or None if none is built.
+    """Choose the library that serves this CPU.
+
+    Returns:
+        The library, or None if none is built.
 
     Raises:
-        ImportError: If `GPT_FAST_ISA` names an instruction set that is not built.
+        ImportError: `GPT_FAST_ISA` names an instruction set that is not built.
     """
     records = {isa: _record(isa) for isa in (NATIVE, *reversed(LEVELS)) if _find(isa) is not None}
     if not records:
@@ -68,10 +86,13 @@ def choice() -> Choice | None:
 
 
 def load() -> bool:
-    """Load the extension, which registers the C++ kernels; return False if it is not built or not wanted.
+    """Load the extension, which registers the C++ kernels.
+
+    Returns:
+        False if it is not built, or if the interpreter of Triton serves the CPU.
 
     Raises:
-        ImportError: If the extension was built for a PyTorch of another ABI or for instructions that this CPU lacks.
+        ImportError: The extension was built for a PyTorch of another ABI or for instructions that this CPU lacks.
     """
     # Under the interpreter the Triton kernels serve the CPU, so that one test file checks either implementation;
     # an operator takes one kernel for a device, and ours would be the second.
@@ -141,7 +162,7 @@ _REINSTALL = "with: pip install --force-reinstall --no-deps --no-cache-dir --no-
 
 
 def _cpu_flags() -> set[str]:
-    """Instruction sets of this CPU by Linux's names; empty where /proc/cpuinfo does not tell."""
+    """Return the instruction sets of this CPU by Linux's names, or an empty set if /proc/cpuinfo does not list them."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return set()

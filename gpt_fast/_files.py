@@ -71,7 +71,7 @@ def sha256(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` in UTF-8. Half of a surrogate pair, which UTF-8 cannot hold, is escaped as JSON does: \\ud800."""
+    r"""Write `text` in UTF-8. Escape half of a surrogate pair, which UTF-8 cannot hold, as JSON does: \ud800."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 

@@ -14,7 +14,7 @@ KINDS = {
     20240801: "a token file of Llama 3",
     20240803: "a Llama 3 model",
 }
-# Of each token file: its version and the type of its ids.
+# Version and type of ids of each kind of token file.
 TOKENS = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 HINTS = dict.fromkeys(TOKENS, "pretrain --data reads it") | {
     20240527: "the model_*.bin beside it holds the weights",

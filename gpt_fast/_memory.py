@@ -12,8 +12,10 @@ UNKNOWN = 1 << 62
 
 
 def available(root: Path = Path("/")) -> int:
-    """Return the bytes that this process may still take: the least of the machine's available memory, what the limits
-    of its control groups leave, and what RLIMIT_AS leaves. `root` has the folders proc and sys."""
+    """Return the bytes that this process may still take, by the machine, its control groups and RLIMIT_AS.
+
+    The least of the three counts. `root` has the folders proc and sys.
+    """
     return min(UNKNOWN, *_machine(root), *_control_groups(root), *_address_space(root))
 
 
@@ -42,8 +44,7 @@ def _machine(root: Path) -> Iterator[int]:
 
 
 def _control_groups(root: Path) -> Iterator[int]:
-    """Yield what each control group of this process, and each group around it, leaves (version 2 and version 1). Page
-    cache counts as free."""
+    """Yield the memory that each control group around this process has left. Page cache counts as free."""
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.rstrip("\n").split(":", 2)
         if controllers == "":
@@ -73,6 +74,6 @@ def _address_space(root: Path) -> Iterator[int]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a file of the system, none where this system does not have it."""
+    """Yield the lines of a file of the system, or none on a system without that file."""
     if path.is_file() and os.access(path, os.R_OK):
         yield from path.read_text("ascii", errors="replace").splitlines()

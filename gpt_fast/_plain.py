@@ -23,10 +23,10 @@ _MARK = "_gpt_fast_forward"  # the instance attribute that tells an accelerated 
 
 
 def _bound(module: nn.Module, function: Callable) -> Callable:
-    """`function` as the forward of this one module, with its class's signature; a copy of the module gets its own.
+    """Return `function` as the forward of one module, with its class's signature. A copy of the module gets its own.
 
-    A partial, because pickling a method of an instance gives the class's method back. Hugging Face Accelerate wraps and
-    unwraps what it finds as `__func__`, as a method has it.
+    The result is a partial, because pickling a method of an instance gives the class's method back. Hugging Face
+    Accelerate wraps and unwraps the `__func__` that a method has.
     """
     original = type(module).forward.__get__(module)
     forward = functools.update_wrapper(functools.partial(function, module), original)
@@ -52,7 +52,7 @@ def is_accelerated(module: nn.Module) -> bool:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether the forward in place is what `attach` left, with nothing wrapped around it."""
+    """Return True if `attach` left the forward in place, with nothing wrapped around it."""
     if not vars(module)[_MARK]:
         return True  # whose forward it is, is none of ours
     return is_attached(vars(module).get("forward"))
@@ -66,7 +66,7 @@ def is_attached(forward: Any) -> bool:
 
 
 def original(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """What the module's class computes."""
+    """Run the forward of the module's class."""
     return type(module).forward(module, *args, **kwargs)
 
 
@@ -83,12 +83,12 @@ def is_hooked_itself(module: nn.Module) -> bool:
 
 
 def class_of(module: Any) -> type:
-    """The class of a module, also where torch.export puts a proxy before it."""
+    """Return the class of a module, also where torch.export puts a proxy before it."""
     return type(module.get_base()) if hasattr(type(module), "get_base") else type(module)
 
 
 def why_not_plain(module: Any, kind: Any) -> str | None:
-    """Why a module's parameters are not read directly, or None where they are."""
+    """Return why a module's parameters may not be read directly, or None if they may."""
     if class_of(module) is not kind:
         return f"is a {type(module).__module__}.{type(module).__qualname__}, not {kind.__name__}"
     if "forward" in vars(module) and not (is_accelerated(module) and has_own_forward(module)):
@@ -103,7 +103,7 @@ _WEIGHTS = (nn.Parameter, Tensor, type(None))
 
 
 def why_own_weight(module: Any) -> str | None:
-    """Return why a module's weight is not read directly: a tensor class of somebody else's, as of a quantised layer."""
+    """Return why a module's weight is not read directly: its tensor class is foreign, as a quantised layer's."""
     kind = type(module._parameters.get("weight"))
     if kind in _WEIGHTS or (kind.__module__.startswith("torch.") and not kind.__module__.startswith("torch.ao")):
         return None  # fake tensors and sharded ones are PyTorch's own
@@ -111,7 +111,7 @@ def why_own_weight(module: Any) -> str | None:
 
 
 def is_plain(module: Any, kind: Any) -> bool:
-    """Return True if the module's parameters may be read directly. The usual case is told in half a microsecond."""
+    """Return True if the module's parameters may be read directly. The usual case takes half a microsecond."""
     if (
         type(module) is kind
         and type(module._parameters.get("weight")) in _WEIGHTS
@@ -134,7 +134,7 @@ def why_no_norm(module: Any, kind: type[nn.LayerNorm] = nn.LayerNorm) -> str | N
 
 
 def why_no_table(module: Any) -> str | None:
-    """Why an embedding is more than rows of a matrix, or None."""
+    """Return why an embedding is more than rows of a matrix, or None."""
     reason = None if is_plain(module, nn.Embedding) else why_not_plain(module, nn.Embedding)
     if reason is not None:
         return reason
@@ -193,7 +193,7 @@ def add_norm(
 
 
 def add(branch: Tensor, x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
-    """x + dropout(branch)."""
+    """Return x + dropout(branch)."""
     if p == 0:
         return x + branch
     return ops.add_layer_norm(branch, x, dropout_p=p, seed=seed, site=site)[1]

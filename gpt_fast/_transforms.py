@@ -1,9 +1,9 @@
 """Autograd functions inside the transforms of `torch.func`.
 
-There PyTorch asks for functions whose forward takes no `ctx`; it binds the arguments of every call of such a one by an
-inspection of its signature, which costs 43 µs (a 2-core Zen 3; a call with `ctx` takes 9). So the ops keep theirs, and
-`apply` wraps them where a transform is under way: in one `torch.func.grad` or `vjp`. Elsewhere (vmap, forward mode,
-grad of grad, inside a compiled graph) `is_followed` is false, and the reference serves.
+There PyTorch asks for functions whose forward takes no `ctx`. It binds the arguments of every call of such a function
+by an inspection of its signature, which costs 43 µs (a 2-core Zen 3; a call with `ctx` takes 9). So the ops keep their
+`ctx`, and `apply` wraps them where a transform is under way: in one `torch.func.grad` or `vjp`. Elsewhere (vmap,
+forward mode, grad of grad, inside a compiled graph) `is_followed` is false, and the reference serves.
 """
 
 import copy
@@ -67,7 +67,7 @@ class _Unrecorded:
 
 @constant_in_graphs
 def is_transformed() -> bool:
-    """Whether the call is inside a transform of `torch.func`."""
+    """Return True inside a transform of `torch.func`."""
     return _functorch.peek_interpreter_stack() is not None
 
 
@@ -106,7 +106,7 @@ def is_recording() -> bool:
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether a `vmap` hides some of the tensor's values; not asked while a graph is traced."""
+    """Return True if a `vmap` hides some of the tensor's values, and False while a graph is traced."""
     if torch.compiler.is_compiling():
         return False
     while _functorch.is_gradtrackingtensor(tensor):
@@ -122,7 +122,7 @@ def double_backward(op: str) -> NotImplementedError:
 
 
 class _Record:
-    """What stands for `ctx` in the wrapped function's forward, and, copied and completed, in its backward."""
+    """Stand-in for `ctx` in the wrapped function's forward and, copied and completed, in its backward."""
 
     def __init__(self, function: Any, needs_input_grad: tuple[bool, ...]):
         self.function, self.needs_input_grad = function, needs_input_grad
@@ -134,10 +134,10 @@ class _Record:
         self.saved_tensors = tensors
 
     def set_materialize_grads(self, value: bool) -> None:
-        """Nothing: a gradient that is None stays it."""
+        """Do nothing: a gradient that is None stays None."""
 
     def run(self, *args: Any) -> tuple:
-        """The function's outputs, and then whatever else it saved: only arguments and outputs can be."""
+        """Return the function's outputs, then all else it saved, because autograd saves arguments and outputs alone."""
         outputs = self.function.forward(self, *args)
         self.returns_tuple = isinstance(outputs, tuple)
         known = [self, *args, *(outputs if self.returns_tuple else (outputs,))]
@@ -163,7 +163,7 @@ class _Transformed(torch.autograd.Function):
         ctx.record = record = inputs[0]
         known = (*inputs, *output)
         ctx.save_for_backward(*(None if place is None else known[place] for place in record.places))
-        # What else was saved counts as differentiable: `_Once` tells by it that a gradient depends on the arguments.
+        # Other saved tensors count as differentiable: by them `_Once` knows that a gradient depends on the arguments.
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -200,7 +200,7 @@ class _Once(torch.autograd.Function):
 
 
 def _requires_grad(value: Any) -> bool:
-    """Whether a gradient is wanted of a value, by the transform or by what is outside of it."""
+    """Return True if the transform, or the code outside it, needs a gradient of a value."""
     while isinstance(value, Tensor):
         if value.requires_grad:
             return True

@@ -24,26 +24,55 @@ POOLINGS = ("last", "extract")
 
 @dataclasses.dataclass
 class GPTConfig:
-    """Sizes and options of a GPT; the defaults are GPT-2's. Raises `ValueError` for values that make no model.
+    """Sizes and options of a GPT. The defaults are GPT-2's.
 
-    Sizes: num_tokens V, hidden_dim C, num_heads H, num_layers, seq_len T, ff_dim F (default 4C).
+    Args:
+        num_tokens: Vocabulary size V.
+        hidden_dim: Width C of the residual stream.
+        num_heads: Number of heads H. C divides into H heads of at most 256.
+        num_layers: Number of decoders.
+        seq_len: Number of positions T.
+        ff_dim: Hidden width F of the MLP. 0 means 4C.
+        activation: "relu", "gelu" or "gelu_tanh".
+        pre_norm: True is GPT-2's block, with a norm behind the last one. False is the post-norm block of the notes and
+            GPT-1.
+        tied: Use the weight of the token embedding in the output layer.
+        bias: Give linear layers and norms a bias.
+        output_bias: Give the output layer a bias.
+        layer_norm_eps: Positive number that norms add to the variance.
+        embedding_dropout: Dropout probability of the embeddings.
+        attention_dropout: Dropout probability of attention's probabilities.
+        residual_dropout: Dropout probability of both residual branches.
+        ff_dropout: Dropout probability of the MLP's hidden activation.
+        init_std: Initial weights are drawn from N(0, init_std²).
+        scaled_init: Divide init_std by sqrt(2 num_layers) for the two projections that write into the residual stream.
+        num_labels: Number of outputs L of a classifier.
+        problem: "classification", "regression" or "multi_label".
+        pooling: Token that a classifier reads, the "last" real token or the "extract" token.
+        lm_weight: Weight λ of the language model's loss in the joint loss.
+        classifier_dropout: Dropout probability before the classifier.
+        classifier_bias: Give the classifier a bias.
+        pad_token: Id of padding. Special tokens are ids below num_tokens, or None.
+        mask_token: Id that stands for a hidden token in masked language modelling.
+        start_token: Id before a text.
+        delimiter_token: Id between two texts.
+        extract_token: Id whose hidden state a classifier reads with pooling "extract".
+        end_token: Id that ends a generated text, where that is not `start_token`.
+        label_names: One name for each label, or none.
 
-    Block: `activation` is "relu", "gelu" or "gelu_tanh"; `pre_norm` is GPT-2's block with a last norm, post-norm the
-    notes' and GPT-1's. `tied`: the output layer is the token embedding. `bias` is that of linear layers and norms,
-    `output_bias` that of the output layer.
+    Raises:
+        ValueError: The values make no model.
 
-    Dropouts: on the embeddings, on attention's probabilities, on both residual branches, on the MLP's hidden
-    activation, before the classifier.
+    Example:
+        ```python
+        import gpt_fast
 
-    Initial weights: N(0, init_std²); `scaled_init` divides init_std by sqrt(2 num_layers) for the two projections that
-    write into the residual stream.
+        config = gpt_fast.GPTConfig(num_tokens=100, hidden_dim=64, num_heads=4, num_layers=2, seq_len=32)
+        print(config.ff_dim)  # 256
+        ```
 
-    Classifiers: `num_labels`, `problem` ("classification", "regression" or "multi_label"), `pooling` ("last" real token
-    or "extract" token), `lm_weight` (λ of the joint loss), `classifier_bias`, `label_names` (as many as labels, or
-    none; they do not survive another `num_labels`). Special tokens are ids below num_tokens, or None; `end_token` ends
-    a generated text, where that is not `start_token`.
-
-    Source: Radford et al. (2018, 2019).
+    Note:
+        Source: Radford et al. (2018, 2019).
     """
 
     num_tokens: int
@@ -117,11 +146,29 @@ class GPTConfig:
 
     @classmethod
     def preset(cls, name: str, *, dropout: float | None = None, **overrides: Any) -> "GPTConfig":
-        """The configuration called `name`, with fields overridden; `dropout` sets every dropout the preset uses.
+        """Return the configuration with this name, with fields overridden.
 
         "notes" is the notes' block (post-norm, ReLU, free output layer, dropout on the hidden activation, none on
-        attention) at GPT-1's sizes; "gpt1" is Radford et al. (2018); "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" are
-        the 124M, 355M, 774M and 1.5B of Radford et al. (2019). Raises `ValueError` for another name or field.
+        attention) at GPT-1's sizes. "gpt1" is Radford et al. (2018). "gpt2", "gpt2-medium", "gpt2-large" and "gpt2-xl"
+        are the 124M, 355M, 774M and 1.5B of Radford et al. (2019).
+
+        Args:
+            name: Name of the preset.
+            dropout: Probability of every dropout that the preset uses, in [0, 1).
+            **overrides: Fields of `GPTConfig`.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: The name or a field is unknown, or a value makes no model.
+
+        Example:
+            ```python
+            import gpt_fast
+
+            print(gpt_fast.GPTConfig.preset("gpt2-medium", dropout=0.0).num_layers)  # 24
+            ```
         """
         if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"GPTConfig: preset name is {name!r}; expected one of {', '.join(PRESETS)}")
@@ -135,7 +182,26 @@ class GPTConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "GPTConfig":
-        """The configuration with these fields; raises `ValueError` naming those it does not have or misses."""
+        """Return the configuration with these fields.
+
+        Args:
+            values: Fields of `GPTConfig` by name, as `to_dict` returns them.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: `values` is no dictionary, has an unknown field, lacks a required one, or makes no model. The
+                message names the field.
+
+        Example:
+            ```python
+            import gpt_fast
+
+            config = gpt_fast.GPTConfig.preset("gpt2")
+            print(gpt_fast.GPTConfig.from_dict(config.to_dict()) == config)  # True
+            ```
+        """
         if not isinstance(values, dict):
             raise ValueError(f"GPTConfig: values is of type {type(values).__name__}; expected a dictionary of fields")
         fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -149,18 +215,43 @@ class GPTConfig:
         return cls(**values)
 
     def trunk_parameters(self) -> int:
-        """Return how many numbers the trunk has: both embeddings, L blocks and, with `pre_norm`, the last norm."""
+        """Return the number of the trunk's parameters: both embeddings, L blocks and, with `pre_norm`, the last norm.
+
+        Returns:
+            How many numbers they hold.
+        """
         C, F = self.hidden_dim, self.ff_dim
         norm = C * (1 + self.bias)
         block = 4 * C * C + 2 * C * F + 2 * norm + self.bias * (5 * C + F)
         return (self.num_tokens + self.seq_len) * C + self.num_layers * block + self.pre_norm * norm
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, which `from_dict` takes back."""
+        """Return the fields as plain values, which `from_dict` takes back.
+
+        Returns:
+            Fields by name.
+        """
         return dataclasses.asdict(self)
 
     def replace(self, **overrides: Any) -> "GPTConfig":
-        """A copy with some fields changed. Another `num_labels` drops the `label_names`, unless new ones are given."""
+        """Return a copy with some fields changed.
+
+        Args:
+            **overrides: Fields of `GPTConfig`. Another `num_labels` drops the `label_names`, unless new ones are given.
+
+        Returns:
+            The new configuration.
+
+        Raises:
+            ValueError: A field is unknown, or a value makes no model.
+
+        Example:
+            ```python
+            import gpt_fast
+
+            print(gpt_fast.GPTConfig.preset("gpt2").replace(seq_len=2048).seq_len)  # 2048
+            ```
+        """
         if overrides.get("num_labels", self.num_labels) != self.num_labels:
             overrides = {"label_names": ()} | overrides
         return type(self).from_dict(self.to_dict() | overrides)

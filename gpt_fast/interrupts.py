@@ -22,7 +22,7 @@ class Interrupted(BaseException):
 
 
 class Stop:
-    """What the training loop asks at the end of each update: has a signal come?"""
+    """Flag that the training loop reads at the end of each update: has a signal come?"""
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -37,7 +37,7 @@ class Stop:
 
 @contextmanager
 def caught() -> Iterator[Stop]:
-    """Inside, the two signals go to the `Stop` that it yields. Outside the main thread nothing is caught."""
+    """Yield a `Stop` that gets the two signals inside the block. Outside the main thread nothing is caught."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -1,4 +1,4 @@
-"""The layers: `nn.Module`s over the ops, with the parameters and state-dict names of the modules they replace."""
+"""The layers: `nn.Module`s on the ops, with the parameters and state-dict names of the modules they replace."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,13 +14,34 @@ from .ops import _checks
 
 
 class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` over the last dimension on `gpt_fast.ops.layer_norm`; same constructor, same state dict.
+    """`nn.LayerNorm` over the last dimension, on `gpt_fast.ops.layer_norm`.
 
-    y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias. x [..., C] → [..., C]. Raises `ValueError` where
-    normalized_shape has more than one dimension, and as the op does. Dtypes, precision, determinism, source: the op's.
+    y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias. Constructor and state dict are those of `nn.LayerNorm`.
+
+    Args:
+        normalized_shape: Size C of the last dimension.
+        *args: Further arguments of `nn.LayerNorm` (`eps`, `elementwise_affine`, `bias`).
+        **kwargs: The same by name.
+
+    Shape:
+        x [..., C] → y [..., C].
+
+    Raises:
+        ValueError: `normalized_shape` has more than one dimension, or the op raises it.
+
+    Example:
+        ```python
+        import torch
+        from gpt_fast.layers import LayerNorm
+
+        print(LayerNorm(64)(torch.randn(2, 10, 64)).shape)  # torch.Size([2, 10, 64])
+        ```
+
+    Note:
+        Dtypes, precision, determinism and source are those of `gpt_fast.ops.layer_norm`.
     """
 
-    def __init__(self, normalized_shape, *args, **kwargs):
+    def __init__(self, normalized_shape: Any, *args: Any, **kwargs: Any):
         super().__init__(normalized_shape, *args, **kwargs)
         if len(self.normalized_shape) != 1:
             raise ValueError(
@@ -28,16 +49,44 @@ class LayerNorm(nn.LayerNorm):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised input, in the dtype of `x`.
+
+        Args:
+            x: Input [..., C].
+
+        Returns:
+            y [..., C].
+        """
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with `nn.MultiheadAttention`'s parameters, on `gpt_fast.ops.attention_qkv`.
+    """Multi-head self-attention with the parameters of `nn.MultiheadAttention`, on `gpt_fast.ops.attention_qkv`.
 
-    out = out_proj(attention(x in_projᵀ)). x [B, T, C] → [B, T, C]. `dropout` is the dropout of the probabilities. Masks
-    and their meaning, dtypes, precision, determinism, errors, source: the op's; besides, `ValueError` where hidden_dim
-    does not split into num_heads heads of at most 256. `attend(qkv, num_heads)`, if given, takes the op's place: a
-    cache's way to attend.
+    out = out_proj(attention(x in_projᵀ)).
+
+    Args:
+        hidden_dim: Width C.
+        num_heads: Number of heads. C divides into heads of at most 256.
+        dropout: Dropout probability of the attention probabilities.
+        bias: Give both projections a bias.
+
+    Shape:
+        x [B, T, C] → out [B, T, C].
+
+    Raises:
+        ValueError: `hidden_dim` does not split into `num_heads` heads of at most 256, or the op raises it.
+
+    Example:
+        ```python
+        import torch
+        from gpt_fast.layers import SelfAttention
+
+        print(SelfAttention(64, 4)(torch.randn(2, 10, 64)).shape)  # torch.Size([2, 10, 64])
+        ```
+
+    Note:
+        Dtypes, precision, determinism and source are those of `gpt_fast.ops.attention_qkv`.
     """
 
     def __init__(self, hidden_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True):
@@ -63,6 +112,22 @@ class SelfAttention(nn.Module):
         site: int = 0,
         attend: Callable[[Tensor, int], Tensor] | None = None,
     ) -> Tensor:
+        """Attend within each sequence. Masks have the meaning and the dtypes of `gpt_fast.ops.attention_qkv`.
+
+        Args:
+            x: Input [B, T, C].
+            causal: Let a token attend only to tokens up to its own position.
+            lengths: Real tokens [B] of rows that are padded on the right.
+            key_mask: Bool [B, T], True for a real token.
+            mask: Bool, broadcastable to [B, H, T, T], True where a token may attend.
+            cu_seqlens: Bounds [n + 1] of sequences packed into one row.
+            seed: Seed of dropout.
+            site: Number of this dropout within a forward pass.
+            attend: Function of (qkv, num_heads) that takes the place of the op, such as a cache's way to attend.
+
+        Returns:
+            out [B, T, C].
+        """
         # One token at a time PyTorch's product is faster: it does not pack the weight first.
         if attend is not None and x.shape[1] == 1:
             return self.out_proj(attend(F.linear(x, self.in_proj_weight, self.in_proj_bias), self.num_heads))
@@ -78,11 +143,37 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """Linear, activation, dropout, linear: an `nn.Sequential` of the stock modules, run as one `gpt_fast.ops.mlp`.
+    """Linear, activation, dropout, linear: an `nn.Sequential` of stock modules that runs as one `gpt_fast.ops.mlp`.
 
-    x [B, T, C] → [B, T, C], hidden [B, T, F]. activation: "relu", "gelu" or "gelu_tanh". Where a child is not plain (it
-    has hooks, an adapter, a parametrisation) the children are called one after the other. With `drops=False` a plain
-    MLP applies no dropout, whatever its flags are. Dtypes, precision, determinism, errors, source: the op's.
+    y = dropout(activation(x W1ᵀ + b1)) W2ᵀ + b2.
+
+    Args:
+        hidden_dim: Width C.
+        ff_dim: Width F of the hidden activation.
+        activation: "relu", "gelu" or "gelu_tanh".
+        dropout: Dropout probability of the hidden activation, in [0, 1).
+        bias: Give both linear layers a bias.
+
+    Shape:
+        x [B, T, C] → y [B, T, C], with hidden [B, T, F].
+
+    Raises:
+        ValueError: A size is no positive integer, the activation is unknown, `dropout` lies outside [0, 1), or the op
+            raises it.
+
+    Example:
+        ```python
+        import torch
+        from gpt_fast.layers import MLP
+
+        print(MLP(64, 256, "gelu")(torch.randn(2, 10, 64)).shape)  # torch.Size([2, 10, 64])
+        ```
+
+    Note:
+        The children are called one after the other if one of them is not plain (it has hooks, an adapter, a
+        parametrisation).
+
+        Dtypes, precision, determinism and source are those of `gpt_fast.ops.mlp`.
     """
 
     def __init__(self, hidden_dim: int, ff_dim: int, activation: str, dropout: float = 0.0, bias: bool = True):
@@ -99,6 +190,17 @@ class MLP(nn.Sequential):
         self.activation = activation
 
     def forward(self, x: Tensor, seed: Tensor | None = None, site: int = 0, drops: bool = True) -> Tensor:
+        """Return the output of both layers.
+
+        Args:
+            x: Input [B, T, C].
+            seed: Seed of dropout.
+            site: Number of this dropout within a forward pass.
+            drops: False lets a plain MLP apply no dropout, whatever its flags are.
+
+        Returns:
+            y [B, T, C].
+        """
         if not self._is_plain():
             for module in self:
                 x = _plain.linear(module, x) if isinstance(module, nn.Linear) else module(x)
@@ -126,24 +228,50 @@ class MLP(nn.Sequential):
 
 
 class TransformerDecoder(nn.Module):
-    """One block of the notes' GPT: self-attention and a feed-forward network, each with residual and LayerNorm.
+    """One block of a GPT: self-attention and a feed-forward network, each with residual and LayerNorm.
 
     Post-norm (the notes, GPT-1): x = norm1(x + dropout(attn(x))); x = norm2(x + dropout(ff(x))).
+
     Pre-norm (GPT-2): x = x + dropout(attn(norm1(x))); x = x + dropout(ff(norm2(x))).
 
-    The first four arguments and the state dict are the notes'; `dropout` is that of the two residual branches and,
-    unless `ff_dropout` says otherwise, of the hidden activation. A block uses four dropout sites, from `site` on.
+    The first four arguments and the state dict are the notes'.
 
-    `forward(x, mask)`: x [B, T, C] → [B, T, C]; mask [T, T] bool as the notes have it, True = may not attend; without
-    one attention is causal (or, by `causal=False`, sees all). `lengths` [B] or `key_mask` [B, T] (True = real token)
-    say what is padding, `cu_seqlens` where the sequences of a packed row begin. `seed` fixes the dropout of this pass;
-    without one each call in training draws its own.
-    With `carry=True` a pre-norm block leaves its last addition to whoever normalises next, so that both are one pass:
-    it returns (x, branch), and the next block takes them as `x` and `branch`.
-    The children are called unless they are plain, so that hooks, adapters, parametrisations and other modules in their
-    places take effect. The dropout of a branch is its `nn.Dropout`: `dropout1` after attention, `dropout2` after `ff`.
-    Dtypes, precision, determinism, source: those of the ops.
-    Errors: `ValueError`, as the ops; where hidden_dim does not split into num_heads heads of at most 256.
+    Args:
+        hidden_dim: Width C.
+        num_heads: Number of heads. C divides into heads of at most 256.
+        ff_dim: Width F of the hidden activation.
+        dropout: Dropout probability of both residual branches and, unless `ff_dropout` is given, of the hidden
+            activation.
+        pre_norm: Build GPT-2's block.
+        activation: "relu", "gelu" or "gelu_tanh".
+        attention_dropout: Dropout probability of the attention probabilities.
+        ff_dropout: Dropout probability of the hidden activation.
+        bias: Give linear layers and norms a bias.
+        layer_norm_eps: Positive number that norms add to the variance.
+        site: First of the four dropout sites that a block uses.
+
+    Shape:
+        x [B, T, C] → x [B, T, C].
+
+    Raises:
+        ValueError: `hidden_dim` does not split into `num_heads` heads of at most 256, a probability lies outside [0,
+            1), or an op raises it.
+
+    Example:
+        ```python
+        import torch
+        from gpt_fast.layers import TransformerDecoder
+
+        block = TransformerDecoder(64, 4, 256, dropout=0.1)
+        print(block(torch.randn(2, 10, 64)).shape)  # torch.Size([2, 10, 64])
+        ```
+
+    Note:
+        The children are called unless they are plain, so that hooks, adapters, parametrisations and other modules in
+        their places take effect. The dropout of a branch is its `nn.Dropout`: `dropout1` after attention, `dropout2`
+        after `ff`.
+
+        Dtypes, precision, determinism and source are those of the ops.
     """
 
     def __init__(
@@ -175,7 +303,11 @@ class TransformerDecoder(nn.Module):
         self.site = site
 
     def is_dropping(self) -> bool:
-        """Return True if a dropout with p > 0 is in training mode, so that a pass needs a seed."""
+        """Return True if a dropout with p > 0 is in training mode, so that a pass needs a seed.
+
+        Returns:
+            True if so.
+        """
         attention: Any = self.multihead_attn
         while not hasattr(attention, "dropout") and hasattr(attention, "base_layer"):
             attention = attention.base_layer  # inside PEFT's wrapper
@@ -200,6 +332,28 @@ class TransformerDecoder(nn.Module):
         carry: bool = False,
         attend: Callable[[Tensor, int], Tensor] | None = None,
     ) -> "Tensor | tuple[Tensor, Branch]":
+        """Return the output of the block.
+
+        Args:
+            x: Input [B, T, C].
+            mask: Bool [T, T] as the notes have it, True where a token may not attend. It takes the place of `causal`.
+            causal: Let a token attend only to tokens up to its own position. False lets it attend to all.
+            lengths: Real tokens [B] of rows that are padded on the right.
+            key_mask: Bool [B, T], True for a real token.
+            cu_seqlens: Bounds [n + 1] of sequences packed into one row.
+            seed: Seed of the dropout of this pass. Without one each call in training draws its own.
+            site: First dropout site of this pass. The default is that of the constructor.
+            branch: Addition that the block before left over. A pre-norm block adds it to `x` and normalises in one
+                pass.
+            carry: Let a pre-norm block leave its last addition to the next norm.
+            attend: Function of (qkv, num_heads) that takes the place of the op, such as a cache's way to attend.
+
+        Returns:
+            x [B, T, C], or (x, branch) with `carry=True` in a pre-norm block.
+
+        Raises:
+            ValueError: `mask` is not bool, `x` is no tensor, or an op raises it.
+        """
         _checks.tensors("TransformerDecoder", x=x)
         site = self.site if site is None else site
         drops = attend is None  # a cache's way to attend means that a text is continued

@@ -1,4 +1,4 @@
-"""The trunk every head shares, and the drop-in GPT."""
+"""The trunk that every head shares, and the drop-in GPT."""
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class _Trunk(nn.Module):
-    """What `GPTModel` and the drop-in `GPT` share: the layers, their initial weights and `hidden_states`."""
+    """Common part of `GPTModel` and the drop-in `GPT`: the layers, their initial weights and `hidden_states`."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -65,14 +65,27 @@ class _Trunk(nn.Module):
         cache: "StepPass | PromptPass | None" = None,
         _product: bool = False,
     ) -> Tensor:
-        """tokens [B, T] → [B, T, C].
+        """Return the hidden states of tokens.
 
-        Padding is what lies past `lengths` [B] or where `key_mask` [B, T] is False; with a key_mask positions count the
-        real tokens, so a left-padded row gives what it gives alone. `cu_seqlens` [n + 1] says where each of n sequences
-        packed into one row [1, T] begins and ends: they do not see each other and positions count within each. With a
-        `cache`, which knows the padding itself, the tokens follow what it holds of their rows, and see that too. Raises
-        `ValueError` for tokens that are not [B, T], longer than seq_len (packed: each sequence), or outside the
-        vocabulary, and where more than one of the three is given.
+        h = norm(decoders(dropout(token_emb[tokens] + pos_emb))), with the last norm if pre-norm.
+
+        Args:
+            tokens: Token ids [B, T], int64.
+            causal: Let a token attend only to tokens up to its own position.
+            lengths: Real tokens [B] of rows that are padded on the right.
+            key_mask: Bool [B, T], True for a real token. Positions then count the real tokens, so a left-padded row
+                gives what it gives alone.
+            cu_seqlens: Bounds [n + 1] of n sequences that are packed into one row [1, T]. They do not see each other,
+                and positions count within each.
+            seed: Seed of the dropout of this pass. Without one each call in training draws its own.
+            cache: Keys and values that the tokens follow and see. The cache knows the padding itself.
+
+        Returns:
+            h [B, T, C].
+
+        Raises:
+            ValueError: Tokens are not [B, T], are longer than seq_len (packed: each sequence), or lie outside the
+                vocabulary, or more than one of lengths, key_mask and cu_seqlens is given.
         """
         config = self.config
         name = type(self).__name__
@@ -151,7 +164,11 @@ class _Trunk(nn.Module):
         return checkpoint(decoder, x, use_reentrant=False, preserve_rng_state=draws, **options)
 
     def num_parameters(self) -> int:
-        """How many numbers are trained, tied ones counted once."""
+        """Return how many numbers are trained. Tied parameters count once.
+
+        Returns:
+            The number.
+        """
         return sum(parameter.numel() for parameter in self.parameters())
 
 
@@ -161,7 +178,7 @@ def check_config(kind: str, config: object) -> None:
 
 
 class Convertible:
-    """`from_hf` and `to_hf`, for the trunk and every head. The integration is imported when one of them is called."""
+    """Mixin with `from_hf` and `to_hf`, for the trunk and every head. A call imports the integration."""
 
     @classmethod
     def from_hf(cls, model: Any, **overrides: Any) -> Self:
@@ -170,8 +187,7 @@ class Convertible:
         The trunk is copied bit for bit, and so are the output layer and the classifier if both models have one. The
         output layer is tied if its weight is the token embedding's parameter, whatever the configuration says.
         Fine-tuning on another head works: parts of the new head start afresh, and parts that it has no place for are
-        left out, as the `lm_head` is from a classifier. `overrides` change fields of the configuration. `to_hf` gives
-        the weights back.
+        left out, as the `lm_head` is from a classifier. `to_hf` gives the weights back.
 
         Nothing else is left out. Every module has to be what the configuration says, without hooks, adapters,
         parametrisations or pruning. A folder has to hold every weight of its model and no other. At last both models
@@ -181,13 +197,27 @@ class Convertible:
             model: A model of transformers, accelerated or not, the path of a folder, or a name on the hub such as
                 "gpt2", which transformers loads through its cache. A folder holds safetensors, or pytorch_model.bin,
                 which is read with torch.load(weights_only=True).
-            overrides: Fields of `GPTConfig`.
+            **overrides: Fields of `GPTConfig`.
+
+        Returns:
+            The new model.
 
         Raises:
-            TypeError: `model` is of another class; so is a subclass with code of its own.
-            ValueError: The model has something that this library's class cannot hold; the message names it.
+            TypeError: `model` is of another class, such as a subclass with code of its own.
+            ValueError: The model has something that this library's class cannot hold. The message names it.
             OSError: The folder has no configuration or no weights, or the hub is out of reach and the cache lacks the
                 model.
+            RuntimeError: transformers is not installed.
+
+        Example:
+            ```python
+            import gpt_fast
+            from transformers import GPT2Config, GPT2LMHeadModel
+
+            theirs = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_positions=32, n_embd=64, n_layer=2, n_head=4))
+            ours = gpt_fast.GPTForCausalLM.from_hf(theirs)
+            print(ours.config.hidden_dim)  # 64
+            ```
         """
         from .integrations.huggingface import convert
 
@@ -199,9 +229,21 @@ class Convertible:
         An output layer whose weight is not the token embedding's parameter is kept, with tie_word_embeddings=False. At
         last both models run on a few tokens in evaluation mode and have to agree.
 
+        Returns:
+            A model of transformers.
+
         Raises:
-            ValueError: transformers has no such model, as for an output bias, or a module is not what the
-                configuration says (replaced, with hooks, a further decoder); the message names it.
+            ValueError: transformers has no such model, as for an output bias, or a module is not what the configuration
+                says (replaced, with hooks, a further decoder). The message names it.
+            RuntimeError: transformers is not installed.
+
+        Example:
+            ```python
+            import gpt_fast
+
+            config = gpt_fast.GPTConfig(num_tokens=100, hidden_dim=64, num_heads=4, num_layers=2, seq_len=32)
+            print(type(gpt_fast.GPTForCausalLM(config).to_hf()).__name__)  # GPT2LMHeadModel
+            ```
         """
         from .integrations.huggingface import convert
 
@@ -209,21 +251,54 @@ class Convertible:
 
 
 class Generating:
-    """`generate`, for the models that continue a text."""
+    """Mixin with `generate`, for the models that continue a text."""
 
     def generate(self, tokens: Tensor, *, max_new_tokens: int, **options: Any) -> Any:
-        """Return `gpt_fast.generate(self, tokens, max_new_tokens=..., **options)`."""
+        """Return `gpt_fast.generate(self, tokens, max_new_tokens=..., **options)`.
+
+        Args:
+            tokens: Prompts [B, T], int64.
+            max_new_tokens: Number of new tokens of each row.
+            **options: Further arguments of `gpt_fast.generate`.
+
+        Returns:
+            Tokens [B, T + max_new_tokens], or a `GenerateOutput` with `return_scores=True`.
+        """
         from .generation import generate
 
         return generate(self, tokens, max_new_tokens=max_new_tokens, **options)
 
 
 class GPTModel(Convertible, _Trunk):
-    """tokens [B, T] → hidden states [B, T, C]: embeddings, decoders and, if pre-norm, a last LayerNorm.
+    """The trunk of every head: embeddings, decoders and, if pre-norm, a last LayerNorm.
 
-    h = norm(decoders(dropout(token_emb[tokens] + pos_emb))); see `hidden_states` for padding and errors. In
-    training one seed is drawn for a pass; dropout sites are 0 for the embeddings and 1 + 4 i to 4 + 4 i for decoder i.
-    Dtypes, precision, determinism: those of the ops. Source: Radford et al. (2018, 2019).
+    h = norm(decoders(dropout(token_emb[tokens] + pos_emb))).
+
+    Args:
+        config: Sizes and options.
+
+    Shape:
+        tokens [B, T] int64 → h [B, T, C].
+
+    Raises:
+        ValueError: `config` is no `GPTConfig`.
+
+    Example:
+        ```python
+        import torch
+        import gpt_fast
+
+        config = gpt_fast.GPTConfig(num_tokens=100, hidden_dim=64, num_heads=4, num_layers=2, seq_len=32)
+        print(gpt_fast.GPTModel(config)(torch.randint(100, (2, 10))).shape)  # torch.Size([2, 10, 64])
+        ```
+
+    Note:
+        In training one seed is drawn for a pass. Dropout sites are 0 for the embeddings and 1 + 4 i to 4 + 4 i for
+        decoder i.
+
+        Dtypes, precision and determinism are those of the ops.
+
+        Source: Radford et al. (2018, 2019).
     """
 
     def forward(
@@ -239,6 +314,25 @@ class GPTModel(Convertible, _Trunk):
         cache: "StepPass | PromptPass | None" = None,
         _product: bool = False,  # the only reader is a product, as in `add_norm`
     ) -> Tensor:
+        """Return the hidden states of tokens, as `hidden_states` computes them.
+
+        Args:
+            tokens: Token ids [B, T], int64.
+            causal: Let a token attend only to tokens up to its own position.
+            lengths: Real tokens [B] of rows that are padded on the right.
+            key_mask: Bool [B, T], True for a real token.
+            attention_mask: The same as zeros and ones, as transformers' tokenizers return it.
+            cu_seqlens: Bounds [n + 1] of sequences that are packed into one row [1, T].
+            seed: Seed of the dropout of this pass.
+            cache: Keys and values that the tokens follow and see.
+
+        Returns:
+            h [B, T, C].
+
+        Raises:
+            ValueError: `hidden_states` would raise it, both masks are given, or `attention_mask` holds something other
+                than zeros and ones.
+        """
         key_mask = as_key_mask(type(self).__name__, tokens, key_mask, attention_mask)
         return self.hidden_states(
             tokens, causal=causal, lengths=lengths, key_mask=key_mask, cu_seqlens=cu_seqlens, seed=seed, cache=cache,
@@ -247,18 +341,43 @@ class GPTModel(Convertible, _Trunk):
 
 
 class GPT(Generating, _Trunk):
-    """The notes' GPT, line for line: tokens [B, T] int64 → probabilities [B, T, V].
+    """The notes' GPT, line for line, which returns probabilities.
 
-    p = softmax(output_layer(decoders(dropout(token_emb + pos_emb)))) with causal post-norm decoders, ReLU and ff_dim =
-    4 hidden_dim; same constructor and state dict as the notes' module, weights drawn from N(0, 0.02). Train with
-    `loss(tokens)`, which stores neither probabilities nor logits; a cross-entropy of the probabilities would apply the
-    softmax twice.
+    p = softmax(output_layer(decoders(dropout(token_emb + pos_emb)))), with causal post-norm decoders, ReLU and ff_dim =
+    4 hidden_dim. Constructor and state dict are those of the notes' module. Weights are drawn from N(0, 0.02).
 
-    Dtypes, precision, determinism: those of the ops.
+    Args:
+        num_tokens: Vocabulary size V.
+        hidden_dim: Width C.
+        num_heads: Number of heads.
+        num_layers: Number of decoders.
+        seq_len: Number of positions.
+        dropout: Dropout probability of embeddings, residual branches and hidden activations.
 
-    Errors: `ValueError` for sizes that make no model, tokens out of range or longer than seq_len.
+    Shape:
+        tokens [B, T] int64 → p [B, T, V].
 
-    Source: Radford et al. (2018).
+    Raises:
+        ValueError: The sizes make no model, or tokens are out of range or longer than seq_len.
+
+    Example:
+        ```python
+        import torch
+        import gpt_fast
+
+        model = gpt_fast.GPT(100, 64, 4, 2, 32, 0.1)
+        tokens = torch.randint(100, (2, 10))
+        print(model(tokens).shape)  # torch.Size([2, 10, 100])
+        model.loss(tokens).backward()
+        ```
+
+    Note:
+        Train with `loss(tokens)`, which stores neither probabilities nor logits. A cross-entropy of the probabilities
+        would apply the softmax twice.
+
+        Dtypes, precision and determinism are those of the ops.
+
+        Source: Radford et al. (2018).
     """
 
     def __init__(self, num_tokens: int, hidden_dim: int, num_heads: int, num_layers: int, seq_len: int, dropout: float):
@@ -273,13 +392,39 @@ class GPT(Generating, _Trunk):
         init_weights(self.output_layer, self.config.init_std)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Return the probabilities of the next token at every position.
+
+        Args:
+            tokens: Token ids [B, T], int64.
+
+        Returns:
+            p [B, T, V].
+        """
         return torch.softmax(self.output_layer(self.hidden_states(tokens)), dim=-1)
 
     def loss(self, tokens: Tensor, labels: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
-        """Mean of -log p(w_t | w_<t), the next token of each; `labels` (default: tokens) are shifted inside.
+        """Return the mean of -log p(w_t | w_<t) over the tokens.
 
-        Labels [B, T] int64; those of -100 and those past `lengths` [B] do not count. The loss is float32. Raises
-        `ValueError` for tokens or labels of other shapes or out of range.
+        Args:
+            tokens: Token ids [B, T], int64.
+            labels: Labels [B, T], int64, unshifted, as they are shifted inside. The default is the tokens. A label of
+                -100 does not count.
+            lengths: Real tokens [B]. Labels past them do not count.
+
+        Returns:
+            The loss, a float32 scalar.
+
+        Raises:
+            ValueError: Tokens or labels have other shapes or are out of range.
+
+        Example:
+            ```python
+            import torch
+            import gpt_fast
+
+            loss = gpt_fast.GPT(100, 64, 4, 2, 32, 0.1).loss(torch.randint(100, (2, 10)))
+            print(loss.shape)  # torch.Size([])
+            ```
         """
         hidden = self.hidden_states(tokens, lengths=lengths)
         _checks.optional_tensors("GPT", labels=labels)
@@ -343,7 +488,7 @@ def _kind_of(module: nn.Module) -> type[nn.Module] | None:
 
 
 class StaysPlain:
-    """Whether the modules of a plain model are still there, plain and as configured, told in a microsecond a module."""
+    """Test whether the modules of a plain model are still there, plain and as configured, in a microsecond a module."""
 
     def __init__(self, modules: Iterable[nn.Module]):
         modules = list(modules)
@@ -405,8 +550,11 @@ def _losses_and_log_z(layer: Any, hidden: Tensor, labels: Tensor, known: Tensor)
 def as_key_mask(function: str, tokens: Tensor, key_mask: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
     """Return the key mask of a call: `key_mask`, or `attention_mask` as transformers has it (1 real token, 0 padding).
 
-    A mask without padding becomes None, which is faster. Raise `ValueError` if both are given, or if `attention_mask`
-    holds something other than zeros and ones.
+    Returns:
+        Bool [B, T], or None for a mask without padding, which is faster.
+
+    Raises:
+        ValueError: Both are given, or `attention_mask` has another shape or holds something other than zeros and ones.
     """
     if attention_mask is None:
         return key_mask
@@ -433,7 +581,7 @@ def as_key_mask(function: str, tokens: Tensor, key_mask: Tensor | None, attentio
 
 
 def shift_labels(labels: Tensor, *, lengths: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:
-    """labels [B, T] → the label of each position's successor, -100 where either of the two is padding."""
+    """Return the label of each position's successor [B, T], or -100 where either of the two is padding."""
     if lengths is not None:
         key_mask = torch.arange(labels.shape[1], device=labels.device) < lengths[:, None]
     shifted = F.pad(labels, (0, 1), value=IGNORE)[:, 1:]  # padded first: an exported T - 1 columns would exclude T = 2
@@ -487,7 +635,7 @@ class _FlagLock:
 
 
 def init_weights(module: nn.Module, std: float) -> None:
-    """Matrices and embeddings from N(0, std²), biases 0; norms keep gain 1 and bias 0."""
+    """Draw matrices and embeddings from N(0, std²) and set biases to 0. Norms keep gain 1 and bias 0."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear) and module.bias is not None:

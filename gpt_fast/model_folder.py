@@ -34,7 +34,7 @@ def as_path(function: str, directory: Any) -> Path:
 
 
 def save(head: Any, directory: Path) -> None:
-    """Write a head's configuration and weights; the configuration last, so that a folder that has it is complete."""
+    """Write a head's weights, and at last its configuration, so that a folder with a configuration is complete."""
     state, config = head.state_dict(), head.config
     if _TIED in state and config.tied != head.is_tied():  # tied or untied after the model was made
         config = config.replace(tied=head.is_tied())
@@ -82,7 +82,9 @@ def _check_names(head: Any, state: dict[str, Tensor], config: GPTConfig) -> None
 def read_config(directory: Path) -> tuple[str, GPTConfig]:
     """Return the name of the head that a folder was saved by, and its configuration.
 
-    Raises `FileNotFoundError` where there is none, and `ValueError` for a file that is damaged or of another library.
+    Raises:
+        FileNotFoundError: There is no configuration.
+        ValueError: The file is damaged or of another library.
     """
     path = directory / CONFIG
     if not path.is_file():
@@ -151,5 +153,5 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, MemoryError) as error:  # the latter for a file that is too long to be mapped
+    except (SafetensorError, MemoryError) as error:  # MemoryError for a file that is too long to be mapped
         raise ValueError(f"{path}: truncated, or no safetensors file ({error})") from error

@@ -23,7 +23,7 @@ _U32 = 0xFFFFFFFF
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = PHILOX_ROUNDS) -> Tensor:
-    """philox4x32-`rounds` of Salmon et al. (2011): four words below 2^32 as int64, stacked last.
+    """Return philox4x32-`rounds` of Salmon et al. (2011): four words below 2^32 as int64, stacked last.
 
     Counters and keys are int64 tensors holding unsigned 32-bit values, broadcast against each other. Products wrap
     modulo 2^64, so the high half is the arithmetic shift with its sign bits masked off.
@@ -38,12 +38,12 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: 
 
 
 def dropout_threshold(p: float) -> int:
-    """T = floor(65536 p + 1/2): an element is dropped where its 16 random bits are below T."""
+    """Return T = floor(65536 p + 1/2). An element is dropped if its 16 random bits are below T."""
     return math.floor(p * 65536 + 0.5)
 
 
 def dropout_scale(p: float) -> float:
-    """65536 / (65536 - T), the exact inverse of the keep rate; 0 where everything is dropped."""
+    """Return 65536 / (65536 - T), the exact inverse of the keep rate, or 0 if every element is dropped."""
     T = dropout_threshold(p)
     return 0.0 if T == 65536 else 65536 / (65536 - T)
 
@@ -54,18 +54,18 @@ def _philox_key(seed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _philox_words(counter: tuple[Tensor, ...], seed: Tensor, site: int) -> Tensor:
-    """The four words at a counter whose last component is the site."""
+    """Return the four words at a counter whose last component is the site."""
     site_word = torch.tensor(site & _U32, dtype=torch.int64, device=seed.device)
     return philox4x32((*counter, site_word), _philox_key(seed))
 
 
 def _halves(words: Tensor) -> Tensor:
-    """[..., 4] words → [..., 4, 2] 16-bit halves, low half first."""
+    """Return words [..., 4] as 16-bit halves [..., 4, 2], low half first."""
     return torch.stack((words & 0xFFFF, words >> 16), dim=-1)
 
 
 def dropout_keep_rows(seed: Tensor, site: int, N: int, C: int, p: float) -> Tensor:
-    """bool [N, C] of a row site (embedding, add_layer_norm): True is kept.
+    """Return bool [N, C] of a row site (embedding, add_layer_norm), True for an element that is kept.
 
     counter = (j // 8, i, 0, site); word = (j // 2) % 4; u16 = the word's half j % 2; keep = u16 >= T. So one counter
     gives eight neighbours j = 8 J + 2 word + half, in this order.
@@ -79,10 +79,10 @@ def dropout_keep_rows(seed: Tensor, site: int, N: int, C: int, p: float) -> Tens
 
 
 def dropout_keep_matrix(seed: Tensor, site: int, b: Tensor, M: int, N: int, p: float) -> Tensor:
-    """bool [*b.shape, M, N] of a matrix site (attention, mlp): True is kept.
+    """Return bool [*b.shape, M, N] of a matrix site (attention, mlp), True for an element that is kept.
 
-    `dropout_keep_at` on the whole grid, evaluated once per counter: with i = 16 I + 8 i3 + g and
-    j = 16 J + 8 j3 + 2 t + j0, the counter is (4 J + t, 8 I + g, b, site), the word 2 i3 + j3, the half j0.
+    This is `dropout_keep_at` on the whole grid, evaluated once per counter: with i = 16 I + 8 i3 + g and j = 16 J + 8
+    j3 + 2 t + j0, the counter is (4 J + t, 8 I + g, b, site), the word 2 i3 + j3, the half j0.
     """
     I, J = (M + 15) // 16, (N + 15) // 16  # noqa: E741
     c0 = torch.arange(4 * J, device=seed.device)
@@ -95,10 +95,10 @@ def dropout_keep_matrix(seed: Tensor, site: int, b: Tensor, M: int, N: int, p: f
 
 
 def dropout_keep_at(seed: Tensor, site: int, b: Tensor, i: Tensor, j: Tensor, p: float) -> Tensor:
-    """The rule of a matrix site, literally, at coordinates that broadcast against each other: True is kept.
+    """Return the rule of a matrix site, literally, at coordinates that broadcast against each other. True is kept.
 
-    counter = ((j // 16)*4 + (j % 8)//2, (i // 16)*8 + i % 8, b, site); word = 2*((i // 8) % 2) + (j // 8) % 2;
-    u16 = (word >> 16*(j % 2)) & 0xffff; keep = u16 >= T.
+    counter = ((j // 16)*4 + (j % 8)//2, (i // 16)*8 + i % 8, b, site); word = 2*((i // 8) % 2) + (j // 8) % 2; u16 =
+    (word >> 16*(j % 2)) & 0xffff; keep = u16 >= T.
     """
     words = _philox_words(((j // 16) * 4 + (j % 8) // 2, (i // 16) * 8 + i % 8, b), seed, site)
     word = 2 * ((i // 8) % 2) + (j // 8) % 2
@@ -114,14 +114,14 @@ def _dropout(x: Tensor, keep: Tensor, p: float) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """The dtype sums are taken in: float32 for half-precision inputs, else their own."""
+    """Return the dtype of sums: float32 for half-precision inputs, else their own."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
-    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension, with the biased variance.
+    """Return (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension, with the biased variance.
 
-    A constant row gives exactly the bias: what rounds in the first mean, the second one corrects.
+    A constant row gives exactly the bias, because the second mean corrects what the first one rounds.
     """
     wide = _wide(x)
     rough = wide.mean(-1, keepdim=True)
@@ -144,7 +144,10 @@ def add_layer_norm(
     seed: Tensor | None = None,
     site: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """summed = residual + dropout(x), rounded to the wider dtype of the two; normed = layer_norm(summed)."""
+    """Return (normed, summed): summed = residual + dropout(x), normed = layer_norm(summed).
+
+    `summed` is rounded to the wider dtype of the two.
+    """
     dtype = torch.promote_types(x.dtype, residual.dtype)
     branch = _wide(x)
     if dropout_p > 0:
@@ -170,7 +173,7 @@ def attention_allowed(
     cu_seqlens: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """bool, broadcastable to [B, H, T, S]: True where query i may attend to key j. All conditions hold at once.
+    """Return bool, broadcastable to [B, H, T, S], True where query i may attend to key j. All conditions hold at once.
 
     Causal is bottom-right: the last query sits at the last key. Packed sequences see their own tokens only, and tokens
     after the last of them see nothing.
@@ -199,7 +202,7 @@ def attention_allowed(
 
 
 def packed_positions(cu_seqlens: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """(sequence, position within it) of each of T packed tokens; sequence `n` holds what follows the last one."""
+    """Return (sequence, position within it) of each of T packed tokens. Tokens behind the last sequence are in n."""
     tokens = torch.arange(T, device=cu_seqlens.device)
     starts = cu_seqlens.long()
     sequence = torch.searchsorted(starts[1:].contiguous(), tokens, right=True)
@@ -222,7 +225,7 @@ def attention(
     site: int = 0,
     scale: float | None = None,
 ) -> Tensor:
-    """out = dropout(softmax(scale Q Kᵀ where allowed)) V; a query that may attend to nothing gives 0."""
+    """Return dropout(softmax(scale Q Kᵀ where allowed)) V. A query that may attend to nothing gives 0."""
     B, H, T, D = q.shape
     S = k.shape[2]
     scale = D**-0.5 if scale is None else scale
@@ -250,7 +253,7 @@ def attention(
 
 
 def attention_qkv(qkv: Tensor, num_heads: int, **options) -> Tensor:
-    """`attention` on the projection's [B, T, 3C], heads merged: [B, T, C]. The options are those of `attention`."""
+    """Return `attention` on a projection [B, T, 3C], heads merged, [B, T, C]. The options are those of `attention`."""
     out = attention(*split_qkv(qkv, num_heads), **options)
     return out.transpose(1, 2).flatten(2)
 
@@ -263,7 +266,7 @@ def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
-    """One query [B, H, D] a sequence against the first `lengths` [B] entries of its cache [B, H, S, D]."""
+    """Attend from one query [B, H, D] a sequence to the first `lengths` [B] entries of its cache [B, H, S, D]."""
     return attention(q[:, :, None], k_cache, v_cache, causal=False, lengths=lengths)[:, :, 0]
 
 
@@ -281,7 +284,7 @@ def mlp(
     seed: Tensor | None = None,
     site: int = 0,
 ) -> Tensor:
-    """y = dropout(activation(x fc_weightᵀ + fc_bias)) proj_weightᵀ + proj_bias; weights [F, C] and [C, F]."""
+    """Return dropout(activation(x fc_weightᵀ + fc_bias)) proj_weightᵀ + proj_bias, with weights [F, C] and [C, F]."""
     z = F.linear(_wide(x), _wide(fc_weight), None if fc_bias is None else _wide(fc_bias))
     hidden = _activations.find("gpt_fast.mlp", activation).function(z)
     if dropout_p > 0:
@@ -303,10 +306,10 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """-(1 - ε) log p[target] - ε/V Σ_v log p[v] with p = softmax(x weightᵀ + bias), over rows not ignored.
+    """Return -(1 - ε) log p[target] - ε/V Σ_v log p[v], p = softmax(x weightᵀ + bias), over rows not ignored.
 
-    The mean is over those rows, and 0 where there is none. Ignored rows are not computed, except while tracing and on
-    meta, where no number of rows may depend on data, and inside a `vmap`, which has none.
+    The mean is over those rows, and 0 if there are none. Ignored rows are not computed, except while tracing and on
+    meta, where no number of rows may depend on data, and inside a `vmap`, where no number may either.
     """
     rows, targets = x.reshape(target.numel(), x.shape[-1]), target.reshape(-1)
     valid = targets != ignore_index
@@ -332,7 +335,7 @@ def embedding(
     seed: Tensor | None = None,
     site: int = 0,
 ) -> Tensor:
-    """dropout(token_weight[tokens] + position_weight[positions]); positions count along the last axis by default."""
+    """Return dropout(token_weight[tokens] + position_weight[positions]), with positions 0 to T - 1 by default."""
     if positions is None:
         positions = torch.arange(tokens.shape[-1], device=tokens.device)
     out = _wide(F.embedding(tokens, token_weight)) + _wide(F.embedding(positions, position_weight))
@@ -380,7 +383,7 @@ class GPT(nn.Module):
         self.output_layer = nn.Linear(hidden_dim, num_tokens)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """tokens [B, T] → logits [B, T, V]."""
+        """Return the logits [B, T, V] of tokens [B, T]."""
         T = tokens.shape[1]
         mask = torch.ones(T, T, dtype=torch.bool, device=tokens.device).triu(1)  # True: may not attend
         x = self.dropout(self.token_emb(tokens) + self.pos_emb[:, :T])
@@ -389,5 +392,5 @@ class GPT(nn.Module):
         return self.output_layer(x)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [B, T] → probabilities [B, T, V]."""
+        """Return the probabilities [B, T, V] of tokens [B, T]."""
         return torch.softmax(self.logits(tokens), dim=-1)

@@ -21,11 +21,14 @@ _CHUNK = 1 << 22  # logits held at once, where any are needed
 
 
 class Scores(NamedTuple):
-    """What `score` returns, each [B, T].
+    """Result of `score`.
 
-    `log_probs` is float32 and 0 where nothing is predicted: at the first token of a row, at padding, and where a label
-    is -100. `predicted` is True elsewhere. `greedy`, with `greedy=True`, is True where the token is the most probable
-    one. `tokens` are the ids that were scored, for texts behind the model's start token and with padding.
+    Attributes:
+        tokens: Ids that were scored [B, T], for texts behind the model's start token and with padding.
+        log_probs: Log-probabilities [B, T], float32, 0 where no token is predicted: at the first token of a row, at
+            padding, and where a label is -100.
+        predicted: Bool [B, T], True where a token is predicted.
+        greedy: With `greedy=True` bool [B, T], True where the token is the most probable one.
     """
 
     tokens: Tensor
@@ -74,37 +77,43 @@ def score(
             `torch.compile`, DataParallel, DistributedDataParallel and PEFT are taken off. Sharded parameters are
             refused.
         inputs: Tokens [B, T] int64, a text, or texts. Texts need a `tokenizer`. They begin with the model's start token
-            if it has one, and all of their tokens are scored; without one a text's first token is not.
+            if it has one, and all of their tokens are scored. Without one a text's first token is not.
         tokenizer: A `tokenizers.Tokenizer`, or one of transformers. It adds no special tokens.
-        labels: int64 [B, T], unshifted: the token to be scored at each position, -100 for none. Default: the tokens.
-            For a masked model they hold the original tokens where the row holds masks.
+        labels: Int64 [B, T], unshifted: the token to be scored at each position, -100 for none. The default is the
+            tokens. For a masked model they hold the original tokens where the row holds masks.
         lengths: Real tokens [B] of rows that are padded on the right.
         key_mask: Bool [B, T], True for a real token, for rows that are padded anywhere.
         attention_mask: The same as zeros and ones.
-        stride: Tokens by which windows advance, 1 to seq_len; half of seq_len unless given. With seq_len the first
-            token of every window is not predicted, for nothing precedes it there.
+        stride: Tokens by which windows advance, 1 to seq_len, half of seq_len unless given. With seq_len the first
+            token of every window is not predicted, because no token precedes it there.
         batch_size: Windows in a forward pass.
         greedy: Tell which tokens are the most probable ones, too. This projects the scored positions once more.
 
     Returns:
-        `Scores`. `scores.log_probs.sum(1)` is the log-likelihood of each row, and
-        `exp(-scores.log_probs.sum() / scores.predicted.sum())` the perplexity.
+        `Scores`. `scores.log_probs.sum(1)` is the log-likelihood of each row, and `exp(-scores.log_probs.sum() /
+        scores.predicted.sum())` the perplexity.
 
     Raises:
-        ValueError: For arguments that contradict this, ids outside the vocabulary, and rows of a masked model that are
-            longer than seq_len.
+        ValueError: An argument contradicts the list above, ids lie outside the vocabulary, or a row of a masked model
+            is longer than seq_len.
 
     Example:
         ```python
-        scores = score(model, ["a text", "another"], tokenizer=tokenizer)
-        print(scores.log_probs.sum(1))  # one log-likelihood for each text
+        import torch
+        import gpt_fast
+
+        config = gpt_fast.GPTConfig(num_tokens=100, hidden_dim=64, num_heads=4, num_layers=2, seq_len=32)
+        scores = gpt_fast.score(gpt_fast.GPTForCausalLM(config), torch.randint(100, (2, 50)))
+        print(scores.log_probs.sum(1).shape)  # torch.Size([2])
         ```
 
     Note:
-        Modules run in evaluation mode, without gradients. Dtypes: those of the ops; log-probabilities are float32.
-        Precision: softmax and sums are float32, and a padded row's numbers may differ from those it gets alone in the
-        last bits. Deterministic for the same arguments. Source: transformers' guide to the perplexity of fixed-length
-        models.
+        Modules run in evaluation mode, without gradients.
+
+        Dtypes are those of the ops. Log-probabilities, softmax and sums are float32. The numbers of a padded row may
+        differ from those it gets alone in the last bits. Results are deterministic for the same arguments.
+
+        Source: transformers' guide to the perplexity of fixed-length models.
     """
     model = unwrapped(model, "score")
     is_masked = isinstance(model, GPTForMaskedLM)
@@ -151,8 +160,11 @@ def score(
 
 
 def sliding(length: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
-    """Return (begin, first, end) of the windows over a row: each reads at most seq_len tokens and begins `stride` after
-    the one before; it scores what none before it has."""
+    """Return (begin, first, end) of the windows over a row.
+
+    Each window reads at most seq_len tokens, begins `stride` after the one before, and scores the tokens that no window
+    before it has scored.
+    """
     found: list[tuple[int, int, int]] = []
     for begin in range(0, length, stride):
         end = min(begin + seq_len, length)
@@ -170,8 +182,11 @@ def score_windows(
     batch_size: int,
     greedy: bool,
 ) -> list[Tensor]:
-    """Return log-probabilities, which of them are predictions and, if `greedy`, which are of the most probable token,
-    each for all tokens of all `rows` [T] one row after another. `targets` [T] holds what is scored of each."""
+    """Return log-probabilities, which of them are predictions and, if `greedy`, which are of the most probable token.
+
+    Each result covers all tokens of all `rows` [T], one row after another. `targets` [T] holds the token to be scored
+    at each position of a row.
+    """
     device = next(model.parameters()).device
     shift = 0 if isinstance(model, GPTForMaskedLM) else 1
     starts = torch.tensor([0, *map(len, rows)]).cumsum(0)
@@ -211,8 +226,10 @@ def score_continuations(
 ) -> list[Continuation]:
     """Return the score of each continuation behind its context, both given as ids.
 
-    Where both are longer than the model's positions the context loses its first tokens. Raises `ValueError` for an
-    empty context or continuation, and for a continuation of more than seq_len tokens.
+    Where both are longer than the model's positions the context loses its first tokens.
+
+    Raises:
+        ValueError: A context or continuation is empty, or a continuation has more than seq_len tokens.
     """
     model = unwrapped(model, "score")
     config = _trunk(model).config

@@ -40,7 +40,7 @@ GAIN = 0.98  # a neighbour has to be this much faster, or noise would move the t
 DROPOUT = (6554, 65536 / (65536 - 6554))
 Config = tuple[int, ...]
 
-# What each number of a configuration is, and its range: doubled and halved; stages, programs, switches one up and down.
+# Names and ranges of a configuration's numbers: doubled and halved; stages, programs, switches one up and down.
 LIMITS: dict[str, dict[str, tuple[int, int]]] = {
     "product": dict(
         zip(gemm.Config._fields, ((32, 256), (32, 256), (16, 128), (4, 8), (1, 5), (1, 2)), strict=True)
@@ -186,7 +186,7 @@ def work(op: str, row: Row, device: str) -> Callable[[], object]:
 
 
 def either_mlp(row: Row, dy: torch.Tensor, *inputs: torch.Tensor) -> Callable[[], object]:
-    """mlp without dropout by cuBLASLt or by Triton, as the table has it when it runs."""
+    """Run mlp without dropout by cuBLASLt or by Triton, as the table has it when it runs."""
     operators, activation, needs = torch.ops.gpt_fast, row.kernel.removeprefix("cublaslt "), [True] * 5
 
     def run() -> None:

@@ -25,8 +25,10 @@ def main() -> None:
 
 
 def _require_standard_output() -> None:
-    """End the process if its caller closed standard output: a result would be lost, and a file that is opened later
-    would take its place."""
+    """End the process if its caller closed standard output.
+
+    A result would be lost, and a file that is opened later would take its place.
+    """
     if sys.stdout is None:
         print("gpt-fast: standard output: closed; expected a file, pipe or terminal", file=sys.stderr)
         sys.exit(2)

@@ -1,5 +1,8 @@
-"""The commands of `gpt-fast`. The file of a command is imported when that command is needed, and imports torch and
-`gpt_fast` when the command runs: `gpt-fast --help`, `--version` and completion answer at once."""
+"""The commands of `gpt-fast`.
+
+The file of a command is imported when that command is needed, and imports torch and `gpt_fast` when the command runs:
+`gpt-fast --help`, `--version` and completion answer at once.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,10 @@ HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 
 
 class Commands(TyperGroup):
-    """Group that knows its commands by name and docstring, and imports the one that runs, shows its help or is
-    completed."""
+    """Group that knows its commands by name and docstring, and imports a command when it is needed.
+
+    A command is needed when it runs, shows its help or is completed.
+    """
 
     def __init__(self, **options: Any):
         super().__init__(**options)
@@ -84,7 +89,7 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Runs before any command; `run` looks for --traceback itself."""
+    """Run before any command. `run` itself reads --traceback."""
 
 
 def run() -> None:

@@ -1,4 +1,4 @@
-"""`gpt-fast compare`"""
+"""The command `gpt-fast compare`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def compare(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Compares a model on its fused kernels with the same model on the pure-PyTorch reference, or runs with each other.
+    """Compare a model on its fused kernels with the same model on the pure-PyTorch reference, or runs with each other.
 
     One batch, the same weights and dropout masks: the largest differences of logits and gradients, and the speed of
     training steps, the two taking turns. [bold]gpt-fast doctor[/bold] shows which operations have a kernel here; one

@@ -1,4 +1,4 @@
-"""`gpt-fast convert`"""
+"""The command `gpt-fast convert`."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ def convert(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Converts a model of transformers, nanoGPT, minGPT, build-nanogpt or llm.c to a run folder, and a run folder to
-    transformers or nanoGPT, bit for bit.
+    """Convert a model of transformers, nanoGPT, minGPT, build-nanogpt or llm.c to a run folder, or back, bit for bit.
 
-    A source that lacks a weight, or has one that its configuration does not name, is refused, and so is a model that
-    the other library cannot hold. Folders are safetensors. A ckpt.pt is read with torch.load(weights_only=True), which
-    runs no code. OpenAI's original TensorFlow files of GPT-2 are not read: transformers converts them.
+    A run folder becomes a model of transformers or nanoGPT. A source that lacks a weight, or has one that its
+    configuration does not name, is refused, and so is a model that the other library cannot hold. Folders are
+    safetensors. A ckpt.pt is read with torch.load(weights_only=True), which runs no code. OpenAI's original TensorFlow
+    files of GPT-2 are not read: transformers converts them.
 
     [bold]Examples[/bold]
 

@@ -1,4 +1,4 @@
-"""`gpt-fast doctor`"""
+"""The command `gpt-fast doctor`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def doctor(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Shows versions, devices, and which kernel serves each operation here; says what is missing and how to mend it.
+    """Show versions, devices and the kernel of each operation, and how to install what is missing.
 
     With a run folder: whether its weights, tokenizer and checkpoints are what was written, and what dead runs left
     beside it. The exit code is 1 if something is damaged.
@@ -86,7 +86,7 @@ def _show_run(folder: Path, as_json: bool) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """Everything that `doctor` shows."""
+    """Return everything that `doctor` shows."""
     import torch
 
     from gpt_fast import _extension, ops

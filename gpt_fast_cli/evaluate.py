@@ -1,4 +1,4 @@
-"""`gpt-fast evaluate`"""
+"""The command `gpt-fast evaluate`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def evaluate(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Measures a model on held-out data, beside what a constant answer or a model without context would reach.
+    """Measure a model on held-out data, beside what a constant answer or a model without context would reach.
 
     [bold]Examples[/bold]
 

@@ -1,4 +1,4 @@
-"""`gpt-fast finetune`"""
+"""The command `gpt-fast finetune`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _print_spread(summary: dict[str, Any], settings: FinetuneSettings) -> None:
 
 @options.from_settings(FinetuneSettings)
 def finetune(settings: FinetuneSettings, as_json: AsJson = False) -> None:
-    """Trains a pre-trained model for a task, on a labelled table.
+    """Train a pre-trained model for a task, on a labelled table.
 
     A row is put as start, text, extract, a pair with a delimiter between its texts; a new layer reads the last hidden
     state of the extract token. Similarity reads a pair in both orders, multiple choice scores one sequence for each

@@ -1,4 +1,4 @@
-"""`gpt-fast generate`"""
+"""The command `gpt-fast generate`."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def generate(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Writes text that goes on from a prompt, as it is drawn.
+    """Continue a prompt, and write the text as it is drawn.
 
     [bold]Examples[/bold]
 
@@ -244,13 +244,13 @@ class _Text:
         self.done = token in self.ends or (bool(self.stop) and len(self.text()) < len(self._decoded()))
 
     def text(self) -> str:
-        """Up to the first of the texts to stop at."""
+        """Return the text up to the first of the texts to stop at."""
         text = self._decoded()
         found = [text.find(stop) for stop in self.stop if stop in text]
         return text[: min(found)] if found else text
 
     def settled(self) -> str:
-        """What has been added since and will stay: whole characters, and nothing that may begin a text to stop at."""
+        """Return the new text that will stay: whole characters, and nothing that may begin a text to stop at."""
         from gpt_fast.data.tokenizer import shared_start
 
         text = self.text()

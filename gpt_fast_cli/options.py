@@ -45,8 +45,11 @@ SkipRagged = Annotated[
 
 
 def from_settings(cls: type[S]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate a command's function, whose first parameter takes settings of class `cls`: the command gets an option
-    for each setting, and --config. What the user gives on the command line or in the file counts as given."""
+    """Decorate a command's function, whose first parameter takes settings of class `cls`.
+
+    The command gets an option for each setting, and --config. Values that the user gives on the command line or in the
+    file count as given.
+    """
 
     def decorate(body: Callable[..., None]) -> Callable[..., None]:
         def command(context: typer.Context, config: Path | None, **values: Any) -> None:
@@ -103,8 +106,10 @@ def _parameters(cls: type[TrainingSettings]) -> list[Parameter]:
 
 
 def _annotation(name: str, field: FieldInfo) -> Any:
-    """Return a setting's type as typer reads it, with its option. A required setting is optional here, for a file may
-    have it; pydantic checks that it is there."""
+    """Return a setting's type as typer reads it, with its option.
+
+    A required setting is optional here, because a file may have it. pydantic checks that it is there.
+    """
     kind, spelling, text = _without_none(field.annotation), f"--{option_name(name)}", field.description
     if get_origin(kind) is tuple:
         kind = list[get_args(kind)[0]]  # type: ignore[misc]
@@ -170,5 +175,5 @@ def run_folder(out: Path) -> str:
 
 
 def follows() -> bool:
-    """Is this a rank other than the first, which prints nothing but errors?"""
+    """Return True on a rank other than the first, which prints nothing but errors."""
     return int(os.environ.get("RANK", "0")) > 0

@@ -1,4 +1,4 @@
-"""`gpt-fast plot`"""
+"""The command `gpt-fast plot`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def plot(
         str, typer.Option(help="A field of metrics.jsonl, such as train_loss, valid_loss, valid_accuracy or lr.")
     ] = "valid_loss",
 ) -> None:
-    """Draws one curve of each run into one picture.
+    """Draw one curve of each run into one picture.
 
     [bold]Example[/bold]
 

@@ -1,4 +1,4 @@
-"""`gpt-fast predict`"""
+"""The command `gpt-fast predict`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def predict(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Answers with a fine-tuned model: the label of a text with its probability, a number, or what it writes.
+    """Answer with a fine-tuned model: the label of a text with its probability, a number, or a text.
 
     [bold]Examples[/bold]
 
@@ -124,6 +124,6 @@ def _shown(value: object) -> str:
 
 
 def _line(text: str, width: int = 100) -> str:
-    """A text on one line, cut where it is long."""
+    """Return a text on one line, cut if it is long."""
     text = " ".join(text.split())
     return text if len(text) <= width else f"{text[: width - 1]}…"

@@ -1,4 +1,4 @@
-"""`gpt-fast prepare`"""
+"""The command `gpt-fast prepare`."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def prepare(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds of another run.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Turns text into token files, which pretrain maps into memory: any amount of it, in little of yours.
+    """Turn text of any size into token files, which pretrain maps into memory.
 
-    Stopped, it goes on where it was with the same command.
+    Stopped, the same command resumes.
 
     [bold]Examples[/bold]
 

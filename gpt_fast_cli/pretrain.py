@@ -1,4 +1,4 @@
-"""`gpt-fast pretrain`"""
+"""The command `gpt-fast pretrain`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def pretrain(
     more_data: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Trains a language model on plain text and writes a run folder.
+    """Train a language model on plain text and write a run folder.
 
     The text is split by file into training and validation. The validation loss is printed beside the unigram entropy of
     the same text: what the best model without any context reaches.

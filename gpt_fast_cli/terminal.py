@@ -1,4 +1,4 @@
-"""What the commands share: devices, progress bars, results and errors on the terminal."""
+"""Common parts of the commands: devices, progress bars, results and errors on the terminal."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _WIDE = 80  # columns that a bar needs beside its figures; count and time left f
 
 
 def require_train_extra() -> None:
-    """Raises where the packages of the extra `train` are not installed."""
+    """Raise if the packages of the extra `train` are not installed."""
     missing = [
         name for name in ("tokenizers", "safetensors", "torchmetrics", "matplotlib", "yaml") if find_spec(name) is None
     ]
@@ -53,8 +53,10 @@ def resolve_device(name: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """Return `text` with control characters written out, \\x1b for example, but for line ends and tabs. They would move
-    the cursor, colour or retitle a terminal, or turn the order of the characters around."""
+    r"""Return `text` with control characters written out, \x1b for example, but for line ends and tabs.
+
+    They would move the cursor, colour or retitle a terminal, or turn the order of the characters around.
+    """
     return _CONTROL.sub(lambda found: _code(found[0]), text)
 
 
@@ -71,7 +73,7 @@ def write_text(text: str, raw: bool, nl: bool = True) -> None:
 
 @contextmanager
 def _standard_output() -> Iterator[None]:
-    """Let a full disk behind standard output be an error that says so, and the exit be quiet about what is lost."""
+    """Turn a full disk behind standard output into a clear error, and let the exit be quiet about lost output."""
     try:
         yield
     except OSError as error:
@@ -131,7 +133,7 @@ def show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A warning as one line on stderr, without the place in the code that `warnings` adds."""
+    """Print a warning as one line on stderr, without the place in the code that `warnings` adds."""
     err.print(Text(f"gpt-fast: {escaped(str(message))}", style="yellow"), soft_wrap=True)
 
 
@@ -146,8 +148,11 @@ def print_json(result: dict[str, Any]) -> None:
 
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:
-    """Print names and values on stdout. A terminal folds long values inside their column; a file or pipe gets each on
-    one line, without colours and without spaces behind it."""
+    """Print names and values on stdout.
+
+    A terminal folds long values inside their column. A file or pipe gets each on one line, without colours and without
+    spaces behind it.
+    """
     from rich.measure import Measurement
     from rich.table import Column, Table
 
@@ -165,7 +170,7 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def metric_rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
-    """What was measured, for a table: each figure beside what a constant answer reaches."""
+    """Return the figures for a table, each beside the figure that a constant answer reaches."""
     constant = "always the commonest label"
     lines = (
         ("accuracy", "accuracy", "{accuracy:.1%}, " + constant + ": {majority_accuracy:.1%}"),
@@ -205,7 +210,7 @@ def has_bars() -> bool:
 
 @contextmanager
 def training_bar(label: str) -> Iterator[Callable[[loop.Progress], None]]:
-    """A progress bar on stderr, with the loss, tokens per second and the time left; validations are lines above it."""
+    """Yield a progress bar on stderr: loss, tokens per second, the time left. Validations are lines above it."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -237,7 +242,7 @@ def training_bar(label: str) -> Iterator[Callable[[loop.Progress], None]]:
 
 @contextmanager
 def counting_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr that counts."""
+    """Yield a progress bar on stderr that counts."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     count, left = MofNCompleteColumn(), TimeRemainingColumn(compact=True)

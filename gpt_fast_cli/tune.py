@@ -1,4 +1,4 @@
-"""`gpt-fast tune`"""
+"""The command `gpt-fast tune`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def tune(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measures how this GPU's kernels are launched fastest, and keeps what is faster than the shipped configurations.
+    """Measure the launch configurations of this GPU's kernels, and keep those that are faster than the shipped ones.
 
     Every later program on this GPU uses the result: the file is in [bold]~/.config/gpt_fast/launch_configs[/bold], or
     in the folder that the environment variable GPT_FAST_LAUNCH_CONFIGS names. Removing it undoes the tuning; an empty

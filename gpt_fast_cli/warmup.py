@@ -1,4 +1,4 @@
-"""`gpt-fast warmup`"""
+"""The command `gpt-fast warmup`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def warmup(
     ] = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Compiles the GPU kernels that a model needs, so that its first update and its first token need not wait.
+    """Compile the GPU kernels that a model needs, so that its first update and its first token do not wait.
 
     Triton keeps them in its cache on the disk, where every later process finds them. A second call tells what it found.
 

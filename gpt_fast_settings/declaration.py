@@ -1,4 +1,4 @@
-"""How a setting is declared, validated, read from a file and saved."""
+"""Settings: how one is declared, validated, read from a file and saved."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from .documents import YAML_LIMIT, parse_json, parse_yaml, read_bytes
 
 S = TypeVar("S", bound="Settings")
-# What a resumed run does with a setting. `same`: the user may omit it or repeat it. `more`: or give a larger number.
+# Rules for a setting in a resumed run. `same`: the user may omit it or repeat it. `more`: or give a larger number.
 # `free`: the user may change it.
 # `machine`: saved, but a resumed run takes the command's. `command`: neither saved nor compared.
 Resume = Literal["same", "more", "free", "machine", "command"]
@@ -30,9 +30,17 @@ def option(
     also: str | None = None,
     **bounds: float,
 ) -> Any:
-    """Declare a setting: its default (`...` if it is required), its help on the command line and the help's panel, how
-    its value is called there, its part in a resumed run, another spelling on the command line, and bounds such as
-    `ge=1`."""
+    """Declare a setting.
+
+    Args:
+        default: Its default, `...` if it is required.
+        help: Its help on the command line.
+        panel: The panel of that help.
+        metavar: The name of its value there.
+        resume: Its part in a resumed run.
+        also: Another spelling on the command line.
+        **bounds: Bounds of the value, such as `ge=1`.
+    """
     extra = {"panel": panel, "metavar": metavar, "resume": resume, "also": also}
     return Field(default, description=help, json_schema_extra=extra, **bounds)  # type: ignore[call-overload]
 
@@ -49,8 +57,10 @@ def option_name(field: str) -> str:
 
 
 class InvalidSettings(ValueError):
-    """Settings that do not validate, as one line. `errors` are pydantic's; `read` are the names that come from a file,
-    and `place` names it."""
+    """Settings that do not validate, as one line.
+
+    `errors` are pydantic's. `read` are the names that come from a file, and `place` names that file.
+    """
 
     def __init__(self, cls: type[Settings], errors: list[ErrorDetails], place: str = "", read: Collection[str] = ()):
         self.errors = errors
@@ -162,8 +172,10 @@ _EXPECTED = {
 
 
 def _describe(cls: type[Settings], error: ErrorDetails, place: str, read: Collection[str]) -> str:
-    """Return one of pydantic's errors as `NAME has VALUE; expected WHAT`, or with the known name nearest to an unknown
-    one. `read` are the names that come from the file that `place` names."""
+    """Return one of pydantic's errors as `NAME has VALUE; expected WHAT`, or with the nearest name to an unknown one.
+
+    `read` are the names that come from the file that `place` names.
+    """
     name = option_name(str(error["loc"][0]))
     if error["type"] == "missing":
         return f"--{name}: missing ({cls.fields()[name].description})"

@@ -11,8 +11,11 @@ from .training import DATA, RUN, TRAINING, Count, Decay, NotNegative, Repeats, T
 
 
 class FinetuneSettings(TrainingSettings):
-    """The options of `gpt-fast finetune`. The defaults are the paper's. A rate that is None is the paper's, too, for
-    models of the published sizes, and a quarter of pre-training's for others. A column that is None is the task's."""
+    """The options of `gpt-fast finetune`.
+
+    The defaults are the paper's. A rate that is None is the paper's, too, for models of the published sizes, and a
+    quarter of pre-training's for others. A column that is None is the task's.
+    """
 
     command: ClassVar[str] = "finetune"
 

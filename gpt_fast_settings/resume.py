@@ -1,4 +1,4 @@
-"""How `--resume` compares the settings of a command with those that the run began with."""
+"""Comparison of a command's settings with the original ones of the run that it resumes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ def asks_for_more(settings: S, saved: Mapping[str, Any]) -> tuple[str, int] | No
 
 
 def resumed(settings: S, path: Path, saved: Mapping[str, Any]) -> S:
-    """Return the settings for resuming the run that saved `saved` at `path`. Settings that the user omits keep their
-    original value. Settings that the user gives must equal it, unless their declaration frees them or allows more."""
+    """Return the settings for resuming the run that saved `saved` at `path`.
+
+    Settings that the user omits keep their original value. Settings that the user gives must equal it, unless their
+    declaration frees them or allows more.
+    """
     cls = type(settings)
     kinds = {name: extra(field, "resume") for name, field in cls.model_fields.items()}
     command = {name: getattr(settings, name) for name, kind in kinds.items() if kind == "command"}

@@ -1,4 +1,4 @@
-"""What pre-training and fine-tuning share."""
+"""Settings that pre-training and fine-tuning share."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def backward(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dx (empty where it is dresidual), dresidual, dweight, dbias; the last two empty where not needed."""
+    """Return dx (empty where it is dresidual), dresidual, dweight and dbias. The last two are empty if not needed."""
     N = summed.shape[-1]
     has_dx = seed is not None or x_dtype != residual_dtype
     dresidual = torch.empty(summed.shape, dtype=residual_dtype, device=summed.device)

@@ -12,7 +12,7 @@ INTERPRETER = 0  # capability of Triton's interpreter in launch_configs.py
 
 
 class Architecture(NamedTuple):
-    """What the kernels and their tools need to know about a GPU architecture."""
+    """Facts about a GPU architecture, for the kernels and their tools."""
 
     capability: int  # compute capability times ten: the key of launch configurations
     rows: int  # the newest architecture whose rows of launch_configs.py fit, where it has none of its own

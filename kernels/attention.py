@@ -55,7 +55,7 @@ class Head(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where to read the rows of one head."""
+    """Location of the rows of one head."""
 
     ptr: Any  # pointer to the head's first element, or descriptor of the whole tensor [B, H, rows, D]
     stride_t: Any
@@ -621,7 +621,7 @@ def sources(rows: int, BLOCK_D: int, **tensors: torch.Tensor) -> dict[str, Any]:
 
 
 def launch_options(launch: Config) -> dict[str, Any]:
-    """Return what the compiler is told beside the tile."""
+    """Return the compiler's options beside the tile."""
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     return options | {"maxnreg": launch.registers} if launch.registers else options
 

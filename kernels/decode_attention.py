@@ -135,7 +135,7 @@ def _add_kernel(
 
 
 def config(BLOCK_D: int, device: torch.device) -> Config:
-    """The launch configuration for heads padded to this size."""
+    """Return the launch configuration for heads padded to this size."""
     return Config(*launch_configs.pick("decode_attention", "keys", launch_configs.architecture(device), 4, BLOCK_D))
 
 

@@ -57,7 +57,10 @@ def _bwd_kernel(
     dout_ptr, ids_ptr, order_ptr, grad_ptr, partial_ptr, seed_ptr, stride_dm, stride_dc, stride_gk, stride_gc,
     M, C, site, threshold, scale, HAS_DROPOUT: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Adds one chunk of the sorted uses; partial [chunks, 2, C] takes the run it goes on with and the one it begins."""
+    """Add one chunk of the sorted uses.
+
+    The run that the chunk continues and the one that it begins go to partial [chunks, 2, C].
+    """
     chunk = tl.program_id(0).to(tl.int64)
     offs_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     base = chunk * CHUNK
@@ -94,7 +97,7 @@ def _bwd_kernel(
 def _bwd_reduce_kernel(
     ids_ptr, reach_ptr, grad_ptr, partial_ptr, stride_gk, stride_gc, M, C, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Adds the partial sums of the run that begins in a chunk and reaches beyond it, up to chunk `reach`."""
+    """Add the partial sums of the run that begins in a chunk and reaches beyond it, up to chunk `reach`."""
     chunk = tl.program_id(0).to(tl.int64)
     offs_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     base = chunk * CHUNK
@@ -113,7 +116,7 @@ def _bwd_reduce_kernel(
 
 
 def config(table: torch.Tensor) -> Config:
-    """The launch configuration for a table [V, C]."""
+    """Return the launch configuration for a table [V, C]."""
     architecture = launch_configs.architecture(table.device)
     return Config(*launch_configs.pick("embedding", "rows", architecture, table.element_size(), table.shape[1]))
 
@@ -128,7 +131,7 @@ def forward(
     seed: torch.Tensor | None,
     site: int,
 ) -> torch.Tensor:
-    """out [..., C]; positions [T] repeat along the leading axes of tokens. Without a seed there is no dropout."""
+    """Return out [..., C], with positions [T] for each row of tokens. Without a seed there is no dropout."""
     C = token_weight.shape[1]
     out = torch.empty((*tokens.shape, C), dtype=token_weight.dtype, device=tokens.device)
     if out.numel() == 0:
@@ -160,7 +163,7 @@ def backward(
     needs_token: bool,
     needs_position: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of both tables in their strides; empty where not needed."""
+    """Return the gradients of both tables in their strides, empty if not needed."""
     rows = dout.reshape(tokens.numel(), dout.shape[-1])
 
     def gradient(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

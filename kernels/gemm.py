@@ -30,7 +30,10 @@ class Config(NamedTuple):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b. Triton's interpreter takes bfloat16 for integers in a product; widening it there is exact."""
+    """Return acc + a b.
+
+    Triton's interpreter takes bfloat16 for integers in a product. Widening it there is exact.
+    """
     if PRECISION == "interpreter":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -38,8 +41,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def cast(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """float32 to `dtype`, to nearest. Triton's interpreter (as of 3.9) truncates to bfloat16, so there it is rounded
-    first."""
+    """Cast float32 to `dtype`, to nearest.
+
+    Triton's interpreter (as of 3.9) truncates to bfloat16, so there the value is rounded first.
+    """
     if PRECISION == "interpreter" and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -52,7 +57,7 @@ def load(
     source, row, column, rows, columns, stride_row, stride_column,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_R, BLOCK_C] at (row, column) of a matrix [rows, columns], zeros past its ends."""
+    """Load [BLOCK_R, BLOCK_C] at (row, column) of a matrix [rows, columns], with zeros past its ends."""
     if MODE == 1:
         result = source.load([row, column])
     elif MODE == 2:
@@ -70,7 +75,7 @@ def load(
 def store(
     target, value, row, column, rows, columns, stride_row, stride_column, MODE: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """A float32 tile rounded and written to where `load` reads; what lies past the ends is dropped."""
+    """Round a float32 tile and write it to where `load` reads. Elements past the ends are dropped."""
     if MODE == 1:
         target.store([row, column], cast(value, target.dtype, PRECISION))
     elif MODE == 2:
@@ -86,7 +91,7 @@ def store(
 
 @triton.jit
 def tile(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where tile `index` of [M, N] begins: eight rows of tiles at a time, column by column, for the cache's sake."""
+    """Return where tile `index` of [M, N] begins: eight rows of tiles at a time, column by column, for the cache."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = index // (8 * tiles_n) * 8
     height = tl.minimum(tiles_m - group, 8)
@@ -100,7 +105,7 @@ def product(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """float32 [BLOCK_M, BLOCK_N] of A Bᵀ at (m, n)."""
+    """Return float32 [BLOCK_M, BLOCK_N] of A Bᵀ at (m, n)."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         a_tile = load(a, m, k, M, K, stride_am, stride_ak, BLOCK_M, BLOCK_K, A_MODE)
@@ -111,7 +116,7 @@ def product(
 
 @triton.jit
 def halves(acc):
-    """The left and the right half of a tile: an epilogue on one at a time needs fewer registers."""
+    """Return the left and the right half of a tile: an epilogue on one at a time needs fewer registers."""
     M: tl.constexpr = acc.shape[0]
     N: tl.constexpr = acc.shape[1]
     return tl.split(tl.permute(tl.reshape(acc, [M, 2, N // 2]), (0, 2, 1)))
@@ -122,7 +127,7 @@ def sum_rows_kernel(
     x_ptr, out_ptr, stride_xm, stride_xn, M, N, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out [programs, N]: program p adds rows p ROWS to (p + 1) ROWS of x [M, N], in float32."""
+    """Write out [programs, N]: program p adds rows p ROWS to (p + 1) ROWS of x [M, N], in float32."""
     program = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -138,7 +143,7 @@ def sum_rows_kernel(
 
 
 def sum_rows(x: torch.Tensor, out: torch.Tensor) -> None:
-    """The sum over the rows of x [M, N], rounded once into out [N]; in two steps where there are many rows."""
+    """Sum the rows of x [M, N], rounded once into out [N], in two steps if there are many rows."""
     M, N = x.shape
     if M > 4096:
         partial = torch.empty((cdiv(M, 512), N), dtype=torch.float32, device=x.device)
@@ -156,14 +161,14 @@ def _sum_rows(x: torch.Tensor, out: torch.Tensor, rows: int) -> None:
 
 
 def precision() -> str:
-    """What products of float32 are computed in; in 16 bits there is one way only."""
+    """Return the precision of float32 products. In 16 bits there is one only."""
     if triton.knobs.runtime.interpret:
         return "interpreter"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def as_matrix(x: torch.Tensor) -> torch.Tensor:
-    """[M, N] with any strides: a view where there is one."""
+    """Return x as [M, N] with any strides, as a view if there is one."""
     N = x.shape[-1]
     return x.reshape(x.numel() // N if N else x.shape[:-1].numel(), N)
 
@@ -178,7 +183,7 @@ def operand(matrix: torch.Tensor, rows: int, columns: int, architecture: int) ->
 
 
 def config(op: str, kernel: str, x: torch.Tensor, size: int) -> tuple[Config, int]:
-    """The row of an op's table for these operands, and the architecture."""
+    """Return the row of an op's table for these operands, and the architecture."""
     architecture = launch_configs.architecture(x.device)
     return Config(*launch_configs.pick(op, kernel, architecture, x.element_size(), size)), architecture
 
@@ -186,7 +191,7 @@ def config(op: str, kernel: str, x: torch.Tensor, size: int) -> tuple[Config, in
 def operands(
     launch: Config, architecture: int, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, parts: int = 2
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments and compile-time switches of a product A Bᵀ that stores its tiles in parts; 0: by pointers."""
+    """Return arguments and compile-time switches of a product A Bᵀ that stores its tiles in parts (0: by pointers)."""
     a_source, a_mode = operand(a, launch.m, launch.k, architecture)
     b_source, b_mode = operand(b, launch.n, launch.k, architecture)
     out_target, out_mode = operand(out, launch.m, launch.n // parts, architecture) if parts else (out, 0)
@@ -207,6 +212,6 @@ def operands(
 
 
 def grid(launch: Config, M: int, N: int, device: torch.device) -> tuple[int]:
-    """As many persistent programs as run at once, or as there are tiles."""
+    """Return as many persistent programs as run at once, or as there are tiles."""
     tiles = cdiv(M, launch.m) * cdiv(N, launch.n)
     return (min(tiles, launch.programs * launch_configs.multiprocessors(device)),)

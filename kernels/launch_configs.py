@@ -155,7 +155,7 @@ FORMAT = 1  # of a user's table
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """The architecture whose rows serve a device. Raises `RuntimeError` for a GPU too old for the kernels."""
+    """Return the architecture whose rows serve a device. Raise `RuntimeError` for a GPU too old for the kernels."""
     if triton.knobs.runtime.interpret:
         return INTERPRETER
     major, minor = torch.cuda.get_device_capability(device)
@@ -169,7 +169,7 @@ def architecture(device: torch.device) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run at once, where one fills a multiprocessor."""
+    """Return how many programs run at once, if one fills a multiprocessor."""
     if triton.knobs.runtime.interpret:
         return 2  # fewer than there are tiles, as on a GPU
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -288,7 +288,7 @@ def shipped_alone() -> Iterator[None]:
 
 @functools.cache
 def serving(op: str, kernel: str, architecture: int, element: int) -> tuple[Row, ...]:
-    """The rows for elements of this size, of the newest architecture whose rows fit this one, by size."""
+    """Return the rows for elements of this size, of the newest architecture whose rows fit this one, by size."""
     rows = [row for row in tables(architecture)[op] if row.kernel == kernel and row.element >= element]
     rows = [row for row in rows if row.element == min(row.element for row in rows)]
     older = [row.architecture for row in rows if fits(row.architecture, architecture)]
@@ -298,7 +298,7 @@ def serving(op: str, kernel: str, architecture: int, element: int) -> tuple[Row,
 
 @functools.cache
 def pick(op: str, kernel: str, architecture: int, element: int, size: int) -> tuple[int, ...]:
-    """The configuration of the row that serves: the least size that suffices."""
+    """Return the configuration of the row that serves, the one with the least size that suffices."""
     return next(row.config for row in serving(op, kernel, architecture, element) if row.size >= size)
 
 

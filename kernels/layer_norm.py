@@ -36,7 +36,7 @@ REDUCE_ROWS, REDUCE_COLUMNS = 64, 32  # tile of the second stage
 def normalise(
     x, mask, weight_ptr, bias_ptr, offs_n, mask_n, N, eps, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr
 ):  # fmt: skip
-    """(y, mean, rstd) of a float32 tile of whole rows that holds zeros where `mask` is False."""
+    """Return (y, mean, rstd) of a float32 tile of whole rows that holds zeros where `mask` is False."""
     rough = tl.sum(x, axis=1) / N
     rest = tl.where(mask, x - rough[:, None], 0.0)
     shift = tl.sum(rest, axis=1) / N
@@ -53,7 +53,7 @@ def normalise(
 
 @triton.jit
 def differentiate(dy, x, mean, rstd, weight, N, HAS_WEIGHT: tl.constexpr):
-    """(dx, dy * xhat) of a float32 tile of whole rows; dy holds zeros in the padding."""
+    """Return (dx, dy * xhat) of a float32 tile of whole rows. dy holds zeros in the padding."""
     xhat = (x - mean[:, None]) * rstd[:, None]  # finite in the padding, where dy is zero
     g = dy
     if HAS_WEIGHT:
@@ -139,20 +139,20 @@ def _bwd_reduce_kernel(
 
 
 def config(N: int, device: torch.device) -> Config:
-    """The launch configuration for rows of N columns."""
+    """Return the launch configuration for rows of N columns."""
     if N > WIDEST:
         raise ValueError(f"gpt_fast.layer_norm: rows have {N} columns; expected at most {WIDEST} on this device")
     return Config(*launch_configs.pick("layer_norm", "rows", launch_configs.architecture(device), 4, N))
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """[M, N] with neighbouring columns side by side: a view where the strides allow it."""
+    """Return x as [M, N] with neighbouring columns side by side, as a view if the strides allow it."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
 def packed(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    """[N] without gaps, as the kernels read weight and bias."""
+    """Return a parameter [N] without gaps, as the kernels read weight and bias."""
     return None if parameter is None else parameter.contiguous()
 
 
@@ -191,7 +191,7 @@ def backward(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dx like x; dweight and dbias [N] in the weight's dtype, empty where not needed."""
+    """Return dx like x, and dweight and dbias [N] in the weight's dtype, empty if not needed."""
     N = x.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums_dtype = x.dtype if weight is None else weight.dtype
@@ -220,7 +220,7 @@ def backward(
 def add_partial_sums(
     partial: torch.Tensor, dweight: torch.Tensor, dbias: torch.Tensor, needs_weight: bool, needs_bias: bool
 ) -> None:
-    """The second stage: partial [2, P, N], of weight and bias, into dweight and dbias where they are needed."""
+    """Run the second stage: add partial [2, P, N], of weight and bias, into dweight and dbias where they are needed."""
     _, P, N = partial.shape
     _bwd_reduce_kernel[(cdiv(N, REDUCE_COLUMNS),)](
         partial_dweight_ptr=partial[0], partial_dbias_ptr=partial[1], dweight_ptr=dweight, dbias_ptr=dbias, P=P, N=N,

@@ -26,7 +26,7 @@ GRADIENT_ROWS = 64  # of a tile of _gradient_kernel, a multiple of every product
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])
 def _compact_kernel(target_ptr, index_ptr, count_ptr, N, ignore_index, BLOCK: tl.constexpr):
-    """The numbers of the rows that count, in their order, and how many there are; one program."""
+    """Write the numbers of the rows that count, in their order, and how many there are, in one program."""
     count = tl.full((), 0, dtype=tl.int32)
     for first in range(0, N, BLOCK):
         offs = first + tl.arange(0, BLOCK)
@@ -42,7 +42,7 @@ def _gather_kernel(
     x_ptr, target_ptr, index_ptr, count_ptr, rows_ptr, targets_ptr, stride_xm, stride_xc, first, R, C, V,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The chunk's rows of x [R, C], zeros past the last that counts, and their targets, clamped."""
+    """Write the chunk's rows of x [R, C], zeros past the last that counts, and their targets, clamped."""
     count = tl.load(count_ptr)
     if first < count:
         offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -65,7 +65,7 @@ def _logits_half(
     logits, out, bias_ptr, targets_ptr, largest_ptr, total_ptr, sum_ptr, picked_ptr, m, n, R, V, stride_om, stride_on,
     KEEPS: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Half a tile of logits: statistics by row, and what stays of it."""
+    """Write the row statistics of half a tile of logits, and the part of the tile that is kept."""
     offs_m = m + tl.arange(0, logits.shape[0])
     offs_n = n + tl.arange(0, logits.shape[1])
     mask_m, mask_n = offs_m < R, offs_n < V
@@ -117,7 +117,7 @@ def _statistics_kernel(
     largest_ptr, total_ptr, sum_ptr, picked_ptr, index_ptr, count_ptr, row_ptr, loss_ptr, first, R, V, parts, smoothing,
     SCATTERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """A row's maximum and sum of exponentials from those of its parts, and its loss: by the row's number, or packed."""
+    """Write each row's maximum and sum of exponentials from its parts', and its loss, by row number or packed."""
     count = tl.load(count_ptr)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = (first + offs_m < count) & (offs_m < R)
@@ -159,7 +159,7 @@ def _gradient_kernel(
     stride_l, stride_g, first, R, V, smoothing, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """FACTOR dl from what stays of the logits, whose memory it may share; rows that do not count become zeros."""
+    """Write FACTOR dl from the kept logits, whose memory it may share. Rows that do not count become zeros."""
     count = tl.load(count_ptr)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -205,7 +205,7 @@ def _dx_kernel(
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dx, whose rows go where those of the chunk came from."""
+    """Write dx, in the rows from which those of the chunk came."""
     count = tl.load(count_ptr)
     live = tl.minimum(count - first, M)
     scale = 1.0 / FACTOR
@@ -244,7 +244,7 @@ def _dweight_kernel(
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The chunk's part of dW, added to that of the chunks before; what does not count is zero in both operands."""
+    """Add the chunk's part of dW to that of the chunks before. Rows that do not count are zero in both operands."""
     live = tl.minimum(tl.load(count_ptr) - first, K)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     if ACCUMULATES:
@@ -264,7 +264,7 @@ def _dweight_kernel(
 def _dbias_kernel(
     partial_ptr, dbias_ptr, count_ptr, first, R, V, ROWS: tl.constexpr, ACCUMULATES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The chunk's part of db, added to that of the chunks before."""
+    """Add the chunk's part of db to that of the chunks before."""
     offs_v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask_v = offs_v < V
     total = tl.zeros([BLOCK], dtype=tl.float32)
@@ -278,7 +278,7 @@ def _dbias_kernel(
 
 @triton.jit
 def _total_kernel(loss_ptr, count_ptr, total_ptr, counted_ptr, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of the losses that count or their mean, and their number; one program."""
+    """Write the sum of the losses that count or their mean, and their number, in one program."""
     count = tl.load(count_ptr)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for first in range(0, count, BLOCK):
@@ -297,7 +297,7 @@ def _run(
     smoothing: float, dloss: torch.Tensor | None, loss: torch.Tensor | None, scatters: bool,
     dx: torch.Tensor | None, dweight: torch.Tensor | None, dbias: torch.Tensor | None, mean: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """Writes the losses of x [N, C] and the gradients, whichever are given; returns how many rows count, int32 [1]."""
+    """Write the losses of x [N, C] and the given gradients. Return how many rows count, int32 [1]."""
     (N, C), V, device = x.shape, weight.shape[0], x.device
     index = torch.empty(N, dtype=torch.int32, device=device)
     count = torch.empty(1, dtype=torch.int32, device=device)
@@ -382,7 +382,7 @@ def _run(
 def _gradients(
     x: torch.Tensor, weight: torch.Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Where the gradients go; rows of x that do not count keep their zeros."""
+    """Return the tensors of the gradients. Rows of x that do not count keep their zeros."""
     return (
         torch.zeros(x.shape, dtype=x.dtype, device=x.device) if needs_x else None,
         torch.empty_like(weight, dtype=torch.float32) if needs_weight else None,
@@ -394,9 +394,9 @@ def forward(
     x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None, ignore_index: int,
     label_smoothing: float, reduction: str, needs_x: bool, needs_weight: bool, needs_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The loss, the number of rows that count, and gradients of the summed loss, empty where not needed.
+    """Return the loss, the number of rows that count, and gradients of the summed loss, empty if not needed.
 
-    They are not scaled, but dx of a mean: by the part of 1 / count that is no power of two.
+    They are not scaled, but for dx of a mean: by the part of 1 / count that is no power of two.
     """
     rows = as_matrix(x)
     N = rows.shape[0]
@@ -434,7 +434,7 @@ def backward(
     dloss: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None,
     ignore_index: int, label_smoothing: float, needs_x: bool, needs_weight: bool, needs_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The gradients for single losses: everything once more, scaled row by row; empty where not needed."""
+    """Return the gradients for single losses, all recomputed and scaled row by row, empty if not needed."""
     rows = as_matrix(x)
     dx, dweight, dbias = _gradients(x, weight, needs_x, needs_weight, needs_bias)
     if rows.shape[0] == 0 or weight.shape[0] == 0:

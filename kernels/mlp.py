@@ -71,7 +71,7 @@ def _activate(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _dropped(value, m, n, site, threshold, scale, seed_ptr):
-    """A tile at (m, n) of the hidden layer after dropout."""
+    """Return a tile at (m, n) of the hidden layer after dropout."""
     i = m + tl.arange(0, value.shape[0])[:, None]
     j = n + tl.arange(0, value.shape[1])[None, :]
     keep = keep_matrix(i, j, tl.zeros_like(j), site, threshold, seed_ptr)
@@ -84,7 +84,7 @@ def _hidden_half(
     ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, KEEPS_INPUT: tl.constexpr, HAS_OUT: tl.constexpr,
     OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Half a tile of the hidden layer: bias, activation, dropout."""
+    """Write half a tile of the hidden layer: bias, activation, dropout."""
     if bias_ptr is not None:
         offs_n = n + tl.arange(0, z.shape[1])
         z += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
@@ -105,7 +105,7 @@ def _hidden_kernel(
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The hidden layer, and its activation's input where backward wants that."""
+    """Write the hidden layer, and its activation's input if backward needs it."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
         m, n = tile(index, M, N, BLOCK_M, BLOCK_N)
@@ -130,7 +130,7 @@ def _dz_part(
     ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, MAKES_HIDDEN: tl.constexpr, OUT_MODE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Part of a tile of dz from that of dh, its sum over the rows, and the hidden layer again."""
+    """Write part of a tile of dz from that of dh, its sum over the rows, and the hidden layer again."""
     at_z = load(kept, m, n, M, N, stride_om, stride_on, dh.shape[0], dh.shape[1], OUT_MODE).to(tl.float32)
     dh, at_z = tl.split(tl.join(dh, at_z))  # in one layout: else what follows is computed in two
     value, slope = _activate(at_z, ACTIVATION)
@@ -160,7 +160,7 @@ def _dz_kernel(
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dz, and what else comes of a tile of it: `_dz_part`."""
+    """Write dz, and the other results of a tile of it: see `_dz_part`."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
         m, n = tile(index, M, N, BLOCK_M, BLOCK_N)
@@ -209,7 +209,7 @@ def _linear_kernel(
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out = A Bᵀ + bias."""
+    """Write out = A Bᵀ + bias."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
         m, n = tile(index, M, N, BLOCK_M, BLOCK_N)
@@ -245,7 +245,7 @@ def _few_kernel(
     ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, KEEPS_INPUT: tl.constexpr, HAS_OUT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A Bᵀ for A of at most BLOCK_M rows; or the sums of `part` columns of A each, partial [parts, M, N] float32."""
+    """Write A Bᵀ for A of at most BLOCK_M rows, or partial [parts, M, N] float32, the sums of `part` columns each."""
     n = tl.program_id(0) * BLOCK_N
     first = tl.program_id(1).to(tl.int64) * part
     acc = product(
@@ -315,7 +315,7 @@ PLAIN = {
 
 
 def _linear(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out [M, N] = A Bᵀ + bias, in out's strides; A [M, K], B [N, K]."""
+    """Write out [M, N] = A Bᵀ + bias, in out's strides. A is [M, K], B is [N, K]."""
     if out.numel() == 0:
         return
     few = few_config(a)
@@ -331,7 +331,7 @@ def _hidden(
     x: torch.Tensor, fc_weight: torch.Tensor, fc_bias: torch.Tensor | None, h: torch.Tensor | None,
     z: torch.Tensor | None, activation: str, threshold: int, scale: float, seed: torch.Tensor | None, site: int,
 ) -> None:  # fmt: skip
-    """Writes the hidden layer h [M, F] and its activation's input z, whichever is given."""
+    """Write the hidden layer h [M, F] and its activation's input z, each if given."""
     out = z if h is None else h
     if out is None or out.numel() == 0:
         return
@@ -359,7 +359,7 @@ def forward(
     proj_bias: torch.Tensor | None, activation: str, threshold: int, scale: float, seed: torch.Tensor | None,
     site: int, keeps_hidden: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """y [..., C'], and what backward needs, [..., F] or empty. Without a seed there is no dropout."""
+    """Return (y [..., C'], kept). `kept` [..., F] is for backward, or empty. Without a seed there is no dropout."""
     F, C_out = fc_weight.shape[0], proj_weight.shape[0]
     rows = as_matrix(x)
     M = rows.shape[0]
@@ -381,7 +381,7 @@ def backward(
     proj_weight: torch.Tensor, hidden: torch.Tensor | None, activation: str, threshold: int, scale: float,
     seed: torch.Tensor | None, site: int, needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of x, both weights, in their strides, and both biases; empty where not needed."""
+    """Return gradients of x, both weights, in their strides, and both biases, empty if not needed."""
     needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, needs_proj_bias = needs
     F, C_out = fc_weight.shape[0], proj_weight.shape[0]
     rows, dy_rows = as_matrix(x), as_matrix(dy)
@@ -425,7 +425,7 @@ def _dz(
     dy: torch.Tensor, proj_weight: torch.Tensor, kept: torch.Tensor, h: torch.Tensor | None, activation: str,
     threshold: int, scale: float, seed: torch.Tensor | None, site: int, dfc_bias: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """dz [M, F]; also writes the hidden layer and dfc_bias, where given."""
+    """Return dz [M, F], and write the hidden layer and dfc_bias, where given."""
     M, F = kept.shape
     dz = torch.empty_like(kept)
     b = proj_weight.t()

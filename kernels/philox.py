@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def _philox(c0, c1, c2, c3, seed_ptr):
-    """The four words at a counter of uint32 tensors that broadcast against each other."""
+    """Return the four words at a counter of uint32 tensors that broadcast against each other."""
     seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
     k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
@@ -31,7 +31,7 @@ def _philox(c0, c1, c2, c3, seed_ptr):
 
 @triton.jit
 def keep_rows(i, j, site, threshold, seed_ptr):
-    """Row sites: whether row i [M, 1] keeps column j [1, N]; both int."""
+    """Return True where a row site keeps row i [M, 1], column j [1, N]. Both are int."""
     i, j = i.to(tl.uint32), j.to(tl.uint32)  # unsigned: division by a power of two is a shift
     w0, w1, w2, w3 = _philox(j // 8, i, tl.zeros_like(j), site.to(tl.uint32), seed_ptr)
     word = (j // 2) % 4
@@ -41,12 +41,12 @@ def keep_rows(i, j, site, threshold, seed_ptr):
 
 @triton.jit
 def keep_matrix(i, j, b, site, threshold, seed_ptr, UPPER: tl.constexpr = False):
-    """Matrix sites: whether (i, j) of matrix b is kept; i, j and b are ints that broadcast to [M, N].
+    """Return True where a matrix site keeps (i, j) of matrix b. The ints i, j and b broadcast to [M, N].
 
     i and j may stand on either axis: the bits i // 8 % 2, j // 8 % 2 and j % 2 choose among a counter's eight numbers,
-    and in the accumulators of matrix instructions those are bits of the register, so one call serves many elements.
-    If UPPER, numbers are compared in the upper half of their word, whatever lies below: an odd j's needs no instruction
-    for it. A threshold of 0 cannot be told so; `dropping_seed` gives no seed for it.
+    and in the accumulators of matrix instructions those are bits of the register, so one call serves many elements. If
+    UPPER, numbers are compared in the upper half of their word, whatever lies below: an odd j's needs no instruction
+    for it. A threshold of 0 is lost there; `dropping_seed` gives no seed for it.
     """
     i, j = i.to(tl.uint32), j.to(tl.uint32)  # unsigned: division by a power of two is a shift
     c0 = (j // 16) * 4 + (j % 8) // 2

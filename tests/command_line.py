@@ -133,11 +133,14 @@ Cli = Callable[..., Result]
 
 @pytest.fixture(scope="session")
 def cli() -> Iterator[Cli]:
-    """Runs one command line in a process of its own: with `watched` (a path, perhaps with wildcards, and how many lines
-    it must have) the process gets `signal`, and `again`, as soon as that is there and `later` seconds have passed. No
-    file can grow past `file_size`, and no process past `memory` bytes of addresses or `seconds`. With `ranks`, as many
-    processes that find each other as torchrun's do; the last one gets the signal, and its code is the result's.
-    Standard input is a file with the text `stdin`, or /dev/null."""
+    """Return a function that runs one command line in a process of its own.
+
+    `watched` is a path, perhaps with wildcards, and how many lines it must have. The process gets `signal`, and
+    `again`, as soon as that path is there and `later` seconds have passed. No file can grow past `file_size`, and no
+    process past `memory` bytes of addresses or `seconds`. `ranks` starts as many processes, which find each other as
+    torchrun's do; the last one gets the signal, and its code is the result's. Standard input is a file with the text
+    `stdin`, or /dev/null.
+    """
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
     )

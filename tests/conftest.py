@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> str:
-    """ "cpu" (C++, or Triton under TRITON_INTERPRET=1) and, where there is one, "cuda"."""
+    """Return "cpu" (C++, or Triton under TRITON_INTERPRET=1) and, where there is one, "cuda"."""
     return request.param
 
 
@@ -113,15 +113,19 @@ def two_threads(threads: Callable[[int], None]) -> None:
 
 @pytest.fixture
 def thread_counts() -> tuple[int, ...]:
-    """With how many threads a second run has to agree with the first. The interpreter is slow and runs one program
-    after the other; on a GPU the runs are three, for programs that race."""
+    """Return the numbers of threads with which a second run has to agree with the first.
+
+    The interpreter is slow and runs one program after the other. On a GPU the runs are three, for programs that race.
+    """
     return (1,) if INTERPRETED else (1, 2, 3)
 
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """For modules that train tiny models: two threads would spend their time waiting for each other, and on a machine
-    that does other work, too, twenty times as long as one takes."""
+    """Compute with one thread, for modules that train tiny models.
+
+    Two threads would spend their time waiting for each other. On a busy machine they take twenty times as long as one.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

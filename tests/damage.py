@@ -202,8 +202,10 @@ def drawn(path: Path, draw: random.Random) -> Damage:
 
 
 def check(cli: Cli, data: Data, whole: Path, folder: Path, name: str, case: Case) -> None:
-    """Damage copies of `whole` inside `folder`: the command says in one line which file is wrong, or its output is as
-    before; it never hangs."""
+    """Damage copies of `whole` inside `folder` and run the command on each.
+
+    The command names the damaged file in one line, or its output is as before. It never hangs.
+    """
     bounds = {"seconds": SECONDS, "memory": MEMORY}
 
     def result(damage: Damage | None) -> tuple[Path, Any]:

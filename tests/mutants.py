@@ -1,5 +1,6 @@
-"""Tests the tests: plants each fault of tests/faults/<op>.py and runs that op's tests, which must fail. The engine of
-generation on a CPU, `decode_session`, is judged in the same way.
+"""Plant each fault of tests/faults/<op>.py and run that op's tests, which must fail: tests of the tests.
+
+The engine of generation on a CPU, `decode_session`, is judged in the same way.
 
     python -m tests.mutants [OP ...] [--match REGEX] [--part I/N] [--jobs N] [--fuzz [--draws N]]
 

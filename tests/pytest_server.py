@@ -17,7 +17,7 @@ import tempfile
 import hypothesis
 import pytest
 import torch
-import torch._dynamo
+import torch._dynamo  # noqa: F401  loaded before the fork
 
 
 class Watch:

@@ -51,7 +51,7 @@ Figure = dict[str, Any]  # of one kernel on one target
 
 
 def stand_in_torch() -> None:
-    """The kernel files name torch for their launchers' sake; compiling a kernel does not need it."""
+    """Replace torch, which the kernel files name for their launchers. Compiling a kernel does not need it."""
     torch = types.ModuleType("torch")
     torch.Tensor = torch.dtype = torch.device = object  # type: ignore[attr-defined]
     sys.modules["torch"] = torch
@@ -93,7 +93,7 @@ def measure(cubin: bytes, folder: Path, warps: int, bounded: bool) -> Figure:
 
 
 def compile_launch(launch: dict[str, Any]) -> Figure:
-    """The figures of one recorded launch on its target."""
+    """Return the figures of one recorded launch on its target."""
     stand_in_torch()
     import triton
     from triton.backends.compiler import GPUTarget

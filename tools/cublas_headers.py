@@ -1,6 +1,6 @@
-"""Finds cublasLt.h, which compiling csrc/cuda/cublaslt.cpp needs: python -m tools.cublas_headers FOLDER
+"""Find cublasLt.h, which compiling csrc/cuda/cublaslt.cpp needs: `python -m tools.cublas_headers FOLDER`.
 
-Prints the folder that holds it: the CUDA toolkit's, or FOLDER, into which the headers of the package nvidia-cublas are
+Print the folder that holds it: the CUDA toolkit's, or FOLDER, into which the headers of the package nvidia-cublas are
 unpacked (a download of 420 MB, once, of which half a megabyte is kept).
 """
 
@@ -21,7 +21,7 @@ def toolkit() -> Path:
 
 
 def find(folder: Path = UNPACKED) -> Path | None:
-    """The folder with cublasLt.h, without fetching anything."""
+    """Return the folder with cublasLt.h, without fetching anything."""
     return next((place for place in (toolkit() / "include", folder) if (place / "cublasLt.h").exists()), None)
 
 

@@ -1,4 +1,4 @@
-"""Compiles every C++ file for instruction sets this machine may lack: make compile-isa
+"""Compile every C++ file for instruction sets this machine may lack: `make compile-isa`.
 
 The levels are those of gpt_fast/_levels.py. Nothing is optimised, linked or run: this finds code that one of the paths
 no longer has, not code that computes something else there.
@@ -21,7 +21,7 @@ INCLUDED = (*include_paths(), sysconfig.get_paths()["include"])
 
 
 def compiles(source: Path, level: str) -> str:
-    """What the compiler says against it; empty where it compiles."""
+    """Return the compiler's errors, empty if it compiles."""
     vector = "AVX2" if level == "avx2" else "AVX512"  # of at::vec
     command = [
         *shlex.split(get_cxx_compiler()), "-std=c++20", "-O0", "-g0", "-fopenmp", *LEVELS[level],

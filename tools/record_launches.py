@@ -1,7 +1,7 @@
-"""Records what the launchers launch, for every shipped configuration: python -m tools.record_launches OUT
+"""Record the launches of every shipped configuration: `python -m tools.record_launches OUT`.
 
 `launches` in benchmarks/ops/<op>.py yields the calls to record. They run on meta tensors with Triton's launch replaced
-by a recorder, once for each architecture. So the gate compiles what a GPU would be given: same configuration, same
+by a recorder, once for each architecture. So the gate compiles the code that a GPU would get: same configuration, same
 constants, same specialisation of integers. tools.codegen compiles the record, under the Triton of the gate and without
 PyTorch.
 """

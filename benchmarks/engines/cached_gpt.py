@@ -19,11 +19,13 @@ def greedy(logits: Callable[[Tensor], Tensor], tokens: Tensor, new: int) -> Tens
 
 
 class CachedGPT(nn.Module):
-    """tokens [B, T], then keys and values [B, H, P, D] of every layer → logits [B, V] after the last token, then keys
-    and values [B, H, P + T, D].
+    """GPT that reads tokens and the cache of earlier ones: (tokens, cache) → (logits, cache).
 
-    `masks`: whether attention gets an explicit mask. Without it the graph asks for causal attention, for engines that
-    align it to the last key; PyTorch itself aligns it to the first and needs the mask.
+    tokens [B, T] and keys and values [B, H, P, D] of every layer give logits [B, V] after the last token, and keys and
+    values [B, H, P + T, D].
+
+    With `masks` attention gets an explicit mask. Without it the graph asks for causal attention, for engines that align
+    it to the last key. PyTorch itself aligns it to the first and needs the mask.
     """
 
     def __init__(self, model: PlainGPT, masks: bool):

@@ -22,7 +22,7 @@ Summary = dict[str, float]
 
 
 class Operators(TorchDispatchMode):
-    """Keeps the calls of this library's operators, with their arguments."""
+    """Mode that records the calls of this library's operators, with their arguments."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -61,7 +61,7 @@ def floors(device: str) -> list[Floor]:
 
     def product(dtype: torch.dtype) -> Call:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        return lambda: a @ b.t()  # as a linear layer has it
+        return lambda: a @ b.t()  # as in a linear layer
 
     return [
         Floor("copy", 2 * size, copy),

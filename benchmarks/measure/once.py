@@ -1,4 +1,4 @@
-"""Runs every op once, both ways, on the GPU, for compute-sanitizer: python -m benchmarks.measure.once --small
+"""Run every op once, both ways, on the GPU, for compute-sanitizer: `python -m benchmarks.measure.once --small`.
 
 Without --small it runs every case of the suite.
 """

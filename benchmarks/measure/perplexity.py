@@ -1,4 +1,4 @@
-"""Perplexity of a trained run by the precision of its weights: python -m benchmarks.measure.perplexity RUN"""
+"""Perplexity of a trained run by the precision of its weights: `python -m benchmarks.measure.perplexity RUN`."""
 
 import sys
 from pathlib import Path

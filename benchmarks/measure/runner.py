@@ -1,4 +1,4 @@
-"""Runs topics and studies: their tests, the floors, every case on every implementation. Writes results as they come."""
+"""Run topics and studies: their tests, the floors, every case on every implementation. Write results as they come."""
 
 import contextlib
 import dataclasses
@@ -39,7 +39,7 @@ class Settings:
     quick: bool = False
     resume: bool = False
     cpu_time: bool = False
-    untested: bool = False  # the tests of a topic are not run before it; its file says so
+    untested: bool = False  # the tests of a topic are not run before it; its file records that
     busy: bool = False  # a process that computes in an endless loop runs beside
     out: Path = Path("runs/bench")
     advance: Callable[[int, str], None] = lambda done, label: None  # implementations done since, what comes now

@@ -150,7 +150,8 @@ class Stopwatch:
 def take_turns(watches: list[Stopwatch], budget: Budget) -> None:
     """Fill every watch. Rounds of the implementations alternate, so that a change of the machine's speed meets all.
 
-    Each lap has another order: whoever follows another finds its inputs cached, which is 20 % of a small op.
+    Each lap has another order. An implementation that follows another finds its inputs cached, which is 20 % of a small
+    op.
     """
     planned = [(watch, budget.rounds(watch.warm_up())) for watch in watches]
     laps = max(rounds for _, rounds in planned)

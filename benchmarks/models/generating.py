@@ -1,4 +1,4 @@
-"""Who computes prompts and new tokens: ours, a plain PyTorch model, transformers' GPT-2, the reference.
+"""Implementations of prompts and new tokens: ours, a plain PyTorch model, transformers' GPT-2, the reference.
 
 Weights are in the case's dtype, and tokens are chosen greedily.
 """

@@ -100,7 +100,10 @@ class PackedBlock(nn.Module):
 
 
 class Packed(nn.Module):
-    """Returns (logits, loss); labels of -1 do not count; without labels the logits of the last position alone."""
+    """Model that returns (logits, loss). Labels of -1 do not count.
+
+    Without labels it returns the logits of the last position alone.
+    """
 
     def __init__(self, s: Sizes, dropout: float = 0.0, bias: bool = True):
         super().__init__()
@@ -228,7 +231,7 @@ class SeparateBlock(nn.Module):
 
 
 class Separate(nn.Module):
-    """Returns logits; the loss is the caller's."""
+    """Model that returns logits. The caller computes the loss."""
 
     def __init__(self, s: Sizes, dropout: float = 0.0, bias: bool = False):
         super().__init__()
@@ -264,7 +267,7 @@ class OwnBlock(nn.Module):
 
 
 class Own(nn.Module):
-    """Returns a dict, its loss over the labels inside."""
+    """Model that returns a dict, and computes its loss over the labels inside."""
 
     def __init__(self, s: Sizes, dropout: float = 0.0):
         super().__init__()

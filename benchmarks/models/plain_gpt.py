@@ -82,14 +82,14 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.flatten())
 
     def generate(self, tokens: Tensor, new: int) -> Tensor:
-        """Greedy, with the whole context computed again for each token."""
+        """Generate greedily, with the whole context computed again for each token."""
         for _ in range(new):
             tokens = torch.cat([tokens, self.next_logits(tokens).argmax(-1, keepdim=True)], dim=1)
         return tokens
 
     @torch.no_grad()
     def copy_weights(self, ours: nn.Module) -> "PlainGPT":
-        """Takes the weights of a `GPTForCausalLM` of the same configuration."""
+        """Copy the weights of a `GPTForCausalLM` of the same configuration."""
         theirs = ours.state_dict()
         for name, value in self.state_dict().items():
             value.copy_(theirs[name_of_ours(name)].view(value.shape))

@@ -1,4 +1,4 @@
-"""Who runs a training step: ours, a plain PyTorch model, transformers' GPT-2 as it is and accelerated, the reference.
+"""Implementations of a training step: ours, plain PyTorch, transformers' GPT-2 as it is and accelerated, the reference.
 
 A step is forward, backward and fused AdamW on float32 weights, under autocast if the case is bfloat16.
 """
@@ -54,7 +54,7 @@ def training_peers(ours: Build, plain: Build, hf: Callable[[str, Case], tuple[nn
 
 
 def written_peers(build: Build) -> tuple[Peer, ...]:
-    """Return the implementations of a step of somebody's own model: accelerated (ours), as it is, and compiled."""
+    """Return the implementations of a step of a hand-written model: accelerated (ours), as it is, and compiled."""
     as_written, compiled = _trains("as written", build)
     accelerated, _ = _trains(OURS, _accelerated(build, strict=False))
     peers = (accelerated, as_written, compiled)

@@ -22,7 +22,7 @@ def inputs(case: Case) -> tuple:
 
 
 def work(case: Case, passes: str) -> Work:
-    """Reads both caches and q; writes out."""
+    """Count the reads of both caches and q, and the write of out."""
     B, H, S, D = case.size.values()
     return Work(case.dtype.itemsize * (2 * B * H * S * D + 2 * B * H * D), 2 * 2 * B * H * S * D, "read")
 

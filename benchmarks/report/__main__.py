@@ -1,7 +1,7 @@
-"""Writes every table and picture from the files of results: python -m benchmarks.report [DIR]
+"""Write every table and picture from the files of results: `python -m benchmarks.report [DIR]`.
 
-For each device's folder in DIR (benchmarks/results by default): README.md and the pictures, from its JSON files.
-Without DIR also docs/performance/results.md, and the marked blocks of README.md and docs/index.md.
+For each device's folder in DIR (benchmarks/results by default) it writes README.md and the pictures, from its JSON
+files. Without DIR it also writes docs/performance/results.md and the marked blocks of README.md and docs/index.md.
 """
 
 import sys

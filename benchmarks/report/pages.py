@@ -1,5 +1,7 @@
-"""The pages that show results: one for each device, docs/performance/results.md, marked blocks of README.md and of the
-site's home page."""
+"""The pages that show results.
+
+They are one for each device, docs/performance/results.md, and marked blocks of README.md and of the site's home page.
+"""
 
 import os
 import re

@@ -12,7 +12,7 @@ from benchmarks.topic import LEFT, OURS, Topic
 
 
 def topic_of(run: Run) -> Topic | None:
-    """Return the topic of a run, or None if the suite no longer has it."""
+    """Return the topic of a run, or None if the suite has dropped the topic."""
     return catalogue.topics().get(run["topic"])
 
 

@@ -66,7 +66,7 @@ struct Results {
   float* dbias = nullptr;
 };
 
-// What is known of a block of logits of a row, then of the whole row.
+// Statistics of a block of logits of a row, then of the whole row.
 struct Statistics {
   float largest, sum;  // of the logits, of exp(logit - largest)
   float logits;        // sum of the logits, for smoothing
@@ -80,7 +80,7 @@ struct Workspace {
 
 template <typename scalar_t>
 class Chunk {
-  // What the gradient of the logits is rounded to as an operand: bfloat16 pairs, or nothing. Float16 would lose the
+  // Type of the logits' gradient as an operand: bfloat16 pairs, else float32. Float16 would lose the
   // probabilities of a large vocabulary among its subnormal numbers.
   using operand_t = std::conditional_t<WordsOf<scalar_t>::kPair == 2, scalar_t, float>;
 

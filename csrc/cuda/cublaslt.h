@@ -23,7 +23,7 @@ struct Matrix {
 
 inline Matrix transpose(Matrix x) { return {x.data, x.ld, !x.transposed}; }
 
-// What becomes of a tile of float32 sums before it is rounded and stored.
+// Function of a tile of float32 sums before it is rounded and stored.
 enum class Epilogue {
   kNone,          // + bias [N]
   kRelu,          // + bias, relu; aux, if given, becomes its mask

@@ -44,7 +44,7 @@ struct Chunk {
   }
 };
 
-// How lanes share a row padded to WIDTH elements.
+// Division of a row padded to WIDTH elements among lanes.
 template <typename T, int WIDTH>
 struct Layout {
   static constexpr int kElements = Chunk<T>::kElements;

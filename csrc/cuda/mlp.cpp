@@ -21,7 +21,8 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-// What a product takes: rows or columns of neighbours, 16 bytes apart or a multiple of it. All else is copied.
+// Returns x in a layout that a product takes: rows or columns of neighbours, 16 bytes apart or a multiple of it. Other
+// layouts are copied.
 Tensor usable(const Tensor& x) {
   const auto lies = [&](int64_t inner, int64_t outer) {
     return x.stride(inner) == 1 && x.stride(outer) % 8 == 0 && x.stride(outer) >= x.size(inner);

@@ -18,9 +18,15 @@ _CHUNK = 1 << 22  # ids in one array
 
 
 class Batch(NamedTuple):
-    """What a head's forward takes: `tokens` `[B, T]`, `labels` (`[B, T]`, or `[B]` for a classifier), for padded rows
-    `lengths` `[B]`, for rows packed into one `cu_seqlens` `[n + 1]`; and `weight`, the number of predictions that the
-    mean loss is over. All int64 but `cu_seqlens`, which is int32, and the labels of a regression, which are float32."""
+    """Arguments of a head's forward pass, with the number of predictions in them.
+
+    Attributes:
+        tokens: Token ids [B, T], int64. Examples with S sequences have [B, S, T].
+        labels: Labels [B, T], or [B] or [B, L] for a classifier, int64, or float32 for a regression.
+        lengths: Real tokens of padded rows [B], or [B, S], int64.
+        cu_seqlens: Bounds [n + 1] of sequences that are packed into one row, int32.
+        weight: Number of predictions that the mean loss is over.
+    """
 
     tokens: Tensor
     labels: Tensor
@@ -29,33 +35,72 @@ class Batch(NamedTuple):
     weight: int = 1
 
     def to(self, device: torch.device) -> Batch:
-        """The batch with its tensors on `device`, copied without waiting where they are pinned."""
+        """Return the batch with its tensors on a device, copied without waiting if they are pinned.
+
+        Args:
+            device: The device.
+
+        Returns:
+            The batch there.
+        """
         return Batch(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
 
     def pinned(self) -> Batch:
-        """The batch with its CPU tensors in pinned memory, which a GPU reads by itself."""
+        """Return the batch with its CPU tensors in pinned memory, which a GPU reads by itself.
+
+        Returns:
+            The batch in pinned memory.
+        """
         return Batch(*(x.pin_memory() if isinstance(x, Tensor) and x.is_cpu else x for x in self))  # type: ignore[arg-type]
 
     def inputs(self) -> dict[str, Tensor]:
-        """The arguments of a head's forward."""
+        """Return the arguments of a head's forward pass.
+
+        Returns:
+            Tensors by name.
+        """
         return {name: x for name, x in self._asdict().items() if isinstance(x, Tensor)}
 
     def num_tokens(self) -> int:
-        """How many tokens are real."""
+        """Return how many tokens are real.
+
+        Returns:
+            The number.
+        """
         return self.tokens.numel() if self.lengths is None else int(self.lengths.sum())
 
 
 def token_stream(documents: Iterable[list[int]], start_token: int | None) -> TokenStream:
-    """All documents one after another, each behind a start token if there is one: ids as int32, in memory. Raises
-    `OverflowError` for an id that int32 does not hold."""
+    """Return all documents as one stream of int32 ids in memory, each behind a start token if there is one.
+
+    Args:
+        documents: Ids of each document.
+        start_token: Id before each document, or None.
+
+    Returns:
+        The stream.
+
+    Raises:
+        OverflowError: int32 does not hold an id.
+
+    Example:
+        ```python
+        from gpt_fast import data
+
+        stream = data.token_stream([[5, 6], [7]], start_token=1)
+        print(stream.read(0, len(stream)).tolist())  # [1, 5, 6, 1, 7]
+        ```
+    """
     begin = [] if start_token is None else [start_token]
     pieces = [np.array([*begin, *ids], dtype=np.int32) for ids in documents]
     return TokenStream([np.concatenate(pieces)] if pieces else [])
 
 
 def text_stream(tokenizer: Tokenizer, texts: Iterable[str], start_token: int | None) -> TokenStream:
-    """The tokens of all texts one after another, as `token_stream` has them, encoded piece by piece: this takes four
-    bytes of memory for each token, and little more."""
+    """Return the tokens of all texts as one stream, as `token_stream` does, encoded piece by piece.
+
+    This takes four bytes of memory for each token, and little more.
+    """
     begin = np.array([] if start_token is None else [start_token], np.int32)
     arrays: list[np.ndarray] = []
     waiting: list[np.ndarray] = []
@@ -70,9 +115,27 @@ def text_stream(tokenizer: Tokenizer, texts: Iterable[str], start_token: int | N
 
 
 def lm_windows(stream: TokenStream, seq_len: int, most: int | None = None) -> Tensor:
-    """Windows `[N, T]` int64 that lie side by side, at most `most` of them and then evenly spread over the whole
-    stream; the same ones each time. A rest shorter than a window is left out. Raises `ValueError` for a stream of less
-    than one window."""
+    """Return windows of a stream that lie side by side. A rest shorter than a window is left out.
+
+    Args:
+        stream: The stream.
+        seq_len: Tokens of a window T.
+        most: Largest number of windows, which are then evenly spread over the whole stream, the same ones each time.
+
+    Returns:
+        Windows [N, T], int64.
+
+    Raises:
+        ValueError: The stream has less than one window.
+
+    Example:
+        ```python
+        from gpt_fast import data
+
+        stream = data.token_stream([list(range(10))], start_token=None)
+        print(data.lm_windows(stream, 4).tolist())  # [[0, 1, 2, 3], [4, 5, 6, 7]]
+        ```
+    """
     stream.require(seq_len)
     N = len(stream) // seq_len
     kept = N if most is None else min(N, most)
@@ -80,8 +143,10 @@ def lm_windows(stream: TokenStream, seq_len: int, most: int | None = None) -> Te
 
 
 def packed(batch: Batch, windows: Tensor, document_token: int) -> Batch:
-    """A batch of `windows` `[B, T]` as one row `[1, B·T]` whose sequences are the windows' documents, each begun by
-    `document_token`: attention does not cross from one to another."""
+    """Return a batch of `windows` [B, T] as one row [1, B·T], so that attention does not cross documents.
+
+    Its sequences are the windows' documents. `document_token` begins each document.
+    """
     B, T = windows.shape
     begins = windows == document_token
     begins[:, 0] = True
@@ -91,17 +156,39 @@ def packed(batch: Batch, windows: Tensor, document_token: int) -> Batch:
 
 
 def causal_batch(tokens: Tensor) -> Batch:
-    """Next-token prediction within each window `[B, T]`: its first token has no predecessor and is not asked for."""
+    """Return a batch for next-token prediction within each window [B, T]. The first token of a window has no label."""
     labels = tokens.clone()
     labels[:, 0] = IGNORE
     return Batch(tokens, labels, weight=tokens.shape[0] * (tokens.shape[1] - 1))
 
 
 def unigram_entropy(counts: np.ndarray) -> float:
-    """`H = -Σ p_v log p_v` in nats per token, with `p` the share of each id in a text that has it `counts` `[V]` times.
+    """Return the entropy of the shares of ids in a text, in nats per token.
 
-    No model that ignores context, not even one fitted to this very text, has a lower loss on it. Computed in float64.
-    Raises `ValueError` where no id occurs. Source: Shannon (1948), "A Mathematical Theory of Communication".
+    H = -Σ p_v log p_v, with p_v the share of id v.
+
+    Args:
+        counts: How often each id occurs [V].
+
+    Returns:
+        H.
+
+    Raises:
+        ValueError: No id occurs.
+
+    Example:
+        ```python
+        import numpy as np
+        from gpt_fast import data
+
+        print(round(data.unigram_entropy(np.array([3, 3, 0])), 3))  # 0.693
+        ```
+
+    Note:
+        No model that ignores context, not even one fitted to this very text, has a lower loss on it. The sum is
+        float64.
+
+        Source: Shannon (1948), "A Mathematical Theory of Communication".
     """
     if not counts.sum() > 0:
         raise ValueError("unigram_entropy: counts are all 0; expected a text of one token or more")

@@ -1,4 +1,4 @@
-"""Text in memory to pre-train on: what the user names, or the Python standard library that every machine has."""
+"""Text in memory for pre-training: the user's files, or the Python standard library that every machine has."""
 
 from __future__ import annotations
 
@@ -35,8 +35,13 @@ SKIPPED_PREFIXES = ("config-", "_sysconfigdata", "_sysconfig_vars")  # written a
 
 @dataclass(frozen=True)
 class Document:
-    """A text with its name: the path below the folder that it was found in, with forward slashes; of a table's row with
-    its number behind."""
+    """A text with its name.
+
+    Attributes:
+        name: Path below the folder in which the text was found, with forward slashes. A row of a table has its number
+            behind.
+        text: The text.
+    """
 
     name: str
     text: str
@@ -44,7 +49,13 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to train on and documents held out; `source` is "standard library" or the paths they were read from."""
+    """Documents to train on, and held-out documents.
+
+    Attributes:
+        source: "standard library", or the paths that were read.
+        train: Documents for training.
+        valid: Documents held out for validation.
+    """
 
     source: str
     train: list[Document]
@@ -52,13 +63,35 @@ class Corpus:
 
 
 def read_corpus(paths: Sequence[Path] | None, text_column: str = "text") -> Corpus:
-    """Read the text of `paths`, or of the standard library where there are none, and hold out a tenth for validation.
+    r"""Read the text of some paths, or of the standard library, and hold out a tenth for validation.
 
-    A path is a file, a folder, a .zip, `hf:NAME`, or `-` for standard input. A file of plain text is a document, and so
-    is a row of a table with its text in `text_column`. Of ten files or more whole ones are held out, chosen by a hash
-    of their names; of fewer the last tenth of each; of rows one in ten. The same files always give the same split.
-    Raises `FileNotFoundError` for a path that does not exist, `ValueError` for one that is empty or holds something
-    else, and where this Python comes without its source.
+    A file of plain text is a document, and so is a row of a table. Of ten files or more whole ones are held out, chosen
+    by a hash of their names. Of fewer files the last tenth of each is held out, and of rows one in ten. The same files
+    always give the same split.
+
+    Args:
+        paths: Files, folders, .zip files, `hf:NAME`, or `-` for standard input. Without paths, the text is the standard
+            library's.
+        text_column: Column of a table that holds the text.
+
+    Returns:
+        The corpus.
+
+    Raises:
+        FileNotFoundError: A path does not exist.
+        ValueError: A path is empty or holds something else, the text takes more memory than is left, or this Python
+            comes without its source.
+
+    Example:
+        ```python
+        import pathlib, tempfile
+        from gpt_fast import data
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "text.txt")
+            path.write_text("To be, or not to be.\n" * 100)
+            print(len(data.read_corpus([path]).train))  # 1
+        ```
     """
     if not paths:
         documents = read_stdlib()
@@ -82,8 +115,9 @@ def read_documents(path: Path, text_column: str = "text") -> list[Document]:
 def _read(units: list[Unit], text_column: str, source: str) -> dict[str, list[Document]]:
     """Return the documents of `units` for training and for validation. Warn of rows without text.
 
-    Raises `ValueError` where the text takes more memory than is left: before anything is read where the size is known,
-    else at the row or piece that is too much.
+    Raises:
+        ValueError: The text takes more memory than is left. It is raised before reading if the size is known, else at
+            the row or piece that is too much.
     """
     room = available()
     _check_room(source, sum(unit.end - unit.start for unit in units if unit.kind == "text" and unit.end), room)
@@ -116,8 +150,7 @@ def _check_room(source: str, size: int, room: int) -> None:
 
 
 def read_stdlib() -> list[Document]:
-    """The modules of the running Python's standard library in the order of their names, without the few not in
-    UTF-8."""
+    """Return the modules of this Python's standard library in the order of their names, but for a few not in UTF-8."""
     root = Path(sysconfig.get_paths()["stdlib"])
     documents = []
     for path in sorted(root.rglob("*.py")):
@@ -135,8 +168,15 @@ def read_stdlib() -> list[Document]:
 
 
 def split_by_file(documents: list[Document], group_by_package: bool = False) -> tuple[list[Document], list[Document]]:
-    """A tenth of the text, in whole files taken in the order of their names' hashes while they fit, is held out: of
-    all files, or of each top-level folder on its own."""
+    """Hold out a tenth of the text, in whole files that are taken in the order of their names' hashes while they fit.
+
+    Args:
+        documents: The files.
+        group_by_package: Hold out a tenth of each top-level folder.
+
+    Returns:
+        (training, validation).
+    """
     groups: dict[str, list[Document]] = {}
     for document in documents:
         groups.setdefault(package(document.name) if group_by_package else "", []).append(document)
@@ -149,7 +189,7 @@ def split_by_file(documents: list[Document], group_by_package: bool = False) -> 
 
 
 def package(name: str) -> str:
-    """The top-level package of a module's path, "" for a module that is in none."""
+    """Return the top-level package of a module's path, or "" for a module that is in none."""
     return name.split("/")[0] if "/" in name else ""
 
 

@@ -14,7 +14,14 @@ from .batches import Batch
 
 @dataclass(frozen=True)
 class Marks:
-    """The ids that stand before, between and behind a row's texts, and that of padding."""
+    """Ids of the tokens around a row's texts, and of padding.
+
+    Attributes:
+        start: Id before the first text.
+        delimiter: Id between two texts.
+        extract: Id behind the last text.
+        pad: Id of padding.
+    """
 
     start: int
     delimiter: int
@@ -24,8 +31,14 @@ class Marks:
 
 @dataclass(frozen=True)
 class Context:
-    """The text that a span is found in: where its tokens begin in the sequence, which characters each of them stands
-    for, and the answer, "" for none."""
+    """Text in which a span is found.
+
+    Attributes:
+        text: The text.
+        begin: Position of its first token in the sequence.
+        offsets: Characters that each token stands for.
+        answer: The answer, or "" for none.
+    """
 
     text: str
     begin: int
@@ -35,9 +48,16 @@ class Context:
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a table as a model takes it: its sequences (one; two orders of a pair; one for each answer) and its
-    target: a class, a number, a list with 1 for each class that it has, or the first and last position of a span. Text
-    to be generated has the position where it begins, tagged text a class for each token, -100 where none counts."""
+    """One row of a table as a model takes it.
+
+    Attributes:
+        sequences: One sequence, two orders of a pair, or one sequence for each answer.
+        target: A class, a number, a list with 1 for each class that the row has, or the first and last position of a
+            span.
+        answer: Position at which a text to be generated begins, or None.
+        tags: A class for each token of tagged text, -100 where none counts, or None.
+        context: Text in which a span is found, or None.
+    """
 
     sequences: list[list[int]]
     target: float | list[float] | list[int] = 0
@@ -47,9 +67,32 @@ class Example:
 
 
 def task_input(texts: Sequence[Sequence[int]], seq_len: int, marks: Marks) -> list[int]:
-    """`start text extract`, or `start first delimiter second extract`, and so on. Where all do not fit into `seq_len`
-    the longest loses its end until they do. Raises `ValueError` where the ids of `marks` alone do not fit. Source:
-    Radford et al. (2018), section 3.3."""
+    """Return the ids of a row: `start text extract`, or `start first delimiter second extract`, and so on.
+
+    If they do not fit into `seq_len` the longest text loses its end until they do.
+
+    Args:
+        texts: Ids of each text.
+        seq_len: Largest number of ids.
+        marks: Ids before, between and behind the texts.
+
+    Returns:
+        Ids of the row.
+
+    Raises:
+        ValueError: The ids of `marks` alone do not fit.
+
+    Example:
+        ```python
+        from gpt_fast import data
+
+        marks = data.Marks(start=0, delimiter=1, extract=2, pad=3)
+        print(data.task_input([[7, 8], [9]], 16, marks))  # [0, 7, 8, 1, 9, 2]
+        ```
+
+    Note:
+        Source: Radford et al. (2018), section 3.3.
+    """
     if seq_len < len(texts) + 1:
         raise ValueError(f"task_input: {len(texts)} texts in {seq_len} positions; expected at least {len(texts) + 1}")
     lengths = [len(text) for text in texts]
@@ -68,7 +111,7 @@ def task_input(texts: Sequence[Sequence[int]], seq_len: int, marks: Marks) -> li
 
 
 def pad_rows(rows: Sequence[list[int]], pad_token: int) -> tuple[Tensor, Tensor]:
-    """Rows padded on the right: `tokens` `[B, T]` and `lengths` `[B]`."""
+    """Pad rows on the right, and return `tokens` [B, T] and `lengths` [B]."""
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.full((len(rows), int(lengths.max())), pad_token)
     for i, row in enumerate(rows):
@@ -77,9 +120,7 @@ def pad_rows(rows: Sequence[list[int]], pad_token: int) -> tuple[Tensor, Tensor]
 
 
 def task_batch(examples: Sequence[Example], pad_token: int, numbers: bool = False) -> Batch:
-    """Examples as one batch: tokens `[B, T]`, or `[B, S, T]` where each has several sequences, with lengths; labels
-    `[B]`, or `[B, L]` where targets are lists, float32 where they are `numbers`, or for generated or tagged text
-    `[B, T]`, -100 on all that does not count."""
+    """Return examples as one batch, in the shapes and dtypes of `task_batches`."""
     B, S = len(examples), len(examples[0].sequences)
     tokens, lengths = pad_rows([row for example in examples for row in example.sequences], pad_token)
     if examples[0].answer is not None:
@@ -99,11 +140,30 @@ def task_batch(examples: Sequence[Example], pad_token: int, numbers: bool = Fals
 def task_batches(
     examples: Sequence[Example], batch_size: int, pad_token: int, numbers: bool = False
 ) -> Iterator[Batch]:
-    """All examples in their order, `batch_size` at a time, each batch padded to its longest row.
+    """Yield all examples in their order as batches, each padded to its longest row.
 
-    Of a batch `tokens` are `[B, T]` int64, or `[B, S, T]` where each example has S sequences, and `lengths` `[B]` or
-    `[B, S]`; labels are `[B]`, or `[B, L]` where targets are lists, int64 or with `numbers` float32, or for text to be
-    written or tagged `[B, T]`, -100 on all that does not count. Raises `ValueError` for a batch size below 1.
+    Args:
+        examples: The examples.
+        batch_size: Examples of a batch B.
+        pad_token: Id of padding.
+        numbers: True if the targets are numbers, not classes.
+
+    Yields:
+        A batch. `tokens` are [B, T] int64, or [B, S, T] if each example has S sequences, and `lengths` [B] or [B, S].
+        Labels are [B], or [B, L] if targets are lists, in int64, or in float32 with `numbers`. For text to be generated
+        or tagged they are [B, T], -100 where a token does not count.
+
+    Raises:
+        ValueError: The batch size is below 1.
+
+    Example:
+        ```python
+        from gpt_fast import data
+
+        examples = [data.Example([[0, 7, 2]], 1), data.Example([[0, 7, 8, 2]], 0)]
+        (batch,) = data.task_batches(examples, batch_size=2, pad_token=3)
+        print(batch.tokens.shape, batch.lengths)  # torch.Size([2, 4]) tensor([3, 4])
+        ```
     """
     if batch_size < 1:
         raise ValueError(f"task_batches: batch_size is {batch_size}; expected at least 1")

@@ -1,4 +1,4 @@
-"""Masked language modelling's inputs: which tokens to hide, and behind what."""
+"""Inputs of masked language modelling: which tokens are hidden, and which tokens take their places."""
 
 from __future__ import annotations
 
@@ -11,14 +11,38 @@ from ..config import IGNORE
 def mask_tokens(
     tokens: Tensor, generator: torch.Generator, *, mask_token: int, ordinary: Tensor, rate: float = 0.15
 ) -> tuple[Tensor, Tensor]:
-    """Hides a share `rate` of `tokens` `[B, T]` and returns `(inputs, labels)`, both `[B, T]`, the labels -100 wherever
-    nothing is asked.
+    """Hide a share of the tokens, to be predicted.
 
     Of the chosen tokens 80 % become `mask_token`, 10 % a random one of `ordinary` and 10 % stay as they are. Only
-    tokens among `ordinary` `[n]` (the sorted ids that are not special) are chosen, and at least one in every row that
-    has one. Dtypes: int64. Deterministic: the same state of `generator` gives the same choice. Raises `ValueError` for
-    tokens of another shape, no ordinary ids, or a rate outside [0, 1]. Source: Devlin et al. (2018), arXiv:1810.04805,
-    section 3.1.
+    tokens among `ordinary` are chosen, and at least one in every row that has one.
+
+    Args:
+        tokens: Token ids [B, T], int64.
+        generator: Source of the random choice.
+        mask_token: Id that stands for a hidden token.
+        ordinary: Sorted ids that are not special [n], int64.
+        rate: Share of the tokens to hide, in [0, 1].
+
+    Returns:
+        (inputs, labels), both [B, T] int64. Labels are -100 where no token is hidden.
+
+    Raises:
+        ValueError: Tokens have another shape, there are no ordinary ids, or the rate lies outside [0, 1].
+
+    Example:
+        ```python
+        import torch
+        from gpt_fast import data
+
+        tokens, ordinary = torch.randint(2, 100, (4, 10)), torch.arange(2, 100)
+        inputs, labels = data.mask_tokens(tokens, torch.Generator(), mask_token=0, ordinary=ordinary)
+        print(bool((labels != -100).any(1).all()))  # True
+        ```
+
+    Note:
+        The choice is deterministic: the same state of `generator` gives the same choice.
+
+        Source: Devlin et al. (2018), arXiv:1810.04805, section 3.1.
     """
     if tokens.dim() != 2:
         raise ValueError(f"mask_tokens: tokens has shape {list(tokens.shape)}; expected [B, T]")

@@ -202,8 +202,10 @@ def _prepare(
 
 
 def _keeps(tokenizer: str) -> Keeps | None:
-    """Return how a tokenizer.json is asked where it lets a text be cut; None for the tokenizers made here, for which
-    the rule of `cuts` is exact."""
+    """Return how to ask a tokenizer.json where a text may be cut.
+
+    The result is None for the tokenizers made here, because the rule of `cuts` is exact for them.
+    """
     return None if tokenizer in ("bpe", "byte", "char") else keeps_tokens(make_tokenizer(tokenizer, [], 0))
 
 
@@ -233,8 +235,7 @@ def _inputs(settings: PrepareSettings, units: Sequence[Unit], originals: dict[st
 
 
 def _run(jobs: Sequence[tuple], processes: int) -> Iterator[int]:
-    """Run `tokenise` for all jobs; yield their indices. Of several jobs that refuse their text, raise the first's
-    error."""
+    """Run `tokenise` for all jobs and yield their indices. If several jobs fail, raise the error of the first."""
     if processes == 1 or len(jobs) < 2:
         for job in jobs:
             yield tokenise(*job)
@@ -278,7 +279,7 @@ def _end_with(watched: int) -> None:
 
 
 def tokenise(index: int, unit: Unit, tokenizer: str, parts: str, dtype: str, text_column: str) -> int:
-    """Write a unit's tokens for training and for validation, then the report that says so. Return `index`."""
+    """Write a unit's tokens for training and for validation, then its report. Return `index`."""
     made, keeps = _tokenizer(tokenizer)
     start = special_ids(made)["start_token"]
     report: dict[str, Any] = {part: {"documents": 0, "tokens": 0} for part in ("train", "valid")} | {"empty": 0}

@@ -1,9 +1,9 @@
-"""The labelled table that needs no download: which package of the standard library does a snippet of code come from?
+"""Labelled table that needs no download: from which package of the standard library does a snippet come?
 
-Ten packages with much source are the classes. Each module is cut into snippets of some lines. Import lines, and
-every line that names any of the ten packages, are left out of all snippets, so the answer is never written in the
-text and must be told from the code itself. Whole files are held out, the same ones that pre-training holds out: no
-validation snippet comes from a file that the model has seen in either stage.
+Ten packages with much source are the classes. Each module is cut into snippets of some lines. Import lines, and every
+line that names any of the ten packages, are left out of all snippets, so the answer is never written in the text and
+must be told from the code itself. Whole files are held out, the same ones that pre-training holds out: no validation
+snippet comes from a file that the model has seen in either stage.
 """
 
 from __future__ import annotations
@@ -23,9 +23,21 @@ _IMPORT = re.compile(r"\s*(from\s+[\w.]+\s+import\b|import\s+\w)")
 
 
 def snippet_table() -> tuple[Table, Table]:
-    """Training and validation snippets of the running Python's standard library, with the package's name as label.
+    """Return training and validation snippets of this Python's standard library, labelled by their package.
 
-    The same Python gives the same tables. Raises `ValueError` where it comes without its source.
+    Returns:
+        (training, validation). The same Python gives the same tables.
+
+    Raises:
+        ValueError: This Python comes without its source.
+
+    Example:
+        ```python
+        from gpt_fast import data
+
+        train, valid = data.snippet_table()
+        print(len(set(train.labels)))  # 10
+        ```
     """
     corpus = read_corpus(None)
     names = chosen_packages(corpus.train + corpus.valid)
@@ -33,7 +45,7 @@ def snippet_table() -> tuple[Table, Table]:
 
 
 def chosen_packages(documents: list[Document]) -> list[str]:
-    """The ten packages with the most text among those of eight files or more, in the order of their names."""
+    """Return the ten packages with the most text among those of eight files or more, in the order of their names."""
     size: dict[str, int] = {}
     files: dict[str, int] = {}
     for document in documents:
@@ -45,8 +57,10 @@ def chosen_packages(documents: list[Document]) -> list[str]:
 
 
 def snippets(text: str, names: list[str]) -> list[str]:
-    """The text cut at line ends into pieces of 320 characters or a little more, without blank lines, imports, and lines
-    that name a package; a shorter rest is dropped."""
+    """Return the text, cut at line ends into pieces of 320 characters or a little more.
+
+    Blank lines, imports, and lines that name a package are left out. A shorter rest is dropped.
+    """
     named = re.compile("|".join(map(re.escape, names)), re.IGNORECASE)
     pieces, lines, length = [], [], 0
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""What a person names as data, cut into units: ranges of text that can be read on their own.
+"""Sources of data, cut into units: ranges of text that can be read on their own.
 
 A source is a file, a folder, a .zip, or a Hugging Face data set (`hf:NAME`). Its text is read by `documents`.
 """
@@ -29,9 +29,11 @@ WHOLE_FILES = 10  # of so many files whole ones are held out, of fewer the last 
 
 @dataclass(frozen=True)
 class Unit:
-    """Part of a source: bytes of a file's UTF-8 (to its end where `end` is None), row groups of a parquet table, or
-    rows of a data set. `part` is train, valid or, for rows, both: then one of ten is for validation. `begins`: does a
-    text begin here, or go on?"""
+    """Part of a source: bytes of a file's UTF-8, row groups of a parquet table, or rows of a data set.
+
+    Bytes without an `end` run to the end of the file. `part` is train, valid or, for rows, both: one of ten is then for
+    validation. `begins` is True if a text begins here.
+    """
 
     source: str
     kind: str  # text, jsonl, json, csv, tsv, parquet or hf
@@ -49,11 +51,14 @@ class Unit:
 
 
 def plan(data: Sequence[str], valid: Sequence[str] = (), keeps: Keeps | None = None, say: Say = ignore) -> list[Unit]:
-    """Return the units of all sources, in their order: the same for the same files. `say` gets a line about the quotes
-    of each .tsv that has any.
+    """Return the units of all sources, in their order. The same files always give the same units.
 
     Without `valid` a tenth of `data` is held out: one of ten rows, whole files of ten or more, else the last tenth of
-    each. `keeps` tells where a text may be cut. Raises `FileNotFoundError` or `ValueError` for what cannot be read.
+    each. `keeps` tells where a text may be cut. `say` gets a line about the quotes of each .tsv that has any.
+
+    Raises:
+        FileNotFoundError: A source does not exist.
+        ValueError: A source cannot be read.
     """
     chosen = [(source, "valid") for source in valid] + [(source, "train" if valid else "both") for source in data]
     found = [(source, part, [] if source.startswith(HF) else find(Path(source))) for source, part in chosen]
@@ -79,8 +84,7 @@ def plan(data: Sequence[str], valid: Sequence[str] = (), keeps: Keeps | None = N
 
 
 def held_out(sizes: Sequence[tuple[str, int]]) -> set[str]:
-    """Return the names of a tenth of what has these names and sizes, taken in the order of the names' hashes while they
-    fit."""
+    """Return the names of a tenth of the sizes, taken in the order of the names' hashes while they fit."""
     names: set[str] = set()
     room = VALID_FRACTION * sum(size for _, size in sizes)
     for name, size in sorted(sizes, key=lambda entry: hashlib.sha256(entry[0].encode()).digest()):
@@ -113,8 +117,10 @@ def documents(unit: Unit, text_column: str, keeps: Keeps | None = None) -> Itera
 
 
 def place_to_cut(file: TextFile, place: int, end: int, keeps: Keeps | None = None) -> int:
-    """Return the first byte from `place` on where the file's text can be cut, at most `WINDOW` bytes behind it, else
-    the first character."""
+    """Return the first byte from `place` on at which the file's text can be cut.
+
+    Without such a byte in the next `WINDOW` bytes, return the first character.
+    """
     with open_utf8(file, place) as opened:
         window = opened.read(min(WINDOW, end - place))
     first = next((i for i, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), len(window))

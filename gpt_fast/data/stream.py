@@ -1,7 +1,7 @@
-"""A stream of tokens, in memory or in files, and its windows in a shuffled order that is a pure function.
+"""Stream of tokens, in memory or in files, and its windows in a shuffled order that is a pure function.
 
-`WindowOrder.start(position)` is arithmetic, not a list: any position of the shuffled stream is reached at once and in
-constant memory, on any number of ranks, so a run that goes on at a position repeats nothing and skips nothing.
+`WindowOrder.start(position)` is arithmetic, not a list. Any position of the shuffled stream is reached at once and in
+constant memory, on any number of ranks, so a resumed run repeats and skips nothing.
 """
 
 from __future__ import annotations
@@ -21,8 +21,22 @@ _CHUNK = 1 << 22
 
 
 class TokenStream:
-    """Arrays of token ids, of any integer dtype and in memory or in files, read as one after another. Nothing is read
-    or copied but what is asked for, which comes as int64."""
+    """Arrays of token ids that are read as one after another.
+
+    Only the ids that a caller asks for are read or copied. They come as int64.
+
+    Args:
+        arrays: Arrays of any integer dtype, in memory or in files.
+
+    Example:
+        ```python
+        import numpy as np
+        from gpt_fast import data
+
+        stream = data.TokenStream([np.array([1, 2, 3]), np.array([4, 5])])
+        print(stream.windows([0, 2], 3).tolist())  # [[1, 2, 3], [3, 4, 5]]
+        ```
+    """
 
     def __init__(self, arrays: Sequence[np.ndarray | StoredIds]):
         self.arrays = [array for array in arrays if len(array)]
@@ -32,7 +46,15 @@ class TokenStream:
         return int(self.ends[-1]) if self.arrays else 0
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """`length` ids from `start` on, as int64."""
+        """Return ids from a position on.
+
+        Args:
+            start: First position.
+            length: Number of ids. At the end of the stream there are fewer.
+
+        Returns:
+            Ids [length], int64.
+        """
         pieces = []
         which = int(np.searchsorted(self.ends, start, side="right"))
         while length > 0 and which < len(self.arrays):
@@ -44,7 +66,15 @@ class TokenStream:
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
     def part(self, start: int, stop: int) -> TokenStream:
-        """The stream of the ids from `start` to `stop`, of which none is read yet."""
+        """Return the stream of the ids between two positions, none of which is read yet.
+
+        Args:
+            start: First position.
+            stop: Position behind the last.
+
+        Returns:
+            The part.
+        """
         parts, begin = [], 0
         for array in self.arrays:
             first, last = max(0, start - begin), min(len(array), stop - begin)
@@ -54,11 +84,23 @@ class TokenStream:
         return TokenStream(parts)
 
     def windows(self, starts: Sequence[int] | np.ndarray, seq_len: int) -> Tensor:
-        """`[N, seq_len]` int64 ids from each of `starts` on."""
+        """Return ids from each of some positions on.
+
+        Args:
+            starts: First positions [N].
+            seq_len: Ids of each window.
+
+        Returns:
+            Windows [N, seq_len], int64.
+        """
         return torch.from_numpy(np.stack([self.read(int(start), seq_len) for start in starts]))
 
     def counts(self) -> np.ndarray:
-        """How often each id occurs, read chunk by chunk."""
+        """Return how often each id occurs, read chunk by chunk.
+
+        Returns:
+            Counts [largest id + 1], int64.
+        """
         total = np.zeros(0, np.int64)
         for array in self.arrays:
             for first in range(0, len(array), _CHUNK):
@@ -68,7 +110,15 @@ class TokenStream:
         return total
 
     def require(self, seq_len: int, source: str = "the text") -> None:
-        """Raise `ValueError`, which names the source, where the stream does not fill one window."""
+        """Validate that the stream fills one window.
+
+        Args:
+            seq_len: Tokens of a window.
+            source: Name of the stream in the message.
+
+        Raises:
+            ValueError: The stream has fewer tokens.
+        """
         if len(self) < seq_len:
             raise ValueError(
                 f"{source}: has {len(self):,} tokens, fewer than a window of {seq_len:,}; expected more text or fewer "
@@ -81,7 +131,7 @@ class WindowOrder:
     """Windows of `seq_len` tokens of a stream of `num_tokens`, shuffled by `seed`, pass after pass without end.
 
     A pass lays `per_pass` windows side by side from an offset of its own, which depends on seed and pass, and visits
-    each once in an order of its own; less than two windows of tokens at the ends are left out of it.
+    each once in an order of its own. Less than two windows of tokens at the ends are left out of it.
     """
 
     num_tokens: int
@@ -93,7 +143,7 @@ class WindowOrder:
         return max(1, self.num_tokens // self.seq_len - 1)
 
     def start(self, position: int) -> int:
-        """The token at which the window at `position`, counted from the beginning of training, starts."""
+        """Return the first token of the window at `position`, counted from the beginning of training."""
         which, index = divmod(position, self.per_pass)
         room = min(self.seq_len - 1, self.num_tokens - self.per_pass * self.seq_len)
         offset = mix(self.seed, which, 0) % (room + 1)
@@ -101,8 +151,10 @@ class WindowOrder:
 
 
 def shuffled(index: int, size: int, key: int) -> int:
-    """The image of `index` under a permutation of [0, size) that `key` chooses: a Feistel network on the next even
-    number of bits, repeated until it falls into the range."""
+    """Return the image of `index` under a permutation of [0, size) that `key` chooses.
+
+    The permutation is a Feistel network on the next even number of bits, repeated until it falls into the range.
+    """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:
@@ -115,7 +167,7 @@ def shuffled(index: int, size: int, key: int) -> int:
 
 
 def mix(*words: int) -> int:
-    """A hash of integers to 64 bits (the finaliser of splitmix64, Steele et al. 2014, over each word in turn)."""
+    """Return a hash of integers to 64 bits: the finaliser of splitmix64 (Steele et al. 2014) over each word in turn."""
     state = 0
     for word in words:
         state = (state + word + 0x9E3779B97F4A7C15) & _WORD

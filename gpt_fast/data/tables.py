@@ -26,10 +26,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Table:
-    """Texts and their labels, as strings, none where the labels are what is asked for; `source` names the file and
-    appears in messages. `more` holds each row's further texts, where a task has several. `places` says where each row
-    stands in the file, and `notes` what a reader of results has to know of how it was read. `starts` says where in its
-    text each row's answer begins, -1 where the table does not tell."""
+    """Texts and their labels.
+
+    Attributes:
+        source: Name of the file, for messages.
+        texts: Text of each row.
+        labels: Label of each row as a string, or none if the labels are to be predicted.
+        more: Further texts of each row, for tasks that have several.
+        places: Where each row stands in the file.
+        notes: Remarks on how the table was read, for a reader of results.
+        starts: Where in its text each row's answer begins, -1 if the table does not tell.
+    """
 
     source: str
     texts: list[str]
@@ -43,29 +50,53 @@ class Table:
         return len(self.texts)
 
     def rows(self, indices: list[int]) -> Table:
-        """The table of the rows at `indices`, in their order."""
+        """Return the table of some rows, in their order.
+
+        Args:
+            indices: Numbers of the rows.
+
+        Returns:
+            The table.
+        """
         names = ("texts", "labels", "more", "places", "starts")
         columns: dict[str, Any] = {name: getattr(self, name) for name in names}
         chosen = {name: [column[i] for i in indices] if column else [] for name, column in columns.items()}
         return Table(self.source, notes=[*self.notes], **chosen)
 
     def fields(self, row: int) -> tuple[str, ...]:
-        """All texts of a row."""
+        """Return all texts of a row.
+
+        Args:
+            row: Number of the row.
+
+        Returns:
+            Its texts.
+        """
         return (self.texts[row], *(self.more[row] if self.more else ()))
 
     def place(self, row: int) -> str:
-        """Return where a row stands in the file, "line 5" for example."""
+        """Return where a row stands in the file, "line 5" for example.
+
+        Args:
+            row: Number of the row.
+
+        Returns:
+            Its place, for messages.
+        """
         return self.places[row] if self.places else f"row {row + 1}"
 
 
 @dataclass(frozen=True)
 class TableOptions(RowOptions):
-    """Tells how to read a table.
+    """Options of reading a table.
 
-    Rows whose label is one of `skip_labels` are skipped; "" stands for a label that is blank, NaN or null.
-    `text_labels`: are labels texts to be written or found, which keep their spaces and may be nested answers?
-    `several`: is a label a set of classes ("set": a list, or a text with commas), or a tag for each word ("tags": a
-    list, or a text with spaces)? The table then holds a text with commas, or spaces.
+    Args:
+        columns: Names of the columns of a .csv or .tsv without a header line.
+        skip_ragged: Skip rows that have another number of fields than the header.
+        skip_labels: Skip rows with one of these labels. "" stands for a label that is blank, NaN or null.
+        text_labels: Labels are texts to be written or found, which keep their spaces and may be nested answers.
+        several: "set" for a label that is a set of classes (a list, or a text with commas), "tags" for a tag for each
+            word (a list, or a text with spaces). The table then holds a text with commas, or spaces.
     """
 
     skip_labels: tuple[str, ...] = ()
@@ -93,12 +124,34 @@ def read_table(
     more_columns: Sequence[str] = (),
     options: TableOptions = DEFAULT,
 ) -> Table:
-    """The named columns of a table; without a label's the table has no labels.
+    r"""Return the named columns of a table.
 
-    A `text_column` with commas names several columns, whose texts are joined by line ends. A further column may hold
-    lists of texts. Spaces around labels are dropped. Raises `FileNotFoundError` where there is no such file,
-    `ValueError` for a column that is missing, holds no text or lacks a label, an empty table or one that is not UTF-8;
-    what is wrong with a row names its line.
+    Args:
+        path: A .csv, .tsv, .jsonl, .json or .parquet file, which may be compressed.
+        text_column: Column of the text. A name with commas names several columns, whose texts are joined by line ends.
+        label_column: Column of the label, or None. Spaces around labels are dropped.
+        more_columns: Columns of further texts. Such a column may hold lists of texts.
+        options: How to read the table.
+
+    Returns:
+        The table.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        MissingColumn: A column is missing. This is a `ValueError`.
+        ValueError: A column holds no text or lacks a label, or the table is empty or not UTF-8, or takes more memory
+            than is left. The message names the line of a wrong row.
+
+    Example:
+        ```python
+        import pathlib, tempfile
+        from gpt_fast import data
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "films.csv")
+            path.write_text("text,label\na fine film,good\ndull,bad\n")
+            print(data.read_table(path).labels)  # ['good', 'bad']
+        ```
     """
     table = Table(str(path), [], [])
     text_columns: list[str] = []
@@ -175,7 +228,7 @@ def read_table(
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """A table of the kind that the name of `path` tells: whole, or not at all."""
+    """Write a table of the kind that the name of `path` tells: whole, or not at all."""
     kind = written_kind(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Half of a surrogate pair, which a .jsonl may hold, becomes \ud800: UTF-8 has no other way to write it.

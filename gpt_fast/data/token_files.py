@@ -47,7 +47,7 @@ class TokenFile:
 
 
 def token_files(paths: Sequence[Path]) -> list[Path]:
-    """The token files that `paths` name or hold; none where they are text. Both together are an error."""
+    """Return the token files that `paths` name or hold, none if they are text. Both together are an error."""
     found: list[Path] = []
     text: list[Path] = []
     for path in paths:
@@ -128,7 +128,7 @@ def pack_header(fields: dict[str, Any]) -> bytes:
 
 
 def vocabulary_hash(tokenizer: Tokenizer) -> str:
-    """A hash of every token with its id."""
+    """Return a hash of every token with its id."""
     vocabulary = sorted(tokenizer.get_vocab(with_added_tokens=True).items())
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
@@ -172,8 +172,11 @@ def check_content(file: TokenFile, tokenizer: Tokenizer) -> int:
 
 
 def split_streams(files: Sequence[TokenFile]) -> tuple[TokenStream, TokenStream]:
-    """Return the training and the validation stream. Files whose names have the word val, valid or validation are for
-    validation; without any, the last tenth of the ids is."""
+    """Return the training and the validation stream.
+
+    Files whose names have the word val, valid or validation are for validation. Without any, the last tenth of the ids
+    is.
+    """
     valid = [file.tokens for file in files if _FOR_VALIDATION.search(file.path.name)]
     train = [file.tokens for file in files if not _FOR_VALIDATION.search(file.path.name)]
     if not train:

@@ -29,9 +29,29 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """The tokenizer that `kind` names: `bpe` and `char` learn their vocabulary from `texts`, `byte` needs none, and
-    anything else is the path of a tokenizer.json. `vocab_size` bounds `bpe` alone. Raises `ValueError` for another
-    kind, a file that is no tokenizer, or a vocabulary too small for the 256 bytes and the special tokens."""
+    """Return the tokenizer of a kind, or the one in a file.
+
+    Args:
+        kind: "bpe" and "char" learn their vocabulary from `texts`, and "byte" needs none. Anything else is the path of
+            a tokenizer.json.
+        texts: Texts to learn from.
+        vocab_size: Largest vocabulary of "bpe".
+
+    Returns:
+        A `tokenizers.Tokenizer` with the five special tokens.
+
+    Raises:
+        ValueError: The kind is unknown, the file is no tokenizer, or the vocabulary is too small for the 256 bytes and
+            the special tokens.
+
+    Example:
+        ```python
+        from gpt_fast import data
+
+        tokenizer = data.make_tokenizer("byte", [], 0)
+        print(tokenizer.encode("abc").ids)  # [97, 98, 99]
+        ```
+    """
     texts = map(without_lone_surrogates, texts)
     if kind == "bpe":
         return train_bpe(texts, vocab_size)
@@ -53,7 +73,7 @@ def check_kind(kind: str) -> None:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE: any text comes back from its ids exactly. The special tokens take ids 0 to 4."""
+    """Learn a byte-level BPE: any text comes back from its ids exactly. The special tokens take ids 0 to 4."""
     smallest = len(SPECIAL_TOKENS) + 256
     if vocab_size < smallest:
         raise ValueError(
@@ -76,7 +96,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token per UTF-8 byte, whose id is the byte's value; the special tokens follow as 256 to 260."""
+    """Return a tokenizer with one token a UTF-8 byte, whose id is the byte. Special tokens follow as 256 to 260."""
     vocabulary = {letter: byte for byte, letter in enumerate(_byte_letters())}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -85,21 +105,41 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def char_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """One token per character seen in `texts`, in code point order; a character not seen there becomes `<|unk|>`."""
+    """Return a tokenizer with one token a character of `texts`, in code point order. Others become `<|unk|>`."""
     return _words_tokenizer([*SPECIAL_TOKENS.values(), UNKNOWN, *sorted(set().union(*texts))])
 
 
 def letters_tokenizer(letters: Sequence[str]) -> Tokenizer:
-    """Return a tokenizer for a character-level model of somebody else's: the id of a character is its place in
-    `letters`. `<|unk|>` and the special tokens follow, for which that model has no embedding."""
+    """Return a tokenizer for a character-level model of another library, whose ids are places in `letters`.
+
+    `<|unk|>` and the special tokens follow. That model has no embedding for them.
+    """
     return _words_tokenizer([*letters, UNKNOWN])
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """Return the tokenizer in a tokenizer.json, or in the folder that holds one.
 
-    Special tokens that it lacks are added after its own vocabulary. Raises `FileNotFoundError` where there is none,
-    and `ValueError` for a file that is something else.
+    Args:
+        path: File or folder. Special tokens that the tokenizer lacks are added after its own vocabulary.
+
+    Returns:
+        A `tokenizers.Tokenizer`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no tokenizer.json.
+
+    Example:
+        ```python
+        import pathlib, tempfile
+        from gpt_fast import data
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "tokenizer.json")
+            data.save_tokenizer(data.make_tokenizer("byte", [], 0), path)
+            print(data.vocabulary_size(data.load_tokenizer(path)))  # 261
+        ```
     """
     if path.is_dir():
         path = path / "tokenizer.json"
@@ -119,7 +159,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def parse_tokenizer(text: str) -> Tokenizer:
-    """A tokenizer from the text of its tokenizer.json."""
+    """Return the tokenizer in the text of a tokenizer.json."""
     tokenizer = Tokenizer.from_str(text)
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -127,18 +167,40 @@ def parse_tokenizer(text: str) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """Write a tokenizer.json at `path`, which `load_tokenizer` reads. Raises `OSError` where it cannot be written."""
+    """Write a tokenizer.json, which `load_tokenizer` reads.
+
+    Args:
+        tokenizer: The tokenizer.
+        path: The file.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     write_text(path, tokenizer.to_str(pretty=True))
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids of the special tokens under the names that `GPTConfig` gives them."""
+    """Return the ids of the special tokens under the names that `GPTConfig` gives them."""
     ids = tokenizer.get_vocab(with_added_tokens=True)
     return {field: ids[token] for field, token in SPECIAL_TOKENS.items()}
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest id: the rows that an embedding needs, also where a foreign vocabulary has gaps."""
+    """Return one more than the largest id: the rows that an embedding needs.
+
+    Args:
+        tokenizer: A tokenizer. The vocabulary of one from another library may have gaps.
+
+    Returns:
+        The number of rows.
+
+    Example:
+        ```python
+        from gpt_fast import data
+
+        print(data.vocabulary_size(data.make_tokenizer("byte", [], 0)))  # 261
+        ```
+    """
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
@@ -158,8 +220,27 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Iterable[str], chunk: int = 256) -> Iterator[list[int]]:
-    """The ids of each text without any special token, encoded `chunk` pieces at a time on all cores. Half of a
-    surrogate pair is read as U+FFFD. A long text is cut into pieces where its tokens stay the same, as in `prepare`."""
+    """Yield the ids of each text, without any special token.
+
+    Texts are encoded on all cores. A long text is cut into pieces where its tokens stay the same, as in `prepare`. Half
+    of a surrogate pair is read as U+FFFD.
+
+    Args:
+        tokenizer: A tokenizer.
+        texts: Texts.
+        chunk: Number of pieces that are encoded at a time.
+
+    Yields:
+        Ids of one text.
+
+    Example:
+        ```python
+        from gpt_fast import data
+
+        tokenizer = data.make_tokenizer("byte", [], 0)
+        print(list(data.encode_documents(tokenizer, ["ab", "c"])))  # [[97, 98], [99]]
+        ```
+    """
     document: list[int] | None = None
     for begins, ids in encoded_pieces(tokenizer, texts, chunk):
         if document is None:
@@ -174,8 +255,10 @@ def encode_documents(tokenizer: Tokenizer, texts: Iterable[str], chunk: int = 25
 
 
 def encoded_pieces(tokenizer: Tokenizer, texts: Iterable[str], chunk: int = 256) -> Iterator[tuple[bool, list[int]]]:
-    """Yield (does a text begin here?, ids) for each piece of each text. One encoding takes 150 bytes and more for each
-    byte of its text, so a long text is not encoded whole."""
+    """Yield (True if a text begins here, ids) for each piece of each text.
+
+    One encoding takes 150 bytes and more for each byte of its text, so a long text is not encoded whole.
+    """
     keeps = keeps_tokens(tokenizer)
     batch: list[tuple[bool, str]] = []
     length = 0
@@ -197,7 +280,7 @@ def _encoded(tokenizer: Tokenizer, batch: list[tuple[bool, str]]) -> Iterator[tu
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int], *, special: bool = True) -> str:
-    """The text of `ids`; special tokens are written out, or left out with `special=False`."""
+    """Return the text of `ids`. Special tokens are written out, or left out with `special=False`."""
     return tokenizer.decode(ids, skip_special_tokens=not special)
 
 
@@ -238,8 +321,10 @@ def _finish(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _byte_letters() -> list[str]:
-    """The printable letter by which byte-level tokenizers write each byte: itself where Latin-1 prints it, else the
-    next free code point from 256 on."""
+    """Return the printable letter by which byte-level tokenizers write each byte.
+
+    The letter is the byte's own where Latin-1 prints it, else the next free code point from 256 on.
+    """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     free = iter(range(256, 512))
     return [chr(byte if byte in printable else next(free)) for byte in range(256)]

@@ -49,7 +49,7 @@ class StepPass:
         self.positions = cache.lengths[:, None].clamp(max=cache.length - 1)  # [B, 1]
 
     def attend(self, layer: int, qkv: Tensor, num_heads: int) -> Tensor:
-        """qkv [B, 1, 3C] → [B, 1, C]."""
+        """Attend from one new token a row: qkv [B, 1, 3C] → [B, 1, C]."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # [B, H, S, D]
         q, k, v = (x[:, :, 0] for x in split_qkv(qkv.to(keys.dtype), num_heads))  # [B, H, D]
         out = ops.decode_attention_append(q, k, v, keys, values, self.positions[:, 0])  # [B, H, D]
@@ -75,7 +75,7 @@ class PromptPass:
             self.mask = (j <= self.positions[:, :, None])[:, None]  # [B, 1, T, S']
 
     def attend(self, layer: int, qkv: Tensor, num_heads: int) -> Tensor:
-        """qkv [B, T, 3C] → [B, T, C]."""
+        """Attend from the tokens of a prompt: qkv [B, T, 3C] → [B, T, C]."""
         q, k, v = split_qkv(qkv, num_heads)  # [B, H, T, D]
         T = q.shape[2]
         keys, values = self.cache.keys[layer, self.rows], self.cache.values[layer, self.rows]

@@ -52,9 +52,13 @@ def sample(
     generator: torch.Generator | None = None,
     seen: Tensor | None = None,
 ) -> Tensor:
-    """One token [B] for each row of `logits` [B, V]; `seen` [B, V] bool marks the tokens that the penalty is for.
+    """Draw one token [B] for each row of `logits` [B, V] in float32; `seen` [B, V] marks the tokens of the penalty.
 
-    The arithmetic is in float32. Raises `ValueError` for logits that are NaN or +inf.
+    Returns:
+        Tokens [B].
+
+    Raises:
+        ValueError: Logits are NaN or +inf.
     """
     logits = logits.float()
     if bool(damaged(logits).any()):
@@ -66,7 +70,7 @@ DAMAGED = "gpt_fast.generate: the model's logits hold NaN or infinity; its weigh
 
 
 def damaged(logits: Tensor) -> Tensor:
-    """Whether a row of `logits` [B, V] holds NaN or +inf."""
+    """Return True for each row of `logits` [B, V] that holds NaN or +inf."""
     return ~(logits.amax(dim=-1) < math.inf)  # NaN compares false as well, and amax passes it on
 
 
@@ -77,7 +81,7 @@ def draw(
     generator: torch.Generator | None = None,
     seen: Tensor | None = None,
 ) -> Tensor:
-    """`sample` without looking at the logits: nothing here waits for the device."""
+    """Draw as `sample` does, but validate no logits. Nothing here waits for the device."""
     if seen is not None and options.repetition_penalty != 1:
         logits = penalise(logits, seen, options.repetition_penalty)
     largest, best = logits.max(dim=-1)
@@ -96,18 +100,18 @@ def draw(
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Divides positive and multiplies negative logits by `penalty` where `seen`, as Keskar et al. (2019) have it."""
+    """Divide positive and multiply negative logits by `penalty` where `seen`, as Keskar et al. (2019) do."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """`logits` [B, V] with all but each row's k largest at -inf."""
+    """Return `logits` [B, V] with -inf for all but each row's k largest."""
     values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
     return torch.full_like(logits, -math.inf).scatter_(-1, ids, values)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """`logits` [B, V] with all at -inf but the fewest whose probabilities reach `p`; the most probable always stays."""
+    """Return `logits` [B, V] with -inf for all but the fewest whose probabilities reach `p`, at least one."""
     values, ids = logits.sort(dim=-1, descending=True, stable=True)
     # In float64, so that the order in which a GPU adds decides nothing.
     probabilities = values.double().softmax(dim=-1)

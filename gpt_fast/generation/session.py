@@ -38,32 +38,59 @@ _PROMPT_TOKENS = 4096  # of a pass over a prompt, all rows together
 
 
 class DecodeSession:
-    """What a model has read, row for row, and its continuation token by token: logits = model(all tokens read)[-1].
+    """A model and a cache of the tokens that it has read, row for row, to be continued token by token.
 
-    `prefill(tokens [B, T], lengths)` adds a prompt to each of `batch` rows and returns the logits [B, V] after its last
-    token; `step(tokens [B])` adds one token a row and returns the logits after it. Both may follow each other in any
-    order (chat turns), up to `length` tokens a row (default: the model's seq_len). The cache is allocated once.
+    logits = model(all tokens read)[-1].
 
-    On a CPU a step or a prompt is one call of `gpt_fast._C.DecodeSession`. `weights` is "float32", "bfloat16", "int8"
-    or "int8-a16", by default the model's own. They are packed once, beside the model's parameters; embeddings, biases
-    and norms stay as they are. int8 has one scale for each output channel, symmetric. Activations stay float32, but a
-    product may round its inputs: to bfloat16 with bfloat16 weights where the CPU multiplies pairs of them; with "int8"
-    to 8-bit integers, with "int8-a16" to 16-bit ones, one scale for each token. Keys and values are float32 for float32
-    weights, else bfloat16. On CUDA, without the extension, in float64 and under `use_reference()` the model's modules
-    read prompts and run the step, with `ops.attention` and `ops.decode_attention`.
+    `prefill` adds a prompt to each row, and `step` adds one token to each row. Both may follow each other in any order
+    (chat turns). The cache is allocated once. After an error the session is as it was before.
 
-    Deterministic; on a CPU neither the number of threads nor the other rows change a bit, and a prompt gives the bits
-    of as many steps. The threads are `torch.get_num_threads()`, at most the CPUs that the process may use. A session
-    serves one thread at a time and raises `RuntimeError` for a second one; several sessions serve several threads.
-    `stale` tells that the model's parameters were changed, replaced or moved since: writes that autograd does not count
-    (fused optimisers, `.data`) by a sample of every parameter. Make a new session then: a step on a CPU goes on with
-    the packed weights. After an error the session is as it was before.
+    Args:
+        model: A `GPTForCausalLM`, a `GPT`, or a head with a joint loss.
+        batch: Number of rows.
+        length: Tokens that a row has room for. The default is the model's seq_len.
+        weights: Precision of the weights on a CPU, "float32", "bfloat16", "int8" or "int8-a16". The default is the
+            model's own.
 
-    Raises `ValueError` for a model without causal output layer, weights or a length it does not have, more rows than
-    `batch`, tokens outside the vocabulary, a full cache, logits that are NaN or infinite, and where the model's
-    parameters have other shapes, dtypes or devices than when the session was made.
+    Raises:
+        ValueError: The model has no causal output layer, it does not have these weights or this length, a call has more
+            rows than `batch`, tokens lie outside the vocabulary, the cache is full, logits are NaN or infinite, or the
+            model's parameters have other shapes, dtypes or devices than when the session was made.
+        RuntimeError: Another thread uses the session.
 
-    Source: Pope et al. (2022), arXiv:2211.05102, for the cache.
+    Example:
+        ```python
+        import torch
+        import gpt_fast
+
+        config = gpt_fast.GPTConfig(num_tokens=100, hidden_dim=64, num_heads=4, num_layers=2, seq_len=32)
+        session = gpt_fast.DecodeSession(gpt_fast.GPTForCausalLM(config), batch=2)
+        logits = session.prefill(torch.randint(100, (2, 10)))
+        logits = session.step(logits.argmax(-1))
+        print(session.lengths)  # tensor([11, 11])
+        ```
+
+    Note:
+        On a CPU a step or a prompt is one call of `gpt_fast._C.DecodeSession`. Weights are packed once, beside the
+        model's parameters. Embeddings, biases and norms stay as they are. On CUDA, without the extension, in float64
+        and under `use_reference()` the model's modules read prompts and run the step, with `ops.attention` and
+        `ops.decode_attention`.
+
+        Precision: int8 has one scale for each output channel, symmetric. Activations stay float32, but a product may
+        round its inputs: to bfloat16 with bfloat16 weights where the CPU multiplies pairs of them, with "int8" to 8-bit
+        integers, and with "int8-a16" to 16-bit ones, one scale for each token. Keys and values are float32 for float32
+        weights, else bfloat16.
+
+        Results are deterministic. On a CPU neither the number of threads nor the other rows change a bit, and a prompt
+        gives the bits of as many steps. The threads are `torch.get_num_threads()`, at most the CPUs that the process
+        may use.
+
+        A session serves one thread at a time. Several sessions serve several threads.
+
+        `stale` tells that the model's parameters have changed. Make a new session then, because a step on a CPU still
+        uses the packed weights.
+
+        Source: Pope et al. (2022), arXiv:2211.05102, for the cache.
     """
 
     def __init__(self, model: GPT | Head, *, batch: int = 1, length: int | None = None, weights: str | None = None):
@@ -116,7 +143,11 @@ class DecodeSession:
         self._fingerprint = _fingerprint(self._step.copied)
 
     def attach(self, model: GPT | Head | None) -> None:
-        """Sets or drops the reference to the model; `generate` keeps sessions without one, so as to hold no cycle."""
+        """Set or drop the reference to the model. `generate` keeps sessions without one, so that they form no cycle.
+
+        Args:
+            model: The model, or None.
+        """
         self.model = model
 
     def __reduce__(self) -> tuple:
@@ -126,7 +157,12 @@ class DecodeSession:
 
     @property
     def stale(self) -> bool:
-        """Whether the model's parameters were changed, replaced or moved after the session was made."""
+        """True if the model's parameters were changed, replaced or moved after the session was made.
+
+        Returns:
+            True if so. A sample of every parameter shows writes that autograd does not count (fused optimisers,
+            `.data`).
+        """
         assert self.model is not None
         now = list(self.model.parameters())
         return (
@@ -141,8 +177,13 @@ class DecodeSession:
         """Return True if a step computes with the parameters as they are now.
 
         Every value of a parameter that the C++ step has copied is compared, because fused optimisers and writes through
-        `.data` leave no other trace. That reads those parameters once, which takes about as long as one step in
-        float32. A change that keeps the sum of a parameter's bits, such as exchanging two rows, is not noticed.
+        `.data` leave no other trace.
+
+        Returns:
+            True if so. A change that keeps the sum of a parameter's bits, such as exchanging two rows, is not noticed.
+
+        Note:
+            Cost: the comparison reads those parameters once, which takes about as long as one step in float32.
         """
         assert self.model is not None
         now = list(self.model.parameters())
@@ -158,16 +199,32 @@ class DecodeSession:
 
     @property
     def lengths(self) -> Tensor:
-        """How many tokens each row holds, [batch] int64."""
+        """Number of tokens that each row holds.
+
+        Returns:
+            Counts [batch], int64. They include the last token of `generate`, which the next call reads.
+        """
         return self.cache.lengths + (self._unread is not None)
 
     def reset(self) -> None:
-        """Forget everything read."""
+        """Forget every token that was read."""
         self.cache.lengths.zero_()
         self._unread = None
 
     def prefill(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Adds tokens [B, T], of which the first `lengths` [B] count, to rows 0 to B; the logits [B, V] after each."""
+        """Read a prompt for each of the first B rows.
+
+        Args:
+            tokens: Token ids [B, T], int64, padded on the right.
+            lengths: How many tokens of each row count [B]. The default is all.
+
+        Returns:
+            Logits [B, V], float32, after the last token of each row.
+
+        Raises:
+            ValueError: Tokens are no prompt of this model, or the cache has no room for them.
+            RuntimeError: Another thread uses the session.
+        """
         with self.in_use():
             self.check_layout()
             check_device(tokens, self.cache.keys)
@@ -179,7 +236,19 @@ class DecodeSession:
             return self.read_prompt(tokens, counts)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Adds one token [batch] to every row; the logits [batch, V] after it, float32."""
+        """Read one token for every row.
+
+        Args:
+            tokens: Token ids [batch], int64.
+
+        Returns:
+            Logits [batch, V], float32, after these tokens.
+
+        Raises:
+            ValueError: Tokens have another shape or dtype or lie outside the vocabulary, the cache is full, or logits
+                are damaged.
+            RuntimeError: Another thread uses the session.
+        """
         with self.in_use():
             self.check_layout()
             here = self.cache.lengths.shape
@@ -202,11 +271,20 @@ class DecodeSession:
     # --- what generate is made of; the caller holds in_use() and has checked ---
 
     def in_use(self) -> _InUse:
-        """The block in which this thread alone has the session; `RuntimeError` where another one has it."""
+        """Return a block in which this thread alone has the session.
+
+        Returns:
+            A context. Entering it raises `RuntimeError` where another thread has the session.
+        """
         return _InUse(self._lock)
 
     @property
     def config(self):
+        """Configuration of the model.
+
+        Returns:
+            Its `GPTConfig`.
+        """
         return parts(self.model)[0].config
 
     def leave_unread(self, tokens: Tensor, options: Sampling, seen: Tensor | None) -> None:
@@ -228,7 +306,19 @@ class DecodeSession:
 
     @torch.no_grad()
     def read_prompt(self, tokens: Tensor, lengths: Tensor, first: int = 0) -> Tensor:
-        """`prefill` for the rows from `first` on, in passes of a bounded number of tokens."""
+        """Read a prompt for the rows from `first` on, in passes of a bounded number of tokens.
+
+        Args:
+            tokens: Token ids [B, T].
+            lengths: How many tokens of each row count [B].
+            first: The first row.
+
+        Returns:
+            Logits [B, V], float32.
+
+        Raises:
+            ValueError: There are more rows than the session has, the cache is full, or logits are damaged.
+        """
         tokens = tokens[:, : int(lengths.max())]  # padding behind the longest prompt takes no room
         B, T = tokens.shape
         if first + B > self.cache.batch:
@@ -271,26 +361,58 @@ class DecodeSession:
     def advance(
         self, tokens: Tensor, options: Sampling, live: Tensor | None = None, seen: Tensor | None = None
     ) -> Tensor:
-        """Add one token to each row that is `live` [batch]; return the next tokens [batch], drawn (for others, any)."""
+        """Add one token to each live row, and draw the next tokens.
+
+        Args:
+            tokens: Token ids [batch].
+            options: Options of the draw.
+            live: Bool [batch], True for a row that reads its token. The default is all.
+            seen: Bool [batch, V], True for a token that the row holds, for the penalty.
+
+        Returns:
+            Tokens [batch]. Those of rows that are not live are arbitrary.
+        """
         assert self.model is not None
         return self._serving.advance(self.model, tokens.contiguous(), options, live, seen, self._calls_modules)
 
     @torch.no_grad()
     def read(self, tokens: Tensor, live: Tensor | None = None) -> Tensor:
-        """Add one token to each row that is `live` [batch]; return the logits [batch, V] after it."""
+        """Add one token to each live row.
+
+        Args:
+            tokens: Token ids [batch].
+            live: Bool [batch], True for a row that reads its token. The default is all.
+
+        Returns:
+            Logits [batch, V] after the tokens.
+        """
         self.advance(tokens, GREEDY, live)
         return self._serving.logits(live)
 
     def draw(self, logits: Tensor, options: Sampling, rows: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Return tokens [n] drawn from the logits [n, V] of these rows."""
+        """Draw tokens from the logits of some rows.
+
+        Args:
+            logits: Logits [n, V].
+            options: Options of the draw.
+            rows: Rows [n] of the logits.
+            seen: Bool [batch, V], True for a token that the row holds, for the penalty.
+
+        Returns:
+            Tokens [n].
+        """
         return self._serving.draw(logits, options, rows, seen)
 
     def start_drawing(self, seed: int) -> None:
-        """Seed the next draws."""
+        """Seed the next draws.
+
+        Args:
+            seed: Signed 64-bit integer.
+        """
         self._serving.start_drawing(seed)
 
     def check_logits(self) -> None:
-        """Raise if a step since the last call had damaged logits, on devices that are not waited for."""
+        """Raise `ValueError` if a step since the last call had damaged logits, on devices that are not waited for."""
         self._serving.check_logits()
 
     @property
@@ -303,7 +425,11 @@ class DecodeSession:
         return self._reference_step
 
     def check_layout(self) -> None:
-        """Raises where the model's parameters have other shapes, dtypes or devices than the session was made for."""
+        """Validate that the model's parameters have the shapes, dtypes and devices for which the session was made.
+
+        Raises:
+            ValueError: They differ. The message names the first difference.
+        """
         assert self.model is not None
         is_plain = self._stays_plain is not None and self._stays_plain()
         if is_plain and self._places.unchanged():  # of plain modules there are no others than when the session was made
@@ -329,7 +455,15 @@ class DecodeSession:
             self._make_step()
 
     def check_room(self, more: Tensor | int, rows: slice = slice(None)) -> None:
-        """Raises where a row's cache does not hold so many more tokens."""
+        """Validate that the cache of each row holds so many more tokens.
+
+        Args:
+            more: Number of tokens, one for all rows or one for each.
+            rows: Rows that read them.
+
+        Raises:
+            ValueError: The cache is full.
+        """
         wanted = int((self.cache.lengths[rows] + more).max())
         if wanted > self.cache.length:
             raise ValueError(
@@ -347,7 +481,7 @@ class _Unread(NamedTuple):
 
 
 class _InUse:
-    """Holds a session for one thread; a second one gets an error at once."""
+    """Block that holds a session for one thread. A second thread gets an error at once."""
 
     def __init__(self, lock: threading.Lock):
         self._lock = lock
@@ -364,7 +498,7 @@ class _InUse:
 
 
 class _Places:
-    """Remembers where a model's parameters are. The comparison takes a third of a microsecond for each."""
+    """Record of where a model's parameters are. A comparison takes a third of a microsecond for each."""
 
     def __init__(self, model: torch.nn.Module):
         self._modules = [(module._parameters, len(module._parameters)) for module in model.modules()]
@@ -430,7 +564,7 @@ def check_device(tokens: Any, place: Tensor) -> None:
 
 
 def check_prompt(tokens: Any, V: int, lengths: Any = None, key_mask: Any = None) -> Tensor:
-    """Return how many real tokens each row of a prompt [B, T] has, [B]; raise `ValueError` for what is no prompt."""
+    """Return how many real tokens each row of a prompt [B, T] has, [B]. Raise `ValueError` for a wrong prompt."""
     if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype != torch.int64:
         raise ValueError(f"gpt_fast.generate: tokens is {_checks.described(tokens)}; expected int64 [B, T]")
     B, T = tokens.shape

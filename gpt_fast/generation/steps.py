@@ -91,7 +91,7 @@ class CppStep:
         return logits.new_zeros(self.cache.batch, logits.shape[1]).index_copy_(0, live.nonzero().squeeze(1), logits)
 
     def check_logits(self) -> None:
-        """The step itself has raised."""
+        """Do nothing, because the step itself has raised."""
 
     def _sampling(self, options: Sampling) -> Any:
         self._draws += options.temperature > 0
@@ -218,8 +218,12 @@ def parts(model: Any, function: str = "generate") -> tuple[_Trunk, nn.Module]:
 def unwrapped(model: Any, function: str = "generate") -> Any:
     """Return the model inside the wrappers of torch.compile, DataParallel, DistributedDataParallel and PEFT.
 
-    Raise `ValueError`, which names `function`, for a model whose parameters are sharded over ranks, and for an adapter
-    that is no part of the modules, such as a trained prompt.
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: The parameters are sharded over ranks, or an adapter is no part of the modules, such as a trained
+            prompt. The message names `function`.
     """
     while isinstance(model, nn.Module) and not isinstance(model, _Trunk):
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -253,6 +257,9 @@ def step_kind(model: GPT | Head, weights: str | None) -> str:
     """Return what runs the step: "float32", "bfloat16" or "int8" for C++ with such weights, else "torch".
 
     The C++ step copies parameters by name, so it serves plain models only. The modules of any other model run its step.
+
+    Raises:
+        ValueError: There are no such weights, or the model has no step with them.
     """
     if weights is not None and not (isinstance(weights, str) and weights in WEIGHTS):
         raise ValueError(f"gpt_fast.generate: weights is {weights!r}; expected one of {', '.join(WEIGHTS)}")

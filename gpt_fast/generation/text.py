@@ -27,11 +27,12 @@ _ROOM = 128  # caches are made for multiples of this many tokens, so that the ne
 
 
 class GenerateOutput(NamedTuple):
-    """Tokens and scores, which `generate` returns with `return_scores=True`.
+    """Result of `generate` with `return_scores=True`.
 
-    `tokens` is the Tensor [B, T + new] that `generate` returns otherwise. `scores` [B, new] float32 holds the logarithm
-    of the probability that softmax(logits) gave to each new token, before penalty, processors, temperature and cuts;
-    it is 0 where a row was done.
+    Attributes:
+        tokens: Tokens [B, T + new] that `generate` returns otherwise.
+        scores: Logarithm of the probability that softmax(logits) gave to each new token [B, new], float32, before
+            penalty, processors, temperature and cuts. It is 0 where a row was done.
     """
 
     tokens: Tensor
@@ -72,8 +73,8 @@ def generate(  # type: ignore[misc]  # the overloads leave the common options to
 
     Args:
         model: A `GPTForCausalLM`, a `GPT`, or a head with a joint loss. The wrappers of `torch.compile`, DataParallel,
-            DistributedDataParallel and PEFT are taken off; sharded parameters are refused.
-        tokens: Prompts [B, T] int64.
+            DistributedDataParallel and PEFT are taken off. Sharded parameters are refused.
+        tokens: Prompts [B, T], int64.
         max_new_tokens: How many tokens each row gets. A row in a batch gets the greedy tokens that it gets alone.
         temperature: 0 takes the most probable token.
         top_k: Keep the k most probable tokens.
@@ -84,21 +85,22 @@ def generate(  # type: ignore[misc]  # the overloads leave the common options to
         logits_processors: Callables (tokens so far [B, L], logits [B, V]) → logits [B, V], as transformers'
             `LogitsProcessor`. They run after the penalty and before the temperature. The tokens are padded on the left
             where rows differ in length.
-        stop_tokens: A row that has drawn one of them keeps it and goes on with padding.
-        seed: The same integer draws the same tokens on a device. Without one, torch's generator gives a seed; greedy
+        stop_tokens: A row that has drawn one of them keeps it and continues with padding.
+        seed: The same integer draws the same tokens on a device. Without one, torch's generator gives a seed. Greedy
             generation needs none and leaves that generator alone.
         lengths: Real tokens [B] of prompts that are padded on the right. A row's new tokens follow its prompt directly,
             and the rest of the row holds the padding token.
         key_mask: Bool [B, T], True for a real token, for prompts that are padded anywhere, such as on the left. New
             tokens of every row begin at T.
         attention_mask: The same as zeros and ones, as transformers' tokenizers return it.
-        sliding: Beyond `seq_len` tokens there are no positions, which is an error unless `sliding` is True: then the
+        sliding: Beyond `seq_len` tokens there are no positions, which is an error unless `sliding` is True. Then the
             model sees the last `seq_len` tokens of a prompt, and whenever a row is full its later half is read anew
             from position 0.
         weights: Precision of the weights in a step on a CPU, see `DecodeSession`.
         session: A `DecodeSession` of B rows that this call continues, as in chat turns. It holds prompt and new tokens
-            afterwards; the model reads the last one when the next call needs it. The penalty then counts the tokens of this call alone. Without one, the model keeps a session
-            for the next call and makes another one when its parameters have changed or moved.
+            afterwards; the model reads the last one when the next call needs it. The penalty then counts the tokens of
+            this call alone. Without a session, the model keeps one for the next call and makes another one when its
+            parameters have changed or moved.
         stream: Called with the new tokens [B] of every step, which are the padding token where a row is done.
         return_scores: Return the log-probabilities of the new tokens too.
 
@@ -106,12 +108,24 @@ def generate(  # type: ignore[misc]  # the overloads leave the common options to
         Tokens [B, T + max_new_tokens], or a `GenerateOutput` with `return_scores=True`.
 
     Raises:
-        ValueError: For arguments that contradict this, an empty prompt, and logits that are NaN or infinite.
+        ValueError: An argument contradicts the list above, a prompt is empty, or logits are NaN or infinite.
+        RuntimeError: Another thread uses `session`.
+
+    Example:
+        ```python
+        import torch
+        import gpt_fast
+
+        config = gpt_fast.GPTConfig(num_tokens=100, hidden_dim=64, num_heads=4, num_layers=2, seq_len=32)
+        model, prompts = gpt_fast.GPTForCausalLM(config), torch.randint(100, (2, 10))
+        print(gpt_fast.generate(model, prompts, max_new_tokens=5, top_k=20, seed=0).shape)  # torch.Size([2, 15])
+        ```
 
     Note:
-        Dtypes: tokens are int64, logits and the drawing float32. Deterministic for a given seed, device and number of
-        threads. Sources: Holtzman et al. (2019), arXiv:1904.09751, for top_p; Nguyen et al.
-        (2024), arXiv:2407.01082, for min_p; Keskar et al. (2019), arXiv:1909.05858, for the penalty.
+        Logits and the draw are float32. Results are deterministic for a given seed, device and number of threads.
+
+        Source: Holtzman et al. (2019), arXiv:1904.09751, for top_p; Nguyen et al. (2024), arXiv:2407.01082, for min_p;
+        Keskar et al. (2019), arXiv:1909.05858, for the penalty.
     """
     options = Sampling(temperature, top_k, top_p, repetition_penalty, min_p)
     model = unwrapped(model)
@@ -174,7 +188,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the common options to
 
 
 class _Rows:
-    """Each row's tokens from its first on, [B, T + new], however its prompt was padded."""
+    """Tokens of each row from its first on, [B, T + new], however its prompt was padded."""
 
     def __init__(self, tokens: Tensor, counts: Tensor, key_mask: Tensor | None, new: int, pad: int):
         B, T = tokens.shape
@@ -204,7 +218,7 @@ class _Rows:
         return shown
 
     def window(self, row: int, width: int) -> Tensor:
-        """The last `width` tokens of a row, [1, up to width]."""
+        """Return the last `width` tokens of a row, [1, up to width]."""
         end = int(self.ends[row])
         return self.tokens[row : row + 1, max(0, end - width) : end]
 
@@ -246,7 +260,7 @@ class _Drawing:
         return shown
 
     def step(self, live: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Read each live row's latest token; return the tokens [B] after it and their scores, if wanted."""
+        """Read each live row's latest token. Return the tokens [B] after it, with scores or None."""
         if not self.processors and not self.scores:
             return self.session.advance(self.rows.last, self.options, live, self.seen), None
         logits = self.session.read(self.rows.last, live)
@@ -254,7 +268,7 @@ class _Drawing:
         return self.draw(logits, torch.arange(len(logits), device=logits.device))
 
     def draw(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return tokens drawn from the logits [n, V] of these rows [n] and their scores, if wanted."""
+        """Return tokens drawn from the logits [n, V] of these rows [n], with scores or None."""
         if not self.processors:
             new = self.session.draw(logits, self.options, rows, self.seen)
         else:
@@ -390,7 +404,7 @@ class _Kept:
 
 
 def _take_session(model: Any, batch: int, length: int, weights: str | None) -> DecodeSession:
-    """The session that the model keeps, where it fits, else a new one."""
+    """Return the session that the model keeps if it fits, else a new one."""
     holder: _Kept | None = model.__dict__.pop(_KEPT, None)
     if holder is not None:
         kept = holder.session

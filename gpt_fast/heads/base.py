@@ -1,4 +1,4 @@
-"""What the heads share: a trunk, an output layer, saving and loading."""
+"""Common part of the heads: a trunk, an output layer, saving and loading."""
 
 import dataclasses
 import os
@@ -17,14 +17,26 @@ from ..ops import _checks
 
 
 class HeadOutput(NamedTuple):
-    """What a head returns: `loss` (None without labels) and `logits` (None where they were not asked for)."""
+    """Result of a head's forward pass.
+
+    Attributes:
+        loss: Loss, a float32 scalar, or None without labels.
+        logits: Logits, or None if they were not asked for.
+    """
 
     loss: Tensor | None
     logits: Tensor | None
 
 
 class Head(Convertible, nn.Module):
-    """What the heads share: the trunk, its configuration, saving, loading and a growing vocabulary."""
+    """Base of the heads: the trunk, its configuration, saving, loading and a growing vocabulary.
+
+    Args:
+        config: Sizes and options.
+
+    Raises:
+        ValueError: `config` is no `GPTConfig`.
+    """
 
     z_loss: float = 0.0  # in training the language model's loss has this times the squared log Z of its logits, too
 
@@ -36,11 +48,15 @@ class Head(Convertible, nn.Module):
         self.register_load_state_dict_post_hook(_tie_again)
 
     def num_parameters(self) -> int:
-        """How many numbers are trained, tied ones counted once."""
+        """Return how many numbers are trained. Tied parameters count once.
+
+        Returns:
+            The number.
+        """
         return sum(parameter.numel() for parameter in self.parameters())
 
     def _build_output_layer(self) -> None:
-        """Adds `output_layer`, the projection to the vocabulary: tied to the embedding where the config says so."""
+        """Add `output_layer`, the projection to the vocabulary, tied to the embedding if the configuration says so."""
         config = self.config
         self.output_layer = nn.Linear(config.hidden_dim, config.num_tokens, bias=config.output_bias)
         init_weights(self.output_layer, config.init_std)
@@ -48,7 +64,11 @@ class Head(Convertible, nn.Module):
             self.output_layer.weight = self.trunk.token_emb.weight
 
     def is_tied(self) -> bool:
-        """Return True if the output layer's weight is the token embedding's: one parameter, not two equal ones."""
+        """Return True if the output layer's weight is the token embedding's: one parameter, not two equal ones.
+
+        Returns:
+            True if so.
+        """
         weight = getattr(getattr(self, "output_layer", None), "weight", None)
         return weight is not None and weight is getattr(self.trunk.token_emb, "weight", None)
 
@@ -81,18 +101,40 @@ class Head(Convertible, nn.Module):
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Return how many predictions each term of the loss is the mean of, [terms] float32.
+        """Return how many predictions each term of the loss is the mean of.
 
         A head for language modelling has one term. A head for a labelled task has the task's (two for question
         answering: starts and ends) and, with `config.lm_weight` > 0, the language model's after it. The counts make
-        gradient accumulation exact: with the sum of the counts over all parts of a batch and all ranks,
+        gradient accumulation exact: weighted by its share of all counts, each part adds to the gradient of the whole
+        batch, however it is divided over parts and ranks.
 
+        Args:
+            tokens: Token ids, as in the forward pass, and so are the other arguments.
+            labels: Labels.
+            lengths: Real tokens of rows that are padded on the right.
+            key_mask: True for a real token.
+            attention_mask: The same as zeros and ones.
+            cu_seqlens: Bounds of packed sequences.
+
+        Returns:
+            Counts [terms], float32.
+
+        Raises:
+            ValueError: The head's forward pass would raise it for these tokens or labels.
+
+        Example:
+            ```python
+            import torch
+            import gpt_fast
+
+            config = gpt_fast.GPTConfig(num_tokens=100, hidden_dim=64, num_heads=4, num_layers=2, seq_len=32)
+            model, tokens = gpt_fast.GPTForCausalLM(config), torch.randint(100, (4, 10))
+            parts = [{"tokens": part, "labels": part} for part in tokens.split(3)]
             counts = [model.loss_counts(**part) for part in parts]
             total = torch.stack(counts).sum(0)
-            for part, count in zip(parts, counts):
+            for part, count in zip(parts, counts, strict=True):
                 model(**part, loss_weights=count / total).loss.backward()
-
-        gives the gradient of the whole batch, however it is divided. The forward pass has the same arguments.
+            ```
         """
         name = type(self).__name__
         _checks.tensors(name, tokens=tokens, labels=labels)
@@ -121,11 +163,28 @@ class Head(Convertible, nn.Module):
         return output_loss(self.output_layer, hidden, labels, self.z_loss if self.training else 0.0)
 
     def resize_embeddings(self, num_tokens: int) -> None:
-        """Make room for `num_tokens` tokens, or drop the last ones; rows that stay keep their values.
+        """Make room for `num_tokens` tokens, or drop the last ones. Rows that stay keep their values.
 
-        New rows are drawn from N(0, init_std²), new output biases are 0. The embedding and a free output layer become
-        new parameters: make the optimiser afterwards. Raises `ValueError` for less than one token, or for fewer than a
-        special token of the configuration needs.
+        New rows are drawn from N(0, init_std²), and new output biases are 0.
+
+        Args:
+            num_tokens: New vocabulary size.
+
+        Raises:
+            ValueError: `num_tokens` is less than one, or less than a special token of the configuration needs.
+
+        Example:
+            ```python
+            import gpt_fast
+
+            config = gpt_fast.GPTConfig(num_tokens=100, hidden_dim=64, num_heads=4, num_layers=2, seq_len=32)
+            model = gpt_fast.GPTForCausalLM(config)
+            model.resize_embeddings(128)
+            print(model.config.num_tokens)  # 128
+            ```
+
+        Note:
+            The embedding and a free output layer become new parameters. Make the optimiser afterwards.
         """
         config, tied = dataclasses.replace(self.config, num_tokens=num_tokens), self.is_tied()
         embedding = _resized(nn.Embedding, self.trunk.token_emb, (num_tokens, config.hidden_dim), config.init_std)
@@ -140,18 +199,41 @@ class Head(Convertible, nn.Module):
         self.config = self.trunk.config = config
 
     def draw_weights(self, names: Collection[str]) -> None:
-        """Draw initial weights for the layers on top of the trunk that own parameters of these names."""
+        """Draw initial weights for the layers on top of the trunk that own parameters of these names.
+
+        Args:
+            names: Names of parameters in the state dict.
+        """
         for child, module in self.named_children():
             if any(f"{child}.{name}" in names for name, _ in module.named_parameters()):
                 init_weights(module, self.config.init_std)
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write `config.json` and `model.safetensors` into `directory`, each whole or not at all.
+        """Write `config.json` and `model.safetensors` into a folder, each whole or not at all.
 
         An output layer that is not the token embedding's parameter is written too, whatever the configuration says, and
-        the folder's configuration then has tied=False. Raises `OSError` where the folder cannot be written, and
-        `ValueError` for a model that `from_pretrained` could not make again: of other modules than its configuration
-        says, with adapters that are not merged, or with parameters that are sharded over ranks.
+        the folder's configuration then has tied=False.
+
+        Args:
+            directory: The folder, which is made if it does not exist.
+
+        Raises:
+            OSError: The folder cannot be written.
+            TypeError: `directory` is no name of a folder.
+            ValueError: `from_pretrained` could not make the model again. Its modules are others than its configuration
+                says, it has adapters that are not merged, or its parameters are sharded over ranks.
+
+        Example:
+            ```python
+            import tempfile
+            import gpt_fast
+
+            config = gpt_fast.GPTConfig(num_tokens=100, hidden_dim=64, num_heads=4, num_layers=2, seq_len=32)
+            with tempfile.TemporaryDirectory() as folder:
+                gpt_fast.GPTForCausalLM(config).save_pretrained(folder)
+                model = gpt_fast.GPTForSequenceClassification.from_pretrained(folder, num_labels=3)
+            print(model.config.num_labels)  # 3
+            ```
         """
         reason = why_not_as_configured(self.trunk)
         if reason is not None:
@@ -160,12 +242,22 @@ class Head(Convertible, nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, **overrides: Any) -> Self:
-        """The model saved in `directory`, on the CPU, in training mode as PyTorch's constructors have it.
+        """Return the model saved in a folder, on the CPU, in training mode as PyTorch's constructors have it.
 
-        A folder saved by another head gives its trunk (and the output layer, where both have one); what is new starts
-        afresh, which is how fine-tuning starts. `overrides` change fields of the configuration. Weights are read from
-        safetensors alone. Raises `FileNotFoundError` for a missing file, `ValueError` for one that is truncated, not
-        ours, or holds tensors of other names or shapes.
+        A folder saved by another head gives its trunk (and the output layer, where both have one). New layers start
+        afresh, which is how fine-tuning starts.
+
+        Args:
+            directory: A folder that `save_pretrained` wrote.
+            **overrides: Fields of `GPTConfig` to change.
+
+        Returns:
+            The model. Weights are read from safetensors alone.
+
+        Raises:
+            FileNotFoundError: A file is missing.
+            TypeError: `directory` is no name of a folder.
+            ValueError: A file is truncated, is not ours, or holds tensors of other names or shapes.
         """
         return model_folder.load(cls, model_folder.as_path("from_pretrained", directory), overrides)
 
@@ -177,7 +269,7 @@ def _tie_again(head: Any, keys: Any) -> None:
 
 
 def _resized(kind: type, old: Any, sizes: tuple[int, int], std: float, **options: Any) -> Any:
-    """A layer of the same kind, dtype, device and trainability with another vocabulary."""
+    """Return a layer of the same kind, dtype, device and trainability for another vocabulary."""
     new = kind(*sizes, **options, device=old.weight.device, dtype=old.weight.dtype)
     init_weights(new, std)
     with torch.no_grad():

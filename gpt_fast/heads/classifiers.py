@@ -1,4 +1,4 @@
-"""The heads of the labelled tasks: which layer reads which hidden states, and the loss it is trained with."""
+"""Heads of the labelled tasks: the layer that reads hidden states, and the loss of its training."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,12 @@ from .base import Head, HeadOutput
 
 
 class TaskHead(Head):
-    """A linear layer on one token's last hidden state, and the joint loss L_task + λ L_lm (λ is `config.lm_weight`)."""
+    """Linear layer on one token's last hidden state, with the joint loss L_task + λ L_lm (λ is `config.lm_weight`).
+
+    Args:
+        config: Sizes and options.
+        outputs: Number of outputs of the linear layer.
+    """
 
     tokens_shape = "[B, T]"
     has_classes = True  # do the outputs of the classifier stand for classes?
@@ -42,6 +47,24 @@ class TaskHead(Head):
         logits: bool | None = None,
         loss_weights: Tensor | None = None,
     ) -> HeadOutput:
+        """Return loss and logits of tokens. The logits are always computed.
+
+        Args:
+            tokens: Token ids, int64, in the shape that the class names.
+            labels: Labels, in the shape and dtype that the class names.
+            lengths: Real tokens of each sequence that is padded on the right.
+            key_mask: Bool in the shape of `tokens`, True for a real token.
+            attention_mask: The same as zeros and ones, as transformers' tokenizers return it.
+            logits: Without effect. Heads for language modelling have this argument.
+            loss_weights: Factor of each term of the loss [terms], as `loss_counts` explains.
+
+        Returns:
+            (loss, logits). The loss is None without labels.
+
+        Raises:
+            ValueError: Tokens or labels have other shapes or dtypes or are out of range, or a row lacks the token to be
+                read.
+        """
         name = type(self).__name__
         key_mask = as_key_mask(name, tokens, key_mask, attention_mask)
         _checks.optional_tensors(name, labels=labels, lengths=lengths, key_mask=key_mask)
@@ -59,12 +82,16 @@ class TaskHead(Head):
         return HeadOutput(self._weighted(terms, loss_weights), scores)
 
     def weigh_classes(self, weights: Sequence[float] | None) -> None:
-        """Weigh each class in the task's loss, in training and in evaluation, until the model is saved; None weighs all
-        alike.
+        """Weigh each class in the task's loss, in training and in evaluation, until the model is saved.
 
-        With weights w the loss is Σ w[yᵢ] lᵢ / Σ w[yᵢ], as `torch.nn.CrossEntropyLoss(weight=w)` has it; with problem
-        "multi_label" they are `torch.nn.BCEWithLogitsLoss(pos_weight=w)`. Raises `ValueError` for another number of
-        weights than classes, one below 0, or a head that has no classes.
+        With weights w the loss is Σ w[yᵢ] lᵢ / Σ w[yᵢ], as `torch.nn.CrossEntropyLoss(weight=w)` has it. With problem
+        "multi_label" they are `torch.nn.BCEWithLogitsLoss(pos_weight=w)`.
+
+        Args:
+            weights: One number of 0 or more for each class. None weighs all alike.
+
+        Raises:
+            ValueError: The weights are not as many as classes, one is below 0, or the head has no classes.
         """
         name, L = type(self).__name__, self.classifier.out_features
         if weights is None:
@@ -101,19 +128,19 @@ class TaskHead(Head):
         return flat(tokens, lengths, key_mask) if tokens.dim() == 3 else (tokens, lengths, key_mask)
 
     def _reads(self, shape: torch.Size) -> bool:
-        """Whether tokens have a shape that this head reads, `tokens_shape`."""
+        """Return True if tokens have a shape that this head reads, `tokens_shape`."""
         return len(shape) == 2
 
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
-        """What the logits are, of hidden states [N, T, C] and tokens [N, T] that came in `shape`."""
+        """Return the logits of hidden states [N, T, C] and tokens [N, T] that came in `shape`."""
         raise NotImplementedError
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
-        """Return the terms of the task's loss, each a mean over as many predictions as `_task_counts` has for it."""
+        """Return the terms of the task's loss. Each is a mean over as many predictions as `_task_counts` has for it."""
         raise NotImplementedError
 
     def _task_counts(self, labels: Tensor, real: Tensor) -> list[Tensor]:
-        """Return how many predictions each term is the mean of: by default one a label, or its class's weight."""
+        """Return how many predictions each term is the mean of: by default one a label, or the weight of its class."""
         if self.class_weights is None or self.config.problem != "classification":
             return [torch.tensor(len(labels), device=labels.device)]
         return [self._weight_of(labels)]
@@ -127,11 +154,11 @@ class TaskHead(Head):
         return (weights[labels.masked_fill(~counted, 0)] * counted).sum()
 
     def _pooled(self, hidden: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
-        """The hidden state that is read of each row [N, C]."""
+        """Return the hidden state that the classifier reads of each row [N, C]."""
         return hidden[torch.arange(tokens.shape[0], device=tokens.device), self._read_position(tokens, real)]
 
     def _read_position(self, tokens: Tensor, candidates: Tensor) -> Tensor:
-        """The position [N] whose hidden state is read."""
+        """Return the position [N] of the hidden state that the classifier reads."""
         wanted = "a real token"
         if self.config.pooling == "extract":
             candidates = candidates & (tokens == self.config.extract_token)
@@ -169,7 +196,7 @@ class TaskHead(Head):
         return F.cross_entropy(scores.float(), labels) if self.class_weights is None else self._mean(scores, labels)
 
     def _labelled_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """The mean cross-entropy over the rows that have a label, 0 without any."""
+        """Return the mean cross-entropy over the rows that have a label, or 0 if none has one."""
         counted = labels != IGNORE
         self._check_classes(labels.masked_fill(~counted, 0), scores.shape[1])
         return self._mean(scores, labels)
@@ -197,21 +224,44 @@ class TaskHead(Head):
 
 
 class GPTForSequenceClassification(TaskHead):
-    """Classification or regression of a sequence: logits = classifier(dropout(h)), h one token's last hidden state.
+    """GPT that classifies a sequence, or predicts numbers for it.
 
-    `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, logits=None)` → `(loss, logits [B, L])`, the
-    logits always. h is that of the last real token, or of the extract token (`config.pooling`). With problem
-    "classification" labels are [B] int64 and the loss is the cross-entropy; with "regression" they are [B, L], or [B]
-    for one output, and it is the mean squared error; with "multi_label" they are [B, L] floating point, 1 for each
-    class that a row has, and it is the binary cross-entropy. With `config.lm_weight` λ > 0 the loss is L_cls + λ L_lm,
-    L_lm the language-model loss on the same tokens.
+    logits = classifier(dropout(h)), h the last hidden state of one token: the last real one, or the extract token
+    (`config.pooling`). With `config.lm_weight` λ > 0 the loss is L_cls + λ L_lm, with the language-model loss L_lm on
+    the same tokens.
 
-    Dtypes, precision, determinism: those of the ops; the task's loss is float32.
+    Args:
+        config: Sizes and options.
 
-    Raises `ValueError` for labels of other shapes or dtypes or out of range, a row without real token, or without
-    extract token where that is read.
+    Shape:
+        tokens [B, T] int64 → loss a scalar, logits [B, L].
 
-    Source: Radford et al. (2018), sections 3.2 and 3.3.
+        problem "classification": labels [B] int64, and the loss is the cross-entropy.
+
+        problem "regression": labels [B, L], or [B] for one output, and the loss is the mean squared error.
+
+        problem "multi_label": labels [B, L] floating point, 1 for each class that a row has, and the loss is the binary
+        cross-entropy.
+
+    Raises:
+        ValueError: Labels have other shapes or dtypes or are out of range, or a row has no real token, or no extract
+            token where that is read.
+
+    Example:
+        ```python
+        import torch
+        import gpt_fast
+
+        config = gpt_fast.GPTConfig(100, 64, 4, 2, 32, num_labels=3)
+        model = gpt_fast.GPTForSequenceClassification(config)
+        loss, logits = model(torch.randint(100, (2, 10)), labels=torch.tensor([0, 2]))
+        print(logits.shape)  # torch.Size([2, 3])
+        ```
+
+    Note:
+        Dtypes, precision and determinism are those of the ops. The task's loss is float32.
+
+        Source: Radford et al. (2018), sections 3.2 and 3.3.
     """
 
     def __init__(self, config: GPTConfig):
@@ -225,14 +275,36 @@ class GPTForSequenceClassification(TaskHead):
 
 
 class GPTForSimilarity(TaskHead):
-    """How two texts compare: logits = classifier(dropout(h₁ + h₂)), h₁ and h₂ one token's last hidden state of each
-    order.
+    """GPT that compares two texts, read in both orders.
 
-    `forward(tokens [B, 2, T], labels=None, *, lengths=None, key_mask=None, logits=None)` → `(loss, logits [B, L])`:
-    `tokens[:, 0]` holds the two texts in one order, `tokens[:, 1]` in the other, `lengths` is [B, 2], `key_mask`
-    [B, 2, T]. Which token is read, the problems (classes or numbers), the joint loss, dtypes, precision,
-    determinism and errors are those of `GPTForSequenceClassification`; exchanging the two
-    orders changes nothing but rounding. Source: Radford et al. (2018), section 3.3.
+    logits = classifier(dropout(h₁ + h₂)), h₁ and h₂ the last hidden state of one token of each order. Exchanging the
+    two orders changes nothing but rounding.
+
+    Args:
+        config: Sizes and options.
+
+    Shape:
+        tokens [B, 2, T] int64 → loss a scalar, logits [B, L]. `tokens[:, 0]` holds the two texts in one order,
+        `tokens[:, 1]` in the other. `lengths` is [B, 2], and `key_mask` is [B, 2, T]. Labels are those of
+        `GPTForSequenceClassification`.
+
+    Raises:
+        ValueError: `GPTForSequenceClassification` would raise it, or tokens are not [B, 2, T].
+
+    Example:
+        ```python
+        import torch
+        import gpt_fast
+
+        model = gpt_fast.GPTForSimilarity(gpt_fast.GPTConfig(100, 64, 4, 2, 32, num_labels=2))
+        print(model(torch.randint(100, (3, 2, 10))).logits.shape)  # torch.Size([3, 2])
+        ```
+
+    Note:
+        The token to be read, the problems (classes or numbers), the joint loss, dtypes, precision and determinism are
+        those of `GPTForSequenceClassification`.
+
+        Source: Radford et al. (2018), section 3.3.
     """
 
     tokens_shape = "[B, 2, T]"
@@ -252,13 +324,34 @@ class GPTForSimilarity(TaskHead):
 
 
 class GPTForMultipleChoice(TaskHead):
-    """Which of K answers is right: p = softmax over the answers of classifier(dropout(h_k)), h_k one token's last
-    hidden state of the sequence that ends in answer k.
+    """GPT that chooses one of K answers.
 
-    `forward(tokens [B, K, T], labels=None, *, lengths=None, key_mask=None, logits=None)` → `(loss, logits [B, K])`, one
-    score for each answer; labels [B] int64 in [0, K), the loss is the cross-entropy, plus λ times the language-model
-    loss on all sequences. `lengths` is [B, K], `key_mask` [B, K, T]. Which token is read, dtypes, precision,
-    determinism and errors are those of `GPTForSequenceClassification`. Source: Radford et al. (2018), section 3.3.
+    p = softmax over the answers of classifier(dropout(h_k)), h_k the last hidden state of one token of the sequence
+    that ends in answer k. The loss is the cross-entropy, plus λ times the language-model loss on all sequences.
+
+    Args:
+        config: Sizes and options.
+
+    Shape:
+        tokens [B, K, T] int64, labels [B] int64 in [0, K) → loss a scalar, logits [B, K]. `lengths` is [B, K], and
+        `key_mask` is [B, K, T].
+
+    Raises:
+        ValueError: `GPTForSequenceClassification` would raise it, or tokens are not [B, K, T].
+
+    Example:
+        ```python
+        import torch
+        import gpt_fast
+
+        model = gpt_fast.GPTForMultipleChoice(gpt_fast.GPTConfig(100, 64, 4, 2, 32))
+        print(model(torch.randint(100, (2, 4, 10))).logits.shape)  # torch.Size([2, 4])
+        ```
+
+    Note:
+        The token to be read, dtypes, precision and determinism are those of `GPTForSequenceClassification`.
+
+        Source: Radford et al. (2018), section 3.3.
     """
 
     tokens_shape = "[B, K, T]"
@@ -278,18 +371,36 @@ class GPTForMultipleChoice(TaskHead):
 
 
 class GPTForTokenClassification(TaskHead):
-    """A class for each token, as in tagging: logits_t = classifier(dropout(h_t)), h_t its last hidden state.
+    """GPT that predicts a class for each token, as in tagging.
 
-    `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, logits=None)` → `(loss, logits [B, T, L])`, the
-    logits always. labels are [B, T] int64, -100 where a token does not count, as padding does not; the loss is the mean
-    cross-entropy over the others, 0 where there are none, and with `config.lm_weight` λ > 0 λ L_lm more. A token sees
-    what stands before it only: label a word at its last token.
+    logits_t = classifier(dropout(h_t)), h_t the token's last hidden state. The loss is the mean cross-entropy over the
+    tokens that count, 0 if there are none, and with `config.lm_weight` λ > 0 λ L_lm more.
 
-    Dtypes, precision, determinism: those of the ops; the loss is float32.
+    Args:
+        config: Sizes and options.
 
-    Raises `ValueError` for labels of other shapes or dtypes or out of range, and for a regression.
+    Shape:
+        tokens [B, T] int64, labels [B, T] int64 → loss a scalar, logits [B, T, L]. A label of -100 does not count, nor
+        does padding.
 
-    Source: transformers' `GPT2ForTokenClassification`.
+    Raises:
+        ValueError: Labels have other shapes or dtypes or are out of range, or the problem is not "classification".
+
+    Example:
+        ```python
+        import torch
+        import gpt_fast
+
+        model = gpt_fast.GPTForTokenClassification(gpt_fast.GPTConfig(100, 64, 4, 2, 32, num_labels=5))
+        print(model(torch.randint(100, (2, 10))).logits.shape)  # torch.Size([2, 10, 5])
+        ```
+
+    Note:
+        A token sees only tokens before it, so label a word at its last token.
+
+        Dtypes, precision and determinism are those of the ops. The loss is float32.
+
+        Source: transformers' `GPT2ForTokenClassification`.
     """
 
     def __init__(self, config: GPTConfig):
@@ -310,20 +421,37 @@ class GPTForTokenClassification(TaskHead):
 
 
 class GPTForQuestionAnswering(TaskHead):
-    """Where in a text the answer stands: p(start) and p(end) are softmaxes over the tokens of two scores of each,
-    classifier(dropout(h_t)), h_t its last hidden state.
+    """GPT that finds where in a text the answer stands.
 
-    `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, logits=None)` → `(loss, logits [B, 2, T])`, the
-    logits always, -inf at padding, where no answer stands. labels are [B, 2] int64, the positions of the answer's first
-    and last token, -100 where it is not among these tokens (windows of a longer text); the loss is the mean of the two
-    cross-entropies, each over the rows that have one, 0 where there are none, and with `config.lm_weight` λ > 0 λ L_lm
-    more.
+    p(start) and p(end) are softmaxes over the tokens of the two scores classifier(dropout(h_t)), h_t the token's last
+    hidden state. The loss is the mean of two cross-entropies, each over the rows that have a label, 0 if there are
+    none, and with `config.lm_weight` λ > 0 λ L_lm more.
 
-    Dtypes, precision, determinism: those of the ops; the loss is float32.
+    Args:
+        config: Sizes and options.
 
-    Raises `ValueError` for labels of other shapes or dtypes, out of range or at padding, and a row without real token.
+    Shape:
+        tokens [B, T] int64, labels [B, 2] int64 → loss a scalar, logits [B, 2, T]. Labels are the positions of the
+        answer's first and last token, or -100 where it is not among these tokens (windows of a longer text). Logits are
+        -inf at padding, where no answer stands.
 
-    Source: transformers' `GPT2ForQuestionAnswering`, which lets answers begin in padding.
+    Raises:
+        ValueError: Labels have other shapes or dtypes, are out of range or at padding, or a row has no real token.
+
+    Example:
+        ```python
+        import torch
+        import gpt_fast
+
+        model = gpt_fast.GPTForQuestionAnswering(gpt_fast.GPTConfig(100, 64, 4, 2, 32))
+        loss, logits = model(torch.randint(100, (2, 10)), labels=torch.tensor([[3, 5], [-100, -100]]))
+        print(logits.shape)  # torch.Size([2, 2, 10])
+        ```
+
+    Note:
+        Dtypes, precision and determinism are those of the ops. The loss is float32.
+
+        Source: transformers' `GPT2ForQuestionAnswering`, which lets answers begin in padding.
     """
 
     has_classes = False
@@ -347,7 +475,7 @@ class GPTForQuestionAnswering(TaskHead):
 
 
 def real_tokens(tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None) -> Tensor:
-    """bool [B, T]: what is no padding."""
+    """Return where tokens [B, T] are real, bool [B, T]."""
     if key_mask is not None:
         return key_mask
     if lengths is not None:
@@ -358,7 +486,7 @@ def real_tokens(tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None)
 def flat(
     tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """[B, S, T] → [B·S, T], with what says where each sequence ends."""
+    """Return the tokens [B, S, T] as [B·S, T], with lengths and mask in the same order."""
     return (
         tokens.flatten(0, 1),
         None if lengths is None else lengths.flatten(),

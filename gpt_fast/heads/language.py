@@ -15,7 +15,11 @@ from .base import Head, HeadOutput
 
 
 class LanguageModelHead(Head):
-    """A projection of every token to the vocabulary, and the loss of those that have a label."""
+    """Projection of every token to the vocabulary, and the loss of the tokens that have a label.
+
+    Args:
+        config: Sizes and options.
+    """
 
     causal: bool
 
@@ -35,6 +39,25 @@ class LanguageModelHead(Head):
         logits: bool | None = None,
         loss_weights: Tensor | None = None,
     ) -> HeadOutput:
+        """Return loss and logits of tokens.
+
+        Args:
+            tokens: Token ids [B, T], int64.
+            labels: Labels [B, T], int64. A label of -100 does not count.
+            lengths: Real tokens [B] of rows that are padded on the right.
+            key_mask: Bool [B, T], True for a real token.
+            attention_mask: The same as zeros and ones, as transformers' tokenizers return it.
+            cu_seqlens: Bounds [n + 1] of sequences that are packed into one row [1, T].
+            logits: Compute logits [B, T, V]. By default they are computed only without labels.
+            loss_weights: Factor of each term of the loss [terms], as `loss_counts` explains.
+
+        Returns:
+            (loss, logits), each None where it is not computed.
+
+        Raises:
+            ValueError: Tokens or labels have other shapes or dtypes or are out of range, or masks contradict each
+                other.
+        """
         name = type(self).__name__
         key_mask = as_key_mask(name, tokens, key_mask, attention_mask)
         if logits is not None:
@@ -69,18 +92,37 @@ class LanguageModelHead(Head):
 
 
 class GPTForCausalLM(Generating, LanguageModelHead):
-    """Next-token prediction: loss = mean of -log p(w_t | w_<t), p = softmax(output_layer(trunk(tokens))).
+    """GPT that predicts the next token.
 
-    `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, cu_seqlens=None, logits=None)` → `(loss, logits
-    [B, T, V])`. labels [B, T] are given unshifted (usually the tokens) and -100 does not count, nor does padding;
-    `cu_seqlens` as in `GPTModel.hidden_states`, for sequences packed into one row. Logits are computed where there are
-    no labels or `logits=True`; the loss alone never stores them.
+    loss = mean of -log p(w_t | w_<t), p = softmax(output_layer(trunk(tokens))).
 
-    Dtypes, precision, determinism: those of the ops.
+    Args:
+        config: Sizes and options.
 
-    Raises `ValueError` for tokens or labels of other shapes or out of range.
+    Shape:
+        tokens [B, T] int64, labels [B, T] int64 → loss a scalar, logits [B, T, V]. Labels are given unshifted (usually
+        the tokens). A label of -100 does not count, nor does padding.
 
-    Source: Radford et al. (2018, 2019).
+    Raises:
+        ValueError: Tokens or labels have other shapes or are out of range.
+
+    Example:
+        ```python
+        import torch
+        import gpt_fast
+
+        config = gpt_fast.GPTConfig(num_tokens=100, hidden_dim=64, num_heads=4, num_layers=2, seq_len=32)
+        model, tokens = gpt_fast.GPTForCausalLM(config), torch.randint(100, (2, 10))
+        model(tokens, labels=tokens).loss.backward()
+        print(model(tokens).logits.shape)  # torch.Size([2, 10, 100])
+        ```
+
+    Note:
+        Logits are computed without labels, or with `logits=True`. The loss alone never stores them.
+
+        Dtypes, precision and determinism are those of the ops.
+
+        Source: Radford et al. (2018, 2019).
     """
 
     causal = True
@@ -97,17 +139,24 @@ class GPTForCausalLM(Generating, LanguageModelHead):
             state_dict: `model.state_dict()`, or `checkpoint["model"]`.
             model_args: `vars(model.config)`, or `checkpoint["model_args"]`: `n_layer`, `n_head`, `n_embd`,
                 `block_size`, `vocab_size`, `bias` and `dropout`.
-            overrides: Fields of `GPTConfig`. The default activation is "gelu", nanoGPT's since 2023-05. minGPT,
+            **overrides: Fields of `GPTConfig`. The default activation is "gelu", nanoGPT's since 2023-05. minGPT,
                 build-nanogpt and earlier nanoGPT need `activation="gelu_tanh"`.
+
+        Returns:
+            The new model.
 
         Raises:
             ValueError: A size is missing or wrong, a tensor is missing, unexpected, or has another shape than
-                `model_args` say, or a causal mask is not causal; the message names it. Without `bias` or `dropout`
-                in `model_args` the activation has to be given.
+                `model_args` say, or a causal mask is not causal. The message names it. Without `bias` or `dropout` in
+                `model_args` the activation has to be given.
 
         Example:
             ```python
-            ours = GPTForCausalLM.from_nanogpt(model.state_dict(), vars(model.config))
+            import gpt_fast
+
+            config = gpt_fast.GPTConfig(100, 64, 4, 2, 32, activation="gelu")
+            state_dict, model_args = gpt_fast.GPTForCausalLM(config).to_nanogpt()
+            ours = gpt_fast.GPTForCausalLM.from_nanogpt(state_dict, model_args)
             ```
         """
         from ..integrations.nanogpt import weights
@@ -115,14 +164,19 @@ class GPTForCausalLM(Generating, LanguageModelHead):
         return weights.from_nanogpt(cls, state_dict, model_args, overrides)
 
     def to_nanogpt(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return nanoGPT's state dict and `model_args`: `GPT(GPTConfig(**model_args)).load_state_dict(state_dict)`.
+        """Return nanoGPT's state dict and `model_args`.
 
-        The tensors share memory with this model's parameters. Special tokens have no place in `model_args`.
+        `GPT(GPTConfig(**model_args)).load_state_dict(state_dict)` makes nanoGPT's model of them.
+
+        Returns:
+            (state_dict, model_args). The tensors share memory with this model's parameters. Special tokens have no
+            place in `model_args`.
 
         Raises:
-            ValueError: nanoGPT has no such model: post-norm, another activation than "gelu", an output layer of its
-                own or with bias, `ff_dim` other than 4C, different dropout rates, or a module that is not what the
-                configuration says; the message names it.
+            ValueError: nanoGPT has no such model (post-norm, another activation than "gelu", an output layer of its own
+                or with bias, `ff_dim` other than 4C, another `layer_norm_eps` than 1e-5, dropout on the hidden
+                activation, different dropout rates), or a module is not what the configuration says. The message names
+                it.
         """
         from ..integrations.nanogpt import weights
 
@@ -130,14 +184,39 @@ class GPTForCausalLM(Generating, LanguageModelHead):
 
 
 class GPTForMaskedLM(LanguageModelHead):
-    """Masked-token prediction: loss = mean of -log p(w_i | all others) over the positions whose label is not -100.
+    """GPT that predicts masked tokens from both sides.
 
-    `forward(tokens [B, T], labels=None, *, lengths=None, key_mask=None, cu_seqlens=None, logits=None)` →
-    `(loss, logits [B, T, V])`.
-    Attention sees both sides. labels [B, T] hold the original token where it is to be predicted and -100 elsewhere;
-    only those positions are projected onto the vocabulary, so time and memory of the loss follow their number. Logits
-    are computed where there are no labels or `logits=True`. Dtypes, precision, determinism and errors are
-    those of `GPTForCausalLM`. Source: Devlin et al. (2018), arXiv:1810.04805.
+    loss = mean of -log p(w_i | all others) over the positions whose label is not -100.
+
+    Args:
+        config: Sizes and options.
+
+    Shape:
+        tokens [B, T] int64, labels [B, T] int64 → loss a scalar, logits [B, T, V]. Labels hold the original token where
+        it is to be predicted and -100 elsewhere.
+
+    Raises:
+        ValueError: Tokens or labels have other shapes or are out of range.
+
+    Example:
+        ```python
+        import torch
+        import gpt_fast
+
+        config = gpt_fast.GPTConfig(100, 64, 4, 2, 32, mask_token=99)
+        model, labels = gpt_fast.GPTForMaskedLM(config), torch.full((2, 10), -100)
+        tokens = torch.randint(99, (2, 10))
+        labels[:, 3], tokens[:, 3] = tokens[:, 3].clone(), 99
+        model(tokens, labels=labels).loss.backward()
+        ```
+
+    Note:
+        Cost: only positions with a label are projected onto the vocabulary, so time and memory of the loss follow their
+        number. Logits are computed without labels, or with `logits=True`.
+
+        Dtypes, precision and determinism are those of the ops.
+
+        Source: Devlin et al. (2018), arXiv:1810.04805.
     """
 
     causal = False

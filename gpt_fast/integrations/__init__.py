@@ -1,1 +1,1 @@
-"""What connects gpt_fast with other libraries; nothing here is imported unless it is asked for."""
+"""Connections of gpt_fast with other libraries. Each is imported when a caller asks for it."""

@@ -1,4 +1,4 @@
-"""`accelerate` and `restore`: somebody else's model on this library's ops, in place."""
+"""`accelerate` and `restore`: models of other libraries on this library's ops, in place."""
 
 import sys
 
@@ -26,28 +26,48 @@ _ATTRIBUTES = "_gpt_fast_attributes"  # names of the instance attributes a patch
 def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     """Let a transformers GPT-2 or GPT-1, a GPT-2 of your own or `nn.TransformerEncoderLayer` run on `gpt_fast.ops`.
 
-    In place: classes, parameters and state dict stay what they are, and so do hooks, adapters, checkpoints, copies.
-    `model` may also contain such modules, as a PEFT model or a `LightningModule` does. A module that is wrapped or has
-    hooks is called, never gone around.
+    The model changes in place. Classes, parameters and state dict stay what they are, and so do hooks, adapters,
+    checkpoints and copies. A module that is wrapped or has hooks is called, never gone around.
 
     Embeddings, attention, LayerNorm, MLP and the additions between them run as fused ops, on the weights where they
-    lie; in training with labels the language model's loss is computed without logits, which the output computes when
+    lie. In training with labels the language model's loss is computed without logits. The output computes them when
     they are read (or at once by `model(..., logits=True)`). Reading raises `RuntimeError` after an update of the
-    weights. Calls that ask for what the ops do not have (attention probabilities, cross-attention, a static cache) run
-    as before, with a warning. A block that somebody wrote is replaced only if its outputs, gradients and dropout on
-    drawn inputs are those that its parts suggest. Where a block as a whole is not, its attention, MLP and norms may be.
+    weights. Calls that ask for something the ops do not have (attention probabilities, cross-attention, a static cache)
+    run as before, with a warning.
 
-    Dropout is the library's: the same rates, other random numbers than PyTorch's. A query left without keys, as padding
-    on the left is, attends to nothing; a language-model loss over no label is 0. Dtypes, precision, determinism: those
-    of the ops.
+    A block that somebody wrote is replaced only if its outputs, gradients and dropout on drawn inputs are those that
+    its parts suggest. If a block as a whole is not, its attention, MLP and norms may be.
 
-    Returns a `Report` of what was replaced and what was left alone and why; `restore` undoes it.
+    Args:
+        model: The model. It may contain supported modules, as a PEFT model or a `LightningModule` does.
+        strict: Raise if any module is left alone.
 
-    Raises `TypeError` where nothing in `model` is supported, `ValueError` with `strict=True` where anything is left
-    alone; the model is then as it was, as after any other failure.
+    Returns:
+        `Report` of the modules that were replaced, and of those that were left alone and why. `restore` undoes it.
 
-    Source: transformers' `modeling_gpt2.py` and `modeling_openai.py`, whose functions these are, and the modelling code
-    of its OPT, BioGPT, GPT-Neo and ImageGPT.
+    Raises:
+        TypeError: Nothing in `model` is supported.
+        ValueError: A module would be left alone with `strict=True`. The model is then as it was, as after any other
+            failure.
+
+    Example:
+        ```python
+        import gpt_fast
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_positions=32, n_embd=64, n_layer=2, n_head=4))
+        print(len(gpt_fast.accelerate(model).left))  # 0
+        gpt_fast.restore(model)
+        ```
+
+    Note:
+        Dropout is the library's: the same rates, other random numbers than PyTorch's. A query left without keys, as
+        padding on the left is, attends to nothing. A language-model loss over no label is 0.
+
+        Dtypes, precision and determinism are those of the ops.
+
+        Source: transformers' `modeling_gpt2.py` and `modeling_openai.py`, whose functions these are, and the modelling
+        code of its OPT, BioGPT, GPT-Neo and ImageGPT.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"gpt_fast.accelerate: model is a {type(model).__name__}; expected an nn.Module: {SUPPORTED}")
@@ -75,10 +95,28 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `accelerate`, in place, and return the model: it computes what it did before, bit for bit.
+    """Undo `accelerate`, in place, and return the model, which computes what it did before, bit for bit.
 
-    A model that is not accelerated stays as it is. Raises `ValueError`, and changes nothing, where something else was
-    wrapped around a forward since, as mixed precision does in Hugging Face Accelerate: unwrap the model first.
+    Args:
+        model: The model. One that is not accelerated stays as it is.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: `model` is no `nn.Module`.
+        ValueError: A forward was wrapped after `accelerate`, as mixed precision does in Hugging Face Accelerate.
+            Nothing changes. Unwrap the model first.
+
+    Example:
+        ```python
+        import torch
+        import gpt_fast
+
+        layer = torch.nn.TransformerEncoderLayer(64, 4, 256, batch_first=True)
+        gpt_fast.accelerate(layer)
+        print(gpt_fast.restore(layer) is layer)  # True
+        ```
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"gpt_fast.restore: model is a {type(model).__name__}; expected an nn.Module")
@@ -126,7 +164,7 @@ def _plan_known(model: nn.Module, report: Report) -> tuple[list[Patch] | None, s
 
 
 def _plan(name: str, module: nn.Module, report: Report) -> list[Patch] | None:
-    """The patches for one module and what belongs to it: empty where it is left alone, None where it is unknown."""
+    """Return the patches for one module and its children: none if it is left alone, None if it is unknown."""
     if "transformers" in sys.modules:  # else nothing here can be one of its models
         from .huggingface import plan
 

@@ -1,4 +1,4 @@
-"""What `accelerate` says it did, and what it is about to do."""
+"""The report of `accelerate`, and the patches that it plans."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -9,7 +9,13 @@ import torch.nn as nn
 
 
 class Replaced(NamedTuple):
-    """A module whose computation an op took over."""
+    """A module whose computation an op took over.
+
+    Attributes:
+        name: Name of the module in the model.
+        kind: Class of the module.
+        op: The op.
+    """
 
     name: str
     kind: str
@@ -17,7 +23,13 @@ class Replaced(NamedTuple):
 
 
 class LeftAlone(NamedTuple):
-    """A module that keeps its own computation, and why."""
+    """A module that keeps its own computation.
+
+    Attributes:
+        name: Name of the module in the model.
+        kind: Class of the module.
+        reason: Why it keeps it.
+    """
 
     name: str
     kind: str
@@ -26,10 +38,21 @@ class LeftAlone(NamedTuple):
 
 @dataclass
 class Report:
-    """What `accelerate` did; `print` shows it.
+    """Report of what `accelerate` replaced and what it left alone. `print` shows it.
 
-    `replaced` has the name, the class (`kind`) and the op of each module whose computation an op took over, `left` the
-    name, the class and the reason of each that keeps its own, `notes` whatever else there is to say.
+    Attributes:
+        replaced: Name, class (`kind`) and op of each module whose computation an op took over.
+        left: Name, class and reason of each module that keeps its own computation.
+        notes: Further remarks.
+
+    Example:
+        ```python
+        import torch
+        import gpt_fast
+
+        layer = torch.nn.TransformerEncoderLayer(64, 4, 256, batch_first=True)
+        print(len(gpt_fast.accelerate(layer).replaced) > 0)  # True
+        ```
     """
 
     replaced: list[Replaced] = field(default_factory=list)
@@ -44,7 +67,14 @@ class Report:
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
     def note(self, name: str, module: nn.Module, op: str, reason: str | None) -> None:
-        """The module was replaced, or left alone for a reason."""
+        """Enter a module as replaced, or as left alone if there is a reason.
+
+        Args:
+            name: Name of the module in the model.
+            module: The module.
+            op: The op that takes its computation over.
+            reason: Why it is left alone, or None.
+        """
         kind = type(module).__name__
         if reason is None:
             self.replaced.append(Replaced(name, kind, op))
@@ -53,7 +83,7 @@ class Report:
 
 
 class Patch(NamedTuple):
-    """What one module gets: a forward, if its own does not do, and attributes that its class lacks."""
+    """New forward of one module, if its own does not do, and attributes that its class lacks."""
 
     module: nn.Module
     forward: Callable | None

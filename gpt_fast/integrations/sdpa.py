@@ -36,7 +36,12 @@ _CACHE_TAG = "+gpt_fast.sdpa"
 
 @dataclass
 class Calls:
-    """How many calls were served since `activate`, and why others went to PyTorch; compiled calls count when traced."""
+    """Counts of the calls since `activate`. Compiled calls count when they are traced.
+
+    Attributes:
+        served: Calls that a kernel of this library answered.
+        returned: Calls that went to PyTorch, by reason.
+    """
 
     served: int = 0
     returned: Counter[str] = field(default_factory=Counter)
@@ -47,7 +52,7 @@ class Calls:
 
 
 class _Handle:
-    """The kernels while they are registered; PyTorch's registry calls `remove`."""
+    """Handle of the registered kernels. PyTorch's registry calls `remove`."""
 
     def __init__(self) -> None:
         self.library = torch.library.Library("aten", "IMPL")
@@ -73,10 +78,21 @@ _ACTIVE: list[tuple[_Handle, Calls]] = []  # none or one; a module's state becau
 
 
 def register() -> None:
-    """Tell PyTorch's registry of flash attention implementations that there is a "gpt_fast"; nothing changes yet.
+    """Add the name "gpt_fast" to PyTorch's registry of flash attention implementations. Nothing else changes yet.
 
-    Raises `RuntimeError` where PyTorch has no such registry, or none that gives back what it replaced; `activate` and
-    `restore` work there as well.
+    Raises:
+        RuntimeError: PyTorch has no such registry, or none that gives back what it replaced. `activate` and `restore`
+            work there as well.
+
+    Example:
+        ```python
+        import torch
+        from gpt_fast.integrations import sdpa
+
+        sdpa.register()
+        torch.nn.attention.activate_flash_attention_impl("gpt_fast")
+        torch.nn.attention.restore_flash_attention_impl()
+        ```
     """
     if not _HAS_REGISTRY:
         raise RuntimeError(
@@ -87,6 +103,19 @@ def register() -> None:
 
 def activate() -> None:
     """Serve `scaled_dot_product_attention` from now on, in the whole process, in place of what was active before.
+
+    Example:
+        ```python
+        import torch
+        from torch.nn.functional import scaled_dot_product_attention
+        from gpt_fast.integrations import sdpa
+
+        sdpa.activate()
+        q, k, v = (torch.randn(2, 4, 100, 64) for _ in range(3))
+        scaled_dot_product_attention(q, k, v, is_causal=True)
+        print(sdpa.report().served)  # 1
+        sdpa.restore()
+        ```
 
     Note:
         A function that was compiled before keeps the kernels it was compiled with, and so does one that is compiled
@@ -103,7 +132,16 @@ def activate() -> None:
 
 
 def restore() -> None:
-    """Give `scaled_dot_product_attention` back to PyTorch; without effect where another implementation is active."""
+    """Give `scaled_dot_product_attention` back to PyTorch. There is no effect where another implementation is active.
+
+    Example:
+        ```python
+        from gpt_fast.integrations import sdpa
+
+        sdpa.activate()
+        sdpa.restore()
+        ```
+    """
     if _ACTIVE and _HAS_REGISTRY:
         torch_attention.restore_flash_attention_impl()
     elif _ACTIVE:
@@ -111,10 +149,23 @@ def restore() -> None:
 
 
 def report() -> Calls:
-    """What happened since `activate`.
+    """Return the counts of the calls since `activate`.
 
-    `served` counts the calls that a kernel answered, `returned`, by their reasons, those that went to PyTorch; compiled
-    calls count when they are traced. Raises `RuntimeError` where this implementation is not active.
+    Returns:
+        `Calls` with `served`, the calls that a kernel answered, and `returned`, the calls that went to PyTorch, by
+        reason. Compiled calls count when they are traced.
+
+    Raises:
+        RuntimeError: This implementation is not active.
+
+    Example:
+        ```python
+        from gpt_fast.integrations import sdpa
+
+        sdpa.activate()
+        print(sdpa.report().served)  # 0
+        sdpa.restore()
+        ```
     """
     if not _ACTIVE:
         raise RuntimeError('sdpa.report: "gpt_fast" is not active; expected sdpa.activate() before')

@@ -39,7 +39,7 @@ class Parts(NamedTuple):
 
 
 def plan(name: str, module: Any, report: Report) -> list[Patch] | None:
-    """The patches of `module` if it is one of the two blocks, else None."""
+    """Return the patches of `module` if it is one of the two blocks, else None."""
     forward: Callable
     if isinstance(module, nn.TransformerEncoderLayer):
         changed = [
@@ -83,7 +83,7 @@ def encoder_layer_forward(
     src_key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """x [B, T, C] → [B, T, C]; masks as `nn.TransformerEncoderLayer` has them."""
+    """Return the layer's output, x [B, T, C] → [B, T, C], with the masks of `nn.TransformerEncoderLayer`."""
     parts = _encoder_parts(self)
     masks, reason = None, _why_not_this(src, parts)
     if reason is None and is_causal and src_mask is None:
@@ -99,7 +99,7 @@ def encoder_layer_forward(
 
 
 def notes_block_forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """x [B, T, C] → [B, T, C]; mask [T, T] bool, True = may not attend."""
+    """Return the block's output, x [B, T, C] → [B, T, C], with mask [T, T] bool, True = may not attend."""
     parts = _notes_parts(self)
     masks, reason = None, _why_not_this(x, parts)
     if reason is None:
@@ -151,7 +151,7 @@ def _mlp(x: Tensor, parts: Parts, seed: Tensor | None) -> tuple[Tensor, float]:
 def _masks(
     x: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool, heads: int
 ) -> tuple[dict | None, str | None]:
-    """The op's masks from PyTorch's, in which True and -inf exclude; or None and the reason."""
+    """Return the op's masks from PyTorch's, in which True and -inf exclude, or None and the reason."""
     B, T, _ = x.shape
     allowed = key_mask = None
     if mask is not None and not is_causal:
@@ -197,7 +197,7 @@ def _notes_parts(block: Any) -> Parts:
 
 
 def _is_notes_block(module: Any) -> bool:
-    """Whether a module has the parts of the notes' block, by name and kind."""
+    """Return True if a module has the parts of the notes' block, by name and kind."""
     names = (*_NOTES, "dropout1", "dropout2")
     if not all(isinstance(getattr(module, name, None), nn.Module) for name in names):
         return False
@@ -205,7 +205,7 @@ def _is_notes_block(module: Any) -> bool:
 
 
 def _why_another_function(block: Any) -> str | None:
-    """Asks a class that is not ours, on a small input, whether it computes what its parts suggest."""
+    """Return how a class that is not ours differs from the function of its parts, on a small input, or None."""
     attn = block.multihead_attn
     weight = attn.in_proj_weight
     x = torch.linspace(-1, 1, 6 * attn.embed_dim, dtype=weight.dtype, device=weight.device).sin().view(2, 3, -1)
@@ -228,7 +228,7 @@ def _why_another_function(block: Any) -> str | None:
 
 
 def _why_not(parts: Parts) -> str | None:
-    """Why a block is left alone, or None."""
+    """Return why a block is left alone, or None."""
     attn = parts.attn
     reason = _plain.why_not_plain(attn, nn.MultiheadAttention)
     if reason is not None:
@@ -243,7 +243,7 @@ def _why_not(parts: Parts) -> str | None:
 
 
 def _why_not_this(x: Tensor, parts: Parts) -> str | None:
-    """Why one call is left to PyTorch, or None."""
+    """Return why one call is left to PyTorch, or None."""
     if x.is_nested or x.dim() != 3:
         return "the input is nested or has no batch"
     return _why_not(parts)

@@ -19,7 +19,7 @@ from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .mlp import mlp
 
-# Those with a kernel for each device. `linear` has one for the CPU; elsewhere PyTorch's own is the kernel.
+# Ops with a kernel for each device. `linear` has one for the CPU; elsewhere PyTorch's own is the kernel.
 NAMES = (
     "attention",
     "layer_norm",

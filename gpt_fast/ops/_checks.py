@@ -1,4 +1,4 @@
-"""The checks public functions share. Each raises `ValueError` naming the op, what it got and what it wants."""
+"""Checks that public functions share. Each raises `ValueError` with the op, the value and the expected one."""
 
 import numbers
 from typing import Any
@@ -59,7 +59,7 @@ def boolean_option(op: str, **arguments: Any) -> None:
 
 
 def alike(first: Tensor, *others: Tensor | None) -> bool:
-    """Whether all tensors given are floating, of one dtype and on one device: the usual case, told in a microsecond."""
+    """Return True if all tensors given are floating, of one dtype and on one device. It takes a microsecond."""
     dtype, device = first.dtype, first.device
     if dtype not in FLOAT_DTYPES:
         return False
@@ -70,7 +70,7 @@ def alike(first: Tensor, *others: Tensor | None) -> bool:
 
 
 def floating_alike(op: str, **tensors: Tensor | None) -> None:
-    """Each tensor given, the first always, is floating; all have one dtype and are on one device."""
+    """Validate that the tensors given, the first always, are floating, of one dtype and on one device."""
     if not alike(*tensors.values()):  # type: ignore[arg-type]
         floating(op, **tensors)
         same_dtype(op, **tensors)
@@ -78,7 +78,7 @@ def floating_alike(op: str, **tensors: Tensor | None) -> None:
 
 
 def floating(op: str, **tensors: Tensor | None) -> None:
-    """Each tensor given is float32, bfloat16, float16 or float64."""
+    """Validate that each tensor given is float32, bfloat16, float16 or float64."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
             expected = ", ".join(short(dtype) for dtype in FLOAT_DTYPES)
@@ -86,21 +86,21 @@ def floating(op: str, **tensors: Tensor | None) -> None:
 
 
 def integral(op: str, **tensors: Tensor | None) -> None:
-    """Each tensor given is int64 or int32."""
+    """Validate that each tensor given is int64 or int32."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in INT_DTYPES:
             raise ValueError(f"gpt_fast.{op}: {name} has dtype {short(tensor.dtype)}; expected int64 or int32")
 
 
 def boolean(op: str, **tensors: Tensor | None) -> None:
-    """Each tensor given is bool."""
+    """Validate that each tensor given is bool."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype != torch.bool:
             raise ValueError(f"gpt_fast.{op}: {name} has dtype {short(tensor.dtype)}; expected bool")
 
 
 def same_dtype(op: str, **tensors: Tensor | None) -> None:
-    """Raise unless all tensors given have the dtype of the first one."""
+    """Validate that all tensors given have the dtype of the first one."""
     given = [(name, tensor.dtype) for name, tensor in tensors.items() if tensor is not None]
     for name, dtype in given[1:]:
         first, expected = given[0]
@@ -111,7 +111,7 @@ def same_dtype(op: str, **tensors: Tensor | None) -> None:
 
 
 def same_device(op: str, **tensors: Tensor | None) -> None:
-    """All tensors given are on one device."""
+    """Validate that all tensors given are on one device."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     # On one device as a rule, and then a comparison of flags tells: devices themselves are slow to make and to hash.
     if all(tensor.is_cpu for tensor in given.values()):
@@ -122,13 +122,13 @@ def same_device(op: str, **tensors: Tensor | None) -> None:
 
 
 def shape(op: str, name: str, tensor: Tensor | None, wanted: tuple, why: str) -> None:
-    """The tensor, if given, has this shape; `why` says in words where the sizes come from."""
+    """Validate the shape of a tensor, if given. `why` tells in words where the sizes come from."""
     if tensor is not None and tuple(tensor.shape) != tuple(wanted):
         raise ValueError(f"gpt_fast.{op}: {name} has shape {list(tensor.shape)}; expected {list(wanted)}: {why}")
 
 
 def dimensions(op: str, name: str, tensor: Tensor, wanted: str) -> None:
-    """The tensor has as many dimensions as `wanted`, a list of size names such as "[B, H, T, D]"."""
+    """Validate that a tensor has as many dimensions as `wanted`, a list of size names such as "[B, H, T, D]"."""
     if tensor.dim() != wanted.count(",") + 1:
         raise ValueError(f"gpt_fast.{op}: {name} has shape {list(tensor.shape)}; expected {wanted}")
 
@@ -140,7 +140,7 @@ def probability(op: str, name: str, p: float) -> None:
 
 
 def seed(op: str, seed: Tensor | None, device: torch.device) -> None:
-    """A seed, if given, is an int64 tensor of one element on the device of the inputs."""
+    """Validate that a seed, if given, is an int64 tensor of one element on the device of the inputs."""
     if seed is None:
         return
     if not isinstance(seed, Tensor):
@@ -155,7 +155,7 @@ def seed(op: str, seed: Tensor | None, device: torch.device) -> None:
 
 
 def values_below(op: str, name: str, tensor: Tensor, upper: int, *, lower: int = 0, besides: int | None = None) -> None:
-    """Every value is in [lower, upper), or equals `besides`. Reads the tensor: guard it by `values_checked`."""
+    """Validate that each value is in [lower, upper) or equals `besides`. This reads the tensor."""
     wrong = (tensor < lower) | (tensor >= upper)
     if besides is not None:
         wrong = wrong & (tensor != besides)

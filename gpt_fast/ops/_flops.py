@@ -46,7 +46,7 @@ def _hand_over(counter: types.ModuleType) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the counter's module once, as Python would, and hands the formulas over when it is loaded."""
+    """Finder of the counter's module, used once, which hands the formulas over when the module is loaded."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
@@ -61,7 +61,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """Loads the counter's module by its own loader, then hands the formulas over."""
+    """Loader of the counter's module, which hands the formulas over after the module's own loader."""
 
     def __init__(self, own: importlib.abc.Loader):
         self.own = own

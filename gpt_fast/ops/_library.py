@@ -1,7 +1,7 @@
-"""What every op shares: its registration, the question which implementation serves it, seeds, and the two switches.
+"""Shared parts of the ops: registration, the choice of the implementation, seeds, and the two switches.
 
-PyTorch's dispatcher chooses the kernel by device; there is no registry beside it. Schemas are defined here in Python,
-the C++ extension and Triton only implement them.
+PyTorch's dispatcher chooses the kernel by device. There is no registry beside it. Schemas are defined here in Python.
+The C++ extension and Triton only implement them.
 """
 
 import contextlib
@@ -38,11 +38,29 @@ _values_checked = False
 
 @contextlib.contextmanager
 def use_reference() -> Iterator[None]:
-    """Run every op inside the block, on every device, by its pure-PyTorch definition in `gpt_fast.reference`.
+    """Run every op inside the block by its pure-PyTorch definition in `gpt_fast.reference`.
 
-    The way to ask what a model computes without any kernel of this library: same parameters, same dropout masks. The
-    switch is one for the process, not one for each thread; backward belongs inside the block only if the forward pass
-    was. Source: `gpt_fast/reference.py`.
+    The block computes without any kernel of this library, on every device, with the same parameters and dropout masks.
+
+    Yields:
+        None.
+
+    Example:
+        ```python
+        import torch
+        import gpt_fast
+
+        x, weight = torch.randn(8, 64), torch.ones(64)
+        with gpt_fast.use_reference():
+            expected = gpt_fast.ops.layer_norm(x, weight)
+        print(torch.allclose(gpt_fast.ops.layer_norm(x, weight), expected, atol=1e-5))  # True
+        ```
+
+    Note:
+        The switch is one for the process, not one for each thread. Backward belongs inside the block only if the
+        forward pass was inside it.
+
+        Source: `gpt_fast/reference.py`.
     """
     global _reference_forced
     before, _reference_forced = _reference_forced, True
@@ -55,16 +73,45 @@ def use_reference() -> Iterator[None]:
 def check_values(enabled: bool = True) -> None:
     """Check values inside tensors (token ids, targets, lengths, `cu_seqlens`) on every device, not on the CPU alone.
 
-    On CUDA the check waits for the device, so it is off by default and kernels clamp instead. A value out of range
-    raises `ValueError` naming op and value. Nothing is checked while PyTorch records a graph (`torch.compile`,
-    `torch.export`, `torch.jit.trace`), nor inside a `vmap`.
+    A value out of range then raises `ValueError`, which names the op and the value.
+
+    Args:
+        enabled: True checks on every device. False checks on the CPU alone, which is the default.
+
+    Example:
+        ```python
+        import gpt_fast
+
+        gpt_fast.check_values()
+        gpt_fast.check_values(False)
+        ```
+
+    Note:
+        On CUDA the check waits for the device, so it is off by default and kernels clamp instead. Nothing is checked
+        while PyTorch records a graph (`torch.compile`, `torch.export`, `torch.jit.trace`), nor inside a `vmap`.
     """
     global _values_checked
     _values_checked = enabled
 
 
 def values_checked(tensor: Tensor) -> bool:
-    """Return True if the public function should validate this tensor's values."""
+    """Return True if an op checks the values of this tensor now, as `check_values` has it.
+
+    Args:
+        tensor: Tensor of any shape and dtype. Its values are not read.
+
+    Returns:
+        False while PyTorch records a graph and inside a `vmap`. Else True on the CPU, and True elsewhere after
+        `check_values`.
+
+    Example:
+        ```python
+        import torch
+        from gpt_fast import ops
+
+        print(ops.values_checked(torch.tensor([3])))  # True
+        ```
+    """
     if _transforms.is_recording() or _transforms.is_batched(tensor):
         return False
     return _values_checked or tensor.device.type == "cpu"
@@ -107,8 +154,22 @@ def decompositions() -> dict[torch._ops.OperatorBase, Callable]:
 
     `program.run_decompositions(gpt_fast.ops.decompositions())` leaves every other operator as it is. The replacements
     are the definitions of `gpt_fast.reference`, so the new program runs where this library is not installed, and
-    `torch.onnx.export` takes it. Raises `NotImplementedError` during the decomposition if the program contains an
-    operator of a backward pass.
+    `torch.onnx.export` takes it.
+
+    Returns:
+        Operators with their replacements. A replacement raises `NotImplementedError` for an operator of a backward
+        pass, and for `decode_attention_append`, which writes a cache.
+
+    Example:
+        ```python
+        import torch
+        import gpt_fast
+
+        layer = gpt_fast.layers.LayerNorm(64).eval()
+        program = torch.export.export(layer, (torch.randn(8, 64),))
+        program = program.run_decompositions(gpt_fast.ops.decompositions())
+        print("gpt_fast" in str(program.graph))  # False
+        ```
     """
     return dict(_DECOMPOSITIONS)
 
@@ -117,6 +178,12 @@ def backward(op: str, *args):
     """Call `gpt_fast::<op>_backward`, so that differentiating its results raises `NotImplementedError`.
 
     An autograd kernel of the operator would say the same, but costs 20 µs of Python in every backward pass.
+
+    Returns:
+        The operator's results.
+
+    Raises:
+        NotImplementedError: The upstream gradient is a dual tensor.
     """
     if _transforms.is_forward_mode() and any(isinstance(arg, Tensor) and _transforms.has_tangent(arg) for arg in args):
         raise NotImplementedError(
@@ -143,7 +210,10 @@ class _DifferentiatedOnce(torch.autograd.Function):
 def triton_kernel(op: str) -> types.ModuleType:
     """Return the module kernels/<op>.py, which is imported when a kernel is first launched.
 
-    Looking for Triton takes 10 µs, so it is done once; a failure is not kept.
+    Looking for Triton takes 10 µs, so it is done once. A failure is not kept.
+
+    Raises:
+        RuntimeError: Triton is not installed.
     """
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError(f"gpt_fast.{op}: Triton is not installed; expected it for CUDA tensors: pip install triton")
@@ -208,9 +278,24 @@ def _device_index(args: Iterable) -> int:
 
 @_transforms.constant_in_graphs
 def serving(op: str, device_type: str) -> str:
-    """What runs `op` on a device type now: "triton", "cpp" or "reference", as PyTorch's dispatcher has it.
+    """Return which implementation runs an op on a device type now, as PyTorch's dispatcher has it.
 
-    Raises `ValueError` for an op that this library does not have and a device type that PyTorch does not know.
+    Args:
+        op: Name of an op, such as "mlp".
+        device_type: Device type that PyTorch knows, such as "cuda".
+
+    Returns:
+        "triton", "cpp" or "reference".
+
+    Raises:
+        ValueError: This library has no such op, or PyTorch does not know the device type.
+
+    Example:
+        ```python
+        from gpt_fast import ops
+
+        implementation = ops.serving("mlp", "cpu")  # "cpp" if the extension is built
+        ```
     """
     if not isinstance(op, str) or not isinstance(device_type, str):
         raise ValueError(
@@ -236,7 +321,7 @@ _WITH_KERNEL: dict[tuple[str, str], str] = {}  # what the dispatcher said: askin
 
 
 def dropout_rule(dropout_p: float) -> tuple[int, float]:
-    """(threshold, scale) of the dropout contract, as Triton kernels take them."""
+    """Return (threshold, scale) of the dropout contract, as Triton kernels take them."""
     return reference.dropout_threshold(dropout_p), reference.dropout_scale(dropout_p)
 
 
@@ -302,7 +387,7 @@ def is_plain_call(op: str, x: Tensor, *others: Tensor | None) -> bool:
 
 
 def kernel_checks(op: str, x: Tensor) -> bool:
-    """Whether the kernel that answers looks at values itself, as those in C++ do."""
+    """Return True if the kernel that serves the call checks values itself, as C++ kernels do."""
     return x.is_cpu and has_kernel(op, x) and serving(op, "cpu") == "cpp"
 
 
@@ -342,7 +427,9 @@ def profiled(name: str) -> contextlib.AbstractContextManager:
 def autocast(x: Tensor, *tensors: Tensor | None) -> tuple:
     """Cast tensors to the autocast dtype if autocast is on for x's device, as `F.linear` does.
 
-    Tensors of other dtypes than the kernels' (integers, float64) stay as they are, so that the checks refuse them.
+    Returns:
+        All tensors. Those of other dtypes than the kernels' (integers, float64) stay as they are, so that the checks
+        refuse them.
     """
     device_type = x.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
@@ -367,10 +454,30 @@ def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype | None:
 
 
 def new_seed(device: torch.device | str) -> Tensor:
-    """A fresh dropout seed: int64 [1] on `device`, from torch's generator for it, different on each rank.
+    """Draw a dropout seed from torch's generator for a device, different on each rank.
 
-    `torch.manual_seed`, activation checkpointing and CUDA graphs govern it. Under `torch.compile` torch draws other
-    numbers than in eager mode; masks agree for a seed passed explicitly.
+    Args:
+        device: Device of the seed, or its name.
+
+    Returns:
+        seed [1], int64, on `device`.
+
+    Raises:
+        ValueError: `device` is no device and no name of one.
+
+    Example:
+        ```python
+        import torch
+        from gpt_fast import ops
+
+        x, residual, seed = torch.randn(8, 64), torch.randn(8, 64), ops.new_seed("cpu")
+        one, other = (ops.add_layer_norm(x, residual, dropout_p=0.1, seed=seed)[0] for _ in range(2))
+        print(torch.equal(one, other))  # True
+        ```
+
+    Note:
+        `torch.manual_seed`, activation checkpointing and CUDA graphs govern the seed. Under `torch.compile` torch draws
+        other numbers than in eager mode. Masks agree for a seed that is passed explicitly.
     """
     if not isinstance(device, torch.device | str | int) or isinstance(device, bool):
         raise ValueError(f"gpt_fast.new_seed: device is {device!r}; expected a torch.device or its name")
@@ -389,7 +496,7 @@ def _signed(value: int) -> int:
 
 
 def seed_for(dropout_p: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
-    """The seed an op uses: None without dropout, the caller's, or a new one."""
+    """Return the seed that an op uses: None without dropout, the caller's seed, or a new one."""
     if dropout_p == 0:
         return None
     return new_seed(device) if seed is None else seed

@@ -33,24 +33,48 @@ def add_layer_norm(
     *,
     _normed_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """summed = residual + dropout(x); normed = layer_norm(summed) * weight + bias; returns (normed, summed).
+    """Drop out, add the residual and normalise, in one pass.
 
-    A post-norm block uses `normed`; a pre-norm block carries `summed` on.
+    summed = residual + dropout(x); normed = layer_norm(summed) * weight + bias.
 
-    Shapes: x and residual [..., C] alike, weight and bias [C] or None.
+    A post-norm block uses `normed`. A pre-norm block carries `summed` on.
 
-    Dtypes: float32, bfloat16, float16; weight and bias share one, and both results have the wider of x and residual.
-    The reference serves a call with any float64 argument.
+    Args:
+        x: Output of a residual branch [..., C] in float32, bfloat16, float16 or float64.
+        residual: Residual [..., C] in the shape of x. Its dtype may differ from that of x.
+        weight: Gain [C], or None.
+        bias: Bias [C] in the dtype of `weight`, or None. A bias needs a weight.
+        eps: Positive number added to the variance.
+        dropout_p: Dropout probability of x, in [0, 1).
+        seed: Seed of dropout, int64, one element, on the device of x. Without a seed a new one is drawn.
+        site: Number of this dropout within a forward pass.
 
-    Precision: `summed` is rounded once and `normed` is the norm of what was stored, so backward needs nothing else.
+    Returns:
+        (normed, summed), both [..., C] in the wider dtype of x and residual.
 
-    Dropout: a row site, row i of x viewed as [M, C] (see `gpt_fast.ops`); without a seed one is drawn.
+    Raises:
+        ValueError: `layer_norm` would raise it, x and residual have unlike shapes, or `dropout_p` lies outside [0, 1).
+        NotImplementedError: A gradient is differentiated again.
 
-    Deterministic.
+    Example:
+        ```python
+        import torch
+        from gpt_fast import ops
 
-    Raises as `layer_norm` does, and `ValueError` for unlike shapes or dropout_p outside [0, 1).
+        x, residual, weight, bias = torch.randn(8, 64), torch.randn(8, 64), torch.ones(64), torch.zeros(64)
+        normed, summed = ops.add_layer_norm(x, residual, weight, bias, dropout_p=0.1)
+        print(normed.shape, summed.shape)  # torch.Size([8, 64]) torch.Size([8, 64])
+        ```
 
-    Source: Vaswani et al. (2017), "Attention Is All You Need", section 5.4, arXiv:1706.03762.
+    Note:
+        Precision: statistics and sums are float32. `summed` is rounded once, and `normed` is the norm of the rounded
+        sum, so that backward needs nothing else. The reference serves a call with any float64 argument.
+
+        Dropout is a row site: row i of x viewed as [M, C]. See `gpt_fast.ops`.
+
+        Results are deterministic.
+
+        Source: Vaswani et al. (2017), "Attention Is All You Need", section 5.4, arXiv:1706.03762.
     """
     # `_normed_dtype`, which only this library's blocks pass, is the dtype of `normed`: see `_library.product_dtype`.
     plain = (

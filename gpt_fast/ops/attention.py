@@ -42,32 +42,62 @@ def attention(
     site: int = 0,
     scale: float | None = None,
 ) -> Tensor:
-    """out = dropout(softmax(scale Q Kᵀ, over the keys a query may attend to)) V.
+    """Attend to the keys that each query may see, with any of GPT's masks and dropout.
 
-    Shapes: q [B, H, T, D], k and v [B, H, S, D] with D up to 256; out [B, H, T, D], laid out so that merging the heads
-    is a view. Any strides are read in place. A key serves a query where all conditions given hold: `causal` (the last
-    query sits at the last key; needs T ≤ S), `lengths` [B] (keys before it), `key_mask` [B, S] and `mask`,
-    broadcastable to [B, H, T, S] (True: may attend), `cu_seqlens` [n + 1] (sequences packed into B = 1, T = S, each
-    sees itself), `window` (i - window < j, and j < i + window if not causal). A query left without keys gives 0.
-    `scale` defaults to D^-1/2.
+    out = dropout(softmax(scale Q Kᵀ, over the keys a query may attend to)) V.
 
-    Dtypes: q, k, v alike, float32, bfloat16, float16 (float64: the reference), cast to the autocast dtype where
-    autocast is on; masks bool, lengths and cu_seqlens int64 or int32.
+    A key serves a query if it fulfils every condition given: `causal`, `lengths`, `key_mask`, `mask`, `cu_seqlens` and
+    `window`. A query that is left without keys gives 0.
 
-    Precision: scores, softmax and sums in float32, probabilities rounded once to the dtype of v before the product;
-    backward, their scores' gradients likewise, and Σ dout·out is taken from the rounded output. What keys contain that
-    lengths, key_mask or cu_seqlens exclude (NaN too) changes nothing.
+    Args:
+        q: Queries [B, H, T, D], D from 1 to 256, in float32, bfloat16, float16 or float64. Any strides are read in
+            place.
+        k: Keys [B, H, S, D], in the dtype of q.
+        v: Values [B, H, S, D], in the dtype of q.
+        causal: Let a query attend only to keys up to its own position. The last query sits at the last key, so T ≤ S.
+        lengths: How many keys of each sequence are real [B], int64 or int32. A query attends to keys before that
+            length.
+        key_mask: Bool [B, S], True for a key that queries may attend to.
+        mask: Bool, broadcastable to [B, H, T, S], True where a query may attend to a key.
+        cu_seqlens: Bounds [n + 1] of n sequences that are packed into one row, int64 or int32. It needs B = 1 and T =
+            S. Each sequence sees itself alone.
+        window: Let query i attend to key j only if i - window < j and, unless `causal`, j < i + window.
+        dropout_p: Dropout probability of the attention probabilities, in [0, 1).
+        seed: Seed of dropout, int64, one element, on the device of q. Without a seed a new one is drawn.
+        site: Number of this dropout within a forward pass.
+        scale: Factor of the scores. The default is D^-1/2.
 
-    Dropout: a matrix site, query i, key j, b = batch·H + head; packed, i and j count within their sequence and b =
-    sequence·H + head.
+    Returns:
+        out [B, H, T, D] in the dtype of q, laid out so that merging the heads is a view.
 
-    Deterministic.
+    Raises:
+        ValueError: A dtype, shape or device is another than above, D exceeds 256, `window` is below 1, `scale` is not
+            finite, or `dropout_p` lies outside [0, 1). On CPU (elsewhere after `check_values`) also if `lengths` lie
+            outside [0, S], or if `cu_seqlens` do not rise from 0 to at most T.
+        NotImplementedError: A gradient is differentiated again.
 
-    Raises `ValueError` for other dtypes, shapes or devices, D > 256, window < 1, a scale that is not finite, dropout_p
-    outside [0, 1), and on CPU (elsewhere after `check_values`) for lengths outside [0, S] or cu_seqlens that do not
-    rise from 0 to at most T; `NotImplementedError` on double backward.
+    Example:
+        ```python
+        import torch
+        from gpt_fast import ops
 
-    Source: Vaswani et al. (2017), arXiv:1706.03762; Dao (2023), arXiv:2307.08691.
+        q, k, v = (torch.randn(2, 4, 100, 64) for _ in range(3))
+        print(ops.attention(q, k, v, window=32).shape)  # torch.Size([2, 4, 100, 64])
+        ```
+
+    Note:
+        Precision: scores, softmax and sums are float32. Probabilities are rounded once to the dtype of v before the
+        product. Backward rounds the scores' gradients likewise, and takes Σ dout·out from the rounded output. Where
+        autocast is on, q, k and v are cast to its dtype. The reference serves float64.
+
+        Keys that `lengths`, `key_mask` or `cu_seqlens` exclude change nothing, whatever they contain (NaN too).
+
+        Dropout is a matrix site: query i, key j, b = batch·H + head. In packed rows i and j count within their
+        sequence, and b = sequence·H + head.
+
+        Results are deterministic.
+
+        Source: Vaswani et al. (2017), arXiv:1706.03762; Dao (2023), arXiv:2307.08691.
     """
     _checks.tensors("attention", q=q, k=k, v=v)
     q, k, v = _library.autocast(q, k, v)
@@ -96,12 +126,46 @@ def attention_qkv(
     site: int = 0,
     scale: float | None = None,
 ) -> Tensor:
-    """`attention` on a packed projection, qkv [B, T, 3C] → [B, T, C] with the heads merged.
+    """Attend as `attention` does, on a packed projection, with the heads merged.
 
-    C = num_heads · D; the last axis holds all of Q, then K, then V, as `nn.MultiheadAttention.in_proj_weight` makes it.
-    The gradient comes back as one [B, T, 3C] tensor: separate ones would have to be concatenated. Options, dtypes,
-    precision, dropout, determinism, errors and source are those of `attention`; besides, `ValueError` where the last
-    axis is no multiple of 3 · num_heads.
+    out = merge(attention(Q, K, V)), where qkv = [Q K V] along its last axis.
+
+    The gradient is one [B, T, 3C] tensor. Separate gradients would have to be concatenated.
+
+    Args:
+        qkv: Projection [B, T, 3C], C = num_heads · D. The last axis holds all of Q, then K, then V, as
+            `nn.MultiheadAttention.in_proj_weight` makes it. Dtypes are those of `attention`.
+        num_heads: Number of heads H.
+        causal: As in `attention`, and so are the arguments below, with S = T.
+        lengths: Real tokens [B], int64 or int32.
+        key_mask: Bool [B, T], True for a key that queries may attend to.
+        mask: Bool, broadcastable to [B, H, T, T], True where a query may attend to a key.
+        cu_seqlens: Bounds [n + 1] of packed sequences, int64 or int32.
+        window: Width of a sliding window.
+        dropout_p: Dropout probability in [0, 1).
+        seed: Seed of dropout, int64, one element, on the device of qkv.
+        site: Number of this dropout within a forward pass.
+        scale: Factor of the scores. The default is D^-1/2.
+
+    Returns:
+        out [B, T, C] in the dtype of qkv.
+
+    Raises:
+        ValueError: `attention` would raise it, `num_heads` is below 1, or the last axis is no multiple of 3 ·
+            num_heads.
+        NotImplementedError: A gradient is differentiated again.
+
+    Example:
+        ```python
+        import torch
+        from gpt_fast import ops
+
+        qkv = torch.randn(2, 100, 3 * 256)
+        print(ops.attention_qkv(qkv, 4).shape)  # torch.Size([2, 100, 256])
+        ```
+
+    Note:
+        Precision, dropout, determinism and source are those of `attention`.
     """
     _checks.tensors("attention_qkv", qkv=qkv)
     _checks.integer("attention_qkv", num_heads=num_heads)
@@ -210,7 +274,7 @@ _NAMES = ("lengths", "key_mask", "mask", "cu_seqlens", "causal", "window", "drop
 
 
 def _in_order(options: dict) -> tuple:
-    """The options in the order of the schemas."""
+    """Return the options in the order of the schemas."""
     return tuple(options.values())
 
 
@@ -221,7 +285,7 @@ def _save(ctx, tensors: tuple, options: tuple) -> None:
 
 
 def _saved(ctx) -> tuple[tuple, tuple]:
-    """The tensors `_save` was given, and the options in order."""
+    """Return the tensors that `_save` was given, and the options in order."""
     *tensors, lengths, key_mask, mask, cu_seqlens, seed = ctx.saved_tensors
     causal, window, dropout_p, site, scale = ctx.scalars
     return tensors, (lengths, key_mask, mask, cu_seqlens, causal, window, dropout_p, seed, site, scale)

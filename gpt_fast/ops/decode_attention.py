@@ -20,21 +20,38 @@ _library.define_forward(
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
-    """out = softmax(D^-1/2 q Kᵀ) V over the first `lengths` entries of each sequence's cache.
+    """Attend from one new query a sequence to a cache of keys and values.
 
-    Shapes: q [B, H, D], k_cache and v_cache [B, H, S, D] with D up to 256, lengths [B]; out [B, H, D]. A length of 0
-    gives 0.
+    out = softmax(D^-1/2 q Kᵀ) V over the first `lengths` entries of each sequence's cache.
 
-    Dtypes: q, k_cache, v_cache alike, float32, bfloat16 or float16 (float64: the reference); lengths int64 or int32.
+    Args:
+        q: Queries [B, H, D], D from 1 to 256, in float32, bfloat16, float16 or float64.
+        k_cache: Keys [B, H, S, D], in the dtype of q.
+        v_cache: Values [B, H, S, D], in the dtype of q.
+        lengths: How many entries of each sequence are filled [B], int64 or int32. A length of 0 gives 0.
 
-    Precision: scores, softmax and sums in float32, one rounding on store.
+    Returns:
+        out [B, H, D] in the dtype of q.
 
-    Deterministic. No gradient: it serves generation.
+    Raises:
+        ValueError: A dtype, shape or device is another than above, or an input requires a gradient while autograd
+            records. On CPU (elsewhere after `check_values`) also if `lengths` lie outside [0, S].
 
-    Raises `ValueError` for other dtypes, shapes or devices, inputs that require a gradient while autograd records, and
-    on CPU (elsewhere after `check_values`) for lengths outside [0, S].
+    Example:
+        ```python
+        import torch
+        from gpt_fast import ops
 
-    Source: Dao et al. (2023), "Flash-Decoding for long-context inference".
+        q, k_cache, v_cache = torch.randn(2, 4, 64), torch.randn(2, 4, 128, 64), torch.randn(2, 4, 128, 64)
+        print(ops.decode_attention(q, k_cache, v_cache, torch.tensor([5, 128])).shape)  # torch.Size([2, 4, 64])
+        ```
+
+    Note:
+        Precision: scores, softmax and sums are float32, and each result is rounded once. The reference serves float64.
+
+        Results are deterministic. The op has no gradient, because it serves generation.
+
+        Source: Dao et al. (2023), "Flash-Decoding for long-context inference".
     """
     op = "decode_attention"
     _check(op, k_cache, v_cache, lengths, q=q)
@@ -48,25 +65,48 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
 def decode_attention_append(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor
 ) -> Tensor:
-    """K[b, :, lengths[b]] = k[b], V likewise, in place; out = softmax(D^-1/2 q Kᵀ) V over the first lengths[b] + 1.
+    """Append one key and value a sequence to the caches in place, and attend to them too.
 
-    A decode step's attention: the caches get the new token's key and value, and its query sees them too. On CUDA it is
-    as many kernels as `decode_attention`. The caller advances `lengths`.
+    K[b, :, lengths[b]] = k[b], V likewise; out = softmax(D^-1/2 q Kᵀ) V over the first lengths[b] + 1 entries.
 
-    Shapes: q, k and v [B, H, D], k_cache and v_cache [B, H, S, D] with S ≥ 1 and D up to 256, lengths [B]; out
-    [B, H, D]. The caches may be slices; none of their entries may share memory with another, or with k and v.
+    This is the attention of a decode step. The caller advances `lengths`.
 
-    Dtypes: q, k, v, k_cache, v_cache alike, float32, bfloat16 or float16 (float64: the reference); lengths int64 or
-    int32.
+    Args:
+        q: Queries [B, H, D], D from 1 to 256, in float32, bfloat16, float16 or float64.
+        k: New keys [B, H, D], in the dtype of q.
+        v: New values [B, H, D], in the dtype of q.
+        k_cache: Keys [B, H, S, D], S ≥ 1, in the dtype of q. The caches may be slices. None of their entries may share
+            memory with another entry, or with k and v.
+        v_cache: Values [B, H, S, D], in the dtype of q.
+        lengths: How many entries of each sequence are filled [B], int64 or int32. Where nobody checks them, they are
+            clamped to [0, S).
 
-    Precision: scores, softmax and sums in float32, one rounding on store.
+    Returns:
+        out [B, H, D] in the dtype of q.
 
-    Deterministic. No gradient: it serves generation.
+    Raises:
+        ValueError: A dtype, shape or device is another than above, or an input requires a gradient while autograd
+            records. On CPU (elsewhere after `check_values`) also if `lengths` lie outside [0, S).
 
-    Raises `ValueError` for other dtypes, shapes or devices, inputs that require a gradient while autograd records, and
-    on CPU (elsewhere after `check_values`) for lengths outside [0, S). Where nobody checks them, lengths are clamped.
+    Example:
+        ```python
+        import torch
+        from gpt_fast import ops
 
-    Source: Dao et al. (2023), "Flash-Decoding for long-context inference".
+        q, k, v = (torch.randn(2, 4, 64) for _ in range(3))
+        k_cache, v_cache, lengths = torch.zeros(2, 4, 8, 64), torch.zeros(2, 4, 8, 64), torch.tensor([0, 5])
+        ops.decode_attention_append(q, k, v, k_cache, v_cache, lengths)
+        print(torch.equal(k_cache[1, :, 5], k[1]))  # True
+        ```
+
+    Note:
+        Precision: scores, softmax and sums are float32, and each result is rounded once. The reference serves float64.
+
+        Results are deterministic. The op has no gradient, because it serves generation.
+
+        Cost: on CUDA this op launches as many kernels as `decode_attention`.
+
+        Source: Dao et al. (2023), "Flash-Decoding for long-context inference".
     """
     op = "decode_attention_append"
     _check(op, k_cache, v_cache, lengths, q=q, k=k, v=v)

@@ -27,24 +27,44 @@ def embedding(
     seed: Tensor | None = None,
     site: int = 0,
 ) -> Tensor:
-    """out = dropout(token_weight[tokens] + position_weight[positions]).
+    """Add token and position embeddings, and drop out, in one pass.
 
-    Shapes: tokens [..., T], token_weight [V, C], position_weight [P, C], positions [T] or like tokens (default: counted
-    from 0); out [..., T, C].
+    out = dropout(token_weight[tokens] + position_weight[positions]).
 
-    Dtypes: tokens and positions int64 or int32; both weights alike, float32, bfloat16 or float16 (float64: the
-    reference).
+    Args:
+        tokens: Token ids [..., T], int64 or int32.
+        token_weight: Table [V, C] in float32, bfloat16, float16 or float64.
+        position_weight: Table [P, C] in the dtype of `token_weight`.
+        positions: Positions [T] or in the shape of `tokens`, int64 or int32. By default they count from 0.
+        dropout_p: Dropout probability in [0, 1).
+        seed: Seed of dropout, int64, one element, on the device of the tables. Without a seed a new one is drawn.
+        site: Number of this dropout within a forward pass.
 
-    Precision: the sum in float32, one rounding on store.
+    Returns:
+        out [..., T, C] in the dtype of `token_weight`.
 
-    Dropout: a row site, row i of out viewed as [M, C].
+    Raises:
+        ValueError: A dtype or shape is another than above, the devices differ, T exceeds P without `positions`, or
+            `dropout_p` lies outside [0, 1). On CPU (elsewhere after `check_values`) also if ids lie outside the tables.
+        NotImplementedError: A gradient is differentiated again.
 
-    Deterministic: backward adds the rows of one token in their order.
+    Example:
+        ```python
+        import torch
+        from gpt_fast import ops
 
-    Raises `ValueError` for other dtypes or shapes, mixed devices, T > P, dropout_p outside [0, 1), and on CPU
-    (elsewhere after `check_values`) for ids outside the tables; `NotImplementedError` on double backward.
+        tokens, token_weight, position_weight = torch.randint(100, (2, 16)), torch.randn(100, 64), torch.randn(32, 64)
+        print(ops.embedding(tokens, token_weight, position_weight).shape)  # torch.Size([2, 16, 64])
+        ```
 
-    Source: Radford et al. (2018), "Improving Language Understanding by Generative Pre-Training".
+    Note:
+        Precision: the sum is float32, and each result is rounded once. The reference serves float64.
+
+        Dropout is a row site: row i of out viewed as [M, C].
+
+        Results are deterministic. Backward adds the rows of one token in their order.
+
+        Source: Radford et al. (2018), "Improving Language Understanding by Generative Pre-Training".
     """
     _checks.tensors("embedding", tokens=tokens, token_weight=token_weight, position_weight=position_weight)
     _checks.optional_tensors("embedding", positions=positions)

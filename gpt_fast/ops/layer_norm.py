@@ -26,22 +26,41 @@ def layer_norm(
     *,
     _y_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension.
+    """Normalise over the last dimension, with a gain and a bias.
 
-    Shapes: x [..., C], weight and bias [C] or None; y like x, contiguous. Rows that lie at one distance are read in
-    place, whatever the distance.
+    y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias.
 
-    Dtypes: float32, bfloat16, float16; weight and bias share a dtype, which may be wider than x's. The reference serves
-    a call with any float64 argument.
+    Args:
+        x: Input [..., C] in float32, bfloat16, float16 or float64. Rows at one distance are read in place, whatever the
+            distance.
+        weight: Gain [C], or None. Its dtype may be wider than that of x.
+        bias: Bias [C] in the dtype of `weight`, or None. A bias needs a weight.
+        eps: Positive number added to the variance.
 
-    Precision: statistics and sums in float32, one rounding on store.
+    Returns:
+        y [..., C] in the dtype of x, contiguous. Autocast does not change its dtype.
 
-    Deterministic, forward and backward, at any number of threads. Under autocast the dtype of y stays that of x.
+    Raises:
+        ValueError: A dtype or shape is another than above, the devices differ, a bias comes without weight, or `eps` is
+            not a positive number.
+        NotImplementedError: A gradient is differentiated again.
 
-    Raises `ValueError` for other dtypes, shapes, mixed devices, a bias without weight or eps that is not a positive
-    number; `NotImplementedError` on double backward.
+    Example:
+        ```python
+        import torch
+        from gpt_fast import ops
 
-    Source: Ba, Kiros, Hinton (2016), "Layer Normalization", arXiv:1607.06450.
+        y = ops.layer_norm(torch.randn(8, 768), torch.ones(768), torch.zeros(768))
+        print(y.shape)  # torch.Size([8, 768])
+        ```
+
+    Note:
+        Precision: statistics and sums are float32, and each result is rounded once. The reference serves a call with
+        any float64 argument.
+
+        Results are deterministic, forward and backward, at any number of threads.
+
+        Source: Ba, Kiros, Hinton (2016), "Layer Normalization", arXiv:1607.06450.
     """
     # `_y_dtype`, which only this library's blocks pass, is the dtype of y: see `_library.product_dtype`.
     if not (_library.is_plain_call("layer_norm", x, weight, bias) and has_plain_shapes(x, weight, bias, eps)):

@@ -15,24 +15,41 @@ _library.define_backward(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x weightᵀ + bias.
+    """Project the last dimension by a weight and a bias.
 
-    On CPU a C++ kernel on the matrix products of `mlp`: PyTorch's own in bfloat16 and float16 are up to 80 times as
-    slow as in float32 where the CPU has no instructions for them. Everywhere else, for float64 and under
-    `use_reference`, it is `F.linear`, which is also its definition.
+    y = x weightᵀ + bias.
 
-    Shapes: x [..., C], weight [N, C], bias [N] or None; y [..., N]. The weight may have any strides; its gradient gets
-    the same.
+    Args:
+        x: Input [..., C] in float32, bfloat16, float16 or float64. All tensors share one dtype.
+        weight: Weight [N, C]. It may have any strides, and its gradient gets the same.
+        bias: Bias [N], or None.
 
-    Dtypes: all alike, float32, bfloat16, float16 or float64; cast to the autocast dtype where autocast is on.
+    Returns:
+        y [..., N] in the dtype of x.
 
-    Precision: sums in float32, each result rounded once.
+    Raises:
+        ValueError: A dtype, shape or device is another than above.
+        NotImplementedError: A gradient is differentiated again.
 
-    Deterministic; on CPU the same bits at any number of threads.
+    Example:
+        ```python
+        import torch
+        from gpt_fast import ops
 
-    Raises `ValueError` for other dtypes or shapes; `NotImplementedError` on double backward.
+        print(ops.linear(torch.randn(8, 64), torch.randn(256, 64)).shape)  # torch.Size([8, 256])
+        ```
 
-    Source: `torch.nn.functional.linear`, which it stands in for.
+    Note:
+        Precision: sums are float32, and each result is rounded once. Where autocast is on, all tensors are cast to its
+        dtype.
+
+        Results are deterministic. On CPU they have the same bits at any number of threads.
+
+        Cost: on CPU a C++ kernel runs the matrix products of `mlp`. PyTorch's own products in bfloat16 and float16 are
+        up to 80 times as slow as in float32 where the CPU has no instructions for them. Everywhere else, for float64
+        and under `use_reference`, this op is `F.linear`, which is also its definition.
+
+        Source: `torch.nn.functional.linear`.
     """
     _checks.tensors("linear", x=x, weight=weight)
     _checks.optional_tensors("linear", bias=bias)

@@ -34,24 +34,47 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """loss = -(1 - ε) log p[target] - ε/V Σ_v log p[v], with p = softmax(x weightᵀ + bias) and ε = label_smoothing.
+    """Project onto the vocabulary and return the cross-entropy, without storing logits.
 
-    Shapes: x [..., C], weight [V, C], target [...], bias [V] or None; loss a scalar, or like target for
-    reduction="none". Rows whose target is `ignore_index` count nowhere and are not computed; "mean" divides by the
-    others, and is 0 where there are none. The [N, V] logits are never stored by the kernels.
+    loss = -(1 - ε) log p[target] - ε/V Σ_v log p[v], with p = softmax(x weightᵀ + bias) and ε = label_smoothing.
 
-    Dtypes: x, weight, bias alike, float32, bfloat16 or float16 (float64: the reference), cast to the autocast dtype
-    where autocast is on; target int64; the loss is float32.
+    Args:
+        x: Hidden states [..., C] in float32, bfloat16, float16 or float64.
+        weight: Weight [V, C] of the output layer, in the dtype of x.
+        target: Classes [...], int64, in [0, V) or `ignore_index`.
+        bias: Bias [V] in the dtype of x, or None.
+        ignore_index: Target of a row that does not count. Such rows are not computed.
+        label_smoothing: Share ε of the loss that all classes have, in [0, 1].
+        reduction: "mean" over the rows that count (0 if there are none), "sum", or "none".
 
-    Precision: logits, softmax and sums in float32; the logits' gradient is rounded to x's dtype as an operand, dx
-    before and after it is scaled by the upstream gradient (so once where that is a power of two), others once.
+    Returns:
+        loss, float32 (float64 by the reference), a scalar, or in the shape of `target` with reduction="none".
 
-    Deterministic; on CPU the same bits at any number of threads.
+    Raises:
+        ValueError: A dtype, shape or device is another than above, the reduction is unknown, or `label_smoothing` lies
+            outside [0, 1]. On CPU (elsewhere after `check_values`) also if a target lies outside [0, V).
+        NotImplementedError: A gradient is differentiated again.
 
-    Raises `ValueError` for other dtypes or shapes, an unknown reduction, label_smoothing outside [0, 1], and on CPU
-    (elsewhere after `check_values`) for a target outside [0, V); `NotImplementedError` on double backward.
+    Example:
+        ```python
+        import torch
+        from gpt_fast import ops
 
-    Source: Szegedy et al. (2016), section 7, arXiv:1512.00567, for the smoothing.
+        x, weight, target = torch.randn(8, 64), torch.randn(1000, 64), torch.randint(1000, (8,))
+        print(ops.linear_cross_entropy(x, weight, target).shape)  # torch.Size([])
+        ```
+
+    Note:
+        Precision: logits, softmax and sums are float32. The gradient of the logits is rounded to the dtype of x,
+        because it is an operand of a product. The gradient of x is rounded before and after it is scaled by the
+        upstream gradient, so once where that is a power of two. Other gradients are rounded once. Where autocast is on,
+        x, weight and bias are cast to its dtype. The reference serves float64.
+
+        Results are deterministic. On CPU they have the same bits at any number of threads.
+
+        Cost: the kernels never store the [N, V] logits.
+
+        Source: Szegedy et al. (2016), section 7, arXiv:1512.00567, for the smoothing.
     """
     op = "linear_cross_entropy"
     _checks.tensors(op, x=x, weight=weight, target=target)
@@ -100,7 +123,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if reduction == "none":
             grads = _library.backward("linear_cross_entropy", dloss, x, weight, target, bias, *options, *needs)
         else:
-            # What follows could be differentiated, as if the gradients were constants.
+            # Autograd could differentiate the code below, as if the gradients were constants.
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 raise NotImplementedError(
                     "gpt_fast.linear_cross_entropy: double backward is not implemented, nor create_graph=True; "
@@ -129,7 +152,7 @@ def _power_of_two(count: Tensor) -> Tensor:
 
 
 def _scaled(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """total * scale, in place or rounded in one pass: no second copy of a weight's gradient, but inside a transform."""
+    """Return total * scale, in place or rounded in one pass. A second copy is made only inside a transform."""
     if _transforms.is_batched(scale):
         return (total * scale).to(dtype)
     if total.dtype == dtype and not _transforms.is_transformed():

@@ -6,9 +6,9 @@ from torch import Tensor
 from .. import _activations, _transforms, reference
 from . import _checks, _flops, _library
 
-# `hidden` [..., F] is what backward needs, in x's dtype: the activation after dropout for relu, whose derivative can be
-# read off it, and the activation's input for gelu. It is empty where backward is to recompute it. `needs` says which of
-# the five gradients are wanted; the others come back empty.
+# `hidden` [..., F] is kept for backward, in x's dtype: for relu the activation after dropout, which has the derivative,
+# and for gelu the activation's input. It is empty if backward recomputes it. `needs` has a flag for each of the five
+# gradients; the others come back empty.
 _library.define_forward(
     "mlp",
     "(Tensor x, Tensor fc_weight, Tensor? fc_bias, Tensor proj_weight, Tensor? proj_bias, str activation,"
@@ -47,27 +47,52 @@ def mlp(
     site: int = 0,
     recompute: bool = False,
 ) -> Tensor:
-    """y = dropout(activation(x fc_weightᵀ + fc_bias)) proj_weightᵀ + proj_bias.
+    """Apply two linear layers with an activation and dropout between them.
 
-    Shapes: x [..., C], fc_weight [F, C], fc_bias [F] or None, proj_weight [C', F], proj_bias [C'] or None; y [..., C'].
-    Weights may have any strides; their gradients get the same. activation: "relu", "gelu" or "gelu_tanh". One [..., F]
-    tensor is kept for backward (and where cuBLASLt serves relu, a bit for each of its elements); `recompute=True` keeps
-    none and repeats the first product.
+    y = dropout(activation(x fc_weightᵀ + fc_bias)) proj_weightᵀ + proj_bias.
 
-    Dtypes: all alike, float32, bfloat16 or float16 (float64: the reference); cast to the autocast dtype where autocast
-    is on.
+    Args:
+        x: Input [..., C] in float32, bfloat16, float16 or float64. All tensors share one dtype.
+        fc_weight: Weight [F, C] of the first layer. Weights may have any strides, and their gradients get the same.
+        fc_bias: Bias [F], or None.
+        proj_weight: Weight [C', F] of the second layer.
+        proj_bias: Bias [C'], or None.
+        activation: "relu", "gelu" or "gelu_tanh".
+        dropout_p: Dropout probability of the hidden activation, in [0, 1).
+        seed: Seed of dropout, int64, one element, on the device of x. Without a seed a new one is drawn.
+        site: Number of this dropout within a forward pass.
+        recompute: Keep no hidden tensor for backward, and repeat the first product there.
 
-    Precision: products accumulate in float32, the hidden activation is rounded once to x's dtype, so is each result;
-    gelu's backward starts from the activation's input rounded to x's dtype.
+    Returns:
+        y [..., C'] in the dtype of x.
 
-    Dropout: a matrix site, row i of x viewed as [M, C], column j of F, b = 0.
+    Raises:
+        ValueError: A dtype, shape or device is another than above, the activation is unknown, or `dropout_p` lies
+            outside [0, 1).
+        NotImplementedError: A gradient is differentiated again.
 
-    Deterministic; on CPU the same bits at any number of threads.
+    Example:
+        ```python
+        import torch
+        from gpt_fast import ops
 
-    Raises `ValueError` for other dtypes or shapes, an unknown activation, dropout_p outside [0, 1);
-    `NotImplementedError` on double backward.
+        x, fc_weight, proj_weight = torch.randn(8, 64), torch.randn(256, 64), torch.randn(64, 256)
+        print(ops.mlp(x, fc_weight, None, proj_weight, None, "relu").shape)  # torch.Size([8, 64])
+        ```
 
-    Source: Vaswani et al. (2017), section 3.3; Hendrycks and Gimpel (2016), arXiv:1606.08415.
+    Note:
+        Precision: products accumulate in float32. The hidden activation is rounded once to the dtype of x, and so is
+        each result. The backward of gelu starts from the activation's input rounded to the dtype of x. Where autocast
+        is on, all tensors are cast to its dtype. The reference serves float64.
+
+        Dropout is a matrix site: row i of x viewed as [M, C], column j of F, b = 0.
+
+        Results are deterministic. On CPU they have the same bits at any number of threads.
+
+        Cost: one [..., F] tensor is kept for backward. Where cuBLASLt serves relu, one bit for each of its elements is
+        kept too.
+
+        Source: Vaswani et al. (2017), section 3.3; Hendrycks and Gimpel (2016), arXiv:1606.08415.
     """
     _checks.tensors("mlp", x=x, fc_weight=fc_weight, proj_weight=proj_weight)
     _checks.optional_tensors("mlp", fc_bias=fc_bias, proj_bias=proj_bias)
@@ -102,7 +127,7 @@ def mlp(
 
 
 def _cublaslt_serves(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, activation: str, dropout_p: float) -> bool:
-    """Whether cuBLASLt can compute this, and was measured to be faster than Triton at it."""
+    """Return True if cuBLASLt can compute the call and was measured to be faster than Triton."""
     if dropout_p or not _activations.ACTIVATIONS[activation].cublaslt or x.dtype not in (torch.bfloat16, torch.float16):
         return False
     classes = _classes_of_cublaslt(activation, x.get_device())
@@ -116,7 +141,7 @@ def _cublaslt_serves(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, activati
 
 @_transforms.constant_in_graphs
 def _classes_of_cublaslt(activation: str, device_index: int) -> tuple[tuple[int, bool], ...]:
-    """(columns of x up to, whether cuBLASLt serves), ascending, as kernels/launch_configs.py has it for the device."""
+    """Return (largest width of x, True if cuBLASLt serves), ascending, as launch_configs.py has it for the device."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key("gpt_fast::mlp_cublaslt_forward", "CUDA"):
         return ()
     launch_configs = _library.triton_kernel("launch_configs")

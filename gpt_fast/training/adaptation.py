@@ -117,10 +117,10 @@ def _check_class_weights(settings: FinetuneSettings, task: TaskSettings) -> None
 
 
 def class_weights(given: str, names: Sequence[str], rows: Sequence[Example], task: TaskSettings) -> list[float]:
-    """Return the weight of each class: the numbers that the user gave, or N / (K · rows of the class) as scikit-learn's
-    "balanced" has it. K counts the classes that have rows; a class without any weighs 1.
+    """Return the weight of each class: the user's numbers, or N / (K · rows of the class) for "balanced".
 
-    Where a row has several labels, "balanced" is the rows without the label over those that have it.
+    This is scikit-learn's "balanced". K counts the classes that have rows, and a class without any weighs 1. Where a
+    row has several labels, the weight is the number of rows without the label over the number with it.
     """
     if given != "balanced":
         weights = [float(part) for part in given.split(",")]

@@ -1,5 +1,7 @@
-"""A model on its kernels beside the same model on the pure-PyTorch reference: do they agree, and how fast is each?
-And runs beside each other: how soon does each reach a loss?"""
+"""Comparison of a model on its kernels with the pure-PyTorch reference, and of runs with each other.
+
+Do the two models agree, and how fast is each? How soon does each run reach a loss?
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,12 @@ Mode = Callable[[], AbstractContextManager[object]]
 def compare(
     folder: Path, device: str, batch_size: int, repeats: int, show: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Largest differences of logits and gradients on one batch of random tokens, with the dropout that the model
-    trains with and the same masks in both, then tokens per second of whole training steps, the two taking turns."""
+    """Compare a model on its kernels with the reference, in results and in speed.
+
+    The results are the largest differences of logits and gradients on one batch of random tokens, with the dropout that
+    the model trains with and the same masks in both. The speeds are tokens per second of whole training steps, which
+    the two run in turns.
+    """
     model = load_run(folder, device)
     config = model.config
     tokens = batch_size * config.seq_len
@@ -100,7 +106,7 @@ def first_at(curve: Sequence[dict[str, float]], metric: str, loss: float, field:
 
 
 def random_batch(model: Head, batch_size: int) -> Batch:
-    """Random tokens with the labels that the model's head takes; rows of a classifier have unequal lengths."""
+    """Return random tokens with the labels that the model's head takes. Rows of a classifier have unequal lengths."""
     config = model.config
     generator = torch.Generator().manual_seed(SEED)
     tokens = torch.randint(config.num_tokens, (batch_size, config.seq_len), generator=generator)
@@ -129,7 +135,7 @@ def random_batch(model: Head, batch_size: int) -> Batch:
 
 
 def logits_and_gradients(model: nn.Module, batch: Batch, mode: Mode) -> tuple[Tensor, list[Tensor]]:
-    """One training pass in float32: logits, and the gradient of every parameter that has one."""
+    """Return logits of one training pass in float32, and the gradient of every parameter that has one."""
     model.train()
     model.zero_grad(set_to_none=True)
     torch.manual_seed(SEED)  # the same dropout masks every time
@@ -141,8 +147,7 @@ def logits_and_gradients(model: nn.Module, batch: Batch, mode: Mode) -> tuple[Te
 
 
 def difference(got: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
-    """The largest `|got - wanted|` of all tensors, and the largest ratio of a tensor's difference to its own largest
-    entry."""
+    """Return the largest `|got - wanted|` of all tensors, and the largest ratio of it to a tensor's largest entry."""
     largest, relative = 0.0, 0.0
     for a, b in zip(got, wanted, strict=True):
         apart, scale = float((a - b).abs().max()), float(b.abs().max())

@@ -107,8 +107,10 @@ def _evaluate_form(
 
 
 def run_task(model: Head, record: dict[str, Any]) -> TaskSettings | None:
-    """The task that a run was fine-tuned for; None for a language model. A classifier saved without a record reads
-    columns text and label."""
+    """Return the task that a run was fine-tuned for, or None for a language model.
+
+    A classifier saved without a record reads columns text and label.
+    """
     if "columns" in record:
         columns: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in record["columns"].items()}
         return TaskSettings(**columns)
@@ -120,7 +122,7 @@ def run_task(model: Head, record: dict[str, Any]) -> TaskSettings | None:
 
 
 def run_labels(model: Head, record: dict[str, Any]) -> list[str]:
-    """The names of a run's classes, or of those of another library's classifier; numbers where it has no names."""
+    """Return the names of a run's classes, or of another library's classifier, or numbers if it has no names."""
     if record.get("labels"):
         return list(record["labels"])
     config = model.config
@@ -179,11 +181,14 @@ def evaluate_language_model(
     raw_dtype: str | None = None,
     stride: int | None = None,
 ) -> dict[str, Any]:
-    """Return the loss in nats per predicted token over all of `data`, its perplexity and, for text, the bits per byte
-    and per word, which do not depend on the tokenizer. A masked model is asked for 15 % of the tokens, always the same.
+    """Return the loss in nats per predicted token over all of `data`, its perplexity and, for text, bits.
+
+    Bits are per byte and per word, and do not depend on the tokenizer. A masked model is asked for 15 % of the tokens,
+    always the same.
 
     Windows lie side by side, and a rest shorter than one is left out. With `stride` a window begins so many tokens
-    after the one before, and scores what none before it has: nothing is left out, and tokens have more context.
+    after the one before, and scores the tokens that no window before it has scored: nothing is left out, and tokens
+    have more context.
     """
     T = model.config.seq_len
     if stride is not None and not 1 <= stride <= T:

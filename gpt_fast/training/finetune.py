@@ -51,8 +51,10 @@ FEW_UPDATES = 50  # with fewer, the user gets a remark
 
 
 def finetune(settings: FinetuneSettings, show: Show, say: Say, stop: Stop | None = None) -> Record:
-    """Train a task's head on `L_task + λ·L_lm`, or a causal model on answers, and write a run folder with the weights
-    of the best validation. Return what goes into run.json."""
+    """Train a task's head on `L_task + λ·L_lm`, or a causal model on answers, and write a run folder.
+
+    The folder has the weights of the best validation. Return the record of run.json.
+    """
     task = task_of(settings)  # raises before any table is read
     if settings.convertible and task.task.head is not GPTForSequenceClassification:
         raise ValueError(f"--convertible: is for transformers' classifiers; leave it out for {task.name}")
@@ -178,12 +180,12 @@ def pretrained(head: type[Head], source: Path, **overrides: Any) -> Head:
 
 
 def fresh(head: type[Head], source: Path, **overrides: Any) -> Head:
-    """The model that `pretrained` would load, with weights drawn anew."""
+    """Return the model that `pretrained` would load, with new weights."""
     return load_for_task(source, lambda folder, **changed: head(read_config(folder)[1].replace(**changed)), overrides)
 
 
 def identity(rows: Sequence[Example]) -> dict[str, Any]:
-    """Tells whether a run that goes on reads the table that it began with."""
+    """Return a value that shows whether a resumed run reads the table of its beginning."""
     tagged = any(row.tags for row in rows)
     content = json.dumps([[row.sequences, row.tags if tagged else row.target] for row in rows]).encode()
     return {"rows": len(rows), "crc32": zlib.crc32(content)}
@@ -194,7 +196,7 @@ def answer_bytes(table: Table) -> int:
 
 
 def some_rows(table: Table, count: int, seed: int) -> Table:
-    """`count` rows of a table, drawn by the seed, in the order they stand in."""
+    """Return `count` rows of a table, drawn by the seed, in the table's order."""
     if count > len(table):
         raise ValueError(f"--rows {count}: {table.source} has {len(table):,} to train on")
     order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))
@@ -203,9 +205,11 @@ def some_rows(table: Table, count: int, seed: int) -> Table:
 
 @dataclass
 class RowSource:
-    """The batches of a run as a function of the update: one shuffled pass over the rows after another. `source(step)`
-    is this rank's parts of update `step`, as many on every rank; where there are fewer rows than parts some repeat one
-    that does not count."""
+    """Batches of a run as a function of the update: one shuffled pass over the rows after another.
+
+    `source(step)` returns this rank's parts of update `step`, as many on every rank. If there are fewer rows than
+    parts, some parts repeat a row that does not count.
+    """
 
     rows: Sequence[Example]
     batch_size: int

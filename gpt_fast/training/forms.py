@@ -107,8 +107,10 @@ def last_words(model: GPTForCausalLM, tokenizer: Tokenizer, questions: Sequence[
 
 
 def endings(model: GPTForCausalLM, tokenizer: Tokenizer, questions: Sequence[Question]) -> dict[str, Any]:
-    """Return how often the right ending has the largest log-likelihood: as it is, for each character, which is
-    lm-evaluation-harness's `acc_norm`, and for each token."""
+    """Return how often the right ending has the largest log-likelihood.
+
+    It is measured as it is, for each character (lm-evaluation-harness's `acc_norm`), and for each token.
+    """
     right = {"choice_accuracy": 0, "choice_accuracy_norm": 0, "choice_accuracy_per_token": 0}
     for question, scores in zip(questions, _scores(model, tokenizer, questions), strict=True):
         characters = [len(choice) - 1 for choice in question.choices]  # without the space in front

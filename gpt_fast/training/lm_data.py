@@ -1,4 +1,4 @@
-"""What a language model trains on: text or token files become streams, and an update's number becomes its batches."""
+"""Data of a language model: text or token files become streams, and an update's number becomes its batches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Mask = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 
 def masker(tokenizer: Tokenizer, config: GPTConfig) -> Mask:
-    """`mask_tokens` for this vocabulary."""
+    """Return `mask_tokens` for this vocabulary."""
     special = set(special_ids(tokenizer).values())
     ordinary = torch.tensor([i for i in sorted(tokenizer.get_vocab(True).values()) if i not in special])
     return partial(mask_tokens, mask_token=special_token(config, "mask_token"), ordinary=ordinary)
@@ -38,9 +38,11 @@ def masker(tokenizer: Tokenizer, config: GPTConfig) -> Mask:
 def lm_batch(
     tokens: Tensor, mask: Mask | None, generator: torch.Generator, document_token: int | None, pieces: int = 1
 ) -> Batch:
-    """Windows `[B, T]` as next-token prediction, or with `mask` as hidden-token prediction; with `document_token`
-    packed into one row whose documents do not see each other. Each window is cut into `pieces`, which are windows of
-    their own."""
+    """Return windows `[B, T]` as next-token prediction, or with `mask` as hidden-token prediction.
+
+    With `document_token` they are packed into one row whose documents do not see each other. Each window is cut into
+    `pieces`, which are windows of their own.
+    """
     length = tokens.shape[1] // pieces
     if mask is None:
         tokens = tokens.reshape(-1, length)
@@ -105,7 +107,7 @@ class WindowSource:
 def mask_each(
     tokens: Tensor, generator: torch.Generator, *, mask: Mask, seed: int, positions: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Hides tokens of each row by a generator seeded with its position."""
+    """Hide tokens of each row by a generator seeded with the row's position."""
     rows = [
         mask(row[None], generator.manual_seed(mix(seed, position, 2) >> 1))
         for row, position in zip(tokens, positions, strict=True)
@@ -116,8 +118,10 @@ def mask_each(
 
 @dataclass(frozen=True)
 class LMData:
-    """Training and validation streams with their tokenizer. `document_token` begins each document; `identity` tells
-    whether a run that goes on reads what it began with."""
+    """Training and validation streams with their tokenizer.
+
+    `document_token` begins each document. `identity` shows whether a resumed run reads the data of its beginning.
+    """
 
     source: str
     tokenizer: Tokenizer
@@ -136,8 +140,10 @@ def read_lm_data(
     text_column: str = "text",
     raw_dtype: str | None = None,
 ) -> LMData:
-    """Map token files, or tokenise in memory the text of `paths` or of the standard library, by bpe where no
-    `tokenizer` is named. Rank 0 makes the tokenizer, and reads token files through once to check them."""
+    """Map token files, or tokenise in memory the text of `paths` or of the standard library.
+
+    Without a named `tokenizer` it is bpe. Rank 0 makes the tokenizer, and reads token files through once to check them.
+    """
     files = token_files(paths)
     if files:
         return _read_token_files(files, tokenizer, ranks, raw_dtype)

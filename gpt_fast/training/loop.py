@@ -46,7 +46,7 @@ class Spikes:
     variance: float = 0.0
 
     def see(self, loss: float) -> bool:
-        """Takes the next loss in and says whether it is a spike."""
+        """Take the next loss. Return True if it is a spike."""
         if not math.isfinite(loss):
             return False
         limit = self.mean + THRESHOLD * math.sqrt(self.variance)
@@ -63,7 +63,7 @@ class Spikes:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a progress display needs after each update."""
+    """Figures for a progress display after each update."""
 
     step: int
     steps: int
@@ -118,7 +118,7 @@ def intervals(
 ) -> dict[str, int]:
     """Return `log_every` for some fifty lines, or one every hundred updates of a long run, and `valid_every`.
 
-    Unless it is given, the latter is a multiple of `log_every`, so that every line of metrics.jsonl covers the same
+    Unless it is given, `valid_every` is a multiple of `log_every`, so that every line of metrics.jsonl covers the same
     number of updates.
     """
     log_every = log_every if log_every is not None else min(100, max(1, steps // 50))
@@ -151,7 +151,7 @@ class Loop:
     better: Callable[[Metrics], Sequence[float]] | None = None
     state: LoopState = field(default_factory=LoopState)
     seed: int = 0
-    identity: dict[str, Any] = field(default_factory=dict)  # of the data: a run goes on with the same
+    identity: dict[str, Any] = field(default_factory=dict)  # of the data: a resumed run has the same
     record: dict[str, Any] = field(default_factory=dict)  # what a reader of a checkpoint has to know of the run
     tracked: dict[str, Any] = field(default_factory=dict)  # what trackers show beside the curve
     save_best: Callable[[Head, Path], None] = Head.save_pretrained
@@ -164,7 +164,7 @@ class Loop:
         self._trackers: list[Tracked] | None = None
 
     def resume(self) -> None:
-        """Takes up the newest checkpoint that is as it was written; without any, the loop begins at the beginning."""
+        """Load the newest intact checkpoint. Without one, the loop begins at the beginning."""
         world, folder = self.engine.world, self.run_folder.checkpoints
         good = checkpoints.newest_good(folder, self.say) if world.first else None
         step = world.number(-1 if good is None else checkpoints.step_of(good[0]))
@@ -266,14 +266,14 @@ class Loop:
         return ahead
 
     def _asked_to_stop(self, may_wait: bool) -> bool:
-        """Ranks get their signals at different times, so they agree where they wait for each other anyway."""
+        """Return True if the ranks stop. They get signals at different times, so they agree where they wait anyway."""
         asked = self.stop.signum is not None
         if self.engine.world.size == 1:
             return asked
         return may_wait and self.engine.world.anyone(asked)
 
     def _settle(self) -> None:
-        """Reads losses off the device and looks at each."""
+        """Read losses off the device and look at each."""
         state = self.state
         if not self._pending:
             return
@@ -298,7 +298,7 @@ class Loop:
             self._shown = math.fsum(state.losses) / len(state.losses)
 
     def _give_up(self, step: int, loss: float) -> None:
-        """Saves the batch of the first of the updates that failed and raises."""
+        """Save the batch of the first update that failed, and raise."""
         path = self.run_folder.folder / "bad-batch.safetensors"
         if self.engine.world.first:
             tensors = {
@@ -373,7 +373,7 @@ class Loop:
             self.say(f"{error}; without this checkpoint the run cannot be resumed for more steps")
 
     def save(self) -> None:
-        """A checkpoint of this moment."""
+        """Save a checkpoint of this moment."""
         world = self.engine.world
         self._settle()
         self.state.tokens += self._tokens

@@ -22,8 +22,11 @@ LONGEST_SPAN = 30  # tokens, as in the code of BERT
 
 
 def lm_loss(model: nn.Module, batches: Sequence[Batch], world: World | None = None) -> float:
-    """Mean loss in nats per predicted token over `batches`, each rank taking its share. All ranks call the model the
-    same number of times, as FSDP needs; a rank with less to do repeats a batch that does not count."""
+    """Return the mean loss in nats per predicted token over `batches`, of which each rank takes its share.
+
+    All ranks call the model the same number of times, as FSDP needs. A rank with less to do repeats a batch that does
+    not count.
+    """
     world = world or World()
     totals = torch.zeros(2, dtype=torch.float64)
     device = next(model.parameters()).device
@@ -38,7 +41,7 @@ def lm_loss(model: nn.Module, batches: Sequence[Batch], world: World | None = No
 
 
 def predictions(model: nn.Module, examples: Sequence[Example], pad_token: int, batch_size: int) -> Tensor:
-    """A task head's logits for every example `[N, K]`, or a regressor's values `[N, 1]`."""
+    """Return a task head's logits [N, K] for every example, or a regressor's values [N, 1]."""
     logits = []
     device = next(model.parameters()).device
     with evaluating(model), torch.no_grad():
@@ -64,8 +67,11 @@ def row_predictions(model: nn.Module, examples: Sequence[Example], pad_token: in
 
 
 def multi_label_metrics(logits: Tensor, labels: Tensor) -> Metrics:
-    """Loss, accuracy (of whole rows), macro and micro F1 of answering the classes whose logit in `logits` `[N, K]` is
-    above 0, and accuracy and macro F1 of always answering the commonest row of `labels` `[N, K]`, which has 0 and 1."""
+    """Return loss, accuracy (of whole rows), macro and micro F1 of the classes with a logit above 0 in `logits` [N, K].
+
+    The baseline is the accuracy and macro F1 of always answering the commonest row of `labels` [N, K], which has 0 and
+    1.
+    """
     from torchmetrics.classification import MultilabelF1Score
 
     N, K = logits.shape
@@ -84,8 +90,10 @@ def multi_label_metrics(logits: Tensor, labels: Tensor) -> Metrics:
 
 
 def tag_metrics(logits: Sequence[Tensor], rows: Sequence[Example], names: Sequence[str]) -> Metrics:
-    """The metrics of classes over all words of all rows, and where the tags are B-X, I-X and O the F1 of the entities
-    that they mark."""
+    """Return the metrics of classes over all words of all rows.
+
+    Where the tags are B-X, I-X and O, the F1 of the entities that they mark is added.
+    """
     tags = [torch.tensor(row.tags) for row in rows]
     counted = [(scores[which != IGNORE], which[which != IGNORE]) for scores, which in zip(logits, tags, strict=True)]
     metrics = classification_metrics(torch.cat([a for a, _ in counted]), torch.cat([b for _, b in counted]))
@@ -100,8 +108,10 @@ def tag_metrics(logits: Sequence[Tensor], rows: Sequence[Example], names: Sequen
 
 
 def entities(tags: Sequence[str]) -> list[tuple[int, int, str]]:
-    """Return (first word, last word, kind) of each entity that B-X, I-X and O mark. An I-X behind another kind, or
-    behind O, begins one, as in CoNLL's own script."""
+    """Return (first word, last word, kind) of each entity that B-X, I-X and O mark.
+
+    An I-X behind another kind, or behind O, begins an entity, as in CoNLL's own script.
+    """
     found: list[tuple[int, int, str]] = []
     before = ""
     for i, tag in enumerate(tags):
@@ -115,7 +125,7 @@ def entities(tags: Sequence[str]) -> list[tuple[int, int, str]]:
 
 
 def span_metrics(logits: Sequence[Tensor], rows: Sequence[Example]) -> Metrics:
-    """Loss over the rows whose answer is among their tokens, exact match and the F1 of words over all."""
+    """Return the loss over rows whose answer is among their tokens, and exact match and the F1 of words over all."""
     losses = []
     for scores, row in zip(logits, rows, strict=True):
         target = torch.tensor(row.target)
@@ -131,8 +141,10 @@ def span_metrics(logits: Sequence[Tensor], rows: Sequence[Example]) -> Metrics:
 
 
 def span_text(logits: Tensor, row: Example) -> str:
-    """Return the likeliest answer of at most `LONGEST_SPAN` tokens; "" where none is likelier, which is the span of the
-    last token. `logits` `[2, T]`."""
+    """Return the likeliest answer of at most `LONGEST_SPAN` tokens, given `logits` [2, T].
+
+    The result is "" if none is likelier than no answer, which is the span of the last token.
+    """
     context = row.context
     assert context is not None
     begin, T = context.begin, logits.shape[1]
@@ -149,8 +161,11 @@ def span_text(logits: Tensor, row: Example) -> str:
 
 
 def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
-    """Loss, accuracy, macro and micro F1 and Matthews' correlation of `logits` `[N, K]`, and accuracy and macro F1 of
-    always answering the commonest label of `labels` `[N]`: no constant answer does better on them."""
+    """Return loss, accuracy, macro and micro F1 and Matthews' correlation of `logits` [N, K].
+
+    The baseline is the accuracy and macro F1 of always answering the commonest label of `labels` [N]: no constant
+    answer does better on them.
+    """
     from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
     N, K = logits.shape
@@ -170,7 +185,7 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
 
 
 def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
-    """How often class i `[K]` was taken for class j `[K]`."""
+    """Return how often class i was taken for class j [K, K]."""
     from torchmetrics.classification import MulticlassConfusionMatrix
 
     return MulticlassConfusionMatrix(logits.shape[1])(logits, labels)
@@ -189,8 +204,11 @@ def matthews(counts: Tensor) -> float:
 
 
 def regression_metrics(values: Tensor, targets: Tensor) -> Metrics:
-    """Mean squared error, Pearson's and Spearman's correlation of `values` `[N]`, and the error of always answering the
-    mean of `targets` `[N]`, which is their variance. Without spread in either there is no correlation."""
+    """Return mean squared error, Pearson's and Spearman's correlation of `values` [N].
+
+    The baseline is the error of always answering the mean of `targets` [N], which is their variance. Without spread in
+    either there is no correlation.
+    """
     from torchmetrics import MeanSquaredError, PearsonCorrCoef
     from torchmetrics.functional import spearman_corrcoef
 
@@ -206,8 +224,10 @@ def regression_metrics(values: Tensor, targets: Tensor) -> Metrics:
 
 
 def answer_metrics(loss: float, tokens: int, size: int, examples: int) -> Metrics:
-    """Of answers with `tokens` tokens, their end tokens included, and `size` bytes: loss in nats per token, perplexity,
-    bits per byte."""
+    """Return loss in nats per token, perplexity and bits per byte of answers.
+
+    The answers have `tokens` tokens, their end tokens included, and `size` bytes.
+    """
     return {
         "loss": loss,
         "perplexity": perplexity(loss),
@@ -217,8 +237,10 @@ def answer_metrics(loss: float, tokens: int, size: int, examples: int) -> Metric
 
 
 def generated_metrics(answers: Sequence[str], wanted: Sequence[str]) -> Metrics:
-    """Exact match and the F1 of words, in [0, 1], as SQuAD counts them: without case, articles and punctuation. A row
-    whose answer is empty counts 1 for an empty text and 0 for any other."""
+    """Return exact match and the F1 of words, in [0, 1], as SQuAD counts them: without case, articles and punctuation.
+
+    A row whose answer is empty counts 1 for an empty text and 0 for any other.
+    """
     from torchmetrics.text import SQuAD
 
     pairs = list(zip(answers, wanted, strict=True))

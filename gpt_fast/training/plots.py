@@ -24,7 +24,7 @@ TRAIN, VALID, BASELINE = "#9db4c9", "#1f5a94", "#b5562b"
 
 
 def plot_language_model(metrics: list[dict[str, float]], entropy: float, title: str, path: Path) -> None:
-    """Training and validation loss over the updates, and the unigram entropy that both start from."""
+    """Plot training and validation loss over the updates, and the unigram entropy, from which both start."""
     with _picture(path, 7.5, 4.6) as figure:
         axes = figure.add_subplot()
         _curve(axes, metrics, "train_loss", TRAIN, "training")
@@ -36,7 +36,7 @@ def plot_language_model(metrics: list[dict[str, float]], entropy: float, title: 
 def plot_task(
     metrics: list[dict[str, float]], score: str, baseline: float | None, unit: str, title: str, path: Path
 ) -> None:
-    """Training loss on the left; on the right `score` on the validation rows, with what a constant answer reaches."""
+    """Plot the training loss on the left, and on the right `score` on the validation rows with a constant answer's."""
     with _picture(path, 10, 4.4) as figure:
         left, right = figure.subplots(1, 2)
         _curve(left, metrics, "train_loss", TRAIN, "training")
@@ -49,7 +49,7 @@ def plot_task(
 
 
 def plot_confusion(counts: list[list[int]], names: Sequence[str], title: str, path: Path) -> None:
-    """A matrix with the true labels as rows and the answers as columns; the colour is the share of a row."""
+    """Plot a matrix with the true labels as rows and the answers as columns. The colour is the share of a row."""
     K = len(names)
     size = min(16.0, 3.0 + 0.45 * K)
     with _picture(path, size + 1, size) as figure:
@@ -71,7 +71,7 @@ def plot_confusion(counts: list[list[int]], names: Sequence[str], title: str, pa
 
 
 def plot_runs(runs: Sequence[tuple[str, list[dict[str, float]]]], field: str, path: Path) -> None:
-    """One field of several runs over the updates, each a curve in a colour of its own."""
+    """Plot one field of several runs over the updates, each a curve in a colour of its own."""
     with _picture(path, 8, 5) as figure:
         axes = figure.add_subplot()
         for index, (name, metrics) in enumerate(runs):

@@ -1,4 +1,4 @@
-"""What a fine-tuned run answers to rows without labels."""
+"""Predictions of a fine-tuned run for rows without labels."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ ADDED = ("prediction", "probability")  # columns
 
 @dataclass(frozen=True)
 class Prediction:
-    """A label, several with commas between them, a tag for each word, a number or a text; of labels the probabilities
-    of all, the likeliest first."""
+    """A label, several with commas between them, a tag for each word, a number or a text.
+
+    Labels come with the probabilities of all, the likeliest first.
+    """
 
     answer: str | float
     probabilities: dict[str, float] | None = None
@@ -49,9 +51,11 @@ def predict(
     max_new_tokens: int | None = None,
     options: RowOptions = PLAIN,
 ) -> tuple[TaskSettings, Table, list[Prediction]]:
-    """The run's task, what was read, and the prediction for each row of a table, whose columns are those of training
-    unless given, or for one row of `texts`. A model that writes adds at most `max_new_tokens`; unless given, 100 or
-    half of the positions it has."""
+    """Return the run's task, the input, and the prediction for each row of a table, or for one row of `texts`.
+
+    Columns are those of training unless given. A model that writes adds at most `max_new_tokens`, by default 100 or
+    half of the positions it has.
+    """
     model, record = load_run(folder, device), read_record(folder)
     task = run_task(model, record)
     if task is None:
@@ -126,7 +130,7 @@ def _warn(found: Sequence[str]) -> None:
 
 
 def check_target(out: Path, data: Path, options: RowOptions = PLAIN) -> None:
-    """What would be wrong with writing to `out`, before any work."""
+    """Raise `ValueError` before any work if `out` cannot take the predictions."""
     written_kind(out)
     for place, row in read_rows(data, options):
         if taken := [name for name in ADDED if name in row]:
@@ -136,7 +140,7 @@ def check_target(out: Path, data: Path, options: RowOptions = PLAIN) -> None:
 def write_predictions(
     out: Path, data: Path, table: Table, found: Sequence[Prediction], options: RowOptions = PLAIN
 ) -> None:
-    """The rows of `table`, which was read from `data`, with their predictions as further columns."""
+    """Write the rows of `table`, which was read from `data`, with their predictions as further columns."""
     read = set(table.places)  # a row without a usual number of choices may have been skipped
     rows = [row for place, row in read_rows(data, options) if place in read]
     write_rows(out, [row | prediction.columns() for row, prediction in zip(rows, found, strict=True)])

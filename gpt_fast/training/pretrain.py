@@ -225,7 +225,7 @@ def draw(folder: Path, record: Record, path: Path) -> None:
 
 
 def make_model(settings: PretrainSettings, tokenizer: Tokenizer) -> Head:
-    """A new model, or the one of --from with this objective's head: trunk and output layer go on from its weights."""
+    """Return a new model, or this objective's head with the trunk and output layer of --from."""
     head = OBJECTIVES[settings.objective]
     if settings.source is None:
         return head(make_config(settings, vocabulary_size(tokenizer), **special_ids(tokenizer)))
@@ -240,8 +240,10 @@ def make_model(settings: PretrainSettings, tokenizer: Tokenizer) -> Head:
 
 
 def make_config(settings: PretrainSettings, num_tokens: int, **tokens: int) -> GPTConfig:
-    """The preset with the sizes that were given; without a preset, GPT-2's block in a size that trains in minutes on
-    a CPU."""
+    """Return the preset with the sizes that were given.
+
+    Without a preset, the result is GPT-2's block in a size that trains in minutes on a CPU.
+    """
     given = {
         "num_layers": settings.layers,
         "num_heads": settings.heads,
@@ -257,7 +259,7 @@ def make_config(settings: PretrainSettings, num_tokens: int, **tokens: int) -> G
 def validation_batches(
     valid: TokenStream, seq_len: int, batch_size: int, mask: Mask | None, document_token: int | None
 ) -> list[Batch]:
-    """The same windows, behind the same masks, at every validation."""
+    """Return the same windows, behind the same masks, at every validation."""
     windows: Tensor = lm_windows(valid, seq_len, VALID_WINDOWS)
     generator = torch.Generator().manual_seed(0)
     return [lm_batch(tokens, mask, generator, document_token) for tokens in windows.split(batch_size)]

@@ -1,4 +1,4 @@
-"""What every training does around its own part: processes, run folder, settings of a resumed run, loop, record."""
+"""Common part of every training: processes, run folder, settings of a resumed run, loop, record."""
 
 from __future__ import annotations
 
@@ -144,9 +144,11 @@ class Session(Generic[S]):
         measure: Callable[[], Record] = dict,
         write: Callable[[Path], Path] | None = None,
     ) -> None:
-        """Write the weights, then run.json, which marks the folder as finished, then the pictures. What `measure`
-        returns goes into the record; it runs when the weights are safe. `write(folder)` writes other weights than those
-        of `model`, and returns their path."""
+        """Write the weights, then run.json, which marks the folder as finished, then the pictures.
+
+        The result of `measure` goes into the record. It runs when the weights are safe. `write(folder)` writes other
+        weights than those of `model`, and returns their path.
+        """
         folder = self.run.folder
         path = folder / "model.safetensors"
         if write is None:
@@ -162,8 +164,10 @@ class Session(Generic[S]):
 
 
 def train(settings: S, body: Callable[[Session[S]], Record], show: Show, say: Say, stop: Stop | None) -> Record:
-    """Run `body` with the processes that torchrun started and the run folder in `settings.out`. Return its record, or
-    the one of a finished run that need not be resumed."""
+    """Run `body` with the processes that torchrun started and the run folder in `settings.out`.
+
+    Return its record, or the one of a finished run that need not be resumed.
+    """
     out = settings.out
     trackers.require(settings.tracker)
     if os.environ.get("RANK", "0") == "0":
@@ -221,4 +225,4 @@ def check_optimizer(settings: TrainingSettings) -> None:
 
 
 def ignore(_: object) -> None:
-    """Stands for a display on ranks that print nothing."""
+    """Replace a display on ranks that print nothing."""

@@ -60,8 +60,7 @@ def variants(settings: FinetuneSettings) -> list[tuple[str, dict[str, Any]]]:
 
 
 def spread(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """Return the mean, the standard deviation (of a sample), the smallest and the largest value of each metric that all
-    runs measured."""
+    """Return mean, standard deviation (of a sample), minimum and maximum of each metric that all runs measured."""
     names = [name for name in records[0] if name.startswith("valid_") and name != "valid_rows"]
     found = {}
     for name in names:

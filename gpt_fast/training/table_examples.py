@@ -33,7 +33,7 @@ PLAIN = RowOptions()
 
 
 def read_task_table(path: Path, task: TaskSettings, labelled: bool = True, options: RowOptions = PLAIN) -> Table:
-    """The columns of a task; without `labelled` only those that a model reads."""
+    """Return the columns of a task, without `labelled` only those that a model reads."""
     columns = {"--text-column": [task.text_column], "--pair-column": [*task.pair_columns]}
     if labelled:
         columns["--label-column"] = [task.label_column]
@@ -55,7 +55,7 @@ def read_task_table(path: Path, task: TaskSettings, labelled: bool = True, optio
 
 
 def _without_ragged(table: Table) -> Table:
-    """The rows of a table that have as many choices as most rows."""
+    """Return the rows of a table that have as many choices as most rows."""
     counts = Counter(map(len, table.more))
     usual = counts.most_common(1)[0][0]
     ragged = [table.place(row) for row, choices in enumerate(table.more) if len(choices) != usual]
@@ -67,7 +67,7 @@ def _without_ragged(table: Table) -> Table:
 
 
 def _advice(option: str, row: Row, path: Path) -> str:
-    """What to do about a missing column."""
+    """Return the advice about a missing column."""
     found = next((separator for separator in ";\t|," if len(row) == 1 and separator in next(iter(row))), None)
     if found is not None:
         return f"it looks separated by {found!r}; expected commas in a .csv and tabs in a .tsv"
@@ -84,9 +84,12 @@ def read_tables(
     options: RowOptions = PLAIN,
     fold: tuple[int, int] | None = None,
 ) -> tuple[Table, Table, TaskSettings]:
-    """The two tables that were named; with only one, a seeded tenth of its rows is held out, or by `fold` (i, K) the
-    i-th of K parts, counted from 1; with none, snippets of the standard library. The task comes with the rule for its
-    labels, decided on the whole first table."""
+    """Return the training and validation table, and the task with the rule for its labels.
+
+    With only one table a seeded tenth of its rows is held out, or by `fold` (i, K) the i-th of K parts, counted from 1.
+    Without any, the tables are snippets of the standard library. The rule for labels is decided on the whole first
+    table.
+    """
     if train is None:
         if valid is not None:
             raise ValueError(f"--valid {valid}: given without --train")
@@ -115,7 +118,7 @@ def read_tables(
 
 
 def _with_rule(table: Table, task: TaskSettings) -> tuple[Table, TaskSettings]:
-    """The table with one spelling of each class, and the task with the reading of its answers."""
+    """Return the table with one spelling of each class, and the task with the reading of its answers."""
     if task.name == "multiple-choice":
         return table, replace(task, answers=_reading(table, task, label_names(table, task)))
     if not task.classifies:
@@ -128,7 +131,7 @@ def _with_rule(table: Table, task: TaskSettings) -> tuple[Table, TaskSettings]:
 
 
 def label_rule(names: Sequence[str], task: TaskSettings) -> str | None:
-    """One line about how the labels are read; None where they are numbers or texts."""
+    """Return one line about how the labels are read, or None if they are numbers or texts."""
     if task.name == "multiple-choice" and task.answers is not None:
         return f"answers: {ANSWER_NAMES[task.answers]}, of {len(names)} choices"
     return f"labels: {class_rule(names, bool(task.labels))}" if task.names_classes else None
@@ -137,8 +140,10 @@ def label_rule(names: Sequence[str], task: TaskSettings) -> str | None:
 def _fold(
     table: Table, task: TaskSettings, order: Sequence[int], number: int, folds: int
 ) -> tuple[list[int], list[int]]:
-    """Return the rows of one of the parts that a shuffled table is divided into, and all others. Each class is shared
-    out equally."""
+    """Return the rows of one of the parts that a shuffled table is divided into, and all others.
+
+    Each class is divided equally among the parts.
+    """
     if len(table) < folds:
         raise ValueError(f"{table.source}: {len(table)} rows; expected {folds} or more for --folds {folds}")
     dealt = sorted(order, key=lambda row: table.labels[row]) if task.classifies else list(order)
@@ -149,7 +154,7 @@ def _fold(
 def _every_label_trained(
     table: Table, task: TaskSettings, held: list[int], kept: list[int]
 ) -> tuple[list[int], list[int]]:
-    """The split with one row of every label among those kept for training."""
+    """Return the split with one row of every label among those kept for training."""
     trained = {label for row in kept for label in _labels(table.labels[row], task)}
     left: list[int] = []
     kept = list(kept)
@@ -168,7 +173,7 @@ def _labels(label: str, task: TaskSettings) -> list[str]:
 
 
 def label_names(table: Table, task: TaskSettings) -> list[str]:
-    """The classes of a training table, in order; of a multiple choice the letters of its answers."""
+    """Return the classes of a training table, in order, or the letters of a multiple choice's answers."""
     if task.kind not in ("class", "set", "tags"):
         return []
     if task.name == "multiple-choice":
@@ -194,8 +199,11 @@ def label_names(table: Table, task: TaskSettings) -> list[str]:
 
 
 def targets(table: Table, task: TaskSettings, names: Sequence[str]) -> list[Any]:
-    """Labels as indices into `names`, or as numbers; a list of 0 and 1 for sets of classes, and of indices for tags;
-    zeros for text to be written or found. A table without labels has zeros, of whatever shape."""
+    """Return labels as indices into `names`, or as numbers.
+
+    They are a list of 0 and 1 for sets of classes, a list of indices for tags, and zeros for text to be written or
+    found. A table without labels has zeros of that shape.
+    """
     if task.name == "multiple-choice":
         _check_choices(table, names)
     if task.kind in ("set", "tags"):
@@ -247,8 +255,10 @@ def _refuse_label(table: Table, rows: Sequence[int], label: str, names: Sequence
 def examples(
     table: Table, task: TaskSettings, names: Sequence[str], tokenizer: Tokenizer, config: GPTConfig, room: int = 0
 ) -> list[Example]:
-    """Each row as the model takes it, with `room` positions left over; without labels, one that writes takes empty
-    answers."""
+    """Return each row as the model takes it, with `room` positions left over.
+
+    Without labels, a model that writes takes empty answers.
+    """
     wanted = targets(table, task, names)
     if task.kind == "tags":
         return [_tagged(row, tags, tokenizer, config) for row, tags in zip(table.texts, wanted, strict=True)]
@@ -278,8 +288,10 @@ def examples(
 
 
 def _tagged(text: str, tags: Sequence[int], tokenizer: Tokenizer, config: GPTConfig) -> Example:
-    """Return start, words, extract, with the tag of each word at its last token, which alone has seen all of it. Words
-    that do not fit are left out."""
+    """Return start, words, extract, with the tag of each word at its last token, which alone has seen the whole word.
+
+    Words that do not fit are left out.
+    """
     between, T = marks(config), config.seq_len
     row, found = [between.start], [IGNORE]
     for place, (word, tag) in enumerate(zip(text.split(), tags, strict=True)):
@@ -294,8 +306,10 @@ def _tagged(text: str, tags: Sequence[int], tokenizer: Tokenizer, config: GPTCon
 
 
 def _with_span(table: Table, row: int, tokenizer: Tokenizer, config: GPTConfig) -> Example:
-    """Return start, question, delimiter, context, extract, and the first and last position of the answer in it: the
-    last position of all where there is no answer, -100 where the answer was cut off."""
+    """Return start, question, delimiter, context, extract, and the first and last position of the answer in it.
+
+    Without an answer both are the last position of all. If the answer was cut off they are -100.
+    """
     text, question = (without_lone_surrogates(part) for part in table.fields(row)[:2])
     between = marks(config)
     encoding = tokenizer.encode(text, add_special_tokens=False)
@@ -331,7 +345,7 @@ def _answer_start(table: Table, row: int, text: str, answer: str) -> int:
 
 
 def plain_rows(table: Table, tokenizer: Tokenizer, seq_len: int) -> list[list[int]]:
-    """Each text as transformers' tokenizer gives it to a classifier that was trained there, without our marks."""
+    """Return each text as transformers' tokenizer gives it to a classifier trained there, without our marks."""
     tokenizer.enable_truncation(seq_len)
     try:
         rows = [encoding.ids for encoding in tokenizer.encode_batch([*map(without_lone_surrogates, table.texts)])]
@@ -344,7 +358,7 @@ def plain_rows(table: Table, tokenizer: Tokenizer, seq_len: int) -> list[list[in
 
 
 def remarks(table: Table, rows: Sequence[Example], seq_len: int) -> list[str]:
-    """What may surprise whoever reads the results: texts that were cut off, rows without text."""
+    """Return remarks that may surprise a reader of the results: texts that were cut off, rows without text."""
     found = [*table.notes]
     cut = sum(len(sequence) == seq_len for row in rows for sequence in row.sequences)
     if cut:
@@ -371,7 +385,7 @@ def _check_choices(table: Table, names: Sequence[str]) -> None:
 
 
 def _reading(table: Table, task: TaskSettings, names: Sequence[str]) -> str:
-    """How the column of answers names them: as the task says, or as the whole column allows."""
+    """Return how the column of answers names them: as the task says, or as the whole column allows."""
     _check_choices(table, names)
     if task.answers is None:
         return answer_reading(table.source, table.labels, table.more, table.place)

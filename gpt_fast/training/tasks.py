@@ -45,7 +45,7 @@ from .runs.folder import read_record, special_token
 EVALUATION_BATCH = 64
 
 
-# What a row's label is, and by which metrics validation may choose, the default first, which the picture shows.
+# Kinds of labels, and the metrics by which validation may choose. The picture shows the first, which is the default.
 Kind = Literal["class", "number", "text", "set", "tags", "span"]
 SCORES: dict[Kind, tuple[str, ...]] = {
     "class": ("accuracy", "macro_f1", "micro_f1", "matthews", "loss"),
@@ -133,8 +133,11 @@ def task_settings(
     skip_labels: Sequence[str] = (),
     answers: str | None = None,
 ) -> TaskSettings:
-    """The task called `name`; a column that is None is the task's own. Several choices are columns with commas
-    between them, or one column of lists. `labels` are classes with commas between them."""
+    """Return the task called `name`. A column that is None is the task's own.
+
+    Several choices are columns with commas between them, or one column of lists. `labels` are classes with commas
+    between them.
+    """
     if name not in TASKS:
         raise ValueError(f"--task {name!r}: expected one of {', '.join(TASKS)}{did_you_mean(name, TASKS)}")
     for option, given in (("text", text_column), ("pair", pair_column), ("label", label_column)):
@@ -169,7 +172,7 @@ def marks(config: GPTConfig) -> Marks:
 def new_model(
     task: TaskSettings, make: Any, source: Path, lm_weight: float, names: Sequence[str], classifier_bias: bool = True
 ) -> Head:
-    """The task's head on a pre-trained trunk. `make` is the head's `from_pretrained`, or draws weights anew."""
+    """Return the task's head on a pre-trained trunk. `make` is the head's `from_pretrained`, or draws new weights."""
     if task.writes:
         return make(task.task.head, source)
     return make(
@@ -186,7 +189,7 @@ def new_model(
 
 
 def score(model: Head, rows: Sequence[Example], task: TaskSettings, answer_bytes: int) -> Metrics:
-    """The metrics of the task on `rows`."""
+    """Return the metrics of the task on `rows`."""
     pad = model.config.pad_token or 0
     if task.writes:
         batches = list(task_batches(rows, EVALUATION_BATCH, pad))
@@ -216,8 +219,10 @@ def metric_of(task: TaskSettings, name: str | None) -> str:
 
 
 def better(metric: str, line: Metrics) -> tuple[float, float]:
-    """Return a key that is larger the better: the metric, and of equals the lower loss. A correlation that does not
-    exist is worse than any other."""
+    """Return a key that is larger the better: the metric, and of equals the lower loss.
+
+    A correlation that does not exist is worse than any other.
+    """
     sign = -1 if metric in _SMALLER_IS_BETTER else 1
     value = sign * line.get(f"valid_{metric}", math.nan)
     return value if value == value else -math.inf, -line.get("valid_loss", 0.0)
@@ -226,8 +231,11 @@ def better(metric: str, line: Metrics) -> tuple[float, float]:
 def answers(
     model: GPTForCausalLM, rows: Sequence[Example], tokenizer: Tokenizer, max_new_tokens: int | None = None
 ) -> list[str]:
-    """What the model writes behind each row's prompt, the likeliest token each time, until its end token: at most
-    `max_new_tokens`, eight more than the longest answer wanted unless given, and what the model's positions leave."""
+    """Return the text that the model writes behind each row's prompt, greedily, until its end token.
+
+    It has at most `max_new_tokens`, by default eight more than the longest expected answer, and no more than the
+    model's positions leave.
+    """
     config = model.config
     device = next(model.parameters()).device
     written = []
@@ -257,8 +265,10 @@ def writes_answers(folder: Path) -> bool:
 def writing_prompt(
     folder: Path, config: GPTConfig, tokenizer: Tokenizer, prompt: str, question: str | None
 ) -> tuple[list[int], int | None]:
-    """Return the tokens that the model of a run folder continues, in the form its task has, and the one that ends a
-    text. A model of another library may have no such token: it continues until it has enough tokens."""
+    """Return the tokens that the model of a run folder continues, in its task's form, and the token that ends a text.
+
+    A model of another library may have no such token. It continues until it has enough tokens.
+    """
     task = TASKS.get(str(read_record(folder).get("task")))
     writes = task is not None and task.head is GPTForCausalLM
     asks = task is not None and writes and bool(task.columns[1])

@@ -1,5 +1,7 @@
-"""Experiment trackers beside metrics.jsonl: TensorBoard's events, and wandb and MLflow, which write into the run folder
-unless their own environment variables name a server."""
+"""Experiment trackers beside metrics.jsonl: TensorBoard's events, wandb and MLflow.
+
+wandb and MLflow write into the run folder unless their own environment variables name a server.
+"""
 
 from __future__ import annotations
 
@@ -94,8 +96,10 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of wandb, offline unless WANDB_MODE says otherwise: `wandb sync RUN/wandb/offline-run-*` sends it later. A
-    resumed run is another one of the same group."""
+    """A run of wandb, offline unless WANDB_MODE says otherwise.
+
+    `wandb sync RUN/wandb/offline-run-*` sends it later. A resumed run is another one of the same group.
+    """
 
     def __init__(self, run: Path, settings: dict[str, Any]):
         import wandb
@@ -117,8 +121,10 @@ class Wandb:
 
 
 class MLflow:
-    """A run of MLflow, in the run folder's mlflow.db unless MLFLOW_TRACKING_URI names a server: `mlflow ui
-    --backend-store-uri sqlite:///RUN/mlflow.db` shows it. A resumed run is another one of the same name."""
+    """A run of MLflow, in the run folder's mlflow.db unless MLFLOW_TRACKING_URI names a server.
+
+    `mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db` shows it. A resumed run is another one of the same name.
+    """
 
     def __init__(self, run: Path, settings: dict[str, Any]):
         from mlflow import MlflowClient

@@ -1,4 +1,4 @@
-"""Compiles what a model needs before it is needed: Triton keeps compiled kernels in its cache on the disk."""
+"""Compilation of a model's kernels before they are needed: Triton keeps compiled kernels in its cache on the disk."""
 
 from __future__ import annotations
 

@@ -125,8 +125,10 @@ def test_finetune_and_evaluate_agree(cli, data, tmp_path):
 
 
 def test_how_a_table_was_read_is_told(cli, data, tmp_path):
-    """A .tsv without quoting or header: one line each about quotes, skipped rows and the rule for labels. Evaluation
-    skips what training skipped, and predictions stand beside the rows that were read."""
+    """A .tsv without quoting or header gets one line each about quotes, skipped rows and the rule for labels.
+
+    Evaluation skips the rows that training skipped, and predictions stand beside the rows that were read.
+    """
     lines = [f'{1 + i % 2}.0\t"text {i}\n' for i in range(20)]
     (tmp_path / "t.tsv").write_text("".join([*lines, "-1\tno label\n", "2\n"]))
     table = ["--columns", "label,text", "--skip-ragged"]

@@ -1,5 +1,7 @@
-"""What the options say is what happens: wrong ones are told before any data is read, defaults fit the model, and a bar
-keeps its count and the time left."""
+"""Options do what their help says.
+
+Wrong ones are reported before any data is read, defaults fit the model, and a bar keeps its count and the time left.
+"""
 
 import io
 

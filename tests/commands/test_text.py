@@ -183,7 +183,7 @@ def test_control_characters_are_escaped_on_a_terminal_alone(monkeypatch):
 
 
 def test_errors_and_messages_are_escaped(capsys):
-    """stderr is read by people whatever it is."""
+    """People read stderr, wherever it goes."""
     terminal.say(HOSTILE)
     terminal.print_error("\x1b]0;title\x07 expected")
     terminal.show_warning("\x1b[2J", UserWarning, "", 0)

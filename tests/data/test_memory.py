@@ -1,5 +1,7 @@
-"""Sizes are compared with the memory that is left before it is taken: sparse files, endless rows, archives that unpack
-to more, long texts."""
+"""Sizes are compared with the memory that is left before it is taken.
+
+The inputs are sparse files, endless rows, archives that unpack to more, and long texts.
+"""
 
 import gzip
 import json

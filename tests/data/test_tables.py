@@ -80,7 +80,7 @@ def test_parquet(tmp_path):
     ids=["text", "footer"],
 )
 def test_a_damaged_parquet_is_named(tmp_path, damage):
-    """pyarrow raises errors of several types, most of them without the name of the file."""
+    """The error names the file, although pyarrow raises errors of several types, most of them without the name."""
     path = write_parquet(tmp_path / "t.parquet", {"text": ["cafe", "tea"], "label": [0, 1]})
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"t\.parquet: damaged, or no parquet table"):

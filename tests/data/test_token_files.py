@@ -389,8 +389,10 @@ def test_a_preparation_goes_on_where_it_was_killed(cli, folder, tmp_path):
 
 
 def killed_at(out: Path, data: Path, stage: str) -> int:
-    """Prepare in a process that is killed where it would rename the file `stage`, or remove the parts. Return its exit
-    code."""
+    """Prepare in a process that is killed where it would rename the file `stage`, or remove the parts.
+
+    Return its exit code.
+    """
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

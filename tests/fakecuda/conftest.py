@@ -37,7 +37,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def watched(device: torch.device) -> Callable:
-    """`with watched() as seen:`: nothing is refused, everything runs on `device`, and the host does not wait for it.
+    """Return a context in which no call is refused, everything runs on `device`, and the host does not wait for it.
 
     `waits=True` allows the host to wait.
     """

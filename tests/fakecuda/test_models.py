@@ -229,7 +229,7 @@ def test_activation_checkpointing_of_an_accelerated_model(device: torch.device, 
 
 
 def test_an_accelerated_model_with_a_mask(device: torch.device, watched: Callable) -> None:
-    """transformers itself looks whether the mask has padding, which waits for the device."""
+    """The host waits for the device here, because transformers itself looks whether the mask has padding."""
     pytest.importorskip("transformers")
     model, ids = accelerated("GPT2LMHeadModel").to(device), tokens(device)
     step = training_step(model, device, lambda: model(ids, attention_mask=torch.ones_like(ids), labels=ids).loss)

@@ -39,7 +39,7 @@ def zeros_like_or(x: Tensor | None, size: int) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, upstream: list[Tensor], dtype: torch.dtype) -> Bounds:
-    """y = x weightᵀ + bias."""
+    """Return the result and bounds of y = x weightᵀ + bias."""
     C, N = weight.shape[1], weight.shape[0]
     M = x.shape[:-1].numel()
     rows, dy = x.reshape(M, C), upstream[0].reshape(M, N)
@@ -76,7 +76,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, eps: float, dy: Tensor) -> Boun
 def embedding(
     tokens: Tensor, token_weight: Tensor, position_weight: Tensor, positions: Tensor, factor: Tensor, dout: Tensor,
 ) -> Bounds:  # fmt: skip
-    """out = factor (token_weight[tokens] + position_weight[positions]); factor is dropout's."""
+    """Return the bounds of out = factor (token_weight[tokens] + position_weight[positions]); factor is dropout's."""
     C = token_weight.shape[1]
     terms = (dout * factor).abs().reshape(tokens.numel(), C)
     places = positions.expand(tokens.shape)
@@ -96,7 +96,7 @@ def mlp(
     x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None,
     activation, factor: Tensor, dy: Tensor, dtype: torch.dtype,
 ) -> Bounds:  # fmt: skip
-    """y = factor act(x fc_weightᵀ + fc_bias) proj_weightᵀ + proj_bias; all rows flattened, factor [rows, F]."""
+    """Return the bounds of y = factor act(x fc_weightᵀ + fc_bias) proj_weightᵀ + proj_bias, with factor [rows, F]."""
     hidden, C_out = fc_weight.shape[0], proj_weight.shape[0]
     z = F.linear(x, fc_weight, fc_bias)
     error_z = product(x, 0.0, fc_weight.t()) + FLOOR * zeros_like_or(fc_bias, hidden).abs()

@@ -67,7 +67,7 @@ def test_two_sessions_in_two_threads(model, two_threads):
 
 
 def test_after_a_fork(model, two_threads):
-    """The child has none of the threads, and makes its own. (OpenMP's, which packing weights needs, it does not.)"""
+    """The child has none of the threads, and makes its own, but for OpenMP's, which packing weights needs."""
     session = DecodeSession(model, batch=3)
     token = torch.zeros(3, dtype=torch.int64)
     first, second = session.step(token), session.step(token)

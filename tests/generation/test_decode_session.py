@@ -88,10 +88,13 @@ def read_with_byte_inputs(model: GPTForCausalLM, tokens: Tensor, first: int) -> 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_step_by_step(shape, weights):
-    """Against the float64 model with weights rounded alike. The yardstick is the model in the dtype of what is inexact:
-    float32, or bfloat16. That rounds its activations where the session keeps them (int8-a16: to 16 bits), so the
-    session's errors must be smaller. For int8 it rounds products' inputs to 8 bits as the session does: errors are then
-    of one size, and two samples of them may differ. Keys and values are bfloat16 in both."""
+    """Compare with the float64 model whose weights are rounded alike.
+
+    The yardstick is the model in the dtype of the inexact part: float32, or bfloat16. That rounds its activations where
+    the session keeps them (int8-a16: to 16 bits), so the session's errors must be smaller. For int8 it rounds products'
+    inputs to 8 bits as the session does: errors are then of one size, and two samples of them may differ. Keys and
+    values are bfloat16 in both.
+    """
     model = make_model(**SHAPES[shape])
     tokens = torch.randint(0, V, (3, 30))
     got = stepped(model, tokens, 7, weights=weights)

@@ -210,7 +210,7 @@ def test_loss_arguments_of_the_trainer() -> None:
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_packed_sequences_see_themselves_only(implementation: str) -> None:
-    """transformers reads packing off positions that start again, where there is neither mask nor cache."""
+    """Positions that start again mean packing to transformers, if there is neither mask nor cache."""
     model, accelerated = twins("GPT2LMHeadModel", attn_implementation=implementation, use_cache=False)
     gpt_fast.accelerate(accelerated)
     tokens = inputs("GPT2LMHeadModel", B=2)["input_ids"]

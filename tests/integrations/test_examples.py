@@ -77,8 +77,10 @@ def test_accelerate(computed_logits: list, mixed_precision: str) -> None:
 
 @pytest.mark.slow
 def test_margin(tmp_path: Path) -> None:
-    """Two updates of pre-training and a few rows: all arms train on the same rows, and the same command ends at once
-    where all is done."""
+    """Two updates of pre-training and a few rows run the whole example.
+
+    All arms train on the same rows, and the same command ends at once if all is done.
+    """
     command = [sys.executable, str(FOLDER / "margin.py"), "--out", str(tmp_path), "--steps", "2", "--rows", "20"]
     for _ in range(2):
         done = subprocess.run([*command, "--epochs", "1", "--seeds", "3"], capture_output=True, text=True, check=True)

@@ -27,7 +27,7 @@ def tokens(B: int = 3, T: int = 17, seed: int = 0) -> Tensor:
 
 
 def twins(name: str, dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
-    """Return the model as it is, and the same one accelerated. (Copies of `masked` share a lambda.)"""
+    """Return the model as it is, and the same one accelerated. Copies of `masked` share a lambda."""
     plain, fast = make(name, dropout), make(name, dropout)
     fast.load_state_dict(plain.state_dict())
     report = gpt_fast.accelerate(fast, strict=name != "own")

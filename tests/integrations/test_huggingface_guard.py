@@ -319,7 +319,7 @@ def test_a_dropout_after_the_classifier_is_refused():
 
 
 def use_with_outputs(model):
-    """transformers leaves hooks on the blocks that record their outputs."""
+    """Call the model for its hidden states, which leaves transformers' hooks on the blocks."""
     model(TOKENS, output_attentions=True, output_hidden_states=True)
     assert model.transformer.h[0]._forward_hooks
 

@@ -412,8 +412,10 @@ def test_a_damaged_file_is_refused(here, tmp_path, case):
 
 
 def test_no_damage_changes_weights(tmp_path):
-    """Bytes are cut off or changed, most of them where the archive keeps its sizes and places. Each file is refused, or
-    what changed was a date or the like and the weights are the same."""
+    """Each damaged file is refused, or its weights are the same, because a date or the like was changed.
+
+    Bytes are cut off or changed, most of them where the archive keeps its sizes and places.
+    """
     path, rng, refused = tmp_path / "ckpt.pt", random.Random(0), 0
     saved = checkpoint()
     torch.save(saved, path)

@@ -216,7 +216,7 @@ def test_restored_bit_for_bit() -> None:
 
 
 def test_pytorchs_own_switches() -> None:
-    """register makes the name known and changes nothing; activating twice starts the counts again."""
+    """Registering makes the name known and changes nothing. Activating twice starts the counts again."""
     sdpa.register()
     assert "gpt_fast" in torch.nn.attention.list_flash_attention_impls()
     assert torch.nn.attention.current_flash_attention_impl() is None
@@ -303,7 +303,7 @@ def test_compiled(active: None) -> None:
 
 
 def test_a_process_that_has_compiled_before() -> None:
-    """activate and restore reach functions that are compiled afterwards, whatever was compiled before."""
+    """Functions that are compiled after activate and restore follow them, whatever was compiled before."""
     tensors = qkv(grad=False)
 
     def compiled() -> torch.Tensor:

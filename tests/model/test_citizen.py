@@ -325,7 +325,7 @@ def test_a_weight_of_another_class_is_called(name):
 
 @pytest.mark.parametrize("place", ["hook", "identity", "monte_carlo", "quiet"])
 def test_attentions_dropout_of_gpt1_is_a_module(place):
-    """transformers' GPT-1 calls it, so it has to take effect on accelerated models too."""
+    """The module has to take effect on accelerated models too, because transformers' GPT-1 calls it."""
     plain, fast = hf_models.twins("OpenAIGPTLMHeadModel", 0.0)
     gpt_fast.accelerate(fast)
     for model in (plain, fast):

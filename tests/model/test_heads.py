@@ -239,10 +239,10 @@ COST = r"""
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize("mode", ["kernels", "reference"])
 def test_masked_model_costs_what_its_masked_positions_cost(mode):
-    """A training step whose loss is all but the whole work: with 5 % of the positions masked it takes far less time
-    than with all, and on the reference, which stores the logits, less memory; the kernels never store them.
+    """A step with 5 % of the positions masked takes far less time than with all, if the loss is most of the work.
 
-    Each in a process of its own, so that the peak is its own; the sizes leave a factor of ten between the two.
+    On the reference, which stores the logits, it takes less memory, too. The kernels never store them. Each runs in a
+    process of its own, so that the peak is its own. The sizes leave a factor of ten between the two.
     """
     costs = {}
     for masked in (102, 2048):

@@ -32,7 +32,7 @@ def tokens_of(B=3, length=9):
 
 
 def log_softmax(model, tokens):
-    """log p of each token but the first of its row, from all logits, in float64."""
+    """Return log p of each token but the first of its row, from all logits, in float64."""
     model = copy.deepcopy(model).double().eval()
     with torch.no_grad():
         logits = model(tokens).logits

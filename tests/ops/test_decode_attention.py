@@ -23,7 +23,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 def inputs(B, H, S, D, *, dtype=torch.float32, device="cpu", scale=1.0):
-    """q and the two caches, and lengths from 1 to S of which one is S."""
+    """Return q and the two caches, and lengths from 1 to S of which one is S."""
     q = (torch.randn(B, H, D, device=device) * scale).to(dtype)
     k, v = (torch.randn(B, H, S, D, device=device).to(dtype) for _ in range(2))
     lengths = torch.randint(1, S + 1, (B,), device=device)
@@ -139,7 +139,10 @@ def test_the_batch_and_the_threads_change_no_bit(device, threads):
 
 
 def test_strided_inputs_are_read_in_place(device):
-    """q as a view of a packed projection, caches as slices of larger ones or with sequence and heads exchanged."""
+    """Queries are a view of a packed projection.
+
+    Caches are slices of larger ones, or have sequence and heads exchanged.
+    """
     B, H, S, D = 2, 3, 40, 16
     qkv = torch.randn(B, 1, 3 * H * D, device=device)
     q = qkv.unflatten(2, (3, H, D))[:, 0, 0]

@@ -79,8 +79,10 @@ def test_numerics(shape, dtype, device):
 
 
 def test_the_widest_rows(device, implementation):
-    """Up to 65,536 columns; more are refused where a row has to fit into registers. Forward: in the interpreter the
-    sums over rows would take 20 seconds."""
+    """Rows have up to 65,536 columns. Wider ones are refused where a row has to fit into registers.
+
+    Only the forward pass runs, because in the interpreter the sums over rows would take 20 seconds.
+    """
     x, weight, bias = (tensor.detach() for tensor in sample_inputs((2, 65536), torch.bfloat16, device))
     exact = reference.layer_norm(x.double(), weight.double(), bias.double(), EPS)
     delta = numerics.norm_conditioning(x, EPS) * weight.double().abs()

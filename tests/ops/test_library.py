@@ -98,8 +98,10 @@ def test_launches_without_a_cuda_tensor_need_no_device(fake_cuda, registered, ar
 
 @pytest.mark.parametrize(("fake_cuda", "entered"), [(0, 2), (1, 0)], ids=["other", "current"], indirect=["fake_cuda"])
 def test_decode_step_is_captured_on_the_device_of_the_model(fake_cuda, monkeypatch, entered) -> None:
-    """Streams and graphs are made on the current device; torch keeps one stream for all captures, on the device of the
-    first one."""
+    """Streams and graphs are made on the current device.
+
+    torch keeps one stream for all captures, on the device of the first one.
+    """
     places = []  # (what, the current device when it was called)
 
     class Stream:
@@ -181,8 +183,10 @@ def drawn(new_seed=_library.new_seed) -> int:
 
 
 def test_every_rank_draws_a_seed_of_its_own(on_rank) -> None:
-    """A rank's seed is its draw plus rank times a step, modulo 2^64; rank 9 and those above overflow without the
-    modulus."""
+    """A rank's seed is its draw plus rank times a step, modulo 2^64.
+
+    Rank 9 and those above overflow without the modulus.
+    """
     alone, seeds = drawn(), []
     for rank in range(1024):
         on_rank(rank)

@@ -267,7 +267,7 @@ def test_add_layer_norm_is_its_parts():
 
 
 def test_half_precision_rounds_matrix_operands_and_results_only():
-    """attention rounds its probabilities and mlp its hidden activation; the arithmetic between is float32."""
+    """The arithmetic is float32, but attention rounds its probabilities and mlp its hidden activation."""
     q, k, v = (torch.randn(1, 2, 8, 4).bfloat16() for _ in range(3))
     probs = torch.softmax(q.float() @ k.float().mT * 0.5, -1)
     wanted = (probs.bfloat16().float() @ v.float()).bfloat16()

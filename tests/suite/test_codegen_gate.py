@@ -101,7 +101,7 @@ def test_what_dropout_leaves_of_the_speed(forward, backward, complaints):
 
 
 def test_backward_counts_both_kernels_by_the_scores_of_a_tile():
-    """dK and dV have tiles of half the size here, so that their cycles count twice."""
+    """The cycles of dK and dV count twice, because their tiles have half the size here."""
     made = bounded(forward=1.0, backward=1.0)
     made["attention bwd_dkdv D=64 bfloat16 dropout"][TARGETED]["loops"][-1]["pipes"]["issue"] += 1000
     assert codegen.dropout_speed(made, TARGETED, "backward", "D=64 bfloat16") == pytest.approx(3000 / 5000)

@@ -317,7 +317,7 @@ def test_tests_are_run_again_when_files_change(tmp_path, monkeypatch):
 
 
 def test_a_topic_without_a_test_for_the_device_is_refused(tmp_path, monkeypatch):
-    """pytest selects nothing and calls it an error; the message says which files lack a test."""
+    """The message names the files that lack a test, where pytest selects nothing and calls it an error."""
     monkeypatch.setattr(gate, "ROOT", tmp_path)
     monkeypatch.setattr(gate, "GREEN", tmp_path / "build" / "green.json")
     test = tmp_path / "tests" / "test_x.py"

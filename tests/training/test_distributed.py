@@ -183,8 +183,11 @@ def test_what_several_ranks_refuse(cli, command, tmp_path, options, message):
     [("ddp", "generation", 1e-4), ("fsdp", "generation", 1e-4), ("ddp", "classification", 0.1)],
 )
 def test_fine_tuning(cli, data, tmp_path, strategy, task, close):
-    """The curve and the best weights of one process: 54 rows in batches of 53, so that every other update has fewer
-    rows than parts. A classifier's dropout differs from rank to rank."""
+    """The curve and the best weights are those of one process.
+
+    54 rows come in batches of 53, so that every other update has fewer rows than parts. A classifier's dropout differs
+    from rank to rank.
+    """
     command = [
         "finetune", "--from", data.lm, "--train", data.table, "--task", task, "--text-column", "text", "--label-column",
         "label", "--epochs", 3, "--batch-size", 53, "--lr", 3e-3, "--accumulate", 2, "--log-every", 1,

@@ -246,8 +246,10 @@ def test_what_contradicts_the_model_or_the_task_is_told_before_data_is_read(sour
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_rate_of_each_layer(optimizer):
-    """Adam's first step is the rate times the sign of the gradient, so the largest one tells the rate. Muon's is as
-    many times smaller as the rate is."""
+    """Adam's first step is the rate times the sign of the gradient, so the largest step shows the rate.
+
+    Muon's step is as many times smaller as the rate is.
+    """
     steps = {}
     for decay in (1.0, 0.5):
         model = make()
@@ -424,8 +426,10 @@ def test_attention_dropout_reaches_an_adapted_model():
 
 
 def test_seeds_are_runs_of_their_own(source, table, tmp_path):
-    """Each is the run of its seed alone, and the summary has their mean and spread. A resumed command trains what is
-    missing."""
+    """Each run is the run of its seed alone, and the summary has their mean and spread.
+
+    A resumed command trains the missing seeds.
+    """
     given = {"source": source, "train": table, "epochs": 1, "batch_size": 4, "lr": 1e-2}
     summary = repeats.repeat(FinetuneSettings(out=tmp_path / "all", seeds=3, **given), ignore, ignore)
     assert summary["runs"] == [str(tmp_path / "all" / f"seed-{seed}") for seed in range(3)]

@@ -63,8 +63,10 @@ def test_a_frozen_trunk_leaves_muon_nothing():
 
 
 def test_a_step_goes_along_the_gradients_singular_vectors():
-    """The first step of Muon, from the gradient that AdamW's engine has: W (1 - lr wd) - lr · 0.2 √max(m, n) · U S Vᵀ,
-    with singular values S near 1, which Newton and Schulz's iteration leaves between 0.5 and 1.5."""
+    """The first step of Muon is W (1 - lr wd) - lr · 0.2 √max(m, n) · U S Vᵀ, for the gradient that AdamW's engine has.
+
+    The singular values S are near 1. Newton and Schulz's iteration leaves them between 0.5 and 1.5.
+    """
     muon, plain = make(), make(optimizer="adamw")
     before = weights(muon)
     for engine in (muon, plain):
@@ -255,8 +257,10 @@ def test_z_loss_is_of_training_alone():
 
 
 def test_pretrain_with_muon(cli, data, tmp_path):
-    """At five times AdamW's rate, for AdamW's first steps are that much larger, it learns more in a few updates. Its
-    record tells what trained it."""
+    """Muon at five times AdamW's rate learns more in a few updates, and its record names it.
+
+    AdamW's first steps are that much larger.
+    """
     out = {}
     sizes = [
         "--layers",

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 import torch.utils.tensorboard
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.mathtext import MathTextParser
@@ -60,8 +59,10 @@ CASES += [pytest.param(name, [*ODD.values()], id=name) for name in PICTURES if n
 
 @pytest.mark.parametrize(("picture", "texts"), CASES)
 def test_any_text_can_be_drawn(picture, texts, tmp_path, monkeypatch) -> None:
-    """Nothing is read as mathematics, and no warning is given: a box stands for a letter that the font lacks. One
-    picture with each text as its title, the others with all texts as labels."""
+    """No text is read as mathematics, and no warning is given: a box stands for a letter that the font lacks.
+
+    One picture has each text as its title, the others have all texts as labels.
+    """
     monkeypatch.setattr(MathTextParser, "parse", fail)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

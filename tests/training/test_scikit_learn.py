@@ -153,8 +153,10 @@ def test_balanced_weights_of_classes_and_tags():
 
 
 def test_balanced_weights_of_sets():
-    """Each class is a problem of its own, in which the rows with it count as much as those without: `pos_weight` is the
-    ratio of scikit-learn's two weights."""
+    """Each class is a problem of its own, in which the rows with it count as much as those without.
+
+    `pos_weight` is the ratio of scikit-learn's two weights.
+    """
     drawn = random.Random(1)
     truth = np.array([[float(drawn.random() < share) for share in (0.1, 0.5, 0.8)] for _ in range(60)])
     expected = []
@@ -215,8 +217,7 @@ def sets(rows: list[list[str]], names: list[str]) -> np.ndarray:
 
 
 def test_the_commands_measure_what_their_predictions_are_worth(trained):
-    """The answers of `predict` and the labels of the file, measured by scikit-learn: `evaluate` and the record of
-    `finetune` have the same figures."""
+    """`evaluate` and the record of `finetune` have the figures that scikit-learn measures of `predict`'s answers."""
     task, rows, record, measured, found = trained
     answers = [each["prediction"] for each in found]
     labels = [each[tasks.TASKS[task].columns[2]] for each in rows]

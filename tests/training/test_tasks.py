@@ -349,8 +349,10 @@ def test_scratch_draws_the_weights_anew(source, tmp_path):
 
 @pytest.mark.parametrize(("ranks", "parts"), [(1, 1), (1, 3), (2, 1), (2, 2), (4, 3)])
 def test_every_row_counts_once_on_some_rank(ranks, parts):
-    """Each update's rows are divided among all parts of all ranks, as many parts on each; what has no row of its own
-    repeats one without weight."""
+    """The rows of each update are divided among all parts of all ranks, as many parts on each.
+
+    A part without a row of its own repeats one without weight.
+    """
     rows = [Example([[i, EXTRACT]], target=i % 2) for i in range(23)]
     sources = [finetune.RowSource(rows, 8, 0, 5, parts, rank=rank, ranks=ranks) for rank in range(ranks)]
     alone = finetune.RowSource(rows, 8, 0, 5)

@@ -200,7 +200,9 @@ def wandb_run(out: Path) -> tuple[dict, list[dict], int]:
 
 def log_records(data: bytes) -> list[bytes]:
     """Return the records of a log in LevelDB's format: blocks of 32 KiB with pieces of (checksum, length, kind, bytes).
-    wandb's begins with seven bytes of its own."""
+
+    wandb's log begins with seven bytes of its own.
+    """
     at, piece, found = 7, b"", []
     while at < len(data):
         if (left := 32768 - at % 32768) < 7:

@@ -1,7 +1,7 @@
-"""Runs a command on the stand-in for CUDA: python -m tools.fakecuda [--capability 90] [--devices 1] -- COMMAND ...
+"""Run a command on the stand-in for CUDA: `python -m tools.fakecuda [--capability 90] [--devices 1] -- COMMAND ...`.
 
-The library is that of tools.fakecuda.build. No kernel runs: what a command computes on `cuda` is meaningless, and only
-what it asks of the devices, how long the host takes and what CUDA would refuse is known.
+The library is that of tools.fakecuda.build. No kernel runs, so the results of a command on `cuda` are meaningless. Its
+calls of the devices, the host's time and CUDA's refusals are real.
 """
 
 import argparse

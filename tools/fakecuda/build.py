@@ -1,7 +1,8 @@
-"""Builds the stand-in: python -m tools.fakecuda.build FOLDER, by a Python that has PyTorch's CUDA build.
+"""Build the stand-in: `python -m tools.fakecuda.build FOLDER`, by a Python that has PyTorch's CUDA build.
 
-Stubs are written for the functions that PyTorch imports from CUDA's libraries and driver/ does not define: those of
-cuBLAS do nothing, those of the runtime fail and say so. Nothing then reaches the real libraries, which find no device.
+Stubs are written for the functions that PyTorch imports from CUDA's libraries and driver/ does not define. Those of
+cuBLAS do nothing, and those of the runtime fail with a message. Nothing then reaches the real libraries, which find no
+device.
 """
 
 import argparse

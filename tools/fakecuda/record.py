@@ -1,4 +1,4 @@
-"""Reads what the stand-in recorded: `with watch() as seen: ...`, then `seen.entries` and `seen.refusals`.
+"""Read the record of the stand-in: `with watch() as seen: ...`, then `seen.entries` and `seen.refusals`.
 
 `torch` must not be imported here: a process without the stand-in asks `is_present` first.
 """
@@ -31,7 +31,7 @@ class Entry(NamedTuple):
 
 @dataclass
 class Seen:
-    """What happened in a block. Both lists are filled when it ends."""
+    """Record of a block. Both lists are filled when it ends."""
 
     entries: list[Entry] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)

@@ -156,7 +156,7 @@ class Forward {
     for (int64_t lane = 0; lane < panel.count; ++lane) {
       lse[lane] = static_cast<float>(top[lane] + std::log(static_cast<double>(sum[lane])));
       if (sum[lane] == 0.0f) {
-        // Without keys the output is 0; with keys whose scores are all -inf it is NaN, as PyTorch has it.
+        // Without keys the output is 0; with keys whose scores are all -inf it is NaN, as in PyTorch.
         const bool nan = has_key(options_, segment, panel, lane);
         lse[lane] = nan ? kNan : kInf;
         spoiled = spoiled || nan;

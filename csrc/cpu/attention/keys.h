@@ -1,4 +1,4 @@
-// What attention's two passes share: packed keys and values, products that sum over them, the store of a panel.
+// Shared parts of attention's two passes: packed keys and values, products that sum over them, the store of a panel.
 #pragma once
 
 #include "cpu/attention/problem.h"

@@ -1,4 +1,4 @@
-// What attention's passes have to compute: which keys serve which queries, cut into segments, panels and blocks.
+// The problem of attention's passes: which keys serve which queries, cut into segments, panels and blocks.
 #pragma once
 
 #include <atomic>
@@ -155,7 +155,7 @@ struct KeyBlock {
 
 enum class Allowed { kNone, kSome, kAll };
 
-// Of `rows` x `columns` flags.
+// Returns the summary of `rows` x `columns` flags.
 Allowed allowed_of(const bool* flags, int64_t rows, int64_t stride_row, int64_t columns, int64_t stride_column) {
   if (stride_row == 0) rows = std::min<int64_t>(rows, 1);
   int64_t count = 0;

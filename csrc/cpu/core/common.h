@@ -70,7 +70,7 @@ inline const float* load_row(const scalar_t* row, float* buffer, int64_t n) {
   }
 }
 
-// Where a float32 result goes before it is rounded: the destination itself if that is float32, else `buffer`.
+// Returns the place of a float32 result before it is rounded: the destination if that is float32, else `buffer`.
 template <typename scalar_t>
 inline float* result_row(scalar_t* row, float* buffer) {
   if constexpr (std::is_same_v<scalar_t, float>) {
@@ -135,7 +135,7 @@ class Rows {
     }
   }
 
-  // Where to put row i before `write` rounds it: the row itself if it is float32, else `buffer`.
+  // Returns the place of row i before `write` rounds it: the row itself if it is float32, else `buffer`.
   float* target(int64_t i, float* buffer) const {
     return dtype_ == at::kFloat ? reinterpret_cast<float*>(data_ + i * stride_) : buffer;
   }

@@ -262,7 +262,7 @@ void multiply(int64_t M, int64_t panels, int64_t D, const float* a, int64_t stri
   }
 }
 
-// What a thread needs to multiply a block of at most kBlock columns: room for a packed piece of B.
+// Product of a block of at most kBlock columns by one thread, with room for a packed piece of B.
 class BlockProduct {
  public:
   BlockProduct() : b_(kBlock * kDepthBlock) {}
@@ -355,8 +355,9 @@ inline at::Tensor padded_parameter(const std::optional<at::Tensor>& parameter, i
   return padded;
 }
 
-// How many pieces of rows to divide M into so that `column_blocks` blocks keep all threads busy: pieces repeat the
-// packing of B, so there are no more than that takes. At least one, also of no rows: callers divide by it.
+// Returns the number of pieces of rows into which M divides, so that `column_blocks` blocks keep all threads busy.
+// Pieces repeat the packing of B, so there are no more than that takes. Without rows there is one, because callers
+// divide by it.
 inline int64_t row_pieces(int64_t M, int64_t column_blocks) {
   const int64_t wanted = ceil_div(2 * at::get_num_threads(), std::max<int64_t>(column_blocks, 1));
   return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(ceil_div(M, kBlock), 1));

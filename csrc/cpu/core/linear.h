@@ -46,7 +46,7 @@ inline void multiply_into(const PackedRows<scalar_t>& a, const Operand<scalar_t>
   });
 }
 
-// Where a weight's gradient adds up: in place if that is float32 or there is one chunk only, else in float32 beside it.
+// Sum of a weight's gradient: in place if that is float32 or there is one chunk only, else in float32 beside it.
 // Element (i, j) of a block is the weight's at [row + i, column + j], or at [column + j, row + i].
 class WeightGradient {
  public:

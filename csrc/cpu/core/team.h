@@ -8,8 +8,8 @@
 // the second one drops its result. So a suspended thread delays its job only while it commits. A thread that comes late
 // passes the phases that are over.
 //
-// What a piece reads may be overwritten by a later phase if its thread was suspended: its result is then dropped, and
-// what it reads has to stay allocated, which `Running::finish` waits for.
+// A later phase may overwrite the input of a piece whose thread was suspended. The result is then dropped, and the
+// input has to stay allocated, which `Running::finish` waits for.
 #pragma once
 
 #if __has_include(<pthread.h>)
@@ -136,7 +136,7 @@ class Team {
   // A job that other threads may still be in.
   class Running {
    public:
-    // Whether no other thread is in the job. Of a process that was forked away no thread is.
+    // Returns true if no other thread is in the job. After a fork no thread of the parent is.
     bool is_over() const { return job_.use_count() <= 1 || team_ != &instance(); }
 
     void finish() const {
@@ -239,8 +239,8 @@ class Team {
     return states_[piece].load(std::memory_order_relaxed) >= (id << 2 | kCommitting);
   }
 
-  // Whether the calling thread is the one to commit the piece. States only grow, so that of an earlier phase, whose
-  // pieces were all committed, no thread can begin a commit any more.
+  // Returns true if the calling thread commits the piece. States only grow, so no thread can begin a commit of an
+  // earlier phase, whose pieces were all committed.
   bool begin_commit(uint64_t id, int64_t piece) {
     uint64_t state = states_[piece].load(std::memory_order_acquire);
     return state < (id << 2 | kCommitting) &&
@@ -249,7 +249,7 @@ class Team {
 
   void end_commit(uint64_t id, int64_t piece) { states_[piece].store(id << 2 | kCommitted, std::memory_order_release); }
 
-  // Whether the phase is over, which whoever sees all pieces committed decides. `committed` counts those seen so far.
+  // Returns true if this thread ends the phase, because it sees all pieces committed. `committed` counts those so far.
   bool finish_phase(uint64_t id, int64_t& committed, int64_t pieces) {
     while (committed < pieces && states_[committed].load(std::memory_order_acquire) == (id << 2 | kCommitted)) {
       ++committed;

@@ -1,8 +1,8 @@
-// How the decode step stores weights: float32, bfloat16, or int8 with one scale a row.
+// Formats of weights in the decode step: float32, bfloat16, or int8 with one scale a row.
 //
 // Weights and the vectors that they are multiplied with are read as 32-bit words: one float, two bfloat16 or four int8
-// neighbours along the summed axis. A format says how a row of weights and a vector become words, and how a register of
-// words, one row in each lane, is multiplied with a word of a vector.
+// neighbours along the summed axis. A format turns a row of weights and a vector into words, and multiplies a register
+// of words, one row in each lane, with a word of a vector.
 #pragma once
 
 #include <algorithm>
@@ -133,8 +133,8 @@ inline int32_t rounded(float x) {
   return bits - 0x4b400000;
 }
 
-// How values up to `largest` become integers up to `most`: each times `inverse`, rounded. An integer stands for `step`.
-// Where the step would be no normal number all values become 0.
+// Rounding of values up to `largest` to integers up to `most`: each times `inverse`, rounded. An integer stands for
+// `step`. All values become 0 if the step is no normal number.
 struct Quantiser {
   Quantiser(float largest, float most) : inverse(0.0f), step(largest / most) {
     if (step < std::numeric_limits<float>::min()) {

@@ -142,7 +142,7 @@ class DecodeSession {
     return taken(n);
   }
 
-  // Of the last step, float32 [n, V], as they were before any penalty or cut.
+  // Returns the logits of the last step, float32 [n, V], before any penalty or cut.
   Tensor logits() const {
     const InUse guard(in_use_);
     // Copied by this thread: the library's own copy would wake OpenMP's threads, which then spin beside the next step.
@@ -152,7 +152,7 @@ class DecodeSession {
   }
 
  private:
-  // What a job reads: other threads may be in it when the next one has begun, so it shares nothing with its caller.
+  // Input of a job. Other threads may be in it when the next one has begun, so it shares nothing with its caller.
   struct Work {
     std::vector<int64_t> token, position, row;
     std::vector<int64_t> ends;  // of which the logits are computed

@@ -20,7 +20,7 @@ using Parameters = std::map<std::string, at::Tensor>;
 template <class Format>
 using Cache = std::conditional_t<std::is_same_v<Format, Float32>, float, at::BFloat16>;
 
-// How weights are stored and multiplied.
+// Precision in which weights are stored and multiplied.
 enum class Storage { kFloat32, kBFloat16, kInt8, kInt8With16BitInputs };
 
 // Calls body with a value of the type of the format.
@@ -153,7 +153,7 @@ class DecodeWeights {
     for (const DecoderWeights& block : blocks) check_shapes(block);
   }
 
-  // What a step has to read: the bytes of all matrices, biases and norms left out.
+  // Returns the bytes that a step has to read: those of all matrices, without biases and norms.
   int64_t bytes() const {
     int64_t sum = output.data.nbytes();
     for (const DecoderWeights& block : blocks) {

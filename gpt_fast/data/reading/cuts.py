@@ -42,8 +42,10 @@ def keeps_tokens(tokenizer: Tokenizer) -> Keeps:
 
 
 def next_place(text: str, keeps: Keeps | None = None) -> int | None:
-    """Return the first place to cut in `text`: a line end, else the end of a sentence, white space, or a mark. Return
-    None if the text has none of them."""
+    """Return the first place to cut in `text`, or None if it has none.
+
+    A place is a line end, else the end of a sentence, white space, or a mark.
+    """
     spaces = [found.start() for found in _LAST_SPACE.finditer(text, 1)]
     marks = [found.start() for found in _BEHIND_MARK.finditer(text, 1)]
     for kind in (
@@ -70,8 +72,10 @@ def last_place(text: str, keeps: Keeps | None = None) -> int | None:
 
 
 def pieces(texts: Iterator[str], keeps: Keeps | None = None, size: int | None = None) -> Iterator[str]:
-    """Yield the text that `texts` make together in pieces of `size` characters (`PIECE` unless given) or fewer, cut
-    where no token changes if there is such a place."""
+    """Yield the text that `texts` make together, in pieces of `size` characters (`PIECE` unless given) or fewer.
+
+    A cut changes no token if there is such a place.
+    """
     size = PIECE if size is None else size
     rest = ""
     for text in texts:

@@ -34,7 +34,7 @@ _BOMS = (  # UTF-32's first: UTF-16's is its beginning
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-# What begins like this is not the text that a person means, even where it is UTF-8.
+# A file that begins like this is not the text that a user means, even if it is UTF-8.
 _NO_TEXT = {
     b"%PDF": "a PDF; convert it to text",
     b"{\\rtf": "an RTF document; convert it to text",
@@ -99,10 +99,12 @@ def find(path: Path) -> list[TextFile]:
 
 
 def kind_of(file: TextFile, in_folder: bool = False) -> str:
-    """Return text, jsonl, json, csv, tsv or parquet: by the name, and by the content where the name does not tell. One
-    JSON object `in_folder`, such as a package.json among source code, is text.
+    """Return text, jsonl, json, csv, tsv or parquet, by the name or else by the content.
 
-    Raises `ValueError` for a file that is neither text nor a table.
+    One JSON object `in_folder`, such as a package.json among source code, is text.
+
+    Raises:
+        ValueError: The file is neither text nor a table.
     """
     suffix, packed = file.suffixes
     if suffix == TOKENS:

@@ -20,8 +20,10 @@ def is_squad(articles: object) -> bool:
 
 
 def squad_rows(source: str, articles: list[Any]) -> Iterator[tuple[str, Row]]:
-    """Yield a row for each question, with the fields of Hugging Face's copy; `answers` is empty for a question that
-    has none, as in SQuAD 2.0."""
+    """Yield a row for each question, with the fields of Hugging Face's copy.
+
+    `answers` is empty for a question that has none, as in SQuAD 2.0.
+    """
     number = count(1)
     for article in articles:
         for paragraph in _objects(source, article, "paragraphs"):

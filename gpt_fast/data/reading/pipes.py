@@ -1,5 +1,4 @@
-"""Standard input and named pipes: they can be read once, so they are copied to a file before anything else reads
-them."""
+"""Standard input and named pipes. They can be read once, so they are copied to a file first."""
 
 from __future__ import annotations
 

@@ -58,8 +58,11 @@ def read_rows(path: Path, options: RowOptions = DEFAULT, say: Say = ignore) -> I
 
 
 def table_kind(path: Path) -> str:
-    """Return csv, tsv, jsonl, json or parquet by the name of a table, which may be compressed: t.csv.gz. Raise
-    `ValueError` for a folder and for another ending."""
+    """Return csv, tsv, jsonl, json or parquet by the name of a table, which may be compressed: t.csv.gz.
+
+    Raises:
+        ValueError: `path` is a folder or has another ending.
+    """
     suffix = TextFile(path, path.name).suffixes[0]
     if suffix not in KINDS or path.is_dir():
         _refuse(path, suffix, SUFFIXES)
@@ -67,7 +70,11 @@ def table_kind(path: Path) -> str:
 
 
 def written_kind(path: Path) -> str:
-    """Return csv, tsv or jsonl by the name of a table to be written. Raise `ValueError` as `table_kind` does."""
+    """Return csv, tsv or jsonl by the name of a table to be written.
+
+    Raises:
+        ValueError: `path` is a folder or has another ending.
+    """
     suffix = path.suffix.lower()
     if suffix not in WRITTEN or path.is_dir():
         _refuse(path, suffix, WRITTEN)

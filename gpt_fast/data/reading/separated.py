@@ -14,13 +14,17 @@ from . import files
 from .files import TextFile, open_utf8
 
 Say = Callable[[str], object]
-Quoting = tuple[int, str]  # csv's constant, and the line about it that a user is told
+Quoting = tuple[int, str]  # csv's constant, and the line about it for the user
 
 
 @dataclass(frozen=True)
 class RowOptions:
-    """Options for reading a file. `columns` names the columns of a .csv or .tsv without a header line. `skip_ragged`
-    skips rows that have another number of fields than the header."""
+    """Options for reading a file.
+
+    Args:
+        columns: Names of the columns of a .csv or .tsv without a header line.
+        skip_ragged: Skip rows that have another number of fields than the header.
+    """
 
     columns: tuple[str, ...] = ()
     skip_ragged: bool = False
@@ -40,8 +44,10 @@ def delimiter(kind: str) -> str:
 def separated(
     file: TextFile, kind: str, given: RowOptions | None = None, say: Say = ignore
 ) -> Iterator[tuple[str, dict[str, object]]]:
-    """Yield ("line 5", row) for each row under the header; blank lines are no rows. `say` gets a line about quotes.
-    Errors name an option only where the caller has options."""
+    """Yield ("line 5", row) for each row under the header. Blank lines are no rows.
+
+    `say` gets a line about quotes. Errors name an option only if the caller has options.
+    """
     options = given or DEFAULT
     quoting = csv.QUOTE_MINIMAL
     if kind == "tsv":
@@ -118,7 +124,7 @@ def _tsv_quoting(file: TextFile, options: RowOptions, written: int) -> Quoting:
 
 @dataclass
 class _Scan:
-    """Holds one of the two readings of a .tsv, with or without quotes."""
+    """One of the two readings of a .tsv, with or without quotes."""
 
     rows: int = 0
     ragged: int = 0

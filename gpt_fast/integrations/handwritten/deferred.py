@@ -1,7 +1,7 @@
-"""Logits that are computed when somebody reads them, so that the loss may be computed without them.
+"""Logits that are computed when code reads them, so that the loss may be computed without them.
 
 A hand-written model computes its loss in code that stays as it is. Its output layer returns `Logits`. `F.cross_entropy`
-takes their hidden states and the weight instead; for anybody else they are the tensor.
+takes their hidden states and the weight instead. For all other code they are the tensor.
 """
 
 from collections.abc import Callable
@@ -68,7 +68,7 @@ class Deferred(Tensor):
 
 
 _T: Any = Tensor  # whose attributes are descriptors, which stubs do not know
-# What a deferred tensor tells without being computed.
+# Properties of a deferred tensor that need no computation.
 _SHAPES = {
     _T.size, _T.dim, _T.numel, _T.__len__, _T.is_floating_point,
     *(getattr(_T, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "is_meta")),
@@ -189,7 +189,7 @@ def _as_rows(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _is_computed(logits: Logits | None) -> bool:
-    """Return True if somebody has the values, and may have written into them."""
+    """Return True if the values are computed, so that code may have written into them."""
     while logits is not None:
         if logits._value is not None:
             return True

@@ -237,7 +237,7 @@ def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def output_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The projection to the vocabulary, left to whoever reads it."""
+    """Return the projection to the vocabulary, which is computed when code reads it."""
     if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
         return _plain.original(self, *args, **kwargs)
     return logits(value(args[0]), self.weight, self.bias)

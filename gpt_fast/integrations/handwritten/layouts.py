@@ -1,4 +1,4 @@
-"""Which attribute of a hand-written block plays which part: a table of known layouts, and inference for other names."""
+"""Roles of a hand-written block's attributes: a table of known layouts, and inference for other names."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields

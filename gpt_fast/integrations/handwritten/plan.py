@@ -20,7 +20,7 @@ from .snapshot import Snapshot
 def plan(
     model: nn.Module, claimed: set[nn.Module], report: Report, apply: Callable, undo: Callable
 ) -> list[Patch] | None:
-    """Return the patches of what somebody wrote in a model, or None if nothing is recognised.
+    """Return the patches of a model's hand-written blocks, or None if no block is recognised.
 
     Modules in `claimed` are known otherwise. `apply` and `undo` put a patch on and off, to compare the whole model.
     """
@@ -211,7 +211,7 @@ def _whole_model_agrees(model: nn.Module, patches: list[Patch], apply: Callable,
     }
     outside = [p for p in model.parameters() if id(p) not in within and p.requires_grad and p.is_floating_point()]
     before, after = [], []
-    # What the model itself writes or draws, outside of its blocks, it goes on writing: its own forward runs.
+    # The model still writes or draws what it does outside of its blocks, because its own forward runs.
     with contextlib.suppress(probe.Refused), probe.without_trace(model):
         model.eval()
         before = [_results(model, tokens, outside) for tokens in drawn]

@@ -1,4 +1,4 @@
-"""What a module's function depends on besides its parameters: options, buffers and the modules inside it."""
+"""Everything besides parameters on which a module's function depends: options, buffers and the modules inside it."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ _ACTIVATIONS: dict[type, str] = {
 
 
 class Pass(NamedTuple):
-    """What one pass of the trunk tells each of its blocks."""
+    """State of one pass of the trunk, for each of its blocks."""
 
     seed: Tensor | None
     site: int  # the block's first dropout site
@@ -61,7 +61,7 @@ def gpt2_model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _as_transformers_has_it(self, reason, call)
     _warn_of_padding(self, call)
     if use_cache and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-        use_cache = False  # as transformers has it: a checkpointed block would write to the cache twice
+        use_cache = False  # as in transformers: a checkpointed block would write to the cache twice
         if not torch.compiler.is_compiling():
             _LOGGER.warning_once(_NO_CACHE)
     if use_cache and cache is None:
@@ -186,7 +186,7 @@ def gpt1_attention_forward(self: Any, x: Any = None, *args: Any, gpt_fast_pass: 
 
 
 def _attention(attn: Any, kind: type, x: Tensor, now: Pass) -> tuple[Tensor, float]:
-    """Attention's branch, and the dropout that is left for the residual addition."""
+    """Return attention's branch, and the dropout that is left for the residual addition."""
     if not _plain.is_plain(attn, kind):
         return attn(x, gpt_fast_pass=now)[0], 0.0  # through its hooks, into the forward above
     return _plain.dropout(attn.resid_dropout, _attend(attn, x, now))
@@ -217,7 +217,7 @@ def _attention_dropout(attn: Any) -> float:
 
 
 def project(layer: Any, x: Tensor) -> Tensor:
-    """A `Conv1D`'s product, on the transposed weights where they lie; another layer is called."""
+    """Return a `Conv1D`'s product, on the transposed weights where they lie. Call any other layer."""
     if has_few_rows(x) or why_no_projection(layer) is not None:
         return layer(x)
     return ops.linear(x, layer.weight.t(), layer.bias)
@@ -245,7 +245,7 @@ def _scale(attn: Any, C: int) -> float:
 
 
 def mlp_branch(mlp: Any, kind: type, x: Tensor) -> tuple[Tensor, float]:
-    """The MLP's branch, and the dropout that is left for the residual addition."""
+    """Return the MLP's branch, and the dropout that is left for the residual addition."""
     if not _plain.is_plain(mlp, kind):
         return mlp(x), 0.0
     if has_few_rows(x) or why_no_mlp(mlp, kind) is not None:
@@ -276,7 +276,7 @@ def why_no_mlp(mlp: Any, kind: type, layer: Any = Conv1D) -> str | None:
 
 
 def _checkpointed(block: Any, function: Any, x: Tensor, now: Pass) -> Tensor:
-    """`function(block, x, now)`, kept or recomputed as transformers' own blocks do."""
+    """Return `function(block, x, now)`, kept or recomputed as transformers' own blocks do."""
     if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
         return block._gradient_checkpointing_func(functools.partial(function, block, now=now._replace(cache=None)), x)
     return function(block, x, now)
@@ -286,7 +286,7 @@ def _embed(
     trunk: Any, tokens_table: Any, positions_table: Any, x: Tensor, call: dict, positions: Tensor | None,
     seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Token and position embeddings with dropout: x is tokens [B, T], or embeddings [B, T, C] as given."""
+    """Return token and position embeddings with dropout, for tokens [B, T] or given embeddings [B, T, C]."""
     types = call.get("token_type_ids")
     plain = _plain.why_no_table(tokens_table) is None and _plain.why_no_table(positions_table) is None
     if x.dim() == 2 and types is None and plain and _plain.is_plain(trunk.drop, nn.Dropout):
@@ -305,7 +305,7 @@ def _embed(
 
 
 def _rows(call: dict) -> tuple[Tensor, torch.Size, Tensor | None]:
-    """Tokens [N, T] or embeddings [N, T, C]; the leading shape [..., T] of the result; the positions given."""
+    """Return tokens [N, T] or embeddings [N, T, C], the result's leading shape [..., T], and the given positions."""
     tokens, embeddings = call.get("input_ids"), call.get("inputs_embeds")
     if tokens is not None:
         return tokens.view(-1, tokens.shape[-1]), tokens.shape, call.get("position_ids")
@@ -320,7 +320,7 @@ def _seed(trunk: Any, device: torch.device) -> Tensor | None:
 
 
 def _masks(given: Tensor, N: int) -> tuple[Tensor | None, Tensor | None]:
-    """(key_mask [N, S], mask [N, 1, T, S]) of an attention mask that `_unsupported` let through."""
+    """Return (key_mask [N, S], mask [N, 1, T, S]) of an attention mask that `_unsupported` let through."""
     if given.dim() == 4:
         return None, given
     key_mask = given.reshape(N, -1).to(torch.bool)
@@ -330,7 +330,7 @@ def _masks(given: Tensor, N: int) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _packed(positions: Tensor) -> Tensor | None:
-    """bool [N, 1, T, T]: sequences packed into one row, told by positions that start again, see themselves only."""
+    """Return the mask [N, 1, T, T] of sequences packed into one row, which begin where positions start again."""
     first = positions[:, :1] - 1
     sequence = (torch.diff(positions, prepend=first, dim=-1) != 1).cumsum(-1)  # [N, T]
     if _plain.is_reading_values_cheap(sequence) and not bool(sequence[:, -1].any()):
@@ -383,7 +383,7 @@ def _returns_dict(trunk: Any, call: dict) -> bool:
 
 
 def _unsupported(trunk: Any, call: dict, known: set[str]) -> str | None:
-    """Why a call is not served, or None."""
+    """Return why a call is not served, or None."""
     extra = sorted(name for name, value in call.items() if name not in known and value is not None)
     if extra:
         return f"{', '.join(extra)} given"

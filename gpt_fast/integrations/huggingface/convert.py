@@ -58,7 +58,7 @@ _COMPUTES = {
     "num_tokens", "hidden_dim", "num_heads", "num_layers", "seq_len", "ff_dim", "activation", "pre_norm", "bias",
     "layer_norm_eps",
 }  # fmt: skip
-# Those that say which parameters a head has.
+# Options that decide which parameters a head has.
 _MAKES_ROOM = {"lm_weight", "classifier_bias", "output_bias"}
 
 _BLOCK = (  # ours, transformers', transposed
@@ -181,7 +181,7 @@ def _computes(reason: str | None) -> str | None:
 
 
 def is_transformers_folder(config: dict[str, Any]) -> bool:
-    """Whether a `config.json` is of a model that `from_hf` reads."""
+    """Return True if a `config.json` belongs to a model that `from_hf` reads."""
     return config.get("model_type") in ("gpt2", "openai-gpt")
 
 
@@ -204,8 +204,10 @@ def _transformers() -> Any:
 
 
 def _load(transformers: Any, folder: Any) -> Any:
-    """Load the model in a folder or of a name on the hub, by the class that saved it. Nothing is filled at random, and
-    nothing is unpickled but tensors, by the reader of nanoGPT's checkpoints."""
+    """Load the model in a folder or of a name on the hub, by the class that saved it.
+
+    Nothing is filled at random. Nothing is unpickled but tensors, by the reader of nanoGPT's checkpoints.
+    """
     from huggingface_hub.errors import StrictDataclassError
 
     local, is_folder = hub.is_local(folder), os.path.isdir(folder)
@@ -242,7 +244,7 @@ def _load(transformers: Any, folder: Any) -> Any:
             model, info = kind.from_pretrained(folder, **options)
         else:
             model, info = kind.from_pretrained(None, config=config, state_dict=pickled, **options)
-    except (SafetensorError, MemoryError) as error:  # the latter for a file that is too long to be mapped
+    except (SafetensorError, MemoryError) as error:  # MemoryError for a file that is too long to be mapped
         raise ValueError(
             f"gpt_fast.from_hf: {folder} has broken safetensors ({error}); expected whole files"
         ) from error
@@ -285,7 +287,7 @@ def _pickled_weights(folder: Any) -> dict[str, torch.Tensor] | None:
 
 
 def _pairs(ours: dict[str, Any], theirs: dict[str, Any], model: Any) -> Iterator[tuple[str, str, bool]]:
-    """(our name, transformers' name, whether theirs is transposed) of every tensor both have."""
+    """Return (our name, transformers' name, True if theirs is transposed) of every tensor that both have."""
     config = model.config
     our_trunk = "trunk." if "trunk.pos_emb" in ours else ""
     their_trunk = "transformer." if any(name.startswith("transformer.") for name in theirs) else ""
@@ -351,8 +353,10 @@ def _config_from_hf(theirs: Any, kind: str) -> GPTConfig:
 
 
 def _in_vocabulary(theirs: Any, token: Any) -> int | None:
-    """Return a special token's id if the vocabulary has it: a small model's configuration may still have GPT-2's. Of
-    several ids the first counts."""
+    """Return a special token's id if the vocabulary has it, else None. Of several ids the first counts.
+
+    The configuration of a small model may still have the ids of GPT-2.
+    """
     if isinstance(token, list) and token:
         token = token[0]
     return token if isinstance(token, int) and 0 <= token < theirs.vocab_size else None
@@ -388,7 +392,7 @@ def _classifier_from_hf(theirs: Any) -> dict[str, Any]:
 
 
 def _own_dropout(theirs: Any) -> float:
-    """What `to_hf` wrote for a head that has no dropout in transformers."""
+    """Return the dropout that `to_hf` wrote for a head that has no dropout in transformers."""
     return getattr(theirs, "classifier_dropout", None) or 0.0
 
 
@@ -409,7 +413,7 @@ def _tags_from_hf(theirs: Any) -> dict[str, Any]:
     return {
         "num_labels": theirs.num_labels,
         "label_names": _label_names(theirs),
-        "classifier_dropout": next((rate for rate in rates if rate is not None), 0.1),  # as transformers' class has it
+        "classifier_dropout": next((rate for rate in rates if rate is not None), 0.1),  # as in transformers' class
     }
 
 

@@ -20,7 +20,7 @@ _NAMES = {"clm": "GPTForCausalLM", "mlm": "GPTForMaskedLM", "classifier": "GPTFo
 _SPECIAL = {
     "pad_token": "pad_token", "mask_token": "mask_token", "start_token": "bos_token", "end_token": "eos_token",
 }  # fmt: skip
-# What transformers keeps beside the model, and this library in a folder inside its own.
+# Files that transformers keeps beside the model, and this library in a folder inside its own.
 EXTRAS = "transformers"
 _EXTRAS = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -96,8 +96,11 @@ def _to_transformers(source: Path, made: Path) -> dict[str, Any]:
 
 
 def _as_transformers_reads(model: Any) -> tuple[Any, list[str]]:
-    """Return a classifier that reads the last token and has no joint loss, with the weights of `model`, and what it
-    lacks. Its input ends in the extract token, so the last token is that one. Other models are returned as they are."""
+    """Return `model` as a classifier that reads the last token and has no joint loss, and what that classifier lacks.
+
+    The weights are those of `model`. Its input ends in the extract token, so the last token is that one. Other models
+    are returned as they are.
+    """
     config: GPTConfig = model.config
     if not isinstance(model, GPTForSequenceClassification) or config.pooling != "extract":
         return model, []

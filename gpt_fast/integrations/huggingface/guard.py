@@ -131,7 +131,7 @@ def _why_other_parameters(model: Any, made: Any, spare: str | None) -> str | Non
 
 
 def _why_other_buffers(model: Any, made: Any) -> str | None:
-    """GPT-1 in transformers has two buffers that its forward reads: the causal mask and the positions."""
+    """Return how buffers differ from a new model's, or None. GPT-1's forward reads two: causal mask and positions."""
     buffers, expected = (dict(each.named_buffers(remove_duplicate=False)) for each in (model, made))
     for name in expected:
         if name not in buffers:
@@ -191,7 +191,7 @@ def why_other_outputs(theirs: Any, ours: Any, whole: bool) -> str | None:
 
 
 def _tokens(theirs: Any, ours: Any) -> Tensor:
-    """[2, 4] tokens from the whole vocabulary without padding. One row if transformers' class refuses more."""
+    """Return tokens [2, 4] of the whole vocabulary without padding, or one row if transformers' class refuses more."""
     V, T, pad = ours.config.num_tokens, min(4, ours.config.seq_len), theirs.config.pad_token_id
     B = 1 if pad is None and "SequenceClassification" in type(theirs).__name__ else 2
     tokens = torch.arange(B * T).view(B, T) * max(1, V // (B * T)) % V

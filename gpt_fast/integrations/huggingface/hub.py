@@ -7,8 +7,10 @@ from ... import _hub
 
 
 def is_local(source: Any) -> bool:
-    """Return True if transformers should use no network for `source`: a folder, or a name while the hub is out of
-    reach, which only the cache can serve. transformers itself would retry for 23 seconds."""
+    """Return True if transformers should use no network: for a folder, and for a name while the hub is out of reach.
+
+    Only the cache can serve that name. transformers itself would retry for 23 seconds.
+    """
     return Path(source).is_dir() or is_path(source) or not _hub.is_reachable()
 
 

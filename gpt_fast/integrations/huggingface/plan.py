@@ -17,7 +17,7 @@ from . import blocks, losses
 
 
 def plan(name: str, module: Any, report: Report) -> list[Patch] | None:
-    """The patches of `module` if it is a trunk or a head, else None; blocks belong to their trunk."""
+    """Return the patches of `module` if it is a trunk or a head, else None. Blocks belong to their trunk."""
     if isinstance(module, gpt2.GPT2Model):
         return _plan_trunk(name, module, report, _GPT2)
     if isinstance(module, gpt1.OpenAIGPTModel):
@@ -118,7 +118,7 @@ def _plan_head(name: str, model: Any, head: losses.Head, report: Report) -> list
 
 
 def _checkpointing(model: PreTrainedModel) -> dict[str, Any]:
-    """GPT-1 gains gradient checkpointing, which it does not have in transformers."""
+    """Give GPT-1 gradient checkpointing, which it does not have in transformers."""
     return {} if model.supports_gradient_checkpointing else {"supports_gradient_checkpointing": True}
 
 
@@ -134,5 +134,5 @@ def why_foreign(module: Any, kind: Any, label: str = "") -> str | None:
 
 
 def _is_sharded(kind: type) -> bool:
-    """FSDP2 puts a class of its own over a module's."""
+    """Return True for the class that FSDP2 puts over a module's."""
     return kind.__name__.startswith("FSDP") and kind.__module__.startswith("torch.distributed")

@@ -37,7 +37,7 @@ class Masks(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What a block passes on to its attention."""
+    """Arguments that a block passes to its attention."""
 
     masks: Masks
     cache: Any
@@ -50,7 +50,7 @@ class Call(NamedTuple):
 def opt_layer_forward(
     self: Any, hidden_states: Tensor, attention_mask: Any = None, cache: Any = None, **kwargs: Any
 ) -> Any:
-    """A layer of OPT or BioGPT: hidden states [B, T, C] → [B, T, C]."""
+    """Run a layer of OPT or BioGPT: hidden states [B, T, C] → [B, T, C]."""
     given = {"attention_mask": attention_mask, "cache": cache, **kwargs}
     older = kwargs.get("past_key_values")
     reason, masks = _masks_of(self, self.self_attn, hidden_states, attention_mask, cache if older is None else older)
@@ -64,7 +64,7 @@ def opt_layer_forward(
 
 
 def opt_attention_forward(self: Any, *args: Any, gpt_fast_call: Any = None, **kwargs: Any) -> Any:
-    """Attention of OPT or BioGPT as its hooks see it: hidden states [B, T, C] → (the branch [B, T, C], None)."""
+    """Run attention of OPT or BioGPT as its hooks see it: hidden states [B, T, C] → (the branch [B, T, C], None)."""
     if gpt_fast_call is None:
         return _plain.original(self, *args, **kwargs)
     return _opt_attention(self, args[0], gpt_fast_call), None
@@ -73,7 +73,7 @@ def opt_attention_forward(self: Any, *args: Any, gpt_fast_call: Any = None, **kw
 def gpt_neo_block_forward(
     self: Any, hidden_states: Tensor, layer_past: Any = None, attention_mask: Any = None, **kwargs: Any
 ) -> Any:
-    """A block of GPT-Neo: hidden states [B, T, C] → (hidden states, None)."""
+    """Run a block of GPT-Neo: hidden states [B, T, C] → (hidden states, None)."""
     attn = self.attn.attention
     reason, masks = _masks_of(self, attn, hidden_states, attention_mask, layer_past)
     reason = reason or _why_unknown(kwargs, ("use_cache",)) or _why_called(attn, self.attn)
@@ -87,7 +87,7 @@ def gpt_neo_block_forward(
 def imagegpt_block_forward(
     self: Any, hidden_states: Tensor, layer_past: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """A block of ImageGPT: hidden states [B, T, C] → (hidden states, None)."""
+    """Run a block of ImageGPT: hidden states [B, T, C] → (hidden states, None)."""
     reason, masks = _masks_of(self, self.attn, hidden_states, attention_mask, layer_past)
     if any(value is not None for value in args):
         reason = "it is given the states of an encoder"
@@ -120,7 +120,7 @@ HEADS = (_OPT, _BIOGPT, _GPT_NEO) = losses.with_signatures((
 
 
 def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """LayerNorm of x [..., C]."""
+    """Return LayerNorm of x [..., C]."""
     if len(args) != 1 or kwargs:
         return _plain.original(self, *args, **kwargs)
     return ops.layer_norm(args[0], self.weight, self.bias, self.eps)
@@ -183,7 +183,7 @@ def _gpt_neo_block(self: Any, x: Tensor, call: Call) -> Tensor:
 
 
 def _imagegpt_block(self: Any, x: Tensor, call: Call) -> Tensor:
-    """Its norms divide by the root mean square and have no op: they are called."""
+    """Run the block, and call its norms, which divide by the root mean square and have no op."""
     attn = self.attn
     p = attn.attn_dropout.p if attn.attn_dropout.training else 0.0
     scale = attn.head_dim**-0.5 if attn.scale_attn_weights else 1.0

@@ -51,8 +51,11 @@ def read(path: Path) -> Checkpoint:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a state dict that another library pickled, as transformers did as pytorch_model.bin. Raises `ValueError`
-    for a file that is damaged or holds anything but named tensors."""
+    """Read a state dict that another library pickled, as transformers did as pytorch_model.bin.
+
+    Raises:
+        ValueError: The file is damaged or holds anything but named tensors.
+    """
     content = _load(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}; expected a state dict")

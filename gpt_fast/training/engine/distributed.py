@@ -24,7 +24,7 @@ TIMEOUT = timedelta(minutes=10)
 
 
 class LostRank(ValueError):
-    """Another process of the job is gone, so that this one cannot go on."""
+    """Error that another process of the job is gone, so that this one cannot continue."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class World:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Wait until all ranks are here."""
         if self.size > 1:
             dist.barrier()
 
     def total(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks."""
+        """Return the sum over the ranks."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -80,8 +80,10 @@ class World:
         return value if self.size == 1 else json.loads(self.text(json.dumps(value)))
 
     def wrap(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
-        """The model that trains on this rank's part of each batch: DDP holds all of it everywhere, FSDP2 a share on
-        each rank, in place, one unit per decoder."""
+        """Return the model that trains on this rank's part of each batch.
+
+        DDP holds the whole model on each rank. FSDP2 holds a share on each rank, in place, one unit per decoder.
+        """
         if self.size == 1:
             return model
         if self.strategy == "ddp":
@@ -100,7 +102,7 @@ class World:
 
     @contextmanager
     def synchronised(self, parallel: nn.Module, wanted: bool) -> Iterator[None]:
-        """Gradients are summed over the ranks in the backward of the last part of a batch alone."""
+        """Sum gradients over the ranks only in the backward of the last part of a batch."""
         if self.size == 1 or (wanted and self.strategy == "ddp"):
             yield
         elif self.strategy == "ddp":
@@ -111,8 +113,10 @@ class World:
             yield
 
     def reshard(self, model: nn.Module) -> None:
-        """Back to the parameters that the optimizer knows: after a forward without backward FSDP2's root still shows
-        whole ones."""
+        """Put back the parameters that the optimizer knows.
+
+        After a forward without backward FSDP2's root still shows whole ones.
+        """
         if self.size > 1 and self.strategy == "fsdp":
             from torch.distributed.fsdp import FSDPModule
 
@@ -121,11 +125,11 @@ class World:
                     module.reshard()
 
     def full(self, tensor: Tensor) -> Tensor:
-        """A tensor that may be spread over the ranks, whole."""
+        """Return a whole tensor, which may be spread over the ranks."""
         return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
     def replicated(self, tensor: Tensor) -> Tensor:
-        """A tensor for use beside sharded ones."""
+        """Return a tensor for use beside sharded ones."""
         if self.size == 1 or self.strategy == "ddp":
             return tensor
         from torch.distributed.tensor import DTensor, Replicate
@@ -149,14 +153,16 @@ def resolve_device(name: str) -> str:
 
 
 def launched_size() -> int:
-    """How many processes torchrun started, 1 without it."""
+    """Return how many processes torchrun started, or 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
 def world(strategy: str | None, device: str) -> Iterator[World]:
-    """The world that torchrun describes: NCCL between GPUs, gloo between CPUs. What breaks the connection to another
-    rank is a `LostRank` that says so."""
+    """Join the world that torchrun describes: NCCL between GPUs, gloo between CPUs.
+
+    A lost connection to another rank becomes a `LostRank`, which names the cause.
+    """
     size = launched_size()
     if size == 1:
         yield World(device=device)
@@ -196,17 +202,17 @@ def _is_lost_connection(error: RuntimeError) -> bool:
 
 
 def settings_of(world: World) -> dict[str, Any]:
-    """What a run's record says of how it was trained."""
+    """Return the entries of a run's record about its processes."""
     return {"ranks": world.size} | ({"strategy": world.strategy} if world.size > 1 else {})
 
 
 def bytes_per_update(parameters: int, ranks: int, strategy: str, bits: int = 16, parts: int = 1) -> float:
-    """The bytes that each rank sends, and as many that it receives, in one update of P parameters on N ranks.
+    """Return the bytes that each rank sends, and also receives, in one update of P parameters on N ranks.
 
     DDP sums float32 gradients once: `2 (N - 1)/N · 4 P`. FSDP2 gathers the weights for the forward and again for the
-    backward of each of the batch's `parts` k, in the type that products are computed in (`bits` 16 or 32), and scatters
-    the float32 sum of the gradients once: `(N - 1)/N · (2 k bits/8 + 4) P`. Source: Thakur et al. (2005),
-    doi:10.1177/1094342005051521, for the ring; Rajbhandari et al. (2020), arXiv:1910.02054, section 7.
+    backward of each of the batch's `parts` k, in the type of products (`bits` 16 or 32), and scatters the float32 sum
+    of the gradients once: `(N - 1)/N · (2 k bits/8 + 4) P`. Source: Thakur et al. (2005), doi:10.1177/1094342005051521,
+    for the ring; Rajbhandari et al. (2020), arXiv:1910.02054, section 7.
     """
     if strategy not in ("ddp", "fsdp"):
         raise ValueError(f"strategy is {strategy!r}; expected ddp or fsdp")

@@ -15,9 +15,13 @@ Step = Callable[..., Any]
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> list[Tensor]:
-    """Keep the learning rates and step counts of `optimizer` on `device`. Return the rates, one for each group.
+    """Keep the learning rates and step counts of `optimizer` on `device`.
 
-    Raises `ValueError` for an optimizer that decides something on the host, such as `torch.optim.Muon`.
+    Returns:
+        Rates, one for each group.
+
+    Raises:
+        ValueError: The optimizer decides something on the host, as `torch.optim.Muon` does.
     """
     if any("capturable" not in group for group in optimizer.param_groups):
         raise ValueError(
@@ -47,41 +51,48 @@ class GraphedStep:
         step: A whole update. `step(*tensors)` zeroes the gradients by `zero_grad(set_to_none=True)`, computes a loss
             and its gradients, clips, calls `optimizer.step()`, and returns a tensor or a tuple of tensors of the
             device. It must not read a value of the device, as `.item()`, `float(loss)` and `print(loss)` do.
-        optimizers: Those that `step` calls. Their learning rates become tensors on the device. A loop or a scheduler
-            may still set `group["lr"]` between calls; other options are fixed by the capture.
+        *optimizers: Optimizers that `step` calls. Their learning rates become tensors on the device. A loop or a
+            scheduler may still set `group["lr"]` between calls. The capture fixes other options.
 
     Shape:
         Each tensor has the shape and dtype that it had in the first call.
 
     Returns:
-        What `step` returns, as copies that the next call leaves alone.
+        The results of `step`, as copies that the next call leaves alone.
 
     Raises:
         ValueError: A tensor is not on a CUDA device, or its shape or dtype differs from the first call; a process group
             has several ranks; an optimizer cannot be captured; or parameters, optimizer state or options were replaced
             after the capture.
-        RuntimeError: `step` does what no capture allows, such as reading a value.
+        RuntimeError: No capture allows a part of `step`, such as reading a value.
 
     Example:
         ```python
+        import torch
+        import gpt_fast
+        from gpt_fast.training import GraphedStep
+
+        config = gpt_fast.GPTConfig(num_tokens=100, hidden_dim=64, num_heads=4, num_layers=2, seq_len=32)
+        model = gpt_fast.GPTForCausalLM(config).cuda()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-        def step(tokens, labels):
+        def step(tokens):
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast("cuda", torch.bfloat16):
-                loss = model(tokens, labels).loss
+                loss = model(tokens, labels=tokens).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             return loss.detach()
 
-        graphed = gpt_fast.training.GraphedStep(step, optimizer)
-        loss = graphed(tokens, labels)
+        graphed = GraphedStep(step, optimizer)
+        for _ in range(4):
+            loss = graphed(torch.randint(100, (8, 32), device="cuda"))
         ```
 
     Note:
         The graph keeps the memory of one step, gradients included, as long as this object lives. Modes of the model
-        (`train()`, `eval()`) and everything else that `step` asks in Python are as they were at the capture.
+        (`train()`, `eval()`) and every other condition of `step` in Python stay as they were at the capture.
     """
 
     def __init__(self, step: Step, *optimizers: torch.optim.Optimizer):

@@ -28,8 +28,10 @@ def make_optimizer(
     without: Collection[Tensor] = (),
     factors: Factors = MappingProxyType({}),
 ) -> torch.optim.AdamW:
-    """Return fused AdamW for all parameters but those in `without`. It decays every matrix and, as in the paper, no
-    bias and no gain. A weight shared by two modules is one parameter."""
+    """Return fused AdamW for all parameters but those in `without`.
+
+    It decays every matrix and, as in the paper, no bias and no gain. A weight shared by two modules is one parameter.
+    """
     others = set(map(id, without))
     parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in others]
     matrices = [p for p in parameters if p.ndim >= 2]
@@ -47,9 +49,11 @@ def _groups(parameters: Sequence[Tensor], weight_decay: float, factors: Factors)
 
 
 def layer_factors(model: Any, decay: float) -> dict[int, float]:
-    """Return what multiplies the learning rate of the trunk's parameters, by their ids: decay^(L - i) in decoder i of
-    L, counted from 0, and decay^(L + 1) in the embeddings. Source: Howard and Ruder (2018), arXiv:1801.06146, section
-    3.2, with the layers of BEiT's code."""
+    """Return factors of the learning rate for the trunk's parameters, by their ids.
+
+    The factor is decay^(L - i) in decoder i of L, counted from 0, and decay^(L + 1) in the embeddings. Source: Howard
+    and Ruder (2018), arXiv:1801.06146, section 3.2, with the layers of BEiT's code.
+    """
     if decay == 1:
         return {}
     L = len(model.trunk.decoders)
@@ -77,8 +81,10 @@ def make_muon(
 
 
 def schedule(name: str, *, total: int, warmup: int, final: float = 0.0, decay: float = 0.2) -> Callable[[int], float]:
-    """Return the schedule of this name. Each but `constant` falls to `final`; `wsd` does over the last `decay` of all
-    updates."""
+    """Return the schedule of this name.
+
+    Each but `constant` falls to `final`. `wsd` falls over the last `decay` of all updates.
+    """
     if name == "constant":
         return partial(warmup_constant, warmup=warmup)
     if name == "wsd":
@@ -88,8 +94,7 @@ def schedule(name: str, *, total: int, warmup: int, final: float = 0.0, decay: f
 
 
 def warmup_cosine(step: int, *, total: int, warmup: int, final: float = 0.0) -> float:
-    """Rise along a line over `warmup` updates, then fall along half a cosine that would reach `final` at update
-    `total`."""
+    """Rise along a line over `warmup` updates, then fall along half a cosine to `final` at update `total`."""
     if step < warmup:
         return (step + 1) / warmup
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
@@ -108,8 +113,10 @@ def warmup_constant(step: int, *, warmup: int) -> float:
 
 
 def warmup_stable_decay(step: int, *, total: int, warmup: int, final: float = 0.0, decay: float = 0.2) -> float:
-    """Rise along a line over `warmup` updates, stay at 1, and fall over the last `decay` of all updates along a line
-    that would reach `final` at update `total`. Source: Hu et al. (2024), arXiv:2404.06395, section 4."""
+    """Rise along a line over `warmup` updates, stay at 1, and fall along a line over the last `decay` of all updates.
+
+    The line would reach `final` at update `total`. Source: Hu et al. (2024), arXiv:2404.06395, section 4.
+    """
     length = max(1, min(total - warmup, round(decay * total)))
     if step < total - length:
         return warmup_constant(step, warmup=warmup)

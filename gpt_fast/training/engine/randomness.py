@@ -9,12 +9,12 @@ from ...data.stream import mix
 
 
 def seed(seed: int, rank: int, step: int = 0) -> None:
-    """Another stream of dropout masks for each rank, and for each step that a run goes on from with other ranks."""
+    """Start a stream of dropout masks for each rank, and for each step from which a run resumes with other ranks."""
     torch.manual_seed(seed if rank == step == 0 else mix(seed, rank, step) >> 1)
 
 
 def states(device: torch.device, rank: int) -> dict[str, Tensor]:
-    """By names of this rank's own: torch's generator on the CPU, and that of the rank's GPU."""
+    """Return the states of torch's generators on the CPU and on this rank's GPU, by names of the rank's own."""
     found = {f"random.cpu.{rank}": torch.get_rng_state()}
     if device.type == "cuda":
         found[f"random.cuda.{rank}"] = torch.cuda.get_rng_state(device)

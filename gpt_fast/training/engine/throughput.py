@@ -1,4 +1,4 @@
-"""How much of a device a training run uses: model FLOPs per token, and the rate that they are compared with."""
+"""Share of a device that a training run uses: model FLOPs per token, and the rate to which they are compared."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ LONGEST = 0.5  # seconds of one product
 
 
 def flops_per_token(config: GPTConfig, parameters: int, causal: bool) -> float:
-    """`6 N + 12 L C T`, the products of forward and backward, halved in attention where it is causal.
+    """Return `6 N + 12 L C T`, the products of forward and backward, halved in attention if it is causal.
 
-    N counts the weights that multiply: not the position embedding, and not the token embedding where a layer of its own
+    N counts the weights that multiply: not the position embedding, and not the token embedding if a layer of its own
     makes the output. Recomputed activations do not count, so checkpointing lowers the share. Source: Kaplan et al.
     (2020), arXiv:2001.08361; Chowdhery et al. (2022), arXiv:2204.02311, appendix B.
     """
@@ -27,9 +27,12 @@ def flops_per_token(config: GPTConfig, parameters: int, causal: bool) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The published rate of a known GPU in a 16-bit type; else that of a 1024³ product measured here, the best of
-    five; of a smaller one where that would take long, as in 16 bits on a CPU without instructions for them. Each size
-    says whether the next is worth trying: on busy cores a small product waits far longer than it multiplies."""
+    """Return the peak rate of a device: a known GPU's published 16-bit rate, else a measured one.
+
+    The measurement is the best of five 1024³ products, or of smaller ones where that would take long, as in 16 bits on
+    a CPU without instructions for them. Each size shows whether the next is worth trying: on busy cores a small product
+    waits far longer than it multiplies.
+    """
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for known, rate in PUBLISHED.items():

@@ -45,8 +45,13 @@ class EngineSettings:
 
 
 class Outcome(NamedTuple):
-    """Of one update, still on the device: mean loss over all parts and ranks, the gradient's norm before clipping, and
-    whether either is not finite, in which case nothing was updated."""
+    """Result of one update, still on the device.
+
+    Attributes:
+        loss: Mean loss over all parts and ranks.
+        norm: Norm of the gradient before clipping.
+        skipped: True if either is not finite, and nothing was updated.
+    """
 
     loss: Tensor
     norm: Tensor
@@ -94,12 +99,11 @@ class Engine:
         return self._sender.send(batches, count)
 
     def update(self, batches: Sequence[Batch] | Sent, lr: float) -> Outcome:
-        """Accumulate the gradient of the loss of all `batches` on all ranks, and step at AdamW's rate `lr`. Muon's rate
-        follows it.
+        """Accumulate the gradient of the loss of all `batches` on all ranks, and step at AdamW's rate `lr`.
 
-        Each term of the loss is the mean over all of its predictions, so that the gradient does not depend on how the
-        batch is divided. A batch of weight 0 does not count. On CUDA the host waits for nothing, if the batches come
-        from the CPU or by `send`.
+        Muon's rate follows it. Each term of the loss is the mean over all of its predictions, so that the gradient does
+        not depend on how the batch is divided. A batch of weight 0 does not count. On CUDA the host waits for nothing,
+        if the batches come from the CPU or by `send`.
         """
         parts, counts = self._sender.receive(batches if isinstance(batches, Sent) else self.send(batches))
         self.model.train()
@@ -122,8 +126,10 @@ class Engine:
         return torch.stack(self._compute(parts, counts))
 
     def _compute(self, parts: Sequence[dict[str, Tensor]], counts: Tensor) -> Outcome:
-        """Make the update of `parts`, whose terms of the loss have `counts` [parts, terms] predictions. Whether this
-        runs or a graph of it is replayed makes no difference, so it keeps no number on the host."""
+        """Make the update of `parts`, whose terms of the loss have `counts` [parts, terms] predictions.
+
+        A graph of this function may be replayed in its place, so it keeps no number on the host.
+        """
         self.optimizer.zero_grad(set_to_none=True)  # FSDP's model may hold other parameters at this moment
         if self.muon is not None:
             self.muon.zero_grad(set_to_none=True)
@@ -175,8 +181,10 @@ class Engine:
         self.growth.copy_(torch.where(grows, 0.0, growth))
 
     def state(self) -> dict[str, Tensor]:
-        """Return every tensor that training resumes from: weights, moments, the scale. The tensors are the live ones:
-        copying into them restores the state."""
+        """Return every tensor that training resumes from: weights, moments, the scale.
+
+        The tensors are the live ones. Copying into them restores the state.
+        """
         self.world.reshard(self.model)
         tensors: dict[str, Tensor] = {"scale": self.scale, "growth": self.growth}
         hidden = {id(p) for group in self.muon.param_groups for p in group["params"]} if self.muon else set()
@@ -197,7 +205,7 @@ class Engine:
         return tensors
 
     def whole_model(self) -> Head:
-        """The model with all of its weights in one place, for saving; every rank calls it."""
+        """Return the model with all of its weights in one place, for saving. Every rank calls this."""
         if self.world.size == 1 or self.world.strategy == "ddp":
             return self.model
         tensors = {name: self.world.full(tensor).cpu() for name, tensor in self.model.state_dict().items()}

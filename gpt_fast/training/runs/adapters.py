@@ -24,7 +24,7 @@ from ...model import init_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
-# What PEFT wraps in a decoder, and the weight that the adapter is added to.
+# Modules that PEFT wraps in a decoder, and the weight to which the adapter is added.
 _ADAPTED = {"multihead_attn": "multihead_attn.in_proj_weight", "ff.0": "ff.0.weight", "ff.3": "ff.3.weight"}
 _SAVED, _LIVE = "base_model.model.", ".default"  # PEFT's files have the first in names, its modules the second
 
@@ -101,8 +101,11 @@ def live_shapes(model: Head, rank: int) -> dict[str, tuple[str, list[int]]]:
 
 
 def merge(model: Head, tensors: Mapping[str, Tensor], rank: int, alpha: float, path: Path) -> None:
-    """Add an adapter to the weights of its base, in place. Raise `ValueError` for tensors of another model; `path` is
-    where they come from."""
+    """Add an adapter to the weights of its base, in place.
+
+    Raises:
+        ValueError: The tensors are those of another model. The message names `path`, where they come from.
+    """
     expected = live_shapes(model, rank)
     for name, (_, shape) in expected.items():
         if name not in tensors or list(tensors[name].shape) != shape:

@@ -38,8 +38,13 @@ class Damaged(ValueError):
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int, world: World) -> None:
-    """Writes the checkpoint of `step` into `folder` (a run's checkpoints/) and leaves the last `keep`; every rank calls
-    it with its own tensors. Raises `OSError` where it cannot be written, and then the ones before are untouched."""
+    """Write the checkpoint of `step` into `folder`, a run's checkpoints/, and keep the last `keep`.
+
+    Every rank calls it with its own tensors.
+
+    Raises:
+        OSError: It cannot be written. The checkpoints before are then untouched.
+    """
     name = f"{_PREFIX}{step:09d}"
     partial = folder / f".{name}{PARTIAL}"
     if world.first:
@@ -63,7 +68,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
 
 
 def newest_first(folder: Path) -> Iterator[Path]:
-    """The complete checkpoints of a folder: the one that `latest` names, then the others from the newest on."""
+    """Return the complete checkpoints of a folder: the one that `latest` names, then the others from the newest on."""
     if not folder.is_dir():
         return
     names = (path for path in folder.iterdir() if path.name.startswith(_PREFIX))
@@ -124,7 +129,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, tensors: dict[str, Tensor], world: World) -> None:
-    """Fills `tensors` from a checkpoint, whatever the number of ranks that wrote it."""
+    """Fill `tensors` from a checkpoint, whatever the number of ranks that wrote it."""
     reader = dcp.HuggingFaceStorageReader(str(path))
     try:
         with warnings.catch_warnings():
@@ -145,7 +150,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None
 
 
 def _with_a_dimension(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Scalars as one-element views: the safetensors reader slices, which a scalar does not allow."""
+    """Return scalars as views of one element: the safetensors reader slices, which a scalar does not allow."""
     return {name: tensor.view(1) if tensor.ndim == 0 else tensor for name, tensor in tensors.items()}
 
 
@@ -155,7 +160,7 @@ def _cause(error: CheckpointException) -> str:
 
 
 def _seal(path: Path, manifest: dict[str, Any]) -> None:
-    """Syncs all files and writes the manifest that vouches for them."""
+    """Sync all files and write the manifest that vouches for them."""
     for file in path.iterdir():
         sync(file)
     manifest["files"] = _sums(path)
@@ -182,8 +187,10 @@ def _sum_of(manifest: dict[str, Any]) -> str:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, and what kills left half-done. A checkpoint loses its name before
-    its files, so that none is ever seen with a part of them."""
+    """Remove all but the newest `keep` checkpoints, and the half-written ones of killed runs.
+
+    A checkpoint loses its name before its files, so that none is ever seen with a part of them.
+    """
     for path in list(newest_first(folder))[keep:]:
         path.rename(folder / f".{path.name}.removed")
     for path in folder.iterdir():

@@ -1,4 +1,4 @@
-"""What `gpt-fast doctor RUN` finds in a run folder."""
+"""Findings of `gpt-fast doctor RUN` in a run folder."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Run:
         return self.folder / checkpoints.FOLDER
 
     def publish(self) -> None:
-        """Moves the folder to its place, before the first update: from now on metrics can be watched there."""
+        """Move the folder to its place, before the first update. From now on metrics can be watched there."""
         if self.folder == self.out:
             return
         _check_target(self.out, self.overwrite)  # someone may have written there meanwhile
@@ -92,7 +92,7 @@ class Run:
         self.folder = self.out
 
     def keep(self) -> None:
-        """What lies in the folder is worth more than what it replaced."""
+        """Keep the folder, which is now worth more than the one that it replaced."""
         self.publish()
         self.kept = True
         if self._replaced is not None:
@@ -137,12 +137,11 @@ class Run:
 def new_run(
     out: Path, overwrite: bool = False, resume: bool = False, resume_command: str = "--resume"
 ) -> Iterator[Run]:
-    """Yields a run whose folder takes its place at the end of the block, or before, when `publish` is called. If the
-    block raises, or is interrupted, before a checkpoint is written, nothing of it stays and a run that was there before
-    is untouched.
+    """Yield a run whose folder takes its place at the end of the block, or before, when `publish` is called.
 
-    `overwrite` replaces a run, never a folder that holds anything else. `resume` goes on in a folder with checkpoints,
-    and replaces an unfinished one without.
+    If the block raises, or is interrupted, before a checkpoint is written, nothing of it stays and a run that was there
+    before is untouched. `overwrite` replaces a run, never a folder that holds anything else. `resume` resumes in a
+    folder with checkpoints, and replaces an unfinished one without.
     """
     out = out.resolve()
     if overwrite and resume:
@@ -182,7 +181,7 @@ def _telling(run: Run) -> Iterator[None]:
     try:
         yield
     except Interrupted as stopped:
-        if any(checkpoints.newest_first(run.checkpoints)):  # a second signal may come before the run is told of it
+        if any(checkpoints.newest_first(run.checkpoints)):  # a second signal may come before the run knows of it
             run.keep()
         stopped.saved = run.what_is_left(stopped)
         raise
@@ -267,7 +266,7 @@ def is_finished(out: Path) -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """No two processes train in one folder: the lock is the folder's own and ends with the process."""
+    """Lock the folder, so that no two processes train in it. The lock ends with the process."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -280,7 +279,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _check_idle(out: Path) -> None:
-    """Raises where a living process trains in `out`, which has no checkpoint there yet."""
+    """Raise if a living process trains in `out`, which has no checkpoint there yet."""
     if out.exists():
         with _locked(out):
             pass
@@ -335,7 +334,7 @@ def check_weights(folder: Path, record: dict[str, Any], whole: bool) -> None:
 
 
 def special_token(config: GPTConfig, name: str) -> int:
-    """The id of a special token that a task cannot do without."""
+    """Return the id of a special token that a task cannot do without."""
     token = getattr(config, name)
     if token is None:
         raise ValueError(f"this model has no {name}; pre-train it with gpt-fast, or name the token's id in config.json")
@@ -343,9 +342,11 @@ def special_token(config: GPTConfig, name: str) -> int:
 
 
 def with_special_tokens(model: Head, tokenizer: Tokenizer) -> Head:
-    """The model with ids for the special tokens that its configuration lacks, as one does that `gpt-fast convert` made
-    of another library's: they follow its vocabulary. Their embeddings begin near the mean of all others, and so do
-    their logits, while rows near 0 would be likelier than most where a model's logits are all far below 0."""
+    """Return the model with ids for the special tokens that its configuration lacks, which follow its vocabulary.
+
+    A model lacks them if `gpt-fast convert` made it of another library's. Their embeddings begin near the mean of all
+    others, and so do their logits. Rows near 0 would be likelier than most where a model's logits are all far below 0.
+    """
     config = model.config
     ids = {name: token for name, token in special_ids(tokenizer).items() if getattr(config, name) is None}
     before, size = config.num_tokens, vocabulary_size(tokenizer)
@@ -374,7 +375,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def read_curve(folder: Path, field: str) -> list[dict[str, float]]:
-    """The lines of a run's metrics that have a field; `ValueError` naming those it has where none does."""
+    """Return the lines of a run's metrics that have a field. Raise `ValueError` with the known fields if none does."""
     if not (folder / "metrics.jsonl").is_file():
         raise FileNotFoundError(f"{folder}: no run folder, it has no metrics.jsonl")
     lines = read_metrics(folder)
@@ -401,7 +402,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
 
 
 def _make_parents(folder: Path) -> list[Path]:
-    """Creates `folder` and returns what had to be made, innermost first."""
+    """Create `folder` and its parents. Return the new folders, innermost first."""
     made = []
     while not folder.exists():
         made.append(folder)

@@ -23,7 +23,7 @@ from ..engine.distributed import World
 from . import adapters, checkpoints
 from .folder import SETTINGS, check_run, check_weights, is_finished, read_record, with_special_tokens
 
-# What a task's head has in its configuration beside the trunk's.
+# Fields of a task's head in its configuration, beside the trunk's.
 _OF_A_TASK = (
     "num_labels", "label_names", "problem", "pooling", "lm_weight", "classifier_dropout", "classifier_bias",
 )  # fmt: skip
@@ -67,7 +67,9 @@ def load_adapted(head: type[AnyHead], folder: Path, record: dict[str, Any], wher
 
 def write_merged(folder: Path, out: Path) -> Head:
     """Write the run in `folder`, whose weights are an adapter's, into the empty folder `out` with its weights merged.
-    Return the model."""
+
+    Return the model.
+    """
     check_run(folder)
     record = read_record(folder)
     if not is_finished(folder) or not record.get("lora"):
@@ -86,8 +88,10 @@ def write_merged(folder: Path, out: Path) -> Head:
 
 
 def load_for_task(source: Path, load: Callable[..., AnyHead], overrides: dict[str, Any]) -> AnyHead:
-    """Return what `load` makes of a folder, with the tokens that a task's input has. How it pools is set once the token
-    that it may read is there."""
+    """Return the model that `load` makes of a folder, with the tokens that a task's input has.
+
+    How it pools is set once the token that it may read is there.
+    """
     pooling = {"pooling": overrides.pop("pooling")} if "pooling" in overrides else {}
     model = load(source, **overrides)
     with_special_tokens(model, load_tokenizer(source))
@@ -96,8 +100,10 @@ def load_for_task(source: Path, load: Callable[..., AnyHead], overrides: dict[st
 
 
 def adapter_base(head: type[AnyHead], source: Path, **overrides: Any) -> AnyHead:
-    """Return the model that an adapter belongs to: the same numbers each time, those that are drawn for tokens that the
-    source lacks too."""
+    """Return the model that an adapter belongs to.
+
+    Its numbers are the same each time, even those drawn for tokens that the source lacks.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return load_for_task(source, head.from_pretrained, overrides)
@@ -151,7 +157,7 @@ def _weights(path: Path, name: str, config: GPTConfig) -> dict[str, Tensor]:
 
 
 def load_generator(folder: Path, device: str) -> GPTForCausalLM:
-    """The model of a run folder, which has to be one that generates text."""
+    """Return the model of a run folder, which has to be one that generates text."""
     model = load_run(folder, device)
     if not isinstance(model, GPTForCausalLM):
         raise ValueError(
@@ -161,8 +167,11 @@ def load_generator(folder: Path, device: str) -> GPTForCausalLM:
 
 
 def run_tokenizer(folder: Path, model: Head) -> Tokenizer:
-    """The tokenizer of a run folder, checked against the model's vocabulary. A model of another library has no rows for
-    the special tokens, which are added to every tokenizer and of which no text consists."""
+    """Return the tokenizer of a run folder, checked against the model's vocabulary.
+
+    A model of another library has no rows for the special tokens, which are added to every tokenizer and of which no
+    text consists.
+    """
     tokenizer, rows = load_tokenizer(folder), model.config.num_tokens
     added = 0
     if model.config.extract_token is None:

@@ -1,4 +1,4 @@
-"""How the published models were trained: what a run's options are where they are not given."""
+"""Recipes of the published models, from which a run takes the options that are not given."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Recipe:
 
     @classmethod
     def of(cls, settings: Any) -> Recipe:
-        """The one in complete settings."""
+        """Return the recipe in complete settings."""
         return cls(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)})
 
 
@@ -52,7 +52,7 @@ FINETUNE_LR = 6.25e-5  # Radford et al. (2018), section 4.1
 
 
 def pretraining(preset: str | None, source: Path | None) -> Recipe:
-    """A preset's recipe; or that of the run that is gone on from, GPT-1's where a folder says nothing of it."""
+    """Return a preset's recipe, or that of the run that training starts from, GPT-1's if a folder has none."""
     if source is None:
         return RECIPES[preset]
     record = read_record(source)
@@ -61,8 +61,10 @@ def pretraining(preset: str | None, source: Path | None) -> Recipe:
 
 
 def finetuning_lr(source: Path) -> float:
-    """The paper's rate for models of the published sizes; a quarter of its pre-training's, which is what the paper's
-    is, for others."""
+    """Return the paper's learning rate for published sizes, or a quarter of the pre-training's for others.
+
+    The paper's rate is a quarter of its pre-training's, too.
+    """
     record = read_record(source)
     return FINETUNE_LR if "lr" not in record or record.get("preset") else record["lr"] / 4
 

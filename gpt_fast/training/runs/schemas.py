@@ -1,4 +1,4 @@
-"""What run.json, a checkpoint's record and metrics.jsonl may hold: each name with the type of its value."""
+"""Schemas of run.json, a checkpoint's record and metrics.jsonl: each name with the type of its value."""
 
 from __future__ import annotations
 
