@@ -288,7 +288,13 @@ class DecodeSession:
         return parts(self.model)[0].config
 
     def leave_unread(self, tokens: Tensor, options: Sampling, seen: Tensor | None) -> None:
-        """Leave the last drawn token of each row [batch] to the next call: often there is none."""
+        """Leave the last drawn token of each row to the next call: often there is none.
+
+        Args:
+            tokens: The tokens [batch].
+            options: Sampling options of the steps before.
+            seen: Tokens [batch, V] that the repetition penalty applies to, or None.
+        """
         self._unread = _Unread(tokens, options, seen)
 
     def read_unread(self) -> None:
