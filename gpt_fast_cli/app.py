@@ -7,7 +7,9 @@ The file of a command is imported when that command is needed, and imports torch
 from __future__ import annotations
 
 import ast
+import os
 import sys
+import time
 import warnings
 from importlib import import_module
 from io import TextIOWrapper
@@ -24,6 +26,7 @@ NAMES = (
     "doctor", "prepare", "pretrain", "finetune", "evaluate", "predict", "plot", "generate", "compare", "bench",
     "tune", "convert", "warmup",
 )  # fmt: skip
+FIRST_RANK_PRINTS = 30  # seconds at most: torchrun ends the others when the first rank has failed
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 
 
@@ -105,12 +108,16 @@ def run() -> None:
     try:
         sys.exit(app(standalone_mode=False))  # the code of `typer.Exit`, or None
     except typer.TyperException as error:
-        print_error(usage.message(error))
+        if not _another_rank_prints():
+            print_error(usage.message(error))
         sys.exit(error.exit_code)
     except (ValueError, OSError) as error:
         if "--traceback" in sys.argv:
             raise
-        print_error(_message(error))
+        settings = sys.modules.get("gpt_fast_settings.declaration")  # which a command imports, and --help need not
+        is_alike = settings is not None and isinstance(error, settings.OptionError)
+        if not (is_alike and _another_rank_prints()):
+            print_error(_message(error))
         sys.exit(2)
     except MemoryError as error:
         if "--traceback" in sys.argv:
@@ -125,6 +132,18 @@ def run() -> None:
             raise
         say(f"gpt-fast: {error.saved or f'stopped by {error}'}")  # type: ignore[attr-defined]
         sys.exit(code)
+
+
+def _another_rank_prints() -> bool:
+    """Return True on every rank of a machine but its first: an error that all ranks raise is printed once.
+
+    torchrun ends all ranks when one has failed, so the others wait until the first had the time to print.
+    """
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        return False
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(FIRST_RANK_PRINTS)
+    return True
 
 
 def _message(error: ValueError | OSError) -> str:

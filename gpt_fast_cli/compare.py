@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -23,8 +24,10 @@ def compare(
     metric: Annotated[
         str | None, typer.Option(help="A field of metrics.jsonl that falls; valid_loss unless given.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows in the batch.")] = 8,
-    repeats: Annotated[int, typer.Option(help="Timed training steps of each; the median is shown.")] = 9,
+    batch_size: Annotated[int | None, typer.Option(help="Rows in the batch; 8 unless given.")] = None,
+    repeats: Annotated[
+        int | None, typer.Option(help="Timed training steps of each, 9 unless given; the median is shown.")
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -47,20 +50,25 @@ def compare(
     folders = [*(runs or ()), *(more_runs or ())]
     if (source is None) == (not folders) or (more_runs and not runs):
         raise ValueError("compare: expected --from with one run folder, or --runs with several")
+    if loss is not None and not math.isfinite(loss):
+        raise ValueError(f"--loss {loss}: expected a finite number")
+    timing = {"--batch-size": batch_size, "--repeats": repeats}
     if folders:
+        for option in (name for name, value in timing.items() if value is not None):
+            raise ValueError(f"{option} {timing[option]}: of timing one model; expected --from without --runs")
         _compare_runs(folders, loss, metric or "valid_loss", as_json)
         return
     for option in ([] if loss is None else [f"--loss {loss:g}"]) + ([] if metric is None else [f"--metric {metric}"]):
         raise ValueError(f"{option}: of one run; expected --runs beside it")
     assert source is not None
-    for option, value in (("--batch-size", batch_size), ("--repeats", repeats)):
-        if not 1 <= value <= 1_000_000:
+    for option, value in timing.items():
+        if value is not None and not 1 <= value <= 1_000_000:
             raise ValueError(f"{option} {value}: expected 1 to 1,000,000")
     device = resolve_device(device)
     from gpt_fast.training.compare import compare as measure
 
     with counting_bar("timing") as show:
-        result = measure(source, device, batch_size, repeats, show)
+        result = measure(source, device, batch_size or 8, repeats or 9, show)
     if as_json:
         print_json(result)
         return

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin,
 import typer
 from pydantic.fields import FieldInfo
 
-from gpt_fast_settings.declaration import extra, option_name
+from gpt_fast_settings.declaration import OptionError, extra, option_name
 from gpt_fast_settings.training import PANELS, RUN, TrainingSettings
 
 from .terminal import print_json, require_train_extra, say, training_bar
@@ -64,7 +64,8 @@ def from_settings(cls: type[S]) -> Callable[[Callable[..., None]], Callable[...,
                 from_file = settings.model_fields_set - given.keys()
                 if config is None or option not in map(option_name, from_file):
                     raise
-                raise ValueError(f"--config {config}: {error}") from error
+                kind = OptionError if isinstance(error, OptionError) else ValueError
+                raise kind(f"--config {config}: {error}") from error
 
         _, *own = Signature.from_callable(body).parameters.values()
         hints = get_type_hints(body, include_extras=True)

@@ -82,6 +82,10 @@ def predict(
         given = {"--text-column": text_column, "--pair-column": pair_column, "--out": out, "--columns": columns}
         for option in (name for name, value in given.items() if value is not None):
             raise ValueError(f"{option} {given[option]}: belongs to --data, not to --text")
+        if skip_ragged:
+            raise ValueError("--skip-ragged: belongs to --data, not to --text")
+    if overwrite and out is None:
+        raise ValueError("--overwrite: no --out; expected the table to write, too")
     from gpt_fast.data.reading.rows import row_options
     from gpt_fast.training.predict import check_target, write_predictions
     from gpt_fast.training.predict import predict as answer

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -56,7 +57,25 @@ def option_name(field: str) -> str:
     return {"source": "from"}.get(field, field.replace("_", "-"))
 
 
-class InvalidSettings(ValueError):
+class OptionError(ValueError):
+    """Options that are wrong on every rank of a job alike.
+
+    The first rank of each machine prints the error for all.
+    """
+
+
+@contextmanager
+def wrong_on_every_rank() -> Iterator[None]:
+    """Raise a `ValueError` of the block as an `OptionError`."""
+    try:
+        yield
+    except OptionError:
+        raise
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+
+
+class InvalidSettings(OptionError):
     """Settings that do not validate, as one line.
 
     `errors` are pydantic's. `read` are the names that come from a file, and `place` names that file.

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from .declaration import InvalidSettings, S, extra, option_name
+from .declaration import InvalidSettings, extra, option_name
+from .training import TrainingSettings
+
+S = TypeVar("S", bound=TrainingSettings)
 
 
 def asks_for_more(settings: S, saved: Mapping[str, Any]) -> tuple[str, int] | None:
@@ -26,6 +29,11 @@ def resumed(settings: S, path: Path, saved: Mapping[str, Any]) -> S:
     declaration frees them or allows more.
     """
     cls = type(settings)
+    if foreign := sorted(set(saved) - set(cls.fields())):
+        raise ValueError(
+            f"--resume: {path} has {foreign[0]}, which is no option of gpt-fast {cls.command}; expected a run that "
+            f"gpt-fast {cls.command} began"
+        )
     kinds = {name: extra(field, "resume") for name, field in cls.model_fields.items()}
     command = {name: getattr(settings, name) for name, kind in kinds.items() if kind == "command"}
     try:

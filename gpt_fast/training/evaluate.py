@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from .metrics import lm_loss, perplexity
 from .runs.folder import read_record, write_extra
 from .runs.load import load_run, run_tokenizer
 from .table_examples import PLAIN, examples, read_task_table, remarks
-from .tasks import TaskSettings, score, task_settings, written_metrics
+from .tasks import TaskSettings, pair_columns, score, task_settings, written_metrics
 
 BATCH = 32
 
@@ -64,25 +64,38 @@ def evaluate(
     for option, value in (("--stride", stride), ("--form", form)):
         if value is not None and not isinstance(model, GPTForCausalLM):
             raise ValueError(f"{option} {value}: {folder} holds a {type(model).__name__}; expected a GPTForCausalLM")
+    columns: dict[str, object] = {"--pair-column": pair_column, "--label-column": label_column}
+    table: dict[str, object] = {"--columns": ",".join(options.columns or ()), "--skip-ragged": options.skip_ragged}
+    skipped: dict[str, object] = {"--skip-label": ",".join(skip_labels)}
     if form is not None:
+        unread = skipped | {"--raw-dtype": raw_dtype, "--confusion": confusion}
+        _refuse(unread | (columns if form == "lambada" else {}), f"--form {form} does not read it")
         return _evaluate_form(form, model, folder, data, text_column, pair_column, label_column, options, stride)
     if stride is not None and task is not None:
         raise ValueError(f"--stride {stride}: {folder} was fine-tuned for {task.name}; expected a language model")
     if confusion is not None and (task is None or not task.classifies):
         raise ValueError(f"--confusion {confusion}: {folder} holds no classifier")
     if task is None:
+        _refuse(columns | table | skipped, f"{folder} holds a language model, which reads text")
         return evaluate_language_model(model, folder, data, text_column or "text", raw_dtype, stride)
     if raw_dtype is not None:
         raise ValueError(f"--raw-dtype {raw_dtype}: {folder} holds no language model; expected a labelled table")
-    pairs = task.pair_columns if pair_column is None else tuple(pair_column.split(","))
     task = replace(
         task,
         text_column=text_column or task.text_column,
         label_column=label_column or task.label_column,
-        pair_columns=pairs,
+        pair_columns=pair_columns(task, pair_column),
         skip_labels=(*task.skip_labels, *skip_labels),
     )
     return evaluate_task(model, folder, data, task, run_labels(model, record), confusion, options)
+
+
+def _refuse(given: Mapping[str, object], reason: str) -> None:
+    """Raise `ValueError` for an option that was given and that nothing reads."""
+    for option, value in given.items():
+        if value:
+            shown = option if value is True else f"{option} {value}"
+            raise ValueError(f"{shown}: {reason}; expected the command without it")
 
 
 def _evaluate_form(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gpt_fast_settings.declaration import wrong_on_every_rank
 from gpt_fast_settings.finetune import FinetuneSettings
 
 from ..data.batches import Batch
@@ -55,9 +56,10 @@ def finetune(settings: FinetuneSettings, show: Show, say: Say, stop: Stop | None
 
     The folder has the weights of the best validation. Return the record of run.json.
     """
-    task = task_of(settings)  # raises before any table is read
-    if settings.convertible and task.task.head is not GPTForSequenceClassification:
-        raise ValueError(f"--convertible: is for transformers' classifiers; leave it out for {task.name}")
+    with wrong_on_every_rank():
+        task = task_of(settings)  # raises before any table is read
+        if settings.convertible and task.task.head is not GPTForSequenceClassification:
+            raise ValueError(f"--convertible: is for transformers' classifiers; leave it out for {task.name}")
     check_run(settings.source)
     return train(settings, _finetune, show, say, stop)
 
@@ -74,10 +76,11 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
     lr = session.settings.lr if session.settings.lr is not None else finetuning_lr(source)
     settings = session.settings.changed(lr=lr)
     session = replace(session, settings=settings)
-    task = task_of(settings)
-    metric = metric_of(task, settings.metric)
     pretrained_as, config = read_config(source)
-    adaptation.check(settings, task, config)
+    with wrong_on_every_rank():
+        task = task_of(settings)
+        metric = metric_of(task, settings.metric)
+        adaptation.check(settings, task, config)
     options = row_options(settings.columns, settings.skip_ragged)
     fold = (settings.fold, settings.folds) if settings.fold and settings.folds else None
     train, valid, task = read_tables(settings.train, settings.valid, task, settings.seed, options, fold)
@@ -198,7 +201,7 @@ def answer_bytes(table: Table) -> int:
 def some_rows(table: Table, count: int, seed: int) -> Table:
     """Return `count` rows of a table, drawn by the seed, in the table's order."""
     if count > len(table):
-        raise ValueError(f"--rows {count}: {table.source} has {len(table):,} to train on")
+        raise ValueError(f"--rows {count}: {table.source} has {len(table):,} to train on; expected at most as many")
     order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))
     return table.rows(sorted(order[:count].tolist()))
 

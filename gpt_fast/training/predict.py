@@ -20,7 +20,7 @@ from .metrics import predictions, row_predictions, span_text
 from .runs.folder import read_record
 from .runs.load import load_run, run_tokenizer
 from .table_examples import PLAIN, examples, read_task_table, remarks
-from .tasks import EVALUATION_BATCH, TaskSettings, answers
+from .tasks import EVALUATION_BATCH, TaskSettings, answers, pair_columns
 
 ADDED = ("prediction", "probability")  # columns
 
@@ -63,9 +63,11 @@ def predict(
             f"{folder}: holds a {type(model).__name__} without a task; expected a run of gpt-fast finetune"
             " (gpt-fast generate lets a language model write)"
         )
+    if max_new_tokens is not None and not task.writes:
+        raise ValueError(f"--max-new-tokens {max_new_tokens}: {task.name} writes no text; expected a task that does")
     names = run_labels(model, record)
     if data is not None:
-        pairs = task.pair_columns if pair_column is None else tuple(pair_column.split(","))
+        pairs = pair_columns(task, pair_column)
         task = replace(task, text_column=text_column or task.text_column, pair_columns=pairs)
         table = read_task_table(data, task, labelled=False, options=options)
     else:

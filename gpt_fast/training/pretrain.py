@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from gpt_fast_settings.declaration import did_you_mean
+from gpt_fast_settings.declaration import did_you_mean, wrong_on_every_rank
 from gpt_fast_settings.pretrain import PretrainSettings
 
 from .. import _memory
@@ -41,7 +41,8 @@ SMALL_SIZES: dict[str, Any] = {"num_layers": 4, "num_heads": 4, "hidden_dim": 12
 
 def pretrain(settings: PretrainSettings, show: Show, say: Say, stop: Stop | None = None) -> Record:
     """Train a language model and write its run folder. Return what goes into run.json."""
-    check(settings)
+    with wrong_on_every_rank():
+        check(settings)
     return train(settings, _pretrain, show, say, stop)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from tokenizers import Tokenizer
 
-from gpt_fast_settings.declaration import read_file
+from gpt_fast_settings.declaration import read_file, wrong_on_every_rank
 from gpt_fast_settings.resume import asks_for_more, resumed
 from gpt_fast_settings.training import TrainingSettings
 
@@ -175,7 +175,13 @@ def train(settings: S, body: Callable[[Session[S]], Record], show: Show, say: Sa
     if settings.resume and is_finished(out):
         record = read_record(out)
         check_weights(out, record, whole=True)
-        more = asks_for_more(settings, read_file(out / SETTINGS) if (out / SETTINGS).is_file() else {})
+        if (command := record.get("command", settings.command)) != settings.command:
+            raise ValueError(
+                f"--resume: {out} is a run of gpt-fast {command}; expected one of gpt-fast {settings.command}"
+            )
+        saved = read_file(out / SETTINGS) if (out / SETTINGS).is_file() else {}
+        more = asks_for_more(settings, saved)
+        resumed(settings, out / SETTINGS, saved)  # raises for options that the run did not begin with
         if not more:
             say(f"{out}: finished, nothing is left to do")
             return record
@@ -198,12 +204,10 @@ def _resumed(settings: S, run: Run, ranks: World, show: Show, say: Say, stop: St
     """Return the session, with the settings that the run began with if it is resumed."""
     path = run.folder / SETTINGS
     saved = ranks.values(read_file(path) if run.kept else {})
-    if not saved:
-        check_optimizer(settings)
-        return Session(settings, run, ranks, show, say, stop)
     more = asks_for_more(settings, saved)
-    settings = resumed(settings, path, saved)
-    check_optimizer(settings)
+    with wrong_on_every_rank():
+        settings = resumed(settings, path, saved) if saved else settings
+        check_optimizer(settings)
     if more and ranks.first:
         run.reopen(saved | {more[0]: more[1]})
     return Session(settings, run, ranks, show, say, stop)

@@ -123,6 +123,19 @@ class TaskSettings:
         return SCORES[self.kind]
 
 
+def _refuse_pair(pair_column: str, task: str) -> None:
+    raise ValueError(f"--pair-column {pair_column}: {task} reads one text only; expected the command without it")
+
+
+def pair_columns(task: TaskSettings, given: str | None) -> tuple[str, ...]:
+    """Return the names of the columns that hold a task's second texts: those of training unless others are given."""
+    if given is None:
+        return task.pair_columns
+    if not task.pair_columns:
+        _refuse_pair(given, task.name)
+    return tuple(given.split(","))
+
+
 def task_settings(
     name: str,
     text_column: str | None,
@@ -146,7 +159,7 @@ def task_settings(
     task = TASKS[name]
     text, pair, label = task.columns
     if pair_column is not None and not pair:
-        raise ValueError(f"--pair-column {pair_column}: {name} reads one text only")
+        _refuse_pair(pair_column, name)
     if numbers and name not in ("similarity", "regression"):
         raise ValueError(f"--numbers: {name} has no numbers as its labels; expected similarity or regression")
     if answers is not None and (name != "multiple-choice" or answers not in ANSWERS):

@@ -68,10 +68,10 @@ def warm(config: GPTConfig, batch_size: int = 16, precision: str = "float32") ->
     Raises:
         ValueError: There is no CUDA device, or no Triton.
     """
-    if not torch.cuda.is_available():
-        raise ValueError("gpt-fast warmup: this PyTorch sees no CUDA device; expected one, as only it runs Triton")
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: expected 1 or more")
+    if not torch.cuda.is_available():
+        raise ValueError("gpt-fast warmup: this PyTorch sees no CUDA device; expected one, as only it runs Triton")
     from triton import knobs
 
     config = dataclasses.replace(config, num_layers=min(LAYERS, config.num_layers))

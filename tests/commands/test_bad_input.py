@@ -33,6 +33,8 @@ BAD_PRETRAIN = {
     "missing data": ("--data {tmp}/none.txt", ["none.txt: no such file"]),
     "empty data": ("--data {tmp}/empty.txt", ["empty.txt: empty", "expected UTF-8 text"]),
     "not utf-8": ("--data {tmp}/latin.txt", ["latin.txt: not UTF-8"]),
+    "bytes without end": ("--data /dev/zero", ["/dev/zero: is a device; expected a file, a folder or a pipe"]),
+    "a data set without a name": ("--data hf:", ["hf:: names no data set; expected hf:NAME or hf:NAME:SPLIT"]),
     "too little data": ("--data {tmp}/short.txt", ["fewer than a window of 32"]),
     "unknown preset": ("--preset gpt5", ["gpt5", "notes, gpt1, gpt2"]),
     "unknown objective": ("--objective xlm", ["--objective 'xlm': expected one of clm, mlm; did you mean 'mlm'?"]),
@@ -283,6 +285,25 @@ BAD_USES = {
         "evaluate --from {lm} --data {table} --form lambada --stride 9",
         ["--stride 9", "--form lambada"],
     ),
+    "evaluate: columns of a text": (
+        "evaluate --from {lm} --data {text} --columns a,b",
+        ["--columns a,b", "holds a language model", "expected the command without it"],
+    ),
+    "evaluate: ragged rows of a text": ("evaluate --from {lm} --data {text} --skip-ragged", ["--skip-ragged: "]),
+    "evaluate: labels of a text": ("evaluate --from {lm} --data {text} --skip-label=-1", ["--skip-label -1: "]),
+    "evaluate: pairs of a text": ("evaluate --from {lm} --data {text} --pair-column b", ["--pair-column b: "]),
+    "evaluate: labels of last words": (
+        "evaluate --from {lm} --data {table} --form lambada --label-column label",
+        ["--label-column label: --form lambada does not read it"],
+    ),
+    "evaluate: a picture of last words": (
+        "evaluate --from {lm} --data {table} --form lambada --confusion {tmp}/c.png",
+        ["--confusion", "--form lambada does not read it"],
+    ),
+    "evaluate: pairs of one text": (
+        "evaluate --from {classifier} --data {table} --pair-column label",
+        ["--pair-column label: classification reads one text only"],
+    ),
     "plot: no such field": ("plot {lm} --metric f1 --out {tmp}/p.png", ["no f1 in its metrics", "train_loss"]),
     "plot: no run": ("plot {tmp} --out {tmp}/p.png", ["no run folder"]),
     "plot: no png": ("plot {lm} --out {tmp}/p.jpg", ["p.jpg", "ends in .png"]),
@@ -328,6 +349,22 @@ BAD_USES = {
         ["--out", "o.csv: belongs to --data"],
     ),
     "predict: language model": ("predict --from {lm} --text a", ["GPTForCausalLM", "gpt-fast finetune"]),
+    "predict: overwrites nothing": (
+        "predict --from {classifier} --data {tmp}/new.csv --overwrite",
+        ["--overwrite: no --out; expected the table to write, too"],
+    ),
+    "predict: ragged rows of one text": (
+        "predict --from {classifier} --text a --skip-ragged",
+        ["--skip-ragged: belongs to --data"],
+    ),
+    "predict: tokens of a label": (
+        "predict --from {classifier} --text a --max-new-tokens 5",
+        ["--max-new-tokens 5: classification writes no text"],
+    ),
+    "predict: pairs of one text": (
+        "predict --from {classifier} --data {table} --pair-column label",
+        ["--pair-column label: classification reads one text only"],
+    ),
     "predict: no column": (
         "predict --from {classifier} --data {tmp}/new.csv --text-column words",
         ["new.csv: no column 'words'", "'text'"],
@@ -352,6 +389,24 @@ BAD_USES = {
     "compare: a loss of one run": ("compare --from {lm} --loss 3", ["--loss 3: of one run; expected --runs"]),
     "compare: no such run": ("compare --runs {lm} {tmp}/none", ["none: no run folder"]),
     "compare: no such metric": ("compare --runs {lm} --metric f1", ["no f1 in its metrics"]),
+    "compare: a loss that is none": ("compare --runs {lm} {mlm} --loss nan", ["--loss nan: expected a finite number"]),
+    "compare: the batch of several runs": (
+        "compare --runs {lm} {mlm} --batch-size 4",
+        ["--batch-size 4: of timing one model; expected --from"],
+    ),
+    "resume: another command's run": (
+        "pretrain --out {classifier} --resume",
+        ["--resume: ", "is a run of gpt-fast finetune; expected one of gpt-fast pretrain"],
+    ),
+    "resume: a language model": (
+        "finetune --from {lm} --out {mlm} --resume",
+        ["is a run of gpt-fast pretrain; expected one of gpt-fast finetune"],
+    ),
+    "resume: a finished run at another rate": (
+        "pretrain --out {lm} --resume --lr 9",
+        ["--lr 9.0: the run in ", "began with 0.002"],
+    ),
+    "warmup: no batch": ("warmup --preset gpt2 --batch-size 0", ["--batch-size 0: expected 1 or more"]),
     "compare: repeats": ("compare --from {lm} --repeats 0", ["--repeats 0"]),
 }
 

@@ -27,12 +27,14 @@ import pytest
 
 from benchmarks.measure.environment import ROOT
 from gpt_fast import build_info
+from gpt_fast_cli.app import NAMES, load_command
 from tests.command_line import ENVIRONMENT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WORKED_EXAMPLE = ROOT / "docs" / "contributing.md"
 SUITE = "python -m benchmarks"
 PARITY = "python -m benchmarks.parity"
+OUTPUT_ELSEWHERE = {"--tracker"}  # wandb and MLflow are extras, and print what they like
 IN_A_CLONE, BEHIND = "in a clone", "behind the commands"
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 FENCE = re.compile(
@@ -208,7 +210,6 @@ def command_options() -> dict[str, set[str]]:
 
     from benchmarks.__main__ import app as suite
     from benchmarks.parity import app as parity
-    from gpt_fast_cli.app import NAMES, load_command
 
     commands = {name: load_command(name) for name in NAMES} | {
         SUITE: typer.main.get_command(suite),
@@ -242,6 +243,34 @@ def test_commands_exist(page):
                 assert re.search(rf"^{target}:", makefile, re.MULTILINE), line
         for script in (word for word in words if re.fullmatch(r"(examples|benchmarks)/[\w/.-]+\.py", word)):
             assert (ROOT / script).exists(), line
+
+
+def shown_options() -> tuple[dict[str, set[str]], set[str]]:
+    """Return the options that the pages' blocks give each `gpt-fast` command, and those of blocks that show an
+    output."""
+    given: dict[str, set[str]] = {}
+    with_output = set()
+    for block in (block for page in PAGES for block in blocks(page, "sh")):
+        for words in map(str.split, shell_lines(block)):
+            if "gpt-fast" in words[:-1]:
+                name, *arguments = words[words.index("gpt-fast") + 1 :]
+                options = {word.split("=")[0] for word in arguments if word.startswith("--")}
+                given.setdefault(name, set()).update(options)
+                with_output |= options if block.output is not None else set()
+    return given, with_output
+
+
+@pytest.mark.parametrize("command", NAMES)
+def test_every_option_has_a_command_with_its_output(command):
+    """A block of some page gives the command each of its options, and some block that shows an output has the option. A
+    flag is shown by either of its forms."""
+    given, with_output = shown_options()
+    for parameter in load_command(command).params:
+        if parameter.param_type_name == "option" and parameter.name != "help":
+            spellings = {*parameter.opts, *parameter.secondary_opts}
+            assert spellings & given.get(command, set()), f"no page runs gpt-fast {command} {parameter.opts[0]}"
+            if parameter.opts[0] not in OUTPUT_ELSEWHERE:
+                assert spellings & with_output, f"no page shows what {parameter.opts[0]} prints"
 
 
 @pytest.mark.parametrize("page", [pytest.param(p, id=i) for p, i in zip(PAGES, IDS, strict=True)])

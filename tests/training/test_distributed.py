@@ -168,13 +168,33 @@ def test_gradients_meet_once_an_update():
             "--batch-size 9: cannot be divided evenly among 1 parts on each of 2",
         ),
         ([], "torchrun started 2 processes; say how they share the work: --strategy ddp or fsdp"),
+        (["--strategy", "fsdp", "--optimizer", "muon"], "--optimizer muon: orthogonalises whole matrices"),
+        (["--strategy", "ddp", "--steps", 0], "--steps 0: expected at least 1"),
+        (["--stratgy", "ddp"], "--stratgy: no such option; did you mean '--strategy'?"),
     ],
 )
 def test_what_several_ranks_refuse(cli, command, tmp_path, options, message):
+    """The error comes once, and not from each rank."""
     refused = cli(*command, *options, "--out", tmp_path / "run", ranks=2)
-    assert set(refused.codes) == {2}
-    assert message in refused.err
+    assert refused.codes == [2, 2]
+    assert refused.err.count("gpt-fast: ") == 1 and message in refused.err
     assert "Traceback" not in refused.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lora-rank", 2, "--strategy", "fsdp"], "--strategy fsdp: --lora-rank 2 trains an adapter"),
+        (["--freeze", "9", "--strategy", "ddp"], "--freeze 9: "),
+        (["--metric", "mse", "--strategy", "ddp"], "mse: classification does not measure it"),
+    ],
+)
+def test_what_several_ranks_of_a_fine_tuning_refuse(cli, data, tmp_path, options, message):
+    command = ["finetune", "--from", data.lm, "--train", data.table, "--out", tmp_path / "run"]
+    refused = cli(*command, *options, ranks=2)
+    assert refused.codes == [2, 2]
+    assert refused.err.count("gpt-fast: ") == 1 and message in refused.err
     assert list(tmp_path.iterdir()) == []
 
 

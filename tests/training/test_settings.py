@@ -129,3 +129,9 @@ def test_a_resumed_run_takes_its_machine_and_its_command_from_the_user():
     settings = resumed(PretrainSettings(out="b", device="cpu", resume=True), PATH, began.saved())
     assert (settings.out, settings.device, settings.strategy) == (Path("b"), "cpu", None)
     assert (settings.resume, settings.overwrite) == (True, False)
+
+
+def test_a_resumed_run_is_of_the_same_command():
+    """Also a stopped run, of which nothing but its settings tells."""
+    with pytest.raises(ValueError, match=r"^--resume: runs/a/settings.yaml has answers, .* gpt-fast pretrain began"):
+        resumed(PretrainSettings(out="a"), PATH, FinetuneSettings(out="a", source="b").saved())

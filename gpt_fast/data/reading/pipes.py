@@ -44,9 +44,21 @@ def copied(sources: Sequence[str]) -> Iterator[list[str]]:
             raise ValueError(message) from None
 
 
+def _ends(path: Path) -> bool:
+    """Return False for a device that may give bytes without end, such as /dev/zero. A terminal ends by Ctrl-D."""
+    if path.is_block_device():
+        return False
+    if not path.is_char_device():
+        return True
+    with path.open("rb") as file:
+        return file.isatty()
+
+
 def _copy(source: str, folder: Path) -> str:
-    folder.mkdir()
     is_input = source == STANDARD_INPUT
+    if not is_input and not _ends(Path(source)):
+        raise ValueError(f"{source}: is a device; expected a file, a folder or a pipe")
+    folder.mkdir()
     path = folder / ("standard-input" if is_input else Path(source).name)
     with writing(path, f"nothing of {'standard input' if is_input else source} is left; TMPDIR names another folder"):
         if is_input:

@@ -162,6 +162,8 @@ def _load_data_set(source: str) -> Any:
     import datasets
 
     name, _, split = source.removeprefix(HF).partition(":")
+    if not name:
+        raise ValueError(f"{source}: names no data set; expected hf:NAME or hf:NAME:SPLIT")
     try:
         if Path(name).is_dir():
             table = datasets.load_from_disk(name)

@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from gpt_fast_settings.declaration import OptionError
+
 TIMEOUT = timedelta(minutes=10)
 
 
@@ -168,7 +170,7 @@ def world(strategy: str | None, device: str) -> Iterator[World]:
         yield World(device=device)
         return
     if strategy is None:
-        raise ValueError(f"torchrun started {size} processes; say how they share the work: --strategy ddp or fsdp")
+        raise OptionError(f"torchrun started {size} processes; say how they share the work: --strategy ddp or fsdp")
     rank = int(os.environ["RANK"])
     if device == "cuda":
         device = f"cuda:{int(os.environ['LOCAL_RANK'])}"
