@@ -246,8 +246,7 @@ def test_commands_exist(page):
 
 
 def shown_options() -> tuple[dict[str, set[str]], set[str]]:
-    """Return the options that the pages' blocks give each `gpt-fast` command, and those of blocks that show an
-    output."""
+    """Return the options that the pages' blocks give each `gpt-fast` command, and those of blocks with an output."""
     given: dict[str, set[str]] = {}
     with_output = set()
     for block in (block for page in PAGES for block in blocks(page, "sh")):
@@ -262,8 +261,10 @@ def shown_options() -> tuple[dict[str, set[str]], set[str]]:
 
 @pytest.mark.parametrize("command", NAMES)
 def test_every_option_has_a_command_with_its_output(command):
-    """A block of some page gives the command each of its options, and some block that shows an output has the option. A
-    flag is shown by either of its forms."""
+    """A block of some page gives the command each of its options, and some block that shows an output has the option.
+
+    A flag is shown by either of its forms.
+    """
     given, with_output = shown_options()
     for parameter in load_command(command).params:
         if parameter.param_type_name == "option" and parameter.name != "help":
