@@ -34,8 +34,8 @@ class GPTConfig:
         seq_len: Number of positions T.
         ff_dim: Hidden width F of the MLP. 0 means 4C.
         activation: "relu", "gelu" or "gelu_tanh".
-        pre_norm: True is GPT-2's block, with a norm behind the last one. False is the post-norm block of the notes and
-            GPT-1.
+        pre_norm: True is GPT-2's block, with a norm behind the last block. False is the post-norm block of the notes
+            and GPT-1.
         tied: Use the weight of the token embedding in the output layer.
         bias: Give linear layers and norms a bias.
         output_bias: Give the output layer a bias.

@@ -173,6 +173,7 @@ class _Trunk(nn.Module):
 
 
 def check_config(kind: str, config: object) -> None:
+    """Raise `ValueError` unless `config` is a `GPTConfig`."""
     if not isinstance(config, GPTConfig):
         raise ValueError(f"gpt_fast.{kind}: config is of type {type(config).__name__}; expected a GPTConfig")
 
@@ -498,6 +499,7 @@ class StaysPlain:
         self._children = [(module._modules, dict(module._modules)) for module, _ in self._kinds if module._modules]
 
     def __call__(self) -> bool:
+        """Return True if the modules are as they were."""
         return (
             all(now == before for now, before in self._children)
             and all(_plain.is_plain(module, kind) for module, kind in self._kinds)

@@ -140,6 +140,7 @@ class WindowOrder:
 
     @property
     def per_pass(self) -> int:
+        """Number of windows in a pass."""
         return max(1, self.num_tokens // self.seq_len - 1)
 
     def start(self, position: int) -> int:

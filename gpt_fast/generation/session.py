@@ -598,6 +598,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 def check_tokens(tokens: Tensor, V: int) -> None:
+    """Raise `ValueError` for a token outside the vocabulary."""
     wrong = tokens[(tokens < 0) | (tokens >= V)]
     if wrong.numel():
         raise ValueError(f"gpt_fast.generate: tokens holds {int(wrong[0])}; expected ids in [0, {V})")

@@ -71,9 +71,9 @@ def attention(
         out [B, H, T, D] in the dtype of q, laid out so that merging the heads is a view.
 
     Raises:
-        ValueError: A dtype, shape or device is another than above, D exceeds 256, `window` is below 1, `scale` is not
-            finite, or `dropout_p` lies outside [0, 1). On CPU (elsewhere after `check_values`) also if `lengths` lie
-            outside [0, S], or if `cu_seqlens` do not rise from 0 to at most T.
+        ValueError: A dtype, shape or device differs from the list above, D exceeds 256, `window` is below 1, `scale` is
+            not finite, or `dropout_p` lies outside [0, 1). On CPU (elsewhere after `check_values`) also if `lengths`
+            lie outside [0, S], or if `cu_seqlens` do not rise from 0 to at most T.
         NotImplementedError: A gradient is differentiated again.
 
     Example:

@@ -34,7 +34,7 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
         out [B, H, D] in the dtype of q.
 
     Raises:
-        ValueError: A dtype, shape or device is another than above, or an input requires a gradient while autograd
+        ValueError: A dtype, shape or device differs from the list above, or an input requires a gradient while autograd
             records. On CPU (elsewhere after `check_values`) also if `lengths` lie outside [0, S].
 
     Example:
@@ -85,7 +85,7 @@ def decode_attention_append(
         out [B, H, D] in the dtype of q.
 
     Raises:
-        ValueError: A dtype, shape or device is another than above, or an input requires a gradient while autograd
+        ValueError: A dtype, shape or device differs from the list above, or an input requires a gradient while autograd
             records. On CPU (elsewhere after `check_values`) also if `lengths` lie outside [0, S).
 
     Example:

@@ -44,8 +44,9 @@ def embedding(
         out [..., T, C] in the dtype of `token_weight`.
 
     Raises:
-        ValueError: A dtype or shape is another than above, the devices differ, T exceeds P without `positions`, or
-            `dropout_p` lies outside [0, 1). On CPU (elsewhere after `check_values`) also if ids lie outside the tables.
+        ValueError: A dtype or shape differs from the list above, the devices differ, T exceeds P without `positions`,
+            or `dropout_p` lies outside [0, 1). On CPU (elsewhere after `check_values`) also if ids lie outside the
+            tables.
         NotImplementedError: A gradient is differentiated again.
 
     Example:

@@ -41,8 +41,8 @@ def layer_norm(
         y [..., C] in the dtype of x, contiguous. Autocast does not change its dtype.
 
     Raises:
-        ValueError: A dtype or shape is another than above, the devices differ, a bias comes without weight, or `eps` is
-            not a positive number.
+        ValueError: A dtype or shape differs from the list above, the devices differ, a bias comes without weight, or
+            `eps` is not a positive number.
         NotImplementedError: A gradient is differentiated again.
 
     Example:

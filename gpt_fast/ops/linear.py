@@ -28,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y [..., N] in the dtype of x.
 
     Raises:
-        ValueError: A dtype, shape or device is another than above.
+        ValueError: A dtype, shape or device differs from the list above.
         NotImplementedError: A gradient is differentiated again.
 
     Example:

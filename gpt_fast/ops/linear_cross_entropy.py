@@ -51,8 +51,8 @@ def linear_cross_entropy(
         loss, float32 (float64 by the reference), a scalar, or in the shape of `target` with reduction="none".
 
     Raises:
-        ValueError: A dtype, shape or device is another than above, the reduction is unknown, or `label_smoothing` lies
-            outside [0, 1]. On CPU (elsewhere after `check_values`) also if a target lies outside [0, V).
+        ValueError: A dtype, shape or device differs from the list above, the reduction is unknown, or `label_smoothing`
+            lies outside [0, 1]. On CPU (elsewhere after `check_values`) also if a target lies outside [0, V).
         NotImplementedError: A gradient is differentiated again.
 
     Example:

@@ -67,7 +67,7 @@ def mlp(
         y [..., C'] in the dtype of x.
 
     Raises:
-        ValueError: A dtype, shape or device is another than above, the activation is unknown, or `dropout_p` lies
+        ValueError: A dtype, shape or device differs from the list above, the activation is unknown, or `dropout_p` lies
             outside [0, 1).
         NotImplementedError: A gradient is differentiated again.
 

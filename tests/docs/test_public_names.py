@@ -39,6 +39,11 @@ def public() -> dict[str, object]:
     return {name: value for name, value in found.items() if inspect.isclass(value) or inspect.isroutine(value)}
 
 
+# Modules whose functions and classes compute on tensors.
+COMPUTE = {f"gpt_fast.ops.{name}" for name in (*ops.NAMES, "linear")} | {
+    "gpt_fast.layers", "gpt_fast.model", "gpt_fast.heads.language", "gpt_fast.heads.classifiers",
+    "gpt_fast.generation.session", "gpt_fast.generation.text", "gpt_fast.scoring",
+}  # fmt: skip
 LAYERS = ("LayerNorm", "SelfAttention", "MLP", "TransformerDecoder")
 SDPA = ("Calls", "activate", "register", "report", "restore")
 
@@ -60,6 +65,11 @@ PUBLIC = public()
 DOCUMENTED = dict(with_methods(PUBLIC))
 FUNCTIONS = sorted(name for name, value in DOCUMENTED.items() if not inspect.isclass(value))
 CLASSES = sorted(name for name, value in PUBLIC.items() if inspect.isclass(value))
+
+
+def computes(value: object) -> bool:
+    """Return True for a function or class that computes on tensors, and False for a result."""
+    return value.__module__ in COMPUTE and not (inspect.isclass(value) and issubclass(value, tuple))
 
 
 def sections(value: object) -> dict[griffe.DocstringSectionKind | str, object]:
@@ -125,7 +135,13 @@ def test_example_runs_and_prints_what_it_says(name):
 
 @pytest.mark.parametrize("name", [name for name in PUBLIC if name.startswith(("gpt_fast.ops.", "gpt_fast.layers."))])
 def test_ops_and_layers_have_an_example(name):
-    assert examples(PUBLIC[name]), name
+    assert examples(PUBLIC[name])
+
+
+@pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if computes(value)])
+def test_computations_note_their_numerics(name):
+    """Functions and modules that compute on tensors have a note, for precision, determinism, cost and source."""
+    assert "Note" in sections(PUBLIC[name])
 
 
 def test_every_public_name_of_the_documentation_is_checked():

@@ -111,6 +111,7 @@ class GraphedStep:
         self._captured: list[Any] = []
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Any:
+        """Run one step on tensors, eagerly in the first two calls, and return copies of its results."""
         tensors = {f"tensor {i}": x for i, x in enumerate(args)} | kwargs
         self._check(tensors)
         device = next(iter(tensors.values())).device
