@@ -119,12 +119,17 @@ def looks() -> Iterator[Look]:
     yield Look("decode_attention", "D=256", BF16, partial(decode, 256))
 
 
+# One call's fault of any kind must not end the look at the others.
+FAULTS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+
+
 def share(look: Look, device: str) -> tuple[float, str]:
     """Return the largest error as a share of its bound, and the result it belongs to. NaN counts as the largest."""
     torch.manual_seed(0)
     spec, function = OPS[look.op], getattr(ops, look.op)
     parameters = inspect.signature(function).parameters.values()
-    arguments = {p.name: p.default for p in parameters if p.default is not p.empty} | look.draw()
+    public = (p for p in parameters if not p.name.startswith("_"))
+    arguments = {p.name: p.default for p in public if p.default is not p.empty} | look.draw()
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.is_floating_point():
             arguments[name] = value.to(look.dtype)
@@ -166,7 +171,7 @@ def look_at(look: Look, device: str) -> dict[str, Any]:
         record |= {"outcome": "pass" if value <= 1 else "fail", "share": value, "of": worst}
     except AssertionError as error:  # of a result that the others start from
         record |= {"outcome": "fail", "of": _first_line(error)}
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except FAULTS as error:
         record |= {"outcome": "fail", "error": f"{type(error).__name__}: {_first_line(error)}"}
     return record | {"seconds": round(time.perf_counter() - began, 2)}
 

@@ -17,15 +17,7 @@ def test_names_are_unique_and_every_op_is_looked_at():
     assert {look.op for look in LOOKS.values()} == set(ops.NAMES)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "attention causal dropout torch.bfloat16",
-        "mlp gelu torch.float32",
-        "linear_cross_entropy V=301 torch.bfloat16",
-        "embedding dropout torch.float32",
-    ],
-)
+@pytest.mark.parametrize("name", LOOKS)
 def test_calls_within_what_is_allowed(name):
     assert first_look.look_at(LOOKS[name], "cpu")["outcome"] == "pass"
 
