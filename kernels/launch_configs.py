@@ -140,8 +140,13 @@ CANDIDATES: dict[str, list[Row]] = {
         Row("fwd", 90, 2, 64, (128, 64, 8, 3, 0, 1), "predicted: 1.05 x, with dropout 1.03 x"),
         Row("fwd", 90, 2, 64, (64, 128, 4, 2, 0, 1), "predicted: 1.07 to 1.14 x, with dropout 1.07 to 1.11 x"),
         Row("fwd", 90, 2, 64, (128, 64, 8, 3, 128, 1), "predicted: two programs a multiprocessor with dropout"),
+        Row("fwd", 90, 2, 64, (64, 64, 4, 2, 0, 1), "predicted: 1.08 to 1.16 x, with dropout 1.05 to 1.12 x"),
+        Row("fwd", 90, 2, 128, (64, 64, 4, 2, 0, 1), "predicted: 1.04 to 1.11 x, with dropout 1.03 to 1.10 x"),
         Row("bwd_dq", 90, 2, 64, (64, 64, 4, 2, 0, 0), "predicted: 1.03 to 1.11 x with the next, with dropout too"),
         Row("bwd_dkdv", 90, 2, 64, (64, 64, 4, 2, 0, 0), "predicted: 1.03 to 1.11 x with the last, with dropout too"),
+    ],
+    "layer_norm": [
+        Row("rows", 90, 4, 1024, (1, 1, 4, 4, 512), "predicted: forward, 0.75 x the instructions"),
     ],
     "linear_cross_entropy": [
         Row("chunk", 90, 2, 768, (5632,), "predicted: 0.23 ms less for 16,384 rows, twice the memory"),

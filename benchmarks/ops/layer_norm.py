@@ -1,8 +1,9 @@
 """Benchmark of layer_norm: GPT-2's widths, against PyTorch, torch.compile and Liger."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,10 @@ def liger_layer_norm(case: Case) -> Function:
 
 
 def launches(kernels: ModuleType) -> Launches:
-    """Yield the widest row of every configuration, in the dtype of training, and GPT-2's width in every dtype."""
+    """Yield the widest row of every configuration, in the dtype of training, and GPT-2's width in every dtype.
+
+    The candidates follow, forward at their widest row, on their architecture alone.
+    """
     from kernels import launch_configs
 
     shapes = [(N, torch.bfloat16) for N in sorted({row.size for row in launch_configs.TABLES["layer_norm"]})]
@@ -68,6 +72,20 @@ def launches(kernels: ModuleType) -> Launches:
         label = f"N={N} {short(dtype)}"
         yield label, partial(kernels.forward, x, weight, bias, 1e-5)
         yield label, partial(kernels.backward, x, x, weight, rows, rows, True, True)
+    for row in launch_configs.CANDIDATES[OP]:
+        config = kernels.Config(*row.config)
+        label = f"N={row.size} bfloat16 candidate {config.fwd_rows}x{row.size} w{config.fwd_warps}"
+        x, weight = meta(4096, row.size, dtype=torch.bfloat16), meta(row.size, dtype=torch.bfloat16)
+        yield label, partial(trying, row, partial(kernels.forward, x, weight, weight, 1e-5))
+
+
+def trying(row: Any, call: Callable[[], object]) -> None:
+    """Run a call with a candidate in place of the row that serves, on its architecture alone."""
+    from kernels import launch_configs
+
+    if launch_configs.architecture(torch.device("meta")) == row.architecture:
+        with launch_configs.trying(OP, row):
+            call()
 
 
 TOPIC = Topic(
