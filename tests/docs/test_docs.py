@@ -210,6 +210,7 @@ def command_options() -> dict[str, set[str]]:
 
     from benchmarks.__main__ import app as suite
     from benchmarks.parity import app as parity
+
     commands = {name: load_command(name) for name in NAMES} | {
         SUITE: typer.main.get_command(suite),
         PARITY: typer.main.get_command(parity),
