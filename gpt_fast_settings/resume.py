@@ -24,7 +24,8 @@ def asks_for_more(settings: S, saved: Mapping[str, Any]) -> tuple[str, int] | No
 
 def resumed(settings: S, path: Path, saved: Mapping[str, Any], finished: bool = False) -> S:
     """Return the settings for resuming the run that saved `saved` at `path`. Settings that the user omits keep their
-    original value. Settings that the user gives must equal it, unless their declaration frees them or allows more. Of a `finished` run less may be asked, too."""
+    original value. Settings that the user gives must equal it, unless their declaration frees them or allows more. Of a
+    `finished` run less may be asked, too."""
     cls = type(settings)
     if foreign := sorted(set(saved) - set(cls.fields())):
         raise ValueError(
