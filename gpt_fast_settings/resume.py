@@ -22,11 +22,11 @@ def asks_for_more(settings: S, saved: Mapping[str, Any]) -> tuple[str, int] | No
     return None
 
 
-def resumed(settings: S, path: Path, saved: Mapping[str, Any]) -> S:
+def resumed(settings: S, path: Path, saved: Mapping[str, Any], finished: bool = False) -> S:
     """Return the settings for resuming the run that saved `saved` at `path`.
 
     Settings that the user omits keep their original value. Settings that the user gives must equal it, unless their
-    declaration frees them or allows more.
+    declaration frees them or allows more. A `finished` run may also be asked for less.
     """
     cls = type(settings)
     if foreign := sorted(set(saved) - set(cls.fields())):
@@ -53,7 +53,7 @@ def resumed(settings: S, path: Path, saved: Mapping[str, Any]) -> S:
                 f"--{option_name(name)} {mine}: the run in {path.parent} began with {original}; --resume goes on "
                 f"with the same settings (--config {path} repeats them)"
             )
-        elif kind == "more" and mine < original:
+        elif kind == "more" and mine < original and not finished:
             raise ValueError(
                 f"--{option_name(name)} {mine}: the run in {path.parent} began with {original}; "
                 f"expected {original} or more"

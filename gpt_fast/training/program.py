@@ -181,7 +181,7 @@ def train(settings: S, body: Callable[[Session[S]], Record], show: Show, say: Sa
             )
         saved = read_file(out / SETTINGS) if (out / SETTINGS).is_file() else {}
         more = asks_for_more(settings, saved)
-        resumed(settings, out / SETTINGS, saved)  # raises for options that the run did not begin with
+        resumed(settings, out / SETTINGS, saved, finished=True)  # raises for options that the run did not begin with
         if not more:
             say(f"{out}: finished, nothing is left to do")
             return record
