@@ -29,10 +29,12 @@ def constant_in_graphs(function: _Function) -> _Function:
 
 
 def apply(function: Any, *args: Any) -> Any:
-    """Return `function.apply(*args)`, or its equal inside a transform.
+    """Return `function.apply(*args)`, also inside a transform of `torch.func`, where `_Transformed` wraps the function.
 
-    If no gradient can be asked for, `function.forward` alone serves and computes none: inside a Function PyTorch's
-    `needs_input_grad` is True for a parameter also under `torch.no_grad()`. It costs 4 µs less, too.
+    If autograd does not record the call, `function.forward` runs alone, with a context that says that no input needs a
+    gradient. In the context that `function.apply` passes, PyTorch sets `needs_input_grad` to True for a parameter even
+    under `torch.no_grad()`, so a forward pass would do work for a backward pass that cannot come. The direct call also
+    takes 4 µs less.
     """
     if not is_transformed():
         if torch.is_grad_enabled() if torch.compiler.is_compiling() else _is_recorded(args):
@@ -137,7 +139,11 @@ class _Record:
         """Do nothing: a gradient that is None stays None."""
 
     def run(self, *args: Any) -> tuple:
-        """Return the function's outputs, then all else it saved, because autograd saves arguments and outputs alone."""
+        """Return the outputs of the function's forward pass, then the saved tensors that are not outputs or arguments.
+
+        Inside a transform, `setup_context` may save arguments and outputs alone, so every other saved tensor is
+        returned as an output. `self.count` is set to the number of the function's own outputs.
+        """
         outputs = self.function.forward(self, *args)
         self.returns_tuple = isinstance(outputs, tuple)
         known = [self, *args, *(outputs if self.returns_tuple else (outputs,))]

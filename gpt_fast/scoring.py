@@ -160,10 +160,11 @@ def score(
 
 
 def sliding(length: int, seq_len: int, stride: int) -> list[tuple[int, int, int]]:
-    """Return (begin, first, end) of the windows over a row.
+    """Return the windows over a row of `length` tokens, in order, as (begin, first, end).
 
-    Each window reads at most seq_len tokens, begins `stride` after the one before, and scores the tokens that no window
-    before it has scored.
+    The model reads tokens begin to end - 1, at most `seq_len` of them, and scores tokens first to end - 1. `begin` is a
+    multiple of `stride`, and `first` is the `end` of the window before, or 0 in the first window. Each token is in the
+    scored part of exactly one window. A row without tokens has no window.
     """
     found: list[tuple[int, int, int]] = []
     for begin in range(0, length, stride):
@@ -317,7 +318,11 @@ def _encoded(model: Any, texts: Sequence[str], tokenizer: Any) -> tuple[Tensor, 
 
 
 def _real(tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None) -> Tensor:
-    """Return where tokens [B, T] are real, bool [B, T]."""
+    """Return the bool mask [B, T] of `tokens` [B, T], False at padding.
+
+    `lengths` [B] are the numbers of tokens in rows that are padded on the right, and `key_mask` [B, T] is the mask
+    itself. Without either no token is padding. Raise `ValueError` if both are given.
+    """
     if lengths is not None and key_mask is not None:
         raise ValueError("gpt_fast.score: got both lengths and a mask; expected one of them")
     B, T = tokens.shape

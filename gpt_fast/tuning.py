@@ -102,9 +102,12 @@ def candidates(op: str, row: Row, architecture: int) -> list[Config]:
 def climb(
     start: Config, others: list[Config], ranges: dict[str, tuple[int, int]], measure: Callable[[Config], float]
 ) -> Config:
-    """Return the best configuration that steps downhill reach from the fastest of `start` and `others`.
+    """Return the fastest configuration found by steps from the fastest of `start` and `others`.
 
-    Each configuration is measured once. `measure` gives inf for what fails.
+    Each step measures all `neighbours` of the best configuration, with each number inside its range (low, high) of
+    `ranges`, both included. It moves to the fastest neighbour if that neighbour's time is less than `GAIN` times the
+    best time, and ends the search otherwise. Each configuration is measured once. `measure` returns inf for a
+    configuration that does not run. The result is `start` if none runs.
     """
     times = {start: measure(start)}
     best, following = start, others

@@ -293,7 +293,11 @@ def shipped_alone() -> Iterator[None]:
 
 @functools.cache
 def serving(op: str, kernel: str, architecture: int, element: int) -> tuple[Row, ...]:
-    """Return the rows for elements of this size, of the newest architecture whose rows fit this one, by size."""
+    """Return the rows of a kernel for elements of `element` bytes, sorted by the size of the shape, least first.
+
+    Of the rows whose limit is at least `element` bytes, those with the least limit serve. Of their architectures, the
+    newest one that fits `architecture` (see `fits`) serves, or the oldest one if none fits.
+    """
     rows = [row for row in tables(architecture)[op] if row.kernel == kernel and row.element >= element]
     rows = [row for row in rows if row.element == min(row.element for row in rows)]
     older = [row.architecture for row in rows if fits(row.architecture, architecture)]
@@ -303,7 +307,7 @@ def serving(op: str, kernel: str, architecture: int, element: int) -> tuple[Row,
 
 @functools.cache
 def pick(op: str, kernel: str, architecture: int, element: int, size: int) -> tuple[int, ...]:
-    """Return the configuration of the row that serves, the one with the least size that suffices."""
+    """Return the numbers of the row that serves a shape: the first row of `serving` whose size is at least `size`."""
     return next(row.config for row in serving(op, kernel, architecture, element) if row.size >= size)
 
 

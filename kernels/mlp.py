@@ -359,7 +359,11 @@ def forward(
     proj_bias: torch.Tensor | None, activation: str, threshold: int, scale: float, seed: torch.Tensor | None,
     site: int, keeps_hidden: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return (y [..., C'], kept). `kept` [..., F] is for backward, or empty. Without a seed there is no dropout."""
+    """Return (y [..., C'], kept): the output of the MLP, and the tensor that `backward` takes as `hidden`.
+
+    If `keeps_hidden`, `kept` [..., F] is the hidden layer after dropout for relu, and the activation's input for any
+    other activation. Else `kept` has shape [0]. Without a seed there is no dropout.
+    """
     F, C_out = fc_weight.shape[0], proj_weight.shape[0]
     rows = as_matrix(x)
     M = rows.shape[0]
@@ -381,7 +385,13 @@ def backward(
     proj_weight: torch.Tensor, hidden: torch.Tensor | None, activation: str, threshold: int, scale: float,
     seed: torch.Tensor | None, site: int, needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return gradients of x, both weights, in their strides, and both biases, empty if not needed."""
+    """Return the gradients (dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias).
+
+    `needs` holds five flags in this order; a gradient that is not needed is a tensor of shape [0]. The gradients of the
+    weights have the strides of the weights. `hidden` is the `kept` that `forward` returned; if it is None, the hidden
+    layer is computed again. `threshold`, `scale`, `seed` and `site` define the dropout mask, as in philox.py; without a
+    seed there is no dropout.
+    """
     needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, needs_proj_bias = needs
     F, C_out = fc_weight.shape[0], proj_weight.shape[0]
     rows, dy_rows = as_matrix(x), as_matrix(dy)

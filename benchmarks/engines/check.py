@@ -48,12 +48,18 @@ def check(engine: Any, precision: str) -> None:
 
 
 def judge(model: GPTForCausalLM, precision: str, tokens: Tensor, generate: Any) -> None:
-    """Raise `ValueError` for a text whose tokens are not nearly the most likely ones.
+    """Raise `ValueError` if the tokens that an engine generates are not nearly the most likely ones.
 
-    A chosen logit may lie below the best by what rounding moves the two: twice the error that the tolerance policy
-    allows, `MAX_FACTOR` times the yardstick's. The largest distance is held to its largest error, and each row's mean
-    distance to its root mean square. Errors in int4 exceed the logits' own spread: the mean distance is held to that of
-    the yardstick's own text.
+    `generate(tokens, NEW)` returns `tokens` with NEW more. The plain model in float64 computes the logits. The distance
+    of a chosen token is the largest logit at its position minus its own logit.
+
+    Rounding moves both of these logits. `yardstick`, the plain model in the engine's precision, has an error at each
+    logit. The tolerance policy allows an engine `MAX_FACTOR` times this error, and the distance of two logits may be
+    twice that. The largest distance is compared with the largest error, and the mean distance of each row with the root
+    mean square of the errors.
+
+    In int4 the errors are larger than the differences between logits, so the mean distance is compared with that of the
+    text that the yardstick itself generates, times `MAX_FACTOR`.
     """
     text = generate(tokens, NEW)
     B, T = tokens.shape
@@ -86,10 +92,10 @@ def distances(plain: PlainGPT, text: Tensor, T: int) -> Tensor:
 
 
 def yardstick(plain: PlainGPT, precision: str) -> PlainGPT:
-    """Return the plain model in a precision.
+    """Return a copy of the plain model in the precision of an engine; the engine's errors are compared with its errors.
 
-    int8 and int4: matrices of so many bits, and activations of 8 bits with one scale for the whole tensor, the coarsest
-    that an engine uses. The rest is in bfloat16.
+    In int8 and int4, matrices have 8 or 4 bits, and activations 8 bits with one scale for the whole tensor, the
+    coarsest scale that an engine uses. All else is in bfloat16.
     """
     plain = copy.deepcopy(plain)
     if precision == "float32":

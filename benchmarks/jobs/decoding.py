@@ -77,7 +77,11 @@ def hf_seconds(model: Any, tokens: int, now: Callable[[], float]) -> float:
 
 
 def bytes_read(session: DecodeSession) -> dict[str, int]:
-    """Return the bytes that one step reads: all matrices, and the keys and values of each token in the cache."""
+    """Return the bytes that one step reads.
+
+    "bytes" counts the weights of all matrices. "bytes_per_cached_token" counts the keys and values of one token in the
+    cache, over all layers.
+    """
     config = session.config
     cache = 2 * config.num_layers * config.hidden_dim * session.cache.keys.element_size()
     return {"bytes": session._step.weights.bytes, "bytes_per_cached_token": cache}  # type: ignore[union-attr]

@@ -4,7 +4,10 @@ from gpt_fast import ops, reference
 
 
 def table() -> str:
-    """Return one row for each op. An empty cell is a kernel that is not there: the reference serves in its place."""
+    """Return a Markdown table: for each op, "yes" where the reference, a C++ kernel or a Triton kernel serves the op.
+
+    An empty cell means that there is no kernel, and that the reference runs instead.
+    """
     lines = [
         "| op | reference, any device | C++, CPU | Triton, CUDA |",
         "| --- | :---: | :---: | :---: |",

@@ -168,7 +168,12 @@ BUSY_HEADER = ["case", "quiet", "busy", "busy, of quiet", "busy, of quiet with o
 
 
 def beside(runs: list[Run]) -> list[list[str]]:
-    """Return one row for each case and implementation that a quiet run and a busy one have: speeds and their ratios."""
+    """Return the rows of the table under `BUSY_HEADER`: one for each case, implementation and pass in both kinds of run.
+
+    A busy run was measured while another process computed in an endless loop, a quiet run was not. The cells are the
+    case with its implementation, the quiet speed, the busy speed, the busy speed as a share of the quiet one, and as a
+    share of the quiet one with one thread less. The last cell is "" without a run with one thread less.
+    """
     quiet = {run["topic"]: run for run in runs if not run.get("busy")}
     lines = []
     for run in (run for run in runs if run.get("busy") and run["topic"] in quiet):

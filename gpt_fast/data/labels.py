@@ -108,7 +108,11 @@ def class_index(names: Sequence[str]) -> Callable[[str], int | None]:
 
 
 def answer_index(reading: str, label: str, choices: Sequence[str]) -> int | None:
-    """Return which of `choices` a label names in one of the readings `ANSWERS`, or None."""
+    """Return the index in `choices` that a label names, or None if it names no choice.
+
+    `reading` is one of `ANSWERS`: the label is a choice's text ("text"), a letter from A on ("letters"), or a number
+    that counts from 0 ("0") or from 1 ("1"). Of choices with the same text the first counts.
+    """
     if reading == "text":
         stripped = [choice.strip() for choice in choices]
         return stripped.index(label) if label in stripped else None
@@ -121,9 +125,10 @@ def answer_index(reading: str, label: str, choices: Sequence[str]) -> int | None
 
 
 def answer_reading(source: str, labels: Sequence[str], choices: Sequence[Sequence[str]], place: Place) -> str:
-    """Return the reading of `ANSWERS` that serves every row of a column of answers.
+    """Return the one of `ANSWERS` by which every label of a column names one of the choices in its row.
 
-    Raises `ValueError` where none does, where two give other answers, and for numbers that count from 1.
+    Raises `ValueError` if none of `ANSWERS` does, if two of them give other choices, and for numbers that count from 1.
+    `place` returns the position in the file of the row with a given index.
     """
     found = {
         reading: [answer_index(reading, label, each) for label, each in zip(labels, choices, strict=True)]

@@ -106,7 +106,12 @@ def read_token_file(path: Path, raw_dtype: str | None = None) -> TokenFile:
 def write_token_file(
     path: Path, pieces: Iterable[np.ndarray], dtype: str, tokenizer: Tokenizer, document_token: int
 ) -> int:
-    """Write the ids of `pieces` under a temporary name, sync and rename the file. Return how many ids there are."""
+    """Write a token file that holds the ids of `pieces`, one piece after the other, and return the number of ids.
+
+    The header stores `dtype` ("uint16" or "uint32"), the number of ids, a checksum, a hash of the tokenizer's
+    vocabulary, and `document_token`, the id between documents. The ids have to fit `dtype`. The file is written under a
+    temporary name and renamed when it is complete.
+    """
     count = crc = 0
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(bytes(HEADER))

@@ -285,7 +285,7 @@ def _save(ctx, tensors: tuple, options: tuple) -> None:
 
 
 def _saved(ctx) -> tuple[tuple, tuple]:
-    """Return the tensors that `_save` was given, and the options in order."""
+    """Return (tensors, options) as `_save` got them, the options in the order of the op's schema."""
     *tensors, lengths, key_mask, mask, cu_seqlens, seed = ctx.saved_tensors
     causal, window, dropout_p, site, scale = ctx.scalars
     return tensors, (lengths, key_mask, mask, cu_seqlens, causal, window, dropout_p, seed, site, scale)

@@ -188,7 +188,10 @@ def fresh(head: type[Head], source: Path, **overrides: Any) -> Head:
 
 
 def identity(rows: Sequence[Example]) -> dict[str, Any]:
-    """Return a value that shows whether a resumed run reads the table of its beginning."""
+    """Return the number of rows ("rows") and a checksum of their tokens and labels ("crc32").
+
+    The run folder keeps both, and a run resumes only on a table with the same values.
+    """
     tagged = any(row.tags for row in rows)
     content = json.dumps([[row.sequences, row.tags if tagged else row.target] for row in rows]).encode()
     return {"rows": len(rows), "crc32": zlib.crc32(content)}

@@ -45,7 +45,12 @@ def evaluate_form(
     choice_columns: str | None = None,
     label_column: str | None = None,
 ) -> dict[str, Any]:
-    """Return the figures of the file at `path`. Columns that are None are those of the published file."""
+    """Return the metrics that `last_words` (form "lambada") or `endings` ("hellaswag") measures on the file at `path`.
+
+    LAMBADA reads `text_column` alone. For HellaSwag `choice_columns` is a column of lists, or several columns with
+    commas between their names, and `label_column` holds the index of the right ending. A column that is None has the
+    name that it has in the published data set, such as "text", "endings" or "label".
+    """
     if form == "lambada":
         return last_words(model, tokenizer, read_last_words(path, text_column or "text", options))
     questions = read_endings(path, text_column, choice_columns or "endings", label_column or "label", options)

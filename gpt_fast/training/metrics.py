@@ -125,7 +125,12 @@ def entities(tags: Sequence[str]) -> list[tuple[int, int, str]]:
 
 
 def span_metrics(logits: Sequence[Tensor], rows: Sequence[Example]) -> Metrics:
-    """Return the loss over rows whose answer is among their tokens, and exact match and the F1 of words over all."""
+    """Return "loss", "exact_match", "word_f1" and "examples" of a model that finds spans.
+
+    `logits` are [2, T] for each row: the scores of each position as the first and as the last of the answer. The loss
+    is the mean over the rows whose answer was not cut off, NaN if there are none. Exact match and the F1 of words are
+    means over all rows, in [0, 1].
+    """
     losses = []
     for scores, row in zip(logits, rows, strict=True):
         target = torch.tensor(row.target)

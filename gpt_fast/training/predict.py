@@ -142,7 +142,11 @@ def check_target(out: Path, data: Path, options: RowOptions = PLAIN) -> None:
 def write_predictions(
     out: Path, data: Path, table: Table, found: Sequence[Prediction], options: RowOptions = PLAIN
 ) -> None:
-    """Write the rows of `table`, which was read from `data`, with their predictions as further columns."""
+    """Write to `out` the rows of the file `data` that `table` was read from, with a column "prediction" added to each.
+
+    `found` holds one prediction for each row of `table`, in order. A prediction of one class adds a column
+    "probability" too. A column of the same name is replaced. `options` are those with which `table` was read.
+    """
     read = set(table.places)  # a row without a usual number of choices may have been skipped
     rows = [row for place, row in read_rows(data, options) if place in read]
     write_rows(out, [row | prediction.columns() for row, prediction in zip(rows, found, strict=True)])

@@ -278,9 +278,11 @@ def writes_answers(folder: Path) -> bool:
 def writing_prompt(
     folder: Path, config: GPTConfig, tokenizer: Tokenizer, prompt: str, question: str | None
 ) -> tuple[list[int], int | None]:
-    """Return the tokens that the model of a run folder continues, in its task's form, and the token that ends a text.
+    """Return (ids, end): the token ids that the model of a run folder continues, and the id that ends its text.
 
-    A model of another library may have no such token. It continues until it has enough tokens.
+    A model that was fine-tuned to answer in text gets `prompt` and `question` with the special tokens of its training.
+    `question` is None for a task without questions. Any other model continues `prompt` as it is. `end` is None if the
+    model has no token that ends a text; generation then stops at the maximum number of tokens.
     """
     task = TASKS.get(str(read_record(folder).get("task")))
     writes = task is not None and task.head is GPTForCausalLM

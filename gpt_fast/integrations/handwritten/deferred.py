@@ -165,7 +165,12 @@ _RESHAPES = {Tensor.view, Tensor.reshape, Tensor.flatten, torch.flatten, torch.r
 
 
 def _as_rows(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Return logits in another shape that keeps the last dimension, still deferred."""
+    """Return deferred logits in another shape, or `NotImplemented` if the call needs the values.
+
+    `func` is a function that PyTorch was called with, and `args` and `kwargs` are its arguments. The result is deferred
+    if `func` is one of `_RESHAPES`, the values of the logits in args[0] are not computed yet, and the new shape keeps
+    the last dimension, the vocabulary.
+    """
     source = args[0] if args else None
     if func not in _RESHAPES or not isinstance(source, Logits) or _is_computed(source):
         return NotImplemented

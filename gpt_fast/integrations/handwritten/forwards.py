@@ -144,7 +144,11 @@ def _rate(self: Any, path: str) -> float:
 
 
 def _branch(self: Any, path: str, branch: Tensor) -> tuple[Tensor, float]:
-    """Return the branch and the dropout that is left for its addition."""
+    """Return (branch, p): the output of attention or the MLP, and the dropout probability for its residual addition.
+
+    `path` leads from the block to the branch's dropout, "" if it has none. The caller fuses a plain dropout with the
+    addition, and p is the probability. Any other dropout module is called here, and p is 0.
+    """
     source = part(self, path) if path else None
     if isinstance(source, nn.Module):
         return _plain.dropout(source, branch)

@@ -366,9 +366,13 @@ Places = tuple[tuple[str, str, str, str], tuple[str, ...]]
 
 
 def _placed(block: nn.Module, parts: Block, sources: dict[float, str], T: int) -> Places:
-    """Return the sources of the rates of attention, its branch, the hidden activation and the MLP's branch.
+    """Return (paths, heads): the paths of the dropouts that act in the block when it runs in training mode.
 
-    If heads are modules with a dropout each, their sources follow, and attention's is the first of them.
+    The four `paths` are those of the dropout of the attention probabilities, of attention's output, of the hidden
+    activation and of the MLP's output, "" where nothing is dropped. If each head is a module with a dropout of its own,
+    `heads` holds the paths of all heads and `paths` begins with the first of them; else `heads` is empty. `sources`
+    maps each dropout probability, which no two dropouts share, to a path. The block runs on drawn hidden states of
+    length T.
     """
     block.train()
     wide = _widened(block)

@@ -78,7 +78,12 @@ _BLOCK = (  # ours, transformers', transposed
 
 
 def from_hf(kind: Any, model: Any, overrides: dict[str, Any]) -> Any:
-    """Return a `kind` with the weights of one of transformers' models; see `Convertible.from_hf`."""
+    """Return a model of the class `kind` with the weights of a GPT-2 or GPT-1 of transformers.
+
+    `Convertible.from_hf` calls this function. `model` is a model of transformers, a folder of one, or its name on the
+    hub. `overrides` are fields of `GPTConfig` that replace those of the model's configuration. Raise `ValueError` if a
+    weight would be lost, or if the outputs of the two models would differ without a reason in `overrides`.
+    """
     transformers = _transformers()
     if isinstance(model, str | os.PathLike):
         model = _load(transformers, model)
@@ -167,7 +172,11 @@ def _copy(user: str, source: Any, target: Any, pairs: list[tuple[str, str, bool]
 
 
 def _why_left_out(tensors: dict[str, Any], used: list[str], kind: str) -> str | None:
-    """Return why a conversion would lose a parameter, or None if all of `tensors` are used, by this name or another."""
+    """Return why a conversion would lose parameters, or None if it loses none.
+
+    `tensors` maps names to parameters, and `used` names the ones that are copied. A parameter that is the same object
+    as a copied one, such as a tied weight, is not lost. `kind` is the name of the target's class, for the message.
+    """
     copied = {id(tensors[name]) for name in used}
     lost = [name for name, tensor in tensors.items() if id(tensor) not in copied]
     if not lost:

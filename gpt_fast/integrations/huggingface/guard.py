@@ -162,10 +162,11 @@ def _why_shared(model: Any, tied: tuple[str, str]) -> str | None:
 
 @torch.no_grad()
 def why_other_outputs(theirs: Any, ours: Any, whole: bool) -> str | None:
-    """Return why the two models do not compute the same of a few tokens, or None if they do.
+    """Return how the outputs of the two models differ on a few tokens, or None if they agree within `_tolerance`.
 
-    The trunks are compared, and with `whole` the outputs of the heads too. Both run in evaluation mode, without
-    autocast. Modes and random state stay as they are. Models on the meta device have no values to compare.
+    The hidden states of the trunks are compared, and with `whole` the outputs of the heads too. Both models run in
+    evaluation mode, without autocast. Their modes and the random state stay as they are. Models on the meta device have
+    no values, so the result for them is None.
     """
     trunk = getattr(ours, "trunk", ours)
     parameter = trunk.token_emb.weight

@@ -17,7 +17,12 @@ from . import blocks, losses
 
 
 def plan(name: str, module: Any, report: Report) -> list[Patch] | None:
-    """Return the patches of `module` if it is a trunk or a head, else None. Blocks belong to their trunk."""
+    """Return the patches of `module` if it is a model of transformers that this library knows, else None.
+
+    A trunk (`GPT2Model`) has patches for itself and its blocks, so a block alone gives None. A model with a
+    language-model head (`GPT2LMHeadModel`) has the patch of its loss. The list is empty if nothing of a known model is
+    to be replaced. `report` gets a line for each module that is replaced or left alone.
+    """
     if isinstance(module, gpt2.GPT2Model):
         return _plan_trunk(name, module, report, _GPT2)
     if isinstance(module, gpt1.OpenAIGPTModel):

@@ -73,7 +73,11 @@ def opt_attention_forward(self: Any, *args: Any, gpt_fast_call: Any = None, **kw
 def gpt_neo_block_forward(
     self: Any, hidden_states: Tensor, layer_past: Any = None, attention_mask: Any = None, **kwargs: Any
 ) -> Any:
-    """Run a block of GPT-Neo: hidden states [B, T, C] → (hidden states, None)."""
+    """Run a block of GPT-Neo: hidden states [B, T, C] → (hidden states [B, T, C], None).
+
+    None takes the place of the attention probabilities, which are never stored. `layer_past` is transformers' cache of
+    keys and values. A call that the ops do not support runs transformers' own forward, with a warning.
+    """
     attn = self.attn.attention
     reason, masks = _masks_of(self, attn, hidden_states, attention_mask, layer_past)
     reason = reason or _why_unknown(kwargs, ("use_cache",)) or _why_called(attn, self.attn)
@@ -87,7 +91,11 @@ def gpt_neo_block_forward(
 def imagegpt_block_forward(
     self: Any, hidden_states: Tensor, layer_past: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """Run a block of ImageGPT: hidden states [B, T, C] → (hidden states, None)."""
+    """Run a block of ImageGPT: hidden states [B, T, C] → (hidden states [B, T, C], None).
+
+    None takes the place of the attention probabilities, which are never stored. A call that the ops do not support runs
+    transformers' own forward, with a warning.
+    """
     reason, masks = _masks_of(self, self.attn, hidden_states, attention_mask, layer_past)
     if any(value is not None for value in args):
         reason = "it is given the states of an encoder"
