@@ -321,7 +321,10 @@ def _real(tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None) -> Te
     """Return the bool mask [B, T] of `tokens` [B, T], False at padding.
 
     `lengths` [B] are the numbers of tokens in rows that are padded on the right, and `key_mask` [B, T] is the mask
-    itself. Without either no token is padding. Raise `ValueError` if both are given.
+    itself. Without either no token is padding.
+
+    Raises:
+        ValueError: Both are given, or one does not fit the tokens.
     """
     if lengths is not None and key_mask is not None:
         raise ValueError("gpt_fast.score: got both lengths and a mask; expected one of them")

@@ -168,7 +168,7 @@ BUSY_HEADER = ["case", "quiet", "busy", "busy, of quiet", "busy, of quiet with o
 
 
 def beside(runs: list[Run]) -> list[list[str]]:
-    """Return the rows of the table under `BUSY_HEADER`: one for each case, implementation and pass in both kinds of run.
+    """Return the rows under `BUSY_HEADER`: one for each case, implementation and pass that both kinds of run have.
 
     A busy run was measured while another process computed in an endless loop, a quiet run was not. The cells are the
     case with its implementation, the quiet speed, the busy speed, the busy speed as a share of the quiet one, and as a
