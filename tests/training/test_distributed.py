@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from gpt_fast.training.engine.distributed import World
 from gpt_fast.training.runs import checkpoints
+from tests import two_ranks
 from tests.command_line import ENVIRONMENT, SMALL, succeed
 
 STEPS = 9
@@ -249,3 +251,26 @@ def test_torchrun(command, alone, tmp_path):
     assert "SIGKILL" in errors or "Signal 9" in errors
     subprocess.run([*line, "--resume"], env=ENVIRONMENT, check=True, timeout=240)
     same(out, alone["clm"])
+
+
+def test_no_reducer_outlives_its_group(tmp_path):
+    """DDP's module may live on in the traceback of an error; a reducer freed after the group may wait for ever."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    two_ranks.run(
+        f"""
+import os, sys, torch
+rank = sys.argv[1]
+os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}")
+from gpt_fast.training.engine import distributed
+
+with distributed.world("ddp", "cpu") as joined:
+    model = joined.wrap(torch.nn.Linear(3, 3), torch.float32)
+    model(torch.ones(2, 3)).sum().backward()
+    assert model.reducer is not None
+assert model.reducer is None and model.logger is None
+print("done")
+""",
+        tmp_path,
+    )

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any
@@ -37,6 +37,7 @@ class World:
     size: int = 1
     strategy: str = "ddp"
     device: str = "cpu"
+    wrapped: list[nn.Module] = field(default_factory=list, compare=False)  # DDP's modules
 
     @property
     def first(self) -> bool:
@@ -89,7 +90,8 @@ class World:
         if self.size == 1:
             return model
         if self.strategy == "ddp":
-            return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+            self.wrapped.append(nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True))
+            return self.wrapped[-1]
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mixed = dtype != torch.float32
@@ -113,6 +115,15 @@ class World:
         else:
             parallel.set_requires_gradient_sync(wanted)  # type: ignore[operator]
             yield
+
+    def release(self) -> None:
+        """Take the reducers from DDP's modules, which then train no more, while the group of processes is still there.
+
+        A reducer that is freed last frees the group with it, holds the GIL meanwhile, and waits for a thread of gloo.
+        After a rank was lost, that thread waits for the GIL to free a sum of gradients, and the process would not end.
+        """
+        for module in self.wrapped:
+            module.reducer = module.logger = None  # type: ignore[assignment]
 
     def reshard(self, model: nn.Module) -> None:
         """Put back the parameters that the optimizer knows.
@@ -176,8 +187,9 @@ def world(strategy: str | None, device: str) -> Iterator[World]:
         device = f"cuda:{int(os.environ['LOCAL_RANK'])}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
+    joined = World(rank, size, strategy, device)
     try:
-        yield World(rank, size, strategy, device)
+        yield joined
     except RuntimeError as error:
         if _is_lost_connection(error):
             raise LostRank(
@@ -186,6 +198,7 @@ def world(strategy: str | None, device: str) -> Iterator[World]:
             ) from None
         raise
     finally:
+        joined.release()
         if dist.is_initialized():
             dist.destroy_process_group()
 
