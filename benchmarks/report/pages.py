@@ -126,7 +126,7 @@ def study_sections(path: Path, pictures: str = "") -> list[str]:
 
 
 def figures(folder: Path) -> str:
-    """Return the picture of the device that was measured last, and a link to the results of each device."""
+    """Return the picture of the device with the most whole-model cases, and a link to the results of each device."""
     lines = [picture(folder, README), ""]
     for path, runs in devices(folder).items():
         page = path.relative_to(ROOT) / "README.md"
@@ -135,12 +135,12 @@ def figures(folder: Path) -> str:
 
 
 def picture(folder: Path, page: Path) -> str:
-    """Return the picture of the device that was measured last, linked from a page; "" if no device has one."""
+    """Return the picture of the device with the most whole-model cases, linked from a page; "" if no device has one."""
     measured = {path: runs for path, runs in devices(folder).items() if tables.speedups(runs)}
     if not measured:
         return ""
-    last = max(measured, key=lambda path: max(run["sessions"][-1]["date"] for run in measured[path]))
-    place = os.path.relpath(last / plots.OVERVIEW, page.parent)
+    fullest = max(measured, key=lambda path: len(tables.speedups(measured[path])))
+    place = os.path.relpath(fullest / plots.OVERVIEW, page.parent)
     return f"![Speed of whole models against the fastest other implementation]({place})"
 
 

@@ -143,18 +143,26 @@ def _summed(run: Run, records: dict[str, Record], case: str, passes: tuple[str, 
 
 
 def _against(run: Run, records: dict[str, Record], passes: tuple[str, ...]) -> tuple[float, str] | None:
-    """Return our speed as a multiple of the fastest other's, with its name; None if no other did the same work."""
+    """Return our speed as a multiple of the fastest other's, with its name; None if no other did the same work.
+
+    A single pass is compared over pairs of rounds if the run has them, else medians are.
+    """
     topic = topic_of(run)
     rivals = {peer.name for peer in topic.peers if peer.rival} if topic else set(records)
+
+    def ratio(record: Record) -> float:
+        pairs = record["times"][passes[0]].get("to_ours") if len(passes) == 1 else None
+        return pairs["median"] if pairs else _time(record, passes) / _time(records[OURS], passes)
+
     others = {
-        peer: _time(record, passes)
+        peer: ratio(record)
         for peer, record in records.items()
         if set(passes) <= set(record["times"]) and not peer.startswith(OURS) and peer in rivals
     }
     if not others:
         return None
     best = min(others, key=lambda peer: others[peer])
-    return others[best] / _time(records[OURS], passes), best
+    return others[best], best
 
 
 def _time(record: Record, passes: tuple[str, ...]) -> float:
