@@ -1,7 +1,8 @@
 // The activations of an MLP and their derivatives, for training (mlp.cpp) and for decoding (decode/session.cpp).
 //
-// To add one, add its name to the enum and to kActivations, its formula to `activate` and its case to `with_activation`; then to the
-// table in gpt_fast/_activations.py and to kernels/mlp.py. tests/ops/test_activations.py compares the three.
+// To add one, add its name to the enum and to kActivations, its formula to `activate` and its case to
+// `with_activation`; then to the table in gpt_fast/_activations.py and to kernels/mlp.py. tests/ops/test_activations.py
+// compares the three.
 #pragma once
 
 #include <string>
