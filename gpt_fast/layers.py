@@ -38,7 +38,7 @@ class LayerNorm(nn.LayerNorm):
         ```
 
     Note:
-        Dtypes, precision, determinism and source are those of `gpt_fast.ops.layer_norm`.
+        `gpt_fast.ops.layer_norm` states dtypes, precision, determinism and source.
     """
 
     def __init__(self, normalized_shape: Any, *args: Any, **kwargs: Any):
@@ -86,7 +86,7 @@ class SelfAttention(nn.Module):
         ```
 
     Note:
-        Dtypes, precision, determinism and source are those of `gpt_fast.ops.attention_qkv`.
+        `gpt_fast.ops.attention_qkv` states dtypes, precision, determinism and source.
     """
 
     def __init__(self, hidden_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True):
@@ -173,7 +173,7 @@ class MLP(nn.Sequential):
         The children are called one after the other if one of them is not plain (it has hooks, an adapter, a
         parametrisation).
 
-        Dtypes, precision, determinism and source are those of `gpt_fast.ops.mlp`.
+        `gpt_fast.ops.mlp` states dtypes, precision, determinism and source.
     """
 
     def __init__(self, hidden_dim: int, ff_dim: int, activation: str, dropout: float = 0.0, bias: bool = True):
@@ -271,7 +271,7 @@ class TransformerDecoder(nn.Module):
         their places take effect. The dropout of a branch is its `nn.Dropout`: `dropout1` after attention, `dropout2`
         after `ff`.
 
-        Dtypes, precision, determinism and source are those of the ops.
+        The docstrings of the ops state dtypes, precision, determinism and source.
     """
 
     def __init__(

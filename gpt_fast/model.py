@@ -297,7 +297,7 @@ class GPTModel(Convertible, _Trunk):
         In training one seed is drawn for a pass. Dropout sites are 0 for the embeddings and 1 + 4 i to 4 + 4 i for
         decoder i.
 
-        Dtypes, precision and determinism are those of the ops.
+        The docstrings of the ops state dtypes, precision and determinism.
 
         Source: Radford et al. (2018, 2019).
     """
@@ -376,7 +376,7 @@ class GPT(Generating, _Trunk):
         Train with `loss(tokens)`, which stores neither probabilities nor logits. A cross-entropy of the probabilities
         would apply the softmax twice.
 
-        Dtypes, precision and determinism are those of the ops.
+        The docstrings of the ops state dtypes, precision and determinism.
 
         Source: Radford et al. (2018).
     """

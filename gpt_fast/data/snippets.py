@@ -45,7 +45,7 @@ def snippet_table() -> tuple[Table, Table]:
 
 
 def chosen_packages(documents: list[Document]) -> list[str]:
-    """Return the ten packages with the most text among those of eight files or more, in the order of their names."""
+    """Return the ten packages with the most text, by name. A package needs at least eight files."""
     size: dict[str, int] = {}
     files: dict[str, int] = {}
     for document in documents:

@@ -259,7 +259,7 @@ class GPTForSequenceClassification(TaskHead):
         ```
 
     Note:
-        Dtypes, precision and determinism are those of the ops. The task's loss is float32.
+        The docstrings of the ops state dtypes, precision and determinism. The task's loss is float32.
 
         Source: Radford et al. (2018), sections 3.2 and 3.3.
     """
@@ -285,8 +285,8 @@ class GPTForSimilarity(TaskHead):
 
     Shape:
         tokens [B, 2, T] int64 → loss a scalar, logits [B, L]. `tokens[:, 0]` holds the two texts in one order,
-        `tokens[:, 1]` in the other. `lengths` is [B, 2], and `key_mask` is [B, 2, T]. Labels are those of
-        `GPTForSequenceClassification`.
+        `tokens[:, 1]` in the other. `lengths` is [B, 2], and `key_mask` is [B, 2, T].
+        `GPTForSequenceClassification` states the labels.
 
     Raises:
         ValueError: `GPTForSequenceClassification` would raise it, or tokens are not [B, 2, T].
@@ -301,8 +301,8 @@ class GPTForSimilarity(TaskHead):
         ```
 
     Note:
-        The token to be read, the problems (classes or numbers), the joint loss, dtypes, precision and determinism are
-        those of `GPTForSequenceClassification`.
+        `GPTForSequenceClassification` states which token is read, the problems (classes or numbers), the joint loss,
+        dtypes, precision and determinism.
 
         Source: Radford et al. (2018), section 3.3.
     """
@@ -349,7 +349,7 @@ class GPTForMultipleChoice(TaskHead):
         ```
 
     Note:
-        The token to be read, dtypes, precision and determinism are those of `GPTForSequenceClassification`.
+        `GPTForSequenceClassification` states which token is read, dtypes, precision and determinism.
 
         Source: Radford et al. (2018), section 3.3.
     """
@@ -398,7 +398,7 @@ class GPTForTokenClassification(TaskHead):
     Note:
         A token sees only tokens before it, so label a word at its last token.
 
-        Dtypes, precision and determinism are those of the ops. The loss is float32.
+        The docstrings of the ops state dtypes, precision and determinism. The loss is float32.
 
         Source: transformers' `GPT2ForTokenClassification`.
     """
@@ -449,7 +449,7 @@ class GPTForQuestionAnswering(TaskHead):
         ```
 
     Note:
-        Dtypes, precision and determinism are those of the ops. The loss is float32.
+        The docstrings of the ops state dtypes, precision and determinism. The loss is float32.
 
         Source: transformers' `GPT2ForQuestionAnswering`, which lets answers begin in padding.
     """

@@ -120,7 +120,7 @@ class GPTForCausalLM(Generating, LanguageModelHead):
     Note:
         Logits are computed without labels, or with `logits=True`. The loss alone never stores them.
 
-        Dtypes, precision and determinism are those of the ops.
+        The docstrings of the ops state dtypes, precision and determinism.
 
         Source: Radford et al. (2018, 2019).
     """
@@ -214,7 +214,7 @@ class GPTForMaskedLM(LanguageModelHead):
         Cost: only positions with a label are projected onto the vocabulary, so time and memory of the loss follow their
         number. Logits are computed without labels, or with `logits=True`.
 
-        Dtypes, precision and determinism are those of the ops.
+        The docstrings of the ops state dtypes, precision and determinism.
 
         Source: Devlin et al. (2018), arXiv:1810.04805.
     """

@@ -64,7 +64,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
         Dropout is the library's: the same rates, other random numbers than PyTorch's. A query left without keys, as
         padding on the left is, attends to nothing. A language-model loss over no label is 0.
 
-        Dtypes, precision and determinism are those of the ops.
+        The docstrings of the ops state dtypes, precision and determinism.
 
         Source: transformers' `modeling_gpt2.py` and `modeling_openai.py`, whose functions these are, and the modelling
         code of its OPT, BioGPT, GPT-Neo and ImageGPT.

@@ -153,7 +153,7 @@ class DecodeWeights {
     for (const DecoderWeights& block : blocks) check_shapes(block);
   }
 
-  // Returns the bytes that a step has to read: those of all matrices, without biases and norms.
+  // Returns the bytes of all matrices, which a step has to read. Biases and norms are not counted.
   int64_t bytes() const {
     int64_t sum = output.data.nbytes();
     for (const DecoderWeights& block : blocks) {
