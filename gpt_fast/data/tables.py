@@ -15,7 +15,7 @@ from .._files import finite, replacing
 from .._memory import available
 from .._memory import size as in_bytes
 from .labels import is_same_label
-from .reading.rows import SUFFIXES, WRITTEN, Row, RowOptions, delimiter, read_rows, some, written_kind
+from .reading.rows import SUFFIXES, WRITTEN, Row, RowOptions, delimiter, no_column, read_rows, some, written_kind
 from .tokenizer import has_lone_surrogate
 
 __all__ = [
@@ -113,7 +113,7 @@ class MissingColumn(ValueError):
     """A table lacks a column; `row` is the first row."""
 
     def __init__(self, path: Path, place: str, column: str, row: Row):
-        super().__init__(f"{path}, {place}: no column {column!r}; it has {', '.join(map(repr, row))}")
+        super().__init__(f"{path}, {place}: {no_column(column, row)}")
         self.path, self.column, self.row = path, column, row
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ..data.reading.rows import Row, RowOptions, read_rows
+from ..data.reading.rows import Row, RowOptions, no_column, read_rows
 from ..data.tokenizer import encode
 from ..heads import GPTForCausalLM
 from ..scoring import Continuation, score_continuations
@@ -196,7 +196,7 @@ def _number(path: Path, place: str, row: Row, column: str, count: int) -> int:
 
 def _value(path: Path, place: str, row: Row, column: str) -> object:
     if column not in row:
-        raise ValueError(f"{path}, {place}: no column {column!r}; it has {', '.join(map(repr, row))}")
+        raise ValueError(f"{path}, {place}: {no_column(column, row)}")
     return row[column]
 
 

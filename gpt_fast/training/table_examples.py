@@ -23,7 +23,7 @@ from ..data.labels import (
     class_rule,
     number,
 )
-from ..data.reading.rows import RowOptions, some, table_kind
+from ..data.reading.rows import RowOptions, no_column, some, table_kind
 from ..data.snippets import snippet_table
 from ..data.tables import MissingColumn, Row, Table, TableOptions, read_table
 from ..data.tokenizer import encode, encode_documents, without_lone_surrogates
@@ -46,8 +46,7 @@ def read_task_table(path: Path, task: TaskSettings, labelled: bool = True, optio
     except MissingColumn as missing:
         names = ["--text-column"] + [option for option, names in columns.items() if missing.column in names]
         raise ValueError(
-            f"{path}: no column {missing.column!r}; it has {', '.join(map(repr, missing.row)) or 'none'}; "
-            f"{_advice(names[-1], missing.row, path)}"
+            f"{path}: {no_column(missing.column, missing.row)}; {_advice(names[-1], missing.row, path)}"
         ) from None
     if task.name == "multiple-choice" and options.skip_ragged:
         return _without_ragged(table)

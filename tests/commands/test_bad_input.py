@@ -117,7 +117,7 @@ BAD_FINETUNE = {
     "not utf-8": ("--train {tmp}/latin.csv", ["latin.csv, line 2: not UTF-8 (byte 3"]),
     "no such column": (
         "--train {tmp}/column.csv",
-        ["column.csv: no column 'label'", "'text', 'lable'", "--label-column names another"],
+        ["column.csv: no column 'label' (did you mean 'lable'?)", "'text', 'lable'", "--label-column names another"],
     ),
     "no such text column": (
         "--train {table} --text-column body",
@@ -176,6 +176,7 @@ BAD_FINETUNE = {
     "negative lambda": ("--train {table} --lm-weight -1", ["--lm-weight -1", "at least 0"]),
     "out holds a run": ("--train {table} --out {classifier}", ["already holds a run"]),
     "missing run": ("--train {table} --from {tmp}/none", ["none: no such run folder"]),
+    "mistyped run": ("--train {table} --from {classifier}s", ["no such run folder; did you mean", "classifier'?"]),
     "no run": ("--train {table} --from {tmp}", ["not a run of gpt-fast", "config.json"]),
 }
 
@@ -387,7 +388,7 @@ BAD_USES = {
     "compare: nothing": ("compare", ["expected --from with one run folder, or --runs with several"]),
     "compare: both": ("compare --from {lm} --runs {mlm}", ["expected --from with one run folder, or --runs"]),
     "compare: a loss of one run": ("compare --from {lm} --loss 3", ["--loss 3: of one run; expected --runs"]),
-    "compare: no such run": ("compare --runs {lm} {tmp}/none", ["none: no run folder"]),
+    "compare: no such run": ("compare --runs {lm} {tmp}/none", ["none: no such run folder"]),
     "compare: no such metric": ("compare --runs {lm} --metric f1", ["no f1 in its metrics"]),
     "compare: a loss that is none": ("compare --runs {lm} {mlm} --loss nan", ["--loss nan: expected a finite number"]),
     "compare: the batch of several runs": (

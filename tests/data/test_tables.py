@@ -117,7 +117,7 @@ def test_a_field_longer_than_csvs_limit(tmp_path):
         ),
         ("t.csv", "", "t.csv: empty"),
         ("t.csv", "text,label\n", "t.csv: empty"),
-        ("t.csv", "text,lable\na,b\n", "t.csv, line 2: no column 'label'; it has 'text', 'lable'"),
+        ("t.csv", "text,lable\na,b\n", "t.csv, line 2: no column 'label' (did you mean 'lable'?); it has 'text'"),
         ("t.csv", "text,label\na,b\nc\n", "t.csv, line 3: 1 fields under a header of 2; --skip-ragged"),
         ("t.csv", "text,label\na,\n", "t.csv, line 2: column 'label' holds ''"),
         ("t.csv", 'text,label\n"a,b\n', "t.csv, line 2: unexpected end of data"),

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import IO, Any, NoReturn
+
+from gpt_fast_settings.declaration import did_you_mean
 
 from ... import _hub
 from . import files
@@ -120,8 +122,7 @@ def column_texts(source: str, rows: Rows, column: str) -> Iterator[str]:
     for place, value in rows:
         if isinstance(value, dict):
             if column not in value:
-                found = ", ".join(map(repr, value)) or "none"
-                raise ValueError(f"{source}, {place}: no column {column!r}; it has {found} (see --text-column)")
+                raise ValueError(f"{source}, {place}: {no_column(column, value)} (see --text-column)")
             value = value[column]
             if value is None:
                 value = ""
@@ -134,6 +135,12 @@ def column_texts(source: str, rows: Rows, column: str) -> Iterator[str]:
         yield value
 
 
+def no_column(column: str, names: Collection[str]) -> str:
+    """Return the words of an error about a column that is not among `names`, with the name nearest to it."""
+    near = did_you_mean(column, names).removeprefix("; ")
+    return f"no column {column!r}{near and f' ({near})'}; it has {', '.join(map(repr, names)) or 'none'}"
+
+
 def parquet_groups(file: TextFile) -> list[int]:
     """Return the number of rows of each row group of a parquet table."""
     with _parquet_file(file) as table:
@@ -144,8 +151,7 @@ def data_set_rows(source: str, start: int, end: int, column: str) -> Rows:
     """Yield the rows `start` to `end` of a Hugging Face data set."""
     table = data_set(source)
     if column not in table.column_names:
-        found = ", ".join(map(repr, table.column_names))
-        raise ValueError(f"{source}: no column {column!r}; it has {found} (see --text-column)")
+        raise ValueError(f"{source}: {no_column(column, table.column_names)} (see --text-column)")
     for first in range(start, end, _BATCH):
         for number, value in enumerate(table[first : min(first + _BATCH, end)][column], start=first + 1):
             yield f"row {number}", {column: value}
@@ -352,8 +358,7 @@ def _parquet(file: TextFile, start: int, end: int | None, column: str | None) ->
         names = table.schema_arrow.names
         check_names(file, names)
         if column is not None and column not in names:
-            found = ", ".join(map(repr, names))
-            raise ValueError(f"{file}: no column {column!r}; it has {found} (see --text-column)")
+            raise ValueError(f"{file}: {no_column(column, names)} (see --text-column)")
         last = table.metadata.num_row_groups if end is None else end
         number = count(1 + sum(table.metadata.row_group(group).num_rows for group in range(start)))
         only = None if column is None else [column]

@@ -31,6 +31,7 @@ import torch
 import yaml
 from tokenizers import Tokenizer
 
+from gpt_fast_settings.declaration import did_you_mean
 from gpt_fast_settings.documents import checked_object, parse_json, read_bytes, read_object
 
 from ..._files import replacing, sha256, write_text
@@ -285,11 +286,19 @@ def _check_idle(out: Path) -> None:
             pass
 
 
+def _no_run(folder: Path) -> str:
+    """Return the words of an error about a folder that is not there, with the run beside it whose name is nearest."""
+    if folder.exists():
+        return "a file, no run folder"
+    runs = [str(path.parent) for path in folder.parent.glob("*/config.json")]
+    return f"no such run folder{did_you_mean(str(folder), runs)}"
+
+
 def check_run(folder: Path) -> None:
     """Raise unless `folder` holds what a run needs to be read. Put back a run that a dead --overwrite moved away."""
     put_back(folder.absolute())
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: " + ("a file, no run folder" if folder.exists() else "no such run folder"))
+        raise FileNotFoundError(f"{folder}: {_no_run(folder)}")
     there = {path.name for path in folder.iterdir()}
     if any(checkpoints.newest_first(folder / checkpoints.FOLDER)):
         there.add("model.safetensors")  # a stopped run, whose weights are in its checkpoints
@@ -377,7 +386,8 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 def read_curve(folder: Path, field: str) -> list[dict[str, float]]:
     """Return the lines of a run's metrics that have a field. Raise `ValueError` with the known fields if none does."""
     if not (folder / "metrics.jsonl").is_file():
-        raise FileNotFoundError(f"{folder}: no run folder, it has no metrics.jsonl")
+        what = "no run folder, it has no metrics.jsonl" if folder.is_dir() else _no_run(folder)
+        raise FileNotFoundError(f"{folder}: {what}")
     lines = read_metrics(folder)
     kept = [line for line in lines if field in line]
     if not kept:
