@@ -82,7 +82,7 @@ HARDENING = ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE
 HARDENING_LINK = ["-Wl,-z,relro,-z,now"]
 SANITIZE = ["-fsanitize=address,undefined"]
 
-CUBLAS_SOURCES = ("cublaslt.cpp", "mlp.cpp")  # of csrc/cuda
+CUBLAS_SOURCES = ("cublaslt.cpp", "linear.cpp", "mlp.cpp")  # of csrc/cuda
 
 NO_TORCH = """
 gpt-fast: the C++ extension is built against the PyTorch it will run with, and this environment has none.
@@ -289,7 +289,7 @@ def extension_arguments() -> dict[str, Any]:
         cuda_sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.c*"))
         cublas = cublas_include(CUDA_HOME)  # its functions are in what PyTorch's own library links
         if cublas is None:
-            print("gpt-fast: no cublasLt.h, mlp is built without cuBLASLt")
+            print("gpt-fast: no cublasLt.h, linear and mlp are built without cuBLASLt")
             cuda_sources = [source for source in cuda_sources if Path(source).name not in CUBLAS_SOURCES]
         elif cublas != str(Path(CUDA_HOME, "include")):
             arguments["include_dirs"].append(cublas)

@@ -3,8 +3,8 @@
 For every class of shapes in an op's table a climb starts at the fastest of two kinds of configurations: the one that
 serves here, and the candidates of `launch_configs.CANDIDATES`. Its neighbours, one number changed, are measured; the
 fastest becomes the next start, until none is faster. What does not compile or fit is passed over. Tuning keeps what a
-kernel computes but not its bits, because tiles order sums. cuBLASLt's mlp is passed over unless its tests, which are in
-a checkout, pass here first.
+kernel computes but not its bits, because tiles order sums. cuBLASLt is passed over unless the tests of the op by it,
+which are in a checkout, pass here first.
 """
 
 import datetime
@@ -47,6 +47,7 @@ LIMITS: dict[str, dict[str, tuple[int, int]]] = {
     ),
     "chunk": {"rows": (512, 16384)},
     "few": dict(zip(mlp.Few._fields, ((0, 16), (8, 64), (32, 512), (1, 8), (1, 5), (48, 768)), strict=True)),
+    "cublaslt": {"cublaslt": (0, 1)},
     "cublaslt relu": {"cublaslt": (0, 1)},
     "cublaslt gelu_tanh": {"cublaslt": (0, 1)},
     "attention": dict(
@@ -183,6 +184,8 @@ def work(op: str, row: Row, device: str) -> Callable[[], object]:
             mlp.backward(dy, x, fc_weight, fc_bias, proj_weight, hidden, *rule, [True] * 5)
 
         return layer
+    if op == "linear":
+        return either_linear(row, random(16384, 3 * size), random(16384, size), random(3 * size, size))
     x, weight = random(16384, size), random(50257, size)
     target = torch.randint(0, 50257, (16384,), device=device)
     return lambda: linear_cross_entropy.forward(x, weight, target, None, -100, 0.0, "mean", True, True, False)
@@ -193,25 +196,41 @@ def either_mlp(row: Row, dy: torch.Tensor, *inputs: torch.Tensor) -> Callable[[]
     operators, activation, needs = torch.ops.gpt_fast, row.kernel.removeprefix("cublaslt "), [True] * 5
 
     def run() -> None:
-        if launch_configs.pick("mlp", row.kernel, launch_configs.architecture(dy.device), row.element, row.size) == (
-            0,
-        ):
-            rule = (activation, 0, 1.0, None, 0)
-            _, hidden = mlp.forward(*inputs, *rule, True)
-            mlp.backward(dy, *inputs[:4], hidden, *rule, needs)
-        elif cublaslt_tests_pass():
+        if cublaslt_serves("mlp", row, dy.device):
             _, hidden, mask = operators.mlp_cublaslt_forward(*inputs, activation, True)
             operators.mlp_cublaslt_backward(dy, *inputs[:4], hidden, mask, activation, needs)
         else:
-            raise RuntimeError("cuBLASLt's mlp does not pass its tests")
+            rule = (activation, 0, 1.0, None, 0)
+            _, hidden = mlp.forward(*inputs, *rule, True)
+            mlp.backward(dy, *inputs[:4], hidden, *rule, needs)
 
     return run
 
 
+def either_linear(row: Row, dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> Callable[[], object]:
+    """Run linear's backward by cuBLASLt or as PyTorch's autograd does, as the table has it when it runs."""
+
+    def run() -> None:
+        if cublaslt_serves("linear", row, dy.device):
+            torch.ops.gpt_fast.linear_cublaslt_backward(dy, x, weight, True, True, True)
+        else:
+            dy.mm(weight), dy.t().mm(x), dy.sum(0)
+
+    return run
+
+
+def cublaslt_serves(op: str, row: Row, device: torch.device) -> bool:
+    """Return True if the table has cuBLASLt serve. Raise `RuntimeError` if it then does not pass its tests."""
+    config = launch_configs.pick(op, row.kernel, launch_configs.architecture(device), row.element, row.size)
+    if config == (1,) and not cublaslt_tests_pass(op):
+        raise RuntimeError(f"{op} by cuBLASLt does not pass its tests")
+    return config == (1,)
+
+
 @functools.cache
-def cublaslt_tests_pass() -> bool:
-    """Return True if cuBLASLt's mlp was built and passes its tests on this GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/ops/test_mlp_cublaslt.py"]
+def cublaslt_tests_pass(op: str) -> bool:
+    """Return True if an op by cuBLASLt was built and passes its tests on this GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", f"tests/ops/test_{op}_cublaslt.py"]
     tests = subprocess.run(command, capture_output=True, text=True, check=False)
     print(tests.stdout.splitlines()[-1] if tests.stdout else tests.stderr, flush=True)
     return tests.returncode == 0 and " passed" in tests.stdout

@@ -115,7 +115,11 @@ TABLES: dict[str, list[Row]] = {
         Row("cublaslt relu", 80, 2, ANY, (0,), "default: cuBLASLt has not run on a GPU yet"),
         Row("cublaslt gelu_tanh", 80, 2, ANY, (0,), "default: cuBLASLt has not run on a GPU yet"),
     ],
-    # The same; and the rows of a chunk, for whole waves of dx's tiles on 132 multiprocessors
+    # 1 where csrc/cuda/linear.cpp serves backward, because it was measured to be faster, or 0; by the columns of x
+    "linear": [
+        Row("cublaslt", 80, 2, ANY, (0,), "default: cuBLASLt has not run on a GPU yet"),
+    ],
+    # As mlp's products; and the rows of a chunk, for whole waves of dx's tiles on 132 multiprocessors
     "linear_cross_entropy": [
         Row("product", 0, 2, ANY, (64, 64, 32, 4, 1, 1), "small, for tests to have several tiles"),
         Row("product", 0, 4, ANY, (64, 64, 32, 4, 1, 1), "small, for tests to have several tiles"),

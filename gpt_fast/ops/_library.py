@@ -344,9 +344,14 @@ def has_kernel(op: str, x: Tensor, *others: Tensor | None) -> bool:
     `use_reference`, in forward mode, during `torch.onnx.export`, and inside transforms of `torch.func` that kernels
     cannot follow. `others` are the floating arguments whose dtype may differ from that of x.
     """
-    if _reference_forced or _any_float64(x, *others) or not _transforms.is_followed() or _is_exporting_to_onnx():
+    return allows_kernels(x, *others) and serving(op, x.device.type) != "reference"
+
+
+def allows_kernels(x: Tensor, *others: Tensor | None) -> bool:
+    """Return True if a kernel may serve the call where there is one: see `has_kernel`."""
+    if _reference_forced or _any_float64(x, *others) or not _transforms.is_followed():
         return False
-    return serving(op, x.device.type) != "reference"
+    return not _is_exporting_to_onnx()
 
 
 def _is_exporting_to_onnx() -> bool:

@@ -1,14 +1,20 @@
-"""linear: the projection of a layer, for CPUs."""
+"""linear: the projection of a layer, with kernels for CPUs."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, _flops, _library
+from . import _checks, _cublaslt, _flops, _library
 
 _library.define_forward("linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor y")
 _library.define_backward(
     "linear",
+    "(Tensor dy, Tensor x, Tensor weight, bool needs_x, bool needs_weight, bool needs_bias)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+)
+# csrc/cuda/linear.cpp, where it was built: in 16 bits, the bias's gradient in the product of the weight's.
+_library.define_backward(
+    "linear_cublaslt",
     "(Tensor dy, Tensor x, Tensor weight, bool needs_x, bool needs_weight, bool needs_bias)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
 )
@@ -59,9 +65,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"gpt_fast.linear: x has shape {list(x.shape)}; expected [..., {weight.shape[1]}] as weight")
     _checks.shape("linear", "bias", bias, weight.shape[:1], "the rows of weight")
-    if not _library.has_kernel("linear", x):
-        return F.linear(x, weight, bias)
-    return _library.apply(_Linear, x, weight, bias)
+    if _library.has_kernel("linear", x):
+        return _library.apply(_Linear, x, weight, bias)
+    if bias is not None and x.is_cuda and torch.is_grad_enabled() and _cublaslt_serves(x, weight):
+        return _library.apply(_CublasLtLinear, x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _cublaslt_serves(x: Tensor, weight: Tensor) -> bool:
+    """Return True if cuBLASLt can compute the backward and was measured to be faster with the bias's sum in it."""
+    sizes = weight.shape[1], weight.shape[0]
+    return _library.allows_kernels(x) and _cublaslt.serves("linear", "cublaslt", "linear_cublaslt_backward", x, sizes)
 
 
 class _Linear(torch.autograd.Function):
@@ -78,6 +92,21 @@ class _Linear(torch.autograd.Function):
         return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
 
 
+class _CublasLtLinear(torch.autograd.Function):
+    """PyTorch's product, whose backward sums the bias's gradient in the product of the weight's."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        needs = ctx.needs_input_grad
+        grads = _library.backward("linear_cublaslt", dy, *ctx.saved_tensors, *needs)
+        return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+
+
 @torch.library.register_fake("gpt_fast::linear_forward", lib=_library.LIBRARY)
 def _forward_fake(x, weight, bias):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
@@ -90,6 +119,7 @@ def _decomposition(x, weight, bias):
 _library.register_decomposition("linear", _decomposition)
 
 
+@torch.library.register_fake("gpt_fast::linear_cublaslt_backward", lib=_library.LIBRARY)
 @torch.library.register_fake("gpt_fast::linear_backward", lib=_library.LIBRARY)
 def _backward_fake(dy, x, weight, needs_x, needs_weight, needs_bias):
     nothing = (0,)
@@ -110,3 +140,4 @@ def _backward_flops(dy, x, weight, needs_x, needs_weight, needs_bias, **_):
 
 _flops.register("linear_forward", _forward_flops)
 _flops.register("linear_backward", _backward_flops)
+_flops.register("linear_cublaslt_backward", _backward_flops)

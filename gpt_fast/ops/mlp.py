@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .. import _activations, _transforms, reference
-from . import _checks, _flops, _library
+from .. import _activations, reference
+from . import _checks, _cublaslt, _flops, _library
 
 # `hidden` [..., F] is kept for backward, in x's dtype: for relu the activation after dropout, which has the derivative,
 # and for gelu the activation's input. It is empty if backward recomputes it. `needs` has a flag for each of the five
@@ -128,26 +128,11 @@ def mlp(
 
 def _cublaslt_serves(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, activation: str, dropout_p: float) -> bool:
     """Return True if cuBLASLt can compute the call and was measured to be faster than Triton."""
-    if dropout_p or not _activations.ACTIVATIONS[activation].cublaslt or x.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    classes = _classes_of_cublaslt(activation, x.get_device())
-    if not any(serves for _, serves in classes):
+    if dropout_p or not _activations.ACTIVATIONS[activation].cublaslt:
         return False
     F, C = fc_weight.shape
-    if x.numel() == 0 or proj_weight.numel() == 0 or C % 8 or F % 8 or proj_weight.shape[0] % 8:
-        return False
-    return next(serves for size, serves in classes if size >= C)
-
-
-@_transforms.constant_in_graphs
-def _classes_of_cublaslt(activation: str, device_index: int) -> tuple[tuple[int, bool], ...]:
-    """Return (largest width of x, True if cuBLASLt serves), ascending, as launch_configs.py has it for the device."""
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("gpt_fast::mlp_cublaslt_forward", "CUDA"):
-        return ()
-    launch_configs = _library.triton_kernel("launch_configs")
-    architecture = launch_configs.architecture(torch.device("cuda", device_index))
-    rows = launch_configs.serving("mlp", f"cublaslt {activation}", architecture, 2)
-    return tuple((row.size, row.config == (1,)) for row in rows)
+    sizes = C, F, proj_weight.shape[0]
+    return _cublaslt.serves("mlp", f"cublaslt {activation}", "mlp_cublaslt_forward", x, sizes)
 
 
 class _MLP(torch.autograd.Function):

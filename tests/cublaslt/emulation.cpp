@@ -1,7 +1,7 @@
 // The part of cuBLASLt that csrc/cuda/cublaslt.cpp calls, as its header documents it, on the host's memory: layouts by
 // columns, operations, epilogues, and the conditions on alignment and leading dimensions, which fail as they would
-// there. A mask's bits lie in an order of their own, which nobody else may know. csrc/cuda/mlp.cpp comes with it,
-// registered for CPU tensors, so that everything but cuBLASLt itself is tested without a GPU.
+// there. A mask's bits lie in an order of their own, which nobody else may know. The operators of csrc/cuda come with
+// it, registered for CPU tensors, so that everything but cuBLASLt itself is tested without a GPU.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -239,6 +239,7 @@ int64_t cublaslt_emulation_heuristics() { return heuristics; }
 
 #define CUDA CPU                     // all headers are in: what is left is where the operators are registered
 #include "../../csrc/cuda/bind.cpp"  // compiled here, where no other test does; its kernel is not
+#include "../../csrc/cuda/linear.cpp"
 #include "../../csrc/cuda/mlp.cpp"
 
 cudaError_t gpt_fast::decode_attention(const DecodeAttention&, cudaStream_t) { return cudaErrorNotSupported; }

@@ -14,7 +14,8 @@ from tests.fakecuda import calls
 from tools.fakecuda.record import watch
 
 # As sm_90 every dtype, mask and edge; as another architecture one training and one decoding call of each op.
-mlp = importlib.import_module("gpt_fast.ops.mlp")  # as an attribute it is the function
+linear = importlib.import_module("gpt_fast.ops.linear")  # as an attribute it is the function
+mlp = importlib.import_module("gpt_fast.ops.mlp")
 CASES = calls.EVERY if os.environ.get("FAKECUDA_CAPABILITY", "90") == "90" else calls.TRAINING | calls.DECODING
 
 
@@ -59,6 +60,24 @@ def test_mlp_by_cublaslt_on_its_tensors_device(
         call()
     assert len(seen.of("cublas")) == 6 + recompute, "expected two products forward and four backward"
     assert {entry.name for entry in seen.of("triton")} == set()
+
+
+def test_linear_by_cublaslt_sums_no_bias_apart(
+    device: torch.device, watched: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is off until a GPU has said that it is faster."""
+    x, weight, bias, dy = (
+        torch.zeros(shape, dtype=torch.bfloat16, device=device) for shape in ((128, 64), (192, 64), 192, (128, 192))
+    )
+    launched = []
+    for serves in (False, True):
+        monkeypatch.setattr(linear, "_cublaslt_serves", lambda *args, serves=serves: serves)
+        inputs = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
+        with watched() as seen:
+            torch.autograd.grad(ops.linear(*inputs), inputs, dy)
+        assert len(seen.of("cublas")) == 3, "expected one product forward and two backward"
+        launched.append(seen.of("kernel"))
+    assert launched[0] and not launched[1], "expected no kernel of PyTorch's beside the products"
 
 
 def test_every_op_is_called() -> None:

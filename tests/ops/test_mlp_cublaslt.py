@@ -4,57 +4,24 @@ The emulation does what cuBLASLt's header says on the host's memory, so it tests
 transposes, leading dimensions, epilogues, what is kept and the gradients that follow; not the library.
 """
 
-import ctypes
 import importlib
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 from gpt_fast import _activations, ops, reference
+from gpt_fast.ops import _cublaslt
 from tests import numerics
 from tests.ops.test_mlp import NAMES, gradients, input_of_gelu_rounded, sample_inputs
-from tools import cublas_headers
 
 contract = importlib.import_module("gpt_fast.ops.mlp")  # as an attribute it is the function
-ROOT = Path(__file__).resolve().parents[2]
 ACTIVATIONS = [name for name, row in _activations.ACTIVATIONS.items() if row.cublaslt]
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(scope="session")
-def emulation(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The operators of csrc/cuda/mlp.cpp on CPU tensors."""
-    headers, compiler = cublas_headers.find(), shutil.which("c++")
-    if torch.version.cuda:
-        pytest.skip("PyTorch has CUDA: the real operators are under test")
-    if headers is None or compiler is None:
-        pytest.skip("no cublasLt.h (`make codegen` fetches it) or no compiler")
-    from torch.utils import cpp_extension
-
-    library = tmp_path_factory.mktemp("cublaslt") / "libemulation.so"
-    folders = [ROOT / "tests" / "cublaslt", *cpp_extension.include_paths(), headers]
-    folders.append(cublas_headers.toolkit() / "include")
-    sources = [ROOT / "tests" / "cublaslt" / "emulation.cpp", ROOT / "csrc" / "cuda" / "cublaslt.cpp"]
-    flags = ["-std=c++20", "-O1", "-g0", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-    link = [*(f"-L{folder}" for folder in cpp_extension.library_paths()), "-ltorch_cpu", "-lc10"]
-    command = [compiler, *flags, *(f"-isystem{folder}" for folder in folders), *map(str, sources), *link]
-    command += ["-o", str(library)]
-    subprocess.run(command, check=True)
-    torch.ops.load_library(library)
-    return ctypes.CDLL(str(library))
-
-
-@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.cuda)])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "emulated":
-        request.getfixturevalue("emulation")
-        return "cpu"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("gpt_fast::mlp_cublaslt_forward", "CUDA"):
-        pytest.skip("csrc/cuda/mlp.cpp was not built: it needs PyTorch with CUDA, nvcc and cublasLt.h")
-    return "cuda"
+@pytest.fixture
+def device(cublaslt_device: str) -> str:
+    return cublaslt_device
 
 
 def run(inputs, activation, recompute=False):
@@ -294,19 +261,19 @@ MEASURED = ((768, True), (1 << 30, False))  # as rows of kernels/launch_configs.
     ],
 )
 def test_what_is_measured_faster_serves(shape, dtype, activation, dropout_p, serves, monkeypatch):
-    monkeypatch.setattr(contract, "_classes_of_cublaslt", lambda activation, index: MEASURED)
+    monkeypatch.setattr(_cublaslt, "classes", lambda *what: MEASURED)
     x, fc_weight, _, proj_weight, _ = sample_inputs(shape, dtype, "meta")
     assert contract._cublaslt_serves(x, fc_weight, proj_weight, activation, dropout_p) == serves
 
 
 @torch.compiler.assume_constant_result
-def measured(activation, index):
+def measured(*what):
     return MEASURED
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_the_choice_can_be_traced(dynamic, monkeypatch):
-    monkeypatch.setattr(contract, "_classes_of_cublaslt", measured)
+    monkeypatch.setattr(_cublaslt, "classes", measured)
 
     def choose(x, fc_weight, proj_weight):
         return x + contract._cublaslt_serves(x, fc_weight, proj_weight, "relu", 0.0)
@@ -336,7 +303,7 @@ def test_the_public_function_reads_the_table_of_the_device(monkeypatch):
     rows = launch_configs.serving("mlp", "cublaslt relu", 90, 2)
     expected = tuple((row.size, row.config == (1,)) for row in rows)
     assert expected
-    assert contract._classes_of_cublaslt("relu", 0) == expected
+    assert _cublaslt.classes("mlp", "cublaslt relu", "mlp_cublaslt_forward", 0) == expected
 
 
 @pytest.mark.cuda
@@ -348,6 +315,6 @@ def test_the_public_function_runs_what_the_table_says(monkeypatch, device):
     monkeypatch.setattr(contract._CublasLtMLP, "apply", lambda *a: (calls.append(a), stock(*a))[1])
     inputs = sample_inputs((32, 64, 128, 64), torch.bfloat16, "cuda")
     for classes, count in ((MEASURED, 1), ((), 1)):
-        monkeypatch.setattr(contract, "_classes_of_cublaslt", lambda activation, index, c=classes: c)
+        monkeypatch.setattr(_cublaslt, "classes", lambda *what, c=classes: c)
         ops.mlp(*inputs, "relu").sum().backward()
         assert len(calls) == count

@@ -1,0 +1,36 @@
+"""Where cuBLASLt serves, which csrc/cuda calls: on widths of 16-bit tensors for which it was measured to be faster."""
+
+import torch
+from torch import Tensor
+
+from .. import _transforms
+from . import _library
+
+ALIGNMENT = 8  # each size of each matrix is a multiple of it
+
+
+def serves(op: str, kernel: str, operator: str, x: Tensor, sizes: tuple[int, ...]) -> bool:
+    """Return True if cuBLASLt can compute the call and was measured to be faster than what else serves.
+
+    `op` and `kernel` name the rows of kernels/launch_configs.py, `operator` is what was built, and `sizes` are those of
+    the matrices, the width of x first.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    widths = classes(op, kernel, operator, x.get_device())
+    if not any(faster for _, faster in widths):
+        return False
+    if x.numel() == 0 or any(size == 0 or size % ALIGNMENT for size in sizes):
+        return False
+    return next(faster for width, faster in widths if width >= sizes[0])
+
+
+@_transforms.constant_in_graphs
+def classes(op: str, kernel: str, operator: str, device_index: int) -> tuple[tuple[int, bool], ...]:
+    """Return (largest width of x, True if cuBLASLt serves), ascending, as launch_configs.py has it for the device."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"gpt_fast::{operator}", "CUDA"):
+        return ()
+    launch_configs = _library.triton_kernel("launch_configs")
+    architecture = launch_configs.architecture(torch.device("cuda", device_index))
+    rows = launch_configs.serving(op, kernel, architecture, 2)
+    return tuple((row.size, row.config == (1,)) for row in rows)
