@@ -11,6 +11,7 @@ rate at the edge of its sweep, because the best one may lie outside.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -107,7 +108,10 @@ def spread(values: Sequence[float | None], form: str) -> str:
 
 def best(name: str, losses: dict[float, float]) -> float:
     """Return the rate with the lowest loss, and print the sweep."""
-    rate = min(losses, key=lambda each: losses[each])
+    finite = [rate for rate, loss in losses.items() if math.isfinite(loss)]
+    if not finite:
+        raise ValueError(f"{name}: every rate of the sweep diverged: {', '.join(map(str, losses))}")
+    rate = min(finite, key=lambda each: losses[each])
     print(f"{name}: " + ", ".join(f"{each:g} → {loss:.3f}" for each, loss in losses.items()) + f"; best {rate:g}")
     if rate in (min(losses), max(losses)):
         print(f"{name}: the best rate is at the edge of the sweep")

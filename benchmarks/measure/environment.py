@@ -29,7 +29,7 @@ DATA_SHEETS = {
 
 def data_sheet(name: str) -> dict[str, float]:
     """Return the vendor's rates for the device of this name, by floor; empty if they are not known here."""
-    return next((rates for part, rates in DATA_SHEETS.items() if part in name), {})
+    return next((rates for part, rates in DATA_SHEETS.items() if re.search(rf"\b{part}\b", name)), {})
 
 
 def device_name(device: str) -> str:

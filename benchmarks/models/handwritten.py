@@ -254,7 +254,7 @@ class OwnBlock(nn.Module):
     def __init__(self, s: Sizes, dropout: float):
         super().__init__()
         C, H = s.C, s.H
-        self.to_qkv, self.mix, self.up, self.down = (nn.Linear(C, n) for n in (3 * C, C, 2 * C, C))
+        self.to_qkv, self.mix, self.up = (nn.Linear(C, n) for n in (3 * C, C, 2 * C))
         self.down = nn.Linear(2 * C, C)
         self.n1, self.n2 = nn.LayerNorm(C, eps=1e-6), nn.LayerNorm(C, eps=1e-6)
         self.inner, self.outer, self.heads = nn.Dropout(dropout), nn.Dropout(dropout), H

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 
 from benchmarks.ops._shared import normal, ours
-from benchmarks.topic import F32, Case, Peer, Topic, Work, every
+from benchmarks.topic import Case, Peer, Topic, Work, every, product_dtypes
 
 OP = "linear"
 
@@ -29,7 +29,7 @@ def cases(device: str) -> Iterator[Case]:
         C = 768
         shapes = ((3 * C, C), (C, C), (4 * C, C), (C, 4 * C), (4 * C, 4 * C))
         for N, K in shapes:
-            yield from every(OP, device, [{"M": 1024, "N": N, "K": K}], (F32,), quick=(N, K) == (C, C))
+            yield from every(OP, device, [{"M": 1024, "N": N, "K": K}], product_dtypes(device), quick=(N, K) == (C, C))
 
 
 TOPIC = Topic(

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from benchmarks.measure import environment
 from benchmarks.models import counts
 from benchmarks.report import pages, plots, results, tables, targets
 from benchmarks.topic import FLOOR, LEFT, OURS, TOKENS, Target
@@ -124,6 +125,13 @@ def test_data_sheets_are_shown_beside_the_floors_and_shares_are_not_taken_of_the
     text = pages.device_page(tmp_path, [a_run(record(median=1.0), device=device)], {})
     assert "copy 10 GB/s (data sheet 4.8 TB/s), read 20 GB/s" in text
     assert "| gpt_fast | 1 s ± 0% | 1.00 | 50% | 3 MiB |" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "copy"), [("NVIDIA H200", 4.8e12), ("NVIDIA GH200 480GB", None), ("NVIDIA A100-SXM4-80GB", 2.039e12)]
+)
+def test_a_data_sheet_is_that_of_the_whole_name(name, copy):
+    assert environment.data_sheet(name).get("copy") == copy
 
 
 def test_highlights_put_passes_together():

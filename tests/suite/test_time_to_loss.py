@@ -39,6 +39,13 @@ def test_the_best_rate(capsys, losses, rate, edge):
     assert ("at the edge of the sweep" in capsys.readouterr().out) == edge
 
 
+def test_a_rate_that_diverges_is_not_the_best():
+    nan = float("nan")
+    assert time_to_loss.best("adamw", {1e-3: nan, 2e-3: 3.0, 4e-3: 2.0, 8e-3: nan}) == 4e-3
+    with pytest.raises(ValueError, match=r"adamw: every rate of the sweep diverged: 0\.001, 0\.002"):
+        time_to_loss.best("adamw", {1e-3: nan, 2e-3: nan})
+
+
 @pytest.mark.slow
 def test_a_whole_run_in_small(tmp_path, monkeypatch, capsys):
     """A second call trains nothing again."""
