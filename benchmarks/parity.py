@@ -58,16 +58,17 @@ class Step:
 
     @property
     def worst_gradient(self) -> str:
-        """Return the parameter whose gradient is off most; one that is NaN counts as the worst."""
+        """Return the name of the parameter whose gradient has the largest error; NaN counts as the largest."""
         return max(self.gradient_errors, key=lambda name: (_rank(self.gradient_errors[name]), name))
 
     @property
     def passes(self) -> bool:
+        """Return True if every error is within what is allowed; NaN is not."""
         shares = (self.loss_error, self.logits_error, *self.gradient_errors.values())
         return all(share <= 1 for share in shares)  # NaN is not
 
     def row(self) -> list[str]:
-        """Return the cells of the table."""
+        """Return the step's cells for a table with the columns in HEADER."""
         worst = self.worst_gradient
         losses = [f"{loss:.6f}" for loss in (self.loss, self.plain_loss, self.true_loss)]
         shares = [f"{share:.2f}" for share in (self.loss_error, self.logits_error, self.gradient_errors[worst])]
@@ -75,6 +76,7 @@ class Step:
 
 
 def _rank(share: float) -> float:
+    """Return the share as a key for `max`, in which NaN is above every number."""
     return share if share == share else float("inf")
 
 
@@ -89,7 +91,11 @@ def train(
     seed: int = 0,
     change: Callable[[GPTForCausalLM], object] | None = None,
 ) -> Iterator[Step]:
-    """Train on one batch of random tokens and yield each step's comparison; `change` may plant a fault first."""
+    """Train a GPT-2 on one batch [B, T] of random tokens, and yield the comparison of each step with plain PyTorch.
+
+    The plain models are in `dtype` and, as the truth, in float64. They get gpt_fast's weights before each step.
+    `change` is called on gpt_fast's model before training; tests plant a fault by it.
+    """
     torch.manual_seed(seed)
     ours = GPTForCausalLM(config).to(device)
     plain, truth = PlainGPT(config).to(device), PlainGPT(config).to(device, torch.float64)
@@ -119,6 +125,7 @@ def train(
 
 
 def _context(dtype: torch.dtype, device: str) -> Any:
+    """Return autocast for bfloat16, and a context that does nothing for any other dtype."""
     return torch.autocast(device, dtype) if dtype == torch.bfloat16 else nullcontext()
 
 
@@ -133,24 +140,35 @@ def _backward(model: nn.Module, loss: Callable[[], Tensor], tokens: Tensor, dtyp
 
 @torch.no_grad()
 def _logits(call: Callable[[], Tensor], tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the logits of `call()`, under autocast for bfloat16, without gradients. `tokens` tells the device."""
     with _context(dtype, tokens.device.type):
         return call()
 
 
 def _token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return the loss of each token that has a next one, [B (T - 1)] float64, from logits [B, T, V]."""
+    """Return the loss of predicting each token but the first, float64.
+
+    Shapes: logits [B, T, V], tokens [B, T], result [B (T - 1)].
+    """
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten(), reduction="none")
 
 
 def _allowed_of_loss(plain: Tensor, true: Tensor, tokens: Tensor) -> float:
-    """Return the allowed error of the loss, given the logits of the baseline and the truth."""
+    """Return by how much the mean loss may differ from the true one, given the plain model's and the true logits.
+
+    It is the root mean square error of the plain model's token losses times RMS_FACTOR, plus the float32 floor.
+    """
     exact = _token_losses(true, tokens)
     rms = (_token_losses(plain, tokens) - exact).square().mean().sqrt()
     return max(float(RMS_FACTOR * rms + FLOOR * exact.mean().abs()), 1e-300)
 
 
 def _gradient_errors(ours: nn.Module, plain: nn.Module, truth: nn.Module) -> dict[str, float]:
-    """Return the error of each parameter's gradient as a share of what is allowed, by the names in `ours`."""
+    """Return the error of each parameter's gradient as a share of what is allowed, by the names in `ours`.
+
+    All three models hold their gradients in `grad`. `plain` is the baseline that sets what is allowed, and `truth` is
+    in float64. A missing gradient of ours gives NaN. Raise `ValueError` if `truth` lacks a parameter of ours.
+    """
     parameters, baseline = dict(ours.named_parameters()), dict(plain.named_parameters())
     errors = {}
     for name, parameter in truth.named_parameters():
@@ -212,6 +230,10 @@ def parity(
 
 
 def _config(model: str, seq: int, **overrides: int | None) -> GPTConfig:
+    """Return the preset's configuration without dropout, with those of `overrides` that are not None.
+
+    Raise `ValueError` for a post-norm model, or if `seq` exceeds the model's positions.
+    """
     given = {name: value for name, value in overrides.items() if value is not None}
     config = GPTConfig.preset(model, dropout=0.0, **given)
     if not config.pre_norm:
@@ -222,7 +244,7 @@ def _config(model: str, seq: int, **overrides: int | None) -> GPTConfig:
 
 
 def main() -> None:
-    """Run the command. A `ValueError`, which a user can cause, becomes one line and exit code 2."""
+    """Run the command line of the parity gate. A `ValueError` becomes one line on stderr and exit code 2."""
     try:
         app(prog_name="python -m benchmarks.parity")
     except ValueError as error:
