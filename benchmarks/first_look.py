@@ -103,7 +103,7 @@ def decode(D: int) -> Arguments:
 
 
 def looks() -> Iterator[Look]:
-    """Yield the calls to check: every op but `linear`, with its main options, in bfloat16 and mostly in float32."""
+    """Yield the calls to check: every op of `ops.NAMES` with its main options, in bfloat16 and mostly in float32."""
     masks: dict[str, Arguments] = {
         "causal": {}, "bidirectional": {"causal": False}, "lengths": {"lengths": torch.tensor([T // 2, 7])},
         "key_mask": {"key_mask": torch.arange(T) % 5 > 0}, "window": {"window": 17},

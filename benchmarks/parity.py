@@ -130,7 +130,10 @@ def _context(dtype: torch.dtype, device: str) -> Any:
 
 
 def _backward(model: nn.Module, loss: Callable[[], Tensor], tokens: Tensor, dtype: torch.dtype) -> float:
-    """Put the gradients of the loss into the model; return the loss."""
+    """Compute `loss()`, under autocast for bfloat16. Put its gradients into the model's parameters; return its value.
+
+    `tokens` only tells the device.
+    """
     model.zero_grad(set_to_none=True)
     with _context(dtype, tokens.device.type):
         value = loss()
