@@ -11,6 +11,7 @@ from benchmarks.report.pages import DOCS_PAGE, HOME, README, RESULTS, docs_page,
 
 
 def main() -> None:
+    """Write the pages and pictures for the folder that the command line names, or everything without one."""
     if len(sys.argv) > 1:
         pages = write_pages(Path(sys.argv[1]))
     else:
