@@ -24,7 +24,10 @@ PATH = Path(launch_configs.__file__)
 
 
 def rewritten(text: str, op: str, rows: list[Row]) -> str:
-    """Return the text of kernels/launch_configs.py with the rows of an op in TABLES replaced."""
+    """Return `text`, the source of kernels/launch_configs.py, with the rows of an op in TABLES replaced by `rows`.
+
+    Raise `ValueError` unless TABLES has exactly one table of the op.
+    """
     lines = []
     for row in rows:
         size = "ANY" if row.size == ANY else str(row.size)
@@ -41,7 +44,7 @@ def rewritten(text: str, op: str, rows: list[Row]) -> str:
 
 
 def ship(table: Path) -> None:
-    """Write the rows of a user's table into kernels/launch_configs.py."""
+    """Merge the rows of a user's table, a file that `gpt-fast tune` wrote, into kernels/launch_configs.py."""
     _, found = launch_configs.read_table(table)
     text = PATH.read_text("utf-8")
     for op, rows in found.items():

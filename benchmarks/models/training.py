@@ -58,7 +58,10 @@ def training_peers(ours: Build, plain: Build, hf: Callable[[str, Case], tuple[nn
 
 
 def written_peers(build: Build) -> tuple[Peer, ...]:
-    """Return the implementations of a step of a hand-written model: accelerated (ours), as it is, and compiled."""
+    """Return three implementations of a hand-written model's training step: accelerated by gpt_fast, eager, compiled.
+
+    `build` takes a case and returns (model, function of the case's inputs that computes the loss).
+    """
     as_written, compiled = _trains("as written", build)
     accelerated, _ = _trains(OURS, _accelerated(build, strict=False))
     peers = (accelerated, as_written, compiled)

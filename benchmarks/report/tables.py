@@ -135,7 +135,10 @@ def speedups(runs: list[Run]) -> dict[str, tuple[float, str]]:
 
 
 def _largest(runs: list[Run]) -> list[tuple[Run, str, dict[str, Record], tuple[str, ...]]]:
-    """Return (run, name, records, passes) of the largest complete case by topic, dtype and dropout."""
+    """Return [(run, case's name, records by implementation, passes)]: the largest case by topic, dtype and dropout.
+
+    Only complete cases count, see `_complete`. The last of a run counts as the largest.
+    """
     largest = {}
     for run, case, records in _complete(runs):
         ours = records[OURS]
