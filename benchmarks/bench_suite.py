@@ -40,13 +40,19 @@ def facts() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def red() -> dict[str, str]:
-    """Return an empty dict, in which `test_time` keeps the output of failed tests by topic, empty if they passed."""
+    """Return an empty dict, which lasts for the whole session of pytest.
+
+    `test_time` fills it: topic → output of its failed tests, "" if they passed.
+    """
     return {}
 
 
 @pytest.mark.parametrize(("case", "peer", "passes"), parameters())
 def test_time(case: Case, peer: Peer, passes: str, benchmark, facts: dict[str, Any], red: dict[str, str]) -> None:
-    """Time one pass of an implementation on a case by pytest-benchmark, if the tests of its topic pass."""
+    """Time one pass of an implementation on a case by pytest-benchmark.
+
+    Skip it if the implementation cannot run the case here, and fail if the tests of the topic fail.
+    """
     topic = catalogue.topics()[case.topic]
     reason = peer.missing(case)
     if reason:

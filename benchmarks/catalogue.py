@@ -14,7 +14,10 @@ _FOLDER = Path(__file__).resolve().parent
 
 
 def _find(folder: str) -> list[Topic | Study]:
-    """Return `TOPIC` or `STUDY` of each file in benchmarks/`folder`, except files named with a leading underscore."""
+    """Return `TOPIC` or `STUDY` of each Python file in benchmarks/`folder`, sorted by the file's name.
+
+    Files whose names begin with an underscore are helpers and are left out.
+    """
     names = sorted(path.stem for path in (_FOLDER / folder).glob("[!_]*.py"))
     modules = [importlib.import_module(f"benchmarks.{folder}.{name}") for name in names]
     return [module.TOPIC if hasattr(module, "TOPIC") else module.STUDY for module in modules]
@@ -37,7 +40,10 @@ def topics() -> dict[str, Topic]:
 
 @functools.cache
 def studies() -> dict[str, Study]:
-    """Return the studies by name, in the order of `SUITES`."""
+    """Return the studies by name, in the order of `SUITES`.
+
+    A study is a measurement with a table of its own, unlike a topic, which compares implementations case by case.
+    """
     found = [study for study in _find("jobs") if isinstance(study, Study)]
     return {study.name: study for study in sorted(found, key=_place)}
 
@@ -48,7 +54,9 @@ def _place(topic: Topic | Study) -> int:
 
 
 def select(suite: str) -> list[Topic | Study]:
-    """Return the topics and studies that --suite names: those of a suite, all of them, or the one of that name.
+    """Return the topics (ops and whole-model jobs) and studies that --suite names.
+
+    `suite` is "ops", "train" or "decode", "all" for everything, or the name of one topic or study.
 
     Raises:
         ValueError: if there is no suite, topic or study of that name.
@@ -62,5 +70,8 @@ def select(suite: str) -> list[Topic | Study]:
 
 
 def cases(topic: Topic, device: str, quick: bool = False) -> list[Case]:
-    """Return the topic's cases on "cpu" or "cuda"; with `quick`, only those that are marked for a quick run."""
+    """Return the cases of a topic, which are its shapes and dtypes, on the device "cpu" or "cuda".
+
+    With `quick` there are only the cases that are marked for a quick run.
+    """
     return [case for case in topic.cases(device) if case.quick or not quick]

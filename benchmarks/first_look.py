@@ -139,9 +139,9 @@ FAULTS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeErro
 def share(look: Look, device: str) -> tuple[float, str]:
     """Run one call of an op, forward and backward. Return (largest share, name of the result that has it).
 
-    The share of a result is its largest error relative to what its error bound allows, so above 1 is a failure. The
-    truth is the op's definition in float64 on the CPU. NaN counts as the largest share. The name is "out", "out1", ...
-    for an output, or "gradient of <argument>".
+    A result's share is its largest error divided by the error that its bound allows, so above 1 is a failure. The truth
+    is the op's definition in float64 on the CPU. NaN counts as the largest share. The name is "out", "out1", ... for an
+    output, or "gradient of <argument>".
     """
     torch.manual_seed(0)
     spec, function = OPS[look.op], getattr(ops, look.op)

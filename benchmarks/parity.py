@@ -63,7 +63,7 @@ class Step:
 
     @property
     def passes(self) -> bool:
-        """Return True if every error is within what is allowed; NaN is not."""
+        """Return True if no error exceeds what is allowed. NaN does not pass."""
         shares = (self.loss_error, self.logits_error, *self.gradient_errors.values())
         return all(share <= 1 for share in shares)  # NaN is not
 
@@ -91,10 +91,10 @@ def train(
     seed: int = 0,
     change: Callable[[GPTForCausalLM], object] | None = None,
 ) -> Iterator[Step]:
-    """Train a GPT-2 on one batch [B, T] of random tokens, and yield the comparison of each step with plain PyTorch.
+    """Train a GPT-2 on one batch [B, T] of random tokens. Yield for each step its comparison with plain PyTorch.
 
-    The plain models are in `dtype` and, as the truth, in float64. They get gpt_fast's weights before each step.
-    `change` is called on gpt_fast's model before training; tests plant a fault by it.
+    Two plain models get gpt_fast's weights before each step. One computes in `dtype`, one in float64 as the truth.
+    `change` is called on gpt_fast's model before the first step; tests use it to plant a fault.
     """
     torch.manual_seed(seed)
     ours = GPTForCausalLM(config).to(device)
@@ -125,7 +125,7 @@ def train(
 
 
 def _context(dtype: torch.dtype, device: str) -> Any:
-    """Return autocast for bfloat16, and a context that does nothing for any other dtype."""
+    """Return a context manager: autocast for bfloat16, one that does nothing for any other dtype."""
     return torch.autocast(device, dtype) if dtype == torch.bfloat16 else nullcontext()
 
 
@@ -143,7 +143,7 @@ def _backward(model: nn.Module, loss: Callable[[], Tensor], tokens: Tensor, dtyp
 
 @torch.no_grad()
 def _logits(call: Callable[[], Tensor], tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the logits of `call()`, under autocast for bfloat16, without gradients. `tokens` tells the device."""
+    """Return the logits that `call` computes, under autocast for bfloat16, no gradients. `tokens` tells the device."""
     with _context(dtype, tokens.device.type):
         return call()
 
@@ -167,10 +167,10 @@ def _allowed_of_loss(plain: Tensor, true: Tensor, tokens: Tensor) -> float:
 
 
 def _gradient_errors(ours: nn.Module, plain: nn.Module, truth: nn.Module) -> dict[str, float]:
-    """Return the error of each parameter's gradient as a share of what is allowed, by the names in `ours`.
+    """Return the error of each parameter's gradient as a share of what is allowed, by the parameter's name in `ours`.
 
-    All three models hold their gradients in `grad`. `plain` is the baseline that sets what is allowed, and `truth` is
-    in float64. A missing gradient of ours gives NaN. Raise `ValueError` if `truth` lacks a parameter of ours.
+    The three models hold their gradients in `grad`. `truth` is in float64, and the errors of `plain` set what is
+    allowed. A gradient that is missing in `ours` gives NaN. Raise `ValueError` if `truth` lacks a parameter of `ours`.
     """
     parameters, baseline = dict(ours.named_parameters()), dict(plain.named_parameters())
     errors = {}
@@ -233,9 +233,10 @@ def parity(
 
 
 def _config(model: str, seq: int, **overrides: int | None) -> GPTConfig:
-    """Return the preset's configuration without dropout, with those of `overrides` that are not None.
+    """Return the configuration of the preset `model` without dropout, and with `overrides`.
 
-    Raise `ValueError` for a post-norm model, or if `seq` exceeds the model's positions.
+    These are fields to change, where None means no change. Raise `ValueError` if the model's blocks are post-norm, or
+    if `seq` tokens are more than its positions.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
     config = GPTConfig.preset(model, dropout=0.0, **given)

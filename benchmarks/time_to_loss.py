@@ -75,10 +75,10 @@ def final_loss(folder: Path) -> float:
 
 
 def sweep(out: Path, optimizer: str, given: Sequence[float], options: dict[str, int]) -> dict[float, float]:
-    """Train with every learning rate in RATES[optimizer]. Return the final held-out loss by rate.
+    """Train once with each learning rate in RATES[optimizer]. Return {learning rate: final held-out loss}.
 
-    The rate varies after those in `given`: for Muon that is AdamW's rate, for AdamW nothing. `options` are the other
-    arguments of `train`: seed, steps and batch size.
+    The learning rates in `given` come first in `train`'s `rates`: AdamW's best one for a sweep of Muon's, none for a
+    sweep of AdamW's. `options` are the other arguments of `train`: seed, steps and batch size.
     """
     return {rate: final_loss(train(out, optimizer, [*given, rate], **options)) for rate in RATES[optimizer]}
 

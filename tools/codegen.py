@@ -130,10 +130,11 @@ def compile_launch(launch: dict[str, Any]) -> Figure:
 
 
 def without_dropout(figures: dict[str, dict[str, Figure]], key: str, target: str) -> Figure | None:
-    """Return the figures of the same attention kernel without dropout on the target.
+    """Return the figures of the same attention kernel without dropout on the same target, such as "sm_90".
 
-    `key` is the name of a launch. The result is None if it is no attention kernel with dropout, or if no such kernel is
-    compiled without it.
+    `key` is a launch's name, such as "attention fwd D=64 bfloat16 dropout". The result is None if it is no attention
+    kernel with dropout, or if the kernel is not compiled without dropout. `figures` maps a launch's name, then its
+    target such as "sm_90", to the figures of the kernel.
     """
     if not key.startswith("attention ") or not key.endswith(" dropout"):
         return None
@@ -152,8 +153,9 @@ def dropout_instructions(figure: Figure, without: Figure) -> list[int]:
 def add_dropout(figures: dict[str, dict[str, Figure]]) -> None:
     """Add "dropout", the instructions that dropout costs each loop, to the figures of attention kernels with dropout.
 
-    `figures` maps a launch's key, then its target such as "sm_90", to the figures, which are changed in place. Kernels
-    without a counterpart that has no dropout and as many loops are left as they are.
+    The figures are changed in place. `figures` maps a launch's name, then its target such as "sm_90", to the figures of
+    the kernel. Those of a kernel that is not compiled without dropout, or has another number of loops then, stay as
+    they are.
     """
     for key, by_target in figures.items():
         for target, figure in by_target.items():
@@ -163,14 +165,15 @@ def add_dropout(figures: dict[str, dict[str, Figure]]) -> None:
 
 
 def budget_of(figure: Figure) -> dict[str, Any]:
-    """Return the entries of a kernel's figures that are kept as its budget."""
+    """Return the entries of a kernel's figures that are kept as its budget: those in GROWTH, and "dropout"."""
     return {name: figure[name] for name in (*GROWTH, "dropout") if name in figure}
 
 
 def dropout_violations(where: str, figure: Figure, budget: dict[str, Any]) -> list[str]:
     """Return a message for each loop in which dropout costs more instructions than the budget allows.
 
-    If the numbers of loops differ, there is one message that says so. `where` names the kernel.
+    If the figures and the budget have different numbers of loops, there is one message that says so. `where` is the
+    kernel's name in messages.
     """
     cost, allowed = figure.get("dropout", []), budget.get("dropout", [])
     if len(cost) != len(allowed):
@@ -185,8 +188,8 @@ def dropout_violations(where: str, figure: Figure, budget: dict[str, Any]) -> li
 def violations(key: str, target: str, figure: Figure, budget: dict[str, Any] | None) -> list[str]:
     """Return a message for each way in which a kernel breaks its budget or a limit of the chip.
 
-    `key` is the launch's name, `target` such as "sm_90", and `budget` the result of `budget_of` that was recorded, or
-    None for a new kernel, which is a violation too.
+    `key` is the launch's name, and `target` such as "sm_90". `budget` was recorded by --update, see `budget_of`. None
+    means that the kernel has no budget, which is a violation too.
     """
     where = f"{key} {target}"
     found = []
@@ -208,10 +211,10 @@ def violations(key: str, target: str, figure: Figure, budget: dict[str, Any] | N
 
 
 def spill_limit(key: str) -> int | None:
-    """Return how many bytes the attention kernel of the launch `key` may spill on a targeted architecture, or None.
+    """Return how many bytes an attention kernel may spill on an architecture with speed targets, or None for no limit.
 
-    None means that this limit does not apply: other kernels, float32, head sizes other than 64 and 128, and candidates,
-    which serve nobody before they have been measured. "Targeted" is defined in kernels/architectures.py.
+    `key` is the launch's name. The limit holds in 16 bits at head sizes of 64 and 128. Candidates have none, because
+    they serve nobody before they have been measured.
     """
     if not key.startswith("attention ") or "float32" in key or " candidate " in key:
         return None
@@ -223,15 +226,19 @@ def spill_limit(key: str) -> int | None:
 
 
 def is_small(key: str) -> bool:
-    """Return False if the launch `key` is for heads over 128 or rows over 8,192, too many for registers, else True."""
+    """Return True unless a kernel is for heads over 128 or rows over 8,192, which do not fit in registers.
+
+    `key` is the launch's name, with the size in it, such as "D=64".
+    """
     size = re.search(r" (D|N)=(\d+)", key)
     return size is None or int(size[2]) <= SMALL[size[1]]
 
 
 def attention_loops(figures: dict[str, dict[str, Figure]], target: str, step: str, label: str) -> list[Figure] | None:
-    """Return the figures of attention's kernels of a pass, or None unless each has two loops, both with bounds.
+    """Return the figures of attention's kernels of a pass, or None unless each has two loops with bounds of cycles.
 
-    `step` is "forward" or "backward", and `label` the rest of the launches' names, such as "D=64 bfloat16".
+    `step` is "forward" or "backward", and `label` the rest of the launches' names, such as "D=64 bfloat16". `figures`
+    maps a launch's name, then its target such as "sm_90", to the figures of the kernel.
     """
     found = []
     for kernel in PASSES[step]:
@@ -246,7 +253,8 @@ def dropout_speed(figures: dict[str, dict[str, Figure]], target: str, step: str,
     """Return the predicted speed of attention with dropout divided by that without it.
 
     The prediction is by the bounds of the loops that need no mask. It is None if a kernel is missing or has no such
-    bounds. `step` is "forward" or "backward", and `label` is such as "D=64 bfloat16".
+    bounds. `step` is "forward" or "backward", and `label` is such as "D=64 bfloat16". `figures` maps a launch's name,
+    then its target such as "sm_90", to the figures of the kernel.
     """
     cycles = []
     for name in (label, f"{label} dropout"):
@@ -260,7 +268,11 @@ def dropout_speed(figures: dict[str, dict[str, Figure]], target: str, step: str,
 
 
 def attention_labels(figures: dict[str, dict[str, Figure]], step: str) -> list[str]:
-    """Return the labels of attention's launches of a pass, "forward" or "backward", such as "D=64 bfloat16"."""
+    """Return the labels of attention's launches of a pass: their names from the head size on, such as "D=64 bfloat16".
+
+    `step` is "forward" or "backward". `figures` maps a launch's name, then its target such as "sm_90", to the figures
+    of the kernel.
+    """
     prefix = f"attention {PASSES[step][0]} "
     return [key.removeprefix(prefix) for key in figures if key.startswith(prefix)]
 
@@ -268,8 +280,8 @@ def attention_labels(figures: dict[str, dict[str, Figure]], step: str) -> list[s
 def slow_dropout(figures: dict[str, dict[str, Figure]]) -> list[str]:
     """Return a message for each shipped attention kernel whose predicted speed with dropout is too low.
 
-    DROPOUT_SPEED has the least share of the speed without dropout. Only targeted architectures count, which
-    kernels/architectures.py marks.
+    DROPOUT_SPEED has the least share of the speed without dropout. Only architectures with speed targets count.
+    `figures` maps a launch's name, then its target such as "sm_90", to the figures of the kernel.
     """
     found = []
     for step, least in DROPOUT_SPEED.items():
@@ -289,7 +301,8 @@ def broken_statements(figures: dict[str, dict[str, Figure]], triton: str = TRITO
     """Return a message for each kernel that spills too much or whose dropout costs too much, whatever its budget says.
 
     The module's docstring has the limits. `triton` is the minor version that compiled the kernels: the predicted speed
-    with dropout is judged for TRITON only.
+    with dropout is judged for TRITON only. `figures` maps a launch's name, then its target such as "sm_90", to the
+    figures of the kernel.
     """
     found = slow_dropout(figures) if triton == TRITON else []
     for key, by_target in figures.items():
@@ -302,9 +315,11 @@ def broken_statements(figures: dict[str, dict[str, Figure]], triton: str = TRITO
 
 
 def _broken_on(figures: dict[str, dict[str, Figure]], key: str, target: str) -> list[str]:
-    """Return a message for each broken statement about the launch `key` on a targeted architecture.
+    """Return a message for each limit that a kernel breaks on an architecture with speed targets.
 
-    The statements are about spills, and about what dropout adds to attention's loops.
+    The limits hold whatever the kernel's budget says. They are on spills, and on what dropout adds to attention's
+    loops. `key` is the launch's name. `figures` maps a launch's name, then its target such as "sm_90", to the figures
+    of the kernel.
     """
     found = []
     figure = figures[key][target]
@@ -329,7 +344,8 @@ def _broken_on(figures: dict[str, dict[str, Figure]], key: str, target: str) -> 
 def loop_table(figures: dict[str, dict[str, Figure]], target: str) -> list[str]:
     """Return the lines of a Markdown table of the loops around matrix products on a target, such as "sm_90".
 
-    Attention has two loops: over tiles with a mask, then without.
+    Attention has two loops: over tiles with a mask, then without. `figures` maps a launch's name, then its target such
+    as "sm_90", to the figures of the kernel.
     """
     columns = ("instructions", "added by dropout", *KINDS, *loop_bounds.PIPES, "cycles")
     lines = [
@@ -358,7 +374,8 @@ def loop_table(figures: dict[str, dict[str, Figure]], target: str) -> list[str]:
 def speed_table(figures: dict[str, dict[str, Figure]], target: str) -> list[str]:
     """Return the lines of a Markdown table of attention's predicted TFLOP/s on a target, such as "sm_90".
 
-    The last column is the share of its speed that attention keeps with dropout.
+    The last column is the share of its speed that attention keeps with dropout. `figures` maps a launch's name, then
+    its target such as "sm_90", to the figures of the kernel.
     """
     lines = [
         "",
@@ -401,7 +418,10 @@ def minor(version: str) -> str:
 
 
 def table(figures: dict[str, dict[str, Figure]], version: str) -> str:
-    """Return the Markdown page of all figures, with a table for each target. `version` is Triton's version."""
+    """Return the Markdown page of all figures, with a table for each target. `version` is Triton's version.
+
+    `figures` maps a launch's name, then its target such as "sm_90", to the figures of the kernel.
+    """
     lines = [
         "# Generated code",
         "",

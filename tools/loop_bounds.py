@@ -47,7 +47,7 @@ class Instruction(NamedTuple):
 
 
 def parse(sass: str) -> list[Instruction]:
-    """Return the instructions of what `cuobjdump -sass` printed."""
+    """Return the instructions in the output of `cuobjdump -sass`, in their order."""
     return [Instruction(int(address, 16), name, rest) for address, name, rest in _INSTRUCTION.findall(sass)]
 
 

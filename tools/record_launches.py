@@ -38,8 +38,8 @@ def describe(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> dict[s
     """Return {"signature", "constants", "divisible", "options"}: how Triton would specialise a kernel for this launch.
 
     "signature" maps each parameter to its type, "constexpr" for a constant, and "constants" has the constants' values.
-    "divisible" names the parameters that are multiples of 16. "options" are the compile options such as num_warps.
-    `args` and `kwargs` are those of the launch.
+    "divisible" names the pointers and integers that are multiples of 16. "options" are compile options such as
+    num_warps. `args` and `kwargs` are those of the launch.
     """
     names = [parameter.name for parameter in kernel.params]
     values = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
@@ -68,10 +68,11 @@ def describe(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> dict[s
 
 
 def record(topic: Topic, target: int, found: dict[str, dict[str, Any]]) -> None:
-    """Add the launches that a topic's `launches` yields, on the architecture `target`, such as 90, to `found`.
+    """Add the kernel launches of an op's topic on the architecture `target`, such as 90, to `found`.
 
-    `found` maps what is compiled, as JSON, to the record of the launch with its name "key". A launch that compiles the
-    same as an earlier one is not added, since several shapes and several ops may use one kernel.
+    `topic.launches` yields the calls that launch. `found` maps what is compiled, as JSON, to the same as a dict with a
+    name for it, "key". A launch that compiles the same as an earlier one is not added, since several shapes and several
+    ops may use one kernel.
     """
     op = topic.name
     kernels = importlib.import_module(f"kernels.{op}")

@@ -44,7 +44,10 @@ def rewritten(text: str, op: str, rows: list[Row]) -> str:
 
 
 def ship(table: Path) -> None:
-    """Merge the rows of a user's table, a file that `gpt-fast tune` wrote, into kernels/launch_configs.py."""
+    """Write the rows of a user's table, a file that `gpt-fast tune` wrote, into kernels/launch_configs.py.
+
+    A row replaces one for the same kernel, architecture, element size and class of shapes.
+    """
     _, found = launch_configs.read_table(table)
     text = PATH.read_text("utf-8")
     for op, rows in found.items():
@@ -56,6 +59,7 @@ def ship(table: Path) -> None:
 
 
 def main() -> None:
+    """Do what the command line asks for: compare launch configurations, or ship a table of them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(launch_configs.TABLES)}; all by default")
     action = parser.add_mutually_exclusive_group(required=True)

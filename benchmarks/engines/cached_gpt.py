@@ -36,7 +36,7 @@ class CachedGPT(nn.Module):
         """Wrap `model`, whose weights are shared.
 
         With `masks` attention gets an explicit mask. Otherwise the graph asks for causal attention, for engines that
-        align it to the last key. PyTorch itself aligns it to the first key and needs the mask.
+        align the causal mask to the last key. PyTorch itself aligns it to the first key and needs the explicit mask.
         """
         super().__init__()
         self.model = model

@@ -125,6 +125,6 @@ def rounded_weights(weight: Tensor, bits: int) -> Tensor:
 
 
 def rounded(x: Tensor, largest: Tensor, bits: int) -> Tensor:
-    """Return x rounded to multiples of a scale, of which `largest` is the largest that `bits` signed bits can count."""
+    """Return x rounded to multiples of a scale, where `largest` is the scale times 2^(bits - 1) - 1."""
     scale = largest / (2 ** (bits - 1) - 1)
     return (x / scale).round() * scale

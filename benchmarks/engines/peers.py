@@ -51,7 +51,7 @@ def build(case: Case, engine: str, precision: str) -> Function:
 
 @cache
 def checked(engine: str, precision: str) -> None:
-    """Check an engine's tokens once for each precision, see `check`, which raises `ValueError` if they are wrong."""
+    """Raise `ValueError` if an engine generates wrong tokens in this precision. The check runs once, see `check`."""
     check(ENGINES[engine], precision)
 
 
@@ -75,7 +75,7 @@ def no_llama(case: Case) -> str:
 
 
 def name(engine: str, precision: str) -> str:
-    """Return the name of an engine in a precision in tables."""
+    """Return the name that tables show for an engine in a precision, such as "OpenVINO int8"."""
     return f"{engine} {precision}"
 
 

@@ -25,10 +25,10 @@ def inputs(case: Case) -> tuple:
 
 
 def work(case: Case, passes: str) -> Work:
-    """Return the work of one training step.
+    """Return the least bytes and FLOPs of one training step; `passes` is always "step".
 
-    It is that of a language model without its output layer, because only one position of each row is scored, with a few
-    labels.
+    They are those of a language model without its output layer, because only one position of each row is scored, with a
+    few labels.
     """
     return training(case.config, case.size["B"], case.size["T"], output_rows=0)
 

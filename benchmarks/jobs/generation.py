@@ -16,7 +16,10 @@ def inputs(case: Case) -> tuple:
 
 
 def work(case: Case, passes: str) -> Work:
-    """Return the work of generating the case's new tokens, its prompt not counted; `passes` is always "step"."""
+    """Return the least bytes and FLOPs of generating the case's new tokens, without reading its prompt.
+
+    `passes` is always "step".
+    """
     size, element = case.size, case.dtype.itemsize
     return decoding(case.config, size["B"], size["prompt"], size["new"], element, element)
 
@@ -32,7 +35,7 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
-    """Yield the speeds that the case must reach."""
+    """Yield the speeds to reach on the case, against another implementation or a measured limit. See `Target`."""
     if case.device == "cuda" and case.size["B"] == 1:
         yield Target(FLOOR, 0.8 if case.size["model"] == "gpt2-xl" else 0.5)
     if case.device == "cpu" and case.dtype == F32:

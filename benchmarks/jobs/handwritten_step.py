@@ -25,7 +25,7 @@ def tokens(case: Case) -> int:
 
 
 def work(case: Case, passes: str) -> Work:
-    """Return the work of one training step; `passes` is always "step"."""
+    """Return the least bytes and FLOPs of one training step; `passes` is always "step"."""
     return training(case.config, case.size["B"], case.size["T"], output_rows=tokens(case))
 
 

@@ -16,7 +16,7 @@ def inputs(case: Case) -> tuple:
 
 
 def work(case: Case, passes: str) -> Work:
-    """Return the work of reading the prompt; `passes` is always "step"."""
+    """Return the least bytes and FLOPs of reading the prompt; `passes` is always "step"."""
     return prompt(case.config, case.size["B"], case.size["T"], case.dtype.itemsize)
 
 
@@ -27,7 +27,7 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
-    """Yield the speeds that the case must reach."""
+    """Yield the speeds to reach on the case, against another implementation or a measured limit. See `Target`."""
     if case.device == "cpu" and case.dtype == F32:
         yield from rivals({"float32": 1.05, "bfloat16": 1.05, "int8": 1.05})
 

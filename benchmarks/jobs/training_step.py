@@ -41,7 +41,7 @@ def tokens(case: Case) -> int:
 
 
 def work(case: Case, passes: str) -> Work:
-    """Return the work of one training step; `passes` is always "step"."""
+    """Return the least bytes and FLOPs of one training step; `passes` is always "step"."""
     return training(case.config, case.size["B"], case.size["T"], output_rows=tokens(case))
 
 
@@ -71,7 +71,7 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
-    """Yield the speeds that the case must reach."""
+    """Yield the speeds to reach on the case, against another implementation or a measured limit. See `Target`."""
     small = case.size["model"] == "gpt2" and "layers" not in case.size
     if case.device == "cuda":
         if small and case.size["T"] == 1024:

@@ -64,10 +64,10 @@ def slug(device: str) -> str:
 def describe(device: str, cpu_time: bool = False) -> dict[str, Any]:
     """Return {"device", "versions", "commit"}, the facts that every results file holds.
 
-    "device" has the type, the name, the name as a folder (slug) and the low-precision products that it has in hardware;
-    for a CPU also the vector width and compiler of the C++ extension, or None without it. "versions" has Python,
-    PyTorch and each of PACKAGES, None if it is not installed. "commit" is the result of `commit`. `cpu_time` marks the
-    name, because times are then CPU seconds.
+    "device" has the type, the name, the name as a folder (slug) and the low-precision matrix products that the hardware
+    has; for a CPU also the vector width and compiler of the C++ extension, or None without it. "versions" has Python,
+    PyTorch and each of PACKAGES, None if it is not installed. "commit" is the result of `commit`. With `cpu_time` the
+    name ends in ", CPU time", because times are then CPU seconds.
     """
     info = build_info()
     name = device_name(device) + (", CPU time" if cpu_time else "")

@@ -19,15 +19,15 @@ APART = {"commands", "data", "training"}  # folders that compute nothing that is
 
 
 def files_of_tests(topic: Topic | Study) -> tuple[str, ...]:
-    """Return the files in tests/ that must pass before the topic is timed; a study may have none."""
+    """Return the test files, relative to tests/, that must pass before the topic is timed; a study may have none."""
     return topic.tests or ((f"ops/test_{topic.name}.py",) if isinstance(topic, Topic) else ())
 
 
 def run_tests(topic: Topic | Study, device: str) -> str:
     """Run the topic's tests on the device. Return the end of pytest's output if they fail, "" if they pass.
 
-    Tests that have passed are not run again until the code or the tests change. If no test is selected for the device,
-    the result is a message that says so. A study without tests passes.
+    Tests that have passed are not run again until the code, the tests, PyTorch or Python change. If no test is marked
+    for the device, the result is a message that says so. A study without tests passes.
     """
     files = [f"tests/{name}" for name in files_of_tests(topic)]
     if not files:

@@ -43,7 +43,10 @@ def _status(field: str) -> int:
 
 
 def available_memory(device: str) -> int:
-    """Return the bytes that a program may still allocate on the device; 1 << 62 for a CPU without Linux."""
+    """Return the bytes that a program may still allocate on the device.
+
+    It is 1 << 62, which never limits, on a CPU without Linux's /proc/meminfo.
+    """
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     meminfo = Path("/proc/meminfo")

@@ -54,6 +54,8 @@ class Settings:
 
 @dataclass
 class Outcome:
+    """Files that `run` wrote, topics that it refused because their tests fail, and whether Ctrl-C ended it."""
+
     files: list[Path] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)  # topic → the output of its failed tests
     interrupted: bool = False
@@ -83,11 +85,12 @@ def runs_here(topic: Topic, case: Case, quick: bool) -> tuple[list[Peer], Failed
 
 
 def groups(topic: Topic, case: Case, peers: list[Peer]) -> list[tuple[list[Peer], Peer | None]]:
-    """Return [(implementations that take turns, one that runs beside them without a record, or None)].
+    """Return the order in which a case is timed: [(implementations to time in turn, one to time beside them, or None)].
 
-    The first group of an op has all that do not compile. Each that compiles, which may take a minute, follows alone
-    beside ours: a run that is cut off then has the rest. Models in training do not fit into memory together. Each is
-    alone beside ours, or beside None if two models do not fit.
+    The one beside them gets no record. For an op, the first group has all implementations that do not compile. Each
+    that compiles, which may take a minute, follows beside gpt_fast's own, so that an interrupted run has the rest. In
+    training, each implementation is a group, because the models do not fit into memory together. It is beside
+    gpt_fast's own if two models fit, else beside None.
     """
     ours = next((peer for peer in peers if peer.name == OURS), None)
     if topic.pair_bytes is None:
@@ -159,9 +162,9 @@ def _take_turns(
     """Time one pass of every implementation, in turns. Return the summary of times for each implementation.
 
     `passes` names the pass, `before` runs untimed before each call, and `replays` asks for CUDA graphs where they can
-    be captured. A summary is `Stopwatch.summary` with "to_ours", the ratio to our time, and "host", the host's seconds
-    for a direct call where graphs were timed. An implementation whose first call fails is added to `failed` with the
-    error.
+    be captured. A summary is `Stopwatch.summary`, with "to_ours", the ratio to gpt_fast's time, and "host", the host's
+    seconds for a direct call, where graphs were timed. An implementation whose first call fails is added to `failed`
+    with the error.
     """
     watches: dict[Peer, Stopwatch] = {}
     extra: dict[Peer, dict[str, Any]] = {}
@@ -198,10 +201,10 @@ def _captured(make: Callable[[], list[Call]]) -> Replays | None:
 
 @contextlib.contextmanager
 def _failure(peer: Peer, failed: Failed, doing: str = "") -> Iterator[None]:
-    """Catch an error of an implementation in the block (out of memory, a limit of its library) and add it to `failed`.
+    """Catch an error of the implementation `peer` in the block, such as out of memory, and add it to `failed`.
 
-    The entry is (`peer`, `doing` followed by the first line of the error). Errors of our own implementation are raised,
-    except out of memory.
+    The entry is (`peer`, `doing` followed by the first line of the error). Errors of gpt_fast's own implementation are
+    raised, except out of memory.
     """
     try:
         yield
@@ -235,7 +238,7 @@ def here(topics: list[Topic | Study], device: str, busy: bool = False) -> list[T
 def count(topics: list[Topic | Study], settings: Settings) -> int:
     """Return how many steps the progress bar has: one for each implementation of each case, and one for each study.
 
-    In a busy run our implementations count twice, because they are also measured without the busy process.
+    In a busy run gpt_fast's implementations count twice, because they are also measured without the busy process.
     """
     return sum(
         1
@@ -252,8 +255,8 @@ def count(topics: list[Topic | Study], settings: Settings) -> int:
 def run(topics: list[Topic | Study], settings: Settings) -> Outcome:
     """Measure the topics and studies and write a results file for each. Return the files and what was not measured.
 
-    Tests of a topic run first, unless `settings.untested`, and a topic whose tests fail is not timed. Ctrl-C keeps what
-    was measured, marked partial.
+    The tests of a topic run first, unless `settings.untested` is set. A topic whose tests fail is not timed. Ctrl-C
+    keeps what was measured, marked partial.
 
     Raises:
         OSError: if the folder cannot be written; before anything is measured.
@@ -366,9 +369,10 @@ def _run_topic(topic: Topic, run: Run, path: Path, settings: Settings) -> None:
 
 
 def on_the_cores_left(peers: list[Peer]) -> list[Peer]:
-    """Return copies of our implementations for a busy run, to be measured without the busy process on one thread less.
+    """Return copies of gpt_fast's implementations, to be measured in a busy run without its busy process.
 
-    Their names end in LEFT, ", quiet, with one thread less", so that their records are kept apart.
+    They get one thread less, as if the process kept a core. Their names end in ", quiet, with one thread less", so that
+    their records are kept apart.
     """
     ours = [peer for peer in peers if peer.name.startswith(OURS)]
     return [dataclasses.replace(peer, name=f"{peer.name}, {LEFT}") for peer in ours]
@@ -380,12 +384,12 @@ def _beside(settings: Settings) -> contextlib.AbstractContextManager[object]:
 
 
 def _absent(case: Case, peer: Peer, reason: str) -> dict[str, str]:
-    """Return the entry of a results file for an implementation that was not measured on a case, and why."""
+    """Return {"case", "peer", "reason"}, the entry of a results file for an implementation that was not measured."""
     return {"case": case.name, "peer": peer.name, "reason": reason}
 
 
 def _release(device: str) -> None:
-    """Free unreachable Python objects and, on a GPU, the memory that PyTorch's allocator keeps for reuse."""
+    """Collect garbage and, on a GPU, give back the memory that PyTorch's allocator keeps for reuse."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()

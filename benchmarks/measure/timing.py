@@ -109,7 +109,7 @@ class Stopwatch:
         self.laps: list[int] = []  # the lap of each entry of `seconds`; -1 for the warm-up
 
     def call(self) -> float:
-        """Call `before`, then the next of `calls`. Return the seconds that the latter took."""
+        """Call `before`, then the next of `calls`. Return the seconds that the second of these calls took."""
         run = self.calls[self.taken % len(self.calls)]
         self.taken += 1
         if self.before:
@@ -119,12 +119,12 @@ class Stopwatch:
         return self.now() - start
 
     def keep(self, seconds: float, lap: int) -> None:
-        """Record the seconds of a timed call. `lap` is its round in `take_turns`, or -1 for the warm-up."""
+        """Record the seconds of a timed call. `lap` is the round of `take_turns`, or -1 for the warm-up."""
         self.seconds.append(seconds)
         self.laps.append(lap)
 
     def start(self) -> float:
-        """Make the first call, which compiles and allocates. Return its seconds, and raise any error of it."""
+        """Make the first call, which compiles and allocates, and return its seconds. Its errors are raised."""
         self.first = self.call()
         return self.first
 

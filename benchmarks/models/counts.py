@@ -38,7 +38,7 @@ def forward_flops(config: GPTConfig, B: int, T: int, output_rows: int) -> int:
 
 
 def training(config: GPTConfig, B: int, T: int, output_rows: int) -> Work:
-    """Return the work of one training step, forward, backward and AdamW, of B × T tokens.
+    """Return the least bytes and FLOPs of one training step of B × T tokens: forward, backward and AdamW.
 
     The FLOPs are those of three forward passes. The bytes are AdamW's, in float32: it reads weight, gradient and two
     moments of each parameter, and writes all but the gradient. The output layer is applied to `output_rows` positions.
@@ -47,18 +47,18 @@ def training(config: GPTConfig, B: int, T: int, output_rows: int) -> Work:
 
 
 def prompt(config: GPTConfig, B: int, T: int, element: float) -> Work:
-    """Return the work of reading a prompt of B × T tokens: every weight is read once, `element` bytes each.
+    """Return the least bytes and FLOPs of reading a prompt of B × T tokens.
 
-    The output layer is applied to the last position of each row only.
+    Every weight is read once, `element` bytes each. The output layer is applied to the last position of each row only.
     """
     return Work(int(element * matrix_parameters(config)), forward_flops(config, B, T, B), "read")
 
 
 def decoding(config: GPTConfig, B: int, prompt: int, new: int, element: float, cache_element: int) -> Work:
-    """Return the work of generating `new` tokens for each of B rows, one at a time, after `prompt` tokens in the cache.
+    """Return the least bytes and FLOPs of generating `new` tokens, one at a time, for each of B rows.
 
     Each step reads every weight, `element` bytes each, and the cached keys and values of all earlier tokens,
-    `cache_element` bytes each. Reading the prompt itself is not counted.
+    `cache_element` bytes each. `prompt` tokens are in the cache at first. Reading the prompt itself is not counted.
     """
     C, L = config.hidden_dim, config.num_layers
     weights = int(element * matrix_parameters(config))

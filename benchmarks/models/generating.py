@@ -26,7 +26,7 @@ def _new_tokens(case: Case) -> int:
 
 
 def work_with(case: Case, weights: str) -> Work:
-    """Return the unavoidable work of a case, a prompt or a generation, with weights in the precision `weights`.
+    """Return the least bytes and FLOPs of a case, a prompt or a generation, with weights in the precision `weights`.
 
     Keys and values in the cache have 4 bytes with float32 weights, else 2.
     """

@@ -180,7 +180,7 @@ class MaskedBlock(nn.Module):
 
 
 class Masked(Packed):
-    """The same trunk around other blocks, its output layer free."""
+    """`Packed` with blocks that write the masked softmax out, and with an output layer that is not tied."""
 
     def __init__(self, s: Sizes, dropout: float = 0.0):
         super().__init__(s, dropout)
@@ -223,7 +223,7 @@ class SeparateFeed(nn.Module):
 
 
 class SeparateBlock(nn.Module):
-    """One dropout serves both branches."""
+    """Pre-norm block in which one dropout module serves both branches."""
 
     def __init__(self, s: Sizes, dropout: float, bias: bool):
         super().__init__()
@@ -255,7 +255,7 @@ class Separate(nn.Module):
 
 
 class OwnBlock(nn.Module):
-    """Post-norm, ReLU by a function; the block holds all its parts itself."""
+    """Post-norm block with ReLU as a function, which holds all its layers itself."""
 
     def __init__(self, s: Sizes, dropout: float):
         super().__init__()
@@ -336,7 +336,7 @@ class SingleBlock(nn.Module):
 
 
 class Single(Packed):
-    """The first structure's trunk around these blocks."""
+    """`Packed` with blocks in which each attention head is a module."""
 
     def __init__(self, s: Sizes, dropout: float = 0.0):
         super().__init__(s, dropout)

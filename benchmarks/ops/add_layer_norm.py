@@ -46,7 +46,7 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
-    """Yield the speeds that the case must reach."""
+    """Yield the speeds to reach on the case, against another implementation or a measured limit. See `Target`."""
     if case.device == "cuda":
         yield Target(FLOOR, 0.85, ("forward",))
         yield Target(FLOOR, 0.85, ("backward",))

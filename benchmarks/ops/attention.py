@@ -63,7 +63,7 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
-    """Yield the speeds that the case must reach."""
+    """Yield the speeds to reach on the case, against another implementation or a measured limit. See `Target`."""
     T, D = case.size["T"], case.size["D"]
     if case.device == "cuda":
         if not case.dropout:

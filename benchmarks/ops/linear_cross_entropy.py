@@ -47,7 +47,7 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
-    """Yield the speeds that the case must reach."""
+    """Yield the speeds to reach on the case, against another implementation or a measured limit. See `Target`."""
     yield Target("torch.compile", 1 / 1.02) if case.device == "cuda" else Target("torch", 1.0)
 
 

@@ -20,7 +20,11 @@ def memory(value: int | None) -> str:
 
 
 def rate(name: str, value: float) -> str:
-    """Return a rate a second as text, such as "12.5 GB/s", in FLOP/s if `name` begins with "matmul", else in bytes."""
+    """Return a rate as text, such as "12.5 GB/s".
+
+    `value` is in FLOPs a second if `name`, that of a measured speed limit, begins with "matmul", else in bytes a
+    second.
+    """
     unit, scale = ("FLOP/s", value) if name.startswith("matmul") else ("B/s", value)
     return f"{scale / 1e12:.3g} T{unit}" if scale >= 1e12 else f"{scale / 1e9:.3g} G{unit}"
 

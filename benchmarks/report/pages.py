@@ -36,7 +36,7 @@ adds to its inputs, forward and backward together; of a job, with weights and th
 
 
 def devices(folder: Path) -> dict[Path, list[Run]]:
-    """Return the results of topics by the folder of their device, for each folder in `folder` that has any."""
+    """Return {device's folder: contents of its topics' results files} for each folder in `folder` that has any."""
     runs = {path: results.read_folder(path) for path in sorted(folder.iterdir()) if path.is_dir()}
     return {path: found for path, found in runs.items() if found}
 
@@ -110,9 +110,9 @@ def device_page(path: Path, runs: list[Run], pictures: dict[str, str]) -> str:
 
 
 def target_section(runs: list[Run]) -> list[str]:
-    """Return the lines of the section on the speeds to reach, or [] if the runs have no targets.
+    """Return the lines of the section on the speeds to reach, or [] if the runs have none to judge.
 
-    The section lists apart the implementations that the device lacks instructions for.
+    `runs` are the contents of results files. Implementations that the device lacks instructions for are listed apart.
     """
     rows, unjudged = targets.rows(runs), targets.unjudged(runs)
     lines = ["", "## Targets", "", *table(targets.HEADER, rows)] if rows else []
@@ -120,7 +120,10 @@ def target_section(runs: list[Run]) -> list[str]:
 
 
 def busy_section(runs: list[Run]) -> list[str]:
-    """Return the lines of the section that compares runs beside a busy process with quiet runs, or [] without both."""
+    """Return the lines of the section that compares runs beside a busy process with quiet runs, or [] without both.
+
+    `runs` are the contents of results files.
+    """
     rows = tables.beside(runs)
     return ["", "## Beside a busy process", "", *table(tables.BUSY_HEADER, rows)] if rows else []
 
@@ -168,16 +171,19 @@ def picture(folder: Path, page: Path) -> str:
 
 
 def blocks(page: Path) -> dict[str, str]:
-    """Return the Markdown of each marked block of a page by the block's name. Other pages than README.md have one."""
+    """Return {name of a block: its Markdown} for the blocks of a page that are made here.
+
+    README.md has the blocks "support" and "figures". Any other page has the block "picture".
+    """
     if page == README:
         return {"support": support.table(), "figures": figures(RESULTS)}
     return {"picture": picture(RESULTS, page) + "\n"}
 
 
 def rewritten(page: Path) -> str:
-    """Return the text of a page with its marked blocks made anew.
+    """Return the text of a page with each block between the markers of its name replaced by a new one, see `blocks`.
 
-    Raise `ValueError` if a block's markers are not in the page exactly once.
+    Raise `ValueError` if the markers of a block are not in the page exactly once.
     """
     text = page.read_text("utf-8")
     for name, block in blocks(page).items():
@@ -192,7 +198,7 @@ def rewritten(page: Path) -> str:
 
 
 def docs_page(folder: Path) -> str:
-    """Return docs/performance/results.md, given the folder that holds the devices' folders.
+    """Return the text of docs/performance/results.md. `folder` holds the devices' folders.
 
     Pictures and highlights of each device come first, then everything else.
     """
@@ -234,7 +240,10 @@ def docs_page(folder: Path) -> str:
 
 
 def folder_link(path: Path) -> str:
-    """Return the link from docs/performance to a device's folder; tools/mkdocs_pictures.py serves its pictures."""
+    """Return the link from docs/performance to a device's folder; it ends in a slash.
+
+    On the site, tools/mkdocs_pictures.py points links to pictures at the right place.
+    """
     return f"../../{path.relative_to(ROOT)}/" if path.is_relative_to(ROOT) else f"{path}/"
 
 

@@ -80,7 +80,7 @@ def draw(runs: list[Run], folder: Path) -> dict[str, str]:
 
 
 def overview(faster: dict[str, tuple[float, str]]) -> Figure:
-    """Draw a bar for each whole-model case: our speed as a multiple of the fastest other implementation's.
+    """Draw a bar for each whole-model case: gpt_fast's speed as a multiple of the fastest other implementation's.
 
     `faster` maps the case to (multiple, name of the other implementation), which stands beside the bar.
     """
@@ -118,15 +118,15 @@ def groups(run: Run) -> dict[tuple[str, str], Series]:
 
 
 def _size(records: dict[str, Record], series: str) -> int:
-    """Return the value of the size named `series` in a case, which is given as its records by implementation."""
+    """Return the value of the size named `series` in a case. `records` are those of the case by implementation."""
     return next(iter(records.values()))["sizes"][series]
 
 
 def figures(run: Run, series: str, kind: str, group: Series) -> list[tuple[str, Figure, str]]:
-    """Return [(stem of the file's name, picture, caption)] for one group of `groups`.
+    """Return [(stem of the file's name, picture, caption)] for one group of the result of `groups`.
 
     `series` is the name of the growing size, "" for cases in no series. `kind` is the group's dtype and dropout as
-    text.
+    text. `group` has the cases, each as records by implementation.
     """
     title = title_of(run)
     if not series:
@@ -174,10 +174,10 @@ def lines(group: Series, series: str, value: Any) -> dict[str, list[tuple[int, f
 
 
 def speed(axes: Axes, run: Run, series: str, passes: str, group: Series) -> None:
-    """Draw a line for each implementation over the growing size, and a dashed line for the speed limit.
+    """Draw a line for each implementation over the growing size, and a dashed line for the measured speed limit.
 
     The y axis is FLOP/s or bytes/s for an op, seconds for a whole-model job. `series` names the size, `passes` the
-    pass.
+    pass. `group` has the cases, each as records by implementation.
     """
     first = next(record for record in group[0].values() if passes in record["times"])
     work, job = first["work"][passes], first["tokens"] is not None
@@ -205,7 +205,10 @@ def speed(axes: Axes, run: Run, series: str, passes: str, group: Series) -> None
 
 
 def memory(axes: Axes, series: str, group: Series) -> None:
-    """Draw the peak memory of each implementation over the growing size, which `series` names."""
+    """Draw the peak memory of each implementation over the growing size, which `series` names.
+
+    `group` has the cases, each as records by implementation.
+    """
     for peer, points in lines(group, series, lambda record: record["peak_memory"]).items():
         _line(axes, peer, [(x, y) for x, y in points if y])
     axes.set_ylabel("peak memory")
@@ -215,7 +218,10 @@ def memory(axes: Axes, series: str, group: Series) -> None:
 
 
 def bars(run: Run, group: Series, title: str) -> Figure:
-    """Draw a panel for each case and pass: a bar for each implementation's time, and the speed limit as a line."""
+    """Draw a panel for each case and pass: a bar for each implementation's time, and the speed limit as a line.
+
+    The limit is a measured one. `group` has the cases, each as records by implementation.
+    """
     panels = [
         (case, records, passes)
         for case, records in ((next(iter(records.values()))["case"], records) for records in group)

@@ -82,7 +82,10 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _unless(wrong: list[str], found: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return `found`, the content of the file at `path`. Raise `ValueError` if `wrong` names any of its fields."""
+    """Return `found`, the content of the results file at `path`, if `wrong` is empty.
+
+    `wrong` names the fields that are missing or of another type. Raise `ValueError` if there are any.
+    """
     if wrong:
         raise ValueError(f"{path}: a damaged results file: {', '.join(wrong)} missing or of another type")
     return found
@@ -94,7 +97,7 @@ def file_name(topic: str, busy: bool = False) -> str:
 
 
 def label(run: Run) -> str:
-    """Return the topic's name, followed by ", beside a busy process" if one ran beside it."""
+    """Return the topic's name, followed by ", beside a busy process" if one ran. `run` is a results file's content."""
     return f"{run['topic']}{BUSY if run.get('busy') else ''}"
 
 
@@ -134,12 +137,15 @@ def read_any(path: Path) -> list[Run]:
 
 
 def find(run: Run, case: str, peer: str) -> Record | None:
-    """Return the record of an implementation on a case, both given by name, or None if the run has none."""
+    """Return the record of the implementation named `peer` on the case of that name, or None if the run has none."""
     return next((record for record in run["records"] if (record["case"], record["peer"]) == (case, peer)), None)
 
 
 def by_case(run: Run) -> dict[str, dict[str, Record]]:
-    """Return the records of a run as {case: {implementation: record}}, ours first in each case."""
+    """Return {case: {implementation: record}} of a run, gpt_fast's record first in each case.
+
+    A record holds what one implementation took on one case. `run` is the content of a results file.
+    """
     groups: dict[str, dict[str, Record]] = {}
     for record in run["records"]:
         groups.setdefault(record["case"], {})[record["peer"]] = record
@@ -147,7 +153,7 @@ def by_case(run: Run) -> dict[str, dict[str, Record]]:
 
 
 def floor_seconds(record: Record, passes: str, floors: dict[str, dict[str, float]]) -> float:
-    """Return the least seconds of one pass of a record, by the floors: rates measured in the same session.
+    """Return the least seconds of one pass of a record by `floors`, the rates that were measured in its session.
 
     It is the time of the pass's bytes at the copy or read bandwidth, or of its FLOPs at the matrix rate, whichever is
     longer. If a CPU multiplies half-precision matrices more slowly than float32 ones, the faster rate counts: operands
@@ -164,14 +170,18 @@ def floor_seconds(record: Record, passes: str, floors: dict[str, dict[str, float
 
 
 def session(run: Run, record: Record) -> dict[str, Any]:
-    """Return the session in which a record was measured: its date, load of the machine, and floors."""
+    """Return the session in which a record was measured: {"date", "load", "floors"}.
+
+    A session is one start of the program. "load" is the machine's, and "floors" are the measured rates of copies, reads
+    and matrix products.
+    """
     return run["sessions"][record["session"]]
 
 
 def share_of_floor(run: Run, record: Record, *passes: str) -> float:
-    """Return the least time of the passes by the measured speed limits, divided by the time that they took, in total.
+    """Return the least time that the record's passes need, divided by the time that they took.
 
-    `passes` are names of passes that the record has. See `floor_seconds`.
+    Times are added up over `passes`, names of passes that the record has. `floor_seconds` has the least time of each.
     """
     floors = session(run, record)["floors"]
     floor = sum(floor_seconds(record, name, floors) for name in passes)

@@ -17,7 +17,7 @@ def topic_of(run: Run) -> Topic | None:
 
 
 def title(run: Run) -> str:
-    """Return the topic's title for headings, with a remark if a busy process ran beside it."""
+    """Return a topic's title for headings, with a remark if a busy process ran beside it."""
     topic = topic_of(run)
     return (topic.title or topic.name if topic else str(run["topic"])) + (results.BUSY if run.get("busy") else "")
 
@@ -26,7 +26,7 @@ def title(run: Run) -> str:
 
 
 def columns(run: Run, records: Iterable[Record]) -> list[str]:
-    """Return the column names of one case's table; `records` are those of its implementations."""
+    """Return the header of one case's table, given the results file's content and the records of the case."""
     record = next(iter(records))
     header = ["implementation"]
     for passes in record["times"]:
@@ -39,7 +39,10 @@ def columns(run: Run, records: Iterable[Record]) -> list[str]:
 
 
 def rows(run: Run, records: dict[str, Record]) -> list[list[str]]:
-    """Return a row of cells for each implementation of a case, for the columns of `columns`. `records`: by name."""
+    """Return a row of cells under the header of `columns` for each implementation of a case.
+
+    `run` is the content of a results file, and `records` are those of the case by implementation.
+    """
     ours = records.get(OURS)
     passes = list(next(iter(records.values()))["times"])
     lines = []
@@ -66,10 +69,10 @@ def rows(run: Run, records: dict[str, Record]) -> list[list[str]]:
 
 
 def to_ours(time: dict[str, Any], ours: dict[str, Any] | None) -> str:
-    """Return as text how many times as long as ours an implementation takes in one pass; "" without a time of ours.
+    """Return an implementation's time in one pass as a multiple of gpt_fast's, as text; "" without a time of gpt_fast.
 
-    `time` and `ours` are the two summaries of times. The ratio is the median over pairs of rounds, with quartiles, if
-    the run has it, else that of the medians.
+    `time` and `ours` are the two summaries of times. The multiple is the median over pairs of rounds, with quartiles,
+    if the run has it, else the ratio of the medians.
     """
     if "to_ours" in time:
         pairs = time["to_ours"]
@@ -85,9 +88,9 @@ def mfu(run: Run, record: Record) -> float:
 
 
 def case_tables(run: Run, complete: bool = False) -> list[str]:
-    """Return the lines of a Markdown table for each case of the run.
+    """Return the lines of a Markdown table for each case of the run, which is the content of a results file.
 
-    With `complete`, cases that were measured on some implementations only are left out.
+    With `complete`, cases that were only measured on chosen implementations are left out.
     """
     lines = []
     for case, records in results.by_case(run).items():
@@ -105,8 +108,8 @@ SUMMARY_HEADER = ["case", OURS, "of the floor", "speed against the fastest other
 def summary(runs: list[Run]) -> list[list[str]]:
     """Return the rows under SUMMARY_HEADER, one for each complete case and pass.
 
-    A case is complete if no implementation was excluded on purpose. The cells are the case, our time, its share of the
-    speed limit, and our speed against the fastest other implementation.
+    A case is complete if no implementation was excluded on purpose. The cells are the case, gpt_fast's time, the share
+    of the speed limit that it reaches, and its speed against the fastest other implementation.
     """
     lines = []
     for run, case, records in _complete(runs):
@@ -125,9 +128,9 @@ def highlights(runs: list[Run]) -> list[list[str]]:
 
 
 def speedups(runs: list[Run]) -> dict[str, tuple[float, str]]:
-    """Return whole-model cases → (our speed as a multiple of the fastest other implementation's, name of that one).
+    """Return {whole-model case: (gpt_fast's speed as a multiple of the fastest other's, name of that implementation)}.
 
-    There is the largest case of each topic, dtype and dropout. Cases without another implementation are left out.
+    Only the largest case of each topic, dtype and dropout is in it, and only if another implementation was measured.
     """
     jobs = [run for run in runs if run["suite"] != "ops"]
     found = {name: _against(run, records, passes) for run, name, records, passes in _largest(jobs)}
@@ -151,7 +154,7 @@ def _largest(runs: list[Run]) -> list[tuple[Run, str, dict[str, Record], tuple[s
 def _complete(runs: list[Run]) -> Iterator[tuple[Run, str, dict[str, Record]]]:
     """Yield (run, case's name with its topic, records by implementation) of complete cases in quiet runs.
 
-    A case is complete if ours was measured and no implementation was excluded on purpose. A quiet run has no busy
+    A case is complete if gpt_fast was measured and no implementation was excluded on purpose. A quiet run has no busy
     process beside it.
     """
     for run in (run for run in runs if not run.get("busy")):
@@ -169,10 +172,10 @@ def _summed(run: Run, records: dict[str, Record], case: str, passes: tuple[str, 
 
 
 def _against(run: Run, records: dict[str, Record], passes: tuple[str, ...]) -> tuple[float, str] | None:
-    """Return (our speed as a multiple of the fastest rival's, name of the rival), or None if no rival ran these passes.
+    """Return (gpt_fast's speed as a multiple of the fastest rival's, name of the rival), or None without a rival.
 
-    Rivals are other implementations that do the same work. A single pass is compared over pairs of rounds if the run
-    has them, else the medians are.
+    Rivals are the implementations of others that the topic marks as such. A single pass is compared over pairs of
+    rounds if the run has them. Otherwise the medians are, added up over `passes`.
     """
     topic = topic_of(run)
     rivals = {peer.name for peer in topic.peers if peer.rival} if topic else set(records)
@@ -230,7 +233,7 @@ def beside(runs: list[Run]) -> list[list[str]]:
 
 
 def _speed(record: Record, time: dict[str, Any]) -> str:
-    """Return a summary of times as text: tokens/s for a whole-model job, else the median time."""
+    """Return a pass's speed as text: tokens/s for a whole-model job, else the median time."""
     return f"{record['tokens'] / time['median']:,.0f} tokens/s" if record["tokens"] else seconds(time["median"])
 
 
@@ -238,7 +241,10 @@ def _speed(record: Record, time: dict[str, Any]) -> str:
 
 
 def missing(run: Run) -> list[str]:
-    """Return a line for each implementation that was not measured and its reason, with the cases unless all are."""
+    """Return a line for each implementation that was not measured and each reason.
+
+    The cases are listed too, unless the reason holds for all cases of the run.
+    """
     all_cases = {record["case"] for record in run["records"]} | {entry["case"] for entry in run["missing"]}
     reasons: dict[tuple[str, str], list[str]] = {}
     for entry in run["missing"]:
@@ -250,9 +256,9 @@ def missing(run: Run) -> list[str]:
 
 
 def floors_line(run: Run, index: int) -> str:
-    """Return a line with the date, the load and the measured speed limits of a session, beside the data sheet's.
+    """Return a line with the date, load and measured speed limits of the session `index` of a run.
 
-    `index` is the session's in the run.
+    A limit is followed by the data sheet's if the device is known.
     """
     session = run["sessions"][index]
     stated = data_sheet(run["device"]["name"])

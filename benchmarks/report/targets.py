@@ -62,7 +62,10 @@ def verdicts(runs: list[Run]) -> Iterator[Verdict]:
 
 
 def unjudged(runs: list[Run]) -> list[str]:
-    """Return a line for each implementation whose targets do not count, as the device lacks instructions for it."""
+    """Return a line for each implementation whose targets do not count, because the device lacks instructions for it.
+
+    `runs` are the contents of results files.
+    """
     found = {}
     for run in runs:
         topic = catalogue.topics().get(run["topic"])
@@ -85,9 +88,10 @@ def case_of(run: Run, record: Record) -> Case:
 
 
 def judge(run: Run, records: dict[str, Record], target: Target) -> Verdict | None:
-    """Compare a case with a target. Return None if an implementation or a pass that the target names did not run.
+    """Return the verdict on a target for a case: what is required, and what was reached.
 
-    `records` are those of the case by implementation.
+    `records` are those of the case by implementation. The result is None if an implementation or a pass that the target
+    names was not measured. If the target names several implementations, the fastest measured one counts.
     """
     who = records.get(target.who)
     if who is None:
@@ -111,9 +115,10 @@ def judge(run: Run, records: dict[str, Record], target: Target) -> Verdict | Non
 
 
 def _ratio(peer: Record, who: Record, passes: tuple[str, ...]) -> float:
-    """Return the time of the record `peer` as a multiple of that of `who`, over the passes.
+    """Return the time of the record `peer` divided by that of the record `who`, added up over the passes.
 
-    For one pass against ours it is the median over pairs of rounds, if the run has it, else the ratio of the medians.
+    For one pass against gpt_fast it is the median over pairs of rounds, if the run has it, else the ratio of the
+    medians.
     """
     if len(passes) == 1 and who["peer"] == OURS and "to_ours" in peer["times"][passes[0]]:
         return peer["times"][passes[0]]["to_ours"]["median"]

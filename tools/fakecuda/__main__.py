@@ -35,7 +35,7 @@ def environment(
 
 
 def main() -> None:
-    """Replace this process by the command of the command line, which then runs with the pretended GPUs."""
+    """Replace this process by the command that follows the options. It runs with the pretended GPUs."""
     parser = argparse.ArgumentParser(prog="python -m tools.fakecuda", description=__doc__)
     parser.add_argument("--capability", type=int, default=90, choices=CAPABILITIES, help="compute capability times ten")
     parser.add_argument("--devices", type=int, default=1)

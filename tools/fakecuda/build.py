@@ -45,8 +45,8 @@ def symbols(pattern: re.Pattern, *arguments: str) -> set[str]:
 def stubs(imported: set[str], defined: set[str]) -> str:
     """Return C++ source with a stub for each function name in `imported` that is not in `defined`.
 
-    Stubs of cuBLAS return success, and those that would launch work note it in the record. Stubs of the CUDA runtime
-    fail with a message.
+    Stubs of cuBLAS do nothing and return success, but those that would launch work are recorded. Stubs of the CUDA
+    runtime fail with a message.
     """
     lines = [
         'extern "C" void fakecuda_note(const char*, const char*, const void*);',
@@ -65,7 +65,7 @@ def stubs(imported: set[str], defined: set[str]) -> str:
 
 
 def build(folder: Path) -> Path:
-    """Compile the stand-in for libcuda.so.1 into `folder` and return the path of the library."""
+    """Compile the library that pretends to be CUDA's driver into `folder`, and return its path, libcuda.so.1."""
     site = site_packages()
     cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
     folder.mkdir(parents=True, exist_ok=True)

@@ -50,13 +50,13 @@ class Seen:
 
 
 def is_present() -> bool:
-    """Return True if this process runs on the stand-in for CUDA, tools.fakecuda."""
+    """Return True if the library that pretends to be CUDA's driver is loaded into this process."""
     return "libcuda.so.1" in os.environ.get("LD_PRELOAD", "") and hasattr(ctypes.CDLL(None), "fakecuda_write")
 
 
 @contextlib.contextmanager
 def watch() -> Iterator[Seen]:
-    """Record what the block asks of the pretended GPUs. The yielded `Seen` is filled when the block ends.
+    """Record in the yielded `Seen` what the block asks of the pretended GPUs. It is filled when the block ends.
 
     Raise `OSError` if the record cannot be written to a temporary file.
     """
@@ -78,7 +78,7 @@ def watch() -> Iterator[Seen]:
 
 
 def _entry(fields: list[str]) -> Entry:
-    """Return the entry of one line of the record, given its fields separated by tabs."""
+    """Return the `Entry` of one line of the record, given the line's fields as text."""
     kind, name, grid, block, shared, device, captured, stream = fields
     return Entry(kind, name, _sides(grid), _sides(block), int(shared), int(device), captured == "1", int(stream, 16))
 
