@@ -31,9 +31,10 @@ READ = 512 << 20  # bytes of the buffer whose reading is timed
 
 
 def measure(device: str, quick: bool, cpu_time: bool) -> dict[str, Any]:
-    """Return the figures of `token_seconds`, and "curves": for each precision of the weights the result of `curve`.
+    """Return the figures of `token_seconds`, and "curves": {precision of the weights: result of `curve`}.
 
-    With `cpu_time` the times are CPU seconds of the process. The device is always the CPU.
+    With `quick` there are fewer tokens and repetitions. With `cpu_time` the times are CPU seconds of the process. The
+    device is always the CPU.
     """
     now = time.process_time if cpu_time else time.perf_counter
     tokens, repeats = (8, 1) if quick else (32, 3)
@@ -110,10 +111,10 @@ def token_seconds(
 ) -> dict[str, Any]:  # fmt: skip
     """Measure decoding with the preset `name` at batch 1, in each precision of the weights, and with transformers.
 
-    Each of `repeats` repetitions times `tokens` steps by the clock `now`. Return "model", "read_bandwidth" in bytes a
-    second and its range, and for each precision and each of PEERS {"seconds": median time of a token, "range": [least,
-    most]}. Precisions also have the entries of `bytes_read`, and "of_bound", the share of the time that reading takes
-    at least. Without transformers its entries are missing.
+    Each of `repeats` repetitions times `tokens` steps by the clock `now`, fewer with transformers. Return "model",
+    "read_bandwidth" in bytes a second and its range, and for each precision and each of PEERS {"seconds": median time
+    of a token, "range": [least, most]}. Precisions also have the entries of `bytes_read`, and "of_bound", the share of
+    the time that reading takes at least. The entries of PEERS are missing if transformers is not installed.
     """
     torch.manual_seed(0)
     model = GPTForCausalLM(GPTConfig.preset(name)).eval()
@@ -151,9 +152,10 @@ def token_seconds(
 def curve(
     name: str, weights: str, now: Callable[[], float] = time.perf_counter
 ) -> list[tuple[int, float, float]]:  # fmt: skip
-    """Return [(position, seconds of a step, read bandwidth)] for 16 positions across the whole cache.
+    """Return [(position, seconds of a step, read bandwidth)] for 16 positions across the whole cache, at batch 1.
 
     Each time is the median of 16 neighbouring steps. The bandwidth, in bytes a second, is measured just before them.
+    `name` is the model's preset, `weights` the precision of its weights, and `now` the clock to read, in seconds.
     """
     model = GPTForCausalLM(GPTConfig.preset(name)).eval()
     session = DecodeSession(model, weights=weights)

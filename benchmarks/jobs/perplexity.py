@@ -29,8 +29,8 @@ WORDS = 4096  # of the vocabulary
 def measure(device: str, quick: bool, cpu_time: bool) -> dict[str, Any]:
     """Train a model and return {"parameters", "updates", "tokens", "perplexity"}.
 
-    They are the numbers of its parameters, of its updates, and of held-out tokens, and its perplexity by the precision
-    of the weights. `device` and `cpu_time` change nothing.
+    They are the numbers of its parameters, of its updates, and of held-out tokens, and {precision of the weights:
+    perplexity}. With `quick` there are fewer updates. `device` and `cpu_time` change nothing.
     """
     updates = 20 if quick else 400
     data = read_lm_data((), None, WORDS, World())

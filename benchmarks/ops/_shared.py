@@ -40,9 +40,9 @@ def short(dtype: torch.dtype) -> str:
 
 
 def ours(op: str, options: Options = lambda case: {}) -> Peer:
-    """Return gpt_fast's implementation of an op. `options` returns the keyword arguments of the op for a case.
+    """Return gpt_fast's implementation of an op. It counts as missing on a device where the op has no kernel.
 
-    It is missing on a device where the op has no kernel.
+    `options` returns the keyword arguments of the op for a case.
     """
 
     def missing(case: Case) -> str | None:
@@ -54,8 +54,8 @@ def ours(op: str, options: Options = lambda case: {}) -> Peer:
 def reference(op: str, options: Options = lambda case: {}, memory: Callable[[Case], int] = lambda case: 0) -> Peer:
     """Return the reference implementation of an op in plain PyTorch, which does not count as a rival.
 
-    `options` returns the keyword arguments of the op for a case. `memory` returns the bytes that the case needs: if
-    they do not fit, the implementation is missing.
+    `options` returns the keyword arguments of the op for a case. `memory` returns the bytes that the case needs. The
+    implementation counts as missing if they exceed half of those available.
     """
     return Peer(
         "reference", lambda case: partial(getattr(definitions, op), **options(case)), fits(memory), rival=False

@@ -69,8 +69,8 @@ def torch_add_layer_norm(case: Case) -> Function:
 def launches(kernels: ModuleType) -> Launches:
     """Yield (label, call that launches kernels) for every width that has a launch configuration, forward and backward.
 
-    The launches are those of training: with dropout, in bfloat16, and with a gradient of the residual stream. `kernels`
-    is the module kernels/add_layer_norm.py.
+    The launches are those of training: with dropout, in bfloat16, and with a gradient of the residual stream. The calls
+    are on `meta` tensors and only recorded. `kernels` is the module kernels/add_layer_norm.py.
     """
     from kernels import launch_configs
 

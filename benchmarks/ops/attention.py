@@ -145,7 +145,8 @@ def launches(kernels: ModuleType) -> Launches:
     """Yield (label, call that launches kernels) of causal attention, for several head sizes and dtypes.
 
     Each case with dropout has one without it, to compare their code. Candidates follow, which are launch configurations
-    that no GPU has measured yet. `kernels` is the module kernels/attention.py.
+    that no GPU has measured yet. The calls are on `meta` tensors and only recorded. `kernels` is the module
+    kernels/attention.py.
     """
     shapes = [(D, torch.bfloat16, p) for D in (64, 128, 256) for p in (0.0, 0.1)]
     shapes += [(64, dtype, p) for dtype in (torch.float16, torch.float32) for p in (0.0, 0.1)]

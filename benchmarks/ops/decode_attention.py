@@ -50,8 +50,8 @@ def torch_decode_attention(case: Case) -> Function:
 def launches(kernels: ModuleType) -> Launches:
     """Yield (label, call that launches kernels) for every head size with a launch configuration, and for every dtype.
 
-    The calls are one query a sequence against its cache, once as it is, once with the new key and value appended first.
-    `kernels` is the module kernels/decode_attention.py.
+    A call attends from one query a sequence to its cache, once as it is, once with a new key and value appended first.
+    The calls are on `meta` tensors and only recorded. `kernels` is the module kernels/decode_attention.py.
     """
     from kernels import launch_configs
 

@@ -58,7 +58,7 @@ def torch_embedding(case: Case) -> Function:
 def launches(kernels: ModuleType) -> Launches:
     """Yield (label, call that launches kernels) for the embedding tables of GPT-2, with dropout, forward and backward.
 
-    `kernels` is the module kernels/embedding.py.
+    The calls are on `meta` tensors and only recorded. `kernels` is the module kernels/embedding.py.
     """
     for dtype in (torch.bfloat16, torch.float32):
         V, P, C, T = 50257, 1024, 768, 1024

@@ -66,9 +66,9 @@ def liger_layer_norm(case: Case) -> Function:
 def launches(kernels: ModuleType) -> Launches:
     """Yield (label, call that launches kernels), forward and backward.
 
-    There is the greatest width of each launch configuration in bfloat16, and GPT-2's width in each dtype. Candidates
-    follow in the forward pass, launch configurations that no GPU has measured yet. `kernels` is the module
-    kernels/layer_norm.py.
+    Each launch configuration is there with its greatest width in bfloat16, and GPT-2's width in each dtype. Candidates
+    follow, forward only, which are launch configurations that no GPU has measured yet. The calls are on `meta` tensors
+    and only recorded. `kernels` is the module kernels/layer_norm.py.
     """
     from kernels import launch_configs
 

@@ -94,7 +94,8 @@ def launches(kernels: ModuleType) -> Launches:
 
     First is the call of GPT-2's heads in bfloat16: with gradients, without, and the backward pass of single losses.
     Then come all optional arguments, a transposed weight, and the other dtypes. Rows are processed in two chunks, of
-    which the second adds to the first. `kernels` is the module kernels/linear_cross_entropy.py.
+    which the second adds to the first. The calls are on `meta` tensors and only recorded. `kernels` is the module
+    kernels/linear_cross_entropy.py.
     """
     V, C = 50257, 768
     bfloat16 = torch.bfloat16

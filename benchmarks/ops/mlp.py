@@ -96,8 +96,8 @@ def launches(kernels: ModuleType) -> Launches:
     """Yield (label, call that launches kernels) for GPT-2's sizes, forward and backward.
 
     First is each activation with and without dropout in bfloat16, then the transposed weights of a Conv1D, a width that
-    tensor descriptors cannot take, and the other dtypes. The last are decode steps, one row forward. `kernels` is the
-    module kernels/mlp.py.
+    tensor descriptors cannot take, and the other dtypes. The last are decode steps, one row forward. The calls are on
+    `meta` tensors and only recorded. `kernels` is the module kernels/mlp.py.
     """
     shapes = [(activation, p, "", torch.bfloat16) for activation in ("relu", "gelu", "gelu_tanh") for p in (0.0, 0.1)]
     shapes += [("gelu_tanh", 0.1, layout, torch.bfloat16) for layout in ("Conv1D", "odd")]
