@@ -167,7 +167,7 @@ def _allowed_of_loss(plain: Tensor, true: Tensor, tokens: Tensor) -> float:
 
 
 def _gradient_errors(ours: nn.Module, plain: nn.Module, truth: nn.Module) -> dict[str, float]:
-    """Return the error of each parameter's gradient as a share of what is allowed, by the parameter's name in `ours`.
+    """Return the error of each parameter's gradient as a share of the allowed error, by the parameter's name in `ours`.
 
     The three models hold their gradients in `grad`. `truth` is in float64, and the errors of `plain` set what is
     allowed. A gradient that is missing in `ours` gives NaN. Raise `ValueError` if `truth` lacks a parameter of `ours`.

@@ -70,9 +70,9 @@ def describe(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> dict[s
 def record(topic: Topic, target: int, found: dict[str, dict[str, Any]]) -> None:
     """Add the kernel launches of an op's topic on the architecture `target`, such as 90, to `found`.
 
-    `topic.launches` yields the calls that launch. `found` maps what is compiled, as JSON, to the same as a dict with a
-    name for it, "key". A launch that compiles the same as an earlier one is not added, since several shapes and several
-    ops may use one kernel.
+    `topic.launches` yields the calls that launch. The values of `found` are dicts with the kernel, what `describe`
+    returns, and a name, "key". Its keys are the same as JSON, without the name. A launch that compiles the same as an
+    earlier one is not added, since several shapes and several ops may use one kernel.
     """
     op = topic.name
     kernels = importlib.import_module(f"kernels.{op}")

@@ -54,8 +54,8 @@ def check(engine: Any, precision: str) -> None:
 def judge(model: GPTForCausalLM, precision: str, tokens: Tensor, generate: Any) -> None:
     """Raise `ValueError` if the tokens that an engine generates are not nearly the most likely ones.
 
-    `generate(tokens, NEW)` returns `tokens` with NEW more. The plain model in float64 computes the logits. The distance
-    of a chosen token is the largest logit at its position minus its own logit.
+    `tokens` [B, T] is the prompt. `generate(tokens, NEW)` returns it with NEW more tokens. The plain model computes the
+    logits in float64. The distance of a chosen token is the largest logit at its position minus its own logit.
 
     Rounding moves both of these logits. `yardstick`, the plain model in the engine's precision, has an error at each
     logit. The tolerance policy allows an engine `MAX_FACTOR` times this error, and the distance of two logits may be
@@ -99,7 +99,7 @@ def distances(plain: PlainGPT, text: Tensor, T: int) -> Tensor:
 
 
 def yardstick(plain: PlainGPT, precision: str) -> PlainGPT:
-    """Return a copy of the plain model that computes in an engine's precision. Its errors set what an engine may have.
+    """Return a copy of the plain model that computes in an engine's precision, to compare the engine's errors with.
 
     In int8 and int4, matrices have 8 or 4 bits, and activations 8 bits with one scale for the whole tensor, the
     coarsest scale that an engine uses. All else is in bfloat16. In float32 the copy is the plain model itself.

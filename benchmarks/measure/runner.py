@@ -65,7 +65,7 @@ class Outcome:
 
 
 def runs_here(topic: Topic, case: Case, quick: bool) -> tuple[list[Peer], Failed]:
-    """Return (implementations to measure on a case, [(implementation, reason)] of those that cannot run here).
+    """Return (implementations to measure on a case, [(implementation, reason why it cannot run here)]).
 
     Implementations that the case excludes by `case.peers` are in neither. In training, compiled models are left out of
     cases marked for a quick run; `quick` only changes the wording of that reason.
@@ -104,7 +104,7 @@ def groups(topic: Topic, case: Case, peers: list[Peer]) -> list[tuple[list[Peer]
 def measure(
     topic: Topic, case: Case, peers: list[Peer], budget: Budget, beside: Peer | None = None
 ) -> tuple[list[Record], Failed]:
-    """Measure implementations on one case. Return (a record for each, [(implementation, error)] of those that failed).
+    """Measure implementations on one case. Return (a record for each, [(implementation, error)] for each that failed).
 
     For each pass of the topic, `peers` are timed in turn. `beside`, if given, takes turns with them and gets no record.
     The fields of a record are listed in report/results.py. An implementation that failed in one pass has a record of
@@ -290,10 +290,10 @@ def run(topics: list[Topic | Study], settings: Settings) -> Outcome:
 
 
 def _open(topic: Topic | Study, path: Path, facts: dict[str, Any], settings: Settings) -> Run:
-    """Return the content of a topic's results file before measuring: without results, or with those to resume.
+    """Return the content of a topic's results file before measuring: without results, or with earlier ones to resume.
 
     Results are resumed if `settings.resume` is set and `path` exists. `facts` are the device, versions and commit of
-    this run. Raise `ValueError` if those of the file differ, or its value of `quick`.
+    this run. Raise `ValueError` if the file has other ones, or another value of `quick`.
     """
     head = {
         "schema": results.SCHEMA, "version": results.VERSION, "topic": topic.name, "suite": topic.suite,

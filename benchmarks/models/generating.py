@@ -47,8 +47,8 @@ def _eval(case: Case, model: Any) -> Any:
 def _ours(case: Case, weights: str | None = None) -> Job:
     """Return the job that generates with gpt_fast, greedily.
 
-    `weights` names the precision in which the decode session packs its weights, or None for those of the model. The
-    session is made here and reused by all calls, because the other engines also convert their weights once.
+    `weights` names the precision in which the decode session packs the weights. With None they stay in the model's
+    dtype. The session is made here and reused by all calls, because the other engines also convert their weights once.
     """
     model = _eval(case, gpt_fast.GPTForCausalLM(case.config))
     new = _new_tokens(case)

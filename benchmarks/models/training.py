@@ -151,7 +151,7 @@ def captured_step(step: Callable[..., object]) -> Callable[..., object]:
 
 
 def _reference(build: Build) -> Peer:
-    """Return the implementation that trains our model with every op replaced by its reference in plain PyTorch."""
+    """Return the implementation that trains gpt_fast's model with every op replaced by its reference in PyTorch."""
 
     def run(case: Case) -> Job:
         job = _job(case, *build(case))

@@ -55,7 +55,7 @@ def reference(op: str, options: Options = lambda case: {}, memory: Callable[[Cas
     """Return the reference implementation of an op in plain PyTorch, which does not count as a rival.
 
     `options` returns the keyword arguments of the op for a case. `memory` returns the bytes that the case needs. The
-    implementation counts as missing if they exceed half of those available.
+    implementation counts as missing if it needs more than half of the available memory.
     """
     return Peer(
         "reference", lambda case: partial(getattr(definitions, op), **options(case)), fits(memory), rival=False
@@ -80,7 +80,7 @@ def dropout(case: Case) -> dict[str, Any]:
 
 
 def fits(memory: Callable[[Case], int]) -> Missing:
-    """Return a check for `Peer.missing`: a reason if `memory(case)` bytes exceed half of those available, else None."""
+    """Return a check for `Peer.missing`: a reason if `memory(case)` bytes exceed half of the free memory, else None."""
 
     def missing(case: Case) -> str | None:
         need = memory(case)

@@ -100,7 +100,7 @@ def overview(faster: dict[str, tuple[float, str]]) -> Figure:
 
 
 def groups(run: Run) -> dict[tuple[str, str], Series]:
-    """Group a run's cases by what one picture shows: {(growing size, dtype and dropout): cases, smallest size first}.
+    """Group a run's cases into those of one picture: {(growing size, dtype and dropout): cases, smallest size first}.
 
     Each case is a dict from implementation to record. Cases outside of any series are under ("", ""). A series of one
     case is left out.
@@ -279,7 +279,7 @@ def _panel(axes: Axes, run: Run, case: str, records: dict[str, Record], passes: 
 
 
 def _line(axes: Axes, peer: str, points: list[tuple[int, float]]) -> None:
-    """Draw an implementation's line through `points`, (size, value); ours is thicker. Draw nothing without points."""
+    """Draw an implementation's line through `points`, (size, value), thicker for gpt_fast; nothing without points."""
     if not points:
         return
     ours = peer == OURS

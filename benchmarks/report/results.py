@@ -47,7 +47,7 @@ def read(path: Path) -> Run:
 
     Raises:
         OSError: if there is no file.
-        ValueError: if the file is not one of ours, of another version, or damaged.
+        ValueError: if the file is not a results file of this suite, of another version, or damaged.
     """
     run = _load(path)
     wrong = [name for name, kind in _RUN.items() if not isinstance(run.get(name), kind)]
@@ -61,7 +61,7 @@ def read_study(path: Path, study: Study) -> dict[str, Any]:
 
     Raises:
         OSError: if there is no file.
-        ValueError: if the file is not one of ours, of another version, or lacks a field of the study.
+        ValueError: if the file is not a results file of this suite, of another version, or lacks a field of the study.
     """
     record = _load(path)
     wrong = [name for name, kind in _HEAD.items() if not isinstance(record.get(name), kind)]
@@ -126,7 +126,7 @@ def read_any(path: Path) -> list[Run]:
 
     Raises:
         OSError: if there is no such file.
-        ValueError: if a file is not one of ours, of another version, or damaged, or if a folder has no results.
+        ValueError: if a file is not a results file of this suite, of another version, or damaged, or a folder has none.
     """
     if not path.is_dir():
         return [read(path)]

@@ -131,5 +131,8 @@ def _total(record: Record, passes: tuple[str, ...]) -> float:
 
 
 def _figure(against: str, value: float) -> str:
-    """Return a target's figure as text: a share of the floor, tokens a second, or a multiple of `against`'s speed."""
+    """Return a target's figure as text: a percentage for the measured speed limit, tokens a second, or a multiple.
+
+    `against` is FLOOR for the limit, TOKENS, or the name of the implementation that is compared with.
+    """
     return f"{value:.0%}" if against == FLOOR else f"{value:,.0f}" if against == TOKENS else f"{value:.2f} ×"
