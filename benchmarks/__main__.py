@@ -81,10 +81,15 @@ def bench(
 
 
 def _say(message: str) -> None:
+    """Print a message on stderr."""
     err_console.print(Text(message), soft_wrap=True)
 
 
 def _compare(old: Path, new: Path) -> None:
+    """Print a table of the times that changed beyond the noise between two results, then a line with counts.
+
+    `old` and `new` are results files or folders of them. Raise `ValueError` if they have no measured time in common.
+    """
     from benchmarks.report import markdown, results
 
     changes = results.compare(results.read_any(old), results.read_any(new))
@@ -115,6 +120,11 @@ def _compare(old: Path, new: Path) -> None:
 def _run(
     topics: list[Any], device: str, quick: bool, out: Path, resume: bool, cpu_time: bool, untested: bool, busy: bool
 ) -> None:  # fmt: skip
+    """Measure the topics and studies, show the progress on stderr, and write the results and their pages under `out`.
+
+    The flags are the options of `bench` of the same names. Raise `typer.Exit` with code 130 after an interrupt, and
+    with code 1 if the tests of a topic failed.
+    """
     from benchmarks.measure.runner import Settings, count, here, run
     from benchmarks.report import pages
     from gpt_fast.interrupts import caught
@@ -150,7 +160,10 @@ def _run(
 
 
 def _show_case(run: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    """Print the table of one case on stdout."""
+    """Print a table of one case on stdout, with a row for each implementation; print nothing without `records`.
+
+    `run` is the content of the topic's results file. `records` are its entries for this case.
+    """
     from benchmarks.report import results, tables
 
     if records:
@@ -159,11 +172,12 @@ def _show_case(run: dict[str, Any], records: list[dict[str, Any]]) -> None:
 
 
 def _show_study(study: Any, record: dict[str, Any]) -> None:
+    """Print the record of a study on stdout, as the Markdown that `study.lines` makes of it."""
     out_console.print(Markdown("\n".join(study.lines(record))))
 
 
 def main() -> None:
-    """Run the command. A `ValueError` or `OSError`, which a user can cause, becomes one line and exit code 2."""
+    """Run the command line of the suite. A `ValueError` or `OSError` becomes one line on stderr and exit code 2."""
     missing = [name for name in ("pytest", "matplotlib") if find_spec(name) is None]
     try:
         if missing:

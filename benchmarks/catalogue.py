@@ -14,7 +14,10 @@ _FOLDER = Path(__file__).resolve().parent
 
 
 def _find(folder: str) -> list[Topic | Study]:
-    """Return what the files of a folder define; files whose name begins with an underscore are helpers."""
+    """Return `TOPIC` or `STUDY` of each Python file in benchmarks/`folder`, sorted by the file's name.
+
+    Files whose names begin with an underscore are helpers and are left out.
+    """
     names = sorted(path.stem for path in (_FOLDER / folder).glob("[!_]*.py"))
     modules = [importlib.import_module(f"benchmarks.{folder}.{name}") for name in names]
     return [module.TOPIC if hasattr(module, "TOPIC") else module.STUDY for module in modules]
@@ -30,24 +33,30 @@ def ops() -> dict[str, Topic]:
 
 @functools.cache
 def topics() -> dict[str, Topic]:
-    """Return every op and every whole-model job, by name, in the order of the suites."""
+    """Return the topics by name: every op, then every whole-model job in the order of `SUITES`."""
     jobs = [topic for topic in _find("jobs") if isinstance(topic, Topic)]
     return ops() | {topic.name: topic for topic in sorted(jobs, key=_place)}
 
 
 @functools.cache
 def studies() -> dict[str, Study]:
-    """Return the studies, by name, in the order of the suites."""
+    """Return the studies by name, in the order of `SUITES`.
+
+    A study is a measurement with a table of its own, unlike a topic, which compares implementations case by case.
+    """
     found = [study for study in _find("jobs") if isinstance(study, Study)]
     return {study.name: study for study in sorted(found, key=_place)}
 
 
 def _place(topic: Topic | Study) -> int:
+    """Return the index of the topic's suite in `SUITES`, to sort by."""
     return SUITES.index(topic.suite)
 
 
 def select(suite: str) -> list[Topic | Study]:
-    """Return the topics and studies of a suite, of all suites, or the one of that name.
+    """Return the topics (ops and whole-model jobs) and studies that --suite names.
+
+    `suite` is "ops", "train" or "decode", "all" for everything, or the name of one topic or study.
 
     Raises:
         ValueError: if there is no suite, topic or study of that name.
@@ -61,5 +70,8 @@ def select(suite: str) -> list[Topic | Study]:
 
 
 def cases(topic: Topic, device: str, quick: bool = False) -> list[Case]:
-    """Return a topic's cases; of a quick run those marked for it."""
+    """Return the cases of a topic, which are its shapes and dtypes, on the device "cpu" or "cuda".
+
+    With `quick` there are only the cases that are marked for a quick run.
+    """
     return [case for case in topic.cases(device) if case.quick or not quick]

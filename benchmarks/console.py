@@ -13,7 +13,11 @@ out_console = Console(highlight=False)
 def print_table(
     header: list[str], rows: list[list[str]], colors: list[str | None] | None = None, title: str | None = None
 ) -> None:  # fmt: skip
-    """Print columns on stdout, the first aligned left, the others right. In a pipe no row is cut off or wrapped."""
+    """Print a table on stdout, its first column aligned left, the others right.
+
+    `colors` has a colour for each row, or None for a row without one. If stdout is no terminal, no row is cut off or
+    wrapped.
+    """
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for place, name in enumerate(header):
         table.add_column(name, justify="right" if place else "left", overflow="fold")

@@ -34,7 +34,11 @@ VARIANTS = {
 
 
 def train(data: LMData, phases: list[tuple[float, int]], seed: int, tokens: int) -> tuple[float, float, int]:
-    """Train one model. Return its held-out loss, the seconds spent in updates and their number."""
+    """Train one model. Return (held-out loss, seconds spent in updates, number of updates).
+
+    `phases` are (share of all tokens at which the phase ends, windows in an update). `tokens` is the number of tokens
+    to train on. `seed` sets the weights and the order of the windows.
+    """
     torch.manual_seed(seed)
     config = GPTConfig.preset(
         "gpt2", dropout=0.0, num_tokens=vocabulary_size(data.tokenizer), num_layers=4, num_heads=4, hidden_dim=128,

@@ -58,16 +58,17 @@ class Step:
 
     @property
     def worst_gradient(self) -> str:
-        """Return the parameter whose gradient is off most; one that is NaN counts as the worst."""
+        """Return the name of the parameter whose gradient has the largest error; NaN counts as the largest."""
         return max(self.gradient_errors, key=lambda name: (_rank(self.gradient_errors[name]), name))
 
     @property
     def passes(self) -> bool:
+        """Return True if no error exceeds what is allowed. NaN does not pass."""
         shares = (self.loss_error, self.logits_error, *self.gradient_errors.values())
         return all(share <= 1 for share in shares)  # NaN is not
 
     def row(self) -> list[str]:
-        """Return the cells of the table."""
+        """Return the step's cells for a table with the columns in HEADER."""
         worst = self.worst_gradient
         losses = [f"{loss:.6f}" for loss in (self.loss, self.plain_loss, self.true_loss)]
         shares = [f"{share:.2f}" for share in (self.loss_error, self.logits_error, self.gradient_errors[worst])]
@@ -75,6 +76,7 @@ class Step:
 
 
 def _rank(share: float) -> float:
+    """Return the share as a key for `max`, in which NaN is above every number."""
     return share if share == share else float("inf")
 
 
@@ -89,7 +91,11 @@ def train(
     seed: int = 0,
     change: Callable[[GPTForCausalLM], object] | None = None,
 ) -> Iterator[Step]:
-    """Train on one batch of random tokens and yield each step's comparison; `change` may plant a fault first."""
+    """Train a GPT-2 on one batch [B, T] of random tokens. Yield for each step its comparison with plain PyTorch.
+
+    Two plain models get gpt_fast's weights before each step. One computes in `dtype`, one in float64 as the truth.
+    `change` is called on gpt_fast's model before the first step; tests use it to plant a fault.
+    """
     torch.manual_seed(seed)
     ours = GPTForCausalLM(config).to(device)
     plain, truth = PlainGPT(config).to(device), PlainGPT(config).to(device, torch.float64)
@@ -119,11 +125,15 @@ def train(
 
 
 def _context(dtype: torch.dtype, device: str) -> Any:
+    """Return a context manager: autocast for bfloat16, one that does nothing for any other dtype."""
     return torch.autocast(device, dtype) if dtype == torch.bfloat16 else nullcontext()
 
 
 def _backward(model: nn.Module, loss: Callable[[], Tensor], tokens: Tensor, dtype: torch.dtype) -> float:
-    """Put the gradients of the loss into the model; return the loss."""
+    """Compute `loss()`, under autocast for bfloat16. Put its gradients into the model's parameters; return its value.
+
+    `tokens` only tells the device.
+    """
     model.zero_grad(set_to_none=True)
     with _context(dtype, tokens.device.type):
         value = loss()
@@ -133,24 +143,35 @@ def _backward(model: nn.Module, loss: Callable[[], Tensor], tokens: Tensor, dtyp
 
 @torch.no_grad()
 def _logits(call: Callable[[], Tensor], tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the logits that `call` computes, under autocast for bfloat16, no gradients. `tokens` tells the device."""
     with _context(dtype, tokens.device.type):
         return call()
 
 
 def _token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return the loss of each token that has a next one, [B (T - 1)] float64, from logits [B, T, V]."""
+    """Return the loss of predicting each token but the first, float64.
+
+    Shapes: logits [B, T, V], tokens [B, T], result [B (T - 1)].
+    """
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten(), reduction="none")
 
 
 def _allowed_of_loss(plain: Tensor, true: Tensor, tokens: Tensor) -> float:
-    """Return the allowed error of the loss, given the logits of the baseline and the truth."""
+    """Return by how much the mean loss may differ from the true one, given the plain model's and the true logits.
+
+    It is the root mean square error of the plain model's token losses times RMS_FACTOR, plus the float32 floor.
+    """
     exact = _token_losses(true, tokens)
     rms = (_token_losses(plain, tokens) - exact).square().mean().sqrt()
     return max(float(RMS_FACTOR * rms + FLOOR * exact.mean().abs()), 1e-300)
 
 
 def _gradient_errors(ours: nn.Module, plain: nn.Module, truth: nn.Module) -> dict[str, float]:
-    """Return the error of each parameter's gradient as a share of what is allowed, by the names in `ours`."""
+    """Return the error of each parameter's gradient as a share of the allowed error, by the parameter's name in `ours`.
+
+    The three models hold their gradients in `grad`. `truth` is in float64, and the errors of `plain` set what is
+    allowed. A gradient that is missing in `ours` gives NaN. Raise `ValueError` if `truth` lacks a parameter of `ours`.
+    """
     parameters, baseline = dict(ours.named_parameters()), dict(plain.named_parameters())
     errors = {}
     for name, parameter in truth.named_parameters():
@@ -212,6 +233,11 @@ def parity(
 
 
 def _config(model: str, seq: int, **overrides: int | None) -> GPTConfig:
+    """Return the configuration of the preset `model` without dropout, and with `overrides`.
+
+    These are fields to change, where None means no change. Raise `ValueError` if the model's blocks are post-norm, or
+    if `seq` tokens are more than its positions.
+    """
     given = {name: value for name, value in overrides.items() if value is not None}
     config = GPTConfig.preset(model, dropout=0.0, **given)
     if not config.pre_norm:
@@ -222,7 +248,7 @@ def _config(model: str, seq: int, **overrides: int | None) -> GPTConfig:
 
 
 def main() -> None:
-    """Run the command. A `ValueError`, which a user can cause, becomes one line and exit code 2."""
+    """Run the command line of the parity gate. A `ValueError` becomes one line on stderr and exit code 2."""
     try:
         app(prog_name="python -m benchmarks.parity")
     except ValueError as error:

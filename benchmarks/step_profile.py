@@ -28,7 +28,7 @@ STEPS = 3
 
 
 def seconds_of(step: Callable[[], object], device: str) -> float:
-    """Return the mean time of a step over STEPS of them."""
+    """Return the mean seconds of a call of `step`, over STEPS calls in a row."""
     now = clock(device)
     first = now()
     for _ in range(STEPS):
@@ -37,7 +37,10 @@ def seconds_of(step: Callable[[], object], device: str) -> float:
 
 
 def kernels_of(step: Callable[[], object], device: str) -> list[dict[str, Any]]:
-    """Return each kernel's name, launches and microseconds in a step, the longest first; on a CPU each operator's."""
+    """Profile `step`. Return {"kernel", "launches", "us"} of each kernel: name, launches and microseconds in one step.
+
+    The longest is first. On a CPU the entries are PyTorch's operators.
+    """
     kind = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
     with profile(activities=[kind]) as profiler:
         for _ in range(STEPS):
@@ -53,7 +56,11 @@ def kernels_of(step: Callable[[], object], device: str) -> list[dict[str, Any]]:
 
 
 def report(seconds: dict[str, float], rows: list[dict[str, Any]], shown: int = 40) -> None:
-    """Print the times of a step and the table of its kernels."""
+    """Print the times of a step, and a table of its kernels.
+
+    `seconds` has the time of a step by implementation. `rows` are the result of `kernels_of`, of which the first
+    `shown` are printed.
+    """
     busy = sum(row["us"] for row in rows)
     table = [
         [row["kernel"][:100], f"{row['launches']:.1f}", f"{row['us']:.0f}", f"{100 * row['us'] / busy:.1f} %"]
@@ -65,6 +72,7 @@ def report(seconds: dict[str, float], rows: list[dict[str, Any]], shown: int = 4
 
 
 def main() -> None:
+    """Profile a training step on the device of the command line, write the JSON file, and print the tables."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step_profile", description=(__doc__ or "").split("\n")[0]
     )

@@ -30,6 +30,7 @@ MODEL = ("--layers", 4, "--heads", 4, "--dim", 128, "--seq-len", 128)
 
 
 def run(*arguments: object) -> None:
+    """Print and run `gpt-fast` with these arguments. Exit with its exit code if it fails."""
     command = [sys.executable, "-m", "gpt_fast", *map(str, arguments)]
     print("gpt-fast", *command[3:], flush=True)
     code = subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode
@@ -38,7 +39,10 @@ def run(*arguments: object) -> None:
 
 
 def tokens(out: Path) -> Path:
-    """Return the folder of token files; write the text and prepare it once."""
+    """Return the folder of token files under `out`. If it is missing, write the text and tokenize it as bytes first.
+
+    The text is the source of Python's standard library.
+    """
     if not (out / "tokens").is_dir():
         for document in read_stdlib():
             path = out / "text" / document.name
@@ -49,7 +53,11 @@ def tokens(out: Path) -> Path:
 
 
 def train(out: Path, optimizer: str, rates: Sequence[float], seed: int, steps: int, batch_size: int) -> Path:
-    """Train a run unless it is there, with AdamW's rate and, of Muon, that of the matrices; return its folder."""
+    """Train a model with `gpt-fast pretrain`, or resume it if its run folder is already there. Return the run folder.
+
+    The folder is in `out` and named after the arguments. `optimizer` is "adamw" or "muon". `rates` has the learning
+    rate of AdamW and, for Muon, that of the matrices second.
+    """
     name = "-".join([optimizer, *(f"{rate:g}" for rate in rates), f"seed-{seed}"])
     folder = out / f"{steps}-updates-of-{batch_size}" / name
     options = ["--optimizer", optimizer, "--lr", rates[0]]
@@ -63,16 +71,26 @@ def train(out: Path, optimizer: str, rates: Sequence[float], seed: int, steps: i
 
 
 def final_loss(folder: Path) -> float:
+    """Return the last held-out loss of a run."""
     return read_curve(folder, "valid_loss")[-1]["valid_loss"]
 
 
 def sweep(out: Path, optimizer: str, given: Sequence[float], options: dict[str, int]) -> dict[float, float]:
-    """Return the final held-out loss for each rate of the sweep, which follows the rates in `given`."""
+    """Train once with each learning rate in RATES[optimizer]. Return {learning rate: final held-out loss}.
+
+    The learning rates in `given` come first in `train`'s `rates`: AdamW's best one for a sweep of Muon's, none for a
+    sweep of AdamW's. `options` are the other arguments of `train`: seed, steps and batch size.
+    """
     return {rate: final_loss(train(out, optimizer, [*given, rate], **options)) for rate in RATES[optimizer]}
 
 
 def figures(runs: dict[str, list[Path]]) -> dict[str, Any]:
-    """Return the loss to reach and, of each optimizer's seeds, the final losses and steps and seconds to that loss."""
+    """Compare runs: `runs` has the run folders by optimizer, one for each seed. Return the results as a dict.
+
+    "loss" is the loss to reach, the highest final one of AdamW's seeds. Under each optimizer's name are lists with one
+    entry a seed: "final", the final loss, "step" and "seconds" at which the loss was reached (None if it was not), and
+    "seconds_per_step".
+    """
     losses = {name: [final_loss(folder) for folder in folders] for name, folders in runs.items()}
     target = max(losses["adamw"])
     found: dict[str, Any] = {"loss": target}
@@ -86,6 +104,7 @@ def figures(runs: dict[str, list[Path]]) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
+    """Return a Markdown table of the result of `figures`, one line for each optimizer."""
     lines = [
         f"| optimizer | final loss | steps to {found['loss']:.3f} | seconds to it | ms a step |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -99,7 +118,10 @@ def table(found: dict[str, Any]) -> str:
 
 
 def spread(values: Sequence[float | None], form: str) -> str:
-    """Return the mean of all seeds with the smallest and the largest, or how many did not get there."""
+    """Return "mean (smallest to largest)" of the values, formatted by `form`, such as ".3f".
+
+    If a value is None, its run never reached the loss. The text then says how many of the runs did not.
+    """
     there = [value for value in values if value is not None]
     if len(there) < len(values):
         return f"not reached by {len(values) - len(there)} of {len(values)}"
@@ -107,7 +129,11 @@ def spread(values: Sequence[float | None], form: str) -> str:
 
 
 def best(name: str, losses: dict[float, float]) -> float:
-    """Return the rate with the lowest loss, and print the sweep."""
+    """Print the losses of a sweep by learning rate, and return the rate with the lowest loss.
+
+    Also print a warning if that rate is the smallest or the largest, as a better one may lie outside. `name` is the
+    optimizer's. Raise `ValueError` if no loss is finite.
+    """
     finite = [rate for rate, loss in losses.items() if math.isfinite(loss)]
     if not finite:
         raise ValueError(f"{name}: every rate of the sweep diverged: {', '.join(map(str, losses))}")

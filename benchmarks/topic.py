@@ -58,21 +58,28 @@ class Case:
 
     @property
     def name(self) -> str:
+        """Return the case as text: sizes, dtype and dropout, such as "M=1024 N=768 float32 dropout=0.1"."""
         sizes = " ".join(f"{size}={value}" for size, value in self.sizes)
         dropout = f" dropout={self.dropout:g}" if self.dropout else ""
         return f"{sizes} {self.dtype_name}{dropout}"
 
     @property
     def dtype_name(self) -> str:
+        """Return the dtype as text, such as "float32"."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
     def size(self) -> Sizes:
+        """Return the sizes by name, such as {"M": 1024, "N": 768}."""
         return dict(self.sizes)
 
     @property
     def config(self) -> GPTConfig:
-        """The configuration of a whole-model job: the preset named in its sizes, with `layers` layers if given."""
+        """Return the model's configuration for a whole-model job.
+
+        It is the preset that the size "model" names, with the case's dropout, and with as many layers as the size
+        "layers" says if the case has it.
+        """
         layers = {"num_layers": self.size["layers"]} if "layers" in self.size else {}
         return GPTConfig.preset(self.size["model"], dropout=self.dropout, **layers)
 
@@ -127,6 +134,7 @@ class Topic:
     pair_bytes: Callable[[Case], int] | None = None  # memory of two implementations, if all do not fit at once
 
     def small_cases(self, device: str, dtype: torch.dtype = F32) -> Iterator[Case]:
+        """Yield a case for each of the topic's small shapes and dropout probabilities, for tests and sanitizers."""
         for sizes in self.small:
             for dropout in self.dropouts:
                 yield Case(self.name, device, tuple(sizes.items()), dtype, dropout)
@@ -149,7 +157,7 @@ class Study:
 
 
 def product_dtypes(device: str) -> tuple[torch.dtype, ...]:
-    """Return the dtypes for cases that consist of matrix products.
+    """Return the dtypes in which matrix products are benchmarked on the device.
 
     On a GPU that is bfloat16. On a CPU it is float32, and bfloat16 if the CPU has instructions for it.
     """
@@ -157,12 +165,12 @@ def product_dtypes(device: str) -> tuple[torch.dtype, ...]:
 
 
 def main_dtype(device: str) -> tuple[torch.dtype, ...]:
-    """Return the one dtype in which models are trained on the device."""
+    """Return a tuple with the one dtype for training on the device: bfloat16 on a GPU, float32 on a CPU."""
     return product_dtypes(device)[:1]
 
 
 def is_slow(device: str, dtype: torch.dtype) -> bool:
-    """Return True if matrix products in `dtype` take PyTorch minutes on the device."""
+    """Return True for bfloat16 on a CPU without instructions for it, where PyTorch's products take minutes."""
     return dtype == BF16 and not bf16_products(device)
 
 
@@ -174,7 +182,11 @@ def every(
     dropouts: tuple[float, ...] = (0.0,),
     **options: Any,
 ) -> Iterator[Case]:
-    """Yield a case for every combination of sizes, dtypes (`product_dtypes` by default) and dropouts."""
+    """Yield a case for every combination of sizes, dtypes and dropout probabilities.
+
+    An entry of `sizes` maps names to values, such as {"M": 1024, "N": 768}. `dtypes` are `product_dtypes` by default.
+    `options` are the other fields of `Case`, such as `quick` and `peers`.
+    """
     for size in sizes:
         for dtype in product_dtypes(device) if dtypes is None else dtypes:
             for dropout in dropouts:
@@ -182,5 +194,5 @@ def every(
 
 
 def ids(case: Case, bound: int, *shape: int) -> torch.Tensor:
-    """Return random token ids, labels or targets below `bound`."""
+    """Return random int64 token ids, labels or targets in [0, bound), of `shape`, on the case's device."""
     return torch.randint(bound, shape, device=case.device)

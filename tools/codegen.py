@@ -51,14 +51,18 @@ Figure = dict[str, Any]  # of one kernel on one target
 
 
 def stand_in_torch() -> None:
-    """Replace torch, which the kernel files name for their launchers. Compiling a kernel does not need it."""
+    """Replace the module torch by a stub. The kernel files import it, but compiling them does not need it."""
     torch = types.ModuleType("torch")
     torch.Tensor = torch.dtype = torch.device = object  # type: ignore[attr-defined]
     sys.modules["torch"] = torch
 
 
 def loops(instructions: list[loop_bounds.Instruction], warps: int, bounded: bool) -> list[dict[str, Any]]:
-    """Return what each innermost loop around matrix products consists of, and its bound if `bounded`."""
+    """Return a dict for each innermost loop around matrix products in a kernel's instructions.
+
+    It has the number of all "instructions" and of those of each kind in KINDS. With `bounded`, loops that use wgmma
+    also have "pipes", the result of `loop_bounds.bound`, for which `warps` is the kernel's number of warps.
+    """
     found = []
     for body in loop_bounds.product_loops(instructions):
         opcodes = [instruction.opcode for instruction in body]
@@ -71,6 +75,11 @@ def loops(instructions: list[loop_bounds.Instruction], warps: int, bounded: bool
 
 
 def measure(cubin: bytes, folder: Path, warps: int, bounded: bool) -> Figure:
+    """Return the figures of a compiled kernel: registers, spilled bytes, "loops" and numbers of instructions by kind.
+
+    `cubin` is the kernel's binary, `folder` holds cuobjdump, and `warps` is the kernel's number of warps. `bounded`
+    adds bounds of cycles to the loops, see `loops`.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -93,7 +102,11 @@ def measure(cubin: bytes, folder: Path, warps: int, bounded: bool) -> Figure:
 
 
 def compile_launch(launch: dict[str, Any]) -> Figure:
-    """Return the figures of one recorded launch on its target."""
+    """Compile one recorded launch, an entry of what tools.record_launches wrote, for its target. Return its figures.
+
+    They are those of `measure`, bytes of shared memory as "shared", attention's tile sizes as "tile", and
+    "needs_wgmma", 1 if the kernel has a matrix product that wgmma must do.
+    """
     stand_in_torch()
     import triton
     from triton.backends.compiler import GPUTarget
@@ -117,20 +130,33 @@ def compile_launch(launch: dict[str, Any]) -> Figure:
 
 
 def without_dropout(figures: dict[str, dict[str, Figure]], key: str, target: str) -> Figure | None:
-    """Return the figure of the same attention kernel without dropout, or None where no such kernel is compiled."""
+    """Return the figures of the same attention kernel without dropout on the same target, such as "sm_90".
+
+    `key` is a launch's name, such as "attention fwd D=64 bfloat16 dropout". The result is None if it is no attention
+    kernel with dropout, or if the kernel is not compiled without dropout. `figures` maps a launch's name, then its
+    target such as "sm_90", to the figures of the kernel.
+    """
     if not key.startswith("attention ") or not key.endswith(" dropout"):
         return None
     return figures.get(key.removesuffix(" dropout"), {}).get(target)
 
 
 def dropout_instructions(figure: Figure, without: Figure) -> list[int]:
-    """Return how many instructions dropout adds to each loop of an attention kernel."""
+    """Return how many instructions dropout adds to each loop of an attention kernel.
+
+    `figure` and `without` are the figures of the kernel with dropout and without, with equally many loops.
+    """
     pairs = zip(figure["loops"], without["loops"], strict=True)
     return [mine["instructions"] - other["instructions"] for mine, other in pairs]
 
 
 def add_dropout(figures: dict[str, dict[str, Figure]]) -> None:
-    """Add "dropout", the instructions that dropout costs each loop, to the figures that have a kernel without it."""
+    """Add "dropout", the instructions that dropout costs each loop, to the figures of attention kernels with dropout.
+
+    The figures are changed in place. `figures` maps a launch's name, then its target such as "sm_90", to the figures of
+    the kernel. Those of a kernel that is not compiled without dropout, or has another number of loops then, stay as
+    they are.
+    """
     for key, by_target in figures.items():
         for target, figure in by_target.items():
             without = without_dropout(figures, key, target)
@@ -139,12 +165,16 @@ def add_dropout(figures: dict[str, dict[str, Figure]]) -> None:
 
 
 def budget_of(figure: Figure) -> dict[str, Any]:
-    """Return the part of a figure that is a budget."""
+    """Return the entries of a kernel's figures that are kept as its budget: those in GROWTH, and "dropout"."""
     return {name: figure[name] for name in (*GROWTH, "dropout") if name in figure}
 
 
 def dropout_violations(where: str, figure: Figure, budget: dict[str, Any]) -> list[str]:
-    """Compare what dropout costs each loop with its budget."""
+    """Return a message for each loop in which dropout costs more instructions than the budget allows.
+
+    If the figures and the budget have different numbers of loops, there is one message that says so. `where` is the
+    kernel's name in messages.
+    """
     cost, allowed = figure.get("dropout", []), budget.get("dropout", [])
     if len(cost) != len(allowed):
         return [f"{where}: dropout is compared in {len(cost)} loops, the budget has {len(allowed)}"]
@@ -156,6 +186,11 @@ def dropout_violations(where: str, figure: Figure, budget: dict[str, Any]) -> li
 
 
 def violations(key: str, target: str, figure: Figure, budget: dict[str, Any] | None) -> list[str]:
+    """Return a message for each way in which a kernel breaks its budget or a limit of the chip.
+
+    `key` is the launch's name, and `target` such as "sm_90". `budget` was recorded by --update, see `budget_of`. None
+    means that the kernel has no budget, which is a violation too.
+    """
     where = f"{key} {target}"
     found = []
     limit = BY_TARGET[target].shared
@@ -176,9 +211,10 @@ def violations(key: str, target: str, figure: Figure, budget: dict[str, Any] | N
 
 
 def spill_limit(key: str) -> int | None:
-    """Return how many bytes an attention kernel may spill on a targeted architecture, or None for no limit.
+    """Return how many bytes an attention kernel may spill on an architecture with speed targets, or None for no limit.
 
-    Candidates have none of their own: they serve nobody before they have been measured.
+    `key` is the launch's name. The limit holds in 16 bits at head sizes of 64 and 128. Candidates have none, because
+    they serve nobody before they have been measured.
     """
     if not key.startswith("attention ") or "float32" in key or " candidate " in key:
         return None
@@ -190,13 +226,20 @@ def spill_limit(key: str) -> int | None:
 
 
 def is_small(key: str) -> bool:
-    """Return True unless the kernel is for heads over 128 or rows over 8,192, which do not fit in registers."""
+    """Return True unless a kernel is for heads over 128 or rows over 8,192, which do not fit in registers.
+
+    `key` is the launch's name, with the size in it, such as "D=64".
+    """
     size = re.search(r" (D|N)=(\d+)", key)
     return size is None or int(size[2]) <= SMALL[size[1]]
 
 
 def attention_loops(figures: dict[str, dict[str, Figure]], target: str, step: str, label: str) -> list[Figure] | None:
-    """Return the figures of attention's kernels of a pass, or None unless each has two loops with bounds."""
+    """Return the figures of attention's kernels of a pass, or None unless each has two loops with bounds of cycles.
+
+    `step` is "forward" or "backward", and `label` the rest of the launches' names, such as "D=64 bfloat16". `figures`
+    maps a launch's name, then its target such as "sm_90", to the figures of the kernel.
+    """
     found = []
     for kernel in PASSES[step]:
         figure = figures.get(f"attention {kernel} {label}", {}).get(target)
@@ -207,7 +250,12 @@ def attention_loops(figures: dict[str, dict[str, Figure]], target: str, step: st
 
 
 def dropout_speed(figures: dict[str, dict[str, Figure]], target: str, step: str, label: str) -> float | None:
-    """Return the share of its speed that dropout leaves attention, by the bounds of the loops without a mask."""
+    """Return the predicted speed of attention with dropout divided by that without it.
+
+    The prediction is by the bounds of the loops that need no mask. It is None if a kernel is missing or has no such
+    bounds. `step` is "forward" or "backward", and `label` is such as "D=64 bfloat16". `figures` maps a launch's name,
+    then its target such as "sm_90", to the figures of the kernel.
+    """
     cycles = []
     for name in (label, f"{label} dropout"):
         kernels = attention_loops(figures, target, step, name)
@@ -220,13 +268,21 @@ def dropout_speed(figures: dict[str, dict[str, Figure]], target: str, step: str,
 
 
 def attention_labels(figures: dict[str, dict[str, Figure]], step: str) -> list[str]:
-    """Return the labels of attention's kernels of a pass, such as "D=64 bfloat16"."""
+    """Return the labels of attention's launches of a pass: their names from the head size on, such as "D=64 bfloat16".
+
+    `step` is "forward" or "backward". `figures` maps a launch's name, then its target such as "sm_90", to the figures
+    of the kernel.
+    """
     prefix = f"attention {PASSES[step][0]} "
     return [key.removeprefix(prefix) for key in figures if key.startswith(prefix)]
 
 
 def slow_dropout(figures: dict[str, dict[str, Figure]]) -> list[str]:
-    """Return where dropout leaves attention less of its speed than DESIGN says."""
+    """Return a message for each shipped attention kernel whose predicted speed with dropout is too low.
+
+    DROPOUT_SPEED has the least share of the speed without dropout. Only architectures with speed targets count.
+    `figures` maps a launch's name, then its target such as "sm_90", to the figures of the kernel.
+    """
     found = []
     for step, least in DROPOUT_SPEED.items():
         shipped = [label for label in attention_labels(figures, step) if " candidate " not in label]
@@ -242,7 +298,12 @@ def slow_dropout(figures: dict[str, dict[str, Figure]]) -> list[str]:
 
 
 def broken_statements(figures: dict[str, dict[str, Figure]], triton: str = TRITON) -> list[str]:
-    """Return which statements do not hold of the code of a minor release of Triton, whatever the budget says."""
+    """Return a message for each kernel that spills too much or whose dropout costs too much, whatever its budget says.
+
+    The module's docstring has the limits. `triton` is the minor version that compiled the kernels: the predicted speed
+    with dropout is judged for TRITON only. `figures` maps a launch's name, then its target such as "sm_90", to the
+    figures of the kernel.
+    """
     found = slow_dropout(figures) if triton == TRITON else []
     for key, by_target in figures.items():
         for target, figure in by_target.items():
@@ -254,6 +315,12 @@ def broken_statements(figures: dict[str, dict[str, Figure]], triton: str = TRITO
 
 
 def _broken_on(figures: dict[str, dict[str, Figure]], key: str, target: str) -> list[str]:
+    """Return a message for each limit that a kernel breaks on an architecture with speed targets.
+
+    The limits hold whatever the kernel's budget says. They are on spills, and on what dropout adds to attention's
+    loops. `key` is the launch's name. `figures` maps a launch's name, then its target such as "sm_90", to the figures
+    of the kernel.
+    """
     found = []
     figure = figures[key][target]
     limit = spill_limit(key)
@@ -275,7 +342,11 @@ def _broken_on(figures: dict[str, dict[str, Figure]], key: str, target: str) -> 
 
 
 def loop_table(figures: dict[str, dict[str, Figure]], target: str) -> list[str]:
-    """Return the table of the loops around matrix products. Attention has two: tiles with a mask, then without."""
+    """Return the lines of a Markdown table of the loops around matrix products on a target, such as "sm_90".
+
+    Attention has two loops: over tiles with a mask, then without. `figures` maps a launch's name, then its target such
+    as "sm_90", to the figures of the kernel.
+    """
     columns = ("instructions", "added by dropout", *KINDS, *loop_bounds.PIPES, "cycles")
     lines = [
         "",
@@ -301,7 +372,11 @@ def loop_table(figures: dict[str, dict[str, Figure]], target: str) -> list[str]:
 
 
 def speed_table(figures: dict[str, dict[str, Figure]], target: str) -> list[str]:
-    """Return the table of attention's predicted rates, and what dropout leaves of its speed by the bounds."""
+    """Return the lines of a Markdown table of attention's predicted TFLOP/s on a target, such as "sm_90".
+
+    The last column is the share of its speed that attention keeps with dropout. `figures` maps a launch's name, then
+    its target such as "sm_90", to the figures of the kernel.
+    """
     lines = [
         "",
         f"### Attention's predicted rates, {target}",
@@ -323,7 +398,11 @@ def speed_table(figures: dict[str, dict[str, Figure]], target: str) -> list[str]
 
 
 def predicted_rate(kernels: list[Figure], step: str, label: str, T: int) -> float:
-    """Return the predicted TFLOP/s of attention's kernels of a pass, causal, with T tokens."""
+    """Return the predicted TFLOP/s of causal attention with T tokens in a pass.
+
+    `kernels` are the figures of the pass's kernels, as `attention_loops` returns them. `step` is "forward" or
+    "backward", and `label` has the head size, as in "D=64 bfloat16".
+    """
     total = 0.0
     for name, figure in zip(PASSES[step], kernels, strict=True):
         masked, unmasked = (loop_bounds.cycles(loop["pipes"]) for loop in figure["loops"])
@@ -339,6 +418,10 @@ def minor(version: str) -> str:
 
 
 def table(figures: dict[str, dict[str, Figure]], version: str) -> str:
+    """Return the Markdown page of all figures, with a table for each target. `version` is Triton's version.
+
+    `figures` maps a launch's name, then its target such as "sm_90", to the figures of the kernel.
+    """
     lines = [
         "# Generated code",
         "",
@@ -368,6 +451,7 @@ def table(figures: dict[str, dict[str, Figure]], version: str) -> str:
 
 
 def main() -> None:
+    """Compile the recorded launches, write the page of figures, and exit with code 1 if anything is violated."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("launches", type=Path)
     parser.add_argument("--update", action="store_true", help="make this build the budget")

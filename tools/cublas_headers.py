@@ -17,15 +17,17 @@ UNPACKED = ROOT / ".venv-codegen" / "cublas"  # where `make codegen` puts them
 
 
 def toolkit() -> Path:
+    """Return the folder of the CUDA toolkit: CUDA_HOME, or /usr/local/cuda by default."""
     return Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 
 
 def find(folder: Path = UNPACKED) -> Path | None:
-    """Return the folder with cublasLt.h, without fetching anything."""
+    """Return the first of the toolkit's include folder and `folder` that holds cublasLt.h, or None if neither does."""
     return next((place for place in (toolkit() / "include", folder) if (place / "cublasLt.h").exists()), None)
 
 
 def unpack(folder: Path) -> None:
+    """Download the package nvidia-cublas by pip, and write its headers into `folder`."""
     with tempfile.TemporaryDirectory() as temporary:
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "download", "--no-deps"]
         subprocess.run([*command, "--no-cache-dir", "--dest", temporary, PACKAGE], check=True)
@@ -37,6 +39,7 @@ def unpack(folder: Path) -> None:
 
 
 def main() -> None:
+    """Print the folder with cublasLt.h; unpack the headers into the folder of the command line if there is none."""
     folder = Path(sys.argv[1])
     if find(folder) is None:
         unpack(folder)

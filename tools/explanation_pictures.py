@@ -30,10 +30,11 @@ MIB = 1 << 20
 
 
 def kept_for_backward() -> dict[str, tuple[float, float]]:
-    """Return MiB kept between forward and backward by plain PyTorch and by the op, for each op.
+    """Return {op: (MiB that plain PyTorch keeps for backward, MiB that gpt_fast's op keeps)}.
 
-    One layer, and the loss, of GPT-2 124M at B = 8, T = 1024 in bfloat16 with dropout. Nothing is computed: the tensors
-    are on the device `meta`. Inputs and weights are not counted, because both sides keep them.
+    The shapes are those of one layer, and of the loss, of GPT-2 124M at B = 8, T = 1024 in bfloat16 with dropout.
+    Nothing is computed: the tensors are on the device `meta`. Inputs and weights are not counted, because both sides
+    keep them.
     """
     B, T, C, H, V = 8, 1024, 768, 12, 50257
     q, k, v = (_tensor(B, H, T, C // H) for _ in range(3))
@@ -70,11 +71,12 @@ def kept_for_backward() -> dict[str, tuple[float, float]]:
 
 
 def _tensor(*shape: int) -> Tensor:
+    """Return a bfloat16 tensor on the device `meta` that requires grad."""
     return torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
 
 
 def _kept(call: Callable[[], Tensor], *given: Tensor) -> float:
-    """Return the MiB that a call keeps alive for its backward pass, besides what it was given."""
+    """Return the MiB that the result of `call` keeps alive for its backward pass, without the tensors in `given`."""
     storages = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -92,6 +94,7 @@ def _kept(call: Callable[[], Tensor], *given: Tensor) -> float:
 
 
 def draw_memory() -> Figure:
+    """Draw bars for the memory that plain PyTorch and each op keep between forward and backward."""
     kept = kept_for_backward()
     figure, axes = _figure(2.6)
     for place, (plain, ours) in enumerate(kept.values()):
@@ -110,6 +113,7 @@ def draw_memory() -> Figure:
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
+    """Return a figure of the pictures' common width, `height` inches high, and its axes."""
     figure = Figure(figsize=(7.2, height), layout="constrained")
     return figure, figure.subplots()
 
@@ -118,6 +122,7 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 
 def draw_way() -> Figure:
+    """Draw a diagram of what a call of `layer_norm` passes through, from the public function to the kernels."""
     figure, axes = _figure(5.0)
     axes.set(xlim=(0, 103), ylim=(0, 70))
     axes.axis("off")
@@ -142,6 +147,7 @@ def draw_way() -> Figure:
 def _box(
     axes: Axes, x: float, y: float, width: float, title: str, note: str, *, ink: str = INK, code: bool = False
 ) -> None:
+    """Draw a box centred at (x, y) with a bold title, monospaced if it is `code`, and a small note below it."""
     box = FancyBboxPatch((x - width / 2, y - 4), width, 8, "round,pad=0,rounding_size=1.2", fc=PALE, ec=ink, lw=1.3)
     axes.add_patch(box)
     axes.annotate(
@@ -152,6 +158,7 @@ def _box(
 
 
 def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """Draw an arrow between two points of the axes."""
     axes.add_patch(
         FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, color=INK, lw=1, shrinkA=0, shrinkB=1)
     )
@@ -161,7 +168,11 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> 
 
 
 def draw_tile() -> Figure:
-    """Draw the first 16 x 16 elements of attention's mask: dropped ones, and the elements of two calls of Philox."""
+    """Draw the dropout mask of attention's first 16 x 16 elements.
+
+    Dropped elements are crossed out. The elements that two calls of the generator Philox decide are coloured, each with
+    the number of the random word and of its half.
+    """
     size = 16
     keep = reference.dropout_keep_matrix(torch.tensor([SEED]), 1, torch.tensor([0]), size, size, 2 * DROPOUT_P)[0]
     figure, axes = _figure(4.4)
@@ -197,6 +208,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 
 
 def main() -> None:
+    """Write every picture as SVG into docs/assets; equal pictures give equal files."""
     # The same picture is the same file, and its text stays text.
     matplotlib.rcParams.update({"svg.hashsalt": "gpt_fast", "svg.fonttype": "none"})
     for name, draw in PICTURES.items():

@@ -21,7 +21,7 @@ INCLUDED = (*include_paths(), sysconfig.get_paths()["include"])
 
 
 def compiles(source: Path, level: str) -> str:
-    """Return the compiler's errors, empty if it compiles."""
+    """Compile a C++ file for an instruction set, a key of `LEVELS`. Return the compiler's errors, "" if it compiles."""
     vector = "AVX2" if level == "avx2" else "AVX512"  # of at::vec
     command = [
         *shlex.split(get_cxx_compiler()), "-std=c++20", "-O0", "-g0", "-fopenmp", *LEVELS[level],
@@ -34,6 +34,7 @@ def compiles(source: Path, level: str) -> str:
 
 
 def main() -> None:
+    """Compile every C++ file for every instruction set and print the failures. Exit with code 1 if there is one."""
     work = [(path, level) for path in sorted((ROOT / "csrc/cpu").rglob("*.cpp")) for level in LEVELS]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", len(os.sched_getaffinity(0))))) as pool:
         failures = [output for output in pool.map(lambda item: compiles(*item), work) if output]

@@ -42,19 +42,20 @@ class Instruction(NamedTuple):
 
     @property
     def opcode(self) -> str:
+        """Return the name without its suffixes, such as LDS for LDS.128."""
         return self.name.split(".")[0]
 
 
 def parse(sass: str) -> list[Instruction]:
-    """Return the instructions of what `cuobjdump -sass` printed."""
+    """Return the instructions in the output of `cuobjdump -sass`, in their order."""
     return [Instruction(int(address, 16), name, rest) for address, name, rest in _INSTRUCTION.findall(sass)]
 
 
 def product_loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:
-    """Return the innermost loops around matrix products: stretches that a branch jumps back over.
+    """Return the innermost loops around matrix products, each as its instructions, in the order of their addresses.
 
-    Waiting for memory is compiled out of line, behind the kernel's end, and jumps back too: a stretch with an end in it
-    is no loop.
+    A loop is a stretch of code that a branch at its end jumps back over. Waiting for memory is compiled out of line,
+    behind the kernel's end, and jumps back too: a stretch with an EXIT in it is no loop.
     """
     stretches = []
     for address, name, operands in instructions:
@@ -75,9 +76,10 @@ def product_loops(instructions: Sequence[Instruction]) -> list[list[Instruction]
 
 
 def bound(body: Sequence[Instruction], warps: int) -> dict[str, int]:
-    """Return the cycles that each pipe of a multiprocessor needs for one turn of a loop by one program of `warps`.
+    """Return the cycles that each of PIPES needs for one iteration of a loop, for one program of `warps` warps.
 
-    A warpgroup of four warps issues each wgmma together; each of the four counts here as its own issue slot.
+    `body` are the loop's instructions. A pipe is an execution unit of a multiprocessor, its issue slots or its shared
+    memory. A warpgroup of four warps issues each wgmma together; each of the four counts here as its own issue slot.
     """
     issued = [instruction for instruction in body if instruction.opcode != "NOP"]
     lanes = {"mufu": 0, "fma": 0, "imad": 0, "alu": 0}
@@ -98,9 +100,10 @@ def bound(body: Sequence[Instruction], warps: int) -> dict[str, int]:
 
 
 def cycles(pipes: dict[str, int]) -> int:
-    """Return the cycles of one turn in which other work never overlaps with the products.
+    """Return the cycles of one loop iteration if other work never overlaps with the matrix products.
 
-    The tensor cores read shared memory while they multiply, so the slower of these two is the products' time.
+    `pipes` is the result of `bound`. The tensor cores read shared memory while they multiply, so the slower of these
+    two is the products' time. The busiest of the other pipes is added.
     """
     products = ("tensor", "shared")
     return max(pipes[pipe] for pipe in products) + max(pipes[pipe] for pipe in PIPES if pipe not in products)
@@ -109,7 +112,8 @@ def cycles(pipes: dict[str, int]) -> int:
 def causal_cycles(masked: int, unmasked: int, own: int, walked: int, T: int) -> float:
     """Return the cycles of causal attention's loops for one head of T tokens, all programs together.
 
-    A program owns `own` rows and walks over the other axis, `walked` rows a turn. Turns on the diagonal need a mask.
+    A program owns `own` rows of one axis and loops over the other axis, `walked` rows in each iteration. An iteration
+    takes `masked` cycles on the diagonal, which needs a mask, and `unmasked` cycles elsewhere.
     """
     total = 0
     for start in range(0, T, own):
@@ -119,13 +123,20 @@ def causal_cycles(masked: int, unmasked: int, own: int, walked: int, T: int) -> 
 
 
 def rate(products: int, D: int, T: int, total: float) -> float:
-    """Return the predicted TFLOP/s of causal attention that needs `total` cycles for one head."""
+    """Return the predicted TFLOP/s of causal attention on an H100 SXM, if one head needs `total` cycles.
+
+    `products` is the number of matrix products, D the head size and T the number of tokens. The factor FITTED is part
+    of the prediction.
+    """
     flops = products * 2 * D * T * T / 2
     return FITTED * flops / total * MULTIPROCESSORS * HERTZ / 1e12
 
 
 def _lanes(opcode: str) -> str | None:
-    """Return which of LANES an instruction occupies; None for memory, control flow and the uniform datapath."""
+    """Return the key of LANES whose execution unit an instruction occupies.
+
+    It is None for memory, control flow and the uniform datapath, which only take an issue slot.
+    """
     if opcode in _MEMORY or opcode in _CONTROL:
         return None
     if opcode == "MUFU":
@@ -138,13 +149,16 @@ def _lanes(opcode: str) -> str | None:
 
 
 def _flops(instruction: Instruction) -> int:
-    """Return the FLOPs of a wgmma, 0 for any other instruction."""
+    """Return the FLOPs of a wgmma instruction, 0 for any other instruction."""
     shape = _WGMMA.match(instruction.name)
     return 2 * 64 * int(shape[1]) * int(shape[2]) if shape else 0
 
 
 def _shared_bytes(instruction: Instruction) -> float:
-    """Return the bytes of shared memory that one warp moves. A shuffle moves as many through the same ports."""
+    """Return the bytes of shared memory that an instruction moves for one warp, 0 if it does not use shared memory.
+
+    A shuffle counts, because it moves its bytes through the same ports.
+    """
     shape = _WGMMA.match(instruction.name)
     if shape:
         N, K = int(shape[1]), int(shape[2])

@@ -17,7 +17,7 @@ SITE = "results"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add every picture of benchmarks/results to the files of the site."""
+    """Add the pictures in benchmarks/results to the site's files, below `results/`, and return the files."""
     root = Path(config.config_file_path).parent
     for picture in sorted((root / RESULTS).glob("*/*.png")):
         place = f"{SITE}/{picture.relative_to(root / RESULTS).as_posix()}"
@@ -26,6 +26,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """Point pictures at their place in the site."""
+    """Return the page's Markdown with links to pictures in benchmarks/results changed to their place in the site."""
     place = posixpath.relpath(SITE, posixpath.dirname(page.file.src_uri))
     return re.sub(rf"(!\[[^\]]*\]\()(?:\.\./)+{RESULTS.as_posix()}/", rf"\1{place}/", markdown)

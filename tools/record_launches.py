@@ -35,7 +35,12 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
 def describe(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the signature, constants and alignments that Triton would derive from this call."""
+    """Return {"signature", "constants", "divisible", "options"}: how Triton would specialise a kernel for this launch.
+
+    "signature" maps each parameter to its type, "constexpr" for a constant, and "constants" has the constants' values.
+    "divisible" names the pointers and integers that are multiples of 16. "options" are compile options such as
+    num_warps. `args` and `kwargs` are those of the launch.
+    """
     names = [parameter.name for parameter in kernel.params]
     values = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
     signature: dict[str, str] = {}
@@ -63,7 +68,12 @@ def describe(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> dict[s
 
 
 def record(topic: Topic, target: int, found: dict[str, dict[str, Any]]) -> None:
-    """Add the op's launches to `found`, by what is compiled: a kernel may serve several shapes, and several ops."""
+    """Add the kernel launches of an op's topic on the architecture `target`, such as 90, to `found`.
+
+    `topic.launches` yields the calls that launch. The values of `found` are dicts with the kernel, what `describe`
+    returns, and a name, "key". Its keys are the same as JSON, without the name. A launch that compiles the same as an
+    earlier one is not added, since several shapes and several ops may use one kernel.
+    """
     op = topic.name
     kernels = importlib.import_module(f"kernels.{op}")
     keys = {launch["key"] for launch in found.values() if launch["target"] == target}
@@ -89,6 +99,10 @@ def record(topic: Topic, target: int, found: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> None:
+    """Write the launches of every op on every architecture as JSON to the file that the command line names.
+
+    Exit with a message if a kernel file has no launches in benchmarks/ops, or launches have no kernel file.
+    """
     launched = {name: topic for name, topic in catalogue.ops().items() if topic.launches}
     present = {path.stem for path in Path("kernels").glob("*.py") if "\ndef forward(" in path.read_text("utf-8")}
     if present != set(launched):

@@ -24,7 +24,10 @@ PATH = Path(launch_configs.__file__)
 
 
 def rewritten(text: str, op: str, rows: list[Row]) -> str:
-    """Return the text of kernels/launch_configs.py with the rows of an op in TABLES replaced."""
+    """Return `text`, the source of kernels/launch_configs.py, with the rows of an op in TABLES replaced by `rows`.
+
+    Raise `ValueError` unless TABLES has exactly one table of the op.
+    """
     lines = []
     for row in rows:
         size = "ANY" if row.size == ANY else str(row.size)
@@ -41,7 +44,10 @@ def rewritten(text: str, op: str, rows: list[Row]) -> str:
 
 
 def ship(table: Path) -> None:
-    """Write the rows of a user's table into kernels/launch_configs.py."""
+    """Write the rows of a user's table, a file that `gpt-fast tune` wrote, into kernels/launch_configs.py.
+
+    A row replaces one for the same kernel, architecture, element size and class of shapes.
+    """
     _, found = launch_configs.read_table(table)
     text = PATH.read_text("utf-8")
     for op, rows in found.items():
@@ -53,6 +59,7 @@ def ship(table: Path) -> None:
 
 
 def main() -> None:
+    """Do what the command line asks for: compare launch configurations, or ship a table of them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(launch_configs.TABLES)}; all by default")
     action = parser.add_mutually_exclusive_group(required=True)

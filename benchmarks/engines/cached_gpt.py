@@ -11,7 +11,11 @@ from benchmarks.models.plain_gpt import PlainGPT
 
 
 def greedy(logits: Callable[[Tensor], Tensor], tokens: Tensor, new: int) -> Tensor:
-    """Return tokens [B, T] and `new` more. `logits` reads tokens and returns the logits [B, V] after the last."""
+    """Generate greedily. Return tokens [B, T + new]: the prompt `tokens` [B, T], then `new` tokens.
+
+    `logits` passes tokens to a model that caches all earlier ones, and returns the logits [B, V] after the last token.
+    It is called with the prompt first, then with each new token [B, 1].
+    """
     texts = [tokens]
     for _ in range(new):
         texts.append(logits(texts[-1]).argmax(-1, keepdim=True))
@@ -29,11 +33,20 @@ class CachedGPT(nn.Module):
     """
 
     def __init__(self, model: PlainGPT, masks: bool):
+        """Wrap `model`, whose weights are shared.
+
+        With `masks` attention gets an explicit mask. Otherwise the graph asks for causal attention, for engines that
+        align the causal mask to the last key. PyTorch itself aligns it to the first key and needs the explicit mask.
+        """
         super().__init__()
         self.model = model
         self.masks = masks
 
     def forward(self, tokens: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        """Return (logits [B, V] after the last token, then keys and values [B, H, P + T, D] of every layer).
+
+        `tokens` is [B, T]. `past` is the cache: keys, then values [B, H, P, D] of the first layer, of the second, ...
+        """
         T, P = tokens.shape[1], past[0].shape[2]
         places = torch.arange(P, P + T)
         seen = places[:, None] >= torch.arange(P + T) if self.masks else None  # [T, P + T]
@@ -52,7 +65,10 @@ class CachedGPT(nn.Module):
         return self.model.output_layer(self.model.final_norm(x[:, -1])), *caches
 
     def example(self) -> tuple[Tensor, ...]:
-        """Return inputs of two rows: three tokens after a cache of five."""
+        """Return example arguments of `forward` to trace it with, all zeros: tokens [2, 3], and a cache of five tokens.
+
+        The cache is keys, then values, [2, H, 5, D] of each layer.
+        """
         config = self.model.config
         shape = 2, config.num_heads, 5, config.hidden_dim // config.num_heads
         past = [torch.zeros(shape) for _ in range(2 * config.num_layers)]  # the exporter would merge equal tensors

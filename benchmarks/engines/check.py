@@ -21,7 +21,7 @@ GROUP = 128  # weights of an output channel that share a scale in int4
 
 
 def small_model() -> GPTForCausalLM:
-    """Return a model whose greedy texts depend on places and earlier tokens.
+    """Return a GPT-2 of the size SMALL whose greedily generated texts depend on positions and on earlier tokens.
 
     With a usual initialisation the residual stream is nearly the token's embedding, so that every token repeats itself.
     """
@@ -37,7 +37,11 @@ def small_model() -> GPTForCausalLM:
 
 
 def check(engine: Any, precision: str) -> None:
-    """Raise `ValueError` if the engine's tokens on the small model are none that the plain model could choose."""
+    """Raise `ValueError` if an engine generates wrong tokens with a small model in this precision.
+
+    `engine` is a module with `convert` and `Generator`, such as engines/openvino.py. Tokens are wrong if their logits
+    are further below the best ones than rounding explains, see `judge`. The batch sizes are ROWS and 1.
+    """
     model = small_model()
     with tempfile.TemporaryDirectory() as folder:
         engine.convert(model, precision, Path(folder))
@@ -50,8 +54,8 @@ def check(engine: Any, precision: str) -> None:
 def judge(model: GPTForCausalLM, precision: str, tokens: Tensor, generate: Any) -> None:
     """Raise `ValueError` if the tokens that an engine generates are not nearly the most likely ones.
 
-    `generate(tokens, NEW)` returns `tokens` with NEW more. The plain model in float64 computes the logits. The distance
-    of a chosen token is the largest logit at its position minus its own logit.
+    `tokens` [B, T] is the prompt. `generate(tokens, NEW)` returns it with NEW more tokens. The plain model computes the
+    logits in float64. The distance of a chosen token is the largest logit at its position minus its own logit.
 
     Rounding moves both of these logits. `yardstick`, the plain model in the engine's precision, has an error at each
     logit. The tolerance policy allows an engine `MAX_FACTOR` times this error, and the distance of two logits may be
@@ -86,16 +90,19 @@ def judge(model: GPTForCausalLM, precision: str, tokens: Tensor, generate: Any) 
 
 
 def distances(plain: PlainGPT, text: Tensor, T: int) -> Tensor:
-    """Return by how much each token's logit after the first T tokens is below the best one, [B, NEW] in float64."""
+    """Return by how much the logit of each generated token is below the largest at its position, [B, NEW] in float64.
+
+    The plain model computes the logits in float64. `text` is [B, T + NEW], with a prompt of T tokens.
+    """
     exact = copy.deepcopy(plain).double()(text)[:, T - 1 : -1]  # [B, NEW, V]
     return exact.amax(-1) - exact.gather(-1, text[:, T:, None]).squeeze(-1)
 
 
 def yardstick(plain: PlainGPT, precision: str) -> PlainGPT:
-    """Return a copy of the plain model in the precision of an engine; the engine's errors are compared with its errors.
+    """Return a copy of the plain model that computes in an engine's precision, to compare the engine's errors with.
 
     In int8 and int4, matrices have 8 or 4 bits, and activations 8 bits with one scale for the whole tensor, the
-    coarsest scale that an engine uses. All else is in bfloat16.
+    coarsest scale that an engine uses. All else is in bfloat16. In float32 the copy is the plain model itself.
     """
     plain = copy.deepcopy(plain)
     if precision == "float32":
@@ -109,11 +116,15 @@ def yardstick(plain: PlainGPT, precision: str) -> PlainGPT:
 
 
 def rounded_weights(weight: Tensor, bits: int) -> Tensor:
-    """Return weights [N, K] as integers times a scale: of each row, in int4 of each group in it."""
+    """Return weights [N, K] rounded to `bits` bits: integers times a scale, still in the dtype of `weight`.
+
+    There is a scale for each row or, with 4 bits, for each group of GROUP weights in a row.
+    """
     groups = weight.unflatten(1, (-1, GROUP)) if bits == 4 else weight
     return rounded(groups, groups.abs().amax(-1, keepdim=True), bits).reshape(weight.shape)
 
 
 def rounded(x: Tensor, largest: Tensor, bits: int) -> Tensor:
+    """Return x rounded to multiples of a scale, where `largest` is the scale times 2^(bits - 1) - 1."""
     scale = largest / (2 ** (bits - 1) - 1)
     return (x / scale).round() * scale

@@ -16,11 +16,16 @@ FILE = "model.onnx"
 
 
 def missing(precision: str) -> str | None:
+    """Return None: ONNX Runtime computes in each of PRECISIONS on every CPU."""
     return None
 
 
 def convert(model: GPTForCausalLM, precision: str, folder: Path) -> None:
-    """Write the model. int8: weights by output channel, and activations of each product as they come."""
+    """Write the model to `folder` as an ONNX file in this precision.
+
+    In int8, weights have a scale for each output channel, and activations are quantized at run time, before each
+    product.
+    """
     cached = CachedGPT(PlainGPT(model.config).copy_weights(model).eval(), masks=True)
     example, any_size = cached.example(), torch.export.Dim.DYNAMIC
     past = range(len(example) - 1)
@@ -43,6 +48,7 @@ class Generator:
     """Session of the model. Every run returns the whole cache as new arrays."""
 
     def __init__(self, folder: Path, precision: str):
+        """Load the model that `convert` wrote to `folder`, with as many threads as PyTorch has."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -54,6 +60,7 @@ class Generator:
         _, self.heads, _, self.size = self.session.get_inputs()[1].shape
 
     def __call__(self, tokens: Tensor, new: int) -> Tensor:
+        """Generate greedily. Return tokens [B, T + new]: the prompt `tokens` [B, T], then `new` tokens."""
         past = [np.zeros((len(tokens), self.heads, 0, self.size), np.float32)] * (len(self.names) - 1)
 
         def logits(read: Tensor) -> Tensor:

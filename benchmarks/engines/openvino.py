@@ -22,7 +22,7 @@ HINTS: dict[str, dict[str, Any]] = {
 
 
 def missing(precision: str) -> str | None:
-    """Return the reason why OpenVINO does not compute in this precision here, or None."""
+    """Return the reason why OpenVINO cannot compute in this precision on this CPU, or None if it can."""
     import openvino as ov
 
     if precision == "bfloat16" and "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
@@ -31,7 +31,11 @@ def missing(precision: str) -> str | None:
 
 
 def convert(model: GPTForCausalLM, precision: str, folder: Path) -> None:
-    """Write the model with its cache as state. nncf compresses weights to int8 and int4 with its default options."""
+    """Write the model to `folder` in OpenVINO's format, with its key/value cache as state inside the model.
+
+    nncf compresses weights to int8 and int4 with its default options. In bfloat16 the file is that of float32, and
+    `Generator` asks for the precision.
+    """
     import openvino as ov
 
     cached = CachedGPT(
@@ -48,7 +52,12 @@ def convert(model: GPTForCausalLM, precision: str, folder: Path) -> None:
 
 
 def keep_cache(model: Any, heads: int, size: int) -> None:
-    """Turn the inputs and outputs for keys and values into state, which starts empty and follows `beam_idx`."""
+    """Turn the inputs and outputs of an OpenVINO model that hold keys and values into state, in place.
+
+    The model is a converted `CachedGPT` with `heads` heads of `size` elements. Its state starts empty. A new input
+    `beam_idx` [B] says which row of the cache each row continues. The first input becomes `tokens`, the first output
+    `logits`.
+    """
     import openvino as ov
     from openvino import opset13 as ops
 
@@ -83,6 +92,7 @@ class Generator:
     """Compiled model with its state."""
 
     def __init__(self, folder: Path, precision: str):
+        """Compile the model that `convert` wrote to `folder`, with as many threads as PyTorch has."""
         import openvino as ov
 
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
@@ -90,6 +100,7 @@ class Generator:
         self.request = self.compiled.create_infer_request()
 
     def __call__(self, tokens: Tensor, new: int) -> Tensor:
+        """Generate greedily. Return tokens [B, T + new]: the prompt `tokens` [B, T], then `new` tokens."""
         self.request.reset_state()
         rows = np.arange(len(tokens), dtype=np.int32)
 

@@ -24,7 +24,7 @@ PRODUCTS = {"bfloat16": "bf16_products", "int8": "int8_products"}  # what a devi
 
 
 def missing(case: Case, engine: str, precision: str) -> str | None:
-    """Return the reason why an engine cannot run here, or None."""
+    """Return the reason why an engine cannot run the case in this precision, or None if it can."""
     if case.device != "cpu":
         return "measured on CPUs only"
     if case.dtype != torch.float32:
@@ -36,9 +36,11 @@ def missing(case: Case, engine: str, precision: str) -> str | None:
 
 
 def build(case: Case, engine: str, precision: str) -> Function:
-    """Return the job on the engine, whose results on a small model have been checked.
+    """Return the job that runs the case on an engine with a model of random weights, converted to this precision.
 
-    Raise `ValueError` for an engine that fails the check: it is reported and not timed.
+    The job maps the case's prompt to a text with `new` more tokens, one more if the case has no size "new". The
+    engine's tokens on a small model are checked before. Raise `ValueError` if they are wrong: the engine is reported
+    and not timed.
     """
     checked(engine, precision)
     facts = tuple((field.name, getattr(case.config, field.name)) for field in dataclasses.fields(case.config))
@@ -49,12 +51,16 @@ def build(case: Case, engine: str, precision: str) -> Function:
 
 @cache
 def checked(engine: str, precision: str) -> None:
+    """Raise `ValueError` if an engine generates wrong tokens in this precision. The check runs once, see `check`."""
     check(ENGINES[engine], precision)
 
 
 @cache
 def converted(engine: str, precision: str, facts: tuple[tuple[str, Any], ...]) -> tempfile.TemporaryDirectory:
-    """Return a folder with a model of this configuration, random weights. It lasts as long as the program."""
+    """Return a temporary folder that holds a model with random weights, converted for an engine in this precision.
+
+    `facts` are the fields of its `GPTConfig`, as (name, value). The folder lasts as long as the program.
+    """
     torch.manual_seed(0)
     folder = tempfile.TemporaryDirectory(prefix="gpt_fast_benchmarks_")
     ENGINES[engine].convert(GPTForCausalLM(GPTConfig(**dict(facts))).eval(), precision, Path(folder.name))
@@ -62,19 +68,22 @@ def converted(engine: str, precision: str, facts: tuple[tuple[str, Any], ...]) -
 
 
 def no_llama(case: Case) -> str:
+    """Return the reason why llama.cpp is never measured, whether its package is installed or not."""
     if importlib.util.find_spec("llama_cpp") is None:
         return "llama-cpp-python is not installed"
     return "the suite writes no GGUF file, which llama.cpp reads"
 
 
 def name(engine: str, precision: str) -> str:
+    """Return the name that tables show for an engine in a precision, such as "OpenVINO int8"."""
     return f"{engine} {precision}"
 
 
 def rivals(times: dict[str, float]) -> Iterator[Target]:
-    """Yield the targets of ours by precision: `times` against the best engine of the same or a higher precision.
+    """Yield the targets for gpt_fast with weights in each precision, where `times` maps precision to speed.
 
-    Beside a busy process ours must be as fast as that engine, and reach 80 % of its own quiet figure on the cores left.
+    gpt_fast must be that many times as fast as the fastest engine of the same or a higher precision. Beside a busy
+    process it must be as fast as that engine, and reach 80 % of its own speed without the process on one thread less.
     """
     for precision, least in times.items():
         who = OURS if precision == "float32" else f"{OURS} {precision} weights"

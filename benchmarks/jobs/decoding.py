@@ -31,7 +31,11 @@ READ = 512 << 20  # bytes of the buffer whose reading is timed
 
 
 def measure(device: str, quick: bool, cpu_time: bool) -> dict[str, Any]:
-    """Return the figures of `token_seconds`, and of `curve` for each precision of the weights."""
+    """Return the figures of `token_seconds`, and "curves": {precision of the weights: result of `curve`}.
+
+    With `quick` there are fewer tokens and repetitions. With `cpu_time` the times are CPU seconds of the process. The
+    device is always the CPU.
+    """
     now = time.process_time if cpu_time else time.perf_counter
     tokens, repeats = (8, 1) if quick else (32, 3)
     figures = token_seconds(MODEL, tokens, repeats, now)
@@ -39,7 +43,7 @@ def measure(device: str, quick: bool, cpu_time: bool) -> dict[str, Any]:
 
 
 def read_bandwidth(buffer: torch.Tensor, now: Callable[[], float]) -> float:
-    """Return the bytes a second of reading the buffer with all threads: the best of three passes."""
+    """Return the rate of reading the buffer with all threads in bytes a second: the best of three tries."""
     read, seconds = reader(buffer), []
     for _ in range(3):
         start = now()
@@ -49,7 +53,10 @@ def read_bandwidth(buffer: torch.Tensor, now: Callable[[], float]) -> float:
 
 
 def our_seconds(session: DecodeSession, tokens: int, now: Callable[[], float]) -> float:
-    """Return the median of `tokens` steps after a prompt."""
+    """Return the median seconds of a decode step, over `tokens` steps after a prompt of PROMPT tokens.
+
+    The prompt is not timed. `now` is the clock to read, in seconds.
+    """
     session.reset()
     session.prefill(torch.arange(PROMPT)[None])
     new, seconds = torch.tensor([7]), []
@@ -61,7 +68,11 @@ def our_seconds(session: DecodeSession, tokens: int, now: Callable[[], float]) -
 
 
 def hf_seconds(model: Any, tokens: int, now: Callable[[], float]) -> float:
-    """Return the seconds a token of transformers' generate, as a difference of two runs without prompt and set-up."""
+    """Return the seconds that transformers' `generate` takes for a token, over `tokens` of them.
+
+    The prompt and the set-up are not counted: two runs of different lengths are timed, and their difference is divided.
+    `now` is the clock to read, in seconds.
+    """
 
     def run(new: int) -> float:
         start = now()
@@ -77,7 +88,7 @@ def hf_seconds(model: Any, tokens: int, now: Callable[[], float]) -> float:
 
 
 def bytes_read(session: DecodeSession) -> dict[str, int]:
-    """Return the bytes that one step reads.
+    """Return {"bytes", "bytes_per_cached_token"}: the bytes that one decode step reads.
 
     "bytes" counts the weights of all matrices. "bytes_per_cached_token" counts the keys and values of one token in the
     cache, over all layers.
@@ -88,14 +99,23 @@ def bytes_read(session: DecodeSession) -> dict[str, int]:
 
 
 def bound(figure: dict[str, Any], cached: float, bandwidth: float) -> float:
-    """Return the seconds that a step's reading takes after `cached` tokens."""
+    """Return the least seconds of a decode step: it reads the weights, and the keys and values of `cached` tokens.
+
+    `figure` has the entries of `bytes_read`. `bandwidth` is in bytes a second.
+    """
     return (figure["bytes"] + figure["bytes_per_cached_token"] * cached) / bandwidth
 
 
 def token_seconds(
     name: str, tokens: int, repeats: int, now: Callable[[], float] = time.perf_counter
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the read bandwidth, and the seconds a token by precision and of transformers."""
+    """Measure decoding with the preset `name` at batch 1, in each precision of the weights, and with transformers.
+
+    Each of `repeats` repetitions times `tokens` steps by the clock `now`, fewer with transformers. Return "model",
+    "read_bandwidth" in bytes a second and its range, and for each precision and each of PEERS {"seconds": median time
+    of a token, "range": [least, most]}. Precisions also have the entries of `bytes_read`, and "of_bound", the share of
+    the time that reading takes at least. The entries of PEERS are missing if transformers is not installed.
+    """
     torch.manual_seed(0)
     model = GPTForCausalLM(GPTConfig.preset(name)).eval()
     runs: dict[str, Callable[[], float]] = {}
@@ -132,9 +152,10 @@ def token_seconds(
 def curve(
     name: str, weights: str, now: Callable[[], float] = time.perf_counter
 ) -> list[tuple[int, float, float]]:  # fmt: skip
-    """Return (position, seconds a token, read bandwidth) over the whole cache.
+    """Return [(position, seconds of a step, read bandwidth)] for 16 positions across the whole cache, at batch 1.
 
-    Each of 16 places is the median of 16 neighbouring steps.
+    Each time is the median of 16 neighbouring steps. The bandwidth, in bytes a second, is measured just before them.
+    `name` is the model's preset, `weights` the precision of its weights, and `now` the clock to read, in seconds.
     """
     model = GPTForCausalLM(GPTConfig.preset(name)).eval()
     session = DecodeSession(model, weights=weights)
@@ -155,11 +176,12 @@ def curve(
 
 
 def shown(record: dict[str, Any]) -> list[str]:
-    """Return the precisions of the weights that the record has: an older one lacks those that came since."""
+    """Return the precisions of the weights that the record has; an older record lacks newer precisions."""
     return [weights for weights in WEIGHTS if weights in record]
 
 
 def lines(record: dict[str, Any]) -> list[str]:
+    """Return the study's record as lines of Markdown: a heading, what was measured, and a table by precision."""
     low, high = (f"{bandwidth / 1e9:.1f}" for bandwidth in record["read_bandwidth_range"])
     rows = []
     for weights in shown(record):
@@ -182,7 +204,10 @@ def lines(record: dict[str, Any]) -> list[str]:
 
 
 def picture(record: dict[str, Any]) -> Figure:
-    """Draw milliseconds a token over the tokens in the cache, and the time that reading them and the weights takes."""
+    """Draw the milliseconds of a decode step over the number of tokens in the cache, for each precision of the weights.
+
+    A dashed line is the time that reading the cache and the weights takes at least.
+    """
     figure = Figure(figsize=(6.3, 4.2), dpi=130, layout="constrained")
     axes = figure.subplots()
     config = GPTConfig.preset(record["model"])

@@ -16,17 +16,25 @@ JOB = "finetuning_step"
 
 
 def inputs(case: Case) -> tuple:
-    """Return rows that are all full, so that every implementation does the same work, and labels of two classes."""
+    """Return (tokens [B, T], labels [B]), random.
+
+    All rows are full, so that every implementation does the same work. There are two classes.
+    """
     B, T = case.size["B"], case.size["T"]
     return ids(case, case.config.num_tokens, B, T), ids(case, 2, B)
 
 
 def work(case: Case, passes: str) -> Work:
-    """Count a training step, except that a few labels are scored and not the vocabulary."""
+    """Return the least bytes and FLOPs of one training step; `passes` is always "step".
+
+    They are those of a language model without its output layer, because only one position of each row is scored, with a
+    few labels.
+    """
     return training(case.config, case.size["B"], case.size["T"], output_rows=0)
 
 
 def cases(device: str) -> Iterator[Case]:
+    """Yield the cases to benchmark on a device, "cpu" or "cuda"."""
     B, T = (32, 256) if device == "cuda" else (4, 64)
     yield from every(JOB, device, [{"model": "gpt2", "B": B, "T": T}], main_dtype(device), (0.1,), quick=True)
 
@@ -35,6 +43,7 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def ours(case: Case) -> tuple[nn.Module, Loss]:
+    """Return (gpt_fast's classifier, the function that computes its loss from tokens and labels)."""
     model = gpt_fast.GPTForSequenceClassification(case.config).to(case.device)
     return model, lambda tokens, labels: model(tokens, labels).loss
 
@@ -49,15 +58,21 @@ class PlainClassifier(nn.Module):
         self.classifier = nn.Linear(case.config.hidden_dim, case.config.num_labels)
 
     def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean cross-entropy, given tokens [B, T] and labels [B]."""
         return F.cross_entropy(self.classifier(self.dropout(self.trunk.hidden_states(tokens)[:, -1])), labels)
 
 
 def plain(case: Case) -> tuple[nn.Module, Loss]:
+    """Return (the classifier in plain PyTorch, the function that computes its loss from tokens and labels)."""
     model = PlainClassifier(case).to(case.device)
     return model, model.loss
 
 
 def hugging_face(attention: str, case: Case) -> tuple[nn.Module, Loss]:
+    """Return (transformers' classifier, the function that computes its loss from tokens and labels).
+
+    `attention` is transformers' attention implementation, "eager" or "sdpa".
+    """
     model = hf_model("GPT2ForSequenceClassification", case, attention).to(case.device)
     return model, lambda tokens, labels: model(tokens, labels=labels, use_cache=False).loss
 

@@ -11,15 +11,21 @@ JOB = "generation"
 
 
 def inputs(case: Case) -> tuple:
+    """Return a tuple with the prompt, random tokens [B, prompt]."""
     return (ids(case, case.config.num_tokens, case.size["B"], case.size["prompt"]),)
 
 
 def work(case: Case, passes: str) -> Work:
+    """Return the least bytes and FLOPs of generating the case's new tokens, without reading its prompt.
+
+    `passes` is always "step".
+    """
     size, element = case.size, case.dtype.itemsize
     return decoding(case.config, size["B"], size["prompt"], size["new"], element, element)
 
 
 def cases(device: str) -> Iterator[Case]:
+    """Yield the cases to benchmark on a device, "cpu" or "cuda"."""
     yield from every(JOB, device, [{"model": "gpt2", "B": 1, "prompt": 16, "new": 32}], main_dtype(device), quick=True)
     batches, new = ((1, 8), 128) if device == "cuda" else ((1, 8, 32), 64)
     sizes = [{"model": "gpt2", "B": B, "prompt": 16, "new": new} for B in batches]
@@ -29,6 +35,7 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
+    """Yield the speeds to reach on the case, against another implementation or a measured limit. See `Target`."""
     if case.device == "cuda" and case.size["B"] == 1:
         yield Target(FLOOR, 0.8 if case.size["model"] == "gpt2-xl" else 0.5)
     if case.device == "cpu" and case.dtype == F32:

@@ -35,7 +35,7 @@ class Operators(TorchDispatchMode):
 
 
 def operators(run: Call) -> Call:
-    """Return a call of the operators that `run` runs, without the Python around them."""
+    """Run `run`, and return a call that runs the same gpt_fast operators again, without the Python around them."""
     with Operators() as mode:
         run()
 
@@ -48,11 +48,17 @@ def operators(run: Call) -> Call:
 
 
 def measured_ops() -> list[Topic]:
+    """Return the topics of the ops that define `tiny` sizes, which are inputs of a few elements."""
     return [topic for topic in catalogue.ops().values() if topic.tiny]
 
 
 def calls_of(topic: Topic, device: str) -> dict[tuple[str, str, str], Call]:
-    """Return calls by op, pass and whose: ours, its operators, and PyTorch's."""
+    """Return calls on tensors of a few elements by (op, pass, name), each of which runs the pass once.
+
+    The name is "function" for the public function, "operators" for the PyTorch operators in it alone, or "PyTorch" for
+    PyTorch's own function, if there is one. The passes are those of the topic, except that "training", which is forward
+    and backward, replaces "backward".
+    """
     case = Case(topic.name, device, tuple((topic.tiny or {}).items()), main_dtype(device)[0])
     functions = {peer.name: peer.build(case) for peer in topic.peers if peer.name in (OURS, *THEIRS)}
     inputs = [topic.inputs(case)]
@@ -68,7 +74,11 @@ def calls_of(topic: Topic, device: str) -> dict[tuple[str, str, str], Call]:
 
 
 def seconds_of(topics: list[Topic], device: str, cpu_time: bool) -> dict[str, dict[str, dict[str, Summary]]]:
-    """Return the seconds of one call by op, pass and whose. All take turns, so that a disturbance meets all."""
+    """Return the seconds of one call as {op: {pass: {name: {"q1", "median", "q3"}}}}, with the names of `calls_of`.
+
+    All calls take turns, so that a disturbance meets all. On a GPU the time is the host's until the call is enqueued.
+    With `cpu_time` it is CPU seconds of the process.
+    """
     now = clock("cpu", cpu_time)
     calls = {key: call for topic in topics for key, call in calls_of(topic, device).items()}
     seconds: dict[tuple[str, str, str], list[float]] = {key: [] for key in calls}
@@ -89,10 +99,12 @@ def seconds_of(topics: list[Topic], device: str, cpu_time: bool) -> dict[str, di
 
 
 def measure(device: str, quick: bool, cpu_time: bool) -> dict[str, Any]:
+    """Return {"ops": the result of `seconds_of`} for all measured ops on the device; `quick` changes nothing."""
     return {"ops": seconds_of(measured_ops(), device, cpu_time)}
 
 
 def lines(record: dict[str, Any]) -> list[str]:
+    """Return the study's record as lines of Markdown: a heading, what was measured, and a table by op and pass."""
     device, date, load = record["device"], record["date"], record["load"]
     rows = []
     for op, by_pass in record["ops"].items():

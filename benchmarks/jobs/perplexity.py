@@ -27,7 +27,11 @@ WORDS = 4096  # of the vocabulary
 
 
 def measure(device: str, quick: bool, cpu_time: bool) -> dict[str, Any]:
-    """Train a model and return its held-out perplexities, with its sizes and updates."""
+    """Train a model and return {"parameters", "updates", "tokens", "perplexity"}.
+
+    They are the numbers of its parameters, of its updates, and of held-out tokens, and {precision of the weights:
+    perplexity}. With `quick` there are fewer updates. `device` and `cpu_time` change nothing.
+    """
     updates = 20 if quick else 400
     data = read_lm_data((), None, WORDS, World())
     model = train(data, updates)
@@ -39,7 +43,7 @@ def measure(device: str, quick: bool, cpu_time: bool) -> dict[str, Any]:
 
 
 def train(data: LMData, updates: int) -> GPTForCausalLM:
-    """Return a model that has seen `updates` batches."""
+    """Return a small GPT-2 in eval mode, trained with `updates` batches of `data`."""
     torch.manual_seed(0)
     config = GPTConfig.preset(
         "gpt2", dropout=0.0, num_tokens=vocabulary_size(data.tokenizer), **SIZES, **special_ids(data.tokenizer)
@@ -58,6 +62,7 @@ def train(data: LMData, updates: int) -> GPTForCausalLM:
 
 
 def lines(record: dict[str, Any]) -> list[str]:
+    """Return the study's record as lines of Markdown: a heading, what was measured, and a table by precision."""
     found = record["perplexity"]
     rows = [[weights, f"{value:.4f}", f"{value / found['float32'] - 1:+.3%}"] for weights, value in found.items()]
     return [

@@ -31,18 +31,22 @@ ACCELERATED = ("Hugging Face sdpa", "Hugging Face accelerated")
 
 
 def inputs(case: Case) -> tuple:
+    """Return a tuple with random tokens [B, T], which are also the labels."""
     return (ids(case, case.config.num_tokens, case.size["B"], case.size["T"]),)
 
 
 def tokens(case: Case) -> int:
+    """Return how many tokens one training step reads."""
     return case.size["B"] * case.size["T"]
 
 
 def work(case: Case, passes: str) -> Work:
+    """Return the least bytes and FLOPs of one training step; `passes` is always "step"."""
     return training(case.config, case.size["B"], case.size["T"], output_rows=tokens(case))
 
 
 def cases(device: str) -> Iterator[Case]:
+    """Yield the cases to benchmark on "cpu" or "cuda": models, batches, and series over batch and depth."""
     if device == "cuda":
         yield from every(JOB, device, [{"model": "gpt2", "B": 8, "T": 1024}], dropouts=(0.1, 0.0), quick=True)
         yield from every(JOB, device, [{"model": "gpt2", "B": 32, "T": 1024}], dropouts=(0.1, 0.0))
@@ -67,6 +71,7 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
+    """Yield the speeds to reach on the case, against another implementation or a measured limit. See `Target`."""
     small = case.size["model"] == "gpt2" and "layers" not in case.size
     if case.device == "cuda":
         if small and case.size["T"] == 1024:
@@ -90,16 +95,22 @@ def targets(case: Case) -> Iterator[Target]:
 
 
 def ours(case: Case) -> tuple[nn.Module, Loss]:
+    """Return (gpt_fast's language model, the function that computes its loss from tokens)."""
     model = gpt_fast.GPTForCausalLM(case.config).to(case.device)
     return model, lambda tokens: model(tokens, tokens).loss
 
 
 def plain(case: Case) -> tuple[nn.Module, Loss]:
+    """Return (the language model in plain PyTorch, the function that computes its loss from tokens)."""
     model = PlainGPT(case.config).to(case.device)
     return model, model.loss
 
 
 def hugging_face(attention: str, case: Case) -> tuple[nn.Module, Loss]:
+    """Return (transformers' language model, the function that computes its loss from tokens).
+
+    `attention` is transformers' attention implementation, "eager" or "sdpa".
+    """
     model = hf_model("GPT2LMHeadModel", case, attention).to(case.device)
     return model, lambda tokens: model(tokens, labels=tokens, use_cache=False).loss
 

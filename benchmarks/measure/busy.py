@@ -20,7 +20,7 @@ while os.getppid() == parent:
 
 @contextlib.contextmanager
 def busy_process() -> Iterator[subprocess.Popen]:
-    """Run the loop on one core while the block runs, and end it however the block ends."""
+    """Run a process that computes in an endless loop during the block, and yield it. Kill it when the block ends."""
     process = subprocess.Popen([sys.executable, "-I", "-S", "-c", _LOOP], stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
@@ -33,7 +33,7 @@ def busy_process() -> Iterator[subprocess.Popen]:
 
 @contextlib.contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Let PyTorch compute with so many threads in the block."""
+    """Let PyTorch compute with `number` threads in the block, and with the earlier number again after it."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

@@ -13,6 +13,7 @@ COPIES = 2  # of the inputs, rotated
 
 
 def make_inputs(topic: Topic, case: Case) -> list[tuple]:
+    """Return COPIES tuples of positional arguments for the topic's implementations, drawn with the seeds 0, 1, ..."""
     copies = []
     for copy in range(COPIES):
         torch.manual_seed(copy)
@@ -21,16 +22,30 @@ def make_inputs(topic: Topic, case: Case) -> list[tuple]:
 
 
 def prepare(function: Callable[..., Any], inputs: list[tuple], passes: str) -> list[Call]:
-    """Return the calls to time, one for each copy of the inputs."""
+    """Return calls without arguments that run one pass of `function`, one call for each tuple of arguments in `inputs`.
+
+    `passes` names the pass: "forward", "backward", "training" (forward and backward), "inference" (forward without
+    autograd) or "step" (one call of a whole-model job). A function without a backward pass raises
+    `NotImplementedError`: here for "backward", in the call for "training".
+    """
     return [_prepare(function, copy, passes) for copy in inputs]
 
 
 def all_passes(function: Callable[..., Any], inputs: tuple, passes: tuple[str, ...]) -> Call:
-    """Return one call of all of a topic's passes, for memory: forward and backward belong together."""
+    """Return one call that runs all passes of a topic, to measure its peak memory.
+
+    `inputs` are the arguments of `function`. With "backward" in `passes` the call runs forward and backward, because
+    memory kept in between counts. Otherwise it runs the first pass.
+    """
     return _prepare(function, inputs, "training" if "backward" in passes else passes[0])
 
 
 def _prepare(function: Callable[..., Any], inputs: tuple, passes: str) -> Call:
+    """Return a call without arguments that runs one pass of `function` on `inputs`, its positional arguments.
+
+    `passes` names the pass, as in `prepare`. For "backward" the forward pass runs here, once, and each call
+    differentiates it again. Gradients of the outputs are random, and are drawn once.
+    """
     if passes in ("forward", "step"):
         return lambda: function(*inputs)
     if passes == "inference":
@@ -52,10 +67,12 @@ def _prepare(function: Callable[..., Any], inputs: tuple, passes: str) -> Call:
 
 
 def _upstream(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return a random gradient for each output. Raise `NotImplementedError` if an output does not require grad."""
     if not all(output.requires_grad for output in outputs):
         raise NotImplementedError("no backward here")
     return [torch.randn_like(output) for output in outputs]
 
 
 def _tuple(outputs: Any) -> tuple[Tensor, ...]:
+    """Return the outputs of a function as a tuple: a single tensor becomes a tuple of one."""
     return outputs if isinstance(outputs, tuple) else (outputs,)

@@ -28,14 +28,24 @@ DATA_SHEETS = {
 
 
 def data_sheet(name: str) -> dict[str, float]:
+<<<<<<< HEAD
     """Return the vendor's rates for the device of this name, by floor; empty if they are not known here."""
     return next((rates for part, rates in DATA_SHEETS.items() if re.search(rf"\b{part}\b", name)), {})
+=======
+    """Return the rates that the vendor states for a device, in bytes or FLOPs a second; {} for an unknown device.
+
+    The keys are the names of the measured rates, such as "copy" and "matmul bfloat16". `name` is the device's full
+    name, as `device_name` returns it.
+    """
+    return next((rates for part, rates in DATA_SHEETS.items() if part in name), {})
+>>>>>>> words-d
 
 
 def device_name(device: str) -> str:
-    """Return the GPU's name, or the CPU's with its vectors, its products of low precision and the number of threads.
+    """Return the GPU's name, or the CPU's model name with its instructions and the number of PyTorch's threads.
 
-    CPUs of one model name may have different instructions, as virtual machines show them.
+    The instructions are the widest vectors that PyTorch uses, and "bf16" and "int8" if the CPU multiplies such matrices
+    itself. Virtual machines show different instructions under one model name.
     """
     if device == "cuda":
         return torch.cuda.get_device_name()
@@ -52,12 +62,18 @@ def device_name(device: str) -> str:
 
 
 def slug(device: str) -> str:
-    """Return the device's name as a folder name."""
+    """Return a device's name as the name of a folder: lower-case letters and digits joined by hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def describe(device: str, cpu_time: bool = False) -> dict[str, Any]:
-    """Return device, versions and commit, as every results file holds them."""
+    """Return {"device", "versions", "commit"}, the facts that every results file holds.
+
+    "device" has the type, the name, the name as a folder (slug) and the low-precision matrix products that the hardware
+    has; for a CPU also the vector width and compiler of the C++ extension, or None without it. "versions" has Python,
+    PyTorch and each of PACKAGES, None if it is not installed. "commit" is the result of `commit`. With `cpu_time` the
+    name ends in ", CPU time", because times are then CPU seconds.
+    """
     info = build_info()
     name = device_name(device) + (", CPU time" if cpu_time else "")
     facts: dict[str, Any] = {
@@ -79,7 +95,10 @@ def describe(device: str, cpu_time: bool = False) -> dict[str, Any]:
 
 
 def commit() -> dict[str, Any]:
-    """Return the checkout's commit, and whether files that affect a figure differ from it."""
+    """Return {"id", "dirty"}: the checkout's commit, and whether files that affect a measurement differ from it.
+
+    Both are None if git is missing or the tree is no repository.
+    """
     found = _git("rev-parse", "HEAD")
     changed = _git(
         "status", "--porcelain", "--", "csrc", "gpt_fast", "kernels", "benchmarks/*.py", "benchmarks/*.cpp", "setup.py"
@@ -88,6 +107,7 @@ def commit() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
+    """Return what git prints in this checkout, or None if git is missing or fails."""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):  # no git, or a tree that is no repository
@@ -96,6 +116,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _version(package: str) -> str | None:
+    """Return the version of an installed package, or None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

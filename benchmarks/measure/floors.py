@@ -22,9 +22,9 @@ _FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
 
 
 def bf16_products(device: str) -> bool:
-    """Return True if the device multiplies bfloat16 matrices itself.
+    """Return True if the device ("cpu" or "cuda") has instructions for products of bfloat16 matrices.
 
-    A CPU without such instructions is many times slower than in float32.
+    A GPU always has them. A CPU without them is many times slower in bfloat16 than in float32.
     """
     return device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -45,6 +45,11 @@ class Floor:
 
 
 def floors(device: str) -> list[Floor]:
+    """Return the workloads whose measured rates are the speed limits of a device: a copy, a read and matrix products.
+
+    The products are in bfloat16 on a GPU. On a CPU they are in float32, and also in bfloat16 if it has instructions for
+    it.
+    """
     size = (1 << 30) if device == "cuda" else (256 << 20)
     n = 8192 if device == "cuda" else 1536
     dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)[: 1 + bf16_products(device)]
@@ -71,7 +76,11 @@ def floors(device: str) -> list[Floor]:
 
 
 def measure_floors(device: str, cpu_time: bool = False) -> Iterator[tuple[str, dict[str, float]]]:
-    """Yield each floor's name and its rate, in bytes or FLOPs a second, with quartiles."""
+    """Measure the speed limits of a device, see `floors`. Yield the name and {"rate", "q1", "q3"} of each.
+
+    "rate" is the median, "q1" and "q3" are the quartiles, in bytes or FLOPs a second. With `cpu_time`, the seconds are
+    CPU seconds of the process.
+    """
     for floor in floors(device):
         watch = Stopwatch(device, [floor.build()], cpu_time=cpu_time)
         take_turns([watch], Budget(0.5, 5))
@@ -83,7 +92,10 @@ def measure_floors(device: str, cpu_time: bool = False) -> Iterator[tuple[str, d
 
 
 def reader(x: torch.Tensor) -> Call:
-    """Return a call that reads a contiguous float32 tensor once, with all threads on a CPU, and returns its sum."""
+    """Return a call that reads a tensor once, with all threads on a CPU, and returns its sum.
+
+    Raise `ValueError` unless `x` is float32 and contiguous.
+    """
     if x.dtype != torch.float32 or not x.is_contiguous():
         raise ValueError(f"reader: x has dtype {x.dtype} and strides {x.stride()}; expected contiguous float32")
     library = read_library() if x.device.type == "cpu" else None
@@ -96,7 +108,10 @@ def reader(x: torch.Tensor) -> Call:
 
 @cache
 def read_library() -> ctypes.CDLL | None:
-    """Load read_all.cpp, which is compiled on first use; None without a C++ compiler."""
+    """Load the shared library of read_all.cpp, and compile it before if that has not been done on this machine.
+
+    Return None without a C++ compiler. Raise `subprocess.CalledProcessError` if it cannot be compiled.
+    """
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     if shutil.which(compiler[0]) is None:
         return None

@@ -11,10 +11,11 @@ _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_memory(device: str, run: Callable[[], object]) -> int | None:
-    """Return the bytes that one call adds at its highest point; None if the system does not tell.
+    """Run one call. Return its peak memory in bytes beyond what was in use before, or None where it cannot be measured.
 
-    On CUDA this is what PyTorch's allocator handed out. On Linux it is the growth of the process after freed memory was
-    given back, so scratch space of any library counts.
+    On CUDA this is what PyTorch's allocator handed out. On a CPU it is the growth of the process after freed memory was
+    given back to the system, so scratch space of any library counts. This needs Linux: elsewhere nothing runs, and the
+    result is None.
     """
     gc.collect()
     if device == "cuda":
@@ -34,6 +35,7 @@ def peak_memory(device: str, run: Callable[[], object]) -> int | None:
 
 
 def _status(field: str) -> int:
+    """Return a field of /proc/self/status, such as "VmRSS", in bytes. Raise `AssertionError` if it is missing."""
     for line in _STATUS.read_text("ascii").splitlines():
         if line.startswith(field):
             return int(line.split()[1]) << 10
@@ -41,7 +43,10 @@ def _status(field: str) -> int:
 
 
 def available_memory(device: str) -> int:
-    """Return the bytes that a program may still allocate."""
+    """Return the bytes that a program may still allocate on the device.
+
+    It is 1 << 62, which never limits, on a CPU without Linux's /proc/meminfo.
+    """
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     meminfo = Path("/proc/meminfo")

@@ -13,6 +13,11 @@ from benchmarks.topic import BF16
 
 
 def main() -> None:
+    """Run gpt_fast's implementation of every op once on the GPU. Print each case, and the reason if it was skipped.
+
+    The call runs the op's passes. With --small on the command line only a few small shapes run. Exit with a message
+    without a GPU.
+    """
     if not torch.cuda.is_available():
         sys.exit("benchmarks.measure.once: no CUDA device")
     for op, topic in catalogue.ops().items():

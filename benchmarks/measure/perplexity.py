@@ -17,7 +17,11 @@ from gpt_fast.training.runs.load import load_generator, run_tokenizer
 
 
 def run_perplexities(folder: Path, windows: int = 64) -> dict[str, float]:
-    """Return the perplexities of a run's model on held-out text of the standard library."""
+    """Return the perplexity of a trained run's model on held-out text, by the precision of its weights.
+
+    `folder` is the run's folder. The text is the held-out part of Python's standard library, of which at most `windows`
+    windows of the model's sequence length are used, evenly spaced.
+    """
     model = load_generator(folder, "cpu").eval()
     texts = [document.text for document in read_corpus(None).valid]
     ids = encode_documents(run_tokenizer(folder, model), texts)
@@ -27,9 +31,9 @@ def run_perplexities(folder: Path, windows: int = 64) -> dict[str, float]:
 
 
 def perplexities(model: GPT | Head, tokens: Tensor) -> dict[str, float]:
-    """Return the perplexity of the windows [B, T] by the precision of the weights.
+    """Return the perplexity of the token windows [B, T] for each precision of the weights in `WEIGHTS`, by its name.
 
-    A decode step with these weights predicts each token.
+    A `DecodeSession` with these weights predicts each token but the first, one decode step after another.
     """
     found = {}
     for weights in WEIGHTS:
@@ -43,6 +47,7 @@ def perplexities(model: GPT | Head, tokens: Tensor) -> dict[str, float]:
 
 
 def main() -> None:
+    """Print the perplexities of the run that the command line names, and how far each is from that in float32."""
     if len(sys.argv) != 2:
         sys.exit("usage: python -m benchmarks.measure.perplexity RUN")
     found = run_perplexities(Path(sys.argv[1]))

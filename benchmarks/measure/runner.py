@@ -48,11 +48,14 @@ class Settings:
 
     @property
     def budget(self) -> Budget:
+        """Return how many repetitions an implementation gets, fewer in a quick run, and whether CPU time counts."""
         return dataclasses.replace(QUICK if self.quick else FULL, cpu_time=self.cpu_time)
 
 
 @dataclass
 class Outcome:
+    """Files that `run` wrote, topics that it refused because their tests fail, and whether Ctrl-C ended it."""
+
     files: list[Path] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)  # topic → the output of its failed tests
     interrupted: bool = False
@@ -62,7 +65,11 @@ class Outcome:
 
 
 def runs_here(topic: Topic, case: Case, quick: bool) -> tuple[list[Peer], Failed]:
-    """Return the implementations to measure, and those that are missing with the reason."""
+    """Return (implementations to measure on a case, [(implementation, reason why it cannot run here)]).
+
+    Implementations that the case excludes by `case.peers` are in neither. In training, compiled models are left out of
+    cases marked for a quick run; `quick` only changes the wording of that reason.
+    """
     run, missing = [], []
     for peer in topic.peers:
         if case.peers and peer.name not in case.peers:
@@ -78,11 +85,12 @@ def runs_here(topic: Topic, case: Case, quick: bool) -> tuple[list[Peer], Failed
 
 
 def groups(topic: Topic, case: Case, peers: list[Peer]) -> list[tuple[list[Peer], Peer | None]]:
-    """Return which implementations take turns, and who takes turns with them without a record.
+    """Return the order in which a case is timed: [(implementations to time in turn, one to time beside them, or None)].
 
-    All of an op take turns, but those that compile, which can take a minute each: they take turns with ours afterwards,
-    so that a run that is cut off has the others. Models in training do not fit into memory together: each takes turns
-    with ours alone, or with nobody if two do not fit.
+    The one beside them gets no record. For an op, the first group has all implementations that do not compile. Each
+    that compiles, which may take a minute, follows beside gpt_fast's own, so that an interrupted run has the rest. In
+    training, each implementation is a group, because the models do not fit into memory together. It is beside
+    gpt_fast's own if two models fit, else beside None.
     """
     ours = next((peer for peer in peers if peer.name == OURS), None)
     if topic.pair_bytes is None:
@@ -96,9 +104,11 @@ def groups(topic: Topic, case: Case, peers: list[Peer]) -> list[tuple[list[Peer]
 def measure(
     topic: Topic, case: Case, peers: list[Peer], budget: Budget, beside: Peer | None = None
 ) -> tuple[list[Record], Failed]:
-    """Return records of the peers on one case, and those that failed with the error.
+    """Measure implementations on one case. Return (a record for each, [(implementation, error)] for each that failed).
 
-    The peers take turns, pass by pass; `beside` takes turns with them and gets no record.
+    For each pass of the topic, `peers` are timed in turn. `beside`, if given, takes turns with them and gets no record.
+    The fields of a record are listed in report/results.py. An implementation that failed in one pass has a record of
+    its other passes.
     """
     inputs = make_inputs(topic, case)
     before = flush(case.device) if topic.suite == "ops" else None
@@ -149,7 +159,13 @@ def _take_turns(
     failed: Failed,
     replays: bool = False,
 ) -> dict[Peer, dict[str, Any]]:
-    """Time one pass of every implementation; with `replays` as CUDA graphs, where it can be captured."""
+    """Time one pass of every implementation, in turns. Return the summary of times for each implementation.
+
+    `passes` names the pass, `before` runs untimed before each call, and `replays` asks for CUDA graphs where they can
+    be captured. A summary is `Stopwatch.summary`, with "to_ours", the ratio to gpt_fast's time, and "host", the host's
+    seconds for a direct call, where graphs were timed. An implementation whose first call fails is added to `failed`
+    with the error.
+    """
     watches: dict[Peer, Stopwatch] = {}
     extra: dict[Peer, dict[str, Any]] = {}
     for peer, function in functions.items():
@@ -174,7 +190,7 @@ def _take_turns(
 
 
 def _captured(make: Callable[[], list[Call]]) -> Replays | None:
-    """Return the calls as CUDA graphs, or None where a graph cannot hold them."""
+    """Return the calls that `make` builds as replays of CUDA graphs, or None if one cannot be captured."""
     try:
         return capture(make)
     except RuntimeError as error:
@@ -185,9 +201,10 @@ def _captured(make: Callable[[], list[Call]]) -> Replays | None:
 
 @contextlib.contextmanager
 def _failure(peer: Peer, failed: Failed, doing: str = "") -> Iterator[None]:
-    """Add an implementation that cannot do this (out of memory, a limit of its library) to `failed`.
+    """Catch an error of the implementation `peer` in the block, such as out of memory, and add it to `failed`.
 
-    Ours must do it, unless memory runs out.
+    The entry is (`peer`, `doing` followed by the first line of the error). Errors of gpt_fast's own implementation are
+    raised, except out of memory.
     """
     try:
         yield
@@ -198,6 +215,7 @@ def _failure(peer: Peer, failed: Failed, doing: str = "") -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
+    """Return the first line of an error's message, at most 200 characters; its type's name without a message."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
 
@@ -206,7 +224,10 @@ def _first_line(error: Exception) -> str:
 
 
 def here(topics: list[Topic | Study], device: str, busy: bool = False) -> list[Topic | Study]:
-    """Return those that have something to measure on the device; `busy`: something that a busy process changes."""
+    """Return the topics and studies that have something to measure on the device.
+
+    With `busy`, studies without times are left out: a busy process beside them would change nothing.
+    """
     return [
         topic
         for topic in topics
@@ -215,7 +236,10 @@ def here(topics: list[Topic | Study], device: str, busy: bool = False) -> list[T
 
 
 def count(topics: list[Topic | Study], settings: Settings) -> int:
-    """Return how many implementations of cases there are to measure; a study counts as one."""
+    """Return how many steps the progress bar has: one for each implementation of each case, and one for each study.
+
+    In a busy run gpt_fast's implementations count twice, because they are also measured without the busy process.
+    """
     return sum(
         1
         if isinstance(topic, Study)
@@ -229,11 +253,14 @@ def count(topics: list[Topic | Study], settings: Settings) -> int:
 
 
 def run(topics: list[Topic | Study], settings: Settings) -> Outcome:
-    """Measure the topics and write a file for each. Ctrl-C keeps what was measured, marked partial.
+    """Measure the topics and studies and write a results file for each. Return the files and what was not measured.
+
+    The tests of a topic run first, unless `settings.untested` is set. A topic whose tests fail is not timed. Ctrl-C
+    keeps what was measured, marked partial.
 
     Raises:
         OSError: if the folder cannot be written; before anything is measured.
-        ValueError: if a file to resume was measured elsewhere.
+        ValueError: if a file to resume has another device, commit, version of a package or value of `quick`.
     """
     facts = environment.describe(settings.device, settings.cpu_time)
     folder = settings.out / facts["device"]["slug"]
@@ -263,7 +290,11 @@ def run(topics: list[Topic | Study], settings: Settings) -> Outcome:
 
 
 def _open(topic: Topic | Study, path: Path, facts: dict[str, Any], settings: Settings) -> Run:
-    """Return an empty run, or with `resume` the one that is there."""
+    """Return the content of a topic's results file before measuring: without results, or with earlier ones to resume.
+
+    Results are resumed if `settings.resume` is set and `path` exists. `facts` are the device, versions and commit of
+    this run. Raise `ValueError` if the file has other ones, or another value of `quick`.
+    """
     head = {
         "schema": results.SCHEMA, "version": results.VERSION, "topic": topic.name, "suite": topic.suite,
         "quick": settings.quick, **({"untested": True} if settings.untested else {}),
@@ -280,12 +311,13 @@ def _open(topic: Topic | Study, path: Path, facts: dict[str, Any], settings: Set
 
 
 def _now() -> dict[str, Any]:
+    """Return {"date", "load"}: the time in UTC, and the load average of a minute, or None where there is none."""
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     return {"date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), "load": load}
 
 
 def _run_study(study: Study, record: Run, path: Path, settings: Settings) -> None:
-    """Measure a study, unless its record is already there, and write it."""
+    """Measure a study and write its record to `path`, unless `record`, the file's content, is already complete."""
     settings.advance(0, study.name)
     if "date" not in record:
         with _beside(settings):
@@ -297,7 +329,10 @@ def _run_study(study: Study, record: Run, path: Path, settings: Settings) -> Non
 
 
 def _run_topic(topic: Topic, run: Run, path: Path, settings: Settings) -> None:
-    """Fill the run with what it lacks, and write it after each step."""
+    """Measure what is missing in `run`, the content of a topic's results file, and write it to `path` after each group.
+
+    A group is one or more implementations that are timed in turn on one case, see `groups`.
+    """
     settings.advance(0, f"{topic.name}: floors")
     session = _now() | {"floors": dict(measure_floors(settings.device, settings.cpu_time))}
     run["partial"] = True
@@ -334,20 +369,27 @@ def _run_topic(topic: Topic, run: Run, path: Path, settings: Settings) -> None:
 
 
 def on_the_cores_left(peers: list[Peer]) -> list[Peer]:
-    """Return our implementations under the names that their quiet figures have in a busy run."""
+    """Return copies of gpt_fast's implementations, to be measured in a busy run without its busy process.
+
+    They get one thread less, as if the process kept a core. Their names end in ", quiet, with one thread less", so that
+    their records are kept apart.
+    """
     ours = [peer for peer in peers if peer.name.startswith(OURS)]
     return [dataclasses.replace(peer, name=f"{peer.name}, {LEFT}") for peer in ours]
 
 
 def _beside(settings: Settings) -> contextlib.AbstractContextManager[object]:
+    """Return the context manager in which to measure: beside a busy process if `settings.busy`, else as it is."""
     return busy_process() if settings.busy else contextlib.nullcontext()
 
 
 def _absent(case: Case, peer: Peer, reason: str) -> dict[str, str]:
+    """Return {"case", "peer", "reason"}, the entry of a results file for an implementation that was not measured."""
     return {"case": case.name, "peer": peer.name, "reason": reason}
 
 
 def _release(device: str) -> None:
+    """Collect garbage and, on a GPU, give back the memory that PyTorch's allocator keeps for reuse."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()

@@ -19,18 +19,20 @@ class Stamp:
     """Point in the GPU's work. Subtracting an earlier one waits for both and gives the seconds between them."""
 
     def __init__(self) -> None:
+        """Record an event on the current CUDA stream."""
         self.event = torch.cuda.Event(enable_timing=True)
         self.event.record()
 
     def __sub__(self, earlier: "Stamp") -> float:
+        """Wait until the GPU has reached this event. Return the seconds from `earlier` to it."""
         self.event.synchronize()
         return earlier.event.elapsed_time(self.event) / 1e3
 
 
 def clock(device: str, cpu_time: bool = False) -> Callable:
-    """Return the clock to read before and after a call.
+    """Return a function that reads a clock: the difference of two readings is the time between them in seconds.
 
-    The difference of two readings is in seconds; with `cpu_time` in seconds that the process computed.
+    On a GPU it is the GPU's time, on a CPU wall time, or with `cpu_time` the CPU seconds of the process.
     """
     if device == "cuda":
         return Stamp
@@ -38,7 +40,7 @@ def clock(device: str, cpu_time: bool = False) -> Callable:
 
 
 def flush(device: str) -> Call | None:
-    """Return a function that empties the L2 before a round, or None on a CPU.
+    """Return a function that empties the GPU's L2 cache, to be called before each timed call, or None on a CPU.
 
     On a CPU small tensors stay cached, as they do in a model.
     """
@@ -53,6 +55,7 @@ def flush(device: str) -> Call | None:
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Return (first quartile, median, third quartile) of one or more values."""
     if len(values) < 2:
         return values[0], values[0], values[0]
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
@@ -68,6 +71,10 @@ class Budget:
     cpu_time: bool = False
 
     def rounds(self, duration: float) -> int:
+        """Return how often to time a call of `duration` seconds: once if very long, else at least `least` times.
+
+        Beyond that the number is what fits into the budget's `seconds`, 1,000 at most.
+        """
         if duration > VERY_LONG:
             return 1
         return max(self.least, min(1000, math.ceil(self.seconds / max(duration, 1e-9))))
@@ -87,6 +94,11 @@ class Stopwatch:
         compiles: bool = False,
         cpu_time: bool = False,
     ):
+        """Prepare to time `calls`, which do the same work on different inputs and are taken in turn.
+
+        `before` is called before each of them, untimed. With `compiles` the first call compiles, so its time never
+        counts as a measurement. With `cpu_time` the times are CPU seconds of the process.
+        """
         self.calls = calls
         self.before = before
         self.now = clock(device, cpu_time)
@@ -97,6 +109,7 @@ class Stopwatch:
         self.laps: list[int] = []  # the lap of each entry of `seconds`; -1 for the warm-up
 
     def call(self) -> float:
+        """Call `before`, then the next of `calls`. Return the seconds that the second of these calls took."""
         run = self.calls[self.taken % len(self.calls)]
         self.taken += 1
         if self.before:
@@ -106,16 +119,21 @@ class Stopwatch:
         return self.now() - start
 
     def keep(self, seconds: float, lap: int) -> None:
+        """Record the seconds of a timed call. `lap` is the round of `take_turns`, or -1 for the warm-up."""
         self.seconds.append(seconds)
         self.laps.append(lap)
 
     def start(self) -> float:
-        """Make the first call, which compiles and allocates, and fails if the implementation cannot do this."""
+        """Make the first call, which compiles and allocates, and return its seconds. Its errors are raised."""
         self.first = self.call()
         return self.first
 
     def warm_up(self) -> float:
-        """Make two to four calls and return how long the last took. A long one counts as a round already."""
+        """Make two to four calls and return the seconds of the last. Record it as a round if it took over LONG (1 s).
+
+        If the first call took more than VERY_LONG (8 s) and did not compile, it is the only one: it is recorded and
+        returned.
+        """
         first = self.start() if self.first is None else self.first
         if first > VERY_LONG and not self.compiles:
             self.keep(first, -1)
@@ -129,15 +147,19 @@ class Stopwatch:
         return duration
 
     def summary(self) -> dict[str, float | None]:
-        """Return the median and quartiles in seconds, the number of rounds, and the very first call."""
+        """Return {"median", "q1", "q3", "rounds", "first"} of the recorded times.
+
+        "q1" and "q3" are the quartiles, "rounds" is the number of times, and "first" is the time of the very first
+        call, which may include compilation, or None before it. Times are in seconds.
+        """
         q1, median, q3 = quartiles(self.seconds)
         return {"median": median, "q1": q1, "q3": q3, "rounds": len(self.seconds), "first": self.first}
 
     def ratio_to(self, other: "Stopwatch") -> dict[str, float]:
-        """Return how many times as long this implementation takes as the other: median and quartiles over pairs.
+        """Return {"median", "q1", "q3"} of this implementation's time divided by the other's, over pairs of rounds.
 
-        A pair is a round of this one and the nearest round of the other, so that whatever slows the machine for a while
-        slows both. On a busy machine this ratio is steadier than the ratio of two medians.
+        A pair is a round of this implementation and the nearest in time of the other, so that whatever slows the
+        machine for a while slows both. On a busy machine this ratio is steadier than the ratio of two medians.
         """
         pairs = []
         for seconds, lap in zip(self.seconds, self.laps, strict=True):
@@ -148,10 +170,11 @@ class Stopwatch:
 
 
 def take_turns(watches: list[Stopwatch], budget: Budget) -> None:
-    """Fill every watch. Rounds of the implementations alternate, so that a change of the machine's speed meets all.
+    """Time every implementation for as many rounds as the budget allows. Their calls alternate.
 
-    Each lap has another order. An implementation that follows another finds its inputs cached, which is 20 % of a small
-    op.
+    A change of the machine's speed then affects all of them. The order differs from round to round, because an
+    implementation that follows another finds its inputs cached, which is 20 % of a small op. The times are recorded in
+    the stopwatches.
     """
     planned = [(watch, budget.rounds(watch.warm_up())) for watch in watches]
     laps = max(rounds for _, rounds in planned)

@@ -12,37 +12,54 @@ STATE_BYTES = 16  # of a parameter in training: float32 weight, gradient and Ada
 
 
 def matrix_parameters(config: GPTConfig) -> int:
-    """Return how many parameters multiply each token: 4 C² + 2 C F a layer, and the output layer."""
+    """Return how many parameters multiply each token: 4 C² + 2 C F in each layer, V C in the output layer."""
     C, F = config.hidden_dim, config.ff_dim
     return config.num_layers * (4 * C * C + 2 * C * F) + config.num_tokens * C
 
 
 def parameters(config: GPTConfig) -> int:
-    """Return all parameters of a GPT-2 (pre-norm, tied, biases): 124,439,808 for the smallest."""
+    """Return the number of all parameters of a GPT-2 with pre-norm blocks, biases and a tied output layer.
+
+    It is 124,439,808 for the smallest of the four.
+    """
     C, F, L = config.hidden_dim, config.ff_dim, config.num_layers
     layer = 4 * C * C + 4 * C + 2 * C * F + F + C + 4 * C
     return config.num_tokens * C + config.seq_len * C + L * layer + 2 * C
 
 
 def forward_flops(config: GPTConfig, B: int, T: int, output_rows: int) -> int:
-    """Return the FLOPs of B × T tokens through the layers, and of `output_rows` positions through the output layer."""
+    """Return the FLOPs of one forward pass of B × T tokens, counting matrix products and causal attention.
+
+    The output layer is applied to `output_rows` positions of all B × T.
+    """
     C, V, L = config.hidden_dim, config.num_tokens, config.num_layers
     layers = matrix_parameters(config) - V * C
     return 2 * B * T * layers + 2 * output_rows * V * C + L * 4 * C * B * T * (T + 1) // 2
 
 
 def training(config: GPTConfig, B: int, T: int, output_rows: int) -> Work:
-    """Count three forward passes' FLOPs. AdamW reads weight, gradient and moments, and writes all but the gradient."""
+    """Return the least bytes and FLOPs of one training step of B × T tokens: forward, backward and AdamW.
+
+    The FLOPs are those of three forward passes. The bytes are AdamW's, in float32: it reads weight, gradient and two
+    moments of each parameter, and writes all but the gradient. The output layer is applied to `output_rows` positions.
+    """
     return Work(7 * 4 * parameters(config), 3 * forward_flops(config, B, T, output_rows))
 
 
 def prompt(config: GPTConfig, B: int, T: int, element: float) -> Work:
-    """Count the layers on B × T tokens, and the output layer on the last of each row. Reads every weight once."""
+    """Return the least bytes and FLOPs of reading a prompt of B × T tokens.
+
+    Every weight is read once, `element` bytes each. The output layer is applied to the last position of each row only.
+    """
     return Work(int(element * matrix_parameters(config)), forward_flops(config, B, T, B), "read")
 
 
 def decoding(config: GPTConfig, B: int, prompt: int, new: int, element: float, cache_element: int) -> Work:
-    """Count `new` tokens a row, one at a time: each reads the weights, and the keys and values of the tokens before."""
+    """Return the least bytes and FLOPs of generating `new` tokens, one at a time, for each of B rows.
+
+    Each step reads every weight, `element` bytes each, and the cached keys and values of all earlier tokens,
+    `cache_element` bytes each. `prompt` tokens are in the cache at first. Reading the prompt itself is not counted.
+    """
     C, L = config.hidden_dim, config.num_layers
     weights = int(element * matrix_parameters(config))
     seen = sum(prompt + i for i in range(new))  # tokens in the cache, added up over the steps

@@ -21,11 +21,15 @@ ELEMENT = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int8-a16": 1.0, "int4"
 
 
 def _new_tokens(case: Case) -> int:
+    """Return how many tokens the case generates: its size "new", or 1 for a prompt alone."""
     return case.size.get("new", 1)
 
 
 def work_with(case: Case, weights: str) -> Work:
-    """Return what a prompt or a generation cannot avoid with such weights. Below float32 the cache has 16 bits."""
+    """Return the least bytes and FLOPs of a case, a prompt or a generation, with weights in the precision `weights`.
+
+    Keys and values in the cache have 4 bytes with float32 weights, else 2.
+    """
     size, element = case.size, ELEMENT[weights]
     if "new" in size:
         cache = 4 if weights == "float32" else 2
@@ -36,10 +40,16 @@ def work_with(case: Case, weights: str) -> Work:
 
 
 def _eval(case: Case, model: Any) -> Any:
+    """Return the model on the case's device, in its dtype and in eval mode."""
     return model.to(device=case.device, dtype=case.dtype).eval()
 
 
 def _ours(case: Case, weights: str | None = None) -> Job:
+    """Return the job that generates with gpt_fast, greedily.
+
+    `weights` names the precision in which the decode session packs the weights. With None they stay in the model's
+    dtype. The session is made here and reused by all calls, because the other engines also convert their weights once.
+    """
     model = _eval(case, gpt_fast.GPTForCausalLM(case.config))
     new = _new_tokens(case)
     work = None if weights is None else work_with(case, weights)
@@ -55,6 +65,7 @@ def _ours(case: Case, weights: str | None = None) -> Job:
 
 
 def _packed_missing(case: Case) -> str | None:
+    """Return the reason why packed weights cannot be measured on the case, or None."""
     if case.device != "cpu" or gpt_fast.build_info() is None:
         return "weights are packed on the CPU only, by the C++ extension"
     if case.dtype != torch.float32:
@@ -63,24 +74,32 @@ def _packed_missing(case: Case) -> str | None:
 
 
 def _reference(case: Case) -> Job:
+    """Return the job that generates with gpt_fast, every op replaced by its reference in plain PyTorch."""
     job = _ours(case)
     job.run = referenced(job.run)
     return job
 
 
 def _plain(case: Case) -> Job:
+    """Return the job that generates with `PlainGPT`, which has no cache."""
     model = _eval(case, PlainGPT(case.config))
     new = _new_tokens(case)
     return Job(model, torch.inference_mode()(lambda tokens: model.generate(tokens, new)))
 
 
 def _plain_missing(case: Case) -> str | None:
+    """Return the reason why generating without a cache is not measured on the case, or None."""
     if case.device == "cpu" and case.size["B"] * _new_tokens(case) > 32:
         return "computes the whole context again for each token: left to the shortest case on a CPU"
     return None
 
 
 def _hf(case: Case, attention: str, static: bool = False) -> Job:
+    """Return the job that generates with transformers' GPT-2, greedily.
+
+    `attention` is transformers' attention implementation, "eager" or "sdpa". `static` chooses its static cache, with
+    which it compiles the forward pass.
+    """
     model = _eval(case, hf_model("GPT2LMHeadModel", case, attention))
     new = _new_tokens(case)
     options: dict[str, Any] = {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new}
@@ -92,6 +111,7 @@ def _hf(case: Case, attention: str, static: bool = False) -> Job:
 
 
 def _static_missing(case: Case) -> str | None:
+    """Return the reason why transformers' static cache cannot be measured on the case, or None."""
     return no_transformers(case) or (
         None if case.device == "cuda" else "transformers compiles its static cache on GPUs only"
     )

@@ -118,6 +118,10 @@ class Packed(nn.Module):
         self.transformer["wte"].weight = self.lm_head.weight
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return (logits [B, T, V], mean cross-entropy over the labels other than -1), given tokens and labels [B, T].
+
+        Without labels it returns (logits [B, 1, V] of the last position, None).
+        """
         parts = self.transformer
         x = parts["drop"](parts["wte"](idx) + parts["wpe"](torch.arange(idx.shape[1], device=idx.device)))
         for block in list(parts["h"].children()):
@@ -153,6 +157,8 @@ class MaskedAttention(nn.Module):
 
 
 class MaskedBlock(nn.Module):
+    """Pre-norm block whose MLP is a dictionary of layers that a lambda applies."""
+
     def __init__(self, s: Sizes, dropout: float):
         super().__init__()
         C = s.C
@@ -174,7 +180,7 @@ class MaskedBlock(nn.Module):
 
 
 class Masked(Packed):
-    """The same trunk around other blocks, its output layer free."""
+    """`Packed` with blocks that write the masked softmax out, and with an output layer that is not tied."""
 
     def __init__(self, s: Sizes, dropout: float = 0.0):
         super().__init__(s, dropout)
@@ -217,7 +223,7 @@ class SeparateFeed(nn.Module):
 
 
 class SeparateBlock(nn.Module):
-    """One dropout serves both branches."""
+    """Pre-norm block in which one dropout module serves both branches."""
 
     def __init__(self, s: Sizes, dropout: float, bias: bool):
         super().__init__()
@@ -249,7 +255,7 @@ class Separate(nn.Module):
 
 
 class OwnBlock(nn.Module):
-    """Post-norm, ReLU by a function; the block holds all its parts itself."""
+    """Post-norm block with ReLU as a function, which holds all its layers itself."""
 
     def __init__(self, s: Sizes, dropout: float):
         super().__init__()
@@ -277,6 +283,7 @@ class Own(nn.Module):
         self.classes = nn.Linear(C, V)
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Return {"logits": [B, T, V]}, and "loss", the mean cross-entropy, if labels [B, T] are given."""
         x = self.words(tokens) + self.places[:, : tokens.shape[1]]
         for layer in self.layers:
             x = layer(x)
@@ -329,7 +336,7 @@ class SingleBlock(nn.Module):
 
 
 class Single(Packed):
-    """The first structure's trunk around these blocks."""
+    """`Packed` with blocks in which each attention head is a module."""
 
     def __init__(self, s: Sizes, dropout: float = 0.0):
         super().__init__(s, dropout)
@@ -342,7 +349,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def loss_of(model: nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
-    """Return the loss as each model's users compute it."""
+    """Return the mean cross-entropy of one of MODELS, given token ids and next tokens as labels, both [B, T].
+
+    The loss is computed as users of that model do: outside of `Separate`, inside of all others. The model may be
+    wrapped by `torch.compile` or DistributedDataParallel.
+    """
     inner = getattr(model, "_orig_mod", getattr(model, "module", model))
     if isinstance(inner, Separate):
         return F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())

@@ -24,6 +24,14 @@ class Job:
         optimizer: optim.Optimizer | None = None,
         work: Work | None = None,
     ):
+        """Store what runs the job and what it keeps in memory.
+
+        Args:
+            model: the model that runs, or None for an engine, which keeps a model of its own.
+            run: the function to time; it takes the case's inputs.
+            optimizer: the optimizer of a training step.
+            work: the job's unavoidable work, if it differs from the case's, as with weights of another dtype.
+        """
         self.model = model
         self.run = run
         self.optimizer = optimizer
@@ -33,9 +41,10 @@ class Job:
         return self.run(*inputs)
 
     def state_bytes(self) -> int | None:
-        """Return the bytes that stay in memory between calls: parameters, moments, and the session of `generate`.
+        """Return the bytes that stay in memory between calls, or None for an engine, which does not tell.
 
-        Return None for an engine, which does not tell.
+        They are the parameters, the optimizer's moments, and the cache and packed weights that `generate` keeps for the
+        model.
         """
         if self.model is None:
             return None
@@ -49,6 +58,7 @@ class Job:
         return packed + sum(tensor.nbytes for tensor in self._state())
 
     def _state(self) -> Iterator[Tensor]:
+        """Yield the model's parameters and buffers, shared memory once, and the tensors of the optimizer's state."""
         assert self.model is not None
         yield from {tensor.data_ptr(): tensor for tensor in self.model.state_dict().values()}.values()
         if self.optimizer:
@@ -57,7 +67,7 @@ class Job:
 
 
 def referenced(run: Callable[..., object]) -> Callable[..., object]:
-    """Return the function with every op of ours replaced by its reference."""
+    """Return a function that runs `run` with every op of gpt_fast replaced by its reference in plain PyTorch."""
 
     def run_reference(*inputs: Tensor) -> object:
         with gpt_fast.use_reference():
@@ -67,11 +77,15 @@ def referenced(run: Callable[..., object]) -> Callable[..., object]:
 
 
 def no_transformers(case: Case) -> str | None:
+    """Return the reason why transformers cannot be measured if it is not installed, else None."""
     return "transformers is not installed" if importlib.util.find_spec("transformers") is None else None
 
 
 def hf_model(name: str, case: Case, attention: str) -> Any:
-    """Return transformers' GPT-2 of the case's configuration, with random weights."""
+    """Return a GPT-2 of transformers with the case's configuration, and with random weights.
+
+    `name` is its class, such as "GPT2LMHeadModel". `attention` is its attention implementation, "eager" or "sdpa".
+    """
     import transformers
 
     config = case.config

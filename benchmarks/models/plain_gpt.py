@@ -64,6 +64,7 @@ class PlainGPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / (2 * config.num_layers) ** 0.5 if last else 0.02)
 
     def hidden_states(self, tokens: Tensor) -> Tensor:
+        """Return the hidden states [B, T, C] of tokens [B, T], after the final norm."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.dropout(self.token_emb(tokens) + self.pos_emb(positions))
         for block in self.blocks:
@@ -71,25 +72,31 @@ class PlainGPT(nn.Module):
         return self.final_norm(x)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits [B, T, V] of tokens [B, T]."""
         return self.output_layer(self.hidden_states(tokens))
 
     def next_logits(self, tokens: Tensor) -> Tensor:
+        """Return the logits [B, V] of the last position of tokens [B, T]."""
         return self.output_layer(self.hidden_states(tokens)[:, -1])
 
     def loss(self, tokens: Tensor) -> Tensor:
+        """Return the mean cross-entropy of predicting each token but the first from those before it."""
         labels = F.pad(tokens[:, 1:], (0, 1), value=-100)
         logits = self(tokens).flatten(0, 1)
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.flatten())
 
     def generate(self, tokens: Tensor, new: int) -> Tensor:
-        """Generate greedily, with the whole context computed again for each token."""
+        """Generate greedily. Return tokens [B, T + new]: the prompt `tokens` [B, T], then `new` tokens.
+
+        There is no cache: the whole context is computed again for each token.
+        """
         for _ in range(new):
             tokens = torch.cat([tokens, self.next_logits(tokens).argmax(-1, keepdim=True)], dim=1)
         return tokens
 
     @torch.no_grad()
     def copy_weights(self, ours: nn.Module) -> "PlainGPT":
-        """Copy the weights of a `GPTForCausalLM` of the same configuration."""
+        """Copy the weights of a `GPTForCausalLM` of the same configuration into this model, and return it."""
         theirs = ours.state_dict()
         for name, value in self.state_dict().items():
             value.copy_(theirs[name_of_ours(name)].view(value.shape))
@@ -97,7 +104,7 @@ class PlainGPT(nn.Module):
 
 
 def name_of_ours(name: str) -> str:
-    """Return the name in a `GPTForCausalLM` of a parameter of a `PlainGPT`."""
+    """Return the name that a parameter of a `PlainGPT` has in a `GPTForCausalLM`."""
     for mine, theirs in _RENAMED:
         name = name.replace(mine, theirs)
     return name if name.startswith("output_layer.") else f"trunk.{name}"

@@ -24,17 +24,21 @@ ACTIVATIONS = 1.25  # of the state's bytes: the least that a step needs
 
 
 def state_bytes(case: Case) -> int:
-    """Return the bytes of weights, gradients and AdamW's moments."""
+    """Return the bytes of float32 weights, gradients and AdamW's two moments of the case's model."""
     return STATE_BYTES * parameters(case.config)
 
 
 def pair_bytes(case: Case) -> int:
-    """Return the bytes that two models in training need at the same time."""
+    """Return the least memory in bytes for two models of the case in training at the same time."""
     return int(2 * ACTIVATIONS * state_bytes(case))
 
 
 def training_peers(ours: Build, plain: Build, hf: Callable[[str, Case], tuple[nn.Module, Loss]]) -> tuple[Peer, ...]:
-    """Return the implementations of a step, given how to build the model and the loss of each."""
+    """Return the implementations of a training step: gpt_fast, plain PyTorch, transformers and the reference.
+
+    `ours` and `plain` take a case and return (model, function of the case's inputs that computes the loss). So does
+    `hf` after the attention implementation, "eager" or "sdpa". Most implementations are also there compiled.
+    """
     hf_eager, _ = _trains("Hugging Face eager", partial(hf, "eager"), no_transformers)
     hf_sdpa, hf_compiled = _trains("Hugging Face sdpa", partial(hf, "sdpa"), no_transformers)
     accelerated, _ = _trains("Hugging Face accelerated", _accelerated(partial(hf, "sdpa")), no_transformers)
@@ -54,7 +58,10 @@ def training_peers(ours: Build, plain: Build, hf: Callable[[str, Case], tuple[nn
 
 
 def written_peers(build: Build) -> tuple[Peer, ...]:
-    """Return the implementations of a step of a hand-written model: accelerated (ours), as it is, and compiled."""
+    """Return three implementations of a hand-written model's training step: accelerated by gpt_fast, eager, compiled.
+
+    `build` takes a case and returns (model, function of the case's inputs that computes the loss).
+    """
     as_written, compiled = _trains("as written", build)
     accelerated, _ = _trains(OURS, _accelerated(build, strict=False))
     peers = (accelerated, as_written, compiled)
@@ -62,6 +69,10 @@ def written_peers(build: Build) -> tuple[Peer, ...]:
 
 
 def _job(case: Case, model: nn.Module, loss: Loss) -> Job:
+    """Return the job of one training step: loss, backward and AdamW, under autocast unless the case is in float32.
+
+    `loss` takes the case's inputs. The job returns the loss, detached.
+    """
     optimizer = make_optimizer(model, lr=1e-4)
     half = case.dtype != torch.float32
 
@@ -77,7 +88,11 @@ def _job(case: Case, model: nn.Module, loss: Loss) -> Job:
 
 
 def _trains(name: str, build: Build, missing: Callable[[Case], str | None] = lambda case: None) -> tuple[Peer, Peer]:
-    """Return two implementations: the model trained as it is, and with its loss compiled."""
+    """Return two implementations, `name` and "`name` compiled": a training step as it is, and with its loss compiled.
+
+    `build` takes a case and returns (model, loss function). `missing` returns the reason why a case cannot run, or
+    None.
+    """
 
     def eager(case: Case) -> Job:
         return _job(case, *build(case))
@@ -90,7 +105,10 @@ def _trains(name: str, build: Build, missing: Callable[[Case], str | None] = lam
 
 
 def _as_one_graph(build: Build) -> Peer:
-    """Return the implementation that captures a step, the optimizer included, and replays it as one CUDA graph."""
+    """Return the implementation that replays gpt_fast's whole training step, with the optimizer, as one CUDA graph.
+
+    `build` takes a case and returns (model, loss function).
+    """
 
     def run(case: Case) -> Job:
         job = _job(case, *build(case))
@@ -104,7 +122,11 @@ def _as_one_graph(build: Build) -> Peer:
 
 
 def captured_step(step: Callable[..., object]) -> Callable[..., object]:
-    """Return `step` as a graph that its first call captures. The loss of a call is overwritten by the next one."""
+    """Return a function that captures `step` as a CUDA graph in its first call, and replays the graph in every call.
+
+    Inputs must keep their shapes: they are copied into the tensors of the first call. The function always returns the
+    same tensor for the loss, which the next call overwrites.
+    """
     graph = torch.cuda.CUDAGraph()
     held: list[Tensor] = []  # the inputs that the graph reads
     losses: list[object] = []
@@ -129,6 +151,8 @@ def captured_step(step: Callable[..., object]) -> Callable[..., object]:
 
 
 def _reference(build: Build) -> Peer:
+    """Return the implementation that trains gpt_fast's model with every op replaced by its reference in PyTorch."""
+
     def run(case: Case) -> Job:
         job = _job(case, *build(case))
         job.run = referenced(job.run)
@@ -138,7 +162,10 @@ def _reference(build: Build) -> Peer:
 
 
 def _accelerated(build: Build, strict: bool = True) -> Build:
-    """Return the same model after `gpt_fast.accelerate`."""
+    """Return a function that builds the model of `build` and applies `gpt_fast.accelerate` to it.
+
+    With `strict` it raises `ValueError` if a module of the model cannot be replaced.
+    """
 
     def run(case: Case) -> tuple[nn.Module, Loss]:
         model, loss = build(case)
@@ -149,11 +176,15 @@ def _accelerated(build: Build, strict: bool = True) -> Build:
 
 
 def _cuda_only(case: Case) -> str | None:
+    """Return the reason why a case on a CPU is not measured, or None on a GPU."""
     return None if case.device == "cuda" else "measured on GPUs only"
 
 
 def _where_it_fits(missing: Callable[[Case], str | None]) -> Callable[[Case], str | None]:
-    """Add a reason: the state leaves no room for a quarter of its bytes in activations."""
+    """Return a check that gives a reason if training needs more memory than is available, else the result of `missing`.
+
+    Training needs its state, which is weights, gradients and moments, and at least a quarter of that for activations.
+    """
 
     def either(case: Case) -> str | None:
         need = state_bytes(case)

@@ -21,17 +21,18 @@ Missing = Callable[[Case], str | None]
 
 
 def normal(case: Case, *shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
-    """Return random values, never zeros, in the case's dtype."""
+    """Return normal random values times `scale`, in the case's dtype; they require grad if `grad`."""
     values = torch.randn(shape, device=case.device) * scale
     return values.to(case.dtype).requires_grad_(grad)
 
 
 def meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Return a tensor without memory, for launches that are only recorded."""
+    """Return a tensor on the device `meta`, which has no memory, for launches that are only recorded."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def short(dtype: torch.dtype) -> str:
+    """Return the dtype as text, such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -39,6 +40,11 @@ def short(dtype: torch.dtype) -> str:
 
 
 def ours(op: str, options: Options = lambda case: {}) -> Peer:
+    """Return gpt_fast's implementation of an op. It counts as missing on a device where the op has no kernel.
+
+    `options` returns the keyword arguments of the op for a case.
+    """
+
     def missing(case: Case) -> str | None:
         return "no kernel here: the reference serves" if ops.serving(op, case.device) == "reference" else None
 
@@ -46,17 +52,26 @@ def ours(op: str, options: Options = lambda case: {}) -> Peer:
 
 
 def reference(op: str, options: Options = lambda case: {}, memory: Callable[[Case], int] = lambda case: 0) -> Peer:
+    """Return the reference implementation of an op in plain PyTorch, which does not count as a rival.
+
+    `options` returns the keyword arguments of the op for a case. `memory` returns the bytes that the case needs. The
+    implementation counts as missing if it needs more than half of the available memory.
+    """
     return Peer(
         "reference", lambda case: partial(getattr(definitions, op), **options(case)), fits(memory), rival=False
     )  # fmt: skip
 
 
 def compiled(build: Callable[[Case], Function]) -> Peer:
+    """Return the implementation that compiles the function of `build` by `torch.compile`, with static shapes."""
     return Peer("torch.compile", lambda case: torch.compile(build(case), dynamic=False), compiles=True)
 
 
 def dropout(case: Case) -> dict[str, Any]:
-    """Return the keyword arguments for dropout of an op of ours, none if the case has no dropout."""
+    """Return the dropout arguments of gpt_fast's ops for a case: `dropout_p`, `seed` and `site`; {} without dropout.
+
+    The site is the number that tells the dropout calls of one model apart, so that their masks differ.
+    """
     seed = torch.tensor([1234567], device=case.device)
     return {"dropout_p": case.dropout, "seed": seed, "site": SITE} if case.dropout else {}
 
@@ -65,7 +80,7 @@ def dropout(case: Case) -> dict[str, Any]:
 
 
 def fits(memory: Callable[[Case], int]) -> Missing:
-    """Return a check that `memory(case)` bytes are at most half of what is available."""
+    """Return a check for `Peer.missing`: a reason if `memory(case)` bytes exceed half of the free memory, else None."""
 
     def missing(case: Case) -> str | None:
         need = memory(case)
@@ -75,6 +90,8 @@ def fits(memory: Callable[[Case], int]) -> Missing:
 
 
 def cuda_only(package: str | None = None) -> Missing:
+    """Return a check for `Peer.missing`: a reason on a CPU, and if `package` is given and not installed; else None."""
+
     def missing(case: Case) -> str | None:
         if package and importlib.util.find_spec(package) is None:
             return f"{package.replace('_', '-')} is not installed"

@@ -16,11 +16,13 @@ WIDTHS = (768, 1024, 1280, 1600)  # of GPT-2's four sizes
 
 
 def inputs(case: Case) -> tuple:
+    """Return random (x [M, N], residual [M, N], weight [N], bias [N])."""
     M, N = case.size.values()
     return normal(case, M, N), normal(case, M, N), normal(case, N), normal(case, N)
 
 
 def work(case: Case, passes: str) -> Work:
+    """Return the least bytes and FLOPs of one pass over the case, where `passes` is "forward" or "backward"."""
     M, N = case.size.values()
     element, statistics = case.dtype.itemsize, 2 * 4 * M
     if passes == "forward":  # reads x, residual, weight, bias; writes normed, summed, mean, rstd
@@ -31,6 +33,7 @@ def work(case: Case, passes: str) -> Work:
 
 
 def cases(device: str) -> Iterator[Case]:
+    """Yield the cases to benchmark on a device, "cpu" or "cuda"."""
     if device == "cuda":
         for N in WIDTHS:
             sizes = [{"M": 32768, "N": N}]
@@ -43,6 +46,7 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
+    """Yield the speeds to reach on the case, against another implementation or a measured limit. See `Target`."""
     if case.device == "cuda":
         yield Target(FLOOR, 0.85, ("forward",))
         yield Target(FLOOR, 0.85, ("backward",))
@@ -52,6 +56,7 @@ def targets(case: Case) -> Iterator[Target]:
 
 
 def torch_add_layer_norm(case: Case) -> Function:
+    """Return PyTorch's functions for the op: (x, residual, weight, bias) → (normed, summed)."""
     p = case.dropout
 
     def run(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +67,11 @@ def torch_add_layer_norm(case: Case) -> Function:
 
 
 def launches(kernels: ModuleType) -> Launches:
-    """Yield every configuration as training uses it: with dropout, and with the residual stream's gradient."""
+    """Yield (label, call that launches kernels) for every width that has a launch configuration, forward and backward.
+
+    The launches are those of training: with dropout, in bfloat16, and with a gradient of the residual stream. The calls
+    are on `meta` tensors and only recorded. `kernels` is the module kernels/add_layer_norm.py.
+    """
     from kernels import launch_configs
 
     for N in sorted({row.size for row in launch_configs.TABLES["layer_norm"]}):

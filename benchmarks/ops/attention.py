@@ -19,7 +19,7 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384)
 
 
 def inputs(case: Case) -> tuple:
-    """Return q, k, v [B, H, T, D], laid out [B, T, H, D] as a projection leaves them."""
+    """Return random q, k, v [B, H, T, D], laid out in memory as [B, T, H, D], as a projection leaves them."""
     B, H, T, D = case.size.values()
 
     def one() -> Tensor:
@@ -29,7 +29,11 @@ def inputs(case: Case) -> tuple:
 
 
 def work(case: Case, passes: str) -> Work:
-    """Count two products forward, and five backward: the scores again, dV, dP, dQ, dK."""
+    """Return the least bytes and FLOPs of one pass over the case, where `passes` is "forward" or "backward".
+
+    There are two matrix products forward and five backward (the scores again, dV, dP, dQ, dK), over the pairs that the
+    causal mask keeps.
+    """
     B, H, T, D = case.size.values()
     element = case.dtype.itemsize
     pairs = B * H * T * (T + 1) // 2
@@ -40,6 +44,7 @@ def work(case: Case, passes: str) -> Work:
 
 
 def cases(device: str) -> Iterator[Case]:
+    """Yield the cases to benchmark on a device, "cpu" or "cuda"."""
     if device == "cuda":  # 16k tokens in each: GPT-1's and GPT-2's head size, then 128
         for T in LENGTHS:
             sizes = [{"B": 16384 // T, "H": 12, "T": T, "D": 64}]
@@ -58,6 +63,7 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
+    """Yield the speeds to reach on the case, against another implementation or a measured limit. See `Target`."""
     T, D = case.size["T"], case.size["D"]
     if case.device == "cuda":
         if not case.dropout:
@@ -73,7 +79,10 @@ def targets(case: Case) -> Iterator[Target]:
 
 
 def scores(copies: int) -> Callable[[Case], int]:
-    """Return a function for the bytes of an implementation that stores so many float32 copies of [B, H, T, T]."""
+    """Return a function from a case to the bytes of `copies` float32 tensors [B, H, T, T].
+
+    It estimates the memory of an implementation that stores the scores.
+    """
 
     def memory(case: Case) -> int:
         size = case.size
@@ -83,10 +92,16 @@ def scores(copies: int) -> Callable[[Case], int]:
 
 
 def reference_memory(case: Case) -> int:
+    """Return the estimated bytes that the reference implementation needs for the case."""
     return scores(30 if case.dropout else 6)(case)  # dropout: 64-bit words of the generator for each pair
 
 
 def sdpa(backend: SDPBackend | None) -> Callable[[Case], Function]:
+    """Return a function that builds PyTorch's causal `scaled_dot_product_attention` with the dropout of a case.
+
+    `backend` is the only backend allowed; None leaves the choice to PyTorch.
+    """
+
     def build(case: Case) -> Function:
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if backend is None:
@@ -100,10 +115,12 @@ def sdpa(backend: SDPBackend | None) -> Callable[[Case], Function]:
 
 
 def flash_missing(case: Case) -> str | None:
+    """Return the reason why SDPA's flash backend cannot run the case, or None."""
     return "no dropout on the CPU: PyTorch takes math instead" if case.dropout and case.device == "cpu" else None
 
 
 def flex(case: Case) -> Function:
+    """Return compiled FlexAttention with a causal mask: (q, k, v) → output. On a CPU it records no gradient."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     T = case.size["T"]
@@ -120,11 +137,17 @@ def flex(case: Case) -> Function:
 
 
 def flex_missing(case: Case) -> str | None:
+    """Return the reason why FlexAttention cannot run the case, which is dropout, or None."""
     return "has no dropout" if case.dropout else None
 
 
 def launches(kernels: ModuleType) -> Launches:
-    """Yield causal attention from a packed projection. For each case with dropout there is one without to compare."""
+    """Yield (label, call that launches kernels) of causal attention, for several head sizes and dtypes.
+
+    Each case with dropout has one without it, to compare their code. Candidates follow, which are launch configurations
+    that no GPU has measured yet. The calls are on `meta` tensors and only recorded. `kernels` is the module
+    kernels/attention.py.
+    """
     shapes = [(D, torch.bfloat16, p) for D in (64, 128, 256) for p in (0.0, 0.1)]
     shapes += [(64, dtype, p) for dtype in (torch.float16, torch.float32) for p in (0.0, 0.1)]
     shapes += [(D, torch.float32, 0.0) for D in (128, 256)]
@@ -143,7 +166,10 @@ def launches(kernels: ModuleType) -> Launches:
 
 
 def calls(kernels: ModuleType, D: int, dtype: torch.dtype, p: float) -> tuple[Callable[[], object], ...]:
-    """Return the forward and the backward call of one case."""
+    """Return (forward call, backward call) of causal attention with head size D and dropout probability p.
+
+    The inputs are on the device `meta`, so the calls can only be recorded. q, k and v are views of a packed projection.
+    """
     B, T, H = 2, 4096, 4
     qkv, out = meta(B, T, 3 * H * D, dtype=dtype), meta(B, T, H, D, dtype=dtype).transpose(1, 2)
     q, k, v = qkv.unflatten(2, (3, H, D)).permute(2, 0, 3, 1, 4)
@@ -157,13 +183,19 @@ def calls(kernels: ModuleType, D: int, dtype: torch.dtype, p: float) -> tuple[Ca
 
 
 def candidates(kernels: ModuleType) -> list[list[Any]]:
-    """Return the rows of launch_configs.CANDIDATES: each forward row alone, and all backward rows together."""
+    """Return groups of launch configurations to try, which are rows of `launch_configs.CANDIDATES`.
+
+    Each row for the forward kernel is a group of its own. All rows for the backward kernels are one group.
+    """
     rows = kernels.launch_configs.CANDIDATES[OP]
     return [*([row] for row in rows if row.kernel == "fwd"), [row for row in rows if row.kernel != "fwd"]]
 
 
 def trying(kernels: ModuleType, rows: list[Any], call: Callable[[], object]) -> None:
-    """Run a call with candidates in place of the rows that serve, on their architecture alone."""
+    """Run a call with the launch configurations `rows` in place of those in use.
+
+    Nothing runs if the current architecture is not that of the rows.
+    """
     configs = kernels.launch_configs
     if configs.architecture(torch.device("meta")) == rows[0].architecture:
         with contextlib.ExitStack() as stack:

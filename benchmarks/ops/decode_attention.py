@@ -15,25 +15,31 @@ OP = "decode_attention"
 
 
 def inputs(case: Case) -> tuple:
-    """Return q, both caches and `lengths`, which is S in every row: the caches are full."""
+    """Return random (q [B, H, D], k_cache, v_cache [B, H, S, D], lengths [B]); all lengths are S, a full cache."""
     B, H, S, D = case.size.values()
     caches = [normal(case, B, H, S, D, grad=False) for _ in range(2)]
     return normal(case, B, H, D, grad=False), *caches, torch.full((B,), S, device=case.device)
 
 
 def work(case: Case, passes: str) -> Work:
-    """Count the reads of both caches and q, and the write of out."""
+    """Return the least bytes and FLOPs of one call: it reads q and both caches and writes the output.
+
+    `passes` is always "inference".
+    """
     B, H, S, D = case.size.values()
     return Work(case.dtype.itemsize * (2 * B * H * S * D + 2 * B * H * D), 2 * 2 * B * H * S * D, "read")
 
 
 def cases(device: str) -> Iterator[Case]:
+    """Yield the cases to benchmark on a device, "cpu" or "cuda"."""
     for B in (1, 8):
         for S in (256, 1024):
             yield from every(OP, device, [{"B": B, "H": 12, "S": S, "D": 64}], main_dtype(device), quick=S == 1024)
 
 
 def torch_decode_attention(case: Case) -> Function:
+    """Return SDPA with a mask of the caches' lengths: (q, k_cache, v_cache, lengths) → out [B, H, D]."""
+
     def run(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
         there = torch.arange(k_cache.shape[2], device=q.device) < lengths[:, None, None, None]
         return F.scaled_dot_product_attention(q[:, :, None], k_cache, v_cache, attn_mask=there)[:, :, 0]
@@ -42,7 +48,11 @@ def torch_decode_attention(case: Case) -> Function:
 
 
 def launches(kernels: ModuleType) -> Launches:
-    """Yield one query a sequence against caches as `generate` keeps them: every configuration, and every dtype."""
+    """Yield (label, call that launches kernels) for every head size with a launch configuration, and for every dtype.
+
+    A call attends from one query a sequence to its cache, once as it is, once with a new key and value appended first.
+    The calls are on `meta` tensors and only recorded. `kernels` is the module kernels/decode_attention.py.
+    """
     from kernels import launch_configs
 
     shapes = [(row.size, torch.bfloat16) for row in launch_configs.TABLES["decode_attention"]]

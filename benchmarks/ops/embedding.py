@@ -15,11 +15,13 @@ OP = "embedding"
 
 
 def inputs(case: Case) -> tuple:
+    """Return random (tokens [B, T], token_weight [V, C], position_weight [T, C])."""
     B, T, V, C = case.size.values()
     return ids(case, V, B, T), normal(case, V, C), normal(case, T, C)
 
 
 def work(case: Case, passes: str) -> Work:
+    """Return the least bytes and FLOPs of one pass over the case, where `passes` is "forward" or "backward"."""
     B, T, V, C = case.size.values()
     element, rows, token_ids = case.dtype.itemsize, B * T * C, 8 * B * T
     if passes == "forward":  # reads a row of the table for each token, the positions once; writes the sums
@@ -28,6 +30,7 @@ def work(case: Case, passes: str) -> Work:
 
 
 def cases(device: str) -> Iterator[Case]:
+    """Yield the cases to benchmark on a device, "cpu" or "cuda"."""
     B, T = (16, 1024) if device == "cuda" else (4, 256)
     size = {"B": B, "T": T, "V": 50257, "C": 768}
     yield from every(OP, device, [size], main_dtype(device), (0.0, 0.1), quick=True)
@@ -36,11 +39,13 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
+    """Yield the speeds to reach on the case, against another implementation or a measured limit. See `Target`."""
     if case.device == "cpu":
         yield Target("torch", 1.0)
 
 
 def torch_embedding(case: Case) -> Function:
+    """Return PyTorch's functions for the op: (tokens, token_weight, position_weight) → x [B, T, C]."""
     p = case.dropout
 
     def run(tokens: Tensor, token_weight: Tensor, position_weight: Tensor) -> Tensor:
@@ -51,7 +56,10 @@ def torch_embedding(case: Case) -> Function:
 
 
 def launches(kernels: ModuleType) -> Launches:
-    """Yield GPT-2's tables, with dropout."""
+    """Yield (label, call that launches kernels) for the embedding tables of GPT-2, with dropout, forward and backward.
+
+    The calls are on `meta` tensors and only recorded. `kernels` is the module kernels/embedding.py.
+    """
     for dtype in (torch.bfloat16, torch.float32):
         V, P, C, T = 50257, 1024, 768, 1024
         tokens, positions = meta(8, T, dtype=torch.int64), meta(T, dtype=torch.int64)

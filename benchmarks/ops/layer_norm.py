@@ -16,11 +16,13 @@ WIDTHS = (768, 1024, 1280, 1600)  # of GPT-2's four sizes
 
 
 def inputs(case: Case) -> tuple:
+    """Return random (x [M, N], weight [N], bias [N])."""
     M, N = case.size.values()
     return normal(case, M, N), normal(case, N), normal(case, N)
 
 
 def work(case: Case, passes: str) -> Work:
+    """Return the least bytes and FLOPs of one pass over the case, where `passes` is "forward" or "backward"."""
     M, N = case.size.values()
     element, statistics = case.dtype.itemsize, 2 * 4 * M
     if passes == "forward":  # reads x, weight, bias; writes y, mean, rstd
@@ -29,6 +31,7 @@ def work(case: Case, passes: str) -> Work:
 
 
 def cases(device: str) -> Iterator[Case]:
+    """Yield the cases to benchmark on a device, "cpu" or "cuda"."""
     if device == "cuda":
         for N in WIDTHS:
             yield from every(OP, device, [{"M": 32768, "N": N}], series="N", quick=N == 768)
@@ -39,6 +42,7 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
+    """Yield the speeds to reach on the case, against another implementation or a measured limit. See `Target`."""
     if case.device == "cuda":
         yield Target(FLOOR, 0.85, ("forward",))
         yield Target(FLOOR, 0.85, ("backward",))
@@ -48,19 +52,23 @@ def targets(case: Case) -> Iterator[Target]:
 
 
 def torch_layer_norm(case: Case) -> Function:
+    """Return PyTorch's layer norm: (x, weight, bias) → y."""
     return lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias)
 
 
 def liger_layer_norm(case: Case) -> Function:
+    """Return Liger's layer norm: (x, weight, bias) → y."""
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
     return lambda x, weight, bias: LigerLayerNormFunction.apply(x, weight, bias, 1e-5)
 
 
 def launches(kernels: ModuleType) -> Launches:
-    """Yield the widest row of every configuration, in the dtype of training, and GPT-2's width in every dtype.
+    """Yield (label, call that launches kernels), forward and backward.
 
-    The candidates follow, forward at their widest row, on their architecture alone.
+    Each launch configuration is there with its greatest width in bfloat16, and GPT-2's width in each dtype. Candidates
+    follow, forward only, which are launch configurations that no GPU has measured yet. The calls are on `meta` tensors
+    and only recorded. `kernels` is the module kernels/layer_norm.py.
     """
     from kernels import launch_configs
 
@@ -80,7 +88,10 @@ def launches(kernels: ModuleType) -> Launches:
 
 
 def trying(row: Any, call: Callable[[], object]) -> None:
-    """Run a call with a candidate in place of the row that serves, on its architecture alone."""
+    """Run a call with the launch configuration `row`, of `launch_configs.CANDIDATES`, in place of the one in use.
+
+    Nothing runs if the current architecture is not that of the row.
+    """
     from kernels import launch_configs
 
     if launch_configs.architecture(torch.device("meta")) == row.architecture:

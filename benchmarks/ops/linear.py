@@ -11,11 +11,13 @@ OP = "linear"
 
 
 def inputs(case: Case) -> tuple:
+    """Return random (x [M, K], weight [N, K])."""
     M, N, K = case.size.values()
     return normal(case, M, K), normal(case, N, K, scale=K**-0.5)
 
 
 def work(case: Case, passes: str) -> Work:
+    """Return the least bytes and FLOPs of one pass over the case, where `passes` is "forward" or "backward"."""
     M, N, K = case.size.values()
     element = case.dtype.itemsize
     if passes == "forward":  # reads x and weight; writes y
@@ -24,7 +26,7 @@ def work(case: Case, passes: str) -> Work:
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield the shapes of a block of GPT-2 and a square one; a GPU has none, because PyTorch's own serves there."""
+    """Yield the matrix products of a GPT-2 block and a square one. A GPU has none: PyTorch's kernel serves there."""
     if device == "cpu":
         C = 768
         shapes = ((3 * C, C), (C, C), (4 * C, C), (C, 4 * C), (4 * C, 4 * C))

@@ -15,17 +15,22 @@ VOCABULARIES = (8192, 16384, 32768, 65536, 131072)
 
 
 def inputs(case: Case) -> tuple:
+    """Return random (x [N, C], weight [V, C], target [N])."""
     N, C, V = case.size.values()
     return normal(case, N, C), normal(case, V, C, scale=C**-0.5), ids(case, V, N)
 
 
 def work(case: Case, passes: str) -> Work:
-    """Count forward and backward together: logits, dx, dweight. Reads x, weight, target; writes dx and dweight."""
+    """Return the least bytes and FLOPs of forward and backward together; `passes` is always "training".
+
+    There are three matrix products: logits, dx and dweight. x, weight and target are read, dx and dweight are written.
+    """
     N, C, V = case.size.values()
     return Work(case.dtype.itemsize * 2 * (N * C + V * C) + 8 * N, 3 * 2 * N * C * V)
 
 
 def cases(device: str) -> Iterator[Case]:
+    """Yield the cases to benchmark on a device, "cpu" or "cuda"."""
     if device == "cuda":
         yield from every(OP, device, [{"N": 16384, "C": 768, "V": 50257}], quick=True)
         yield from every(OP, device, [{"N": 16384, "C": C, "V": 50257} for C in (1024, 1280, 1600)])
@@ -42,6 +47,7 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
+    """Yield the speeds to reach on the case, against another implementation or a measured limit. See `Target`."""
     yield Target("torch.compile", 1 / 1.02) if case.device == "cuda" else Target("torch", 1.0)
 
 
@@ -49,15 +55,18 @@ def targets(case: Case) -> Iterator[Target]:
 
 
 def torch_loss(case: Case) -> Function:
+    """Return PyTorch's loss on stored float32 logits: (x, weight, target) → loss."""
     return lambda x, weight, target: F.cross_entropy(F.linear(x, weight).float(), target)
 
 
 def torch_loss_chunked(case: Case) -> Function:
+    """Return PyTorch's own fused loss, which computes the logits in chunks: (x, weight, target) → loss."""
     function, options = F.linear_cross_entropy, torch.nn.LinearCrossEntropyOptions()
     return lambda x, weight, target: function(x, weight, target, options=options)
 
 
 def chunked_missing(case: Case) -> str | None:
+    """Return the reason why PyTorch's chunked loss is not measured on the case, or None."""
     if not hasattr(F, "linear_cross_entropy"):
         return f"PyTorch {torch.__version__} does not have it"
     # 24 s when the others took 3 to 4 s, with 256 rows on one thread of a 2-core EPYC.
@@ -65,6 +74,7 @@ def chunked_missing(case: Case) -> str | None:
 
 
 def liger_fused_loss(case: Case) -> Function:
+    """Return Liger's loss fused with the projection: (x, weight, target) → loss."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss()
@@ -72,6 +82,7 @@ def liger_fused_loss(case: Case) -> Function:
 
 
 def liger_loss(case: Case) -> Function:
+    """Return Liger's cross-entropy on stored logits: (x, weight, target) → loss."""
     from liger_kernel.transformers import LigerCrossEntropyLoss
 
     loss = LigerCrossEntropyLoss()
@@ -79,10 +90,12 @@ def liger_loss(case: Case) -> Function:
 
 
 def launches(kernels: ModuleType) -> Launches:
-    """Yield GPT-2's vocabulary in the dtype of training, as its heads call the op, then what is rarer.
+    """Yield (label, call that launches kernels) for GPT-2's vocabulary.
 
-    Everything optional; a transposed weight; the other dtypes; single losses. There are two chunks, of which the second
-    adds to the first.
+    First is the call of GPT-2's heads in bfloat16: with gradients, without, and the backward pass of single losses.
+    Then come all optional arguments, a transposed weight, and the other dtypes. Rows are processed in two chunks, of
+    which the second adds to the first. The calls are on `meta` tensors and only recorded. `kernels` is the module
+    kernels/linear_cross_entropy.py.
     """
     V, C = 50257, 768
     bfloat16 = torch.bfloat16

@@ -29,6 +29,7 @@ WIDTHS = (768, 1024, 1280, 1600)  # of GPT-2's four sizes
 
 
 def inputs(case: Case) -> tuple:
+    """Return random (x [M, C], fc_weight [4C, C], fc_bias [4C], proj_weight [C, 4C], proj_bias [C])."""
     M, C = case.size.values()
     F = 4 * C
     return (
@@ -41,6 +42,7 @@ def inputs(case: Case) -> tuple:
 
 
 def work(case: Case, passes: str) -> Work:
+    """Return the least bytes and FLOPs of one pass over the case, where `passes` is "forward" or "backward"."""
     M, C = case.size.values()
     F = 4 * C
     element, weights = case.dtype.itemsize, 2 * C * F + F + C
@@ -50,6 +52,7 @@ def work(case: Case, passes: str) -> Work:
 
 
 def cases(device: str) -> Iterator[Case]:
+    """Yield the cases to benchmark on a device, "cpu" or "cuda"."""
     M = 16384 if device == "cuda" else 512
     for C in WIDTHS:
         yield from every(OP, device, [{"M": M, "C": C}], main_dtype(device), series="C", quick=C == 768)
@@ -62,10 +65,12 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
+    """Yield the speeds to reach on the case, against another implementation or a measured limit. See `Target`."""
     yield Target("products alone", 1 / 1.05) if case.device == "cuda" else Target("torch", 1.0)
 
 
 def torch_mlp(case: Case) -> Function:
+    """Return PyTorch's functions for the op: (x, fc_weight, fc_bias, proj_weight, proj_bias) → y [M, C]."""
     p = case.dropout
 
     def run(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor) -> Tensor:
@@ -76,7 +81,10 @@ def torch_mlp(case: Case) -> Function:
 
 
 def bare_products(case: Case) -> Function:
-    """Return the two products with nothing between them: less than the op, but a bound for it."""
+    """Return the op's two matrix products alone, with its arguments, as a bound for its speed.
+
+    Biases, activation and dropout are left out.
+    """
 
     def run(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor) -> Tensor:
         return F.linear(F.linear(x, fc_weight), proj_weight)
@@ -85,10 +93,11 @@ def bare_products(case: Case) -> Function:
 
 
 def launches(kernels: ModuleType) -> Launches:
-    """Yield GPT-2's sizes in the dtype of training, then what is rarer.
+    """Yield (label, call that launches kernels) for GPT-2's sizes, forward and backward.
 
-    Each activation with and without dropout; a Conv1D's transposed weights; sizes that no descriptor can take; the
-    other dtypes.
+    First is each activation with and without dropout in bfloat16, then the transposed weights of a Conv1D, a width that
+    tensor descriptors cannot take, and the other dtypes. The last are decode steps, one row forward. The calls are on
+    `meta` tensors and only recorded. `kernels` is the module kernels/mlp.py.
     """
     shapes = [(activation, p, "", torch.bfloat16) for activation in ("relu", "gelu", "gelu_tanh") for p in (0.0, 0.1)]
     shapes += [("gelu_tanh", 0.1, layout, torch.bfloat16) for layout in ("Conv1D", "odd")]

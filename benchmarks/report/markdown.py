@@ -4,7 +4,7 @@ PASS_NAMES = {"training": "forward + backward", "inference": "forward", "step": 
 
 
 def seconds(value: float) -> str:
-    """Return three significant digits in the unit that suits them."""
+    """Return a time in seconds as text with three significant digits, in s, ms or µs, such as "1.25 ms"."""
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
         if value * factor >= 1 or unit == "µs":
             return f"{value * factor:.3g} {unit}" if value * factor < 1000 else f"{value * factor:.0f} {unit}"
@@ -12,6 +12,7 @@ def seconds(value: float) -> str:
 
 
 def memory(value: int | None) -> str:
+    """Return a number of bytes as text in MiB or GiB, such as "12.5 MiB"; "" for None."""
     if value is None:
         return ""
     mib = value / 2**20
@@ -19,11 +20,17 @@ def memory(value: int | None) -> str:
 
 
 def rate(name: str, value: float) -> str:
+    """Return a rate as text, such as "12.5 GB/s".
+
+    `value` is in FLOPs a second if `name`, that of a measured speed limit, begins with "matmul", else in bytes a
+    second.
+    """
     unit, scale = ("FLOP/s", value) if name.startswith("matmul") else ("B/s", value)
     return f"{scale / 1e12:.3g} T{unit}" if scale >= 1e12 else f"{scale / 1e9:.3g} G{unit}"
 
 
 def table(header: list[str], lines: list[list[str]]) -> list[str]:
+    """Return a Markdown table as lines. The first column is aligned left, the others right."""
     return [
         f"| {' | '.join(header)} |",
         f"| --- |{' ---: |' * (len(header) - 1)}",

@@ -36,7 +36,7 @@ adds to its inputs, forward and backward together; of a job, with weights and th
 
 
 def devices(folder: Path) -> dict[Path, list[Run]]:
-    """Return the devices' folders that have topics, and the runs of each."""
+    """Return {device's folder: contents of its topics' results files} for each folder in `folder` that has any."""
     runs = {path: results.read_folder(path) for path in sorted(folder.iterdir()) if path.is_dir()}
     return {path: found for path, found in runs.items() if found}
 
@@ -45,6 +45,7 @@ def devices(folder: Path) -> dict[Path, list[Run]]:
 
 
 def write_pages(folder: Path) -> list[Path]:
+    """Write README.md and the pictures in each device's folder that has results. Return the pages' paths."""
     pages = []
     for path in sorted(path for path in folder.iterdir() if path.is_dir()):
         runs = results.read_folder(path)
@@ -57,7 +58,11 @@ def write_pages(folder: Path) -> list[Path]:
 
 
 def draw(path: Path, runs: list[Run]) -> dict[str, str]:
-    """Write every picture of a device and delete those of older runs. Return file name → caption of the topics'."""
+    """Write every picture of a device into `path`, its folder, and delete other *.png files there.
+
+    `runs` are the contents of its results files. Return file name → caption for the pictures of topics, without those
+    of studies.
+    """
     shown = plots.draw(runs, path)
     studies = set()
     for study, record in results.read_studies(path):
@@ -71,11 +76,16 @@ def draw(path: Path, runs: list[Run]) -> dict[str, str]:
 
 
 def picture_of(study: str) -> str:
+    """Return the file name of a study's picture."""
     return f"{study}.png"
 
 
 def device_page(path: Path, runs: list[Run], pictures: dict[str, str]) -> str:
-    """Return everything measured on one device, as Markdown. `pictures`: file name → caption."""
+    """Return the page of a device as Markdown: everything that was measured on it.
+
+    `path` is the device's folder, `runs` are the contents of its topics' results files, and `pictures` maps file name →
+    caption.
+    """
     measured = runs or [record for _, record in results.read_studies(path)]
     lines = [
         f"# {measured[0]['device']['name']}",
@@ -100,19 +110,29 @@ def device_page(path: Path, runs: list[Run], pictures: dict[str, str]) -> str:
 
 
 def target_section(runs: list[Run]) -> list[str]:
+    """Return the lines of the section on the speeds to reach, or [] if the runs have none to judge.
+
+    `runs` are the contents of results files. Implementations that the device lacks instructions for are listed apart.
+    """
     rows, unjudged = targets.rows(runs), targets.unjudged(runs)
     lines = ["", "## Targets", "", *table(targets.HEADER, rows)] if rows else []
     return [*lines, "", "Not judged:", "", *(f"- {line}" for line in unjudged)] if rows and unjudged else lines
 
 
 def busy_section(runs: list[Run]) -> list[str]:
-    """Return quiet speeds beside those that were measured while another process computed in an endless loop."""
+    """Return the lines of the section that compares runs beside a busy process with quiet runs, or [] without both.
+
+    `runs` are the contents of results files.
+    """
     rows = tables.beside(runs)
     return ["", "## Beside a busy process", "", *table(tables.BUSY_HEADER, rows)] if rows else []
 
 
 def study_sections(path: Path, pictures: str = "") -> list[str]:
-    """Return the sections of a device's studies. `pictures`: the path from the page to the device's folder."""
+    """Return the lines of the sections of a device's studies. `path` is the device's folder.
+
+    `pictures` is put before a picture's file name in links: the path from the page to the device's folder.
+    """
     lines: list[str] = []
     for study, record in results.read_studies(path):
         heading, *rest = study.lines(record)
@@ -126,7 +146,10 @@ def study_sections(path: Path, pictures: str = "") -> list[str]:
 
 
 def figures(folder: Path) -> str:
-    """Return the picture of the device with the most whole-model cases, and a link to the results of each device."""
+    """Return Markdown for README.md: one picture, and for each device a link to its page.
+
+    The picture is of the device with the most whole-model cases. `folder` holds the devices' folders.
+    """
     lines = [picture(folder, README), ""]
     for path, runs in devices(folder).items():
         page = path.relative_to(ROOT) / "README.md"
@@ -135,7 +158,10 @@ def figures(folder: Path) -> str:
 
 
 def picture(folder: Path, page: Path) -> str:
-    """Return the picture of the device with the most whole-model cases, linked from a page; "" if no device has one."""
+    """Return Markdown for the picture of the device with the most whole-model cases; "" if no device has one.
+
+    `folder` holds the devices' folders. The link is relative to `page`.
+    """
     measured = {path: runs for path, runs in devices(folder).items() if tables.speedups(runs)}
     if not measured:
         return ""
@@ -145,14 +171,20 @@ def picture(folder: Path, page: Path) -> str:
 
 
 def blocks(page: Path) -> dict[str, str]:
-    """Return the blocks of a page that are made here, by name."""
+    """Return {name of a block: its Markdown} for the blocks of a page that are made here.
+
+    README.md has the blocks "support" and "figures". Any other page has the block "picture".
+    """
     if page == README:
         return {"support": support.table(), "figures": figures(RESULTS)}
     return {"picture": picture(RESULTS, page) + "\n"}
 
 
 def rewritten(page: Path) -> str:
-    """Return the text of a page with every block that is made here replaced."""
+    """Return the text of a page with each block between the markers of its name replaced by a new one, see `blocks`.
+
+    Raise `ValueError` if the markers of a block are not in the page exactly once.
+    """
     text = page.read_text("utf-8")
     for name, block in blocks(page).items():
         parts = re.split(rf"(<!-- {name}: made by `make report` -->\n|<!-- /{name} -->)", text)
@@ -166,7 +198,10 @@ def rewritten(page: Path) -> str:
 
 
 def docs_page(folder: Path) -> str:
-    """Return docs/performance/results.md: the pictures and highlights of each device first, then everything else."""
+    """Return the text of docs/performance/results.md. `folder` holds the devices' folders.
+
+    Pictures and highlights of each device come first, then everything else.
+    """
     lines = ["# Results"]
     measured = devices(folder)
     if not any(runs[0]["device"]["type"] == "cuda" for runs in measured.values()):
@@ -205,12 +240,15 @@ def docs_page(folder: Path) -> str:
 
 
 def folder_link(path: Path) -> str:
-    """Return the link from docs/performance to a device's folder; tools/mkdocs_pictures.py serves its pictures."""
+    """Return the link from docs/performance to a device's folder; it ends in a slash.
+
+    On the site, tools/mkdocs_pictures.py points links to pictures at the right place.
+    """
     return f"../../{path.relative_to(ROOT)}/" if path.is_relative_to(ROOT) else f"{path}/"
 
 
 def growth(path: Path) -> Iterable[Path]:
-    """Return a device's pictures of how cost grows with a size."""
+    """Return the paths of a device's pictures that show how cost grows with a size. `path` is the device's folder."""
     studies = {picture_of(study.name) for study, _ in results.read_studies(path)}
     shown = (picture for picture in path.glob("*.png") if picture.name not in {*studies, plots.OVERVIEW})
     return sorted(picture for picture in shown if not picture.stem.endswith("_bars"))

@@ -61,7 +61,10 @@ Series = list[dict[str, Record]]  # one entry for each size
 
 
 def draw(runs: list[Run], folder: Path) -> dict[str, str]:
-    """Write every picture that the quiet runs give. Return file name → caption."""
+    """Write every picture of quiet runs, those without a busy process beside them, into `folder`.
+
+    Return file name → caption. `runs` are the contents of results files.
+    """
     written: dict[str, str] = {}
     faster = speedups(runs)
     if faster:
@@ -77,7 +80,10 @@ def draw(runs: list[Run], folder: Path) -> dict[str, str]:
 
 
 def overview(faster: dict[str, tuple[float, str]]) -> Figure:
-    """Draw a bar for each whole-model case: our speed as a multiple of the fastest other's, whose name it bears."""
+    """Draw a bar for each whole-model case: gpt_fast's speed as a multiple of the fastest other implementation's.
+
+    `faster` maps the case to (multiple, name of the other implementation), which stands beside the bar.
+    """
     figure = Figure(figsize=(8.4, 0.34 * len(faster) + 0.9), dpi=130, layout="constrained")
     axes = figure.subplots()
     places = list(range(len(faster)))[::-1]
@@ -94,7 +100,11 @@ def overview(faster: dict[str, tuple[float, str]]) -> Figure:
 
 
 def groups(run: Run) -> dict[tuple[str, str], Series]:
-    """Return (the size that grows, dtype and dropout) → cases by that size. Cases in no series are under ("", "")."""
+    """Group a run's cases into those of one picture: {(growing size, dtype and dropout): cases, smallest size first}.
+
+    Each case is a dict from implementation to record. Cases outside of any series are under ("", ""). A series of one
+    case is left out.
+    """
     found: dict[tuple[str, str], Series] = {}
     for records in results.by_case(run).values():
         first = next(iter(records.values()))
@@ -108,11 +118,16 @@ def groups(run: Run) -> dict[tuple[str, str], Series]:
 
 
 def _size(records: dict[str, Record], series: str) -> int:
+    """Return the value of the size named `series` in a case. `records` are those of the case by implementation."""
     return next(iter(records.values()))["sizes"][series]
 
 
 def figures(run: Run, series: str, kind: str, group: Series) -> list[tuple[str, Figure, str]]:
-    """Return (stem of the file's name, picture, caption) of one group."""
+    """Return [(stem of the file's name, picture, caption)] for one group of the result of `groups`.
+
+    `series` is the name of the growing size, "" for cases in no series. `kind` is the group's dtype and dropout as
+    text. `group` has the cases, each as records by implementation.
+    """
     title = title_of(run)
     if not series:
         return [("bars", bars(run, group, title), f"{title}: time of each implementation")]
@@ -133,19 +148,22 @@ def figures(run: Run, series: str, kind: str, group: Series) -> list[tuple[str, 
 
 
 def any_has(group: Series, passes: str) -> bool:
-    """Return True if any record of the group has times of this pass."""
+    """Return True if any record of the cases in `group` has times of the pass named `passes`."""
     return any(passes in record["times"] for records in group for record in records.values())
 
 
 def _fixed(group: Series, series: str) -> str:
-    """Return the sizes that stay the same along a series."""
+    """Return the sizes that are equal in all cases of a series as text, such as "B=2 H=12"."""
     sizes = [next(iter(records.values()))["sizes"] for records in group]
     same = [(name, value) for name, value in sizes[0].items() if all(size[name] == value for size in sizes)]
     return " ".join(str(value) if name == "model" else f"{name}={value}" for name, value in same if name != series)
 
 
 def lines(group: Series, series: str, value: Any) -> dict[str, list[tuple[int, float]]]:
-    """Return implementation → (size, value) of each record that has a value."""
+    """Return the points of a plot as {implementation: [(size, y)]}, where y is `value(record)`.
+
+    Records for which it is None are left out. `series` is the name of the size that grows over the cases in `group`.
+    """
     found: dict[str, list[tuple[int, float]]] = {}
     for records in group:
         for peer, record in records.items():
@@ -156,7 +174,11 @@ def lines(group: Series, series: str, value: Any) -> dict[str, list[tuple[int, f
 
 
 def speed(axes: Axes, run: Run, series: str, passes: str, group: Series) -> None:
-    """Draw a line for each implementation, and the floor, over the size: an op's FLOP/s or bytes/s, a job's seconds."""
+    """Draw a line for each implementation over the growing size, and a dashed line for the measured speed limit.
+
+    The y axis is FLOP/s or bytes/s for an op, seconds for a whole-model job. `series` names the size, `passes` the
+    pass. `group` has the cases, each as records by implementation.
+    """
     first = next(record for record in group[0].values() if passes in record["times"])
     work, job = first["work"][passes], first["tokens"] is not None
     unit, amount = ("GFLOP/s", "flops") if work["flops"] else ("GB/s", "bytes")
@@ -183,6 +205,10 @@ def speed(axes: Axes, run: Run, series: str, passes: str, group: Series) -> None
 
 
 def memory(axes: Axes, series: str, group: Series) -> None:
+    """Draw the peak memory of each implementation over the growing size, which `series` names.
+
+    `group` has the cases, each as records by implementation.
+    """
     for peer, points in lines(group, series, lambda record: record["peak_memory"]).items():
         _line(axes, peer, [(x, y) for x, y in points if y])
     axes.set_ylabel("peak memory")
@@ -192,7 +218,10 @@ def memory(axes: Axes, series: str, group: Series) -> None:
 
 
 def bars(run: Run, group: Series, title: str) -> Figure:
-    """Draw a panel for each case and pass: a bar for each implementation, and the floor as a line."""
+    """Draw a panel for each case and pass: a bar for each implementation's time, and the speed limit as a line.
+
+    The limit is a measured one. `group` has the cases, each as records by implementation.
+    """
     panels = [
         (case, records, passes)
         for case, records in ((next(iter(records.values()))["case"], records) for records in group)
@@ -212,6 +241,10 @@ def bars(run: Run, group: Series, title: str) -> Figure:
 
 
 def _panel(axes: Axes, run: Run, case: str, records: dict[str, Record], passes: str) -> None:
+    """Draw the panel of one case and pass: a bar with quartiles for each implementation, and the speed limit as a line.
+
+    `records` are those of the case by implementation. `passes` is the name of the pass.
+    """
     timed = {peer: record["times"][passes] for peer, record in records.items() if passes in record["times"]}
     medians = [time["median"] for time in timed.values()]
     unit, scale = ("s", 1.0) if max(medians) >= 2 else ("ms", 1e3) if max(medians) >= 2e-3 else ("µs", 1e6)
@@ -246,6 +279,7 @@ def _panel(axes: Axes, run: Run, case: str, records: dict[str, Record], passes: 
 
 
 def _line(axes: Axes, peer: str, points: list[tuple[int, float]]) -> None:
+    """Draw an implementation's line through `points`, (size, value), thicker for gpt_fast; nothing without points."""
     if not points:
         return
     ours = peer == OURS
@@ -261,6 +295,7 @@ def _line(axes: Axes, peer: str, points: list[tuple[int, float]]) -> None:
 
 
 def _finish(axes: Axes, series: str, group: Series) -> None:
+    """Set the scale, ticks, label, grid and legend of axes that show the size `series` on a logarithmic x axis."""
     sizes = [_size(records, series) for records in group]
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [f"{size // 1024}k" if size >= 1024 and size % 1024 == 0 else str(size) for size in sizes])
@@ -273,4 +308,5 @@ def _finish(axes: Axes, series: str, group: Series) -> None:
 
 
 def _head(figure: Figure, title: str) -> None:
+    """Put a title at the top left of a figure."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)

@@ -38,15 +38,16 @@ _RECORD = {"case", "peer", "sizes", "dtype", "dropout", "series", "complete", "t
 
 
 def write(run: Run, path: Path) -> None:
+    """Write the content of a results file as JSON."""
     write_json(path, run)
 
 
 def read(path: Path) -> Run:
-    """Return a topic's results.
+    """Return the content of a topic's results file, whose fields this module lists at its head.
 
     Raises:
         OSError: if there is no file.
-        ValueError: if the file is not one of ours, of another version, or damaged.
+        ValueError: if the file is not a results file of this suite, of another version, or damaged.
     """
     run = _load(path)
     wrong = [name for name, kind in _RUN.items() if not isinstance(run.get(name), kind)]
@@ -56,13 +57,19 @@ def read(path: Path) -> Run:
 
 
 def read_study(path: Path, study: Study) -> dict[str, Any]:
-    """Return a study's record. Raises as `read` does."""
+    """Return the content of a study's results file.
+
+    Raises:
+        OSError: if there is no file.
+        ValueError: if the file is not a results file of this suite, of another version, or lacks a field of the study.
+    """
     record = _load(path)
     wrong = [name for name, kind in _HEAD.items() if not isinstance(record.get(name), kind)]
     return _unless(wrong + [name for name in ("date", "load", *study.fields) if name not in record], record, path)
 
 
 def _load(path: Path) -> dict[str, Any]:
+    """Return the JSON of a results file. Raise `ValueError` if it is not JSON, or of another schema or version."""
     try:
         found = json.loads(path.read_text("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -75,22 +82,27 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _unless(wrong: list[str], found: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return `found`, the content of the results file at `path`, if `wrong` is empty.
+
+    `wrong` names the fields that are missing or of another type. Raise `ValueError` if there are any.
+    """
     if wrong:
         raise ValueError(f"{path}: a damaged results file: {', '.join(wrong)} missing or of another type")
     return found
 
 
 def file_name(topic: str, busy: bool = False) -> str:
+    """Return the name of the results file of a topic or study; `busy` if a busy process ran beside it."""
     return f"{topic}{'_busy' if busy else ''}.json"
 
 
 def label(run: Run) -> str:
-    """Return the topic's name, and whether a busy process ran beside it."""
+    """Return the topic's name, followed by ", beside a busy process" if one ran. `run` is a results file's content."""
     return f"{run['topic']}{BUSY if run.get('busy') else ''}"
 
 
 def read_folder(folder: Path) -> list[Run]:
-    """Return the results of every topic in one device's folder, in the order of `catalogue.topics`.
+    """Return the contents of the topics' results files in one device's folder, in the order of `catalogue.topics`.
 
     The results of a topic beside a busy process follow its quiet ones.
     """
@@ -99,7 +111,10 @@ def read_folder(folder: Path) -> list[Run]:
 
 
 def read_studies(folder: Path) -> list[tuple[Study, dict[str, Any]]]:
-    """Return the record of every study in one device's folder."""
+    """Return [(study, content of its results file)] of one device's folder, in the order of `catalogue.studies`.
+
+    The results of a study beside a busy process follow its quiet ones.
+    """
     found = (
         (study, folder / file_name(name, busy)) for name, study in catalogue.studies().items() for busy in (False, True)
     )
@@ -107,9 +122,11 @@ def read_studies(folder: Path) -> list[tuple[Study, dict[str, Any]]]:
 
 
 def read_any(path: Path) -> list[Run]:
-    """Return the results in a file, in a device's folder, or in a folder of such folders.
+    """Return the contents of topics' results files: one file, a device's folder, or a folder of such folders.
 
-    Raises as `read` does, and `ValueError` for a folder without results.
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if a file is not a results file of this suite, of another version, or damaged, or a folder has none.
     """
     if not path.is_dir():
         return [read(path)]
@@ -120,11 +137,15 @@ def read_any(path: Path) -> list[Run]:
 
 
 def find(run: Run, case: str, peer: str) -> Record | None:
+    """Return the record of the implementation named `peer` on the case of that name, or None if the run has none."""
     return next((record for record in run["records"] if (record["case"], record["peer"]) == (case, peer)), None)
 
 
 def by_case(run: Run) -> dict[str, dict[str, Record]]:
-    """Return case → implementation → record, ours first."""
+    """Return {case: {implementation: record}} of a run, gpt_fast's record first in each case.
+
+    A record holds what one implementation took on one case. `run` is the content of a results file.
+    """
     groups: dict[str, dict[str, Record]] = {}
     for record in run["records"]:
         groups.setdefault(record["case"], {})[record["peer"]] = record
@@ -132,10 +153,11 @@ def by_case(run: Run) -> dict[str, dict[str, Record]]:
 
 
 def floor_seconds(record: Record, passes: str, floors: dict[str, dict[str, float]]) -> float:
-    """Return the time of the bytes at the bandwidth they are held against, or of the FLOPs at the matrix rate.
+    """Return the least seconds of one pass of a record by `floors`, the rates that were measured in its session.
 
-    The longer of the two counts. If a CPU multiplies half-precision matrices more slowly than float32 ones, the faster
-    rate counts: operands can be widened.
+    It is the time of the pass's bytes at the copy or read bandwidth, or of its FLOPs at the matrix rate, whichever is
+    longer. If a CPU multiplies half-precision matrices more slowly than float32 ones, the faster rate counts: operands
+    can be widened.
     """
     work = record["work"][passes]
     rates = [
@@ -148,11 +170,19 @@ def floor_seconds(record: Record, passes: str, floors: dict[str, dict[str, float
 
 
 def session(run: Run, record: Record) -> dict[str, Any]:
+    """Return the session in which a record was measured: {"date", "load", "floors"}.
+
+    A session is one start of the program. "load" is the machine's, and "floors" are the measured rates of copies, reads
+    and matrix products.
+    """
     return run["sessions"][record["session"]]
 
 
 def share_of_floor(run: Run, record: Record, *passes: str) -> float:
-    """Return the floor of these passes over the time they took."""
+    """Return the least time that the record's passes need, divided by the time that they took.
+
+    Times are added up over `passes`, names of passes that the record has. `floor_seconds` has the least time of each.
+    """
     floors = session(run, record)["floors"]
     floor = sum(floor_seconds(record, name, floors) for name in passes)
     return floor / sum(record["times"][name]["median"] for name in passes)
@@ -164,9 +194,11 @@ LEAST_CHANGE = 0.03  # two runs on one quiet machine differ by that much
 
 
 def compare(old: list[Run], new: list[Run]) -> list[dict[str, Any]]:
-    """Return every figure in both, with the ratio new / old of its medians and whether that is beyond the noise.
+    """Return a dict for each time that is in both lists of results, which says whether it changed beyond the noise.
 
-    Beyond the noise: the medians differ by more than 3 % and by more than the two interquartile ranges together.
+    Its keys are "topic", "case", "pass", "peer" (the implementation), "old" and "new" (medians in seconds), "ratio"
+    (new / old) and "beyond", which is True if the medians differ by more than 3 % and by more than the two
+    interquartile ranges together.
     """
     before = {_key(run, record, passes): time for run in old for record, passes, time in _times(run)}
     changes = []
@@ -189,8 +221,10 @@ def compare(old: list[Run], new: list[Run]) -> list[dict[str, Any]]:
 
 
 def _key(run: Run, record: Record, passes: str) -> tuple[str, ...]:
+    """Return (topic, case, implementation, pass), which identifies a time in two runs."""
     return label(run), record["case"], record["peer"], passes
 
 
 def _times(run: Run) -> list[tuple[Record, str, dict[str, float]]]:
+    """Return [(record, pass, summary of its times)] for each pass of each record."""
     return [(record, passes, time) for record in run["records"] for passes, time in record["times"].items()]

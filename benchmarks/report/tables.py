@@ -17,6 +17,7 @@ def topic_of(run: Run) -> Topic | None:
 
 
 def title(run: Run) -> str:
+    """Return a topic's title for headings, with a remark if a busy process ran beside it."""
     topic = topic_of(run)
     return (topic.title or topic.name if topic else str(run["topic"])) + (results.BUSY if run.get("busy") else "")
 
@@ -25,7 +26,7 @@ def title(run: Run) -> str:
 
 
 def columns(run: Run, records: Iterable[Record]) -> list[str]:
-    """Return the header of one case's table."""
+    """Return the header of one case's table, given the results file's content and the records of the case."""
     record = next(iter(records))
     header = ["implementation"]
     for passes in record["times"]:
@@ -38,7 +39,10 @@ def columns(run: Run, records: Iterable[Record]) -> list[str]:
 
 
 def rows(run: Run, records: dict[str, Record]) -> list[list[str]]:
-    """Return one row for each implementation of a case, ours first."""
+    """Return a row of cells under the header of `columns` for each implementation of a case.
+
+    `run` is the content of a results file, and `records` are those of the case by implementation.
+    """
     ours = records.get(OURS)
     passes = list(next(iter(records.values()))["times"])
     lines = []
@@ -65,7 +69,11 @@ def rows(run: Run, records: dict[str, Record]) -> list[list[str]]:
 
 
 def to_ours(time: dict[str, Any], ours: dict[str, Any] | None) -> str:
-    """Return how many times as long as ours, over pairs of rounds if the run has that, else by the medians."""
+    """Return an implementation's time in one pass as a multiple of gpt_fast's, as text; "" without a time of gpt_fast.
+
+    `time` and `ours` are the two summaries of times. The multiple is the median over pairs of rounds, with quartiles,
+    if the run has it, else the ratio of the medians.
+    """
     if "to_ours" in time:
         pairs = time["to_ours"]
         return f"{pairs['median']:.2f} ({pairs['q1']:.2f} to {pairs['q3']:.2f})"
@@ -73,14 +81,17 @@ def to_ours(time: dict[str, Any], ours: dict[str, Any] | None) -> str:
 
 
 def mfu(run: Run, record: Record) -> float:
-    """Return the model's FLOPs a second over the matrix rate measured in the same session."""
+    """Return the model FLOPs utilization: the FLOPs a second of a step over the matrix rate of the same session."""
     floors = results.session(run, record)["floors"]
     rates = [floors[name]["rate"] for name in (f"matmul {record['dtype']}", "matmul float32") if name in floors]
     return record["work"]["step"]["flops"] / record["times"]["step"]["median"] / max(rates)
 
 
 def case_tables(run: Run, complete: bool = False) -> list[str]:
-    """Return a table of every implementation for each case, or only for the cases that all were measured on."""
+    """Return the lines of a Markdown table for each case of the run, which is the content of a results file.
+
+    With `complete`, cases that were only measured on chosen implementations are left out.
+    """
     lines = []
     for case, records in results.by_case(run).items():
         if not complete or (OURS in records and records[OURS]["complete"]):
@@ -95,7 +106,11 @@ SUMMARY_HEADER = ["case", OURS, "of the floor", "speed against the fastest other
 
 
 def summary(runs: list[Run]) -> list[list[str]]:
-    """Return one row for each complete case and pass: ours, its share of the floor, and the fastest other."""
+    """Return the rows under SUMMARY_HEADER, one for each complete case and pass.
+
+    A case is complete if no implementation was excluded on purpose. The cells are the case, gpt_fast's time, the share
+    of the speed limit that it reaches, and its speed against the fastest other implementation.
+    """
     lines = []
     for run, case, records in _complete(runs):
         for passes in records[OURS]["times"]:
@@ -105,19 +120,28 @@ def summary(runs: list[Run]) -> list[list[str]]:
 
 
 def highlights(runs: list[Run]) -> list[list[str]]:
-    """Return the summary with all passes of a case together, and only the largest case by topic, dtype and dropout."""
+    """Return a row under SUMMARY_HEADER for the largest complete case of each topic, dtype and dropout.
+
+    All passes of a case are taken together. The last complete case of a run counts as the largest.
+    """
     return [_summed(run, records, name, passes) for run, name, records, passes in _largest(runs)]
 
 
 def speedups(runs: list[Run]) -> dict[str, tuple[float, str]]:
-    """Return whole-model highlights: case → (speed as a multiple of the fastest other's, name of that other)."""
+    """Return {whole-model case: (gpt_fast's speed as a multiple of the fastest other's, name of that implementation)}.
+
+    Only the largest case of each topic, dtype and dropout is in it, and only if another implementation was measured.
+    """
     jobs = [run for run in runs if run["suite"] != "ops"]
     found = {name: _against(run, records, passes) for run, name, records, passes in _largest(jobs)}
     return {name: against for name, against in found.items() if against is not None}
 
 
 def _largest(runs: list[Run]) -> list[tuple[Run, str, dict[str, Record], tuple[str, ...]]]:
-    """Return (run, name, records, passes) of the largest complete case by topic, dtype and dropout."""
+    """Return [(run, case's name, records by implementation, passes)]: the largest case by topic, dtype and dropout.
+
+    Only complete cases count, see `_complete`. The last of a run counts as the largest.
+    """
     largest = {}
     for run, case, records in _complete(runs):
         ours = records[OURS]
@@ -128,7 +152,11 @@ def _largest(runs: list[Run]) -> list[tuple[Run, str, dict[str, Record], tuple[s
 
 
 def _complete(runs: list[Run]) -> Iterator[tuple[Run, str, dict[str, Record]]]:
-    """Yield the complete cases of quiet runs."""
+    """Yield (run, case's name with its topic, records by implementation) of complete cases in quiet runs.
+
+    A case is complete if gpt_fast was measured and no implementation was excluded on purpose. A quiet run has no busy
+    process beside it.
+    """
     for run in (run for run in runs if not run.get("busy")):
         for case, records in results.by_case(run).items():
             if OURS in records and records[OURS]["complete"]:
@@ -136,6 +164,7 @@ def _complete(runs: list[Run]) -> Iterator[tuple[Run, str, dict[str, Record]]]:
 
 
 def _summed(run: Run, records: dict[str, Record], case: str, passes: tuple[str, ...]) -> list[str]:
+    """Return a row under SUMMARY_HEADER for one case, whose passes named `passes` are taken together."""
     ours = records[OURS]
     against = _against(run, records, passes)
     speed = f"{against[0]:.2f} × {against[1]}" if against else ""
@@ -143,9 +172,10 @@ def _summed(run: Run, records: dict[str, Record], case: str, passes: tuple[str, 
 
 
 def _against(run: Run, records: dict[str, Record], passes: tuple[str, ...]) -> tuple[float, str] | None:
-    """Return our speed as a multiple of the fastest other's, with its name; None if no other did the same work.
+    """Return (gpt_fast's speed as a multiple of the fastest rival's, name of the rival), or None without a rival.
 
-    A single pass is compared over pairs of rounds if the run has them, else medians are.
+    Rivals are the implementations of others that the topic marks as such. A single pass is compared over pairs of
+    rounds if the run has them. Otherwise the medians are, added up over `passes`.
     """
     topic = topic_of(run)
     rivals = {peer.name for peer in topic.peers if peer.rival} if topic else set(records)
@@ -166,6 +196,7 @@ def _against(run: Run, records: dict[str, Record], passes: tuple[str, ...]) -> t
 
 
 def _time(record: Record, passes: tuple[str, ...]) -> float:
+    """Return the sum of the median seconds of the passes."""
     return sum(record["times"][name]["median"] for name in passes)
 
 
@@ -202,6 +233,7 @@ def beside(runs: list[Run]) -> list[list[str]]:
 
 
 def _speed(record: Record, time: dict[str, Any]) -> str:
+    """Return a pass's speed as text: tokens/s for a whole-model job, else the median time."""
     return f"{record['tokens'] / time['median']:,.0f} tokens/s" if record["tokens"] else seconds(time["median"])
 
 
@@ -209,7 +241,10 @@ def _speed(record: Record, time: dict[str, Any]) -> str:
 
 
 def missing(run: Run) -> list[str]:
-    """Return each implementation that was not measured, with the reason and, unless it is all of them, the cases."""
+    """Return a line for each implementation that was not measured and each reason.
+
+    The cases are listed too, unless the reason holds for all cases of the run.
+    """
     all_cases = {record["case"] for record in run["records"]} | {entry["case"] for entry in run["missing"]}
     reasons: dict[tuple[str, str], list[str]] = {}
     for entry in run["missing"]:
@@ -221,6 +256,10 @@ def missing(run: Run) -> list[str]:
 
 
 def floors_line(run: Run, index: int) -> str:
+    """Return a line with the date, load and measured speed limits of the session `index` of a run.
+
+    A limit is followed by the data sheet's if the device is known.
+    """
     session = run["sessions"][index]
     stated = data_sheet(run["device"]["name"])
 
@@ -233,7 +272,7 @@ def floors_line(run: Run, index: int) -> str:
 
 
 def versions(runs: list[Run]) -> list[str]:
-    """Return versions and commits; one line if all runs agree."""
+    """Return lines with the commit and packages' versions: one if all runs agree, else one for each combination."""
     shown: dict[str, list[str]] = {}
     for run in runs:
         shown.setdefault(_versions(run), []).append(results.label(run))
@@ -243,12 +282,14 @@ def versions(runs: list[Run]) -> list[str]:
 
 
 def _versions(run: Run) -> str:
+    """Return the commit and the versions of packages of a run as text."""
     packages = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)
     commit: dict[str, Any] = run["commit"]
     return f"Commit {str(commit['id'])[:12]}{' with changes' if commit['dirty'] else ''}; {packages}."
 
 
 def notes(run: Run) -> list[str]:
+    """Return a list of one Markdown paragraph: the speed limits of each session, and whatever is special in the run."""
     lines = [f"{floors_line(run, index)}." for index in range(len(run["sessions"]))]
     if run["device"]["name"].endswith("CPU time"):
         lines.append("CPU seconds of one thread, measured while other programs kept the machine busy.")

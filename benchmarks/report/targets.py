@@ -23,6 +23,7 @@ class Verdict:
 
     @property
     def met(self) -> bool:
+        """Return True if the required figure was reached."""
         return self.reached >= self.required
 
 
@@ -30,7 +31,10 @@ HEADER = ["case", "against", "must reach", "reached", "met"]
 
 
 def rows(runs: list[Run]) -> list[list[str]]:
-    """Return a table's rows: one for each target whose implementations ran."""
+    """Return a row of cells under HEADER for each target whose implementations ran.
+
+    The cells are the case, what it is compared with, the figure to reach, the figure reached, and whether it was met.
+    """
     return [
         [
             verdict.case, verdict.against, _figure(verdict.against, verdict.required),
@@ -41,6 +45,11 @@ def rows(runs: list[Run]) -> list[list[str]]:
 
 
 def verdicts(runs: list[Run]) -> Iterator[Verdict]:
+    """Yield the verdict on each target of each case that the runs can judge.
+
+    Left out are targets of the other kind of run (quiet or beside a busy process), targets for instructions that the
+    device lacks, and those whose implementations did not run.
+    """
     for run in runs:
         topic = catalogue.topics().get(run["topic"])
         for records in results.by_case(run).values() if topic else ():
@@ -53,7 +62,10 @@ def verdicts(runs: list[Run]) -> Iterator[Verdict]:
 
 
 def unjudged(runs: list[Run]) -> list[str]:
-    """Return the implementations whose targets are not judged, as the device lacks instructions for their products."""
+    """Return a line for each implementation whose targets do not count, because the device lacks instructions for it.
+
+    `runs` are the contents of results files.
+    """
     found = {}
     for run in runs:
         topic = catalogue.topics().get(run["topic"])
@@ -65,6 +77,7 @@ def unjudged(runs: list[Run]) -> list[str]:
 
 
 def _has(run: Run, products: str) -> bool:
+    """Return True if the run's device has these instructions, such as "bf16_products"."""
     return bool(run["device"].get(products))
 
 
@@ -75,7 +88,11 @@ def case_of(run: Run, record: Record) -> Case:
 
 
 def judge(run: Run, records: dict[str, Record], target: Target) -> Verdict | None:
-    """Return the verdict, or None if an implementation that the target names did not run."""
+    """Return the verdict on a target for a case: what is required, and what was reached.
+
+    `records` are those of the case by implementation. The result is None if an implementation or a pass that the target
+    names was not measured. If the target names several implementations, the fastest measured one counts.
+    """
     who = records.get(target.who)
     if who is None:
         return None
@@ -98,9 +115,10 @@ def judge(run: Run, records: dict[str, Record], target: Target) -> Verdict | Non
 
 
 def _ratio(peer: Record, who: Record, passes: tuple[str, ...]) -> float:
-    """Return how many times as long the peer takes.
+    """Return the time of the record `peer` divided by that of the record `who`, added up over the passes.
 
-    Of one pass of ours this is the median over pairs of rounds, else the ratio of the medians.
+    For one pass against gpt_fast it is the median over pairs of rounds, if the run has it, else the ratio of the
+    medians.
     """
     if len(passes) == 1 and who["peer"] == OURS and "to_ours" in peer["times"][passes[0]]:
         return peer["times"][passes[0]]["to_ours"]["median"]
@@ -108,8 +126,13 @@ def _ratio(peer: Record, who: Record, passes: tuple[str, ...]) -> float:
 
 
 def _total(record: Record, passes: tuple[str, ...]) -> float:
+    """Return the sum of the median seconds of the passes."""
     return sum(record["times"][name]["median"] for name in passes)
 
 
 def _figure(against: str, value: float) -> str:
+    """Return a target's figure as text: a percentage for the measured speed limit, tokens a second, or a multiple.
+
+    `against` is FLOOR for the limit, TOKENS, or the name of the implementation that is compared with.
+    """
     return f"{value:.0%}" if against == FLOOR else f"{value:,.0f}" if against == TOKENS else f"{value:.2f} ×"

@@ -23,7 +23,10 @@ HARMLESS = re.compile("Set|Get|Create|Destroy|Attribute|Init")  # functions of c
 
 
 def site_packages() -> Path:
-    """Return the folder that PyTorch is installed in. Raises `SystemExit` where it is no CUDA build."""
+    """Return the folder that PyTorch is installed in.
+
+    Raise `SystemExit` if PyTorch is not installed or is no CUDA build.
+    """
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise SystemExit("tools.fakecuda: torch is not installed; expected PyTorch's CUDA build: make fake-gpu")
@@ -34,13 +37,17 @@ def site_packages() -> Path:
 
 
 def symbols(pattern: re.Pattern, *arguments: str) -> set[str]:
-    """Return the names that `nm ARGUMENTS` lists and `pattern` captures."""
+    """Run `nm` with these arguments. Return the names in its output that the group of `pattern` captures."""
     listed = subprocess.run(["nm", *arguments], check=True, capture_output=True, text=True).stdout
     return set(pattern.findall(listed))
 
 
 def stubs(imported: set[str], defined: set[str]) -> str:
-    """Return C++ that defines what is imported and not defined yet."""
+    """Return C++ source with a stub for each function name in `imported` that is not in `defined`.
+
+    Stubs of cuBLAS do nothing and return success, but those that would launch work are recorded. Stubs of the CUDA
+    runtime fail with a message.
+    """
     lines = [
         'extern "C" void fakecuda_note(const char*, const char*, const void*);',
         'extern "C" int fakecuda_missing(const char*);',
@@ -58,7 +65,7 @@ def stubs(imported: set[str], defined: set[str]) -> str:
 
 
 def build(folder: Path) -> Path:
-    """Compile the stand-in into `folder` and return the library."""
+    """Compile the library that pretends to be CUDA's driver into `folder`, and return its path, libcuda.so.1."""
     site = site_packages()
     cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
     folder.mkdir(parents=True, exist_ok=True)

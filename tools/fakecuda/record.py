@@ -37,24 +37,29 @@ class Seen:
     refusals: list[str] = field(default_factory=list)
 
     def of(self, *kinds: str) -> list[Entry]:
+        """Return the entries of these kinds, such as "kernel" or "sync"."""
         return [entry for entry in self.entries if entry.kind in kinds]
 
     def launches(self) -> list[Entry]:
+        """Return the entries of the kinds in LAUNCHES, which take time on a device."""
         return self.of(*LAUNCHES)
 
     def counts(self) -> dict[str, int]:
-        """Return the number of launches of each kind, and of waits of the host as "sync"."""
+        """Return the number of entries by kind, sorted by kind; "sync" counts waits of the host."""
         return dict(sorted(Counter(entry.kind for entry in self.entries).items()))
 
 
 def is_present() -> bool:
-    """Return True if this process runs on the stand-in."""
+    """Return True if the library that pretends to be CUDA's driver is loaded into this process."""
     return "libcuda.so.1" in os.environ.get("LD_PRELOAD", "") and hasattr(ctypes.CDLL(None), "fakecuda_write")
 
 
 @contextlib.contextmanager
 def watch() -> Iterator[Seen]:
-    """Record what the block asks of the devices."""
+    """Record in the yielded `Seen` what the block asks of the pretended GPUs. It is filled when the block ends.
+
+    Raise `OSError` if the record cannot be written to a temporary file.
+    """
     library, seen = ctypes.CDLL(None), Seen()
     library.fakecuda_reset()
     try:
@@ -73,9 +78,11 @@ def watch() -> Iterator[Seen]:
 
 
 def _entry(fields: list[str]) -> Entry:
+    """Return the `Entry` of one line of the record, given the line's fields as text."""
     kind, name, grid, block, shared, device, captured, stream = fields
     return Entry(kind, name, _sides(grid), _sides(block), int(shared), int(device), captured == "1", int(stream, 16))
 
 
 def _sides(text: str) -> tuple[int, ...]:
+    """Return the sizes in text such as "1,2,3", of a grid or a block."""
     return tuple(int(side) for side in text.split(","))
