@@ -109,8 +109,9 @@ def _in_folder(
     """Write the token files of `units` into `settings.out` and return the content of data.json, as `prepare` does.
 
     `plan_hash` identifies the inputs. If the folder already holds the files of that hash, return its data.json at once.
-    If it holds parts from a run with that hash that was stopped, resume from them. Raise `FileExistsError` if it holds
-    anything else, unless `settings.overwrite`. `show` and `say` are those of `prepare`.
+    If it holds parts from a stopped run with that hash, resume from them. Raise `FileExistsError` if it holds files
+    that this command did not write, or, unless `settings.overwrite`, tokens of other inputs. `show` and `say` are those
+    of `prepare`.
     """
     out, parts = settings.out, settings.out / PARTS
     if (
@@ -395,7 +396,7 @@ def _sweep(out: Path) -> None:
 
 
 def _progress(parts: Path, units: int) -> str:
-    """Return how many parts are done, for a message."""
+    """Return the progress for a message, "3 of 8 parts are done in FOLDER": FOLDER is `parts`, and 8 is `units`."""
     done = sum(1 for path in parts.glob("*.json") if path.stem.isdigit()) if parts.exists() else 0
     return f"{done} of {units} parts are done in {parts}"
 

@@ -46,7 +46,10 @@ def snippet_table() -> tuple[Table, Table]:
 
 
 def chosen_packages(documents: list[Document]) -> list[str]:
-    """Return the ten packages with the most text, by name. A package needs at least eight files."""
+    """Return the names of the ten packages with the most text, sorted. Packages of fewer than eight files are left out.
+
+    `documents` are modules, each named by its path below the standard library.
+    """
     size: dict[str, int] = {}
     files: dict[str, int] = {}
     for document in documents:
