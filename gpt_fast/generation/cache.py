@@ -33,10 +33,12 @@ class KVCache:
 
     @property
     def batch(self) -> int:
+        """Number of rows, B."""
         return self.keys.shape[1]
 
     @property
     def length(self) -> int:
+        """Number of tokens that a row has room for, S."""
         return self.keys.shape[3]
 
 
@@ -49,7 +51,11 @@ class StepPass:
         self.positions = cache.lengths[:, None].clamp(max=cache.length - 1)  # [B, 1]
 
     def attend(self, layer: int, qkv: Tensor, num_heads: int) -> Tensor:
-        """Attend from one new token a row: qkv [B, 1, 3C] → [B, 1, C]."""
+        """Write each row's new key and value into the cache of layer `layer`, and attend from the new token.
+
+        `qkv` [B, 1, 3C] are the query, key and value of one new token in each row. Return the attention's output
+        [B, 1, C], before the output projection.
+        """
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # [B, H, S, D]
         q, k, v = (x[:, :, 0] for x in split_qkv(qkv.to(keys.dtype), num_heads))  # [B, H, D]
         out = ops.decode_attention_append(q, k, v, keys, values, self.positions[:, 0])  # [B, H, D]
@@ -75,7 +81,11 @@ class PromptPass:
             self.mask = (j <= self.positions[:, :, None])[:, None]  # [B, 1, T, S']
 
     def attend(self, layer: int, qkv: Tensor, num_heads: int) -> Tensor:
-        """Attend from the tokens of a prompt: qkv [B, T, 3C] → [B, T, C]."""
+        """Write the prompts' keys and values into the cache of layer `layer`, and attend causally from their tokens.
+
+        `qkv` [B, T, 3C] are the queries, keys and values of T new tokens in each row, which also attend to the tokens
+        that the cache holds already. Return the attention's output [B, T, C], before the output projection.
+        """
         q, k, v = split_qkv(qkv, num_heads)  # [B, H, T, D]
         T = q.shape[2]
         keys, values = self.cache.keys[layer, self.rows], self.cache.values[layer, self.rows]
