@@ -222,11 +222,14 @@ def _check_memory(num_samples: int, prompt: int, new: int, config: GPTConfig) ->
 
 
 class _Finished(Exception):
-    """Every continuation has met a text to stop at: what ends `generate` from within its stream."""
+    """Exception by which the function that gets the tokens ends `generate`: every sample has met a text to stop at."""
 
 
 class _Text:
-    """One continuation: the tokens drawn, and the text they add to the prompt up to where it stops."""
+    """One continuation of a prompt: the tokens drawn, and the text that they add, up to a stop text.
+
+    `context` are the prompt's ids, `prompt` its text. `stop` are texts and `ends` token ids that end the continuation.
+    """
 
     def __init__(
         self, tokenizer: Tokenizer, prompt: str, context: Sequence[int], stop: Sequence[str], ends: Sequence[int]

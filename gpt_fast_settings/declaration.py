@@ -64,9 +64,9 @@ def option_name(field: str) -> str:
 
 
 class OptionError(ValueError):
-    """Options that are wrong on every rank of a job alike.
+    """Error in options that is alike on every rank of a distributed job.
 
-    The first rank of each machine prints the error for all.
+    The first rank of each machine prints it for all.
     """
 
 
@@ -86,9 +86,10 @@ def wrong_on_every_rank() -> Iterator[None]:
 
 
 class InvalidSettings(OptionError):
-    """Settings that do not validate, as one line.
+    """Error for settings that are not valid, with all of pydantic's `errors` in one line.
 
-    `errors` are pydantic's. `read` are the names that come from a file, and `place` names that file.
+    `cls` is the class of the settings. `read` are the names of settings that come from a file, and `place` names that
+    file.
     """
 
     def __init__(self, cls: type[Settings], errors: list[ErrorDetails], place: str = "", read: Collection[str] = ()):
@@ -97,7 +98,7 @@ class InvalidSettings(OptionError):
 
 
 class Settings(BaseModel):
-    """Frozen settings that know which of them the user gave."""
+    """Frozen settings that know which of them the user gave (`model_fields_set`)."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", alias_generator=option_name, populate_by_name=True, allow_inf_nan=False

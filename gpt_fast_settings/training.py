@@ -19,7 +19,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainingSettings(Settings):
-    """The options of every training. Those without `option` here have other defaults or another help in each."""
+    """Options that every training has. A field without `option` here is declared by each training itself."""
 
     command: ClassVar[str]  # its name on the command line
 

@@ -58,7 +58,7 @@ _CHUNK = 1 << 20  # ids that are copied at once
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """The options of `gpt-fast prepare`."""
+    """Options of `gpt-fast prepare`, by the names of the command line."""
 
     out: Path
     data: tuple[str, ...]
@@ -170,11 +170,12 @@ def _prepare(
     show: Callable[[int, int], None],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Make the tokenizer, tokenise each unit that is not done yet, join the units' tokens and write data.json.
+    """Tokenise the units that are not done yet, join the tokens of all units and write data.json.
 
-    Return the content of data.json. The units' tokens, in the folder `PARTS` below `settings.out`, are removed at the
-    end. `show(done, total)` gets the number of units that are done and of all units. `say` gets messages for the user.
-    Raise `ValueError` if no document is for training or none for validation.
+    A unit is a range of the data; see `Unit`. Its tokens are written to a folder `PARTS` below `settings.out`, which is
+    removed at the end. The tokenizer is made first. `show(done, total)` is called with the number of units that are
+    done and of all units, `say` with messages for the user. Return the content of data.json. Raise `ValueError` if no
+    document is for training or none for validation.
     """
     parts = settings.out / PARTS
     if not (parts / "tokenizer.json").exists():
@@ -237,11 +238,10 @@ def _described(units: Sequence[Unit], originals: dict[str, str]) -> list[dict[st
 
 
 def _inputs(settings: PrepareSettings, units: Sequence[Unit], originals: dict[str, str]) -> list[Any]:
-    """Return a JSON list of everything that the result depends on besides the units: [files, and three options].
+    """Return [files, tokenizer, vocabulary size, text column]: what the token files depend on besides the units.
 
-    A file, the tokenizer's included, is [path, size, time of change]. A pipe is [name, SHA-256 of its content];
-    `originals` maps the path of its temporary copy to this name. The options are the tokenizer, the vocabulary size and
-    the text column.
+    `files` has [path, size, time of change] for each file, the tokenizer's included, and [name, SHA-256 of the content]
+    for each pipe. `originals` maps the path of a pipe's temporary copy to this name. The result is hashed as JSON.
     """
     paths = dict.fromkeys(unit.source for unit in units if unit.kind != "hf")
     if Path(settings.tokenizer).exists():
@@ -314,10 +314,11 @@ def _end_with(watched: int) -> None:
 
 
 def tokenise(index: int, unit: Unit, tokenizer: str, parts: str, dtype: str, text_column: str) -> int:
-    """Tokenise one unit, write its ids and a report into the folder `parts`, and return `index`, the unit's number.
+    """Tokenise a unit (a range of the data, see `Unit`) and write its ids into the folder `parts`. Return `index`.
 
-    For `index` 7 the files are 000007.train and 000007.valid, raw ids of type `dtype`, and 000007.json, the numbers of
-    documents and tokens. `tokenizer` is the text of a tokenizer.json.
+    `index` is the unit's number. For 7 the files are 000007.train and 000007.valid, raw ids of type `dtype`, and last
+    000007.json, the numbers of documents and tokens. `tokenizer` is the text of a tokenizer.json. `text_column` is the
+    column of a table that holds the text.
     """
     made, keeps = _tokenizer(tokenizer)
     start = special_ids(made)["start_token"]

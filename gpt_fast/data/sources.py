@@ -103,7 +103,7 @@ def held_out(sizes: Sequence[tuple[str, int]]) -> set[str]:
 
 
 def documents(unit: Unit, text_column: str, keeps: Keeps | None = None) -> Iterator[tuple[str, bool, str]]:
-    """Yield (part, begins, text) for each piece of a unit's text.
+    """Yield (part, begins, text) for each piece of the text in a unit, which is a range of the data (see `Unit`).
 
     `part` is "train" or "valid", `begins` is True if a document begins with this piece, and `text` has at most
     `cuts.PIECE` characters, or is "" for a table's row without text. `text_column` is the column of a table to read.
@@ -175,7 +175,7 @@ def _with_parent(file: TextFile, name: str) -> str:
 
 
 def _units(file: TextFile, kind: str, part: str, keeps: Keeps | None) -> list[Unit]:
-    """Return the units of one file: ranges of its text or lines, the row groups of a parquet table, or the whole file.
+    """Return the units (see `Unit`) of one file: ranges of its text, row groups of a parquet table, or the whole file.
 
     `kind` is the file's format (see `kind_of`). `part` is "train", "valid", or "both" if a tenth of the file is to be
     held out. `keeps(text, index)` is True if the tokenizer allows a cut there.
@@ -229,7 +229,10 @@ def _line_cuts(file: TextFile, size: int) -> list[int]:
 
 
 def _decoded(unit: Unit) -> Iterator[str]:
-    """Yield the text of a unit block by block. Raise `ValueError` if it is not UTF-8, has a NUL byte or has changed."""
+    """Yield the text of a unit (see `Unit`) of a text file, block by block.
+
+    Raise `ValueError` if the file is not UTF-8, has a NUL byte, or has become shorter.
+    """
     file, place = unit.file, unit.start
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
     with open_utf8(file, unit.start) as opened:
@@ -257,7 +260,7 @@ def _decoded(unit: Unit) -> Iterator[str]:
 
 
 def _rows(unit: Unit, text_column: str) -> Iterator[str]:
-    """Yield the text in `text_column` of each row of a unit of a table or data set, "" for a row without text."""
+    """Yield the text in `text_column` of each row of a unit (see `Unit`) of a table, "" for a row without text."""
     if unit.kind == "hf":
         assert unit.end is not None
         found = rows.data_set_rows(unit.source, unit.start, unit.end, text_column)

@@ -14,9 +14,10 @@ import numpy as np
 
 
 class StoredIds:
-    """Ids in a file, or a part of them. `ids[a:b]` reads some into an array; `ids.part(a, b)` reads nothing yet.
+    """Token ids in a file, or a part of them. `ids[a:b]` reads some into an array; `ids.part(a, b)` reads nothing yet.
 
-    Raises `ValueError` naming the file where its size or its time of change is another than at the beginning.
+    `count` ids of type `dtype` begin at byte `offset` of the file. A read raises `ValueError` if the file's size or
+    time of change differs from when it was opened.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[Any], offset: int, count: int):
@@ -50,7 +51,7 @@ class StoredIds:
 
 
 class _Opened:
-    """An open file with the size and the time of change that it had at first."""
+    """Open file, with the size and the time of change that it had when it was opened."""
 
     def __init__(self, path: Path):
         self._path = path

@@ -128,10 +128,11 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class WindowOrder:
-    """Windows of `seq_len` tokens of a stream of `num_tokens`, shuffled by `seed`, pass after pass without end.
+    """Endless shuffled order of windows of `seq_len` tokens in a stream of `num_tokens` tokens.
 
-    A pass lays `per_pass` windows side by side from an offset of its own, which depends on seed and pass, and visits
-    each once in an order of its own. Less than two windows of tokens at the ends are left out of it.
+    The order is made of passes over the stream. Each pass lays `per_pass` windows side by side, from an offset that
+    depends on `seed` and the pass, and visits each window once in an order that also depends on them. Fewer tokens than
+    two windows, at both ends of the stream, are left out of a pass.
     """
 
     num_tokens: int

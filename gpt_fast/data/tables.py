@@ -111,7 +111,7 @@ _OVERHEAD = 64  # bytes of text that a row counts for besides its own
 
 
 class MissingColumn(ValueError):
-    """A table lacks a column; `row` is the first row."""
+    """Error for a table that lacks a column. `row` is the row in which the column was looked for."""
 
     def __init__(self, path: Path, place: str, column: str, row: Row):
         super().__init__(f"{path}, {place}: no column {column!r}; it has {', '.join(map(repr, row))}")

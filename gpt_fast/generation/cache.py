@@ -11,7 +11,11 @@ from ..reference import split_qkv
 
 
 class KVCache:
-    """`keys` and `values` [L, B, H, S, D], allocated once; `lengths` [B] int64 says how many of a row's are real."""
+    """Keys and values of the tokens that a model has read: `keys` and `values` [L, B, H, S, D], allocated once.
+
+    `lengths` [B], int64, is the number of tokens in each row; positions beyond it hold nothing. `batch` is B, `length`
+    is S, the tokens that a row has room for. `num_layers` L and `num_heads` H are the configuration's unless given.
+    """
 
     def __init__(
         self,
@@ -43,7 +47,11 @@ class KVCache:
 
 
 class StepPass:
-    """One token for each row of the cache, at the position after its last: shapes do not depend on the lengths."""
+    """How attention uses the cache in one decode step: one new token for each row, at position `lengths[row]`.
+
+    The caller advances the cache's `lengths`. Shapes do not depend on the lengths, so a CUDA graph can capture the
+    step.
+    """
 
     def __init__(self, cache: KVCache):
         self.cache = cache
@@ -63,9 +71,10 @@ class StepPass:
 
 
 class PromptPass:
-    """T tokens for the cache's rows `first` to `first + B`, after the `starts[b]` that each has already.
+    """How attention uses the cache for prompts: T new tokens for each of the cache's rows `first` to `first + B - 1`.
 
-    A row's padding on the right is written too, where there is room, and overwritten by what comes after it.
+    Row b's tokens follow the `starts[b]` tokens that the row holds already. Padding on the right of a prompt is also
+    written, as far as there is room, and overwritten by later tokens.
     """
 
     def __init__(self, cache: KVCache, starts: list[int], T: int, first: int = 0):

@@ -15,7 +15,10 @@ LEAST_TEMPERATURE = 1e-30  # float32 cannot divide by less; below it the most pr
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Options of a draw, applied in this order: penalty, temperature, top_k, top_p, min_p. Raises `ValueError`."""
+    """Options of drawing a token, applied in this order: repetition_penalty, temperature, top_k, top_p, min_p.
+
+    The constructor raises `ValueError` for values out of range. None switches an option off.
+    """
 
     temperature: float = 1.0
     top_k: int | None = None

@@ -505,7 +505,10 @@ class DecodeSession:
 
 
 class _Unread(NamedTuple):
-    """The last tokens [batch] that `generate` drew, and how: they belong to the session but are not in its cache."""
+    """Last tokens [batch] that `generate` drew, which the model has not read yet, with the options of their draw.
+
+    They belong to the session, but are not in its cache. `seen` [batch, V] marks the tokens of the repetition penalty.
+    """
 
     tokens: Tensor
     options: Sampling
@@ -513,7 +516,7 @@ class _Unread(NamedTuple):
 
 
 class _InUse:
-    """Block that holds a session for one thread. A second thread gets an error at once."""
+    """Context manager that reserves a session for one thread. A second thread that enters gets an error at once."""
 
     def __init__(self, lock: threading.Lock):
         self._lock = lock
@@ -531,7 +534,7 @@ class _InUse:
 
 
 class _Places:
-    """Record of where a model's parameters are. A comparison takes a third of a microsecond for each."""
+    """Record of where a model's parameters are in memory. A comparison takes a third of a microsecond for each."""
 
     def __init__(self, model: torch.nn.Module):
         self._modules = [(module._parameters, len(module._parameters)) for module in model.modules()]

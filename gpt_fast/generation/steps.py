@@ -22,7 +22,7 @@ WEIGHTS = ("float32", "bfloat16", "int8", "int8-a16")
 
 
 class CppStep:
-    """The step as one call into the extension."""
+    """Decode step as one call into the C++ extension, with a copy of the weights in the precision `weights`."""
 
     def __init__(self, model: GPT | Head, cache: KVCache, weights: str):
         from .. import _C  # type: ignore[attr-defined]
@@ -135,7 +135,7 @@ class CppStep:
 
 
 class TorchStep:
-    """The step on the model's modules, on buffers that stay where they are: eager, or on CUDA as a captured graph."""
+    """Decode step on the model's modules: eager, or on CUDA as a captured graph, for which its buffers never move."""
 
     copied: tuple[Tensor, ...] = ()  # the modules read their own parameters
 

@@ -189,7 +189,12 @@ def generate(  # type: ignore[misc]  # the overloads leave the common options to
 
 
 class _Rows:
-    """Tokens of each row from its first on, [B, T + new], however its prompt was padded."""
+    """Token ids of each row, [B, T + new]: prompt and new tokens without gaps, however the prompt was padded.
+
+    `tokens` [B, T] are the prompts, `counts` [B] the numbers of their real tokens, and `key_mask` [B, T] marks real
+    tokens, None if padding is on the right. `new` is the number of tokens to add, `pad` the padding token. A row is
+    `done` when it has drawn a stop token; `last` [B] are the latest tokens.
+    """
 
     def __init__(self, tokens: Tensor, counts: Tensor, key_mask: Tensor | None, new: int, pad: int):
         B, T = tokens.shape
@@ -252,7 +257,10 @@ class _Rows:
 
 
 class _Drawing:
-    """Drawing of the next tokens: the step draws, or its logits go through processors and give scores first."""
+    """How the next tokens are drawn: inside the decode step, or after it if there are processors or scores to return.
+
+    The decode step can draw by itself only with the options in `Sampling`.
+    """
 
     def __init__(
         self, session: DecodeSession, rows: _Rows, options: Sampling, processors: Sequence[Processor], scores: bool
@@ -350,8 +358,9 @@ def _continue(
 ) -> None:
     """Read the prompts of `rows` and add up to `max_new_tokens` drawn tokens to each of them.
 
-    Generation ends early when every row has drawn one of the tokens in `stop`. `stream` is called with the tokens [B]
-    of every step. If `slides`, a row whose cache is full is read anew from its later half; see `_slide`.
+    `session` runs the model, `drawing` draws. Generation ends early when every row has drawn one of the tokens in
+    `stop`. `stream` is called with the tokens [B] of every step. If `slides`, a row whose cache is full is read anew
+    from its later half; see `_slide`.
     """
     device = rows.tokens.device
     if slides:  # the end of what is longer than the cache
@@ -466,7 +475,7 @@ _KEPT = "_kept_session"
 
 
 class _Kept:
-    """The session that a model keeps. A copied or pickled model goes without it."""
+    """Holder of the session that a model keeps. A copied or pickled model has none."""
 
     def __init__(self, session: DecodeSession):
         self.session = session

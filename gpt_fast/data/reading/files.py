@@ -46,7 +46,7 @@ _NO_TEXT = {
 
 @dataclass(frozen=True, order=True)
 class TextFile:
-    """A file of text or a table, perhaps a member of a zip archive. `name` tells it from others wherever it lies."""
+    """File of text or a table, or a member of a zip archive. `name` identifies the file wherever its folder lies."""
 
     path: Path
     name: str
@@ -65,7 +65,7 @@ class TextFile:
 
 @dataclass(frozen=True)
 class Layout:
-    """Layout of a text file: compression, encoding, and length of the byte order mark."""
+    """How a file holds its text: compression ("" for none), encoding, and length of the byte order mark in bytes."""
 
     compression: str
     encoding: str
@@ -347,7 +347,7 @@ def _is_object(line: bytes) -> bool:
 
 
 class _Recoded(io.RawIOBase):
-    """The UTF-8 of a stream in another encoding."""
+    """Binary stream of a text in UTF-8, recoded from `stream`, which holds the text in `encoding`."""
 
     def __init__(self, file: TextFile, stream: IO[bytes], encoding: str):
         self._file, self._stream, self._encoding = file, stream, encoding

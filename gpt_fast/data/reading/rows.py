@@ -197,7 +197,11 @@ def _load_data_set(source: str) -> Any:
 
 
 class _Line:
-    """The number of a line; those before `start`, a byte of the text, are counted when a message needs them."""
+    """Number of a line in a file, for messages.
+
+    The line is the `number`-th of those from byte `start` on. Lines before `start` are counted only when a message
+    needs it.
+    """
 
     def __init__(self, file: TextFile, start: int, number: int):
         self._file, self._start, self._number = file, start, number
@@ -308,7 +312,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 class _TwiceError(ValueError):
-    """An object has two fields of one name. More text would not mend it."""
+    """Error for a JSON object with two fields of one name. Reading more text would not mend it."""
 
 
 def _a(value: object) -> str:
@@ -325,7 +329,7 @@ def _a(value: object) -> str:
 
 
 class _Ahead:
-    """The text of a file from the place that a JSON parser has reached."""
+    """Text of a JSON file that is parsed value by value: a position, and as much text behind it as was needed."""
 
     def __init__(self, file: TextFile, opened: IO[bytes]):
         self._file, self._opened = file, io.TextIOWrapper(opened, "utf-8")

@@ -47,9 +47,10 @@ def separated(
 ) -> Iterator[tuple[str, dict[str, object]]]:
     """Yield (place, row) for each row below the header of a "csv" or "tsv" file, such as ("line 5", {"text": "a"}).
 
-    Blank lines are skipped. `say` is called with a message if a .tsv has quotes and if rows were skipped. Raise
-    `ValueError` for a row with another number of fields than the header, unless `given.skip_ragged`. The message
-    mentions that option of the command line only if `given` is not None.
+    `given` are options for reading, None if the caller has no such options of its own. Blank lines are skipped. `say`
+    is called with a message if a .tsv has quotes and if rows were skipped. Raise `ValueError` for a row with another
+    number of fields than the header, unless `given.skip_ragged`. The message mentions this option only if `given` is
+    not None.
     """
     options = given or DEFAULT
     quoting = csv.QUOTE_MINIMAL
@@ -132,7 +133,11 @@ def _tsv_quoting(file: TextFile, options: RowOptions, written: int) -> Quoting:
 
 @dataclass
 class _Scan:
-    """One of the two readings of a .tsv, with or without quotes."""
+    """Statistics of reading a .tsv in one way, with quotes as syntax or as text.
+
+    `ragged` counts the rows with another number of fields than the header. `error` is the message if reading failed.
+    `forms` are the quotings with which a csv writer would write each row as it stands in the file.
+    """
 
     rows: int = 0
     ragged: int = 0
@@ -184,7 +189,10 @@ def _reader(file: TextFile, kind: str, quoting: int) -> Iterator[tuple[Any, _Lin
 
 
 class _Lines:
-    """Lines of a file with the text of the row that they belong to, which has at most `files.ROW` characters."""
+    """Iterator over the lines of a file that keeps the text of the current row, of at most `files.ROW` characters.
+
+    A row is several lines if a quoted field holds line ends.
+    """
 
     def __init__(self, file: TextFile, opened: IO[bytes]):
         self._file, self._text = file, io.TextIOWrapper(opened, "utf-8", newline="")
@@ -228,7 +236,7 @@ def _written(row: list[str], form: int) -> str:
 
 
 class _Numeral(float):
-    """A number that a csv writer writes as it was spelled."""
+    """Number that a csv writer writes as it was spelled in the file."""
 
     def __new__(cls, spelled: str) -> _Numeral:
         number = super().__new__(cls, spelled)
