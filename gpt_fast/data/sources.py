@@ -29,10 +29,12 @@ WHOLE_FILES = 10  # of so many files whole ones are held out, of fewer the last 
 
 @dataclass(frozen=True)
 class Unit:
-    """Part of a source: bytes of a file's UTF-8, row groups of a parquet table, or rows of a data set.
+    """Part of a source that can be read on its own: bytes of a text, row groups of a parquet table, or rows.
 
-    Bytes without an `end` run to the end of the file. `part` is train, valid or, for rows, both: one of ten is then for
-    validation. `begins` is True if a text begins here.
+    `start` and `end` count bytes of the file's text in UTF-8, row groups, or rows of a Hugging Face data set. An `end`
+    of None is the end of the file. `part` is "train", "valid", or for rows also "both": then one row in ten is for
+    validation. `begins` is True if a document begins at `start`. `name` identifies the file and `member` is its name
+    inside a zip archive.
     """
 
     source: str

@@ -81,8 +81,7 @@ class Table:
             row: Index of the row in the table.
 
         Returns:
-            Its position in the file, for messages. If positions are unknown, this is "row" and the row's number from 1
-            on.
+            Its position in the file, for messages, or "row 5" for index 4 if the table has no positions.
         """
         return self.places[row] if self.places else f"row {row + 1}"
 
@@ -130,13 +129,15 @@ def read_table(
     Args:
         path: A .csv, .tsv, .jsonl, .json or .parquet file, which may be compressed.
         text_column: Column of the text. A name with commas names several columns, whose texts are joined by line ends.
-        label_column: Column of the label, or None for a table without labels. Spaces around labels are dropped.
+        label_column: Column of the label, or None for a table without labels. Spaces around labels are dropped, except
+            with `text_labels` in `options`.
         more_columns: Columns of further texts, such as the second text of a pair. Such a column may hold lists of
             texts.
         options: How to read the table.
 
     Returns:
-        The table, whose `texts`, `labels` and `more` have one entry for each row of the file that was not skipped.
+        The table. Its lists have one entry for each row that was not skipped. `labels` is empty without `label_column`,
+        and `more` without `more_columns`.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -230,7 +231,9 @@ def read_table(
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows (dicts by column) as a .csv, .tsv or .jsonl file, by the ending of `path`: whole, or not at all.
+    """Write rows, each a dict by column, to a .csv, .tsv or .jsonl file: whole, or not at all.
+
+    The ending of `path` decides the format. Lists and dicts in a cell of a .csv or .tsv are written as JSON.
 
     Raises:
         ValueError: `path` has another ending or is a folder.

@@ -78,11 +78,11 @@ class Layout:
 
 
 def find(path: Path) -> list[TextFile]:
-    """Return the files at `path`: the file itself, every file below a folder, or every member of a .zip archive.
+    """Return the files at `path`: the file itself, or every file below a folder. A .zip archive becomes its members.
 
     Hidden and empty files in folders and archives are skipped. Links are followed, and each folder and file is taken
     once, so links that form a loop do no harm. Raise `FileNotFoundError` if `path` does not exist or a link leads
-    nowhere, and `ValueError` if no file is found that is not empty.
+    nowhere, and `ValueError` if every file that is found is empty, or none is found.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")

@@ -39,11 +39,11 @@ def squad_rows(source: str, articles: list[Any]) -> Iterator[tuple[str, Row]]:
 
 
 def unnested(place: str, row: Row) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of the table that one row of a file makes, each with its position in the file.
+    """Yield (place, row) for each row of a table that `row`, one object of a file, stands for.
 
-    `place` is the position of `row`, such as "row 5". An article of RACE makes a row for each of its questions, and the
-    positions are "row 5, question 1" and so on. A row of ARC makes one row, whose `choices` are a list of texts and
-    whose `answer` is an index into that list. Any other row is yielded as it is.
+    `place` is the position of `row` in the file, such as "row 5". An article of RACE makes a row for each of its
+    questions, and their places are "row 5, question 1" and so on. A row of ARC makes one row, whose `choices` are a
+    list of texts and whose `answer` is an index into that list. Any other row is yielded unchanged.
     """
     questions, choices = row.get("questions"), row.get("choices")
     parts = [row.get(name) for name in ("questions", "options", "answers")]

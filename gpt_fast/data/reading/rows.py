@@ -146,7 +146,7 @@ def column_texts(source: str, rows: Rows, column: str) -> Iterator[str]:
 
 
 def parquet_groups(file: TextFile) -> list[int]:
-    """Return the number of rows of each row group of a parquet table."""
+    """Return the number of rows of each row group of a parquet table. Raise `ValueError` if it cannot be read."""
     with _parquet_file(file) as table:
         return [table.metadata.row_group(i).num_rows for i in range(table.metadata.num_row_groups)]
 
@@ -239,7 +239,10 @@ def _json_lines(file: TextFile, start: int, end: int | None) -> Rows:
 
 
 def _json_array(file: TextFile) -> Rows:
-    """Yield ("row 5", value) for each value of the JSON array in a file, which is parsed value by value."""
+    """Yield ("row 5", value) for each value of the JSON array in a file, which is parsed value by value.
+
+    Raise `ValueError` if the file holds something else than one array.
+    """
     with open_utf8(file) as opened:
         text = _Ahead(file, opened)
         text.skip("[")
