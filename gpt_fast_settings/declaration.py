@@ -38,7 +38,9 @@ def option(
         help: Its help on the command line.
         panel: The panel of the help in which it is listed, one of `PANELS`.
         metavar: The name of its value in the help.
-        resume: What a resumed run may do with it, a value of `Resume`: "same", "more", "free", "machine" or "command".
+        resume: What a resumed run may do with it. "same": its value must be the original one. "more": it may also be
+            larger. "free": it may change. "machine": it is saved, but the resuming command's value counts. "command":
+            it is neither saved nor compared.
         also: Another spelling on the command line.
         **bounds: Bounds of the value, such as `ge=1`, as pydantic's `Field` takes them.
 
@@ -107,7 +109,10 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
-        """Raise an error for true and false where a number or text is expected. Python would take them for 1 and 0."""
+        """Raise an error for true and false where another type is expected: pydantic would take them for 1 and 0.
+
+        Return any other value unchanged.
+        """
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise PydanticCustomError("boolean", "true or false")
         return value

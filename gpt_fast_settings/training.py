@@ -24,7 +24,10 @@ class TrainingSettings(Settings):
     command: ClassVar[str]  # its name on the command line
 
     def resume_command(self, ranks: int = 1) -> str:
-        """Return the command line that resumes this run, for a message. `ranks` is the number of ranks that ran it."""
+        """Return the command line that resumes this run, for a message.
+
+        `ranks` is the number of ranks that ran it. For more than one, return "the same torchrun command with --resume".
+        """
         if ranks > 1:
             return "the same torchrun command with --resume"
         return f"gpt-fast {self.command} --out {shlex.quote(str(self.out))} --resume"

@@ -260,7 +260,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _json(value: object) -> str:
-    """Return a value as JSON on one line. Dates, which a .parquet may hold, become text, and NaN becomes null."""
+    """Return a value as JSON on one line. Dates, which a .parquet may hold, become text; NaN and infinity, null."""
     return json.dumps(finite(value), ensure_ascii=False, default=str)  # dates, which a .parquet may hold
 
 

@@ -164,8 +164,8 @@ class DecodeSession:
         """True if the model's parameters were changed, replaced or moved after the session was made.
 
         Returns:
-            True if so. A sample of every parameter shows writes that autograd does not count (fused optimisers,
-            `.data`).
+            True if so. A sample of each parameter's values is compared too, because some writes (fused optimisers,
+            `.data`) are not counted by autograd.
         """
         assert self.model is not None
         now = list(self.model.parameters())

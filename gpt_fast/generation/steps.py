@@ -101,7 +101,10 @@ class CppStep:
         return self._session.draw(logits, rows, self._sampling(options), seen)
 
     def start_drawing(self, seed: int) -> None:
-        """Set the seed, a signed 64-bit integer, and restart the count of draws. The same seed gives the same draws."""
+        """Set the seed of the draws, a signed 64-bit integer. The same seed gives the same draws.
+
+        A draw is a function of the seed and of the number of draws since this call.
+        """
         self._seed, self._draws = seed, 0
 
     def logits(self, live: Tensor | None = None) -> Tensor:

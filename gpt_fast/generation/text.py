@@ -237,7 +237,10 @@ class _Rows:
         return self.tokens[row : row + 1, max(0, end - width) : end]
 
     def so_far(self) -> Tensor:
-        """Return all tokens of each row, prompt and new ones, [B, longest row], padded on the left."""
+        """Return the prompt and the new tokens of each row, [B, longest row], padded on the left.
+
+        Rows that are done, by a stop token, end with padding tokens.
+        """
         width = int(self.ends.max())
         shift = width - self.ends  # [B]
         index = torch.arange(width, device=self.tokens.device) - shift[:, None]
