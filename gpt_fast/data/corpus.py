@@ -118,8 +118,8 @@ def _read(units: list[Unit], text_column: str, source: str) -> dict[str, list[Do
     Warn of rows without text. `source` names the data in messages.
 
     Raises:
-        ValueError: There is no text at all, or it takes more memory than is left. If the size is known, the latter is
-            raised before reading, else at the row or piece that is too much.
+        ValueError: There is no text at all, or it takes more memory than is left. Too much text is refused before
+            reading if its size is known, else at the row or piece that is too much.
     """
     room = available()
     _check_room(source, sum(unit.end - unit.start for unit in units if unit.kind == "text" and unit.end), room)

@@ -307,7 +307,7 @@ class DecodeSession:
         self._unread = _Unread(tokens, options, seen)
 
     def read_unread(self) -> None:
-        """Read the tokens that `leave_unread` stored into the cache. Do nothing if there are none.
+        """Run the model on the tokens that `leave_unread` stored, if there are any, so that the cache holds them.
 
         The step also draws, with the stored options, and the draw is dropped: so CUDA replays the graph that it has
         captured.
@@ -459,8 +459,11 @@ class DecodeSession:
     def check_layout(self) -> None:
         """Validate that the model's parameters have the shapes, dtypes and devices for which the session was made.
 
+        If parameters have moved to other addresses, the step is made anew for them.
+
         Raises:
-            ValueError: They differ. The message names the first difference.
+            ValueError: They differ, or the C++ step no longer serves the model because it has a hook or another module.
+                The message names the first difference.
         """
         assert self.model is not None
         is_plain = self._stays_plain is not None and self._stays_plain()
