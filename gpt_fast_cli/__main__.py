@@ -11,7 +11,10 @@ INTERRUPTED = 130  # the exit code that shells give for Ctrl-C
 
 
 def main() -> None:
-    """Run the command line, or name the packages that it needs and that are not installed."""
+    """Run the command line. If packages that it needs are not installed, name them and exit with code 2.
+
+    Ctrl-C exits with code 130.
+    """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the caller ignores Ctrl-C
         signal.signal(signal.SIGINT, _interrupt)
     try:
@@ -25,9 +28,9 @@ def main() -> None:
 
 
 def _require_standard_output() -> None:
-    """End the process if its caller closed standard output.
+    """Exit with code 2 if the caller of this process closed standard output.
 
-    A result would be lost, and a file that is opened later would take its place.
+    Otherwise a result would be lost, and the next file to be opened would take the place of standard output.
     """
     if sys.stdout is None:
         print("gpt-fast: standard output: closed; expected a file, pipe or terminal", file=sys.stderr)
@@ -35,6 +38,7 @@ def _require_standard_output() -> None:
 
 
 def _require_packages() -> None:
+    """Exit with code 2, and name the missing packages, if typer, rich or pydantic is not installed."""
     from importlib.util import find_spec
 
     missing = [name for name in ("typer", "rich", "pydantic") if find_spec(name) is None]
@@ -44,7 +48,7 @@ def _require_packages() -> None:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """End the process if it is importing a module, else raise `KeyboardInterrupt`.
+    """Handle SIGINT: end the process if it is importing a module, else raise `KeyboardInterrupt`.
 
     Inside an import the exception may not arrive: C code that initialises a module turns it into an ImportError, and
     callbacks of the import system print and drop it. An import has nothing to clean up.

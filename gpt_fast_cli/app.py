@@ -41,6 +41,10 @@ class Commands(TyperGroup):
         self.commands = {name: TyperCommand(name, help=_docstring(name)) for name in NAMES}
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Return (name, command, remaining arguments) for the command that `args` begin with, and import its file.
+
+        Fail with a usage error if there is no such command.
+        """
         if args[0] not in self.commands:
             ctx.fail(usage.no_such_command(args[0], NAMES))
         name, command, rest = super().resolve_command(ctx, args)
@@ -48,7 +52,7 @@ class Commands(TyperGroup):
 
 
 def load_command(name: str) -> Any:
-    """Import the file of a command and return the command with its options."""
+    """Import the file of the command `name` and return the command, a click command with its options."""
     module = import_module(f".{name}", __package__)
     single = typer.Typer(
         rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False, context_settings=HELP_OPTIONS
@@ -58,7 +62,7 @@ def load_command(name: str) -> Any:
 
 
 def _docstring(name: str) -> str | None:
-    """Read the docstring of a command's function without importing its file."""
+    """Return the docstring of the function of the command `name`, read from its file without importing the file."""
     tree = ast.parse(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
     (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
     return ast.get_docstring(function)
@@ -78,6 +82,7 @@ app = typer.Typer(
 
 
 def _print_version(requested: bool) -> None:
+    """Print the version and exit, if the user `requested` it by --version."""
     if requested:
         from importlib.metadata import version
 
@@ -135,9 +140,10 @@ def run() -> None:
 
 
 def _another_rank_prints() -> bool:
-    """Return True on every rank of a machine but its first: an error that all ranks raise is printed once.
+    """Return False on the first rank of a machine, True on the others, whose errors are not printed.
 
-    torchrun ends all ranks when one has failed, so the others wait until the first had the time to print.
+    An error that all ranks raise is thereby printed once. torchrun ends all ranks when one has failed, so a later rank
+    waits before it returns, until the first rank had the time to print.
     """
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         return False
@@ -147,7 +153,7 @@ def _another_rank_prints() -> bool:
 
 
 def _message(error: ValueError | OSError) -> str:
-    """Return an error's text; for an `OSError` without Python's `[Errno 2]` and quotes."""
+    """Return an error's text. For an `OSError` this is "FILE: REASON", without Python's `[Errno 2]` and quotes."""
     if isinstance(error, OSError) and error.strerror:
         name = error.filename2 or error.filename  # of a rename the name that the file was to have
         return f"{name}: {error.strerror}" if name else error.strerror
@@ -155,6 +161,9 @@ def _message(error: ValueError | OSError) -> str:
 
 
 def _signal_code(error: BaseException) -> int | None:
-    """Return the exit code of an `Interrupted`, or None for another exception. Imports torch only if a command did."""
+    """Return the exit code for an `Interrupted` of `gpt_fast.interrupts`, 128 + the signal's number, else None.
+
+    Importing `gpt_fast` loads torch. So this function does not import it, but looks if a command has.
+    """
     interrupts = sys.modules.get("gpt_fast.interrupts")
     return 128 + error.signum if interrupts and isinstance(error, interrupts.Interrupted) else None

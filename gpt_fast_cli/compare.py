@@ -88,6 +88,11 @@ def compare(
 
 
 def _compare_runs(folders: list[Path], loss: float | None, metric: str, as_json: bool) -> None:
+    """Print after how many updates and seconds each run in `folders` first reached a loss, or print that as JSON.
+
+    `loss` is the value of the metric to reach, or None for the lowest that all runs reach. `metric` is a field of
+    metrics.jsonl.
+    """
     from gpt_fast.training.compare import compare_runs
 
     result = compare_runs(folders, loss, metric)

@@ -112,6 +112,12 @@ def convert(
 
 
 def _from_file(source: Path, out: Path, to: str | None, head: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Convert a checkpoint of nanoGPT or llm.c to the run folder `out`.
+
+    `to` and `head` are the values of --to and --head, which have to suit a checkpoint. `options` maps --tokenizer,
+    --characters, --heads and --activation to their values. Return a dict with `model` (its class), `from`, `numbers`
+    (how many parameters) and further facts. Raise `ValueError` for options that do not fit.
+    """
     if to not in (None, "gpt-fast"):
         raise ValueError(f"--to {to}: {source} is a checkpoint, which becomes a run folder first; expected gpt-fast")
     if head is not None:
@@ -134,7 +140,12 @@ def _from_file(source: Path, out: Path, to: str | None, head: str | None, option
 
 
 def _from_adapter(source: Path, out: Path, to: str | None, head: str | None) -> dict[str, Any]:
-    """Merge the adapter of a run, and write the model in the format `to`, by default transformers'."""
+    """Merge the LoRA adapter of the run in `source` into its base model, and write the model to `out`.
+
+    `to` is the format to write, transformers' if it is None, and `head` the value of --head. Return a dict with `model`
+    (its class), `from` and `numbers` (how many parameters). Raise `ValueError` for a `head` that does not fit, and
+    `FileExistsError` if `out` exists.
+    """
     from tempfile import TemporaryDirectory
 
     require_train_extra()
@@ -158,6 +169,12 @@ def _from_adapter(source: Path, out: Path, to: str | None, head: str | None) -> 
 
 
 def _from_folder(source: Path, out: Path, to: str | None, head: str | None) -> dict[str, Any]:
+    """Convert a run folder, or a folder of transformers, and write the model to `out`.
+
+    `to` is the format to write. If it is None, a run folder becomes a folder of transformers, and the reverse. `head`
+    is the value of --head. Return a dict with `model` (its class), `from`, `numbers` (how many parameters) and further
+    facts. Raise `ValueError` for options that do not fit the folder.
+    """
     if (source / "adapter_config.json").is_file() and (source / "config.json").is_file():
         return _from_adapter(source, out, to, head)
     checkpoint = source / "ckpt.pt"

@@ -69,6 +69,10 @@ def doctor(
 
 
 def _show_run(folder: Path, as_json: bool) -> None:
+    """Verify the files of the run in `folder` and print what was found, as JSON if `as_json`.
+
+    Raise `typer.Exit` with code 1 if a file is damaged.
+    """
     require_train_extra()
     from gpt_fast.training.runs.examine import examine_run
 
@@ -86,7 +90,12 @@ def _show_run(folder: Path, as_json: bool) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """Return everything that `doctor` shows."""
+    """Return what `doctor` prints about this machine, as a dict for JSON.
+
+    `versions` maps packages to their versions, or None where one is not installed. `devices` lists the CPU and the
+    GPUs, each with `type` and `name`. `extension` describes the C++ extension, None if it is not built. `ops` maps each
+    operation to its kernel by device. `advice` lists sentences on what to install.
+    """
     import torch
 
     from gpt_fast import _extension, ops
@@ -137,6 +146,7 @@ def examine() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
+    """Return the version of an installed package, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

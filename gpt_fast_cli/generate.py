@@ -145,6 +145,10 @@ def generate(
     streams = num_samples == 1 and not as_json
 
     def write(new: Tensor) -> None:
+        """Add the tokens of one decode step, one for each sample, and print the text that they complete.
+
+        Raise `_Finished`, which ends the generation, when all samples have met a text to stop at.
+        """
         if streams and not samples[0].drawn:  # not before it is clear that the prompt will do
             write_text(prompt, raw, nl=False)
         for sample, token in zip(samples, new.tolist(), strict=True):
@@ -186,7 +190,10 @@ def generate(
 
 @contextlib.contextmanager
 def _named_by_option() -> Iterator[None]:
-    """Let an error about an argument of `gpt_fast.generate` name the option that it came from."""
+    """Raise a `ValueError` of the block that names an argument of `gpt_fast.generate` with the option's name instead.
+
+    The argument `top_k` becomes --top-k, for example. Other errors are raised unchanged.
+    """
     try:
         yield
     except ValueError as error:
@@ -197,7 +204,10 @@ def _named_by_option() -> Iterator[None]:
 
 
 def _check_memory(num_samples: int, prompt: int, new: int, config: GPTConfig) -> None:
-    """Raise `ValueError` for more continuations than memory holds the tokens of, and keys and values in 16 bits."""
+    """Raise `ValueError` if the samples' tokens, and their keys and values in 16 bits, need more memory than is free.
+
+    `prompt` and `new` are the numbers of tokens in the prompt and to be generated for each sample.
+    """
     from gpt_fast import _memory
 
     length = prompt + new
@@ -212,11 +222,14 @@ def _check_memory(num_samples: int, prompt: int, new: int, config: GPTConfig) ->
 
 
 class _Finished(Exception):
-    """Every continuation has met a text to stop at: what ends `generate` from within its stream."""
+    """Exception by which the function that gets the tokens ends `generate`: every sample has met a text to stop at."""
 
 
 class _Text:
-    """One continuation: the tokens drawn, and the text they add to the prompt up to where it stops."""
+    """One continuation of a prompt: the tokens drawn, and the text that they add, up to a stop text.
+
+    `context` are the prompt's ids, `prompt` its text. `stop` are texts and `ends` token ids that end the continuation.
+    """
 
     def __init__(
         self, tokenizer: Tokenizer, prompt: str, context: Sequence[int], stop: Sequence[str], ends: Sequence[int]
@@ -236,6 +249,7 @@ class _Text:
         self.written = 0
 
     def add(self, token: int) -> None:
+        """Append a token that was drawn. Do nothing if the text has ended; set `done` if this token ends it."""
         if self.done:
             return
         if not self.keeps_text:
@@ -244,13 +258,16 @@ class _Text:
         self.done = token in self.ends or (bool(self.stop) and len(self.text()) < len(self._decoded()))
 
     def text(self) -> str:
-        """Return the text up to the first of the texts to stop at."""
+        """Return the text that the drawn tokens add to the prompt, up to the first stop text in it."""
         text = self._decoded()
         found = [text.find(stop) for stop in self.stop if stop in text]
         return text[: min(found)] if found else text
 
     def settled(self) -> str:
-        """Return the new text that will stay: whole characters, and nothing that may begin a text to stop at."""
+        """Return the text that can be printed now and was not returned before. Later tokens will not change it.
+
+        Incomplete characters are held back, and so is an end that may be the beginning of a stop text.
+        """
         from gpt_fast.data.tokenizer import shared_start
 
         text = self.text()
@@ -268,9 +285,14 @@ class _Text:
         return settled
 
     def rest(self) -> str:
+        """Return the text that `settled` has not returned yet, after the last token."""
         return self.text()[self.written :]
 
     def _decoded(self) -> str:
+        """Return the whole text that the drawn tokens add to the prompt, stop texts included.
+
+        Its first space is dropped if the prompt as typed ends in white space that its tokens lack.
+        """
         from gpt_fast.data.tokenizer import added_text
 
         text = added_text(self.tokenizer, self.context, self.drawn)

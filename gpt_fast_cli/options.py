@@ -45,14 +45,17 @@ SkipRagged = Annotated[
 
 
 def from_settings(cls: type[S]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate a command's function, whose first parameter takes settings of class `cls`.
+    """Return a decorator for a command's function, whose first parameter takes settings of class `cls`.
 
-    The command gets an option for each setting, and --config. Values that the user gives on the command line or in the
-    file count as given.
+    The decorated command has an option for each setting, and --config, a file with settings. The function is called
+    with the settings, validated, that know which values the user gave.
     """
 
     def decorate(body: Callable[..., None]) -> Callable[..., None]:
+        """Return the command that typer calls, made of the command's function `body`."""
+
         def command(context: typer.Context, config: Path | None, **values: Any) -> None:
+            """Read the settings from the options and the file --config, and call the command's function with them."""
             require_train_extra()
             options = {name: values.pop(name) for name in cls.model_fields}
             given = {name: value for name, value in options.items() if _is_given(context, name)}
@@ -85,12 +88,16 @@ def from_settings(cls: type[S]) -> Callable[[Callable[..., None]], Callable[...,
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
+    """Return True if the user gave the option `name`, False if its value is the default."""
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
 
 
 def _parameters(cls: type[TrainingSettings]) -> list[Parameter]:
-    """Return a parameter for each setting, panel by panel; in each those of `cls` come before those that it shares."""
+    """Return one parameter of a command's signature for each setting of `cls`, in the order of the help's panels.
+
+    In a panel the settings that `cls` declares itself come before those that it inherits.
+    """
     own = cls.__annotations__
     fields = sorted(
         cls.model_fields.items(), key=lambda item: (PANELS.index(extra(item[1], "panel")), item[0] not in own)
@@ -107,9 +114,10 @@ def _parameters(cls: type[TrainingSettings]) -> list[Parameter]:
 
 
 def _annotation(name: str, field: FieldInfo) -> Any:
-    """Return a setting's type as typer reads it, with its option.
+    """Return a setting's annotation for typer: its type, with the option's spelling, help and panel.
 
-    A required setting is optional here, because a file may have it. pydantic checks that it is there.
+    A required setting is optional here, because the file --config may hold it. pydantic validates later that it is
+    given.
     """
     kind, spelling, text = _without_none(field.annotation), f"--{option_name(name)}", field.description
     if get_origin(kind) is tuple:
@@ -131,7 +139,7 @@ def _annotation(name: str, field: FieldInfo) -> Any:
 
 
 def _without_none(annotation: Any) -> Any:
-    """Return T for `T | None` and for `Annotated[T, …]`."""
+    """Return the type T of an annotation `T`, `T | None` or `Annotated[T, …]`."""
     if isinstance(annotation, UnionType) or NoneType in get_args(annotation):
         (annotation,) = (kind for kind in get_args(annotation) if kind is not NoneType)
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
@@ -140,7 +148,11 @@ def _without_none(annotation: Any) -> Any:
 def train(
     label: str, program: Callable[..., dict[str, Any]], settings: TrainingSettings, as_json: bool
 ) -> dict[str, Any] | None:
-    """Run a training. Return its record if the caller is to show it: not as JSON, and on the first rank."""
+    """Run the training `program` with a progress bar. Return its record, a dict of results, for the caller to print.
+
+    Return None if there is nothing left to print: the record was printed as JSON (`as_json`), or this is not the first
+    rank. `label` stands beside the bar. `program` is called with the settings and what `training_session` yields.
+    """
     from gpt_fast._memory import keep_freed
 
     keep_freed()
@@ -158,7 +170,12 @@ def train(
 def training_session(
     label: str,
 ) -> Iterator[tuple[Callable[[loop.Progress], None], Callable[[str], None], interrupts.Stop]]:
-    """Yield what training needs of the terminal: a bar, a way to print lines, and the signals that stop it."""
+    """Yield (show, say, stop), which a training needs of the terminal.
+
+    `show` updates a progress bar with `label` from a `loop.Progress`, `say` prints a line, and `stop` records a signal
+    (see `interrupts.Stop`), upon which the training saves and ends. On ranks other than the first, `show` and `say` do
+    nothing.
+    """
     from gpt_fast.interrupts import caught
     from gpt_fast.training.program import ignore
 
@@ -171,10 +188,10 @@ def training_session(
 
 
 def run_folder(out: Path) -> str:
-    """Return the last line of a training's result: the run folder, and the picture in it if one could be drawn."""
+    """Return the path of the run folder for a training's result, and name the picture loss.png if it holds one."""
     return f"{out}, with the curves in loss.png" if (out / "loss.png").exists() else str(out)
 
 
 def follows() -> bool:
-    """Return True on a rank other than the first, which prints nothing but errors."""
+    """Return True on every rank of a distributed job but the first (RANK > 0). These ranks print nothing but errors."""
     return int(os.environ.get("RANK", "0")) > 0

@@ -113,6 +113,10 @@ def predict(
 
 
 def _print_one(prediction: Prediction, raw: bool) -> None:
+    """Print the prediction for one text: its answer, and for a classifier the probability of each class.
+
+    If `raw`, control characters of a written answer are not escaped.
+    """
     if prediction.probabilities is None:
         write_text(_shown(prediction.answer), raw)
     else:
@@ -120,14 +124,16 @@ def _print_one(prediction: Prediction, raw: bool) -> None:
 
 
 def _counts(found: list[Prediction]) -> str:
+    """Return how often each answer was predicted, the most frequent first: "7 good, 3 bad"."""
     return ", ".join(f"{count:,} {label}" for label, count in Counter(p.answer for p in found).most_common())
 
 
 def _shown(value: object) -> str:
+    """Return a value on one line: a float with four digits, anything else as text of at most 100 characters."""
     return f"{value:.4g}" if isinstance(value, float) else _line(str(value))
 
 
 def _line(text: str, width: int = 100) -> str:
-    """Return a text on one line, cut if it is long."""
+    """Return a text on one line, its white space collapsed, cut to `width` characters."""
     text = " ".join(text.split())
     return text if len(text) <= width else f"{text[: width - 1]}…"

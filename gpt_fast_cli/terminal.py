@@ -37,7 +37,7 @@ _WIDE = 80  # columns that a bar needs beside its figures; count and time left f
 
 
 def require_train_extra() -> None:
-    """Raise if the packages of the extra `train` are not installed."""
+    """Raise `ValueError` if a package that the extra `train` installs is missing."""
     missing = [
         name for name in ("tokenizers", "safetensors", "torchmetrics", "matplotlib", "yaml") if find_spec(name) is None
     ]
@@ -46,34 +46,48 @@ def require_train_extra() -> None:
 
 
 def resolve_device(name: str) -> str:
-    """Return `cpu` or `cuda` for --device."""
+    """Return the device to run on, "cpu" or "cuda", for the value `name` of --device: "auto", "cpu" or "cuda".
+
+    "auto" becomes "cuda" if there is a GPU. Raise `ValueError` for another name, and for "cuda" if there is no GPU.
+    """
     from gpt_fast.training.engine.distributed import resolve_device as resolve
 
     return resolve(name)
 
 
 def escaped(text: str) -> str:
-    r"""Return `text` with control characters written out, \x1b for example, but for line ends and tabs.
+    r"""Return `text` with control characters spelled out as \x1b, for example. Line ends and tabs are kept.
 
-    They would move the cursor, colour or retitle a terminal, or turn the order of the characters around.
+    Control characters could move the cursor, colour or retitle a terminal, or reverse the order of the characters.
     """
     return _CONTROL.sub(lambda found: _code(found[0]), text)
 
 
 def printable(text: str, raw: bool = False) -> str:
-    """Return `text` for stdout: escaped where that is a terminal, unless `raw`; as it is for a file or a pipe."""
+    """Return `text` in the form in which it is printed on stdout.
+
+    Control characters are escaped if stdout is a terminal, unless `raw` is True. For a file or a pipe `text` is
+    unchanged.
+    """
     return text if raw or not sys.stdout.isatty() else escaped(text)
 
 
 def write_text(text: str, raw: bool, nl: bool = True) -> None:
-    """Print a model's text on stdout, whole; `typer.echo` alone would drop what looks like a colour from a file."""
+    """Print a model's text on stdout, with a line end behind it if `nl`.
+
+    Control characters are escaped on a terminal, unless `raw`. In a file or pipe nothing is dropped, as `typer.echo`
+    alone would drop what looks like a colour.
+    """
     with _standard_output():
         typer.echo(printable(text, raw), nl=nl, color=True)
 
 
 @contextmanager
 def _standard_output() -> Iterator[None]:
-    """Turn a full disk behind standard output into a clear error, and let the exit be quiet about lost output."""
+    """Turn an error that writing to stdout raises inside the block, such as a full disk, into a clear `OSError`.
+
+    The exit is then quiet about output that is lost. A closed pipe (EPIPE) is raised unchanged.
+    """
     try:
         yield
     except OSError as error:
@@ -86,20 +100,25 @@ def _standard_output() -> Iterator[None]:
 
 
 def _code(character: str) -> str:
+    r"""Return the escape sequence of a character: \x1b, or \u202e from 256 on."""
     return f"\\x{ord(character):02x}" if ord(character) < 256 else f"\\u{ord(character):04x}"
 
 
 def check_decoded(option: str, text: str | None) -> None:
-    """Raise `ValueError` for a text of the command line that came as bytes which are no characters."""
+    """Raise `ValueError` if `text`, the value of `option` on the command line, held bytes that are not UTF-8.
+
+    Python decodes such bytes to lone surrogates, by which they are recognised.
+    """
     found = None if text is None else _SURROGATE.search(text)
     if found is not None:
         raise ValueError(f"{option}: not UTF-8 from character {found.start() + 1} on; expected text")
 
 
 def piped_text() -> str:
-    """Return the text of a pipe or file at standard input, without a line end behind it; "" for anything else there.
+    """Return the text of a pipe or file at standard input without its last line end, or "" if there is none.
 
-    A terminal is not asked, and neither is a socket or /dev/null, which a program may have left there.
+    Terminals, sockets and /dev/null are not read, because a program may have left them there. Raise `ValueError` if the
+    text is longer than 16 MiB or not UTF-8.
     """
     try:
         mode = os.fstat(0).st_mode
@@ -117,11 +136,12 @@ def piped_text() -> str:
 
 
 def say(message: str) -> None:
+    """Print a message on stderr as one line, with control characters escaped."""
     err.print(Text(escaped(message)), soft_wrap=True)
 
 
 def print_error(message: str) -> None:
-    """Print one red line on stderr, however long."""
+    """Print an error as one red line on stderr, however long it is."""
     err.print(Text(f"gpt-fast: {escaped(' '.join(message.split()))}", style="red"), soft_wrap=True)
 
 
@@ -133,11 +153,15 @@ def show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Print a warning as one line on stderr, without the place in the code that `warnings` adds."""
+    """Print a warning as one yellow line on stderr, without the source line that Python's `warnings` adds.
+
+    This replaces `warnings.showwarning`, whose parameters it has. Only `message` is used.
+    """
     err.print(Text(f"gpt-fast: {escaped(str(message))}", style="yellow"), soft_wrap=True)
 
 
 def print_json(result: dict[str, Any]) -> None:
+    """Print a result on stdout as one line of JSON. NaN and infinity become null."""
     from gpt_fast._files import finite
 
     text = json.dumps(finite(result), ensure_ascii=False)
@@ -148,10 +172,10 @@ def print_json(result: dict[str, Any]) -> None:
 
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:
-    """Print names and values on stdout.
+    """Print a title and below it `rows` of (name, value) on stdout, in two columns.
 
-    A terminal folds long values inside their column. A file or pipe gets each on one line, without colours and without
-    spaces behind it.
+    A terminal folds long values inside their column. A file or pipe gets each row on one line, without colours and
+    trailing spaces.
     """
     from rich.measure import Measurement
     from rich.table import Column, Table
@@ -170,7 +194,11 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def metric_rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the figures for a table, each beside the figure that a constant answer reaches."""
+    """Return (name, text) for each figure in `measured` that is known, as rows for `print_table`.
+
+    `measured` maps metrics such as "accuracy" or "loss" to numbers. The text is the formatted number, and where there
+    is one, the figure that a constant answer would reach.
+    """
     constant = "always the commonest label"
     lines = (
         ("accuracy", "accuracy", "{accuracy:.1%}, " + constant + ": {majority_accuracy:.1%}"),
@@ -200,17 +228,22 @@ def metric_rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _per(measured: dict[str, Any]) -> str:
+    """Return the unit of the loss: " per token" for a language model, which has a perplexity, else ""."""
     return " per token" if "perplexity" in measured else ""
 
 
 def has_bars() -> bool:
-    """Return True if stderr is a terminal that can draw a line anew."""
+    """Return True if stderr is a terminal that can redraw a line, as progress bars need."""
     return err.is_terminal and not err.is_dumb_terminal
 
 
 @contextmanager
 def training_bar(label: str) -> Iterator[Callable[[loop.Progress], None]]:
-    """Yield a progress bar on stderr: loss, tokens per second, the time left. Validations are lines above it."""
+    """Yield a function that updates a progress bar on stderr from a `loop.Progress`, the state of a training.
+
+    The bar has `label`, the updates done, the loss, tokens per second and the time left. Results of a validation are
+    printed as a line above the bar.
+    """
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -229,6 +262,7 @@ def training_bar(label: str) -> Iterator[Callable[[loop.Progress], None]]:
         task = progress.add_task(label, total=None, visible=False, loss=float("nan"), rate=0.0, mfu="")
 
         def show(now: loop.Progress) -> None:
+            """Update the bar from the training's state, and print the results of a validation if there are any."""
             progress.start()
             mfu = f" · MFU {now.mfu:.0%}" if now.mfu else ""
             rate = now.tokens_per_second
@@ -242,7 +276,7 @@ def training_bar(label: str) -> Iterator[Callable[[loop.Progress], None]]:
 
 @contextmanager
 def counting_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a progress bar on stderr that counts."""
+    """Yield a function show(done, total) that updates a progress bar on stderr with `label` and these two counts."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     count, left = MofNCompleteColumn(), TimeRemainingColumn(compact=True)
@@ -252,6 +286,7 @@ def counting_bar(label: str) -> Iterator[Callable[[int, int], None]]:
         task = progress.add_task(label, total=None)
 
         def show(done: int, total: int) -> None:
+            """Update the bar: `done` of `total` units of work are finished."""
             progress.start()
             progress.update(task, completed=done, total=total)
 
@@ -260,7 +295,10 @@ def counting_bar(label: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def _from_first_call(progress: Progress) -> Iterator[Progress]:
-    """Yield a bar that its user starts, so that a command that fails before prints its error alone."""
+    """Yield a progress bar that is not started yet. Stop it at the end of the block if it was started.
+
+    The block starts the bar when there is progress. A command that fails before prints its error alone.
+    """
     try:
         yield progress
     finally:
@@ -269,4 +307,5 @@ def _from_first_call(progress: Progress) -> Iterator[Progress]:
 
 
 def _shown(name: str) -> bool:
+    """Return True if the metric `name` is printed with a validation: the training loss and validation metrics."""
     return name == "train_loss" or (name.startswith("valid_") and name != "valid_examples")

@@ -22,6 +22,10 @@ class Command(TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line `args` into `ctx`, as click does, and return the arguments that are left.
+
+        Fail with a usage error if an option or argument that needs a value has a blank one.
+        """
         values, _, _ = self.make_parser(ctx).parse_args(list(args))
         for param in self.params:
             given = values.get(str(param.name))
@@ -33,7 +37,7 @@ class Command(TyperCommand):
 
 
 def _expected(param: Any) -> str:
-    """Return what a parameter that takes no blank value expects, or ""."""
+    """Return what a parameter of the command line expects, for a message, or "" if its value may be blank."""
     if param.name in _COLUMNS:
         return "the name of a column"
     annotation = param.get_runtime_param().annotation
@@ -45,13 +49,17 @@ def _expected(param: Any) -> str:
 
 
 def no_such_command(name: str, known: tuple[str, ...]) -> str:
+    """Return the message for an unknown command `name`, with the nearest of the `known` commands or all of them."""
     from gpt_fast_settings.declaration import did_you_mean
 
     return f"{name}: no such command" + (did_you_mean(name, known) or f"; expected one of {', '.join(known)}")
 
 
 def message(error: typer.TyperException) -> str:
-    """Return the text of an error of typer's parser."""
+    """Return a one-line message for an error that typer raised while parsing the command line.
+
+    It names the option, its value and what is expected. Unknown errors keep typer's message.
+    """
     from gpt_fast_settings.declaration import did_you_mean, expectation, shortened
 
     text: str = error.format_message()

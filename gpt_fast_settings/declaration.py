@@ -31,42 +31,54 @@ def option(
     also: str | None = None,
     **bounds: float,
 ) -> Any:
-    """Declare a setting.
+    """Declare a setting, which is also an option of the command line and a name in files.
 
     Args:
         default: Its default, `...` if it is required.
         help: Its help on the command line.
-        panel: The panel of that help.
-        metavar: The name of its value there.
-        resume: Its part in a resumed run.
+        panel: The panel of the help in which it is listed, one of `PANELS`.
+        metavar: The name of its value in the help.
+        resume: What a resumed run may do with it. "same": its value must be the original one. "more": it may also be
+            larger. "free": it may change. "machine": it is saved, but the resuming command's value counts. "command":
+            it is neither saved nor compared.
         also: Another spelling on the command line.
-        **bounds: Bounds of the value, such as `ge=1`.
+        **bounds: Bounds of the value, such as `ge=1`, as pydantic's `Field` takes them.
+
+    Returns:
+        The pydantic field.
     """
     extra = {"panel": panel, "metavar": metavar, "resume": resume, "also": also}
     return Field(default, description=help, json_schema_extra=extra, **bounds)  # type: ignore[call-overload]
 
 
 def extra(field: FieldInfo, name: str) -> Any:
-    """Return what `option` was given as `panel`, `metavar`, `resume` or `also`."""
+    """Return the argument `name` ("panel", "metavar", "resume" or "also") with which `option` declared the setting."""
     assert isinstance(field.json_schema_extra, dict)
     return field.json_schema_extra[name]
 
 
 def option_name(field: str) -> str:
-    """Return a field's name on the command line and in files, without dashes in front."""
+    """Return a setting's name on the command line and in files, without dashes in front: "batch-size", for example.
+
+    `field` is its name in Python, `batch_size`. The field `source` is called "from".
+    """
     return {"source": "from"}.get(field, field.replace("_", "-"))
 
 
 class OptionError(ValueError):
-    """Options that are wrong on every rank of a job alike.
+    """Error in options that is alike on every rank of a distributed job.
 
-    The first rank of each machine prints the error for all.
+    The first rank of each machine prints it for all.
     """
 
 
 @contextmanager
 def wrong_on_every_rank() -> Iterator[None]:
-    """Raise a `ValueError` of the block as an `OptionError`."""
+    """Turn a `ValueError` that is raised inside the block into an `OptionError`.
+
+    An `OptionError` is an error that every rank of a job raises alike, so that one rank of each machine prints it for
+    all.
+    """
     try:
         yield
     except OptionError:
@@ -76,9 +88,10 @@ def wrong_on_every_rank() -> Iterator[None]:
 
 
 class InvalidSettings(OptionError):
-    """Settings that do not validate, as one line.
+    """Error for settings that are not valid, with all of pydantic's `errors` in one line.
 
-    `errors` are pydantic's. `read` are the names that come from a file, and `place` names that file.
+    `cls` is the class of the settings. `read` are the names of settings that come from a file, and `place` names that
+    file.
     """
 
     def __init__(self, cls: type[Settings], errors: list[ErrorDetails], place: str = "", read: Collection[str] = ()):
@@ -87,7 +100,7 @@ class InvalidSettings(OptionError):
 
 
 class Settings(BaseModel):
-    """Frozen settings that know which of them the user gave."""
+    """Frozen settings that know which of them the user gave (`model_fields_set`)."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", alias_generator=option_name, populate_by_name=True, allow_inf_nan=False
@@ -96,7 +109,10 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
-        """Raise for true and false where a number is expected: Python would take them for 1 and 0."""
+        """Raise an error for true and false where another type is expected: pydantic would take them for 1 and 0.
+
+        Return any other value unchanged.
+        """
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise PydanticCustomError("boolean", "true or false")
         return value
@@ -104,7 +120,7 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_blank_paths(cls, value: Any, info: ValidationInfo) -> Any:
-        """Raise for a blank path, which would become the current folder."""
+        """Raise an error for a blank path, which would become the current folder. Return any other value unchanged."""
         values = value if isinstance(value, list | tuple) else [value]
         if "Path" in str(cls.model_fields[str(info.field_name)].annotation) and any(
             isinstance(each, str) and not each.strip() for each in values
@@ -120,12 +136,16 @@ class Settings(BaseModel):
 
     @classmethod
     def fields(cls) -> dict[str, FieldInfo]:
-        """Return the declarations by the options' names."""
+        """Return the declaration of each setting by its name on the command line, such as "batch-size"."""
         return {option_name(name): field for name, field in cls.model_fields.items()}
 
     @classmethod
     def read(cls: type[S], path: Path | None, given: Mapping[str, Any]) -> S:
-        """Return settings from `given` and, for what it omits, from the YAML or JSON file at `path`."""
+        """Return settings with the values in `given`, and otherwise those in the YAML or JSON file at `path`.
+
+        `given` maps names of fields to values, which replace the file's. `path` is None for no file. Raise
+        `InvalidSettings` for an unknown name or a value that is not valid, and what `read_file` raises.
+        """
         names = {name: option_name(name) for name in cls.model_fields}
         known = {**{option: option for option in names.values()}, **names}
         content = {} if path is None else read_file(path)
@@ -137,17 +157,27 @@ class Settings(BaseModel):
             raise InvalidSettings(cls, invalid.errors, f"--config {path}: " if path else "", values) from None
 
     def changed(self: S, **values: Any) -> S:
-        """Return these settings with other values, validated."""
+        """Return a copy of these settings with other `values`, given by field name.
+
+        Raise `InvalidSettings` if they are not valid.
+        """
         return type(self)(**(dict(self) | values))
 
     def saved(self) -> dict[str, Any]:
-        """Return plain values under the options' names, for settings.yaml."""
+        """Return the settings as a dict of JSON values by option name, for settings.yaml.
+
+        Settings declared with `resume="command"`, such as --out, are left out.
+        """
         unsaved = {name for name, field in type(self).model_fields.items() if extra(field, "resume") == "command"}
         return self.model_dump(mode="json", by_alias=True, exclude=unsaved)
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Return the object in a .yaml, .yml or .json file; raise as `documents.read_object` does."""
+    """Return the object in a .yaml, .yml or .json file as a dict. Errors name the option --config.
+
+    Raise `FileNotFoundError` if there is no such file, and `ValueError` if it is too large, not valid or holds no
+    object.
+    """
     try:
         content = read_bytes(path, YAML_LIMIT)
         values = parse_json(path, content) if path.suffix.lower() == ".json" else parse_yaml(path, content)
@@ -191,9 +221,10 @@ _EXPECTED = {
 
 
 def _describe(cls: type[Settings], error: ErrorDetails, place: str, read: Collection[str]) -> str:
-    """Return one of pydantic's errors as `NAME has VALUE; expected WHAT`, or with the nearest name to an unknown one.
+    """Return one of pydantic's errors about settings of class `cls` as text: `NAME has VALUE; expected WHAT`.
 
-    `read` are the names that come from the file that `place` names.
+    For an unknown name the text suggests the nearest known one. `read` are the names that come from a file; `place`
+    names that file. Names of other settings are written as options, with dashes in front.
     """
     name = option_name(str(error["loc"][0]))
     if error["type"] == "missing":
@@ -209,7 +240,7 @@ def _describe(cls: type[Settings], error: ErrorDetails, place: str, read: Collec
 
 
 def describe(error: ErrorDetails) -> str:
-    """Return one of pydantic's errors about an object that was read, as `NAME has VALUE; expected WHAT`."""
+    """Return one of pydantic's errors about an object read from a file as text: `NAME has VALUE; expected WHAT`."""
     name = ""
     for part in error["loc"]:
         name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
@@ -223,13 +254,13 @@ def describe(error: ErrorDetails) -> str:
 
 
 def shortened(value: Any) -> str:
-    """Return `repr(value)`, of a long one its first 77 characters."""
+    """Return `repr(value)`, cut to its first 77 characters and "..." if it is longer than 80."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def expectation(error: ErrorDetails) -> str:
-    """Return what was expected where pydantic found `error`."""
+    """Return what was expected instead of the value that pydantic found wrong, such as "at least 1"."""
     expected = _EXPECTED.get(error["type"])
     if expected is None:
         return error["msg"].removeprefix("Input should be ")
@@ -238,5 +269,5 @@ def expectation(error: ErrorDetails) -> str:
 
 
 def _spelled(value: object) -> object:
-    """Return a bound as people write it: 268,435,456, and 0.5."""
+    """Return a number as people write it: "268,435,456" for a whole number, and other values unchanged."""
     return f"{int(value):,}" if isinstance(value, int | float) and float(value).is_integer() else value

@@ -17,16 +17,19 @@ DEPTH = 64  # lists and objects inside each other
 
 
 def read_object(path: Path, *, limit: int = LIMIT, non_finite: bool = False) -> dict[str, Any]:
-    """Return the JSON object in a file. Numbers must be finite unless `non_finite`.
+    """Return the JSON object in a file as a dict. Numbers must be finite unless `non_finite`.
 
-    Raises `FileNotFoundError` where there is no regular file, and `ValueError` for a file that has more than `limit`
-    bytes, is not JSON, is nested more than `DEPTH` deep, gives a name twice or holds something else than an object.
+    Raise `FileNotFoundError` if there is no regular file at `path`, and `ValueError` if it has more than `limit` bytes,
+    is not JSON, is nested more than `DEPTH` deep, gives a name twice or holds something else than an object.
     """
     return checked_object(path, parse_json(path, read_bytes(path, limit), non_finite=non_finite))
 
 
 def read_bytes(path: Path, limit: int = LIMIT) -> bytes:
-    """Return the content of a regular file of at most `limit` bytes; raise as `read_object` does."""
+    """Return the content of a regular file of at most `limit` bytes.
+
+    Raise `FileNotFoundError` if there is no regular file at `path`, and `ValueError` if it is larger.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: " + ("not a regular file" if path.exists() else "no such file"))
     with path.open("rb") as file:
@@ -37,7 +40,11 @@ def read_bytes(path: Path, limit: int = LIMIT) -> bytes:
 
 
 def parse_json(path: Path, content: bytes, *, non_finite: bool = False) -> Any:
-    """Return the JSON value in the content of the file at `path`; raise `ValueError` as `read_object` does."""
+    """Return the JSON value in `content`, the bytes of the file at `path`, which is named in messages.
+
+    Raise `ValueError` if it is not JSON, is nested more than `DEPTH` deep, gives a name twice, or holds NaN or infinity
+    and `non_finite` is False.
+    """
     given: dict[str, Any] = {} if non_finite else {"parse_constant": _finite, "parse_float": _finite}
     try:
         value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object, **given)
@@ -53,9 +60,9 @@ def parse_json(path: Path, content: bytes, *, non_finite: bool = False) -> Any:
 
 
 def parse_yaml(path: Path, content: bytes) -> Any:
-    """Return the YAML value in the content of the file at `path`.
+    """Return the YAML value in `content`, the bytes of the file at `path`, which is named in messages.
 
-    Raises `ValueError` for what is not YAML, is nested more than `DEPTH` deep, has an alias or gives a name twice.
+    Raise `ValueError` if it is not YAML, is nested more than `DEPTH` deep, has an alias or gives a name twice.
     """
     import yaml  # costs the start of the command line a tenth
 
@@ -63,6 +70,7 @@ def parse_yaml(path: Path, content: bytes) -> Any:
         levels = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
+            """Compose the next node as PyYAML does. Raise `MarkedYAMLError` for an alias or too deep nesting."""
             if self.check_event(yaml.AliasEvent):
                 mark = self.peek_event().start_mark
                 raise yaml.MarkedYAMLError(None, None, "has an alias; expected each value written out", mark)
@@ -75,6 +83,7 @@ def parse_yaml(path: Path, content: bytes) -> Any:
             return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            """Construct a dict as PyYAML does. Raise `MarkedYAMLError` if a name occurs twice."""
             names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             for key, _ in node.value:
                 if names.count(key.value) > 1:
@@ -88,14 +97,14 @@ def parse_yaml(path: Path, content: bytes) -> Any:
 
 
 def checked_object(path: Path, value: Any) -> dict[str, Any]:
-    """Return `value` if it is an object, else raise `ValueError`."""
+    """Return `value` if it is a dict, else raise `ValueError`, which names the file at `path` that holds it."""
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}; expected an object")
     return value
 
 
 def depth(value: Any) -> int:
-    """Return how many lists and objects lie inside each other in `value`."""
+    """Return how deep lists and dicts are nested in `value`: 0 for a number, 1 for a flat list."""
     level, waiting = 0, [value]
     while waiting := [value for value in waiting if isinstance(value, dict | list)]:
         level += 1
@@ -104,6 +113,7 @@ def depth(value: Any) -> int:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the dict of a JSON object's (name, value) pairs. Raise `ValueError` if a name occurs twice."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
@@ -112,6 +122,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _finite(text: str) -> float:
+    """Return the number that `text` spells in JSON. Raise `ValueError` if it is NaN or infinite."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"has the number {text}; expected finite numbers")

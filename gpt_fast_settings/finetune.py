@@ -11,10 +11,10 @@ from .training import DATA, RUN, TRAINING, Count, Decay, NotNegative, Repeats, T
 
 
 class FinetuneSettings(TrainingSettings):
-    """The options of `gpt-fast finetune`.
+    """Options of `gpt-fast finetune`.
 
-    The defaults are the paper's. A rate that is None is the paper's, too, for models of the published sizes, and a
-    quarter of pre-training's for others. A column that is None is the task's.
+    The defaults are those of the GPT-1 paper. A learning rate that is None is the paper's for models of the published
+    sizes, and a quarter of the rate in pre-training for others. A column that is None is named by the task.
     """
 
     command: ClassVar[str] = "finetune"
@@ -167,5 +167,9 @@ class FinetuneSettings(TrainingSettings):
     beta2: Decay | None = option(0.999, "The second moment's.", panel=TRAINING)
 
     def resume_command(self, ranks: int = 1) -> str:
+        """Return the command line that resumes this run, with its --from, for a message.
+
+        `ranks` is the number of ranks that ran it. For more than one, return "the same torchrun command with --resume".
+        """
         command = super().resume_command(ranks)
         return command.replace(" --out ", f" --from {shlex.quote(str(self.source))} --out ", 1)

@@ -12,9 +12,9 @@ from .training import DATA, MODEL, TRAINING, Count, Decay, NotNegative, Size, Tr
 
 
 class PretrainSettings(TrainingSettings):
-    """The options of `gpt-fast pretrain`.
+    """Options of `gpt-fast pretrain`.
 
-    A size or rate that is None is the preset's, or without a preset that of a small GPT-2.
+    A size or rate that is None is that of the preset, or without a preset that of a small GPT-2.
     """
 
     command: ClassVar[str] = "pretrain"

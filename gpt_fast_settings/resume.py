@@ -13,7 +13,11 @@ S = TypeVar("S", bound=TrainingSettings)
 
 
 def asks_for_more(settings: S, saved: Mapping[str, Any]) -> tuple[str, int] | None:
-    """Return the option by which the user lets a run train for longer than it was begun with, and its value."""
+    """Return (option name, new value) if the user asks a run to train for longer than it was begun with, else None.
+
+    Such options are declared with `resume="more"`: --steps or --epochs. `saved` are the run's settings in
+    settings.yaml.
+    """
     for name, field in type(settings).model_fields.items():
         value, before = getattr(settings, name), saved.get(option_name(name))
         is_given = extra(field, "resume") == "more" and name in settings.model_fields_set
@@ -23,10 +27,11 @@ def asks_for_more(settings: S, saved: Mapping[str, Any]) -> tuple[str, int] | No
 
 
 def resumed(settings: S, path: Path, saved: Mapping[str, Any], finished: bool = False) -> S:
-    """Return the settings for resuming the run that saved `saved` at `path`.
+    """Return the settings for resuming the run whose settings `saved` were read from the file `path`.
 
-    Settings that the user omits keep their original value. Settings that the user gives must equal it, unless their
-    declaration frees them or allows more. A `finished` run may also be asked for less.
+    `settings` are those of the command that resumes. Settings that the user omits keep their original value. Settings
+    that the user gives must equal it, unless their declaration frees them or allows more. For a `finished` run a number
+    that may be more may also be less. Raise `ValueError` if a setting differs or if `saved` belongs to another command.
     """
     cls = type(settings)
     if foreign := sorted(set(saved) - set(cls.fields())):

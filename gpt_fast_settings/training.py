@@ -19,12 +19,15 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainingSettings(Settings):
-    """The options of every training. Those without `option` here have other defaults or another help in each."""
+    """Options that every training has. A field without `option` here is declared by each training itself."""
 
     command: ClassVar[str]  # its name on the command line
 
     def resume_command(self, ranks: int = 1) -> str:
-        """Return the command that resumes this run."""
+        """Return the command line that resumes this run, for a message.
+
+        `ranks` is the number of ranks that ran it. For more than one, return "the same torchrun command with --resume".
+        """
         if ranks > 1:
             return "the same torchrun command with --resume"
         return f"gpt-fast {self.command} --out {shlex.quote(str(self.out))} --resume"

@@ -35,37 +35,38 @@ class Batch(NamedTuple):
     weight: int = 1
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch with its tensors on a device, copied without waiting if they are pinned.
+        """Return the batch with its tensors on `device`. Pinned tensors are copied asynchronously.
 
         Args:
-            device: The device.
+            device: Device to copy the tensors to.
 
         Returns:
-            The batch there.
+            A new batch with the tensors there and the same `weight`.
         """
         return Batch(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
 
     def pinned(self) -> Batch:
-        """Return the batch with its CPU tensors in pinned memory, which a GPU reads by itself.
+        """Return the batch with its CPU tensors in pinned (page-locked) memory, which a GPU copies asynchronously.
 
         Returns:
-            The batch in pinned memory.
+            A new batch. Tensors on another device are kept as they are.
         """
         return Batch(*(x.pin_memory() if isinstance(x, Tensor) and x.is_cpu else x for x in self))  # type: ignore[arg-type]
 
     def inputs(self) -> dict[str, Tensor]:
-        """Return the arguments of a head's forward pass.
+        """Return the tensors of the batch by name: the keyword arguments of a head's forward pass.
 
         Returns:
-            Tensors by name.
+            A dict with `tokens` and `labels`, and with `lengths` and `cu_seqlens` if the batch has them. `weight` is no
+            tensor and is left out.
         """
         return {name: x for name, x in self._asdict().items() if isinstance(x, Tensor)}
 
     def num_tokens(self) -> int:
-        """Return how many tokens are real.
+        """Return how many tokens of the batch are not padding.
 
         Returns:
-            The number.
+            The sum of `lengths`, or the number of elements of `tokens` if `lengths` is None.
         """
         return self.tokens.numel() if self.lengths is None else int(self.lengths.sum())
 
@@ -75,13 +76,13 @@ def token_stream(documents: Iterable[list[int]], start_token: int | None) -> Tok
 
     Args:
         documents: Ids of each document.
-        start_token: Id before each document, or None.
+        start_token: Id to put in front of each document, or None to put nothing there.
 
     Returns:
-        The stream.
+        A `TokenStream`, which reads ids by their position.
 
     Raises:
-        OverflowError: int32 does not hold an id.
+        OverflowError: An id does not fit into int32.
 
     Example:
         ```python
@@ -97,9 +98,10 @@ def token_stream(documents: Iterable[list[int]], start_token: int | None) -> Tok
 
 
 def text_stream(tokenizer: Tokenizer, texts: Iterable[str], start_token: int | None) -> TokenStream:
-    """Return the tokens of all texts as one stream, as `token_stream` does, encoded piece by piece.
+    """Return the ids of all texts as one stream of int32 in memory.
 
-    This takes four bytes of memory for each token, and little more.
+    The id `start_token` is put in front of each text, unless it is None. Long texts are encoded in pieces, so this
+    function takes four bytes of memory for each token, and little more.
     """
     begin = np.array([] if start_token is None else [start_token], np.int32)
     arrays: list[np.ndarray] = []
@@ -115,18 +117,19 @@ def text_stream(tokenizer: Tokenizer, texts: Iterable[str], start_token: int | N
 
 
 def lm_windows(stream: TokenStream, seq_len: int, most: int | None = None) -> Tensor:
-    """Return windows of a stream that lie side by side. A rest shorter than a window is left out.
+    """Return adjacent windows of a stream. The tokens behind the last full window are dropped.
 
     Args:
-        stream: The stream.
+        stream: Stream of token ids.
         seq_len: Tokens of a window T.
-        most: Largest number of windows, which are then evenly spread over the whole stream, the same ones each time.
+        most: Largest number of windows to return, or None for all of them. If the stream has more windows, evenly
+            spaced ones are returned, the same ones each time.
 
     Returns:
         Windows [N, T], int64.
 
     Raises:
-        ValueError: The stream has less than one window.
+        ValueError: The stream has fewer than `seq_len` tokens.
 
     Example:
         ```python
@@ -143,9 +146,11 @@ def lm_windows(stream: TokenStream, seq_len: int, most: int | None = None) -> Te
 
 
 def packed(batch: Batch, windows: Tensor, document_token: int) -> Batch:
-    """Return a batch of `windows` [B, T] as one row [1, B·T], so that attention does not cross documents.
+    """Return a batch of B windows as one row [1, B·T] with `cu_seqlens`, so that attention does not cross documents.
 
-    Its sequences are the windows' documents. `document_token` begins each document.
+    `windows` [B, T] are the token ids of the batch before any were masked. A sequence begins at each window's start and
+    at each `document_token`, the id that begins a document. `cu_seqlens` [n + 1], int32, holds the first positions of
+    the n sequences and B·T.
     """
     B, T = windows.shape
     begins = windows == document_token
@@ -156,16 +161,20 @@ def packed(batch: Batch, windows: Tensor, document_token: int) -> Batch:
 
 
 def causal_batch(tokens: Tensor) -> Batch:
-    """Return a batch for next-token prediction within each window [B, T]. The first token of a window has no label."""
+    """Return a batch for next-token prediction within each window of `tokens` [B, T].
+
+    Its labels are the tokens themselves, not shifted, with -100 (no label) for the first token of each window. Its
+    `weight` is the number of predictions B·(T - 1).
+    """
     labels = tokens.clone()
     labels[:, 0] = IGNORE
     return Batch(tokens, labels, weight=tokens.shape[0] * (tokens.shape[1] - 1))
 
 
 def unigram_entropy(counts: np.ndarray) -> float:
-    """Return the entropy of the shares of ids in a text, in nats per token.
+    """Return the entropy of the relative frequencies of the ids in a text, in nats per token.
 
-    H = -Σ p_v log p_v, with p_v the share of id v.
+    H = -Σ p_v log p_v, with p_v the share of id v among all ids.
 
     Args:
         counts: How often each id occurs [V].

@@ -65,22 +65,22 @@ class Corpus:
 def read_corpus(paths: Sequence[Path] | None, text_column: str = "text") -> Corpus:
     r"""Read the text of some paths, or of the standard library, and hold out a tenth for validation.
 
-    A file of plain text is a document, and so is a row of a table. Of ten files or more whole ones are held out, chosen
-    by a hash of their names. Of fewer files the last tenth of each is held out, and of rows one in ten. The same files
-    always give the same split.
+    Each file of plain text is one document, and so is each row of a table. If there are ten files of plain text or
+    more, whole files are held out, chosen by a hash of their names. If there are fewer, the last tenth of each is held
+    out. Of the rows of tables, one in ten is held out. The same files always give the same split.
 
     Args:
-        paths: Files, folders, .zip files, `hf:NAME`, or `-` for standard input. Without paths, the text is the standard
-            library's.
+        paths: Files, folders, .zip files, `hf:NAME` for a Hugging Face data set, or `-` for standard input. If it is
+            None or empty, the text is the source of Python's standard library.
         text_column: Column of a table that holds the text.
 
     Returns:
-        The corpus.
+        A `Corpus` with the documents for training and those for validation.
 
     Raises:
         FileNotFoundError: A path does not exist.
-        ValueError: A path is empty or holds something else, the text takes more memory than is left, or this Python
-            comes without its source.
+        ValueError: A path is empty or holds something else than text or a table, no document is left for training or
+            for validation, the text takes more memory than is left, or this Python comes without its source.
 
     Example:
         ```python
@@ -107,17 +107,19 @@ def read_corpus(paths: Sequence[Path] | None, text_column: str = "text") -> Corp
 
 
 def read_documents(path: Path, text_column: str = "text") -> list[Document]:
-    """Read the documents of one path, as `read_corpus` does, and hold none out."""
+    """Read all documents of one path that `read_corpus` can read, without holding any out for validation."""
     with copied([str(path)]) as sources:
         return _read(plan([], sources, say=warnings.warn), text_column, str(path))["valid"]
 
 
 def _read(units: list[Unit], text_column: str, source: str) -> dict[str, list[Document]]:
-    """Return the documents of `units` for training and for validation. Warn of rows without text.
+    """Return {"train": documents, "valid": documents} with the text of `units`, each a range of a file or data set.
+
+    Warn of rows without text. `source` names the data in messages.
 
     Raises:
-        ValueError: The text takes more memory than is left. It is raised before reading if the size is known, else at
-            the row or piece that is too much.
+        ValueError: There is no text at all, or it takes more memory than is left. Too much text is refused before
+            reading if its size is known, else at the row or piece that is too much.
     """
     room = available()
     _check_room(source, sum(unit.end - unit.start for unit in units if unit.kind == "text" and unit.end), room)
@@ -142,6 +144,13 @@ def _read(units: list[Unit], text_column: str, source: str) -> dict[str, list[Do
 
 
 def _check_room(source: str, size: int, room: int) -> None:
+    """Raise `ValueError` if `size` bytes of text, with their tokens, take more than the `room` bytes of free memory.
+
+    `source` names the text in the message.
+
+    Raises:
+        ValueError: The text and its tokens need more than `room` bytes.
+    """
     if _COST * size > room:
         raise ValueError(
             f"{source}: {in_bytes(size)} of text or more, held in memory with its tokens; expected at most "
@@ -150,7 +159,14 @@ def _check_room(source: str, size: int, room: int) -> None:
 
 
 def read_stdlib() -> list[Document]:
-    """Return the modules of this Python's standard library in the order of their names, but for a few not in UTF-8."""
+    """Return each module of this Python's standard library as a `Document`, sorted by path.
+
+    Modules in `SKIPPED_FOLDERS`, such as tests and installed packages, files with `SKIPPED_PREFIXES`, empty modules and
+    modules that are not in UTF-8 are left out.
+
+    Raises:
+        ValueError: There are fewer than 20 modules, because this Python comes without its source.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     documents = []
     for path in sorted(root.rglob("*.py")):
@@ -168,14 +184,16 @@ def read_stdlib() -> list[Document]:
 
 
 def split_by_file(documents: list[Document], group_by_package: bool = False) -> tuple[list[Document], list[Document]]:
-    """Hold out a tenth of the text, in whole files that are taken in the order of their names' hashes while they fit.
+    """Hold out about a tenth of the text for validation, in whole documents.
+
+    Documents are held out in the order of a hash of their names, each only if it fits into what is left of the tenth.
 
     Args:
-        documents: The files.
-        group_by_package: Hold out a tenth of each top-level folder.
+        documents: The documents to split.
+        group_by_package: Hold out a tenth of each top-level folder separately, instead of a tenth of all the text.
 
     Returns:
-        (training, validation).
+        (training, validation), two lists of documents in the order of `documents`.
     """
     groups: dict[str, list[Document]] = {}
     for document in documents:
@@ -189,11 +207,12 @@ def split_by_file(documents: list[Document], group_by_package: bool = False) -> 
 
 
 def package(name: str) -> str:
-    """Return the top-level package of a module's path, or "" for a module that is in none."""
+    """Return the first folder of a module's path, "json" for "json/decoder.py", or "" for a module in no folder."""
     return name.split("/")[0] if "/" in name else ""
 
 
 def _utf8_or_none(path: Path) -> str | None:
+    """Return the text of a file, or None if the file is not in UTF-8."""
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError:

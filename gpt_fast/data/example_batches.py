@@ -69,15 +69,15 @@ class Example:
 def task_input(texts: Sequence[Sequence[int]], seq_len: int, marks: Marks) -> list[int]:
     """Return the ids of a row: `start text extract`, or `start first delimiter second extract`, and so on.
 
-    If they do not fit into `seq_len` the longest text loses its end until they do.
+    If the ids do not fit into `seq_len`, the longest text is cut at its end, again and again until they do.
 
     Args:
         texts: Ids of each text.
         seq_len: Largest number of ids.
-        marks: Ids before, between and behind the texts.
+        marks: Special ids to put in front of, between and behind the texts.
 
     Returns:
-        Ids of the row.
+        Ids of the row, at most `seq_len`.
 
     Raises:
         ValueError: The ids of `marks` alone do not fit.
@@ -111,7 +111,10 @@ def task_input(texts: Sequence[Sequence[int]], seq_len: int, marks: Marks) -> li
 
 
 def pad_rows(rows: Sequence[list[int]], pad_token: int) -> tuple[Tensor, Tensor]:
-    """Pad rows on the right, and return `tokens` [B, T] and `lengths` [B]."""
+    """Return (`tokens` [B, T], `lengths` [B]), both int64: rows of ids, padded on the right to the longest row T.
+
+    `pad_token` fills the padding. `lengths` is the number of ids in each row before padding.
+    """
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.full((len(rows), int(lengths.max())), pad_token)
     for i, row in enumerate(rows):
@@ -120,7 +123,12 @@ def pad_rows(rows: Sequence[list[int]], pad_token: int) -> tuple[Tensor, Tensor]
 
 
 def task_batch(examples: Sequence[Example], pad_token: int, numbers: bool = False) -> Batch:
-    """Return examples as one batch, in the shapes and dtypes of `task_batches`."""
+    """Return examples as one `Batch`, padded with `pad_token` to the longest row T.
+
+    `tokens` are [B, T] int64, or [B, S, T] if each example has S > 1 sequences, and `lengths` [B] or [B, S]. `labels`
+    are the targets [B] or [B, L], int64, or float32 if `numbers`. For text to be generated or tagged, `labels` are
+    [B, T] ids or tag classes, -100 where a token does not count.
+    """
     B, S = len(examples), len(examples[0].sequences)
     tokens, lengths = pad_rows([row for example in examples for row in example.sequences], pad_token)
     if examples[0].answer is not None:
@@ -146,12 +154,12 @@ def task_batches(
         examples: The examples.
         batch_size: Examples of a batch B.
         pad_token: Id of padding.
-        numbers: True if the targets are numbers, not classes.
+        numbers: True if the targets are numbers for a regression or a multi-label loss, False if they are classes.
 
     Yields:
-        A batch. `tokens` are [B, T] int64, or [B, S, T] if each example has S sequences, and `lengths` [B] or [B, S].
-        Labels are [B], or [B, L] if targets are lists, in int64, or in float32 with `numbers`. For text to be generated
-        or tagged they are [B, T], -100 where a token does not count.
+        A batch. `tokens` are [B, T] int64, or [B, S, T] if each example has S > 1 sequences, and `lengths` [B] or
+        [B, S]. Labels are [B], or [B, L] if targets are lists, in int64, or in float32 with `numbers`. For text to be
+        generated or tagged they are [B, T], -100 where a token does not count.
 
     Raises:
         ValueError: The batch size is below 1.

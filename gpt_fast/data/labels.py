@@ -13,7 +13,7 @@ Place = Callable[[int], str]
 
 
 def number(label: str) -> float | None:
-    """Return the number that a label spells in decimal digits, or None."""
+    """Return the number that a label such as "-1" or "2.5e3" spells; None if it spells no finite number."""
     if not _NUMBER.fullmatch(label):
         return None
     value = float(label)
@@ -26,10 +26,11 @@ def is_same_label(label: str, other: str) -> bool:
 
 
 def class_names(source: str, column: str, labels: Sequence[str], place: Place) -> list[str]:
-    """Return the classes of a column: numbers sorted by value, each in its shortest spelling, or texts sorted.
+    """Return the classes of a label column: numbers sorted by value, each in its shortest spelling, or sorted texts.
 
-    Raises `ValueError` where two readings are possible: labels that differ in case alone, or as texts but not as
-    numbers in a column of texts, and -1 or - where it may mark a row without a label.
+    `labels` holds the label of each row. Messages name the file `source` and the position `place(row)` of a row, "line
+    5" for example. Raise `ValueError` if the classes are ambiguous: two texts differ only in case or spell one number,
+    or a label -1 (among whole numbers with 0) or - (without +) may mark rows without a label.
     """
     rows: dict[str, int] = {}
     for row, label in enumerate(labels):
@@ -59,17 +60,23 @@ def class_names(source: str, column: str, labels: Sequence[str], place: Place) -
 
 
 def _as_numbers(labels: Iterable[str]) -> list[float] | None:
-    """Return the values of labels that are all numbers, or None."""
+    """Return the values of `labels` if all of them are numbers, else None. Labels such as 007 are no numbers."""
     values = [None if _CODE.match(label) else number(label) for label in labels]
     found = [value for value in values if value is not None]
     return found if found and len(found) == len(values) else None
 
 
 def _spelled(value: float) -> str:
+    """Return the shortest spelling of a number: "2" for 2.0, "0.5" for 0.5."""
     return str(int(value)) if value.is_integer() else repr(value)
 
 
 def _two_readings(where: str, mark: str, marks: list[str], names: Sequence[str]) -> str:
+    """Return the error message for a label `mark` that may be a class or mark rows without a label.
+
+    `where` names the file and the column, `marks` are the positions of the rows with that label, and `names` are the
+    classes that the message suggests to list.
+    """
     listed = ", ".join(marks[:3]) + (", …" if len(marks) > 3 else "")
     return (
         f"{where} holds {mark} in {len(marks):,} rows ({listed}), which may be a class or mark rows without a label; "
@@ -78,7 +85,10 @@ def _two_readings(where: str, mark: str, marks: list[str], names: Sequence[str])
 
 
 def class_rule(names: Sequence[str], listed: bool) -> str:
-    """Return how a column's labels are read, as the end of a line: "integers 0..4, sorted by value"."""
+    """Return a description of the classes and their order for the user, such as "integers 0..4, sorted by value".
+
+    `names` are the classes; `listed` is True if the user listed them with --labels.
+    """
     shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
     if listed:
         return f"{shown} (as --labels lists them)"
@@ -92,12 +102,16 @@ def class_rule(names: Sequence[str], listed: bool) -> str:
 
 
 def class_index(names: Sequence[str]) -> Callable[[str], int | None]:
-    """Return a function from a label to its place among `names`, whatever the spelling of a number, or to None."""
+    """Return a function that maps a label to its index in `names`, or to None if `names` lacks it.
+
+    The function strips the label. If all names are numbers, a label is compared by value: 1.0 has the index of 1.
+    """
     exact = {name: i for i, name in enumerate(names)}
     values = _as_numbers(names)
     by_value = {value: i for i, value in enumerate(values)} if values is not None else {}
 
     def index(label: str) -> int | None:
+        """Return the index of `label` in the list of classes, or None if it is no class."""
         label = label.strip()
         if label in exact:
             return exact[label]
@@ -110,8 +124,9 @@ def class_index(names: Sequence[str]) -> Callable[[str], int | None]:
 def answer_index(reading: str, label: str, choices: Sequence[str]) -> int | None:
     """Return the index in `choices` that a label names, or None if it names no choice.
 
-    `reading` is one of `ANSWERS`: the label is a choice's text ("text"), a letter from A on ("letters"), or a number
-    that counts from 0 ("0") or from 1 ("1"). Of choices with the same text the first counts.
+    `reading` is how the label names it, one of `ANSWERS`: by a choice's text ("text"), by a letter from A on
+    ("letters"), or by a number that counts from 0 ("0") or from 1 ("1"). If several choices have that text, the first
+    is taken.
     """
     if reading == "text":
         stripped = [choice.strip() for choice in choices]
@@ -125,10 +140,11 @@ def answer_index(reading: str, label: str, choices: Sequence[str]) -> int | None
 
 
 def answer_reading(source: str, labels: Sequence[str], choices: Sequence[Sequence[str]], place: Place) -> str:
-    """Return the one of `ANSWERS` by which every label of a column names one of the choices in its row.
+    """Return in which way the labels of a column name the right choice: "text", "letters", "0" or "1".
 
-    Raises `ValueError` if none of `ANSWERS` does, if two of them give other choices, and for numbers that count from 1.
-    `place` returns the position in the file of the row with a given index.
+    See `answer_index` for these readings. `choices` holds the choices of each row. Raise `ValueError` if no reading
+    serves every row, if two that serve name different choices, or if numbers that count from 1 are the only one.
+    Messages name the file `source` and the position `place(row)` of a row.
     """
     found = {
         reading: [answer_index(reading, label, each) for label, each in zip(labels, choices, strict=True)]
@@ -168,4 +184,5 @@ ANSWER_NAMES = {
 
 
 def _letters(count: int) -> str:
+    """Return the letters that name `count` choices, at most 26, with commas between them: "A, B, C"."""
     return ", ".join(chr(ord("A") + i) for i in range(min(count, 26)))

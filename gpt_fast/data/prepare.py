@@ -58,7 +58,7 @@ _CHUNK = 1 << 20  # ids that are copied at once
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """The options of `gpt-fast prepare`."""
+    """Options of `gpt-fast prepare`, by the names of the command line."""
 
     out: Path
     data: tuple[str, ...]
@@ -71,10 +71,15 @@ class PrepareSettings:
 
 
 def prepare(settings: PrepareSettings, show: Callable[[int, int], None], say: Callable[[str], None]) -> dict[str, Any]:
-    """Write train.bin, valid.bin, tokenizer.json and data.json into `settings.out`. Return what data.json holds.
+    """Write train.bin, valid.bin, tokenizer.json and data.json into `settings.out`. Return the content of data.json.
 
-    Raises `FileNotFoundError`, `FileExistsError` or `ValueError` for what the user can mend, `ChildProcessError` if a
-    worker was killed. After a kill, a signal or a full disk the same call resumes.
+    This is a dict with `data`, `tokenizer`, `vocabulary` (its size), `dtype`, `plan` (a hash of the inputs), and the
+    numbers of documents and tokens: `train_documents`, `train_tokens`, `valid_documents`, `valid_tokens`. `show(done,
+    total)` is called with the number of units (ranges of the data) that are done and of all units. `say` is called with
+    each message for the user.
+
+    Raise `FileNotFoundError`, `FileExistsError` or `ValueError` for mistakes that the user can mend,
+    `ChildProcessError` if a worker was killed. After a kill, a signal or a full disk, the same call resumes.
     """
     check_kind(settings.tokenizer)
     for option, value, least, most in (
@@ -101,7 +106,13 @@ def _in_folder(
     show: Callable[[int, int], None],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Prepare `units` unless `settings.out` holds their tokens already. Resume from the parts that it holds."""
+    """Write the token files of `units` into `settings.out` and return the content of data.json, as `prepare` does.
+
+    `plan_hash` identifies the inputs. If the folder already holds the files of that hash, return its data.json at once.
+    If it holds parts from a stopped run with that hash, resume from them. Raise `FileExistsError` if it holds files
+    that this command did not write, or, unless `settings.overwrite`, tokens of other inputs. `show` and `say` are those
+    of `prepare`.
+    """
     out, parts = settings.out, settings.out / PARTS
     if (
         not settings.overwrite
@@ -159,6 +170,13 @@ def _prepare(
     show: Callable[[int, int], None],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
+    """Tokenise the units that are not done yet, join the tokens of all units and write data.json.
+
+    A unit is a range of the data; see `Unit`. Its tokens are written to a folder `PARTS` below `settings.out`, which is
+    removed at the end. The tokenizer is made first. `show(done, total)` is called with the number of units that are
+    done and of all units, `say` with messages for the user. Return the content of data.json. Raise `ValueError` if no
+    document is for training or none for validation.
+    """
     parts = settings.out / PARTS
     if not (parts / "tokenizer.json").exists():
         texts = sample(units, settings.text_column) if settings.tokenizer in ("bpe", "char") else []
@@ -202,20 +220,29 @@ def _prepare(
 
 
 def _keeps(tokenizer: str) -> Keeps | None:
-    """Return how to ask a tokenizer.json where a text may be cut.
+    """Return a function `keeps(text, index)` that is True if a cut at that index of a text changes no token.
 
-    The result is None for the tokenizers made here, because the rule of `cuts` is exact for them.
+    `tokenizer` is a kind ("bpe", "byte" or "char") or the path of a tokenizer.json. For a kind the result is None,
+    because the places that the module `cuts` finds are exact for the tokenizers made here.
     """
     return None if tokenizer in ("bpe", "byte", "char") else keeps_tokens(make_tokenizer(tokenizer, [], 0))
 
 
 def _described(units: Sequence[Unit], originals: dict[str, str]) -> list[dict[str, Any]]:
-    """Return the fields of `units`; a copied pipe counts under its original name."""
+    """Return the fields of each unit as a dict, which goes into the hash that identifies the inputs.
+
+    `originals` maps the path of a source, or of a pipe's temporary copy, to the name that the user gave. This name
+    replaces the path.
+    """
     return [asdict(unit) | {"source": originals.get(unit.source, unit.source)} for unit in units]
 
 
 def _inputs(settings: PrepareSettings, units: Sequence[Unit], originals: dict[str, str]) -> list[Any]:
-    """Return what the result depends on besides the units: files by size and time, copied pipes by their content."""
+    """Return [files, tokenizer, vocabulary size, text column]: what the token files depend on besides the units.
+
+    `files` has [path, size, time of change] for each file, the tokenizer's included, and [name, SHA-256 of the content]
+    for each pipe. `originals` maps the path of a pipe's temporary copy to this name. The result is hashed as JSON.
+    """
     paths = dict.fromkeys(unit.source for unit in units if unit.kind != "hf")
     if Path(settings.tokenizer).exists():
         tokenizer = Path(settings.tokenizer)
@@ -235,7 +262,10 @@ def _inputs(settings: PrepareSettings, units: Sequence[Unit], originals: dict[st
 
 
 def _run(jobs: Sequence[tuple], processes: int) -> Iterator[int]:
-    """Run `tokenise` for all jobs and yield their indices. If several jobs fail, raise the error of the first."""
+    """Call `tokenise(*job)` for each job in up to `processes` worker processes. Yield a job's index when it is done.
+
+    If several jobs fail with `ValueError`, the error of the first is raised.
+    """
     if processes == 1 or len(jobs) < 2:
         for job in jobs:
             yield tokenise(*job)
@@ -265,7 +295,11 @@ def _run(jobs: Sequence[tuple], processes: int) -> Iterator[int]:
 
 
 def _start_worker(watched: int, held: int) -> None:
-    """Make this process tokenise on one core, leave signals to its parent, and end when its parent does."""
+    """Set up a worker process: it tokenises on one core, ignores Ctrl-C, and ends when its parent does.
+
+    `watched` and `held` are the read end and the write end of a pipe on which nothing is written. Only the parent keeps
+    `held` open, so a read from `watched` returns when the parent ends.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -274,12 +308,18 @@ def _start_worker(watched: int, held: int) -> None:
 
 
 def _end_with(watched: int) -> None:
+    """Wait until the parent closes the write end of the pipe `watched`, a file descriptor. Then end this process."""
     os.read(watched, 1)  # returns when the parent's end is closed
     os._exit(1)
 
 
 def tokenise(index: int, unit: Unit, tokenizer: str, parts: str, dtype: str, text_column: str) -> int:
-    """Write a unit's tokens for training and for validation, then its report. Return `index`."""
+    """Tokenise a unit (a range of the data, see `Unit`) and write its ids into the folder `parts`. Return `index`.
+
+    `index` is the unit's number. For 7 the files are 000007.train and 000007.valid, raw ids of type `dtype`, and last
+    000007.json, the numbers of documents and tokens. `tokenizer` is the text of a tokenizer.json. `text_column` is the
+    column of a table that holds the text.
+    """
     made, keeps = _tokenizer(tokenizer)
     start = special_ids(made)["start_token"]
     report: dict[str, Any] = {part: {"documents": 0, "tokens": 0} for part in ("train", "valid")} | {"empty": 0}
@@ -291,6 +331,7 @@ def tokenise(index: int, unit: Unit, tokenizer: str, parts: str, dtype: str, tex
             files[part] = stack.enter_context(temporary.open("wb"))
 
         def flush() -> None:
+            """Encode the texts of `batch`, append their ids to the files, count them in `report`, and clear `batch`."""
             encoded = encode_documents(made, [text for *_, text in batch])
             for (part, begins, _), ids in zip(batch, encoded, strict=True):
                 files[part].write(np.array([start, *ids] if begins else ids, DTYPES[dtype]).tobytes())
@@ -315,12 +356,13 @@ def tokenise(index: int, unit: Unit, tokenizer: str, parts: str, dtype: str, tex
 
 @lru_cache(maxsize=1)
 def _tokenizer(text: str) -> tuple[Tokenizer, Keeps]:
+    """Return (tokenizer, its `keeps_tokens` function) for the text of a tokenizer.json. The last result is cached."""
     tokenizer = parse_tokenizer(text)
     return tokenizer, keeps_tokens(tokenizer)
 
 
 def _chunks(paths: Sequence[Path], dtype: np.dtype) -> Iterator[np.ndarray]:
-    """Yield the ids of all files, some at a time."""
+    """Yield the ids in files of raw ids, file by file, as arrays of at most `_CHUNK` ids."""
     for path in paths:
         with path.open("rb") as file:
             while len(ids := np.fromfile(file, dtype, _CHUNK)):
@@ -328,7 +370,10 @@ def _chunks(paths: Sequence[Path], dtype: np.dtype) -> Iterator[np.ndarray]:
 
 
 def _is_done(parts: Path, index: int, dtype: str) -> bool:
-    """Return True if the unit's report is there, and its files have the sizes that the report says."""
+    """Return True if unit `index` has a report in the folder `parts`, and its files have the sizes that it states.
+
+    `dtype` is the type of the ids in the files, "uint16" or "uint32".
+    """
     try:
         report = read_object(parts / f"{index:06d}.json")
         counts = [
@@ -345,20 +390,20 @@ def _is_done(parts: Path, index: int, dtype: str) -> bool:
 
 
 def _sweep(out: Path) -> None:
-    """Remove the files that a killed preparation was writing when it joined its parts."""
+    """Remove the temporary files that a killed preparation left in the folder `out` and in its folder of parts."""
     for path in [*out.iterdir(), *((out / PARTS).iterdir() if (out / PARTS).exists() else ())]:
         if _JOINING.fullmatch(path.name) or (path.parent != out and path.name.endswith(PARTIAL)):
             path.unlink()
 
 
 def _progress(parts: Path, units: int) -> str:
-    """Return how many parts are done, for a message."""
+    """Return the progress for a message, "3 of 8 parts are done in FOLDER": FOLDER is `parts`, and 8 is `units`."""
     done = sum(1 for path in parts.glob("*.json") if path.stem.isdigit()) if parts.exists() else 0
     return f"{done} of {units} parts are done in {parts}"
 
 
 def _made_from(path: Path) -> str | None:
-    """Return the plan that a file names; None where it is missing or damaged."""
+    """Return the hash of the inputs in the file plan.json at `path`, or None if the file is missing or damaged."""
     try:
         return read_object(path).get("plan")
     except (OSError, ValueError):
@@ -366,7 +411,7 @@ def _made_from(path: Path) -> str | None:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """Return what a data.json says; nothing where it is missing or damaged."""
+    """Return the content of the data.json at `path`, or {} if the file is missing, damaged or lacks a field."""
     try:
         record = read_object(path)
     except (OSError, ValueError):
@@ -375,7 +420,10 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def sample(units: Sequence[Unit], text_column: str) -> Iterator[str]:
-    """Yield training text for a vocabulary, at most 100 million characters, of units from all over the data."""
+    """Yield training text from which a vocabulary is learned, about 100 million characters at most.
+
+    Units are taken from all over the data, in the order of a hash. Text for validation is skipped.
+    """
     room = SAMPLE
     for unit in sorted(units, key=lambda unit: hashlib.sha256(repr(unit).encode()).digest()):
         if unit.part == "valid":

@@ -26,7 +26,8 @@ def snippet_table() -> tuple[Table, Table]:
     """Return training and validation snippets of this Python's standard library, labelled by their package.
 
     Returns:
-        (training, validation). The same Python gives the same tables.
+        (training, validation), two tables whose texts are snippets of source code and whose labels are names of
+        packages. The same Python gives the same tables.
 
     Raises:
         ValueError: This Python comes without its source.
@@ -45,7 +46,10 @@ def snippet_table() -> tuple[Table, Table]:
 
 
 def chosen_packages(documents: list[Document]) -> list[str]:
-    """Return the ten packages with the most text, by name. A package needs at least eight files."""
+    """Return the names of the ten packages with the most text, sorted. Packages of fewer than eight files are left out.
+
+    `documents` are modules, each named by its path below the standard library.
+    """
     size: dict[str, int] = {}
     files: dict[str, int] = {}
     for document in documents:
@@ -57,9 +61,10 @@ def chosen_packages(documents: list[Document]) -> list[str]:
 
 
 def snippets(text: str, names: list[str]) -> list[str]:
-    """Return the text, cut at line ends into pieces of 320 characters or a little more.
+    """Return the lines of `text` in snippets of whole lines, each of 320 characters or a little more.
 
-    Blank lines, imports, and lines that name a package are left out. A shorter rest is dropped.
+    Blank lines, imports, and lines that contain one of the packages' `names` are left out. A last snippet that is
+    shorter is dropped.
     """
     named = re.compile("|".join(map(re.escape, names)), re.IGNORECASE)
     pieces, lines, length = [], [], 0
@@ -75,6 +80,10 @@ def snippets(text: str, names: list[str]) -> list[str]:
 
 
 def _table(documents: list[Document], names: list[str], per_class: int) -> Table:
+    """Return the snippets of those documents that lie in the packages `names`, each labelled with its package.
+
+    If a package has more than `per_class` snippets, about that many are taken, evenly spaced.
+    """
     found: dict[str, list[str]] = {name: [] for name in names}
     for document in documents:
         if package(document.name) in found:

@@ -29,10 +29,12 @@ WHOLE_FILES = 10  # of so many files whole ones are held out, of fewer the last 
 
 @dataclass(frozen=True)
 class Unit:
-    """Part of a source: bytes of a file's UTF-8, row groups of a parquet table, or rows of a data set.
+    """Part of a source that can be read on its own: bytes of a text, row groups of a parquet table, or rows.
 
-    Bytes without an `end` run to the end of the file. `part` is train, valid or, for rows, both: one of ten is then for
-    validation. `begins` is True if a text begins here.
+    `start` and `end` count bytes of the file's text in UTF-8, row groups, or rows of a Hugging Face data set. An `end`
+    of None is the end of the file. `part` is "train", "valid", or for rows also "both": then one row in ten is for
+    validation. `begins` is True if a document begins at `start`. `name` identifies the file and `member` is its name
+    inside a zip archive.
     """
 
     source: str
@@ -47,14 +49,18 @@ class Unit:
 
     @property
     def file(self) -> TextFile:
+        """The file that holds this unit."""
         return TextFile(Path(self.source), self.name, self.member)
 
 
 def plan(data: Sequence[str], valid: Sequence[str] = (), keeps: Keeps | None = None, say: Say = ignore) -> list[Unit]:
-    """Return the units of all sources, in their order. The same files always give the same units.
+    """Return the units of all sources, in the order of the sources. The same files always give the same units.
 
-    Without `valid` a tenth of `data` is held out: one of ten rows, whole files of ten or more, else the last tenth of
-    each. `keeps` tells where a text may be cut. `say` gets a line about the quotes of each .tsv that has any.
+    A unit is a range of a file, or rows of a data set, for training, for validation or for both (see `Unit`). The units
+    of `valid` are for validation, and those of `data` for training. If `valid` is empty, a tenth of `data` is held out:
+    every tenth row of tables, whole text files if there are ten or more, else the last tenth of each text file.
+    `keeps(text, index)` is True if the tokenizer allows a cut there (see `keeps_tokens`). `say` is called with a
+    message about the quotes of each .tsv that has any.
 
     Raises:
         FileNotFoundError: A source does not exist.
@@ -84,7 +90,11 @@ def plan(data: Sequence[str], valid: Sequence[str] = (), keeps: Keeps | None = N
 
 
 def held_out(sizes: Sequence[tuple[str, int]]) -> set[str]:
-    """Return the names of a tenth of the sizes, taken in the order of the names' hashes while they fit."""
+    """Return the names of about a tenth of some files. `sizes` holds the (name, size) of each file.
+
+    Files are taken in the order of a hash of their names, each only if it fits into what is left of a tenth of all
+    sizes.
+    """
     names: set[str] = set()
     room = VALID_FRACTION * sum(size for _, size in sizes)
     for name, size in sorted(sizes, key=lambda entry: hashlib.sha256(entry[0].encode()).digest()):
@@ -95,10 +105,12 @@ def held_out(sizes: Sequence[tuple[str, int]]) -> set[str]:
 
 
 def documents(unit: Unit, text_column: str, keeps: Keeps | None = None) -> Iterator[tuple[str, bool, str]]:
-    """Yield (part, does a document begin here?, text) for each piece of a unit; the text of a row without any is "".
+    """Yield (part, begins, text) for each piece of the text in a unit, which is a range of the data (see `Unit`).
 
-    A piece has at most `cuts.PIECE` characters. Raises `ValueError` for text that is not UTF-8 or holds NUL bytes, and
-    for rows without the column.
+    `part` is "train" or "valid", `begins` is True if a document begins with this piece, and `text` has at most
+    `cuts.PIECE` characters, or is "" for a table's row without text. `text_column` is the column of a table to read.
+    `keeps(text, index)` is True if the tokenizer allows a cut there. Raise `ValueError` for text that is not UTF-8 or
+    holds NUL bytes, and for rows without the column.
     """
     if unit.kind == "text":
         begins = unit.begins
@@ -117,9 +129,11 @@ def documents(unit: Unit, text_column: str, keeps: Keeps | None = None) -> Itera
 
 
 def place_to_cut(file: TextFile, place: int, end: int, keeps: Keeps | None = None) -> int:
-    """Return the first byte from `place` on at which the file's text can be cut.
+    """Return the position of the first byte, from `place` on, at which the file's text can be cut.
 
-    Without such a byte in the next `WINDOW` bytes, return the first character.
+    The best place is taken that `next_place` finds, with `keeps`, in the next `WINDOW` bytes before `end`. If there is
+    none, or the bytes are not UTF-8, this is the first byte from `place` on that begins a character. Positions count
+    bytes of the file's text in UTF-8.
     """
     with open_utf8(file, place) as opened:
         window = opened.read(min(WINDOW, end - place))
@@ -133,9 +147,9 @@ def place_to_cut(file: TextFile, place: int, end: int, keeps: Keeps | None = Non
 
 
 def _distinct(files: Sequence[TextFile]) -> dict[TextFile, str]:
-    """Return a name for each file that no other file has: its own, with as many folders in front as that takes.
+    """Return a unique name for each file: its own, with as many parent folders in front as that takes.
 
-    By their names files are chosen for validation, and ten of one name must not all be.
+    Files are chosen for validation by a hash of their names. If many files had one name, all or none would be chosen.
     """
     names = {file: file.name for file in files}
     real = {file: (os.path.realpath(file.path), file.member) for file in names}
@@ -154,7 +168,7 @@ def _distinct(files: Sequence[TextFile]) -> dict[TextFile, str]:
 
 
 def _with_parent(file: TextFile, name: str) -> str:
-    """Return `name` with one more folder of the file's path in front, or `name` where there is none."""
+    """Return `name` with one more parent folder of the file's path in front, or `name` if the path has no more."""
     parts = Path(os.path.abspath(file.path)).parts
     depth = name.removesuffix(f"/{file.member}" if file.member else "").count("/") + 2
     if depth > len(parts):
@@ -163,7 +177,11 @@ def _with_parent(file: TextFile, name: str) -> str:
 
 
 def _units(file: TextFile, kind: str, part: str, keeps: Keeps | None) -> list[Unit]:
-    """Return the units of one file, one or more for each of its parts."""
+    """Return the units (see `Unit`) of one file: ranges of its text, row groups of a parquet table, or the whole file.
+
+    `kind` is the file's format (see `kind_of`). `part` is "train", "valid", or "both" if a tenth of the file is to be
+    held out. `keeps(text, index)` is True if the tokenizer allows a cut there.
+    """
     unit = partial(Unit, str(file.path), kind, name=file.name, member=file.member)
     if kind == "parquet":
         ends = list(accumulate(rows.parquet_groups(file)))
@@ -194,7 +212,10 @@ def _units(file: TextFile, kind: str, part: str, keeps: Keeps | None) -> list[Un
 
 
 def _line_cuts(file: TextFile, size: int) -> list[int]:
-    """Return the places near each multiple of `UNIT` where a line of a plain file begins."""
+    """Return positions in bytes, near the multiples of `UNIT`, at which lines of an uncompressed file begin.
+
+    `size` is the length of the file in bytes.
+    """
     cuts: list[int] = []
     place = UNIT
     while place < size:
@@ -210,7 +231,10 @@ def _line_cuts(file: TextFile, size: int) -> list[int]:
 
 
 def _decoded(unit: Unit) -> Iterator[str]:
-    """Yield the text of a unit block by block."""
+    """Yield the text of a unit (see `Unit`) of a text file, block by block.
+
+    Raise `ValueError` if the file is not UTF-8, has a NUL byte, or has become shorter.
+    """
     file, place = unit.file, unit.start
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
     with open_utf8(file, unit.start) as opened:
@@ -238,7 +262,7 @@ def _decoded(unit: Unit) -> Iterator[str]:
 
 
 def _rows(unit: Unit, text_column: str) -> Iterator[str]:
-    """Yield the text of each row of a unit."""
+    """Yield the text in `text_column` of each row of a unit (see `Unit`) of a table, "" for a row without text."""
     if unit.kind == "hf":
         assert unit.end is not None
         found = rows.data_set_rows(unit.source, unit.start, unit.end, text_column)

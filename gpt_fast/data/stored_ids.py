@@ -14,9 +14,10 @@ import numpy as np
 
 
 class StoredIds:
-    """Ids in a file, or a part of them. `ids[a:b]` reads some into an array; `ids.part(a, b)` reads nothing yet.
+    """Token ids in a file, or a part of them. `ids[a:b]` reads some into an array; `ids.part(a, b)` reads nothing yet.
 
-    Raises `ValueError` naming the file where its size or its time of change is another than at the beginning.
+    `count` ids of type `dtype` begin at byte `offset` of the file. A read raises `ValueError` if the file's size or
+    time of change differs from when it was opened.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[Any], offset: int, count: int):
@@ -27,7 +28,7 @@ class StoredIds:
         return self._count
 
     def part(self, start: int, stop: int) -> StoredIds:
-        """Return the ids from `start` to `stop`, not read yet."""
+        """Return the ids from index `start` up to `stop` as another `StoredIds`. Nothing is read from the file yet."""
         start, stop, _ = slice(start, stop).indices(self._count)
         part = object.__new__(StoredIds)
         part._opened, part.dtype = self._opened, self.dtype
@@ -35,7 +36,10 @@ class StoredIds:
         return part
 
     def __getitem__(self, which: slice) -> np.ndarray:
-        """Read the ids of a slice, whose step is taken for 1, into an array."""
+        """Read the ids of a slice from the file into an array. The slice's step is ignored.
+
+        Raise `ValueError` if the file has changed since it was opened.
+        """
         start, stop, _ = which.indices(self._count)
         ids = np.empty(max(0, stop - start), self.dtype)
         if len(ids):
@@ -47,7 +51,7 @@ class StoredIds:
 
 
 class _Opened:
-    """An open file with the size and the time of change that it had at first."""
+    """Open file, with the size and the time of change that it had when it was opened."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -55,11 +59,16 @@ class _Opened:
         self._state = self._now()
 
     def _now(self) -> tuple[int, int]:
+        """Return the current size of the open file in bytes and its time of change in nanoseconds."""
         status = os.fstat(self._file.fileno())
         return status.st_size, status.st_mtime_ns
 
     def read(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` with the bytes from `offset` on."""
+        """Fill `buffer` with the file's bytes from `offset` on.
+
+        Raise `ValueError` if the file ends before that, or if its size or time of change differs from when it was
+        opened.
+        """
         handle, left = self._file.fileno(), buffer
         while len(left):
             count = os.preadv(handle, [left], offset)

@@ -46,14 +46,14 @@ class TokenStream:
         return int(self.ends[-1]) if self.arrays else 0
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Return ids from a position on.
+        """Return `length` ids of the stream from a position on.
 
         Args:
-            start: First position.
-            length: Number of ids. At the end of the stream there are fewer.
+            start: Position of the first id.
+            length: Number of ids to read.
 
         Returns:
-            Ids [length], int64.
+            Ids [length], int64. There are fewer if the stream ends before.
         """
         pieces = []
         which = int(np.searchsorted(self.ends, start, side="right"))
@@ -66,14 +66,14 @@ class TokenStream:
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
     def part(self, start: int, stop: int) -> TokenStream:
-        """Return the stream of the ids between two positions, none of which is read yet.
+        """Return the stream of the ids between two positions. Nothing is read from files yet.
 
         Args:
-            start: First position.
-            stop: Position behind the last.
+            start: Position of the first id.
+            stop: Position behind the last id.
 
         Returns:
-            The part.
+            A `TokenStream` of these ids, which shares the arrays and files of this stream.
         """
         parts, begin = [], 0
         for array in self.arrays:
@@ -84,11 +84,11 @@ class TokenStream:
         return TokenStream(parts)
 
     def windows(self, starts: Sequence[int] | np.ndarray, seq_len: int) -> Tensor:
-        """Return ids from each of some positions on.
+        """Return `seq_len` ids of the stream from each of some positions on.
 
         Args:
-            starts: First positions [N].
-            seq_len: Ids of each window.
+            starts: Positions of the windows' first ids [N].
+            seq_len: Number of ids in each window.
 
         Returns:
             Windows [N, seq_len], int64.
@@ -96,10 +96,10 @@ class TokenStream:
         return torch.from_numpy(np.stack([self.read(int(start), seq_len) for start in starts]))
 
     def counts(self) -> np.ndarray:
-        """Return how often each id occurs, read chunk by chunk.
+        """Return how often each id occurs in the stream, which is read chunk by chunk.
 
         Returns:
-            Counts [largest id + 1], int64.
+            Counts [largest id + 1], int64, by id.
         """
         total = np.zeros(0, np.int64)
         for array in self.arrays:
@@ -110,11 +110,11 @@ class TokenStream:
         return total
 
     def require(self, seq_len: int, source: str = "the text") -> None:
-        """Validate that the stream fills one window.
+        """Validate that the stream has at least one window of `seq_len` tokens.
 
         Args:
             seq_len: Tokens of a window.
-            source: Name of the stream in the message.
+            source: Name of the stream in the error message.
 
         Raises:
             ValueError: The stream has fewer tokens.
@@ -128,10 +128,11 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class WindowOrder:
-    """Windows of `seq_len` tokens of a stream of `num_tokens`, shuffled by `seed`, pass after pass without end.
+    """Endless shuffled order of windows of `seq_len` tokens in a stream of `num_tokens` tokens.
 
-    A pass lays `per_pass` windows side by side from an offset of its own, which depends on seed and pass, and visits
-    each once in an order of its own. Less than two windows of tokens at the ends are left out of it.
+    The order is made of passes over the stream. Each pass lays `per_pass` windows side by side, from an offset that
+    depends on `seed` and the pass, and visits each window once in an order that also depends on them. Fewer tokens than
+    two windows, at both ends of the stream, are left out of a pass.
     """
 
     num_tokens: int
@@ -140,11 +141,18 @@ class WindowOrder:
 
     @property
     def per_pass(self) -> int:
-        """Number of windows in a pass."""
+        """Number of windows in one pass over the stream."""
         return max(1, self.num_tokens // self.seq_len - 1)
 
     def start(self, position: int) -> int:
-        """Return the first token of the window at `position`, counted from the beginning of training."""
+        """Return where in the stream the `position`-th window of training begins.
+
+        Args:
+            position: How many windows come before it, counted from the beginning of training over all passes.
+
+        Returns:
+            Index of the window's first token in the stream.
+        """
         which, index = divmod(position, self.per_pass)
         room = min(self.seq_len - 1, self.num_tokens - self.per_pass * self.seq_len)
         offset = mix(self.seed, which, 0) % (room + 1)
@@ -152,9 +160,12 @@ class WindowOrder:
 
 
 def shuffled(index: int, size: int, key: int) -> int:
-    """Return the image of `index` under a permutation of [0, size) that `key` chooses.
+    """Return the place of `index` under a permutation of 0 … `size` - 1 that the integer `key` chooses.
 
     The permutation is a Feistel network on the next even number of bits, repeated until it falls into the range.
+
+    Returns:
+        An integer in [0, size), a different one for each index.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
@@ -168,7 +179,7 @@ def shuffled(index: int, size: int, key: int) -> int:
 
 
 def mix(*words: int) -> int:
-    """Return a hash of integers to 64 bits: the finaliser of splitmix64 (Steele et al. 2014) over each word in turn."""
+    """Return a 64-bit hash of integers: the finaliser of splitmix64 (Steele et al. 2014) over each integer in turn."""
     state = 0
     for word in words:
         state = (state + word + 0x9E3779B97F4A7C15) & _WORD

@@ -50,13 +50,13 @@ class Table:
         return len(self.texts)
 
     def rows(self, indices: list[int]) -> Table:
-        """Return the table of some rows, in their order.
+        """Return a table of the rows at `indices`, in the order of `indices`.
 
         Args:
-            indices: Numbers of the rows.
+            indices: Indices of the rows.
 
         Returns:
-            The table.
+            A new table, with the notes of this one.
         """
         names = ("texts", "labels", "more", "places", "starts")
         columns: dict[str, Any] = {name: getattr(self, name) for name in names}
@@ -64,13 +64,13 @@ class Table:
         return Table(self.source, notes=[*self.notes], **chosen)
 
     def fields(self, row: int) -> tuple[str, ...]:
-        """Return all texts of a row.
+        """Return all texts of a row: the one in `texts`, then those in `more`.
 
         Args:
-            row: Number of the row.
+            row: Index of the row.
 
         Returns:
-            Its texts.
+            The texts.
         """
         return (self.texts[row], *(self.more[row] if self.more else ()))
 
@@ -78,10 +78,10 @@ class Table:
         """Return where a row stands in the file, "line 5" for example.
 
         Args:
-            row: Number of the row.
+            row: Index of the row in the table.
 
         Returns:
-            Its place, for messages.
+            Its position in the file, for messages, or "row 5" for index 4 if the table has no positions.
         """
         return self.places[row] if self.places else f"row {row + 1}"
 
@@ -110,7 +110,7 @@ _OVERHEAD = 64  # bytes of text that a row counts for besides its own
 
 
 class MissingColumn(ValueError):
-    """A table lacks a column; `row` is the first row."""
+    """Error for a table that lacks a column. `row` is the row in which the column was looked for."""
 
     def __init__(self, path: Path, place: str, column: str, row: Row):
         super().__init__(f"{path}, {place}: {no_column(column, row)}")
@@ -124,17 +124,20 @@ def read_table(
     more_columns: Sequence[str] = (),
     options: TableOptions = DEFAULT,
 ) -> Table:
-    r"""Return the named columns of a table.
+    r"""Read a file's columns of texts and labels into a `Table`.
 
     Args:
         path: A .csv, .tsv, .jsonl, .json or .parquet file, which may be compressed.
         text_column: Column of the text. A name with commas names several columns, whose texts are joined by line ends.
-        label_column: Column of the label, or None. Spaces around labels are dropped.
-        more_columns: Columns of further texts. Such a column may hold lists of texts.
+        label_column: Column of the label, or None for a table without labels. Spaces around labels are dropped, except
+            with `text_labels` in `options`.
+        more_columns: Columns of further texts, such as the second text of a pair. Such a column may hold lists of
+            texts.
         options: How to read the table.
 
     Returns:
-        The table.
+        The table. Its lists have one entry for each row that was not skipped. `labels` is empty without `label_column`,
+        and `more` without `more_columns`.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -228,7 +231,14 @@ def read_table(
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write a table of the kind that the name of `path` tells: whole, or not at all."""
+    """Write rows, each a dict by column, to a .csv, .tsv or .jsonl file: whole, or not at all.
+
+    The ending of `path` decides the format. Lists and dicts in a cell of a .csv or .tsv are written as JSON.
+
+    Raises:
+        ValueError: `path` has another ending or is a folder.
+        OSError: The file cannot be written.
+    """
     kind = written_kind(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Half of a surrogate pair, which a .jsonl may hold, becomes \ud800: UTF-8 has no other way to write it.
@@ -250,11 +260,15 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _json(value: object) -> str:
+    """Return a value as JSON on one line. Dates, which a .parquet may hold, become text; NaN and infinity, null."""
     return json.dumps(finite(value), ensure_ascii=False, default=str)  # dates, which a .parquet may hold
 
 
 def _label(value: object) -> str | None:
-    """Return a class or a number as text, "" if it is missing, None if it is neither."""
+    """Return the label in a cell, a class or a number, as stripped text.
+
+    Return "" for a missing label (null, NaN or blank), and None for a value that is no label, such as a list.
+    """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if not isinstance(value, (str, int, float)):
@@ -264,7 +278,15 @@ def _label(value: object) -> str | None:
 
 
 def _text_label(path: Path, place: str, column: str, value: object) -> str | None:
-    """Return a text to be written, of several answers the first; "" if there is none."""
+    """Return a label that is a text to be generated or found. Spaces are kept.
+
+    `value` is a text, a list of acceptable texts, or SQuAD's object with a list `text`; of several texts the first is
+    taken. Return "" if there is no text, and None for a value of another type. `path`, `place` and `column` are for
+    messages.
+
+    Raises:
+        ValueError: A list holds something other than texts.
+    """
     if isinstance(value, dict) and isinstance(value.get("text"), list):
         value = value["text"]
     if isinstance(value, list):
@@ -277,7 +299,14 @@ def _text_label(path: Path, place: str, column: str, value: object) -> str | Non
 
 
 def _several(path: Path, place: str, column: str, value: object, kind: str) -> str | None:
-    """Return classes with commas between them, or tags with spaces; None for what is neither."""
+    """Return a label of several classes as one text with commas between them, or of a tag for each word, with spaces.
+
+    `value` is a list, or a text with commas or spaces. `kind` is "set" for classes, "tags" for tags. Return None for a
+    value of another type. `path`, `place` and `column` are for messages.
+
+    Raises:
+        ValueError: A label in the list is no text or number, is empty, or holds the separator.
+    """
     between = "," if kind == "set" else " "
     parts = value if isinstance(value, list) else None
     if parts is None:
@@ -296,7 +325,13 @@ def _several(path: Path, place: str, column: str, value: object, kind: str) -> s
 
 
 def _words(path: Path, place: str, column: str, value: object) -> str:
-    """Return a text whose words have one space between them; `value` is a text or a list of words."""
+    """Return the words of `value`, a text or a list of words, with one space between them.
+
+    `path`, `place` (the row's position in the file) and `column` are for messages.
+
+    Raises:
+        ValueError: `value` is neither, or a word is empty or holds white space or a NUL character.
+    """
     if not isinstance(value, list):
         value = _text(path, place, column, value).split()
     for word in value:
@@ -308,13 +343,18 @@ def _words(path: Path, place: str, column: str, value: object) -> str:
 
 
 def _start(value: object) -> int:
-    """Return where the first of SQuAD's answers begins, or -1."""
+    """Return the character at which the first answer of SQuAD's object `answers` begins, or -1 if `value` has none."""
     starts = value.get("answer_start") if isinstance(value, dict) else None
     first = starts[0] if isinstance(starts, list) and starts else starts
     return first if isinstance(first, int) and not isinstance(first, bool) else -1
 
 
 def _text(path: Path, place: str, column: str, value: object) -> str:
+    """Return `value` if it is a text without NUL characters. `path`, `place` and `column` are for messages.
+
+    Raises:
+        ValueError: `value` is something else.
+    """
     if not isinstance(value, str):
         raise ValueError(f"{path}, {place}: column {column!r} holds {value!r}; expected text")
     if "\0" in value:
@@ -323,7 +363,11 @@ def _text(path: Path, place: str, column: str, value: object) -> str:
 
 
 def _more(path: Path, place: str, columns: Sequence[str], row: Row) -> list[str]:
-    """Return the further texts of a row."""
+    """Return the texts in several columns of a row as one list. A column may hold a text or a list of texts.
+
+    Raises:
+        ValueError: A column holds something else.
+    """
     more = [part for column in columns for part in _listed(row[column])]
     if not all(isinstance(part, str) for part in more):
         raise ValueError(f"{path}, {place}: columns {', '.join(map(repr, columns))} hold {more!r}; expected texts")

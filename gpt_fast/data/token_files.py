@@ -47,7 +47,10 @@ class TokenFile:
 
 
 def token_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the token files that `paths` name or hold, none if they are text. Both together are an error."""
+    """Return the token files (.bin) among `paths` and in the folders among them, or [] if `paths` hold text alone.
+
+    Raise `ValueError` if there are both token files and paths without one.
+    """
     found: list[Path] = []
     text: list[Path] = []
     for path in paths:
@@ -62,10 +65,11 @@ def token_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_token_file(path: Path, raw_dtype: str | None = None) -> TokenFile:
-    """Open a file and read nothing but its header. A file without a header needs `raw_dtype`, uint16 or uint32.
+    """Open a token file as a `TokenFile`. Only its header is read, not its ids.
 
-    Raises `FileNotFoundError` where there is no file, and `ValueError` for a file that is damaged, of another kind, or
-    of another size than its header asks for.
+    The file is one of this library, of llm.c, or has no header. For a file without a header `raw_dtype` has to name the
+    type of its ids, "uint16" or "uint32". Raise `FileNotFoundError` if there is no such file, and `ValueError` if it is
+    damaged, of another kind, or of another size than its header states.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a token file")
@@ -106,11 +110,11 @@ def read_token_file(path: Path, raw_dtype: str | None = None) -> TokenFile:
 def write_token_file(
     path: Path, pieces: Iterable[np.ndarray], dtype: str, tokenizer: Tokenizer, document_token: int
 ) -> int:
-    """Write a token file that holds the ids of `pieces`, one piece after the other, and return the number of ids.
+    """Write a token file that holds the ids of `pieces`, one array after the other, and return the number of ids.
 
     The header stores `dtype` ("uint16" or "uint32"), the number of ids, a checksum, a hash of the tokenizer's
-    vocabulary, and `document_token`, the id between documents. The ids have to fit `dtype`. The file is written under a
-    temporary name and renamed when it is complete.
+    vocabulary, and `document_token`, the id that begins each document. The ids have to fit `dtype`; this is not
+    checked. The file is written under a temporary name and renamed when it is complete.
     """
     count = crc = 0
     with replacing(path) as temporary, temporary.open("wb") as file:
@@ -127,19 +131,22 @@ def write_token_file(
 
 
 def pack_header(fields: dict[str, Any]) -> bytes:
-    """Return the 1,024 bytes of a header with these fields."""
+    """Return the 1,024 bytes of a token file's header: magic bytes, `fields` as JSON, and a checksum of both."""
     head = MAGIC + json.dumps(fields).encode().ljust(_CHECKED - len(MAGIC))
     return head + struct.pack("<I", zlib.crc32(head))
 
 
 def vocabulary_hash(tokenizer: Tokenizer) -> str:
-    """Return a hash of every token with its id."""
+    """Return the SHA-256, in hexadecimal digits, of all of the tokenizer's tokens with their ids."""
     vocabulary = sorted(tokenizer.get_vocab(with_added_tokens=True).items())
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
 def check_vocabulary(file: TokenFile, tokenizer: Tokenizer) -> None:
-    """Raise `ValueError` if the file's header names another vocabulary than the tokenizer's."""
+    """Raise `ValueError` if the file's header has the hash of another vocabulary than the tokenizer's.
+
+    A file whose format stores no such hash (`file.header` is None) is accepted.
+    """
     if file.header is not None and file.header["vocabulary"] != vocabulary_hash(tokenizer):
         raise ValueError(
             f"{file.path}: made with another vocabulary than that of the tokenizer given; expected its own"
@@ -147,10 +154,10 @@ def check_vocabulary(file: TokenFile, tokenizer: Tokenizer) -> None:
 
 
 def check_content(file: TokenFile, tokenizer: Tokenizer) -> int:
-    """Read the whole file once and return its CRC-32.
+    """Read all ids of a token file once and return their CRC-32.
 
-    Raises `ValueError` where the CRC-32 differs from the header's, where an id is beyond the vocabulary, and where the
-    ids of a file without a checksum are all 0 or are halves of wider ids.
+    Raise `ValueError` if the CRC-32 differs from the header's, or if an id lies beyond the tokenizer's vocabulary. For
+    a file without a checksum, also raise it if all ids are 0, or if uint16 ids look like the halves of uint32 ids.
     """
     crc, size = 0, vocabulary_size(tokenizer)
     even = odd = 0  # the largest ids at even and at odd places
@@ -177,10 +184,10 @@ def check_content(file: TokenFile, tokenizer: Tokenizer) -> int:
 
 
 def split_streams(files: Sequence[TokenFile]) -> tuple[TokenStream, TokenStream]:
-    """Return the training and the validation stream.
+    """Return (training stream, validation stream) of the ids in token files.
 
-    Files whose names have the word val, valid or validation are for validation. Without any, the last tenth of the ids
-    is.
+    Files whose names contain the word val, valid or validation are for validation. If there are none, the last tenth of
+    all ids is. Raise `ValueError` if no file is left for training.
     """
     valid = [file.tokens for file in files if _FOR_VALIDATION.search(file.path.name)]
     train = [file.tokens for file in files if not _FOR_VALIDATION.search(file.path.name)]
@@ -194,19 +201,24 @@ def split_streams(files: Sequence[TokenFile]) -> tuple[TokenStream, TokenStream]
 
 
 def _opened(path: Path, dtype: np.dtype, offset: int, count: int) -> StoredIds:
+    """Return `count` ids from byte `offset` of a file on, not read yet. Raise `ValueError` if `count` is 0."""
     if count == 0:
         raise ValueError(f"{path}: holds no ids; expected at least one")
     return StoredIds(path, dtype, offset, count)
 
 
 def _check_size(path: Path, header: int, count: int, dtype: np.dtype) -> None:
+    """Raise `ValueError` unless the file has the size of a header of `header` bytes and `count` ids of type `dtype`."""
     size, expected = path.stat().st_size, header + count * dtype.itemsize
     if size != expected:
         raise ValueError(f"{path}: {size:,} bytes; expected {expected:,} by its header, so it was cut off or added to")
 
 
 def _llmc_header(path: Path, head: bytes, number: int) -> tuple[np.dtype, int]:
-    """Return the type and the number of ids of llm.c's token file that begins with `head`."""
+    """Return (dtype, number of ids) of llm.c's token file that begins with the bytes `head`.
+
+    `number` is the file's magic number. Raise `ValueError` if the file holds no tokens or its header is damaged.
+    """
     if number not in _llmc.TOKENS:
         raise ValueError(f"{path}: {_llmc.describe(number)}, by llm.c; expected a token file")
     if len(head) < 4 * _llmc.HEADER:
@@ -225,6 +237,10 @@ def _llmc_header(path: Path, head: bytes, number: int) -> tuple[np.dtype, int]:
 
 
 def _parse(path: Path, head: bytes) -> dict[str, Any]:
+    """Return the fields of a token file's header: dtype, count, crc32, vocabulary and document_token.
+
+    `head` is the file's first 1,024 bytes. Raise `ValueError` if its checksum is wrong or a field is missing.
+    """
     checked, crc = head[:_CHECKED], head[_CHECKED:HEADER]
     if not head.startswith(MAGIC) or crc != struct.pack("<I", zlib.crc32(checked)):
         raise ValueError(f"{path}: its header is damaged; expected one whose checksum is right")
@@ -241,7 +257,10 @@ def _parse(path: Path, head: bytes) -> dict[str, Any]:
 
 
 def _prepare_command(path: Path) -> str:
-    """Return the command that makes the token file at `path` anew, with its data if the record beside it names them."""
+    """Return the command line of `gpt-fast prepare` that makes the token file at `path` anew, for a message.
+
+    It names the data if a readable data.json lies beside the file, else the placeholder TEXT.
+    """
     try:
         data = json.loads((path.parent / "data.json").read_text(encoding="utf-8"))["data"]
         text = " ".join(map(shlex.quote, data))

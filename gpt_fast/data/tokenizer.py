@@ -29,13 +29,13 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Return the tokenizer of a kind, or the one in a file.
+    """Make a tokenizer of a kind, or load one from a file.
 
     Args:
         kind: "bpe" and "char" learn their vocabulary from `texts`, and "byte" needs none. Anything else is the path of
             a tokenizer.json.
-        texts: Texts to learn from.
-        vocab_size: Largest vocabulary of "bpe".
+        texts: Texts to learn from. "byte" and a file ignore them.
+        vocab_size: Largest vocabulary of "bpe", special tokens included. The other kinds ignore it.
 
     Returns:
         A `tokenizers.Tokenizer` with the five special tokens.
@@ -64,7 +64,11 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenize
 
 
 def check_kind(kind: str) -> None:
-    """Raise `ValueError` for a name that is no kind of tokenizer and no path."""
+    """Raise `ValueError` if `kind` is neither a kind of tokenizer ("bpe", "byte" or "char") nor an existing path.
+
+    Raises:
+        ValueError: `kind` is neither.
+    """
     if kind not in KINDS and (not kind.strip() or not Path(kind).exists()):
         raise ValueError(
             f"--tokenizer {kind!r}: no such file; expected {', '.join(KINDS)} or the path of a tokenizer.json"
@@ -73,7 +77,16 @@ def check_kind(kind: str) -> None:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn a byte-level BPE: any text comes back from its ids exactly. The special tokens take ids 0 to 4."""
+    """Train a byte-level BPE of at most `vocab_size` tokens on `texts`. Its special tokens have the ids 0 to 4.
+
+    Any text can be encoded, and decoding its ids gives it back exactly.
+
+    Returns:
+        The trained tokenizer.
+
+    Raises:
+        ValueError: `vocab_size` is too small for the 256 bytes and the special tokens.
+    """
     smallest = len(SPECIAL_TOKENS) + 256
     if vocab_size < smallest:
         raise ValueError(
@@ -96,7 +109,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Return a tokenizer with one token a UTF-8 byte, whose id is the byte. Special tokens follow as 256 to 260."""
+    """Return a tokenizer with one token for each UTF-8 byte, whose id is the byte. Special tokens are 256 to 260."""
     vocabulary = {letter: byte for byte, letter in enumerate(_byte_letters())}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -105,20 +118,23 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def char_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Return a tokenizer with one token a character of `texts`, in code point order. Others become `<|unk|>`."""
+    """Return a tokenizer with one token for each character of `texts`. Other characters become `<|unk|>`.
+
+    The five special tokens and `<|unk|>` have ids 0 to 5. The characters follow in the order of their code points.
+    """
     return _words_tokenizer([*SPECIAL_TOKENS.values(), UNKNOWN, *sorted(set().union(*texts))])
 
 
 def letters_tokenizer(letters: Sequence[str]) -> Tokenizer:
-    """Return a tokenizer for a character-level model of another library, whose ids are places in `letters`.
+    """Return the tokenizer of another library's character-level model. A character's id is its index in `letters`.
 
-    `<|unk|>` and the special tokens follow. That model has no embedding for them.
+    `<|unk|>` and the special tokens have the ids behind these. That model has no embedding for them.
     """
     return _words_tokenizer([*letters, UNKNOWN])
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Return the tokenizer in a tokenizer.json, or in the folder that holds one.
+    """Load the tokenizer in a tokenizer.json, or in the folder that holds one.
 
     Args:
         path: File or folder. Special tokens that the tokenizer lacks are added after its own vocabulary.
@@ -159,7 +175,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def parse_tokenizer(text: str) -> Tokenizer:
-    """Return the tokenizer in the text of a tokenizer.json."""
+    """Return the tokenizer whose tokenizer.json has the content `text`.
+
+    It neither truncates nor pads. Special tokens that it lacks are added.
+    """
     tokenizer = Tokenizer.from_str(text)
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -180,7 +199,7 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Return the ids of the special tokens under the names that `GPTConfig` gives them."""
+    """Return the ids of the five special tokens by the names of their fields in `GPTConfig`, such as "start_token"."""
     ids = tokenizer.get_vocab(with_added_tokens=True)
     return {field: ids[token] for field, token in SPECIAL_TOKENS.items()}
 
@@ -222,8 +241,8 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 def encode_documents(tokenizer: Tokenizer, texts: Iterable[str], chunk: int = 256) -> Iterator[list[int]]:
     """Yield the ids of each text, without any special token.
 
-    Texts are encoded on all cores. A long text is cut into pieces where its tokens stay the same, as in `prepare`. Half
-    of a surrogate pair is read as U+FFFD.
+    Texts are encoded on all cores. A long text is cut into pieces at places that change no token. Half of a surrogate
+    pair is read as U+FFFD.
 
     Args:
         tokenizer: A tokenizer.
@@ -255,9 +274,13 @@ def encode_documents(tokenizer: Tokenizer, texts: Iterable[str], chunk: int = 25
 
 
 def encoded_pieces(tokenizer: Tokenizer, texts: Iterable[str], chunk: int = 256) -> Iterator[tuple[bool, list[int]]]:
-    """Yield (True if a text begins here, ids) for each piece of each text.
+    """Yield (begins, ids) for each piece of each text, where `begins` is True if a text begins with this piece.
 
-    One encoding takes 150 bytes and more for each byte of its text, so a long text is not encoded whole.
+    A long text is cut into pieces at places that change no token, because one encoding takes 150 bytes and more for
+    each byte of its text. `chunk` is the largest number of pieces that are encoded at a time.
+
+    Yields:
+        The pair for one piece.
     """
     keeps = keeps_tokens(tokenizer)
     batch: list[tuple[bool, str]] = []
@@ -274,40 +297,53 @@ def encoded_pieces(tokenizer: Tokenizer, texts: Iterable[str], chunk: int = 256)
 
 
 def _encoded(tokenizer: Tokenizer, batch: list[tuple[bool, str]]) -> Iterator[tuple[bool, list[int]]]:
+    """Yield (begins, ids) for each (begins, text) of `batch`. All texts are encoded at once, without special tokens."""
     encodings = tokenizer.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
     for (begins, _), encoding in zip(batch, encodings, strict=True):
         yield begins, encoding.ids
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int], *, special: bool = True) -> str:
-    """Return the text of `ids`. Special tokens are written out, or left out with `special=False`."""
+    """Return the text of `ids`. Special tokens are written out, or skipped if `special` is False."""
     return tokenizer.decode(ids, skip_special_tokens=not special)
 
 
 def added_text(tokenizer: Tokenizer, before: Sequence[int], new: Sequence[int]) -> str:
-    """Return what the tokens `new` add to the text of the tokens `before`; special tokens are left out.
+    """Return the text by which the ids `new` extend the text of the ids `before`. Special tokens are skipped.
 
-    Tokenizers whose words carry no space (GPT-1's, WordPiece, SentencePiece) put one between words when they decode, so
-    that the text of `new` alone has lost its first space.
+    Decoding `new` alone is not enough: tokenizers whose words carry no space (GPT-1's, WordPiece, SentencePiece) put a
+    space between words when they decode, so the first space would be lost.
+
+    Returns:
+        The decoded text of `before` and `new` behind the part that it shares with the decoded text of `before`.
     """
     text, start = (decode(tokenizer, ids, special=False) for ids in ([*before, *new], before))
     return text[len(shared_start(text, start)) :]
 
 
 def shared_start(one: str, other: str) -> str:
-    """Return the characters with which both texts begin."""
+    """Return the longest text with which both `one` and `other` begin."""
     if other.startswith(one):
         return one
     return one[: next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))]
 
 
 def keeps_text(tokenizer: Tokenizer) -> bool:
-    """Return True if a further token never changes the text of those before it, but for bytes of one character."""
+    """Return True if the decoded text of some ids never changes when further ids are appended.
+
+    An exception are the bytes of one character, which several ids may share.
+
+    Returns:
+        True for the decoders ByteLevel and Fuse, False for any other.
+    """
     return isinstance(tokenizer.decoder, (decoders.ByteLevel, decoders.Fuse))
 
 
 def _words_tokenizer(words: Sequence[str]) -> Tokenizer:
-    """Return a tokenizer that cuts text into characters, whose ids are their places in `words`."""
+    """Return a tokenizer that cuts text into single characters, whose ids are their indices in `words`.
+
+    Characters that `words` lacks become `<|unk|>`, which `words` has to contain.
+    """
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -315,15 +351,16 @@ def _words_tokenizer(words: Sequence[str]) -> Tokenizer:
 
 
 def _finish(tokenizer: Tokenizer) -> Tokenizer:
+    """Return `tokenizer` with the special tokens that it lacks. It encodes text such as `<|pad|>` as ordinary text."""
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
     tokenizer.encode_special_tokens = True  # not part of tokenizer.json: set on every load
     return tokenizer
 
 
 def _byte_letters() -> list[str]:
-    """Return the printable letter by which byte-level tokenizers write each byte.
+    """Return the 256 printable characters by which byte-level tokenizers write the bytes 0 to 255.
 
-    The letter is the byte's own where Latin-1 prints it, else the next free code point from 256 on.
+    A byte's character is its own in Latin-1 if that is printable, else the next free code point from 256 on.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     free = iter(range(256, 512))

@@ -11,7 +11,11 @@ from ..reference import split_qkv
 
 
 class KVCache:
-    """`keys` and `values` [L, B, H, S, D], allocated once; `lengths` [B] int64 says how many of a row's are real."""
+    """Keys and values of the tokens that a model has read: `keys` and `values` [L, B, H, S, D], allocated once.
+
+    `lengths` [B], int64, is the number of tokens in each row; positions beyond it hold nothing. `batch` is B, `length`
+    is S, the tokens that a row has room for. `num_layers` L and `num_heads` H are the configuration's unless given.
+    """
 
     def __init__(
         self,
@@ -33,15 +37,21 @@ class KVCache:
 
     @property
     def batch(self) -> int:
+        """Number of rows, B."""
         return self.keys.shape[1]
 
     @property
     def length(self) -> int:
+        """Number of tokens that a row has room for, S."""
         return self.keys.shape[3]
 
 
 class StepPass:
-    """One token for each row of the cache, at the position after its last: shapes do not depend on the lengths."""
+    """How attention uses the cache in one decode step: one new token for each row, at position `lengths[row]`.
+
+    The caller advances the cache's `lengths`. Shapes do not depend on the lengths, so a CUDA graph can capture the
+    step.
+    """
 
     def __init__(self, cache: KVCache):
         self.cache = cache
@@ -49,7 +59,11 @@ class StepPass:
         self.positions = cache.lengths[:, None].clamp(max=cache.length - 1)  # [B, 1]
 
     def attend(self, layer: int, qkv: Tensor, num_heads: int) -> Tensor:
-        """Attend from one new token a row: qkv [B, 1, 3C] → [B, 1, C]."""
+        """Write each row's new key and value into the cache of layer `layer`, and attend from the new token.
+
+        `qkv` [B, 1, 3C] are the query, key and value of one new token in each row. Return the attention's output
+        [B, 1, C], before the output projection.
+        """
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # [B, H, S, D]
         q, k, v = (x[:, :, 0] for x in split_qkv(qkv.to(keys.dtype), num_heads))  # [B, H, D]
         out = ops.decode_attention_append(q, k, v, keys, values, self.positions[:, 0])  # [B, H, D]
@@ -57,9 +71,10 @@ class StepPass:
 
 
 class PromptPass:
-    """T tokens for the cache's rows `first` to `first + B`, after the `starts[b]` that each has already.
+    """How attention uses the cache for prompts: T new tokens for each of the cache's rows `first` to `first + B - 1`.
 
-    A row's padding on the right is written too, where there is room, and overwritten by what comes after it.
+    Row b's tokens follow the `starts[b]` tokens that the row holds already. Padding on the right of a prompt is also
+    written, as far as there is room, and overwritten by later tokens.
     """
 
     def __init__(self, cache: KVCache, starts: list[int], T: int, first: int = 0):
@@ -75,7 +90,11 @@ class PromptPass:
             self.mask = (j <= self.positions[:, :, None])[:, None]  # [B, 1, T, S']
 
     def attend(self, layer: int, qkv: Tensor, num_heads: int) -> Tensor:
-        """Attend from the tokens of a prompt: qkv [B, T, 3C] → [B, T, C]."""
+        """Write the prompts' keys and values into the cache of layer `layer`, and attend causally from their tokens.
+
+        `qkv` [B, T, 3C] are the queries, keys and values of T new tokens in each row, which also attend to the tokens
+        that the cache holds already. Return the attention's output [B, T, C], before the output projection.
+        """
         q, k, v = split_qkv(qkv, num_heads)  # [B, H, T, D]
         T = q.shape[2]
         keys, values = self.cache.keys[layer, self.rows], self.cache.values[layer, self.rows]

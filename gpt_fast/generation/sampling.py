@@ -15,7 +15,10 @@ LEAST_TEMPERATURE = 1e-30  # float32 cannot divide by less; below it the most pr
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Options of a draw, applied in this order: penalty, temperature, top_k, top_p, min_p. Raises `ValueError`."""
+    """Options of drawing a token, applied in this order: repetition_penalty, temperature, top_k, top_p, min_p.
+
+    The constructor raises `ValueError` for values out of range. None switches an option off.
+    """
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -37,10 +40,15 @@ class Sampling:
 
 
 def _is_integer(value: object) -> bool:
+    """Return True for an integer of Python or numpy. A bool does not count."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _check_number(name: str, value: object, expected: str, fits: Callable[[float], bool]) -> None:
+    """Raise `ValueError` unless `value` is a real number for which `fits(value)` is True.
+
+    `name` and `expected` (a description of the valid values) are for the message.
+    """
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or not fits(float(value)):
         raise ValueError(f"gpt_fast.generate: {name} is {value!r}; expected {expected}")
 
@@ -52,10 +60,13 @@ def sample(
     generator: torch.Generator | None = None,
     seen: Tensor | None = None,
 ) -> Tensor:
-    """Draw one token [B] for each row of `logits` [B, V] in float32; `seen` [B, V] marks the tokens of the penalty.
+    """Draw one token for each row of `logits` [B, V], in float32.
+
+    `seen` [B, V] is True for the tokens to which the repetition penalty applies. `generator` is the source of
+    randomness, torch's default generator if it is None.
 
     Returns:
-        Tokens [B].
+        Token ids [B], int64.
 
     Raises:
         ValueError: Logits are NaN or +inf.
@@ -70,7 +81,7 @@ DAMAGED = "gpt_fast.generate: the model's logits hold NaN or infinity; its weigh
 
 
 def damaged(logits: Tensor) -> Tensor:
-    """Return True for each row of `logits` [B, V] that holds NaN or +inf."""
+    """Return a Bool tensor [B] that is True for each row of `logits` [B, V] with NaN or +inf in it."""
     return ~(logits.amax(dim=-1) < math.inf)  # NaN compares false as well, and amax passes it on
 
 
@@ -81,7 +92,11 @@ def draw(
     generator: torch.Generator | None = None,
     seen: Tensor | None = None,
 ) -> Tensor:
-    """Draw as `sample` does, but validate no logits. Nothing here waits for the device."""
+    """Draw one token id [B] for each row of float32 `logits` [B, V], as `sample` does, but without validating them.
+
+    `seen` [B, V] is True for the tokens to which the repetition penalty applies. Nothing in this function synchronises
+    with the device, so a CUDA graph can capture it.
+    """
     if seen is not None and options.repetition_penalty != 1:
         logits = penalise(logits, seen, options.repetition_penalty)
     largest, best = logits.max(dim=-1)
@@ -100,18 +115,24 @@ def draw(
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Divide positive and multiply negative logits by `penalty` where `seen`, as Keskar et al. (2019) do."""
+    """Return `logits` [B, V] with the repetition penalty applied where `seen` [B, V] is True.
+
+    There positive logits are divided and negative ones multiplied by `penalty`, as in Keskar et al. (2019).
+    """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Return `logits` [B, V] with -inf for all but each row's k largest."""
+    """Return `logits` [B, V] with -inf everywhere but at each row's k largest."""
     values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
     return torch.full_like(logits, -math.inf).scatter_(-1, ids, values)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Return `logits` [B, V] with -inf for all but the fewest whose probabilities reach `p`, at least one."""
+    """Return `logits` [B, V] with -inf everywhere but at the most probable tokens of each row.
+
+    Kept is the smallest number of tokens whose probabilities add up to at least `p`, and at least one.
+    """
     values, ids = logits.sort(dim=-1, descending=True, stable=True)
     # In float64, so that the order in which a GPU adds decides nothing.
     probabilities = values.double().softmax(dim=-1)
@@ -122,6 +143,6 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Return `logits` [B, V] with all at -inf whose probability is below `p` times that of the most probable token."""
+    """Return `logits` [B, V] with -inf at tokens whose probability is below `p` times the row's largest."""
     least = logits.amax(dim=-1, keepdim=True) + math.log(p)
     return logits.masked_fill(logits < least, -math.inf)

@@ -132,7 +132,7 @@ class DecodeSession:
         self._make_step()
 
     def _make_step(self) -> None:
-        """Make the step for the parameters where they are now."""
+        """Create the object that runs the decode steps, for the parameters at their current addresses."""
         assert self.model is not None
         self._step: TorchStep | CppStep
         if self.kind == "torch":
@@ -143,14 +143,18 @@ class DecodeSession:
         self._fingerprint = _fingerprint(self._step.copied)
 
     def attach(self, model: GPT | Head | None) -> None:
-        """Set or drop the reference to the model. `generate` keeps sessions without one, so that they form no cycle.
+        """Set or drop the session's reference to its model.
+
+        A model may keep its session for later calls of `generate`. It keeps the session without that reference, so that
+        the two form no reference cycle.
 
         Args:
-            model: The model, or None.
+            model: The model that the session was made for, or None to drop the reference.
         """
         self.model = model
 
     def __reduce__(self) -> tuple:
+        """Raise `TypeError`: a session cannot be copied or pickled, because its cache belongs to one model."""
         raise TypeError(
             "gpt_fast.DecodeSession: cannot be copied or pickled: its cache belongs to one model; make a new one"
         )
@@ -160,8 +164,8 @@ class DecodeSession:
         """True if the model's parameters were changed, replaced or moved after the session was made.
 
         Returns:
-            True if so. A sample of every parameter shows writes that autograd does not count (fused optimisers,
-            `.data`).
+            True if so. A sample of each parameter's values is compared too, because some writes (fused optimisers,
+            `.data`) are not counted by autograd.
         """
         assert self.model is not None
         now = list(self.model.parameters())
@@ -180,7 +184,8 @@ class DecodeSession:
         `.data` leave no other trace.
 
         Returns:
-            True if so. A change that keeps the sum of a parameter's bits, such as exchanging two rows, is not noticed.
+            True if nothing has changed. A change that keeps the sum of a parameter's bits, such as exchanging two rows,
+            is not noticed.
 
         Note:
             Cost: the comparison reads those parameters once, which takes about as long as one step in float32.
@@ -202,21 +207,22 @@ class DecodeSession:
         """Number of tokens that each row holds.
 
         Returns:
-            Counts [batch], int64. They include the last token of `generate`, which the next call reads.
+            Counts [batch], int64. After `generate` they include its last token, which the cache takes up in the next
+            call.
         """
         return self.cache.lengths + (self._unread is not None)
 
     def reset(self) -> None:
-        """Forget every token that was read."""
+        """Forget all tokens in all rows, so that the next prompt begins at position 0."""
         self.cache.lengths.zero_()
         self._unread = None
 
     def prefill(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Read a prompt for each of the first B rows.
+        """Add a prompt to each of the first B rows of the cache.
 
         Args:
             tokens: Token ids [B, T], int64, padded on the right.
-            lengths: How many tokens of each row count [B]. The default is all.
+            lengths: Number of tokens of each row that are no padding [B]. The default is T for all rows.
 
         Returns:
             Logits [B, V], float32, after the last token of each row.
@@ -236,7 +242,7 @@ class DecodeSession:
             return self.read_prompt(tokens, counts)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Read one token for every row.
+        """Add one token to every row of the cache.
 
         Args:
             tokens: Token ids [batch], int64.
@@ -246,7 +252,7 @@ class DecodeSession:
 
         Raises:
             ValueError: Tokens have another shape or dtype or lie outside the vocabulary, the cache is full, or logits
-                are damaged.
+                are NaN or infinite.
             RuntimeError: Another thread uses the session.
         """
         with self.in_use():
@@ -271,10 +277,10 @@ class DecodeSession:
     # --- what generate is made of; the caller holds in_use() and has checked ---
 
     def in_use(self) -> _InUse:
-        """Return a block in which this thread alone has the session.
+        """Return a context manager that reserves the session for this thread while its block runs.
 
         Returns:
-            A context. Entering it raises `RuntimeError` where another thread has the session.
+            A context manager. Entering it raises `RuntimeError` if another thread has reserved the session.
         """
         return _InUse(self._lock)
 
@@ -288,17 +294,24 @@ class DecodeSession:
         return parts(self.model)[0].config
 
     def leave_unread(self, tokens: Tensor, options: Sampling, seen: Tensor | None) -> None:
-        """Leave the last drawn token of each row to the next call: often there is none.
+        """Store the last drawn token of each row without running the model on it.
+
+        The next call of the session reads these tokens first (see `read_unread`). Often there is no next call, and a
+        decode step is saved.
 
         Args:
-            tokens: The tokens [batch].
-            options: Sampling options of the steps before.
-            seen: Tokens [batch, V] that the repetition penalty applies to, or None.
+            tokens: The tokens [batch], int64.
+            options: Sampling options of the earlier steps.
+            seen: Bool [batch, V], True for the tokens to which the repetition penalty applies, or None.
         """
         self._unread = _Unread(tokens, options, seen)
 
     def read_unread(self) -> None:
-        """Read what `leave_unread` left. The step draws as the steps before, so CUDA needs no second graph."""
+        """Run the model on the tokens that `leave_unread` stored, if there are any, so that the cache holds them.
+
+        The step also draws, with the stored options, and the draw is dropped: so CUDA replays the graph that it has
+        captured.
+        """
         if self._unread is None:
             return
         before = self.cache.lengths.clone()
@@ -312,18 +325,18 @@ class DecodeSession:
 
     @torch.no_grad()
     def read_prompt(self, tokens: Tensor, lengths: Tensor, first: int = 0) -> Tensor:
-        """Read a prompt for the rows from `first` on, in passes of a bounded number of tokens.
+        """Add a prompt to each of the rows from `first` on, in passes of a bounded number of tokens.
 
         Args:
-            tokens: Token ids [B, T].
-            lengths: How many tokens of each row count [B].
-            first: The first row.
+            tokens: Token ids [B, T], padded on the right.
+            lengths: Number of tokens of each row that are no padding [B].
+            first: Index of the first row.
 
         Returns:
-            Logits [B, V], float32.
+            Logits [B, V], float32, after the last token of each row.
 
         Raises:
-            ValueError: There are more rows than the session has, the cache is full, or logits are damaged.
+            ValueError: There are more rows than the session has, the cache is full, or logits are NaN or infinite.
         """
         tokens = tokens[:, : int(lengths.max())]  # padding behind the longest prompt takes no room
         B, T = tokens.shape
@@ -345,7 +358,14 @@ class DecodeSession:
         return logits
 
     def _call_prompt(self, tokens: Tensor, lengths: Tensor, first: int) -> Tensor:
-        """Return the logits [B, V] after a prompt that the model's modules read."""
+        """Read prompts by calling the model's modules, in passes of at most `_PROMPT_TOKENS` tokens.
+
+        Of `tokens` [B, T] the first `lengths[b]` are row b's prompt, whose keys and values go into the cache's row
+        `first + b`.
+
+        Returns:
+            Logits [B, V], float32, after each prompt's last token.
+        """
         trunk, output_layer = parts(self.model)
         B, T = tokens.shape
         starts = self.cache.lengths[first : first + B].tolist()
@@ -367,50 +387,50 @@ class DecodeSession:
     def advance(
         self, tokens: Tensor, options: Sampling, live: Tensor | None = None, seen: Tensor | None = None
     ) -> Tensor:
-        """Add one token to each live row, and draw the next tokens.
+        """Add one token to each live row of the cache, and draw the next tokens.
 
         Args:
-            tokens: Token ids [batch].
+            tokens: Token ids [batch], int64.
             options: Options of the draw.
             live: Bool [batch], True for a row that reads its token. The default is all.
-            seen: Bool [batch, V], True for a token that the row holds, for the penalty.
+            seen: Bool [batch, V], True for the tokens to which the repetition penalty applies.
 
         Returns:
-            Tokens [batch]. Those of rows that are not live are arbitrary.
+            Next tokens [batch], int64. Those of rows that are not live are arbitrary.
         """
         assert self.model is not None
         return self._serving.advance(self.model, tokens.contiguous(), options, live, seen, self._calls_modules)
 
     @torch.no_grad()
     def read(self, tokens: Tensor, live: Tensor | None = None) -> Tensor:
-        """Add one token to each live row.
+        """Add one token to each live row of the cache, without drawing the next.
 
         Args:
-            tokens: Token ids [batch].
+            tokens: Token ids [batch], int64.
             live: Bool [batch], True for a row that reads its token. The default is all.
 
         Returns:
-            Logits [batch, V] after the tokens.
+            Logits [batch, V] after the tokens. Those of rows that are not live are arbitrary.
         """
         self.advance(tokens, GREEDY, live)
         return self._serving.logits(live)
 
     def draw(self, logits: Tensor, options: Sampling, rows: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Draw tokens from the logits of some rows.
+        """Draw one token from each row of logits.
 
         Args:
             logits: Logits [n, V].
             options: Options of the draw.
-            rows: Rows [n] of the logits.
-            seen: Bool [batch, V], True for a token that the row holds, for the penalty.
+            rows: Indices [n] of the session's rows that the logits belong to.
+            seen: Bool [batch, V], True for the tokens to which the repetition penalty applies.
 
         Returns:
-            Tokens [n].
+            Tokens [n], int64.
         """
         return self._serving.draw(logits, options, rows, seen)
 
     def start_drawing(self, seed: int) -> None:
-        """Seed the next draws.
+        """Seed the next draws, so that the same seed gives the same tokens.
 
         Args:
             seed: Signed 64-bit integer.
@@ -418,12 +438,18 @@ class DecodeSession:
         self._serving.start_drawing(seed)
 
     def check_logits(self) -> None:
-        """Raise `ValueError` if a step since the last call had damaged logits, on devices that are not waited for."""
+        """Raise `ValueError` if the logits of a step since the last call were NaN or infinite.
+
+        Steps on a CPU raise this error themselves. A CUDA graph only records it, so as not to wait for the GPU.
+        """
         self._serving.check_logits()
 
     @property
     def _serving(self) -> TorchStep | CppStep:
-        """Return the step to run now: under `use_reference()` the modules run it, on the same cache."""
+        """The object that runs decode steps now: a `CppStep`, or a `TorchStep` that calls the model's modules.
+
+        Under `use_reference()` it is a `TorchStep` on the same cache.
+        """
         if self.kind == "torch" or has_kernel("decode_attention", self.cache.keys):
             return self._step
         if self._reference_step is None:
@@ -433,8 +459,11 @@ class DecodeSession:
     def check_layout(self) -> None:
         """Validate that the model's parameters have the shapes, dtypes and devices for which the session was made.
 
+        If parameters have moved to other addresses, the step is made anew for them.
+
         Raises:
-            ValueError: They differ. The message names the first difference.
+            ValueError: They differ, or the C++ step no longer serves the model because it has a hook or another module.
+                The message names the first difference.
         """
         assert self.model is not None
         is_plain = self._stays_plain is not None and self._stays_plain()
@@ -461,11 +490,11 @@ class DecodeSession:
             self._make_step()
 
     def check_room(self, more: Tensor | int, rows: slice = slice(None)) -> None:
-        """Validate that the cache of each row holds so many more tokens.
+        """Validate that the cache of each row has room for more tokens.
 
         Args:
-            more: Number of tokens, one for all rows or one for each.
-            rows: Rows that read them.
+            more: Number of new tokens, one number for all rows or one for each of `rows`.
+            rows: Rows that get the new tokens.
 
         Raises:
             ValueError: The cache is full.
@@ -479,7 +508,10 @@ class DecodeSession:
 
 
 class _Unread(NamedTuple):
-    """The last tokens [batch] that `generate` drew, and how: they belong to the session but are not in its cache."""
+    """Last tokens [batch] that `generate` drew, which the model has not read yet, with the options of their draw.
+
+    They belong to the session, but are not in its cache. `seen` [batch, V] marks the tokens of the repetition penalty.
+    """
 
     tokens: Tensor
     options: Sampling
@@ -487,12 +519,13 @@ class _Unread(NamedTuple):
 
 
 class _InUse:
-    """Block that holds a session for one thread. A second thread gets an error at once."""
+    """Context manager that reserves a session for one thread. A second thread that enters gets an error at once."""
 
     def __init__(self, lock: threading.Lock):
         self._lock = lock
 
     def __enter__(self) -> None:
+        """Reserve the session for this thread. Raise `RuntimeError` if another thread has reserved it."""
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(
                 "gpt_fast.DecodeSession: in use by another thread; a session serves one thread at a time, "
@@ -504,7 +537,7 @@ class _InUse:
 
 
 class _Places:
-    """Record of where a model's parameters are. A comparison takes a third of a microsecond for each."""
+    """Record of where a model's parameters are in memory. A comparison takes a third of a microsecond for each."""
 
     def __init__(self, model: torch.nn.Module):
         self._modules = [(module._parameters, len(module._parameters)) for module in model.modules()]
@@ -516,7 +549,7 @@ class _Places:
         ]
 
     def unchanged(self) -> bool:
-        """Return True if every parameter has the address, shape, dtype and device that it had."""
+        """Return True if every parameter still has the address, shape, dtype and device that were recorded."""
         for own, count in self._modules:
             if len(own) != count:
                 return False
@@ -534,7 +567,11 @@ class _Places:
 
 
 def _sizes(trunk: Any) -> tuple[int, int]:
-    """Return the numbers of blocks and of heads that the cache is for."""
+    """Return (number of blocks, number of attention heads in each), the sizes of the cache.
+
+    Raises:
+        ValueError: The blocks have different numbers of heads.
+    """
     heads = {getattr(getattr(block, "multihead_attn", None), "num_heads", None) for block in trunk.decoders}
     if len(heads) != 1 or None in heads:
         raise ValueError(
@@ -544,33 +581,50 @@ def _sizes(trunk: Any) -> tuple[int, int]:
 
 
 def _fingerprint(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the sum of the bits of each tensor, [n] int64, read as integers that are as wide as its memory allows."""
+    """Return one checksum for each tensor, [n] int64: the sum of its bits, read as integers of 64 or of 8 bits."""
     sums = [_as_integers(tensor).sum(dtype=torch.int64) for tensor in tensors]
     return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
 def _as_integers(tensor: Tensor) -> Tensor:
+    """Return the tensor's memory as a flat view of int64, or of uint8 where size or address is no multiple of 8."""
     flat = tensor.detach().contiguous().flatten()
     return flat.view(torch.int64) if flat.nbytes % 8 == 0 and flat.data_ptr() % 8 == 0 else flat.view(torch.uint8)
 
 
 def _layout(parameter: Tensor) -> tuple:
+    """Return (address, shape, dtype, device) of a parameter."""
     return parameter.data_ptr(), tuple(parameter.shape), parameter.dtype, parameter.device
 
 
 def _words(layout: tuple) -> str:
+    """Return a layout (see `_layout`) for a message, such as "float32 [64, 64] on cpu"."""
     _, shape, dtype, device = layout
     return f"{str(dtype).removeprefix('torch.')} {list(shape)} on {device}"
 
 
 def check_device(tokens: Any, place: Tensor) -> None:
-    """Raise `ValueError` for tokens on another device than `place`, which belongs to the model."""
+    """Raise `ValueError` if `tokens` is on another device than `place`, a tensor of the model.
+
+    Raises:
+        ValueError: It is on another device.
+    """
     if isinstance(tokens, Tensor) and tokens.device != place.device:
         raise ValueError(f"gpt_fast.generate: tokens is on {tokens.device}; expected {place.device}, as the model")
 
 
 def check_prompt(tokens: Any, V: int, lengths: Any = None, key_mask: Any = None) -> Tensor:
-    """Return how many real tokens each row of a prompt [B, T] has, [B]. Raise `ValueError` for a wrong prompt."""
+    """Validate prompts [B, T], and return the number of tokens of each row that are no padding, [B] int64.
+
+    `V` is the vocabulary size. `lengths` [B] or `key_mask` [B, T] tells padding, if there is any; see `generate`.
+
+    Returns:
+        The numbers of tokens.
+
+    Raises:
+        ValueError: Tokens are not int64 [B, T], a prompt is empty, an id lies outside the vocabulary, or `lengths` or
+            `key_mask` has another type or shape, or both are given.
+    """
     if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype != torch.int64:
         raise ValueError(f"gpt_fast.generate: tokens is {_checks.described(tokens)}; expected int64 [B, T]")
     B, T = tokens.shape
@@ -598,7 +652,11 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 def check_tokens(tokens: Tensor, V: int) -> None:
-    """Raise `ValueError` for a token outside the vocabulary."""
+    """Raise `ValueError` if a token id is negative or not below the vocabulary size `V`.
+
+    Raises:
+        ValueError: An id lies outside [0, V).
+    """
     wrong = tokens[(tokens < 0) | (tokens >= V)]
     if wrong.numel():
         raise ValueError(f"gpt_fast.generate: tokens holds {int(wrong[0])}; expected ids in [0, {V})")

@@ -22,7 +22,7 @@ WEIGHTS = ("float32", "bfloat16", "int8", "int8-a16")
 
 
 class CppStep:
-    """The step as one call into the extension."""
+    """Decode step as one call into the C++ extension, with a copy of the weights in the precision `weights`."""
 
     def __init__(self, model: GPT | Head, cache: KVCache, weights: str):
         from .. import _C  # type: ignore[attr-defined]
@@ -51,6 +51,13 @@ class CppStep:
         seen: Tensor | None,
         calls_modules: bool,
     ) -> Tensor:
+        """Read `tokens` [B], one for each row of the cache, and return the next tokens [B] drawn with `options`.
+
+        `live` [B], Bool, is True for the rows to run, None for all of them; the result holds other rows' tokens
+        unchanged. `seen` [B, V] is True for the tokens to which the repetition penalty applies. The cache's lengths
+        grow by 1 in the rows that run. `model` and `calls_modules` are unused here; `TorchStep.advance` has the same
+        signature.
+        """
         lengths = self.cache.lengths
         if live is None or bool(live.all()):
             new = self._step(tokens, lengths, self._every_row, options, seen)
@@ -63,11 +70,19 @@ class CppStep:
         return new
 
     def _step(self, tokens: Tensor, lengths: Tensor, rows: Tensor, options: Sampling, seen: Tensor | None) -> Tensor:
+        """Run one decode step of the C++ session for `rows` [n] of the cache. Return the next tokens [n].
+
+        `tokens` [n] are read at the positions `lengths` [n]. `seen` [B, V] is for the repetition penalty.
+        """
         with profiled("gpt_fast::decode_step"):
             return self._session.step(tokens, lengths, rows, self._sampling(options), seen)
 
     def read_prompt(self, tokens: Tensor, lengths: Tensor, first: int) -> Tensor:
-        """Read the first `lengths` [B] of the tokens [B, T] into the rows from `first` on; return logits [B, V]."""
+        """Read a prompt into each of the cache's rows `first` to `first + B - 1`.
+
+        Of `tokens` [B, T] the first `lengths[b]` are row b's prompt. Return the logits [B, V] after each prompt's last
+        token. The cache's `lengths` are left for the caller to update.
+        """
         B, T = tokens.shape
         places = torch.arange(T, device=tokens.device)
         real = places < lengths[:, None]  # [B, T]
@@ -78,22 +93,38 @@ class CppStep:
             return self._session.prefill(tokens[real], positions[real], rows[:, None].expand(B, T)[real], ends)
 
     def draw(self, logits: Tensor, options: Sampling, rows: Tensor, seen: Tensor | None) -> Tensor:
+        """Return one token for each row of `logits` [n, V], drawn with `options`: [n], int64.
+
+        `rows` [n] are the cache's rows that the logits belong to. `seen` [B, V], Bool, is True for the tokens to which
+        the repetition penalty applies.
+        """
         return self._session.draw(logits, rows, self._sampling(options), seen)
 
     def start_drawing(self, seed: int) -> None:
+        """Set the seed of the draws, a signed 64-bit integer. The same seed gives the same draws.
+
+        A draw is a function of the seed and of the number of draws since this call.
+        """
         self._seed, self._draws = seed, 0
 
     def logits(self, live: Tensor | None = None) -> Tensor:
-        """Return the logits [batch, V] after the last step, zeros for rows that were not `live` in it."""
+        """Return the logits [batch, V] after the last step.
+
+        `live` [batch], Bool, has to be the mask of that step. Rows that it did not run have zeros.
+        """
         logits = self._session.logits()
         if live is None or len(logits) == self.cache.batch:
             return logits
         return logits.new_zeros(self.cache.batch, logits.shape[1]).index_copy_(0, live.nonzero().squeeze(1), logits)
 
     def check_logits(self) -> None:
-        """Do nothing, because the step itself has raised."""
+        """Do nothing: the C++ step raises `ValueError` itself if its logits hold NaN or infinity."""
 
     def _sampling(self, options: Sampling) -> Any:
+        """Return `options` as the C++ extension's `Sampling`, with the seed and the number of this draw.
+
+        A draw that is not greedy increases the number by 1.
+        """
         self._draws += options.temperature > 0
         return self._c.Sampling(
             temperature=options.temperature,
@@ -107,7 +138,7 @@ class CppStep:
 
 
 class TorchStep:
-    """The step on the model's modules, on buffers that stay where they are: eager, or on CUDA as a captured graph."""
+    """Decode step on the model's modules: eager, or on CUDA as a captured graph, for which its buffers never move."""
 
     copied: tuple[Tensor, ...] = ()  # the modules read their own parameters
 
@@ -124,7 +155,11 @@ class TorchStep:
         self._captured: Any = None  # the options and marks that the graph was captured with
 
     def run(self, model: GPT | Head, options: Sampling, seen: Tensor | None) -> None:
-        """Replace `tokens` by the next tokens of every row; lengths grow where a row is live."""
+        """Read `self.tokens` [B] and replace them, in place, by the next tokens drawn with `options`.
+
+        Also store the logits in `kept_logits`, and record rows with NaN or infinity in `damaged`. The cache's lengths
+        grow by 1 in the rows where `self.live` is True. `seen` [B, V] is for the repetition penalty.
+        """
         trunk, output_layer = parts(model)
         hidden = continue_trunk(trunk, self.tokens[:, None], StepPass(self.cache))  # [B, 1, C]
         logits = output_layer(hidden[:, 0]).to(self.kept_logits.dtype)  # [B, V]
@@ -142,6 +177,14 @@ class TorchStep:
         seen: Tensor | None,
         calls_modules: bool,
     ) -> Tensor:
+        """Read `tokens` [B], one for each row of the cache, and return the next tokens [B] drawn with `options`.
+
+        `live` [B], Bool, is True for the rows that are still generated, None for all of them; the tokens of other rows
+        are arbitrary, and their lengths in the cache stay. `seen` [B, V] is True for the tokens to which the repetition
+        penalty applies. `calls_modules` is True if the model's modules have to be called, because of hooks for example.
+        Otherwise the step may be a CUDA graph. Raise `ValueError` if the logits hold NaN or infinity; after a CUDA
+        graph, `check_logits` does so.
+        """
         self.tokens.copy_(tokens)
         self.live.copy_(live) if live is not None else self.live.fill_(True)
         # A graph would replay kernels in the reference's place, and would not run hooks.
@@ -160,6 +203,7 @@ class TorchStep:
         self._graph = self._captured = None
 
     def _replay(self, model: GPT | Head, options: Sampling, seen: Tensor | None) -> None:
+        """Replay the CUDA graph of `run`. It is captured first if `options` or the tensor `seen` are new."""
         captured = (options, None if seen is None else seen.data_ptr())
         if self._captured != captured:
             self._capture(model, options, seen)
@@ -167,7 +211,10 @@ class TorchStep:
         self._graph.replay()
 
     def _capture(self, model: GPT | Head, options: Sampling, seen: Tensor | None) -> None:
-        """Capture `run`; what the runs before it changed is put back."""
+        """Capture `run` as a CUDA graph. It runs a few times for this; afterwards all state is as it was before.
+
+        The state is the tokens, the marks of damaged rows, the cache's lengths and the generator.
+        """
         state = (self.tokens, self.damaged, self.cache.lengths)
         before = [value.clone() for value in state]
         drawn = self.generator.get_state()
@@ -189,23 +236,36 @@ class TorchStep:
         self.generator.set_state(drawn)
 
     def draw(self, logits: Tensor, options: Sampling, rows: Tensor, seen: Tensor | None) -> Tensor:
+        """Return one token for each row of `logits` [n, V], drawn with `options`: [n], int64.
+
+        `rows` [n] are the cache's rows that the logits belong to. `seen` [B, V], Bool, is True for the tokens to which
+        the repetition penalty applies. Raise `ValueError` if the logits hold NaN or +inf.
+        """
         return sample(logits, options, generator=self.generator, seen=None if seen is None else seen[rows])
 
     def start_drawing(self, seed: int) -> None:
+        """Seed the generator of the draws, so that the same seed gives the same draws."""
         self.generator.manual_seed(seed)
 
     def logits(self, live: Tensor | None = None) -> Tensor:
-        """Return the logits [batch, V] after the last step."""
+        """Return a copy of the logits [batch, V] after the last step. Those of rows that were not `live` are arbitrary.
+
+        `live` is ignored; `CppStep.logits` has the same signature.
+        """
         return self.kept_logits.clone()
 
     def check_logits(self) -> None:
+        """Raise `ValueError` if a step since the last call had NaN or infinity in the logits of a live row."""
         if bool(self.damaged.any()):
             self.damaged.zero_()
             raise ValueError(DAMAGED)
 
 
 def parts(model: Any, function: str = "generate") -> tuple[_Trunk, nn.Module]:
-    """Return the trunk and the output layer of a model that can continue a text. Errors name `function`."""
+    """Return (trunk, output layer) of a model that can generate text. The trunk is the model without its output layer.
+
+    Raise `ValueError`, which names `function`, unless the model is a `GPT` or a head with a causal output layer.
+    """
     from ..heads import GPTForMaskedLM, Head
 
     if isinstance(model, GPT):
@@ -254,12 +314,16 @@ def _is_sharded(module: nn.Module) -> bool:
 
 
 def step_kind(model: GPT | Head, weights: str | None) -> str:
-    """Return what runs the step: "float32", "bfloat16" or "int8" for C++ with such weights, else "torch".
+    """Return what runs the decode step of a model: the C++ step with weights of some precision, or the model's modules.
 
-    The C++ step copies parameters by name, so it serves plain models only. The modules of any other model run its step.
+    `weights` is the precision that the user asked for, one of `WEIGHTS`, or None for the model's own. The C++ step
+    copies parameters by name, so it serves only plain models: no hooks, no replaced modules, no subclasses.
+
+    Returns:
+        "float32", "bfloat16", "int8" or "int8-a16" for the C++ step with these weights, else "torch".
 
     Raises:
-        ValueError: There are no such weights, or the model has no step with them.
+        ValueError: `weights` is none of these, or only the C++ step has them and it does not serve this model.
     """
     if weights is not None and not (isinstance(weights, str) and weights in WEIGHTS):
         raise ValueError(f"gpt_fast.generate: weights is {weights!r}; expected one of {', '.join(WEIGHTS)}")
@@ -282,10 +346,10 @@ def step_kind(model: GPT | Head, weights: str | None) -> str:
 
 
 def why_not_reached(model: Any) -> str | None:
-    """Return what of the model itself generation does not run, or None.
+    """Return a sentence on user code of the model that generation would not run, or None if there is none.
 
-    Generation calls the trunk and the output layer. Hooks on a head, on the drop-in `GPT`, and a forward of a
-    subclass's own are around them.
+    Generation calls the trunk and the output layer, not the model around them. So it does not run hooks on a head or on
+    a `GPT` itself, nor the `forward` of a subclass.
     """
     from ..heads import HEADS
 
@@ -299,19 +363,22 @@ def why_not_reached(model: Any) -> str | None:
 
 
 def device_has_cpp_step(device: torch.device) -> bool:
-    """Return True if the C++ extension can run a plain model's step on `device`."""
+    """Return True if `device` is a CPU and the C++ extension is built and enabled, so that it can run decode steps."""
     return device.type == "cpu" and ops.serving("decode_attention", "cpu") == "cpp"
 
 
 def why_called(model: Any) -> str | None:
-    """Return why the modules that continue a text have to be called, or None if the model is plain."""
+    """Return why generation has to call the model's modules, such as a hook, or None if the model is plain."""
     trunk, output_layer = parts(model)
     reason = why_not_plain({**dict(trunk.named_modules()), "output_layer": output_layer})
     return why_not_as_configured(trunk) if reason is None else reason
 
 
 def continue_trunk(trunk: Any, tokens: Tensor, cache: Any) -> Tensor:
-    """Return the trunk's hidden states of tokens that follow the cache, through the hooks of a trunk that is called."""
+    """Return the trunk's hidden states [B, T, C] of `tokens` [B, T] that follow those in the cache.
+
+    `cache` is a `StepPass` or a `PromptPass`. A trunk that is not a `GPT` is called, so its hooks run.
+    """
     if isinstance(trunk, GPT):
         return trunk.hidden_states(tokens, cache=cache)  # its call would give probabilities
     return trunk(tokens, cache=cache)

@@ -85,30 +85,31 @@ def generate(  # type: ignore[misc]  # the overloads leave the common options to
         logits_processors: Callables (tokens so far [B, L], logits [B, V]) → logits [B, V], as transformers'
             `LogitsProcessor`. They run after the penalty and before the temperature. The tokens are padded on the left
             where rows differ in length.
-        stop_tokens: A row that has drawn one of them keeps it and continues with padding.
-        seed: The same integer draws the same tokens on a device. Without one, torch's generator gives a seed. Greedy
+        stop_tokens: A row that has drawn one of these ids keeps it and continues with padding.
+        seed: The same integer draws the same tokens on a device. If it is None, torch's generator gives a seed. Greedy
             generation needs none and leaves that generator alone.
         lengths: Real tokens [B] of prompts that are padded on the right. A row's new tokens follow its prompt directly,
             and the rest of the row holds the padding token.
         key_mask: Bool [B, T], True for a real token, for prompts that are padded anywhere, such as on the left. New
             tokens of every row begin at T.
-        attention_mask: The same as zeros and ones, as transformers' tokenizers return it.
+        attention_mask: The same mask as zeros and ones, as transformers' tokenizers return it.
         sliding: Beyond `seq_len` tokens there are no positions, which is an error unless `sliding` is True. Then the
             model sees the last `seq_len` tokens of a prompt, and whenever a row is full its later half is read anew
             from position 0.
         weights: Precision of the weights in a step on a CPU, see `DecodeSession`.
         session: A `DecodeSession` of B rows that this call continues, as in chat turns. It holds prompt and new tokens
             afterwards; the model reads the last one when the next call needs it. The penalty then counts the tokens of
-            this call alone. Without a session, the model keeps one for the next call and makes another one when its
+            this call alone. If it is None, the model keeps a session for the next call, and makes another one when its
             parameters have changed or moved.
         stream: Called with the new tokens [B] of every step, which are the padding token where a row is done.
         return_scores: Return the log-probabilities of the new tokens too.
 
     Returns:
-        Tokens [B, T + max_new_tokens], or a `GenerateOutput` with `return_scores=True`.
+        Tokens [B, T + max_new_tokens], or a `GenerateOutput` of tokens and scores with `return_scores=True`.
 
     Raises:
-        ValueError: An argument contradicts the list above, a prompt is empty, or logits are NaN or infinite.
+        ValueError: An argument has another type, shape or range than stated above, a prompt is empty, prompt and new
+            tokens do not fit, or logits are NaN or infinite.
         RuntimeError: Another thread uses `session`.
 
     Example:
@@ -188,7 +189,12 @@ def generate(  # type: ignore[misc]  # the overloads leave the common options to
 
 
 class _Rows:
-    """Tokens of each row from its first on, [B, T + new], however its prompt was padded."""
+    """Token ids of each row, [B, T + new]: prompt and new tokens without gaps, however the prompt was padded.
+
+    `tokens` [B, T] are the prompts, `counts` [B] the numbers of their real tokens, and `key_mask` [B, T] marks real
+    tokens, None if padding is on the right. `new` is the number of tokens to add, `pad` the padding token. A row is
+    `done` when it has drawn a stop token; `last` [B] are the latest tokens.
+    """
 
     def __init__(self, tokens: Tensor, counts: Tensor, key_mask: Tensor | None, new: int, pad: int):
         B, T = tokens.shape
@@ -207,7 +213,15 @@ class _Rows:
         self.scores = torch.zeros(B, new, dtype=torch.float32, device=tokens.device)  # of the new tokens
 
     def add(self, new: Tensor, scores: Tensor | None) -> Tensor:
-        """Append new [B] with their scores [B] to the rows that are not done; return what each row shows of it."""
+        """Append one new token to each row. Rows that are done, by a stop token, get the padding token instead.
+
+        Args:
+            new: Token ids [B], int64.
+            scores: Log-probabilities of the tokens [B], to be stored, or None.
+
+        Returns:
+            The tokens [B] that were appended.
+        """
         shown = new.masked_fill(self.done, self.pad)
         if scores is not None:
             step = (self.ends - self.counts)[:, None]
@@ -218,18 +232,25 @@ class _Rows:
         return shown
 
     def window(self, row: int, width: int) -> Tensor:
-        """Return the last `width` tokens of a row, [1, up to width]."""
+        """Return the last `width` tokens of row `row`, [1, `width`], or all of its tokens if it has fewer."""
         end = int(self.ends[row])
         return self.tokens[row : row + 1, max(0, end - width) : end]
 
     def so_far(self) -> Tensor:
-        """Return the real tokens of each row, [B, length of the longest row], padded on the left."""
+        """Return the prompt and the new tokens of each row, [B, longest row], padded on the left.
+
+        Rows that are done, by a stop token, end with padding tokens.
+        """
         width = int(self.ends.max())
         shift = width - self.ends  # [B]
         index = torch.arange(width, device=self.tokens.device) - shift[:, None]
         return self.tokens.gather(1, index.clamp(min=0)).masked_fill(index < 0, self.pad)
 
     def result(self, with_scores: bool) -> Tensor | GenerateOutput:
+        """Return what `generate` returns: the tokens [B, T + new], or a `GenerateOutput` if `with_scores`.
+
+        If the caller gave a key mask, each row is its prompt as it was padded, followed by its new tokens.
+        """
         tokens = self.tokens
         if self.key_mask is not None:
             new = tokens.shape[1] - self.T
@@ -239,7 +260,10 @@ class _Rows:
 
 
 class _Drawing:
-    """Drawing of the next tokens: the step draws, or its logits go through processors and give scores first."""
+    """How the next tokens are drawn: inside the decode step, or after it if there are processors or scores to return.
+
+    The decode step can draw by itself only with the options in `Sampling`.
+    """
 
     def __init__(
         self, session: DecodeSession, rows: _Rows, options: Sampling, processors: Sequence[Processor], scores: bool
@@ -253,14 +277,30 @@ class _Drawing:
             self.seen = torch.zeros(B, V, dtype=torch.bool, device=device).scatter_(1, real, True)
 
     def add(self, new: Tensor, scores: Tensor | None) -> Tensor:
-        """Append the tokens to their rows; return what each row shows of them."""
+        """Append one new token to each row, and mark it as seen for the repetition penalty.
+
+        Args:
+            new: Token ids [B], int64.
+            scores: Log-probabilities of the tokens [B], to be stored, or None.
+
+        Returns:
+            The tokens [B] that were appended. Rows that are done, by a stop token, get the padding token instead.
+        """
         shown = self.rows.add(new, scores)
         if self.seen is not None:
             self.seen.scatter_(1, self.rows.last[:, None], True)
         return shown
 
     def step(self, live: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Read each live row's latest token. Return the tokens [B] after it, with scores or None."""
+        """Run one decode step: each live row reads its latest token, and the next token is drawn.
+
+        Args:
+            live: Bool [B], True for the rows to run, or None for all of them.
+
+        Returns:
+            (next tokens [B], their log-probabilities [B]). The log-probabilities are None unless `generate` returns
+            scores. The results of rows that are not live are arbitrary.
+        """
         if not self.processors and not self.scores:
             return self.session.advance(self.rows.last, self.options, live, self.seen), None
         logits = self.session.read(self.rows.last, live)
@@ -268,7 +308,16 @@ class _Drawing:
         return self.draw(logits, torch.arange(len(logits), device=logits.device))
 
     def draw(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return tokens drawn from the logits [n, V] of these rows [n], with scores or None."""
+        """Draw one token from each row of `logits` [n, V], after repetition penalty and processors.
+
+        Args:
+            logits: Logits [n, V].
+            rows: Indices [n] of the rows that the logits belong to.
+
+        Returns:
+            (tokens [n], their log-probabilities [n] by the unprocessed logits). The log-probabilities are None unless
+            `generate` returns scores.
+        """
         if not self.processors:
             new = self.session.draw(logits, self.options, rows, self.seen)
         else:
@@ -286,6 +335,11 @@ class _Drawing:
 
 
 def _check_processed(processor: Processor, processed: Any, logits: Tensor) -> None:
+    """Validate `processed`, the logits that a processor has made of `logits` [n, V].
+
+    Raises:
+        ValueError: They are no tensor of that shape, or a row has no logit that is more than -inf.
+    """
     name = getattr(processor, "__name__", type(processor).__name__)
     if not isinstance(processed, Tensor) or processed.shape != logits.shape:
         got = list(processed.shape) if isinstance(processed, Tensor) else type(processed).__name__
@@ -305,7 +359,12 @@ def _continue(
     stream: Callable[[Tensor], None] | None,
     slides: bool,
 ) -> None:
-    """Read the prompts and draw the new tokens."""
+    """Read the prompts of `rows` and add up to `max_new_tokens` drawn tokens to each of them.
+
+    `session` runs the model, `drawing` draws. Generation ends early when every row has drawn one of the tokens in
+    `stop`. `stream` is called with the tokens [B] of every step. If `slides`, a row whose cache is full is read anew
+    from its later half; see `_slide`.
+    """
     device = rows.tokens.device
     if slides:  # the end of what is longer than the cache
         first = (rows.counts - session.cache.length).clamp(min=0)[:, None]  # [B, 1]
@@ -335,7 +394,19 @@ def _continue(
 
 
 def _slide(session: DecodeSession, rows: _Rows, drawing: _Drawing, live: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Do as `drawing.step`, but read a row without room anew from its later half."""
+    """Run one decode step as `drawing.step` does, but free cache for rows whose cache is full.
+
+    A full row's cache is emptied, and the later half of its tokens is read anew from position 0.
+
+    Args:
+        session: The session.
+        rows: The tokens of all rows.
+        drawing: The step, and how tokens are drawn.
+        live: Bool [B], True for the rows that are not done, or None for all of them.
+
+    Returns:
+        (next tokens [B], their log-probabilities [B]). The log-probabilities are None unless `generate` returns scores.
+    """
     S = session.cache.length
     full = session.cache.lengths >= S
     if live is not None:
@@ -363,11 +434,17 @@ def _slide(session: DecodeSession, rows: _Rows, drawing: _Drawing, live: Tensor 
 
 
 def _check_processors(processors: Any) -> None:
+    """Raise `ValueError` unless `processors` is a list or tuple of callables."""
     if not isinstance(processors, list | tuple) or not all(callable(processor) for processor in processors):
         raise ValueError(f"gpt_fast.generate: logits_processors is {processors!r}; expected a list of callables")
 
 
 def _stop_tokens(stop_tokens: Any, device: torch.device) -> Tensor | None:
+    """Return the argument `stop_tokens` of `generate`, an id or several, as an int64 tensor, or None if it is None.
+
+    Raises:
+        ValueError: It is no list of integers.
+    """
     if stop_tokens is None:
         return None
     tokens = [stop_tokens] if isinstance(stop_tokens, int) else stop_tokens
@@ -379,14 +456,21 @@ def _stop_tokens(stop_tokens: Any, device: torch.device) -> Tensor | None:
 
 
 def as_seed(seed: object) -> int:
-    """Return a seed as a signed 64-bit integer; raise `ValueError` unless `torch.manual_seed` takes it."""
+    """Return a seed as a signed 64-bit integer. Seeds from 2^63 on wrap around.
+
+    Returns:
+        The integer.
+
+    Raises:
+        ValueError: `seed` is no integer from -2^63 to 2^64 - 1, which are the seeds that `torch.manual_seed` takes.
+    """
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not -(2**63) <= int(seed) < 2**64:
         raise ValueError(f"gpt_fast.generate: seed is {seed!r}; expected an integer from -2^63 to 2^64 - 1, or None")
     return (int(seed) + 2**63) % 2**64 - 2**63
 
 
 def _seed() -> int:
-    """Draw a seed from torch's own generator, so that `torch.manual_seed` governs."""
+    """Return a random seed from torch's CPU generator, so that `torch.manual_seed` makes generation reproducible."""
     return int(torch.randint(2**63 - 1, (1,), device="cpu"))
 
 
@@ -394,17 +478,22 @@ _KEPT = "_kept_session"
 
 
 class _Kept:
-    """The session that a model keeps. A copied or pickled model goes without it."""
+    """Holder of the session that a model keeps. A copied or pickled model has none."""
 
     def __init__(self, session: DecodeSession):
         self.session = session
 
     def __reduce__(self) -> tuple:
+        """Copy and pickle as None, so that a copied model has no session."""
         return type(None), ()
 
 
 def _take_session(model: Any, batch: int, length: int, weights: str | None) -> DecodeSession:
-    """Return the session that the model keeps if it fits, else a new one."""
+    """Return the `DecodeSession` that an earlier call of `generate` kept on the model if it fits, else a new one.
+
+    It fits if it has `batch` rows, room for `length` tokens in each, weights of the same precision, and has read the
+    model's current parameters.
+    """
     holder: _Kept | None = model.__dict__.pop(_KEPT, None)
     if holder is not None:
         kept = holder.session
@@ -417,5 +506,9 @@ def _take_session(model: Any, batch: int, length: int, weights: str | None) -> D
 
 
 def _keep_session(model: Any, session: DecodeSession) -> None:
+    """Keep the session on the model, for the next call of `generate`.
+
+    The session drops its reference to the model, so that the two form no reference cycle.
+    """
     session.attach(None)
     model.__dict__[_KEPT] = _Kept(session)

@@ -29,9 +29,13 @@ _BEHIND_MARK = re.compile(rf"(?<=[^\w{_SPACE}'])(?=[^\W_])")
 
 
 def keeps_tokens(tokenizer: Tokenizer) -> Keeps:
-    """Return a function that tells whether a cut at an index of a text changes no token of `tokenizer` near it."""
+    """Return a function `keeps(text, place)`: True if cutting `text` at index `place` changes no token near the cut.
+
+    The function encodes up to 64 characters on each side of the cut, together and apart, and compares the ids.
+    """
 
     def keeps(text: str, place: int) -> bool:
+        """Return True if cutting `text` at index `place` leaves the ids of the characters around it unchanged."""
         before, after = text[max(0, place - _CONTEXT) : place], text[place : place + _CONTEXT]
         whole, *parts = (
             tokenizer.encode(part, add_special_tokens=False).ids for part in (before + after, before, after)
@@ -42,9 +46,11 @@ def keeps_tokens(tokenizer: Tokenizer) -> Keeps:
 
 
 def next_place(text: str, keeps: Keeps | None = None) -> int | None:
-    """Return the first place to cut in `text`, or None if it has none.
+    """Return the best index at which to cut `text` so that no token changes, or None if none is found.
 
-    A place is a line end, else the end of a sentence, white space, or a mark.
+    This is the first line end, else the first end of a sentence, else the first white space, else the first word behind
+    a punctuation mark. `keeps(text, index)`, if given, must accept the index (see `keeps_tokens`); it is asked about 16
+    indices of each kind at most.
     """
     spaces = [found.start() for found in _LAST_SPACE.finditer(text, 1)]
     marks = [found.start() for found in _BEHIND_MARK.finditer(text, 1)]
@@ -61,7 +67,11 @@ def next_place(text: str, keeps: Keeps | None = None) -> int | None:
 
 
 def last_place(text: str, keeps: Keeps | None = None) -> int | None:
-    """Return the last place to cut in `text`, or None if it has none."""
+    """Return the last index at which `text` can be cut so that no token changes, or None if none is found.
+
+    This is the last white space in front of a word, else the last word behind a punctuation mark. `keeps(text, index)`,
+    if given, must accept the index (see `keeps_tokens`).
+    """
     for pattern in (_LAST_SPACE, _BEHIND_MARK):
         for first in (max(1, len(text) - 2048), 1):
             places = [found.start() for found in pattern.finditer(text, first)]
@@ -72,9 +82,10 @@ def last_place(text: str, keeps: Keeps | None = None) -> int | None:
 
 
 def pieces(texts: Iterator[str], keeps: Keeps | None = None, size: int | None = None) -> Iterator[str]:
-    """Yield the text that `texts` make together, in pieces of `size` characters (`PIECE` unless given) or fewer.
+    """Yield the concatenation of `texts` in pieces of at most `size` characters (`PIECE` if it is None).
 
-    A cut changes no token if there is such a place.
+    A piece ends at the last index that changes no token (see `last_place`, which takes `keeps`). If there is no such
+    index, it ends after `size` characters.
     """
     size = PIECE if size is None else size
     rest = ""
@@ -92,7 +103,7 @@ def pieces(texts: Iterator[str], keeps: Keeps | None = None, size: int | None = 
 
 
 def _ends_line(text: str, place: int) -> bool:
-    """Return True if the run of white space whose last character is at `place` has a line end."""
+    """Return True if the run of white space whose last character is `text[place]` contains a line end."""
     while place >= 0 and text[place] in _SPACES:
         if text[place] in _LINE_ENDS:
             return True
@@ -101,7 +112,11 @@ def _ends_line(text: str, place: int) -> bool:
 
 
 def _ends_sentence(text: str, place: int) -> bool:
-    """Return True if a sentence ends before the white space at `place`, or at `place` where no white space follows."""
+    """Return True if a sentence ends at index `place`.
+
+    If `text[place]` is white space, the sentence has to end in front of that white space. Otherwise it has to end
+    directly in front of `place` with a mark beyond ASCII, such as the Chinese full stop.
+    """
     spaced = text[place] in _SPACES
     while place > 0 and text[place] in _SPACES:
         place -= 1

@@ -46,7 +46,7 @@ _NO_TEXT = {
 
 @dataclass(frozen=True, order=True)
 class TextFile:
-    """A file of text or a table, perhaps a member of a zip archive. `name` tells it from others wherever it lies."""
+    """File of text or a table, or a member of a zip archive. `name` identifies the file wherever its folder lies."""
 
     path: Path
     name: str
@@ -57,7 +57,7 @@ class TextFile:
 
     @property
     def suffixes(self) -> tuple[str, str]:
-        """The ending that tells the format and the one that tells the compression, "" for none."""
+        """Endings of the name in lower case: (format, compression), such as (".csv", ".gz"). Either may be ""."""
         name = PurePosixPath(self.member or self.path.name.lower())
         packed = name.suffix.lower() if name.suffix.lower() in COMPRESSED else ""
         return PurePosixPath(name.name[: len(name.name) - len(packed)]).suffix.lower(), packed
@@ -65,7 +65,7 @@ class TextFile:
 
 @dataclass(frozen=True)
 class Layout:
-    """Layout of a text file: compression, encoding, and length of the byte order mark."""
+    """How a file holds its text: compression ("" for none), encoding, and length of the byte order mark in bytes."""
 
     compression: str
     encoding: str
@@ -73,15 +73,16 @@ class Layout:
 
     @property
     def plain(self) -> bool:
-        """True if a place in the text is a place in the file."""
+        """True if the file is uncompressed UTF-8: then positions in its text and in the file differ by `bom` alone."""
         return not self.compression and self.encoding == "utf-8"
 
 
 def find(path: Path) -> list[TextFile]:
-    """Return the files that `path` names or holds: every file below a folder but hidden ones, every member of a .zip.
+    """Return the files at `path`: the file itself, or every file below a folder. A .zip archive becomes its members.
 
-    Links are followed, and each folder and file is taken once, so links that form a loop do no harm. Raises
-    `FileNotFoundError` where nothing is, or where a link leads nowhere, and `ValueError` for an empty file or folder.
+    Hidden and empty files in folders and archives are skipped. Links are followed, and each folder and file is taken
+    once, so links that form a loop do no harm. Raise `FileNotFoundError` if `path` does not exist or a link leads
+    nowhere, and `ValueError` if every file that is found is empty, or none is found.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
@@ -99,9 +100,10 @@ def find(path: Path) -> list[TextFile]:
 
 
 def kind_of(file: TextFile, in_folder: bool = False) -> str:
-    """Return text, jsonl, json, csv, tsv or parquet, by the name or else by the content.
+    """Return the format of a file, "text", "jsonl", "json", "csv", "tsv" or "parquet", by its name or else its content.
 
-    One JSON object `in_folder`, such as a package.json among source code, is text.
+    If `in_folder`, the file was found in a folder or an archive. Then a .json file with one value, such as a
+    package.json among source code, is text.
 
     Raises:
         ValueError: The file is neither text nor a table.
@@ -140,7 +142,10 @@ def kind_of(file: TextFile, in_folder: bool = False) -> str:
 
 
 def json_form(file: TextFile) -> str:
-    """Return json for an array, jsonl for an object on each line, object for one object, "" for another value."""
+    """Return the form of a JSON file: "json" for an array, "jsonl" for an object on each line, "object" for one object.
+
+    Return "" for any other value.
+    """
     with open_utf8(file) as opened:
         head = opened.readline(ROW).lstrip()
         while head == b"" and (line := opened.readline(ROW)):
@@ -154,14 +159,15 @@ def json_form(file: TextFile) -> str:
 
 
 def too_long() -> str:
+    """Return the message for a table's row of more than `ROW` bytes."""
     return f"a row of more than {ROW:,} bytes; expected fewer"
 
 
 @contextmanager
 def open_utf8(file: TextFile, start: int = 0) -> Iterator[IO[bytes]]:
-    """Yield the file's text as UTF-8, without a byte order mark, from its byte `start` on.
+    """Yield a binary stream of the file's text in UTF-8, without a byte order mark, from byte `start` of that text on.
 
-    Inside the block, what is damaged in the file raises `ValueError`.
+    The file is decompressed and recoded if needed. Inside the block, reading a damaged file raises `ValueError`.
     """
     with _named_damage(file):
         layout = layout_of(file)
@@ -179,7 +185,10 @@ def open_utf8(file: TextFile, start: int = 0) -> Iterator[IO[bytes]]:
 
 
 def layout_of(file: TextFile) -> Layout:
-    """Return how the file holds its text, by its first bytes."""
+    """Return the compression, the encoding and the length of the byte order mark of a file, found from its first bytes.
+
+    Raise `ValueError` if the name promises another compression.
+    """
     with _named_damage(file):
         with _raw(file) as raw:
             head = raw.read(8)
@@ -195,7 +204,10 @@ def layout_of(file: TextFile) -> Layout:
 
 
 def size_of(file: TextFile) -> int:
-    """Return the length of the file's UTF-8 in bytes. Only a plain file is not read for it."""
+    """Return the length of the file's text in bytes of UTF-8, without a byte order mark.
+
+    A file that is compressed, recoded or in an archive is read to its end to find its length.
+    """
     layout = layout_of(file)
     if layout.plain and not file.member:
         return file.path.stat().st_size - layout.bom
@@ -203,25 +215,39 @@ def size_of(file: TextFile) -> int:
 
 
 def place_in_file(file: TextFile, place: int) -> str:
-    """Return how a message names the byte `place` of the file's text."""
+    """Return a position for a message: "byte 7", or "byte 7 of its text" for a file that is compressed or not in UTF-8.
+
+    `place` counts the bytes of the file's text in UTF-8 without a byte order mark.
+    """
     layout = layout_of(file)
     return f"byte {place + layout.bom}" if layout.plain else f"byte {place} of its text"
 
 
 def require(package: str, extra: str, why: str) -> None:
-    """Raise `ValueError` naming the extra that brings `package` where it is not installed."""
+    """Raise `ValueError` if the Python package `package` is not installed. The message begins with `why`.
+
+    `extra` is the extra of gpt-fast that installs it, which the message tells the user to install.
+    """
     if find_spec(package) is None:
         raise ValueError(f"{why}: needs {package}; pip install gpt-fast[{extra}]")
 
 
 @lru_cache(maxsize=4096)
 def _read_through(file: TextFile, written: int) -> int:
+    """Read the file and return the length of its text in bytes of UTF-8. The result is cached.
+
+    `written` is the file's time of change in nanoseconds: a file that has changed is read again.
+    """
     with open_utf8(file) as opened:
         return sum(len(block) for block in iter(lambda: opened.read(1 << 20), b""))
 
 
 def _walk(folder: Path) -> list[TextFile]:
-    """Return each file below `folder` once. A file's own name comes before the names of links to it."""
+    """Return each file below `folder` once, sorted by path, without hidden ones.
+
+    A file that links also lead to has its own path, not a link's. Raise `FileNotFoundError` for a link that leads
+    nowhere.
+    """
     files: dict[str, Path] = {}
     folders, links = [folder], list[Path]()
     seen: set[tuple[int, int]] = set()
@@ -245,7 +271,10 @@ def _walk(folder: Path) -> list[TextFile]:
 
 
 def _members(file: TextFile) -> list[TextFile]:
-    """Return the members of a zip archive, without hidden ones."""
+    """Return the members of a zip archive, sorted by name, without folders and hidden or empty members.
+
+    Raise `ValueError` if a member is encrypted or the archive is damaged.
+    """
     with _named_damage(file), zipfile.ZipFile(file.path) as archive:
         kept = []
         for info in sorted(archive.infolist(), key=lambda info: info.filename):
@@ -260,6 +289,7 @@ def _members(file: TextFile) -> list[TextFile]:
 
 @contextmanager
 def _raw(file: TextFile) -> Iterator[IO[bytes]]:
+    """Yield a binary stream of the file's own bytes, or of a member of its zip archive, without other decompression."""
     if not file.member:
         with file.path.open("rb") as opened:
             yield opened
@@ -270,6 +300,11 @@ def _raw(file: TextFile) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _decompressed(file: TextFile, compression: str) -> Iterator[IO[bytes]]:
+    """Yield a binary stream of the file's decompressed bytes.
+
+    `compression` is "gzip", "zstd", "bzip2", "xz", or "" for none. Raise `ValueError` for zstd if pyarrow is not
+    installed.
+    """
     with _raw(file) as raw:
         if not compression:
             yield raw
@@ -287,7 +322,10 @@ def _decompressed(file: TextFile, compression: str) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _named_damage(file: TextFile) -> Iterator[None]:
-    """Turn the errors of damaged archives into one that names the file."""
+    """Turn an error that a damaged file or archive raises inside the block into a `ValueError` that names the file.
+
+    Errors of the operating system are raised unchanged.
+    """
     try:
         yield
     except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError) as error:
@@ -299,6 +337,7 @@ def _named_damage(file: TextFile) -> Iterator[None]:
 
 
 def _is_object(line: bytes) -> bool:
+    """Return True if `line` is a whole JSON object."""
     import json
 
     try:
@@ -308,7 +347,7 @@ def _is_object(line: bytes) -> bool:
 
 
 class _Recoded(io.RawIOBase):
-    """The UTF-8 of a stream in another encoding."""
+    """Binary stream of a text in UTF-8, recoded from `stream`, which holds the text in `encoding`."""
 
     def __init__(self, file: TextFile, stream: IO[bytes], encoding: str):
         self._file, self._stream, self._encoding = file, stream, encoding
@@ -319,6 +358,10 @@ class _Recoded(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` with the next bytes of UTF-8 and return how many, 0 at the end of the stream.
+
+        Raise `ValueError` if the stream is not in its encoding.
+        """
         while not self._ready:
             block = self._stream.read(TEXT_BLOCK)
             try:

@@ -11,7 +11,7 @@ Row = dict[str, object]
 
 
 def is_squad(articles: object) -> bool:
-    """Return True for the list of articles in a file of SQuAD."""
+    """Return True if `articles` has the form of SQuAD's `data`: a list of objects, each with `paragraphs`."""
     return (
         isinstance(articles, list)
         and bool(articles)
@@ -20,9 +20,11 @@ def is_squad(articles: object) -> bool:
 
 
 def squad_rows(source: str, articles: list[Any]) -> Iterator[tuple[str, Row]]:
-    """Yield a row for each question, with the fields of Hugging Face's copy.
+    """Yield ("row 5", row) for each question in SQuAD's list of articles. `source` names the file in messages.
 
-    `answers` is empty for a question that has none, as in SQuAD 2.0.
+    A row has the fields title, context, id, question and answers, like Hugging Face's copy. `answers` has the lists
+    `text` and `answer_start`, which are empty for a question without an answer, as in SQuAD 2.0. Raise `ValueError` if
+    the articles have another form.
     """
     number = count(1)
     for article in articles:
@@ -37,11 +39,11 @@ def squad_rows(source: str, articles: list[Any]) -> Iterator[tuple[str, Row]]:
 
 
 def unnested(place: str, row: Row) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of the table that one row of a file makes, each with its position in the file.
+    """Yield (place, row) for each row of a table that `row`, one object of a file, stands for.
 
-    `place` is the position of `row`, such as "row 5". An article of RACE makes a row for each of its questions, and the
-    positions are "row 5, question 1" and so on. A row of ARC makes one row, whose `choices` are a list of texts and
-    whose `answer` is an index into that list. Any other row is yielded as it is.
+    `place` is the position of `row` in the file, such as "row 5". An article of RACE makes a row for each of its
+    questions, and their places are "row 5, question 1" and so on. A row of ARC makes one row, whose `choices` are a
+    list of texts and whose `answer` is an index into that list. Any other row is yielded unchanged.
     """
     questions, choices = row.get("questions"), row.get("choices")
     parts = [row.get(name) for name in ("questions", "options", "answers")]
@@ -69,7 +71,10 @@ def unnested(place: str, row: Row) -> Iterator[tuple[str, Row]]:
 
 
 def _objects(source: str, value: Row, name: str) -> list[Row]:
-    """Return the objects that a level of SQuAD's nested form lists as `name`."""
+    """Return the list of objects that the field `name` of `value`, a part of SQuAD's nested form, holds.
+
+    Raise `ValueError` if the field is something else. `source` names the file in the message.
+    """
     found = value.get(name)
     if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
         raise ValueError(f"{source}: {name} of SQuAD's form is {json.dumps(found)[:40]}; expected a list of objects")

@@ -22,10 +22,11 @@ def is_piped(source: str | Path) -> bool:
 
 @contextmanager
 def copied(sources: Sequence[str]) -> Iterator[list[str]]:
-    """Yield `sources` with the path of a copy in place of each pipe. The copies are removed at the end.
+    """Yield `sources` with the path of a temporary copy in place of each pipe. The copies are removed at the end.
 
-    An error inside the block that names a copy names its pipe instead. Raises `OSError` where the folder for temporary
-    files has no room.
+    A pipe is standard input ("-") or a named pipe, which can be read only once. A `ValueError` inside the block that
+    names a copy names its pipe instead. Raise `OSError` if the folder for temporary files has no space left, and
+    `ValueError` for a device without end.
     """
     if not any(map(is_piped, sources)):
         yield list(sources)
@@ -45,7 +46,10 @@ def copied(sources: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _ends(path: Path) -> bool:
-    """Return False for a device that may give bytes without end, such as /dev/zero. A terminal ends by Ctrl-D."""
+    """Return True if reading the pipe or device ends at some time, False for a device such as /dev/zero or a disk.
+
+    A terminal ends, by Ctrl-D.
+    """
     if path.is_block_device():
         return False
     if not path.is_char_device():
@@ -55,6 +59,11 @@ def _ends(path: Path) -> bool:
 
 
 def _copy(source: str, folder: Path) -> str:
+    """Copy standard input ("-") or a named pipe to a new file in `folder`, which is made. Return the file's path.
+
+    Raise `ValueError` if `source` is a device that may give bytes without end, and `OSError` if the copy cannot be
+    written.
+    """
     is_input = source == STANDARD_INPUT
     if not is_input and not _ends(Path(source)):
         raise ValueError(f"{source}: is a device; expected a file, a folder or a pipe")

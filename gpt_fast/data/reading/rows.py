@@ -35,15 +35,19 @@ Rows = Iterator[tuple[object, Any]]
 
 
 def row_options(columns: str | None, skip_ragged: bool) -> RowOptions:
-    """Return the options --columns, names with commas between them, and --skip-ragged."""
+    """Return the `RowOptions` for two options of the command line.
+
+    `columns` is --columns, names separated by commas or None. `skip_ragged` is --skip-ragged.
+    """
     return RowOptions(() if columns is None else tuple(columns.split(",")), skip_ragged)
 
 
 def read_rows(path: Path, options: RowOptions = DEFAULT, say: Say = ignore) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of a labelled table, each with its place; the nested forms of SQuAD, RACE and ARC as rows.
+    """Yield (place, row) for each row of a labelled table: its position, such as "line 5", and a dict by column.
 
-    `say` gets lines about quotes and about rows that were skipped. Raises `FileNotFoundError`, and `ValueError` for a
-    file that cannot be read without losing a row or a column.
+    The nested forms of SQuAD, RACE and ARC are turned into rows. `say` is called with messages about quotes and about
+    rows that were skipped. Raise `FileNotFoundError` if there is no such file, and `ValueError` for a file that cannot
+    be read without losing a row or a column.
     """
     kind = table_kind(path)
     if not path.is_file():
@@ -60,7 +64,7 @@ def read_rows(path: Path, options: RowOptions = DEFAULT, say: Say = ignore) -> I
 
 
 def table_kind(path: Path) -> str:
-    """Return csv, tsv, jsonl, json or parquet by the name of a table, which may be compressed: t.csv.gz.
+    """Return the format of a table by its name: "csv", "tsv", "jsonl", "json" or "parquet". t.csv.gz is "csv".
 
     Raises:
         ValueError: `path` is a folder or has another ending.
@@ -72,7 +76,7 @@ def table_kind(path: Path) -> str:
 
 
 def written_kind(path: Path) -> str:
-    """Return csv, tsv or jsonl by the name of a table to be written.
+    """Return the format of a table to be written by its name: "csv", "tsv" or "jsonl".
 
     Raises:
         ValueError: `path` is a folder or has another ending.
@@ -84,6 +88,7 @@ def written_kind(path: Path) -> str:
 
 
 def _refuse(path: Path, suffix: str, suffixes: Sequence[str]) -> NoReturn:
+    """Raise `ValueError` for a path that is a folder or whose ending `suffix` is none of `suffixes`."""
     has = "a folder" if path.is_dir() else f"ends in {suffix or 'nothing'!r}"
     raise ValueError(f"{path}: {has}; expected a table ending in {', '.join(suffixes)}")
 
@@ -97,10 +102,12 @@ def file_rows(
     end: int | None = None,
     column: str | None = None,
 ) -> Rows:
-    """Yield the rows of a file of this kind: jsonl, json, object, csv, tsv or parquet.
+    """Yield (place, row) for each row of a file: its position, such as "line 5" or "row 5", and a dict by column.
 
-    Of JSON lines those that begin at the bytes `start` to `end` of the text, of parquet the row groups `start` to `end`
-    are read. A parquet table need not read more than `column`.
+    In a JSON array a row may also be another value. `kind` is "jsonl", "json" (an array), "object" (a file with one
+    JSON object), "csv", "tsv" or "parquet". `options` and `say` are for .csv and .tsv; see `separated`. `start` and
+    `end` limit JSON lines to those that begin at these bytes of the text, and parquet to these row groups; None means
+    to the end. Of a parquet table only the column `column` is read, if given. Raise `ValueError` for a damaged file.
     """
     try:
         if kind == "parquet":
@@ -118,7 +125,11 @@ def file_rows(
 
 
 def column_texts(source: str, rows: Rows, column: str) -> Iterator[str]:
-    """Yield the text in `column` of each row, "" for a row without any; of a JSON array also texts by themselves."""
+    """Yield the text in `column` of each row, or "" if it is null. A row that is a text itself is yielded as it is.
+
+    `rows` are (place, row) pairs, as `file_rows` yields them, and `source` names the data in messages. Raise
+    `ValueError` for a row that lacks the column, holds something else than text, or holds a NUL character.
+    """
     for place, value in rows:
         if isinstance(value, dict):
             if column not in value:
@@ -142,13 +153,16 @@ def no_column(column: str, names: Collection[str]) -> str:
 
 
 def parquet_groups(file: TextFile) -> list[int]:
-    """Return the number of rows of each row group of a parquet table."""
+    """Return the number of rows of each row group of a parquet table. Raise `ValueError` if it cannot be read."""
     with _parquet_file(file) as table:
         return [table.metadata.row_group(i).num_rows for i in range(table.metadata.num_row_groups)]
 
 
 def data_set_rows(source: str, start: int, end: int, column: str) -> Rows:
-    """Yield the rows `start` to `end` of a Hugging Face data set."""
+    """Yield ("row 5", {column: text}) for each row of a Hugging Face data set, from index `start` up to `end`.
+
+    Raise `ValueError` if the data set lacks the column.
+    """
     table = data_set(source)
     if column not in table.column_names:
         raise ValueError(f"{source}: {no_column(column, table.column_names)} (see --text-column)")
@@ -158,13 +172,18 @@ def data_set_rows(source: str, start: int, end: int, column: str) -> Rows:
 
 
 def data_set(source: str) -> Any:
-    """Return the data set that `hf:NAME` or `hf:NAME:SPLIT` names on the Hub, or in a folder of `save_to_disk`."""
+    """Load the `datasets.Dataset` that `source` names: hf:NAME or hf:NAME:SPLIT. SPLIT is "train" if it is left out.
+
+    NAME is a data set on the Hugging Face Hub, or a folder made by `save_to_disk`. Raise `ValueError` if it cannot be
+    loaded or the package datasets is not installed.
+    """
     require("datasets", "hf", source)
     return _load_data_set(source)
 
 
 @lru_cache(maxsize=4)
 def _load_data_set(source: str) -> Any:
+    """Load the `datasets.Dataset` that `source` names; see `data_set`. The last four results are cached."""
     import datasets
 
     name, _, split = source.removeprefix(HF).partition(":")
@@ -184,12 +203,17 @@ def _load_data_set(source: str) -> Any:
 
 
 class _Line:
-    """The number of a line; those before `start`, a byte of the text, are counted when a message needs them."""
+    """Number of a line in a file, for messages.
+
+    The line is the `number`-th of those from byte `start` on. Lines before `start` are counted only when a message
+    needs it.
+    """
 
     def __init__(self, file: TextFile, start: int, number: int):
         self._file, self._start, self._number = file, start, number
 
     def __str__(self) -> str:
+        """Return "line 5" for this line's number, counted from the beginning of the file."""
         before, left = 0, self._start
         if left:
             with open_utf8(self._file) as opened:
@@ -199,6 +223,10 @@ class _Line:
 
 
 def _json_lines(file: TextFile, start: int, end: int | None) -> Rows:
+    """Yield (place, row) for each JSON object on a line that begins at the bytes `start` to `end` of the text.
+
+    Blank lines are skipped. Raise `ValueError` for a line that is no JSON object.
+    """
     at = start
     with open_utf8(file, start) as opened:
         for number in count(1):
@@ -217,6 +245,10 @@ def _json_lines(file: TextFile, start: int, end: int | None) -> Rows:
 
 
 def _json_array(file: TextFile) -> Rows:
+    """Yield ("row 5", value) for each value of the JSON array in a file, which is parsed value by value.
+
+    Raise `ValueError` if the file holds something else than one array.
+    """
     with open_utf8(file) as opened:
         text = _Ahead(file, opened)
         text.skip("[")
@@ -232,7 +264,11 @@ def _json_array(file: TextFile) -> Rows:
 
 
 def _json_object(file: TextFile) -> Rows:
-    """Yield the questions of SQuAD's file, the rows of an array that an object has as `data`, or the object itself."""
+    """Yield ("row 5", row) for each row of a file with one JSON object.
+
+    The rows are the questions of SQuAD's format, the values of the list that the object holds as `data`, or the object
+    itself. Raise `ValueError` for a file that is empty or too large to parse at once.
+    """
     most = 4 * files.ROW
     with open_utf8(file) as opened:
         content = opened.read(most + 1) if file.path.stat().st_size <= most else b""
@@ -249,6 +285,10 @@ def _json_object(file: TextFile) -> Rows:
 
 
 def _parsed(file: TextFile, text: bytes, place: object) -> Any:
+    """Parse JSON. Raise `ValueError`, which names the file and the row's `place`, if it is not valid.
+
+    `place` is None for a whole file. Then bytes that are not UTF-8 raise `UnicodeDecodeError` instead.
+    """
     where = file if place is None else f"{file}, {place}"
     try:
         return _DECODER.decode(text.decode("utf-8"))
@@ -268,6 +308,7 @@ def _parsed(file: TextFile, text: bytes, place: object) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:
+    """Return the dict of a JSON object's (name, value) pairs. Raise `_TwiceError` if a name occurs twice."""
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
@@ -280,11 +321,11 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 class _TwiceError(ValueError):
-    """An object has two fields of one name. More text would not mend it."""
+    """Error for a JSON object with two fields of one name. Reading more text would not mend it."""
 
 
 def _a(value: object) -> str:
-    """Return what kind of JSON value this is, for a message."""
+    """Return the type of a JSON value for a message: "an object", "a list", "a number", "null" and so on."""
     names = {
         dict: "an object",
         list: "a list",
@@ -297,14 +338,14 @@ def _a(value: object) -> str:
 
 
 class _Ahead:
-    """The text of a file from the place that a JSON parser has reached."""
+    """Text of a JSON file that is parsed value by value: a position, and as much text behind it as was needed."""
 
     def __init__(self, file: TextFile, opened: IO[bytes]):
         self._file, self._opened = file, io.TextIOWrapper(opened, "utf-8")
         self._text, self._place, self._ended = "", 0, False
 
     def peek(self) -> str:
-        """Return the next character that is not white space, "" at the end."""
+        """Return the next character of the text that is not white space, without consuming it, or "" at the end."""
         while True:
             while self._place < len(self._text) and self._text[self._place] in " \t\r\n":
                 self._place += 1
@@ -314,6 +355,7 @@ class _Ahead:
                 return ""
 
     def skip(self, mark: str) -> None:
+        """Skip white space and the character `mark`. Raise `ValueError` if another character follows."""
         if (found := self.peek()) != mark:
             raise ValueError(
                 f"{self._file}: not JSON, has {(found and repr(found)) or 'its end'}; expected {mark!r} in its array"
@@ -321,7 +363,11 @@ class _Ahead:
         self._place += 1
 
     def value(self, number: int) -> Any:
-        """Parse the next value. The text grows by doubling until the value is whole."""
+        """Parse and return the next JSON value of the text. `number` is its row's number, for messages.
+
+        More text is read, twice as much each time, until the value is complete. Raise `ValueError` if it is no JSON or
+        too long.
+        """
         self.peek()
         where = f"{self._file}, row {number}"
         while True:
@@ -342,6 +388,7 @@ class _Ahead:
             self._more(max(1 << 16, len(self._text)))
 
     def _more(self, size: int) -> bool:
+        """Read up to `size` more characters and drop those that were parsed. Return False at the end of the file."""
         block = self._opened.read(size)
         self._ended = not block
         self._text, self._place = self._text[self._place :] + block, 0
@@ -352,6 +399,11 @@ class _Ahead:
 
 
 def _parquet(file: TextFile, start: int, end: int | None, column: str | None) -> Rows:
+    """Yield ("row 5", row) for each row of the row groups `start` to `end` of a parquet table.
+
+    An `end` of None means all groups from `start` on. Only the column `column` is read, if given. Raise `ValueError` if
+    it is missing or the file is damaged.
+    """
     with _parquet_file(file) as table:
         import pyarrow
 
@@ -371,6 +423,7 @@ def _parquet(file: TextFile, start: int, end: int | None, column: str | None) ->
 
 
 def _parquet_file(file: TextFile) -> Any:
+    """Open a file as `pyarrow.parquet.ParquetFile`. Raise `ValueError` if pyarrow is missing or cannot read it."""
     require("pyarrow", "hf", str(file))
     import pyarrow
     from pyarrow import parquet as tables
@@ -382,7 +435,7 @@ def _parquet_file(file: TextFile) -> Any:
 
 
 def _undecodable(file: TextFile) -> str:
-    """Return the place and the cause of the first bytes of a file's text that are not UTF-8."""
+    """Return the end of a message that names the line, the byte and the cause of the first bytes that are not UTF-8."""
     with open_utf8(file) as opened:
         for number, line in enumerate(iter(lambda: opened.readline(files.ROW), b""), start=1):
             try:

@@ -34,19 +34,23 @@ DEFAULT = RowOptions()
 
 
 def ignore(message: str) -> None:
-    """Take a message about a file and say nothing."""
+    """Ignore a message. This is the default of parameters named `say`."""
 
 
 def delimiter(kind: str) -> str:
+    """Return the character between the fields of a "tsv" or "csv" file: a tab or a comma."""
     return "\t" if kind == "tsv" else ","
 
 
 def separated(
     file: TextFile, kind: str, given: RowOptions | None = None, say: Say = ignore
 ) -> Iterator[tuple[str, dict[str, object]]]:
-    """Yield ("line 5", row) for each row under the header. Blank lines are no rows.
+    """Yield (place, row) for each row below the header of a "csv" or "tsv" file, such as ("line 5", {"text": "a"}).
 
-    `say` gets a line about quotes. Errors name an option only if the caller has options.
+    `given` are options for reading, None if the caller has no such options of its own. Blank lines are skipped. `say`
+    is called with a message if a .tsv has quotes and if rows were skipped. Raise `ValueError` for a row with another
+    number of fields than the header, unless `given.skip_ragged`. The message mentions this option only if `given` is
+    not None.
     """
     options = given or DEFAULT
     quoting = csv.QUOTE_MINIMAL
@@ -77,7 +81,7 @@ def separated(
 
 
 def check_names(file: TextFile, header: list[str]) -> None:
-    """Raise `ValueError` for two columns of one name: a row could keep only one of them."""
+    """Raise `ValueError` if two columns of the header have one name, because a row could keep only one of them."""
     for name in header:
         places = [str(i) for i, other in enumerate(header, start=1) if other == name]
         if len(places) > 1:
@@ -88,22 +92,27 @@ def check_names(file: TextFile, header: list[str]) -> None:
 
 
 def some(places: list[str], most: int = 3) -> str:
-    """Return the first of some places as text: "line 3, line 5, line 9, …"."""
+    """Return the first `most` of some positions as text: "line 3, line 5, line 9, …"."""
     return ", ".join(places[:most]) + (", …" if len(places) > most else "")
 
 
 def tsv_quoting(file: TextFile, options: RowOptions = DEFAULT) -> Quoting:
-    """Return how a .tsv is read: `csv.QUOTE_MINIMAL` if its quotes are syntax, `csv.QUOTE_NONE` if they are text.
+    """Return (quoting, message): how the quotes of a .tsv file are to be read, and a message about it for the user.
 
-    Both readings are counted. Quotes are syntax if every row then has all fields, and either the plain lines do not, or
-    a csv writer would have written this very file. In an unquoted file, such as GLUE's, a lone quote would otherwise
-    swallow the rows up to the next one.
+    `quoting` is `csv.QUOTE_MINIMAL` if the quotes are syntax, `csv.QUOTE_NONE` if they are text. The message is "" if
+    the file has no quotes. Quotes are syntax if every row then has as many fields as the header, and either the file's
+    plain lines have not, or a csv writer would have written this very file. In an unquoted file, such as GLUE's, a lone
+    quote would otherwise swallow the rows up to the next one.
     """
     return _tsv_quoting(file, options, file.path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=256)
 def _tsv_quoting(file: TextFile, options: RowOptions, written: int) -> Quoting:
+    """Return (quoting, message) as `tsv_quoting` does, and cache it.
+
+    `written` is the file's time of change in nanoseconds: a file that has changed is read again.
+    """
     with open_utf8(file) as opened:
         if not any(b'"' in block for block in iter(lambda: opened.read(1 << 20), b"")):
             return csv.QUOTE_NONE, ""
@@ -124,7 +133,11 @@ def _tsv_quoting(file: TextFile, options: RowOptions, written: int) -> Quoting:
 
 @dataclass
 class _Scan:
-    """One of the two readings of a .tsv, with or without quotes."""
+    """Statistics of reading a .tsv in one way, with quotes as syntax or as text.
+
+    `ragged` counts the rows with another number of fields than the header. `error` is the message if reading failed.
+    `forms` are the quotings with which a csv writer would write each row as it stands in the file.
+    """
 
     rows: int = 0
     ragged: int = 0
@@ -133,6 +146,11 @@ class _Scan:
 
 
 def _scan(file: TextFile, quoting: int, options: RowOptions) -> _Scan:
+    """Read a .tsv file with a quoting of the csv module and return the statistics of that reading.
+
+    These are the number of rows, the number of rows with another number of fields than the header, the error if reading
+    failed, and the quotings with which a csv writer would write each row as it stands in the file.
+    """
     scan = _Scan()
     try:
         with _reader(file, "tsv", quoting) as (reader, lines):
@@ -155,7 +173,11 @@ def _scan(file: TextFile, quoting: int, options: RowOptions) -> _Scan:
 
 @contextmanager
 def _reader(file: TextFile, kind: str, quoting: int) -> Iterator[tuple[Any, _Lines]]:
-    """Yield a csv reader and the lines that it reads."""
+    """Yield (csv reader of the file, the `_Lines` object from which it reads).
+
+    `kind` is "csv" or "tsv", `quoting` a constant of the csv module. A `csv.Error` inside the block becomes a
+    `ValueError` that names the file and the line.
+    """
     csv.field_size_limit(files.ROW)
     with open_utf8(file) as opened:
         lines = _Lines(file, opened)
@@ -167,7 +189,10 @@ def _reader(file: TextFile, kind: str, quoting: int) -> Iterator[tuple[Any, _Lin
 
 
 class _Lines:
-    """Lines of a file with the text of the row that they belong to, which has at most `files.ROW` characters."""
+    """Iterator over the lines of a file that keeps the text of the current row, of at most `files.ROW` characters.
+
+    A row is several lines if a quoted field holds line ends.
+    """
 
     def __init__(self, file: TextFile, opened: IO[bytes]):
         self._file, self._text = file, io.TextIOWrapper(opened, "utf-8", newline="")
@@ -178,6 +203,10 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
+        """Return the next line and add it to the text of the current row.
+
+        Raise `ValueError` if the row is longer than `files.ROW` or has a NUL character.
+        """
         line = self._text.readline(files.ROW - self._length + 1)
         if not line:
             raise StopIteration
@@ -191,13 +220,13 @@ class _Lines:
         return line
 
     def begin_row(self) -> str:
-        """Return the text of the row that ends here."""
+        """Return the text of the lines that were read since the last call, which make one row, and begin a new row."""
         text, self._row, self._length = "".join(self._row), [], 0
         return text
 
 
 def _written(row: list[str], form: int) -> str:
-    """Return the line that a csv writer makes of a row."""
+    """Return the line that a csv writer with tabs makes of a row. `form` is a quoting constant of the csv module."""
     values: list[Any] = list(row)
     if form == csv.QUOTE_NONNUMERIC:
         values = [_Numeral(value) if _is_number(value) else value for value in row]
@@ -207,7 +236,7 @@ def _written(row: list[str], form: int) -> str:
 
 
 class _Numeral(float):
-    """A number that a csv writer writes as it was spelled."""
+    """Number that a csv writer writes as it was spelled in the file."""
 
     def __new__(cls, spelled: str) -> _Numeral:
         number = super().__new__(cls, spelled)
@@ -223,4 +252,5 @@ class _Numeral(float):
 
 
 def _is_number(text: str) -> bool:
+    """Return True if `text` is a number of decimal digits, perhaps with a sign and a point."""
     return text.strip().lstrip("+-").replace(".", "", 1).isdecimal()
