@@ -37,6 +37,11 @@ def size(count: int) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
 
 
+def utf8_size(text: str) -> int:
+    """Return the length of a text in UTF-8, in bytes. Half a surrogate pair counts as one byte."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+
+
 def _machine(root: Path) -> Iterator[int]:
     for line in _lines(root / "proc/meminfo"):
         if line.startswith("MemAvailable:"):

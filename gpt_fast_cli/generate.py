@@ -45,7 +45,7 @@ def generate(
         str | None,
         typer.Option(
             metavar="TEXT",
-            help="Text to go on from. Without it a pipe or file at standard input is read, or a document is begun.",
+            help="Text to continue. Without it a pipe or file at standard input is read, or a document is begun.",
         ),
     ] = None,
     question: Annotated[
@@ -72,7 +72,7 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed writes the same text.")] = None,
     sliding: Annotated[
-        bool, typer.Option("--sliding", help="Beyond the model's positions, go on from the latest tokens.")
+        bool, typer.Option("--sliding", help="Beyond the model's positions, continue from the latest tokens alone.")
     ] = False,
     weights: Annotated[
         Literal["float32", "bfloat16", "int8", "int8-a16"] | None,

@@ -43,7 +43,7 @@ def prepare(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds of another run.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Turn text of any size into token files, which pretrain maps into memory.
+    """Turn text of any size into token files, which pretrain reads piece by piece.
 
     Stopped, the same command resumes.
 

@@ -39,7 +39,7 @@ def tune(
     names = list(ops or launch_configs.TABLES)
     unknown = sorted(set(names) - set(launch_configs.TABLES))
     if unknown:
-        raise ValueError(f"tune: {', '.join(unknown)} has no table; expected of {', '.join(launch_configs.TABLES)}")
+        raise ValueError(f"tune: {', '.join(unknown)} has no table; expected one of {', '.join(launch_configs.TABLES)}")
     architecture = launch_configs.architecture(torch.device("cuda"))
     path = launch_configs.user_table(architecture)
     if path is None:

@@ -55,8 +55,8 @@ def resumed(settings: S, path: Path, saved: Mapping[str, Any], finished: bool = 
         elif mine != original and kind == "same":
             mine, original = (given.saved()[option_name(name)] for given in (settings, began))
             raise ValueError(
-                f"--{option_name(name)} {mine}: the run in {path.parent} began with {original}; --resume goes on "
-                f"with the same settings (--config {path} repeats them)"
+                f"--{option_name(name)} {mine}: the run in {path.parent} began with {original}; --resume "
+                f"expects the same settings (--config {path} repeats them)"
             )
         elif kind == "more" and mine < original and not finished:
             raise ValueError(

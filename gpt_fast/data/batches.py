@@ -129,7 +129,7 @@ def lm_windows(stream: TokenStream, seq_len: int, most: int | None = None) -> Te
         Windows [N, T], int64.
 
     Raises:
-        ValueError: The stream has fewer than `seq_len` tokens.
+        ValueError: The stream has fewer than `seq_len` tokens, or `most` is less than 1.
 
     Example:
         ```python
@@ -139,6 +139,8 @@ def lm_windows(stream: TokenStream, seq_len: int, most: int | None = None) -> Te
         print(data.lm_windows(stream, 4).tolist())  # [[0, 1, 2, 3], [4, 5, 6, 7]]
         ```
     """
+    if most is not None and most < 1:
+        raise ValueError(f"lm_windows: most has {most}; expected at least 1")
     stream.require(seq_len)
     N = len(stream) // seq_len
     kept = N if most is None else min(N, most)

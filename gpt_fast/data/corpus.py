@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .._memory import available
+from .._memory import available, utf8_size
 from .._memory import size as in_bytes
 from .reading.pipes import copied
 from .sources import VALID_FRACTION as VALID_FRACTION
@@ -128,7 +128,7 @@ def _read(units: list[Unit], text_column: str, source: str) -> dict[str, list[Do
     empty = 0
     for unit in units:
         for number, (part, begins, text) in enumerate(documents_of(unit, text_column), start=1):
-            size += len(text) + _OVERHEAD * begins
+            size += utf8_size(text) + _OVERHEAD * begins
             _check_room(str(unit.file) if unit.kind != "hf" else unit.source, size, room)
             if not text:
                 empty += 1

@@ -189,7 +189,7 @@ def _prepare(
     jobs = [(i, unit, text, str(parts), dtype, settings.text_column) for i, unit in enumerate(units)]
     waiting = [job for job in jobs if not _is_done(parts, job[0], dtype)]
     if len(waiting) < len(jobs):
-        say(f"going on: {len(jobs) - len(waiting)} of {len(jobs)} parts were done before")
+        say(f"resuming: {len(jobs) - len(waiting)} of {len(jobs)} parts were done before")
     done = len(jobs) - len(waiting)
     show(done, len(jobs))
     for _ in _run(waiting, settings.processes):

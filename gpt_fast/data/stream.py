@@ -93,6 +93,8 @@ class TokenStream:
         Returns:
             Windows [N, seq_len], int64.
         """
+        if len(starts) == 0:
+            return torch.empty(0, seq_len, dtype=torch.int64)
         return torch.from_numpy(np.stack([self.read(int(start), seq_len) for start in starts]))
 
     def counts(self) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from .._disk import writing
 from .._files import finite, replacing
-from .._memory import available
+from .._memory import available, utf8_size
 from .._memory import size as in_bytes
 from .labels import is_same_label
 from .reading.rows import SUFFIXES, WRITTEN, Row, RowOptions, delimiter, no_column, read_rows, some, written_kind
@@ -109,6 +109,11 @@ _COST = 12  # bytes of memory for each byte of text: the text, and its tokens in
 _OVERHEAD = 64  # bytes of text that a row counts for besides its own
 
 
+def _size(text: str | Sequence[str]) -> int:
+    """Return the bytes of a text, or of a list of words, in UTF-8."""
+    return utf8_size(text) if isinstance(text, str) else sum(map(utf8_size, text))
+
+
 class MissingColumn(ValueError):
     """Error for a table that lacks a column. `row` is the row in which the column was looked for."""
 
@@ -200,7 +205,7 @@ def read_table(
         texts = [read(path, place, column, row[column]) for column in text_columns]
         if more_columns:
             table.more.append(tuple(_more(path, place, more_columns, row)))
-        size += sum(map(len, texts)) + sum(map(len, table.more[-1] if more_columns else ())) + _OVERHEAD
+        size += sum(map(_size, [*texts, *(table.more[-1] if more_columns else ())])) + _OVERHEAD
         if _COST * size > room:
             raise ValueError(
                 f"{path}, {place}: {in_bytes(size)} of text or more, held in memory with its tokens; expected at most "

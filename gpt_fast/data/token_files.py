@@ -101,6 +101,8 @@ def read_token_file(path: Path, raw_dtype: str | None = None) -> TokenFile:
             f"{path}: {size:,} bytes without a header of gpt-fast or llm.c; expected one, or --raw-dtype uint16 "
             "(nanoGPT's files) or uint32"
         )
+    if raw_dtype not in DTYPES:
+        raise ValueError(f"{path}: --raw-dtype {raw_dtype}; expected one of {', '.join(DTYPES)}")
     dtype = DTYPES[raw_dtype]
     if size == 0 or size % dtype.itemsize:
         raise ValueError(f"{path}: {size:,} bytes; expected a multiple of {dtype.itemsize} for {raw_dtype} ids")

@@ -175,7 +175,7 @@ class Loop:
         manifest["state"].pop("record", None)
         if manifest["state"].pop("data") != self.identity:
             raise ValueError(
-                f"{path}: the run began on other data; go on with the same, or start again with --overwrite"
+                f"{path}: the run began on other data; expected the same to resume it, or --overwrite to start again"
             )
         self.state = LoopState.from_dict(manifest["state"])
         tensors = self.engine.state()
@@ -187,7 +187,7 @@ class Loop:
         else:
             randomness.seed(self.seed, world.rank, step)
         if world.first:
-            self.say(f"going on after update {step:,} of {self.settings.steps:,}")
+            self.say(f"resuming after update {step:,} of {self.settings.steps:,}")
             with (self.run_folder.folder / "metrics.jsonl").open("ab") as file:
                 file.truncate(self.state.metrics_bytes)
 

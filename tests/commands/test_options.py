@@ -74,7 +74,7 @@ def test_a_default_that_was_not_given_is_not_compared(cli, data, tmp_path):
     begin = ["finetune", "--from", data.lm, "--out", tmp_path / "run", "--data", data.table]
     given = ["--batch-size", 8, "--lr", 1e-3, "--patience", 9, "--layer-decay", 0.5, "--metric", "macro_f1"]
     succeed(cli(*begin, *given, "--epochs", 1))
-    assert "going on after update" in succeed(cli(*begin, "--epochs", 2, "--resume")).err
+    assert "resuming after update" in succeed(cli(*begin, "--epochs", 2, "--resume")).err
     refused = cli(*begin, "--epochs", 3, "--resume", "--layer-decay", 1.0)
     assert refused.code == 2 and "--layer-decay 1.0: the run in" in refused.err and "began with 0.5" in refused.err
 

@@ -259,6 +259,9 @@ def test_stream_and_windows():
     assert batches.lm_windows(TokenStream([np.arange(100)]), 10, most=3).tolist()[1][0] == 30
     with pytest.raises(ValueError, match="7 tokens, fewer than a window of 8"):
         batches.lm_windows(stream, 8)
+    with pytest.raises(ValueError, match="most has 0; expected at least 1"):
+        batches.lm_windows(stream, 3, most=0)
+    assert stream.windows([], 3).shape == (0, 3)
 
 
 def test_reading_across_arrays():

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from gpt_fast import _memory
+from gpt_fast.data import tables
 from tests.command_line import ENVIRONMENT
 
 ROOM = 600 << 20  # bytes that the child may take
@@ -120,6 +121,24 @@ def test_files_that_are_larger_than_the_memory(told, case):
 def test_a_long_text_is_not_encoded_whole(told):
     """2.8 MB take less than 100 MB (before: 190 bytes for each byte, 530 MB)."""
     assert told["growth"] < 100
+
+
+@pytest.mark.parametrize(("text", "size"), [("abc", 3), ("é", 2), ("日本", 6), ("😀", 4), ("\ud800", 1), ("", 0)])
+def test_a_text_counts_by_its_bytes(text, size):
+    assert _memory.utf8_size(text) == size
+
+
+def test_a_table_of_other_scripts_counts_by_its_bytes(tmp_path, monkeypatch):
+    """20,000 characters of three bytes each, where there is room for 50,000 bytes."""
+    monkeypatch.setattr(tables, "available", lambda: 50_000 * tables._COST)
+    for letter, refused in (("a", False), ("日", True)):
+        path = tmp_path / f"{refused}.jsonl"
+        path.write_text(json.dumps({"text": letter * 20_000, "label": "b"}) + "\n", "utf-8")
+        if refused:
+            with pytest.raises(ValueError, match="line 1: 0.1 MB of text or more"):
+                tables.read_table(path)
+        else:
+            assert len(tables.read_table(path)) == 1
 
 
 GROUPS = {

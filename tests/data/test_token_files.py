@@ -175,6 +175,7 @@ NO_TOKEN_FILES = {
     "empty without an option": (b"", None, "0 bytes without a header"),
     "uint32 as uint16": (np.arange(100, dtype="<u4").tobytes(), "uint16", "as in a file of uint32; expected uint16"),
     "uint16 as uint32": (IDS, "uint32", "holds the id \\d{7}, .*the type of ids"),
+    "another type": (IDS, "int32", "--raw-dtype int32; expected one of uint16, uint32"),
     "large id": (np.array([5, 9000], "<u2").tobytes(), "uint16", "holds the id 9000, the tokenizer has 261"),
 }
 
@@ -379,7 +380,7 @@ def test_a_preparation_goes_on_where_it_was_killed(cli, folder, tmp_path):
     succeed(cli(*command, "--out", whole))
     assert cli(*command, "--out", out, watched=(out / ".parts" / "000003.json", 0)).code == -signal.SIGKILL
     shown = succeed(cli(*command, "--out", out)).err
-    assert int(re.search(r"going on: (\d+) of 12 parts", shown)[1]) >= 4
+    assert int(re.search(r"resuming: (\d+) of 12 parts", shown)[1]) >= 4
     for name in ("train.bin", "valid.bin", "tokenizer.json", "data.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
     assert not (out / ".parts").exists()

@@ -122,7 +122,7 @@ def test_resuming_on_another_number_of_ranks(cli, command, alone, tmp_path, firs
         signal=signal.SIGTERM,
     )  # fmt: skip
     assert again.codes == [143] * 2, again.err
-    assert again.err.count("going on after update") == 1
+    assert again.err.count("resuming after update") == 1
     succeed(cli(*command, "--out", out, "--resume"))
     same(out, alone["clm"])
 
@@ -135,7 +135,7 @@ def test_a_rank_that_dies(cli, command, alone, tmp_path, strategy):
     assert died.codes == [2, -signal.SIGKILL]
     assert "rank 0: the connection to another rank broke" in died.err
     assert "Traceback" not in died.err
-    assert "going on after update 3" in succeed(
+    assert "resuming after update 3" in succeed(
         cli(*command, "--strategy", strategy, "--out", out, "--resume", ranks=2)
     ).err  # fmt: skip
     same(out, alone["clm"])

@@ -106,7 +106,7 @@ def test_signals_save_and_end(cli, command, whole, tmp_path, signum):
     assert f"stopped by {signal.Signals(signum).name} after update {step}, whose checkpoint is saved" in last
     told = shlex.split(last.partition("; resume: ")[2])
     assert told[:2] == ["gpt-fast", "pretrain"]
-    assert f"going on after update {step} of {STEPS}" in succeed(cli(*told[1:])).err
+    assert f"resuming after update {step} of {STEPS}" in succeed(cli(*told[1:])).err
     same(out, whole)
 
 
@@ -265,7 +265,7 @@ def test_a_damaged_checkpoint_is_passed_over(cli, command, whole, stopped):
     damage(newest)
     resumed = succeed(cli(*command, "--out", stopped, "--resume"))
     assert f"{newest.name}: damaged" in resumed.err
-    assert "going on after update 5 of" in resumed.err
+    assert "resuming after update 5 of" in resumed.err
     same(stopped, whole)
 
 
