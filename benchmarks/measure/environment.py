@@ -28,17 +28,12 @@ DATA_SHEETS = {
 
 
 def data_sheet(name: str) -> dict[str, float]:
-<<<<<<< HEAD
-    """Return the vendor's rates for the device of this name, by floor; empty if they are not known here."""
-    return next((rates for part, rates in DATA_SHEETS.items() if re.search(rf"\b{part}\b", name)), {})
-=======
     """Return the rates that the vendor states for a device, in bytes or FLOPs a second; {} for an unknown device.
 
     The keys are the names of the measured rates, such as "copy" and "matmul bfloat16". `name` is the device's full
     name, as `device_name` returns it.
     """
-    return next((rates for part, rates in DATA_SHEETS.items() if part in name), {})
->>>>>>> words-d
+    return next((rates for part, rates in DATA_SHEETS.items() if re.search(rf"\b{part}\b", name)), {})
 
 
 def device_name(device: str) -> str:
