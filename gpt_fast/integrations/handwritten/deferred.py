@@ -27,6 +27,10 @@ class Deferred(Tensor):
 
     @staticmethod
     def make(kind: type["Deferred"], shape: torch.Size, like: Tensor, compute: Callable[[], Tensor]) -> "Deferred":
+        """Return a deferred tensor of class `kind` with this shape, and with the dtype and device of `like`.
+
+        `compute` returns the values. It is called when code reads them for the first time.
+        """
         made = Tensor._make_wrapper_subclass(kind, shape, dtype=like.dtype, device=like.device)
         made._compute, made._value = compute, None
         device = like.device.type
@@ -36,7 +40,7 @@ class Deferred(Tensor):
         return made
 
     def value(self) -> Tensor:
-        """Return the tensor itself."""
+        """Return the values as an ordinary tensor. The first call computes them."""
         if self._value is None:
             grad, inference, device, autocast, dtype = self._modes
             with (
@@ -76,7 +80,7 @@ _SHAPES = {
 
 
 def _values(tree: Any) -> Any:
-    """Return a tree of arguments with the values of its deferred tensors."""
+    """Return `tree`, arguments in nested lists, tuples and dicts, with the values in place of each deferred tensor."""
     if isinstance(tree, Deferred):
         return tree.value()
     if isinstance(tree, dict):
@@ -87,7 +91,7 @@ def _values(tree: Any) -> Any:
 
 
 def value(x: Any) -> Any:
-    """Return a tensor that is computed: the value of a deferred one, any other as it is."""
+    """Return the values of `x` if it is a deferred tensor, else `x` itself."""
     return x.value() if isinstance(x, Deferred) else x
 
 
@@ -105,13 +109,18 @@ class Logits(Deferred):
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return hidden weightᵀ + bias, deferred outside of graphs."""
+    """Return the logits hidden weightᵀ + bias [..., V], as `Logits` that are computed when code reads them.
+
+    They are computed at once, as an ordinary tensor, where `_may_defer` is False. Reading raises `RuntimeError` if
+    hidden states, weight or bias changed after this call.
+    """
     if not _may_defer():
         return F.linear(hidden, weight, bias)
     unchanged = _plain.Unchanged([weight] if bias is None else [weight, bias])
     version = _plain.version(hidden)
 
     def is_as_it_was(reads_values: bool) -> bool:
+        """Return True if the tensors did not change; compare values only if `reads_values`, else write counts alone."""
         return _plain.version(hidden) == version and unchanged(reads_values)
 
     def compute() -> Tensor:
@@ -128,6 +137,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _check(unchanged: bool) -> None:
+    """Raise `RuntimeError` if `unchanged` is False, because the logits of the pass cannot be computed any more."""
     if not unchanged:
         raise RuntimeError(
             "gpt_fast.accelerate: logits has weights or hidden states that changed after the pass; expected them as in "
@@ -194,7 +204,10 @@ def _as_rows(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _is_computed(logits: Logits | None) -> bool:
-    """Return True if the values are computed, so that code may have written into them."""
+    """Return True if the values of `logits`, or of the logits that these are a reshaping of, are computed already.
+
+    Code may have written into computed values, so the loss has to read them.
+    """
     while logits is not None:
         if logits._value is not None:
             return True
@@ -203,7 +216,13 @@ def _is_computed(logits: Logits | None) -> bool:
 
 
 def _as_loss(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Return a cross-entropy without logits, where its options are the op's."""
+    """Return `F.cross_entropy` of deferred logits, computed from their hidden states, or `NotImplemented`.
+
+    `func` is a function that PyTorch was called with, and `args` and `kwargs` are its arguments. The result is a loss
+    if `func` is `F.cross_entropy`, the logits [N, V] in the first argument are not computed yet, the targets are class
+    indices [N], and there are no class weights. Raises `RuntimeError` if hidden states or weights changed after the
+    pass.
+    """
     if func is not F.cross_entropy:
         return NotImplemented
     names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
@@ -225,11 +244,11 @@ def _as_loss(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _may_defer() -> bool:
-    """Return True where a tensor that computes itself later has a place.
+    """Return True if logits may be computed later than the code asks for them.
 
-    Graphs, traces and transforms record what is computed now. Activation checkpointing compares or repeats what a block
-    computes: it shows by gradients that are off in a forward pass, by a backward pass that is running, or by hooks on
-    saved tensors.
+    Graphs, traces and transforms record the computation of the moment. Activation checkpointing compares or repeats the
+    computation of a block. It shows by gradients that are off in a forward pass, by a backward pass that is running, or
+    by hooks on saved tensors.
     """
     return (
         torch.is_grad_enabled()
