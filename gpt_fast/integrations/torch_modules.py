@@ -24,7 +24,7 @@ _METHODS = ("forward", "_sa_block", "_ff_block")  # of nn.TransformerEncoderLaye
 
 
 class Parts(NamedTuple):
-    """A block's modules, by what they do."""
+    """Submodules of a block, by their roles."""
 
     attn: Any
     norm1: Any
@@ -124,9 +124,9 @@ def notes_block_forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Ten
 
 
 def _block(x: Tensor, parts: Parts, masks: dict, training: bool) -> Tensor:
-    """Return the output [B, T, C] of a block with these parts for x [B, T, C].
+    """Return the output [B, T, C] of a block with these parts for x [B, T, C]. A dropout seed is drawn if `training`.
 
-    A dropout seed is drawn if `training`. `masks` holds the keyword arguments `causal`, `mask` and `key_mask` of `ops.attention_qkv`.
+    `masks` holds the keyword arguments `causal`, `mask` and `key_mask` of `ops.attention_qkv`.
     """
     seed = ops.new_seed(x.device) if training else None
     if parts.pre_norm:
