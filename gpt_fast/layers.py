@@ -117,7 +117,7 @@ class SelfAttention(nn.Module):
         Args:
             x: Input [B, T, C].
             causal: Let a token attend only to tokens up to its own position.
-            lengths: Real tokens [B] of rows that are padded on the right.
+            lengths: Number of real tokens [B] of each row, for rows that are padded on the right.
             key_mask: Bool [B, T], True for a real token.
             mask: Bool, broadcastable to [B, H, T, T], True where a token may attend.
             cu_seqlens: Bounds [n + 1] of sequences packed into one row.
@@ -338,7 +338,7 @@ class TransformerDecoder(nn.Module):
             x: Input [B, T, C].
             mask: Bool [T, T] as the notes have it, True where a token may not attend. It takes the place of `causal`.
             causal: Let a token attend only to tokens up to its own position. False lets it attend to all.
-            lengths: Real tokens [B] of rows that are padded on the right.
+            lengths: Number of real tokens [B] of each row, for rows that are padded on the right.
             key_mask: Bool [B, T], True for a real token.
             cu_seqlens: Bounds [n + 1] of sequences packed into one row.
             seed: Seed of the dropout of this pass. Without one each call in training draws its own.

@@ -72,7 +72,7 @@ class _Trunk(nn.Module):
         Args:
             tokens: Token ids [B, T], int64.
             causal: Let a token attend only to tokens up to its own position.
-            lengths: Real tokens [B] of rows that are padded on the right.
+            lengths: Number of real tokens [B] of each row, for rows that are padded on the right.
             key_mask: Bool [B, T], True for a real token. Positions then count the real tokens, so a left-padded row
                 gives what it gives alone.
             cu_seqlens: Bounds [n + 1] of n sequences that are packed into one row [1, T]. They do not see each other,
@@ -320,7 +320,7 @@ class GPTModel(Convertible, _Trunk):
         Args:
             tokens: Token ids [B, T], int64.
             causal: Let a token attend only to tokens up to its own position.
-            lengths: Real tokens [B] of rows that are padded on the right.
+            lengths: Number of real tokens [B] of each row, for rows that are padded on the right.
             key_mask: Bool [B, T], True for a real token.
             attention_mask: The same as zeros and ones, as transformers' tokenizers return it.
             cu_seqlens: Bounds [n + 1] of sequences that are packed into one row [1, T].

@@ -81,7 +81,7 @@ def score(
         tokenizer: A `tokenizers.Tokenizer`, or one of transformers. It adds no special tokens.
         labels: Int64 [B, T], unshifted: the token to be scored at each position, -100 for none. The default is the
             tokens. For a masked model they hold the original tokens where the row holds masks.
-        lengths: Real tokens [B] of rows that are padded on the right.
+        lengths: Number of real tokens [B] of each row, for rows that are padded on the right.
         key_mask: Bool [B, T], True for a real token, for rows that are padded anywhere.
         attention_mask: The same as zeros and ones.
         stride: Tokens by which windows advance, 1 to seq_len, half of seq_len unless given. With seq_len the first

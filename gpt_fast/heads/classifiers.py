@@ -50,16 +50,16 @@ class TaskHead(Head):
         """Return loss and logits of tokens. The logits are always computed.
 
         Args:
-            tokens: Token ids, int64, in the shape that the class names.
-            labels: Labels, in the shape and dtype that the class names.
-            lengths: Real tokens of each sequence that is padded on the right.
+            tokens: Token ids, int64, in the shape that the docstring of the head's class states.
+            labels: Labels, in the shape and dtype that the docstring of the head's class states.
+            lengths: Number of real tokens of each sequence, for sequences that are padded on the right.
             key_mask: Bool in the shape of `tokens`, True for a real token.
-            attention_mask: The same as zeros and ones, as transformers' tokenizers return it.
-            logits: Without effect. Heads for language modelling have this argument.
+            attention_mask: `key_mask` as zeros and ones, as transformers' tokenizers return it.
+            logits: Not used. It is there because heads for language modelling have this argument.
             loss_weights: Factor of each term of the loss [terms], as `loss_counts` explains.
 
         Returns:
-            (loss, logits). The loss is None without labels.
+            (loss, logits): a float32 scalar, None without labels, and the logits in the shape that the class states.
 
         Raises:
             ValueError: Tokens or labels have other shapes or dtypes or are out of range, or a row lacks the token to be
@@ -82,16 +82,18 @@ class TaskHead(Head):
         return HeadOutput(self._weighted(terms, loss_weights), scores)
 
     def weigh_classes(self, weights: Sequence[float] | None) -> None:
-        """Weigh each class in the task's loss, in training and in evaluation, until the model is saved.
+        """Set the weight of each class in the task's loss, in training and in evaluation. Weights are not saved.
 
-        With weights w the loss is Σ w[yᵢ] lᵢ / Σ w[yᵢ], as `torch.nn.CrossEntropyLoss(weight=w)` has it. With problem
-        "multi_label" they are `torch.nn.BCEWithLogitsLoss(pos_weight=w)`.
+        With weights w the loss is Σ w[yᵢ] lᵢ / Σ w[yᵢ], where lᵢ is the cross-entropy of row i and yᵢ its class, as in
+        `torch.nn.CrossEntropyLoss(weight=w)`. With problem "multi_label" it is the loss of
+        `torch.nn.BCEWithLogitsLoss(pos_weight=w)`.
 
         Args:
-            weights: One number of 0 or more for each class. None weighs all alike.
+            weights: One number of 0 or more for each class. None removes the weights.
 
         Raises:
-            ValueError: The weights are not as many as classes, one is below 0, or the head has no classes.
+            ValueError: There are more or fewer weights than classes, a weight is negative or infinite, or the head has
+                no classes.
         """
         name, L = type(self).__name__, self.classifier.out_features
         if weights is None:
@@ -119,7 +121,13 @@ class TaskHead(Head):
     def _rows(
         self, tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the tokens as rows [N, T], with what says where each of them ends."""
+        """Return (tokens [N, T], lengths [N], key_mask [N, T]) for tokens [N, T], or [B, S, T] with N = B S.
+
+        Lengths and mask that are None stay None.
+
+        Raises:
+            ValueError: The head does not read tokens of this shape.
+        """
         if not isinstance(tokens, Tensor) or not self._reads(tokens.shape):
             raise ValueError(
                 f"gpt_fast.{type(self).__name__}: tokens is {_checks.described(tokens)}; "
@@ -128,25 +136,36 @@ class TaskHead(Head):
         return flat(tokens, lengths, key_mask) if tokens.dim() == 3 else (tokens, lengths, key_mask)
 
     def _reads(self, shape: torch.Size) -> bool:
-        """Return True if tokens have a shape that this head reads, `tokens_shape`."""
+        """Return True if the head reads tokens of this shape; `tokens_shape` is its name for messages."""
         return len(shape) == 2
 
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
-        """Return the logits of hidden states [N, T, C] and tokens [N, T] that came in `shape`."""
+        """Return the logits for hidden states [N, T, C] of the tokens [N, T], which the caller gave in `shape`.
+
+        `real` is bool [N, T], True for a real token and False for padding.
+        """
         raise NotImplementedError
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
-        """Return the terms of the task's loss. Each is a mean over as many predictions as `_task_counts` has for it."""
+        """Return the terms of the task's loss, as scalars, for the logits `scores` and the caller's labels.
+
+        Each term is a mean over as many predictions as `_task_counts` returns for it. `real` is bool [N, T], False at
+        padding.
+        """
         raise NotImplementedError
 
     def _task_counts(self, labels: Tensor, real: Tensor) -> list[Tensor]:
-        """Return how many predictions each term is the mean of: by default one a label, or the weight of its class."""
+        """Return how many predictions each term of the task's loss is the mean of.
+
+        By default there is one term, and each label counts 1 or, if classes are weighted, the weight of its class.
+        `real` is bool [N, T], False at padding.
+        """
         if self.class_weights is None or self.config.problem != "classification":
             return [torch.tensor(len(labels), device=labels.device)]
         return [self._weight_of(labels)]
 
     def _weight_of(self, labels: Tensor) -> Tensor:
-        """Return how many labels count, each with the weight of its class."""
+        """Return the number of labels that are not -100 or, if classes are weighted, the sum of their weights."""
         counted = labels != IGNORE
         if self.class_weights is None or self._host_weights is None:
             return counted.sum()
@@ -154,11 +173,18 @@ class TaskHead(Head):
         return (weights[labels.masked_fill(~counted, 0)] * counted).sum()
 
     def _pooled(self, hidden: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
-        """Return the hidden state that the classifier reads of each row [N, C]."""
+        """Return the hidden state [N, C] that the classifier reads of each row of `hidden` [N, T, C].
+
+        `tokens` is [N, T]. `real` is bool [N, T], False at padding.
+        """
         return hidden[torch.arange(tokens.shape[0], device=tokens.device), self._read_position(tokens, real)]
 
     def _read_position(self, tokens: Tensor, candidates: Tensor) -> Tensor:
-        """Return the position [N] of the hidden state that the classifier reads."""
+        """Return the position [N] of the token that the classifier reads in each row of `tokens` [N, T].
+
+        It is the last real token, or the last extract token with pooling "extract". `candidates` is bool [N, T], True
+        for a real token.
+        """
         wanted = "a real token"
         if self.config.pooling == "extract":
             candidates = candidates & (tokens == self.config.extract_token)
@@ -167,12 +193,16 @@ class TaskHead(Head):
         return tokens.shape[1] - 1 - candidates.flip(1).int().argmax(1)  # the last candidate
 
     def _check_rows(self, tokens: Tensor, there: Tensor, wanted: str) -> None:
+        """Raise `ValueError` if a row of `there` [N, T] is False everywhere. `wanted` names what the row lacks.
+
+        Tensors on a GPU are checked only after `gpt_fast.check_values`.
+        """
         if ops.values_checked(tokens) and not bool(there.any(1).all()):
             row = int((~there.any(1)).nonzero()[0])
             raise ValueError(f"{type(self).__name__}: row {row} of tokens has none; expected {wanted} to read")
 
     def _problem_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of one class, of numbers or of several classes, as the configuration says."""
+        """Return the loss of logits [B, L] by `config.problem`: of one class, of numbers, or of several classes."""
         B, L = scores.shape
         if self.config.problem == "regression":
             if labels.shape != (B, L) and not (L == 1 and labels.shape == (B,)):
@@ -190,19 +220,29 @@ class TaskHead(Head):
         return self._class_loss(scores, labels)
 
     def _class_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean cross-entropy of logits [B, L] and labels [B], in which every row has a class."""
         B, L = scores.shape
         self._check_labels(labels, (B,))
         self._check_classes(labels, L)
         return F.cross_entropy(scores.float(), labels) if self.class_weights is None else self._mean(scores, labels)
 
     def _labelled_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy over the rows that have a label, or 0 if none has one."""
+        """Return the mean cross-entropy of logits [N, L] over the rows whose label is not -100, or 0 without any.
+
+        Labels are [N]. The mean is weighted if `class_weights` are set.
+
+        Raises:
+            ValueError: A label is not a class.
+        """
         counted = labels != IGNORE
         self._check_classes(labels.masked_fill(~counted, 0), scores.shape[1])
         return self._mean(scores, labels)
 
     def _mean(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Return the weighted mean of the cross-entropies, 0 where nothing counts."""
+        """Return the mean cross-entropy of logits [N, L] and labels [N], without labels of -100.
+
+        The mean is weighted if `class_weights` are set. It is 0 if the weights sum to 0.
+        """
         losses = F.cross_entropy(
             scores.float(), labels, weight=self.class_weights, ignore_index=IGNORE, reduction="sum"
         )
@@ -210,12 +250,17 @@ class TaskHead(Head):
         return losses / torch.where(total > 0, total, 1)
 
     def _check_labels(self, labels: Tensor, shape: tuple[int, ...]) -> None:
+        """Raise `ValueError` unless `labels` are int64 in this shape."""
         if labels.shape != shape or labels.dtype != torch.int64:
             raise ValueError(
                 f"gpt_fast.{type(self).__name__}: labels is {_checks.described(labels)}; expected int64 {list(shape)}"
             )
 
     def _check_classes(self, classes: Tensor, L: int) -> None:
+        """Raise `ValueError` if one of `classes` is not in [0, L).
+
+        Tensors on a GPU are checked only after `gpt_fast.check_values`.
+        """
         if ops.values_checked(classes) and len(classes) and not (0 <= int(classes.min()) and int(classes.max()) < L):
             raise ValueError(
                 f"{type(self).__name__}: labels hold {int(classes.min())} to {int(classes.max())}; "
@@ -475,7 +520,10 @@ class GPTForQuestionAnswering(TaskHead):
 
 
 def real_tokens(tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None) -> Tensor:
-    """Return where tokens [B, T] are real, bool [B, T]."""
+    """Return bool [B, T], True where `tokens` [B, T] are real and False at padding.
+
+    This is `key_mask`, or follows from `lengths` [B]. Without both, all tokens are real.
+    """
     if key_mask is not None:
         return key_mask
     if lengths is not None:
@@ -486,7 +534,10 @@ def real_tokens(tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None)
 def flat(
     tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the tokens [B, S, T] as [B·S, T], with lengths and mask in the same order."""
+    """Return tokens [B, S, T], lengths [B, S] and key_mask [B, S, T] as [B S, T], [B S] and [B S, T].
+
+    Lengths or a mask of None stay None.
+    """
     return (
         tokens.flatten(0, 1),
         None if lengths is None else lengths.flatten(),
