@@ -76,10 +76,7 @@ class Head(Convertible, nn.Module):
         return weight is not None and weight is getattr(self.trunk.token_emb, "weight", None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Apply `fn` to every tensor, as `nn.Module._apply` does, and tie the output layer again if it was tied.
-
-        PyTorch may make a new parameter for each module, as `to_empty` does on the meta device.
-        """
+        """Apply `fn` to every tensor, as `nn.Module._apply` does, and return the module, still tied if it was."""
         tied = self.is_tied()
         super()._apply(fn, recurse)
         if tied:

@@ -193,9 +193,10 @@ class TaskHead(Head):
         return tokens.shape[1] - 1 - candidates.flip(1).int().argmax(1)  # the last candidate
 
     def _check_rows(self, tokens: Tensor, there: Tensor, wanted: str) -> None:
-        """Raise `ValueError` if a row of `there` [N, T] is False everywhere. `wanted` names what the row lacks.
+        """Check that no row of `there` [N, T] is False everywhere. On a GPU this needs `gpt_fast.check_values`.
 
-        Tensors on a GPU are checked only after `gpt_fast.check_values`.
+        Raises:
+            ValueError: A row is False everywhere. `wanted` says in the message what the row lacks.
         """
         if ops.values_checked(tokens) and not bool(there.any(1).all()):
             row = int((~there.any(1)).nonzero()[0])
@@ -257,9 +258,10 @@ class TaskHead(Head):
             )
 
     def _check_classes(self, classes: Tensor, L: int) -> None:
-        """Raise `ValueError` if one of `classes` is not in [0, L).
+        """Check that `classes` are in [0, L). On a GPU this needs `gpt_fast.check_values`.
 
-        Tensors on a GPU are checked only after `gpt_fast.check_values`.
+        Raises:
+            ValueError: A class is out of range.
         """
         if ops.values_checked(classes) and len(classes) and not (0 <= int(classes.min()) and int(classes.max()) < L):
             raise ValueError(
