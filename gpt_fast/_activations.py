@@ -31,6 +31,7 @@ class Activation(NamedTuple):
     cublaslt: bool = False
 
     def make_module(self) -> nn.Module:
+        """Return a new module of PyTorch that computes this activation."""
         return self.module(**self.options)
 
     def is_computed_by(self, function: Any) -> bool:
@@ -57,7 +58,10 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def find(user: str, name: str) -> Activation:
-    """Return the activation of that name; raise ValueError, in the name of `user`, for an unknown one."""
+    """Return the row of `ACTIVATIONS` with this name.
+
+    Raises `ValueError` for an unknown name. The message begins with `user`, the name of the caller.
+    """
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"{user}: activation is {name!r}; expected one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]

@@ -215,10 +215,10 @@ class GPTConfig:
         return cls(**values)
 
     def trunk_parameters(self) -> int:
-        """Return the number of the trunk's parameters: both embeddings, L blocks and, with `pre_norm`, the last norm.
+        """Return the size of the trunk: of both embeddings, all blocks and, with `pre_norm`, the last norm.
 
         Returns:
-            How many numbers they hold.
+            The number of elements of their parameters.
         """
         C, F = self.hidden_dim, self.ff_dim
         norm = C * (1 + self.bias)
@@ -281,7 +281,7 @@ def _is_integer(value: object) -> bool:
 
 
 def check_heads(hidden_dim: int, num_heads: int) -> None:
-    """Raise `ValueError` unless `hidden_dim` splits into `num_heads` heads of at most 256."""
+    """Raise `ValueError` unless `hidden_dim` is a multiple of `num_heads` and a head is at most 256 wide."""
     if not _is_integer(hidden_dim) or hidden_dim < 1:
         raise ValueError(f"gpt_fast: hidden_dim is {hidden_dim!r}; expected an integer of 1 or more")
     if not _is_integer(num_heads):

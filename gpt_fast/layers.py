@@ -211,7 +211,7 @@ class MLP(nn.Sequential):
         return ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.activation, dropout_p, seed, site)
 
     def _is_plain(self) -> bool:
-        """Return True if the children are the stock modules of the constructor, so that one op computes them all."""
+        """Return True if one op may compute the children: they are as the constructor made them, without hooks."""
         children: list[Any] = list(self)
         if len(children) != 4:
             return False
@@ -303,7 +303,7 @@ class TransformerDecoder(nn.Module):
         self.site = site
 
     def is_dropping(self) -> bool:
-        """Return True if a dropout with p > 0 is in training mode, so that a pass needs a seed.
+        """Return True if a dropout with p > 0 is in training mode, so that a forward pass needs a seed.
 
         Returns:
             True if so.
@@ -386,6 +386,11 @@ class TransformerDecoder(nn.Module):
         site: int,
         drops: bool,
     ) -> "Tensor | tuple[Tensor, Branch]":
+        """Return the output [B, T, C] of a pre-norm block for x [B, T, C], or (x, branch) with `carry`.
+
+        `branch` and `carry` are those of `forward`, and `masks` holds the keyword arguments of `SelfAttention.forward`
+        that restrict attention. With `drops=False` plain dropouts drop nothing.
+        """
         attends = _plain.is_plain(self.multihead_attn, SelfAttention)
         if branch is None:
             normed = _plain.norm(self.layer_norm1, x, LayerNorm, attends)
@@ -400,11 +405,15 @@ class TransformerDecoder(nn.Module):
         return _plain.add(hidden, x, p, seed, site + 3)
 
     def _feed_forward(self, x: Tensor, seed: Tensor | None, site: int, drops: bool) -> Tensor:
+        """Return the output [B, T, C] of `ff`, which may be another module than `MLP`, such as an adapter's wrapper."""
         return self.ff(x, seed, site, drops) if isinstance(self.ff, MLP) else self.ff(x)
 
 
 class Branch(NamedTuple):
-    """Output of a residual branch that is still to be added: x + dropout(hidden), with probability `p` at `site`."""
+    """Output of a residual branch that is still to be added, as x + dropout(hidden).
+
+    `p` is the dropout probability, and `site` the number of this dropout within a forward pass.
+    """
 
     hidden: Tensor
     p: float
@@ -414,8 +423,9 @@ class Branch(NamedTuple):
 def add_norm(
     branch: Branch, x: Tensor, norm: nn.Module, seed: Tensor | None, product: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return (norm(x + dropout(branch)), x + dropout(branch)), in one pass if the norm is plain.
+    """Return (norm(x + dropout(branch)), x + dropout(branch)), by one op if the norm is plain (see `_plain.is_plain`).
 
-    With `product` the norm's only reader is a product, so that a plain norm returns the dtype that it multiplies.
+    With `product`, only a matrix product reads the first result. A plain norm then rounds to that product's dtype at
+    once.
     """
     return _plain.add_norm(branch.hidden, x, branch.p, norm, seed, branch.site, LayerNorm, product)
