@@ -140,7 +140,11 @@ class _Trunk(nn.Module):
         return add_norm(branch, x, self.final_norm, seed, _product)[0]
 
     def _embed(self, tokens: Tensor, positions: Tensor | None, seed: Tensor | None, drops: bool) -> Tensor:
-        """Embed tokens [B, T] as dropout(token_emb(tokens) + pos_emb) [B, T, C]; positions is [B or 1, T] or counts."""
+        """Return dropout(token_emb(tokens) + pos_emb) [B, T, C] for tokens [B, T].
+
+        `positions` [B or 1, T] holds the position of each token, or is None to count from 0. With `drops=False` a plain
+        `nn.Dropout` drops nothing.
+        """
         plain_dropout = _plain.is_plain(self.dropout, nn.Dropout) and self.dropout.p < 1
         dropout_p = self.dropout.p if plain_dropout and drops and self.dropout.training else 0.0
         table = self.pos_emb[0]
@@ -151,12 +155,17 @@ class _Trunk(nn.Module):
         return self.dropout(self.token_emb(tokens) + at)
 
     def _is_dropping(self) -> bool:
-        """Return True if a pass draws a dropout mask, in training mode or with some `nn.Dropout` alone in it."""
+        """Return True if a forward pass needs a dropout seed: some dropout with p > 0 is in training mode."""
         if self.dropout.training and getattr(self.dropout, "p", 0) > 0:
             return True
         return any(decoder.is_dropping() for decoder in self.decoders if isinstance(decoder, TransformerDecoder))
 
     def _decode(self, decoder: nn.Module, x: Tensor, **options: Any) -> Any:
+        """Return decoder(x, **options).
+
+        With `checkpoint_activations`, and if gradients are on, only its input is stored, and backward computes it
+        again.
+        """
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
             return decoder(x, **options)
         # The library's dropout follows from `seed`. What is called may draw from torch's generator, as LoRA's dropout.
@@ -441,7 +450,10 @@ _KINDS = (
 
 
 def why_not_plain(modules: Mapping[str, nn.Module]) -> str | None:
-    """Return why a model with these modules is not plain, such as "decoders.0.ff.0 has hooks", or None if it is."""
+    """Return why one of these modules, by name, is not plain, such as "decoders.0.ff.0 has hooks", or None if all are.
+
+    A plain module has one of the classes in `_KINDS`, no hooks, and no forward or weight of its own.
+    """
     for name, module in modules.items():
         kind = _kind_of(module)
         reason = "is of another class" if kind is None else _plain.why_not_plain(module, kind)
@@ -451,9 +463,10 @@ def why_not_plain(modules: Mapping[str, nn.Module]) -> str | None:
 
 
 def why_not_as_configured(trunk: "_Trunk") -> str | None:
-    """Return how the modules of a trunk differ from its configuration, such as "decoders.0.layer_norm1 has eps 5.0".
+    """Return how the modules of a trunk differ from its configuration, or None if they do not.
 
-    The C++ decode step and saved configurations know a model by its configuration and the names of its parameters.
+    An example is "decoders.0.layer_norm1 has eps 5.0, not layer_norm_eps = 1e-05". The C++ decode step and saved
+    configurations know a model by its configuration and the names of its parameters.
     """
     config = trunk.config
     decoders: list[Any] = list(trunk.decoders)
@@ -485,11 +498,15 @@ def why_not_as_configured(trunk: "_Trunk") -> str | None:
 
 
 def _kind_of(module: nn.Module) -> type[nn.Module] | None:
+    """Return the first class in `_KINDS` that `module` is an instance of, or None."""
     return next((kind for kind in _KINDS if isinstance(module, kind)), None)
 
 
 class StaysPlain:
-    """Test whether the modules of a plain model are still there, plain and as configured, in a microsecond a module."""
+    """Callable that tells whether the modules of a plain model are still there, plain and as configured.
+
+    See `why_not_plain`. A call takes a microsecond for each module.
+    """
 
     def __init__(self, modules: Iterable[nn.Module]):
         modules = list(modules)
@@ -499,7 +516,7 @@ class StaysPlain:
         self._children = [(module._modules, dict(module._modules)) for module, _ in self._kinds if module._modules]
 
     def __call__(self) -> bool:
-        """Return True if the modules are as they were."""
+        """Return True if, since construction, no module was replaced, got hooks, or changed an option."""
         return (
             all(now == before for now, before in self._children)
             and all(_plain.is_plain(module, kind) for module, kind in self._kinds)
@@ -512,11 +529,11 @@ _OPTIONS = ("eps", "num_heads", "pre_norm", "approximate", "max_norm", "padding_
 
 
 def output_loss(output_layer: Any, hidden: Tensor, labels: Tensor, z_loss: float = 0.0) -> Tensor:
-    """Return the mean cross-entropy of output_layer(hidden) [..., V] over the labels that are not -100, float32.
+    """Return the mean cross-entropy of output_layer(hidden) [..., V] and labels [...], a float32 scalar.
 
-    With `z_loss` the mean of z_loss · (log Z)² is added, Z = Σ exp(logits), which keeps logits from drifting. A plain
-    `nn.Linear` is fused with the loss and no logits are stored; any other output layer is called.
-    Source of the z-loss: Chowdhery et al. (2022), arXiv:2204.02311, section 5.
+    A label of -100 does not count. With `z_loss` the mean of z_loss · (log Z)² is added, Z = Σ exp(logits), which keeps
+    logits from drifting. A plain `nn.Linear` is fused with the loss and no logits are stored; any other output layer is
+    called. Source of the z-loss: Chowdhery et al. (2022), arXiv:2204.02311, section 5.
     """
     is_plain = _plain.is_plain(output_layer, nn.Linear)
     if is_plain and not z_loss:
@@ -537,7 +554,11 @@ def output_loss(output_layer: Any, hidden: Tensor, labels: Tensor, z_loss: float
 
 
 def _losses_and_log_z(layer: Any, hidden: Tensor, labels: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy and log Z of each row, 0 where the label is not known: log Z = loss + logit[label]."""
+    """Return (losses, log_z), both shaped like `labels`: cross-entropy and log Z, Z = Σ exp(logits), at each position.
+
+    `layer` is the output layer. `known` is bool, True where the label counts; both results are 0 elsewhere. No logits
+    are stored, because log Z = loss + logit[label].
+    """
     losses = ops.linear_cross_entropy(hidden, layer.weight, labels, layer.bias, reduction="none")
     targets = labels.masked_fill(~known, 0)
     x, weight = _library.autocast(hidden, layer.weight)  # the operands of the product that the loss is made of
@@ -552,11 +573,16 @@ def _losses_and_log_z(layer: Any, hidden: Tensor, labels: Tensor, known: Tensor)
 def as_key_mask(function: str, tokens: Tensor, key_mask: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
     """Return the key mask of a call: `key_mask`, or `attention_mask` as transformers has it (1 real token, 0 padding).
 
+    `function` is the name of the caller for messages.
+
     Returns:
-        Bool [B, T], or None for a mask without padding, which is faster.
+        Bool [B, T], True for a real token. None if no mask is given, or for an `attention_mask` without padding, which
+        is
+        faster.
 
     Raises:
-        ValueError: Both are given, or `attention_mask` has another shape or holds something other than zeros and ones.
+        ValueError: Both are given, or `attention_mask` has another shape than `tokens` or holds something other than
+            zeros and ones.
     """
     if attention_mask is None:
         return key_mask
@@ -583,7 +609,11 @@ def as_key_mask(function: str, tokens: Tensor, key_mask: Tensor | None, attentio
 
 
 def shift_labels(labels: Tensor, *, lengths: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:
-    """Return the label of each position's successor [B, T], or -100 where either of the two is padding."""
+    """Return labels [B, T] shifted to the left: each position gets the label of the next one, and the last one -100.
+
+    A position also gets -100 if it or the next one is padding, by `lengths` [B] or by `key_mask` [B, T], True for a
+    real token.
+    """
     if lengths is not None:
         key_mask = torch.arange(labels.shape[1], device=labels.device) < lengths[:, None]
     shifted = F.pad(labels, (0, 1), value=IGNORE)[:, 1:]  # padded first: an exported T - 1 columns would exclude T = 2
@@ -593,6 +623,7 @@ def shift_labels(labels: Tensor, *, lengths: Tensor | None = None, key_mask: Ten
 
 
 def _longest(cu_seqlens: Tensor) -> int:
+    """Return the length of the longest packed sequence with the bounds `cu_seqlens` [n + 1], or 0 if there is none."""
     return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
 
 
@@ -637,7 +668,10 @@ class _FlagLock:
 
 
 def init_weights(module: nn.Module, std: float) -> None:
-    """Draw matrices and embeddings from N(0, std²) and set biases to 0. Norms keep gain 1 and bias 0."""
+    """Draw the weights of one module, a matrix or an embedding, from N(0, std²), and set a linear layer's bias to 0.
+
+    Other modules stay as they are, such as norms, which have gain 1 and bias 0.
+    """
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear) and module.bias is not None:

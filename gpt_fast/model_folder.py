@@ -25,9 +25,10 @@ AnyHead = TypeVar("AnyHead", bound=Any)
 
 
 def as_path(function: str, directory: Any) -> Path:
-    """Return the folder's name `directory` as a path.
+    """Return `directory`, the name of a folder, as a path. `function` is the name of the caller for messages.
 
-    Raises `TypeError` if it is neither a string nor a path. `function` is the name of the caller for the message.
+    Raises:
+        TypeError: `directory` is neither a string nor a path.
     """
     if not isinstance(directory, str | os.PathLike):
         raise TypeError(
@@ -39,8 +40,11 @@ def as_path(function: str, directory: Any) -> Path:
 def save(head: Any, directory: Path) -> None:
     """Write the weights and then the configuration of `head` to the folder `directory`, which is made if needed.
 
-    A folder with a configuration is therefore complete. Raises `ValueError` if the model is not that of its
-    configuration, `OSError` if a file cannot be written.
+    A folder with a configuration is therefore complete.
+
+    Raises:
+        OSError: A file cannot be written.
+        ValueError: The model is not that of its configuration.
     """
     state, config = head.state_dict(), head.config
     if _TIED in state and config.tied != head.is_tied():  # tied or untied after the model was made
@@ -116,7 +120,10 @@ def load(
     """Return a head of class `head_class` with the weights in the folder `directory`; see `Head.from_pretrained`.
 
     `overrides` are fields of the configuration. `tensors`, if given, takes the place of the weights in the folder.
-    Raises `FileNotFoundError` for a missing file, `ValueError` for a damaged one and for tensors that do not fit.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged, or a tensor does not fit.
     """
     saved_by, config = read_config(directory)
     path = directory / WEIGHTS
@@ -153,7 +160,9 @@ def load(
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file by name.
 
-    Raises `FileNotFoundError` if it is missing, `ValueError` if it is truncated or something else.
+    Raises:
+        FileNotFoundError: The file is missing.
+        ValueError: The file is truncated or something else.
     """
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -163,7 +172,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def _opened(path: Path) -> Iterator[Any]:
     """Yield an open safetensors file.
 
-    Raises `FileNotFoundError` if it is missing, `ValueError` if it is truncated or something else.
+    Yields:
+        The file, as `safetensors.safe_open` opens it.
+
+    Raises:
+        FileNotFoundError: The file is missing.
+        ValueError: The file is truncated or something else.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; expected the weights written by save_pretrained")

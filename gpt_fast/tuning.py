@@ -63,18 +63,24 @@ LIMITS: dict[str, dict[str, tuple[int, int]]] = {
 
 
 def limits(row: Row, op: str) -> dict[str, tuple[int, int]]:
-    """Return the name and the range of each number of a row's configuration."""
+    """Return name → (lowest, highest) for each number in a configuration of a `row`, in the order of its numbers."""
     ranges = LIMITS.get(row.kernel) or LIMITS[op]
     return ranges | {"late": (0, 1)} if op == "attention" and row.kernel == "fwd" else ranges
 
 
 def complete(config: Config, ranges: dict[str, tuple[int, int]]) -> Config:
-    """Return a configuration with zeros for the numbers that its row leaves out."""
+    """Return `config` with a 0 for each number at its end that the row of the table leaves out.
+
+    `ranges` has an entry for each number; see `limits`.
+    """
     return (*config, *(0,) * (len(ranges) - len(config)))
 
 
 def neighbours(config: Config, ranges: dict[str, tuple[int, int]]) -> Iterator[Config]:
-    """Yield every configuration with one number changed by a step, inside its range."""
+    """Yield each configuration that differs from `config` in one number by one step, inside the `ranges` of `limits`.
+
+    A step doubles or halves the number, or adds or subtracts 1, or switches it between 0 and its largest value.
+    """
     for index, (name, (low, high)) in enumerate(ranges.items()):
         value = config[index]
         steps: tuple[int, ...]
@@ -90,7 +96,10 @@ def neighbours(config: Config, ranges: dict[str, tuple[int, int]]) -> Iterator[C
 
 
 def candidates(op: str, row: Row, architecture: int) -> list[Config]:
-    """Return the configurations that a prediction favours for the class of shapes of `row`."""
+    """Return the configurations that a prediction favours for the kernel, element size and shapes of `row`.
+
+    They come from `launch_configs.CANDIDATES`, for GPUs of this `architecture` or an earlier one.
+    """
     place = (row.kernel, row.element, row.size)
     return [
         other.config
@@ -124,7 +133,10 @@ def climb(
 
 
 def work(op: str, row: Row, device: str) -> Callable[[], object]:
-    """Return the work to time for a class of shapes: its largest, or GPT-2's smallest where it has no end."""
+    """Return a function that runs the kernels to be timed, on random tensors on `device`.
+
+    The tensors have the element size and the largest size that `row` serves, or GPT-2's width of 768 if it serves all.
+    """
     dtype = DTYPES[row.element]
     size = row.size if row.size < ANY else 768
     seed = torch.zeros(1, dtype=torch.int64, device=device)
@@ -189,7 +201,12 @@ def work(op: str, row: Row, device: str) -> Callable[[], object]:
 
 
 def either_mlp(row: Row, dy: torch.Tensor, *inputs: torch.Tensor) -> Callable[[], object]:
-    """Run mlp without dropout by cuBLASLt or by Triton, as the table has it when it runs."""
+    """Return a function that runs forward and backward of the MLP without dropout, by cuBLASLt or by Triton.
+
+    The table of configurations chooses between the two at each run. `row` names the activation, `dy` is the upstream
+    gradient, and `inputs` are x and the weights and biases of both layers. The function raises `RuntimeError` if
+    cuBLASLt is chosen and its tests do not pass here.
+    """
     operators, activation, needs = torch.ops.gpt_fast, row.kernel.removeprefix("cublaslt "), [True] * 5
 
     def run() -> None:
@@ -210,7 +227,7 @@ def either_mlp(row: Row, dy: torch.Tensor, *inputs: torch.Tensor) -> Callable[[]
 
 @functools.cache
 def cublaslt_tests_pass() -> bool:
-    """Return True if cuBLASLt's mlp was built and passes its tests on this GPU."""
+    """Return True if cuBLASLt's MLP was built and passes its tests on this GPU. The tests run once in a process."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/ops/test_mlp_cublaslt.py"]
     tests = subprocess.run(command, capture_output=True, text=True, check=False)
     print(tests.stdout.splitlines()[-1] if tests.stdout else tests.stderr, flush=True)
@@ -221,7 +238,11 @@ Timer = Callable[[Callable[[], object]], float]
 
 
 def measurer(op: str, row: Row, architecture: int, timer: Timer, device: str = "cuda") -> Callable[[Config], float]:
-    """Return a function that times a configuration for the class of shapes of `row`, inf where it does not run."""
+    """Return a function that times a configuration for the kernel, element size and shapes of `row`.
+
+    Its result is what `timer` returns for the work on `device`, or inf for a configuration that does not compile or
+    run.
+    """
     run = work(op, row, device)
 
     def measure(config: Config) -> float:
@@ -235,23 +256,28 @@ def measurer(op: str, row: Row, architecture: int, timer: Timer, device: str = "
 
 
 def serving(op: str, row: Row, architecture: int) -> Config:
-    """Return the configuration that serves the class of shapes of `row`."""
+    """Return the configuration that the tables choose for the kernel, element size and shapes of `row`."""
     config = launch_configs.pick(op, row.kernel, architecture, row.element, row.size)
     return complete(config, limits(row, op))
 
 
 def tuned(op: str, row: Row, architecture: int, source: str, timer: Timer) -> Row:
-    """Return the fastest row of this architecture for the class of shapes of `row`."""
+    """Return `row` with the fastest configuration that was found for this architecture, and with this `source`.
+
+    `timer` returns the time of a function that runs kernels.
+    """
     measure = measurer(op, row, architecture, timer)
     best = climb(serving(op, row, architecture), candidates(op, row, architecture), limits(row, op), measure)
     return row._replace(architecture=architecture, config=best, source=source)
 
 
 def tune(names: list[str], path: Path, architecture: int, device: str, timer: Timer) -> Iterator[tuple[str, Row, bool]]:
-    """Measure every class of shapes of some ops and yield op, fastest row, and whether the shipped one is another.
+    """Measure all classes of shapes of the ops in `names`, and yield (op, row, is_new) for each.
 
-    Rows that differ from the shipped ones are written to `path` as soon as their op is done. Rows of other ops that the
-    file has of the same device and Triton stay. Raises `ValueError` if the file is damaged.
+    A class is a kernel with an element size and a largest size, as a row of the table has them. `row` holds the fastest
+    configuration, and `is_new` is True if it is not the shipped one. Rows with `is_new` are written to `path` as soon
+    as their op is done. Rows of other ops in that file stay if they are of the same `device` and Triton. Raises
+    `ValueError` if the file is damaged.
     """
     rows: dict[str, list[Row]] = {}
     if path.is_file():
@@ -273,7 +299,11 @@ def tune(names: list[str], path: Path, architecture: int, device: str, timer: Ti
 
 
 def compared(op: str, row: Row, architecture: int, timer: Timer, device: str = "cuda") -> Iterator[dict[str, Any]]:
-    """Yield the time of the configuration that serves, then of candidates and neighbours, as a share of the first."""
+    """Yield a record of the time of each configuration: the one that serves `row`, then candidates and neighbours.
+
+    A record has the keys "op", "kernel", "element", "size", "architecture", "config", "shipped" (True for the first
+    one), "ms" (None if it does not run) and "of_shipped", its time divided by that of the first one.
+    """
     measure = measurer(op, row, architecture, timer, device)
     shipped = serving(op, row, architecture)
     first = measure(shipped)
@@ -286,13 +316,17 @@ def compared(op: str, row: Row, architecture: int, timer: Timer, device: str = "
 
 
 def classes(op: str) -> list[Row]:
-    """Return one row for each class of shapes in the table of an op."""
+    """Return one row of an op's table for each kernel, element size and largest size, of any architecture."""
     rows = (row for row in launch_configs.TABLES[op] if row.architecture != launch_configs.INTERPRETER)
     return list({(row.kernel, row.element, row.size): row for row in rows}.values())
 
 
 def one_at_a_time(timer: Timer, lock: Path) -> Timer:
-    """Return `timer` that runs the work once, which compiles it, and times it while no other process does."""
+    """Return a timer that runs its argument once, to compile it, and then times it while it holds the file `lock`.
+
+    Other processes with the same file wait for the lock, so that one process at a time is measured. `timer` does the
+    timing.
+    """
 
     def timed(run: Callable[[], object]) -> float:
         run()
@@ -304,10 +338,10 @@ def one_at_a_time(timer: Timer, lock: Path) -> Timer:
 
 
 def compare(names: list[str], part: str, path: Path, architecture: int) -> None:
-    """Measure what `compared` yields for a part of all classes, 16-bit and most used first, and append it to a file.
+    """Measure the records of `compared` for a part of all classes of shapes, and append them to the file `path`.
 
-    `part` 2/8 takes every eighth class of shapes from the second on. Processes that share the work compile side by side
-    and time one after the other.
+    `part` "2/8" takes every eighth class from the second on. 16-bit classes come first, and the ops keep the order of
+    `names`. Processes that share the work compile side by side and time one after the other.
     """
     number, parts = (int(value) for value in part.split("/"))
     every = [(op, row) for op in names for row in classes(op)]
@@ -321,5 +355,5 @@ def compare(names: list[str], part: str, path: Path, architecture: int) -> None:
 
 
 def median(run: Callable[[], object]) -> float:
-    """Return the median time of a run in milliseconds."""
+    """Return the median time of `run`, a function that runs kernels, in milliseconds."""
     return triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")
