@@ -34,8 +34,8 @@ class GPTConfig:
         seq_len: Number of positions T.
         ff_dim: Hidden width F of the MLP. 0 means 4C.
         activation: "relu", "gelu" or "gelu_tanh".
-        pre_norm: True is GPT-2's block, with a norm behind the last block. False is the post-norm block of the notes
-            and GPT-1.
+        pre_norm: True is GPT-2's block, with a norm behind the last block. False is the post-norm block of the lecture
+            notes and GPT-1.
         tied: Use the weight of the token embedding in the output layer.
         bias: Give linear layers and norms a bias.
         output_bias: Give the output layer a bias.
@@ -148,9 +148,9 @@ class GPTConfig:
     def preset(cls, name: str, *, dropout: float | None = None, **overrides: Any) -> "GPTConfig":
         """Return the configuration with this name, with fields overridden.
 
-        "notes" is the notes' block (post-norm, ReLU, free output layer, dropout on the hidden activation, none on
-        attention) at GPT-1's sizes. "gpt1" is Radford et al. (2018). "gpt2", "gpt2-medium", "gpt2-large" and "gpt2-xl"
-        are the 124M, 355M, 774M and 1.5B of Radford et al. (2019).
+        "notes" is the lecture notes' block (post-norm, ReLU, output layer with a weight of its own, dropout on the
+        hidden activation, none on attention) at GPT-1's sizes. "gpt1" is Radford et al. (2018). "gpt2", "gpt2-medium",
+        "gpt2-large" and "gpt2-xl" are the 124M, 355M, 774M and 1.5B of Radford et al. (2019).
 
         Args:
             name: Name of the preset.
@@ -234,7 +234,7 @@ class GPTConfig:
         return dataclasses.asdict(self)
 
     def replace(self, **overrides: Any) -> "GPTConfig":
-        """Return a copy with some fields changed.
+        """Return a copy of the configuration with some fields changed.
 
         Args:
             **overrides: Fields of `GPTConfig`. Another `num_labels` drops the `label_names`, unless new ones are given.

@@ -112,7 +112,9 @@ class SelfAttention(nn.Module):
         site: int = 0,
         attend: Callable[[Tensor, int], Tensor] | None = None,
     ) -> Tensor:
-        """Attend within each sequence. Masks have the meaning and the dtypes of `gpt_fast.ops.attention_qkv`.
+        """Return self-attention within each sequence.
+
+        Masks have the meaning and the dtypes of `gpt_fast.ops.attention_qkv`.
 
         Args:
             x: Input [B, T, C].
@@ -123,7 +125,8 @@ class SelfAttention(nn.Module):
             cu_seqlens: Bounds [n + 1] of sequences packed into one row.
             seed: Seed of dropout.
             site: Number of this dropout within a forward pass.
-            attend: Function of (qkv, num_heads) that takes the place of the op, such as a cache's way to attend.
+            attend: Function of (qkv [B, T, 3C], num_heads) → [B, T, C] that computes attention in place of the op, from
+                a key-value cache for example. The masks and the dropout then have no effect.
 
         Returns:
             out [B, T, C].
@@ -190,13 +193,14 @@ class MLP(nn.Sequential):
         self.activation = activation
 
     def forward(self, x: Tensor, seed: Tensor | None = None, site: int = 0, drops: bool = True) -> Tensor:
-        """Return the output of both layers.
+        """Return the MLP's output: linear, activation, dropout, linear.
 
         Args:
             x: Input [B, T, C].
             seed: Seed of dropout.
             site: Number of this dropout within a forward pass.
-            drops: False lets a plain MLP apply no dropout, whatever its flags are.
+            drops: False switches dropout off, whatever the modules' train flags are, unless a child has to be called
+                because it has hooks or another class.
 
         Returns:
             y [B, T, C].
@@ -230,11 +234,11 @@ class MLP(nn.Sequential):
 class TransformerDecoder(nn.Module):
     """One block of a GPT: self-attention and a feed-forward network, each with residual and LayerNorm.
 
-    Post-norm (the notes, GPT-1): x = norm1(x + dropout(attn(x))); x = norm2(x + dropout(ff(x))).
+    Post-norm (the lecture notes, GPT-1): x = norm1(x + dropout(attn(x))); x = norm2(x + dropout(ff(x))).
 
     Pre-norm (GPT-2): x = x + dropout(attn(norm1(x))); x = x + dropout(ff(norm2(x))).
 
-    The first four arguments and the state dict are the notes'.
+    The first four arguments and the state dict are those of the lecture notes' module.
 
     Args:
         hidden_dim: Width C.
@@ -248,7 +252,7 @@ class TransformerDecoder(nn.Module):
         ff_dropout: Dropout probability of the hidden activation.
         bias: Give linear layers and norms a bias.
         layer_norm_eps: Positive number that norms add to the variance.
-        site: First of the four dropout sites that a block uses.
+        site: Number of the block's first dropout within a forward pass. A block has four dropouts.
 
     Shape:
         x [B, T, C] → x [B, T, C].
@@ -336,20 +340,23 @@ class TransformerDecoder(nn.Module):
 
         Args:
             x: Input [B, T, C].
-            mask: Bool [T, T] as the notes have it, True where a token may not attend. It takes the place of `causal`.
+            mask: Bool [T, T], True where a token may not attend, as in the lecture notes. It takes the place of
+                `causal`.
             causal: Let a token attend only to tokens up to its own position. False lets it attend to all.
             lengths: Number of real tokens [B] of each row, for rows that are padded on the right.
             key_mask: Bool [B, T], True for a real token.
             cu_seqlens: Bounds [n + 1] of sequences packed into one row.
-            seed: Seed of the dropout of this pass. Without one each call in training draws its own.
-            site: First dropout site of this pass. The default is that of the constructor.
-            branch: Addition that the block before left over. A pre-norm block adds it to `x` and normalises in one
-                pass.
-            carry: Let a pre-norm block leave its last addition to the next norm.
-            attend: Function of (qkv, num_heads) that takes the place of the op, such as a cache's way to attend.
+            seed: Seed of the dropout of this call. Without one each call in training draws its own.
+            site: Number of the block's first dropout within a forward pass. The default is that of the constructor.
+            branch: Residual branch that the block before returned with `carry=True`. A pre-norm block adds it to `x`
+                and normalises in one op. A post-norm block ignores it.
+            carry: Let a pre-norm block return its last residual branch and not add it, so that the next norm adds it.
+            attend: Function that computes attention in place of the op, as in `SelfAttention.forward`. Nothing drops
+                then.
 
         Returns:
-            x [B, T, C], or (x, branch) with `carry=True` in a pre-norm block.
+            x [B, T, C]. A pre-norm block with `carry=True` returns (x, branch), where `branch` is a `Branch` that is
+            still to be added.
 
         Raises:
             ValueError: `mask` is not bool, `x` is no tensor, or an op raises it.

@@ -69,16 +69,20 @@ class _Trunk(nn.Module):
 
         h = norm(decoders(dropout(token_emb[tokens] + pos_emb))), with the last norm if pre-norm.
 
+        This library alone passes `_product`. With it, only a matrix product reads h, and the last norm may round to the
+        dtype of that product.
+
         Args:
             tokens: Token ids [B, T], int64.
             causal: Let a token attend only to tokens up to its own position.
             lengths: Number of real tokens [B] of each row, for rows that are padded on the right.
             key_mask: Bool [B, T], True for a real token. Positions then count the real tokens, so a left-padded row
-                gives what it gives alone.
-            cu_seqlens: Bounds [n + 1] of n sequences that are packed into one row [1, T]. They do not see each other,
-                and positions count within each.
-            seed: Seed of the dropout of this pass. Without one each call in training draws its own.
-            cache: Keys and values that the tokens follow and see. The cache knows the padding itself.
+                has the same hidden states as without padding.
+            cu_seqlens: Bounds [n + 1] of n sequences that are packed into one row [1, T]. A token attends to its own
+                sequence only, and positions count within each sequence.
+            seed: Seed of the dropout of this call. Without one each call in training draws its own.
+            cache: Key-value cache of the text before the tokens. It computes attention, knows positions and padding,
+                and gets the tokens' keys and values. Nothing drops then.
 
         Returns:
             h [B, T, C].
@@ -173,7 +177,7 @@ class _Trunk(nn.Module):
         return checkpoint(decoder, x, use_reentrant=False, preserve_rng_state=draws, **options)
 
     def num_parameters(self) -> int:
-        """Return how many numbers are trained. Tied parameters count once.
+        """Return the number of elements of all parameters. Tied parameters count once.
 
         Returns:
             The number.
@@ -331,10 +335,10 @@ class GPTModel(Convertible, _Trunk):
             causal: Let a token attend only to tokens up to its own position.
             lengths: Number of real tokens [B] of each row, for rows that are padded on the right.
             key_mask: Bool [B, T], True for a real token.
-            attention_mask: The same as zeros and ones, as transformers' tokenizers return it.
+            attention_mask: `key_mask` as zeros and ones, as transformers' tokenizers return it.
             cu_seqlens: Bounds [n + 1] of sequences that are packed into one row [1, T].
-            seed: Seed of the dropout of this pass.
-            cache: Keys and values that the tokens follow and see.
+            seed: Seed of the dropout of this call. Without one each call in training draws its own.
+            cache: Key-value cache of the text before the tokens, as in `hidden_states`.
 
         Returns:
             h [B, T, C].
@@ -351,10 +355,10 @@ class GPTModel(Convertible, _Trunk):
 
 
 class GPT(Generating, _Trunk):
-    """The notes' GPT, line for line, which returns probabilities.
+    """The lecture notes' GPT, line for line, which returns probabilities.
 
     p = softmax(output_layer(decoders(dropout(token_emb + pos_emb)))), with causal post-norm decoders, ReLU and ff_dim =
-    4 hidden_dim. Constructor and state dict are those of the notes' module. Weights are drawn from N(0, 0.02).
+    4 hidden_dim. Constructor and state dict are those of the lecture notes' module. Weights are drawn from N(0, 0.02).
 
     Args:
         num_tokens: Vocabulary size V.

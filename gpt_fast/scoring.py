@@ -83,18 +83,18 @@ def score(
             tokens. For a masked model they hold the original tokens where the row holds masks.
         lengths: Number of real tokens [B] of each row, for rows that are padded on the right.
         key_mask: Bool [B, T], True for a real token, for rows that are padded anywhere.
-        attention_mask: The same as zeros and ones.
+        attention_mask: `key_mask` as zeros and ones.
         stride: Tokens by which windows advance, 1 to seq_len, half of seq_len unless given. With seq_len the first
             token of every window is not predicted, because no token precedes it there.
         batch_size: Windows in a forward pass.
-        greedy: Tell which tokens are the most probable ones, too. This projects the scored positions once more.
+        greedy: Return which tokens are the most probable ones, too. This projects the scored positions once more.
 
     Returns:
         `Scores`. `scores.log_probs.sum(1)` is the log-likelihood of each row, and `exp(-scores.log_probs.sum() /
         scores.predicted.sum())` the perplexity.
 
     Raises:
-        ValueError: An argument contradicts the list above, ids lie outside the vocabulary, or a row of a masked model
+        ValueError: An argument is not as listed above, ids lie outside the vocabulary, or a row of a masked model
             is longer than seq_len.
 
     Example:
