@@ -43,7 +43,8 @@ def plan(name: str, module: Any, report: Report) -> list[Patch] | None:
 
     The blocks are `nn.TransformerEncoderLayer` and any block with the submodules of `reference.TransformerDecoder`. The
     list is empty if the block is left alone. `name` is the path of `module` in the model. `report` gets an entry for
-    each submodule, replaced or left alone, or one for the whole block if that is left alone.
+    each submodule, replaced or left alone, or one for the whole block if that is left alone. A `Patch` is the new
+    forward of one module.
     """
     forward: Callable
     if isinstance(module, nn.TransformerEncoderLayer):
@@ -143,7 +144,8 @@ def _block(x: Tensor, parts: Parts, masks: dict, training: bool) -> Tensor:
 def _attend(x: Tensor, parts: Parts, masks: dict, seed: Tensor | None) -> tuple[Tensor, float]:
     """Return (branch, p): attention's output for x, both [B, T, C], and the dropout rate of its residual addition.
 
-    `masks` holds the keyword arguments `causal`, `mask` and `key_mask` of `ops.attention_qkv`.
+    `masks` holds the keyword arguments `causal`, `mask` and `key_mask` of `ops.attention_qkv`. The caller computes
+    residual + dropout(branch, p).
     """
     attn = parts.attn
     qkv = ops.linear(x, attn.in_proj_weight, attn.in_proj_bias)
@@ -155,7 +157,10 @@ def _attend(x: Tensor, parts: Parts, masks: dict, seed: Tensor | None) -> tuple[
 
 
 def _mlp(x: Tensor, parts: Parts, seed: Tensor | None) -> tuple[Tensor, float]:
-    """Return (branch, p): the MLP's output for x, both [B, T, C], and the dropout rate of its residual addition."""
+    """Return (branch, p): the MLP's output for x, both [B, T, C], and the dropout rate of its residual addition.
+
+    The caller computes residual + dropout(branch, p).
+    """
     if _why_no_mlp(parts) is not None:
         branch = parts.proj(parts.ff_dropout(parts.activation(parts.fc(x))))
     else:

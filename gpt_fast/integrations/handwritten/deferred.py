@@ -54,6 +54,10 @@ class Deferred(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Return func(*args, **kwargs).
+
+        Deferred tensors are computed unless `func` asks for a shape, reshapes, or is the loss.
+        """
         if func in _SHAPES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))

@@ -25,7 +25,7 @@ def plan(
     `claimed` holds modules that are patched otherwise and are skipped here. `report` gets an entry for each module that
     is replaced or left alone. `apply(patch)` puts a patch on its module and `undo(module)` takes it off, so that the
     whole model can be compared with and without patches. The list is empty if the results differ, or if all blocks are
-    left alone.
+    left alone. A `Patch` is the new forward of one module.
     """
     fused, claimed, longest = list(report.replaced), set(claimed), _longest_sequence(model)
     blocks: list[Patch] | None = None
@@ -56,7 +56,7 @@ def _plan_block(name: str, module: nn.Module, report: Report, longest: int) -> l
 
     `name` is the path of `module` in the model. `report` gets an entry for each submodule that is replaced, or one with
     the reason why the block is left alone. `longest` is the sequence length at which the block is compared once with
-    the formula of a GPT block, besides short sequences.
+    the formula of a GPT block, besides short sequences. A `Patch` is the new forward of one module.
     """
     found = list(layouts(module))
     if not found or type(module).__module__.startswith(("transformers.", "torch.")):
@@ -122,7 +122,7 @@ def _around(model: nn.Module, claimed: set[nn.Module], C: int, report: Report) -
     """Return the patches of the LayerNorms of width C and the output layer outside of the `claimed` modules.
 
     An output layer is an `nn.Linear` from C to the size of one of the embeddings. `report` gets an entry for each
-    module that is replaced or left alone.
+    module that is replaced or left alone. A `Patch` is the new forward of one module.
     """
     outside = {path: module for path, module in model.named_modules() if module not in claimed}
     patches = []
@@ -177,7 +177,7 @@ def _pieces(model: nn.Module, claimed: set[nn.Module], report: Report, longest: 
     They may stand in a model without blocks, or in a block that is left alone. Modules in `claimed` are skipped, and
     the modules that were examined are added to `claimed`. `report` gets entries for modules that are replaced, and for
     attention that is left alone. `longest` is the sequence length at which a module is compared once, besides short
-    ones.
+    ones. A `Patch` is the new forward of one module.
     """
     patches: list[Patch] = []
     if _width(model) is None:  # no Transformer
@@ -216,7 +216,8 @@ def _whole_model_agrees(model: nn.Module, patches: list[Patch], apply: Callable,
 
     The outputs are compared, and the gradients of parameters outside of the patched modules, because patched modules
     were compared before. `apply(patch)` puts a patch on and `undo(module)` takes it off. The result is True without
-    comparison for a model that cannot be called with tokens alone, has no embedding, or lies on the meta device.
+    comparison for a model that cannot be called with tokens alone, has no embedding, or lies on the meta device. A
+    `Patch` is the new forward of one module.
     """
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     if not tables or tables[0].weight.is_meta:

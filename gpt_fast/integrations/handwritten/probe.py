@@ -226,6 +226,7 @@ def formula(block: Any, parts: Block, x: Tensor, factors: Factors = (1.0, 1.0, 1
         return F.linear(y, part(block, path).weight, part(block, path).bias)
 
     def attend(y: Tensor) -> Tensor:
+        """Return causal attention of y [B, T, C] with its output projection, its dropouts replaced by factors."""
         T = y.shape[1]
         qkv = torch.cat([linear(path, y) for path in layout.qkv], dim=-1)
         q, k, v = (one.unflatten(2, (parts.heads, -1)).transpose(1, 2) for one in qkv.chunk(3, dim=-1))
@@ -364,6 +365,10 @@ class _Dropouts(TorchFunctionMode):
         self.calls: list[tuple[float, Any]] = []  # rate and factor: a number for attention's fused dropout, else a mask
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func`.
+
+        A dropout with p > 0 multiplies by a random mask or a number, and records (p, factor) in `calls`.
+        """
         kwargs = kwargs or {}
         if func in (F.dropout, torch.dropout):
             names = ("input", "p", "training", "inplace") if func is F.dropout else ("input", "p", "train")

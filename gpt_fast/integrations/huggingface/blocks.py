@@ -221,7 +221,8 @@ def gpt1_attention_forward(self: Any, x: Any = None, *args: Any, gpt_fast_pass: 
 def _attention(attn: Any, kind: type, x: Tensor, now: Pass) -> tuple[Tensor, float]:
     """Return (branch, p): attention's output for x, both [B, T, C], and the dropout rate of its residual addition.
 
-    `kind` is the class of `attn`. If `attn` has hooks or another class, it is called, and p is 0.
+    `kind` is the class of `attn`. If `attn` has hooks or another class, it is called, and p is 0. The caller computes
+    residual + dropout(branch, p).
     """
     if not _plain.is_plain(attn, kind):
         return attn(x, gpt_fast_pass=now)[0], 0.0  # through its hooks, into the forward above
@@ -301,7 +302,8 @@ def _scale(attn: Any, C: int) -> float:
 def mlp_branch(mlp: Any, kind: type, x: Tensor) -> tuple[Tensor, float]:
     """Return (branch, p): the MLP's output for x, both [B, T, C], and the dropout rate of its residual addition.
 
-    `kind` is the class of `mlp`. If `mlp` has hooks or another class, it is called, and p is 0.
+    `kind` is the class of `mlp`. If `mlp` has hooks or another class, it is called, and p is 0. The caller computes
+    residual + dropout(branch, p).
     """
     if not _plain.is_plain(mlp, kind):
         return mlp(x), 0.0

@@ -46,18 +46,25 @@ class Head(NamedTuple):
 
 
 def gpt2_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run `GPT2LMHeadModel` with its loss computed from hidden states. See `lm_head`."""
     return lm_head(self, _GPT2, args, kwargs)
 
 
 def gpt1_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run `OpenAIGPTLMHeadModel` with its loss computed from hidden states. See `lm_head`."""
     return lm_head(self, _GPT1, args, kwargs)
 
 
 def gpt2_double_heads_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run `GPT2DoubleHeadsModel` with its language model's loss computed from hidden states. See `_double_heads`."""
     return _double_heads(self, _GPT2_DOUBLE, args, kwargs)
 
 
 def gpt1_double_heads_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run `OpenAIGPTDoubleHeadsModel` with its language model's loss computed from hidden states.
+
+    See `_double_heads`.
+    """
     return _double_heads(self, _GPT1_DOUBLE, args, kwargs)
 
 
@@ -87,7 +94,7 @@ def head_of(model: Any, heads: tuple[Head, ...] = HEADS) -> Head | None:
 def lm_head(self: Any, head: Head, args: tuple, kwargs: dict) -> Any:
     """Return the output of a model with a language-model head, with the loss computed from hidden states.
 
-    `head` is the row of the model's class, and `args` and `kwargs` are the arguments of the call. The logits in the
+    `head` is the `Head` of the model's class, and `args` and `kwargs` are the arguments of the call. The logits in the
     output are computed when they are read. The forward of the class runs instead for a call without labels, with
     another loss function, or that asks for logits.
     """
@@ -117,7 +124,7 @@ def lm_head(self: Any, head: Head, args: tuple, kwargs: dict) -> Any:
 def _double_heads(self: Any, head: Head, args: tuple, kwargs: dict) -> Any:
     """Return the output of a model with a language-model head and a multiple-choice head.
 
-    `head` is the row of the model's class, and `args` and `kwargs` are the arguments of the call. The language model's
+    `head` is the `Head` of the model's class, and `args` and `kwargs` are the arguments of the call. The language model's
     loss is computed from hidden states, and its logits when they are read. The forward of the class runs instead for a
     call without labels or one that asks for logits.
     """
@@ -225,6 +232,7 @@ class Deferred:
         self.autocast |= {"dtype": torch.get_autocast_dtype(kind)} if self.autocast["enabled"] else {}
 
     def __call__(self) -> Tensor:
+        """Return lm_head(hidden), or raise `RuntimeError` if weights or hidden states changed after construction."""
         if self._is_stale():
             raise RuntimeError(
                 "gpt_fast.accelerate: logits has lm_head weights or hidden states that changed after the pass; "

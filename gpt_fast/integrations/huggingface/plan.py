@@ -22,7 +22,7 @@ def plan(name: str, module: Any, report: Report) -> list[Patch] | None:
     A trunk (`GPT2Model`) has patches for itself and its blocks, so a block alone gives None. A model with a
     language-model head (`GPT2LMHeadModel`) has the patch of its loss. The list is empty if nothing of a known model is
     to be replaced. `name` is the path of `module` in the whole model. `report` gets a line for each module that is
-    replaced or left alone.
+    replaced or left alone. A `Patch` is the new forward of one module.
     """
     if isinstance(module, gpt2.GPT2Model):
         return _plan_trunk(name, module, report, _GPT2)
@@ -82,7 +82,7 @@ def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family) -> list[
     """Return the patches of a trunk, its blocks and their attention, or [] if the trunk is left alone.
 
     `name` is the path of `trunk` in the whole model. `report` gets an entry for each module, or one for the whole trunk
-    if that is left alone.
+    if that is left alone. A `Patch` is the new forward of one module.
     """
     prefix = f"{name}." if name else ""
     unfit = why_foreign(trunk, family.trunk)
@@ -125,7 +125,7 @@ def _plan_head(name: str, model: Any, head: losses.Head, report: Report) -> list
     """Return the patch of a model with a language-model head, whose row of `losses.HEADS` is `head`, in a list.
 
     `name` is the path of `model` in the whole model. `report` gets an entry for the output layer. The patch replaces no
-    forward if the loss has to be computed from logits.
+    forward if the loss has to be computed from logits. A `Patch` is the new forward of one module.
     """
     output = getattr(model, head.output)
     reason = why_foreign(model, head.kind) or _plain.why_not_plain(output, nn.Linear)

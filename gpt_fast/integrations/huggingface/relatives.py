@@ -116,14 +116,17 @@ def imagegpt_block_forward(
 
 
 def opt_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run `OPTForCausalLM` with its loss computed from hidden states. See `losses.lm_head`."""
     return losses.lm_head(self, _OPT, args, kwargs)
 
 
 def biogpt_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run `BioGptForCausalLM` with its loss computed from hidden states. See `losses.lm_head`."""
     return losses.lm_head(self, _BIOGPT, args, kwargs)
 
 
 def gpt_neo_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run `GPTNeoForCausalLM` with its loss computed from hidden states. See `losses.lm_head`."""
     return losses.lm_head(self, _GPT_NEO, args, kwargs)
 
 
@@ -396,6 +399,7 @@ def plan(name: str, module: Any, report: Report, why_foreign: Callable) -> list[
 
     `name` is the path of `module` in the whole model. `report` gets an entry for each module that is replaced or left
     alone. `why_foreign(module, kind)` tells why a module does not run the forward of the class `kind`, or returns None.
+    A `Patch` is the new forward of one module.
     """
     if isinstance(module, imagegpt.ImageGPTForCausalImageModeling):
         reason = "its loss is computed from the logits, by the model's own forward"
@@ -407,7 +411,10 @@ def plan(name: str, module: Any, report: Report, why_foreign: Callable) -> list[
 
 
 def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family, why_foreign: Callable) -> list[Patch]:
-    """Return the patches of a trunk, its blocks and its last norm. The other parameters are those of `plan`."""
+    """Return the patches of a trunk, its blocks and its last norm. The other parameters are those of `plan`.
+
+    A `Patch` is the new forward of one module.
+    """
     prefix = f"{name}." if name else ""
     patches = [Patch(trunk, None, {})]  # marks it as seen
     for path in family.tables:
