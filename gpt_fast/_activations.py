@@ -35,7 +35,7 @@ class Activation(NamedTuple):
         return self.module(**self.options)
 
     def is_computed_by(self, function: Any) -> bool:
-        """Return True if `function` is PyTorch's function for this activation, or its module with these options."""
+        """Return True if `function` is PyTorch's function for this activation, or its module with the same options."""
         if isinstance(function, nn.Module):
             if not isinstance(function, self.module):
                 return False
@@ -58,7 +58,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def find(user: str, name: str) -> Activation:
-    """Return the row of `ACTIVATIONS` with this name.
+    """Return the `Activation` with this name, such as "gelu".
 
     Raises `ValueError` for an unknown name. The message begins with `user`, the name of the caller.
     """

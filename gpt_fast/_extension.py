@@ -26,7 +26,7 @@ _LATER = {"2.13": ("2.14",)}
 
 
 class Choice(NamedTuple):
-    """The library that is loaded: its instruction set, its record, and why it was chosen."""
+    """A build of the C++ extension: its instruction set, its record, and why it was chosen."""
 
     isa: str
     record: dict[str, Any]
@@ -34,10 +34,11 @@ class Choice(NamedTuple):
 
 
 def build_info() -> dict[str, Any] | None:
-    """Return what the C++ extension of this tree was built with and for, without loading it.
+    """Return what the C++ extension for this CPU was built with and for, without loading it.
 
     Returns:
-        The record of the library that serves this CPU, or None if none is built.
+        The record of the build: "torch" (version), "compiler", "flags", "cpu_flags" (instruction sets that it needs)
+        and others. None if there is no build.
 
     Raises:
         ImportError: The environment variable `GPT_FAST_ISA` names an instruction set that is not built.
@@ -55,10 +56,10 @@ def build_info() -> dict[str, Any] | None:
 
 
 def choice() -> Choice | None:
-    """Choose the library that serves this CPU.
+    """Choose the build of the C++ extension for this CPU, without loading it.
 
     Returns:
-        The library, or None if none is built.
+        The instruction set, the record (see `build_info`) and the reason, or None if none is built.
 
     Raises:
         ImportError: `GPT_FAST_ISA` names an instruction set that is not built.
@@ -86,10 +87,11 @@ def choice() -> Choice | None:
 
 
 def load() -> bool:
-    """Load the extension, which registers the C++ kernels.
+    """Load the C++ extension, which registers the C++ kernels.
 
     Returns:
-        False if it is not built, or if the interpreter of Triton serves the CPU.
+        True if it was loaded. False if it is not built, or if TRITON_INTERPRET=1 lets Triton's interpreter run on the
+        CPU.
 
     Raises:
         ImportError: The extension was built for a PyTorch of another ABI or for instructions that this CPU lacks.

@@ -36,6 +36,7 @@ def is_reachable() -> bool:
     answered = threading.Event()
 
     def ask() -> None:
+        """Connect to the hub and set `answered` if it accepts."""
         try:
             socket.create_connection(address(), timeout=PATIENCE).close()
             answered.set()

@@ -23,10 +23,11 @@ _MARK = "_gpt_fast_forward"  # the instance attribute that tells an accelerated 
 
 
 def _bound(module: nn.Module, function: Callable) -> Callable:
-    """Return `function` as the forward of `module`, with its class's signature. A copy of the module gets its own.
+    """Return `function` as the forward of `module`, with the signature of its class's forward.
 
-    The result is a partial, because pickling a method of an instance gives the class's method back. Its attribute
-    `__func__` is `function`, because Hugging Face Accelerate wraps and unwraps the `__func__` that a method has.
+    The result is a partial, because pickling a method of an instance gives the class's method back. A deep copy of the
+    module gets a forward of its own. The attribute `__func__` is `function`, because Hugging Face Accelerate wraps and
+    unwraps the `__func__` that a method has.
     """
     original = type(module).forward.__get__(module)
     forward = functools.update_wrapper(functools.partial(function, module), original)

@@ -90,8 +90,8 @@ def has_tangent(tensor: Tensor) -> bool:
 def is_followed() -> bool:
     """Return True if kernels can run here, False if the reference in plain PyTorch has to.
 
-    Kernels can run outside of forward-mode differentiation and outside of transforms of `torch.func`. Of these they
-    support a single `grad` or `vjp` that is not compiled.
+    Kernels cannot run in forward-mode differentiation. Inside transforms of `torch.func` they can run in a single
+    `grad` or `vjp` that is not compiled.
     """
     if is_forward_mode():
         return False
@@ -145,7 +145,7 @@ class _Record:
         """Do nothing: a gradient that is None stays None."""
 
     def run(self, *args: Any) -> tuple:
-        """Return the outputs of the function's forward pass, then the saved tensors that are not outputs or arguments.
+        """Return the outputs of `self.function.forward`, then the saved tensors that are not outputs or arguments.
 
         Inside a transform, `setup_context` may save arguments and outputs alone, so every other saved tensor is
         returned as an output. `self.count` is set to the number of the function's own outputs.

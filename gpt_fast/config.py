@@ -273,10 +273,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def _is_number(value: object) -> bool:
+    """Return True for a real number that is not a bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _is_integer(value: object) -> bool:
+    """Return True for an int that is not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

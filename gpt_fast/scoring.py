@@ -185,10 +185,11 @@ def score_windows(
 ) -> list[Tensor]:
     """Return [log_probs, predicted] or, if `greedy`, [log_probs, predicted, most_probable].
 
-    Each result covers the tokens of all `rows`, one row after another, in one dimension. `log_probs` is float32, 0
-    where nothing is predicted. `predicted` is True where a token is predicted, and `most_probable` where it is the most
-    probable one. A row holds the ids [T] that the model reads. `targets` [T] of a row holds the token to be scored at
-    each position, -100 for none. Tokens outside of the scored parts of `windows` are not predicted.
+    Each result has one dimension: the tokens of all `rows`, one row after another. `log_probs` is float32, 0 where
+    nothing is predicted. `predicted` is True where a token is predicted, and `most_probable` where that token is the
+    most probable one. A row holds token ids [T]. The entry of `targets` for a row, [T] as well, holds the token to be
+    scored at each position, or -100 for none. Each of `windows` chooses tokens that the model reads and tokens that are
+    scored, and `batch_size` windows make a forward pass.
     """
     device = next(model.parameters()).device
     shift = 0 if isinstance(model, GPTForMaskedLM) else 1
@@ -227,7 +228,7 @@ def score_windows(
 def score_continuations(
     model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int = 16
 ) -> list[Continuation]:
-    """Return the score of each continuation behind its context, for `pairs` (context, continuation) of token ids.
+    """Return the `Continuation` (log_prob, is_greedy) of each pair (context, continuation) of token ids.
 
     If both together are longer than the model's positions, the context loses its first tokens.
 
@@ -257,7 +258,7 @@ def score_continuations(
 
 
 def _trunk(model: Any) -> Any:
-    """Return the trunk of a language model, which has its configuration."""
+    """Return the trunk of a language model: embeddings and blocks, with the configuration as `config`."""
     return model.trunk if isinstance(model, GPTForMaskedLM) else parts(model, "score")[0]
 
 

@@ -63,13 +63,16 @@ LIMITS: dict[str, dict[str, tuple[int, int]]] = {
 
 
 def limits(row: Row, op: str) -> dict[str, tuple[int, int]]:
-    """Return name → (lowest, highest) for each number in a configuration of a `row`, in the order of its numbers."""
+    """Return name → (lowest, highest) for each number of a launch configuration, such as a tile size, in their order.
+
+    `row` is a `Row` of the table of the op named `op`.
+    """
     ranges = LIMITS.get(row.kernel) or LIMITS[op]
     return ranges | {"late": (0, 1)} if op == "attention" and row.kernel == "fwd" else ranges
 
 
 def complete(config: Config, ranges: dict[str, tuple[int, int]]) -> Config:
-    """Return `config` with a 0 for each number at its end that the row of the table leaves out.
+    """Return `config` with zeros added at the end for the numbers that a row of the table may leave out.
 
     `ranges` has an entry for each number; see `limits`.
     """
@@ -96,9 +99,9 @@ def neighbours(config: Config, ranges: dict[str, tuple[int, int]]) -> Iterator[C
 
 
 def candidates(op: str, row: Row, architecture: int) -> list[Config]:
-    """Return the configurations that a prediction favours for the kernel, element size and shapes of `row`.
+    """Return the launch configurations that a prediction favours for the kernel, element size and shapes of `row`.
 
-    They come from `launch_configs.CANDIDATES`, for GPUs of this `architecture` or an earlier one.
+    They come from `launch_configs.CANDIDATES`, for GPUs of this `architecture` (80 is sm_80) or an earlier one.
     """
     place = (row.kernel, row.element, row.size)
     return [
@@ -133,9 +136,10 @@ def climb(
 
 
 def work(op: str, row: Row, device: str) -> Callable[[], object]:
-    """Return a function that runs the kernels to be timed, on random tensors on `device`.
+    """Return a function that runs the kernels to be timed for a `row` of the table of `op`, on random tensors.
 
-    The tensors have the element size and the largest size that `row` serves, or GPT-2's width of 768 if it serves all.
+    The tensors have the element size and the largest size that the row serves, or GPT-2's width of 768 if it serves
+    all.
     """
     dtype = DTYPES[row.element]
     size = row.size if row.size < ANY else 768
@@ -204,12 +208,13 @@ def either_mlp(row: Row, dy: torch.Tensor, *inputs: torch.Tensor) -> Callable[[]
     """Return a function that runs forward and backward of the MLP without dropout, by cuBLASLt or by Triton.
 
     The table of configurations chooses between the two at each run. `row` names the activation, `dy` is the upstream
-    gradient, and `inputs` are x and the weights and biases of both layers. The function raises `RuntimeError` if
+    gradient, and `inputs` are x, fc_weight, fc_bias, proj_weight and proj_bias. The function raises `RuntimeError` if
     cuBLASLt is chosen and its tests do not pass here.
     """
     operators, activation, needs = torch.ops.gpt_fast, row.kernel.removeprefix("cublaslt "), [True] * 5
 
     def run() -> None:
+        """Run forward and backward once, by the implementation that the table chooses now."""
         if launch_configs.pick("mlp", row.kernel, launch_configs.architecture(dy.device), row.element, row.size) == (
             0,
         ):
@@ -238,14 +243,15 @@ Timer = Callable[[Callable[[], object]], float]
 
 
 def measurer(op: str, row: Row, architecture: int, timer: Timer, device: str = "cuda") -> Callable[[Config], float]:
-    """Return a function that times a configuration for the kernel, element size and shapes of `row`.
+    """Return a function that times a launch configuration for the kernel, element size and shapes of `row`.
 
-    Its result is what `timer` returns for the work on `device`, or inf for a configuration that does not compile or
-    run.
+    Its result is what `timer` returns for the function `work(op, row, device)`, or inf for a configuration that does
+    not compile or run.
     """
     run = work(op, row, device)
 
     def measure(config: Config) -> float:
+        """Return the time of the kernels with `config`, or inf if they do not compile or run."""
         try:
             with launch_configs.trying(op, row._replace(architecture=architecture, config=config)):
                 return timer(run)
@@ -256,15 +262,19 @@ def measurer(op: str, row: Row, architecture: int, timer: Timer, device: str = "
 
 
 def serving(op: str, row: Row, architecture: int) -> Config:
-    """Return the configuration that the tables choose for the kernel, element size and shapes of `row`."""
+    """Return the launch configuration that the tables choose for the kernel, element size and shapes of `row`.
+
+    `architecture` is that of the GPU (80 is sm_80). Numbers that the table leaves out are 0.
+    """
     config = launch_configs.pick(op, row.kernel, architecture, row.element, row.size)
     return complete(config, limits(row, op))
 
 
 def tuned(op: str, row: Row, architecture: int, source: str, timer: Timer) -> Row:
-    """Return `row` with the fastest configuration that was found for this architecture, and with this `source`.
+    """Return `row` with the fastest configuration that a search (`climb`) finds, with this `architecture` and `source`.
 
-    `timer` returns the time of a function that runs kernels.
+    `architecture` is that of the GPU (80 is sm_80), `source` says how the row was found, and `timer` returns the time
+    of a function that runs kernels.
     """
     measure = measurer(op, row, architecture, timer)
     best = climb(serving(op, row, architecture), candidates(op, row, architecture), limits(row, op), measure)
@@ -302,7 +312,8 @@ def compared(op: str, row: Row, architecture: int, timer: Timer, device: str = "
     """Yield a record of the time of each configuration: the one that serves `row`, then candidates and neighbours.
 
     A record has the keys "op", "kernel", "element", "size", "architecture", "config", "shipped" (True for the first
-    one), "ms" (None if it does not run) and "of_shipped", its time divided by that of the first one.
+    one), "ms" and "of_shipped", the time divided by that of the first record. For a configuration that does not run
+    "ms" is None, and "of_shipped" is missing.
     """
     measure = measurer(op, row, architecture, timer, device)
     shipped = serving(op, row, architecture)
@@ -329,6 +340,7 @@ def one_at_a_time(timer: Timer, lock: Path) -> Timer:
     """
 
     def timed(run: Callable[[], object]) -> float:
+        """Run `run` once, and return its time from `timer`, measured while this process holds the lock."""
         run()
         with lock.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -112,6 +112,7 @@ class TaskHead(Head):
     def _loss_counts(
         self, tokens: Tensor, labels: Tensor, lengths: Tensor | None, key_mask: Tensor | None
     ) -> list[Tensor]:
+        """Return the counts of `_task_counts` and, if `config.lm_weight` > 0, the number of next-token labels."""
         tokens, lengths, key_mask = self._rows(tokens, lengths, key_mask)
         counts = self._task_counts(labels, real_tokens(tokens, lengths, key_mask))
         if self.config.lm_weight > 0:
@@ -315,9 +316,11 @@ class GPTForSequenceClassification(TaskHead):
         super().__init__(config, config.num_labels)
 
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
+        """Return logits [N, L] from the hidden state that the classifier reads in each row; see `TaskHead._scores`."""
         return self.classifier(self.dropout(self._pooled(hidden, tokens, real)))
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
+        """Return [loss] for logits [N, L], with the loss that `config.problem` names; see `TaskHead._task_losses`."""
         return [self._problem_loss(scores, labels)]
 
 
@@ -360,13 +363,16 @@ class GPTForSimilarity(TaskHead):
         super().__init__(config, config.num_labels)
 
     def _reads(self, shape: torch.Size) -> bool:
+        """Return True for tokens [B, 2, T]."""
         return len(shape) == 3 and shape[1] == 2
 
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
+        """Return logits [B, L] from the sum of the two hidden states, one for each order; see `TaskHead._scores`."""
         pooled = self._pooled(hidden, tokens, real)
         return self.classifier(self.dropout(pooled.view(shape[0], 2, -1).sum(1)))
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
+        """Return [loss] for logits [B, L], with the loss that `config.problem` names; see `TaskHead._task_losses`."""
         return [self._problem_loss(scores, labels)]
 
 
@@ -408,12 +414,15 @@ class GPTForMultipleChoice(TaskHead):
         super().__init__(config, 1)
 
     def _reads(self, shape: torch.Size) -> bool:
+        """Return True for tokens [B, K, T], K answers each."""
         return len(shape) == 3
 
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
+        """Return logits [B, K], one for each answer; see `TaskHead._scores`."""
         return self.classifier(self.dropout(self._pooled(hidden, tokens, real))).view(shape[:2])
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
+        """Return [cross-entropy] of logits [B, K] and labels [B]; see `TaskHead._task_losses`."""
         return [self._class_loss(scores, labels)]
 
 
@@ -456,14 +465,17 @@ class GPTForTokenClassification(TaskHead):
         super().__init__(config, config.num_labels)
 
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
+        """Return logits [B, T, L], one for each class of each token; see `TaskHead._scores`."""
         return self.classifier(self.dropout(hidden))
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
+        """Return [cross-entropy] of logits [B, T, L] and labels [B, T], except padding; see `TaskHead._task_losses`."""
         self._check_labels(labels, tuple(real.shape))
         labels = labels.masked_fill(~real, IGNORE)
         return [self._labelled_loss(scores.flatten(0, 1), labels.flatten())]
 
     def _task_counts(self, labels: Tensor, real: Tensor) -> list[Tensor]:
+        """Return [number of labels] without -100 and padding, weighted by class; see `TaskHead._task_counts`."""
         return [self._weight_of(labels.masked_fill(~real, IGNORE))]
 
 
@@ -507,10 +519,16 @@ class GPTForQuestionAnswering(TaskHead):
         super().__init__(config, 2)
 
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
+        """Return logits [B, 2, T] of the answer's start and end, -inf at padding; see `TaskHead._scores`."""
         self._check_rows(tokens, real, "a real token")
         return self.classifier(self.dropout(hidden)).transpose(1, 2).masked_fill(~real[:, None], -torch.inf)
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
+        """Return half of the cross-entropy of starts and half of that of ends, for logits [B, 2, T] and labels [B, 2].
+
+        Raises:
+            ValueError: A label is the position of padding.
+        """
         self._check_labels(labels, (len(scores), 2))
         losses = [self._labelled_loss(scores[:, i], labels[:, i]) / 2 for i in (0, 1)]
         if ops.values_checked(labels) and not bool((real.gather(1, labels.clamp(min=0)) | (labels < 0)).all()):
@@ -518,6 +536,7 @@ class GPTForQuestionAnswering(TaskHead):
         return losses
 
     def _task_counts(self, labels: Tensor, real: Tensor) -> list[Tensor]:
+        """Return [number of labelled starts, number of labelled ends], without -100; see `TaskHead._task_counts`."""
         return [(labels[:, i] != IGNORE).sum() for i in (0, 1)]
 
 

@@ -96,6 +96,7 @@ class LanguageModelHead(Head):
     def _loss_counts(
         self, tokens: Tensor, labels: Tensor, lengths: Tensor | None, key_mask: Tensor | None
     ) -> list[Tensor]:
+        """Return [number of labels that count], shifted if causal and without -100 and padding; see `loss_counts`."""
         _check_labels(type(self).__name__, labels, tokens)
         return [(self._targets(labels, lengths, key_mask) != IGNORE).sum()]
 

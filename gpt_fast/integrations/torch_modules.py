@@ -125,9 +125,10 @@ def notes_block_forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Ten
 
 
 def _block(x: Tensor, parts: Parts, masks: dict, training: bool) -> Tensor:
-    """Return the output [B, T, C] of a block with these parts for x [B, T, C]. A dropout seed is drawn if `training`.
+    """Return the output [B, T, C] of a block with the submodules `parts` for x [B, T, C].
 
-    `masks` holds the keyword arguments `causal`, `mask` and `key_mask` of `ops.attention_qkv`.
+    `masks` holds the keyword arguments `causal`, `mask` and `key_mask` of `ops.attention_qkv`. A dropout seed is drawn
+    if `training`. Each dropout has the rate and the train flag of its module.
     """
     seed = ops.new_seed(x.device) if training else None
     if parts.pre_norm:
@@ -182,7 +183,8 @@ def _masks(
 
     `masks` holds the keyword arguments `causal`, `mask` and `key_mask` of `ops.attention_qkv` for x [B, T, C], which
     are True where a token may attend. The arguments `mask` and `padding` are `src_mask` and `src_key_padding_mask` of
-    `nn.TransformerEncoderLayer`. They exclude where they are True or -inf.
+    `nn.TransformerEncoderLayer`. They exclude where they are True or -inf. With `is_causal`, `mask` is known to be the
+    causal one and is not read. `heads` is the number of heads.
     """
     B, T, _ = x.shape
     allowed = key_mask = None
@@ -271,7 +273,7 @@ def _why_another_function(block: Any) -> str | None:
 
 
 def _why_not(parts: Parts) -> str | None:
-    """Return why `gpt_fast.ops` cannot run attention of a block with these parts, or None if they can."""
+    """Return why `gpt_fast.ops` cannot run attention of a block with the submodules `parts`, or None if they can."""
     attn = parts.attn
     reason = _plain.why_not_plain(attn, nn.MultiheadAttention)
     if reason is not None:
@@ -286,7 +288,7 @@ def _why_not(parts: Parts) -> str | None:
 
 
 def _why_not_this(x: Tensor, parts: Parts) -> str | None:
-    """Return why `gpt_fast.ops` cannot run a block with these parts on the input `x`, or None if they can."""
+    """Return why `gpt_fast.ops` cannot run a block with the submodules `parts` on `x`, or None if they can."""
     if x.is_nested or x.dim() != 3:
         return "the input is nested or has no batch"
     return _why_not(parts)

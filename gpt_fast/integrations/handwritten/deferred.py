@@ -56,7 +56,7 @@ class Deferred(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Return func(*args, **kwargs).
 
-        Deferred tensors are computed unless `func` asks for a shape, reshapes, or is the loss.
+        Deferred tensors are computed unless `func` asks for a shape, reshapes, or is `F.cross_entropy`.
         """
         if func in _SHAPES:
             with torch._C.DisableTorchFunctionSubclass():
@@ -84,7 +84,7 @@ _SHAPES = {
 
 
 def _values(tree: Any) -> Any:
-    """Return `tree`, arguments in nested lists, tuples and dicts, with the values in place of each deferred tensor."""
+    """Return `tree`, nested lists, tuples and dicts of arguments, with the values in place of `Deferred` tensors."""
     if isinstance(tree, Deferred):
         return tree.value()
     if isinstance(tree, dict):
@@ -95,7 +95,7 @@ def _values(tree: Any) -> Any:
 
 
 def value(x: Any) -> Any:
-    """Return the values of `x` if it is a deferred tensor, else `x` itself."""
+    """Return the values of `x`, an ordinary tensor, if it is a `Deferred` tensor, else `x` itself."""
     return x.value() if isinstance(x, Deferred) else x
 
 
@@ -141,7 +141,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _check(unchanged: bool) -> None:
-    """Raise `RuntimeError` if `unchanged` is False, because the logits of the pass cannot be computed any more."""
+    """Raise `RuntimeError` if `unchanged` is False: deferred logits need the weights and hidden states as they were."""
     if not unchanged:
         raise RuntimeError(
             "gpt_fast.accelerate: logits has weights or hidden states that changed after the pass; expected them as in "
@@ -248,11 +248,12 @@ def _as_loss(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _may_defer() -> bool:
-    """Return True if logits may be computed later than the code asks for them.
+    """Return True if logits may be deferred, that is, computed when code reads them.
 
-    Graphs, traces and transforms record the computation of the moment. Activation checkpointing compares or repeats the
-    computation of a block. It shows by gradients that are off in a forward pass, by a backward pass that is running, or
-    by hooks on saved tensors.
+    The result is False if gradients are off, while a graph or a trace is recorded, and inside transforms of
+    `torch.func`, because these record the computation of the moment. It is False inside activation checkpointing, which
+    compares or repeats the computation of a block. This shows by gradients that are off in a forward pass, by a
+    backward pass that is running, or by hooks on saved tensors.
     """
     return (
         torch.is_grad_enabled()

@@ -63,12 +63,12 @@ def block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run attention that `gpt_fast.accelerate` recognised, but not the block around it. See `_alone`."""
+    """Run attention that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C]. See `_alone`."""
     return _alone(self, _attention, args, kwargs)
 
 
 def mlp_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run an MLP that `gpt_fast.accelerate` recognised, but not the block around it. See `_alone`."""
+    """Run an MLP that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C]. See `_alone`."""
     return _alone(self, _mlp, args, kwargs)
 
 
@@ -231,7 +231,7 @@ def _mlp(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple[Tenso
 
 
 def _activate(self: Any, block: Block, x: Tensor) -> Tensor:
-    """Return the activation of x [B, T, F], by the block's activation module if it has one."""
+    """Return the activation of x [B, T, F], by the block's activation module or, without one, by `block.activation`."""
     from ..._activations import ACTIVATIONS
 
     path = block.layout.activation
@@ -244,7 +244,10 @@ def _is_as_it_was(self: Any, block: Block, path: str) -> bool:
 
 
 def _norm(self: Any, block: Block, norm: Norm, x: Tensor) -> Tensor:
-    """Return LayerNorm of x [B, T, C]. The module at `norm.path` is called if it has hooks or another class now."""
+    """Return LayerNorm of x [B, T, C], by `ops.layer_norm`.
+
+    The module at `norm.path` is called instead if it has hooks or another class than the recognised one.
+    """
     module = part(self, norm.path)
     if _plain.why_not_plain(module, block.kinds[norm.path]) is not None:
         return module(x)

@@ -192,7 +192,7 @@ def _common(*paths: str) -> str:
 
 
 def _is_activation(module: nn.Module) -> bool:
-    """Return True for a module without children and parameters that is no dropout."""
+    """Return True if `module` may be an activation: no children, no parameters, and neither dropout nor identity."""
     empty = not list(module.children()) and not list(module.parameters())
     return empty and not isinstance(module, nn.Dropout | nn.Identity)
 
@@ -220,7 +220,7 @@ def find_norm(path: str, module: Any) -> Norm | None:
     """Return the `Norm` (path, parameter names, eps) of a module that computes LayerNorm, else None.
 
     The module runs on random float64 inputs, in evaluation and in training mode. It computes LayerNorm if its outputs
-    and gradients equal those of `F.layer_norm` with one of a few values of eps.
+    and gradients equal those of `F.layer_norm` with one of a few values of eps. `path` is the path in the result.
     """
     names = dict(module.named_parameters(recurse=False))
     gain = next((name for name in _GAINS if name in names), "")

@@ -287,9 +287,10 @@ def _with_gradients(result: Any, parameters: list[nn.Parameter]) -> Results:
 
 
 def _near(got: Tensor, expected: Tensor, largest: float = 0.0) -> bool:
-    """Return True if `got` equals `expected` within 256 roundings of a scale.
+    """Return True if `got` and `expected` differ by at most 256 times the dtype's eps times a scale.
 
-    The scale is the largest absolute value in `expected`, or `largest` if that is more.
+    The scale is the largest absolute value in `expected`, or `largest` if that is more. Tensors of different shapes
+    differ.
     """
     if got.shape != expected.shape:
         return False

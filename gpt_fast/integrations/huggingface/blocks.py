@@ -36,7 +36,7 @@ _ACTIVATIONS: dict[type, str] = {
 
 
 class Pass(NamedTuple):
-    """What the trunk hands to each of its blocks in one forward pass."""
+    """State of one forward pass that the trunk hands to each of its blocks: dropout seed, masks, key-value cache."""
 
     seed: Tensor | None
     site: int  # the block's first dropout site
@@ -109,9 +109,10 @@ def gpt2_model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def gpt2_block_forward(
     self: Any, hidden_states: Any = None, *args: Any, gpt_fast_pass: Any = None, **kwargs: Any
 ) -> Any:
-    """Run a `GPT2Block` on `gpt_fast.ops` if the trunk passes a `Pass`, else by the forward of its class.
+    """Run a `GPT2Block` on `gpt_fast.ops` if there is a `gpt_fast_pass`, else by the forward of its class.
 
-    With a `Pass` the result is x [B, T, C], or (x, branch, branch_p) as `_gpt2_block` returns it.
+    `gpt_fast_pass` is the trunk's `Pass` (seed, masks, cache). With it the result is x [B, T, C], or (x, branch,
+    branch_p) as `_gpt2_block` returns it.
     """
     if gpt_fast_pass is None:
         return _plain.original(self, hidden_states, *args, **kwargs)
@@ -135,7 +136,7 @@ def _gpt2_block(self: Any, x: Tensor, now: Pass) -> Any:
 
 
 def _first_norm(norm: Any, x: Tensor, now: Pass, product: bool = False) -> tuple[Tensor, Tensor]:
-    """Return (norm(x), x), where x includes the addition that the block before left over (`now.branch`), if any.
+    """Return (norm(x), x), where x includes the residual branch that the block before left over (`now.branch`), if any.
 
     With `product`, only a matrix product reads norm(x), which may then be rounded to that product's dtype.
     """
@@ -147,9 +148,10 @@ def _first_norm(norm: Any, x: Tensor, now: Pass, product: bool = False) -> tuple
 def gpt2_attention_forward(
     self: Any, hidden_states: Any = None, *args: Any, gpt_fast_pass: Any = None, **kwargs: Any
 ) -> Any:
-    """Run `GPT2Attention` on `gpt_fast.ops` if the block passes a `Pass`, else by the forward of its class.
+    """Run `GPT2Attention` on `gpt_fast.ops` if there is a `gpt_fast_pass`, else by the forward of its class.
 
-    With a `Pass` the result is (attention's output [B, T, C], None). None takes the place of the probabilities.
+    `gpt_fast_pass` is the trunk's `Pass` (seed, masks, cache). With it the result is (attention's output [B, T, C],
+    None). None takes the place of the probabilities.
     """
     if gpt_fast_pass is None:
         return _plain.original(self, hidden_states, *args, **kwargs)
@@ -188,9 +190,9 @@ def gpt1_model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def gpt1_block_forward(self: Any, x: Any = None, *args: Any, gpt_fast_pass: Any = None, **kwargs: Any) -> Any:
-    """Run a block of GPT-1 on `gpt_fast.ops` if the trunk passes a `Pass`, else by the forward of its class.
+    """Run a block of GPT-1 on `gpt_fast.ops` if there is a `gpt_fast_pass`, else by the forward of its class.
 
-    With a `Pass` the result is [x], with x [B, T, C].
+    `gpt_fast_pass` is the trunk's `Pass` (seed, masks). With it the result is [x], with x [B, T, C].
     """
     if gpt_fast_pass is None:
         return _plain.original(self, x, *args, **kwargs)
@@ -206,9 +208,9 @@ def _gpt1_block(self: Any, x: Tensor, now: Pass) -> Tensor:
 
 
 def gpt1_attention_forward(self: Any, x: Any = None, *args: Any, gpt_fast_pass: Any = None, **kwargs: Any) -> Any:
-    """Run attention of GPT-1 on `gpt_fast.ops` if the block passes a `Pass`, else by the forward of its class.
+    """Run attention of GPT-1 on `gpt_fast.ops` if there is a `gpt_fast_pass`, else by the forward of its class.
 
-    With a `Pass` the result is [attention's output [B, T, C]].
+    `gpt_fast_pass` is the trunk's `Pass` (seed, masks). With it the result is [attention's output [B, T, C]].
     """
     if gpt_fast_pass is None:
         return _plain.original(self, x, *args, **kwargs)
@@ -261,11 +263,9 @@ def _attention_dropout(attn: Any) -> float:
 
 
 def project(layer: Any, x: Tensor) -> Tensor:
-    """Return layer(x) for x [B, T, C].
+    """Return layer(x) for x [B, T, C], by `ops.linear` if `layer` is a `Conv1D` without hooks and x has many rows.
 
-    A plain `Conv1D` runs on `ops.linear`, which reads its transposed weight in place.
-
-    Any other layer is called, and so is a `Conv1D` for few rows.
+    The op reads the transposed weight in place.
     """
     if has_few_rows(x) or why_no_projection(layer) is not None:
         return layer(x)
@@ -511,7 +511,11 @@ def _is_ours(block: Any) -> bool:
 
 
 def _unsupported_by_gpt2(trunk: Any, call: dict, cache: Any) -> str | None:
-    """Return why the cache or the masks in a call of GPT-2's trunk are not supported, or None if they are."""
+    """Return why the cache or the mask in a call of GPT-2's trunk is not supported, or None if both are.
+
+    `call` holds the arguments by name, and `cache` is transformers' key-value cache or None. Other arguments are
+    checked by `_unsupported`.
+    """
     mask, past = call.get("attention_mask"), 0
     if cache is not None:
         if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):

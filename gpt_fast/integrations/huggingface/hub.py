@@ -15,7 +15,7 @@ def is_local(source: Any) -> bool:
 
 
 def is_path(source: Any) -> bool:
-    """Return True if `source` must be a path. Names on the hub are "gpt2" or "openai-community/gpt2"."""
+    """Return True if `source` cannot be a name on the hub, such as "gpt2" or "openai-community/gpt2"."""
     return not isinstance(source, str) or source.count("/") > 1 or source.startswith((".", "/", "~")) or "\\" in source
 
 

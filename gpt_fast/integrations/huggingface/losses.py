@@ -124,9 +124,9 @@ def lm_head(self: Any, head: Head, args: tuple, kwargs: dict) -> Any:
 def _double_heads(self: Any, head: Head, args: tuple, kwargs: dict) -> Any:
     """Return the output of a model with a language-model head and a multiple-choice head.
 
-    `head` is the `Head` of the model's class, and `args` and `kwargs` are the arguments of the call. The language model's
-    loss is computed from hidden states, and its logits when they are read. The forward of the class runs instead for a
-    call without labels or one that asks for logits.
+    `head` is the `Head` of the model's class, and `args` and `kwargs` are the arguments of the call. The language
+    model's loss is computed from hidden states, and its logits when they are read. The forward of the class runs
+    instead for a call without labels or one that asks for logits.
     """
     call = dict(named(self, args, kwargs))
     logits = call.pop("logits", None)
@@ -176,7 +176,10 @@ def _trunk(model: Any, head: Head, call: dict) -> Any:
 
 
 def _targets(call: dict) -> Tensor:
-    """Return labels [..., T] in which each position has the label of the next one, and the last position is ignored."""
+    """Return labels [..., T] in which each position has the label of the next one, and the last position is ignored.
+
+    `call` holds the arguments of the call by name. Its `shift_labels`, if given, are returned as they are.
+    """
     if call.get("shift_labels") is not None:
         return call["shift_labels"]
     # Padded first: T - 1 columns in an exported program would exclude T = 2.
@@ -184,7 +187,10 @@ def _targets(call: dict) -> Tensor:
 
 
 def _zero_without_labels(output: Any, call: dict) -> Any:
-    """Return the output of transformers' head with a loss of 0 instead of NaN if all labels are ignored."""
+    """Return the output of transformers' head with a loss of 0 instead of NaN if all labels are ignored.
+
+    `call` holds the arguments of the call by name. An output without labels is returned as it is.
+    """
     if call.get("labels") is None:
         return output
     loss = output[0]

@@ -37,7 +37,7 @@ class Masks(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Arguments of one call that a block passes to its attention and MLP."""
+    """What a block passes to its attention and MLP in one call: masks, transformers' cache and the dropout seed."""
 
     masks: Masks
     cache: Any
@@ -149,7 +149,7 @@ def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _opt_layer(self: Any, x: Tensor, call: Call) -> Tensor:
-    """Return the output [B, T, C] of a layer of OPT or BioGPT for x [B, T, C]."""
+    """Return the output [B, T, C] of an OPT or BioGPT layer for x [B, T, C] and the masks, cache and seed in `call`."""
     p = self.dropout if self.training else 0.0
     shape = x.shape
     pre_norm = getattr(self, "do_layer_norm_before", True)  # BioGPT has no such option
@@ -166,14 +166,14 @@ def _opt_layer(self: Any, x: Tensor, call: Call) -> Tensor:
 
 
 def _opt_attention(attn: Any, x: Tensor, call: Call) -> Tensor:
-    """Return the output [B, T, C] of attention with its output projection, in OPT or BioGPT, for x [B, T, C]."""
+    """Return attention's output [B, T, C] in OPT or BioGPT for x [B, T, C] and the masks, cache and seed in `call`."""
     p = attn.dropout if attn.training else 0.0
     out = _attend(attn, (attn.q_proj, attn.k_proj, attn.v_proj), x, call, attn.layer_idx, attn.scaling, p)
     return _linear(attn.out_proj, out)
 
 
 def _opt_mlp(layer: Any, x: Tensor, call: Call) -> Tensor:
-    """Return the output [B, T, C] of the MLP in a layer of OPT or BioGPT for x [B, T, C]."""
+    """Return the output [B, T, C] of the MLP in a layer of OPT or BioGPT for x [B, T, C] and the seed in `call`."""
     p = getattr(layer, "activation_dropout", 0.0) if layer.training else 0.0
     name = blocks.activation_of(layer.activation_fn)
     fc, proj = layer.fc1, layer.fc2
@@ -184,7 +184,7 @@ def _opt_mlp(layer: Any, x: Tensor, call: Call) -> Tensor:
 
 
 def _gpt_neo_block(self: Any, x: Tensor, call: Call) -> Tensor:
-    """Return the output [B, T, C] of a block of GPT-Neo for x [B, T, C]."""
+    """Return the output [B, T, C] of a block of GPT-Neo for x [B, T, C] and the masks, cache and seed in `call`."""
     attn = self.attn.attention
     p = attn.attn_dropout.p if attn.attn_dropout.training else 0.0
     window = attn.config.window_size if attn.attention_type == "local" else None
@@ -206,7 +206,7 @@ def _gpt_neo_block(self: Any, x: Tensor, call: Call) -> Tensor:
 
 
 def _imagegpt_block(self: Any, x: Tensor, call: Call) -> Tensor:
-    """Return the output [B, T, C] of a block of ImageGPT for x [B, T, C].
+    """Return the output [B, T, C] of a block of ImageGPT for x [B, T, C] and the masks, cache and seed in `call`.
 
     Its norms are called, because they divide by the root mean square, for which there is no op.
     """
@@ -411,9 +411,9 @@ def plan(name: str, module: Any, report: Report, why_foreign: Callable) -> list[
 
 
 def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family, why_foreign: Callable) -> list[Patch]:
-    """Return the patches of a trunk, its blocks and its last norm. The other parameters are those of `plan`.
+    """Return the patches of a trunk, its blocks and its last norm. A `Patch` is the new forward of one module.
 
-    A `Patch` is the new forward of one module.
+    `family` holds the classes and the new forward of the model. The other parameters are those of `plan`.
     """
     prefix = f"{name}." if name else ""
     patches = [Patch(trunk, None, {})]  # marks it as seen

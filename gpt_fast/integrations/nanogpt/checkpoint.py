@@ -38,10 +38,10 @@ class Checkpoint:
 
 
 def read(path: Path) -> Checkpoint:
-    """Return the content of a checkpoint, or of a bare state dict. The tensors are mapped into memory and not read.
+    """Return the content of a checkpoint, or of a bare state dict, whose `model_args` are None.
 
-    Raises `ValueError` for a file that is damaged, compressed, holds anything but tensors and plain values, or is no
-    checkpoint.
+    The tensors are mapped into memory and not read. Raises `ValueError` for a file that is damaged, compressed, holds
+    anything but tensors and plain values, or is no checkpoint.
     """
     content = _load(path)
     if not isinstance(content, Mapping):
