@@ -61,7 +61,7 @@ class GPTConfig:
         label_names: One name for each label, or none.
 
     Raises:
-        ValueError: The values make no model.
+        ValueError: A value is invalid, or two values contradict each other.
 
     Example:
         ```python
@@ -146,7 +146,7 @@ class GPTConfig:
 
     @classmethod
     def preset(cls, name: str, *, dropout: float | None = None, **overrides: Any) -> "GPTConfig":
-        """Return the configuration with this name, with fields overridden.
+        """Return the preset configuration with this name, with the fields in `overrides` replaced.
 
         "notes" is the lecture notes' block (post-norm, ReLU, output layer with a weight of its own, dropout on the
         hidden activation, none on attention) at GPT-1's sizes. "gpt1" is Radford et al. (2018). "gpt2", "gpt2-medium",
@@ -161,7 +161,7 @@ class GPTConfig:
             The configuration.
 
         Raises:
-            ValueError: The name or a field is unknown, or a value makes no model.
+            ValueError: The name or a field is unknown, or a value is invalid.
 
         Example:
             ```python
@@ -191,8 +191,8 @@ class GPTConfig:
             The configuration.
 
         Raises:
-            ValueError: `values` is no dictionary, has an unknown field, lacks a required one, or makes no model. The
-                message names the field.
+            ValueError: `values` is no dictionary, has an unknown field, lacks a required one, or holds an invalid
+                value. The message names the field.
 
         Example:
             ```python
@@ -243,7 +243,7 @@ class GPTConfig:
             The new configuration.
 
         Raises:
-            ValueError: A field is unknown, or a value makes no model.
+            ValueError: A field is unknown, or a value is invalid.
 
         Example:
             ```python

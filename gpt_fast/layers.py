@@ -310,7 +310,7 @@ class TransformerDecoder(nn.Module):
         """Return True if a dropout with p > 0 is in training mode, so that a forward pass needs a seed.
 
         Returns:
-            True if so.
+            False if no dropout is active.
         """
         attention: Any = self.multihead_attn
         while not hasattr(attention, "dropout") and hasattr(attention, "base_layer"):
@@ -351,7 +351,7 @@ class TransformerDecoder(nn.Module):
             branch: Residual branch that the block before returned with `carry=True`. A pre-norm block adds it to `x`
                 and normalises in one op. A post-norm block ignores it.
             carry: Let a pre-norm block return its last residual branch and not add it, so that the next norm adds it.
-            attend: Function that computes attention in place of the op, as in `SelfAttention.forward`. Nothing drops
+            attend: Function that computes attention in place of the op, as in `SelfAttention.forward`. Dropout is off
                 then.
 
         Returns:

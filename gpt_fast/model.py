@@ -82,7 +82,7 @@ class _Trunk(nn.Module):
                 sequence only, and positions count within each sequence.
             seed: Seed of the dropout of this call. Without one each call in training draws its own.
             cache: Key-value cache of the text before the tokens. It computes attention, knows positions and padding,
-                and gets the tokens' keys and values. Nothing drops then.
+                and gets the tokens' keys and values. Dropout is off then.
 
         Returns:
             h [B, T, C].
@@ -186,7 +186,7 @@ class _Trunk(nn.Module):
 
 
 def check_config(kind: str, config: object) -> None:
-    """Raise `ValueError` unless `config` is a `GPTConfig`."""
+    """Raise `ValueError` unless `config` is a `GPTConfig`. `kind` is the name of the model's class for the message."""
     if not isinstance(config, GPTConfig):
         raise ValueError(f"gpt_fast.{kind}: config is of type {type(config).__name__}; expected a GPTConfig")
 
@@ -200,12 +200,12 @@ class Convertible:
 
         The trunk is copied bit for bit, and so are the output layer and the classifier if both models have one. The
         output layer is tied if its weight is the token embedding's parameter, whatever the configuration says.
-        Fine-tuning on another head works: parts of the new head start afresh, and parts that it has no place for are
-        left out, as the `lm_head` is from a classifier. `to_hf` gives the weights back.
+        The class may have another head than `model`, for fine-tuning. New layers then get random weights, and layers
+        without a counterpart are left out, such as the `lm_head` for a classifier. `to_hf` gives the weights back.
 
         Nothing else is left out. Every module has to be what the configuration says, without hooks, adapters,
-        parametrisations or pruning. A folder has to hold every weight of its model and no other. At last both models
-        run on a few tokens in evaluation mode and have to agree, unless an override asks for another function.
+        parametrisations or pruning. A folder has to hold every weight of its model and no other. Finally both models
+        run on a few tokens in evaluation mode and have to agree, unless an override changes what the model computes.
 
         Args:
             model: A model of transformers, accelerated or not, the path of a folder, or a name on the hub such as
@@ -240,8 +240,8 @@ class Convertible:
     def to_hf(self) -> Any:
         """Return transformers' model with these weights: GPT-2's class for this head if pre-norm, GPT-1's if post-norm.
 
-        An output layer whose weight is not the token embedding's parameter is kept, with tie_word_embeddings=False. At
-        last both models run on a few tokens in evaluation mode and have to agree.
+        An output layer whose weight is not the token embedding's parameter is kept, with tie_word_embeddings=False.
+        Finally both models run on a few tokens in evaluation mode and have to agree.
 
         Returns:
             A model of transformers.

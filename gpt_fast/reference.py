@@ -73,10 +73,10 @@ def _halves(words: Tensor) -> Tensor:
 
 
 def dropout_keep_rows(seed: Tensor, site: int, N: int, C: int, p: float) -> Tensor:
-    """Return bool [N, C], True for an element that is kept, for a dropout whose elements are counted by row and column.
+    """Return bool [N, C], True where the element in row i and column j is kept, for embedding and add_layer_norm.
 
-    This rule holds for embedding and add_layer_norm. `seed` and `site`, the number of the dropout within a forward
-    pass, choose the mask, and `p` is the dropout probability.
+    `seed` and `site`, the number of the dropout within a forward pass, choose the mask. `p` is the dropout probability,
+    and T = dropout_threshold(p).
 
     counter = (j // 8, i, 0, site); word = (j // 2) % 4; u16 = the word's half j % 2; keep = u16 >= T. So one counter
     gives eight neighbours j = 8 J + 2 word + half, in this order.
@@ -90,11 +90,13 @@ def dropout_keep_rows(seed: Tensor, site: int, N: int, C: int, p: float) -> Tens
 
 
 def dropout_keep_matrix(seed: Tensor, site: int, b: Tensor, M: int, N: int, p: float) -> Tensor:
-    """Return bool [*b.shape, M, N], True for an element that is kept, for dropout in matrices [M, N] with numbers `b`.
+    """Return bool [*b.shape, M, N], True where element (i, j) of a matrix [M, N] is kept, for attention and mlp.
 
-    This rule holds for attention, where `b` numbers the heads, and for mlp. It is `dropout_keep_at` on the whole grid,
-    evaluated once per counter: with i = 16 I + 8 i3 + g and j = 16 J + 8 j3 + 2 t + j0, the counter is (4 J + t, 8 I +
-    g, b, site), the word 2 i3 + j3, the half j0.
+    `b` holds the number of each matrix: its row and head in attention, 0 in mlp. `seed` and `site`, the number of the
+    dropout within a forward pass, choose the mask, and `p` is the dropout probability.
+
+    This is `dropout_keep_at` on the whole grid, evaluated once per counter: with i = 16 I + 8 i3 + g and j = 16 J + 8
+    j3 + 2 t + j0, the counter is (4 J + t, 8 I + g, b, site), the word 2 i3 + j3, the half j0.
     """
     I, J = (M + 15) // 16, (N + 15) // 16  # noqa: E741
     c0 = torch.arange(4 * J, device=seed.device)
@@ -107,9 +109,9 @@ def dropout_keep_matrix(seed: Tensor, site: int, b: Tensor, M: int, N: int, p: f
 
 
 def dropout_keep_at(seed: Tensor, site: int, b: Tensor, i: Tensor, j: Tensor, p: float) -> Tensor:
-    """Return True where the element (i, j) of matrix b is kept; the three coordinates broadcast against each other.
+    """Return bool, True where element (i, j) of matrix b is kept; the three coordinates broadcast against each other.
 
-    This is the rule of `dropout_keep_matrix`, written out.
+    This is the rule of `dropout_keep_matrix`, written out, with T = dropout_threshold(p).
 
     counter = ((j // 16)*4 + (j % 8)//2, (i // 16)*8 + i % 8, b, site); word = 2*((i // 8) % 2) + (j // 8) % 2; u16 =
     (word >> 16*(j % 2)) & 0xffff; keep = u16 >= T.
@@ -318,8 +320,8 @@ def mlp(
 ) -> Tensor:
     """Return dropout(activation(x fc_weightᵀ + fc_bias)) proj_weightᵀ + proj_bias, with weights [F, C] and [C, F].
 
-    `seed` and `site`, the number of this dropout within a forward pass, choose the dropout mask; `seed` is needed if
-    `dropout_p` is above 0. Raises `ValueError` for an unknown activation.
+    x and the result are [..., C]. `seed` and `site`, the number of this dropout within a forward pass, choose the
+    dropout mask; `seed` is needed if `dropout_p` is above 0. Raises `ValueError` for an unknown activation.
     """
     z = F.linear(_wide(x), _wide(fc_weight), None if fc_bias is None else _wide(fc_bias))
     hidden = _activations.find("gpt_fast.mlp", activation).function(z)
@@ -344,10 +346,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return -(1 - ε) log p[target] - ε/V Σ_v log p[v], p = softmax(x weightᵀ + bias), over rows that are not ignored.
 
-    ε is `label_smoothing`, and a row with the target `ignore_index` is ignored. `reduction` is "mean" over the other
-    rows (0 if there are none), "sum", or "none" for one loss a row, 0 if ignored. Ignored rows are not computed, except
-    while tracing and on meta, where no number of rows may depend on data, and inside a `vmap`, where no number may
-    either.
+    x is [..., C], weight [V, C] and target [...]. ε is `label_smoothing`, and a row with the target `ignore_index` is
+    ignored. `reduction` is "mean" over the other rows (0 if there are none), "sum", or "none" for one loss a row,
+    [...], 0 if ignored. Ignored rows are not computed, except while tracing and on meta, where no number of rows may
+    depend on data, and inside a `vmap`, where no number may either.
     """
     rows, targets = x.reshape(target.numel(), x.shape[-1]), target.reshape(-1)
     valid = targets != ignore_index
@@ -373,10 +375,10 @@ def embedding(
     seed: Tensor | None = None,
     site: int = 0,
 ) -> Tensor:
-    """Return dropout(token_weight[tokens] + position_weight[positions]), with positions 0 to T - 1 by default.
+    """Return dropout(token_weight[tokens] + position_weight[positions]), [..., T, C] for tokens [..., T].
 
-    `seed` and `site`, the number of this dropout within a forward pass, choose the dropout mask; `seed` is needed if
-    `dropout_p` is above 0.
+    `positions` are 0 to T - 1 by default. `seed` and `site`, the number of this dropout within a forward pass, choose
+    the dropout mask; `seed` is needed if `dropout_p` is above 0.
     """
     if positions is None:
         positions = torch.arange(tokens.shape[-1], device=tokens.device)

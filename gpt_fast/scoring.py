@@ -76,8 +76,8 @@ def score(
         model: A `GPTForCausalLM`, a `GPT`, a head with a joint loss, or, with `labels`, a `GPTForMaskedLM`. Wrappers of
             `torch.compile`, DataParallel, DistributedDataParallel and PEFT are taken off. Sharded parameters are
             refused.
-        inputs: Tokens [B, T] int64, a text, or texts. Texts need a `tokenizer`. They begin with the model's start token
-            if it has one, and all of their tokens are scored. Without one a text's first token is not.
+        inputs: Tokens [B, T] int64, a text, or texts. Texts need a `tokenizer`. If the model has a start token, it is
+            put before each text, and all tokens of the text are scored. Otherwise the first token is not scored.
         tokenizer: A `tokenizers.Tokenizer`, or one of transformers. It adds no special tokens.
         labels: Int64 [B, T], unshifted: the token to be scored at each position, -100 for none. The default is the
             tokens. For a masked model they hold the original tokens where the row holds masks.

@@ -137,13 +137,14 @@ class TaskHead(Head):
         return flat(tokens, lengths, key_mask) if tokens.dim() == 3 else (tokens, lengths, key_mask)
 
     def _reads(self, shape: torch.Size) -> bool:
-        """Return True if the head reads tokens of this shape; `tokens_shape` is its name for messages."""
+        """Return True if the head reads tokens of this shape. `tokens_shape` states it in messages."""
         return len(shape) == 2
 
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
-        """Return the logits for hidden states [N, T, C] of the tokens [N, T], which the caller gave in `shape`.
+        """Return the logits for hidden states [N, T, C] of the tokens [N, T].
 
-        `real` is bool [N, T], True for a real token and False for padding.
+        `real` is bool [N, T], True for a real token and False for padding. `shape` is the shape in which the caller
+        gave the tokens, such as [B, K, T] with N = B K.
         """
         raise NotImplementedError
 
@@ -204,7 +205,14 @@ class TaskHead(Head):
             raise ValueError(f"{type(self).__name__}: row {row} of tokens has none; expected {wanted} to read")
 
     def _problem_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of logits [B, L] by `config.problem`: of one class, of numbers, or of several classes."""
+        """Return the loss of the logits `scores` [B, L] by `config.problem`.
+
+        It is the cross-entropy for "classification" with labels [B], the mean squared error for "regression" with
+        labels [B, L], or the binary cross-entropy for "multi_label" with labels [B, L].
+
+        Raises:
+            ValueError: The labels have another shape or dtype.
+        """
         B, L = scores.shape
         if self.config.problem == "regression":
             if labels.shape != (B, L) and not (L == 1 and labels.shape == (B,)):
