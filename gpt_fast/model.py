@@ -423,7 +423,7 @@ class GPT(Generating, _Trunk):
             tokens: Token ids [B, T], int64.
             labels: Labels [B, T], int64, unshifted, as they are shifted inside. The default is the tokens. A label of
                 -100 does not count.
-            lengths: Real tokens [B]. Labels past them do not count.
+            lengths: Number of real tokens [B] of each row. Labels after them do not count.
 
         Returns:
             The loss, a float32 scalar.
@@ -580,9 +580,7 @@ def as_key_mask(function: str, tokens: Tensor, key_mask: Tensor | None, attentio
     `function` is the name of the caller for messages.
 
     Returns:
-        Bool [B, T], True for a real token. None if no mask is given, or for an `attention_mask` without padding, which
-        is
-        faster.
+        Bool [B, T], True for a real token. None if no mask is given, or for an `attention_mask` without padding.
 
     Raises:
         ValueError: Both are given, or `attention_mask` has another shape than `tokens` or holds something other than
