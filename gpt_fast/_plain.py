@@ -208,9 +208,9 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return (norm(x + dropout(branch)), x + dropout(branch)), by one op if the norm is plain.
 
-    `module` is the norm, and `kind` the class of a plain one (see `why_no_norm`). Dropout has probability `p`, and
-    `seed` and `site` choose its mask. With `product`, only a matrix product reads the first result. A plain norm then
-    rounds to that product's dtype at once.
+    `module` is the norm, and `kind` the class of a plain one (see `why_no_norm`). Dropout has probability `p`. `seed`
+    and `site`, the number of this dropout within a forward pass, choose its mask. With `product`, only a matrix product
+    reads the first result. A plain norm then rounds to that product's dtype at once.
     """
     if why_no_norm(module, kind) is None:
         dtype = _library.product_dtype(x, torch.promote_types(x.dtype, branch.dtype)) if product else None
@@ -220,7 +220,10 @@ def add_norm(
 
 
 def add(branch: Tensor, x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
-    """Return x + dropout(branch), with probability `p` and a mask that `seed` and `site` choose."""
+    """Return x + dropout(branch), with dropout probability `p`.
+
+    `seed` and `site`, the number of this dropout within a forward pass, choose the mask.
+    """
     if p == 0:
         return x + branch
     return ops.add_layer_norm(branch, x, dropout_p=p, seed=seed, site=site)[1]

@@ -164,7 +164,7 @@ class _Record:
 
 
 class _Transformed(torch.autograd.Function):
-    """A `_Record`'s function as `torch.func` wants it."""
+    """The `autograd.Function` in a `_Record`, in the form that `torch.func` asks for: a forward without `ctx`."""
 
     @staticmethod
     def forward(record, *args):
@@ -194,7 +194,7 @@ class _Transformed(torch.autograd.Function):
 
 
 class _Once(torch.autograd.Function):
-    """The first `count` tensors; they depend on all, and differentiating them raises."""
+    """Identity on the first `count` tensors. The results depend on all tensors and raise when differentiated."""
 
     generate_vmap_rule = True
 

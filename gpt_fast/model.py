@@ -146,8 +146,8 @@ class _Trunk(nn.Module):
     def _embed(self, tokens: Tensor, positions: Tensor | None, seed: Tensor | None, drops: bool) -> Tensor:
         """Return dropout(token_emb(tokens) + pos_emb) [B, T, C] for tokens [B, T].
 
-        `positions` [B or 1, T] holds the position of each token, or is None to count from 0. With `drops=False` a plain
-        `nn.Dropout` drops nothing.
+        `positions` [B or 1, T] holds the position of each token, or is None to count from 0. With `drops=False` an
+        `nn.Dropout` without hooks drops nothing.
         """
         plain_dropout = _plain.is_plain(self.dropout, nn.Dropout) and self.dropout.p < 1
         dropout_p = self.dropout.p if plain_dropout and drops and self.dropout.training else 0.0
@@ -536,8 +536,8 @@ def output_loss(output_layer: Any, hidden: Tensor, labels: Tensor, z_loss: float
     """Return the mean cross-entropy of output_layer(hidden) [..., V] and labels [...], a float32 scalar.
 
     A label of -100 does not count. With `z_loss` the mean of z_loss · (log Z)² is added, Z = Σ exp(logits), which keeps
-    logits from drifting. A plain `nn.Linear` is fused with the loss and no logits are stored; any other output layer is
-    called. Source of the z-loss: Chowdhery et al. (2022), arXiv:2204.02311, section 5.
+    logits from drifting. An `nn.Linear` without hooks is fused with the loss, and no logits are stored; any other
+    output layer is called. Source of the z-loss: Chowdhery et al. (2022), arXiv:2204.02311, section 5.
     """
     is_plain = _plain.is_plain(output_layer, nn.Linear)
     if is_plain and not z_loss:

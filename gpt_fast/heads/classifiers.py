@@ -230,7 +230,11 @@ class TaskHead(Head):
         return self._class_loss(scores, labels)
 
     def _class_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy of logits [B, L] and labels [B], in which every row has a class."""
+        """Return the mean cross-entropy of logits [B, L] and labels [B], weighted by class if `class_weights` are set.
+
+        Raises:
+            ValueError: Labels are not int64 [B], or not in [0, L).
+        """
         B, L = scores.shape
         self._check_labels(labels, (B,))
         self._check_classes(labels, L)
@@ -438,7 +442,7 @@ class GPTForTokenClassification(TaskHead):
     """GPT that predicts a class for each token, as in tagging.
 
     logits_t = classifier(dropout(h_t)), h_t the token's last hidden state. The loss is the mean cross-entropy over the
-    tokens that count, 0 if there are none, and with `config.lm_weight` λ > 0 λ L_lm more.
+    tokens that count, or 0 if there are none. With `config.lm_weight` λ > 0, λ times the language-model loss is added.
 
     Args:
         config: Sizes and options.
@@ -491,8 +495,8 @@ class GPTForQuestionAnswering(TaskHead):
     """GPT that finds where in a text the answer stands.
 
     p(start) and p(end) are softmaxes over the tokens of the two scores classifier(dropout(h_t)), h_t the token's last
-    hidden state. The loss is the mean of two cross-entropies, each over the rows that have a label, 0 if there are
-    none, and with `config.lm_weight` λ > 0 λ L_lm more.
+    hidden state. The loss is the mean of two cross-entropies, each over the rows that have a label, or 0 if there are
+    none. With `config.lm_weight` λ > 0, λ times the language-model loss is added.
 
     Args:
         config: Sizes and options.

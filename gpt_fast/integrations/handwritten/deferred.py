@@ -103,7 +103,7 @@ def value(x: Any) -> Any:
 
 
 class Logits(Deferred):
-    """hidden weightᵀ + bias, which a cross-entropy that follows computes without storing it."""
+    """Deferred logits hidden weightᵀ + bias. A cross-entropy that follows is computed without storing them."""
 
     hidden: Tensor
     weight: Tensor
@@ -150,9 +150,9 @@ def _check(unchanged: bool) -> None:
 
 
 class _Linked(torch.autograd.Function):
-    """Link deferred logits to the graph, for code in C++ and autograd functions, which take the tensor as it is.
+    """Link of deferred logits to autograd's graph, for C++ code and autograd functions, which do not ask for values.
 
-    The sink of DistributedDataParallel is one. Whoever computes the value has a graph of its own.
+    The sink of DistributedDataParallel is such a function. Code that computes the values gets a graph of its own.
     """
 
     @staticmethod

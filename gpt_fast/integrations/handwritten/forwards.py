@@ -112,8 +112,8 @@ def _is_whole(self: Any, block: Block) -> bool:
     """Return True if `gpt_fast.ops` may compute `self`: it is as it was recognised, and no hook would be skipped.
 
     The options, buffers and classes are the recognised ones. The block itself and its attention and MLP have no hooks
-    and no forwards of their own. Each dropout inside an op is a number or a plain `nn.Dropout`, and all heads share one
-    rate.
+    and no forwards of their own. Each dropout inside an op is a number or an `nn.Dropout` without hooks, and all heads
+    share one rate.
     """
     layout = block.layout
     called = {*layout.qkv, layout.out, layout.fc, layout.proj, layout.activation, layout.norm1, layout.norm2}
@@ -171,8 +171,8 @@ def _rate(self: Any, path: str) -> float:
 def _branch(self: Any, path: str, branch: Tensor) -> tuple[Tensor, float]:
     """Return (branch, p): the output of attention or the MLP, and the dropout probability for its residual addition.
 
-    `path` leads from the block to the branch's dropout, "" if it has none. The caller fuses a plain dropout with the
-    addition, and p is the probability. Any other dropout module is called here, and p is 0.
+    `path` leads from the block to the branch's dropout, "" if it has none. The caller fuses an `nn.Dropout` without
+    hooks with the addition, and p is its probability. Any other dropout module is called here, and p is 0.
     """
     source = part(self, path) if path else None
     if isinstance(source, nn.Module):
@@ -259,8 +259,8 @@ def _add_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return (norm(x + dropout(branch)), x + dropout(branch)), both [B, T, C], with dropout probability `p`.
 
-    One op computes both, unless the module at `norm.path` is not plain any more and has to be called. `seed` and `site`
-    choose the dropout mask.
+    One op computes both, unless the module at `norm.path` has hooks or another class now and is called. `seed` and
+    `site`, the number of this dropout within the call, choose the dropout mask.
     """
     module = part(self, norm.path)
     if _plain.why_not_plain(module, block.kinds[norm.path]) is not None:

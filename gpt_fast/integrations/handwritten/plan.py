@@ -20,12 +20,12 @@ from .snapshot import Snapshot
 def plan(
     model: nn.Module, claimed: set[nn.Module], report: Report, apply: Callable, undo: Callable
 ) -> list[Patch] | None:
-    """Return the patches of the hand-written GPT code in `model`, or None if nothing in it looks like a GPT block.
+    """Return the patches of the hand-written GPT code in `model`, or None if there is no such code.
 
     `claimed` holds modules that are patched otherwise and are skipped here. `report` gets an entry for each module that
     is replaced or left alone. `apply(patch)` puts a patch on its module and `undo(module)` takes it off, so that the
-    whole model can be compared with and without patches. The list is empty if the results differ, or if all blocks are
-    left alone. A `Patch` is the new forward of one module.
+    whole model can be compared with and without patches. The list is empty if the results differ, or if there are
+    blocks but nothing can be replaced. A `Patch` is the new forward of one module.
     """
     fused, claimed, longest = list(report.replaced), set(claimed), _longest_sequence(model)
     blocks: list[Patch] | None = None

@@ -409,9 +409,10 @@ def _masks(given: Tensor, N: int) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _packed(positions: Tensor) -> Tensor | None:
-    """Return the bool mask [N, 1, T, T] that separates sequences packed into one row, or None if no row holds several.
+    """Return the bool mask [N, 1, T, T] that separates sequences packed into one row, or None if there are none.
 
-    A new sequence begins where `positions` [N, T] do not increase by one.
+    A new sequence begins where `positions` [N, T] do not increase by one. True allows attention. The mask is made as
+    well if values cannot be read at once.
     """
     first = positions[:, :1] - 1
     sequence = (torch.diff(positions, prepend=first, dim=-1) != 1).cumsum(-1)  # [N, T]

@@ -332,7 +332,7 @@ def _pairs(ours: dict[str, Any], theirs: dict[str, Any], model: Any) -> Iterator
 
 
 def _trunk_names(config: GPTConfig) -> Iterator[tuple[str, str, bool]]:
-    """Yield (our name, transformers' name, True if theirs is transposed) of each tensor of the trunk."""
+    """Yield (our name, transformers' name, True if theirs is transposed) of each tensor of a model without its head."""
     tokens, positions = ("wte", "wpe") if config.pre_norm else ("tokens_embed", "positions_embed")
     yield "token_emb.weight", f"{tokens}.weight", False
     yield "pos_emb", f"{positions}.weight", False

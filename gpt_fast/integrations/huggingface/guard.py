@@ -180,9 +180,9 @@ def _why_shared(model: Any, tied: tuple[str, str]) -> str | None:
 def why_other_outputs(theirs: Any, ours: Any, whole: bool) -> str | None:
     """Return how the outputs of the two models differ on a few tokens, or None if they agree within `_tolerance`.
 
-    `theirs` is transformers' model and `ours` is this library's. The hidden states of the trunks are compared, and with
-    `whole` the outputs of the heads too. Both models run in evaluation mode, without autocast. Their modes and the
-    random state stay as they are. Models on the meta device have no values, so the result for them is None.
+    `theirs` is transformers' model and `ours` is this library's. The last hidden states are compared, and with `whole`
+    the outputs of the heads too. Both models run in evaluation mode, without autocast. Their modes and the random state
+    stay as they are. Models on the meta device have no values, so the result for them is None.
     """
     trunk = getattr(ours, "trunk", ours)
     parameter = trunk.token_emb.weight

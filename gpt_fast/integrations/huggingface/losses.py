@@ -170,7 +170,7 @@ def _needs_logits(model: Any, output: Any, call: dict, logits: bool | None) -> b
 
 
 def _trunk(model: Any, head: Head, call: dict) -> Any:
-    """Return the output of the model's trunk for the arguments in `call`, without those of the loss."""
+    """Return the output of the model's trunk, the part without the head, for the arguments in `call` that it takes."""
     names = {name: value for name, value in call.items() if name not in (*_LOSS_ARGUMENTS, "logits_to_keep")}
     return model.get_submodule(head.trunk)(**names)
 

@@ -79,10 +79,11 @@ _GPT1 = _Family(
 
 
 def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family) -> list[Patch]:
-    """Return the patches of a trunk, its blocks and their attention, or [] if the trunk is left alone.
+    """Return the patches of a trunk (`GPT2Model` or `OpenAIGPTModel`), its blocks and their attention.
 
-    `name` is the path of `trunk` in the whole model. `report` gets an entry for each module, or one for the whole trunk
-    if that is left alone. A `Patch` is the new forward of one module.
+    The list is empty if the trunk is left alone. `name` is the path of `trunk` in the whole model, and `family` holds
+    its classes and new forwards. `report` gets an entry for each module, or one for the whole trunk if that is left
+    alone. A `Patch` is the new forward of one module.
     """
     prefix = f"{name}." if name else ""
     unfit = why_foreign(trunk, family.trunk)

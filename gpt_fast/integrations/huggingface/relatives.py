@@ -397,9 +397,9 @@ _ATTENTIONS = {
 def plan(name: str, module: Any, report: Report, why_foreign: Callable) -> list[Patch] | None:
     """Return the patches of `module` and its blocks if it is a trunk of OPT, BioGPT, GPT-Neo or ImageGPT, else None.
 
-    `name` is the path of `module` in the whole model. `report` gets an entry for each module that is replaced or left
-    alone. `why_foreign(module, kind)` tells why a module does not run the forward of the class `kind`, or returns None.
-    A `Patch` is the new forward of one module.
+    A trunk is the model without its head. `name` is the path of `module` in the whole model. `report` gets an entry for
+    each module that is replaced or left alone. `why_foreign(module, kind)` tells why a module does not run the forward
+    of the class `kind`, or returns None. A `Patch` is the new forward of one module.
     """
     if isinstance(module, imagegpt.ImageGPTForCausalImageModeling):
         reason = "its loss is computed from the logits, by the model's own forward"
@@ -411,9 +411,10 @@ def plan(name: str, module: Any, report: Report, why_foreign: Callable) -> list[
 
 
 def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family, why_foreign: Callable) -> list[Patch]:
-    """Return the patches of a trunk, its blocks and its last norm. A `Patch` is the new forward of one module.
+    """Return the patches of a trunk (a model without its head), its blocks and its last norm.
 
-    `family` holds the classes and the new forward of the model. The other parameters are those of `plan`.
+    `family` holds the classes and the new forward of the model. The other parameters are those of `plan`. A `Patch` is
+    the new forward of one module.
     """
     prefix = f"{name}." if name else ""
     patches = [Patch(trunk, None, {})]  # marks it as seen
