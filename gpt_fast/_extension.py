@@ -37,8 +37,8 @@ def build_info() -> dict[str, Any] | None:
     """Return what the C++ extension for this CPU was built with and for, without loading it.
 
     Returns:
-        The record of the build: "torch" (version), "compiler", "flags", "cpu_flags" (instruction sets that it needs)
-        and others. None if there is no build.
+        The record of the build, or None if there is none. It has the keys "torch" (version), "compiler", "flags",
+        "cpu_flags" (instruction sets that the build needs) and others.
 
     Raises:
         ImportError: The environment variable `GPT_FAST_ISA` names an instruction set that is not built.

@@ -59,7 +59,8 @@ class TaskHead(Head):
             loss_weights: Factor of each term of the loss [terms], as `loss_counts` explains.
 
         Returns:
-            (loss, logits): a float32 scalar, None without labels, and the logits in the shape that the class states.
+            (loss, logits). The loss is a float32 scalar, or None without labels. The docstring of the head's class
+            states the shape of the logits.
 
         Raises:
             ValueError: Tokens or labels have other shapes or dtypes or are out of range, or a row lacks the token to be
