@@ -52,7 +52,7 @@ _extension.load()
 if not TYPE_CHECKING:  # a type checker would take every name for one that exists
 
     def __getattr__(name: str) -> Any:
-        """Import `accelerate` and `restore` when they are first used: the core imports no integration."""
+        """Return `accelerate` or `restore`, imported on first use; raise `AttributeError` for any other name."""
         if name in ("accelerate", "restore"):
             from .integrations import accelerate
 
@@ -62,4 +62,5 @@ if not TYPE_CHECKING:  # a type checker would take every name for one that exist
 
 
 def __dir__() -> list[str]:
+    """Return the names in this module, with those that `__getattr__` imports on first use."""
     return sorted(set(globals()) | set(__all__))

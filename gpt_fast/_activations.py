@@ -31,10 +31,11 @@ class Activation(NamedTuple):
     cublaslt: bool = False
 
     def make_module(self) -> nn.Module:
+        """Return a new module of PyTorch that computes this activation."""
         return self.module(**self.options)
 
     def is_computed_by(self, function: Any) -> bool:
-        """Return True if `function` is PyTorch's function for this activation, or its module with these options."""
+        """Return True if `function` is PyTorch's function for this activation, or its module with the same options."""
         if isinstance(function, nn.Module):
             if not isinstance(function, self.module):
                 return False
@@ -57,7 +58,10 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def find(user: str, name: str) -> Activation:
-    """Return the activation of that name; raise ValueError, in the name of `user`, for an unknown one."""
+    """Return the `Activation` with this name, such as "gelu".
+
+    Raises `ValueError` for an unknown name. The message begins with `user`, the name of the caller.
+    """
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"{user}: activation is {name!r}; expected one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]

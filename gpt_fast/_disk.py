@@ -14,12 +14,15 @@ _OF_RUST = re.compile(r"\(os error (\d+)\)")  # in the messages of safetensors a
 
 
 class NotWritten(OSError):
-    """A file that the disk did not take, with a line for the user."""
+    """A file that could not be written because the disk is full or fails, with a message for the user."""
 
 
 @contextmanager
 def writing(path: Path, left: str) -> Iterator[None]:
-    """Turn an error of the disk inside the block into one that names `path` and what is left. Other errors pass."""
+    """Raise `NotWritten` for an error of the disk inside the block. Other errors pass.
+
+    The message names `path`, the file that is written, and ends with `left`, which says what the user still has.
+    """
     try:
         yield
     except NotWritten:
@@ -32,7 +35,7 @@ def writing(path: Path, left: str) -> Iterator[None]:
 
 
 def number_of(error: BaseException) -> int | None:
-    """Return the system's number of an error of the disk, None for any other error."""
+    """Return the errno of an error that means a full or failing disk, or None for any other error."""
     found = _OF_RUST.search(str(error))
     number = int(found[1]) if found else getattr(error, "errno", None)
     return number if number in _FAILS else None

@@ -26,7 +26,7 @@ _LATER = {"2.13": ("2.14",)}
 
 
 class Choice(NamedTuple):
-    """The library that is loaded: its instruction set, its record, and why it was chosen."""
+    """A build of the C++ extension: its instruction set, its record, and why it was chosen."""
 
     isa: str
     record: dict[str, Any]
@@ -34,10 +34,11 @@ class Choice(NamedTuple):
 
 
 def build_info() -> dict[str, Any] | None:
-    """Return what the C++ extension of this tree was built with and for, without loading it.
+    """Return what the C++ extension for this CPU was built with and for, without loading it.
 
     Returns:
-        The record of the library that serves this CPU, or None if none is built.
+        The record of the build, or None if there is none. It has the keys "torch" (version), "compiler", "flags",
+        "cpu_flags" (instruction sets that the build needs) and others.
 
     Raises:
         ImportError: The environment variable `GPT_FAST_ISA` names an instruction set that is not built.
@@ -55,10 +56,10 @@ def build_info() -> dict[str, Any] | None:
 
 
 def choice() -> Choice | None:
-    """Choose the library that serves this CPU.
+    """Choose the build of the C++ extension for this CPU, without loading it.
 
     Returns:
-        The library, or None if none is built.
+        The instruction set, the record (see `build_info`) and the reason, or None if none is built.
 
     Raises:
         ImportError: `GPT_FAST_ISA` names an instruction set that is not built.
@@ -86,10 +87,11 @@ def choice() -> Choice | None:
 
 
 def load() -> bool:
-    """Load the extension, which registers the C++ kernels.
+    """Load the C++ extension, which registers the C++ kernels.
 
     Returns:
-        False if it is not built, or if the interpreter of Triton serves the CPU.
+        True if it was loaded. False if it is not built, or if TRITON_INTERPRET=1 lets Triton's interpreter run on the
+        CPU.
 
     Raises:
         ImportError: The extension was built for a PyTorch of another ABI or for instructions that this CPU lacks.
@@ -112,30 +114,34 @@ def load() -> bool:
 
 
 def _find(isa: str) -> ModuleSpec | None:
+    """Return the import spec of the library for the instruction set `isa`, or None if it is not built."""
     # Searched for in this folder alone: an editable install of another checkout would offer its own `_C`.
     return PathFinder.find_spec(_NAME, [str(_place(isa))])
 
 
 def _place(isa: str) -> Path:
+    """Return the folder of the library for the instruction set `isa`: the package for "native", else one in `_isa`."""
     return _FOLDER if isa == NATIVE else _FOLDER / "_isa" / isa
 
 
 def _record(isa: str) -> dict[str, Any]:
+    """Return the content of `_C.json`, the record of how the library for the instruction set `isa` was built."""
     return json.loads((_place(isa) / "_C.json").read_text(encoding="utf-8"))
 
 
 def _missing(record: dict[str, Any]) -> list[str]:
-    """Return the instruction sets of a record that this CPU lacks, as far as the CPU tells."""
+    """Return the instruction sets that a library needs by its `record` and this CPU is known to lack."""
     cpu = _cpu_flags()
     return sorted(set(record["cpu_flags"]) - cpu) if cpu else []
 
 
 def _minor(version: str) -> str:
+    """Return the major and minor version of a version string: "2.13" for "2.13.1+cpu"."""
     return ".".join(version.partition("+")[0].split(".")[:2])
 
 
 def _serves(built: str, running: str) -> bool:
-    """Return True if an extension built against one version of PyTorch runs with another.
+    """Return True if an extension built against the PyTorch version `built` runs with the version `running`.
 
     Patch releases and builds for CPU or CUDA of one minor release have the same headers and C++ symbols.
     """
@@ -143,6 +149,7 @@ def _serves(built: str, running: str) -> bool:
 
 
 def _check(record: dict[str, Any]) -> None:
+    """Raise `ImportError` if a library's `record` names another PyTorch, or instructions that this CPU lacks."""
     mend = f"in {_FOLDER.parent}: make install" if (_FOLDER.parent / "setup.py").exists() else _REINSTALL
     if not _serves(record["torch"], torch.__version__):
         minors = " or ".join((_minor(record["torch"]), *_LATER.get(_minor(record["torch"]), ())))

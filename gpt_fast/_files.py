@@ -82,7 +82,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def finite(value: Any) -> Any:
-    """Return `value` with None for each number in it that is not finite: JSON has neither NaN nor infinities."""
+    """Return `value` (nested dicts, lists and numbers) with None for each float that is not finite, for JSON.
+
+    JSON has neither NaN nor infinities. Tuples become lists.
+    """
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -91,7 +94,7 @@ def finite(value: Any) -> Any:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, have reached the disk."""
+    """Wait until the content of a file, or the entries of a folder, have reached the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -14,7 +14,7 @@ PATIENCE = 0.8  # seconds until a hub that does not answer counts as out of reac
 
 
 def address() -> tuple[str, int]:
-    """Return host and port of the hub, or of the proxy to it."""
+    """Return (host, port) of the Hugging Face hub, or of the proxy through which it is reached."""
     from huggingface_hub.constants import ENDPOINT
 
     url = urlsplit(ENDPOINT)
@@ -25,7 +25,10 @@ def address() -> tuple[str, int]:
 
 
 def is_reachable() -> bool:
-    """Return True if the hub accepts a connection. A thread asks, as the look-up of a name has no time limit."""
+    """Return True if the hub accepts a connection within `PATIENCE` seconds, and False in offline mode.
+
+    A thread connects, because the look-up of a host name has no time limit of its own.
+    """
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
@@ -33,6 +36,7 @@ def is_reachable() -> bool:
     answered = threading.Event()
 
     def ask() -> None:
+        """Connect to the hub and set `answered` if it accepts."""
         try:
             socket.create_connection(address(), timeout=PATIENCE).close()
             answered.set()
@@ -47,7 +51,7 @@ def is_reachable() -> bool:
 
 @contextmanager
 def only_cached() -> Iterator[None]:
-    """Let `datasets` take from its cache alone, while the hub is out of reach."""
+    """Let `datasets` and `huggingface_hub` use their caches alone, without the network, inside the block."""
     import datasets.config
     import huggingface_hub.constants
 

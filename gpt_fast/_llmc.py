@@ -28,5 +28,5 @@ def magic(head: bytes) -> int | None:
 
 
 def describe(number: int) -> str:
-    """Return what the file with this magic number is, with a hint where one exists."""
+    """Return what llm.c's file with the magic `number` is, such as "a tokenizer", with a hint if there is one."""
     return "; ".join(filter(None, (KINDS[number], HINTS.get(number))))

@@ -12,18 +12,21 @@ UNKNOWN = 1 << 62
 
 
 def available(root: Path = Path("/")) -> int:
-    """Return the bytes that this process may still take, by the machine, its control groups and RLIMIT_AS.
+    """Return the number of bytes that this process may still take.
 
-    The least of the three counts. `root` has the folders proc and sys.
+    It is the least of three: what the machine has available, what the control groups (cgroups) of the process leave,
+    and what RLIMIT_AS leaves. `root` is the folder that contains proc and sys. The result is `UNKNOWN` if none is
+    known.
     """
     return min(UNKNOWN, *_machine(root), *_control_groups(root), *_address_space(root))
 
 
 def keep_freed() -> bool:
-    """Make the C library keep memory that was freed, for the whole process; return False where it cannot.
+    """Make the C library keep freed memory instead of giving it back to the system, for the whole process.
 
-    glibc gives each large block back to the system. The next one is made of new pages, each of which is cleared: 2 to
-    4 % of a training step on a CPU, which allocates the same sizes again and again.
+    Returns False if the C library cannot. glibc gives each large block back. The next block is made of new pages, each
+    of which is cleared. This takes 2 to 4 % of a training step on a CPU, which allocates the same sizes again and
+    again.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -33,7 +36,7 @@ def keep_freed() -> bool:
 
 
 def size(count: int) -> str:
-    """Return a number of bytes for a message: "1.5 GB"."""
+    """Return a number of bytes as text for a message: "1.5 GB", or in MB below 0.1 GB."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
 
 
@@ -43,13 +46,17 @@ def utf8_size(text: str) -> int:
 
 
 def _machine(root: Path) -> Iterator[int]:
+    """Yield the bytes that the machine has available, by proc/meminfo below `root`; yield nothing without that file."""
     for line in _lines(root / "proc/meminfo"):
         if line.startswith("MemAvailable:"):
             yield int(line.split()[1]) << 10
 
 
 def _control_groups(root: Path) -> Iterator[int]:
-    """Yield the memory that each control group around this process has left. Page cache counts as free."""
+    """Yield the bytes that each control group (cgroup v1 or v2) around this process leaves. Page cache counts as free.
+
+    `root` is the folder that contains proc and sys. A group without a limit yields nothing.
+    """
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.rstrip("\n").split(":", 2)
         if controllers == "":
@@ -72,6 +79,7 @@ def _control_groups(root: Path) -> Iterator[int]:
 
 
 def _address_space(root: Path) -> Iterator[int]:
+    """Yield the bytes that RLIMIT_AS leaves this process, or nothing without such a limit."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
         used = int(next(_lines(root / "proc/self/statm"), "0").split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -79,6 +87,6 @@ def _address_space(root: Path) -> Iterator[int]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a file of the system, or none on a system without that file."""
+    """Yield the lines of a file of the system, or none if the file is missing or may not be read."""
     if path.is_file() and os.access(path, os.R_OK):
         yield from path.read_text("ascii", errors="replace").splitlines()

@@ -23,10 +23,11 @@ _MARK = "_gpt_fast_forward"  # the instance attribute that tells an accelerated 
 
 
 def _bound(module: nn.Module, function: Callable) -> Callable:
-    """Return `function` as the forward of one module, with its class's signature. A copy of the module gets its own.
+    """Return `function` as the forward of `module`, with the signature of its class's forward.
 
-    The result is a partial, because pickling a method of an instance gives the class's method back. Hugging Face
-    Accelerate wraps and unwraps the `__func__` that a method has.
+    The result is a partial, because pickling a method of an instance gives the class's method back. A deep copy of the
+    module gets a forward of its own. The attribute `__func__` is `function`, because Hugging Face Accelerate wraps and
+    unwraps the `__func__` that a method has.
     """
     original = type(module).forward.__get__(module)
     forward = functools.update_wrapper(functools.partial(function, module), original)
@@ -35,24 +36,31 @@ def _bound(module: nn.Module, function: Callable) -> Callable:
 
 
 def attach(module: nn.Module, function: Callable | None) -> None:
-    """Let calls of this one module run `function`, if there is one; its class stays what it is."""
+    """Make calls of `module` run function(module, ...), or only mark it as accelerated if `function` is None.
+
+    The module's class does not change. `detach` undoes it.
+    """
     vars(module)[_MARK] = function is not None
     if function is not None:
         module.forward = _bound(module, function)
 
 
 def detach(module: nn.Module) -> None:
-    """Undo `attach`."""
+    """Undo `attach`. A module without a mark of `attach` stays as it is."""
     if vars(module).pop(_MARK, False):
         vars(module).pop("forward", None)
 
 
 def is_accelerated(module: nn.Module) -> bool:
+    """Return True if `attach` was called on the module, and `detach` not since then."""
     return _MARK in vars(module)
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Return True if `attach` left the forward in place, with nothing wrapped around it."""
+    """Return True if the forward that `attach` put on `module` is in place, with nothing wrapped around it.
+
+    The result is True as well if `attach` put no forward on the module.
+    """
     if not vars(module)[_MARK]:
         return True  # whose forward it is, is none of ours
     return is_attached(vars(module).get("forward"))
@@ -66,7 +74,7 @@ def is_attached(forward: Any) -> bool:
 
 
 def original(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run the forward of the module's class."""
+    """Return the result of the forward of the module's class, whatever `attach` put on the module."""
     return type(module).forward(module, *args, **kwargs)
 
 
@@ -83,12 +91,16 @@ def is_hooked_itself(module: nn.Module) -> bool:
 
 
 def class_of(module: Any) -> type:
-    """Return the class of a module, also where torch.export puts a proxy before it."""
+    """Return the class of a module, also of one for which `torch.export` passes a proxy."""
     return type(module.get_base()) if hasattr(type(module), "get_base") else type(module)
 
 
 def why_not_plain(module: Any, kind: Any) -> str | None:
-    """Return why a module's parameters may not be read directly, or None if they may."""
+    """Return why the parameters of `module` may not be read directly, or None if they may.
+
+    They may if the module has exactly the class `kind`, no hooks, no forward of its own, and no weight of a foreign
+    class.
+    """
     if class_of(module) is not kind:
         return f"is a {type(module).__module__}.{type(module).__qualname__}, not {kind.__name__}"
     if "forward" in vars(module) and not (is_accelerated(module) and has_own_forward(module)):
@@ -103,7 +115,10 @@ _WEIGHTS = (nn.Parameter, Tensor, type(None))
 
 
 def why_own_weight(module: Any) -> str | None:
-    """Return why a module's weight is not read directly: its tensor class is foreign, as a quantised layer's."""
+    """Return why the weight of `module` may not be read directly, or None if it may or if there is none.
+
+    It may not if its tensor class is neither `nn.Parameter` nor another one of PyTorch's, as in a quantised layer.
+    """
     kind = type(module._parameters.get("weight"))
     if kind in _WEIGHTS or (kind.__module__.startswith("torch.") and not kind.__module__.startswith("torch.ao")):
         return None  # fake tensors and sharded ones are PyTorch's own
@@ -111,7 +126,10 @@ def why_own_weight(module: Any) -> str | None:
 
 
 def is_plain(module: Any, kind: Any) -> bool:
-    """Return True if the module's parameters may be read directly. The usual case takes half a microsecond."""
+    """Return True if the parameters of `module`, of class `kind`, may be read directly; see `why_not_plain`.
+
+    The usual case takes half a microsecond.
+    """
     if (
         type(module) is kind
         and type(module._parameters.get("weight")) in _WEIGHTS
@@ -126,7 +144,10 @@ def is_plain(module: Any, kind: Any) -> bool:
 
 
 def why_no_norm(module: Any, kind: type[nn.LayerNorm] = nn.LayerNorm) -> str | None:
-    """Return why a module is more than a LayerNorm of the last dimension, or None if it is one."""
+    """Return why `ops.layer_norm` cannot compute `module`, or None if it is a plain LayerNorm of the last dimension.
+
+    `kind` is the class of a plain one.
+    """
     reason = None if is_plain(module, kind) else why_not_plain(module, kind)
     if reason is None and (len(module.normalized_shape) != 1 or not module.eps > 0):
         return f"normalises over {list(module.normalized_shape)} with eps {module.eps}"
@@ -134,7 +155,7 @@ def why_no_norm(module: Any, kind: type[nn.LayerNorm] = nn.LayerNorm) -> str | N
 
 
 def why_no_table(module: Any) -> str | None:
-    """Return why an embedding is more than rows of a matrix, or None."""
+    """Return why `module` is more than an `nn.Embedding` that returns rows of its weight, or None if it is not."""
     reason = None if is_plain(module, nn.Embedding) else why_not_plain(module, nn.Embedding)
     if reason is not None:
         return reason
@@ -149,9 +170,10 @@ def why_no_table(module: Any) -> str | None:
 
 
 def dropout(module: Any, x: Tensor, drops: bool = True) -> tuple[Tensor, float]:
-    """Return x and the probability that is left to drop: the caller fuses a plain dropout, any other is called.
+    """Return (x, p), with the dropout probability p that the caller still has to apply to x.
 
-    With `drops=False` a plain dropout drops nothing, whatever its flag is.
+    A plain `nn.Dropout` (see `is_plain`) is not called, so that the caller can fuse it. p is then its probability, or 0
+    in evaluation mode or with `drops=False`. Any other module is called, and p is 0.
     """
     if is_plain(module, nn.Dropout) and module.p < 1:
         return x, module.p if drops and module.training else 0.0
@@ -164,7 +186,10 @@ def linear(module: Any, x: Tensor) -> Tensor:
 
 
 def norm(module: Any, x: Tensor, kind: type[nn.LayerNorm] = nn.LayerNorm, product: bool = False) -> Tensor:
-    """Return module(x), by `ops.layer_norm` if the module is a plain norm; `kind` and `product` as in `add_norm`."""
+    """Return module(x), by `ops.layer_norm` if `module` is a plain norm of the class `kind` (see `why_no_norm`).
+
+    With `product`, only a matrix product reads the result. A plain norm then rounds to that product's dtype at once.
+    """
     if why_no_norm(module, kind) is not None:
         return module(x)
     dtype = _library.product_dtype(x, x.dtype) if product else None
@@ -181,9 +206,11 @@ def add_norm(
     kind: type[nn.LayerNorm] = nn.LayerNorm,
     product: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return (norm(x + dropout(branch)), x + dropout(branch)). `module` is the norm, `kind` its class if plain.
+    """Return (norm(x + dropout(branch)), x + dropout(branch)), by one op if the norm is plain.
 
-    With `product` the only reader of the first is a product. A plain norm then rounds to the product's dtype at once.
+    `module` is the norm, and `kind` the class of a plain one (see `why_no_norm`). Dropout has probability `p`. `seed`
+    and `site`, the number of this dropout within a forward pass, choose its mask. With `product`, only a matrix product
+    reads the first result. A plain norm then rounds to that product's dtype at once.
     """
     if why_no_norm(module, kind) is None:
         dtype = _library.product_dtype(x, torch.promote_types(x.dtype, branch.dtype)) if product else None
@@ -193,7 +220,10 @@ def add_norm(
 
 
 def add(branch: Tensor, x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
-    """Return x + dropout(branch)."""
+    """Return x + dropout(branch), with dropout probability `p`.
+
+    `seed` and `site`, the number of this dropout within a forward pass, choose the mask.
+    """
     if p == 0:
         return x + branch
     return ops.add_layer_norm(branch, x, dropout_p=p, seed=seed, site=site)[1]
@@ -210,13 +240,19 @@ def version(tensor: Tensor) -> int:
 
 
 def samples(tensors: Sequence[Tensor]) -> Tensor:
-    """Return a few numbers of each tensor. Fused optimisers (torch 2.13) and writes to `.data` count no version."""
+    """Return up to 31 evenly spaced values of each tensor, joined into one float64 vector without NaN.
+
+    They show writes that autograd does not count: those of fused optimisers (torch 2.13), and those to `.data`.
+    """
     few = [t.detach().flatten()[:: max(1, t.numel() // 16)].double() for t in tensors]
     return torch.cat(few).nan_to_num()
 
 
 class Unchanged:
-    """Comparison of tensors with what they held when this was made, by version and a sample of values."""
+    """Callable that tells whether tensors still hold the values that they held at construction.
+
+    It compares autograd's write counts, and a sample of values, because some writes are not counted.
+    """
 
     def __init__(self, tensors: Sequence[Tensor]):
         self._tensors = list(tensors)
@@ -225,7 +261,10 @@ class Unchanged:
         self._samples = samples(tensors) if has_values else None
 
     def __call__(self, reads_values: bool = True) -> bool:
-        """Compare; without `reads_values`, by versions alone, which does not wait for a device."""
+        """Return True if the tensors did not change. Without `reads_values`, compare write counts alone.
+
+        Reading values of GPU tensors waits for the device.
+        """
         if [version(tensor) for tensor in self._tensors] != self._versions:
             return False
         return not reads_values or self._samples is None or torch.equal(samples(self._tensors), self._samples)

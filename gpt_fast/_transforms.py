@@ -19,22 +19,22 @@ _Function = TypeVar("_Function", bound=Callable)
 
 
 def constant_in_graphs(function: _Function) -> _Function:
-    """Mark `function` so that `torch.compile` calls it while it traces and takes the result as a constant.
+    """Mark `function` so that `torch.compile` calls it while it traces and takes the result as a constant; return it.
 
-    Do what `torch.compiler.assume_constant_result` does, but without importing Dynamo, which takes as long as importing
-    torch.
+    This does what `torch.compiler.assume_constant_result` does, but without importing Dynamo, which takes as long as
+    importing torch.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def apply(function: Any, *args: Any) -> Any:
-    """Return `function.apply(*args)`, also inside a transform of `torch.func`, where `_Transformed` wraps the function.
+    """Return `function.apply(*args)` of an `autograd.Function`, also inside a transform of `torch.func`.
 
-    If autograd does not record the call, `function.forward` runs alone, with a context that says that no input needs a
-    gradient. In the context that `function.apply` passes, PyTorch sets `needs_input_grad` to True for a parameter even
-    under `torch.no_grad()`, so a forward pass would do work for a backward pass that cannot come. The direct call also
-    takes 4 µs less.
+    Inside a transform, `_Transformed` wraps the function. If autograd does not record the call, `function.forward` runs
+    alone, with a context that says that no input needs a gradient. In the context that `function.apply` passes, PyTorch
+    sets `needs_input_grad` to True for a parameter even under `torch.no_grad()`, so a forward pass would do work for a
+    backward pass that cannot come. The direct call also takes 4 µs less.
     """
     if not is_transformed():
         if torch.is_grad_enabled() if torch.compiler.is_compiling() else _is_recorded(args):
@@ -69,7 +69,7 @@ class _Unrecorded:
 
 @constant_in_graphs
 def is_transformed() -> bool:
-    """Return True inside a transform of `torch.func`."""
+    """Return True inside a transform of `torch.func` (grad, vjp, vmap, jvp, …)."""
     return _functorch.peek_interpreter_stack() is not None
 
 
@@ -83,18 +83,23 @@ def is_forward_mode() -> bool:
 
 
 def has_tangent(tensor: Tensor) -> bool:
-    """Return True if a tensor is dual in the innermost level of forward mode."""
+    """Return True if `tensor` has a tangent in the innermost level of forward-mode differentiation."""
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def is_followed() -> bool:
-    """Return True if kernels can serve here: in no forward mode, and in no transform but one `grad` or `vjp`."""
+    """Return True if kernels can run here, False if the reference in plain PyTorch has to.
+
+    Kernels cannot run in forward-mode differentiation. Inside transforms of `torch.func` they can run in a single
+    `grad` or `vjp` that is not compiled.
+    """
     if is_forward_mode():
         return False
     return not is_transformed() or (not torch.compiler.is_compiling() and _is_one_gradient())
 
 
 def _is_one_gradient() -> bool:
+    """Return True inside exactly one transform of `torch.func`, if this is `grad` or `vjp`."""
     stack = _functorch.get_interpreter_stack()
     return len(stack) == 1 and stack[0].key() == _functorch.TransformType.Grad
 
@@ -117,6 +122,7 @@ def is_batched(tensor: Tensor) -> bool:
 
 
 def double_backward(op: str) -> NotImplementedError:
+    """Return the error for a second differentiation of the gradients of the op named `op`."""
     return NotImplementedError(
         f"gpt_fast.{op}: double backward is not implemented; "
         "run forward and backward under gpt_fast.use_reference(), which can be differentiated twice"
@@ -139,7 +145,7 @@ class _Record:
         """Do nothing: a gradient that is None stays None."""
 
     def run(self, *args: Any) -> tuple:
-        """Return the outputs of the function's forward pass, then the saved tensors that are not outputs or arguments.
+        """Return the outputs of `self.function.forward`, then the saved tensors that are not outputs or arguments.
 
         Inside a transform, `setup_context` may save arguments and outputs alone, so every other saved tensor is
         returned as an output. `self.count` is set to the number of the function's own outputs.
@@ -158,7 +164,7 @@ class _Record:
 
 
 class _Transformed(torch.autograd.Function):
-    """A `_Record`'s function as `torch.func` wants it."""
+    """The `autograd.Function` in a `_Record`, in the form that `torch.func` asks for: a forward without `ctx`."""
 
     @staticmethod
     def forward(record, *args):
@@ -188,7 +194,7 @@ class _Transformed(torch.autograd.Function):
 
 
 class _Once(torch.autograd.Function):
-    """The first `count` tensors; they depend on all, and differentiating them raises."""
+    """Identity on the first `count` tensors. The results depend on all tensors and raise when differentiated."""
 
     generate_vmap_rule = True
 
@@ -206,7 +212,7 @@ class _Once(torch.autograd.Function):
 
 
 def _requires_grad(value: Any) -> bool:
-    """Return True if the transform, or the code outside it, needs a gradient of a value."""
+    """Return True if `value` is a tensor that requires a gradient, at some level of `torch.func` or outside of all."""
     while isinstance(value, Tensor):
         if value.requires_grad:
             return True

@@ -34,8 +34,8 @@ class GPTConfig:
         seq_len: Number of positions T.
         ff_dim: Hidden width F of the MLP. 0 means 4C.
         activation: "relu", "gelu" or "gelu_tanh".
-        pre_norm: True is GPT-2's block, with a norm behind the last block. False is the post-norm block of the notes
-            and GPT-1.
+        pre_norm: True is GPT-2's block, with a norm behind the last block. False is the post-norm block of the lecture
+            notes and GPT-1.
         tied: Use the weight of the token embedding in the output layer.
         bias: Give linear layers and norms a bias.
         output_bias: Give the output layer a bias.
@@ -61,7 +61,7 @@ class GPTConfig:
         label_names: One name for each label, or none.
 
     Raises:
-        ValueError: The values make no model.
+        ValueError: A value is invalid, or two values contradict each other.
 
     Example:
         ```python
@@ -146,11 +146,11 @@ class GPTConfig:
 
     @classmethod
     def preset(cls, name: str, *, dropout: float | None = None, **overrides: Any) -> "GPTConfig":
-        """Return the configuration with this name, with fields overridden.
+        """Return the preset configuration with this name, with the fields in `overrides` replaced.
 
-        "notes" is the notes' block (post-norm, ReLU, free output layer, dropout on the hidden activation, none on
-        attention) at GPT-1's sizes. "gpt1" is Radford et al. (2018). "gpt2", "gpt2-medium", "gpt2-large" and "gpt2-xl"
-        are the 124M, 355M, 774M and 1.5B of Radford et al. (2019).
+        "notes" is the lecture notes' block (post-norm, ReLU, output layer with a weight of its own, dropout on the
+        hidden activation, none on attention) at GPT-1's sizes. "gpt1" is Radford et al. (2018). "gpt2", "gpt2-medium",
+        "gpt2-large" and "gpt2-xl" are the 124M, 355M, 774M and 1.5B of Radford et al. (2019).
 
         Args:
             name: Name of the preset.
@@ -161,7 +161,7 @@ class GPTConfig:
             The configuration.
 
         Raises:
-            ValueError: The name or a field is unknown, or a value makes no model.
+            ValueError: The name or a field is unknown, or a value is invalid.
 
         Example:
             ```python
@@ -191,8 +191,8 @@ class GPTConfig:
             The configuration.
 
         Raises:
-            ValueError: `values` is no dictionary, has an unknown field, lacks a required one, or makes no model. The
-                message names the field.
+            ValueError: `values` is no dictionary, has an unknown field, lacks a required one, or holds an invalid
+                value. The message names the field.
 
         Example:
             ```python
@@ -215,10 +215,10 @@ class GPTConfig:
         return cls(**values)
 
     def trunk_parameters(self) -> int:
-        """Return the number of the trunk's parameters: both embeddings, L blocks and, with `pre_norm`, the last norm.
+        """Return the size of the trunk: of both embeddings, all blocks and, with `pre_norm`, the last norm.
 
         Returns:
-            How many numbers they hold.
+            The number of elements of their parameters.
         """
         C, F = self.hidden_dim, self.ff_dim
         norm = C * (1 + self.bias)
@@ -234,7 +234,7 @@ class GPTConfig:
         return dataclasses.asdict(self)
 
     def replace(self, **overrides: Any) -> "GPTConfig":
-        """Return a copy with some fields changed.
+        """Return a copy of the configuration with some fields changed.
 
         Args:
             **overrides: Fields of `GPTConfig`. Another `num_labels` drops the `label_names`, unless new ones are given.
@@ -243,7 +243,7 @@ class GPTConfig:
             The new configuration.
 
         Raises:
-            ValueError: A field is unknown, or a value makes no model.
+            ValueError: A field is unknown, or a value is invalid.
 
         Example:
             ```python
@@ -273,15 +273,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def _is_number(value: object) -> bool:
+    """Return True for a real number that is not a bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _is_integer(value: object) -> bool:
+    """Return True for an int that is not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_heads(hidden_dim: int, num_heads: int) -> None:
-    """Raise `ValueError` unless `hidden_dim` splits into `num_heads` heads of at most 256."""
+    """Raise `ValueError` unless `hidden_dim` is a multiple of `num_heads` and a head is at most 256 wide."""
     if not _is_integer(hidden_dim) or hidden_dim < 1:
         raise ValueError(f"gpt_fast: hidden_dim is {hidden_dim!r}; expected an integer of 1 or more")
     if not _is_integer(num_heads):

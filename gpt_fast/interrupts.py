@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
-    """A signal asked the program to end. `saved` says what can be done with what it leaves."""
+    """Exception for a signal that asks the program to end. `saved` tells the user what was saved."""
 
     def __init__(self, signum: int, saved: str = ""):
         super().__init__(signal.Signals(signum).name)
@@ -22,13 +22,18 @@ class Interrupted(BaseException):
 
 
 class Stop:
-    """Flag that the training loop reads at the end of each update: has a signal come?"""
+    """Signal handler and flag: the training loop reads `signum` at the end of each update.
+
+    A signal raises `Interrupted` at once unless `deferred` is True. Then the first one sets `signum`, and a second
+    raises.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
         self.deferred = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
+        """Store the first signal in `signum` if `deferred`. Raise `Interrupted` otherwise, and for a second signal."""
         if not self.deferred or self.signum is not None:  # a second signal does not wait
             raise Interrupted(signum)
         self.signum = signum
@@ -37,7 +42,10 @@ class Stop:
 
 @contextmanager
 def caught() -> Iterator[Stop]:
-    """Yield a `Stop` that gets the two signals inside the block. Outside the main thread nothing is caught."""
+    """Yield a `Stop` that handles SIGINT and SIGTERM inside the block. The handlers before it return afterwards.
+
+    Outside of the main thread, where Python sets no handlers, the `Stop` gets no signal.
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop

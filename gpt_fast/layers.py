@@ -112,18 +112,21 @@ class SelfAttention(nn.Module):
         site: int = 0,
         attend: Callable[[Tensor, int], Tensor] | None = None,
     ) -> Tensor:
-        """Attend within each sequence. Masks have the meaning and the dtypes of `gpt_fast.ops.attention_qkv`.
+        """Return self-attention within each sequence.
+
+        Masks have the meaning and the dtypes of `gpt_fast.ops.attention_qkv`.
 
         Args:
             x: Input [B, T, C].
             causal: Let a token attend only to tokens up to its own position.
-            lengths: Real tokens [B] of rows that are padded on the right.
+            lengths: Number of real tokens [B] of each row, for rows that are padded on the right.
             key_mask: Bool [B, T], True for a real token.
             mask: Bool, broadcastable to [B, H, T, T], True where a token may attend.
             cu_seqlens: Bounds [n + 1] of sequences packed into one row.
             seed: Seed of dropout.
             site: Number of this dropout within a forward pass.
-            attend: Function of (qkv, num_heads) that takes the place of the op, such as a cache's way to attend.
+            attend: Function of (qkv [B, T, 3C], num_heads) → [B, T, C] that computes attention in place of the op, from
+                a key-value cache for example. The masks and the dropout then have no effect.
 
         Returns:
             out [B, T, C].
@@ -190,13 +193,14 @@ class MLP(nn.Sequential):
         self.activation = activation
 
     def forward(self, x: Tensor, seed: Tensor | None = None, site: int = 0, drops: bool = True) -> Tensor:
-        """Return the output of both layers.
+        """Return the MLP's output: linear, activation, dropout, linear.
 
         Args:
             x: Input [B, T, C].
             seed: Seed of dropout.
             site: Number of this dropout within a forward pass.
-            drops: False lets a plain MLP apply no dropout, whatever its flags are.
+            drops: False switches dropout off, whatever the modules' train flags are, unless a child has to be called
+                because it has hooks or another class.
 
         Returns:
             y [B, T, C].
@@ -211,7 +215,7 @@ class MLP(nn.Sequential):
         return ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.activation, dropout_p, seed, site)
 
     def _is_plain(self) -> bool:
-        """Return True if the children are the stock modules of the constructor, so that one op computes them all."""
+        """Return True if one op may compute the children: they are as the constructor made them, without hooks."""
         children: list[Any] = list(self)
         if len(children) != 4:
             return False
@@ -230,11 +234,11 @@ class MLP(nn.Sequential):
 class TransformerDecoder(nn.Module):
     """One block of a GPT: self-attention and a feed-forward network, each with residual and LayerNorm.
 
-    Post-norm (the notes, GPT-1): x = norm1(x + dropout(attn(x))); x = norm2(x + dropout(ff(x))).
+    Post-norm (the lecture notes, GPT-1): x = norm1(x + dropout(attn(x))); x = norm2(x + dropout(ff(x))).
 
     Pre-norm (GPT-2): x = x + dropout(attn(norm1(x))); x = x + dropout(ff(norm2(x))).
 
-    The first four arguments and the state dict are the notes'.
+    The first four arguments and the state dict are those of the lecture notes' module.
 
     Args:
         hidden_dim: Width C.
@@ -248,7 +252,7 @@ class TransformerDecoder(nn.Module):
         ff_dropout: Dropout probability of the hidden activation.
         bias: Give linear layers and norms a bias.
         layer_norm_eps: Positive number that norms add to the variance.
-        site: First of the four dropout sites that a block uses.
+        site: Number of the block's first dropout within a forward pass. A block has four dropouts.
 
     Shape:
         x [B, T, C] → x [B, T, C].
@@ -303,10 +307,10 @@ class TransformerDecoder(nn.Module):
         self.site = site
 
     def is_dropping(self) -> bool:
-        """Return True if a dropout with p > 0 is in training mode, so that a pass needs a seed.
+        """Return True if a dropout with p > 0 is in training mode, so that a forward pass needs a seed.
 
         Returns:
-            True if so.
+            False if no dropout is active.
         """
         attention: Any = self.multihead_attn
         while not hasattr(attention, "dropout") and hasattr(attention, "base_layer"):
@@ -336,20 +340,23 @@ class TransformerDecoder(nn.Module):
 
         Args:
             x: Input [B, T, C].
-            mask: Bool [T, T] as the notes have it, True where a token may not attend. It takes the place of `causal`.
+            mask: Bool [T, T], True where a token may not attend, as in the lecture notes. It takes the place of
+                `causal`.
             causal: Let a token attend only to tokens up to its own position. False lets it attend to all.
-            lengths: Real tokens [B] of rows that are padded on the right.
+            lengths: Number of real tokens [B] of each row, for rows that are padded on the right.
             key_mask: Bool [B, T], True for a real token.
             cu_seqlens: Bounds [n + 1] of sequences packed into one row.
-            seed: Seed of the dropout of this pass. Without one each call in training draws its own.
-            site: First dropout site of this pass. The default is that of the constructor.
-            branch: Addition that the block before left over. A pre-norm block adds it to `x` and normalises in one
-                pass.
-            carry: Let a pre-norm block leave its last addition to the next norm.
-            attend: Function of (qkv, num_heads) that takes the place of the op, such as a cache's way to attend.
+            seed: Seed of the dropout of this call. Without one each call in training draws its own.
+            site: Number of the block's first dropout within a forward pass. The default is that of the constructor.
+            branch: Residual branch that the block before returned with `carry=True`. A pre-norm block adds it to `x`
+                and normalises in one op. A post-norm block ignores it.
+            carry: Let a pre-norm block return its last residual branch and not add it, so that the next norm adds it.
+            attend: Function that computes attention in place of the op, as in `SelfAttention.forward`. Dropout is off
+                then.
 
         Returns:
-            x [B, T, C], or (x, branch) with `carry=True` in a pre-norm block.
+            x [B, T, C]. A pre-norm block with `carry=True` returns (x, branch), where `branch` is a `Branch` that is
+            still to be added.
 
         Raises:
             ValueError: `mask` is not bool, `x` is no tensor, or an op raises it.
@@ -386,6 +393,12 @@ class TransformerDecoder(nn.Module):
         site: int,
         drops: bool,
     ) -> "Tensor | tuple[Tensor, Branch]":
+        """Return the output [B, T, C] of a pre-norm block for x [B, T, C], or (x, branch) with `carry`.
+
+        `branch`, `carry`, `seed` and `site` are those of `forward`, and `masks` holds the keyword arguments of
+        `SelfAttention.forward` that restrict or replace attention. With `drops=False` dropout is off, except in modules
+        that have hooks or another class than `nn.Dropout`.
+        """
         attends = _plain.is_plain(self.multihead_attn, SelfAttention)
         if branch is None:
             normed = _plain.norm(self.layer_norm1, x, LayerNorm, attends)
@@ -400,11 +413,18 @@ class TransformerDecoder(nn.Module):
         return _plain.add(hidden, x, p, seed, site + 3)
 
     def _feed_forward(self, x: Tensor, seed: Tensor | None, site: int, drops: bool) -> Tensor:
+        """Return ff(x), [B, T, C].
+
+        `seed`, `site` and `drops` are passed on if `ff` is an `MLP` and not an adapter's wrapper.
+        """
         return self.ff(x, seed, site, drops) if isinstance(self.ff, MLP) else self.ff(x)
 
 
 class Branch(NamedTuple):
-    """Output of a residual branch that is still to be added: x + dropout(hidden), with probability `p` at `site`."""
+    """Output of a residual branch that is still to be added, as x + dropout(hidden).
+
+    `p` is the dropout probability, and `site` the number of this dropout within a forward pass.
+    """
 
     hidden: Tensor
     p: float
@@ -414,8 +434,9 @@ class Branch(NamedTuple):
 def add_norm(
     branch: Branch, x: Tensor, norm: nn.Module, seed: Tensor | None, product: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return (norm(x + dropout(branch)), x + dropout(branch)), in one pass if the norm is plain.
+    """Return (norm(x + dropout(branch)), x + dropout(branch)), by one op if the norm is plain (see `_plain.is_plain`).
 
-    With `product` the norm's only reader is a product, so that a plain norm returns the dtype that it multiplies.
+    `branch` holds the tensor, the dropout probability and the dropout site, and `seed` chooses the mask. With
+    `product`, only a matrix product reads the first result. A plain norm then rounds to that product's dtype at once.
     """
     return _plain.add_norm(branch.hidden, x, branch.p, norm, seed, branch.site, LayerNorm, product)

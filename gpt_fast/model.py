@@ -69,16 +69,20 @@ class _Trunk(nn.Module):
 
         h = norm(decoders(dropout(token_emb[tokens] + pos_emb))), with the last norm if pre-norm.
 
+        This library alone passes `_product`. With it, only a matrix product reads h, and the last norm may round to the
+        dtype of that product.
+
         Args:
             tokens: Token ids [B, T], int64.
             causal: Let a token attend only to tokens up to its own position.
-            lengths: Real tokens [B] of rows that are padded on the right.
+            lengths: Number of real tokens [B] of each row, for rows that are padded on the right.
             key_mask: Bool [B, T], True for a real token. Positions then count the real tokens, so a left-padded row
-                gives what it gives alone.
-            cu_seqlens: Bounds [n + 1] of n sequences that are packed into one row [1, T]. They do not see each other,
-                and positions count within each.
-            seed: Seed of the dropout of this pass. Without one each call in training draws its own.
-            cache: Keys and values that the tokens follow and see. The cache knows the padding itself.
+                has the same hidden states as without padding.
+            cu_seqlens: Bounds [n + 1] of n sequences that are packed into one row [1, T]. A token attends to its own
+                sequence only, and positions count within each sequence.
+            seed: Seed of the dropout of this call. Without one each call in training draws its own.
+            cache: Key-value cache of the text before the tokens. It computes attention, knows positions and padding,
+                and gets the tokens' keys and values. Dropout is off then.
 
         Returns:
             h [B, T, C].
@@ -140,7 +144,11 @@ class _Trunk(nn.Module):
         return add_norm(branch, x, self.final_norm, seed, _product)[0]
 
     def _embed(self, tokens: Tensor, positions: Tensor | None, seed: Tensor | None, drops: bool) -> Tensor:
-        """Embed tokens [B, T] as dropout(token_emb(tokens) + pos_emb) [B, T, C]; positions is [B or 1, T] or counts."""
+        """Return dropout(token_emb(tokens) + pos_emb) [B, T, C] for tokens [B, T].
+
+        `positions` [B or 1, T] holds the position of each token, or is None to count from 0. With `drops=False` an
+        `nn.Dropout` without hooks drops nothing.
+        """
         plain_dropout = _plain.is_plain(self.dropout, nn.Dropout) and self.dropout.p < 1
         dropout_p = self.dropout.p if plain_dropout and drops and self.dropout.training else 0.0
         table = self.pos_emb[0]
@@ -151,12 +159,17 @@ class _Trunk(nn.Module):
         return self.dropout(self.token_emb(tokens) + at)
 
     def _is_dropping(self) -> bool:
-        """Return True if a pass draws a dropout mask, in training mode or with some `nn.Dropout` alone in it."""
+        """Return True if a forward pass needs a dropout seed: some dropout with p > 0 is in training mode."""
         if self.dropout.training and getattr(self.dropout, "p", 0) > 0:
             return True
         return any(decoder.is_dropping() for decoder in self.decoders if isinstance(decoder, TransformerDecoder))
 
     def _decode(self, decoder: nn.Module, x: Tensor, **options: Any) -> Any:
+        """Return decoder(x, **options).
+
+        With `checkpoint_activations`, and if gradients are on, only its input is stored, and backward computes it
+        again.
+        """
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
             return decoder(x, **options)
         # The library's dropout follows from `seed`. What is called may draw from torch's generator, as LoRA's dropout.
@@ -164,7 +177,7 @@ class _Trunk(nn.Module):
         return checkpoint(decoder, x, use_reentrant=False, preserve_rng_state=draws, **options)
 
     def num_parameters(self) -> int:
-        """Return how many numbers are trained. Tied parameters count once.
+        """Return the number of elements of all parameters. Tied parameters count once.
 
         Returns:
             The number.
@@ -173,7 +186,7 @@ class _Trunk(nn.Module):
 
 
 def check_config(kind: str, config: object) -> None:
-    """Raise `ValueError` unless `config` is a `GPTConfig`."""
+    """Raise `ValueError` unless `config` is a `GPTConfig`. `kind` is the name of the model's class for the message."""
     if not isinstance(config, GPTConfig):
         raise ValueError(f"gpt_fast.{kind}: config is of type {type(config).__name__}; expected a GPTConfig")
 
@@ -187,12 +200,12 @@ class Convertible:
 
         The trunk is copied bit for bit, and so are the output layer and the classifier if both models have one. The
         output layer is tied if its weight is the token embedding's parameter, whatever the configuration says.
-        Fine-tuning on another head works: parts of the new head start afresh, and parts that it has no place for are
-        left out, as the `lm_head` is from a classifier. `to_hf` gives the weights back.
+        The class may have another head than `model`, for fine-tuning. New layers then get random weights, and layers
+        without a counterpart are left out, such as the `lm_head` for a classifier. `to_hf` gives the weights back.
 
         Nothing else is left out. Every module has to be what the configuration says, without hooks, adapters,
-        parametrisations or pruning. A folder has to hold every weight of its model and no other. At last both models
-        run on a few tokens in evaluation mode and have to agree, unless an override asks for another function.
+        parametrisations or pruning. A folder has to hold every weight of its model and no other. Finally both models
+        run on a few tokens in evaluation mode and have to agree, unless an override changes what the model computes.
 
         Args:
             model: A model of transformers, accelerated or not, the path of a folder, or a name on the hub such as
@@ -227,8 +240,8 @@ class Convertible:
     def to_hf(self) -> Any:
         """Return transformers' model with these weights: GPT-2's class for this head if pre-norm, GPT-1's if post-norm.
 
-        An output layer whose weight is not the token embedding's parameter is kept, with tie_word_embeddings=False. At
-        last both models run on a few tokens in evaluation mode and have to agree.
+        An output layer whose weight is not the token embedding's parameter is kept, with tie_word_embeddings=False.
+        Finally both models run on a few tokens in evaluation mode and have to agree.
 
         Returns:
             A model of transformers.
@@ -320,12 +333,12 @@ class GPTModel(Convertible, _Trunk):
         Args:
             tokens: Token ids [B, T], int64.
             causal: Let a token attend only to tokens up to its own position.
-            lengths: Real tokens [B] of rows that are padded on the right.
+            lengths: Number of real tokens [B] of each row, for rows that are padded on the right.
             key_mask: Bool [B, T], True for a real token.
-            attention_mask: The same as zeros and ones, as transformers' tokenizers return it.
+            attention_mask: `key_mask` as zeros and ones, as transformers' tokenizers return it.
             cu_seqlens: Bounds [n + 1] of sequences that are packed into one row [1, T].
-            seed: Seed of the dropout of this pass.
-            cache: Keys and values that the tokens follow and see.
+            seed: Seed of the dropout of this call. Without one each call in training draws its own.
+            cache: Key-value cache of the text before the tokens, as in `hidden_states`.
 
         Returns:
             h [B, T, C].
@@ -342,10 +355,10 @@ class GPTModel(Convertible, _Trunk):
 
 
 class GPT(Generating, _Trunk):
-    """The notes' GPT, line for line, which returns probabilities.
+    """The lecture notes' GPT, line for line, which returns probabilities.
 
     p = softmax(output_layer(decoders(dropout(token_emb + pos_emb)))), with causal post-norm decoders, ReLU and ff_dim =
-    4 hidden_dim. Constructor and state dict are those of the notes' module. Weights are drawn from N(0, 0.02).
+    4 hidden_dim. Constructor and state dict are those of the lecture notes' module. Weights are drawn from N(0, 0.02).
 
     Args:
         num_tokens: Vocabulary size V.
@@ -410,7 +423,7 @@ class GPT(Generating, _Trunk):
             tokens: Token ids [B, T], int64.
             labels: Labels [B, T], int64, unshifted, as they are shifted inside. The default is the tokens. A label of
                 -100 does not count.
-            lengths: Real tokens [B]. Labels past them do not count.
+            lengths: Number of real tokens [B] of each row. Labels after them do not count.
 
         Returns:
             The loss, a float32 scalar.
@@ -441,7 +454,10 @@ _KINDS = (
 
 
 def why_not_plain(modules: Mapping[str, nn.Module]) -> str | None:
-    """Return why a model with these modules is not plain, such as "decoders.0.ff.0 has hooks", or None if it is."""
+    """Return why one of these modules, by name, is not plain, such as "decoders.0.ff.0 has hooks", or None if all are.
+
+    A plain module has one of the classes in `_KINDS`, no hooks, and no forward or weight of its own.
+    """
     for name, module in modules.items():
         kind = _kind_of(module)
         reason = "is of another class" if kind is None else _plain.why_not_plain(module, kind)
@@ -451,9 +467,10 @@ def why_not_plain(modules: Mapping[str, nn.Module]) -> str | None:
 
 
 def why_not_as_configured(trunk: "_Trunk") -> str | None:
-    """Return how the modules of a trunk differ from its configuration, such as "decoders.0.layer_norm1 has eps 5.0".
+    """Return how the modules of a trunk differ from its configuration, or None if they do not.
 
-    The C++ decode step and saved configurations know a model by its configuration and the names of its parameters.
+    An example is "decoders.0.layer_norm1 has eps 5.0, not layer_norm_eps = 1e-05". The C++ decode step and saved
+    configurations know a model by its configuration and the names of its parameters.
     """
     config = trunk.config
     decoders: list[Any] = list(trunk.decoders)
@@ -485,11 +502,15 @@ def why_not_as_configured(trunk: "_Trunk") -> str | None:
 
 
 def _kind_of(module: nn.Module) -> type[nn.Module] | None:
+    """Return the first class in `_KINDS` that `module` is an instance of, or None."""
     return next((kind for kind in _KINDS if isinstance(module, kind)), None)
 
 
 class StaysPlain:
-    """Test whether the modules of a plain model are still there, plain and as configured, in a microsecond a module."""
+    """Callable that tells whether the modules of a plain model are still there, plain and as configured.
+
+    See `why_not_plain`. A call takes a microsecond for each module.
+    """
 
     def __init__(self, modules: Iterable[nn.Module]):
         modules = list(modules)
@@ -499,7 +520,7 @@ class StaysPlain:
         self._children = [(module._modules, dict(module._modules)) for module, _ in self._kinds if module._modules]
 
     def __call__(self) -> bool:
-        """Return True if the modules are as they were."""
+        """Return True if, since construction, no module was replaced, got hooks, or changed an option."""
         return (
             all(now == before for now, before in self._children)
             and all(_plain.is_plain(module, kind) for module, kind in self._kinds)
@@ -512,11 +533,11 @@ _OPTIONS = ("eps", "num_heads", "pre_norm", "approximate", "max_norm", "padding_
 
 
 def output_loss(output_layer: Any, hidden: Tensor, labels: Tensor, z_loss: float = 0.0) -> Tensor:
-    """Return the mean cross-entropy of output_layer(hidden) [..., V] over the labels that are not -100, float32.
+    """Return the mean cross-entropy of output_layer(hidden) [..., V] and labels [...], a float32 scalar.
 
-    With `z_loss` the mean of z_loss · (log Z)² is added, Z = Σ exp(logits), which keeps logits from drifting. A plain
-    `nn.Linear` is fused with the loss and no logits are stored; any other output layer is called.
-    Source of the z-loss: Chowdhery et al. (2022), arXiv:2204.02311, section 5.
+    A label of -100 does not count. With `z_loss` the mean of z_loss · (log Z)² is added, Z = Σ exp(logits), which keeps
+    logits from drifting. An `nn.Linear` without hooks is fused with the loss, and no logits are stored; any other
+    output layer is called. Source of the z-loss: Chowdhery et al. (2022), arXiv:2204.02311, section 5.
     """
     is_plain = _plain.is_plain(output_layer, nn.Linear)
     if is_plain and not z_loss:
@@ -537,7 +558,11 @@ def output_loss(output_layer: Any, hidden: Tensor, labels: Tensor, z_loss: float
 
 
 def _losses_and_log_z(layer: Any, hidden: Tensor, labels: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy and log Z of each row, 0 where the label is not known: log Z = loss + logit[label]."""
+    """Return (losses, log_z), both shaped like `labels`: cross-entropy and log Z, Z = Σ exp(logits), at each position.
+
+    `layer` is the output layer. `known` is bool, True where the label counts; both results are 0 elsewhere. No logits
+    are stored, because log Z = loss + logit[label].
+    """
     losses = ops.linear_cross_entropy(hidden, layer.weight, labels, layer.bias, reduction="none")
     targets = labels.masked_fill(~known, 0)
     x, weight = _library.autocast(hidden, layer.weight)  # the operands of the product that the loss is made of
@@ -552,11 +577,14 @@ def _losses_and_log_z(layer: Any, hidden: Tensor, labels: Tensor, known: Tensor)
 def as_key_mask(function: str, tokens: Tensor, key_mask: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
     """Return the key mask of a call: `key_mask`, or `attention_mask` as transformers has it (1 real token, 0 padding).
 
+    `function` is the name of the caller for messages.
+
     Returns:
-        Bool [B, T], or None for a mask without padding, which is faster.
+        Bool [B, T], True for a real token. None if no mask is given, or for an `attention_mask` without padding.
 
     Raises:
-        ValueError: Both are given, or `attention_mask` has another shape or holds something other than zeros and ones.
+        ValueError: Both are given, or `attention_mask` has another shape than `tokens` or holds something other than
+            zeros and ones.
     """
     if attention_mask is None:
         return key_mask
@@ -583,7 +611,11 @@ def as_key_mask(function: str, tokens: Tensor, key_mask: Tensor | None, attentio
 
 
 def shift_labels(labels: Tensor, *, lengths: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:
-    """Return the label of each position's successor [B, T], or -100 where either of the two is padding."""
+    """Return labels [B, T] shifted to the left: each position gets the label of the next one, and the last one -100.
+
+    A position also gets -100 if it or the next one is padding, by `lengths` [B] or by `key_mask` [B, T], True for a
+    real token.
+    """
     if lengths is not None:
         key_mask = torch.arange(labels.shape[1], device=labels.device) < lengths[:, None]
     shifted = F.pad(labels, (0, 1), value=IGNORE)[:, 1:]  # padded first: an exported T - 1 columns would exclude T = 2
@@ -593,6 +625,7 @@ def shift_labels(labels: Tensor, *, lengths: Tensor | None = None, key_mask: Ten
 
 
 def _longest(cu_seqlens: Tensor) -> int:
+    """Return the length of the longest packed sequence with the bounds `cu_seqlens` [n + 1], or 0 if there is none."""
     return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
 
 
@@ -637,7 +670,10 @@ class _FlagLock:
 
 
 def init_weights(module: nn.Module, std: float) -> None:
-    """Draw matrices and embeddings from N(0, std²) and set biases to 0. Norms keep gain 1 and bias 0."""
+    """Draw the weights of one module, a matrix or an embedding, from N(0, std²), and set a linear layer's bias to 0.
+
+    Other modules stay as they are, such as norms, which have gain 1 and bias 0.
+    """
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear) and module.bias is not None:

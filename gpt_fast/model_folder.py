@@ -25,7 +25,11 @@ AnyHead = TypeVar("AnyHead", bound=Any)
 
 
 def as_path(function: str, directory: Any) -> Path:
-    """Return a folder's name as a path; raise `TypeError` for what is no name."""
+    """Return `directory`, the name of a folder, as a path. `function` is the name of the caller for messages.
+
+    Raises:
+        TypeError: `directory` is neither a string nor a path.
+    """
     if not isinstance(directory, str | os.PathLike):
         raise TypeError(
             f"gpt_fast.{function}: directory is of type {type(directory).__name__}; expected a path, str or os.PathLike"
@@ -34,7 +38,14 @@ def as_path(function: str, directory: Any) -> Path:
 
 
 def save(head: Any, directory: Path) -> None:
-    """Write a head's weights, and at last its configuration, so that a folder with a configuration is complete."""
+    """Write the weights and then the configuration of `head` to the folder `directory`, which is made if needed.
+
+    A folder with a configuration is therefore complete.
+
+    Raises:
+        OSError: A file cannot be written.
+        ValueError: The model is not that of its configuration.
+    """
     state, config = head.state_dict(), head.config
     if _TIED in state and config.tied != head.is_tied():  # tied or untied after the model was made
         config = config.replace(tied=head.is_tied())
@@ -52,12 +63,12 @@ def save(head: Any, directory: Path) -> None:
 
 
 def write_config(head: Any, config: GPTConfig, directory: Path) -> None:
-    """Write the configuration of a head, without its weights."""
+    """Write `config.json`: the configuration `config` and the class of `head`."""
     write_json(directory / CONFIG, {"format": _FORMAT, "head": type(head).__name__, **config.to_dict()})
 
 
 def _check_names(head: Any, state: dict[str, Tensor], config: GPTConfig) -> None:
-    """Raise `ValueError` for a state that a model of the configuration does not have."""
+    """Raise `ValueError` unless the `state` dict of `head` has the names and shapes of a model of `config`."""
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in type(head)(config).state_dict().items()}
     spare, missing = sorted(state.keys() - wanted.keys()), sorted(wanted.keys() - state.keys())
@@ -80,7 +91,7 @@ def _check_names(head: Any, state: dict[str, Tensor], config: GPTConfig) -> None
 
 
 def read_config(directory: Path) -> tuple[str, GPTConfig]:
-    """Return the name of the head that a folder was saved by, and its configuration.
+    """Return (name, config) of a model folder: the name of the head's class that saved it, and its configuration.
 
     Raises:
         FileNotFoundError: There is no configuration.
@@ -106,7 +117,14 @@ def read_config(directory: Path) -> tuple[str, GPTConfig]:
 def load(
     head_class: type[AnyHead], directory: Path, overrides: dict[str, Any], tensors: dict[str, Tensor] | None = None
 ) -> AnyHead:
-    """Return a head of this class with the weights of a folder, or these; see `Head.from_pretrained`."""
+    """Return a head of class `head_class` with the weights in the folder `directory`; see `Head.from_pretrained`.
+
+    `overrides` are fields of the configuration. `tensors`, if given, takes the place of the weights in the folder.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged, or a tensor does not fit.
+    """
     saved_by, config = read_config(directory)
     path = directory / WEIGHTS
     tensors = read_weights(path) if tensors is None else tensors
@@ -140,14 +158,27 @@ def load(
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file; raise `ValueError` where it is truncated or something else."""
+    """Return the tensors of a safetensors file by name.
+
+    Raises:
+        FileNotFoundError: The file is missing.
+        ValueError: The file is truncated or something else.
+    """
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Yield an open safetensors file; raise `ValueError` where it is truncated or something else."""
+    """Yield an open safetensors file.
+
+    Yields:
+        The file, as `safetensors.safe_open` opens it.
+
+    Raises:
+        FileNotFoundError: The file is missing.
+        ValueError: The file is truncated or something else.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; expected the weights written by save_pretrained")
     try:

@@ -23,10 +23,11 @@ _U32 = 0xFFFFFFFF
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = PHILOX_ROUNDS) -> Tensor:
-    """Return philox4x32-`rounds` of Salmon et al. (2011): four words below 2^32 as int64, stacked last.
+    """Return philox4x32-`rounds` (Salmon et al., 2011): four random words below 2^32 for each counter, int64 [..., 4].
 
-    Counters and keys are int64 tensors holding unsigned 32-bit values, broadcast against each other. Products wrap
-    modulo 2^64, so the high half is the arithmetic shift with its sign bits masked off.
+    `counter` has four components and `key` has two, int64 tensors that hold unsigned 32-bit values and broadcast
+    against each other. Products wrap modulo 2^64, so the high half is the arithmetic shift with its sign bits masked
+    off.
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     k0, k1 = key
@@ -38,23 +39,30 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: 
 
 
 def dropout_threshold(p: float) -> int:
-    """Return T = floor(65536 p + 1/2). An element is dropped if its 16 random bits are below T."""
+    """Return T = floor(65536 p + 1/2). An element is dropped with probability `p` if its 16 random bits are below T."""
     return math.floor(p * 65536 + 0.5)
 
 
 def dropout_scale(p: float) -> float:
-    """Return 65536 / (65536 - T), the exact inverse of the keep rate, or 0 if every element is dropped."""
+    """Return 65536 / (65536 - T), T = dropout_threshold(p), which is 1 over the exact rate of kept elements.
+
+    The result is 0 if every element is dropped.
+    """
     T = dropout_threshold(p)
     return 0.0 if T == 65536 else 65536 / (65536 - T)
 
 
 def _philox_key(seed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (low, high), the two 32-bit halves of a 64-bit `seed`, as the key of philox."""
     seed = seed.reshape(())
     return seed & _U32, (seed >> 32) & _U32
 
 
 def _philox_words(counter: tuple[Tensor, ...], seed: Tensor, site: int) -> Tensor:
-    """Return the four words at a counter whose last component is the site."""
+    """Return philox's four words, [..., 4], for the three components in `counter` and the dropout site as the fourth.
+
+    A dropout site is the number of a dropout within a forward pass.
+    """
     site_word = torch.tensor(site & _U32, dtype=torch.int64, device=seed.device)
     return philox4x32((*counter, site_word), _philox_key(seed))
 
@@ -65,7 +73,10 @@ def _halves(words: Tensor) -> Tensor:
 
 
 def dropout_keep_rows(seed: Tensor, site: int, N: int, C: int, p: float) -> Tensor:
-    """Return bool [N, C] of a row site (embedding, add_layer_norm), True for an element that is kept.
+    """Return bool [N, C], True where the element in row i and column j is kept, for embedding and add_layer_norm.
+
+    `seed` and `site`, the number of the dropout within a forward pass, choose the mask. `p` is the dropout probability,
+    and T = dropout_threshold(p).
 
     counter = (j // 8, i, 0, site); word = (j // 2) % 4; u16 = the word's half j % 2; keep = u16 >= T. So one counter
     gives eight neighbours j = 8 J + 2 word + half, in this order.
@@ -79,7 +90,10 @@ def dropout_keep_rows(seed: Tensor, site: int, N: int, C: int, p: float) -> Tens
 
 
 def dropout_keep_matrix(seed: Tensor, site: int, b: Tensor, M: int, N: int, p: float) -> Tensor:
-    """Return bool [*b.shape, M, N] of a matrix site (attention, mlp), True for an element that is kept.
+    """Return bool [*b.shape, M, N], True where element (i, j) of a matrix [M, N] is kept, for attention and mlp.
+
+    `b` holds the number of each matrix: its row and head in attention, 0 in mlp. `seed` and `site`, the number of the
+    dropout within a forward pass, choose the mask, and `p` is the dropout probability.
 
     This is `dropout_keep_at` on the whole grid, evaluated once per counter: with i = 16 I + 8 i3 + g and j = 16 J + 8
     j3 + 2 t + j0, the counter is (4 J + t, 8 I + g, b, site), the word 2 i3 + j3, the half j0.
@@ -95,7 +109,9 @@ def dropout_keep_matrix(seed: Tensor, site: int, b: Tensor, M: int, N: int, p: f
 
 
 def dropout_keep_at(seed: Tensor, site: int, b: Tensor, i: Tensor, j: Tensor, p: float) -> Tensor:
-    """Return the rule of a matrix site, literally, at coordinates that broadcast against each other. True is kept.
+    """Return bool, True where element (i, j) of matrix b is kept; the three coordinates broadcast against each other.
+
+    This is the rule of `dropout_keep_matrix`, written out, with T = dropout_threshold(p).
 
     counter = ((j // 16)*4 + (j % 8)//2, (i // 16)*8 + i % 8, b, site); word = 2*((i // 8) % 2) + (j // 8) % 2; u16 =
     (word >> 16*(j % 2)) & 0xffff; keep = u16 >= T.
@@ -107,6 +123,7 @@ def dropout_keep_at(seed: Tensor, site: int, b: Tensor, i: Tensor, j: Tensor, p:
 
 
 def _dropout(x: Tensor, keep: Tensor, p: float) -> Tensor:
+    """Return x scaled by `dropout_scale(p)` where `keep` is True, and 0 elsewhere."""
     return torch.where(keep, x * dropout_scale(p), 0.0)
 
 
@@ -114,14 +131,14 @@ def _dropout(x: Tensor, keep: Tensor, p: float) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Return the dtype of sums: float32 for half-precision inputs, else their own."""
+    """Return x in the dtype of sums: float32 for bfloat16 and float16, else its own."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     """Return (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension, with the biased variance.
 
-    A constant row gives exactly the bias, because the second mean corrects what the first one rounds.
+    A constant row gives exactly the bias, because a second mean corrects the rounding error of the first one.
     """
     wide = _wide(x)
     rough = wide.mean(-1, keepdim=True)
@@ -146,7 +163,8 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return (normed, summed): summed = residual + dropout(x), normed = layer_norm(summed).
 
-    `summed` is rounded to the wider dtype of the two.
+    `summed` has the wider dtype of `x` and `residual`. `seed` and `site`, the number of this dropout within a forward
+    pass, choose the mask; `seed` is needed if `dropout_p` is above 0.
     """
     dtype = torch.promote_types(x.dtype, residual.dtype)
     branch = _wide(x)
@@ -175,8 +193,11 @@ def attention_allowed(
 ) -> Tensor:
     """Return bool, broadcastable to [B, H, T, S], True where query i may attend to key j. All conditions hold at once.
 
-    Causal is bottom-right: the last query sits at the last key. Packed sequences see their own tokens only, and tokens
-    after the last of them see nothing.
+    q is [B, H, T, D] and k is [B, H, S, D]. With `causal` the last query is at the position of the last key, and no
+    query attends to later keys. `lengths` [B] is the number of keys of each row, and `key_mask` [B, S] and `mask`
+    (broadcastable) are True where attention is allowed. A query sees the `window` keys up to its own and, if not
+    causal, as many from its own on. `cu_seqlens` [n + 1] bounds packed sequences: a token sees its own sequence only,
+    and tokens after the last one see nothing.
     """
     T, S = q.shape[-2], k.shape[-2]
     i = torch.arange(S - T, S, device=q.device)[:, None]
@@ -202,7 +223,10 @@ def attention_allowed(
 
 
 def packed_positions(cu_seqlens: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """Return (sequence, position within it) of each of T packed tokens. Tokens behind the last sequence are in n."""
+    """Return (sequence, position), int64 [T] each: the number of each packed token's sequence, and its place within it.
+
+    `cu_seqlens` [n + 1] holds the bounds of n sequences. Tokens behind the last sequence have the number n.
+    """
     tokens = torch.arange(T, device=cu_seqlens.device)
     starts = cu_seqlens.long()
     sequence = torch.searchsorted(starts[1:].contiguous(), tokens, right=True)
@@ -225,7 +249,11 @@ def attention(
     site: int = 0,
     scale: float | None = None,
 ) -> Tensor:
-    """Return dropout(softmax(scale Q Kᵀ where allowed)) V. A query that may attend to nothing gives 0."""
+    """Return dropout(softmax(scale Q Kᵀ where allowed)) V, [B, H, T, D]. A query that may attend to nothing gives 0.
+
+    See `attention_allowed` for the masks. `scale` is 1 / sqrt(D) by default. `seed` and `site`, the number of this
+    dropout within a forward pass, choose the dropout mask; `seed` is needed if `dropout_p` is above 0.
+    """
     B, H, T, D = q.shape
     S = k.shape[2]
     scale = D**-0.5 if scale is None else scale
@@ -253,7 +281,10 @@ def attention(
 
 
 def attention_qkv(qkv: Tensor, num_heads: int, **options) -> Tensor:
-    """Return `attention` on a projection [B, T, 3C], heads merged, [B, T, C]. The options are those of `attention`."""
+    """Return `attention` for a projection [B, T, 3C] that packs q, k and v, with merged heads: [B, T, C].
+
+    The options are those of `attention`.
+    """
     out = attention(*split_qkv(qkv, num_heads), **options)
     return out.transpose(1, 2).flatten(2)
 
@@ -266,7 +297,10 @@ def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
-    """Attend from one query [B, H, D] a sequence to the first `lengths` [B] entries of its cache [B, H, S, D]."""
+    """Return attention [B, H, D] from one query [B, H, D] a sequence to the first `lengths` [B] entries of its cache.
+
+    Keys and values of the cache are [B, H, S, D].
+    """
     return attention(q[:, :, None], k_cache, v_cache, causal=False, lengths=lengths)[:, :, 0]
 
 
@@ -284,7 +318,11 @@ def mlp(
     seed: Tensor | None = None,
     site: int = 0,
 ) -> Tensor:
-    """Return dropout(activation(x fc_weightᵀ + fc_bias)) proj_weightᵀ + proj_bias, with weights [F, C] and [C, F]."""
+    """Return dropout(activation(x fc_weightᵀ + fc_bias)) proj_weightᵀ + proj_bias, with weights [F, C] and [C, F].
+
+    x and the result are [..., C]. `seed` and `site`, the number of this dropout within a forward pass, choose the
+    dropout mask; `seed` is needed if `dropout_p` is above 0. Raises `ValueError` for an unknown activation.
+    """
     z = F.linear(_wide(x), _wide(fc_weight), None if fc_bias is None else _wide(fc_bias))
     hidden = _activations.find("gpt_fast.mlp", activation).function(z)
     if dropout_p > 0:
@@ -306,10 +344,12 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Return -(1 - ε) log p[target] - ε/V Σ_v log p[v], p = softmax(x weightᵀ + bias), over rows not ignored.
+    """Return -(1 - ε) log p[target] - ε/V Σ_v log p[v], p = softmax(x weightᵀ + bias), over rows that are not ignored.
 
-    The mean is over those rows, and 0 if there are none. Ignored rows are not computed, except while tracing and on
-    meta, where no number of rows may depend on data, and inside a `vmap`, where no number may either.
+    x is [..., C], weight [V, C] and target [...]. ε is `label_smoothing`, and a row with the target `ignore_index` is
+    ignored. `reduction` is "mean" over the other rows (0 if there are none), "sum", or "none" for one loss a row,
+    [...], 0 if ignored. Ignored rows are not computed, except while tracing and on meta, where no number of rows may
+    depend on data, and inside a `vmap`, where no number may either.
     """
     rows, targets = x.reshape(target.numel(), x.shape[-1]), target.reshape(-1)
     valid = targets != ignore_index
@@ -335,7 +375,11 @@ def embedding(
     seed: Tensor | None = None,
     site: int = 0,
 ) -> Tensor:
-    """Return dropout(token_weight[tokens] + position_weight[positions]), with positions 0 to T - 1 by default."""
+    """Return dropout(token_weight[tokens] + position_weight[positions]), [..., T, C] for tokens [..., T].
+
+    `positions` are 0 to T - 1 by default. `seed` and `site`, the number of this dropout within a forward pass, choose
+    the dropout mask; `seed` is needed if `dropout_p` is above 0.
+    """
     if positions is None:
         positions = torch.arange(tokens.shape[-1], device=tokens.device)
     out = _wide(F.embedding(tokens, token_weight)) + _wide(F.embedding(positions, position_weight))
@@ -350,7 +394,7 @@ def embedding(
 
 
 class TransformerDecoder(nn.Module):
-    """Post-norm block of the notes on PyTorch's own modules: x = norm1(x + attn(x)), then x = norm2(x + ff(x))."""
+    """Post-norm block of the lecture notes, in PyTorch's modules: x = norm1(x + attn(x)), then x = norm2(x + ff(x))."""
 
     def __init__(self, hidden_dim: int, num_heads: int, ff_dim: int, dropout: float):
         super().__init__()
@@ -370,7 +414,10 @@ class TransformerDecoder(nn.Module):
 
 
 class GPT(nn.Module):
-    """The notes' GPT with its mistakes mended: attention over time, dropout on the embeddings, nothing in place."""
+    """The lecture notes' GPT with its mistakes mended.
+
+    Attention runs over time, embeddings have dropout, and no op is in place.
+    """
 
     def __init__(self, num_tokens: int, hidden_dim: int, num_heads: int, num_layers: int, seq_len: int, dropout: float):
         super().__init__()

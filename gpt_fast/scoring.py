@@ -38,14 +38,14 @@ class Scores(NamedTuple):
 
 
 class Continuation(NamedTuple):
-    """Score of a continuation: the sum of its tokens' log-probabilities, and whether greedy decoding would write it."""
+    """Score of a continuation: the sum of its tokens' log-probabilities, and True if greedy decoding generates it."""
 
     log_prob: float
     is_greedy: bool
 
 
 class Window(NamedTuple):
-    """Part of a row: the model reads tokens `begin` to `end`, and those from `first` on are scored."""
+    """Part of a row: the model reads tokens `begin` to `end` - 1, and tokens `first` to `end` - 1 are scored."""
 
     row: int
     begin: int
@@ -76,25 +76,25 @@ def score(
         model: A `GPTForCausalLM`, a `GPT`, a head with a joint loss, or, with `labels`, a `GPTForMaskedLM`. Wrappers of
             `torch.compile`, DataParallel, DistributedDataParallel and PEFT are taken off. Sharded parameters are
             refused.
-        inputs: Tokens [B, T] int64, a text, or texts. Texts need a `tokenizer`. They begin with the model's start token
-            if it has one, and all of their tokens are scored. Without one a text's first token is not.
+        inputs: Tokens [B, T] int64, a text, or texts. Texts need a `tokenizer`. If the model has a start token, it is
+            put before each text, and all tokens of the text are scored. Otherwise the first token is not scored.
         tokenizer: A `tokenizers.Tokenizer`, or one of transformers. It adds no special tokens.
         labels: Int64 [B, T], unshifted: the token to be scored at each position, -100 for none. The default is the
             tokens. For a masked model they hold the original tokens where the row holds masks.
-        lengths: Real tokens [B] of rows that are padded on the right.
+        lengths: Number of real tokens [B] of each row, for rows that are padded on the right.
         key_mask: Bool [B, T], True for a real token, for rows that are padded anywhere.
-        attention_mask: The same as zeros and ones.
+        attention_mask: `key_mask` as zeros and ones.
         stride: Tokens by which windows advance, 1 to seq_len, half of seq_len unless given. With seq_len the first
             token of every window is not predicted, because no token precedes it there.
         batch_size: Windows in a forward pass.
-        greedy: Tell which tokens are the most probable ones, too. This projects the scored positions once more.
+        greedy: Return which tokens are the most probable ones, too. This projects the scored positions once more.
 
     Returns:
         `Scores`. `scores.log_probs.sum(1)` is the log-likelihood of each row, and `exp(-scores.log_probs.sum() /
         scores.predicted.sum())` the perplexity.
 
     Raises:
-        ValueError: An argument contradicts the list above, ids lie outside the vocabulary, or a row of a masked model
+        ValueError: An argument is not as listed above, ids lie outside the vocabulary, or a row of a masked model
             is longer than seq_len.
 
     Example:
@@ -183,10 +183,13 @@ def score_windows(
     batch_size: int,
     greedy: bool,
 ) -> list[Tensor]:
-    """Return log-probabilities, which of them are predictions and, if `greedy`, which are of the most probable token.
+    """Return [log_probs, predicted] or, if `greedy`, [log_probs, predicted, most_probable].
 
-    Each result covers all tokens of all `rows` [T], one row after another. `targets` [T] holds the token to be scored
-    at each position of a row.
+    Each result has one dimension: the tokens of all `rows`, one row after another. `log_probs` is float32, 0 where
+    nothing is predicted. `predicted` is True where a token is predicted, and `most_probable` where that token is the
+    most probable one. A row holds token ids [T]. The entry of `targets` for a row, [T] as well, holds the token to be
+    scored at each position, or -100 for none. Each of `windows` chooses tokens that the model reads and tokens that are
+    scored, and `batch_size` windows make a forward pass.
     """
     device = next(model.parameters()).device
     shift = 0 if isinstance(model, GPTForMaskedLM) else 1
@@ -225,9 +228,9 @@ def score_windows(
 def score_continuations(
     model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int = 16
 ) -> list[Continuation]:
-    """Return the score of each continuation behind its context, both given as ids.
+    """Return the `Continuation` (log_prob, is_greedy) of each pair (context, continuation) of token ids.
 
-    Where both are longer than the model's positions the context loses its first tokens.
+    If both together are longer than the model's positions, the context loses its first tokens.
 
     Raises:
         ValueError: A context or continuation is empty, or a continuation has more than seq_len tokens.
@@ -255,17 +258,19 @@ def score_continuations(
 
 
 def _trunk(model: Any) -> Any:
+    """Return the trunk of a language model: embeddings and blocks, with the configuration as `config`."""
     return model.trunk if isinstance(model, GPTForMaskedLM) else parts(model, "score")[0]
 
 
 def _hidden(model: Any, tokens: Tensor, lengths: Tensor | None) -> Tensor:
+    """Return the trunk's hidden states [B, T, C] for tokens [B, T], padded on the right after `lengths` [B] tokens."""
     if isinstance(model, GPT):
         return model.hidden_states(tokens, lengths=lengths)
     return model.trunk(tokens, causal=not isinstance(model, GPTForMaskedLM), lengths=lengths)
 
 
 def _losses(output_layer: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross-entropy of each row of hidden states [N, C], [N] float32."""
+    """Return the cross-entropy, float32 [N], of output_layer(hidden) for hidden states [N, C] and target ids [N]."""
     if _plain.is_plain(output_layer, nn.Linear):
         return ops.linear_cross_entropy(hidden, output_layer.weight, targets, output_layer.bias, reduction="none")
     chunks = [
@@ -276,17 +281,26 @@ def _losses(output_layer: Any, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 def _is_most_probable(output_layer: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Return bool [N], True where the id in `targets` [N] has the largest logit of output_layer(hidden [N, C])."""
     chunks = [output_layer(x).argmax(-1) == target for x, target in _chunks(output_layer, hidden, targets)]
     return torch.cat(chunks) if chunks else torch.zeros_like(targets, dtype=torch.bool)
 
 
 def _chunks(output_layer: Any, hidden: Tensor, targets: Tensor) -> Any:
-    """Yield few rows at a time: their logits are held until the next ones are."""
+    """Return pairs (hidden, targets) that split hidden states [N, C] and target ids [N] into few rows each.
+
+    The caller holds the logits of one pair at a time, about `_CHUNK` numbers.
+    """
     size = max(1, _CHUNK // getattr(output_layer, "out_features", _CHUNK))
     return zip(hidden.split(size), targets.split(size), strict=True) if len(targets) else ()
 
 
 def _stride(stride: int | None, seq_len: int) -> int:
+    """Return `stride` if it is valid, or half of `seq_len` for None.
+
+    Raises:
+        ValueError: It is not an integer from 1 to `seq_len`.
+    """
     if stride is None:
         return max(1, seq_len // 2)
     _checks.integer("score", stride=stride)
@@ -296,6 +310,11 @@ def _stride(stride: int | None, seq_len: int) -> int:
 
 
 def _texts(inputs: Any, tokenizer: Any) -> Sequence[str]:
+    """Return the list of texts in `inputs`, one text or several.
+
+    Raises:
+        ValueError: `inputs` holds something else than texts, or there is no tokenizer.
+    """
     texts = [inputs] if isinstance(inputs, str) else inputs
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"gpt_fast.score: inputs is {_checks.described(texts)}; expected tokens, a text or texts")
@@ -306,7 +325,10 @@ def _texts(inputs: Any, tokenizer: Any) -> Sequence[str]:
 
 
 def _encoded(model: Any, texts: Sequence[str], tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Return the ids of texts [B, T] behind the start token, padded on the right, and how many there are of each."""
+    """Return (tokens [B, T], lengths [B]): the ids of texts behind the model's start token, padded on the right.
+
+    `lengths` holds the number of ids of each text, with the start token.
+    """
     start = _trunk(model).config.start_token
     rows = []
     for text in texts:
@@ -343,6 +365,7 @@ def _real(tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None) -> Te
 
 
 def _check_ids(name: str, ids: Tensor, V: int) -> None:
+    """Raise `ValueError` if one of the token `ids` of the argument `name` is not in [0, V)."""
     wrong = ids[(ids < 0) | (ids >= V)]
     if wrong.numel():
         raise ValueError(f"gpt_fast.score: {name} holds {int(wrong[0])}; expected ids in [0, {V})")

@@ -64,18 +64,27 @@ LIMITS: dict[str, dict[str, tuple[int, int]]] = {
 
 
 def limits(row: Row, op: str) -> dict[str, tuple[int, int]]:
-    """Return the name and the range of each number of a row's configuration."""
+    """Return name → (lowest, highest) for each number of a launch configuration, such as a tile size, in their order.
+
+    `row` is a `Row` of the table of the op named `op`.
+    """
     ranges = LIMITS.get(row.kernel) or LIMITS[op]
     return ranges | {"late": (0, 1)} if op == "attention" and row.kernel == "fwd" else ranges
 
 
 def complete(config: Config, ranges: dict[str, tuple[int, int]]) -> Config:
-    """Return a configuration with zeros for the numbers that its row leaves out."""
+    """Return `config` with zeros added at the end for the numbers that a row of the table may leave out.
+
+    `ranges` has an entry for each number; see `limits`.
+    """
     return (*config, *(0,) * (len(ranges) - len(config)))
 
 
 def neighbours(config: Config, ranges: dict[str, tuple[int, int]]) -> Iterator[Config]:
-    """Yield every configuration with one number changed by a step, inside its range."""
+    """Yield each configuration that differs from `config` in one number by one step, inside the `ranges` of `limits`.
+
+    A step doubles or halves the number, or adds or subtracts 1, or switches it between 0 and its largest value.
+    """
     for index, (name, (low, high)) in enumerate(ranges.items()):
         value = config[index]
         steps: tuple[int, ...]
@@ -91,7 +100,10 @@ def neighbours(config: Config, ranges: dict[str, tuple[int, int]]) -> Iterator[C
 
 
 def candidates(op: str, row: Row, architecture: int) -> list[Config]:
-    """Return the configurations that a prediction favours for the class of shapes of `row`."""
+    """Return the launch configurations that a prediction favours for the kernel, element size and shapes of `row`.
+
+    They come from `launch_configs.CANDIDATES`, for GPUs of this `architecture` (80 is sm_80) or an earlier one.
+    """
     place = (row.kernel, row.element, row.size)
     return [
         other.config
@@ -125,7 +137,11 @@ def climb(
 
 
 def work(op: str, row: Row, device: str) -> Callable[[], object]:
-    """Return the work to time for a class of shapes: its largest, or GPT-2's smallest where it has no end."""
+    """Return a function that runs the kernels to be timed for a `row` of the table of `op`, on random tensors.
+
+    The tensors have the element size and the largest size that the row serves, or GPT-2's width of 768 if it serves
+    all.
+    """
     dtype = DTYPES[row.element]
     size = row.size if row.size < ANY else 768
     seed = torch.zeros(1, dtype=torch.int64, device=device)
@@ -192,10 +208,16 @@ def work(op: str, row: Row, device: str) -> Callable[[], object]:
 
 
 def either_mlp(row: Row, dy: torch.Tensor, *inputs: torch.Tensor) -> Callable[[], object]:
-    """Run mlp without dropout by cuBLASLt or by Triton, as the table has it when it runs."""
+    """Return a function that runs forward and backward of the MLP without dropout, by cuBLASLt or by Triton.
+
+    The table of configurations chooses between the two at each run. `row` names the activation, `dy` is the upstream
+    gradient, and `inputs` are x, fc_weight, fc_bias, proj_weight and proj_bias. The function raises `RuntimeError` if
+    cuBLASLt is chosen and its tests do not pass here.
+    """
     operators, activation, needs = torch.ops.gpt_fast, row.kernel.removeprefix("cublaslt "), [True] * 5
 
     def run() -> None:
+        """Run forward and backward once, by the implementation that the table chooses now."""
         if cublaslt_serves("mlp", row, dy.device):
             _, hidden, mask = operators.mlp_cublaslt_forward(*inputs, activation, True)
             operators.mlp_cublaslt_backward(dy, *inputs[:4], hidden, mask, activation, needs)
@@ -229,7 +251,7 @@ def cublaslt_serves(op: str, row: Row, device: torch.device) -> bool:
 
 @functools.cache
 def cublaslt_tests_pass(op: str) -> bool:
-    """Return True if an op by cuBLASLt was built and passes its tests on this GPU."""
+    """Return True if an op by cuBLASLt was built and passes its tests on this GPU, which run once in a process."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", f"tests/ops/test_{op}_cublaslt.py"]
     tests = subprocess.run(command, capture_output=True, text=True, check=False)
     print(tests.stdout.splitlines()[-1] if tests.stdout else tests.stderr, flush=True)
@@ -240,10 +262,15 @@ Timer = Callable[[Callable[[], object]], float]
 
 
 def measurer(op: str, row: Row, architecture: int, timer: Timer, device: str = "cuda") -> Callable[[Config], float]:
-    """Return a function that times a configuration for the class of shapes of `row`, inf where it does not run."""
+    """Return a function that times a launch configuration for the kernel, element size and shapes of `row`.
+
+    Its result is what `timer` returns for the function `work(op, row, device)`, or inf for a configuration that does
+    not compile or run.
+    """
     run = work(op, row, device)
 
     def measure(config: Config) -> float:
+        """Return the time of the kernels with `config`, or inf if they do not compile or run."""
         try:
             with launch_configs.trying(op, row._replace(architecture=architecture, config=config)):
                 return timer(run)
@@ -254,23 +281,32 @@ def measurer(op: str, row: Row, architecture: int, timer: Timer, device: str = "
 
 
 def serving(op: str, row: Row, architecture: int) -> Config:
-    """Return the configuration that serves the class of shapes of `row`."""
+    """Return the launch configuration that the tables choose for the kernel, element size and shapes of `row`.
+
+    `architecture` is that of the GPU (80 is sm_80). Numbers that the table leaves out are 0.
+    """
     config = launch_configs.pick(op, row.kernel, architecture, row.element, row.size)
     return complete(config, limits(row, op))
 
 
 def tuned(op: str, row: Row, architecture: int, source: str, timer: Timer) -> Row:
-    """Return the fastest row of this architecture for the class of shapes of `row`."""
+    """Return `row` with the fastest configuration that a search (`climb`) finds, with this `architecture` and `source`.
+
+    `architecture` is that of the GPU (80 is sm_80), `source` says how the row was found, and `timer` returns the time
+    of a function that runs kernels.
+    """
     measure = measurer(op, row, architecture, timer)
     best = climb(serving(op, row, architecture), candidates(op, row, architecture), limits(row, op), measure)
     return row._replace(architecture=architecture, config=best, source=source)
 
 
 def tune(names: list[str], path: Path, architecture: int, device: str, timer: Timer) -> Iterator[tuple[str, Row, bool]]:
-    """Measure every class of shapes of some ops and yield op, fastest row, and whether the shipped one is another.
+    """Measure all classes of shapes of the ops in `names`, and yield (op, row, is_new) for each.
 
-    Rows that differ from the shipped ones are written to `path` as soon as their op is done. Rows of other ops that the
-    file has of the same device and Triton stay. Raises `ValueError` if the file is damaged.
+    A class is a kernel with an element size and a largest size, as a row of the table has them. `row` holds the fastest
+    configuration, and `is_new` is True if it is not the shipped one. Rows with `is_new` are written to `path` as soon
+    as their op is done. Rows of other ops in that file stay if they are of the same `device` and Triton. Raises
+    `ValueError` if the file is damaged.
     """
     rows: dict[str, list[Row]] = {}
     if path.is_file():
@@ -292,7 +328,12 @@ def tune(names: list[str], path: Path, architecture: int, device: str, timer: Ti
 
 
 def compared(op: str, row: Row, architecture: int, timer: Timer, device: str = "cuda") -> Iterator[dict[str, Any]]:
-    """Yield the time of the configuration that serves, then of candidates and neighbours, as a share of the first."""
+    """Yield a record of the time of each configuration: the one that serves `row`, then candidates and neighbours.
+
+    A record has the keys "op", "kernel", "element", "size", "architecture", "config", "shipped" (True for the first
+    one), "ms" and "of_shipped", the time divided by that of the first record. For a configuration that does not run
+    "ms" is None, and "of_shipped" is missing.
+    """
     measure = measurer(op, row, architecture, timer, device)
     shipped = serving(op, row, architecture)
     first = measure(shipped)
@@ -305,15 +346,20 @@ def compared(op: str, row: Row, architecture: int, timer: Timer, device: str = "
 
 
 def classes(op: str) -> list[Row]:
-    """Return one row for each class of shapes in the table of an op."""
+    """Return one row of an op's table for each kernel, element size and largest size, of any architecture."""
     rows = (row for row in launch_configs.TABLES[op] if row.architecture != launch_configs.INTERPRETER)
     return list({(row.kernel, row.element, row.size): row for row in rows}.values())
 
 
 def one_at_a_time(timer: Timer, lock: Path) -> Timer:
-    """Return `timer` that runs the work once, which compiles it, and times it while no other process does."""
+    """Return a timer that runs its argument once, to compile it, and then times it while it holds the file `lock`.
+
+    Other processes with the same file wait for the lock, so that one process at a time is measured. `timer` does the
+    timing.
+    """
 
     def timed(run: Callable[[], object]) -> float:
+        """Run `run` once, and return its time from `timer`, measured while this process holds the lock."""
         run()
         with lock.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -323,10 +369,10 @@ def one_at_a_time(timer: Timer, lock: Path) -> Timer:
 
 
 def compare(names: list[str], part: str, path: Path, architecture: int) -> None:
-    """Measure what `compared` yields for a part of all classes, 16-bit and most used first, and append it to a file.
+    """Measure the records of `compared` for a part of all classes of shapes, and append them to the file `path`.
 
-    `part` 2/8 takes every eighth class of shapes from the second on. Processes that share the work compile side by side
-    and time one after the other.
+    `part` "2/8" takes every eighth class from the second on. 16-bit classes come first, and the ops keep the order of
+    `names`. Processes that share the work compile side by side and time one after the other.
     """
     number, parts = (int(value) for value in part.split("/"))
     every = [(op, row) for op in names for row in classes(op)]
@@ -340,5 +386,5 @@ def compare(names: list[str], part: str, path: Path, architecture: int) -> None:
 
 
 def median(run: Callable[[], object]) -> float:
-    """Return the median time of a run in milliseconds."""
+    """Return the median time of `run`, a function that runs kernels, in milliseconds."""
     return triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")

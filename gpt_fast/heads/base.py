@@ -48,7 +48,7 @@ class Head(Convertible, nn.Module):
         self.register_load_state_dict_post_hook(_tie_again)
 
     def num_parameters(self) -> int:
-        """Return how many numbers are trained. Tied parameters count once.
+        """Return the number of elements of all parameters. Tied parameters count once.
 
         Returns:
             The number.
@@ -56,7 +56,10 @@ class Head(Convertible, nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def _build_output_layer(self) -> None:
-        """Add `output_layer`, the projection to the vocabulary, tied to the embedding if the configuration says so."""
+        """Add `output_layer`, the projection to the vocabulary.
+
+        With `config.tied` its weight is the token embedding's.
+        """
         config = self.config
         self.output_layer = nn.Linear(config.hidden_dim, config.num_tokens, bias=config.output_bias)
         init_weights(self.output_layer, config.init_std)
@@ -67,13 +70,13 @@ class Head(Convertible, nn.Module):
         """Return True if the output layer's weight is the token embedding's: one parameter, not two equal ones.
 
         Returns:
-            True if so.
+            True if they are one parameter. False for a head without an output layer.
         """
         weight = getattr(getattr(self, "output_layer", None), "weight", None)
         return weight is not None and weight is getattr(self.trunk.token_emb, "weight", None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Keep the tie where PyTorch makes a new parameter for each module, as `to_empty` does on the meta device."""
+        """Apply `fn` to every tensor, as `nn.Module._apply` does, and return the module, still tied if it was."""
         tied = self.is_tied()
         super()._apply(fn, recurse)
         if tied:
@@ -81,7 +84,12 @@ class Head(Convertible, nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, *rest: Any) -> None:
-        """Remember the tie, which `assign=True` would undo, also where a model that contains this one is loaded."""
+        """Load the module's own entries as PyTorch does, and remember whether the output layer was tied before.
+
+        Loading with `assign=True` unties it, and `_tie_again` ties it again. This method also runs if a model that
+        contains the head is loaded. If `assign=True` brings two different tensors for the one parameter, an error is
+        added to the messages that `load_state_dict` raises.
+        """
         self._was_tied = self.is_tied()
         names = (f"{prefix}output_layer.weight", f"{prefix}trunk.token_emb.weight")
         output, table = (state_dict.get(name) for name in names)
@@ -103,18 +111,18 @@ class Head(Convertible, nn.Module):
     ) -> Tensor:
         """Return how many predictions each term of the loss is the mean of.
 
-        A head for language modelling has one term. A head for a labelled task has the task's (two for question
-        answering: starts and ends) and, with `config.lm_weight` > 0, the language model's after it. The counts make
-        gradient accumulation exact: weighted by its share of all counts, each part adds to the gradient of the whole
-        batch, however it is divided over parts and ranks.
+        A head for language modelling has one term. A head for a labelled task has the task's term (two for question
+        answering: starts and ends) and, with `config.lm_weight` > 0, the language model's term after it. The counts
+        make gradient accumulation exact. Divide a batch into parts and weight each part's loss by its share of all
+        counts (`loss_weights`). The gradients of the parts then sum to the gradient of the whole batch.
 
         Args:
-            tokens: Token ids, as in the forward pass, and so are the other arguments.
-            labels: Labels.
-            lengths: Real tokens of rows that are padded on the right.
+            tokens: Token ids, in the shape that the head's forward pass takes.
+            labels: Labels, in the shape that the head's forward pass takes.
+            lengths: Number of real tokens of each row, for rows that are padded on the right.
             key_mask: True for a real token.
-            attention_mask: The same as zeros and ones.
-            cu_seqlens: Bounds of packed sequences.
+            attention_mask: `key_mask` as zeros and ones.
+            cu_seqlens: Bounds of packed sequences. They do not change the counts.
 
         Returns:
             Counts [terms], float32.
@@ -145,10 +153,15 @@ class Head(Convertible, nn.Module):
     def _loss_counts(
         self, tokens: Tensor, labels: Tensor, lengths: Tensor | None, key_mask: Tensor | None
     ) -> list[Tensor]:
+        """Return for each term of the loss the number of predictions that it is the mean of; see `loss_counts`."""
         raise NotImplementedError
 
     def _weighted(self, terms: list[Tensor], loss_weights: Tensor | None) -> Tensor:
-        """Return the sum of the loss's terms, each times its weight."""
+        """Return the sum of the loss's terms, each times its weight in `loss_weights` [terms], or 1 for None.
+
+        Raises:
+            ValueError: `loss_weights` has another shape.
+        """
         if loss_weights is None:
             return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
         _checks.tensors(type(self).__name__, loss_weights=loss_weights)
@@ -160,6 +173,10 @@ class Head(Convertible, nn.Module):
         return (torch.stack(terms) * loss_weights).sum()
 
     def _language_model_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean cross-entropy of the output layer's logits for hidden states [..., C] and labels [...].
+
+        In training it includes the z-loss, if `z_loss` is above 0. A label of -100 does not count.
+        """
         return output_loss(self.output_layer, hidden, labels, self.z_loss if self.training else 0.0)
 
     def resize_embeddings(self, num_tokens: int) -> None:
@@ -199,10 +216,10 @@ class Head(Convertible, nn.Module):
         self.config = self.trunk.config = config
 
     def draw_weights(self, names: Collection[str]) -> None:
-        """Draw initial weights for the layers on top of the trunk that own parameters of these names.
+        """Draw initial weights for each child module that owns one of the parameters in `names`.
 
         Args:
-            names: Names of parameters in the state dict.
+            names: Names of parameters in the state dict, such as "classifier.weight".
         """
         for child, module in self.named_children():
             if any(f"{child}.{name}" in names for name, _ in module.named_parameters()):
@@ -244,12 +261,12 @@ class Head(Convertible, nn.Module):
     def from_pretrained(cls, directory: str | os.PathLike, **overrides: Any) -> Self:
         """Return the model saved in a folder, on the CPU, in training mode as PyTorch's constructors have it.
 
-        A folder saved by another head gives its trunk (and the output layer, where both have one). New layers start
-        afresh, which is how fine-tuning starts.
+        From a folder that another head saved, the trunk is loaded, and the output layer if both heads have one. Layers
+        that the folder lacks get new random weights, which is how fine-tuning starts.
 
         Args:
             directory: A folder that `save_pretrained` wrote.
-            **overrides: Fields of `GPTConfig` to change.
+            **overrides: Fields of `GPTConfig` that replace those in the folder.
 
         Returns:
             The model. Weights are read from safetensors alone.
@@ -263,13 +280,20 @@ class Head(Convertible, nn.Module):
 
 
 def _tie_again(head: Any, keys: Any) -> None:
-    """Give a head that was tied before its state was loaded one parameter for both again."""
+    """Tie the output layer of a `head` to the token embedding again if it was tied before a state dict was loaded.
+
+    PyTorch calls this hook after loading. The incompatible `keys` are not used.
+    """
     if vars(head).pop("_was_tied", False) and not head.is_tied():
         head.output_layer.weight = head.trunk.token_emb.weight
 
 
 def _resized(kind: type, old: Any, sizes: tuple[int, int], std: float, **options: Any) -> Any:
-    """Return a layer of the same kind, dtype, device and trainability for another vocabulary."""
+    """Return a new layer of class `kind` for another vocabulary, with the rows of the layer `old` that both have.
+
+    `sizes` and `options` are arguments of `kind`. New rows are drawn from N(0, `std`²), and new biases are 0. Dtype,
+    device and `requires_grad` are those of `old`.
+    """
     new = kind(*sizes, **options, device=old.weight.device, dtype=old.weight.dtype)
     init_weights(new, std)
     with torch.no_grad():

@@ -50,16 +50,17 @@ class TaskHead(Head):
         """Return loss and logits of tokens. The logits are always computed.
 
         Args:
-            tokens: Token ids, int64, in the shape that the class names.
-            labels: Labels, in the shape and dtype that the class names.
-            lengths: Real tokens of each sequence that is padded on the right.
+            tokens: Token ids, int64, in the shape that the docstring of the head's class states.
+            labels: Labels, in the shape and dtype that the docstring of the head's class states.
+            lengths: Number of real tokens of each sequence, for sequences that are padded on the right.
             key_mask: Bool in the shape of `tokens`, True for a real token.
-            attention_mask: The same as zeros and ones, as transformers' tokenizers return it.
-            logits: Without effect. Heads for language modelling have this argument.
+            attention_mask: `key_mask` as zeros and ones, as transformers' tokenizers return it.
+            logits: Not used. It is there because heads for language modelling have this argument.
             loss_weights: Factor of each term of the loss [terms], as `loss_counts` explains.
 
         Returns:
-            (loss, logits). The loss is None without labels.
+            (loss, logits). The loss is a float32 scalar, or None without labels. The docstring of the head's class
+            states the shape of the logits.
 
         Raises:
             ValueError: Tokens or labels have other shapes or dtypes or are out of range, or a row lacks the token to be
@@ -82,16 +83,18 @@ class TaskHead(Head):
         return HeadOutput(self._weighted(terms, loss_weights), scores)
 
     def weigh_classes(self, weights: Sequence[float] | None) -> None:
-        """Weigh each class in the task's loss, in training and in evaluation, until the model is saved.
+        """Set the weight of each class in the task's loss, in training and in evaluation. Weights are not saved.
 
-        With weights w the loss is Σ w[yᵢ] lᵢ / Σ w[yᵢ], as `torch.nn.CrossEntropyLoss(weight=w)` has it. With problem
-        "multi_label" they are `torch.nn.BCEWithLogitsLoss(pos_weight=w)`.
+        With weights w the loss is Σ w[yᵢ] lᵢ / Σ w[yᵢ], where lᵢ is the cross-entropy of row i and yᵢ its class, as in
+        `torch.nn.CrossEntropyLoss(weight=w)`. With problem "multi_label" it is the loss of
+        `torch.nn.BCEWithLogitsLoss(pos_weight=w)`.
 
         Args:
-            weights: One number of 0 or more for each class. None weighs all alike.
+            weights: One number of 0 or more for each class. None removes the weights.
 
         Raises:
-            ValueError: The weights are not as many as classes, one is below 0, or the head has no classes.
+            ValueError: There are more or fewer weights than classes, a weight is negative or infinite, or the head has
+                no classes.
         """
         name, L = type(self).__name__, self.classifier.out_features
         if weights is None:
@@ -110,6 +113,7 @@ class TaskHead(Head):
     def _loss_counts(
         self, tokens: Tensor, labels: Tensor, lengths: Tensor | None, key_mask: Tensor | None
     ) -> list[Tensor]:
+        """Return the counts of `_task_counts` and, if `config.lm_weight` > 0, the number of next-token labels."""
         tokens, lengths, key_mask = self._rows(tokens, lengths, key_mask)
         counts = self._task_counts(labels, real_tokens(tokens, lengths, key_mask))
         if self.config.lm_weight > 0:
@@ -119,7 +123,13 @@ class TaskHead(Head):
     def _rows(
         self, tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the tokens as rows [N, T], with what says where each of them ends."""
+        """Return (tokens [N, T], lengths [N], key_mask [N, T]) for tokens [N, T], or [B, S, T] with N = B S.
+
+        Lengths and mask that are None stay None.
+
+        Raises:
+            ValueError: The head does not read tokens of this shape.
+        """
         if not isinstance(tokens, Tensor) or not self._reads(tokens.shape):
             raise ValueError(
                 f"gpt_fast.{type(self).__name__}: tokens is {_checks.described(tokens)}; "
@@ -128,25 +138,37 @@ class TaskHead(Head):
         return flat(tokens, lengths, key_mask) if tokens.dim() == 3 else (tokens, lengths, key_mask)
 
     def _reads(self, shape: torch.Size) -> bool:
-        """Return True if tokens have a shape that this head reads, `tokens_shape`."""
+        """Return True if the head reads tokens of this shape. `tokens_shape` states it in messages."""
         return len(shape) == 2
 
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
-        """Return the logits of hidden states [N, T, C] and tokens [N, T] that came in `shape`."""
+        """Return the logits for hidden states [N, T, C] of the tokens [N, T].
+
+        `real` is bool [N, T], True for a real token and False for padding. `shape` is the shape in which the caller
+        gave the tokens, such as [B, K, T] with N = B K.
+        """
         raise NotImplementedError
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
-        """Return the terms of the task's loss. Each is a mean over as many predictions as `_task_counts` has for it."""
+        """Return the terms of the task's loss, as scalars, for the logits `scores` and the caller's labels.
+
+        Each term is a mean over as many predictions as `_task_counts` returns for it. `real` is bool [N, T], False at
+        padding.
+        """
         raise NotImplementedError
 
     def _task_counts(self, labels: Tensor, real: Tensor) -> list[Tensor]:
-        """Return how many predictions each term is the mean of: by default one a label, or the weight of its class."""
+        """Return how many predictions each term of the task's loss is the mean of.
+
+        By default there is one term, and each label counts 1 or, if classes are weighted, the weight of its class.
+        `real` is bool [N, T], False at padding.
+        """
         if self.class_weights is None or self.config.problem != "classification":
             return [torch.tensor(len(labels), device=labels.device)]
         return [self._weight_of(labels)]
 
     def _weight_of(self, labels: Tensor) -> Tensor:
-        """Return how many labels count, each with the weight of its class."""
+        """Return the number of labels that are not -100 or, if classes are weighted, the sum of their weights."""
         counted = labels != IGNORE
         if self.class_weights is None or self._host_weights is None:
             return counted.sum()
@@ -154,11 +176,18 @@ class TaskHead(Head):
         return (weights[labels.masked_fill(~counted, 0)] * counted).sum()
 
     def _pooled(self, hidden: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
-        """Return the hidden state that the classifier reads of each row [N, C]."""
+        """Return the hidden state [N, C] that the classifier reads of each row of `hidden` [N, T, C].
+
+        `tokens` is [N, T]. `real` is bool [N, T], False at padding.
+        """
         return hidden[torch.arange(tokens.shape[0], device=tokens.device), self._read_position(tokens, real)]
 
     def _read_position(self, tokens: Tensor, candidates: Tensor) -> Tensor:
-        """Return the position [N] of the hidden state that the classifier reads."""
+        """Return the position [N] of the token that the classifier reads in each row of `tokens` [N, T].
+
+        It is the last real token, or the last extract token with pooling "extract". `candidates` is bool [N, T], True
+        for a real token.
+        """
         wanted = "a real token"
         if self.config.pooling == "extract":
             candidates = candidates & (tokens == self.config.extract_token)
@@ -167,12 +196,24 @@ class TaskHead(Head):
         return tokens.shape[1] - 1 - candidates.flip(1).int().argmax(1)  # the last candidate
 
     def _check_rows(self, tokens: Tensor, there: Tensor, wanted: str) -> None:
+        """Check that no row of `there` [N, T] is False everywhere. On a GPU this needs `gpt_fast.check_values`.
+
+        Raises:
+            ValueError: A row is False everywhere. `wanted` says in the message what the row lacks.
+        """
         if ops.values_checked(tokens) and not bool(there.any(1).all()):
             row = int((~there.any(1)).nonzero()[0])
             raise ValueError(f"{type(self).__name__}: row {row} of tokens has none; expected {wanted} to read")
 
     def _problem_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of one class, of numbers or of several classes, as the configuration says."""
+        """Return the loss of the logits `scores` [B, L] by `config.problem`.
+
+        It is the cross-entropy for "classification" with labels [B], the mean squared error for "regression" with
+        labels [B, L], or the binary cross-entropy for "multi_label" with labels [B, L].
+
+        Raises:
+            ValueError: The labels have another shape or dtype.
+        """
         B, L = scores.shape
         if self.config.problem == "regression":
             if labels.shape != (B, L) and not (L == 1 and labels.shape == (B,)):
@@ -190,19 +231,33 @@ class TaskHead(Head):
         return self._class_loss(scores, labels)
 
     def _class_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean cross-entropy of logits [B, L] and labels [B], weighted by class if `class_weights` are set.
+
+        Raises:
+            ValueError: Labels are not int64 [B], or not in [0, L).
+        """
         B, L = scores.shape
         self._check_labels(labels, (B,))
         self._check_classes(labels, L)
         return F.cross_entropy(scores.float(), labels) if self.class_weights is None else self._mean(scores, labels)
 
     def _labelled_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy over the rows that have a label, or 0 if none has one."""
+        """Return the mean cross-entropy of logits [N, L] over the rows whose label is not -100, or 0 without any.
+
+        Labels are [N]. The mean is weighted if `class_weights` are set.
+
+        Raises:
+            ValueError: A label is not a class.
+        """
         counted = labels != IGNORE
         self._check_classes(labels.masked_fill(~counted, 0), scores.shape[1])
         return self._mean(scores, labels)
 
     def _mean(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Return the weighted mean of the cross-entropies, 0 where nothing counts."""
+        """Return the mean cross-entropy of logits [N, L] and labels [N], without labels of -100.
+
+        The mean is weighted if `class_weights` are set. It is 0 if the weights sum to 0.
+        """
         losses = F.cross_entropy(
             scores.float(), labels, weight=self.class_weights, ignore_index=IGNORE, reduction="sum"
         )
@@ -210,12 +265,18 @@ class TaskHead(Head):
         return losses / torch.where(total > 0, total, 1)
 
     def _check_labels(self, labels: Tensor, shape: tuple[int, ...]) -> None:
+        """Raise `ValueError` unless `labels` are int64 in this shape."""
         if labels.shape != shape or labels.dtype != torch.int64:
             raise ValueError(
                 f"gpt_fast.{type(self).__name__}: labels is {_checks.described(labels)}; expected int64 {list(shape)}"
             )
 
     def _check_classes(self, classes: Tensor, L: int) -> None:
+        """Check that `classes` are in [0, L). On a GPU this needs `gpt_fast.check_values`.
+
+        Raises:
+            ValueError: A class is out of range.
+        """
         if ops.values_checked(classes) and len(classes) and not (0 <= int(classes.min()) and int(classes.max()) < L):
             raise ValueError(
                 f"{type(self).__name__}: labels hold {int(classes.min())} to {int(classes.max())}; "
@@ -268,9 +329,11 @@ class GPTForSequenceClassification(TaskHead):
         super().__init__(config, config.num_labels)
 
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
+        """Return logits [N, L] from the hidden state that the classifier reads in each row; see `TaskHead._scores`."""
         return self.classifier(self.dropout(self._pooled(hidden, tokens, real)))
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
+        """Return [loss] for logits [N, L], with the loss that `config.problem` names; see `TaskHead._task_losses`."""
         return [self._problem_loss(scores, labels)]
 
 
@@ -313,13 +376,16 @@ class GPTForSimilarity(TaskHead):
         super().__init__(config, config.num_labels)
 
     def _reads(self, shape: torch.Size) -> bool:
+        """Return True for tokens [B, 2, T]."""
         return len(shape) == 3 and shape[1] == 2
 
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
+        """Return logits [B, L] from the sum of the two hidden states, one for each order; see `TaskHead._scores`."""
         pooled = self._pooled(hidden, tokens, real)
         return self.classifier(self.dropout(pooled.view(shape[0], 2, -1).sum(1)))
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
+        """Return [loss] for logits [B, L], with the loss that `config.problem` names; see `TaskHead._task_losses`."""
         return [self._problem_loss(scores, labels)]
 
 
@@ -361,12 +427,15 @@ class GPTForMultipleChoice(TaskHead):
         super().__init__(config, 1)
 
     def _reads(self, shape: torch.Size) -> bool:
+        """Return True for tokens [B, K, T], K answers each."""
         return len(shape) == 3
 
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
+        """Return logits [B, K], one for each answer; see `TaskHead._scores`."""
         return self.classifier(self.dropout(self._pooled(hidden, tokens, real))).view(shape[:2])
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
+        """Return [cross-entropy] of logits [B, K] and labels [B]; see `TaskHead._task_losses`."""
         return [self._class_loss(scores, labels)]
 
 
@@ -374,7 +443,7 @@ class GPTForTokenClassification(TaskHead):
     """GPT that predicts a class for each token, as in tagging.
 
     logits_t = classifier(dropout(h_t)), h_t the token's last hidden state. The loss is the mean cross-entropy over the
-    tokens that count, 0 if there are none, and with `config.lm_weight` λ > 0 λ L_lm more.
+    tokens that count, or 0 if there are none. With `config.lm_weight` λ > 0, λ times the language-model loss is added.
 
     Args:
         config: Sizes and options.
@@ -409,14 +478,17 @@ class GPTForTokenClassification(TaskHead):
         super().__init__(config, config.num_labels)
 
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
+        """Return logits [B, T, L], one for each class of each token; see `TaskHead._scores`."""
         return self.classifier(self.dropout(hidden))
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
+        """Return [cross-entropy] of logits [B, T, L] and labels [B, T], except padding; see `TaskHead._task_losses`."""
         self._check_labels(labels, tuple(real.shape))
         labels = labels.masked_fill(~real, IGNORE)
         return [self._labelled_loss(scores.flatten(0, 1), labels.flatten())]
 
     def _task_counts(self, labels: Tensor, real: Tensor) -> list[Tensor]:
+        """Return [number of labels] without -100 and padding, weighted by class; see `TaskHead._task_counts`."""
         return [self._weight_of(labels.masked_fill(~real, IGNORE))]
 
 
@@ -424,8 +496,8 @@ class GPTForQuestionAnswering(TaskHead):
     """GPT that finds where in a text the answer stands.
 
     p(start) and p(end) are softmaxes over the tokens of the two scores classifier(dropout(h_t)), h_t the token's last
-    hidden state. The loss is the mean of two cross-entropies, each over the rows that have a label, 0 if there are
-    none, and with `config.lm_weight` λ > 0 λ L_lm more.
+    hidden state. The loss is the mean of two cross-entropies, each over the rows that have a label, or 0 if there are
+    none. With `config.lm_weight` λ > 0, λ times the language-model loss is added.
 
     Args:
         config: Sizes and options.
@@ -460,10 +532,16 @@ class GPTForQuestionAnswering(TaskHead):
         super().__init__(config, 2)
 
     def _scores(self, hidden: Tensor, tokens: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
+        """Return logits [B, 2, T] of the answer's start and end, -inf at padding; see `TaskHead._scores`."""
         self._check_rows(tokens, real, "a real token")
         return self.classifier(self.dropout(hidden)).transpose(1, 2).masked_fill(~real[:, None], -torch.inf)
 
     def _task_losses(self, scores: Tensor, labels: Tensor, real: Tensor) -> list[Tensor]:
+        """Return half of the cross-entropy of starts and half of that of ends, for logits [B, 2, T] and labels [B, 2].
+
+        Raises:
+            ValueError: A label is the position of padding.
+        """
         self._check_labels(labels, (len(scores), 2))
         losses = [self._labelled_loss(scores[:, i], labels[:, i]) / 2 for i in (0, 1)]
         if ops.values_checked(labels) and not bool((real.gather(1, labels.clamp(min=0)) | (labels < 0)).all()):
@@ -471,11 +549,15 @@ class GPTForQuestionAnswering(TaskHead):
         return losses
 
     def _task_counts(self, labels: Tensor, real: Tensor) -> list[Tensor]:
+        """Return [number of labelled starts, number of labelled ends], without -100; see `TaskHead._task_counts`."""
         return [(labels[:, i] != IGNORE).sum() for i in (0, 1)]
 
 
 def real_tokens(tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None) -> Tensor:
-    """Return where tokens [B, T] are real, bool [B, T]."""
+    """Return bool [B, T], True where `tokens` [B, T] are real and False at padding.
+
+    This is `key_mask`, or follows from `lengths` [B]. Without both, all tokens are real.
+    """
     if key_mask is not None:
         return key_mask
     if lengths is not None:
@@ -486,7 +568,10 @@ def real_tokens(tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None)
 def flat(
     tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the tokens [B, S, T] as [B·S, T], with lengths and mask in the same order."""
+    """Return tokens [B, S, T], lengths [B, S] and key_mask [B, S, T] as [B S, T], [B S] and [B S, T].
+
+    Lengths or a mask of None stay None.
+    """
     return (
         tokens.flatten(0, 1),
         None if lengths is None else lengths.flatten(),

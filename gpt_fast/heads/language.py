@@ -44,11 +44,11 @@ class LanguageModelHead(Head):
         Args:
             tokens: Token ids [B, T], int64.
             labels: Labels [B, T], int64. A label of -100 does not count.
-            lengths: Real tokens [B] of rows that are padded on the right.
+            lengths: Number of real tokens [B] of each row, for rows that are padded on the right.
             key_mask: Bool [B, T], True for a real token.
-            attention_mask: The same as zeros and ones, as transformers' tokenizers return it.
+            attention_mask: `key_mask` as zeros and ones, as transformers' tokenizers return it.
             cu_seqlens: Bounds [n + 1] of sequences that are packed into one row [1, T].
-            logits: Compute logits [B, T, V]. By default they are computed only without labels.
+            logits: True computes logits [B, T, V], False does not. None computes them only without labels.
             loss_weights: Factor of each term of the loss [terms], as `loss_counts` explains.
 
         Returns:
@@ -75,18 +75,28 @@ class LanguageModelHead(Head):
         return HeadOutput(loss, self.output_layer(hidden) if wanted else None)
 
     def _reads_once(self, has_loss: bool, has_logits: bool) -> bool:
-        """Return True if one product of the output layer is all that reads the hidden states."""
+        """Return True if exactly one matrix product reads the hidden states: that of the loss or that of the logits.
+
+        The last norm may then round to the dtype of the product. `has_loss` and `has_logits` tell what the call
+        computes. A z-loss reads the hidden states once more. Modules that have hooks or another class may read them,
+        too.
+        """
         losses = 2 if self.training and self.z_loss > 0 else 1
         readers = losses * has_loss + has_logits
         plain = _plain.is_plain(self.output_layer, nn.Linear) and _plain.is_plain(self.trunk, GPTModel)
         return readers == 1 and plain
 
     def _targets(self, labels: Tensor, lengths: Tensor | None, key_mask: Tensor | None) -> Tensor:
+        """Return the label of each position's prediction [B, T]: the next token's if causal, else the position's own.
+
+        Labels of padding become -100 if causal.
+        """
         return shift_labels(labels, lengths=lengths, key_mask=key_mask) if self.causal else labels
 
     def _loss_counts(
         self, tokens: Tensor, labels: Tensor, lengths: Tensor | None, key_mask: Tensor | None
     ) -> list[Tensor]:
+        """Return [number of labels that count], shifted if causal and without -100 and padding; see `loss_counts`."""
         _check_labels(type(self).__name__, labels, tokens)
         return [(self._targets(labels, lengths, key_mask) != IGNORE).sum()]
 
@@ -223,6 +233,7 @@ class GPTForMaskedLM(LanguageModelHead):
 
 
 def _check_labels(head: str, labels: Tensor, tokens: Tensor) -> None:
+    """Raise `ValueError`, in the name of the class `head`, unless `labels` are int64 in the shape of `tokens`."""
     if not isinstance(labels, Tensor) or labels.shape != tokens.shape or labels.dtype != torch.int64:
         raise ValueError(
             f"gpt_fast.{head}: labels is {_checks.described(labels)}; expected int64 {list(tokens.shape)} as tokens, "

@@ -26,28 +26,29 @@ _ATTRIBUTES = "_gpt_fast_attributes"  # names of the instance attributes a patch
 def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     """Let a transformers GPT-2 or GPT-1, a GPT-2 of your own or `nn.TransformerEncoderLayer` run on `gpt_fast.ops`.
 
-    The model changes in place. Classes, parameters and state dict stay what they are, and so do hooks, adapters,
-    checkpoints and copies. A module that is wrapped or has hooks is called, never gone around.
+    The model changes in place. Classes, parameters and the state dict stay as they are. Hooks, adapters, checkpoints
+    and copies keep working, because a module that is wrapped or has hooks is still called.
 
-    Embeddings, attention, LayerNorm, MLP and the additions between them run as fused ops, on the weights where they
-    lie. In training with labels the language model's loss is computed without logits. The output computes them when
-    they are read (or at once by `model(..., logits=True)`). Reading raises `RuntimeError` after an update of the
-    weights. Calls that ask for something the ops do not have (attention probabilities, cross-attention, a static cache)
-    run as before, with a warning.
+    Embeddings, attention, LayerNorm, MLP and the additions between them run as fused ops, which read the weights in
+    place. In training with labels the language model's loss is computed without logits. The output computes its logits
+    when they are read, or at once with `model(..., logits=True)`. Reading them after an update of the weights raises
+    `RuntimeError`. Calls that ask for something the ops do not have (attention probabilities, cross-attention, a static
+    cache) run as before, with a warning.
 
-    A block that somebody wrote is replaced only if its outputs, gradients and dropout on drawn inputs are those that
-    its parts suggest. If a block as a whole is not, its attention, MLP and norms may be.
+    A hand-written block is replaced only if its outputs, gradients and dropout on random inputs are those of a GPT
+    block with the same submodules. If the block is not replaced as a whole, its attention, MLP and norms may be.
 
     Args:
         model: The model. It may contain supported modules, as a PEFT model or a `LightningModule` does.
         strict: Raise if any module is left alone.
 
     Returns:
-        `Report` of the modules that were replaced, and of those that were left alone and why. `restore` undoes it.
+        `Report` of the modules that were replaced, and of the modules that were left alone and why. `restore` undoes
+        the replacement.
 
     Raises:
-        TypeError: Nothing in `model` is supported.
-        ValueError: A module would be left alone with `strict=True`. The model is then as it was, as after any other
+        TypeError: `model` is no `nn.Module`, or contains no supported module.
+        ValueError: With `strict=True`, a module would be left alone. The model stays as it was, as after any other
             failure.
 
     Example:
@@ -61,8 +62,8 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
         ```
 
     Note:
-        Dropout is the library's: the same rates, other random numbers than PyTorch's. A query left without keys, as
-        padding on the left is, attends to nothing. A language-model loss over no label is 0.
+        Dropout is this library's: it has the same rates as PyTorch's and other random numbers. A query that may attend
+        to no key, such as padding on the left, attends to nothing. A language-model loss over no label is 0.
 
         The docstrings of the ops state dtypes, precision and determinism.
 
@@ -95,10 +96,10 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `accelerate`, in place, and return the model, which computes what it did before, bit for bit.
+    """Undo `accelerate` in place. The model then computes what it computed before, bit for bit.
 
     Args:
-        model: The model. One that is not accelerated stays as it is.
+        model: The model. A model that is not accelerated stays as it is.
 
     Returns:
         The same model.
@@ -133,6 +134,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def _apply(patch: Patch) -> None:
+    """Set the attributes and the forward of `patch` on its module. The attributes' names are recorded for `_undo`."""
     vars(patch.module)[_ATTRIBUTES] = tuple(patch.attributes)
     for name, value in patch.attributes.items():
         vars(patch.module)[name] = value
@@ -140,13 +142,19 @@ def _apply(patch: Patch) -> None:
 
 
 def _undo(module: nn.Module) -> None:
+    """Remove the forward and the attributes that `_apply` set on `module`. A module without a patch stays as it is."""
     for name in vars(module).pop(_ATTRIBUTES, ()):
         vars(module).pop(name, None)
     _plain.detach(module)
 
 
 def _plan_known(model: nn.Module, report: Report) -> tuple[list[Patch] | None, set[nn.Module]]:
-    """Return the patches of classes that are known by name, None if there is none, and all modules inside them."""
+    """Return (patches, claimed) for the modules of `model` whose classes this library knows by name.
+
+    `patches` is None if there is no such module. `claimed` holds each of these modules and all modules inside it, so
+    that they are not searched for hand-written code. `report` gets an entry for each module that is replaced or left
+    alone. A `Patch` is the new forward of one module.
+    """
     patches: list[Patch] | None = None
     claimed: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -164,7 +172,11 @@ def _plan_known(model: nn.Module, report: Report) -> tuple[list[Patch] | None, s
 
 
 def _plan(name: str, module: nn.Module, report: Report) -> list[Patch] | None:
-    """Return the patches for one module and its children: none if it is left alone, None if it is unknown."""
+    """Return the patches of `module` and its children if its class is known by name, or None if the class is unknown.
+
+    The list is empty if the module is left alone. `name` is its path in the model. `report` gets an entry for each
+    module that is replaced or left alone. A `Patch` is the new forward of one module.
+    """
     if "transformers" in sys.modules:  # else nothing here can be one of its models
         from .huggingface import plan
 

@@ -14,7 +14,7 @@ class Replaced(NamedTuple):
     Attributes:
         name: Name of the module in the model.
         kind: Class of the module.
-        op: The op.
+        op: Name of the op in `gpt_fast.ops`.
     """
 
     name: str
@@ -28,7 +28,7 @@ class LeftAlone(NamedTuple):
     Attributes:
         name: Name of the module in the model.
         kind: Class of the module.
-        reason: Why it keeps it.
+        reason: Why the module keeps its own computation.
     """
 
     name: str
@@ -67,13 +67,13 @@ class Report:
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
     def note(self, name: str, module: nn.Module, op: str, reason: str | None) -> None:
-        """Enter a module as replaced, or as left alone if there is a reason.
+        """Append an entry for a module to `replaced` or, if there is a `reason`, to `left`.
 
         Args:
-            name: Name of the module in the model.
+            name: Name of the module in the model, as in `named_modules()`.
             module: The module.
-            op: The op that takes its computation over.
-            reason: Why it is left alone, or None.
+            op: Name of the op in `gpt_fast.ops` that takes the module's computation over.
+            reason: Why the module is left alone, or None if it is replaced.
         """
         kind = type(module).__name__
         if reason is None:
@@ -83,7 +83,7 @@ class Report:
 
 
 class Patch(NamedTuple):
-    """New forward of one module, if its own does not do, and attributes that its class lacks."""
+    """Planned change of a module: its new forward, None to keep its own, and instance attributes to set, by name."""
 
     module: nn.Module
     forward: Callable | None

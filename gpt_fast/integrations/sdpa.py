@@ -52,7 +52,7 @@ class Calls:
 
 
 class _Handle:
-    """Handle of the registered kernels. PyTorch's registry calls `remove`."""
+    """Registration of the kernels. PyTorch's registry calls `remove` to undo it."""
 
     def __init__(self) -> None:
         self.library = torch.library.Library("aten", "IMPL")
@@ -63,6 +63,7 @@ class _Handle:
         _forget_dispatch()
 
     def remove(self) -> None:
+        """Unregister the kernels, and restore PyTorch's dispatch and the cache tag of `torch.compile`."""
         _ACTIVE.clear()
         self.library._destroy()
         compiler_config.cache_key_tag = compiler_config.cache_key_tag.replace(_CACHE_TAG, "")
@@ -70,7 +71,10 @@ class _Handle:
 
 
 def _forget_dispatch() -> None:
-    """Let tracing look the operator's kernels up again: PyTorch keeps those of the first trace in the process."""
+    """Clear PyTorch's cache of the operator's kernels.
+
+    The first trace in a process fills it, and later traces use it.
+    """
     _OPERATOR._dispatch_cache.clear()
 
 
@@ -81,8 +85,8 @@ def register() -> None:
     """Add the name "gpt_fast" to PyTorch's registry of flash attention implementations. Nothing else changes yet.
 
     Raises:
-        RuntimeError: PyTorch has no such registry, or none that gives back what it replaced. `activate` and `restore`
-            work there as well.
+        RuntimeError: PyTorch has no such registry, or one that cannot restore the implementation that was replaced.
+            `activate` and `restore` work with such a PyTorch as well.
 
     Example:
         ```python
@@ -102,7 +106,9 @@ def register() -> None:
 
 
 def activate() -> None:
-    """Serve `scaled_dot_product_attention` from now on, in the whole process, in place of what was active before.
+    """Let this library's kernels compute `scaled_dot_product_attention` from now on, in the whole process.
+
+    An implementation that was active before is replaced. Calls that the kernels do not support go to PyTorch.
 
     Example:
         ```python
@@ -118,8 +124,8 @@ def activate() -> None:
         ```
 
     Note:
-        A function that was compiled before keeps the kernels it was compiled with, and so does one that is compiled
-        before `restore`. Call `torch.compiler.reset()` to compile them anew. While the provider is active,
+        A function that is compiled before `activate` or before `restore` keeps the kernels it was compiled with. Call
+        `torch.compiler.reset()` to compile such functions anew. While this implementation is active,
         `torch.compiler.config.cache_key_tag` ends in "+gpt_fast.sdpa", which keeps its graphs apart in torch.compile's
         cache on disk. Set a tag of your own before you call `activate`; `restore` leaves it as it was.
     """
@@ -132,7 +138,7 @@ def activate() -> None:
 
 
 def restore() -> None:
-    """Give `scaled_dot_product_attention` back to PyTorch. There is no effect where another implementation is active.
+    """Give `scaled_dot_product_attention` back to PyTorch. There is no effect unless `activate` is in effect.
 
     Example:
         ```python
@@ -173,6 +179,7 @@ def report() -> Calls:
 
 
 def _activate() -> _Handle:
+    """Register the kernels and start new counts. Return the handle by which PyTorch's registry removes the kernels."""
     handle = _Handle()
     _ACTIVE.append((handle, Calls()))
     return handle
@@ -189,6 +196,10 @@ def _kernel(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
+    """Return scaled dot-product attention, by `ops.attention` where it supports the call, else by PyTorch's own code.
+
+    The call is counted. The parameters are those of `torch.nn.functional.scaled_dot_product_attention`.
+    """
     counts = _ACTIVE[0][1]
     reason = _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is None:
@@ -204,7 +215,11 @@ def _why_not(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, scale: float | None,
     enable_gqa: bool,
 ) -> str | None:  # fmt: skip
-    """Return why a call goes to PyTorch, or None. PyTorch raises the errors of calls that are wrong."""
+    """Return why the kernel does not support a call, or None if it does. A call with a reason goes to PyTorch.
+
+    The parameters are those of `scaled_dot_product_attention`: q is the query, k the key, v the value. PyTorch raises
+    the errors of invalid calls.
+    """
     if _transforms.is_transformed():
         return "inside torch.func's transforms"  # which have been through their own dispatch here
     if _transforms.is_forward_mode():
@@ -233,9 +248,10 @@ def _why_not(
 
 
 def _why_not_mask(q: Tensor, k: Tensor, mask: Tensor) -> str | None:
-    """Return why a call with this mask goes to PyTorch, or None. The kernel takes bool masks only.
+    """Return why the kernel does not support `mask` with query `q` and key `k`, or None if it does.
 
-    A float mask is added to the scores. It equals a bool mask if it holds 0 and -inf alone, which only its values tell.
+    The kernel takes bool masks that broadcast to [B, H, T, S]. A float mask is added to the scores. It equals a bool
+    mask if it holds 0 and -inf alone, which only its values tell.
     """
     whole = (*q.shape[:3], k.shape[2])  # [B, H, T, S]
     if not 2 <= mask.dim() <= 4 or any(

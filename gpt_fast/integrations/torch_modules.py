@@ -24,7 +24,7 @@ _METHODS = ("forward", "_sa_block", "_ff_block")  # of nn.TransformerEncoderLaye
 
 
 class Parts(NamedTuple):
-    """A block's modules, by what they do."""
+    """Submodules of a block, by their roles."""
 
     attn: Any
     norm1: Any
@@ -39,7 +39,13 @@ class Parts(NamedTuple):
 
 
 def plan(name: str, module: Any, report: Report) -> list[Patch] | None:
-    """Return the patches of `module` if it is one of the two blocks, else None."""
+    """Return a list with the patch of `module` if it is a block that this file knows, else None.
+
+    The blocks are `nn.TransformerEncoderLayer` and any block with the submodules of `reference.TransformerDecoder`. The
+    list is empty if the block is left alone. `name` is the path of `module` in the model. `report` gets an entry for
+    each submodule, replaced or left alone, or one for the whole block if that is left alone. A `Patch` is the new
+    forward of one module.
+    """
     forward: Callable
     if isinstance(module, nn.TransformerEncoderLayer):
         changed = [
@@ -83,7 +89,11 @@ def encoder_layer_forward(
     src_key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """Return the layer's output, x [B, T, C] → [B, T, C], with the masks of `nn.TransformerEncoderLayer`."""
+    """Run an `nn.TransformerEncoderLayer` on `gpt_fast.ops`: src [B, T, C] → [B, T, C].
+
+    The arguments are those of the layer's own forward. That forward runs instead, with a warning, if the ops do not
+    support the call.
+    """
     parts = _encoder_parts(self)
     masks, reason = None, _why_not_this(src, parts)
     if reason is None and is_causal and src_mask is None:
@@ -99,7 +109,11 @@ def encoder_layer_forward(
 
 
 def notes_block_forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the block's output, x [B, T, C] → [B, T, C], with mask [T, T] bool, True = may not attend."""
+    """Run a block like `reference.TransformerDecoder` on `gpt_fast.ops`: x [B, T, C] → [B, T, C].
+
+    `mask` is bool [T, T], True where a token may not attend. The block's own forward runs instead, with a warning, if
+    the ops do not support the call.
+    """
     parts = _notes_parts(self)
     masks, reason = None, _why_not_this(x, parts)
     if reason is None:
@@ -111,6 +125,11 @@ def notes_block_forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Ten
 
 
 def _block(x: Tensor, parts: Parts, masks: dict, training: bool) -> Tensor:
+    """Return the output [B, T, C] of a block with the submodules `parts` for x [B, T, C].
+
+    `masks` holds the keyword arguments `causal`, `mask` and `key_mask` of `ops.attention_qkv`. A dropout seed is drawn
+    if `training`. Each dropout has the rate and the train flag of its module.
+    """
     seed = ops.new_seed(x.device) if training else None
     if parts.pre_norm:
         branch, p = _attend(_plain.norm(parts.norm1, x), parts, masks, seed)
@@ -124,6 +143,11 @@ def _block(x: Tensor, parts: Parts, masks: dict, training: bool) -> Tensor:
 
 
 def _attend(x: Tensor, parts: Parts, masks: dict, seed: Tensor | None) -> tuple[Tensor, float]:
+    """Return (branch, p): attention's output for x, both [B, T, C], and the dropout rate of its residual addition.
+
+    `masks` holds the keyword arguments `causal`, `mask` and `key_mask` of `ops.attention_qkv`. The caller computes
+    residual + dropout(branch, p).
+    """
     attn = parts.attn
     qkv = ops.linear(x, attn.in_proj_weight, attn.in_proj_bias)
     p = attn.dropout if attn.training else 0.0
@@ -134,6 +158,10 @@ def _attend(x: Tensor, parts: Parts, masks: dict, seed: Tensor | None) -> tuple[
 
 
 def _mlp(x: Tensor, parts: Parts, seed: Tensor | None) -> tuple[Tensor, float]:
+    """Return (branch, p): the MLP's output for x, both [B, T, C], and the dropout rate of its residual addition.
+
+    The caller computes residual + dropout(branch, p).
+    """
     if _why_no_mlp(parts) is not None:
         branch = parts.proj(parts.ff_dropout(parts.activation(parts.fc(x))))
     else:
@@ -151,7 +179,13 @@ def _mlp(x: Tensor, parts: Parts, seed: Tensor | None) -> tuple[Tensor, float]:
 def _masks(
     x: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool, heads: int
 ) -> tuple[dict | None, str | None]:
-    """Return the op's masks from PyTorch's, in which True and -inf exclude, or None and the reason."""
+    """Return (masks, None), or (None, reason) if `gpt_fast.ops` do not support these masks of PyTorch.
+
+    `masks` holds the keyword arguments `causal`, `mask` and `key_mask` of `ops.attention_qkv` for x [B, T, C], which
+    are True where a token may attend. The arguments `mask` and `padding` are `src_mask` and `src_key_padding_mask` of
+    `nn.TransformerEncoderLayer`. They exclude where they are True or -inf. With `is_causal`, `mask` is known to be the
+    causal one and is not read. `heads` is the number of heads.
+    """
     B, T, _ = x.shape
     allowed = key_mask = None
     if mask is not None and not is_causal:
@@ -171,6 +205,11 @@ def _masks(
 
 
 def _allowed(mask: Tensor) -> Tensor | None:
+    """Return `mask` as a bool mask that is True where attention is allowed, or None if it cannot be translated.
+
+    A bool mask excludes where it is True, a float mask where it is -inf. A float mask cannot be translated if it holds
+    values other than 0 and -inf, or if reading its values would wait for a GPU or break a graph or a `vmap`.
+    """
     if mask.dtype == torch.bool:
         return ~mask
     if not _plain.is_reading_values_cheap(mask) or not bool(((mask == 0) | (mask == -math.inf)).all()):
@@ -182,6 +221,7 @@ def _allowed(mask: Tensor) -> Tensor | None:
 
 
 def _encoder_parts(layer: Any) -> Parts:
+    """Return the submodules of an `nn.TransformerEncoderLayer` by their roles; see `Parts`."""
     return Parts(
         layer.self_attn, layer.norm1, layer.norm2, layer.dropout1, layer.dropout2, layer.linear1, layer.activation,
         layer.dropout, layer.linear2, layer.norm_first,
@@ -189,6 +229,7 @@ def _encoder_parts(layer: Any) -> Parts:
 
 
 def _notes_parts(block: Any) -> Parts:
+    """Return the submodules of a block like `reference.TransformerDecoder` by their roles; see `Parts`."""
     fc, activation, dropout, proj = block.ff
     return Parts(
         block.multihead_attn, block.layer_norm1, block.layer_norm2, block.dropout1, block.dropout2, fc, activation,
@@ -197,7 +238,7 @@ def _notes_parts(block: Any) -> Parts:
 
 
 def _is_notes_block(module: Any) -> bool:
-    """Return True if a module has the parts of the notes' block, by name and kind."""
+    """Return True if `module` has the submodules of `reference.TransformerDecoder`, with four modules in `ff`."""
     names = (*_NOTES, "dropout1", "dropout2")
     if not all(isinstance(getattr(module, name, None), nn.Module) for name in names):
         return False
@@ -205,7 +246,11 @@ def _is_notes_block(module: Any) -> bool:
 
 
 def _why_another_function(block: Any) -> str | None:
-    """Return how a class that is not ours differs from the function of its parts, on a small input, or None."""
+    """Return why `block` computes something else than `notes_block_forward`, or None if both agree.
+
+    Both run on one small input. A block whose own forward raises on this input is refused too. The modules run in
+    evaluation mode and get their flags back.
+    """
     attn = block.multihead_attn
     weight = attn.in_proj_weight
     x = torch.linspace(-1, 1, 6 * attn.embed_dim, dtype=weight.dtype, device=weight.device).sin().view(2, 3, -1)
@@ -228,7 +273,7 @@ def _why_another_function(block: Any) -> str | None:
 
 
 def _why_not(parts: Parts) -> str | None:
-    """Return why a block is left alone, or None."""
+    """Return why `gpt_fast.ops` cannot run attention of a block with the submodules `parts`, or None if they can."""
     attn = parts.attn
     reason = _plain.why_not_plain(attn, nn.MultiheadAttention)
     if reason is not None:
@@ -243,18 +288,20 @@ def _why_not(parts: Parts) -> str | None:
 
 
 def _why_not_this(x: Tensor, parts: Parts) -> str | None:
-    """Return why one call is left to PyTorch, or None."""
+    """Return why `gpt_fast.ops` cannot run a block with the submodules `parts` on `x`, or None if they can."""
     if x.is_nested or x.dim() != 3:
         return "the input is nested or has no batch"
     return _why_not(parts)
 
 
 def _why_no_projection(attn: Any) -> str | None:
+    """Return why attention's output projection has to be called as a module, or None if an op may read its weights."""
     reason = _plain.why_not_plain(attn.out_proj, NonDynamicallyQuantizableLinear)
     return None if reason is None else f"{reason}: called through it"
 
 
 def _why_no_mlp(parts: Parts) -> str | None:
+    """Return why the modules of the MLP have to be called one by one, or None if `ops.mlp` computes all of them."""
     for module, kind in ((parts.fc, nn.Linear), (parts.ff_dropout, nn.Dropout), (parts.proj, nn.Linear)):
         reason = _plain.why_not_plain(module, kind)
         if reason is not None:
@@ -265,7 +312,11 @@ def _why_no_mlp(parts: Parts) -> str | None:
 
 
 def _activation(function: Any) -> str | None:
-    """Return the name of the activation that a plain module or a function of PyTorch computes, or None."""
+    """Return this library's name of the activation that `function` computes, such as "gelu", or None.
+
+    `function` is a function of PyTorch, or a module. The result is None for a module that has hooks or a forward of its
+    own.
+    """
     for name, activation in _activations.ACTIVATIONS.items():
         if activation.is_computed_by(function):
             return name if not isinstance(function, nn.Module) or _plain.is_plain(function, activation.module) else None
@@ -273,5 +324,6 @@ def _activation(function: Any) -> str | None:
 
 
 def _warn(module: Any, reason: str | None) -> None:
+    """Warn that `module` runs this call by PyTorch's own forward because of `reason`, except in a compiled graph."""
     if not torch.compiler.is_compiling():
         warnings.warn(f"gpt_fast: {type(module).__name__} runs this call as PyTorch has it: {reason}", stacklevel=3)

@@ -27,6 +27,10 @@ class Deferred(Tensor):
 
     @staticmethod
     def make(kind: type["Deferred"], shape: torch.Size, like: Tensor, compute: Callable[[], Tensor]) -> "Deferred":
+        """Return a deferred tensor of class `kind` with this shape, and with the dtype and device of `like`.
+
+        `compute` returns the values. It is called when code reads them for the first time.
+        """
         made = Tensor._make_wrapper_subclass(kind, shape, dtype=like.dtype, device=like.device)
         made._compute, made._value = compute, None
         device = like.device.type
@@ -36,7 +40,7 @@ class Deferred(Tensor):
         return made
 
     def value(self) -> Tensor:
-        """Return the tensor itself."""
+        """Return the values as an ordinary tensor. The first call computes them."""
         if self._value is None:
             grad, inference, device, autocast, dtype = self._modes
             with (
@@ -50,6 +54,10 @@ class Deferred(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Return func(*args, **kwargs).
+
+        Deferred tensors are computed unless `func` asks for a shape, reshapes, or is `F.cross_entropy`.
+        """
         if func in _SHAPES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
@@ -76,7 +84,7 @@ _SHAPES = {
 
 
 def _values(tree: Any) -> Any:
-    """Return a tree of arguments with the values of its deferred tensors."""
+    """Return `tree`, nested lists, tuples and dicts of arguments, with the values in place of `Deferred` tensors."""
     if isinstance(tree, Deferred):
         return tree.value()
     if isinstance(tree, dict):
@@ -87,7 +95,7 @@ def _values(tree: Any) -> Any:
 
 
 def value(x: Any) -> Any:
-    """Return a tensor that is computed: the value of a deferred one, any other as it is."""
+    """Return the values of `x`, an ordinary tensor, if it is a `Deferred` tensor, else `x` itself."""
     return x.value() if isinstance(x, Deferred) else x
 
 
@@ -95,7 +103,7 @@ def value(x: Any) -> Any:
 
 
 class Logits(Deferred):
-    """hidden weightᵀ + bias, which a cross-entropy that follows computes without storing it."""
+    """Deferred logits hidden weightᵀ + bias. A cross-entropy that follows is computed without storing them."""
 
     hidden: Tensor
     weight: Tensor
@@ -105,13 +113,18 @@ class Logits(Deferred):
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return hidden weightᵀ + bias, deferred outside of graphs."""
+    """Return the logits hidden weightᵀ + bias [..., V], as `Logits` that are computed when code reads them.
+
+    They are computed at once, as an ordinary tensor, where `_may_defer` is False. Reading raises `RuntimeError` if
+    hidden states, weight or bias changed after this call.
+    """
     if not _may_defer():
         return F.linear(hidden, weight, bias)
     unchanged = _plain.Unchanged([weight] if bias is None else [weight, bias])
     version = _plain.version(hidden)
 
     def is_as_it_was(reads_values: bool) -> bool:
+        """Return True if the tensors did not change; compare values only if `reads_values`, else write counts alone."""
         return _plain.version(hidden) == version and unchanged(reads_values)
 
     def compute() -> Tensor:
@@ -128,6 +141,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _check(unchanged: bool) -> None:
+    """Raise `RuntimeError` if `unchanged` is False: deferred logits need the weights and hidden states as they were."""
     if not unchanged:
         raise RuntimeError(
             "gpt_fast.accelerate: logits has weights or hidden states that changed after the pass; expected them as in "
@@ -136,9 +150,9 @@ def _check(unchanged: bool) -> None:
 
 
 class _Linked(torch.autograd.Function):
-    """Link deferred logits to the graph, for code in C++ and autograd functions, which take the tensor as it is.
+    """Link of deferred logits to autograd's graph, for C++ code and autograd functions, which do not ask for values.
 
-    The sink of DistributedDataParallel is one. Whoever computes the value has a graph of its own.
+    The sink of DistributedDataParallel is such a function. Code that computes the values gets a graph of its own.
     """
 
     @staticmethod
@@ -194,7 +208,10 @@ def _as_rows(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _is_computed(logits: Logits | None) -> bool:
-    """Return True if the values are computed, so that code may have written into them."""
+    """Return True if the values of `logits`, or of the logits that these are a reshaping of, are computed already.
+
+    Code may have written into computed values, so the loss has to read them.
+    """
     while logits is not None:
         if logits._value is not None:
             return True
@@ -203,7 +220,13 @@ def _is_computed(logits: Logits | None) -> bool:
 
 
 def _as_loss(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Return a cross-entropy without logits, where its options are the op's."""
+    """Return `F.cross_entropy` of deferred logits, computed from their hidden states, or `NotImplemented`.
+
+    `func` is a function that PyTorch was called with, and `args` and `kwargs` are its arguments. The result is a loss
+    if `func` is `F.cross_entropy`, the logits [N, V] in the first argument are not computed yet, the targets are class
+    indices [N], and there are no class weights. Raises `RuntimeError` if hidden states or weights changed after the
+    pass.
+    """
     if func is not F.cross_entropy:
         return NotImplemented
     names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
@@ -225,11 +248,12 @@ def _as_loss(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _may_defer() -> bool:
-    """Return True where a tensor that computes itself later has a place.
+    """Return True if logits may be deferred, that is, computed when code reads them.
 
-    Graphs, traces and transforms record what is computed now. Activation checkpointing compares or repeats what a block
-    computes: it shows by gradients that are off in a forward pass, by a backward pass that is running, or by hooks on
-    saved tensors.
+    The result is False if gradients are off, while a graph or a trace is recorded, and inside transforms of
+    `torch.func`, because these record the computation of the moment. It is False inside activation checkpointing, which
+    compares or repeats the computation of a block. This shows by gradients that are off in a forward pass, by a
+    backward pass that is running, or by hooks on saved tensors.
     """
     return (
         torch.is_grad_enabled()

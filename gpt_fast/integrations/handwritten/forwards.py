@@ -24,7 +24,7 @@ PARTS = "_gpt_fast_parts"  # the attribute that holds what a module was recognis
 
 @dataclass(frozen=True)
 class Block:
-    """A recognised block, attention or MLP: where its parts are, its norms and dropouts, and the parts' classes."""
+    """A recognised block, attention or MLP: paths and classes of its modules, its norms and its dropouts."""
 
     layout: Layout
     norm1: Norm | None
@@ -39,6 +39,11 @@ class Block:
 
 
 def block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a hand-written block that `gpt_fast.accelerate` recognised: x [B, T, C] → [B, T, C], on `gpt_fast.ops`.
+
+    x is the first argument. The forward of the block's class runs instead if another argument differs from its default,
+    or if the block changed after it was recognised.
+    """
     block: Block = vars(self)[PARTS]
     x = args[0] if args and ((len(args) == 1 and not kwargs) or _asks_for_nothing(self, args, kwargs)) else None
     if not isinstance(x, Tensor) or x.dim() != 3 or not _is_whole(self, block):
@@ -58,15 +63,23 @@ def block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run attention that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C]. See `_alone`."""
     return _alone(self, _attention, args, kwargs)
 
 
 def mlp_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run an MLP that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C]. See `_alone`."""
     return _alone(self, _mlp, args, kwargs)
 
 
 def _alone(self: Any, branch_of: Any, args: tuple, kwargs: dict) -> Any:
-    """Return the branch of attention or an MLP that stands alone; its last dropout has no addition to fuse with."""
+    """Run attention or an MLP that was recognised, but not the block around it: x [B, T, C] → [B, T, C].
+
+    `branch_of` is `_attention` or `_mlp`. `args` and `kwargs` are the arguments of the call, and x is the first of
+    them. The last dropout runs by itself, because the residual addition that it could be fused with is in foreign code.
+    The forward of the module's class runs instead if another argument differs from its default, or if the module
+    changed after it was recognised.
+    """
     block: Block = vars(self)[PARTS]
     x = args[0] if args and ((len(args) == 1 and not kwargs) or _asks_for_nothing(self, args, kwargs)) else None
     if not isinstance(x, Tensor) or x.dim() != 3 or not _is_whole(self, block):
@@ -77,7 +90,7 @@ def _alone(self: Any, branch_of: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _asks_for_nothing(self: Any, args: tuple, kwargs: dict) -> bool:
-    """Return True if all arguments but the first have the values that the class's forward gives them anyway."""
+    """Return True if each argument of a call but the first equals its default in the forward of the module's class."""
     kind: Any = type(self)
     names, defaults = _signature(kind)
     given = dict(zip(names[1:], args[1:], strict=False)) | kwargs
@@ -89,14 +102,19 @@ def _asks_for_nothing(self: Any, args: tuple, kwargs: dict) -> bool:
 
 @functools.cache
 def _signature(kind: type[nn.Module]) -> tuple[list[str], dict[str, Any]]:
-    """Return the names of a forward's arguments and their defaults."""
+    """Return (names, defaults) of the parameters after `self` of the forward of class `kind`."""
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
     defaults = {one.name: one.default for one in parameters if one.default is not one.empty}
     return [one.name for one in parameters], defaults
 
 
 def _is_whole(self: Any, block: Block) -> bool:
-    """Return True if the block is what was recognised, and its modules are called by its own forward alone."""
+    """Return True if `gpt_fast.ops` may compute `self`: it is as it was recognised, and no hook would be skipped.
+
+    The options, buffers and classes are the recognised ones. The block itself and its attention and MLP have no hooks
+    and no forwards of their own. Each dropout inside an op is a number or an `nn.Dropout` without hooks, and all heads
+    share one rate.
+    """
     layout = block.layout
     called = {*layout.qkv, layout.out, layout.fc, layout.proj, layout.activation, layout.norm1, layout.norm2}
     called |= {block.dropouts[1], block.dropouts[3]}
@@ -112,9 +130,10 @@ def _is_whole(self: Any, block: Block) -> bool:
 
 
 def _is_unchanged(self: Any, block: Block, called: set[str]) -> bool:
-    """Return True if the block's options and buffers are as they were, and no hook hangs where nothing is called.
+    """Return True if the options and buffers of `self` are as they were recognised, and no hook would be skipped.
 
-    A graph cannot ask: it is for the block as it was when the model was accelerated.
+    `called` holds paths of modules that the fused forward can call. Modules at other paths may have no hooks and no
+    forwards of their own. A compiled graph does not ask this function, because it is made for the block as recognised.
     """
     if block.state is None or not block.state.holds(self):
         return False
@@ -126,7 +145,10 @@ def _is_unchanged(self: Any, block: Block, called: set[str]) -> bool:
 
 
 def _has_plain_rate(self: Any, path: str) -> bool:
-    """Return True if a dropout inside an op is a rate, not a module that has to be called."""
+    """Return True if the dropout at `path` can run inside an op, which needs its rate alone.
+
+    This holds for the path "" (no dropout), for a number, and for an `nn.Dropout` without hooks and with p < 1.
+    """
     source: Any = part(self, path) if path else None
     if not isinstance(source, nn.Module):
         return True
@@ -134,7 +156,10 @@ def _has_plain_rate(self: Any, path: str) -> bool:
 
 
 def _rate(self: Any, path: str) -> float:
-    """Return the rate of a dropout now: of an `nn.Dropout`, or a number that holds while its owner trains."""
+    """Return the dropout probability at `path` now: 0.0 outside of training mode, and for the path "".
+
+    The path leads to an `nn.Dropout`, or to a number, which holds while the module that owns it is in training mode.
+    """
     if not path:
         return 0.0
     source = part(self, path)
@@ -146,8 +171,8 @@ def _rate(self: Any, path: str) -> float:
 def _branch(self: Any, path: str, branch: Tensor) -> tuple[Tensor, float]:
     """Return (branch, p): the output of attention or the MLP, and the dropout probability for its residual addition.
 
-    `path` leads from the block to the branch's dropout, "" if it has none. The caller fuses a plain dropout with the
-    addition, and p is the probability. Any other dropout module is called here, and p is 0.
+    `path` leads from the block to the branch's dropout, "" if it has none. The caller fuses an `nn.Dropout` without
+    hooks with the addition, and p is its probability. Any other dropout module is called here, and p is 0.
     """
     source = part(self, path) if path else None
     if isinstance(source, nn.Module):
@@ -156,6 +181,11 @@ def _branch(self: Any, path: str, branch: Tensor) -> tuple[Tensor, float]:
 
 
 def _attention(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple[Tensor, float]:
+    """Return (branch, p): attention's output for x, both [B, T, C], and the dropout rate of its residual addition.
+
+    `seed` is the dropout seed of this call, or None if nothing drops. The caller computes residual + dropout(branch,
+    p).
+    """
     layout = block.layout
     projected = _projected(self, layout.qkv, x)
     options: dict[str, Any] = {"dropout_p": _rate(self, block.dropouts[0]), "seed": seed, "site": 0}
@@ -168,9 +198,10 @@ def _attention(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple
 
 
 def _projected(self: Any, paths: tuple[str, ...], x: Tensor) -> list[Tensor]:
-    """Return queries, keys and values packed in one tensor [B, T, 3C], or as three.
+    """Return the projections of x [B, T, C] by the layers at `paths`: [qkv [B, T, 3C]], or [q, k, v], each [B, T, C].
 
-    Projections of single heads, [C, D] each, are one product with their joined weights.
+    More than three paths lead to the projections of single heads. Their weights [D, C] are joined, and the result is
+    one tensor.
     """
     layers = [part(self, path) for path in paths]
     if len(layers) <= 3:
@@ -182,6 +213,11 @@ def _projected(self: Any, paths: tuple[str, ...], x: Tensor) -> list[Tensor]:
 
 
 def _mlp(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple[Tensor, float]:
+    """Return (branch, p): the MLP's output for x, both [B, T, C], and the dropout rate of its residual addition.
+
+    `seed` is the dropout seed of this call, or None if nothing drops. The caller computes residual + dropout(branch,
+    p).
+    """
     layout = block.layout
     fc, proj = part(self, layout.fc), part(self, layout.proj)
     is_plain = _plain.is_plain(fc, nn.Linear) and _plain.is_plain(proj, nn.Linear)
@@ -195,6 +231,7 @@ def _mlp(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple[Tenso
 
 
 def _activate(self: Any, block: Block, x: Tensor) -> Tensor:
+    """Return the activation of x [B, T, F], by the block's activation module or, without one, by `block.activation`."""
     from ..._activations import ACTIVATIONS
 
     path = block.layout.activation
@@ -202,10 +239,15 @@ def _activate(self: Any, block: Block, x: Tensor) -> Tensor:
 
 
 def _is_as_it_was(self: Any, block: Block, path: str) -> bool:
+    """Return True if the module at `path` still has the recognised class and no hooks. True for "", no module."""
     return not path or _plain.why_not_plain(part(self, path), block.kinds[path]) is None
 
 
 def _norm(self: Any, block: Block, norm: Norm, x: Tensor) -> Tensor:
+    """Return LayerNorm of x [B, T, C], by `ops.layer_norm`.
+
+    The module at `norm.path` is called instead if it has hooks or another class than the recognised one.
+    """
     module = part(self, norm.path)
     if _plain.why_not_plain(module, block.kinds[norm.path]) is not None:
         return module(x)
@@ -215,7 +257,11 @@ def _norm(self: Any, block: Block, norm: Norm, x: Tensor) -> Tensor:
 def _add_norm(
     self: Any, block: Block, norm: Norm, branch: Tensor, x: Tensor, p: float, seed: Tensor | None, site: int
 ) -> tuple[Tensor, Tensor]:
-    """Return (norm(x + dropout(branch)), x + dropout(branch))."""
+    """Return (norm(x + dropout(branch)), x + dropout(branch)), both [B, T, C], with dropout probability `p`.
+
+    One op computes both, unless the module at `norm.path` has hooks or another class now and is called. `seed` and
+    `site`, the number of this dropout within the call, choose the dropout mask.
+    """
     module = part(self, norm.path)
     if _plain.why_not_plain(module, block.kinds[norm.path]) is not None:
         summed = _plain.add(branch, x, p, seed, site)
@@ -225,6 +271,7 @@ def _add_norm(
 
 
 def _named(module: Any, name: str) -> Tensor | None:
+    """Return the parameter `name` of `module`, or None if the name is ""."""
     return getattr(module, name) if name else None
 
 
@@ -232,6 +279,11 @@ def _named(module: Any, name: str) -> Tensor | None:
 
 
 def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a LayerNorm outside of the blocks that `gpt_fast.accelerate` recognised: x [..., C] → [..., C].
+
+    The forward of the module's class runs instead if the call has other arguments, or if the module changed after it
+    was recognised.
+    """
     norm: Norm = vars(self)[PARTS]
     x = args[0] if len(args) == 1 and not kwargs else None
     is_as_it_was = torch.compiler.is_compiling() or (norm.state is not None and norm.state.holds(self))
@@ -241,7 +293,10 @@ def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def output_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Return the projection to the vocabulary, which is computed when code reads it."""
+    """Return the logits [..., V] of hidden states [..., C], the only argument; they are computed when code reads them.
+
+    See `deferred.logits`. A call with other arguments runs the forward of the module's class.
+    """
     if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
         return _plain.original(self, *args, **kwargs)
     return logits(value(args[0]), self.weight, self.bias)

@@ -63,14 +63,18 @@ class Norm:
 
 
 def part(block: Any, path: str) -> Any:
-    """Return the part of a block at an attribute path; "" is the block itself."""
+    """Return the attribute of `block` at a dotted path such as "attn.c_proj". The path "" stands for `block` itself."""
     for name in path.split(".") if path else ():
         block = getattr(block, name)
     return block
 
 
 def layouts(block: nn.Module) -> Iterator[Layout]:
-    """Yield every layout whose parts the block has: rows of the table first, then what its structure suggests."""
+    """Yield each `Layout` (the paths of norms, attention and MLP) that fits the modules of `block`.
+
+    Rows of the table `LAYOUTS` come first. If none of them fits, the layout that the structure suggests follows, if
+    any.
+    """
     known = [layout for layout in LAYOUTS if _is_there(block, layout)]
     yield from known
     inferred = None if known else _inferred(block)
@@ -79,6 +83,7 @@ def layouts(block: nn.Module) -> Iterator[Layout]:
 
 
 def _is_there(block: nn.Module, layout: Layout) -> bool:
+    """Return True if `block` has a module at each path of `layout`, an `nn.Linear` for each linear layer."""
     modules = dict(block.named_modules())
     paths = [getattr(layout, field.name) for field in fields(layout) if field.name != "name"]
     flat = [path for value in paths for path in ([value] if isinstance(value, str) else value)]
@@ -89,7 +94,7 @@ def _is_there(block: nn.Module, layout: Layout) -> bool:
 
 
 def _inferred(block: nn.Module) -> Layout | None:
-    """Return the layout that a block's structure suggests, or None.
+    """Return the layout that the structure of `block` suggests, or None if it is not that of a GPT block.
 
     A block has two norms of width C; linear layers C → 3C, three C → C, or three C → D for each head, for queries, keys
     and values; another C → C for the output; and C → F and F → C for the MLP, in the order of registration.
@@ -115,7 +120,13 @@ def _inferred(block: nn.Module) -> Layout | None:
 
 
 def _projections(C: int, sizes: dict[str, tuple[int, int]], count: int) -> tuple[tuple[str, ...], str] | None:
-    """Return the paths (qkv, out) of attention's `count` projections among linear layers of these sizes, or None."""
+    """Return (qkv, out), the paths of attention's input projections and of its output projection, or None.
+
+    `sizes` maps the path of each linear layer to its (in_features, out_features), and `C` is the model's width. `count`
+    is the number of attention's linear layers: 2 if one layer computes queries, keys and values, else 3 H + 1. With 3 H
+    input projections, H for queries, H for keys and H for values, `qkv` lists them in this order. The result is None if
+    the layers do not fit.
+    """
     square = [path for path, size in sizes.items() if size == (C, C)]
     if count == 2:
         packed = [path for path, size in sizes.items() if size == (C, 3 * C)]
@@ -133,13 +144,19 @@ def _projections(C: int, sizes: dict[str, tuple[int, int]], count: int) -> tuple
 
 
 def _activation_within(modules: dict[str, nn.Module], mlp: str) -> str:
-    """Return the path of the first activation inside the module at `mlp`, "" if it has none."""
+    """Return the path of the first activation inside the module at the path `mlp`, or "" if it has none.
+
+    `modules` maps paths to the modules of a block.
+    """
     inside = (path for path in modules if path.startswith(f"{mlp}." if mlp else "") and _is_activation(modules[path]))
     return next(inside, "")
 
 
 def alone(module: nn.Module) -> Layout | None:
-    """Return the layout of a module that may be attention alone or an MLP alone, by its linear layers, or None."""
+    """Return the layout of a module that may be attention alone or an MLP alone, or None if it can be neither.
+
+    The layout of attention has the fields `qkv` and `out`, and that of an MLP has `fc`, `activation` and `proj`.
+    """
     modules = dict(module.named_modules())
     sizes = {path: (one.in_features, one.out_features) for path, one in modules.items() if isinstance(one, nn.Linear)}
     if "" in sizes or len(sizes) < 2 or any(norm_width(one) is not None for one in modules.values()):
@@ -155,7 +172,7 @@ def alone(module: nn.Module) -> Layout | None:
 
 
 def _role(path: str) -> str | None:
-    """Return "q", "k" or "v" for the name of a projection, such as "att.W_query", "k_proj" or "to_v"."""
+    """Return "q", "k" or "v" for the path of a projection such as "att.W_query" or "to_v", or None for other names."""
     name = path.rpartition(".")[2].lower()
     for word in ("weight", "proj", "linear", "attn", "lin", "_", "to", "w", "fc"):
         name = name.replace(word, "")
@@ -164,7 +181,7 @@ def _role(path: str) -> str | None:
 
 
 def _common(*paths: str) -> str:
-    """Return the path of the innermost module that holds all of these."""
+    """Return the path of the innermost module that contains the modules at all `paths`, "" for the outermost one."""
     prefixes = [path.split(".")[:-1] for path in paths]
     shared = []
     for names in zip(*prefixes, strict=False):
@@ -175,13 +192,16 @@ def _common(*paths: str) -> str:
 
 
 def _is_activation(module: nn.Module) -> bool:
-    """Return True for a module without children and parameters that is no dropout."""
+    """Return True if `module` may be an activation: no children, no parameters, and neither dropout nor identity."""
     empty = not list(module.children()) and not list(module.parameters())
     return empty and not isinstance(module, nn.Dropout | nn.Identity)
 
 
 def norm_width(module: nn.Module) -> int | None:
-    """Return the width of what may be a LayerNorm: no children, and one or two parameters of one dimension; or None."""
+    """Return the width C of a module that may be a LayerNorm, or None if it cannot be one.
+
+    Such a module has no children, and one or two parameters of shape [C]. It is neither `nn.Embedding` nor `nn.Linear`.
+    """
     if list(module.children()) or isinstance(module, nn.Embedding | nn.Linear):
         return None
     parameters = list(module.parameters(recurse=False))
@@ -197,9 +217,10 @@ _EPS = (1e-5, 1e-6, 1e-8, 1e-12)
 
 
 def find_norm(path: str, module: Any) -> Norm | None:
-    """Return how a module normalises if it computes LayerNorm; else None.
+    """Return the `Norm` (path, parameter names, eps) of a module that computes LayerNorm, else None.
 
-    It is asked in float64, in evaluation and training mode, for outputs and gradients.
+    The module runs on random float64 inputs, in evaluation and in training mode. It computes LayerNorm if its outputs
+    and gradients equal those of `F.layer_norm` with one of a few values of eps. `path` is the path in the result.
     """
     names = dict(module.named_parameters(recurse=False))
     gain = next((name for name in _GAINS if name in names), "")
@@ -246,6 +267,7 @@ def find_norm(path: str, module: Any) -> Norm | None:
 
 
 def _same(got: Tensor, expected: Tensor) -> bool:
+    """Return True if two tensors agree in shape, dtype and, to 1e-6 of the largest expected value, in values."""
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return False
     return torch.allclose(got, expected, rtol=1e-6, atol=1e-6 * float(expected.detach().abs().max()))

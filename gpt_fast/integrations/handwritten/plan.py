@@ -20,9 +20,12 @@ from .snapshot import Snapshot
 def plan(
     model: nn.Module, claimed: set[nn.Module], report: Report, apply: Callable, undo: Callable
 ) -> list[Patch] | None:
-    """Return the patches of a model's hand-written blocks, or None if no block is recognised.
+    """Return the patches of the hand-written GPT code in `model`, or None if there is no such code.
 
-    Modules in `claimed` are known otherwise. `apply` and `undo` put a patch on and off, to compare the whole model.
+    `claimed` holds modules that are patched otherwise and are skipped here. `report` gets an entry for each module that
+    is replaced or left alone. `apply(patch)` puts a patch on its module and `undo(module)` takes it off, so that the
+    whole model can be compared with and without patches. The list is empty if the results differ, or if there are
+    blocks but nothing can be replaced. A `Patch` is the new forward of one module.
     """
     fused, claimed, longest = list(report.replaced), set(claimed), _longest_sequence(model)
     blocks: list[Patch] | None = None
@@ -49,9 +52,11 @@ def plan(
 
 
 def _plan_block(name: str, module: nn.Module, report: Report, longest: int) -> list[Patch] | None:
-    """Return the patches of `module` if its parts are those of a block, else None.
+    """Return [patch] for a GPT block, [] for a block that is left alone, or None if `module` looks like no block.
 
-    `longest` is the longest sequence that the model takes, at which blocks are compared once.
+    `name` is the path of `module` in the model. `report` gets an entry for each submodule that is replaced, or one with
+    the reason why the block is left alone. `longest` is the sequence length at which the block is compared once with
+    the formula of a GPT block, besides short sequences. A `Patch` is the new forward of one module.
     """
     found = list(layouts(module))
     if not found or type(module).__module__.startswith(("transformers.", "torch.")):
@@ -79,11 +84,16 @@ def _plan_block(name: str, module: nn.Module, report: Report, longest: int) -> l
 
 
 def _why_not_compared(error: Exception) -> str:
+    """Return why a module is left alone if it raised `error` while it was compared, as text for the report."""
     return f"cannot be compared ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
 
 
 def _longest_sequence(model: nn.Module) -> int:
-    """Return how many positions a model has, as its masks and tables tell, between 256 and 8,192."""
+    """Return an estimate of the longest sequence that `model` takes, at most 8,192.
+
+    It is the largest square buffer, taken for a causal mask. Without such a buffer it is the largest size up to 8,192
+    of an embedding or of a position parameter, and at least 256.
+    """
     masks = [
         buffer.shape[-1] for buffer in model.buffers() if buffer.dim() >= 2 and buffer.shape[-1] == buffer.shape[-2]
     ]
@@ -95,6 +105,7 @@ def _longest_sequence(model: nn.Module) -> int:
 
 
 def _note(name: str, module: nn.Module, block: Block, report: Report) -> None:
+    """Report each norm, projection, attention and MLP that is replaced in the block `module`, whose path is `name`."""
     prefix, layout = f"{name}." if name else "", block.layout
     for path in (layout.norm1, layout.norm2):
         op = "layer_norm" if block.pre_norm and path == layout.norm1 else "add_layer_norm"
@@ -108,7 +119,11 @@ def _note(name: str, module: nn.Module, block: Block, report: Report) -> None:
 
 
 def _around(model: nn.Module, claimed: set[nn.Module], C: int, report: Report) -> list[Patch]:
-    """Return the patches for a model's norms of width C and its output layer, except for `claimed` modules."""
+    """Return the patches of the LayerNorms of width C and the output layer outside of the `claimed` modules.
+
+    An output layer is an `nn.Linear` from C to the size of one of the embeddings. `report` gets an entry for each
+    module that is replaced or left alone. A `Patch` is the new forward of one module.
+    """
     outside = {path: module for path, module in model.named_modules() if module not in claimed}
     patches = []
     vocabularies = {
@@ -140,7 +155,7 @@ def _around(model: nn.Module, claimed: set[nn.Module], C: int, report: Report) -
 
 
 def _is_in_block(model: nn.Module, path: str, C: int) -> bool:
-    """Return True if a module around the one at `path` has a norm of width C and no table: a block, not the model."""
+    """Return True if the module at `path` is inside a block, a module with a norm of width C and no `nn.Embedding`."""
     around = model
     for name in path.split(".")[:-1]:
         around = getattr(around, name)
@@ -152,14 +167,17 @@ def _is_in_block(model: nn.Module, path: str, C: int) -> bool:
 
 
 def _width(block: nn.Module) -> int | None:
-    """Return the width of a module's first norm, or None if it has none."""
+    """Return the width of the first submodule that may be a LayerNorm, or None if there is none."""
     return next((width for module in block.modules() if (width := norm_width(module)) is not None), None)
 
 
 def _pieces(model: nn.Module, claimed: set[nn.Module], report: Report, longest: int) -> list[Patch]:
-    """Return the patches of attention and MLPs that stand alone: in no block, or in one that is left alone.
+    """Return the patches of attention and MLP modules that are not in a replaced block.
 
-    Adds the modules inside them to `claimed`, whose members are not looked at.
+    They may stand in a model without blocks, or in a block that is left alone. Modules in `claimed` are skipped, and
+    the modules that were examined are added to `claimed`. `report` gets entries for modules that are replaced, and for
+    attention that is left alone. `longest` is the sequence length at which a module is compared once, besides short
+    ones. A `Patch` is the new forward of one module.
     """
     patches: list[Patch] = []
     if _width(model) is None:  # no Transformer
@@ -194,10 +212,12 @@ def _pieces(model: nn.Module, claimed: set[nn.Module], report: Report, longest: 
 
 
 def _whole_model_agrees(model: nn.Module, patches: list[Patch], apply: Callable, undo: Callable) -> bool:
-    """Return True if the model computes the same with the patches, on drawn tokens in evaluation mode.
+    """Return True if the model computes the same with the patches as without, in evaluation mode on random tokens.
 
-    Outputs are compared, and the gradients of what is outside of the patched modules: theirs were compared before. A
-    model that cannot be called with tokens alone is compared by its blocks only.
+    The outputs are compared, and the gradients of parameters outside of the patched modules, because patched modules
+    were compared before. `apply(patch)` puts a patch on and `undo(module)` takes it off. The result is True without
+    comparison for a model that cannot be called with tokens alone, has no embedding, or lies on the meta device. A
+    `Patch` is the new forward of one module.
     """
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     if not tables or tables[0].weight.is_meta:
@@ -239,7 +259,7 @@ Results = tuple[list[Tensor], list[Tensor]]  # outputs and gradients
 
 
 def _results(model: nn.Module, tokens: Tensor, parameters: list[nn.Parameter]) -> Results | None:
-    """Return the model's outputs and the gradients of `parameters`, or None where it cannot be called with tokens."""
+    """Return (outputs, gradients) of `model(tokens)`, or None if the call raises. See `_with_gradients`."""
     try:
         with torch.enable_grad():  # as in training, where logits are deferred
             result = model(tokens)
@@ -249,6 +269,11 @@ def _results(model: nn.Module, tokens: Tensor, parameters: list[nn.Parameter]) -
 
 
 def _with_gradients(result: Any, parameters: list[nn.Parameter]) -> Results:
+    """Return (outputs, gradients) of the result of a model's call, for a fixed random upstream gradient.
+
+    `outputs` are the floating-point tensors in `result`, a tensor, a list, a tuple or a dict. `gradients` holds one
+    tensor for each of `parameters`, a scalar 0 for one that is not used. It is empty if no output requires a gradient.
+    """
     values = result.values() if isinstance(result, dict) else result if isinstance(result, list | tuple) else [result]
     outputs = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
     found = [output.detach() for output in outputs]
@@ -262,7 +287,11 @@ def _with_gradients(result: Any, parameters: list[nn.Parameter]) -> Results:
 
 
 def _near(got: Tensor, expected: Tensor, largest: float = 0.0) -> bool:
-    """Compare within 256 roundings of the largest expected value, or of `largest` if that is more."""
+    """Return True if `got` and `expected` differ by at most 256 times the dtype's eps times a scale.
+
+    The scale is the largest absolute value in `expected`, or `largest` if that is more. Tensors of different shapes
+    differ.
+    """
     if got.shape != expected.shape:
         return False
     if expected.numel() == 0:

@@ -31,14 +31,15 @@ _FIRST_RATE, _RATE_STEP = 0.1234567, 0.0076543  # rates that nobody writes
 
 
 class Refused(Exception):
-    """A module computes something else than its parts suggest; the message says what."""
+    """The module cannot be replaced; the message says how it differs from a GPT block with the same submodules."""
 
 
 @contextlib.contextmanager
 def without_trace(module: nn.Module) -> Iterator[None]:
-    """Restore flags, attributes, buffers and random generators after the block; raise `Refused` if they were written.
+    """Restore `module` and the random generators after the `with` block; raise `Refused` if it wrote or drew.
 
-    What a forward writes into its module (a counter, a cache, kept probabilities) would not be written by fused ops.
+    Flags, attributes and buffers of `module` and its submodules are restored. `Refused` is raised if a forward wrote an
+    attribute or a buffer, or drew random numbers other than dropout's. Fused ops would not do what such a forward does.
     """
     modules = list(module.modules())
     attributes = [dict(vars(child)) for child in modules]
@@ -91,17 +92,25 @@ def without_trace(module: nn.Module) -> Iterator[None]:
 
 
 def _same_state(a: Any, b: Any) -> bool:
+    """Return True if two states of NumPy's random generator are equal.
+
+    A state is a tuple of arrays and plain values.
+    """
     return all(bool((x == y).all()) if hasattr(x, "all") else x == y for x, y in zip(a, b, strict=True))
 
 
 def _cuda_devices(module: nn.Module) -> list[int]:
+    """Return the indices of the CUDA devices on which `module` has parameters."""
     return sorted({p.get_device() for p in module.parameters() if p.is_cuda})
 
 
 def block_of(block: nn.Module, layout: Layout, norms: tuple[Norm | None, Norm | None], longest: int) -> Block:
-    """Return what the block is, after comparing outputs, gradients, dropout and masks; raise `Refused`.
+    """Return the `Block` that tells how `block` computes; raise `Refused` if it does not compute a GPT block.
 
-    Attention or an MLP alone is a block without norms.
+    `layout` gives the paths of its linear layers, and `norms` describes the norms at `layout.norm1` and `layout.norm2`.
+    Both are None for attention or an MLP alone. Numbers of heads, pre-norm and post-norm, and activations are tried in
+    turn. `block` and `formula` have to agree in outputs and gradients on random inputs, in training with dropout, and
+    in outputs at sequence length `longest`.
     """
     if any(parameter.is_meta for parameter in block.parameters()):
         raise Refused("is on the meta device, where nothing can be compared")
@@ -128,11 +137,13 @@ def block_of(block: nn.Module, layout: Layout, norms: tuple[Norm | None, Norm | 
 
 
 def _paths(layout: Layout) -> set[str]:
+    """Return the paths of all modules in `layout`, and "" for the block itself."""
     named = {"", layout.attention, layout.mlp, layout.activation, layout.norm1, layout.norm2}
     return named | {*layout.qkv, layout.out, layout.fc, layout.proj}
 
 
 def _width(block: nn.Module, layout: Layout) -> int:
+    """Return the width C of the hidden states that `block` takes, from the linear layers of `layout`."""
     return part(block, layout.out if layout.qkv else layout.fc).in_features
 
 
@@ -140,7 +151,12 @@ _HEAD_NAMES = ("n_head", "num_heads", "n_heads", "heads", "nhead", "num_attentio
 
 
 def _heads(block: Any, layout: Layout) -> Iterator[int]:
-    """Yield numbers of heads that the block may have: what it calls so, then other integers that divide its width."""
+    """Yield the numbers of heads that the block may have, likeliest first.
+
+    Integers in attributes with a name such as "n_head" come first. Other integer attributes that divide the width
+    follow, then the quotients of the width by all of these, because a number may be the width of a head. Projections of
+    single heads, more than three in `layout.qkv`, allow one number alone.
+    """
     C = part(block, layout.out).in_features
     if len(layout.qkv) > 3:
         yield len(layout.qkv) // 3
@@ -157,7 +173,7 @@ def _heads(block: Any, layout: Layout) -> Iterator[int]:
 
 
 def _inside(value: Any) -> list[Any]:
-    """Return the values that a configuration holds, whether dictionary or object."""
+    """Return the values of a configuration, which may be a dictionary or an object, and [] for any other value."""
     if isinstance(value, dict):
         return list(value.values())
     has_options = hasattr(value, "__dict__") and not isinstance(value, type | nn.Module | Tensor)
@@ -165,7 +181,11 @@ def _inside(value: Any) -> list[Any]:
 
 
 def _activations_of(block: Any, layout: Layout) -> list[str]:
-    """Return the names of the activations that the block may have: the one that its module computes, or all."""
+    """Return the names in `ACTIVATIONS` that the block's activation may have.
+
+    This is the one that the activation module computes. Without such a module all names are possible, and if the module
+    raises on a float64 vector, none. Raises `Refused` if the module computes no activation of this library.
+    """
     if not layout.activation:
         return list(ACTIVATIONS)
     x = torch.linspace(-6, 6, 101, dtype=torch.float64)
@@ -187,9 +207,12 @@ Factors = tuple[float | Tensor, float | Tensor, float | Tensor, float | Tensor]
 
 
 def formula(block: Any, parts: Block, x: Tensor, factors: Factors = (1.0, 1.0, 1.0, 1.0), fused: float = 1.0) -> Tensor:
-    """Return what a block of these parts computes, in plain PyTorch; each dropout multiplies by its factor instead.
+    """Return the output [B, T, C] of a GPT block for x [B, T, C], in plain PyTorch, or of attention or an MLP alone.
 
-    `fused` is the factor of a dropout inside of PyTorch's attention, whose probabilities are not to be seen.
+    `parts` tells where `block` keeps its weights and how it computes. Each of the four `factors` multiplies in the
+    place of a dropout: attention probabilities, attention's output, hidden activation, the MLP's output. `fused`
+    multiplies the result of attention over the values. It stands for a dropout inside `F.scaled_dot_product_attention`,
+    whose probabilities cannot be seen.
     """
     layout = parts.layout
 
@@ -203,6 +226,7 @@ def formula(block: Any, parts: Block, x: Tensor, factors: Factors = (1.0, 1.0, 1
         return F.linear(y, part(block, path).weight, part(block, path).bias)
 
     def attend(y: Tensor) -> Tensor:
+        """Return causal attention of y [B, T, C] with its output projection, its dropouts replaced by factors."""
         T = y.shape[1]
         qkv = torch.cat([linear(path, y) for path in layout.qkv], dim=-1)
         q, k, v = (one.unflatten(2, (parts.heads, -1)).transpose(1, 2) for one in qkv.chunk(3, dim=-1))
@@ -225,7 +249,10 @@ def formula(block: Any, parts: Block, x: Tensor, factors: Factors = (1.0, 1.0, 1
 
 
 def _why_not(block: nn.Module, parts: Block) -> str:
-    """Return how the block differs from the formula in evaluation mode, "" where outputs and gradients agree."""
+    """Return how `block` differs from `formula` in evaluation mode, or "" if outputs and gradients agree.
+
+    Both run on random inputs of several shapes and scales. `parts` tells how the block is supposed to compute.
+    """
     block.eval()
     C = _width(block, parts.layout)
     generator = torch.Generator().manual_seed(1)
@@ -247,7 +274,11 @@ def _why_not(block: nn.Module, parts: Block) -> str:
 
 
 def _why_other(got: Tensor, expected: Tensor, leaves: list[Tensor], generator: torch.Generator, where: str) -> str:
-    """Return how outputs or gradients differ, "" where they agree."""
+    """Return how outputs or gradients differ, or "" if they agree.
+
+    `got` and `expected` are the outputs of the block and of `formula`. The gradients are those of `leaves` for a random
+    upstream gradient, drawn from `generator`. `where` ends the message, such as "at batch 2 and length 5".
+    """
     if not _close(got, expected):
         return f"computes something else than its parts suggest, {where}"
     upstream = _drawn(generator, *got.shape).to(got.device)
@@ -261,19 +292,25 @@ def _why_other(got: Tensor, expected: Tensor, leaves: list[Tensor], generator: t
 
 
 def _drawn(generator: torch.Generator, *shape: int) -> Tensor:
+    """Return float64 numbers of this shape on the CPU, drawn from N(0, 1)."""
     return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _widened(block: nn.Module, factor: float = 1.0) -> dict[str, Tensor]:
+    """Return the parameters of `block` by name as float64 copies that require gradients, multiplied by `factor`."""
     return {name: (value.detach().double() * factor).requires_grad_() for name, value in block.named_parameters()}
 
 
 def _called(block: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Any:
+    """Return block(x) with `parameters`, by name, in place of its own.
+
+    The call gets a copy of x, because it may write into x.
+    """
     return torch.func.functional_call(block, parameters, (x.clone(),), tie_weights=False)  # which may write into it
 
 
 def _swapped(block: nn.Module, parameters: dict[str, Tensor], parts: Block, x: Tensor, *factors: Any) -> Tensor:
-    """Return the formula on other parameters."""
+    """Return formula(block, parts, x, *factors) with `parameters`, by name, in place of the block's own."""
 
     class Holder(nn.Module):
         def __init__(self) -> None:
@@ -288,7 +325,10 @@ def _swapped(block: nn.Module, parameters: dict[str, Tensor], parts: Block, x: T
 
 
 def _close(got: Any, expected: Tensor, largest: float | None = None) -> bool:
-    """Return True if `got` is `expected` within the tolerance, relative to the `largest` value."""
+    """Return True if `got` is finite and equals `expected` in shape, dtype and, within `_TOLERANCE`, in values.
+
+    The tolerance is relative to each value and to `largest`, by default the largest absolute value of `expected`.
+    """
     if not isinstance(got, Tensor) or got.shape != expected.shape or got.dtype != expected.dtype:
         return False
     got, expected = got.detach(), expected.detach()
@@ -298,7 +338,10 @@ def _close(got: Any, expected: Tensor, largest: float | None = None) -> bool:
 
 
 def _compare_long(block: nn.Module, parts: Block, length: int) -> None:
-    """Compare at the longest sequence, in the block's own dtype, because a local window does not show in short ones."""
+    """Raise `Refused` if `block` and `formula` differ on one sequence of `length`, in the dtype of the block.
+
+    Attention to a local window, for example, differs in long sequences only.
+    """
     block.eval()
     first = next(block.parameters())
     C = _width(block, parts.layout)
@@ -315,13 +358,17 @@ def _compare_long(block: nn.Module, parts: Block, length: int) -> None:
 
 
 class _Dropouts(TorchFunctionMode):
-    """Record every dropout, and multiply by numbers of its own in its place."""
+    """Mode that records each dropout, and multiplies by recorded factors instead of dropping."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[float, Any]] = []  # rate and factor: a number for attention's fused dropout, else a mask
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func`.
+
+        A dropout with p > 0 multiplies by a random mask or a number, and records (p, factor) in `calls`.
+        """
         kwargs = kwargs or {}
         if func in (F.dropout, torch.dropout):
             names = ("input", "p", "training", "inplace") if func is F.dropout else ("input", "p", "train")
@@ -345,7 +392,11 @@ class _Dropouts(TorchFunctionMode):
 
 
 def _with_dropouts(block: nn.Module, parts: Block, longest: int) -> Block:
-    """Return the block with the places of its dropouts, as training mode shows them; raise `Refused`."""
+    """Return `parts` with the paths of the block's dropouts, found by a run in training mode.
+
+    Raises `Refused` if the block drops at places where a GPT block has no dropout. `longest` is the longest sequence
+    that the model takes.
+    """
     rates = _rates(block)
     before = {path: _get_rate(block, path) for path in rates}
     try:
@@ -371,8 +422,8 @@ def _placed(block: nn.Module, parts: Block, sources: dict[float, str], T: int) -
     The four `paths` are those of the dropout of the attention probabilities, of attention's output, of the hidden
     activation and of the MLP's output, "" where nothing is dropped. If each head is a module with a dropout of its own,
     `heads` holds the paths of all heads and `paths` begins with the first of them; else `heads` is empty. `sources`
-    maps each dropout probability, which no two dropouts share, to a path. The block runs on drawn hidden states of
-    length T.
+    maps each dropout probability, which no two dropouts share, to a path. The block runs on random hidden states of
+    length T. Raises `Refused` if it drops at other places, or if outputs or gradients differ from those of `formula`.
     """
     block.train()
     wide = _widened(block)
@@ -427,7 +478,7 @@ def _placed(block: nn.Module, parts: Block, sources: dict[float, str], T: int) -
 
 
 def _rates(block: nn.Module) -> list[str]:
-    """Return the paths of all dropout rates: modules, and numbers whose name holds "drop"."""
+    """Return the paths of all dropouts: `nn.Dropout` modules, and floats in [0, 1) with "drop" in their names."""
     found = []
     for path, module in block.named_modules():
         if isinstance(module, nn.Dropout):
@@ -440,11 +491,13 @@ def _rates(block: nn.Module) -> list[str]:
 
 
 def _get_rate(block: Any, path: str) -> float:
+    """Return the probability of the dropout at `path` in `block`, an `nn.Dropout` or a float attribute."""
     source = part(block, path)
     return source.p if isinstance(source, nn.Dropout) else source
 
 
 def _set_rate(block: Any, path: str, rate: float) -> None:
+    """Set the probability of the dropout at `path` in `block`, an `nn.Dropout` or a float attribute."""
     source = part(block, path)
     if isinstance(source, nn.Dropout):
         source.p = rate

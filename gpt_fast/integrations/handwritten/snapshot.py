@@ -13,10 +13,11 @@ _IGNORED = {"training", "p", "forward"}  # read at each pass, or this library's
 
 
 class Snapshot:
-    """Options, buffers and children of a module and all modules inside it, as they are when it is made.
+    """Options, buffers and submodule classes of a module and of all modules inside it, recorded at construction.
 
-    Options are attributes with simple values, and such values in dictionaries and objects that attributes hold, as a
-    model's configuration. `rates` are attributes that the fused forward reads itself.
+    Options are attributes with simple values (numbers, strings, tuples, None), also inside dictionaries and objects
+    that attributes hold, such as a model's configuration. `rates` are the paths of dropout attributes, which are not
+    recorded.
     """
 
     def __init__(self, module: nn.Module, rates: frozenset[str] = frozenset()):
@@ -26,7 +27,7 @@ class Snapshot:
         self._buffers = {name: (_where(buffer), buffer.detach().clone()) for name, buffer in module.named_buffers()}
 
     def holds(self, module: nn.Module) -> bool:
-        """Return True if the module is as it was. A copy of it is."""
+        """Return True if options, buffers and classes of `module` equal the recorded ones, as those of a copy do."""
         if {path: type(child) for path, child in module.named_modules()} != self._kinds:
             return False
         if _options(module, self._rates) != self._options:
@@ -37,7 +38,10 @@ class Snapshot:
         )
 
     def _has(self, name: str, buffer: Tensor) -> bool:
-        """Compare a buffer by address and version, and by its values where these differ."""
+        """Return True if `buffer` equals the recorded buffer `name`.
+
+        Values are read only if object or write count differ.
+        """
         where, before = self._buffers[name]
         if _where(buffer) == where:
             return True
@@ -50,10 +54,15 @@ class Snapshot:
 
 
 def _where(buffer: Tensor) -> tuple[int, int]:
+    """Return (id, version) of a buffer: autograd's version counts in-place writes, and is 0 for inference tensors."""
     return id(buffer), 0 if buffer.is_inference() else buffer._version
 
 
 def _options(module: nn.Module, rates: frozenset[str]) -> dict[str, Any]:
+    """Return the simple attributes of `module` and of all modules inside it, by path, for comparison.
+
+    Private attributes, train flags, `p` of dropouts, `forward` and the paths in `rates` are left out.
+    """
     found: dict[str, Any] = {}
     for path, child in module.named_modules():
         for name, value in vars(child).items():
@@ -65,7 +74,10 @@ def _options(module: nn.Module, rates: frozenset[str]) -> dict[str, Any]:
 
 
 def _simple(key: str, value: Any) -> dict[str, Any]:
-    """Return the simple values of an attribute: itself, or those that a dictionary or an object holds."""
+    """Return {key: value} for a simple value, or {key.name: item} for each simple item of a dictionary or an object.
+
+    Simple values are numbers, strings, bytes, tuples and None. For a module, a tensor or a class the result is empty.
+    """
     if isinstance(value, _SIMPLE):
         return {key: value}
     if isinstance(value, dict):

@@ -36,7 +36,7 @@ _ACTIVATIONS: dict[type, str] = {
 
 
 class Pass(NamedTuple):
-    """State of one pass of the trunk, for each of its blocks."""
+    """State of one forward pass that the trunk hands to each of its blocks: dropout seed, masks, key-value cache."""
 
     seed: Tensor | None
     site: int  # the block's first dropout site
@@ -53,6 +53,10 @@ class Pass(NamedTuple):
 
 
 def gpt2_model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run transformers' `GPT2Model` on `gpt_fast.ops`. Arguments and result are those of its own forward.
+
+    That forward runs instead, with a warning, if the ops do not support the call.
+    """
     call = named(self, args, kwargs)
     cache = next((call[name] for name in _CACHES if call.get(name) is not None), None)
     use_cache = self.config.use_cache if call.get("use_cache") is None else call["use_cache"]
@@ -105,12 +109,22 @@ def gpt2_model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def gpt2_block_forward(
     self: Any, hidden_states: Any = None, *args: Any, gpt_fast_pass: Any = None, **kwargs: Any
 ) -> Any:
+    """Run a `GPT2Block` on `gpt_fast.ops` if there is a `gpt_fast_pass`, else by the forward of its class.
+
+    `gpt_fast_pass` is the trunk's `Pass` (seed, masks, cache). With it the result is x [B, T, C], or (x, branch,
+    branch_p) as `_gpt2_block` returns it.
+    """
     if gpt_fast_pass is None:
         return _plain.original(self, hidden_states, *args, **kwargs)
     return _checkpointed(self, _gpt2_block, hidden_states, gpt_fast_pass)
 
 
 def _gpt2_block(self: Any, x: Tensor, now: Pass) -> Any:
+    """Return x [B, T, C], the output of the block for x and the state `now` of the forward pass.
+
+    If `now.carries`, return (x, branch, branch_p) instead. The caller then adds dropout(branch) to x, with probability
+    `branch_p`, in one op with the next norm.
+    """
     attn, mlp = self.attn, self.mlp
     attends = _plain.is_plain(attn, gpt2.GPT2Attention) and _plain.is_plain(attn.c_attn, Conv1D)
     multiplies = _plain.is_plain(mlp, gpt2.GPT2MLP) and _plain.is_plain(mlp.c_fc, Conv1D)
@@ -122,7 +136,10 @@ def _gpt2_block(self: Any, x: Tensor, now: Pass) -> Any:
 
 
 def _first_norm(norm: Any, x: Tensor, now: Pass, product: bool = False) -> tuple[Tensor, Tensor]:
-    """Return (norm(x), x), x with what the block before has left to be added; `product` as in `_plain.add_norm`."""
+    """Return (norm(x), x), where x includes the residual branch that the block before left over (`now.branch`), if any.
+
+    With `product`, only a matrix product reads norm(x), which may then be rounded to that product's dtype.
+    """
     if now.branch is None:
         return _plain.norm(norm, x, product=product), x
     return _plain.add_norm(now.branch, x, now.branch_p, norm, now.seed, now.site - 1, product=product)
@@ -131,6 +148,11 @@ def _first_norm(norm: Any, x: Tensor, now: Pass, product: bool = False) -> tuple
 def gpt2_attention_forward(
     self: Any, hidden_states: Any = None, *args: Any, gpt_fast_pass: Any = None, **kwargs: Any
 ) -> Any:
+    """Run `GPT2Attention` on `gpt_fast.ops` if there is a `gpt_fast_pass`, else by the forward of its class.
+
+    `gpt_fast_pass` is the trunk's `Pass` (seed, masks, cache). With it the result is (attention's output [B, T, C],
+    None). None takes the place of the probabilities.
+    """
     if gpt_fast_pass is None:
         return _plain.original(self, hidden_states, *args, **kwargs)
     return self.resid_dropout(_attend(self, hidden_states, gpt_fast_pass)), None
@@ -140,6 +162,10 @@ def gpt2_attention_forward(
 
 
 def gpt1_model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run transformers' `OpenAIGPTModel` on `gpt_fast.ops`. Arguments and result are those of its own forward.
+
+    That forward runs instead, with a warning, if the ops do not support the call.
+    """
     call = named(self, args, kwargs)
     reason = _unsupported(self, call, _GPT1_ARGUMENTS)
     if reason is not None:
@@ -164,12 +190,17 @@ def gpt1_model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def gpt1_block_forward(self: Any, x: Any = None, *args: Any, gpt_fast_pass: Any = None, **kwargs: Any) -> Any:
+    """Run a block of GPT-1 on `gpt_fast.ops` if there is a `gpt_fast_pass`, else by the forward of its class.
+
+    `gpt_fast_pass` is the trunk's `Pass` (seed, masks). With it the result is [x], with x [B, T, C].
+    """
     if gpt_fast_pass is None:
         return _plain.original(self, x, *args, **kwargs)
     return [_checkpointed(self, _gpt1_block, x, gpt_fast_pass)]
 
 
 def _gpt1_block(self: Any, x: Tensor, now: Pass) -> Tensor:
+    """Return the output [B, T, C] of a post-norm block for x [B, T, C] and the state `now` of the forward pass."""
     branch, p = _attention(self.attn, gpt1.Attention, x, now)
     x, _ = _plain.add_norm(branch, x, p, self.ln_1, now.seed, now.site + 1)
     branch, p = mlp_branch(self.mlp, gpt1.MLP, x)
@@ -177,6 +208,10 @@ def _gpt1_block(self: Any, x: Tensor, now: Pass) -> Tensor:
 
 
 def gpt1_attention_forward(self: Any, x: Any = None, *args: Any, gpt_fast_pass: Any = None, **kwargs: Any) -> Any:
+    """Run attention of GPT-1 on `gpt_fast.ops` if there is a `gpt_fast_pass`, else by the forward of its class.
+
+    `gpt_fast_pass` is the trunk's `Pass` (seed, masks). With it the result is [attention's output [B, T, C]].
+    """
     if gpt_fast_pass is None:
         return _plain.original(self, x, *args, **kwargs)
     return [self.resid_dropout(_attend(self, x, gpt_fast_pass))]
@@ -186,13 +221,21 @@ def gpt1_attention_forward(self: Any, x: Any = None, *args: Any, gpt_fast_pass: 
 
 
 def _attention(attn: Any, kind: type, x: Tensor, now: Pass) -> tuple[Tensor, float]:
-    """Return attention's branch, and the dropout that is left for the residual addition."""
+    """Return (branch, p): attention's output for x, both [B, T, C], and the dropout rate of its residual addition.
+
+    `kind` is the class of `attn`. If `attn` has hooks or another class, it is called, and p is 0. The caller computes
+    residual + dropout(branch, p).
+    """
     if not _plain.is_plain(attn, kind):
         return attn(x, gpt_fast_pass=now)[0], 0.0  # through its hooks, into the forward above
     return _plain.dropout(attn.resid_dropout, _attend(attn, x, now))
 
 
 def _attend(attn: Any, x: Tensor, now: Pass) -> Tensor:
+    """Return the output [B, T, C] of attention with its output projection for x [B, T, C], before the branch's dropout.
+
+    `now` holds the masks, the seed and the cache of the forward pass. The cache gets the new keys and values.
+    """
     qkv = project(attn.c_attn, x)  # [B, T, 3C]
     p = _attention_dropout(attn)
     options: dict[str, Any] = {
@@ -211,41 +254,57 @@ def _attend(attn: Any, x: Tensor, now: Pass) -> Tensor:
 
 
 def _attention_dropout(attn: Any) -> float:
-    """Return the rate now: GPT-2's fused attention looks at its own flag, any other attention at the module's."""
+    """Return the dropout probability of attention's probabilities now, 0.0 outside of training mode.
+
+    The train flag is that of `attn` for GPT-2's fused attention, and that of its dropout module for any other.
+    """
     fused = isinstance(attn, gpt2.GPT2Attention) and attn.config._attn_implementation != "eager"
     return attn.attn_dropout.p if (attn if fused else attn.attn_dropout).training else 0.0
 
 
 def project(layer: Any, x: Tensor) -> Tensor:
-    """Return a `Conv1D`'s product, on the transposed weights where they lie. Call any other layer."""
+    """Return layer(x) for x [B, T, C], by `ops.linear` if `layer` is a `Conv1D` without hooks and x has many rows.
+
+    The op reads the transposed weight in place.
+    """
     if has_few_rows(x) or why_no_projection(layer) is not None:
         return layer(x)
     return ops.linear(x, layer.weight.t(), layer.bias)
 
 
 def why_no_projection(layer: Any, kind: Any = Conv1D) -> str | None:
-    """Return why a projection is called, or None."""
+    """Return why `layer` has to be called, or None if it is a plain `kind`, whose weight an op may read."""
     reason = _plain.why_not_plain(layer, kind)
     return None if reason is None else f"{reason}: called through it"
 
 
 def has_few_rows(x: Tensor) -> bool:
+    """Return True if x [B, T, C] has so few rows B T that PyTorch's product is faster than `ops.linear`.
+
+    The result is False in a compiled graph, which serves any number of rows.
+    """
     rows = x.shape[0] * x.shape[1]
     return not torch.compiler.is_compiling() and type(rows) is int and rows < _FEW_ROWS  # a graph is for any number
 
 
 def _heads(attn: Any) -> int:
+    """Return the number of heads of attention in GPT-2 or GPT-1."""
     return attn.num_heads if isinstance(attn, gpt2.GPT2Attention) else attn.n_head
 
 
 def _scale(attn: Any, C: int) -> float:
+    """Return the factor by which attention of width C in GPT-2 or GPT-1 multiplies its scores."""
     if isinstance(attn, gpt2.GPT2Attention):
         return attn.scaling
     return (C // attn.n_head) ** -0.5 if attn.scale else 1.0
 
 
 def mlp_branch(mlp: Any, kind: type, x: Tensor) -> tuple[Tensor, float]:
-    """Return the MLP's branch, and the dropout that is left for the residual addition."""
+    """Return (branch, p): the MLP's output for x, both [B, T, C], and the dropout rate of its residual addition.
+
+    `kind` is the class of `mlp`. If `mlp` has hooks or another class, it is called, and p is 0. The caller computes
+    residual + dropout(branch, p).
+    """
     if not _plain.is_plain(mlp, kind):
         return mlp(x), 0.0
     if has_few_rows(x) or why_no_mlp(mlp, kind) is not None:
@@ -262,7 +321,10 @@ def activation_of(module: Any) -> str | None:
 
 
 def why_no_mlp(mlp: Any, kind: type, layer: Any = Conv1D) -> str | None:
-    """Return why an MLP with projections of class `layer` does not run as one op, or None."""
+    """Return why `ops.mlp` cannot compute `mlp`, or None if it can.
+
+    `kind` is the expected class of the MLP, and `layer` that of its two projections.
+    """
     reason = _plain.why_not_plain(mlp, kind)
     if reason is not None:
         return reason
@@ -276,7 +338,10 @@ def why_no_mlp(mlp: Any, kind: type, layer: Any = Conv1D) -> str | None:
 
 
 def _checkpointed(block: Any, function: Any, x: Tensor, now: Pass) -> Tensor:
-    """Return `function(block, x, now)`, kept or recomputed as transformers' own blocks do."""
+    """Return function(block, x, now), under gradient checkpointing if the block has it switched on and trains.
+
+    In backward a checkpointed block runs again. It gets no cache.
+    """
     if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
         return block._gradient_checkpointing_func(functools.partial(function, block, now=now._replace(cache=None)), x)
     return function(block, x, now)
@@ -286,7 +351,12 @@ def _embed(
     trunk: Any, tokens_table: Any, positions_table: Any, x: Tensor, call: dict, positions: Tensor | None,
     seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Return token and position embeddings with dropout, for tokens [B, T] or given embeddings [B, T, C]."""
+    """Return dropout(token embeddings + position embeddings) [B, T, C].
+
+    `x` holds tokens [B, T], or embeddings [B, T, C] that take the place of the token embeddings. `positions` holds
+    position ids, which count from 0 if it is None. `call` holds the arguments of the trunk's call by name. Its
+    `token_type_ids`, if given, are embedded by the token table and added.
+    """
     types = call.get("token_type_ids")
     plain = _plain.why_no_table(tokens_table) is None and _plain.why_no_table(positions_table) is None
     if x.dim() == 2 and types is None and plain and _plain.is_plain(trunk.drop, nn.Dropout):
@@ -305,7 +375,11 @@ def _embed(
 
 
 def _rows(call: dict) -> tuple[Tensor, torch.Size, Tensor | None]:
-    """Return tokens [N, T] or embeddings [N, T, C], the result's leading shape [..., T], and the given positions."""
+    """Return (x, shape, positions) for the arguments `call` of a trunk, by name.
+
+    x holds tokens [N, T] or embeddings [N, T, C], `shape` is the leading shape [..., T] of the trunk's result, and
+    `positions` are the given position ids or None.
+    """
     tokens, embeddings = call.get("input_ids"), call.get("inputs_embeds")
     if tokens is not None:
         return tokens.view(-1, tokens.shape[-1]), tokens.shape, call.get("position_ids")
@@ -314,13 +388,18 @@ def _rows(call: dict) -> tuple[Tensor, torch.Size, Tensor | None]:
 
 
 def _seed(trunk: Any, device: torch.device) -> Tensor | None:
+    """Return a new dropout seed for one forward pass of the trunk, or None if nothing drops."""
     config = trunk.config
     drops = trunk.training and max(config.embd_pdrop, config.attn_pdrop, config.resid_pdrop) > 0
     return ops.new_seed(device) if drops else None
 
 
 def _masks(given: Tensor, N: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return (key_mask [N, S], mask [N, 1, T, S]) of an attention mask that `_unsupported` let through."""
+    """Return (key_mask, mask) for the attention mask `given` of N rows, which `_unsupported` accepts.
+
+    A mask of four dimensions [N, 1, T, S] is `mask`, and any other becomes `key_mask` [N, S]. True allows attention.
+    The other one is None. Both are None if `given` is known to have no padding.
+    """
     if given.dim() == 4:
         return None, given
     key_mask = given.reshape(N, -1).to(torch.bool)
@@ -330,7 +409,11 @@ def _masks(given: Tensor, N: int) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _packed(positions: Tensor) -> Tensor | None:
-    """Return the mask [N, 1, T, T] of sequences packed into one row, which begin where positions start again."""
+    """Return the bool mask [N, 1, T, T] that separates sequences packed into one row, or None if there are none.
+
+    A new sequence begins where `positions` [N, T] do not increase by one. True allows attention. The mask is made as
+    well if values cannot be read at once.
+    """
     first = positions[:, :1] - 1
     sequence = (torch.diff(positions, prepend=first, dim=-1) != 1).cumsum(-1)  # [N, T]
     if _plain.is_reading_values_cheap(sequence) and not bool(sequence[:, -1].any()):
@@ -349,7 +432,10 @@ _GPT1_ARGUMENTS = _COMMON
 
 
 def named(module: Any, args: tuple, kwargs: dict) -> dict:
-    """Return the arguments of a call by name. An older name becomes the newer one, with transformers' warning."""
+    """Return the arguments of a call of the module's own forward by name.
+
+    `past_key_values` becomes `cache` where the class has renamed it, with transformers' warning.
+    """
     if not args and "past_key_values" not in kwargs:
         return kwargs
     names = list(inspect.signature(type(module).forward).parameters)[1:]
@@ -366,24 +452,32 @@ def named(module: Any, args: tuple, kwargs: dict) -> dict:
 
 
 def _warn_of_padding(trunk: Any, call: dict) -> None:
-    """Give transformers' warning of padding without a mask. It reads tokens, and inside a `vmap` it could not."""
+    """Let transformers warn of padding tokens without an attention mask.
+
+    It reads tokens, which a `vmap` does not allow.
+    """
     tokens = call.get("input_ids")
     if tokens is not None and not _transforms.is_batched(tokens):
         trunk.warn_if_padding_and_no_attention_mask(tokens, call.get("attention_mask"))
 
 
 def _flag(trunk: Any, call: dict, name: str) -> Any:
+    """Return the option `name` of a call, or the value in the trunk's configuration if the call leaves it out."""
     value = call.get(name)
     return getattr(trunk.config, name, False) if value is None else value
 
 
 def _returns_dict(trunk: Any, call: dict) -> bool:
+    """Return True if the call asks for an output object and not for a tuple; the configuration holds the default."""
     value = call.get("return_dict")
     return trunk.config.return_dict if value is None else bool(value)
 
 
 def _unsupported(trunk: Any, call: dict, known: set[str]) -> str | None:
-    """Return why a call is not served, or None."""
+    """Return why `gpt_fast.ops` do not support a call of GPT-2's or GPT-1's trunk, or None if they do.
+
+    `call` holds the arguments by name, and `known` the names of the arguments that are supported.
+    """
     extra = sorted(name for name, value in call.items() if name not in known and value is not None)
     if extra:
         return f"{', '.join(extra)} given"
@@ -413,10 +507,16 @@ def _unsupported(trunk: Any, call: dict, known: set[str]) -> str | None:
 
 
 def _is_ours(block: Any) -> bool:
+    """Return True if `gpt_fast.accelerate` has patched the block and its attention."""
     return _plain.is_accelerated(block) and _plain.is_accelerated(block.attn)
 
 
 def _unsupported_by_gpt2(trunk: Any, call: dict, cache: Any) -> str | None:
+    """Return why the cache or the mask in a call of GPT-2's trunk is not supported, or None if both are.
+
+    `call` holds the arguments by name, and `cache` is transformers' key-value cache or None. Other arguments are
+    checked by `_unsupported`.
+    """
     mask, past = call.get("attention_mask"), 0
     if cache is not None:
         if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
@@ -437,6 +537,7 @@ def _unsupported_by_gpt2(trunk: Any, call: dict, cache: Any) -> str | None:
 
 
 def _as_transformers_has_it(trunk: Any, reason: str, call: dict) -> Any:
+    """Return the result of the trunk's own forward for this call. Warn of the `reason`, except in a compiled graph."""
     if not torch.compiler.is_compiling():
         warnings.warn(f"gpt_fast: {type(trunk).__name__} runs this call as transformers has it: {reason}", stacklevel=3)
     return _plain.original(trunk, **call)

@@ -125,7 +125,7 @@ def from_hf(kind: Any, model: Any, overrides: dict[str, Any]) -> Any:
 
 
 def to_hf(ours: Any) -> Any:
-    """Return transformers' model with the weights of `ours`; see `Convertible.to_hf`."""
+    """Return transformers' model with the weights of `ours`, a model of this library; see `Convertible.to_hf`."""
     transformers = _transformers()
     config: GPTConfig = ours.config
     name = _KINDS.get(type(ours).__name__, (None, None))[0 if config.pre_norm else 1]
@@ -154,12 +154,17 @@ def to_hf(ours: Any) -> Any:
 
 
 def _refuse(user: str, reason: str | None) -> None:
+    """Raise `ValueError` if there is a `reason`. `user` is the name of the public function for the message."""
     if reason is not None:
         raise ValueError(f"gpt_fast.{user}: {reason}")
 
 
 def _copy(user: str, source: Any, target: Any, pairs: list[tuple[str, str, bool]]) -> None:
-    """Copy tensors between dicts: (name in `source`, name in `target`, whether it is transposed)."""
+    """Copy tensors from the dict `source` into those of `target`; raise `ValueError` if sizes do not fit.
+
+    `pairs` holds (name in `source`, name in `target`, True if the tensor is transposed). `user` is the name of the
+    public function for the message.
+    """
     with torch.no_grad():
         for name, to, transposed in pairs:
             tensor = source[name].t() if transposed else source[name]
@@ -186,16 +191,21 @@ def _why_left_out(tensors: dict[str, Any], used: list[str], kind: str) -> str | 
 
 
 def _computes(reason: str | None) -> str | None:
+    """Return the message for two models whose outputs differ by `reason`, or None for None."""
     return None if reason is None else f"the model computes something else than its copy: {reason}; expected equal ones"
 
 
 def is_transformers_folder(config: dict[str, Any]) -> bool:
-    """Return True if a `config.json` belongs to a model that `from_hf` reads."""
+    """Return True if `config`, the content of a `config.json`, belongs to a model that `from_hf` reads."""
     return config.get("model_type") in ("gpt2", "openai-gpt")
 
 
 def our_class(architecture: str, causal: bool = True) -> str:
-    """Return the name of the head that holds all of one of transformers' classes, or of the trunk if none does."""
+    """Return the name of this library's class for transformers' class `architecture`.
+
+    It is the head that holds all weights of that class, or "GPTModel" (the trunk) if there is none. If `causal` is
+    False, it is "GPTForMaskedLM" for "GPT2LMHeadModel".
+    """
     if architecture == _KINDS["GPTForMaskedLM"][0] and not causal:
         return "GPTForMaskedLM"
     for ours, theirs in _KINDS.items():
@@ -205,6 +215,7 @@ def our_class(architecture: str, causal: bool = True) -> str:
 
 
 def _transformers() -> Any:
+    """Import transformers and return it; raise `RuntimeError` if it is not installed."""
     if importlib.util.find_spec("transformers") is None:
         raise RuntimeError("gpt_fast: transformers is not installed: pip install gpt-fast[hf]")
     import transformers
@@ -213,9 +224,11 @@ def _transformers() -> Any:
 
 
 def _load(transformers: Any, folder: Any) -> Any:
-    """Load the model in a folder or of a name on the hub, by the class that saved it.
+    """Return transformers' model in a folder, or of a name on the hub, by the class that saved it.
 
-    Nothing is filled at random. Nothing is unpickled but tensors, by the reader of nanoGPT's checkpoints.
+    `transformers` is the imported package. Every weight has to be there: nothing is filled at random. Nothing is
+    unpickled but tensors, by the reader of nanoGPT's checkpoints. Raises `TypeError` for a model other than GPT-2 and
+    GPT-1, `ValueError` for damaged, missing or unexpected weights, and `OSError` if there is no such folder or name.
     """
     from huggingface_hub.errors import StrictDataclassError
 
@@ -271,14 +284,20 @@ def _load(transformers: Any, folder: Any) -> Any:
 
 
 def _check_size(config: GPTConfig, folder: Path) -> None:
-    """Raise `ValueError` for a model with more numbers than its files have bytes: making it could take all memory."""
+    """Raise `ValueError` if `config` asks for more numbers than the weight files in `folder` have bytes.
+
+    A damaged configuration could take all memory. Models of up to `_SMALL` numbers pass.
+    """
     found = sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
     if (expected := config.trunk_parameters()) > max(found, _SMALL):
         _refuse("from_hf", f"{folder} has {found:,} bytes of weights; expected {expected:,} numbers by config.json")
 
 
 def _pickled_weights(folder: Any) -> dict[str, torch.Tensor] | None:
-    """Return the tensors of a folder that has pytorch_model.bin and no safetensors, or None for any other."""
+    """Return the tensors, by name, of a folder with pytorch_model.bin and no safetensors, or None for other sources.
+
+    Raises `FileNotFoundError` for a folder that has neither, and `ValueError` for a damaged file.
+    """
     path = Path(folder)
     if not path.is_dir() or any(path.glob("*.safetensors")):
         return None
@@ -296,7 +315,10 @@ def _pickled_weights(folder: Any) -> dict[str, torch.Tensor] | None:
 
 
 def _pairs(ours: dict[str, Any], theirs: dict[str, Any], model: Any) -> Iterator[tuple[str, str, bool]]:
-    """Return (our name, transformers' name, True if theirs is transposed) of every tensor that both have."""
+    """Yield (our name, transformers' name, True if theirs is transposed) of each tensor that both models have.
+
+    `ours` and `theirs` map the names of each side to tensors. `model` is this library's model.
+    """
     config = model.config
     our_trunk = "trunk." if "trunk.pos_emb" in ours else ""
     their_trunk = "transformer." if any(name.startswith("transformer.") for name in theirs) else ""
@@ -310,6 +332,7 @@ def _pairs(ours: dict[str, Any], theirs: dict[str, Any], model: Any) -> Iterator
 
 
 def _trunk_names(config: GPTConfig) -> Iterator[tuple[str, str, bool]]:
+    """Yield (our name, transformers' name, True if theirs is transposed) of each tensor of a model without its head."""
     tokens, positions = ("wte", "wpe") if config.pre_norm else ("tokens_embed", "positions_embed")
     yield "token_emb.weight", f"{tokens}.weight", False
     yield "pos_emb", f"{positions}.weight", False
@@ -322,12 +345,19 @@ def _trunk_names(config: GPTConfig) -> Iterator[tuple[str, str, bool]]:
 
 
 def _activation_names(pre_norm: bool) -> dict[str, tuple[str, ...]]:
-    """Return the names in transformers' GPT-2 (pre-norm) or GPT-1 of each activation that it has."""
+    """Return transformers' names of each activation, in GPT-2 if `pre_norm`, else in GPT-1, by this library's name.
+
+    An activation that transformers' model does not have is left out.
+    """
     names = {name: row.gpt2 if pre_norm else row.gpt1 for name, row in _activations.ACTIVATIONS.items()}
     return {ours: theirs for ours, theirs in names.items() if theirs}
 
 
 def _config_from_hf(theirs: Any, kind: str) -> GPTConfig:
+    """Return the `GPTConfig` for transformers' configuration `theirs` of a model of the class named `kind`.
+
+    Raises `ValueError` for an activation or an option that this library does not have.
+    """
     pre_norm = theirs.model_type == "gpt2"
     names = _activation_names(pre_norm)
     activations = {theirs: ours for ours, all_theirs in names.items() for theirs in all_theirs}
@@ -362,7 +392,7 @@ def _config_from_hf(theirs: Any, kind: str) -> GPTConfig:
 
 
 def _in_vocabulary(theirs: Any, token: Any) -> int | None:
-    """Return a special token's id if the vocabulary has it, else None. Of several ids the first counts.
+    """Return a special token's id if it lies in the vocabulary, else None. The first of several ids counts.
 
     The configuration of a small model may still have the ids of GPT-2.
     """
@@ -372,12 +402,13 @@ def _in_vocabulary(theirs: Any, token: Any) -> int | None:
 
 
 def _label_names(theirs: Any) -> tuple[str, ...]:
-    """Return the names of the labels, unless they are the ones that transformers makes up."""
+    """Return the names of the labels, or () if they are transformers' defaults LABEL_0, LABEL_1, …."""
     names = tuple(str(theirs.id2label.get(i, f"LABEL_{i}")) for i in range(theirs.num_labels))
     return () if names == tuple(f"LABEL_{i}" for i in range(theirs.num_labels)) else names
 
 
 def _head_from_hf(theirs: Any, kind: str) -> dict[str, Any]:
+    """Return the fields of `GPTConfig` for the head of transformers' class `kind`, whose configuration is `theirs`."""
     if kind in _CLASSIFIERS:
         return _classifier_from_hf(theirs)
     if kind in _CHOICES:
@@ -388,6 +419,10 @@ def _head_from_hf(theirs: Any, kind: str) -> dict[str, Any]:
 
 
 def _classifier_from_hf(theirs: Any) -> dict[str, Any]:
+    """Return the fields of `GPTConfig` for a sequence classifier with transformers' configuration `theirs`.
+
+    Raises `ValueError` for an unknown `problem_type`.
+    """
     problem = theirs.problem_type or ("regression" if theirs.num_labels == 1 else "single_label_classification")
     if problem not in _PROBLEMS:
         raise ValueError(f"from_hf: problem_type is {problem!r}; expected one of {', '.join(_PROBLEMS)}")
@@ -401,11 +436,18 @@ def _classifier_from_hf(theirs: Any) -> dict[str, Any]:
 
 
 def _own_dropout(theirs: Any) -> float:
-    """Return the dropout that `to_hf` wrote for a head that has no dropout in transformers."""
+    """Return the option `classifier_dropout` of transformers' configuration `theirs`, or 0.0 if it is missing.
+
+    `to_hf` writes this option for heads that have no dropout in transformers.
+    """
     return getattr(theirs, "classifier_dropout", None) or 0.0
 
 
 def _choices_from_hf(theirs: Any) -> dict[str, Any]:
+    """Return the fields of `GPTConfig` for a multiple-choice model with transformers' configuration `theirs`.
+
+    Raises `ValueError` for an option that this library does not have.
+    """
     for option, wanted in _SUMMARY.items():
         if getattr(theirs, option) != wanted:
             raise ValueError(f"from_hf: {option} is {getattr(theirs, option)!r}; expected {wanted!r}")
@@ -418,6 +460,7 @@ def _choices_from_hf(theirs: Any) -> dict[str, Any]:
 
 
 def _tags_from_hf(theirs: Any) -> dict[str, Any]:
+    """Return the fields of `GPTConfig` for a token classifier with transformers' configuration `theirs`."""
     rates = [getattr(theirs, name, None) for name in ("classifier_dropout", "hidden_dropout")]
     return {
         "num_labels": theirs.num_labels,
@@ -434,6 +477,10 @@ _PROBLEMS = {
 
 
 def _config_to_hf(config: GPTConfig, kind: str, transformers: Any) -> Any:
+    """Return transformers' configuration for `config` and the class named `kind`.
+
+    `transformers` is the imported package. Raises `ValueError` if the class cannot hold an option of `config`.
+    """
     names = {ours: all_theirs[0] for ours, all_theirs in _activation_names(config.pre_norm).items()}
     classifies, chooses = kind in _CLASSIFIERS, kind in _CHOICES
     reads_each = kind in (*_TAGGERS, *_ANSWERERS)

@@ -29,9 +29,12 @@ _EXTRAS = (
 
 
 def convert_folder(source: Path, out: Path, head: str | None = None, to: str | None = None) -> dict[str, Any]:
-    """Write the model in `source` to `out` in the other library's format, whole or not at all; says what it was.
+    """Write the model in the folder `source` to a new folder `out` in the other library's format, whole or not at all.
 
-    `to` names that format, "gpt-fast" or "transformers"; None takes it from the folder. Raises `ValueError` for a
+    `to` names that format, "gpt-fast" or "transformers"; None takes it from the folder. `head` ("clm", "mlm" or
+    "classifier") chooses this library's head for a model of transformers; None takes the head that fits the saved
+    class. The result has the keys "model" (class that was written), "from" (class that was read) and "numbers"
+    (parameters), and if the format is transformers' "left_out" (what its class cannot hold). Raises `ValueError` for a
     folder of neither library, a model that the other does not have, an unknown `head`, a folder that has the format
     `to` already; `OSError` where something is missing, or `out` exists.
     """
@@ -56,6 +59,10 @@ def convert_folder(source: Path, out: Path, head: str | None = None, to: str | N
 
 
 def _from_transformers(source: Path, made: Path, config: dict[str, Any], head: str | None) -> dict[str, Any]:
+    """Write transformers' model in `source`, with its tokenizer, to `made` in this library's format.
+
+    `config` is the content of its config.json. `head` and the result are those of `convert_folder`.
+    """
     architecture = next(iter(config.get("architectures") or []), "GPT2LMHeadModel")
     if head is not None and head not in _NAMES:
         raise ValueError(f"--head {head}: expected one of {', '.join(_NAMES)}")
@@ -77,6 +84,10 @@ def _from_transformers(source: Path, made: Path, config: dict[str, Any], head: s
 
 
 def _to_transformers(source: Path, made: Path) -> dict[str, Any]:
+    """Write this library's model in `source`, with its tokenizer, to `made` in transformers' format.
+
+    The result is that of `convert_folder`.
+    """
     name, config = model_folder.read_config(source)
     if name not in HEADS:
         raise ValueError(f"{source}: holds a {name}; expected one of {', '.join(HEADS)}")
@@ -96,10 +107,11 @@ def _to_transformers(source: Path, made: Path) -> dict[str, Any]:
 
 
 def _as_transformers_reads(model: Any) -> tuple[Any, list[str]]:
-    """Return `model` as a classifier that reads the last token and has no joint loss, and what that classifier lacks.
+    """Return (model, left_out): the model in a form that transformers' classifier can hold, and what that form lacks.
 
-    The weights are those of `model`. Its input ends in the extract token, so the last token is that one. Other models
-    are returned as they are.
+    A classifier that reads the extract token becomes one with the same weights that reads the last token and has no
+    joint loss. Its input ends in the extract token, so both read the same token. `left_out` names the joint loss and,
+    if it is not tied, the output layer. Other models are returned as they are, with an empty list.
     """
     config: GPTConfig = model.config
     if not isinstance(model, GPTForSequenceClassification) or config.pooling != "extract":
@@ -114,7 +126,10 @@ def _as_transformers_reads(model: Any) -> tuple[Any, list[str]]:
 
 
 def _new_tokenizer(path: Path, config: GPTConfig) -> Any:
-    """Return transformers' tokenizer of a tokenizer.json of ours. That of a task puts a row as the task does."""
+    """Return transformers' tokenizer with the content of this library's tokenizer.json at `path`.
+
+    For a model with pooling "extract" it puts the start, delimiter and extract tokens around texts, as in training.
+    """
     tokenizer = Tokenizer.from_file(str(path))
     tokens = {ours: tokenizer.id_to_token(getattr(config, ours) or 0) for ours in _SPECIAL}
     special = {theirs: tokens[ours] for ours, theirs in _SPECIAL.items() if getattr(config, ours) is not None}
@@ -131,6 +146,7 @@ def _new_tokenizer(path: Path, config: GPTConfig) -> Any:
 
 
 def _copy_extras(source: Path, target: Path) -> None:
+    """Copy the files of `_EXTRAS` (transformers' tokenizer and generation files) that exist in `source` to `target`."""
     for name in _EXTRAS:
         if (source / name).is_file():
             target.mkdir(exist_ok=True)

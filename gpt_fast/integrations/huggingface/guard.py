@@ -38,7 +38,7 @@ def make_theirs(model: Any) -> Any:
 
 
 def make_ours(model: Any) -> Any:
-    """Return a new model of the class and configuration of our `model`, on the meta device."""
+    """Return a new model of the class and configuration of this library's `model`, on the meta device."""
     with torch.device("meta"):
         return type(model)(model.config)
 
@@ -49,10 +49,10 @@ def is_causal(config: Any) -> bool:
 
 
 def why_changed(model: Any, made: Any, tied: tuple[str, str], spare: str | None = None) -> str | None:
-    """Return why `model` is not what `made`, a new model of its configuration, is, or None if it is.
+    """Return how `model` differs from `made`, a new model of the same class and configuration, or None if it does not.
 
-    Parameters are compared by name, shape and dtype. Only the two called `tied` may be one parameter. The model may
-    have the parameter `spare` although `made` does not.
+    Modules, parameters (by name, shape and dtype) and buffers are compared. Only the two parameters named in `tied` may
+    be one object. The model may have a parameter named `spare` although `made` has none.
     """
     return (
         _why_other_modules(model, made)
@@ -63,6 +63,10 @@ def why_changed(model: Any, made: Any, tied: tuple[str, str], spare: str | None 
 
 
 def _why_other_modules(model: Any, made: Any) -> str | None:
+    """Return the first module of `model` that differs from the one in `made`, and how, or None.
+
+    Modules are compared by name, class, hooks and attributes with simple values.
+    """
     modules, expected = (dict(each.named_modules(remove_duplicate=False)) for each in (model, made))
     for name, standard in expected.items():
         label, kind = name or "the model", type(standard)
@@ -85,7 +89,7 @@ def _why_other_modules(model: Any, made: Any) -> str | None:
 
 
 def _why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Return why calling `module` is not calling the class `kind`, or None if it is.
+    """Return why a call of `module` runs anything besides the forward of the class `kind`, or None if it does not.
 
     Some changes only look like changes: hooks by which transformers records outputs, the forwards of
     `gpt_fast.accelerate`, and the autocast that Hugging Face Accelerate leaves around the forward of a trained model.
@@ -102,7 +106,10 @@ def _why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
 
 
 def _is_forward_of(kind: Any, forward: Any) -> bool:
-    """Return True if `forward` is the class's, with or without its decorators, which Accelerate takes off too."""
+    """Return True if `forward` is the method of the class `kind`, with or without the decorators of that method.
+
+    Hugging Face Accelerate removes the decorators when it takes its wrapper off a model.
+    """
     function, of_class = getattr(forward, "__func__", None), kind.forward
     while of_class is not function and hasattr(of_class, "__wrapped__"):
         of_class = of_class.__wrapped__
@@ -110,6 +117,11 @@ def _is_forward_of(kind: Any, forward: Any) -> bool:
 
 
 def _why_other_parameters(model: Any, made: Any, spare: str | None) -> str | None:
+    """Return the first parameter of `model` that differs from the one in `made`, and how, or None.
+
+    Parameters are compared by name and shape. All have to be `nn.Parameter`s of one dtype. `spare` names a parameter
+    that `model` may have although `made` has none.
+    """
     parameters, expected = (dict(each.named_parameters(remove_duplicate=False)) for each in (model, made))
     first, dtype = next((name, parameter.dtype) for name, parameter in parameters.items())
     for name, standard in expected.items():
@@ -131,7 +143,10 @@ def _why_other_parameters(model: Any, made: Any, spare: str | None) -> str | Non
 
 
 def _why_other_buffers(model: Any, made: Any) -> str | None:
-    """Return how buffers differ from a new model's, or None. GPT-1's forward reads two: causal mask and positions."""
+    """Return the first buffer of `model` that differs from the one in `made`, and how, or None.
+
+    Buffers are compared by name. GPT-1's forward reads two, a causal mask and positions, which are compared by value.
+    """
     buffers, expected = (dict(each.named_buffers(remove_duplicate=False)) for each in (model, made))
     for name in expected:
         if name not in buffers:
@@ -152,6 +167,7 @@ def _why_other_buffers(model: Any, made: Any) -> str | None:
 
 
 def _why_shared(model: Any, tied: tuple[str, str]) -> str | None:
+    """Return which two parameters of `model` are one object although `tied` does not name both of them, or None."""
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         before = names.setdefault(id(parameter), name)
@@ -164,9 +180,9 @@ def _why_shared(model: Any, tied: tuple[str, str]) -> str | None:
 def why_other_outputs(theirs: Any, ours: Any, whole: bool) -> str | None:
     """Return how the outputs of the two models differ on a few tokens, or None if they agree within `_tolerance`.
 
-    The hidden states of the trunks are compared, and with `whole` the outputs of the heads too. Both models run in
-    evaluation mode, without autocast. Their modes and the random state stay as they are. Models on the meta device have
-    no values, so the result for them is None.
+    `theirs` is transformers' model and `ours` is this library's. The last hidden states are compared, and with `whole`
+    the outputs of the heads too. Both models run in evaluation mode, without autocast. Their modes and the random state
+    stay as they are. Models on the meta device have no values, so the result for them is None.
     """
     trunk = getattr(ours, "trunk", ours)
     parameter = trunk.token_emb.weight
@@ -192,7 +208,10 @@ def why_other_outputs(theirs: Any, ours: Any, whole: bool) -> str | None:
 
 
 def _tokens(theirs: Any, ours: Any) -> Tensor:
-    """Return tokens [2, 4] of the whole vocabulary without padding, or one row if transformers' class refuses more."""
+    """Return token ids [2, 4] from the whole vocabulary, without the padding token, for both models.
+
+    There are fewer columns if the models have fewer positions, and one row if transformers' class refuses a batch.
+    """
     V, T, pad = ours.config.num_tokens, min(4, ours.config.seq_len), theirs.config.pad_token_id
     B = 1 if pad is None and "SequenceClassification" in type(theirs).__name__ else 2
     tokens = torch.arange(B * T).view(B, T) * max(1, V // (B * T)) % V
@@ -200,11 +219,13 @@ def _tokens(theirs: Any, ours: Any) -> Tensor:
 
 
 def _call(theirs: Any, tokens: Tensor) -> Any:
+    """Return the output of transformers' model for `tokens`, an object with named fields, without a key-value cache."""
     cache = {"use_cache": False} if theirs.config.model_type == "gpt2" else {}
     return theirs(tokens, return_dict=True, **cache)
 
 
 def _outputs_of_theirs(theirs: Any, tokens: Tensor) -> list[Tensor]:
+    """Return the outputs of the heads of transformers' model for tokens [B, T], in the order of `_outputs_of_ours`."""
     name = type(theirs).__name__
     if "DoubleHeads" in name:
         out = _call(theirs, tokens[None])  # one question with a choice in each row
@@ -214,7 +235,10 @@ def _outputs_of_theirs(theirs: Any, tokens: Tensor) -> list[Tensor]:
 
 
 def _outputs_of_ours(ours: Any, tokens: Tensor) -> list[tuple[Tensor, Any]]:
-    """Return each of the outputs, with the layer that computes it. Multiple choice may lack the language model's."""
+    """Return (output, layer) for each head of this library's model and tokens [B, T]; `layer` computes the output.
+
+    A multiple-choice model has two heads, or one if it lacks the language model's output layer.
+    """
     if type(ours).__name__ != "GPTForMultipleChoice":
         return [(ours(tokens).logits, getattr(ours, "classifier", None) or ours.output_layer)]
     scores = [(ours(tokens[None]).logits, ours.classifier)]
@@ -225,7 +249,7 @@ def _outputs_of_ours(ours: Any, tokens: Tensor) -> list[tuple[Tensor, Any]]:
 
 @contextmanager
 def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode, and each back into its own mode afterwards."""
+    """Put every module of `models` into evaluation mode, and each back into its own mode afterwards."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for module, _ in modes:
@@ -237,22 +261,30 @@ def _evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """Return the relative error that two ways to compute the same may have: half of the dtype's digits are right."""
+    """Return the relative error that two ways to compute one result may have: the square root of the dtype's eps.
+
+    float32 counts as bfloat16 if products of float32 matrices may be computed in lower precision.
+    """
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         dtype = torch.bfloat16  # what products may be computed in
     return torch.finfo(dtype).eps ** 0.5
 
 
 def _largest(x: Tensor) -> float:
+    """Return the largest absolute value in `x` that is finite, or 0.0 if there is none."""
     finite = x[x.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 def _agree(got: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Return True if `got` is `expected` within `tolerance`; what overflows in transformers is not compared."""
+    """Return True if |got - expected| ≤ `tolerance` at each finite element of `expected`.
+
+    Elements that overflow in transformers' model are not compared.
+    """
     finite = expected.isfinite()
     return bool(((got.double() - expected.double())[finite].abs() <= tolerance).all())
 
 
 def _difference(got: Tensor, expected: Tensor) -> str:
+    """Return the largest difference between two tensors and the largest expected value, as text for a message."""
     return f"{float((got.double() - expected.double()).abs().max()):.3g} at most, of {_largest(expected):.3g}"

@@ -7,20 +7,23 @@ from ... import _hub
 
 
 def is_local(source: Any) -> bool:
-    """Return True if transformers should use no network: for a folder, and for a name while the hub is out of reach.
+    """Return True if transformers should use no network: for a path, and for a name while the hub is out of reach.
 
-    Only the cache can serve that name. transformers itself would retry for 23 seconds.
+    transformers can find such a name in its cache alone. It would itself retry the network for 23 seconds.
     """
     return Path(source).is_dir() or is_path(source) or not _hub.is_reachable()
 
 
 def is_path(source: Any) -> bool:
-    """Return True if `source` can be no name on the hub, which are "gpt2" or "openai-community/gpt2"."""
+    """Return True if `source` cannot be a name on the hub, such as "gpt2" or "openai-community/gpt2"."""
     return not isinstance(source, str) or source.count("/") > 1 or source.startswith((".", "/", "~")) or "\\" in source
 
 
 def not_found(source: Any, local: bool, error: OSError) -> OSError:
-    """Return the error, in one line, for a model whose configuration transformers did not find."""
+    """Return a one-line error for a `source` (path or name) whose configuration transformers did not find.
+
+    `local` is True if transformers was told to use no network, and `error` is what it raised.
+    """
     if is_path(source):
         return FileNotFoundError(f"gpt_fast.from_hf: {source} is no folder; expected one, or a name on the hub")
     if local:

@@ -36,7 +36,7 @@ _LOSS_ARGUMENTS = ("labels", "num_items_in_batch", "ignore_index", "shift_labels
 
 
 class Head(NamedTuple):
-    """A class of transformers' with a language-model loss."""
+    """A class of transformers with a language-model loss, its new forward, and its trunk's and output layer's paths."""
 
     kind: Any
     forward: Callable
@@ -46,23 +46,33 @@ class Head(NamedTuple):
 
 
 def gpt2_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run `GPT2LMHeadModel` with its loss computed from hidden states. See `lm_head`."""
     return lm_head(self, _GPT2, args, kwargs)
 
 
 def gpt1_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run `OpenAIGPTLMHeadModel` with its loss computed from hidden states. See `lm_head`."""
     return lm_head(self, _GPT1, args, kwargs)
 
 
 def gpt2_double_heads_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run `GPT2DoubleHeadsModel` with its language model's loss computed from hidden states. See `_double_heads`."""
     return _double_heads(self, _GPT2_DOUBLE, args, kwargs)
 
 
 def gpt1_double_heads_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run `OpenAIGPTDoubleHeadsModel` with its language model's loss computed from hidden states.
+
+    See `_double_heads`.
+    """
     return _double_heads(self, _GPT1_DOUBLE, args, kwargs)
 
 
 def with_signatures(heads: tuple[Head, ...]) -> tuple[Head, ...]:
-    """Return the heads. Their forwards get their classes' signatures, by which Trainer chooses a data set's columns."""
+    """Give the forward of each head the signature of its class's forward, and return `heads`.
+
+    Hugging Face's Trainer chooses the columns of a data set by that signature.
+    """
     for head in heads:
         vars(head.forward)["__signature__"] = inspect.signature(head.kind.forward)
     return heads
@@ -77,12 +87,17 @@ HEADS = (_GPT2, _GPT1, _GPT2_DOUBLE, _GPT1_DOUBLE) = with_signatures((
 
 
 def head_of(model: Any, heads: tuple[Head, ...] = HEADS) -> Head | None:
-    """Return the row of `heads` for a model's class, or None."""
+    """Return the first of `heads` of whose class `model` is an instance, or None."""
     return next((head for head in heads if isinstance(model, head.kind)), None)
 
 
 def lm_head(self: Any, head: Head, args: tuple, kwargs: dict) -> Any:
-    """Run one pass of a model with a language-model head, its loss without logits where nobody asks for them."""
+    """Return the output of a model with a language-model head, with the loss computed from hidden states.
+
+    `head` is the `Head` of the model's class, and `args` and `kwargs` are the arguments of the call. The logits in the
+    output are computed when they are read. The forward of the class runs instead for a call without labels, with
+    another loss function, or that asks for logits.
+    """
     call = dict(named(self, args, kwargs))
     logits = call.pop("logits", None)
     if call.get("labels") is None or has_another_loss(self):
@@ -107,6 +122,12 @@ def lm_head(self: Any, head: Head, args: tuple, kwargs: dict) -> Any:
 
 
 def _double_heads(self: Any, head: Head, args: tuple, kwargs: dict) -> Any:
+    """Return the output of a model with a language-model head and a multiple-choice head.
+
+    `head` is the `Head` of the model's class, and `args` and `kwargs` are the arguments of the call. The language
+    model's loss is computed from hidden states, and its logits when they are read. The forward of the class runs
+    instead for a call without labels or one that asks for logits.
+    """
     call = dict(named(self, args, kwargs))
     logits = call.pop("logits", None)
     output = self.lm_head
@@ -123,14 +144,18 @@ def _double_heads(self: Any, head: Head, args: tuple, kwargs: dict) -> Any:
 
 
 def has_another_loss(model: Any) -> bool:
-    """Return True if a model with one head computes its loss by another function than its class's usual one."""
+    """Return True if `model`, with one head, has a loss function other than transformers' `ForCausalLMLoss`."""
     if "_loss_function" in vars(model):  # set by hand
         return model.loss_function is not ForCausalLMLoss
     return getattr(model, "loss_type", None) not in (None, "ForCausalLM")  # transformers takes None for ForCausalLM
 
 
 def _needs_logits(model: Any, output: Any, call: dict, logits: bool | None) -> bool:
-    """Return True if this call is left to transformers, which computes the logits and the loss from them."""
+    """Return True if this call is left to transformers, which computes the logits and the loss from them.
+
+    `output` is the output layer, and `call` holds the arguments by name. `logits` is what the caller asks for: True,
+    False, or None, which means False in training alone.
+    """
     labels = call.get("labels")
     rows = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
     if labels is None or rows is None or (not model.training if logits is None else logits):
@@ -145,12 +170,16 @@ def _needs_logits(model: Any, output: Any, call: dict, logits: bool | None) -> b
 
 
 def _trunk(model: Any, head: Head, call: dict) -> Any:
+    """Return the output of the model's trunk, the part without the head, for the arguments in `call` that it takes."""
     names = {name: value for name, value in call.items() if name not in (*_LOSS_ARGUMENTS, "logits_to_keep")}
     return model.get_submodule(head.trunk)(**names)
 
 
 def _targets(call: dict) -> Tensor:
-    """Return the label [..., T] of each position's successor."""
+    """Return labels [..., T] in which each position has the label of the next one, and the last position is ignored.
+
+    `call` holds the arguments of the call by name. Its `shift_labels`, if given, are returned as they are.
+    """
     if call.get("shift_labels") is not None:
         return call["shift_labels"]
     # Padded first: T - 1 columns in an exported program would exclude T = 2.
@@ -158,7 +187,10 @@ def _targets(call: dict) -> Tensor:
 
 
 def _zero_without_labels(output: Any, call: dict) -> Any:
-    """Return the output of transformers' head with a loss of 0 instead of NaN if no label counts."""
+    """Return the output of transformers' head with a loss of 0 instead of NaN if all labels are ignored.
+
+    `call` holds the arguments of the call by name. An output without labels is returned as it is.
+    """
     if call.get("labels") is None:
         return output
     loss = output[0]
@@ -171,6 +203,11 @@ def _zero_without_labels(output: Any, call: dict) -> Any:
 
 
 def _output(kind: type, lm_head: Any, hidden: Tensor, outputs: Any, **fields: Any) -> Any:
+    """Return an output of class `kind` with `fields`, the cache and states of the trunk's `outputs`, and the logits.
+
+    The logits are lm_head(hidden), computed when they are read. A compiled graph returns none, and `torch.jit.trace`
+    computes them at once.
+    """
     passed = {
         name: getattr(outputs, name)
         for name in (CACHE, "hidden_states", "attentions", "cross_attentions")
@@ -201,6 +238,7 @@ class Deferred:
         self.autocast |= {"dtype": torch.get_autocast_dtype(kind)} if self.autocast["enabled"] else {}
 
     def __call__(self) -> Tensor:
+        """Return lm_head(hidden), or raise `RuntimeError` if weights or hidden states changed after construction."""
         if self._is_stale():
             raise RuntimeError(
                 "gpt_fast.accelerate: logits has lm_head weights or hidden states that changed after the pass; "
@@ -210,6 +248,7 @@ class Deferred:
             return self.lm_head(self.hidden)
 
     def _is_stale(self) -> bool:
+        """Return True if the hidden states or the output layer's parameters were replaced or written since the pass."""
         now = _parameters(self.lm_head)
         return (
             len(now) != len(self.parameters)
@@ -223,6 +262,7 @@ class Deferred:
 
 
 def _parameters(lm_head: Any) -> list[Tensor]:
+    """Return the weight of the output layer, and its bias if it has one."""
     return [lm_head.weight] if lm_head.bias is None else [lm_head.weight, lm_head.bias]
 
 
@@ -236,7 +276,7 @@ _BETWEEN = {__name__, _OPERATIONS, "dataclasses", "torch.utils._pytree", "transf
 
 
 def _is_read_by_wrapper() -> bool:
-    """Return True if an output is being taken apart by one of the wrappers, as the call stack tells."""
+    """Return True if the caller is a wrapper that rebuilds an output (see `_WRAPPERS`), as the call stack tells."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         module = str(frame.f_globals.get("__name__"))
@@ -252,7 +292,7 @@ def _is_read_by_wrapper() -> bool:
 def _deferring(kind: Any) -> Any:
     """Return a subclass of the output class `kind` whose logits are computed when they are first read.
 
-    Pickles and copies are of `kind` itself, with logits.
+    A pickle or a copy of its instance is an instance of `kind` itself, with logits.
     """
 
     class Output(kind):

@@ -21,7 +21,8 @@ def plan(name: str, module: Any, report: Report) -> list[Patch] | None:
 
     A trunk (`GPT2Model`) has patches for itself and its blocks, so a block alone gives None. A model with a
     language-model head (`GPT2LMHeadModel`) has the patch of its loss. The list is empty if nothing of a known model is
-    to be replaced. `report` gets a line for each module that is replaced or left alone.
+    to be replaced. `name` is the path of `module` in the whole model. `report` gets a line for each module that is
+    replaced or left alone. A `Patch` is the new forward of one module.
     """
     if isinstance(module, gpt2.GPT2Model):
         return _plan_trunk(name, module, report, _GPT2)
@@ -46,14 +47,17 @@ _RELATIVES = tuple(f"transformers.models.{model}." for model in ("opt", "biogpt"
 
 
 def _relatives(module: Any) -> ModuleType | None:
-    """Return the module for the relatives if `module` is of one of their classes. Else nothing imports their code."""
+    """Return the Python module `relatives` if `module` is an OPT, BioGPT, GPT-Neo or ImageGPT, else None.
+
+    `relatives` imports transformers' code of all four, so it is imported only for them.
+    """
     if any(kind.__module__.startswith(_RELATIVES) for kind in type(module).__mro__):
         return importlib.import_module(".relatives", __package__)
     return None
 
 
 class _Family:
-    """The classes and forwards of one of the two models."""
+    """The classes, attribute names and new forwards of transformers' GPT-2 or GPT-1."""
 
     def __init__(self, trunk: Any, block: Any, attention: Any, mlp: Any, tables: tuple[str, str], last_norm: str | None,
                  forwards: tuple[Callable, Callable, Callable]):  # fmt: skip
@@ -75,6 +79,12 @@ _GPT1 = _Family(
 
 
 def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family) -> list[Patch]:
+    """Return the patches of a trunk (`GPT2Model` or `OpenAIGPTModel`), its blocks and their attention.
+
+    The list is empty if the trunk is left alone. `name` is the path of `trunk` in the whole model, and `family` holds
+    its classes and new forwards. `report` gets an entry for each module, or one for the whole trunk if that is left
+    alone. A `Patch` is the new forward of one module.
+    """
     prefix = f"{name}." if name else ""
     unfit = why_foreign(trunk, family.trunk)
     for i, block in enumerate(trunk.h):
@@ -113,6 +123,11 @@ def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family) -> list[
 
 
 def _plan_head(name: str, model: Any, head: losses.Head, report: Report) -> list[Patch]:
+    """Return the patch of a model with a language-model head, whose row of `losses.HEADS` is `head`, in a list.
+
+    `name` is the path of `model` in the whole model. `report` gets an entry for the output layer. The patch replaces no
+    forward if the loss has to be computed from logits. A `Patch` is the new forward of one module.
+    """
     output = getattr(model, head.output)
     reason = why_foreign(model, head.kind) or _plain.why_not_plain(output, nn.Linear)
     if reason is None and losses.has_another_loss(model):
@@ -123,12 +138,18 @@ def _plan_head(name: str, model: Any, head: losses.Head, report: Report) -> list
 
 
 def _checkpointing(model: PreTrainedModel) -> dict[str, Any]:
-    """Give GPT-1 gradient checkpointing, which it does not have in transformers."""
+    """Return the attributes to set on `model` so that it supports gradient checkpointing, by name.
+
+    GPT-1 does not support it in transformers. For a model that supports it the result is empty.
+    """
     return {} if model.supports_gradient_checkpointing else {"supports_gradient_checkpointing": True}
 
 
 def why_foreign(module: Any, kind: Any, label: str = "") -> str | None:
-    """Return why a module's forward is not that of `kind`, or None. `label` begins the reason."""
+    """Return why a call of `module` does not run the forward of the class `kind`, or None if it does.
+
+    `label`, such as "h.0.attn ", is put in front of the reason.
+    """
     if not isinstance(module, kind):
         return f"{label}is a {type(module).__name__}, not {kind.__name__}"
     if type(module).forward is not kind.forward and not _is_sharded(type(module)):
@@ -139,5 +160,5 @@ def why_foreign(module: Any, kind: Any, label: str = "") -> str | None:
 
 
 def _is_sharded(kind: type) -> bool:
-    """Return True for the class that FSDP2 puts over a module's."""
+    """Return True if `kind` is the subclass of a module's class that FSDP2 makes to shard the module."""
     return kind.__name__.startswith("FSDP") and kind.__module__.startswith("torch.distributed")

@@ -29,7 +29,7 @@ _MASKS = "_gpt_fast_masks"  # the attribute of a mask that holds what it was tra
 
 
 class Masks(NamedTuple):
-    """The masks of one call, as `ops.attention` takes them."""
+    """Masks of one call, as the arguments of `ops.attention` with these names."""
 
     causal: bool
     key_mask: Tensor | None = None  # [B, S]
@@ -37,7 +37,7 @@ class Masks(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Arguments that a block passes to its attention."""
+    """What a block passes to its attention and MLP in one call: masks, transformers' cache and the dropout seed."""
 
     masks: Masks
     cache: Any
@@ -50,7 +50,11 @@ class Call(NamedTuple):
 def opt_layer_forward(
     self: Any, hidden_states: Tensor, attention_mask: Any = None, cache: Any = None, **kwargs: Any
 ) -> Any:
-    """Run a layer of OPT or BioGPT: hidden states [B, T, C] → [B, T, C]."""
+    """Run a layer of OPT or BioGPT on `gpt_fast.ops`: hidden states [B, T, C] → [B, T, C].
+
+    The arguments are those of transformers' forward, which runs instead, with a warning, if the ops do not support the
+    call.
+    """
     given = {"attention_mask": attention_mask, "cache": cache, **kwargs}
     older = kwargs.get("past_key_values")
     reason, masks = _masks_of(self, self.self_attn, hidden_states, attention_mask, cache if older is None else older)
@@ -64,7 +68,11 @@ def opt_layer_forward(
 
 
 def opt_attention_forward(self: Any, *args: Any, gpt_fast_call: Any = None, **kwargs: Any) -> Any:
-    """Run attention of OPT or BioGPT as its hooks see it: hidden states [B, T, C] → (the branch [B, T, C], None)."""
+    """Run attention of OPT or BioGPT on `gpt_fast.ops`: hidden states [B, T, C] → (attention's output [B, T, C], None).
+
+    `gpt_fast_call` is the `Call` of the layer around it. Without one the forward of the class runs. None takes the
+    place of the attention probabilities.
+    """
     if gpt_fast_call is None:
         return _plain.original(self, *args, **kwargs)
     return _opt_attention(self, args[0], gpt_fast_call), None
@@ -73,7 +81,7 @@ def opt_attention_forward(self: Any, *args: Any, gpt_fast_call: Any = None, **kw
 def gpt_neo_block_forward(
     self: Any, hidden_states: Tensor, layer_past: Any = None, attention_mask: Any = None, **kwargs: Any
 ) -> Any:
-    """Run a block of GPT-Neo: hidden states [B, T, C] → (hidden states [B, T, C], None).
+    """Run a block of GPT-Neo on `gpt_fast.ops`: hidden states [B, T, C] → (hidden states [B, T, C], None).
 
     None takes the place of the attention probabilities, which are never stored. `layer_past` is transformers' cache of
     keys and values. A call that the ops do not support runs transformers' own forward, with a warning.
@@ -91,10 +99,10 @@ def gpt_neo_block_forward(
 def imagegpt_block_forward(
     self: Any, hidden_states: Tensor, layer_past: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """Run a block of ImageGPT: hidden states [B, T, C] → (hidden states [B, T, C], None).
+    """Run a block of ImageGPT on `gpt_fast.ops`: hidden states [B, T, C] → (hidden states [B, T, C], None).
 
-    None takes the place of the attention probabilities, which are never stored. A call that the ops do not support runs
-    transformers' own forward, with a warning.
+    None takes the place of the attention probabilities, which are never stored. `layer_past` is transformers' cache of
+    keys and values. A call that the ops do not support runs transformers' own forward, with a warning.
     """
     reason, masks = _masks_of(self, self.attn, hidden_states, attention_mask, layer_past)
     if any(value is not None for value in args):
@@ -108,14 +116,17 @@ def imagegpt_block_forward(
 
 
 def opt_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run `OPTForCausalLM` with its loss computed from hidden states. See `losses.lm_head`."""
     return losses.lm_head(self, _OPT, args, kwargs)
 
 
 def biogpt_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run `BioGptForCausalLM` with its loss computed from hidden states. See `losses.lm_head`."""
     return losses.lm_head(self, _BIOGPT, args, kwargs)
 
 
 def gpt_neo_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run `GPTNeoForCausalLM` with its loss computed from hidden states. See `losses.lm_head`."""
     return losses.lm_head(self, _GPT_NEO, args, kwargs)
 
 
@@ -128,7 +139,7 @@ HEADS = (_OPT, _BIOGPT, _GPT_NEO) = losses.with_signatures((
 
 
 def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Return LayerNorm of x [..., C]."""
+    """Run an `nn.LayerNorm` on `ops.layer_norm`: x [..., C], the only argument, → [..., C]."""
     if len(args) != 1 or kwargs:
         return _plain.original(self, *args, **kwargs)
     return ops.layer_norm(args[0], self.weight, self.bias, self.eps)
@@ -138,6 +149,7 @@ def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _opt_layer(self: Any, x: Tensor, call: Call) -> Tensor:
+    """Return the output [B, T, C] of an OPT or BioGPT layer for x [B, T, C] and the masks, cache and seed in `call`."""
     p = self.dropout if self.training else 0.0
     shape = x.shape
     pre_norm = getattr(self, "do_layer_norm_before", True)  # BioGPT has no such option
@@ -154,12 +166,14 @@ def _opt_layer(self: Any, x: Tensor, call: Call) -> Tensor:
 
 
 def _opt_attention(attn: Any, x: Tensor, call: Call) -> Tensor:
+    """Return attention's output [B, T, C] in OPT or BioGPT for x [B, T, C] and the masks, cache and seed in `call`."""
     p = attn.dropout if attn.training else 0.0
     out = _attend(attn, (attn.q_proj, attn.k_proj, attn.v_proj), x, call, attn.layer_idx, attn.scaling, p)
     return _linear(attn.out_proj, out)
 
 
 def _opt_mlp(layer: Any, x: Tensor, call: Call) -> Tensor:
+    """Return the output [B, T, C] of the MLP in a layer of OPT or BioGPT for x [B, T, C] and the seed in `call`."""
     p = getattr(layer, "activation_dropout", 0.0) if layer.training else 0.0
     name = blocks.activation_of(layer.activation_fn)
     fc, proj = layer.fc1, layer.fc2
@@ -170,6 +184,7 @@ def _opt_mlp(layer: Any, x: Tensor, call: Call) -> Tensor:
 
 
 def _gpt_neo_block(self: Any, x: Tensor, call: Call) -> Tensor:
+    """Return the output [B, T, C] of a block of GPT-Neo for x [B, T, C] and the masks, cache and seed in `call`."""
     attn = self.attn.attention
     p = attn.attn_dropout.p if attn.attn_dropout.training else 0.0
     window = attn.config.window_size if attn.attention_type == "local" else None
@@ -191,7 +206,10 @@ def _gpt_neo_block(self: Any, x: Tensor, call: Call) -> Tensor:
 
 
 def _imagegpt_block(self: Any, x: Tensor, call: Call) -> Tensor:
-    """Run the block, and call its norms, which divide by the root mean square and have no op."""
+    """Return the output [B, T, C] of a block of ImageGPT for x [B, T, C] and the masks, cache and seed in `call`.
+
+    Its norms are called, because they divide by the root mean square, for which there is no op.
+    """
     attn = self.attn
     p = attn.attn_dropout.p if attn.attn_dropout.training else 0.0
     scale = attn.head_dim**-0.5 if attn.scale_attn_weights else 1.0
@@ -206,7 +224,12 @@ def _imagegpt_block(self: Any, x: Tensor, call: Call) -> Tensor:
 def _attend(
     attn: Any, projections: tuple, x: Tensor, call: Call, index: int, scale: float, p: float, window: int | None = None
 ) -> Tensor:
-    """Return the merged heads [B, T, C] of attention over x [B, T, C] and the cached keys of layer `index`."""
+    """Return the merged heads [B, T, C] of attention over x [B, T, C] and the cached keys of layer `index`.
+
+    `projections` are the layers of queries, keys and values, or one layer for all three. `scale` multiplies the scores,
+    `p` is the dropout probability of the probabilities, and `window` is the number of keys up to its own that a query
+    sees.
+    """
     if len(projections) == 1:
         qkv = blocks.project(projections[0], x).unflatten(2, (3, attn.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -222,19 +245,25 @@ def _attend(
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
+    """Return layer(x) for x [B, T, C], by `ops.linear` if there are many rows and `layer` is a plain `nn.Linear`."""
     return layer(x) if blocks.has_few_rows(x) else _plain.linear(layer, x)
 
 
 def _is_linear(layer: Any) -> bool:
+    """Return True if `layer` is an `nn.Linear` without hooks, whose parameters may be read directly."""
     return _plain.is_plain(layer, nn.Linear)
 
 
 def _seed(block: Any, rates: tuple[float, ...], x: Tensor) -> Tensor | None:
+    """Return a new dropout seed on the device of x if the block trains and one of `rates` is above 0, else None."""
     return ops.new_seed(x.device) if block.training and max(rates) > 0 else None
 
 
 def _checkpointed(block: Any, function: Callable, x: Tensor, call: Call) -> Tensor:
-    """Return function(block, x, call), kept or recomputed in backward as transformers' own blocks do."""
+    """Return function(block, x, call), under gradient checkpointing if the block has it switched on and trains.
+
+    In backward a checkpointed block runs again, as transformers' own blocks do.
+    """
     if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
         return block._gradient_checkpointing_func(functools.partial(function, block, call=call), x)
     return function(block, x, call)
@@ -244,7 +273,11 @@ def _checkpointed(block: Any, function: Callable, x: Tensor, call: Call) -> Tens
 
 
 def _masks_of(block: Any, attn: Any, x: Tensor, mask: Any, cache: Any) -> tuple[str | None, Masks | None]:
-    """Return why a call is left to transformers and None, or None and the masks of its attention."""
+    """Return (None, masks) for a call of `block`, or (reason, None) if transformers has to run the call.
+
+    `attn` is the block's attention, x [B, T, C] its input, `mask` transformers' attention mask (None or [B or 1, H or
+    1, T or 1, S]) and `cache` transformers' cache. See `Masks`.
+    """
     config = attn.config
     if getattr(config, "output_attentions", False):
         return "output_attentions=True asks for the probabilities, which are never stored", None
@@ -278,7 +311,11 @@ def _masks_of(block: Any, attn: Any, x: Tensor, mask: Any, cache: Any) -> tuple[
 
 
 def _translated(mask: Tensor, T: int, S: int, causal: bool) -> tuple[str | None, Masks | None]:
-    """Return the op's masks for a mask [B or 1, H or 1, T or 1, S]. If `causal`, later keys are masked as well."""
+    """Return (None, masks), the `Masks` for an attention mask, or (reason, None) if transformers has to run the call.
+
+    `mask` is [B or 1, H or 1, T or 1, S], with T queries and S keys: a bool mask, True where attention is allowed, or a
+    float mask of 0 and the smallest number. If `causal`, later keys are masked as well.
+    """
     if mask.dtype == torch.bool:
         allowed = mask
     else:
@@ -302,12 +339,16 @@ def _translated(mask: Tensor, T: int, S: int, causal: bool) -> tuple[str | None,
 
 
 def _why_unknown(options: dict, known: tuple[str, ...]) -> str | None:
+    """Return which `options` of a call are not among the `known` names, as text, or None.
+
+    Values None and False do not count.
+    """
     extra = sorted(name for name, value in options.items() if name not in known and value not in (None, False))
     return f"{', '.join(extra)} given" if extra else None
 
 
 def _why_called(attn: Any, *around: Any) -> str | None:
-    """Return why attention or a module around it has to be called, or None."""
+    """Return why `attn` or one of the modules `around` it has to be called, or None if ops may replace the call."""
     drop = attn.attn_dropout
     if _plain.class_of(drop) is not nn.Dropout or _plain.is_hooked(drop) or drop.p >= 1:
         return "its attention dropout is another module, has hooks or drops everything"
@@ -317,6 +358,7 @@ def _why_called(attn: Any, *around: Any) -> str | None:
 
 
 def _as_transformers_has_it(block: Any, reason: str | None, *args: Any, **kwargs: Any) -> Any:
+    """Return the result of the block's own forward for this call. Warn of the `reason`, except in a compiled graph."""
     if not torch.compiler.is_compiling():
         warnings.warn(f"gpt_fast: {type(block).__name__} runs this call as transformers has it: {reason}", stacklevel=3)
     return _plain.original(block, *args, **kwargs)
@@ -326,7 +368,7 @@ def _as_transformers_has_it(block: Any, reason: str | None, *args: Any, **kwargs
 
 
 class _Family(NamedTuple):
-    """The classes and forwards of one model."""
+    """The classes, attribute names and new forward of one of the four models."""
 
     trunk: Any
     block: Any
@@ -353,7 +395,12 @@ _ATTENTIONS = {
 
 
 def plan(name: str, module: Any, report: Report, why_foreign: Callable) -> list[Patch] | None:
-    """Return the patches of a trunk and its blocks, or None if `module` is none of these trunks."""
+    """Return the patches of `module` and its blocks if it is a trunk of OPT, BioGPT, GPT-Neo or ImageGPT, else None.
+
+    A trunk is the model without its head. `name` is the path of `module` in the whole model. `report` gets an entry for
+    each module that is replaced or left alone. `why_foreign(module, kind)` tells why a module does not run the forward
+    of the class `kind`, or returns None. A `Patch` is the new forward of one module.
+    """
     if isinstance(module, imagegpt.ImageGPTForCausalImageModeling):
         reason = "its loss is computed from the logits, by the model's own forward"
         report.note(f"{name}.lm_head" if name else "lm_head", module.lm_head, "linear_cross_entropy", reason)
@@ -364,6 +411,11 @@ def plan(name: str, module: Any, report: Report, why_foreign: Callable) -> list[
 
 
 def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family, why_foreign: Callable) -> list[Patch]:
+    """Return the patches of a trunk (a model without its head), its blocks and its last norm.
+
+    `family` holds the classes and the new forward of the model. The other parameters are those of `plan`. A `Patch` is
+    the new forward of one module.
+    """
     prefix = f"{name}." if name else ""
     patches = [Patch(trunk, None, {})]  # marks it as seen
     for path in family.tables:
@@ -389,12 +441,14 @@ def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family, why_fore
 
 
 def _attention_of(block: Any) -> tuple[str, Any]:
+    """Return (path, module) of the attention in a block, with the path relative to the block."""
     if isinstance(block, gpt_neo.GPTNeoBlock):
         return "attn.attention", block.attn.attention
     return ("attn", block.attn) if isinstance(block, imagegpt.ImageGPTBlock) else ("self_attn", block.self_attn)
 
 
 def _why_no_attention(block: Any, family: _Family, why_foreign: Callable) -> str | None:
+    """Return why the attention in `block` cannot be replaced, or None if it can."""
     attn = _attention_of(block)[1]
     reason = why_foreign(attn, _ATTENTIONS[family.block], "its attention ")
     if reason is None and attn.head_dim > MAX_HEAD_DIM:
@@ -405,6 +459,7 @@ def _why_no_attention(block: Any, family: _Family, why_foreign: Callable) -> str
 
 
 def _note_block(path: str, block: Any, report: Report) -> None:
+    """Add an entry to `report` for each attention, projection, norm and MLP in the block at `path`."""
     where, attn = _attention_of(block)
     report.note(f"{path}.{where}", attn, "attention", None)
     for one in ("q_proj", "k_proj", "v_proj", "out_proj", "c_attn", "c_proj"):
@@ -432,6 +487,7 @@ def _note_block(path: str, block: Any, report: Report) -> None:
 
 
 def _why_no_norm(norm: Any) -> str | None:
+    """Return why the op of LayerNorm cannot replace `norm`, or None if it can."""
     if isinstance(norm, imagegpt.ImageGPTLayerNorm):
         return "divides by the root mean square without subtracting the mean: called"
     return _plain.why_no_norm(norm)

@@ -25,7 +25,11 @@ _LR, _BETAS, _WEIGHT_DECAY = 6e-4, (0.9, 0.95), 0.1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Content of a checkpoint: `progress` is what nanoGPT needs to resume besides the weights, as plain values."""
+    """Content of a checkpoint.
+
+    `progress` holds what nanoGPT needs to resume besides the weights, as `progress_of` returns it. `left_out` names the
+    entries of the file that are not used.
+    """
 
     state_dict: Any
     model_args: Any  # None: a bare state dict
@@ -34,10 +38,10 @@ class Checkpoint:
 
 
 def read(path: Path) -> Checkpoint:
-    """Read a checkpoint, or a bare state dict. The tensors are mapped into memory and not read.
+    """Return the content of a checkpoint, or of a bare state dict, whose `model_args` are None.
 
-    Raises `ValueError` for a file that is damaged, compressed, holds anything but tensors and plain values, or is no
-    checkpoint.
+    The tensors are mapped into memory and not read. Raises `ValueError` for a file that is damaged, compressed, holds
+    anything but tensors and plain values, or is no checkpoint.
     """
     content = _load(path)
     if not isinstance(content, Mapping):
@@ -51,7 +55,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a state dict that another library pickled, as transformers did as pytorch_model.bin.
+    """Return the tensors, by name, of a state dict that another library pickled, such as pytorch_model.bin.
 
     Raises:
         ValueError: The file is damaged or holds anything but named tensors.
@@ -66,7 +70,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _load(path: Path) -> Any:
-    """Unpickle tensors and plain values, which run no code."""
+    """Return the content of a file that `torch.save` wrote, tensors and plain values, whose unpickling runs no code.
+
+    Raises `ValueError` for a damaged file and for any other content.
+    """
     _check_archive(path)
     try:
         with warnings.catch_warnings():
@@ -77,7 +84,11 @@ def _load(path: Path) -> Any:
 
 
 def write(path: Path, state_dict: dict[str, Tensor], model_args: dict[str, Any], progress: dict[str, Any]) -> None:
-    """Write a checkpoint whole or not at all. Its optimizer is new: AdamW's moments are not there."""
+    """Write nanoGPT's checkpoint, whole or not at all, with the state of an optimizer that has made no step.
+
+    `progress` holds the entries "iter_num", "best_val_loss" and "config" of the checkpoint, each of which may be
+    missing. Raises `OSError` if the file cannot be written.
+    """
     checkpoint = {
         "model": state_dict,
         "optimizer": _new_optimizer(state_dict),
@@ -112,6 +123,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _why_refused(error: Exception) -> str:
+    """Return why `torch.load` refused a file, by its `error`, with advice if the file holds a configuration object."""
     found = _REFUSED.search(str(error))
     if found is None:
         reason = (str(error).rpartition("WeightsUnpickler error: ")[2].strip().splitlines() or [""])[0]
@@ -127,7 +139,11 @@ def _why_refused(error: Exception) -> str:
 
 
 def progress_of(path: Path, content: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the step, the best validation loss and the plain values of the settings, where the checkpoint has them."""
+    """Return the entries "iter_num", "best_val_loss" and "config" of a checkpoint's `content`, as far as it has them.
+
+    These are the step, the best validation loss, if finite, and the settings whose values are numbers or strings.
+    `path` names the file in messages. Raises `ValueError` for an entry of another type.
+    """
     progress: dict[str, Any] = {}
     if "iter_num" in content:
         step = content["iter_num"]
@@ -152,7 +168,7 @@ def progress_of(path: Path, content: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _new_optimizer(state_dict: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the state of a new AdamW with the two groups of nanoGPT's: matrices, then gains and biases."""
+    """Return the state of a new AdamW with nanoGPT's two groups: matrices, which decay, then gains and biases."""
     dims = [tensor.dim() for name, tensor in state_dict.items() if name != "lm_head.weight"]  # tied: one parameter
     groups = [
         {"params": [nn.Parameter(torch.empty(0)) for dim in dims if (dim >= 2) is decays], "weight_decay": decay}

@@ -30,8 +30,10 @@ def from_checkpoint(
     """Write the model in a file of nanoGPT, minGPT, build-nanogpt or llm.c as the folder `out`, whole or not at all.
 
     `tokenizer` is a tokenizer.json. `characters` is the text whose characters are the vocabulary of a character-level
-    model. `heads` and `activation` are what a bare state dict does not tell. Return what was converted. Raises
-    `ValueError` for a file that is none of these or does not fit the options, `OSError` if `out` exists.
+    model. `heads` and `activation` are needed for a bare state dict, which does not hold them. The result has the keys
+    "model", "from" ("nanoGPT" or "llm.c"), "numbers" (parameters), "dtype", "activation", "tied", "tokenizer" (True if
+    one was written) and "left_out" (entries of the file that are not used). Raises `ValueError` for a file that is none
+    of these or does not fit the options, `OSError` if `out` exists.
     """
     _check_new(out)
     head = _first_bytes(source)
@@ -71,9 +73,10 @@ def from_checkpoint(
 
 
 def to_checkpoint(source: Path, out: Path) -> dict[str, Any]:
-    """Write the model in the folder `source` as nanoGPT's checkpoint `out`, whole or not at all; return what it was.
+    """Write the model in the folder `source` as nanoGPT's checkpoint `out`, whole or not at all.
 
-    Raises `ValueError` for a model that nanoGPT cannot hold, `OSError` if something is missing or `out` exists.
+    The result has the keys "model" ("nanoGPT"), "from" (class of the model) and "numbers" (parameters). Raises
+    `ValueError` for a model that nanoGPT cannot hold, `OSError` if something is missing or `out` exists.
     """
     _check_new(out)
     name, _ = model_folder.read_config(source)
@@ -97,12 +100,13 @@ def to_checkpoint(source: Path, out: Path) -> dict[str, Any]:
 
 
 def _check_new(out: Path) -> None:
+    """Raise `FileExistsError` if `out` exists."""
     if out.exists():
         raise FileExistsError(f"--out {out}: exists already; expected a path that does not")
 
 
 def _first_bytes(source: Path) -> bytes:
-    """Return the first bytes of a file that may be a checkpoint."""
+    """Return the first 8 bytes of a file; raise `ValueError` if neither `torch.save` nor llm.c wrote it."""
     with source.open("rb") as file:
         head = file.read(8)
     if llmc.magic(head) is None and not head.startswith(_ZIP):
@@ -112,7 +116,11 @@ def _first_bytes(source: Path) -> bytes:
 
 
 def _model_args(loaded: checkpoint.Checkpoint, heads: int | None, activation: str | None) -> Any:
-    """Return nanoGPT's `model_args`. Those of a bare state dict follow from its shapes and `heads`."""
+    """Return nanoGPT's `model_args` of a checkpoint; for a bare state dict, those that its shapes and `heads` imply.
+
+    Raises `ValueError` if `heads` is given beside `model_args`, if a bare state dict comes without `heads` and
+    `activation`, or if `model_args` are too old to tell the activation and none is given.
+    """
     args = loaded.model_args
     if args is not None:
         if heads is not None:
@@ -132,7 +140,10 @@ def _model_args(loaded: checkpoint.Checkpoint, heads: int | None, activation: st
 
 
 def _tokenizer(path: Path | None, characters: Path | None, rows: int) -> Tokenizer | None:
-    """Return the tokenizer that was given, if any, after comparing its vocabulary with the model's rows."""
+    """Return the tokenizer in the file `path`, one for the characters in the file `characters`, or None without both.
+
+    Raises `ValueError` if both are given, or if its vocabulary does not fit the model's `rows` token embeddings.
+    """
     if path is not None and characters is not None:
         raise ValueError(f"--tokenizer {path} and --characters {characters}: expected one of them")
     if characters is not None:
@@ -148,12 +159,16 @@ def _tokenizer(path: Path | None, characters: Path | None, rows: int) -> Tokeniz
 
 
 def _start_token(tokenizer: Tokenizer, rows: int) -> int | None:
-    """Return the id of the token between GPT-2's documents, if the vocabulary has it."""
+    """Return the id of "<|endoftext|>", the token between GPT-2's documents, or None if it is not below `rows`."""
     token = tokenizer.token_to_id("<|endoftext|>")
     return token if token is not None and token < rows else None
 
 
 def _characters_tokenizer(path: Path, rows: int) -> Tokenizer:
+    """Return a tokenizer whose tokens are the characters of the text in `path`.
+
+    Raises `ValueError` if the text is not UTF-8 or has another number of different characters than `rows`.
+    """
     try:
         letters = sorted(set(path.read_text(encoding="utf-8")))
     except UnicodeDecodeError as error:
@@ -166,7 +181,11 @@ def _characters_tokenizer(path: Path, rows: int) -> Tokenizer:
 
 
 def _progress(source: Path) -> dict[str, Any]:
-    """Return the step and the loss of a run: those of the checkpoint it came from, or of its own training."""
+    """Return the "iter_num" and "best_val_loss" (step and loss) of the model folder `source`, as far as they are known.
+
+    They are those of the checkpoint that the folder was made from, which may have "config" too, or else those of the
+    run that trained the model.
+    """
     if (source / PROGRESS).is_file():
         return checkpoint.progress_of(source / PROGRESS, read_object(source / PROGRESS))
     record = read_object(source / "run.json") if (source / "run.json").is_file() else {}

@@ -28,10 +28,10 @@ _LAYER_TENSORS = (  # nanoGPT's name, shape in units of C
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], GPTConfig]:
-    """Return the tensors under nanoGPT's names, mapped into memory and not read, and the configuration.
+    """Return (tensors, config) of llm.c's model file: the tensors by nanoGPT's names, and the configuration.
 
-    Raises `ValueError` for another kind of file, a header with a wrong value, or a file of another size than the header
-    asks for.
+    The tensors are mapped into memory and not read yet. Raises `ValueError` for another kind of file, a header with a
+    wrong value, or a file of another size than the header asks for.
     """
     with path.open("rb") as file:
         head = file.read(4 * HEADER)
@@ -74,6 +74,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], GPTConfig]:
 
 
 def _check_sizes(path: Path, sizes: dict[str, int], rest: list[int]) -> None:
+    """Raise `ValueError` if one of the header's `sizes`, by name, is wrong, or if the `rest` of the header is not 0."""
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{path}: its header has {name} {value}; expected 1 or more")

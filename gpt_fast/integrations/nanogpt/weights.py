@@ -41,14 +41,21 @@ _LINEARS = (  # nanoGPT's, our weight and bias, rows and columns in units of C
 
 
 def from_nanogpt(kind: Any, state_dict: Any, model_args: Any, overrides: dict[str, Any]) -> Any:
-    """Return a `kind` with nanoGPT's weights; see `GPTForCausalLM.from_nanogpt`."""
+    """Return a model of class `kind` with nanoGPT's weights.
+
+    See `GPTForCausalLM.from_nanogpt` for the other parameters.
+    """
     config = read_model_args(model_args, overrides)
     state = _checked_state(state_dict)
     return build(kind, state, config.replace(tied=_is_tied(state)))
 
 
 def read_model_args(model_args: Any, overrides: Mapping[str, Any]) -> GPTConfig:
-    """Return the configuration that nanoGPT's `model_args` describe, with some of our fields overridden."""
+    """Return the configuration that nanoGPT's `model_args` describe, with the fields in `overrides` replaced.
+
+    Raises `ValueError` if `model_args` is no dictionary, lacks a size, has another option or a wrong value, or does not
+    tell the activation and `overrides` neither.
+    """
     if not isinstance(model_args, Mapping):
         raise ValueError(f"{USER}: model_args is {described(model_args)}; expected a dictionary of nanoGPT's sizes")
     unknown = [name for name in model_args if name not in SIZES and name not in OPTIONS]
@@ -88,7 +95,11 @@ def read_model_args(model_args: Any, overrides: Mapping[str, Any]) -> GPTConfig:
 
 
 def build(kind: Any, state: dict[str, Tensor], config: GPTConfig) -> Any:
-    """Return a `kind` of this configuration with tensors under nanoGPT's names, all checked before memory is taken."""
+    """Return a model of class `kind` and this configuration with the tensors in `state`, which have nanoGPT's names.
+
+    All names, shapes, dtypes and devices are checked before memory is taken. Raises `ValueError` for one that does not
+    fit.
+    """
     blocks = {int(found[1]) for found in map(_BLOCK_NAME.match, state) if found}
     if len(blocks) != config.num_layers:
         raise ValueError(
@@ -124,7 +135,10 @@ def build(kind: Any, state: dict[str, Tensor], config: GPTConfig) -> Any:
 
 
 def model_args_of(state_dict: Any, heads: int) -> dict[str, Any]:
-    """Return the `model_args` that a bare state dict implies: sizes from its shapes, heads as given, no dropout."""
+    """Return the `model_args` that a bare state dict implies: sizes by its shapes, `n_head` by `heads`, no dropout.
+
+    Raises `ValueError` if the embeddings are missing.
+    """
     state = _checked_state(state_dict)
     for name in (_TABLE, _POSITIONS):
         if name not in state or state[name].dim() != 2:
@@ -139,7 +153,7 @@ def model_args_of(state_dict: Any, heads: int) -> dict[str, Any]:
 
 
 def to_nanogpt(ours: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return nanoGPT's state dict and `model_args`; see `GPTForCausalLM.to_nanogpt`."""
+    """Return nanoGPT's state dict and `model_args` for the model `ours`; see `GPTForCausalLM.to_nanogpt`."""
     reason = guard.why_changed(ours, guard.make_ours(ours), _OURS_TIED)
     if reason is not None:
         raise ValueError(f"gpt_fast.to_nanogpt: {reason}")
@@ -158,7 +172,7 @@ def to_nanogpt(ours: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _check_expressible(config: GPTConfig, tied: bool) -> None:
-    """Raise `ValueError` for a configuration that nanoGPT's GPTConfig has no field for."""
+    """Raise `ValueError` if nanoGPT has no field for an option of `config`, or if the output layer is not `tied`."""
     rates = (config.embedding_dropout, config.attention_dropout, config.residual_dropout)
     lacking = [
         problem
@@ -179,7 +193,11 @@ def _check_expressible(config: GPTConfig, tied: bool) -> None:
 
 
 def _checked_state(state_dict: Any) -> dict[str, Tensor]:
-    """Return the tensors without the prefixes of wrappers and without causal masks. Tensors may come from any file."""
+    """Return the tensors by name, without the prefixes of wrappers and without causal masks, which are buffers.
+
+    The tensors may come from any file. Raises `ValueError` for one that is not dense, not floating point, or named
+    twice, and for a mask that is not causal.
+    """
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"{USER}: state_dict is {described(state_dict)}; expected names and tensors")
     state: dict[str, Tensor] = {}
@@ -203,14 +221,17 @@ def _checked_state(state_dict: Any) -> dict[str, Tensor]:
 
 
 def _is_plain(tensor: Any) -> bool:
-    """Return True for a tensor whose values lie in memory one by one, without a class of its own."""
+    """Return True for a dense `Tensor` or `nn.Parameter` with values: not sparse, nested or on the meta device."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_nested:
         return False
     return tensor.layout == torch.strided and not tensor.is_meta
 
 
 def _check_mask(name: str, mask: Tensor) -> None:
-    """Raise `ValueError` for a mask that is not causal: the model would compute something else than its copy."""
+    """Raise `ValueError` unless `mask` is a causal mask [1, 1, T, T]: this library's model has no other.
+
+    `name` is its name.
+    """
     n = mask.shape[-1] if mask.dim() == 4 else 0
     positions = torch.arange(n, device=mask.device)
     if mask.shape != (1, 1, n, n) or not torch.equal(mask[0, 0] != 0, positions[:, None] >= positions):
@@ -218,7 +239,10 @@ def _check_mask(name: str, mask: Tensor) -> None:
 
 
 def _is_tied(state: dict[str, Tensor]) -> bool:
-    """Return True if the output layer's weight is the token embedding's, or equal to it; files may keep two copies."""
+    """Return True if the output layer's weight is the token embedding's, or equal to it; files may keep two copies.
+
+    True as well if one of the two is missing, which `build` reports.
+    """
     output, table = state.get(_OUTPUT), state.get(_TABLE)
     if output is None or table is None:
         return True  # `build` names what is missing
@@ -236,6 +260,7 @@ def _names(config: GPTConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     }
 
     def add(theirs: str, ours: str, shape: tuple[int, ...]) -> None:
+        """Add the weight of a layer with this shape and, if the configuration has biases, its bias."""
         names[f"{theirs}.weight"] = (f"{ours}weight", shape)
         if config.bias:
             names[f"{theirs}.bias"] = (f"{ours}bias", shape[:1])
@@ -252,13 +277,16 @@ def _names(config: GPTConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _listed(names: list[Any]) -> str:
-    """Return the first names, and how many more there are."""
+    """Return the first three names as text for a message, and how many more there are."""
     shown = ", ".join(name[:80] if isinstance(name, str) else _shown(name) for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def _shown(value: Any) -> str:
-    """Return a value for a message. Values come from files, and Python refuses to write very long integers."""
+    """Return a value as text for a message.
+
+    Very long integers, which Python refuses to write, appear by their length.
+    """
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length():,} bits"
     plain = isinstance(value, int | float | str | bool)
