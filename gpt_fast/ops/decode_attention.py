@@ -127,7 +127,7 @@ def decode_attention_append(
 
 
 def _check(op: str, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, **rows: Tensor) -> None:
-    """Validate the arguments of both ops; `rows` are q, and k and v where they are given."""
+    """Raise `ValueError` unless the arguments of `op` are valid. `rows` are q, and k and v if `op` appends them."""
     _checks.tensors(op, **rows, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
     q = rows["q"]
     _checks.dimensions(op, "q", q, "[B, H, D]")

@@ -60,7 +60,7 @@ def mlp(
         activation: "relu", "gelu" or "gelu_tanh".
         dropout_p: Dropout probability of the hidden activation, in [0, 1).
         seed: Seed of dropout, int64, one element, on the device of x. Without a seed a new one is drawn.
-        site: Number of this dropout within a forward pass.
+        site: Number of this dropout within a forward pass. Calls with the same seed and another site get another mask.
         recompute: Keep no hidden tensor for backward, and repeat the first product there.
 
     Returns:
@@ -85,7 +85,8 @@ def mlp(
         each result. The backward of gelu starts from the activation's input rounded to the dtype of x. Where autocast
         is on, all tensors are cast to its dtype. The reference serves float64.
 
-        Dropout is a matrix site: row i of x viewed as [M, C], column j of F, b = 0.
+        Dropout: whether a hidden element is kept depends on `seed`, `site`, the row i of x viewed as [M, C], and the
+        column j of F. `dropout_keep_matrix` in `gpt_fast/reference.py` has the rule, with b = 0.
 
         Results are deterministic. On CPU they have the same bits at any number of threads.
 
@@ -127,7 +128,7 @@ def mlp(
 
 
 def _cublaslt_serves(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, activation: str, dropout_p: float) -> bool:
-    """Return True if cuBLASLt can compute the call and was measured to be faster than Triton."""
+    """Return True if cuBLASLt can compute the call and a measurement has found it faster than Triton."""
     if dropout_p or not _activations.ACTIVATIONS[activation].cublaslt or x.dtype not in (torch.bfloat16, torch.float16):
         return False
     classes = _classes_of_cublaslt(activation, x.get_device())
@@ -141,7 +142,11 @@ def _cublaslt_serves(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, activati
 
 @_transforms.constant_in_graphs
 def _classes_of_cublaslt(activation: str, device_index: int) -> tuple[tuple[int, bool], ...]:
-    """Return (largest width of x, True if cuBLASLt serves), ascending, as launch_configs.py has it for the device."""
+    """Return (largest width of x, True if cuBLASLt serves) for each range of widths, ascending.
+
+    The rows of launch_configs.py for the device's architecture decide. If cuBLASLt was not built in, the result is
+    empty.
+    """
     if not torch._C._dispatch_has_kernel_for_dispatch_key("gpt_fast::mlp_cublaslt_forward", "CUDA"):
         return ()
     launch_configs = _library.triton_kernel("launch_configs")
