@@ -207,7 +207,7 @@ def _options(
     cu_seqlens: Tensor | None, window: int | None, dropout_p: float, seed: Tensor | None, site: int,
     scale: float | None,
 ) -> dict:  # fmt: skip
-    """Return the options of attention by name, with seed and scale filled in. Raise `ValueError` for an invalid one."""
+    """Return the options by name, validated (`ValueError`) for q [B, H, T, D] and S keys, with seed and scale set."""
     if causal is not True and causal is not False:
         _checks.boolean_option("attention", causal=causal)
     if type(site) is not int:
