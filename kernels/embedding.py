@@ -181,6 +181,7 @@ def backward(
     rows = dout.reshape(tokens.numel(), dout.shape[-1])
 
     def gradient(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of `table`, of whose rows the output used those in `indices`."""
         grad = torch.zeros_like(table)
         M, C = rows.shape
         if rows.numel() == 0:

@@ -378,6 +378,7 @@ def _run(
     bias = None if bias is None else bias.contiguous()
 
     def multiply(kernel: Any, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, parts: int, **more: Any) -> None:
+        """Launch a kernel that computes out = a bᵀ and stores a tile in `parts` parts. `more` are its own arguments."""
         arguments, switches = operands(launch, architecture, a, b, out, parts)
         kernel[grid(launch, a.shape[0], b.shape[0], device)](**arguments, count_ptr=count, **more, **switches)
 

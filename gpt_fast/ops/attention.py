@@ -379,14 +379,17 @@ _library.register_triton("attention_qkv_backward", _triton_backward_qkv)
 
 
 def _forward_flops(q, k, v, *options, **_):
+    """Return the FLOPs of a forward pass, given shapes in place of tensors."""
     return 2 * _scores_flops(q, k)
 
 
 def _backward_flops(dout, q, k, v, *options, **_):
+    """Return the FLOPs of a backward pass, given shapes in place of tensors."""
     return 5 * _scores_flops(q, k)  # the scores once more, their gradient, dq, dk and dv
 
 
 def _backward_qkv_flops(dout, qkv, *options, **_):
+    """Return the FLOPs of a backward pass of the packed form, given shapes in place of tensors."""
     return 5 * _scores_flops(dout, dout)
 
 

@@ -181,10 +181,12 @@ _library.register_triton("decode_attention_append_forward", _triton_append)
 
 
 def _forward_flops(q, k_cache, v_cache, lengths, **_):
+    """Return the FLOPs of a call, given shapes in place of tensors."""
     return 4 * math.prod(k_cache)  # the whole cache: a shape does not tell how much of it is filled
 
 
 def _append_flops(q, k, v, k_cache, v_cache, lengths, **_):
+    """Return the FLOPs of a call, given shapes in place of tensors."""
     return 4 * math.prod(k_cache)
 
 

@@ -209,12 +209,14 @@ _library.register_triton("linear_cross_entropy_backward", _triton_backward)
 def _forward_flops(
     x, weight, target, bias, ignore_index, label_smoothing, reduction, needs_x, needs_weight, needs_bias, **_
 ):
+    """Return the FLOPs of the loss and of the gradients that are needed, given shapes in place of tensors."""
     return (1 + needs_x + needs_weight) * _flops.product(x, weight)
 
 
 def _backward_flops(
     dloss, x, weight, target, bias, ignore_index, label_smoothing, needs_x, needs_weight, needs_bias, **_
 ):
+    """Return the FLOPs of the gradients that are needed, given shapes in place of tensors."""
     return (needs_x + needs_weight) * _flops.product(x, weight)
 
 

@@ -263,10 +263,12 @@ _library.register_triton("mlp_backward", _triton_backward)
 
 
 def _forward_flops(x, fc_weight, fc_bias, proj_weight, *options, **_):
+    """Return the FLOPs of a forward pass, given shapes in place of tensors."""
     return _flops.product(x, fc_weight) + _flops.product((*x[:-1], fc_weight[0]), proj_weight)
 
 
 def _backward_flops(dy, x, fc_weight, fc_bias, proj_weight, hidden, *options, **_):
+    """Return the FLOPs of the gradients that `options[-1]` says are needed, given shapes in place of tensors."""
     needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight = options[-1][:4]
     fc, proj = _flops.product(x, fc_weight), _flops.product(dy, proj_weight[::-1])
     recomputed = hidden is None

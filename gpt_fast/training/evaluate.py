@@ -203,6 +203,7 @@ class _Batches(Sequence[Batch]):
         return math.ceil(len(self.stream) / (BATCH * self.seq_len))
 
     def __getitem__(self, index: Any) -> Any:
+        """Return batch number `index`. With a mask, each batch is read once and in order: all share a generator."""
         starts = range(index * BATCH * self.seq_len, len(self.stream), self.seq_len)[:BATCH]
         return lm_batch(self.stream.windows(starts, self.seq_len), self.mask, self.generator, None)
 

@@ -138,6 +138,7 @@ def _curve(axes: Axes, metrics: list[dict[str, float]], field: str, color: str, 
 
 
 def _baseline(axes: Axes, value: float, label: str) -> None:
+    """Draw a dashed horizontal line at `value`, which the legend calls `label`."""
     axes.axhline(value, color=BASELINE, linewidth=1.4, linestyle=(0, (5, 3)), label=label)
 
 

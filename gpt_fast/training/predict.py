@@ -140,6 +140,7 @@ def _counted(row: Example) -> Tensor:
 
 
 def _warn(found: Sequence[str]) -> None:
+    """Issue each remark in `found` as a warning."""
     for remark in found:
         warnings.warn(remark, stacklevel=3)
 

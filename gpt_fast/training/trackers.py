@@ -87,11 +87,13 @@ class TensorBoard:
             self._hook(raised)
 
     def add(self, line: Metrics) -> None:
+        """Log each metric of a line at the line's update, `line["step"]`."""
         for name, value in line.items():
             if name != "step":
                 self._writer.add_scalar(name, value, int(line["step"]))
 
     def close(self, end: End) -> None:
+        """Write all events that are pending, and close the file. `end` is ignored."""
         self._writer.close()
 
     def release(self) -> None:
@@ -118,9 +120,11 @@ class Wandb:
         )
 
     def add(self, line: Metrics) -> None:
+        """Log all metrics of a line at the line's update, `line["step"]`."""
         self._run.log({name: value for name, value in line.items() if name != "step"}, step=int(line["step"]))
 
     def close(self, end: End) -> None:
+        """Finish the run of wandb: as a success if `end` is "finished", else as a failure."""
         self._run.finish(exit_code=int(end != "finished"))
 
 
@@ -156,4 +160,5 @@ class MLflow:
         )
 
     def close(self, end: End) -> None:
+        """Finish the run of MLflow with the status FINISHED, FAILED or KILLED, as `end` says."""
         self._client.set_terminated(self._id, end.upper())

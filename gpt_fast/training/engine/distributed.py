@@ -163,6 +163,7 @@ class World:
 
 @lru_cache(maxsize=1)
 def _mesh(device: str, size: int) -> DeviceMesh:
+    """Return the one-dimensional mesh of all `size` ranks, made once. `device` is "cpu" or "cuda"."""
     return dist.init_device_mesh(device, (size,))
 
 

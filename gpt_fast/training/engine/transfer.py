@@ -62,4 +62,5 @@ class Sender:
 
 
 def _pinned(tensor: Tensor) -> Tensor:
+    """Return a copy of a CPU tensor in pinned memory, or a tensor of another device itself."""
     return tensor.pin_memory() if tensor.is_cpu else tensor
