@@ -108,8 +108,9 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (normed, summed, mean, rstd): summed = residual + dropout(x), its norm, and the norm's float32 statistics.
 
-    `summed` has the wider dtype of x and residual, and `normed` the same unless `normed_dtype` is given. `threshold`,
-    `scale`, `seed` and `site` define the dropout mask, as in philox.py; without a seed there is no dropout.
+    `summed` has the wider dtype of x and residual, and `normed` the same unless `normed_dtype` is given. Dropout drops
+    an element if its 16 random bits, a function of `seed`, `site` and its position, are below `threshold`, and
+    multiplies others by `scale`. Without a seed there is no dropout.
     """
     N = x.shape[-1]
     dtype = torch.promote_types(x.dtype, residual.dtype)
@@ -152,8 +153,9 @@ def backward(
     """Return the gradients (dx, dresidual, dweight, dbias).
 
     dx has shape [0] if it equals dresidual, that is without dropout and if x and residual have one dtype. dweight and
-    dbias have shape [0] if not needed. `dsummed` is the upstream gradient of `summed`, or None. `threshold`, `scale`,
-    `seed` and `site` define the dropout mask, as in philox.py; without a seed there is no dropout.
+    dbias have shape [0] if not needed. `dsummed` is the upstream gradient of `summed`, or None. Dropout drops an
+    element if its 16 random bits, a function of `seed`, `site` and its position, are below `threshold`, and multiplies
+    others by `scale`. Without a seed there is no dropout.
     """
     N = summed.shape[-1]
     has_dx = seed is not None or x_dtype != residual_dtype

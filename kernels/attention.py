@@ -140,11 +140,11 @@ def _program(rows, BLOCK: tl.constexpr, FLAT: tl.constexpr):
 
 @triton.jit
 def _bounds(offs, mask_offs, lower, upper, others, length_ptr, packing, b):
-    """Return (first, last): each row at position `offs` meets the rows first <= x < last of the other axis.
+    """Return (first, last): the row at position `offs` meets the rows first <= x < last of the other axis.
 
-    The other axis holds `others` rows. Rows are queries and the other axis keys, or the reverse. A row meets offs -
-    lower < x < offs + upper; the length of batch row b, if `length_ptr` is given, and the row's sequence of `packing`
-    narrow that.
+    The rows are queries and the other axis, of `others` rows, is keys, or the reverse. A row meets offs - lower < x <
+    offs + upper. If `length_ptr` is given, x is below the length of batch row b; if `packing` is, x is in the row's
+    sequence. `mask_offs` is True for rows that exist.
     """
     first = tl.maximum(offs - lower + 1, 0)
     last = tl.minimum(offs + upper, others)
@@ -255,10 +255,11 @@ def _without_padding(x, j, head, masks):
 
 @triton.jit
 def _coordinates(offs, mask_offs, packing, bh, h, H):
-    """Return (position, start, matrix), the first fields of a Dropout for rows `offs`, [BLOCK, 1] each.
+    """Return (position, start, matrix) for rows `offs`, the first fields of a Dropout, [BLOCK, 1] each.
 
-    Rows of packed sequences count within their sequence. Triton 3.6 cannot return a tuple that holds a None, so the
-    caller makes the Dropout.
+    They are the row's position in its sequence, the start of that sequence, and the number of the matrix in the rule of
+    `keep_matrix`. `bh` is batch · H + h; `mask_offs` is True for rows that exist. Triton 3.6 cannot return a tuple that
+    holds a None, so the caller makes the Dropout.
     """
     start, matrix = tl.zeros_like(offs), tl.zeros_like(offs) + bh.to(tl.int32)
     if packing.start_ptr is not None:
@@ -353,7 +354,12 @@ def _fwd_kernel(
     ALL_MASKED: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
-    """Write out and lse for BLOCK_M queries of one head."""
+    """Write out and lse for BLOCK_M queries of one head.
+
+    The query at position i, counted so that the last one sits at the last key, meets keys i - lower < j < i + upper,
+    and of these only such as the given masks allow. `start_ptr`, `end_ptr` and `sequence_ptr` describe packed sequences
+    (see Packing). ALL_MASKED says that every tile needs a mask, FLAT is as in `_program`, and LATE as in `_fwd_tile`.
+    """
     bh, tile, tiles = _program(T, BLOCK_M, FLAT)
     b, h = bh // H, bh % H
     start_m = (tiles - 1 - tile) * BLOCK_M  # the longest rows of causal work first
@@ -463,7 +469,11 @@ def _bwd_dq_kernel(
     ALL_MASKED: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of BLOCK_M queries of one head, and what `_bwd_dkdv_kernel` needs of these rows."""
+    """Write the gradient of BLOCK_M queries of one head to dq, and lse and delta of these rows to `rows_ptr`.
+
+    delta is rowsum(dO · O). `_saved_rows` reads what is saved. Masks and positions, ALL_MASKED and FLAT are as in
+    `_fwd_kernel`.
+    """
     bh, tile, tiles = _program(T, BLOCK_M, FLAT)
     b, h = bh // H, bh % H
     start_m = (tiles - 1 - tile) * BLOCK_M  # the longest rows of causal work first
@@ -596,7 +606,11 @@ def _bwd_dkdv_kernel(
     ALL_MASKED: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of BLOCK_N keys and values of one head, from the rows that `_bwd_dq_kernel` saved."""
+    """Write the gradients of BLOCK_N keys and values of one head to dk and dv.
+
+    `rows_ptr` holds what `_bwd_dq_kernel` has saved of the queries. Masks and positions, ALL_MASKED and FLAT are as in
+    `_fwd_kernel`.
+    """
     tl.static_assert(ROW_TILE % BLOCK_M == 0)  # saved rows are read without a mask
     bh, tile, tiles = _program(S, BLOCK_N, FLAT)
     b, h = bh // H, bh % H
@@ -695,7 +709,7 @@ def _shared_arguments(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (arguments, switches): the run-time and the compile-time arguments that all three kernels take.
 
-    `threshold` is dropout's, as in philox.py.
+    Dropout drops a probability if its 16 random bits are below `threshold`.
     """
     B, H, T, D = q.shape
     S = k.shape[2]
@@ -775,8 +789,8 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (out, lse): the output [B, H, T, D], with its memory laid out as [B, T, H, D], and the float32 [B, H, T].
 
-    lse is the natural logarithm of a row's sum of exponentials, +inf for a row without any key. `threshold` is
-    dropout's, as in philox.py, and `dropout_scale` multiplies the probabilities that are kept.
+    lse is the natural logarithm of a row's sum of exponentials, +inf for a row without any key. Dropout drops a
+    probability if its 16 random bits are below `threshold`, and multiplies others by `dropout_scale`.
     """
     T = q.shape[2]
     out = _empty_bthd(q, T)

@@ -139,8 +139,9 @@ def forward(
 ) -> torch.Tensor:
     """Return out [..., C], the sum of token and position embeddings after dropout.
 
-    `positions` has the shape of `tokens`, or [T] for all rows. `threshold`, `scale`, `seed` and `site` define the
-    dropout mask, as in philox.py; without a seed there is no dropout.
+    `positions` has the shape of `tokens`, or [T] for all rows. Dropout drops an element if its 16 random bits, a
+    function of `seed`, `site` and its position, are below `threshold`, and multiplies others by `scale`. Without a seed
+    there is no dropout.
     """
     C = token_weight.shape[1]
     out = torch.empty((*tokens.shape, C), dtype=token_weight.dtype, device=tokens.device)
@@ -175,8 +176,8 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (dtoken, dposition): the gradients of both tables, with the strides of the tables, or [0] if not needed.
 
-    `threshold`, `scale`, `seed` and `site` define the dropout mask, as in philox.py; without a seed there is no
-    dropout.
+    Dropout drops an element if its 16 random bits, a function of `seed`, `site` and its position, are below
+    `threshold`, and multiplies others by `scale`. Without a seed there is no dropout.
     """
     rows = dout.reshape(tokens.numel(), dout.shape[-1])
 

@@ -208,7 +208,10 @@ def operand(matrix: torch.Tensor, rows: int, columns: int, architecture: int) ->
 
 
 def config(op: str, kernel: str, x: torch.Tensor, size: int) -> tuple[Config, int]:
-    """Return (launch configuration, architecture) for a kernel of `op` on x, from the row for shapes of this size."""
+    """Return (launch configuration, architecture) for the kernel called `kernel` of `op` on x.
+
+    `size` is the size of the shape by which launch_configs.TABLES has rows for this kernel.
+    """
     architecture = launch_configs.architecture(x.device)
     return Config(*launch_configs.pick(op, kernel, architecture, x.element_size(), size)), architecture
 

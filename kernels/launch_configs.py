@@ -279,10 +279,7 @@ def tables(architecture: int) -> dict[str, list[Row]]:
 
 @contextlib.contextmanager
 def trying(op: str, row: Row) -> Iterator[None]:
-    """Use `row` for its kernel of `op`, its architecture and its class of shapes inside the block.
-
-    Afterwards the rows are as before.
-    """
+    """Use `row` inside the block in place of the row for the same kernel of `op`, architecture, element and size."""
     changed = tables(row.architecture)
     before = changed[op]
     changed[op] = with_row(before, row)

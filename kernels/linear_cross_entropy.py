@@ -42,10 +42,10 @@ def _gather_kernel(
     x_ptr, target_ptr, index_ptr, count_ptr, rows_ptr, targets_ptr, stride_xm, stride_xc, first, R, C, V,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Copy the rows of x that count, from the `first`-th on, into rows [R, C], and their targets into targets [R].
+    """Copy a chunk of the rows of x whose target is not ignored into rows [R, C], and their targets into targets [R].
 
-    Rows past the last that counts become zeros. Targets are clamped to [0, V). `index_ptr` and `count_ptr` are what
-    `_compact_kernel` wrote.
+    The chunk has the R such rows from the `first`-th on; rows past the last one become zeros. Targets are clamped to
+    [0, V). `index_ptr` and `count_ptr` are what `_compact_kernel` wrote.
     """
     count = tl.load(count_ptr)
     if first < count:
@@ -71,9 +71,9 @@ def _logits_half(
 ):  # fmt: skip
     """Write the statistics of each row of a tile of logits at (m, n), and the tile itself if KEEPS.
 
-    Half a product's tile goes through at a time. The statistics, in row n / width of [parts, R] each, are the largest
-    logit, the sum of exponentials after it is subtracted, and the sum of the logits if `sum_ptr` is given; the target's
-    logit goes to picked [R]. The logits that are kept have the largest one subtracted.
+    The tile is half of a product's tile. The statistics, in row n / width of [parts, R] each, are the largest logit,
+    the sum of exponentials after it is subtracted, and the sum of the logits if `sum_ptr` is given; the target's logit
+    goes to picked [R]. The logits that are kept have the largest one subtracted.
     """
     offs_m = m + tl.arange(0, logits.shape[0])
     offs_n = n + tl.arange(0, logits.shape[1])
@@ -102,9 +102,10 @@ def _logits_kernel(
     KEEPS: tl.constexpr, A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute the logits of a chunk of rows, a bᵀ + bias, and write what `_logits_half` keeps of each half tile.
+    """Compute the logits of a chunk of M rows, a bᵀ + bias, and write what `_logits_half` keeps of each half tile.
 
-    `first` is the number of rows that count before the chunk.
+    The chunk holds rows whose target is not ignored. `count_ptr` has the number of all such rows, and `first` is the
+    number of those before the chunk.
     """
     live = tl.minimum(tl.load(count_ptr) - first, M)
     tiles = tl.cdiv(tl.maximum(live, 0), BLOCK_M) * tl.cdiv(N, BLOCK_N)
@@ -130,10 +131,11 @@ def _statistics_kernel(
     largest_ptr, total_ptr, sum_ptr, picked_ptr, index_ptr, count_ptr, row_ptr, loss_ptr, first, R, V, parts, smoothing,
     SCATTERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Write the loss of each row, and the maximum and the sum of exponentials of its logits, from those of its parts.
+    """Write the loss of each of a chunk's R rows, and the maximum and the sum of exponentials of its logits.
 
-    `_logits_half` has written the statistics. The maximum and the sum go to row_ptr [2, R]. The loss goes to the row's
-    own number in x if SCATTERS, else to its number among the rows that count.
+    `_logits_half` has written the statistics of the `parts` parts of a row, which are put together here. The maximum
+    and the sum go to row_ptr [2, R]. The loss goes to the row's own number in x if SCATTERS, else to its number among
+    the rows whose target is not ignored, of which `first` lie before the chunk.
     """
     count = tl.load(count_ptr)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -176,10 +178,11 @@ def _gradient_kernel(
     stride_l, stride_g, first, R, V, smoothing, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write FACTOR times the gradient of the logits [R, V], from the logits that `_logits_half` kept.
+    """Write FACTOR times the gradient of a chunk's logits [R, V], from the logits that `_logits_half` kept.
 
-    Both may share memory. Rows that do not count become zeros. If `dloss_ptr` is given, it holds the upstream gradient
-    of each row's loss. If `partial_ptr` is given, it gets the sum over the tile's rows, for the gradient of the bias.
+    Both may share memory. Rows past the last whose target is not ignored become zeros; `first` of these rows lie before
+    the chunk. `row_ptr` is from `_statistics_kernel`. If `dloss_ptr` is given, it holds the upstream gradient of each
+    row's loss. If `partial_ptr` is given, it gets the sum over the tile's rows, for the gradient of the bias.
     """
     count = tl.load(count_ptr)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -213,7 +216,7 @@ def _gradient_kernel(
 def _dx_half(dx, out_ptr, index_ptr, m, n, first, live, C, stride_om, scale, PRECISION: tl.constexpr):
     """Write the part of dx at (m, n), times `scale`, into the rows of out [., C] from which the chunk's rows came.
 
-    `live` is the number of rows in the chunk that count, and `first` the number before the chunk.
+    `live` is the number of the chunk's rows whose target is not ignored, and `first` the number of those before it.
     """
     offs_m = m + tl.arange(0, dx.shape[0])
     offs_n = n + tl.arange(0, dx.shape[1])
@@ -232,7 +235,9 @@ def _dx_kernel(
 ):  # fmt: skip
     """Write dx, the logits' gradient times the weight, into the rows of x from which the chunk's rows came.
 
-    If MEAN, dx is also multiplied by power / count, where power is the largest power of two up to count.
+    The logits' gradient is times FACTOR, by which dx is divided. If MEAN, dx is also multiplied by power / count, where
+    power is the largest power of two up to count, the number of rows whose target is not ignored. `first` of these lie
+    before the chunk.
     """
     count = tl.load(count_ptr)
     live = tl.minimum(count - first, M)
@@ -255,7 +260,7 @@ def _dx_kernel(
 
 @triton.jit
 def _dweight_half(value, out_ptr, m, n, M, N, stride_om, stride_on, FACTOR: tl.constexpr, ACCUMULATES: tl.constexpr):
-    """Write the part of dW at (m, n) of out [M, N], over FACTOR. Add it to what is there if ACCUMULATES."""
+    """Write the part of dW at (m, n), which is `value` / FACTOR, to out [M, N], or add it there if ACCUMULATES."""
     offs_m = m + tl.arange(0, value.shape[0])
     offs_n = n + tl.arange(0, value.shape[1])
     ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * stride_om + offs_n.to(tl.int64)[None, :] * stride_on
@@ -273,9 +278,10 @@ def _dweight_kernel(
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write the chunk's part of dW, or add it to the sum over the chunks before if ACCUMULATES.
+    """Write the chunk's part of dW to out [M, N], or add it to the sum over the chunks before if ACCUMULATES.
 
-    Rows that do not count are zero in both operands.
+    The part is a bᵀ / FACTOR, where a is the transposed gradient of the logits, times FACTOR, and b the transposed rows
+    of x. `first` is the number of rows before the chunk.
     """
     live = tl.minimum(tl.load(count_ptr) - first, K)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
@@ -298,7 +304,8 @@ def _dbias_kernel(
 ):
     """Write the chunk's part of db, or add it to the sum over the chunks before if ACCUMULATES.
 
-    The part is the sum of the rows of `partial_ptr`, which `_gradient_kernel` wrote for every ROWS rows.
+    The part is the sum of the rows of `partial_ptr`, which `_gradient_kernel` wrote for every ROWS of the chunk's R
+    rows. `first` is the number of rows before the chunk.
     """
     offs_v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask_v = offs_v < V
@@ -334,9 +341,10 @@ def _run(
 ) -> torch.Tensor:  # fmt: skip
     """Write the losses of the rows of x [N, C] and their gradients. Return how many rows count, int32 [1].
 
-    `loss` gets the losses, by row number if `scatters`, else packed. `dx`, `dweight` and `dbias` get gradients. Each of
-    the four may be None, which leaves it out. `dloss` is the upstream gradient of each loss, or None for 1. If `mean`,
-    dx is also multiplied by power / count, where power is the largest power of two up to the count.
+    A row counts if its target is not `ignore_index`. `loss` gets the losses, by row number if `scatters`, else those
+    that count one after another. `dx`, `dweight` and `dbias` get gradients. Each of the four may be None, which leaves
+    it out. `dloss` is the upstream gradient of each loss, or None for 1. If `mean`, dx is also multiplied by power /
+    count, where power is the largest power of two up to the count.
     """
     (N, C), V, device = x.shape, weight.shape[0], x.device
     index = torch.empty(N, dtype=torch.int32, device=device)

@@ -73,7 +73,8 @@ def _activate(z, ACTIVATION: tl.constexpr):
 def _dropped(value, m, n, site, threshold, scale, seed_ptr):
     """Return the float32 tile `value` at (m, n) of the hidden layer after dropout.
 
-    `site`, `threshold`, `scale` and `seed_ptr` define the dropout mask, as in philox.py.
+    Dropout drops an element if its 16 random bits, a function of the seed, `site` and its position, are below
+    `threshold`, and multiplies others by `scale`.
     """
     i = m + tl.arange(0, value.shape[0])[:, None]
     j = n + tl.arange(0, value.shape[1])[None, :]
@@ -357,8 +358,8 @@ def _hidden(
 ) -> None:  # fmt: skip
     """Write the hidden layer to h [M, F] and the activation's input to z [M, F], unless h or z is None.
 
-    `threshold`, `scale`, `seed` and `site` define the dropout mask, as in philox.py; without a seed there is no
-    dropout.
+    Dropout drops an element if its 16 random bits, a function of `seed`, `site` and its position, are below
+    `threshold`, and multiplies others by `scale`. Without a seed there is no dropout.
     """
     out = z if h is None else h
     if out is None or out.numel() == 0:
@@ -391,7 +392,9 @@ def forward(
     """Return (y [..., C'], kept): the output of the MLP, and the tensor that `backward` takes as `hidden`.
 
     If `keeps_hidden`, `kept` [..., F] is the hidden layer after dropout for relu, and the activation's input for any
-    other activation. Else `kept` has shape [0]. Without a seed there is no dropout.
+    other activation. Else `kept` has shape [0]. Dropout drops an element if its 16 random bits, a function of `seed`,
+    `site` and its position, are below `threshold`, and multiplies others by `scale`. Without a seed there is no
+    dropout.
     """
     F, C_out = fc_weight.shape[0], proj_weight.shape[0]
     rows = as_matrix(x)
@@ -418,8 +421,8 @@ def backward(
 
     `needs` holds five flags in this order; a gradient that is not needed is a tensor of shape [0]. The gradients of the
     weights have the strides of the weights. `hidden` is the `kept` that `forward` returned; if it is None, the hidden
-    layer is computed again. `threshold`, `scale`, `seed` and `site` define the dropout mask, as in philox.py; without a
-    seed there is no dropout.
+    layer is computed again. Dropout drops an element if its 16 random bits, a function of `seed`, `site` and its
+    position, are below `threshold`, and multiplies others by `scale`. Without a seed there is no dropout.
     """
     needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, needs_proj_bias = needs
     F, C_out = fc_weight.shape[0], proj_weight.shape[0]
@@ -467,8 +470,8 @@ def _dz(
     """Return dz [M, F], the gradient of the activation's input. Write the hidden layer to h, unless h is None.
 
     Write the sum of dz over its rows to dfc_bias, unless that is None. `kept` [M, F] is as `forward` returns it.
-    `threshold`, `scale`, `seed` and `site` define the dropout mask, as in philox.py; without a seed there is no
-    dropout.
+    Dropout drops an element if its 16 random bits, a function of `seed`, `site` and its position, are below
+    `threshold`, and multiplies others by `scale`. Without a seed there is no dropout.
     """
     M, F = kept.shape
     dz = torch.empty_like(kept)

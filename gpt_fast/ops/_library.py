@@ -221,7 +221,7 @@ def triton_kernel(op: str) -> types.ModuleType:
 
 
 def register_triton(name: str, launcher: Callable) -> None:
-    """Make `launcher` the implementation of `gpt_fast::<name>` on CUDA, and on CPU under the interpreter."""
+    """Make `launcher` the implementation of `gpt_fast::<name>` on CUDA, and on the CPU in Triton's interpreter."""
 
     def on_own_device(*args):
         with device_guard(_device_index(args)):
@@ -321,7 +321,7 @@ _WITH_KERNEL: dict[tuple[str, str], str] = {}  # what the dispatcher said: askin
 
 
 def dropout_rule(dropout_p: float) -> tuple[int, float]:
-    """Return (threshold, scale): elements whose 16 random bits are below `threshold` are dropped, others scaled."""
+    """Return (threshold, scale): elements with 16 random bits below the first are dropped, others times the second."""
     return reference.dropout_threshold(dropout_p), reference.dropout_scale(dropout_p)
 
 

@@ -157,7 +157,7 @@ def read_lm_data(
     "byte", "char" or a path. If it is None, text gets a new BPE tokenizer of `bpe_size` tokens, and token files take
     the tokenizer.json beside them. Rank 0 of `ranks` makes the tokenizer and reads token files through once to check
     them. `text_column` is the column of a table with the text. `raw_dtype`, "uint16" or "uint32", is the dtype of token
-    files without a header. Raise `ValueError` for data that cannot be read so.
+    files without a header. Raise `ValueError` if the files are damaged or the arguments do not fit them.
     """
     files = token_files(paths)
     if files:

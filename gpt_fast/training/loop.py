@@ -114,7 +114,7 @@ class LoopState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LoopState:
-        """Return the state that `dataclasses.asdict` made `values` of, as a checkpoint holds them."""
+        """Return the state with the fields in `values`, a dict by `dataclasses.asdict` that a checkpoint holds."""
         return cls(**(values | {"spikes": Spikes(**values["spikes"])}))
 
 
@@ -257,7 +257,7 @@ class Loop:
         return self.engine.send(self.source(self.state.step))
 
     def _update(self, sent: Sent) -> Sent | None:
-        """Make one update on the micro-batches in `sent`; then log, validate, save and stop where it is time to.
+        """Make one update on the micro-batches in `sent`. Then log, validate, save and stop as the settings ask.
 
         Return the handle of the next update's micro-batches if their copy was started beside this update, else None.
         That only helps a GPU. Raise `Interrupted` after a signal.
@@ -422,7 +422,7 @@ class Loop:
             self.say(f"{error}; without this checkpoint the run cannot be resumed for more steps")
 
     def save(self) -> None:
-        """Save a checkpoint after the current update. From then on the run folder stays, whatever happens."""
+        """Save a checkpoint of the current update in the run folder, which from then on stays whatever happens."""
         world = self.engine.world
         self._settle()
         self.state.tokens += self._tokens

@@ -98,8 +98,9 @@ def answer(
 ) -> list[Prediction]:
     """Return the model's prediction for each row of `table`.
 
-    `names` are the names of the task's classes. A model that answers in text writes at most `max_new_tokens` tokens, by
-    default 100 or half of its positions if that is less. Warn about rows that were cut off or are empty.
+    `folder` is the model's run folder, from which the tokenizer is read. `names` are the names of the task's classes. A
+    model that answers in text writes at most `max_new_tokens` tokens, by default 100 or half of its positions if that
+    is less; raise `ValueError` if its positions do not allow that. Warn about rows that were cut off or are empty.
     """
     tokenizer = run_tokenizer(folder, model)
     if isinstance(model, GPTForCausalLM):

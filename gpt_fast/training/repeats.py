@@ -52,7 +52,8 @@ def repeat(settings: FinetuneSettings, show: Show, say: Say, stop: Stop | None =
 def variants(settings: FinetuneSettings) -> list[tuple[str, dict[str, Any]]]:
     """Return (name, changes) for each of several runs: the name of its folder, and how it differs from `settings`.
 
-    `changes` has "seed", "fold" and "seeds". There is a run for each pair of a seed and a fold.
+    `changes` are the run's values of "seed" and "fold" (None without folds), and None for "seeds". There is a run for
+    each pair of a seed and a fold.
     """
     seeds = range(settings.seed, settings.seed + (settings.seeds or 1))
     folds = [settings.fold] if settings.folds is None or settings.fold else list(range(1, settings.folds + 1))

@@ -184,7 +184,10 @@ def _every_label_trained(
 
 
 def _labels(label: str, task: TaskSettings) -> list[str]:
-    """Return the classes that a row's label names: one, each class of a set, or a tag for each word."""
+    """Return the classes that `label`, a row's label as the table holds it, names.
+
+    They are one class, each class of a set (split at commas), or a tag for each word (split at spaces).
+    """
     if task.kind == "set":
         return label.split(",") if label else []
     return label.split(" ") if task.kind == "tags" else [label]

@@ -255,9 +255,10 @@ def metric_of(task: TaskSettings, name: str | None) -> str:
 
 
 def better(metric: str, line: Metrics) -> tuple[float, float]:
-    """Return a key by which validations are compared, larger for a better one: the metric, then the lower loss.
+    """Return (value, tie), a key by which validations are compared: the larger key is the better validation.
 
-    `line` has the metrics of a validation. A correlation that is missing or NaN is worse than any other.
+    `line` has the metrics of a validation. `value` is the one called `metric`, negated if a smaller one is better, and
+    -infinity if it is missing or NaN, as a correlation may be. `tie` is the negative loss.
     """
     sign = -1 if metric in _SMALLER_IS_BETTER else 1
     value = sign * line.get(f"valid_{metric}", math.nan)

@@ -94,7 +94,10 @@ def copy(source: Path, folder: Path) -> Path:
 
 
 def live_shapes(model: Head, rank: int) -> dict[str, tuple[str, list[int]]]:
-    """Return {name in a file: (name in a live model, shape)} of each tensor of an adapter of this rank for `model`."""
+    """Return {name in the adapter's file: (name in a model that trains it, shape)} for each tensor of an adapter.
+
+    The adapter is one of this rank for `model`.
+    """
     found = {}
     for i, decoder in enumerate(model.trunk.decoders):
         for module, weight in _ADAPTED.items():

@@ -99,7 +99,7 @@ class Run:
     def keep(self) -> None:
         """Keep the run folder whatever happens next, and delete the run that it replaced.
 
-        The first checkpoint, or the end of training, makes it worth more than the other.
+        This is called at the first checkpoint and at the end of training: the folder is then worth more than the other.
         """
         self.publish()
         self.kept = True
@@ -192,7 +192,7 @@ def new_run(
 
 @contextmanager
 def _telling(run: Run) -> Iterator[None]:
-    """Give an `Interrupted` that leaves the block a line about what is left on disk, in `saved`.
+    """If the block raises `Interrupted`, describe in its `saved` what is left on disk, and raise it again.
 
     If a checkpoint has been written, the run is kept.
     """
