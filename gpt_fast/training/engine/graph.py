@@ -112,7 +112,7 @@ class GraphedStep:
         self._captured: list[Any] = []
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Any:
-        """Run one step, eagerly in the first two calls and as a CUDA graph later. Return copies of its results."""
+        """Run one step on CUDA tensors, eagerly in the first two calls, then as a graph. Return copies of results."""
         tensors = {f"tensor {i}": x for i, x in enumerate(args)} | kwargs
         self._check(tensors)
         device = next(iter(tensors.values())).device

@@ -17,9 +17,10 @@ LONGEST = 0.5  # seconds of one product
 def flops_per_token(config: GPTConfig, parameters: int, causal: bool) -> float:
     """Return the FLOPs per token of forward and backward, `6 N + 12 L C T`; attention's term is halved if `causal`.
 
-    N counts the weights that multiply, out of all `parameters`: not the position embedding, and not the token embedding
-    if a layer of its own makes the output. Recomputed activations do not count, so activation checkpointing lowers the
-    MFU. Source: Kaplan et al. (2020), arXiv:2001.08361; Chowdhery et al. (2022), arXiv:2204.02311, appendix B.
+    The model has L layers, C hidden dimensions and T positions. N counts the weights that multiply, out of all
+    `parameters`: not the position embedding, and not the token embedding if a layer of its own makes the output.
+    Recomputed activations do not count, so activation checkpointing lowers the MFU. Source: Kaplan et al. (2020),
+    arXiv:2001.08361; Chowdhery et al. (2022), arXiv:2204.02311, appendix B.
     """
     N = parameters - config.seq_len * config.hidden_dim - (0 if config.tied else config.num_tokens * config.hidden_dim)
     attention = 12 * config.num_layers * config.hidden_dim * config.seq_len

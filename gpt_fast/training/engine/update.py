@@ -103,9 +103,10 @@ class Engine:
 
         `batches` are the micro-batches of this rank, or what `send` returned for them. `lr` is AdamW's learning rate;
         Muon's keeps its ratio to it. Each term of the loss is the mean over all of its predictions, so that the
-        gradient does not depend on how the batch is divided. A batch of weight 0 does not count. If the loss or the
-        gradient is not finite, nothing is updated. On CUDA the host does not wait if the batches come from the CPU or
-        from `send`, unless Muon trains.
+        gradient does not depend on how the batch is divided. A batch of weight 0 does not count. Return the loss, the
+        norm of the gradient before clipping, and whether the update was skipped because one of these is not finite,
+        still on the device. On CUDA the host does not wait if the batches come from the CPU or from `send`, unless Muon
+        trains.
         """
         parts, counts = self._sender.receive(batches if isinstance(batches, Sent) else self.send(batches))
         self.model.train()
@@ -120,7 +121,7 @@ class Engine:
         return Outcome(*self._graphed(counts=counts, **tensors).unbind())
 
     def _compute_named(self, counts: Tensor, **tensors: Tensor) -> Tensor:
-        """Make one update on `tensors`, for the CUDA graph. Return the three fields of its `Outcome` as a tensor [3].
+        """Make one update on `tensors`, for the CUDA graph. Return the results of `_compute` as a tensor [3].
 
         The names of `tensors` are "tokens of part 0", "labels of part 0" and so on: an argument of the model's forward
         pass and the index of its micro-batch. `counts` [parts, terms] is as in `_compute`.
@@ -132,7 +133,7 @@ class Engine:
         return torch.stack(self._compute(parts, counts))
 
     def _compute(self, parts: Sequence[dict[str, Tensor]], counts: Tensor) -> Outcome:
-        """Make one update on `parts`, and return its `Outcome`.
+        """Make one update on `parts`. Return its loss, its gradient norm before clipping, and whether it was skipped.
 
         An element of `parts` holds the arguments of the model's forward pass for one micro-batch. `counts` [parts,
         terms] is the number of predictions of each term of the loss in each micro-batch. A CUDA graph of this function
@@ -164,7 +165,8 @@ class Engine:
     def _step(self, loss: Tensor) -> Outcome:
         """Clip the gradients and step the optimizers, or skip the update if the loss or the gradient is not finite.
 
-        `loss` is this rank's share of the mean loss. Return the `Outcome` of the update.
+        `loss` is this rank's share of the mean loss. Return the whole mean loss, the norm of the gradient before
+        clipping, and whether the update was skipped.
         """
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = self.world.full(nn.utils.get_total_norm([p.grad for p in parameters])) / self.scale  # type: ignore[misc]
