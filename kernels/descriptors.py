@@ -30,7 +30,10 @@ def describable(x: torch.Tensor, architecture: int) -> bool:
 
 
 def descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    """Return the tensor descriptor of `x` for tiles of shape `block`. `x` has to be `describable`."""
+    """Return the tensor descriptor of `x` for tiles of shape `block`. `x` has to be aligned, with valid strides.
+
+    `_layout` says which strides are valid; elements may have any size.
+    """
     return TensorDescriptor(x, list(x.shape), list(_layout(x.shape, x.stride(), x.element_size())[0]), block)
 
 

@@ -75,7 +75,7 @@ def task_of(settings: FinetuneSettings) -> TaskSettings:
 
 
 def _finetune(session: Session[FinetuneSettings]) -> Record:
-    """Fine-tune a model in a session: read the tables, make the model, train, and write the run folder.
+    """Fine-tune a model, as a `Session` asks: read the tables, make the model, train, and write the run folder.
 
     Return the run's record, the content of run.json.
     """

@@ -132,7 +132,7 @@ def _check_memory(settings: PretrainSettings, config: GPTConfig) -> None:
 
 
 def _pretrain(session: Session[PretrainSettings]) -> Record:
-    """Pre-train a language model in a session: read the data, make the model, train, and write the run folder.
+    """Pre-train a language model, as a `Session` asks: read the data, make the model, train, write the run folder.
 
     Return the run's record, the content of run.json.
     """

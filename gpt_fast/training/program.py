@@ -174,7 +174,7 @@ class Session(Generic[S]):
 
 
 def train(settings: S, body: Callable[[Session[S]], Record], show: Show, say: Say, stop: Stop | None) -> Record:
-    """Call `body` with a session: the processes that torchrun started, and the run folder in `settings.out`.
+    """Call `body` with a `Session`: the processes that torchrun started, and the run folder in `settings.out`.
 
     Return the record that `body` returns. With --resume, return at once the record of a run that is finished and is not
     asked for more steps. `show` and `say` are called on rank 0 only. Raise `ValueError` if the folder or the settings
@@ -213,7 +213,7 @@ def train(settings: S, body: Callable[[Session[S]], Record], show: Show, say: Sa
 
 
 def _resumed(settings: S, run: Run, ranks: World, show: Show, say: Say, stop: Stop) -> Session[S]:
-    """Return the session of a training on the rank `ranks`, with the settings that the run is trained with.
+    """Return the `Session` of a training on the rank `ranks`, with the settings that the run is trained with.
 
     For a resumed run they are those that it began with, and options that the user gave again have to agree. If these
     options ask for more steps, the run folder is opened again for them.
