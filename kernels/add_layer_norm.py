@@ -21,6 +21,7 @@ def _fwd_kernel(
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Write normed, summed, mean and rstd of BLOCK_M rows of x and residual [M, N]."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
@@ -49,6 +50,11 @@ def _bwd_kernel(
     HAS_WEIGHT: tl.constexpr, HAS_DSUMMED: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_DX: tl.constexpr,
     NEEDS_SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Write dresidual, and dx if HAS_DX, for every P-th tile of rows, where P is the number of programs.
+
+    If NEEDS_SUMS, the sums of program p for dweight and dbias go to row p of `dweight_ptr` and `dbias_ptr` [P, N]
+    float32.
+    """
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)
@@ -100,9 +106,11 @@ def forward(
     site: int,
     normed_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return normed, summed, and the float32 statistics mean and rstd of `summed`. Without a seed there is no dropout.
+    """Return (normed, summed, mean, rstd): summed = residual + dropout(x), its norm, and the norm's float32 statistics.
 
-    `normed` has the dtype of `summed` unless another is given.
+    `summed` has the wider dtype of x and residual, and `normed` the same unless `normed_dtype` is given. Dropout drops
+    an element if its 16 random bits, a function of `seed`, `site` and its position, are below `threshold`, and
+    multiplies others by `scale`. Without a seed there is no dropout.
     """
     N = x.shape[-1]
     dtype = torch.promote_types(x.dtype, residual.dtype)
@@ -142,7 +150,13 @@ def backward(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return dx (empty where it is dresidual), dresidual, dweight and dbias. The last two are empty if not needed."""
+    """Return the gradients (dx, dresidual, dweight, dbias).
+
+    dx has shape [0] if it equals dresidual, that is without dropout and if x and residual have one dtype. dweight and
+    dbias have shape [0] if not needed. `dsummed` is the upstream gradient of `summed`, or None. Dropout drops an
+    element if its 16 random bits, a function of `seed`, `site` and its position, are below `threshold`, and multiplies
+    others by `scale`. Without a seed there is no dropout.
+    """
     N = summed.shape[-1]
     has_dx = seed is not None or x_dtype != residual_dtype
     dresidual = torch.empty(summed.shape, dtype=residual_dtype, device=summed.device)

@@ -44,12 +44,19 @@ NVCC_FLAGS = [
 
 
 def serving(capability: int) -> Architecture:
-    """Return the row that serves a compute capability: the newest that is not newer."""
+    """Return the row of ARCHITECTURES for a compute capability, times ten: the newest row that is not newer.
+
+    Raise `ValueError` for a capability below all rows.
+    """
     return max(row for row in ARCHITECTURES if row.capability <= capability)
 
 
 def fits(architecture: int, capability: int) -> bool:
-    """Return True if launch configurations for `architecture` may serve a compute capability, or the interpreter."""
+    """Return True if launch configurations made for `architecture` may be used on a GPU with this compute capability.
+
+    Both numbers are compute capabilities times ten, or INTERPRETER. Configurations of Triton's interpreter are for it
+    alone.
+    """
     if INTERPRETER in (architecture, capability):
         return architecture == INTERPRETER
     return architecture == serving(capability).capability or architecture <= serving(capability).rows
@@ -57,7 +64,7 @@ def fits(architecture: int, capability: int) -> bool:
 
 @functools.cache
 def has_descriptors(capability: int) -> bool:
-    """Return True if tensor descriptors work on a compute capability, or in the interpreter."""
+    """Return True if tensor descriptors work on a GPU of this compute capability, times ten, or for INTERPRETER."""
     return capability == INTERPRETER or serving(capability).descriptors
 
 

@@ -123,10 +123,11 @@ class Dropout(NamedTuple):
 
 @triton.jit
 def _program(rows, BLOCK: tl.constexpr, FLAT: tl.constexpr):
-    """Return (matrix as int64, tile, tiles of a matrix) of this program: the tiles of a matrix are neighbours.
+    """Return (matrix, tile, tiles): this program's tile of rows, the head that the tile is of, and the tiles of a head.
 
-    CUDA allows 65,535 programs in a grid's second dimension. For more matrices the grid has one dimension (FLAT), which
-    costs a division and up to four registers.
+    `matrix` is batch · H + head, int64. A head has `rows` rows, and a tile BLOCK of them. CUDA allows 65,535 programs
+    in a grid's second dimension. For more heads the grid has one dimension (FLAT), which costs a division and up to
+    four registers.
     """
     if FLAT:
         tiles = tl.cdiv(rows, BLOCK)
@@ -139,9 +140,11 @@ def _program(rows, BLOCK: tl.constexpr, FLAT: tl.constexpr):
 
 @triton.jit
 def _bounds(offs, mask_offs, lower, upper, others, length_ptr, packing, b):
-    """Return [first, last) of the rows that each row meets on the other axis, which holds `others` rows.
+    """Return (first, last): the row at position `offs` meets the rows first <= x < last of the other axis.
 
-    A row at position `offs` meets offs - lower < x < offs + upper. Packing bounds it by its sequence.
+    The rows are queries and the other axis, of `others` rows, is keys, or the reverse. A row meets offs - lower < x <
+    offs + upper. If `length_ptr` is given, x is below the length of batch row b; if `packing` is, x is in the row's
+    sequence. `mask_offs` is True for rows that exist.
     """
     first = tl.maximum(offs - lower + 1, 0)
     last = tl.minimum(offs + upper, others)
@@ -155,7 +158,11 @@ def _bounds(offs, mask_offs, lower, upper, others, length_ptr, packing, b):
 
 @triton.jit
 def _ranges(first, last, mask_rows, others, ALL_MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the Ranges of a walk over `others` rows; every tile is masked if ALL_MASKED."""
+    """Return the Ranges of tiles of BLOCK rows that a program has to loop over, of the `others` rows of the other axis.
+
+    `first` and `last` are the results of `_bounds` for the program's own rows, of which `mask_rows` exist. If
+    ALL_MASKED, every tile counts as one that needs a mask.
+    """
     begin = tl.min(tl.where(mask_rows, first, others)) // BLOCK * BLOCK
     end = tl.max(tl.where(mask_rows, last, 0))
     if ALL_MASKED:
@@ -168,13 +175,16 @@ def _ranges(first, last, mask_rows, others, ALL_MASKED: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _masked_tiles(ranges, BLOCK: tl.constexpr):
-    """Return the number of tiles that need a mask."""
+    """Return the number of tiles in `ranges`, a Ranges, that need a mask."""
     return tl.cdiv(ranges.inside - ranges.begin, BLOCK) + tl.cdiv(ranges.end - ranges.outside, BLOCK)
 
 
 @triton.jit
 def _masked_start(n, ranges, BLOCK: tl.constexpr):
-    """Return the first row of the n-th masked tile: those from `begin` to `inside`, then those from `outside` on."""
+    """Return the first row of the n-th tile that needs a mask in `ranges`, a Ranges.
+
+    Tiles from `begin` to `inside` come first, then tiles from `outside` on.
+    """
     before = tl.cdiv(ranges.inside - ranges.begin, BLOCK)
     start = tl.where(n < before, ranges.begin + n * BLOCK, ranges.outside + (n - before) * BLOCK)
     return tl.multiple_of(start, BLOCK)
@@ -182,9 +192,10 @@ def _masked_start(n, ranges, BLOCK: tl.constexpr):
 
 @triton.jit
 def _tile(source, start, limit, offs, head, MASKED: tl.constexpr, D: tl.constexpr):
-    """Load rows start + offs of a head [limit, D] by pointers, zeros past its ends: [len(offs), BLOCK_D].
+    """Load rows start + offs of a head [limit, D] by pointers, as a tile [len(offs), BLOCK_D] with zeros past column D.
 
-    Rows are not masked unless MASKED: the caller knows that all of them exist.
+    `source` is a Source and `head` a Head. If MASKED, rows from `limit` on are zeros too; otherwise the caller knows
+    that all rows exist.
     """
     first = tl.full((), 0, dtype=tl.int64) + start
     ptrs = source.ptr + first * source.stride_t + offs[:, None] * source.stride_t
@@ -198,7 +209,11 @@ def _tile(source, start, limit, offs, head, MASKED: tl.constexpr, D: tl.constexp
 
 @triton.jit
 def _walked_tile(source, start, walk, head, MASKED: tl.constexpr, D: tl.constexpr, DESCRIBED: tl.constexpr):
-    """Load a tile of a walk, [BLOCK, BLOCK_D]. A descriptor gives zeros past the tensor's end."""
+    """Load rows start + walk.offs of a tensor that a loop goes through (see Walk), as a tile [BLOCK, BLOCK_D].
+
+    `source` is a Source; if DESCRIBED, it holds a tensor descriptor, which gives zeros past the tensor's end. If
+    MASKED, rows from `walk.end` on are zeros too.
+    """
     if DESCRIBED:
         x = source.ptr.load([head.b.to(tl.int32), head.h.to(tl.int32), start, 0])
         x = tl.reshape(x, [walk.offs.shape[0], head.offs_d.shape[0]])
@@ -211,7 +226,11 @@ def _walked_tile(source, start, walk, head, MASKED: tl.constexpr, D: tl.constexp
 
 @triton.jit
 def _allowed(x, rows, i, j, head, masks):
-    """Return whether query i may attend to key j: x, the one that is walked, in the row's interval; and the masks."""
+    """Return True where query i may attend to key j, for the tile of a program's rows and rows of the other axis.
+
+    `x` is i or j, whichever is the row of the other axis. It has to lie in the interval of `rows` (see Rows), and the
+    masks that are given (see Masks) have to be True.
+    """
     allowed = (x >= rows.first) & (x < rows.last)
     if masks.key_mask_ptr is not None:
         ptrs = masks.key_mask_ptr + head.b * masks.stride_kmb + j * masks.stride_kms
@@ -225,7 +244,10 @@ def _allowed(x, rows, i, j, head, masks):
 
 @triton.jit
 def _without_padding(x, j, head, masks):
-    """Return keys or values x [BLOCK, BLOCK_D] with zeros in rows that key_mask excludes: padding may hold NaN."""
+    """Return keys or values x [BLOCK, BLOCK_D] at positions j with zeros in rows that key_mask excludes.
+
+    Padding may hold NaN, which a product would spread.
+    """
     ptrs = masks.key_mask_ptr + head.b * masks.stride_kmb + j * masks.stride_kms
     live = tl.load(ptrs, mask=j < masks.S, other=0) != 0
     return tl.where(live[:, None], x, 0.0).to(x.dtype)
@@ -233,9 +255,11 @@ def _without_padding(x, j, head, masks):
 
 @triton.jit
 def _coordinates(offs, mask_offs, packing, bh, h, H):
-    """Return (position, start, matrix) of the Dropout of rows `offs`: packed rows count within their sequence.
+    """Return (position, start, matrix) for rows `offs`, the first fields of a Dropout, [BLOCK, 1] each.
 
-    Triton 3.6 cannot return a tuple that holds a None, so that the caller makes the Dropout.
+    They are the row's position in its sequence, the start of that sequence, and the number of the matrix in the rule of
+    `keep_matrix`. `bh` is batch · H + h; `mask_offs` is True for rows that exist. Triton 3.6 cannot return a tuple that
+    holds a None, so the caller makes the Dropout.
     """
     start, matrix = tl.zeros_like(offs), tl.zeros_like(offs) + bh.to(tl.int32)
     if packing.start_ptr is not None:
@@ -246,10 +270,11 @@ def _coordinates(offs, mask_offs, packing, bh, h, H):
 
 @triton.jit
 def _walked_position(start, walk, dropout):
-    """Return the positions of a tile's rows in the sequences of the program's own rows, [1, BLOCK] or [own, BLOCK].
+    """Return the positions of a tile's rows, start + walk.offs, within the sequences of the program's own rows.
 
-    `start` is a multiple of 16. The division tells LLVM so, which does not see `tl.multiple_of`; without the known zero
-    bits LLVM cannot merge the Philox calls that share a counter, and a loop has nearly twice as many instructions.
+    The result is [1, BLOCK], or [own rows, BLOCK] for packed sequences. `start` is a multiple of 16. The division tells
+    LLVM so, which does not see `tl.multiple_of`; without the known zero bits LLVM cannot merge the Philox calls that
+    share a counter, and a loop has nearly twice as many instructions.
     """
     tl.static_assert(walk.offs.shape[0] % 16 == 0)
     return (start // 16 * 16 + walk.offs)[None, :] - dropout.start
@@ -257,7 +282,7 @@ def _walked_position(start, walk, dropout):
 
 @triton.jit
 def _keep(i, j, dropout):
-    """Return whether dropout keeps (query i, key j)."""
+    """Return True where dropout keeps the probability of (query i, key j). `dropout` is a Dropout."""
     return keep_matrix(i, j, dropout.matrix, dropout.site, dropout.threshold, dropout.seed_ptr, UPPER=True)
 
 
@@ -266,9 +291,14 @@ def _fwd_tile(
     acc, m, total, q, keys, values, start, walk, rows, head, masks, dropout, dropped, scale_log2,
     MASKED: tl.constexpr, LATE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of keys to acc [BLOCK_M, BLOCK_D], the running maximum m [BLOCK_M] and the sum `total` [BLOCK_M].
+    """Return (acc, m, total) after one more tile of keys and values, which begins at key `start`.
 
-    If LATE, `s` stays unscaled: the maximum is scaled for each row, and a score in the sum that its exponential needs.
+    They are the state of the online softmax for BLOCK_M queries q: the unnormalised output [BLOCK_M, BLOCK_D], the
+    maximum of the scores and the sum of their exponentials, [BLOCK_M] each. MASKED is False for a tile that needs no
+    mask. If LATE, scores stay unscaled until their exponential, and only the maximum of a row is scaled before;
+    otherwise all scores are multiplied by `scale_log2` at once. `walk`, `rows`, `head`, `masks` and `dropout` are
+    tuples of the classes Walk, Rows, Head, Masks and Dropout. `dropped` is zero, the value of a probability that
+    dropout drops.
     """
     k = _walked_tile(keys, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_N, BLOCK_D]
     s = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -324,6 +354,12 @@ def _fwd_kernel(
     ALL_MASKED: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
+    """Write out and lse for BLOCK_M queries of one head.
+
+    The query at position i, counted so that the last one sits at the last key, meets keys i - lower < j < i + upper,
+    and of these only such as the given masks allow. `start_ptr`, `end_ptr` and `sequence_ptr` describe packed sequences
+    (see Packing). ALL_MASKED says that every tile needs a mask, FLAT is as in `_program`, and LATE as in `_fwd_tile`.
+    """
     bh, tile, tiles = _program(T, BLOCK_M, FLAT)
     b, h = bh // H, bh % H
     start_m = (tiles - 1 - tile) * BLOCK_M  # the longest rows of causal work first
@@ -387,7 +423,12 @@ def _bwd_dq_tile(
     dq, q, do, lse_log2, delta, keys, values, start, walk, rows, head, masks, dropout, scale_log2,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of keys to dQ / scale, [BLOCK_M, BLOCK_D], still without dropout's scale."""
+    """Return dq after one more tile of keys and values, which begins at key `start`.
+
+    dq [BLOCK_M, BLOCK_D] is the gradient of q over `scale`, still without dropout's scale. `delta` is rowsum(dO · O),
+    times 1 - p with dropout. MASKED is False for a tile that needs no mask. `walk`, `rows`, `head`, `masks` and
+    `dropout` are tuples of the classes Walk, Rows, Head, Masks and Dropout.
+    """
     k = _walked_tile(keys, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_N, BLOCK_D]
     v = _walked_tile(values, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_N, BLOCK_D]
     if MASKED and masks.key_mask_ptr is not None:
@@ -428,6 +469,11 @@ def _bwd_dq_kernel(
     ALL_MASKED: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
+    """Write the gradient of BLOCK_M queries of one head to dq, and lse and delta of these rows to `rows_ptr`.
+
+    delta is rowsum(dO · O). `_saved_rows` reads what is saved. Masks and positions, ALL_MASKED and FLAT are as in
+    `_fwd_kernel`.
+    """
     bh, tile, tiles = _program(T, BLOCK_M, FLAT)
     b, h = bh // H, bh % H
     start_m = (tiles - 1 - tile) * BLOCK_M  # the longest rows of causal work first
@@ -486,9 +532,10 @@ def _bwd_dq_kernel(
 
 @triton.jit
 def _saved_rows(rows_ptr, start, bh, T, walk, DESCRIBED: tl.constexpr):
-    """Load what _bwd_dq_kernel saved of a tile of queries: lse in powers of two and delta (1 - p), [BLOCK_M] each.
+    """Return (lse · log2(e), delta · (1 - p)), [BLOCK_M] each, of the tile of queries from row `start` on of head `bh`.
 
-    No load is masked, because `rows_ptr` holds whole tiles.
+    `_bwd_dq_kernel` has saved them in `rows_ptr`, p is the dropout probability, and delta = rowsum(dO · O). No load is
+    masked, because `rows_ptr` holds whole tiles.
     """
     if DESCRIBED:
         matrix = bh.to(tl.int32)
@@ -507,7 +554,12 @@ def _bwd_dkdv_tile(
     dk, dv, k, v, queries, douts, rows_ptr, start, bh, walk, rows, head, masks, dropout, scale_log2,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of queries to dK / scale and dV, [BLOCK_N, BLOCK_D], both still without dropout's scale."""
+    """Return (dk, dv) after one more tile of queries, which begins at query `start`.
+
+    dk and dv [BLOCK_N, BLOCK_D] are the gradient of k over `scale` and that of v, both still without dropout's scale.
+    `rows_ptr` is as in `_saved_rows`. MASKED is False for a tile that needs no mask. `walk`, `rows`, `head`, `masks`
+    and `dropout` are tuples of the classes Walk, Rows, Head, Masks and Dropout.
+    """
     q = _walked_tile(queries, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_M, BLOCK_D]
     do = _walked_tile(douts, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_M, BLOCK_D]
     i = (start + walk.offs)[None, :]
@@ -554,6 +606,11 @@ def _bwd_dkdv_kernel(
     ALL_MASKED: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
+    """Write the gradients of BLOCK_N keys and values of one head to dk and dv.
+
+    `rows_ptr` holds what `_bwd_dq_kernel` has saved of the queries. Masks and positions, ALL_MASKED and FLAT are as in
+    `_fwd_kernel`.
+    """
     tl.static_assert(ROW_TILE % BLOCK_M == 0)  # saved rows are read without a mask
     bh, tile, tiles = _program(S, BLOCK_N, FLAT)
     b, h = bh // H, bh % H
@@ -604,7 +661,10 @@ def _bwd_dkdv_kernel(
 
 
 def config(kernel: str, q: torch.Tensor) -> tuple[Config, int]:
-    """Return the launch configuration for q [B, H, T, D], and BLOCK_D."""
+    """Return (launch configuration, BLOCK_D) of the kernel "fwd", "bwd_dq" or "bwd_dkdv" for q [B, H, T, D].
+
+    BLOCK_D is D padded to a power of two of at least 16.
+    """
     D = q.shape[-1]
     BLOCK_D = max(16, next_power_of_2(D))
     launch = launch_configs.pick("attention", kernel, launch_configs.architecture(q.device), q.element_size(), BLOCK_D)
@@ -612,7 +672,10 @@ def config(kernel: str, q: torch.Tensor) -> tuple[Config, int]:
 
 
 def sources(rows: int, BLOCK_D: int, **tensors: torch.Tensor) -> dict[str, Any]:
-    """Return the arguments for tensors [B, H, rows, D] that a loop walks over: all descriptors, or all pointers."""
+    """Return the launch arguments for `tensors` [B, H, ., D], which a kernel's loop reads in tiles of `rows` rows.
+
+    DESCRIBED is True if all of them can be read by tensor descriptors. They are then replaced by their descriptors.
+    """
     architecture = launch_configs.architecture(next(iter(tensors.values())).device)
     if all(describable(x, architecture) for x in tensors.values()):
         block = [1, 1, rows, BLOCK_D]
@@ -621,7 +684,7 @@ def sources(rows: int, BLOCK_D: int, **tensors: torch.Tensor) -> dict[str, Any]:
 
 
 def launch_options(launch: Config) -> dict[str, Any]:
-    """Return the compiler's options beside the tile."""
+    """Return the options of a launch for Triton's compiler: warps, stages, and a limit of registers if there is one."""
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     return options | {"maxnreg": launch.registers} if launch.registers else options
 
@@ -644,7 +707,10 @@ class Options(NamedTuple):
 def _shared_arguments(
     q: torch.Tensor, k: torch.Tensor, options: Options, threshold: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments that all three kernels take: pointers, strides and numbers; and compile-time switches."""
+    """Return (arguments, switches): the run-time and the compile-time arguments that all three kernels take.
+
+    Dropout drops a probability if its 16 random bits are below `threshold`.
+    """
     B, H, T, D = q.shape
     S = k.shape[2]
     window = UNBOUNDED if options.window is None else min(options.window, UNBOUNDED)
@@ -674,7 +740,7 @@ def _shared_arguments(
 
 
 def _packing(cu_seqlens: torch.Tensor, T: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the start, the end and the number of each token's sequence, int32 [T] each.
+    """Return (start, end, sequence), int32 [T] each: of each token's sequence the first token, the end and the number.
 
     Tokens after the last sequence belong to one more, which ends where it starts. Values of cu_seqlens are clamped, so
     that a wrong one does not lead out of bounds.
@@ -688,25 +754,32 @@ def _packing(cu_seqlens: torch.Tensor, T: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def _signed(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
-    """Return (q, scale) with scale ≥ 0, as the kernels expect: the sign moves into q."""
+    """Return (q, scale) with scale ≥ 0, as the kernels expect. The sign of a negative scale moves into q."""
     return (-q, -scale) if scale < 0 else (q, scale)
 
 
 def _strides(prefix: str, tensor: torch.Tensor, rows: str, last: bool = True) -> dict[str, int]:
+    """Return the stride arguments of a tensor [B, H, rows, D], such as {"stride_qb": ...} for the prefix "q".
+
+    `rows` is the letter of the third axis, "t" or "s". Without `last`, the stride of D is left out, because it is 1.
+    """
     return dict(zip(_stride_names(prefix, rows, last), tensor.stride(), strict=False))
 
 
 @functools.cache
 def _stride_names(prefix: str, rows: str, last: bool) -> tuple[str, ...]:
+    """Return the names of the stride arguments of a tensor: see `_strides`."""
     return tuple(f"stride_{prefix}{axis}" for axis in ("b", "h", rows, "d")[: 4 if last else 3])
 
 
 def _grid(rows: int, tile: int, q: torch.Tensor) -> tuple[int, ...]:
+    """Return the grid for tiles of `tile` rows, out of `rows`, in each head of q [B, H, T, D]: see `_program`."""
     tiles, matrices = cdiv(rows, tile), q.shape[0] * q.shape[1]
     return (tiles, matrices) if matrices <= GRID_LIMIT else (tiles * matrices,)
 
 
 def _empty_bthd(q: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return an uninitialised tensor [B, H, rows, D] like q [B, H, _, D]. Its memory is laid out [B, rows, H, D]."""
     B, H, _, D = q.shape
     return torch.empty((B, rows, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)
 
@@ -714,7 +787,11 @@ def _empty_bthd(q: torch.Tensor, rows: int) -> torch.Tensor:
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, threshold: int, dropout_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return out [B, H, T, D], laid out [B, T, H, D], and the float32 lse [B, H, T]."""
+    """Return (out, lse): the output [B, H, T, D], with its memory laid out as [B, T, H, D], and the float32 [B, H, T].
+
+    lse is the natural logarithm of a row's sum of exponentials, +inf for a row without any key. Dropout drops a
+    probability if its 16 random bits are below `threshold`, and multiplies others by `dropout_scale`.
+    """
     T = q.shape[2]
     out = _empty_bthd(q, T)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -741,7 +818,10 @@ def backward_into(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
     options: Options, threshold: int, dropout_scale: float,
 ) -> None:  # fmt: skip
-    """Write the gradients into dq, dk and dv, [B, H, rows, D] each, whose last axis is contiguous."""
+    """Write the gradients of q, k and v into dq, dk and dv, [B, H, rows, D] each, whose last axis is contiguous.
+
+    `out` and `lse` are the results of `forward`; `options`, `threshold` and `dropout_scale` are its arguments.
+    """
     T, S = q.shape[2], k.shape[2]
     if q.numel() == 0 or k.numel() == 0:
         for gradient in (dq, dk, dv):
@@ -781,7 +861,10 @@ def backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
     options: Options, threshold: int, dropout_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return dq, dk and dv, laid out [B, rows, H, D]."""
+    """Return (dq, dk, dv), the gradients of q, k and v, with their memory laid out as [B, rows, H, D].
+
+    `out` and `lse` are the results of `forward`; `options`, `threshold` and `dropout_scale` are its arguments.
+    """
     S = k.shape[2]
     dq, dk, dv = _empty_bthd(q, q.shape[2]), _empty_bthd(k, S), _empty_bthd(k, S)
     backward_into(dq, dk, dv, dout, q, k, v, out, lse, options, threshold, dropout_scale)
@@ -792,7 +875,10 @@ def backward_qkv(
     dout: torch.Tensor, qkv: torch.Tensor, num_heads: int, out: torch.Tensor, lse: torch.Tensor,
     options: Options, threshold: int, dropout_scale: float,
 ) -> torch.Tensor:  # fmt: skip
-    """Return the gradient of the packed projection, [B, T, 3C]."""
+    """Return the gradient [B, T, 3C] of the packed projection `qkv`, for the upstream gradient dout [B, H, T, D].
+
+    `out` and `lse` are the results of `forward`; `options`, `threshold` and `dropout_scale` are its arguments.
+    """
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     B, T, C3 = qkv.shape
     heads = (B, T, 3, num_heads, C3 // (3 * num_heads))

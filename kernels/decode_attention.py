@@ -34,7 +34,10 @@ class Config(NamedTuple):
 
 @triton.jit
 def _keys(length_ptr, S, k_new_ptr):
-    """Return the number of keys that a sequence attends to, its new one included."""
+    """Return the number of keys that a sequence attends to: its length, clamped to the S entries of its cache.
+
+    `length_ptr` points to the length. If `k_new_ptr` is not None, a new key is appended and counts too.
+    """
     n = tl.maximum(tl.load(length_ptr).to(tl.int64), 0)
     if k_new_ptr is not None:
         n = tl.minimum(n, S - 1) + 1
@@ -52,6 +55,12 @@ def _fwd_kernel(
     stride_knb, stride_knh, stride_knd, stride_vnb, stride_vnh, stride_vnd,
     SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Attend from one head's query to SPLIT neighbouring keys, and write the softmax's state for `_add_kernel`.
+
+    The state is the unnormalised output acc [B H, splits, D], the maximum m and the sum of exponentials l, [B H,
+    splits] each. The program whose keys include the new one, if there is one, also writes it and its value into the
+    caches.
+    """
     row = tl.program_id(0).to(tl.int64)  # batch · H + head
     split = tl.program_id(1).to(tl.int64)
     b, h = row // H, row % H
@@ -108,6 +117,7 @@ def _add_kernel(
     acc_ptr, m_ptr, l_ptr, lengths_ptr, out_ptr, k_new_ptr, H, S, D, splits,
     SPLIT: tl.constexpr, ADDED: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Write out [D] of one head: the states that `_fwd_kernel` has written for its splits, added in their order."""
     row = tl.program_id(0).to(tl.int64)
     n = _keys(lengths_ptr + row // H, S, k_new_ptr)
     used = (n + SPLIT - 1) // SPLIT
@@ -135,12 +145,12 @@ def _add_kernel(
 
 
 def config(BLOCK_D: int, device: torch.device) -> Config:
-    """Return the launch configuration for heads padded to this size."""
+    """Return the launch configuration for heads of BLOCK_D elements, D padded to a power of two."""
     return Config(*launch_configs.pick("decode_attention", "keys", launch_configs.architecture(device), 4, BLOCK_D))
 
 
 def forward(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Return out [B, H, D], contiguous."""
+    """Return out [B, H, D], contiguous: the attention of q to the first `lengths` entries of each cache."""
     return _attend(q, k_cache, v_cache, lengths, None, None)
 
 
@@ -148,7 +158,10 @@ def append_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """Write k and v [B, H, D] into the caches at `lengths` and return out [B, H, D], contiguous."""
+    """Write k and v [B, H, D] into the caches at `lengths`, and return the attention out [B, H, D], contiguous.
+
+    It includes the new entries.
+    """
     return _attend(q, k_cache, v_cache, lengths, k, v)
 
 
@@ -156,6 +169,7 @@ def _attend(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor,
     k: torch.Tensor | None, v: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
+    """Return out [B, H, D] of `forward`, or of `append_forward` if k and v are given."""
     B, H, D = q.shape
     S = k_cache.shape[2]
     # Triton's interpreter (as of 3.9) truncates to bfloat16 where a GPU rounds: there PyTorch rounds, below.
@@ -189,5 +203,6 @@ def _attend(
 
 
 def _strides(prefix: str, x: torch.Tensor | None) -> dict[str, int]:
+    """Return the stride arguments of x [B, H, D], such as {"stride_knb": ...} for the prefix "kn"; 0 if x is None."""
     names = (f"stride_{prefix}b", f"stride_{prefix}h", f"stride_{prefix}d")
     return dict(zip(names, (0, 0, 0) if x is None else x.stride(), strict=True))

@@ -16,7 +16,11 @@ ALIGNMENT = 16  # bytes, of a descriptor's base and of every stride but the last
 
 
 def describable(x: torch.Tensor, architecture: int) -> bool:
-    """Return True if kernels read `x` by a descriptor. 32-bit tensors are read by pointers, for lack of a gain."""
+    """Return True if kernels can and should read `x` by a tensor descriptor on a GPU of this architecture.
+
+    `x` has 16-bit elements, no stride that a descriptor cannot hold, and an aligned address. 32-bit tensors are read by
+    pointers, because descriptors bring them no gain.
+    """
     return (
         architectures.has_descriptors(architecture)
         and x.element_size() == 2
@@ -26,15 +30,19 @@ def describable(x: torch.Tensor, architecture: int) -> bool:
 
 
 def descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    """Return the descriptor of `x` for tiles of shape `block`."""
+    """Return the tensor descriptor of `x` for tiles of shape `block`. `x` has to be aligned, with valid strides.
+
+    `_layout` says which strides are valid; elements may have any size.
+    """
     return TensorDescriptor(x, list(x.shape), list(_layout(x.shape, x.stride(), x.element_size())[0]), block)
 
 
 @functools.lru_cache(maxsize=1024)  # shapes repeat from step to step
 def _layout(shape: tuple[int, ...], stride: tuple[int, ...], size: int) -> tuple[tuple[int, ...], bool]:
-    """Return the strides of a tensor with elements of `size` bytes for a descriptor, and whether they are valid.
+    """Return (strides for a descriptor, True if they are valid) of a tensor with elements of `size` bytes.
 
-    The stride of an axis of size 1 has no meaning, so it becomes one that is valid.
+    The stride of an axis of size 1 has no meaning, so it is replaced by a valid one. Strides are valid if the last is
+    1, all others are multiples of 16 bytes and rows do not overlap. A tensor without elements is not valid.
     """
     *leading, last = stride
     valid = cdiv(shape[-1], ALIGNMENT) * ALIGNMENT  # elements of any size then fill whole units of 16 bytes

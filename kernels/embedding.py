@@ -33,6 +33,7 @@ def _fwd_kernel(
     stride_tv, stride_tc, stride_pp, stride_pc, M, T, V, P, C, site, threshold, scale,
     HAS_DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """Write a tile [BLOCK_M, BLOCK_C] of out [M, C]: token row plus position row, after dropout."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     # Columns count in 32 bits, which hold every width: in 64 the dropout rule takes more registers.
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -57,9 +58,11 @@ def _bwd_kernel(
     dout_ptr, ids_ptr, order_ptr, grad_ptr, partial_ptr, seed_ptr, stride_dm, stride_dc, stride_gk, stride_gc,
     M, C, site, threshold, scale, HAS_DROPOUT: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Add one chunk of the sorted uses.
+    """Add the rows of dout for one chunk of CHUNK uses of a table, sorted by the row of the table that is used.
 
-    The run that the chunk continues and the one that it begins go to partial [chunks, 2, C].
+    `ids_ptr` has the table's row for each use, and `order_ptr` the row of dout. A sum whose uses all lie in the chunk
+    goes to grad. The sum of uses that continue from the chunk before goes to partial [chunk, 0], and that of uses that
+    continue in the next chunk to partial [chunk, 1]; partial is [chunks, 2, C].
     """
     chunk = tl.program_id(0).to(tl.int64)
     offs_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -97,7 +100,10 @@ def _bwd_kernel(
 def _bwd_reduce_kernel(
     ids_ptr, reach_ptr, grad_ptr, partial_ptr, stride_gk, stride_gc, M, C, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Add the partial sums of the run that begins in a chunk and reaches beyond it, up to chunk `reach`."""
+    """Add the partial sums of the table's row whose uses begin in this chunk and continue up to chunk `reach`.
+
+    `partial` [chunks, 2, C] is as `_bwd_kernel` wrote it. A chunk without such a row writes nothing.
+    """
     chunk = tl.program_id(0).to(tl.int64)
     offs_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     base = chunk * CHUNK
@@ -131,7 +137,12 @@ def forward(
     seed: torch.Tensor | None,
     site: int,
 ) -> torch.Tensor:
-    """Return out [..., C], with positions [T] for each row of tokens. Without a seed there is no dropout."""
+    """Return out [..., C], the sum of token and position embeddings after dropout.
+
+    `positions` has the shape of `tokens`, or [T] for all rows. Dropout drops an element if its 16 random bits, a
+    function of `seed`, `site` and its position, are below `threshold`, and multiplies others by `scale`. Without a seed
+    there is no dropout.
+    """
     C = token_weight.shape[1]
     out = torch.empty((*tokens.shape, C), dtype=token_weight.dtype, device=tokens.device)
     if out.numel() == 0:
@@ -163,10 +174,15 @@ def backward(
     needs_token: bool,
     needs_position: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of both tables in their strides, empty if not needed."""
+    """Return (dtoken, dposition): the gradients of both tables, with the strides of the tables, or [0] if not needed.
+
+    Dropout drops an element if its 16 random bits, a function of `seed`, `site` and its position, are below
+    `threshold`, and multiplies others by `scale`. Without a seed there is no dropout.
+    """
     rows = dout.reshape(tokens.numel(), dout.shape[-1])
 
     def gradient(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of `table`, of whose rows the output used those in `indices`."""
         grad = torch.zeros_like(table)
         M, C = rows.shape
         if rows.numel() == 0:

@@ -30,9 +30,9 @@ class Config(NamedTuple):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """Return acc + a b.
+    """Return acc + a b, with float32 products of the given PRECISION (see `precision`). `acc` may be None.
 
-    Triton's interpreter takes bfloat16 for integers in a product. Widening it there is exact.
+    Triton's interpreter takes bfloat16 for integers in a product, so operands are widened there, which is exact.
     """
     if PRECISION == "interpreter":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
@@ -41,9 +41,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def cast(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """Cast float32 to `dtype`, to nearest.
+    """Return the float32 x in `dtype`, rounded to nearest.
 
-    Triton's interpreter (as of 3.9) truncates to bfloat16, so there the value is rounded first.
+    Triton's interpreter (as of 3.9) truncates to bfloat16, so there (PRECISION "interpreter") the value is rounded
+    first.
     """
     if PRECISION == "interpreter" and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
@@ -57,7 +58,11 @@ def load(
     source, row, column, rows, columns, stride_row, stride_column,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Load [BLOCK_R, BLOCK_C] at (row, column) of a matrix [rows, columns], with zeros past its ends."""
+    """Load the tile [BLOCK_R, BLOCK_C] at (row, column) of a matrix [rows, columns], with zeros past its ends.
+
+    `source` is a pointer for MODE 0, a tensor descriptor for 1, and a descriptor of the transposed matrix for 2: see
+    `operand`. Only MODE 0 reads the strides.
+    """
     if MODE == 1:
         result = source.load([row, column])
     elif MODE == 2:
@@ -75,7 +80,10 @@ def load(
 def store(
     target, value, row, column, rows, columns, stride_row, stride_column, MODE: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Round a float32 tile and write it to where `load` reads. Elements past the ends are dropped."""
+    """Round the float32 tile `value` and write it at (row, column) of a matrix [rows, columns].
+
+    Elements past the ends are not written. `target`, MODE and strides are as `source`, MODE and strides in `load`.
+    """
     if MODE == 1:
         target.store([row, column], cast(value, target.dtype, PRECISION))
     elif MODE == 2:
@@ -91,7 +99,11 @@ def store(
 
 @triton.jit
 def tile(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return where tile `index` of [M, N] begins: eight rows of tiles at a time, column by column, for the cache."""
+    """Return (row, column) at which tile number `index` of a matrix [M, N] begins.
+
+    Tiles are numbered in groups of eight rows of tiles, column by column within a group, so that neighbours share
+    operands in the cache.
+    """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = index // (8 * tiles_n) * 8
     height = tl.minimum(tiles_m - group, 8)
@@ -105,7 +117,10 @@ def product(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return float32 [BLOCK_M, BLOCK_N] of A Bᵀ at (m, n)."""
+    """Return the tile [BLOCK_M, BLOCK_N] of A Bᵀ at (m, n), in float32, for A [M, K] and B [N, K].
+
+    `a` and `b` are sources of `load`, with modes A_MODE and B_MODE.
+    """
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         a_tile = load(a, m, k, M, K, stride_am, stride_ak, BLOCK_M, BLOCK_K, A_MODE)
@@ -116,7 +131,7 @@ def product(
 
 @triton.jit
 def halves(acc):
-    """Return the left and the right half of a tile: an epilogue on one at a time needs fewer registers."""
+    """Return (left half, right half) of a tile. An epilogue on one half at a time needs fewer registers."""
     M: tl.constexpr = acc.shape[0]
     N: tl.constexpr = acc.shape[1]
     return tl.split(tl.permute(tl.reshape(acc, [M, 2, N // 2]), (0, 2, 1)))
@@ -127,7 +142,7 @@ def sum_rows_kernel(
     x_ptr, out_ptr, stride_xm, stride_xn, M, N, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write out [programs, N]: program p adds rows p ROWS to (p + 1) ROWS of x [M, N], in float32."""
+    """Write out [programs, N]: program p sums rows p · ROWS to (p + 1) · ROWS of x [M, N] in float32."""
     program = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -143,7 +158,10 @@ def sum_rows_kernel(
 
 
 def sum_rows(x: torch.Tensor, out: torch.Tensor) -> None:
-    """Sum the rows of x [M, N], rounded once into out [N], in two steps if there are many rows."""
+    """Write the sum of the rows of x [M, N], added in float32 and rounded once, into out [N].
+
+    More than 4,096 rows are added in two steps.
+    """
     M, N = x.shape
     if M > 4096:
         partial = torch.empty((cdiv(M, 512), N), dtype=torch.float32, device=x.device)
@@ -153,6 +171,7 @@ def sum_rows(x: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _sum_rows(x: torch.Tensor, out: torch.Tensor, rows: int) -> None:
+    """Write out [M / rows, N], rounded up: the sums of `rows` neighbouring rows of x [M, N] each."""
     M, N = x.shape
     sum_rows_kernel[(cdiv(M, rows), cdiv(N, 64))](
         x_ptr=x, out_ptr=out, stride_xm=x.stride(0), stride_xn=x.stride(1), M=M, N=N,
@@ -161,20 +180,26 @@ def _sum_rows(x: torch.Tensor, out: torch.Tensor, rows: int) -> None:
 
 
 def precision() -> str:
-    """Return the precision of float32 products. In 16 bits there is one only."""
+    """Return the PRECISION of float32 products for `dot`: "tf32" or "ieee", as PyTorch's switch says, or "interpreter".
+
+    Products in 16 bits do not depend on it.
+    """
     if triton.knobs.runtime.interpret:
         return "interpreter"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def as_matrix(x: torch.Tensor) -> torch.Tensor:
-    """Return x as [M, N] with any strides, as a view if there is one."""
+    """Return x [..., N] as a matrix [M, N] with any strides: a view if the strides allow one, else a copy."""
     N = x.shape[-1]
     return x.reshape(x.numel() // N if N else x.shape[:-1].numel(), N)
 
 
 def operand(matrix: torch.Tensor, rows: int, columns: int, architecture: int) -> tuple[Any, int]:
-    """Return the argument of `load` and `store` for tiles [rows, columns] of a matrix, and the mode."""
+    """Return (source, mode) of a matrix for `load` and `store` of tiles [rows, columns].
+
+    The source is the matrix itself (mode 0), its tensor descriptor (1), or the descriptor of its transpose (2).
+    """
     if describable(matrix, architecture):
         return descriptor(matrix, [rows, columns]), 1
     if describable(matrix.t(), architecture):
@@ -183,7 +208,10 @@ def operand(matrix: torch.Tensor, rows: int, columns: int, architecture: int) ->
 
 
 def config(op: str, kernel: str, x: torch.Tensor, size: int) -> tuple[Config, int]:
-    """Return the row of an op's table for these operands, and the architecture."""
+    """Return (launch configuration, architecture) for the kernel called `kernel` of `op` on x.
+
+    `size` is the size of the shape by which launch_configs.TABLES has rows for this kernel.
+    """
     architecture = launch_configs.architecture(x.device)
     return Config(*launch_configs.pick(op, kernel, architecture, x.element_size(), size)), architecture
 
@@ -191,7 +219,11 @@ def config(op: str, kernel: str, x: torch.Tensor, size: int) -> tuple[Config, in
 def operands(
     launch: Config, architecture: int, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, parts: int = 2
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return arguments and compile-time switches of a product A Bᵀ that stores its tiles in parts (0: by pointers)."""
+    """Return (arguments, compile-time switches) for the launch of a kernel that computes out = A Bᵀ.
+
+    The kernel stores a tile in `parts` parts side by side, for which the descriptor of `out` is made. With `parts` 0 it
+    stores by pointers.
+    """
     a_source, a_mode = operand(a, launch.m, launch.k, architecture)
     b_source, b_mode = operand(b, launch.n, launch.k, architecture)
     out_target, out_mode = operand(out, launch.m, launch.n // parts, architecture) if parts else (out, 0)
@@ -212,6 +244,6 @@ def operands(
 
 
 def grid(launch: Config, M: int, N: int, device: torch.device) -> tuple[int]:
-    """Return as many persistent programs as run at once, or as there are tiles."""
+    """Return the grid of persistent programs for a product [M, N]: as many as run at once, or as there are tiles."""
     tiles = cdiv(M, launch.m) * cdiv(N, launch.n)
     return (min(tiles, launch.programs * launch_configs.multiprocessors(device)),)

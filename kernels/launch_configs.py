@@ -164,7 +164,10 @@ FORMAT = 1  # of a user's table
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """Return the architecture whose rows serve a device. Raise `RuntimeError` for a GPU too old for the kernels."""
+    """Return the architecture of a device: its compute capability times ten, or INTERPRETER in Triton's interpreter.
+
+    Raise `RuntimeError` for a GPU that is too old for the kernels.
+    """
     if triton.knobs.runtime.interpret:
         return INTERPRETER
     major, minor = torch.cuda.get_device_capability(device)
@@ -178,14 +181,18 @@ def architecture(device: torch.device) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Return how many programs run at once, if one fills a multiprocessor."""
+    """Return how many multiprocessors a device has: the programs that run at once if one fills a multiprocessor."""
     if triton.knobs.runtime.interpret:
         return 2  # fewer than there are tiles, as on a GPU
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def user_table(architecture: int) -> Path | None:
-    """Return the file of the user's own rows for an architecture, which need not exist; None if there is no folder."""
+    """Return the file for the user's own launch configurations on an architecture, or None if the user wants none.
+
+    The file need not exist. The environment variable GPT_FAST_LAUNCH_CONFIGS names its folder, by default
+    ~/.config/gpt_fast/launch_configs; if it is empty, the user wants none.
+    """
     folder = os.environ.get(FOLDER)
     if folder is None:
         settings = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
@@ -194,9 +201,10 @@ def user_table(architecture: int) -> Path | None:
 
 
 def read_table(path: Path) -> tuple[dict[str, str], dict[str, list[Row]]]:
-    """Return the device and Triton version of a user's table, and its rows by op.
+    """Return (made_by, rows) of a user's table of launch configurations.
 
-    Raises `ValueError` for a file that `written` cannot have made with this version of the library.
+    `made_by` has the "device" and the "triton" version on which it was measured, and `rows` the rows of each op. Raise
+    `ValueError` for a file that `written` cannot have made with this version of the library.
     """
     try:
         table = json.loads(path.read_text("utf-8"))
@@ -218,7 +226,10 @@ def read_table(path: Path) -> tuple[dict[str, str], dict[str, list[Row]]]:
 
 
 def check_row(op: str, row: Row) -> None:
-    """Raise `ValueError` unless the shipped table of `op` has rows for such a kernel, with as many numbers."""
+    """Raise `ValueError` unless `row` has the form of the rows that are shipped for its kernel of `op`.
+
+    The kernel has to exist, and the configuration has to hold as many numbers, all of them integers from 0 on.
+    """
     shipped = [other for other in TABLES.get(op, ()) if other.kernel == row.kernel]
     if not shipped:
         raise ValueError(f"a row of {op} {row.kernel}, which has no such kernel")
@@ -229,13 +240,16 @@ def check_row(op: str, row: Row) -> None:
 
 
 def written(device: str, rows: dict[str, list[Row]]) -> dict[str, Any]:
-    """Return what a user's table holds as JSON."""
+    """Return the JSON content of a user's table: `rows` by op, measured on the GPU called `device`."""
     entries = [{"op": op, **row._asdict()} for op, of_op in rows.items() for row in of_op]
     return {"format": FORMAT, "device": device, "triton": triton.__version__, "rows": entries}
 
 
 def with_row(rows: list[Row], new: Row) -> list[Row]:
-    """Return the rows with one replaced or inserted, kernels in their order, then by architecture, element and size."""
+    """Return `rows` with `new` in place of the row for the same kernel, architecture, element and size, or inserted.
+
+    The result has the kernels in their order, and the rows of a kernel sorted by architecture, element and size.
+    """
     kept = [row for row in rows if row[:4] != new[:4]]
     kernels = list(dict.fromkeys(row.kernel for row in rows))
     return sorted((*kept, new), key=lambda row: (kernels.index(row.kernel), *row[1:4]))
@@ -243,9 +257,10 @@ def with_row(rows: list[Row], new: Row) -> list[Row]:
 
 @functools.cache
 def tables(architecture: int) -> dict[str, list[Row]]:
-    """Return TABLES with the user's rows for an architecture.
+    """Return the rows of launch configurations by op: TABLES, with the user's own rows for an architecture inserted.
 
-    The rows of another GPU or another Triton are left out with a warning. Raises `ValueError` for a damaged file.
+    The user's rows are left out, with a warning, if they were measured on another GPU or with another Triton. Raise
+    `ValueError` if the user's file is damaged.
     """
     rows = {op: list(shipped) for op, shipped in TABLES.items()}
     path = None if architecture == INTERPRETER else user_table(architecture)
@@ -268,7 +283,7 @@ def tables(architecture: int) -> dict[str, list[Row]]:
 
 @contextlib.contextmanager
 def trying(op: str, row: Row) -> Iterator[None]:
-    """Let a row serve its architecture and class of shapes inside the block, in place of the row that does."""
+    """Use `row` inside the block in place of the row for the same kernel of `op`, architecture, element and size."""
     changed = tables(row.architecture)
     before = changed[op]
     changed[op] = with_row(before, row)
@@ -282,7 +297,7 @@ def trying(op: str, row: Row) -> Iterator[None]:
 
 @contextlib.contextmanager
 def shipped_alone() -> Iterator[None]:
-    """Let no row of the user's tables serve inside the block."""
+    """Use only the shipped launch configurations inside the block, none of the user's own."""
     before = os.environ.get(FOLDER)
     os.environ[FOLDER] = ""
     forget()
@@ -297,10 +312,11 @@ def shipped_alone() -> Iterator[None]:
 
 @functools.cache
 def serving(op: str, kernel: str, architecture: int, element: int) -> tuple[Row, ...]:
-    """Return the rows of a kernel for elements of `element` bytes, sorted by the size of the shape, least first.
+    """Return the rows for a kernel of `op` on an architecture and elements of `element` bytes, sorted by `Row.size`.
 
-    Of the rows whose limit is at least `element` bytes, those with the least limit serve. Of their architectures, the
-    newest one that fits `architecture` (see `fits`) serves, or the oldest one if none fits.
+    A row states the largest element that it is for. Among rows that allow `element` bytes, those with the smallest
+    limit are taken. Among their architectures, the newest one that fits `architecture` (see `fits`) is taken, or the
+    oldest one if none fits.
     """
     rows = [row for row in tables(architecture)[op] if row.kernel == kernel and row.element >= element]
     rows = [row for row in rows if row.element == min(row.element for row in rows)]
@@ -311,17 +327,20 @@ def serving(op: str, kernel: str, architecture: int, element: int) -> tuple[Row,
 
 @functools.cache
 def pick(op: str, kernel: str, architecture: int, element: int, size: int) -> tuple[int, ...]:
-    """Return the numbers of the row that serves a shape: the first row of `serving` whose size is at least `size`."""
+    """Return the numbers of a launch configuration for a shape: those of the first row of `serving` that allows `size`.
+
+    What the numbers mean is said by the Config class of the kernel's module; what the size is, by TABLES.
+    """
     return next(row.config for row in serving(op, kernel, architecture, element) if row.size >= size)
 
 
 def forget() -> None:
-    """Forget what was read of TABLES and of the user's tables, which have changed."""
+    """Clear the caches after TABLES or a user's table has changed, so that they are read again."""
     tables.cache_clear()
     forget_picks()
 
 
 def forget_picks() -> None:
-    """Forget which rows serve."""
+    """Clear the caches of `serving` and `pick`, so that rows are chosen again."""
     serving.cache_clear()
     pick.cache_clear()

@@ -36,7 +36,10 @@ REDUCE_ROWS, REDUCE_COLUMNS = 64, 32  # tile of the second stage
 def normalise(
     x, mask, weight_ptr, bias_ptr, offs_n, mask_n, N, eps, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr
 ):  # fmt: skip
-    """Return (y, mean, rstd) of a float32 tile of whole rows that holds zeros where `mask` is False."""
+    """Return (y, mean, rstd) of a float32 tile of whole rows of N columns that holds zeros where `mask` is False.
+
+    `offs_n` and `mask_n` are the tile's columns, at which weight and bias are loaded.
+    """
     rough = tl.sum(x, axis=1) / N
     rest = tl.where(mask, x - rough[:, None], 0.0)
     shift = tl.sum(rest, axis=1) / N
@@ -53,7 +56,10 @@ def normalise(
 
 @triton.jit
 def differentiate(dy, x, mean, rstd, weight, N, HAS_WEIGHT: tl.constexpr):
-    """Return (dx, dy * xhat) of a float32 tile of whole rows. dy holds zeros in the padding."""
+    """Return (dx, dy * xhat) of a float32 tile of whole rows of N columns. The second one sums up to dweight.
+
+    xhat is the normalised x. dy holds zeros in the padding.
+    """
     xhat = (x - mean[:, None]) * rstd[:, None]  # finite in the padding, where dy is zero
     g = dy
     if HAS_WEIGHT:
@@ -69,6 +75,7 @@ def _fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, stride_x, M, N, eps,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Write y, mean and rstd of BLOCK_M rows of x [M, N]."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
@@ -86,6 +93,11 @@ def _bwd_kernel(
     dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr, stride_dy, stride_x, M, N,
     HAS_WEIGHT: tl.constexpr, NEEDS_SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Write dx for every P-th tile of rows, where P is the number of programs.
+
+    If NEEDS_SUMS, the sums of program p for dweight and dbias go to row p of `dweight_ptr` and `dbias_ptr` [P, N]
+    float32.
+    """
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)
@@ -120,6 +132,7 @@ def _bwd_reduce_kernel(
     partial_dweight_ptr, partial_dbias_ptr, dweight_ptr, dbias_ptr, P, N,
     NEEDS_WEIGHT: tl.constexpr, NEEDS_BIAS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Write dweight and dbias [N] for BLOCK_N columns: the sums of the P rows that `_bwd_kernel` has written."""
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     dweight = tl.zeros([BLOCK_P, BLOCK_N], dtype=tl.float32)
@@ -139,20 +152,20 @@ def _bwd_reduce_kernel(
 
 
 def config(N: int, device: torch.device) -> Config:
-    """Return the launch configuration for rows of N columns."""
+    """Return the launch configuration for rows of N columns. Raise `ValueError` if N exceeds WIDEST."""
     if N > WIDEST:
         raise ValueError(f"gpt_fast.layer_norm: rows have {N} columns; expected at most {WIDEST} on this device")
     return Config(*launch_configs.pick("layer_norm", "rows", launch_configs.architecture(device), 4, N))
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """Return x as [M, N] with neighbouring columns side by side, as a view if the strides allow it."""
+    """Return x [..., N] as rows [M, N] with contiguous columns: a view if the strides allow one, else a copy."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
 def packed(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    """Return a parameter [N] without gaps, as the kernels read weight and bias."""
+    """Return a parameter [N] as a contiguous tensor, as the kernels read weight and bias, or None for None."""
     return None if parameter is None else parameter.contiguous()
 
 
@@ -163,7 +176,7 @@ def forward(
     eps: float,
     y_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return y, in the dtype of x unless another is given, and the float32 statistics mean and rstd of each row."""
+    """Return (y, mean, rstd): y like x, in `y_dtype` if given, and the float32 statistics of each row."""
     N = x.shape[-1]
     y = torch.empty(x.shape, dtype=y_dtype or x.dtype, device=x.device)
     mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
@@ -191,7 +204,10 @@ def backward(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return dx like x, and dweight and dbias [N] in the weight's dtype, empty if not needed."""
+    """Return (dx, dweight, dbias): dx like x, and the gradients [N] of weight and bias in the weight's dtype.
+
+    A gradient of weight or bias that is not needed has shape [0].
+    """
     N = x.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums_dtype = x.dtype if weight is None else weight.dtype
@@ -220,7 +236,10 @@ def backward(
 def add_partial_sums(
     partial: torch.Tensor, dweight: torch.Tensor, dbias: torch.Tensor, needs_weight: bool, needs_bias: bool
 ) -> None:
-    """Run the second stage: add partial [2, P, N], of weight and bias, into dweight and dbias where they are needed."""
+    """Add the P partial sums in `partial` [2, P, N], first of weight, then of bias, and write dweight and dbias [N].
+
+    Only the gradients that are needed are written.
+    """
     _, P, N = partial.shape
     _bwd_reduce_kernel[(cdiv(N, REDUCE_COLUMNS),)](
         partial_dweight_ptr=partial[0], partial_dbias_ptr=partial[1], dweight_ptr=dweight, dbias_ptr=dbias, P=P, N=N,

@@ -26,7 +26,7 @@ GRADIENT_ROWS = 64  # of a tile of _gradient_kernel, a multiple of every product
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])
 def _compact_kernel(target_ptr, index_ptr, count_ptr, N, ignore_index, BLOCK: tl.constexpr):
-    """Write the numbers of the rows that count, in their order, and how many there are, in one program."""
+    """Write the numbers of the rows whose target is not `ignore_index`, in order, and their count, in one program."""
     count = tl.full((), 0, dtype=tl.int32)
     for first in range(0, N, BLOCK):
         offs = first + tl.arange(0, BLOCK)
@@ -42,7 +42,11 @@ def _gather_kernel(
     x_ptr, target_ptr, index_ptr, count_ptr, rows_ptr, targets_ptr, stride_xm, stride_xc, first, R, C, V,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Write the chunk's rows of x [R, C], zeros past the last that counts, and their targets, clamped."""
+    """Copy a chunk of the rows of x whose target is not ignored into rows [R, C], and their targets into targets [R].
+
+    The chunk has the R such rows from the `first`-th on; rows past the last one become zeros. Targets are clamped to
+    [0, V). `index_ptr` and `count_ptr` are what `_compact_kernel` wrote.
+    """
     count = tl.load(count_ptr)
     if first < count:
         offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -65,7 +69,12 @@ def _logits_half(
     logits, out, bias_ptr, targets_ptr, largest_ptr, total_ptr, sum_ptr, picked_ptr, m, n, R, V, stride_om, stride_on,
     KEEPS: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the row statistics of half a tile of logits, and the part of the tile that is kept."""
+    """Write the statistics of each row of a tile of logits at (m, n), and the tile itself if KEEPS.
+
+    The tile is half of a product's tile. The statistics, in row n / width of [parts, R] each, are the largest logit,
+    the sum of exponentials after it is subtracted, and the sum of the logits if `sum_ptr` is given; the target's logit
+    goes to picked [R]. The logits that are kept have the largest one subtracted.
+    """
     offs_m = m + tl.arange(0, logits.shape[0])
     offs_n = n + tl.arange(0, logits.shape[1])
     mask_m, mask_n = offs_m < R, offs_n < V
@@ -93,6 +102,11 @@ def _logits_kernel(
     KEEPS: tl.constexpr, A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """Compute the logits of a chunk of M rows, a bᵀ + bias, and write what `_logits_half` keeps of each half tile.
+
+    The chunk holds rows whose target is not ignored. `count_ptr` has the number of all such rows, and `first` is the
+    number of those before the chunk.
+    """
     live = tl.minimum(tl.load(count_ptr) - first, M)
     tiles = tl.cdiv(tl.maximum(live, 0), BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -117,7 +131,12 @@ def _statistics_kernel(
     largest_ptr, total_ptr, sum_ptr, picked_ptr, index_ptr, count_ptr, row_ptr, loss_ptr, first, R, V, parts, smoothing,
     SCATTERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Write each row's maximum and sum of exponentials from its parts', and its loss, by row number or packed."""
+    """Write the loss of each of a chunk's R rows, and the maximum and the sum of exponentials of its logits.
+
+    `_logits_half` has written the statistics of the `parts` parts of a row, which are put together here. The maximum
+    and the sum go to row_ptr [2, R]. The loss goes to the row's own number in x if SCATTERS, else to its number among
+    the rows whose target is not ignored, of which `first` lie before the chunk.
+    """
     count = tl.load(count_ptr)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = (first + offs_m < count) & (offs_m < R)
@@ -159,7 +178,12 @@ def _gradient_kernel(
     stride_l, stride_g, first, R, V, smoothing, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write FACTOR dl from the kept logits, whose memory it may share. Rows that do not count become zeros."""
+    """Write FACTOR times the gradient of a chunk's logits [R, V], from the logits that `_logits_half` kept.
+
+    Both may share memory. Rows past the last whose target is not ignored become zeros; `first` of these rows lie before
+    the chunk. `row_ptr` is from `_statistics_kernel`. If `dloss_ptr` is given, it holds the upstream gradient of each
+    row's loss. If `partial_ptr` is given, it gets the sum over the tile's rows, for the gradient of the bias.
+    """
     count = tl.load(count_ptr)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -190,6 +214,10 @@ def _gradient_kernel(
 
 @triton.jit
 def _dx_half(dx, out_ptr, index_ptr, m, n, first, live, C, stride_om, scale, PRECISION: tl.constexpr):
+    """Write the part of dx at (m, n), times `scale`, into the rows of out [., C] from which the chunk's rows came.
+
+    `live` is the number of the chunk's rows whose target is not ignored, and `first` the number of those before it.
+    """
     offs_m = m + tl.arange(0, dx.shape[0])
     offs_n = n + tl.arange(0, dx.shape[1])
     row = tl.load(index_ptr + first + offs_m, mask=offs_m < live, other=0).to(tl.int64)
@@ -205,7 +233,12 @@ def _dx_kernel(
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write dx, in the rows from which those of the chunk came."""
+    """Write dx, the logits' gradient times the weight, into the rows of x from which the chunk's rows came.
+
+    The logits' gradient is times FACTOR, by which dx is divided. If MEAN, dx is also multiplied by power / count, where
+    power is the largest power of two up to count, the number of rows whose target is not ignored. `first` of these lie
+    before the chunk.
+    """
     count = tl.load(count_ptr)
     live = tl.minimum(count - first, M)
     scale = 1.0 / FACTOR
@@ -227,6 +260,7 @@ def _dx_kernel(
 
 @triton.jit
 def _dweight_half(value, out_ptr, m, n, M, N, stride_om, stride_on, FACTOR: tl.constexpr, ACCUMULATES: tl.constexpr):
+    """Write the part of dW at (m, n), which is `value` / FACTOR, to out [M, N], or add it there if ACCUMULATES."""
     offs_m = m + tl.arange(0, value.shape[0])
     offs_n = n + tl.arange(0, value.shape[1])
     ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * stride_om + offs_n.to(tl.int64)[None, :] * stride_on
@@ -244,7 +278,11 @@ def _dweight_kernel(
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Add the chunk's part of dW to that of the chunks before. Rows that do not count are zero in both operands."""
+    """Write the chunk's part of dW to out [M, N], or add it to the sum over the chunks before if ACCUMULATES.
+
+    The part is a bᵀ / FACTOR, where a is the transposed gradient of the logits, times FACTOR, and b the transposed rows
+    of x. `first` is the number of rows before the chunk.
+    """
     live = tl.minimum(tl.load(count_ptr) - first, K)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     if ACCUMULATES:
@@ -264,7 +302,11 @@ def _dweight_kernel(
 def _dbias_kernel(
     partial_ptr, dbias_ptr, count_ptr, first, R, V, ROWS: tl.constexpr, ACCUMULATES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Add the chunk's part of db to that of the chunks before."""
+    """Write the chunk's part of db, or add it to the sum over the chunks before if ACCUMULATES.
+
+    The part is the sum of the rows of `partial_ptr`, which `_gradient_kernel` wrote for every ROWS of the chunk's R
+    rows. `first` is the number of rows before the chunk.
+    """
     offs_v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask_v = offs_v < V
     total = tl.zeros([BLOCK], dtype=tl.float32)
@@ -278,7 +320,7 @@ def _dbias_kernel(
 
 @triton.jit
 def _total_kernel(loss_ptr, count_ptr, total_ptr, counted_ptr, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the sum of the losses that count or their mean, and their number, in one program."""
+    """Write the sum of the losses that count, or their mean if MEAN, and the number of these losses, in one program."""
     count = tl.load(count_ptr)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for first in range(0, count, BLOCK):
@@ -297,7 +339,13 @@ def _run(
     smoothing: float, dloss: torch.Tensor | None, loss: torch.Tensor | None, scatters: bool,
     dx: torch.Tensor | None, dweight: torch.Tensor | None, dbias: torch.Tensor | None, mean: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """Write the losses of x [N, C] and the given gradients. Return how many rows count, int32 [1]."""
+    """Write the losses of the rows of x [N, C] and their gradients. Return how many rows count, int32 [1].
+
+    A row counts if its target is not `ignore_index`. `loss` gets the losses, by row number if `scatters`, else those
+    that count one after another. `dx`, `dweight` and `dbias` get gradients. Each of the four may be None, which leaves
+    it out. `dloss` is the upstream gradient of each loss, or None for 1. If `mean`, dx is also multiplied by power /
+    count, where power is the largest power of two up to the count.
+    """
     (N, C), V, device = x.shape, weight.shape[0], x.device
     index = torch.empty(N, dtype=torch.int32, device=device)
     count = torch.empty(1, dtype=torch.int32, device=device)
@@ -338,6 +386,7 @@ def _run(
     bias = None if bias is None else bias.contiguous()
 
     def multiply(kernel: Any, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, parts: int, **more: Any) -> None:
+        """Launch a kernel that computes out = a bᵀ and stores a tile in `parts` parts. `more` are its own arguments."""
         arguments, switches = operands(launch, architecture, a, b, out, parts)
         kernel[grid(launch, a.shape[0], b.shape[0], device)](**arguments, count_ptr=count, **more, **switches)
 
@@ -382,7 +431,10 @@ def _run(
 def _gradients(
     x: torch.Tensor, weight: torch.Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Return the tensors of the gradients. Rows of x that do not count keep their zeros."""
+    """Return tensors for (dx, dweight, dbias), None for one that is not needed: dx like x, the others in float32.
+
+    dx is zero, and stays so in rows that do not count. The others are uninitialised.
+    """
     return (
         torch.zeros(x.shape, dtype=x.dtype, device=x.device) if needs_x else None,
         torch.empty_like(weight, dtype=torch.float32) if needs_weight else None,
@@ -394,9 +446,11 @@ def forward(
     x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None, ignore_index: int,
     label_smoothing: float, reduction: str, needs_x: bool, needs_weight: bool, needs_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return the loss, the number of rows that count, and gradients of the summed loss, empty if not needed.
+    """Return (loss, count, dx, dweight, dbias): the loss, how many rows count, and gradients of the sum of the losses.
 
-    They are not scaled, but for dx of a mean: by the part of 1 / count that is no power of two.
+    count is float32 []. The gradients of weight and bias are float32; a gradient that is not needed has shape [0]. The
+    gradients belong to the sum even for the mean, except that dx is then multiplied by power / count, where power is
+    the largest power of two up to count.
     """
     rows = as_matrix(x)
     N = rows.shape[0]
@@ -434,7 +488,10 @@ def backward(
     dloss: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None,
     ignore_index: int, label_smoothing: float, needs_x: bool, needs_weight: bool, needs_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return the gradients for single losses, all recomputed and scaled row by row, empty if not needed."""
+    """Return (dx, dweight, dbias) for reduction "none", where `dloss` is the upstream gradient of each row's loss.
+
+    The logits are computed again. A gradient that is not needed has shape [0].
+    """
     rows = as_matrix(x)
     dx, dweight, dbias = _gradients(x, weight, needs_x, needs_weight, needs_bias)
     if rows.shape[0] == 0 or weight.shape[0] == 0:

@@ -51,7 +51,7 @@ class Few(NamedTuple):
 
 @triton.jit
 def _activate(z, ACTIVATION: tl.constexpr):
-    """Return the activation of z and its derivative; the compiler drops the one that the caller does not use."""
+    """Return (value, slope): the activation of z and its derivative. The compiler drops one that is not used."""
     if ACTIVATION == "relu":
         value = tl.where(z < 0.0, 0.0, z)
         slope = tl.where(z <= 0.0, 0.0, 1.0)
@@ -71,7 +71,11 @@ def _activate(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _dropped(value, m, n, site, threshold, scale, seed_ptr):
-    """Return a tile at (m, n) of the hidden layer after dropout."""
+    """Return the float32 tile `value` at (m, n) of the hidden layer after dropout.
+
+    Dropout drops an element if its 16 random bits, a function of the seed, `site` and its position, are below
+    `threshold`, and multiplies others by `scale`.
+    """
     i = m + tl.arange(0, value.shape[0])[:, None]
     j = n + tl.arange(0, value.shape[1])[None, :]
     keep = keep_matrix(i, j, tl.zeros_like(j), site, threshold, seed_ptr)
@@ -84,7 +88,10 @@ def _hidden_half(
     ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, KEEPS_INPUT: tl.constexpr, HAS_OUT: tl.constexpr,
     OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write half a tile of the hidden layer: bias, activation, dropout."""
+    """Write half a tile of the hidden layer at (m, n), from its product z: add the bias, activate, drop out.
+
+    If KEEPS_INPUT, write z with its bias to `kept`. If HAS_OUT, write the hidden layer to `out`.
+    """
     if bias_ptr is not None:
         offs_n = n + tl.arange(0, z.shape[1])
         z += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
@@ -105,7 +112,7 @@ def _hidden_kernel(
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write the hidden layer, and its activation's input if backward needs it."""
+    """Write the hidden layer [M, N] to `out`, if HAS_OUT, and the activation's input to `kept`, if KEEPS_INPUT."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
         m, n = tile(index, M, N, BLOCK_M, BLOCK_N)
@@ -130,7 +137,11 @@ def _dz_part(
     ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, MAKES_HIDDEN: tl.constexpr, OUT_MODE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Write part of a tile of dz from that of dh, its sum over the rows, and the hidden layer again."""
+    """Write the part of dz at (m, n), from the hidden layer's gradient dh and from `kept` (see `forward`).
+
+    dz is the gradient of the activation's input. If MAKES_HIDDEN, write the hidden layer again to h. If `partial_ptr`
+    is given, write the sum of dz over the tile's rows, for the gradient of the bias.
+    """
     at_z = load(kept, m, n, M, N, stride_om, stride_on, dh.shape[0], dh.shape[1], OUT_MODE).to(tl.float32)
     dh, at_z = tl.split(tl.join(dh, at_z))  # in one layout: else what follows is computed in two
     value, slope = _activate(at_z, ACTIVATION)
@@ -160,7 +171,10 @@ def _dz_kernel(
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write dz, and the other results of a tile of it: see `_dz_part`."""
+    """Write dz, the gradient of the activation's input [M, N], and the other results of `_dz_part`.
+
+    A tile goes through `_dz_part` in PARTS parts, 4 or 8, side by side.
+    """
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
         m, n = tile(index, M, N, BLOCK_M, BLOCK_N)
@@ -197,6 +211,7 @@ def _dz_kernel(
 def _linear_half(
     value, out, bias_ptr, m, n, M, N, stride_om, stride_on, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
+    """Write `value`, half a tile of a product at (m, n), plus the bias if there is one, to `out`."""
     if bias_ptr is not None:
         offs_n = n + tl.arange(0, value.shape[1])
         value += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
@@ -209,7 +224,7 @@ def _linear_kernel(
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write out = A Bᵀ + bias."""
+    """Write out [M, N] = A Bᵀ + bias, for A [M, K] and B [N, K], in persistent programs."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
         m, n = tile(index, M, N, BLOCK_M, BLOCK_N)
@@ -228,7 +243,10 @@ def _finish(
     ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, KEEPS_INPUT: tl.constexpr, HAS_OUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store columns from n on of a product with few rows: a hidden layer, or a linear one if ACTIVATION is None."""
+    """Store the columns from n on of a product with few rows, whose sums are `value`.
+
+    They are columns of a linear layer if ACTIVATION is None, else of a hidden layer, as in `_hidden_half`.
+    """
     if ACTIVATION is None:
         _linear_half(value, out, bias_ptr, 0, n, M, N, stride_om, stride_on, 0, PRECISION)
     else:
@@ -245,7 +263,11 @@ def _few_kernel(
     ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, KEEPS_INPUT: tl.constexpr, HAS_OUT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write A Bᵀ for A of at most BLOCK_M rows, or partial [parts, M, N] float32, the sums of `part` columns each."""
+    """Write BLOCK_N columns of A Bᵀ, for A of at most BLOCK_M rows, as `_finish` stores them.
+
+    If `partial_ptr` is given, the program sums only `part` columns of A and B, and writes float32 sums to partial
+    [parts, M, N], for `_few_add_kernel`.
+    """
     n = tl.program_id(0) * BLOCK_N
     first = tl.program_id(1).to(tl.int64) * part
     acc = product(
@@ -268,7 +290,10 @@ def _few_add_kernel(
     ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, KEEPS_INPUT: tl.constexpr, HAS_OUT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add the sums that `_few_kernel` left, the first part first, and store what they make."""
+    """Add the partial sums [parts, M, N] that `_few_kernel` has written, the first part first, and store the result.
+
+    It is stored as in `_finish`.
+    """
     n = tl.program_id(0) * BLOCK_N
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for index in range(0, parts):
@@ -281,13 +306,13 @@ def _few_add_kernel(
 
 
 def few_config(a: torch.Tensor) -> Few:
-    """Return the launch configuration for products of a [M, K] if M is small."""
+    """Return the launch configuration for products of a [M, K] if M is small. Its `rows` is the largest such M."""
     row = launch_configs.pick("mlp", "few", launch_configs.architecture(a.device), a.element_size(), a.shape[1])
     return Few(*row)
 
 
 def _few(launch: Few, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, **finish: Any) -> None:
-    """Run a product with few rows; `finish` is what else `_finish` takes."""
+    """Write a bᵀ to `out` for a matrix `a` of few rows. `finish` holds the other arguments of `_finish`."""
     (M, K), N = a.shape, b.shape[0]
     tiles, steps = cdiv(N, launch.n), cdiv(K, launch.k)
     part = cdiv(steps, min(cdiv(launch.fill, tiles), steps)) * launch.k
@@ -315,7 +340,7 @@ PLAIN = {
 
 
 def _linear(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """Write out [M, N] = A Bᵀ + bias, in out's strides. A is [M, K], B is [N, K]."""
+    """Write A Bᵀ + bias, for A [M, K] and B [N, K], into out [M, N] of any strides."""
     if out.numel() == 0:
         return
     few = few_config(a)
@@ -331,7 +356,11 @@ def _hidden(
     x: torch.Tensor, fc_weight: torch.Tensor, fc_bias: torch.Tensor | None, h: torch.Tensor | None,
     z: torch.Tensor | None, activation: str, threshold: int, scale: float, seed: torch.Tensor | None, site: int,
 ) -> None:  # fmt: skip
-    """Write the hidden layer h [M, F] and its activation's input z, each if given."""
+    """Write the hidden layer to h [M, F] and the activation's input to z [M, F], unless h or z is None.
+
+    Dropout drops an element if its 16 random bits, a function of `seed`, `site` and its position, are below
+    `threshold`, and multiplies others by `scale`. Without a seed there is no dropout.
+    """
     out = z if h is None else h
     if out is None or out.numel() == 0:
         return
@@ -351,6 +380,7 @@ def _hidden(
 
 
 def _contiguous(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a bias as a contiguous tensor, or None for None."""
     return None if bias is None else bias.contiguous()
 
 
@@ -362,7 +392,9 @@ def forward(
     """Return (y [..., C'], kept): the output of the MLP, and the tensor that `backward` takes as `hidden`.
 
     If `keeps_hidden`, `kept` [..., F] is the hidden layer after dropout for relu, and the activation's input for any
-    other activation. Else `kept` has shape [0]. Without a seed there is no dropout.
+    other activation. Else `kept` has shape [0]. Dropout drops an element if its 16 random bits, a function of `seed`,
+    `site` and its position, are below `threshold`, and multiplies others by `scale`. Without a seed there is no
+    dropout.
     """
     F, C_out = fc_weight.shape[0], proj_weight.shape[0]
     rows = as_matrix(x)
@@ -389,8 +421,8 @@ def backward(
 
     `needs` holds five flags in this order; a gradient that is not needed is a tensor of shape [0]. The gradients of the
     weights have the strides of the weights. `hidden` is the `kept` that `forward` returned; if it is None, the hidden
-    layer is computed again. `threshold`, `scale`, `seed` and `site` define the dropout mask, as in philox.py; without a
-    seed there is no dropout.
+    layer is computed again. Dropout drops an element if its 16 random bits, a function of `seed`, `site` and its
+    position, are below `threshold`, and multiplies others by `scale`. Without a seed there is no dropout.
     """
     needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, needs_proj_bias = needs
     F, C_out = fc_weight.shape[0], proj_weight.shape[0]
@@ -435,7 +467,12 @@ def _dz(
     dy: torch.Tensor, proj_weight: torch.Tensor, kept: torch.Tensor, h: torch.Tensor | None, activation: str,
     threshold: int, scale: float, seed: torch.Tensor | None, site: int, dfc_bias: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Return dz [M, F], and write the hidden layer and dfc_bias, where given."""
+    """Return dz [M, F], the gradient of the activation's input. Write the hidden layer to h, unless h is None.
+
+    Write the sum of dz over its rows to dfc_bias, unless that is None. `kept` [M, F] is as `forward` returns it.
+    Dropout drops an element if its 16 random bits, a function of `seed`, `site` and its position, are below
+    `threshold`, and multiplies others by `scale`. Without a seed there is no dropout.
+    """
     M, F = kept.shape
     dz = torch.empty_like(kept)
     b = proj_weight.t()

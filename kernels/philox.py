@@ -11,7 +11,10 @@ import triton.language as tl
 
 @triton.jit
 def _philox(c0, c1, c2, c3, seed_ptr):
-    """Return the four words at a counter of uint32 tensors that broadcast against each other."""
+    """Return the four uint32 words that philox4x32-7 generates at the counter (c0, c1, c2, c3) for the seed.
+
+    The parts of the counter are uint32 tensors that broadcast against each other. `seed_ptr` points to one int64.
+    """
     seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
     k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
@@ -31,7 +34,11 @@ def _philox(c0, c1, c2, c3, seed_ptr):
 
 @triton.jit
 def keep_rows(i, j, site, threshold, seed_ptr):
-    """Return True where a row site keeps row i [M, 1], column j [1, N]. Both are int."""
+    """Return True where dropout keeps the element in row i [M, 1] and column j [1, N], both int.
+
+    This is the rule of embedding and add_layer_norm. `site` is the number of the dropout within a forward pass. An
+    element is kept if its 16 random bits are at least `threshold`.
+    """
     i, j = i.to(tl.uint32), j.to(tl.uint32)  # unsigned: division by a power of two is a shift
     w0, w1, w2, w3 = _philox(j // 8, i, tl.zeros_like(j), site.to(tl.uint32), seed_ptr)
     word = (j // 2) % 4
@@ -41,12 +48,15 @@ def keep_rows(i, j, site, threshold, seed_ptr):
 
 @triton.jit
 def keep_matrix(i, j, b, site, threshold, seed_ptr, UPPER: tl.constexpr = False):
-    """Return True where a matrix site keeps (i, j) of matrix b. The ints i, j and b broadcast to [M, N].
+    """Return True where dropout keeps the element (i, j) of matrix b. The ints i, j and b broadcast to [M, N].
+
+    This is the rule of attention and mlp. `site` is the number of the dropout within a forward pass. An element is kept
+    if its 16 random bits are at least `threshold`.
 
     i and j may stand on either axis: the bits i // 8 % 2, j // 8 % 2 and j % 2 choose among a counter's eight numbers,
     and in the accumulators of matrix instructions those are bits of the register, so one call serves many elements. If
-    UPPER, numbers are compared in the upper half of their word, whatever lies below: an odd j's needs no instruction
-    for it. A threshold of 0 is lost there; `dropping_seed` gives no seed for it.
+    UPPER, the 16 bits are compared in the upper half of their word, whatever the lower half holds: for an odd j that
+    saves an instruction. UPPER does not work with a threshold of 0, for which `dropping_seed` returns no seed.
     """
     i, j = i.to(tl.uint32), j.to(tl.uint32)  # unsigned: division by a power of two is a shift
     c0 = (j // 16) * 4 + (j % 8) // 2
@@ -62,5 +72,5 @@ def keep_matrix(i, j, b, site, threshold, seed_ptr, UPPER: tl.constexpr = False)
 
 
 def dropping_seed(seed, threshold: int):
-    """Return the seed of a matrix site, or None where the threshold is 0 and nothing is dropped."""
+    """Return the seed for `keep_matrix`, or None if the threshold is 0, so that nothing is dropped."""
     return seed if threshold > 0 else None

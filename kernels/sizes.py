@@ -5,7 +5,7 @@ Triton's own `cdiv` and `next_power_of_2` serve kernels too, and take 2 µs a ca
 
 
 def cdiv(x: int, y: int) -> int:
-    """Return x / y, rounded up; y is positive."""
+    """Return x / y, rounded up. y is positive."""
     return -(-x // y)
 
 

@@ -11,39 +11,44 @@ INT_DTYPES = (torch.int64, torch.int32)
 
 
 def short(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without "torch.", such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
 def described(value: object) -> str:
-    """Return dtype and shape of a tensor, or the type of anything else, for messages."""
+    """Return dtype and shape of a tensor, or the type of anything else, as text for messages."""
     if isinstance(value, Tensor):
         return f"{short(value.dtype)} {list(value.shape)}"
     return "None" if value is None else f"of type {type(value).__name__}"
 
 
 def tensors(op: str, **arguments: Any) -> None:
-    """Validate that each argument is a tensor."""
+    """Raise `ValueError`, which names `op` and the argument, unless each of `arguments` is a tensor."""
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"gpt_fast.{op}: {name} is {described(value)}; expected a tensor")
 
 
 def optional_tensors(op: str, **arguments: Any) -> None:
-    """Validate that each argument is a tensor or None."""
+    """Raise `ValueError`, which names `op` and the argument, unless each of `arguments` is a tensor or None."""
     for name, value in arguments.items():
         if value is not None and not isinstance(value, Tensor):
             raise ValueError(f"gpt_fast.{op}: {name} is {described(value)}; expected a tensor or None")
 
 
 def is_number(value: Any) -> bool:
-    """Return True for a real number, Python's or NumPy's or what stands for one in a graph, and False for a bool."""
+    """Return True for a real number: Python's, NumPy's, or a symbolic one in a graph. Return False for a bool.
+
+    While PyTorch traces, a size that is computed from a shape is a tensor of no dimension, which counts as a number
+    too.
+    """
     if isinstance(value, Tensor):
         return torch.jit.is_tracing() and value.dim() == 0  # what follows from a shape is a tensor in a trace
     return isinstance(value, float | int | numbers.Real | torch.SymFloat | torch.SymInt) and not isinstance(value, bool)
 
 
 def integer(op: str, **arguments: Any) -> None:
-    """Validate that each argument is an integer."""
+    """Raise `ValueError`, which names `op` and the argument, unless each of `arguments` is an integer."""
     for name, value in arguments.items():
         if isinstance(value, Tensor) and torch.jit.is_tracing():
             continue  # what follows from a shape
@@ -52,14 +57,14 @@ def integer(op: str, **arguments: Any) -> None:
 
 
 def boolean_option(op: str, **arguments: Any) -> None:
-    """Validate that each argument is True or False."""
+    """Raise `ValueError`, which names `op` and the argument, unless each of `arguments` is True or False."""
     for name, value in arguments.items():
         if not isinstance(value, bool):
             raise ValueError(f"gpt_fast.{op}: {name} is {value!r}; expected True or False")
 
 
 def alike(first: Tensor, *others: Tensor | None) -> bool:
-    """Return True if all tensors given are floating, of one dtype and on one device. It takes a microsecond."""
+    """Return True if all tensors that are not None are floating, of one dtype and on one device, in a microsecond."""
     dtype, device = first.dtype, first.device
     if dtype not in FLOAT_DTYPES:
         return False
@@ -70,7 +75,10 @@ def alike(first: Tensor, *others: Tensor | None) -> bool:
 
 
 def floating_alike(op: str, **tensors: Tensor | None) -> None:
-    """Validate that the tensors given, the first always, are floating, of one dtype and on one device."""
+    """Raise `ValueError` unless all tensors that are not None are floating, of one dtype and on one device.
+
+    The first tensor may not be None. `op` is the op's name, for the message.
+    """
     if not alike(*tensors.values()):  # type: ignore[arg-type]
         floating(op, **tensors)
         same_dtype(op, **tensors)
@@ -78,7 +86,7 @@ def floating_alike(op: str, **tensors: Tensor | None) -> None:
 
 
 def floating(op: str, **tensors: Tensor | None) -> None:
-    """Validate that each tensor given is float32, bfloat16, float16 or float64."""
+    """Raise `ValueError` unless each tensor is None or has dtype float32, bfloat16, float16 or float64."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
             expected = ", ".join(short(dtype) for dtype in FLOAT_DTYPES)
@@ -86,21 +94,21 @@ def floating(op: str, **tensors: Tensor | None) -> None:
 
 
 def integral(op: str, **tensors: Tensor | None) -> None:
-    """Validate that each tensor given is int64 or int32."""
+    """Raise `ValueError`, which names `op` and the tensor, unless each tensor is None or has dtype int64 or int32."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in INT_DTYPES:
             raise ValueError(f"gpt_fast.{op}: {name} has dtype {short(tensor.dtype)}; expected int64 or int32")
 
 
 def boolean(op: str, **tensors: Tensor | None) -> None:
-    """Validate that each tensor given is bool."""
+    """Raise `ValueError`, which names `op` and the tensor, unless each tensor is None or has dtype bool."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype != torch.bool:
             raise ValueError(f"gpt_fast.{op}: {name} has dtype {short(tensor.dtype)}; expected bool")
 
 
 def same_dtype(op: str, **tensors: Tensor | None) -> None:
-    """Validate that all tensors given have the dtype of the first one."""
+    """Raise `ValueError`, which names `op`, unless all tensors that are not None have the dtype of the first one."""
     given = [(name, tensor.dtype) for name, tensor in tensors.items() if tensor is not None]
     for name, dtype in given[1:]:
         first, expected = given[0]
@@ -111,7 +119,7 @@ def same_dtype(op: str, **tensors: Tensor | None) -> None:
 
 
 def same_device(op: str, **tensors: Tensor | None) -> None:
-    """Validate that all tensors given are on one device."""
+    """Raise `ValueError`, which names `op`, unless all tensors that are not None are on one device."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     # On one device as a rule, and then a comparison of flags tells: devices themselves are slow to make and to hash.
     if all(tensor.is_cpu for tensor in given.values()):
@@ -122,25 +130,25 @@ def same_device(op: str, **tensors: Tensor | None) -> None:
 
 
 def shape(op: str, name: str, tensor: Tensor | None, wanted: tuple, why: str) -> None:
-    """Validate the shape of a tensor, if given. `why` tells in words where the sizes come from."""
+    """Raise `ValueError` unless `tensor` is None or has the shape `wanted`. `why` says where these sizes come from."""
     if tensor is not None and tuple(tensor.shape) != tuple(wanted):
         raise ValueError(f"gpt_fast.{op}: {name} has shape {list(tensor.shape)}; expected {list(wanted)}: {why}")
 
 
 def dimensions(op: str, name: str, tensor: Tensor, wanted: str) -> None:
-    """Validate that a tensor has as many dimensions as `wanted`, a list of size names such as "[B, H, T, D]"."""
+    """Raise `ValueError` unless `tensor` has as many dimensions as `wanted`, names of sizes like "[B, H, T, D]"."""
     if tensor.dim() != wanted.count(",") + 1:
         raise ValueError(f"gpt_fast.{op}: {name} has shape {list(tensor.shape)}; expected {wanted}")
 
 
 def probability(op: str, name: str, p: float) -> None:
-    """Validate that a dropout probability is a number in [0, 1)."""
+    """Raise `ValueError` unless `p`, the argument called `name`, is a probability in [0, 1)."""
     if not is_number(p) or not 0.0 <= p < 1.0:
         raise ValueError(f"gpt_fast.{op}: {name} is {p!r}; expected a probability in [0, 1)")
 
 
 def seed(op: str, seed: Tensor | None, device: torch.device) -> None:
-    """Validate that a seed, if given, is an int64 tensor of one element on the device of the inputs."""
+    """Raise `ValueError` unless `seed` is None or an int64 tensor of one element on `device`, where the inputs are."""
     if seed is None:
         return
     if not isinstance(seed, Tensor):
@@ -155,7 +163,7 @@ def seed(op: str, seed: Tensor | None, device: torch.device) -> None:
 
 
 def values_below(op: str, name: str, tensor: Tensor, upper: int, *, lower: int = 0, besides: int | None = None) -> None:
-    """Validate that each value is in [lower, upper) or equals `besides`. This reads the tensor."""
+    """Raise `ValueError` unless each value of `tensor`, which is read, is in [lower, upper) or equals `besides`."""
     wrong = (tensor < lower) | (tensor >= upper)
     if besides is not None:
         wrong = wrong & (tensor != besides)

@@ -10,7 +10,7 @@ ALIGNMENT = 8  # each size of each matrix is a multiple of it
 
 
 def serves(op: str, kernel: str, operator: str, x: Tensor, sizes: tuple[int, ...]) -> bool:
-    """Return True if cuBLASLt can compute the call and was measured to be faster than what else serves.
+    """Return True if cuBLASLt can compute the call and a measurement has found it faster than what serves without it.
 
     `op` and `kernel` name the rows of kernels/launch_configs.py, `operator` is what was built, and `sizes` are those of
     the matrices, the width of x first.
@@ -27,7 +27,11 @@ def serves(op: str, kernel: str, operator: str, x: Tensor, sizes: tuple[int, ...
 
 @_transforms.constant_in_graphs
 def classes(op: str, kernel: str, operator: str, device_index: int) -> tuple[tuple[int, bool], ...]:
-    """Return (largest width of x, True if cuBLASLt serves), ascending, as launch_configs.py has it for the device."""
+    """Return (largest width of x, True if cuBLASLt serves) for each range of widths, ascending.
+
+    The rows of launch_configs.py for the device's architecture decide. If `operator` was not built, the result is
+    empty.
+    """
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"gpt_fast::{operator}", "CUDA"):
         return ()
     launch_configs = _library.triton_kernel("launch_configs")

@@ -28,12 +28,12 @@ def register(name: str, formula: Callable[..., int]) -> None:
 
 
 def product(x: Sequence[int], weight: Sequence[int]) -> int:
-    """Return the FLOPs of x weightᵀ, for shapes x [..., C] and weight [N, C]. Both gradients cost the same."""
+    """Return the FLOPs of x weightᵀ, for shapes x [..., C] and weight [N, C]. Each of its gradients costs the same."""
     return 2 * math.prod(x[:-1]) * math.prod(weight)
 
 
 def install() -> None:
-    """Give the formulas to PyTorch's counter: now if it has been imported, else as soon as it is."""
+    """Register all formulas with PyTorch's FLOP counter: now if its module is imported, else when it will be."""
     if _COUNTER in sys.modules:
         _hand_over(sys.modules[_COUNTER])
     else:
@@ -41,6 +41,7 @@ def install() -> None:
 
 
 def _hand_over(counter: types.ModuleType) -> None:
+    """Register all formulas with `counter`, the module `torch.utils.flop_counter`."""
     for name, formula in FORMULAS.items():
         counter.register_flop_formula(getattr(torch.ops.gpt_fast, name))(formula)
 
@@ -51,6 +52,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> ModuleSpec | None:
+        """Return None, except for the FLOP counter's module: a spec with a loader that registers the formulas."""
         if fullname != _COUNTER:
             return None
         sys.meta_path.remove(self)
@@ -70,6 +72,7 @@ class _Loader(importlib.abc.Loader):
         return self.own.create_module(spec)
 
     def exec_module(self, module: types.ModuleType) -> None:
+        """Execute the module of the FLOP counter by its own loader, then register the formulas with it."""
         assert module.__spec__ is not None
         module.__loader__ = module.__spec__.loader = self.own  # for `inspect` and whoever else asks
         self.own.exec_module(module)

@@ -95,14 +95,14 @@ def check_values(enabled: bool = True) -> None:
 
 
 def values_checked(tensor: Tensor) -> bool:
-    """Return True if an op checks the values of this tensor now, as `check_values` has it.
+    """Return True if an op now checks the values inside this tensor: see `check_values`.
 
     Args:
         tensor: Tensor of any shape and dtype. Its values are not read.
 
     Returns:
-        False while PyTorch records a graph and inside a `vmap`. Else True on the CPU, and True elsewhere after
-        `check_values`.
+        False while PyTorch records a graph and inside a `vmap`. Else True on the CPU, and True on any device while
+        `check_values` is enabled.
 
     Example:
         ```python
@@ -118,18 +118,18 @@ def values_checked(tensor: Tensor) -> bool:
 
 
 def define_forward(op: str, signature: str) -> None:
-    """Define `gpt_fast::<op>_forward`."""
+    """Define the operator `gpt_fast::<op>_forward`. `signature` is its schema without the name."""
     LIBRARY.define(f"{op}_forward{signature}")
 
 
 def define_backward(op: str, signature: str) -> None:
-    """Define `gpt_fast::<op>_backward`, which is called by `backward`."""
+    """Define the operator `gpt_fast::<op>_backward` with the schema `signature`; its decomposition raises an error."""
     LIBRARY.define(f"{op}_backward{signature}")
     refuse_decomposition(op, "backward", "a program of a forward pass, or one exported under gpt_fast.use_reference()")
 
 
 def refuse_decomposition(op: str, direction: str, expected: str) -> None:
-    """Make the decomposition of `gpt_fast::<op>_<direction>` an error that says what was expected in its place."""
+    """Make the decomposition of `gpt_fast::<op>_<direction>` raise an error. `expected` ends the error's message."""
 
     def refuse(*args):
         raise NotImplementedError(
@@ -143,8 +143,8 @@ def refuse_decomposition(op: str, direction: str, expected: str) -> None:
 def register_decomposition(op: str, function: Callable) -> None:
     """Make `function`, written in PyTorch's own operators, the decomposition of `gpt_fast::<op>_forward`.
 
-    It takes the operator's arguments. Results that only backward reads may be empty: an exported program of a forward
-    pass has no use for them, and operators of backward refuse to be decomposed.
+    `function` takes the operator's arguments and returns its results. Results that only backward reads may be empty: an
+    exported program of a forward pass has no use for them, and operators of backward refuse to be decomposed.
     """
     _DECOMPOSITIONS[getattr(torch.ops.gpt_fast, f"{op}_forward").default] = function
 
@@ -175,9 +175,9 @@ def decompositions() -> dict[torch._ops.OperatorBase, Callable]:
 
 
 def backward(op: str, *args):
-    """Call `gpt_fast::<op>_backward`, so that differentiating its results raises `NotImplementedError`.
+    """Call `gpt_fast::<op>_backward` on `args`, so that differentiating its results raises `NotImplementedError`.
 
-    An autograd kernel of the operator would say the same, but costs 20 µs of Python in every backward pass.
+    An autograd kernel of the operator would do so too, but costs 20 µs of Python in every backward pass.
 
     Returns:
         The operator's results.
@@ -210,7 +210,7 @@ class _DifferentiatedOnce(torch.autograd.Function):
 def triton_kernel(op: str) -> types.ModuleType:
     """Return the module kernels/<op>.py, which is imported when a kernel is first launched.
 
-    Looking for Triton takes 10 µs, so it is done once. A failure is not kept.
+    The result is cached, because looking for Triton takes 10 µs. An error is not cached.
 
     Raises:
         RuntimeError: Triton is not installed.
@@ -221,7 +221,7 @@ def triton_kernel(op: str) -> types.ModuleType:
 
 
 def register_triton(name: str, launcher: Callable) -> None:
-    """Make `launcher` the implementation of `gpt_fast::<name>` on CUDA, and on CPU under the interpreter."""
+    """Make `launcher` the implementation of `gpt_fast::<name>` on CUDA, and on the CPU in Triton's interpreter."""
 
     def on_own_device(*args):
         with device_guard(_device_index(args)):
@@ -253,7 +253,7 @@ def _why_not_built(error: Exception) -> str | None:
 
 
 def device_guard(index: int) -> contextlib.AbstractContextManager:
-    """Return a context in which CUDA device `index` is the current device; -1, `Tensor.get_device()` on a CPU, is none.
+    """Return a context in which CUDA device `index` is the current device. It is an empty one for -1, a CPU's index.
 
     Triton, streams and CUDA graphs use the current device, whatever device the tensors are on. Entering
     `torch.cuda.device` costs microseconds, so the context is an empty one if the device is current already.
@@ -267,7 +267,7 @@ _NO_CONTEXT = contextlib.nullcontext()
 
 
 def _device_index(args: Iterable) -> int:
-    """Return `get_device()` of the first tensor among `args` and the lists in them, or -1."""
+    """Return `get_device()` of the first tensor among `args` and the lists in them, or -1 if there is none."""
     for arg in args:
         if isinstance(arg, Tensor):
             return arg.get_device()
@@ -321,7 +321,7 @@ _WITH_KERNEL: dict[tuple[str, str], str] = {}  # what the dispatcher said: askin
 
 
 def dropout_rule(dropout_p: float) -> tuple[int, float]:
-    """Return (threshold, scale) of the dropout contract, as Triton kernels take them."""
+    """Return (threshold, scale): elements with 16 random bits below the first are dropped, others times the second."""
     return reference.dropout_threshold(dropout_p), reference.dropout_scale(dropout_p)
 
 
@@ -330,6 +330,7 @@ _WARNED: set[tuple[str, str]] = set()
 
 @_transforms.constant_in_graphs
 def _warn_once(op: str, where: str, advice: str) -> None:
+    """Warn once for each `op` and `where` that no kernel serves the op there. `advice` ends the message."""
     if (op, where) not in _WARNED:
         _WARNED.add((op, where))
         warnings.warn(
@@ -338,7 +339,7 @@ def _warn_once(op: str, where: str, advice: str) -> None:
 
 
 def has_kernel(op: str, x: Tensor, *others: Tensor | None) -> bool:
-    """Return True if a kernel serves the call.
+    """Return True if a kernel serves a call of `op` on x and `others`, and False if the reference does.
 
     The reference serves the call on a device without a kernel, for a float64 tensor among x and `others`, under
     `use_reference`, in forward mode, during `torch.onnx.export`, and inside transforms of `torch.func` that kernels
@@ -361,10 +362,12 @@ def _is_exporting_to_onnx() -> bool:
 
 @_transforms.constant_in_graphs
 def _is_in_onnx_export() -> bool:
+    """Return True inside `torch.onnx.export`, without importing `torch.onnx`, which would take time."""
     return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()  # importing it takes time
 
 
 def _any_float64(*tensors: Tensor | None) -> bool:
+    """Return True if one of the tensors that are not None has dtype float64."""
     for tensor in tensors:  # noqa: SIM110  a generator would take twice as long
         if tensor is not None and tensor.dtype == torch.float64:
             return True
@@ -374,7 +377,8 @@ def _any_float64(*tensors: Tensor | None) -> bool:
 def is_plain_call(op: str, x: Tensor, *others: Tensor | None) -> bool:
     """Return True if a kernel certainly serves the call: eager, all tensors of one kernel dtype and on one device.
 
-    False means only that the full checks decide. They cost 2 µs more, which shows in a norm of a few rows.
+    `others` are further tensors of the call, or None. False means only that the full checks have to decide. They cost 2
+    µs more, which shows in a norm of a few rows.
     """
     if _reference_forced or _transforms.is_recording() or _transforms.is_transformed():
         return False
@@ -392,12 +396,16 @@ def is_plain_call(op: str, x: Tensor, *others: Tensor | None) -> bool:
 
 
 def kernel_checks(op: str, x: Tensor) -> bool:
-    """Return True if the kernel that serves the call checks values itself, as C++ kernels do."""
+    """Return True if the kernel of `op` for x checks values inside tensors itself, as C++ kernels do."""
     return x.is_cpu and has_kernel(op, x) and serving(op, "cpu") == "cpp"
 
 
 def runs_reference(op: str, x: Tensor, *others: Tensor | None) -> bool:
-    """Return True if the reference serves the call, not a kernel. Warn once if the caller did not ask for it."""
+    """Return True if the pure-PyTorch reference serves a call of `op` on x and `others`, and False if a kernel does.
+
+    Warn once for each op and reason, unless the caller chose the reference, float64 or `torch.onnx.export`. `others`
+    are the floating arguments whose dtype may differ from that of x.
+    """
     if has_kernel(op, x, *others):
         return False
     if _reference_forced or _any_float64(x, *others) or _is_exporting_to_onnx():
@@ -412,7 +420,10 @@ def runs_reference(op: str, x: Tensor, *others: Tensor | None) -> bool:
 
 
 def by_reference(function: Callable, device_type: str, *args, **kwargs):
-    """Call a definition of `gpt_fast.reference` with autocast off: it chooses its own dtypes."""
+    """Return the result of `function`, a definition in `gpt_fast.reference`, called with autocast off.
+
+    The definitions choose their own dtypes. `device_type` is the device type of the inputs.
+    """
     if device_type == "meta":  # PyTorch has no autocast for it
         return function(*args, **kwargs)
     with torch.autocast(device_type, enabled=False), profiled(f"gpt_fast::{function.__name__} (reference)"):
@@ -420,9 +431,9 @@ def by_reference(function: Callable, device_type: str, *args, **kwargs):
 
 
 def profiled(name: str) -> contextlib.AbstractContextManager:
-    """Return a context that PyTorch's profiler shows as `name`; without a profiler the context is empty.
+    """Return a context that PyTorch's profiler shows as `name`. It is empty without a profiler, and in a graph.
 
-    Operators need none: the dispatcher gives the profiler their names. Graphs hold no names.
+    Operators do not need it: the dispatcher gives the profiler their names.
     """
     if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
         return _NO_CONTEXT
@@ -433,8 +444,8 @@ def autocast(x: Tensor, *tensors: Tensor | None) -> tuple:
     """Cast tensors to the autocast dtype if autocast is on for x's device, as `F.linear` does.
 
     Returns:
-        All tensors. Those of other dtypes than the kernels' (integers, float64) stay as they are, so that the checks
-        refuse them.
+        x and `tensors`, in this order; None stays None. Tensors of dtypes that kernels do not have (integers, float64)
+        stay as they are, so that the checks refuse them.
     """
     device_type = x.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
@@ -446,10 +457,10 @@ def autocast(x: Tensor, *tensors: Tensor | None) -> tuple:
 
 
 def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype | None:
-    """Return the dtype that a product on x's device casts a tensor of `dtype` to, or None if it casts none.
+    """Return the dtype to which autocast would cast a tensor of `dtype` for a matrix product on x's device, or None.
 
     A norm whose only reader is a product may round its result to this dtype at once. The bits are the same only for a
-    float32 result, which the norm does not round before.
+    float32 result, which the norm does not round before, so for any other `dtype` the result is None.
     """
     device_type = x.device.type
     if dtype != torch.float32 or device_type == "meta" or not torch.is_autocast_enabled(device_type):
@@ -501,7 +512,7 @@ def _signed(value: int) -> int:
 
 
 def seed_for(dropout_p: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
-    """Return the seed that an op uses: None without dropout, the caller's seed, or a new one."""
+    """Return the seed that an op uses: None without dropout, the caller's `seed`, or a new one if that is None."""
     if dropout_p == 0:
         return None
     return new_seed(device) if seed is None else seed

@@ -47,7 +47,7 @@ def add_layer_norm(
         eps: Positive number added to the variance.
         dropout_p: Dropout probability of x, in [0, 1).
         seed: Seed of dropout, int64, one element, on the device of x. Without a seed a new one is drawn.
-        site: Number of this dropout within a forward pass.
+        site: Number of this dropout within a forward pass. Calls with the same seed and another site get another mask.
 
     Returns:
         (normed, summed), both [..., C] in the wider dtype of x and residual.
@@ -70,7 +70,8 @@ def add_layer_norm(
         Precision: statistics and sums are float32. `summed` is rounded once, and `normed` is the norm of the rounded
         sum, so that backward needs nothing else. The reference serves a call with any float64 argument.
 
-        Dropout is a row site: row i of x viewed as [M, C]. See `gpt_fast.ops`.
+        Dropout: whether an element is kept depends on `seed`, `site`, its row in x viewed as [M, C], and its column.
+        `dropout_keep_rows` in `gpt_fast/reference.py` has the rule.
 
         Results are deterministic.
 
@@ -138,6 +139,7 @@ class _AddLayerNorm(torch.autograd.Function):
 
 
 def _has_own_dx(x_dtype: torch.dtype, residual_dtype: torch.dtype, dropout_p: float) -> bool:
+    """Return True if dx differs from dresidual, so that the backward operator returns it as a tensor of its own."""
     return dropout_p > 0 or x_dtype != residual_dtype
 
 

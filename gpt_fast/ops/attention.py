@@ -64,7 +64,7 @@ def attention(
         window: Let query i attend to key j only if i - window < j and, unless `causal`, j < i + window.
         dropout_p: Dropout probability of the attention probabilities, in [0, 1).
         seed: Seed of dropout, int64, one element, on the device of q. Without a seed a new one is drawn.
-        site: Number of this dropout within a forward pass.
+        site: Number of this dropout within a forward pass. Calls with the same seed and another site get another mask.
         scale: Factor of the scores. The default is D^-1/2.
 
     Returns:
@@ -92,8 +92,9 @@ def attention(
 
         Keys that `lengths`, `key_mask` or `cu_seqlens` exclude change nothing, whatever they contain (NaN too).
 
-        Dropout is a matrix site: query i, key j, b = batch·H + head. In packed rows i and j count within their
-        sequence, and b = sequence·H + head.
+        Dropout: whether a probability is kept depends on `seed`, `site`, query i, key j and b = batch·H + head. In
+        packed rows i and j count within their sequence, and b = sequence·H + head. `dropout_keep_matrix` in
+        `gpt_fast/reference.py` has the rule.
 
         Results are deterministic.
 
@@ -144,7 +145,7 @@ def attention_qkv(
         window: Width of a sliding window.
         dropout_p: Dropout probability in [0, 1).
         seed: Seed of dropout, int64, one element, on the device of qkv.
-        site: Number of this dropout within a forward pass.
+        site: Number of this dropout within a forward pass. Calls with the same seed and another site get another mask.
         scale: Factor of the scores. The default is D^-1/2.
 
     Returns:
@@ -186,13 +187,13 @@ def attention_qkv(
 
 
 def _has_plain_shapes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Return True if `_check_heads` accepts the shapes."""
+    """Return True if `_check_heads` accepts the shapes of queries, keys and values."""
     queries, keys = q.shape, k.shape
     return len(queries) == len(keys) == 4 and keys == v.shape and queries[:2] == keys[:2] and queries[3] == keys[3]
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Validate shapes, dtypes and devices of queries, keys and values."""
+    """Raise `ValueError` unless q is [B, H, T, D] and k, v are [B, H, S, D], floating, of one dtype and device."""
     _checks.dimensions("attention", "q", q, "[B, H, T, D]")
     _checks.dimensions("attention", "k", k, "[B, H, S, D]")
     B, H, _, D = q.shape
@@ -206,7 +207,7 @@ def _options(
     cu_seqlens: Tensor | None, window: int | None, dropout_p: float, seed: Tensor | None, site: int,
     scale: float | None,
 ) -> dict:  # fmt: skip
-    """Return the options, checked against q [B, H, T, D] and S keys, with seed and scale filled in."""
+    """Return the options by name, validated (`ValueError`) for q [B, H, T, D] and S keys, with seed and scale set."""
     if causal is not True and causal is not False:
         _checks.boolean_option("attention", causal=causal)
     if type(site) is not int:
@@ -240,7 +241,7 @@ def _check_masks(
     q: Tensor, T: int, S: int, lengths: Tensor | None, key_mask: Tensor | None, mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:  # fmt: skip
-    """Validate the masks of q [B, H, T, D] and S keys, and, where they can be read, the values of lengths."""
+    """Raise `ValueError` if a mask does not fit q [B, H, T, D] and S keys, or holds lengths that are out of range."""
     _checks.optional_tensors("attention", lengths=lengths, key_mask=key_mask, mask=mask, cu_seqlens=cu_seqlens)
     B, H = q.shape[:2]
     _checks.integral("attention", lengths=lengths, cu_seqlens=cu_seqlens)
@@ -274,11 +275,12 @@ _NAMES = ("lengths", "key_mask", "mask", "cu_seqlens", "causal", "window", "drop
 
 
 def _in_order(options: dict) -> tuple:
-    """Return the options in the order of the schemas."""
+    """Return the values of `options` in the order of the operators' schemas, which is that of the dict."""
     return tuple(options.values())
 
 
 def _save(ctx, tensors: tuple, options: tuple) -> None:
+    """Save `tensors` and `options`, which are in the order of the op's schema, in the context for backward."""
     *masks, causal, window, dropout_p, seed, site, scale = options
     ctx.save_for_backward(*tensors, *masks, seed)
     ctx.scalars = causal, window, dropout_p, site, scale
@@ -322,6 +324,7 @@ class _AttentionQKV(torch.autograd.Function):
 
 
 def _empty_bthd(q: Tensor, T: int) -> Tensor:
+    """Return an uninitialised tensor [B, H, T, D] like q [B, H, _, D], with its memory laid out as [B, T, H, D]."""
     B, H, _, D = q.shape
     return q.new_empty(B, T, H, D).transpose(1, 2)
 
@@ -364,6 +367,7 @@ def _triton_backward_qkv(dout, qkv, num_heads, out, lse, *options):
 
 
 def _for_triton(options):
+    """Return (module of the Triton kernels, `options` as its `Options`, (threshold, scale) of dropout)."""
     kernel = _library.triton_kernel("attention")
     options = kernel.Options(*options)
     return kernel, options, _library.dropout_rule(options.dropout_p)
@@ -375,14 +379,17 @@ _library.register_triton("attention_qkv_backward", _triton_backward_qkv)
 
 
 def _forward_flops(q, k, v, *options, **_):
+    """Return the FLOPs of a forward pass, given shapes in place of tensors."""
     return 2 * _scores_flops(q, k)
 
 
 def _backward_flops(dout, q, k, v, *options, **_):
+    """Return the FLOPs of a backward pass, given shapes in place of tensors."""
     return 5 * _scores_flops(q, k)  # the scores once more, their gradient, dq, dk and dv
 
 
 def _backward_qkv_flops(dout, qkv, *options, **_):
+    """Return the FLOPs of a backward pass of the packed form, given shapes in place of tensors."""
     return 5 * _scores_flops(dout, dout)
 
 

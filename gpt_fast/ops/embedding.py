@@ -38,7 +38,7 @@ def embedding(
         positions: Positions [T] or in the shape of `tokens`, int64 or int32. By default they count from 0.
         dropout_p: Dropout probability in [0, 1).
         seed: Seed of dropout, int64, one element, on the device of the tables. Without a seed a new one is drawn.
-        site: Number of this dropout within a forward pass.
+        site: Number of this dropout within a forward pass. Calls with the same seed and another site get another mask.
 
     Returns:
         out [..., T, C] in the dtype of `token_weight`.
@@ -61,7 +61,8 @@ def embedding(
     Note:
         Precision: the sum is float32, and each result is rounded once. The reference serves float64.
 
-        Dropout is a row site: row i of out viewed as [M, C].
+        Dropout: whether an element is kept depends on `seed`, `site`, its row in out viewed as [M, C], and its column.
+        `dropout_keep_rows` in `gpt_fast/reference.py` has the rule.
 
         Results are deterministic. Backward adds the rows of one token in their order.
 

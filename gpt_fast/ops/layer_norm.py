@@ -72,7 +72,7 @@ def layer_norm(
 
 
 def check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-    """Validate what layer_norm and add_layer_norm have in common: the input, gain, bias and eps."""
+    """Raise `ValueError`, which names `op`, if x, weight, bias or eps are no valid arguments of a layer norm."""
     _checks.tensors(op, x=x)
     _checks.optional_tensors(op, weight=weight, bias=bias)
     if not _checks.alike(x, weight, bias):  # x may be narrower
@@ -90,7 +90,10 @@ def check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, e
 
 
 def has_plain_shapes(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> bool:
-    """Return True if `check_norm` accepts shapes and eps of a call with gain and bias; without them return False."""
+    """Return True if weight and bias are given and `check_norm` accepts their shapes and eps.
+
+    False means only that `check_norm` has to decide.
+    """
     columns = x.shape[-1:]
     return (
         len(columns) == 1

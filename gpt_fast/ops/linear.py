@@ -131,10 +131,12 @@ def _backward_fake(dy, x, weight, needs_x, needs_weight, needs_bias):
 
 
 def _forward_flops(x, weight, bias, **_):
+    """Return the FLOPs of a forward pass, given shapes in place of tensors."""
     return _flops.product(x, weight)
 
 
 def _backward_flops(dy, x, weight, needs_x, needs_weight, needs_bias, **_):
+    """Return the FLOPs of the gradients that are needed, given shapes in place of tensors."""
     return (needs_x + needs_weight) * _flops.product(x, weight)
 
 

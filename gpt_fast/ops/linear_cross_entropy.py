@@ -152,7 +152,7 @@ def _power_of_two(count: Tensor) -> Tensor:
 
 
 def _scaled(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return total * scale, in place or rounded in one pass. A second copy is made only inside a transform."""
+    """Return total * scale in `dtype`. It overwrites `total` of that dtype, except inside a `torch.func` transform."""
     if _transforms.is_batched(scale):
         return (total * scale).to(dtype)
     if total.dtype == dtype and not _transforms.is_transformed():
@@ -174,6 +174,7 @@ def _backward_fake(dloss, x, weight, target, bias, ignore_index, label_smoothing
 
 
 def _gradients(x, weight, dtype, needs_x, needs_weight, needs_bias):
+    """Return uninitialised (dx, dweight, dbias), the last two in `dtype`. One that is not needed has shape [0]."""
     return (
         x.new_empty(x.shape if needs_x else (0,)),
         torch.empty_like(weight, dtype=dtype) if needs_weight else x.new_empty(0, dtype=dtype),
@@ -208,12 +209,14 @@ _library.register_triton("linear_cross_entropy_backward", _triton_backward)
 def _forward_flops(
     x, weight, target, bias, ignore_index, label_smoothing, reduction, needs_x, needs_weight, needs_bias, **_
 ):
+    """Return the FLOPs of the loss and of the gradients that are needed, given shapes in place of tensors."""
     return (1 + needs_x + needs_weight) * _flops.product(x, weight)
 
 
 def _backward_flops(
     dloss, x, weight, target, bias, ignore_index, label_smoothing, needs_x, needs_weight, needs_bias, **_
 ):
+    """Return the FLOPs of the gradients that are needed, given shapes in place of tensors."""
     return (needs_x + needs_weight) * _flops.product(x, weight)
 
 

@@ -60,7 +60,7 @@ def mlp(
         activation: "relu", "gelu" or "gelu_tanh".
         dropout_p: Dropout probability of the hidden activation, in [0, 1).
         seed: Seed of dropout, int64, one element, on the device of x. Without a seed a new one is drawn.
-        site: Number of this dropout within a forward pass.
+        site: Number of this dropout within a forward pass. Calls with the same seed and another site get another mask.
         recompute: Keep no hidden tensor for backward, and repeat the first product there.
 
     Returns:
@@ -85,7 +85,8 @@ def mlp(
         each result. The backward of gelu starts from the activation's input rounded to the dtype of x. Where autocast
         is on, all tensors are cast to its dtype. The reference serves float64.
 
-        Dropout is a matrix site: row i of x viewed as [M, C], column j of F, b = 0.
+        Dropout: whether a hidden element is kept depends on `seed`, `site`, the row i of x viewed as [M, C], and the
+        column j of F. `dropout_keep_matrix` in `gpt_fast/reference.py` has the rule, with b = 0.
 
         Results are deterministic. On CPU they have the same bits at any number of threads.
 
@@ -127,7 +128,7 @@ def mlp(
 
 
 def _cublaslt_serves(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, activation: str, dropout_p: float) -> bool:
-    """Return True if cuBLASLt can compute the call and was measured to be faster than Triton."""
+    """Return True if cuBLASLt can compute the call and a measurement has found it faster than Triton."""
     if dropout_p or not _activations.ACTIVATIONS[activation].cublaslt:
         return False
     F, C = fc_weight.shape
@@ -243,10 +244,12 @@ _library.register_triton("mlp_backward", _triton_backward)
 
 
 def _forward_flops(x, fc_weight, fc_bias, proj_weight, *options, **_):
+    """Return the FLOPs of a forward pass, given shapes in place of tensors."""
     return _flops.product(x, fc_weight) + _flops.product((*x[:-1], fc_weight[0]), proj_weight)
 
 
 def _backward_flops(dy, x, fc_weight, fc_bias, proj_weight, hidden, *options, **_):
+    """Return the FLOPs of the gradients that `options[-1]` says are needed, given shapes in place of tensors."""
     needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight = options[-1][:4]
     fc, proj = _flops.product(x, fc_weight), _flops.product(dy, proj_weight[::-1])
     recomputed = hidden is None

@@ -22,7 +22,10 @@ from .tasks import TaskSettings
 
 
 def check(settings: FinetuneSettings, task: TaskSettings, config: GPTConfig) -> None:
-    """Raise `ValueError` for options that the task, the model or another option contradicts. No data is read."""
+    """Raise `ValueError` if --freeze, --class-weights, --lora-rank or --folds cannot be applied.
+
+    The options may contradict each other, the task, or the configuration of the pre-trained model. No data is read.
+    """
     _check_freeze(settings, task, config)
     _check_class_weights(settings, task)
     _check_lora(settings, config)
@@ -30,6 +33,10 @@ def check(settings: FinetuneSettings, task: TaskSettings, config: GPTConfig) -> 
 
 
 def _check_freeze(settings: FinetuneSettings, task: TaskSettings, config: GPTConfig) -> None:
+    """Raise `ValueError` if --freeze is given together with --scratch, or names no part that can be frozen.
+
+    The parts are the trunk, unless the task has no head of its own; the embeddings; and the first 1 to L decoders.
+    """
     frozen = settings.freeze
     if frozen is None:
         return
@@ -49,7 +56,11 @@ def _check_freeze(settings: FinetuneSettings, task: TaskSettings, config: GPTCon
 
 
 def freeze(model: Head, what: str) -> None:
-    """Freeze the trunk and an output layer, the embeddings, or the embeddings and so many decoders."""
+    """Freeze the part of `model` that `what`, the value of --freeze, names.
+
+    "trunk" is the Transformer with the output layer. "embeddings" are the token and position embeddings. A number n is
+    the embeddings and the first n decoders.
+    """
     modules: list[nn.Module] = [model.trunk.token_emb, *model.trunk.decoders[: int(what) if what.isdigit() else 0]]
     if what == "trunk":
         modules = [model.trunk, *([model.output_layer] if hasattr(model, "output_layer") else [])]
@@ -59,6 +70,11 @@ def freeze(model: Head, what: str) -> None:
 
 
 def _check_lora(settings: FinetuneSettings, config: GPTConfig) -> None:
+    """Raise `ValueError` if --lora-rank cannot be applied, or if --lora-alpha is given without it.
+
+    The rank may be larger than the hidden dimension, PEFT may be missing, another option may contradict it, or the
+    pre-trained run may have no final weights.
+    """
     rank, source = settings.lora_rank, settings.source
     if rank is None:
         if settings.lora_alpha is not None:
@@ -90,6 +106,7 @@ def _check_lora(settings: FinetuneSettings, config: GPTConfig) -> None:
 
 
 def _check_folds(settings: FinetuneSettings) -> None:
+    """Raise `ValueError` for --fold without --folds or above it, and for --folds without --train or with --valid."""
     folds, fold = settings.folds, settings.fold
     if folds is None:
         if fold is not None:
@@ -102,6 +119,10 @@ def _check_folds(settings: FinetuneSettings) -> None:
 
 
 def _check_class_weights(settings: FinetuneSettings, task: TaskSettings) -> None:
+    """Raise `ValueError` if --class-weights is given for a task without classes, or has no valid value.
+
+    Valid are "balanced" and numbers of 0 or more with commas between them, one for each class that --labels lists.
+    """
     given = settings.class_weights
     if given is None:
         return
@@ -117,10 +138,12 @@ def _check_class_weights(settings: FinetuneSettings, task: TaskSettings) -> None
 
 
 def class_weights(given: str, names: Sequence[str], rows: Sequence[Example], task: TaskSettings) -> list[float]:
-    """Return the weight of each class: the user's numbers, or N / (K · rows of the class) for "balanced".
+    """Return the weight of each class of `names` in the loss, for `given`, the value of --class-weights.
 
-    This is scikit-learn's "balanced". K counts the classes that have rows, and a class without any weighs 1. Where a
-    row has several labels, the weight is the number of rows without the label over the number with it.
+    `given` is a list of numbers with commas between them, or "balanced". Balanced weights are scikit-learn's: N / (K ·
+    rows of the class) over the training examples `rows`, where K counts the classes that have rows; a class without any
+    weighs 1. Where a row has several labels, the weight is the number of rows without the label over the number with
+    it. Raise `ValueError` if there are not as many numbers as classes.
     """
     if given != "balanced":
         weights = [float(part) for part in given.split(",")]
@@ -138,6 +161,7 @@ def class_weights(given: str, names: Sequence[str], rows: Sequence[Example], tas
 
 
 def _refuse_number(given: str, names: Sequence[str]) -> None:
+    """Raise `ValueError` because `given`, the value of --class-weights, does not have one number for each class."""
     raise ValueError(
         f"--class-weights {given}: the classes are {', '.join(names[:12])}{', …' if len(names) > 12 else ''}; "
         f"expected {len(names)} numbers in this order"

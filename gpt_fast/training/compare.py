@@ -30,11 +30,16 @@ Mode = Callable[[], AbstractContextManager[object]]
 def compare(
     folder: Path, device: str, batch_size: int, repeats: int, show: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Compare a model on its kernels with the reference, in results and in speed.
+    """Compare a run's model on its kernels ("fused") with the pure-PyTorch reference, in results and in speed.
 
-    The results are the largest differences of logits and gradients on one batch of random tokens, with the dropout that
-    the model trains with and the same masks in both. The speeds are tokens per second of whole training steps, which
-    the two run in turns.
+    Both modes train on one batch of `batch_size` random rows, with the model's dropout and the same masks. After one
+    update each to warm up, they make `repeats` timed updates in turns. `show(done, repeats)` is called after each pair
+    of updates.
+
+    Return "device"; "batch", the shape of the tokens; "kernels", the implementation that serves each op; "logits" and
+    "gradients", each a result of `difference`; "fused_tokens_per_second" and "reference_tokens_per_second", both
+    medians; "fused_spread" and "reference_spread", each [minimum, maximum]; and "speedup", the ratio of the medians.
+    Raise `ValueError` if the batch needs more memory than is available.
     """
     model = load_run(folder, device)
     config = model.config
@@ -73,10 +78,12 @@ def compare(
 
 
 def compare_runs(folders: Sequence[Path], loss: float | None, metric: str) -> dict[str, Any]:
-    """Return after how many updates, and seconds spent in them, each run's `metric` first fell to `loss`.
+    """Return how soon each run's `metric` first falls to `loss`, as {"metric", "loss", "runs"}.
 
-    Without `loss` it is the lowest that all of them reach. Between two validations the metric is taken for a line. A
-    run that does not get there has None, and so have the seconds of runs that did not log them.
+    "runs" has a dict for each folder: "run", the folder; "best", the lowest `metric`; "optimizer"; and "step" and
+    "seconds", the updates and the seconds of training until `metric` falls to `loss`, interpolated linearly between two
+    validations. Both are None if the run never reaches `loss`, and "seconds" also if the run did not log it. If `loss`
+    is None, it is the lowest value that all runs reach.
     """
     curves = {folder: read_curve(folder, metric) for folder in folders}
     best = {folder: min(line[metric] for line in curve) for folder, curve in curves.items()}
@@ -91,7 +98,11 @@ def compare_runs(folders: Sequence[Path], loss: float | None, metric: str) -> di
 
 
 def first_at(curve: Sequence[dict[str, float]], metric: str, loss: float, field: str) -> float | None:
-    """Return the value of `field` where `metric` first falls to `loss`, on a line between two lines of the curve."""
+    """Return the value of `field` where `metric` first falls to `loss`, interpolated between two lines of `curve`.
+
+    `curve` holds lines of a run's metrics.jsonl in their order, each a dict of numbers. Return None if `metric` never
+    falls to `loss`, or if one of the two lines lacks `field`. Lines in which `metric` is NaN are skipped.
+    """
     before: dict[str, float] | None = None
     for line in curve:
         if line[metric] <= loss:
@@ -106,7 +117,11 @@ def first_at(curve: Sequence[dict[str, float]], metric: str, loss: float, field:
 
 
 def random_batch(model: Head, batch_size: int) -> Batch:
-    """Return random tokens with the labels that the model's head takes. Rows of a classifier have unequal lengths."""
+    """Return a batch of `batch_size` rows of random tokens, with random labels of the kind that the model's head takes.
+
+    A row has `config.seq_len` tokens, or two or four such sequences for a head that reads a pair or choices. For heads
+    of labelled tasks, the lengths of the sequences differ. The same model and size always give the same batch.
+    """
     config = model.config
     generator = torch.Generator().manual_seed(SEED)
     tokens = torch.randint(config.num_tokens, (batch_size, config.seq_len), generator=generator)
@@ -135,7 +150,11 @@ def random_batch(model: Head, batch_size: int) -> Batch:
 
 
 def logits_and_gradients(model: nn.Module, batch: Batch, mode: Mode) -> tuple[Tensor, list[Tensor]]:
-    """Return logits of one training pass in float32, and the gradient of every parameter that has one."""
+    """Return (logits, gradients) of one training pass: a tensor, and the gradient of each parameter that has one.
+
+    The pass runs inside `mode()`: `nullcontext` for the kernels, `ops.use_reference` for the reference. Dropout masks
+    are the same in every call.
+    """
     model.train()
     model.zero_grad(set_to_none=True)
     torch.manual_seed(SEED)  # the same dropout masks every time
@@ -147,7 +166,11 @@ def logits_and_gradients(model: nn.Module, batch: Batch, mode: Mode) -> tuple[Te
 
 
 def difference(got: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
-    """Return the largest `|got - wanted|` of all tensors, and the largest ratio of it to a tensor's largest entry."""
+    """Return {"largest", "relative"}: how far the tensors `got` lie from the tensors `wanted`.
+
+    "largest" is the largest `|got - wanted|` of all elements. "relative" is the largest ratio of a tensor's largest
+    difference to its largest `|wanted|`; where that is 0, the difference itself counts.
+    """
     largest, relative = 0.0, 0.0
     for a, b in zip(got, wanted, strict=True):
         apart, scale = float((a - b).abs().max()), float(b.abs().max())
@@ -157,6 +180,7 @@ def difference(got: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
 
 
 def step_seconds(engine: Engine, batch: Batch) -> float:
+    """Return the seconds that one update on `batch` takes, including the wait for the device."""
     began = time.perf_counter()
     engine.update([batch], 1e-4).loss.item()  # waits for the device
     return time.perf_counter() - began

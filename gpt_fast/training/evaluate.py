@@ -48,11 +48,15 @@ def evaluate(
     stride: int | None = None,
     form: str | None = None,
 ) -> dict[str, Any]:
-    """Return a language model's loss on text, or a task's metrics on a table, each with its baseline.
+    """Return the metrics of the run in `folder` on `data`: a language model's loss on text, or a task's on a table.
 
-    Without `data`, a model that learned from the standard library takes the files that its training held out.
-    `confusion` is the file for a picture of a classifier's confusion matrix; the result names the file if it could be
-    written. `stride` reads text in windows that overlap, and `form` reads a file of one of `FORMS`.
+    Each metric comes with its baseline. If `data` is None, a model that was trained on Python's standard library is
+    evaluated on the files that its training held out. Columns that are None are those of the training. `skip_labels`
+    are labels whose rows are skipped, `options` say how to read the table, and `confusion` is the path for a picture of
+    a classifier's confusion matrix; the result names it as "confusion" if it could be written. `raw_dtype`, "uint16" or
+    "uint32", is the dtype of token files without a header. `stride` reads text in overlapping windows, see
+    `evaluate_language_model`. `form` says that `data` is a benchmark's file, one of `FORMS`. Raise `ValueError` for an
+    option that does not apply to the run.
     """
     model = load_run(folder, device)
     record = read_record(folder)
@@ -91,7 +95,10 @@ def evaluate(
 
 
 def _refuse(given: Mapping[str, object], reason: str) -> None:
-    """Raise `ValueError` for an option that was given and that nothing reads."""
+    """Raise `ValueError` for the first option in `given`, options with their values, whose value is true.
+
+    `reason` says why the option does not apply.
+    """
     for option, value in given.items():
         if value:
             shown = option if value is True else f"{option} {value}"
@@ -109,6 +116,10 @@ def _evaluate_form(
     options: RowOptions,
     stride: int | None,
 ) -> dict[str, Any]:
+    """Return the metrics of `evaluate_form` on the benchmark's file `data`, and its path as "data".
+
+    Raise `ValueError` if `form` is not one of `FORMS`, or if `stride` is given.
+    """
     if form not in FORMS:
         raise ValueError(f"--form {form!r}: expected one of {', '.join(FORMS)}{did_you_mean(form, FORMS)}")
     if stride is not None:
@@ -120,9 +131,9 @@ def _evaluate_form(
 
 
 def run_task(model: Head, record: dict[str, Any]) -> TaskSettings | None:
-    """Return the task that a run was fine-tuned for, or None for a language model.
+    """Return the task that a run was fine-tuned for, as `record`, its run.json, says, or None for a language model.
 
-    A classifier saved without a record reads columns text and label.
+    A classifier without a record, such as one of another library, gets the default columns "text" and "label".
     """
     if "columns" in record:
         columns: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in record["columns"].items()}
@@ -135,7 +146,11 @@ def run_task(model: Head, record: dict[str, Any]) -> TaskSettings | None:
 
 
 def run_labels(model: Head, record: dict[str, Any]) -> list[str]:
-    """Return the names of a run's classes, or of another library's classifier, or numbers if it has no names."""
+    """Return the names of the classes of a run.
+
+    They come from `record`, its run.json, else from the configuration of its classifier, else they are the numbers from
+    0 on. The list is empty for a run without classes.
+    """
     if record.get("labels"):
         return list(record["labels"])
     config = model.config
@@ -153,6 +168,12 @@ def evaluate_task(
     confusion: Path | None,
     options: RowOptions = PLAIN,
 ) -> dict[str, Any]:
+    """Return "task", "data" and the metrics of a fine-tuned model on a table, with their baselines.
+
+    `data` is the table, or None for snippets of Python's standard library. `labels` are the names of the classes. A
+    model that answers in text also has "exact_match" and "word_f1". `confusion` is the path for a picture of the
+    confusion matrix, or None; the result names it as "confusion" if it could be written.
+    """
     table = snippet_table()[1] if data is None else read_task_table(data, task, options=options)
     tokenizer = run_tokenizer(folder, model)
     rows = examples(table, task, labels, tokenizer, model.config)
@@ -182,6 +203,7 @@ class _Batches(Sequence[Batch]):
         return math.ceil(len(self.stream) / (BATCH * self.seq_len))
 
     def __getitem__(self, index: Any) -> Any:
+        """Return batch number `index`. With a mask, each batch is read once and in order: all share a generator."""
         starts = range(index * BATCH * self.seq_len, len(self.stream), self.seq_len)[:BATCH]
         return lm_batch(self.stream.windows(starts, self.seq_len), self.mask, self.generator, None)
 
@@ -194,14 +216,16 @@ def evaluate_language_model(
     raw_dtype: str | None = None,
     stride: int | None = None,
 ) -> dict[str, Any]:
-    """Return the loss in nats per predicted token over all of `data`, its perplexity and, for text, bits.
+    """Return the loss of a language model over all of `data` in nats per predicted token, and what follows from it.
 
-    Bits are per byte and per word, and do not depend on the tokenizer. A masked model is asked for 15 % of the tokens,
-    always the same.
+    The keys are "task", "data", "tokens", "loss", "unigram_entropy" (the baseline) and "perplexity". A causal model on
+    text also has "bits_per_byte", "bits_per_word" and "words", which do not depend on the tokenizer. `data` is text, a
+    table with a `text_column`, or token files, for which `raw_dtype` is as in `read_token_file`; None stands for the
+    held-out files of Python's standard library. A masked model predicts 15 % of the tokens, always the same ones.
 
-    Windows lie side by side, and a rest shorter than one is left out. With `stride` a window begins so many tokens
-    after the one before, and scores the tokens that no window before it has scored: nothing is left out, and tokens
-    have more context.
+    Windows of the model's length lie side by side, and a last part shorter than a window is left out. With `stride`,
+    each window begins `stride` tokens after the one before, and only tokens that no earlier window has scored are
+    scored. Then nothing is left out, and tokens have more context.
     """
     T = model.config.seq_len
     if stride is not None and not 1 <= stride <= T:

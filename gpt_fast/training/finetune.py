@@ -54,7 +54,9 @@ FEW_UPDATES = 50  # with fewer, the user gets a remark
 def finetune(settings: FinetuneSettings, show: Show, say: Say, stop: Stop | None = None) -> Record:
     """Train a task's head on `L_task + λ·L_lm`, or a causal model on answers, and write a run folder.
 
-    The folder has the weights of the best validation. Return the record of run.json.
+    The folder has the weights of the best validation. Return the run's record, the content of run.json. `show` gets the
+    figures of each update for a progress display, and `say` gets lines for the user. `stop` tells whether a signal has
+    asked the run to end. Raise `ValueError` for settings that contradict each other.
     """
     with wrong_on_every_rank():
         task = task_of(settings)  # raises before any table is read
@@ -65,6 +67,7 @@ def finetune(settings: FinetuneSettings, show: Show, say: Say, stop: Stop | None
 
 
 def task_of(settings: FinetuneSettings) -> TaskSettings:
+    """Return the task and its columns, as the settings name them. Raise `ValueError` if they contradict each other."""
     return task_settings(
         settings.task, settings.text_column, settings.pair_column, settings.label_column, settings.numbers,
         settings.labels, settings.skip_label, settings.answers,
@@ -72,6 +75,10 @@ def task_of(settings: FinetuneSettings) -> TaskSettings:
 
 
 def _finetune(session: Session[FinetuneSettings]) -> Record:
+    """Fine-tune a model, as a `Session` asks: read the tables, make the model, train, and write the run folder.
+
+    Return the run's record, the content of run.json.
+    """
     ranks, source = session.ranks, session.settings.source
     lr = session.settings.lr if session.settings.lr is not None else finetuning_lr(source)
     settings = session.settings.changed(lr=lr)
@@ -179,11 +186,18 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
 
 
 def pretrained(head: type[Head], source: Path, **overrides: Any) -> Head:
+    """Return a model of class `head` with the weights of the run in `source`.
+
+    It has the special tokens of a task's input. `overrides` replace fields of the configuration.
+    """
     return load_for_task(source, partial(load_head, head), overrides)
 
 
 def fresh(head: type[Head], source: Path, **overrides: Any) -> Head:
-    """Return the model that `pretrained` would load, with new weights."""
+    """Return a model of class `head` with new weights and the configuration of the run in `source`.
+
+    It has the special tokens of a task's input. `overrides` replace fields of the configuration.
+    """
     return load_for_task(source, lambda folder, **changed: head(read_config(folder)[1].replace(**changed)), overrides)
 
 
@@ -198,11 +212,12 @@ def identity(rows: Sequence[Example]) -> dict[str, Any]:
 
 
 def answer_bytes(table: Table) -> int:
+    """Return the UTF-8 bytes of all labels of a table, which are the expected answers of a task that writes text."""
     return sum(len(label.encode(errors="surrogatepass")) for label in table.labels)
 
 
 def some_rows(table: Table, count: int, seed: int) -> Table:
-    """Return `count` rows of a table, drawn by the seed, in the table's order."""
+    """Return `count` rows of a table, drawn by the seed, in the table's order. Raise `ValueError` if it has fewer."""
     if count > len(table):
         raise ValueError(f"--rows {count}: {table.source} has {len(table):,} to train on; expected at most as many")
     order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))
@@ -227,6 +242,7 @@ class RowSource:
     ranks: int = 1
 
     def __call__(self, step: int) -> list[Batch]:
+        """Return this rank's micro-batches of update `step`, counted from 0."""
         epoch, place = divmod(step, math.ceil(len(self.rows) / self.batch_size))
         order = self._order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
         each = min(self.parts, math.ceil(len(order) / self.ranks))
@@ -235,10 +251,12 @@ class RowSource:
         ]
 
     def _part(self, part: Sequence[int], spare: int) -> Batch:
+        """Return the batch of the rows with the indices `part`. If there are none, return row `spare` with weight 0."""
         batch = task_batch([self.rows[i] for i in part or [spare]], self.pad_token, self.numbers)
         return batch if part else batch._replace(weight=0)
 
     def _order(self, epoch: int) -> list[int]:
+        """Return the indices of all rows, shuffled for this epoch. The latest epoch's order is kept."""
         if getattr(self, "_epoch", None) != epoch:
             generator = torch.Generator().manual_seed(mix(self.seed, epoch) >> 1)
             self._epoch, self._shuffled = epoch, torch.randperm(len(self.rows), generator=generator).tolist()
@@ -246,12 +264,20 @@ class RowSource:
 
 
 def validation(model: Head, rows: Sequence[Example], task: TaskSettings, size: int) -> Metrics:
+    """Return the task's metrics on `rows`, with "valid_" in front of their names. Baselines keep their names.
+
+    `size` is the number of bytes of all expected answers, which a task in text needs for its bits per byte.
+    """
     measured = score(model, rows, task, size)
     baselines = ("majority_", "mean_")
     return {name if name.startswith(baselines) else f"valid_{name}": value for name, value in measured.items()}
 
 
 def draw(folder: Path, task: TaskSettings, source: str, path: Path) -> None:
+    """Plot the curves of the run in `folder`, with the main metric of its task, as a PNG at `path`.
+
+    `source` names the training table in the title.
+    """
     metrics, title = read_metrics(folder), f"Fine-tuning: {source}"
     if task.writes:
         plot_task(metrics, "valid_loss", None, "loss of the answers (nats per token)", title, path)
@@ -264,6 +290,7 @@ def draw(folder: Path, task: TaskSettings, source: str, path: Path) -> None:
 
 
 def draw_confusion(model: Head, rows: Sequence[Example], names: Sequence[str], title: str, path: Path) -> None:
+    """Plot the confusion matrix of a classifier on `rows` as a PNG at `path`. `names` are the names of the classes."""
     logits = predictions(model, rows, model.config.pad_token or 0, EVALUATION_BATCH)
     labels = torch.tensor([int(row.target) for row in rows])  # type: ignore[arg-type]
     plot_confusion(confusion_matrix(logits, labels).tolist(), names, title, path)
@@ -278,6 +305,11 @@ def _tell(
     steps: int,
     say: Callable[[str], None],
 ) -> None:
+    """Tell the user, in lines for `say`, what the run will train on, and what may be wrong with it.
+
+    `rows` are the examples of the table `train`, `seq_len` is the largest number of tokens in one, `rule` is one line
+    about the labels or None, and `steps` is the number of updates.
+    """
     say(f"{train.source}: {len(train):,} rows to train on, {len(valid):,} held out")
     for remark in [*remarks(train, rows, seq_len), *valid.notes]:
         say(remark)

@@ -49,7 +49,8 @@ def evaluate_form(
 
     LAMBADA reads `text_column` alone. For HellaSwag `choice_columns` is a column of lists, or several columns with
     commas between their names, and `label_column` holds the index of the right ending. A column that is None has the
-    name that it has in the published data set, such as "text", "endings" or "label".
+    name that it has in the published data set, such as "text", "endings" or "label". `options` say how to read the
+    file.
     """
     if form == "lambada":
         return last_words(model, tokenizer, read_last_words(path, text_column or "text", options))
@@ -58,7 +59,11 @@ def evaluate_form(
 
 
 def read_last_words(path: Path, text_column: str, options: RowOptions) -> list[Question]:
-    """Read a text from each row: its last word behind a space is what is asked for, behind all before it."""
+    """Return a question for each row of the file: its text up to the last space, which the last word has to continue.
+
+    The word, with the space in front, is the only choice. Raise `ValueError` for a text without a space between words,
+    and for a file without rows.
+    """
     questions = []
     for place, row in read_rows(path, options):
         text = _text(path, place, row, text_column)
@@ -72,10 +77,12 @@ def read_last_words(path: Path, text_column: str, options: RowOptions) -> list[Q
 def read_endings(
     path: Path, text_column: str | None, choice_columns: str, label_column: str, options: RowOptions
 ) -> list[Question]:
-    """Read a context, its endings and the number of the right one from each row.
+    """Return a question for each row of the file: a context, its possible endings, and the index of the right one.
 
-    Without `text_column` the context of HellaSwag's own files is made of `activity_label`, `ctx_a` and `ctx_b`, without
-    what stands in brackets, as lm-evaluation-harness makes it; without these columns it is `ctx`.
+    `choice_columns` is a column of lists, or several columns with commas between their names. `label_column` holds the
+    index, from 0 on. If `text_column` is None, the context of HellaSwag's own files is made of `activity_label`,
+    `ctx_a` and `ctx_b`, without annotations in brackets, as in lm-evaluation-harness; in files that lack these columns
+    it is `ctx`. Raise `ValueError` for a row that lacks a part, and for a file without rows.
     """
     questions = []
     for place, row in read_rows(path, options):
@@ -94,12 +101,16 @@ def read_endings(
 
 
 def without_brackets(text: str) -> str:
-    """Return a text of HellaSwag without the marks that WikiHow left in it."""
+    """Return a text of HellaSwag without the annotations in brackets that WikiHow left in it."""
     return _BRACKETS.sub("", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def last_words(model: GPTForCausalLM, tokenizer: Tokenizer, questions: Sequence[Question]) -> dict[str, Any]:
-    """Return how often greedy decoding writes the last word, and the mean loss and the perplexity of that word."""
+    """Return how well the model predicts the last word, the first choice of each question.
+
+    The keys are "task"; "last_word_accuracy", the share that greedy decoding writes; "last_word_loss", the mean loss of
+    a word in nats; "last_word_perplexity"; and "examples".
+    """
     found = [scores[0] for scores in _scores(model, tokenizer, questions)]
     loss = -math.fsum(score.log_prob for score in found) / len(found)
     return {
@@ -112,9 +123,11 @@ def last_words(model: GPTForCausalLM, tokenizer: Tokenizer, questions: Sequence[
 
 
 def endings(model: GPTForCausalLM, tokenizer: Tokenizer, questions: Sequence[Question]) -> dict[str, Any]:
-    """Return how often the right ending has the largest log-likelihood.
+    """Return how often the right choice of a question has the largest log-likelihood.
 
-    It is measured as it is, for each character (lm-evaluation-harness's `acc_norm`), and for each token.
+    "choice_accuracy" compares the log-likelihoods of whole choices, "choice_accuracy_norm" those for each character
+    (lm-evaluation-harness's `acc_norm`), and "choice_accuracy_per_token" those for each token. "chance" is the accuracy
+    of guessing. "task" and "examples" are there too.
     """
     right = {"choice_accuracy": 0, "choice_accuracy_norm": 0, "choice_accuracy_per_token": 0}
     for question, scores in zip(questions, _scores(model, tokenizer, questions), strict=True):
@@ -131,9 +144,11 @@ def endings(model: GPTForCausalLM, tokenizer: Tokenizer, questions: Sequence[Que
 def continuation_ids(
     model: GPTForCausalLM, tokenizer: Tokenizer, question: Question, choice: str
 ) -> tuple[list[int], list[int]]:
-    """Return the ids of the context and of a continuation: those that both together have more than the context alone.
+    """Return (context, continuation): the token ids of a question's context, and those that `choice` adds to them.
 
-    Spaces at the end of the context belong to the continuation, whose first word they are part of.
+    `choice` is a text, which is tokenised together with the context. Spaces at the end of the context belong to the
+    continuation, because they are part of its first word. The start token stands in for an empty context; raise
+    `ValueError` if the model has none.
     """
     context = question.context.rstrip()
     choice = question.context[len(context) :] + choice
@@ -149,7 +164,10 @@ def continuation_ids(
 
 
 def _scores(model: GPTForCausalLM, tokenizer: Tokenizer, questions: Sequence[Question]) -> list[list[Continuation]]:
-    """Return the scores of the continuations of each question."""
+    """Return a list for each question, with the score of each of its choices behind the context.
+
+    Raise `ValueError` for a choice that has no tokens, or more than the model has positions.
+    """
     pairs = []
     for question in questions:
         for choice in question.choices:
@@ -165,6 +183,10 @@ def _scores(model: GPTForCausalLM, tokenizer: Tokenizer, questions: Sequence[Que
 
 
 def _text(path: Path, place: str, row: Row, column: str) -> str:
+    """Return the text in a column of a row. Raise `ValueError` if the column is missing or holds no text.
+
+    `place` says where in the file at `path` the row is, for the message.
+    """
     value = _value(path, place, row, column)
     if not isinstance(value, str):
         raise ValueError(f"{path}, {place}: column {column!r} holds {value!r:.60}; expected a text")
@@ -172,7 +194,11 @@ def _text(path: Path, place: str, row: Row, column: str) -> str:
 
 
 def _choices(path: Path, place: str, row: Row, columns: str) -> list[str]:
-    """Return the endings of a row: a list in one column, or several columns, named with commas between them."""
+    """Return the endings of a row: a list in one column, or several columns, named with commas between them.
+
+    Raise `ValueError` if a column is missing, or if these are not two texts or more. `place` says where in the file at
+    `path` the row is, for the message.
+    """
     names = [columns] if columns in row else columns.split(",")
     found = [_value(path, place, row, name) for name in names]
     choices = found[0] if len(found) == 1 else found
@@ -184,6 +210,11 @@ def _choices(path: Path, place: str, row: Row, columns: str) -> list[str]:
 
 
 def _number(path: Path, place: str, row: Row, column: str, count: int) -> int:
+    """Return the integer from 0 to `count` - 1 in a column of a row: the index of the right one of `count` choices.
+
+    Raise `ValueError` for a missing column and for any other value. `place` says where in the file at `path` the row
+    is.
+    """
     value = _value(path, place, row, column)
     text = str(value).strip()
     if isinstance(value, bool) or not text.isdecimal() or int(text) >= count:
@@ -195,12 +226,17 @@ def _number(path: Path, place: str, row: Row, column: str, count: int) -> int:
 
 
 def _value(path: Path, place: str, row: Row, column: str) -> object:
+    """Return the value in a column of a row. Raise `ValueError` if the row has no such column.
+
+    `place` says where in the file at `path` the row is, for the message.
+    """
     if column not in row:
         raise ValueError(f"{path}, {place}: {no_column(column, row)}")
     return row[column]
 
 
 def _some(path: Path, questions: list[Question]) -> list[Question]:
+    """Return `questions`. Raise `ValueError` if there are none, because the file at `path` has no row."""
     if not questions:
         raise ValueError(f"{path}: has no row; expected one or more")
     return questions

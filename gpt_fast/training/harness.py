@@ -46,7 +46,10 @@ class GPTFastLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """Return the token that ends a text, which the harness puts before a text without context, too."""
+        """Return the id of the token that ends a text: the model's end token, or else its start token.
+
+        Raise `ValueError` if the model has neither.
+        """
         config = self.model.config
         token = config.start_token if config.end_token is None else config.end_token
         if token is None:
@@ -55,14 +58,18 @@ class GPTFastLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Return the token before a text without context."""
+        """Return the id of the token that precedes a text without context: the start token, or else the end token."""
         return self.eot_token_id if self.model.config.start_token is None else self.model.config.start_token
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return the ids of a text, without special tokens."""
+        """Return the token ids of `string`. No special tokens are added, whatever `add_special_tokens` says."""
         return encode(self.ids, string)
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+        """Return (log-likelihood, True if greedy decoding would write it) of each request's continuation.
+
+        A request is ((context, continuation), ids of the context, ids of the continuation).
+        """
         pairs = [(context, continuation) for _, context, continuation in requests]
         scores = score_continuations(self.model, pairs, self.batch_size)
         found = [(score.log_prob, score.is_greedy) for score in scores]
@@ -71,7 +78,10 @@ class GPTFastLM(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of each whole text, in windows as the harness cuts them."""
+        """Return the log-likelihood of each request's text, summed over disjoint windows as the harness cuts them.
+
+        A request's `args` are (text,). `disable_tqdm` is ignored.
+        """
         pairs, counts = [], []
         for request in requests:
             (text,) = request.args
@@ -85,10 +95,17 @@ class GPTFastLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return what the model writes behind each context, up to the first stop sequence."""
+        """Return the text that the model writes behind each request's context, up to the first stop sequence.
+
+        A request's `args` are (context, options of generation). `disable_tqdm` is ignored.
+        """
         return [self._written(*request.args) for request in requests]
 
     def _written(self, context: str, options: dict[str, Any]) -> str:
+        """Return the text that the model writes behind `context`, up to a stop sequence or the end token.
+
+        `options` are the harness's: "until", the stop sequences; "max_gen_toks"; "do_sample"; and "temperature".
+        """
         asked: Any = normalize_gen_kwargs(options)
         room = min(asked["max_gen_toks"], self.max_length - 1)
         temperature = asked["temperature"] if asked["do_sample"] else 0.0

@@ -29,7 +29,11 @@ Mask = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 
 def masker(tokenizer: Tokenizer, config: GPTConfig) -> Mask:
-    """Return `mask_tokens` for this vocabulary."""
+    """Return a function that hides tokens for masked language modelling: `mask_tokens` for this vocabulary.
+
+    It takes token ids [B, T] and a generator and returns (inputs, labels). Raise `ValueError` if `config` has no mask
+    token.
+    """
     special = set(special_ids(tokenizer).values())
     ordinary = torch.tensor([i for i in sorted(tokenizer.get_vocab(True).values()) if i not in special])
     return partial(mask_tokens, mask_token=special_token(config, "mask_token"), ordinary=ordinary)
@@ -38,10 +42,11 @@ def masker(tokenizer: Tokenizer, config: GPTConfig) -> Mask:
 def lm_batch(
     tokens: Tensor, mask: Mask | None, generator: torch.Generator, document_token: int | None, pieces: int = 1
 ) -> Batch:
-    """Return windows `[B, T]` as next-token prediction, or with `mask` as hidden-token prediction.
+    """Return windows of token ids `[B, T]` as a batch for next-token prediction, or with `mask` for masked prediction.
 
-    With `document_token` they are packed into one row whose documents do not see each other. Each window is cut into
-    `pieces`, which are windows of their own.
+    Each window is first cut into `pieces` shorter windows of equal length. `mask` is a function as `masker` returns it,
+    and draws from `generator`. If `document_token`, the id that begins a document, is given, the windows are packed
+    into one row, in which attention does not cross documents.
     """
     length = tokens.shape[1] // pieces
     if mask is None:
@@ -57,7 +62,7 @@ def lm_batch(
 
 
 def check_division(batch_size: int, parts: int, ranks: int) -> None:
-    """Raise `ValueError` for a batch that cannot be divided evenly."""
+    """Raise `ValueError` unless `batch_size` is a multiple of `parts` · `ranks`: `parts` micro-batches on each rank."""
     if batch_size % (parts * ranks):
         among = f"{parts} parts" + (f" on each of {ranks} ranks" if ranks > 1 else "")
         raise ValueError(
@@ -90,6 +95,7 @@ class WindowSource:
         check_division(self.batch_size, self.parts, self.ranks)
 
     def __call__(self, step: int) -> Sequence[Batch]:
+        """Return this rank's micro-batches of update `step`, counted from 0."""
         each = self.batch_size // (self.parts * self.ranks)
         first = step * self.batch_size + self.rank * self.parts * each
         pieces = 1 if step >= self.warmup else 2 if 2 * step >= self.warmup else 4
@@ -97,6 +103,7 @@ class WindowSource:
         return [self._part(range(begin, begin + each), pieces) for begin in begins]
 
     def _part(self, positions: Sequence[int], pieces: int) -> Batch:
+        """Return the batch of the windows at `positions` of the shuffled stream, each cut into `pieces` windows."""
         order = WindowOrder(len(self.stream), self.seq_len, self.seed)
         tokens = self.stream.windows([order.start(position) for position in positions], self.seq_len)
         # One generator for each part would give other masks to other divisions of the same windows.
@@ -107,7 +114,11 @@ class WindowSource:
 def mask_each(
     tokens: Tensor, generator: torch.Generator, *, mask: Mask, seed: int, positions: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Hide tokens of each row by a generator seeded with the row's position."""
+    """Return (inputs, labels), both [B, T]: `mask` applied to each row of `tokens` by itself.
+
+    The generator is seeded with `seed` and the row's position in `positions`. So a window's masks do not depend on the
+    batch that it is in.
+    """
     rows = [
         mask(row[None], generator.manual_seed(mix(seed, position, 2) >> 1))
         for row, position in zip(tokens, positions, strict=True)
@@ -140,9 +151,13 @@ def read_lm_data(
     text_column: str = "text",
     raw_dtype: str | None = None,
 ) -> LMData:
-    """Map token files, or tokenise in memory the text of `paths` or of the standard library.
+    """Return the data of a language model: token files (.bin) mapped into memory, or text that is tokenised here.
 
-    Without a named `tokenizer` it is bpe. Rank 0 makes the tokenizer, and reads token files through once to check them.
+    `paths` are either token files or text; without paths, the text is the standard library's. `tokenizer` is "bpe",
+    "byte", "char" or a path. If it is None, text gets a new BPE tokenizer of `bpe_size` tokens, and token files take
+    the tokenizer.json beside them. Rank 0 of `ranks` makes the tokenizer and reads token files through once to check
+    them. `text_column` is the column of a table with the text. `raw_dtype`, "uint16" or "uint32", is the dtype of token
+    files without a header. Raise `ValueError` if the files are damaged or the arguments do not fit them.
     """
     files = token_files(paths)
     if files:
@@ -166,6 +181,12 @@ def read_lm_data(
 
 
 def _read_token_files(paths: Sequence[Path], named: str | None, ranks: World, raw_dtype: str | None) -> LMData:
+    """Return the data of a language model from token files, mapped into memory and checked against their tokenizer.
+
+    `named` is the path of the tokenizer, or None for the tokenizer.json beside the first file. `raw_dtype` is the dtype
+    of files without a header. Rank 0 of `ranks` reads the files through to check them. Raise `ValueError` if a check
+    fails.
+    """
     if named in ("bpe", "byte", "char"):
         raise ValueError(f"--tokenizer {named}: {paths[0]} holds tokens already; expected their tokenizer.json")
     files = [read_token_file(path, raw_dtype) for path in paths]
@@ -190,6 +211,7 @@ def _read_token_files(paths: Sequence[Path], named: str | None, ranks: World, ra
 
 
 def crc(stream: TokenStream) -> int:
+    """Return the CRC-32 of all tokens of a stream."""
     value = 0
     for array in stream.arrays:
         value = zlib.crc32(np.ascontiguousarray(array).data, value)
@@ -197,4 +219,5 @@ def crc(stream: TokenStream) -> int:
 
 
 def _count(documents: list[Document], stream: TokenStream) -> str:
+    """Return "N documents with M tokens" for a message, where `stream` holds the tokens of `documents`."""
     return f"{len(documents):,} documents with {len(stream):,} tokens"

@@ -46,7 +46,11 @@ class Spikes:
     variance: float = 0.0
 
     def see(self, loss: float) -> bool:
-        """Take the next loss. Return True if it is a spike."""
+        """Add the loss of the next update to the running mean and variance. Return True if the loss is a spike.
+
+        A spike lies six standard deviations above the mean, after the first fifty losses. A loss that is not finite is
+        ignored.
+        """
         if not math.isfinite(loss):
             return False
         limit = self.mean + THRESHOLD * math.sqrt(self.variance)
@@ -110,16 +114,18 @@ class LoopState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LoopState:
+        """Return the state with the fields in `values`, a dict by `dataclasses.asdict` that a checkpoint holds."""
         return cls(**(values | {"spikes": Spikes(**values["spikes"])}))
 
 
 def intervals(
     steps: int, validations: int, log_every: int | None = None, valid_every: int | None = None
 ) -> dict[str, int]:
-    """Return `log_every` for some fifty lines, or one every hundred updates of a long run, and `valid_every`.
+    """Return {"log_every", "valid_every"}: the updates between two lines of metrics.jsonl and between two validations.
 
-    Unless it is given, `valid_every` is a multiple of `log_every`, so that every line of metrics.jsonl covers the same
-    number of updates.
+    Values that are given are kept. By default a run of `steps` updates logs some fifty lines, or one every hundred
+    updates if it is long, and validates about `validations` times, at a multiple of `log_every`, so that every line
+    covers the same number of updates.
     """
     log_every = log_every if log_every is not None else min(100, max(1, steps // 50))
     regular = log_every * max(1, round(steps / validations / log_every))
@@ -164,7 +170,12 @@ class Loop:
         self._trackers: list[Tracked] | None = None
 
     def resume(self) -> None:
-        """Load the newest intact checkpoint. Without one, the loop begins at the beginning."""
+        """Load the newest intact checkpoint of the run folder. Without a checkpoint, change nothing.
+
+        The model, the optimizer, the loop's state and the random generators continue where the checkpoint was saved,
+        and lines of metrics.jsonl after it are removed. Raise `ValueError` if the checkpoint belongs to a run on other
+        data.
+        """
         world, folder = self.engine.world, self.run_folder.checkpoints
         good = checkpoints.newest_good(folder, self.say) if world.first else None
         step = world.number(-1 if good is None else checkpoints.step_of(good[0]))
@@ -192,6 +203,11 @@ class Loop:
                 file.truncate(self.state.metrics_bytes)
 
     def run(self) -> Metrics:
+        """Train until `settings.steps` or `settings.patience` ends the run. Return the last line of metrics.jsonl.
+
+        Raise `Interrupted` after a signal, and `ValueError` if too many updates in a row have no finite loss and
+        gradient.
+        """
         state, settings, world = self.state, self.settings, self.engine.world
         sent = self._send() if self._continues() else None  # what is wrong with data shows here
         if world.first:
@@ -222,22 +238,30 @@ class Loop:
                 tracker.close(end)
 
     def _continues(self) -> bool:
-        """Return True if an update is left, and validations did not stop getting better."""
+        """Return True if updates are left and fewer than `settings.patience` validations were without progress."""
         patience = self.settings.patience
         return self.state.step < self.settings.steps and (patience is None or self.state.stale < patience)
 
     def _trace(self) -> AbstractContextManager[Any]:
-        """Return the profiler of the updates to come, or a context of None. One rank's trace shows what all do."""
+        """Return a profiler of the remaining updates on rank 0 with --profile, else a context that yields None.
+
+        The trace of rank 0 shows what all ranks do.
+        """
         updates = self.settings.steps - self.state.step if self._continues() else 0
         if not self.settings.profile or not self.engine.world.first or updates == 0:
             return nullcontext()
         return trace(self.run_folder.folder, updates, self.say)
 
     def _send(self) -> Sent:
+        """Start copying this rank's micro-batches of the next update to the device."""
         return self.engine.send(self.source(self.state.step))
 
     def _update(self, sent: Sent) -> Sent | None:
-        """Make one update. Return the parts of the next one if they were sent beside it, which only helps a GPU."""
+        """Make one update on the micro-batches in `sent`. Then log, validate, save and stop as the settings ask.
+
+        Return the handle of the next update's micro-batches if their copy was started beside this update, else None.
+        That only helps a GPU. Raise `Interrupted` after a signal.
+        """
         settings, state, engine = self.settings, self.state, self.engine
         began = time.perf_counter()
         lr = settings.lr * settings.schedule(state.step)
@@ -266,14 +290,21 @@ class Loop:
         return ahead
 
     def _asked_to_stop(self, may_wait: bool) -> bool:
-        """Return True if the ranks stop. They get signals at different times, so they agree where they wait anyway."""
+        """Return True if a signal has asked any rank to stop.
+
+        Signals reach the ranks at different times, so several ranks have to agree. They do so only if `may_wait`, in
+        updates after which the ranks wait for each other anyway; otherwise the result is False.
+        """
         asked = self.stop.signum is not None
         if self.engine.world.size == 1:
             return asked
         return may_wait and self.engine.world.anyone(asked)
 
     def _settle(self) -> None:
-        """Read losses off the device and look at each."""
+        """Read the losses of past updates off the device, and count skipped updates and spikes among them.
+
+        Raise `ValueError` if more than `settings.max_skips` updates in a row were skipped.
+        """
         state = self.state
         if not self._pending:
             return
@@ -298,7 +329,11 @@ class Loop:
             self._shown = math.fsum(state.losses) / len(state.losses)
 
     def _give_up(self, step: int, loss: float) -> None:
-        """Save the batch of the first update that failed, and raise."""
+        """Save the batch of update `step`, the first of several that were skipped, and raise `ValueError`.
+
+        The batch goes to bad-batch.safetensors in the run folder. `loss` is the loss of the latest update, for the
+        message.
+        """
         path = self.run_folder.folder / "bad-batch.safetensors"
         if self.engine.world.first:
             tensors = {
@@ -316,13 +351,20 @@ class Loop:
 
     @property
     def _rate(self) -> float:
+        """Return the tokens per second of all ranks since the last line of metrics.jsonl."""
         return self._tokens / self._seconds if self._seconds else 0.0
 
     def _mfu(self, rate: float) -> float | None:
+        """Return the share of the peak FLOP/s used at `rate` tokens per second, or None if the peak is unknown."""
         peak = self.settings.peak_flops
         return rate * self.settings.flops_per_token / (peak * self.engine.world.size) if peak else None
 
     def _log(self, lr: float, norm: float, validates: bool) -> Metrics:
+        """Write a line to metrics.jsonl and to the trackers, and return it. Run a validation before if `validates`.
+
+        `lr` and `norm` are the learning rate and the gradient's norm before clipping, of the last update. The mean loss
+        and the rates of the next line begin anew.
+        """
         state, rate = self.state, self._rate
         mean = math.fsum(state.losses) / len(state.losses) if state.losses else math.nan
         line: Metrics = {"step": state.step, "train_loss": mean, "lr": lr, "grad_norm": norm, "tokens_per_second": rate}
@@ -351,6 +393,10 @@ class Loop:
         return line
 
     def _keep_best(self, line: Metrics) -> None:
+        """Save the model to best/ if the validation in `line` is the best so far, else count it as no progress.
+
+        Do nothing for a run without `better`, which does not compare validations.
+        """
         if self.better is None:
             return
         key = list(self.better(line))
@@ -364,7 +410,10 @@ class Loop:
             self.state.stale += 1
 
     def _save_last(self) -> None:
-        """Write the checkpoint that more steps would resume from. The run does without it where the disk is full."""
+        """Save the checkpoint from which more steps could be resumed, unless it exists already.
+
+        If it cannot be written, for example to a full disk, only tell the user.
+        """
         if checkpoints.step_of(next(checkpoints.newest_first(self.run_folder.checkpoints), None)) == self.state.step:
             return
         try:
@@ -373,7 +422,7 @@ class Loop:
             self.say(f"{error}; without this checkpoint the run cannot be resumed for more steps")
 
     def save(self) -> None:
-        """Save a checkpoint of this moment."""
+        """Save a checkpoint of the current update in the run folder, which from then on stays whatever happens."""
         world = self.engine.world
         self._settle()
         self.state.tokens += self._tokens

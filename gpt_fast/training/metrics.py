@@ -22,10 +22,10 @@ LONGEST_SPAN = 30  # tokens, as in the code of BERT
 
 
 def lm_loss(model: nn.Module, batches: Sequence[Batch], world: World | None = None) -> float:
-    """Return the mean loss in nats per predicted token over `batches`, of which each rank takes its share.
+    """Return the mean loss in nats per predicted token over `batches`, which the ranks of `world` divide among them.
 
-    All ranks call the model the same number of times, as FSDP needs. A rank with less to do repeats a batch that does
-    not count.
+    FSDP needs all ranks to call the model equally often. So a rank that has no batch left evaluates the first batch
+    again, with weight 0. Without `world`, one process evaluates all batches.
     """
     world = world or World()
     totals = torch.zeros(2, dtype=torch.float64)
@@ -41,7 +41,10 @@ def lm_loss(model: nn.Module, batches: Sequence[Batch], world: World | None = No
 
 
 def predictions(model: nn.Module, examples: Sequence[Example], pad_token: int, batch_size: int) -> Tensor:
-    """Return a task head's logits [N, K] for every example, or a regressor's values [N, 1]."""
+    """Return the logits [N, K] of a head with K classes for N examples, or the values [N, 1] of a regression head.
+
+    The result is float32 on the CPU. Examples are padded with `pad_token` into batches of `batch_size`.
+    """
     logits = []
     device = next(model.parameters()).device
     with evaluating(model), torch.no_grad():
@@ -52,7 +55,12 @@ def predictions(model: nn.Module, examples: Sequence[Example], pad_token: int, b
 
 
 def row_predictions(model: nn.Module, examples: Sequence[Example], pad_token: int, batch_size: int) -> list[Tensor]:
-    """Return each example's logits without padding: `[T, K]` of a tagger, `[2, T]` of a model that finds spans."""
+    """Return the logits of each example, float32 on the CPU, without those of padding.
+
+    For an example of T tokens they are [T, K] from a `GPTForTokenClassification` with K classes, and [2, T] from a
+    `GPTForQuestionAnswering`: the scores of each token as the first and as the last of the answer. Examples are padded
+    with `pad_token` into batches of `batch_size`.
+    """
     found: list[Tensor] = []
     device = next(model.parameters()).device
     with evaluating(model), torch.no_grad():
@@ -67,10 +75,11 @@ def row_predictions(model: nn.Module, examples: Sequence[Example], pad_token: in
 
 
 def multi_label_metrics(logits: Tensor, labels: Tensor) -> Metrics:
-    """Return loss, accuracy (of whole rows), macro and micro F1 of the classes with a logit above 0 in `logits` [N, K].
+    """Return the metrics of a task in which a row may have several classes, and of a baseline.
 
-    The baseline is the accuracy and macro F1 of always answering the commonest row of `labels` [N, K], which has 0 and
-    1.
+    `logits` are [N, K]; a logit above 0 predicts its class. `labels` [N, K] hold 1 for each class of a row and 0 for
+    every other. The keys are "loss", "accuracy" (the share of rows with all classes right), "macro_f1", "micro_f1" and
+    "examples". "majority_accuracy" and "majority_macro_f1" are those of always answering the commonest row of `labels`.
     """
     from torchmetrics.classification import MultilabelF1Score
 
@@ -90,9 +99,11 @@ def multi_label_metrics(logits: Tensor, labels: Tensor) -> Metrics:
 
 
 def tag_metrics(logits: Sequence[Tensor], rows: Sequence[Example], names: Sequence[str]) -> Metrics:
-    """Return the metrics of classes over all words of all rows.
+    """Return the metrics of a tagger: those of `classification_metrics` over all tagged words of all rows.
 
-    Where the tags are B-X, I-X and O, the F1 of the entities that they mark is added.
+    `logits` are [T, K] for each row of T tokens, and `row.tags` is the class of each token, or -100 where none counts.
+    `names` are the names of the K classes. "words" and "examples" are the numbers of tagged words and of rows. If all
+    names are O, B-X or I-X, "entity_f1" is added: the F1 of whole entities.
     """
     tags = [torch.tensor(row.tags) for row in rows]
     counted = [(scores[which != IGNORE], which[which != IGNORE]) for scores, which in zip(logits, tags, strict=True)]
@@ -108,9 +119,10 @@ def tag_metrics(logits: Sequence[Tensor], rows: Sequence[Example], names: Sequen
 
 
 def entities(tags: Sequence[str]) -> list[tuple[int, int, str]]:
-    """Return (first word, last word, kind) of each entity that B-X, I-X and O mark.
+    """Return (first word, last word, kind) of each entity that the tags of one sequence of words mark.
 
-    An I-X behind another kind, or behind O, begins an entity, as in CoNLL's own script.
+    The tag B-X begins an entity of kind X, I-X continues one, and O is outside of any. An I-X that does not follow an
+    entity of kind X begins one, as in CoNLL's own script.
     """
     found: list[tuple[int, int, str]] = []
     before = ""
@@ -125,10 +137,10 @@ def entities(tags: Sequence[str]) -> list[tuple[int, int, str]]:
 
 
 def span_metrics(logits: Sequence[Tensor], rows: Sequence[Example]) -> Metrics:
-    """Return "loss", "exact_match", "word_f1" and "examples" of a model that finds spans.
+    """Return "loss", "exact_match", "word_f1" and "examples" of a model that finds the span of an answer in a text.
 
-    `logits` are [2, T] for each row: the scores of each position as the first and as the last of the answer. The loss
-    is the mean over the rows whose answer was not cut off, NaN if there are none. Exact match and the F1 of words are
+    `logits` are [2, T] for each row: the scores of each token as the first and as the last of the answer. The loss is
+    the mean over the rows whose answer was not cut off, NaN if there are none. Exact match and the F1 of words are
     means over all rows, in [0, 1].
     """
     losses = []
@@ -146,9 +158,10 @@ def span_metrics(logits: Sequence[Tensor], rows: Sequence[Example]) -> Metrics:
 
 
 def span_text(logits: Tensor, row: Example) -> str:
-    """Return the likeliest answer of at most `LONGEST_SPAN` tokens, given `logits` [2, T].
+    """Return the likeliest answer of at most `LONGEST_SPAN` tokens, as a part of the row's text.
 
-    The result is "" if none is likelier than no answer, which is the span of the last token.
+    `logits` [2, T] are the scores of each token as the first and as the last of the answer. The result is "" if no span
+    scores higher than the last token, which stands for "no answer".
     """
     context = row.context
     assert context is not None
@@ -166,10 +179,11 @@ def span_text(logits: Tensor, row: Example) -> str:
 
 
 def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
-    """Return loss, accuracy, macro and micro F1 and Matthews' correlation of `logits` [N, K].
+    """Return the metrics of a classifier for `logits` [N, K] and classes `labels` [N], and of a baseline.
 
-    The baseline is the accuracy and macro F1 of always answering the commonest label of `labels` [N]: no constant
-    answer does better on them.
+    The keys are "loss", "accuracy", "macro_f1", "micro_f1", "matthews" (see `matthews`) and "examples".
+    "majority_accuracy" and "majority_macro_f1" are those of always answering the commonest label; no constant answer
+    has higher ones.
     """
     from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
@@ -190,7 +204,7 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
 
 
 def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return how often class i was taken for class j [K, K]."""
+    """Return counts [K, K] for `logits` [N, K], `labels` [N]: how many examples of class i were taken for class j."""
     from torchmetrics.classification import MulticlassConfusionMatrix
 
     return MulticlassConfusionMatrix(logits.shape[1])(logits, labels)
@@ -199,8 +213,8 @@ def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
 def matthews(counts: Tensor) -> float:
     """Return Matthews' correlation of a confusion matrix `[K, K]`, 0 where all labels or all answers are one class.
 
-    torchmetrics has another value there, 0.09 of 40 right answers in 60, which no constant answer deserves. Source:
-    Gorodkin (2004), "Comparing two K-category assignments by a K-category correlation coefficient".
+    In that case torchmetrics returns another value, such as 0.09 for 40 right answers of 60, which no constant answer
+    deserves. Source: Gorodkin (2004), "Comparing two K-category assignments by a K-category correlation coefficient".
     """
     counts = counts.double()
     truth, answers, total = counts.sum(1), counts.sum(0), counts.sum()
@@ -209,10 +223,10 @@ def matthews(counts: Tensor) -> float:
 
 
 def regression_metrics(values: Tensor, targets: Tensor) -> Metrics:
-    """Return mean squared error, Pearson's and Spearman's correlation of `values` [N].
+    """Return "mse", "pearson" and "spearman" of `values` [N] against `targets` [N], "mean_mse" and "examples".
 
-    The baseline is the error of always answering the mean of `targets` [N], which is their variance. Without spread in
-    either there is no correlation.
+    "mean_mse" is the baseline: the error of always answering the mean of `targets`, which is their variance. The two
+    correlations are missing if there is one row, or if all values or all targets are equal.
     """
     from torchmetrics import MeanSquaredError, PearsonCorrCoef
     from torchmetrics.functional import spearman_corrcoef
@@ -229,9 +243,10 @@ def regression_metrics(values: Tensor, targets: Tensor) -> Metrics:
 
 
 def answer_metrics(loss: float, tokens: int, size: int, examples: int) -> Metrics:
-    """Return loss in nats per token, perplexity and bits per byte of answers.
+    """Return "loss", "perplexity", "bits_per_byte" and "examples" of answers that a language model is to write.
 
-    The answers have `tokens` tokens, their end tokens included, and `size` bytes.
+    `loss` is in nats per token. All expected answers together have `tokens` tokens, their end tokens included, and
+    `size` bytes.
     """
     return {
         "loss": loss,
@@ -242,9 +257,10 @@ def answer_metrics(loss: float, tokens: int, size: int, examples: int) -> Metric
 
 
 def generated_metrics(answers: Sequence[str], wanted: Sequence[str]) -> Metrics:
-    """Return exact match and the F1 of words, in [0, 1], as SQuAD counts them: without case, articles and punctuation.
+    """Return {"exact_match", "word_f1"}: how well the texts `answers` agree with the texts `wanted`, in [0, 1].
 
-    A row whose answer is empty counts 1 for an empty text and 0 for any other.
+    Both are means over the pairs. As in SQuAD, case, articles and punctuation do not count. Where the wanted text is
+    empty, an empty answer counts 1 and any other 0.
     """
     from torchmetrics.text import SQuAD
 
@@ -266,4 +282,5 @@ def generated_metrics(answers: Sequence[str], wanted: Sequence[str]) -> Metrics:
 
 
 def perplexity(loss: float) -> float:
+    """Return exp(`loss`) for a loss in nats per token, or infinity for a loss of 700 or more, which would overflow."""
     return math.exp(loss) if loss < 700 else math.inf

@@ -24,7 +24,11 @@ TRAIN, VALID, BASELINE = "#9db4c9", "#1f5a94", "#b5562b"
 
 
 def plot_language_model(metrics: list[dict[str, float]], entropy: float, title: str, path: Path) -> None:
-    """Plot training and validation loss over the updates, and the unigram entropy, from which both start."""
+    """Plot training and validation loss over the updates, with a line at `entropy`, and write a PNG to `path`.
+
+    `metrics` holds the lines of a run's metrics.jsonl. `entropy` is the unigram entropy of the held-out text, the loss
+    of a model that knows the frequency of each token alone.
+    """
     with _picture(path, 7.5, 4.6) as figure:
         axes = figure.add_subplot()
         _curve(axes, metrics, "train_loss", TRAIN, "training")
@@ -36,7 +40,11 @@ def plot_language_model(metrics: list[dict[str, float]], entropy: float, title: 
 def plot_task(
     metrics: list[dict[str, float]], score: str, baseline: float | None, unit: str, title: str, path: Path
 ) -> None:
-    """Plot the training loss on the left, and on the right `score` on the validation rows with a constant answer's."""
+    """Plot the training loss on the left and a metric of the validation rows on the right, and write a PNG to `path`.
+
+    `metrics` holds the lines of a run's metrics.jsonl, `score` names the metric's field in them, and `unit` labels its
+    axis. `baseline` is the metric of a model that always gives the same answer, drawn as a line unless it is None.
+    """
     with _picture(path, 10, 4.4) as figure:
         left, right = figure.subplots(1, 2)
         _curve(left, metrics, "train_loss", TRAIN, "training")
@@ -49,7 +57,11 @@ def plot_task(
 
 
 def plot_confusion(counts: list[list[int]], names: Sequence[str], title: str, path: Path) -> None:
-    """Plot a matrix with the true labels as rows and the answers as columns. The colour is the share of a row."""
+    """Plot a confusion matrix, with the true classes as rows and the predicted classes as columns, as a PNG at `path`.
+
+    `counts[i][j]` is the number of examples of class i that the model took for class j. The colour of a cell is its
+    share of the row. For at most 30 classes, the count is written in the cell.
+    """
     K = len(names)
     size = min(16.0, 3.0 + 0.45 * K)
     with _picture(path, size + 1, size) as figure:
@@ -71,7 +83,10 @@ def plot_confusion(counts: list[list[int]], names: Sequence[str], title: str, pa
 
 
 def plot_runs(runs: Sequence[tuple[str, list[dict[str, float]]]], field: str, path: Path) -> None:
-    """Plot one field of several runs over the updates, each a curve in a colour of its own."""
+    """Plot the metric `field` of several runs over the updates, a coloured curve for each run, as a PNG at `path`.
+
+    `runs` has for each run its name and the lines of its metrics.jsonl.
+    """
     with _picture(path, 8, 5) as figure:
         axes = figure.add_subplot()
         for index, (name, metrics) in enumerate(runs):
@@ -92,10 +107,10 @@ def shown(text: str, width: int) -> str:
 
 @contextmanager
 def _picture(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """Yield a figure to draw in, then write it to `path` as a whole.
+    """Yield a figure of `width` by `height` inches to draw in, then write it as a PNG that replaces `path` atomically.
 
-    Text is text: to matplotlib a label with two `$` is mathematics, and a syntax error if it does not parse. The font
-    lacks many scripts; a box in place of a letter needs no warning.
+    Labels are plain text: matplotlib would take a label with two `$` for mathematics, and raise an error if it does not
+    parse. The font lacks many scripts, and a box in place of a letter needs no warning.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -114,6 +129,7 @@ def _picture(path: Path, width: float, height: float) -> Iterator[Figure]:
 
 
 def _curve(axes: Axes, metrics: list[dict[str, float]], field: str, color: str, label: str, marker: str = "") -> None:
+    """Draw `field` over "step" for the lines of `metrics` that have it. The legend has `label` and the last value."""
     points = [(line["step"], line[field]) for line in metrics if field in line]
     steps, values = zip(*points, strict=True)
     axes.plot(
@@ -122,10 +138,12 @@ def _curve(axes: Axes, metrics: list[dict[str, float]], field: str, color: str, 
 
 
 def _baseline(axes: Axes, value: float, label: str) -> None:
+    """Draw a dashed horizontal line at `value`, which the legend calls `label`."""
     axes.axhline(value, color=BASELINE, linewidth=1.4, linestyle=(0, (5, 3)), label=label)
 
 
 def _finish(axes: Axes, title: str, unit: str) -> None:
+    """Set the title, the axes' labels, the grid and the legend of a plot. `unit` labels the vertical axis."""
     axes.set_title(shown(title, 70), loc="left", fontsize=11)
     axes.set_xlabel("updates")
     axes.set_ylabel(unit)

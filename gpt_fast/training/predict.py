@@ -36,6 +36,7 @@ class Prediction:
     probabilities: dict[str, float] | None = None
 
     def columns(self) -> Row:
+        """Return the columns that the prediction adds to a row: "prediction" and, for one class, "probability"."""
         if self.probabilities is None or self.answer not in self.probabilities:
             return {"prediction": self.answer}
         return {"prediction": self.answer, "probability": self.probabilities[str(self.answer)]}
@@ -51,10 +52,12 @@ def predict(
     max_new_tokens: int | None = None,
     options: RowOptions = PLAIN,
 ) -> tuple[TaskSettings, Table, list[Prediction]]:
-    """Return the run's task, the input, and the prediction for each row of a table, or for one row of `texts`.
+    """Return (task, table, predictions): the task of the run in `folder`, the rows it answered, and an answer for each.
 
-    Columns are those of training unless given. A model that writes adds at most `max_new_tokens`, by default 100 or
-    half of the positions it has.
+    The rows are those of the table `data`, or else one row made of `texts`: the text, then its pair or its choices.
+    Columns that are None are those of the training. `options` say how to read the table. A model that answers in text
+    writes at most `max_new_tokens` tokens, by default 100 or half of its positions if that is less. Raise `ValueError`
+    for a run without a task.
     """
     model, record = load_run(folder, device), read_record(folder)
     task = run_task(model, record)
@@ -76,6 +79,11 @@ def predict(
 
 
 def one_row(texts: Sequence[str], task: TaskSettings, names: Sequence[str]) -> Table:
+    """Return a table of one row without a label: the first of `texts` is its text, the rest its pair or choices.
+
+    Raise `ValueError` for another number of texts than the task reads. In multiple choice, that is one for each of
+    `names`, the letters of the choices.
+    """
     choices = task.name == "multiple-choice"
     pairs, wanted = len(texts) - 1, len(names) if choices else len(task.pair_columns)
     if pairs != wanted:
@@ -88,6 +96,12 @@ def one_row(texts: Sequence[str], task: TaskSettings, names: Sequence[str]) -> T
 def answer(
     model: Head, folder: Path, table: Table, task: TaskSettings, names: Sequence[str], max_new_tokens: int | None
 ) -> list[Prediction]:
+    """Return the model's prediction for each row of `table`.
+
+    `folder` is the model's run folder, from which the tokenizer is read. `names` are the names of the task's classes. A
+    model that answers in text writes at most `max_new_tokens` tokens, by default 100 or half of its positions if that
+    is less; raise `ValueError` if its positions do not allow that. Warn about rows that were cut off or are empty.
+    """
     tokenizer = run_tokenizer(folder, model)
     if isinstance(model, GPTForCausalLM):
         T = model.config.seq_len
@@ -122,17 +136,22 @@ def answer(
 
 
 def _counted(row: Example) -> Tensor:
-    """Return which tokens of a tagged row have a tag."""
+    """Return a bool tensor [T], True at the tokens of a tagged row that carry the tag of a word."""
     return torch.tensor(row.tags) != IGNORE
 
 
 def _warn(found: Sequence[str]) -> None:
+    """Issue each remark in `found` as a warning."""
     for remark in found:
         warnings.warn(remark, stacklevel=3)
 
 
 def check_target(out: Path, data: Path, options: RowOptions = PLAIN) -> None:
-    """Raise `ValueError` before any work if `out` cannot take the predictions."""
+    """Raise `ValueError` before any work if the predictions for `data` cannot be written to `out`.
+
+    The name of `out` has to end in a format of tables, and `data` may not have a column "prediction" or "probability".
+    `options` say how to read `data`.
+    """
     written_kind(out)
     for place, row in read_rows(data, options):
         if taken := [name for name in ADDED if name in row]:

@@ -40,14 +40,18 @@ SMALL_SIZES: dict[str, Any] = {"num_layers": 4, "num_heads": 4, "hidden_dim": 12
 
 
 def pretrain(settings: PretrainSettings, show: Show, say: Say, stop: Stop | None = None) -> Record:
-    """Train a language model and write its run folder. Return what goes into run.json."""
+    """Train a language model and write its run folder. Return the run's record, the content of run.json.
+
+    `show` gets the figures of each update for a progress display, and `say` gets lines for the user. `stop` tells
+    whether a signal has asked the run to end. Raise `ValueError` for settings that contradict each other.
+    """
     with wrong_on_every_rank():
         check(settings)
     return train(settings, _pretrain, show, say, stop)
 
 
 def check(settings: PretrainSettings) -> None:
-    """Validate what the settings alone tell, before any text is read."""
+    """Raise `ValueError` for settings that are wrong whatever the text holds. No text is read."""
     if settings.resume:
         _refuse_pipes(settings)
     check_division(settings.batch_size, settings.accumulate, int(os.environ.get("WORLD_SIZE", "1")))
@@ -67,7 +71,7 @@ def check(settings: PretrainSettings) -> None:
 
 
 def _check_names(settings: PretrainSettings) -> None:
-    """Raise `ValueError` for names that mean nothing, and for heads that the dimensions do not divide among."""
+    """Raise `ValueError` for an unknown preset or tokenizer, and if the heads do not divide the hidden dimension."""
     preset, tokenizer = settings.preset, settings.tokenizer
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"--preset {preset!r}: expected one of {', '.join(PRESETS)}{did_you_mean(preset, PRESETS)}")
@@ -83,7 +87,7 @@ def _check_names(settings: PretrainSettings) -> None:
 
 
 def _check_graph(settings: PretrainSettings) -> None:
-    """Raise `ValueError` for settings whose updates no graph can hold."""
+    """Raise `ValueError` if --graph is combined with options whose updates no CUDA graph can hold."""
     if not settings.graph:
         return
     if resolve_device(settings.device) == "cpu":
@@ -100,6 +104,7 @@ def _check_graph(settings: PretrainSettings) -> None:
 
 
 def _check_pieces(settings: PretrainSettings, seq_len: int) -> None:
+    """Raise `ValueError` if --window-warmup is given, which cuts windows into four, and 4 does not divide `seq_len`."""
     if settings.window_warmup and seq_len % 4:
         raise ValueError(
             f"--window-warmup {settings.window_warmup:g}: windows have {seq_len} positions; expected a multiple of 4, "
@@ -108,10 +113,10 @@ def _check_pieces(settings: PretrainSettings, seq_len: int) -> None:
 
 
 def _check_memory(settings: PretrainSettings, config: GPTConfig) -> None:
-    """Raise `ValueError` for a model, or a batch, that this machine cannot hold.
+    """Raise `ValueError` if the model, or one micro-batch of it, cannot fit into the memory of this machine.
 
-    Counted is what is certainly needed, in float32: weights, gradients and two moments where the CPU trains, weights
-    alone elsewhere, and the input of each block.
+    The estimate counts only what is certainly needed, in float32. On a CPU these are weights, gradients, two moments
+    and the input of each block. On a GPU, and with FSDP, these are the weights alone.
     """
     on_cpu = resolve_device(settings.device) == "cpu" and settings.strategy != "fsdp"
     numbers = (4 if on_cpu else 1) * config.trunk_parameters()
@@ -127,6 +132,10 @@ def _check_memory(settings: PretrainSettings, config: GPTConfig) -> None:
 
 
 def _pretrain(session: Session[PretrainSettings]) -> Record:
+    """Pre-train a language model, as a `Session` asks: read the data, make the model, train, write the run folder.
+
+    Return the run's record, the content of run.json.
+    """
     run, ranks, say = session.run, session.ranks, session.say
     if run.kept:  # the command may have omitted what the run began with
         _refuse_pipes(session.settings)
@@ -205,28 +214,36 @@ def _pretrain(session: Session[PretrainSettings]) -> Record:
 
 
 def _refuse_pipes(settings: PretrainSettings) -> None:
-    """Raise `ValueError` if a resumed run would read standard input or another pipe."""
+    """Raise `ValueError` if a file of --data is a pipe, such as standard input, which a resumed run cannot read."""
     for path in settings.data:
         if is_piped(path):
             raise ValueError(f"--resume: --data {path} is a pipe, whose text is gone once it was read; expected files")
 
 
 def _tokenizer_name(settings: PretrainSettings, folder: Path, resumed: bool) -> str | None:
-    """Return the folder whose tokenizer the run takes, or the one that the user named."""
+    """Return where the run's tokenizer comes from, or None if the user names none.
+
+    It is the run's own `folder` for a resumed run, else the folder of --from, else the value of --tokenizer.
+    """
     return str(folder) if resumed else str(settings.source) if settings.source else settings.tokenizer
 
 
 def _bpe_size(settings: PretrainSettings) -> int:
+    """Return the vocabulary size for a new BPE tokenizer: the preset's, or 4,096 without a preset."""
     return GPTConfig.preset(settings.preset).num_tokens if settings.preset else 4096
 
 
 def draw(folder: Path, record: Record, path: Path) -> None:
+    """Plot the losses of the run in `folder` as a PNG at `path`. `record` is the content of its run.json."""
     title = f"Pre-training ({record['objective']}): {record['data']}"
     plot_language_model(read_metrics(folder), record["unigram_entropy"], title, path)
 
 
 def make_model(settings: PretrainSettings, tokenizer: Tokenizer) -> Head:
-    """Return a new model, or this objective's head with the trunk and output layer of --from."""
+    """Return the model to train: a new one, or with --from the objective's head on that run's trunk and output layer.
+
+    Raise `ValueError` if --seq-len differs from the positions of the run of --from.
+    """
     head = OBJECTIVES[settings.objective]
     if settings.source is None:
         return head(make_config(settings, vocabulary_size(tokenizer), **special_ids(tokenizer)))
@@ -241,8 +258,9 @@ def make_model(settings: PretrainSettings, tokenizer: Tokenizer) -> Head:
 
 
 def make_config(settings: PretrainSettings, num_tokens: int, **tokens: int) -> GPTConfig:
-    """Return the preset with the sizes that were given.
+    """Return the configuration of the preset with the sizes that the user gave.
 
+    `num_tokens` is the vocabulary size, and `tokens` are the ids of special tokens by their field of `GPTConfig`.
     Without a preset, the result is GPT-2's block in a size that trains in minutes on a CPU.
     """
     given = {
@@ -260,13 +278,17 @@ def make_config(settings: PretrainSettings, num_tokens: int, **tokens: int) -> G
 def validation_batches(
     valid: TokenStream, seq_len: int, batch_size: int, mask: Mask | None, document_token: int | None
 ) -> list[Batch]:
-    """Return the same windows, behind the same masks, at every validation."""
+    """Return the batches of at most 128 windows of `valid`, the same windows with the same masks at every validation.
+
+    A window has `seq_len` tokens. `mask`, `document_token` and the form of the batches are those of `lm_batch`.
+    """
     windows: Tensor = lm_windows(valid, seq_len, VALID_WINDOWS)
     generator = torch.Generator().manual_seed(0)
     return [lm_batch(tokens, mask, generator, document_token) for tokens in windows.split(batch_size)]
 
 
 def validation(model: Head, batches: list[Batch], ranks: World) -> Metrics:
+    """Return {"valid_loss": loss}, the mean loss in nats per predicted token over `batches`, which the ranks divide."""
     return {"valid_loss": lm_loss(model, batches, ranks)}
 
 

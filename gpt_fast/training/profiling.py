@@ -16,7 +16,8 @@ WAIT, WARMUP, ACTIVE = 5, 2, 3  # updates that pass first, that warm the profile
 def trace(folder: Path, updates: int, say: Callable[[str], None]) -> profiler.profile:
     """Return a profiler that writes `profile.json` into `folder`. Call its `step` after each of `updates` updates.
 
-    A run of fewer updates than the profiler needs records its last ones.
+    It records three updates after the first seven. A run of fewer updates than that records its last ones. `say` gets
+    one line when the file is written.
     """
     active = min(ACTIVE, updates)
     warmup = min(WARMUP, updates - active)

@@ -59,7 +59,11 @@ class Session(Generic[S]):
     stop: Stop
 
     def make_model(self, make: Callable[[], Head]) -> Head:
-        """Return the model of `make` on this rank's device: every rank draws the same weights, then other dropout."""
+        """Return the model that `make()` returns, on this rank's device.
+
+        Every rank draws the same weights from the run's seed. Random numbers that are drawn later, as for dropout,
+        differ from rank to rank.
+        """
         torch.manual_seed(self.settings.seed)
         model = make().to(self.ranks.device)
         if self.ranks.rank:
@@ -85,10 +89,15 @@ class Session(Generic[S]):
         patience: int | None = None,
         save_best: Callable[[Head, Path], None] = Head.save_pretrained,
     ) -> Loop:
-        """Return the loop, at its beginning or at the checkpoint that it resumes from.
+        """Return the training loop, at its beginning or at the checkpoint that it resumes from.
 
-        A new run's folder gets settings, tokenizer and configuration. Checkpoints hold `record`, what a reader of a
-        stopped run has to know.
+        A new run's folder gets its settings, tokenizer and configuration. `source` maps the number of an update, from 0
+        on, to its micro-batches. `validate` returns the metrics of a validation, of which a run has about `validations`
+        unless `valid_every` sets the updates between them. `schedule` maps the number of an update to the factor of
+        `lr`. `identity` describes the data, which a resumed run has to read again. `record` is what a reader of a
+        stopped run has to know, so every checkpoint holds it. `better` maps metrics to a key that is larger for a
+        better model; `save_best` then saves the best model, and `patience` is how many validations in a row may be no
+        better. With `flops_per_token` the loop logs the MFU.
         """
         settings, run, ranks = self.settings, self.run, self.ranks
         engine = Engine(model, lr, EngineSettings.of(settings), ranks)
@@ -121,7 +130,7 @@ class Session(Generic[S]):
         return loop
 
     def facts(self, loop: Loop) -> Record:
-        """Return what the record of every training says."""
+        """Return the entries that run.json has after every training: settings, seconds, skipped updates and so on."""
         settings = self.settings
         return {
             "batch_size": settings.batch_size,
@@ -146,8 +155,9 @@ class Session(Generic[S]):
     ) -> None:
         """Write the weights, then run.json, which marks the folder as finished, then the pictures.
 
-        The result of `measure` goes into the record. It runs when the weights are safe. `write(folder)` writes other
-        weights than those of `model`, and returns their path.
+        run.json holds `record`, the result of `measure`, which runs when the weights are on disk, and the size and
+        SHA-256 of the weights. `pictures` maps the name of a file to a function that draws it at a path.
+        `write(folder)`, if given, writes other weights than those of `model` and returns their path.
         """
         folder = self.run.folder
         path = folder / "model.safetensors"
@@ -164,9 +174,11 @@ class Session(Generic[S]):
 
 
 def train(settings: S, body: Callable[[Session[S]], Record], show: Show, say: Say, stop: Stop | None) -> Record:
-    """Run `body` with the processes that torchrun started and the run folder in `settings.out`.
+    """Call `body` with a `Session`: the processes that torchrun started, and the run folder in `settings.out`.
 
-    Return its record, or the one of a finished run that need not be resumed.
+    Return the record that `body` returns. With --resume, return at once the record of a run that is finished and is not
+    asked for more steps. `show` and `say` are called on rank 0 only. Raise `ValueError` if the folder or the settings
+    do not allow the training.
     """
     out = settings.out
     trackers.require(settings.tracker)
@@ -201,7 +213,11 @@ def train(settings: S, body: Callable[[Session[S]], Record], show: Show, say: Sa
 
 
 def _resumed(settings: S, run: Run, ranks: World, show: Show, say: Say, stop: Stop) -> Session[S]:
-    """Return the session, with the settings that the run began with if it is resumed."""
+    """Return the `Session` of a training on the rank `ranks`, with the settings that the run is trained with.
+
+    For a resumed run they are those that it began with, and options that the user gave again have to agree. If these
+    options ask for more steps, the run folder is opened again for them.
+    """
     path = run.folder / SETTINGS
     saved = ranks.values(read_file(path) if run.kept else {})
     more = asks_for_more(settings, saved)
@@ -214,7 +230,11 @@ def _resumed(settings: S, run: Run, ranks: World, show: Show, say: Say, stop: St
 
 
 def check_optimizer(settings: TrainingSettings) -> None:
-    """Raise `ValueError` for options that the optimizer contradicts, before any data is read."""
+    """Raise `ValueError` for --muon-lr without --optimizer muon, and for a strategy or rate that Muon does not allow.
+
+    Muon needs whole matrices, so it does not work with --strategy fsdp. Its rate follows that of AdamW, so --lr 0 is an
+    error unless --muon-lr is 0 too.
+    """
     if settings.optimizer != "muon":
         if settings.muon_lr is not None:
             raise ValueError(f"--muon-lr {settings.muon_lr:g}: --optimizer is {settings.optimizer}; expected muon")
@@ -229,4 +249,4 @@ def check_optimizer(settings: TrainingSettings) -> None:
 
 
 def ignore(_: object) -> None:
-    """Replace a display on ranks that print nothing."""
+    """Do nothing. Ranks that print nothing have this function in place of `show` and `say`."""

@@ -18,14 +18,16 @@ SUMMARY = "repeats.json"
 
 
 def is_repeated(settings: FinetuneSettings) -> bool:
-    """Return True for settings of several runs."""
+    """Return True if the settings ask for several runs: by --seeds, or by --folds without --fold."""
     return settings.seeds is not None or (settings.folds is not None and settings.fold is None)
 
 
 def repeat(settings: FinetuneSettings, show: Show, say: Say, stop: Stop | None = None) -> Record:
-    """Train each run into a folder of its own inside `settings.out`, and write repeats.json there. Return its content.
+    """Train several runs, each into a folder of its own inside `settings.out`, and write repeats.json there.
 
-    With `--resume` finished runs stay as they are, and the others are trained or resumed.
+    Return the content of that file: "runs", the folders, and "metrics", the result of `spread`. With --resume, finished
+    runs stay as they are, and all others are trained or resumed. Raise `FileExistsError` if `settings.out` is itself a
+    run.
     """
     if (settings.out / "config.json").exists():
         raise FileExistsError(f"--out {settings.out}: is a run; expected a folder to hold several")
@@ -48,7 +50,11 @@ def repeat(settings: FinetuneSettings, show: Show, say: Say, stop: Stop | None =
 
 
 def variants(settings: FinetuneSettings) -> list[tuple[str, dict[str, Any]]]:
-    """Return the name of each run, and the settings that it has of its own."""
+    """Return (name, changes) for each of several runs: the name of its folder, and how it differs from `settings`.
+
+    `changes` are the run's values of "seed" and "fold" (None without folds), and None for "seeds". There is a run for
+    each pair of a seed and a fold.
+    """
     seeds = range(settings.seed, settings.seed + (settings.seeds or 1))
     folds = [settings.fold] if settings.folds is None or settings.fold else list(range(1, settings.folds + 1))
     made = []
@@ -60,7 +66,11 @@ def variants(settings: FinetuneSettings) -> list[tuple[str, dict[str, Any]]]:
 
 
 def spread(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """Return mean, standard deviation (of a sample), minimum and maximum of each metric that all runs measured."""
+    """Return how each validation metric varies over `records`, the records of several finished runs.
+
+    The value for a metric, which is named without "valid_", is {"mean", "sd", "min", "max", "values"}; "sd" is the
+    standard deviation of a sample. Metrics that not all runs have measured are left out.
+    """
     names = [name for name in records[0] if name.startswith("valid_") and name != "valid_rows"]
     found = {}
     for name in names:

@@ -33,7 +33,11 @@ PLAIN = RowOptions()
 
 
 def read_task_table(path: Path, task: TaskSettings, labelled: bool = True, options: RowOptions = PLAIN) -> Table:
-    """Return the columns of a task, without `labelled` only those that a model reads."""
+    """Return the table in the file at `path`: the columns that `task` names, the label column only if `labelled`.
+
+    `options` say how to read the file. Raise `ValueError`, with advice on the options, if a column is missing. In
+    multiple choice, `options.skip_ragged` also skips rows with another number of choices than most rows have.
+    """
     columns = {"--text-column": [task.text_column], "--pair-column": [*task.pair_columns]}
     if labelled:
         columns["--label-column"] = [task.label_column]
@@ -54,7 +58,7 @@ def read_task_table(path: Path, task: TaskSettings, labelled: bool = True, optio
 
 
 def _without_ragged(table: Table) -> Table:
-    """Return the rows of a table that have as many choices as most rows."""
+    """Return the table without the rows that have another number of choices than most rows. A note tells how many."""
     counts = Counter(map(len, table.more))
     usual = counts.most_common(1)[0][0]
     ragged = [table.place(row) for row, choices in enumerate(table.more) if len(choices) != usual]
@@ -66,7 +70,10 @@ def _without_ragged(table: Table) -> Table:
 
 
 def _advice(option: str, row: Row, path: Path) -> str:
-    """Return the advice about a missing column."""
+    """Return advice for the user about a missing column: which options may help, as the end of a message.
+
+    `option` is the one that names the column, such as "--label-column". `row` is the first row of the file at `path`.
+    """
     found = next((separator for separator in ";\t|," if len(row) == 1 and separator in next(iter(row))), None)
     if found is not None:
         return f"it looks separated by {found!r}; expected commas in a .csv and tabs in a .tsv"
@@ -83,11 +90,12 @@ def read_tables(
     options: RowOptions = PLAIN,
     fold: tuple[int, int] | None = None,
 ) -> tuple[Table, Table, TaskSettings]:
-    """Return the training and validation table, and the task with the rule for its labels.
+    """Return (training table, validation table, task): the task with the rule by which the labels of both are read.
 
-    With only one table a seeded tenth of its rows is held out, or by `fold` (i, K) the i-th of K parts, counted from 1.
-    Without any, the tables are snippets of the standard library. The rule for labels is decided on the whole first
-    table.
+    The tables are the files `train` and `valid`. Without `valid`, a tenth of the rows, drawn by `seed`, is held out for
+    validation; or, with `fold` = (i, K), the i-th of K parts of the table, counted from 1. Without `train`, both tables
+    are snippets of the standard library. `options` say how to read the files. The rule is decided on all rows of
+    `train`. Raise `ValueError` if a table is missing or too small.
     """
     if train is None:
         if valid is not None:
@@ -117,7 +125,10 @@ def read_tables(
 
 
 def _with_rule(table: Table, task: TaskSettings) -> tuple[Table, TaskSettings]:
-    """Return the table with one spelling of each class, and the task with the reading of its answers."""
+    """Return (table, task): the table with one spelling of each class, and the task with the form of its answers.
+
+    That form, for multiple choice alone, is how labels name a choice: one of `ANSWERS`, such as "letters".
+    """
     if task.name == "multiple-choice":
         return table, replace(task, answers=_reading(table, task, label_names(table, task)))
     if not task.classifies:
@@ -130,7 +141,10 @@ def _with_rule(table: Table, task: TaskSettings) -> tuple[Table, TaskSettings]:
 
 
 def label_rule(names: Sequence[str], task: TaskSettings) -> str | None:
-    """Return one line about how the labels are read, or None if they are numbers or texts."""
+    """Return one line for the user about how the labels are read, or None if they are numbers or texts.
+
+    `names` are the names of the classes.
+    """
     if task.name == "multiple-choice" and task.answers is not None:
         return f"answers: {ANSWER_NAMES[task.answers]}, of {len(names)} choices"
     return f"labels: {class_rule(names, bool(task.labels))}" if task.names_classes else None
@@ -139,9 +153,10 @@ def label_rule(names: Sequence[str], task: TaskSettings) -> str | None:
 def _fold(
     table: Table, task: TaskSettings, order: Sequence[int], number: int, folds: int
 ) -> tuple[list[int], list[int]]:
-    """Return the rows of one of the parts that a shuffled table is divided into, and all others.
+    """Return (held out, for training): the row numbers of fold `number` of `folds`, counted from 1, and all others.
 
-    Each class is divided equally among the parts.
+    `order` is a shuffled list of the table's row numbers. Each class is divided equally among the folds. Raise
+    `ValueError` if there are fewer rows than folds.
     """
     if len(table) < folds:
         raise ValueError(f"{table.source}: {len(table)} rows; expected {folds} or more for --folds {folds}")
@@ -153,7 +168,10 @@ def _fold(
 def _every_label_trained(
     table: Table, task: TaskSettings, held: list[int], kept: list[int]
 ) -> tuple[list[int], list[int]]:
-    """Return the split with one row of every label among those kept for training."""
+    """Return (held out, for training): `held` and `kept`, lists of row numbers, with every label in the second one.
+
+    Rows of `held` with a label that no row of `kept` has are moved to `kept`.
+    """
     trained = {label for row in kept for label in _labels(table.labels[row], task)}
     left: list[int] = []
     kept = list(kept)
@@ -165,14 +183,20 @@ def _every_label_trained(
 
 
 def _labels(label: str, task: TaskSettings) -> list[str]:
-    """Return the classes that a row's label names: one, a set of them, or a tag for each word."""
+    """Return the classes that `label`, a row's label as the table holds it, names.
+
+    They are one class, each class of a set (split at commas), or a tag for each word (split at spaces).
+    """
     if task.kind == "set":
         return label.split(",") if label else []
     return label.split(" ") if task.kind == "tags" else [label]
 
 
 def label_names(table: Table, task: TaskSettings) -> list[str]:
-    """Return the classes of a training table, in order, or the letters of a multiple choice's answers."""
+    """Return the names of the classes of a training table, in order; for multiple choice, the letters of the choices.
+
+    The list is empty if the labels are numbers or texts. Raise `ValueError` if there are too few classes or choices.
+    """
     if task.kind not in ("class", "set", "tags"):
         return []
     if task.name == "multiple-choice":
@@ -198,10 +222,11 @@ def label_names(table: Table, task: TaskSettings) -> list[str]:
 
 
 def targets(table: Table, task: TaskSettings, names: Sequence[str]) -> list[Any]:
-    """Return labels as indices into `names`, or as numbers.
+    """Return the target of each row: the index of its class in `names`, or its number.
 
-    They are a list of 0 and 1 for sets of classes, a list of indices for tags, and zeros for text to be written or
-    found. A table without labels has zeros of that shape.
+    The target is a list of 0 and 1 for a set of classes, a list of class indices for tags, and 0 for a text that is to
+    be written or found. A table without labels has zeros in their place. Raise `ValueError` for a label that is no
+    class or number.
     """
     if task.name == "multiple-choice":
         _check_choices(table, names)
@@ -224,7 +249,12 @@ def targets(table: Table, task: TaskSettings, names: Sequence[str]) -> list[Any]
 
 
 def _lists(table: Table, task: TaskSettings, names: Sequence[str]) -> list[list[float]]:
-    """Return for each row 1 for each class that it has and 0 for others, or the class of each of its words."""
+    """Return the target of each row of a task with several labels in a row.
+
+    For a set of classes, it is 1 for each class of `names` that the row has and 0 for every other. For tags, it is the
+    index of each word's class. A table without labels has zeros in their place. Raise `ValueError` for an unknown
+    label, and if there is not one tag for each word.
+    """
     words = [len(text.split()) for text in table.texts]
     if not table.labels:
         return [[0.0] * (len(names) if task.kind == "set" else count) for count in words]
@@ -244,6 +274,10 @@ def _lists(table: Table, task: TaskSettings, names: Sequence[str]) -> list[list[
 
 
 def _refuse_label(table: Table, rows: Sequence[int], label: str, names: Sequence[str], hint: str) -> NoReturn:
+    """Raise `ValueError` because the rows `rows` of the table have `label`, which is not one of the classes `names`.
+
+    `hint` ends the message; {} in it stands for the label.
+    """
     known = ", ".join(map(repr, names[:12])) + (", …" if len(names) > 12 else "")
     raise ValueError(
         f"{table.source}, {some([table.place(row) for row in rows])}: unknown label {label!r}; those trained on "
@@ -254,9 +288,10 @@ def _refuse_label(table: Table, rows: Sequence[int], label: str, names: Sequence
 def examples(
     table: Table, task: TaskSettings, names: Sequence[str], tokenizer: Tokenizer, config: GPTConfig, room: int = 0
 ) -> list[Example]:
-    """Return each row as the model takes it, with `room` positions left over.
+    """Return each row of a table as the model takes it, in at most `config.seq_len` - `room` tokens.
 
-    Without labels, a model that writes takes empty answers.
+    `room` positions are left for tokens that a model in text will write. `names` are the names of the classes. If the
+    table has no labels, the answers of such a model are empty.
     """
     wanted = targets(table, task, names)
     if task.kind == "tags":
@@ -287,9 +322,10 @@ def examples(
 
 
 def _tagged(text: str, tags: Sequence[int], tokenizer: Tokenizer, config: GPTConfig) -> Example:
-    """Return start, words, extract, with the tag of each word at its last token, which alone has seen the whole word.
+    """Return the example of a tagged text: the start token, the words and the extract token, with a tag for each token.
 
-    Words that do not fit are left out.
+    `tags` are the class indices of the words. A word's tag stands at its last token, which alone has seen the whole
+    word; all other tokens have -100. Words that do not fit are left out.
     """
     between, T = marks(config), config.seq_len
     row, found = [between.start], [IGNORE]
@@ -305,9 +341,10 @@ def _tagged(text: str, tags: Sequence[int], tokenizer: Tokenizer, config: GPTCon
 
 
 def _with_span(table: Table, row: int, tokenizer: Tokenizer, config: GPTConfig) -> Example:
-    """Return start, question, delimiter, context, extract, and the first and last position of the answer in it.
+    """Return the example of a question and a text that holds the answer, in row number `row` of the table.
 
-    Without an answer both are the last position of all. If the answer was cut off they are -100.
+    Its tokens are start, question, delimiter, text, extract. Its target is the first and the last position of the
+    answer in them: twice the last position of all if there is no answer, and twice -100 if the answer was cut off.
     """
     text, question = (without_lone_surrogates(part) for part in table.fields(row)[:2])
     between = marks(config)
@@ -327,7 +364,10 @@ def _with_span(table: Table, row: int, tokenizer: Tokenizer, config: GPTConfig) 
 
 
 def _answer_start(table: Table, row: int, text: str, answer: str) -> int:
-    """Return where the answer begins in its text: where the table says, or at its first occurrence."""
+    """Return the character of `text` at which `answer` begins: where the table says, or at its first occurrence.
+
+    Raise `ValueError` if the answer of row number `row` is not in the text, or not where the table says.
+    """
     start = table.starts[row] if table.starts else -1
     if start < 0:
         start = text.find(answer)
@@ -344,7 +384,10 @@ def _answer_start(table: Table, row: int, text: str, answer: str) -> int:
 
 
 def plain_rows(table: Table, tokenizer: Tokenizer, seq_len: int) -> list[list[int]]:
-    """Return each text as transformers' tokenizer gives it to a classifier trained there, without our marks."""
+    """Return the token ids of each text of a table without start, delimiter and extract tokens, cut off at `seq_len`.
+
+    A classifier of the library transformers was trained on such input. Raise `ValueError` for a text without tokens.
+    """
     tokenizer.enable_truncation(seq_len)
     try:
         rows = [encoding.ids for encoding in tokenizer.encode_batch([*map(without_lone_surrogates, table.texts)])]
@@ -357,7 +400,11 @@ def plain_rows(table: Table, tokenizer: Tokenizer, seq_len: int) -> list[list[in
 
 
 def remarks(table: Table, rows: Sequence[Example], seq_len: int) -> list[str]:
-    """Return remarks that may surprise a reader of the results: texts that were cut off, rows without text."""
+    """Return remarks for the user about `rows`, the examples made of the table: one line each.
+
+    They are the table's own notes, how many rows fill all `seq_len` positions and may have been cut off, and how many
+    have an empty text.
+    """
     found = [*table.notes]
     cut = sum(len(sequence) == seq_len for row in rows for sequence in row.sequences)
     if cut:
@@ -371,10 +418,12 @@ def remarks(table: Table, rows: Sequence[Example], seq_len: int) -> list[str]:
 
 
 def _letter(index: int) -> str:
+    """Return the name of choice number `index`, counted from 0: "A" to "Z", then numbers."""
     return chr(ord("A") + index) if index < 26 else str(index)
 
 
 def _check_choices(table: Table, names: Sequence[str]) -> None:
+    """Raise `ValueError` for the first row that does not have one choice for each of `names`."""
     for row, choices in enumerate(table.more):
         if len(choices) != len(names):
             raise ValueError(
@@ -384,7 +433,11 @@ def _check_choices(table: Table, names: Sequence[str]) -> None:
 
 
 def _reading(table: Table, task: TaskSettings, names: Sequence[str]) -> str:
-    """Return how the column of answers names them: as the task says, or as the whole column allows."""
+    """Return how the labels of a multiple-choice table name a choice, one of `ANSWERS`: text, letter, or number.
+
+    It is `task.answers`, or if that is None the only form that fits the whole column. `names` are the letters of the
+    choices. Raise `ValueError` if a label names no choice.
+    """
     _check_choices(table, names)
     if task.answers is None:
         return answer_reading(table.source, table.labels, table.more, table.place)
@@ -398,6 +451,7 @@ def _reading(table: Table, task: TaskSettings, names: Sequence[str]) -> str:
 
 
 def _number(table: Table, row: int) -> float:
+    """Return the label of row number `row` as a number. Raise `ValueError` if it is none."""
     label = table.labels[row]
     value = number(label)
     if value is None:

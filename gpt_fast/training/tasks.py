@@ -96,39 +96,45 @@ class TaskSettings:
 
     @property
     def task(self) -> Task:
+        """Return the definition of the task in `TASKS`: its head, default columns and kind of labels."""
         return TASKS[self.name]
 
     @property
     def writes(self) -> bool:
-        """Does the model answer in text?"""
+        """Return True if the model answers in text."""
         return self.task.head is GPTForCausalLM
 
     @property
     def kind(self) -> Kind:
+        """Return what a label is: "class", "number", "text", "set" (of classes), "tags" or "span" (of a text)."""
         return "number" if self.numbers else self.task.kind
 
     @property
     def classifies(self) -> bool:
-        """Is a row's label one class?"""
+        """Return True if a row's label is one class."""
         return self.kind == "class"
 
     @property
     def names_classes(self) -> bool:
-        """Does the label column name classes, one a row or several?"""
+        """Return True if the label column names classes, one or several in a row. In multiple choice it does not."""
         return self.kind in ("class", "set", "tags") and self.name != "multiple-choice"
 
     @property
     def scores(self) -> tuple[str, ...]:
-        """Return the metrics that validation may choose by, the default first."""
+        """Return the names of the metrics by which validation may choose the best model, the default first."""
         return SCORES[self.kind]
 
 
 def _refuse_pair(pair_column: str, task: str) -> None:
+    """Raise `ValueError` because --pair-column is given for a task that reads one text only."""
     raise ValueError(f"--pair-column {pair_column}: {task} reads one text only; expected the command without it")
 
 
 def pair_columns(task: TaskSettings, given: str | None) -> tuple[str, ...]:
-    """Return the names of the columns that hold a task's second texts: those of training unless others are given."""
+    """Return the names of the columns with a task's second texts: those in `given`, or the task's if it is None.
+
+    Commas separate the names in `given`. Raise `ValueError` if columns are given for a task that reads one text only.
+    """
     if given is None:
         return task.pair_columns
     if not task.pair_columns:
@@ -146,10 +152,12 @@ def task_settings(
     skip_labels: Sequence[str] = (),
     answers: str | None = None,
 ) -> TaskSettings:
-    """Return the task called `name`. A column that is None is the task's own.
+    """Return the settings of the task called `name`. A column that is None is the task's default.
 
-    Several choices are columns with commas between them, or one column of lists. `labels` are classes with commas
-    between them.
+    `pair_column` is the column of the second text; for multiple choice it is a column of lists, or several columns with
+    commas between them. With `numbers`, the labels are numbers. `labels` are the classes, with commas between them.
+    Rows with a label in `skip_labels` are skipped. `answers`, one of `ANSWERS`, is how the labels of multiple choice
+    name a choice. Raise `ValueError` for an option that the task does not have.
     """
     if name not in TASKS:
         raise ValueError(f"--task {name!r}: expected one of {', '.join(TASKS)}{did_you_mean(name, TASKS)}")
@@ -177,7 +185,10 @@ def task_settings(
 
 
 def marks(config: GPTConfig) -> Marks:
-    """Return the start, delimiter, extract and padding tokens of a task's input."""
+    """Return the ids of the start, delimiter, extract and padding tokens of a task's input.
+
+    Raise `ValueError` if the model lacks one of the first three.
+    """
     start, delimiter, extract = (special_token(config, f"{name}_token") for name in ("start", "delimiter", "extract"))
     return Marks(start, delimiter, extract, config.pad_token or 0)
 
@@ -185,7 +196,12 @@ def marks(config: GPTConfig) -> Marks:
 def new_model(
     task: TaskSettings, make: Any, source: Path, lm_weight: float, names: Sequence[str], classifier_bias: bool = True
 ) -> Head:
-    """Return the task's head on a pre-trained trunk. `make` is the head's `from_pretrained`, or draws new weights."""
+    """Return the model for a task: the task's head on the trunk of the run in `source`.
+
+    `make(head, source, **overrides)` loads the trunk or draws new weights. `lm_weight` is the weight of the language
+    model's loss, `names` are the names of the classes, and `classifier_bias` gives the output layer a bias. A task
+    whose answer is a text takes the causal language model as it is.
+    """
     if task.writes:
         return make(task.task.head, source)
     return make(
@@ -202,7 +218,11 @@ def new_model(
 
 
 def score(model: Head, rows: Sequence[Example], task: TaskSettings, answer_bytes: int) -> Metrics:
-    """Return the metrics of the task on `rows`."""
+    """Return the metrics of a task, with those of its baseline, for a model on the examples `rows`.
+
+    The keys depend on the kind of labels, as in `metrics.py`. `answer_bytes` is the number of bytes of all expected
+    answers, which only a task in text needs.
+    """
     pad = model.config.pad_token or 0
     if task.writes:
         batches = list(task_batches(rows, EVALUATION_BATCH, pad))
@@ -222,7 +242,10 @@ def score(model: Head, rows: Sequence[Example], task: TaskSettings, answer_bytes
 
 
 def metric_of(task: TaskSettings, name: str | None) -> str:
-    """Return what validation chooses by, `name` or the task's own. Raise `ValueError` for what is not measured."""
+    """Return the metric by which validation chooses the best model: `name`, or the task's default if it is None.
+
+    Raise `ValueError` for a metric that the task does not measure.
+    """
     if name is None:
         return task.scores[0]
     if name not in task.scores:
@@ -232,9 +255,10 @@ def metric_of(task: TaskSettings, name: str | None) -> str:
 
 
 def better(metric: str, line: Metrics) -> tuple[float, float]:
-    """Return a key that is larger the better: the metric, and of equals the lower loss.
+    """Return (value, tie), a key by which validations are compared: the larger key is the better validation.
 
-    A correlation that does not exist is worse than any other.
+    `line` has the metrics of a validation. `value` is the one called `metric`, negated if a smaller one is better, and
+    -infinity if it is missing or NaN, as a correlation may be. `tie` is the negative loss.
     """
     sign = -1 if metric in _SMALLER_IS_BETTER else 1
     value = sign * line.get(f"valid_{metric}", math.nan)
@@ -244,10 +268,10 @@ def better(metric: str, line: Metrics) -> tuple[float, float]:
 def answers(
     model: GPTForCausalLM, rows: Sequence[Example], tokenizer: Tokenizer, max_new_tokens: int | None = None
 ) -> list[str]:
-    """Return the text that the model writes behind each row's prompt, greedily, until its end token.
+    """Return the text that the model writes greedily behind the prompt of each of `rows`, up to its end token.
 
-    It has at most `max_new_tokens`, by default eight more than the longest expected answer, and no more than the
-    model's positions leave.
+    A text has at most `max_new_tokens` tokens, by default eight more than the longest expected answer of its batch, and
+    no more than the model's positions allow.
     """
     config = model.config
     device = next(model.parameters()).device
@@ -309,4 +333,5 @@ def writing_prompt(
 def written_metrics(
     model: GPTForCausalLM, rows: Sequence[Example], tokenizer: Tokenizer, wanted: Sequence[str]
 ) -> Metrics:
+    """Return {"exact_match", "word_f1"} of the texts that the model writes for `rows`, against the texts `wanted`."""
     return generated_metrics(answers(model, rows, tokenizer), wanted)

@@ -29,7 +29,7 @@ class Tracker(Protocol):
 
 
 def require(name: str | None) -> None:
-    """Raise `ValueError` for a tracker whose package is not installed."""
+    """Raise `ValueError` if the package of the tracker called `name` is not installed. None stands for no tracker."""
     if name is not None and find_spec(name) is None:
         raise ValueError(f"--tracker {name}: needs {name}, which is not installed; pip install gpt-fast[{name}]")
 
@@ -44,10 +44,12 @@ class Tracked:
         self._works = True
 
     def add(self, line: Metrics) -> None:
+        """Log a line of metrics, unless an earlier call has failed. A failure warns and turns the tracker off."""
         if self._works:
             self._works = write_extra(self._path, lambda path: self._opened(path, line).add(line))
 
     def close(self, end: End) -> None:
+        """Close the tracker if one was opened. `end` says how the run ended."""
         if self._tracker is None:
             return
         tracker = self._tracker
@@ -57,6 +59,7 @@ class Tracked:
             tracker.release()
 
     def _opened(self, path: Path, line: Metrics) -> Tracker:
+        """Return the tracker. The first call makes it: it writes to `path`, and `line` is the first to be logged."""
         if self._tracker is not None:
             return self._tracker
         if self._name == "tensorboard":
@@ -79,19 +82,22 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=int(line["step"]))
 
     def _ignore(self, raised: threading.ExceptHookArgs) -> None:
+        """Ignore an exception of the writer's thread. Pass one of any other thread to the previous exception hook."""
         if not type(raised.thread).__module__.startswith("tensorboard."):
             self._hook(raised)
 
     def add(self, line: Metrics) -> None:
+        """Log each metric of a line at the line's update, `line["step"]`."""
         for name, value in line.items():
             if name != "step":
                 self._writer.add_scalar(name, value, int(line["step"]))
 
     def close(self, end: End) -> None:
+        """Write all events that are pending, and close the file. `end` is ignored."""
         self._writer.close()
 
     def release(self) -> None:
-        """Let other threads' exceptions be printed as before."""
+        """Restore the hook for exceptions in threads that the writer replaced."""
         threading.excepthook = self._hook
 
 
@@ -114,9 +120,11 @@ class Wandb:
         )
 
     def add(self, line: Metrics) -> None:
+        """Log all metrics of a line at the line's update, `line["step"]`."""
         self._run.log({name: value for name, value in line.items() if name != "step"}, step=int(line["step"]))
 
     def close(self, end: End) -> None:
+        """Finish the run of wandb: as a success if `end` is "finished", else as a failure."""
         self._run.finish(exit_code=int(end != "finished"))
 
 
@@ -140,7 +148,7 @@ class MLflow:
         self._client.log_batch(self._id, params=[Param(name, str(value)[:500]) for name, value in settings.items()])
 
     def add(self, line: Metrics) -> None:
-        """Log a line in one transaction: one for each number took eight times as long."""
+        """Log all finite metrics of a line in one request: a request for each took eight times as long."""
         step, now = int(line["step"]), time.time_ns() // 1_000_000
         self._client.log_batch(
             self._id,
@@ -152,4 +160,5 @@ class MLflow:
         )
 
     def close(self, end: End) -> None:
+        """Finish the run of MLflow with the status FINISHED, FAILED or KILLED, as `end` says."""
         self._client.set_terminated(self._id, end.upper())

@@ -31,13 +31,20 @@ class Compiled:
     found: int = 0
 
     def __call__(self, *, cache_hit: bool, **_: Any) -> None:
-        """Count one kernel, as Triton's listener."""
+        """Count one kernel: in `found` if Triton took it from its cache, else in `compiled`.
+
+        Triton calls this object for each kernel, as its compilation listener. Other arguments of the call are ignored.
+        """
         self.found += cache_hit
         self.compiled += not cache_hit
 
 
 def choose(source: Path | None, preset: str | None) -> GPTConfig:
-    """Return the configuration of a run folder or of a preset. Raise `ValueError` unless one of them is given."""
+    """Return the model configuration of the run folder `source`, or else of the preset called `preset`.
+
+    Raise `ValueError` unless exactly one of the two is given, for an unknown preset, and for a run whose head is not
+    `GPTForCausalLM`.
+    """
     if (source is None) == (preset is None):
         raise ValueError("expected --from RUN or --preset NAME, one of them")
     if source is None:
@@ -57,16 +64,16 @@ def warm(config: GPTConfig, batch_size: int = 16, precision: str = "float32") ->
     launch the same kernels. Sizes decide what is compiled, so the batch is as large as in the training to come.
 
     Args:
-        config: The model, with the vocabulary that it will have.
-        batch_size: Windows in one part of an update: `--batch-size` over `--accumulate`.
+        config: Configuration of the model, with the vocabulary size that training will use.
+        batch_size: Sequences of `config.seq_len` tokens in one micro-batch: `--batch-size` over `--accumulate`.
         precision: "float32", "bfloat16" or "float16", as `gpt-fast pretrain --precision`.
 
     Returns:
-        The seconds and the numbers of compiled and of found kernels of `training` and of `generation`, and `cache`, the
-        folder of Triton's cache.
+        "training" and "generation", each a dict of its "seconds" and of the numbers of kernels that were "compiled" and
+        that were "found" in Triton's cache; and "cache", the folder of that cache.
 
     Raises:
-        ValueError: There is no CUDA device, or no Triton.
+        ValueError: `batch_size` is below 1, or PyTorch sees no CUDA device.
     """
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: expected 1 or more")
@@ -92,7 +99,11 @@ def warm(config: GPTConfig, batch_size: int = 16, precision: str = "float32") ->
 
 @contextmanager
 def _counted(knobs: Any, result: dict[str, Any], name: str) -> Iterator[None]:
-    """Put the seconds and kernels of the block into `result`; a listener that was there before is called, too."""
+    """Time the block and count its kernels: `result[name]` gets "seconds", "compiled" and "found".
+
+    `knobs` is `triton.knobs`. A compilation listener that is installed there already is called too, and stays
+    afterwards.
+    """
     counter, before, began = Compiled(), knobs.compilation.listener, time.perf_counter()
 
     def listen(**event: Any) -> None:

@@ -41,25 +41,26 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Is this the process that prints and writes?"""
+        """Return True on rank 0, the process that prints and writes files."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait until every rank has called this method."""
         if self.size > 1:
             dist.barrier()
 
     def total(self, tensor: Tensor) -> Tensor:
-        """Return the sum over the ranks."""
+        """Return the sum of `tensor` over all ranks. With several ranks, the sum replaces the values of `tensor`."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def anyone(self, flag: bool) -> bool:
+        """Return True on every rank if `flag` is True on at least one. Every rank calls this."""
         return bool(self.total(torch.tensor(float(flag), device=self.device))) if self.size > 1 else flag
 
     def number(self, value: int) -> int:
-        """Rank 0's value, on every rank."""
+        """Return rank 0's `value` on every rank. The values of other ranks are ignored."""
         if self.size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
@@ -67,7 +68,7 @@ class World:
         return int(tensor)
 
     def text(self, value: str) -> str:
-        """Rank 0's text, on every rank."""
+        """Return rank 0's `value` on every rank. The values of other ranks are ignored."""
         if self.size == 1:
             return value
         content = value.encode()
@@ -79,13 +80,14 @@ class World:
         return bytes(letters.tolist()).decode()
 
     def values(self, value: dict[str, Any]) -> dict[str, Any]:
-        """Rank 0's plain values, on every rank."""
+        """Return rank 0's `value` on every rank. It travels as JSON; the values of other ranks are ignored."""
         return value if self.size == 1 else json.loads(self.text(json.dumps(value)))
 
     def wrap(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
-        """Return the model that trains on this rank's part of each batch.
+        """Return `model` wrapped for data-parallel training, or `model` itself if there is one rank.
 
-        DDP holds the whole model on each rank. FSDP2 holds a share on each rank, in place, one unit per decoder.
+        DDP keeps the whole model on each rank. FSDP2 shards the parameters of `model` in place, one unit per decoder;
+        if `dtype` is not float32, it computes in `dtype` and sums gradients in float32.
         """
         if self.size == 1:
             return model
@@ -106,7 +108,11 @@ class World:
 
     @contextmanager
     def synchronised(self, parallel: nn.Module, wanted: bool) -> Iterator[None]:
-        """Sum gradients over the ranks only in the backward of the last part of a batch."""
+        """Sum gradients over the ranks in the backward pass inside the block only if `wanted`.
+
+        `parallel` is the module that `wrap` returned. With gradient accumulation, `wanted` is True for the last
+        micro-batch alone.
+        """
         if self.size == 1 or (wanted and self.strategy == "ddp"):
             yield
         elif self.strategy == "ddp":
@@ -117,18 +123,19 @@ class World:
             yield
 
     def release(self) -> None:
-        """Take the reducers from DDP's modules, which then train no more, while the group of processes is still there.
+        """Delete the gradient reducers of DDP's modules while the process group still exists.
 
-        A reducer that is freed last frees the group with it, holds the GIL meanwhile, and waits for a thread of gloo.
-        After a rank was lost, that thread waits for the GIL to free a sum of gradients, and the process would not end.
+        The modules cannot train afterwards. A reducer that is freed last frees the group with it, holds the GIL
+        meanwhile, and waits for a thread of gloo. After a rank was lost, that thread waits for the GIL to free a sum of
+        gradients, and the process would not end.
         """
         for module in self.wrapped:
             module.reducer = module.logger = None  # type: ignore[assignment]
 
     def reshard(self, model: nn.Module) -> None:
-        """Put back the parameters that the optimizer knows.
+        """Shard the parameters of an FSDP2 `model` again, as the optimizer knows them. Without FSDP, do nothing.
 
-        After a forward without backward FSDP2's root still shows whole ones.
+        After a forward pass without a backward pass, FSDP2's root module still shows unsharded parameters.
         """
         if self.size > 1 and self.strategy == "fsdp":
             from torch.distributed.fsdp import FSDPModule
@@ -138,11 +145,14 @@ class World:
                     module.reshard()
 
     def full(self, tensor: Tensor) -> Tensor:
-        """Return a whole tensor, which may be spread over the ranks."""
+        """Return the whole tensor, gathered from all ranks, if `tensor` is sharded, else `tensor` itself."""
         return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
     def replicated(self, tensor: Tensor) -> Tensor:
-        """Return a tensor for use beside sharded ones."""
+        """Return `tensor` as a DTensor replicated on all ranks, for arithmetic with FSDP2's sharded tensors.
+
+        Without FSDP, return `tensor` itself.
+        """
         if self.size == 1 or self.strategy == "ddp":
             return tensor
         from torch.distributed.tensor import DTensor, Replicate
@@ -153,11 +163,15 @@ class World:
 
 @lru_cache(maxsize=1)
 def _mesh(device: str, size: int) -> DeviceMesh:
+    """Return the one-dimensional mesh of all `size` ranks, made once. `device` is "cpu" or "cuda"."""
     return dist.init_device_mesh(device, (size,))
 
 
 def resolve_device(name: str) -> str:
-    """Return `cpu` or `cuda`; `auto` is a GPU if there is one."""
+    """Return "cpu" or "cuda" for the option --device; "auto" is "cuda" if there is a GPU.
+
+    Raise `ValueError` for any other name, and for "cuda" where PyTorch sees no CUDA device.
+    """
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device {name}: expected auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
@@ -172,9 +186,11 @@ def launched_size() -> int:
 
 @contextmanager
 def world(strategy: str | None, device: str) -> Iterator[World]:
-    """Join the world that torchrun describes: NCCL between GPUs, gloo between CPUs.
+    """Yield the `World` of the processes that torchrun started, connected by NCCL between GPUs or gloo between CPUs.
 
-    A lost connection to another rank becomes a `LostRank`, which names the cause.
+    Without torchrun, it is a world of one process on `device`, "cpu" or "cuda". With several processes, `strategy` is
+    "ddp" or "fsdp", each process takes the GPU of its local rank, and a broken connection to another rank becomes a
+    `LostRank`. Raise `OptionError` if there are several processes and `strategy` is None.
     """
     size = launched_size()
     if size == 1:
@@ -204,6 +220,7 @@ def world(strategy: str | None, device: str) -> Iterator[World]:
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
+    """Return True if `error` says, by its type or by words in its text, that the connection to another rank broke."""
     text = str(error)
     signs = (
         "Connection closed by peer",
@@ -217,17 +234,18 @@ def _is_lost_connection(error: RuntimeError) -> bool:
 
 
 def settings_of(world: World) -> dict[str, Any]:
-    """Return the entries of a run's record about its processes."""
+    """Return the entries of run.json about the processes: their number "ranks", and "strategy" if there are several."""
     return {"ranks": world.size} | ({"strategy": world.strategy} if world.size > 1 else {})
 
 
 def bytes_per_update(parameters: int, ranks: int, strategy: str, bits: int = 16, parts: int = 1) -> float:
-    """Return the bytes that each rank sends, and also receives, in one update of P parameters on N ranks.
+    """Return the bytes that each rank sends, and also receives, in one update of P = `parameters` on N = `ranks`.
 
     DDP sums float32 gradients once: `2 (N - 1)/N · 4 P`. FSDP2 gathers the weights for the forward and again for the
-    backward of each of the batch's `parts` k, in the type of products (`bits` 16 or 32), and scatters the float32 sum
-    of the gradients once: `(N - 1)/N · (2 k bits/8 + 4) P`. Source: Thakur et al. (2005), doi:10.1177/1094342005051521,
-    for the ring; Rajbhandari et al. (2020), arXiv:1910.02054, section 7.
+    backward pass of each of k = `parts` micro-batches, in the dtype of products (`bits` 16 or 32), and scatters the
+    float32 sum of the gradients once: `(N - 1)/N · (2 k bits/8 + 4) P`. Raise `ValueError` if `strategy` is neither
+    "ddp" nor "fsdp". Source: Thakur et al. (2005), doi:10.1177/1094342005051521, for the ring; Rajbhandari et al.
+    (2020), arXiv:1910.02054, section 7.
     """
     if strategy not in ("ddp", "fsdp"):
         raise ValueError(f"strategy is {strategy!r}; expected ddp or fsdp")

@@ -15,13 +15,14 @@ Step = Callable[..., Any]
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> list[Tensor]:
-    """Keep the learning rates and step counts of `optimizer` on `device`.
+    """Keep the learning rates and step counts of `optimizer` on `device`, so that a CUDA graph can hold its step.
 
     Returns:
-        Rates, one for each group.
+        The learning rate of each parameter group, a float32 tensor [] on `device`, which the group now holds as "lr".
 
     Raises:
-        ValueError: The optimizer decides something on the host, as `torch.optim.Muon` does.
+        ValueError: The optimizer has no option "capturable", because it decides something on the host, as
+            `torch.optim.Muon` does.
     """
     if any("capturable" not in group for group in optimizer.param_groups):
         raise ValueError(
@@ -111,7 +112,7 @@ class GraphedStep:
         self._captured: list[Any] = []
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Any:
-        """Run one step on tensors, eagerly in the first two calls, and return copies of its results."""
+        """Run one step on CUDA tensors, eagerly in the first two calls, then as a graph. Return copies of results."""
         tensors = {f"tensor {i}": x for i, x in enumerate(args)} | kwargs
         self._check(tensors)
         device = next(iter(tensors.values())).device
@@ -135,7 +136,7 @@ class GraphedStep:
             return tuple(x.clone() for x in results) if isinstance(results, tuple) else results.clone()
 
     def _check(self, tensors: dict[str, Tensor]) -> None:
-        """Raise `ValueError` for tensors that the graph could not read."""
+        """Raise `ValueError` unless `tensors` are on CUDA and have the names, shapes and dtypes of the first call."""
         if not tensors:
             raise ValueError("gpt_fast.GraphedStep: the call has no tensors; expected those that change between calls")
         if self._inputs and list(tensors) != list(self._inputs):
@@ -155,6 +156,7 @@ class GraphedStep:
                 )
 
     def _take_inputs(self, tensors: dict[str, Tensor]) -> None:
+        """Copy `tensors` into the tensors of the same names that the graph reads. The first call allocates them."""
         if not self._inputs:
             self._inputs = {name: torch.empty_like(x, requires_grad=False) for name, x in tensors.items()}
         by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
@@ -166,7 +168,7 @@ class GraphedStep:
             torch._foreach_copy_(held, given)
 
     def _take_rates(self) -> None:
-        """Move learning rates that were set since the last call into the tensors that the graph reads."""
+        """Copy learning rates that were set since the last call into the tensors that the graph reads."""
         for optimizer, rates in zip(self._optimizers, self._rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 if group["lr"] is not rate:
@@ -174,11 +176,15 @@ class GraphedStep:
                     group["lr"] = rate
 
     def _call_step(self, positional: int) -> Any:
+        """Return the results of the step on the graph's inputs, the first `positional` of them passed by position."""
         values = list(self._inputs.items())
         return self._step(*(x for _, x in values[:positional]), **dict(values[positional:]))
 
     def _run_eagerly(self, positional: int) -> Any:
-        """Run the step on the stream of the capture, on which libraries then have their workspaces."""
+        """Return the results of the step, run eagerly with the first `positional` inputs passed by position.
+
+        The step runs on the stream of the later capture, so that libraries allocate their workspaces for that stream.
+        """
         if self._side is None:
             self._side = torch.cuda.Stream()
         current = torch.cuda.current_stream()
@@ -189,6 +195,7 @@ class GraphedStep:
         return results
 
     def _capture(self, positional: int) -> None:
+        """Capture the step as a CUDA graph, with the first `positional` inputs passed by position."""
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)  # gradients are allocated again, in the graph's memory
         graph = torch.cuda.CUDAGraph()
@@ -204,9 +211,11 @@ class GraphedStep:
         self._graph, self._captured = graph, self._what_a_graph_reads()
 
     def _what_a_graph_reads(self) -> list[Any]:
-        """Return the options of every group, and where its first parameter and that one's state lie.
+        """Return what shows whether the optimizers still are as the graph captured them.
 
-        Loading a state or moving a model replaces all of a group, so its first parameter tells.
+        These are the options of every parameter group and the addresses of its first parameter and of that parameter's
+        state. If the list differs from the one at the capture, the graph would read memory that is no longer used.
+        Loading a state or moving a model replaces all tensors of a group, so its first parameter suffices.
         """
         found: list[Any] = []
         for optimizer in self._optimizers:
@@ -219,7 +228,7 @@ class GraphedStep:
 
 
 def _device_of(optimizer: torch.optim.Optimizer) -> torch.device:
-    """Return the device of the parameters. Raise `ValueError` where it is no CUDA device."""
+    """Return the CUDA device of an optimizer's parameters. Raise `ValueError` if they are not on one CUDA device."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     devices = {parameter.device for parameter in parameters}
     if len(devices) != 1 or next(iter(devices)).type != "cuda":
@@ -231,4 +240,5 @@ def _device_of(optimizer: torch.optim.Optimizer) -> torch.device:
 
 
 def _ranks() -> int:
+    """Return the number of ranks of PyTorch's process group, or 1 without a group."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

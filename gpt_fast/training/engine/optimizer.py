@@ -28,9 +28,11 @@ def make_optimizer(
     without: Collection[Tensor] = (),
     factors: Factors = MappingProxyType({}),
 ) -> torch.optim.AdamW:
-    """Return fused AdamW for all parameters but those in `without`.
+    """Return fused AdamW for the trainable parameters of `model`, except those in `without`.
 
-    It decays every matrix and, as in the paper, no bias and no gain. A weight shared by two modules is one parameter.
+    Weight decay applies to every matrix and, as in the GPT paper, to no bias and no gain. A weight shared by two
+    modules is one parameter. `factors` maps the `id` of a parameter to the factor of its learning rate, 1 where absent;
+    a group keeps its factor as "lr_factor", which `Engine.update` multiplies in.
     """
     others = set(map(id, without))
     parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in others]
@@ -41,7 +43,11 @@ def make_optimizer(
 
 
 def _groups(parameters: Sequence[Tensor], weight_decay: float, factors: Factors) -> list[dict[str, Any]]:
-    """Return a group of parameters for each factor of the learning rate."""
+    """Return the optimizer's parameter groups, one for each factor of the learning rate among `parameters`.
+
+    A group has "params", "weight_decay" and "lr_factor". `factors` maps the `id` of a parameter to its factor, 1 where
+    absent. Without parameters the result is one empty group.
+    """
     found: dict[float, list[Tensor]] = {} if parameters else {1.0: []}
     for parameter in parameters:
         found.setdefault(factors.get(id(parameter), 1.0), []).append(parameter)
@@ -49,10 +55,11 @@ def _groups(parameters: Sequence[Tensor], weight_decay: float, factors: Factors)
 
 
 def layer_factors(model: Any, decay: float) -> dict[int, float]:
-    """Return factors of the learning rate for the trunk's parameters, by their ids.
+    """Return the factor of the learning rate for each parameter of the trunk, by the parameter's `id`.
 
-    The factor is decay^(L - i) in decoder i of L, counted from 0, and decay^(L + 1) in the embeddings. Source: Howard
-    and Ruder (2018), arXiv:1801.06146, section 3.2, with the layers of BEiT's code.
+    The factor is `decay`^(L - i) in decoder i of L, counted from 0, and `decay`^(L + 1) in the embeddings; for `decay`
+    1 the result is empty. Source: Howard and Ruder (2018), arXiv:1801.06146, section 3.2, with the layers of BEiT's
+    code.
     """
     if decay == 1:
         return {}
@@ -64,26 +71,32 @@ def layer_factors(model: Any, decay: float) -> dict[int, float]:
 
 
 def hidden_matrices(model: Any) -> list[Tensor]:
-    """Return the trained matrices inside the decoders, which Muon is for: no embedding, norm, bias or output layer."""
+    """Return the trainable matrices inside the decoders, those that Muon trains.
+
+    Embeddings, norms, biases and the output layer are not among them.
+    """
     return [p for p in model.trunk.decoders.parameters() if p.requires_grad and p.ndim == 2]
 
 
 def make_muon(
     matrices: Sequence[Tensor], lr: float, weight_decay: float, factors: Factors = MappingProxyType({})
 ) -> torch.optim.Optimizer:
-    """Return PyTorch's Muon with its momentum of 0.95.
+    """Return PyTorch's Muon for `matrices`, with its default momentum of 0.95.
 
-    Its steps have the root mean square that AdamW's usually have, so that AdamW's rate and decay are a good start.
-    Source: Jordan et al. (2024), https://kellerjordan.github.io/posts/muon; Liu et al. (2025), arXiv:2502.16982.
+    Its steps have the root mean square that AdamW's usually have, so AdamW's learning rate and weight decay are a good
+    start. `factors` maps the `id` of a matrix to the factor of its learning rate, 1 where absent. Source: Jordan et al.
+    (2024), https://kellerjordan.github.io/posts/muon; Liu et al. (2025), arXiv:2502.16982.
     """
     groups = _groups(matrices, weight_decay, factors)
     return torch.optim.Muon(groups, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
 
 def schedule(name: str, *, total: int, warmup: int, final: float = 0.0, decay: float = 0.2) -> Callable[[int], float]:
-    """Return the schedule of this name.
+    """Return the learning-rate schedule `name`, one of `SCHEDULES`: a function of the update, counted from 0.
 
-    Each but `constant` falls to `final`. `wsd` falls over the last `decay` of all updates.
+    Its value is the factor in [0, 1] of the peak rate. Each schedule rises linearly over `warmup` updates. All but
+    "constant" then fall to `final` by update `total`: "wsd" (warmup, stable, decay) only over the last share `decay` of
+    all updates.
     """
     if name == "constant":
         return partial(warmup_constant, warmup=warmup)
@@ -94,28 +107,35 @@ def schedule(name: str, *, total: int, warmup: int, final: float = 0.0, decay: f
 
 
 def warmup_cosine(step: int, *, total: int, warmup: int, final: float = 0.0) -> float:
-    """Rise along a line over `warmup` updates, then fall along half a cosine to `final` at update `total`."""
+    """Return the factor of the peak rate at update `step`: a cosine schedule with warmup.
+
+    It rises linearly over `warmup` updates, then falls along half a cosine to `final` at update `total`.
+    """
     if step < warmup:
         return (step + 1) / warmup
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def warmup_linear(step: int, *, total: int, warmup: int, final: float = 0.0) -> float:
-    """Rise along a line over `warmup` updates, then fall along one that would reach `final` at update `total`."""
+    """Return the factor of the peak rate at update `step`: a linear schedule with warmup.
+
+    It rises linearly over `warmup` updates, then falls along a line that would reach `final` at update `total`.
+    """
     if step < warmup:
         return (step + 1) / warmup
     return final + (1 - final) * (total - step) / max(1, total - warmup)
 
 
 def warmup_constant(step: int, *, warmup: int) -> float:
-    """Rise along a line over `warmup` updates, then stay at 1."""
+    """Return the factor of the peak rate at update `step`: it rises linearly over `warmup` updates, then stays at 1."""
     return min(1.0, (step + 1) / warmup)
 
 
 def warmup_stable_decay(step: int, *, total: int, warmup: int, final: float = 0.0, decay: float = 0.2) -> float:
-    """Rise along a line over `warmup` updates, stay at 1, and fall along a line over the last `decay` of all updates.
+    """Return the factor of the peak rate at update `step`: a schedule of warmup, stable phase and decay.
 
-    The line would reach `final` at update `total`. Source: Hu et al. (2024), arXiv:2404.06395, section 4.
+    It rises linearly over `warmup` updates, stays at 1, and falls along a line over the last share `decay` of all
+    updates. The line would reach `final` at update `total`. Source: Hu et al. (2024), arXiv:2404.06395, section 4.
     """
     length = max(1, min(total - warmup, round(decay * total)))
     if step < total - length:

@@ -9,12 +9,18 @@ from ...data.stream import mix
 
 
 def seed(seed: int, rank: int, step: int = 0) -> None:
-    """Start a stream of dropout masks for each rank, and for each step from which a run resumes with other ranks."""
+    """Seed torch's generators, from which dropout draws its masks: each rank gets a stream of its own.
+
+    `step` is the update after which a run resumes with another number of ranks, which starts new streams, or 0.
+    """
     torch.manual_seed(seed if rank == step == 0 else mix(seed, rank, step) >> 1)
 
 
 def states(device: torch.device, rank: int) -> dict[str, Tensor]:
-    """Return the states of torch's generators on the CPU and on this rank's GPU, by names of the rank's own."""
+    """Return {name: state} of torch's generators on the CPU and, if `device` is a GPU, on that GPU.
+
+    The names contain `rank`, so that one checkpoint can hold the states of all ranks.
+    """
     found = {f"random.cpu.{rank}": torch.get_rng_state()}
     if device.type == "cuda":
         found[f"random.cuda.{rank}"] = torch.cuda.get_rng_state(device)
@@ -22,7 +28,7 @@ def states(device: torch.device, rank: int) -> dict[str, Tensor]:
 
 
 def restore(states: dict[str, Tensor], device: torch.device) -> None:
-    """Set the generators from `states(device, rank)`."""
+    """Set torch's generators on the CPU and on `device` to `states`, as the function `states` returned them."""
     for name, state in states.items():
         if ".cuda." in name:
             torch.cuda.set_rng_state(state, device)

@@ -15,11 +15,12 @@ LONGEST = 0.5  # seconds of one product
 
 
 def flops_per_token(config: GPTConfig, parameters: int, causal: bool) -> float:
-    """Return `6 N + 12 L C T`, the products of forward and backward, halved in attention if it is causal.
+    """Return the FLOPs per token of forward and backward, `6 N + 12 L C T`; attention's term is halved if `causal`.
 
-    N counts the weights that multiply: not the position embedding, and not the token embedding if a layer of its own
-    makes the output. Recomputed activations do not count, so checkpointing lowers the share. Source: Kaplan et al.
-    (2020), arXiv:2001.08361; Chowdhery et al. (2022), arXiv:2204.02311, appendix B.
+    The model has L layers, C hidden dimensions and T positions. N counts the weights that multiply, out of all
+    `parameters`: not the position embedding, and not the token embedding if a layer of its own makes the output.
+    Recomputed activations do not count, so activation checkpointing lowers the MFU. Source: Kaplan et al. (2020),
+    arXiv:2001.08361; Chowdhery et al. (2022), arXiv:2204.02311, appendix B.
     """
     N = parameters - config.seq_len * config.hidden_dim - (0 if config.tied else config.num_tokens * config.hidden_dim)
     attention = 12 * config.num_layers * config.hidden_dim * config.seq_len
@@ -27,11 +28,11 @@ def flops_per_token(config: GPTConfig, parameters: int, causal: bool) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the peak rate of a device: a known GPU's published 16-bit rate, else a measured one.
+    """Return the peak rate of a device in FLOP/s: a known GPU's published 16-bit rate, else a measured one.
 
-    The measurement is the best of five 1024³ products, or of smaller ones where that would take long, as in 16 bits on
-    a CPU without instructions for them. Each size shows whether the next is worth trying: on busy cores a small product
-    waits far longer than it multiplies.
+    The measured rate is the best of products of 256³, 512³ and 1024³ in `dtype`, each size five times. Larger sizes are
+    skipped if a product would take longer than half a second, as in 16 bits on a CPU without instructions for them. On
+    busy cores a small product waits far longer than it multiplies, so each size decides only about the next.
     """
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)

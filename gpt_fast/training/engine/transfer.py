@@ -32,7 +32,11 @@ class Sender:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def send(self, batches: Sequence[Batch], count: Callable[[Batch], Tensor]) -> Sent:
-        """Start copying `batches` and the `count` [terms] of each."""
+        """Start copying `batches` to the device, and return the handle that `receive` takes.
+
+        `count(batch)` [terms] is the number of predictions that each term of the loss has in a batch; the counts are
+        copied too.
+        """
         counts = torch.stack([count(batch) for batch in batches])
         tokens = sum(batch.num_tokens() for batch in batches)
         if self._stream is None:
@@ -45,7 +49,10 @@ class Sender:
         return Sent(parts, counts, tokens, arrived)
 
     def receive(self, sent: Sent) -> tuple[list[Batch], Tensor]:
-        """Return the parts and their counts. Kernels that are launched from now on wait for the copy."""
+        """Return (parts, counts): the batches that `send` copied, and the predictions of each loss term [parts, terms].
+
+        On CUDA, kernels that are launched on the current stream from now on wait for the copy. The host does not wait.
+        """
         if sent.arrived is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(sent.arrived)
@@ -55,4 +62,5 @@ class Sender:
 
 
 def _pinned(tensor: Tensor) -> Tensor:
+    """Return a copy of a CPU tensor in pinned memory, or a tensor of another device itself."""
     return tensor.pin_memory() if tensor.is_cpu else tensor

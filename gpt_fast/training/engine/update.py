@@ -39,7 +39,7 @@ class EngineSettings:
 
     @classmethod
     def of(cls, settings: Any) -> EngineSettings:
-        """Return those among a training's settings; pre-training has fewer of them."""
+        """Return the fields of this class as `settings` has them. A field that `settings` lacks keeps its default."""
         names = [field.name for field in fields(cls) if hasattr(settings, field.name)]
         return cls(**{name: getattr(settings, name) for name in names})
 
@@ -91,7 +91,7 @@ class Engine:
         self._graphed = GraphedStep(self._compute_named, *optimizers) if settings.graph else None
 
     def send(self, batches: Sequence[Batch]) -> Sent:
-        """Start copying `batches` to the device, for a later `update`."""
+        """Start copying `batches`, the micro-batches of an update, to the device. Return a handle for `update`."""
 
         def count(batch: Batch) -> Tensor:
             return self.model.loss_counts(**batch.inputs()) * (batch.weight > 0)
@@ -99,11 +99,14 @@ class Engine:
         return self._sender.send(batches, count)
 
     def update(self, batches: Sequence[Batch] | Sent, lr: float) -> Outcome:
-        """Accumulate the gradient of the loss of all `batches` on all ranks, and step at AdamW's rate `lr`.
+        """Make one optimizer step on the gradient of the loss over all `batches` of all ranks.
 
-        Muon's rate follows it. Each term of the loss is the mean over all of its predictions, so that the gradient does
-        not depend on how the batch is divided. A batch of weight 0 does not count. On CUDA the host waits for nothing,
-        if the batches come from the CPU or by `send`.
+        `batches` are the micro-batches of this rank, or what `send` returned for them. `lr` is AdamW's learning rate;
+        Muon's keeps its ratio to it. Each term of the loss is the mean over all of its predictions, so that the
+        gradient does not depend on how the batch is divided. A batch of weight 0 does not count. Return the loss, the
+        norm of the gradient before clipping, and whether the update was skipped because one of these is not finite,
+        still on the device. On CUDA the host does not wait if the batches come from the CPU or from `send`, unless Muon
+        trains.
         """
         parts, counts = self._sender.receive(batches if isinstance(batches, Sent) else self.send(batches))
         self.model.train()
@@ -118,7 +121,11 @@ class Engine:
         return Outcome(*self._graphed(counts=counts, **tensors).unbind())
 
     def _compute_named(self, counts: Tensor, **tensors: Tensor) -> Tensor:
-        """Make the update of `tensors`, whose names are "tokens of part 0" and so on. Return the Outcome as [3]."""
+        """Make one update on `tensors`, for the CUDA graph. Return the results of `_compute` as a tensor [3].
+
+        The names of `tensors` are "tokens of part 0", "labels of part 0" and so on: an argument of the model's forward
+        pass and the index of its micro-batch. `counts` [parts, terms] is as in `_compute`.
+        """
         parts: list[dict[str, Tensor]] = [{} for _ in range(len(counts))]
         for name, tensor in tensors.items():
             field, _, index = name.partition(" of part ")
@@ -126,9 +133,11 @@ class Engine:
         return torch.stack(self._compute(parts, counts))
 
     def _compute(self, parts: Sequence[dict[str, Tensor]], counts: Tensor) -> Outcome:
-        """Make the update of `parts`, whose terms of the loss have `counts` [parts, terms] predictions.
+        """Make one update on `parts`. Return its loss, its gradient norm before clipping, and whether it was skipped.
 
-        A graph of this function may be replayed in its place, so it keeps no number on the host.
+        An element of `parts` holds the arguments of the model's forward pass for one micro-batch. `counts` [parts,
+        terms] is the number of predictions of each term of the loss in each micro-batch. A CUDA graph of this function
+        may be replayed in its place, so it keeps no number on the host.
         """
         self.optimizer.zero_grad(set_to_none=True)  # FSDP's model may hold other parameters at this moment
         if self.muon is not None:
@@ -148,11 +157,17 @@ class Engine:
         return self._step(total)
 
     def autocast(self) -> AbstractContextManager[object]:
+        """Return autocast to the training's dtype, or an empty context for float32."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def _step(self, loss: Tensor) -> Outcome:
+        """Clip the gradients and step the optimizers, or skip the update if the loss or the gradient is not finite.
+
+        `loss` is this rank's share of the mean loss. Return the whole mean loss, the norm of the gradient before
+        clipping, and whether the update was skipped.
+        """
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = self.world.full(nn.utils.get_total_norm([p.grad for p in parameters])) / self.scale  # type: ignore[misc]
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
@@ -174,16 +189,17 @@ class Engine:
         return Outcome(loss, norm, skipped)
 
     def _rescale(self, overflow: Tensor) -> None:
-        """Halve the scale after an overflow; double it after 2,000 updates without one."""
+        """Halve the float16 loss scale if `overflow` (bool, []); double it after 2,000 updates without one."""
         growth = torch.where(overflow, 0.0, self.growth + 1)
         grows = growth >= GROWTH_EVERY
         self.scale.copy_(torch.where(overflow, self.scale / 2, torch.where(grows, self.scale * 2, self.scale)))
         self.growth.copy_(torch.where(grows, 0.0, growth))
 
     def state(self) -> dict[str, Tensor]:
-        """Return every tensor that training resumes from: weights, moments, the scale.
+        """Return every tensor that training resumes from, by name: weights, optimizer state and loss scale.
 
-        The tensors are the live ones. Copying into them restores the state.
+        The tensors are the live ones: copying into them restores the state. Optimizer state that does not exist yet is
+        created as zeros.
         """
         self.world.reshard(self.model)
         tensors: dict[str, Tensor] = {"scale": self.scale, "growth": self.growth}
@@ -205,7 +221,10 @@ class Engine:
         return tensors
 
     def whole_model(self) -> Head:
-        """Return the model with all of its weights in one place, for saving. Every rank calls this."""
+        """Return the model with unsharded weights, for saving. Every rank must call this.
+
+        With FSDP it is a copy on the CPU, else the model in training itself.
+        """
         if self.world.size == 1 or self.world.strategy == "ddp":
             return self.model
         tensors = {name: self.world.full(tensor).cpu() for name, tensor in self.model.state_dict().items()}

@@ -30,7 +30,7 @@ _SAVED, _LIVE = "base_model.model.", ".default"  # PEFT's files have the first i
 
 
 def require_peft(option: str) -> None:
-    """Raise `ValueError` where PEFT is not installed."""
+    """Raise `ValueError` if PEFT is not installed. `option` is the option that needs it, for the message."""
     if find_spec("peft") is None:
         raise ValueError(f"{option}: needs peft, which is not installed; pip install gpt-fast[lora]")
 
@@ -45,11 +45,17 @@ class Adapter:
         self._adapted: Any = None
 
     def record(self) -> dict[str, Any]:
-        """Return what a reader of the run needs to merge the adapter."""
+        """Return "rank", "alpha" and "base_sha256", which a reader of the run needs to merge the adapter.
+
+        The last is the SHA-256 of the weights that the adapter is added to.
+        """
         return {"rank": self.rank, "alpha": self.alpha, "base_sha256": sha256(self.base / "model.safetensors")}
 
     def attach(self, model: Head) -> Head:
-        """Put the adapter into `model`, and freeze all else but the task's layer, whose weights are drawn anew."""
+        """Insert the adapter into `model` in place, and return the model.
+
+        All weights are frozen but those of the adapter and of the task's output layer, which is initialised again.
+        """
         import peft
 
         if isinstance(model, TaskHead):
@@ -66,7 +72,10 @@ class Adapter:
         return model
 
     def save(self, model: Head, folder: Path) -> None:
-        """Write the adapter into `folder`, in PEFT's format."""
+        """Write the adapter's weights and configuration into `folder`, in PEFT's format.
+
+        `model` is not read: the adapter is that of the model that `attach` got.
+        """
         import peft
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +86,7 @@ class Adapter:
 
 
 def copy(source: Path, folder: Path) -> Path:
-    """Copy an adapter's files. Return the path of its weights."""
+    """Copy the two files of an adapter from the folder `source` into `folder`. Return the path of the new weights."""
     for name in FILES:
         with replacing(folder / name) as temporary:
             shutil.copyfile(source / name, temporary)
@@ -85,7 +94,10 @@ def copy(source: Path, folder: Path) -> Path:
 
 
 def live_shapes(model: Head, rank: int) -> dict[str, tuple[str, list[int]]]:
-    """Return the name and shape of each tensor of an adapter of `model`, under its name in a file."""
+    """Return {name in the adapter's file: (name in a model that trains it, shape)} for each tensor of an adapter.
+
+    The adapter is one of this rank for `model`.
+    """
     found = {}
     for i, decoder in enumerate(model.trunk.decoders):
         for module, weight in _ADAPTED.items():
@@ -101,7 +113,10 @@ def live_shapes(model: Head, rank: int) -> dict[str, tuple[str, list[int]]]:
 
 
 def merge(model: Head, tensors: Mapping[str, Tensor], rank: int, alpha: float, path: Path) -> None:
-    """Add an adapter to the weights of its base, in place.
+    """Add an adapter to the weights of `model`, its base, in place.
+
+    `tensors` are those of the adapter's file, by name. The products of its matrices are added times `alpha` / `rank`,
+    and a task's output layer is replaced.
 
     Raises:
         ValueError: The tensors are those of another model. The message names `path`, where they come from.

@@ -38,12 +38,13 @@ class Damaged(ValueError):
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int, world: World) -> None:
-    """Write the checkpoint of `step` into `folder`, a run's checkpoints/, and keep the last `keep`.
+    """Write the checkpoint of update `step` into `folder`, a run's checkpoints/, and remove all but the newest `keep`.
 
-    Every rank calls it with its own tensors.
+    `tensors` are those that training resumes from, by name. `state` is everything else that is kept, as JSON values.
+    Every rank calls this with its own tensors.
 
     Raises:
-        OSError: It cannot be written. The checkpoints before are then untouched.
+        OSError: The checkpoint cannot be written. The checkpoints before are then untouched.
     """
     name = f"{_PREFIX}{step:09d}"
     partial = folder / f".{name}{PARTIAL}"
@@ -68,7 +69,10 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
 
 
 def newest_first(folder: Path) -> Iterator[Path]:
-    """Return the complete checkpoints of a folder: the one that `latest` names, then the others from the newest on."""
+    """Yield the checkpoints in `folder`: the one that the file `latest` names, then all others from the newest on.
+
+    Nothing is yielded if there is no such folder. The checkpoints are complete but may be damaged.
+    """
     if not folder.is_dir():
         return
     names = (path for path in folder.iterdir() if path.name.startswith(_PREFIX))
@@ -81,14 +85,15 @@ def newest_first(folder: Path) -> Iterator[Path]:
 
 
 def step_of(path: Path | None) -> int:
-    """Return the update that a checkpoint's name tells, -1 for None."""
+    """Return the number of the update that the name of a checkpoint's folder states, or -1 for None."""
     return -1 if path is None else int(path.name.removeprefix(_PREFIX))
 
 
 def newest_good(folder: Path, say: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest checkpoint that is as it was written and its manifest; None if there is no checkpoint.
+    """Return (path, manifest) of the newest undamaged checkpoint in `folder`, or None if there is no checkpoint.
 
-    Raises `ValueError` if there are checkpoints and all are damaged. `say` gets a line for each damaged one.
+    The manifest is the content of checkpoint.json. `say` gets a line for each damaged checkpoint. Raise `ValueError` if
+    there are checkpoints and all are damaged.
     """
     damaged = []
     for path in newest_first(folder):
@@ -103,7 +108,11 @@ def newest_good(folder: Path, say: Callable[[str], object]) -> tuple[Path, dict[
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return what checkpoint.json says; raise `Damaged` where it, or any file that it lists, is not as written."""
+    """Return the manifest of the checkpoint at `path`, the content of its checkpoint.json (see `schemas.Manifest`).
+
+    All files are read and compared with it. Raise `Damaged` if checkpoint.json, or any file that it lists, is missing
+    or is not as it was written.
+    """
     try:
         manifest = read_object(path / MANIFEST, non_finite=True)  # a loss may be NaN
         total = manifest.pop("sha256", None)
@@ -129,7 +138,10 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, tensors: dict[str, Tensor], world: World) -> None:
-    """Fill `tensors` from a checkpoint, whatever the number of ranks that wrote it."""
+    """Copy the tensors of the checkpoint at `path` into `tensors`, by name, whatever number of ranks wrote it.
+
+    Raise `ValueError` if a tensor is missing there or has another shape.
+    """
     reader = dcp.HuggingFaceStorageReader(str(path))
     try:
         with warnings.catch_warnings():
@@ -140,6 +152,7 @@ def load(path: Path, tensors: dict[str, Tensor], world: World) -> None:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:
+    """Write the tensors of all ranks into the folder `path`, as safetensors files. Raise `OSError` if that fails."""
     writer = dcp.HuggingFaceStorageWriter(str(path), save_distributed=True)
     try:
         with warnings.catch_warnings():
@@ -150,17 +163,24 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None
 
 
 def _with_a_dimension(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Return scalars as views of one element: the safetensors reader slices, which a scalar does not allow."""
+    """Return `tensors` with views of shape [1] in place of scalars.
+
+    The safetensors reader takes slices, which a scalar does not allow.
+    """
     return {name: tensor.view(1) if tensor.ndim == 0 else tensor for name, tensor in tensors.items()}
 
 
 def _cause(error: CheckpointException) -> str:
+    """Return the message of the first failure in a checkpoint error, on one line."""
     exception, _ = next(iter(error.failures.values()))
     return " ".join(str(exception).split()) or type(exception).__name__
 
 
 def _seal(path: Path, manifest: dict[str, Any]) -> None:
-    """Sync all files and write the manifest that vouches for them."""
+    """Flush all files of the checkpoint folder `path` to disk, then write its checkpoint.json.
+
+    It holds `manifest`, the sizes and SHA-256 of the files, and a checksum of itself.
+    """
     for file in path.iterdir():
         sync(file)
     manifest["files"] = _sums(path)
@@ -169,11 +189,12 @@ def _seal(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def _without(error: Exception, path: Path) -> str:
-    """Return an error's text without the name of the file in front."""
+    """Return an error's text without the name of the file `path` that may stand in front."""
     return str(error).removeprefix(f"{path}: ")
 
 
 def _sums(path: Path) -> dict[str, list[Any]]:
+    """Return {name: [bytes, SHA-256]} of each file in a checkpoint folder but checkpoint.json."""
     files = sorted(file for file in path.iterdir() if file.name != MANIFEST)
     with ThreadPoolExecutor(8) as pool:
         return {
@@ -183,13 +204,14 @@ def _sums(path: Path) -> dict[str, list[Any]]:
 
 
 def _sum_of(manifest: dict[str, Any]) -> str:
+    """Return the SHA-256 of a manifest as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and the half-written ones of killed runs.
+    """Remove all but the newest `keep` checkpoints in `folder`, and half-written ones that killed runs left.
 
-    A checkpoint loses its name before its files, so that none is ever seen with a part of them.
+    A checkpoint is renamed before its files are deleted, so no checkpoint is ever seen without some of its files.
     """
     for path in list(newest_first(folder))[keep:]:
         path.rename(folder / f".{path.name}.removed")

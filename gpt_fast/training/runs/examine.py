@@ -13,10 +13,12 @@ from .load import load_head, run_tokenizer
 
 
 def examine_run(folder: Path) -> dict[str, Any]:
-    """Return the state of a run, its checkpoints, leftovers of dead runs around it, and problems, each as one line.
+    """Return what `gpt-fast doctor` reports of a run folder, after reading and checking every file.
 
-    Every file is read and compared with what was written: the weights with the size and SHA-256 in run.json,
-    checkpoints with their manifests. Raises `FileNotFoundError` if there is no such folder.
+    The keys are "folder"; "state", a line; "checkpoints", where each name has "whole" or "damaged"; "leftovers", hidden
+    folders that dead runs left in and beside the folder; and "problems", a line for each. The weights are compared with
+    the size and SHA-256 in run.json, and checkpoints with their manifests. Raise `FileNotFoundError` if there is no
+    such folder.
     """
     problems: list[str] = []
     good, states = [], {}

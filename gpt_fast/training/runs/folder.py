@@ -77,10 +77,15 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
+        """Return the folder of the run's checkpoints, which may not exist yet."""
         return self.folder / checkpoints.FOLDER
 
     def publish(self) -> None:
-        """Move the folder to its place, before the first update. From now on metrics can be watched there."""
+        """Move the hidden folder of a new run to its final place, before the first update. A second call does nothing.
+
+        From then on its metrics can be watched there. A run that --overwrite replaces is moved to a hidden folder
+        beside it. Raise `FileExistsError` or `ValueError` if the place has been taken in the meantime.
+        """
         if self.folder == self.out:
             return
         _check_target(self.out, self.overwrite)  # someone may have written there meanwhile
@@ -93,7 +98,10 @@ class Run:
         self.folder = self.out
 
     def keep(self) -> None:
-        """Keep the folder, which is now worth more than the one that it replaced."""
+        """Keep the run folder whatever happens next, and delete the run that it replaced.
+
+        This is called at the first checkpoint and at the end of training: the folder is then worth more than the other.
+        """
         self.publish()
         self.kept = True
         if self._replaced is not None:
@@ -101,13 +109,18 @@ class Run:
             self._replaced = None
 
     def discard(self) -> None:
+        """Delete the run folder, and put the run that it replaced back in its place."""
         shutil.rmtree(self.folder, ignore_errors=True)
         if self._replaced is not None:
             (self._replaced / self.out.name).rename(self.out)
             self._replaced.rmdir()
 
     def reopen(self, settings: dict[str, Any]) -> None:
-        """Let a run be resumed for more steps: save its new settings, and make it a stopped run if it is finished."""
+        """Let a run be resumed for more steps with `settings`, which replace the settings in its folder.
+
+        A finished run becomes a stopped one: run.json is deleted, and the weights of the best validation are copied to
+        best/.
+        """
         write_settings(self.folder, settings)
         if not is_finished(self.folder):
             return
@@ -121,7 +134,7 @@ class Run:
         (self.folder / "run.json").unlink()
 
     def what_is_left(self, signal: object) -> str:
-        """Return what a signal left on disk, and the command that resumes the run."""
+        """Return a line for the user: what a run stopped by `signal` left on disk, and the command to resume it."""
         if not self.kept:
             before = f"; {self.out} is what it was" if self._replaced is not None else ""
             return f"stopped by {signal}; nothing is left of this run{before}"
@@ -138,11 +151,13 @@ class Run:
 def new_run(
     out: Path, overwrite: bool = False, resume: bool = False, resume_command: str = "--resume"
 ) -> Iterator[Run]:
-    """Yield a run whose folder takes its place at the end of the block, or before, when `publish` is called.
+    """Yield a run in a hidden folder, which takes its place `out` at the end of the block, or when `publish` is called.
 
-    If the block raises, or is interrupted, before a checkpoint is written, nothing of it stays and a run that was there
-    before is untouched. `overwrite` replaces a run, never a folder that holds anything else. `resume` resumes in a
-    folder with checkpoints, and replaces an unfinished one without.
+    If the block raises, or is interrupted, before a checkpoint is written, the new folder is deleted and a run that was
+    at `out` before is untouched. `overwrite` replaces a run, but never a folder that holds anything else. `resume`
+    yields the run at `out` if it has a checkpoint, and replaces it if it is unfinished and has none. `resume_command`
+    is shown to the user after an interruption. Raise `FileExistsError` or `ValueError` if no run can be written to
+    `out`.
     """
     out = out.resolve()
     if overwrite and resume:
@@ -178,7 +193,10 @@ def new_run(
 
 @contextmanager
 def _telling(run: Run) -> Iterator[None]:
-    """Let a signal that stops the block say what is left; a checkpoint that is written is kept."""
+    """If the block raises `Interrupted`, describe in its `saved` what is left on disk, and raise it again.
+
+    If a checkpoint has been written, the run is kept.
+    """
     try:
         yield
     except Interrupted as stopped:
@@ -189,14 +207,20 @@ def _telling(run: Run) -> Iterator[None]:
 
 
 def _sweep(out: Path) -> None:
-    """Remove what a kill before the first update left beside `out`: folders that no living process has locked."""
+    """Delete the hidden folders beside `out` of runs that were killed before their first update.
+
+    A living process has its folder locked, and that folder stays.
+    """
     for folder in _beside(out, _NEW):
         if _is_idle(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def put_back(out: Path) -> None:
-    """Put back the run that --overwrite had moved away, if its replacement was killed before its first checkpoint."""
+    """Put back the run at `out` that --overwrite had moved away, if the new run was killed before its first checkpoint.
+
+    Warn if a run is put back. Do nothing while a living process trains there.
+    """
     if not all(map(_is_idle, _beside(out, _NEW))):
         return  # a living process is about to put its run there
     for folder in _beside(out, _OLD):
@@ -222,13 +246,17 @@ def put_back(out: Path) -> None:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Return hidden folders of dead runs in and beside `folder`: begun runs, and runs that --overwrite moved away."""
+    """Return hidden folders of dead runs in and beside `folder`: begun runs, and runs that --overwrite moved away.
+
+    Folders that a living process has locked are left out.
+    """
     places = {folder, folder.parent}
     found = {path for place in places if place.is_dir() for kind in (_NEW, _OLD) for path in place.glob(f".*{kind}*")}
     return sorted(path for path in found if path.is_dir() and _is_idle(path))
 
 
 def _beside(out: Path, kind: str) -> list[Path]:
+    """Return the hidden folders beside `out` of one kind: `_NEW` for runs that were begun, `_OLD` for replaced ones."""
     return sorted(path for path in out.parent.glob(f".{glob.escape(out.name)}{kind}*") if path.is_dir())
 
 
@@ -256,18 +284,21 @@ def write_extra(path: Path, write: Callable[[Path], object]) -> bool:
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Write every setting with its value, defaults too."""
+    """Write `settings`, every setting with its value, defaults too, to settings.yaml in `folder`."""
     write_text(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
 def is_finished(out: Path) -> bool:
-    """Return True if the run in `out` has its record, which training writes after the weights."""
+    """Return True if the run in `out` has a run.json, which training writes after the weights."""
     return (out / "run.json").exists()
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Lock the folder, so that no two processes train in it. The lock ends with the process."""
+    """Lock the folder inside the block, so that no two processes train in it. The lock also ends with the process.
+
+    Raise `ValueError` if another process has locked it.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -280,7 +311,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _check_idle(out: Path) -> None:
-    """Raise if a living process trains in `out`, which has no checkpoint there yet."""
+    """Raise `ValueError` if a living process trains in `out`."""
     if out.exists():
         with _locked(out):
             pass
@@ -295,7 +326,11 @@ def _no_run(folder: Path) -> str:
 
 
 def check_run(folder: Path) -> None:
-    """Raise unless `folder` holds what a run needs to be read. Put back a run that a dead --overwrite moved away."""
+    """Raise `FileNotFoundError` unless `folder` holds a run: its configuration, its tokenizer and its weights.
+
+    The weights may be final ones, an adapter's, or those of a checkpoint. A run that a dead --overwrite moved away is
+    put back first.
+    """
     put_back(folder.absolute())
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: {_no_run(folder)}")
@@ -314,9 +349,10 @@ def check_run(folder: Path) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return what run.json says; of a stopped run what its newest checkpoint says; else nothing.
+    """Return the record of the run in `folder`: the content of run.json (see `schemas.Record`).
 
-    Raises `ValueError` for a run.json that is no record of a run.
+    For a stopped run, return the record in its newest undamaged checkpoint; without a checkpoint, return {}. Raise
+    `ValueError` for a run.json that is no record of a run, and if all checkpoints are damaged.
     """
     path = folder / "run.json"
     if path.exists():
@@ -328,9 +364,10 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def check_weights(folder: Path, record: dict[str, Any], whole: bool) -> None:
-    """Compare the weights, or the adapter, with the size in a run's record; if `whole`, with its SHA-256 too.
+    """Raise `ValueError` if the weights of a run, or its adapter, have another size than its `record` says.
 
-    Raises `ValueError` where they differ. Records of older versions say nothing of the weights.
+    If `whole`, compare their SHA-256 too, which reads all of them. Records of older versions say nothing of the
+    weights; then nothing is compared.
     """
     expected, path = record.get("weights"), folder / (adapters.WEIGHTS if record.get("lora") else "model.safetensors")
     if not isinstance(expected, dict):
@@ -343,7 +380,7 @@ def check_weights(folder: Path, record: dict[str, Any], whole: bool) -> None:
 
 
 def special_token(config: GPTConfig, name: str) -> int:
-    """Return the id of a special token that a task cannot do without."""
+    """Return the token id in the field `name` of the configuration. Raise `ValueError` if that field is None."""
     token = getattr(config, name)
     if token is None:
         raise ValueError(f"this model has no {name}; pre-train it with gpt-fast, or name the token's id in config.json")
@@ -351,10 +388,11 @@ def special_token(config: GPTConfig, name: str) -> int:
 
 
 def with_special_tokens(model: Head, tokenizer: Tokenizer) -> Head:
-    """Return the model with ids for the special tokens that its configuration lacks, which follow its vocabulary.
+    """Return `model` with ids for the special tokens that its configuration lacks, as `tokenizer` numbers them.
 
-    A model lacks them if `gpt-fast convert` made it of another library's. Their embeddings begin near the mean of all
-    others, and so do their logits. Rows near 0 would be likelier than most where a model's logits are all far below 0.
+    A model lacks them if `gpt-fast convert` made it of another library's. Its embeddings grow by rows for these tokens,
+    which begin near the mean of all other rows, and so do their logits: rows near 0 would be likelier than most tokens
+    where a model's logits are all far below 0.
     """
     config = model.config
     ids = {name: token for name, token in special_ids(tokenizer).items() if getattr(config, name) is None}
@@ -371,7 +409,10 @@ def with_special_tokens(model: Head, tokenizer: Tokenizer) -> Head:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Return the lines of metrics.jsonl, with NaN for null. Raises `ValueError` for a line that holds no numbers."""
+    """Return the lines of a run's metrics.jsonl, each a dict of numbers, with NaN for null.
+
+    A last line that a kill cut off is left out. Raise `ValueError` for a line that holds anything but numbers.
+    """
     path, lines = folder / "metrics.jsonl", []
     for number, content in enumerate(read_bytes(path).splitlines(keepends=True), start=1):
         if not content.endswith(b"\n"):
@@ -384,7 +425,10 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def read_curve(folder: Path, field: str) -> list[dict[str, float]]:
-    """Return the lines of a run's metrics that have a field. Raise `ValueError` with the known fields if none does."""
+    """Return the lines of a run's metrics.jsonl that have a field, each a dict of numbers.
+
+    Raise `FileNotFoundError` if the file is missing, and `ValueError` with the known fields if no line has the field.
+    """
     if not (folder / "metrics.jsonl").is_file():
         what = "no run folder, it has no metrics.jsonl" if folder.is_dir() else _no_run(folder)
         raise FileNotFoundError(f"{folder}: {what}")
@@ -397,6 +441,10 @@ def read_curve(folder: Path, field: str) -> list[dict[str, float]]:
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
+    """Raise `FileExistsError` unless a run may be written to `out`.
+
+    It may if `out` does not exist, is an empty folder, or, with `overwrite`, holds nothing but files that a run writes.
+    """
     if not out.exists():
         return
     if not out.is_dir():
@@ -423,6 +471,7 @@ def _make_parents(folder: Path) -> list[Path]:
 
 
 def _umask() -> int:
+    """Return the umask of this process."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

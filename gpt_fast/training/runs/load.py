@@ -30,7 +30,11 @@ _OF_A_TASK = (
 
 
 def load_run(folder: Path, device: str) -> Head:
-    """Return the model of a run folder with the head that it was saved with; of a stopped run, its last good one."""
+    """Return the model of a run folder on `device`, with the head that it was saved with.
+
+    The weights are the final ones, or those of a stopped run's newest undamaged checkpoint. Raise `FileNotFoundError`
+    if the folder holds no run, and `ValueError` if its files are damaged.
+    """
     check_run(folder)
     name, _ = read_config(folder)
     if name not in HEADS:
@@ -39,9 +43,10 @@ def load_run(folder: Path, device: str) -> Head:
 
 
 def load_head(head: type[AnyHead], folder: Path, **overrides: Any) -> AnyHead:
-    """Return a head with the weights of a run: the final ones, or those of a stopped run's newest whole checkpoint.
+    """Return a model of class `head` with the weights of the run in `folder`. `overrides` replace configuration fields.
 
-    Warns if it takes a checkpoint. Raises `ValueError` if the weights have another size than the run's record says.
+    The weights are the final ones, or those of a stopped run's newest undamaged checkpoint, about which this warns.
+    Raise `ValueError` if the weights have another size than the run's record says.
     """
     good = None
     if not is_finished(folder):
@@ -61,14 +66,18 @@ def load_head(head: type[AnyHead], folder: Path, **overrides: Any) -> AnyHead:
 
 
 def load_adapted(head: type[AnyHead], folder: Path, record: dict[str, Any], where: Path, **overrides: Any) -> AnyHead:
-    """Return a head with the weights of the run in `folder` and the adapter in the folder `where` merged into them."""
+    """Return a model of class `head` with the weights of the run in `folder`, which are an adapter's, merged.
+
+    The adapter is in the folder `where`. `record` is the content of the run's run.json. `overrides` replace fields of
+    the configuration.
+    """
     return model_folder.load(head, folder, overrides, _merged(folder, record, where / adapters.WEIGHTS))
 
 
 def write_merged(folder: Path, out: Path) -> Head:
     """Write the run in `folder`, whose weights are an adapter's, into the empty folder `out` with its weights merged.
 
-    Return the model.
+    Return the model. Raise `ValueError` unless the run is finished and was trained with --lora-rank.
     """
     check_run(folder)
     record = read_record(folder)
@@ -88,9 +97,10 @@ def write_merged(folder: Path, out: Path) -> Head:
 
 
 def load_for_task(source: Path, load: Callable[..., AnyHead], overrides: dict[str, Any]) -> AnyHead:
-    """Return the model that `load` makes of a folder, with the tokens that a task's input has.
+    """Return the model that `load(source, **overrides)` makes, with the special tokens that a task's input has.
 
-    How it pools is set once the token that it may read is there.
+    `source` is a run folder, from which the tokenizer is taken. The field "pooling" among `overrides` is set last, when
+    the token that pooling may read exists.
     """
     pooling = {"pooling": overrides.pop("pooling")} if "pooling" in overrides else {}
     model = load(source, **overrides)
@@ -100,9 +110,10 @@ def load_for_task(source: Path, load: Callable[..., AnyHead], overrides: dict[st
 
 
 def adapter_base(head: type[AnyHead], source: Path, **overrides: Any) -> AnyHead:
-    """Return the model that an adapter belongs to.
+    """Return a model of class `head` with the weights of the run in `source`, to which an adapter is added.
 
-    Its numbers are the same each time, even those drawn for tokens that the source lacks.
+    All its numbers are the same each time, even those drawn for special tokens that the run lacks. `overrides` replace
+    fields of the configuration.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -110,7 +121,11 @@ def adapter_base(head: type[AnyHead], source: Path, **overrides: Any) -> AnyHead
 
 
 def _merged(folder: Path, record: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    """Return the weights of the run in `folder` with its adapter, in the file or the checkpoint at `path`, merged."""
+    """Return the weights by name of the run in `folder`, with its adapter merged into them.
+
+    `record` is the content of the run's run.json. `path` is the adapter's file or a checkpoint. Raise `ValueError` if
+    they do not belong to the run's configuration.
+    """
     name, config = read_config(folder)
     if name not in HEADS:
         raise ValueError(f"{folder / 'config.json'}: head {name}; expected one of {', '.join(HEADS)}")
@@ -134,7 +149,11 @@ def _merged(folder: Path, record: dict[str, Any], path: Path) -> dict[str, Tenso
 
 
 def _base(folder: Path, record: dict[str, Any]) -> Path:
-    """Return the folder that an adapter was trained on: where it was, or beside the run."""
+    """Return the folder of the run that the adapter in `folder` was trained on.
+
+    It is the path in `record`, the run's run.json, or a folder of that name beside the run. Raise `FileNotFoundError`
+    if neither has weights, and `ValueError` if the weights are not those that the adapter began with.
+    """
     source = Path(str(record.get("from")))
     there = [base for base in (source, folder.resolve().parent / source.name) if (base / "model.safetensors").is_file()]
     if not there:
@@ -148,7 +167,7 @@ def _base(folder: Path, record: dict[str, Any]) -> Path:
 
 
 def _weights(path: Path, name: str, config: GPTConfig) -> dict[str, Tensor]:
-    """Return the weights in a checkpoint of a model with this head and configuration."""
+    """Return the weights by name from the checkpoint at `path`, for the head called `name` with this configuration."""
     with torch.device("meta"):
         model = HEADS[name](config)
     tensors = {label: torch.empty_like(tensor, device="cpu") for label, tensor in model.named_parameters()}
@@ -157,7 +176,7 @@ def _weights(path: Path, name: str, config: GPTConfig) -> dict[str, Tensor]:
 
 
 def load_generator(folder: Path, device: str) -> GPTForCausalLM:
-    """Return the model of a run folder, which has to be one that generates text."""
+    """Return the model of a run folder on `device`. Raise `ValueError` if it is not a causal language model."""
     model = load_run(folder, device)
     if not isinstance(model, GPTForCausalLM):
         raise ValueError(
@@ -167,10 +186,10 @@ def load_generator(folder: Path, device: str) -> GPTForCausalLM:
 
 
 def run_tokenizer(folder: Path, model: Head) -> Tokenizer:
-    """Return the tokenizer of a run folder, checked against the model's vocabulary.
+    """Return the tokenizer of a run folder. Raise `ValueError` if it has more tokens than the model.
 
-    A model of another library has no rows for the special tokens, which are added to every tokenizer and of which no
-    text consists.
+    This library adds its special tokens to every tokenizer. A model of another library has no embeddings for them and
+    no text contains them, so they do not count for such a model.
     """
     tokenizer, rows = load_tokenizer(folder), model.config.num_tokens
     added = 0

@@ -26,7 +26,7 @@ class Recipe:
 
     @classmethod
     def of(cls, settings: Any) -> Recipe:
-        """Return the recipe in complete settings."""
+        """Return a recipe with the values that `settings` has in the fields of this class, all of which are set."""
         return cls(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)})
 
 
@@ -52,7 +52,10 @@ FINETUNE_LR = 6.25e-5  # Radford et al. (2018), section 4.1
 
 
 def pretraining(preset: str | None, source: Path | None) -> Recipe:
-    """Return a preset's recipe, or that of the run that training starts from, GPT-1's if a folder has none."""
+    """Return the recipe of a preset, or the one by which the run in `source` was trained, if `source` is given.
+
+    A value that the run's record lacks is GPT-1's.
+    """
     if source is None:
         return RECIPES[preset]
     record = read_record(source)
@@ -61,15 +64,16 @@ def pretraining(preset: str | None, source: Path | None) -> Recipe:
 
 
 def finetuning_lr(source: Path) -> float:
-    """Return the paper's learning rate for published sizes, or a quarter of the pre-training's for others.
+    """Return the default learning rate for fine-tuning the run in `source`.
 
-    The paper's rate is a quarter of its pre-training's, too.
+    It is the GPT paper's rate for a published size, and for a folder that does not state the rate of its pre-training;
+    for others, a quarter of that rate, which is the ratio of the two rates in the paper.
     """
     record = read_record(source)
     return FINETUNE_LR if "lr" not in record or record.get("preset") else record["lr"] / 4
 
 
 def complete(settings: S, recipe: Recipe) -> S:
-    """Return the settings with the recipe's values for those that are None."""
+    """Return the settings with the values of `recipe` in place of those that are None."""
     values = dataclasses.asdict(recipe)
     return settings.changed(**{name: value for name, value in values.items() if getattr(settings, name) is None})
