@@ -48,7 +48,10 @@ def serving(capability: int) -> Architecture:
 
     Raise `ValueError` for a capability below all rows.
     """
-    return max(row for row in ARCHITECTURES if row.capability <= capability)
+    older = [row for row in ARCHITECTURES if row.capability <= capability]
+    if not older:
+        raise ValueError(f"gpt_fast: the compute capability is {capability / 10}; expected {OLDEST / 10} or newer")
+    return max(older)
 
 
 def fits(architecture: int, capability: int) -> bool:

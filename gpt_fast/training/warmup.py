@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,12 +74,14 @@ def warm(config: GPTConfig, batch_size: int = 16, precision: str = "float32") ->
         that were "found" in Triton's cache; and "cache", the folder of that cache.
 
     Raises:
-        ValueError: `batch_size` is below 1, or PyTorch sees no CUDA device.
+        ValueError: `batch_size` is below 1, PyTorch sees no CUDA device, or Triton is not installed.
     """
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: expected 1 or more")
     if not torch.cuda.is_available():
         raise ValueError("gpt-fast warmup: this PyTorch sees no CUDA device; expected one, as only it runs Triton")
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("gpt-fast warmup: Triton is not installed; expected it for CUDA kernels: pip install triton")
     from triton import knobs
 
     config = dataclasses.replace(config, num_layers=min(LAYERS, config.num_layers))

@@ -1,5 +1,6 @@
 """`gpt-fast` as its users meet it: results, files, and what is on stdout and stderr."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -9,8 +10,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from gpt_fast import GPTConfig
 from gpt_fast.data import tables
 from gpt_fast.generation.steps import WEIGHTS
+from gpt_fast.training import warmup
 from tests.command_line import SMALL, succeed
 
 COMMANDS = {
@@ -60,6 +63,13 @@ def test_doctor(cli):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
+def test_warmup_without_triton(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="gpt-fast warmup: Triton is not installed; expected it for CUDA kernels"):
+        warmup.warm(GPTConfig.preset("gpt2"))
+
+
 def test_warmup_without_a_gpu(cli, data):
     """Also for a run; what is wrong with the options is told first."""
     for options in (["--preset", "gpt2"], ["--from", data.lm]):

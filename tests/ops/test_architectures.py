@@ -41,6 +41,11 @@ def tree(tmp_path):
     return tmp_path
 
 
+def test_a_card_older_than_the_kernels_is_named():
+    with pytest.raises(ValueError, match=r"the compute capability is 7\.5; expected 8\.0 or newer"):
+        architectures.serving(75)
+
+
 @pytest.mark.parametrize("op", launch_configs.TABLES)
 def test_every_launch_configuration_is_for_a_known_architecture(op):
     assert {row.architecture for row in launch_configs.TABLES[op]} <= KNOWN | {architectures.INTERPRETER}
