@@ -43,7 +43,9 @@ class LanguageModelHead(Head):
 
         Args:
             tokens: Token ids [B, T], int64.
-            labels: Labels [B, T], int64. A label of -100 does not count.
+            labels: Labels [B, T], int64. A label of -100 does not count. A causal model shifts them over a whole row,
+                so the last token of a packed sequence learns to predict the first token of the next. Where it should
+                not, the label of that first token has to be -100.
             lengths: Number of real tokens [B] of each row, for rows that are padded on the right.
             key_mask: Bool [B, T], True for a real token.
             attention_mask: `key_mask` as zeros and ones, as transformers' tokenizers return it.
