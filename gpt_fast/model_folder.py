@@ -91,7 +91,9 @@ def _check_names(head: Any, state: dict[str, Tensor], config: GPTConfig) -> None
 
 
 def read_config(directory: Path) -> tuple[str, GPTConfig]:
-    """Return (name, config) of a model folder: the name of the head's class that saved it, and its configuration.
+    """Return (name, config) of a model folder: the name of the model's class, and its configuration.
+
+    The class is that of the whole model, such as "GPTForCausalLM". The name is "None" if the folder does not say it.
 
     Raises:
         FileNotFoundError: There is no configuration.

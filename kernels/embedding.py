@@ -58,11 +58,14 @@ def _bwd_kernel(
     dout_ptr, ids_ptr, order_ptr, grad_ptr, partial_ptr, seed_ptr, stride_dm, stride_dc, stride_gk, stride_gc,
     M, C, site, threshold, scale, HAS_DROPOUT: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Add the rows of dout for one chunk of CHUNK uses of a table, sorted by the row of the table that is used.
+    """Add up the rows of dout for one chunk of CHUNK lookups in a table, and one block of columns.
 
-    `ids_ptr` has the table's row for each use, and `order_ptr` the row of dout. A sum whose uses all lie in the chunk
-    goes to grad. The sum of uses that continue from the chunk before goes to partial [chunk, 0], and that of uses that
-    continue in the next chunk to partial [chunk, 1]; partial is [chunks, 2, C].
+    The M lookups are sorted by the row of the table that they read. `ids_ptr` [M] has that row for each lookup, and
+    `order_ptr` [M] the row of dout. Lookups of one table row are neighbours, whose sum is stored once: in grad if the
+    chunk has all of them, in partial [chunk, 0] if the first of them lie in the chunk before, and else in partial
+    [chunk, 1], because more of them follow in the next chunk. Entries of partial [chunks, 2, C] that no sum belongs to
+    are not written. With HAS_DROPOUT, `site`, `threshold`, `scale` and `seed_ptr` give the mask of the forward pass.
+    The grid is (chunks, blocks of columns).
     """
     chunk = tl.program_id(0).to(tl.int64)
     offs_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -102,10 +102,11 @@ def measure(cubin: bytes, folder: Path, warps: int, bounded: bool) -> Figure:
 
 
 def compile_launch(launch: dict[str, Any]) -> Figure:
-    """Compile one recorded launch, an entry of what tools.record_launches wrote, for its target. Return its figures.
+    """Compile one launch that tools.record_launches recorded, for its target. Return figures of the compiled kernel.
 
-    They are those of `measure`, bytes of shared memory as "shared", attention's tile sizes as "tile", and
-    "needs_wgmma", 1 if the kernel has a matrix product that wgmma must do.
+    The figures are "registers", "spilled" bytes, "shared" bytes, "loops" and the numbers of instructions by kind, see
+    `measure`. "tile" is [BLOCK_M, BLOCK_N], for attention alone. "needs_wgmma" is 1 if the target has wgmma and the
+    kernel has a 16-bit product of 64 rows or more, else 0.
     """
     stand_in_torch()
     import triton

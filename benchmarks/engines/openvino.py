@@ -22,7 +22,10 @@ HINTS: dict[str, dict[str, Any]] = {
 
 
 def missing(precision: str) -> str | None:
-    """Return the reason why OpenVINO cannot compute in this precision on this CPU, or None if it can."""
+    """Return the reason why OpenVINO cannot compute in a precision on this CPU, or None if it can.
+
+    `precision` is that of the weights, such as "float32", "bfloat16" or "int8". Only "bfloat16" may be missing.
+    """
     import openvino as ov
 
     if precision == "bfloat16" and "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):

@@ -31,10 +31,11 @@ READ = 512 << 20  # bytes of the buffer whose reading is timed
 
 
 def measure(device: str, quick: bool, cpu_time: bool) -> dict[str, Any]:
-    """Return the figures of `token_seconds`, and "curves": {precision of the weights: result of `curve`}.
+    """Measure the time of one token, by precision of the weights and by position in the cache, on the CPU.
 
-    With `quick` there are fewer tokens and repetitions. With `cpu_time` the times are CPU seconds of the process. The
-    device is always the CPU.
+    Return the dict of `token_seconds`: "model", "read_bandwidth", and a dict of times for each precision and each
+    implementation. "curves" is added: for each precision a list of (position, seconds of a step, read bandwidth). With
+    `quick` there are fewer tokens and repetitions. With `cpu_time` the times are CPU seconds of the process.
     """
     now = time.process_time if cpu_time else time.perf_counter
     tokens, repeats = (8, 1) if quick else (32, 3)

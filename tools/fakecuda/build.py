@@ -23,7 +23,7 @@ HARMLESS = re.compile("Set|Get|Create|Destroy|Attribute|Init")  # functions of c
 
 
 def site_packages() -> Path:
-    """Return the folder that PyTorch is installed in.
+    """Return the site-packages folder in which PyTorch's folder `torch` lies.
 
     Raise `SystemExit` if PyTorch is not installed or is no CUDA build.
     """

@@ -413,8 +413,9 @@ def plan(name: str, module: Any, report: Report, why_foreign: Callable) -> list[
 def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family, why_foreign: Callable) -> list[Patch]:
     """Return the patches of a trunk (a model without its head), its blocks and its last norm.
 
-    `family` holds the classes and the new forward of the model. The other parameters are those of `plan`. A `Patch` is
-    the new forward of one module.
+    A `Patch` is the new forward of one module. `name` is the path of `trunk` in the whole model, and `family` holds the
+    model's classes and its new forward. `report` gets an entry for each module. `why_foreign(module, cls)` returns the
+    reason why calling a module does not run the forward of class `cls`, or None if it does.
     """
     prefix = f"{name}." if name else ""
     patches = [Patch(trunk, None, {})]  # marks it as seen

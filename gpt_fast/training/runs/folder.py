@@ -195,7 +195,8 @@ def new_run(
 def _telling(run: Run) -> Iterator[None]:
     """If the block raises `Interrupted`, describe in its `saved` what is left on disk, and raise it again.
 
-    If a checkpoint has been written, the run is kept.
+    If a checkpoint has been written, the new run's folder stays, and the run that it was to replace is deleted; see
+    `Run.keep`. Other exceptions pass unchanged.
     """
     try:
         yield
