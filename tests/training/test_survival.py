@@ -111,7 +111,7 @@ def test_signals_save_and_end(cli, command, whole, tmp_path, signum):
 
 
 def test_a_second_signal_tells_what_is_on_disk(cli, command, tmp_path):
-    """After a second signal the run writes no more checkpoints, and its last line says how to resume from an earlier one."""
+    """After a second signal the run writes no more checkpoints. Its last line tells how to resume an earlier one."""
     out = tmp_path / "run"
     stopped = cli(
         *command, "--out", out, watched=(out / "checkpoints" / "step-000000005" / "checkpoint.json", 0),
