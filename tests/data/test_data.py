@@ -1,4 +1,4 @@
-"""Tokenizers, corpora, tables, snippets, masking and batches."""
+"""Tokenizers, corpora, snippets, masking and batches."""
 
 import re
 from itertools import pairwise

@@ -195,7 +195,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path, form):
     assert peaks[1] - peaks[0] < 20 << 20
 
 
-def test_ten_files_of_one_name_do_not_share_a_part(tmp_path):
+def test_files_of_one_name_do_not_share_a_part(tmp_path):
     """A split by name alone would put all of them into training or all into validation."""
     for i in range(12):
         (tmp_path / f"book{i}").mkdir()

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("error:gpt_fast")  # no call was left to
 
 @pytest.fixture(autouse=True)
 def ordinary_memory() -> None:
-    """Leave uninitialised memory unpoisoned, because these libraries read uninitialised buffers of their own."""
+    """Leave uninitialised memory unpoisoned, because these libraries may read uninitialised buffers of their own."""
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = False
 

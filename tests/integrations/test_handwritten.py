@@ -53,7 +53,7 @@ class Operators(TorchDispatchMode):
 @pytest.mark.skipif(gpt_fast.build_info() is None, reason="the reference serves: no operator is called")
 @pytest.mark.parametrize("name", ["packed", "masked", "separate", "single"])
 def test_a_training_pass_is_fused_as_a_whole(name):
-    """Attention, MLPs, norms, additions and the loss run as this library's operators, and none of PyTorch's does."""
+    """Attention, MLPs, norms, additions and the loss run as this library's operators instead of PyTorch's."""
     _, fast = twins(name, dropout=0.1)
     with Operators() as seen:
         loss_of(fast, tokens(), tokens(seed=1)).backward()
@@ -243,7 +243,7 @@ def test_twenty_steps_have_the_same_losses(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_in_every_mode(name):
-    """Logits in training and evaluation, with and without gradients, for one token and for all positions."""
+    """Logits agree in training and evaluation, with and without gradients, for one token and for all positions."""
     plain, fast = twins(name)
     for T in (1, 5, handwritten.P):
         for training in (True, False):
@@ -474,7 +474,7 @@ def test_changes_after_accelerate_take_effect(change):
 @pytest.mark.skipif(gpt_fast.build_info() is None, reason="the reference serves: no operator is called")
 @pytest.mark.parametrize("change", ["rate", "hook", "forward"])
 def test_a_head_that_is_not_as_the_others_runs_its_block_as_written(change):
-    """In a block of separate head modules, one head has another rate, a hook or a forward of its own."""
+    """A block with one module per head runs as written if one head has another rate, a hook or its own forward."""
     plain, fast = twins("single", dropout=0.1)
     head = fast.transformer["h"][1].talk.heads[2]
     seen = []

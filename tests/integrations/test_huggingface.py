@@ -291,7 +291,7 @@ def test_similarity_takes_what_there_is_and_has_no_counterpart(name):
 
 
 @pytest.mark.parametrize("labels", [1, 2])
-def test_regression_is_one_too(labels):
+def test_regression_converts_too(labels):
     theirs = hf_models.make("GPT2ForSequenceClassification", num_labels=labels, problem_type="regression").eval()
     ours = GPTForSequenceClassification.from_hf(theirs)
     tokens = hf_models.inputs("GPT2Model")["input_ids"]

@@ -1,4 +1,4 @@
-"""Checkpoints of nanoGPT, minGPT and llm.c: converted bit for bit, computing the same, refused by name."""
+"""Checkpoints of nanoGPT, minGPT and llm.c: conversion bit for bit, equal results, errors that name the fault."""
 
 import ast
 import json
@@ -39,7 +39,7 @@ def their_model(bias: bool = True) -> nn.Module:
 
 
 def checkpoint(theirs: nn.Module | None = None, **changes: Any) -> dict[str, Any]:
-    """Return what nanoGPT's train.py saves."""
+    """Return a checkpoint as nanoGPT's train.py saves it, with `changes`."""
     made = {
         "model": (theirs or their_model()).state_dict(),
         "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []},

@@ -157,7 +157,7 @@ def test_weighted_tokens_are_those_of_torch():
 
 @pytest.mark.parametrize("lm_weight", [0.0, 0.5])
 def test_weighted_gradients_do_not_depend_on_how_a_batch_is_divided(lm_weight):
-    """The weights of these rows sum to less than 1, which a number of predictions never does."""
+    """The weights of these rows sum to less than 1, unlike any number of predictions."""
     gradients = []
     batch = rows()
     parts = [batch], [Batch(*(x[i::3] for x in batch[:3]), weight=2) for i in range(3)]

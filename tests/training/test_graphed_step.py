@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: the captured step has the engine's bits, and other options are refused.
+"""A training step as one CUDA graph: the captured step has the engine's bits, and some options are refused.
 
 Captures run on a GPU. tests/fakecuda/test_graph.py captures on a stand-in for CUDA, which computes no values.
 """

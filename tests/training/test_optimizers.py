@@ -112,7 +112,7 @@ def test_an_update_that_is_not_finite_changes_nothing():
 
 
 def test_the_loss_scale_does_not_reach_the_momentum():
-    """A loss scale of 65,536 gives the momentum of no scale, except for gradients that underflow without one."""
+    """Loss scales of 65,536 and 1 give the same momentum, except where gradients underflow with a scale of 1."""
     scaled, plain = make(precision="float16"), make(precision="float16")
     plain.scale.fill_(1.0)
     for engine in (scaled, plain):

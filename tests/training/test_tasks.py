@@ -1,4 +1,4 @@
-"""The tasks: two heads of several sequences, what each task reads, and that each learns."""
+"""The tasks: two heads that read several sequences, the input of each task, and its training."""
 
 import dataclasses
 import json
