@@ -1,4 +1,4 @@
-"""`gpt-fast` as its users meet it: results, files, and what is on stdout and stderr."""
+"""`gpt-fast` as users run it: results, files, stdout and stderr."""
 
 import importlib.util
 import json
@@ -71,7 +71,7 @@ def test_warmup_without_triton(monkeypatch):
 
 
 def test_warmup_without_a_gpu(cli, data):
-    """Also for a run; what is wrong with the options is told first."""
+    """The error is the same for a preset and for a run. Wrong options are reported before it."""
     for options in (["--preset", "gpt2"], ["--from", data.lm]):
         result = cli("warmup", *options)
         assert result.code == 2
@@ -91,7 +91,7 @@ def test_pretrain_writes_a_run(data):
 
 
 def test_pretrain_prints_its_loss_beside_the_unigram_entropy(cli, data, tmp_path):
-    """As a table, and as JSON with nothing else on stdout; several paths behind one --data; --overwrite."""
+    """Stdout has a table, or with --json nothing but JSON. --data takes several paths."""
     command = ["pretrain", "--data", data.text, data.table, "--out", tmp_path / "run", *SMALL, "--steps", 2]
     shown = succeed(cli(*command, "--tokenizer", "char"))
     assert re.search(r"validation loss +\d+\.\d+ nats per token\n +unigram entropy +\d+\.\d+ nats per token", shown.out)
@@ -112,7 +112,7 @@ def test_pretrain_takes_another_runs_tokenizer(cli, data, tmp_path):
 
 
 def test_presets_and_sizes(cli, data, tmp_path):
-    """Sizes beside a preset replace its own; the rest stays: GPT-1 is post-norm with dropout."""
+    """Sizes beside a preset replace the preset's own. The rest stays: GPT-1 is post-norm with dropout."""
     out = tmp_path / "run"
     succeed(cli("pretrain", "--preset", "gpt1", "--data", data.text, *SMALL, "--steps", 1, "--out", out))
     config = json.loads((out / "config.json").read_text())
@@ -173,7 +173,7 @@ def test_predict_a_text(cli, data):
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
 def test_predict_a_table(cli, data, tmp_path, suffix):
-    """Every column stays and two are added; one row alone gets what it got among others."""
+    """Every column stays and two are added. A row alone has the probabilities that it has among others."""
     texts = ['the "red" fox', "the blue, blue fox", "a fox\nof two lines", "the red fox runs " * 9]
     rows = [{"number": str(i), "text": text} for i, text in enumerate(texts)]
     table, out = tmp_path / f"rows{suffix}", tmp_path / "new" / f"out{suffix}"
@@ -230,7 +230,7 @@ def test_generate_several_samples_at_once(cli, data):
 
 
 def test_generate_stops_before_a_text(cli, data):
-    """Nothing of it is written, however it is cut into tokens, and what may yet become it is held back."""
+    """Nothing of the stop text is written, however tokens divide it. Text that may yet become it is held back."""
     command = ["generate", "--from", data.lm, "--prompt", "the red", "--max-new-tokens", 20, "--temperature", 0]
     text = json.loads(succeed(cli(*command, "--json")).out)["text"]
     stop = text[3:6]
@@ -249,7 +249,7 @@ def test_generate_with_other_weights(cli, data, weights):
 
 
 def test_generate_answers_a_question(cli, data, tmp_path):
-    """A run fine-tuned to answer is asked in its own form, and ends its answer."""
+    """A run that is fine-tuned to answer questions needs --question, and other runs refuse it."""
     table = tmp_path / "qa.csv"
     rows = [f"the {colour} fox,what colour,{colour}" for colour in ("red", "blue", "green", "black")]
     table.write_text("context,question,answer\n" + "\n".join(rows) + "\n")
@@ -278,7 +278,7 @@ def test_compare(cli, data):
 
 
 def test_the_standard_library_is_there_for_those_without_data(cli, tmp_path):
-    """The three commands without any data."""
+    """pretrain, finetune and evaluate run without data."""
     lm, task = tmp_path / "lm", tmp_path / "task"
     record = json.loads(succeed(cli("pretrain", "--out", lm, *SMALL, "--steps", 1, "--json")).out)
     assert record["data"] == "standard library"
@@ -295,7 +295,7 @@ def test_the_standard_library_is_there_for_those_without_data(cli, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
 def test_settings_from_a_file(cli, data, tmp_path, suffix):
-    """Names as on the command line, with - or _; the line wins; what is saved, resolved, makes the same run again."""
+    """Names have - or _, and the command line wins. The saved, complete settings make the same run again."""
     path = tmp_path / f"settings.{suffix}"
     values = {"data": [str(data.text)], "tokenizer": "byte", "steps": 9, "layers": 1, "heads": 2, "dim": 16}
     values |= {"seq_len": 32, "batch-size": 4, "dropout": 0.1, "device": "cpu"}
@@ -336,7 +336,7 @@ def is_png(path) -> bool:
 
 
 def test_plot(cli, data, tmp_path):
-    """Several runs, among them one that trains still and whose last line is half written."""
+    """One of the runs is still training, and its last line is half written."""
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     (unfinished / "metrics.jsonl").write_text('{"step": 1, "train_loss": 5.0}\n{"step": 2, "train_lo')
@@ -363,7 +363,7 @@ def test_tensorboard_and_mfu(cli, data, tmp_path):
 
 
 def test_profile(cli, data, tmp_path):
-    """The trace holds the ops by name, the run tells where it is, and `--overwrite` replaces the folder."""
+    """The trace holds the ops by name, the run prints its path, and `--overwrite` replaces the folder."""
     out = tmp_path / "run"
     command = ["pretrain", "--data", data.text, "--tokenizer", "byte", *SMALL, "--steps", 4, "--profile", "--out", out]
     told = succeed(cli(*command)).err
@@ -382,7 +382,7 @@ def test_profile(cli, data, tmp_path):
 
 @pytest.mark.parametrize(("first", "objective"), [("lm", "mlm"), ("mlm", "clm"), ("lm", "clm")])
 def test_going_on_with_another_objective(cli, data, tmp_path, first, objective):
-    """Trunk, output layer, sizes and tokenizer are those of the run that it goes on from."""
+    """Trunk, output layer, sizes and tokenizer are those of the run in --from."""
     source, out = getattr(data, first), tmp_path / "run"
     command = ["pretrain", "--from", source, "--data", data.text, "--objective", objective, "--steps", 1]
     succeed(cli(*command, "--batch-size", 4, "--lr", 1e-9, "--out", out))

@@ -1,4 +1,4 @@
-"""Files that commands read, damaged or made to do harm: each is refused in one line, or the result is as before."""
+"""Commands refuse a damaged or hostile file in one line, or give the result of the intact file."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def runs(cli: Cli, data: Data, tmp_path_factory) -> dict[str, Path]:
-    """What is damaged: runs, token files, models of other libraries."""
+    """Return the folders whose files are damaged: runs, token files, models of other libraries."""
     folder = tmp_path_factory.mktemp("runs")
     command = ["prepare", "--data", data.text, "--tokenizer", "byte", "--processes", 1]
     succeed(cli(*command, "--out", folder / "tokens"))
@@ -58,7 +58,7 @@ def runs(cli: Cli, data: Data, tmp_path_factory) -> dict[str, Path]:
     succeed(cli("pretrain", "--data", data.text, "--tokenizer", "byte", "--out", folder / "plain", *plain))
     succeed(cli("convert", "--from", folder / "plain", "--out", folder / "theirs"))
     config = json.loads((folder / "plain" / "config.json").read_text())
-    (folder / "plain" / "config.json").write_text(json.dumps(config | {"activation": "gelu"}))  # nanoGPT's
+    (folder / "plain" / "config.json").write_text(json.dumps(config | {"activation": "gelu"}))  # nanoGPT's activation
     (folder / "nanogpt").mkdir()
     succeed(cli("convert", "--from", folder / "plain", "--to", "nanogpt", "--out", folder / "nanogpt" / "ckpt.pt"))
     return {"lm": data.lm, "classifier": data.classifier} | {

@@ -1,4 +1,4 @@
-"""Disks that are full, wherever a command writes: one line with the file's name and what is left, exit code 2."""
+"""Full disks: a command ends with code 2, and one line names the file and what is left."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_prepare(cli, data, tmp_path, processes):
-    """The file and the parts that are done are named, and the same command resumes where there is room."""
+    """The error names the file and counts the parts that are done. The same command resumes where there is room."""
     command = [
         "prepare",
         "--data",
@@ -51,7 +51,7 @@ def test_prepare(cli, data, tmp_path, processes):
 
 
 def test_prepare_joining(cli, data, tmp_path):
-    """The parts fit, the joined file does not."""
+    """The parts fit, but the joined file does not."""
     texts = [tmp_path / f"{i}.txt" for i in range(4)]
     for path in texts:
         path.write_text("the fox runs\n" * 150)
@@ -102,7 +102,7 @@ def test_convert_back(cli, data, tmp_path):
 
 
 def test_pictures(cli, data, tmp_path):
-    """`plot` has nothing else to write; of `evaluate` the figures are whole, and the picture is a warning."""
+    """`plot` fails without its picture, while `evaluate` warns and prints all figures."""
     png = tmp_path / "a.png"
     result = cli("plot", data.lm, "--metric", "train_loss", "--out", png, file_size=FULL)
     refused(result, f"{png}: not written (File too large); nothing of it is left")
@@ -114,7 +114,7 @@ def test_pictures(cli, data, tmp_path):
 
 
 def test_tensorboard(cli, data, tmp_path):
-    """A run does without it: one warning, whole weights."""
+    """A run that cannot write TensorBoard's files warns once and ends as usual."""
     text = tmp_path / "text.txt"
     text.write_text("the fox runs\n" * 50)
     tiny = [
@@ -163,7 +163,7 @@ def test_standard_output(data, tmp_path, command):
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
-    """Of what `predict` writes, probabilities, numbers, and what the table held before."""
+    """This holds for the answers of `predict` and for the columns that the table had before."""
     rows = [{"score": math.nan, "list": [math.inf, 1.5]}, {"prediction": -math.inf, "probability": math.nan}]
     tables.write_rows(tmp_path / "t.jsonl", rows)
     lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
@@ -171,7 +171,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
 
 
 def test_a_diverged_classifier_predicts_null(cli, data, tmp_path):
-    """Weights of NaN: the JSON on stdout and the table are JSON."""
+    """With weights of NaN, stdout and the table are valid JSON."""
     import torch
 
     from gpt_fast import GPTForSequenceClassification

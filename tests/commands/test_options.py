@@ -1,6 +1,6 @@
 """Options do what their help says.
 
-Wrong ones are reported before any data is read, defaults fit the model, and a bar keeps its count and the time left.
+Wrong options are reported before any data is read. Defaults fit the model. Bars keep their count and the time left.
 """
 
 import io
@@ -70,7 +70,7 @@ def test_finetune_tells_before_it_reads_data(cli, data, tmp_path, options, messa
 
 
 def test_a_default_that_was_not_given_is_not_compared(cli, data, tmp_path):
-    """A run with other numbers than the defaults is resumed without them; one that is given has to be the same."""
+    """A run with other values than the defaults resumes without options. A given option must equal the run's."""
     begin = ["finetune", "--from", data.lm, "--out", tmp_path / "run", "--data", data.table]
     given = ["--batch-size", 8, "--lr", 1e-3, "--patience", 9, "--layer-decay", 0.5, "--metric", "macro_f1"]
     succeed(cli(*begin, *given, "--epochs", 1))
@@ -101,7 +101,7 @@ def test_the_prompt_is_read_from_a_pipe(cli, data):
 
 
 def test_the_default_length_fits_the_model(cli, data):
-    """The model has 32 positions: before, 100 tokens were refused."""
+    """The model has 32 positions, so it generates fewer than the usual 100 tokens."""
     import json
 
     prompt = "the red fox runs"
@@ -143,7 +143,7 @@ def test_what_generate_refuses(cli, data, options, message):
 
 
 def bar_at(monkeypatch, width: int, **options) -> str:
-    """What a training's bar writes on a terminal of so many columns."""
+    """Return what the bars write on a terminal of `width` columns."""
     written = io.StringIO()
     console = Console(file=written, width=width, **options)
     monkeypatch.setattr(terminal, "err", console)
@@ -183,7 +183,7 @@ def test_no_colour_where_it_is_not_wanted(monkeypatch):
 
 
 def test_a_text_that_is_too_short_is_named(cli, data, tmp_path):
-    """Before, the message was about "the text"."""
+    """The message names the file, and the part of it that is too short."""
     short = tmp_path / "short.txt"
     short.write_text("a fox\nand a crow\nruns\n" * 2)
     sizes = ["--tokenizer", "byte", "--layers", 1, "--heads", 2, "--dim", 16, "--seq-len", 30, "--steps", 2]
@@ -229,7 +229,7 @@ def test_a_text_that_is_too_short_is_named(cli, data, tmp_path):
     ],
 )
 def test_values_that_mean_nothing(cli, data, command, message):
-    """Before, some were read as the current folder, some trained without end, and some ended in a traceback."""
+    """Each value is refused in one line. An empty path, for example, does not mean the current folder."""
     result = cli(*(word.format(**data._asdict()) for word in command.split()))
     assert result.code == 2 and message in result.err, result.err
     assert len(result.err.splitlines()) == 1 and "none" not in result.err.replace("none of", "")
@@ -250,7 +250,7 @@ def test_a_blank_path_in_a_file_of_settings(cli, tmp_path):
     ],
 )
 def test_a_setting_of_a_file_is_named_with_the_file(cli, tmp_path, text, message):
-    """Also what is checked after the file was read; the same on the command line names no file."""
+    """This includes checks that follow the reading of the file. The same value as an option names no file."""
     (tmp_path / "s.yaml").write_text(text)
     result = cli("pretrain", "--config", tmp_path / "s.yaml", "--out", tmp_path / "run")
     assert (result.code, result.out) == (2, "")

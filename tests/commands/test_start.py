@@ -92,7 +92,7 @@ def test_only_commands_that_draw_import_matplotlib(data, tmp_path):
 
 
 def complete(words: str) -> set[str]:
-    """The words that bash offers after `words`."""
+    """Return the words that bash offers after `words`."""
     asked = COMPLETE | {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
     return set(start(MAIN + "main()", **asked).stdout.split())
 
@@ -119,7 +119,7 @@ def test_python_runs_the_package(module):
 
 
 def test_a_closed_standard_output_is_told():
-    """A shell's `>&-`. Before, a result was computed and lost in a traceback."""
+    """A shell's `>&-` closes stdout. The command ends before it computes a result that nobody could read."""
     closed = subprocess.run(
         ["bash", "-c", '"$0" -m gpt_fast_cli --help >&-', sys.executable],
         env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, check=False,
@@ -130,7 +130,7 @@ def test_a_closed_standard_output_is_told():
 
 @pytest.mark.parametrize("imported", ["typer", "gpt_fast_cli.terminal", "numpy", "torch._C", "torch.nn", "tokenizers"])
 def test_ctrl_c_during_the_start_is_quiet(imported, tmp_path):
-    """SIGINT right after a module is imported: before the command line is built, and at several moments of torch."""
+    """SIGINT comes right after the import of a module, before the command line is built or inside torch's import."""
     run = [sys.executable, "-X", "importtime", "-m", "gpt_fast_cli", "evaluate", "--from", str(tmp_path)]
     with subprocess.Popen(run, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None and process.stdout is not None

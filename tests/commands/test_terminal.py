@@ -9,7 +9,7 @@ ROWS = [("run folder", "runs/" + "a" * 120), ("loss", "2.5 [nats] per token"), (
 
 @pytest.mark.parametrize("width", ["20", "80", "400"])
 def test_a_pipe_gets_values_whole(capsys, monkeypatch, width):
-    """Neither cut nor folded at any width; no colours, no markup, no spaces at the ends of lines; columns aligned."""
+    """Values are neither cut nor folded. There are no colours, no markup and no spaces at the ends of lines."""
     monkeypatch.setenv("COLUMNS", width)
     monkeypatch.setenv("TERM", "xterm-256color")
     print_table("pre-trained " * 10, ROWS)

@@ -1,4 +1,4 @@
-"""Text that is generated: spaces between words, bytes that are no characters, control characters on a terminal."""
+"""Generated text: spaces between words, bytes that are no characters, control characters on a terminal."""
 
 import json
 import os
@@ -23,7 +23,7 @@ TEXT = ["the quick brown fox's dog jumps over the lazy dog . pack my box with fi
 
 
 def gpt1() -> Tokenizer:
-    """The last piece of a word ends in </w>, which becomes a space unless it is the last of all."""
+    """Return GPT-1's kind of tokenizer. A word's last piece ends in </w>, a space unless it ends the text."""
     made = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
     made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     made.decoder = decoders.BPEDecoder(suffix="</w>")
@@ -33,7 +33,7 @@ def gpt1() -> Tokenizer:
 
 
 def wordpiece() -> Tokenizer:
-    """A word's further pieces begin with ##; decoding tidies spaces before punctuation up."""
+    """Return a WordPiece tokenizer. Further pieces of a word begin with ##. Decoding tidies punctuation up."""
     made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     made.decoder = decoders.WordPiece()
@@ -43,7 +43,7 @@ def wordpiece() -> Tokenizer:
 
 
 def sentencepiece() -> Tokenizer:
-    """A word's first piece begins with ▁, which is dropped at the beginning of a text."""
+    """Return a Unigram tokenizer. A word's first piece begins with ▁, which is dropped at the beginning of a text."""
     made = Tokenizer(models.Unigram())
     made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     options = {"special_tokens": ["<unk>"], "unk_token": "<unk>", "show_progress": False}
@@ -55,7 +55,7 @@ WORDS = pytest.mark.parametrize("make", [gpt1, wordpiece, sentencepiece], ids=la
 
 
 def continued(tokenizer: Tokenizer, prompt: str, whole: str, stop: tuple[str, ...] = ()) -> tuple[str, str]:
-    """The continuation at once and as it is streamed, for a model that goes on from `prompt` to `whole`."""
+    """Return the continuation from `prompt` to `whole` twice: as one text, and as it is streamed."""
     ids, context = tok.encode(tokenizer, whole), tok.encode(tokenizer, prompt)
     assert ids[: len(context)] == context
     sample, streamed = _Text(tokenizer, prompt, context, stop, []), ""
@@ -94,7 +94,7 @@ def test_a_text_to_stop_at_is_found_behind_the_first_space():
 
 
 def test_bytes_are_streamed_without_delay():
-    """Byte-level text never changes, so nothing is held back but the bytes of an unfinished character."""
+    """Byte-level text never changes, so only the bytes of an unfinished character are held back."""
     tokenizer = tok.byte_tokenizer()
     sample, printed = _Text(tokenizer, "a", tok.encode(tokenizer, "a"), (), []), []
     for token in tok.encode(tokenizer, " é!"):
@@ -105,7 +105,7 @@ def test_bytes_are_streamed_without_delay():
 
 @WORDS
 def test_generate_and_evaluate_a_model_without_special_tokens(cli, tmp_path, make):
-    """As GPT-1 comes from transformers: no start, end or padding token. Streamed, several samples, and as JSON."""
+    """The model has no start, end or padding token, like GPT-1 from transformers."""
     tokenizer = make()
     torch.manual_seed(0)
     sizes = {"num_tokens": tokenizer.get_vocab_size(), "hidden_dim": 16, "num_heads": 2, "num_layers": 1, "seq_len": 32}
@@ -129,7 +129,7 @@ def test_generate_and_evaluate_a_model_without_special_tokens(cli, tmp_path, mak
 
 
 def test_half_a_surrogate_pair_is_replaced():
-    """JSON can hold one, UTF-8 cannot: before, a TypeError of the tokenizers library."""
+    """JSON can hold half a pair, but UTF-8 cannot, and the tokenizers library raises TypeError for it."""
     tokenizer = tok.byte_tokenizer()
     expected = list("a\ufffdb".encode())
     assert tok.encode(tokenizer, "a\ud800b") == expected
@@ -183,7 +183,7 @@ def test_control_characters_are_escaped_on_a_terminal_alone(monkeypatch):
 
 
 def test_errors_and_messages_are_escaped(capsys):
-    """People read stderr, wherever it goes."""
+    """Text on stderr is always escaped, because people read it wherever it goes."""
     terminal.say(HOSTILE)
     terminal.print_error("\x1b]0;title\x07 expected")
     terminal.show_warning("\x1b[2J", UserWarning, "", 0)
@@ -204,7 +204,7 @@ def test_json_on_a_terminal_is_the_same_json(monkeypatch):
 
 
 def on_a_terminal(*command: object) -> Result:
-    """What a command prints where its stdout is a terminal."""
+    """Return what a command prints when its stdout is a terminal."""
     ours, theirs = pty.openpty()
     arguments = [sys.executable, "-m", "gpt_fast", *map(str, command)]
     with subprocess.Popen(arguments, env=ENVIRONMENT, stdout=theirs, stderr=subprocess.PIPE) as process:
@@ -213,7 +213,7 @@ def on_a_terminal(*command: object) -> Result:
         while True:
             try:
                 block = os.read(ours, 4096)
-            except OSError:  # Linux says so at the end
+            except OSError:  # Linux raises this at the end
                 break
             if not block:
                 break
@@ -224,7 +224,7 @@ def on_a_terminal(*command: object) -> Result:
 
 
 def test_generate_and_predict_on_a_terminal(cli, data, tmp_path: Path):
-    """Escaped there; as they are with --raw, and in a pipe."""
+    """Control characters are escaped on a terminal, but not with --raw or in a pipe."""
     command = ["generate", "--from", data.lm, "--prompt", "a\x1b[31m", "--max-new-tokens", 1, "--temperature", 0]
     assert on_a_terminal(*command).out.startswith("a\\x1b[31m")
     assert on_a_terminal(*command, "--raw").out.startswith("a\x1b[31m")

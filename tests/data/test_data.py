@@ -1,4 +1,4 @@
-"""Tokenizers, corpora, tables, snippets, masking and batches."""
+"""Tokenizers, corpora, snippets, masking and batches."""
 
 import re
 from itertools import pairwise
@@ -38,7 +38,7 @@ def trained() -> dict:
     )
 )
 def test_text_comes_back_exactly(trained, kind, text):
-    """Any Unicode text, also what was never trained on and what is spelled like a special token."""
+    """This holds for any Unicode text, also for untrained text and text that is spelled like a special token."""
     ids = tok.encode(trained[kind], text)
     assert tok.decode(trained[kind], ids) == text
 
@@ -75,7 +75,7 @@ def test_bpe_needs_room_for_the_bytes():
 
 
 def test_foreign_tokenizer_gets_the_special_tokens(tmp_path):
-    """A tokenizer.json of somebody else's, with truncation and an end token that its encode would append."""
+    """The foreign tokenizer.json has truncation, and an end token that its encode would append."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     foreign = Tokenizer(models.WordLevel({"<unk>": 0, "hello": 1, "</s>": 7}, unk_token="<unk>"))
@@ -154,7 +154,7 @@ def stdlib() -> corpus.Corpus:
 
 
 def test_standard_library(stdlib):
-    """Modules without tests and tables; a tenth of the text is held out in whole files, of every larger package too."""
+    """The corpus has no tests. A tenth of the text is held out in whole files, some from every larger package."""
     train, valid = ({document.name for document in part} for part in (stdlib.train, stdlib.valid))
     assert not train & valid
     assert "argparse.py" in train | valid
@@ -179,7 +179,7 @@ def test_snippets_do_not_name_their_package(stdlib):
 
 
 def test_snippets_split_by_file(stdlib):
-    """No line of a validation snippet's file is in training but what files share by chance."""
+    """No snippet is in both tables, and the snippets for validation come from held-out files."""
     train, valid = snippets.snippet_table()
     assert not set(train.texts) & set(valid.texts)
     held_out = "\n".join(document.text for document in stdlib.valid)
@@ -198,7 +198,7 @@ def test_snippets_leave_imports_and_names_out():
 
 
 def test_masking_rates():
-    """15 % are asked for, of which 80 % are masked, 10 % random and 10 % kept; nothing else changes."""
+    """15 % of the tokens have labels. Of these 80 % are masked, 10 % random and 10 % kept. Other tokens stay."""
     generator = torch.Generator().manual_seed(0)
     ordinary = torch.arange(5, 1000)
     tokens = torch.randint(5, 1000, (200, 500), generator=generator)
@@ -288,7 +288,7 @@ def test_shuffling_by_seed():
 
 
 def test_a_pass_visits_every_window_once():
-    """No token twice in a pass, none left out but at the ends, and another order and offset in the next."""
+    """A pass has no token twice and leaves out tokens only at the ends. Passes differ in order and offset."""
     order = WindowOrder(1003, 10, seed=5)
     passes = [[order.start(p * order.per_pass + i) for i in range(order.per_pass)] for p in range(6)]
     for starts in passes:
@@ -309,7 +309,7 @@ def test_windows_of_a_short_stream(num_tokens, seq_len):
 
 
 def test_packing_documents():
-    """Each document of a window is a sequence, and so is the part of one that a window begins with."""
+    """Each document of a window is a sequence, and so is the rest of a document at the window's beginning."""
     tokens = torch.tensor([[7, 8, 2, 9], [2, 2, 5, 6]])
     batch = batches.packed(batches.causal_batch(tokens), tokens, document_token=2)
     assert batch.tokens.tolist() == [[7, 8, 2, 9, 2, 2, 5, 6]]
@@ -353,7 +353,7 @@ def test_task_input_needs_room_for_its_marks():
 
 @given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=3), seq_len=st.integers(5, 40))
 def test_task_input_fills_but_never_exceeds(lengths, seq_len):
-    """The longest lose first: of those that are cut none keeps much less than the longest that is left."""
+    """The longest texts are cut first: a text that is cut keeps at most one token less than any other."""
     row = example_batches.task_input([[9 + i] * length for i, length in enumerate(lengths)], seq_len, MARKS)
     assert len(row) == min(seq_len, sum(lengths) + len(lengths) + 1)
     kept = [row.count(9 + i) for i in range(len(lengths))]
@@ -362,7 +362,7 @@ def test_task_input_fills_but_never_exceeds(lengths, seq_len):
 
 
 def test_task_batches():
-    """One sequence, several, and text of which only the answer is asked for."""
+    """Rows have one sequence, several sequences, or a text of which only the answer has labels."""
     one = example_batches.task_batch([Example([[2, 7, 4]], 1), Example([[2, 4]], 0)], 0)
     assert one.tokens.tolist() == [[2, 7, 4], [2, 4, 0]]
     assert (one.labels.tolist(), one.lengths.tolist(), one.weight) == ([1, 0], [3, 2], 2)

@@ -1,4 +1,4 @@
-"""Sizes are compared with the memory that is left before it is taken.
+"""Readers compare the sizes of their inputs with the memory that is left before they take any.
 
 The inputs are sparse files, endless rows, archives that unpack to more, and long texts.
 """
@@ -24,7 +24,7 @@ ROW = "a row of more than 67,108,864 bytes; expected fewer"
 MUCH = "of text or more, held in memory with its tokens; expected at most"
 PREPARE = "gpt-fast prepare makes token files of any amount"
 
-# In one process whose address space has room for ROOM: it reads each file and tells the error, then encodes a text.
+# Process whose address space may grow by ROOM. It reads each file, encodes a text, and prints errors and growth.
 CHILD = """
 import json, os, resource, sys, warnings
 from pathlib import Path
@@ -113,13 +113,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is limit
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_files_that_are_larger_than_the_memory(told, case):
-    """One line names the file, and the row or what to do, in a process that has 600 MB."""
+    """In a process with 600 MB the error names the file, and the row or a remedy."""
     for words in CASES[case]:
         assert words in told[" ".join(case)]
 
 
 def test_a_long_text_is_not_encoded_whole(told):
-    """2.8 MB take less than 100 MB (before: 190 bytes for each byte, 530 MB)."""
+    """2.8 MB of text take less than 100 MB. Encoded whole they took 530 MB, 190 bytes for each byte."""
     assert told["growth"] < 100
 
 
@@ -161,7 +161,7 @@ GROUPS = {
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_available_memory(tmp_path, name):
-    """The least of what the machine has and what each control group leaves, whose page cache is free."""
+    """The result is the least of the machine's memory and each control group's. A group's page cache counts as free."""
     groups, files, expected = GROUPS[name]
     for path, content in {
         "proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   7 kB\n",
@@ -173,8 +173,8 @@ def test_available_memory(tmp_path, name):
     assert _memory.available(tmp_path) == expected
 
 
-# Pages that ten tensors of 32 MB, each freed before the next, make the system clear. glibc puts an aligned block only
-# where there is a little more room than it takes, so that the heap first grows by a few of them.
+# Prints how many pages the system clears for ten tensors of 32 MB, each freed before the next. The first twenty tensors
+# let the heap grow, because glibc puts an aligned block only where there is a little more room than it takes.
 TEN_TENSORS = """
 import resource, sys, torch
 from gpt_fast import _memory
@@ -188,7 +188,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
 def test_freed_memory_is_kept():
-    """Without the setting every tensor takes new pages; with it none does."""
+    """Without the setting every tensor takes new pages. With it almost none are taken."""
     faults = {
         how: int(subprocess.run([sys.executable, "-c", TEN_TENSORS, how], check=True, capture_output=True).stdout)
         for how in ("given back", "kept")

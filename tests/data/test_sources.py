@@ -1,4 +1,4 @@
-"""What a person names as data: files of every kind, folders, archives and pipes; where their text is cut."""
+"""Sources of data: files of every kind, folders, archives and pipes, and the places where their text is cut."""
 
 import bz2
 import csv
@@ -28,7 +28,7 @@ ROWS = [f"row {i} – with “quotes”, commas, and a\nsecond line" for i in ra
 
 
 def ignore(*_: object) -> None:
-    """Stands for a display."""
+    """Stand in for a display."""
 
 
 def make(out: Path, *data: object, valid: tuple = (), say: Callable = ignore, **options) -> dict:
@@ -42,7 +42,7 @@ def ids_of(path: Path) -> list[int]:
 
 
 def texts_of(path: Path) -> list[str]:
-    """The documents of a token file of bytes."""
+    """Return the documents of a token file of bytes."""
     documents: list[list[int]] = []
     for token in ids_of(path):
         if token == tok.special_ids(tok.byte_tokenizer())["start_token"]:
@@ -53,7 +53,7 @@ def texts_of(path: Path) -> list[str]:
 
 
 def prepared(folder: Path, *data: object, **options) -> list[str]:
-    """All documents that `prepare` made of `data`, of training and validation."""
+    """Prepare `data` in `folder`, and return all documents for training and validation."""
     make(folder, *data, **options)
     return texts_of(folder / "train.bin") + texts_of(folder / "valid.bin")
 
@@ -81,12 +81,12 @@ TEXTS = {
 
 
 def gpt2_like() -> Tokenizer:
-    """Byte-level BPE with GPT-2's rule for words, learned from all texts so that many words are single tokens."""
+    """Return byte-level BPE with GPT-2's rule for words, trained on all texts, so that many words are single tokens."""
     return tok.train_bpe(TEXTS.values(), 900)
 
 
 def with_rule(rule: str) -> Tokenizer:
-    """Byte-level BPE with another rule for words."""
+    """Return byte-level BPE with the regular expression `rule` for words."""
     tokenizer = gpt2_like()
     words = pre_tokenizers.Split(Regex(rule), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
@@ -107,7 +107,7 @@ GPT4 += r"\s*[\r\n]+|\s+(?!\S)|\s+"
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_every_place_to_cut_is_between_two_words(text):
-    """All places that GPT-2's rule for words is said to allow, against the rule itself."""
+    """A cut at any place that the patterns find leaves the words of GPT-2's own rule unchanged."""
     words = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
     content = TEXTS[text][:700]
     patterns = (cuts._LAST_SPACE, cuts._BEHIND_MARK)
@@ -121,7 +121,7 @@ def test_every_place_to_cut_is_between_two_words(text):
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("kind", ["bpe", "gpt2.json", "gpt4.json", "byte", "char", "wordpiece.json"])
 def test_tokens_of_a_cut_text_are_those_of_the_whole(tmp_path, monkeypatch, text, kind):
-    """In units of some hundred bytes and pieces of some dozen characters; the split into two parts cuts, too."""
+    """The text is cut into units of 300 bytes, pieces of 90 characters, and two parts for training and validation."""
     monkeypatch.setattr(sources, "UNIT", 300)
     monkeypatch.setattr(cuts, "PIECE", 90)
     monkeypatch.setattr(cuts, "WINDOW", 400)
@@ -179,7 +179,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 @pytest.mark.parametrize("form", ["text", "gz", "jsonl"])
 def test_memory_does_not_grow_with_the_text(tmp_path, form):
-    """A text without line ends, packed and not, and a table: 20 MB more take less than 20 MB more at the peak."""
+    """20 MB more of text without line ends, compressed text or table raise the peak by less than 20 MB."""
     peaks = []
     for size in (4 << 20, 24 << 20):
         text = "lorem ipsum dolor " * (size // 18)
@@ -195,8 +195,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path, form):
     assert peaks[1] - peaks[0] < 20 << 20
 
 
-def test_ten_files_of_one_name_do_not_share_a_part(tmp_path):
-    """By itself the name would choose all of them for training or all for validation."""
+def test_files_of_one_name_do_not_share_a_part(tmp_path):
+    """A split by name alone would put all of them into training or all into validation."""
     for i in range(12):
         (tmp_path / f"book{i}").mkdir()
         (tmp_path / f"book{i}" / "text.txt").write_text(f"book {i}: {'words ' * 50}")
@@ -297,7 +297,7 @@ PLAIN = {
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_text_of_every_encoding(tmp_path, monkeypatch, name):
-    """A byte order mark is dropped, UTF-16 decoded; in small units, too."""
+    """A byte order mark is dropped and UTF-16 is decoded, in small units too."""
     monkeypatch.setattr(sources, "UNIT", 300)
     monkeypatch.setattr(files, "TEXT_BLOCK", 64)
     (tmp_path / name).write_bytes(PLAIN[name])
@@ -310,7 +310,7 @@ def test_text_of_every_encoding(tmp_path, monkeypatch, name):
 
 
 def tarball() -> bytes:
-    """A tar archive with one text in it."""
+    """Return a tar archive with one text in it."""
     written = io.BytesIO()
     with tarfile.open(fileobj=written, mode="w") as archive:
         info = tarfile.TarInfo("a.txt")
@@ -372,7 +372,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_files_that_are_not_text(tmp_path, case):
-    """prepare, pretrain and evaluate refuse them in the same words, and nothing is left."""
+    """prepare, pretrain and evaluate refuse these files in the same words and leave nothing."""
     name, content, message = REFUSED[case]
     (tmp_path / name).write_bytes(content)
     for read in (
@@ -414,20 +414,20 @@ def test_the_quotes_of_a_tsv(tmp_path):
 
 
 def read_labelled(path: Path) -> list[str]:
-    """The texts of a labelled table whose labels are its column n."""
+    """Return the texts of a labelled table whose labels are in column n."""
     return tables.read_table(path, label_column="n").texts
 
 
 @pytest.mark.parametrize("name", [name for name in TABLES if name not in ("texts.json", "a.zip")])
 def test_a_labelled_table_is_read_by_the_same_reader(tmp_path, name):
-    """Compressed and in UTF-16, too (before: plain UTF-8 alone)."""
+    """A labelled table may be compressed or in UTF-16, too."""
     TABLES[name](tmp_path / name)
     assert read_labelled(tmp_path / name) == ROWS
 
 
 @pytest.mark.parametrize("case", [case for case, (name, *_) in REFUSED.items() if Path(name).suffix in files.KINDS])
 def test_a_labelled_table_is_refused_in_the_same_words(tmp_path, case):
-    """All but what one of the two forbids alone: an object, and a text where numbers are labels."""
+    """The messages differ only in the cases listed here, for which the two readers have different rules."""
     name, content, message = REFUSED[case]
     message = {
         "json object": r"a\.json, row 1: a number; expected an object with named fields",
@@ -443,7 +443,7 @@ def test_a_labelled_table_is_refused_in_the_same_words(tmp_path, case):
 
 
 def test_a_row_of_a_later_unit_is_named_by_its_line(tmp_path, monkeypatch):
-    """A unit begins in the middle of a file (before: by the byte)."""
+    """The line is counted from the beginning of the file, although the row's unit begins in the middle."""
     monkeypatch.setattr(sources, "UNIT", 300)
     lines = json_lines().splitlines(keepends=True)
     lines[29] = '{"text": 5}\n'
@@ -465,7 +465,7 @@ TOO_LONG = {
 
 @pytest.mark.parametrize("name", TOO_LONG)
 def test_a_row_has_a_limit(tmp_path, monkeypatch, name):
-    """A damaged file, whose row never ends, takes no memory beyond it. A row of several lines has the same limit."""
+    """A row that never ends, as in a damaged file, takes no more memory. Rows of several lines have the same limit."""
     monkeypatch.setattr(files, "ROW", 1000)
     monkeypatch.setattr(files, "TEXT_BLOCK", 64)
     content, place = TOO_LONG[name]
@@ -478,7 +478,7 @@ def test_a_row_has_a_limit(tmp_path, monkeypatch, name):
 
 
 def test_rows_without_text_are_counted(tmp_path):
-    """They are left out with a line that tells how many; the text None is not made of them."""
+    """Rows without text are left out and counted in a message. None does not become a text."""
     rows = [{"text": None if i % 10 == 3 else "" if i % 10 == 4 else f"row {i}"} for i in range(40)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said: list[str] = []
@@ -492,7 +492,7 @@ def test_rows_without_text_are_counted(tmp_path):
 
 
 def test_links_are_followed_once(tmp_path):
-    """A folder outside, a file by two names, and a link to the folder itself."""
+    """The links lead to a folder outside, to a file and a folder inside, and to the folder itself."""
     inside, outside = tmp_path / "books", tmp_path / "elsewhere"
     (inside / "sub").mkdir(parents=True)
     outside.mkdir()
@@ -539,7 +539,7 @@ def write_into(pipe: Path, content: bytes) -> threading.Thread:
 
 @pytest.mark.parametrize("command", ["prepare", "pretrain", "evaluate"])
 def test_a_named_pipe(cli, data, tmp_path, command):
-    """It is read once and copied, so that a compressed table in it is as good as a file."""
+    """The pipe is read once and copied, so it may hold a compressed table."""
     pipe = tmp_path / "rows.jsonl"
     os.mkfifo(pipe)
     given = {
@@ -591,7 +591,7 @@ def test_errors_name_the_pipe_and_not_its_copy(cli, tmp_path):
 
 
 def test_resume_refuses_pipes(cli, data, tmp_path):
-    """Before anything is read, and for a run that began with one."""
+    """--resume refuses a pipe before it reads anything, and refuses a run that began with a pipe."""
     pipe, out = tmp_path / "pipe.txt", tmp_path / "run"
     os.mkfifo(pipe)
     command = ["pretrain", *SMALL, "--out", out, "--tokenizer", "byte", "--steps", 200, "--checkpoint-every", 1]
@@ -607,7 +607,7 @@ def test_resume_refuses_pipes(cli, data, tmp_path):
 
 
 def test_a_data_set_without_a_network_is_an_error_at_once(tmp_path):
-    """In a process of its own, whose hub refuses connections (before: 28 seconds of retries)."""
+    """The address of the hub refuses connections. `datasets` alone retried for 28 seconds."""
     script = (
         "import time\n"
         "from gpt_fast.data.reading import rows\n"
@@ -629,7 +629,7 @@ def test_a_data_set_without_a_network_is_an_error_at_once(tmp_path):
 
 
 def test_pretrain_and_evaluate_read_tables(cli, data, tmp_path):
-    """Of a .jsonl its texts, not its braces; evaluate measures on the same, and on token files."""
+    """Both read the texts of a .jsonl. evaluate finds the same loss on its token files."""
     table = tmp_path / "a.jsonl"
     table.write_text("".join(json.dumps({"id": i, "review": row}) + "\n" for i, row in enumerate(ROWS)))
     column = ["--data", table, "--text-column", "review"]

@@ -26,7 +26,7 @@ TEXT = "def f(x):\n    return x  # naïve — 日本\n\n\nclass A:\n\tpass\n \nx
 
 
 def ignore(*_: object) -> None:
-    """Stands for a display."""
+    """Stand in for a display."""
 
 
 def make(out: Path, *data: object, valid: tuple = (), **options) -> dict:
@@ -36,7 +36,7 @@ def make(out: Path, *data: object, valid: tuple = (), **options) -> dict:
 
 
 def texts(path: Path, tokenizer) -> list[str]:
-    """The documents of a token file."""
+    """Return the documents of a token file."""
     ids = token_files.read_token_file(path).tokens[:].tolist()
     start = tok.special_ids(tokenizer)["start_token"]
     assert ids[0] == start
@@ -95,7 +95,7 @@ def test_a_damaged_token_file(tmp_path, change):
 
 
 def test_any_flipped_bit_of_a_header_is_found(tmp_path):
-    """Each of the 8,192 bits, the magic and the padding too; with --raw-dtype the file is not taken for a raw one."""
+    """All 8,192 bits are tried, in the magic and the padding too. --raw-dtype does not make the file a raw one."""
     path = written(tmp_path / "a.bin")
     content = path.read_bytes()[:1024]
     with path.open("r+b", buffering=0) as file:
@@ -104,7 +104,7 @@ def test_any_flipped_bit_of_a_header_is_found(tmp_path):
             os.pwrite(file.fileno(), bytes([content[byte] ^ 1 << bit % 8]), byte)
             with pytest.raises(ValueError, match=r"a\.bin: its header is damaged; expected one whose checksum"):
                 token_files.read_token_file(path)
-            if byte < 32:  # the magic, and what tells a file of ours without it
+            if byte < 32:  # the magic, and the text that identifies our files without it
                 with pytest.raises(ValueError, match=r"--raw-dtype uint16: .*a\.bin has a header of gpt-fast"):
                     token_files.read_token_file(path, "uint16")
             os.pwrite(file.fileno(), content[byte : byte + 1], byte)
@@ -129,7 +129,7 @@ def llmc(path: Path, ids: np.ndarray, magic: int = 20240520, version: int = 1, d
 
 
 def test_foreign_token_files_are_read_as_what_they_are(tmp_path):
-    """llm.c's two versions by their headers, files without one by the given type."""
+    """The headers identify llm.c's two versions. Files without a header have the given type."""
     ids = np.arange(3000) % 256
     (tmp_path / "16.bin").write_bytes(ids.astype("<u2").tobytes())
     (tmp_path / "32.bin").write_bytes(ids.astype("<u4").tobytes())
@@ -145,7 +145,7 @@ def test_foreign_token_files_are_read_as_what_they_are(tmp_path):
 
 
 def head(*words: int, ids: bytes = b"") -> bytes:
-    """A file with these first words of llm.c's header."""
+    """Return a file whose header by llm.c begins with `words`."""
     return np.array([*words, *[0] * (256 - len(words))], "<i4").tobytes() + ids
 
 
@@ -189,7 +189,7 @@ def test_files_that_are_no_token_files(tmp_path, case):
 
 
 def test_which_files_validate(tmp_path):
-    """Those whose names have the word, else the last tenth, also across files."""
+    """Files with the word val in their names validate, else the last tenth of all tokens, also across files."""
     for name, count in (("a", 700), ("medieval", 300), ("my_val_0", 50)):
         written(tmp_path / f"{name}.bin", count)
     files = [token_files.read_token_file(path) for path in token_files.token_files([tmp_path])]
@@ -221,7 +221,7 @@ print(len(stream), own() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_reading_takes_constant_memory(tmp_path):
-    """Four billion tokens, a sparse file: thousands of windows all over it and at any position cost less than 8 MB."""
+    """A thousand windows all over a sparse file of four billion tokens cost less than 8 MB."""
     path = written(tmp_path / "a.bin")
     fields = token_files.read_token_file(path).header | {"count": 4_000_000_000}
     with path.open("wb") as file:
@@ -235,7 +235,7 @@ def test_reading_takes_constant_memory(tmp_path):
 
 @pytest.mark.parametrize("change", ["shrinks", "grows", "is written anew"])
 def test_a_token_file_that_changes_while_it_is_read(tmp_path, change):
-    """An error that names it. Before, a file that shrank under its memory map killed the process (SIGBUS)."""
+    """The error names the file. A file that shrinks under a memory map would kill the process (SIGBUS)."""
     path = written(tmp_path / "a.bin", 100_000)
     stream = TokenStream([token_files.read_token_file(path).tokens]).part(50_000, 100_000)
     assert stream.read(40_000, 3).tolist() == [(90_000 + i) % 300 % 250 for i in range(3)]
@@ -264,7 +264,7 @@ def test_a_token_file_that_another_replaces_is_read_on(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Twelve files, one of them compressed."""
+    """Return a folder of twelve files, one of them compressed."""
     made = tmp_path / "texts"
     made.mkdir()
     for i in range(11):
@@ -289,7 +289,7 @@ def test_files_are_documents(folder, tmp_path, processes):
 @pytest.mark.parametrize("kind", ["bpe", "byte", "char"])
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_long_texts_are_cut_where_no_token_changes(tmp_path, monkeypatch, kind, suffix):
-    """In units of some hundred bytes, the tokens of a text are those of the whole."""
+    """A text that is cut into units of 300 bytes has the tokens of the whole text."""
     monkeypatch.setattr(sources, "UNIT", 300)
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(gzip.compress(TEXT.encode()) if suffix else TEXT.encode())
@@ -314,7 +314,7 @@ def test_few_files_give_their_last_tenth(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 def test_rows_are_documents(tmp_path, monkeypatch, suffix):
-    """Of ten rows one is held out; rows are cut into units, too."""
+    """About one row in ten is held out. A table is cut into units, too."""
     monkeypatch.setattr(sources, "UNIT", 500)
     rows = [f"row {i} ä" for i in range(60)]
     content = "".join(json.dumps({"body": row, "n": i}) + "\n" for i, row in enumerate(rows)).encode()
@@ -374,7 +374,7 @@ def test_text_that_cannot_be_prepared(tmp_path, files, message):
 
 
 def test_a_preparation_goes_on_where_it_was_killed(cli, folder, tmp_path):
-    """Killed after its fourth part, it does the others alone and ends with the same files."""
+    """Killed after its fourth part, a preparation makes only the other parts and ends with the same files."""
     command = ["prepare", "--data", folder, "--tokenizer", "byte", "--processes", 1]
     whole, out = tmp_path / "whole", tmp_path / "out"
     succeed(cli(*command, "--out", whole))
@@ -407,7 +407,7 @@ def killed_at(out: Path, data: Path, stage: str) -> int:
 
 @pytest.mark.parametrize("stage", ["train.bin", "valid.bin", "tokenizer.json", "data.json", "parts"])
 def test_a_preparation_that_was_killed_while_joining_resumes(folder, tmp_path, monkeypatch, stage):
-    """From its parts, none of which is tokenised again, and with nothing left beside the same files."""
+    """It resumes from its parts, tokenises none of them again, and leaves nothing beside the same files."""
     make(tmp_path / "whole", folder)
     out = tmp_path / "out"
     assert killed_at(out, folder, stage) == -signal.SIGKILL
@@ -420,7 +420,7 @@ def test_a_preparation_that_was_killed_while_joining_resumes(folder, tmp_path, m
 
 
 def test_a_preparation_whose_files_are_gone_is_made_again(folder, tmp_path):
-    """Its record alone does not count as done."""
+    """The record alone does not make a preparation count as done."""
     make(tmp_path / "out", folder)
     (tmp_path / "out" / "train.bin").unlink()
     with pytest.raises(FileExistsError, match="holds other data, or a part of it"):
@@ -439,7 +439,7 @@ def living(pid: int) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="children are read from /proc")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_their_parent(tmp_path, number):
-    """However the parent ends, and in the middle of a part; a signal that it can catch leaves the way to resume."""
+    """Workers end even in the middle of a part. If the parent can catch the signal, it says how to resume."""
     (tmp_path / "a.txt").write_text("lorem ipsum dolor " * 2_000_000)
     command = [sys.executable, "-m", "gpt_fast", "prepare", "--data", tmp_path / "a.txt", "--tokenizer", "byte"]
     command += ["--processes", "2", "--out", tmp_path / "out"]
@@ -463,7 +463,7 @@ def test_workers_end_with_their_parent(tmp_path, number):
 
 
 def test_a_worker_that_is_killed_is_an_error_of_one_line(folder, tmp_path, monkeypatch):
-    """As the system does where memory is short; the parts that are done stay."""
+    """The system kills workers where memory is short. The parts that are done stay."""
 
     def killed(unit: sources.Unit, *given) -> Iterator[tuple[str, bool, str]]:
         if unit.name == "7.txt":
@@ -480,7 +480,7 @@ def test_a_worker_that_is_killed_is_an_error_of_one_line(folder, tmp_path, monke
 
 
 def test_of_several_faulty_parts_the_first_is_named(tmp_path, monkeypatch):
-    """Whichever worker meets its fault first."""
+    """The error does not depend on which worker meets its fault first."""
     (tmp_path / "a.txt").write_bytes(b"a\0b\n" * 100)
 
     def late(unit: sources.Unit, *given) -> Iterator[tuple[str, bool, str]]:
@@ -523,7 +523,7 @@ def test_a_full_disk(tmp_path):
 
 
 def test_token_files_train_as_their_text(cli, data, tmp_path):
-    """The same text, split the same way, as text and as token files; packed, too."""
+    """Training on text and on its token files has equal losses, with and without --pack."""
     lines = data.text.read_text().splitlines(keepends=True)
     (tmp_path / "texts").mkdir()
     for i in range(60):

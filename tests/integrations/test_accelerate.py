@@ -36,7 +36,7 @@ from tests.hf_models import (
     twins,
 )
 
-# Every call that is left to transformers warns; a test that expects one says so.
+# A call that is left to transformers warns. Tests that expect the warning use pytest.warns.
 pytestmark = pytest.mark.filterwarnings("error:gpt_fast")
 
 # ---- the same function -----------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def test_weights_in_half_precision(name: str, dtype: torch.dtype) -> None:
     assert_same(make(name).to(dtype), inputs(name, "left"))
 
 
-# Of the configuration, each on every class that has it.
+# Options of the configuration. Each is tested on every class of its family.
 OPTIONS = {
     "GPT2": {
         "eager": {"attn_implementation": "eager"},
@@ -89,7 +89,10 @@ CLASSES_AND_OPTIONS = [
 @pytest.mark.parametrize("rows", ["many", "few"])
 @pytest.mark.parametrize("name", LM_HEADS)
 def test_transposed_weights_are_read_in_place(name: str, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our products get the parameters' own memory, and gradients lie as the parameters do; of few rows PyTorch's do."""
+    """With many rows our ops read the parameters' own memory. Gradients always have the parameters' strides.
+
+    With few rows PyTorch computes the products.
+    """
     model = make(name)
     gpt_fast.accelerate(model)
     read: list[Tensor] = []
@@ -118,7 +121,8 @@ def test_options_of_the_configuration(name: str, options: dict) -> None:
         accelerated = copy.deepcopy(model)
         gpt_fast.accelerate(accelerated, strict=True)
         if "Question" in name and side == "left":
-            # Its softmax goes over padding, whose queries have no key: all of them to eager, none to sdpa and us.
+            # The softmax of the loss includes padding, whose queries see no key. In eager attention they attend to
+            # every key, in sdpa and in ours to none.
             model.config._attn_implementation = "sdpa"
         assert_same(model, given, accelerated)
 
@@ -134,7 +138,8 @@ HEAD_OPTIONS = [
 
 @pytest.mark.parametrize(("name", "options"), HEAD_OPTIONS)
 def test_options_of_the_heads(name: str, options: dict) -> None:
-    # These summaries are over the choices, transformers has it so, at every token: padding on the left as well.
+    # In transformers these summaries reduce the choices and keep every token. With padding on the left that
+    # includes queries without keys.
     for side in ("right",) if "summary_type" in options else ("right", "left"):
         given = inputs(name, side)
         if "problem_type" in options:
@@ -158,7 +163,7 @@ def test_another_activation_is_left_alone_and_right() -> None:
 
 @pytest.mark.parametrize("name", LM_HEADS)
 def test_other_ways_to_call(name: str) -> None:
-    """Embeddings instead of tokens, token types, positions, tuples, positional arguments, labels in evaluation."""
+    """Results agree for embeddings, token types, positions, tuples, positional arguments and labels in evaluation."""
     model, accelerated = twins(name)
     gpt_fast.accelerate(accelerated)
     tokens = inputs(name)["input_ids"]
@@ -171,7 +176,7 @@ def test_other_ways_to_call(name: str) -> None:
     }
     for label, arguments in given.items():
         if label == "positions by row" and name.startswith("GPT2"):
-            arguments["use_cache"] = True  # without, transformers takes jumps for the starts of packed sequences
+            arguments["use_cache"] = True  # without a cache, transformers reads jumps as packed sequences
         wanted, got = model(**arguments), accelerated(**arguments)
         torch.testing.assert_close(got.loss, wanted.loss, msg=label)
         torch.testing.assert_close(got.logits, wanted.logits, msg=label)
@@ -188,7 +193,7 @@ def test_other_ways_to_call(name: str) -> None:
         assert isinstance(got, tuple) and len(got) == len(wanted)
         torch.testing.assert_close(got[0], wanted[0])
         torch.testing.assert_close(got[1], wanted[1])
-    # The trunk alone, its mask by position.
+    # The trunk alone, with its mask as a positional argument.
     mask = padding("right", 3, 11)
     second = (mask,) if name.startswith("OpenAI") else (None, mask)
     a, b = model.transformer(tokens, *second), accelerated.transformer(tokens, *second)
@@ -196,7 +201,7 @@ def test_other_ways_to_call(name: str) -> None:
 
 
 def test_loss_arguments_of_the_trainer() -> None:
-    """num_items_in_batch divides a sum; shifted labels and another ignored index are taken as transformers does."""
+    """The loss is transformers' for num_items_in_batch, ignore_index and shift_labels."""
     model, accelerated = twins("GPT2LMHeadModel")
     gpt_fast.accelerate(accelerated)
     tokens = inputs("GPT2LMHeadModel")["input_ids"]
@@ -210,7 +215,7 @@ def test_loss_arguments_of_the_trainer() -> None:
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_packed_sequences_see_themselves_only(implementation: str) -> None:
-    """Positions that start again mean packing to transformers, if there is neither mask nor cache."""
+    """Without mask and cache, transformers reads positions that start again as packed sequences."""
     model, accelerated = twins("GPT2LMHeadModel", attn_implementation=implementation, use_cache=False)
     gpt_fast.accelerate(accelerated)
     tokens = inputs("GPT2LMHeadModel", B=2)["input_ids"]
@@ -240,7 +245,7 @@ def test_masks_of_four_dimensions() -> None:
 
 @pytest.mark.parametrize("name", LM_HEADS)
 def test_padding_is_not_dropped(name: str) -> None:
-    """What padding contains changes nothing, and a padded row gives what it gives alone."""
+    """Tokens at padding do not change the logits of real tokens. A padded row gives the logits of the row alone."""
     model = make(name).eval()
     gpt_fast.accelerate(model)
     given = inputs(name, "left")
@@ -256,7 +261,7 @@ def test_padding_is_not_dropped(name: str) -> None:
 
 @pytest.mark.parametrize("name", LM_HEADS)
 def test_attention_probabilities(name: str) -> None:
-    """Asked for, the call runs as transformers has it, bit for bit, and says so; later calls are fused again."""
+    """With output_attentions=True the call runs transformers' code bit for bit, and warns. Later calls do not warn."""
     model = make(name, attn_implementation="eager").eval()
     given = inputs(name, "right")
     wanted = model(**given, output_attentions=True)
@@ -321,7 +326,7 @@ def test_a_cache_by_its_older_name() -> None:
     for each in (model, accelerated):
         cache = each(tokens).cache
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)  # transformers', of the name
+            warnings.filterwarnings("ignore", category=FutureWarning)  # transformers warns about the older name
             losses.append(each(tokens[:, :4], past_key_values=cache, labels=tokens[:, :4], use_cache=True).loss)
             hidden.append(each.transformer(tokens[:, :2], past_key_values=cache).last_hidden_state)
     torch.testing.assert_close(*losses)
@@ -360,7 +365,10 @@ def test_a_static_cache_is_left_to_transformers() -> None:
 @pytest.mark.parametrize("name", LM_HEADS)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
-    """With dropout: the same gradients bit for bit, and blocks are really recomputed. GPT-1 gains it."""
+    """With dropout, gradients equal those without checkpointing bit for bit, and backward recomputes the blocks.
+
+    GPT-1 supports checkpointing only while it is accelerated.
+    """
     model = make(name, 0.1)
     if name.startswith("OpenAI"):
         assert not model.supports_gradient_checkpointing
@@ -379,7 +387,7 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
             gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     assert len(calls) == 3 * LAYERS
     for label, wanted in gradients[0].items():
-        if "w" in label.split(".")[1][:1] or "embed" in label:  # transformers' hook sends these through PyTorch's op
+        if "w" in label.split(".")[1][:1] or "embed" in label:  # transformers' hook calls PyTorch's embedding
             torch.testing.assert_close(gradients[1][label], wanted)
         else:
             assert torch.equal(gradients[1][label], wanted), label
@@ -395,7 +403,7 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
 
 @pytest.mark.parametrize("name", LM_HEADS)
 def test_every_dropout_is_applied_and_is_ours(name: str) -> None:
-    """Each alone changes the loss in training, and the whole is `GPTForCausalLM`'s for the same seed."""
+    """Each rate alone makes the training loss random. With all, the loss is `GPTForCausalLM`'s for the same seed."""
     tokens = inputs(name)["input_ids"]
     for which in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
         model = make(name, 0.0, **{which: 0.5})
@@ -409,7 +417,7 @@ def test_every_dropout_is_applied_and_is_ours(name: str) -> None:
     assert ours.config.attention_dropout == ours.config.residual_dropout == 0.1
     gpt_fast.accelerate(model)
     for reference in (False, True):
-        if reference:  # in float64 nothing rounds: the same dropped elements, or the losses differ
+        if reference:  # in float64, other dropped elements would show above rounding
             model, ours = model.double(), ours.double()
         losses = []
         for each in (model, ours):
@@ -420,7 +428,7 @@ def test_every_dropout_is_applied_and_is_ours(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CLASSES if name not in ("GPT2Model", "OpenAIGPTModel")])
 def test_dropout_in_distribution(name: str) -> None:
-    """The mean loss over seeds is that of PyTorch's dropout, within four standard errors."""
+    """The mean loss over 100 passes is that of PyTorch's dropout within four standard errors."""
     model, accelerated = twins(name, 0.3)
     gpt_fast.accelerate(accelerated)
     given = inputs(name)
@@ -444,7 +452,7 @@ def test_gradients_of_each_padded_row(name: str) -> None:
 
     given = inputs(name, "left")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="gpt_fast")  # the reference serves inside vmap, and says so
+        warnings.filterwarnings("ignore", message="gpt_fast")  # the reference serves inside vmap, and warns
         rows = torch.func.vmap(torch.func.grad(loss), (None, 0))(
             parameters, {label: value[:, None] for label, value in given.items()}
         )
@@ -460,7 +468,7 @@ def test_gradients_of_each_padded_row(name: str) -> None:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list:
-    """A list that grows when deferred logits are computed."""
+    """Return a list that grows when deferred logits are computed."""
     from gpt_fast.integrations.huggingface.losses import Deferred
 
     calls: list = []
@@ -518,7 +526,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("walk", WRAPPERS.values(), ids=WRAPPERS)
 def test_wrappers_take_outputs_apart_without_computing_logits(walk, computed: list) -> None:
-    """They do so in every pass, though nobody reads the logits. What they make of it still has logits to read."""
+    """Wrappers walk over the outputs in every pass, even if no logits are read. Rebuilt outputs still have logits."""
     original, model = twins("GPT2LMHeadModel")
     gpt_fast.accelerate(model)
     given = inputs("GPT2LMHeadModel")
@@ -577,7 +585,7 @@ def test_outputs_are_copied_and_saved_as_transformers_own(name: str, duplicate) 
     original, model = twins(name, use_cache=False)
     gpt_fast.accelerate(model)
     given = inputs(name)
-    with torch.no_grad():  # deepcopy refuses tensors of a graph, of transformers' outputs too
+    with torch.no_grad():  # deepcopy refuses tensors with a graph, in transformers' outputs too
         wanted, got = original(**given), duplicate(model(**given))
     assert type(got) is type(wanted) and list(got) == list(wanted)
     for key, value in wanted.items():
@@ -597,7 +605,7 @@ def load(model, assign: bool) -> None:
 
 CHANGES = {
     "optimizer": step,
-    "fused_optimizer": functools.partial(step, fused=True),  # counts no version
+    "fused_optimizer": functools.partial(step, fused=True),  # does not raise the version counter
     "data": lambda model: model.lm_head.weight.data.mul_(2),
     "in_place": lambda model: model.lm_head.weight.detach().mul_(2),
     "state_dict": functools.partial(load, assign=False),
@@ -607,7 +615,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_logits_read_after_an_update_raise(change) -> None:
-    """The weights of the pass are gone: logits of the new ones would be those of no pass."""
+    """After the update the weights of the pass are gone, so no logits could be the ones of the pass."""
     original, model = twins("GPT2LMHeadModel")
     gpt_fast.accelerate(model)
     given = inputs("GPT2LMHeadModel")
@@ -616,7 +624,7 @@ def test_logits_read_after_an_update_raise(change) -> None:
     torch.testing.assert_close(early.logits, wanted)
     late.loss.backward()
     change(model)
-    torch.testing.assert_close(early.logits, wanted)  # what was read stays
+    torch.testing.assert_close(early.logits, wanted)  # logits that were read before stay
     for read in (lambda: late.logits, lambda: late["logits"], lambda: dict(late.items()), lambda: pickle.dumps(late)):
         with pytest.raises(RuntimeError, match=f"gpt_fast.accelerate: logits has .*{READ_LATER}"):
             read()
@@ -639,7 +647,7 @@ MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch
 @pytest.mark.parametrize("reader", MODES.values(), ids=[f"read_in_{name}" for name in MODES])
 @pytest.mark.parametrize("mode", MODES.values(), ids=[f"passed_in_{name}" for name in MODES])
 def test_logits_have_the_gradient_mode_of_their_pass(mode, reader) -> None:
-    """Read under `no_grad` they belong to the graph of the pass; read outside of it they do not start a new one."""
+    """The reader's mode changes nothing: under `no_grad` logits keep their pass's graph, and no read starts one."""
     original, model = twins("GPT2LMHeadModel")
     gpt_fast.accelerate(model)
     given = inputs("GPT2LMHeadModel")
@@ -677,7 +685,7 @@ ITEMS = {"no_items": None, "int": 0, "tensor": torch.tensor(0), "some_items": 5}
 )  # fmt: skip
 @pytest.mark.parametrize("name", [name for name in CLASSES if "LMHead" in name or "Double" in name])
 def test_a_loss_over_no_label_is_zero(name: str, training: bool, options: dict, items) -> None:
-    """And so are its gradients; with one label it is transformers' loss, bit for bit where theirs computes it."""
+    """Without labels the gradients are zero too. With one label in each row the loss is transformers'."""
     if items is not None and "Double" in name:
         pytest.skip("transformers' double heads take no num_items_in_batch")
     original, model = (each.train(training) for each in twins(name))
@@ -701,7 +709,7 @@ def test_a_loss_over_no_label_is_zero(name: str, training: bool, options: dict, 
 
 @pytest.fixture
 def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What transformers' loggers warn of once, each time anew."""
+    """Return a list of the messages that transformers logs by `warning_once`. It has repeated messages too."""
     messages: list[str] = []
     monkeypatch.setattr(logging.Logger, "warning_once", lambda self, message: messages.append(message))
     return messages
@@ -730,7 +738,7 @@ def test_a_cache_under_gradient_checkpointing_is_told(warned: list[str]) -> None
 @pytest.mark.parametrize("both", [False, True], ids=["older_name", "both_names"])
 @pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
 def test_an_older_argument_name_is_told_once(mode: bool, both: bool) -> None:
-    """By whichever forward the user calls, not by each one below it."""
+    """The forward that the user calls warns, and the forwards that it calls do not."""
     model = make("GPT2LMHeadModel").train(mode)
     gpt_fast.accelerate(model)
     tokens = inputs("GPT2LMHeadModel")["input_ids"]
@@ -806,7 +814,7 @@ def test_hooks_on_any_module_are_run() -> None:
 
 
 def test_who_looks_at_a_block_sees_its_sum() -> None:
-    """Blocks leave their last addition to the next one's norm, with its dropout: only where nobody looks between."""
+    """A block leaves its last addition, with dropout, to the next block's norm, unless a hook reads the output."""
     model, original = twins("GPT2LMHeadModel", 0.1, n_layer=4)
     gpt_fast.accelerate(model)
     given, seen = inputs("GPT2LMHeadModel"), []
@@ -831,7 +839,7 @@ def test_who_looks_at_a_block_sees_its_sum() -> None:
 
 
 def test_a_forward_put_on_a_module_is_respected() -> None:
-    """What Accelerate's device maps, for one, do: it is neither replaced nor gone around."""
+    """A forward set on an instance, as Accelerate's device maps do, is neither replaced nor bypassed."""
     model = make("GPT2LMHeadModel")
     norm, attn = model.transformer.h[0].ln_1, model.transformer.h[0].attn
     norm.forward = lambda x: x * 0 + 1

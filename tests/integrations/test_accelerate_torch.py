@@ -43,7 +43,7 @@ def assert_same(module: nn.Module, accelerated: nn.Module, *masks, real=None, **
     wide = [mask.double() if mask is not None and mask.is_floating_point() else mask for mask in masks]
     exact = run(copy.deepcopy(module).double(), x.double(), *wide, real=real, **named)
     yardstick, got = (run(each, x, *masks, real=real, **named) for each in (module, accelerated))
-    floor = 1e-2 * max(value.abs().max() for value in exact.values())  # some gradients are 0 but for rounding
+    floor = 1e-2 * max(value.abs().max() for value in exact.values())  # some gradients are 0 apart from rounding
     scales = {name: value.abs().max().clamp(min=floor) for name, value in exact.items()}
 
     def pooled(values: dict) -> torch.Tensor:
@@ -154,7 +154,7 @@ def test_dropout_is_applied_everywhere() -> None:
 
 
 def by_hand(m, x, seed):
-    """The layer's definition on the reference's ops, sites 0 to 3."""
+    """Return the layer's output by the reference's ops, with dropout at sites 0 to 3."""
     attn = m.self_attn
     qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
     out = reference.attention_qkv(qkv, H, dropout_p=attn.dropout, seed=seed, site=0)
@@ -200,7 +200,7 @@ def test_notes_module_as_it_was_written_attends_over_the_batch() -> None:
     report = gpt_fast.accelerate(module)
     assert [entry.name for entry in report.left] == ["decoders.0", "decoders.1"]
     assert all("attends over the batch" in entry.reason for entry in report.left) and not report.replaced
-    tokens = torch.randint(61, (T, T))  # with as many rows as tokens it runs
+    tokens = torch.randint(61, (T, T))  # attention over the batch runs, as there are as many rows as tokens
     assert torch.equal(module(tokens), original(tokens))
 
 

@@ -18,14 +18,14 @@ pytestmark = pytest.mark.filterwarnings("error:gpt_fast")  # no call was left to
 
 @pytest.fixture(autouse=True)
 def ordinary_memory() -> None:
-    """The libraries' own uninitialised buffers are none of ours."""
+    """Leave uninitialised memory unpoisoned, because these libraries may read uninitialised buffers of their own."""
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 @pytest.fixture
 def computed_logits(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Grows when the training loss's logits are asked for after all."""
+    """Return a list that grows when the logits behind a training loss are computed."""
     pytest.importorskip("transformers", reason="the extra hf is not installed")
     from gpt_fast.integrations.huggingface.losses import Deferred
 
@@ -77,9 +77,9 @@ def test_accelerate(computed_logits: list, mixed_precision: str) -> None:
 
 @pytest.mark.slow
 def test_margin(tmp_path: Path) -> None:
-    """Two updates of pre-training and a few rows run the whole example.
+    """The whole example runs with two updates of pre-training and a few rows.
 
-    All arms train on the same rows, and the same command ends at once if all is done.
+    The second run of the same command finds all four runs finished.
     """
     command = [sys.executable, str(FOLDER / "margin.py"), "--out", str(tmp_path), "--steps", "2", "--rows", "20"]
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""accelerate() on GPT-2s that people write themselves: what is recognised, what it computes, what is left alone."""
+"""accelerate() on hand-written GPT-2s: recognition of parts, results, and models that it leaves as written."""
 
 import collections
 import copy
@@ -27,7 +27,7 @@ def tokens(B: int = 3, T: int = 17, seed: int = 0) -> Tensor:
 
 
 def twins(name: str, dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
-    """Return the model as it is, and the same one accelerated. Copies of `masked` share a lambda."""
+    """Return a model and an accelerated twin, which is no deepcopy because that would share the lambda of `masked`."""
     plain, fast = make(name, dropout), make(name, dropout)
     fast.load_state_dict(plain.state_dict())
     report = gpt_fast.accelerate(fast, strict=name != "own")
@@ -36,7 +36,7 @@ def twins(name: str, dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
 
 
 class Operators(TorchDispatchMode):
-    """Counts the forward operators of this library, and PyTorch's that they replace."""
+    """Dispatch mode that counts the calls of each operator, PyTorch's and this library's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,13 +47,13 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# ---- what is recognised ----------------------------------------------------------------------------------------------
+# ---- recognition -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(gpt_fast.build_info() is None, reason="the reference serves: no operator is called")
 @pytest.mark.parametrize("name", ["packed", "masked", "separate", "single"])
 def test_a_training_pass_is_fused_as_a_whole(name):
-    """Attention, MLPs, norms with the additions before them, and a loss without logits."""
+    """Attention, MLPs, norms, additions and the loss run as this library's operators instead of PyTorch's."""
     _, fast = twins(name, dropout=0.1)
     with Operators() as seen:
         loss_of(fast, tokens(), tokens(seed=1)).backward()
@@ -84,7 +84,7 @@ def test_the_report_names_the_parts():
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_look_alikes_are_left_alone(change):
-    """The same parts with one difference: nothing is replaced, and the reason is told."""
+    """A block with the same parts and one difference keeps its code, and the report gives a reason."""
     model = look_alike(change)
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     report = gpt_fast.accelerate(model)
@@ -97,14 +97,14 @@ def test_look_alikes_are_left_alone(change):
 
 
 def test_the_block_without_a_change_is_recognised():
-    """What the look-alikes are compared with."""
+    """The block from which each look-alike differs is recognised, so its one change is why a look-alike is not."""
     report = gpt_fast.accelerate(look_alike("none"), strict=True)
     assert {entry.op for entry in report.replaced} >= {"attention", "mlp", "add_layer_norm", "linear_cross_entropy"}
 
 
 @pytest.mark.parametrize("wrong", ["outputs", "gradients"])
 def test_a_model_that_disagrees_as_a_whole_is_left_alone(wrong, monkeypatch: pytest.MonkeyPatch):
-    """The last norm is patched by a faulty forward, which no comparison of a block sees."""
+    """The faulty forward is that of the last norm, so only the comparison of the whole model finds it."""
     right = forwards.norm_forward
 
     def faulty(self, x):
@@ -137,7 +137,7 @@ def flat_loss(model: nn.Module, *args: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", handwritten.PARTLY)
 def test_parts_of_other_blocks_are_fused(kind):
-    """Outputs, the loss and every gradient are as before; `restore` is bit for bit."""
+    """The loss and every gradient equal the plain model's. After `restore` the outputs do bit for bit."""
     plain, fast = partly(kind)
     mask = torch.zeros(17, 17, dtype=torch.bool)
     mask[:, 3] = True
@@ -180,7 +180,7 @@ def test_parts_drop_at_the_same_rates(kind):
 
 
 def test_a_projection_of_the_width_of_a_table_is_no_output_layer():
-    """As many positions as channels: attention's output layer, C → C, is not taken for the one to the vocabulary."""
+    """With as many positions as channels, attention's output layer is not mistaken for the model's output layer."""
     plain = handwritten.PartlyFused("rotary")
     plain.positions = nn.Embedding(32, 32)
     fast = copy.deepcopy(plain)
@@ -195,7 +195,7 @@ def test_linear_layers_in_a_model_without_norms_are_nobodys():
 
 
 def test_a_probe_leaves_no_trace():
-    """Flags, rates, buffers, gradients and random state are as before; so they are where a block is refused."""
+    """accelerate() leaves training flags, dropout rates, buffers, gradients and the random state unchanged."""
     model = make("masked", dropout=0.3)
     model.transformer["h"][1].eval()
     flags = [module.training for module in model.modules()]
@@ -210,7 +210,7 @@ def test_a_probe_leaves_no_trace():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-# ---- what it computes ------------------------------------------------------------------------------------------------
+# ---- results ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -243,7 +243,7 @@ def test_twenty_steps_have_the_same_losses(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_in_every_mode(name):
-    """Logits in training and evaluation, with and without gradients, for one token and for all positions."""
+    """Logits agree in training and evaluation, with and without gradients, for one token and for all positions."""
     plain, fast = twins(name)
     for T in (1, 5, handwritten.P):
         for training in (True, False):
@@ -259,7 +259,7 @@ def test_outputs_in_every_mode(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dropout_has_the_same_rates_at_the_same_places(name):
-    """Means of many passes agree within their standard errors, and rates are read at each pass."""
+    """Mean losses agree within five standard errors. A rate that is changed later takes effect at the next pass."""
     plain, fast = twins(name, dropout=0.2)
     batch, labels = tokens(2, 9), tokens(2, 9, seed=1)
 
@@ -373,7 +373,7 @@ def test_compile_deepcopy_and_state_dicts(name):
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_activation_checkpointing(reentrant, dropout):
-    """Each block repeats its pass in backward: gradients are those without it, dropout included."""
+    """Outputs and gradients equal those without checkpointing, dropout included."""
     _, fast = twins("packed", dropout)
     x = torch.randn(2, 7, handwritten.C, requires_grad=True)
     blocks = fast.transformer["h"]
@@ -439,7 +439,7 @@ def test_within_use_reference():
     assert ops.serving("mlp", "cpu") in ("cpp", "triton", "reference")
 
 
-# ---- what is changed after accelerate --------------------------------------------------------------------------------
+# ---- changes after accelerate ----------------------------------------------------------------------------------------
 
 
 def heads(model: nn.Module) -> None:
@@ -474,7 +474,7 @@ def test_changes_after_accelerate_take_effect(change):
 @pytest.mark.skipif(gpt_fast.build_info() is None, reason="the reference serves: no operator is called")
 @pytest.mark.parametrize("change", ["rate", "hook", "forward"])
 def test_a_head_that_is_not_as_the_others_runs_its_block_as_written(change):
-    """Heads are modules of their own: another rate, a hook or a forward of one of them."""
+    """A block with one module per head runs as written if one head has another rate, a hook or its own forward."""
     plain, fast = twins("single", dropout=0.1)
     head = fast.transformer["h"][1].talk.heads[2]
     seen = []
@@ -522,7 +522,7 @@ def test_a_loss_after_an_update_is_refused():
 
 
 class Twice(torch.autograd.Function):
-    """An autograd function takes a tensor as C++ sees it."""
+    """Autograd function, which receives the tensor as C++ sees it."""
 
     @staticmethod
     def forward(ctx, x):
@@ -600,5 +600,5 @@ print("done")
 
 
 def test_ddp_over_gloo(tmp_path: Path) -> None:
-    """Two ranks have the mean of their gradients, whatever DDP looks for in the outputs."""
+    """Both ranks have the mean of their gradients under each option of DDP, some of which search the outputs."""
     two_ranks.run(RANK, tmp_path)

@@ -48,7 +48,7 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run with random weights of unequal sizes, local files of both forms and their tasks."""
+    """Return a folder with a run of random weights, and with data and a task of each of two forms."""
     path = tmp_path_factory.mktemp("harness")
     tokenizer = train_bpe([SENTENCES], 300)
     torch.manual_seed(0)
@@ -77,7 +77,7 @@ def folder(tmp_path_factory):
 
 
 def theirs(folder):
-    """The harness's own model, of transformers' class with the same weights and tokenizer."""
+    """Return the harness's own model, a transformers model with the same weights and tokenizer."""
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "run" / "tokenizer.json"),
         bos_token="<|start|>",
@@ -118,7 +118,7 @@ def test_evaluate_finds_what_the_harness_finds(folder):
 
 
 def test_whole_texts(folder):
-    """Long texts in windows, one without a token, and one of one window."""
+    """Log-likelihoods agree for a text of several windows, a text of one window and an empty text."""
     texts = [SENTENCES[:300], "the red fox", ""]
     requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
     ours = GPTFastLM(folder / "run", "cpu").loglikelihood_rolling(requests)

@@ -37,7 +37,7 @@ def gpt1(**options):
 
 
 def shaken(model):
-    """Random values everywhere, so that no bias of 0 and no gain of 1 hides a mistake."""
+    """Add noise to every parameter of `model`, so that no bias of 0 and no gain of 1 hides a mistake."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -137,7 +137,10 @@ def test_what_transformers_cannot_hold():
 
 @pytest.mark.parametrize("make", [gpt2, gpt1], ids=["gpt2", "gpt1"])
 def test_same_greedy_tokens(make):
-    """Through both libraries, alone and as a left-padded batch; transformers' GPT-1 cannot pad: it has no positions."""
+    """Both libraries generate the same tokens, for GPT-2 from left-padded prompts too.
+
+    transformers' GPT-1 gives no positions to its model when it generates, so it cannot pad prompts.
+    """
     theirs = make(eos_token_id=None) if make is gpt2 else make()
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -245,7 +248,7 @@ def test_heads_that_read_every_token(head, name, side, tmp_path):
     else:
         at = torch.stack((given["start_positions"], given["end_positions"]), 1)
         if real is not None:
-            at[1:] = -100  # the place that transformers' inputs here name is padding in some rows
+            at[1:] = -100  # the positions in `given` are padding in some of these rows
         out = ours(tokens, at, key_mask=real)
         for got, scores in zip(out.logits.unbind(1), (wanted.start_logits, wanted.end_logits), strict=True):
             torch.testing.assert_close(got[got.isfinite()], scores[got.isfinite()])
@@ -253,7 +256,7 @@ def test_heads_that_read_every_token(head, name, side, tmp_path):
         if real is None:
             torch.testing.assert_close(out.loss, wanted.loss)
             missing = at.masked_fill(torch.tensor([[False, False], [True, False], [True, True]]), -100)
-            starts, ends = missing.masked_fill(missing < 0, 11).unbind(1)  # how transformers says so
+            starts, ends = missing.masked_fill(missing < 0, 11).unbind(1)  # transformers ignores position T
             loss = theirs(tokens, start_positions=starts, end_positions=ends).loss
             torch.testing.assert_close(ours(tokens, missing).loss, loss)
     back = ours.to_hf()
@@ -288,7 +291,7 @@ def test_similarity_takes_what_there_is_and_has_no_counterpart(name):
 
 
 @pytest.mark.parametrize("labels", [1, 2])
-def test_regression_is_one_too(labels):
+def test_regression_converts_too(labels):
     theirs = hf_models.make("GPT2ForSequenceClassification", num_labels=labels, problem_type="regression").eval()
     ours = GPTForSequenceClassification.from_hf(theirs)
     tokens = hf_models.inputs("GPT2Model")["input_ids"]
@@ -383,7 +386,7 @@ def test_convert_takes_the_tokenizer_along(cli, tmp_path):
 
 
 def test_a_converted_model_is_used_and_fine_tuned(cli, data, tmp_path):
-    """Its tokenizer has none of the special tokens: text needs none, a task gets them behind the vocabulary."""
+    """The tokenizer lacks our special tokens. Text needs none of them, and fine-tuning appends them."""
     letters = tok.byte_tokenizer().get_vocab(with_added_tokens=False)
     bytes_alone = {letter: i for letter, i in letters.items() if i < 256}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=bytes_alone, merges=[]))

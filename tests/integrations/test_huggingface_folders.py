@@ -31,7 +31,7 @@ def written(path: Path) -> dict:
 
 
 def pickled(model, folder: Path, shards: int = 1) -> Path:
-    """The folder that an older transformers wrote: no safetensors, one pickle or several with an index."""
+    """Save `model` as an older transformers did, in one pickle or in several with an index, and return the folder."""
     model.save_pretrained(folder)
     (folder / "model.safetensors").unlink()
     state = list(model.state_dict().items())
@@ -89,7 +89,7 @@ class Command:
     ids=["code", "no tensor", "a list", "missing", "shape", "spare"],
 )
 def test_pickled_weights_that_are_refused(tmp_path, monkeypatch, spoil, message):
-    """By name, with no code run, and with nothing filled at random."""
+    """The error names the fault. No code in the pickle runs, and no tensor is filled at random."""
     monkeypatch.chdir(tmp_path)
     theirs = hf_models.make("GPT2LMHeadModel")
     folder = pickled(theirs, tmp_path / "theirs")
@@ -111,12 +111,12 @@ def test_a_folder_without_weights_and_an_index_that_leads_elsewhere(tmp_path):
         GPTForCausalLM.from_hf(folder)
 
 
-# --- what a configuration and a tokenizer say besides sizes ---
+# --- label names, tokenizers, generation settings ---
 
 
 @pytest.mark.parametrize("name", ["GPT2ForSequenceClassification", "OpenAIGPTForSequenceClassification"])
 def test_names_of_labels_and_the_end_token_survive(tmp_path, name):
-    """In memory and through folders, both ways; before, they came back as LABEL_0 and None."""
+    """Label names and the end token survive conversion in memory and through folders, both ways."""
     names = {"id2label": {0: "bad", 1: "so so", 2: "good"}, "label2id": {"bad": 0, "so so": 1, "good": 2}}
     theirs = hf_models.make(name, eos_token_id=9, **names)
     ours = GPTForSequenceClassification.from_hf(theirs)
@@ -148,7 +148,7 @@ def test_label_names_belong_to_their_number():
 
 
 def byte_level(special: str) -> tokenizers.Tokenizer:
-    """GPT-2's kind of tokenizer with bytes alone and one special token, 256."""
+    """Return a byte-level BPE tokenizer as GPT-2's, without merges and with `special` as token 256."""
     letters = tok.byte_tokenizer().get_vocab(with_added_tokens=False)
     made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={x: i for x, i in letters.items() if i < 256}, merges=[]))
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -158,7 +158,7 @@ def byte_level(special: str) -> tokenizers.Tokenizer:
 
 
 def test_a_tokenizer_and_generation_settings_survive_both_ways(tmp_path):
-    """Before, its configuration was lost, and <|start|> came in as a new token beside GPT-2's own."""
+    """Conversion keeps the tokenizer's configuration, and adds no <|start|> beside GPT-2's own token."""
     theirs = hf_models.make("GPT2LMHeadModel", vocab_size=257, bos_token_id=256, eos_token_id=256, pad_token_id=None)
     theirs.generation_config.temperature = 0.25
     theirs.generation_config.do_sample = True
@@ -177,7 +177,7 @@ def test_a_tokenizer_and_generation_settings_survive_both_ways(tmp_path):
     back = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
     assert (back.padding_side, back.eos_token_id, len(back)) == ("left", 256, 257)
     assert back.chat_template == fast.chat_template
-    shutil.rmtree(tmp_path / "ours" / EXTRAS)  # as of a run that goes on from it
+    shutil.rmtree(tmp_path / "ours" / EXTRAS)  # now tokenizer.json and config.json alone define the tokenizer
     convert_folder(tmp_path / "ours", tmp_path / "new")
     new = transformers.AutoTokenizer.from_pretrained(tmp_path / "new")
     assert (new.bos_token_id, new.eos_token_id, len(new)) == (256, 256, 257)
@@ -200,7 +200,7 @@ def predictions(cli, folder: Path, table: Path) -> list[dict]:
 
 
 def test_a_fine_tuned_classifier_goes_to_transformers(cli, data, tuned, tmp_path):
-    """Its tokenizer puts a text as training did, so both libraries give the same probabilities under the same names."""
+    """The converted tokenizer adds the special tokens of training, so both libraries give the same probabilities."""
     result = cli("convert", "--from", tuned, "--out", tmp_path / "theirs", "--json")
     assert "left out of" in succeed(result).err and "the joint loss (lm_weight 0.5)" in result.err
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "theirs").eval()
@@ -217,7 +217,7 @@ def test_a_fine_tuned_classifier_goes_to_transformers(cli, data, tuned, tmp_path
 
 
 def test_a_classifier_of_transformers_predicts_here(cli, tuned, tmp_path):
-    """It reads the text as its own tokenizer gives it, and answers with its own names."""
+    """The classifier reads text as its own tokenizer encodes it, and predicts its own label names."""
     convert_folder(tuned, tmp_path / "theirs")
     convert_folder(tmp_path / "theirs", tmp_path / "ours")
     (tmp_path / "t.csv").write_text(f"text,label\nthe red fox,warm\n{'a very long text ' * 9},cold\n")
@@ -256,9 +256,9 @@ def test_a_folder_needs_no_network(tmp_path, monkeypatch):
 
 
 def test_a_name_on_the_hub_without_a_network(tmp_path):
-    """A name that the cache lacks gives one clear error within a second. A name that it has is loaded.
+    """A name that the cache lacks gives one clear error at once. A name in the cache is loaded.
 
-    Without the check transformers retried for 23 seconds. The address of the hub is one that refuses connections.
+    The hub's address here refuses connections. Without the check, transformers retried for 23 seconds.
     """
     cache = tmp_path / "hub" / "models--me--tiny"
     theirs = hf_models.make("GPT2LMHeadModel")
@@ -280,14 +280,14 @@ def test_a_name_on_the_hub_without_a_network(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     seconds, _, message = done.stdout.strip().splitlines()[-1].partition(" ")
-    assert float(seconds) < 2  # on a busy machine; about 0.1 on a quiet one
+    assert float(seconds) < 2  # about 0.1 s on a quiet machine, more on a busy one
     assert message.startswith(
         "gpt_fast.from_hf: gpt2 is neither a folder nor in the cache of transformers, and 127.0.0.1"
     )
 
 
 def test_a_hub_that_does_not_answer_is_given_up(monkeypatch):
-    """The look-up of a name may block for a minute: a thread asks, and is not waited for."""
+    """Resolving the host name may block for a minute. A thread does it, and `is_reachable` waits `PATIENCE` at most."""
 
     def block(*_: object, **__: object) -> None:
         time.sleep(5)

@@ -1,4 +1,4 @@
-"""What a configuration does not name: kept by `from_hf`, `to_hf` and `gpt-fast convert`, or refused with the reason."""
+"""Conversion keeps changes to a model that its configuration does not name, or refuses the model with a reason."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ def logits(model):
 
 
 def train(model):
-    """The model after a few steps on one batch: it knows the batch by heart."""
+    """Train `model` on one batch until it has memorised the batch, and return it."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     for _ in range(60):
         optimizer.zero_grad()
@@ -53,7 +53,7 @@ def train(model):
 
 
 def untied(name):
-    """A trained language model with an output layer of its own, although its configuration says tied, the default."""
+    """Return a trained language model with an untied output layer, although its configuration says tied."""
     model = hf_models.make(name)
     model.lm_head.weight = nn.Parameter(torch.randn(61, 32) * 0.02)
     assert model.config.tie_word_embeddings
@@ -62,7 +62,7 @@ def untied(name):
 
 @pytest.mark.parametrize("name", LM_HEADS)
 def test_a_trained_output_layer_is_kept(name, tmp_path, cli):
-    """In memory, through a folder of transformers, and through `gpt-fast convert` both ways."""
+    """The output layer survives conversion in memory, from a folder, and by `gpt-fast convert` both ways."""
     theirs = untied(name)
     expected = logits(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
@@ -159,7 +159,7 @@ def share_a_block(model):
 
 
 def put(path, make):
-    """A change that puts another module in the place of `path`."""
+    """Return a change that replaces the module at `path`."""
 
     def change(model):
         parent, _, name = path.rpartition(".")
@@ -176,7 +176,7 @@ def attribute(path, name, value):
 
 
 def as_linear(conv):
-    """The same function, its matrix the other way round; square, so that a copy would not notice."""
+    """Return `conv` as an nn.Linear. Its transposed matrix is square, so a plain copy would raise no error."""
     linear = nn.Linear(32, 32)
     linear.weight = nn.Parameter(conv.weight.detach().t().clone())
     return linear
@@ -249,7 +249,7 @@ CHANGES = [
 def test_a_changed_model_is_refused_by_name(change, message):
     theirs = hf_models.make("GPT2LMHeadModel").eval()
     change(theirs)
-    for kind in (GPTForCausalLM, GPTForSequenceClassification):  # the trunk must be whole for any head
+    for kind in (GPTForCausalLM, GPTForSequenceClassification):  # every head needs an unchanged trunk
         with pytest.raises(ValueError, match="gpt_fast.from_hf: .*" + message):
             kind.from_hf(theirs)
 
@@ -331,7 +331,7 @@ def merge_lora(model):
 
 
 def drop_a_block_by_the_configuration_too(model):
-    """The block that stays still has the second place in a cache, so that transformers runs it without one."""
+    """Remove the first block. The other block keeps layer_idx 1, so transformers can only run it without a cache."""
     del model.transformer.h[0]
     model.config.n_layer = 1
     model.config.use_cache = False
@@ -360,7 +360,7 @@ def test_what_does_not_change_the_function_is_no_obstacle(change):
 
 @pytest.mark.parametrize("is_accelerated", [False, True], ids=["as it is", "accelerated"])
 def test_a_model_trained_in_mixed_precision_converts(is_accelerated):
-    """Hugging Face Accelerate leaves autocast around the forward, and after unwrapping the bound method."""
+    """Hugging Face Accelerate leaves autocast around the forward. After unwrapping it leaves a bound method there."""
     hf_accelerate = pytest.importorskip("accelerate", reason="the extra examples is not installed")
     theirs = hf_models.make("GPT2LMHeadModel").eval()
     if is_accelerated:
@@ -393,7 +393,7 @@ def test_accelerated_models_convert(name):
 
 @pytest.mark.parametrize("name", hf_models.CLASSES)
 def test_the_comparison_leaves_no_trace(name):
-    """Modes of single modules, random state and autocast."""
+    """Conversion under autocast leaves the modes of single modules and the random state unchanged."""
     theirs = hf_models.make(name, dropout=0.5)
     trunk = theirs.base_model
     trunk.h[1].eval()
@@ -457,7 +457,7 @@ def double(out):
     ],
 )
 def test_a_class_that_computes_something_else_is_found(monkeypatch, kind, name, part):
-    """Code that was exchanged for all models at once does not show in the modules."""
+    """A forward that was replaced on the class does not show in the modules, but in their outputs."""
     theirs = hf_models.make(name)
     ours = GPTForCausalLM.from_hf(theirs)
     usual = kind.forward
@@ -573,7 +573,7 @@ def test_convert_refuses_a_truncated_file(cli, tmp_path):
 
 
 def test_convert_refuses_double_heads_with_a_free_output_layer(cli, tmp_path):
-    """Without `--head` the command promises to hold every weight; `--head clm` takes the output layer along."""
+    """Without `--head`, convert keeps every weight or fails. With `--head clm` it keeps the output layer."""
     hf_models.make("GPT2DoubleHeadsModel", tie_word_embeddings=False).save_pretrained(tmp_path / "theirs")
     result = cli("convert", "--from", tmp_path / "theirs", "--out", tmp_path / "ours")
     assert result.code == 2 and "lm_head.weight has no place in GPTForMultipleChoice" in result.err
@@ -581,7 +581,7 @@ def test_convert_refuses_double_heads_with_a_free_output_layer(cli, tmp_path):
 
 
 def test_an_old_file_of_gpt2_is_read(tmp_path):
-    """The names without a prefix, with masks that no forward reads any more, as in OpenAI's gpt2."""
+    """Old files, such as OpenAI's gpt2, name tensors without a prefix and hold masks that no forward reads any more."""
 
     def age(stored):
         for name in list(stored):

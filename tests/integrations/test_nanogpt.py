@@ -1,4 +1,4 @@
-"""Checkpoints of nanoGPT, minGPT and llm.c: converted bit for bit, computing the same, refused by name."""
+"""Checkpoints of nanoGPT, minGPT and llm.c: conversion bit for bit, equal results, errors that name the fault."""
 
 import ast
 import json
@@ -39,7 +39,7 @@ def their_model(bias: bool = True) -> nn.Module:
 
 
 def checkpoint(theirs: nn.Module | None = None, **changes: Any) -> dict[str, Any]:
-    """Return what nanoGPT's train.py saves."""
+    """Return a checkpoint as nanoGPT's train.py saves it, with `changes`."""
     made = {
         "model": (theirs or their_model()).state_dict(),
         "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []},
@@ -53,8 +53,8 @@ def checkpoint(theirs: nn.Module | None = None, **changes: Any) -> dict[str, Any
 
 @pytest.fixture
 def here(monkeypatch, capsys) -> Cli:
-    """Runs a command line in this process, which takes milliseconds: for the many files that are refused."""
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `run` sets it
+    """Return a function that runs a command line in this process, in milliseconds, as many files are refused."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `run` replaces it
 
     def call(*args: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["gpt-fast", *map(str, args)])
@@ -71,7 +71,7 @@ def names(folder: Path) -> list[str]:
 
 
 def refuse(result: Result, *messages: str) -> None:
-    """Exit code 2, nothing on stdout, one line of error."""
+    """Assert that the command ended with code 2, nothing on stdout and one line of error, which has all `messages`."""
     assert result.code == 2, result
     assert result.out == "" and len(result.err.strip().splitlines()) == 1, result.err
     for message in messages:
@@ -80,9 +80,9 @@ def refuse(result: Result, *messages: str) -> None:
 
 @torch.no_grad()
 def assert_computes_the_same(ours: GPTForCausalLM, theirs: nn.Module) -> None:
-    """Logits are as accurate as theirs in float32; the truth is their model in float64."""
+    """Assert that our logits are as accurate as theirs in float32. The exact values are their model's in float64."""
     tokens = torch.randint(V, (3, P), generator=torch.Generator().manual_seed(1))
-    given = theirs(tokens, tokens)[0]  # with targets: the logits of every position
+    given = theirs(tokens, tokens)[0]  # given targets, nanoGPT returns the logits of every position
     exact = theirs.double()(tokens, tokens)[0]
     theirs.float()
     numerics.assert_as_accurate(ours.eval()(tokens).logits, given, exact)
@@ -126,7 +126,7 @@ def test_nanogpt_there_and_back(cli, tmp_path, bias, prefix):
 
 
 def test_nanogpt_resumes_with_the_optimizer(tmp_path, here):
-    """Its two groups of parameters, matrices and the rest, take the state; a step then changes every parameter."""
+    """Both parameter groups of nanoGPT, matrices and the rest, load the state. A step changes every parameter."""
     GPTForCausalLM.from_nanogpt(their_model().state_dict(), ARGS).save_pretrained(tmp_path / "run")
     succeed(here("convert", "--from", tmp_path / "run", "--to", "nanogpt", "--out", tmp_path / "ckpt.pt"))
     saved, model = torch.load(tmp_path / "ckpt.pt", weights_only=True), their_model()
@@ -145,7 +145,7 @@ def test_nanogpt_resumes_with_the_optimizer(tmp_path, here):
 
 
 def test_a_run_of_ours_becomes_nanogpt(here, tmp_path):
-    """Steps and validation loss come from the run's record."""
+    """iter_num and best_val_loss come from run.json."""
     config = GPTConfig.preset(
         "gpt2", num_tokens=V, hidden_dim=C, num_heads=H, num_layers=LAYERS, seq_len=P, activation="gelu", bias=False
     )
@@ -189,7 +189,7 @@ def test_from_a_model_in_memory():
     assert args == ARGS
     with pytest.raises(ValueError, match="n_layer an integer of 16,610 bits; expected an integer from 1"):
         GPTForCausalLM.from_nanogpt(state, ARGS | {"n_layer": 10**5000})
-    state["lm_head.weight"] = state["lm_head.weight"] + 1  # a fork that took the tie out
+    state["lm_head.weight"] = state["lm_head.weight"] + 1  # as in a fork that unties the output layer
     free = GPTForCausalLM.from_nanogpt(state, ARGS)
     assert not free.is_tied() and torch.equal(free.output_layer.weight, state["lm_head.weight"])
 
@@ -198,7 +198,7 @@ def test_from_a_model_in_memory():
 
 
 def test_mingpts_state_dict(here, tmp_path):
-    """It has GELU's tanh form, a free output layer, and a causal mask in every block."""
+    """The model has GELU's tanh form, an untied output layer, and a causal mask in every block."""
     theirs = handwritten.make("masked").eval()
     torch.save(theirs.state_dict(), tmp_path / "model.pt")
     source = ["convert", "--from", tmp_path / "model.pt", "--out", tmp_path / "run"]
@@ -240,7 +240,7 @@ ORDER = (
 def llmc_file(header: list[int], model: nn.Module | None = None) -> bytes:
     """Return a file as llm.c writes it: header, embeddings, each kind of tensor for all layers, the last norm."""
     state = (model or their_model()).state_dict()
-    padding = torch.full((PADDED - V, C), torch.nan)  # what these rows hold must not matter
+    padding = torch.full((PADDED - V, C), torch.nan)  # the values in these rows must not matter
     tensors = [torch.cat([state["transformer.wte.weight"], padding]), state["transformer.wpe.weight"]]
     tensors += [state[f"transformer.h.{i}.{name}"] for name in ORDER for i in range(LAYERS)]
     tensors += [state["transformer.ln_f.weight"], state["transformer.ln_f.bias"]]
@@ -344,7 +344,7 @@ def rewritten(path: Path, pickled: Any = lambda data: data, compression: int = z
 
 
 def test_a_pickle_that_runs_code_is_refused(here, tmp_path):
-    """In a checkpoint, and bare; neither runs."""
+    """Code runs neither from a pickle in a checkpoint nor from a bare pickle."""
     torch.save(checkpoint(config=Hostile(tmp_path / "ran")), tmp_path / "ckpt.pt")
     source = ["convert", "--out", tmp_path / "run", "--from"]
     refuse(here(*source, tmp_path / "ckpt.pt"), "ckpt.pt: holds posix.system", "torch.load(weights_only=True)")
@@ -354,7 +354,7 @@ def test_a_pickle_that_runs_code_is_refused(here, tmp_path):
 
 
 def test_a_pickled_configuration_is_refused_with_the_way_out(here, tmp_path):
-    """What the message proposes makes a file that converts."""
+    """A file made as the message proposes converts."""
     path = tmp_path / "model.pt"
     args = {name: value for name, value in ARGS.items() if name not in ("bias", "dropout")}
     torch.save({"model": their_model().state_dict(), "config": ModelConfig(), "step": 3}, path)
@@ -376,7 +376,7 @@ def flip_a_weight(path: Path) -> None:
 
 
 def promise_more(path: Path) -> None:
-    """Let a storage have more numbers than its record."""
+    """Let the pickle give storages more numbers than their records hold."""
     old, new = (b"K\x20", b"J" + struct.pack("<i", 2**31 - 1))
     assert C == 32
     rewritten(path, lambda data: data.replace(old, new))
@@ -412,9 +412,9 @@ def test_a_damaged_file_is_refused(here, tmp_path, case):
 
 
 def test_no_damage_changes_weights(tmp_path):
-    """Each damaged file is refused, or its weights are the same, because a date or the like was changed.
+    """Each damaged file is refused, or has the same weights because only a date or the like was changed.
 
-    Bytes are cut off or changed, most of them where the archive keeps its sizes and places.
+    Bytes are cut off or changed, most of them where the archive keeps its sizes and offsets.
     """
     path, rng, refused = tmp_path / "ckpt.pt", random.Random(0), 0
     saved = checkpoint()
@@ -441,7 +441,7 @@ def test_no_damage_changes_weights(tmp_path):
 
 
 def test_no_damaged_pickle_is_more_than_an_error(tmp_path):
-    """The archive is whole and its checksums are right; what is pickled is not."""
+    """A damaged pickle in an intact archive with right checksums raises no error but `ValueError`."""
     path, rng, refused = tmp_path / "ckpt.pt", random.Random(0), 0
     for _ in range(200):
         torch.save(checkpoint(), path)
@@ -461,7 +461,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 
 
 def state(**changes: Any) -> dict[str, Any]:
-    """Return the checkpoint with tensors replaced, or without those that are None."""
+    """Return the checkpoint with the given tensors replaced, or removed if None. `__` in a name stands for a dot."""
     changed = {name.replace("__", "."): tensor for name, tensor in changes.items()}
     made = their_model().state_dict() | changed
     return checkpoint(model={name: tensor for name, tensor in made.items() if tensor is not None})
@@ -653,7 +653,7 @@ def test_options_that_do_not_fit(here, tmp_path):
 
 
 def test_a_character_level_model_is_used_and_fine_tuned(cli, data, tmp_path):
-    """Its vocabulary is the characters of its text in order. Other characters have no embedding and are refused."""
+    """The vocabulary is the sorted characters of the text. Other characters have no embedding and are refused."""
     torch.save(checkpoint(), tmp_path / "ckpt.pt")
     (tmp_path / "input.txt").write_text(LETTERS * 2, encoding="utf-8")
     (tmp_path / "other.txt").write_text("caf\u00e9 " * 20, encoding="utf-8")
@@ -688,7 +688,7 @@ def test_a_character_level_model_is_used_and_fine_tuned(cli, data, tmp_path):
 
 
 def test_evaluation_of_a_converted_model_is_theirs(cli, data, tmp_path):
-    """The loss that evaluate reports is the one that the source model computes of the same windows."""
+    """The loss that evaluate reports is the loss of the source model on the same windows."""
     theirs = their_model()
     torch.save(checkpoint(theirs), tmp_path / "ckpt.pt")
     (tmp_path / "input.txt").write_text(LETTERS, encoding="utf-8")
@@ -704,7 +704,10 @@ def test_evaluation_of_a_converted_model_is_theirs(cli, data, tmp_path):
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(cli, data, tmp_path):
-    """A smaller one fits, as GPT-2's does nanoGPT's 50,304 rows; the token between documents begins them."""
+    """A tokenizer may have fewer tokens than the model, as GPT-2's has for nanoGPT's 50,304 rows, but not more.
+
+    <|endoftext|> becomes the start token.
+    """
     torch.save(checkpoint(), tmp_path / "ckpt.pt")
     save_tokenizer(train_bpe([SENTENCES], 270), tmp_path / "tokenizer.json")
     run = tmp_path / "run"

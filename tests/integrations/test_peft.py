@@ -20,7 +20,7 @@ def with_lora(model, targets: list[str] = ALL):
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(std=0.3)  # it starts at 0, which would hide a path around the adapter
+                parameter.normal_(std=0.3)  # lora_B starts at 0, which would hide code that bypasses the adapter
     return adapted
 
 
@@ -70,7 +70,7 @@ def test_saved_adapters_load_into_a_model_without_them(tmp_path) -> None:
 
 
 def test_a_wrapped_output_layer_keeps_its_logits() -> None:
-    """modules_to_save wraps lm_head: its loss is transformers' own then, and the report says so."""
+    """With lm_head wrapped by modules_to_save, the loss is transformers' own and the report lists lm_head."""
     config = peft.LoraConfig(
         target_modules=["c_attn"], modules_to_save=["lm_head"], r=2, fan_in_fan_out=True, task_type="CAUSAL_LM"
     )

@@ -11,7 +11,7 @@ from tests.hf_models import P, V, make
 
 
 def windows_of_the_recipe(model, tokens, stride):
-    """(loss, labels) of each window of transformers' guide "Perplexity of fixed-length models", for one row [1, T]."""
+    """Return (loss, labels) of each window of `tokens` [1, T], as transformers' guide on perplexity cuts them."""
     found, previous_end = [], 0
     for begin in range(0, tokens.shape[1], stride):
         end = min(begin + P, tokens.shape[1])
@@ -26,7 +26,7 @@ def windows_of_the_recipe(model, tokens, stride):
 
 
 def recipe_perplexity(windows):
-    """The guide's own figure, which counts one token less than each window's loss is the mean of, but for the first."""
+    """Return the guide's own figure, which counts one token too few in every window but the first."""
     counts = [int((labels != -100).sum()) - 1 for _, labels in windows]
     losses = [loss for loss, _ in windows]
     return math.exp(sum(loss * count for loss, count in zip(losses, counts, strict=True) if count) / sum(counts))
@@ -48,7 +48,7 @@ def test_windows_are_those_of_the_recipe(name, length, stride):
     scores = gpt_fast.score(ours, tokens, stride=stride)
     perplexity = math.exp(-scores.log_probs.double().sum() / scores.predicted.sum())
     assert perplexity == pytest.approx(exact_perplexity(windows), rel=1e-6)
-    # From the same log-probabilities, window by window, the guide's figure too.
+    # The means of the same log-probabilities over each window give the guide's figure too.
     ends = [min(i * stride + P, length) for i in range(len(windows))]
     means = [
         (-scores.log_probs[:, a:b].double().sum() / scores.predicted[:, a:b].sum(), labels)

@@ -11,7 +11,7 @@ import gpt_fast
 from gpt_fast.integrations.huggingface import blocks, relatives
 from tests.hf_models import PAD, C, H, V, assert_same, at_real_positions, padding, run, transformers
 
-# Every call that is left to transformers warns; a test that expects one says so.
+# A call that is left to transformers warns. Tests that expect the warning use pytest.warns.
 pytestmark = pytest.mark.filterwarnings("error:gpt_fast")
 
 P, T, LAYERS = 24, 11, 2
@@ -19,10 +19,10 @@ _OPT = {
     "hidden_size": C, "ffn_dim": 48, "num_hidden_layers": LAYERS, "num_attention_heads": H, "pad_token_id": PAD,
     "max_position_embeddings": P, "word_embed_proj_dim": C, "dropout": 0.0, "attention_dropout": 0.0,
 }  # fmt: skip
-# Name → class, configuration, and the names of its dropout rates: attention, branches, embeddings and hidden layer.
+# Name → class of transformers, configuration, and the names of the configuration's dropout rates.
 MODELS: dict[str, tuple[str, dict, tuple[str, ...]]] = {
     "opt": ("OPTForCausalLM", _OPT, ("attention_dropout", "dropout")),
-    # As OPT-350m: norms behind the branches, narrower embeddings, no last norm.
+    # As OPT-350m: post-norm blocks, embeddings narrower than the hidden size, no final norm.
     "opt_post_norm": (
         "OPTForCausalLM", _OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 16},
         ("attention_dropout", "dropout"),
@@ -63,7 +63,7 @@ HAS_SDPA = ("opt", "opt_post_norm", "biogpt")
 
 
 def make(name: str, implementation: str | None = None, **options):
-    """A model whose biases and gains are random too, so that none hides a mistake."""
+    """Return a model whose biases and gains are random too, so that none hides a mistake."""
     kind, sizes, _ = MODELS[name]
     kind = getattr(transformers, kind)
     config = kind.config_class(**{"vocab_size": V} | sizes | options)
@@ -77,7 +77,7 @@ def make(name: str, implementation: str | None = None, **options):
 
 
 def twins(name: str, implementation: str | None = None, **options):
-    """A model as it is, and the same one accelerated."""
+    """Return a model and an accelerated copy of it."""
     model = make(name, implementation, **options)
     accelerated = copy.deepcopy(model)
     gpt_fast.accelerate(accelerated)
@@ -85,7 +85,7 @@ def twins(name: str, implementation: str | None = None, **options):
 
 
 def inputs(side: str | None = None, B: int = 3) -> dict[str, torch.Tensor]:
-    tokens = torch.randint(8, V - 1, (B, T))  # ImageGPT predicts no last token
+    tokens = torch.randint(8, V - 1, (B, T))  # ImageGPT has no logit for token V - 1
     mask = padding(side, B, T)
     if mask is None:
         return {"input_ids": tokens, "labels": tokens}
@@ -104,7 +104,10 @@ def test_outputs_loss_and_gradients(name: str, side: str | None) -> None:
 @pytest.mark.parametrize("side", [None, "left"])
 @pytest.mark.parametrize("name", HAS_SDPA)
 def test_eager_attention_gives_a_float_mask(name: str, side: str | None) -> None:
-    """Compared with "sdpa", because transformers' eager attention gives NaN in float64 where a row has no key."""
+    """The float mask of "eager" gives the results of "sdpa".
+
+    The comparison is with "sdpa" because transformers' eager attention gives NaN in float64 for a row without keys.
+    """
     model = make(name)
     accelerated = make(name, "eager")
     accelerated.load_state_dict(model.state_dict())
@@ -114,28 +117,28 @@ def test_eager_attention_gives_a_float_mask(name: str, side: str | None) -> None
 
 @pytest.mark.parametrize("name", ["opt_gelu_plain", "biogpt", "gpt_neo", "imagegpt_gelu"])
 def test_autocast_and_half_precision(name: str) -> None:
-    """None of them with a ReLU: a hidden value that rounds across 0 changes a gradient by more than any rounding."""
+    """No model here has a ReLU: a hidden value that rounds across 0 would change a gradient by more than rounding."""
     model, accelerated = twins(name)
     assert_same(model, inputs("right"), accelerated, dtype=torch.bfloat16)
     assert_same(model.bfloat16(), inputs("left"), accelerated.bfloat16())
 
 
 def test_a_local_layer_of_gpt_neo_sees_its_window_only() -> None:
-    """The window is 4: a changed first token changes nothing at position 4 of the local layer's attention."""
+    """A changed first token changes the output at the last position that the windows reach, and no later one."""
     _, model = twins("gpt_neo", attention_types=[[["local"], LAYERS]])
     tokens = inputs()["input_ids"]
     changed = tokens.clone()
     changed[:, 0] = (changed[:, 0] + 1) % V
     with torch.no_grad():
         a, b = (model.eval().transformer(each).last_hidden_state for each in (tokens, changed))
-    reach = LAYERS * 3  # a layer of window 4 sees 3 tokens back
+    reach = LAYERS * 3  # a layer with window 4 attends to 3 tokens before its own
     assert torch.equal(a[:, reach + 1 :], b[:, reach + 1 :])
     assert not torch.equal(a[:, reach], b[:, reach])
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_dropout_is_applied(name: str) -> None:
-    """Each rate alone changes the loss in training; the mean over seeds is PyTorch's within four standard errors."""
+    """Each rate alone makes the training loss random. Its mean is PyTorch's within four standard errors."""
     given = inputs("right")
     for rate in MODELS[name][2]:
         model, accelerated = twins(name, **{rate: 0.4})
@@ -168,7 +171,7 @@ def test_generation_with_a_cache(name: str) -> None:
 @pytest.mark.parametrize("name", ["opt", "biogpt", "gpt_neo", "imagegpt"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
-    """With dropout: the same gradients, and attention is really recomputed."""
+    """With dropout, the gradients equal those without checkpointing, and backward recomputes attention."""
     _, model = twins(name, **dict.fromkeys(MODELS[name][2], 0.1))
     given = inputs("right")
     calls, attend, gradients = [], relatives._attend, []
@@ -231,7 +234,7 @@ def test_in_one_graph(name: str) -> None:
     )
 
 
-# ---- what transformers keeps -----------------------------------------------------------------------------------------
+# ---- calls that transformers computes --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["opt", "biogpt", "gpt_neo", "imagegpt"])
@@ -244,7 +247,7 @@ def test_attention_probabilities_are_transformers_own(name: str) -> None:
     assert len(got.attentions) == LAYERS
     for a, b in zip(got.attentions, expected.attentions, strict=True):
         torch.testing.assert_close(a, b)
-    assert_same(model, given, accelerated)  # with the hooks that transformers has left behind
+    assert_same(model, given, accelerated)  # transformers has left its recording hooks on the blocks
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -260,7 +263,7 @@ def test_hidden_states_are_those_of_each_block(name: str) -> None:
 
 
 def test_a_mask_of_ones_own() -> None:
-    """Four dimensions: bool keys of later positions are seen, other float values are left to transformers."""
+    """A bool mask [B, 1, T, T] may show later positions. A float bias in a mask is left to transformers."""
     given = inputs()
     prefix = torch.ones(T, T, dtype=torch.bool).tril()
     prefix[:, :4] = True
@@ -288,8 +291,8 @@ def test_a_static_cache_is_left_to_transformers(name: str) -> None:
     torch.testing.assert_close(results[1], results[0])
 
 
-def test_hooks_and_replaced_parts_are_run() -> None:
-    """Hooks on projections, attention and MLP run; so does a layer that somebody put in the place of one."""
+def test_hooks_are_run() -> None:
+    """Hooks on projections, attention, MLPs, norms and dropout layers run, and the results stay the same."""
     for name, paths in {
         "opt": ("layers.0.self_attn", "layers.0.self_attn.q_proj", "layers.1.fc1", "layers.1.final_layer_norm"),
         "gpt_neo": (

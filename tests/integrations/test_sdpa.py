@@ -1,4 +1,4 @@
-"""The SDPA provider: PyTorch's own call on our kernels, and back."""
+"""The SDPA provider: PyTorch's scaled_dot_product_attention on our kernels, and restored."""
 
 import copy
 import os
@@ -164,7 +164,7 @@ def test_wrong_calls_get_pytorchs_errors(active: None, make) -> None:
 
 
 def test_forward_mode_has_pytorchs(active: None) -> None:
-    """The math backend is the one of PyTorch's that has derivatives in forward mode."""
+    """In forward mode PyTorch's attention runs. Of its backends only the math backend has such derivatives."""
     from torch.autograd import forward_ad
 
     tensors = qkv(grad=False)
@@ -178,7 +178,7 @@ def test_forward_mode_has_pytorchs(active: None) -> None:
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_backend_that_the_user_chose_wins(active: None, compiled: bool) -> None:
-    """The provider stands in for flash attention, so a choice with flash attention leaves the call to it."""
+    """The provider takes flash attention's place, so it serves if the chosen backends include flash attention."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def call(*backends: SDPBackend) -> torch.Tensor:
@@ -216,7 +216,7 @@ def test_restored_bit_for_bit() -> None:
 
 
 def test_pytorchs_own_switches() -> None:
-    """Registering makes the name known and changes nothing. Activating twice starts the counts again."""
+    """Registering makes the name known and changes nothing. Activating again resets the counts."""
     sdpa.register()
     assert "gpt_fast" in torch.nn.attention.list_flash_attention_impls()
     assert torch.nn.attention.current_flash_attention_impl() is None
@@ -255,7 +255,7 @@ def test_without_gradients_and_under_autocast(active: None) -> None:
 
 
 def test_torch_func_has_pytorchs(active: None) -> None:
-    """Gradients of a batch and of each row; PyTorch's transforms and ours would otherwise meet twice."""
+    """Inside torch.func PyTorch's attention runs, for the gradients of a batch and of each row."""
 
     def total(*tensors: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(*tensors, is_causal=True).square().sum()
@@ -271,7 +271,7 @@ def test_torch_func_has_pytorchs(active: None) -> None:
 
 
 def test_compiled(active: None) -> None:
-    """The compiled graph holds our operator, forward and backward, for one length and for another."""
+    """The compiled graphs hold our operators, forward and backward, and give the eager results at two lengths."""
     graphs = []
 
     def backend(graph, inputs):
@@ -303,7 +303,7 @@ def test_compiled(active: None) -> None:
 
 
 def test_a_process_that_has_compiled_before() -> None:
-    """Functions that are compiled after activate and restore follow them, whatever was compiled before."""
+    """Functions compiled after `activate` use the provider, and those compiled after `restore` do not."""
     tensors = qkv(grad=False)
 
     def compiled() -> torch.Tensor:
@@ -311,7 +311,7 @@ def test_a_process_that_has_compiled_before() -> None:
         function = lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True)  # noqa: E731
         return torch.compile(function, backend="aot_eager")(*tensors)
 
-    # As in a new process. What PyTorch keeps of a trace depends on which provider was active in it.
+    # As in a new process: PyTorch's cached traces depend on the provider that was active.
     torch.ops.aten.scaled_dot_product_attention.default._dispatch_cache.clear()
     plain, ours = compiled(), gpt_fast.ops.attention(*tensors)
     assert not torch.equal(plain, ours)
@@ -353,7 +353,7 @@ torch.save(eager, sys.argv[2])
 @pytest.mark.slow
 @pytest.mark.parametrize("order", [("provider", "plain"), ("plain", "provider")], ids=" then ".join)
 def test_the_cache_on_disk_keeps_graphs_apart(tmp_path: Path, order: tuple[str, str]) -> None:
-    """A graph that one process leaves in torch.compile's cache is not the next one's, with or without the provider."""
+    """A process with the provider loads no graph that a process without it left on disk, nor the other way round."""
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     for process in order:
         done = subprocess.run(

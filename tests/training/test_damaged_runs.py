@@ -1,4 +1,4 @@
-"""Files of a stopped run, damaged or made to do harm: it is refused in one line, or resumed as if nothing were."""
+"""A stopped run with a damaged or hostile file is refused in one line, or resumed to the same result."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def stopped(cli: Cli, data: Data, tmp_path_factory) -> Path:
-    """A run that was killed after three of four updates."""
+    """Return a run that was killed after three of four updates."""
     run = tmp_path_factory.mktemp("runs") / "stopped"
     begun = [*resuming(run, data), "--steps", 4, "--checkpoint-every", 1]
     assert cli(*begun, watched=(run / "checkpoints" / "step-000000003", 0)).code == -9

@@ -22,11 +22,11 @@ MASK = partial(mask_tokens, mask_token=2, ordinary=torch.arange(3, 1011))
 
 
 def ignore(*_: object) -> None:
-    """Stands for a display."""
+    """Stand in for a display."""
 
 
 def joined(batches) -> tuple[list, list]:
-    """Tokens and labels of batches, row by row."""
+    """Return the tokens and the labels of `batches`, row by row."""
     return tuple([row for batch in batches for row in getattr(batch, name).tolist()] for name in ("tokens", "labels"))
 
 
@@ -34,7 +34,7 @@ def joined(batches) -> tuple[list, list]:
 @pytest.mark.parametrize("warmup", [0, 8])
 @pytest.mark.parametrize(("ranks", "parts"), [(1, 4), (2, 1), (2, 2), (4, 1), (4, 3)])
 def test_an_update_has_the_same_windows_on_any_number_of_ranks(mask, warmup, ranks, parts):
-    """Their masks, and the pieces that they are cut into at first, too."""
+    """Their masks, and the pieces that windows are cut into during warm-up, are the same too."""
     make = partial(lm_data.WindowSource, STREAM, 16, 12, 5, mask, warmup=warmup)
     alone = make()
     for step in range(10):
@@ -45,7 +45,7 @@ def test_an_update_has_the_same_windows_on_any_number_of_ranks(mask, warmup, ran
 
 
 def test_a_pass_reads_every_token_once():
-    """But for those at the ends, and each pass in another order."""
+    """A pass leaves out only tokens at the ends, and every pass has another order."""
     source = lm_data.WindowSource(STREAM, 16, 4, 5)
     per_pass = len(STREAM) // 16 - 1
     rows = [tuple(row) for step in range(3 * per_pass) for row in joined(source(step))[0]]
@@ -57,7 +57,7 @@ def test_a_pass_reads_every_token_once():
 
 
 def test_windows_are_cut_into_four_pieces_then_two_then_none():
-    """The same tokens as without; no piece is asked for its first one."""
+    """Pieces have the tokens of whole windows. The first token of a piece has no label."""
     plain, cut = (lm_data.WindowSource(STREAM, 16, 4, 5, warmup=warmup) for warmup in (0, 6))
     for step in range(8):
         (whole,), (pieces,) = plain(step), cut(step)

@@ -1,4 +1,4 @@
-"""Several processes, on the CPU with gloo: the same curves, checkpoints for any number of ranks, a rank that dies."""
+"""Several processes on the CPU with gloo: equal curves, checkpoints for any number of ranks, a rank that dies."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def command(data) -> list[object]:
 
 @pytest.fixture(scope="module")
 def alone(cli, command, tmp_path_factory) -> dict[str, Path]:
-    """What one process makes of it, for each objective."""
+    """Return the run of one process for each objective."""
     folder = tmp_path_factory.mktemp("alone")
     for objective in ("clm", "mlm"):
         succeed(cli(*command, "--objective", objective, "--out", folder / objective))
@@ -45,7 +45,7 @@ def curve(run: Path) -> list[list[float]]:
 
 
 def same(run: Path, wanted: Path) -> None:
-    """Curves and weights within the rounding of float32."""
+    """Assert that curves and weights agree within the rounding of float32."""
     torch.testing.assert_close(torch.tensor(curve(run)), torch.tensor(curve(wanted)), rtol=1e-5, atol=1e-6)
     weights, others = (load_file(folder / "model.safetensors") for folder in (run, wanted))
     assert weights.keys() == others.keys()
@@ -64,7 +64,7 @@ def same(run: Path, wanted: Path) -> None:
     ],
 )
 def test_the_curve_of_one_process(cli, command, alone, tmp_path, strategy, ranks, options):
-    """Whatever the strategy, the ranks, and the parts of each batch: with masks, where parts weigh differently, too."""
+    """Each strategy, number of ranks and division of a batch gives the curve, with masks of unequal parts too."""
     out, wanted = tmp_path / "run", alone["mlm" if "mlm" in options else "clm"]
     if "--pack" in options:
         wanted = tmp_path / "alone"
@@ -78,7 +78,7 @@ def test_the_curve_of_one_process(cli, command, alone, tmp_path, strategy, ranks
 
 
 def test_muon_on_two_ranks(cli, command, tmp_path):
-    """The curve of one process but for Muon's products, which are in bfloat16: 2^-8 of a step in each update."""
+    """The curve is that of one process within 2^-8, as Muon computes its products in bfloat16."""
     options = ["--optimizer", "muon", "--lr", 1e-3]
     succeed(cli(*command, *options, "--out", tmp_path / "alone"))
     result = succeed(cli(*command, *options, "--strategy", "ddp", "--out", tmp_path / "run", ranks=2))
@@ -90,7 +90,7 @@ def test_muon_on_two_ranks(cli, command, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_mixed_precision(cli, command, alone, tmp_path, precision):
-    """FSDP2 computes in 16 bits and sums gradients in 32: the float32 curve but for that."""
+    """FSDP2 computes in 16 bits and sums gradients in 32. Its curve is that of float32 within 1 %."""
     out = tmp_path / "run"
     succeed(cli(*command, "--strategy", "fsdp", "--precision", precision, "--out", out, ranks=2))
     got, wanted = torch.tensor(curve(out)), torch.tensor(curve(alone["clm"]))
@@ -111,7 +111,7 @@ def test_each_rank_draws_its_own_dropout(cli, command, tmp_path):
 
 @pytest.mark.parametrize(("first", "then"), [("fsdp", "ddp"), ("ddp", "fsdp")])
 def test_resuming_on_another_number_of_ranks(cli, command, alone, tmp_path, first, then):
-    """Four ranks are asked to stop, two go on, are asked as well, and one process ends it."""
+    """A signal stops four ranks, two ranks resume and are stopped, and one process finishes the run."""
     out = tmp_path / "run"
     stopped = cli(
         *command, "--strategy", first, "--out", out, ranks=4, watched=(out / "metrics.jsonl", 2), signal=signal.SIGTERM
@@ -129,7 +129,7 @@ def test_resuming_on_another_number_of_ranks(cli, command, alone, tmp_path, firs
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_rank_that_dies(cli, command, alone, tmp_path, strategy):
-    """The others end, and say why; the restart goes on from the last checkpoint."""
+    """The other rank ends with the reason. A restart resumes from the last checkpoint."""
     out = tmp_path / "run"
     died = cli(*command, "--strategy", strategy, "--out", out, ranks=2, watched=(out / "metrics.jsonl", 5))
     assert died.codes == [2, -signal.SIGKILL]
@@ -142,7 +142,7 @@ def test_a_rank_that_dies(cli, command, alone, tmp_path, strategy):
 
 
 def test_gradients_meet_once_an_update():
-    """In all but the last part of a batch DDP and FSDP are told not to communicate."""
+    """DDP and FSDP sum gradients over ranks only in the last part of a batch."""
     told: list[object] = []
 
     class Parallel:
@@ -235,7 +235,7 @@ def test_fine_tuning(cli, data, tmp_path, strategy, task, close):
 
 @pytest.mark.slow
 def test_torchrun(command, alone, tmp_path):
-    """The command that users type; and when it loses a rank torchrun ends the others."""
+    """The command that users type trains. torchrun ends all ranks when it loses one."""
     out = tmp_path / "run"
     torchrun = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2", "--master-port", "29611", "-m"]
     line = list(map(str, [*torchrun, "gpt_fast_cli", *command, "--strategy", "fsdp", "--out", out]))
@@ -254,7 +254,7 @@ def test_torchrun(command, alone, tmp_path):
 
 
 def test_no_reducer_outlives_its_group(tmp_path):
-    """DDP's module may live on in the traceback of an error; a reducer freed after the group may wait for ever."""
+    """An error's traceback may keep DDP's module alive. A reducer that is freed after its group may hang."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What fine-tuning offers beside its recipe: early stopping, class weights, frozen layers, LoRA, repeated runs."""
+"""Options of fine-tuning: early stopping, class weights, frozen layers, LoRA, repeated runs."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ SIZES = {"num_tokens": 40, "hidden_dim": 16, "num_heads": 2, "num_layers": 3, "s
 
 
 def ignore(*_: object) -> None:
-    """Stands for a display."""
+    """Stand in for a display."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def table(tmp_path) -> Path:
-    """Forty rows, three of four red."""
+    """Return a table of forty rows, three of four of them red."""
     path = tmp_path / "t.jsonl"
     rows = [
         {"text": f"the {'red' if i % 4 else 'blue'} fox {i}", "label": "warm" if i % 4 else "cold"} for i in range(40)
@@ -75,7 +75,7 @@ def run(source: Path, table: Path, out: Path, say=ignore, **options) -> dict:
 
 
 def test_a_run_ends_where_validations_stop_getting_better(source, table, tmp_path, monkeypatch):
-    """After two that are not, by the metric that the user names; and a longer run with more patience resumes it."""
+    """The run ends after two validations without a better macro F1. More epochs and patience resume it."""
     scores = [0.2, 0.9, 0.9, 0.3, 0.5, 0.95, 0.1, 0.1, 0.1, 0.1]
     called = []
 
@@ -98,7 +98,7 @@ def test_a_run_ends_where_validations_stop_getting_better(source, table, tmp_pat
 
 
 def test_which_validation_is_better():
-    """Larger for a score, smaller for an error; of equals the lower loss; a correlation that does not exist is last."""
+    """Scores should be large and errors small. The loss decides between equals. A missing correlation is worst."""
     lines = [
         {"valid_accuracy": 0.5, "valid_loss": 2.0, "valid_mse": 1.0},
         {"valid_accuracy": 0.5, "valid_loss": 1.0, "valid_mse": 2.0, "valid_pearson": -0.9},
@@ -108,7 +108,7 @@ def test_which_validation_is_better():
 
 
 def test_a_metric_that_the_task_does_not_measure(source, tmp_path):
-    """Told before any table is read."""
+    """The error comes before any table is read."""
     with pytest.raises(
         ValueError, match="--metric mse: classification does not measure it; expected accuracy or macro"
     ):
@@ -157,7 +157,7 @@ def test_weighted_tokens_are_those_of_torch():
 
 @pytest.mark.parametrize("lm_weight", [0.0, 0.5])
 def test_weighted_gradients_do_not_depend_on_how_a_batch_is_divided(lm_weight):
-    """The weights of these rows sum to less than 1, which a mean over predictions never does."""
+    """The weights of these rows sum to less than 1, unlike any number of predictions."""
     gradients = []
     batch = rows()
     parts = [batch], [Batch(*(x[i::3] for x in batch[:3]), weight=2) for i in range(3)]
@@ -179,7 +179,7 @@ def test_weights_that_a_head_cannot_take():
 
 
 def test_balanced_weights_count_every_class_alike():
-    """N / (K · rows of the class), as scikit-learn has them, so that each class counts N / K in all."""
+    """Weights are N / (K · rows of the class), as in scikit-learn, so that each class counts N / K in all."""
     names = ["a", "b", "c"]
 
     def weights(task: str, rows: list[Example]) -> list[float]:
@@ -193,13 +193,13 @@ def test_balanced_weights_count_every_class_alike():
     tagged = [Example([[1]], tags=[-100, 0, 0]), Example([[1]], tags=[0, 1, -100, 2, 2])]
     assert weights("token-classification", tagged) == pytest.approx([6 / 9, 6 / 3, 6 / 6])
     sets = [Example([[1]], [1.0, 0.0, 0.0]), Example([[1]], [1.0, 1.0, 0.0]), Example([[1]], [0.0, 1.0, 0.0])]
-    assert weights("multi-label", [*sets, sets[0]]) == pytest.approx([1 / 3, 2 / 2, 1])  # rows without over rows with
+    assert weights("multi-label", [*sets, sets[0]]) == pytest.approx([1 / 3, 2 / 2, 1])  # rows without / with it
 
 
 def test_class_weights_of_a_run(source, table, tmp_path):
     said: list[str] = []
     run(source, table, tmp_path / "a", said.append, class_weights="balanced")
-    assert "class weights: cold 2.25, warm 0.643" in said  # of the 36 rows kept 8 are cold
+    assert "class weights: cold 2.25, warm 0.643" in said  # 8 of the 36 training rows are cold
     for given, message in (
         ("1,2,3", "--class-weights 1,2,3: the classes are cold, warm; expected 2 numbers in this order"),
         ("1,x", "--class-weights 1,x: expected balanced, or numbers of 0 or more with commas between them"),
@@ -272,7 +272,7 @@ def test_the_rate_of_each_layer(optimizer):
 
 @pytest.fixture(scope="module")
 def adapted(source, tmp_path_factory) -> Path:
-    """A classifier's run with an adapter. The source lacks the task's tokens, as a model of another library does."""
+    """Return a classifier's run with an adapter. Its source lacks the task's tokens, like another library's model."""
     folder = tmp_path_factory.mktemp("lora")
     foreign = shutil.copytree(source, folder / "foreign")
     (foreign / "run.json").unlink()
@@ -304,7 +304,7 @@ def test_an_adapter_is_trained_and_saved_alone(adapted, capsys):
 
 
 def test_the_merge_is_pefts(adapted):
-    """Of the same base with the task's layer drawn anew, which the adapter brings along."""
+    """PEFT merges the adapter into a base whose classifier is drawn anew, because the adapter holds the classifier."""
     ours = load_run(adapted, "cpu").eval()
     config = ours.config
     base = adapter_base(
@@ -322,7 +322,7 @@ def test_the_merge_is_pefts(adapted):
 
 
 def test_a_merged_adapter_is_a_run_of_its_own(adapted, tmp_path, cli):
-    """It evaluates as before, without its base, and becomes transformers' model either way."""
+    """The merged run evaluates as the run with the adapter does."""
     succeed(cli("convert", "--from", adapted, "--to", "gpt-fast", "--out", tmp_path / "merged"))
     table = adapted.parent / "t.csv"
     one, other = (evaluate.evaluate(folder, table, None, None, "cpu") for folder in (adapted, tmp_path / "merged"))
@@ -371,7 +371,7 @@ def test_a_damaged_adapter_is_refused(adapted, tmp_path):
 
 
 def test_a_stopped_run_with_an_adapter_is_read_and_resumed(source, table, tmp_path):
-    """The end is that of a run which was not stopped."""
+    """The resumed run ends with the adapter of a run that was not stopped."""
     options = {"lora_rank": 2, "epochs": 2, "checkpoint_every": 6, "valid_every": 6, "lr": 1e-2}
     run(source, table, tmp_path / "whole", **options)
     stop = Stop()
@@ -411,7 +411,7 @@ def test_what_an_adapter_cannot_stand_beside(source, tmp_path, options, message)
 
 
 def test_attention_dropout_reaches_an_adapted_model():
-    """PEFT wraps the attention; before, a model whose only dropout is that of attention drew no seed then."""
+    """A model whose only dropout is attention's applies it although PEFT wraps the attention."""
     torch.manual_seed(0)
     sizes = SIZES | {"dropout": None}
     config = GPTConfig.preset("gpt2", **sizes, embedding_dropout=0.0, residual_dropout=0.0, attention_dropout=0.5)
@@ -451,7 +451,7 @@ def test_seeds_are_runs_of_their_own(source, table, tmp_path):
 
 
 def test_every_row_is_held_out_by_one_fold(table):
-    """Each fold holds its share of every class, as scikit-learn's StratifiedKFold has them."""
+    """Each fold holds its share of every class, as in scikit-learn's StratifiedKFold."""
     task = tasks.task_settings("classification", None, None, None, False)
     held = []
     for fold in range(1, 5):
@@ -496,7 +496,7 @@ def test_folds_that_are_refused(source, tmp_path, options, message):
     ],
 )
 def test_two_ranks_train_what_one_trains(source, tmp_path, cli, strategy, options):
-    """No dropout, so their weights are those of one process; the ranks end early together."""
+    """Without dropout two ranks have the weights of one process, and they end early together."""
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"fox {i % 5}", "answer": "red"}) + "\n" for i in range(40)))
     command = ["finetune", "--from", source, "--train", path, "--task", "generation", "--batch-size", 8, "--lr", 3e-3]

@@ -34,7 +34,7 @@ def model():
 
 
 def their_score(theirs, context, continuation):
-    """Sum of log-probabilities and whether greedy decoding agrees, by transformers' model, one pair at a time."""
+    """Return the log-probability of `continuation` by transformers' model, and whether greedy decoding gives it."""
     inputs = torch.tensor([[*context, *continuation][-(T + 1) : -1]])
     with torch.no_grad():
         logits = theirs(inputs).logits[0, -len(continuation) :].double()
@@ -48,7 +48,7 @@ def write(path, rows):
 
 
 def test_last_words_against_transformers(model, tokenizer, tmp_path):
-    """Half of the last words are those that the model writes. Contexts longer than its positions lose their start."""
+    """Half of the last words are the model's own choice. Contexts longer than its positions lose their start."""
     pytest.importorskip("transformers", reason="the extra hf is not installed")
     theirs = model.to_hf().eval()
     rows, found = [], []
@@ -69,7 +69,7 @@ def test_last_words_against_transformers(model, tokenizer, tmp_path):
 
 
 def test_endings_against_transformers(model, tokenizer, tmp_path):
-    """Endings of unequal lengths, so that the three figures differ: whole, for each character, for each token."""
+    """Endings have unequal lengths, so that the accuracies by total, by character and by token differ."""
     pytest.importorskip("transformers", reason="the extra hf is not installed")
     theirs = model.to_hf().eval()
     rows, right = [], [0, 0, 0]
@@ -98,7 +98,7 @@ def test_the_published_columns_make_the_context(tmp_path):
     path = write(tmp_path / "h.jsonl", [row])
     (question,) = forms.read_endings(path, None, "endings", "label", PLAIN)
     assert question.context == "Removing ice: A man. is here. The man "
-    assert question.choices == ("  goes home.", " stays.. sleeps.")  # what lm-evaluation-harness makes of them
+    assert question.choices == ("  goes home.", " stays.. sleeps.")  # as lm-evaluation-harness cleans them
     assert question.answer == 1
     (raw,) = forms.read_endings(path, "ctx", "endings", "label", PLAIN)
     assert (raw.context, raw.choices[0]) == ("another text", " [step] goes  home.")
@@ -112,7 +112,7 @@ def test_columns_by_name(tmp_path):
 
 
 def test_spaces_at_the_end_of_a_context_belong_to_the_ending(model):
-    """So that the boundary lies where the tokenizer has it: byte-level BPE writes a space with the word behind it."""
+    """Byte-level BPE encodes a space with the word after it, so the ending must begin before the space."""
     pieces = pre_tokenizers.ByteLevel(add_prefix_space=False)
     vocabulary = {"a": 0, "Ġb": 1, "Ġ": 2, "b": 3}
     tokenizer = Tokenizer(models.BPE(vocabulary, [("Ġ", "b")]))
@@ -183,7 +183,7 @@ def test_the_command_reads_both_forms(cli, data, tmp_path):
 
 
 def test_text_in_windows(cli, data):
-    """Each token is scored once, also those of the rest; more context makes the loss no other thing than a mean."""
+    """With --stride every token is scored once, including those after the last whole window. The loss is their mean."""
     command = ["evaluate", "--from", data.lm, "--data", data.text, "--json"]
     plain = json.loads(succeed(cli(*command)).out)
     windowed = json.loads(succeed(cli(*command, "--stride", 16)).out)

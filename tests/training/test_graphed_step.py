@@ -1,6 +1,6 @@
-"""A training step as one CUDA graph: the step that a graph holds computes the engine's bits, and what is refused.
+"""A training step as one CUDA graph: the captured step has the engine's bits, and some options are refused.
 
-The captures themselves run on a GPU, and without values on the stand-in (tests/fakecuda/test_graph.py).
+Captures run on a GPU. tests/fakecuda/test_graph.py captures on a stand-in for CUDA, which computes no values.
 """
 
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ UPDATES = 20
 
 
 def make(device: str = "cpu", **settings: Any) -> Engine:
-    """Return an engine with dropout; the generator then stands where it stood for every other one."""
+    """Return an engine with dropout. The random generator has the same state after every call."""
     torch.manual_seed(0)
     with torch.device(device):
         model = GPTForCausalLM(GPTConfig.preset("gpt2", **SIZES, dropout=0.1))
@@ -32,7 +32,7 @@ def make(device: str = "cpu", **settings: Any) -> Engine:
 
 
 def batches(update: int) -> list[Batch]:
-    """Return two parts; in every third update the second one does not count."""
+    """Return the two parts of an update. In every third update the second part has weight 0."""
     generator = torch.Generator().manual_seed(update)
     first, second = (causal_batch(torch.randint(40, (2, 16), generator=generator)) for _ in range(2))
     return [first, second._replace(weight=0 if update % 3 == 0 else second.weight)]
@@ -56,7 +56,7 @@ def assert_same(engine: Engine, outcomes: list[list[float]], other: Engine, othe
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_the_captured_step_computes_what_an_update_computes(precision: str) -> None:
-    """Rates in tensors, inputs at fixed places: on the CPU, where nothing is captured, to the bit."""
+    """The step that a graph captures, with rates in tensors and inputs by name, has the bits of an update."""
     plain, engine = make(precision=precision), make(precision=precision)
     expected = eager(plain)
     torch.manual_seed(1)
@@ -76,7 +76,7 @@ def test_the_captured_step_computes_what_an_update_computes(precision: str) -> N
 @pytest.mark.parametrize("options", [{}, {"checkpoint_activations": True}], ids=str)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_twenty_updates_as_a_graph_are_twenty_updates(precision: str, options: dict) -> None:
-    """Dropout, accumulation and a falling rate included; and two runs of the graph agree."""
+    """The updates have dropout, accumulation and a falling rate. Two runs of the graph agree with the eager one."""
     plain = make("cuda", precision=precision, **options)
     expected = eager(plain)
     for _ in range(2):
@@ -86,7 +86,7 @@ def test_twenty_updates_as_a_graph_are_twenty_updates(precision: str, options: d
 
 
 def test_a_scale_that_a_graph_reads_stays_in_its_place() -> None:
-    """An update of float16 changes the loss scale where it lies: its own address is what a graph reads."""
+    """A float16 update changes the loss scale in place, because a graph reads it at a fixed address."""
     engine = make(precision="float16")
     scale, growth = engine.scale, engine.growth
     engine.model.output_layer.register_forward_hook(lambda module, args, out: out * float("inf"))

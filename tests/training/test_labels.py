@@ -28,7 +28,7 @@ def config(**options) -> GPTConfig:
 
 
 def read(tmp_path: Path, task: str, rows: list[dict], tokenizer=None, **options):
-    """The task, its classes and the examples of a table of these rows."""
+    """Write `rows` to a table, and return the names of its labels and its examples for `task`."""
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = tasks.task_settings(task, None, None, None, False)
@@ -46,7 +46,7 @@ def spelled(row: Example) -> str:
 
 
 def test_sets_of_classes(tmp_path):
-    """Lists, texts with commas, and rows of no class."""
+    """Sets are lists or texts with commas, and may be empty."""
     rows = [{"text": "a", "labels": ["x", "z"]}, {"text": "b", "labels": "z, y"}, {"text": "c", "labels": []}]
     names, found = read(tmp_path, "multi-label", [*rows, {"text": "d", "labels": ""}])
     assert names == ["x", "y", "z"]
@@ -79,7 +79,7 @@ def test_transformers_has_the_same_loss_of_sets():
 
 
 def test_the_metrics_of_sets():
-    """Counted by hand. Class 0: 1 right, 1 missed; class 1: 1 right, 1 too many; class 2: all of 2 right."""
+    """The figures are counted by hand. Class 0: 1 right, 1 missed; class 1: 1 right, 1 too many; class 2: 2 right."""
     truth = torch.tensor([[1, 0, 1], [1, 1, 0], [0, 0, 1], [0, 0, 0]])
     logits = torch.tensor([[1.0, -1, 2], [-1, 3, -1], [-2, 1, 1], [-1, -1, -1]])
     measured = multi_label_metrics(logits, truth.float())
@@ -95,7 +95,7 @@ def test_the_metrics_of_sets():
 
 
 def test_a_tag_stands_at_the_last_token_of_its_word(tmp_path):
-    """Words in lists, or in texts with spaces between them; what does not fit is left out."""
+    """Words are a list, or a text with spaces. A word that does not fit is cut off and has no tag."""
     rows = [{"tokens": ["ab", "c", "def"], "tags": [2, 0, 1]}, {"tokens": "g  hi", "tags": "0 1"}]
     names, (first, second) = read(tmp_path, "token-classification", rows)
     assert names == ["0", "1", "2"]
@@ -126,13 +126,13 @@ def test_tags_that_are_refused(tmp_path, row, message):
 
 
 def test_entities():
-    """As CoNLL's script counts them: an I- behind another kind begins an entity."""
+    """Entities are counted as CoNLL's script does: an I- tag after a tag of another kind begins an entity."""
     assert entities(["B-X", "I-X", "O", "I-X", "B-X", "B-Y", "I-X", "O"]) == [
         (0, 1, "X"), (3, 3, "X"), (4, 4, "X"), (5, 5, "Y"), (6, 6, "X"),
     ]  # fmt: skip
     names = ["B-X", "I-X", "O"]
     rows = [Example([[1] * 4], tags=[-100, 0, 1, 2]), Example([[1] * 3], tags=[0, 2, -100])]
-    answers = [[2, 0, 1, 2], [0, 1, 2]]  # the first entity whole, the second too long
+    answers = [[2, 0, 1, 2], [0, 1, 2]]  # the first entity is right, the second is too long
     logits = [torch.nn.functional.one_hot(torch.tensor(row), 3).float() for row in answers]
     measured = tag_metrics(logits, rows, names)
     assert measured["entity_f1"] == pytest.approx(0.5)
@@ -153,7 +153,7 @@ def squad(answer: str, start: int | None) -> dict:
 
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
 def test_a_span_is_that_of_the_text(tmp_path, kind):
-    """Whatever the tokens are: those from the first to the last position hold the answer, and little beside it."""
+    """With either tokenizer the tokens of a span hold the answer, and at most a space before it."""
     tokenizer = byte_tokenizer() if kind == "byte" else train_bpe([TEXT] * 20, 280)
     starts = {"Fuchs": 35, "Hügel": 24, "schlief": 41}
     rows = [squad(answer, start) for answer, start in starts.items()] + [squad("Fuchs", None)]

@@ -26,7 +26,7 @@ SIZES = {"num_tokens": 40, "hidden_dim": 16, "num_heads": 2, "num_layers": 2, "s
 
 
 def ignore(*_: object) -> None:
-    """Stands for a display."""
+    """Stand in for a display."""
 
 
 def constant(step: int) -> float:
@@ -34,7 +34,7 @@ def constant(step: int) -> float:
 
 
 class Line(nn.Module):
-    """A model of one number whose loss is its distance from the mean label."""
+    """Model of one number, whose loss is the number's squared distance from the mean label."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def batch(value: float) -> Batch:
 
 
 def train(folder: Path, values: list[float], model: nn.Module | None = None, **options) -> Loop:
-    """The loop on batches with these labels, one an update."""
+    """Run the loop with one batch of each of `values` as labels, and return it with what it said and showed."""
     model = model or Line()
     given = {
         "steps": len(values),
@@ -267,7 +267,7 @@ def masked(rows: slice) -> Batch:
 
 @pytest.mark.parametrize("head", [GPTForCausalLM, GPTForMaskedLM], ids=["clm", "mlm"])
 def test_accumulation_is_the_same_update(head):
-    """Parts with unequal numbers of predictions: one gradient of the mean over all of them."""
+    """Parts with unequal numbers of predictions have the loss and gradient of the mean over all predictions."""
     make_batch = masked if head is GPTForMaskedLM else lambda rows: causal_batch(tokens(8)[rows])
     whole, parts = make(head), make(head)
     for _ in range(3):
@@ -282,7 +282,7 @@ JOINT = ["GPTForSequenceClassification", "GPTForSimilarity", "GPTForMultipleChoi
 
 
 def labelled_batch(name: str, rows: slice) -> Batch:
-    """Rows of very unequal lengths, so that a part's share of the tokens is not its share of the rows."""
+    """Return rows of very unequal lengths, so that a part's share of the tokens is not its share of the rows."""
     generator = torch.Generator().manual_seed(1)
     shape = {"GPTForSimilarity": (8, 2, 16), "GPTForMultipleChoice": (8, 2, 16)}.get(name, (8, 16))
     batch = torch.randint(40, shape, generator=generator)
@@ -361,7 +361,7 @@ def test_checkpointed_activations_store_less():
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_lower_precision_learns_what_float32_learns(precision):
-    """The curves stay together, the loss scale included, and the weights stay float32."""
+    """The curve stays within 2 % of float32's, with float16's loss scale too, and the weights stay float32."""
     curves = []
     for name in ("float32", precision):
         engine = make(settings=EngineSettings(precision=name))
@@ -390,7 +390,7 @@ def test_the_loss_scale_doubles_after_2000_good_updates():
 
 @pytest.mark.slow
 def test_compile():
-    """The same curve through torch.compile."""
+    """An engine with torch.compile has the same curve."""
     curves = []
     for flag in (False, True):
         engine = make(settings=EngineSettings(compile=flag))
@@ -401,7 +401,7 @@ def test_compile():
 # --- checkpoints ---
 
 
-STATE = dataclasses.asdict(LoopState(losses=[1.25])) | {"data": {"rows": 3}, "record": {}}  # in a checkpoint
+STATE = dataclasses.asdict(LoopState(losses=[1.25])) | {"data": {"rows": 3}, "record": {}}  # as in a checkpoint
 
 
 def engine_with_state(steps: int = 2) -> Engine:
@@ -447,7 +447,7 @@ def test_latest_moves_when_the_checkpoint_is_whole_and_none_is_gone_yet(tmp_path
 
 
 def test_every_flipped_byte_is_noticed(tmp_path):
-    """In the tensors as in the manifest, in the names of fields as in their values."""
+    """Flips in the tensors and in the manifest are noticed, in names of fields and in their values."""
     engine = engine_with_state(0)
     checkpoints.save(tmp_path, 1, engine.state(), STATE, 2, engine.world)
     (path,) = checkpoints.newest_first(tmp_path)

@@ -42,7 +42,7 @@ def weights(engine: Engine) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("preset", ["gpt1", "gpt2"])
 def test_muon_has_the_matrices_inside_the_decoders(preset):
-    """Every parameter is in one group of one optimizer."""
+    """Every parameter is in exactly one group of one optimizer."""
     engine = make(preset=preset)
     names = {id(p): name for name, p in engine.model.named_parameters()}
     groups = [*engine.muon.param_groups, *engine.optimizer.param_groups]
@@ -63,9 +63,10 @@ def test_a_frozen_trunk_leaves_muon_nothing():
 
 
 def test_a_step_goes_along_the_gradients_singular_vectors():
-    """The first step of Muon is W (1 - lr wd) - lr · 0.2 √max(m, n) · U S Vᵀ, for the gradient that AdamW's engine has.
+    """Muon's first step gives W (1 - lr wd) - lr · 0.2 √max(m, n) · U S Vᵀ, with U and V from the gradient's SVD.
 
-    The singular values S are near 1. Newton and Schulz's iteration leaves them between 0.5 and 1.5.
+    The gradient is read from an engine with AdamW. The singular values S are near 1: Newton and Schulz's iteration
+    leaves them between 0.5 and 1.5.
     """
     muon, plain = make(), make(optimizer="adamw")
     before = weights(muon)
@@ -74,7 +75,7 @@ def test_a_step_goes_along_the_gradients_singular_vectors():
     gradients = {name: p.grad for name, p in plain.model.named_parameters()}
     for name, parameter in muon.model.named_parameters():
         if "decoders" not in name or parameter.ndim < 2:
-            assert torch.equal(parameter, plain.model.get_parameter(name)), name  # AdamW's, as ever
+            assert torch.equal(parameter, plain.model.get_parameter(name)), name  # AdamW updates it in both engines
             continue
         step = (before[name] * (1 - LR * 0.1) - parameter.detach()) / (LR * 0.2 * math.sqrt(max(parameter.shape)))
         left, values, right = torch.linalg.svd(gradients[name], full_matrices=False)
@@ -85,7 +86,7 @@ def test_a_step_goes_along_the_gradients_singular_vectors():
 
 
 def test_momentum_is_kept_and_restored():
-    """A copy with the state of three updates makes the fourth bit for bit; one without the momentum does not."""
+    """An engine with the state of three updates makes the fourth bit for bit. One without the momentum does not."""
     whole, resumed, forgetful = make(), make(), make()
     for step in range(3):
         whole.update([batch(step)], LR)
@@ -111,7 +112,7 @@ def test_an_update_that_is_not_finite_changes_nothing():
 
 
 def test_the_loss_scale_does_not_reach_the_momentum():
-    """float16 with a scale of 65,536 and with none: powers of two, so the same but for what underflows without one."""
+    """Loss scales of 65,536 and 1 give the same momentum, except where gradients underflow with a scale of 1."""
     scaled, plain = make(precision="float16"), make(precision="float16")
     plain.scale.fill_(1.0)
     for engine in (scaled, plain):
@@ -129,7 +130,7 @@ def test_muons_rate_follows_the_schedule(given, expected):
 
 
 def test_accumulation_is_the_same_update():
-    """Before the products in bfloat16, which turn a rounding into one of 2^-8: the momentum, and what AdamW has."""
+    """The optimizers' state agrees closely. Weights agree less, as Muon's bfloat16 products round by 2^-8."""
     whole, parts = make(), make()
     tokens = torch.randint(40, (8, 16))
     whole.update([causal_batch(tokens)], LR)
@@ -194,7 +195,7 @@ def test_defaults_are_the_papers():
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("plain", [True, False], ids=["fused", "a layer with a hook"])
 def test_z_loss_is_the_squared_log_of_the_denominator(plain, bias):
-    """Loss and gradients against all logits, in float64; a label of -100 counts nowhere."""
+    """Loss and gradients equal those from all logits in float64. A label of -100 does not count."""
     layer = torch.nn.Linear(16, 40, bias=bias, dtype=torch.float64)
     hidden = torch.randn(3, 5, 16, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(40, (3, 5)).masked_fill(torch.rand(3, 5) < 0.3, -100)
@@ -222,7 +223,7 @@ def test_what_a_position_without_a_label_holds_reaches_no_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_z_loss_under_autocast(dtype):
-    """The logits that the loss is made of are those of the rounded operands."""
+    """Under autocast the loss is that of the logits of rounded operands."""
     layer, hidden = torch.nn.Linear(64, 40, bias=False), torch.randn(2, 6, 64)
     labels = torch.randint(40, (2, 6))
     with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
@@ -242,7 +243,7 @@ def test_z_loss_by_the_kernel():
 
 
 def test_z_loss_is_of_training_alone():
-    """Twice off by default: without it the loss is the one that it was, and validation never has it."""
+    """The loss has no z-loss by default, and validation never has it."""
     model = make(z_loss=0.5).model
     tokens = batch().tokens
     with_it = model.train()(tokens, tokens).loss
@@ -259,7 +260,7 @@ def test_z_loss_is_of_training_alone():
 def test_pretrain_with_muon(cli, data, tmp_path):
     """Muon at five times AdamW's rate learns more in a few updates, and its record names it.
 
-    AdamW's first steps are that much larger.
+    The rates differ because AdamW's first steps are about that much larger.
     """
     out = {}
     sizes = [
@@ -312,7 +313,7 @@ def curve(*pairs):
     [(5.0, 10, 2.0), (4.5, 15, 3.0), (4.0, 20, 4.0), (3.5, 35, 9.0), (3.0, 40, 10.0), (2.9, None, None)],
 )
 def test_between_validations_the_loss_is_on_a_line(loss, step, seconds):
-    """It rises between the second and the third validation; the first crossing counts."""
+    """The loss rises between the second and the third validation. The first crossing counts."""
     lines = curve((5.0, 2.0), (4.0, 4.0), (4.0, 8.0), (3.0, 10.0))
     assert first_at(lines, "valid_loss", loss, "step") == step
     assert first_at(lines, "valid_loss", loss, "seconds") == seconds

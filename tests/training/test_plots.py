@@ -40,7 +40,7 @@ CURVE = [{"step": step, "train_loss": 2.0 / step, "valid_loss": 3.0 / step, "val
 
 
 def ignore(*_: object) -> None:
-    """Stands for a display."""
+    """Stand in for a display."""
 
 
 def fail(*_: object, **__: object) -> None:
@@ -89,7 +89,7 @@ def test_shown(text, expected) -> None:
 
 
 def test_a_picture_that_fails_leaves_no_part_of_it(tmp_path, monkeypatch) -> None:
-    """What was there before stays as it was."""
+    """The file that was there before stays as it was."""
     (tmp_path / "a.png").write_bytes(b"before")
     monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda canvas, file: (file.write(b"half"), fail()))
     with pytest.raises(RuntimeError, match="no ink"):
@@ -115,7 +115,7 @@ TRAININGS = ("pretrain", "finetune")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """A text, a table with odd labels, and a model to fine-tune."""
+    """Return a folder with a text, a table with odd labels, and a model to fine-tune."""
     folder = tmp_path_factory.mktemp("plots")
     (folder / "text.txt").write_text(SENTENCES)
     rows = [{"text": line, "label": LABELS[i % len(LABELS)]} for i, line in enumerate(SENTENCES.splitlines()[:60])]
@@ -135,7 +135,7 @@ def run(command: str, files: Path, out: Path, **options) -> dict:
 
 
 def check_whole(out: Path, record: dict) -> None:
-    """Weights and record are there and belong to a run that is finished."""
+    """Assert that `out` has the weights and the record of a finished run."""
     assert read_record(out) == json.loads(json.dumps(record))
     assert set(evaluate.load_run(out, "cpu").state_dict()) >= set(load_file(out / "model.safetensors"))
     assert not (out / "best").exists()
@@ -143,7 +143,7 @@ def check_whole(out: Path, record: dict) -> None:
 
 @pytest.mark.parametrize("name", ["table", "$t^{$"])
 def test_fine_tuning_with_odd_labels(cli, files, tmp_path, name) -> None:
-    """By the command line, which prints the labels, too; the table's name is in the pictures' titles."""
+    """The commands print odd labels and draw them. The table's name is in the titles of the pictures."""
     table, out = tmp_path / f"{name}.jsonl", tmp_path / "run"
     table.write_bytes((files / "table.jsonl").read_bytes())
     command = ["finetune", "--from", files / "lm", "--train", table, "--epochs", 1, "--out", out, "--json"]
@@ -208,7 +208,7 @@ def test_an_evaluation_whose_picture_fails_has_its_figures(files, data, tmp_path
 
 
 def test_commands_whose_pictures_cannot_be_written_succeed(cli, data, tmp_path) -> None:
-    """A folder is where the picture should go. `plot` makes nothing else, so there it is an error."""
+    """The picture's path is a folder. Only `plot` fails, because it makes nothing else."""
     path = tmp_path / "c.png"
     path.mkdir()
     result = succeed(cli("evaluate", "--from", data.classifier, "--data", data.table, "--confusion", path, "--json"))

@@ -1,4 +1,4 @@
-"""Run folders: whole or not there, until the first checkpoint; settings as files."""
+"""Run folders: before its first checkpoint, a run is whole or not there."""
 
 import stat
 from pathlib import Path
@@ -124,7 +124,7 @@ def test_folders_that_cannot_be_written(tmp_path):
 
 
 def test_a_run_can_be_watched_from_its_first_update(tmp_path):
-    """Published, it is there; an error before anything is worth keeping still brings the old one back."""
+    """`publish` makes the run visible. An error before `keep` still restores the run that was there."""
     out = tmp_path / "a"
     out.mkdir()
     (out / "run.json").write_text("old")
@@ -147,7 +147,7 @@ def test_a_run_can_be_watched_from_its_first_update(tmp_path):
 
 
 def test_resume_replaces_what_has_no_checkpoint(tmp_path):
-    """As a kill before the first one leaves it; a finished run is not replaced."""
+    """A kill before the first checkpoint leaves such a folder. A finished run is not replaced."""
     out = tmp_path / "a"
     out.mkdir()
     (out / "metrics.jsonl").write_text("old")
@@ -170,8 +170,8 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}], ids=["resume", "overwrite"])
-def test_nor_does_one_replace_what_another_has_just_begun(tmp_path, options):
-    """Before its first checkpoint, and not even if it began between the other's start and its first update."""
+def test_no_process_replaces_what_another_has_just_begun(tmp_path, options):
+    """The first run has no checkpoint yet, and may appear after the second run's start."""
     out = tmp_path / "a"
     with runs.new_run(out) as first:
         (first.folder / "metrics.jsonl").write_text("first")
@@ -190,7 +190,7 @@ def test_nor_does_one_replace_what_another_has_just_begun(tmp_path, options):
 
 
 def test_what_a_kill_left_is_swept_up(tmp_path):
-    """A folder that a living process holds is not."""
+    """Folders of killed processes are removed. A folder that a living process holds is kept."""
     (tmp_path / ".a.new-dead").mkdir()
     (tmp_path / ".b.new-other").mkdir()
 
@@ -209,7 +209,7 @@ def test_what_a_kill_left_is_swept_up(tmp_path):
 
 @pytest.mark.parametrize("killed", ["between_the_moves", "in_training", "after_a_checkpoint"])
 def test_a_run_that_overwrite_moved_away_is_put_back(tmp_path, killed):
-    """Unless its replacement has a checkpoint: then that is worth more."""
+    """The run is put back unless its replacement has a checkpoint, which is kept instead."""
     out, hidden = tmp_path / "a", tmp_path / ".a.old-x" / "a"
     hidden.mkdir(parents=True)
     (hidden / "run.json").write_text("old")

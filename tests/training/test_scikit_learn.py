@@ -1,4 +1,4 @@
-"""scikit-learn and scipy find the metrics and class weights of `gpt-fast finetune`, `evaluate` and `predict`."""
+"""Metrics and class weights of `gpt-fast finetune`, `evaluate` and `predict` against scikit-learn and scipy."""
 
 import json
 import random
@@ -25,13 +25,13 @@ from sklearn.utils.class_weight import compute_class_weight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Figures in float32 against float64. Ratios of counts round a few times, by 2⁻²⁴ each. A row's loss is off by 2⁻²⁴ of
+# Tolerance of float32 against float64. Ratios of counts round a few times, by 2⁻²⁴ each. A row's loss is off by 2⁻²⁴ of
 # its largest logit (here below 30, so 2e-6) for each of a few operations, and so is the log of a printed probability.
 CLOSE = {"rel": 1e-5, "abs": 1e-7}
 
 
 def of_classes(truth: list, answers: list, chances: list[list[float]] | None, names: list) -> dict[str, float]:
-    """Return what scikit-learn measures of classes; `chances` [N, K] are in the order of `names`."""
+    """Return scikit-learn's metrics of classes. `chances` [N, K] are in the order of `names`."""
     common = max(names, key=truth.count)
     found = {
         "accuracy": metrics.accuracy_score(truth, answers),
@@ -43,12 +43,12 @@ def of_classes(truth: list, answers: list, chances: list[list[float]] | None, na
     }
     if chances is None:
         return found
-    shares = np.array(chances)  # float32's sum to 1 but for a rounding, which log_loss warns of
+    shares = np.array(chances)  # in float32 they sum to 1 up to rounding, and log_loss warns
     return found | {"loss": metrics.log_loss(truth, shares / shares.sum(1, keepdims=True), labels=names)}
 
 
 def of_sets(truth: np.ndarray, answers: np.ndarray, chances: np.ndarray) -> dict[str, float]:
-    """Return what scikit-learn measures of sets of classes, each `[N, K]`."""
+    """Return scikit-learn's metrics of sets of classes. All arguments are [N, K]."""
     return {
         "accuracy": metrics.accuracy_score(truth, answers),
         "macro_f1": metrics.f1_score(truth, answers, average="macro", zero_division=0),
@@ -87,7 +87,7 @@ def test_metrics_of_classes(K, present, answered):
 
 @pytest.mark.parametrize("empty", [None, 1])
 def test_metrics_of_sets(empty):
-    """With `empty` a class that no row has and no answer names, whose F1 counts 0."""
+    """The class `empty` has no row and no answer, and its F1 counts as 0."""
     generator = torch.Generator().manual_seed(3)
     truth = torch.rand(83, 4, generator=generator) < torch.tensor([0.1, 0.4, 0.5, 0.9])
     logits = torch.randn(83, 4, generator=generator) + 2.0 * truth - 1.0
@@ -121,7 +121,7 @@ def test_metrics_of_tags():
 
 
 def test_metrics_of_numbers():
-    """With equal values, whose ranks are means."""
+    """Some values are equal, so their ranks are means."""
     generator = torch.Generator().manual_seed(5)
     targets = torch.randint(6, (71,), generator=generator).float()
     values = (targets + 2 * torch.randn(71, generator=generator)).round()
@@ -153,7 +153,7 @@ def test_balanced_weights_of_classes_and_tags():
 
 
 def test_balanced_weights_of_sets():
-    """Each class is a problem of its own, in which the rows with it count as much as those without.
+    """Each class is a binary problem, in which rows with the class count as much as rows without it.
 
     `pos_weight` is the ratio of scikit-learn's two weights.
     """
@@ -173,7 +173,7 @@ COLOURS, ANIMALS = ("red", "blue", "green"), ("fox", "crow", "cat")
 
 
 def row(task: str, i: int) -> dict[str, object]:
-    """A row whose label is sometimes another than the text says, so that no model is right everywhere."""
+    """Return a row whose label sometimes contradicts its text, so that no model is right everywhere."""
     drawn = random.Random(i)
     colour, animal, noisy = drawn.choice(COLOURS), drawn.choice(ANIMALS), drawn.random() < 0.3
     label = drawn.choice(COLOURS) if noisy else colour
@@ -198,7 +198,7 @@ WRITES_TEXT = {"generation", "question-answering", "answer-span"}  # metrics tha
 
 @pytest.fixture(scope="module", params=[name for name in tasks.TASKS if name not in WRITES_TEXT])
 def trained(request, cli, data, tmp_path_factory) -> tuple[str, list[dict], dict, dict, list[dict]]:
-    """A task, its held-out rows, and what `finetune`, `evaluate` and `predict` say about them."""
+    """Return a task, its held-out rows, and the results of `finetune`, `evaluate` and `predict` for them."""
     task, folder = request.param, tmp_path_factory.mktemp(request.param)
     rows = [row(task, i) for i in range(1000, 1050)]
     for name, made in (("train", [row(task, i) for i in range(120)]), ("valid", rows)):
@@ -217,7 +217,7 @@ def sets(rows: list[list[str]], names: list[str]) -> np.ndarray:
 
 
 def test_the_commands_measure_what_their_predictions_are_worth(trained):
-    """`evaluate` and the record of `finetune` have the figures that scikit-learn measures of `predict`'s answers."""
+    """`evaluate` and the record of `finetune` have scikit-learn's figures for the answers of `predict`."""
     task, rows, record, measured, found = trained
     answers = [each["prediction"] for each in found]
     labels = [each[tasks.TASKS[task].columns[2]] for each in rows]
@@ -242,4 +242,4 @@ def test_the_commands_measure_what_their_predictions_are_worth(trained):
     assert {name: measured[name] for name in expected} == pytest.approx(expected, **CLOSE)
     noted = {name: record[f"valid_{name}"] for name in expected if not name.startswith("majority")}
     assert noted == pytest.approx({name: expected[name] for name in noted}, **CLOSE)
-    assert measured["mse"] > 0 if task == "regression" else 0 < measured["accuracy"] < 1  # else any figure is easy
+    assert measured["mse"] > 0 if task == "regression" else 0 < measured["accuracy"] < 1  # 0 and 1 are easy to match

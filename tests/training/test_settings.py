@@ -1,4 +1,4 @@
-"""Settings: one declaration gives the option, the entry of a file, the saved value, and the part in a resumed run."""
+"""Settings: one declaration gives the option, its entry in a file, its saved value and its rule for resuming."""
 
 import math
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_a_required_setting_is_named():
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):
-    """Names in the file with - or _; null is as if it were not there; a wrong value that the line replaces is none."""
+    """Names in a file have - or _, and null counts as absent. A wrong value that an option replaces is no error."""
     path = tmp_path / "s.yaml"
     path.write_text("from: runs/lm\nbatch_size: 8\nweight-decay: 2e-3\nepochs: many\nvalid: null\n")
     settings = FinetuneSettings.read(path, {"out": Path("a"), "epochs": 7})
@@ -82,7 +82,7 @@ def test_saved_settings_make_the_same_again(cls):
 
 
 def other_value(name: str, value: object) -> object:
-    """A valid value of a setting that is not `value`."""
+    """Return a valid value of the setting `name` that is not `value`."""
     others = {"objective": "mlm", "precision": "float16", "beta1": 0.5, "beta2": 0.5, "final_lr": 0.5, "dropout": 0.5}
     others |= {"metric": "loss", "class_weights": "balanced", "freeze": "trunk", "layer_decay": 0.5}
     others |= {"window_warmup": 0.5, "tracker": "mlflow", "lora_alpha": 8.0}
@@ -102,7 +102,7 @@ def other_value(name: str, value: object) -> object:
 
 @KINDS
 def test_every_setting_of_a_resumed_run(cls):
-    """Omitted: as it was. Repeated: fine. Changed: taken where the declaration frees it, an error elsewhere."""
+    """An omitted or repeated setting stays as it was. A changed one raises unless its declaration frees it."""
     required = {"out": Path("b"), "source": Path("runs/lm")}
     for name, field in cls.model_fields.items():
         kind = extra(field, "resume")
@@ -132,6 +132,6 @@ def test_a_resumed_run_takes_its_machine_and_its_command_from_the_user():
 
 
 def test_a_resumed_run_is_of_the_same_command():
-    """Also a stopped run, of which nothing but its settings tells."""
+    """This includes a stopped run, whose command shows in its settings alone."""
     with pytest.raises(ValueError, match=r"^--resume: runs/a/settings.yaml has answers, .* gpt-fast pretrain began"):
         resumed(PretrainSettings(out="a"), PATH, FinetuneSettings(out="a", source="b").saved())

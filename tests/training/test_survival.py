@@ -1,4 +1,4 @@
-"""Trainings that are killed, stopped, damaged and starved, as users meet them: through `gpt-fast`."""
+"""Trainings that are killed, stopped, damaged or out of disk space, through `gpt-fast` as users run it."""
 
 import hashlib
 import json
@@ -27,14 +27,14 @@ def command(data) -> list[object]:
 
 @pytest.fixture(scope="module")
 def whole(cli, command, tmp_path_factory) -> Path:
-    """The run that nothing happened to."""
+    """Return a run that was never interrupted."""
     out = tmp_path_factory.mktemp("whole") / "run"
     succeed(cli(*command, "--out", out))
     return out
 
 
 def same(run: Path, whole: Path) -> None:
-    """The same weights bit for bit, and the same curve."""
+    """Assert that both runs have the same weights bit for bit, and the same files and curve."""
     weights, wanted = (load_file(folder / "model.safetensors") for folder in (run, whole))
     assert weights.keys() == wanted.keys()
     assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
@@ -48,7 +48,7 @@ def same(run: Path, whole: Path) -> None:
 
 
 def test_killed_between_and_inside_checkpoints(cli, command, whole, tmp_path):
-    """SIGKILL after 8 updates, then in the middle of writing the checkpoint of update 15, then after 19."""
+    """The run is killed after 8 updates, while it writes the checkpoint of update 15, and after 19 updates."""
     out = tmp_path / "run"
     for watched in (
         (out / "metrics.jsonl", 8),
@@ -62,7 +62,7 @@ def test_killed_between_and_inside_checkpoints(cli, command, whole, tmp_path):
 
 
 def test_muon_and_its_schedule_resume_bit_for_bit(cli, command, tmp_path):
-    """Killed between checkpoints; what the run began with need not be given again, and nothing else is taken."""
+    """The run is killed between checkpoints. Resuming needs none of its options again, and refuses other ones."""
     options = ["--optimizer", "muon", "--muon-lr", 1e-2, "--schedule", "wsd", "--decay", 0.5, "--z-loss", 1e-4]
     whole, out = tmp_path / "whole", tmp_path / "run"
     succeed(cli(*command, *options, "--out", whole))
@@ -77,7 +77,7 @@ def test_muon_and_its_schedule_resume_bit_for_bit(cli, command, tmp_path):
 
 @pytest.mark.slow
 def test_ten_random_kills(cli, command, whole, tmp_path):
-    """Each at a random line of progress and a random moment after it, or in the middle of a checkpoint's write."""
+    """Each kill comes a random moment after a random line of progress, or while a checkpoint is written."""
     draw = random.Random(0)
     out = tmp_path / "run"
     inside = 0
@@ -95,7 +95,7 @@ def test_ten_random_kills(cli, command, whole, tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_end(cli, command, whole, tmp_path, signum):
-    """Between two checkpoints: one more is written at that very update."""
+    """A signal between two checkpoints makes the run write one more at that update, and tell how to resume it."""
     out = tmp_path / "run"
     stopped = cli(*command, "--out", out, watched=(out / "metrics.jsonl", 7), signal=signum)
     assert stopped.code == 128 + signum
@@ -111,7 +111,7 @@ def test_signals_save_and_end(cli, command, whole, tmp_path, signum):
 
 
 def test_a_second_signal_tells_what_is_on_disk(cli, command, tmp_path):
-    """It does not wait for a checkpoint of its own, and there is one of an earlier update."""
+    """After a second signal the run writes no more checkpoints. Its last line tells how to resume an earlier one."""
     out = tmp_path / "run"
     stopped = cli(
         *command, "--out", out, watched=(out / "checkpoints" / "step-000000005" / "checkpoint.json", 0),
@@ -127,7 +127,7 @@ def run_of(out: Path) -> dict:
 
 
 def test_more_steps_of_a_finished_run(cli, data, whole, tmp_path):
-    """The same weights whether the further updates are killed and resumed or not; fewer steps are refused."""
+    """The further updates give the same weights, killed and resumed or not. Fewer steps leave the run as it is."""
     runs = [tmp_path / name for name in ("through", "killed")]
     for out in runs:
         shutil.copytree(whole, out)
@@ -144,7 +144,7 @@ def test_more_steps_of_a_finished_run(cli, data, whole, tmp_path):
     assert steps == list(range(1, STEPS + 9))
     assert "finished" in succeed(cli("pretrain", "--out", runs[0], "--resume")).err
     fewer = cli("pretrain", "--out", runs[0], "--resume", "--steps", STEPS)
-    assert fewer.code == 0 and "finished" in fewer.err  # it asks for nothing that is not there
+    assert fewer.code == 0 and "finished" in fewer.err  # these updates are done already
 
 
 def test_more_steps_need_a_checkpoint(cli, whole, tmp_path):
@@ -158,7 +158,7 @@ def test_more_steps_need_a_checkpoint(cli, whole, tmp_path):
 
 
 def test_a_stopped_run_is_generated_from_evaluated_and_trained_from(cli, data, stopped, tmp_path):
-    """With the weights of the last checkpoint that is whole: the same as its own tensors."""
+    """Each command reads the weights of the last intact checkpoint."""
     arguments = ["--prompt", "the", "--seed", 0, "--max-new-tokens", 12]
     text = succeed(cli("generate", "--from", stopped, *arguments))
     assert "a stopped run; its weights after update 10" in text.err
@@ -175,7 +175,7 @@ def test_a_stopped_run_is_generated_from_evaluated_and_trained_from(cli, data, s
 
 
 def test_equal_runs_write_equal_files(cli, command, whole, tmp_path):
-    """model.safetensors byte for byte, so that its SHA-256 in run.json tells whether two runs are the same."""
+    """model.safetensors is equal byte for byte, so its SHA-256 in run.json tells whether two runs are equal."""
     out = tmp_path / "run"
     succeed(cli(*command, "--out", out))
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
@@ -185,7 +185,7 @@ def test_equal_runs_write_equal_files(cli, command, whole, tmp_path):
 
 
 def test_changed_weights_are_found(cli, whole, tmp_path):
-    """A flipped bit by `doctor` and by --resume, another size by every command that loads them."""
+    """`doctor` and --resume find a flipped bit. Every command that loads weights finds another size."""
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     assert "finished" in succeed(cli("doctor", out)).out
@@ -217,7 +217,7 @@ def test_doctor_examines_a_run(cli, stopped):
 
 
 def test_overwrite_killed_before_its_first_checkpoint(cli, command, whole, tmp_path):
-    """The run that was there is back at the next command, whichever it is; so it is after Ctrl-C."""
+    """The next command, whichever it is, restores the run that --overwrite replaced."""
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     killed = cli(*command, "--out", out, "--overwrite", watched=(tmp_path / ".run.old-*" / "run", 0))
@@ -243,7 +243,7 @@ def test_resume_without_a_checkpoint_starts_and_of_a_finished_run_does_nothing(c
 
 @pytest.fixture
 def stopped(cli, command, tmp_path) -> Path:
-    """A run killed after its second checkpoint."""
+    """Return a run that was killed after its second checkpoint."""
     out = tmp_path / "run"
     assert cli(*command, "--out", out, watched=(out / "metrics.jsonl", 12)).code == -signal.SIGKILL
     return out
@@ -293,7 +293,7 @@ def test_resume_with_other_settings(cli, command, stopped, changed, message):
 
 
 def test_what_is_not_given_again_is_as_it_was(cli, command, whole, tmp_path):
-    """A rate that only the first command names is the rate that the second goes on with."""
+    """A resumed run keeps the options that only its first command names."""
     out, other = tmp_path / "run", tmp_path / "other"
     given = ["--lr", 5e-3, "--beta2", 0.9, "--warmup", 3]
     succeed(cli(*command, *given, "--out", other))
@@ -304,7 +304,7 @@ def test_what_is_not_given_again_is_as_it_was(cli, command, whole, tmp_path):
 
 
 def test_resume_with_other_data(cli, command, data, stopped, tmp_path):
-    """The same name, another text."""
+    """The data file has the name in settings.yaml, but another text than when the run began."""
     settings = stopped / "settings.yaml"
     other = tmp_path / "other.txt"
     other.write_text(data.text.read_text().replace("red", "sad"))
@@ -315,7 +315,7 @@ def test_resume_with_other_data(cli, command, data, stopped, tmp_path):
 
 
 def test_a_full_disk(cli, command, tmp_path):
-    """No file can grow beyond 40 kB, a checkpoint's would: an error that says so, and nothing left."""
+    """No file can grow beyond 40 kB, which a checkpoint needs. The command reports it and leaves nothing."""
     result = cli(*command, "--out", tmp_path / "run", file_size=40_000)
     assert result.code == 2
     assert "checkpoint cannot be written" in result.err
@@ -324,7 +324,7 @@ def test_a_full_disk(cli, command, tmp_path):
 
 
 def test_a_full_disk_later(cli, command, whole, stopped):
-    """What was saved before stays, and the run goes on from it where there is room."""
+    """The earlier checkpoints stay, and the run resumes from them once there is room."""
     before = sorted(stopped.glob("checkpoints/*"))
     result = cli(*command, "--out", stopped, "--resume", file_size=40_000)
     assert result.code == 2
@@ -335,7 +335,7 @@ def test_a_full_disk_later(cli, command, whole, stopped):
 
 
 def test_fine_tuning_killed_and_resumed(cli, data, tmp_path):
-    """The best weights so far survive, too."""
+    """The best weights so far survive a kill, too."""
     command = [
         "finetune", "--from", data.lm, "--train", data.table, "--epochs", 6, "--batch-size", 8, "--checkpoint-every", 7,
         "--log-every", 1,
@@ -351,7 +351,7 @@ def test_fine_tuning_killed_and_resumed(cli, data, tmp_path):
     for record in records:
         record.pop("seconds")
     assert records[0] == records[1]
-    # A stopped classifier is evaluated, and a finished one trained for more passes.
+    # A stopped classifier can be evaluated, and a finished one trained for more epochs.
     other = tmp_path / "other"
     assert cli(*command, "--out", other, watched=(other / "metrics.jsonl", 9)).code == -signal.SIGKILL
     assert "a stopped run" in succeed(cli("evaluate", "--from", other, "--data", data.table)).err

@@ -1,4 +1,4 @@
-"""The tasks: two heads of several sequences, what each task reads, and that each learns."""
+"""The tasks: two heads that read several sequences, the input of each task, and its training."""
 
 import dataclasses
 import json
@@ -48,14 +48,14 @@ def test_a_record_may_name_every_task_and_every_form_of_answers():
 
 
 def ignore(*_: object) -> None:
-    """Stands for a display."""
+    """Stand in for a display."""
 
 
 # --- heads ---
 
 
 def several(B: int, S: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences of unequal lengths, each ending in the extract token."""
+    """Return sequences of unequal lengths, each ending in the extract token, and their lengths."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, 10, (B, S), generator=generator)
     tokens = torch.randint(30, (B, S, 10), generator=generator)
@@ -92,7 +92,7 @@ def test_multiple_choice_is_a_softmax_over_the_answers():
 
 @pytest.mark.parametrize(("head", "S"), [(GPTForSimilarity, 2), (GPTForMultipleChoice, 3)])
 def test_the_joint_loss_adds_the_language_model(head, S):
-    """On every sequence, padding left out."""
+    """The language model's loss is over the tokens of all sequences, without padding."""
     plain, joint = make(head), make(head, lm_weight=0.5)
     joint.load_state_dict(plain.state_dict(), strict=False)
     tokens, lengths = several(3, S)
@@ -124,7 +124,7 @@ def config() -> GPTConfig:
 
 
 def spelled(name: str, table: Table, **options) -> list:
-    """The sequences of each row as text, with | for start, / for the delimiter and ! for extract."""
+    """Return (sequences, target, answer) of each row. In the sequences | is start, / delimiter and ! extract."""
     tokenizer, marks = byte_tokenizer(), tasks.marks(config())
     task = tasks.task_settings(name, None, None, None, **({"numbers": False} | options))
     names = examples.label_names(table, task)
@@ -155,7 +155,7 @@ def test_exact_match_and_word_f1():
 
 
 def test_a_question_without_an_answer_is_measured_as_squad_2_measures_it():
-    """An empty text is all right, any other is all wrong; before, an empty one had a word F1 of 0."""
+    """If there is no answer, an empty text scores 1 and any other text 0."""
     measured = generated_metrics(["", "fox", "a red fox", ""], ["", "", "fox", "fox"])
     assert measured["exact_match"] == pytest.approx(1 / 4)
     assert measured["word_f1"] == pytest.approx((1 + 0 + 2 / 3 + 0) / 4)
@@ -163,7 +163,7 @@ def test_a_question_without_an_answer_is_measured_as_squad_2_measures_it():
 
 
 def test_a_constant_answer_has_no_correlation():
-    """As in scikit-learn; before, 40 of 60 right gave 0.09. Elsewhere it is the correlation of indicators."""
+    """Matthews' correlation of a constant answer is 0, as in scikit-learn. Else it is that of indicators."""
     labels = torch.tensor([0] * 20 + [1] * 40)
     always = F.one_hot(torch.ones(60, dtype=torch.int64), 2).float()
     assert classification_metrics(always, labels)["matthews"] == 0
@@ -190,7 +190,7 @@ def draw(i: int) -> tuple[str, str, str, int]:
 
 
 def row(task: str, i: int) -> dict[str, object]:
-    """A row of each task that a small model can learn: what decides is a word or two."""
+    """Return a row of `task` that a small model can learn, because one or two words decide its label."""
     colour, animal, other, count = draw(i)
     text = f"{colour} {animal} {count}"
     if task == "entailment":
@@ -218,7 +218,7 @@ def row(task: str, i: int) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A pre-trained model that has seen such words."""
+    """Return a model that is pre-trained on the words of `row`."""
     folder = tmp_path_factory.mktemp("tasks")
     text = "".join(f"{' '.join(map(str, draw(i)))} {ANIMALS[draw(i)[1]]}\n" for i in range(900))
     (folder / "text.txt").write_text(text)
@@ -232,14 +232,14 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("task", [name for name in tasks.TASKS if name not in ("classification", "regression")])
 def test_each_task_learns(source, tmp_path, task):
-    """Far better than a constant answer on rows that it has not seen, and evaluation finds what training noted."""
+    """On held-out rows the model is far better than a constant answer. `evaluate` finds the figures of training."""
     for name, numbers in (("train", range(400)), ("valid", range(1000, 1060))):
         rows = [json.dumps(row(task, i)) for i in numbers]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     settings = finetune.FinetuneSettings(
         source=source, out=tmp_path / "run", train=tmp_path / "train.jsonl", valid=tmp_path / "valid.jsonl", task=task,
         batch_size=16, lr=5e-3, epochs=10 if task == "multi-label" else 4,
-        # Colours that are equally likely everywhere: the tied output layer would make them one in so small a model.
+        # All colours are equally likely here, so a joint loss would make their tied embeddings alike.
         lm_weight=0.0 if task == "similarity" else 0.5,
     )  # fmt: skip
     record = finetune.finetune(settings, ignore, ignore)
@@ -304,7 +304,7 @@ def test_the_best_validation_is_kept(source, tmp_path, monkeypatch):
 
 
 def test_a_rare_label_is_trained_on(tmp_path):
-    """Whatever the seed: one row of every label stays in training, and other rows are split as without it."""
+    """For every seed the only row of a label stays in training."""
     path = tmp_path / "rare.csv"
     rows = [f"text {i},{'ab'[i % 2]}" for i in range(39)]
     path.write_text("\n".join(["text,label", *rows, "text 39,rare"]) + "\n")

@@ -20,11 +20,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def ignore(*_: object) -> None:
-    """Stands for a display."""
+    """Stand in for a display."""
 
 
 class Calls:
-    """Records calls of any method."""
+    """Object that records calls of any method. The method `fails` raises."""
 
     def __init__(self, fails: str = ""):
         self.made: list[tuple[str, tuple, dict]] = []
@@ -77,7 +77,7 @@ def test_wandb(monkeypatch, train, tmp_path, mode):
     (options,) = inits
     assert options["mode"] == (mode or "offline") and options["dir"] == str(tmp_path / "run")
     assert options["group"] == options["name"] == "run"
-    told = options["config"]  # settings, defaults too, and what was resolved from them
+    told = options["config"]  # settings with defaults and resolved values
     assert {name: told[name] for name in ("objective", "steps", "seed", "lr", "beta2")} == {
         "objective": "clm", "steps": 4, "seed": 0, "lr": 2e-3, "beta2": 0.99
     }  # fmt: skip
@@ -88,7 +88,7 @@ def test_wandb(monkeypatch, train, tmp_path, mode):
 
 
 class Named(tuple):
-    """Stands for MLflow's Metric and Param."""
+    """Stand-in for MLflow's Metric and Param."""
 
     def __new__(cls, *values):
         return tuple.__new__(cls, values)
@@ -120,7 +120,7 @@ def test_mlflow(mlflow, train, tmp_path):
     ("raised", "status"), [(Interrupted(15), "KILLED"), (ValueError("wrong"), "FAILED")], ids=["stopped", "failed"]
 )
 def test_the_tracker_knows_how_a_run_ended(monkeypatch, mlflow, train, raised, status):
-    """Before, a run that a signal or an error had ended was finished for the tracker."""
+    """A run that a signal or an error ended is not finished for the tracker."""
 
     def show(progress) -> None:
         if progress.step == 2:
@@ -138,7 +138,7 @@ def test_the_tracker_knows_how_a_run_ended(monkeypatch, mlflow, train, raised, s
 
 
 def test_a_run_whose_tracker_fails_is_whole(monkeypatch, train, tmp_path):
-    """One warning, not one for every line."""
+    """A tracker that fails at every line gives one warning."""
     stand_in(monkeypatch, "wandb", init=lambda **_: Calls(fails="log"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -161,7 +161,7 @@ def test_a_tracker_that_is_not_installed_is_told_before_data_is_read(monkeypatch
 
 @pytest.fixture(params=["wandb", "mlflow"])
 def tracked(request, cli, data, tmp_path) -> tuple[str, Path, list[dict]]:
-    """A tracker's name, the folder of a run of `gpt-fast pretrain --tracker`, and the lines of its metrics.jsonl."""
+    """Return a tracker's name, a run of `gpt-fast pretrain --tracker`, and the lines of its metrics.jsonl."""
     name = request.param
     if find_spec(name) is None:
         pytest.skip(f"{name} is not installed: the extra {name}")

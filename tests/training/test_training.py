@@ -31,7 +31,7 @@ SMALL = {"num_tokens": 40, "hidden_dim": 16, "num_heads": 2, "num_layers": 2, "s
 
 
 def ignore(*_: object) -> None:
-    """Stands for a display."""
+    """Stand in for a display."""
 
 
 # --- schedules ---
@@ -39,7 +39,7 @@ def ignore(*_: object) -> None:
 
 @pytest.mark.parametrize("schedule", [warmup_cosine, warmup_linear])
 def test_schedules(schedule):
-    """A straight rise to 1 at the end of the warm-up, then a fall that never turns and nearly ends at 0."""
+    """The rate rises linearly to 1 in the warm-up, then falls at every step, almost to 0."""
     rates = [schedule(step, total=100, warmup=10) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == 1
@@ -82,7 +82,10 @@ def test_published_recipes(preset, lr, betas, weight_decay, final):
 
 @pytest.mark.parametrize(("preset", "residual"), [("gpt1", 0.02), ("gpt2", 0.02 / math.sqrt(2 * 8))])
 def test_weights_begin_as_published(preset, residual):
-    """N(0, 0.02), what writes into GPT-2's residual stream narrower by the root of its depth; gains 1, biases 0."""
+    """Weights are N(0, 0.02), gains 1 and biases 0.
+
+    Layers that write into GPT-2's residual stream have 0.02 / √(2 · layers) instead.
+    """
     model = GPTForCausalLM(GPTConfig.preset(preset, **(SMALL | {"hidden_dim": 64, "num_layers": 8})))
     for name, parameter in model.named_parameters():
         if "norm" in name and name.endswith("weight"):
@@ -97,7 +100,7 @@ def test_weights_begin_as_published(preset, residual):
 
 
 def test_the_optimizer_has_the_recipe_and_what_is_given_wins(text, tmp_path, monkeypatch):
-    """Of a preset in small: what AdamW is made with, and the rate that the schedule ends at."""
+    """A small gpt2 gives AdamW its betas and weight decay and the schedule its rates, unless options are given."""
     made = []
     monkeypatch.setattr(engine, "make_optimizer", lambda *a: made.append(make_optimizer(*a)) or made[-1])
     for name, given in (("plain", {}), ("given", {"beta2": 0.98, "weight_decay": 0.0, "lr": 1e-3, "final_lr": 0.0})):
@@ -110,9 +113,9 @@ def test_the_optimizer_has_the_recipe_and_what_is_given_wins(text, tmp_path, mon
     assert [(group["betas"], group["weight_decay"]) for group in groups] == [((0.9, 0.95), 0.1), ((0.9, 0.98), 0.0)]
     last = [runs.read_metrics(tmp_path / name)[-1]["lr"] for name in ("plain", "given")]
     assert last == pytest.approx([6e-4 * warmup_cosine(49, total=50, warmup=1, final=0.1), 1e-3 * 0.001], rel=0.05)
-    again = recipes.pretraining(None, tmp_path / "given")  # what --from goes on with
+    again = recipes.pretraining(None, tmp_path / "given")  # the recipe with --from
     assert again == recipes.Recipe(1e-3, 0.9, 0.98, 0.0, 0.0)
-    assert recipes.finetuning_lr(tmp_path / "given") == 6.25e-5  # of a published model
+    assert recipes.finetuning_lr(tmp_path / "given") == 6.25e-5  # the rate for published sizes
 
 
 def test_fine_tuning_defaults_are_the_papers(monkeypatch, tmp_path):
@@ -144,7 +147,7 @@ def test_only_matrices_decay():
 
 @pytest.mark.parametrize("head", [GPTForCausalLM, GPTForMaskedLM], ids=["clm", "mlm"])
 def test_lm_loss_weighs_every_predicted_token_the_same(head):
-    """Batches of unequal size, and of unequal numbers of asked positions, give the loss of one batch."""
+    """Batches of unequal sizes and unequal numbers of labels give the loss of one batch."""
     torch.manual_seed(0)
     model = head(GPTConfig.preset("gpt2", **SMALL, dropout=0.5))
     tokens = torch.randint(40, (7, 16))
@@ -163,7 +166,7 @@ def test_lm_loss_weighs_every_predicted_token_the_same(head):
 
 
 def test_classification_metrics():
-    """Predictions 0 0 1 2 for labels 0 0 0 1: F1 of the three classes 0.8, 0 and 0."""
+    """Predictions 0 0 1 2 for labels 0 0 0 1 have an F1 of 0.8, 0 and 0 for the three classes."""
     logits = torch.eye(3)[[0, 0, 1, 2]] * 9
     metrics = evaluation.classification_metrics(logits, torch.tensor([0, 0, 0, 1]))
     assert metrics["accuracy"] == 0.5
@@ -172,7 +175,7 @@ def test_classification_metrics():
     # (c s - t·p) / sqrt((s² - p·p)(s² - t·t)) with c = 2 right of s = 4, predicted (2, 1, 1) and true (3, 1, 0)
     assert metrics["matthews"] == pytest.approx((2 * 4 - 7) / math.sqrt((16 - 6) * (16 - 10)))
     assert metrics["majority_accuracy"] == 0.75
-    assert metrics["majority_macro_f1"] == pytest.approx((6 / 7) / 2)  # the third class is nowhere in it
+    assert metrics["majority_macro_f1"] == pytest.approx((6 / 7) / 2)  # neither side has the third class
     assert metrics["examples"] == 4
 
 
@@ -208,9 +211,9 @@ def sentence(i: int) -> str:
 
 @pytest.fixture(scope="module")
 def language_runs(text, tmp_path_factory) -> dict[str, Path]:
-    """A small run of each objective."""
+    """Return a small run of each objective."""
     folder = tmp_path_factory.mktemp("runs")
-    # A masked model is asked for an eighth as many tokens of a window, and takes longer to look at its neighbours.
+    # A masked model predicts far fewer tokens of a window, so it needs more and larger updates.
     for objective, steps, batch_size in (("clm", 60, 8), ("mlm", 250, 32)):
         settings = pretrain.PretrainSettings(
             out=folder / objective,
@@ -264,7 +267,7 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer(language_runs, tmp_path):
 
 @pytest.mark.parametrize(("first", "then", "steps", "batch_size"), [("clm", "mlm", 200, 32), ("mlm", "clm", 60, 16)])
 def test_going_on_with_the_other_objective_learns(language_runs, text, tmp_path, first, then, steps, batch_size):
-    """From the weights of the one, the loss of the other falls by a nat and to far below the unigram entropy."""
+    """The loss falls by more than a nat, and to more than a nat below the unigram entropy."""
     settings = pretrain.PretrainSettings(
         out=tmp_path / "run", data=(text,), source=language_runs[first], objective=then, steps=steps, lr=5e-3,
         batch_size=batch_size,
@@ -287,7 +290,7 @@ def test_training_is_reproducible(text, tmp_path):
 
 
 def test_validation_masks_are_fixed(language_runs, text):
-    """Two calls ask for the same tokens behind the same masks, whatever torch's generator did in between."""
+    """Two calls mask the same tokens and give the same loss, whatever torch's generator drew in between."""
     run = language_runs["mlm"]
     model = evaluate.load_run(run, "cpu")
     tokenizer = evaluate.run_tokenizer(run, model)
@@ -305,7 +308,7 @@ def test_validation_masks_are_fixed(language_runs, text):
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory) -> Path:
-    """Which sentences are of birds, and how many times they do what they do, in two tables of different sentences."""
+    """Return a folder with two tables of different sentences. Each row has a kind, bird or beast, and a number."""
     folder = tmp_path_factory.mktemp("tables")
     for name, seeds in (("train", range(2000, 2240)), ("valid", range(3000, 3060))):
         with (folder / f"{name}.csv").open("w") as file:
@@ -360,7 +363,7 @@ def test_fine_tuning_a_regression(language_runs, tables, tmp_path):
 
 
 def test_defaults_that_depend_on_the_run(language_runs, tables, tmp_path):
-    """A quarter of pre-training's learning rate; no λ where pre-training did not predict the next token."""
+    """The rate is a quarter of pre-training's. λ is 0 if pre-training did not predict the next token."""
     settings = finetune.FinetuneSettings(
         source=language_runs["mlm"],
         out=tmp_path / "run",
@@ -374,7 +377,7 @@ def test_defaults_that_depend_on_the_run(language_runs, tables, tmp_path):
 
 
 def test_some_rows():
-    """Drawn by the seed and in the table's order; with all of them it is the table."""
+    """The seed draws the rows, which keep the table's order."""
     table = Table("t", [str(i) for i in range(100)], ["a", "b"] * 50)
     some = finetune.some_rows(table, 20, 1)
     assert len(some) == 20
@@ -390,7 +393,7 @@ def test_some_rows():
 
 
 def test_difference():
-    """Largest over all tensors; the scale is each tensor's own, and a tensor of zeros has none."""
+    """The result is the largest over all tensors. Each tensor has its own scale, and a tensor of zeros has none."""
     got = [torch.tensor([1.0, 2.5]), torch.tensor([[100.5]]), torch.zeros(2)]
     wanted = [torch.tensor([1.0, 2.0]), torch.tensor([[100.0]]), torch.zeros(2)]
     assert difference(got, wanted) == {"largest": 0.5, "relative": 0.25}
