@@ -5,9 +5,10 @@ PASS_NAMES = {"training": "forward + backward", "inference": "forward", "step": 
 
 def seconds(value: float) -> str:
     """Return a time in seconds as text with three significant digits, in s, ms or µs, such as "1.25 ms"."""
+    shown = float(f"{value:.3g}")  # which may be 1000 of a unit where the value is a little less
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if value * factor >= 1 or unit == "µs":
-            return f"{value * factor:.3g} {unit}" if value * factor < 1000 else f"{value * factor:.0f} {unit}"
+        if shown * factor >= 1 or unit == "µs":
+            return f"{value * factor:.3g} {unit}" if shown * factor < 1000 else f"{value * factor:.0f} {unit}"
     raise AssertionError
 
 
@@ -26,7 +27,7 @@ def rate(name: str, value: float) -> str:
     second.
     """
     unit, scale = ("FLOP/s", value) if name.startswith("matmul") else ("B/s", value)
-    return f"{scale / 1e12:.3g} T{unit}" if scale >= 1e12 else f"{scale / 1e9:.3g} G{unit}"
+    return f"{scale / 1e12:.3g} T{unit}" if float(f"{scale:.3g}") >= 1e12 else f"{scale / 1e9:.3g} G{unit}"
 
 
 def table(header: list[str], lines: list[list[str]]) -> list[str]:

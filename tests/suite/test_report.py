@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.measure import environment
 from benchmarks.models import counts
-from benchmarks.report import pages, plots, results, tables, targets
+from benchmarks.report import markdown, pages, plots, results, tables, targets
 from benchmarks.topic import FLOOR, LEFT, OURS, TOKENS, Target
 from tests.suite.figures import FLOORS, a_run, record
 
@@ -125,6 +125,13 @@ def test_data_sheets_are_shown_beside_the_floors_and_shares_are_not_taken_of_the
     text = pages.device_page(tmp_path, [a_run(record(median=1.0), device=device)], {})
     assert "copy 10 GB/s (data sheet 4.8 TB/s), read 20 GB/s" in text
     assert "| gpt_fast | 1 s ± 0% | 1.00 | 50% | 3 MiB |" in text
+
+
+def test_numbers_that_round_up_to_the_next_unit():
+    values = (2.5, 0.9996, 999.6, 1234.4, 9.996e-4, 9.994e-4, 1e-9)
+    shown = ["2.5 s", "1 s", "1000 s", "1234 s", "1 ms", "999 µs", "0.001 µs"]
+    assert [markdown.seconds(value) for value in values] == shown
+    assert markdown.rate("copy", 9.996e11) == "1 TB/s" and markdown.rate("copy", 9.99e11) == "999 GB/s"
 
 
 @pytest.mark.parametrize(
