@@ -126,7 +126,7 @@ def test_tokens_of_a_cut_text_are_those_of_the_whole(tmp_path, monkeypatch, text
     monkeypatch.setattr(cuts, "PIECE", 90)
     monkeypatch.setattr(cuts, "WINDOW", 400)
     if text == "no space at all" and kind == "wordpiece.json":
-        pytest.skip("a word of WordPiece goes on to the next white space, and there is none")
+        pytest.skip("WordPiece ends a word at white space, and the text has none")
     content = TEXTS[text]
     (tmp_path / "a.txt").write_bytes(content.encode())
     made = {"gpt2.json": gpt2_like, "gpt4.json": lambda: with_rule(GPT4), "wordpiece.json": word_piece}.get(kind)

@@ -241,7 +241,7 @@ def test_in_one_graph(name: str) -> None:
 def test_attention_probabilities_are_transformers_own(name: str) -> None:
     model, accelerated = twins(name, "eager")
     given = inputs("right")
-    with pytest.warns(UserWarning, match="as transformers has it"):
+    with pytest.warns(UserWarning, match="runs transformers' own forward for this call"):
         got = accelerated(**given, output_attentions=True)
     expected = model(**given, output_attentions=True)
     assert len(got.attentions) == LAYERS
