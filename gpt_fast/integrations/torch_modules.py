@@ -326,4 +326,6 @@ def _activation(function: Any) -> str | None:
 def _warn(module: Any, reason: str | None) -> None:
     """Warn that `module` runs this call by PyTorch's own forward because of `reason`, except in a compiled graph."""
     if not torch.compiler.is_compiling():
-        warnings.warn(f"gpt_fast: {type(module).__name__} runs this call as PyTorch has it: {reason}", stacklevel=3)
+        warnings.warn(
+            f"gpt_fast: {type(module).__name__} runs PyTorch's own forward for this call: {reason}", stacklevel=3
+        )

@@ -128,7 +128,7 @@ def test_calls_that_go_back_to_pytorch() -> None:
     bias, soft_padding = torch.randn(T, T), torch.randn(B, T)
     x = torch.randn(B, T, C)
     for call in (lambda m: m(x, bias), lambda m: m(x[0]), lambda m: m(x, None, soft_padding)):
-        with pytest.warns(UserWarning, match="TransformerEncoderLayer runs this call as PyTorch has it"):
+        with pytest.warns(UserWarning, match="TransformerEncoderLayer runs PyTorch's own forward for this call"):
             assert torch.equal(call(module), call(original))
     seen = []
     module.self_attn.register_forward_hook(lambda *args: seen.append(1))

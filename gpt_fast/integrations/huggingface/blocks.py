@@ -539,5 +539,7 @@ def _unsupported_by_gpt2(trunk: Any, call: dict, cache: Any) -> str | None:
 def _as_transformers_has_it(trunk: Any, reason: str, call: dict) -> Any:
     """Return the result of the trunk's own forward for this call. Warn of the `reason`, except in a compiled graph."""
     if not torch.compiler.is_compiling():
-        warnings.warn(f"gpt_fast: {type(trunk).__name__} runs transformers' own forward for this call: {reason}", stacklevel=3)
+        warnings.warn(
+            f"gpt_fast: {type(trunk).__name__} runs transformers' own forward for this call: {reason}", stacklevel=3
+        )
     return _plain.original(trunk, **call)

@@ -360,7 +360,9 @@ def _why_called(attn: Any, *around: Any) -> str | None:
 def _as_transformers_has_it(block: Any, reason: str | None, *args: Any, **kwargs: Any) -> Any:
     """Return the result of the block's own forward for this call. Warn of the `reason`, except in a compiled graph."""
     if not torch.compiler.is_compiling():
-        warnings.warn(f"gpt_fast: {type(block).__name__} runs transformers' own forward for this call: {reason}", stacklevel=3)
+        warnings.warn(
+            f"gpt_fast: {type(block).__name__} runs transformers' own forward for this call: {reason}", stacklevel=3
+        )
     return _plain.original(block, *args, **kwargs)
 
 
