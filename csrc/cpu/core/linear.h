@@ -48,8 +48,8 @@ inline void multiply_into(const PackedRows<scalar_t>& a, const Operand<scalar_t>
 }
 
 // Sum of a weight's gradient over the chunks. The sum is made in place if the gradient is float32 or there is one chunk
-// only, else in a float32 tensor beside it. Element (i, j) of a block belongs to the weight's element [row + i, column
-// + j], or to [column + j, row + i] if `stride_row` is the stride of the weight's columns.
+// only, else in a float32 tensor beside it. Element (i, j) of a block belongs to the weight's element
+// [row + i, column + j], or to [column + j, row + i] if `stride_row` is the stride of the weight's columns.
 class WeightGradient {
  public:
   WeightGradient(const Tensor& gradient, bool needed, int64_t chunks)
