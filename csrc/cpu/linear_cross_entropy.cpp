@@ -281,7 +281,7 @@ void run(const Problem& problem, const Results& out) {
   const int64_t N = static_cast<int64_t>(problem.rows.index.size());
   const bool keeps = out.dx.defined() || out.dweight.defined() || out.dbias != nullptr;
   if (N == 0 && out.dweight.defined()) out.dweight.zero_();
-  // The rows are divided evenly, because each chunk costs a pass over the weight and its gradient, however few its rows.
+  // Divide the rows evenly, because each chunk costs a pass over the weight and its gradient, however few its rows are.
   const int64_t chunk_rows = round_up(ceil_div(N, std::max<int64_t>(1, ceil_div(N, kChunk))), kRows);
   const int64_t rows = std::min(N, chunk_rows), blocks = ceil_div(problem.weight.size(0), kBlock);
   const Workspace workspace{
