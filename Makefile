@@ -245,7 +245,7 @@ docs: $(VENV)/.stamp-docs  ## the documentation, in build/docs; a warning is an 
 # --- packages ---
 
 .PHONY: dist
-dist: install  ## write the sources, and wheels with (AVX2, two kinds of AVX-512) and without the extension, to dist/
+dist: install  ## write to dist/: the sources, one wheel with the extension (AVX2, two kinds of AVX-512) and one without
 	$(PY) -m build --no-isolation --sdist
 	@rm -rf build/wheel
 	GPT_FAST_PORTABLE=1 $(PY) -m build --no-isolation --wheel --outdir build/wheel
@@ -255,6 +255,6 @@ dist: install  ## write the sources, and wheels with (AVX2, two kinds of AVX-512
 	GPT_FAST_NO_CPP=1 $(PY) -m build --no-isolation --wheel
 
 .PHONY: clean
-clean:  ## remove all build outputs, but not the environments
+clean:  ## remove build outputs, but not the environments
 	rm -rf build dist *.egg-info gpt_fast/_C*.so gpt_fast/_C.json gpt_fast/_isa .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f $(VENV)/.stamp-extension

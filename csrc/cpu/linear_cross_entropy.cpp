@@ -127,7 +127,7 @@ class Chunk {
   void backward(const Results& out, bool accumulate) const {
     const bool needs_x = out.dx.defined(), needs_weight = out.dweight.defined();
     constexpr int64_t PAIR = WordsOf<scalar_t>::kPair;
-    constexpr int64_t kWide = kWideDepth * PAIR / kBlock;  // blocks
+    constexpr int64_t kWide = kWideDepth * PAIR / kBlock;  // kWideDepth in blocks
     const int64_t groups = std::min(kGroups, blocks), padded_C = round_up(C, kColumns);
     optional<PackedRows<scalar_t>> x_t;
     if (needs_weight) x_t.emplace(columns_of<scalar_t>(gathered_), C, M);

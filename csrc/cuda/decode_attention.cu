@@ -44,7 +44,7 @@ struct Chunk {
   }
 };
 
-// Division of a row padded to WIDTH elements among lanes.
+// Division of a row, padded to WIDTH elements, among the lanes of a group.
 template <typename T, int WIDTH>
 struct Layout {
   static constexpr int kElements = Chunk<T>::kElements;

@@ -146,7 +146,7 @@ inline void pair_rows(const float* words, int64_t rows, int64_t width, float* pa
   }
 }
 
-// [rows][columns] -> [columns][rows].
+// target [columns][rows] = transpose of source [rows][columns].
 inline void transpose(const float* source, int64_t ld_source, int64_t rows, int64_t columns, float* target,
                       int64_t ld_target) {
   for (int64_t r = 0; r < rows; r += kVec) {
