@@ -35,7 +35,7 @@ from .gemm import (
 from .philox import keep_matrix
 from .sizes import cdiv
 
-FEW_ROWS = 16  # rows of a tile in _few_kernel: the fewest that tl.dot takes
+FEW_ROWS = 16  # rows of a tile in _few_kernel: the fewest of a matrix instruction
 
 
 class Few(NamedTuple):
