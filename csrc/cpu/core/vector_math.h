@@ -118,7 +118,7 @@ inline Vec exp2(Vec x) {
 inline Vec exp(Vec x) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   const Vec log2e(0x1.715476p+0f), whole = round_whole(x * log2e);
-  // The float log2e has an error of 1.9e-8. Times x this would be 40 units in the last place of e^88: fmadd corrects it.
+  // The float log2e has an error of 1.9e-8. Times x it would be 40 units in the last place of e^88: fmadd corrects it.
   const Vec f = at::vec::fmadd(x, Vec(0x1.4ae0cp-26f), at::vec::fmsub(x, log2e, whole));
   const Vec y = scale_exp2(exp2_fraction(f), whole, x, -86.0f);
   return Vec::blendv(y, Vec(std::numeric_limits<float>::infinity()), x > Vec(88.72283f));
