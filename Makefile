@@ -10,7 +10,7 @@ CODEGEN_VENV ?= .venv-codegen
 CODEGEN_TRITON ?= triton==3.6.0
 CODEGEN_OTHERS ?= 3.7.1 3.8.0 3.9.0
 PYTEST_FLAGS ?= -q
-# Draws of each target of the fuzz, of those in the interpreter, and the number that all of them follow from.
+# Draws of each fuzz target in C++, draws of each in the interpreter, and the seed that all draws follow from.
 FUZZ_DRAWS ?= 3000
 FUZZ_INTERP_DRAWS ?= 100
 FUZZ_SEED ?= 0
@@ -33,11 +33,11 @@ BENCH_CPP := benchmarks/measure/read_all.cpp
 FAKE_CPP := $(wildcard tools/fakecuda/driver/*)
 # The nvcc on PATH may be a script that calls the toolkit's own. Its dry run prints the toolkit's folder.
 CUDA_TOOLKIT = $(realpath $(or $(CUDA_HOME),$(shell nvcc --dryrun none.cu 2>&1 | sed -n "s/^\#\$$ TOP=//p")))
-# The test files of the ops that have a C++ kernel, and of those that have a Triton kernel.
+# The test files of the ops that have a C++ kernel, and of the ops that have a Triton kernel.
 CPP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/ops/test_%.py,$(wildcard csrc/cpu/*.cpp)))
 TRITON_TESTS = $(wildcard $(patsubst kernels/%.py,tests/ops/test_%.py,$(wildcard kernels/*.py)))
 
-# What whole models do in the interpreter; the rest of these tests would take minutes there.
+# The tests of whole models that run in the interpreter. The other ones would take minutes there.
 INTERP_MODELS = one_graph or export or functional_call or func_grad
 
 .PHONY: help
@@ -61,7 +61,8 @@ $(TORCH_STAMP): | $(VENV)/bin/python
 	$(PIP) install "$(TORCH)" "setuptools>=77" wheel ninja
 	@rm -f $(VENV)/.stamp-*; touch $@
 
-# Dependencies and the command, without compiling; the extension is built apart so that ninja can reuse its objects.
+# Installs the dependencies and the command without compiling. The extension is built separately, so that ninja can
+# reuse its objects.
 $(VENV)/.stamp-package: pyproject.toml $(TORCH_STAMP)
 	GPT_FAST_NO_CPP=1 $(PIP) install --no-build-isolation --editable ".[dev]"
 	@touch $@
@@ -75,7 +76,7 @@ $(VENV)/.stamp-extension: setup.py $(CSRC) $(TORCH_STAMP)
 .PHONY: install
 install: $(VENV)/.stamp-package $(VENV)/.stamp-extension  ## virtual environment, torch, the package and its extension
 
-# --- what a user wants to see ---
+# --- the demo ---
 
 .PHONY: demo
 demo: install  ## pre-train, fine-tune, generate, and compare with plain PyTorch (runs/demo)
@@ -102,11 +103,11 @@ interp: install  ## the op tests on the Triton kernels, in Triton's interpreter,
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) tests/model/test_torch_tools.py -k "gpt2 and ($(INTERP_MODELS))"
 
 .PHONY: test-slow
-test-slow: install mutants  ## what takes too long for make test
+test-slow: install mutants  ## the planted faults, then the tests that take too long for make test
 	$(PYTEST) -m slow
 
 .PHONY: fuzz
-fuzz: install  ## drawn calls of every op against the reference, in C++ and in the interpreter (FUZZ_DRAWS=3000)
+fuzz: install  ## compare drawn calls of every op with the reference, in C++ and in the interpreter (FUZZ_DRAWS=3000)
 	$(PY) -m tests.fuzz $(FUZZ_TARGETS) --draws $(FUZZ_DRAWS) --seed $(FUZZ_SEED) --jobs $(JOBS)
 	TRITON_INTERPRET=1 $(PY) -m tests.fuzz $(FUZZ_TARGETS) --draws $(FUZZ_INTERP_DRAWS) --seed $(FUZZ_SEED) --jobs $(JOBS)
 
@@ -123,7 +124,7 @@ sanitize: install  ## the op tests on a C++ extension built with the address and
 	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  $(abspath $(PY)) -m pytest $(PYTEST_FLAGS) -p no:cacheprovider $(CPP_TESTS) \
-	  -k 'not peak_memory and not memory_is_linear'  # the sanitizer's own memory counts there
+	  -k 'not peak_memory and not memory_is_linear'  # these tests would count the sanitizer's own memory
 
 # --- the stand-in for CUDA ---
 
@@ -134,7 +135,7 @@ FAKE_RUN = cd $(FAKE_TREE) && CUDA_HOME="$(CUDA_TOOLKIT)" PATH=$(abspath $(FAKE_
   TRITON_CACHE_DIR=$(abspath build/fakecuda/triton) $(FAKE_PY) -m tools.fakecuda --library $(abspath build/fakecuda/lib)
 FAKE_PYTEST = $(FAKE_PY) -m pytest $(PYTEST_FLAGS) -p no:cacheprovider tests/fakecuda $(FAKE_FLAGS)
 
-# PyTorch's CUDA build comes from PyPI alone: pip's settings may prefer a mirror that has the CPU build of that version.
+# PyTorch's CUDA build comes from PyPI alone: pip's settings may prefer a mirror that has the CPU build of the version.
 $(FAKE_VENV)/.stamp:
 	@echo 'fake-gpu: downloading 4.7 GB, PyTorch with CUDA and its libraries, into $(FAKE_VENV)'
 	$(PYTHON) -m venv $(FAKE_VENV)
@@ -144,7 +145,8 @@ $(FAKE_VENV)/.stamp:
 	  install --no-build-isolation --editable ".[train,hf,bench]"
 	@touch $@
 
-# A copy of the tree, because the extension of this tree has the same name and is built for another PyTorch.
+# This target builds in a copy of the tree, because the extension of this tree has the same name and is for another
+# PyTorch.
 .PHONY: fake-build
 fake-build: $(FAKE_VENV)/.stamp
 	@mkdir -p $(FAKE_TREE)
@@ -177,9 +179,9 @@ codegen-triton: $(VENV)/.stamp-package $(CODEGEN_VENV)/.stamp
 	$(PY) -m tools.record_launches build/launches.json
 	$(CODEGEN_VENV)/bin/python -m tools.codegen build/launches.json $(CODEGEN_FLAGS)
 
-# The other releases of Triton that come with PyTorch 2.10 to 2.15, each in an environment of its own.
+# Each of the other releases of Triton that come with PyTorch 2.10 to 2.15 has an environment of its own.
 .PHONY: codegen-all
-codegen-all:  ## the same for sm_90 with Triton 3.7, 3.8 and 3.9, each with its own budget
+codegen-all:  ## compile every kernel for sm_90 with Triton 3.7, 3.8 and 3.9, each with its own budget
 	for version in $(CODEGEN_OTHERS); do \
 	  $(MAKE) --no-print-directory codegen-triton CODEGEN_TRITON=triton==$$version \
 	    CODEGEN_VENV=$(CODEGEN_VENV)-$$version CODEGEN_FLAGS="--targeted $(CODEGEN_FLAGS)" || exit 1; done
@@ -243,16 +245,16 @@ docs: $(VENV)/.stamp-docs  ## the documentation, in build/docs; a warning is an 
 # --- packages ---
 
 .PHONY: dist
-dist: install  ## in dist/: the sources, a wheel with the extension for AVX2 and two kinds of AVX-512, and one without it
+dist: install  ## write to dist/: the sources, one wheel with the extension (AVX2, two kinds of AVX-512) and one without
 	$(PY) -m build --no-isolation --sdist
 	@rm -rf build/wheel
 	GPT_FAST_PORTABLE=1 $(PY) -m build --no-isolation --wheel --outdir build/wheel
-	@# PyTorch's own copies of these libraries serve: a second libgomp would start threads of its own.
+	@# The excluded libraries come with PyTorch: a second libgomp would start threads of its own.
 	PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m auditwheel repair --wheel-dir dist \
 	  --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcu*' --exclude libgomp.so.1 build/wheel/*.whl
 	GPT_FAST_NO_CPP=1 $(PY) -m build --no-isolation --wheel
 
 .PHONY: clean
-clean:  ## remove what was built, but not the environments
+clean:  ## remove build outputs, but not the environments
 	rm -rf build dist *.egg-info gpt_fast/_C*.so gpt_fast/_C.json gpt_fast/_isa .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f $(VENV)/.stamp-extension

@@ -1,6 +1,6 @@
 """Build gpt_fast._C, the C++ extension. The rest of the package is described in pyproject.toml.
 
-The CUDA C++ kernels are part of it where PyTorch has CUDA and its toolkit is installed.
+The CUDA C++ kernels are part of the extension if PyTorch has CUDA and its toolkit is installed.
 
 GPT_FAST_CUDA=0|1    leave the CUDA C++ kernels out, or fail where they cannot be built
 GPT_FAST_NO_CPP=1    build no extension: a pure-Python install, where the reference serves the CPU
@@ -28,7 +28,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 NAME = "gpt_fast._C"
 
-# What the compiler may use, by predefined macro, and what Linux calls it in /proc/cpuinfo.
+# Instruction sets that a compiler may use, by the macro that it predefines for them, with their names in Linux's
+# /proc/cpuinfo.
 CPU_FLAGS = {
     "__SSE3__": "pni",
     "__SSSE3__": "ssse3",
@@ -77,12 +78,12 @@ CPU_SOURCES = [
     "csrc/bindings.cpp",
     *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/**/*.cpp")),
 ]
-# A write past a buffer on the stack ends the process, and the table of functions cannot be overwritten.
+# With these flags a write past a buffer on the stack ends the process, and the table of library functions is read-only.
 HARDENING = ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2"]
 HARDENING_LINK = ["-Wl,-z,relro,-z,now"]
 SANITIZE = ["-fsanitize=address,undefined"]
 
-CUBLAS_SOURCES = ("cublaslt.cpp", "linear.cpp", "mlp.cpp")  # of csrc/cuda
+CUBLAS_SOURCES = ("cublaslt.cpp", "linear.cpp", "mlp.cpp")  # files of csrc/cuda that need cublasLt.h
 
 NO_TORCH = """
 gpt-fast: the C++ extension is built against the PyTorch it will run with, and this environment has none.
@@ -136,9 +137,10 @@ def jobs() -> int:
 
 
 def translation_units(sources: list[str], folder: Path) -> list[str]:
-    """Deal the files of csrc/cpu over one translation unit a job, and leave all other files as they are.
+    """Divide the files of csrc/cpu among translation units, one for each job, and return the units and all other files.
 
-    A unit includes its files. Each unit reads PyTorch's headers once, which costs a small file most of its time.
+    A unit is a file that includes its share. Each unit reads PyTorch's headers once, which takes most of the time of a
+    small file.
     """
     dealt = [source for source in sources if not source.startswith("csrc/cuda/")]
     units = []
@@ -146,22 +148,22 @@ def translation_units(sources: list[str], folder: Path) -> list[str]:
     for first in range(min(jobs(), len(dealt))):
         unit = folder / f"unit{first}.cpp"
         text = "".join(f'#include "{ROOT / source}"\n' for source in dealt[first :: jobs()])
-        if not unit.exists() or unit.read_text(encoding="utf-8") != text:  # ninja compiles again what is newer
+        if not unit.exists() or unit.read_text(encoding="utf-8") != text:  # ninja compiles a newer file again
             unit.write_text(text, encoding="utf-8")
         units.append(str(unit))
     return [*units, *(source for source in sources if source not in dealt)]
 
 
 def record_of(compiler: list[str], machine: list[str]) -> dict[str, Any]:
-    """Return the flags for one module, the vector width they give, and what the CPU must have for them."""
+    """Return the flags for one module, the vector width they give, and the features that the CPU must have."""
     flags = ["-std=c++20", "-O3", "-g0", "-fopenmp", *HARDENING, *machine]
     macros = predefined_macros(compiler, flags)
     vector = capability(macros)
     flags += [f"-DCPU_CAPABILITY={vector}", f"-DCPU_CAPABILITY_{vector}", "-Wall", "-Wno-unknown-pragmas"]
-    flags += ["-Wno-maybe-uninitialized"]  # GCC 12 raises it falsely, hundreds of times, in its own AVX-512 headers
+    flags += ["-Wno-maybe-uninitialized"]  # GCC 12 warns falsely, hundreds of times, in its own AVX-512 headers
     if "__clang__" not in macros:
-        # GCC inlines until a large translation unit has grown by 40 %, and gives that allowance to a few functions. A
-        # higher threshold leaves enough for the others where a unit holds several files.
+        # GCC stops inlining when a large translation unit has grown by 40 %, and a few functions use up that allowance.
+        # A higher threshold leaves enough for the other functions where a unit holds several files.
         flags += [f"--param=large-unit-insns={15_000 * -(-len(CPU_SOURCES) // jobs())}"]
     if enabled("GPT_FAST_SANITIZE"):
         flags += [*SANITIZE, "-fno-omit-frame-pointer", "-O1", "-g1"]
@@ -218,7 +220,7 @@ def why_no_cuda(cuda: str | None, toolkit: str | None) -> str | None:
 
 
 def chosen_cuda(cuda: str | None, toolkit: str | None) -> str | None:
-    """Return why the CUDA C++ kernels are left out, or None. Raises `SystemExit` where GPT_FAST_CUDA=1 forbids that."""
+    """Return why the CUDA C++ kernels are left out, or None. Raise `SystemExit` where GPT_FAST_CUDA=1 forbids that."""
     choice = os.environ.get("GPT_FAST_CUDA", "")
     if choice not in ("", "0", "1"):
         raise SystemExit(f"gpt-fast: GPT_FAST_CUDA is {choice}; expected 0 or 1")
@@ -227,7 +229,7 @@ def chosen_cuda(cuda: str | None, toolkit: str | None) -> str | None:
     reason = why_no_cuda(cuda, toolkit)
     if reason and choice == "1":
         raise SystemExit(f"gpt-fast: GPT_FAST_CUDA=1, but {reason}")
-    if reason and cuda:  # a PyTorch for the CPU needs no word about it
+    if reason and cuda:  # no message for a PyTorch without CUDA
         print(f"gpt-fast: built without the CUDA C++ kernels: {reason}")
     return reason
 
@@ -258,7 +260,7 @@ def extension_arguments() -> dict[str, Any]:
 
         def finalize_options(self) -> None:
             super().finalize_options()
-            self.force = True  # ninja decides what to compile again: it also knows the headers and the flags
+            self.force = True  # ninja decides what to compile again, because it also knows the headers and the flags
 
         def build_extensions(self) -> None:
             remove_builds(Path(self.build_lib, "gpt_fast"))
@@ -287,14 +289,14 @@ def extension_arguments() -> dict[str, Any]:
     if no_cuda is None:
         make_extension = CUDAExtension
         cuda_sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.c*"))
-        cublas = cublas_include(CUDA_HOME)  # its functions are in what PyTorch's own library links
+        cublas = cublas_include(CUDA_HOME)  # the header is enough: PyTorch's own library links the functions
         if cublas is None:
             print("gpt-fast: no cublasLt.h, linear and mlp are built without cuBLASLt")
             cuda_sources = [source for source in cuda_sources if Path(source).name not in CUBLAS_SOURCES]
         elif cublas != str(Path(CUDA_HOME, "include")):
             arguments["include_dirs"].append(cublas)
         sources = [*sources, *cuda_sources]
-        nvcc["nvcc"] = ["-O3", *NVCC_FLAGS]  # without them PyTorch would ask the GPU that happens to be here
+        nvcc["nvcc"] = ["-O3", *NVCC_FLAGS]  # without these flags PyTorch compiles for the GPU of this machine
     extensions = [
         make_extension(name, sources, extra_compile_args={"cxx": record["flags"], **nvcc}, **arguments)
         for name, record in records.items()

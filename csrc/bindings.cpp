@@ -1,5 +1,5 @@
-// The Python module gpt_fast._C. Importing it loads this library, and with it the TORCH_LIBRARY_IMPL blocks that
-// each kernel file ends in; their schemas are defined in gpt_fast/ops, before or after.
+// The Python module gpt_fast._C. Importing it loads this library, which runs the TORCH_LIBRARY_IMPL block at the end of
+// each kernel file. gpt_fast/ops defines the schemas of these operators, before or after the import.
 
 #include <ATen/cpu/vec/vec.h>
 #include <pybind11/pybind11.h>

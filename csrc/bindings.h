@@ -1,4 +1,5 @@
-// Further functions of gpt_fast._C for Python. Each file adds its own, as TORCH_LIBRARY_IMPL adds kernels.
+// Registry of functions that other files add to the Python module gpt_fast._C. A file adds its functions with a static
+// object, as TORCH_LIBRARY_IMPL adds kernels:
 //
 //   static const Binding binding([](pybind11::module_& m) { ... });
 #pragma once

@@ -1,7 +1,8 @@
 // The dropout generator: philox4x32-7 of Salmon et al. (2011), "Parallel Random Numbers: As Easy as 1, 2, 3".
 //
 // An element's 16 random bits depend on seed, site and coordinates alone; gpt_fast/reference.py states the rule.
-// Everything here works on kLanes neighbouring counters at once, in loops the compiler turns into vector code.
+// `philox` works on kLanes neighbouring counters at once, in loops that the compiler turns into vector code.
+// PhiloxEight does the same for eight counters with AVX2 instructions.
 #pragma once
 
 #if defined(__AVX2__)
@@ -53,7 +54,8 @@ inline void philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, PhiloxKey
 #if defined(__AVX2__)
 enum class Along { kC0, kC1 };
 
-// The words at eight counters, which count up c0 or c1 from what is given.
+// Philox words at eight neighbouring counters. ALONG names the counter word, c0 or c1, that counts up from the given
+// value.
 template <Along ALONG>
 class PhiloxEight {
  public:
@@ -82,23 +84,25 @@ class PhiloxEight {
     }
   }
 
-  // Word w of the counters in their order.
+  // Returns word w of the eight counters, in their order.
   __m256i words(int w) const {
     return _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(x_[w][0]), _mm256_castsi256_ps(x_[w][1]), 0x88));
   }
 
-  // Words w and w + 1 side by side, of the four counters of a half: 0, 1, 4, 5 or 2, 3, 6, 7.
+  // Returns words w and w + 1 side by side, for four counters: 0, 1, 4 and 5 in half 0, or 2, 3, 6 and 7 in half 1.
   __m256i pair(int w, int half) const {
     return _mm256_blend_epi32(x_[w][half], _mm256_slli_epi64(x_[w + 1][half], 32), 0xaa);
   }
 
  private:
-  // Four counters in the lower halves of 64-bit lanes, rubbish in the upper ones: the multiplication does not read
-  // them. Counters 0, 1, 4, 5, then 2, 3, 6, 7: words() has to shuffle within 128 bits only.
+  // Each vector holds four counters in the lower halves of 64-bit lanes. The upper halves hold garbage, which the
+  // multiplication does not read. The halves hold counters 0, 1, 4, 5 and 2, 3, 6, 7, so that words() has to shuffle
+  // within 128 bits only.
   __m256i x_[4][2];
 };
 
-// Factors of sixteen 16-bit numbers, eight in either half: `scale` if the number is not below the threshold, else 0.
+// Factors of sixteen 16-bit numbers, eight in either half of a vector: `scale` if the number is at least the threshold,
+// else 0.
 class KeepSixteen {
  public:
   KeepSixteen(uint32_t threshold, float scale)
@@ -121,11 +125,11 @@ class KeepSixteen {
 };
 #endif
 
-// A dropout site: which elements it drops, and the factor for those it keeps.
+// Dropout at one site. It decides which elements are dropped, and holds the factor of the elements that are kept.
 struct Dropout {
   PhiloxKey key;
   uint32_t site;
-  uint32_t threshold;  // dropped where the 16 bits are below it
+  uint32_t threshold;  // an element is dropped if its 16 bits are below it
   float scale;
 
   Dropout(double p, int64_t seed, int64_t site_number)
@@ -134,7 +138,7 @@ struct Dropout {
         threshold(static_cast<uint32_t>(std::floor(p * 65536 + 0.5))),
         scale(threshold == 65536 ? 0.0f : static_cast<float>(65536.0 / (65536 - threshold))) {}
 
-  // Row sites (embedding, add_layer_norm): factors[j] = scale or 0 for the n columns of row i.
+  // Row sites (embedding, add_layer_norm): writes factors[j], `scale` or 0, for the n columns of row i.
   void row(int64_t i, int64_t n, float* factors) const {
 #if defined(__AVX2__)
     const KeepSixteen keep(threshold, scale);
@@ -143,7 +147,8 @@ struct Dropout {
       const PhiloxEight<Along::kC0> at(static_cast<uint32_t>(j / 8), static_cast<uint32_t>(i), 0, site, key);
       float* out = n - j < 64 ? tail : factors + j;
       for (int half = 0; half < 2; ++half) {
-        // A counter's columns are its four words. Counters of lane 0 and 2, then of 1 and 3, of the half's four.
+        // The four words of a counter are the bits of eight columns. The first store writes the half's counters in
+        // lanes 0 and 2, the second store those in lanes 1 and 3.
         const __m256i low = at.pair(0, half), high = at.pair(2, half);
         keep.store(_mm256_unpacklo_epi64(low, high), out + 16 * half, out + 16 * half + 32);
         keep.store(_mm256_unpackhi_epi64(low, high), out + 16 * half + 8, out + 16 * half + 40);
@@ -152,7 +157,7 @@ struct Dropout {
     }
 #else
     uint32_t words[4][kLanes];
-    uint32_t ordered[4 * kLanes];  // as the columns: 16-bit halves of word j / 2 % 4 at counter j / 8
+    uint32_t ordered[4 * kLanes];  // in the order of columns: column j is a half of word j / 2 % 4 at counter j / 8
     for (int64_t j = 0; j < n; j += 8 * kLanes) {
       philox(static_cast<uint32_t>(j / 8), static_cast<uint32_t>(i), 0, site, key, words);
       for (int l = 0; l < kLanes; ++l) {
@@ -166,15 +171,16 @@ struct Dropout {
 #endif
   }
 
-  // Matrix sites (attention, mlp): the random bits of rows i and i + 8, where i % 16 < 8, at columns j to
-  // j + 16 kLanes / 4 * blocks, j a multiple of 16: 64 columns a block. Element (i, j) is kept where bits >= threshold.
+  // Matrix sites (attention, mlp): writes the random bits of rows i and i + 8, where i % 16 < 8, for 64 * blocks
+  // columns from j on. j is a multiple of 16. Element (i, j) is kept if bits >= threshold.
   void row_pair(int64_t b, int64_t i, int64_t j, int64_t blocks, uint16_t* upper, uint16_t* lower) const {
     const uint32_t c1 = static_cast<uint32_t>((i / 16) * 8 + i % 8);
 #if defined(__AVX2__)
     for (int64_t column = 0; column < 64 * blocks; column += 32) {
       const PhiloxEight<Along::kC0> at(static_cast<uint32_t>(j / 16 * 4 + column / 4), c1, static_cast<uint32_t>(b),
                                        site, key);
-      // Four counters, half of a vector of words, are eight columns of word 0 (lower row: 2), then eight of word 1 (3).
+      // Four counters, half of a vector of words, are eight columns in word 0 and the next eight in word 1. The lower
+      // row has words 2 and 3.
       for (int row = 0; row < 2; ++row) {
         const __m256i first = at.words(2 * row), second = at.words(2 * row + 1);
         __m256i* out = reinterpret_cast<__m256i*>((row == 0 ? upper : lower) + column);
@@ -186,7 +192,7 @@ struct Dropout {
     uint32_t words[4][kLanes];
     for (int64_t block = 0; block < blocks; ++block) {
       philox(static_cast<uint32_t>(j / 16 * 4 + block * kLanes), c1, static_cast<uint32_t>(b), site, key, words);
-      // Four counters give 16 columns of either row: 8 from the word of j / 8 % 2 = 0, then 8 from that of 1.
+      // Four counters give 16 columns of either row: 8 from the row's first word, then 8 from its second word.
       for (int group = 0; group < kLanes / 4; ++group) {
         const int64_t column = block * 4 * kLanes + group * 16;
         std::memcpy(upper + column, words[0] + 4 * group, 16);

@@ -8,7 +8,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /
 RUN pip install --no-cache-dir --index-url "${TORCH_INDEX}" "${TORCH}"
 RUN pip install --no-cache-dir "setuptools>=77" wheel ninja numpy
 COPY . /src
-# One module for each instruction set: the image runs on other machines than the one that builds it.
+# Compile one module for each instruction set, because the image runs on other machines than the one that builds it.
 RUN GPT_FAST_PORTABLE=1 pip wheel --no-build-isolation --no-deps --wheel-dir /wheels /src
 
 FROM python:${PYTHON}-slim

@@ -8,7 +8,8 @@ ENV PATH=/opt/gpt-fast/bin:$PATH
 RUN pip install --no-cache-dir "${TORCH}"
 RUN pip install --no-cache-dir "setuptools>=77" wheel ninja numpy
 COPY . /src
-# nvcc of this image compiles the CUDA C++ kernels; no GPU is asked for its architecture.
+# The nvcc of this image compiles the CUDA C++ kernels. It needs no GPU, because
+# kernels/architectures.py lists the architectures.
 RUN GPT_FAST_PORTABLE=1 pip wheel --no-build-isolation --no-deps --wheel-dir /wheels /src
 RUN pip install --no-cache-dir "$(echo /wheels/gpt_fast-*.whl)[train]"
 

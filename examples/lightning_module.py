@@ -37,7 +37,7 @@ class LanguageModel(lightning.LightningModule):
 
 
 def main(steps: int = 100) -> list[float]:
-    """Return the loss of every step."""
+    """Train the model, and return the loss of every step."""
     lightning.seed_everything(0, verbose=False)
     tokens = torch.tensor(list(inspect.getsource(argparse).encode()))
     rows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)

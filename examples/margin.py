@@ -2,8 +2,8 @@
 
 Pre-train a language model on the source of Python's standard library. Then train the same classifier on the same few
 labelled snippets from those weights and from new weights, and measure both on snippets of files that neither stage has
-seen. A classifier from scratch also gets the rate that this model needs from scratch. Stopped, the same command
-resumes.
+seen. Another classifier from scratch trains at four times the learning rate, which this model needs from scratch. If
+the command is stopped, the same command resumes it.
 """
 
 import json
@@ -35,7 +35,7 @@ def measured(out: Path, arm: str, rows: int, seed: int) -> Path:
 
 
 def table(out: Path, rows: int, seeds: list[int]) -> str:
-    """Return accuracies on the held-out snippets as a table: each seed, the mean, the standard deviation."""
+    """Return a Markdown table of the held-out results: accuracy by seed, its mean and spread, macro F1 and loss."""
     lines = ["| classifier | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean | sd | macro F1 | loss |"]
     lines.append("| --- |" + " ---: |" * (len(seeds) + 4))
     for arm in ARMS:

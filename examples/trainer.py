@@ -18,7 +18,7 @@ LENGTH = 64
 
 
 class Blocks(Dataset):
-    """Bytes of a source file as sequences of LENGTH tokens; the labels are the tokens, shifted by the model."""
+    """Bytes of a source file as sequences of LENGTH tokens; the labels are the tokens, which the model shifts."""
 
     def __init__(self, module):
         tokens = torch.tensor(list(inspect.getsource(module).encode()))
@@ -32,7 +32,7 @@ class Blocks(Dataset):
 
 
 def main(out: str, steps: int = 100, bf16: bool = False) -> tuple[float, float]:
-    """Return the loss on other text before and after training."""
+    """Train the model. Return its loss on other text before and after training."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 256, "n_positions": LENGTH, "n_embd": 64, "n_layer": 2, "n_head": 4}
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None))

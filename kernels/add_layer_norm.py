@@ -66,7 +66,7 @@ def _bwd_kernel(
     dbias = tl.zeros([BLOCK_N], dtype=tl.float32)
 
     for first in range(program * BLOCK_M, M, programs * BLOCK_M):
-        offs_m = (first + tl.arange(0, BLOCK_M)).to(tl.int64)  # the interpreter counts in Python
+        offs_m = (first + tl.arange(0, BLOCK_M)).to(tl.int64)  # the interpreter's `first` is a Python int
         mask_m = offs_m < M
         mask = mask_m[:, None] & mask_n[None, :]
         offs = offs_m[:, None] * N + offs_n[None, :]

@@ -8,23 +8,24 @@ neither torch nor triton, so that setup.py and the codegen gate can load it with
 import functools
 from typing import NamedTuple
 
-INTERPRETER = 0  # capability of Triton's interpreter in launch_configs.py
+INTERPRETER = 0  # number of Triton's interpreter in launch_configs.py
 
 
 class Architecture(NamedTuple):
     """Facts about a GPU architecture, for the kernels and their tools."""
 
     capability: int  # compute capability times ten: the key of launch configurations
-    rows: int  # the newest architecture whose rows of launch_configs.py fit, where it has none of its own
+    rows: int  # the newest architecture whose rows in launch_configs.py serve this one if it has none
     shared: int  # bytes of shared memory that a program may use
-    descriptors: bool  # the tensor memory accelerator reads tiles by tensor descriptor
-    wgmma: bool  # products in 16 bits must compile to wgmma
-    targeted: bool  # DESIGN's speed targets are set for it: the codegen gate judges attention's loops on it
-    nvcc: tuple[str, ...]  # what setup.py compiles csrc/cuda to: "sm" machine code, "compute" PTX for newer GPUs
+    descriptors: bool  # True if the kernels read tiles by tensor descriptor (tensor memory accelerator)
+    wgmma: bool  # True if products in 16 bits must compile to wgmma instructions
+    targeted: bool  # True if the speed targets are set for it: the codegen gate checks attention's loops on it
+    nvcc: tuple[str, ...]  # forms in which setup.py compiles csrc/cuda: "sm" machine code, "compute" PTX for newer GPUs
 
 
 # An RTX 5090 has tensor descriptors and an RTX 3090's shared memory, but no wgmma, which reads its operands from shared
-# memory. Compiled with descriptors its products spill up to 752 bytes, with pointers and an RTX 3090's tiles none.
+# memory. Compiled with descriptors, its products spill up to 752 bytes. With pointers and an RTX 3090's tiles they
+# spill nothing.
 ARCHITECTURES = (
     # A100
     Architecture(80, 80, shared=163 * 1024, descriptors=False, wgmma=False, targeted=False, nvcc=("sm",)),
@@ -71,5 +72,5 @@ def has_descriptors(capability: int) -> bool:
     return capability == INTERPRETER or serving(capability).descriptors
 
 
-if __name__ == "__main__":  # for the Makefile
+if __name__ == "__main__":  # the Makefile reads this list
     print(*(row.capability for row in ARCHITECTURES))

@@ -23,11 +23,12 @@ from .sizes import cdiv, next_power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # of the finite float32 numbers
-ROW_TILE = tl.constexpr(128)  # what backward keeps of rows is padded to whole tiles, so that loads need no mask
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest finite float32
+ROW_TILE = tl.constexpr(128)  # rows saved for backward are padded to whole tiles, so that loads need no mask
 UNBOUNDED = 1 << 30  # a window that reaches everywhere
-GRID_LIMIT = 65_535  # programs in the second dimension of a grid
-# Scaled late, a score of -inf times 0 would be NaN, and LOWEST times a tiny scale a score like any other.
+GRID_LIMIT = 65_535  # most programs in the second dimension of a grid
+# Least scale for scaling scores after their maximum. With scale 0, a score of -inf would become NaN. With a tiny scale,
+# LOWEST would become an ordinary score.
 LEAST_LATE_SCALE = 2.0**-64
 
 
@@ -38,11 +39,11 @@ class Config(NamedTuple):
     keys: int
     warps: int
     stages: int
-    registers: int = 0  # that a thread may use; 0 leaves it to the compiler
-    late: int = 0  # 1: forward scales scores after their maximum, in the instruction that subtracts it
+    registers: int = 0  # most registers of a thread; 0 lets the compiler choose
+    late: int = 0  # 1: forward scales scores after taking their maximum, in the instruction that subtracts it
 
 
-# Arguments that the kernels' helpers share, in groups. A group may hold a None pointer but no constexpr, because Triton
+# Groups of arguments that the kernels' helpers share. A group may hold a None pointer but no constexpr, because Triton
 # makes a tensor of a constexpr that is assigned to a name. Compile-time switches therefore stay separate parameters.
 
 
@@ -98,7 +99,7 @@ class Walk(NamedTuple):
 
     offs: Any  # [BLOCK], from 0
     end: Any  # row to stop before
-    cut: Any  # a pointer where `end` may lie before the tensor's last row, else None
+    cut: Any  # a pointer if `end` may come before the tensor's last row, else None
 
 
 class Ranges(NamedTuple):
@@ -113,9 +114,9 @@ class Ranges(NamedTuple):
 class Dropout(NamedTuple):
     """Dropout of the rows that a program owns, [BLOCK, 1] each, and the rule's numbers; `seed_ptr` is None without."""
 
-    position: Any  # of the row in its sequence
-    start: Any  # of its sequence
-    matrix: Any  # the rule's b
+    position: Any  # position of the row in its sequence
+    start: Any  # first row of its sequence
+    matrix: Any  # number of the matrix: b of keep_matrix
     site: Any
     threshold: Any
     seed_ptr: Any
@@ -350,7 +351,7 @@ def _fwd_kernel(
     stride_vb, stride_vh, stride_vs, stride_vd, stride_ob, stride_oh, stride_ot,
     stride_kmb, stride_kms, stride_mb, stride_mh, stride_mt, stride_ms,
     H, T, S, lower, upper, scale, site, threshold, dropout_scale,
-    dropped,  # zero, which the compiler must not know: with a constant the selection costs more instructions
+    dropped,  # 0.0 as an argument: with a constant zero the selection costs more instructions
     ALL_MASKED: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
@@ -362,7 +363,7 @@ def _fwd_kernel(
     """
     bh, tile, tiles = _program(T, BLOCK_M, FLAT)
     b, h = bh // H, bh % H
-    start_m = (tiles - 1 - tile) * BLOCK_M  # the longest rows of causal work first
+    start_m = (tiles - 1 - tile) * BLOCK_M  # the last tiles, which have the most keys under causality, come first
     offs_m = start_m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < T
     head = Head(b, h, tl.arange(0, BLOCK_D))
@@ -398,9 +399,9 @@ def _fwd_kernel(
         )  # fmt: skip
 
     empty = total == 0.0
-    # Keys whose scores are all -inf: NaN, as in PyTorch.
+    # A row that has keys, but only scores of -inf, becomes NaN, as in PyTorch.
     if ALL_MASKED:
-        if LATE:  # LOWEST came to this, or a finite score to infinity
+        if LATE:  # scaling turns LOWEST into the number below, and may turn a finite score into inf
             total = tl.where(m == tl.maximum(LOWEST * scale_log2, LOWEST), float("nan"), total)
             total = tl.where(m == float("inf"), float("nan"), total)
             empty = total == 0.0
@@ -453,7 +454,7 @@ def _bwd_dq_kernel(
     out_ptr,  # [B, H, T, D], elements contiguous
     do_ptr,  # [B, H, T, D]
     lse_ptr,  # [B, H, T] float32
-    rows_ptr,  # [B H, 2, padded T] float32: lse in powers of two and delta (1 - p), for _bwd_dkdv_kernel
+    rows_ptr,  # [B H, 2, padded T] float32: lse log2(e) and delta (1 - p), for _bwd_dkdv_kernel
     dq_ptr,  # [B, H, T, D], elements contiguous
     length_ptr,  # [B]
     key_mask_ptr,  # [B, S]
@@ -476,7 +477,7 @@ def _bwd_dq_kernel(
     """
     bh, tile, tiles = _program(T, BLOCK_M, FLAT)
     b, h = bh // H, bh % H
-    start_m = (tiles - 1 - tile) * BLOCK_M  # the longest rows of causal work first
+    start_m = (tiles - 1 - tile) * BLOCK_M  # the last tiles, which have the most keys under causality, come first
     offs_m = start_m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < T
     head = Head(b, h, tl.arange(0, BLOCK_D))
@@ -571,8 +572,8 @@ def _bwd_dkdv_tile(
         p = tl.where(allowed, p, 0.0)
     dp = dot(v, tl.trans(do), None, PRECISION)  # [BLOCK_N, BLOCK_M]
     if dropout.seed_ptr is not None:
-        # The sign carries the decision, so that one select serves both products. delta comes times 1 - p; the scale of
-        # dropout is applied once, at the end.
+        # The sign stores whether a weight is kept, so that one select serves both products. delta is already multiplied
+        # by 1 - p. The scale of dropout is applied once, at the end.
         keep = _keep(_walked_position(start, walk, dropout), dropout.position, dropout)
         signed = tl.where(keep, p, -p)
         z = tl.maximum(signed, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -614,7 +615,7 @@ def _bwd_dkdv_kernel(
     tl.static_assert(ROW_TILE % BLOCK_M == 0)  # saved rows are read without a mask
     bh, tile, tiles = _program(S, BLOCK_N, FLAT)
     b, h = bh // H, bh % H
-    start_n = tile * BLOCK_N  # the first keys of causal work have the most queries
+    start_n = tile * BLOCK_N  # under causality the first keys have the most queries
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
     head = Head(b, h, tl.arange(0, BLOCK_D))

@@ -27,7 +27,7 @@ class Config(NamedTuple):
     """Launch configuration for heads of some size."""
 
     split: int  # keys of a program
-    keys: int  # of a tile of it
+    keys: int  # keys of a tile
     warps: int
     added: int  # splits that the second kernel adds at a time
 
@@ -51,7 +51,7 @@ def _fwd_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, acc_ptr, m_ptr, l_ptr,
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd, H, S, D, splits, scale,
-    k_new_ptr, v_new_ptr,  # [B, H, D]: what becomes the last key and value; None, None if the cache is only read
+    k_new_ptr, v_new_ptr,  # [B, H, D]: the last key and value after this call; both None if the cache is only read
     stride_knb, stride_knh, stride_knd, stride_vnb, stride_vnh, stride_vnd,
     SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +77,7 @@ def _fwd_kernel(
             offs_vn = b * stride_vnb + h * stride_vnh + offs_d * stride_vnd
             k_new = tl.load(k_new_ptr + offs_kn, mask=mask_d, other=0.0)  # [BLOCK_D]
             v_new = tl.load(v_new_ptr + offs_vn, mask=mask_d, other=0.0)
-            if n <= begin + SPLIT:  # the new key is this program's
+            if n <= begin + SPLIT:  # the split of this program holds the new key
                 offs_k = b * stride_kb + h * stride_kh + (n - 1) * stride_kt + offs_d * stride_kd
                 offs_v = b * stride_vb + h * stride_vh + (n - 1) * stride_vt + offs_d * stride_vd
                 tl.store(k_ptr + offs_k, k_new, mask=mask_d)
@@ -172,7 +172,8 @@ def _attend(
     """Return out [B, H, D] of `forward`, or of `append_forward` if k and v are given."""
     B, H, D = q.shape
     S = k_cache.shape[2]
-    # Triton's interpreter (as of 3.9) truncates to bfloat16 where a GPU rounds: there PyTorch rounds, below.
+    # Triton's interpreter (as of 3.9) truncates to bfloat16 where a GPU rounds. There `out` is float32, and PyTorch
+    # rounds it at the end.
     dtype = torch.float32 if triton.knobs.runtime.interpret else q.dtype
     out = torch.empty((B, H, D), dtype=dtype, device=q.device)
     if out.numel() == 0:

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import architectures
 from .sizes import cdiv
 
-ALIGNMENT = 16  # bytes, of a descriptor's base and of every stride but the last
+ALIGNMENT = 16  # bytes; a descriptor's base and every stride but the last are multiples of it
 
 
 def describable(x: torch.Tensor, architecture: int) -> bool:

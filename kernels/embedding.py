@@ -35,7 +35,7 @@ def _fwd_kernel(
 ):  # fmt: skip
     """Write a tile [BLOCK_M, BLOCK_C] of out [M, C]: token row plus position row, after dropout."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    # Columns count in 32 bits, which hold every width: in 64 the dropout rule takes more registers.
+    # Columns are 32-bit numbers, which hold every width. With 64 bits the dropout rule takes more registers.
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_m = offs_m < M
     mask = mask_m[:, None] & (offs_c < C)[None, :]

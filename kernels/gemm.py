@@ -238,7 +238,7 @@ def operands(
         "BLOCK_M": launch.m, "BLOCK_N": launch.n, "BLOCK_K": launch.k,
         "num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True,
     }  # fmt: skip
-    if launch.programs > 1 and a_mode and b_mode and out_mode:  # by pointers it would spill
+    if launch.programs > 1 and a_mode and b_mode and out_mode:  # with pointers the product would spill
         switches["maxnreg"] = 65536 // (32 * launch.warps * launch.programs)
     return arguments, switches
 

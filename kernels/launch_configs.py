@@ -22,22 +22,23 @@ import triton
 
 from .architectures import INTERPRETER, OLDEST, fits
 
-ANY = 1 << 30  # a size that everything is below
+ANY = 1 << 30  # larger than every size
 
 
 class Row(NamedTuple):
     """One launch configuration; what its numbers mean, the op's Config says."""
 
     kernel: str
-    architecture: int  # of architectures.py, or INTERPRETER
-    element: int  # bytes, up to
-    size: int  # of the shape, up to
+    architecture: int  # capability from architectures.py, or INTERPRETER
+    element: int  # bytes of the largest element that the row serves
+    size: int  # largest size of a shape that the row serves
     config: tuple[int, ...]
     source: str
 
 
 TABLES: dict[str, list[Row]] = {
-    # kernels/attention.py: queries, keys, warps, stages, then registers and late where they are not 0; by head size
+    # kernels/attention.py: queries, keys, warps, stages, then registers and late if they are not 0. `size` is the head
+    # size.
     "attention": [
         Row("fwd", 80, 2, 64, (128, 64, 8, 3), "compiled, no spills"),
         Row("fwd", 80, 2, 128, (128, 32, 8, 3), "compiled, no spills without dropout, 8 bytes with it"),
@@ -73,8 +74,8 @@ TABLES: dict[str, list[Row]] = {
         Row("bwd_dkdv", 90, 2, 128, (32, 128, 8, 2), "compiled, no spills without dropout"),
         Row("bwd_dkdv", 90, 2, 256, (32, 64, 8, 1), "compiled"),
     ],
-    # kernels/layer_norm.py, add_layer_norm too: rows and warps forward, rows, warps and programs backward; by width.
-    # Tiles of 2 to 16 KiB keep several loads in flight.
+    # kernels/layer_norm.py, and add_layer_norm: rows and warps of forward, then rows, warps and programs of backward.
+    # `size` is the width. Tiles of 2 to 16 KiB keep several loads in flight.
     "layer_norm": [
         Row("rows", 80, 4, 128, (16, 4, 16, 4, 512), "compiled, no spills"),
         Row("rows", 80, 4, 256, (8, 4, 8, 4, 512), "compiled, no spills"),
@@ -86,8 +87,8 @@ TABLES: dict[str, list[Row]] = {
         Row("rows", 80, 4, 16384, (1, 16, 1, 32, 128), "compiled"),
         Row("rows", 80, 4, 65536, (1, 32, 1, 32, 128), "compiled"),
     ],
-    # kernels/decode_attention.py: keys of a program and of a tile, warps, splits added at a time; by head size. Of 12
-    # heads 1,024 keys make 96 programs, and a tile is 8 to 16 KiB in bfloat16.
+    # kernels/decode_attention.py: keys of a program and of a tile, warps, splits added at a time. `size` is the head
+    # size. With 12 heads, 1,024 keys make 96 programs. A tile is 8 to 16 KiB in bfloat16.
     "decode_attention": [
         Row("keys", 80, 4, 64, (128, 64, 4, 16), "compiled, no spills"),
         Row("keys", 80, 4, 128, (128, 64, 4, 16), "compiled, no spills"),
@@ -97,10 +98,10 @@ TABLES: dict[str, list[Row]] = {
     "embedding": [
         Row("rows", 80, 4, ANY, (4, 256, 32, 4), "compiled, no spills"),
     ],
-    # kernels/gemm.py: m, n, k, warps, stages, programs on a multiprocessor; by the columns of x. For products with few
-    # rows: up to how many, columns and a step of K, warps, stages, programs that K is split for. 768 columns make 96;
-    # to split K for more would cost a second launch. And for what csrc/cuda/mlp.cpp can do: 1 where cuBLASLt serves,
-    # because it was measured to be faster, or 0.
+    # "product" (kernels/gemm.py): m, n, k, warps, stages, programs on a multiprocessor. "few" (Few in kernels/mlp.py):
+    # the most rows, columns of a program, a step of K, warps, stages, programs that K is split for. 768 columns make 96
+    # programs; splitting K for more would cost a second launch. "cublaslt": 1 if csrc/cuda/mlp.cpp serves, because it
+    # was measured to be faster, else 0. `size` is the number of columns of x.
     "mlp": [
         Row("product", 0, 2, ANY, (64, 64, 32, 4, 1, 1), "small, for tests to have several tiles"),
         Row("product", 0, 4, ANY, (64, 64, 32, 4, 1, 1), "small, for tests to have several tiles"),
@@ -115,11 +116,12 @@ TABLES: dict[str, list[Row]] = {
         Row("cublaslt relu", 80, 2, ANY, (0,), "default: cuBLASLt has not run on a GPU yet"),
         Row("cublaslt gelu_tanh", 80, 2, ANY, (0,), "default: cuBLASLt has not run on a GPU yet"),
     ],
-    # 1 where csrc/cuda/linear.cpp serves backward, because it was measured to be faster, or 0; by the columns of x
+    # "cublaslt": 1 where csrc/cuda/linear.cpp computes the backward, which is faster by a measurement, else 0. The size
+    # is the number of columns of x.
     "linear": [
         Row("cublaslt", 80, 2, ANY, (0,), "default: cuBLASLt has not run on a GPU yet"),
     ],
-    # As mlp's products; and the rows of a chunk, for whole waves of dx's tiles on 132 multiprocessors
+    # "product": as for mlp. "chunk": rows of a chunk, for whole waves of dx's tiles on 132 multiprocessors.
     "linear_cross_entropy": [
         Row("product", 0, 2, ANY, (64, 64, 32, 4, 1, 1), "small, for tests to have several tiles"),
         Row("product", 0, 4, ANY, (64, 64, 32, 4, 1, 1), "small, for tests to have several tiles"),
@@ -137,8 +139,8 @@ TABLES: dict[str, list[Row]] = {
     ],
 }
 
-# Rows that the tuner measures beside the neighbours of what serves, and that the codegen gate compiles. What each is
-# predicted to bring is in docs/performance/what-a-gpu-should-show.md.
+# Rows that the codegen gate compiles, and that the tuner measures beside the neighbours of the rows that serve.
+# docs/performance/what-a-gpu-should-show.md explains the predictions.
 CANDIDATES: dict[str, list[Row]] = {
     "attention": [
         Row("fwd", 90, 2, 64, (128, 64, 8, 3, 0, 1), "predicted: 1.05 x, with dropout 1.03 x"),
@@ -158,8 +160,8 @@ CANDIDATES: dict[str, list[Row]] = {
     ],
 }
 
-FOLDER = "GPT_FAST_LAUNCH_CONFIGS"  # environment variable: folder of the user's tables; empty means none
-FORMAT = 1  # of a user's table
+FOLDER = "GPT_FAST_LAUNCH_CONFIGS"  # environment variable: folder of the user's tables; empty if there is none
+FORMAT = 1  # version of the format of a user's table
 
 
 @functools.cache

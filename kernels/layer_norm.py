@@ -25,11 +25,11 @@ class Config(NamedTuple):
     fwd_warps: int
     bwd_rows: int
     bwd_warps: int
-    bwd_programs: int  # partial sums of the weight gradients
+    bwd_programs: int  # each leaves one partial sum of the weight gradients
 
 
 WIDEST = 65536
-REDUCE_ROWS, REDUCE_COLUMNS = 64, 32  # tile of the second stage
+REDUCE_ROWS, REDUCE_COLUMNS = 64, 32  # tile of _bwd_reduce_kernel
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def normalise(
     rough = tl.sum(x, axis=1) / N
     rest = tl.where(mask, x - rough[:, None], 0.0)
     shift = tl.sum(rest, axis=1) / N
-    mean = rough + shift  # of a constant row, the constant
+    mean = rough + shift  # exactly the constant if the row is constant
     variance = tl.maximum(tl.sum(rest * rest, axis=1) / N - shift * shift, 0.0, propagate_nan=tl.PropagateNan.ALL)
     rstd = 1.0 / tl.sqrt_rn(variance + eps)
     y = (x - mean[:, None]) * rstd[:, None]
@@ -109,7 +109,7 @@ def _bwd_kernel(
     dbias = tl.zeros([BLOCK_N], dtype=tl.float32)
 
     for first in range(program * BLOCK_M, M, programs * BLOCK_M):
-        offs_m = (first + tl.arange(0, BLOCK_M)).to(tl.int64)  # the interpreter counts in Python
+        offs_m = (first + tl.arange(0, BLOCK_M)).to(tl.int64)  # the interpreter's `first` is a Python int
         mask_m = offs_m < M
         mask = mask_m[:, None] & mask_n[None, :]
         dy = tl.load(dy_ptr + offs_m[:, None] * stride_dy + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)

@@ -19,9 +19,9 @@ from . import launch_configs
 from .gemm import as_matrix, cast, config, grid, halves, operands, precision, product, store, tile
 from .sizes import cdiv
 
-COMPACT = 1024  # rows a step of _compact_kernel and _total_kernel
+COMPACT = 1024  # rows in a step of _compact_kernel and _total_kernel
 ROWS, COLUMNS = 16, 128  # tile of _gather_kernel
-GRADIENT_ROWS = 64  # of a tile of _gradient_kernel, a multiple of every product's k
+GRADIENT_ROWS = 64  # rows of a tile of _gradient_kernel; a multiple of every product's k
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])
@@ -88,7 +88,7 @@ def _logits_half(
     tl.store(picked_ptr + offs_m, picked, mask=mask_m & (target >= n) & (target < n + logits.shape[1]))
     logits = tl.where(mask_n[None, :], logits, float("-inf"))
     largest = tl.max(logits, axis=1)
-    logits -= tl.where(largest == float("-inf"), 0.0, largest)[:, None]  # classes may be ruled out by the bias
+    logits -= tl.where(largest == float("-inf"), 0.0, largest)[:, None]  # a bias of -inf may rule classes out
     tl.store(largest_ptr + at, largest, mask=mask_m)
     tl.store(total_ptr + at, tl.sum(tl.exp(logits), axis=1), mask=mask_m)
     if KEEPS:
@@ -192,7 +192,7 @@ def _gradient_kernel(
         live = (first + offs_m < count) & mask_m
         mask = live[:, None] & mask_v[None, :]
         row = offs_m.to(tl.int64)[:, None]
-        # Rows are padded: masks by their stride, not by V, leave loads and stores wide.
+        # Rows are padded up to their stride. Masks that end at the stride, not at V, keep loads and stores wide.
         wide = mask_m[:, None] & (offs_v < stride_l)[None, :]
         shifted = tl.load(logits_ptr + row * stride_l + offs_v[None, :], mask=wide, other=0.0).to(tl.float32)
         largest = tl.load(largest_ptr + tl.program_id(0).to(tl.int64) * R + offs_m, mask=live, other=0.0)
@@ -242,7 +242,7 @@ def _dx_kernel(
     count = tl.load(count_ptr)
     live = tl.minimum(count - first, M)
     scale = 1.0 / FACTOR
-    if MEAN:  # the part of 1 / count that is no power of two: autograd divides by the rest, which is exact
+    if MEAN:  # the factor of 1 / count that is no power of two; autograd divides by the other factor, exactly
         counted = tl.maximum(count, 1).to(tl.float32)
         power = (counted.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         scale = power / counted * scale
@@ -366,7 +366,7 @@ def _run(
     R = min(N, *launch_configs.pick("linear_cross_entropy", "chunk", architecture, x.element_size(), C))
     width = launch.n // 2
     parts = 2 * cdiv(V, launch.n)
-    padded = cdiv(V, 64) * 64  # aligned rows
+    padded = cdiv(V, 64) * 64  # so that rows are aligned
     floats = {"dtype": torch.float32, "device": device}
     rows = torch.empty((R, C), dtype=x.dtype, device=device)
     targets = torch.empty(R, dtype=torch.int32, device=device)
@@ -381,7 +381,7 @@ def _run(
     sums = torch.empty((parts, R), **floats) if smoothing > 0 and loss is not None else None
     picked, of_rows = torch.empty(R, **floats), torch.empty((2, R), **floats)
     partial = None if dbias is None else torch.empty((cdiv(R, GRADIENT_ROWS), V), **floats)
-    # A power of two: exact. What autograd asks of single losses may be large itself.
+    # A power of two scales exactly. With dloss there is no factor, because gradients of single losses may be large.
     factor = 32768.0 if x.dtype == torch.float16 and dloss is None else 1.0
     bias = None if bias is None else bias.contiguous()
 

@@ -35,18 +35,18 @@ from .gemm import (
 from .philox import keep_matrix
 from .sizes import cdiv
 
-FEW_ROWS = 16  # of a tile of few rows: the least that a matrix product has
+FEW_ROWS = 16  # rows of a tile in _few_kernel: the fewest of a matrix instruction
 
 
 class Few(NamedTuple):
     """Launch configuration of products with few rows."""
 
-    rows: int  # up to which it serves; 0 turns it off
+    rows: int  # the most rows that it serves; 0 turns it off
     n: int  # columns of a program
-    k: int  # of a step
+    k: int  # elements of K in a step
     warps: int
     stages: int
-    fill: int  # programs that K is split for, where the columns make fewer
+    fill: int  # number of programs that splitting K aims at, if the columns make fewer
 
 
 @triton.jit
@@ -143,11 +143,12 @@ def _dz_part(
     is given, write the sum of dz over the tile's rows, for the gradient of the bias.
     """
     at_z = load(kept, m, n, M, N, stride_om, stride_on, dh.shape[0], dh.shape[1], OUT_MODE).to(tl.float32)
-    dh, at_z = tl.split(tl.join(dh, at_z))  # in one layout: else what follows is computed in two
+    dh, at_z = tl.split(tl.join(dh, at_z))  # gives both one layout; with two, the code below would be computed twice
     value, slope = _activate(at_z, ACTIVATION)
     dz = dh * slope
     if ACTIVATION == "relu":
-        # 0 where dropped: the hidden layer is. Selected, because PyTorch passes no NaN where relu is 0.
+        # The slope is 0 where an element was dropped, because `kept` is the hidden layer after dropout. Select, do
+        # not multiply: PyTorch passes no NaN where relu is 0.
         dz = tl.where(slope == 0.0, 0.0, dh * scale)
     elif HAS_DROPOUT:
         i = m + tl.arange(0, dh.shape[0])[:, None]

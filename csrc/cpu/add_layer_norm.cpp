@@ -1,7 +1,7 @@
-// add_layer_norm on CPU: dropout, residual addition and norm of a row while it is in cache.
+// add_layer_norm on CPU: dropout, residual addition and norm of a row, all while the row is in cache.
 //
-// summed = residual + x * factor, factor = scale or 0 of the dropout rule; normed is the norm of `summed` as stored.
-// Backward: d = d(norm) + dsummed, dresidual = d, dx = d * factor.
+// summed = residual + x * factor, where the dropout rule makes `factor` either `scale` or 0. normed is the norm of
+// `summed` as it was rounded and stored. Backward: d = d(norm) + dsummed, dresidual = d, dx = d * factor.
 #include <limits>
 #include <optional>
 #include <vector>
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
   const int64_t N = summed.size(-1);
   const auto options = weight.has_value() ? weight->options() : summed.options();
   const optional<Dropout> dropout = make_dropout("add_layer_norm", dropout_p, seed, site);
-  const bool own_dx = dropout || x_dtype != residual_dtype;  // else dx is dresidual, and stays empty
+  const bool own_dx = dropout || x_dtype != residual_dtype;  // else dx equals dresidual, and the dx returned is empty
   const Tensor dresidual = at::empty(summed.sizes(), summed.options().dtype(residual_dtype));
   const Tensor dx = own_dx ? at::empty(summed.sizes(), summed.options().dtype(x_dtype))
                            : at::empty({0}, summed.options().dtype(x_dtype));

@@ -1,11 +1,13 @@
-// attention on CPU: blocks of keys against panels of queries, online softmax, nothing of size T x S.
+// attention on CPU: blocks of keys against panels of queries, with an online softmax. No buffer has T x S elements.
 //
-// Forward, per query: t = scale log2(e) q k, m = max t, l = sum of 2^(t - m), out = sum of 2^(t - m) keep v / l,
-// lse = ln(2) m + ln(l), +inf without keys. Backward: p = 2^(t - lse log2(e)), delta = sum of dout * out,
-// ds = p * (keep * (dout v) - delta), dv = sum of p keep dout, dq = scale sum of ds k, dk = scale sum of ds q.
-// Sums and statistics are float32; probabilities and ds are rounded to bfloat16 where the CPU multiplies that dtype,
-// float16 is computed in float32. Every output element has one owner that adds in one order: the number of threads
-// changes no bit.
+// Forward, for each query: s = scale q k, m = max s, l = sum of e^(s - m), out = sum of e^(s - m) keep v / l,
+// lse = m + ln(l), or +inf without keys. `keep` is the dropout factor: 0 or the dropout scale. Backward:
+// p = e^(s - lse), delta = sum of dout * out, ds = p * (keep * (dout v) - delta), dv = sum of p keep dout,
+// dq = scale sum of ds k, dk = scale sum of ds q.
+//
+// Sums and statistics are float32. Where the CPU multiplies bfloat16 (words.h), probabilities and ds of bfloat16 inputs
+// are rounded to bfloat16 before their products. float16 is computed in float32. One task computes an output element
+// and adds its terms in a fixed order, so results do not depend on the number of threads.
 #include <tuple>
 
 #include "cpu/attention/backward.h"
@@ -14,7 +16,8 @@
 namespace gpt_fast::attention {
 namespace {
 
-// Into how many tasks a segment is cut, so that all threads are busy to the end. Each task packs the keys it needs.
+// Returns the number of tasks into which a segment is cut, so that all threads stay busy to the end. Each task packs
+// the keys that it needs.
 int64_t chunks_of(const Options& options, int64_t pieces) {
   const int64_t segments = static_cast<int64_t>(options.segments.size());
   const int64_t wanted = 16 * at::get_num_threads();
@@ -42,7 +45,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
   for (int64_t n = 0; n < static_cast<int64_t>(options.segments.size()); ++n) {
     const int64_t panels = ceil_div(options.segments[n].T, kPanel);
     const int64_t chunks = chunks_of(options, panels);
-    // The last queries first: under causality they have the most keys.
+    // The last queries come first, because under causality they have the most keys.
     for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
       tasks.push_back({n, chunk * panels / chunks, (chunk + 1) * panels / chunks});
     }
@@ -56,8 +59,8 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
   return {out, lse};
 }
 
-// One pass over a segment computes its scores once; where there are too few segments to go round, a pass for dq and one
-// for dk and dv, each cut into chunks, compute them twice.
+// Returns the tasks of backward. One pass over a segment computes its scores once. If the segments are too few to keep
+// all threads busy, each gets a pass for dq and another for dk and dv. Both are cut into chunks and compute the scores.
 std::vector<BackwardTask> backward_tasks(const Options& options) {
   std::vector<BackwardTask> tasks;
   const int64_t threads = at::get_num_threads();

@@ -1,4 +1,4 @@
-// decode_attention on CPU: one query a sequence against its cache.
+// decode_attention on CPU: one query of each sequence attends to the cache of that sequence.
 #include "cpu/decode/attention.h"
 
 #include <vector>
@@ -8,7 +8,7 @@ namespace {
 
 using at::Tensor;
 
-// Rows of D neighbouring elements: as they lie, or copied where the elements are apart.
+// Returns x with the elements of a row side by side: x itself, or a copy if they are apart.
 Tensor with_rows(const Tensor& x) { return x.size(-1) == 1 || x.stride(-1) == 1 ? x : x.contiguous(); }
 
 Tensor decode_attention_forward(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& lengths) {

@@ -1,7 +1,7 @@
-// embedding on CPU: token row + position row, dropped out, in one pass.
+// embedding on CPU: token row + position row and dropout, in one pass.
 //
-// Backward sums the rows of dout that belong to one table row, in their order, so that the result does not depend on
-// the number of threads: a stable counting sort lines them up and each table row has one owner.
+// For each row of a table, backward sums the rows of dout that used it, in their order. A stable counting sort groups
+// these rows, and one thread owns each table row, so the result does not depend on the number of threads.
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -21,7 +21,7 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-// The table row of each of M output rows; positions shorter than that repeat.
+// Returns the table row of each of M output rows. `given` is repeated if it has fewer than M ids.
 std::vector<int64_t> indices(const char* name, const Tensor& given, int64_t M, int64_t table_rows) {
   const Tensor ids = as_int64("embedding", name, given);
   const int64_t* data = ids.const_data_ptr<int64_t>();
@@ -64,8 +64,8 @@ Tensor embedding_forward(const Tensor& tokens, const Tensor& token_weight, const
   return out;
 }
 
-// Zeros like a dense x. Large ones are pages fresh from the system, which are zero without being written: the rows of a
-// table that no token used cost nothing here, and little where they are read.
+// Returns zeros like x. If x is dense and large, they are fresh pages of the system, which are zero without being
+// written. The rows of a table that no token used then cost nothing here, and little where they are read.
 Tensor untouched_zeros_like(const Tensor& x) {
 #ifdef __linux__
   constexpr size_t kLarge = 4 << 20;  // bytes
@@ -80,12 +80,12 @@ Tensor untouched_zeros_like(const Tensor& x) {
   return at::zeros_like(x);
 }
 
-// The gradient of a table whose row table_row_of[i] was used by output row i.
+// Returns the gradient of a table, where output row i used the table row table_row_of[i].
 Tensor table_gradient(const Rows& upstream, const Tensor& table, const std::vector<int64_t>& table_row_of,
                       const optional<Dropout>& dropout) {
   const Tensor gradient = untouched_zeros_like(table);
   const int64_t M = static_cast<int64_t>(table_row_of.size()), C = table.size(1), table_rows = table.size(0);
-  std::vector<int64_t> first(table_rows + 1, 0), order(M);  // rows of the k-th table row: order[first[k]..first[k + 1])
+  std::vector<int64_t> first(table_rows + 1, 0), order(M);  // uses of table row k: order[first[k]..first[k + 1])
   for (const int64_t k : table_row_of) ++first[k + 1];
   for (int64_t k = 0; k < table_rows; ++k) first[k + 1] += first[k];
   std::vector<int64_t> next(first.begin(), first.end() - 1), used;
@@ -94,7 +94,7 @@ Tensor table_gradient(const Rows& upstream, const Tensor& table, const std::vect
     if (first[k] < first[k + 1]) used.push_back(k);
   }
 
-  // A table that is not laid out by rows gets its gradient in its own strides, through a copy.
+  // The gradient has the strides of the table. If these are not by rows, the sums are made in `target` and copied.
   const bool by_rows = C == 1 || gradient.stride(1) == 1;
   const Tensor target = by_rows ? gradient : at::zeros({table_rows, C}, table.options());
   const Rows out(target);

@@ -1,4 +1,4 @@
-// layer_norm on CPU: a row is read from memory once and stays in cache for its mean, its variance and its output.
+// layer_norm on CPU: a row is read from memory once, and stays in cache for its mean, its variance and its output.
 #include <limits>
 #include <vector>
 

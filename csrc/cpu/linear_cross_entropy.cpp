@@ -1,10 +1,11 @@
-// linear_cross_entropy on CPU: logits live in a buffer of about kChunk rows, whatever the number of rows.
+// linear_cross_entropy on CPU: a buffer holds the logits of about kChunk rows, whatever the number of rows.
 //
-// With l = x W' + b and p = softmax(l): loss = lse(l) - (1 - s) l[target] - s / V sum(l) for smoothing s, and dl = p -
-// (1 - s) [v = target] - s / V; dW = dl' x, db = sum of dl, dx = dl W. A block of logits is turned into exp(l - m), m
-// being the row's largest logit in the block, when it leaves the product; once a row's blocks are all there, each
-// needs one factor to become p. Weight gradients add up in float32 in the order of the rows; dx in kGroups groups of
-// blocks, a number that does not depend on the threads, added in their order.
+// With l = x W' + b, p = softmax(l) and smoothing s: loss = lse(l) - (1 - s) l[target] - s / V sum(l),
+// dl = p - (1 - s) [v = target] - s / V, dW = dl' x, db = sum of dl, dx = dl W. A block of logits that leaves the
+// product becomes exp(l - m), where m is the row's largest logit in the block. Once all blocks of a row are there, one
+// factor for each block turns these exponentials into p. Weight gradients add up in float32 in the order of the rows.
+// dx is summed over kGroups groups of blocks, which are added in their order. The number of groups does not depend on
+// the threads.
 #include <ATen/ops/scalar_tensor.h>
 
 #include <cmath>
@@ -22,15 +23,15 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-constexpr int64_t kChunk = 512;  // rows at most, but for whole panels: 100 MiB of logits for the vocabulary of GPT-2
-constexpr int64_t kGroups = 16;  // of blocks of the vocabulary
+constexpr int64_t kChunk = 512;  // most rows, but for whole panels: 100 MiB of logits for the vocabulary of GPT-2
+constexpr int64_t kGroups = 16;  // groups of blocks of the vocabulary
 // Packed elements along the vocabulary whose product with W is added to dx at once.
 constexpr int64_t kWideDepth = kChain;
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 Vec add(Vec a, Vec b) { return a + b; }
 
-// The rows that count, and their targets.
+// Rows that count, which are those whose target is not ignore_index, and their targets.
 struct CountedRows {
   std::vector<int64_t> index, target;
 };
@@ -55,33 +56,34 @@ struct Problem {
   const float* bias;     // padded to whole blocks by -inf
   const CountedRows& rows;
   float smoothing;
-  const float* scale;  // of each row's gradient, by its index in x; null: 1
-  float dx_scale;      // of dx alone, before it is rounded
+  const float* scale;  // factor of each row's gradient, by its index in x; null: 1
+  float dx_scale;      // factor of dx alone, before dx is rounded
 };
 
-// Undefined where not needed. dx holds zeros in the rows that do not count; the others add up in float32.
+// Outputs. A tensor that is not needed is undefined. dx holds zeros in rows that do not count. dweight and dbias are
+// float32 sums.
 struct Results {
   float* loss = nullptr;  // by index in x
   Tensor dx, dweight;
   float* dbias = nullptr;
 };
 
-// Statistics of a block of logits of a row, then of the whole row.
+// Statistics of one row's logits in one block.
 struct Statistics {
-  float largest, sum;  // of the logits, of exp(logit - largest)
+  float largest, sum;  // the largest logit, and the sum of exp(logit - largest)
   float logits;        // sum of the logits, for smoothing
 };
 
-// Memory that the chunks use in turn.
+// Memory that one chunk after another uses.
 struct Workspace {
   Buffer exps;   // [blocks, rows, kBlock]
-  Buffer parts;  // of dx: [groups, rows, C up to whole panels]
+  Buffer parts;  // partial sums of dx: [groups, rows, C up to whole panels]
 };
 
 template <typename scalar_t>
 class Chunk {
-  // Type of the logits' gradient as an operand: bfloat16 pairs, else float32. Float16 would lose the
-  // probabilities of a large vocabulary among its subnormal numbers.
+  // Type of the logits' gradient as an operand: bfloat16 if words pair it, else float32. In float16, the probabilities
+  // of a large vocabulary would be subnormal numbers and lose bits.
   using operand_t = std::conditional_t<WordsOf<scalar_t>::kPair == 2, scalar_t, float>;
 
  public:
@@ -103,7 +105,7 @@ class Chunk {
     }
   }
 
-  // Logits, block by block of the vocabulary; exponentials stay if gradients are to follow.
+  // Computes the logits, block by block of the vocabulary. If `keeps`, their exponentials stay for `backward`.
   void forward(bool keeps, float* loss) {
     const PackedRows<scalar_t> x(rows_of<scalar_t>(gathered_), M, C);
     const Operand<scalar_t> weight = rows_of<scalar_t>(in_.weight);
@@ -125,7 +127,7 @@ class Chunk {
   void backward(const Results& out, bool accumulate) const {
     const bool needs_x = out.dx.defined(), needs_weight = out.dweight.defined();
     constexpr int64_t PAIR = WordsOf<scalar_t>::kPair;
-    constexpr int64_t kWide = kWideDepth * PAIR / kBlock;  // blocks
+    constexpr int64_t kWide = kWideDepth * PAIR / kBlock;  // kWideDepth in blocks
     const int64_t groups = std::min(kGroups, blocks), padded_C = round_up(C, kColumns);
     optional<PackedRows<scalar_t>> x_t;
     if (needs_weight) x_t.emplace(columns_of<scalar_t>(gathered_), C, M);
@@ -145,7 +147,7 @@ class Chunk {
           const int64_t wide_end = std::min(wide + kWide, group_end);
           for (int64_t block = wide; block < wide_end; ++block) {
             const int64_t v = block * kBlock, width = std::min(kBlock, V - v);
-            // In short chains, which round less than a long one.
+            // Short chains of sums round less than a long one.
             float bias_sums[kBlock] = {};
             for (int64_t first_row = 0; first_row < M; first_row += kBlock) {
               float chain[kBlock] = {};
@@ -205,7 +207,7 @@ class Chunk {
 
   void exponentiate(int64_t block, int64_t i, float* row, int64_t width) {
     const float* bias = in_.bias + block * kBlock;
-    Vec largest(kLowest);  // stays finite, so that -inf minus it is no NaN
+    Vec largest(kLowest);  // finite, so that -inf - largest is not NaN
     for (int64_t j = 0; j < kBlock; j += kVec) {
       const Vec logit = Vec::loadu(row + j) + Vec::loadu(bias + j);
       logit.store(row + j);
@@ -279,7 +281,7 @@ void run(const Problem& problem, const Results& out) {
   const int64_t N = static_cast<int64_t>(problem.rows.index.size());
   const bool keeps = out.dx.defined() || out.dweight.defined() || out.dbias != nullptr;
   if (N == 0 && out.dweight.defined()) out.dweight.zero_();
-  // Chunks of one size: each costs a pass over the weight and its gradient, however few its rows are.
+  // Divide the rows evenly, because each chunk costs a pass over the weight and its gradient, however few its rows are.
   const int64_t chunk_rows = round_up(ceil_div(N, std::max<int64_t>(1, ceil_div(N, kChunk))), kRows);
   const int64_t rows = std::min(N, chunk_rows), blocks = ceil_div(problem.weight.size(0), kBlock);
   const Workspace workspace{
@@ -299,8 +301,8 @@ Tensor gradient_like_x(const Tensor& x, int64_t rows, int64_t valid, bool needed
   return valid < rows ? at::zeros(x.sizes(), x.options()) : at::empty(x.sizes(), x.options());
 }
 
-// The part of 1 / count that is no power of two: autograd divides by the largest power of two up to count, which is
-// exact.
+// Returns the factor of 1 / count that is no power of two. Autograd divides by the other factor, the largest power of
+// two up to count, and that division is exact.
 float mean_scale(int64_t count) {
   if (count < 2) return 1.0f;
   const float counted = static_cast<float>(count);

@@ -1,10 +1,12 @@
-// mlp on CPU: the hidden activation is made, differentiated and consumed in blocks of columns that stay in cache.
+// mlp on CPU: the hidden activation is computed, differentiated and consumed in blocks of columns that stay in cache.
 //
-// Forward: z = x W1' + b1, h = dropout(act(z)), y = h W2' + b2. Each block of z becomes h while in cache, is stored for
-// backward, and packed as the left operand of the second product. Backward: dh = dy W2, dz = dropout(dh) act'(z),
-// dW1 = dz' x, db1 = sum of dz, dW2 = dy' h, db2 = sum of dy, dx = dz W1. A task makes a block of dz and h and at once
-// both weights' gradients for its columns; only dz is stored, packed for dx. Rows go in chunks of kChunk, whose weight
-// gradients add up in float32 in the order of the rows.
+// Forward: z = x W1' + b1, h = dropout(act(z)), y = h W2' + b2. Each block of z becomes h while in cache, and h is
+// packed as the left operand of the second product. Backward gets h for relu, and z for the other activations.
+//
+// Backward: dh = dy W2, dz = dropout(dh) act'(z), dW1 = dz' x, db1 = sum of dz, dW2 = dy' h, db2 = sum of dy,
+// dx = dz W1. A task computes a block of dz and h, and from them both weights' gradients for its columns. Only dz is
+// stored, packed for dx. Rows are processed in chunks of kChunk. The weight gradients of the chunks add up in float32,
+// in the order of the rows.
 #include <cmath>
 #include <tuple>
 #include <vector>
@@ -22,8 +24,9 @@ Activation read_activation(c10::string_view name) {
   return *activation;
 }
 
-// Calls row(i, random bits) for the rows of a chunk, in pairs that share their bits; `first` counts from the matrix's
-// first row and is a multiple of 16. Without dropout there are no bits, and the same order of the rows.
+// Calls row(i, bits) for the rows of a chunk. Rows i and i + 8 come one after the other, because one call of the
+// generator gives the bits of both. `first` is the chunk's first row in the matrix, a multiple of 16. Without dropout
+// the order is the same and `bits` is null.
 template <class Row>
 void for_rows(const optional<Dropout>& dropout, int64_t first, int64_t rows, int64_t column, const Row& row) {
   alignas(64) uint16_t upper[kBlock], lower[kBlock];
@@ -36,13 +39,13 @@ void for_rows(const optional<Dropout>& dropout, int64_t first, int64_t rows, int
   }
 }
 
-// Fetches a row's part of a block ahead: rows lie too far apart for the processor to foresee the next one.
+// Prefetches a row's part of a block: rows are too far apart for the processor to foresee the next one.
 template <typename scalar_t>
 inline void prefetch_block(const scalar_t* row) {
   for (int64_t j = 0; j < kBlock; j += 64 / static_cast<int64_t>(sizeof(scalar_t))) __builtin_prefetch(row + j);
 }
 
-// A mask of all ones where an element is kept, from its 16 random bits.
+// Dropout mask of a row of a block, from 16 random bits for each element: 1 if the element is kept, else 0.
 struct Keep {
   alignas(64) float kept[kBlock];
   Keep(const uint16_t* bits, uint32_t threshold) {
@@ -154,7 +157,7 @@ void backward_chunk(const BackwardInputs& in, const optional<Dropout>& dropout, 
                        (Vec::loadu(z_row + j) + Vec::loadu(in.fc_bias + column + j)).store(z_row + j);
                      }
                      if (ACTIVATION != Activation::kRelu) {
-                       // Rounded as it would have been to be kept.
+                       // Round z as forward rounds the z that it keeps, so that recomputing changes no bit.
                        round_row(z_row, saved, kBlock);
                        widen<kBlock>(saved, z_row);
                      }
@@ -174,8 +177,7 @@ void backward_chunk(const BackwardInputs& in, const optional<Dropout>& dropout, 
                      (is_h ? Vec::loadu(z_row + j) : at_z.value * Vec(scale)).store(h_values + j);
                      if (needs_dz) {
                        const Vec dh = Vec::loadu(dz_row + j) * Vec(scale);
-                       // Selected and not multiplied by 0: where relu is 0, an infinite dh passes nothing, as in
-                       // PyTorch.
+                       // Select, do not multiply by 0: where relu is 0, an infinite dh passes nothing, as in PyTorch.
                        const Vec dz_of_relu = Vec::blendv(dh, Vec(0.0f), at_z.slope == Vec(0.0f));
                        (ACTIVATION == Activation::kRelu ? dz_of_relu : dh * at_z.slope).store(dz_row + j);
                      }
@@ -194,7 +196,7 @@ void backward_chunk(const BackwardInputs& in, const optional<Dropout>& dropout, 
                    }
                  });
         const int64_t stride_b = depth<scalar_t>(M) * kColumns, count = ceil_div(width, kColumns);
-        // gradient [N, kBlock] = A' block, A' packed with the rows as its k.
+        // gradient [a.rows, kBlock] = A' block. A' is packed with the rows of the chunk as its k.
         const auto multiply_by_block = [&](const PackedRows<scalar_t>& a, const RoundedBlock<scalar_t>& block) {
           pack<kColumns>(Operand<scalar_t>{block.row(0), 1, kBlock}, width, M, panels.data(), stride_b);
           multiply<WordsOf<scalar_t>>(a.rows, count, depth<scalar_t>(M), a.data(), a.stride, panels.data(), stride_b,

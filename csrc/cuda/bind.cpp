@@ -1,4 +1,5 @@
-// The CUDA C++ kernels as operators. Built only where PyTorch has CUDA and nvcc is there; Triton serves without them.
+// The CUDA C++ kernels as operators. They are built only if PyTorch has CUDA and nvcc is found. Without them the Triton
+// kernels serve.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>

@@ -1,6 +1,6 @@
-// cuBLASLt counts column by column, so that a matrix of rows is to it the transpose. It computes outᵀ = b aᵀ, [N, M]: b
-// is its operand A, a its operand B, the bias runs along its rows as it should, and its sum over columns is ours over
-// rows.
+// cuBLASLt stores matrices by columns, so it sees a matrix stored by rows as the transpose. Therefore it computes
+// outᵀ [N, M] = b aᵀ: b is its operand A, and a is its operand B. cuBLASLt adds its bias to each column of outᵀ, which
+// is a row of out. Its sum over columns is the sum over rows here.
 #include "cublaslt.h"
 
 #include <array>
@@ -11,7 +11,7 @@
 namespace gpt_fast {
 namespace {
 
-using Key = std::array<int64_t, 11>;  // all that the choice of an algorithm depends on, but for the device
+using Key = std::array<int64_t, 11>;  // everything that the choice of an algorithm depends on, except the device
 
 struct Device {
   cublasLtHandle_t handle = nullptr;  // lives as long as the process
@@ -46,7 +46,7 @@ cublasLtEpilogue_t epilogue_of(const Product& problem) {
   return CUBLASLT_EPILOGUE_DEFAULT;
 }
 
-// Calls in a row, of which the first that fails is the result.
+// Sequence of calls that stops at the first failure. Its status is that of the failed call, or success.
 class Calls {
  public:
   template <class Function, class... Args>
@@ -69,7 +69,8 @@ class Problem {
       std::swap(first, second);
       std::swap(rows, columns);
     }
-    // By rows [rows, K]: to cuBLASLt [K, rows], to be transposed; the second operand [columns, K] is as it should be.
+    // The first operand is stored by rows, [rows, K]. cuBLASLt sees it as [K, rows] and has to transpose it. The second
+    // operand, [columns, K] by rows, is [K, columns] to cuBLASLt, as it should be.
     const int32_t first_op = first.transposed ? CUBLAS_OP_N : CUBLAS_OP_T;
     const int32_t second_op = second.transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
     const uint32_t epilogue = epilogue_of(p);
@@ -104,7 +105,7 @@ class Problem {
       calls_.then(cublasLtMatmulPreferenceSetAttribute, &preference, attribute, &value, sizeof(value));
     };
     prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<uint64_t>(kWorkspace));
-    // Partial sums over parts of K in float32 and in their order, or none.
+    // If K is split, the partial sums must be float32 and added in their order.
     prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
     for (const auto attribute :
          {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
@@ -131,7 +132,7 @@ class Problem {
     calls_.then(cublasLtMatmulDescSetAttribute, &operation, attribute, &value, sizeof(value));
   }
 
-  // Rows of `inner` neighbours each, or `rows` and `inner` the other way round.
+  // Describes a matrix [rows, inner] that is stored by rows, or by columns if `by_columns`.
   void describe(cublasLtMatrixLayoutOpaque_t& layout, const Matrix& x, int64_t rows, int64_t inner, bool by_columns,
                 cudaDataType type) {
     calls_.then(cublasLtMatrixLayoutInit, &layout, type, static_cast<uint64_t>(by_columns ? rows : inner),

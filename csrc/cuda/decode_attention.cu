@@ -1,10 +1,10 @@
-// decode_attention in CUDA C++: one query a sequence against its cache, split over keys.
+// decode_attention in CUDA C++: one query of each sequence attends to its cache, which is split over keys.
 //
-// A block takes kDecodeSplit neighbouring keys of one head. Its groups of lanes read one key's row at a time, 16 bytes
-// a lane, and keep a running maximum, a sum of exponentials and an unnormalised row each; they are merged through
-// shared memory in their order, and a second kernel merges the splits in theirs. All arithmetic is float32, with one
-// rounding on store. Deterministic: what a block and a group read depends on positions alone. Lengths are clamped to
-// [0, S].
+// A block takes kDecodeSplit neighbouring keys of one head. Each of its groups of lanes reads one key's row at a time,
+// 16 bytes a lane, and keeps a running maximum, a sum of exponentials and an unnormalised row. The groups are merged
+// through shared memory in their order, and a second kernel merges the splits in their order. All arithmetic is
+// float32, with one rounding on store. The result is deterministic, because the keys that a block and a group read
+// depend on positions alone. Lengths are clamped to [0, S].
 #include "decode_attention.h"
 
 #include <cuda_bf16.h>
@@ -25,7 +25,7 @@ __device__ void store(__half* out, float x) { *out = __float2half_rn(x); }
 
 __device__ int64_t clamped(int64_t n, int64_t S) { return n < 0 ? 0 : n > S ? S : n; }
 
-// 16 bytes of a row from element d on, as floats; what lies past D is 0.
+// 16 bytes of a row from element d on, as floats. Elements past D are 0.
 template <typename T>
 struct Chunk {
   static constexpr int kElements = 16 / sizeof(T);
@@ -44,12 +44,12 @@ struct Chunk {
   }
 };
 
-// Division of a row padded to WIDTH elements among lanes.
+// Division of a row, padded to WIDTH elements, among the lanes of a group.
 template <typename T, int WIDTH>
 struct Layout {
   static constexpr int kElements = Chunk<T>::kElements;
-  static constexpr int kLanes = WIDTH / kElements < 32 ? WIDTH / kElements : 32;  // of a group
-  static constexpr int kChunks = WIDTH / (kLanes * kElements);                    // of a lane
+  static constexpr int kLanes = WIDTH / kElements < 32 ? WIDTH / kElements : 32;  // lanes of a group
+  static constexpr int kChunks = WIDTH / (kLanes * kElements);                    // chunks of a lane
   static constexpr int kGroups = kThreads / kLanes;
 };
 
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(DecodeAttention p, boo
   __shared__ float shared_m[L::kGroups], shared_l[L::kGroups], shared_acc[L::kGroups][WIDTH];
   const int64_t row = blockIdx.x, b = row / p.H, h = row % p.H, split = blockIdx.y, splits = gridDim.y;
   const int64_t n = clamped(p.lengths[b], p.S), begin = split * kDecodeSplit;
-  if (begin >= n) return;  // the whole block; the second kernel does not look at it
+  if (begin >= n) return;  // ends the whole block; merge_kernel does not read its part
   const int64_t end = begin + kDecodeSplit < n ? begin + kDecodeSplit : n;
   const int group = threadIdx.x / L::kLanes, lane = threadIdx.x % L::kLanes;
 
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(DecodeAttention p, boo
   }
 
   float m = -INFINITY, l = 0.0f;
-  // All lanes of a warp take the same number of turns: the shuffles below name them all.
+  // All lanes of a warp take the same number of turns, because the shuffles below name them all.
   for (int64_t first = begin; first < end; first += L::kGroups) {
     const int64_t j = first + group;
     const bool there = j < end;
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(DecodeAttention p, int6
   }
 }
 
-// Rows can be read 16 bytes at a time: whole chunks, at aligned addresses.
+// Returns true if rows can be read 16 bytes at a time: whole chunks, at aligned addresses.
 template <typename T, int WIDTH>
 bool is_aligned(const DecodeAttention& p) {
   bool aligned = p.D == WIDTH;

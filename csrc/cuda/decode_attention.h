@@ -10,12 +10,12 @@ namespace gpt_fast {
 enum class Element { kFloat32, kBFloat16, kFloat16 };
 
 struct DecodeAttention {
-  const void *q, *k, *v;    // [B, H, D], [B, H, S, D] twice
+  const void *q, *k, *v;    // q [B, H, D]; k and v [B, H, S, D]
   const int64_t* lengths;   // [B]
   void* out;                // [B, H, D], contiguous
   float *acc, *statistics;  // workspace: [B * H, splits, D] and [B * H, splits, 2]
   int64_t B, H, S, D;
-  int64_t stride_q[3], stride_k[4], stride_v[4];  // elements
+  int64_t stride_q[3], stride_k[4], stride_v[4];  // in elements
   float scale;
   Element element;
 };

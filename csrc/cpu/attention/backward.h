@@ -1,4 +1,4 @@
-// The backward pass of attention: probabilities again from q, k and lse, then the three gradients.
+// The backward pass of attention. It computes the probabilities again from q, k and lse, then the three gradients.
 #pragma once
 
 #include "cpu/attention/keys.h"
@@ -6,8 +6,9 @@
 namespace gpt_fast::attention {
 namespace {
 
-// Queries of a segment against a range of its keys. Which gradients a task computes and how a segment is cut into tasks
-// changes no bit: dq adds blocks of keys and dk, dv add groups of panels, always in ascending order.
+// Task of backward: some queries of a segment against a range of its keys. Neither the gradients that a task computes
+// nor the cut of a segment into tasks changes a bit. dq adds blocks of keys, and dk and dv add groups of panels, always
+// in ascending order.
 struct BackwardTask {
   int64_t segment;
   int64_t group_begin, group_end;  // queries, in groups of kPanels panels
@@ -65,12 +66,12 @@ class Backward {
   }
 
  private:
-  // One panel of queries and what a block of keys makes of it.
+  // A panel of queries, its gradient, and its weights and ds for the current block of keys.
   struct Queries {
     Buffer q_panel, dout_panel;    // [words][kPanel], for the products that sum over a head's elements
-    Buffer q_pairs, dout_pairs;    // [kPanel / kPair][Dp], for those that sum over queries
+    Buffer q_pairs, dout_pairs;    // [kPanel / kPair][Dp], for the products that sum over queries
     Buffer ds_pairs;               // [kKeys / kPair][kPanel], for dq
-    Buffer ds_rows, weights_rows;  // [kKeys][kPanel / kPair], for dk and dv; with floats ds_pairs serves
+    Buffer ds_rows, weights_rows;  // [kKeys][kPanel / kPair], for dk and dv; float words use ds_pairs as ds_rows
     Buffer dq_panel;               // [Dp][kPanel]
     Vec lse[2], delta[2];
     Panel panel;
@@ -148,9 +149,10 @@ class Backward {
     const auto pack = [&](const View<scalar_t>& x, float* panel_words, float* pairs) {
       float* rows = kPaired ? +rows_ : pairs;
       for (int64_t lane = 0; lane < kPanel; ++lane) {
-        // Lanes past the last query repeat it, with weights of zero: zeros would meet an infinite key as NaN.
+        // Lanes past the last query repeat that query and get weights of zero. Lanes of zeros would give NaN where a
+        // key is infinite.
         const int64_t query = std::min(lane, panel.count - 1);
-        if (lse[query] == kInf) {  // without keys
+        if (lse[query] == kInf) {  // the query has no keys
           std::fill(rows + lane * words_, rows + (lane + 1) * words_, 0.0f);
         } else {
           pack_row<Words>(x.row(segment.batch, segment.head, segment.first + panel.i0 + query), x.stride_d, options_.D,
@@ -163,11 +165,11 @@ class Backward {
     const float* saved = lse_ + (segment.batch * options_.H + segment.head) * options_.T + segment.first + panel.i0;
     for (int64_t lane = 0; lane < kPanel; ++lane) lse[lane] = lane < panel.count ? saved[lane] : kInf;
     pack(q_, queries.q_panel, queries.q_pairs);
-    pack(out_, out_panel_, queries.dout_pairs);  // the pairs of dout replace these
+    pack(out_, out_panel_, queries.dout_pairs);  // the pairs of dout overwrite these pairs
     pack(dout_, queries.dout_panel, queries.dout_pairs);
     for (int v = 0; v < 2; ++v) {
       queries.lse[v] = Vec::loadu(lse + v * kVec);
-      // delta, added as the products dout v are: a query with one key then has ds = 0 exactly.
+      // delta is summed in the order of the products of dout and v, so that ds is exactly 0 for a query with one key.
       Vec delta(0.0f);
       for (int64_t k = 0; k < sums_; ++k) {
         const int64_t at = k * kPanel + v * kVec;
@@ -187,7 +189,7 @@ class Backward {
     }
   }
 
-  // The block's weights and ds, in the layouts of the products they enter.
+  // Computes the weights and ds of the block, and stores them in the layouts of the products that read them.
   template <bool MASKED, bool DROPOUT>
   void differentiate(Queries& queries, int64_t j0) {
     const Vec scale(options_.scale), log2e(kLog2E);
@@ -208,7 +210,7 @@ class Backward {
       }
       set_zero(tile);
       multiply<Words, 2, false>(tile, keys_.v_words + (j0 + r0) * words_, words_, queries.dout_panel, kPanel, sums_);
-      // In place: tile becomes ds, `p` the weight after dropout.
+      // Turns tile[r][v] into ds in place. Returns the weight after dropout.
       const auto finish = [&](int r, int v) {
         Vec p = Vec::loadu(weights + r * kPanel + v * kVec);
         if constexpr (DROPOUT) {
@@ -242,7 +244,8 @@ class Backward {
     }
   }
 
-  // sums[key][d] += the weights of a block's keys times the queries' rows, over the panels the block has work for.
+  // sums[key][d] += sum over queries of weights[key][query] * rows[query][d], over all panels that use the block of
+  // keys.
   template <class Weights, class Rows>
   void add_queries(int64_t count, float* sums, const Weights& weights, const Rows& rows) {
     int64_t begin = kKeys, end = 0;
@@ -252,7 +255,7 @@ class Backward {
       end = std::max(end, panels_[p].block.end);
     }
     const auto add = [&]<int NV>(std::integral_constant<int, NV>, int64_t r0, int64_t d) {
-      Vec tile[kTileRows][NV];  // the sums of these panels, apart from the sums so far, which are larger
+      Vec tile[kTileRows][NV];  // apart from the sums so far: adding small terms to large sums loses more bits
       set_zero(tile);
       for (int64_t p = 0; p < count; ++p) {
         const KeyBlock& block = panels_[p].block;

@@ -1,4 +1,5 @@
-// The forward pass of attention: one panel of queries at a time, against the blocks of keys that serve it.
+// The forward pass of attention. It takes one panel of queries at a time, against the blocks of keys that they attend
+// to.
 #pragma once
 
 #include "cpu/attention/keys.h"
@@ -70,7 +71,7 @@ class Forward {
     finish(segment, panel);
   }
 
-  // Scores of the block, and `top`, the largest so far.
+  // Computes the scores of the block, and raises `top` to the largest score so far.
   template <bool MASKED>
   void scores(const KeyBlock& block, int64_t j0, Vec (&top)[2]) {
     const Vec scale(options_.scale);
@@ -92,7 +93,7 @@ class Forward {
     }
   }
 
-  // Brings sums and output to the new maximum.
+  // Scales sums and output to the new maximum.
   void move_top(const Vec (&top)[2], bool started) {
     bool same = true;
     Vec factor[2];
@@ -113,8 +114,9 @@ class Forward {
     }
   }
 
-  // Turns scores into the weights e^(score - top) of the output, in the product's operand layout. Scores and lse are
-  // natural: powers of two would round large ones once more, and lse again, before they cancel here and in backward.
+  // Turns scores into the weights e^(score - top) of the output, in the layout of the product with v. Scores and lse
+  // are natural, not scaled by log2(e). That factor would round large scores once more, and lse too, before they cancel
+  // here and in backward.
   template <bool DROPOUT>
   void weights(const KeyBlock& block) {
     for (int v = 0; v < 2; ++v) {
@@ -131,7 +133,7 @@ class Forward {
         float* target = scores_ + r / Words::kPair * kPanel + v * kVec;
         if constexpr (Words::kPair == 2) {
 #if GPT_FAST_BF16_WORDS
-          // Row r / 2 is overwritten; rows from r on are still to be read.
+          // This store overwrites row r / 2. Rows from r + 2 on are still to be read.
           Vec(pair_vectors(first, weight(r + 1))).store(target);
 #endif
         } else {

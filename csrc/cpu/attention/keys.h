@@ -1,4 +1,4 @@
-// Shared parts of attention's two passes: packed keys and values, products that sum over them, the store of a panel.
+// Parts that both passes of attention share: packed keys and values, products that sum over keys, the store of a panel.
 #pragma once
 
 #include "cpu/attention/problem.h"
@@ -6,8 +6,8 @@
 namespace gpt_fast::attention {
 namespace {
 
-// A segment's keys and values, each block packed when it is first needed. Keys that serve no query are zeros, so that
-// whatever padding holds, NaN too, meets a weight of zero without harm.
+// Keys and values of a segment. Each block is packed when it is first needed. Keys beyond the length, and keys that
+// key_mask excludes, are packed as zeros: their weights are 0, and 0 times NaN in the padding would be NaN.
 template <typename scalar_t>
 struct PackedKeys {
   using Words = WordsOf<scalar_t>;
@@ -15,7 +15,7 @@ struct PackedKeys {
 
   const Options& options;
   const View<scalar_t> k, v;
-  const bool backward;  // forward reads keys as rows and values as pairs, backward both as rows and keys as pairs
+  const bool backward;  // forward reads keys as rows and values as pairs; backward both as rows, and keys also as pairs
   const int64_t Dp, words;
   Buffer k_rows, v_words, k_pairs, unpaired;
   std::vector<bool> packed;
@@ -60,7 +60,7 @@ struct PackedKeys {
     }
   }
 
-  // With floats pairs are rows.
+  // For float words, pairs and rows are the same layout.
   const float* key_pairs() const { return kPaired ? k_pairs : k_rows; }
 
  private:
@@ -85,7 +85,7 @@ int64_t longest_keys(const Options& options) {
   return longest;
 }
 
-// Writes [Dp][kPanel] * factor[lane] to `count` rows of D elements.
+// Multiplies a panel [Dp][kPanel] by factor[lane], and writes it to `count` rows of D elements.
 template <typename scalar_t>
 void store_panel(const float* panel, const Vec (&factor)[2], float* scaled, float* rows, int64_t D, int64_t Dp,
                  scalar_t* target, int64_t stride, int64_t count) {
@@ -98,7 +98,8 @@ void store_panel(const float* panel, const Vec (&factor)[2], float* scaled, floa
   for (int64_t lane = 0; lane < count; ++lane) convert_row(rows + lane * Dp, target + lane * stride, D);
 }
 
-// acc [Dp][kPanel] += pairsᵀ weights over the rows of a block: Oᵀ += Vᵀ Pᵀ and dQᵀ += Kᵀ dSᵀ.
+// acc [Dp][kPanel] (+)= pairsᵀ weights, summed over the rows of a block: Oᵀ += Vᵀ Pᵀ in forward, dQᵀ += Kᵀ dSᵀ in
+// backward. Without `accumulate`, the sum replaces acc.
 template <class Words>
 void add_keys(float* acc, const float* pairs, const float* weights, int64_t Dp, const KeyBlock& block,
               bool accumulate) {

@@ -1,4 +1,4 @@
-// The problem of attention's passes: which keys serve which queries, cut into segments, panels and blocks.
+// The work of attention's passes: the keys that each query may attend to, cut into segments, panels and blocks.
 #pragma once
 
 #include <atomic>
@@ -13,20 +13,21 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-// One head of one sequence: T queries from q0 and S keys from k0 of the tensors. Packed sequences are segments of their
-// own, so no pass knows of them; keys beyond a length are cut off here. Query i sits at key i + offset.
+// One head of one sequence: T queries and S keys, which both start at token `first` of the tensors. Each packed
+// sequence has segments of its own, so the passes do not deal with packing. S leaves out keys beyond a length. Query i
+// is at the position of key i + offset.
 struct Segment {
   int64_t batch, head;
   int64_t first;  // token at which the segment starts, in queries and keys
-  int64_t T, S;   // queries, and keys that may serve them
-  int64_t keys;   // keys whose gradients it writes; those from S on are zero
+  int64_t T, S;   // queries, and keys that they may attend to
+  int64_t keys;   // keys whose gradients are written; the gradients are zero from key S on
   int64_t offset;
-  int64_t dropout_b;  // the third coordinate of the dropout site
+  int64_t dropout_b;  // number of the matrix in the dropout rule (b in philox.h)
 };
 
 struct Options {
   bool causal;
-  int64_t window;  // 0: none
+  int64_t window;  // 0: no window
   optional<Dropout> dropout;
   float scale;
   Tensor key_mask, mask;  // [B, S] and [B, H, T, S] (expanded), or undefined
@@ -52,7 +53,7 @@ Options make_options(const Tensor& q, const Tensor& k, const Tensor& v, const op
       .causal = causal, .window = 0, .scale = static_cast<float>(scale), .B = B, .H = H, .T = T, .S = S, .D = D};
   options.dropout = make_dropout("attention", dropout_p, seed, site);
   if (window.has_value()) {
-    options.window = std::min(*window, T + S + 1);  // the sum of a position and a window stays small
+    options.window = std::min(*window, T + S + 1);  // so that a position plus a window does not overflow
   }
   if (key_mask.has_value()) {
     options.key_mask = *key_mask;
@@ -83,7 +84,7 @@ Options make_options(const Tensor& q, const Tensor& k, const Tensor& v, const op
     TORCH_CHECK_VALUE(starts[n] <= starts[n + 1] && starts[n + 1] <= T, "gpt_fast.attention: cu_seqlens holds ",
                       starts[n + 1], " after ", starts[n], "; expected values that never fall and are at most ", T);
   }
-  starts.push_back(T);  // tokens after the last sequence: queries without keys
+  starts.push_back(T);  // tokens after the last sequence are queries without keys
   for (int64_t n = 0; n <= sequences; ++n) {
     const int64_t first = starts[n], count = starts[n + 1] - first;
     const int64_t keys = n < sequences ? std::clamp<int64_t>(limits[0] - first, 0, count) : 0;
@@ -94,13 +95,13 @@ Options make_options(const Tensor& q, const Tensor& k, const Tensor& v, const op
   return options;
 }
 
-// For each query of a panel the keys [lo, hi) that causality, window and length leave it. Lanes past the last query
-// repeat it, so that they ask for no masking of their own; their results are never read.
+// Keys [lo, hi) that causality, window and length leave to each query of a panel. Lanes past the last query repeat it,
+// so they need no masking of their own. Their results are never read.
 struct Panel {
   int64_t i0, count;
   int64_t lo[kPanel], hi[kPanel];
-  int64_t begin, end;      // keys that serve some query
-  int64_t all_lo, all_hi;  // keys that serve every query
+  int64_t begin, end;      // keys that at least one query may attend to
+  int64_t all_lo, all_hi;  // keys that every query may attend to
 
   Panel() = default;
   Panel(const Options& options, const Segment& segment, int64_t first) : i0(first) {
@@ -130,7 +131,8 @@ struct Panel {
   }
 };
 
-// Returns whether the query in a lane may attend to any key. It reads the flags of all its keys: for rare rows only.
+// Returns whether the query in a lane may attend to any key. It reads the flags of all keys of the query, so callers
+// use it for rare rows only.
 bool has_key(const Options& options, const Segment& segment, const Panel& panel, int64_t lane) {
   const int64_t b = segment.batch, h = segment.head, i = segment.first + panel.i0 + lane;
   for (int64_t j = segment.first + panel.lo[lane]; j < segment.first + panel.hi[lane]; ++j) {
@@ -146,7 +148,7 @@ bool has_key(const Options& options, const Segment& segment, const Panel& panel,
   return false;
 }
 
-// The rows of a block of keys that a panel needs, in whole register tiles, and whether its mask applies to them.
+// The rows of a block of keys that a panel needs, in whole register tiles, and whether they need a mask.
 struct KeyBlock {
   int64_t begin = 0, end = 0;
   bool masked = false;
@@ -155,7 +157,7 @@ struct KeyBlock {
 
 enum class Allowed { kNone, kSome, kAll };
 
-// Returns the summary of `rows` x `columns` flags.
+// Returns whether none, some or all of `rows` x `columns` flags are true.
 Allowed allowed_of(const bool* flags, int64_t rows, int64_t stride_row, int64_t columns, int64_t stride_column) {
   if (stride_row == 0) rows = std::min<int64_t>(rows, 1);
   int64_t count = 0;
@@ -170,8 +172,8 @@ Allowed allowed_of(const bool* flags, int64_t rows, int64_t stride_row, int64_t 
   return count == 0 ? Allowed::kNone : count == rows * columns ? Allowed::kAll : Allowed::kSome;
 }
 
-// Keys j0 to j0 + kKeys for a panel. Where not all pairs are allowed, limits[row][lane] is +inf where one is, else
-// -inf.
+// Returns the rows that a panel needs of keys j0 to j0 + kKeys. If not all pairs are allowed, the block is masked, and
+// limits[row][lane] is +inf for an allowed pair, else -inf.
 KeyBlock block_of(const Options& options, const Segment& segment, const Panel& panel, int64_t j0, float* limits) {
   const int64_t first = std::max(panel.begin, j0), last = std::min(panel.end, j0 + kKeys);
   if (first >= last) return {};
@@ -209,7 +211,7 @@ KeyBlock block_of(const Options& options, const Segment& segment, const Panel& p
   for (int64_t r = block.begin; r < block.end; ++r) {
     float* row = limits + r * kPanel;
     const int32_t key = static_cast<int32_t>(r);
-    // Rows past `last` are beyond every query's keys, and there are no flags for them.
+    // No query attends to rows outside [first, last), and the masks may end before them: their flags must not be read.
     const bool dropped =
         j0 + r < first || j0 + r >= last || (key_flags != nullptr && !key_flags[(j0 + r) * key_stride]);
     if (dropped) {
@@ -222,15 +224,16 @@ KeyBlock block_of(const Options& options, const Segment& segment, const Panel& p
       for (int64_t lane = 0; lane < panel.count; ++lane) {
         if (!column[lane * stride_t]) row[lane] = -kInf;
       }
-      // Lanes past the last query repeat it with its mask: a NaN that it does not see shall not reach its gradients.
+      // Lanes past the last query repeat that query, so they need its mask too. Without it, NaN in a key that the mask
+      // excludes would reach the gradients.
       if (!column[(panel.count - 1) * stride_t]) std::fill(row + panel.count, row + kPanel, -kInf);
     }
   }
   return block;
 }
 
-// Runs work(worker, task) for the tasks below `count`, each on one thread: whoever is free takes the next one. What a
-// task computes does not depend on who runs it.
+// Runs work(worker, task) for each task below `count`. A thread that is free takes the next task. The result of a task
+// does not depend on the thread that runs it.
 template <class MakeWorker, class Work>
 void run_tasks(int64_t count, const MakeWorker& make_worker, const Work& work) {
   std::atomic<int64_t> next{0};

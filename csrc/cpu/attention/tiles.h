@@ -1,9 +1,10 @@
-// Attention's building blocks: register tiles of a matrix product, the packing of their operands, 2^x, dropout tiles.
+// Building blocks of attention: register tiles of a matrix product, the packing of their operands, and dropout tiles.
 //
-// Queries lie in the lanes: a panel of kPanel queries is multiplied as Sᵀ = K Qᵀ and Oᵀ = Vᵀ Pᵀ, so that softmax
-// statistics are plain vectors and keys and values are broadcast as they lie in memory. Every operand is made of
-// 32-bit words: one float, or two neighbours along the summed axis in bfloat16, which one instruction multiplies and
-// adds. "Rows" pair along a row's elements, "pairs" along two rows; with floats both are the plain row-major matrix.
+// Queries are in the lanes of vectors. A panel of kPanel queries is multiplied as Sᵀ = K Qᵀ and Oᵀ = Vᵀ Pᵀ. Softmax
+// statistics are then plain vectors, and keys and values are broadcast in their order in memory. Every operand consists
+// of 32-bit words: one float, or two bfloat16 neighbours along the summed axis, which one instruction multiplies and
+// adds. The layout "rows" pairs neighbours in a row, the layout "pairs" pairs elements of two rows. For floats both
+// layouts are the plain row-major matrix.
 #pragma once
 
 #include <cmath>
@@ -17,10 +18,10 @@
 namespace gpt_fast::attention {
 namespace {
 
-constexpr int64_t kPanel = 2 * kVec;                              // queries side by side
+constexpr int64_t kPanel = 2 * kVec;                              // queries of a panel
 constexpr int64_t kTileRows = kVec == 16 ? 8 : 4;                 // rows of a register tile, kPanel wide
 constexpr int64_t kKeys = 64;                                     // keys of a block
-constexpr int64_t kPanels = kPanel < kKeys ? kKeys / kPanel : 1;  // panels that backward takes together
+constexpr int64_t kPanels = kPanel < kKeys ? kKeys / kPanel : 1;  // panels that backward processes together
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kLog2E = 1.44269504088896341f;
@@ -93,7 +94,8 @@ struct View {
   scalar_t* row(int64_t b, int64_t h, int64_t t) const { return data + b * stride_b + h * stride_h + t * stride_t; }
 };
 
-// Brings rows that are packed soon into the second-level cache: far apart, they are not foreseen by the CPU.
+// Prefetches rows that will be packed soon into the second-level cache. They are too far apart for the CPU's own
+// prefetching.
 template <typename scalar_t>
 inline void prefetch_rows(const View<scalar_t>& x, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t D) {
   for (int64_t t = begin; t < end && x.stride_d == 1; ++t) {
@@ -113,7 +115,7 @@ inline void convert_row(const from_t* from, to_t* to, int64_t n) {
   }
 }
 
-// One row in row layout: D elements, then zeros up to the padded size Dp.
+// Packs one row in the layout "rows": D elements, then zeros up to the padded size Dp.
 template <class Words, typename scalar_t>
 inline void pack_row(const scalar_t* row, int64_t stride, int64_t D, int64_t Dp, float* words) {
   if constexpr (Words::kPair == 2) {
@@ -134,7 +136,7 @@ inline void pack_row(const scalar_t* row, int64_t stride, int64_t D, int64_t Dp,
   }
 }
 
-// [rows][width / 2] words paired along rows -> [rows / 2][width] words paired along two rows.
+// Converts [rows][width / 2] words that pair neighbours in a row to [rows / 2][width] words that pair two rows.
 inline void pair_rows(const float* words, int64_t rows, int64_t width, float* pairs) {
   for (int64_t r = 0; r < rows; r += 2) {
     const uint16_t* first = reinterpret_cast<const uint16_t*>(words) + r * width;
@@ -144,7 +146,7 @@ inline void pair_rows(const float* words, int64_t rows, int64_t width, float* pa
   }
 }
 
-// [rows][columns] -> [columns][rows].
+// target [columns][rows] = transpose of source [rows][columns].
 inline void transpose(const float* source, int64_t ld_source, int64_t rows, int64_t columns, float* target,
                       int64_t ld_target) {
   for (int64_t r = 0; r < rows; r += kVec) {
@@ -156,7 +158,8 @@ inline void transpose(const float* source, int64_t ld_source, int64_t rows, int6
   }
 }
 
-// Two rows of a panel as words of two bfloat16: paired along the rows' elements, or row with row.
+// Round two vectors to words of two bfloat16. pair_neighbours pairs neighbours of the sequence low, high. pair_vectors
+// pairs lane i of `first` with lane i of `second`.
 #if GPT_FAST_BF16_WORDS
 inline __m512 pair_neighbours(Vec low, Vec high) {
   return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(high, low));
@@ -169,10 +172,10 @@ inline __m512 pair_vectors(Vec first, Vec second) {
 }
 #endif
 
-// The words of philox at the counters (c0, c1 + g, b, site) for g below 8.
+// Philox words at the eight counters (c0, c1 + g, b, site), g = 0 to 7.
 struct PhiloxColumn {
 #if defined(CPU_CAPABILITY_AVX512)
-  // 64-bit lanes whose upper halves are rubbish: the multiplication reads lower halves only.
+  // 64-bit lanes whose upper halves hold garbage: the multiplication reads lower halves only.
   __m512i x0, x1, x2, x3;
 
   PhiloxColumn(uint32_t c0, uint32_t c1, uint32_t b, uint32_t site, PhiloxKey key)
@@ -193,7 +196,8 @@ struct PhiloxColumn {
     }
   }
 
-  // even[0..16) and odd[0..16): the factors of two neighbouring keys for sixteen queries; j3 is bit 3 of the keys.
+  // Writes the dropout factors of two neighbouring keys, even[0..16) and odd[0..16), for sixteen queries. j3 is bit 3
+  // of the keys.
   void factors(int j3, const Dropout& dropout, float* even, float* odd) const {
     const __m512i lower_halves = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     const __m512i words =
@@ -258,9 +262,9 @@ struct PhiloxColumn {
 #endif
 };
 
-// factors[j - j0][lane]: the dropout scale, or 0 where query i0 + lane drops key j, for the keys j0 + begin to j0 + end
-// rounded out to sixteens. i0 and j0 are multiples of 16, as a counter serves keys j, j + 1, j + 8 and j + 9 of queries
-// i and i + 8.
+// Writes factors[j - j0][lane]: 0 if query i0 + lane drops key j, else the dropout scale. The range of keys, j0 + begin
+// to j0 + end, is rounded out to multiples of 16. i0 and j0 must be multiples of 16, because one counter serves keys j,
+// j + 1, j + 8 and j + 9 of queries i and i + 8.
 inline void dropout_tile(const Dropout& dropout, int64_t b, int64_t i0, int64_t j0, int64_t begin, int64_t end,
                          float* factors) {
   for (int64_t J = begin / 16; J * 16 < end; ++J) {

@@ -1,8 +1,8 @@
 // The activations of an MLP and their derivatives, for training (mlp.cpp) and for decoding (decode/session.cpp).
 //
-// To add one, add its name to the enum and to kActivations, its formula to `activate` and its case to
-// `with_activation`; then to the table in gpt_fast/_activations.py and to kernels/mlp.py. tests/ops/test_activations.py
-// compares the three.
+// To add an activation, add its name to the enum and to kActivations, its formula to `activate` and its case to
+// `with_activation`. Then add it to the table in gpt_fast/_activations.py and to kernels/mlp.py.
+// tests/ops/test_activations.py compares the three.
 #pragma once
 
 #include <string>
@@ -20,7 +20,7 @@ enum class Activation { kRelu, kGelu, kGeluTanh };
 constexpr std::pair<std::string_view, Activation> kActivations[] = {
     {"relu", Activation::kRelu}, {"gelu", Activation::kGelu}, {"gelu_tanh", Activation::kGeluTanh}};
 
-// Returns the activation of that name, or nothing for an unknown name; unknown_activation() is the text of the error.
+// Returns the activation of that name, or nothing for an unknown name. unknown_activation() returns the error message.
 inline std::optional<Activation> find_activation(std::string_view name) {
   for (const auto& [known, activation] : kActivations) {
     if (known == name) return activation;

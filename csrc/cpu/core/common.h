@@ -1,13 +1,14 @@
-// Vocabulary of the CPU kernels: vectors, sizes, memory, dtypes, and rows as float32 whatever their dtype.
+// Common parts of the CPU kernels: vectors, sizes, memory, dtypes, and rows of any dtype as float32.
 //
-// Who validates what. The public function in gpt_fast/ops checks shapes, dtypes and devices. The C++ entry (a function
-// that TORCH_LIBRARY_IMPL registers) checks values that Python does not look at under torch.compile: token ids,
-// lengths, cu_seqlens, the seed. It turns tensors into pointers only by Rows, Parameter, as_int64, make_dropout,
-// GPT_FAST_DISPATCH and data_ptr<T>(), and each of these raises for a dtype that it does not read. Helpers that take
-// pointers and sizes check nothing. gpt_fast._C.DecodeSession has no operator in front and checks its own arguments.
+// Validation has two levels. The public function in gpt_fast/ops checks shapes, dtypes and devices. The C++ entry (a
+// function that TORCH_LIBRARY_IMPL registers) checks values that Python does not read under torch.compile: token ids,
+// lengths, cu_seqlens, the seed. The C++ entry turns tensors into pointers only by Rows, Parameter, as_int64,
+// make_dropout, GPT_FAST_DISPATCH and data_ptr<T>(). Each of these raises for a dtype that it does not read. Helpers
+// that take pointers and sizes check nothing. gpt_fast._C.DecodeSession is not called through an operator and checks
+// its own arguments.
 #pragma once
 
-// ATen/ATen.h declares every operator and takes as long to read as all of these.
+// These headers replace ATen/ATen.h, which declares every operator and takes as long to compile as all of them.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -29,12 +30,12 @@ namespace gpt_fast {
 
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kVec = Vec::size();
-constexpr int64_t kGrain = 32768;  // elements that are worth a thread: PyTorch's own number
+constexpr int64_t kGrain = 32768;  // elements that are worth a thread: PyTorch's GRAIN_SIZE
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Uninitialised memory for floats, 64-byte aligned. From at::empty, which the tests fill with NaN.
+// Uninitialised memory for floats, 64-byte aligned. It comes from at::empty, which the tests fill with NaN.
 class Buffer {
  public:
   explicit Buffer(int64_t size)
@@ -47,8 +48,8 @@ class Buffer {
   float* data_;
 };
 
-// Keeps a loaded vector in a register: left alone, GCC 12 loads it again for each product that uses it where it is not
-// short of load instructions, and two loads a cycle are what limits a tile of products (57 of 100 GFLOP/s on Zen 3).
+// Keeps a loaded vector in a register. GCC 12 would load it again for each product that uses it, and the two loads that
+// a CPU does in a cycle would then limit a tile of products (57 of 100 GFLOP/s on Zen 3).
 inline Vec in_register(Vec x) {
 #if defined(CPU_CAPABILITY_AVX2)
   __m256 values = x;
@@ -59,7 +60,7 @@ inline Vec in_register(Vec x) {
 #endif
 }
 
-// A row as float32: the row itself where it is stored so, else converted into `buffer` (n elements).
+// Returns a row as float32: the row itself if it is float32, else its n elements converted into `buffer`.
 template <typename scalar_t>
 inline const float* load_row(const scalar_t* row, float* buffer, int64_t n) {
   if constexpr (std::is_same_v<scalar_t, float>) {
@@ -70,7 +71,7 @@ inline const float* load_row(const scalar_t* row, float* buffer, int64_t n) {
   }
 }
 
-// Returns the place of a float32 result before it is rounded: the destination if that is float32, else `buffer`.
+// Returns where to write a float32 result before it is rounded: the destination if that is float32, else `buffer`.
 template <typename scalar_t>
 inline float* result_row(scalar_t* row, float* buffer) {
   if constexpr (std::is_same_v<scalar_t, float>) {
@@ -80,7 +81,7 @@ inline float* result_row(scalar_t* row, float* buffer) {
   }
 }
 
-// Rounds what was written to result_row(row, buffer).
+// Rounds the result in `buffer` into its destination. A float32 result is there already, because of result_row.
 template <typename scalar_t>
 inline void store_row(scalar_t* row, const float* buffer, int64_t n) {
   if constexpr (!std::is_same_v<scalar_t, float>) {
@@ -88,7 +89,8 @@ inline void store_row(scalar_t* row, const float* buffer, int64_t n) {
   }
 }
 
-// [M, N] of a tensor [..., N], N possibly 0, with neighbouring columns side by side: a view where the strides allow it.
+// Returns a tensor [..., N] as [M, N] with neighbouring columns side by side, as a view if the strides allow it. N may
+// be 0.
 inline at::Tensor as_rows(const at::Tensor& x) {
   int64_t M = 1;
   for (int64_t dim = 0; dim + 1 < x.dim(); ++dim) M *= x.size(dim);
@@ -110,7 +112,7 @@ inline at::Tensor as_int64(const char* op, const char* name, const at::Tensor& x
   return x.to(at::kLong).contiguous();
 }
 
-// The rows of a tensor, read and written as float32 whatever its dtype.
+// Rows of a tensor of any dtype, read and written as float32.
 class Rows {
  public:
   explicit Rows(const at::Tensor& x)
@@ -122,7 +124,7 @@ class Rows {
   int64_t M() const { return rows_.size(0); }
   int64_t N() const { return rows_.size(1); }
 
-  // Row i; `buffer` holds it where it has to be converted.
+  // Returns row i as float32: the row itself if it is float32, else converted into `buffer`.
   const float* read(int64_t i, float* buffer) const {
     const char* row = data_ + i * stride_;
     switch (dtype_) {
@@ -147,16 +149,16 @@ class Rows {
   }
 
  private:
-  at::ScalarType dtype_;  // first: its check comes before anything is read
+  at::ScalarType dtype_;  // declared first, so that readable() checks it before anything is read
   at::Tensor rows_;
   char* data_;
   int64_t stride_;  // bytes
 };
 
-// Rows for one task of at::parallel_for: enough work to be worth a thread.
+// Returns the number of rows for one task of parallel_for: enough work to be worth a thread.
 inline int64_t row_grain(int64_t N) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(N, 1)); }
 
-// The dropout of a site, or nothing where p is 0.
+// Returns the dropout of a site, or nothing if p is 0.
 inline std::optional<Dropout> make_dropout(const char* op, double p, const std::optional<at::Tensor>& seed,
                                            int64_t site) {
   if (p == 0.0) return std::nullopt;
@@ -166,7 +168,7 @@ inline std::optional<Dropout> make_dropout(const char* op, double p, const std::
   return Dropout(p, seed->item<int64_t>(), site);
 }
 
-// Calls body(j, count) for vectors of `count` columns from j on; the last may be shorter than kVec.
+// Calls body(j, count) for each vector of `count` columns from j on. The last vector may be shorter than kVec.
 template <typename Body>
 inline void for_each_vector(int64_t N, const Body& body) {
   int64_t j = 0;
@@ -174,8 +176,9 @@ inline void for_each_vector(int64_t N, const Body& body) {
   if (j < N) body(j, N - j);
 }
 
-// Gradients of weights are summed over a number of row blocks that depends on the work alone, never on the number of
-// threads: each block's partial sum, then the blocks in their order, gives the same bits at any number of threads.
+// Gradients of weights are summed over row blocks, whose number depends on the work alone and never on the number of
+// threads. Each block has a partial sum, and these are added in the order of the blocks. This gives the same bits at
+// any number of threads.
 constexpr int64_t kRowBlocks = 32;
 
 inline int64_t row_blocks(int64_t M) { return std::min(M, kRowBlocks); }
@@ -183,7 +186,8 @@ inline int64_t row_block_begin(int64_t block, int64_t blocks, int64_t M) { retur
 
 }  // namespace gpt_fast
 
-// Runs the lambda with scalar_t as float, bfloat16 or float16; float64 never gets here, the reference serves it.
+// Runs the lambda with scalar_t as float, bfloat16 or float16. float64 never gets here, because the reference computes
+// it.
 #define GPT_FAST_DISPATCH(TYPE, NAME, ...)                                                                  \
   AT_DISPATCH_SWITCH(TYPE, NAME,                                                                            \
                      AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__) \

@@ -1,12 +1,12 @@
 // Matrix products on packed operands, for kernels that fuse their element-wise work between products.
 //
-// C[i, j] (+)= sum over k of A[i, k] B[j, k]. A is packed in panels of kRows rows, B in panels of kColumns columns; a
-// panel holds its rows (columns) side by side for one k after another. A micro-kernel keeps kRows x kColumns sums in
-// registers, for kChain packed elements along k, and adds them to C: short chains round less than long ones. A C
-// element is summed in the same order however the work is divided: results do not depend on the number of threads. No
-// ATen product is involved that autocast could interfere with.
+// C[i, j] (+)= sum over k of A[i, k] B[j, k]. A is packed in panels of kRows rows, B in panels of kColumns columns. A
+// panel holds one k after another, and for each k its rows (columns) side by side. A micro-kernel keeps kRows x
+// kColumns sums in registers for kChain packed elements along k, then adds them to C: short chains round less than long
+// ones. Every element of C is summed in the same order however the work is divided, so results do not depend on the
+// number of threads. No ATen product is called, so autocast cannot interfere.
 //
-// A packed element is a word (words.h): a float, or, with the instructions for it, two bfloat16 neighbours along k.
+// A packed element is a word (words.h): a float, or two bfloat16 neighbours along k if the CPU multiplies them.
 #pragma once
 
 #include <ATen/ops/full.h>
@@ -17,14 +17,14 @@
 
 namespace gpt_fast {
 
-constexpr int64_t kRows = kVec == 16 ? 14 : 6;  // of a panel of A; times two columns, what the registers hold
-constexpr int64_t kColumns = 2 * kVec;          // of a panel of B
-constexpr int64_t kBlock = 64;                  // columns a task computes at a time, whole panels
+constexpr int64_t kRows = kVec == 16 ? 14 : 6;  // rows of a panel of A; the registers hold two vectors of sums a row
+constexpr int64_t kColumns = 2 * kVec;          // columns of a panel of B
+constexpr int64_t kBlock = 64;                  // columns that a task computes at a time: whole panels
 constexpr int64_t kDepthBlock = 768;            // packed elements along k for which a block of B stays in the L2 cache
 constexpr int64_t kChain = 256;                 // packed elements along k that one register sums up
 static_assert(kBlock % kColumns == 0 && kDepthBlock % kChain == 0);
 
-// Packed elements along k.
+// Returns the number of packed elements that hold K elements along k.
 template <typename scalar_t>
 inline int64_t depth(int64_t K) {
   return ceil_div(K, WordsOf<scalar_t>::kPair);
@@ -47,7 +47,7 @@ inline Operand<scalar_t> columns_of(const at::Tensor& x) {
   return {x.const_data_ptr<scalar_t>(), x.stride(1), x.stride(0)};
 }
 
-// N values as float32; the compiler turns copies of a known size into a few instructions.
+// Converts N values to float32. The compiler turns copies of a known size into a few instructions.
 template <int64_t N, typename scalar_t>
 inline void widen(const scalar_t* values, float* out) {
   if constexpr (std::is_same_v<scalar_t, float>) {
@@ -57,7 +57,8 @@ inline void widen(const scalar_t* values, float* out) {
   }
 }
 
-// Rounds n values, or copies them: a loop of vectors, as library calls cost more than rows this short.
+// Rounds n values to scalar_t, or copies them if it is float32. The copy is a loop of vectors, because a library call
+// costs more than rows this short.
 template <typename scalar_t>
 inline void round_row(const float* values, scalar_t* out, int64_t n) {
   if constexpr (std::is_same_v<scalar_t, float>) {
@@ -70,7 +71,7 @@ inline void round_row(const float* values, scalar_t* out, int64_t n) {
   }
 }
 
-// One packed element per column of a tile, the k of `depth` columns side by side: kVec rows into kVec lanes.
+// Copies `count` elements of a row to `stage`, as kVec packed elements, with zeros after the last.
 template <typename scalar_t>
 inline void stage_row(const scalar_t* row, int64_t count, float* stage) {
   if constexpr (WordsOf<scalar_t>::kPair == 2) {
@@ -86,13 +87,13 @@ inline void stage_row(const scalar_t* row, int64_t count, float* stage) {
   }
 }
 
-// Packs N rows of K elements into panels of WIDTH, `panel_stride` floats apart; what is past N or K becomes zero.
+// Packs N rows of K elements into panels of WIDTH rows, `panel_stride` floats apart. Elements past N or K become zero.
 template <int64_t WIDTH, typename scalar_t>
 void pack(const Operand<scalar_t>& x, int64_t N, int64_t K, float* packed, int64_t panel_stride) {
   constexpr int64_t PAIR = WordsOf<scalar_t>::kPair;
   const int64_t D = depth<scalar_t>(K), padded = round_up(N, WIDTH);
   if (x.stride_k == 1 && K > 1) {
-    constexpr int64_t TILE = std::min(kVec, WIDTH);  // rows of a transposed tile, of kVec at most
+    constexpr int64_t TILE = std::min(kVec, WIDTH);  // rows of a transposed tile, at most kVec
     alignas(64) float stage[kVec * kVec], tile[kVec * kVec];
     std::memset(stage, 0, sizeof stage);
     for (int64_t n = 0; n < padded; n += TILE) {
@@ -125,8 +126,9 @@ void pack(const Operand<scalar_t>& x, int64_t N, int64_t K, float* packed, int64
   }
   int64_t whole = 0;
   if constexpr (PAIR == 1) {
-    // Several panels at a time where the rows of a panel lie side by side: a line of memory is then read once, however
-    // far apart the k are. Those soon to come are fetched ahead, as the processor does not foresee such strides.
+    // If the rows of a panel lie side by side, several panels are packed at a time. Each cache line is then read once,
+    // however far apart the k are. Lines of later k are prefetched, because the processor does not foresee such
+    // strides.
     constexpr int64_t GROUP = 4 * WIDTH;
     for (; x.stride_n == 1 && whole + GROUP <= N; whole += GROUP) {
       for (int64_t d = 0; d < D; ++d) {
@@ -176,7 +178,7 @@ void pack(const Operand<scalar_t>& x, int64_t N, int64_t K, float* packed, int64
   }
 }
 
-// All of A, packed by all threads.
+// The whole of A in packed form. All threads pack it together.
 template <typename scalar_t>
 class PackedRows {
  public:
@@ -184,7 +186,7 @@ class PackedRows {
       : rows(N), stride(depth<scalar_t>(K) * kRows), memory_(round_up(N, kRows) / kRows * stride) {}
 
   PackedRows(const Operand<scalar_t>& x, int64_t N, int64_t K) : PackedRows(N, K) {
-    // Whole panels a task, and enough of them to be worth a thread.
+    // Each task packs whole panels, and enough of them to be worth a thread.
     const int64_t step = 4 * kRows;
     parallel_for(0, ceil_div(N, step), std::max<int64_t>(1, kGrain / (step * std::max<int64_t>(1, K))),
                  [&](int64_t begin, int64_t end) {
@@ -197,13 +199,13 @@ class PackedRows {
   float* data() const { return memory_.data(); }
 
   const int64_t rows;
-  const int64_t stride;  // of a panel
+  const int64_t stride;  // floats from one panel to the next
 
  private:
   Buffer memory_;
 };
 
-// c (+)= a b, ROWS by kColumns.
+// c [ROWS, kColumns] (+)= a b over D packed elements. Prefetches `next`.
 template <class Words, int64_t ROWS>
 inline void micro_kernel(int64_t D, const float* a, const float* b, float* c, int64_t stride_c, bool accumulate,
                          const float* next) {
@@ -251,7 +253,7 @@ void multiply(int64_t M, int64_t panels, int64_t D, const float* a, int64_t stri
   for (int64_t d = 0; d < D; d += kChain) {
     const int64_t count = std::min(kChain, D - d);
     for (int64_t i = 0; i < M; i += kRows) {
-      // The next panel comes from afar, further than the processor's own prefetching reaches.
+      // The next panel of A is prefetched: it is further away than the processor's own prefetching reaches.
       const float* a_panel = a + i / kRows * stride_a + d * kRows;
       for (int64_t panel = 0; panel < panels; ++panel) {
         micro_kernel_rows<Words>(M - i, count, a_panel, b + panel * stride_b + d * kColumns,
@@ -262,12 +264,12 @@ void multiply(int64_t M, int64_t panels, int64_t D, const float* a, int64_t stri
   }
 }
 
-// Product of a block of at most kBlock columns by one thread, with room for a packed piece of B.
+// Product that one thread computes for a block of at most kBlock columns. It holds memory for a packed piece of B.
 class BlockProduct {
  public:
   BlockProduct() : b_(kBlock * kDepthBlock) {}
 
-  // c [rows of a from `first` to `last`, kBlock] = A B for N <= kBlock columns of B; columns past N become zero.
+  // c [rows `first` to `last` of a, kBlock] = A B for N <= kBlock columns of B. Columns past N become zero.
   template <typename scalar_t>
   void operator()(const PackedRows<scalar_t>& a, int64_t first, int64_t last, const Operand<scalar_t>& b, int64_t N,
                   int64_t K, float* c) const {
@@ -292,8 +294,9 @@ class BlockProduct {
   Buffer b_;
 };
 
-// out (+)= block: element (i, j) of the block, kBlock columns a row, is out[i * stride_row + j * stride_column]. The
-// block's memory holds whole tiles, so rows up to the next multiple of kVec.
+// out (+)= block. Element (i, j) of the block, which has kBlock columns a row, goes to out[i * stride_row + j *
+// stride_column]. The memory of the block must hold rows up to the next multiple of kVec, because whole tiles are
+// transposed.
 template <typename scalar_t>
 void add_block(const float* block, int64_t rows, int64_t width, scalar_t* out, int64_t stride_row,
                int64_t stride_column, bool accumulate) {
@@ -332,7 +335,7 @@ inline void add_to_column_sums(const float* row, float* sums) {
   for (int64_t j = 0; j < kBlock; j += kVec) (Vec::loadu(sums + j) + Vec::loadu(row + j)).store(sums + j);
 }
 
-// A block of kBlock columns rounded to the model's dtype, row by row.
+// Rows of kBlock columns, rounded to the model's dtype.
 template <typename scalar_t>
 class RoundedBlock {
  public:
@@ -343,7 +346,7 @@ class RoundedBlock {
   Buffer memory_;
 };
 
-// A bias [n] as float32, with `fill` up to a whole block, and zeros where there is none.
+// Returns a bias [n] as float32, with `fill` after it up to a whole block. Without a bias its n elements are zeros.
 inline at::Tensor padded_parameter(const std::optional<at::Tensor>& parameter, int64_t n, float fill = 0.0f) {
   at::Tensor padded = at::full({round_up(n, kBlock)}, fill, at::TensorOptions().dtype(at::kFloat));
   if (parameter.has_value()) {
@@ -355,9 +358,9 @@ inline at::Tensor padded_parameter(const std::optional<at::Tensor>& parameter, i
   return padded;
 }
 
-// Returns the number of pieces of rows into which M divides, so that `column_blocks` blocks keep all threads busy.
-// Pieces repeat the packing of B, so there are no more than that takes. Without rows there is one, because callers
-// divide by it.
+// Returns the number of pieces into which M rows are divided, so that `column_blocks` blocks keep all threads busy.
+// Each piece packs B again, so there are no more pieces than that takes. Without rows there is one piece, because
+// callers divide by the result.
 inline int64_t row_pieces(int64_t M, int64_t column_blocks) {
   const int64_t wanted = ceil_div(2 * at::get_num_threads(), std::max<int64_t>(column_blocks, 1));
   return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(ceil_div(M, kBlock), 1));

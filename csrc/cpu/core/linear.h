@@ -1,5 +1,6 @@
-// The products of a linear layer, for linear and mlp: A B + bias, a weight's gradient in the weight's strides, and a
-// bias's. Rows go in chunks of kChunk, whose weight gradients add up in float32 in the order of the rows.
+// The products of a linear layer, for linear and mlp: A B + bias, the gradient of a weight in the weight's strides, and
+// the gradient of a bias. Rows are processed in chunks of kChunk. The weight gradients of the chunks add up in float32,
+// in the order of the rows.
 #pragma once
 
 #include <vector>
@@ -11,7 +12,7 @@ namespace gpt_fast {
 using at::Tensor;
 using std::optional;
 
-constexpr int64_t kChunk = 1024;  // rows, a multiple of 16 to keep dropout's pairs of rows together
+constexpr int64_t kChunk = 1024;  // rows; a multiple of 16, so that a chunk does not separate dropout's pairs of rows
 
 inline std::vector<int64_t> with_last(const Tensor& x, int64_t N) {
   std::vector<int64_t> sizes = x.sizes().vec();
@@ -46,8 +47,9 @@ inline void multiply_into(const PackedRows<scalar_t>& a, const Operand<scalar_t>
   });
 }
 
-// Sum of a weight's gradient: in place if that is float32 or there is one chunk only, else in float32 beside it.
-// Element (i, j) of a block is the weight's at [row + i, column + j], or at [column + j, row + i].
+// Sum of a weight's gradient over the chunks. The sum is made in place if the gradient is float32 or there is one chunk
+// only, else in a float32 tensor beside it. Element (i, j) of a block belongs to the weight's element
+// [row + i, column + j], or to [column + j, row + i] if `stride_row` is the stride of the weight's columns.
 class WeightGradient {
  public:
   WeightGradient(const Tensor& gradient, bool needed, int64_t chunks)
@@ -80,7 +82,7 @@ class WeightGradient {
   Tensor gradient_, sums_;
 };
 
-// sums[j] += the sum of column j of dy, rows in their order.
+// sums[j] += the sum of column j of dy, whose rows are added in their order.
 template <typename scalar_t>
 inline void add_column_sums(const Tensor& dy, float* sums) {
   const int64_t M = dy.size(0), N = dy.size(1);

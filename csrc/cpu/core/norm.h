@@ -14,7 +14,7 @@
 
 namespace gpt_fast {
 
-// A gain or bias as float32 for all rows, or null where there is none.
+// A weight or bias as contiguous float32; data() is null if there is none.
 class Parameter {
  public:
   explicit Parameter(const std::optional<at::Tensor>& parameter) {
@@ -32,7 +32,8 @@ struct Statistics {
   float mean, rstd;
 };
 
-// The sums of each term(x[j]), in four chains: one alone would wait for each addition.
+// Returns the sum of each term(x[j]) over j. Each sum has four chains, because one chain alone would wait for each
+// addition.
 template <typename... Terms>
 inline std::array<float, sizeof...(Terms)> sums_of(const float* x, int64_t N, const Terms&... terms) {
   constexpr size_t kTerms = sizeof...(Terms);
@@ -60,7 +61,8 @@ inline std::array<float, sizeof...(Terms)> sums_of(const float* x, int64_t N, co
   return totals;
 }
 
-// The second pass corrects the mean by the mean of what is left. The mean of a constant row is then the constant.
+// Returns mean and rstd in two passes. The second pass takes the mean of x minus the first mean, and adds it to the
+// first mean. The mean of a constant row is then exactly the constant.
 inline Statistics row_statistics(const float* x, int64_t N, double eps) {
   const float rough = sums_of(x, N, [](Vec a) { return a; })[0] / N;
   const Vec centre(rough);
@@ -82,7 +84,7 @@ inline void normalise_row(const float* x, Statistics statistics, const float* we
   });
 }
 
-// Writes dx and adds the row's share to dweight and dbias, where they are not null.
+// Writes dx, and adds the row's share to dweight and dbias if they are not null.
 inline void differentiate_row(const float* dy, const float* x, Statistics statistics, const float* weight, int64_t N,
                               float* dx, float* dweight, float* dbias) {
   const Vec mean(statistics.mean), rstd(statistics.rstd);
@@ -90,10 +92,10 @@ inline void differentiate_row(const float* dy, const float* x, Statistics statis
   const auto weighted = [&](Vec upstream, int64_t j, int64_t count) {
     return weight != nullptr ? upstream * Vec::loadu(weight + j, count) : upstream;
   };
-  // In two chains: one alone would wait for each multiply-add.
+  // Each sum has two chains, because one chain alone would wait for each multiply-add.
   Vec sum_g[2] = {Vec(0.0f), Vec(0.0f)}, sum_gx[2] = {Vec(0.0f), Vec(0.0f)};
   const auto add_columns = [&](int64_t j, int64_t count, int chain) {
-    // Lanes past `count` load as zeros: their dy adds nothing to any sum.
+    // Lanes past `count` load as zeros, so their dy adds nothing to any sum.
     const Vec upstream = Vec::loadu(dy + j, count), xhat = normalised(j, count), g = weighted(upstream, j, count);
     sum_g[chain] = sum_g[chain] + g;
     sum_gx[chain] = at::vec::fmadd(g, xhat, sum_gx[chain]);
@@ -114,13 +116,13 @@ inline void differentiate_row(const float* dy, const float* x, Statistics statis
   });
 }
 
-// float32 mean and rstd of each row of x, of shape x.shape[:-1].
+// Returns float32 tensors for the mean and rstd of each row of x, of shape x.shape[:-1].
 inline std::tuple<at::Tensor, at::Tensor> empty_statistics(const at::Tensor& x) {
   const at::Tensor mean = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat));
   return {mean, at::empty_like(mean)};
 }
 
-// The gradients of gain and bias: partial sums of fixed row blocks, added in their order.
+// The gradients of weight and bias: partial sums of row blocks, which are added in the order of the blocks.
 class ParameterGradients {
  public:
   ParameterGradients(int64_t M, int64_t N, at::TensorOptions options, bool needs_weight, bool needs_bias)
@@ -129,7 +131,8 @@ class ParameterGradients {
     if (needs_bias) dbias_ = at::empty({blocks_, N}, options.dtype(at::kFloat));
   }
 
-  // Calls body(begin, end, dweight, dbias) for each block of rows, with where to add that block's sums (or null).
+  // Calls body(begin, end, dweight, dbias) for each block of rows. The block's sums are added into dweight and dbias,
+  // which hold zeros or are null.
   template <typename Body>
   void for_each_block(const Body& body) const {
     parallel_for(0, blocks_, 1, [&](int64_t first, int64_t last) {

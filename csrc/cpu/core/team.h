@@ -1,15 +1,15 @@
-// Threads that share the phases of a job piece by piece, so that none waits for one that the system has put aside.
+// Threads that share the phases of a job piece by piece, so that no thread waits for one that the system has suspended.
 //
 // A job is a sequence of phases, and a phase is a number of pieces. Every thread of the job walks through all phases
-// and claims pieces while there are any. It begins with its own share, from the first piece to the last, so that it
-// reads memory from one end to the other; then it takes pieces of the other shares. Each piece is computed into memory
-// that belongs to the thread alone, and exactly one thread commits it to shared memory. A thread that finds no piece
-// left waits for a while, and then computes the missing pieces too. The first thread to finish a piece commits it, and
-// the second one drops its result. So a suspended thread delays its job only while it commits. A thread that comes late
-// passes the phases that are over.
+// and claims pieces while any are left. A thread begins with its own share, from the first piece to the last, so that
+// it reads memory from one end to the other. Then it takes pieces of the other shares. Each piece is computed into
+// memory that belongs to the thread alone, and exactly one thread commits it to shared memory. A thread that finds no
+// piece left waits for a while, and then computes the missing pieces too. The first thread to finish a piece commits
+// it, and the second one drops its result. So a suspended thread delays its job only while it commits. A thread that
+// comes late skips the phases that are over.
 //
-// A later phase may overwrite the input of a piece whose thread was suspended. The result is then dropped, and the
-// input has to stay allocated, which `Running::finish` waits for.
+// A later phase may overwrite the input of a piece whose thread was suspended. The result of that thread is then
+// dropped. The input has to stay allocated until the thread has left the job, which `Running::finish` waits for.
 #pragma once
 
 #if __has_include(<pthread.h>)
@@ -43,15 +43,15 @@ inline void pause_briefly() {
 #endif
 }
 
-// Returns how many CPUs the process may use: its affinity counts them, and its control group's quota limits them.
+// Returns how many CPUs the process may use: the CPUs of its affinity mask, limited by the quota of its control group.
 inline int usable_cpus() {
-  int count = static_cast<int>(std::thread::hardware_concurrency());  // 0 where that is not known
+  int count = static_cast<int>(std::thread::hardware_concurrency());  // 0 if the number is not known
 #if defined(__linux__)
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) == 0) count = CPU_COUNT(&set);
 #endif
   double quota = -1.0, period = -1.0;
-  std::ifstream unified("/sys/fs/cgroup/cpu.max");  // "max 100000" without a quota, which reads as no number
+  std::ifstream unified("/sys/fs/cgroup/cpu.max");  // "max 100000" without a quota; "max" does not read as a number
   if (unified >> quota >> period) {
   } else {
     std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") >> quota;  // -1 without a quota
@@ -61,7 +61,7 @@ inline int usable_cpus() {
   return std::max(count, 1);
 }
 
-constexpr int64_t kPartsOfThread = 4;  // of a loop
+constexpr int64_t kPartsOfThread = 4;  // parts of a loop for each thread
 
 class Team {
   using Clock = std::chrono::steady_clock;
@@ -69,13 +69,13 @@ class Team {
  public:
   class Walker;
   using Job = std::function<void(Walker&)>;
-  static constexpr int64_t kMostPieces = 4096;  // that are shared at a time
+  static constexpr int64_t kMostPieces = 4096;  // pieces that threads share at a time
 
-  // One thread's way through the phases of a job.
+  // One thread's progress through the phases of a job.
   class Walker {
    public:
-    // Computes and commits the pieces 0 to `pieces` together with the other threads of the job. Returns when all are
-    // committed. Every thread calls it with the same number.
+    // Computes and commits the pieces 0 to `pieces` together with the other threads of the job. Returns when all pieces
+    // are committed. Every thread must call it with the same number.
     template <class Compute, class Commit>
     void phase(int64_t pieces, const Compute& compute, const Commit& commit) {
       if (team_ == nullptr) {
@@ -129,14 +129,15 @@ class Team {
     }
 
     Team* const team_;  // null: the thread is alone
-    uint64_t id_;       // of the next phase
+    uint64_t id_;       // number of the next phase
     const int share_, shares_;
   };
 
-  // A job that other threads may still be in.
+  // Handle of a job that other threads may still run.
   class Running {
    public:
-    // Returns true if no other thread is in the job. After a fork no thread of the parent is.
+    // Returns true if no other thread runs the job. After a fork this is true, because the child has no threads of the
+    // parent.
     bool is_over() const { return job_.use_count() <= 1 || team_ != &instance(); }
 
     void finish() const {
@@ -152,7 +153,7 @@ class Team {
     std::shared_ptr<const Job> job_;
   };
 
-  // The process's team; after a fork, a new one in the child, which has none of the threads.
+  // Returns the team of the process. After a fork the child makes a new team, because it has none of the threads.
   static Team& instance() {
     static Team* team = new Team;  // never destroyed: its threads may outlive static objects
 #if __has_include(<pthread.h>)
@@ -164,7 +165,7 @@ class Team {
   }
 
   // Runs the job on this thread and up to `threads` - 1 others. A team serves one job at a time: a second caller runs
-  // its job alone. Returns what `finish` waits for.
+  // its job alone. Returns a handle, whose `finish` waits until no other thread runs the job.
   Running run(int threads, Job given) {
     std::unique_lock<std::mutex> turn(turn_, std::defer_lock);
     if (threads <= 1 || !turn.try_lock()) {
@@ -184,7 +185,7 @@ class Team {
         for (; threads_started_ < threads - 1; ++threads_started_) {
           std::thread([this, number = threads_started_ + 1] { serve(number); }).detach();
         }
-      } catch (const std::system_error&) {  // the system has no more threads: those that there are serve
+      } catch (const std::system_error&) {  // the system has no more threads: the started ones serve
       }
       generation_.fetch_add(1, std::memory_order_release);
     }
@@ -202,7 +203,7 @@ class Team {
   static constexpr int kPieceBits = 16;
   static constexpr int kMostThreads = 256;
   static constexpr auto kPatience = std::chrono::microseconds(30);
-  static constexpr auto kAwake = std::chrono::microseconds(300);  // how long a thread looks out for the next job
+  static constexpr auto kAwake = std::chrono::microseconds(300);  // how long a thread spins for the next job
   enum : uint64_t { kCommitting = 1, kCommitted = 2 };
 
   Team() : tickets_(kMostThreads), states_(kMostPieces) {}
@@ -212,7 +213,8 @@ class Team {
     return flag;
   }
 
-  // A piece of phase `id` that nobody has claimed, or -1: first of the thread's own share, then of those after it.
+  // Claims a piece of phase `id` and returns it, or -1 if none is left. The thread's own share comes first, then the
+  // shares after it.
   int64_t claim(uint64_t id, int share, int shares, int64_t pieces) {
     for (int i = 0; i < shares; ++i) {
       const int from = (share + i) % shares;
@@ -222,7 +224,7 @@ class Team {
       while (begin < end) {
         const uint64_t phase = seen >> kPieceBits;
         const int64_t next = phase == id ? static_cast<int64_t>(seen & ((1u << kPieceBits) - 1)) : begin;
-        if (phase > id || next >= end) break;  // of a phase that is over every ticket is at its end, or further
+        if (phase > id || next >= end) break;  // the share has no piece left, or a later phase has begun
         if (ticket.compare_exchange_weak(seen, id << kPieceBits | static_cast<uint64_t>(next + 1),
                                          std::memory_order_acq_rel)) {
           return next;
@@ -249,7 +251,8 @@ class Team {
 
   void end_commit(uint64_t id, int64_t piece) { states_[piece].store(id << 2 | kCommitted, std::memory_order_release); }
 
-  // Returns true if this thread ends the phase, because it sees all pieces committed. `committed` counts those so far.
+  // Returns true if the phase is over. `committed` counts the first pieces that this thread has seen committed. A
+  // thread that has seen all of them committed ends the phase.
   bool finish_phase(uint64_t id, int64_t& committed, int64_t pieces) {
     while (committed < pieces && states_[committed].load(std::memory_order_acquire) == (id << 2 | kCommitted)) {
       ++committed;
@@ -267,7 +270,7 @@ class Team {
         if (turn % 64 != 0 || Clock::now() - began < kAwake) continue;
         std::unique_lock<std::mutex> lock(mutex_);
         sleeping_.fetch_add(1, std::memory_order_seq_cst);
-        // Not wait(): GCC 12 takes it from libstdc++ 3.4.30, which RHEL 9 and Amazon Linux 2023 lack.
+        // Not wait(): with GCC 12 it needs a symbol of libstdc++ 3.4.30, which RHEL 9 and Amazon Linux 2023 lack.
         woken_.wait_for(lock, std::chrono::hours(24),
                         [&] { return generation_.load(std::memory_order_acquire) != seen; });
         sleeping_.fetch_sub(1, std::memory_order_seq_cst);
@@ -292,20 +295,20 @@ class Team {
   std::condition_variable woken_;
   std::atomic<uint64_t> generation_{0};
   std::atomic<int> sleeping_{0};
-  std::shared_ptr<const Job> job_;  // with the next three, under mutex_
+  std::shared_ptr<const Job> job_;  // mutex_ guards this member and the next three
   uint64_t first_ = 0;
-  int threads_ = 0, threads_started_ = 0;  // of the job, its caller too; of those that serve
+  int threads_ = 0, threads_started_ = 0;  // threads of the job with its caller; threads started to serve
 
   struct alignas(64) Ticket {
-    std::atomic<uint64_t> value{0};  // a phase, and the next piece of a share of it
+    std::atomic<uint64_t> value{0};  // number of a phase, and the next piece of one of its shares
   };
   alignas(64) std::atomic<uint64_t> phase_{1};
-  std::vector<Ticket> tickets_;                // of each share
-  std::vector<std::atomic<uint64_t>> states_;  // of pieces: phase, and kCommitting or kCommitted
+  std::vector<Ticket> tickets_;                // one for each share
+  std::vector<std::atomic<uint64_t>> states_;  // of each piece: number of a phase, and kCommitting or kCommitted
 };
 
-// Calls body(first, last) for parts of `begin` to `end`, of `grain` at least, on the threads that PyTorch may use. They
-// claim part by part: one that the system has put aside delays only what it is working on.
+// Calls body(first, last) for parts of `begin` to `end`, each of at least `grain`, on the threads that PyTorch may use.
+// Threads claim one part after another, so a thread that the system has suspended delays only its current part.
 template <class Body>
 inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   static const int usable = usable_cpus();
@@ -321,7 +324,7 @@ inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& 
     std::exception_ptr first;
   };
   const auto failure = std::make_shared<Failure>();
-  const Body* const work = &body;  // a thread that comes late does not read it
+  const Body* const work = &body;  // a thread that comes late gets no part, so it never reads `body`
   Team::instance().run(threads, [=](Team::Walker& walker) {
     walker.phase(
         parts, [](int64_t) {},

@@ -1,4 +1,5 @@
-// Elementary functions of vectors, inlined: a call of the library's spills the registers around it.
+// Elementary functions of vectors. They are inlined, because a call of a library function spills the registers around
+// it.
 #pragma once
 
 #include <limits>
@@ -22,7 +23,7 @@ inline float sum_lanes(Vec x) {
 #endif
 }
 
-// out[i] = sum_lanes(x[i]), to the bit, in a third of the instructions.
+// out[i] = sum_lanes(x[i]), with the same bits and a third of the instructions.
 inline void sum_lanes_of_four(const Vec (&x)[4], float* out) {
 #if defined(CPU_CAPABILITY_AVX512)
   const auto halves = [](__m512 a, __m512 b) {  // [a: 8 sums, b: 8 sums]
@@ -46,12 +47,13 @@ inline void sum_lanes_of_four(const Vec (&x)[4], float* out) {
 #endif
 }
 
-// The largest of n values, NaN if any of them is.
+// Returns the largest of n values, or NaN if one of them is NaN.
 inline float largest_of(const float* x, int64_t n) {
   return at::vec::reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, x, n);
 }
 
-// The smaller and the larger; where one is NaN, the second. at::vec's own spend three instructions on NaN.
+// Return the smaller and the larger of a and b. On x86 they return b if either is NaN. at::vec's own functions spend
+// three instructions on NaN.
 inline Vec min_or_second(Vec a, Vec b) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_min_ps(a, b);
@@ -73,13 +75,13 @@ inline Vec max_or_second(Vec a, Vec b) {
 }
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-// Adding 1.5 * 2^23 rounds to a whole number.
+// Rounds to a whole number, because the sum with 1.5 * 2^23 has no bits for a fraction.
 inline Vec round_whole(Vec x) {
   const Vec shift(0x1.8p23f);
   return (x + shift) - shift;
 }
 
-// 2^f on [-1/2, 1/2], relative error 2e-9.
+// Returns 2^f for f in [-1/2, 1/2]; the polynomial has a relative error of 2e-9.
 inline Vec exp2_fraction(Vec f) {
   Vec y = at::vec::fmadd(Vec(0x1.41fbbap-13f), f, Vec(0x1.5f3e54p-10f));
   y = at::vec::fmadd(y, f, Vec(0x1.3b2d4cp-7f));
@@ -89,7 +91,7 @@ inline Vec exp2_fraction(Vec f) {
   return at::vec::fmadd(y, f, Vec(1.0f));
 }
 
-// 2^whole y, or 0 where x is below `least`.
+// Returns 2^whole y, or 0 where x is below `least`.
 inline Vec scale_exp2(Vec y, Vec whole, Vec x, float least) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(least), _CMP_NLT_UQ), y, whole);
@@ -101,7 +103,7 @@ inline Vec scale_exp2(Vec y, Vec whole, Vec x, float least) {
 }
 #endif
 
-// 2^x to 1.4 units in the last place for x up to 126; 0 below -125, and for -inf.
+// Returns 2^x to 1.4 units in the last place for x up to 126, and 0 for x below -125, as for -inf.
 inline Vec exp2(Vec x) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   const Vec whole = round_whole(x);
@@ -111,11 +113,12 @@ inline Vec exp2(Vec x) {
 #endif
 }
 
-// e^x to 1.2 units in the last place; 0 below -86, inf from where e^x exceeds what a float holds.
+// Returns e^x to 1.2 units in the last place. The result is 0 for x below -86, and inf where e^x exceeds the largest
+// float.
 inline Vec exp(Vec x) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   const Vec log2e(0x1.715476p+0f), whole = round_whole(x * log2e);
-  // The error of log2e as a float, 1.9e-8, times x would be 40 units in the last place of e^88.
+  // The float log2e has an error of 1.9e-8. Times x it would be 40 units in the last place of e^88: fmadd corrects it.
   const Vec f = at::vec::fmadd(x, Vec(0x1.4ae0cp-26f), at::vec::fmsub(x, log2e, whole));
   const Vec y = scale_exp2(exp2_fraction(f), whole, x, -86.0f);
   return Vec::blendv(y, Vec(std::numeric_limits<float>::infinity()), x > Vec(88.72283f));

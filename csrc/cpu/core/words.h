@@ -1,4 +1,4 @@
-// The operands of packed products: 32-bit words, each one float or, where the CPU multiplies them, two bfloat16.
+// The operands of packed products: 32-bit words. A word is one float, or two bfloat16 if the CPU multiplies them.
 #pragma once
 
 #include "cpu/core/common.h"

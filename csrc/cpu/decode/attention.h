@@ -1,7 +1,8 @@
-// Attention of one query over the keys and values of a cache: for the op decode_attention and for DecodeSession.
+// Attention of one query over the keys and values of a cache, for the op decode_attention and for DecodeSession.
 //
-// out = sum over j of softmax(q K^T)[j] V[j], in float32: the scores of all keys first, then their softmax, then the
-// values. A head is one thread's work from the first key to the last, so the number of threads changes no bit.
+// out = sum over j of softmax(q K^T)[j] V[j], in float32. The scores of all keys are computed first, then their
+// softmax, then the sum of the values. One thread computes a head from the first key to the last, so results do not
+// depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -11,11 +12,11 @@
 
 namespace gpt_fast {
 
-// Values per pass over the keys: as many as one thread keeps in registers.
+// Vectors of columns in one pass over the values: as many sums as one thread keeps in registers.
 constexpr int64_t kValueVectors = 64 / kVec;
 constexpr int64_t kKeysAtOnce = 4;
 
-// `count` values from x on as float32, zeros after them.
+// Returns `count` values from x on as float32, with zeros in the lanes after them.
 template <typename scalar_t>
 inline Vec load_floats(const scalar_t* x, int64_t count) {
   if constexpr (std::is_same_v<scalar_t, float>) {
@@ -40,10 +41,10 @@ inline Vec load_floats(const scalar_t* x, int64_t count) {
   }
 }
 
-// Memory for one thread: scores of up to S keys, and rows of D elements converted to float32.
+// Returns the floats of memory that one thread needs: scores of up to S keys, and converted rows of D elements.
 inline int64_t decode_scratch(int64_t S, int64_t D) { return S + kKeysAtOnce * D; }
 
-// scores[r] = q . keys[r], for `count` of at most kKeysAtOnce neighbouring keys.
+// scores[r] = q . keys[r] for COUNT neighbouring keys. `rows` is memory for keys converted to float32.
 template <int COUNT, typename scalar_t>
 inline void score_keys(const float* q, const scalar_t* keys, int64_t stride, int64_t D, float* rows, float* scores) {
   const float* row[COUNT];
@@ -63,8 +64,8 @@ inline void score_keys(const float* q, const scalar_t* keys, int64_t stride, int
   }
 }
 
-// out[d] = scale * sum over j of p[j] V[j][d], for COUNT vectors of columns from `values` on; `last` columns of the
-// last.
+// out[d] = scale * sum over j of p[j] V[j][d], for COUNT vectors of columns from `values` on. The last vector has
+// `last` columns.
 template <int COUNT, typename scalar_t>
 inline void weigh_values(const float* p, const scalar_t* values, int64_t stride, int64_t n, int64_t last, float scale,
                          float* out) {
@@ -85,9 +86,9 @@ inline void weigh_values(const float* p, const scalar_t* values, int64_t stride,
   }
 }
 
-// Turns n scores into e^(score - the largest); returns what their sum is to be multiplied by to be 1.
+// Turns n scores into e^(score - largest score). Returns 1 / their sum, the factor that makes them a softmax.
 inline float weigh_scores(float* scores, int64_t n) {
-  const float largest = largest_of(scores, n);  // NaN passes on
+  const float largest = largest_of(scores, n);  // NaN if a score is NaN
   Vec sum(0.0f);
   for_each_vector(n, [&](int64_t i, int64_t count) {
     const Vec p = exp(Vec::loadu(scores + i, count) - Vec(largest));
@@ -97,8 +98,8 @@ inline float weigh_scores(float* scores, int64_t n) {
   return 1.0f / sum_lanes(sum);
 }
 
-// q holds the scale of the scores already; n keys, 1 or more; rows of the cache lie a stride apart. `scratch` holds
-// decode_scratch(n, D) floats.
+// Attends to n >= 1 keys of a cache. q is already multiplied by the scale of the scores. Rows of the cache are stride_k
+// and stride_v elements apart. `scratch` holds decode_scratch(n, D) floats.
 template <typename scalar_t>
 inline void attend_to_cache(const float* q, const scalar_t* keys, int64_t stride_k, const scalar_t* values,
                             int64_t stride_v, int64_t n, int64_t D, float* scratch, float* out) {
@@ -121,8 +122,9 @@ inline void attend_to_cache(const float* q, const scalar_t* keys, int64_t stride
   }
 }
 
-// Queries of one head that are attended together: one in each lane. Fewer than kFewestTogether are not worth it. Where
-// sums over lanes are made in an order of their own, no queries are attended together.
+// Queries of one head that attend_together computes at once, one in each lane. Fewer queries than kFewestTogether are
+// not worth it. Without AVX2 or AVX-512, sum_lanes may add in another order than add_lanes, so queries are never
+// computed together.
 constexpr int64_t kQueriesTogether = kVec;
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 constexpr int64_t kFewestTogether = kVec / 4;
@@ -130,13 +132,14 @@ constexpr int64_t kFewestTogether = kVec / 4;
 constexpr int64_t kFewestTogether = kQueriesTogether + 1;
 #endif
 
-// Memory for attend_together: scores, keys or values as float32, and the queries side by side.
+// Returns the floats of memory for attend_together: scores, keys or values as float32, and the queries side by side.
 inline int64_t together_scratch(int64_t S, int64_t D) {
   return kQueriesTogether * (round_up(S, kVec) + D) + round_up(S, kVec) * D;
 }
 
-// The sum of the partial sums LANE, LANE + STEP, ... of a dot product, added up as sum_lanes does. Partial sum l is
-// that of the elements l, l + kVec, ...; every lane is a query, and every one of the KEYS keys has a result.
+// Computes dot products of the queries, one in each lane, with KEYS keys. A dot product has kVec partial sums: partial
+// sum l adds the elements l, l + kVec, and so on. This call adds the partial sums LANE, LANE + STEP, and so on, in the
+// order in which sum_lanes adds lanes.
 template <int KEYS, int64_t LANE, int64_t STEP>
 [[gnu::always_inline]] inline void add_lanes(const float* queries, const float* keys, int64_t D, Vec (&sum)[KEYS]) {
   if constexpr (STEP == kVec) {
@@ -182,8 +185,9 @@ template <int QUERIES, int VECTORS>
   }
 }
 
-// As attend_to_cache, to the bit, for `count` queries of one head, at most kQueriesTogether: query i is `q` + i *
-// stride and has `first` + i keys. D is a multiple of kVec. `scratch` holds together_scratch(keys, D) floats.
+// Computes what attend_to_cache computes, to the bit, for `count` queries of one head, at most kQueriesTogether. Query
+// i starts at q + i * stride and has `first` + i keys. D is a multiple of kVec. `scratch` holds together_scratch(n, D)
+// floats for the n keys of the last query.
 template <typename scalar_t>
 inline void attend_together(const float* q, int64_t stride, int64_t count, const scalar_t* keys, const scalar_t* values,
                             int64_t first, int64_t D, float* scratch, float* out) {

@@ -1,8 +1,8 @@
-// Formats of weights in the decode step: float32, bfloat16, or int8 with one scale a row.
+// Formats of weights in the decode step: float32, bfloat16, or int8 with one scale for each row.
 //
-// Weights and the vectors that they are multiplied with are read as 32-bit words: one float, two bfloat16 or four int8
-// neighbours along the summed axis. A format turns a row of weights and a vector into words, and multiplies a register
-// of words, one row in each lane, with a word of a vector.
+// Weights, and the vectors that they multiply, are read as 32-bit words: one float, two bfloat16 or four int8
+// neighbours along the summed axis. A format turns a row of weights, or a vector, into words. It multiplies a register
+// of words, one row in each lane, by a word of a vector.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@ namespace gpt_fast::decode {
 
 using Word = int32_t;
 
-// kVec words. Named by what they hold: 32-bit, 16-bit or 8-bit integers.
+// A register of kVec words, whatever the words hold.
 #if defined(CPU_CAPABILITY_AVX512)
 
 using Ints = __m512i;
@@ -27,13 +27,13 @@ inline Ints load_words(const Word* x) { return _mm512_loadu_si512(x); }
 inline Ints broadcast(Word x) { return _mm512_set1_epi32(x); }
 inline Vec to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
 inline Vec as_floats(Ints x) { return _mm512_castsi512_ps(x); }
-// The lower and the upper bfloat16 of each word, as floats.
+// Return the lower and the upper bfloat16 of each word, as floats.
 inline Vec lower_halves(Ints x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
 inline Vec upper_halves(Ints x) { return _mm512_castsi512_ps(_mm512_and_si512(x, broadcast(-0x10000))); }
-// Bytes 0 and 2 of each word, and bytes 1 and 3, as 16-bit integers.
+// Return bytes 0 and 2 of each word, and bytes 1 and 3, as 16-bit integers.
 inline Ints even_bytes(Ints x) { return _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8); }
 inline Ints odd_bytes(Ints x) { return _mm512_srai_epi16(x, 8); }
-// sum + products of 16-bit integers, two neighbours at a time.
+// Returns sum + a0 * b0 + a1 * b1, where each word holds two 16-bit integers.
 inline Ints multiply_add_pairs(Ints a, Ints b, Ints sum) {
 #if defined(__AVX512VNNI__)
   return _mm512_dpwssd_epi32(sum, a, b);
@@ -83,7 +83,7 @@ inline Ints multiply_add_pairs(Ints a, Ints b, Ints sum) {
 
 #endif
 
-// Keeps an operand in a register: left alone, GCC 12 loads it again for each product, and loads limit a tile.
+// Keeps an operand in a register. GCC 12 would load it again for each product, and loads limit a tile.
 inline Ints in_a_register(Ints x) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   asm("" : "+v"(x));
@@ -104,7 +104,8 @@ inline uint16_t round_to_bfloat16(float x) {
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// Writes n values rounded to bfloat16, two in each word, from the half `begin` on.
+// Writes n values rounded to bfloat16, two in each word. `begin` is the index of the first one in `out`, in 16-bit
+// halves.
 inline void pack_bfloat16(const float* x, int64_t n, Word* out, int64_t begin = 0) {
   uint16_t* halves = reinterpret_cast<uint16_t*>(out) + begin;
   for (int64_t k = 0; k < n; ++k) halves[k] = round_to_bfloat16(x[k]);
@@ -112,7 +113,8 @@ inline void pack_bfloat16(const float* x, int64_t n, Word* out, int64_t begin = 
 
 constexpr float kLargestFloat = std::numeric_limits<float>::max();
 
-// max |x|, infinite or NaN if any is. As integers, which the compiler turns into vectors.
+// Returns max |x|, which is infinite or NaN if an element is. The bits are compared as integers, because the compiler
+// turns that into vector code.
 inline float largest_magnitude(const float* x, int64_t n) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -125,7 +127,7 @@ inline float largest_magnitude(const float* x, int64_t n) {
   return result;
 }
 
-// To the nearest integer, for |x| below 2^22: adding 1.5 * 2^23 leaves it in the low bits.
+// Rounds to the nearest integer, for |x| below 2^22: the sum with 1.5 * 2^23 has the integer in its low bits.
 inline int32_t rounded(float x) {
   x += 0x1.8p23f;
   int32_t bits;
@@ -133,8 +135,8 @@ inline int32_t rounded(float x) {
   return bits - 0x4b400000;
 }
 
-// Rounding of values up to `largest` to integers up to `most`: each times `inverse`, rounded. An integer stands for
-// `step`. All values become 0 if the step is no normal number.
+// Rounding of values up to `largest` to integers up to `most`. A value is multiplied by `inverse` and rounded; the
+// integer i then stands for i * `step`. If the step is no normal number, all values become 0.
 struct Quantiser {
   Quantiser(float largest, float most) : inverse(0.0f), step(largest / most) {
     if (step < std::numeric_limits<float>::min()) {
@@ -146,17 +148,18 @@ struct Quantiser {
   float inverse, step;
 };
 
-// Panels and vectors of a tile (products.h): as many sums as the registers hold beside the operands.
+// Panels of a tile (products.h). With kTileVectors vectors, a tile has as many sums as the registers hold beside the
+// operands.
 constexpr int kTilePanels = kVec == 16 ? 4 : 2;
 
-// Weights as they are, float32.
+// Weights stored as float32.
 struct Float32 {
   static constexpr int kTileVectors = 6;
-  static constexpr at::ScalarType kDtype = at::kFloat;  // of stored weights
-  static constexpr int64_t kPer = 1;                    // weights of a word
-  static constexpr int64_t kInputWords = 1;             // of a vector, for one word of weights
+  static constexpr at::ScalarType kDtype = at::kFloat;  // dtype of stored weights
+  static constexpr int64_t kPer = 1;                    // weights in a word
+  static constexpr int64_t kInputWords = 1;             // words of a vector for one word of weights
   static constexpr int64_t kChain = 512;                // words that one register sums up
-  static constexpr bool kScaled = false;                // whether rows and vectors have scales, which take whole ones
+  static constexpr bool kScaled = false;                // true if every whole row or vector has a scale
   using Sum = Vec;
   using Weights = Vec;
   using Input = Vec;
@@ -166,24 +169,26 @@ struct Float32 {
   static Sum multiply(Weights w, Input x, Sum sum) { return at::vec::fmadd(w, x, sum); }
   static Vec finish(Sum sum) { return sum; }
 
-  // Writes the vector x [K] as words, zeros up to `words`; returns what the products are to be multiplied by.
+  // Writes the vector x [K] as words, with zeros up to `words`. Returns the vector's scale, by which its products are
+  // multiplied.
   static float prepare(const float* x, int64_t K, int64_t words, Word* out) {
     prepare_part(x, 0, K, K, words, out);
     return 1.0f;
   }
 
-  // Writes the values `begin` to `begin + count` of a vector [K] into its words; the last ones with the zeros.
+  // Writes the values `begin` to `begin + count` of a vector [K] into its words. The call for the last values also
+  // writes the zeros after them.
   static void prepare_part(const float* x, int64_t begin, int64_t count, int64_t K, int64_t words, Word* out) {
     std::memcpy(out + begin, x, count * sizeof(float));
     if (begin + count == K) std::fill(out + K, out + words, 0);
   }
 
-  // Writes a row of weights [K] as words, zeros up to `words`; returns the scale of the row.
+  // Writes a row of weights [K] as words, with zeros up to `words`. Returns the scale of the row.
   static float pack(const float* w, int64_t K, int64_t words, Word* out) { return prepare(w, K, words, out); }
 };
 
-// Weights rounded to bfloat16. Where the CPU multiplies pairs of bfloat16 the vector is rounded to bfloat16 too. Else
-// it stays float32, and the two halves of the weights' words are multiplied one after the other.
+// Weights rounded to bfloat16. If the CPU multiplies pairs of bfloat16, the vector is rounded to bfloat16 too. Else it
+// stays float32, and the two halves of the weights' words are multiplied one after the other.
 struct BFloat16 {
   static constexpr at::ScalarType kDtype = at::kBFloat16;
   static constexpr int64_t kPer = 2;
@@ -239,15 +244,15 @@ struct BFloat16 {
   }
 };
 
-// Weights as int8 with one scale for a row (an output channel); the vector as integers of BITS bits with a scale of its
-// own. Products and sums are exact integers.
+// Weights as int8 with one scale for each row (output channel). The vector is stored as integers of BITS bits, with a
+// scale of its own. Products, and their sums over a chain, are exact integers.
 template <int BITS>
 struct Int8 {
   static_assert(BITS == 8 || BITS == 16);
-  static constexpr int kTileVectors = 4;  // GCC 12 spills the sums of six
+  static constexpr int kTileVectors = 4;  // with six, GCC 12 would spill the sums
   static constexpr at::ScalarType kDtype = at::kChar;
   static constexpr int64_t kPer = 4;
-  static constexpr int64_t kChain = BITS == 8 ? 512 : 128;  // 512 * 127 * 32767 < 2^31
+  static constexpr int64_t kChain = BITS == 8 ? 512 : 128;  // a chain fits int32: 512 * 127 * 32767 < 2^31
   static constexpr bool kScaled = true;
   static constexpr float kLargest = BITS == 8 ? 127.0f : 32767.0f;
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512VNNI__)
@@ -257,13 +262,13 @@ struct Int8 {
 #endif
   static constexpr int64_t kInputWords = kMultipliesBytes ? 1 : 2;
   using Sum = Ints;
-  struct Pairs {  // of 16-bit integers: elements 0 and 2 of each four, and elements 1 and 3
+  struct Pairs {  // 16-bit integers: elements 0 and 2 of each four, and elements 1 and 3
     Ints even, odd;
   };
   using Weights = std::conditional_t<kMultipliesBytes, Ints, Pairs>;
   using Input = std::conditional_t<kMultipliesBytes, Ints, Pairs>;
 
-  // The instruction that multiplies bytes takes unsigned ones: weights become w + 128, and sums begin at -128 sum(x).
+  // The instruction that multiplies bytes takes unsigned weights: they become w + 128, and sums begin at -128 sum(x).
   static Weights load(const Word* w) {
     const Ints words = in_a_register(load_words(w));
     if constexpr (kMultipliesBytes) {
@@ -291,11 +296,11 @@ struct Int8 {
   }
   static Vec finish(Sum sum) { return to_floats(sum); }
 
-  // Behind the words of the vector stand the sums of its integers, one for each chain.
+  // Writes the vector as words, and after them the sums of its integers, one for each chain.
   static float prepare(const float* x, int64_t K, int64_t words, Word* out) {
     const float largest = largest_magnitude(x, K);
     std::fill(out, out + words * kInputWords + words / kChain + 1, 0);
-    if (!(largest <= kLargestFloat)) return NAN;  // the products become NaN by their scale
+    if (!(largest <= kLargestFloat)) return NAN;  // a scale of NaN makes the products NaN
     const auto [inverse, step] = Quantiser(largest, kLargest);
     if constexpr (kMultipliesBytes) {
       int8_t* bytes = reinterpret_cast<int8_t*>(out);
@@ -306,7 +311,7 @@ struct Int8 {
         out[words + begin / kChain] = sum;
       }
     } else {
-      int16_t* halves = reinterpret_cast<int16_t*>(out);  // four neighbours in the order 0 2 1 3
+      int16_t* halves = reinterpret_cast<int16_t*>(out);  // each four neighbours are stored in the order 0 2 1 3
       for (int64_t k = 0; k < K; ++k) {
         halves[k / 4 * 4 + k % 2 * 2 + k % 4 / 2] = static_cast<int16_t>(rounded(x[k] * inverse));
       }

@@ -1,8 +1,9 @@
-// One token from a row of logits: repetition penalty, temperature, top-k, top-p, min-p, then a draw by inversion.
+// Drawing of one token from a row of logits: repetition penalty, temperature, top-k, top-p, min-p, then inversion of
+// the cumulative distribution.
 //
-// Greedy where the temperature is 0. A draw takes one uniform number of Philox, counted by (draw, row) and keyed by the
-// seed, and the first token, in the order of ids (or of falling probability where top-k or top-p cut), at which the sum
-// of probabilities exceeds it.
+// At temperature 0 the most probable token is taken. Else a draw uses one uniform number of Philox, whose counter is
+// (draw, row) and whose key is the seed. The drawn token is the first one at which the running sum of probabilities
+// exceeds that number. The sum runs in the order of ids, or of falling probability if top-k or top-p apply.
 #pragma once
 
 #include <cmath>
@@ -18,9 +19,9 @@ namespace gpt_fast::decode {
 
 struct Sampling {
   double temperature = 0.0;
-  int64_t top_k = 0;  // 0: all
+  int64_t top_k = 0;  // 0: all tokens
   double top_p = 1.0;
-  double min_p = 0.0;  // tokens less probable than this share of the most probable one are dropped
+  double min_p = 0.0;  // drops tokens whose probability is below this fraction of the largest one
   double penalty = 1.0;
   int64_t seed = 0;
   int64_t draw = 0;
@@ -30,7 +31,7 @@ constexpr int64_t kSampleBlock = 64;
 constexpr int64_t kNotFinite = -1;
 constexpr double kLeastTemperature = 1e-30;
 
-// In [0, 1), from 53 bits.
+// Returns a uniform number in [0, 1), made of 53 random bits.
 inline double uniform(const Sampling& sampling, int64_t row) {
   uint32_t words[4][kLanes];
   const uint64_t draw = static_cast<uint64_t>(sampling.draw);
@@ -39,11 +40,11 @@ inline double uniform(const Sampling& sampling, int64_t row) {
   return static_cast<double>((static_cast<uint64_t>(words[0][0]) << 32 | words[1][0]) >> 11) * 0x1p-53;
 }
 
-// For one thread.
+// Sampler with its own memory, for use by one thread.
 class Sampler {
  public:
-  // Draws from `logits` [V], which it may change. `seen` [V], or null: tokens the penalty applies to. kNotFinite where
-  // the logits hold NaN or +inf.
+  // Draws a token from `logits` [V], which this function may change. `seen` [V] marks the tokens that the penalty
+  // applies to, or is null. Returns kNotFinite if the logits hold NaN or +inf.
   int64_t draw(float* logits, int64_t V, const Sampling& sampling, const uint8_t* seen, int64_t row) {
     const float before = largest_of(logits, V);
     if (!(before < std::numeric_limits<float>::infinity())) return kNotFinite;
@@ -54,7 +55,7 @@ class Sampler {
       }
     }
     const float largest = largest_of(logits, V);
-    // A temperature that float32 cannot divide by leaves the most probable token alone.
+    // At a temperature that float32 cannot divide by, only the most probable token is left.
     if (sampling.temperature < kLeastTemperature) return std::find(logits, logits + V, largest) - logits;
     const float inverse = static_cast<float>(1.0 / sampling.temperature);
     const double u = uniform(sampling, row);
@@ -85,11 +86,11 @@ class Sampler {
     return sum;
   }
 
-  // The first of `count` candidates at which the running sum of weights exceeds u of the whole.
+  // Returns the first of `count` candidates at which the running sum of weights exceeds u times the sum of all weights.
   int64_t pick(int64_t count, double u) const {
     const double wanted = u * sum_of(weights_.data(), count);
     double running = 0.0;
-    int64_t last = 0;  // where rounding leaves the sum short of u
+    int64_t last = 0;  // the result if rounding keeps the running sum from exceeding `wanted`
     for (int64_t begin = 0; begin < count; begin += kSampleBlock) {
       const int64_t n = std::min(kSampleBlock, count - begin);
       const double block = sum_of(weights_.data() + begin, n);
@@ -106,9 +107,10 @@ class Sampler {
     return last;
   }
 
-  // The k largest logits into ids_, falling, the lower id first among equals.
+  // Writes the ids of the k largest logits to ids_, largest first. Equal logits come in the order of their ids.
   void take_largest(const float* logits, int64_t V, int64_t k) {
-    // Each of the k largest block maxima is some logit: the k-th of them is a bound that at least k logits reach.
+    // The block maxima are logits themselves, so at least k logits reach the k-th largest maximum: it bounds the
+    // search.
     const int64_t blocks = ceil_div(V, kSampleBlock);
     float bound = -std::numeric_limits<float>::infinity();
     if (k <= blocks) {
@@ -130,16 +132,16 @@ class Sampler {
     ids_.resize(k);
   }
 
-  // Candidates after top-k and top-p, with their weights; returns how many.
+  // Keeps the candidates that top-k and top-p leave, with their weights. Returns their number.
   int64_t keep_most_probable(const float* logits, int64_t V, float largest, float inverse, const Sampling& sampling) {
     const int64_t most = sampling.top_k > 0 ? std::min(sampling.top_k, V) : V;
-    double whole = 0.0;  // what top-p takes its share from
+    double whole = 0.0;  // sum of all weights, of which top-p takes a share
     if (most == V) {
       weights_.resize(V);
       weigh(logits, V, largest, inverse, weights_.data());
       whole = sum_of(weights_.data(), V);
     }
-    // Without top-k few tokens usually hold the share: more are sorted only where they do not.
+    // Without top-k, few tokens usually reach the share of top-p. More tokens are sorted only if they do not.
     for (int64_t k = most == V ? std::min<int64_t>(V, 256) : most;; k = std::min(most, 8 * k)) {
       take_largest(logits, V, k);
       gathered_.resize(k);

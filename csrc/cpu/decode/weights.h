@@ -1,4 +1,5 @@
-// The weights of a model as DecodeSession reads them: packed once, shared by any number of sessions and threads.
+// The weights of a model as DecodeSession reads them. They are packed once and shared by any number of sessions and
+// threads.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -16,14 +17,15 @@ namespace gpt_fast::decode {
 
 using Parameters = std::map<std::string, at::Tensor>;
 
-// Keys and values: as precise as the weights, but int8 would lose too much.
+// Type of cached keys and values: float32 for float32 weights, else bfloat16, because int8 would lose too much
+// precision.
 template <class Format>
 using Cache = std::conditional_t<std::is_same_v<Format, Float32>, float, at::BFloat16>;
 
 // Precision in which weights are stored and multiplied.
 enum class Storage { kFloat32, kBFloat16, kInt8, kInt8With16BitInputs };
 
-// Calls body with a value of the type of the format.
+// Calls body with a value of the format's type.
 template <class Body>
 auto with_format(Storage storage, const Body& body) {
   switch (storage) {
@@ -40,7 +42,7 @@ auto with_format(Storage storage, const Body& body) {
 
 inline at::Tensor as_float(const at::Tensor& x) { return x.to(at::kFloat).contiguous(); }
 
-// A weight matrix, packed, and its bias.
+// A packed weight matrix and its bias.
 struct Linear {
   at::Tensor data, scale, bias;
   int64_t N = 0, K = 0, words = 0;
@@ -102,7 +104,7 @@ struct DecoderWeights {
 
 class DecodeWeights {
  public:
-  // `parameters`: those of a trunk by their names, and output_layer.weight and .bias.
+  // `parameters` holds the parameters of a trunk by their names, and output_layer.weight and output_layer.bias.
   DecodeWeights(const Parameters& parameters, int64_t num_heads, const std::string& activation_name, bool is_pre_norm,
                 double norm_eps, const std::string& weights)
       : storage(parse_storage(weights)),
@@ -162,7 +164,7 @@ class DecodeWeights {
     return sum;
   }
 
-  Storage storage;  // of the matrices
+  Storage storage;  // format of the matrices
   Activation activation;
   bool pre_norm;
   double eps;
@@ -171,10 +173,11 @@ class DecodeWeights {
   std::vector<DecoderWeights> blocks;
   Norm final_norm;
   Linear output;
-  std::vector<std::string> copied;  // parameters that are not read in place: later writes into them have no effect
+  std::vector<std::string> copied;  // parameters that were copied: later writes into them have no effect
 
  private:
-  // Steps write into buffers of C and F numbers: a block of other sizes would write past their ends.
+  // Validates the sizes of a block. Steps write into buffers of C and F numbers, so a block of other sizes would write
+  // past their ends.
   void check_shapes(const DecoderWeights& block) const {
     const auto fits = [](const Linear& linear, int64_t N, int64_t K) {
       return linear.N == N && linear.K == K && (!linear.bias.defined() || linear.bias.numel() == N);
