@@ -162,7 +162,7 @@ inline int64_t row_grain(int64_t N) { return std::max<int64_t>(1, kGrain / std::
 inline std::optional<Dropout> make_dropout(const char* op, double p, const std::optional<at::Tensor>& seed,
                                            int64_t site) {
   if (p == 0.0) return std::nullopt;
-  TORCH_CHECK_VALUE(seed.has_value(), "gpt_fast.", op, ": dropout_p is ", p, " without a seed");
+  TORCH_CHECK_VALUE(seed.has_value(), "gpt_fast.", op, ": dropout_p is ", p, " and seed is None; expected a seed");
   TORCH_CHECK_VALUE(seed->scalar_type() == at::kLong && seed->numel() == 1, "gpt_fast.", op, ": seed has dtype ",
                     seed->scalar_type(), " and ", seed->numel(), " elements; expected one int64 element");
   return Dropout(p, seed->item<int64_t>(), site);

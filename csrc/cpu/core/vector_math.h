@@ -49,18 +49,18 @@ inline void sum_lanes_of_four(const Vec (&x)[4], float* out) {
 
 // Returns the largest of n values, or NaN if one of them is NaN.
 inline float largest_of(const float* x, int64_t n) {
-  return at::vec::reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, x, n);
+  return at::vec::reduce_all<float>([](Vec a, Vec b) { return Vec::blendv(b, a, a > b); }, x, n);
 }
 
-// Return the smaller and the larger of a and b. On x86 they return b if either is NaN. at::vec's own functions spend
-// three instructions on NaN.
+// Return the smaller and the larger of a and b, or b if either is NaN. at::vec's own functions spend three instructions
+// on NaN.
 inline Vec min_or_second(Vec a, Vec b) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_min_ps(a, b);
 #elif defined(CPU_CAPABILITY_AVX2)
   return _mm256_min_ps(a, b);
 #else
-  return at::vec::minimum(a, b);
+  return Vec::blendv(b, a, a < b);
 #endif
 }
 
@@ -70,7 +70,7 @@ inline Vec max_or_second(Vec a, Vec b) {
 #elif defined(CPU_CAPABILITY_AVX2)
   return _mm256_max_ps(a, b);
 #else
-  return at::vec::maximum(a, b);
+  return Vec::blendv(b, a, a > b);
 #endif
 }
 
