@@ -47,8 +47,8 @@ def gradients(loss, inputs, dloss):
 def yardstick(x, weight, bias, target, ignore_index, smoothing, reduction, dloss):
     """Return the gradients with the roundings that the op's contract names.
 
-    The contract rounds the logits' gradient, and dx before it is scaled. A mean divides by the count of rows: the factor
-    of 1 / count that is no power of two is applied before dx is rounded, the power of two afterwards.
+    The contract rounds the logits' gradient, and dx before it is scaled. A mean scales by 1 / count: the power of two
+    in this factor is applied after dx is rounded, and the rest of the factor before.
     """
     dtype, V = x.dtype, weight.shape[0]
     rows, targets = x.detach().reshape(target.numel(), x.shape[-1]).float(), target.reshape(-1)
@@ -142,7 +142,7 @@ def test_several_chunks_of_rows_and_of_the_vocabulary(dtype, reduction, device, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_more_classes_than_are_multiplied_at_once(dtype, device, implementation):
-    """dx is a sum over the vocabulary. With so many classes it is computed as a sum of several products."""
+    """The gradient dx is a sum over the vocabulary. For so many classes it is computed as a sum of several products."""
     check(sample_inputs((6, 20, 9000 if implementation == "cpp" else 700), dtype, device))
 
 
@@ -496,7 +496,7 @@ def test_double_backward_says_that_it_is_not_there(reduction, device):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_the_reference_is_torchs(reduction):
-    """The reference agrees with PyTorch's cross_entropy in float64, and its first and second derivatives are correct."""
+    """The reference agrees with PyTorch's loss in float64, and its first and second derivatives are correct."""
     x, weight, bias, target = sample_inputs((4, 3, 5), torch.float64, "cpu")
     wanted = F.cross_entropy(F.linear(x, weight, bias), target, label_smoothing=0.1, reduction=reduction)
     got = reference.linear_cross_entropy(x, weight, target, bias, -100, 0.1, reduction)

@@ -109,7 +109,7 @@ FEW = [(1, 70, 100, 33), (2, 33, 16, 7), (16, 130, 40, 64), (15, 9, 19, 5), (1, 
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", FEW, ids=str)
 def test_few_rows(shape, dtype, device):
-    """Few rows, as in a decode step, use narrow tiles and sum over K in one part or several. The last part is shorter."""
+    """Few rows, as in a decode step, use narrow tiles. They sum over K in one part or several, the last one shorter."""
     for activation in ACTIVATIONS:
         check(sample_inputs(shape, dtype, device), activation)
     check(sample_inputs(shape, dtype, device, fc_bias=False, transposed=True), "gelu_tanh", 0.3)

@@ -163,8 +163,9 @@ def pushed(function: Callable, tensors: tuple[Tensor, ...], tangents: tuple[Tens
 
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_mode_is_the_references(name: str) -> None:
-    """Forward mode gives the bits of `torch.func.jvp` in float32, with a warning. In float64 it agrees with a difference
-    quotient.
+    """In float32 forward mode gives the bits of `torch.func.jvp`. In float64 it agrees with a difference quotient.
+
+    It runs the reference, which warns.
     """
     function, tensors = sample(name)
     tangents = tuple(torch.randn_like(tensor) for tensor in tensors)
@@ -212,7 +213,7 @@ def test_forward_over_reverse_is_the_second_derivative() -> None:
         torch.testing.assert_close(torch.zeros_like(b) if a is None else a, b)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "loss"])  # its backward only scales, so it is exact
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "loss"])  # the loss's backward only scales gradients
 def test_a_dual_gradient_of_a_kernels_result_is_refused(name: str) -> None:
     """A kernel that ran before the dual level began would lose the tangent of the upstream gradient in its backward."""
     if name == "linear" and ops.serving("linear", "cpu") == "reference":
