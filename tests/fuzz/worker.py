@@ -1,4 +1,4 @@
-"""Runs draws of one target and tells about each in a line of JSON: a process that may crash or hang.
+"""Run draws of one target and print a line of JSON for each. This process may crash or hang.
 
     python -m tests.fuzz.worker TARGET SEED FIRST LAST
 

@@ -213,7 +213,7 @@ def test_forward_over_reverse_is_the_second_derivative() -> None:
         torch.testing.assert_close(torch.zeros_like(b) if a is None else a, b)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "loss"])  # the loss's backward only scales gradients
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "loss"])  # the loss's backward only scales
 def test_a_dual_gradient_of_a_kernels_result_is_refused(name: str) -> None:
     """A kernel that ran before the dual level began would lose the tangent of the upstream gradient in its backward."""
     if name == "linear" and ops.serving("linear", "cpu") == "reference":
