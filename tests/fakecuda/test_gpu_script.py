@@ -25,7 +25,7 @@ SHORT = {
 
 
 def rehearse(part: int, out: Path, **changes: str) -> dict[str, int | None]:
-    """Run a part of the script with the tests of one op. Return the exit status of each step, None if it was skipped."""
+    """Run a part of the script with the tests of one op. Return each step's exit status, None if it was skipped."""
     changes = SHORT | {"PYTHON": sys.executable, "OUT": str(out), "PART": str(part)} | changes
     done = subprocess.run(
         ["bash", ".ci/gpu"], check=False, cwd=ROOT, capture_output=True, text=True, env=os.environ | changes

@@ -109,7 +109,7 @@ def test_a_loop_of_ones_own(options: dict, device: torch.device, watched: Callab
 
 @pytest.mark.parametrize("value", [1e-4, torch.tensor(1e-4)], ids=["number", "tensor"])
 def test_a_rate_that_a_loop_sets_reaches_the_graph(value: Any, device: torch.device, watched: Callable) -> None:
-    """A learning rate that the loop sets is copied into the tensor that the graph reads, and the group keeps that tensor."""
+    """A learning rate that the loop sets is copied into the tensor that the graph reads, which the group keeps."""
     _, optimizer, call = own(device, fused=True)
     rate = optimizer.param_groups[0]["lr"]
     for _ in range(3):

@@ -1,4 +1,7 @@
-"""Test the stand-in itself: it refuses the calls that CUDA refuses. Without this, a lack of refusals would prove nothing."""
+"""Test the stand-in itself: it refuses the calls that CUDA refuses.
+
+Other tests assert that no call is refused, which would prove nothing if the stand-in accepted every call.
+"""
 
 import pytest
 import torch

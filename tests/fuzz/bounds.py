@@ -191,13 +191,13 @@ def attention(
                 "v": torch.zeros_like(v)}  # fmt: skip
     scores = (q @ k.mT * scale).masked_fill(~allowed, -torch.inf)
     probs = scores.softmax(-1).masked_fill(~allowed, 0.0)
-    # The relative error of a row's probabilities is twice the error of its scores, which is 4 eps(float32) and the error
-    # of a sum of D terms.
+    # The relative error of a row's probabilities is twice the error of its scores: 4 eps(float32) and the error of a
+    # sum of D terms.
     sizes = (abs(scale) * (q.abs() @ k.abs().mT)).masked_fill(~allowed, 0.0)
     relative = summing(k.shape[2]) + (8 + q.shape[-1]) * numerics.EPS32 * sizes.amax(-1, keepdim=True)  # [B, H, T, 1]
     largest = factor.amax() if factor.numel() else factor.new_zeros(())
-    # Weights may be rounded before they are multiplied by dropout's scale, which matters for the smallest numbers of the
-    # dtype. Masked keys have no rounding.
+    # Weights may be rounded before they are multiplied by dropout's scale, which matters for the smallest numbers of
+    # the dtype. Masked keys have no rounding.
     weights = probs * factor
     rounded = rounding(weights, dtype) * allowed * largest.clamp(min=1)
     error_weights = weights * relative + FLUSHED * factor + rounded

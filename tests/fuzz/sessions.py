@@ -200,7 +200,7 @@ def read(
         if past:
             k, v = torch.cat([past[i][0], k], dim=2), torch.cat([past[i][1], v], dim=2)
         kept.append((k, v))
-        # A float32 score in the hundreds has few digits after the point, which limits the accuracy of the softmax. Three
+        # A float32 score in the hundreds has few digits after the point, which limits the softmax's accuracy. Three
         # operations round it: the product, the scale, and the difference from the largest score.
         scores = by.score(by.score(by.attention(q) @ k.transpose(2, 3)) * (C // H) ** -0.5)
         scores = scores.masked_fill(~allowed, -torch.inf)
@@ -445,7 +445,7 @@ class Fuzz:
         return tokens if self.rng.random() < 0.7 else tokens.repeat_interleave(2, dim=-1)[..., ::2]
 
     def prompt(self, rows: int, longest: int) -> tuple[Tensor, Tensor | None, list[list[int]]]:
-        """Return tokens [B, T], lengths or None, and the tokens of each row without padding, which may hold anything."""
+        """Return tokens [B, T], lengths or None, and each row's tokens without its padding, which may hold anything."""
         rng = self.rng
         T = rng.randint(1, longest)
         counts = [rng.randint(1, T) for _ in range(rows)] if rng.random() < 0.6 else [T] * rows

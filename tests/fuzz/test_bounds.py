@@ -117,7 +117,7 @@ def test_many_packed_sequences(count):
 
 
 def test_more_than_ten_dimensions():
-    """Ops that take any number of leading dimensions accept twelve, in a layout that is not contiguous."""
+    """Ops that take any number of leading dimensions accept thirteen, in a layout that is not contiguous."""
     shape = (1, 2, 1, 1, 2, 1, 1, 1, 1, 2, 1, 1, 3)
     x = torch.randn(*shape, 5).transpose(1, 4)
     rows = x.reshape(-1, 5)

@@ -1,4 +1,4 @@
-"""Test the drop-in GPT, its blocks and the trunk against `reference.GPT`, the corrected module of the lecture notes."""
+"""Test the drop-in GPT, its blocks and the trunk against `reference.GPT`, the lecture notes' module without its bugs."""
 
 import copy
 import pathlib
