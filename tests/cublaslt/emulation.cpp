@@ -1,8 +1,8 @@
 // Emulation of the functions of cuBLASLt that csrc/cuda/cublaslt.cpp calls, on the host's memory, as the header of
 // cuBLASLt documents them: layouts by columns, operations, epilogues, and the conditions on alignment and leading
-// dimensions, whose violation fails as in cuBLASLt. The bits of a mask lie in an unusual order, because callers must not
-// depend on the order. This file includes csrc/cuda/mlp.cpp and registers it for CPU tensors, so that everything except
-// cuBLASLt itself is tested without a GPU.
+// dimensions, whose violation fails as in cuBLASLt. The bits of a mask lie in an unusual order, because callers must
+// not depend on the order. This file includes csrc/cuda/mlp.cpp and registers it for CPU tensors, so that everything
+// except cuBLASLt itself is tested without a GPU.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -154,7 +154,7 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
   const Preference& p = in<Preference>(preference);
   ++heuristics;
   results[0].state = CUBLAS_STATUS_SUCCESS;
-  std::memcpy(&results[0].algo, &in<Layout>(a), sizeof(Layout));  // cublasLtMatmul checks that the problem is the same
+  std::memcpy(&results[0].algo, &in<Layout>(a), sizeof(Layout));  // cublasLtMatmul refuses another layout's algorithm
   *found = p.alignment <= 16 && p.reduction == CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE && in<Layout>(b).rows > 0;
   return CUBLAS_STATUS_SUCCESS;
 }

@@ -10,9 +10,9 @@ files and headings, and generated tables must be current. A comment right before
     <!-- in a clone: COMMANDS -->       The block runs in a new clone, after COMMANDS and the blocks of earlier pages.
     <!-- behind the commands -->        The block is Python that reads what the page's shell commands wrote.
 
-A comment behind `print` ends with the printed text: `print(x)  # 3`. Otherwise a `text` block right after the code shows
-the output, in which `…` stands for any text on its line. A `text` block with a title tells the reader why numbers may
-differ. Its numbers with a decimal point may be off by 15 %, because the tutorial's differ by 12 % between seeds.
+A comment behind `print` ends with the printed text: `print(x)  # 3`. Otherwise a `text` block right after the code
+shows the output, in which `…` stands for any text on its line. A `text` block with a title tells the reader why numbers
+may differ. Its numbers with a decimal point may be off by 15 %, because the tutorial's differ by 12 % between seeds.
 """
 
 import json

@@ -52,9 +52,9 @@ def run(tree: Path, *command: object, fails: bool = False, **extra: str) -> str:
 
 
 def test_the_op_from_contract_to_benchmark(tree):
-    """In the interpreter the op passes its tests, its benchmark and the checks of every op, and its launches are recorded.
+    """In the interpreter the op passes its tests, which the benchmark runs first, and the checks of every op.
 
-    The benchmark runs the op's tests first.
+    Its launches are recorded.
     """
     interpreted = {"TRITON_INTERPRET": "1"}
     run(tree, "-m", "benchmarks", "--suite", OP, "--device", "cpu", "--quick", "--out", "figures", **interpreted)

@@ -1,4 +1,7 @@
-"""Test the drop-in GPT, its blocks and the trunk against `reference.GPT`, the lecture notes' module without its bugs."""
+"""Test the drop-in GPT, its blocks and the trunk against `reference.GPT`, the lecture notes' module with fixed bugs.
+
+The tests call that module "the notes".
+"""
 
 import copy
 import pathlib

@@ -1,6 +1,7 @@
-"""Test that imports run one way: command line → training → heads, generation → model → layers → ops → kernels.
+"""Test that imports run one way.
 
-The tests read the import statements of every module of the package. Only the last test imports the package.
+They run from the command line to training → heads, generation, integrations → model → layers → ops → kernels. The tests
+read the import statements of every module of the package. Only the last test imports the package.
 """
 
 import ast
@@ -67,7 +68,7 @@ def name_of(path: Path) -> str:
 
 
 def room_of(module: str) -> str:
-    """Return the room of a module: "ops" for "gpt_fast.ops.mlp", and "" for the package itself, gpt_fast/__init__.py."""
+    """Return the room of a module: "ops" for "gpt_fast.ops.mlp", and "" for gpt_fast/__init__.py."""
     first, _, rest = module.partition(".")
     return first if first != "gpt_fast" else rest.partition(".")[0]
 

@@ -214,7 +214,7 @@ def test_pure_wheel_runs_the_reference(env: Environment, pure_wheel: Path) -> No
 
 
 def test_make_dist_builds_all_three() -> None:
-    """`make dist` builds the sources, a portable wheel and a pure wheel. Other tests cover the two environment switches."""
+    """`make dist` builds the sources, a portable wheel and a pure wheel. Other tests build with the two variables."""
     commands = run("make", "-n", "dist", "VENV=/nowhere", cwd=ROOT).splitlines()
     built = [line for line in commands if " -m build " in line]
     assert [("--sdist" in line, "GPT_FAST_PORTABLE=1" in line, "GPT_FAST_NO_CPP=1" in line) for line in built] == [
@@ -317,7 +317,7 @@ def test_which_pytorch_an_extension_serves(built: str, running: str, expected: b
 
 @pytest.fixture
 def levels(checkout: Callable[..., Path]) -> Path:
-    """Return a checkout with one extension module for each level. No CPU supports the requirements of the best level."""
+    """Return a checkout with one extension module for each level. No CPU meets the requirements of the best level."""
     folder = checkout("levels", extension=True)
     package = folder / "gpt_fast"
     record = json.loads((package / "_C.json").read_text())

@@ -34,7 +34,7 @@ def work(topic: str, passes: str, dtype: torch.dtype = F32, dropout: float = 0.0
 @pytest.mark.parametrize(
     ("found", "bytes", "flops"),
     [
-        # Causal attention of 2 tokens has 3 pairs of 4 numbers, a multiply-add each, in two products, or five in backward.
+        # Causal attention of 2 tokens has 3 pairs of 4 numbers, a multiply-add each, in two products (backward: five).
         # A tensor has 8 numbers, and lse has 2.
         pytest.param(
             work("attention", "forward", B=1, H=1, T=2, D=4), 4 * 4 * 8 + 8, 2 * 2 * 3 * 4, id="attention"
