@@ -1,6 +1,6 @@
-"""The fixtures `cli` and `data` of the tests that run `gpt-fast`.
+"""Fixtures `cli` and `data` for the tests that run `gpt-fast`.
 
-Importing torch takes seconds, so most command lines run in processes forked from one that has imported everything.
+Importing torch takes seconds, so command lines run in processes forked from one process that has imported everything.
 """
 
 import json

@@ -17,7 +17,8 @@ import gpt_fast.reference
 pytest_plugins = ("tests.command_line",)  # the fixtures cli and data
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Dtypes that a norm may round to for a product. Triton's interpreter truncates to bfloat16, where a GPU rounds.
+# Dtypes to which a norm may round its result for a matrix product. Triton's interpreter truncates to bfloat16, while a
+# GPU rounds.
 PRODUCT_DTYPES = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]
 
 
@@ -31,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> str:
-    """Return "cpu" (C++, or Triton under TRITON_INTERPRET=1) and, where there is one, "cuda"."""
+    """Return "cpu" (C++, or Triton if TRITON_INTERPRET=1), or "cuda" on a machine with a CUDA device."""
     return request.param
 
 

@@ -127,7 +127,7 @@ class Changeable(nn.Module):
 
 
 class RootMeanSquare(nn.Module):
-    """RMSNorm with LayerNorm's parameters."""
+    """RMSNorm with the parameters of LayerNorm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ class ByParameters(nn.Module):
 
 
 class Partly(nn.Module):
-    """Block with the attention and the MLP of GPT-2, but with residual sums that no GPT-2 block has."""
+    """Block that differs from GPT-2's in one way, by `kind`, so that only parts of it can be fused."""
 
     def __init__(self, kind: str, dropout: float):
         super().__init__()

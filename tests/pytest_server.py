@@ -28,7 +28,7 @@ class Watch:
 
     def __init__(self, limit: float, current: int) -> None:
         self.limit, self.current = limit, current
-        self.output = os.dup(1)  # pytest captures 1 and 2
+        self.output = os.dup(1)  # pytest redirects file descriptors 1 and 2
         self.pytest_runtest_logstart("")  # imports and collection count too
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:

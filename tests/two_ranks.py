@@ -1,4 +1,4 @@
-"""Run a script as two ranks over gloo, each in a process of its own."""
+"""Run a script as two ranks over gloo, each in its own process."""
 
 import os
 import subprocess

@@ -68,7 +68,7 @@ CLASSES = sorted(name for name, value in PUBLIC.items() if inspect.isclass(value
 
 
 def computes(value: object) -> bool:
-    """Return True for a function or class that computes on tensors, and False for a result."""
+    """Return True for a function or class that computes on tensors, and False for a class of results."""
     return value.__module__ in COMPUTE and not (inspect.isclass(value) and issubclass(value, tuple))
 
 

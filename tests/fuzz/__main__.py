@@ -4,7 +4,7 @@
     python -m tests.fuzz attention --seed 0 --only 1234     repeats one draw
 
 A draw is one random call of an op, or one random session. Targets are the ops and `sessions`, which draws sessions of
-DecodeSession and exists on the C++ kernels only. TRITON_INTERPRET=1 runs the Triton kernels in the interpreter, on
+DecodeSession and is missing in the interpreter. TRITON_INTERPRET=1 runs the Triton kernels in the interpreter, on
 smaller sizes. Draws run in other processes, so a crash or a hang is a finding too. The command prints for each finding
 the command that repeats it. The exit status is 1 if there is a finding, or if too many draws were refused.
 """

@@ -202,7 +202,7 @@ OPTIONS = {
     "top_p": Sampling(1.3, top_p=0.8),
     "both": Sampling(1.0, top_k=9, top_p=0.9),
     "penalty": Sampling(1.0, top_k=12, repetition_penalty=1.5),
-    "penalty_of_all": Sampling(2.0, repetition_penalty=1.5),  # also of negative logits
+    "penalty_of_all": Sampling(2.0, repetition_penalty=1.5),  # applies to negative logits too
     "min_p": Sampling(1.0, min_p=0.1),
     "min_p_after_top_k": Sampling(1.0, top_k=40, min_p=0.1),
     "all_kept": Sampling(1.0, top_k=500, top_p=1.0),

@@ -226,7 +226,7 @@ def test_two_threads_do_not_restore_each_others_flags():
     with evaluating(model):
         inside.set()
         thread.join(timeout=0.2)
-        assert thread.is_alive()  # it waits
+        assert thread.is_alive()  # the second thread waits
         assert not any(module.training for module in model.modules())
     thread.join()
     assert seen == [[False] * 4]

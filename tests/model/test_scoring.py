@@ -98,7 +98,7 @@ def test_what_padding_holds_changes_nothing():
     model, tokens = build(), tokens_of(2, 8)
     lengths = torch.tensor([8, 5])
     before = gpt_fast.score(model, tokens, lengths=lengths)
-    tokens[1, 5:] = -7  # no id at all
+    tokens[1, 5:] = -7  # not a token id
     assert torch.equal(gpt_fast.score(model, tokens, lengths=lengths).log_probs, before.log_probs)
 
 
@@ -150,7 +150,7 @@ def test_default_stride_is_half_of_the_positions():
 def test_labels_choose_positions():
     model, tokens = build().double(), tokens_of()
     labels = tokens.masked_fill(torch.arange(9) % 3 > 0, -100)
-    labels[0, 3] = (tokens[0, 3] + 1) % V  # another token than the one that follows
+    labels[0, 3] = (tokens[0, 3] + 1) % V  # differs from the token that follows
     scores = gpt_fast.score(model, tokens, labels=labels)
     assert torch.equal(scores.predicted, (labels != -100) & (torch.arange(9) > 0))
     wanted = copy.deepcopy(model).eval()(tokens).logits.log_softmax(-1)[0, 2, labels[0, 3]].detach()

@@ -108,7 +108,7 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "options"), SHAPES)
 def test_numerics(shape, options, dtype, device):
-    """Sizes are multiples of a block, others, and one past a block; causal and bidirectional; with extreme scales."""
+    """Test sizes on, off and one past multiples of a block, causal and bidirectional, with extreme scales."""
     check(*inputs(*shape, dtype=dtype, device=device), **options)
 
 

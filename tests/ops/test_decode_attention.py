@@ -62,7 +62,7 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_numerics(shape, dtype, device):
-    """Sizes are multiples of blocks and splits, others, and one past them. Rows have different lengths."""
+    """Test sizes on, off and one past multiples of blocks and splits. Rows have different lengths."""
     check(*inputs(*shape, dtype=dtype, device=device))
 
 

@@ -261,7 +261,7 @@ def test_the_busy_process_ends_if_the_suite_is_killed():
     with subprocess.Popen([sys.executable, "-c", code], cwd=environment.ROOT, stdout=subprocess.PIPE) as suite:
         loop = psutil.Process(int(suite.stdout.readline()))
         suite.kill()
-    loop.wait(timeout=60)  # raises TimeoutExpired
+    loop.wait(timeout=60)  # raises TimeoutExpired if the process still runs
 
 
 def test_a_busy_run_has_a_file_of_its_own_and_quiet_figures_of_one_thread_less(tiny, tmp_path, monkeypatch):
