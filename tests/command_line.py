@@ -133,7 +133,7 @@ Cli = Callable[..., Result]
 
 @pytest.fixture(scope="session")
 def cli() -> Iterator[Cli]:
-    """Return a function that runs one command line in a process of its own.
+    """Return a function that runs one command line in its own process.
 
     `watched` is a path, perhaps with wildcards, and the number of lines that the file must have (0: it must exist).
     When that holds and `later` more seconds have passed, the process gets `signal` and 2 ms later `again`, if set.

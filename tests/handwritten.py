@@ -186,7 +186,7 @@ class Attention(nn.Module):
 
 
 class ByParameters(nn.Module):
-    """Attention that multiplies by parameters of its own, without `nn.Linear`.
+    """Attention that multiplies by its own parameters, without `nn.Linear`.
 
     The gradient of its key bias is 0 in exact arithmetic, so only rounding errors remain.
     """

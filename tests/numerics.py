@@ -132,8 +132,8 @@ def softmax_terms(scores: Tensor, exact: Tensor) -> float:
     """Return `terms` for `assert_as_accurate` on softmax results: 4 eps(float32) max|score| of the largest value.
 
     Each operation that rounds a float32 score s adds an error of eps |s| / 2, which becomes a relative error of exp(s).
-    Three operations round: the product, the scale with log2(e), and the difference from the maximum. A GPU fuses the
-    last two and an interpreter does not. With scores up to 4 this error is below the float32 floor. With scores in the
+    Three operations round: the product, the scale with log2(e), and the difference from the maximum. A GPU fuses some
+    of them, and an interpreter does not. With scores up to 4 this error is below the float32 floor. With scores in the
     hundreds two correct implementations can differ by more than any fixed multiple of the yardstick's error.
     """
     if not scores.numel() or not exact.numel():

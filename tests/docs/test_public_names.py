@@ -1,7 +1,7 @@
 """Test the docstrings of the public names: they name every argument, and their examples run and print what they show.
 
 ruff compares the arguments that a docstring lists with the signature (D417, DOC102), but accepts a docstring that lists
-none, and does not read those of classes. griffe, which parses docstrings for the documentation, closes the gap.
+none, and does not read the docstrings of classes. griffe, which parses docstrings for the documentation, checks these.
 """
 
 import contextlib

@@ -426,7 +426,7 @@ def test_a_session_serves_one_thread_at_a_time():
 def test_the_gil_is_released_and_the_extension_guards_itself():
     """Two threads call the C++ session at once. The only error is its own "in use by another thread".
 
-    At least one such error must occur: without it the C++ step would have held the GIL.
+    At least one such error must occur. If none occurs, the C++ step has held the GIL.
     """
     model = make_model("gpt2", hidden_dim=256, num_heads=4, num_layers=4)
     session = DecodeSession(model)

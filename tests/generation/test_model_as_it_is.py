@@ -167,7 +167,7 @@ def test_the_extension_refuses_blocks_of_other_sizes():
 
 
 class Watched(nn.Dropout):
-    """Dropout that remembers in which mode it ran. As a class of its own, it makes the session call the model."""
+    """Dropout that remembers in which mode it ran. It is not `nn.Dropout` itself, so the session calls the modules."""
 
     def forward(self, x):
         self.modes = [*getattr(self, "modes", []), self.training]

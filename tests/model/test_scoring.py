@@ -246,7 +246,7 @@ def test_without_a_start_token_the_first_token_is_not_scored():
 
 
 def test_continuations():
-    """Each continuation has the score of a pass of its own. A context that is too long loses its first tokens."""
+    """Each continuation has the score that a separate pass gives. A context that is too long loses its first tokens."""
     model = build().double()
     contexts, continuations = ([4, 5, 6], [7], [8] * 30), ([1, 2], [9, 3, 3], list(range(T)))
     found = score_continuations(model, list(zip(contexts, continuations, strict=True)), batch_size=2)

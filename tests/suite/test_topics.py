@@ -140,7 +140,7 @@ def test_imports_have_no_circles():
 
 
 def test_every_topic_with_cases_on_a_gpu_has_tests_for_it():
-    """The suite runs a topic's tests marked `cuda` before it times the topic on a GPU, and refuses one without tests."""
+    """The suite runs a topic's tests marked `cuda` before it times the topic on a GPU, and refuses it without them."""
     timed = [topic for topic in TOPICS.values() if catalogue.cases(topic, "cuda")]
     files = {topic.name: {f"tests/{name}" for name in files_of_tests(topic)} for topic in timed}
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "cuda and not slow"]
