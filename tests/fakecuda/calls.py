@@ -78,7 +78,7 @@ def attention_qkv(device: torch.device, dtype: torch.dtype, B: int, T: int, H: i
 
 
 def long_attention(device: torch.device) -> Call:
-    """Call attention with B H over 65,535, CUDA's limit for the second and third dimension of a grid."""
+    """Return a call of attention with B H over 65,535, CUDA's limit for the second and third dimension of a grid."""
     q = values(device, 4096, 17, 16, 16, dtype=BF16)
     return both_ways(partial(ops.attention, q, q, q, dropout_p=0.1, seed=seed(device)))
 
