@@ -198,7 +198,7 @@ def test_activation_checkpointing_repeats_the_masks():
 
 
 def test_pre_norm_blocks_alone_and_fused_across_their_border_are_the_same():
-    """The trunk fuses the last addition of each block with the norm of the next. A block called alone adds itself."""
+    """The trunk fuses each block's last addition with the next norm. A block that is called alone does the addition."""
     config = GPTConfig.preset("gpt2", **SIZES)
     model, seed = GPTModel(config), torch.tensor([3])
     tokens = torch.randint(0, 61, (2, 9))

@@ -209,9 +209,9 @@ def test_an_implementation_that_compiles_is_measured_last(tiny, tmp_path):
 
 @pytest.mark.parametrize("kind", [RuntimeError, AssertionError])
 def test_an_implementation_that_fails_is_missing_and_ours_may_not(kind, tiny, tmp_path):
-    """Another implementation that raises is listed as missing. An error of ours ends the run.
+    """Another implementation that raises is listed as missing. An error of ours ends the run, unless memory runs out.
 
-    AssertionError is included, because Liger asserts that it supports a call.
+    AssertionError is tested too, because Liger asserts that it supports a call.
     """
 
     def fail(case):
