@@ -153,7 +153,7 @@ def test_every_topic_with_cases_on_a_gpu_has_tests_for_it():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_cases_are_sound(device):
-    """Each topic has quick cases, except `linear` on a GPU. Names are unique, work is positive, targets can be judged."""
+    """Each topic has quick cases, except `linear` on a GPU. Names are unique, work is positive, targets are sound."""
     assert {topic.suite for topic in TOPICS.values()} == set(SUITES)
     for topic in TOPICS.values():
         found = catalogue.cases(topic, device)
