@@ -1,6 +1,6 @@
-"""The fixtures `cli` and `data` of the tests that run `gpt-fast`.
+"""Fixtures `cli` and `data` for the tests that run `gpt-fast`.
 
-Importing torch takes seconds, so most command lines run in processes forked from one that has imported everything.
+Importing torch takes seconds, so command lines run in processes forked from one process that has imported everything.
 """
 
 import json
@@ -110,7 +110,7 @@ for line in sys.stdin:
     codes = [codes[rank] for rank in sorted(codes)]
     print(json.dumps([codes[-1], "".join(outs), "".join(errs), codes]), flush=True)
 """
-# Without what says to a pytest inside that it is a worker of the one outside.
+# PYTEST_* variables are left out: a pytest that a command line starts would take itself for a worker of this one.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -125,7 +125,7 @@ class Result(NamedTuple):
     code: int
     out: str
     err: str
-    codes: tuple[int, ...] = ()  # of all ranks
+    codes: tuple[int, ...] = ()  # the exit code of each rank
 
 
 Cli = Callable[..., Result]
@@ -133,13 +133,13 @@ Cli = Callable[..., Result]
 
 @pytest.fixture(scope="session")
 def cli() -> Iterator[Cli]:
-    """Return a function that runs one command line in a process of its own.
+    """Return a function that runs one command line in its own process.
 
-    `watched` is a path, perhaps with wildcards, and how many lines it must have. The process gets `signal`, and
-    `again`, as soon as that path is there and `later` seconds have passed. No file can grow past `file_size`, and no
-    process past `memory` bytes of addresses or `seconds`. `ranks` starts as many processes, which find each other as
-    torchrun's do; the last one gets the signal, and its code is the result's. Standard input is a file with the text
-    `stdin`, or /dev/null.
+    `watched` is a path, perhaps with wildcards, and the number of lines that the file must have (0: it must exist).
+    When that holds and `later` more seconds have passed, the process gets `signal` and 2 ms later `again`, if set.
+    No file can grow past `file_size` bytes. No process can use more than `memory` bytes of address space or run longer
+    than `seconds`. `ranks` starts that many processes with the environment variables that torchrun sets. The last rank
+    gets the signal, and the result holds its exit code. Standard input is a file with the text `stdin`, or /dev/null.
     """
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
@@ -177,7 +177,7 @@ def succeed(result: Result) -> Result:
 
 
 class Data(NamedTuple):
-    """Files and runs that the tests read and none may change."""
+    """Files and runs that many tests read. No test may change them."""
 
     folder: Path
     text: Path

@@ -1,4 +1,7 @@
-"""Fixtures every op's tests use. One test file serves the C++ kernels, Triton in the interpreter and Triton on CUDA."""
+"""Fixtures that every op's tests use.
+
+One test file serves the C++ kernels, Triton in the interpreter and Triton on CUDA.
+"""
 
 import importlib
 import os
@@ -14,7 +17,8 @@ import gpt_fast.reference
 pytest_plugins = ("tests.command_line",)  # the fixtures cli and data
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Dtypes that a norm may round to for a product. Triton's interpreter truncates to bfloat16, where a GPU rounds.
+# Dtypes to which a norm may round its result for a matrix product. Triton's interpreter truncates to bfloat16, while a
+# GPU rounds.
 PRODUCT_DTYPES = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]
 
 
@@ -28,13 +32,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> str:
-    """Return "cpu" (C++, or Triton under TRITON_INTERPRET=1) and, where there is one, "cuda"."""
+    """Return "cpu" (C++, or Triton if TRITON_INTERPRET=1), or "cuda" on a machine with a CUDA device."""
     return request.param
 
 
 @pytest.fixture
 def implementation(device: str) -> str:
-    """Which implementation a fused op has to run on `device`: the tests must not pass on another one."""
+    """Return the implementation that a fused op has to run on `device`. Tests must not pass on another one."""
     if device == "cuda" or INTERPRETED:
         return "triton"
     return "reference" if os.environ.get("GPT_FAST_NO_CPP") == "1" else "cpp"
@@ -42,7 +46,10 @@ def implementation(device: str) -> str:
 
 @pytest.fixture
 def check_implementation(device: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """`check(op, call)`: `call()`, with its backward if the op has one, runs on the implementation under test alone."""
+    """Return `check(op, call)`, which asserts that `call()` runs the implementation under test and no other.
+
+    `call()` has to run the op's backward too, if the op has one.
+    """
 
     def check(op: str, call: Callable[[], object]) -> None:
         assert gpt_fast.ops.serving(op, device) == implementation
@@ -68,7 +75,7 @@ def fixed_seed() -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Fill what `torch.empty` and `at::empty` return with NaN, so that a value a kernel forgets to write is seen."""
+    """Let `torch.empty` and `at::empty` return NaN, so that a value that a kernel forgets to write fails the test."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()
@@ -78,9 +85,10 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture
 def far_apart() -> Callable:
-    """`far_apart(x, dim=0)`: x with its slices along `dim` so far apart that offsets pass 2^31 elements.
+    """Return `far_apart(x, dim=0)`, which copies x to slices along `dim` that are far apart in memory.
 
-    On a CPU only the pages that are touched take memory.
+    The last slice lies more than 2^31 elements behind the first. On a CPU only the pages that the copy writes take
+    memory.
     """
 
     def spread(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
@@ -100,7 +108,7 @@ def far_apart() -> Callable:
 
 @pytest.fixture
 def threads() -> Iterator:
-    """A function that sets the number of threads; what it was before comes back."""
+    """Yield a function that sets the number of threads, and restore the number afterwards."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -113,9 +121,10 @@ def two_threads(threads: Callable[[int], None]) -> None:
 
 @pytest.fixture
 def thread_counts() -> tuple[int, ...]:
-    """Return the numbers of threads with which a second run has to agree with the first.
+    """Return the numbers of threads for which every run must give the same bits.
 
-    The interpreter is slow and runs one program after the other. On a GPU the runs are three, for programs that race.
+    The interpreter is slow and runs one program after the other, so that one run suffices. On a GPU the number of
+    threads changes nothing, but three runs can show programs that race.
     """
     return (1,) if INTERPRETED else (1, 2, 3)
 
@@ -124,7 +133,8 @@ def thread_counts() -> tuple[int, ...]:
 def one_thread() -> Iterator[None]:
     """Compute with one thread, for modules that train tiny models.
 
-    Two threads would spend their time waiting for each other. On a busy machine they take twenty times as long as one.
+    On tiny models two threads spend their time waiting for each other. On a busy machine they take twenty times as
+    long as one thread.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

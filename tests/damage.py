@@ -1,4 +1,4 @@
-"""Draws damages of a file from a fixed seed: of its bytes, of the values in it, and of its kind."""
+"""Damage a file at random, from a fixed seed: its bytes, the values in it, or its kind (a folder, a pipe, ...)."""
 
 import functools
 import json
@@ -14,10 +14,10 @@ import yaml
 
 from tests.command_line import Cli, Data, succeed
 
-DRAWS = 32  # of each case
-SECONDS, MEMORY = 60, 12 << 30  # of one command
+DRAWS = 32  # damages for each case
+SECONDS, MEMORY = 60, 12 << 30  # the limits for one command
 DEEP = 100_000
-# JSON that stands for a value, and is what no field of any file expects, or too large for most.
+# JSON values that no field of any file expects, or that are too large for most fields.
 HARM = [
     "null", "true", "-1", "0", "1e18", str(10**18), str(2**63), "NaN", "1e999", "-Infinity", '"x"', '""', "[]", "{}",
     "[" * 70 + "]" * 70, "[" * DEEP + "]" * DEEP, "9" * 5000, '"' + "x" * 100_000 + '"', '{"a": 1}', "[null]",
@@ -38,7 +38,7 @@ YAML_HARM = [
 class Damage(NamedTuple):
     text: str
     apply: Callable[[Path], None]
-    edit: bool = False  # may a person have meant it? Then the result may be another one
+    edit: bool = False  # a person might have made this edit on purpose, so the command's output may differ
 
 
 class Case(NamedTuple):
@@ -105,7 +105,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
 
 
 def places(value: Any, here: tuple = ()) -> Iterator[tuple]:
-    """Yields the path of each value inside `value`; of many of one kind, the first few."""
+    """Yield the path of each value inside `value`, at most 40 for each list or dictionary."""
     inside = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
     for name, inner in inside[:40]:
         yield (*here, name)
@@ -117,7 +117,10 @@ def at(value: Any, place: tuple) -> Any:
 
 
 def changed_values(content: bytes, draw: random.Random) -> tuple[str, bytes, bool]:
-    """Returns the JSON in `content` with one value replaced, left out, renamed, given twice or added."""
+    """Change one value of the JSON in `content`: replace, remove, rename, repeat or add it.
+
+    Return a description, the new content, and whether a person might have made this edit on purpose.
+    """
     value, mark = json.loads(content), "the place of the value"
     place = draw.choice(list(places(value)))
     outer, name, before = at(value, place[:-1]), place[-1], at(value, place)
@@ -148,12 +151,12 @@ def changed_values(content: bytes, draw: random.Random) -> tuple[str, bytes, boo
 
 
 def is_part(now: Any, before: Any) -> bool:
-    """Are all settings in `now` some of those in `before`? Each may be left out."""
+    """Return True if every setting in `now` has its value of `before`. Settings of `before` may be missing."""
     return isinstance(now, dict) and now.items() <= before.items()
 
 
 def skeleton(content: bytes) -> Any:
-    """Returns the names and the types in a file of JSON or YAML; None where it is neither."""
+    """Return the names and types in a file of JSON or YAML, or None if the file is neither."""
     try:
         lines = content.decode().splitlines()
         value = [json.loads(line) for line in lines] if lines and lines[0].endswith("}") else yaml.safe_load(content)
@@ -171,7 +174,7 @@ def _types(value: Any) -> Any:
 
 
 def drawn(path: Path, draw: random.Random) -> Damage:
-    """Returns a damage of the file at `path`."""
+    """Draw a damage of the file at `path`."""
     content = path.read_bytes()
     structured = path.suffix in (".json", ".jsonl")
     kind = draw.choice(["bytes", "kind"] + ["values"] * 3 * structured + ["yaml"] * 2 * (path.suffix == ".yaml"))
@@ -194,7 +197,7 @@ def drawn(path: Path, draw: random.Random) -> Damage:
         return Damage(text, lambda path: path.write_bytes(b"\n".join(lines) + b"\n"), edit)
     name = draw.choice(list(BYTES))
     after = BYTES[name](content, draw)
-    # A digit or a letter that is another one is what a person may have written, and so are tokens and weights.
+    # Changed digits, letters, tokens and weights count as edits: the file is valid, and nothing in it shows the damage.
     before, now = skeleton(content), skeleton(after)
     same = after == content or (now is not None and now == before) or (path.suffix == ".yaml" and is_part(now, before))
     weights = path.suffix in (".safetensors", ".pt") and len(after) == len(content)
@@ -204,7 +207,8 @@ def drawn(path: Path, draw: random.Random) -> Damage:
 def check(cli: Cli, data: Data, whole: Path, folder: Path, name: str, case: Case) -> None:
     """Damage copies of `whole` inside `folder` and run the command on each.
 
-    The command names the damaged file in one line, or its output is as before. It never hangs.
+    The command must either report an error that names the damaged run, or print the output of the whole run. Where a
+    person might have made the edit, it may print another output. It must end within the limits of time and memory.
     """
     bounds = {"seconds": SECONDS, "memory": MEMORY}
 

@@ -1,4 +1,7 @@
-"""Small models of the hand-written structures, and look-alikes: the same parts, but another function."""
+"""Small GPT models as people write them by hand, and look-alikes that have the same parts but compute something else.
+
+`gpt_fast.accelerate` must recognise the models, and must leave the look-alikes alone.
+"""
 
 import random
 
@@ -19,7 +22,7 @@ MODELS = {
 
 
 def make(name: str, dropout: float = 0.0) -> nn.Module:
-    """Return a model whose gains and biases are random too, so that none hides a mistake."""
+    """Return a model with random gains and biases: with ones and zeros, a gain or bias could be forgotten unseen."""
     model = MODELS[name](dropout)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -32,7 +35,7 @@ def make(name: str, dropout: float = 0.0) -> nn.Module:
 
 
 class Changeable(nn.Module):
-    """A pre-norm block whose forward has a place for each change."""
+    """Pre-norm block whose forward applies the one change of `CHANGES` that it is given."""
 
     def __init__(self, change: str, dropout: float = 0.1):
         super().__init__()
@@ -124,7 +127,7 @@ class Changeable(nn.Module):
 
 
 class RootMeanSquare(nn.Module):
-    """RMSNorm with LayerNorm's parameters."""
+    """RMSNorm with the parameters of LayerNorm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +165,7 @@ CHANGES = (
 
 
 class Attention(nn.Module):
-    """Causal attention; the "rotary" one turns its queries and keys."""
+    """Causal attention, with rotary embeddings of queries and keys if `is_rotary`."""
 
     def __init__(self, dropout: float, is_rotary: bool):
         super().__init__()
@@ -183,7 +186,10 @@ class Attention(nn.Module):
 
 
 class ByParameters(nn.Module):
-    """Attention without linear layers. The gradient of its key bias is 0 but for rounding."""
+    """Attention that multiplies by its own parameters, without `nn.Linear`.
+
+    The gradient of its key bias is 0 in exact arithmetic, so only rounding errors remain.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,7 +203,7 @@ class ByParameters(nn.Module):
 
 
 class Partly(nn.Module):
-    """A block whose sums are no block's of GPT-2, with attention and an MLP that are."""
+    """Block that differs from GPT-2's in one way, by `kind`, so that only parts of it can be fused."""
 
     def __init__(self, kind: str, dropout: float):
         super().__init__()
@@ -224,7 +230,7 @@ class Partly(nn.Module):
 
 
 class PartlyFused(nn.Module):
-    """A model of such blocks, which return tuples."""
+    """Model of `Partly` blocks. Each block returns a tuple."""
 
     def __init__(self, kind: str, dropout: float = 0.0):
         super().__init__()
@@ -239,7 +245,7 @@ class PartlyFused(nn.Module):
         return self.output(self.last(x))
 
 
-# Kind → the ops that each of its blocks is fused by, besides its four norms.
+# Kind of block → the fused ops that each block runs after `accelerate`, besides its four norms.
 PARTLY = {
     "parallel": ("attention", "linear", "linear", "mlp"),
     "sandwich": ("attention", "linear", "linear", "mlp"),

@@ -24,7 +24,10 @@ NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "summary
 
 
 def make(name: str, dropout: float | None = 0.0, **options):
-    """A model whose biases and gains are random too, so that none hides a mistake. dropout None keeps the default."""
+    """Return a model of the class `name` with random gains and biases, so that none can be forgotten unseen.
+
+    `dropout` None keeps the default of the class.
+    """
     sizes = {"vocab_size": V, "n_positions": P, "n_embd": C, "n_layer": LAYERS, "n_head": H, "num_labels": 3}
     sizes |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": PAD}
     if dropout is not None:
@@ -44,13 +47,13 @@ def make(name: str, dropout: float | None = 0.0, **options):
 
 
 def twins(name: str, dropout: float | None = 0.0, **options):
-    """The same model twice."""
+    """Return a model and a copy of it."""
     model = make(name, dropout, **options)
     return model, copy.deepcopy(model)
 
 
 def padding(side: str | None, B: int, T: int) -> Tensor | None:
-    """attention_mask [B, T], or None without padding; the first row has none."""
+    """Return an attention_mask [B, T], or None if `side` is None. The first row has no padding."""
     if side is None:
         return None
     mask = torch.ones(B, T, dtype=torch.int64)
@@ -60,18 +63,21 @@ def padding(side: str | None, B: int, T: int) -> Tensor | None:
 
 
 def inputs(name: str, side: str | None = None, B: int = 3, T: int = 11) -> dict[str, Tensor]:
-    """Tokens [B, T] (choices in the batch for double heads), their padding, and labels as the class takes them."""
+    """Return the arguments of the class's forward: tokens [B, T], their padding mask and labels.
+
+    For double heads the B rows are the choices of a batch of one: tokens [1, B, T].
+    """
     tokens = torch.randint(8, V, (B, T))
     mask = padding(side, B, T)
     if mask is not None:
         tokens = tokens.masked_fill(mask == 0, PAD)
     given = {"input_ids": tokens} | ({} if mask is None else {"attention_mask": mask})
-    # Nothing is to be predicted at padding, nor from it.
+    # No padding token is a label, and no label is predicted from a padding token.
     labels = tokens if mask is None else tokens.masked_fill((mask == 0) | (mask.roll(1, 1) == 0), -100)
     if "Double" in name:
         given = {key: value[None] for key, value in given.items()}
         if name.startswith("OpenAI") and mask is not None:
-            given["attention_mask"] = mask  # transformers takes no choices here
+            given["attention_mask"] = mask  # here transformers takes [B, T], without the dimension of choices
         last = torch.full((B,), T - 1) if mask is None else T - 1 - mask.flip(1).argmax(1)
         return given | {"labels": labels[None], "mc_token_ids": last[None], "mc_labels": torch.tensor([1])}
     if "LMHead" in name:
@@ -88,7 +94,7 @@ def inputs(name: str, side: str | None = None, B: int = 3, T: int = 11) -> dict[
 
 
 def at_real_positions(value: Tensor, mask: Tensor | None) -> Tensor:
-    """What stands at tokens that are no padding, where `value` has a place for each token; else all of it."""
+    """Return the values at tokens that are not padding. If `value` has no dimension of tokens, return all of it."""
     if mask is None or value.dim() < mask.dim():
         return value
     value = value.squeeze(0) if value.shape[0] == 1 and value.dim() > mask.dim() else value
@@ -99,7 +105,7 @@ LOSSES = ("loss", "mc_loss")
 
 
 def run(model, given: dict, dtype: torch.dtype | None = None, mask: Tensor | None = None) -> dict[str, Tensor]:
-    """Outputs of one pass in training mode, at real tokens, and the gradient of every parameter."""
+    """Return the outputs of one pass in training mode, without those at padding, and the gradient of each parameter."""
     model.zero_grad(set_to_none=True)
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         out = model(**given)
@@ -109,12 +115,12 @@ def run(model, given: dict, dtype: torch.dtype | None = None, mask: Tensor | Non
         if name in out
     }
     if ("LMHead" in type(model).__name__ or "CausalLM" in type(model).__name__) and out.logits.dtype == torch.float64:
-        labels = given["labels"][:, 1:].flatten()  # transformers takes this loss in float32, whatever the logits are
+        labels = given["labels"][:, 1:].flatten()  # transformers computes this loss in float32, even for float64 logits
         out["loss"] = nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels)
         values["loss"] = out.loss.detach().clone()
     losses = [out[name] for name in LOSSES if name in out]
     total = sum(losses)
-    if not losses:  # a trunk: a random upstream gradient at real tokens
+    if not losses:  # a model without a head: a random upstream gradient at the tokens that are not padding
         hidden = at_real_positions(out.last_hidden_state, mask)
         total = (hidden * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(hidden.dtype)).sum()
     total.backward()
@@ -125,12 +131,12 @@ def in_float64(model):
     model = copy.deepcopy(model).double()
     for module in model.modules():
         if hasattr(module, "reorder_and_upcast_attn"):
-            module.reorder_and_upcast_attn = False  # to float32, which would be a step down here
+            module.reorder_and_upcast_attn = False  # it casts to float32, which here would lose precision
     return model
 
 
 def assert_same(original, given: dict, accelerated=None, *, dtype: torch.dtype | None = None) -> None:
-    """Accelerated and original agree with float64 alike: the original in the tested dtype is the yardstick."""
+    """Assert that the accelerated model is as close to float64 as the original model in the tested dtype."""
     if accelerated is None:
         accelerated = copy.deepcopy(original)
         gpt_fast.accelerate(accelerated, strict=True)
@@ -142,12 +148,13 @@ def assert_same(original, given: dict, accelerated=None, *, dtype: torch.dtype |
     for name, value in got.items():
         assert value.dtype == yardstick[name].dtype or name in LOSSES, name
         assert value.shape == yardstick[name].shape, name
-    # Pooled, each at its own scale: the error of one small tensor, or of a loss, is a single draw.
+    # All tensors are judged together, each divided by its own scale. The error of one small tensor, or of a loss, alone
+    # could be large or small by luck.
     gradients = {name for name in got if name.startswith("grad ")}
     for names, label in ((gradients, "gradients"), (got.keys() - gradients, "outputs")):
         scales = {name: exact[name].abs().max() for name in sorted(names)}
-        # Some gradients are 0 but for the rounding of their terms (a softmax's, summed over its classes, say), which
-        # are of the size of the others: half an eps of the terms is no error of the result.
+        # Some gradients are sums that cancel to 0, such as a softmax's gradient summed over its classes. Their terms
+        # are as large as other gradients, so rounding errors of the terms exceed the result. The floor allows for this.
         floor = 0.1 * max(scales.values())
         scales = {name: max(scale, floor) for name, scale in scales.items()}
 

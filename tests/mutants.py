@@ -1,15 +1,15 @@
-"""Plant each fault of tests/faults/<op>.py and run that op's tests, which must fail: tests of the tests.
+"""Test the tests: plant each fault of tests/faults/<op>.py and run that op's tests, which must fail.
 
-The engine of generation on a CPU, `decode_session`, is judged in the same way.
+`decode_session`, the C++ engine that generates text on a CPU, is no op but has faults and tests in the same form.
 
     python -m tests.mutants [OP ...] [--match REGEX] [--part I/N] [--jobs N] [--fuzz [--draws N]]
 
-A fault that no test notices is an error, and so is one whose text does not occur exactly once, one that does not
-compile, and one caught by a test that fails without it too. A test that never ends has noticed its fault, and so has
-one that kills its process. Everything happens in copies of the tree. Faults in kernels/ run in Triton's interpreter.
-For faults in csrc/ the op's own file is compiled with -O1, several faults side by side in one file, and linked with
-the objects of the other ops. With --fuzz the draws of tests/fuzz judge instead of the op's tests: this tests the fuzz,
-which need not catch every fault.
+The command reports an error for each fault that no test notices, whose text does not occur exactly once, that does not
+compile, or that is caught by a test that fails without the fault too. A test that never ends, or that kills its
+process, counts as having noticed the fault. Everything happens in copies of the tree. Faults in kernels/ run in
+Triton's interpreter. For faults in csrc/ the op's own file is compiled with -O1 and linked with the objects of the
+other ops. That file holds one copy of the op for each of several faults. With --fuzz the random calls of tests/fuzz run
+instead of the op's tests. This measures the fuzz tests, which need not catch every fault.
 """
 
 import argparse
@@ -35,15 +35,15 @@ from typing import NamedTuple
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 150  # seconds for one test; without a fault the longest takes a tenth of that
+LIMIT = 150  # seconds for one test; without a fault the longest test takes a tenth of that
 FUZZ_LIMIT = 900  # seconds for the draws of an op
-FUZZ_DRAWS = {"C++": 1000, "Triton": 100}  # of each op, by which --fuzz judges; the interpreter is slow
+FUZZ_DRAWS = {"C++": 1000, "Triton": 100}  # random calls of each op with --fuzz; the interpreter is slow
 BATCH = 12  # faults that are compiled and judged together
 BINDINGS = ROOT / "csrc" / "bindings.cpp"
 CPP_SOURCES = sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))
 REGISTRATION = r"TORCH_LIBRARY_IMPL\(gpt_fast, (\w+), m\)"
 BINDING = "const Binding binding("
-# What is no op: its file, and its tests.
+# Engines that are no ops: name → (C++ file, test files).
 ENGINES = {
     "decode_session": (
         "decode/session.cpp",
@@ -54,9 +54,10 @@ BROKEN = re.compile(r"\b(SyntaxError|IndentationError|NameError|CompilationError
 
 
 class Fault(NamedTuple):
-    """Replaces `old`, which occurs once in `file`, by `new`. Faults in gpt_fast/ are judged on the C++ kernels.
+    """Replacement of `old`, which occurs once in `file`, by `new`. Faults in gpt_fast/ are judged on the C++ kernels.
 
-    `test` selects, as pytest's -k does, the tests that run first because they are to notice it; all others follow.
+    `test` is an expression for pytest's -k. The tests that it selects are expected to notice the fault and run first.
+    If they pass, all tests of the op run.
     """
 
     name: str
@@ -72,8 +73,8 @@ NO_FAULT = Fault("none", "", "", "")
 class Verdict(NamedTuple):
     op: str
     fault: Fault
-    test: str  # that noticed it; empty where there is a complaint
-    note: str  # the complaint, or how the test ended where it did not just fail
+    test: str  # the test that noticed the fault; empty if there is a complaint
+    note: str  # the complaint; or how the test ended, if it hung or its process died
     seconds: float
 
 
@@ -93,7 +94,7 @@ def implementation(fault: Fault) -> str:
 
 
 class Compiler:
-    """Compiles and links as setup.py does, but faster: -O1, and the headers that are not ours precompiled."""
+    """Compiler and linker with the flags of setup.py, but faster: -O1, and the headers of PyTorch are precompiled."""
 
     def __init__(self, folder: Path) -> None:
         built = ROOT / "gpt_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -114,7 +115,7 @@ class Compiler:
         header.write_text("\n".join(includes) + "\n", "utf-8")
         check(*self.command, "-x", "c++-header", str(header), "-o", f"{header}.gch")
         self.command += ["-include", str(header)]
-        # setup.py compiles several files as one, so that its objects are of no use here.
+        # setup.py compiles several files as one, so its objects cannot be linked with one op replaced.
         self.objects = {source: folder / f"{source.stem}_without_faults.o" for source in (BINDINGS, *CPP_SOURCES)}
         for source, target in self.objects.items():
             self.compile(source, target)
@@ -131,7 +132,7 @@ class Compiler:
 
 
 def one_text(path: Path, fault: Fault, seen: set[Path]) -> str:
-    """A C++ file with our own headers in their places and the fault planted."""
+    """Return the text of a C++ file with this project's headers inlined and the fault planted."""
     if path in seen:
         return ""
     seen.add(path)
@@ -147,7 +148,10 @@ def one_text(path: Path, fault: Fault, seen: set[Path]) -> str:
 
 
 def many_mutants(op: str, faults: list[Fault]) -> str:
-    """One file with a copy of the op for each fault, each in a namespace of its own; GPT_FAST_MUTANT chooses one."""
+    """Return a C++ file with a copy of the op for each fault, each in its own namespace.
+
+    The environment variable GPT_FAST_MUTANT chooses the copy that gets registered.
+    """
     source = source_of(op)
     inner = re.findall(r"^namespace gpt_fast([\w:]*) \{$", source.read_text("utf-8"), re.MULTILINE)[-1]
     texts, keys = [], []
@@ -179,7 +183,7 @@ def check(*command: str) -> None:
 
 
 class Copy:
-    """A copy of the tree for one implementation, and a process that runs tests in it."""
+    """Copy of the tree for one implementation, with a process that runs tests in it."""
 
     def __init__(self, folder: Path, compiler: Compiler | None, fuzz: bool, draws: int | None) -> None:
         self.folder, self.compiler, self.fuzz, self.draws = folder, compiler, fuzz, draws
@@ -189,7 +193,7 @@ class Copy:
         shutil.copy(ROOT / "pyproject.toml", folder)
         if compiler:
             shutil.copy(ROOT / "gpt_fast" / "_C.json", folder / "gpt_fast")
-        # Caches that Python compares with the source's content: a file may change twice within a second.
+        # Python must compare its caches with the source's content, not its time: a file may change twice in a second.
         compileall = (sys.executable, "-m", "compileall", "-q", "--invalidation-mode", "checked-hash")
         check(*compileall, str(folder / "gpt_fast"), str(folder / "kernels"))
         environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
@@ -207,7 +211,7 @@ class Copy:
         compiler.link(self.folder / "gpt_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", op, own)
 
     def pytest(self, *arguments: str, mutant: int = 0) -> tuple[int, str, str]:
-        """Exit code, output and the last test that ran."""
+        """Run pytest in the copy. Return its exit code, its output and the last test that ran."""
         assert self.server.stdin and self.server.stdout
         arguments = (*arguments, "-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:faulthandler")
         draws = self.draws or FUZZ_DRAWS["C++" if self.compiler else "Triton"]
@@ -222,7 +226,10 @@ class Copy:
         return tuple(json.loads(self.server.stdout.readline()))
 
     def judge(self, op: str, faults: list[Fault], proven: set[str]) -> Iterator[Verdict]:
-        """Verdicts on the faults; what caught them is run without any, unless it is among the tests proven before."""
+        """Yield the verdicts on `faults`.
+
+        Each test that caught a fault then runs once without faults and must pass. Tests in `proven` have passed before.
+        """
         wrong = {f: count for f in faults if (count := (ROOT / f.file).read_text("utf-8").count(f.old)) != 1}
         for fault, count in wrong.items():
             yield Verdict(op, fault, "", f"its text occurs {count} times", 0.0)
@@ -255,7 +262,7 @@ class Copy:
                 proven.update(unproven)
 
     def judge_one(self, op: str, fault: Fault, number: int) -> tuple[str, str]:
-        """(the test that noticed the fault, how if it did not just fail) or ("", what is wrong)."""
+        """Return (the test that noticed the fault, how it hung or died, or "") or ("", the complaint)."""
         code, output, test = 0, "", ""
         if self.fuzz:
             code, output, test = self.pytest(*draws_of(op), mutant=number)
@@ -277,11 +284,11 @@ class Copy:
         self.server.wait()
 
 
-# ---- all of it -------------------------------------------------------------------------------------------------------
+# ---- all faults ------------------------------------------------------------------------------------------------------
 
 
 class Workshop:
-    """The copies of the tree, one of each implementation for each thread."""
+    """Copies of the tree: each thread has one for each implementation."""
 
     def __init__(self, folder: Path, compiles: bool, fuzz: bool, draws: int | None) -> None:
         self.folder, self.copies, self.local, self.fuzz = folder, list[Copy](), threading.local(), fuzz
@@ -312,7 +319,7 @@ def faults_of(op: str) -> tuple[Fault, ...]:
 
 
 def draws_of(op: str) -> list[str]:
-    """Return the tests that draw calls of an op, or sessions."""
+    """Return the tests that draw random calls of an op, or random sessions for `decode_session`."""
     if op in ENGINES:
         return ["tests/fuzz/test_sessions.py"]
     drawn = [op, "attention_qkv"] if op == "attention" else [op]
@@ -320,7 +327,7 @@ def draws_of(op: str) -> list[str]:
 
 
 def batches_of(chosen: list[tuple[str, Fault]]) -> Iterator[tuple[str, str, list[Fault]]]:
-    """(op, implementation, faults)."""
+    """Yield (op, implementation, at most BATCH faults)."""
     for kind, op in itertools.product(("C++", "Triton"), dict.fromkeys(op for op, _ in chosen)):
         faults = [fault for of, fault in chosen if of == op and implementation(fault) == kind]
         for first in range(0, len(faults), BATCH):
@@ -328,7 +335,7 @@ def batches_of(chosen: list[tuple[str, Fault]]) -> Iterator[tuple[str, str, list
 
 
 def print_table(verdicts: list[Verdict]) -> None:
-    """How many faults each test noticed first."""
+    """Print how many faults each test was the first to notice."""
     table = collections.defaultdict(collections.Counter)
     for verdict in verdicts:
         name = verdict.test.partition("::")[2].partition("[")[0] or "(no test)"

@@ -1,31 +1,32 @@
-"""The tolerance policy, all of it: what a kernel's result may differ from the truth by, and why.
+"""The tolerance policy: by how much a kernel's result may differ from the exact result, and why.
 
-Truth is the reference in float64 on the inputs as they were rounded. PyTorch in the tested dtype is no oracle: its own
-rounding errors reject correct kernels.
+The exact result is the reference in float64 on the inputs after they were rounded to the tested dtype. PyTorch in the
+tested dtype cannot serve as the exact result: its own rounding errors would reject correct kernels.
 
 - Results rounded once (norms, activations, losses): eps(dtype) |exact| for the rounding, with a factor of two over the
   half ulp it costs, and 16 eps(float32) max|exact| for the float32 arithmetic before it.
 - Results of matrix products with rounded operands (attention, mlp): the yardstick is the reference in the tested dtype,
-  which rounds exactly where the contract says. Largest error at most 2 times, root mean square at most 1.25 times the
-  yardstick's, plus a float32 floor.
-- A norm amplifies the rounding of its statistics where mean ≫ std: `norm_conditioning` is that amplification.
-- A softmax turns the rounding of its scores into a relative error of its probabilities: `softmax_terms`.
-- Drawn calls (tests/fuzz) have results of one value, for which a yardstick's error is luck. `assert_bounded` judges
-  each value by a bound of its own: every rounding that the contract names, carried to the result by absolute values.
+  which rounds exactly where the op's contract says. The largest error may be 2 times the yardstick's, the root mean
+  square error 1.25 times the yardstick's, plus a float32 floor.
+- A norm amplifies the rounding of its statistics where mean ≫ std. `norm_conditioning` computes that amplification.
+- A softmax turns the rounding of its scores into a relative error of its probabilities. `softmax_terms` computes it.
+- Random calls (tests/fuzz) may have a result of a single value, for which the yardstick's error is a matter of luck.
+  `assert_bounded` judges each value by its own bound. The bound follows every rounding that the contract names to the
+  result, by the absolute values of its factors.
 """
 
 import torch
 from torch import Tensor
 
 EPS32 = torch.finfo(torch.float32).eps
-MAX_FACTOR, RMS_FACTOR = 2.0, 1.25  # of the yardstick's errors
-FLOOR = 16 * EPS32  # of float32 arithmetic, relative to the largest (or root mean square) exact value
+MAX_FACTOR, RMS_FACTOR = 2.0, 1.25  # allowed multiples of the yardstick's largest and root mean square error
+FLOOR = 16 * EPS32  # allowed for float32 arithmetic, relative to the largest (or root mean square) exact value
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def assert_rounded_once(got: Tensor, exact: Tensor, *, conditioning: Tensor | float = 0.0, label: str = "") -> None:
-    """|got - exact| ≤ eps(dtype) |exact| + 16 eps(float32) max|exact| + conditioning, everywhere."""
+    """Assert |got - exact| ≤ eps(dtype) |exact| + 16 eps(float32) max|exact| + conditioning for every value."""
     assert exact.dtype == torch.float64, "the truth is computed in float64"
     assert got.shape == exact.shape, f"{label}: shape {list(got.shape)}; expected {list(exact.shape)}"
     if exact.numel() == 0:
@@ -36,11 +37,11 @@ def assert_rounded_once(got: Tensor, exact: Tensor, *, conditioning: Tensor | fl
 
 
 def assert_as_accurate(got: Tensor, yardstick: Tensor, exact: Tensor, *, terms: float = 0.0, label: str = "") -> None:
-    """Largest error ≤ 2 and root mean square ≤ 1.25 times those of `yardstick`, plus a float32 floor.
+    """Assert that the largest error is ≤ 2 and the root mean square ≤ 1.25 times those of `yardstick`, plus a floor.
 
-    `yardstick` is the reference in the dtype of `got`, `exact` the reference in float64, on the same inputs. Where a
-    result is a sum that cancels, `terms` is the size of what is added: the floor is relative to it, because float32
-    rounds the terms, however small their sum.
+    `yardstick` is the reference in the dtype of `got`, and `exact` the reference in float64, on the same inputs. If the
+    result is a sum whose terms cancel, `terms` is the size of the terms. The float32 floor is then relative to `terms`,
+    because float32 rounds the terms, however small their sum.
     """
     assert_as_accurate_as_draws(got, yardstick[None], exact, terms=terms, label=label)
 
@@ -48,11 +49,11 @@ def assert_as_accurate(got: Tensor, yardstick: Tensor, exact: Tensor, *, terms: 
 def assert_as_accurate_as_draws(
     got: Tensor, yardsticks: Tensor, exact: Tensor, *, terms: float = 0.0, label: str = ""
 ) -> None:
-    """`assert_as_accurate` against the largest errors among several yardsticks [K, ...].
+    """Assert as `assert_as_accurate` does, against the largest errors among several yardsticks [K, ...].
 
-    One yardstick is one draw of the rounding errors. A result of few numbers after many roundings can be close to the
-    truth by luck, and a correct kernel that rounds another sum the other way is then outside any factor of its error.
-    Draws of the same computation that round up or down at random say how large an error the roundings can make.
+    The errors of one yardstick are one random draw. If a result has few numbers, a yardstick can be exact by luck, and
+    then no factor of its error admits a correct kernel that rounds a sum the other way. Several yardsticks that round
+    up or down at random show how large an error the roundings can make.
     """
     assert exact.dtype == torch.float64, "the truth is computed in float64"
     assert yardsticks.dtype == got.dtype, f"{label}: yardstick is {yardsticks.dtype}, got {got.dtype}"
@@ -67,7 +68,7 @@ def assert_as_accurate_as_draws(
 
 
 def shares_of_allowed(got: Tensor, yardstick: Tensor, exact: Tensor) -> tuple[float, float]:
-    """Return the largest and the root mean square error as shares of what `assert_as_accurate` allows each: 1 is all.
+    """Return the largest and the root mean square error, each divided by what `assert_as_accurate` allows.
 
     NaN in `got` gives NaN.
     """
@@ -85,19 +86,20 @@ def _allowed(yardsticks: Tensor, exact: Tensor, terms: float) -> tuple[float, fl
 
 
 def rounding(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return eps(dtype) |exact| and the spacing of its smallest numbers, twice what one rounding to `dtype` may change.
+    """Return a bound for one rounding to `dtype`: eps(dtype) |exact|, twice the half ulp, plus a term near zero.
 
-    float32 and bfloat16 numbers below the smallest normal one may be flushed to zero.
+    That term is the spacing of the subnormal numbers for float16. For float32 and bfloat16 it is the smallest normal
+    number, because hardware may flush subnormal numbers to zero.
     """
     info = torch.finfo(dtype)
     return info.eps * exact.abs() + (info.eps * info.tiny if dtype == torch.float16 else info.tiny)
 
 
 def assert_bounded(got: Tensor, exact: Tensor, bound: Tensor, *, label: str = "") -> None:
-    """|got - exact| ≤ bound + the rounding of the result, everywhere. A value without a finite bound is not judged.
+    """Assert |got - exact| ≤ bound + the rounding of the result for every value that has a finite bound.
 
-    `bound` is the error of the arithmetic before the result is rounded to its dtype. Where |exact| exceeds the largest
-    number of the dtype by less than the bound, the result may be infinite, and it has to be beyond that.
+    `bound` is the error of the arithmetic before the result is rounded to its dtype. The result may be infinite where
+    |exact| plus the bound reaches the largest number of the dtype.
     """
     assert exact.dtype == torch.float64, "the truth is computed in float64"
     assert got.shape == exact.shape, f"{label}: shape {list(got.shape)}; expected {list(exact.shape)}"
@@ -111,27 +113,28 @@ def assert_bounded(got: Tensor, exact: Tensor, bound: Tensor, *, label: str = ""
 
 
 def norm_conditioning(x: Tensor, eps: float) -> Tensor:
-    """[..., 1]: 4 eps(float32) max|x| / std, by how much float32 statistics may move a normalised value."""
+    """Return 4 eps(float32) max|x| / std [..., 1]: by how much float32 statistics may move a normalised value."""
     x = x.double()
     std = (x.var(-1, keepdim=True, unbiased=False) + eps).sqrt()
     return 4 * EPS32 * x.abs().amax(-1, keepdim=True) / std
 
 
 def sum_conditioning(terms: Tensor, dim: int = 0) -> Tensor:
-    """Return 4 eps(float32) Σ|terms|, by how much float32 may move a sum whose terms cancel, in any order of addition.
+    """Return 4 eps(float32) Σ|terms|: by how much float32 may move a sum whose terms cancel, in any order of addition.
 
-    n terms added in a random order are off by about sqrt(n) / 2 eps of the partial sums, which stay far below Σ|terms|.
+    The error of n terms added in a random order is about sqrt(n) / 2 eps of the partial sums, which stay far below
+    Σ|terms|.
     """
     return 4 * EPS32 * terms.double().abs().sum(dim)
 
 
 def softmax_terms(scores: Tensor, exact: Tensor) -> float:
-    """The `terms` that grant a result made of softmax probabilities 4 eps(float32) max|score| of its largest value.
+    """Return `terms` for `assert_as_accurate` on softmax results: 4 eps(float32) max|score| of the largest value.
 
-    A score s held in float32 is off by eps |s| / 2 for each operation that rounds it, and exp(s) by that factor: the
-    product, the scale with log2(e), and the difference from the maximum, which a GPU fuses and an interpreter does not.
-    With scores up to 4 this is below the float32 floor; with scores in the hundreds two correct implementations differ
-    by more than any fixed multiple of the other's luck.
+    Each operation that rounds a float32 score s adds an error of eps |s| / 2, which becomes a relative error of exp(s).
+    Three operations round: the product, the scale with log2(e), and the difference from the maximum. A GPU fuses some
+    of them, and an interpreter does not. With scores up to 4 this error is below the float32 floor. With scores in the
+    hundreds two correct implementations can differ by more than any fixed multiple of the yardstick's error.
     """
     if not scores.numel() or not exact.numel():
         return 0.0
@@ -139,7 +142,7 @@ def softmax_terms(scores: Tensor, exact: Tensor) -> float:
 
 
 def exact(tensor: Tensor | None) -> Tensor | None:
-    """The same numbers in float64, as a leaf that records gradients where the original does."""
+    """Return the tensor in float64, as a leaf that requires gradients if the original does."""
     if tensor is None or not tensor.is_floating_point():
         return tensor
     return tensor.detach().double().requires_grad_(tensor.requires_grad)

@@ -1,11 +1,11 @@
-"""Runs pytest in processes forked from one that has imported what takes seconds.
+"""Run pytest in processes forked from one that has already imported the slow modules.
 
     python -m tests.pytest_server
 
-A line of JSON in: {"arguments": [...], "limit": seconds for one test, "environment": {...}}. A line out: [exit code,
-output, the last test that ran]. A process that dies by signal n exits with -n; a test that runs beyond the limit ends
-its process, whose output then says "Timeout". Hypothesis draws the same examples every time and does not simplify
-those that fail.
+The server reads lines of JSON: {"arguments": [...], "limit": seconds for one test, "environment": {...}}. It answers
+each with a line of JSON: [exit code, output, the last test that ran]. The exit code of a process that signal n killed
+is -n. A test that runs beyond the limit ends its process, and the output then contains "Timeout". Hypothesis draws the
+same examples every time and does not simplify examples that fail.
 """
 
 import faulthandler
@@ -21,14 +21,14 @@ import torch._dynamo  # noqa: F401  loaded before the fork
 
 
 class Watch:
-    """A pytest plugin: tells which test runs, and ends the process when it runs for too long.
+    """Pytest plugin that writes the name of the running test to a file and ends the process at the time limit.
 
-    The watchdog is a thread of C, which a kernel that never returns cannot hold up.
+    The watchdog is a C thread, which works even while a kernel never returns.
     """
 
     def __init__(self, limit: float, current: int) -> None:
         self.limit, self.current = limit, current
-        self.output = os.dup(1)  # pytest captures 1 and 2
+        self.output = os.dup(1)  # pytest redirects file descriptors 1 and 2
         self.pytest_runtest_logstart("")  # imports and collection count too
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:

@@ -1,4 +1,4 @@
-"""Run a script as two ranks over gloo, each in a process of its own."""
+"""Run a script as two ranks over gloo, each in its own process."""
 
 import os
 import subprocess
@@ -9,7 +9,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(script: str, folder: Path) -> None:
-    """Run `script RANK STORE` for ranks 0 and 1; each has to end with the line "done". `folder` holds the store."""
+    """Run the Python text `script` with arguments RANK and STORE for ranks 0 and 1. Each must print "done" at its end.
+
+    STORE is a file in `folder`.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
         subprocess.Popen(

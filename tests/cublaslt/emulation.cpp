@@ -1,7 +1,8 @@
-// The part of cuBLASLt that csrc/cuda/cublaslt.cpp calls, as its header documents it, on the host's memory: layouts by
-// columns, operations, epilogues, and the conditions on alignment and leading dimensions, which fail as they would
-// there. A mask's bits lie in an order of their own, which nobody else may know. The operators of csrc/cuda come with
-// it, registered for CPU tensors, so that everything but cuBLASLt itself is tested without a GPU.
+// Emulation of the functions of cuBLASLt that csrc/cuda/cublaslt.cpp calls, on the host's memory, as the header of
+// cuBLASLt documents them: layouts by columns, operations, epilogues, and the conditions on alignment and leading
+// dimensions, whose violation fails as in cuBLASLt. The bits of a mask lie in an unusual order, because callers must
+// not depend on the order. This file includes the operators of csrc/cuda and registers them for CPU tensors, so that
+// everything except cuBLASLt itself is tested without a GPU.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -17,7 +18,7 @@
 namespace {
 
 struct Layout {
-  int64_t type;  // without padding, so that layouts can be compared byte by byte
+  int64_t type;  // 64 bits leave no padding in the struct, so that layouts can be compared byte by byte
   uint64_t rows, columns;
   int64_t ld;
 };
@@ -44,7 +45,7 @@ T& in(Opaque* opaque) {
   return *reinterpret_cast<T*>(opaque);
 }
 
-int64_t heuristics = 0;  // asked so far
+int64_t heuristics = 0;  // number of calls of cublasLtMatmulAlgoGetHeuristic
 
 double load(const Layout& layout, const void* data, int64_t row, int64_t column) {
   const int64_t at = row + column * layout.ld;
@@ -153,7 +154,7 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
   const Preference& p = in<Preference>(preference);
   ++heuristics;
   results[0].state = CUBLAS_STATUS_SUCCESS;
-  std::memcpy(&results[0].algo, &in<Layout>(a), sizeof(Layout));  // an algorithm belongs to its problem: see below
+  std::memcpy(&results[0].algo, &in<Layout>(a), sizeof(Layout));  // cublasLtMatmul refuses another layout's algorithm
   *found = p.alignment <= 16 && p.reduction == CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE && in<Layout>(b).rows > 0;
   return CUBLAS_STATUS_SUCCESS;
 }
@@ -237,8 +238,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t oper
 int64_t cublaslt_emulation_heuristics() { return heuristics; }
 }
 
-#define CUDA CPU                     // all headers are in: what is left is where the operators are registered
-#include "../../csrc/cuda/bind.cpp"  // compiled here, where no other test does; its kernel is not
+#define CUDA CPU                     // after all headers, this changes only the device of the registered operators
+#include "../../csrc/cuda/bind.cpp"  // no other test compiles this file; the kernel that it calls is replaced below
 #include "../../csrc/cuda/linear.cpp"
 #include "../../csrc/cuda/mlp.cpp"
 

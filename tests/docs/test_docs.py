@@ -1,18 +1,18 @@
-"""What README.md, CONTRIBUTING.md and the pages of docs/ show is true.
+"""Test that the examples in README.md, CONTRIBUTING.md and docs/ work as the pages show.
 
-Their Python runs, a page's blocks in order in one process, and prints what the page says it prints. Blocks with a title
-are files of the repository; tests/docs/test_worked_example.py runs them. Their shell commands run, a page's in order in
-one empty folder (marked slow), and every command, option and target they name exists. Links lead somewhere, and
-generated tables are current. A comment right before a block says what it needs:
+The Python blocks of a page run in order in one process and must print what the page shows. Blocks with a title are
+files of the repository, which tests/docs/test_worked_example.py runs. The shell commands of a page run in order in one
+empty folder (marked slow). Every command, option and target that a page names must exist. Links must lead to existing
+files and headings, and generated tables must be current. A comment right before a block says what the block needs:
 
-    <!-- before: COMMANDS -->           these run first, in the same shell: they make what the page takes for given, or
-                                        stand for a command with one of the same name that adds options for small sizes
-    <!-- in a clone: COMMANDS -->       it runs in a new clone, where nothing is installed but what pages before it did
-    <!-- behind the commands -->        Python that reads what the page's shell commands wrote
+    <!-- before: COMMANDS -->           COMMANDS run first, in the same shell. They make files that the page assumes, or
+                                        define functions with the names of commands that add options for small sizes.
+    <!-- in a clone: COMMANDS -->       The block runs in a new clone, after COMMANDS and the blocks of earlier pages.
+    <!-- behind the commands -->        The block is Python that reads what the page's shell commands wrote.
 
-A block prints what its comments say (`print(x)  # 3`: the comment ends with what is printed), or what the `text` block
-right behind it shows, where `…` stands for anything on that line. Where that one has a title, which tells the reader
-why numbers differ elsewhere, those with a decimal point may be off by 15 %: over seeds the tutorial's differ by 12 %.
+A comment behind `print` ends with the printed text: `print(x)  # 3`. Otherwise a `text` block right after the code
+shows the output, in which `…` stands for any text on its line. A `text` block with a title tells the reader why numbers
+may differ. Its numbers with a decimal point may be off by 15 %, because the tutorial's differ by 12 % between seeds.
 """
 
 import json
@@ -34,7 +34,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 WORKED_EXAMPLE = ROOT / "docs" / "contributing.md"
 SUITE = "python -m benchmarks"
 PARITY = "python -m benchmarks.parity"
-OUTPUT_ELSEWHERE = {"--tracker"}  # wandb and MLflow are extras, and print what they like
+OUTPUT_ELSEWHERE = {"--tracker"}  # wandb and MLflow, which are optional, print their own output
 IN_A_CLONE, BEHIND = "in a clone", "behind the commands"
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 FENCE = re.compile(
@@ -43,7 +43,7 @@ FENCE = re.compile(
     r"(?:\n+^(?P=indent)```text(?P<about> title=\"[^\"]+\")?\n(?P<output>.*?)^(?P=indent)```)?",
     re.DOTALL | re.MULTILINE,
 )
-# Runs blocks in one namespace and reports what each printed.
+# Runs the blocks in one namespace and prints a JSON list of their outputs.
 RUNNER = """
 import contextlib, io, json, sys
 
@@ -57,12 +57,12 @@ json.dump(printed, sys.stdout)
 
 
 class Block(NamedTuple):
-    where: str | None  # before, in a clone, behind the commands
-    before: str  # commands
-    title: str | None  # of a file
+    where: str | None  # "before", "in a clone" or "behind the commands"
+    before: str  # commands that run first
+    title: str | None  # path of the file that the block is
     code: str
-    output: str | None  # what it prints, where the page shows it
-    about: bool  # numbers of that may differ
+    output: str | None  # the output, if the page shows it
+    about: bool  # the output has a title, so its numbers may differ
     language: str
 
 
@@ -105,7 +105,7 @@ def is_for_a_clone(block: Block) -> bool:
 
 
 def assert_prints(printed: str, block: Block) -> None:
-    """`…` in what the page shows stands for anything on its line."""
+    """Assert that `printed` is the output that the page shows, in which `…` stands for any text on its line."""
     shown, told = str(block.output).rstrip("\n"), f"printed:\n{printed}\nshown:\n{block.output}"
     printed = printed.rstrip("\n")
     if block.about:
@@ -140,7 +140,7 @@ def run_python(ran: list[Block], folder: pathlib.Path) -> None:
 
 
 def shell_lines(block: Block) -> list[str]:
-    """The commands of a block: continued lines joined, comments left out."""
+    """Return the commands of a block with continued lines joined and without comments."""
     joined = re.sub(r"\\\n\s*", "", block.code)
     lines = [re.sub(r"(^|\s+)#.*$", "", line).strip() for line in joined.splitlines()]
     return [line for line in lines if line]
@@ -169,7 +169,7 @@ def run_shell(block: Block, folder: pathlib.Path, environment: dict[str, str]) -
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> pathlib.Path:
-    """A clone of what is committed."""
+    """Make a clone of the repository, which holds only what is committed."""
     folder = tmp_path_factory.mktemp("clone") / "gpt_fast"
     subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(folder)], check=True)
     return folder
@@ -178,7 +178,7 @@ def clone(tmp_path_factory) -> pathlib.Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", with_blocks(is_for_a_clone))
 def test_commands_run_in_a_clone(page, clone):
-    """The environment of this test is not theirs: Python is the machine's, and threads are as many as it has."""
+    """The commands run without this test's virtual environment, with the machine's Python and default threads."""
     ours = {"OMP_NUM_THREADS", "PYTHONPATH", "VIRTUAL_ENV"}
     environment = {name: value for name, value in ENVIRONMENT.items() if name not in ours}
     path = environment["PATH"].split(":")
@@ -189,7 +189,7 @@ def test_commands_run_in_a_clone(page, clone):
 
 @pytest.mark.parametrize("page", [pytest.param(p, id=i) for p, i in zip(PAGES, IDS, strict=True)])
 def test_every_block_runs_in_a_test(page):
-    """A block of another language, or with a comment that no test knows, would be left out."""
+    """Every block belongs to exactly one test. No block has an unknown language or comment, which no test would run."""
     text = page.read_text("utf-8")
     languages = set(re.findall(r"^ *```(\w+)", text, re.MULTILINE))
     assert languages <= {"python", "sh", "cpp", "text"}, languages
@@ -224,7 +224,7 @@ def command_options() -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("page", [pytest.param(p, id=i) for p, i in zip(PAGES, IDS, strict=True) if blocks(p, "sh")])
 def test_commands_exist(page):
-    """Every `gpt-fast` command with its options, every `make` target, every script of the repository."""
+    """Every `gpt-fast` command and option, `make` target and script that a page names exists."""
     makefile = (ROOT / "Makefile").read_text("utf-8")
     known = command_options()
     for line in (line for block in blocks(page, "sh") for line in shell_lines(block)):
@@ -246,7 +246,7 @@ def test_commands_exist(page):
 
 
 def shown_options() -> tuple[dict[str, set[str]], set[str]]:
-    """Return the options that the pages' blocks give each `gpt-fast` command, and those of blocks with an output."""
+    """Return (options of each `gpt-fast` command in the pages' blocks, options in blocks that show an output)."""
     given: dict[str, set[str]] = {}
     with_output = set()
     for block in (block for page in PAGES for block in blocks(page, "sh")):
@@ -261,9 +261,9 @@ def shown_options() -> tuple[dict[str, set[str]], set[str]]:
 
 @pytest.mark.parametrize("command", NAMES)
 def test_every_option_has_a_command_with_its_output(command):
-    """A block of some page gives the command each of its options, and some block that shows an output has the option.
+    """Each option of a command occurs in a block of some page, and in a block that shows an output.
 
-    A flag is shown by either of its forms.
+    For a flag, either of its two forms counts.
     """
     given, with_output = shown_options()
     for parameter in load_command(command).params:
@@ -276,7 +276,7 @@ def test_every_option_has_a_command_with_its_output(command):
 
 @pytest.mark.parametrize("page", [pytest.param(p, id=i) for p, i in zip(PAGES, IDS, strict=True)])
 def test_links_lead_somewhere(page):
-    """Files that pages link to or show, and the headings they link to."""
+    """The files and headings to which pages link, and the images that they show, exist."""
     text = FENCE.sub("", page.read_text("utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"<img[^>]* src=\"([^\"]+)\"", text):
         if "://" in target or target.startswith("mailto:"):
@@ -289,7 +289,7 @@ def test_links_lead_somewhere(page):
 
 
 def headings(page: pathlib.Path) -> set[str]:
-    """Anchors of a page's headings, of what it includes, and those its API blocks make."""
+    """Return the anchors of a page: of its headings, of included files, and of its API blocks (`:::`)."""
     included = re.compile(r'^--8<-- "([^":]+).*$', re.MULTILINE)
     text = included.sub(lambda found: (ROOT / found[1]).read_text("utf-8"), page.read_text("utf-8"))
     text = FENCE.sub("", text)

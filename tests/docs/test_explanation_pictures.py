@@ -1,4 +1,4 @@
-"""The page that explains how the library works states figures that the library gives."""
+"""Test that the page that explains how the library works states the figures that the library gives."""
 
 import torch
 

@@ -1,7 +1,7 @@
-"""Docstrings of the public names: they name every argument, and their examples run and print what they say.
+"""Test the docstrings of the public names: they name every argument, and their examples run and print what they show.
 
 ruff compares the arguments that a docstring lists with the signature (D417, DOC102), but accepts a docstring that lists
-none, and does not read those of classes. griffe, which parses docstrings for the documentation, closes the gap.
+none, and does not read the docstrings of classes. griffe, which parses docstrings for the documentation, checks these.
 """
 
 import contextlib
@@ -68,24 +68,24 @@ CLASSES = sorted(name for name, value in PUBLIC.items() if inspect.isclass(value
 
 
 def computes(value: object) -> bool:
-    """Return True for a function or class that computes on tensors, and False for a result."""
+    """Return True for a function or class that computes on tensors, and False for a class of results."""
     return value.__module__ in COMPUTE and not (inspect.isclass(value) and issubclass(value, tuple))
 
 
 def sections(value: object) -> dict[griffe.DocstringSectionKind | str, object]:
-    """Return the sections of a docstring by kind, those without a kind of their own (Shape, Example, Note) by title."""
+    """Return the sections of a docstring by title, or by kind for the standard sections without a title."""
     docstring = griffe.Docstring(inspect.getdoc(value) or "")
     parsed = docstring.parse("google", warnings=False, returns_multiple_items=False)
     return {section.title or section.kind: section.value for section in parsed}
 
 
 def listed(value: object, kind: griffe.DocstringSectionKind) -> list[str]:
-    """Return the names that a section of a docstring explains."""
+    """Return the names that a docstring lists in its section of this kind."""
     return [item.name.lstrip("*") for item in sections(value).get(kind, ())]  # type: ignore[attr-defined]
 
 
 def parameters(function: Callable) -> list[str]:
-    """Return the arguments that a caller may pass. A leading underscore marks those that only this library passes."""
+    """Return the names of the public arguments. Arguments with a leading underscore are for this library only."""
     names = inspect.signature(function).parameters
     return [name for name in names if name != "self" and name != "cls" and not name.startswith("_")]
 
@@ -102,7 +102,7 @@ def test_function_documents_its_arguments_and_result(name):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_class_documents_what_it_is_made_of(name):
-    """The fields of a result are attributes; the arguments of any other class are those of its constructor."""
+    """A result lists its fields as attributes. Any other class lists the arguments of its constructor."""
     kind = PUBLIC[name]
     attributes = listed(kind, griffe.DocstringSectionKind.attributes)
     if issubclass(kind, tuple):
@@ -140,12 +140,12 @@ def test_ops_and_layers_have_an_example(name):
 
 @pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if computes(value)])
 def test_computations_note_their_numerics(name):
-    """Functions and modules that compute on tensors have a note, for precision, determinism, cost and source."""
+    """Functions and modules that compute on tensors have a note on precision, determinism, cost and source."""
     assert "Note" in sections(PUBLIC[name])
 
 
 def test_every_public_name_of_the_documentation_is_checked():
-    """The pages render names with `:::`; each of them is in the tests above."""
+    """The tests above cover each name that the pages of docs/ render with `:::`."""
     rendered = {name for page in PAGES for name in re.findall(r"^::: ([\w.]+)$", page.read_text("utf-8"), re.MULTILINE)}
     known = {id(value) for value in PUBLIC.values()}
     for name in rendered:

@@ -1,7 +1,7 @@
-"""The worked example of docs/contributing.md is true: its blocks, written into a copy of the tree, make a whole op.
+"""Test the worked example of docs/contributing.md: its blocks, written into a copy of the tree, make a complete op.
 
-The copy has no compiled extension, so the quick test runs Triton's interpreter and the slow one builds the page's C++
-kernel alone.
+The copy has no compiled extension, so the quick test runs Triton's interpreter. The slow test builds the page's C++
+kernel and no other.
 """
 
 import json
@@ -23,7 +23,7 @@ OP = "softcap"
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of the tree with the page's files in it."""
+    """Return a copy of the tree with the page's files in it."""
     ignored = shutil.ignore_patterns("_C*", "__pycache__", "*.png")
     for name in FOLDERS:
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignored)
@@ -42,7 +42,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def run(tree: Path, *command: object, fails: bool = False, **extra: str) -> str:
-    """Run `python` with these arguments in the copy, which comes before any other gpt_fast; return what it prints."""
+    """Run `python` with these arguments and the gpt_fast of the copy. Return its standard output."""
     environment = ENVIRONMENT | {"PYTHONPATH": str(tree)} | extra
     done = subprocess.run(
         [sys.executable, *map(str, command)], cwd=tree, env=environment, capture_output=True, text=True, check=False
@@ -52,10 +52,13 @@ def run(tree: Path, *command: object, fails: bool = False, **extra: str) -> str:
 
 
 def test_the_op_from_contract_to_benchmark(tree):
-    """Its tests and its benchmark in the interpreter, the checks that hold for every op, its recorded launches."""
+    """In the interpreter the op passes its tests, which the benchmark runs first, and the checks of every op.
+
+    Its launches are recorded.
+    """
     interpreted = {"TRITON_INTERPRET": "1"}
     run(tree, "-m", "benchmarks", "--suite", OP, "--device", "cpu", "--quick", "--out", "figures", **interpreted)
-    (file,) = tree.glob(f"figures/*/{OP}.json")  # there, because its tests passed
+    (file,) = tree.glob(f"figures/*/{OP}.json")  # written only if the op's tests passed
     records = json.loads(file.read_text("utf-8"))["records"]
     assert [record["peer"] for record in records] == ["gpt_fast", "torch", "reference"]
     (page,) = tree.glob("figures/*/README.md")
@@ -73,7 +76,7 @@ def test_the_op_from_contract_to_benchmark(tree):
 
 
 def test_the_page_goes_through_every_step():
-    """The files of an op, in the order of CONTRIBUTING.md's eight steps; dispatch is in the contract."""
+    """The page shows the files of an op in the order of the eight steps in CONTRIBUTING.md."""
     assert [block.title for block in blocks(WORKED_EXAMPLE, "python", "cpp")] == [
         f"gpt_fast/ops/{OP}.py", "gpt_fast/ops/__init__.py (add)", "gpt_fast/reference.py (add)", f"kernels/{OP}.py",
         f"csrc/cpu/{OP}.cpp", "gpt_fast/layers.py (add)", f"tests/ops/test_{OP}.py", f"tests/faults/{OP}.py",
@@ -83,7 +86,7 @@ def test_the_page_goes_through_every_step():
 
 @pytest.mark.slow
 def test_the_op_in_cpp_and_its_faults(tree):
-    """The extension with this kernel alone passes the op's tests; each fault fails them."""
+    """The extension with only this kernel passes the op's tests, and each fault of the op fails them."""
     for source in (tree / "csrc" / "cpu").glob("*.cpp"):
         if source.stem != OP:
             source.unlink()

@@ -1,7 +1,7 @@
-"""Calls of every op, for the tests on the stand-in: by name, a function that makes the inputs on a device.
+"""Calls of every op for the tests on the stand-in for CUDA: tables of name → function.
 
-It returns the call, which runs forward and, where the op has one, backward. Making inputs may copy and wait; the call
-may not.
+Each function makes the inputs on a device and returns a call. The call runs the op's forward, and its backward if it
+has one. Making the inputs may copy to the device and wait for it. The call may not.
 """
 
 from collections.abc import Callable
@@ -78,7 +78,7 @@ def attention_qkv(device: torch.device, dtype: torch.dtype, B: int, T: int, H: i
 
 
 def long_attention(device: torch.device) -> Call:
-    """Batch times heads over 65,535, the limit of a grid's second and third side."""
+    """Return a call of attention with B H over 65,535, CUDA's limit for the second and third dimension of a grid."""
     q = values(device, 4096, 17, 16, 16, dtype=BF16)
     return both_ways(partial(ops.attention, q, q, q, dropout_p=0.1, seed=seed(device)))
 
@@ -153,7 +153,7 @@ def few_rows(device: torch.device, dtype: torch.dtype, C: int) -> Call:
 
 
 def _training() -> dict[str, Make]:
-    """One training call of each op, in bfloat16 with dropout where the op has it, and attention at each head size."""
+    """Return training calls of each op in bfloat16, with dropout if the op has it, and a few in float32."""
     made: dict[str, Make] = {
         f"attention D={D} {name}": partial(attention, dtype=dtype, D=D, p=0.1)
         for D, (name, dtype) in product((64, 128, 256), DTYPES.items())
@@ -190,7 +190,7 @@ DECODING |= {
 
 
 def _others() -> dict[str, Make]:
-    """Every dtype, mask and edge of every op, as far as TRAINING and DECODING do not have it."""
+    """Return calls for the dtypes, masks and edge cases of every op that TRAINING and DECODING lack."""
     made: dict[str, Make] = {}
     for (name, dtype), masks, p in product(DTYPES.items(), MASKS, (0.0, 0.1)):
         made[f"attention {masks} {name} dropout={p}"] = partial(attention, dtype=dtype, D=64, masks=masks, p=p)

@@ -1,7 +1,7 @@
 """Fixtures of the tests on the stand-in for CUDA (tools/fakecuda), which `make fake-gpu` runs.
 
-The stand-in runs no kernel: these tests assert what is launched, where, what CUDA would refuse and when the host
-waits, never a value.
+The stand-in runs no kernel, so the tests never check values. They check which kernels are launched, on which device,
+which calls CUDA would refuse, and when the host waits for the device.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> None:
-    """Leave memory as it is: filling it would add launches, and there are no values to look at."""
+    """Replace the fixture that fills memory with NaN: filling would add launches, and no values are checked here."""
 
 
 @pytest.fixture
 def device() -> torch.device:
-    """The last device, so that with two of them the current device is another one."""
+    """Return the last device. If there are two, the current device is the other one."""
     torch.cuda.set_device(0)
     return torch.device("cuda", torch.cuda.device_count() - 1)
 

@@ -1,4 +1,4 @@
-"""What a user can get wrong on a GPU: one line that names it, as far as a stand-in can be in the way."""
+"""Test the error messages for mistakes that users make on a GPU, as far as the stand-in for CUDA can show them."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ WITHOUT_CC = f"import os; os.environ.pop('CC', None)\n{LAYER_NORM}"
 
 
 def on_another_machine(code: str, variables: dict[str, str] | None = None, **machine: int) -> str:
-    """Return what `code` prints where the stand-in is another machine, with some environment variables changed."""
+    """Return what `code` prints on a stand-in for another machine, with changed environment variables."""
     changed = environment(LIBRARY, **machine) | (variables or {})
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=changed)
     return done.stdout
@@ -62,7 +62,7 @@ def test_no_triton() -> None:
 
 
 def compiler(folder: Path, script: str = "") -> dict[str, str]:
-    """Return the environment of a new machine, whose C compiler is `script`, or missing."""
+    """Return the environment variables of a new machine whose `gcc` is the shell script `script`, or missing."""
     (folder / "bin").mkdir()
     if script:
         (folder / "bin" / "gcc").write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
@@ -98,10 +98,10 @@ def test_a_driver_older_than_the_toolkit() -> None:
 
 
 def test_a_card_without_enough_memory() -> None:
-    """PyTorch's own message has the sizes; nothing of ours hides it."""
+    """PyTorch's own message, which names the sizes, reaches the user."""
     code = (
         "import torch; from gpt_fast import ops\n"
-        "x = torch.zeros(1 << 27, 3, device='cuda')\n"  # 1.5 of 2 GB
+        "x = torch.zeros(1 << 27, 3, device='cuda')\n"  # takes 1.5 of the 2 GB
         "try: ops.layer_norm(x)\n"
         "except torch.OutOfMemoryError as error: print(error)"
     )

@@ -1,4 +1,4 @@
-"""The benchmark suite with `--device cuda`: every op on every implementation, timed as graphs where they can be."""
+"""Test the benchmark suite with `--device cuda`: each op and implementation runs, as a CUDA graph if it can be one."""
 
 import dataclasses
 import os
@@ -24,7 +24,7 @@ OPS = {name: topic for name, topic in catalogue.ops().items() if catalogue.cases
 
 @pytest.mark.parametrize("name", OPS)
 def test_our_calls_are_captured(name: str, watched: Callable) -> None:
-    """Both passes: a graph holds every launch of a call, so timing it leaves the host out."""
+    """A graph holds every launch of a call, forward and backward, so its time excludes the host's work."""
     topic = OPS[name]
     for case in topic.small_cases("cuda", BF16):
         function, inputs = topic.peers[0].build(case), topic.inputs(case)
@@ -45,7 +45,7 @@ def test_a_call_that_waits_is_timed_directly() -> None:
 
 @pytest.mark.parametrize("name", ["layer_norm", "decode_attention"])
 def test_a_run_of_the_suite(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The quick cases with every peer. The tests before it would compare values, which the stand-in does not have."""
+    """The quick cases run with every peer. The op's tests, which the suite runs first, need values and are left out."""
     monkeypatch.setattr(runner, "run_tests", lambda topic, device: "")
     monkeypatch.setattr(runner, "QUICK", runner.Budget(0.0, 1))
     with watch() as seen:
@@ -56,13 +56,13 @@ def test_a_run_of_the_suite(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     records = [record for record in run["records"] if record["peer"] == OURS]
     assert records
     assert all(time["host"] > 0 for record in records for time in record["times"].values())
-    missing = [entry["reason"] for entry in run["missing"]]  # the stand-in has no cuDNN, which PyTorch's own SDPA asks
+    missing = [entry["reason"] for entry in run["missing"]]  # PyTorch's SDPA needs cuDNN, which the stand-in lacks
     assert [reason for reason in missing if "cuDNN" not in reason and "not installed" not in reason] == []
 
 
 @pytest.mark.parametrize("name", ["prefill", "finetuning_step", "handwritten_step"])
 def test_a_run_of_a_job(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first case with one layer; `make gpu` measures the other jobs, and test_gpu_script.py rehearses it."""
+    """The first case of each job runs with one layer. test_gpu_script.py covers the other jobs of `make gpu`."""
     (topic,) = catalogue.select(name)
     monkeypatch.setattr(runner, "QUICK", runner.Budget(0.0, 1))
     first = catalogue.cases(topic, "cuda", quick=True)[0]

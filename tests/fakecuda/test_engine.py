@@ -1,4 +1,4 @@
-"""The training engine on `cuda`: updates in three precisions, with batches that the source makes on the host."""
+"""Test the training engine on `cuda`: updates in three precisions, with batches that are made on the host."""
 
 import os
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def batches(parts: int = 2) -> list[Batch]:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("options", [{}, {"checkpoint_activations": True}, {"compile": True}], ids=str)
 def test_an_update_does_not_wait(precision: str, options: dict, device: torch.device, watched: Callable) -> None:
-    """Neither for the copy of a batch nor for a number that the host knows."""
+    """An update waits neither for the copy of a batch nor for a number that the host already knows."""
     engine = engine_on(device, precision=precision, **options)
     for _ in range(2):
         engine.update(batches(), 1e-4)
@@ -51,7 +51,7 @@ def test_the_first_update_of_a_resumed_state_does_not_wait(device: torch.device,
 
 
 def test_batches_are_copied_beside_the_kernels(device: torch.device, watched: Callable) -> None:
-    """From pinned memory, on a stream that computes nothing."""
+    """Batches are copied from pinned memory, on a stream that runs no kernel."""
     engine = engine_on(device)
     engine.update(batches(), 1e-4)
     with watched() as seen:
@@ -64,7 +64,10 @@ def test_batches_are_copied_beside_the_kernels(device: torch.device, watched: Ca
 def test_a_loop_waits_where_it_logs_only(
     device: torch.device, watched: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Losses, skips and the gradient's norm are read at a line of the log, losses and skips after the first update."""
+    """The host reads losses, skips and the gradient's norm only for a line of the log.
+
+    It reads losses and skips once more after the first update.
+    """
     monkeypatch.setattr(Loop, "_save_last", lambda self: None)  # a checkpoint reads everything
     engine, steps = engine_on(device, precision="bfloat16"), 8
     settings = LoopSettings(steps, 1e-4, lambda step: 1.0, log_every=4, valid_every=100)

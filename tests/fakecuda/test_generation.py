@@ -1,4 +1,4 @@
-"""Generation on `cuda`: prompts, then captured steps, with every option."""
+"""Test generation on `cuda` with every option: the prompt runs eagerly, the steps as a captured graph."""
 
 import inspect
 import os
@@ -52,7 +52,7 @@ def model_on(device: torch.device, dtype: torch.dtype) -> GPTForCausalLM:
 def test_steps_are_captured_once_and_replayed(
     name: str, dtype: torch.dtype, device: torch.device, watched: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text, "_check_processed", lambda *args: None)  # there are no values to look at
+    monkeypatch.setattr(text, "_check_processed", lambda *args: None)  # the stand-in computes no values to check
     model, prompt = model_on(device, dtype), torch.ones(2, 9, dtype=torch.int64, device=device)
     options = OPTIONS[name](prompt)
     with watched(waits=True) as seen:
@@ -62,7 +62,7 @@ def test_steps_are_captured_once_and_replayed(
 
 
 def test_a_step_of_a_session_is_one_graph(device: torch.device, watched: Callable) -> None:
-    """The public step looks at the values of its tokens and logits, which waits for the device."""
+    """A step is one graph. The public `step` also checks values of tokens and logits, so it waits for the device."""
     model, prompt = model_on(device, torch.bfloat16), torch.ones(2, 9, dtype=torch.int64, device=device)
     session = DecodeSession(model, batch=2)
     with torch.inference_mode():
@@ -75,7 +75,10 @@ def test_a_step_of_a_session_is_one_graph(device: torch.device, watched: Callabl
 
 
 def test_an_option_of_generate_without_a_case_is_noticed() -> None:
-    """All but the model, the prompt and what CPUs alone have; `session` has a test of its own."""
+    """Every option of `generate` has a case, except the model, the prompt and `weights`, which only CPUs take.
+
+    `session` has its own test.
+    """
     prompt = torch.ones(2, 9, dtype=torch.int64)
     tried = {name for options in OPTIONS.values() for name in options(prompt)}
     known = set(inspect.signature(generate).parameters)
@@ -93,7 +96,7 @@ def test_chat_turns_keep_the_captured_step(device: torch.device, watched: Callab
 
 
 def test_a_full_row_is_read_anew(device: torch.device, watched: Callable) -> None:
-    """Beyond `seq_len` the later half is a prompt again; the steps around it stay graphs."""
+    """Beyond `seq_len`, the later half of a row is read again as a prompt. The other steps are graphs."""
     model = model_on(device, torch.bfloat16)
     prompt = torch.ones(2, SIZES["seq_len"] - 3, dtype=torch.int64, device=device)
     with watched(waits=True) as seen:

@@ -1,4 +1,4 @@
-"""Both parts of `make gpu`, rehearsed: every step ends, and fails for its values alone."""
+"""Test both parts of `make gpu` on the stand-in: every step ends, and only steps that check values may fail."""
 
 import json
 import os
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LINE = re.compile(r"^(\w+) +(?:exit +(\d+) +\d+ s|skipped: )", re.MULTILINE)
 # Steps whose outcome depends on values or on counters of the device, which the stand-in does not have.
 JUDGE_VALUES = {"look", "parity_f32", "parity_bf16", "tests", "profile"}
-# A rehearsal needs a few figures of each kind, and shares its cores with other work.
+# A rehearsal needs a few figures of each kind. Its time limits are longer because it shares its cores with other work.
 SHORT = {
     "LOOKS": "1", "LIMIT_SCALE": "8", "TRAINING_SECONDS": "10", "TUNE_SECONDS": "8",
     "TESTS": "tests/ops/test_embedding.py",
@@ -25,7 +25,7 @@ SHORT = {
 
 
 def rehearse(part: int, out: Path, **changes: str) -> dict[str, int | None]:
-    """Run a part and return the exit status of each step, None where it was skipped. Its tests are those of one op."""
+    """Run a part of the script with the tests of one op. Return each step's exit status, None if it was skipped."""
     changes = SHORT | {"PYTHON": sys.executable, "OUT": str(out), "PART": str(part)} | changes
     done = subprocess.run(
         ["bash", ".ci/gpu"], check=False, cwd=ROOT, capture_output=True, text=True, env=os.environ | changes
@@ -45,7 +45,7 @@ def test_the_first_part(tmp_path: Path) -> None:
     assert len(looks) > 50
     assert [look for look in looks if "error" in look] == [], "expected every kernel to launch"
     for name in ("parity_f32", "parity_bf16"):
-        assert "parity: the loss has not fallen" in (tmp_path / "out" / f"{name}.log").read_text()  # it is 0
+        assert "parity: the loss has not fallen" in (tmp_path / "out" / f"{name}.log").read_text()  # every loss is 0
     (device,) = (tmp_path / "out" / "results").iterdir()
     assert {path.stem for path in device.glob("*.json")} >= {"training_step", "attention", "add_layer_norm"}
     with tarfile.open(archive) as packed:

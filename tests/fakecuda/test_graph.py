@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: what a replay launches, what a capture refuses, and what the graph would miss."""
+"""Test a training step as one CUDA graph: the launches of a replay, refused captures, and changes a graph misses."""
 
 import copy
 import os
@@ -18,14 +18,14 @@ if os.environ.get("FAKECUDA_CAPABILITY", "90") != "90":
 
 
 def offset(device: torch.device) -> int:
-    """Return how far the generator of dropout's seeds has counted."""
+    """Return the offset of the generator that draws dropout's seeds."""
     return torch.cuda.default_generators[device.index].get_offset()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("options", [{}, {"checkpoint_activations": True}, {"compile": True}], ids=str)
 def test_an_update_is_one_launch(precision: str, options: dict, device: torch.device, watched: Callable) -> None:
-    """Beside the graph a replay copies the batch, and fills in the rates of two groups and the seed's two numbers."""
+    """A replay launches the graph, the copies of the batch, and fills of two learning rates and of seed and offset."""
     engine = engine_on(device, precision=precision, graph=True, **options)
     for _ in range(3):
         engine.update(batches(), 1e-4)
@@ -50,7 +50,7 @@ def test_the_capture_waits_once_and_is_refused_nothing(device: torch.device, wat
 
 
 def test_dropout_draws_as_often_as_eagerly(device: torch.device) -> None:
-    """A replay advances the generator as an update does, so that every replay has other masks."""
+    """A replay advances the generator as an eager update does, so every replay has new masks."""
     advances = []
     for graph in (False, True):
         engine = engine_on(device, graph=graph)
@@ -74,7 +74,7 @@ def test_a_batch_of_another_shape(device: torch.device) -> None:
         engine.update(batches(1), 1e-4)
 
 
-# --- a loop of the user's own
+# --- a user's own training loop
 
 
 def own(device: torch.device, **options: Any) -> tuple[GraphedStep, torch.optim.AdamW, Callable[[], Tensor]]:
@@ -109,7 +109,7 @@ def test_a_loop_of_ones_own(options: dict, device: torch.device, watched: Callab
 
 @pytest.mark.parametrize("value", [1e-4, torch.tensor(1e-4)], ids=["number", "tensor"])
 def test_a_rate_that_a_loop_sets_reaches_the_graph(value: Any, device: torch.device, watched: Callable) -> None:
-    """A number is filled into the tensor that the graph reads; the group then has this tensor again."""
+    """A learning rate that the loop sets is copied into the tensor that the graph reads, which the group keeps."""
     _, optimizer, call = own(device, fused=True)
     rate = optimizer.param_groups[0]["lr"]
     for _ in range(3):

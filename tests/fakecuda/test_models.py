@@ -1,4 +1,4 @@
-"""Training steps of whole models on `cuda`: eager, compiled and captured, of our own models and accelerated ones."""
+"""Test training steps of whole models on `cuda`: eager, compiled and captured, of this library and accelerated."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def test_an_eager_step(preset: str, dtype: torch.dtype | None, device: torch.dev
 
 
 def test_a_step_of_gpt2(device: torch.device, watched: Callable) -> None:
-    """GPT-2 124M at T = 1,024, as the benchmark suite trains it."""
+    """Train GPT-2 124M at T = 1,024, as the benchmark suite does."""
     with torch.device(device):
         model = GPTForCausalLM(GPTConfig.preset("gpt2"))
     ids = tokens(device, 1024)
@@ -95,7 +95,7 @@ def test_a_padded_step(options: str, device: torch.device, watched: Callable) ->
 
 @pytest.mark.parametrize("head", [GPTForMaskedLM, GPTForSequenceClassification])
 def test_a_step_of_another_head(head: type, device: torch.device, watched: Callable) -> None:
-    """A loss over the labelled positions alone has to count them, which waits for the device once."""
+    """The masked model counts its labelled positions and waits for the device once. The classifier does not wait."""
     model, ids = own("gpt2", device, head), tokens(device)
     labels = ids if head is GPTForMaskedLM else ids[:, 0]
     step = training_step(model, device, lambda: model(ids, labels).loss)
@@ -229,7 +229,7 @@ def test_activation_checkpointing_of_an_accelerated_model(device: torch.device, 
 
 
 def test_an_accelerated_model_with_a_mask(device: torch.device, watched: Callable) -> None:
-    """The host waits for the device here, because transformers itself looks whether the mask has padding."""
+    """With a mask the host waits for the device, because transformers itself checks the mask for padding."""
     pytest.importorskip("transformers")
     model, ids = accelerated("GPT2LMHeadModel").to(device), tokens(device)
     step = training_step(model, device, lambda: model(ids, attention_mask=torch.ones_like(ids), labels=ids).loss)

@@ -1,4 +1,7 @@
-"""The stand-in itself: it refuses what CUDA refuses, so that the absence of refusals means something."""
+"""Test the stand-in itself: it refuses the calls that CUDA refuses.
+
+Other tests assert that no call is refused, which would prove nothing if the stand-in accepted every call.
+"""
 
 import pytest
 import torch
@@ -49,7 +52,7 @@ def test_records_a_launch(x: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("place", range(4))
 def test_a_pointer_of_another_device_is_refused(x: torch.Tensor, place: int) -> None:
-    """Whichever argument it is: Triton launches on the current device, whatever the tensors' device."""
+    """A tensor on another device is refused as any argument, because Triton launches on the current device."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two devices")
     tensors = [x] * 4
@@ -133,7 +136,7 @@ def test_a_misaligned_tensor_map_is_refused(x: torch.Tensor) -> None:
         _tile_kernel[(1,)](TensorDescriptor(wide, [64, 64], [72, 1], [64, 64]), out, BLOCK=64)
     assert seen.refusals == []
     descriptor = TensorDescriptor(wide, [64, 64], [72, 1], [64, 64])
-    descriptor.base = wide.flatten()[1:4097].view(64, 64)  # TensorDescriptor itself refuses it when it is made
+    descriptor.base = wide.flatten()[1:4097].view(64, 64)  # set later, because the constructor refuses it
     with watch() as seen, pytest.raises(RuntimeError, match="invalid argument"):
         _tile_kernel[(1,)](descriptor, out, BLOCK=64)
     assert "multiple of 16 bytes" in seen.refusals[0]

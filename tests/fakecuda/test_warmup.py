@@ -1,4 +1,4 @@
-"""`gpt-fast warmup`: what it compiles is what training and generation load, in this process and in later ones."""
+"""Test `gpt-fast warmup`: it compiles the kernels that training and generation then load, in any process."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ CONFIG = GPTConfig.preset("gpt2", num_layers=3, hidden_dim=128, num_heads=2, num
 
 @pytest.fixture
 def forgetful(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the folder of an empty cache, in a process whose kernels have forgotten what they had loaded."""
+    """Return the folder of an empty Triton cache, and clear the kernels that this process has loaded."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     forget()
     return tmp_path
@@ -36,7 +36,7 @@ def forget() -> None:
 
 
 def test_what_is_compiled_is_what_is_needed(forgetful: Path) -> None:
-    """A model of three layers, trained and asked for a text after the warm-up, compiles nothing more."""
+    """After the warm-up, training and generation with a model of three layers compile no more kernels."""
     first = warm(CONFIG, batch_size=2, precision="bfloat16")
     assert first["cache"] == str(forgetful)
     assert first["training"]["compiled"] > 10

@@ -1,11 +1,12 @@
-"""Fuzz: calls the ops with drawn arguments and compares every result with the reference in float64.
+"""Fuzz the ops: call them with random arguments and compare every result with the reference in float64.
 
     python -m tests.fuzz [TARGET ...] [--draws N] [--seed S] [--jobs J]
     python -m tests.fuzz attention --seed 0 --only 1234     repeats one draw
 
-Targets are the ops and, where tests/fuzz/sessions.py exists, `sessions`. TRITON_INTERPRET=1 runs the Triton kernels in
-the interpreter, on smaller sizes. Draws run in processes of their own: a crash or a hang is a finding too. Every
-finding comes with the command that repeats it. The exit status is 1 if there was any.
+A draw is one random call of an op, or one random session. Targets are the ops and `sessions`, which draws sessions of
+DecodeSession and is missing in the interpreter. TRITON_INTERPRET=1 runs the Triton kernels in the interpreter, on
+smaller sizes. Draws run in other processes, so a crash or a hang is a finding too. The command prints for each finding
+the command that repeats it. The exit status is 1 if there is a finding, or if too many draws were refused.
 """
 
 import argparse
@@ -23,9 +24,9 @@ from typing import NamedTuple
 
 from tests.fuzz import worker
 
-BATCH = 500  # draws of one process, which takes seconds to start
+BATCH = 500  # draws for each process, which takes seconds to start
 WORKER = (sys.executable, "-X", "faulthandler", "-m", "tests.fuzz.worker")
-LIMIT = 120  # seconds for one draw; the longest takes a few, in the interpreter
+LIMIT = 120  # seconds for one draw; the longest draw takes a few seconds, in the interpreter
 REFUSED = 0.2  # the largest share of draws that may be refused
 
 
@@ -44,7 +45,7 @@ def command(target: str, seed: int, index: int) -> str:
 def run_batch(
     target: str, seed: int, first: int, last: int, tell: Callable[[str], None], limit: float = LIMIT
 ) -> tuple[list[Finding], collections.Counter]:
-    """Run the draws [first, last) in processes; return the findings and how many draws were of each kind."""
+    """Run the draws [first, last) in other processes. Return the findings and the number of draws of each kind."""
     findings, kinds = [], collections.Counter()
     while first < last:
         index, ended = first, False
@@ -92,7 +93,7 @@ def watchdog(process: subprocess.Popen, hung: threading.Event, limit: float) -> 
 
 
 class Progress:
-    """Line of progress: how many draws of all are done, at most once a few seconds."""
+    """Counter of finished draws that prints a line at most every few seconds."""
 
     def __init__(self, draws: int, every: float = 10.0) -> None:
         self.draws, self.every = draws, every
@@ -109,7 +110,7 @@ class Progress:
 
 
 def print_table(kinds: dict[str, collections.Counter], findings: list[Finding]) -> None:
-    """Print a row for each target: draws of each kind, refusals together, and findings."""
+    """Print a row for each target: the numbers of draws of each kind, of all refused draws, and of findings."""
     columns = ("computed", "not finite", "padding")
     print(f"{'target':22} {'draws':>6} " + " ".join(f"{name:>10}" for name in (*columns, "refused", "findings")))
     for target, counts in kinds.items():

@@ -1,9 +1,9 @@
-"""By how much each result of an op may differ from the truth: one bound for each value, of drawn calls of any size.
+"""Compute error bounds of the ops' results, one bound for each value, for random calls of any size.
 
-Each function takes the arguments of the op in float64 (the tensors as they were rounded), the upstream gradients and
-the dtype of the operands. It returns the error before the result itself is rounded, for "out" and for each gradient.
-The rounding of every operand and the float32 arithmetic of every sum are carried to the result by absolute values:
-`numerics.FLOOR` times the sum of the terms' sizes, as the policy has it for its float32 floor.
+Each function takes the arguments of the op in float64 (after rounding to their dtype), the upstream gradients and the
+dtype of the operands. It returns the error before the result itself is rounded, for "out" and for each gradient. The
+bounds follow the rounding of every operand and the float32 arithmetic of every sum to the result, by absolute values.
+A sum has an error of `numerics.FLOOR` times the sum of its terms' sizes, the float32 floor of the tolerance policy.
 """
 
 import torch
@@ -15,20 +15,20 @@ from tests import numerics
 from tests.numerics import FLOOR, rounding
 
 SLOPE = 1.13  # largest slope of relu, gelu and gelu_tanh; their second derivatives stay below 1
-FLUSHED = 2 * 2**-125  # kernels take 2^x below 2^-125, and e^x below e^-86, for 0; twice 2^-125, as everywhere
+FLUSHED = 2 * 2**-125  # kernels flush 2^x below 2^-125 and e^x below e^-86 to 0; the bound allows twice 2^-125
 Bounds = dict[str, Tensor]
 
 
 def summing(terms: int) -> float:
-    """Return the error of a float32 sum over the sum of its terms' sizes.
+    """Return the error of a float32 sum divided by the sum of its terms' sizes.
 
-    n terms that are added one after the other are off by at most n eps / 2 of it. Equal terms come near that.
+    If n terms are added one after the other, this ratio is at most n eps / 2. Equal terms come near this limit.
     """
     return FLOOR + terms * numerics.EPS32 / 2
 
 
 def product(a: Tensor, error_a: Tensor | float, b: Tensor, error_b: Tensor | float = 0.0) -> Tensor:
-    """Return the error of the matrix product a b whose operands have errors, accumulated in float32."""
+    """Return the error of the matrix product a b, accumulated in float32, if the operands have errors."""
     b, error_b = b.abs(), torch.as_tensor(error_b, dtype=b.dtype).expand_as(b)
     a, error_a = a.abs(), torch.as_tensor(error_a, dtype=a.dtype).expand_as(a)
     return (error_a + summing(a.shape[-1]) * a) @ b + a @ error_b + error_a @ error_b
@@ -39,7 +39,7 @@ def zeros_like_or(x: Tensor | None, size: int) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, upstream: list[Tensor], dtype: torch.dtype) -> Bounds:
-    """Return the result and bounds of y = x weightᵀ + bias."""
+    """Return the bounds of y = x weightᵀ + bias."""
     C, N = weight.shape[1], weight.shape[0]
     M = x.shape[:-1].numel()
     rows, dy = x.reshape(M, C), upstream[0].reshape(M, N)
@@ -53,7 +53,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, upstream: list[Tensor
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, eps: float, dy: Tensor) -> Bounds:
-    """The bounds of tests/ops/test_layer_norm.py, for "out", "x", "weight" and "bias"."""
+    """Return the bounds of tests/ops/test_layer_norm.py, for "out", "x", "weight" and "bias"."""
     if x.numel() == 0:
         return {"out": torch.zeros_like(x), "x": torch.zeros_like(x), "weight": x.new_zeros(x.shape[-1:]),
                 "bias": x.new_zeros(x.shape[-1:])}  # fmt: skip
@@ -66,7 +66,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, eps: float, dy: Tensor) -> Boun
     columns, floor = x.shape[-1], summing(x.numel() // x.shape[-1])
     return {
         "out": error * gain.abs() + FLOOR * (gain * xhat).abs().amax(-1, keepdim=True),
-        # dx is a difference of terms of the size of rstd g.
+        # dx is a difference of terms that are as large as rstd g.
         "x": delta * rstd * g * (1 + xhat.abs()) + FLOOR * rstd * g * (1 + xhat.abs()),
         "weight": (dy.abs() * delta + floor * terms).reshape(-1, columns).sum(0),
         "bias": floor * dy.abs().reshape(-1, columns).sum(0),
@@ -107,13 +107,13 @@ def mlp(
     activated = activated.detach()
 
     def error_of_hidden(error: Tensor) -> Tensor:
-        # 4 FLOOR |z|: an approximation of the error function or of tanh, times z.
+        # 4 FLOOR |z| allows for the approximation of the error function or of tanh, which is multiplied by z.
         return factor * (SLOPE * error + 4 * FLOOR * z.abs()) + rounding(factor * activated, dtype)
 
     h = factor * activated
     out = product(h, error_of_hidden(error_z), proj_weight.t()) + FLOOR * zeros_like_or(proj_bias, C_out).abs()
     dh = (dy @ proj_weight) * factor
-    # Backward of gelu starts from z rounded to the dtype; that of relu from h, whose sign is z's.
+    # Backward of gelu starts from z rounded to the dtype. Backward of relu starts from h, which has the sign of z.
     error_kept = error_z + rounding(z, dtype)
     if activation.aliases:  # relu: near zero its derivative is 0 or 1
         error_slope = (z.abs() <= error_kept).double()
@@ -122,7 +122,7 @@ def mlp(
     error_slope = error_slope.where(z.isfinite(), torch.nan)
     error_dh = factor * product(dy, 0.0, proj_weight)
     dz = dh * slope
-    # In float16 a product with dropout's scale may be rounded before the scale.
+    # In float16 dz may be rounded before it is multiplied by dropout's scale.
     error_dz = dh.abs() * error_slope + SLOPE * error_dh + rounding(dz, dtype) * factor.clamp(min=1)
     return {
         "out": out,
@@ -138,7 +138,7 @@ def linear_cross_entropy(
     x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, valid: Tensor, smoothing: float, reduction: str,
     dloss: Tensor, dtype: torch.dtype,
 ) -> Bounds:  # fmt: skip
-    """Rows flattened: x [N, C], target and valid [N]; dloss a scalar, or [N] for "none"."""
+    """Return the bounds of the loss. x is [N, C], target and valid are [N]; dloss is a scalar, or [N] for "none"."""
     V, N = weight.shape[0], x.shape[0]
     if V == 0 or N == 0:
         nothing = [torch.zeros_like(t) for t in (x, weight, x.new_zeros(V))]
@@ -151,7 +151,7 @@ def linear_cross_entropy(
     largest = error.amax(-1)
     lse = logits.logsumexp(-1)
     chosen = F.one_hot(target.where(valid, 0), V).double()
-    # The log of a sum of V terms near 1, and the differences from the largest logit.
+    # The loss has errors of the log of a sum of V terms near 1, and of the differences from the largest logit.
     loss = 2 * largest + FLOOR * (1 + lse.abs() + 2 * logits.abs().amax(-1)) + summing(V)
     loss = loss * valid
     probs = logits.softmax(-1)
@@ -182,17 +182,22 @@ def linear_cross_entropy(
 def attention(
     q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, factor: Tensor, scale: float, dout: Tensor, dtype: torch.dtype
 ) -> Bounds:
-    """q, k, v and dout are [B, H, T or S, D]; allowed and factor, dropout's, are [B, H, T, S]."""
+    """Return the bounds of attention. q, k, v and dout are [B, H, T or S, D].
+
+    `allowed` and dropout's `factor` are [B, H, T, S].
+    """
     if q.numel() == 0 or k.numel() == 0:
         return {"out": torch.zeros_like(q), "q": torch.zeros_like(q), "k": torch.zeros_like(k),
                 "v": torch.zeros_like(v)}  # fmt: skip
     scores = (q @ k.mT * scale).masked_fill(~allowed, -torch.inf)
     probs = scores.softmax(-1).masked_fill(~allowed, 0.0)
-    # Relative errors of a row's probabilities: twice that of its scores, 4 eps(float32) and that of a sum of D terms.
+    # The relative error of a row's probabilities is twice the error of its scores: 4 eps(float32) and the error of a
+    # sum of D terms.
     sizes = (abs(scale) * (q.abs() @ k.abs().mT)).masked_fill(~allowed, 0.0)
     relative = summing(k.shape[2]) + (8 + q.shape[-1]) * numerics.EPS32 * sizes.amax(-1, keepdim=True)  # [B, H, T, 1]
     largest = factor.amax() if factor.numel() else factor.new_zeros(())
-    # The smallest numbers of the dtype, before dropout's scale; where a key is masked nothing is rounded.
+    # Weights may be rounded before they are multiplied by dropout's scale, which matters for the smallest numbers of
+    # the dtype. Masked keys have no rounding.
     weights = probs * factor
     rounded = rounding(weights, dtype) * allowed * largest.clamp(min=1)
     error_weights = weights * relative + FLUSHED * factor + rounded

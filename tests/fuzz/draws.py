@@ -1,4 +1,4 @@
-"""Draws of the fuzz: sizes, dtypes, memory layouts, dropout and values, all from one pair of integers."""
+"""Draw random sizes, dtypes, memory layouts, dropout options and values for the fuzz tests."""
 
 import os
 import random
@@ -12,11 +12,11 @@ from tests import numerics
 
 T = TypeVar("T")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Zero, one, primes, and sizes on, before and one past the blocks of the kernels.
+# Zero, one, primes, and the kernels' block sizes with their neighbours.
 SIZES = (0, 1, 1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 23, 31, 32, 33, 47, 61, 64, 65, 97, 127, 128, 129, 131, 257, 300)
 SEEDS = (-(2**63), 2**63 - 1, -1, 0, 1, 2**32, 2**32 - 1, -(2**32))
 SITES = (0, 0, 1, 7, 2**31 - 1, 2**31, 2**32 - 1)
-# No dropout, a threshold of 0 (nothing is dropped), of 1, usual ones, and of 65536 (everything is dropped).
+# No dropout, a threshold of 0 (which drops nothing), of 1, usual probabilities, and a threshold of 65536 (drops all).
 PROBABILITIES = (0.0, 0.0, 0.0, 1e-9, 2**-17, 0.1, 0.3, 0.5, 0.999, 1 - 2**-18)
 
 
@@ -26,7 +26,7 @@ class Draw:
     def __init__(self, op: str, seed: int, index: int) -> None:
         self.random = random.Random(f"{op} {seed} {index}")
         torch.manual_seed(self.random.getrandbits(63))
-        self.poisoned = False  # whether inputs hold NaN, infinities or numbers that overflow
+        self.poisoned = False  # True if inputs hold NaN, infinities or numbers that overflow
 
     def chance(self, p: float) -> bool:
         return self.random.random() < p
@@ -35,15 +35,15 @@ class Draw:
         return self.random.choice(choices)
 
     def size(self, largest: int, smallest: int = 0) -> int:
-        """Return a size in [smallest, largest]; four of ten stay below 18, nine of ten below 41 if interpreted."""
+        """Return a size in [smallest, largest]. 40 % are at most 17; in the interpreter 90 % are at most 40."""
         largest = min(largest, 40) if INTERPRETED and self.chance(0.9) else largest
         limit = min(largest, 17) if self.chance(0.4) else largest
         return self.pick([size for size in SIZES if smallest <= size <= limit] or [smallest])
 
     def shape(self, rows: int, *last: int) -> tuple[int, ...]:
-        """Return a shape [..., *last] of none to three leading dimensions with at most `rows` rows or so.
+        """Return a shape [..., *last] with zero to three leading dimensions and about `rows` rows at most.
 
-        Three of a hundred have more rows than the C++ kernels take at once, 1,024.
+        3 % of the shapes have more than 1,024 rows, the most that the C++ kernels take at once.
         """
         if not INTERPRETED and self.chance(0.03):
             return (self.pick((1025, 1041, 1100)), *last)
@@ -59,7 +59,7 @@ class Draw:
         return self.pick(numerics.DTYPES)
 
     def values(self, shape: Sequence[int], dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-        """Return normal values mostly; else zeros, a constant, a few distinct values, or larger and smaller ones."""
+        """Return mostly normal values. Some draws are zeros, a constant, integers, or larger or smaller values."""
         kind = self.random.random()
         x = torch.randn(tuple(shape))
         if kind < 0.03:
@@ -75,7 +75,7 @@ class Draw:
     def tensor(
         self, shape: Sequence[int], dtype: torch.dtype, scale: float = 1.0, *, grad: float = 0.85, lay: bool = True
     ) -> Tensor:
-        """Return a leaf with drawn values and a drawn layout that records gradients with probability `grad`."""
+        """Return a leaf with random values and a random layout, which requires a gradient with probability `grad`."""
         x = self.values(shape, dtype, scale)
         x = self.laid_out(x) if lay else x
         return x.detach().requires_grad_(self.chance(grad))
@@ -85,7 +85,7 @@ class Draw:
         kind = self.random.random()
         if kind < 0.4 or x.dim() == 0:
             return x.contiguous()
-        if kind < 0.6:  # the dimensions lie in memory in any order
+        if kind < 0.6:  # a random order of the dimensions in memory
             order = self.random.sample(range(x.dim()), x.dim())
             back = [order.index(dim) for dim in range(x.dim())]
             return x.permute(order).contiguous().permute(back)
@@ -100,7 +100,7 @@ class Draw:
         return self.overlapping(x)
 
     def sliced(self, x: Tensor) -> Tensor:
-        """Return x as every n-th element, from an offset, of a larger tensor whose other elements are NaN or True."""
+        """Return x as a slice, with offsets and steps, of a larger tensor whose other elements are NaN or maximal."""
         steps = [self.pick((1, 1, 2, 3)) for _ in range(x.dim())]
         ends = [(self.pick((0, 0, 1, 3)), self.pick((0, 0, 1, 3))) for _ in range(x.dim())]
         sizes = [sum(end) + size * step for size, step, end in zip(x.shape, steps, ends, strict=True)]
@@ -112,14 +112,14 @@ class Draw:
         return view.copy_(x)
 
     def overlapping(self, x: Tensor) -> Tensor:
-        """Return a view of x's first values in which rows begin before the row before them ends."""
+        """Return a view of x's first values whose rows overlap in memory."""
         strides = [self.pick((0, 1, 1, 2, 3)) for _ in x.shape]
         needed = 1 + sum(stride * (size - 1) for stride, size in zip(strides, x.shape, strict=True))
         source = x.flatten().repeat(needed // x.numel() + 1)
         return source.as_strided(x.shape, strides)
 
     def dropout(self) -> dict:
-        """Return dropout_p, seed and site; without a seed only where nothing is dropped."""
+        """Return dropout_p, seed and site, or sometimes no options for p = 0."""
         p = self.pick(PROBABILITIES)
         if p == 0.0 and self.chance(0.5):
             return {}
@@ -131,7 +131,7 @@ class Draw:
     def poison(self, x: Tensor | None, where: Tensor | None = None) -> None:
         """Put a NaN, an infinity or, in float16, a number near the largest into one to three places of x.
 
-        `where` limits the places. Elements that share memory change together.
+        Only places where `where` is True are chosen. Elements that share memory change together.
         """
         if x is None:
             return

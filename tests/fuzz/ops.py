@@ -1,7 +1,8 @@
-"""The fuzz of the ops: each draws a call, forward and backward, and judges it by the reference in float64.
+"""Fuzz of the ops: draw a random call, run forward and backward, and compare with the reference in float64.
 
-`TARGETS[op](seed, index)` runs one draw. It raises AssertionError on a difference, and returns the kind of the draw:
-"computed", "not finite", "padding" (which held NaN or infinities) or "refused: " and what was refused.
+`TARGETS[op](seed, index)` runs one draw. It raises AssertionError on a difference. It returns the kind of the draw:
+"computed", "not finite" (arguments hold NaN or infinities), "padding" (the padding holds NaN or infinities), or
+"refused: " and the name of the argument that was made invalid.
 """
 
 import contextlib
@@ -25,14 +26,15 @@ MESSAGE = re.compile(r"gpt_fast\.\w+: .+; expected .+", re.DOTALL)
 
 
 class Op(NamedTuple):
-    """How one op is drawn and judged.
+    """Functions that draw and judge the calls of one op.
 
-    `draw` returns the arguments of a valid call. `padding` returns, for arguments and "upstream", the places whose
-    content has no effect. `bound` returns the Bounds of exact arguments and upstream gradients. `pattern` returns, for
-    each result, the places that must be and those that may be not finite; None means: where the reference's are.
-    `stored` checks an output that the others start from, and returns exact arguments that give just this output.
-    `writes` returns what arguments hold after the call, for those that the op writes to.
-    `unchecked` calls the kernel with values that nobody has looked at, as on a GPU.
+    `draw` returns the arguments of a valid call. `bound` returns the Bounds for exact arguments and upstream gradients.
+    `spoils` holds functions that make a call invalid, with a pattern of the expected error message. `padding` returns,
+    for arguments and "upstream", the places whose values have no effect. `pattern` returns, for each result, the places
+    that must be not finite and those that may be; without it, these are the reference's. `stored` checks an output from
+    which the other results are computed, and returns exact arguments that give this output. `unchecked` calls the
+    kernel with invalid values that the public function has not validated, as on a GPU. `writes` returns the expected
+    content of the arguments that the op writes to.
     """
 
     draw: Callable[[Draw], Arguments]
@@ -50,7 +52,7 @@ class Op(NamedTuple):
 
 
 def run_one(op: str, seed: int, index: int) -> str:
-    """Run draw `index`: compute and judge it, or see it refused."""
+    """Run draw `index`: judge the results of a valid call, or check that an invalid call is refused."""
     with poisoned_memory():
         draw, spec = Draw(op, seed, index), OPS[op]
         arguments = spec.draw(draw)
@@ -67,7 +69,7 @@ def run_one(op: str, seed: int, index: int) -> str:
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill new memory with NaN, so that a value that a kernel forgets to write is seen."""
+    """Fill new memory with NaN, so that a value that a kernel forgets to write is noticed."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -80,12 +82,12 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def run_refused(op: str, spec: Op, draw: Draw, arguments: Arguments) -> str:
-    """Spoil one argument: the public function has to refuse the call in the project's words."""
+    """Make one argument invalid, and check that the public function refuses it with a message in the project's form."""
     name = draw.pick(sorted(spec.spoils))
     spoil, expected = spec.spoils[name]
     arguments = spoil(draw, arguments)
     if arguments is None:
-        return "computed"  # the draw has nothing to spoil in this way
+        return "computed"  # this call lacks the argument that was to be made invalid
     try:
         getattr(ops, op)(**arguments)
     except (ValueError, TypeError) as error:
@@ -157,7 +159,7 @@ def run_valid(op: str, spec: Op, draw: Draw, arguments: Arguments) -> str:
     if kind_of_draw == "not finite":
         fits = {label: fits_within(truth[label].detach(), allowed[label], value.dtype) for label, value in got.items()}
         may = check_pattern(op, spec, clean, clean_upstream, got, fits)
-    elif spec.unchecked is not None and INTERPRETED:  # the C++ kernels look at values themselves
+    elif spec.unchecked is not None and INTERPRETED:  # the C++ kernels validate values themselves
         spec.unchecked(draw, arguments)
     for label, value in got.items():
         bound = torch.as_tensor(allowed[label], dtype=torch.float64).expand(value.shape)
@@ -181,7 +183,7 @@ def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
 
 
 def definition(op: str) -> Callable:
-    """Return the definition of an op; that of `linear` is F.linear in float32 or float64, rounded once."""
+    """Return the reference of an op. For `linear` it is F.linear in float32 or float64, rounded once."""
     if op == "decode_attention_append":
         return lambda **arguments: reference.decode_attention(**appended(arguments))
     return widened_linear if op == "linear" else getattr(reference, op)
@@ -193,12 +195,12 @@ def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def without(arguments: Arguments) -> Arguments:
-    """Return the arguments that the reference takes."""
+    """Return the arguments without `recompute`, which the reference does not take."""
     return {name: x for name, x in arguments.items() if name != "recompute"}
 
 
 def results(outputs: tuple, arguments: Arguments, upstream: list[Tensor], differentiable: bool) -> dict[str, Tensor]:
-    """Return "out" (with a number from the second on) and the gradient of each argument that records one."""
+    """Return the outputs as "out", "out1", ... and the gradient of each argument that requires one."""
     named = {f"out{n or ''}": out.detach() for n, out in enumerate(outputs)}
     leaves = {name: x for name, x in arguments.items() if isinstance(x, Tensor) and x.requires_grad}
     if leaves and differentiable:
@@ -216,7 +218,7 @@ def fill_padding(draw: Draw, x: Tensor, places: Tensor) -> None:
 
 
 def fits_within(exact: Tensor, bound: Any, dtype: torch.dtype) -> Tensor:
-    """Return where a result that is off by its bound may still be a finite number of `dtype`."""
+    """Return True where a result within its bound may be a finite number of `dtype`."""
     bound = bound + numerics.rounding(exact, dtype)
     return exact.isfinite() & (exact.abs() - bound <= torch.finfo(dtype).max)
 
@@ -224,7 +226,10 @@ def fits_within(exact: Tensor, bound: Any, dtype: torch.dtype) -> Tensor:
 def check_pattern(
     op: str, spec: Op, arguments: Arguments, upstream: list[Tensor], got: dict[str, Tensor], fits: dict[str, Tensor]
 ) -> dict:
-    """Check which values are not finite, except those that `fits` says may be finite; return those that may be so."""
+    """Check that the right values are not finite. Values where `fits` is True may also be finite.
+
+    Return for each result where values may be not finite.
+    """
     must, multiplied = pattern_of_reference(op, arguments, upstream, spec.differentiable), {}
     with dropout_by_multiplication():
         multiplied = pattern_of_reference(op, arguments, upstream, spec.differentiable)
@@ -248,7 +253,7 @@ def check_pattern(
 def pattern_of_reference(
     op: str, arguments: Arguments, upstream: list[Tensor], differentiable: bool, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Return where results of the reference, in its dtypes or rounded to `dtype`, are not finite."""
+    """Return True where results of the reference, in their own dtypes or rounded to `dtype`, are not finite."""
     leaves = {}
     for name, x in arguments.items():
         leaves[name] = x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
@@ -260,7 +265,10 @@ def pattern_of_reference(
 
 @contextlib.contextmanager
 def dropout_by_multiplication() -> Iterator[None]:
-    """Let the reference drop as `torch.nn.functional.dropout` does, where a dropped NaN stays NaN. So may ours."""
+    """Make the reference multiply by the dropout mask, as `torch.nn.functional.dropout` does: a dropped NaN stays NaN.
+
+    The ops may do the same.
+    """
     before = reference._dropout
     reference._dropout = lambda x, keep, p: x * (keep.to(x.dtype) * reference.dropout_scale(p))
     try:
@@ -269,11 +277,11 @@ def dropout_by_multiplication() -> Iterator[None]:
         reference._dropout = before
 
 
-# ---- calls that have to be refused -----------------------------------------------------------------------------------
+# ---- invalid calls ---------------------------------------------------------------------------------------------------
 
 
 def changed(name: str, change: Callable[[Draw, Any], Any]) -> Callable[[Draw, Arguments], Arguments | None]:
-    """Return a spoil that changes one argument, if the draw has it."""
+    """Return a function that changes the argument `name`, or returns None if the call lacks it."""
 
     def spoil(draw: Draw, arguments: Arguments) -> Arguments | None:
         if arguments.get(name) is None:
@@ -337,14 +345,14 @@ LINEAR_SPOILS = {
 
 
 def draw_norm_shape(draw: Draw, C: int) -> tuple[int, ...]:
-    """Return a shape [..., C]; in the interpreter eight of a hundred have more rows than 512 programs sum at once."""
+    """Return a shape [..., C]. In the interpreter 8 % have more rows than 512 programs sum at once."""
     if INTERPRETED and draw.chance(0.08):
-        return (8209, C)  # a program takes 16 rows at most
+        return (8209, C)  # 512 programs take at most 16 rows each
     return draw.shape(140, C)
 
 
 def draw_affine(draw: Draw, C: int, dtype: torch.dtype) -> Arguments:
-    """Return weight and bias, both, the weight alone or neither; their dtype may differ from that of x."""
+    """Return weight and bias, the weight alone, or neither. Their dtype may differ from that of x."""
     if draw.chance(0.25):
         dtype = draw.dtype()
     weight = draw.tensor((C,), dtype) if draw.chance(0.85) else None
@@ -384,7 +392,7 @@ def draw_add_layer_norm(draw: Draw) -> Arguments:
 
 
 def row_factor(a: Arguments, rows: int, C: int) -> Tensor:
-    """Return dropout's factor of a row site, [rows, C]."""
+    """Return dropout's factor [rows, C] of an op that draws its mask by rows."""
     p = a.get("dropout_p", 0.0)
     if p == 0.0:
         return torch.ones(rows, C, dtype=torch.float64)
@@ -392,7 +400,7 @@ def row_factor(a: Arguments, rows: int, C: int) -> Tensor:
 
 
 def stored_add_layer_norm(a: Arguments, outputs: tuple[Tensor, ...]) -> Arguments:
-    """`summed` is rounded once; normed and the gradients are those of what was stored."""
+    """Check `summed`, which is rounded once. Return arguments that give it, because the other results start from it."""
     x, residual, summed = detached(a["x"]), detached(a["residual"]), outputs[1].detach()
     branch = factor_of_rows(a) * x
     bound = numerics.FLOOR * (residual.abs() + branch.abs())
@@ -419,7 +427,7 @@ def bound_add_layer_norm(a: Arguments, upstream: list[Tensor], dtype: torch.dtyp
 def draw_embedding(draw: Draw) -> Arguments:
     dtype, C = draw.dtype(), draw.size(300)
     V, P = draw.size(140, 1), draw.size(140, 1)
-    # The interpreter takes seconds for a chunk of rows in backward.
+    # In the interpreter, backward takes seconds for each chunk of rows.
     shape = draw.shape(8, draw.size(min(P, 8))) if INTERPRETED else draw.shape(140, draw.size(P))
     integers = [draw.pick((torch.int64, torch.int32)) for _ in range(2)]
     arguments = {
@@ -446,7 +454,7 @@ def bound_embedding(a: Arguments, upstream: list[Tensor], dtype: torch.dtype) ->
 
 
 def padding_embedding(a: Arguments) -> dict[str, Tensor]:
-    """Rows of the tables that no token and no position names, unless they share memory with others."""
+    """Return the rows of the tables that no token or position uses, for tables whose elements do not share memory."""
     padding = {}
     for name, used in (("token_weight", a["tokens"]), ("position_weight", positions_of(a))):
         places = torch.ones(a[name].shape, dtype=torch.bool)
@@ -517,10 +525,11 @@ def bound_mlp(a: Arguments, upstream: list[Tensor], dtype: torch.dtype) -> bound
 
 
 def pattern_mlp(a: Arguments, upstream: list[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """What is dropped passes nothing back, whatever the derivative of the activation is.
+    """Return where results must be, and may be, not finite.
 
-    That derivative is 0 or 1 at infinity, and NaN by its formula: both are right. Backward of gelu starts from the
-    activation's input, which may overflow where it is rounded to float16; so may other operands.
+    Dropped elements pass back 0, whatever the derivative of the activation is. At infinity that derivative is 0 or 1 in
+    the limit and NaN by its formula. Both are correct. Backward of gelu starts from the activation's input, which may
+    overflow when it is rounded to float16, and so may other operands.
     """
     name = a["activation"]
     wide = {name: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in a.items()}
@@ -532,14 +541,14 @@ def pattern_mlp(a: Arguments, upstream: list[Tensor]) -> dict[str, tuple[Tensor,
 
 
 def requiring(a: Arguments) -> Arguments:
-    """Return arguments whose floating tensors record gradients."""
+    """Return the arguments with all floating-point tensors requiring gradients."""
     return {name: x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
             for name, x in a.items()}  # fmt: skip
 
 
 @contextlib.contextmanager
 def activation_replaced(name: str, change: Callable[[Callable], Callable]) -> Iterator[None]:
-    """Change the definition of an activation for a while."""
+    """Replace the function of an activation inside the context."""
     table = _activations.ACTIVATIONS
     stock = table[name]
     table[name] = stock._replace(function=change(stock.function))
@@ -597,7 +606,7 @@ def bound_linear_cross_entropy(a: Arguments, upstream: list[Tensor], dtype: torc
 
 
 def padding_linear_cross_entropy(a: Arguments) -> dict[str, Tensor]:
-    """Rows that are ignored, and their upstream gradients."""
+    """Return the rows that are ignored, and their upstream gradients."""
     ignored = ~valid_of(a)
     padding = {"x": ignored[..., None].expand(a["x"].shape)}
     if a["reduction"] == "none":
@@ -606,7 +615,10 @@ def padding_linear_cross_entropy(a: Arguments) -> dict[str, Tensor]:
 
 
 def pattern_linear_cross_entropy(a: Arguments, upstream: list[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The reference's on the rows that count; an upstream gradient of a sum may spoil every gradient."""
+    """Return where results must be, and may be, not finite: the reference's pattern on the rows that are not ignored.
+
+    If the reduction is not "none", an upstream gradient that is not finite may make every gradient not finite.
+    """
     valid = valid_of(a)
     counted = a | {"x": a["x"][valid], "target": a["target"][valid]}
     leaves = {name: x.requires_grad_() if x is not None and x.is_floating_point() else x
@@ -645,7 +657,7 @@ LINEAR_CROSS_ENTROPY_SPOILS = {
 
 
 def draw_masks(draw: Draw, B: int, H: int, T: int, S: int) -> Arguments:
-    """Return masks in any combination; packed sequences only where the sizes allow them."""
+    """Return masks in any combination. Packed sequences need B = 1 and T = S."""
     masks: Arguments = {}
     if draw.chance(0.6):
         masks["causal"] = draw.chance(0.5) and T <= S
@@ -672,7 +684,7 @@ def draw_scale(draw: Draw) -> Arguments:
 
 
 def draw_sizes(draw: Draw) -> tuple[int, int, int, int, int]:
-    """Return B, H, T, S, D; batches of one and equal T and S are frequent."""
+    """Return B, H, T, S and D. B = 1 and T = S are frequent."""
     B = 1 if draw.chance(0.4) else draw.pick((0, 1, 2, 2, 3))
     H, T = draw.pick((0, 1, 1, 1, 2, 2, 3)), draw.size(140)
     S = T if draw.chance(0.6) else draw.size(140)
@@ -696,7 +708,7 @@ def draw_attention_qkv(draw: Draw) -> Arguments:
 
 
 def split(a: Arguments) -> Arguments:
-    """Return arguments of attention: those of attention_qkv with q, k and v."""
+    """Return the arguments of attention_qkv as arguments of attention, with q, k and v for qkv."""
     if "qkv" not in a:
         return a
     rest = {name: x for name, x in a.items() if name not in ("qkv", "num_heads")}
@@ -716,7 +728,7 @@ def allowed_of(a: Arguments) -> Tensor:
 
 
 def matrix_factor(a: Arguments) -> Tensor:
-    """Return dropout's factor, [B, H, T, S]."""
+    """Return dropout's factor [B, H, T, S]."""
     B, H, T, _ = a["q"].shape
     S, p = a["k"].shape[2], a.get("dropout_p", 0.0)
     if p == 0.0:
@@ -742,7 +754,7 @@ def bound_attention(a: Arguments, upstream: list[Tensor], dtype: torch.dtype) ->
 
 
 def merged(a: Arguments, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return what belongs to q, k, v and out, for attention_qkv as what belongs to qkv and the merged output."""
+    """Merge values for q, k, v and out into values for qkv and the merged output if the op is attention_qkv."""
     if "qkv" not in a:
         return found
     joined = torch.stack([found[name] for name in "qkv"])  # [3, B, H, T, D]
@@ -751,7 +763,7 @@ def merged(a: Arguments, found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def padding_attention(a: Arguments) -> dict[str, Tensor]:
-    """Keys that lengths, key_mask or cu_seqlens exclude, and queries after the last packed sequence."""
+    """Return the keys that lengths, key_mask or cu_seqlens exclude, and the queries after the last packed sequence."""
     parts = split(a)
     B, H, T, D = parts["q"].shape
     S = parts["k"].shape[2]
@@ -772,11 +784,11 @@ def padding_attention(a: Arguments) -> dict[str, Tensor]:
 
 
 def pattern_attention(a: Arguments, upstream: list[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Places that must be and may be not finite.
+    """Return where results must be, and may be, not finite.
 
-    A weight of zero (masked, dropped or underflown) times NaN is NaN in a matrix product, and nothing in a kernel that
-    skips the tile. Both are right. An output that is not finite may spoil its query's gradients, because backward
-    starts from the output. An operand may overflow where it is rounded to float16, which C++ computes in float32.
+    A weight of 0 (masked, dropped or underflowed) times NaN is NaN in a matrix product, and 0 in a kernel that skips
+    the tile. Both are correct. If an output is not finite, its query's gradients may not be finite either, because
+    backward starts from the output. An operand may overflow when it is rounded to float16; C++ keeps it in float32.
     """
     parts, dout = split(a), heads_first(a, upstream[0]).float()
     dtype = parts["q"].dtype
@@ -791,20 +803,20 @@ def pattern_attention(a: Arguments, upstream: list[Tensor]) -> dict[str, tuple[T
         return x.to(dtype).float()
 
     def skipping(weights: Tensor, x: Tensor) -> Tensor:
-        """Return weights x, where a weight of zero takes no part."""
+        """Return the product of weights and x in which a weight of 0 times NaN or infinity is 0."""
         product = torch.where(weights[..., None] == 0, 0.0, weights[..., None] * x[:, :, None])
         return product.sum(-2)
 
     scores = (q @ k.mT * scale).masked_fill(~allowed, -torch.inf)
     scores = scores.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
-    # In PyTorch's softmax one NaN makes its whole row NaN, masked keys too.
+    # In PyTorch's softmax one NaN makes its whole row NaN, including masked keys.
     softmax = scores.softmax(-1)
     probs, plain = softmax.masked_fill(~allowed, 0.0), softmax.masked_fill(~allowed & softmax.isfinite(), 0.0)
     weights = torch.where(factor == 0, 0.0, probs * factor)
     out = {"must": rounded(skipping(weights, v)), "may": rounded(rounded(plain * factor) @ v)}
     dp = dout @ v.mT
     dp = {"must": torch.where(factor == 0, 0.0, dp * factor), "may": dp * factor}
-    # PyTorch sums P dP; the contract starts from the output.
+    # PyTorch computes delta as the sum of P dP, the op's contract as the sum of dout and the output.
     sums = (
         (probs * dp["must"]).masked_fill(probs == 0, 0.0).sum(-1, keepdim=True),
         (dout * out["must"]).sum(-1, keepdim=True),
@@ -835,7 +847,7 @@ def pattern_attention(a: Arguments, upstream: list[Tensor]) -> dict[str, tuple[T
 
 
 def length_out_of_range(draw: Draw, arguments: Arguments) -> Arguments | None:
-    """Give one sequence a length below 0 or past the keys, also in a draw without lengths."""
+    """Give one sequence a length below 0 or past the keys, even if the call has no lengths."""
     B = arguments["q" if "q" in arguments else "qkv"].shape[0]
     if B == 0:
         return None
@@ -914,7 +926,7 @@ def bound_decode_attention(a: Arguments, upstream: list[Tensor], dtype: torch.dt
 
 
 def padding_decode_attention(a: Arguments) -> dict[str, Tensor]:
-    """Entries of the caches from the length on."""
+    """Return the entries of the caches from the length on."""
     padding = padding_attention(as_attention(a))
     return unshared(a, {f"{name}_cache": padding[name] for name in "kv" if name in padding})
 
@@ -925,7 +937,7 @@ def pattern_decode_attention(a: Arguments, upstream: list[Tensor]) -> dict[str, 
 
 
 def unchecked_decode_attention(draw: Draw, a: Arguments) -> None:
-    """Lengths out of range are taken for the nearest that are possible."""
+    """Assert that the kernel clamps lengths that are out of range."""
     tame, S = a["lengths"], a["k_cache"].shape[2]
     wild = torch.where(tame == S, draw.pick((S + 1, 10_000, 2**30)), torch.where(tame == 0, -5, tame)).to(tame.dtype)
     caches = a["q"], a["k_cache"], a["v_cache"]
@@ -950,7 +962,7 @@ DECODE_ATTENTION_SPOILS = {
 
 
 def draw_decode_attention_append(draw: Draw) -> Arguments:
-    """The caches have room for a key, and no two of their entries lie at one address."""
+    """Draw caches with room for another key, whose entries do not share memory."""
     a = draw_decode_attention(draw)
     S, dtype = max(1, a["k_cache"].shape[2]), a["q"].dtype
     for name in ("k_cache", "v_cache"):
@@ -964,23 +976,23 @@ def draw_decode_attention_append(draw: Draw) -> Arguments:
 
 
 def caches_after(a: Arguments) -> dict[str, Tensor]:
-    """Return the caches with the new key and value in them."""
+    """Return the caches after the new key and value were written."""
     here = torch.arange(a["k_cache"].shape[2]) == a["lengths"][:, None]  # [B, S]
     return {f"{x}_cache": torch.where(here[:, None, :, None], a[x][:, :, None], a[f"{x}_cache"]) for x in "kv"}
 
 
 def appended(a: Arguments) -> Arguments:
-    """Return the arguments of the decode_attention that is left when the caches have been written."""
+    """Return the arguments of `decode_attention` that gives the same result after the caches were written."""
     return {"q": a["q"], **caches_after(a), "lengths": a["lengths"] + 1}
 
 
 def padding_decode_attention_append(a: Arguments) -> dict[str, Tensor]:
-    """Entries of the caches from the length on, and so the one that is written."""
+    """Return the entries of the caches from the length on, which include the entry that the op writes."""
     return padding_decode_attention({name: x for name, x in a.items() if name not in ("k", "v")})
 
 
 def unchecked_decode_attention_append(draw: Draw, a: Arguments) -> None:
-    """Lengths out of range are taken for the nearest that are possible, by the write and by the query."""
+    """Assert that the kernel clamps lengths that are out of range, for the write and for the query."""
     tame, last = a["lengths"], a["k_cache"].shape[2] - 1
     wild = torch.where(tame == last, draw.pick((last + 1, 10_000, 2**30)), torch.where(tame == 0, -5, tame))
     found = []
@@ -1002,7 +1014,7 @@ DECODE_ATTENTION_APPEND_SPOILS = DECODE_ATTENTION_SPOILS | {
 
 
 class _Skipping(torch.autograd.Function):
-    """An activation with its limits at infinity, which passes back nothing where it gets a gradient of zero."""
+    """Activation whose derivative at infinity is its limit, and which passes back 0 for a gradient of 0."""
 
     @staticmethod
     def forward(ctx, z, function):
@@ -1050,7 +1062,7 @@ OPS = {
     ),
     "embedding": Op(draw_embedding, bound_embedding, EMBEDDING_SPOILS, padding_embedding),
 }  # fmt: skip
-if not INTERPRETED:  # `linear` has no Triton kernel: PyTorch's own product serves, whose rounding is PyTorch's
+if not INTERPRETED:  # `linear` has no Triton kernel, and PyTorch's own product rounds differently
     OPS["linear"] = Op(draw_linear, bound_linear, LINEAR_SPOILS)
 
 TARGETS = {op: functools.partial(run_one, op) for op in OPS}

@@ -1,9 +1,9 @@
-"""Fuzz of DecodeSession: random models, random operations, and a plain model of the session to compare with.
+"""Fuzz of DecodeSession: random models, random operations, and a plain Python model of the session to compare with.
 
-Each operation is judged in three ways. Its logits are held to `tests.numerics`: the truth is a float64 pass of `read`
-over the same tokens with the weights as they are stored, and the yardstick is the same pass with exactly the roundings
-that `DecodeSession` documents. Its lengths and its staleness are those of plain Python lists. An operation that has to
-fail must raise an error in the project's form and must leave the session as it was.
+Each operation is judged in three ways. Its logits must satisfy `tests.numerics`: the exact logits come from a float64
+pass of `read` over the same tokens with the weights as they are stored, and the yardstick is the same pass with exactly
+the roundings that `DecodeSession` documents. Its lengths and `stale` must equal those of the plain model. An invalid
+operation must raise an error in the project's form and must leave the session as it was.
 
 `run_one(seed, index)` runs one session and raises `AssertionError` with the number of the operation that differed.
 """
@@ -38,10 +38,10 @@ Call = Callable[[], object]
 
 
 def run_one(seed: int, index: int) -> None:
-    """Run one session of random operations; raise `AssertionError` naming the operation that differs.
+    """Run one session of random operations. Raise `AssertionError` that names the operation that differs.
 
-    By luck, once in a thousand sessions, logits are further from the truth than few draws of the roundings. They are
-    then held to many draws.
+    In one of a thousand sessions, the logits' errors exceed those of a few random roundings by luck. The session then
+    runs again and is compared with many random roundings.
     """
     try:
         _run(seed, index, DRAWS)
@@ -55,7 +55,7 @@ def run_one(seed: int, index: int) -> None:
 
 
 def _run(seed: int, index: int, draws: int) -> list[Tensor]:
-    """Run one session, judged by so many draws of the roundings; return the logits that were judged."""
+    """Run one session, judged by `draws` random roundings. Return the logits that were judged."""
     rng = random.Random(f"sessions {seed} {index}")
     torch.manual_seed(rng.getrandbits(62))
     _noise.manual_seed(0)
@@ -73,13 +73,13 @@ def _run(seed: int, index: int, draws: int) -> list[Tensor]:
         return fuzz.checked
 
 
-# In the interpreter there is no C++ step, which alone has int8 weights and most of what is drawn.
+# The interpreter has no C++ step, which most operations test, and which alone has int8 weights.
 TARGETS = {} if INTERPRETED else {"sessions": run_one}
 
 
 @contextlib.contextmanager
 def _surroundings() -> Iterator[None]:
-    """Poison what `torch.empty` returns, and restore the number of threads afterwards."""
+    """Let `torch.empty` return NaN, and restore the number of threads afterwards."""
     threads, fill = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
     deterministic = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -98,8 +98,8 @@ def _surroundings() -> Iterator[None]:
 # ---- the plain model of a pass ---------------------------------------------------------------------------------------
 
 
-DRAWS, MANY_DRAWS = 24, 960  # yardsticks: the first rounds to nearest, the others up or down at random
-_noise = torch.Generator()  # of its own: the number of draws changes nothing else in a session
+DRAWS, MANY_DRAWS = 24, 960  # number of yardsticks: the first rounds to nearest, the others up or down at random
+_noise = torch.Generator()  # a separate generator, so that the number of yardsticks changes nothing else in a session
 _SIGNIFICANDS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}  # bits
 _LEAST_ULP = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2.0**-149}
 
@@ -109,14 +109,14 @@ def same(x: Tensor) -> Tensor:
 
 
 def up_or_down(x: Tensor, ulp: Tensor) -> Tensor:
-    """Add up to half an ulp at random to all of x [draws, ...] but the first."""
+    """Add at most half an ulp at random to x [draws, ...], except to the first draw."""
     noise = (torch.rand(x.shape, dtype=x.dtype, generator=_noise) - 0.5) * ulp
     noise[0] = 0
     return x + noise
 
 
 def rounds_to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Return the function that rounds x [draws, ...] to `dtype`, to nearest in the first draw alone."""
+    """Return a function that rounds x [draws, ...] to `dtype`: to nearest in the first draw, else up or down."""
     if dtype == torch.float64:
         return same
 
@@ -128,7 +128,7 @@ def rounds_to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 
 def rounds_to_integers(most: int) -> Callable[[Tensor], Tensor]:
-    """Return the function that rounds each row to integers up to `most`, as the step does with int8 weights."""
+    """Return a function that rounds each row to integers up to `most`, as the step does with int8 weights."""
 
     def rounded(x: Tensor) -> Tensor:
         largest = x.abs().amax(-1, keepdim=True)
@@ -138,14 +138,14 @@ def rounds_to_integers(most: int) -> Callable[[Tensor], Tensor]:
     return rounded
 
 
-LARGEST_INPUT = {"int8": 127, "int8-a16": 32767}  # of the integers that a product's inputs become
+LARGEST_INPUT = {"int8": 127, "int8-a16": 32767}  # largest integer to which the inputs of a product are rounded
 
 
 def times_inverse(x: Tensor, largest: Tensor, most: int) -> Tensor:
-    """Return x (most / largest) in float64, as the step rounds the product to an integer in the same instruction.
+    """Return x (most / largest) in float64, because the step rounds this product only once, to an integer.
 
-    The inverse is rounded to float32, which decides ties: half of the largest of a row is one. It is a quotient of two
-    tensors, because `most / largest` would be a product with a rounded reciprocal.
+    The factor most / largest is rounded to float32, which decides ties: half of a row's largest value is a tie. The
+    factor is a quotient of two tensors, because `most / largest` would multiply by a rounded reciprocal.
     """
     inverse = torch.full_like(largest, most) / largest
     return x.double() * torch.where(largest > 0, inverse, 0).double()
@@ -153,9 +153,9 @@ def times_inverse(x: Tensor, largest: Tensor, most: int) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Roundings:
-    """Roundings of one pass: of inputs of products, results of ops, keys and values, and inside attention.
+    """Roundings of one pass: of the inputs of products, the results of ops, keys and values, and inside attention.
 
-    `dtype` is that of the arithmetic in between, to which attention rounds its scores; `draws` is the number of draws.
+    `dtype` is the dtype of the arithmetic, to which attention rounds its scores. `draws` is the number of yardsticks.
     """
 
     dtype: torch.dtype = torch.float32
@@ -173,9 +173,9 @@ class Roundings:
 def read(
     weights: dict[str, Tensor], config: GPTConfig, tokens: list[int], past: list[tuple[Tensor, Tensor]], by: Roundings
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Return the logits [K, V] after `tokens`, which follow the keys and values in `past`, and those after them.
+    """Read `tokens`, which follow the keys and values in `past`.
 
-    K is the number of draws of the roundings.
+    Return the logits [K, V] after the last token and the keys and values of all tokens. K is the number of yardsticks.
     """
     H, n, start = config.num_heads, len(tokens), past[0][0].shape[2] if past else 0
     C = config.hidden_dim
@@ -200,8 +200,8 @@ def read(
         if past:
             k, v = torch.cat([past[i][0], k], dim=2), torch.cat([past[i][1], v], dim=2)
         kept.append((k, v))
-        # A score in the hundreds is known to few digits after the point, and its softmax to as many: three operations
-        # round it, of which the last is the difference from the largest.
+        # A float32 score in the hundreds has few digits after the point, which limits the softmax's accuracy. Three
+        # operations round it: the product, the scale, and the difference from the largest score.
         scores = by.score(by.score(by.attention(q) @ k.transpose(2, 3)) * (C // H) ** -0.5)
         scores = scores.masked_fill(~allowed, -torch.inf)
         scores = by.score(scores - scores.amax(-1, keepdim=True)).masked_fill(~allowed, -torch.inf)
@@ -220,19 +220,19 @@ def read(
 
 
 def named_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's parameters by the names of the trunk; the output layer's have its name before them."""
+    """Return the model's parameters by their names in the trunk, and those of the output layer as "output_layer.…"."""
     trunk, output_layer = parts(model)
     named = {name: value.detach() for name, value in trunk.named_parameters()}
     return named | {f"output_layer.{name}": value.detach() for name, value in output_layer.named_parameters()}
 
 
 def is_matrix(name: str, value: Tensor) -> bool:
-    """Return True for the weights of products, which a session stores in its precision."""
+    """Return True for the weights of matrix products, which a session stores in its own precision."""
     return value.dim() == 2 and name != "token_emb.weight"
 
 
 def stored(value: Tensor, kind: str) -> Tensor:
-    """Return a matrix in float64 as a session with weights of this kind stores it."""
+    """Return a matrix in float64 with the values that a session with weights of this kind stores."""
     value = value.float()
     if kind == "bfloat16":
         value = value.bfloat16()
@@ -243,21 +243,21 @@ def stored(value: Tensor, kind: str) -> Tensor:
 
 
 class Row:
-    """What one row has read: its tokens, and the keys and values of the truth and of the yardstick."""
+    """Row of a session: its tokens, and its keys and values in the exact pass and in the yardsticks."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.exact: list[tuple[Tensor, Tensor]] = []
         self.rounded: list[tuple[Tensor, Tensor]] = []
-        self.logits: tuple[Tensor, Tensor] | None = None  # [V] of the truth and [draws, V] of the yardsticks
-        self.penalised: list[int] = []  # what the current call of generate counts for its repetition penalty
+        self.logits: tuple[Tensor, Tensor] | None = None  # exact [V], and of the yardsticks [draws, V]
+        self.penalised: list[int] = []  # tokens to which the current call of generate applies its repetition penalty
 
     def clear(self) -> None:
-        """Forget everything read, as a row that slides does."""
+        """Forget all tokens, as a row does whose window slides."""
         self.tokens, self.exact, self.rounded = [], [], []
 
     def read(self, weights: dict[str, Tensor], config: GPTConfig, tokens: list[int], by: Roundings) -> None:
-        """Add tokens to the row, read with these float64 weights."""
+        """Read tokens with these float64 weights and add them to the row."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         exact, self.exact = read(weights, config, tokens, self.exact, Roundings())
@@ -269,7 +269,7 @@ class Row:
 
 
 class Plain:
-    """Plain model of a session: its rows, the weights that its step has stored, and the roundings of each pass."""
+    """Plain Python model of a session: its rows, the weights that its step stores, and the roundings of each pass."""
 
     def __init__(self, model: nn.Module, batch: int, kind: str, copied: set[str], draws: int):
         self.model, self.kind, self.draws = model, kind, draws
@@ -278,7 +278,7 @@ class Plain:
         self.pack(copied)
 
     def pack(self, copied: set[str]) -> None:
-        """Store the parameters that the C++ step copies."""
+        """Copy the parameters that the C++ step copies."""
         now = named_parameters(self.model)
         self.copies = {name: stored(now[name], self._kind_of(name, now[name])) for name in copied}
 
@@ -286,7 +286,7 @@ class Plain:
         return self.kind if is_matrix(name, value) else "float32"
 
     def read(self, row: Row, tokens: list[int], referenced: bool = False) -> None:
-        """Read tokens as the C++ step does, or as the modules do, which also do it under `use_reference()`."""
+        """Read tokens as the C++ step does, or as the modules do, which also run under `use_reference()`."""
         now = {name: value.double() for name, value in named_parameters(self.model).items()}
         if self.kind == "torch" or referenced:
             own = rounds_to(self._dtype())
@@ -322,7 +322,7 @@ class Plain:
 
 
 class Inaccurate(AssertionError):
-    """Logits are further from the truth than the yardsticks allow."""
+    """Error of logits that are less accurate than the yardsticks allow."""
 
     def __init__(self, message: str, got: Tensor):
         super().__init__(message)
@@ -330,7 +330,7 @@ class Inaccurate(AssertionError):
 
 
 def check_logits(fuzz: "Fuzz", got: Tensor, rows: list[Row], label: str) -> None:
-    """Hold logits [B, V] to the truth and the yardsticks of their rows."""
+    """Assert that logits [B, V] are as accurate as the yardsticks of their rows."""
     fuzz.checked.append(got)
     pairs = [row.logits for row in rows if row.logits is not None]
     exact, yardsticks = torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs], dim=1)
@@ -342,7 +342,7 @@ def check_logits(fuzz: "Fuzz", got: Tensor, rows: list[Row], label: str) -> None
 
 
 def margin(row: Row) -> float:
-    """Return by how much the policy lets a logit of this row differ from the truth."""
+    """Return by how much the tolerance policy lets a logit of this row differ from its exact value."""
     assert row.logits is not None
     exact, rounded = row.logits
     return float(MAX_FACTOR * (rounded.double() - exact).abs().max() + FLOOR * exact.abs().max())
@@ -352,7 +352,7 @@ def margin(row: Row) -> float:
 
 
 def random_model(rng: random.Random) -> GPT | GPTForCausalLM | GPTForSequenceClassification:
-    """Return a small model with random weights: sizes off powers of two, either norm, any activation, tied or not."""
+    """Return a small model with random weights, sizes, norm placement, activation, dtype and tying of weights."""
     size, heads = rng.choice(HEAD_SIZES), rng.randint(1, 4)
     sizes: dict[str, Any] = {
         "num_tokens": rng.randint(2, 70), "hidden_dim": max(4, size * heads), "num_layers": rng.randint(1, 3),
@@ -384,7 +384,7 @@ def random_model(rng: random.Random) -> GPT | GPTForCausalLM | GPTForSequenceCla
 
 
 class Fuzz:
-    """One model, its session, and the plain model of the session."""
+    """Model, its session, and the plain model of the session."""
 
     def __init__(self, rng: random.Random, draws: int):
         self.rng, self.draws = rng, draws
@@ -418,7 +418,7 @@ class Fuzz:
         return f"{type(self.model).__name__}({dtype}, {self.config}), {made}"
 
     def copied(self) -> set[str]:
-        """Return the names of the parameters that the step has copied: all that it could not read in place."""
+        """Return the names of the parameters that the step copied, because it cannot read them in place."""
         if self.session.kind == "torch":
             return set()
         names = set(self.session._step.weights.copied)
@@ -430,7 +430,7 @@ class Fuzz:
                 assert (value.dtype == torch.float32) != (name in names), f"{name} is {value.dtype}, copied: {names}"
         return names
 
-    # --- what operations are made of ---
+    # --- parts of operations ---
 
     @property
     def lengths(self) -> list[int]:
@@ -445,7 +445,7 @@ class Fuzz:
         return tokens if self.rng.random() < 0.7 else tokens.repeat_interleave(2, dim=-1)[..., ::2]
 
     def prompt(self, rows: int, longest: int) -> tuple[Tensor, Tensor | None, list[list[int]]]:
-        """Return tokens [B, T], lengths or None, and the real tokens of each row; padding may hold anything."""
+        """Return tokens [B, T], lengths or None, and each row's tokens without its padding, which may hold anything."""
         rng = self.rng
         T = rng.randint(1, longest)
         counts = [rng.randint(1, T) for _ in range(rows)] if rng.random() < 0.6 else [T] * rows
@@ -458,13 +458,13 @@ class Fuzz:
         return tokens, None if counts == [tokens.shape[1]] * rows and rng.random() < 0.5 else lengths, real
 
     def pack(self) -> None:
-        """Let the plain model store its weights again where the session has made its step again."""
+        """Let the plain model copy the weights again if the session has made a new step."""
         if self.session._step is not self.step_made:
             self.step_made = self.session._step
             self.plain.pack(self.copied())
 
     def notice(self) -> None:
-        """`pack` after a call that succeeded: the step is that of the parameters where they are now."""
+        """Call `pack` after a successful call, and assert that the step reads the parameters where they are now."""
         self.pack()
         assert self.session._places.unchanged(), "the step is not that of the parameters where they are now"
 
@@ -474,12 +474,12 @@ class Fuzz:
         assert self.session.stale == self.stale, f"stale is {self.session.stale}, expected {self.stale}"
 
     def content(self) -> list[Tensor]:
-        """Return copies of the keys and values that the rows hold."""
+        """Return copies of the rows' keys and values."""
         cache = self.session.cache
         return [half[:, b, :, :n].clone() for half in (cache.keys, cache.values) for b, n in enumerate(self.lengths)]
 
     def refused(self, call: Call, label: str) -> None:
-        """Assert that a call raises an error in the project's form, and that the session holds what it held."""
+        """Assert that a call raises an error in the project's form and leaves the session as it was."""
         before, message = self.content(), None
         try:
             call()
@@ -496,7 +496,7 @@ class Fuzz:
 
 
 def prefill(fuzz: Fuzz) -> None:
-    """Read prompts of unequal lengths into some of the rows; one pass, or in pieces of a few tokens."""
+    """Read prompts of unequal lengths into some of the rows, in one pass or in pieces of a few tokens."""
     rows = fuzz.rng.randint(1, fuzz.batch)
     room = fuzz.length - max(fuzz.lengths[:rows])
     if room == 0:
@@ -514,7 +514,7 @@ def prefill(fuzz: Fuzz) -> None:
 
 @contextlib.contextmanager
 def _pieces(fuzz: Fuzz) -> Iterator[None]:
-    """Let a prompt be read in passes of a few tokens, as long prompts are."""
+    """Make the session read prompts in passes of a few tokens, as it does for long prompts."""
     from gpt_fast.generation import session
 
     most = session._PROMPT_TOKENS
@@ -526,7 +526,7 @@ def _pieces(fuzz: Fuzz) -> Iterator[None]:
 
 
 def step(fuzz: Fuzz) -> None:
-    """Read a few tokens a row, one after the other. With another number of threads a step gives the same bits."""
+    """Read a few tokens for each row, one at a time. Another number of threads must give the same bits."""
     for _ in range(fuzz.rng.randint(1, 4)):
         if fuzz.room() == 0:
             overfull(fuzz)
@@ -547,7 +547,7 @@ def step(fuzz: Fuzz) -> None:
 
 
 def overfull(fuzz: Fuzz) -> None:
-    """More tokens than a row has room for: every way to read them is refused."""
+    """Assert that every way to read more tokens than a row has room for is refused."""
     more = fuzz.room() + 1
     fuzz.refused(lambda: fuzz.session.prefill(fuzz.tokens(fuzz.batch, more)), "prefill beyond the cache")
     if more == 1:
@@ -562,12 +562,12 @@ def reset(fuzz: Fuzz) -> None:
 
 
 def reopen(fuzz: Fuzz) -> None:
-    """Make another session of the same model."""
+    """Make another session for the same model."""
     fuzz.open()
 
 
 def set_flags(fuzz: Fuzz) -> None:
-    """Flags for training change nothing, dropout included."""
+    """Switch the train flags, which must change nothing, not even with dropout."""
     fuzz.model.train(not fuzz.model.training)
 
 
@@ -581,7 +581,7 @@ def changed_in_place(fuzz: Fuzz) -> None:
 
 
 def loaded(fuzz: Fuzz) -> None:
-    """Load a state dict, by a copy into the parameters or with `assign=True`."""
+    """Load a state dict, by copying into the parameters or with `assign=True`."""
     state = {name: value * 0.75 + 0.01 for name, value in copy.deepcopy(fuzz.model.state_dict()).items()}
     if fuzz.config.tied and not isinstance(fuzz.model, GPT):
         state["output_layer.weight"] = state["trunk.token_emb.weight"]
@@ -590,9 +590,9 @@ def loaded(fuzz: Fuzz) -> None:
 
 
 def trained(fuzz: Fuzz) -> None:
-    """Train for one step: AdamW, fused or not; of a 16-bit model SGD.
+    """Train for one step, with AdamW, fused or not, or with SGD for a 16-bit model.
 
-    In 16 bits the second moment of a small gradient is 0, and torch's fused SGD leaves most of a tensor as it is.
+    In 16 bits AdamW's second moment of a small gradient is 0, and PyTorch's fused SGD leaves most of a tensor as it is.
     """
     parameters = list(fuzz.model.parameters())
     if parameters[0].dtype in (torch.float32, torch.float64):
@@ -609,7 +609,7 @@ def replaced(fuzz: Fuzz) -> None:
     """Replace the parameters of a linear layer and of a norm by new ones."""
     block = fuzz.rng.choice(list(fuzz.trunk.decoders))
     for module in (block.ff[0], block.multihead_attn.out_proj, block.layer_norm2):
-        for _ in range(fuzz.rng.randint(1, 3)):  # several times: memory of an earlier one may be used again
+        for _ in range(fuzz.rng.randint(1, 3)):  # repeated, because a new parameter may get the memory of an old one
             module.weight = nn.Parameter(module.weight.detach() * 1.25 + 0.01)
 
 
@@ -624,7 +624,7 @@ WEIGHT_CHANGES = (changed_in_place, loaded, trained, replaced, moved)
 
 
 def change_weights(fuzz: Fuzz) -> None:
-    """Change the weights in one of the ways there are. The session is stale and serves on, reset or not."""
+    """Change the weights in one of several ways. The session is then stale and still works, with or without a reset."""
     change = fuzz.rng.choice(WEIGHT_CHANGES)
     fuzz.trace[-1] += f":{change.__name__}"
     change(fuzz)
@@ -636,7 +636,7 @@ def change_weights(fuzz: Fuzz) -> None:
 
 
 def change_dtype_and_back(fuzz: Fuzz) -> None:
-    """A model of another dtype is refused; the model as it was is served again."""
+    """Cast the model to another dtype, which the session must refuse, and back, after which it must work again."""
     own, was_stale = fuzz.trunk.pos_emb.dtype, fuzz.stale
     before = [parameter.data_ptr() for parameter in fuzz.model.parameters()]
     fuzz.model.to(torch.float16 if own == torch.float64 else torch.float64)
@@ -645,11 +645,11 @@ def change_dtype_and_back(fuzz: Fuzz) -> None:
     fuzz.refused(lambda: fuzz.session.step(fuzz.tokens(fuzz.batch)), "step of a model of another dtype")
     fuzz.model.to(own)
     has_moved = before != [parameter.data_ptr() for parameter in fuzz.model.parameters()]
-    fuzz.stale = was_stale or has_moved or own == torch.float64  # float16 has not kept its values
+    fuzz.stale = was_stale or has_moved or own == torch.float64  # the cast to float16 changed float64 values
 
 
 def hook_and_remove(fuzz: Fuzz) -> None:
-    """Under a hook the C++ step is refused and the modules' step calls the hook; without it all is as it was."""
+    """Register a hook, under which the C++ step must be refused and the modules' step must call it. Then remove it."""
     called: list[int] = []
     module = fuzz.rng.choice([fuzz.trunk.token_emb, fuzz.trunk.decoders[0].ff, fuzz.output_layer])
     handle = module.register_forward_hook(lambda *_: called.append(1))
@@ -666,13 +666,13 @@ def hook_and_remove(fuzz: Fuzz) -> None:
 
 
 def copy_session(fuzz: Fuzz) -> None:
-    """A session is neither copied nor pickled."""
+    """Assert that a session cannot be copied or pickled."""
     for copies in (copy.copy, copy.deepcopy, pickle.dumps):
         fuzz.refused(partial(copies, fuzz.session), copies.__name__)
 
 
 def copy_model(fuzz: Fuzz) -> None:
-    """A copy of the model is another model: the session refuses it, and it generates what the model generates."""
+    """Assert that the session refuses a copy of its model, and that the copy generates the same tokens as the model."""
     twin = copy.deepcopy(fuzz.model) if fuzz.rng.random() < 0.5 else pickle.loads(pickle.dumps(fuzz.model))  # noqa: S301
     tokens = fuzz.tokens(fuzz.batch, 1)
     call = partial(generate, twin, tokens, max_new_tokens=1, session=fuzz.session)
@@ -686,7 +686,7 @@ def copy_model(fuzz: Fuzz) -> None:
 
 @dataclasses.dataclass
 class Draw:
-    """Options of `generate` in plain Python."""
+    """Options of `generate` that decide which tokens may be drawn."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -708,13 +708,13 @@ def random_draw(rng: random.Random, V: int) -> Draw:
 
 
 def halves_odd_tokens(tokens: Tensor, logits: Tensor) -> Tensor:
-    """Process logits in place, as a processor may: odd tokens lose 1."""
+    """Subtract 1 from the logits of odd tokens, in place, as a logits processor may."""
     logits[:, 1::2] -= 1
     return logits
 
 
 def check_drawn(token: int, row: Row, draw: Draw, label: str) -> None:
-    """Assert that the options allow the token, given how far the logits may be from the truth."""
+    """Assert that the options allow the token, given the allowed errors of the logits."""
     assert row.logits is not None
     logits, off = row.logits[0], margin(row) * max(draw.repetition_penalty, 1 / draw.repetition_penalty)
     if draw.repetition_penalty != 1:
@@ -742,12 +742,12 @@ def check_drawn(token: int, row: Row, draw: Draw, label: str) -> None:
 
 
 def call_generate(fuzz: Fuzz, plain: Plain, longest: int, new: int, **options: Any) -> None:
-    """Generate, and follow the tokens with the plain model: each must be one that the options allow."""
+    """Generate, and read the tokens with the plain model. The options must allow each token."""
     rng, V, B = fuzz.rng, fuzz.V, len(plain.rows)
     sliding, own = options.get("sliding", False), "session" not in options
     tokens, lengths, real = fuzz.prompt(B, longest)
     mask = None
-    if rng.random() < 0.3:  # padding on the left, or anywhere
+    if rng.random() < 0.3:  # a mask with padding in any places
         places = [sorted(rng.sample(range(tokens.shape[1]), len(row))) for row in real]
         mask = torch.zeros(tokens.shape, dtype=torch.bool)
         padded = torch.zeros_like(tokens)
@@ -768,7 +768,7 @@ def call_generate(fuzz: Fuzz, plain: Plain, longest: int, new: int, **options: A
     assert flags == [module.training for module in fuzz.model.modules()], "a training flag was changed"
     if not own:
         fuzz.notice()
-    elif new > 0 and rng.random() < 0.5:  # the step draws, with the same numbers
+    elif new > 0 and rng.random() < 0.5:  # without scores the step itself draws, with the same random numbers
         again = generate(fuzz.model, tokens, **options)
         assert draw.temperature > 0 or torch.equal(again, out) or draw.has_processor, "greedy tokens differ"
 
@@ -792,7 +792,7 @@ def follow(
     fuzz: Fuzz, plain: Plain, row: Row, prompt: list[int], drawn: list[int], scores: Tensor, draw: Draw,
     stop: list[int] | None, own: bool,
 ) -> int:  # fmt: skip
-    """Read what a row of `generate` read and judge each token and its score; return how many tokens the row drew."""
+    """Read the tokens of a row of `generate`, and judge each token and its score. Return how many tokens it drew."""
     S = plain.config.seq_len if own else fuzz.length
     text = list(prompt)
     plain.read(row, prompt[-S:])
@@ -801,7 +801,7 @@ def follow(
         check_drawn(token, row, draw, label)
         assert row.logits is not None
         exact = row.logits[0].log_softmax(-1)
-        # Each of the two logarithms may be off by the margin: that of the logit, and that of the sum.
+        # The logit and the logarithm of the sum may each be off by the margin.
         allowed = 2 * margin(row) + FLOOR * float(exact.abs().max())
         error = abs(float(scores[number]) - float(exact[token]))
         assert error <= allowed, f"{label}: the score is {float(scores[number])}, expected {float(exact[token])}"
@@ -810,7 +810,7 @@ def follow(
         is_last = number + 1 == len(drawn) or (stop is not None and token in stop)
         if own and is_last:
             return number + 1
-        if len(row.tokens) == S:  # slides: the later half is read anew
+        if len(row.tokens) == S:  # the window is full: its later half is read again as a prompt
             row.clear()
             plain.read(row, text[-max(1, S // 2) :])
         else:
@@ -821,24 +821,24 @@ def follow(
 
 
 def continue_session(fuzz: Fuzz) -> None:
-    """Generate with the session: it holds the prompt and the new tokens afterwards."""
+    """Generate with the session, which must then hold the prompt and the new tokens."""
     room = fuzz.room()
     if room == 0:
         overfull(fuzz)
         return
     longest = fuzz.rng.randint(1, room)
     call_generate(fuzz, fuzz.plain, longest, fuzz.rng.randint(0, room - longest), session=fuzz.session)
-    with fuzz.session.in_use():  # now, so that the cache holds what `content` compares
+    with fuzz.session.in_use():  # reads the last token now, so that `content` can compare its keys and values
         fuzz.session.read_unread()
 
 
 def generate_alone(fuzz: Fuzz) -> None:
-    """Generate without a session, sliding or not: with the weights as they are now, whatever has changed."""
+    """Generate without a session, sliding or not, which must use the present weights, whatever has changed before."""
     rng, S = fuzz.rng, fuzz.config.seq_len
     weights = rng.choice((None, *WEIGHTS)) if fuzz.trunk.pos_emb.dtype != torch.float64 else None
     kind, sliding = step_kind(fuzz.model, weights), rng.random() < 0.4
     copied = set()
-    if kind != "torch":  # every parameter that a step could copy is as it is now
+    if kind != "torch":  # a new step copies the present values of all these parameters
         copied = {name for name in named_parameters(fuzz.model) if name not in ("token_emb.weight", "pos_emb")}
     plain = Plain(fuzz.model, rng.randint(1, 3), kind, copied, fuzz.draws)
     longest = rng.randint(1, S + 3 if sliding else S)
@@ -847,11 +847,11 @@ def generate_alone(fuzz: Fuzz) -> None:
 
 
 class Broken(Exception):
-    """Error of a caller's own function."""
+    """Error that a caller's function raises."""
 
 
 def interrupt(fuzz: Fuzz) -> None:
-    """An error in a caller's function, in the middle of a text, leaves the session as it was."""
+    """Raise an error in a caller's function in the middle of a text, which must leave the session as it was."""
     new = fuzz.room() - 1
     if new < 1:
         return
@@ -872,18 +872,18 @@ def interrupt(fuzz: Fuzz) -> None:
     assert all(map(torch.equal, fuzz.content(), before)), "the error changed what the cache holds"
 
 
-# --- what is refused ---
+# --- invalid calls ---
 
 
 def refuse(fuzz: Fuzz) -> None:
-    """A few invalid calls: each raises an error in the project's form and leaves the session as it was."""
+    """Make a few invalid calls. Each must raise an error in the project's form and leave the session as it was."""
     for name in fuzz.rng.sample(list(INVALID), 4):
         fuzz.trace[-1] += f":{name}"
         fuzz.refused(partial(INVALID[name], fuzz), name)
 
 
 def _wrong_id(fuzz: Fuzz, *shape: int) -> Tensor:
-    """Return tokens of which one is out of the vocabulary."""
+    """Return tokens of which one is not in the vocabulary."""
     tokens = torch.randint(0, fuzz.V, shape)
     tokens.view(-1)[fuzz.rng.randrange(tokens.numel())] = fuzz.rng.choice((-1, fuzz.V, -(2**63), 2**62))
     return tokens
@@ -957,7 +957,7 @@ INVALID: dict[str, Callable[[Fuzz], object]] = {
     "session_of_a_layer": lambda f: DecodeSession(f.output_layer),  # type: ignore[arg-type]
 }
 
-# How often each operation is drawn, and the operation.
+# name → (relative frequency, operation)
 OPERATIONS: dict[str, tuple[int, Callable[[Fuzz], None]]] = {
     "prefill": (6, prefill),
     "step": (7, step),

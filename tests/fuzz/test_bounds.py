@@ -1,4 +1,4 @@
-"""Limits of launches and loops: heads beyond 65,535, many sequences, many dimensions, strides beyond 2^31 elements."""
+"""Test limits of launches and loops: 65,535 heads, many packed sequences, many dimensions, strides beyond 2^31."""
 
 import importlib
 
@@ -10,12 +10,12 @@ from gpt_fast import ops, reference
 from tests import numerics
 from tests.fuzz import draws
 
-LIMIT = 65_535  # of a CUDA grid in its second and third dimension
+LIMIT = 65_535  # largest second and third dimension of a CUDA grid
 HEADS = LIMIT + 5
 
 
 class Recorder:
-    """Stand-in for a Triton kernel that keeps the grids of its launches and runs nothing."""
+    """Stand-in for a Triton kernel that records the grids of its launches and runs nothing."""
 
     def __init__(self, grids: list[tuple[int, ...]]) -> None:
         self.grids = grids
@@ -27,7 +27,7 @@ class Recorder:
 
 @pytest.fixture
 def grids(monkeypatch) -> list[tuple[int, ...]]:
-    """The grids of what is launched while no kernel runs."""
+    """Replace all kernels by recorders, and return the list of the grids that are launched."""
     if not draws.INTERPRETED:
         pytest.skip("grids are those of the Triton kernels")
     launched: list[tuple[int, ...]] = []
@@ -67,7 +67,7 @@ MANY = {
 
 @pytest.mark.parametrize("case", MANY)
 def test_no_grid_exceeds_what_cuda_allows(case, grids):
-    """2^31 - 1 programs in the first dimension, 65,535 in the others."""
+    """CUDA allows 2^31 - 1 programs in the first dimension of a grid and 65,535 in the others."""
     MANY[case]()
     assert grids
     for grid in grids:
@@ -77,7 +77,7 @@ def test_no_grid_exceeds_what_cuda_allows(case, grids):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_more_heads_than_65535(dtype):
-    """Of one query and one key each: the output is the value, and its gradient the upstream one."""
+    """Each head has one query and one key, so the output is the value and its gradient is the upstream gradient."""
     if draws.INTERPRETED:
         pytest.skip("65,540 programs take minutes in the interpreter; their grid is tested above")
     q, k, v, dout = (torch.randn(5, LIMIT // 5 + 1, 1, 3).to(dtype) for _ in range(4))
@@ -92,7 +92,7 @@ def test_more_heads_than_65535(dtype):
 
 @pytest.mark.skipif(not draws.INTERPRETED, reason="the grid of the Triton kernels")
 def test_a_grid_of_one_dimension_computes_the_same(monkeypatch):
-    """It is the grid for more than 65,535 heads, here for more than 2."""
+    """Attention uses a one-dimensional grid for more than 65,535 heads. Here a lower limit makes it do so for 6."""
     kernel = importlib.import_module("gpt_fast.kernels.attention")
     leaves = [torch.randn(2, 3, 150, 8, requires_grad=True) for _ in range(3)]
     dout = torch.randn(2, 3, 150, 8)
@@ -106,7 +106,7 @@ def test_a_grid_of_one_dimension_computes_the_same(monkeypatch):
 
 @pytest.mark.parametrize("count", [11, 300])
 def test_many_packed_sequences(count):
-    """More sequences than queries of a tile, empty ones among them."""
+    """There are more packed sequences than a tile has queries, and some are empty."""
     T = 40 if draws.INTERPRETED else 700
     starts = torch.randint(0, T + 1, (count - 1,)).sort().values
     cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), starts, torch.tensor([T])))
@@ -117,7 +117,7 @@ def test_many_packed_sequences(count):
 
 
 def test_more_than_ten_dimensions():
-    """Leading dimensions of every op that takes any number of them, in a layout that is no contiguous one."""
+    """Ops that take any number of leading dimensions accept thirteen, in a layout that is not contiguous."""
     shape = (1, 2, 1, 1, 2, 1, 1, 1, 1, 2, 1, 1, 3)
     x = torch.randn(*shape, 5).transpose(1, 4)
     rows = x.reshape(-1, 5)
@@ -133,7 +133,7 @@ def test_more_than_ten_dimensions():
         ),
         (ops.embedding(target, square, square), ops.embedding(target.reshape(-1, 3), square, square)),
     ]
-    if not draws.INTERPRETED:  # PyTorch's own product serves there
+    if not draws.INTERPRETED:  # in the interpreter `linear` is PyTorch's own product
         pairs.append((ops.linear(x, square, bias), ops.linear(rows, square, bias)))
     for got, wanted in pairs:
         assert got.shape[: x.dim() - 1] == x.shape[:-1]
@@ -142,7 +142,7 @@ def test_more_than_ten_dimensions():
 
 @pytest.mark.parametrize("op", ["attention", "decode_attention"])
 def test_masks_and_lengths_beyond_2_to_the_31_elements(op):
-    """A dense mask whose last row lies 2^31 elements after its first, and lengths as far apart."""
+    """The rows of a dense mask, and the elements of `lengths`, lie more than 2^31 elements apart."""
     far = 2**31 + 8
     storage = torch.from_numpy(np.zeros(far + 64, dtype="bool"))
     if op == "attention":

@@ -1,7 +1,7 @@
-"""PyTorch's own samples (OpInfo) of the functions that have an op here, through that op.
+"""Run the ops on PyTorch's own samples (OpInfo) of the functions that they replace.
 
-A sample within the op's contract is compared with PyTorch in float64, in the dtype of the sample. A sample outside it
-is refused by the op with ValueError, or has no counterpart among the op's arguments and is counted with the reason.
+If the op's contract covers a sample, the result in the sample's dtype is compared with PyTorch in float64. All other
+samples are left out for a listed reason.
 """
 
 import importlib
@@ -25,8 +25,8 @@ from tests.fuzz import bounds, draws
 def opinfos() -> dict[str, Any]:
     """Return PyTorch's OpInfos by name.
 
-    Their module needs the package expecttest for the base class of PyTorch's own test cases, which nothing here uses.
-    It also forbids setting flags of torch.backends, which other tests do.
+    Their module imports the package expecttest for a base class that nothing here uses, so a stand-in is enough. The
+    module also forbids setting flags of torch.backends. This function allows it again, because other tests do it.
     """
     if importlib.util.find_spec("expecttest") is None:
         stand_in = types.ModuleType("expecttest")
@@ -42,9 +42,10 @@ def opinfos() -> dict[str, Any]:
 
 
 class Case(NamedTuple):
-    """One sample for an op: `call` runs the op, `exact` PyTorch's function in float64, on `tensors`.
+    """Sample for an op. On `tensors`, `call` runs the op and `exact` runs PyTorch's function in float64.
 
-    `bound` takes the tensors and the upstream gradient in float64 and the dtype, and returns the Bounds by position.
+    `bound` takes the tensors and the upstream gradient in float64, and the dtype. It returns the bounds of the output
+    and of each tensor's gradient.
     """
 
     tensors: list[Tensor]
@@ -128,7 +129,7 @@ def cross_entropy_case(sample: Sample) -> Case | str:
             else F.cross_entropy(x, target, **options | {"reduction": "none"})
         )
         loss, count = loss.reshape(target.shape), (target != ignore_index).sum().clamp(min=1)
-        # PyTorch's mean over no row is NaN; the contract says 0.
+        # The mean over no rows is NaN in PyTorch, and 0 by the op's contract.
         return loss if reduction == "none" else loss.sum() / (count if reduction == "mean" else 1)
 
     def bound(wide: list[Tensor], dy: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -149,7 +150,7 @@ def cross_entropy_case(sample: Sample) -> Case | str:
 def attention_case(sample: Sample) -> Case | str:
     q, (k, v), options = sample.input, sample.args, dict(sample.kwargs)
     mask, causal = options.pop("attn_mask", None), options.pop("is_causal", False)
-    options.pop("dropout_p", 0.0)  # PyTorch draws other masks than this library: compared without dropout
+    options.pop("dropout_p", 0.0)  # compared without dropout, because PyTorch draws other masks than this library
     grouped = options.pop("enable_gqa", False)
     if grouped or q.shape[:-2] != k.shape[:-2]:
         return "fewer heads of keys than of queries"
@@ -179,8 +180,8 @@ def attention_case(sample: Sample) -> Case | str:
     )
 
 
-# name of the OpInfo: (how a sample becomes a case, how many of its samples have to be compared at least, and why
-# others are left out)
+# name of the OpInfo → (function that makes a case of a sample, least number of samples to compare, reasons for which
+# samples are left out)
 FUNCTIONS = {
     "nn.functional.layer_norm": (
         layer_norm_case, 4, {"normalised over several dimensions", "a bias without a weight"},
@@ -206,7 +207,7 @@ def infos() -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_samples_of_pytorch(name, dtype, infos):
-    """Values and gradients agree with PyTorch's in float64; every other sample is left out for a listed reason."""
+    """Values and gradients agree with PyTorch's in float64. All other samples are left out for a listed reason."""
     make, least, reasons = FUNCTIONS[name]
     if name == "nn.functional.linear" and draws.INTERPRETED:
         pytest.skip("linear has no Triton kernel: PyTorch's own product serves, whose rounding is PyTorch's")

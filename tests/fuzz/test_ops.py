@@ -1,4 +1,4 @@
-"""Some hundred draws of the fuzz for each op, and the fuzz's own command: `make fuzz` runs thousands."""
+"""Run 200 random calls of each op (12 in the interpreter), and test the fuzz command. `make fuzz` runs thousands."""
 
 import os
 import subprocess
@@ -14,9 +14,9 @@ from tests.fuzz import draws, worker
 from tests.fuzz.ops import OPS, TARGETS, fits_within
 
 ROOT = Path(__file__).resolve().parents[2]
-# Draws of each op. The interpreter takes up to a second for one. `python -m tests.mutants --fuzz` asks for more.
+# Draws of each op. A draw takes up to a second in the interpreter. `python -m tests.mutants --fuzz` sets the variable.
 DRAWS = int(os.environ.get("GPT_FAST_FUZZ_DRAWS") or (12 if draws.INTERPRETED else 200))
-# "not finite" and "padding" are kinds of valid calls.
+# All kinds except "refused" are valid calls.
 KINDS = ("computed", "not finite", "padding", "refused")
 
 
@@ -44,7 +44,7 @@ def test_where_the_rounding_may_decide_what_is_finite():
 
 
 def test_a_draw_repeats_itself():
-    """Equal numbers give equal calls; other numbers give others."""
+    """Equal seeds and indices give equal calls. Another seed gives another call."""
 
     def drawn(seed: int, index: int) -> list[torch.Tensor]:
         arguments = OPS["attention"].draw(draws.Draw("attention", seed, index))
@@ -66,7 +66,7 @@ TARGETS = {"fail": fail, "crash": crash, "hang": hang}
 
 @pytest.fixture
 def false_targets(tmp_path, monkeypatch):
-    """Targets whose second draw fails, crashes or hangs, in the place of the sessions."""
+    """Replace the targets of the fuzz by targets whose second draw fails, crashes or hangs."""
     folder = tmp_path / "false_fuzz"
     folder.mkdir()
     (folder / "__init__.py").write_text(FALSE_TARGETS)

@@ -1,4 +1,4 @@
-"""A hundred random sessions of DecodeSession, and that the fuzz finds faults that are planted."""
+"""Run a hundred random sessions of DecodeSession, and test that such sessions find planted faults."""
 
 import pytest
 
@@ -22,12 +22,12 @@ def run_sessions(indices):
 
 @pytest.mark.parametrize("part", range(10))
 def test_random_sessions(part, one_thread):
-    """Ten sessions a part; the seed is fixed, so that a failure is found again."""
+    """Run ten sessions for each part, with a fixed seed, so that a failure can be repeated."""
     run_sessions(range(10 * part, 10 * part + 10))
 
 
 def lengths_kept_after_a_full_cache(monkeypatch):
-    """A refused step counts its token all the same."""
+    """Plant a fault: a refused step still counts its token."""
     check_room = DecodeSession.check_room
 
     def counts_first(self, more, rows=slice(None)):
@@ -39,7 +39,7 @@ def lengths_kept_after_a_full_cache(monkeypatch):
 
 
 def stale_copies(monkeypatch):
-    """Parameters that were moved are not packed again."""
+    """Plant a fault: parameters that moved to other memory are not packed again."""
     make_step = DecodeSession._make_step
 
     def only_once(self):
@@ -51,7 +51,7 @@ def stale_copies(monkeypatch):
 
 
 def late_position(monkeypatch):
-    """The modules' step attends to all keys but the newest."""
+    """Plant a fault: the step of the modules does not attend to the newest key."""
     attend = StepPass.attend
 
     def without_itself(self, layer, qkv, num_heads):
@@ -62,13 +62,13 @@ def late_position(monkeypatch):
 
 
 def swapped_rows(monkeypatch):
-    """Rows that are done shift the tokens of the others."""
+    """Plant a fault: the C++ step gives each row the token of another row."""
     step = CppStep._step
     monkeypatch.setattr(CppStep, "_step", lambda self, t, n, rows, *rest: step(self, t.flip(0), n, rows, *rest))
 
 
 def wrong_padding(monkeypatch):
-    """A prompt's shorter rows are as long as its longest one."""
+    """Plant a fault: all rows of a prompt get the length of the longest row."""
     check_prompt = session_module.check_prompt
 
     def longest(*arguments):
@@ -83,14 +83,14 @@ FAULTS = (lengths_kept_after_a_full_cache, stale_copies, late_position, swapped_
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_planted_faults_are_found(fault, monkeypatch, one_thread):
-    """Within thirty sessions one fails, and its message names the operation."""
+    """One of thirty sessions fails, and its message names the operation."""
     fault(monkeypatch)
     with pytest.raises(AssertionError, match=r"session 1/\d+, operation \d+ of "):
         run_sessions(range(30))
 
 
 def test_seed_and_index_decide_a_session(monkeypatch, one_thread):
-    """A session that failed can be run again: its model, its operations and what its rows hold are the same."""
+    """Seed and index decide a session's model, its operations and its rows, so a failure can be repeated."""
 
     def record(name):
         weight, operation = sessions.OPERATIONS[name]
@@ -112,7 +112,7 @@ def test_seed_and_index_decide_a_session(monkeypatch, one_thread):
 
 
 def test_many_draws_judge_what_few_find_inaccurate(monkeypatch):
-    """What few draws of the roundings allow depends on luck; an error that many do not allow stays one."""
+    """An error that few random roundings do not allow is judged again by many. If they do not allow it, it remains."""
     runs = []
 
     def judged(fuzz, got, rows, label):

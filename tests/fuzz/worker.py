@@ -1,4 +1,4 @@
-"""Runs draws of one target and tells about each in a line of JSON: a process that may crash or hang.
+"""Run draws of one target and print a line of JSON for each. This process may crash or hang.
 
     python -m tests.fuzz.worker TARGET SEED FIRST LAST
 
@@ -32,7 +32,7 @@ def main(target: str, seed: int, first: int, last: int) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     run_one = targets()[target]
-    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")  # what a draw prints goes to stderr
+    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")  # anything that a draw prints goes to stderr
     os.dup2(2, 1)
 
     def tell(**line: object) -> None:

@@ -1,4 +1,7 @@
-"""The threads of the C++ step: suspended, late, forked away or shared by sessions, they change no bit and end."""
+"""Test the threads of the C++ decode step: on a busy machine, after a fork, and shared by several sessions.
+
+The result must have the same bits in each case, and the threads must end.
+"""
 
 import os
 import signal
@@ -67,7 +70,10 @@ def test_two_sessions_in_two_threads(model, two_threads):
 
 
 def test_after_a_fork(model, two_threads):
-    """The child has none of the threads, and makes its own, but for OpenMP's, which packing weights needs."""
+    """A forked child has none of its parent's threads, so the decode step must start its own.
+
+    The child uses the session that its parent made: packing weights needs OpenMP, which does not work after a fork.
+    """
     session = DecodeSession(model, batch=3)
     token = torch.zeros(3, dtype=torch.int64)
     first, second = session.step(token), session.step(token)
@@ -103,7 +109,7 @@ def test_a_prompt_gives_the_bits_of_steps(model, two_threads):
 
 
 def test_more_pieces_than_are_shared_at_a_time(model, two_threads):
-    """The draws of 4,200 rows are as many pieces."""
+    """Drawing the tokens of 4,200 rows is 4,200 pieces of work, more than the threads share at a time."""
     session = DecodeSession(model, batch=4200, length=2)
     tokens = torch.arange(4200) % 997
     logits = session.step(tokens)

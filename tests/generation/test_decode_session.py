@@ -1,4 +1,4 @@
-"""DecodeSession: the C++ decode step in every precision, its sampling, its limits and its threads."""
+"""Test DecodeSession: the C++ decode step in every precision, its sampling, its limits and its threads."""
 
 import math
 import threading
@@ -18,7 +18,8 @@ pytestmark = pytest.mark.skipif(
     build_info() is None or INTERPRETED, reason="the C++ step is what these tests are about: it needs the extension"
 )
 V, T = 83, 40
-# Widths that are no multiple of a vector, heads of odd sizes, one head, MLPs narrower than the model.
+# The shapes cover widths that are no multiple of the vector width, odd head sizes, one head, and an MLP narrower than
+# the model.
 SHAPES = {
     "notes": {"preset": "notes", "hidden_dim": 36, "num_heads": 4},
     "gpt1": {"preset": "gpt1", "hidden_dim": 40, "num_heads": 8, "ff_dim": 24},
@@ -32,7 +33,7 @@ SHAPES = {
 
 
 def make_model(preset: str, std: float = 0.15, **options) -> GPTForCausalLM:
-    """Random weights; norms and biases moved a little, so that none of them is missed."""
+    """Return a model with random weights, norms and biases, so that none of them can be forgotten unseen."""
     config = GPTConfig.preset(preset, **{"num_tokens": V, "num_layers": 2, "seq_len": T, "dropout": 0.0} | options)
     model = GPTForCausalLM(config).eval()
     with torch.no_grad():
@@ -45,7 +46,7 @@ def make_model(preset: str, std: float = 0.15, **options) -> GPTForCausalLM:
 
 
 def stepped(model: GPTForCausalLM, tokens: Tensor, first: int, **options) -> Tensor:
-    """Logits [B, T - first, V] after tokens first to T, read one at a time behind a prompt of `first`."""
+    """Read a prompt of `first` tokens, then one token at a time. Return the single tokens' logits [B, T - first, V]."""
     session = DecodeSession(model, batch=len(tokens), **options)
     session.prefill(tokens[:, :first])
     return torch.stack([session.step(tokens[:, t]) for t in range(first, tokens.shape[1])], dim=1)
@@ -58,7 +59,7 @@ def wide(model: GPTForCausalLM) -> GPTForCausalLM:
 
 
 def rounded(model: GPTForCausalLM, weights: str) -> GPTForCausalLM:
-    """The model with its matrices as `weights` stores them, in plain PyTorch; embeddings stay."""
+    """Return the model with its matrices rounded as `weights` stores them. Token embeddings are not rounded."""
     twin = GPTForCausalLM(model.config.replace(tied=False)).eval()
     twin.load_state_dict(model.state_dict())
     for name, parameter in twin.named_parameters():
@@ -73,7 +74,10 @@ def rounded(model: GPTForCausalLM, weights: str) -> GPTForCausalLM:
 
 
 def read_with_byte_inputs(model: GPTForCausalLM, tokens: Tensor, first: int) -> Tensor:
-    """The logits of `stepped` in plain PyTorch, where products round their inputs to 8 bits, one scale a token."""
+    """Compute the logits of `stepped` in plain PyTorch, with the inputs of products rounded to 8 bits.
+
+    Each token has one scale.
+    """
     weights = {name: value.float() for name, value in named_parameters(model).items()}
     by = Roundings(product=rounds_to_integers(127), kept=rounds_to(torch.bfloat16))
     found = []
@@ -88,12 +92,12 @@ def read_with_byte_inputs(model: GPTForCausalLM, tokens: Tensor, first: int) -> 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_step_by_step(shape, weights):
-    """Compare with the float64 model whose weights are rounded alike.
+    """Compare with the float64 model whose weights are rounded in the same way.
 
-    The yardstick is the model in the dtype of the inexact part: float32, or bfloat16. That rounds its activations where
-    the session keeps them (int8-a16: to 16 bits), so the session's errors must be smaller. For int8 it rounds products'
-    inputs to 8 bits as the session does: errors are then of one size, and two samples of them may differ. Keys and
-    values are bfloat16 in both.
+    The yardstick for float32 is the float32 model. For bfloat16 and int8-a16 it is the bfloat16 model, which rounds all
+    activations to bfloat16. The session rounds at most the inputs of its products, to bfloat16 or to 16-bit integers,
+    so its mean square error must not be larger. For int8 the yardstick rounds the inputs of products to 8 bits, as the
+    session does, and the session's mean square error may be 1.5 times as large. Both keep keys and values in bfloat16.
     """
     model = make_model(**SHAPES[shape])
     tokens = torch.randint(0, V, (3, 30))
@@ -116,7 +120,7 @@ def test_logits_step_by_step(shape, weights):
 
 
 def test_a_bfloat16_model_has_weights_of_its_own_dtype():
-    """The logits are those of the bfloat16 model within the numerics policy."""
+    """The session of a bfloat16 model stores bfloat16 weights by default, and is as accurate as the model."""
     model = make_model("gpt2", hidden_dim=64, num_heads=2).bfloat16()
     tokens = torch.randint(0, V, (2, 25))
     got = stepped(model, tokens, 5)
@@ -128,14 +132,14 @@ def test_a_bfloat16_model_has_weights_of_its_own_dtype():
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_neither_threads_nor_neighbours_change_a_bit(weights, threads):
-    """Batches of 1 to 7 take the products in groups of 4, 2 and 1; wide enough for two threads."""
+    """Batches of 1 to 7 rows use the products of 4, 2 and 1 rows. The model is wide enough for two threads."""
     model = make_model("gpt2", hidden_dim=256, num_heads=4, num_layers=1)
     tokens = torch.randint(0, V, (7, 9))
     prompt = DecodeSession(model, batch=7, weights=weights)
     prompt.prefill(tokens[:, :3])
 
     def steps(rows: list[int]) -> Tensor:
-        """From copies of the cache: PyTorch's own products, which read the prompt, promise less."""
+        """Return the logits of `rows`, starting from a copy of their cache after the prompt."""
         session = DecodeSession(model, batch=len(rows), weights=weights)
         session.cache.keys.copy_(prompt.cache.keys[:, rows])
         session.cache.values.copy_(prompt.cache.values[:, rows])
@@ -152,7 +156,7 @@ def test_neither_threads_nor_neighbours_change_a_bit(weights, threads):
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_generate_takes_weights(weights):
-    """Greedy tokens are the argmax of the session's own logits, batch of unequal prompts included."""
+    """Greedy tokens are the argmax of the session's own logits, also for a batch of prompts of unequal length."""
     model = make_model("gpt2", std=0.3, hidden_dim=32, num_heads=2)
     tokens, lengths = torch.randint(0, V, (3, 8)), torch.tensor([8, 2, 5])
     out = generate(model, tokens, max_new_tokens=12, temperature=0, weights=weights, lengths=lengths)
@@ -168,7 +172,7 @@ def test_generate_takes_weights(weights):
 
 
 def draw(logits: Tensor, options: Sampling, draws: int = 1, seen: Tensor | None = None, seed: int = 0) -> Tensor:
-    """[draws] tokens from one row of logits [V], by the extension."""
+    """Draw tokens [draws] from one row of logits [V] in the C++ extension."""
     model = make_model("gpt2", num_tokens=len(logits), hidden_dim=8, num_heads=1, num_layers=1)
     session = DecodeSession(model)
     session.start_drawing(seed)
@@ -177,7 +181,7 @@ def draw(logits: Tensor, options: Sampling, draws: int = 1, seen: Tensor | None 
 
 
 def plain_probabilities(logits: Tensor, options: Sampling, seen: Tensor | None = None) -> Tensor:
-    """float64 probabilities after penalty, temperature, top-k, top-p and min-p, by functions of gpt_fast.sampling."""
+    """Return float64 probabilities after penalty, temperature, top-k, top-p and min-p, by the Python functions."""
     logits = logits.double()[None]
     if seen is not None:
         logits = penalise(logits, seen, options.repetition_penalty)
@@ -198,7 +202,7 @@ OPTIONS = {
     "top_p": Sampling(1.3, top_p=0.8),
     "both": Sampling(1.0, top_k=9, top_p=0.9),
     "penalty": Sampling(1.0, top_k=12, repetition_penalty=1.5),
-    "penalty_of_all": Sampling(2.0, repetition_penalty=1.5),  # also of negative logits
+    "penalty_of_all": Sampling(2.0, repetition_penalty=1.5),  # applies to negative logits too
     "min_p": Sampling(1.0, min_p=0.1),
     "min_p_after_top_k": Sampling(1.0, top_k=40, min_p=0.1),
     "all_kept": Sampling(1.0, top_k=500, top_p=1.0),
@@ -207,7 +211,10 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_sampled_frequencies(name):
-    """Chi-squared of 20,000 draws against the exact softmax, seeds fixed: below its 99.9 % point; nothing outside."""
+    """Chi-squared of 20,000 draws against the exact softmax is below its 99.9 % point, for a fixed seed.
+
+    Tokens of probability 0 are never drawn.
+    """
     options, N = OPTIONS[name], 20_000
     logits = torch.randn(60, generator=torch.Generator().manual_seed(3)) * 1.5
     seen = torch.arange(60)[None] % 3 == 0 if options.repetition_penalty != 1 else None
@@ -220,14 +227,18 @@ def test_sampled_frequencies(name):
     chi = ((counts - expected)[common].square() / expected[common]).sum()
     chi += (rest_counts - rest).square() / rest if rest > 0 else 0.0
     cells = int(common.sum()) + int(rest > 0) - 1
-    # Wilson and Hilferty: the cube root of chi-squared over its degrees of freedom is nearly normal; 3.09 is 99.9 %.
+    # Wilson and Hilferty: the cube root of chi-squared over its degrees of freedom is nearly normal. The 99.9 % point
+    # of the normal distribution is 3.09.
     limit = cells * (1 - 2 / (9 * cells) + 3.09 * math.sqrt(2 / (9 * cells))) ** 3
     assert chi < limit, (float(chi), limit)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 17, 40, 1000, 5000], ids=lambda k: f"k{k}")
 def test_top_k_keeps_the_k_largest(top_k):
-    """Among 3,000 logits with many equals: what is drawn lies among the k largest, and all of few are found."""
+    """Among 3,000 logits, many of them equal, every drawn token is one of the k largest.
+
+    400 draws find all k tokens for k = 17.
+    """
     logits = (torch.randn(3000, generator=torch.Generator().manual_seed(1)) * 4).round() / 4
     drawn = draw(logits, Sampling(5.0, top_k=top_k), 400)
     least = logits.sort(descending=True).values[min(top_k, 3000) - 1]
@@ -251,7 +262,7 @@ def test_damaged_logits_are_not_drawn_from(damage):
 @pytest.mark.parametrize("top_p", [1e-9, 0.1, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 20.0])
 def test_top_p_keeps_the_fewest(temperature, top_p):
-    """Flat distributions need thousands of tokens, peaked ones a few: the drawn set is inside the plain one's."""
+    """Every drawn token is one that the Python top-p keeps: thousands in flat distributions, a few in peaked ones."""
     logits = torch.randn(3000, generator=torch.Generator().manual_seed(2))
     options = Sampling(temperature, top_p=top_p)
     p = plain_probabilities(logits, options)
@@ -281,7 +292,7 @@ def test_extreme_temperatures(temperature):
 
 
 def test_the_cache_to_its_last_slot():
-    """A cache with one slot left takes one token, a full one none; after the error the session is as it was."""
+    """A cache with one slot left takes one token, a full cache none. The error leaves the session unchanged."""
     model = make_model("gpt2", hidden_dim=32, num_heads=2)
     tokens = torch.randint(0, V, (2, T))
     session = DecodeSession(model, batch=2, length=12)
@@ -315,7 +326,7 @@ def test_memory_is_the_weights_once_and_the_cache():
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_a_packed_copy_is_read_and_known_to_be_stale(weights):
-    """A change of the model's weights leaves a session as it is, and `stale` tells of it."""
+    """A change of the model's weights does not change a session's results, but sets its `stale`."""
     model = make_model("gpt2", hidden_dim=64, num_heads=2)
     session = DecodeSession(model, weights=weights)
     session.prefill(torch.tensor([[1, 2]]))
@@ -332,7 +343,7 @@ def test_a_packed_copy_is_read_and_known_to_be_stale(weights):
 
 @pytest.mark.parametrize("padding", [-100, -1, V, 2**40])
 def test_padding_of_a_prompt_may_hold_anything(padding):
-    """Labels' -100 behind the shorter of two prompts, where no token is read."""
+    """Padding behind the shorter prompt may hold any integer, such as the -100 of labels: no step reads it."""
     model = make_model("gpt2", hidden_dim=32, num_heads=2)
     tokens, lengths = torch.randint(0, V, (2, 6)), torch.tensor([6, 4])
     expected = DecodeSession(model, batch=2).prefill(tokens, lengths)
@@ -364,7 +375,7 @@ def test_refuses(call, message):
 
 
 def test_a_model_that_changed_under_its_session():
-    """In size: an error that says so. In values or place: `stale`, and the session still works."""
+    """After a change of sizes the session raises an error. After a change of address it works and is `stale`."""
     model = make_model("gpt2", hidden_dim=16, num_heads=2)
     tokens = torch.tensor([[1, 2, 3]])
     session = DecodeSession(model)
@@ -390,7 +401,7 @@ def test_a_model_that_changed_under_its_session():
 
 
 def test_a_session_serves_one_thread_at_a_time():
-    """While one thread is inside, a second one is refused, by the Python session and by the C++ one."""
+    """While one thread uses the session, a call from a second thread raises RuntimeError."""
     model = make_model("gpt2", hidden_dim=16, num_heads=2)
     session = DecodeSession(model)
     refused: list[str] = []
@@ -413,7 +424,10 @@ def test_a_session_serves_one_thread_at_a_time():
 
 
 def test_the_gil_is_released_and_the_extension_guards_itself():
-    """Two threads hammer the C++ session itself: nothing but its own error, and some of it if they ever met."""
+    """Two threads call the C++ session at once. The only error is its own "in use by another thread".
+
+    At least one such error must occur. If none occurs, the C++ step has held the GIL.
+    """
     model = make_model("gpt2", hidden_dim=256, num_heads=4, num_layers=4)
     session = DecodeSession(model)
     inner = session._step._session
@@ -438,7 +452,7 @@ def test_the_gil_is_released_and_the_extension_guards_itself():
 
 
 def test_the_extension_refuses_places_that_it_does_not_have():
-    """Its callers check them too; an id past its table would read foreign memory."""
+    """The C++ session validates tokens, positions and rows itself: an id past the table would read foreign memory."""
     inner = (session := DecodeSession(make_model("gpt2"), batch=2, length=8))._step._session
     sampling, zero = session._step._sampling(Sampling(0)), torch.tensor([0])
     for token, position, row, message in (
@@ -456,7 +470,7 @@ def test_the_extension_refuses_places_that_it_does_not_have():
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_prompts_of_many_tokens_are_read_in_pieces(weights):
-    """Three prompts of 300 tokens are read 512 tokens at a time; each has the bits that it has alone, in one piece."""
+    """Three prompts of 300 tokens are read 512 tokens at a time. Each gives the bits that it gives alone."""
     model = make_model("gpt2", hidden_dim=32, num_heads=2, seq_len=300, num_layers=1)
     tokens = torch.randint(0, V, (3, 300))
     together = DecodeSession(model, batch=3, weights=weights).prefill(tokens)
@@ -467,7 +481,7 @@ def test_prompts_of_many_tokens_are_read_in_pieces(weights):
 
 
 def test_two_sessions_in_two_threads():
-    """Each with its own model: both get what they get alone."""
+    """Two threads, each with its own model, both generate the tokens that they generate alone."""
     models = [make_model("gpt2", std=0.3, hidden_dim=128, num_heads=2) for _ in range(2)]
     prompt = torch.randint(0, V, (2, 5))
     alone = [generate(model, prompt, max_new_tokens=30, temperature=0) for model in models]
@@ -503,7 +517,7 @@ def pack(model: GPTForCausalLM, parameters: dict[str, Tensor], weights: str) -> 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.bool], ids=str)
 def test_packing_reads_no_dtype_as_another(dtype, weights):
-    """Each parameter in turn, int8 matrices of their own without scales included."""
+    """Each parameter in turn gets another dtype and is refused, int8 matrices included: they would have no scales."""
     model = make_model("gpt2", hidden_dim=64, num_heads=2)
     parameters = packed_parameters(model)
     pack(model, parameters, weights)
@@ -521,7 +535,7 @@ def test_packing_refuses_matrices_without_elements(rows, columns):
 
 
 def test_a_model_with_float64_norms_steps_by_its_modules():
-    """The C++ step would round them to float32; the reference serves norms with float64 weights."""
+    """The C++ step would round float64 norm weights to float32, so the session runs the model's modules instead."""
     model = make_model("gpt2", hidden_dim=16, num_heads=2)
     for decoder in model.trunk.decoders:
         decoder.layer_norm1.double()

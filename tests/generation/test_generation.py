@@ -1,4 +1,4 @@
-"""`generate` and its sampling functions: on the C++ step, and on the model's modules as a GPU runs them."""
+"""Test `generate` and its sampling functions, on the C++ step and on the model's modules, which a GPU runs."""
 
 import copy
 import math
@@ -18,7 +18,7 @@ V, SEQ_LEN, PAD = 31, 24, 0
 
 @pytest.fixture(scope="module")
 def model() -> GPTForCausalLM:
-    """Large random weights, so that the greedy choice depends on all of the context."""
+    """Return a model with weights so large that the greedy choice depends on all of the context."""
     torch.manual_seed(0)
     config = GPTConfig.preset(
         "gpt2", num_tokens=V, hidden_dim=16, num_heads=2, num_layers=2, seq_len=SEQ_LEN, dropout=0.5, pad_token=PAD
@@ -27,12 +27,12 @@ def model() -> GPTForCausalLM:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.5)
-    return model.train()  # generate itself has to switch dropout off
+    return model.train()  # `generate` itself must switch dropout off
 
 
 @pytest.fixture(params=["step", "modules"], autouse=True)
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to step: that of this machine (C++, if it is there), and the model's modules on the cache."""
+    """Run each test with both kinds of step: this machine's own (C++, if it is built), and the model's modules."""
     if request.param == "modules":
         checked = decoding.step_kind
         for module in (decoding, generation):
@@ -63,7 +63,7 @@ def test_greedy_is_the_most_probable_token_each_time(model):
 
 
 def test_a_padded_batch_gives_what_each_row_gives_alone(model):
-    """The new tokens follow each prompt directly; what the padding of the prompt holds changes nothing."""
+    """The new tokens follow each prompt directly, and the values in the padding change nothing."""
     tokens, lengths = prompts(3, 8, 1, 8)
     out = generate(model, tokens, max_new_tokens=6, temperature=0, lengths=lengths)
     assert out.shape == (4, 14)
@@ -75,20 +75,20 @@ def test_a_padded_batch_gives_what_each_row_gives_alone(model):
 @pytest.mark.parametrize("B", [1, 4])
 @pytest.mark.parametrize("preset", ["notes", "gpt1", "gpt2"])
 def test_equals_the_uncached_reference_for_200_tokens(preset, B):
-    """Token for token, each preset at reduced width and depth, float32, an odd head size; the loop is plain PyTorch."""
+    """Compare all tokens with the reference, for each preset at reduced width and depth, with an odd head size."""
     config = GPTConfig.preset(preset, num_tokens=101, hidden_dim=36, num_heads=4, num_layers=2, seq_len=220)
     model = shaken(GPTForCausalLM(config)).eval()
-    torch.nn.init.normal_(model.trunk.pos_emb)  # else some of them repeat one token
+    torch.nn.init.normal_(model.trunk.pos_emb)  # without this, some models repeat one token
     tokens = torch.randint(0, 101, (B, 15))
     out = generate(model, tokens, max_new_tokens=200, temperature=0)
-    assert len(set(out[:, 15:].flatten().tolist())) > 5  # no loop on one token
-    with use_reference(), torch.no_grad():  # one pass over all of them gives what 200 passes would: attention is causal
+    assert len(set(out[:, 15:].flatten().tolist())) > 5  # the model does not repeat one token
+    with use_reference(), torch.no_grad():  # attention is causal, so one pass over all tokens replaces 200 passes
         predicted = model(out).logits.argmax(-1)
     assert torch.equal(out[:, 15:], predicted[:, 14:-1])
 
 
 def shaken(model: torch.nn.Module, std: float = 0.3) -> torch.nn.Module:
-    """Weights so large that the choice depends on the context, norms and biases moved a little."""
+    """Give a model weights so large that the greedy choice depends on the context, and random norms and biases."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -99,7 +99,7 @@ def shaken(model: torch.nn.Module, std: float = 0.3) -> torch.nn.Module:
 
 
 def test_the_notes_gpt():
-    """The drop-in module: its probabilities' argmax, token by token."""
+    """The drop-in module `GPT` returns probabilities. Greedy tokens are their argmax."""
     model = shaken(GPT(num_tokens=31, hidden_dim=16, num_heads=2, num_layers=2, seq_len=24, dropout=0.5))
     tokens = torch.randint(0, 31, (2, 5))
     out = generate(model, tokens, max_new_tokens=19, temperature=0)
@@ -110,7 +110,7 @@ def test_the_notes_gpt():
 
 @pytest.mark.parametrize("padding", ["left", "right", "holes"])
 def test_a_key_mask_gives_what_each_row_gives_alone(model, padding):
-    """New tokens begin at T; where the real tokens of a row lie changes nothing."""
+    """The new tokens begin at T. It does not matter where in a row its real tokens are."""
     tokens, lengths = prompts(3, 8, 1, 6)
     B, T = tokens.shape
     mask = torch.arange(T) < lengths[:, None]
@@ -128,7 +128,7 @@ def test_a_key_mask_gives_what_each_row_gives_alone(model, padding):
 
 
 def test_repetition_penalty_against_a_plain_loop(model):
-    """Every token a row holds, padding not among them; the new ones as they come."""
+    """The penalty applies to every token of a row's prompt, except padding, and to each token generated so far."""
     tokens, lengths = prompts(4, 7)
     out = generate(model, tokens, max_new_tokens=9, temperature=0, repetition_penalty=1.7, lengths=lengths)
     plain = generate(model, tokens, max_new_tokens=9, temperature=0, lengths=lengths)
@@ -147,7 +147,7 @@ def test_repetition_penalty_against_a_plain_loop(model):
 
 @pytest.mark.parametrize("then", ["step", "prefill", "generate", "reset"])
 def test_the_last_token_is_read_by_the_next_call(model, then, monkeypatch):
-    """`generate` draws n tokens by a prompt and n - 1 steps; the session holds all of them for whatever comes next."""
+    """`generate` draws n tokens with n - 1 steps after the prompt. The next call reads the last token first."""
     session, other = DecodeSession(model, batch=2), DecodeSession(model, batch=2)
     steps = []
     advance = session.advance
@@ -174,7 +174,7 @@ def test_the_last_token_is_read_by_the_next_call(model, then, monkeypatch):
 
 
 def test_a_last_token_that_cannot_be_read_stays_unread(model):
-    """The damage shows in the next call, which leaves the session as it was."""
+    """If the last token gives NaN, the next call raises an error and leaves the session as it was."""
     session = DecodeSession(model, batch=1)
     generate(model, torch.tensor([[1, 2]]), max_new_tokens=2, temperature=0, session=session)
     with torch.no_grad():
@@ -190,7 +190,7 @@ def test_a_last_token_that_cannot_be_read_stays_unread(model):
 
 
 def test_chat_turns(model):
-    """A session given holds prompt and answer: the next turn goes on from it, rows of unequal length included."""
+    """A session keeps prompt and answer, and the next turn continues from them, also with rows of unequal length."""
     session = DecodeSession(model, batch=2)
     turns = [prompts(3, 5), (torch.tensor([[4, 9, 0], [7, 1, 2]]), torch.tensor([2, 3]))]
     history: list[list[int]] = [[], []]
@@ -210,7 +210,7 @@ def test_chat_turns(model):
 
 
 def test_long_prompts_are_read_in_passes(model, monkeypatch):
-    """Fewer queries than keys: the same tokens whether a prompt is read at once or three tokens at a time."""
+    """A prompt that is read three tokens of each row at a time gives the tokens of one that is read at once."""
     tokens, lengths = prompts(14, 9)
     whole = generate(model, tokens, max_new_tokens=6, temperature=0, lengths=lengths)
     monkeypatch.setattr(decoding, "_PROMPT_TOKENS", 6)
@@ -218,7 +218,7 @@ def test_long_prompts_are_read_in_passes(model, monkeypatch):
 
 
 def test_updated_weights_are_noticed(model):
-    """After an optimiser step, .to(), another parameter, another vocabulary: generate makes a new session."""
+    """`generate` sees the new weights after an optimiser step, `.to()`, a replaced norm or a resized vocabulary."""
     own = shaken(GPTForCausalLM(model.config), std=0.5).eval()
     tokens, _ = prompts(5)
 
@@ -255,7 +255,7 @@ def test_a_copied_model_goes_without_the_session(model):
 
 
 def test_float64(model):
-    """Runs the reference, in float64 throughout."""
+    """A float64 model runs the reference, in float64 throughout."""
     wide = copy.deepcopy(model).double()
     tokens, _ = prompts(5)
     out = generate(wide, tokens, max_new_tokens=9, temperature=0)
@@ -268,7 +268,7 @@ def test_seeds(model):
     first, same, other = (generate(model, tokens, max_new_tokens=12, seed=seed) for seed in (7, 7, 8))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
-    assert torch.equal(torch.get_rng_state(), state)  # a seed leaves torch's own generator alone
+    assert torch.equal(torch.get_rng_state(), state)  # with a seed, torch's own generator does not advance
 
 
 def test_without_a_seed_torch_governs(model):
@@ -306,7 +306,7 @@ def test_stream_sees_every_token(model):
 
 
 def greedy_sliding(model: GPTForCausalLM, prompt: list[int], new: int) -> list[int]:
-    """A window that starts with the last SEQ_LEN tokens and, when full, keeps its later half and the newest token."""
+    """Generate greedily with a window of at most SEQ_LEN tokens. A full window restarts with the last SEQ_LEN // 2."""
     model.eval()
     tokens, window = list(prompt), prompt[-SEQ_LEN:]
     for _ in range(new):
@@ -317,7 +317,7 @@ def greedy_sliding(model: GPTForCausalLM, prompt: list[int], new: int) -> list[i
 
 
 def test_sliding_goes_on_from_the_later_half(model):
-    """Also where the rows are full at different times, and where a prompt alone is longer than the context."""
+    """The rows' windows are full at different times, and one prompt alone is longer than the context."""
     tokens, lengths = prompts(20, 7, 30)
     out = generate(model, tokens, max_new_tokens=45, temperature=0, lengths=lengths, sliding=True)
     for row, prompt, length in zip(out.tolist(), tokens.tolist(), lengths.tolist(), strict=True):
@@ -333,14 +333,14 @@ def test_no_new_tokens(model):
 
 
 def test_a_top_k_beyond_the_vocabulary_keeps_all(model):
-    """Also one that no C++ integer holds, which ended in a TypeError of pybind11."""
+    """10^20 does not fit into a C++ integer, for which pybind11 would raise TypeError."""
     prompt = torch.tensor([[3, 4]])
     everything = generate(model, prompt, max_new_tokens=8, seed=1)
     assert torch.equal(generate(model, prompt, max_new_tokens=8, seed=1, top_k=10**20), everything)
 
 
 def test_top_k_keeps_exactly_k():
-    """Also where the k-th largest is not alone, and where there are fewer than k."""
+    """top_k keeps exactly k logits even if the k-th largest occurs twice, and all logits if there are fewer than k."""
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0], [0.0, -1.0, -2.0, -3.0]])
     assert keep_top_k(logits, 2).isfinite().sum(dim=1).tolist() == [2, 2]
     assert keep_top_k(logits, 2)[1].tolist() == [0.0, -1.0, -math.inf, -math.inf]
@@ -355,12 +355,12 @@ def test_top_p_keeps_the_fewest_that_reach_it(p, kept):
 
 
 def test_sampling_follows_the_distribution():
-    """Frequencies of 40,000 draws within four standard deviations of `softmax(logits / temperature)`."""
+    """Frequencies of 40,000 draws lie within four standard deviations of `softmax(logits / temperature)`."""
     logits = torch.tensor([2.0, 0.0, 1.0, -1.0, 1.5])
     N = 40_000
     options = Sampling(temperature=0.7, top_k=4, top_p=0.97)
     drawn = sample(logits.expand(N, -1), options, generator=torch.Generator().manual_seed(0))
-    # top_k drops the -1; of the rest, 2, 1.5 and 1 reach 0.96 together, so the 0 stays too.
+    # top_k drops the logit -1. The logits 2, 1.5 and 1 together have probability 0.96 < top_p, so the 0 stays too.
     p = (logits / 0.7).masked_fill(logits == -1, -math.inf).softmax(0)
     assert float(p[[0, 2, 4]].sum()) < 0.97
     share = torch.bincount(drawn, minlength=5) / N
@@ -374,7 +374,7 @@ def test_extreme_temperatures(temperature):
     assert drawn == {0} if temperature < 1 else len(drawn) > 1
 
 
-# --- what it refuses ---
+# --- invalid arguments and damaged models ---
 
 
 @pytest.mark.parametrize(
@@ -420,7 +420,7 @@ def test_refuses_a_damaged_model(model):
 
 
 def test_a_session_survives_damaged_logits(model):
-    """The NaN comes with token 3, in the middle of a text: the session forgets that step and goes on."""
+    """Token 3 gives NaN in the middle of a text. The session forgets that step and can continue."""
     damaged = shaken(GPTForCausalLM(model.config.replace(tied=False, pad_token=None)), std=0.5).eval()
     with torch.no_grad():
         damaged.trunk.token_emb.weight[3, 0] = math.nan
@@ -442,7 +442,7 @@ def test_refuses_another_head(model):
 
 
 def test_padding_takes_no_room(model):
-    """A batch padded beyond the model's positions, whose prompts and new tokens fit."""
+    """A batch may be padded beyond the model's positions, as long as its prompts and new tokens fit."""
     tokens, lengths = prompts(5, 3)
     padded = torch.cat([tokens, torch.full((2, SEQ_LEN), PAD)], dim=1)
     out = generate(model, padded, max_new_tokens=6, temperature=0, lengths=lengths)
@@ -451,7 +451,7 @@ def test_padding_takes_no_room(model):
 
 
 def test_a_prompt_whose_padding_passes_the_end_of_the_cache(model):
-    """The first turn fills most of the cache; the second is padded beyond its end, for all rows alike."""
+    """The first prompt fills most of the cache. The second fits, but its padding passes the end of the cache."""
     first, _ = prompts(SEQ_LEN - 6, SEQ_LEN - 6)
     second, lengths = prompts(4, 4)
     padded = torch.cat([second, torch.full((2, 9), PAD)], dim=1)
@@ -465,7 +465,7 @@ def test_a_prompt_whose_padding_passes_the_end_of_the_cache(model):
 
 
 def test_sliding_with_stop_tokens_in_a_batch(model):
-    """A row that is done stays at a full cache while the other goes on: what its step computes stays in bounds."""
+    """A row that has stopped keeps its full cache while the other row continues, and must not write past its end."""
     tokens, _ = prompts(4, 4)
     free = generate(model, tokens, max_new_tokens=60, temperature=0, sliding=True)
     for row in range(2):
@@ -477,7 +477,7 @@ def test_sliding_with_stop_tokens_in_a_batch(model):
 
 
 def test_greedy_leaves_torchs_generator_alone(model):
-    """So that printing a sample does not change the training that follows."""
+    """Greedy generation does not advance torch's generator, so printing a sample does not change later training."""
     tokens, _ = prompts(4)
     state = torch.get_rng_state()
     generate(model, tokens, max_new_tokens=3, temperature=0)
@@ -492,7 +492,7 @@ def test_a_session_is_not_copied(model, copy_of):
 
 
 def test_tokens_on_another_device_are_named():
-    """The embedding would name a weight, and a mask in between two devices of PyTorch's own."""
+    """The error names `tokens`. Without this check, PyTorch's error would name a weight or a mask."""
     model = GPTForCausalLM(
         GPTConfig.preset("gpt2", num_tokens=31, hidden_dim=16, num_heads=2, num_layers=1, seq_len=24)
     )

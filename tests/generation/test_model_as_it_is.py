@@ -1,4 +1,4 @@
-"""Generation computes with the model as it is at the call: its weights, its train flags, its wrappers, its device."""
+"""Test that generation uses the model as it is at the call: its weights, train flags, wrappers and device."""
 
 import copy
 import pickle
@@ -39,7 +39,7 @@ def greedy(model, **options) -> torch.Tensor:
     "name", ["decoders.1.ff.0.weight", "decoders.0.multihead_attn.out_proj.bias", "final_norm.weight"]
 )
 def test_a_write_through_data_is_noticed(weights, name):
-    """One number of a parameter is changed where autograd does not count it and no sample of a few values looks."""
+    """A write to one number through `.data` is noticed, although autograd's version counter does not count it."""
     model = make()
     before = greedy(model, weights=weights)
     parameter = model.trunk.get_parameter(name)
@@ -59,7 +59,7 @@ def test_the_session_is_kept_while_nothing_changes():
 
 @pytest.mark.parametrize("weights", ["float32", "int8"])
 def test_a_session_follows_parameters_to_another_address(weights):
-    """`p.data = …` moves a parameter away from the memory that the step reads."""
+    """`p.data = …` moves a parameter to other memory, from which the step must then read."""
     model, row = make(), tokens(1)
     session = DecodeSession(model, weights=weights)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_a_session_follows_parameters_to_another_address(weights):
 
 
 def test_use_reference_reaches_a_session_made_before(monkeypatch):
-    """Inside the block no kernel runs: neither the C++ step nor an op of the library."""
+    """Inside `use_reference()` no kernel runs: neither the C++ step nor an op of the library."""
     model, row = make(), tokens(1)
     session = DecodeSession(model)
     session.prefill(row)
@@ -112,7 +112,7 @@ CONFIGURED = {
 @pytest.mark.parametrize("change", CONFIGURED.values(), ids=CONFIGURED)
 @pytest.mark.filterwarnings("ignore:gpt_fast.generate. .* so the model's modules run each step")
 def test_a_changed_model_steps_as_it_is(change):
-    """The step is the model's own forward, whatever differs from its configuration: before and after a kept session."""
+    """Generation follows the model's own forward if the model was changed, with and without a session kept before."""
     for keeps_session in (False, True):
         model = make()
         if keeps_session:
@@ -150,7 +150,7 @@ def test_another_number_of_heads_in_one_block_is_refused():
 
 @pytest.mark.skipif(gpt_fast.build_info() is None, reason="the extension is not built")
 def test_the_extension_refuses_blocks_of_other_sizes():
-    """It would write past the ends of its buffers."""
+    """Blocks of other sizes than the first one would make the extension write past the ends of its buffers."""
     model = make()
     parameters = {name: value.detach() for name, value in model.trunk.named_parameters()}
     parameters["output_layer.weight"] = model.output_layer.weight.detach()
@@ -167,7 +167,7 @@ def test_the_extension_refuses_blocks_of_other_sizes():
 
 
 class Watched(nn.Dropout):
-    """Dropout that remembers in which mode it ran, so that the model is not plain."""
+    """Dropout that remembers in which mode it ran. It is not `nn.Dropout` itself, so the session calls the modules."""
 
     def forward(self, x):
         self.modes = [*getattr(self, "modes", []), self.training]
@@ -175,7 +175,7 @@ class Watched(nn.Dropout):
 
 
 def test_a_plain_model_keeps_its_flags_and_drops_nothing():
-    """The flags are not even touched: a thread that trains the model meanwhile would see it."""
+    """Generation does not touch the train flags, because another thread may be training the model meanwhile."""
     model = make(dropout=0.5)
     expected = greedy(model)
     model.train()
@@ -212,7 +212,7 @@ def test_flags_of_a_model_that_is_called_are_restored_one_by_one(fails):
 
 
 def test_two_threads_do_not_restore_each_others_flags():
-    """The second thread comes while the first one evaluates; both compute in evaluation mode, and training is back."""
+    """A second thread waits while the first one evaluates. Both run in evaluation mode, then training is restored."""
     model = nn.Sequential(nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.5)))
     inside, seen = threading.Event(), []
 
@@ -226,7 +226,7 @@ def test_two_threads_do_not_restore_each_others_flags():
     with evaluating(model):
         inside.set()
         thread.join(timeout=0.2)
-        assert thread.is_alive()  # it waits
+        assert thread.is_alive()  # the second thread waits
         assert not any(module.training for module in model.modules())
     thread.join()
     assert seen == [[False] * 4]
@@ -237,7 +237,7 @@ def test_two_threads_do_not_restore_each_others_flags():
 
 
 def test_evaluating_calls_a_train_method_of_a_modules_own():
-    """Adapters merge their weights there."""
+    """`evaluating` calls a module's own `train` method, in which adapters merge their weights."""
 
     class Merging(nn.Linear):
         merged = False
@@ -257,7 +257,7 @@ def test_evaluating_calls_a_train_method_of_a_modules_own():
 
 @pytest.mark.parametrize("made_inside", [True, False])
 def test_inference_mode(made_inside):
-    """A session made inside serves outside, and the other way round; so does the one that a model keeps."""
+    """A session made in inference mode works outside it, and the reverse. So does the session that a model keeps."""
     model = make()
     expected = greedy(make())
     row = tokens(1)
@@ -279,7 +279,7 @@ def test_a_model_made_in_inference_mode():
     with torch.inference_mode():
         model = make()
     assert torch.equal(greedy(model), greedy(make()))
-    assert torch.equal(greedy(model), greedy(make()))  # by the session that it keeps
+    assert torch.equal(greedy(model), greedy(make()))  # this call uses the session that the model keeps
 
 
 WRAPPERS = {
@@ -324,7 +324,7 @@ def test_an_adapter_that_is_no_module_is_refused():
 
 def test_a_sharded_model_is_refused():
     class FSDPGPTForCausalLM(GPTForCausalLM):
-        """As FSDP2 names the class that it puts over a module's."""
+        """Class with the name that FSDP2 gives to the subclass of a sharded module."""
 
     with pytest.raises(ValueError, match="model is a FSDPGPTForCausalLM whose parameters are sharded over ranks"):
         greedy(FSDPGPTForCausalLM(make().config))
@@ -355,7 +355,7 @@ def test_a_sharded_model_is_refused():
 )
 @pytest.mark.parametrize("preset", ["gpt2", "notes"])
 def test_the_default_device_changes_nothing(preset, call):
-    """Every tensor is made on the model's device. "meta" stands for a GPU, because nothing can be read from it."""
+    """Every tensor is made on the model's device. The device "meta" stands for a GPU: reading from it fails."""
     model = make(preset)
     expected = call(model)
     fresh = make(preset)
@@ -372,7 +372,7 @@ def test_the_default_device_changes_nothing(preset, call):
 
 @pytest.mark.parametrize("head", [GPTForCausalLM, GPTForSequenceClassification])
 def test_from_pretrained_is_on_the_cpu_and_draws_nothing(head, tmp_path):
-    """Weights that would be overwritten are not drawn, so torch's generator stays where it was."""
+    """Weights that would be overwritten are not drawn, so torch's generator does not advance."""
     config = GPTConfig.preset("gpt2", **SIZES, dropout=0.0, num_labels=3)
     saved = head(config)
     saved.save_pretrained(tmp_path)
@@ -454,7 +454,7 @@ def test_both_masks_are_refused():
 @pytest.mark.parametrize("kind", ["step", "modules"])
 @pytest.mark.parametrize("min_p", [0.2, 1.0])
 def test_min_p_keeps_what_is_probable_enough(kind, min_p):
-    """Tokens are drawn 3,000 times: exactly those with min_p of the largest probability occur, each at its rate."""
+    """3,000 draws give only tokens with at least min_p times the largest probability, each at its expected rate."""
     model = make().to(torch.float32 if kind == "step" else torch.float64)
     row = tokens(1).expand(3000, -1)
     with torch.no_grad():
@@ -466,7 +466,7 @@ def test_min_p_keeps_what_is_probable_enough(kind, min_p):
     expected = 3000 * p / p.sum()
     kept = p > 0
     chi2 = ((counts - expected)[kept].square() / expected[kept]).sum()
-    assert chi2 <= kept.sum() - 1 + 5 * (2 * kept.sum()) ** 0.5  # mean and five deviations of chi-squared
+    assert chi2 <= kept.sum() - 1 + 5 * (2 * kept.sum()) ** 0.5  # chi-squared's mean plus five standard deviations
 
 
 def forbid_seven(so_far, logits):
@@ -477,7 +477,7 @@ def forbid_seven(so_far, logits):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["step", "modules"])
 def test_logits_processors(dtype):
-    """They see the tokens so far, padded on the left, and the logits of the model; what they return is drawn from."""
+    """Processors get the tokens so far, padded on the left, and the model's logits. Tokens follow what they return."""
     model = make(pad_token=0).to(dtype)
     seen = []
 

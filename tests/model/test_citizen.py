@@ -1,6 +1,7 @@
-"""This library's models behave like PyTorch's modules: every child is called, or fused only where that is the same.
+"""Test that this library's models behave like PyTorch's modules: changes of any child module take effect.
 
-The yardstick is `called`: the model's formula in plain PyTorch, which calls each child and nothing else.
+The models fuse children only if the result is the same. The tests compare with `called`, the model's formula in plain
+PyTorch, which calls every child.
 """
 
 import copy
@@ -35,7 +36,7 @@ def tokens(B: int = 2, T: int = 9) -> Tensor:
 
 
 def called(model: GPTForCausalLM, tokens: Tensor) -> Tensor:
-    """Return logits [B, T, V] by calling every child of the model; attention's probabilities have no dropout here."""
+    """Compute logits [B, T, V] by calling every child of the model, without dropout of attention's probabilities."""
     trunk = model.trunk
     x = trunk.dropout(trunk.token_emb(tokens) + trunk.pos_emb[:, : tokens.shape[1]])
 
@@ -60,7 +61,7 @@ def called(model: GPTForCausalLM, tokens: Tensor) -> Tensor:
 
 
 def assert_as_called(model: GPTForCausalLM) -> None:
-    """Logits, loss and all gradients are those of `called`; so is a pass over a prompt with a cache."""
+    """Assert that logits, loss, all gradients and the logits of a session agree with `called`."""
     batch = tokens()
     logits = called(model, batch)
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
@@ -99,7 +100,7 @@ def test_a_plain_model_is_its_formula(preset):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.filterwarnings("ignore:gpt_fast.generate. .* has hooks")
 def test_a_hook_on_any_child_takes_effect(preset):
-    """One child at a time, so that each is a case of its own: what is fused beside it must not go around it."""
+    """A hook on one child at a time must take effect, even if its neighbours are fused."""
     model = causal_lm(preset)
     names = leaves(model)
     assert len(names) >= 3 + 3 * 9
@@ -120,14 +121,14 @@ def test_every_hook_fires_once_in_a_pass(preset, mode):
     fired: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
-            continue  # never called, as in any model
+            continue  # PyTorch never calls a ModuleList
         module.register_forward_hook(lambda module, args, output, name=name: fired.append(name))
         module.register_forward_pre_hook(lambda module, args, name=name: fired.append(f"before {name}"))
     model(tokens(), labels=tokens(), logits=True)
     calls = {name: fired.count(name) for name in fired}
     expected = {name for name, module in model.named_modules() if not isinstance(module, nn.ModuleList)}
     assert {name for name in calls if not name.startswith("before ")} == expected
-    # With hooks on it the output layer makes the logits of the loss, and those that are returned.
+    # With hooks, the output layer is called twice: for the loss and for the returned logits.
     assert {name for name, count in calls.items() if count != 1} <= {"output_layer", "before output_layer"}
 
 
@@ -144,7 +145,7 @@ def test_backward_hooks_see_gradients(preset):
 
 @pytest.fixture
 def global_hook() -> Iterator[list[str]]:
-    """The class of every module whose forward a hook for all modules has seen."""
+    """Register a global forward hook and yield the list of the class names of the modules that it has seen."""
     seen: list[str] = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
     yield seen
@@ -203,7 +204,7 @@ def test_changed_weights_act_in_every_pass(preset, change):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_dynamic_quantisation(preset):
-    """Products of 8-bit weights differ from the exact ones by a few percent, but from their own by rounding alone."""
+    """A dynamically quantised model runs its 8-bit products: it agrees with `called`, not with the float32 model."""
     model = causal_lm(preset).eval()
     quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
     with torch.no_grad():
@@ -213,7 +214,7 @@ def test_dynamic_quantisation(preset):
 
 
 def test_an_output_layer_of_ones_own():
-    """Loss and logits agree, whatever the layer is."""
+    """Loss and logits both follow an output layer that the user replaced."""
     model = causal_lm("gpt2", tied=False)
     model.output_layer = nn.Sequential(nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 61))
     assert_as_called(model)
@@ -245,7 +246,7 @@ def test_losses_over_no_label_are_zero_also_where_the_layer_is_called():
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("place", ["dropout", "dropout1", "dropout2", "ff.2"])
 def test_monte_carlo_dropout(preset, place):
-    """A model in evaluation mode whose `nn.Dropout` modules alone are in training mode, one kind of place at a time."""
+    """Put one kind of `nn.Dropout` module into training mode, in a model in evaluation mode: the logits vary."""
     model = causal_lm(preset, dropout=0.3, ff_dropout=0.3).eval()
     picked = [
         module
@@ -262,7 +263,7 @@ def test_monte_carlo_dropout(preset, place):
 
 
 def test_dropout_probabilities_are_those_of_the_modules():
-    """Set after the model was made, as schedules of dropout do; one place at a time, all others at 0."""
+    """A dropout probability that is changed after construction takes effect, for one module at a time."""
     model = causal_lm("gpt2").train()
     for name, module in leaves(model).items():
         if isinstance(module, nn.Dropout):
@@ -274,7 +275,7 @@ def test_dropout_probabilities_are_those_of_the_modules():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_fused_pass_drops_what_children_drop(preset):
-    """The same p everywhere: the mean over many passes of the fused model and of the called one agree."""
+    """With p = 0.2, the mean and variance of the logits over 400 passes agree for the fused model and for `called`."""
     model = causal_lm(preset, dropout=0.2, attention_dropout=0.0, ff_dropout=0.2, num_layers=1).train()
     with torch.no_grad():
         fused = torch.stack([model(tokens()).logits for _ in range(400)])
@@ -286,7 +287,7 @@ def test_a_fused_pass_drops_what_children_drop(preset):
 
 @pytest.mark.parametrize("preset", ["gpt2", "gpt1"])
 def test_copies_of_a_block_have_masks_of_their_own(preset):
-    """A model of copies of one block draws as one whose blocks were made apart: sites follow from the position."""
+    """Copies of one block draw the masks of separately made blocks, because dropout sites follow the position."""
     model = causal_lm(preset, dropout=0.3).train()
     apart = copy.deepcopy(model)
     for i in (1, 2):
@@ -302,7 +303,7 @@ def test_the_state_dict_is_without_the_dropouts():
 
 
 class Doubling(Tensor):
-    """A weight that computes products in its own way, as those of quantised layers do."""
+    """Weight that computes its own products, as the weights of quantised layers do. Here it doubles them."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -325,7 +326,7 @@ def test_a_weight_of_another_class_is_called(name):
 
 @pytest.mark.parametrize("place", ["hook", "identity", "monte_carlo", "quiet"])
 def test_attentions_dropout_of_gpt1_is_a_module(place):
-    """The module has to take effect on accelerated models too, because transformers' GPT-1 calls it."""
+    """The dropout module of attention takes effect on accelerated models, because transformers' GPT-1 calls it."""
     plain, fast = hf_models.twins("OpenAIGPTLMHeadModel", 0.0)
     gpt_fast.accelerate(fast)
     for model in (plain, fast):
@@ -374,7 +375,7 @@ def adapters(peft) -> dict[str, Callable]:
 @pytest.mark.parametrize("name", ["lora", "dora", "ia3", "all_linear", "embedding", "output_layer"])
 @pytest.mark.filterwarnings("ignore:gpt_fast.generate. .* so the model's modules run each step")
 def test_adapters(preset, name):
-    """Unmerged and merged, an adapter acts as it does where every child is called; merged weights are fused again."""
+    """An adapter acts as it does in `called`, both before and after its weights are merged."""
     peft = pytest.importorskip("peft", reason="the extra examples is not installed")
     model = causal_lm(preset, tied=False)
     before = model(tokens()).logits
@@ -393,7 +394,7 @@ def test_adapters(preset, name):
 
 
 def test_activation_checkpointing_repeats_an_adapters_dropout():
-    """LoRA's dropout draws from torch's generator: the second pass through a block has to draw the same mask."""
+    """LoRA's dropout draws from torch's generator, so the recomputed forward of a block must draw the same mask."""
     peft = pytest.importorskip("peft", reason="the extra examples is not installed")
     model = causal_lm("gpt2", dropout=0.1)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=LINEARS, r=2, lora_dropout=0.5)).train()
@@ -415,10 +416,10 @@ def test_activation_checkpointing_repeats_an_adapters_dropout():
 
 
 def test_generation_calls_what_is_not_plain():
-    """The greedy tokens of a hooked model are those of its own forward passes; one warning says what runs the step."""
+    """A hooked model generates the tokens of its own forward passes, and a warning says that its modules run."""
     model = causal_lm("gpt2").eval()
     plain = generate(model, tokens(), max_new_tokens=6, temperature=0)
-    # The hook turns the model's preference around.
+    # The hook negates the hidden states, which changes the greedy tokens.
     handle = model.trunk.final_norm.register_forward_hook(lambda module, args, output: -output)
     with pytest.warns(
         UserWarning, match=r"gpt_fast.generate: final_norm has hooks, so the model's modules run each step"
@@ -441,7 +442,7 @@ def test_a_session_notices_that_the_model_is_not_plain_any_more():
     session = gpt_fast.DecodeSession(model, batch=2)
     session.prefill(tokens())
     model.trunk.decoders[1].ff[0].register_forward_hook(scaled)
-    if session.kind == "torch":  # the modules' own step calls the hook
+    if session.kind == "torch":  # this kind of step calls the modules, and so the hook
         session.step(tokens()[:, 0])
         return
     with pytest.raises(ValueError, match=r"the model changed under it: decoders.1.ff.0 has hooks; make a new session"):
@@ -461,11 +462,11 @@ def test_other_heads_call_their_children_too(head):
     assert model(tokens(), labels=labels).loss == before
 
 
-# ---- every head, own and accelerated, against plain PyTorch ----------------------------------------------------------
+# ---- every head of this library and of accelerated models, against plain PyTorch -------------------------------------
 
 
 class PlainTrunk(nn.Module):
-    """The trunk's formula in plain PyTorch over the children of a trunk, with the trunk's arguments."""
+    """Trunk that computes in plain PyTorch with the children of another trunk."""
 
     def __init__(self, trunk: nn.Module):
         super().__init__()
@@ -499,7 +500,7 @@ def plain_output_loss(output_layer: nn.Module, hidden: Tensor, labels: Tensor, z
 
 
 def own_inputs(name: str) -> dict[str, Tensor]:
-    """Tokens padded on the right, and labels as the head takes them."""
+    """Return tokens padded on the right, their mask, and labels for the head `name`."""
     shape = {"GPTForSimilarity": (2, 2, 9), "GPTForMultipleChoice": (2, 3, 9)}.get(name, (2, 9))
     batch = torch.randint(61, shape, generator=torch.Generator().manual_seed(1))
     mask = torch.ones(shape, dtype=torch.bool)
@@ -514,7 +515,7 @@ def own_inputs(name: str) -> dict[str, Tensor]:
 
 
 class Subject:
-    """A model under test, its inputs, and what plain PyTorch computes of it."""
+    """Model under test, with its inputs and its results in plain PyTorch."""
 
     def __init__(self, name: str):
         self.name = name
@@ -535,7 +536,7 @@ class Subject:
             self.linears = ["c_proj", "c_fc"]
 
     def plain(self, model: nn.Module) -> list[Tensor]:
-        """Return what `outputs` does where PyTorch alone computes; the model is not this library's afterwards."""
+        """Return the results of `outputs` in plain PyTorch. This replaces the model's trunk, or restores the model."""
         if not self.is_own:
             return self.outputs(gpt_fast.restore(model))
         model.trunk = PlainTrunk(model.trunk)
@@ -642,7 +643,7 @@ def assert_same(got: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("name", SUBJECTS)
 @pytest.mark.parametrize("change", CHANGES)
 def test_every_head_is_a_module_of_pytorch(name, change):
-    """Loss, logits and all gradients are what PyTorch computes of the same modules, changed in the same way."""
+    """Loss, logits and all gradients agree with plain PyTorch on the same modules, changed in the same way."""
     subject, twin = Subject(name), Subject(name)
     assert_same(subject.outputs(CHANGES[change](subject)), twin.plain(CHANGES[change](twin)))
 
@@ -662,7 +663,7 @@ def test_global_hooks_reach_every_head(name):
     assert not torch.allclose(got[0], before[0])
 
 
-# Classes of transformers whose logits an accelerated training pass computes when they are read.
+# For these classes of transformers, accelerated models compute the logits of a training pass only when they are read.
 DEFERRING = ("GPT2LMHeadModel", "GPT2DoubleHeadsModel", "OpenAIGPTLMHeadModel", "OpenAIGPTDoubleHeadsModel")
 WRAPPERS = {
     "compile": lambda model: torch.compile(model, backend="aot_eager"),
@@ -678,7 +679,7 @@ def test_every_head_inside_a_wrapper(name, wrap):
     expected = subject.plain(copy.deepcopy(subject.model))
     got = subject.outputs(wrap(subject.model))
     if wrap is WRAPPERS["compile"] and name in DEFERRING:
-        del expected[2 if "Double" in name else 1]  # a compiled pass with labels has no logits to read later
+        del expected[2 if "Double" in name else 1]  # a compiled pass with labels returns no logits
     assert_same(got, expected)
     torch._dynamo.reset()
 
@@ -692,7 +693,7 @@ def test_every_head_is_exported(name):
     if "Double" in name:
         given["mc_token_ids"] = subject.inputs["mc_token_ids"]
     if name.startswith("GPT2"):
-        model.config.use_cache = False  # a cache is no output that a program can have
+        model.config.use_cache = False  # an exported program cannot return a cache
     with torch.no_grad():
         program = torch.export.export(model, (), given)
         got = _tensors(program.module()(**given))

@@ -1,7 +1,7 @@
-"""Whole models on every device: heads, dropout, autocast, compile, graphs, generation and accelerated models.
+"""Test whole models on every device: heads, dropout, autocast, compile, graphs, generation and accelerated models.
 
-Truth is the same model under `use_reference` in float64 on the CPU, the yardstick the same model under `use_reference`
-on the device. The benchmark suite runs these tests before it times a model on a GPU.
+The exact result comes from the same model under `use_reference` in float64 on the CPU. The yardstick is the same model
+under `use_reference` on the device. The benchmark suite runs these tests before it times a model on a GPU.
 """
 
 import contextlib
@@ -39,9 +39,10 @@ def tokens_of(rows: int = B, length: int = T) -> Tensor:
 def check_three(
     model: nn.Module, device: str, results: Callable[[nn.Module, Callable], dict[str, Tensor]], dtype: torch.dtype
 ) -> None:
-    """Compare `results(model, move)` of the model on the device with the yardstick and the truth, by their names.
+    """Compare each named result of `results(model, move)` on the device with the yardstick and the exact result.
 
-    Gradients are judged by the largest of them: where a small one is a sum that cancels, float32 rounds its terms.
+    The float32 floor of every gradient is relative to the largest gradient. A small gradient may be a sum of large
+    terms that cancel, and float32 rounds the terms.
     """
     got = results(copy.deepcopy(model).to(device, dtype), lambda x: x.to(device))
     with use_reference():
@@ -65,13 +66,13 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     ("name", "preset"), [*(("GPTForCausalLM", preset) for preset in PRESETS), *((name, "gpt2") for name in HEADS)]
 )
 def test_a_head_and_all_of_its_gradients(name: str, preset: str, device: str) -> None:
-    """Logits, and the gradient of the loss for every parameter; one row is padded."""
+    """Check the logits and the gradient of the loss for every parameter. One row is padded."""
     model = HEADS[name](GPTConfig.preset(preset, **SIZES, dropout=0.0))
     tokens, lengths = tokens_of(), torch.tensor([T, 7, T])
     labels = CLASS_LABELS.get(name, tokens_of)()
     if name == "GPTForQuestionAnswering":
         lengths = torch.full((B,), T)  # an answer lies among the real tokens
-    if name in ("GPTForSimilarity", "GPTForMultipleChoice"):  # two sequences a row
+    if name in ("GPTForSimilarity", "GPTForMultipleChoice"):  # two sequences for each example
         tokens, lengths = torch.stack([tokens, tokens_of()], 1), lengths[:, None].expand(B, 2)
 
     def results(model: nn.Module, move: Callable) -> dict[str, Tensor]:
@@ -87,7 +88,7 @@ def test_a_head_and_all_of_its_gradients(name: str, preset: str, device: str) ->
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_model_drops_what_the_reference_drops(preset: str, device: str) -> None:
-    """With one seed for the pass the masks are the same on every device, forward and backward."""
+    """With the same seed the dropout masks are the same on every device, in forward and backward."""
     model = GPTModel(GPTConfig.preset(preset, **SIZES, dropout=0.3))
     tokens, upstream, seed = tokens_of(), torch.randn(B, T, SIZES["hidden_dim"]), torch.tensor([99])
 
@@ -109,7 +110,7 @@ def training_pass(model: GPTForCausalLM, tokens: Tensor, forward: Callable | Non
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_pass_repeats_its_bits(preset: str, device: str) -> None:
-    """The same seed gives the same bits, dropout and autocast included."""
+    """The same seed gives the same bits, with dropout and autocast."""
     model, tokens = GPTForCausalLM(GPTConfig.preset(preset, **SIZES, dropout=0.1)).to(device), tokens_of().to(device)
     passes = []
     for _ in range(2):
@@ -134,7 +135,10 @@ def test_activation_checkpointing_repeats_the_bits(preset: str, device: str) -> 
 
 @pytest.mark.parametrize("preset", ["notes", "gpt2"])
 def test_a_compiled_model_is_as_accurate(preset: str, device: str) -> None:
-    """One graph, by Inductor on a GPU. Its own code rounds elsewhere than eager mode, so the bits may differ."""
+    """The model compiles to one graph, on a GPU by Inductor.
+
+    Inductor's code rounds in other places than eager mode, so the bits may differ.
+    """
     model, tokens = GPTForCausalLM(GPTConfig.preset(preset, **SIZES, dropout=0.0)), tokens_of()
     backend = "inductor" if device == "cuda" else "aot_eager"
 
@@ -153,7 +157,7 @@ def test_a_compiled_model_is_as_accurate(preset: str, device: str) -> None:
 @pytest.mark.cuda
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_captured_pass_repeats_the_bits(preset: str) -> None:
-    """A graph of forward and backward, replayed on other tokens, gives what eager mode gives on them."""
+    """A CUDA graph of forward and backward, replayed with other tokens, gives the bits of eager mode for them."""
     model = GPTForCausalLM(GPTConfig.preset(preset, **SIZES, dropout=0.0)).cuda()
     tokens, others = tokens_of().cuda(), tokens_of().cuda()
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -173,7 +177,7 @@ def test_a_captured_pass_repeats_the_bits(preset: str) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_greedy_generation_takes_the_most_probable_tokens(preset: str, device: str) -> None:
-    """In steps with a cache, on a GPU as a captured graph: what one pass over all tokens predicts."""
+    """Generation in steps with a cache, on a GPU by a captured graph, gives the argmax of one pass over all tokens."""
     model = GPTForCausalLM(GPTConfig.preset(preset, **SIZES)).to(device).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # weights so large that the choice depends on the context
@@ -186,7 +190,7 @@ def test_greedy_generation_takes_the_most_probable_tokens(preset: str, device: s
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_session_continues_a_prompt(preset: str, device: str) -> None:
-    """The logits after a prompt and each of three more tokens are those of one pass over all of them."""
+    """The logits after a prompt and after each of three more tokens agree with one pass over all tokens."""
     model, tokens = GPTForCausalLM(GPTConfig.preset(preset, **SIZES)).eval(), tokens_of(2, 12)
 
     session = DecodeSession(copy.deepcopy(model).to(device), batch=2)
@@ -200,7 +204,7 @@ def test_a_session_continues_a_prompt(preset: str, device: str) -> None:
 
 @pytest.mark.parametrize("name", ["packed", "separate"])
 def test_an_accelerated_handwritten_model(name: str, device: str) -> None:
-    """Logits and every gradient of a GPT-2 that somebody wrote, against the model as it was."""
+    """Every gradient of an accelerated hand-written GPT-2 is as accurate as that of the original model."""
     tokens = torch.randint(handwritten.V, (B, T))
     plain = handwritten.make(name)
     fast = copy.deepcopy(plain)

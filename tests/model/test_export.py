@@ -1,4 +1,4 @@
-"""Graphs that leave Python: `torch.jit.trace`, `torch.export`, decompositions into PyTorch's own operators, ONNX."""
+"""Test exported graphs: `torch.jit.trace`, `torch.export`, decompositions into PyTorch's own operators, and ONNX."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ import gpt_fast
 from gpt_fast import GPTConfig, ops
 from tests import hf_models
 
-# Checks of shapes compare numbers that a trace records. PyTorch warns of it; a trace may keep shapes as constants.
+# The ops compare shapes while they are traced, so PyTorch warns that a trace keeps them as constants. That is allowed.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning"),
@@ -34,7 +34,7 @@ def accelerated(name: str = "GPT2LMHeadModel") -> nn.Module:
 
 
 class Call(nn.Module):
-    """A module whose forward is `function(model, *inputs)`."""
+    """Module whose forward is `function(model, *inputs)`."""
 
     def __init__(self, model: nn.Module, function: Callable):
         super().__init__()
@@ -49,7 +49,7 @@ def tokens(T: int = 11, B: int = 2) -> Tensor:
 
 
 def operators(program: torch.export.ExportedProgram) -> set[str]:
-    """Names of the operators in a program, those of its inner graphs too."""
+    """Return the names of the operators in a program and in its inner graphs."""
     graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
     return {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}
 
@@ -62,7 +62,7 @@ def ours(program: torch.export.ExportedProgram) -> set[str]:
 
 ONES, PADDED = torch.ones(2, 11, dtype=torch.int64), hf_models.padding("left", 2, 11)
 COUNTED, PACKED = torch.arange(11).expand(2, 11), torch.tensor([[*range(11)], [*range(4), *range(7)]])
-CAUSAL = torch.ones(11, 11, dtype=torch.bool).triu(1)  # True: may not be attended to
+CAUSAL = torch.ones(11, 11, dtype=torch.bool).triu(1)  # True hides a key
 TRACED = {
     "mask": (
         accelerated, lambda model, x, mask: model(x, attention_mask=mask).logits, (ONES, PADDED)
@@ -74,7 +74,7 @@ TRACED = {
     "packed_positions": (
         accelerated, lambda model, x, positions: model(x, position_ids=positions).logits, (COUNTED, PACKED)
     ),
-    "labels": (  # a graph has no way to compute logits when they are read
+    "labels": (  # in a graph the logits must be computed at once, because none can be computed when they are read
         lambda: accelerated().train(), lambda model, x, labels: torch.stack(
             [(out := model(x, labels=labels)).loss, out.logits.sum()]
         ), (tokens(), tokens()),
@@ -101,7 +101,10 @@ TRACED = {
 
 @pytest.mark.parametrize(("make", "function", "inputs"), TRACED.values(), ids=TRACED)
 def test_a_trace_holds_for_other_values(make, function, inputs) -> None:
-    """A value that Python reads during a trace becomes a constant of the graph, so that the model may read none."""
+    """A trace gives correct results for other values.
+
+    A value that Python reads during a trace becomes a constant of the graph, so the model must not read any.
+    """
     model, first, second = Call(make(), function), *inputs
     model.train(model.model.training) if function is TRACED["labels"][1] else model.eval()
     x, other = tokens(), tokens()
@@ -158,7 +161,7 @@ def assert_same_at_every_length(program: torch.export.ExportedProgram, model: nn
 
 @pytest.mark.parametrize("make", LOSSES.values(), ids=LOSSES)
 def test_a_loss_is_exported_with_rows_of_two_tokens_and_more(make) -> None:
-    """Shifted labels have T columns at every step: T - 1 of them would make the program refuse T = 2."""
+    """A loss is exported for every T from 2 on. Labels of T - 1 columns would make the program refuse T = 2."""
     model = Call(make(), loss_of)
     program = export(model)
     assert "gpt_fast.linear_cross_entropy_forward.default" in ours(program)
@@ -186,7 +189,7 @@ def test_a_decomposed_program_has_pytorchs_operators_only(make, function, strict
 
 
 def test_every_operator_has_a_decomposition() -> None:
-    """Or refuses, as those of backward: none is passed over."""
+    """Every operator has a decomposition. That of a backward operator raises an error."""
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("gpt_fast::")}
     assert names == {operator.name() for operator in ops.decompositions()}
 
@@ -240,7 +243,7 @@ CALLS = {
         (X, torch.randn(12, 16), torch.full((2, 5), -100), None, -100, 0.0, "mean", False, False, False),
     ),
 }  # fmt: skip
-RESULTS = {"add_layer_norm": 2, "linear_cross_entropy": 2}  # those that the forward pass reads; of other ops, one
+RESULTS = {"add_layer_norm": 2, "linear_cross_entropy": 2}  # number of results that a forward pass uses; else 1
 
 
 @pytest.mark.skipif(gpt_fast.build_info() is None, reason="the operators have no kernel for the CPU: not built")
@@ -288,7 +291,10 @@ def test_a_decomposed_program_runs_without_this_library(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", LOGITS.values(), ids=LOGITS)
 def test_the_onnx_exporter_meets_pytorchs_operators_only(make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As inside `torch.onnx.export`, whose packages this test does without: the reference serves while it exports."""
+    """During an ONNX export the model runs the reference, so the graph has only PyTorch's operators.
+
+    The test sets the flag of `torch.onnx.export`, which itself would need more packages.
+    """
     from torch.onnx._internal.exporter import _flags
 
     model = Call(make(), logits_of).eval()
@@ -307,7 +313,7 @@ def test_the_onnx_exporter_meets_pytorchs_operators_only(make, monkeypatch: pyte
 @pytest.mark.parametrize("decomposed", [False, True], ids=["model", "decomposed_program"])
 @pytest.mark.filterwarnings("ignore")
 def test_an_onnx_file_computes_the_same_logits(make, decomposed: bool, tmp_path: Path) -> None:
-    """Written by PyTorch's exporter and run by onnxruntime, with a free batch size and length."""
+    """PyTorch's exporter writes the file, with free batch size and length, and onnxruntime runs it."""
     pytest.importorskip("onnxscript", reason="the extra dev is not installed")
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra dev is not installed")
     model = Call(make(), logits_of).eval()

@@ -1,4 +1,4 @@
-"""The heads: their losses against definitions written out, saving and loading, growing vocabularies."""
+"""Test the heads: their losses against explicit definitions, saving and loading, and resized vocabularies."""
 
 import copy
 import json
@@ -58,7 +58,7 @@ def test_causal_loss_trains_every_parameter():
 
 @pytest.mark.parametrize("kind", ["lengths", "right_mask", "left_mask"])
 def test_padding_counts_in_no_loss(kind):
-    """The loss of a padded batch is that of its sequences alone, weighted by their predictions."""
+    """The loss of a padded batch is the mean of its sequences' losses, weighted by their numbers of predictions."""
     head, tokens, lengths = build(GPTForCausalLM), tokens_of(), torch.tensor([9, 4, 2])
     real = torch.arange(9) < lengths[:, None]
     if kind == "left_mask":
@@ -77,7 +77,7 @@ def one_step(head) -> None:
 
 
 def filled_on_meta():
-    """A model made without memory, then filled, as large models are."""
+    """Make a model on the device "meta", without memory, and then load its weights, as for large models."""
     with torch.device("meta"):
         head = build(GPTForCausalLM)
     head.to_empty(device="cpu")
@@ -102,7 +102,7 @@ def assigned():
     ],
 )
 def test_a_tie_survives(make, tmp_path):
-    """Trained on, saved and loaded: one parameter all the way."""
+    """Tied weights stay one parameter through a training step, saving, loading and resizing."""
     head = make()
     assert head.is_tied()
     one_step(head)
@@ -115,7 +115,7 @@ def test_a_tie_survives(make, tmp_path):
 
 
 def test_a_tie_that_was_undone_is_saved_as_it_is(tmp_path):
-    """A configuration that says tied must not cost the output layer its weights."""
+    """The output layer's own weights are saved, although the configuration says that they are tied."""
     head = build(GPTForCausalLM)
     head.output_layer.weight = torch.nn.Parameter(head.output_layer.weight.detach().clone())
     assert head.config.tied and not head.is_tied()
@@ -129,7 +129,7 @@ def test_a_tie_that_was_undone_is_saved_as_it_is(tmp_path):
 
 
 def test_a_tie_survives_inside_another_model():
-    """`load_state_dict(assign=True)` of a module that contains the head."""
+    """`load_state_dict(assign=True)` of a module that contains the head keeps the weights tied."""
     whole = torch.nn.ModuleDict({"model": build(GPTForCausalLM)})
     whole.load_state_dict({name: tensor.clone() for name, tensor in whole.state_dict().items()}, assign=True)
     assert whole["model"].is_tied()
@@ -177,7 +177,7 @@ def lora(model) -> None:
     ],
 )
 def test_a_model_that_could_not_be_loaded_is_not_saved(change, message, tmp_path):
-    """What the configuration does not say would be lost without a word."""
+    """`save_pretrained` refuses a model that its configuration does not describe, which loading would change."""
     model = build(GPTForCausalLM)
     change(model)
     with pytest.raises(ValueError, match=rf"gpt_fast.save_pretrained: .*{message}"):
@@ -239,10 +239,11 @@ COST = r"""
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize("mode", ["kernels", "reference"])
 def test_masked_model_costs_what_its_masked_positions_cost(mode):
-    """A step with 5 % of the positions masked takes far less time than with all, if the loss is most of the work.
+    """With 5 % of the positions masked, a step takes far less time than with all of them, as most of it is the loss.
 
-    On the reference, which stores the logits, it takes less memory, too. The kernels never store them. Each runs in a
-    process of its own, so that the peak is its own. The sizes leave a factor of ten between the two.
+    The reference, which stores the logits of the masked positions, also takes less memory. The kernels never store
+    logits. Each case runs in its own process, so that the peak memory is its own. With these sizes the costs of the
+    two cases differ by a factor of ten.
     """
     costs = {}
     for masked in (102, 2048):
@@ -254,7 +255,7 @@ def test_masked_model_costs_what_its_masked_positions_cost(mode):
     assert few_time < 0.5 * all_time, costs
     if mode == "reference":
         assert all_memory > all_logits, costs
-        assert few_memory < 0.25 * all_memory, costs  # its gradients, allocated once, are in both
+        assert few_memory < 0.25 * all_memory, costs  # both include the parameters' gradients
     else:
         assert max(few_memory, all_memory) < 0.5 * all_logits, costs
 
@@ -274,7 +275,7 @@ def test_classifier_reads_the_last_real_token():
 
 
 def test_classifier_reads_the_extract_token():
-    """The last extract token, wherever it stands: what follows it changes nothing."""
+    """The classifier reads the last extract token of each row. Tokens behind it change nothing."""
     head = build(GPTForSequenceClassification, pooling="extract", extract_token=60).eval()
     tokens = torch.randint(0, 60, (2, 9))
     tokens[0, 5] = tokens[1, 2] = tokens[1, 8] = 60
@@ -317,7 +318,7 @@ def test_joint_loss_adds_the_language_model_on_the_same_tokens(preset):
 
 
 def padded(kind):
-    """Tokens [3, 9], what is real, and how a head is told."""
+    """Return tokens [3, 9], a mask that is False at padding, and the head's arguments that describe the padding."""
     tokens, lengths = tokens_of(), torch.tensor([9, 4, 6])
     real = torch.arange(9) < lengths[:, None]
     if kind == "lengths":
@@ -332,7 +333,7 @@ PADDINGS = pytest.mark.parametrize("kind", ["lengths", "right_mask", "left_mask"
 @PADDINGS
 @pytest.mark.parametrize("preset", PRESETS)
 def test_token_classification(preset, kind):
-    """Each token's scores are those of its row alone; the loss is the mean over labelled real tokens."""
+    """Each token has the scores that it has without padding. The loss is the mean over labelled tokens."""
     head = build(GPTForTokenClassification, preset, num_labels=4).eval()
     tokens, real, padding = padded(kind)
     labels = torch.randint(4, tokens.shape)
@@ -352,7 +353,7 @@ def test_token_classification(preset, kind):
 @PADDINGS
 @pytest.mark.parametrize("preset", PRESETS)
 def test_question_answering(preset, kind):
-    """A softmax over the row's own tokens for each end; each mean over the rows that have one."""
+    """Start and end each have a softmax over the row's real tokens, and a mean over the rows with such a label."""
     head = build(GPTForQuestionAnswering, preset).eval()
     tokens, real, padding = padded(kind)
     first = real.int().argmax(1)
@@ -477,7 +478,7 @@ def add_tensor(path):
     save_file(load_file(path) | {"trunk.extra": torch.zeros(2)}, path)
 
 
-SPOILED = [  # how, the error, what it says
+SPOILED = [  # function that damages the folder, error, message
     pytest.param(lambda d: (d / "config.json").unlink(), FileNotFoundError, "no config.json there", id="no_config"),
     pytest.param(lambda d: (d / "model.safetensors").unlink(), FileNotFoundError, "missing", id="no_weights"),
     pytest.param(lambda d: (d / "config.json").write_text("{"), ValueError, "not JSON", id="config_not_json"),

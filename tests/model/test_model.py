@@ -1,4 +1,7 @@
-"""The drop-in GPT, its blocks and the trunk, against the notes' module as it was meant (`reference.GPT`)."""
+"""Test the drop-in GPT, its blocks and the trunk against `reference.GPT`, the lecture notes' module with fixed bugs.
+
+The tests call that module "the notes".
+"""
 
 import copy
 import pathlib
@@ -16,7 +19,7 @@ SIZES = {"num_tokens": 61, "hidden_dim": 48, "num_heads": 4, "num_layers": 3, "s
 
 
 def pair(dropout=0.0, **sizes):
-    """The same weights in the drop-in and in the notes' module."""
+    """Return the drop-in GPT and the notes' module with the same weights."""
     ours, notes = (kind(**SIZES | sizes, dropout=dropout) for kind in (GPT, reference.GPT))
     notes.load_state_dict(ours.state_dict())
     return ours, notes
@@ -55,7 +58,7 @@ def test_probabilities(T):
 
 
 def test_probabilities_and_gradients_in_float64_are_exact():
-    """Without rounding the two agree to the last digits: the same function, not a similar one."""
+    """In float64 the two models agree to the last digits, so they compute the same function."""
     ours, notes = (model.double() for model in pair())
     tokens = torch.randint(0, 61, (3, 20))
     assert relative(ours(tokens), notes(tokens)) < 1e-13
@@ -83,7 +86,7 @@ def test_one_block_with_the_notes_mask():
     notes.load_state_dict(ours.state_dict())
     x, causal = torch.randn(2, 9, 48), torch.ones(9, 9, dtype=torch.bool).triu(1)
     assert relative(ours(x, causal), notes(x, causal)) < 1e-5
-    assert relative(ours(x), notes(x, causal)) < 1e-5  # causal without a mask
+    assert relative(ours(x), notes(x, causal)) < 1e-5  # without a mask the block is causal
     seen_by_all = torch.zeros(9, 9, dtype=torch.bool)
     seen_by_all[:, 3] = True
     assert relative(ours(x, seen_by_all), notes(x, seen_by_all)) < 1e-5
@@ -92,7 +95,7 @@ def test_one_block_with_the_notes_mask():
 
 
 def real_text(count):
-    """Bytes of a module of the standard library, as tokens."""
+    """Return bytes of a module of the standard library as tokens."""
     source = pathlib.Path(copy.__file__).read_bytes()
     return torch.tensor(list(source[:count]))
 
@@ -124,7 +127,7 @@ def test_training_curves_of_50_steps_on_real_text_agree():
 
 @pytest.mark.parametrize("preset", ["notes", "gpt1", "gpt2"])
 def test_kernels_and_reference_drop_the_same(preset):
-    """With one seed for the pass, the model on its kernels is the model on the reference, masks included."""
+    """With the same seed, kernels and reference give the same results and gradients, including dropout masks."""
     model = GPTModel(GPTConfig.preset(preset, **SIZES, dropout=0.3))
     tokens, seed, upstream = torch.randint(0, 61, (3, 20)), torch.tensor([99]), torch.randn(3, 20, 48)
     results = []
@@ -136,11 +139,11 @@ def test_kernels_and_reference_drop_the_same(preset):
     for got, wanted in zip(*results, strict=True):
         assert relative(got, wanted) < 1e-4
     model.eval()
-    assert relative(model(tokens), results[0][0]) > 0.05  # the masks did something
+    assert relative(model(tokens), results[0][0]) > 0.05  # dropout changed the results above
 
 
 def test_every_dropout_has_its_own_site(monkeypatch):
-    """Two dropouts of one pass never share a mask: GPT-2's and the notes' sites are all different."""
+    """All dropouts of one pass have different sites, so no two of them share a mask."""
     for preset, count in (("gpt2", 1 + 3 * 3), ("notes", 1 + 3 * 3)):
         sites = []
         for name in ("dropout_keep_rows", "dropout_keep_matrix"):
@@ -168,7 +171,7 @@ def test_dropout_follows_torchs_seed_and_stops_in_evaluation():
 
 
 def test_expected_value_under_dropout_is_the_evaluation_output():
-    """The embeddings' dropout alone, averaged over rows that each have their own mask: its scale is right."""
+    """The mean of the embeddings' dropout over 3,000 rows, each with its own mask, is the embedding itself."""
     model = GPTModel(GPTConfig.preset("notes", **SIZES | {"num_layers": 1}, dropout=0.0, embedding_dropout=0.3))
     rows, tokens = 3000, torch.randint(0, 61, (1, 6))
     seen = []
@@ -195,7 +198,7 @@ def test_activation_checkpointing_repeats_the_masks():
 
 
 def test_pre_norm_blocks_alone_and_fused_across_their_border_are_the_same():
-    """The trunk leaves each block's last addition to the next one's norm; called alone a block finishes it."""
+    """The trunk fuses each block's last addition with the next norm. A block that is called alone does the addition."""
     config = GPTConfig.preset("gpt2", **SIZES)
     model, seed = GPTModel(config), torch.tensor([3])
     tokens = torch.randint(0, 61, (2, 9))
@@ -220,7 +223,7 @@ def test_a_future_token_changes_no_earlier_bit(preset):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("side", ["right_by_lengths", "right_by_mask", "left_by_mask"])
 def test_padding_changes_nothing(side, causal):
-    """A padded sequence gives what it gives alone, whatever tokens the padding holds."""
+    """A padded sequence gives the results that it gives alone, whatever tokens its padding holds."""
     model = GPTModel(GPTConfig.preset("gpt2", **SIZES)).eval()
     lengths = torch.tensor([5, 9, 1])
     tokens = torch.randint(0, 61, (3, 9))
@@ -299,7 +302,7 @@ def test_sizes_that_make_no_model(changes, message):
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
 
-PUBLISHED = [  # name, parameters of the language model with tied output layer, or the notes' free one
+PUBLISHED = [  # name, number of parameters of the language model with tied output layer
     ("gpt1", 116_534_784),
     ("gpt2", 124_439_808),
     ("gpt2-medium", 354_823_168),
@@ -347,7 +350,7 @@ def test_bad_configuration(changes, message):
 @pytest.mark.parametrize("preset", ["gpt1", "gpt2"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 def test_packed_sequences_are_as_they_are_alone(preset, causal):
-    """Four sequences, an empty one among them, in one row longer than seq_len."""
+    """Four packed sequences, one of them empty, give their own results in a row that is longer than seq_len."""
     torch.manual_seed(0)
     sizes = {"num_tokens": 30, "hidden_dim": 16, "num_heads": 2, "num_layers": 2, "seq_len": 9}
     model = GPTModel(GPTConfig.preset(preset, **sizes)).eval()

@@ -1,4 +1,7 @@
-"""Norms whose only reader is a product: under autocast they round to the product's dtype at once, to the same bits."""
+"""Test norms whose result only a matrix product reads: under autocast they round to the product's dtype themselves.
+
+The results have the same bits as a norm followed by a cast.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +22,7 @@ NORMS = 2 * SIZES["num_layers"] + 1
 
 
 class Casts(TorchDispatchMode):
-    """The shapes of float32 tensors of three dimensions that were cast to fewer bits, and of those cast back."""
+    """Dispatch mode that counts casts of three-dimensional tensors from float32 (narrowed) and to float32 (widened)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +103,7 @@ def hook(model: Any) -> None:
 
 
 def wrap(model: Any) -> None:
-    """Put a layer of somebody else's in the place of a product, as an adapter does."""
+    """Replace a linear layer by a module of another class, as an adapter does."""
     model.trunk.decoders[0].ff[0] = nn.Sequential(model.trunk.decoders[0].ff[0])
 
 
@@ -114,7 +117,7 @@ def hook_trunk(model: Any) -> None:
     ids=["hook", "adapter", "hook on the trunk", "two readers"],
 )
 def test_other_readers_get_float32(change: Callable, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One norm less is narrow: the one whose reader is not a product alone."""
+    """The one norm whose result is not read by a product alone stays float32."""
     model = make()
     change(model)
     narrowed, _ = casts(model, **options)
@@ -133,7 +136,7 @@ def test_hidden_states_keep_their_dtype() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_a_norm_that_rounds_before_stays_as_it_is(dtype: torch.dtype) -> None:
-    """Rounded to bfloat16 and then to float16, a result is another one than rounded once."""
+    """A result that is already rounded to bfloat16 is not rounded to float16, which would differ from one rounding."""
     with torch.autocast("cpu", torch.float16):
         assert _library.product_dtype(torch.zeros(1), dtype) is None
         assert _library.product_dtype(torch.zeros(1), torch.float32) is torch.float16
@@ -141,7 +144,7 @@ def test_a_norm_that_rounds_before_stays_as_it_is(dtype: torch.dtype) -> None:
 
 
 def test_one_graph(device: str) -> None:
-    """torch.compile traces the question and the narrow norms, forward and backward, to the same bits."""
+    """`torch.compile` traces the choice of the dtype and the narrow norms, and gives the same bits."""
     model = make(device=device, dropout=0.0)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     expected = pass_through(model, torch.bfloat16)
@@ -178,7 +181,7 @@ def wrap_projection(model: Any) -> None:
     ("change", "spared"), [(lambda model: None, NORMS - 1), (wrap_projection, NORMS - 2)], ids=["plain", "adapter"]
 )
 def test_an_accelerated_gpt2(change: Callable, spared: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its last norm, whose result transformers returns, stays wide."""
+    """The last norm stays float32, because transformers returns its result."""
     model = accelerated()
     change(model)
     with Casts() as narrow:

@@ -1,4 +1,4 @@
-"""`gpt_fast.score`: log-probabilities against a softmax of all logits, padding, windows, and what it refuses."""
+"""Test `gpt_fast.score`: log-probabilities against a softmax of all logits, padding, windows and invalid arguments."""
 
 import copy
 
@@ -19,7 +19,7 @@ SIZES = {"num_tokens": V, "hidden_dim": 32, "num_heads": 4, "num_layers": 2, "se
 
 
 def build(head=GPTForCausalLM, preset="gpt2", **overrides):
-    """A model in training mode with dropout, whose biases and gains are random too."""
+    """Return a model in training mode with dropout, with random biases and gains."""
     model = head(GPTConfig.preset(preset, **SIZES | overrides))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -32,7 +32,7 @@ def tokens_of(B=3, length=9):
 
 
 def log_softmax(model, tokens):
-    """Return log p of each token but the first of its row, from all logits, in float64."""
+    """Return the log-probability of each token except the first of a row, from all logits, in float64."""
     model = copy.deepcopy(model).double().eval()
     with torch.no_grad():
         logits = model(tokens).logits
@@ -41,7 +41,7 @@ def log_softmax(model, tokens):
 
 @pytest.mark.parametrize("preset", ["notes", "gpt1", "gpt2"])
 def test_scores_are_the_log_softmax_of_the_next_token(preset):
-    """In float64, so that one rounding to float32 is all that may differ."""
+    """The model is in float64, so the scores may differ by one rounding to float32 only."""
     model, tokens = build(preset=preset).double(), tokens_of()
     scores = gpt_fast.score(model, tokens)
     assert torch.equal(scores.predicted, torch.arange(9).expand(3, 9) > 0)
@@ -98,7 +98,7 @@ def test_what_padding_holds_changes_nothing():
     model, tokens = build(), tokens_of(2, 8)
     lengths = torch.tensor([8, 5])
     before = gpt_fast.score(model, tokens, lengths=lengths)
-    tokens[1, 5:] = -7  # no id at all
+    tokens[1, 5:] = -7  # not a token id
     assert torch.equal(gpt_fast.score(model, tokens, lengths=lengths).log_probs, before.log_probs)
 
 
@@ -123,7 +123,7 @@ def test_windows(length, stride, expected):
 
 @pytest.mark.parametrize("stride", [1, 7, 19, 20])
 def test_a_long_row_is_read_in_windows(stride):
-    """Each token behind the tokens that its window has before it, one by one; batches of windows change nothing."""
+    """Each token's score is conditioned on the tokens before it in its window, whatever the batch of windows."""
     model, tokens = build().double(), tokens_of(2, 53)
     lengths = torch.tensor([53, 41])
     scores = gpt_fast.score(model, tokens, lengths=lengths, stride=stride, batch_size=3)
@@ -150,7 +150,7 @@ def test_default_stride_is_half_of_the_positions():
 def test_labels_choose_positions():
     model, tokens = build().double(), tokens_of()
     labels = tokens.masked_fill(torch.arange(9) % 3 > 0, -100)
-    labels[0, 3] = (tokens[0, 3] + 1) % V  # another token than the one that follows
+    labels[0, 3] = (tokens[0, 3] + 1) % V  # differs from the token that follows
     scores = gpt_fast.score(model, tokens, labels=labels)
     assert torch.equal(scores.predicted, (labels != -100) & (torch.arange(9) > 0))
     wanted = copy.deepcopy(model).eval()(tokens).logits.log_softmax(-1)[0, 2, labels[0, 3]].detach()
@@ -182,7 +182,7 @@ def test_greedy_tells_the_most_probable_tokens(chunk, monkeypatch):
 
 
 def test_another_output_layer_is_called_in_chunks(monkeypatch):
-    """A layer with a hook is not fused: its hook sees few rows at a time."""
+    """An output layer with a hook is not fused. It is called for few rows at a time."""
     model, tokens = build().double(), tokens_of()
     wanted, rows = gpt_fast.score(model, tokens), []
     monkeypatch.setattr(gpt_fast.scoring, "_CHUNK", 5 * V)
@@ -193,7 +193,7 @@ def test_another_output_layer_is_called_in_chunks(monkeypatch):
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any op returned."""
+    """Dispatch mode that remembers the size of the largest tensor that any op returned."""
 
     numel = 0
 
@@ -207,7 +207,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("greedy", [False, True])
 def test_no_logits_are_stored(greedy):
-    """With a vocabulary of 50,000 the largest tensor is the weight, or some 80 rows of logits, not all 800."""
+    """With 50,000 tokens in the vocabulary, the largest tensor is the weight or about 80 of the 800 rows of logits."""
     model = build(num_tokens=50_000, hidden_dim=8, num_heads=1, num_layers=1)
     tokens = torch.randint(0, 50_000, (40, T))
     with Largest() as seen:
@@ -246,7 +246,7 @@ def test_without_a_start_token_the_first_token_is_not_scored():
 
 
 def test_continuations():
-    """Against one pass each; a context that is too long loses its first tokens."""
+    """Each continuation has the score that a separate pass gives. A context that is too long loses its first tokens."""
     model = build().double()
     contexts, continuations = ([4, 5, 6], [7], [8] * 30), ([1, 2], [9, 3, 3], list(range(T)))
     found = score_continuations(model, list(zip(contexts, continuations, strict=True)), batch_size=2)

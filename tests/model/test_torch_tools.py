@@ -1,4 +1,7 @@
-"""PyTorch's own tools on our models and on accelerated ones: import, compile, export, func, checkpoints, ranks."""
+"""Test PyTorch's tools on this library's and accelerated models: compile, export, func, checkpointing and ranks.
+
+The first tests measure the import of the package.
+"""
 
 import copy
 import json
@@ -67,7 +70,10 @@ print(json.dumps({"added": sorted(set(sys.modules) - before), "ratio": 1 + secon
 
 @pytest.fixture(scope="module")
 def imports() -> list[dict]:
-    """Three imports of torch, then of gpt_fast, each in a new process. Bytecode is cached, as in any installation."""
+    """Import torch and then gpt_fast in three new processes, and return what each measured.
+
+    Bytecode is cached, as in any installation.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     root = Path(__file__).resolve().parents[2]
     return [
@@ -81,18 +87,21 @@ def imports() -> list[dict]:
 
 
 def test_import_adds_only_our_modules_to_those_of_torch(imports) -> None:
-    """Dynamo, Inductor, SymPy, Triton, transformers and torch.distributed's tools wait until they are needed."""
+    """The import loads no Dynamo, Inductor, SymPy, Triton, transformers or tools of torch.distributed."""
     light = {"gpt_fast", "gpt_fast_settings", "safetensors", *sys.stdlib_module_names}
     assert [name for name in imports[0]["added"] if name.partition(".")[0] not in light] == []
 
 
 def test_import_takes_hardly_longer_than_that_of_torch(imports) -> None:
-    """CPU time of one process, so that other processes count little; the best of three."""
+    """The import takes at most 10 % longer than that of torch, in CPU time of the process, the best of three."""
     assert min(run["ratio"] for run in imports) <= 1.10
 
 
 def test_constant_in_graphs_is_the_public_decorator_without_the_import_of_dynamo() -> None:
-    """`torch.compiler.assume_constant_result` sets one attribute, whose private name a new PyTorch may change."""
+    """`constant_in_graphs` sets the private attribute that `torch.compiler.assume_constant_result` sets.
+
+    A new PyTorch may rename that attribute.
+    """
 
     def ours() -> int:
         return 1
@@ -126,7 +135,7 @@ def test_one_graph_for_every_length(make) -> None:
 
 
 def test_blocks_compiled_one_by_one() -> None:
-    """As `Module.compile` has it: a block that leaves its last addition to the next returns several results."""
+    """`Module.compile` works on a block that returns several results and leaves its last addition to the next block."""
     model = accelerated()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     results = []
@@ -176,7 +185,7 @@ def test_export_with_a_free_length(make) -> None:
 
 
 def test_eager_and_compiled_masks_agree_for_an_explicit_seed() -> None:
-    """Without one they need not: under compile torch draws other numbers for the seed than in eager mode."""
+    """With an explicit seed, eager and compiled masks agree. Otherwise compiled code draws another seed than eager."""
     trunk = GPTModel(GPTConfig.preset("gpt2", **SIZES, dropout=0.3))
     batch, seed = tokens(), torch.tensor([1234])
     compiled = torch.compile(lambda b, s: trunk(b, seed=s), fullgraph=True, backend="aot_eager")
@@ -214,7 +223,10 @@ def test_functional_call(make) -> None:
 
 @pytest.mark.parametrize("make", MODELS)
 def test_func_grad(make) -> None:
-    """On the kernels: the bits of backward. Gradients of each row by vmap, on the reference: they average to it."""
+    """`torch.func.grad` runs the kernels and gives the bits of backward.
+
+    Under `vmap` it runs the reference and gives per-row gradients, whose mean is the gradient of the batch.
+    """
     model, batch = make(), tokens()
     wanted = gradients(model, batch)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -224,7 +236,7 @@ def test_func_grad(make) -> None:
         return torch.func.functional_call(model, parameters, (batch,), {"labels": batch}).loss
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="gpt_fast")  # what the reference says where it serves
+        warnings.filterwarnings("error", message="gpt_fast")  # the reference warns when it runs
         got = torch.func.grad(loss)(parameters, batch)
     assert all(torch.equal(got[name], value) for name, value in wanted.items())
     with pytest.warns(UserWarning, match=r"torch\.func's transforms but one grad or vjp, the pure-PyTorch reference"):
@@ -296,7 +308,7 @@ def test_autocast(make, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("preset", ["gpt1", "gpt2"])
 def test_activation_checkpointing_with_dropout(preset: str, reentrant: bool) -> None:
-    """PyTorch's own, around each decoder, whose dropout draws its own seed: the same gradients bit for bit."""
+    """PyTorch's checkpointing of each decoder, which draws its own dropout seed, gives the same bits of gradients."""
     model, batch = ours(preset, dropout=0.2), tokens()
     results = []
     for checkpointed in (False, True):
@@ -378,5 +390,5 @@ print("done")
 
 
 def test_ddp_and_fsdp2_over_gloo(tmp_path: Path) -> None:
-    """Both give the mean of two ranks' gradients, as one process computes it."""
+    """DDP and FSDP2 both give the mean of two ranks' gradients, as one process computes it."""
     two_ranks.run(RANK, tmp_path)

@@ -1,6 +1,6 @@
-"""Every activation of the table is served by each part of the library, and each part refuses an unknown name.
+"""Test that each part of the library serves every activation of the table and refuses an unknown name.
 
-On C++, or on Triton in the interpreter under TRITON_INTERPRET=1, or on CUDA.
+The kernels under test are those of C++, of Triton in the interpreter (TRITON_INTERPRET=1), or of CUDA.
 """
 
 import copy
@@ -29,7 +29,7 @@ def make_config(activation: str, **options) -> GPTConfig:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_definition_is_pytorchs_module(activation):
-    """The module that layers are made of computes the function that reference.mlp calls."""
+    """The module that layers use computes the same function as `reference.mlp`."""
     row = ACTIVATIONS[activation]
     mlp = MLP(4, 8, activation)
     assert type(mlp[1]) is row.module
@@ -46,7 +46,7 @@ def test_no_two_activations_are_the_same():
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_kernels_serve_it(activation, device, check_implementation):
-    """Forward and backward on the implementation under test, with dropout, kept and recomputed."""
+    """Forward and backward run on the implementation under test, with dropout, hidden values kept or recomputed."""
     inputs = sample_inputs((17, 20, 33, 12), torch.float32, device)
     for recompute in (False, True):
         check(inputs, activation, 0.1, recompute=recompute)
@@ -56,7 +56,7 @@ def test_the_kernels_serve_it(activation, device, check_implementation):
 @pytest.mark.skipif(gpt_fast.build_info() is None or INTERPRETED, reason="the C++ step needs the extension's kernels")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_decode_step_serves_it(activation):
-    """A token's logits from the C++ step are those of the model that reads all tokens at once."""
+    """A token's logits from the C++ step agree with those of the model that reads all tokens at once."""
     model = GPTForCausalLM(make_config(activation, init_std=0.3)).eval()
     tokens = torch.randint(0, 61, (2, 9))
     session = gpt_fast.DecodeSession(model, batch=2)
@@ -93,7 +93,7 @@ def test_transformers_serves_it(activation, pre_norm):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_accelerate_recognises_it(activation):
-    """The functions and modules of PyTorch in a stock layer, and the modules that transformers makes of each name."""
+    """`accelerate` recognises PyTorch's functions and modules, and the modules that transformers makes of each name."""
     row = ACTIVATIONS[activation]
     for function in (row.function, *row.aliases, row.make_module()):
         assert torch_modules._activation(function) == activation
@@ -106,10 +106,10 @@ def test_accelerate_recognises_it(activation):
 
 
 def test_the_kernels_refuse_an_unknown_name(device, implementation):
-    """The operators themselves, without the public function's check."""
+    """The operators refuse an unknown name themselves, without the check of the public function."""
     x, fc_weight, fc_bias, proj_weight, proj_bias = sample_inputs((4, 8, 12, 8), torch.float32, device)
     tensors = x.detach(), fc_weight.detach(), fc_bias.detach(), proj_weight.detach()
-    if implementation == "triton":  # a failed tl.static_assert: AssertionError in the interpreter
+    if implementation == "triton":  # a tl.static_assert fails, in the interpreter with AssertionError
         error, message = Exception, "ACTIVATION is unknown; expected relu, gelu or gelu_tanh"
     else:
         error, message = ValueError, f"gpt_fast.mlp: {UNKNOWN}"

@@ -1,4 +1,4 @@
-"""add_layer_norm against the float64 reference, and against the ops it is made of."""
+"""Test add_layer_norm against the float64 reference, and against addition followed by layer_norm."""
 
 import contextlib
 import importlib
@@ -52,7 +52,7 @@ def check(x, residual, weight, bias, p=0.0, uses=("normed", "summed")):
             strict=True,
         )
     )
-    # `summed` is rounded once; `normed` and every gradient are those of what was stored.
+    # `summed` is rounded once. `normed` and the gradients are computed from the rounded `summed`.
     xd, rd = x.detach().double(), residual.detach().double()
     keep = reference.dropout_keep_rows(seed, site, xd.numel() // xd.shape[-1], xd.shape[-1], p).view(xd.shape)
     factor = keep * reference.dropout_scale(p)
@@ -100,7 +100,7 @@ def test_dtypes(x_dtype, residual_dtype, p, device):
 
 
 def test_several_tiles_a_program(device, implementation, monkeypatch):
-    """More rows than the programs of the backward kernel take at once, so that each goes round its loop."""
+    """There are more rows than the programs of the backward kernel take at once, so each program's loop iterates."""
     if implementation != "triton":
         pytest.skip("a launch configuration of the Triton kernel")
     kernel = importlib.import_module("gpt_fast.kernels.add_layer_norm")
@@ -117,7 +117,7 @@ def test_one_output_used(uses, p, device):
 
 @pytest.mark.parametrize("frozen", ["x", "residual", "weight", "bias"])
 def test_frozen_inputs(frozen, device):
-    """Gradients of what is trained do not depend on what is not."""
+    """The gradients of the other inputs do not change if one input requires no gradient."""
     inputs = dict(zip(("x", "residual", "weight", "bias"), sample_inputs((7, 70), device), strict=True))
     upstream = torch.randn(2, 7, 70, device=device).unbind()
     everything = torch.autograd.grad(ops.add_layer_norm(*inputs.values()), inputs.values(), upstream)
@@ -138,7 +138,7 @@ def test_without_dropout_it_is_addition_and_layer_norm(device):
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.999, 1 - 2**-18])
 def test_dropout_is_the_contracts_bit_for_bit(p, device):
-    """On a residual of zeros `summed` shows which elements of x were kept; its gradient shows it again."""
+    """With a residual of zeros and x of ones, `summed` and the gradient of x show the dropout mask."""
     rows, C, seed, site = 37, 203, torch.tensor([-5], device=device), 9
     x = torch.ones(rows, C, device=device, requires_grad=True)
     _, summed = ops.add_layer_norm(x, torch.zeros_like(x), dropout_p=p, seed=seed, site=site)
@@ -218,7 +218,7 @@ def test_offsets_beyond_2_to_the_31(device, far_apart):
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_expanded_inputs(dim, device):
-    """Strides of zero, along rows and along columns; branch and residual may be one tensor."""
+    """Inputs may have strides of zero along rows or columns, and x and the residual may be one tensor."""
     x, _, weight, bias = sample_inputs((6, 70), device)
     expanded = x.detach().narrow(dim, 0, 1).expand(6, 70)
     copy, seed = expanded.clone(), torch.tensor([3], device=device)
@@ -278,7 +278,7 @@ def test_opcheck():
 @pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
 @pytest.mark.parametrize("reference", [False, True], ids=["kernel", "reference"])
 def test_a_norm_for_a_product_is_the_norm_rounded(device, dtype, reference):
-    """This library's blocks ask for it: `summed` stays, and the rest has the bits of a cast after the norm."""
+    """`_normed_dtype`, which this library's blocks use, gives the bits of a cast after the norm and keeps `summed`."""
     inputs, seed = sample_inputs((6, 70), device), torch.tensor([8], device=device)
     upstream = torch.randn(6, 70, device=device).to(dtype), torch.randn(6, 70, device=device)
     results = []

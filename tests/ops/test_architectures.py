@@ -1,4 +1,7 @@
-"""One table describes the GPU architectures: every reader follows it, shown by adding one that does not exist."""
+"""Test that everything that depends on GPU architectures follows the one table of them, kernels/architectures.py.
+
+The tests add an invented architecture to the table.
+"""
 
 import json
 import os
@@ -28,7 +31,7 @@ def with_invented(monkeypatch):
 
 @pytest.fixture
 def tree(tmp_path):
-    """Copy what the build reads, with the invented architecture in the table."""
+    """Copy the files that the build reads, with the invented architecture in the table."""
     text = (ROOT / "kernels" / "architectures.py").read_text("utf-8")
     row = f"    {INVENTED!r},\n)\nOLDEST"
     for folder in ("kernels", "gpt_fast/kernels", "csrc/cuda"):
@@ -52,7 +55,10 @@ def test_every_launch_configuration_is_for_a_known_architecture(op):
 
 
 def test_the_budget_covers_every_architecture():
-    """`make codegen` fails on a launch without a budget, so the two together mean that the gate compiles each."""
+    """The recorded budgets name every architecture for every op.
+
+    `make codegen` fails on a launch without a budget, so it compiles each op for each architecture.
+    """
     kernels = json.loads((codegen.RESULTS / "codegen-3.6.json").read_text("utf-8"))["kernels"]
     for op in LAUNCHED:
         targets = {target for key, by_target in kernels.items() if key.startswith(f"{op} ") for target in by_target}
@@ -91,7 +97,10 @@ def test_the_gate_holds_an_architecture_to_its_row(monkeypatch):
 
 @pytest.mark.parametrize("row", architectures.ARCHITECTURES, ids=lambda row: f"sm_{row.capability}")
 def test_every_kernel_fits_the_shared_memory_of_every_architecture(row):
-    """By the budgets, which `make codegen` holds the compiled kernels to; heads of 129 to 256 did not fit sm_86."""
+    """The budgets fit, and `make codegen` checks the compiled kernels against them.
+
+    Attention with head sizes from 129 to 256 once did not fit sm_86.
+    """
     kernels = json.loads((codegen.RESULTS / "codegen-3.6.json").read_text("utf-8"))["kernels"]
     target = f"sm_{row.capability}"
     shared = {key: by_target[target]["shared"] for key, by_target in kernels.items() if target in by_target}
@@ -102,7 +111,7 @@ def test_every_kernel_fits_the_shared_memory_of_every_architecture(row):
     ("capability", "described"), [(80, False), (89, False), (90, True), (95, False), (100, True), (120, False)]
 )
 def test_descriptors_are_for_architectures_that_have_them(capability, described, with_invented):
-    """An architecture without a row is served by the newest that is not newer."""
+    """An architecture that has no row gets the row of the newest older architecture."""
     x = torch.zeros(64, 64, dtype=torch.bfloat16)
     assert descriptors.describable(x, capability) == described
     assert gemm.operand(x, 32, 32, capability)[1] == int(described)
@@ -138,7 +147,7 @@ def test_setup_compiles_cuda_for_the_architectures_of_the_table(tree):
 
 
 def test_make_codegen_runs_nvcc_for_the_architectures_of_the_table(tree):
-    """Everything else that `make codegen` runs is replaced by nothing."""
+    """All other programs that `make codegen` runs are replaced by scripts that do nothing."""
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     scripts = {

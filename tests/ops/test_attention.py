@@ -1,4 +1,4 @@
-"""attention against the float64 reference: the C++ kernel, Triton in the interpreter, Triton on CUDA."""
+"""Test attention against the float64 reference: the C++ kernel, Triton in the interpreter and Triton on CUDA."""
 
 import importlib
 import itertools
@@ -22,7 +22,7 @@ NAMES = ("out", "dq", "dk", "dv")
 
 
 def inputs(B, H, T, S, D, *, dtype=torch.float32, device="cpu"):
-    """q, k, v that record gradients, and an upstream gradient."""
+    """Return q, k and v, which require gradients, and an upstream gradient."""
     q, dout = (torch.randn(B, H, T, D, device=device).to(dtype) for _ in range(2))
     k, v = (torch.randn(B, H, S, D, device=device).to(dtype) for _ in range(2))
     return *(x.requires_grad_() for x in (q, k, v)), dout
@@ -34,9 +34,9 @@ def run(q, k, v, dout, function=ops.attention, **options):
 
 
 def yardstick(q, k, v, dout, *, scale=None, **options):
-    """`run` in plain PyTorch with the roundings the contract names and no others.
+    """Compute `run` in plain PyTorch with exactly the roundings that the op's contract names.
 
-    Autograd of the reference rounds dP instead of dS and knows the output before it was rounded.
+    Autograd of the reference would not do: it rounds dP instead of dS, and uses the output before rounding.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.no_grad():
@@ -54,10 +54,10 @@ def yardstick(q, k, v, dout, *, scale=None, **options):
 
 
 def check(q, k, v, dout, **options):
-    """Output and gradients, judged by the errors of the yardstick."""
+    """Assert that output and gradients are as accurate as the yardstick, and return them."""
     got = run(q, k, v, dout, **options)
     exact = run(*(numerics.exact(x) for x in (q, k, v)), dout.double(), reference.attention, **options)
-    # dS = P (dP - delta) cancels, to nothing where a query has one key: these are the sizes of its terms.
+    # dS = P (dP - delta) cancels, and is 0 if a query has one key. `terms` holds the sizes of the terms that cancel.
     scale = abs(q.shape[-1] ** -0.5 if options.get("scale") is None else options["scale"])
     dp = _longest(dout) * _longest(v) * reference.dropout_scale(options.get("dropout_p", 0.0))
     terms = {"dq": scale * dp * _longest(k), "dk": scale * dp * _longest(q)}
@@ -69,7 +69,7 @@ def check(q, k, v, dout, **options):
 
 
 def _longest(x) -> float:
-    """The largest norm of a row."""
+    """Return the largest Euclidean norm of a row."""
     return x.detach().double().norm(dim=-1).max().item() if x.numel() else 0.0
 
 
@@ -108,13 +108,16 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "options"), SHAPES)
 def test_numerics(shape, options, dtype, device):
-    """Sizes on, off and one past blocks; both directions; extreme scales."""
+    """Test sizes on, off and one past multiples of a block, causal and bidirectional, with extreme scales."""
     check(*inputs(*shape, dtype=dtype, device=device), **options)
 
 
 @pytest.mark.parametrize(("dq", "dkdv"), [((16, 32), (64, 16)), ((64, 16), (16, 32))], ids=["shorter", "longer"])
 def test_tiles_of_both_backward_kernels(dq, dkdv, device, implementation, monkeypatch):
-    """What one keeps of the rows the other reads in tiles of its own length, past the last row too."""
+    """One backward kernel stores each row's lse and delta. The other reads them in tiles of another length.
+
+    Those tiles may extend past the last row.
+    """
     if implementation != "triton":
         pytest.skip("a launch configuration of the Triton kernels")
     kernel = importlib.import_module("gpt_fast.kernels.attention")
@@ -131,7 +134,10 @@ def test_tiles_of_both_backward_kernels(dq, dkdv, device, implementation, monkey
 
 @pytest.fixture
 def late(implementation, monkeypatch):
-    """Forward scales its scores after their maximum, in tiles that several rounds of these tests' keys fill."""
+    """Configure the forward kernel to scale scores after taking their maximum, in tiles of 32 keys.
+
+    Most tests have keys for several such tiles.
+    """
     if implementation != "triton":
         pytest.skip("a launch configuration of the Triton kernels")
     kernel = importlib.import_module("gpt_fast.kernels.attention")
@@ -147,7 +153,7 @@ def late(implementation, monkeypatch):
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 0.2, 3.0, -0.5], ids=str)
 @pytest.mark.parametrize("name", ["none", "lengths", "key_mask", "mask", "window"])
 def test_late_scale_with_masks(name, scale, late, device):
-    """Scale 0 turns -inf into no NaN, and rows without a key give 0."""
+    """Scale 0 must not turn masked scores of -inf into NaN. Rows without a key give 0."""
     empty = torch.rand(70, 70, device=device) > 0.3
     empty[[0, 7, 69]] = False
     options = {
@@ -165,7 +171,7 @@ def test_late_scale_with_masks(name, scale, late, device):
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 0.5, 3.0], ids=str)
 @pytest.mark.parametrize("name", ["none", "causal", "lengths", "key_mask", "mask"])
 def test_late_scale_of_scores_that_are_not_finite(name, scale, late, device):
-    """NaN where all of a query's scores are -inf; a weight of 0 where only one is; as the shipped order of scaling."""
+    """Scores of -inf give NaN if all scores of a query are -inf, else a weight of 0, as with the shipped order."""
     options = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in MASKS_OF_THREE[name].items()} | {
         "scale": scale
     }
@@ -196,7 +202,7 @@ CANDIDATES = importlib.import_module("gpt_fast.kernels.launch_configs").CANDIDAT
 @pytest.mark.parametrize("p", [0.0, 0.1], ids=["plain", "dropout"])
 @pytest.mark.parametrize("row", CANDIDATES, ids=lambda row: f"{row.kernel} {'-'.join(map(str, row.config))}")
 def test_candidates_of_the_tuner(row, p, device, implementation):
-    """Every configuration that a measurement may switch on is right before it is."""
+    """Every launch configuration that the tuner may choose gives correct results."""
     if implementation != "triton":
         pytest.skip("a launch configuration of the Triton kernels")
     configs = importlib.import_module("gpt_fast.kernels.launch_configs")
@@ -213,13 +219,13 @@ def test_large_scores_with_a_late_scale(late, device):
 
 
 def test_large_scores(device):
-    """Scores in the hundreds: exponentials overflow without the running maximum."""
+    """With scores in the hundreds, exponentials would overflow without the running maximum."""
     q, k, v, dout = inputs(1, 2, 70, 70, 16, device=device)
     check((q.detach() * 30).requires_grad_(), k, v, dout)
 
 
 def masks(device, T=100, S=100):
-    """Each mask's option, for a batch of 2 and 3 heads."""
+    """Return the options of each kind of mask, for a batch of 2 and 3 heads."""
     random = torch.rand(2, 3, T, S, device=device) > 0.4
     triangle = torch.ones(T, S, dtype=torch.bool, device=device).tril()
     middle = torch.zeros(2, S, dtype=torch.bool, device=device)
@@ -254,12 +260,12 @@ def masks(device, T=100, S=100):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", masks("cpu"))
 def test_masks(name, dtype, device):
-    """Every mask alone, in each shape it may have, and all together."""
+    """Test every mask alone, in each shape that it may have, and all masks together."""
     check(*inputs(2, 3, 100, 100, 16, dtype=dtype, device=device), **masks(device)[name])
 
 
 def test_masks_with_fewer_queries_than_keys(device):
-    """Positions of queries count from the end of the keys."""
+    """With fewer queries than keys, the last query has the position of the last key."""
     q, k, v, dout = inputs(2, 2, 30, 100, 16, device=device)
     lengths = torch.tensor([75, 100], device=device)
     for options in ({"window": 20}, {"window": 20, "causal": False}, {"lengths": lengths}):
@@ -277,7 +283,7 @@ PACKED = [
 
 @pytest.mark.parametrize("starts", PACKED)
 def test_packed_sequences(starts, device):
-    """Each sequence is served as if it were alone; tokens after the last see nothing."""
+    """Each packed sequence gives the results that it gives alone. Tokens after the last sequence give 0."""
     q, k, v, dout = inputs(1, 2, 100, 100, 16, device=device)
     cu_seqlens = torch.tensor(starts, device=device)
     got = check(q, k, v, dout, cu_seqlens=cu_seqlens)
@@ -310,7 +316,7 @@ MASKS_OF_THREE = {
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 @pytest.mark.parametrize("name", MASKS_OF_THREE)
 def test_scores_of_minus_infinity_give_nan(name, dtype, device):
-    """As in PyTorch's softmax, and in the reference; a query without keys still gives 0."""
+    """A query whose scores are all -inf gives NaN, as in PyTorch's softmax. A query without keys still gives 0."""
     q, dout = torch.full((1, 1, 3, 1), -torch.inf, dtype=dtype, device=device), torch.ones(1, 1, 3, 1, device=device)
     k, v = (torch.ones(1, 1, 3, 1, dtype=dtype, device=device) for _ in range(2))
     options = {"causal": False} | {
@@ -326,7 +332,7 @@ def test_scores_of_minus_infinity_give_nan(name, dtype, device):
 
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 def test_an_infinite_key_without_weight_spoils_only_the_queries_gradient(dtype, device):
-    """Scores of -inf have weights of 0: outputs, dk and dv are finite, as in PyTorch; dq is 0 times infinity."""
+    """A score of -inf has weight 0, so output, dk and dv are finite, as in PyTorch. dq is NaN: 0 times infinity."""
     q, k, v, dout = (torch.randn(1, 2, 5, 4, device=device).abs().to(dtype) for _ in range(4))
     k[0, 0, 3, 2] = -torch.inf
     out, dq, dk, dv = run(*(x.requires_grad_() for x in (q, k, v)), dout, causal=False)
@@ -336,7 +342,7 @@ def test_an_infinite_key_without_weight_spoils_only_the_queries_gradient(dtype, 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_a_query_of_nan_spoils_the_gradients_of_its_keys(p, device):
-    """With dropout too: a NaN weight is no weight of zero."""
+    """NaN weights reach the gradients of all keys, even where dropout drops them."""
     q, k, v, dout = inputs(1, 2, 40, 40, 8, device=device)
     with torch.no_grad():
         q[0, 1, 39, 3] = torch.nan
@@ -346,16 +352,16 @@ def test_a_query_of_nan_spoils_the_gradients_of_its_keys(p, device):
     assert out[:, :, :39].isfinite().all() and dq[:, :, :39].isfinite().all()
 
 
-EXAMPLES = 8 if os.environ.get("TRITON_INTERPRET") == "1" else 40  # the interpreter takes many seconds for each
+EXAMPLES = 8 if os.environ.get("TRITON_INTERPRET") == "1" else 40  # the interpreter takes many seconds per example
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(data=st.data())
 def test_any_combination(data):
-    """Shapes and masks in any combination, with and without dropout.
+    """Test random combinations of shapes and masks, with and without dropout, in float32.
 
-    In float32: the largest of a few hundred roundings to 16 bits is too uneven a yardstick for a search that looks for
-    the worst of many; `test_masks` runs each mask in every dtype.
+    In 16 bits the yardstick's largest error among a few hundred values varies too much for a search that looks for the
+    worst of many cases. `test_masks` runs each mask in bfloat16 too.
     """
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 999), "random numbers"))
@@ -410,7 +416,7 @@ def test_zero_keys_give_the_running_mean_of_the_values(device):
 
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 def test_a_dominant_last_key_returns_its_value(dtype, device):
-    """Exactly: every other weight is below what float32 can hold beside 1."""
+    """The result is exactly that value, because float32 cannot hold the other weights beside 1."""
     q, k, v, _ = inputs(1, 2, 90, 90, 16, dtype=dtype, device=device)
     with torch.no_grad():
         q.fill_(4)
@@ -420,7 +426,10 @@ def test_a_dominant_last_key_returns_its_value(dtype, device):
 
 @pytest.mark.parametrize("T", [1, 5, 33])
 def test_an_infinite_key_that_the_last_query_does_not_see(T, device):
-    """Nobody sees it, so every gradient is finite: tiles of queries are filled up with copies of the last one."""
+    """No query sees the last key, so output and dv are finite.
+
+    The kernel fills its tiles of queries with copies of the last query, which must not see that key either.
+    """
     q, k, v = (torch.randn(1, 1, T, 8, device=device) for _ in range(3))
     k[:, :, -1] = torch.inf
     mask = torch.ones(T, T, dtype=torch.bool, device=device)
@@ -458,7 +467,10 @@ def test_large_scores_are_as_accurate_as_pytorchs(amplitude, device, implementat
 
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 def test_a_single_key_returns_its_value(dtype, device, implementation):
-    """And passes nothing to q and k: its weight is 1 whatever they are (exactly where delta is added as dP is)."""
+    """With one key per query the weight is 1, so the output is v and the gradients of q and k are 0.
+
+    The C++ kernel gives exactly 0, because it sums delta in the same order as dP.
+    """
     q, k, v, dout = inputs(2, 2, 80, 80, 20, dtype=dtype, device=device)
     out, dq, dk, dv = run(q, k, v, dout, window=1)
     assert torch.equal(out, v)
@@ -468,7 +480,7 @@ def test_a_single_key_returns_its_value(dtype, device, implementation):
 
 
 def padding(device):
-    """Options, and where k and v are padding [B, S]."""
+    """Return (options, True where k and v are padding [B, S]) for each kind of padding."""
     j = torch.arange(100, device=device)
     lengths = torch.tensor([70, 33], device=device)
     key_mask = j >= torch.tensor([[20], [67]], device=device)
@@ -492,7 +504,7 @@ def padding(device):
 )
 @pytest.mark.parametrize("name", padding("cpu"))
 def test_what_padding_contains_changes_nothing(name, content, dtype, device):
-    """Keys that no query may attend to by lengths or key_mask: outputs and gradients keep every bit."""
+    """The values of keys that `lengths` or `key_mask` hide change no bit of output and gradients."""
     q, k, v, dout = inputs(2, 2, 100, 100, 16, dtype=dtype, device=device)
     options, padded = padding(device)[name]
     before = run(q, k, v, dout, **options)
@@ -520,7 +532,7 @@ def test_what_follows_the_last_packed_sequence_changes_nothing(dtype, device):
 def test_two_runs_and_any_number_of_threads_agree_bit_for_bit(
     heads, dtype, device, implementation, threads, thread_counts
 ):
-    """Few heads are cut into parts for the threads, many are not."""
+    """With few heads the kernel splits each head among the threads. With many heads it does not."""
     T, heads = (140, min(2, heads)) if implementation == "triton" else (300, heads)
     tensors = inputs(1, heads, T, T, 32, dtype=dtype, device=device)
     options = {"dropout_p": 0.1, "seed": seed_on(device), "window": 90}
@@ -542,7 +554,7 @@ def test_two_runs_and_any_number_of_threads_agree_bit_for_bit(
     ],
 )
 def test_empty(shape, options, device):
-    """Sizes of zero: what is left of output and gradients is zero."""
+    """With a size of zero, every value that output and gradients have is 0."""
     for grad in run(*inputs(*shape, device=device), **options):
         assert (grad == 0).all()
 
@@ -551,7 +563,7 @@ def test_empty(shape, options, device):
 
 
 def kept(device, T, S, causal, H=2, B=2, **options):
-    """The weights [B, H, T, S] that uniform attention with dropout multiplies the values by: values are an identity."""
+    """Return the weights [B, H, T, S] of uniform attention after dropout. They are the output if v is an identity."""
     q = torch.zeros(B, H, T, S, device=device)
     v = torch.eye(S, device=device).expand(B, H, S, S)
     return ops.attention(q, torch.zeros_like(v), v, causal=causal, **options)
@@ -560,7 +572,7 @@ def kept(device, T, S, causal, H=2, B=2, **options):
 @pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.99, 1 - 1e-6])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 def test_dropout_mask_is_the_references(p, causal, device):
-    """Bit for bit, and kept weights carry the exact scale."""
+    """The kernel keeps exactly the weights that the reference keeps, multiplied by the exact scale."""
     T, S, seed = 75, 101, seed_on(device, -987654321987)
     weights = kept(device, T, S, causal, dropout_p=p, seed=seed, site=7)
     heads = torch.arange(4, device=device).view(2, 2)
@@ -581,7 +593,7 @@ def test_dropout_of_packed_sequences_counts_within_them(device):
 
 
 def test_backward_drops_what_forward_dropped(device):
-    """With dout an identity, dv is the transposed weights."""
+    """If dout is an identity, dv must equal the transposed weights of forward."""
     T, seed = 130, seed_on(device)
     weights = kept(device, T, T, True, dropout_p=0.4, seed=seed, site=3)
     q, k, v, _ = inputs(2, 2, T, T, T, device=device)
@@ -593,7 +605,7 @@ def test_backward_drops_what_forward_dropped(device):
 
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 def test_dropout_numerics(dtype, device):
-    """Forward and backward, alone and with every other mask."""
+    """Test forward and backward with dropout alone, and with dropout and all masks."""
     for p, extra in ((0.1, {}), (0.6, masks(device)["all_of_them"])):
         options = {"dropout_p": p, "seed": seed_on(device), "site": 2**32 - 1} | extra
         check(*inputs(2, 3, 100, 100, 32, dtype=dtype, device=device), **options)
@@ -629,7 +641,7 @@ VIEWS = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("view", VIEWS)
 def test_strides(view, dtype, device):
-    """Views of q, k, v and of the upstream gradient are read in place: the same bits as from contiguous copies."""
+    """Views of q, k, v and the upstream gradient give the same bits as contiguous copies."""
     *tensors, dout = inputs(2, 3, 70, 70, 20, dtype=dtype, device=device)
     viewed = [view(x.detach()).requires_grad_() for x in tensors]
     dout = view(dout)
@@ -639,7 +651,7 @@ def test_strides(view, dtype, device):
 
 
 def test_what_lies_between_the_rows_changes_nothing(device):
-    """Rows of 20 elements that NaN surrounds, as in a buffer that is not written: nothing past a row's end is used."""
+    """Rows of 20 elements lie in a buffer of NaN. No value past the end of a row is used."""
     tensors = inputs(1, 2, 150, 150, 20, device=device)
     surrounded = []
     for x in tensors:
@@ -669,7 +681,7 @@ def test_merging_the_heads_is_a_view(device):
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
 def test_packed_projection(dtype, layout, device):
-    """attention_qkv gives the bits of attention on the three parts, and one gradient."""
+    """`attention_qkv` gives the bits of `attention` on its three parts, and one gradient for the packed tensor."""
     B, T, H, D = 2, 70, 3, 20
     qkv = torch.randn(B, T, 3 * H * D, device=device).to(dtype)
     if layout == "strided":
@@ -689,7 +701,7 @@ def test_packed_projection(dtype, layout, device):
 
 @pytest.mark.parametrize("dim", [0, 1, 2, 3], ids=["batch", "heads", "tokens", "elements"])
 def test_offsets_beyond_2_to_the_31(dim, device, implementation, far_apart):
-    """Between batches, heads, tokens or elements of every input, and in the dense mask."""
+    """Distances beyond 2^31 lie between batches, heads, tokens or elements of every input and of the dense mask."""
     if dim == 3 and implementation == "triton":
         pytest.skip("the offset of an element in its row has 32 bits")
     shape = [2, 2, 20, 20, 16] if dim < 2 else [1, 1, 130, 130, 16]
@@ -701,14 +713,14 @@ def test_offsets_beyond_2_to_the_31(dim, device, implementation, far_apart):
 
 
 def test_tensors_that_share_memory(device):
-    """Self-attention without a projection: q, k and v are one tensor, whose gradient is the sum of three."""
+    """If q, k and v are one tensor, its gradient is the sum of the three gradients."""
     x, _, _, dout = inputs(1, 2, 40, 40, 16, device=device)
     (got,) = torch.autograd.grad(ops.attention(x, x, x), x, dout)
     parts = run(*(x.detach().clone().requires_grad_() for _ in range(3)), dout)[1:]
     torch.testing.assert_close(got, sum(parts))
 
 
-# ---- a citizen of PyTorch --------------------------------------------------------------------------------------------
+# ---- the operator in PyTorch: opcheck, compile, autocast, autograd ---------------------------------------------------
 
 
 def in_order(dropout_p=0.0, seed=None, causal=True, window=None, scale=0.25, **tensors):
@@ -718,7 +730,7 @@ def in_order(dropout_p=0.0, seed=None, causal=True, window=None, scale=0.25, **t
 
 @pytest.mark.parametrize("name", ["causal", "dropout", "all_of_them"])
 def test_opcheck(name, device):
-    """The raw operators: schema, fake kernels, autograd registration."""
+    """Check the operators' schemas, fake kernels and autograd registration."""
     q, k, v, dout = (x.detach() for x in inputs(2, 3, 20, 20, 8, device=device))
     drop = {"dropout_p": 0.2, "seed": seed_on(device)}
     options = in_order(**{"causal": {}, "dropout": drop, "all_of_them": masks(device, 20, 20)["all_of_them"]}[name])
@@ -730,7 +742,7 @@ def test_opcheck(name, device):
 
 
 def test_log_sum_exp_is_saved(device):
-    """The natural logarithm of each row's sum of exponentials; +inf without keys."""
+    """The forward operator saves the natural logarithm of each row's sum of exponentials, or +inf without keys."""
     q, k, v, _ = (x.detach() for x in inputs(2, 2, 50, 50, 16, device=device))
     lengths = torch.tensor([0, 30], device=device)
     _, lse = torch.ops.gpt_fast.attention_forward(q, k, v, *in_order(lengths=lengths, causal=False))
@@ -741,7 +753,7 @@ def test_log_sum_exp_is_saved(device):
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_fullgraph(dynamic, device):
-    """One graph, forward and backward, the bits of eager mode."""
+    """Forward and backward compile to one graph and give the bits of eager mode."""
 
     def function(q, k, v, qkv, lengths, seed):
         first = ops.attention(q, k, v, lengths=lengths, dropout_p=0.2, seed=seed)
@@ -759,7 +771,7 @@ def test_fullgraph(dynamic, device):
 
 
 def test_autocast(device):
-    """Under autocast inputs are cast; inside the kernel nothing is."""
+    """Autocast casts the inputs of the op. It changes nothing inside the kernel."""
     q, k, v, dout = inputs(1, 2, 40, 40, 16, device=device)
     with torch.autocast(device, dtype=torch.bfloat16):
         out = ops.attention(q, k, v)
@@ -809,7 +821,7 @@ def test_double_backward_says_that_it_is_not_there(device):
 
 
 def test_the_reference_is_torchs_attention():
-    """Pins the definition itself, in float64, second derivatives included."""
+    """The reference agrees with PyTorch's attention in float64, and its first and second derivatives are correct."""
     q, k, v, _ = inputs(1, 2, 9, 9, 5, dtype=torch.float64)
     torch.testing.assert_close(
         reference.attention(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True), rtol=1e-12, atol=1e-12
@@ -826,14 +838,14 @@ def test_the_reference_is_torchs_attention():
 
 
 def peak_of(function: Callable, device: str) -> int:
-    """Bytes that calling it takes at most, beyond what was taken before."""
+    """Return the peak number of bytes that a call of `function` allocates."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the resident memory of now
 
     def kilobytes(name: str) -> int:
         return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1))
@@ -846,7 +858,7 @@ def peak_of(function: Callable, device: str) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_memory_is_linear_in_the_length(dropout_p, device, implementation):
-    """Forward and backward at 8192 tokens: one [T, S] matrix of bytes alone would be 64 MiB."""
+    """Forward and backward of 8192 tokens take less than 32 MiB. A [T, S] matrix of bytes would take 64 MiB."""
     if implementation == "triton" and device == "cpu":
         pytest.skip("the interpreter's own memory is what would be measured, for minutes")
     tensors = inputs(1, 1, 8192, 8192, 16, device=device)
@@ -891,7 +903,7 @@ BAD_INPUT = [
 
 @pytest.mark.parametrize(("spoil", "message"), BAD_INPUT)
 def test_bad_input(spoil, message, device):
-    """Each ValueError names op and value, and the process goes on."""
+    """Each ValueError names the op and the value, and the op works afterwards."""
     gpt_fast.check_values(True)
     q = torch.randn(2, 3, 10, 8, device=device)
     k, v = (torch.randn(2, 3, 12, 8, device=device) for _ in range(2))
@@ -922,7 +934,7 @@ def test_bad_packed_projection(device):
     ],
 )
 def test_values_out_of_range_inside_the_kernel(options, message, implementation):
-    """Where the public function did not look, as under torch.compile, the CPU kernel does."""
+    """The CPU kernel validates the values itself, because the public function does not under torch.compile."""
     if implementation != "cpp":
         pytest.skip("CUDA kernels clamp instead")
     B = 1 if "cu_seqlens" in options else 2
@@ -942,7 +954,7 @@ def test_values_out_of_range_inside_the_kernel(options, message, implementation)
     ],
 )
 def test_values_out_of_range_read_nothing_out_of_bounds(wild, tame, device, implementation):
-    """Where nobody looked at the values, Triton kernels take the nearest that are possible, forward and backward."""
+    """Triton kernels clamp values that were not validated to the valid range, forward and backward."""
     if implementation != "triton":
         pytest.skip("the C++ kernel raises")
     B = 1 if "cu_seqlens" in wild else 2

@@ -1,4 +1,4 @@
-"""decode_attention against the float64 reference: C++, Triton in the interpreter, Triton and CUDA C++ on CUDA."""
+"""Test decode_attention against the float64 reference: C++, Triton in the interpreter, Triton and CUDA C++ on CUDA."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from tests import numerics
 
 @pytest.fixture(params=["cpu", *(pytest.param(name, marks=pytest.mark.cuda) for name in ("cuda", "cuda C++"))])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """As everywhere, and CUDA once more with the kernel of csrc/cuda in the place of Triton's."""
+    """Return "cpu" or "cuda". A second run on CUDA uses the kernel of csrc/cuda in place of Triton's."""
     if request.param == "cuda C++":
         if not torch._C._dispatch_has_kernel_for_dispatch_key("gpt_fast::decode_attention_cuda_forward", "CUDA"):
             pytest.skip("csrc/cuda was not built: it needs PyTorch with CUDA and nvcc")
@@ -23,7 +23,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 def inputs(B, H, S, D, *, dtype=torch.float32, device="cpu", scale=1.0):
-    """Return q and the two caches, and lengths from 1 to S of which one is S."""
+    """Return q, the two caches, and random lengths from 1 to S. The last length is S."""
     q = (torch.randn(B, H, D, device=device) * scale).to(dtype)
     k, v = (torch.randn(B, H, S, D, device=device).to(dtype) for _ in range(2))
     lengths = torch.randint(1, S + 1, (B,), device=device)
@@ -32,7 +32,10 @@ def inputs(B, H, S, D, *, dtype=torch.float32, device="cpu", scale=1.0):
 
 
 def check(q, k, v, lengths):
-    """The output, judged by the errors of the reference in the inputs' dtype, which rounds the probabilities too."""
+    """Assert that the output is as accurate as the reference in the inputs' dtype, and return it.
+
+    That reference rounds the probabilities, as the kernel does.
+    """
     got = ops.decode_attention(q, k, v, lengths)
     exact = reference.decode_attention(q.double(), k.double(), v.double(), lengths)
     numerics.assert_as_accurate(got, reference.decode_attention(q, k, v, lengths), exact)
@@ -59,20 +62,20 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_numerics(shape, dtype, device):
-    """Sizes on, off and one past blocks and splits; rows of different lengths."""
+    """Test sizes on, off and one past multiples of blocks and splits. Rows have different lengths."""
     check(*inputs(*shape, dtype=dtype, device=device))
 
 
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 def test_peaked_and_large_scores(dtype, device):
-    """Scores in the hundreds overflow an exponential that does not subtract the largest."""
+    """With scores in the hundreds, exponentials overflow unless the largest score is subtracted."""
     q, k, v, lengths = inputs(2, 2, 300, 32, dtype=dtype, device=device, scale=30.0)
     check(q, k, v, lengths)
     check(q, -k.abs() * q.sign()[:, :, None], v, lengths)  # all scores far below zero
 
 
 def test_more_splits_than_are_added_at_a_time(device):
-    """A long cache whose largest scores come late, early and in the middle."""
+    """A long cache needs more splits than one addition takes. Its largest scores come late, early or in the middle."""
     q, k, v, lengths = inputs(3, 1, 2200, 16, device=device)
     for b, j in enumerate((2190, 3, 1100)):
         k[b, :, j] = q[b] * 4
@@ -96,7 +99,7 @@ def test_any_shape(B, H, S, D, dtype, seed):
 
 @pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 200])
 def test_what_lies_past_the_length_changes_nothing(length, device):
-    """NaN and infinity included; two runs agree bit for bit; a length of 0 gives 0."""
+    """NaN and infinity past the length change no bit, two runs agree bit for bit, and a length of 0 gives 0."""
     q, k, v, _ = inputs(2, 2, 200, 32, device=device)
     lengths = torch.tensor([min(200, length + 3), length], device=device)
     first = ops.decode_attention(q, k, v, lengths)
@@ -118,7 +121,7 @@ def test_keys_of_zero_give_the_mean(device):
 
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 def test_a_dominant_key_gives_its_value(dtype, device):
-    """First, last, and at either side of where blocks and splits may meet."""
+    """The dominant key is first, last, or next to a boundary of blocks or splits."""
     q, k, v, _ = inputs(1, 2, 300, 32, dtype=dtype, device=device)
     for j in (0, 31, 32, 63, 64, 127, 128, 255, 256, 299):
         dominant = torch.zeros_like(k)
@@ -139,10 +142,7 @@ def test_the_batch_and_the_threads_change_no_bit(device, threads):
 
 
 def test_strided_inputs_are_read_in_place(device):
-    """Queries are a view of a packed projection.
-
-    Caches are slices of larger ones, or have sequence and heads exchanged.
-    """
+    """Queries are a view of a packed projection. One cache is a slice of a larger one, the other is transposed."""
     B, H, S, D = 2, 3, 40, 16
     qkv = torch.randn(B, 1, 3 * H * D, device=device)
     q = qkv.unflatten(2, (3, H, D))[:, 0, 0]
@@ -224,7 +224,7 @@ def test_refuses(changes, message):
 
 @pytest.mark.parametrize("length", [-1, 6])
 def test_the_kernel_checks_lengths_itself(length, implementation):
-    """Compiled code skips the public function's look at the values; the kernel has the last word."""
+    """The C++ kernel validates lengths, because compiled code skips the validation of the public function."""
     if implementation != "cpp":
         pytest.skip("only the C++ kernel raises; others clamp")
     q, k, v, lengths = inputs(2, 2, 5, 4)
@@ -235,7 +235,7 @@ def test_the_kernel_checks_lengths_itself(length, implementation):
 
 
 def test_lengths_out_of_range_read_nothing_out_of_bounds(device, implementation):
-    """Where nobody looked at them, they are taken for the nearest that are possible."""
+    """Triton and CUDA kernels clamp lengths that were not validated to the valid range."""
     if implementation != "triton":
         pytest.skip("the C++ kernel raises")
     q, k, v, _ = inputs(3, 2, 70, 16, device=device)
@@ -245,7 +245,7 @@ def test_lengths_out_of_range_read_nothing_out_of_bounds(device, implementation)
 
 
 def test_offsets_beyond_2_to_the_31(device, far_apart):
-    """Between the sequences, heads and rows of a cache."""
+    """Distances beyond 2^31 lie between the sequences, heads or rows of a cache."""
     for dim, shape in ((0, (2, 2, 20, 8)), (1, (2, 2, 20, 8)), (2, (1, 1, 130, 8))):
         q, k, v, lengths = inputs(*shape, dtype=torch.bfloat16, device=device)
         near = ops.decode_attention(q, k, v, lengths)
@@ -258,7 +258,7 @@ def test_refuses_heads_that_are_too_large():
 
 
 def test_every_dtype_agrees_with_every_other(device):
-    """The same numbers, exact in all of them: the outputs differ by their rounding alone."""
+    """For inputs that every dtype holds exactly, the outputs differ by rounding alone."""
     q, k, v, lengths = inputs(2, 2, 90, 32, dtype=torch.bfloat16, device=device)
     outs = [ops.decode_attention(q.to(t), k.to(t), v.to(t), lengths).float() for t in numerics.DTYPES]
     for a, b in itertools.pairwise(outs):
@@ -269,7 +269,7 @@ def test_every_dtype_agrees_with_every_other(device):
 
 
 def new_inputs(B, H, S, D, lengths, *, dtype=torch.float32, device="cpu"):
-    """q, k, v, the two caches, of which nothing behind `lengths` is a number, and `lengths`."""
+    """Return q, k, v, the two caches, which hold NaN from `lengths` on, and `lengths`."""
     q, k, v = (torch.randn(B, H, D, device=device).to(dtype) for _ in range(3))
     k_cache, v_cache = (torch.randn(B, H, S, D, device=device).to(dtype) for _ in range(2))
     for b, length in enumerate(lengths):
@@ -278,7 +278,7 @@ def new_inputs(B, H, S, D, lengths, *, dtype=torch.float32, device="cpu"):
 
 
 def written(x, cache, lengths):
-    """Return the cache with x [B, H, D] at `lengths`."""
+    """Return a copy of the cache with x [B, H, D] written at `lengths`."""
     cache = cache.clone()
     for b, length in enumerate(lengths.tolist()):
         cache[b, :, length] = x[b]
@@ -304,7 +304,7 @@ def append_device(device, request):
     ],
 )
 def test_append_is_a_write_and_decode_attention(shape, lengths, dtype, append_device):
-    """To the bit: output and caches; nothing else of the caches is touched."""
+    """Output and caches have the bits of a write followed by `decode_attention`. Nothing else in them changes."""
     q, k, v, k_cache, v_cache, lengths = new_inputs(*shape, lengths, dtype=dtype, device=append_device)
     keys, values = written(k, k_cache, lengths), written(v, v_cache, lengths)
     got = ops.decode_attention_append(q, k, v, k_cache, v_cache, lengths)
@@ -315,7 +315,7 @@ def test_append_is_a_write_and_decode_attention(shape, lengths, dtype, append_de
 
 
 def test_append_reads_and_writes_strided_tensors_in_place(append_device):
-    """q, k and v as views of a packed projection, the caches as one layer of larger ones."""
+    """q, k and v are views of a packed projection, and the caches are views of one layer of larger caches."""
     B, H, S, D = 2, 3, 40, 16
     q, k, v = torch.randn(B, 3, H, 2 * D, device=append_device)[..., ::2].unbind(1)
     caches = torch.randn(2, 5, B, H, 64, 2 * D, device=append_device)
@@ -383,7 +383,7 @@ def test_append_refuses(changes, message):
 
 
 def test_append_with_lengths_out_of_range_stays_inside_the_cache(append_device, implementation):
-    """Where nobody looked at them, they are taken for the nearest that are possible."""
+    """The Triton kernel clamps lengths that were not validated to places inside the cache."""
     if implementation != "triton":
         pytest.skip("elsewhere values are checked")
     arguments = [x.nan_to_num() for x in new_inputs(3, 2, 70, 16, [69, 0, 69], device=append_device)]

@@ -1,4 +1,4 @@
-"""Dtypes no kernel reads: every tensor argument of every op refuses them, or the float64 reference serves them."""
+"""Test dtypes that no kernel reads: each op refuses them in each argument, or runs the reference in float64."""
 
 import inspect
 import re
@@ -32,7 +32,7 @@ def below(upper, *shape):
     return torch.randint(upper, shape)
 
 
-# op: (the kind of each tensor argument, valid inputs, options that bring every argument into use).
+# op → (the kind of each tensor argument, a function that makes valid inputs, options with which all arguments are used)
 OPS = {
     "layer_norm": ({"x": FLOAT, "weight": FLOAT, "bias": FLOAT}, lambda: (normal(B, C), normal(C), normal(C)), {}),
     "add_layer_norm": (
@@ -92,7 +92,7 @@ OPS = {
         {},
     ),
 }  # fmt: skip
-# One float64 argument beside float32 ones has a defined result here. In all other places it has none.
+# For these arguments, float64 beside float32 in the other arguments is allowed. All other arguments refuse it.
 SERVED = {
     ("layer_norm", "x"), ("add_layer_norm", "x"), ("add_layer_norm", "residual"), ("attention_qkv", "qkv"),
     ("attention_qkv of packed sequences", "qkv"),
@@ -136,13 +136,13 @@ def gradients(outputs, tensors, upstream):
 
 
 def assert_exact(op, tensors, options):
-    """Check outputs and gradients against the reference in float64; return both, as the op gave them."""
+    """Check outputs and gradients against the reference in float64, and return the op's outputs and gradients."""
     truth = {name: numerics.exact(tensor) for name, tensor in tensors.items()}
     outputs, exact_outputs = outputs_of(ops, op, tensors, options), outputs_of(reference, op, truth, options)
     upstream = [torch.randn_like(output) for output in outputs]
     got = [*outputs, *gradients(outputs, tensors, upstream)]
     exact = [*exact_outputs, *gradients(exact_outputs, truth, upstream)]
-    # The coarsest dtype: a gradient in float32 inherits the rounding of a float16 sum.
+    # The coarsest dtype sets the tolerance: a gradient in float32 inherits the rounding of a float16 sum.
     eps = max(torch.finfo(tensor.dtype).eps for tensor in got)
     for result, wanted in zip(got, exact, strict=True):
         error = (result.detach().double() - wanted.detach()).abs().max()
@@ -152,7 +152,7 @@ def assert_exact(op, tensors, options):
 
 @pytest.mark.parametrize(("op", "name", "dtype"), WRONG)
 def test_wrong_dtype_of_one_argument(op, name, dtype, device):
-    """It raises and names the argument, or, where float64 is defined, agrees with the reference in float64."""
+    """The op raises an error that names the argument, or agrees with the float64 reference where float64 is allowed."""
     tensors, options = inputs_of(op, device)
     tensors[name] = cast(tensors[name], dtype) if dtype.is_floating_point else tensors[name].detach().to(dtype)
     if dtype == torch.float64 and (op, name) in SERVED:
@@ -168,7 +168,7 @@ def test_wrong_dtype_of_one_argument(op, name, dtype, device):
 AUTOCAST = [
     param for param in WRONG
     if param.values[0] in ("linear", "mlp", "linear_cross_entropy", "attention", "attention_qkv")
-    and param.values[1:] != ("qkv", torch.float64)  # stays float64
+    and param.values[1:] != ("qkv", torch.float64)  # autocast leaves float64 as it is, which is allowed
 ]  # fmt: skip
 
 
@@ -231,7 +231,7 @@ def test_a_float64_stream_gives_float64_results(stream, with_weight, p, device):
     assert normed.dtype == summed.dtype == torch.float64
 
 
-# ---- the operators themselves: C++ reads no dtype as another --------------------------------------------------------
+# ---- the operators: C++ reads no dtype as another -------------------------------------------------------------------
 
 SAMPLE = {
     "float": normal(B, C), "rows": normal(B), "width": normal(C), "hidden": normal(F), "seed": torch.tensor([7]),
@@ -275,7 +275,7 @@ OPERATORS = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_operators_read_no_dtype_as_another(operator, dtype, implementation):
-    """Each tensor of each operator in turn: dtypes that the public functions keep from them raise there, too."""
+    """Each operator raises if one of its tensors has a dtype that the public functions would refuse."""
     if implementation != "cpp":
         pytest.skip("Triton reads a pointer as the dtype it has")
     function, args = getattr(torch.ops.gpt_fast, operator), OPERATORS[operator]
@@ -287,7 +287,7 @@ def test_operators_read_no_dtype_as_another(operator, dtype, implementation):
 
 
 def test_a_row_reader_is_there_for_each_kernel_dtype(implementation):
-    """float32, bfloat16 and float16 rows are each read as what they are."""
+    """The C++ kernels read rows of float32, bfloat16 and float16 each in their own dtype."""
     if implementation != "cpp":
         pytest.skip("of the C++ kernels")
     for dtype in _library.KERNEL_DTYPES:

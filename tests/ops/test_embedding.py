@@ -1,4 +1,4 @@
-"""embedding against the float64 reference: lookup, positions, dropout, deterministic backward."""
+"""Test embedding against the float64 reference: lookup, positions, dropout and deterministic backward."""
 
 import bisect
 import os
@@ -70,7 +70,7 @@ def test_dropout_is_the_contracts_bit_for_bit(device):
 
 
 def test_a_number_equal_to_the_threshold_is_kept(device):
-    """Dropped is what lies below: with this p the first element lies on it."""
+    """Dropout drops elements whose random number is below the threshold. Here the first number equals the threshold."""
     seed, tokens = torch.tensor([123], device=device), torch.zeros(1, dtype=torch.int64, device=device)
     ones, zeros = torch.ones(1, 1, device=device), torch.zeros(1, 1, device=device)
 
@@ -142,7 +142,7 @@ def resident_bytes():
 
 
 def test_offsets_beyond_2_to_the_31(device, far_apart):
-    """Between the rows of either table, and of the upstream gradient."""
+    """Distances beyond 2^31 lie between the rows of both tables and of the upstream gradient."""
     tokens, *weights = sample_inputs((130,), 140, 130, 8, device, torch.bfloat16)
     tokens[:2] = torch.tensor([0, 139], device=device)
     dout = torch.randn(130, 8, device=device).bfloat16()
@@ -154,7 +154,7 @@ def test_offsets_beyond_2_to_the_31(device, far_apart):
 
 
 def test_expanded_inputs_and_tables_that_share_memory(device):
-    """Strides of zero in ids, tables and the upstream gradient; one table for tokens and positions."""
+    """Ids, tables and the upstream gradient may have strides of zero, and one table may serve tokens and positions."""
     tokens, weight, _ = sample_inputs((3, 7), 11, 9, 24, device)
     for ids, table in ((tokens[:1].expand(3, 7), weight), (tokens, weight[:1].expand(11, 24)), (tokens, weight)):
         table, copy = (t.detach().requires_grad_() for t in (table, table.clone()))
@@ -264,7 +264,7 @@ def test_bad_input(spoil, message):
 
 
 def test_the_kernel_checks_ids_itself(implementation):
-    """Compiled code skips the public function's look at the values; the kernel has the last word."""
+    """The C++ kernel validates ids, because compiled code skips the validation of the public function."""
     if implementation != "cpp":
         pytest.skip("only the C++ kernel raises; others clamp")
     tokens, token_weight, position_weight = (x.detach() for x in sample_inputs((2, 3), 5, 3, 8, "cpu"))
@@ -283,7 +283,7 @@ def test_the_kernel_checks_ids_itself(implementation):
 
 
 def test_ids_out_of_range_read_nothing_out_of_bounds(device, implementation):
-    """Where nobody looked at the values, Triton kernels take the nearest row, forward and backward."""
+    """Triton kernels clamp ids that were not validated to the nearest row, forward and backward."""
     if implementation != "triton":
         pytest.skip("the C++ kernel raises")
     tokens, *weights = (x.detach() for x in sample_inputs((2, 4), 5, 4, 8, device))

@@ -1,4 +1,4 @@
-"""Sizes of zero: each op with each of its sizes at zero, alone and together, forward and backward."""
+"""Test each op with every combination of its sizes at zero, forward and backward."""
 
 import itertools
 
@@ -20,7 +20,7 @@ def parameter(dtype, device, given, *shape):
 
 
 def with_zeros(**sizes):
-    """Every choice of zeros among the sizes, at least one."""
+    """Return every combination in which one or more of the sizes are zero."""
     choices = itertools.product(*((size, 0) for size in sizes.values()))
     return [
         pytest.param(*chosen, id="_".join(f"{name}{size}" for name, size in zip(sizes, chosen, strict=True)))
@@ -30,9 +30,9 @@ def with_zeros(**sizes):
 
 
 def check(op, *args, **options):
-    """Outputs and gradients are those of the reference in float64."""
+    """Assert that outputs and gradients agree with the reference in float64."""
     truth = [numerics.exact(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
-    own = options.pop("own", {})  # options of the op that its definition does not have
+    own = options.pop("own", {})  # options that the op has and its reference does not
     outputs = as_tuple(getattr(ops, op)(*args, **options, **own))
     wanted_outputs = as_tuple(getattr(reference, op)(*truth, **options))
     upstream = [torch.randn_like(output) for output in outputs]
@@ -92,7 +92,7 @@ def test_linear(M, C, N, bias, dtype, device):
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
 @pytest.mark.parametrize("rows", [1, 3000], ids=["one_chunk", "several_chunks"])
 def test_linear_without_rows_of_weight(rows, needs, dtype, device):
-    """Whichever gradients are wanted, with as many rows of x as there may be."""
+    """Test every choice of needed gradients, with rows of x for one chunk and for several."""
     tensors = leaf(dtype, device, rows, 5), leaf(dtype, device, 0, 5), leaf(dtype, device, 0)
     for tensor, needed in zip(tensors, needs, strict=True):
         tensor.requires_grad_(needed)

@@ -1,4 +1,4 @@
-"""FLOP formulas: PyTorch's counter counts of the ops what it counts of the same computation in PyTorch's functions."""
+"""Test the FLOP formulas: PyTorch's counter gives an op the count of the same computation by PyTorch's functions."""
 
 import itertools
 import subprocess
@@ -24,7 +24,7 @@ TARGET = torch.tensor([0, 3, -100, 6, 1, 2])
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = False, **_) -> Tensor:
-    """Return what PyTorch's flash attention gives on a GPU. It is the kernel that the counter has a formula for."""
+    """Return the output of PyTorch's flash attention for GPUs. The counter has a formula for this kernel."""
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
 
 
@@ -41,7 +41,7 @@ def plain_losses(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, weight, bias), TARGET.to(x.device), reduction="none")
 
 
-# our op, the same in PyTorch's functions, and the shapes of the tensors, all of which may get a gradient
+# name → (the op, the same computation by PyTorch's functions, the shapes of the tensors, which all may get a gradient)
 OPS: dict[str, tuple[Callable, Callable, list[tuple[int, ...]]]] = {
     "linear": (ops.linear, F.linear, [(3, 6, 8), (7, 8), (7,)]),
     "mlp": (ops.mlp, plain_mlp, [(6, 8), (16, 8), (16,), (5, 16), (5,)]),
@@ -72,7 +72,7 @@ OPS: dict[str, tuple[Callable, Callable, list[tuple[int, ...]]]] = {
 
 
 def counted(function: Callable, shapes: list[tuple[int, ...]], needed: tuple[bool, ...], device: str) -> int:
-    """Return the FLOPs of forward and, if any gradient is needed, of backward."""
+    """Return the FLOPs of forward, plus those of backward if any gradient is needed."""
     tensors = [
         torch.randn(shape, device=device, requires_grad=need) for shape, need in zip(shapes, needed, strict=True)
     ]
@@ -85,7 +85,7 @@ def counted(function: Callable, shapes: list[tuple[int, ...]], needed: tuple[boo
 
 @pytest.mark.parametrize("name", OPS)
 def test_an_op_counts_as_pytorchs_functions(name: str) -> None:
-    """For every choice of the gradients that are needed; attention's kernel computes all of them or none."""
+    """The counts agree for every choice of needed gradients. Attention's kernel computes all gradients or none."""
     ours, plain, shapes = OPS[name]
     choices = list(itertools.product((False, True), repeat=len(shapes)))
     for needed in (choices[0], choices[-1]) if name == "attention" else choices:
@@ -93,7 +93,7 @@ def test_an_op_counts_as_pytorchs_functions(name: str) -> None:
 
 
 def test_a_recomputed_product_counts() -> None:
-    """As PyTorch's activation checkpointing counts what backward computes again."""
+    """The product that backward recomputes counts, as in PyTorch's activation checkpointing."""
     _, _, shapes = OPS["mlp"]
     every = (True,) * 5
     again = counted(lambda *tensors: ops.mlp(*tensors, recompute=True), shapes, every, "cpu")
@@ -102,7 +102,7 @@ def test_a_recomputed_product_counts() -> None:
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 def test_the_mlp_by_cublaslt_counts_the_same(recompute: bool) -> None:
-    """By its operators' shapes: the kernel needs a GPU."""
+    """The MLP by cuBLASLt needs a GPU, so the test counts its operators on the device "meta"."""
     _, _, shapes = OPS["mlp"]
     every = (True,) * 5
     cublaslt = counted(lambda *tensors: _CublasLtMLP.apply(*tensors, "gelu_tanh", recompute), shapes, every, "meta")
@@ -126,7 +126,7 @@ def test_every_operator_with_a_matrix_product_has_a_formula() -> None:
 
 @pytest.mark.parametrize("train", [True, False], ids=["forward and backward", "forward"])
 def test_a_model_counts_as_the_plain_one(monkeypatch: pytest.MonkeyPatch, train: bool) -> None:
-    """Linear layers, attention, tied output layer and loss of a whole GPT-2."""
+    """A whole GPT-2 counts as the plain PyTorch model: linear layers, attention, tied output layer and loss."""
     monkeypatch.setattr(F, "scaled_dot_product_attention", flash)
     config = gpt_fast.GPTConfig(num_tokens=19, hidden_dim=16, num_heads=2, num_layers=2, seq_len=8)
     tokens = torch.randint(0, 19, (3, 7))
@@ -175,7 +175,10 @@ ORDERS = [
 
 @pytest.mark.parametrize("imports", ORDERS)
 def test_the_formulas_come_with_the_counter(imports: str) -> None:
-    """The package does not import the counter. Whichever is imported first, a counter knows the formulas."""
+    """A counter knows the formulas, whether the package or the counter is imported first.
+
+    The package itself does not import the counter.
+    """
     done = subprocess.run(
         [sys.executable, "-c", imports + COUNT], cwd=ROOT, capture_output=True, text=True, check=False
     )

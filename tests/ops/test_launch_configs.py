@@ -1,4 +1,4 @@
-"""Launch configurations: which row serves, devices too old, the tuner, and the table that it writes for a user."""
+"""Test launch configurations: the choice of a row, GPUs that are too old, the tuner, and a user's own table."""
 
 import fcntl
 import json
@@ -103,7 +103,7 @@ def test_neighbours_differ_in_one_number_and_stay_in_range(op):
 
 
 def test_the_climb_ends_at_the_fastest_that_runs():
-    """Over the numbers' logarithms, away from what fails; nothing is measured twice."""
+    """The climb finds the fastest configuration although others fail, and measures no configuration twice."""
     seen = []
 
     def measure(config):
@@ -118,7 +118,7 @@ def test_the_climb_ends_at_the_fastest_that_runs():
 
 
 def test_the_climb_begins_at_the_fastest_candidate():
-    """A valley that no neighbour of the start leads to."""
+    """The climb starts at the fastest candidate, and so finds a minimum that the first configuration cannot reach."""
 
     def measure(config):
         return {(16,): 5.0, (64,): 3.0, (128,): 2.0}.get(config, 9.0)
@@ -129,7 +129,7 @@ def test_the_climb_begins_at_the_fastest_candidate():
 
 
 def test_candidates_are_compared_with_what_serves(monkeypatch):
-    """The first record is the shipped configuration; what does not run has no time, and the table stays as it was."""
+    """The first record is the shipped configuration. Configurations that fail have no time. The table is unchanged."""
 
     def timer(run):
         queries, keys, *_ = launch_configs.pick("attention", "fwd", 90, 2, 64)
@@ -156,7 +156,7 @@ def test_candidates_are_compared_with_what_serves(monkeypatch):
 
 
 def test_processes_time_one_after_the_other(tmp_path):
-    """The work runs once before, so that compiling it is shared; the lock is held while it is timed."""
+    """The work first runs once without the lock, so that processes compile at the same time. Timing holds the lock."""
     lock, events = tmp_path / "lock", []
 
     def timer(run):
@@ -186,7 +186,7 @@ CARD = "A card"
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The folder of the user's tables, on a machine that has a GPU of sm_90."""
+    """Return the folder of the user's tables, and pretend that the machine has a GPU named CARD."""
     monkeypatch.setenv(launch_configs.FOLDER, str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: CARD)
     launch_configs.forget()
@@ -195,7 +195,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def tune_chunks(folder, fastest=5632, names=("linear_cross_entropy",), device=CARD):
-    """Tune by a stand-in for the clock, which favours chunks of so many rows."""
+    """Tune with a fake timer for which chunks of `fastest` rows are fastest."""
 
     def timer(run):
         rows = launch_configs.pick("linear_cross_entropy", "chunk", 90, 2, 768)[0]
@@ -287,7 +287,7 @@ def test_a_table_of_another_gpu_or_triton_does_not_serve(other, folder, no_work)
     launch_configs.forget()
     with pytest.warns(UserWarning, match=r"was measured on .*; expected A card with .*: run gpt-fast tune"):
         assert launch_configs.pick("linear_cross_entropy", "chunk", 90, 2, 768) == (2816,)
-    with warnings.catch_warnings():  # said once
+    with warnings.catch_warnings():  # the warning appears only once
         warnings.simplefilter("error")
         assert launch_configs.pick("linear_cross_entropy", "chunk", 90, 2, 1024) == (4224,)
 

@@ -1,4 +1,4 @@
-"""layer_norm against the float64 reference: the C++ kernel, Triton in the interpreter, Triton on CUDA."""
+"""Test layer_norm against the float64 reference: the C++ kernel, Triton in the interpreter and Triton on CUDA."""
 
 import contextlib
 import importlib
@@ -44,7 +44,7 @@ def sample_inputs(shape, dtype, device, *, weight=True, bias=True, parameter_dty
 
 
 def check(x, weight, bias, eps=EPS):
-    """Forward and backward with a random upstream gradient, against the reference in float64."""
+    """Compare forward and backward, with a random upstream gradient, with the reference in float64."""
     y = ops.layer_norm(x, weight, bias, eps)
     assert y.dtype == x.dtype
     dy = torch.randn(y.shape, device=y.device).to(y.dtype)
@@ -56,7 +56,7 @@ def check(x, weight, bias, eps=EPS):
     exact_inputs = [tensor for tensor in (xd, wd, bd) if tensor is not None]
     exact = dict(zip(grads, torch.autograd.grad(yd, exact_inputs, dy.double()), strict=True))
 
-    # A normalised value may be off by `delta`; what that does to each result follows from its formula.
+    # A normalised value may be off by `delta`. The tolerance of each result follows from its formula.
     delta = numerics.norm_conditioning(x.detach(), eps)
     gain = torch.ones_like(xd[..., :]) if wd is None else wd.detach().expand_as(xd)
     numerics.assert_rounded_once(y, yd.detach(), conditioning=delta * gain.abs(), label="y")
@@ -79,7 +79,7 @@ def test_numerics(shape, dtype, device):
 
 
 def test_the_widest_rows(device, implementation):
-    """Rows have up to 65,536 columns. Wider ones are refused where a row has to fit into registers.
+    """Rows may have 65,536 columns. Triton, which keeps a row in registers, refuses wider rows.
 
     Only the forward pass runs, because in the interpreter the sums over rows would take 20 seconds.
     """
@@ -96,7 +96,7 @@ def test_the_widest_rows(device, implementation):
 
 
 def test_several_tiles_a_program(device, implementation, monkeypatch):
-    """More rows than the programs of the backward kernel take at once, so that each goes round its loop."""
+    """There are more rows than the programs of the backward kernel take at once, so each program's loop iterates."""
     if implementation != "triton":
         pytest.skip("a launch configuration of the Triton kernel")
     kernel = importlib.import_module("gpt_fast.kernels.layer_norm")
@@ -115,7 +115,7 @@ def test_without_parameters(weight, bias, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_parameters_with_half_input(dtype, device):
-    """As autocast leaves them: the output keeps the input's dtype, gradients the dtype of what they belong to."""
+    """Autocast leaves the parameters in float32. The output has x's dtype, and each gradient that of its tensor."""
     check(*sample_inputs((6, 70), dtype, device, parameter_dtype=torch.float32))
 
 
@@ -140,7 +140,7 @@ CONSTANTS = (1234.567, -1e5, 0.1, 7e-3, 3.0)
 @pytest.mark.parametrize("N", [1, 2, 3, 7, 50, 257, 768, 1000, 4100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_constant_rows_give_the_bias(N, dtype, device):
-    """Exactly, although their mean rounds; the weight's gradient is then exactly 0. The reference does the same."""
+    """Constant rows give exactly the bias, although their mean rounds, and the weight's gradient is exactly 0."""
     x = torch.tensor(CONSTANTS, device=device).to(dtype).clamp(-6e4, 6e4)[:, None].repeat(1, N).requires_grad_()
     _, weight, bias = sample_inputs((3, N), dtype, device)
     expected = bias.detach().expand(len(CONSTANTS), N)
@@ -224,7 +224,7 @@ def test_parameters_that_share_memory(device):
 
 @pytest.mark.parametrize("shape", [(0, 16), (3, 0, 16), (0,), (3, 0)], ids=str)
 def test_empty(shape, device):
-    """No rows give zero weight gradients; no columns give nothing at all."""
+    """Without rows the gradients of the parameters are 0. Without columns they are empty."""
     x, weight, bias = sample_inputs(shape, torch.float32, device)
     y = ops.layer_norm(x, weight, bias)
     dx, dweight, dbias = torch.autograd.grad(y, (x, weight, bias), torch.ones_like(y))
@@ -257,7 +257,7 @@ def test_two_runs_and_any_number_of_threads_agree_bit_for_bit(device, threads, t
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
 def test_frozen_inputs(frozen, device):
-    """Gradients of what is trained do not depend on what is not."""
+    """The gradients of the other inputs do not change if one input requires no gradient."""
     inputs = dict(zip(("x", "weight", "bias"), sample_inputs((6, 70), torch.float32, device), strict=True))
     dy = torch.randn(6, 70, device=device)
     wanted = dict(zip(inputs, torch.autograd.grad(ops.layer_norm(*inputs.values()), inputs.values(), dy), strict=True))
@@ -285,7 +285,7 @@ def test_the_reference_serves_on_request_and_for_float64(device, monkeypatch):
     definition = reference.layer_norm
     monkeypatch.setattr(reference, "layer_norm", lambda *a: (calls.append(a), definition(*a))[1])
     x, weight, bias = sample_inputs((4, 8), torch.float32, device)
-    ops.layer_norm(x, weight, bias)  # from now on the op knows which kernel serves
+    ops.layer_norm(x, weight, bias)  # makes the op remember its kernel, which the switch must override
     assert not calls
     with gpt_fast.use_reference():
         ops.layer_norm(x, weight, bias)
@@ -334,7 +334,7 @@ def test_autocast_keeps_the_dtype_of_the_input(device):
 @pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
 @pytest.mark.parametrize("reference", [False, True], ids=["kernel", "reference"])
 def test_a_result_for_a_product_is_the_result_rounded(device, dtype, reference):
-    """This library's blocks ask for it: the bits of a cast after the norm, forward and backward."""
+    """`_y_dtype`, which this library's blocks use, gives the bits of a cast after the norm, forward and backward."""
     inputs = sample_inputs((6, 70), torch.float32, device)
     dy = torch.randn(6, 70, device=device).to(dtype)
     with gpt_fast.use_reference() if reference else contextlib.nullcontext():
@@ -353,7 +353,7 @@ def test_double_backward_says_that_it_is_not_there(device):
 
 @pytest.mark.filterwarnings("ignore:gpt_fast")
 def test_forward_mode_keeps_tangents(device):
-    """The reference serves, on every device; `test_transforms.py` has all ops."""
+    """Forward mode runs the reference on every device. `test_transforms.py` tests it for all ops."""
     tensors = [tensor.detach() for tensor in sample_inputs((4, 8), torch.float32, device)]
     tangents = [torch.randn_like(tensor) for tensor in tensors]
     with forward_ad.dual_level():
@@ -365,7 +365,7 @@ def test_forward_mode_keeps_tangents(device):
 
 
 def test_the_reference_is_torchs_layer_norm():
-    """Pins the definition itself, in float64, second derivatives included."""
+    """The reference agrees with PyTorch's layer_norm in float64, and its first and second derivatives are correct."""
     x, weight, bias = sample_inputs((5, 33), torch.float64, "cpu")
     assert torch.allclose(
         reference.layer_norm(x, weight, bias, EPS), F.layer_norm(x, (33,), weight, bias, EPS), rtol=1e-13, atol=1e-13

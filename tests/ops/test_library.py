@@ -1,4 +1,4 @@
-"""What every op shares: the device that launches run on, and the seeds that are drawn for it."""
+"""Test the parts that all ops share: the device on which kernels are launched, and the seeds of dropout."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from gpt_fast.training.engine import randomness
 
 
 class OnSecondGPU(Tensor):
-    """A CPU tensor that claims to be on cuda:1: these tests need no GPU."""
+    """CPU tensor that claims to be on cuda:1, so that the tests need no GPU."""
 
     is_cuda = property(lambda self: True)
     device = property(lambda self: torch.device("cuda", 1))
@@ -29,7 +29,7 @@ class OnSecondGPU(Tensor):
 
 
 class FakeCUDA:
-    """Stands for `torch.cuda`: keeps the current device and how often `torch.cuda.device` was entered."""
+    """Stand-in for `torch.cuda` that records the current device and how often `torch.cuda.device` was entered."""
 
     def __init__(self, current: int):
         self.current = current
@@ -53,7 +53,7 @@ def fake_cuda(monkeypatch, request) -> FakeCUDA:
 
 @pytest.fixture
 def registered(monkeypatch):
-    """`registered(launcher)`: what the dispatcher calls for a launcher."""
+    """Return `registered(launcher)`, which returns the function that the dispatcher calls for a launcher."""
 
     def register(launcher):
         kernels = {}
@@ -79,7 +79,7 @@ ARGUMENTS = {
 @pytest.mark.parametrize("place", ARGUMENTS)
 @pytest.mark.parametrize(("fake_cuda", "entered"), [(0, 1), (1, 0)], ids=["other", "current"], indirect=["fake_cuda"])
 def test_launches_run_on_the_device_of_the_tensors(fake_cuda, registered, place, entered) -> None:
-    """Triton launches on the current device. Where that is the tensors' own, nothing is entered."""
+    """Triton launches on the current device, so the op switches to the tensors' device if that is another one."""
     args = ARGUMENTS[place](second_gpu(2))
     before, seen = fake_cuda.current, []
     kernel = registered(lambda *got: seen.append((fake_cuda.current, got)) or "result")
@@ -91,7 +91,7 @@ def test_launches_run_on_the_device_of_the_tensors(fake_cuda, registered, place,
 @pytest.mark.parametrize("fake_cuda", [0], indirect=True)
 @pytest.mark.parametrize("args", [(torch.zeros(2),), (None, 1.0)], ids=["cpu", "no_tensor"])
 def test_launches_without_a_cuda_tensor_need_no_device(fake_cuda, registered, args) -> None:
-    """Under the interpreter the launchers get CPU tensors."""
+    """CPU tensors, which launchers get in the interpreter, and calls without a tensor need no device."""
     assert registered(lambda *got: len(got))(*args) == len(args)
     assert fake_cuda.entered == 0
 
@@ -102,7 +102,7 @@ def test_decode_step_is_captured_on_the_device_of_the_model(fake_cuda, monkeypat
 
     torch keeps one stream for all captures, on the device of the first one.
     """
-    places = []  # (what, the current device when it was called)
+    places = []  # (name of the call, current device at the call)
 
     class Stream:
         def __init__(self) -> None:
@@ -146,7 +146,7 @@ def test_decode_step_is_captured_on_the_device_of_the_model(fake_cuda, monkeypat
 
 
 def test_generators_are_restored_on_the_device_that_they_were_saved_from(monkeypatch) -> None:
-    """`torch.cuda.set_rng_state` means the current device unless it is told another."""
+    """`torch.cuda.set_rng_state` sets the current device's generator unless it gets a device."""
     device, kept = torch.device("cuda", 1), {torch.device("cuda", 1): torch.ones(2, dtype=torch.uint8)}
     monkeypatch.setattr(torch.cuda, "get_rng_state", kept.__getitem__)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device="cuda": kept.update({device: state}))
@@ -163,7 +163,7 @@ RANK_STEP = 0x1E3779B97F4A7C15
 
 @pytest.fixture
 def on_rank():
-    """`on_rank(r)`: from now on this process is rank r of 1024 that do not exist."""
+    """Return `on_rank(r)`, which makes this process rank r of a fake process group of 1024 ranks."""
 
     def join(rank: int) -> None:
         leave()
@@ -183,9 +183,9 @@ def drawn(new_seed=_library.new_seed) -> int:
 
 
 def test_every_rank_draws_a_seed_of_its_own(on_rank) -> None:
-    """A rank's seed is its draw plus rank times a step, modulo 2^64.
+    """The seed of a rank is the drawn seed plus the rank times a constant, modulo 2^64.
 
-    Rank 9 and those above overflow without the modulus.
+    Without the modulus, the seeds of ranks 9 and higher would overflow.
     """
     alone, seeds = drawn(), []
     for rank in range(1024):
@@ -198,7 +198,7 @@ def test_every_rank_draws_a_seed_of_its_own(on_rank) -> None:
 
 @pytest.mark.parametrize("rank", [1, 5, 10, 1023])
 def test_compiled_ranks_draw_seeds_of_their_own(on_rank, rank) -> None:
-    """The step of a rank is a constant of the graph, which holds signed integers of 64 bits."""
+    """A compiled graph holds the rank's offset as a constant, which must fit into a signed 64-bit integer."""
     compiled = [torch.compile(_library.new_seed, fullgraph=True, backend="aot_eager") for _ in range(2)]
     on_rank(0)
     first = drawn(compiled[0])

@@ -1,4 +1,4 @@
-"""linear against float64: the C++ kernel on CPU, PyTorch's own elsewhere."""
+"""Test linear against float64: the C++ kernel on CPU, and PyTorch's own product elsewhere."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def gradients(function, inputs, dy):
 
 
 def widened(x, weight, bias=None):
-    """In float32, rounded once: what the contract says."""
+    """Compute the product in float32 and round it once, as the op's contract says."""
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
@@ -77,7 +77,7 @@ def test_any_shape(rows, C, N, bias, transposed, seed):
 
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 def test_transposed_weights(dtype, device):
-    """Read in place; the gradient comes in the weight's strides, with the bits of a contiguous one."""
+    """A transposed weight gives the bits of a contiguous one, and its gradient has the weight's strides."""
     inputs = sample_inputs((20, 24, 70), dtype, device, transposed=True)
     contiguous = [tensor.detach().contiguous().requires_grad_() for tensor in inputs]
     dy = torch.randn(20, 70, device=device).to(dtype)
@@ -119,14 +119,14 @@ def test_empty_batch(rows, device):
 
 
 def test_no_columns(device):
-    """A sum of nothing is 0."""
+    """With C = 0 the product is 0, so the output is the bias."""
     x, weight, bias = sample_inputs((5, 0, 6), torch.float32, device)
     assert torch.equal(ops.linear(x, weight, bias), bias.expand(5, 6))
 
 
 @pytest.mark.parametrize("count", range(1, 8))
 def test_any_subset_of_gradients(count, device):
-    """What is trained gets the same bits whatever else is."""
+    """Each gradient has the same bits, whichever other gradients are needed."""
     inputs = sample_inputs((10, 12, 20), torch.float32, device)
     dy = torch.randn(10, 20, device=device)
     wanted = torch.autograd.grad(ops.linear(*inputs), inputs, dy)
@@ -151,7 +151,10 @@ def test_two_runs_and_any_number_of_threads_agree_bit_for_bit(dtype, device, thr
 
 
 def test_what_serves(device, implementation, monkeypatch):
-    """The C++ kernel on CPU; PyTorch's function for float64, on request and where there is no kernel."""
+    """`linear` runs the C++ kernel on CPU.
+
+    It runs PyTorch's function for float64, inside `use_reference()`, and on devices without a kernel.
+    """
     called = []
     stock = F.linear
     monkeypatch.setattr(F, "linear", lambda *a: called.append(a[0].dtype) or stock(*a))

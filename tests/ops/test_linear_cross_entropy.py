@@ -1,4 +1,4 @@
-"""linear_cross_entropy against the float64 reference: the C++ kernel, Triton in the interpreter, Triton on CUDA."""
+"""Test linear_cross_entropy against the float64 reference: C++, Triton in the interpreter and Triton on CUDA."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ SHAPES = [
 
 
 def sample_inputs(shape, dtype, device, *, bias=True, transposed=False, ignored=0.3):
-    """x, weight, bias, all of them leaves, and targets of which a share is ignored."""
+    """Return x, weight and bias, which require gradients, and targets. A share `ignored` of the targets is -100."""
     rows, C, V = shape
     rows = rows if isinstance(rows, tuple) else (rows,)
     weight = torch.randn(V, C, device=device).to(dtype)
@@ -45,9 +45,10 @@ def gradients(loss, inputs, dloss):
 
 
 def yardstick(x, weight, bias, target, ignore_index, smoothing, reduction, dloss):
-    """The gradients with the roundings the contract names: of the logits' gradient, and of dx before it is scaled.
+    """Return the gradients with the roundings that the op's contract names.
 
-    The part of a mean's 1 / count that is no power of two scales dx before that rounding.
+    The contract rounds the logits' gradient, and dx before it is scaled. A mean scales by 1 / count: the power of two
+    in this factor is applied after dx is rounded, and the rest of the factor before.
     """
     dtype, V = x.dtype, weight.shape[0]
     rows, targets = x.detach().reshape(target.numel(), x.shape[-1]).float(), target.reshape(-1)
@@ -70,7 +71,7 @@ def yardstick(x, weight, bias, target, ignore_index, smoothing, reduction, dloss
 
 
 def check(inputs, ignore_index=-100, smoothing=0.0, reduction="mean"):
-    """Forward and backward with a random upstream gradient, against the reference in float64."""
+    """Compare forward and backward, with a random upstream gradient, with the reference in float64."""
     x, weight, bias, target = inputs
     leaves = x, weight, bias
     options = ignore_index, smoothing, reduction
@@ -83,7 +84,7 @@ def check(inputs, ignore_index=-100, smoothing=0.0, reduction="mean"):
     wide = [numerics.exact(tensor) for tensor in leaves]
     exact_loss = reference.linear_cross_entropy(*wide[:2], target, wide[2], *options)
     exact = gradients(exact_loss, wide, dloss.double())
-    # A small loss is the difference of larger numbers: of the log of a sum near 1, of logits.
+    # A small loss is the difference of larger numbers: of logits, and of the logarithm of a sum near 1.
     logits = F.linear(*(tensor.detach() for tensor in wide[:2]))
     conditioning = 2 * numerics.EPS32 * (1 + (logits.abs().max().item() if logits.numel() else 0.0))
     if reduction == "sum":
@@ -106,9 +107,9 @@ def test_numerics(shape, dtype, reduction, device):
 @pytest.mark.parametrize("upstream", [1.0, 1024.0], ids=["loss", "scaled_loss"])
 @pytest.mark.parametrize("rows", [1, 63, 64, 100])
 def test_dx_of_a_mean_is_rounded_once(rows, upstream, dtype, device):
-    """Logits of zero over four classes have exact gradients, so the rounding of dx is the only one.
+    """Logits of zero over four classes have exact gradients, so only the rounding of dx remains.
 
-    A loss is usually the last result, or multiplied by a power of two for half precision.
+    The upstream gradients are 1, and a power of two as for loss scaling in half precision.
     """
     weight = torch.randn(4, 500, device=device).to(dtype)
     x = torch.zeros(rows, 500, device=device, dtype=dtype, requires_grad=True)
@@ -135,13 +136,13 @@ def test_without_bias(dtype, reduction, device):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 def test_several_chunks_of_rows_and_of_the_vocabulary(dtype, reduction, device, implementation):
-    rows, V = (1200, 1300) if implementation == "cpp" else (150, 300)  # of the rows 0.7 count
+    rows, V = (1200, 1300) if implementation == "cpp" else (150, 300)  # 70 % of the rows are not ignored
     check(sample_inputs(((3, rows // 3), 33, V), dtype, device), smoothing=0.1, reduction=reduction)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_more_classes_than_are_multiplied_at_once(dtype, device, implementation):
-    """The vocabulary is the summed axis of dx: a sum of several products."""
+    """The gradient dx is a sum over the vocabulary. For so many classes it is computed as a sum of several products."""
     check(sample_inputs((6, 20, 9000 if implementation == "cpp" else 700), dtype, device))
 
 
@@ -164,7 +165,7 @@ def test_any_shape(rows, C, V, bias, transposed, smoothing, reduction, seed):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_ignored_rows_do_not_count(reduction, device):
-    """Dropping them gives the same numbers, whatever they contain; their own gradient is zero."""
+    """Ignored rows may contain NaN. The results are those without the rows, and the rows' own gradient is 0."""
     x, weight, bias, target = sample_inputs((50, 24, 70), torch.float32, device)
     ignored = target == -100
     spoiled = x.detach().clone()
@@ -185,7 +186,7 @@ def test_ignored_rows_do_not_count(reduction, device):
 
 
 def test_rows_that_count_across_steps(device):
-    """More rows than are numbered at once."""
+    """There are more rows than the kernel looks through in one step when it packs the rows that are not ignored."""
     check(sample_inputs((2100, 2, 3), torch.float32, device, bias=False))
 
 
@@ -199,7 +200,7 @@ def test_any_ignore_index(ignore_index, device):
 @pytest.mark.parametrize("rows", [(5,), (0,), (2, 0)], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_nothing_counts(reduction, rows, device):
-    """All rows ignored, or none at all: the loss is 0, and so is every gradient."""
+    """If all rows are ignored, or there are no rows, the loss and all gradients are 0."""
     x, weight, bias, target = sample_inputs((rows, 24, 70), torch.float32, device, ignored=2)
     loss = ops.linear_cross_entropy(x, weight, target, bias, reduction=reduction)
     assert torch.equal(loss, torch.zeros(rows if reduction == "none" else (), device=device))
@@ -210,13 +211,13 @@ def test_nothing_counts(reduction, rows, device):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", [(5, 0, 7), (1, 1, 1), (1, 0, 1)], ids=str)
 def test_sizes_of_zero_and_one(shape, reduction, device):
-    """Without columns the logits are the bias; one class is certain."""
+    """With C = 0 the logits are the bias. With one class its probability is 1."""
     check(sample_inputs(shape, torch.float32, device, ignored=0), reduction=reduction)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_classes(reduction, device):
-    """There is no target but the ignored one."""
+    """With V = 0 every target must be ignored, and the loss is 0."""
     x, weight, bias, target = sample_inputs((4, 3, 1), torch.float32, device, ignored=2)
     weight, bias = (tensor.detach()[:0].requires_grad_() for tensor in (weight, bias))
     loss = ops.linear_cross_entropy(x, weight, target, bias, reduction=reduction)
@@ -226,7 +227,7 @@ def test_no_classes(reduction, device):
 
 
 def test_large_logits(device):
-    """Far apart, a row's logits neither overflow nor vanish into NaN."""
+    """Logits that are far apart neither overflow nor give NaN."""
     x = torch.tensor([[1e4], [-1e4], [3.0]], device=device, requires_grad=True)
     weight = torch.linspace(-1, 1, 150, device=device)[:, None].clone().requires_grad_()
     target = torch.tensor([149, 149, 0], device=device)
@@ -235,7 +236,7 @@ def test_large_logits(device):
 
 
 def test_classes_ruled_out_by_the_bias(device):
-    """A bias of -inf, over whole blocks of the vocabulary too, takes classes out."""
+    """A bias of -inf removes classes, even whole blocks of the vocabulary."""
     x, weight, bias, target = sample_inputs((9, 24, 200), torch.float32, device, ignored=0)
     target = target % 20
     open_only = ops.linear_cross_entropy(x, weight[:20], target, bias[:20])
@@ -249,7 +250,7 @@ def test_classes_ruled_out_by_the_bias(device):
 
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 def test_transposed_weight(dtype, device):
-    """Read in place; its gradient comes in its strides, with the bits of a contiguous weight."""
+    """A transposed weight gives the bits of a contiguous one, and its gradient has the weight's strides."""
     x, weight, bias, target = sample_inputs((20, 24, 70), dtype, device, transposed=True)
     contiguous = weight.detach().contiguous().requires_grad_()
     for reduction in ("mean", "none"):
@@ -285,7 +286,7 @@ def test_strided_input(view, device):
 
 
 def test_other_strides(device):
-    """Expanded and strided weights, biases, targets and upstream gradients."""
+    """Strided or expanded weights, biases, targets and upstream gradients give the bits of contiguous ones."""
     x, weight, bias, target = (tensor.detach() for tensor in sample_inputs((20, 24, 70), torch.float32, device))
     apart = torch.zeros(140, 48, device=device)[::2, ::2].copy_(weight)
     wanted = ops.linear_cross_entropy(x, weight, target, bias)
@@ -304,7 +305,7 @@ def test_other_strides(device):
 
 @pytest.mark.parametrize("dim", [0, 1], ids=["rows", "columns"])
 def test_offsets_beyond_2_to_the_31(dim, device, far_apart):
-    """In x and in the weight, along their rows or their columns."""
+    """Distances beyond 2^31 lie between the rows or the columns of x and the weight."""
     x, weight, bias, target = sample_inputs((130, 20, 150), torch.bfloat16, device)
     results = []
     for tensors in ((x, weight), (far_apart(x, dim), far_apart(weight, dim))):
@@ -315,7 +316,7 @@ def test_offsets_beyond_2_to_the_31(dim, device, far_apart):
 
 @pytest.mark.slow
 def test_more_than_2_to_the_31_logits(device, implementation):
-    """Of rows and a vocabulary that are mostly one row and one class, expanded: the loss is that of the one row."""
+    """One row and one class are expanded to 66,000 rows and 33,000 classes. Every loss is log(V)."""
     if implementation == "triton" and device == "cpu":
         pytest.skip("hours in the interpreter")
     N, V = 66_000, 33_000
@@ -328,7 +329,7 @@ def test_more_than_2_to_the_31_logits(device, implementation):
     torch.testing.assert_close(loss, torch.full_like(loss, V).log())
     (dbias,) = torch.autograd.grad(ops.linear_cross_entropy(x, weight, target, bias), bias)
     torch.testing.assert_close(dbias[:-1], torch.full_like(dbias[:-1], 1 / V), rtol=1e-4, atol=0)
-    # A float32 sum of 66,000 equal terms, in 262 chunks: 262 eps / 2 at most.
+    # The kernel adds 66,000 equal float32 terms in 262 chunks, so the relative error is at most 262 eps / 2.
     torch.testing.assert_close(dbias[-1].item(), 1 / V - 1, rtol=2e-5, atol=0)
 
 
@@ -343,7 +344,7 @@ def test_x_and_weight_that_share_memory(device):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("subset", range(1, 8))
 def test_any_subset_of_gradients(subset, reduction, device):
-    """What is trained gets the same bits whatever else is."""
+    """Each gradient has the same bits, whichever other gradients are needed."""
     *inputs, target = sample_inputs((20, 24, 70), torch.bfloat16, device)
     x, weight, bias = inputs
 
@@ -429,7 +430,7 @@ def test_the_reference_serves_on_request_and_for_float64(device, monkeypatch):
 
 
 def test_autocast(device):
-    """Operands in autocast's dtype, as F.linear has it; the loss stays float32."""
+    """Autocast casts the operands to its dtype, as for `F.linear`. The loss stays float32."""
     x, weight, bias, target = sample_inputs((20, 24, 70), torch.float32, device)
     with torch.autocast(device, dtype=torch.bfloat16):
         loss = ops.linear_cross_entropy(x, weight, target, bias)
@@ -443,7 +444,7 @@ def test_autocast(device):
 
 
 def test_the_kernel_computes_in_its_own_dtype_under_autocast(device):
-    """The raw op: what it was given decides, no product inside is recast."""
+    """The operator computes in the dtype of its arguments. Autocast casts no product inside it."""
     x, weight, bias, target = (tensor.detach() for tensor in sample_inputs((20, 24, 70), torch.float32, device))
     args = x, weight, target, bias, -100, 0.0, "mean", True, True, True
     wanted = torch.ops.gpt_fast.linear_cross_entropy_forward(*args)
@@ -469,7 +470,7 @@ def test_opcheck(device):
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_fullgraph(reduction, dynamic, device):
-    """Ignored rows included, whose number depends on the data."""
+    """The op compiles to one graph although the number of ignored rows depends on the data."""
     compiled = torch.compile(ops.linear_cross_entropy, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for rows in (6, 9):
         x, weight, bias, target = sample_inputs((rows, 24, 70), torch.float32, device)
@@ -495,7 +496,7 @@ def test_double_backward_says_that_it_is_not_there(reduction, device):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_the_reference_is_torchs(reduction):
-    """Pins the definition itself, in float64, second derivatives included."""
+    """The reference agrees with PyTorch's loss in float64, and its first and second derivatives are correct."""
     x, weight, bias, target = sample_inputs((4, 3, 5), torch.float64, "cpu")
     wanted = F.cross_entropy(F.linear(x, weight, bias), target, label_smoothing=0.1, reduction=reduction)
     got = reference.linear_cross_entropy(x, weight, target, bias, -100, 0.1, reduction)
@@ -524,7 +525,7 @@ print(peak(512), peak(4096))
 
 
 def test_peak_memory_does_not_grow_with_the_logits(device, implementation):
-    """Eight times the rows on CPU: their logits would be 312 MiB; inputs and gradients are less than one."""
+    """With eight times the rows the peak on CPU grows by less than 40 MiB. The logits alone would take 312 MiB."""
     if implementation != "cpp":
         pytest.skip("the resident set is that of the C++ kernel")
     output = subprocess.run([sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True).stdout
@@ -560,7 +561,7 @@ def test_bad_input(spoil, message):
 @pytest.mark.parametrize("value", [-(2**62), -1, 70, 2**62])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_targets_out_of_range_are_clamped(reduction, value, device, implementation):
-    """Where nobody looked at the values: nothing out of bounds is touched, and the nearest class is meant."""
+    """Triton kernels clamp targets that were not validated to the nearest class, and read nothing out of bounds."""
     if implementation == "cpp":
         pytest.skip("the C++ kernel raises")
     x, weight, bias, target = (tensor.detach() for tensor in sample_inputs((20, 24, 70), torch.float32, device))
@@ -578,7 +579,7 @@ def test_targets_out_of_range_are_clamped(reduction, value, device, implementati
 @pytest.mark.parametrize("value", [-1, 70])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_the_kernel_checks_targets_itself(reduction, value, implementation):
-    """Compiled code skips the public function's look at the values; the kernel has the last word."""
+    """The C++ kernel validates targets, because compiled code skips the validation of the public function."""
     if implementation != "cpp":
         pytest.skip("only the C++ kernel raises; others clamp")
     x, weight, bias, target = (tensor.detach() for tensor in sample_inputs((20, 24, 70), torch.float32, "cpu"))

@@ -1,4 +1,4 @@
-"""mlp against the float64 reference: the C++ kernel, Triton in the interpreter, Triton on CUDA."""
+"""Test mlp against the float64 reference: the C++ kernel, Triton in the interpreter and Triton on CUDA."""
 
 import bisect
 import contextlib
@@ -33,7 +33,10 @@ SHAPES = [
 
 
 def sample_inputs(shape, dtype, device, *, fc_bias=True, proj_bias=True, transposed=False):
-    """x, fc_weight, fc_bias, proj_weight, proj_bias, all of them leaves; weights [N, K] as their transposes' views."""
+    """Return x, fc_weight, fc_bias, proj_weight and proj_bias, which require gradients.
+
+    With `transposed` the weights are views of their contiguous transposes.
+    """
     rows, C, hidden, C_out = shape
     rows = rows if isinstance(rows, tuple) else (rows,)
 
@@ -61,7 +64,7 @@ def seed_on(device):
 
 @contextlib.contextmanager
 def input_of_gelu_rounded(activation, dtype):
-    """The reference, rounding what the contract says is kept for gelu's backward: the activation's input."""
+    """Make the reference round the activation's input, which the op rounds when it keeps it for gelu's backward."""
     table = _activations.ACTIVATIONS
     stock = table[activation]
     if activation != "relu":
@@ -73,7 +76,7 @@ def input_of_gelu_rounded(activation, dtype):
 
 
 def check(inputs, activation="gelu_tanh", dropout_p=0.0, **options):
-    """Forward and backward with a random upstream gradient, against the reference in float64."""
+    """Compare forward and backward, with a random upstream gradient, with the reference in float64."""
     x = inputs[0]
     seed = seed_on(x.device)
     y = ops.mlp(*inputs, activation, dropout_p, seed, SITE, **options)
@@ -106,7 +109,7 @@ FEW = [(1, 70, 100, 33), (2, 33, 16, 7), (16, 130, 40, 64), (15, 9, 19, 5), (1, 
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", FEW, ids=str)
 def test_few_rows(shape, dtype, device):
-    """A decode step's: narrow tiles, K in one part and in several, of which the last is shorter."""
+    """Few rows, as in a decode step, use narrow tiles. They sum over K in one part or several, the last one shorter."""
     for activation in ACTIVATIONS:
         check(sample_inputs(shape, dtype, device), activation)
     check(sample_inputs(shape, dtype, device, fc_bias=False, transposed=True), "gelu_tanh", 0.3)
@@ -114,7 +117,7 @@ def test_few_rows(shape, dtype, device):
 
 @pytest.mark.parametrize("rows", [1, 16, 17])
 def test_up_to_how_many_rows_are_few(rows, device, implementation, monkeypatch):
-    """By the table, and the row of a table may turn it off."""
+    """The table of launch configurations sets the largest number of rows for the kernel of few rows; 0 disables it."""
     if implementation != "triton":
         pytest.skip("a launch configuration of the Triton kernels")
     kernels = importlib.import_module("gpt_fast.kernels.mlp")
@@ -144,19 +147,19 @@ def test_few_rows_depend_on_no_other_row(device, implementation):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_one_hidden_column(activation, device):
-    """In float32: a single bias gradient in half precision is too small a sample of errors."""
+    """This test uses float32, because a single bias gradient in half precision is too small a sample of errors."""
     check(sample_inputs((40, 20, 1, 20), torch.float32, device), activation, 0.1)
 
 
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 def test_more_rows_than_a_chunk(dtype, device, implementation):
-    """Gradients of weights add up over chunks of rows."""
+    """The gradients of the weights are sums over chunks of rows."""
     rows = 1030 if implementation == "cpp" else 150
     check(sample_inputs((rows, 33, 70, 20), dtype, device), "gelu", 0.1)
 
 
 def test_long_sums(device, implementation):
-    """Several blocks along every sum."""
+    """Every sum takes several blocks."""
     size = 1700 if implementation == "cpp" else 300
     check(sample_inputs((5, size, 40, 20), torch.float32, device))
     check(sample_inputs((5, 20, size, 40), torch.bfloat16, device))
@@ -177,7 +180,7 @@ def test_without_biases(fc_bias, proj_bias, dtype, device):
 
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(
-    rows=st.integers(4, 40),  # fewer of anything, and the largest of few values says little about their errors
+    rows=st.integers(4, 40),  # with smaller sizes, the yardstick's largest error among few values is a matter of luck
     C=st.integers(4, 80),
     hidden=st.integers(4, 150),
     C_out=st.integers(4, 80),
@@ -192,7 +195,7 @@ def test_any_shape(rows, C, hidden, C_out, activation, p, transposed, seed):
 
 
 def test_large_arguments(device):
-    """Where the exponential overflows or vanishes, gelu is z or 0, and its derivative 1 or 0."""
+    """For large |z|, where the exponential overflows or underflows, gelu is z or 0 and its derivative 1 or 0."""
     z = torch.tensor([-3e4, -100.0, -20.0, 0.0, 20.0, 100.0, 3e4], device=device)
     n = z.numel()
     for activation in ACTIVATIONS:
@@ -210,7 +213,7 @@ def test_large_arguments(device):
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("value", [torch.inf, torch.nan], ids=str)
 def test_relu_passes_nothing_where_it_is_zero(value, recompute, p, dtype, device):
-    """A gradient that is not finite reaches no input of a negative z, as PyTorch selects and does not multiply by 0."""
+    """For negative z, relu's backward selects 0, as PyTorch does. It does not multiply by 0, which would give NaN."""
     x = torch.ones(3, 4, dtype=dtype, device=device, requires_grad=True)
     fc_weight = (-torch.eye(4, dtype=dtype, device=device)).requires_grad_()
     proj_weight = torch.eye(4, dtype=dtype, device=device)
@@ -232,7 +235,7 @@ def test_relu_passes_nothing_where_it_is_zero(value, recompute, p, dtype, device
 )
 @pytest.mark.parametrize("rows", [1, 9, 50, 1041])
 def test_dropout_mask(rows, p, dtype, device, implementation):
-    """Bit for bit the reference's, forward and backward: of a hidden layer of ones it leaves the mask times scale."""
+    """The mask is the reference's, bit for bit, in forward and backward: hidden values of 1 become mask times scale."""
     if rows > 1000 and implementation != "cpp":
         pytest.skip("one past a chunk of the C++ kernel; slow in the interpreter")
     hidden = 70
@@ -244,7 +247,7 @@ def test_dropout_mask(rows, p, dtype, device, implementation):
     ones = torch.ones(hidden, dtype=dtype, device=device)
     eye = torch.eye(hidden, dtype=dtype, device=device)
     assert torch.equal(ops.mlp(x, fc_weight, ones, eye, None, "relu", p, seed, SITE), wanted)
-    # dz is what reaches x through an identity.
+    # With identity weights, dx is the gradient of the hidden values.
     for activation, recompute in (("relu", False), ("relu", True), ("gelu", False), ("gelu_tanh", True)):
         x = torch.full((rows, hidden), 60.0, dtype=dtype, device=device, requires_grad=True)
         y = ops.mlp(x, eye, None, eye, None, activation, p, seed, SITE, recompute)
@@ -253,7 +256,7 @@ def test_dropout_mask(rows, p, dtype, device, implementation):
 
 
 def test_a_number_equal_to_the_threshold_is_kept(device):
-    """Dropped is what lies below: with this p the first element lies on it."""
+    """Dropout drops elements whose random number is below the threshold. Here the first number equals the threshold."""
     seed, head = seed_on(device), torch.zeros((), dtype=torch.int64, device=device)
     x, ones = torch.zeros(1, 1, device=device), torch.ones(1, device=device)
 
@@ -292,7 +295,7 @@ def test_recomputing_equals_keeping_bit_for_bit(activation, dtype, device):
 
 
 def test_what_is_kept(device):
-    """One hidden tensor, or none."""
+    """Forward saves one hidden tensor for backward, or none with `recompute`."""
     sizes = []
     inputs = sample_inputs((40, 24, 70, 30), torch.float32, device)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.shape) or t, lambda t: t):
@@ -305,7 +308,7 @@ def test_what_is_kept(device):
 
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 def test_transposed_weights(dtype, device):
-    """Read in place; their gradients come in their strides, with the bits of contiguous weights."""
+    """Transposed weights give the bits of contiguous ones, and their gradients have the weights' strides."""
     inputs = sample_inputs((20, 24, 70, 30), dtype, device, transposed=True)
     contiguous = [tensor.detach().contiguous().requires_grad_() for tensor in inputs]
     dy = torch.randn(20, 30, device=device).to(dtype)
@@ -360,7 +363,7 @@ def test_strided_weights_and_upstream_gradients(device):
 
 @pytest.mark.parametrize("dim", [0, 1], ids=["rows", "columns"])
 def test_offsets_beyond_2_to_the_31(dim, device, far_apart):
-    """In every operand, along its rows or its columns."""
+    """Distances beyond 2^31 lie between the rows or the columns of every operand."""
     inputs = sample_inputs((130, 20, 40, 24), torch.bfloat16, device)
     dy = torch.randn(130, 24, device=device).bfloat16()
     spread = [far_apart(tensor, dim) if tensor.dim() == 2 else tensor for tensor in inputs]
@@ -389,7 +392,7 @@ def test_empty_batch(rows, device):
 
 @pytest.mark.parametrize("shape", [(5, 0, 6, 4), (5, 6, 0, 4), (5, 6, 4, 0), (5, 0, 0, 0), (1, 1, 1, 1)], ids=str)
 def test_sizes_of_zero_and_one(shape, device):
-    """Sums of nothing are 0: without C the hidden layer is its bias, without F the output is."""
+    """Empty sums are 0: with C = 0 the hidden layer is its bias, and with F = 0 the output is its bias."""
     inputs = sample_inputs(shape, torch.float32, device)
     y = ops.mlp(*inputs, "relu")
     x, fc_weight, fc_bias, proj_weight, proj_bias = inputs
@@ -401,7 +404,7 @@ def test_sizes_of_zero_and_one(shape, device):
 
 @pytest.mark.parametrize("count", range(1, 32))
 def test_any_subset_of_gradients(count, device):
-    """What is trained gets the same bits whatever else is."""
+    """Each gradient has the same bits, whichever other gradients are needed."""
     inputs = sample_inputs((10, 12, 20, 8), torch.bfloat16, device)
     dy = torch.randn(10, 8, device=device).bfloat16()
     activation, recompute = ACTIVATIONS[count % 3], count % 2 == 1
@@ -462,7 +465,7 @@ def test_the_reference_serves_on_request_and_for_float64(device, monkeypatch):
 
 
 def test_autocast(device):
-    """All operands in autocast's dtype, as F.linear has it; gradients in the dtype of what they belong to."""
+    """Autocast casts all operands to its dtype, as for `F.linear`. Each gradient has the dtype of its tensor."""
     inputs = sample_inputs((20, 24, 40, 30), torch.float32, device)
     dy = torch.randn(20, 30, device=device).bfloat16()
     with torch.autocast(device, dtype=torch.bfloat16):
@@ -479,7 +482,7 @@ def test_autocast(device):
 
 
 def test_the_kernel_computes_in_its_own_dtype_under_autocast(device):
-    """The raw op: what it was given decides, no product inside is recast."""
+    """The operator computes in the dtype of its arguments. Autocast casts no product inside it."""
     inputs = [tensor.detach() for tensor in sample_inputs((20, 24, 40, 30), torch.float32, device)]
     args = (*inputs, "gelu", 0.0, None, 0, True)
     wanted = torch.ops.gpt_fast.mlp_forward(*args)
@@ -524,7 +527,7 @@ def test_double_backward_says_that_it_is_not_there(device):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_reference_is_torchs(activation):
-    """Pins the definition itself, in float64, second derivatives included."""
+    """The reference agrees with PyTorch's functions in float64, and its first and second derivatives are correct."""
     inputs = sample_inputs((5, 4, 7, 3), torch.float64, "cpu")
     x, fc_weight, fc_bias, proj_weight, proj_bias = inputs
     stock = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda z: F.gelu(z, approximate="tanh")}[activation]
@@ -557,7 +560,7 @@ print(middle - start, peak() - start)
 
 
 def test_peak_memory_is_below_eagers(device, implementation):
-    """Of a training step on CPU: one [rows, F] tensor (32 MiB here) and blocks; eager has four and more."""
+    """A training step on CPU keeps one [rows, F] tensor, here 32 MiB, and small blocks. Eager PyTorch keeps four."""
     if implementation != "cpp":
         pytest.skip("the resident set is that of the C++ kernel")
     output = subprocess.run([sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True).stdout

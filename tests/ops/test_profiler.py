@@ -1,4 +1,4 @@
-"""Names in PyTorch's profiler: every op has its own, whatever serves it."""
+"""Test that each op appears in PyTorch's profiler under its own name, whichever implementation runs."""
 
 from collections.abc import Callable
 
@@ -38,7 +38,7 @@ OPERATORS = [
 
 @pytest.mark.parametrize(("name", "operators"), OPERATORS)
 def test_a_kernel_has_the_operators_name(name: str, operators: set[str]) -> None:
-    """The dispatcher names them, forward and backward."""
+    """The profiler shows the names of the forward and backward operators."""
     if name == "linear" and ops.serving("linear", "cpu") == "reference":
         pytest.skip("PyTorch's own product, which has PyTorch's name")
     assert names(lambda: forward_backward(name)) == {f"gpt_fast::{operator}" for operator in operators}
@@ -52,7 +52,7 @@ def test_the_reference_has_the_ops_name(name: str, operators: set[str]) -> None:
 
 
 def test_a_decode_step_has_a_name() -> None:
-    """The C++ step is one call outside of PyTorch's dispatcher."""
+    """The C++ step is one call outside PyTorch's dispatcher, so it must name itself."""
     if ops.serving("decode_attention", "cpu") != "cpp":
         pytest.skip("the step on the model's modules, whose ops have names")
     config = gpt_fast.GPTConfig(num_tokens=19, hidden_dim=16, num_heads=2, num_layers=2, seq_len=8)
@@ -62,7 +62,7 @@ def test_a_decode_step_has_a_name() -> None:
 
 
 def test_without_a_profiler_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name costs microseconds."""
+    """Without a profiler no name is recorded, because recording one costs microseconds."""
 
     def refused(name: str) -> None:
         raise AssertionError(name)

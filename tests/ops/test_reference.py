@@ -1,4 +1,4 @@
-"""The definitions themselves: pinned to torch.nn.functional in float64, and to Random123's published numbers."""
+"""Test the reference implementations against torch.nn.functional in float64, and against Random123's test vectors."""
 
 import math
 
@@ -37,7 +37,7 @@ def test_philox_known_answers(rounds, counter, key, answer):
 
 
 def philox_in_integers(counter, key):
-    """philox4x32-7 in Python's unbounded integers, the second opinion for the dropout rule below."""
+    """Compute philox4x32-7 in Python integers, as an independent check of the dropout rules below."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(7):
@@ -87,7 +87,7 @@ def test_matrix_rule_word_for_word(seed):
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 1 - 2**-16])
 def test_keep_rate_and_scale(p):
-    """The keep rate is (65536 - T) / 65536 within five standard deviations, and scale its exact inverse."""
+    """The keep rate is (65536 - threshold) / 65536 within five standard deviations. The scale is its inverse."""
     n = 1 << 20
     rate = (65536 - reference.dropout_threshold(p)) / 65536
     tolerance = 5 * math.sqrt(rate * (1 - rate) / n)
@@ -100,7 +100,7 @@ def test_keep_rate_and_scale(p):
 
 
 def test_masks_of_neighbours_are_independent():
-    """Between seeds, sites, heads, rows and columns, agreement is a coin's: within five standard deviations."""
+    """Masks of other seeds, sites, heads, rows or columns agree in half of the elements, within five deviations."""
     seed, n = torch.tensor([3]), 512
 
     def matrix(seed=seed, site=1, head=0):
@@ -137,7 +137,7 @@ def test_attention_is_torchs(causal):
 
 
 def test_attention_masks_are_what_their_words_say():
-    """All masks at once, against conditions written out for each pair."""
+    """All masks together agree with conditions that are written out for each pair of query and key."""
     B, H, T, S = 2, 2, 6, 9
     q, k, v = randn(B, H, T, 4), randn(B, H, S, 4), randn(B, H, S, 4)
     lengths = torch.tensor([9, 7])
@@ -164,7 +164,7 @@ def test_attention_masks_are_what_their_words_say():
 
 
 def test_packed_sequences_are_separate_sequences():
-    """Output, dropout included: packed sequence n has the mask of batch entry n; what follows them gives 0."""
+    """Packed sequence n gives the output, and has the dropout mask, of batch entry n. Tokens after the last give 0."""
     H, D, sizes = 2, 4, (5, 1, 0, 7)
     T = sum(sizes) + 3
     cu_seqlens = torch.tensor([0, 5, 6, 6, 13], dtype=torch.int32)
@@ -179,7 +179,7 @@ def test_packed_sequences_are_separate_sequences():
 
 
 def test_attention_dropout_is_the_rule_on_the_probabilities():
-    """With V the identity the output is the dropped-out probability matrix itself."""
+    """If v is an identity, the output is the matrix of probabilities after dropout."""
     T, p, seed = 20, 0.3, torch.tensor([11])
     q, k = randn(2, 3, T, T), randn(2, 3, T, T)
     v = torch.eye(T, dtype=torch.float64).expand(2, 3, T, T)
@@ -236,7 +236,7 @@ def test_linear_cross_entropy_of_nothing_is_zero():
 
 
 def test_linear_cross_entropy_traced_computes_the_same():
-    """While tracing the number of rows may not depend on data, so ignored ones are computed and weigh nothing."""
+    """A trace computes ignored rows with weight 0, because the number of rows must not depend on data."""
     x, weight, target = randn(5, 6).requires_grad_(), randn(9, 6).requires_grad_(), torch.tensor([1, -100, 3, -100, 8])
     loss = ops.linear_cross_entropy(x, weight, target)
     traced = torch.compile(ops.linear_cross_entropy, fullgraph=True, backend="aot_eager")(x, weight, target)
@@ -263,7 +263,7 @@ def test_add_layer_norm_is_its_parts():
     assert torch.allclose(normed, F.layer_norm(wanted, (6,), weight, bias), **CLOSE)
 
 
-# ---- roundings the contract names ------------------------------------------------------------------------------------
+# ---- roundings that the contract names -------------------------------------------------------------------------------
 
 
 def test_half_precision_rounds_matrix_operands_and_results_only():

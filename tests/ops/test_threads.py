@@ -1,4 +1,4 @@
-"""The threads of the C++ kernels: results at any number, beside each other, after a fork."""
+"""Test the threads of the C++ kernels: any number of them, kernels that run at the same time, and after a fork."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ def alike(got: list[Tensor], expected: list[Tensor]) -> bool:
 
 
 def test_the_block_is_right(two_threads):
-    """The numbers that the other tests compare are those of PyTorch's own operations."""
+    """With two threads `linear` agrees with PyTorch's function. The other tests only compare this library's results."""
     generator = torch.Generator().manual_seed(3)
     x, w = (torch.randn(shape, generator=generator) for shape in ((700, 64), (256, 64)))
     torch.testing.assert_close(ops.linear(x, w), F.linear(x, w))
@@ -50,7 +50,7 @@ def test_one_thread_and_two_give_the_same_bits(two_threads):
 
 
 def test_python_threads_at_once(two_threads):
-    """One of them has the team of threads, the others run alone: the bits are the same, and nobody waits for ever."""
+    """One Python thread uses the kernels' threads and the others run alone. All get the same bits and none hangs."""
     expected, found = [block(seed) for seed in range(4)], {}
 
     def run(seed: int) -> None:
@@ -66,15 +66,15 @@ def test_python_threads_at_once(two_threads):
 
 
 def test_a_forked_child_has_threads_of_its_own(two_threads):
-    """A child has none of its parent's threads: waiting for them, as OpenMP's loops do, would never end."""
+    """A forked child has none of its parent's threads. A kernel that waited for them, as OpenMP does, would hang."""
     expected = block(0)
     x, w = torch.randn(128, 64), torch.randn(192, 64)
     product = ops.linear(x, w).numpy().tobytes()
     child = os.fork()
     if child == 0:
         signal.alarm(60)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # PyTorch's fill is a loop of OpenMP's
-        os._exit(0 if ops.linear(x, w).numpy().tobytes() == product else 1)  # torch.equal itself would wait
+        torch.utils.deterministic.fill_uninitialized_memory = False  # PyTorch's fill runs in OpenMP and would hang
+        os._exit(0 if ops.linear(x, w).numpy().tobytes() == product else 1)  # torch.equal would hang too
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     assert alike(block(0), expected)

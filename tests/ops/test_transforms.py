@@ -1,4 +1,4 @@
-"""torch.func's transforms on every op: kernels inside grad, vjp and jacrev, the reference inside all others."""
+"""Test torch.func's transforms on every op: grad, vjp and jacrev run the kernels, all others run the reference."""
 
 import warnings
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(shape)
 
 
-# op(*tensors) → a tensor, and the shapes of its tensors, all of which get a gradient
+# name → (a function of tensors that returns a tensor, the shapes of its arguments, which all get a gradient)
 OPS: dict[str, tuple[Callable, list[tuple[int, ...]]]] = {
     "layer_norm": (ops.layer_norm, [(6, 8), (8,), (8,)]),
     "add_layer_norm": (
@@ -49,7 +49,7 @@ NAMES = list(OPS)
 
 
 def sample(name: str, dtype: torch.dtype = torch.float32) -> tuple[Callable, tuple[Tensor, ...]]:
-    """A number that depends on every result of the op, as a function of its tensors, and those."""
+    """Return (function, tensors). The function maps the tensors to a number that depends on every result of the op."""
     function, shapes = OPS[name]
     tensors = tuple(randn(*shape).to(dtype) for shape in shapes)
     upstream = torch.randn_like(function(*tensors), dtype=torch.float32)
@@ -63,7 +63,7 @@ def by_autograd(function: Callable, tensors: tuple[Tensor, ...]) -> tuple[Tensor
 
 @pytest.fixture
 def no_warnings():
-    """The reference warns where it serves."""
+    """Fail the test if the reference runs, because it then warns."""
     ops._library._WARNED.clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="gpt_fast")
@@ -73,7 +73,7 @@ def no_warnings():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_grad_runs_the_kernels(name: str, dtype: torch.dtype, no_warnings) -> None:
-    """The bits of `backward`; of some arguments alone and of a vector product as well."""
+    """`grad` gives the bits of `backward`, for all arguments and for each alone. `vjp` agrees with both."""
     function, tensors = sample(name, dtype)
     wanted = by_autograd(function, tensors)
     every = tuple(range(len(tensors)))
@@ -90,7 +90,7 @@ def test_grad_runs_the_kernels(name: str, dtype: torch.dtype, no_warnings) -> No
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_jacobian_of_several_rows(name: str, no_warnings) -> None:
-    """The backward operators, under the vmap of jacrev, answer row by row."""
+    """Under the vmap of `jacrev`, the backward operators compute one row of the Jacobian at a time."""
     function, shapes = OPS[name]
     tensors = tuple(randn(*shape) for shape in shapes)
 
@@ -107,7 +107,7 @@ def test_a_jacobian_of_several_rows(name: str, no_warnings) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_kernels_cannot_follow_is_the_references(name: str) -> None:
-    """Gradients of each sample, forward mode and second derivatives agree with it, and it says that it serves."""
+    """Per-sample gradients, forward mode and second derivatives run the reference, which warns."""
     function, tensors = sample(name)
     every = tuple(range(len(tensors)))
 
@@ -116,7 +116,7 @@ def test_what_kernels_cannot_follow_is_the_references(name: str) -> None:
         with pytest.warns(UserWarning, match=r"torch\.func's transforms but one grad or vjp, the pure-PyTorch ref"):
             return run()
 
-    if name == "linear":  # which is PyTorch's own function there, and has nothing to say
+    if name == "linear":  # here `linear` runs PyTorch's own function, without a warning
         served = lambda run: run()  # noqa: E731
     wanted = by_autograd(function, tensors)
     stacked = tuple(torch.stack((tensor, tensor)) for tensor in tensors)
@@ -148,7 +148,7 @@ def test_differentiating_a_gradient_once_more_says_what_to_do(name: str) -> None
     leaves = tuple(tensor.requires_grad_() for tensor in tensors)
     value = torch.func.grad_and_value(function)(*leaves)[1]
     for a, b in zip(torch.autograd.grad(value, leaves), by_autograd(function, tensors), strict=True):
-        assert torch.equal(a, b)  # of the value, it is the first
+        assert torch.equal(a, b)  # the value's gradient is a first derivative
     first = torch.func.grad(function, tuple(range(len(leaves))))(*leaves)
     with pytest.raises(NotImplementedError, match=r"double backward is not implemented.*gpt_fast\.use_reference\(\)"):
         sum(grad.square().sum() for grad in first).backward()
@@ -163,11 +163,14 @@ def pushed(function: Callable, tensors: tuple[Tensor, ...], tangents: tuple[Tens
 
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_mode_is_the_references(name: str) -> None:
-    """In float32 the bits of `torch.func.jvp`, with a warning; in float64 a finite difference."""
+    """In float32 forward mode gives the bits of `torch.func.jvp`. In float64 it agrees with a difference quotient.
+
+    It runs the reference, which warns.
+    """
     function, tensors = sample(name)
     tangents = tuple(torch.randn_like(tensor) for tensor in tensors)
     ops._library._WARNED.clear()
-    if name == "linear":  # which is PyTorch's own function there, and has nothing to say
+    if name == "linear":  # here `linear` runs PyTorch's own function, without a warning
         got = pushed(function, tensors, tangents)
     else:
         with pytest.warns(UserWarning, match="no fused kernel in forward mode, the pure-PyTorch reference serves"):
@@ -186,7 +189,7 @@ def test_forward_mode_is_the_references(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:gpt_fast")
 def test_forward_mode_of_one_argument_and_of_dtypes_that_kernels_have() -> None:
-    """A tangent of the gain alone; bfloat16 gives bfloat16."""
+    """Only the weight has a tangent. The tangent of a bfloat16 result is bfloat16."""
     x, weight, tangent = randn(6, 8).bfloat16(), randn(8).bfloat16(), randn(8).bfloat16()
     with forward_ad.dual_level():
         out = forward_ad.unpack_dual(ops.layer_norm(x, forward_ad.make_dual(weight, tangent)))
@@ -196,7 +199,7 @@ def test_forward_mode_of_one_argument_and_of_dtypes_that_kernels_have() -> None:
 
 @pytest.mark.filterwarnings("ignore:gpt_fast")
 def test_forward_over_reverse_is_the_second_derivative() -> None:
-    """Gradients of dual tensors have tangents: a Hessian times a vector."""
+    """Gradients of dual tensors have tangents, which are the Hessian times the input tangents."""
     function, tensors = sample("mlp", torch.float64)
     tangents = tuple(torch.randn_like(tensor) for tensor in tensors)
     with forward_ad.dual_level():
@@ -210,9 +213,9 @@ def test_forward_over_reverse_is_the_second_derivative() -> None:
         torch.testing.assert_close(torch.zeros_like(b) if a is None else a, b)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "loss"])  # whose gradients only scale by it
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "loss"])  # the loss's backward only scales
 def test_a_dual_gradient_of_a_kernels_result_is_refused(name: str) -> None:
-    """The kernel ran before the level began. Its backward would lose the tangent."""
+    """A kernel that ran before the dual level began would lose the tangent of the upstream gradient in its backward."""
     if name == "linear" and ops.serving("linear", "cpu") == "reference":
         pytest.skip("PyTorch's own product, which forward mode follows")
     op, shapes = OPS[name]
@@ -227,7 +230,7 @@ def test_a_dual_gradient_of_a_kernels_result_is_refused(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:gpt_fast")
 @pytest.mark.parametrize("pre_norm", [True, False], ids=["gpt2", "gpt1"])
 def test_forward_mode_of_a_model(pre_norm: bool) -> None:
-    """The derivative of a whole model's loss along all parameters at once; float64 backward gives it too."""
+    """Forward mode through a whole model gives the loss's derivative along all parameters, as float64 backward does."""
     config = GPTConfig(num_tokens=17, hidden_dim=8, num_heads=2, num_layers=2, seq_len=6, pre_norm=pre_norm)
     model, tokens = GPTForCausalLM(config).eval().double(), torch.arange(12).view(2, 6)
     leaves = dict(model.named_parameters())
@@ -245,7 +248,7 @@ def test_forward_mode_of_a_model(pre_norm: bool) -> None:
 @pytest.mark.filterwarnings("ignore:gpt_fast")
 @pytest.mark.parametrize("inside", [True, False], ids=["level inside", "level outside"])
 def test_forward_mode_of_a_compiled_function(inside: bool) -> None:
-    """Also if the function was compiled before the level began."""
+    """Forward mode follows a compiled function, even one that was compiled before the dual level began."""
     x, weight, bias, tangent = randn(6, 8), randn(8), randn(8), randn(6, 8)
     wanted = torch.func.jvp(lambda x: ops.layer_norm(x, weight, bias), (x,), (tangent,))
     torch._dynamo.reset()
@@ -264,7 +267,7 @@ def test_forward_mode_of_a_compiled_function(inside: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore:gpt_fast")
 def test_forward_mode_of_a_step_of_decoding() -> None:
-    """The op has no backward, and its tangent is that of attention with one query."""
+    """`decode_attention` has no backward, but forward mode gives it the tangent of attention with one query."""
     q, keys, values, lengths = randn(2, 3, 8), randn(2, 3, 9, 8), randn(2, 3, 9, 8), torch.tensor([4, 9])
     tensors, tangents = (q, keys, values), (randn(2, 3, 8), randn(2, 3, 9, 8), randn(2, 3, 9, 8))
     got = pushed(lambda *tensors: ops.decode_attention(*tensors, lengths), tensors, tangents)

@@ -1,4 +1,4 @@
-"""Ops compute and keep nothing for backward where autograd does not record, whatever their arguments require."""
+"""Test that ops compute and save nothing for backward while autograd does not record."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from gpt_fast import ops
 
 
 class Calls(TorchDispatchMode):
-    """Record the arguments of every operator of this library."""
+    """Dispatch mode that records the arguments of every operator of this library."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""When setup.py builds the CUDA C++ kernels, and what it says where it cannot."""
+"""Test when setup.py builds the CUDA C++ kernels, and which reason it gives if it cannot."""
 
 import runpy
 import warnings
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def setup_py() -> dict:
-    """The functions of setup.py, without a build."""
+    """Return the functions of setup.py without building anything."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPT_FAST_NO_CPP", "1")
         patch.setattr(setuptools, "setup", lambda **arguments: None)
@@ -24,7 +24,7 @@ def setup_py() -> dict:
 
 
 def toolkit(folder: Path, release: str | None = "13.0", headers: bool = True) -> str:
-    """Make a toolkit whose nvcc says one thing."""
+    """Make a CUDA toolkit whose nvcc prints the given release and does nothing else. Return its folder."""
     said = f"Cuda compilation tools, release {release}, V{release}.88" if release else "nvcc: not found"
     nvcc = folder / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
@@ -72,7 +72,7 @@ def test_the_variable_chooses(
     chosen, whole, old = setup_py["chosen_cuda"], toolkit(tmp_path / "whole"), toolkit(tmp_path / "old", "12.4")
     monkeypatch.delenv("GPT_FAST_CUDA", raising=False)
     assert chosen("13.0", whole) is None
-    assert "12.4" in chosen("13.0", old)  # the CPU part is built
+    assert "12.4" in chosen("13.0", old)  # no error, so the kernels for the CPU are built
     assert capsys.readouterr().out.count("\n") == 1
     assert chosen(None, None) is not None
     assert capsys.readouterr().out == ""

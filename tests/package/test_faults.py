@@ -1,4 +1,4 @@
-"""The faults of `make mutants` fit the code as it is: quick, so that one a change has overtaken is seen at once."""
+"""Test quickly that the faults of `make mutants` still fit the code, so that an outdated fault is noticed at once."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def test_each_fault_changes_one_place(op):
 
 
 def test_every_kernel_has_faults():
-    """A kernel without any is one whose tests nobody has tested."""
+    """Every kernel has faults. Without faults nothing shows that its tests notice errors."""
     files = {fault.file for op in OPS for fault in mutants.faults_of(op)}
     kernels = [*mutants.ROOT.glob("kernels/*.py"), *mutants.ROOT.glob("csrc/cpu/**/*.cpp")]
     marks = "@triton.jit", "TORCH_LIBRARY_IMPL", "const Binding binding("

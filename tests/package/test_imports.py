@@ -1,6 +1,7 @@
-"""Imports run one way: command line → training → heads, generation, integrations → model → layers → ops → the kernels.
+"""Test that imports run one way.
 
-The tests read the import statements of every module of the package; nothing is imported but in the last one.
+They run from the command line to training → heads, generation, integrations → model → layers → ops → kernels. The tests
+read the import statements of every module of the package. Only the last test imports the package.
 """
 
 import ast
@@ -14,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# From the ground up. A module may import its own room and the rooms of lower layers.
+# Layers from the lowest to the highest. A room is a top-level module or folder of the package. A module may import from
+# its own room and from the rooms of lower layers.
 LAYERS = (
     ("_levels",),
     (
@@ -41,7 +43,7 @@ LAYERS = (
     ("gpt_fast_cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-# What runs against the direction, and therefore only inside the function that needs it.
+# Imports against this direction. They are allowed only inside the function that needs them.
 LATE = {
     ("gpt_fast", "gpt_fast.integrations"),  # gpt_fast.accelerate and gpt_fast.restore
     ("gpt_fast.model", "gpt_fast.integrations.huggingface"),  # from_hf and to_hf
@@ -49,11 +51,11 @@ LATE = {
     ("gpt_fast.heads.language", "gpt_fast.integrations.nanogpt"),  # from_nanogpt and to_nanogpt
     ("gpt_fast.__main__", "gpt_fast_cli.__main__"),
 }
-DATA_IMPORTS = {"_disk", "_files", "_hub", "_memory", "gpt_fast_settings", "_llmc", "config", "interrupts"}  # no model
+DATA_IMPORTS = {"_disk", "_files", "_hub", "_memory", "gpt_fast_settings", "_llmc", "config", "interrupts"}
 
 
 class Import(NamedTuple):
-    """One import: who imports what, and whether that happens as soon as the importing module is loaded."""
+    """One import: the importing module, the imported module, and whether the import runs when the former is loaded."""
 
     module: str
     imported: str
@@ -66,7 +68,7 @@ def name_of(path: Path) -> str:
 
 
 def room_of(module: str) -> str:
-    """Return the room of a module: "gpt_fast.ops.mlp" is in "ops". The package itself, which hands names on, is ""."""
+    """Return the room of a module: "ops" for "gpt_fast.ops.mlp", and "" for gpt_fast/__init__.py."""
     first, _, rest = module.partition(".")
     return first if first != "gpt_fast" else rest.partition(".")[0]
 
@@ -124,13 +126,13 @@ def test_every_room_has_a_layer():
 def test_a_module_imports_lower_layers_only(module):
     own = room_of(module)
     if own == "":
-        return  # the package's face hands on the names of all rooms but training
+        return  # gpt_fast/__init__.py re-exports names of all rooms except training
     for found in OURS:
         if found.module != module or is_late(found):
             continue
         other = room_of(found.imported)
         if other == "":
-            # `from .. import _C` is the extension; the command line stands above everything.
+            # `from .. import _C` imports the extension. The command line may import everything.
             assert own in ("gpt_fast_cli", "__main__", "generation"), (
                 f"{module} imports the package itself, which imports every room: name the module that is meant"
             )
@@ -147,7 +149,7 @@ def test_imports_against_the_direction_wait_for_their_function():
 
 
 def test_settings_import_neither_torch_nor_the_package():
-    """So that the command line answers `--help` and completes options without importing torch."""
+    """The settings import neither, so that the command line shows `--help` and completes options without torch."""
     found = {found.imported.partition(".")[0] for found in IMPORTS if room_of(found.module) == "gpt_fast_settings"}
     assert found - set(sys.stdlib_module_names) == {"gpt_fast_settings", "pydantic", "pydantic_core", "yaml"}
 
@@ -171,7 +173,10 @@ def test_the_package_imports_nothing_of_the_checkout_around_it():
 
 
 def test_no_circle_among_modules():
-    """A package's face counts as what it hands on, except to the modules inside it."""
+    """No modules import each other in a circle.
+
+    An `__init__.py` counts as a module with its own imports, except for the modules inside its package.
+    """
     edges: dict[str, set[str]] = {module: set() for module in FILES}
     for found in OURS:
         inside = (found.module + ".").startswith(found.imported + ".")

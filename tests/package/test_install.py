@@ -1,7 +1,7 @@
-"""Installing: wheel, source distribution, editable, an uninstalled checkout, and what they must leave alone.
+"""Test installation: wheel, source distribution, editable install, uninstalled checkout, and a foreign `kernels`.
 
-Nothing is downloaded: the environments made here see this one's packages, but not its editable install. The extension
-is compiled once, from the source distribution, with `layer_norm` as its only kernel so that the time stays the same.
+Nothing is downloaded: the virtual environments see the packages of this environment, but not its editable install. The
+extension is compiled once, from the source distribution. `layer_norm` is its only kernel, to keep this fast.
 """
 
 import json
@@ -24,7 +24,7 @@ from gpt_fast._levels import LEVELS
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = sysconfig.get_path("purelib")
-# Reports where everything came from, and that layer_norm computes.
+# Prints from where each part was loaded, after checking that layer_norm works.
 PROBE = """
 import json, sys, torch, gpt_fast, gpt_fast.kernels.layer_norm as kernels
 from gpt_fast import _extension
@@ -62,7 +62,10 @@ def run(*command: object, cwd: Path, fails: bool = False, **extra: str) -> str:
 
 
 class Environment:
-    """A virtual environment that also sees `SITE`, whose .pth files, and so its editable installs, do not apply."""
+    """Virtual environment that also sees the packages in `SITE`, but not its editable installs.
+
+    Python does not read the .pth files in `SITE`, which make the editable installs.
+    """
 
     def __init__(self, folder: Path, packages: str = SITE) -> None:
         venv.create(folder, symlinks=True)
@@ -80,7 +83,7 @@ class Environment:
 
 
 def copy_tree(target: Path) -> Path:
-    """What a clone of this tree holds of the package: the symlink stays one, nothing built comes along."""
+    """Copy the files of the package that a clone would have: with the symlink, and without anything that was built."""
     ignored = shutil.ignore_patterns("_C*", "__pycache__")
     for name in ("csrc", "gpt_fast", "gpt_fast_cli", "gpt_fast_settings", "kernels"):
         shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=ignored)
@@ -111,7 +114,7 @@ def build_wheel(source: Path, target: Path, **extra: str) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the extension; built from the source distribution, which must therefore be complete."""
+    """Build a wheel with the extension from the source distribution, which must therefore be complete."""
     return build_wheel(sdist, tmp_path_factory.mktemp("wheel"))
 
 
@@ -122,7 +125,7 @@ def pure_wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkout(tmp_path: Path, wheel: Path) -> Callable[..., Path]:
-    """Makes another checkout, with the extension in place if asked."""
+    """Return a function that makes another checkout, with or without the built extension."""
 
     def make(name: str, extension: bool) -> Path:
         folder = tmp_path / name
@@ -138,7 +141,10 @@ def checkout(tmp_path: Path, wheel: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def env(tmp_path: Path) -> Iterator[Environment]:
-    """With a package named `kernels` in it, as Hugging Face's is, that no install of ours may touch."""
+    """Yield a virtual environment with another package named `kernels`, as Hugging Face's, and check it afterwards.
+
+    No install of this library may touch that package.
+    """
     made = Environment(tmp_path / "env")
     (made.site / "kernels").mkdir()
     (made.site / "kernels" / "__init__.py").write_text("OWNER = 'somebody else'\n")
@@ -171,7 +177,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, pure_wheel: Path)
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf reads what the linker wrote")
 def test_extension_is_hardened(wheel: Path, tmp_path: Path) -> None:
-    """Read-only relocations, all bound at load, and canaries on the stack."""
+    """The extension has read-only relocations, binds all symbols at load, and has stack canaries."""
     with zipfile.ZipFile(wheel) as archive:
         library = archive.extract(f"gpt_fast/_C{sysconfig.get_config_var('EXT_SUFFIX')}", tmp_path)
     assert "GNU_RELRO" in run("readelf", "-lW", library, cwd=tmp_path)
@@ -181,7 +187,7 @@ def test_extension_is_hardened(wheel: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf reads what the linker wrote")
 def test_extension_needs_no_symbol_that_rhel_9_lacks(wheel: Path, tmp_path: Path) -> None:
-    """GCC 12 exports `wait` of condition variables anew; with it the wheel's tag was manylinux_2_35 instead of 2_34."""
+    """GCC 12 has a new version of `condition_variable::wait`, which would need manylinux_2_35 instead of 2_34."""
     with zipfile.ZipFile(wheel) as archive:
         library = archive.extract(f"gpt_fast/_C{sysconfig.get_config_var('EXT_SUFFIX')}", tmp_path)
     symbols = run("readelf", "--dyn-syms", "-W", library, cwd=tmp_path)
@@ -208,7 +214,7 @@ def test_pure_wheel_runs_the_reference(env: Environment, pure_wheel: Path) -> No
 
 
 def test_make_dist_builds_all_three() -> None:
-    """The sources, a portable wheel and a pure one; what the two switches do is tested below and above."""
+    """`make dist` builds the sources, a portable wheel and a pure wheel. Other tests build with the two variables."""
     commands = run("make", "-n", "dist", "VENV=/nowhere", cwd=ROOT).splitlines()
     built = [line for line in commands if " -m build " in line]
     assert [("--sdist" in line, "GPT_FAST_PORTABLE=1" in line, "GPT_FAST_NO_CPP=1" in line) for line in built] == [
@@ -219,7 +225,7 @@ def test_make_dist_builds_all_three() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86-64 is what has portable levels")
 def test_portable_wheel_runs_on_any_x86_64_v3(env: Environment, sdist: Path, tmp_path: Path) -> None:
-    """One module for each level whatever this CPU has, installed where nothing but its requirements is."""
+    """A portable wheel has one extension module for each instruction set level, whatever this CPU supports."""
     (tmp_path / "portable").mkdir()
     wheel = build_wheel(sdist, tmp_path / "portable", GPT_FAST_PORTABLE="1")
     with zipfile.ZipFile(wheel) as archive:
@@ -253,7 +259,7 @@ def test_editable_install_is_the_checkout(env: Environment, checkout: Callable[.
 def test_uninstalled_checkout_does_not_borrow_the_extension_of_an_installed_one(
     env: Environment, checkout: Callable[..., Path]
 ) -> None:
-    """An editable install's finder offers `gpt_fast._C` of its own tree to whoever has none."""
+    """The finder of an editable install offers its own `gpt_fast._C` to any other checkout that has no extension."""
     installed, bare, built = checkout("installed", True), checkout("bare", False), checkout("built", True)
     env.install("--editable", installed, GPT_FAST_NO_CPP="1")
     found = env.probe(PYTHONPATH=str(bare))
@@ -286,7 +292,7 @@ def test_extension_that_cannot_run_here_is_refused(
 
 @pytest.mark.parametrize("patch", ["99", "99+cu999"])
 def test_other_builds_of_a_minor_release_are_taken(checkout: Callable[..., Path], env: Environment, patch: str) -> None:
-    """A patch release, or a build for another device, has the same C++ symbols."""
+    """Patch releases and builds for other devices have the same C++ symbols, so the extension loads."""
     folder = checkout("moved", extension=True)
     record = folder / "gpt_fast" / "_C.json"
     minor = ".".join(torch.__version__.split(".")[:2])
@@ -311,7 +317,7 @@ def test_which_pytorch_an_extension_serves(built: str, running: str, expected: b
 
 @pytest.fixture
 def levels(checkout: Callable[..., Path]) -> Path:
-    """A checkout with one module for each level; no CPU has what the best level asks for."""
+    """Return a checkout with one extension module for each level. No CPU meets the requirements of the best level."""
     folder = checkout("levels", extension=True)
     package = folder / "gpt_fast"
     record = json.loads((package / "_C.json").read_text())
@@ -368,7 +374,7 @@ def test_interpreter_leaves_the_cpu_to_triton(checkout: Callable[..., Path]) -> 
 
 
 def test_building_without_torch_says_what_to_do(tmp_path: Path, tree: Path) -> None:
-    """As in pip's own build environment, which holds setuptools alone."""
+    """A build without torch, as in pip's isolated build environment, fails with a message that says what to do."""
     packages = tmp_path / "packages"
     packages.mkdir()
     for path in (*Path(SITE).glob("setuptools*"), *Path(SITE).glob("wheel*"), Path(SITE, "_distutils_hack")):
@@ -383,7 +389,7 @@ def test_building_without_torch_says_what_to_do(tmp_path: Path, tree: Path) -> N
 
 
 def test_building_without_the_headers_of_python_says_what_to_do(tree: Path, tmp_path: Path) -> None:
-    """One line instead of a compiler's page. They are a package of their own in Debian."""
+    """Without Python.h, a separate package in Debian, the build fails with one line instead of compiler errors."""
     nowhere = "import sysconfig; path = sysconfig.get_path; "
     nowhere += "sysconfig.get_path = lambda name, *more: '/nowhere' if name == 'include' else path(name, *more)"
     (tmp_path / "sitecustomize.py").write_text(nowhere)
@@ -397,7 +403,10 @@ def test_building_without_the_headers_of_python_says_what_to_do(tree: Path, tmp_
 
 
 def test_building_without_a_compiler_says_what_to_do(tree: Path, tmp_path: Path) -> None:
-    """One line, with the way to go on; the source distribution and the pure wheel need no compiler."""
+    """Without a compiler the build fails with one line that says what to do.
+
+    The source distribution and the pure wheel need no compiler.
+    """
     build = (sys.executable, "setup.py", "bdist_wheel", "-d", tmp_path)
     output = run(*build, cwd=tree, fails=True, CXX="no-such-compiler")
     assert output.splitlines()[-1] == (

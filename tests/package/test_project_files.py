@@ -1,4 +1,4 @@
-"""The files around the code agree with it: CI's two forms, the citation."""
+"""Test that other files of the project agree: both forms of CI, the citation, the log and the guides."""
 
 import re
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_the_log_has_its_newest_entry_first():
 
 
 def test_each_guide_begins_with_a_command_or_code():
-    """The first block after the title shows the guide's subject; comments for the tests may stand before it."""
+    """Each guide shows its subject in a code block right after the title. Only comments may stand between them."""
     late = []
     for page in sorted((ROOT / "docs/guides").glob("*.md")):
         text = re.sub(r"<!--.*?-->", "", page.read_text("utf-8"), flags=re.DOTALL)

@@ -1,4 +1,4 @@
-"""Every public function names the argument and what it expects where an argument is of a wrong type."""
+"""Test that every public function refuses an argument of a wrong type, naming the argument and what it expects."""
 
 from collections.abc import Callable
 from typing import Any
@@ -98,7 +98,7 @@ CALLS: dict[str, tuple[Callable, dict[str, Any]]] = {
 NOT_NUMBERS = [None, [1, 2], np.ones(2), "x", object(), {"a": 1}, True]
 NOT_INTEGERS = [*NOT_NUMBERS, 3.5]
 NOT_TENSORS = [*NOT_INTEGERS, -1]
-# None is an answer for these: no such tensor, no limit, the default.
+# These arguments may be None: no tensor, no limit, or the default.
 OPTIONAL = {
     "weight", "bias", "fc_bias", "proj_bias", "mask", "window", "scale", "positions", "lengths", "seed", "top_k",
     "top_p", "min_p", "stop_tokens", "weights", "length", "labels", "logits", "loss_weights", "key_mask",
@@ -108,7 +108,7 @@ OPTIONAL = {
 
 
 def wrong_values(function: str, name: str, value: Any) -> list[Any]:
-    """Return values of other types than the argument's, which is told by a right `value`."""
+    """Return values of wrong types for an argument of which `value` is a valid value."""
     if isinstance(value, bool):
         wrong = [one for one in NOT_TENSORS if one is not True]
     elif isinstance(value, list | tuple):
@@ -125,7 +125,7 @@ def wrong_values(function: str, name: str, value: Any) -> list[Any]:
     return [one for one in wrong if not (one is None and is_optional)]
 
 
-# The same names elsewhere.
+# (function, argument) for which None is not allowed, although other functions allow it for an argument of this name.
 REQUIRED = {
     ("loss_counts", "labels"), ("linear", "weight"), ("linear_cross_entropy", "weight"),
     ("decode_attention", "lengths"), ("GPTConfig", "bias"),
@@ -134,11 +134,11 @@ REQUIRED = {
 
 @pytest.mark.parametrize("function", CALLS)
 def test_a_wrong_type_is_named(function: str) -> None:
-    """One line that holds the function's name, the argument's, and what is expected."""
+    """The error message is one line that names the argument, the library and what is expected."""
     call, arguments = CALLS[function]
     for name, value in arguments.items():
         if (function, name) == ("preset", "dropout"):
-            continue  # None keeps the preset's
+            continue  # for `preset`, None keeps the default
         for wrong in wrong_values(function, name, value):
             with pytest.raises((ValueError, TypeError)) as caught:
                 call(**arguments | {name: wrong})

@@ -1,4 +1,4 @@
-"""Records and runs as the suite writes them, for tests that show or compare them."""
+"""Make records and runs in the form that the benchmark suite writes, for tests that show or compare them."""
 
 from typing import Any
 

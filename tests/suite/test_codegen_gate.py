@@ -1,4 +1,4 @@
-"""The codegen gate judges figures of compiled kernels. These tests give it figures; nothing is compiled."""
+"""Test the codegen gate, which judges figures of compiled kernels. The figures are made up, and nothing is compiled."""
 
 import copy
 
@@ -11,7 +11,7 @@ LOOP = {"instructions": 400, "lds": 2, "sts": 2, "shfl": 4, "local": 0}
 KERNEL = {"registers": 128, "spilled": 0, "shared": 65536, "instructions": 1700, "needs_wgmma": 1, "wgmma": 8}
 TARGETED = next(f"sm_{row.capability}" for row in ARCHITECTURES if row.targeted)
 PLAIN, DROPOUT = "attention fwd D=64 bfloat16", "attention fwd D=64 bfloat16 dropout"
-EMPTY = " | ".join([""] * 7)  # no bound
+EMPTY = " | ".join([""] * 7)  # the cells of a loop without a bound
 
 
 def figures(cost: int, target: str = TARGETED) -> dict:
@@ -42,7 +42,10 @@ def test_budget_records_what_dropout_costs_each_loop():
 
 @pytest.mark.parametrize("target", [f"sm_{row.capability}" for row in ARCHITECTURES])
 def test_dropout_over_its_budget_is_a_violation(target):
-    """Philox calls that do not merge cost 600 instructions where 200 were budgeted; memory traffic is the same."""
+    """Dropout that costs 600 instructions for a budget of 200 is a violation, although memory traffic is the same.
+
+    This happens if the compiler does not merge equal Philox calls.
+    """
     complaints = judge(figures(cost=600, target=target), figures(cost=200, target=target))
     assert [line for line in complaints if "dropout adds 600 instructions to loop 1, budget 200" in line]
     assert [line for line in complaints if "dropout adds 600 instructions to loop 2, budget 200" in line]
@@ -54,7 +57,7 @@ def test_dropout_within_its_budget_passes(cost):
 
 
 def test_missing_dropout_budget_is_a_violation():
-    """A kernel whose loops cannot be compared any more, or that has no budget yet, does not pass silently."""
+    """A kernel without a budget for dropout, or whose loops cannot be compared, does not pass silently."""
     got, budget = figures(cost=200), figures(cost=200)
     del budget[DROPOUT][TARGETED]["dropout"]
     assert any("dropout is compared in 2 loops, the budget has 0" in line for line in judge(got, budget))
@@ -72,7 +75,7 @@ def test_loop_table_shows_the_bound_of_a_loop_that_has_one():
 
 
 def bounded(forward: float, backward: float) -> dict:
-    """Return figures of attention's kernels whose dropout leaves so much of the speed, by the loops without a mask."""
+    """Return figures of attention's kernels whose unmasked loops keep these shares of their speed with dropout."""
     made: dict = {}
     tiles = {"fwd": [128, 64], "bwd_dq": [128, 64], "bwd_dkdv": [32, 128]}
     for kernel, tile in tiles.items():
@@ -97,11 +100,11 @@ def test_what_dropout_leaves_of_the_speed(forward, backward, complaints):
     assert codegen.broken_statements(bounded(forward, backward)) == [
         f"attention D=64 bfloat16 {TARGETED}: {line}" for line in complaints
     ]
-    assert codegen.broken_statements(bounded(forward, backward), "3.9") == []  # other releases have their budget alone
+    assert codegen.broken_statements(bounded(forward, backward), "3.9") == []  # Triton 3.9 is judged by budgets alone
 
 
 def test_backward_counts_both_kernels_by_the_scores_of_a_tile():
-    """The cycles of dK and dV count twice, because their tiles have half the size here."""
+    """The cycles of the dK and dV kernel count twice, because its tiles have half as many scores here."""
     made = bounded(forward=1.0, backward=1.0)
     made["attention bwd_dkdv D=64 bfloat16 dropout"][TARGETED]["loops"][-1]["pipes"]["issue"] += 1000
     assert codegen.dropout_speed(made, TARGETED, "backward", "D=64 bfloat16") == pytest.approx(3000 / 5000)
@@ -113,7 +116,7 @@ def test_predicted_rates_are_in_the_table():
     assert rows["| forward D=64 bfloat16 dropout"].endswith("| 0.80 |")
     assert rows["| backward D=64 bfloat16 dropout"].endswith("| 0.75 |")
     rates = [int(cell) for cell in rows["| forward D=64 bfloat16"].split(" | ")[1:4]]
-    assert rates == sorted(rates) and len(set(rates)) == 3  # the diagonal's share falls
+    assert rates == sorted(rates) and len(set(rates)) == 3  # longer sequences have a smaller share of masked tiles
 
 
 def test_more_shared_memory_traffic_with_dropout_is_a_violation():
@@ -123,7 +126,7 @@ def test_more_shared_memory_traffic_with_dropout_is_a_violation():
 
 
 def test_a_candidate_may_spill_what_any_kernel_may():
-    """It serves nobody yet, so that the stricter limits of shipped rows do not hold it."""
+    """A candidate of the tuner is not shipped, so only the general limit of spills applies to it."""
     for spilled, complaints in ((codegen.SPILLS, 0), (codegen.SPILLS + 1, 1)):
         got = {"attention fwd D=64 bfloat16 candidate 128x64 w8": {TARGETED: KERNEL | {"spilled": spilled}}}
         assert len(codegen.broken_statements(got)) == complaints
@@ -139,7 +142,7 @@ def test_dropout_without_a_kernel_to_compare_is_a_violation():
 
 @pytest.mark.parametrize("target", [f"sm_{row.capability}" for row in ARCHITECTURES])
 def test_spills_are_limited_on_every_architecture(target):
-    """Except for heads over 128 and rows over 8,192, which do not fit in registers."""
+    """Spills are limited, except for head sizes over 128 and rows over 8,192, which do not fit in registers."""
     names = ["mlp dz gelu bfloat16 dropout", "attention fwd D=128 float32", "layer_norm bwd N=8192 bfloat16"]
     excepted = ["attention fwd D=256 float32", "layer_norm bwd N=16384 bfloat16"]
     kernel = KERNEL | {"loops": []}

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`, and `gpt-fast bench`, which hands over to it."""
+"""Test `python -m benchmarks`, and `gpt-fast bench`, which runs it."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ from tests.suite.figures import FLOORS, a_run, record
 
 @pytest.fixture(scope="module")
 def suite():
-    """`suite(*options)` runs `python -m benchmarks` as its `main` does, in this process."""
+    """Return `suite(*options)`, which runs `python -m benchmarks` in this process."""
     from benchmarks import __main__ as command
 
     def run(*options, capsys):
@@ -51,7 +51,7 @@ def suite():
     ],
 )  # fmt: skip
 def test_bad_input(suite, options, messages, tmp_path, monkeypatch, capsys):
-    """One line on stderr that names what is wrong, and exit code 2."""
+    """Bad input gives an error message on stderr without a traceback, and exit code 2."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     (tmp_path / "other.json").write_text('{"a": 1}')
@@ -76,7 +76,7 @@ def test_compare_prints_what_moved(suite, tmp_path, capsys):
 
 
 def test_one_op_from_the_command_to_its_page(suite, tmp_path, monkeypatch, capsys):
-    """The command prints each case's table, and leaves the JSON, the page and the pictures."""
+    """The command prints a table for each case and writes the results and the page."""
     monkeypatch.setattr(runner, "run_tests", lambda topic, device: "")
     monkeypatch.setattr(runner, "measure_floors", lambda device, cpu_time: FLOORS.items())
     monkeypatch.setattr(runner, "QUICK", timing.Budget(0.0, 2))
@@ -97,7 +97,7 @@ def test_one_op_from_the_command_to_its_page(suite, tmp_path, monkeypatch, capsy
 
 
 def test_gpt_fast_bench_hands_over_in_a_checkout(cli, tmp_path):
-    """With its options, and with the exit code of the suite."""
+    """`gpt-fast bench` passes its options to the suite and exits with the suite's exit code."""
     result = cli("bench", "--compare", tmp_path / "none.json", tmp_path / "none.json")
     assert result.code == 2
     assert "benchmarks: " in result.err
@@ -115,7 +115,7 @@ def test_gpt_fast_bench_elsewhere_says_where_the_suite_is(monkeypatch, tmp_path)
 
 
 def test_pytest_collects_the_cases():
-    """One test for each case, pass and implementation."""
+    """`pytest benchmarks` collects tests for every topic."""
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--collect-only", "-q"]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     for topic in catalogue.topics().values():

@@ -1,4 +1,4 @@
-"""The study of decoding: what a token costs against what reading weights and cache takes."""
+"""Test the study of decoding, which compares the time of a token with the time to read the weights and the cache."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from gpt_fast import GPTConfig
 
 @pytest.fixture
 def record(monkeypatch):
-    """A record of a model that is decoded in microseconds."""
+    """Return the study's record for a model that decodes a token in microseconds."""
     tiny = GPTConfig.preset("gpt2").replace(
         num_tokens=97, seq_len=256, num_layers=2, num_heads=2, hidden_dim=16, ff_dim=64
     )
@@ -26,7 +26,7 @@ def test_figures(record):
         figure = record[weights]
         low, high = figure["range"]
         assert 0 < low <= figure["seconds"] <= high < 1
-        # Of two layers the matrices, 12 C² each, and the output layer's; int8 has a scale of each row beside.
+        # Two layers have matrices of 12 C² weights each, and the output layer has V C. int8 also has scales of rows.
         assert figure["bytes"] >= width * (2 * 12 * 16**2 + 97 * 16)
         assert decoding.bound({"bytes": 600, "bytes_per_cached_token": 10}, 40, 500.0) == 2.0
     assert record["float32"]["bytes_per_cached_token"] == 2 * 2 * 16 * 4
@@ -40,7 +40,7 @@ def test_curve(record):
 
 
 def test_section_and_picture(record, tmp_path):
-    """A device's page shows the record; a record from a machine without transformers says that it is missing."""
+    """A device's page shows the record. For a machine without transformers it says that transformers is missing."""
     assert pages.study_sections(tmp_path) == []
     results.write(record, tmp_path / "decoding.json")
     lines = pages.study_sections(tmp_path, "../there/")

@@ -1,4 +1,4 @@
-"""Inference engines in the suite: their check, who is missing, whom ours is held against."""
+"""Test the other inference engines in the suite: their check, missing packages, and which of them are targets."""
 
 import importlib.util
 
@@ -42,7 +42,7 @@ def test_the_plain_model_passes_in_every_precision(model, precision):
 
 
 def test_the_texts_depend_on_what_was_read(model):
-    """A model that repeats its last token would pass whatever the cache holds."""
+    """The model's texts vary. A model that repeats its last token would pass the check whatever the cache holds."""
     with torch.inference_mode():
         text = plain(model).generate(prompts(), check.NEW)
     assert all(len(set(row.tolist())) > check.NEW // 4 for row in text[:, check.PROMPT :])
@@ -50,7 +50,7 @@ def test_the_texts_depend_on_what_was_read(model):
 
 @pytest.mark.parametrize("precision", peers.PRECISIONS)
 def test_an_engine_that_reads_another_prompt_fails(model, precision):
-    """One row of the batch continues another text, as where an engine mixes the rows of its cache."""
+    """The check fails if one row of the batch continues another row's text, as if an engine mixed up its cache."""
     generator = plain(model, precision)
 
     def generate(tokens, new):
@@ -69,7 +69,7 @@ def test_an_engine_of_a_lower_precision_than_it_claims_fails(model, claimed, com
 
 
 def test_an_engine_that_forgets_the_place_fails(model):
-    """Its new tokens all stand at the last place of the prompt."""
+    """The check fails if all new tokens get the position of the prompt's last token."""
     wrong = plain(model)
     with torch.no_grad():
         wrong.pos_emb.weight[check.PROMPT :] = wrong.pos_emb.weight[check.PROMPT - 1]
@@ -107,7 +107,7 @@ def test_an_engine_computes_ours_and_does_its_job(engine, precision, monkeypatch
         pytest.skip(reason)
     config = check.SMALL if precision == "int4" else SMALL  # int4 needs groups of 128
     monkeypatch.setattr(Case, "config", config)
-    job = peers.build(CASE, engine, precision)  # checks it first
+    job = peers.build(CASE, engine, precision)  # runs the engine's check first
     tokens = torch.randint(61, (2, 4))
     out = job(tokens)
     assert out.shape == (2, 9)
@@ -146,5 +146,5 @@ def test_ours_is_held_against_engines_of_the_same_or_a_higher_precision():
     assert set(found[ours, False].peer) == {
         "OpenVINO float32", "OpenVINO bfloat16", "CTranslate2 float32", "CTranslate2 bfloat16", "ONNX Runtime float32",
     }  # fmt: skip
-    assert found[ours, True].peer == f"{ours}, {LEFT}"  # the last of the two busy ones
+    assert found[ours, True].peer == f"{ours}, {LEFT}"  # of the two targets of busy runs, `found` keeps the last
     assert found[ours, True].times == 0.8

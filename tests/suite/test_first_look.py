@@ -1,4 +1,4 @@
-"""The first look at a device: calls within what is allowed, a planted fault, and a kernel that raises."""
+"""Test the first look at a device: calls within the allowed errors, planted faults, and a kernel that raises."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ def test_calls_within_what_is_allowed(name):
 
 
 def test_a_wrong_gradient_fails(monkeypatch):
-    """The gradient of a bias, a hundredth too large."""
+    """A bias gradient that is 1 % too large fails."""
     right = ops.layer_norm
 
     def wrong(x, weight=None, bias=None, eps=1e-5):
@@ -36,7 +36,7 @@ def test_a_wrong_gradient_fails(monkeypatch):
 
 
 def test_a_wrong_sum_fails(monkeypatch):
-    """The second result of add_layer_norm, which the truth of the first one starts from."""
+    """An error in add_layer_norm's `summed`, from which the exact `normed` is computed, is reported for `summed`."""
     right = ops.add_layer_norm
 
     def wrong(*args, **kwargs):
@@ -56,7 +56,7 @@ def test_nan_fails(monkeypatch):
 
 
 def test_the_command_prints_and_writes_each_call(tmp_path, monkeypatch, capsys):
-    """A kernel that raises is one failure, and the next call is looked at."""
+    """A kernel that raises counts as one failure, and the next call still runs."""
     right, calls = ops.decode_attention, []
 
     def raises_once(q, k_cache, v_cache, lengths):

@@ -1,6 +1,6 @@
-"""The script behind `make gpu`, with a Python that only writes down how it is called.
+"""Test the script of `make gpu` with a fake Python that only prints its arguments.
 
-tests/fakecuda/test_gpu_script.py rehearses it with the real one.
+tests/fakecuda/test_gpu_script.py runs the script with the real Python.
 """
 
 import os
@@ -22,14 +22,14 @@ LINE = re.compile(r"^(\w+) +(?:exit +(\d+) +(\d+) s|skipped: )", re.MULTILINE)
 
 
 def run(folder: Path, part: int, script: str = "exit 0", **changes: str) -> tuple[int, dict[str, int | None], str]:
-    """Run a part whose Python is a shell script; return its exit status, that of each step, and what it printed."""
+    """Run a part with a shell script as Python. Return its exit status, that of each step, and its output."""
     if shutil.which("bash") is None or shutil.which("timeout") is None:
         pytest.skip("the script needs bash and timeout")
     python = folder / "python"
     python.write_text(f'#!/bin/bash\necho "$*"\n{script}\n', encoding="utf-8")
     python.chmod(0o755)
     variables = {"PYTHON": str(python), "OUT": str(folder / "out"), "PART": str(part), "LOOKS": "2"} | changes
-    variables |= {"PATH": "/usr/bin:/bin"}  # no compute-sanitizer, no nvidia-smi
+    variables |= {"PATH": "/usr/bin:/bin"}  # has neither compute-sanitizer nor nvidia-smi
     done = subprocess.run(
         ["bash", ".ci/gpu"], check=False, cwd=ROOT, capture_output=True, text=True, env=os.environ | variables
     )
@@ -57,7 +57,7 @@ def test_a_step_that_fails_stops_no_other_and_the_end_is_not_0(tmp_path):
 
 
 def test_figures_and_candidates_that_run_out_of_time_are_no_failure(tmp_path):
-    """They are cut off by a signal, at which the real commands keep what they have."""
+    """The script stops these commands by a signal. The real commands then keep the results that they have."""
     cut_off = 'case "$*" in *training_step*|*tools.tune*) sleep 60 ;; esac'
     for part in PARTS:
         status, _, printed = run(tmp_path, part, cut_off, TRAINING_SECONDS="1", TUNE_SECONDS="1")

@@ -1,10 +1,10 @@
-"""Static bounds of loops: which instructions count for which pipe, on small pieces of SASS counted by hand."""
+"""Test the static bounds of loops: the cycles of each pipe, for small pieces of SASS that were counted by hand."""
 
 import pytest
 
 from tools import loop_bounds
 
-# One warpgroup's product of 64 x 64 x 16, its A in registers, and one of each other kind.
+# instruction → cycles of each pipe for one warpgroup. The first product has its operand A in registers.
 PIECES = {
     "HGMMA.64x64x16.F32.BF16 R56, R100, gdesc[UR16].tnspB, R56": {"tensor": 32, "issue": 1, "shared": 16},
     "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR24], RZ, !UPT": {"tensor": 32, "issue": 1, "shared": 32},
@@ -25,7 +25,7 @@ PIECES = {
 
 
 def sass(*lines: str) -> str:
-    """Return lines as cuobjdump prints them, at addresses 0x0100, 0x0110 and so on."""
+    """Return the lines in the form of cuobjdump, at the addresses 0x0100, 0x0110, ..."""
     return "\n".join(
         f"        /*{256 + 16 * number:04x}*/                   {line} ;    /* 0x000000000000 */"
         for number, line in enumerate(lines)
@@ -34,7 +34,7 @@ def sass(*lines: str) -> str:
 
 @pytest.mark.parametrize("line", PIECES)
 def test_an_instruction_counts_for_its_pipes(line):
-    """Cycles of one warpgroup: four warps issue, each with 32 lanes."""
+    """An instruction takes these cycles of each pipe for one warpgroup, which is four warps of 32 lanes."""
     (instruction,) = loop_bounds.parse(sass(line))
     assert loop_bounds.bound([instruction], warps=4) == dict.fromkeys(loop_bounds.PIPES, 0) | PIECES[line]
 
@@ -80,13 +80,13 @@ def test_products_overlap_with_their_operands_and_with_nothing_else():
     [(128, 128, 512, 4, 6), (128, 64, 256, 4, 2), (64, 128, 256, 4, 2), (128, 64, 128, 2, 0)],
 )
 def test_turns_of_causal_attention(own, walked, T, masked, unmasked):
-    """As many as tiles that touch the diagonal, and below it."""
+    """The masked loop runs once for each tile on the diagonal, and the unmasked loop once for each tile below it."""
     assert loop_bounds.causal_cycles(1, 0, own, walked, T) == masked
     assert loop_bounds.causal_cycles(0, 1, own, walked, T) == unmasked
 
 
 def test_the_rate_is_fitted_to_the_published_figure():
-    """Triton's tutorial, D = 64: a tile of 128 x 64 takes 1,056 cycles in this model, and 403 TFLOP/s are published."""
+    """In this model a tile of 128 x 64 of Triton's tutorial, D = 64, takes 1,056 cycles. It published 403 TFLOP/s."""
     T = 16384
-    total = T // 128 * (T // 64) / 2 * 1056  # half of all tiles, as causal attention has
+    total = T // 128 * (T // 64) / 2 * 1056  # causal attention computes half of all tiles
     assert loop_bounds.rate(2, 64, T, total) == pytest.approx(403, rel=0.01)

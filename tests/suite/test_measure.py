@@ -1,4 +1,4 @@
-"""How the suite measures: turns, rounds, pairs, memory, refusals, interruptions. Nothing here measures a speed."""
+"""Test how the suite measures: turns, rounds, pairs, memory, refusals and interruptions. No test measures a speed."""
 
 import dataclasses
 import signal
@@ -18,7 +18,7 @@ from tests.suite.figures import FLOORS
 
 
 def test_implementations_take_turns(monkeypatch):
-    """Rounds are spread evenly: the slow one's come between the fast one's."""
+    """Rounds are spread evenly: those of the slow implementation lie between those of the fast one."""
     now, order = [0.0], []
 
     def make(name, duration):
@@ -38,7 +38,7 @@ def test_implementations_take_turns(monkeypatch):
 
 
 def test_turns_change_their_order():
-    """Who follows another finds its inputs cached: each of three has each place, about as often."""
+    """An implementation that runs after another finds its inputs cached, so each has each place about equally often."""
     order = []
     watches = [timing.Stopwatch("cpu", [lambda name=name: order.append(name)]) for name in "abc"]
     timing.take_turns(watches, timing.Budget(0.0, 300))
@@ -54,11 +54,11 @@ def test_long_calls_of_the_warm_up_count(monkeypatch):
     watch = timing.Stopwatch("cpu", [lambda: (calls.append(1), now.__setitem__(0, now[0] + 3.0))])
     timing.take_turns([watch], timing.Budget(1.0, 3))
     assert len(watch.seconds) == 3
-    assert len(calls) == 4  # the first, one more, and two rounds
+    assert len(calls) == 4  # the first call, a warm-up call that counts as a round, and two more rounds
 
 
 def test_very_long_calls_are_made_once(monkeypatch):
-    """Unless the first one compiles."""
+    """A very long call is made once, or twice if the first call compiles."""
     now = [0.0]
     monkeypatch.setattr(timing, "clock", lambda device, cpu_time: lambda: now[0])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
@@ -89,7 +89,7 @@ def test_peak_memory_is_what_a_call_adds():
 
 
 def test_a_ratio_is_taken_over_pairs_of_neighbouring_rounds(monkeypatch):
-    """A machine that slows down in the middle changes both medians' ratio, but not the ratio within a pair."""
+    """A machine that slows down during the run changes the ratio of the medians, but not the ratio within a pair."""
     now, slow = [0.0], [1.0]
     monkeypatch.setattr(timing, "clock", lambda device, cpu_time: lambda: now[0])
 
@@ -100,14 +100,14 @@ def test_a_ratio_is_taken_over_pairs_of_neighbouring_rounds(monkeypatch):
     for lap, factor in enumerate((1.0, 1.0, 5.0, 5.0)):
         slow[0] = factor
         ours.keep(ours.call(), lap)
-        if lap in (0, 3):  # fewer rounds of the slower one
+        if lap in (0, 3):  # the slower implementation has fewer rounds
             peer.keep(peer.call(), lap)
     assert peer.ratio_to(ours) == pytest.approx({"median": 3.0, "q1": 3.0, "q3": 3.0})
 
 
 @pytest.mark.parametrize("elements", [0, 1, 63, 1 << 20, (1 << 20) + 37])
 def test_reading_reads_everything(elements):
-    """The read floor's sum is that of all elements, those of the tail included."""
+    """The reader of the read floor sums all elements, including those that fill no whole vector."""
     x = torch.randn(elements)
     assert floors.reader(x)() == pytest.approx(x.double().sum().item(), abs=1e-2)
 
@@ -124,7 +124,7 @@ def test_reading_refuses_what_it_would_misread():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Two small cases of layer_norm, instant floors, tests that pass."""
+    """Return a topic with two small cases of layer_norm. Its floors are given, and its tests pass."""
 
     def two(device):
         for M in (3, 5):
@@ -152,7 +152,7 @@ def test_a_run_writes_what_it_measured(tiny, tmp_path):
         (f"M={M} N=8 float32", peer) for M in (3, 5) for peer in (OURS, "torch")
     ]
     assert all(r["times"]["backward"]["rounds"] >= 2 and r["times"]["forward"]["median"] > 0 for r in run["records"])
-    assert {entry["peer"] for entry in run["missing"]} == {"Liger"}  # named, with the reason
+    assert {entry["peer"] for entry in run["missing"]} == {"Liger"}  # cannot run here
     assert [len(records) for records in shown] == [2, 2]
     assert run["sessions"][0]["floors"] == FLOORS
     assert set(run["commit"]) == {"id", "dirty"}
@@ -185,7 +185,10 @@ def test_interrupted_results_are_kept_and_can_be_resumed(tiny, tmp_path, monkeyp
 
 
 def test_an_implementation_that_compiles_is_measured_last(tiny, tmp_path):
-    """A run that is cut off while it compiles has the others; it takes turns with ours all the same."""
+    """A run that is interrupted while one compiles has the results of the others.
+
+    The implementation that compiles still takes turns with ours.
+    """
     torch_peer = next(peer for peer in tiny.peers if peer.name == "torch")
 
     def cut_off(case):
@@ -206,7 +209,10 @@ def test_an_implementation_that_compiles_is_measured_last(tiny, tmp_path):
 
 @pytest.mark.parametrize("kind", [RuntimeError, AssertionError])
 def test_an_implementation_that_fails_is_missing_and_ours_may_not(kind, tiny, tmp_path):
-    """Liger asserts what it cannot do."""
+    """Another implementation that raises is listed as missing. An error of ours ends the run, unless memory runs out.
+
+    AssertionError is tested too, because Liger asserts that it supports a call.
+    """
 
     def fail(case):
         raise kind("no such kernel\nand more")
@@ -230,7 +236,7 @@ def test_an_implementation_that_fails_is_missing_and_ours_may_not(kind, tiny, tm
 
 
 def test_cpu_time_is_that_of_the_process(tiny, tmp_path):
-    """Waiting costs nothing, and the device's name says which time it is."""
+    """With `cpu_time`, waiting takes no time, and the device's name and page say that CPU time was measured."""
     watch = timing.Stopwatch("cpu", [lambda: timing.time.sleep(0.1)], cpu_time=True)
     assert watch.call() < 0.05
     assert timing.Stopwatch("cpu", [lambda: timing.time.sleep(0.1)]).call() >= 0.1
@@ -255,7 +261,7 @@ def test_the_busy_process_ends_if_the_suite_is_killed():
     with subprocess.Popen([sys.executable, "-c", code], cwd=environment.ROOT, stdout=subprocess.PIPE) as suite:
         loop = psutil.Process(int(suite.stdout.readline()))
         suite.kill()
-    loop.wait(timeout=60)  # raises TimeoutExpired
+    loop.wait(timeout=60)  # raises TimeoutExpired if the process still runs
 
 
 def test_a_busy_run_has_a_file_of_its_own_and_quiet_figures_of_one_thread_less(tiny, tmp_path, monkeypatch):
@@ -290,7 +296,7 @@ def test_red_tests_refuse_a_time(tiny, tmp_path, monkeypatch):
 
 
 def test_an_untested_run_says_so(tiny, tmp_path, monkeypatch):
-    """In its file and on its page, also where it resumes a run that was tested."""
+    """An untested run is marked in its file and on its page, even if it resumes a tested run."""
     monkeypatch.setattr(runner, "run_tests", lambda topic, device: "")
     outcome = runner.run([tiny], runner.Settings("cpu", out=tmp_path))
     assert "untested" not in results.read(outcome.files[0])
@@ -317,7 +323,7 @@ def test_tests_are_run_again_when_files_change(tmp_path, monkeypatch):
 
 
 def test_a_topic_without_a_test_for_the_device_is_refused(tmp_path, monkeypatch):
-    """The message names the files that lack a test, where pytest selects nothing and calls it an error."""
+    """The message names the files that have no test for the device. pytest itself would only report an error."""
     monkeypatch.setattr(gate, "ROOT", tmp_path)
     monkeypatch.setattr(gate, "GREEN", tmp_path / "build" / "green.json")
     test = tmp_path / "tests" / "test_x.py"
@@ -329,7 +335,7 @@ def test_a_topic_without_a_test_for_the_device_is_refused(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(("available", "paired"), [(100, True), (99, False)])
 def test_a_model_in_training_takes_turns_with_ours_if_two_fit(tiny, tmp_path, monkeypatch, available, paired):
-    """All of an op take turns; with `pair_bytes` each implementation takes turns with ours alone."""
+    """With `pair_bytes`, each implementation takes turns with ours alone, if the memory of the device suffices."""
     monkeypatch.setattr(runner, "available_memory", lambda device: available)
     topic = dataclasses.replace(tiny, pair_bytes=lambda case: 100)
     (path,) = runner.run([topic], runner.Settings("cpu", out=tmp_path)).files
@@ -345,7 +351,7 @@ def test_a_model_in_training_takes_turns_with_ours_if_two_fit(tiny, tmp_path, mo
 
 @pytest.fixture
 def study():
-    """A study that counts how often it is measured."""
+    """Return a study, and the list of the devices on which it was measured."""
     measured = []
 
     def measure(device, quick, cpu_time):

@@ -1,4 +1,4 @@
-"""The study of overhead: that the right calls are measured, and shown."""
+"""Test that the study of overhead measures the right calls and shows them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The parity gate: small models within what is allowed, GPT-2 124M in the slow test, and planted faults that fail."""
+"""Test the parity gate: small models pass, GPT-2 124M passes in the slow test, and planted faults fail."""
 
 import math
 import sys
@@ -10,8 +10,8 @@ from benchmarks import parity
 from benchmarks.parity import DTYPES, train
 from gpt_fast import GPTConfig
 
-# Heads of GPT-2's size, a vocabulary off powers of two, more tokens than one block of queries, and as wide as bfloat16
-# needs for its root mean squares to be known well enough.
+# The model has heads of GPT-2's size, a vocabulary that is no power of two, and more tokens than a block of queries. It
+# is wide enough that root mean square errors in bfloat16 do not depend on luck.
 SMALL = GPTConfig.preset(
     "gpt2", dropout=0.0, num_tokens=311, hidden_dim=384, num_heads=6, num_layers=2, seq_len=80, init_std=0.1
 )
@@ -19,11 +19,11 @@ SMALL = GPTConfig.preset(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_small_model(dtype, one_thread):
-    """Three steps of two blocks: every loss, every logit and every gradient; the loss falls."""
+    """Three steps of a model of two blocks pass: every loss, the logits and every gradient. The loss falls."""
     steps = list(train(SMALL, dtype=DTYPES[dtype], steps=3, B=2, T=80))
     assert all(step.passes for step in steps), [step.row() for step in steps]
     assert steps[2].loss < steps[0].loss
-    assert len(steps[0].gradient_errors) == 2 + 2 * 12 + 2  # embeddings, blocks, last norm; the output layer is tied
+    assert len(steps[0].gradient_errors) == 2 + 2 * 12 + 2  # embeddings, blocks and last norm; output weights are tied
 
 
 @pytest.mark.slow
@@ -45,7 +45,7 @@ def drops_a_gradient(model):
 
 
 def another_eps(model):
-    model.trunk.decoders[0].layer_norm1.eps = 1e-4  # its input, the embeddings, varies least
+    model.trunk.decoders[0].layer_norm1.eps = 1e-4  # of all norms, eps matters most here: embeddings vary least
 
 
 def damages_a_gradient(model):
@@ -63,7 +63,7 @@ FAULTS = {
 
 @pytest.mark.parametrize(("change", "dtype", "parameter"), FAULTS.values(), ids=FAULTS)
 def test_a_planted_fault_fails(change, dtype, parameter, one_thread):
-    """A wrong gradient is named by its parameter; a wrong eps moves the logits too."""
+    """A wrong gradient is reported with its parameter. A wrong eps is seen in the logits."""
     (step,) = train(SMALL, dtype=DTYPES[dtype], steps=1, B=2, T=80, change=change)
     assert not step.passes
     if parameter is None:
@@ -80,7 +80,10 @@ TINY = ["--layers", "1", "--hidden-dim", "32", "--num-heads", "2", "--num-tokens
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """`command(*options)` runs `python -m benchmarks.parity` in this process: its exit code, stdout and stderr."""
+    """Return `command(*options)`, which runs `python -m benchmarks.parity` in this process.
+
+    It returns the exit code, stdout and stderr.
+    """
 
     def run(*options):
         monkeypatch.setattr(sys, "argv", ["parity", *options])
@@ -100,7 +103,7 @@ def test_the_command_prints_each_step(command, one_thread):
 
 
 def test_the_command_fails(command, monkeypatch, one_thread):
-    """Exit code 1 where an error is beyond what is allowed, with a hint where the model is narrow."""
+    """The exit code is 1 if an error is larger than allowed. For a narrow model a hint follows."""
     monkeypatch.setattr(parity, "RMS_FACTOR", 0.0)
     monkeypatch.setattr(parity, "FLOOR", 0.0)
     code, out, _ = command(*TINY, "--dtype", "bfloat16")
@@ -128,14 +131,17 @@ def test_a_loss_that_does_not_fall_fails(command, monkeypatch, one_thread):
     ],
 )
 def test_bad_input(command, options, message):
-    """One line on stderr that names what is wrong, and exit code 2."""
+    """Bad input gives an error message on stderr and exit code 2."""
     code, _, error = command(*options)
     assert code == 2
     assert message in " ".join(error.split())
 
 
 def test_errors_are_shares_of_what_is_allowed():
-    """By hand: the baseline is off by 1 and by 0, so 2 and 1.25 sqrt(1/2) are allowed; NaN is passed on."""
+    """The baseline's errors are 1 and 0, so a largest error of 2 and an rms of 1.25 sqrt(1/2) are allowed.
+
+    NaN gives NaN.
+    """
     exact = torch.tensor([3.0, 4.0], dtype=torch.float64)
     baseline = torch.tensor([4.0, 4.0])
     largest, rms = parity.shares_of_allowed(torch.tensor([3.0, 5.0]), baseline, exact)

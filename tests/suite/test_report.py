@@ -1,4 +1,4 @@
-"""What the suite writes and reads: results, comparisons, tables, targets, pictures, pages."""
+"""Test the files that the suite writes and reads: results, comparisons, tables, targets, pictures and pages."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def test_floor_is_the_longer_of_moving_and_computing():
     assert results.floor_seconds(record(work=work), "forward", FLOORS) == pytest.approx(2.0)
     work = {"forward": {"bytes": 20e9, "flops": 300e9, "bound": "read"}}
     assert results.floor_seconds(record(work=work), "forward", FLOORS) == pytest.approx(3.0)
-    # bfloat16 on a CPU that multiplies it slowly may be widened.
+    # On a CPU that multiplies bfloat16 slowly, the floor uses the float32 rate: kernels may compute in float32.
     slow = FLOORS | {"matmul bfloat16": {"rate": 1e9}}
     assert results.floor_seconds(record(work=work, dtype="bfloat16"), "forward", slow) == pytest.approx(3.0)
     assert results.share_of_floor(run, run["records"][0], "forward") == pytest.approx(0.5)
@@ -142,7 +142,10 @@ def test_a_data_sheet_is_that_of_the_whole_name(name, copy):
 
 
 def test_highlights_put_passes_together():
-    """README.md shows of each topic, dtype and dropout the largest case, and nobody who does less or is ours."""
+    """README.md shows the largest case of each topic, dtype and dropout.
+
+    It compares with the fastest implementation of others that does all of the work.
+    """
     two = {"forward": record()["times"]["forward"], "backward": record(median=2.0)["times"]["forward"]}
     work = dict.fromkeys(two, record()["work"]["forward"])
     fast = {name: time | {"median": time["median"] / 4} for name, time in two.items()}
@@ -159,7 +162,7 @@ def test_highlights_put_passes_together():
 
 
 def test_speedups_are_of_whole_models(tmp_path):
-    """The picture of a device has the largest case of each job, against the fastest other that does the same work."""
+    """A device's picture shows the largest case of each job, compared with the fastest other implementation."""
     job = a_run(record(median=1.0), record(peer="plain", median=1.5), record(peer="torch", median=1.2), suite="train")
     assert tables.speedups([a_run(record(), record(peer="torch", median=3.0))]) == {}
     assert tables.speedups([job]) == {"layer_norm M=4 float32, forward": (pytest.approx(1.2), "torch")}
@@ -178,7 +181,10 @@ def test_training_shows_tokens_and_mfu(tmp_path):
 
 
 def test_plots(tmp_path):
-    """A series gives a picture of speed and one of memory, other cases bars; pictures of older runs are deleted."""
+    """A series of cases gives a picture of speed and one of memory, and other cases give bars.
+
+    Pictures of older runs are deleted.
+    """
     grows = [
         record(f"T={T}", peer, T / 1e6, sizes={"B": 1, "T": T}, series="T")
         for T in (1024, 2048)
@@ -213,7 +219,7 @@ def judged(target, *records):
     ],
 )
 def test_targets_are_judged(target, reached):
-    """0.5 s of the floor, 1 s of ours, 1.5 s and 1.2 s of the others."""
+    """Judge targets where the floor takes 0.5 s, ours 1 s, torch 1.5 s and Liger 1.2 s."""
     records = [record(tokens=500), record(peer="torch", median=1.5), record(peer="Liger", median=1.2)]
     verdict = judged(target, *records)
     assert (verdict and verdict.reached) == (reached and pytest.approx(reached))
@@ -246,7 +252,7 @@ def test_report_writes_a_page_for_each_device(tmp_path):
 
 
 def test_committed_pages_are_made_from_the_committed_files():
-    """And so are README.md's figures: no number in them is typed."""
+    """The committed pages, and the figures in README.md, are exactly what `make report` makes of the results files."""
     found = pages.devices(pages.RESULTS)
     assert found
     for folder, runs in found.items():

@@ -1,4 +1,4 @@
-"""The profile of a training step: what it counts, and that a profile without a kernel fails."""
+"""Test the profile of a training step: its counts and times, and that a profile without a kernel fails."""
 
 import json
 import sys
@@ -42,7 +42,7 @@ def test_the_command_writes_the_time_of_a_step_and_its_kernels(monkeypatch, tmp_
 
 
 def test_a_profile_without_a_kernel_fails(monkeypatch):
-    """As where the profiler may not read the device's counters. The times are written before."""
+    """A profile without kernels fails. This happens if the profiler may not read the device's counters."""
     monkeypatch.setattr(step_profile, "cases", lambda topic, device: [SMALLEST])
     monkeypatch.setattr(step_profile, "STEPS", 1)
     monkeypatch.setattr(step_profile, "kernels_of", lambda step, device: [])

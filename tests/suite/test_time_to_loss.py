@@ -1,4 +1,4 @@
-"""The benchmark of AdamW against Muon: its figures from curves worked out by hand, and a whole run in small."""
+"""Test the benchmark of AdamW against Muon: its figures for curves that were worked out by hand, and a small run."""
 
 import json
 
@@ -9,7 +9,7 @@ from tests.command_line import ENVIRONMENT
 
 
 def write(folder, losses):
-    """A run with a validation every ten steps of half a second."""
+    """Write the metrics of a run with a validation loss every ten steps, whose steps take half a second each."""
     folder.mkdir()
     lines = [{"step": 10 * (i + 1), "valid_loss": loss, "seconds": 5.0 * (i + 1)} for i, loss in enumerate(losses)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -48,7 +48,7 @@ def test_a_rate_that_diverges_is_not_the_best():
 
 @pytest.mark.slow
 def test_a_whole_run_in_small(tmp_path, monkeypatch, capsys):
-    """A second call trains nothing again."""
+    """Run the whole benchmark on a tiny model, twice. The second call uses the runs of the first."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(time_to_loss, "RATES", {"adamw": (1e-3, 2e-3), "muon": (1e-2, 2e-2)})

@@ -1,4 +1,4 @@
-"""What each op's and each job's benchmark says about itself: work, cases, implementations, launches."""
+"""Test the definitions of the benchmarks of ops and jobs: their work, cases, implementations and launches."""
 
 import ast
 import graphlib
@@ -34,7 +34,8 @@ def work(topic: str, passes: str, dtype: torch.dtype = F32, dropout: float = 0.0
 @pytest.mark.parametrize(
     ("found", "bytes", "flops"),
     [
-        # 3 pairs of 4 numbers, a multiply-add each, in two products or five; 8 numbers a tensor, 2 of lse.
+        # Causal attention of 2 tokens has 3 pairs of 4 numbers, a multiply-add each, in two products (backward: five).
+        # A tensor has 8 numbers, and lse has 2.
         pytest.param(
             work("attention", "forward", B=1, H=1, T=2, D=4), 4 * 4 * 8 + 8, 2 * 2 * 3 * 4, id="attention"
         ),
@@ -52,10 +53,10 @@ def work(topic: str, passes: str, dtype: torch.dtype = F32, dropout: float = 0.0
         pytest.param(
             work("add_layer_norm", "backward", BF16, 0.1, M=2, N=3), 2 * (6 * 5 + 9) + 16, 0, id="dropout: own dx"
         ),
-        # M = 5, C = 2, F = 8: weights 16 + 16, biases 8 + 2.
+        # For M = 5, C = 2 and F = 8 the weights have 16 + 16 numbers and the biases 8 + 2.
         pytest.param(work("mlp", "forward", M=5, C=2), 4 * (10 + 10 + 42), 2 * 2 * 5 * 2 * 8, id="mlp"),
         pytest.param(work("mlp", "backward", M=5, C=2), 4 * (30 + 40 + 42), 4 * 2 * 5 * 2 * 8, id="mlp backward"),
-        # M = 5, N = 3, K = 2: x 10, weight 6, y 15.
+        # For M = 5, N = 3 and K = 2, x has 10 numbers, the weight 6 and y 15.
         pytest.param(work("linear", "forward", M=5, N=3, K=2), 4 * (10 + 6 + 15), 2 * 5 * 3 * 2, id="linear"),
         pytest.param(
             work("linear", "backward", M=5, N=3, K=2), 4 * (15 + 20 + 12), 2 * 2 * 5 * 3 * 2, id="linear backward"
@@ -86,7 +87,7 @@ def test_parameters_are_those_of_the_model():
 
 
 def test_model_work_follows_the_printed_formula(monkeypatch):
-    """A training step's FLOPs are tokens × (6 N + 6 L C (T + 1)); AdamW moves seven float32 numbers a parameter."""
+    """A training step has tokens × (6 N + 6 L C (T + 1)) FLOPs, and AdamW moves seven float32 numbers per parameter."""
     monkeypatch.setattr(Case, "config", SMALL)
     B, T, L, C = 3, 8, SMALL.num_layers, SMALL.hidden_dim
     N = 12 * L * C * C + SMALL.num_tokens * C
@@ -96,7 +97,7 @@ def test_model_work_follows_the_printed_formula(monkeypatch):
     assert step.bytes == 28 * counts.parameters(SMALL)
     finetuning = work("finetuning_step", "step", model="small", B=B, T=T)
     assert finetuning.flops == step.flops - 6 * B * T * SMALL.num_tokens * C
-    # Two tokens after a prompt of five: every weight twice, the cache of 5 and of 6 tokens, keys and values.
+    # Two tokens after a prompt of five read every weight twice, and the keys and values of 5 and of 6 tokens.
     decoding = counts.decoding(SMALL, 1, 5, 2, 2, 4)
     assert decoding.bytes == 2 * 2 * N + 4 * 2 * L * C * (5 + 6)
     assert decoding.bound == work("prefill", "step", model="small", B=1, T=5).bound == "read"
@@ -120,7 +121,7 @@ def test_a_file_defines_what_its_name_says(folder):
 
 
 def test_imports_have_no_circles():
-    """Imports at the head of a module; those inside a function run later."""
+    """The imports at the head of the modules form no circle. Imports inside functions do not count: they run later."""
     root = pathlib.Path(catalogue.__file__).parents[1]
     paths = {
         ".".join(path.relative_to(root).with_suffix("").parts): path for path in (root / "benchmarks").rglob("*.py")
@@ -139,7 +140,7 @@ def test_imports_have_no_circles():
 
 
 def test_every_topic_with_cases_on_a_gpu_has_tests_for_it():
-    """The suite runs the tests marked `cuda` before it times anything there, and refuses a topic that has none."""
+    """The suite runs a topic's tests marked `cuda` before it times the topic on a GPU, and refuses it without them."""
     timed = [topic for topic in TOPICS.values() if catalogue.cases(topic, "cuda")]
     files = {topic.name: {f"tests/{name}" for name in files_of_tests(topic)} for topic in timed}
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "cuda and not slow"]
@@ -152,7 +153,7 @@ def test_every_topic_with_cases_on_a_gpu_has_tests_for_it():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_cases_are_sound(device):
-    """Each topic has cases, some of them quick; names are unique, work is positive, targets name who may run."""
+    """Each topic has quick cases, except `linear` on a GPU. Names are unique, work is positive, targets are sound."""
     assert {topic.suite for topic in TOPICS.values()} == set(SUITES)
     for topic in TOPICS.values():
         found = catalogue.cases(topic, device)
@@ -191,7 +192,7 @@ def test_select():
 
 @pytest.mark.parametrize("op", OPS)
 def test_peers_compute_the_same(op):
-    """Without dropout, the outputs and gradients of whoever runs here are those of the last, which is the reference."""
+    """Without dropout, all implementations that run here give the outputs and gradients of the reference, the last."""
     topic = OPS[op]
     assert topic.peers[-1].name == ("torch" if op == "linear" else "reference")
     for case in topic.small_cases("cpu"):
@@ -226,7 +227,7 @@ def test_plain_model_computes_ours():
 
 @pytest.mark.parametrize("name", JOBS)
 def test_whole_models_run(name, monkeypatch):
-    """Each implementation does its job: a loss near that of a uniform guess, or as many tokens as were asked for."""
+    """Each implementation gives a loss near that of a uniform guess, or the requested number of tokens."""
     monkeypatch.setattr(Case, "config", SMALL)
     sizes = (
         {"model": "gpt2", "B": 2, "T": 8} if name != "generation" else {"model": "gpt2", "B": 2, "prompt": 4, "new": 5}
@@ -245,13 +246,13 @@ def test_whole_models_run(name, monkeypatch):
         else:
             classes = 2 if name == "finetuning_step" else SMALL.num_tokens
             assert float(out) == pytest.approx(math.log(classes), abs=0.7), peer.name
-            # Weights, and AdamW's two moments of the parameters.
+            # The state holds the weights and AdamW's two moments.
             assert job.state_bytes() >= 3 * 4 * counts.parameters(SMALL), peer.name
 
 
 @pytest.mark.parametrize(("gib", "fits"), [(30, True), (29, False)])
 def test_a_model_is_trained_if_it_fits(gib, fits, monkeypatch):
-    """GPT-2 XL's 1.56 billion parameters take 16 bytes each, and a quarter more."""
+    """GPT-2 XL has 1.56 billion parameters, which take 16 bytes each. A quarter more must be available."""
     monkeypatch.setattr(training, "available_memory", lambda device: gib << 30)
     topic = TOPICS["training_step"]
     (case,) = (c for c in catalogue.cases(topic, "cpu") if c.size["model"] == "gpt2-xl")
@@ -262,7 +263,7 @@ def test_a_model_is_trained_if_it_fits(gib, fits, monkeypatch):
 
 
 def test_a_half_precision_step_is_measured_on_every_cpu(monkeypatch):
-    """If the CPU has no bfloat16 products, on a part of the layers, because PyTorch takes minutes."""
+    """A CPU without bfloat16 products measures fewer layers, because PyTorch would take minutes for all of them."""
     for fast in (True, False):
         for module in ("benchmarks.topic", "benchmarks.measure.floors"):
             monkeypatch.setattr(f"{module}.bf16_products", lambda device, fast=fast: fast)

@@ -1,4 +1,4 @@
-// Stands in for PyTorch's where it was built without CUDA: the host is the device.
+// Stand-in for PyTorch's header, which a PyTorch without CUDA lacks. The host is the device.
 #pragma once
 
 #include <c10/core/Device.h>
