@@ -181,10 +181,10 @@ def _branch(self: Any, path: str, branch: Tensor) -> tuple[Tensor, float]:
 
 
 def _attention(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple[Tensor, float]:
-    """Return (branch, p): attention's output for x, both [B, T, C], and the dropout rate of its residual addition.
+    """Return (branch, p) for x [B, T, C]: attention's output [B, T, C] after its output projection, and a dropout rate.
 
-    `seed` is the dropout seed of this call, or None if nothing drops. The caller computes residual + dropout(branch,
-    p).
+    The caller computes residual + dropout(branch, p). p is 0 if the branch's dropout was applied here; see `_branch`.
+    `block` tells the paths of the modules. `seed` is the dropout seed of this call, or None if nothing drops.
     """
     layout = block.layout
     projected = _projected(self, layout.qkv, x)
@@ -215,8 +215,8 @@ def _projected(self: Any, paths: tuple[str, ...], x: Tensor) -> list[Tensor]:
 def _mlp(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple[Tensor, float]:
     """Return (branch, p): the MLP's output for x, both [B, T, C], and the dropout rate of its residual addition.
 
-    `seed` is the dropout seed of this call, or None if nothing drops. The caller computes residual + dropout(branch,
-    p).
+    The caller computes residual + dropout(branch, p). p is 0 if the branch's dropout was applied here; see `_branch`.
+    `block` tells the paths of the modules. `seed` is the dropout seed of this call, or None if nothing drops.
     """
     layout = block.layout
     fc, proj = part(self, layout.fc), part(self, layout.proj)
