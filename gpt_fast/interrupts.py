@@ -33,7 +33,13 @@ class Stop:
         self.deferred = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        """Store the first signal in `signum` if `deferred`. Raise `Interrupted` otherwise, and for a second signal."""
+        """Store the first signal in `signum` and print a line, if `deferred`.
+
+        Otherwise, and for a second signal, raise `Interrupted`.
+
+        Raises:
+            Interrupted: `deferred` is False, or this is the second signal.
+        """
         if not self.deferred or self.signum is not None:  # a second signal does not wait
             raise Interrupted(signum)
         self.signum = signum

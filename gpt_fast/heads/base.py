@@ -175,7 +175,8 @@ class Head(Convertible, nn.Module):
     def _language_model_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Return the mean cross-entropy of the output layer's logits for hidden states [..., C] and labels [...].
 
-        In training it includes the z-loss, if `z_loss` is above 0. A label of -100 does not count.
+        Labels are not shifted here, and a label of -100 does not count. In training the loss includes the z-loss, if
+        `z_loss` is above 0.
         """
         return output_loss(self.output_layer, hidden, labels, self.z_loss if self.training else 0.0)
 

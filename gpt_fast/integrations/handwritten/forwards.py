@@ -239,7 +239,10 @@ def _activate(self: Any, block: Block, x: Tensor) -> Tensor:
 
 
 def _is_as_it_was(self: Any, block: Block, path: str) -> bool:
-    """Return True if the module at `path` still has the recognised class and no hooks. True for "", no module."""
+    """Return True if the module at `path` still has the recognised class and no hooks, or if `path` is "".
+
+    The path "" stands for no module.
+    """
     return not path or _plain.why_not_plain(part(self, path), block.kinds[path]) is None
 
 

@@ -281,7 +281,7 @@ def why_no_projection(layer: Any, kind: Any = Conv1D) -> str | None:
 
 
 def has_few_rows(x: Tensor) -> bool:
-    """Return True if x [B, T, C] has so few rows B T that PyTorch's product is faster than `ops.linear`.
+    """Return True if x [B, T, C] has fewer than `_FEW_ROWS` rows B T. PyTorch multiplies few faster than `ops.linear`.
 
     The result is False in a compiled graph, which serves any number of rows.
     """

@@ -162,10 +162,10 @@ def has_another_loss(model: Any) -> bool:
 def _needs_logits(model: Any, output: Any, call: dict, logits: bool | None) -> bool:
     """Return True if this call is left to transformers, which computes the logits and the loss from them.
 
-    This holds without labels or input, with labels of another shape than the tokens, for a tuple as result, with
-    `logits_to_keep`, and if the output layer is no plain `nn.Linear`. `output` is the output layer, and `call` holds
-    the arguments by name. `logits` is what the caller asks for: True, False, or None, which means True in evaluation
-    and False in training.
+    `output` is the output layer, and `call` holds the arguments by name. `logits` is what the caller asks for: True,
+    False, or None, which means True in evaluation and False in training. Calls that are left to transformers, too, are
+    those without labels or input, with labels of another shape than the tokens, with a tuple as result, with
+    `logits_to_keep`, and those whose output layer is no plain `nn.Linear`.
     """
     labels = call.get("labels")
     rows = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
