@@ -67,7 +67,10 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def is_attached(forward: Any) -> bool:
-    """Return True if `forward` is what `attach` puts on a module, with nothing wrapped around it."""
+    """Return True if `forward` is what `attach` puts on a module, with nothing wrapped around it.
+
+    `attach` puts a function of this library on the module, in the attribute `__func__` of the forward.
+    """
     function = getattr(forward, "__func__", None)
     is_function = isinstance(function, types.FunctionType) and not hasattr(function, "__wrapped__")
     return is_function and function.__module__.startswith("gpt_fast.")
@@ -126,9 +129,10 @@ def why_own_weight(module: Any) -> str | None:
 
 
 def is_plain(module: Any, kind: Any) -> bool:
-    """Return True if the parameters of `module`, of class `kind`, may be read directly; see `why_not_plain`.
+    """Return True if the parameters of `module` may be read directly instead of calling it.
 
-    The usual case takes half a microsecond.
+    They may if the module has exactly the class `kind`, no hooks, and no forward or weight of its own; see
+    `why_not_plain`. The usual case takes half a microsecond.
     """
     if (
         type(module) is kind
@@ -184,7 +188,7 @@ def dropout(module: Any, x: Tensor, drops: bool = True) -> tuple[Tensor, float]:
 
 
 def linear(module: Any, x: Tensor) -> Tensor:
-    """Return module(x), by `ops.linear` if the module is a plain `nn.Linear`."""
+    """Return module(x), by `ops.linear` if the module is an `nn.Linear` without hooks (see `is_plain`)."""
     return ops.linear(x, module.weight, module.bias) if is_plain(module, nn.Linear) else module(x)
 
 

@@ -522,7 +522,10 @@ class StaysPlain:
         self._children = [(module._modules, dict(module._modules)) for module, _ in self._kinds if module._modules]
 
     def __call__(self) -> bool:
-        """Return True if, since construction, no module was replaced, got hooks, or changed an option."""
+        """Return True if the modules given to the constructor are as they were then.
+
+        No module was replaced or got hooks, and no attribute in `_OPTIONS`, such as `eps`, has changed.
+        """
         return (
             all(now == before for now, before in self._children)
             and all(_plain.is_plain(module, kind) for module, kind in self._kinds)

@@ -92,8 +92,8 @@ def dropout_keep_rows(seed: Tensor, site: int, N: int, C: int, p: float) -> Tens
 def dropout_keep_matrix(seed: Tensor, site: int, b: Tensor, M: int, N: int, p: float) -> Tensor:
     """Return bool [*b.shape, M, N], True where element (i, j) of a matrix [M, N] is kept, for attention and mlp.
 
-    `b` holds the number of each matrix: its row and head in attention, 0 in mlp. `seed` and `site`, the number of the
-    dropout within a forward pass, choose the mask, and `p` is the dropout probability.
+    `b` holds the number of each matrix, int64: row · H + head in attention, 0 in mlp. `seed` and `site`, the number of
+    the dropout within a forward pass, choose the mask, and `p` is the dropout probability.
 
     This is `dropout_keep_at` on the whole grid, evaluated once per counter: with i = 16 I + 8 i3 + g and j = 16 J + 8
     j3 + 2 t + j0, the counter is (4 J + t, 8 I + g, b, site), the word 2 i3 + j3, the half j0.

@@ -83,7 +83,8 @@ def complete(config: Config, ranges: dict[str, tuple[int, int]]) -> Config:
 def neighbours(config: Config, ranges: dict[str, tuple[int, int]]) -> Iterator[Config]:
     """Yield each configuration that differs from `config` in one number by one step, inside the `ranges` of `limits`.
 
-    A step doubles or halves the number, or adds or subtracts 1, or switches it between 0 and its largest value.
+    A step adds or subtracts 1 for "stages", "programs", "cublaslt" and "late". It switches between 0 and the largest
+    value for "registers" and for the "rows" of a product with few rows. It doubles or halves any other number.
     """
     for index, (name, (low, high)) in enumerate(ranges.items()):
         value = config[index]
@@ -313,8 +314,9 @@ def tune(names: list[str], path: Path, architecture: int, device: str, timer: Ti
 
     A class is a kernel with an element size and a largest size, as a row of the table has them. `row` holds the fastest
     configuration, and `is_new` is True if it is not the shipped one. Rows with `is_new` are written to `path` as soon
-    as their op is done. Rows of other ops in that file stay if they are of the same `device` and Triton. Raises
-    `ValueError` if the file is damaged.
+    as their op is done. Rows of other ops in that file stay if they are of the same `device` and Triton. `device` is
+    the name of the GPU and `architecture` its number (80 is sm_80). `timer` returns the time of a function that runs
+    kernels. Raises `ValueError` if the file is damaged.
     """
     rows: dict[str, list[Row]] = {}
     if path.is_file():
@@ -340,7 +342,8 @@ def compared(op: str, row: Row, architecture: int, timer: Timer, device: str = "
 
     A record has the keys "op", "kernel", "element", "size", "architecture", "config", "shipped" (True for the first
     one), "ms" and "of_shipped", the time divided by that of the first record. For a configuration that does not run
-    "ms" is None, and "of_shipped" is missing.
+    "ms" is None, and "of_shipped" is missing. `architecture` is that of the GPU (80 is sm_80), and `timer`
+    returns the milliseconds of a function that runs kernels on `device`.
     """
     measure = measurer(op, row, architecture, timer, device)
     shipped = serving(op, row, architecture)

@@ -290,10 +290,10 @@ def _tie_again(head: Any, keys: Any) -> None:
 
 
 def _resized(kind: type, old: Any, sizes: tuple[int, int], std: float, **options: Any) -> Any:
-    """Return a new layer of class `kind` for another vocabulary, with the rows of the layer `old` that both have.
+    """Return a new layer of class `kind` for another vocabulary, with the rows of the layer `old` that it has room for.
 
-    `sizes` and `options` are arguments of `kind`. New rows are drawn from N(0, `std`²), and new biases are 0. Dtype,
-    device and `requires_grad` are those of `old`.
+    `kind` is `nn.Embedding` or `nn.Linear`, and `sizes` and `options` are its arguments. New rows are drawn from N(0,
+    `std`²), and new biases are 0. Dtype, device and `requires_grad` are those of `old`.
     """
     new = kind(*sizes, **options, device=old.weight.device, dtype=old.weight.dtype)
     init_weights(new, std)

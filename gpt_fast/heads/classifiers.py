@@ -200,7 +200,7 @@ class TaskHead(Head):
         return tokens.shape[1] - 1 - candidates.flip(1).int().argmax(1)  # the last candidate
 
     def _check_rows(self, tokens: Tensor, there: Tensor, wanted: str) -> None:
-        """Check that no row of `there` [N, T] is False everywhere, if values may be read (see `ops.values_checked`).
+        """Check that no row of `there` [N, T] is False everywhere, if `tokens` may be read (see `ops.values_checked`).
 
         Raises:
             ValueError: A row is False everywhere. `wanted` says in the message what the row lacks.

@@ -71,7 +71,7 @@ class _Handle:
 
 
 def _forget_dispatch() -> None:
-    """Clear PyTorch's cache of the operator's kernels.
+    """Clear PyTorch's cache of the kernels of `aten::scaled_dot_product_attention`.
 
     The first trace in a process fills it, and later traces use it.
     """

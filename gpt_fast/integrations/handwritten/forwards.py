@@ -63,12 +63,20 @@ def block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run attention that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C]. See `_alone`."""
+    """Run attention that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C]. See `_alone`.
+
+    x is the first argument. The forward of the module's class runs instead if another argument differs from its
+    default, or if the module changed after it was recognised.
+    """
     return _alone(self, _attention, args, kwargs)
 
 
 def mlp_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run an MLP that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C]. See `_alone`."""
+    """Run an MLP that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C]. See `_alone`.
+
+    x is the first argument. The forward of the module's class runs instead if another argument differs from its
+    default, or if the module changed after it was recognised.
+    """
     return _alone(self, _mlp, args, kwargs)
 
 
@@ -111,9 +119,9 @@ def _signature(kind: type[nn.Module]) -> tuple[list[str], dict[str, Any]]:
 def _is_whole(self: Any, block: Block) -> bool:
     """Return True if `gpt_fast.ops` may compute `self`: it is as it was recognised, and no hook would be skipped.
 
-    The options, buffers and classes are the recognised ones. The block itself and its attention and MLP have no hooks
-    and no forwards of their own. Each dropout inside an op is a number or an `nn.Dropout` without hooks, and all heads
-    share one rate.
+    The options, buffers and classes are the recognised ones, which is not checked in a compiled graph. The block itself
+    and its attention and MLP have no hooks and no forwards of their own. Each dropout inside an op is a number or an
+    `nn.Dropout` without hooks, and all heads share one rate.
     """
     layout = block.layout
     called = {*layout.qkv, layout.out, layout.fc, layout.proj, layout.activation, layout.norm1, layout.norm2}

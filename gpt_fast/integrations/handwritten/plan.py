@@ -25,7 +25,7 @@ def plan(
     `claimed` holds modules that are patched otherwise and are skipped here. `report` gets an entry for each module that
     is replaced or left alone. `apply(patch)` puts a patch on its module and `undo(module)` takes it off, so that the
     whole model can be compared with and without patches. The list is empty if the results differ, or if there are
-    blocks but nothing can be replaced. A `Patch` is the new forward of one module.
+    blocks but nothing can be replaced. A `Patch` holds a module and its new forward.
     """
     fused, claimed, longest = list(report.replaced), set(claimed), _longest_sequence(model)
     blocks: list[Patch] | None = None
@@ -56,7 +56,7 @@ def _plan_block(name: str, module: nn.Module, report: Report, longest: int) -> l
 
     `name` is the path of `module` in the model. `report` gets an entry for each submodule that is replaced, or one with
     the reason why the block is left alone. `longest` is the sequence length at which the block is compared once with
-    the formula of a GPT block, besides short sequences. A `Patch` is the new forward of one module.
+    the formula of a GPT block, besides short sequences. A `Patch` holds a module and its new forward.
     """
     found = list(layouts(module))
     if not found or type(module).__module__.startswith(("transformers.", "torch.")):
@@ -122,7 +122,7 @@ def _around(model: nn.Module, claimed: set[nn.Module], C: int, report: Report) -
     """Return the patches of the LayerNorms of width C and the output layer outside of the `claimed` modules.
 
     An output layer is an `nn.Linear` from C to the size of one of the embeddings. `report` gets an entry for each
-    module that is replaced or left alone. A `Patch` is the new forward of one module.
+    module that is replaced or left alone. A `Patch` holds a module and its new forward.
     """
     outside = {path: module for path, module in model.named_modules() if module not in claimed}
     patches = []
@@ -177,7 +177,7 @@ def _pieces(model: nn.Module, claimed: set[nn.Module], report: Report, longest: 
     They may stand in a model without blocks, or in a block that is left alone. Modules in `claimed` are skipped, and
     the modules that were examined are added to `claimed`. `report` gets entries for modules that are replaced, and for
     attention that is left alone. `longest` is the sequence length at which a module is compared once, besides short
-    ones. A `Patch` is the new forward of one module.
+    ones. A `Patch` holds a module and its new forward.
     """
     patches: list[Patch] = []
     if _width(model) is None:  # no Transformer

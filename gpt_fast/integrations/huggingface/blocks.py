@@ -281,9 +281,10 @@ def why_no_projection(layer: Any, kind: Any = Conv1D) -> str | None:
 
 
 def has_few_rows(x: Tensor) -> bool:
-    """Return True if x [B, T, C] has fewer than `_FEW_ROWS` rows B T. PyTorch multiplies few faster than `ops.linear`.
+    """Return True if x [B, T, C] has fewer than `_FEW_ROWS` rows B T.
 
-    The result is False in a compiled graph, which serves any number of rows.
+    PyTorch's product is faster than `ops.linear` for so few rows. The result is False in a compiled graph, which serves
+    any number of rows.
     """
     rows = x.shape[0] * x.shape[1]
     return not torch.compiler.is_compiling() and type(rows) is int and rows < _FEW_ROWS  # a graph is for any number
@@ -390,7 +391,10 @@ def _rows(call: dict) -> tuple[Tensor, torch.Size, Tensor | None]:
 
 
 def _seed(trunk: Any, device: torch.device) -> Tensor | None:
-    """Return a new dropout seed for one forward pass of the trunk, or None if nothing drops."""
+    """Return a new dropout seed for one forward pass of the trunk.
+
+    The result is None in evaluation mode, or if all dropout rates of the configuration are 0.
+    """
     config = trunk.config
     drops = trunk.training and max(config.embd_pdrop, config.attn_pdrop, config.resid_pdrop) > 0
     return ops.new_seed(device) if drops else None
@@ -399,8 +403,8 @@ def _seed(trunk: Any, device: torch.device) -> Tensor | None:
 def _masks(given: Tensor, N: int) -> tuple[Tensor | None, Tensor | None]:
     """Return (key_mask, mask) for the attention mask `given` of N rows, which `_unsupported` accepts.
 
-    A mask of four dimensions [N, 1, T, S] is `mask`, and any other becomes `key_mask` [N, S]. True allows attention.
-    The other one is None. Both are None if `given` is known to have no padding.
+    If `given` has four dimensions [N, 1, T, S], it is `mask`, and `key_mask` is None. Otherwise it becomes `key_mask`,
+    bool [N, S], and `mask` is None. True allows attention. Both are None if `given` is known to have no padding.
     """
     if given.dim() == 4:
         return None, given
@@ -413,8 +417,8 @@ def _masks(given: Tensor, N: int) -> tuple[Tensor | None, Tensor | None]:
 def _packed(positions: Tensor) -> Tensor | None:
     """Return the bool mask [N, 1, T, T] that separates sequences packed into one row, or None if there are none.
 
-    A new sequence begins where `positions` [N, T] do not increase by one. True allows attention. The mask is made as
-    well if values cannot be read at once.
+    A new sequence begins where `positions` [N, T] do not increase by one. True allows attention. The mask is also made
+    if the values cannot be read at once, as on a GPU.
     """
     first = positions[:, :1] - 1
     sequence = (torch.diff(positions, prepend=first, dim=-1) != 1).cumsum(-1)  # [N, T]

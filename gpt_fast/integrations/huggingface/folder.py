@@ -31,12 +31,12 @@ _EXTRAS = (
 def convert_folder(source: Path, out: Path, head: str | None = None, to: str | None = None) -> dict[str, Any]:
     """Write the model in the folder `source` to a new folder `out` in the other library's format, whole or not at all.
 
-    `to` names that format, "gpt-fast" or "transformers"; None takes it from the folder. `head` ("clm", "mlm" or
-    "classifier") chooses this library's head for a model of transformers; None takes the head that fits the saved
-    class. The result has the keys "model" (class that was written), "from" (class that was read) and "numbers"
-    (parameters), and if the format is transformers' "left_out" (what its class cannot hold). Raises `ValueError` for a
-    folder of neither library, a model that the other does not have, an unknown `head`, a folder that has the format
-    `to` already; `OSError` where something is missing, or `out` exists.
+    `to` names the format of `out`, "gpt-fast" or "transformers"; None means the one that `source` does not have. `head`
+    ("clm", "mlm" or "classifier") chooses this library's head for a model of transformers; None takes the head that
+    fits the saved class. The result has the keys "model" (class that was written), "from" (class that was read) and
+    "numbers" (parameters), and if `out` has transformers' format "left_out" (a list of what its class cannot hold).
+    Raises `ValueError` for a folder of neither library, a model that the other does not have, an unknown `head`, or a
+    `source` that has the format `to` already, and `OSError` if a file is missing or `out` exists.
     """
     config_path = source / model_folder.CONFIG
     if not config_path.is_file():

@@ -84,7 +84,7 @@ def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family) -> list[
 
     The list is empty if the trunk is left alone. `name` is the path of `trunk` in the whole model, and `family` holds
     its classes and new forwards. `report` gets an entry for each module, or one for the whole trunk if that is left
-    alone. A `Patch` is the new forward of one module.
+    alone. A `Patch` holds a module and its new forward.
     """
     prefix = f"{name}." if name else ""
     unfit = why_foreign(trunk, family.trunk)
