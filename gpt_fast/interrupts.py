@@ -24,8 +24,8 @@ class Interrupted(BaseException):
 class Stop:
     """Signal handler and flag: the training loop reads `signum` at the end of each update.
 
-    A signal raises `Interrupted` at once unless `deferred` is True. Then the first one sets `signum`, and a second
-    raises.
+    If `deferred` is True, the first signal only sets `signum`, and a second one raises `Interrupted`. Otherwise each
+    signal raises `Interrupted` at once.
     """
 
     def __init__(self) -> None:

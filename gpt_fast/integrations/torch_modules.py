@@ -24,7 +24,11 @@ _METHODS = ("forward", "_sa_block", "_ff_block")  # of nn.TransformerEncoderLaye
 
 
 class Parts(NamedTuple):
-    """Submodules of a block, by their roles."""
+    """Submodules of a block, by their roles. `fc`, `activation`, `ff_dropout` and `proj` are the MLP's.
+
+    `norm1` and `dropout1` belong to attention's residual branch, `norm2` and `dropout2` to that of the MLP. `pre_norm`
+    is True if each norm comes before its branch.
+    """
 
     attn: Any
     norm1: Any

@@ -92,8 +92,8 @@ def _why_other_modules(model: Any, made: Any) -> str | None:
 def _why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """Return why a call of `module` runs anything besides the forward of the class `kind`, or None if it does not.
 
-    Some changes only look like changes: hooks by which transformers records outputs, the forwards of
-    `gpt_fast.accelerate`, and the autocast that Hugging Face Accelerate leaves around the forward of a trained model.
+    Three changes do not count: hooks by which transformers records outputs, the forwards of `gpt_fast.accelerate`, and
+    the autocast that Hugging Face Accelerate leaves around the forward of a trained model.
     """
     if type(module) is not kind:
         return f"is a {type(module).__module__}.{type(module).__qualname__}, not {kind.__name__}"
@@ -168,7 +168,7 @@ def _why_other_buffers(model: Any, made: Any) -> str | None:
 
 
 def _why_shared(model: Any, tied: tuple[str, str]) -> str | None:
-    """Return which two parameters of `model` are one object although `tied` does not name both of them, or None."""
+    """Return which two parameters of `model` are one object although they are not the two named in `tied`, or None."""
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         before = names.setdefault(id(parameter), name)
@@ -179,11 +179,12 @@ def _why_shared(model: Any, tied: tuple[str, str]) -> str | None:
 
 @torch.no_grad()
 def why_other_outputs(theirs: Any, ours: Any, whole: bool) -> str | None:
-    """Return how the outputs of the two models differ on a few tokens, or None if they agree within `_tolerance`.
+    """Return how the outputs of the two models differ on a few tokens, or None if they agree.
 
-    `theirs` is transformers' model and `ours` is this library's. The last hidden states are compared, and with `whole`
-    the outputs of the heads too. Both models run in evaluation mode, without autocast. Their modes and the random state
-    stay as they are. Models on the meta device have no values, so the result for them is None.
+    `theirs` is transformers' model and `ours` is this library's. The last hidden states are compared and, if `whole`,
+    the outputs of the heads too, with the relative error of `_tolerance`. Both models run in evaluation mode, without
+    autocast. Their modes and the random state stay as they are. Models on the meta device have no values, so the result
+    for them is None.
     """
     trunk = getattr(ours, "trunk", ours)
     parameter = trunk.token_emb.weight
