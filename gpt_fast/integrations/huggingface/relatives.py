@@ -37,7 +37,10 @@ class Masks(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What a block passes to its attention and MLP in one call: masks, transformers' cache and the dropout seed."""
+    """Arguments that a block passes to its attention and MLP in one call: masks, key-value cache and dropout seed.
+
+    The cache is transformers'. `cache` and `seed` may be None.
+    """
 
     masks: Masks
     cache: Any
