@@ -130,7 +130,10 @@ def _record(isa: str) -> dict[str, Any]:
 
 
 def _missing(record: dict[str, Any]) -> list[str]:
-    """Return the instruction sets that a library needs by its `record` and this CPU is known to lack."""
+    """Return the instruction sets that a library needs, by its `record`, and this CPU lacks.
+
+    The list is sorted. It is empty if nothing is missing, or if the instruction sets of the CPU are unknown.
+    """
     cpu = _cpu_flags()
     return sorted(set(record["cpu_flags"]) - cpu) if cpu else []
 

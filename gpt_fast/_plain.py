@@ -25,9 +25,9 @@ _MARK = "_gpt_fast_forward"  # the instance attribute that tells an accelerated 
 def _bound(module: nn.Module, function: Callable) -> Callable:
     """Return `function` as the forward of `module`, with the signature of its class's forward.
 
-    The result is a partial, because pickling a method of an instance gives the class's method back. A deep copy of the
-    module gets a forward of its own. The attribute `__func__` is `function`, because Hugging Face Accelerate wraps and
-    unwraps the `__func__` that a method has.
+    A call of the result is function(module, ...). The result is a partial, because pickling a method of an instance
+    gives the class's method back. A deep copy of the module gets a forward of its own. The attribute `__func__` is
+    `function`, because Hugging Face Accelerate wraps and unwraps the `__func__` that a method has.
     """
     original = type(module).forward.__get__(module)
     forward = functools.update_wrapper(functools.partial(function, module), original)
@@ -67,7 +67,10 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def is_attached(forward: Any) -> bool:
-    """Return True if `forward` is what `attach` puts on a module, with nothing wrapped around it."""
+    """Return True if `forward` is what `attach` puts on a module, with nothing wrapped around it.
+
+    `attach` puts a function of this library on the module, in the attribute `__func__` of the forward.
+    """
     function = getattr(forward, "__func__", None)
     is_function = isinstance(function, types.FunctionType) and not hasattr(function, "__wrapped__")
     return is_function and function.__module__.startswith("gpt_fast.")
@@ -126,9 +129,10 @@ def why_own_weight(module: Any) -> str | None:
 
 
 def is_plain(module: Any, kind: Any) -> bool:
-    """Return True if the parameters of `module`, of class `kind`, may be read directly; see `why_not_plain`.
+    """Return True if the parameters of `module` may be read directly instead of calling it.
 
-    The usual case takes half a microsecond.
+    They may if the module has exactly the class `kind`, no hooks, and no forward or weight of its own; see
+    `why_not_plain`. The usual case takes half a microsecond.
     """
     if (
         type(module) is kind
@@ -146,7 +150,7 @@ def is_plain(module: Any, kind: Any) -> bool:
 def why_no_norm(module: Any, kind: type[nn.LayerNorm] = nn.LayerNorm) -> str | None:
     """Return why `ops.layer_norm` cannot compute `module`, or None if it is a plain LayerNorm of the last dimension.
 
-    `kind` is the class of a plain one.
+    A plain module has exactly the class `kind`, no hooks, and no forward or weight of its own.
     """
     reason = None if is_plain(module, kind) else why_not_plain(module, kind)
     if reason is None and (len(module.normalized_shape) != 1 or not module.eps > 0):
@@ -155,7 +159,10 @@ def why_no_norm(module: Any, kind: type[nn.LayerNorm] = nn.LayerNorm) -> str | N
 
 
 def why_no_table(module: Any) -> str | None:
-    """Return why `module` is more than an `nn.Embedding` that returns rows of its weight, or None if it is not."""
+    """Return why `module` is more than an `nn.Embedding` that returns rows of its weight, or None if it is not.
+
+    Reasons are hooks, another class, and the options `padding_idx`, `max_norm`, `scale_grad_by_freq` and `sparse`.
+    """
     reason = None if is_plain(module, nn.Embedding) else why_not_plain(module, nn.Embedding)
     if reason is not None:
         return reason
@@ -172,8 +179,8 @@ def why_no_table(module: Any) -> str | None:
 def dropout(module: Any, x: Tensor, drops: bool = True) -> tuple[Tensor, float]:
     """Return (x, p), with the dropout probability p that the caller still has to apply to x.
 
-    A plain `nn.Dropout` (see `is_plain`) is not called, so that the caller can fuse it. p is then its probability, or 0
-    in evaluation mode or with `drops=False`. Any other module is called, and p is 0.
+    A plain `nn.Dropout` (see `is_plain`) with p < 1 is not called, so that the caller can fuse it. The result's p is
+    then its probability, or 0 in evaluation mode or with `drops=False`. Any other module is called, and p is 0.
     """
     if is_plain(module, nn.Dropout) and module.p < 1:
         return x, module.p if drops and module.training else 0.0
@@ -181,14 +188,15 @@ def dropout(module: Any, x: Tensor, drops: bool = True) -> tuple[Tensor, float]:
 
 
 def linear(module: Any, x: Tensor) -> Tensor:
-    """Return module(x), by `ops.linear` if the module is a plain `nn.Linear`."""
+    """Return module(x), by `ops.linear` if the module is an `nn.Linear` without hooks (see `is_plain`)."""
     return ops.linear(x, module.weight, module.bias) if is_plain(module, nn.Linear) else module(x)
 
 
 def norm(module: Any, x: Tensor, kind: type[nn.LayerNorm] = nn.LayerNorm, product: bool = False) -> Tensor:
     """Return module(x), by `ops.layer_norm` if `module` is a plain norm of the class `kind` (see `why_no_norm`).
 
-    With `product`, only a matrix product reads the result. A plain norm then rounds to that product's dtype at once.
+    `product` is True if only a matrix product reads the result. A plain norm then rounds to that product's dtype at
+    once.
     """
     if why_no_norm(module, kind) is not None:
         return module(x)
@@ -209,8 +217,8 @@ def add_norm(
     """Return (norm(x + dropout(branch)), x + dropout(branch)), by one op if the norm is plain.
 
     `module` is the norm, and `kind` the class of a plain one (see `why_no_norm`). Dropout has probability `p`. `seed`
-    and `site`, the number of this dropout within a forward pass, choose its mask. With `product`, only a matrix product
-    reads the first result. A plain norm then rounds to that product's dtype at once.
+    and `site`, the number of this dropout within a forward pass, choose its mask. `product` is True if only a matrix
+    product reads the first result. A plain norm then rounds to that product's dtype at once.
     """
     if why_no_norm(module, kind) is None:
         dtype = _library.product_dtype(x, torch.promote_types(x.dtype, branch.dtype)) if product else None
@@ -235,7 +243,7 @@ def is_reading_values_cheap(tensor: Tensor) -> bool:
 
 
 def version(tensor: Tensor) -> int:
-    """Return how many in-place writes autograd has counted; 0 for an inference tensor, which has no count."""
+    """Return autograd's count of in-place writes to `tensor`. It is 0 for an inference tensor, which has no count."""
     return 0 if tensor.is_inference() else tensor._version
 
 

@@ -76,8 +76,8 @@ def is_transformed() -> bool:
 def is_forward_mode() -> bool:
     """Return True inside a `dual_level` of `torch.autograd.forward_ad`, which `torch.func.jvp` enters too.
 
-    The level tells it in 0.1 µs, while PyTorch takes 5 µs to tell whether a tensor is dual. `torch.compile` traces
-    this line and guards the level, so that a function compiled outside of a level is compiled anew inside.
+    Reading PyTorch's level takes 0.1 µs; asking whether a tensor is dual takes 5 µs. `torch.compile` guards the level,
+    so a function that was compiled outside of a level is compiled anew inside.
     """
     return forward_ad._current_level >= 0
 

@@ -283,7 +283,12 @@ def _is_integer(value: object) -> bool:
 
 
 def check_heads(hidden_dim: int, num_heads: int) -> None:
-    """Raise `ValueError` unless `hidden_dim` is a multiple of `num_heads` and a head is at most 256 wide."""
+    """Raise an error unless `hidden_dim` is a multiple of `num_heads` and a head is at most 256 wide.
+
+    Raises:
+        ValueError: `hidden_dim` is no multiple of `num_heads`, a head is wider, or one of the two is no integer of 1 or
+            more.
+    """
     if not _is_integer(hidden_dim) or hidden_dim < 1:
         raise ValueError(f"gpt_fast: hidden_dim is {hidden_dim!r}; expected an integer of 1 or more")
     if not _is_integer(num_heads):

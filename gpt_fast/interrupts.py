@@ -24,8 +24,8 @@ class Interrupted(BaseException):
 class Stop:
     """Signal handler and flag: the training loop reads `signum` at the end of each update.
 
-    A signal raises `Interrupted` at once unless `deferred` is True. Then the first one sets `signum`, and a second
-    raises.
+    If `deferred` is True, the first signal only sets `signum`, and a second one raises `Interrupted`. Otherwise each
+    signal raises `Interrupted` at once.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,13 @@ class Stop:
         self.deferred = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        """Store the first signal in `signum` if `deferred`. Raise `Interrupted` otherwise, and for a second signal."""
+        """Store the first signal in `signum` and print a line, if `deferred`.
+
+        Otherwise, and for a second signal, raise `Interrupted`.
+
+        Raises:
+            Interrupted: `deferred` is False, or this is the second signal.
+        """
         if not self.deferred or self.signum is not None:  # a second signal does not wait
             raise Interrupted(signum)
         self.signum = signum

@@ -395,9 +395,11 @@ class TransformerDecoder(nn.Module):
     ) -> "Tensor | tuple[Tensor, Branch]":
         """Return the output [B, T, C] of a pre-norm block for x [B, T, C], or (x, branch) with `carry`.
 
-        `branch`, `carry`, `seed` and `site` are those of `forward`, and `masks` holds the keyword arguments of
-        `SelfAttention.forward` that restrict or replace attention. With `drops=False` dropout is off, except in modules
-        that have hooks or another class than `nn.Dropout`.
+        The `branch` in the result is the last residual branch, which the caller still has to add to x. The argument
+        `branch` is that of the block before, or None. `masks` holds the keyword arguments of `SelfAttention.forward`
+        that restrict or replace attention. `seed` and `site`, the number of the block's first dropout, choose the
+        dropout masks. With `drops=False` dropout is off, except in modules that have hooks or another class than
+        `nn.Dropout`.
         """
         attends = _plain.is_plain(self.multihead_attn, SelfAttention)
         if branch is None:
@@ -413,9 +415,10 @@ class TransformerDecoder(nn.Module):
         return _plain.add(hidden, x, p, seed, site + 3)
 
     def _feed_forward(self, x: Tensor, seed: Tensor | None, site: int, drops: bool) -> Tensor:
-        """Return ff(x), [B, T, C].
+        """Return ff(x) [B, T, C] for x [B, T, C].
 
-        `seed`, `site` and `drops` are passed on if `ff` is an `MLP` and not an adapter's wrapper.
+        If `ff` is an `MLP` and not an adapter's wrapper, it gets the dropout's `seed` and `site`, and with
+        `drops=False` it drops nothing.
         """
         return self.ff(x, seed, site, drops) if isinstance(self.ff, MLP) else self.ff(x)
 
@@ -436,7 +439,7 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return (norm(x + dropout(branch)), x + dropout(branch)), by one op if the norm is plain (see `_plain.is_plain`).
 
-    `branch` holds the tensor, the dropout probability and the dropout site, and `seed` chooses the mask. With
-    `product`, only a matrix product reads the first result. A plain norm then rounds to that product's dtype at once.
+    `branch` holds the tensor, the dropout probability and the dropout site, and `seed` chooses the mask. `product` is
+    True if only a matrix product reads the first result. A plain norm then rounds to that product's dtype at once.
     """
     return _plain.add_norm(branch.hidden, x, branch.p, norm, seed, branch.site, LayerNorm, product)

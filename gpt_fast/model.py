@@ -146,8 +146,8 @@ class _Trunk(nn.Module):
     def _embed(self, tokens: Tensor, positions: Tensor | None, seed: Tensor | None, drops: bool) -> Tensor:
         """Return dropout(token_emb(tokens) + pos_emb) [B, T, C] for tokens [B, T].
 
-        `positions` [B or 1, T] holds the position of each token, or is None to count from 0. With `drops=False` an
-        `nn.Dropout` without hooks drops nothing.
+        `positions` [B or 1, T] holds the position of each token, or is None to count from 0. `seed` is the dropout seed
+        of the pass, or None. With `drops=False` an `nn.Dropout` without hooks drops nothing.
         """
         plain_dropout = _plain.is_plain(self.dropout, nn.Dropout) and self.dropout.p < 1
         dropout_p = self.dropout.p if plain_dropout and drops and self.dropout.training else 0.0
@@ -167,8 +167,8 @@ class _Trunk(nn.Module):
     def _decode(self, decoder: nn.Module, x: Tensor, **options: Any) -> Any:
         """Return decoder(x, **options).
 
-        With `checkpoint_activations`, and if gradients are on, only its input is stored, and backward computes it
-        again.
+        If `checkpoint_activations` is True and gradients are on, only the decoder's input is stored, and backward runs
+        the decoder again.
         """
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
             return decoder(x, **options)
@@ -467,10 +467,12 @@ def why_not_plain(modules: Mapping[str, nn.Module]) -> str | None:
 
 
 def why_not_as_configured(trunk: "_Trunk") -> str | None:
-    """Return how the modules of a trunk differ from its configuration, or None if they do not.
+    """Return the first difference found between a trunk's modules and its configuration, or None.
 
-    An example is "decoders.0.layer_norm1 has eps 5.0, not layer_norm_eps = 1e-05". The C++ decode step and saved
-    configurations know a model by its configuration and the names of its parameters.
+    An example is "decoders.0.layer_norm1 has eps 5.0, not layer_norm_eps = 1e-05". The number of blocks, their numbers
+    of heads, pre_norm and feed-forward modules, the eps of norms, and the kind of `token_emb` are compared. Names of
+    parameters are not. The C++ decode step and saved configurations know a model by its configuration and the names of
+    its parameters.
     """
     config = trunk.config
     decoders: list[Any] = list(trunk.decoders)
@@ -509,7 +511,8 @@ def _kind_of(module: nn.Module) -> type[nn.Module] | None:
 class StaysPlain:
     """Callable that tells whether the modules of a plain model are still there, plain and as configured.
 
-    See `why_not_plain`. A call takes a microsecond for each module.
+    A plain model has modules of the classes in `_KINDS`, without hooks; see `why_not_plain`. A call takes a microsecond
+    for each module.
     """
 
     def __init__(self, modules: Iterable[nn.Module]):
@@ -520,7 +523,10 @@ class StaysPlain:
         self._children = [(module._modules, dict(module._modules)) for module, _ in self._kinds if module._modules]
 
     def __call__(self) -> bool:
-        """Return True if, since construction, no module was replaced, got hooks, or changed an option."""
+        """Return True if the modules given to the constructor are as they were then.
+
+        No module was replaced or got hooks, and no attribute in `_OPTIONS`, such as `eps`, has changed.
+        """
         return (
             all(now == before for now, before in self._children)
             and all(_plain.is_plain(module, kind) for module, kind in self._kinds)
@@ -560,8 +566,8 @@ def output_loss(output_layer: Any, hidden: Tensor, labels: Tensor, z_loss: float
 def _losses_and_log_z(layer: Any, hidden: Tensor, labels: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     """Return (losses, log_z), both shaped like `labels`: cross-entropy and log Z, Z = Σ exp(logits), at each position.
 
-    `layer` is the output layer. `known` is bool, True where the label counts; both results are 0 elsewhere. No logits
-    are stored, because log Z = loss + logit[label].
+    `layer` is the output layer, and `hidden` [..., C] holds its inputs for labels [...]. `known` is bool, True where
+    the label counts; both results are 0 elsewhere. No logits are stored, because log Z = loss + logit[label].
     """
     losses = ops.linear_cross_entropy(hidden, layer.weight, labels, layer.bias, reduction="none")
     targets = labels.masked_fill(~known, 0)
@@ -670,9 +676,10 @@ class _FlagLock:
 
 
 def init_weights(module: nn.Module, std: float) -> None:
-    """Draw the weights of one module, a matrix or an embedding, from N(0, std²), and set a linear layer's bias to 0.
+    """Draw the weights of a linear, embedding or attention module from N(0, std²), and set a linear layer's bias to 0.
 
-    Other modules stay as they are, such as norms, which have gain 1 and bias 0.
+    The children of the module and modules of other classes stay as they are, such as norms, which have gain 1 and bias
+    0.
     """
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=std)

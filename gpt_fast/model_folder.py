@@ -68,7 +68,11 @@ def write_config(head: Any, config: GPTConfig, directory: Path) -> None:
 
 
 def _check_names(head: Any, state: dict[str, Tensor], config: GPTConfig) -> None:
-    """Raise `ValueError` unless the `state` dict of `head` has the names and shapes of a model of `config`."""
+    """Raise an error unless the `state` dict of `head` has the names and shapes of a model of `config`.
+
+    Raises:
+        ValueError: A name or a shape differs, or a tensor is sharded over ranks.
+    """
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in type(head)(config).state_dict().items()}
     spare, missing = sorted(state.keys() - wanted.keys()), sorted(wanted.keys() - state.keys())
@@ -121,7 +125,8 @@ def load(
 ) -> AnyHead:
     """Return a head of class `head_class` with the weights in the folder `directory`; see `Head.from_pretrained`.
 
-    `overrides` are fields of the configuration. `tensors`, if given, takes the place of the weights in the folder.
+    `overrides` are fields of the configuration. `tensors`, by name, take the place of the weights in the folder if
+    given. If another class saved the folder, layers outside of the trunk that it lacks get random weights.
 
     Raises:
         FileNotFoundError: A file is missing.

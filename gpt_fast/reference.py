@@ -92,8 +92,8 @@ def dropout_keep_rows(seed: Tensor, site: int, N: int, C: int, p: float) -> Tens
 def dropout_keep_matrix(seed: Tensor, site: int, b: Tensor, M: int, N: int, p: float) -> Tensor:
     """Return bool [*b.shape, M, N], True where element (i, j) of a matrix [M, N] is kept, for attention and mlp.
 
-    `b` holds the number of each matrix: its row and head in attention, 0 in mlp. `seed` and `site`, the number of the
-    dropout within a forward pass, choose the mask, and `p` is the dropout probability.
+    `b` holds the number of each matrix, int64: row · H + head in attention, 0 in mlp. `seed` and `site`, the number of
+    the dropout within a forward pass, choose the mask, and `p` is the dropout probability.
 
     This is `dropout_keep_at` on the whole grid, evaluated once per counter: with i = 16 I + 8 i3 + g and j = 16 J + 8
     j3 + 2 t + j0, the counter is (4 J + t, 8 I + g, b, site), the word 2 i3 + j3, the half j0.
@@ -111,7 +111,9 @@ def dropout_keep_matrix(seed: Tensor, site: int, b: Tensor, M: int, N: int, p: f
 def dropout_keep_at(seed: Tensor, site: int, b: Tensor, i: Tensor, j: Tensor, p: float) -> Tensor:
     """Return bool, True where element (i, j) of matrix b is kept; the three coordinates broadcast against each other.
 
-    This is the rule of `dropout_keep_matrix`, written out, with T = dropout_threshold(p).
+    This is the rule of `dropout_keep_matrix`, written out, with T = dropout_threshold(p). `b`, `i` and `j` are int64.
+    `seed` and `site`, the number of the dropout within a forward pass, choose the mask, and `p` is the dropout
+    probability.
 
     counter = ((j // 16)*4 + (j % 8)//2, (i // 16)*8 + i % 8, b, site); word = 2*((i // 8) % 2) + (j // 8) % 2; u16 =
     (word >> 16*(j % 2)) & 0xffff; keep = u16 >= T.
@@ -123,7 +125,7 @@ def dropout_keep_at(seed: Tensor, site: int, b: Tensor, i: Tensor, j: Tensor, p:
 
 
 def _dropout(x: Tensor, keep: Tensor, p: float) -> Tensor:
-    """Return x scaled by `dropout_scale(p)` where `keep` is True, and 0 elsewhere."""
+    """Return x scaled by `dropout_scale(p)` where the bool tensor `keep` is True, and 0 elsewhere."""
     return torch.where(keep, x * dropout_scale(p), 0.0)
 
 
@@ -251,8 +253,9 @@ def attention(
 ) -> Tensor:
     """Return dropout(softmax(scale Q Kᵀ where allowed)) V, [B, H, T, D]. A query that may attend to nothing gives 0.
 
-    See `attention_allowed` for the masks. `scale` is 1 / sqrt(D) by default. `seed` and `site`, the number of this
-    dropout within a forward pass, choose the dropout mask; `seed` is needed if `dropout_p` is above 0.
+    q is [B, H, T, D], and k and v are [B, H, S, D]. See `attention_allowed` for the masks. `scale` is 1 / sqrt(D) by
+    default. `seed` and `site`, the number of this dropout within a forward pass, choose the dropout mask; `seed` is
+    needed if `dropout_p` is above 0.
     """
     B, H, T, D = q.shape
     S = k.shape[2]
@@ -283,14 +286,14 @@ def attention(
 def attention_qkv(qkv: Tensor, num_heads: int, **options) -> Tensor:
     """Return `attention` for a projection [B, T, 3C] that packs q, k and v, with merged heads: [B, T, C].
 
-    The options are those of `attention`.
+    `options` are the keyword arguments of `attention`: masks, dropout and scale.
     """
     out = attention(*split_qkv(qkv, num_heads), **options)
     return out.transpose(1, 2).flatten(2)
 
 
 def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return views q, k and v, each [B, H, T, D], of a packed projection [B, T, 3C]."""
+    """Return views q, k and v, each [B, H, T, D], of a packed projection [B, T, 3C] with H = `num_heads`."""
     B, T, C3 = qkv.shape
     q, k, v = qkv.unflatten(2, (3, num_heads, C3 // (3 * num_heads))).permute(2, 0, 3, 1, 4)
     return q, k, v
@@ -348,8 +351,8 @@ def linear_cross_entropy(
 
     x is [..., C], weight [V, C] and target [...]. ε is `label_smoothing`, and a row with the target `ignore_index` is
     ignored. `reduction` is "mean" over the other rows (0 if there are none), "sum", or "none" for one loss a row,
-    [...], 0 if ignored. Ignored rows are not computed, except while tracing and on meta, where no number of rows may
-    depend on data, and inside a `vmap`, where no number may either.
+    [...], 0 if ignored. Ignored rows are left out of the products, except in a compiled graph, on meta and inside a
+    `vmap`, where the number of rows may not depend on data.
     """
     rows, targets = x.reshape(target.numel(), x.shape[-1]), target.reshape(-1)
     valid = targets != ignore_index

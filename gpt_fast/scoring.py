@@ -258,12 +258,18 @@ def score_continuations(
 
 
 def _trunk(model: Any) -> Any:
-    """Return the trunk of a language model: embeddings and blocks, with the configuration as `config`."""
+    """Return the trunk of a language model: embeddings and blocks, with the configuration as `config`.
+
+    Raises `ValueError` if the model has no output layer for a language model.
+    """
     return model.trunk if isinstance(model, GPTForMaskedLM) else parts(model, "score")[0]
 
 
 def _hidden(model: Any, tokens: Tensor, lengths: Tensor | None) -> Tensor:
-    """Return the trunk's hidden states [B, T, C] for tokens [B, T], padded on the right after `lengths` [B] tokens."""
+    """Return the trunk's hidden states [B, T, C] for tokens [B, T], padded on the right after `lengths` [B] tokens.
+
+    `lengths` is None if no row is padded. Attention is causal except in a `GPTForMaskedLM`.
+    """
     if isinstance(model, GPT):
         return model.hidden_states(tokens, lengths=lengths)
     return model.trunk(tokens, causal=not isinstance(model, GPTForMaskedLM), lengths=lengths)
@@ -289,7 +295,8 @@ def _is_most_probable(output_layer: Any, hidden: Tensor, targets: Tensor) -> Ten
 def _chunks(output_layer: Any, hidden: Tensor, targets: Tensor) -> Any:
     """Return pairs (hidden, targets) that split hidden states [N, C] and target ids [N] into few rows each.
 
-    The caller holds the logits of one pair at a time, about `_CHUNK` numbers.
+    The logits of a pair, which the caller computes with `output_layer`, are about `_CHUNK` numbers. There is no pair if
+    N is 0.
     """
     size = max(1, _CHUNK // getattr(output_layer, "out_features", _CHUNK))
     return zip(hidden.split(size), targets.split(size), strict=True) if len(targets) else ()

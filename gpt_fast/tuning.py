@@ -83,7 +83,8 @@ def complete(config: Config, ranges: dict[str, tuple[int, int]]) -> Config:
 def neighbours(config: Config, ranges: dict[str, tuple[int, int]]) -> Iterator[Config]:
     """Yield each configuration that differs from `config` in one number by one step, inside the `ranges` of `limits`.
 
-    A step doubles or halves the number, or adds or subtracts 1, or switches it between 0 and its largest value.
+    A step adds or subtracts 1 for "stages", "programs", "cublaslt" and "late". It switches between 0 and the largest
+    value for "registers" and for the "rows" of a product with few rows. It doubles or halves any other number.
     """
     for index, (name, (low, high)) in enumerate(ranges.items()):
         value = config[index]
@@ -137,10 +138,10 @@ def climb(
 
 
 def work(op: str, row: Row, device: str) -> Callable[[], object]:
-    """Return a function that runs the kernels to be timed for a `row` of the table of `op`, on random tensors.
+    """Return a function without arguments that runs the kernels of `op` to be timed for a `row` of its table.
 
-    The tensors have the element size and the largest size that the row serves, or GPT-2's width of 768 if it serves
-    all.
+    The kernels run on random tensors on `device`. The tensors have the row's element size and the largest size that the
+    row serves, or GPT-2's width of 768 if it serves all.
     """
     dtype = DTYPES[row.element]
     size = row.size if row.size < ANY else 768
@@ -230,7 +231,12 @@ def either_mlp(row: Row, dy: torch.Tensor, *inputs: torch.Tensor) -> Callable[[]
 
 
 def either_linear(row: Row, dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> Callable[[], object]:
-    """Run linear's backward by cuBLASLt or as PyTorch's autograd does, as the table has it when it runs."""
+    """Return a function that runs the backward of a linear layer, by cuBLASLt or by PyTorch's products.
+
+    The table of configurations chooses between the two at each run. `row` is its row for "linear", `dy` the upstream
+    gradient, `x` the layer's input and `weight` its weight. The function raises `RuntimeError` if cuBLASLt is chosen
+    and its tests do not pass here.
+    """
 
     def run() -> None:
         if cublaslt_serves("linear", row, dy.device):
@@ -242,7 +248,10 @@ def either_linear(row: Row, dy: torch.Tensor, x: torch.Tensor, weight: torch.Ten
 
 
 def cublaslt_serves(op: str, row: Row, device: torch.device) -> bool:
-    """Return True if the table has cuBLASLt serve. Raise `RuntimeError` if it then does not pass its tests."""
+    """Return True if the table chooses cuBLASLt for the op and the shapes of `row` on the GPU `device`.
+
+    Raise `RuntimeError` if the table does and the tests of the op by cuBLASLt do not pass here.
+    """
     config = launch_configs.pick(op, row.kernel, launch_configs.architecture(device), row.element, row.size)
     if config == (1,) and not cublaslt_tests_pass(op):
         raise RuntimeError(f"{op} by cuBLASLt does not pass its tests")
@@ -264,8 +273,8 @@ Timer = Callable[[Callable[[], object]], float]
 def measurer(op: str, row: Row, architecture: int, timer: Timer, device: str = "cuda") -> Callable[[Config], float]:
     """Return a function that times a launch configuration for the kernel, element size and shapes of `row`.
 
-    Its result is what `timer` returns for the function `work(op, row, device)`, or inf for a configuration that does
-    not compile or run.
+    The function returns the time in the unit of `timer`, or inf for a configuration that does not compile or run.
+    `timer` is called with the function that `work(op, row, device)` returns, and returns its time.
     """
     run = work(op, row, device)
 
@@ -305,8 +314,9 @@ def tune(names: list[str], path: Path, architecture: int, device: str, timer: Ti
 
     A class is a kernel with an element size and a largest size, as a row of the table has them. `row` holds the fastest
     configuration, and `is_new` is True if it is not the shipped one. Rows with `is_new` are written to `path` as soon
-    as their op is done. Rows of other ops in that file stay if they are of the same `device` and Triton. Raises
-    `ValueError` if the file is damaged.
+    as their op is done. Rows of other ops in that file stay if they are of the same `device` and Triton. `device` is
+    the name of the GPU and `architecture` its number (80 is sm_80). `timer` returns the time of a function that runs
+    kernels. Raises `ValueError` if the file is damaged.
     """
     rows: dict[str, list[Row]] = {}
     if path.is_file():
@@ -332,7 +342,8 @@ def compared(op: str, row: Row, architecture: int, timer: Timer, device: str = "
 
     A record has the keys "op", "kernel", "element", "size", "architecture", "config", "shipped" (True for the first
     one), "ms" and "of_shipped", the time divided by that of the first record. For a configuration that does not run
-    "ms" is None, and "of_shipped" is missing.
+    "ms" is None, and "of_shipped" is missing. `architecture` is that of the GPU (80 is sm_80), and `timer`
+    returns the milliseconds of a function that runs kernels on `device`.
     """
     measure = measurer(op, row, architecture, timer, device)
     shipped = serving(op, row, architecture)
@@ -346,7 +357,10 @@ def compared(op: str, row: Row, architecture: int, timer: Timer, device: str = "
 
 
 def classes(op: str) -> list[Row]:
-    """Return one row of an op's table for each kernel, element size and largest size, of any architecture."""
+    """Return one row of an op's table for each kernel, element size and largest size.
+
+    Rows for Triton's interpreter are left out. If several architectures have a row, it is the last one in the table.
+    """
     rows = (row for row in launch_configs.TABLES[op] if row.architecture != launch_configs.INTERPRETER)
     return list({(row.kernel, row.element, row.size): row for row in rows}.values())
 
@@ -369,10 +383,12 @@ def one_at_a_time(timer: Timer, lock: Path) -> Timer:
 
 
 def compare(names: list[str], part: str, path: Path, architecture: int) -> None:
-    """Measure the records of `compared` for a part of all classes of shapes, and append them to the file `path`.
+    """Measure the records of `compared` for a part of all classes of shapes. Append them to the file `path`.
 
-    `part` "2/8" takes every eighth class from the second on. 16-bit classes come first, and the ops keep the order of
-    `names`. Processes that share the work compile side by side and time one after the other.
+    A class is a kernel with an element size and a largest size. `names` are the names of ops. `part` "2/8" takes every
+    eighth class from the second on. 16-bit classes come first, and the ops keep the order of `names`. Each record is
+    printed, and is a JSON object on a line of the file. Processes that share the work compile side by side and time one
+    after the other.
     """
     number, parts = (int(value) for value in part.split("/"))
     every = [(op, row) for op in names for row in classes(op)]

@@ -175,7 +175,8 @@ class Head(Convertible, nn.Module):
     def _language_model_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Return the mean cross-entropy of the output layer's logits for hidden states [..., C] and labels [...].
 
-        In training it includes the z-loss, if `z_loss` is above 0. A label of -100 does not count.
+        Labels are not shifted here, and a label of -100 does not count. In training the loss includes the z-loss, if
+        `z_loss` is above 0.
         """
         return output_loss(self.output_layer, hidden, labels, self.z_loss if self.training else 0.0)
 
@@ -289,10 +290,10 @@ def _tie_again(head: Any, keys: Any) -> None:
 
 
 def _resized(kind: type, old: Any, sizes: tuple[int, int], std: float, **options: Any) -> Any:
-    """Return a new layer of class `kind` for another vocabulary, with the rows of the layer `old` that both have.
+    """Return a new layer of class `kind` for another vocabulary, with the rows of the layer `old` that it has room for.
 
-    `sizes` and `options` are arguments of `kind`. New rows are drawn from N(0, `std`²), and new biases are 0. Dtype,
-    device and `requires_grad` are those of `old`.
+    `kind` is `nn.Embedding` or `nn.Linear`, and `sizes` and `options` are its arguments. New rows are drawn from N(0,
+    `std`²), and new biases are 0. Dtype, device and `requires_grad` are those of `old`.
     """
     new = kind(*sizes, **options, device=old.weight.device, dtype=old.weight.dtype)
     init_weights(new, std)

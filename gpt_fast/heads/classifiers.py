@@ -113,7 +113,11 @@ class TaskHead(Head):
     def _loss_counts(
         self, tokens: Tensor, labels: Tensor, lengths: Tensor | None, key_mask: Tensor | None
     ) -> list[Tensor]:
-        """Return the counts of `_task_counts` and, if `config.lm_weight` > 0, the number of next-token labels."""
+        """Return how many predictions each term of the loss is the mean of.
+
+        The counts of the task's terms come first (see `_task_counts`), and if `config.lm_weight` > 0 the number of
+        next-token labels comes last. `tokens`, `lengths` and `key_mask` have the shapes that the head takes.
+        """
         tokens, lengths, key_mask = self._rows(tokens, lengths, key_mask)
         counts = self._task_counts(labels, real_tokens(tokens, lengths, key_mask))
         if self.config.lm_weight > 0:
@@ -196,7 +200,7 @@ class TaskHead(Head):
         return tokens.shape[1] - 1 - candidates.flip(1).int().argmax(1)  # the last candidate
 
     def _check_rows(self, tokens: Tensor, there: Tensor, wanted: str) -> None:
-        """Check that no row of `there` [N, T] is False everywhere. On a GPU this needs `gpt_fast.check_values`.
+        """Check that no row of `there` [N, T] is False everywhere, if `tokens` may be read (see `ops.values_checked`).
 
         Raises:
             ValueError: A row is False everywhere. `wanted` says in the message what the row lacks.
@@ -256,7 +260,7 @@ class TaskHead(Head):
     def _mean(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Return the mean cross-entropy of logits [N, L] and labels [N], without labels of -100.
 
-        The mean is weighted if `class_weights` are set. It is 0 if the weights sum to 0.
+        The mean is weighted if `class_weights` are set. It is 0 if no label counts or their weights sum to 0.
         """
         losses = F.cross_entropy(
             scores.float(), labels, weight=self.class_weights, ignore_index=IGNORE, reduction="sum"
@@ -272,7 +276,7 @@ class TaskHead(Head):
             )
 
     def _check_classes(self, classes: Tensor, L: int) -> None:
-        """Check that `classes` are in [0, L). On a GPU this needs `gpt_fast.check_values`.
+        """Check that `classes` are in [0, L), if values may be read (see `ops.values_checked`).
 
         Raises:
             ValueError: A class is out of range.

@@ -80,8 +80,8 @@ class LanguageModelHead(Head):
         """Return True if exactly one matrix product reads the hidden states: that of the loss or that of the logits.
 
         The last norm may then round to the dtype of the product. `has_loss` and `has_logits` tell what the call
-        computes. A z-loss reads the hidden states once more. Modules that have hooks or another class may read them,
-        too.
+        computes. A z-loss reads the hidden states once more. The result is False if the trunk or the output layer has
+        hooks or another class, because these may read the hidden states, too.
         """
         losses = 2 if self.training and self.z_loss > 0 else 1
         readers = losses * has_loss + has_logits

@@ -153,7 +153,7 @@ def _plan_known(model: nn.Module, report: Report) -> tuple[list[Patch] | None, s
 
     `patches` is None if there is no such module. `claimed` holds each of these modules and all modules inside it, so
     that they are not searched for hand-written code. `report` gets an entry for each module that is replaced or left
-    alone. A `Patch` is the new forward of one module.
+    alone. A `Patch` holds a module and its new forward.
     """
     patches: list[Patch] | None = None
     claimed: set[nn.Module] = set()
@@ -175,7 +175,7 @@ def _plan(name: str, module: nn.Module, report: Report) -> list[Patch] | None:
     """Return the patches of `module` and its children if its class is known by name, or None if the class is unknown.
 
     The list is empty if the module is left alone. `name` is its path in the model. `report` gets an entry for each
-    module that is replaced or left alone. A `Patch` is the new forward of one module.
+    module that is replaced or left alone. A `Patch` holds a module and its new forward.
     """
     if "transformers" in sys.modules:  # else nothing here can be one of its models
         from .huggingface import plan

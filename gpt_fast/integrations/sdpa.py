@@ -71,7 +71,7 @@ class _Handle:
 
 
 def _forget_dispatch() -> None:
-    """Clear PyTorch's cache of the operator's kernels.
+    """Clear PyTorch's cache of the kernels of `aten::scaled_dot_product_attention`.
 
     The first trace in a process fills it, and later traces use it.
     """
@@ -198,7 +198,8 @@ def _kernel(
 ) -> Any:
     """Return scaled dot-product attention, by `ops.attention` where it supports the call, else by PyTorch's own code.
 
-    The call is counted. The parameters are those of `torch.nn.functional.scaled_dot_product_attention`.
+    The call is counted in the active `Calls`. The parameters are those of
+    `torch.nn.functional.scaled_dot_product_attention`.
     """
     counts = _ACTIVE[0][1]
     reason = _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)

@@ -24,7 +24,11 @@ _METHODS = ("forward", "_sa_block", "_ff_block")  # of nn.TransformerEncoderLaye
 
 
 class Parts(NamedTuple):
-    """Submodules of a block, by their roles."""
+    """Submodules of a block, by their roles. `fc`, `activation`, `ff_dropout` and `proj` are the MLP's.
+
+    `norm1` and `dropout1` belong to attention's residual branch, `norm2` and `dropout2` to that of the MLP. `pre_norm`
+    is True if each norm comes before its branch.
+    """
 
     attn: Any
     norm1: Any
@@ -39,12 +43,11 @@ class Parts(NamedTuple):
 
 
 def plan(name: str, module: Any, report: Report) -> list[Patch] | None:
-    """Return a list with the patch of `module` if it is a block that this file knows, else None.
+    """Return [patch] for a block to replace, [] for a block that is left alone, or None if `module` is no known block.
 
-    The blocks are `nn.TransformerEncoderLayer` and any block with the submodules of `reference.TransformerDecoder`. The
-    list is empty if the block is left alone. `name` is the path of `module` in the model. `report` gets an entry for
-    each submodule, replaced or left alone, or one for the whole block if that is left alone. A `Patch` is the new
-    forward of one module.
+    Known blocks are `nn.TransformerEncoderLayer` and any module with the submodules of `reference.TransformerDecoder`.
+    `name` is the path of `module` in the model. `report` gets an entry for each submodule, replaced or left alone, or
+    one entry for the whole block if that is left alone. A `Patch` holds a module and its new forward.
     """
     forward: Callable
     if isinstance(module, nn.TransformerEncoderLayer):
@@ -125,10 +128,11 @@ def notes_block_forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Ten
 
 
 def _block(x: Tensor, parts: Parts, masks: dict, training: bool) -> Tensor:
-    """Return the output [B, T, C] of a block with the submodules `parts` for x [B, T, C].
+    """Return the output [B, T, C] of a block for x [B, T, C]. `parts` holds the block's submodules.
 
-    `masks` holds the keyword arguments `causal`, `mask` and `key_mask` of `ops.attention_qkv`. A dropout seed is drawn
-    if `training`. Each dropout has the rate and the train flag of its module.
+    `masks` holds the keyword arguments `causal`, `mask` and `key_mask` of `ops.attention_qkv`. `training` is the
+    block's train flag; if it is True, a dropout seed is drawn. Each dropout has the rate and the train flag of its own
+    module.
     """
     seed = ops.new_seed(x.device) if training else None
     if parts.pre_norm:
@@ -143,10 +147,11 @@ def _block(x: Tensor, parts: Parts, masks: dict, training: bool) -> Tensor:
 
 
 def _attend(x: Tensor, parts: Parts, masks: dict, seed: Tensor | None) -> tuple[Tensor, float]:
-    """Return (branch, p): attention's output for x, both [B, T, C], and the dropout rate of its residual addition.
+    """Return (branch, p) for x [B, T, C]: attention's output [B, T, C] after its output projection, and a dropout rate.
 
-    `masks` holds the keyword arguments `causal`, `mask` and `key_mask` of `ops.attention_qkv`. The caller computes
-    residual + dropout(branch, p).
+    The caller computes residual + dropout(branch, p). p is 0 if `parts.dropout1` was applied here. `masks` holds the
+    keyword arguments `causal`, `mask` and `key_mask` of `ops.attention_qkv`. `seed` is the dropout seed of the call, or
+    None.
     """
     attn = parts.attn
     qkv = ops.linear(x, attn.in_proj_weight, attn.in_proj_bias)
@@ -160,7 +165,8 @@ def _attend(x: Tensor, parts: Parts, masks: dict, seed: Tensor | None) -> tuple[
 def _mlp(x: Tensor, parts: Parts, seed: Tensor | None) -> tuple[Tensor, float]:
     """Return (branch, p): the MLP's output for x, both [B, T, C], and the dropout rate of its residual addition.
 
-    The caller computes residual + dropout(branch, p).
+    The caller computes residual + dropout(branch, p). p is 0 if `parts.dropout2` was applied here. `seed` is the
+    dropout seed of the call, or None.
     """
     if _why_no_mlp(parts) is not None:
         branch = parts.proj(parts.ff_dropout(parts.activation(parts.fc(x))))
@@ -179,12 +185,12 @@ def _mlp(x: Tensor, parts: Parts, seed: Tensor | None) -> tuple[Tensor, float]:
 def _masks(
     x: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool, heads: int
 ) -> tuple[dict | None, str | None]:
-    """Return (masks, None), or (None, reason) if `gpt_fast.ops` do not support these masks of PyTorch.
+    """Return (masks, None), or (None, reason) if a float mask cannot be translated to bool (see `_allowed`).
 
-    `masks` holds the keyword arguments `causal`, `mask` and `key_mask` of `ops.attention_qkv` for x [B, T, C], which
-    are True where a token may attend. The arguments `mask` and `padding` are `src_mask` and `src_key_padding_mask` of
-    `nn.TransformerEncoderLayer`. They exclude where they are True or -inf. With `is_causal`, `mask` is known to be the
-    causal one and is not read. `heads` is the number of heads.
+    `masks` holds the keyword arguments `causal`, `mask` and `key_mask` of `ops.attention_qkv` for x [B, T, C]. The two
+    tensors are True where a token may attend. The arguments `mask` and `padding` are `src_mask` and
+    `src_key_padding_mask` of `nn.TransformerEncoderLayer`. They exclude where they are True or -inf. If `is_causal`,
+    `mask` is known to be the causal one and is not read. `heads` is the number of heads.
     """
     B, T, _ = x.shape
     allowed = key_mask = None
@@ -246,10 +252,10 @@ def _is_notes_block(module: Any) -> bool:
 
 
 def _why_another_function(block: Any) -> str | None:
-    """Return why `block` computes something else than `notes_block_forward`, or None if both agree.
+    """Return why `block` computes something else than `notes_block_forward`, or None if their outputs agree to 1e-2.
 
-    Both run on one small input. A block whose own forward raises on this input is refused too. The modules run in
-    evaluation mode and get their flags back.
+    Both run on one small input. The result is a reason, too, if the block's own forward raises on this input. The
+    modules run in evaluation mode and get their train flags back.
     """
     attn = block.multihead_attn
     weight = attn.in_proj_weight
@@ -273,7 +279,11 @@ def _why_another_function(block: Any) -> str | None:
 
 
 def _why_not(parts: Parts) -> str | None:
-    """Return why `gpt_fast.ops` cannot run attention of a block with the submodules `parts`, or None if they can."""
+    """Return why `gpt_fast.ops` cannot run attention of a block with the submodules `parts`, or None if they can.
+
+    Reasons are a module that is no plain `nn.MultiheadAttention`, batch_first=False, keys or values of another width,
+    extra keys, and heads wider than `MAX_HEAD_DIM`.
+    """
     attn = parts.attn
     reason = _plain.why_not_plain(attn, nn.MultiheadAttention)
     if reason is not None:
@@ -288,7 +298,10 @@ def _why_not(parts: Parts) -> str | None:
 
 
 def _why_not_this(x: Tensor, parts: Parts) -> str | None:
-    """Return why `gpt_fast.ops` cannot run a block with the submodules `parts` on `x`, or None if they can."""
+    """Return why `gpt_fast.ops` cannot run a block with the submodules `parts` on `x`, or None if they can.
+
+    `x` has to be a tensor of three dimensions that is not nested. `_why_not` checks the attention.
+    """
     if x.is_nested or x.dim() != 3:
         return "the input is nested or has no batch"
     return _why_not(parts)
@@ -301,7 +314,10 @@ def _why_no_projection(attn: Any) -> str | None:
 
 
 def _why_no_mlp(parts: Parts) -> str | None:
-    """Return why the modules of the MLP have to be called one by one, or None if `ops.mlp` computes all of them."""
+    """Return why the modules of the MLP have to be called one by one, or None if `ops.mlp` can compute them at once.
+
+    `parts` holds the submodules of the block.
+    """
     for module, kind in ((parts.fc, nn.Linear), (parts.ff_dropout, nn.Dropout), (parts.proj, nn.Linear)):
         reason = _plain.why_not_plain(module, kind)
         if reason is not None:

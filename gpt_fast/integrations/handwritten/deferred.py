@@ -252,8 +252,8 @@ def _may_defer() -> bool:
 
     The result is False if gradients are off, while a graph or a trace is recorded, and inside transforms of
     `torch.func`, because these record the computation of the moment. It is False inside activation checkpointing, which
-    compares or repeats the computation of a block. This shows by gradients that are off in a forward pass, by a
-    backward pass that is running, or by hooks on saved tensors.
+    compares or repeats the computation of a block. Signs of activation checkpointing are gradients that are off in a
+    forward pass, a backward pass that is running, and hooks on saved tensors.
     """
     return (
         torch.is_grad_enabled()

@@ -63,12 +63,20 @@ def block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run attention that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C]. See `_alone`."""
+    """Run attention that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C]. See `_alone`.
+
+    x is the first argument. The forward of the module's class runs instead if another argument differs from its
+    default, or if the module changed after it was recognised.
+    """
     return _alone(self, _attention, args, kwargs)
 
 
 def mlp_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run an MLP that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C]. See `_alone`."""
+    """Run an MLP that `gpt_fast.accelerate` recognised without its block: x [B, T, C] → [B, T, C]. See `_alone`.
+
+    x is the first argument. The forward of the module's class runs instead if another argument differs from its
+    default, or if the module changed after it was recognised.
+    """
     return _alone(self, _mlp, args, kwargs)
 
 
@@ -111,9 +119,9 @@ def _signature(kind: type[nn.Module]) -> tuple[list[str], dict[str, Any]]:
 def _is_whole(self: Any, block: Block) -> bool:
     """Return True if `gpt_fast.ops` may compute `self`: it is as it was recognised, and no hook would be skipped.
 
-    The options, buffers and classes are the recognised ones. The block itself and its attention and MLP have no hooks
-    and no forwards of their own. Each dropout inside an op is a number or an `nn.Dropout` without hooks, and all heads
-    share one rate.
+    The options, buffers and classes are the recognised ones, which is not checked in a compiled graph. The block itself
+    and its attention and MLP have no hooks and no forwards of their own. Each dropout inside an op is a number or an
+    `nn.Dropout` without hooks, and all heads share one rate.
     """
     layout = block.layout
     called = {*layout.qkv, layout.out, layout.fc, layout.proj, layout.activation, layout.norm1, layout.norm2}
@@ -181,10 +189,10 @@ def _branch(self: Any, path: str, branch: Tensor) -> tuple[Tensor, float]:
 
 
 def _attention(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple[Tensor, float]:
-    """Return (branch, p): attention's output for x, both [B, T, C], and the dropout rate of its residual addition.
+    """Return (branch, p) for x [B, T, C]: attention's output [B, T, C] after its output projection, and a dropout rate.
 
-    `seed` is the dropout seed of this call, or None if nothing drops. The caller computes residual + dropout(branch,
-    p).
+    The caller computes residual + dropout(branch, p). p is 0 if the branch's dropout was applied here; see `_branch`.
+    `block` tells the paths of the modules. `seed` is the dropout seed of this call, or None if nothing drops.
     """
     layout = block.layout
     projected = _projected(self, layout.qkv, x)
@@ -215,8 +223,8 @@ def _projected(self: Any, paths: tuple[str, ...], x: Tensor) -> list[Tensor]:
 def _mlp(self: Any, block: Block, x: Tensor, seed: Tensor | None) -> tuple[Tensor, float]:
     """Return (branch, p): the MLP's output for x, both [B, T, C], and the dropout rate of its residual addition.
 
-    `seed` is the dropout seed of this call, or None if nothing drops. The caller computes residual + dropout(branch,
-    p).
+    The caller computes residual + dropout(branch, p). p is 0 if the branch's dropout was applied here; see `_branch`.
+    `block` tells the paths of the modules. `seed` is the dropout seed of this call, or None if nothing drops.
     """
     layout = block.layout
     fc, proj = part(self, layout.fc), part(self, layout.proj)
@@ -239,7 +247,10 @@ def _activate(self: Any, block: Block, x: Tensor) -> Tensor:
 
 
 def _is_as_it_was(self: Any, block: Block, path: str) -> bool:
-    """Return True if the module at `path` still has the recognised class and no hooks. True for "", no module."""
+    """Return True if the module at `path` still has the recognised class and no hooks, or if `path` is "".
+
+    The path "" stands for no module.
+    """
     return not path or _plain.why_not_plain(part(self, path), block.kinds[path]) is None
 
 

@@ -53,7 +53,7 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Norm:
-    """Names of a LayerNorm's gain and bias ("" for none) within its module, and its eps."""
+    """A LayerNorm: path of its module, names of its gain and bias ("" for none) within the module, and its eps."""
 
     path: str
     weight: str

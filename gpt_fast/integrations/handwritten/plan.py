@@ -25,7 +25,7 @@ def plan(
     `claimed` holds modules that are patched otherwise and are skipped here. `report` gets an entry for each module that
     is replaced or left alone. `apply(patch)` puts a patch on its module and `undo(module)` takes it off, so that the
     whole model can be compared with and without patches. The list is empty if the results differ, or if there are
-    blocks but nothing can be replaced. A `Patch` is the new forward of one module.
+    blocks but nothing can be replaced. A `Patch` holds a module and its new forward.
     """
     fused, claimed, longest = list(report.replaced), set(claimed), _longest_sequence(model)
     blocks: list[Patch] | None = None
@@ -56,7 +56,7 @@ def _plan_block(name: str, module: nn.Module, report: Report, longest: int) -> l
 
     `name` is the path of `module` in the model. `report` gets an entry for each submodule that is replaced, or one with
     the reason why the block is left alone. `longest` is the sequence length at which the block is compared once with
-    the formula of a GPT block, besides short sequences. A `Patch` is the new forward of one module.
+    the formula of a GPT block, besides short sequences. A `Patch` holds a module and its new forward.
     """
     found = list(layouts(module))
     if not found or type(module).__module__.startswith(("transformers.", "torch.")):
@@ -122,7 +122,7 @@ def _around(model: nn.Module, claimed: set[nn.Module], C: int, report: Report) -
     """Return the patches of the LayerNorms of width C and the output layer outside of the `claimed` modules.
 
     An output layer is an `nn.Linear` from C to the size of one of the embeddings. `report` gets an entry for each
-    module that is replaced or left alone. A `Patch` is the new forward of one module.
+    module that is replaced or left alone. A `Patch` holds a module and its new forward.
     """
     outside = {path: module for path, module in model.named_modules() if module not in claimed}
     patches = []
@@ -177,7 +177,7 @@ def _pieces(model: nn.Module, claimed: set[nn.Module], report: Report, longest: 
     They may stand in a model without blocks, or in a block that is left alone. Modules in `claimed` are skipped, and
     the modules that were examined are added to `claimed`. `report` gets entries for modules that are replaced, and for
     attention that is left alone. `longest` is the sequence length at which a module is compared once, besides short
-    ones. A `Patch` is the new forward of one module.
+    ones. A `Patch` holds a module and its new forward.
     """
     patches: list[Patch] = []
     if _width(model) is None:  # no Transformer
@@ -214,10 +214,10 @@ def _pieces(model: nn.Module, claimed: set[nn.Module], report: Report, longest: 
 def _whole_model_agrees(model: nn.Module, patches: list[Patch], apply: Callable, undo: Callable) -> bool:
     """Return True if the model computes the same with the patches as without, in evaluation mode on random tokens.
 
-    The outputs are compared, and the gradients of parameters outside of the patched modules, because patched modules
-    were compared before. `apply(patch)` puts a patch on and `undo(module)` takes it off. The result is True without
-    comparison for a model that cannot be called with tokens alone, has no embedding, or lies on the meta device. A
-    `Patch` is the new forward of one module.
+    The outputs are compared within the tolerance of `_near`, and so are the gradients of parameters outside of the
+    patched modules, because patched modules were compared before. `apply(patch)` puts a patch on and `undo(module)`
+    takes it off. The result is True without comparison for a model that cannot be called with tokens alone, has no
+    embedding, or lies on the meta device. A `Patch` holds a module and its new forward.
     """
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     if not tables or tables[0].weight.is_meta:
@@ -259,7 +259,10 @@ Results = tuple[list[Tensor], list[Tensor]]  # outputs and gradients
 
 
 def _results(model: nn.Module, tokens: Tensor, parameters: list[nn.Parameter]) -> Results | None:
-    """Return (outputs, gradients) of `model(tokens)`, or None if the call raises. See `_with_gradients`."""
+    """Return the outputs of `model(tokens)` and the gradients of `parameters`, or None if either raises.
+
+    `tokens` is [B, T]. See `_with_gradients` for the elements of the result (outputs, gradients).
+    """
     try:
         with torch.enable_grad():  # as in training, where logits are deferred
             result = model(tokens)
@@ -269,10 +272,12 @@ def _results(model: nn.Module, tokens: Tensor, parameters: list[nn.Parameter]) -
 
 
 def _with_gradients(result: Any, parameters: list[nn.Parameter]) -> Results:
-    """Return (outputs, gradients) of the result of a model's call, for a fixed random upstream gradient.
+    """Return (outputs, gradients) of `result`, the result of a model's call, for the parameters in `parameters`.
 
-    `outputs` are the floating-point tensors in `result`, a tensor, a list, a tuple or a dict. `gradients` holds one
-    tensor for each of `parameters`, a scalar 0 for one that is not used. It is empty if no output requires a gradient.
+    `outputs` are the floating-point tensors in `result`, a tensor, a list, a tuple or a dict. The gradients are those
+    of the scalar Σ output · r over the outputs that require a gradient, where r are fixed random numbers. `gradients`
+    holds one tensor for each of `parameters`, a scalar 0 for one that is not used. It is empty if no output requires a
+    gradient.
     """
     values = result.values() if isinstance(result, dict) else result if isinstance(result, list | tuple) else [result]
     outputs = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]

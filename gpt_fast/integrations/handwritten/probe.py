@@ -304,13 +304,17 @@ def _widened(block: nn.Module, factor: float = 1.0) -> dict[str, Tensor]:
 def _called(block: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Any:
     """Return block(x) with `parameters`, by name, in place of its own.
 
-    The call gets a copy of x, because it may write into x.
+    The call gets a copy of x, because the block may write into its input.
     """
     return torch.func.functional_call(block, parameters, (x.clone(),), tie_weights=False)  # which may write into it
 
 
 def _swapped(block: nn.Module, parameters: dict[str, Tensor], parts: Block, x: Tensor, *factors: Any) -> Tensor:
-    """Return formula(block, parts, x, *factors) with `parameters`, by name, in place of the block's own."""
+    """Return formula(block, parts, x, *factors) with `parameters`, by name, in place of the block's own.
+
+    `parts` tells how the block computes. `factors` are the arguments `factors` and `fused` of `formula`, which stand
+    for dropouts.
+    """
 
     class Holder(nn.Module):
         def __init__(self) -> None:
@@ -338,9 +342,10 @@ def _close(got: Any, expected: Tensor, largest: float | None = None) -> bool:
 
 
 def _compare_long(block: nn.Module, parts: Block, length: int) -> None:
-    """Raise `Refused` if `block` and `formula` differ on one sequence of `length`, in the dtype of the block.
+    """Raise `Refused` if `block` and `formula` differ on one random sequence of `length` tokens.
 
-    Attention to a local window, for example, differs in long sequences only.
+    The dtype is that of the block. Outputs may differ by 64 times the dtype's eps times the largest expected value.
+    `parts` tells how the block computes. Attention to a local window, for example, differs in long sequences only.
     """
     block.eval()
     first = next(block.parameters())

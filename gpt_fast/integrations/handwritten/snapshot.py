@@ -27,7 +27,10 @@ class Snapshot:
         self._buffers = {name: (_where(buffer), buffer.detach().clone()) for name, buffer in module.named_buffers()}
 
     def holds(self, module: nn.Module) -> bool:
-        """Return True if options, buffers and classes of `module` equal the recorded ones, as those of a copy do."""
+        """Return True if options, buffers and submodule classes of `module` equal the recorded ones.
+
+        `module` may be the recorded module or a copy of it.
+        """
         if {path: type(child) for path, child in module.named_modules()} != self._kinds:
             return False
         if _options(module, self._rates) != self._options:

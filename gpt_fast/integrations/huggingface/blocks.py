@@ -111,8 +111,8 @@ def gpt2_block_forward(
 ) -> Any:
     """Run a `GPT2Block` on `gpt_fast.ops` if there is a `gpt_fast_pass`, else by the forward of its class.
 
-    `gpt_fast_pass` is the trunk's `Pass` (seed, masks, cache). With it the result is x [B, T, C], or (x, branch,
-    branch_p) as `_gpt2_block` returns it.
+    `gpt_fast_pass` is the trunk's `Pass` (seed, masks, cache). With it the result is x [B, T, C] or, if its `carries`
+    is True, (x, branch, branch_p). The caller then adds dropout(branch) to x, with probability `branch_p`.
     """
     if gpt_fast_pass is None:
         return _plain.original(self, hidden_states, *args, **kwargs)
@@ -138,7 +138,8 @@ def _gpt2_block(self: Any, x: Tensor, now: Pass) -> Any:
 def _first_norm(norm: Any, x: Tensor, now: Pass, product: bool = False) -> tuple[Tensor, Tensor]:
     """Return (norm(x), x), where x includes the residual branch that the block before left over (`now.branch`), if any.
 
-    With `product`, only a matrix product reads norm(x), which may then be rounded to that product's dtype.
+    `norm` is the module, and `now` the state of the forward pass. `product` is True if only a matrix product reads
+    norm(x), which may then be rounded to that product's dtype.
     """
     if now.branch is None:
         return _plain.norm(norm, x, product=product), x
@@ -150,8 +151,8 @@ def gpt2_attention_forward(
 ) -> Any:
     """Run `GPT2Attention` on `gpt_fast.ops` if there is a `gpt_fast_pass`, else by the forward of its class.
 
-    `gpt_fast_pass` is the trunk's `Pass` (seed, masks, cache). With it the result is (attention's output [B, T, C],
-    None). None takes the place of the probabilities.
+    `gpt_fast_pass` is the trunk's `Pass` (seed, masks, cache). With it the result is (out, None), where out [B, T, C]
+    is attention's output after its output projection and dropout. None takes the place of the probabilities.
     """
     if gpt_fast_pass is None:
         return _plain.original(self, hidden_states, *args, **kwargs)
@@ -210,7 +211,8 @@ def _gpt1_block(self: Any, x: Tensor, now: Pass) -> Tensor:
 def gpt1_attention_forward(self: Any, x: Any = None, *args: Any, gpt_fast_pass: Any = None, **kwargs: Any) -> Any:
     """Run attention of GPT-1 on `gpt_fast.ops` if there is a `gpt_fast_pass`, else by the forward of its class.
 
-    `gpt_fast_pass` is the trunk's `Pass` (seed, masks). With it the result is [attention's output [B, T, C]].
+    `gpt_fast_pass` is the trunk's `Pass` (seed, masks). With it the result is [out], where out [B, T, C] is attention's
+    output after its output projection and dropout.
     """
     if gpt_fast_pass is None:
         return _plain.original(self, x, *args, **kwargs)
@@ -221,10 +223,10 @@ def gpt1_attention_forward(self: Any, x: Any = None, *args: Any, gpt_fast_pass: 
 
 
 def _attention(attn: Any, kind: type, x: Tensor, now: Pass) -> tuple[Tensor, float]:
-    """Return (branch, p): attention's output for x, both [B, T, C], and the dropout rate of its residual addition.
+    """Return (branch, p) for x [B, T, C]: attention's output [B, T, C] after its output projection, and a dropout rate.
 
-    `kind` is the class of `attn`. If `attn` has hooks or another class, it is called, and p is 0. The caller computes
-    residual + dropout(branch, p).
+    The caller computes residual + dropout(branch, p). `kind` is the class of `attn`. If `attn` has hooks or another
+    class, it is called with its dropout, and p is 0. `now` is the state of the forward pass.
     """
     if not _plain.is_plain(attn, kind):
         return attn(x, gpt_fast_pass=now)[0], 0.0  # through its hooks, into the forward above
@@ -263,9 +265,9 @@ def _attention_dropout(attn: Any) -> float:
 
 
 def project(layer: Any, x: Tensor) -> Tensor:
-    """Return layer(x) for x [B, T, C], by `ops.linear` if `layer` is a `Conv1D` without hooks and x has many rows.
+    """Return layer(x) for x [B, T, C], by `ops.linear` if `layer` is a `Conv1D` without hooks.
 
-    The op reads the transposed weight in place.
+    The op reads the transposed weight in place. The layer is called if x has fewer than `_FEW_ROWS` rows.
     """
     if has_few_rows(x) or why_no_projection(layer) is not None:
         return layer(x)
@@ -279,9 +281,10 @@ def why_no_projection(layer: Any, kind: Any = Conv1D) -> str | None:
 
 
 def has_few_rows(x: Tensor) -> bool:
-    """Return True if x [B, T, C] has so few rows B T that PyTorch's product is faster than `ops.linear`.
+    """Return True if x [B, T, C] has fewer than `_FEW_ROWS` rows B T.
 
-    The result is False in a compiled graph, which serves any number of rows.
+    PyTorch's product is faster than `ops.linear` for so few rows. The result is False in a compiled graph, which serves
+    any number of rows.
     """
     rows = x.shape[0] * x.shape[1]
     return not torch.compiler.is_compiling() and type(rows) is int and rows < _FEW_ROWS  # a graph is for any number
@@ -302,8 +305,8 @@ def _scale(attn: Any, C: int) -> float:
 def mlp_branch(mlp: Any, kind: type, x: Tensor) -> tuple[Tensor, float]:
     """Return (branch, p): the MLP's output for x, both [B, T, C], and the dropout rate of its residual addition.
 
-    `kind` is the class of `mlp`. If `mlp` has hooks or another class, it is called, and p is 0. The caller computes
-    residual + dropout(branch, p).
+    The caller computes residual + dropout(branch, p). `kind` is the class of `mlp`. If `mlp` has hooks or another
+    class, it is called with its dropout, and p is 0.
     """
     if not _plain.is_plain(mlp, kind):
         return mlp(x), 0.0
@@ -316,7 +319,7 @@ def mlp_branch(mlp: Any, kind: type, x: Tensor) -> tuple[Tensor, float]:
 
 
 def activation_of(module: Any) -> str | None:
-    """Return this library's name of the activation that a module without hooks computes, or None."""
+    """Return this library's name of the activation that a module computes, or None if it is unknown or has hooks."""
     return None if _plain.is_hooked(module) else _ACTIVATIONS.get(_plain.class_of(module))
 
 
@@ -340,7 +343,7 @@ def why_no_mlp(mlp: Any, kind: type, layer: Any = Conv1D) -> str | None:
 def _checkpointed(block: Any, function: Any, x: Tensor, now: Pass) -> Tensor:
     """Return function(block, x, now), under gradient checkpointing if the block has it switched on and trains.
 
-    In backward a checkpointed block runs again. It gets no cache.
+    `function` is `_gpt2_block` or `_gpt1_block`. A checkpointed block runs again in backward, so it gets no cache.
     """
     if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
         return block._gradient_checkpointing_func(functools.partial(function, block, now=now._replace(cache=None)), x)
@@ -353,9 +356,9 @@ def _embed(
 ) -> Tensor:  # fmt: skip
     """Return dropout(token embeddings + position embeddings) [B, T, C].
 
-    `x` holds tokens [B, T], or embeddings [B, T, C] that take the place of the token embeddings. `positions` holds
-    position ids, which count from 0 if it is None. `call` holds the arguments of the trunk's call by name. Its
-    `token_type_ids`, if given, are embedded by the token table and added.
+    The dropout is `trunk.drop`. `x` holds tokens [B, T], or embeddings [B, T, C] that take the place of the token
+    embeddings. `positions` holds position ids; None counts from 0. `call` holds the arguments of the trunk's call by
+    name. Its `token_type_ids`, if given, are embedded by the token table and added.
     """
     types = call.get("token_type_ids")
     plain = _plain.why_no_table(tokens_table) is None and _plain.why_no_table(positions_table) is None
@@ -388,7 +391,10 @@ def _rows(call: dict) -> tuple[Tensor, torch.Size, Tensor | None]:
 
 
 def _seed(trunk: Any, device: torch.device) -> Tensor | None:
-    """Return a new dropout seed for one forward pass of the trunk, or None if nothing drops."""
+    """Return a new dropout seed for one forward pass of the trunk.
+
+    The result is None in evaluation mode, or if all dropout rates of the configuration are 0.
+    """
     config = trunk.config
     drops = trunk.training and max(config.embd_pdrop, config.attn_pdrop, config.resid_pdrop) > 0
     return ops.new_seed(device) if drops else None
@@ -397,8 +403,8 @@ def _seed(trunk: Any, device: torch.device) -> Tensor | None:
 def _masks(given: Tensor, N: int) -> tuple[Tensor | None, Tensor | None]:
     """Return (key_mask, mask) for the attention mask `given` of N rows, which `_unsupported` accepts.
 
-    A mask of four dimensions [N, 1, T, S] is `mask`, and any other becomes `key_mask` [N, S]. True allows attention.
-    The other one is None. Both are None if `given` is known to have no padding.
+    If `given` has four dimensions [N, 1, T, S], it is `mask`, and `key_mask` is None. Otherwise it becomes `key_mask`,
+    bool [N, S], and `mask` is None. True allows attention. Both are None if `given` is known to have no padding.
     """
     if given.dim() == 4:
         return None, given
@@ -411,8 +417,8 @@ def _masks(given: Tensor, N: int) -> tuple[Tensor | None, Tensor | None]:
 def _packed(positions: Tensor) -> Tensor | None:
     """Return the bool mask [N, 1, T, T] that separates sequences packed into one row, or None if there are none.
 
-    A new sequence begins where `positions` [N, T] do not increase by one. True allows attention. The mask is made as
-    well if values cannot be read at once.
+    A new sequence begins where `positions` [N, T] do not increase by one. True allows attention. The mask is also made
+    if the values cannot be read at once, as on a GPU.
     """
     first = positions[:, :1] - 1
     sequence = (torch.diff(positions, prepend=first, dim=-1) != 1).cumsum(-1)  # [N, T]
@@ -432,9 +438,11 @@ _GPT1_ARGUMENTS = _COMMON
 
 
 def named(module: Any, args: tuple, kwargs: dict) -> dict:
-    """Return the arguments of a call of the module's own forward by name.
+    """Return the arguments that a call passes, by the names of the parameters of the class's own forward.
 
-    `past_key_values` becomes `cache` where the class has renamed it, with transformers' warning.
+    Parameters that the call leaves out are not in the dict. `args` and `kwargs` are the arguments of the call, and
+    `module` is the module that is called. `past_key_values` becomes `cache` where the class has renamed it, with
+    transformers' warning.
     """
     if not args and "past_key_values" not in kwargs:
         return kwargs
@@ -454,7 +462,7 @@ def named(module: Any, args: tuple, kwargs: dict) -> dict:
 def _warn_of_padding(trunk: Any, call: dict) -> None:
     """Let transformers warn of padding tokens without an attention mask.
 
-    It reads tokens, which a `vmap` does not allow.
+    `call` holds the arguments by name. There is no warning inside a `vmap`, because transformers would read the tokens.
     """
     tokens = call.get("input_ids")
     if tokens is not None and not _transforms.is_batched(tokens):
@@ -462,7 +470,10 @@ def _warn_of_padding(trunk: Any, call: dict) -> None:
 
 
 def _flag(trunk: Any, call: dict, name: str) -> Any:
-    """Return the option `name` of a call, or the value in the trunk's configuration if the call leaves it out."""
+    """Return the option `name` of a call, or the value in the trunk's configuration if the call leaves it out.
+
+    `call` holds the arguments by name. The result is False if the configuration has no such option either.
+    """
     value = call.get(name)
     return getattr(trunk.config, name, False) if value is None else value
 
@@ -476,7 +487,8 @@ def _returns_dict(trunk: Any, call: dict) -> bool:
 def _unsupported(trunk: Any, call: dict, known: set[str]) -> str | None:
     """Return why `gpt_fast.ops` do not support a call of GPT-2's or GPT-1's trunk, or None if they do.
 
-    `call` holds the arguments by name, and `known` the names of the arguments that are supported.
+    `call` holds the arguments by name, and `known` the names of the arguments that are supported. An argument of None
+    counts as left out.
     """
     extra = sorted(name for name, value in call.items() if name not in known and value is not None)
     if extra:
@@ -537,7 +549,10 @@ def _unsupported_by_gpt2(trunk: Any, call: dict, cache: Any) -> str | None:
 
 
 def _as_transformers_has_it(trunk: Any, reason: str, call: dict) -> Any:
-    """Return the result of the trunk's own forward for this call. Warn of the `reason`, except in a compiled graph."""
+    """Return the result of the trunk's own forward. `call` holds the arguments by name.
+
+    Warn that the call runs this way because of `reason`, except in a compiled graph.
+    """
     if not torch.compiler.is_compiling():
         warnings.warn(
             f"gpt_fast: {type(trunk).__name__} runs transformers' own forward for this call: {reason}", stacklevel=3

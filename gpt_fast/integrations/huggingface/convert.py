@@ -82,7 +82,8 @@ def from_hf(kind: Any, model: Any, overrides: dict[str, Any]) -> Any:
 
     `Convertible.from_hf` calls this function. `model` is a model of transformers, a folder of one, or its name on the
     hub. `overrides` are fields of `GPTConfig` that replace those of the model's configuration. Raise `ValueError` if a
-    weight would be lost, or if the outputs of the two models would differ without a reason in `overrides`.
+    weight would be lost, or if the outputs of the two models would differ without a reason in `overrides`, and
+    `TypeError` for a model of another class.
     """
     transformers = _transformers()
     if isinstance(model, str | os.PathLike):
@@ -125,7 +126,12 @@ def from_hf(kind: Any, model: Any, overrides: dict[str, Any]) -> Any:
 
 
 def to_hf(ours: Any) -> Any:
-    """Return transformers' model with the weights of `ours`, a model of this library; see `Convertible.to_hf`."""
+    """Return transformers' model with the weights of `ours`, a model of this library.
+
+    The class is that of GPT-2 with this head if `ours` is pre-norm, else that of GPT-1. Raise `ValueError` if
+    transformers has no such model, if a module of `ours` is not what its configuration says, or if the outputs of both
+    models differ.
+    """
     transformers = _transformers()
     config: GPTConfig = ours.config
     name = _KINDS.get(type(ours).__name__, (None, None))[0 if config.pre_norm else 1]
@@ -160,7 +166,7 @@ def _refuse(user: str, reason: str | None) -> None:
 
 
 def _copy(user: str, source: Any, target: Any, pairs: list[tuple[str, str, bool]]) -> None:
-    """Copy tensors from the dict `source` into those of `target`; raise `ValueError` if sizes do not fit.
+    """Copy tensors of the dict `source` into the tensors of the dict `target`. Raise `ValueError` if shapes do not fit.
 
     `pairs` holds (name in `source`, name in `target`, True if the tensor is transposed). `user` is the name of the
     public function for the message.
@@ -191,7 +197,10 @@ def _why_left_out(tensors: dict[str, Any], used: list[str], kind: str) -> str | 
 
 
 def _computes(reason: str | None) -> str | None:
-    """Return the message for two models whose outputs differ by `reason`, or None for None."""
+    """Return the error message for a model and its copy whose outputs differ, or None if `reason` is None.
+
+    `reason` says how the outputs differ.
+    """
     return None if reason is None else f"the model computes something else than its copy: {reason}; expected equal ones"
 
 
@@ -284,9 +293,9 @@ def _load(transformers: Any, folder: Any) -> Any:
 
 
 def _check_size(config: GPTConfig, folder: Path) -> None:
-    """Raise `ValueError` if `config` asks for more numbers than the weight files in `folder` have bytes.
+    """Raise `ValueError` if the trunk of `config` has more parameters than the weight files in `folder` have bytes.
 
-    A damaged configuration could take all memory. Models of up to `_SMALL` numbers pass.
+    A damaged configuration could take all memory. Trunks of up to `_SMALL` parameters pass.
     """
     found = sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
     if (expected := config.trunk_parameters()) > max(found, _SMALL):
@@ -294,9 +303,10 @@ def _check_size(config: GPTConfig, folder: Path) -> None:
 
 
 def _pickled_weights(folder: Any) -> dict[str, torch.Tensor] | None:
-    """Return the tensors, by name, of a folder with pytorch_model.bin and no safetensors, or None for other sources.
+    """Return the tensors, by name, of a folder with pytorch_model.bin, whole or in several files, and no safetensors.
 
-    Raises `FileNotFoundError` for a folder that has neither, and `ValueError` for a damaged file.
+    The result is None if the folder has safetensors, or if `folder` is no folder but a name on the hub. Raises
+    `FileNotFoundError` for a folder with neither kind of file, and `ValueError` for a damaged file.
     """
     path = Path(folder)
     if not path.is_dir() or any(path.glob("*.safetensors")):
@@ -345,7 +355,7 @@ def _trunk_names(config: GPTConfig) -> Iterator[tuple[str, str, bool]]:
 
 
 def _activation_names(pre_norm: bool) -> dict[str, tuple[str, ...]]:
-    """Return transformers' names of each activation, in GPT-2 if `pre_norm`, else in GPT-1, by this library's name.
+    """Return {this library's name of an activation: transformers' names}, for GPT-2 if `pre_norm`, else for GPT-1.
 
     An activation that transformers' model does not have is left out.
     """
@@ -392,9 +402,10 @@ def _config_from_hf(theirs: Any, kind: str) -> GPTConfig:
 
 
 def _in_vocabulary(theirs: Any, token: Any) -> int | None:
-    """Return a special token's id if it lies in the vocabulary, else None. The first of several ids counts.
+    """Return the id of a special token if it is an id in the vocabulary of the configuration `theirs`, else None.
 
-    The configuration of a small model may still have the ids of GPT-2.
+    `theirs` is transformers' configuration. `token` is an id, a list of ids, of which the first counts, or None. The
+    configuration of a small model may still have the ids of GPT-2.
     """
     if isinstance(token, list) and token:
         token = token[0]
@@ -402,13 +413,20 @@ def _in_vocabulary(theirs: Any, token: Any) -> int | None:
 
 
 def _label_names(theirs: Any) -> tuple[str, ...]:
-    """Return the names of the labels, or () if they are transformers' defaults LABEL_0, LABEL_1, …."""
+    """Return the names of the labels in transformers' configuration `theirs`.
+
+    The result is () if the names are transformers' defaults LABEL_0, LABEL_1, ….
+    """
     names = tuple(str(theirs.id2label.get(i, f"LABEL_{i}")) for i in range(theirs.num_labels))
     return () if names == tuple(f"LABEL_{i}" for i in range(theirs.num_labels)) else names
 
 
 def _head_from_hf(theirs: Any, kind: str) -> dict[str, Any]:
-    """Return the fields of `GPTConfig` for the head of transformers' class `kind`, whose configuration is `theirs`."""
+    """Return the fields of `GPTConfig` for the head of transformers' class `kind`, whose configuration is `theirs`.
+
+    The fields are those of a classifier, such as `num_labels` and `classifier_dropout`. The result is empty for a class
+    without a classifier.
+    """
     if kind in _CLASSIFIERS:
         return _classifier_from_hf(theirs)
     if kind in _CHOICES:
@@ -477,7 +495,7 @@ _PROBLEMS = {
 
 
 def _config_to_hf(config: GPTConfig, kind: str, transformers: Any) -> Any:
-    """Return transformers' configuration for `config` and the class named `kind`.
+    """Return transformers' configuration for `config` and transformers' class named `kind`.
 
     `transformers` is the imported package. Raises `ValueError` if the class cannot hold an option of `config`.
     """

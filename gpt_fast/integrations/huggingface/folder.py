@@ -31,12 +31,12 @@ _EXTRAS = (
 def convert_folder(source: Path, out: Path, head: str | None = None, to: str | None = None) -> dict[str, Any]:
     """Write the model in the folder `source` to a new folder `out` in the other library's format, whole or not at all.
 
-    `to` names that format, "gpt-fast" or "transformers"; None takes it from the folder. `head` ("clm", "mlm" or
-    "classifier") chooses this library's head for a model of transformers; None takes the head that fits the saved
-    class. The result has the keys "model" (class that was written), "from" (class that was read) and "numbers"
-    (parameters), and if the format is transformers' "left_out" (what its class cannot hold). Raises `ValueError` for a
-    folder of neither library, a model that the other does not have, an unknown `head`, a folder that has the format
-    `to` already; `OSError` where something is missing, or `out` exists.
+    `to` names the format of `out`, "gpt-fast" or "transformers"; None means the one that `source` does not have. `head`
+    ("clm", "mlm" or "classifier") chooses this library's head for a model of transformers; None takes the head that
+    fits the saved class. The result has the keys "model" (class that was written), "from" (class that was read) and
+    "numbers" (parameters), and if `out` has transformers' format "left_out" (a list of what its class cannot hold).
+    Raises `ValueError` for a folder of neither library, a model that the other does not have, an unknown `head`, or a
+    `source` that has the format `to` already, and `OSError` if a file is missing or `out` exists.
     """
     config_path = source / model_folder.CONFIG
     if not config_path.is_file():
@@ -59,9 +59,11 @@ def convert_folder(source: Path, out: Path, head: str | None = None, to: str | N
 
 
 def _from_transformers(source: Path, made: Path, config: dict[str, Any], head: str | None) -> dict[str, Any]:
-    """Write transformers' model in `source`, with its tokenizer, to `made` in this library's format.
+    """Write transformers' model in `source`, with its tokenizer, to the folder `made` in this library's format.
 
-    `config` is the content of its config.json. `head` and the result are those of `convert_folder`.
+    `config` is the content of its config.json. `head` is "clm", "mlm" or "classifier", or None for the head that fits
+    the saved class. The result has the keys "model" (class that was written), "from" (class that was read) and
+    "numbers" (parameters). Raises `ValueError` for an unknown `head`, or if None is given and no head fits.
     """
     architecture = next(iter(config.get("architectures") or []), "GPT2LMHeadModel")
     if head is not None and head not in _NAMES:
@@ -84,9 +86,10 @@ def _from_transformers(source: Path, made: Path, config: dict[str, Any], head: s
 
 
 def _to_transformers(source: Path, made: Path) -> dict[str, Any]:
-    """Write this library's model in `source`, with its tokenizer, to `made` in transformers' format.
+    """Write this library's model in `source`, with its tokenizer, to the folder `made` in transformers' format.
 
-    The result is that of `convert_folder`.
+    The result has the keys "model" (class that was written), "from" (class that was read), "numbers" (parameters) and
+    "left_out" (a list of what transformers' class cannot hold).
     """
     name, config = model_folder.read_config(source)
     if name not in HEADS:

@@ -49,10 +49,11 @@ def is_causal(config: Any) -> bool:
 
 
 def why_changed(model: Any, made: Any, tied: tuple[str, str], spare: str | None = None) -> str | None:
-    """Return how `model` differs from `made`, a new model of the same class and configuration, or None if it does not.
+    """Return the first difference between `model` and `made`, a new model of its class and configuration, or None.
 
-    Modules, parameters (by name, shape and dtype) and buffers are compared. Only the two parameters named in `tied` may
-    be one object. The model may have a parameter named `spare` although `made` has none.
+    Modules, parameters (by name and shape) and buffers are compared. All parameters have to have one dtype. Only the
+    two parameters named in `tied` may be one object. The model may have a parameter named `spare` although `made` has
+    none.
     """
     return (
         _why_other_modules(model, made)
@@ -63,9 +64,9 @@ def why_changed(model: Any, made: Any, tied: tuple[str, str], spare: str | None 
 
 
 def _why_other_modules(model: Any, made: Any) -> str | None:
-    """Return the first module of `model` that differs from the one in `made`, and how, or None.
+    """Return the first module of `model` that differs from the one in `made`, and how, or None if no module differs.
 
-    Modules are compared by name, class, hooks and attributes with simple values.
+    Modules are compared by name, class, hooks and public attributes with simple values.
     """
     modules, expected = (dict(each.named_modules(remove_duplicate=False)) for each in (model, made))
     for name, standard in expected.items():
@@ -91,8 +92,8 @@ def _why_other_modules(model: Any, made: Any) -> str | None:
 def _why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """Return why a call of `module` runs anything besides the forward of the class `kind`, or None if it does not.
 
-    Some changes only look like changes: hooks by which transformers records outputs, the forwards of
-    `gpt_fast.accelerate`, and the autocast that Hugging Face Accelerate leaves around the forward of a trained model.
+    Three changes do not count: hooks by which transformers records outputs, the forwards of `gpt_fast.accelerate`, and
+    the autocast that Hugging Face Accelerate leaves around the forward of a trained model.
     """
     if type(module) is not kind:
         return f"is a {type(module).__module__}.{type(module).__qualname__}, not {kind.__name__}"
@@ -167,7 +168,7 @@ def _why_other_buffers(model: Any, made: Any) -> str | None:
 
 
 def _why_shared(model: Any, tied: tuple[str, str]) -> str | None:
-    """Return which two parameters of `model` are one object although `tied` does not name both of them, or None."""
+    """Return which two parameters of `model` are one object although they are not the two named in `tied`, or None."""
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         before = names.setdefault(id(parameter), name)
@@ -178,11 +179,12 @@ def _why_shared(model: Any, tied: tuple[str, str]) -> str | None:
 
 @torch.no_grad()
 def why_other_outputs(theirs: Any, ours: Any, whole: bool) -> str | None:
-    """Return how the outputs of the two models differ on a few tokens, or None if they agree within `_tolerance`.
+    """Return how the outputs of the two models differ on a few tokens, or None if they agree.
 
-    `theirs` is transformers' model and `ours` is this library's. The last hidden states are compared, and with `whole`
-    the outputs of the heads too. Both models run in evaluation mode, without autocast. Their modes and the random state
-    stay as they are. Models on the meta device have no values, so the result for them is None.
+    `theirs` is transformers' model and `ours` is this library's. The last hidden states are compared and, if `whole`,
+    the outputs of the heads too, with the relative error of `_tolerance`. Both models run in evaluation mode, without
+    autocast. Their modes and the random state stay as they are. Models on the meta device have no values, so the result
+    for them is None.
     """
     trunk = getattr(ours, "trunk", ours)
     parameter = trunk.token_emb.weight
@@ -225,7 +227,12 @@ def _call(theirs: Any, tokens: Tensor) -> Any:
 
 
 def _outputs_of_theirs(theirs: Any, tokens: Tensor) -> list[Tensor]:
-    """Return the outputs of the heads of transformers' model for tokens [B, T], in the order of `_outputs_of_ours`."""
+    """Return the outputs of the heads of transformers' model for tokens [B, T], as a list.
+
+    A model with two heads gives the multiple-choice logits [1, B] and then the language model's logits [B, T, V]. A
+    model for question answering gives the logits of start and end as one tensor [B, 2, T]. Any other model gives its
+    logits.
+    """
     name = type(theirs).__name__
     if "DoubleHeads" in name:
         out = _call(theirs, tokens[None])  # one question with a choice in each row
@@ -237,7 +244,8 @@ def _outputs_of_theirs(theirs: Any, tokens: Tensor) -> list[Tensor]:
 def _outputs_of_ours(ours: Any, tokens: Tensor) -> list[tuple[Tensor, Any]]:
     """Return (output, layer) for each head of this library's model and tokens [B, T]; `layer` computes the output.
 
-    A multiple-choice model has two heads, or one if it lacks the language model's output layer.
+    The outputs are logits. A multiple-choice model has two heads: the classifier and then the output layer of the
+    language model, unless it lacks that layer. Any other model has one head.
     """
     if type(ours).__name__ != "GPTForMultipleChoice":
         return [(ours(tokens).logits, getattr(ours, "classifier", None) or ours.output_layer)]
@@ -286,5 +294,8 @@ def _agree(got: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 
 def _difference(got: Tensor, expected: Tensor) -> str:
-    """Return the largest difference between two tensors and the largest expected value, as text for a message."""
+    """Return the largest difference between two tensors and the largest finite expected value, as text for a message.
+
+    An example is "0.01 at most, of 3.2".
+    """
     return f"{float((got.double() - expected.double()).abs().max()):.3g} at most, of {_largest(expected):.3g}"

@@ -7,22 +7,27 @@ from ... import _hub
 
 
 def is_local(source: Any) -> bool:
-    """Return True if transformers should use no network: for a path, and for a name while the hub is out of reach.
+    """Return True if transformers should use no network to find `source`, a path or a name on the hub.
 
-    transformers can find such a name in its cache alone. It would itself retry the network for 23 seconds.
+    This holds for a path, and for a name while the hub is out of reach. transformers then looks for the name in its
+    cache alone. With the network allowed, transformers would retry for 23 seconds.
     """
     return Path(source).is_dir() or is_path(source) or not _hub.is_reachable()
 
 
 def is_path(source: Any) -> bool:
-    """Return True if `source` cannot be a name on the hub, such as "gpt2" or "openai-community/gpt2"."""
+    """Return True if `source` cannot be a name on the hub, such as "gpt2" or "openai-community/gpt2".
+
+    It cannot be a name if it is no string, has a backslash or more than one slash, or begins with ".", "/" or "~".
+    """
     return not isinstance(source, str) or source.count("/") > 1 or source.startswith((".", "/", "~")) or "\\" in source
 
 
 def not_found(source: Any, local: bool, error: OSError) -> OSError:
     """Return a one-line error for a `source` (path or name) whose configuration transformers did not find.
 
-    `local` is True if transformers was told to use no network, and `error` is what it raised.
+    It is a `FileNotFoundError` for a path, and another `OSError` for a name. `local` is True if transformers was told
+    to use no network, and `error` is what transformers raised.
     """
     if is_path(source):
         return FileNotFoundError(f"gpt_fast.from_hf: {source} is no folder; expected one, or a name on the hub")

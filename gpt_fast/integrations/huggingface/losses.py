@@ -46,24 +46,33 @@ class Head(NamedTuple):
 
 
 def gpt2_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `GPT2LMHeadModel` with its loss computed from hidden states. See `lm_head`."""
+    """Run `GPT2LMHeadModel`. See `lm_head`.
+
+    In training with labels its loss is computed from hidden states, without logits.
+    """
     return lm_head(self, _GPT2, args, kwargs)
 
 
 def gpt1_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `OpenAIGPTLMHeadModel` with its loss computed from hidden states. See `lm_head`."""
+    """Run `OpenAIGPTLMHeadModel`. See `lm_head`.
+
+    In training with labels its loss is computed from hidden states, without logits.
+    """
     return lm_head(self, _GPT1, args, kwargs)
 
 
 def gpt2_double_heads_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `GPT2DoubleHeadsModel` with its language model's loss computed from hidden states. See `_double_heads`."""
+    """Run `GPT2DoubleHeadsModel`, a language model with a multiple-choice head.
+
+    In training with labels the language model's loss comes from hidden states, without logits. See `_double_heads`.
+    """
     return _double_heads(self, _GPT2_DOUBLE, args, kwargs)
 
 
 def gpt1_double_heads_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `OpenAIGPTDoubleHeadsModel` with its language model's loss computed from hidden states.
+    """Run `OpenAIGPTDoubleHeadsModel`, a language model with a multiple-choice head.
 
-    See `_double_heads`.
+    In training with labels the language model's loss comes from hidden states, without logits. See `_double_heads`.
     """
     return _double_heads(self, _GPT1_DOUBLE, args, kwargs)
 
@@ -95,8 +104,8 @@ def lm_head(self: Any, head: Head, args: tuple, kwargs: dict) -> Any:
     """Return the output of a model with a language-model head, with the loss computed from hidden states.
 
     `head` is the `Head` of the model's class, and `args` and `kwargs` are the arguments of the call. The logits in the
-    output are computed when they are read. The forward of the class runs instead for a call without labels, with
-    another loss function, or that asks for logits.
+    output are computed when they are read. The forward of the class runs instead without labels, with another loss
+    function, or if `_needs_logits`, as in evaluation and with `logits=True`.
     """
     call = dict(named(self, args, kwargs))
     logits = call.pop("logits", None)
@@ -126,7 +135,7 @@ def _double_heads(self: Any, head: Head, args: tuple, kwargs: dict) -> Any:
 
     `head` is the `Head` of the model's class, and `args` and `kwargs` are the arguments of the call. The language
     model's loss is computed from hidden states, and its logits when they are read. The forward of the class runs
-    instead for a call without labels or one that asks for logits.
+    instead if `_needs_logits`, as without labels, in evaluation and with `logits=True`.
     """
     call = dict(named(self, args, kwargs))
     logits = call.pop("logits", None)
@@ -154,7 +163,9 @@ def _needs_logits(model: Any, output: Any, call: dict, logits: bool | None) -> b
     """Return True if this call is left to transformers, which computes the logits and the loss from them.
 
     `output` is the output layer, and `call` holds the arguments by name. `logits` is what the caller asks for: True,
-    False, or None, which means False in training alone.
+    False, or None, which means True in evaluation and False in training. Calls that are left to transformers, too, are
+    those without labels or input, with labels of another shape than the tokens, with a tuple as result, with
+    `logits_to_keep`, and those whose output layer is no plain `nn.Linear`.
     """
     labels = call.get("labels")
     rows = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
@@ -170,7 +181,10 @@ def _needs_logits(model: Any, output: Any, call: dict, logits: bool | None) -> b
 
 
 def _trunk(model: Any, head: Head, call: dict) -> Any:
-    """Return the output of the model's trunk, the part without the head, for the arguments in `call` that it takes."""
+    """Return the output of the model's trunk, the part without the head, for the arguments in `call` that it takes.
+
+    `head` is the `Head` of the model's class. `call` holds the arguments of the model's call by name.
+    """
     names = {name: value for name, value in call.items() if name not in (*_LOSS_ARGUMENTS, "logits_to_keep")}
     return model.get_submodule(head.trunk)(**names)
 
@@ -205,8 +219,8 @@ def _zero_without_labels(output: Any, call: dict) -> Any:
 def _output(kind: type, lm_head: Any, hidden: Tensor, outputs: Any, **fields: Any) -> Any:
     """Return an output of class `kind` with `fields`, the cache and states of the trunk's `outputs`, and the logits.
 
-    The logits are lm_head(hidden), computed when they are read. A compiled graph returns none, and `torch.jit.trace`
-    computes them at once.
+    The logits are lm_head(hidden), with the output layer `lm_head`, and are computed when they are read. In a compiled
+    graph the output has no logits. Under `torch.jit.trace` they are computed at once.
     """
     passed = {
         name: getattr(outputs, name)
@@ -276,7 +290,11 @@ _BETWEEN = {__name__, _OPERATIONS, "dataclasses", "torch.utils._pytree", "transf
 
 
 def _is_read_by_wrapper() -> bool:
-    """Return True if the caller is a wrapper that rebuilds an output (see `_WRAPPERS`), as the call stack tells."""
+    """Return True if the code that reads the logits is a wrapper that rebuilds an output, as the call stack tells.
+
+    The reader is the nearest frame whose module is not in `_BETWEEN`. It is a wrapper if the name of its module begins
+    with an entry of `_WRAPPERS`. The function `convert_to_fp32` of `_OPERATIONS` is one, too.
+    """
     frame: Any = sys._getframe(1)
     while frame is not None:
         module = str(frame.f_globals.get("__name__"))
@@ -292,7 +310,8 @@ def _is_read_by_wrapper() -> bool:
 def _deferring(kind: Any) -> Any:
     """Return a subclass of the output class `kind` whose logits are computed when they are first read.
 
-    A pickle or a copy of its instance is an instance of `kind` itself, with logits.
+    A wrapper that rebuilds outputs (see `_is_read_by_wrapper`) gets the `Deferred` itself. A pickle or a copy of an
+    instance is an instance of `kind` itself, with computed logits.
     """
 
     class Output(kind):
@@ -302,6 +321,7 @@ def _deferring(kind: Any) -> Any:
 
         @property
         def logits(self) -> Any:
+            """Return the logits. The first read computes them, unless a wrapper reads them to rebuild the output."""
             value = self.__dict__.get("logits")
             if isinstance(value, Deferred) and "gpt_fast_ready" in self.__dict__ and not _is_read_by_wrapper():
                 self["logits"] = value = value()

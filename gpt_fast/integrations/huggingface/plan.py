@@ -19,10 +19,11 @@ from . import blocks, losses
 def plan(name: str, module: Any, report: Report) -> list[Patch] | None:
     """Return the patches of `module` if it is a model of transformers that this library knows, else None.
 
-    A trunk (`GPT2Model`) has patches for itself and its blocks, so a block alone gives None. A model with a
-    language-model head (`GPT2LMHeadModel`) has the patch of its loss. The list is empty if nothing of a known model is
-    to be replaced. `name` is the path of `module` in the whole model. `report` gets a line for each module that is
-    replaced or left alone. A `Patch` is the new forward of one module.
+    A trunk, such as `GPT2Model`, gives the patches of itself, its blocks and their attention; a block by itself gives
+    None. A model with a language-model head, such as `GPT2LMHeadModel`, gives one patch, whose forward computes the
+    loss. Any other model of GPT-2 or GPT-1 gives a patch without a forward. The list is empty if a known model is left
+    alone. `name` is the path of `module` in the whole model. `report` gets an entry for each module that is replaced or
+    left alone. A `Patch` holds a module and its new forward.
     """
     if isinstance(module, gpt2.GPT2Model):
         return _plan_trunk(name, module, report, _GPT2)
@@ -83,7 +84,7 @@ def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family) -> list[
 
     The list is empty if the trunk is left alone. `name` is the path of `trunk` in the whole model, and `family` holds
     its classes and new forwards. `report` gets an entry for each module, or one for the whole trunk if that is left
-    alone. A `Patch` is the new forward of one module.
+    alone. A `Patch` holds a module and its new forward.
     """
     prefix = f"{name}." if name else ""
     unfit = why_foreign(trunk, family.trunk)
@@ -123,10 +124,11 @@ def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family) -> list[
 
 
 def _plan_head(name: str, model: Any, head: losses.Head, report: Report) -> list[Patch]:
-    """Return the patch of a model with a language-model head, whose row of `losses.HEADS` is `head`, in a list.
+    """Return, in a list, the patch of a model with a language-model head. `head` is the `losses.Head` of its class.
 
-    `name` is the path of `model` in the whole model. `report` gets an entry for the output layer. The patch replaces no
-    forward if the loss has to be computed from logits. A `Patch` is the new forward of one module.
+    `name` is the path of `model` in the whole model. `report` gets an entry for the output layer. The patch has no
+    forward if the loss has to be computed from logits: the model or its output layer is not plain, or another loss
+    function is set. A `Patch` holds a module and its new forward.
     """
     output = getattr(model, head.output)
     reason = why_foreign(model, head.kind) or _plain.why_not_plain(output, nn.Linear)
@@ -138,9 +140,9 @@ def _plan_head(name: str, model: Any, head: losses.Head, report: Report) -> list
 
 
 def _checkpointing(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the attributes to set on `model` so that it supports gradient checkpointing, by name.
+    """Return {attribute: value} to set on `model` so that it supports gradient checkpointing.
 
-    GPT-1 does not support it in transformers. For a model that supports it the result is empty.
+    GPT-1 does not support it in transformers. The result is empty for a model that supports it already.
     """
     return {} if model.supports_gradient_checkpointing else {"supports_gradient_checkpointing": True}
 
@@ -148,7 +150,8 @@ def _checkpointing(model: PreTrainedModel) -> dict[str, Any]:
 def why_foreign(module: Any, kind: Any, label: str = "") -> str | None:
     """Return why a call of `module` does not run the forward of the class `kind`, or None if it does.
 
-    `label`, such as "h.0.attn ", is put in front of the reason.
+    A forward that `accelerate` set and a subclass that FSDP2 made are no reasons. `label`, such as "h.0.attn ", is put
+    in front of the reason.
     """
     if not isinstance(module, kind):
         return f"{label}is a {type(module).__name__}, not {kind.__name__}"

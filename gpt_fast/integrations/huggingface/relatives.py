@@ -37,7 +37,10 @@ class Masks(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What a block passes to its attention and MLP in one call: masks, transformers' cache and the dropout seed."""
+    """Arguments that a block passes to its attention and MLP in one call: masks, key-value cache and dropout seed.
+
+    The cache is transformers'. `cache` and `seed` may be None.
+    """
 
     masks: Masks
     cache: Any
@@ -70,8 +73,8 @@ def opt_layer_forward(
 def opt_attention_forward(self: Any, *args: Any, gpt_fast_call: Any = None, **kwargs: Any) -> Any:
     """Run attention of OPT or BioGPT on `gpt_fast.ops`: hidden states [B, T, C] → (attention's output [B, T, C], None).
 
-    `gpt_fast_call` is the `Call` of the layer around it. Without one the forward of the class runs. None takes the
-    place of the attention probabilities.
+    The output is that after the output projection, and None takes the place of the attention probabilities.
+    `gpt_fast_call` is the `Call` of the layer around it. Without one the forward of the class runs.
     """
     if gpt_fast_call is None:
         return _plain.original(self, *args, **kwargs)
@@ -116,17 +119,26 @@ def imagegpt_block_forward(
 
 
 def opt_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `OPTForCausalLM` with its loss computed from hidden states. See `losses.lm_head`."""
+    """Run `OPTForCausalLM`. See `losses.lm_head`.
+
+    In training with labels its loss is computed from hidden states, without logits.
+    """
     return losses.lm_head(self, _OPT, args, kwargs)
 
 
 def biogpt_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `BioGptForCausalLM` with its loss computed from hidden states. See `losses.lm_head`."""
+    """Run `BioGptForCausalLM`. See `losses.lm_head`.
+
+    In training with labels its loss is computed from hidden states, without logits.
+    """
     return losses.lm_head(self, _BIOGPT, args, kwargs)
 
 
 def gpt_neo_lm_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `GPTNeoForCausalLM` with its loss computed from hidden states. See `losses.lm_head`."""
+    """Run `GPTNeoForCausalLM`. See `losses.lm_head`.
+
+    In training with labels its loss is computed from hidden states, without logits.
+    """
     return losses.lm_head(self, _GPT_NEO, args, kwargs)
 
 
@@ -139,7 +151,10 @@ HEADS = (_OPT, _BIOGPT, _GPT_NEO) = losses.with_signatures((
 
 
 def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run an `nn.LayerNorm` on `ops.layer_norm`: x [..., C], the only argument, → [..., C]."""
+    """Run an `nn.LayerNorm` on `ops.layer_norm`: x [..., C] → [..., C]. x is the only positional argument.
+
+    A call with other arguments runs the forward of the class.
+    """
     if len(args) != 1 or kwargs:
         return _plain.original(self, *args, **kwargs)
     return ops.layer_norm(args[0], self.weight, self.bias, self.eps)
@@ -166,7 +181,10 @@ def _opt_layer(self: Any, x: Tensor, call: Call) -> Tensor:
 
 
 def _opt_attention(attn: Any, x: Tensor, call: Call) -> Tensor:
-    """Return attention's output [B, T, C] in OPT or BioGPT for x [B, T, C] and the masks, cache and seed in `call`."""
+    """Return attention's output [B, T, C] after its output projection, in OPT or BioGPT, for x [B, T, C].
+
+    `call` holds the masks, the cache and the dropout seed.
+    """
     p = attn.dropout if attn.training else 0.0
     out = _attend(attn, (attn.q_proj, attn.k_proj, attn.v_proj), x, call, attn.layer_idx, attn.scaling, p)
     return _linear(attn.out_proj, out)
@@ -226,9 +244,10 @@ def _attend(
 ) -> Tensor:
     """Return the merged heads [B, T, C] of attention over x [B, T, C] and the cached keys of layer `index`.
 
-    `projections` are the layers of queries, keys and values, or one layer for all three. `scale` multiplies the scores,
-    `p` is the dropout probability of the probabilities, and `window` is the number of keys up to its own that a query
-    sees.
+    The output projection is left to the caller. `projections` are the layers of queries, keys and values, or one layer
+    for all three. `call` holds the masks, the cache and the dropout seed. `scale` multiplies the scores, `p` is the
+    dropout probability of the probabilities, and `window` is the number of keys up to its own that a query sees, or
+    None for all.
     """
     if len(projections) == 1:
         qkv = blocks.project(projections[0], x).unflatten(2, (3, attn.num_heads, -1))
@@ -245,7 +264,10 @@ def _attend(
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
-    """Return layer(x) for x [B, T, C], by `ops.linear` if there are many rows and `layer` is a plain `nn.Linear`."""
+    """Return layer(x) for x [B, T, C], by `ops.linear` if `layer` is a plain `nn.Linear`.
+
+    The layer is called if x has few rows; see `blocks.has_few_rows`.
+    """
     return layer(x) if blocks.has_few_rows(x) else _plain.linear(layer, x)
 
 
@@ -262,7 +284,8 @@ def _seed(block: Any, rates: tuple[float, ...], x: Tensor) -> Tensor | None:
 def _checkpointed(block: Any, function: Callable, x: Tensor, call: Call) -> Tensor:
     """Return function(block, x, call), under gradient checkpointing if the block has it switched on and trains.
 
-    In backward a checkpointed block runs again, as transformers' own blocks do.
+    `function` is `_opt_layer`, `_gpt_neo_block` or `_imagegpt_block`. In backward a checkpointed block runs again, as
+    transformers' own blocks do.
     """
     if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
         return block._gradient_checkpointing_func(functools.partial(function, block, call=call), x)
@@ -314,7 +337,8 @@ def _translated(mask: Tensor, T: int, S: int, causal: bool) -> tuple[str | None,
     """Return (None, masks), the `Masks` for an attention mask, or (reason, None) if transformers has to run the call.
 
     `mask` is [B or 1, H or 1, T or 1, S], with T queries and S keys: a bool mask, True where attention is allowed, or a
-    float mask of 0 and the smallest number. If `causal`, later keys are masked as well.
+    float mask of 0 and the smallest number. A float mask is refused if it holds other values, or if a graph is being
+    recorded. If `causal`, later keys are masked as well.
     """
     if mask.dtype == torch.bool:
         allowed = mask
@@ -339,16 +363,20 @@ def _translated(mask: Tensor, T: int, S: int, causal: bool) -> tuple[str | None,
 
 
 def _why_unknown(options: dict, known: tuple[str, ...]) -> str | None:
-    """Return which `options` of a call are not among the `known` names, as text, or None.
+    """Return which `options` of a call are not among the `known` names, such as "head_mask given", or None if all are.
 
-    Values None and False do not count.
+    `options` maps names to values. Values None and False do not count.
     """
     extra = sorted(name for name, value in options.items() if name not in known and value not in (None, False))
     return f"{', '.join(extra)} given" if extra else None
 
 
 def _why_called(attn: Any, *around: Any) -> str | None:
-    """Return why `attn` or one of the modules `around` it has to be called, or None if ops may replace the call."""
+    """Return why `attn` or one of the modules `around` it has to be called, or None if ops may replace the call.
+
+    Reasons are hooks, a forward of its own, and an attention dropout that is no `nn.Dropout`, has hooks or drops
+    everything.
+    """
     drop = attn.attn_dropout
     if _plain.class_of(drop) is not nn.Dropout or _plain.is_hooked(drop) or drop.p >= 1:
         return "its attention dropout is another module, has hooks or drops everything"
@@ -400,8 +428,9 @@ def plan(name: str, module: Any, report: Report, why_foreign: Callable) -> list[
     """Return the patches of `module` and its blocks if it is a trunk of OPT, BioGPT, GPT-Neo or ImageGPT, else None.
 
     A trunk is the model without its head. `name` is the path of `module` in the whole model. `report` gets an entry for
-    each module that is replaced or left alone. `why_foreign(module, kind)` tells why a module does not run the forward
-    of the class `kind`, or returns None. A `Patch` is the new forward of one module.
+    each module that is replaced or left alone, and for the output layer of `ImageGPTForCausalImageModeling`. A `Patch`
+    holds a module and its new forward. `why_foreign(module, kind, label="")` returns why a call of the module does not
+    run the forward of the class `kind`, with `label` in front, or None if it does.
     """
     if isinstance(module, imagegpt.ImageGPTForCausalImageModeling):
         reason = "its loss is computed from the logits, by the model's own forward"
@@ -415,9 +444,11 @@ def plan(name: str, module: Any, report: Report, why_foreign: Callable) -> list[
 def _plan_trunk(name: str, trunk: Any, report: Report, family: _Family, why_foreign: Callable) -> list[Patch]:
     """Return the patches of a trunk (a model without its head), its blocks and its last norm.
 
-    A `Patch` is the new forward of one module. `name` is the path of `trunk` in the whole model, and `family` holds the
-    model's classes and its new forward. `report` gets an entry for each module. `why_foreign(module, cls)` returns the
-    reason why calling a module does not run the forward of class `cls`, or None if it does.
+    A `Patch` holds a module and its new forward. The patch of the trunk has no forward and only marks the trunk as
+    seen. A block that does not fit gets no patch, and `report.left` gets its path, class and reason. `name` is the path
+    of `trunk` in the whole model, and `family` holds the model's classes and its new forward. `report` gets an entry
+    for each module. `why_foreign(module, kind, label="")` returns why a call of the module does not run the forward of
+    the class `kind`, or None if it does.
     """
     prefix = f"{name}." if name else ""
     patches = [Patch(trunk, None, {})]  # marks it as seen
@@ -451,7 +482,11 @@ def _attention_of(block: Any) -> tuple[str, Any]:
 
 
 def _why_no_attention(block: Any, family: _Family, why_foreign: Callable) -> str | None:
-    """Return why the attention in `block` cannot be replaced, or None if it can."""
+    """Return why the attention in `block` cannot be replaced, or None if it can.
+
+    `family` names the class of the block. `why_foreign(module, kind, label)` returns why a call of the module does not
+    run the forward of the class `kind`, with `label` in front, or None if it does.
+    """
     attn = _attention_of(block)[1]
     reason = why_foreign(attn, _ATTENTIONS[family.block], "its attention ")
     if reason is None and attn.head_dim > MAX_HEAD_DIM:

@@ -38,10 +38,11 @@ class Checkpoint:
 
 
 def read(path: Path) -> Checkpoint:
-    """Return the content of a checkpoint, or of a bare state dict, whose `model_args` are None.
+    """Return the `Checkpoint` in a file: state dict, `model_args`, progress and the names of entries that are not used.
 
-    The tensors are mapped into memory and not read. Raises `ValueError` for a file that is damaged, compressed, holds
-    anything but tensors and plain values, or is no checkpoint.
+    The file may hold a bare state dict. Its `model_args` are None. The tensors are mapped into memory and not read.
+    Raises `ValueError` for a file that is damaged, compressed, holds anything but tensors and plain values, or is no
+    checkpoint.
     """
     content = _load(path)
     if not isinstance(content, Mapping):
@@ -86,8 +87,8 @@ def _load(path: Path) -> Any:
 def write(path: Path, state_dict: dict[str, Tensor], model_args: dict[str, Any], progress: dict[str, Any]) -> None:
     """Write nanoGPT's checkpoint, whole or not at all, with the state of an optimizer that has made no step.
 
-    `progress` holds the entries "iter_num", "best_val_loss" and "config" of the checkpoint, each of which may be
-    missing. Raises `OSError` if the file cannot be written.
+    `state_dict` and `model_args` have nanoGPT's names. `progress` holds the entries "iter_num", "best_val_loss" and
+    "config" of the checkpoint, each of which may be missing. Raises `OSError` if the file cannot be written.
     """
     checkpoint = {
         "model": state_dict,
@@ -105,7 +106,11 @@ def write(path: Path, state_dict: dict[str, Tensor], model_args: dict[str, Any],
 
 
 def _check_archive(path: Path) -> None:
-    """Raise `ValueError` for a zip archive that is damaged or would take more memory than the file has bytes."""
+    """Raise `ValueError` unless the file is an undamaged zip archive, as `torch.save` writes it.
+
+    An archive is refused, too, if it is compressed, has two records of one name, or has records that are larger than
+    the file, because reading it could take more memory than the file has bytes.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -168,7 +173,10 @@ def progress_of(path: Path, content: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _new_optimizer(state_dict: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the state of a new AdamW with nanoGPT's two groups: matrices, which decay, then gains and biases."""
+    """Return the `state_dict()` of a new AdamW for the parameters in `state_dict`, in nanoGPT's two groups.
+
+    The first group holds the matrices, which have weight decay, and the second one gains and biases.
+    """
     dims = [tensor.dim() for name, tensor in state_dict.items() if name != "lm_head.weight"]  # tied: one parameter
     groups = [
         {"params": [nn.Parameter(torch.empty(0)) for dim in dims if (dim >= 2) is decays], "weight_decay": decay}

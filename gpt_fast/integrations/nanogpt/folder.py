@@ -140,9 +140,10 @@ def _model_args(loaded: checkpoint.Checkpoint, heads: int | None, activation: st
 
 
 def _tokenizer(path: Path | None, characters: Path | None, rows: int) -> Tokenizer | None:
-    """Return the tokenizer in the file `path`, one for the characters in the file `characters`, or None without both.
+    """Return the tokenizer in the file `path`, or one for the characters in the file `characters`.
 
-    Raises `ValueError` if both are given, or if its vocabulary does not fit the model's `rows` token embeddings.
+    The result is None if both are None. Raises `ValueError` if both are given, or if the tokenizer's vocabulary does
+    not fit the model's `rows` token embeddings.
     """
     if path is not None and characters is not None:
         raise ValueError(f"--tokenizer {path} and --characters {characters}: expected one of them")
@@ -181,10 +182,10 @@ def _characters_tokenizer(path: Path, rows: int) -> Tokenizer:
 
 
 def _progress(source: Path) -> dict[str, Any]:
-    """Return the "iter_num" and "best_val_loss" (step and loss) of the model folder `source`, as far as they are known.
+    """Return the entries "iter_num" (step) and "best_val_loss" of the model folder `source`, as far as they are known.
 
-    They are those of the checkpoint that the folder was made from, which may have "config" too, or else those of the
-    run that trained the model.
+    A folder that was made from a checkpoint has them in `PROGRESS`, with "config" (settings) if the checkpoint had it.
+    Otherwise they come from run.json of the run that trained the model. The result is empty without both files.
     """
     if (source / PROGRESS).is_file():
         return checkpoint.progress_of(source / PROGRESS, read_object(source / PROGRESS))

@@ -74,7 +74,11 @@ def read(path: Path) -> tuple[dict[str, Tensor], GPTConfig]:
 
 
 def _check_sizes(path: Path, sizes: dict[str, int], rest: list[int]) -> None:
-    """Raise `ValueError` if one of the header's `sizes`, by name, is wrong, or if the `rest` of the header is not 0."""
+    """Raise `ValueError` if one of the header's `sizes` is wrong, or if the `rest` of the header is not 0.
+
+    `sizes` maps names to values. Each has to be 1 or more, the padded vocabulary no smaller than the vocabulary, and
+    "channels" a multiple of "num_heads" with heads of at most 256. `path` names the file in messages.
+    """
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{path}: its header has {name} {value}; expected 1 or more")

@@ -41,9 +41,10 @@ _LINEARS = (  # nanoGPT's, our weight and bias, rows and columns in units of C
 
 
 def from_nanogpt(kind: Any, state_dict: Any, model_args: Any, overrides: dict[str, Any]) -> Any:
-    """Return a model of class `kind` with nanoGPT's weights.
+    """Return a model of class `kind` with nanoGPT's weights. See `GPTForCausalLM.from_nanogpt`.
 
-    See `GPTForCausalLM.from_nanogpt` for the other parameters.
+    `state_dict` and `model_args` (sizes and options) have nanoGPT's names, and `overrides` are fields of `GPTConfig`.
+    Raises `ValueError` if `model_args` or a tensor is wrong.
     """
     config = read_model_args(model_args, overrides)
     state = _checked_state(state_dict)
@@ -53,8 +54,8 @@ def from_nanogpt(kind: Any, state_dict: Any, model_args: Any, overrides: dict[st
 def read_model_args(model_args: Any, overrides: Mapping[str, Any]) -> GPTConfig:
     """Return the configuration that nanoGPT's `model_args` describe, with the fields in `overrides` replaced.
 
-    Raises `ValueError` if `model_args` is no dictionary, lacks a size, has another option or a wrong value, or does not
-    tell the activation and `overrides` neither.
+    Raises `ValueError` if `model_args` is no dictionary, lacks a size, or has another option or a wrong value. Without
+    "bias" or "dropout" in `model_args` it does not tell the activation, and `overrides` has to.
     """
     if not isinstance(model_args, Mapping):
         raise ValueError(f"{USER}: model_args is {described(model_args)}; expected a dictionary of nanoGPT's sizes")
@@ -97,8 +98,8 @@ def read_model_args(model_args: Any, overrides: Mapping[str, Any]) -> GPTConfig:
 def build(kind: Any, state: dict[str, Tensor], config: GPTConfig) -> Any:
     """Return a model of class `kind` and this configuration with the tensors in `state`, which have nanoGPT's names.
 
-    All names, shapes, dtypes and devices are checked before memory is taken. Raises `ValueError` for one that does not
-    fit.
+    All names, shapes, dtypes and devices are checked before memory is taken. Raises `ValueError` if a tensor is
+    missing, unexpected, or does not fit.
     """
     blocks = {int(found[1]) for found in map(_BLOCK_NAME.match, state) if found}
     if len(blocks) != config.num_layers:
@@ -137,7 +138,8 @@ def build(kind: Any, state: dict[str, Tensor], config: GPTConfig) -> Any:
 def model_args_of(state_dict: Any, heads: int) -> dict[str, Any]:
     """Return the `model_args` that a bare state dict implies: sizes by its shapes, `n_head` by `heads`, no dropout.
 
-    Raises `ValueError` if the embeddings are missing.
+    Raises `ValueError` if an embedding is missing or no matrix, or if `state_dict` holds anything but floating-point
+    tensors and causal masks.
     """
     state = _checked_state(state_dict)
     for name in (_TABLE, _POSITIONS):
@@ -153,7 +155,11 @@ def model_args_of(state_dict: Any, heads: int) -> dict[str, Any]:
 
 
 def to_nanogpt(ours: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return nanoGPT's state dict and `model_args` for the model `ours`; see `GPTForCausalLM.to_nanogpt`."""
+    """Return nanoGPT's (state_dict, model_args) for `ours`, a `GPTForCausalLM`. See `GPTForCausalLM.to_nanogpt`.
+
+    The tensors share memory with the model's parameters. Raises `ValueError` if nanoGPT has no such model, or if a
+    module is not what the configuration says.
+    """
     reason = guard.why_changed(ours, guard.make_ours(ours), _OURS_TIED)
     if reason is not None:
         raise ValueError(f"gpt_fast.to_nanogpt: {reason}")
@@ -230,7 +236,7 @@ def _is_plain(tensor: Any) -> bool:
 def _check_mask(name: str, mask: Tensor) -> None:
     """Raise `ValueError` unless `mask` is a causal mask [1, 1, T, T]: this library's model has no other.
 
-    `name` is its name.
+    `name` is the mask's name in the state dict, for the message.
     """
     n = mask.shape[-1] if mask.dim() == 4 else 0
     positions = torch.arange(n, device=mask.device)
@@ -260,7 +266,10 @@ def _names(config: GPTConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     }
 
     def add(theirs: str, ours: str, shape: tuple[int, ...]) -> None:
-        """Add the weight of a layer with this shape and, if the configuration has biases, its bias."""
+        """Add the weight of a layer with this shape and, if the configuration has biases, its bias.
+
+        `theirs` is nanoGPT's name of the layer. `ours` is put in front of "weight" and "bias" in this library's names.
+        """
         names[f"{theirs}.weight"] = (f"{ours}weight", shape)
         if config.bias:
             names[f"{theirs}.bias"] = (f"{ours}bias", shape[:1])
