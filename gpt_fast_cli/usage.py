@@ -24,7 +24,7 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line `args` into `ctx`, as click does, and return the arguments that are left.
 
-        Fail with a usage error if an option or argument that needs a value has a blank one.
+        Raise typer's usage error if an option or argument that needs a value has a blank one.
         """
         values, _, _ = self.make_parser(ctx).parse_args(list(args))
         for param in self.params:

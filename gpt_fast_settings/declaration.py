@@ -90,8 +90,8 @@ def wrong_on_every_rank() -> Iterator[None]:
 class InvalidSettings(OptionError):
     """Error for settings that are not valid, with all of pydantic's `errors` in one line.
 
-    `cls` is the class of the settings. `read` are the names of settings that come from a file, and `place` names that
-    file.
+    `cls` is the class of the settings. `read` are the names of settings that come from a file. `place` names that file
+    in the message, as "--config FILE: "; it is "" if there is none.
     """
 
     def __init__(self, cls: type[Settings], errors: list[ErrorDetails], place: str = "", read: Collection[str] = ()):
@@ -144,7 +144,8 @@ class Settings(BaseModel):
         """Return settings with the values in `given`, and otherwise those in the YAML or JSON file at `path`.
 
         `given` maps names of fields to values, which replace the file's. `path` is None for no file. Raise
-        `InvalidSettings` for an unknown name or a value that is not valid, and what `read_file` raises.
+        `InvalidSettings` for an unknown name or a value that is not valid. Raise `FileNotFoundError` if there is no
+        such file, and `ValueError` if it is too large, not valid YAML or JSON, or holds no object.
         """
         names = {name: option_name(name) for name in cls.model_fields}
         known = {**{option: option for option in names.values()}, **names}
@@ -159,7 +160,8 @@ class Settings(BaseModel):
     def changed(self: S, **values: Any) -> S:
         """Return a copy of these settings with other `values`, given by field name.
 
-        Raise `InvalidSettings` if they are not valid.
+        All settings count as given by the user in the copy (`model_fields_set`). Raise `InvalidSettings` if a value is
+        not valid.
         """
         return type(self)(**(dict(self) | values))
 
@@ -175,8 +177,8 @@ class Settings(BaseModel):
 def read_file(path: Path) -> dict[str, Any]:
     """Return the object in a .yaml, .yml or .json file as a dict. Errors name the option --config.
 
-    Raise `FileNotFoundError` if there is no such file, and `ValueError` if it is too large, not valid or holds no
-    object.
+    Raise `FileNotFoundError` if there is no such file, and `ValueError` if it is larger than `YAML_LIMIT` bytes, not
+    valid or holds no object.
     """
     try:
         content = read_bytes(path, YAML_LIMIT)
@@ -260,7 +262,10 @@ def shortened(value: Any) -> str:
 
 
 def expectation(error: ErrorDetails) -> str:
-    """Return what was expected instead of the value that pydantic found wrong, such as "at least 1"."""
+    """Return what was expected instead of the value that pydantic found wrong, such as "at least 1".
+
+    For a kind of error without such words in `_EXPECTED`, return pydantic's message without "Input should be ".
+    """
     expected = _EXPECTED.get(error["type"])
     if expected is None:
         return error["msg"].removeprefix("Input should be ")
@@ -269,5 +274,5 @@ def expectation(error: ErrorDetails) -> str:
 
 
 def _spelled(value: object) -> object:
-    """Return a number as people write it: "268,435,456" for a whole number, and other values unchanged."""
+    """Return a whole number as text with commas, such as "268,435,456", and any other value unchanged."""
     return f"{int(value):,}" if isinstance(value, int | float) and float(value).is_integer() else value

@@ -11,7 +11,7 @@ from ..config import IGNORE
 def mask_tokens(
     tokens: Tensor, generator: torch.Generator, *, mask_token: int, ordinary: Tensor, rate: float = 0.15
 ) -> tuple[Tensor, Tensor]:
-    """Hide a share of the tokens, to be predicted.
+    """Hide a share of the tokens, and return the labels for predicting them.
 
     Of the chosen tokens 80 % become `mask_token`, 10 % a random one of `ordinary` and 10 % stay as they are. Only
     tokens among `ordinary` are chosen, and at least one in every row that has one.

@@ -41,6 +41,8 @@ _FOR_VALIDATION = re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])", re.IGNORECA
 
 @dataclass(frozen=True)
 class TokenFile:
+    """An open token file: its path, its ids and the fields of its header, which are None for another library's file."""
+
     path: Path
     tokens: StoredIds
     header: dict[str, Any] | None  # None: not one of ours

@@ -132,7 +132,10 @@ class DecodeSession:
         self._make_step()
 
     def _make_step(self) -> None:
-        """Create the object that runs the decode steps, for the parameters at their current addresses."""
+        """Create the object that runs the decode steps, a `CppStep` or a `TorchStep`.
+
+        It reads or copies the parameters at their current addresses, which are recorded for later comparisons.
+        """
         assert self.model is not None
         self._step: TorchStep | CppStep
         if self.kind == "torch":
@@ -537,7 +540,10 @@ class _InUse:
 
 
 class _Places:
-    """Record of where a model's parameters are in memory. A comparison takes a third of a microsecond for each."""
+    """Record of the addresses, shapes, dtypes and devices of a model's parameters, to see if they have changed.
+
+    A comparison takes a third of a microsecond for each parameter.
+    """
 
     def __init__(self, model: torch.nn.Module):
         self._modules = [(module._parameters, len(module._parameters)) for module in model.modules()]
@@ -598,13 +604,16 @@ def _layout(parameter: Tensor) -> tuple:
 
 
 def _words(layout: tuple) -> str:
-    """Return a layout (see `_layout`) for a message, such as "float32 [64, 64] on cpu"."""
+    """Return a layout for a message, such as "float32 [64, 64] on cpu".
+
+    A layout is (address, shape, dtype, device), as `_layout` returns it.
+    """
     _, shape, dtype, device = layout
     return f"{str(dtype).removeprefix('torch.')} {list(shape)} on {device}"
 
 
 def check_device(tokens: Any, place: Tensor) -> None:
-    """Raise `ValueError` if `tokens` is on another device than `place`, a tensor of the model.
+    """Raise `ValueError` if `tokens` is a tensor on another device than `place`, a tensor of the model.
 
     Raises:
         ValueError: It is on another device.
@@ -614,9 +623,11 @@ def check_device(tokens: Any, place: Tensor) -> None:
 
 
 def check_prompt(tokens: Any, V: int, lengths: Any = None, key_mask: Any = None) -> Tensor:
-    """Validate prompts [B, T], and return the number of tokens of each row that are no padding, [B] int64.
+    """Return the number of tokens of each row that are no padding, [B] int64, after validating the prompts.
 
-    `V` is the vocabulary size. `lengths` [B] or `key_mask` [B, T] tells padding, if there is any; see `generate`.
+    `tokens` [B, T] are the prompts and `V` is the vocabulary size. Prompts that are padded on the right have `lengths`
+    [B], the number of real tokens in each row. Prompts that are padded elsewhere have `key_mask` [B, T], True for a
+    real token. Without both there is no padding.
 
     Returns:
         The numbers of tokens.

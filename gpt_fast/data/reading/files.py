@@ -167,7 +167,8 @@ def too_long() -> str:
 def open_utf8(file: TextFile, start: int = 0) -> Iterator[IO[bytes]]:
     """Yield a binary stream of the file's text in UTF-8, without a byte order mark, from byte `start` of that text on.
 
-    The file is decompressed and recoded if needed. Inside the block, reading a damaged file raises `ValueError`.
+    A compressed file is decompressed, and text in UTF-16 or UTF-32 is recoded. Reading a damaged file inside the block
+    raises `ValueError`.
     """
     with _named_damage(file):
         layout = layout_of(file)
@@ -236,7 +237,8 @@ def require(package: str, extra: str, why: str) -> None:
 def _read_through(file: TextFile, written: int) -> int:
     """Read the file and return the length of its text in bytes of UTF-8. The result is cached.
 
-    `written` is the file's time of change in nanoseconds: a file that has changed is read again.
+    `written` is the file's time of change in nanoseconds. It is part of the cache's key, so a file that has changed is
+    read again.
     """
     with open_utf8(file) as opened:
         return sum(len(block) for block in iter(lambda: opened.read(1 << 20), b""))
@@ -289,7 +291,10 @@ def _members(file: TextFile) -> list[TextFile]:
 
 @contextmanager
 def _raw(file: TextFile) -> Iterator[IO[bytes]]:
-    """Yield a binary stream of the file's own bytes, or of a member of its zip archive, without other decompression."""
+    """Yield a binary stream of the file's own bytes, still compressed and in the file's encoding.
+
+    For a member of a zip archive these are the bytes of the member, taken out of the archive.
+    """
     if not file.member:
         with file.path.open("rb") as opened:
             yield opened
