@@ -156,7 +156,10 @@ def _another_rank_prints() -> bool:
 
 
 def _message(error: ValueError | OSError) -> str:
-    """Return an error's text. For an `OSError` this is "FILE: REASON", without Python's `[Errno 2]` and quotes."""
+    """Return an error's text. For an `OSError` this is "FILE: REASON", without Python's `[Errno 2]` and quotes.
+
+    An `OSError` without a file gives "REASON" alone.
+    """
     if isinstance(error, OSError) and error.strerror:
         name = error.filename2 or error.filename  # of a rename the name that the file was to have
         return f"{name}: {error.strerror}" if name else error.strerror

@@ -250,7 +250,10 @@ class _Text:
         self.written = 0
 
     def add(self, token: int) -> None:
-        """Append a token that was drawn. Do nothing if the text has ended; set `done` if this token ends it."""
+        """Append a token that was drawn. Do nothing if the text has ended.
+
+        Set `done` if this token ends the text: it is one of `ends`, or it completes one of the texts in `stop`.
+        """
         if self.done:
             return
         if not self.keeps_text:

@@ -308,5 +308,8 @@ def _from_first_call(progress: Progress) -> Iterator[Progress]:
 
 
 def _shown(name: str) -> bool:
-    """Return True if the metric `name` is printed with a validation: the training loss and validation metrics."""
+    """Return True if the metric `name` is printed with a validation.
+
+    Printed are "train_loss" and all metrics whose names begin with "valid_", except "valid_examples".
+    """
     return name == "train_loss" or (name.startswith("valid_") and name != "valid_examples")

@@ -37,7 +37,10 @@ class Command(TyperCommand):
 
 
 def _expected(param: Any) -> str:
-    """Return what a parameter of the command line expects, for a message, or "" if its value may be blank."""
+    """Return what a parameter of the command line expects, for a message, or "" if its value may be blank.
+
+    Examples are "a path", "the name of a column" and "auto or cpu or cuda". `param` is click's parameter.
+    """
     if param.name in _COLUMNS:
         return "the name of a column"
     annotation = param.get_runtime_param().annotation

@@ -111,7 +111,8 @@ class Settings(BaseModel):
     def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
         """Raise an error for true and false where another type is expected: pydantic would take them for 1 and 0.
 
-        Return any other value unchanged.
+        Return any other value unchanged. This validator runs on each setting's value. pydantic turns the error, a
+        `PydanticCustomError`, into a `ValidationError`.
         """
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise PydanticCustomError("boolean", "true or false")
@@ -120,7 +121,11 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_blank_paths(cls, value: Any, info: ValidationInfo) -> Any:
-        """Raise an error for a blank path, which would become the current folder. Return any other value unchanged."""
+        """Raise an error for a blank path, which would become the current folder. Return any other value unchanged.
+
+        This validator runs on each setting's value, a path or a list of paths. pydantic turns the error, a
+        `PydanticCustomError`, into a `ValidationError`.
+        """
         values = value if isinstance(value, list | tuple) else [value]
         if "Path" in str(cls.model_fields[str(info.field_name)].annotation) and any(
             isinstance(each, str) and not each.strip() for each in values
@@ -175,10 +180,10 @@ class Settings(BaseModel):
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Return the object in a .yaml, .yml or .json file as a dict. Errors name the option --config.
+    """Return the object in a JSON or YAML file as a dict. A file whose name does not end in .json is read as YAML.
 
     Raise `FileNotFoundError` if there is no such file, and `ValueError` if it is larger than `YAML_LIMIT` bytes, not
-    valid or holds no object.
+    valid or holds no object. The messages name the option --config.
     """
     try:
         content = read_bytes(path, YAML_LIMIT)
@@ -223,10 +228,12 @@ _EXPECTED = {
 
 
 def _describe(cls: type[Settings], error: ErrorDetails, place: str, read: Collection[str]) -> str:
-    """Return one of pydantic's errors about settings of class `cls` as text: `NAME has VALUE; expected WHAT`.
+    """Return one of pydantic's errors about settings of class `cls` as text.
 
-    For an unknown name the text suggests the nearest known one. `read` are the names that come from a file; `place`
-    names that file. Names of other settings are written as options, with dashes in front.
+    The text is "NAME has VALUE; expected WHAT" if the name is in `read`, the names of the settings that come from a
+    file, and "--NAME VALUE: expected WHAT" otherwise. For a missing setting it is "--NAME: missing (HELP)", and for an
+    unknown name it suggests the nearest known one. `place` is put in front of errors in the file, "--config FILE: " for
+    example.
     """
     name = option_name(str(error["loc"][0]))
     if error["type"] == "missing":
@@ -242,7 +249,11 @@ def _describe(cls: type[Settings], error: ErrorDetails, place: str, read: Collec
 
 
 def describe(error: ErrorDetails) -> str:
-    """Return one of pydantic's errors about an object read from a file as text: `NAME has VALUE; expected WHAT`."""
+    """Return one of pydantic's errors about an object read from a file as text.
+
+    The text is "NAME has VALUE; expected WHAT", "lacks NAME" for a missing field, or "unknown name 'NAME'". NAME is the
+    field's path, such as "rows[0].size". An error about the whole object gives pydantic's message.
+    """
     name = ""
     for part in error["loc"]:
         name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part

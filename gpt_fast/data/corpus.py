@@ -194,8 +194,8 @@ def read_stdlib() -> list[Document]:
 def split_by_file(documents: list[Document], group_by_package: bool = False) -> tuple[list[Document], list[Document]]:
     """Hold out about a tenth of the text for validation, in whole documents.
 
-    Documents are held out in the order of a hash of their names. Each is held out only if its characters still fit into
-    the tenth.
+    Documents are held out in the order of a hash of their names. Each is held out only if its number of characters fits
+    into what is left of the tenth.
 
     Args:
         documents: The documents to split.

@@ -127,7 +127,8 @@ def task_batch(examples: Sequence[Example], pad_token: int, numbers: bool = Fals
 
     `tokens` are [B, T] int64, or [B, S, T] if each example has S > 1 sequences, and `lengths` [B] or [B, S]. `labels`
     are the targets [B] or [B, L], int64, or float32 if `numbers`. If the first example has an `answer` (text to be
-    generated) or `tags`, `labels` are [B, T] ids or tag classes instead, -100 where a token does not count.
+    generated) or `tags`, `labels` are [B, T] ids or tag classes instead, -100 where a token does not count. `weight` is
+    the number of ids that count for text to be generated, and B otherwise.
     """
     B, S = len(examples), len(examples[0].sequences)
     tokens, lengths = pad_rows([row for example in examples for row in example.sequences], pad_token)

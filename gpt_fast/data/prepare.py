@@ -398,7 +398,10 @@ def _is_done(parts: Path, index: int, dtype: str) -> bool:
 
 
 def _sweep(out: Path) -> None:
-    """Remove the temporary files that a killed preparation left in the folder `out` and in its folder of parts."""
+    """Remove the temporary files of a killed preparation, in the folder `out` and in its folder `PARTS`.
+
+    In `out` these are the partial copies of the files in `FILES`, and no other file is touched.
+    """
     for path in [*out.iterdir(), *((out / PARTS).iterdir() if (out / PARTS).exists() else ())]:
         if _JOINING.fullmatch(path.name) or (path.parent != out and path.name.endswith(PARTIAL)):
             path.unlink()
@@ -422,7 +425,10 @@ def _made_from(path: Path) -> str | None:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """Return the content of the data.json at `path`, or {} if the file is missing, damaged or lacks a field."""
+    """Return the content of the data.json at `path`, a dict with the keys of `_FIELDS`.
+
+    Return {} if the file is missing or damaged, lacks a field, or has one of another type.
+    """
     try:
         record = read_object(path)
     except (OSError, ValueError):

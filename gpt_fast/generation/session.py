@@ -221,7 +221,7 @@ class DecodeSession:
         self._unread = None
 
     def prefill(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Add a prompt to each of the first B rows of the cache.
+        """Add a prompt to each of the first B rows of the cache, behind the tokens that the rows hold.
 
         Args:
             tokens: Token ids [B, T], int64, padded on the right.
@@ -231,7 +231,8 @@ class DecodeSession:
             Logits [B, V], float32, after the last token of each row.
 
         Raises:
-            ValueError: Tokens are no prompt of this model, or the cache has no room for them.
+            ValueError: Tokens have another shape, dtype or device or lie outside the vocabulary, a prompt is empty,
+                there are more rows than the session has, the cache is full, or logits are NaN or infinite.
             RuntimeError: Another thread uses the session.
         """
         with self.in_use():
@@ -312,8 +313,9 @@ class DecodeSession:
     def read_unread(self) -> None:
         """Run the model on the tokens that `leave_unread` stored, if there are any, so that the cache holds them.
 
-        The step also draws, with the stored options, and the draw is dropped: so CUDA replays the graph that it has
-        captured.
+        The step also draws next tokens with the stored options, and drops them. So on CUDA it can replay the graph that
+        was captured with these options. If the step fails, the cache's lengths stay as they were and the tokens stay
+        stored.
         """
         if self._unread is None:
             return
@@ -328,7 +330,9 @@ class DecodeSession:
 
     @torch.no_grad()
     def read_prompt(self, tokens: Tensor, lengths: Tensor, first: int = 0) -> Tensor:
-        """Add a prompt to each of the rows from `first` on, in passes of a bounded number of tokens.
+        """Add a prompt to each of the cache's rows `first` to `first + B - 1`, behind the tokens that the rows hold.
+
+        The model's modules read long prompts in passes of a bounded number of tokens, to bound memory.
 
         Args:
             tokens: Token ids [B, T], padded on the right.
@@ -396,10 +400,13 @@ class DecodeSession:
             tokens: Token ids [batch], int64.
             options: Options of the draw.
             live: Bool [batch], True for a row that reads its token. The default is all.
-            seen: Bool [batch, V], True for the tokens to which the repetition penalty applies.
+            seen: Bool [batch, V], True for the tokens to which the repetition penalty applies, None for no penalty.
 
         Returns:
             Next tokens [batch], int64. Those of rows that are not live are arbitrary.
+
+        Raises:
+            ValueError: Logits are NaN or infinite. After a CUDA graph `check_logits` raises this error instead.
         """
         assert self.model is not None
         return self._serving.advance(self.model, tokens.contiguous(), options, live, seen, self._calls_modules)
@@ -576,7 +583,7 @@ def _sizes(trunk: Any) -> tuple[int, int]:
     """Return (number of blocks, number of attention heads in each), the sizes of the cache.
 
     Raises:
-        ValueError: The blocks have different numbers of heads.
+        ValueError: The blocks have different numbers of heads, or a block has no attention with `num_heads`.
     """
     heads = {getattr(getattr(block, "multihead_attn", None), "num_heads", None) for block in trunk.decoders}
     if len(heads) != 1 or None in heads:

@@ -232,7 +232,10 @@ class _Rows:
         return shown
 
     def window(self, row: int, width: int) -> Tensor:
-        """Return the last `width` tokens of row `row`, [1, `width`], or all of its tokens if it has fewer."""
+        """Return the last `width` tokens, of prompt and new tokens, of the row with index `row`: [1, `width`].
+
+        If the row has fewer tokens, return all of them.
+        """
         end = int(self.ends[row])
         return self.tokens[row : row + 1, max(0, end - width) : end]
 
@@ -249,7 +252,8 @@ class _Rows:
     def result(self, with_scores: bool) -> Tensor | GenerateOutput:
         """Return what `generate` returns: the tokens [B, T + new], or a `GenerateOutput` if `with_scores`.
 
-        If the caller gave a key mask, each row is its prompt as it was padded, followed by its new tokens.
+        If the caller gave a key mask, each row is its prompt as it was padded, followed by its new tokens. Otherwise
+        the new tokens directly follow the real tokens of the prompt, and padding fills the end of the row.
         """
         tokens = self.tokens
         if self.key_mask is not None:
@@ -363,9 +367,10 @@ def _continue(
 ) -> None:
     """Read the prompts of `rows` and add up to `max_new_tokens` drawn tokens to each of them.
 
-    `session` runs the model, `drawing` draws. Generation ends early when every row has drawn one of the token ids in
-    `stop`; None is for no such ids. `stream`, if given, is called with the tokens [B] of every step. If `slides`, the
-    cache of a full row is emptied, and the later half of the row's tokens is read anew (see `_slide`).
+    The tokens are stored in `rows`. `session` runs the model, `drawing` draws. Generation ends early when every row has
+    drawn one of the token ids in `stop`; None is for no such ids. `stream`, if given, is called with the tokens [B] of
+    every step. If `slides`, the cache of a full row is emptied, and the later half of the row's tokens is read anew
+    (see `_slide`).
     """
     device = rows.tokens.device
     if slides:  # the end of what is longer than the cache

@@ -90,7 +90,7 @@ def written_kind(path: Path) -> str:
 
 
 def _refuse(path: Path, suffix: str, suffixes: Sequence[str]) -> NoReturn:
-    """Raise `ValueError` for a path that is a folder or whose ending `suffix` is none of `suffixes`."""
+    """Raise `ValueError` for a path that is a folder or whose ending `suffix` is none of the valid ones, `suffixes`."""
     has = "a folder" if path.is_dir() else f"ends in {suffix or 'nothing'!r}"
     raise ValueError(f"{path}: {has}; expected a table ending in {', '.join(suffixes)}")
 
@@ -280,7 +280,8 @@ def _json_object(file: TextFile) -> Rows:
     """Yield ("row 5", row) for each row of a file with one JSON object.
 
     The rows are the questions of SQuAD's format, the values of the list that the object holds as `data`, or the object
-    itself. Raise `ValueError` for a file that is empty or too large to parse at once.
+    itself as the only row. Raise `ValueError` for a file that is empty, is larger than four times `files.ROW` bytes, or
+    holds another value than an object.
     """
     most = 4 * files.ROW
     with open_utf8(file) as opened:
@@ -298,9 +299,11 @@ def _json_object(file: TextFile) -> Rows:
 
 
 def _parsed(file: TextFile, text: bytes, place: object) -> Any:
-    """Parse JSON. Raise `ValueError`, which names the file and the row's `place`, if it is not valid.
+    """Return the JSON value in `text`.
 
-    `place` is None for a whole file. Then bytes that are not UTF-8 raise `UnicodeDecodeError` instead.
+    Raise `ValueError`, which names the file and the place, if `text` is not valid JSON. `place` is the row's position,
+    such as "line 5", or None for a whole file. For None, bytes that are not UTF-8 raise `UnicodeDecodeError` instead.
+    An object that has a field twice is not valid.
     """
     where = file if place is None else f"{file}, {place}"
     try:
@@ -451,7 +454,10 @@ def _parquet_file(file: TextFile) -> Any:
 
 
 def _undecodable(file: TextFile) -> str:
-    """Return the end of a message that names the line, the byte and the cause of the first bytes that are not UTF-8."""
+    """Return the end of a message about the first line of the file that is not UTF-8.
+
+    An example is ", line 5: not UTF-8 (byte 3 of the line: invalid start byte); convert it first".
+    """
     with open_utf8(file) as opened:
         for number, line in enumerate(iter(lambda: opened.readline(files.ROW), b""), start=1):
             try:

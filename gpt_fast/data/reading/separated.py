@@ -83,7 +83,10 @@ def separated(
 
 
 def check_names(file: TextFile, header: list[str]) -> None:
-    """Raise `ValueError` if two columns of the header have one name, because a row could keep only one of them."""
+    """Raise `ValueError` if two columns of `header` have one name, because a row could keep only one of them.
+
+    The message names the file.
+    """
     for name in header:
         places = [str(i) for i, other in enumerate(header, start=1) if other == name]
         if len(places) > 1:
@@ -94,7 +97,10 @@ def check_names(file: TextFile, header: list[str]) -> None:
 
 
 def some(places: list[str], most: int = 3) -> str:
-    """Return the first `most` of some positions as text: "line 3, line 5, line 9, …"."""
+    """Return the first `most` of the positions `places` as text: "line 3, line 5, line 9, …".
+
+    The text ends in "…" only if there are more positions.
+    """
     return ", ".join(places[:most]) + (", …" if len(places) > most else "")
 
 
