@@ -52,7 +52,10 @@ def option(
 
 
 def extra(field: FieldInfo, name: str) -> Any:
-    """Return the argument `name` ("panel", "metavar", "resume" or "also") with which `option` declared the setting."""
+    """Return an argument with which `option` declared the setting `field`.
+
+    `name` is the argument's name: "panel", "metavar", "resume" or "also".
+    """
     assert isinstance(field.json_schema_extra, dict)
     return field.json_schema_extra[name]
 
@@ -196,7 +199,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """Return "; did you mean 'NAME'?" with the known name nearest to `name`, or "" if none is near."""
+    """Return "; did you mean 'NAME'?" with the name in `known` that is nearest to `name`, or "" if none is near."""
     near = get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 

@@ -176,10 +176,11 @@ def _prepare(
 ) -> dict[str, Any]:
     """Tokenise the units that are not done yet, join the tokens of all units and write data.json.
 
-    A unit is a range of the data; see `Unit`. Its tokens are written to a folder `PARTS` below `settings.out`, which is
-    removed at the end. The tokenizer is made first. `show(done, total)` is called with the number of units that are
-    done and of all units, `say` with messages for the user. Return the content of data.json. Raise `ValueError` if no
-    document is for training or none for validation.
+    A unit is a range of the data; see `Unit`. The tokenizer is made first. Then the tokens of each unit are written to
+    the folder `PARTS` below `settings.out`, which is removed at the end. `plan_hash` identifies the inputs and goes
+    into data.json. `show(done, total)` is called with the number of units that are done and of all units, `say` with
+    messages for the user. Return the content of data.json. Raise `ValueError` if no document is for training or none
+    for validation.
     """
     parts = settings.out / PARTS
     if not (parts / "tokenizer.json").exists():

@@ -61,9 +61,9 @@ class StepPass:
     def attend(self, layer: int, qkv: Tensor, num_heads: int) -> Tensor:
         """Write each row's new key and value into the cache of layer `layer`, and attend from the new token.
 
-        `qkv` [B, 1, 3C] are the query, key and value of one new token in each row. The token attends to itself and to
-        the tokens that its row of the cache holds. Return the attention's output [B, 1, C], before the output
-        projection.
+        `qkv` [B, 1, 3C] are the query, key and value of one new token in each row, for `num_heads` heads. The token
+        attends to itself and to the tokens that its row of the cache holds. Return the attention's output [B, 1, C],
+        before the output projection.
         """
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # [B, H, S, D]
         q, k, v = (x[:, :, 0] for x in split_qkv(qkv.to(keys.dtype), num_heads))  # [B, H, D]
@@ -93,8 +93,9 @@ class PromptPass:
     def attend(self, layer: int, qkv: Tensor, num_heads: int) -> Tensor:
         """Write the prompts' keys and values into the cache of layer `layer`, and attend causally from their tokens.
 
-        `qkv` [B, T, 3C] are the queries, keys and values of T new tokens in each row, which also attend to the tokens
-        that the cache holds already. Return the attention's output [B, T, C], before the output projection.
+        `qkv` [B, T, 3C] are the queries, keys and values of T new tokens in each row, for `num_heads` heads. These
+        tokens also attend to those that the cache holds already. Return the attention's output [B, T, C], before the
+        output projection.
         """
         q, k, v = split_qkv(qkv, num_heads)  # [B, H, T, D]
         T = q.shape[2]

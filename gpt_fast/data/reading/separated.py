@@ -109,12 +109,12 @@ def tsv_quoting(file: TextFile, options: RowOptions = DEFAULT) -> Quoting:
 
     `quoting` is `csv.QUOTE_MINIMAL` if the quotes are syntax, `csv.QUOTE_NONE` if they are text. The message is "" if
     the file has no quotes. In an unquoted file, such as GLUE's, a lone quote that is taken for syntax would swallow the
-    rows up to the next quote.
+    rows up to the next quote. `options.columns` are the names of the columns if the file has no header line.
 
-    Quotes are syntax if the file can be read so without an error, each row then has as many fields as the header, and
-    one of two conditions holds. Either, with quotes as text, some rows have another number of fields, and these are at
-    least as many as the rows that quoting joins to others. Or there are no such rows, quoting joins none, and a csv
-    writer would have written each row as it stands in the file.
+    Quotes are syntax if the file can be read so without an error, each row then has as many fields as there are
+    columns, and one of two conditions holds. Either, with quotes as text, some rows have another number of fields, and
+    these are at least as many as the rows that quoting joins to others. Or there are no such rows, quoting joins none,
+    and a csv writer would have written each row as it stands in the file.
     """
     return _tsv_quoting(file, options, file.path.stat().st_mtime_ns)
 
@@ -123,8 +123,9 @@ def tsv_quoting(file: TextFile, options: RowOptions = DEFAULT) -> Quoting:
 def _tsv_quoting(file: TextFile, options: RowOptions, written: int) -> Quoting:
     """Return (quoting, message) for a .tsv file, as `tsv_quoting` does, and cache it.
 
-    `quoting` is a constant of the csv module, and `message` is for the user. `written` is the file's time of change in
-    nanoseconds. It is part of the cache's key, so a file that has changed is read again.
+    `quoting` is a constant of the csv module, and `message` is for the user. `options.columns` are the names of the
+    columns if the file has no header line. `written` is the file's time of change in nanoseconds. It is part of the
+    cache's key, so a file that has changed is read again.
     """
     with open_utf8(file) as opened:
         if not any(b'"' in block for block in iter(lambda: opened.read(1 << 20), b"")):
@@ -159,10 +160,11 @@ class _Scan:
 
 
 def _scan(file: TextFile, quoting: int, options: RowOptions) -> _Scan:
-    """Read a .tsv file with a quoting of the csv module and return the statistics of that reading.
+    """Read a .tsv file with `quoting`, a constant of the csv module, and return the statistics of that reading.
 
-    These are the number of rows, the number of rows with another number of fields than the header, the error if reading
-    failed, and the quotings with which a csv writer would write each row as it stands in the file.
+    These are the number of rows, the number of rows with another number of fields than there are columns, the error if
+    reading failed, and the quotings with which a csv writer would write each row as it stands in the file.
+    `options.columns` are the names of the columns if the file has no header line.
     """
     scan = _Scan()
     try:
