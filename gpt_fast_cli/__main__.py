@@ -50,8 +50,9 @@ def _require_packages() -> None:
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     """Handle SIGINT: end the process if it is importing a module, else raise `KeyboardInterrupt`.
 
-    Inside an import the exception may not arrive: C code that initialises a module turns it into an ImportError, and
-    callbacks of the import system print and drop it. An import has nothing to clean up.
+    `frame` is the stack frame that the signal interrupted. Inside an import the exception may not arrive: C code that
+    initialises a module turns it into an ImportError, and callbacks of the import system print and drop it. An import
+    has nothing to clean up.
     """
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":

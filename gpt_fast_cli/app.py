@@ -52,7 +52,10 @@ class Commands(TyperGroup):
 
 
 def load_command(name: str) -> Any:
-    """Import the file of the command `name` and return the command, a click command with its options."""
+    """Import the file of the command `name` and return the command, a click command with its options.
+
+    Raise `ModuleNotFoundError` if there is no such file.
+    """
     module = import_module(f".{name}", __package__)
     single = typer.Typer(
         rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False, context_settings=HELP_OPTIONS
@@ -142,8 +145,8 @@ def run() -> None:
 def _another_rank_prints() -> bool:
     """Return False on the first rank of a machine, True on the others, whose errors are not printed.
 
-    An error that all ranks raise is thereby printed once. torchrun ends all ranks when one has failed, so a later rank
-    waits before it returns, until the first rank had the time to print.
+    An error that all ranks raise is thereby printed once. torchrun ends all ranks when one has failed. So under
+    torchrun a later rank waits `FIRST_RANK_PRINTS` seconds before it returns True, for the first rank to print.
     """
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         return False
@@ -153,7 +156,10 @@ def _another_rank_prints() -> bool:
 
 
 def _message(error: ValueError | OSError) -> str:
-    """Return an error's text. For an `OSError` this is "FILE: REASON", without Python's `[Errno 2]` and quotes."""
+    """Return an error's text. For an `OSError` this is "FILE: REASON", without Python's `[Errno 2]` and quotes.
+
+    An `OSError` without a file gives "REASON" alone.
+    """
     if isinstance(error, OSError) and error.strerror:
         name = error.filename2 or error.filename  # of a rename the name that the file was to have
         return f"{name}: {error.strerror}" if name else error.strerror
@@ -161,9 +167,10 @@ def _message(error: ValueError | OSError) -> str:
 
 
 def _signal_code(error: BaseException) -> int | None:
-    """Return the exit code for an `Interrupted` of `gpt_fast.interrupts`, 128 + the signal's number, else None.
+    """Return the exit code for an `Interrupted` of `gpt_fast.interrupts`, 128 + the signal's number.
 
-    Importing `gpt_fast` loads torch. So this function does not import it, but looks if a command has.
+    Return None for any other error. Importing `gpt_fast` loads torch. So this function does not import it, but looks if
+    a command has.
     """
     interrupts = sys.modules.get("gpt_fast.interrupts")
     return 128 + error.signum if interrupts and isinstance(error, interrupts.Interrupted) else None

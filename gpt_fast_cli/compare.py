@@ -88,10 +88,10 @@ def compare(
 
 
 def _compare_runs(folders: list[Path], loss: float | None, metric: str, as_json: bool) -> None:
-    """Print after how many updates and seconds each run in `folders` first reached a loss, or print that as JSON.
+    """Print after how many updates and seconds each run in `folders` first reached a loss.
 
     `loss` is the value of the metric to reach, or None for the lowest that all runs reach. `metric` is a field of
-    metrics.jsonl.
+    metrics.jsonl. If `as_json`, the result of `training.compare.compare_runs` is printed as JSON instead of a table.
     """
     from gpt_fast.training.compare import compare_runs
 

@@ -112,11 +112,13 @@ def convert(
 
 
 def _from_file(source: Path, out: Path, to: str | None, head: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """Convert a checkpoint of nanoGPT or llm.c to the run folder `out`.
+    """Convert a checkpoint of nanoGPT or llm.c to the run folder `out`, and tell the user what it lacks.
 
-    `to` and `head` are the values of --to and --head, which have to suit a checkpoint. `options` maps --tokenizer,
-    --characters, --heads and --activation to their values. Return a dict with `model` (its class), `from`, `numbers`
-    (how many parameters) and further facts. Raise `ValueError` for options that do not fit.
+    `to` is the value of --to, "gpt-fast" or None, and `head` that of --head, None for a checkpoint. `options` maps
+    --tokenizer, --characters, --heads and --activation to their values. Return a dict with `model` (its class), `from`
+    (the format), `numbers` (how many parameters), `dtype`, `activation`, `tied`, `tokenizer` (True if one was written)
+    and `left_out` (entries that were not used). Raise `ValueError` for options that do not fit, and `FileExistsError`
+    if `out` exists.
     """
     if to not in (None, "gpt-fast"):
         raise ValueError(f"--to {to}: {source} is a checkpoint, which becomes a run folder first; expected gpt-fast")
@@ -142,9 +144,10 @@ def _from_file(source: Path, out: Path, to: str | None, head: str | None, option
 def _from_adapter(source: Path, out: Path, to: str | None, head: str | None) -> dict[str, Any]:
     """Merge the LoRA adapter of the run in `source` into its base model, and write the model to `out`.
 
-    `to` is the format to write, transformers' if it is None, and `head` the value of --head. Return a dict with `model`
-    (its class), `from` and `numbers` (how many parameters). Raise `ValueError` for a `head` that does not fit, and
-    `FileExistsError` if `out` exists.
+    `to` is the format to write, "gpt-fast", "transformers" or "nanogpt"; None is transformers'. `head` is the value of
+    --head, which has to be None. Return a dict with `model` (its class), `from` and `numbers` (how many parameters),
+    and for transformers `left_out`, as `_from_folder` returns. Raise `ValueError` for a `head`, and `FileExistsError`
+    if `out` exists.
     """
     from tempfile import TemporaryDirectory
 
@@ -171,9 +174,11 @@ def _from_adapter(source: Path, out: Path, to: str | None, head: str | None) -> 
 def _from_folder(source: Path, out: Path, to: str | None, head: str | None) -> dict[str, Any]:
     """Convert a run folder, or a folder of transformers, and write the model to `out`.
 
-    `to` is the format to write. If it is None, a run folder becomes a folder of transformers, and the reverse. `head`
-    is the value of --head. Return a dict with `model` (its class), `from`, `numbers` (how many parameters) and further
-    facts. Raise `ValueError` for options that do not fit the folder.
+    `to` is the format to write, "gpt-fast", "transformers" or "nanogpt". If it is None, a run folder becomes a folder
+    of transformers, and the reverse. `head` is the value of --head: "clm", "mlm", "classifier" or None. Return a dict
+    with `model` (the new model's class, or "nanoGPT"), `from` (the old model's class), `numbers` (how many parameters)
+    and, for a run folder that becomes a folder of transformers, `left_out` (parts that it cannot hold). Raise
+    `ValueError` for options that do not fit the folder, and `FileExistsError` if `out` exists.
     """
     if (source / "adapter_config.json").is_file() and (source / "config.json").is_file():
         return _from_adapter(source, out, to, head)

@@ -71,7 +71,7 @@ def doctor(
 def _show_run(folder: Path, as_json: bool) -> None:
     """Verify the files of the run in `folder` and print what was found, as JSON if `as_json`.
 
-    Raise `typer.Exit` with code 1 if a file is damaged.
+    Raise `typer.Exit` with code 1 if a file is damaged, and `FileNotFoundError` if there is no such folder.
     """
     require_train_extra()
     from gpt_fast.training.runs.examine import examine_run
@@ -93,8 +93,9 @@ def examine() -> dict[str, Any]:
     """Return what `doctor` prints about this machine, as a dict for JSON.
 
     `versions` maps packages to their versions, or None where one is not installed. `devices` lists the CPU and the
-    GPUs, each with `type` and `name`. `extension` describes the C++ extension, None if it is not built. `ops` maps each
-    operation to its kernel by device. `advice` lists sentences on what to install.
+    GPUs, each with `type` and `name`. `extension` describes the build of the C++ extension that this CPU uses, with
+    `isa`, `reason` (for its choice), `torch` (version) and more; it is None if none is built. `ops` maps each operation
+    to a dict from device type to the kernel that runs it there. `advice` lists sentences on what to install.
     """
     import torch
 

@@ -13,8 +13,8 @@ from .terminal import AsJson, metric_rows, print_table
 def _print_spread(summary: dict[str, Any], settings: FinetuneSettings) -> None:
     """Print mean, standard deviation and range of each metric over several fine-tuned runs.
 
-    `summary` is the result of `repeats.repeat`: `metrics` maps names to {mean, sd, min, max}, and `runs` lists the
-    runs.
+    `summary` is the content of repeats.json: `metrics` maps names to {mean, sd, min, max}, and `runs` lists the runs.
+    `settings.out` is the folder that holds it.
     """
     rows = [("", "mean ± sd (smallest to largest)")]
     for name, of in summary["metrics"].items():

@@ -192,7 +192,8 @@ def generate(
 def _named_by_option() -> Iterator[None]:
     """Raise a `ValueError` of the block that names an argument of `gpt_fast.generate` with the option's name instead.
 
-    The argument `top_k` becomes --top-k, for example. Other errors are raised unchanged.
+    The message "gpt_fast.generate: top_k is 0; expected …" becomes "--top-k 0: expected …", for example. Other errors
+    are raised unchanged.
     """
     try:
         yield
@@ -249,7 +250,10 @@ class _Text:
         self.written = 0
 
     def add(self, token: int) -> None:
-        """Append a token that was drawn. Do nothing if the text has ended; set `done` if this token ends it."""
+        """Append a token that was drawn. Do nothing if the text has ended.
+
+        Set `done` if this token ends the text: it is one of `ends`, or it completes one of the texts in `stop`.
+        """
         if self.done:
             return
         if not self.keeps_text:
@@ -266,7 +270,8 @@ class _Text:
     def settled(self) -> str:
         """Return the text that can be printed now and was not returned before. Later tokens will not change it.
 
-        Incomplete characters are held back, and so is an end that may be the beginning of a stop text.
+        Incomplete characters are held back, and so is an end that may be the beginning of a stop text. With nothing new
+        the result is "".
         """
         from gpt_fast.data.tokenizer import shared_start
 
@@ -285,7 +290,7 @@ class _Text:
         return settled
 
     def rest(self) -> str:
-        """Return the text that `settled` has not returned yet, after the last token."""
+        """Return the text that `settled` has held back. It is called after the last token."""
         return self.text()[self.written :]
 
     def _decoded(self) -> str:

@@ -45,17 +45,23 @@ SkipRagged = Annotated[
 
 
 def from_settings(cls: type[S]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator for a command's function, whose first parameter takes settings of class `cls`.
+    """Return a decorator that makes a command of a function, whose first parameter takes settings of class `cls`.
 
-    The decorated command has an option for each setting, and --config, a file with settings. The function is called
-    with the settings, validated, that know which values the user gave.
+    The command has an option for each setting, --config for a file with settings, and the function's other parameters.
+    It calls the function with validated settings. Their `model_fields_set` names the settings that an option or the
+    file gave; an option replaces the file's value. A `ValueError` of the function that names a setting from the file is
+    raised again with the file's name.
     """
 
     def decorate(body: Callable[..., None]) -> Callable[..., None]:
-        """Return the command that typer calls, made of the command's function `body`."""
+        """Return the command that typer calls, made of the command's function `body(settings, **others)`."""
 
         def command(context: typer.Context, config: Path | None, **values: Any) -> None:
-            """Read the settings from the options and the file --config, and call the command's function with them."""
+            """Read the settings from the options and the file --config, and call the command's function with them.
+
+            `values` maps the names of the settings and of the function's other parameters to the values of their
+            options.
+            """
             require_train_extra()
             options = {name: values.pop(name) for name in cls.model_fields}
             given = {name: value for name, value in options.items() if _is_given(context, name)}
@@ -88,7 +94,7 @@ def from_settings(cls: type[S]) -> Callable[[Callable[..., None]], Callable[...,
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
-    """Return True if the user gave the option `name`, False if its value is the default."""
+    """Return True if the user gave the option of the parameter `name`, False if its value is the default."""
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
 
@@ -115,6 +121,8 @@ def _parameters(cls: type[TrainingSettings]) -> list[Parameter]:
 
 def _annotation(name: str, field: FieldInfo) -> Any:
     """Return a setting's annotation for typer: its type, with the option's spelling, help and panel.
+
+    `name` is the setting's name in Python, `field` its declaration.
 
     A required setting is optional here, because the file --config may hold it. pydantic validates later that it is
     given.
@@ -151,7 +159,8 @@ def train(
     """Run the training `program` with a progress bar. Return its record, a dict of results, for the caller to print.
 
     Return None if there is nothing left to print: the record was printed as JSON (`as_json`), or this is not the first
-    rank. `label` stands beside the bar. `program` is called with the settings and what `training_session` yields.
+    rank. `label` stands beside the bar. `program(settings, show, say, stop)` is called with the three values that
+    `training_session` yields: functions that update the bar and print a line, and the record of a signal.
     """
     from gpt_fast._memory import keep_freed
 
@@ -170,11 +179,11 @@ def train(
 def training_session(
     label: str,
 ) -> Iterator[tuple[Callable[[loop.Progress], None], Callable[[str], None], interrupts.Stop]]:
-    """Yield (show, say, stop), which a training needs of the terminal.
+    """Yield (show, say, stop), by which a training updates its bar, prints a line and learns of a signal.
 
-    `show` updates a progress bar with `label` from a `loop.Progress`, `say` prints a line, and `stop` records a signal
-    (see `interrupts.Stop`), upon which the training saves and ends. On ranks other than the first, `show` and `say` do
-    nothing.
+    `show` updates a progress bar with `label` from a `loop.Progress`, `say` prints a line on stderr, and `stop` records
+    a SIGINT or SIGTERM (see `interrupts.Stop`), upon which the training saves and ends. On ranks other than the first,
+    `show` and `say` do nothing.
     """
     from gpt_fast.interrupts import caught
     from gpt_fast.training.program import ignore

@@ -129,7 +129,7 @@ def _counts(found: list[Prediction]) -> str:
 
 
 def _shown(value: object) -> str:
-    """Return a value on one line: a float with four digits, anything else as text of at most 100 characters."""
+    """Return a value on one line: a float with four significant digits, anything else as at most 100 characters."""
     return f"{value:.4g}" if isinstance(value, float) else _line(str(value))
 
 

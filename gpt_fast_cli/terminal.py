@@ -75,8 +75,8 @@ def printable(text: str, raw: bool = False) -> str:
 def write_text(text: str, raw: bool, nl: bool = True) -> None:
     """Print a model's text on stdout, with a line end behind it if `nl`.
 
-    Control characters are escaped on a terminal, unless `raw`. In a file or pipe nothing is dropped, as `typer.echo`
-    alone would drop what looks like a colour.
+    On a terminal control characters are escaped, unless `raw`. A file or pipe gets the text unchanged; `typer.echo`
+    alone would drop escape sequences of colours there. Raise `OSError` if stdout cannot be written.
     """
     with _standard_output():
         typer.echo(printable(text, raw), nl=nl, color=True)
@@ -84,9 +84,10 @@ def write_text(text: str, raw: bool, nl: bool = True) -> None:
 
 @contextmanager
 def _standard_output() -> Iterator[None]:
-    """Turn an error that writing to stdout raises inside the block, such as a full disk, into a clear `OSError`.
+    """Raise a clear `OSError` for an error that writing to stdout raises inside the block, such as a full disk.
 
-    The exit is then quiet about output that is lost. A closed pipe (EPIPE) is raised unchanged.
+    Standard output is then replaced by /dev/null, so that Python raises no second error when it flushes at exit. The
+    error of a closed pipe (EPIPE) is raised unchanged.
     """
     try:
         yield
@@ -115,7 +116,7 @@ def check_decoded(option: str, text: str | None) -> None:
 
 
 def piped_text() -> str:
-    """Return the text of a pipe or file at standard input without its last line end, or "" if there is none.
+    """Return the text of a pipe or file at standard input, without its last line end. Return "" for anything else.
 
     Terminals, sockets and /dev/null are not read, because a program may have left them there. Raise `ValueError` if the
     text is longer than 16 MiB or not UTF-8.
@@ -194,10 +195,10 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def metric_rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return (name, text) for each figure in `measured` that is known, as rows for `print_table`.
+    """Return (name, text) for each known metric in `measured`, as rows for `print_table`.
 
-    `measured` maps metrics such as "accuracy" or "loss" to numbers. The text is the formatted number, and where there
-    is one, the figure that a constant answer would reach.
+    `measured` maps metrics such as "accuracy" or "loss" to numbers. The text is the formatted number, for some metrics
+    followed by the figure that a constant answer would reach. Metrics without a line in this function are left out.
     """
     constant = "always the commonest label"
     lines = (
@@ -295,9 +296,9 @@ def counting_bar(label: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def _from_first_call(progress: Progress) -> Iterator[Progress]:
-    """Yield a progress bar that is not started yet. Stop it at the end of the block if it was started.
+    """Yield `progress`, a bar that is not started yet. Stop it at the end of the block if it was started.
 
-    The block starts the bar when there is progress. A command that fails before prints its error alone.
+    The block starts the bar when there is progress to show. So a command that fails before prints its error alone.
     """
     try:
         yield progress
@@ -307,5 +308,8 @@ def _from_first_call(progress: Progress) -> Iterator[Progress]:
 
 
 def _shown(name: str) -> bool:
-    """Return True if the metric `name` is printed with a validation: the training loss and validation metrics."""
+    """Return True if the metric `name` is printed with a validation.
+
+    Printed are "train_loss" and all metrics whose names begin with "valid_", except "valid_examples".
+    """
     return name == "train_loss" or (name.startswith("valid_") and name != "valid_examples")

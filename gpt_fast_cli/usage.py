@@ -24,7 +24,7 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line `args` into `ctx`, as click does, and return the arguments that are left.
 
-        Fail with a usage error if an option or argument that needs a value has a blank one.
+        Raise typer's usage error if an option or argument that needs a value has a blank one.
         """
         values, _, _ = self.make_parser(ctx).parse_args(list(args))
         for param in self.params:
@@ -37,7 +37,10 @@ class Command(TyperCommand):
 
 
 def _expected(param: Any) -> str:
-    """Return what a parameter of the command line expects, for a message, or "" if its value may be blank."""
+    """Return what a parameter of the command line expects, for a message, or "" if its value may be blank.
+
+    Examples are "a path", "the name of a column" and "auto or cpu or cuda". `param` is click's parameter.
+    """
     if param.name in _COLUMNS:
         return "the name of a column"
     annotation = param.get_runtime_param().annotation

@@ -52,7 +52,10 @@ def option(
 
 
 def extra(field: FieldInfo, name: str) -> Any:
-    """Return the argument `name` ("panel", "metavar", "resume" or "also") with which `option` declared the setting."""
+    """Return an argument with which `option` declared the setting `field`.
+
+    `name` is the argument's name: "panel", "metavar", "resume" or "also".
+    """
     assert isinstance(field.json_schema_extra, dict)
     return field.json_schema_extra[name]
 
@@ -90,8 +93,8 @@ def wrong_on_every_rank() -> Iterator[None]:
 class InvalidSettings(OptionError):
     """Error for settings that are not valid, with all of pydantic's `errors` in one line.
 
-    `cls` is the class of the settings. `read` are the names of settings that come from a file, and `place` names that
-    file.
+    `cls` is the class of the settings. `read` are the names of settings that come from a file. `place` names that file
+    in the message, as "--config FILE: "; it is "" if there is none.
     """
 
     def __init__(self, cls: type[Settings], errors: list[ErrorDetails], place: str = "", read: Collection[str] = ()):
@@ -111,7 +114,8 @@ class Settings(BaseModel):
     def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
         """Raise an error for true and false where another type is expected: pydantic would take them for 1 and 0.
 
-        Return any other value unchanged.
+        Return any other value unchanged. This validator runs on each setting's value. pydantic turns the error, a
+        `PydanticCustomError`, into a `ValidationError`.
         """
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise PydanticCustomError("boolean", "true or false")
@@ -120,7 +124,11 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_blank_paths(cls, value: Any, info: ValidationInfo) -> Any:
-        """Raise an error for a blank path, which would become the current folder. Return any other value unchanged."""
+        """Raise an error for a blank path, which would become the current folder. Return any other value unchanged.
+
+        This validator runs on each setting's value, a path or a list of paths. pydantic turns the error, a
+        `PydanticCustomError`, into a `ValidationError`.
+        """
         values = value if isinstance(value, list | tuple) else [value]
         if "Path" in str(cls.model_fields[str(info.field_name)].annotation) and any(
             isinstance(each, str) and not each.strip() for each in values
@@ -144,7 +152,8 @@ class Settings(BaseModel):
         """Return settings with the values in `given`, and otherwise those in the YAML or JSON file at `path`.
 
         `given` maps names of fields to values, which replace the file's. `path` is None for no file. Raise
-        `InvalidSettings` for an unknown name or a value that is not valid, and what `read_file` raises.
+        `InvalidSettings` for an unknown name or a value that is not valid. Raise `FileNotFoundError` if there is no
+        such file, and `ValueError` if it is too large, not valid YAML or JSON, or holds no object.
         """
         names = {name: option_name(name) for name in cls.model_fields}
         known = {**{option: option for option in names.values()}, **names}
@@ -159,7 +168,8 @@ class Settings(BaseModel):
     def changed(self: S, **values: Any) -> S:
         """Return a copy of these settings with other `values`, given by field name.
 
-        Raise `InvalidSettings` if they are not valid.
+        All settings count as given by the user in the copy (`model_fields_set`). Raise `InvalidSettings` if a value is
+        not valid.
         """
         return type(self)(**(dict(self) | values))
 
@@ -173,10 +183,10 @@ class Settings(BaseModel):
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Return the object in a .yaml, .yml or .json file as a dict. Errors name the option --config.
+    """Return the object in a JSON or YAML file as a dict. A file whose name does not end in .json is read as YAML.
 
-    Raise `FileNotFoundError` if there is no such file, and `ValueError` if it is too large, not valid or holds no
-    object.
+    Raise `FileNotFoundError` if there is no such file, and `ValueError` if it is larger than `YAML_LIMIT` bytes, not
+    valid or holds no object. The messages name the option --config.
     """
     try:
         content = read_bytes(path, YAML_LIMIT)
@@ -189,7 +199,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """Return "; did you mean 'NAME'?" with the known name nearest to `name`, or "" if none is near."""
+    """Return "; did you mean 'NAME'?" with the name in `known` that is nearest to `name`, or "" if none is near."""
     near = get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -221,10 +231,12 @@ _EXPECTED = {
 
 
 def _describe(cls: type[Settings], error: ErrorDetails, place: str, read: Collection[str]) -> str:
-    """Return one of pydantic's errors about settings of class `cls` as text: `NAME has VALUE; expected WHAT`.
+    """Return one of pydantic's errors about settings of class `cls` as text.
 
-    For an unknown name the text suggests the nearest known one. `read` are the names that come from a file; `place`
-    names that file. Names of other settings are written as options, with dashes in front.
+    The text is "NAME has VALUE; expected WHAT" if the name is in `read`, the names of the settings that come from a
+    file, and "--NAME VALUE: expected WHAT" otherwise. For a missing setting it is "--NAME: missing (HELP)", and for an
+    unknown name it suggests the nearest known one. `place` is put in front of errors in the file, "--config FILE: " for
+    example.
     """
     name = option_name(str(error["loc"][0]))
     if error["type"] == "missing":
@@ -240,7 +252,11 @@ def _describe(cls: type[Settings], error: ErrorDetails, place: str, read: Collec
 
 
 def describe(error: ErrorDetails) -> str:
-    """Return one of pydantic's errors about an object read from a file as text: `NAME has VALUE; expected WHAT`."""
+    """Return one of pydantic's errors about an object read from a file as text.
+
+    The text is "NAME has VALUE; expected WHAT", "lacks NAME" for a missing field, or "unknown name 'NAME'". NAME is the
+    field's path, such as "rows[0].size". An error about the whole object gives pydantic's message.
+    """
     name = ""
     for part in error["loc"]:
         name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
@@ -260,7 +276,10 @@ def shortened(value: Any) -> str:
 
 
 def expectation(error: ErrorDetails) -> str:
-    """Return what was expected instead of the value that pydantic found wrong, such as "at least 1"."""
+    """Return what was expected instead of the value that pydantic found wrong, such as "at least 1".
+
+    For a kind of error without such words in `_EXPECTED`, return pydantic's message without "Input should be ".
+    """
     expected = _EXPECTED.get(error["type"])
     if expected is None:
         return error["msg"].removeprefix("Input should be ")
@@ -269,5 +288,5 @@ def expectation(error: ErrorDetails) -> str:
 
 
 def _spelled(value: object) -> object:
-    """Return a number as people write it: "268,435,456" for a whole number, and other values unchanged."""
+    """Return a whole number as text with commas, such as "268,435,456", and any other value unchanged."""
     return f"{int(value):,}" if isinstance(value, int | float) and float(value).is_integer() else value

@@ -15,8 +15,8 @@ S = TypeVar("S", bound=TrainingSettings)
 def asks_for_more(settings: S, saved: Mapping[str, Any]) -> tuple[str, int] | None:
     """Return (option name, new value) if the user asks a run to train for longer than it was begun with, else None.
 
-    Such options are declared with `resume="more"`: --steps or --epochs. `saved` are the run's settings in
-    settings.yaml.
+    Options that can ask for this are declared with `resume="more"`: --steps or --epochs. `settings` are those of the
+    command that resumes, and `saved` is the content of the run's settings.yaml, values by option name.
     """
     for name, field in type(settings).model_fields.items():
         value, before = getattr(settings, name), saved.get(option_name(name))
@@ -29,9 +29,12 @@ def asks_for_more(settings: S, saved: Mapping[str, Any]) -> tuple[str, int] | No
 def resumed(settings: S, path: Path, saved: Mapping[str, Any], finished: bool = False) -> S:
     """Return the settings for resuming the run whose settings `saved` were read from the file `path`.
 
-    `settings` are those of the command that resumes. Settings that the user omits keep their original value. Settings
-    that the user gives must equal it, unless their declaration frees them or allows more. For a `finished` run a number
-    that may be more may also be less. Raise `ValueError` if a setting differs or if `saved` belongs to another command.
+    `settings` are those of the command that resumes. The declaration of a setting (see `option`) has a rule for
+    resuming. For "command" and "machine", and for settings that `saved` lacks, the command's value is taken. Of the
+    other settings, those that the user omits keep their original value, and those that the user gives must equal it,
+    with two exceptions: "free" ones may change, and "more" ones may be larger. If the run is `finished`, "more" ones
+    may also be smaller. Raise `ValueError` if a given value is not allowed, or if `saved` has a setting that this
+    command lacks or a value that is not valid.
     """
     cls = type(settings)
     if foreign := sorted(set(saved) - set(cls.fields())):

@@ -98,7 +98,7 @@ def token_stream(documents: Iterable[list[int]], start_token: int | None) -> Tok
 
 
 def text_stream(tokenizer: Tokenizer, texts: Iterable[str], start_token: int | None) -> TokenStream:
-    """Return the ids of all texts as one stream of int32 in memory.
+    """Return the ids of all texts as one `TokenStream` of int32 in memory.
 
     The id `start_token` is put in front of each text, unless it is None. Long texts are encoded in pieces, so this
     function takes four bytes of memory for each token, and little more.
@@ -152,7 +152,7 @@ def packed(batch: Batch, windows: Tensor, document_token: int) -> Batch:
 
     `windows` [B, T] are the token ids of the batch before any were masked. A sequence begins at each window's start and
     at each `document_token`, the id that begins a document. `cu_seqlens` [n + 1], int32, holds the first positions of
-    the n sequences and B·T.
+    the n sequences and B·T. The tokens and labels of `batch` are only reshaped to [1, B·T].
     """
     B, T = windows.shape
     begins = windows == document_token
@@ -165,8 +165,8 @@ def packed(batch: Batch, windows: Tensor, document_token: int) -> Batch:
 def causal_batch(tokens: Tensor) -> Batch:
     """Return a batch for next-token prediction within each window of `tokens` [B, T].
 
-    Its labels are the tokens themselves, not shifted, with -100 (no label) for the first token of each window. Its
-    `weight` is the number of predictions B·(T - 1).
+    Its labels [B, T] are the tokens themselves, not shifted, with -100 (no label) for the first token of each window.
+    Its `weight` is the number of predictions B·(T - 1).
     """
     labels = tokens.clone()
     labels[:, 0] = IGNORE

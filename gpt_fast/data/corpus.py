@@ -38,8 +38,8 @@ class Document:
     """A text with its name.
 
     Attributes:
-        name: Path below the folder in which the text was found, with forward slashes. A row of a table has its number
-            behind.
+        name: Path below the folder in which the text was found, with forward slashes. For a row of a table, ":" and a
+            number follow, which tells rows of one range of the table apart.
         text: The text.
     """
 
@@ -107,7 +107,13 @@ def read_corpus(paths: Sequence[Path] | None, text_column: str = "text") -> Corp
 
 
 def read_documents(path: Path, text_column: str = "text") -> list[Document]:
-    """Read all documents of one path that `read_corpus` can read, without holding any out for validation."""
+    """Return all documents of one path, without holding any out for validation.
+
+    `path` is any that `read_corpus` takes, such as a file, a folder or `hf:NAME`. Each file of plain text is one
+    document, and so is each row of a table, whose text is in the column `text_column`. Raise `FileNotFoundError` if the
+    path does not exist, and `ValueError` if it is empty, is neither text nor a table, or takes more memory than is
+    left.
+    """
     with copied([str(path)]) as sources:
         return _read(plan([], sources, say=warnings.warn), text_column, str(path))["valid"]
 
@@ -115,11 +121,12 @@ def read_documents(path: Path, text_column: str = "text") -> list[Document]:
 def _read(units: list[Unit], text_column: str, source: str) -> dict[str, list[Document]]:
     """Return {"train": documents, "valid": documents} with the text of `units`, each a range of a file or data set.
 
-    Warn of rows without text. `source` names the data in messages.
+    `text_column` is the column of a table that holds the text. Rows without text are left out, with one warning.
+    `source` names the data in messages.
 
     Raises:
         ValueError: There is no text at all, or it takes more memory than is left. Too much text is refused before
-            reading if its size is known, else at the row or piece that is too much.
+            reading if its size is known, else at the row or piece with which it becomes too much.
     """
     room = available()
     _check_room(source, sum(unit.end - unit.start for unit in units if unit.kind == "text" and unit.end), room)
@@ -144,9 +151,10 @@ def _read(units: list[Unit], text_column: str, source: str) -> dict[str, list[Do
 
 
 def _check_room(source: str, size: int, room: int) -> None:
-    """Raise `ValueError` if `size` bytes of text, with their tokens, take more than the `room` bytes of free memory.
+    """Raise `ValueError` if `size` bytes of text, at eight bytes of memory for each, take more than `room` bytes.
 
-    `source` names the text in the message.
+    `room` is the free memory. The eight bytes hold the text, its pieces and its tokens. `source` names the text in the
+    message.
 
     Raises:
         ValueError: The text and its tokens need more than `room` bytes.
@@ -186,7 +194,8 @@ def read_stdlib() -> list[Document]:
 def split_by_file(documents: list[Document], group_by_package: bool = False) -> tuple[list[Document], list[Document]]:
     """Hold out about a tenth of the text for validation, in whole documents.
 
-    Documents are held out in the order of a hash of their names, each only if it fits into what is left of the tenth.
+    Documents are held out in the order of a hash of their names. Each is held out only if its number of characters fits
+    into what is left of the tenth.
 
     Args:
         documents: The documents to split.

@@ -36,7 +36,7 @@ class Context:
     Attributes:
         text: The text.
         begin: Position of its first token in the sequence.
-        offsets: Characters that each token stands for.
+        offsets: (begin, end) of each token's characters in `text`, `end` excluded.
         answer: The answer, or "" for none.
     """
 
@@ -126,8 +126,9 @@ def task_batch(examples: Sequence[Example], pad_token: int, numbers: bool = Fals
     """Return examples as one `Batch`, padded with `pad_token` to the longest row T.
 
     `tokens` are [B, T] int64, or [B, S, T] if each example has S > 1 sequences, and `lengths` [B] or [B, S]. `labels`
-    are the targets [B] or [B, L], int64, or float32 if `numbers`. For text to be generated or tagged, `labels` are
-    [B, T] ids or tag classes, -100 where a token does not count.
+    are the targets [B] or [B, L], int64, or float32 if `numbers`. If the first example has an `answer` (text to be
+    generated) or `tags`, `labels` are [B, T] ids or tag classes instead, -100 where a token does not count. `weight` is
+    the number of ids that count for text to be generated, and B otherwise.
     """
     B, S = len(examples), len(examples[0].sequences)
     tokens, lengths = pad_rows([row for example in examples for row in example.sequences], pad_token)

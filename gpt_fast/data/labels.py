@@ -28,9 +28,12 @@ def is_same_label(label: str, other: str) -> bool:
 def class_names(source: str, column: str, labels: Sequence[str], place: Place) -> list[str]:
     """Return the classes of a label column: numbers sorted by value, each in its shortest spelling, or sorted texts.
 
-    `labels` holds the label of each row. Messages name the file `source` and the position `place(row)` of a row, "line
-    5" for example. Raise `ValueError` if the classes are ambiguous: two texts differ only in case or spell one number,
-    or a label -1 (among whole numbers with 0) or - (without +) may mark rows without a label.
+    `labels` holds the label of each row. Messages name the file `source`, the column's name `column` and the position
+    `place(row)` of a row, "line 5" for example.
+
+    Raise `ValueError` if two texts may be one class, because they differ only in case or spell one number. Also raise
+    it if a label may mark rows without a label: -1 where all labels are whole numbers from -1 on and 0 is among them,
+    or "-" where "+" is no label.
     """
     rows: dict[str, int] = {}
     for row, label in enumerate(labels):
@@ -60,7 +63,10 @@ def class_names(source: str, column: str, labels: Sequence[str], place: Place) -
 
 
 def _as_numbers(labels: Iterable[str]) -> list[float] | None:
-    """Return the values of `labels` if all of them are numbers, else None. Labels such as 007 are no numbers."""
+    """Return the values of `labels` if there are any and all of them are numbers, else None.
+
+    Labels such as 007, with a leading 0 before another digit, are no numbers.
+    """
     values = [None if _CODE.match(label) else number(label) for label in labels]
     found = [value for value in values if value is not None]
     return found if found and len(found) == len(values) else None
@@ -124,9 +130,9 @@ def class_index(names: Sequence[str]) -> Callable[[str], int | None]:
 def answer_index(reading: str, label: str, choices: Sequence[str]) -> int | None:
     """Return the index in `choices` that a label names, or None if it names no choice.
 
-    `reading` is how the label names it, one of `ANSWERS`: by a choice's text ("text"), by a letter from A on
-    ("letters"), or by a number that counts from 0 ("0") or from 1 ("1"). If several choices have that text, the first
-    is taken.
+    `reading` is how the label names it, one of `ANSWERS`: by a choice's text ("text"), by a letter from A on in either
+    case ("letters"), or by a whole number that counts from 0 ("0") or from 1 ("1"). If several choices have that text,
+    the first is taken.
     """
     if reading == "text":
         stripped = [choice.strip() for choice in choices]
@@ -140,11 +146,14 @@ def answer_index(reading: str, label: str, choices: Sequence[str]) -> int | None
 
 
 def answer_reading(source: str, labels: Sequence[str], choices: Sequence[Sequence[str]], place: Place) -> str:
-    """Return in which way the labels of a column name the right choice: "text", "letters", "0" or "1".
+    """Return the way in which the labels of a column name the right choice: "text", "letters", "0" or "1".
 
-    See `answer_index` for these readings. `choices` holds the choices of each row. Raise `ValueError` if no reading
-    serves every row, if two that serve name different choices, or if numbers that count from 1 are the only one.
-    Messages name the file `source` and the position `place(row)` of a row.
+    `answer_index` explains these ways. `labels` and `choices` hold the label and the choices of each row. A way is
+    possible if every row's label names a choice by it. Of several possible ways that name the same choices, the first
+    is returned.
+
+    Raise `ValueError` if no way is possible, if two possible ways name different choices, or if only "1" is possible.
+    Messages name the file `source` and the position `place(row)` of a row, "line 5" for example.
     """
     found = {
         reading: [answer_index(reading, label, each) for label, each in zip(labels, choices, strict=True)]

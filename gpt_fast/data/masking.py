@@ -11,9 +11,9 @@ from ..config import IGNORE
 def mask_tokens(
     tokens: Tensor, generator: torch.Generator, *, mask_token: int, ordinary: Tensor, rate: float = 0.15
 ) -> tuple[Tensor, Tensor]:
-    """Hide a share of the tokens, to be predicted.
+    """Hide a share of the tokens, and return the labels for predicting them.
 
-    Of the chosen tokens 80 % become `mask_token`, 10 % a random one of `ordinary` and 10 % stay as they are. Only
+    Of the chosen tokens, 80 % become `mask_token`, 10 % a random one of `ordinary` and 10 % stay as they are. Only
     tokens among `ordinary` are chosen, and at least one in every row that has one.
 
     Args:
@@ -21,10 +21,11 @@ def mask_tokens(
         generator: Source of the random choice.
         mask_token: Id that stands for a hidden token.
         ordinary: Sorted ids that are not special [n], int64.
-        rate: Share of the tokens to hide, in [0, 1].
+        rate: Probability, in [0, 1], with which each token among `ordinary` is chosen.
 
     Returns:
-        (inputs, labels), both [B, T] int64. Labels are -100 where no token is hidden.
+        (inputs, labels), both [B, T] int64. The labels are the original ids of all chosen tokens, also of those that
+        stay as they are, and -100 elsewhere.
 
     Raises:
         ValueError: Tokens have another shape, there are no ordinary ids, or the rate lies outside [0, 1].

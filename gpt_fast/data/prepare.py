@@ -78,8 +78,11 @@ def prepare(settings: PrepareSettings, show: Callable[[int, int], None], say: Ca
     total)` is called with the number of units (ranges of the data) that are done and of all units. `say` is called with
     each message for the user.
 
-    Raise `FileNotFoundError`, `FileExistsError` or `ValueError` for mistakes that the user can mend,
-    `ChildProcessError` if a worker was killed. After a kill, a signal or a full disk, the same call resumes.
+    Raise `FileNotFoundError` if an input does not exist. Raise `FileExistsError` if `settings.out` is a file, holds
+    files that this command did not write, or holds tokens of other inputs and `settings.overwrite` is False. Raise
+    `ValueError` for an option out of range, and for data that cannot be read or leaves training or validation without
+    text. Raise `ChildProcessError` if a worker process was killed. After a kill, a signal or a full disk, the same call
+    resumes.
     """
     check_kind(settings.tokenizer)
     for option, value, least, most in (
@@ -109,9 +112,10 @@ def _in_folder(
     """Write the token files of `units` into `settings.out` and return the content of data.json, as `prepare` does.
 
     `plan_hash` identifies the inputs. If the folder already holds the files of that hash, return its data.json at once.
-    If it holds parts from a stopped run with that hash, resume from them. Raise `FileExistsError` if it holds files
-    that this command did not write, or, unless `settings.overwrite`, tokens of other inputs. `show` and `say` are those
-    of `prepare`.
+    If it holds the token files of single units from a stopped run with that hash, resume from them. Raise
+    `FileExistsError` if it holds files that this command did not write, or, unless `settings.overwrite`, tokens of
+    other inputs. `show(done, total)` is called with the number of units that are done and of all units, `say` with
+    messages for the user.
     """
     out, parts = settings.out, settings.out / PARTS
     if (
@@ -172,10 +176,11 @@ def _prepare(
 ) -> dict[str, Any]:
     """Tokenise the units that are not done yet, join the tokens of all units and write data.json.
 
-    A unit is a range of the data; see `Unit`. Its tokens are written to a folder `PARTS` below `settings.out`, which is
-    removed at the end. The tokenizer is made first. `show(done, total)` is called with the number of units that are
-    done and of all units, `say` with messages for the user. Return the content of data.json. Raise `ValueError` if no
-    document is for training or none for validation.
+    A unit is a range of the data; see `Unit`. The tokenizer is made first. Then the tokens of each unit are written to
+    the folder `PARTS` below `settings.out`, which is removed at the end. `plan_hash` identifies the inputs and goes
+    into data.json. `show(done, total)` is called with the number of units that are done and of all units, `say` with
+    messages for the user. Return the content of data.json. Raise `ValueError` if no document is for training or none
+    for validation.
     """
     parts = settings.out / PARTS
     if not (parts / "tokenizer.json").exists():
@@ -220,10 +225,10 @@ def _prepare(
 
 
 def _keeps(tokenizer: str) -> Keeps | None:
-    """Return a function `keeps(text, index)` that is True if a cut at that index of a text changes no token.
+    """Return a function `keeps(text, index)` that is True if a cut at that index of a text changes no token, or None.
 
-    `tokenizer` is a kind ("bpe", "byte" or "char") or the path of a tokenizer.json. For a kind the result is None,
-    because the places that the module `cuts` finds are exact for the tokenizers made here.
+    `tokenizer` is a kind ("bpe", "byte" or "char") or the path of a tokenizer.json. For a kind the result is None: the
+    indices at which the module `cuts` cuts a text never change a token of these tokenizers, so none has to be tested.
     """
     return None if tokenizer in ("bpe", "byte", "char") else keeps_tokens(make_tokenizer(tokenizer, [], 0))
 
@@ -264,7 +269,11 @@ def _inputs(settings: PrepareSettings, units: Sequence[Unit], originals: dict[st
 def _run(jobs: Sequence[tuple], processes: int) -> Iterator[int]:
     """Call `tokenise(*job)` for each job in up to `processes` worker processes. Yield a job's index when it is done.
 
-    If several jobs fail with `ValueError`, the error of the first is raised.
+    A job is the tuple of the arguments of `tokenise`, of which the index is the first. Jobs may end in any order. With
+    one process or a single job, this process itself does the work.
+
+    An error in a job ends the workers and is raised. If it is a `ValueError`, the jobs before it in `jobs` are waited
+    for, and the error of the first job that failed is raised.
     """
     if processes == 1 or len(jobs) < 2:
         for job in jobs:
@@ -316,9 +325,9 @@ def _end_with(watched: int) -> None:
 def tokenise(index: int, unit: Unit, tokenizer: str, parts: str, dtype: str, text_column: str) -> int:
     """Tokenise a unit (a range of the data, see `Unit`) and write its ids into the folder `parts`. Return `index`.
 
-    `index` is the unit's number. For 7 the files are 000007.train and 000007.valid, raw ids of type `dtype`, and last
-    000007.json, the numbers of documents and tokens. `tokenizer` is the text of a tokenizer.json. `text_column` is the
-    column of a table that holds the text.
+    `index` is the unit's number. For 7 the files are 000007.train and 000007.valid, raw ids of type `dtype` ("uint16"
+    or "uint32"), and last 000007.json, the numbers of documents, tokens and rows without text. `tokenizer` is the text
+    of a tokenizer.json. `text_column` is the column of a table that holds the text.
     """
     made, keeps = _tokenizer(tokenizer)
     start = special_ids(made)["start_token"]
@@ -362,7 +371,7 @@ def _tokenizer(text: str) -> tuple[Tokenizer, Keeps]:
 
 
 def _chunks(paths: Sequence[Path], dtype: np.dtype) -> Iterator[np.ndarray]:
-    """Yield the ids in files of raw ids, file by file, as arrays of at most `_CHUNK` ids."""
+    """Yield the ids in files of raw ids of type `dtype`, file by file, as arrays of at most `_CHUNK` ids."""
     for path in paths:
         with path.open("rb") as file:
             while len(ids := np.fromfile(file, dtype, _CHUNK)):
@@ -390,14 +399,20 @@ def _is_done(parts: Path, index: int, dtype: str) -> bool:
 
 
 def _sweep(out: Path) -> None:
-    """Remove the temporary files that a killed preparation left in the folder `out` and in its folder of parts."""
+    """Remove the temporary files of a killed preparation, in the folder `out` and in its folder `PARTS`.
+
+    In `out` these are the partial copies of the files in `FILES`, and no other file is touched.
+    """
     for path in [*out.iterdir(), *((out / PARTS).iterdir() if (out / PARTS).exists() else ())]:
         if _JOINING.fullmatch(path.name) or (path.parent != out and path.name.endswith(PARTIAL)):
             path.unlink()
 
 
 def _progress(parts: Path, units: int) -> str:
-    """Return the progress for a message, "3 of 8 parts are done in FOLDER": FOLDER is `parts`, and 8 is `units`."""
+    """Return the progress for a message, "3 of 8 parts are done in FOLDER": FOLDER is `parts`, and 8 is `units`.
+
+    3 is the number of units whose report, a file such as 000007.json, is in the folder.
+    """
     done = sum(1 for path in parts.glob("*.json") if path.stem.isdigit()) if parts.exists() else 0
     return f"{done} of {units} parts are done in {parts}"
 
@@ -411,7 +426,10 @@ def _made_from(path: Path) -> str | None:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """Return the content of the data.json at `path`, or {} if the file is missing, damaged or lacks a field."""
+    """Return the content of the data.json at `path`, a dict with the keys of `_FIELDS`.
+
+    Return {} if the file is missing or damaged, lacks a field, or has one of another type.
+    """
     try:
         record = read_object(path)
     except (OSError, ValueError):
@@ -420,9 +438,10 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def sample(units: Sequence[Unit], text_column: str) -> Iterator[str]:
-    """Yield training text from which a vocabulary is learned, about 100 million characters at most.
+    """Yield pieces of the training text of `units`, some 100 million characters at most, to learn a vocabulary from.
 
-    Units are taken from all over the data, in the order of a hash. Text for validation is skipped.
+    The last piece is the one with which `SAMPLE` characters are reached. Units are taken from all over the data, in the
+    order of a hash. Text for validation is skipped. `text_column` is the column of a table that holds the text.
     """
     room = SAMPLE
     for unit in sorted(units, key=lambda unit: hashlib.sha256(repr(unit).encode()).digest()):

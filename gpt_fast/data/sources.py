@@ -59,8 +59,8 @@ def plan(data: Sequence[str], valid: Sequence[str] = (), keeps: Keeps | None = N
     A unit is a range of a file, or rows of a data set, for training, for validation or for both (see `Unit`). The units
     of `valid` are for validation, and those of `data` for training. If `valid` is empty, a tenth of `data` is held out:
     every tenth row of tables, whole text files if there are ten or more, else the last tenth of each text file.
-    `keeps(text, index)` is True if the tokenizer allows a cut there (see `keeps_tokens`). `say` is called with a
-    message about the quotes of each .tsv that has any.
+    `keeps(text, index)` is True if a cut of a text at that index changes no token (see `keeps_tokens`); None allows
+    each cut. `say` is called with a message about the quotes of each .tsv that has any.
 
     Raises:
         FileNotFoundError: A source does not exist.
@@ -92,7 +92,7 @@ def plan(data: Sequence[str], valid: Sequence[str] = (), keeps: Keeps | None = N
 def held_out(sizes: Sequence[tuple[str, int]]) -> set[str]:
     """Return the names of about a tenth of some files. `sizes` holds the (name, size) of each file.
 
-    Files are taken in the order of a hash of their names, each only if it fits into what is left of a tenth of all
+    Files are taken in the order of a hash of their names. Each is taken only if its size still fits into a tenth of all
     sizes.
     """
     names: set[str] = set()
@@ -109,8 +109,8 @@ def documents(unit: Unit, text_column: str, keeps: Keeps | None = None) -> Itera
 
     `part` is "train" or "valid", `begins` is True if a document begins with this piece, and `text` has at most
     `cuts.PIECE` characters, or is "" for a table's row without text. `text_column` is the column of a table to read.
-    `keeps(text, index)` is True if the tokenizer allows a cut there. Raise `ValueError` for text that is not UTF-8 or
-    holds NUL bytes, and for rows without the column.
+    `keeps(text, index)` is True if a cut of a text at that index changes no token; None allows each cut. Raise
+    `ValueError` for text that is not UTF-8 or holds NUL bytes, and for rows without the column.
     """
     if unit.kind == "text":
         begins = unit.begins
@@ -131,9 +131,9 @@ def documents(unit: Unit, text_column: str, keeps: Keeps | None = None) -> Itera
 def place_to_cut(file: TextFile, place: int, end: int, keeps: Keeps | None = None) -> int:
     """Return the position of the first byte, from `place` on, at which the file's text can be cut.
 
-    The best place is taken that `next_place` finds, with `keeps`, in the next `WINDOW` bytes before `end`. If there is
-    none, or the bytes are not UTF-8, this is the first byte from `place` on that begins a character. Positions count
-    bytes of the file's text in UTF-8.
+    The best index is taken that `next_place` finds, with `keeps`, in the next `WINDOW` bytes before `end`. If there is
+    none, or the bytes are not UTF-8, the result is the first byte from `place` on that begins a character. Positions
+    count bytes of the file's text in UTF-8.
     """
     with open_utf8(file, place) as opened:
         window = opened.read(min(WINDOW, end - place))
@@ -168,7 +168,10 @@ def _distinct(files: Sequence[TextFile]) -> dict[TextFile, str]:
 
 
 def _with_parent(file: TextFile, name: str) -> str:
-    """Return `name` with one more parent folder of the file's path in front, or `name` if the path has no more."""
+    """Return `name` with one more parent folder of the file's path in front, or `name` if the path has no more.
+
+    "text.txt" becomes "books/text.txt", for example.
+    """
     parts = Path(os.path.abspath(file.path)).parts
     depth = name.removesuffix(f"/{file.member}" if file.member else "").count("/") + 2
     if depth > len(parts):
@@ -180,7 +183,7 @@ def _units(file: TextFile, kind: str, part: str, keeps: Keeps | None) -> list[Un
     """Return the units (see `Unit`) of one file: ranges of its text, row groups of a parquet table, or the whole file.
 
     `kind` is the file's format (see `kind_of`). `part` is "train", "valid", or "both" if a tenth of the file is to be
-    held out. `keeps(text, index)` is True if the tokenizer allows a cut there.
+    held out. `keeps(text, index)` is True if a cut of a text at that index changes no token; None allows each cut.
     """
     unit = partial(Unit, str(file.path), kind, name=file.name, member=file.member)
     if kind == "parquet":

@@ -16,8 +16,8 @@ import numpy as np
 class StoredIds:
     """Token ids in a file, or a part of them. `ids[a:b]` reads some into an array; `ids.part(a, b)` reads nothing yet.
 
-    `count` ids of type `dtype` begin at byte `offset` of the file. A read raises `ValueError` if the file's size or
-    time of change differs from when it was opened.
+    `count` ids of type `dtype` begin at byte `offset` of the file at `path`. A read raises `ValueError` if the file's
+    size or time of change differs from when it was opened.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[Any], offset: int, count: int):

@@ -46,7 +46,7 @@ class TokenStream:
         return int(self.ends[-1]) if self.arrays else 0
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Return `length` ids of the stream from a position on.
+        """Return `length` ids of the stream from the position `start` on.
 
         Args:
             start: Position of the first id.
@@ -147,10 +147,10 @@ class WindowOrder:
         return max(1, self.num_tokens // self.seq_len - 1)
 
     def start(self, position: int) -> int:
-        """Return where in the stream the `position`-th window of training begins.
+        """Return where in the stream window number `position` begins.
 
         Args:
-            position: How many windows come before it, counted from the beginning of training over all passes.
+            position: The window's number from 0, counted on over all passes.
 
         Returns:
             Index of the window's first token in the stream.

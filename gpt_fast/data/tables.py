@@ -286,8 +286,8 @@ def _text_label(path: Path, place: str, column: str, value: object) -> str | Non
     """Return a label that is a text to be generated or found. Spaces are kept.
 
     `value` is a text, a list of acceptable texts, or SQuAD's object with a list `text`; of several texts the first is
-    taken. Return "" if there is no text, and None for a value of another type. `path`, `place` and `column` are for
-    messages.
+    taken. Return "" if there is no text, and None for a value of another type. `path`, `place` (the row's position in
+    the file) and `column` are for messages.
 
     Raises:
         ValueError: A list holds something other than texts.
@@ -304,10 +304,11 @@ def _text_label(path: Path, place: str, column: str, value: object) -> str | Non
 
 
 def _several(path: Path, place: str, column: str, value: object, kind: str) -> str | None:
-    """Return a label of several classes as one text with commas between them, or of a tag for each word, with spaces.
+    """Return the labels in a cell as one text: classes with commas between them, or tags with spaces.
 
-    `value` is a list, or a text with commas or spaces. `kind` is "set" for classes, "tags" for tags. Return None for a
-    value of another type. `path`, `place` and `column` are for messages.
+    `value` is the cell, a list of labels or a text with commas or spaces between them. `kind` is "set" for classes,
+    "tags" for a tag for each word. Return None for a value of another type. `path`, `place` (the row's position in the
+    file) and `column` are for messages.
 
     Raises:
         ValueError: A label in the list is no text or number, is empty, or holds the separator.
@@ -355,7 +356,9 @@ def _start(value: object) -> int:
 
 
 def _text(path: Path, place: str, column: str, value: object) -> str:
-    """Return `value` if it is a text without NUL characters. `path`, `place` and `column` are for messages.
+    """Return `value` if it is a text without NUL characters.
+
+    `path`, `place` (the row's position in the file) and `column` are for messages.
 
     Raises:
         ValueError: `value` is something else.
@@ -368,7 +371,9 @@ def _text(path: Path, place: str, column: str, value: object) -> str:
 
 
 def _more(path: Path, place: str, columns: Sequence[str], row: Row) -> list[str]:
-    """Return the texts in several columns of a row as one list. A column may hold a text or a list of texts.
+    """Return the texts in the columns `columns` of a row as one list. A column may hold a text or a list of texts.
+
+    `path` and `place` (the row's position in the file) are for messages.
 
     Raises:
         ValueError: A column holds something else.

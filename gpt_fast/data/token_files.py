@@ -41,6 +41,8 @@ _FOR_VALIDATION = re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])", re.IGNORECA
 
 @dataclass(frozen=True)
 class TokenFile:
+    """An open token file: its path, its ids and the fields of its header, which are None for another library's file."""
+
     path: Path
     tokens: StoredIds
     header: dict[str, Any] | None  # None: not one of ours
@@ -203,7 +205,10 @@ def split_streams(files: Sequence[TokenFile]) -> tuple[TokenStream, TokenStream]
 
 
 def _opened(path: Path, dtype: np.dtype, offset: int, count: int) -> StoredIds:
-    """Return `count` ids from byte `offset` of a file on, not read yet. Raise `ValueError` if `count` is 0."""
+    """Return `count` ids of type `dtype` from byte `offset` of the file at `path` on. They are not read yet.
+
+    Raise `ValueError` if `count` is 0.
+    """
     if count == 0:
         raise ValueError(f"{path}: holds no ids; expected at least one")
     return StoredIds(path, dtype, offset, count)
@@ -219,7 +224,8 @@ def _check_size(path: Path, header: int, count: int, dtype: np.dtype) -> None:
 def _llmc_header(path: Path, head: bytes, number: int) -> tuple[np.dtype, int]:
     """Return (dtype, number of ids) of llm.c's token file that begins with the bytes `head`.
 
-    `number` is the file's magic number. Raise `ValueError` if the file holds no tokens or its header is damaged.
+    `number` is the file's magic number, and `path` is for messages. Raise `ValueError` if the file holds no tokens or
+    its header is damaged.
     """
     if number not in _llmc.TOKENS:
         raise ValueError(f"{path}: {_llmc.describe(number)}, by llm.c; expected a token file")
@@ -241,7 +247,8 @@ def _llmc_header(path: Path, head: bytes, number: int) -> tuple[np.dtype, int]:
 def _parse(path: Path, head: bytes) -> dict[str, Any]:
     """Return the fields of a token file's header: dtype, count, crc32, vocabulary and document_token.
 
-    `head` is the file's first 1,024 bytes. Raise `ValueError` if its checksum is wrong or a field is missing.
+    `head` is the file's first 1,024 bytes, and `path` is for messages. Raise `ValueError` if the checksum is wrong, or
+    a field is missing or has another type.
     """
     checked, crc = head[:_CHECKED], head[_CHECKED:HEADER]
     if not head.startswith(MAGIC) or crc != struct.pack("<I", zlib.crc32(checked)):

@@ -126,9 +126,10 @@ def char_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 def letters_tokenizer(letters: Sequence[str]) -> Tokenizer:
-    """Return the tokenizer of another library's character-level model. A character's id is its index in `letters`.
+    """Return a tokenizer for another library's character-level model. A character's id is its index in `letters`.
 
-    `<|unk|>` and the special tokens have the ids behind these. That model has no embedding for them.
+    `<|unk|>`, which stands for any other character, and the special tokens have the ids behind these. Such a model has
+    no embedding for them.
     """
     return _words_tokenizer([*letters, UNKNOWN])
 
@@ -177,7 +178,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def parse_tokenizer(text: str) -> Tokenizer:
     """Return the tokenizer whose tokenizer.json has the content `text`.
 
-    It neither truncates nor pads. Special tokens that it lacks are added.
+    The tokenizer neither truncates nor pads. The special tokens that it lacks are added behind its own vocabulary.
     """
     tokenizer = Tokenizer.from_str(text)
     tokenizer.no_truncation()
@@ -224,7 +225,7 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 
 
 def has_lone_surrogate(text: str) -> bool:
-    """Return True if `text` holds half of a surrogate pair, which UTF-8 cannot write."""
+    """Return True if `text` holds half of a surrogate pair (U+D800 to U+DFFF), which UTF-8 cannot write."""
     return not text.isascii() and _SURROGATE.search(text) is not None
 
 
@@ -234,7 +235,7 @@ def without_lone_surrogates(text: str) -> str:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the ids of a text without any special token. Half of a surrogate pair is read as U+FFFD."""
+    """Return the ids of a text without any special token. Half of a surrogate pair is encoded as U+FFFD."""
     return tokenizer.encode(without_lone_surrogates(text), add_special_tokens=False).ids
 
 
@@ -351,7 +352,10 @@ def _words_tokenizer(words: Sequence[str]) -> Tokenizer:
 
 
 def _finish(tokenizer: Tokenizer) -> Tokenizer:
-    """Return `tokenizer` with the special tokens that it lacks. It encodes text such as `<|pad|>` as ordinary text."""
+    """Return `tokenizer` itself, to which this function adds the special tokens that it lacks.
+
+    The tokenizer then encodes text that spells a special token, such as `<|pad|>`, as ordinary text.
+    """
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
     tokenizer.encode_special_tokens = True  # not part of tokenizer.json: set on every load
     return tokenizer

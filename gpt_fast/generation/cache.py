@@ -49,8 +49,8 @@ class KVCache:
 class StepPass:
     """How attention uses the cache in one decode step: one new token for each row, at position `lengths[row]`.
 
-    The caller advances the cache's `lengths`. Shapes do not depend on the lengths, so a CUDA graph can capture the
-    step.
+    The caller advances the cache's `lengths` afterwards. Shapes do not depend on the lengths, so a CUDA graph can
+    capture the step.
     """
 
     def __init__(self, cache: KVCache):
@@ -61,8 +61,9 @@ class StepPass:
     def attend(self, layer: int, qkv: Tensor, num_heads: int) -> Tensor:
         """Write each row's new key and value into the cache of layer `layer`, and attend from the new token.
 
-        `qkv` [B, 1, 3C] are the query, key and value of one new token in each row. Return the attention's output
-        [B, 1, C], before the output projection.
+        `qkv` [B, 1, 3C] are the query, key and value of one new token in each row, for `num_heads` heads. The token
+        attends to itself and to the tokens that its row of the cache holds. Return the attention's output [B, 1, C],
+        before the output projection.
         """
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # [B, H, S, D]
         q, k, v = (x[:, :, 0] for x in split_qkv(qkv.to(keys.dtype), num_heads))  # [B, H, D]
@@ -92,8 +93,9 @@ class PromptPass:
     def attend(self, layer: int, qkv: Tensor, num_heads: int) -> Tensor:
         """Write the prompts' keys and values into the cache of layer `layer`, and attend causally from their tokens.
 
-        `qkv` [B, T, 3C] are the queries, keys and values of T new tokens in each row, which also attend to the tokens
-        that the cache holds already. Return the attention's output [B, T, C], before the output projection.
+        `qkv` [B, T, 3C] are the queries, keys and values of T new tokens in each row, for `num_heads` heads. These
+        tokens also attend to those that the cache holds already. Return the attention's output [B, T, C], before the
+        output projection.
         """
         q, k, v = split_qkv(qkv, num_heads)  # [B, H, T, D]
         T = q.shape[2]

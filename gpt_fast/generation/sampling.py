@@ -60,10 +60,11 @@ def sample(
     generator: torch.Generator | None = None,
     seen: Tensor | None = None,
 ) -> Tensor:
-    """Draw one token for each row of `logits` [B, V], in float32.
+    """Draw one token for each row of `logits` [B, V], in float32, from their softmax after the changes in `options`.
 
-    `seen` [B, V] is True for the tokens to which the repetition penalty applies. `generator` is the source of
-    randomness, torch's default generator if it is None.
+    With a temperature of 0 the token is the most probable one. `seen` [B, V], Bool, is True for the tokens to which the
+    repetition penalty applies; None switches the penalty off. `generator` is the source of randomness, torch's default
+    generator if it is None.
 
     Returns:
         Token ids [B], int64.
@@ -94,8 +95,10 @@ def draw(
 ) -> Tensor:
     """Draw one token id [B] for each row of float32 `logits` [B, V], as `sample` does, but without validating them.
 
-    `seen` [B, V] is True for the tokens to which the repetition penalty applies. Nothing in this function synchronises
-    with the device, so a CUDA graph can capture it.
+    `options` holds the temperature, the repetition penalty and the limits such as top_k. `seen` [B, V], Bool, is True
+    for the tokens to which the repetition penalty applies; None switches the penalty off. `generator` is the source of
+    randomness, torch's default generator if it is None. Nothing in this function synchronises with the device, so a
+    CUDA graph can capture it.
     """
     if seen is not None and options.repetition_penalty != 1:
         logits = penalise(logits, seen, options.repetition_penalty)

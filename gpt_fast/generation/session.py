@@ -132,7 +132,10 @@ class DecodeSession:
         self._make_step()
 
     def _make_step(self) -> None:
-        """Create the object that runs the decode steps, for the parameters at their current addresses."""
+        """Create the object that runs the decode steps, a `CppStep` or a `TorchStep`.
+
+        It reads or copies the parameters at their current addresses, which are recorded for later comparisons.
+        """
         assert self.model is not None
         self._step: TorchStep | CppStep
         if self.kind == "torch":
@@ -218,7 +221,7 @@ class DecodeSession:
         self._unread = None
 
     def prefill(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Add a prompt to each of the first B rows of the cache.
+        """Add a prompt to each of the first B rows of the cache, behind the tokens that the rows hold.
 
         Args:
             tokens: Token ids [B, T], int64, padded on the right.
@@ -228,7 +231,8 @@ class DecodeSession:
             Logits [B, V], float32, after the last token of each row.
 
         Raises:
-            ValueError: Tokens are no prompt of this model, or the cache has no room for them.
+            ValueError: Tokens have another shape, dtype or device or lie outside the vocabulary, a prompt is empty,
+                there are more rows than the session has, the cache is full, or logits are NaN or infinite.
             RuntimeError: Another thread uses the session.
         """
         with self.in_use():
@@ -309,8 +313,9 @@ class DecodeSession:
     def read_unread(self) -> None:
         """Run the model on the tokens that `leave_unread` stored, if there are any, so that the cache holds them.
 
-        The step also draws, with the stored options, and the draw is dropped: so CUDA replays the graph that it has
-        captured.
+        The step also draws next tokens with the stored options, and drops them. So on CUDA it can replay the graph that
+        was captured with these options. If the step fails, the cache's lengths stay as they were and the tokens stay
+        stored.
         """
         if self._unread is None:
             return
@@ -325,7 +330,9 @@ class DecodeSession:
 
     @torch.no_grad()
     def read_prompt(self, tokens: Tensor, lengths: Tensor, first: int = 0) -> Tensor:
-        """Add a prompt to each of the rows from `first` on, in passes of a bounded number of tokens.
+        """Add a prompt to each of the cache's rows `first` to `first + B - 1`, behind the tokens that the rows hold.
+
+        The model's modules read long prompts in passes of a bounded number of tokens, to bound memory.
 
         Args:
             tokens: Token ids [B, T], padded on the right.
@@ -393,10 +400,13 @@ class DecodeSession:
             tokens: Token ids [batch], int64.
             options: Options of the draw.
             live: Bool [batch], True for a row that reads its token. The default is all.
-            seen: Bool [batch, V], True for the tokens to which the repetition penalty applies.
+            seen: Bool [batch, V], True for the tokens to which the repetition penalty applies, None for no penalty.
 
         Returns:
             Next tokens [batch], int64. Those of rows that are not live are arbitrary.
+
+        Raises:
+            ValueError: Logits are NaN or infinite. After a CUDA graph `check_logits` raises this error instead.
         """
         assert self.model is not None
         return self._serving.advance(self.model, tokens.contiguous(), options, live, seen, self._calls_modules)
@@ -537,7 +547,10 @@ class _InUse:
 
 
 class _Places:
-    """Record of where a model's parameters are in memory. A comparison takes a third of a microsecond for each."""
+    """Record of the addresses, shapes, dtypes and devices of a model's parameters, to see if they have changed.
+
+    A comparison takes a third of a microsecond for each parameter.
+    """
 
     def __init__(self, model: torch.nn.Module):
         self._modules = [(module._parameters, len(module._parameters)) for module in model.modules()]
@@ -570,7 +583,7 @@ def _sizes(trunk: Any) -> tuple[int, int]:
     """Return (number of blocks, number of attention heads in each), the sizes of the cache.
 
     Raises:
-        ValueError: The blocks have different numbers of heads.
+        ValueError: The blocks have different numbers of heads, or a block has no attention with `num_heads`.
     """
     heads = {getattr(getattr(block, "multihead_attn", None), "num_heads", None) for block in trunk.decoders}
     if len(heads) != 1 or None in heads:
@@ -598,13 +611,16 @@ def _layout(parameter: Tensor) -> tuple:
 
 
 def _words(layout: tuple) -> str:
-    """Return a layout (see `_layout`) for a message, such as "float32 [64, 64] on cpu"."""
+    """Return a layout for a message, such as "float32 [64, 64] on cpu".
+
+    A layout is (address, shape, dtype, device), as `_layout` returns it.
+    """
     _, shape, dtype, device = layout
     return f"{str(dtype).removeprefix('torch.')} {list(shape)} on {device}"
 
 
 def check_device(tokens: Any, place: Tensor) -> None:
-    """Raise `ValueError` if `tokens` is on another device than `place`, a tensor of the model.
+    """Raise `ValueError` if `tokens` is a tensor on another device than `place`, a tensor of the model.
 
     Raises:
         ValueError: It is on another device.
@@ -614,9 +630,11 @@ def check_device(tokens: Any, place: Tensor) -> None:
 
 
 def check_prompt(tokens: Any, V: int, lengths: Any = None, key_mask: Any = None) -> Tensor:
-    """Validate prompts [B, T], and return the number of tokens of each row that are no padding, [B] int64.
+    """Return the number of tokens of each row that are no padding, [B] int64, after validating the prompts.
 
-    `V` is the vocabulary size. `lengths` [B] or `key_mask` [B, T] tells padding, if there is any; see `generate`.
+    `tokens` [B, T] are the prompts and `V` is the vocabulary size. Prompts that are padded on the right have `lengths`
+    [B], the number of real tokens in each row. Prompts that are padded elsewhere have `key_mask` [B, T], True for a
+    real token. Without both there is no padding.
 
     Returns:
         The numbers of tokens.

@@ -22,7 +22,10 @@ WEIGHTS = ("float32", "bfloat16", "int8", "int8-a16")
 
 
 class CppStep:
-    """Decode step as one call into the C++ extension, with a copy of the weights in the precision `weights`."""
+    """Decode step as one call into the C++ extension, with a copy of the weights in the precision `weights`.
+
+    `weights` is one of `WEIGHTS`, "int8" for example. `cache` is the cache that the steps read and write.
+    """
 
     def __init__(self, model: GPT | Head, cache: KVCache, weights: str):
         from .. import _C  # type: ignore[attr-defined]
@@ -53,10 +56,10 @@ class CppStep:
     ) -> Tensor:
         """Read `tokens` [B], one for each row of the cache, and return the next tokens [B] drawn with `options`.
 
-        `live` [B], Bool, is True for the rows to run, None for all of them; the result holds other rows' tokens
-        unchanged. `seen` [B, V] is True for the tokens to which the repetition penalty applies. The cache's lengths
-        grow by 1 in the rows that run. `model` and `calls_modules` are unused here; `TorchStep.advance` has the same
-        signature.
+        `live` [B], Bool, is True for the rows to run, None for all of them. The result holds the tokens of the rows
+        that do not run unchanged. `seen` [B, V], Bool, is True for the tokens to which the repetition penalty applies,
+        None for no penalty. The cache's lengths grow by 1 in the rows that run. `model` and `calls_modules` are unused
+        here; `TorchStep.advance` has the same signature. Raise `ValueError` if logits are NaN or infinite.
         """
         lengths = self.cache.lengths
         if live is None or bool(live.all()):
@@ -70,18 +73,20 @@ class CppStep:
         return new
 
     def _step(self, tokens: Tensor, lengths: Tensor, rows: Tensor, options: Sampling, seen: Tensor | None) -> Tensor:
-        """Run one decode step of the C++ session for `rows` [n] of the cache. Return the next tokens [n].
+        """Run one decode step of the C++ session for `rows` [n], indices into the cache. Return the next tokens [n].
 
-        `tokens` [n] are read at the positions `lengths` [n]. `seen` [B, V] is for the repetition penalty.
+        The `tokens` [n] are read at the positions `lengths` [n], and the next ones are drawn with `options`. `seen` [B,
+        V], Bool, is True for the tokens of each of the cache's rows to which the repetition penalty applies, None for
+        no penalty.
         """
         with profiled("gpt_fast::decode_step"):
             return self._session.step(tokens, lengths, rows, self._sampling(options), seen)
 
     def read_prompt(self, tokens: Tensor, lengths: Tensor, first: int) -> Tensor:
-        """Read a prompt into each of the cache's rows `first` to `first + B - 1`.
+        """Read a prompt into each of the cache's rows `first` to `first + B - 1`, behind the tokens that they hold.
 
         Of `tokens` [B, T] the first `lengths[b]` are row b's prompt. Return the logits [B, V] after each prompt's last
-        token. The cache's `lengths` are left for the caller to update.
+        token. The caller has to add `lengths` [B] to the cache's `lengths`.
         """
         B, T = tokens.shape
         places = torch.arange(T, device=tokens.device)
@@ -95,22 +100,24 @@ class CppStep:
     def draw(self, logits: Tensor, options: Sampling, rows: Tensor, seen: Tensor | None) -> Tensor:
         """Return one token for each row of `logits` [n, V], drawn with `options`: [n], int64.
 
-        `rows` [n] are the cache's rows that the logits belong to. `seen` [B, V], Bool, is True for the tokens to which
-        the repetition penalty applies.
+        `rows` [n] are the cache's rows that the logits belong to. `seen` [B, V], Bool, is True for the tokens of each
+        of the cache's rows to which the repetition penalty applies, None for no penalty.
         """
         return self._session.draw(logits, rows, self._sampling(options), seen)
 
     def start_drawing(self, seed: int) -> None:
-        """Set the seed of the draws, a signed 64-bit integer. The same seed gives the same draws.
+        """Set the seed, a signed 64-bit integer, and start to count the draws from 0.
 
-        A draw is a function of the seed and of the number of draws since this call.
+        The random numbers of a draw depend only on the seed, on this count and on the row, so the same seed gives the
+        same draws.
         """
         self._seed, self._draws = seed, 0
 
     def logits(self, live: Tensor | None = None) -> Tensor:
         """Return the logits [batch, V] after the last step.
 
-        `live` [batch], Bool, has to be the mask of that step. Rows that it did not run have zeros.
+        `live` [batch], Bool, has to be the mask with which that step was run, None if it ran all rows. The logits of
+        rows that it did not run are 0.
         """
         logits = self._session.logits()
         if live is None or len(logits) == self.cache.batch:
@@ -121,9 +128,9 @@ class CppStep:
         """Do nothing: the C++ step raises `ValueError` itself if its logits hold NaN or infinity."""
 
     def _sampling(self, options: Sampling) -> Any:
-        """Return `options` as the C++ extension's `Sampling`, with the seed and the number of this draw.
+        """Return `options` as the C++ extension's `Sampling`, with the seed and the number of the next draw.
 
-        A draw that is not greedy increases the number by 1.
+        Unless the draw is greedy, this function first increases the number of draws by 1.
         """
         self._draws += options.temperature > 0
         return self._c.Sampling(
@@ -138,7 +145,11 @@ class CppStep:
 
 
 class TorchStep:
-    """Decode step on the model's modules: eager, or on CUDA as a captured graph, for which its buffers never move."""
+    """Decode step on the model's modules: eager, or on CUDA as a captured graph.
+
+    The step keeps its inputs and outputs in tensors whose addresses never change, as a graph requires. `cache` is the
+    cache that the steps read and write.
+    """
 
     copied: tuple[Tensor, ...] = ()  # the modules read their own parameters
 
@@ -157,8 +168,9 @@ class TorchStep:
     def run(self, model: GPT | Head, options: Sampling, seen: Tensor | None) -> None:
         """Read `self.tokens` [B] and replace them, in place, by the next tokens drawn with `options`.
 
-        Also store the logits in `kept_logits`, and record rows with NaN or infinity in `damaged`. The cache's lengths
-        grow by 1 in the rows where `self.live` is True. `seen` [B, V] is for the repetition penalty.
+        Also store the logits in `kept_logits`, and record live rows with NaN or +inf in `damaged`. The cache's lengths
+        grow by 1 in the rows where `self.live` is True. `seen` [B, V], Bool, is True for the tokens to which the
+        repetition penalty applies, None for no penalty.
         """
         trunk, output_layer = parts(model)
         hidden = continue_trunk(trunk, self.tokens[:, None], StepPass(self.cache))  # [B, 1, C]
@@ -179,11 +191,11 @@ class TorchStep:
     ) -> Tensor:
         """Read `tokens` [B], one for each row of the cache, and return the next tokens [B] drawn with `options`.
 
-        `live` [B], Bool, is True for the rows that are still generated, None for all of them; the tokens of other rows
-        are arbitrary, and their lengths in the cache stay. `seen` [B, V] is True for the tokens to which the repetition
-        penalty applies. `calls_modules` is True if the model's modules have to be called, because of hooks for example.
-        Otherwise the step may be a CUDA graph. Raise `ValueError` if the logits hold NaN or infinity; after a CUDA
-        graph, `check_logits` does so.
+        `live` [B], Bool, is True for the rows that are still generated, None for all of them. The next tokens of the
+        other rows are arbitrary, and their lengths in the cache stay. `seen` [B, V], Bool, is True for the tokens to
+        which the repetition penalty applies, None for no penalty. `calls_modules` is True if the model's modules have
+        to be called, because of hooks for example. Otherwise the step may be a CUDA graph. Raise `ValueError` if the
+        logits hold NaN or infinity; after a CUDA graph, `check_logits` does so.
         """
         self.tokens.copy_(tokens)
         self.live.copy_(live) if live is not None else self.live.fill_(True)
@@ -203,7 +215,11 @@ class TorchStep:
         self._graph = self._captured = None
 
     def _replay(self, model: GPT | Head, options: Sampling, seen: Tensor | None) -> None:
-        """Replay the CUDA graph of `run`. It is captured first if `options` or the tensor `seen` are new."""
+        """Replay the CUDA graph of `run`, which reads and replaces `self.tokens`.
+
+        The graph is captured first if there is none, or if it was captured with other `options` or another tensor
+        `seen`.
+        """
         captured = (options, None if seen is None else seen.data_ptr())
         if self._captured != captured:
             self._capture(model, options, seen)
@@ -211,9 +227,10 @@ class TorchStep:
         self._graph.replay()
 
     def _capture(self, model: GPT | Head, options: Sampling, seen: Tensor | None) -> None:
-        """Capture `run` as a CUDA graph. It runs a few times for this; afterwards all state is as it was before.
+        """Capture `run(model, options, seen)` as a CUDA graph.
 
-        The state is the tokens, the marks of damaged rows, the cache's lengths and the generator.
+        `run` is called a few times for this. Afterwards all state is as it was before: the tokens, the marks of damaged
+        rows, the cache's lengths and the generator.
         """
         state = (self.tokens, self.damaged, self.cache.lengths)
         before = [value.clone() for value in state]
@@ -238,8 +255,9 @@ class TorchStep:
     def draw(self, logits: Tensor, options: Sampling, rows: Tensor, seen: Tensor | None) -> Tensor:
         """Return one token for each row of `logits` [n, V], drawn with `options`: [n], int64.
 
-        `rows` [n] are the cache's rows that the logits belong to. `seen` [B, V], Bool, is True for the tokens to which
-        the repetition penalty applies. Raise `ValueError` if the logits hold NaN or +inf.
+        `rows` [n] are the cache's rows that the logits belong to. `seen` [B, V], Bool, is True for the tokens of each
+        of the cache's rows to which the repetition penalty applies, None for no penalty. Raise `ValueError` if the
+        logits hold NaN or +inf.
         """
         return sample(logits, options, generator=self.generator, seen=None if seen is None else seen[rows])
 
@@ -248,9 +266,10 @@ class TorchStep:
         self.generator.manual_seed(seed)
 
     def logits(self, live: Tensor | None = None) -> Tensor:
-        """Return a copy of the logits [batch, V] after the last step. Those of rows that were not `live` are arbitrary.
+        """Return a copy of the logits [batch, V] after the last step.
 
-        `live` is ignored; `CppStep.logits` has the same signature.
+        The logits of rows that the step did not run are arbitrary. `live` is ignored; `CppStep.logits` has the same
+        signature.
         """
         return self.kept_logits.clone()
 
@@ -264,7 +283,8 @@ class TorchStep:
 def parts(model: Any, function: str = "generate") -> tuple[_Trunk, nn.Module]:
     """Return (trunk, output layer) of a model that can generate text. The trunk is the model without its output layer.
 
-    Raise `ValueError`, which names `function`, unless the model is a `GPT` or a head with a causal output layer.
+    For a `GPT` the trunk is the model itself. Raise `ValueError`, which names `function`, unless the model is a `GPT`
+    or a head with a causal output layer.
     """
     from ..heads import GPTForMaskedLM, Head
 
@@ -323,7 +343,8 @@ def step_kind(model: GPT | Head, weights: str | None) -> str:
         "float32", "bfloat16", "int8" or "int8-a16" for the C++ step with these weights, else "torch".
 
     Raises:
-        ValueError: `weights` is none of these, or only the C++ step has them and it does not serve this model.
+        ValueError: `weights` is none of `WEIGHTS` or None, or it is not the model's own precision and the C++ step does
+            not serve this model.
     """
     if weights is not None and not (isinstance(weights, str) and weights in WEIGHTS):
         raise ValueError(f"gpt_fast.generate: weights is {weights!r}; expected one of {', '.join(WEIGHTS)}")
@@ -349,7 +370,7 @@ def why_not_reached(model: Any) -> str | None:
     """Return a sentence on user code of the model that generation would not run, or None if there is none.
 
     Generation calls the trunk and the output layer, not the model around them. So it does not run hooks on a head or on
-    a `GPT` itself, nor the `forward` of a subclass.
+    a `GPT` itself, nor the `forward` of a subclass or of the instance.
     """
     from ..heads import HEADS
 
@@ -368,7 +389,11 @@ def device_has_cpp_step(device: torch.device) -> bool:
 
 
 def why_called(model: Any) -> str | None:
-    """Return why generation has to call the model's modules, such as a hook, or None if the model is plain."""
+    """Return why generation has to call the model's modules, or None if the C++ step could compute the same instead.
+
+    The reason is a clause such as "decoders.0.ff.0 has hooks". There is one if a module has hooks, is of another class
+    or has its own forward, or if the modules differ from the configuration.
+    """
     trunk, output_layer = parts(model)
     reason = why_not_plain({**dict(trunk.named_modules()), "output_layer": output_layer})
     return why_not_as_configured(trunk) if reason is None else reason
@@ -377,7 +402,8 @@ def why_called(model: Any) -> str | None:
 def continue_trunk(trunk: Any, tokens: Tensor, cache: Any) -> Tensor:
     """Return the trunk's hidden states [B, T, C] of `tokens` [B, T] that follow those in the cache.
 
-    `cache` is a `StepPass` or a `PromptPass`. A trunk that is not a `GPT` is called, so its hooks run.
+    `cache` is a `StepPass` or a `PromptPass`, through which the attention layers read and write the cache. A trunk that
+    is not a `GPT` is called, so its hooks run.
     """
     if isinstance(trunk, GPT):
         return trunk.hidden_states(tokens, cache=cache)  # its call would give probabilities

@@ -232,7 +232,10 @@ class _Rows:
         return shown
 
     def window(self, row: int, width: int) -> Tensor:
-        """Return the last `width` tokens of row `row`, [1, `width`], or all of its tokens if it has fewer."""
+        """Return the last `width` tokens, of prompt and new tokens, of the row with index `row`: [1, `width`].
+
+        If the row has fewer tokens, return all of them.
+        """
         end = int(self.ends[row])
         return self.tokens[row : row + 1, max(0, end - width) : end]
 
@@ -249,7 +252,8 @@ class _Rows:
     def result(self, with_scores: bool) -> Tensor | GenerateOutput:
         """Return what `generate` returns: the tokens [B, T + new], or a `GenerateOutput` if `with_scores`.
 
-        If the caller gave a key mask, each row is its prompt as it was padded, followed by its new tokens.
+        If the caller gave a key mask, each row is its prompt as it was padded, followed by its new tokens. Otherwise
+        the new tokens directly follow the real tokens of the prompt, and padding fills the end of the row.
         """
         tokens = self.tokens
         if self.key_mask is not None:
@@ -312,7 +316,7 @@ class _Drawing:
 
         Args:
             logits: Logits [n, V].
-            rows: Indices [n] of the rows that the logits belong to.
+            rows: Indices [n] of the session's rows that the logits belong to.
 
         Returns:
             (tokens [n], their log-probabilities [n] by the unprocessed logits). The log-probabilities are None unless
@@ -335,7 +339,9 @@ class _Drawing:
 
 
 def _check_processed(processor: Processor, processed: Any, logits: Tensor) -> None:
-    """Validate `processed`, the logits that a processor has made of `logits` [n, V].
+    """Validate `processed`, the logits that the user's function `processor` has made of `logits` [n, V].
+
+    The error's message names the processor.
 
     Raises:
         ValueError: They are no tensor of that shape, or a row has no logit that is more than -inf.
@@ -361,9 +367,10 @@ def _continue(
 ) -> None:
     """Read the prompts of `rows` and add up to `max_new_tokens` drawn tokens to each of them.
 
-    `session` runs the model, `drawing` draws. Generation ends early when every row has drawn one of the tokens in
-    `stop`. `stream` is called with the tokens [B] of every step. If `slides`, a row whose cache is full is read anew
-    from its later half; see `_slide`.
+    The tokens are stored in `rows`. `session` runs the model, `drawing` draws. Generation ends early when every row has
+    drawn one of the token ids in `stop`; None is for no such ids. `stream`, if given, is called with the tokens [B] of
+    every step. If `slides`, the cache of a full row is emptied, and the later half of the row's tokens is read anew
+    (see `_slide`).
     """
     device = rows.tokens.device
     if slides:  # the end of what is longer than the cache
@@ -440,7 +447,9 @@ def _check_processors(processors: Any) -> None:
 
 
 def _stop_tokens(stop_tokens: Any, device: torch.device) -> Tensor | None:
-    """Return the argument `stop_tokens` of `generate`, an id or several, as an int64 tensor, or None if it is None.
+    """Return the argument `stop_tokens` of `generate`, an id or several, as an int64 tensor on `device`.
+
+    Return None if `stop_tokens` is None.
 
     Raises:
         ValueError: It is no list of integers.
@@ -491,8 +500,9 @@ class _Kept:
 def _take_session(model: Any, batch: int, length: int, weights: str | None) -> DecodeSession:
     """Return the `DecodeSession` that an earlier call of `generate` kept on the model if it fits, else a new one.
 
-    It fits if it has `batch` rows, room for `length` tokens in each, weights of the same precision, and has read the
-    model's current parameters.
+    It fits if it has `batch` rows, room for `length` tokens in each, the precision `weights` (None is the model's own),
+    and has read the model's current parameters. A new session has room for `length` tokens rounded up to a multiple of
+    128, but not for more than the model's seq_len. The model no longer keeps the session that is returned.
     """
     holder: _Kept | None = model.__dict__.pop(_KEPT, None)
     if holder is not None:

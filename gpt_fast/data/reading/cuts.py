@@ -49,8 +49,8 @@ def next_place(text: str, keeps: Keeps | None = None) -> int | None:
     """Return the best index at which to cut `text` so that no token changes, or None if none is found.
 
     This is the first line end, else the first end of a sentence, else the first white space, else the first word behind
-    a punctuation mark. `keeps(text, index)`, if given, must accept the index (see `keeps_tokens`); it is asked about 16
-    indices of each kind at most.
+    a punctuation mark. `keeps(text, index)`, if given, must return True for the index (see `keeps_tokens`). It is
+    called for 16 indices of each of these four kinds at most.
     """
     spaces = [found.start() for found in _LAST_SPACE.finditer(text, 1)]
     marks = [found.start() for found in _BEHIND_MARK.finditer(text, 1)]
@@ -70,7 +70,8 @@ def last_place(text: str, keeps: Keeps | None = None) -> int | None:
     """Return the last index at which `text` can be cut so that no token changes, or None if none is found.
 
     This is the last white space in front of a word, else the last word behind a punctuation mark. `keeps(text, index)`,
-    if given, must accept the index (see `keeps_tokens`).
+    if given, must return True for the index (see `keeps_tokens`). It is called only for the last 16 indices of each
+    kind, first among the last 2,048 characters and then in the whole text.
     """
     for pattern in (_LAST_SPACE, _BEHIND_MARK):
         for first in (max(1, len(text) - 2048), 1):
@@ -84,8 +85,8 @@ def last_place(text: str, keeps: Keeps | None = None) -> int | None:
 def pieces(texts: Iterator[str], keeps: Keeps | None = None, size: int | None = None) -> Iterator[str]:
     """Yield the concatenation of `texts` in pieces of at most `size` characters (`PIECE` if it is None).
 
-    A piece ends at the last index that changes no token (see `last_place`, which takes `keeps`). If there is no such
-    index, it ends after `size` characters.
+    A piece ends at the last index that changes no token, which `last_place` finds with `keeps`. If there is no such
+    index, the piece has `size` characters. The last piece is the rest of the text.
     """
     size = PIECE if size is None else size
     rest = ""

@@ -73,7 +73,10 @@ class Layout:
 
     @property
     def plain(self) -> bool:
-        """True if the file is uncompressed UTF-8: then positions in its text and in the file differ by `bom` alone."""
+        """True if the file is uncompressed UTF-8.
+
+        Then a byte's position in the file is its position in the text plus `bom`, the length of the byte order mark.
+        """
         return not self.compression and self.encoding == "utf-8"
 
 
@@ -106,7 +109,8 @@ def kind_of(file: TextFile, in_folder: bool = False) -> str:
     package.json among source code, is text.
 
     Raises:
-        ValueError: The file is neither text nor a table.
+        ValueError: The file is a token file, a compressed parquet table, or a document that is not text, such as a PDF.
+            Or it is a .json file with one value that is not a row on one line, and not `in_folder`.
     """
     suffix, packed = file.suffixes
     if suffix == TOKENS:
@@ -144,7 +148,8 @@ def kind_of(file: TextFile, in_folder: bool = False) -> str:
 def json_form(file: TextFile) -> str:
     """Return the form of a JSON file: "json" for an array, "jsonl" for an object on each line, "object" for one object.
 
-    Return "" for any other value.
+    Return "" for any other value. Only the beginning of the file is read, up to its second line that is not blank. A
+    file with a single line that is an object has the form "object".
     """
     with open_utf8(file) as opened:
         head = opened.readline(ROW).lstrip()
@@ -167,7 +172,8 @@ def too_long() -> str:
 def open_utf8(file: TextFile, start: int = 0) -> Iterator[IO[bytes]]:
     """Yield a binary stream of the file's text in UTF-8, without a byte order mark, from byte `start` of that text on.
 
-    The file is decompressed and recoded if needed. Inside the block, reading a damaged file raises `ValueError`.
+    A compressed file is decompressed, and text in UTF-16 or UTF-32 is recoded. Reading a damaged file inside the block
+    raises `ValueError`.
     """
     with _named_damage(file):
         layout = layout_of(file)
@@ -236,7 +242,8 @@ def require(package: str, extra: str, why: str) -> None:
 def _read_through(file: TextFile, written: int) -> int:
     """Read the file and return the length of its text in bytes of UTF-8. The result is cached.
 
-    `written` is the file's time of change in nanoseconds: a file that has changed is read again.
+    `written` is the file's time of change in nanoseconds. It is part of the cache's key, so a file that has changed is
+    read again.
     """
     with open_utf8(file) as opened:
         return sum(len(block) for block in iter(lambda: opened.read(1 << 20), b""))
@@ -289,7 +296,10 @@ def _members(file: TextFile) -> list[TextFile]:
 
 @contextmanager
 def _raw(file: TextFile) -> Iterator[IO[bytes]]:
-    """Yield a binary stream of the file's own bytes, or of a member of its zip archive, without other decompression."""
+    """Yield a binary stream of the file's own bytes, still compressed and in the file's encoding.
+
+    For a member of a zip archive these are the bytes of the member, taken out of the archive.
+    """
     if not file.member:
         with file.path.open("rb") as opened:
             yield opened
@@ -322,9 +332,10 @@ def _decompressed(file: TextFile, compression: str) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _named_damage(file: TextFile) -> Iterator[None]:
-    """Turn an error that a damaged file or archive raises inside the block into a `ValueError` that names the file.
+    """Raise a `ValueError` that names the file for an error by which the block finds the file or archive damaged.
 
-    Errors of the operating system are raised unchanged.
+    These are the errors of the modules that decompress, such as `zlib.error`. Errors of the operating system are raised
+    unchanged.
     """
     try:
         yield
@@ -337,7 +348,7 @@ def _named_damage(file: TextFile) -> Iterator[None]:
 
 
 def _is_object(line: bytes) -> bool:
-    """Return True if `line` is a whole JSON object."""
+    """Return True if `line` is one complete JSON object."""
     import json
 
     try:

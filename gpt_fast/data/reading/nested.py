@@ -43,7 +43,8 @@ def unnested(place: str, row: Row) -> Iterator[tuple[str, Row]]:
 
     `place` is the position of `row` in the file, such as "row 5". An article of RACE makes a row for each of its
     questions, and their places are "row 5, question 1" and so on. A row of ARC makes one row, whose `choices` are a
-    list of texts and whose `answer` is an index into that list. Any other row is yielded unchanged.
+    list of texts and whose `answer`, if the row has a known `answerKey`, is an index into that list. Any other row is
+    yielded unchanged.
     """
     questions, choices = row.get("questions"), row.get("choices")
     parts = [row.get(name) for name in ("questions", "options", "answers")]

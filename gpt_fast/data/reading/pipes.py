@@ -24,9 +24,9 @@ def is_piped(source: str | Path) -> bool:
 def copied(sources: Sequence[str]) -> Iterator[list[str]]:
     """Yield `sources` with the path of a temporary copy in place of each pipe. The copies are removed at the end.
 
-    A pipe is standard input ("-") or a named pipe, which can be read only once. A `ValueError` inside the block that
-    names a copy names its pipe instead. Raise `OSError` if the folder for temporary files has no space left, and
-    `ValueError` for a device without end.
+    A pipe is standard input ("-") or a named pipe, which can be read only once. A `ValueError` raised inside the block
+    whose message names a copy is raised again with the pipe's name instead. Raise `OSError` if the folder for temporary
+    files has no space left, and `ValueError` for a device without end.
     """
     if not any(map(is_piped, sources)):
         yield list(sources)

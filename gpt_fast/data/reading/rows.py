@@ -35,9 +35,10 @@ Rows = Iterator[tuple[object, Any]]
 
 
 def row_options(columns: str | None, skip_ragged: bool) -> RowOptions:
-    """Return the `RowOptions` for two options of the command line.
+    """Return the `RowOptions` for the values of two options of the command line.
 
-    `columns` is --columns, names separated by commas or None. `skip_ragged` is --skip-ragged.
+    `columns` is the value of --columns: names of columns separated by commas, or None. `skip_ragged` is True if
+    --skip-ragged is given.
     """
     return RowOptions(() if columns is None else tuple(columns.split(",")), skip_ragged)
 
@@ -45,9 +46,10 @@ def row_options(columns: str | None, skip_ragged: bool) -> RowOptions:
 def read_rows(path: Path, options: RowOptions = DEFAULT, say: Say = ignore) -> Iterator[tuple[str, Row]]:
     """Yield (place, row) for each row of a labelled table: its position, such as "line 5", and a dict by column.
 
-    The nested forms of SQuAD, RACE and ARC are turned into rows. `say` is called with messages about quotes and about
-    rows that were skipped. Raise `FileNotFoundError` if there is no such file, and `ValueError` for a file that cannot
-    be read without losing a row or a column.
+    The nested forms of SQuAD, RACE and ARC are turned into rows. `options` are the options of reading a .csv or .tsv.
+    `say` is called with messages about quotes and about rows that were skipped. Raise `FileNotFoundError` if there is
+    no such file. Raise `ValueError` for a name without an ending of a table, for a file that is damaged, for a row that
+    has no named fields, and for `options.columns` of a file that names its columns itself.
     """
     kind = table_kind(path)
     if not path.is_file():
@@ -88,7 +90,7 @@ def written_kind(path: Path) -> str:
 
 
 def _refuse(path: Path, suffix: str, suffixes: Sequence[str]) -> NoReturn:
-    """Raise `ValueError` for a path that is a folder or whose ending `suffix` is none of `suffixes`."""
+    """Raise `ValueError` for a path that is a folder or whose ending `suffix` is none of the valid ones, `suffixes`."""
     has = "a folder" if path.is_dir() else f"ends in {suffix or 'nothing'!r}"
     raise ValueError(f"{path}: {has}; expected a table ending in {', '.join(suffixes)}")
 
@@ -105,9 +107,12 @@ def file_rows(
     """Yield (place, row) for each row of a file: its position, such as "line 5" or "row 5", and a dict by column.
 
     In a JSON array a row may also be another value. `kind` is "jsonl", "json" (an array), "object" (a file with one
-    JSON object), "csv", "tsv" or "parquet". `options` and `say` are for .csv and .tsv; see `separated`. `start` and
-    `end` limit JSON lines to those that begin at these bytes of the text, and parquet to these row groups; None means
-    to the end. Of a parquet table only the column `column` is read, if given. Raise `ValueError` for a damaged file.
+    JSON object), "csv", "tsv" or "parquet". `options` (how to read rows, see `RowOptions`) and `say` (called with
+    messages for the user) are for .csv and .tsv alone.
+
+    `start` and `end` limit JSON lines to those that begin at byte `start` of the text or later, and before byte `end`.
+    Of a parquet table they are the first row group and the one behind the last. An `end` of None means all up to the
+    end. Of a parquet table only the column `column` is read, if given. Raise `ValueError` for a damaged file.
     """
     try:
         if kind == "parquet":
@@ -147,7 +152,11 @@ def column_texts(source: str, rows: Rows, column: str) -> Iterator[str]:
 
 
 def no_column(column: str, names: Collection[str]) -> str:
-    """Return the words of an error about a column that is not among `names`, with the name nearest to it."""
+    """Return the words of an error about a column that is not among `names`, the names of the existing columns.
+
+    An example is "no column 'txt' (did you mean 'text'?); it has 'text', 'label'". The hint is left out if no name is
+    near.
+    """
     near = did_you_mean(column, names).removeprefix("; ")
     return f"no column {column!r}{near and f' ({near})'}; it has {', '.join(map(repr, names)) or 'none'}"
 
@@ -174,8 +183,8 @@ def data_set_rows(source: str, start: int, end: int, column: str) -> Rows:
 def data_set(source: str) -> Any:
     """Load the `datasets.Dataset` that `source` names: hf:NAME or hf:NAME:SPLIT. SPLIT is "train" if it is left out.
 
-    NAME is a data set on the Hugging Face Hub, or a folder made by `save_to_disk`. Raise `ValueError` if it cannot be
-    loaded or the package datasets is not installed.
+    NAME is a data set on the Hugging Face Hub, or a folder made by `save_to_disk`. The last four data sets are cached.
+    Raise `ValueError` if it cannot be loaded or the package datasets is not installed.
     """
     require("datasets", "hf", source)
     return _load_data_set(source)
@@ -183,7 +192,10 @@ def data_set(source: str) -> Any:
 
 @lru_cache(maxsize=4)
 def _load_data_set(source: str) -> Any:
-    """Load the `datasets.Dataset` that `source` names; see `data_set`. The last four results are cached."""
+    """Load the `datasets.Dataset` that `source` names, hf:NAME or hf:NAME:SPLIT. The last four results are cached.
+
+    `data_set` says what NAME and SPLIT are. Raise `ValueError` if NAME is empty or the data set cannot be loaded.
+    """
     import datasets
 
     name, _, split = source.removeprefix(HF).partition(":")
@@ -205,8 +217,8 @@ def _load_data_set(source: str) -> Any:
 class _Line:
     """Number of a line in a file, for messages.
 
-    The line is the `number`-th of those from byte `start` on. Lines before `start` are counted only when a message
-    needs it.
+    The line is the `number`-th line, counted from 1, of those from byte `start` of the text on. Lines before `start`
+    are counted only when a message needs it.
     """
 
     def __init__(self, file: TextFile, start: int, number: int):
@@ -223,9 +235,10 @@ class _Line:
 
 
 def _json_lines(file: TextFile, start: int, end: int | None) -> Rows:
-    """Yield (place, row) for each JSON object on a line that begins at the bytes `start` to `end` of the text.
+    """Yield (place, row) for each JSON object on a line that begins at byte `start` of the text or later, before `end`.
 
-    Blank lines are skipped. Raise `ValueError` for a line that is no JSON object.
+    `place` is the line's position, such as "line 5". An `end` of None means all lines up to the end. Blank lines are
+    skipped. Raise `ValueError` for a line that is no JSON object or longer than `files.ROW` bytes.
     """
     at = start
     with open_utf8(file, start) as opened:
@@ -267,7 +280,8 @@ def _json_object(file: TextFile) -> Rows:
     """Yield ("row 5", row) for each row of a file with one JSON object.
 
     The rows are the questions of SQuAD's format, the values of the list that the object holds as `data`, or the object
-    itself. Raise `ValueError` for a file that is empty or too large to parse at once.
+    itself as the only row. Raise `ValueError` for a file that is empty, is larger than four times `files.ROW` bytes, or
+    holds another value than an object.
     """
     most = 4 * files.ROW
     with open_utf8(file) as opened:
@@ -285,9 +299,11 @@ def _json_object(file: TextFile) -> Rows:
 
 
 def _parsed(file: TextFile, text: bytes, place: object) -> Any:
-    """Parse JSON. Raise `ValueError`, which names the file and the row's `place`, if it is not valid.
+    """Return the JSON value in `text`.
 
-    `place` is None for a whole file. Then bytes that are not UTF-8 raise `UnicodeDecodeError` instead.
+    Raise `ValueError`, which names the file and the place, if `text` is not valid JSON. `place` is the row's position,
+    such as "line 5", or None for a whole file. For None, bytes that are not UTF-8 raise `UnicodeDecodeError` instead.
+    An object that has a field twice is not valid.
     """
     where = file if place is None else f"{file}, {place}"
     try:
@@ -366,7 +382,7 @@ class _Ahead:
         """Parse and return the next JSON value of the text. `number` is its row's number, for messages.
 
         More text is read, twice as much each time, until the value is complete. Raise `ValueError` if it is no JSON or
-        too long.
+        has more than `files.ROW` characters.
         """
         self.peek()
         where = f"{self._file}, row {number}"
@@ -388,7 +404,10 @@ class _Ahead:
             self._more(max(1 << 16, len(self._text)))
 
     def _more(self, size: int) -> bool:
-        """Read up to `size` more characters and drop those that were parsed. Return False at the end of the file."""
+        """Read up to `size` more characters, and drop the text before the current position, which was parsed already.
+
+        Return False at the end of the file.
+        """
         block = self._opened.read(size)
         self._ended = not block
         self._text, self._place = self._text[self._place :] + block, 0
@@ -399,10 +418,10 @@ class _Ahead:
 
 
 def _parquet(file: TextFile, start: int, end: int | None, column: str | None) -> Rows:
-    """Yield ("row 5", row) for each row of the row groups `start` to `end` of a parquet table.
+    """Yield ("row 5", row) for each row of a parquet table's row groups from `start` up to, but not including, `end`.
 
-    An `end` of None means all groups from `start` on. Only the column `column` is read, if given. Raise `ValueError` if
-    it is missing or the file is damaged.
+    An `end` of None means all groups from `start` on. `row` is a dict by column, and only the column `column` is read,
+    if given. Raise `ValueError` if it is missing or the file is damaged.
     """
     with _parquet_file(file) as table:
         import pyarrow
@@ -435,7 +454,10 @@ def _parquet_file(file: TextFile) -> Any:
 
 
 def _undecodable(file: TextFile) -> str:
-    """Return the end of a message that names the line, the byte and the cause of the first bytes that are not UTF-8."""
+    """Return the end of a message about the first line of the file that is not UTF-8.
+
+    An example is ", line 5: not UTF-8 (byte 3 of the line: invalid start byte); convert it first".
+    """
     with open_utf8(file) as opened:
         for number, line in enumerate(iter(lambda: opened.readline(files.ROW), b""), start=1):
             try:

@@ -47,10 +47,12 @@ def separated(
 ) -> Iterator[tuple[str, dict[str, object]]]:
     """Yield (place, row) for each row below the header of a "csv" or "tsv" file, such as ("line 5", {"text": "a"}).
 
-    `given` are options for reading, None if the caller has no such options of its own. Blank lines are skipped. `say`
-    is called with a message if a .tsv has quotes and if rows were skipped. Raise `ValueError` for a row with another
-    number of fields than the header, unless `given.skip_ragged`. The message mentions this option only if `given` is
-    not None.
+    `given` are options for reading: names of columns for a file without a header line, and whether to skip rows with
+    another number of fields than the header. It is None if the caller's command has no such options. Blank lines are
+    skipped. `say` is called with a message if a .tsv has quotes and if rows were skipped.
+
+    Raise `ValueError` for a row with another number of fields than the header, unless `given.skip_ragged`. The message
+    mentions the option --skip-ragged only if `given` is not None.
     """
     options = given or DEFAULT
     quoting = csv.QUOTE_MINIMAL
@@ -81,7 +83,10 @@ def separated(
 
 
 def check_names(file: TextFile, header: list[str]) -> None:
-    """Raise `ValueError` if two columns of the header have one name, because a row could keep only one of them."""
+    """Raise `ValueError` if two columns of `header` have one name, because a row could keep only one of them.
+
+    The message names the file.
+    """
     for name in header:
         places = [str(i) for i, other in enumerate(header, start=1) if other == name]
         if len(places) > 1:
@@ -92,7 +97,10 @@ def check_names(file: TextFile, header: list[str]) -> None:
 
 
 def some(places: list[str], most: int = 3) -> str:
-    """Return the first `most` of some positions as text: "line 3, line 5, line 9, …"."""
+    """Return the first `most` of the positions `places` as text: "line 3, line 5, line 9, …".
+
+    The text ends in "…" only if there are more positions.
+    """
     return ", ".join(places[:most]) + (", …" if len(places) > most else "")
 
 
@@ -100,18 +108,24 @@ def tsv_quoting(file: TextFile, options: RowOptions = DEFAULT) -> Quoting:
     """Return (quoting, message): how the quotes of a .tsv file are to be read, and a message about it for the user.
 
     `quoting` is `csv.QUOTE_MINIMAL` if the quotes are syntax, `csv.QUOTE_NONE` if they are text. The message is "" if
-    the file has no quotes. Quotes are syntax if every row then has as many fields as the header, and either the file's
-    plain lines have not, or a csv writer would have written this very file. In an unquoted file, such as GLUE's, a lone
-    quote would otherwise swallow the rows up to the next one.
+    the file has no quotes. In an unquoted file, such as GLUE's, a lone quote that is taken for syntax would swallow the
+    rows up to the next quote. `options.columns` are the names of the columns if the file has no header line.
+
+    Quotes are syntax if the file can be read so without an error, each row then has as many fields as there are
+    columns, and one of two conditions holds. Either, with quotes as text, some rows have another number of fields, and
+    these are at least as many as the rows that quoting joins to others. Or there are no such rows, quoting joins none,
+    and a csv writer would have written each row as it stands in the file.
     """
     return _tsv_quoting(file, options, file.path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=256)
 def _tsv_quoting(file: TextFile, options: RowOptions, written: int) -> Quoting:
-    """Return (quoting, message) as `tsv_quoting` does, and cache it.
+    """Return (quoting, message) for a .tsv file, as `tsv_quoting` does, and cache it.
 
-    `written` is the file's time of change in nanoseconds: a file that has changed is read again.
+    `quoting` is a constant of the csv module, and `message` is for the user. `options.columns` are the names of the
+    columns if the file has no header line. `written` is the file's time of change in nanoseconds. It is part of the
+    cache's key, so a file that has changed is read again.
     """
     with open_utf8(file) as opened:
         if not any(b'"' in block for block in iter(lambda: opened.read(1 << 20), b"")):
@@ -146,10 +160,11 @@ class _Scan:
 
 
 def _scan(file: TextFile, quoting: int, options: RowOptions) -> _Scan:
-    """Read a .tsv file with a quoting of the csv module and return the statistics of that reading.
+    """Read a .tsv file with `quoting`, a constant of the csv module, and return the statistics of that reading.
 
-    These are the number of rows, the number of rows with another number of fields than the header, the error if reading
-    failed, and the quotings with which a csv writer would write each row as it stands in the file.
+    These are the number of rows, the number of rows with another number of fields than there are columns, the error if
+    reading failed, and the quotings with which a csv writer would write each row as it stands in the file.
+    `options.columns` are the names of the columns if the file has no header line.
     """
     scan = _Scan()
     try:
@@ -220,7 +235,10 @@ class _Lines:
         return line
 
     def begin_row(self) -> str:
-        """Return the text of the lines that were read since the last call, which make one row, and begin a new row."""
+        """Return the text of the lines that were read since the last call, which make one row, and begin a new row.
+
+        The text is "" if no line was read since then.
+        """
         text, self._row, self._length = "".join(self._row), [], 0
         return text
 
