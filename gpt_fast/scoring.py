@@ -361,8 +361,9 @@ def _real(tokens: Tensor, lengths: Tensor | None, key_mask: Tensor | None) -> Te
     if lengths is not None:
         if not isinstance(lengths, Tensor) or lengths.shape != (B,) or lengths.dtype not in _checks.INT_DTYPES:
             raise ValueError(f"gpt_fast.score: lengths is {_checks.described(lengths)}; expected int64 [{B}]")
-        if bool(((lengths < 0) | (lengths > T)).any()):
-            raise ValueError(f"gpt_fast.score: lengths holds {int(lengths.max())}; expected 0 to {T}")
+        wrong = (lengths < 0) | (lengths > T)
+        if bool(wrong.any()):
+            raise ValueError(f"gpt_fast.score: lengths holds {int(lengths[wrong][0])}; expected 0 to {T}")
         return torch.arange(T, device=tokens.device) < lengths[:, None]
     if key_mask is None:
         return torch.ones_like(tokens, dtype=torch.bool)

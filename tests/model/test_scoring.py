@@ -293,6 +293,7 @@ REFUSED = {
     "no batch": ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
     "both paddings": ({"lengths": torch.tensor([6, 6]), "key_mask": TOKENS == 0}, "both lengths and a mask"),
     "long lengths": ({"lengths": torch.tensor([6, 7])}, "lengths holds 7; expected 0 to 6"),
+    "negative lengths": ({"lengths": torch.tensor([6, -2])}, "lengths holds -2; expected 0 to 6"),
     "lengths of another batch": ({"lengths": torch.tensor([6])}, r"lengths is int64 \[1\]; expected int64 \[2\]"),
     "labels of another shape": ({"labels": TOKENS[:, :3]}, r"labels is int64 \[2, 3\]; expected int64 \[2, 6\]"),
     "label past the vocabulary": ({"labels": TOKENS + V}, f"labels holds {V}"),
