@@ -120,7 +120,8 @@ class Packed(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return (logits [B, T, V], mean cross-entropy over the labels other than -1), given tokens and labels [B, T].
 
-        Without labels it returns (logits [B, 1, V] of the last position, None).
+        `idx` are the tokens, and `targets` the labels of their positions. Without labels the result is (logits [B, 1,
+        V] of the last position, None).
         """
         parts = self.transformer
         x = parts["drop"](parts["wte"](idx) + parts["wpe"](torch.arange(idx.shape[1], device=idx.device)))
@@ -283,7 +284,10 @@ class Own(nn.Module):
         self.classes = nn.Linear(C, V)
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Return {"logits": [B, T, V]}, and "loss", the mean cross-entropy, if labels [B, T] are given."""
+        """Return {"logits": [B, T, V], "loss": mean cross-entropy}, given tokens and labels, both [B, T].
+
+        Without labels there is no "loss".
+        """
         x = self.words(tokens) + self.places[:, : tokens.shape[1]]
         for layer in self.layers:
             x = layer(x)
@@ -349,10 +353,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def loss_of(model: nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross-entropy of one of MODELS, given token ids and next tokens as labels, both [B, T].
+    """Return the mean cross-entropy of `model`, an instance of a class in MODELS, on tokens and labels, both [B, T].
 
-    The loss is computed as users of that model do: outside of `Separate`, inside of all others. The model may be
-    wrapped by `torch.compile` or DistributedDataParallel.
+    `idx` are the token ids and `targets` the next tokens. The loss is computed as users of that model do: outside of
+    `Separate`, inside of all others. The model may be wrapped by `torch.compile` or DistributedDataParallel.
     """
     inner = getattr(model, "_orig_mod", getattr(model, "module", model))
     if isinstance(inner, Separate):
