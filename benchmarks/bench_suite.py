@@ -52,7 +52,8 @@ def test_time(case: Case, peer: Peer, passes: str, benchmark, facts: dict[str, A
     """Time one pass of the implementation `peer` on a case by pytest-benchmark.
 
     Skip it if the implementation cannot run the case here, and fail if the tests of the topic fail. They run once,
-    before the topic's first timing. `passes` names the pass. `facts` and `red` are the fixtures.
+    before the topic's first timing. `passes` names the pass. `benchmark` is pytest-benchmark's fixture; `facts` and
+    `red` are those of this file.
     """
     topic = catalogue.topics()[case.topic]
     reason = peer.missing(case)

@@ -68,7 +68,11 @@ class Step:
         return all(share <= 1 for share in shares)  # NaN is not
 
     def row(self) -> list[str]:
-        """Return the step's cells for a table with the columns in HEADER."""
+        """Return the step's cells for a table with the columns in HEADER.
+
+        They are the step's number, the three losses, the errors of the loss, of the logits and of the worst gradient,
+        and the name of the parameter that has this gradient.
+        """
         worst = self.worst_gradient
         losses = [f"{loss:.6f}" for loss in (self.loss, self.plain_loss, self.true_loss)]
         shares = [f"{share:.2f}" for share in (self.loss_error, self.logits_error, self.gradient_errors[worst])]
@@ -163,7 +167,7 @@ def _token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _allowed_of_loss(plain: Tensor, true: Tensor, tokens: Tensor) -> float:
-    """Return by how much gpt_fast's mean loss may differ from the true one.
+    """Return by how much gpt_fast's mean loss may differ from the true one, at least 1e-300.
 
     It is the root mean square error of the plain model's token losses times RMS_FACTOR, plus FLOOR times the true mean
     loss. `plain` and `true` are the logits [B, T, V] of the plain model in the tested dtype and in float64. `tokens` is

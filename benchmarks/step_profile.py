@@ -39,8 +39,8 @@ def seconds_of(step: Callable[[], object], device: str) -> float:
 def kernels_of(step: Callable[[], object], device: str) -> list[dict[str, Any]]:
     """Profile STEPS calls of `step`. Return a dict {"kernel", "launches", "us"} for each kernel, longest first.
 
-    They are the kernel's name, its number of launches in one step, and its microseconds in one step. On the device
-    "cpu" an entry is an operator of PyTorch.
+    "kernel" is the kernel's name, "launches" is its mean number of launches in one step, and "us" its mean microseconds
+    in one step. On the device "cpu" an entry is an operator of PyTorch.
     """
     kind = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
     with profile(activities=[kind]) as profiler:

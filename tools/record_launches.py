@@ -37,9 +37,10 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 def describe(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return {"signature", "constants", "divisible", "options"}: how Triton would specialise a kernel for a launch.
 
-    "signature" maps each parameter to its type such as "*bf16" or "i32", or to "constexpr", and "constants" has the
-    values of those. "divisible" lists the pointers and integers that are multiples of 16. "options" are the compile
-    options of OPTIONS that the launch sets. `args` and `kwargs` are the arguments of the launch.
+    "signature" maps each parameter to its type such as "*bf16" or "i32", or to "constexpr" for a constant, which None
+    and 1 are too. "constants" has the values of the constants. "divisible" lists the pointers, which are all aligned to
+    16 bytes, and the integers that are multiples of 16, unless the kernel does not specialise them. "options" are the
+    compile options in OPTIONS that the launch sets. `args` and `kwargs` are the arguments of the launch.
     """
     names = [parameter.name for parameter in kernel.params]
     values = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}

@@ -18,7 +18,8 @@ def inputs(case: Case) -> tuple:
 def work(case: Case, passes: str) -> Work:
     """Return the least bytes and FLOPs of generating the case's new tokens, without reading its prompt.
 
-    Weights and cached keys and values are in the case's dtype. `passes` is always "step". See `counts.decoding`.
+    Each step reads all weights and all cached keys and values, which are in the case's dtype. `passes` is always
+    "step". See `counts.decoding`.
     """
     size, element = case.size, case.dtype.itemsize
     return decoding(case.config, size["B"], size["prompt"], size["new"], element, element)
@@ -41,8 +42,9 @@ def cases(device: str) -> Iterator[Case]:
 def targets(case: Case) -> Iterator[Target]:
     """Yield the speed targets of a case.
 
-    On a GPU at batch 1, gpt_fast must reach a share of the measured speed limit. On a CPU in float32, gpt_fast must be
-    faster than the inference engines in each precision, see `rivals`. Other cases have no target.
+    On a GPU at batch 1, gpt_fast must reach a share of the measured speed limit. On a CPU in float32, gpt_fast with
+    weights in each of three precisions must be as fast as, or faster than, the inference engines of the same or a
+    higher precision, see `rivals`. Other cases have no target.
     """
     if case.device == "cuda" and case.size["B"] == 1:
         yield Target(FLOOR, 0.8 if case.size["model"] == "gpt2-xl" else 0.5)

@@ -27,7 +27,8 @@ def tokens(case: Case) -> int:
 def work(case: Case, passes: str) -> Work:
     """Return the least bytes and FLOPs of one training step of GPT-2; `passes` is always "step".
 
-    All hand-written models count the same. See `counts.training`.
+    All hand-written models count the same: the bytes of AdamW's weights, gradients and moments, and the FLOPs of three
+    forward passes. See `counts.training`.
     """
     return training(case.config, case.size["B"], case.size["T"], output_rows=tokens(case))
 
@@ -47,7 +48,7 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
-    """Yield the one speed target of a case: gpt_fast is at least as fast as the model as it was written."""
+    """Yield the one speed target of a case: the model after `gpt_fast.accelerate` is at least as fast as before."""
     yield Target("as written", 1.0)
 
 

@@ -44,7 +44,7 @@ def measure(device: str, quick: bool, cpu_time: bool) -> dict[str, Any]:
 
 
 def train(data: LMData, updates: int) -> GPTForCausalLM:
-    """Train a GPT-2 of the size SIZES with `updates` batches of `data`. Return the model in eval mode."""
+    """Train a GPT-2 of the size SIZES with `updates` updates of BATCH windows of `data`. Return it in eval mode."""
     torch.manual_seed(0)
     config = GPTConfig.preset(
         "gpt2", dropout=0.0, num_tokens=vocabulary_size(data.tokenizer), **SIZES, **special_ids(data.tokenizer)

@@ -16,7 +16,10 @@ def inputs(case: Case) -> tuple:
 
 
 def work(case: Case, passes: str) -> Work:
-    """Return the least bytes and FLOPs of reading the prompt; `passes` is always "step". See `counts.prompt`."""
+    """Return the least bytes and FLOPs of reading the prompt; `passes` is always "step".
+
+    Every weight is read once. The output layer is applied to the last position of each row only. See `counts.prompt`.
+    """
     return prompt(case.config, case.size["B"], case.size["T"], case.dtype.itemsize)
 
 
@@ -33,8 +36,8 @@ def cases(device: str) -> Iterator[Case]:
 def targets(case: Case) -> Iterator[Target]:
     """Yield the speed targets of a case.
 
-    On a CPU in float32, gpt_fast must be faster than the inference engines in each precision, see `rivals`. Other cases
-    have no target.
+    On a CPU in float32, gpt_fast with weights in each of three precisions must be faster than the inference engines of
+    the same or a higher precision, see `rivals`. Other cases have no target.
     """
     if case.device == "cpu" and case.dtype == F32:
         yield from rivals({"float32": 1.05, "bfloat16": 1.05, "int8": 1.05})

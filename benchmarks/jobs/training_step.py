@@ -41,7 +41,11 @@ def tokens(case: Case) -> int:
 
 
 def work(case: Case, passes: str) -> Work:
-    """Return the least bytes and FLOPs of one training step; `passes` is always "step". See `counts.training`."""
+    """Return the least bytes and FLOPs of one training step; `passes` is always "step".
+
+    The bytes are those of AdamW's weights, gradients and moments, and the FLOPs those of three forward passes. See
+    `counts.training`.
+    """
     return training(case.config, case.size["B"], case.size["T"], output_rows=tokens(case))
 
 
@@ -79,8 +83,9 @@ def targets(case: Case) -> Iterator[Target]:
     """Yield the speed targets of a case.
 
     On a GPU, GPT-2 124M at T = 1024 must reach a number of tokens a second, and be faster than the compiled plain
-    model. On a CPU, some cases must reach a share of the measured speed limit, or be faster than transformers. There,
-    transformers' model after `gpt_fast.accelerate` has targets too. Other cases have none.
+    model. On a CPU, GPT-2 124M at batch 4 must reach a share of the measured speed limit and, in float32, be as fast as
+    transformers or faster. With fewer layers in bfloat16 it must only be faster than transformers. Some of the CPU
+    cases also have a target for transformers' model after `gpt_fast.accelerate`. Other cases have no target.
     """
     small = case.size["model"] == "gpt2" and "layers" not in case.size
     if case.device == "cuda":

@@ -47,8 +47,9 @@ class Floor:
 def floors(device: str) -> list[Floor]:
     """Return the workloads whose measured rates are the speed limits of a device: a copy, a read and matrix products.
 
-    `device` is "cpu" or "cuda". The products are in bfloat16 on a GPU. On a CPU they are in float32 and, if it has
-    instructions for bfloat16, also in bfloat16.
+    A `Floor` has a name, the bytes or FLOPs of one call, and a function that builds the call. `device` is "cpu" or
+    "cuda". The products are in bfloat16 on a GPU. On a CPU they are in float32 and, if it has instructions for
+    bfloat16, also in bfloat16.
     """
     size = (1 << 30) if device == "cuda" else (256 << 20)
     n = 8192 if device == "cuda" else 1536

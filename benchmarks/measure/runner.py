@@ -87,11 +87,11 @@ def runs_here(topic: Topic, case: Case, quick: bool) -> tuple[list[Peer], Failed
 def groups(topic: Topic, case: Case, peers: list[Peer]) -> list[tuple[list[Peer], Peer | None]]:
     """Return the order in which a case is timed: [(implementations to time in turn, one to time beside them, or None)].
 
-    The one beside them takes its turns and gets no record. `peers` are the implementations to measure. For an op, the
-    first group has all implementations that do not compile. Each that compiles, which may take a minute, is a later
-    group beside gpt_fast's own, so that an interrupted run has the first group. In training, each implementation is a
-    group, because all the models do not fit into memory together. Beside it is gpt_fast's own if two models fit, else
-    None.
+    The one beside them is timed in turn with them, but gets no record. `peers` are the implementations to measure. For
+    an op, the first group has all implementations that do not compile. Each that compiles, which may take a minute, is
+    a later group beside gpt_fast's own, so that an interrupted run has the first group. In training, each
+    implementation is a group, because all the models do not fit into memory together. Beside it is gpt_fast's own if
+    two models fit, else None.
     """
     ours = next((peer for peer in peers if peer.name == OURS), None)
     if topic.pair_bytes is None:
@@ -300,11 +300,11 @@ def run(topics: list[Topic | Study], settings: Settings) -> Outcome:
 
 
 def _open(topic: Topic | Study, path: Path, facts: dict[str, Any], settings: Settings) -> Run:
-    """Return the content of a topic's results file before measuring: without results, or with earlier ones to resume.
+    """Return the content of a topic's or study's results file before measuring.
 
-    Results are resumed if `settings.resume` is set and `path` exists. `facts` are the "device", "versions" and "commit"
-    of this run, see `environment.describe`. Raise `ValueError` if the existing file has other ones, or another value of
-    `quick`.
+    It has no results yet or, if `settings.resume` is set and `path` exists, the results in that file. `facts` are the
+    "device", "versions" and "commit" of this run, see `environment.describe`. Raise `ValueError` if the file to resume
+    has other ones, or another value of `quick`.
     """
     head = {
         "schema": results.SCHEMA, "version": results.VERSION, "topic": topic.name, "suite": topic.suite,

@@ -70,6 +70,7 @@ class PackedAttention(nn.Module):
         self.n_head, self.dropout = H, dropout
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return causal self-attention of x [B, T, C], after the output projection, [B, T, C]."""
         q, k, v = (one.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for one in self.c_attn(x).chunk(3, dim=-1))
         p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
@@ -147,6 +148,7 @@ class MaskedAttention(nn.Module):
         self.n_head = H
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return causal self-attention of x [B, T, C], after the output projection, [B, T, C]."""
         T = x.shape[1]
         q, k, v = (
             one.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for one in self.c_attn(x).split(x.shape[2], dim=2)
@@ -202,6 +204,7 @@ class SeparateAttention(nn.Module):
         self.register_buffer("mask", torch.ones(P, P).triu(1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return causal self-attention of x [B, T, C], after the output projection, [B, T, C]."""
         B, T, C = x.shape
         q, k, v = (
             one(x).view(B, T, self.num_heads, -1).transpose(1, 2) for one in (self.W_query, self.W_key, self.W_value)
@@ -267,6 +270,7 @@ class OwnBlock(nn.Module):
         self.inner, self.outer, self.heads = nn.Dropout(dropout), nn.Dropout(dropout), H
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output [B, T, C] of the block for x [B, T, C]."""
         q, k, v = (one.unflatten(-1, (self.heads, -1)).transpose(1, 2) for one in self.to_qkv(x).chunk(3, dim=-1))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
         x = self.n1(x + self.mix(y))
@@ -309,6 +313,7 @@ class SingleHead(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return causal self-attention of x [B, T, C] by one head, [B, T, C / H], before the output projection."""
         T, lower = x.shape[1], cast(Tensor, self.lower)
         k = self.key(x)
         scores = self.query(x) @ k.mT * k.shape[-1] ** -0.5
@@ -323,6 +328,7 @@ class SingleHeads(nn.Module):
         self.project, self.drop = nn.Linear(s.C, s.C), nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return causal self-attention of x [B, T, C], after the output projection, [B, T, C]."""
         return self.drop(self.project(torch.cat([head(x) for head in self.heads], dim=-1)))
 
 

@@ -61,7 +61,7 @@ class Job:
     def _state(self) -> Iterator[Tensor]:
         """Yield the model's parameters and buffers, shared memory once, then the tensors of the optimizer's state.
 
-        Only for a job with a model.
+        The job must have a model.
         """
         assert self.model is not None
         yield from {tensor.data_ptr(): tensor for tensor in self.model.state_dict().values()}.values()

@@ -22,6 +22,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(C, C)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return causal self-attention of x [B, T, C], after the output projection, [B, T, C]."""
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.num_heads, -1).transpose(1, 2) for part in self.in_proj(x).split(C, dim=2))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
@@ -107,7 +108,10 @@ class PlainGPT(nn.Module):
 
 
 def name_of_ours(name: str) -> str:
-    """Return the name that the parameter `name` of a `PlainGPT` has in a `GPTForCausalLM`."""
+    """Return the name that the parameter `name` of a `PlainGPT` has in a `GPTForCausalLM`.
+
+    For "blocks.0.attention.in_proj.weight" it is "trunk.decoders.0.multihead_attn.in_proj_weight".
+    """
     for mine, theirs in _RENAMED:
         name = name.replace(mine, theirs)
     return name if name.startswith("output_layer.") else f"trunk.{name}"

@@ -36,9 +36,12 @@ def pair_bytes(case: Case) -> int:
 def training_peers(ours: Build, plain: Build, hf: Callable[[str, Case], tuple[nn.Module, Loss]]) -> tuple[Peer, ...]:
     """Return the implementations of a training step: gpt_fast, plain PyTorch, transformers and the reference.
 
+    gpt_fast's model runs eagerly, compiled and as one CUDA graph, the plain model eagerly and compiled. transformers'
+    model runs with its "eager" and "sdpa" attention, with "sdpa" also compiled and after `gpt_fast.accelerate`. An
+    implementation counts as missing if training does not fit into memory.
+
     `ours` and `plain` take a case and return (model, function of the case's inputs that computes the loss). `hf`
-    returns the same and takes, before the case, transformers' attention implementation, "eager" or "sdpa". Several come
-    twice, as they are and compiled. Each counts as missing where training does not fit into memory.
+    returns the same and takes, before the case, the attention implementation.
     """
     hf_eager, _ = _trains("Hugging Face eager", partial(hf, "eager"), no_transformers)
     hf_sdpa, hf_compiled = _trains("Hugging Face sdpa", partial(hf, "sdpa"), no_transformers)
@@ -61,8 +64,9 @@ def training_peers(ours: Build, plain: Build, hf: Callable[[str, Case], tuple[nn
 def written_peers(build: Build) -> tuple[Peer, ...]:
     """Return three implementations of a hand-written model's training step.
 
-    They are the model accelerated by gpt_fast, the model as written, and the model as written with its loss compiled.
-    `build` takes a case and returns (model, function of the case's inputs that computes the loss).
+    They are the model after `gpt_fast.accelerate`, the model as written, and the model as written with its loss
+    compiled. An implementation counts as missing if training does not fit into memory. `build` takes a case and returns
+    (model, function of the case's inputs that computes the loss).
     """
     as_written, compiled = _trains("as written", build)
     accelerated, _ = _trains(OURS, _accelerated(build, strict=False))

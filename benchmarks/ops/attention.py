@@ -50,8 +50,10 @@ def work(case: Case, passes: str) -> Work:
 def cases(device: str) -> Iterator[Case]:
     """Yield the cases to benchmark on a device, "cpu" or "cuda".
 
-    A GPU gets a series over the sequence length T with a constant number of tokens, at head sizes 64 and 128, with and
-    without dropout. A CPU gets two short lengths with and without dropout, and a series over T in float32.
+    A GPU gets a series over the sequence length T with a constant number of tokens, and a second head size, with and
+    without dropout. A CPU gets two short lengths with and without dropout, also in bfloat16 if it lacks instructions
+    for it, and a series over T in float32. One of the short lengths, on a GPU two of the series, are also in a quick
+    run.
     """
     if device == "cuda":  # 16k tokens in each: GPT-1's and GPT-2's head size, then 128
         for T in LENGTHS:
@@ -117,6 +119,8 @@ def sdpa(backend: SDPBackend | None) -> Callable[[Case], Function]:
     """
 
     def build(case: Case) -> Function:
+        """Return the function (q, k, v) → out [B, H, T, D] with the case's dropout."""
+
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if backend is None:
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=case.dropout)

@@ -61,8 +61,9 @@ def work(case: Case, passes: str) -> Work:
 def cases(device: str) -> Iterator[Case]:
     """Yield the cases to benchmark on a device, "cpu" or "cuda".
 
-    They are GPT-2's widths, at width 768 also with dropout. A CPU gets more rows and dtypes too. Width 768 without
-    dropout is also in a quick run.
+    They are GPT-2's widths, at width 768 also with dropout. A CPU also gets them with the number of rows of a training
+    step, in float32 and, if it lacks bfloat16 instructions, in bfloat16. Width 768 without dropout is also in a quick
+    run.
     """
     M = 16384 if device == "cuda" else 512
     for C in WIDTHS:

@@ -43,7 +43,10 @@ def write(run: Run, path: Path) -> None:
 
 
 def read(path: Path) -> Run:
-    """Return the content of a topic's results file, whose fields this module lists at its head.
+    """Return the content of a topic's results file as a dict.
+
+    Its keys are "schema", "version", "topic", "suite", "quick", "device", "versions", "commit", "partial", "sessions",
+    "records" and "missing", and in some files "untested" and "busy". This module's docstring says what they hold.
 
     Raises:
         OSError: if there is no file.
@@ -57,7 +60,10 @@ def read(path: Path) -> Run:
 
 
 def read_study(path: Path, study: Study) -> dict[str, Any]:
-    """Return the content of a study's results file: the fields of every file, "date", "load" and the study's own.
+    """Return the content of a study's results file as a dict.
+
+    Its keys are "schema", "version", "topic", "suite", "quick", "device", "versions", "commit", "date" and "load", and
+    those that the study measures, among them `study.fields`.
 
     Raises:
         OSError: if there is no file.
@@ -159,8 +165,9 @@ def find(run: Run, case: str, peer: str) -> Record | None:
 def by_case(run: Run) -> dict[str, dict[str, Record]]:
     """Return {case's name: {implementation: record}} of a run, with gpt_fast's record first in each case.
 
-    `run` is the content of a topic's results file. A record has the times of one implementation on one case, and facts
-    of the case.
+    `run` is the content of a topic's results file. A record has the times and the unavoidable work of one
+    implementation on one case by pass ("times", "work"), its "peak_memory", and facts of the case, such as "sizes" and
+    "dtype".
     """
     groups: dict[str, dict[str, Record]] = {}
     for record in run["records"]:
@@ -189,8 +196,9 @@ def floor_seconds(record: Record, passes: str, floors: dict[str, dict[str, float
 def session(run: Run, record: Record) -> dict[str, Any]:
     """Return the session in which a record was measured: {"date", "load", "floors"}.
 
-    A session is one start of the program. "load" is the machine's load average or None, and "floors" are the measured
-    rates of copies, reads and matrix products. `run` is the content of the results file that has the record.
+    A session is one start of the program. "load" is the machine's load average or None. "floors" maps "copy", "read"
+    and "matmul <dtype>" to {"rate", "q1", "q3"}, measured in bytes or FLOPs a second. `run` is the content of the
+    results file that has the record.
     """
     return run["sessions"][record["session"]]
 

@@ -34,8 +34,9 @@ def title(run: Run) -> str:
 def columns(run: Run, records: Iterable[Record]) -> list[str]:
     """Return the header of the table of one case: a list of column names.
 
-    `run` is the content of a topic's results file. `records` are the records of the case in that file, at least one.
-    The passes are those of the first record.
+    They are "implementation", for each pass its name, "× ours" and "of the floor" (the share of the speed limit), for
+    jobs "tokens/s", in training "MFU", and "peak memory". `run` is the content of a topic's results file. `records` are
+    the records of the case in that file, at least one. The passes are those of the first record.
     """
     record = next(iter(records))
     header = ["implementation"]
@@ -51,8 +52,10 @@ def columns(run: Run, records: Iterable[Record]) -> list[str]:
 def rows(run: Run, records: dict[str, Record]) -> list[list[str]]:
     """Return a row of cells under the header of `columns` for each implementation of a case.
 
-    `run` is the content of a topic's results file. `records` maps implementation → its record in that file. All records
-    are of the one case.
+    The cells are the implementation's name, for each pass its time with the spread, the multiple of gpt_fast's time and
+    the share of the speed limit ("" for a pass that it lacks), for jobs tokens a second, in training the MFU, and the
+    peak memory. `run` is the content of a topic's results file. `records` maps implementation → its record in that
+    file. All records are of the one case.
     """
     ours = records.get(OURS)
     passes = list(next(iter(records.values()))["times"])
@@ -273,7 +276,7 @@ def _speed(record: Record, time: dict[str, Any]) -> str:
 
 
 def missing(run: Run) -> list[str]:
-    """Return a line of text for each implementation that was not measured and each reason.
+    """Return a line for each implementation that was not measured and each reason, such as "Liger: runs on GPUs only".
 
     `run` is the content of a topic's results file. The names of the cases follow in parentheses, unless the reason
     holds for all cases of the run.

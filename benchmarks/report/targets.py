@@ -64,10 +64,10 @@ def verdicts(runs: list[Run]) -> Iterator[Verdict]:
 
 
 def unjudged(runs: list[Run]) -> list[str]:
-    """Return a line of text for each implementation whose targets do not count on this CPU.
+    """Return a line of text for each implementation that has targets which do not count on the run's device.
 
-    Its instructions for the targets are missing, such as "bf16_products". Only implementations that were measured get a
-    line. `runs` are the contents of topics' results files.
+    These are targets for devices with certain instructions, such as "bf16_products", which the device lacks. Only
+    implementations that were measured get a line. `runs` are the contents of topics' results files.
     """
     found = {}
     for run in runs:
