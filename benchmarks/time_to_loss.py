@@ -30,7 +30,7 @@ MODEL = ("--layers", 4, "--heads", 4, "--dim", 128, "--seq-len", 128)
 
 
 def run(*arguments: object) -> None:
-    """Print the command `gpt-fast` with these arguments and run it, without its output.
+    """Print the command `gpt-fast` with these arguments and run it, without its standard output.
 
     Raise `SystemExit` with its exit code if it fails.
     """

@@ -223,8 +223,9 @@ def violations(key: str, target: str, figure: Figure, budget: dict[str, Any] | N
 def spill_limit(key: str) -> int | None:
     """Return how many bytes an attention kernel may spill on an architecture with speed targets, or None for no limit.
 
-    `key` is the launch's name. There is a limit in 16 bits at head sizes of 64 and 128. Other kernels have none, and
-    neither have candidates, which are not in use before a GPU has measured them.
+    `key` is the launch's name. In 16 bits the limit is 0 at head size 64, and at head size 128 it is 0 without dropout
+    and SPILLS with it. Other kernels have none, and neither have candidates, which are not in use before a GPU has
+    measured them.
     """
     if not key.startswith("attention ") or "float32" in key or " candidate " in key:
         return None
@@ -247,10 +248,10 @@ def is_small(key: str) -> bool:
 def attention_loops(figures: dict[str, dict[str, Figure]], target: str, step: str, label: str) -> list[Figure] | None:
     """Return the figures of attention's kernels of a pass, one forward and two backward, or None.
 
-    It is None if a kernel is missing on `target`, such as "sm_90", or does not have exactly two loops with "pipes", the
-    bounds of cycles. `step` is "forward" or "backward", and `label` the rest of the launches' names, such as "D=64
-    bfloat16". `figures` maps a launch's name, then its target such as "sm_90", to the figures of the compiled kernel,
-    see `compile_launch`.
+    It is None if a kernel is missing on `target`, such as "sm_90", or if it has not two loops that both have "pipes",
+    the bounds of cycles that `loop_bounds.bound` returns. `step` is "forward" or "backward", and `label` the rest of
+    the launches' names, such as "D=64 bfloat16". `figures` maps a launch's name, then its target such as "sm_90", to
+    the figures of the compiled kernel, see `compile_launch`.
     """
     found = []
     for kernel in PASSES[step]:
@@ -314,9 +315,11 @@ def slow_dropout(figures: dict[str, dict[str, Figure]]) -> list[str]:
 def broken_statements(figures: dict[str, dict[str, Figure]], triton: str = TRITON) -> list[str]:
     """Return a message for each kernel that spills too much or whose dropout costs too much.
 
-    The limits are in the module's docstring and do not depend on budgets. `triton` is the minor version that compiled
-    the kernels, such as "3.6": the predicted speed with dropout is judged for the version TRITON only. `figures` maps a
-    launch's name, then its target such as "sm_90", to the figures of the compiled kernel, see `compile_launch`.
+    On any architecture, a kernel for which `is_small` holds may spill SPILLS bytes. On those with speed targets the
+    limits of `spill_limit`, `slow_dropout` and `_broken_on` hold too. None of them depends on a budget. `triton` is the
+    minor version that compiled the kernels, such as "3.6": `slow_dropout` is asked for the version TRITON only.
+    `figures` maps a launch's name, then its target such as "sm_90", to the figures of the compiled kernel, see
+    `compile_launch`.
     """
     found = slow_dropout(figures) if triton == TRITON else []
     for key, by_target in figures.items():
@@ -331,10 +334,11 @@ def broken_statements(figures: dict[str, dict[str, Figure]], triton: str = TRITO
 def _broken_on(figures: dict[str, dict[str, Figure]], key: str, target: str) -> list[str]:
     """Return a message for each limit that a kernel breaks on an architecture with speed targets.
 
-    The limits do not depend on the kernel's budget. They are on spilled bytes, and on the accesses to shared memory and
-    the shuffles that dropout adds to attention's loops. `key` is the launch's name, and `target` is such as "sm_90".
-    `figures` maps a launch's name, then its target such as "sm_90", to the figures of the compiled kernel, see
-    `compile_launch`.
+    The limits do not depend on the kernel's budget. Spilled bytes must not exceed `spill_limit`. In a small attention
+    kernel, see `is_small`, dropout must not add an access to shared memory or a shuffle to any loop. A message also
+    says if the kernel without dropout is missing or has another number of loops. `key` is the launch's name, and
+    `target` is such as "sm_90". `figures` maps a launch's name, then its target such as "sm_90", to the figures of the
+    compiled kernel, see `compile_launch`.
     """
     found = []
     figure = figures[key][target]

@@ -23,13 +23,10 @@ def greedy(logits: Callable[[Tensor], Tensor], tokens: Tensor, new: int) -> Tens
 
 
 class CachedGPT(nn.Module):
-    """GPT that reads tokens and the cache of earlier ones: (tokens, cache) → (logits, cache).
+    """GPT that reads tokens and the cache of earlier tokens: (tokens, cache) → (logits, cache).
 
     tokens [B, T] and keys and values [B, H, P, D] of every layer give logits [B, V] after the last token, and keys and
     values [B, H, P + T, D].
-
-    With `masks` attention gets an explicit mask. Without it the graph asks for causal attention, for engines that align
-    it to the last key. PyTorch itself aligns it to the first and needs the mask.
     """
 
     def __init__(self, model: PlainGPT, masks: bool):
