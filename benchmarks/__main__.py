@@ -88,7 +88,8 @@ def _say(message: str) -> None:
 def _compare(old: Path, new: Path) -> None:
     """Print a table of the times that changed beyond the noise between two results, then a line with counts.
 
-    `old` and `new` are results files or folders of them. Raise `ValueError` if they have no measured time in common.
+    `old` and `new` are results files, devices' folders or folders of these. Raise `ValueError` if they have no measured
+    time in common.
     """
     from benchmarks.report import markdown, results
 
@@ -120,10 +121,11 @@ def _compare(old: Path, new: Path) -> None:
 def _run(
     topics: list[Any], device: str, quick: bool, out: Path, resume: bool, cpu_time: bool, untested: bool, busy: bool
 ) -> None:  # fmt: skip
-    """Measure the topics and studies, show the progress on stderr, and write the results and their pages under `out`.
+    """Measure topics and studies, show the progress on stderr, and write the results and their pages under `out`.
 
-    The flags are the options of `bench` of the same names. Raise `typer.Exit` with code 130 after an interrupt, and
-    with code 1 if the tests of a topic failed.
+    All parameters but `topics` are options of `bench` with the same names. Topics and studies with nothing to measure
+    on the device are skipped. Raise `typer.Exit` with code 130 after an interrupt, and with code 1 if the tests of a
+    topic failed.
     """
     from benchmarks.measure.runner import Settings, count, here, run
     from benchmarks.report import pages
@@ -172,12 +174,15 @@ def _show_case(run: dict[str, Any], records: list[dict[str, Any]]) -> None:
 
 
 def _show_study(study: Any, record: dict[str, Any]) -> None:
-    """Print the record of a study on stdout, as the Markdown that `study.lines` makes of it."""
+    """Print `record`, the content of a study's results file, on stdout as the Markdown of `study.lines`."""
     out_console.print(Markdown("\n".join(study.lines(record))))
 
 
 def main() -> None:
-    """Run the command line of the suite. A `ValueError` or `OSError` becomes one line on stderr and exit code 2."""
+    """Run the command line of the suite. A `ValueError` or `OSError` becomes one line on stderr and exit code 2.
+
+    So does a missing pytest or matplotlib.
+    """
     missing = [name for name in ("pytest", "matplotlib") if find_spec(name) is None]
     try:
         if missing:

@@ -21,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def parameters() -> list:
-    """Return pytest's parameter sets (case, implementation, pass), one for each combination to time here."""
+    """Return pytest's parameter sets (case, implementation, pass), one for each combination to time on DEVICE."""
     return [
         pytest.param(case, peer, passes, id=f"{topic.suite} {topic.name} {case.name} {passes} {peer.name}")
         for topic in catalogue.topics().values()
@@ -34,24 +34,26 @@ def parameters() -> list:
 
 @pytest.fixture(scope="session")
 def facts() -> dict[str, Any]:
-    """Return the device, versions and commit, which every benchmark stores beside its times."""
+    """Return {"device", "versions", "commit"}, see `environment.describe`, which is stored beside all times."""
     return environment.describe(DEVICE)
 
 
 @pytest.fixture(scope="session")
 def red() -> dict[str, str]:
-    """Return an empty dict, which lasts for the whole session of pytest.
+    """Return an empty dict that lasts for the whole session of pytest.
 
-    `test_time` fills it: topic → output of its failed tests, "" if they passed.
+    `test_time` fills it: topic's name → output of its failed tests, "" if they passed.
     """
     return {}
 
 
 @pytest.mark.parametrize(("case", "peer", "passes"), parameters())
 def test_time(case: Case, peer: Peer, passes: str, benchmark, facts: dict[str, Any], red: dict[str, str]) -> None:
-    """Time one pass of an implementation on a case by pytest-benchmark.
+    """Time one pass of the implementation `peer` on a case by pytest-benchmark.
 
-    Skip it if the implementation cannot run the case here, and fail if the tests of the topic fail.
+    Skip it if the implementation cannot run the case here, and fail if the tests of the topic fail. They run once,
+    before the topic's first timing. `passes` names the pass. `benchmark` is pytest-benchmark's fixture; `facts` and
+    `red` are those of this file.
     """
     topic = catalogue.topics()[case.topic]
     reason = peer.missing(case)

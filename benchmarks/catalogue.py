@@ -14,9 +14,9 @@ _FOLDER = Path(__file__).resolve().parent
 
 
 def _find(folder: str) -> list[Topic | Study]:
-    """Return `TOPIC` or `STUDY` of each Python file in benchmarks/`folder`, sorted by the file's name.
+    """Import each Python file in benchmarks/`folder`, and return its `TOPIC` or, if it has none, its `STUDY`.
 
-    Files whose names begin with an underscore are helpers and are left out.
+    The order is that of the files' names. Files whose names begin with an underscore are helpers and are left out.
     """
     names = sorted(path.stem for path in (_FOLDER / folder).glob("[!_]*.py"))
     modules = [importlib.import_module(f"benchmarks.{folder}.{name}") for name in names]
@@ -33,7 +33,10 @@ def ops() -> dict[str, Topic]:
 
 @functools.cache
 def topics() -> dict[str, Topic]:
-    """Return the topics by name: every op, then every whole-model job in the order of `SUITES`."""
+    """Return the topics by name: every op, then every whole-model job in the order of `SUITES`.
+
+    A topic compares implementations case by case. Studies are not included.
+    """
     jobs = [topic for topic in _find("jobs") if isinstance(topic, Topic)]
     return ops() | {topic.name: topic for topic in sorted(jobs, key=_place)}
 
@@ -49,12 +52,12 @@ def studies() -> dict[str, Study]:
 
 
 def _place(topic: Topic | Study) -> int:
-    """Return the index of the topic's suite in `SUITES`, to sort by."""
+    """Return the index of the topic's suite in `SUITES`, as a key for `sorted`."""
     return SUITES.index(topic.suite)
 
 
 def select(suite: str) -> list[Topic | Study]:
-    """Return the topics (ops and whole-model jobs) and studies that --suite names.
+    """Return the topics (ops and whole-model jobs) and studies that --suite names, `suite` being its value.
 
     `suite` is "ops", "train" or "decode", "all" for everything, or the name of one topic or study.
 
@@ -70,7 +73,7 @@ def select(suite: str) -> list[Topic | Study]:
 
 
 def cases(topic: Topic, device: str, quick: bool = False) -> list[Case]:
-    """Return the cases of a topic, which are its shapes and dtypes, on the device "cpu" or "cuda".
+    """Return the cases of a topic on `device`, "cpu" or "cuda": its combinations of sizes, dtype and dropout.
 
     With `quick` there are only the cases that are marked for a quick run.
     """

@@ -13,10 +13,10 @@ out_console = Console(highlight=False)
 def print_table(
     header: list[str], rows: list[list[str]], colors: list[str | None] | None = None, title: str | None = None
 ) -> None:  # fmt: skip
-    """Print a table on stdout, its first column aligned left, the others right.
+    """Print a table on stdout, its first column aligned left, all others right.
 
-    `colors` has a colour for each row, or None for a row without one. If stdout is no terminal, no row is cut off or
-    wrapped.
+    `header` has the columns' names, and `rows` the cells as text. `colors` has a colour for each row, such as "red", or
+    None for a row without one. `title` stands above the table. If stdout is no terminal, no row is cut off or wrapped.
     """
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for place, name in enumerate(header):
@@ -31,7 +31,10 @@ def print_table(
 
 
 def resolve_device(name: str) -> str:
-    """Return "cpu" or "cuda" for the option --device; raise `ValueError` for another name or a missing GPU."""
+    """Return "cpu" or "cuda" for the option --device, whose value is `name`: "auto", "cpu" or "cuda".
+
+    "auto" is "cuda" if PyTorch sees a GPU. Raise `ValueError` for any other name, and for "cuda" without a GPU.
+    """
     import torch
 
     if name not in ("auto", "cpu", "cuda"):

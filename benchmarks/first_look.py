@@ -43,33 +43,39 @@ class Look(NamedTuple):
 
 
 def normal(*shape: int) -> Tensor:
-    """Return standard normal values, float32 on the CPU."""
+    """Return standard normal random values of `shape`, float32 on the CPU."""
     return torch.randn(shape)
 
 
 def attention(D: int = D, **options: Any) -> Arguments:
-    """Return arguments of `ops.attention`: random q, k, v [B, H, T, D], and the given options."""
+    """Return arguments of `ops.attention` by name: random q, k, v [B, H, T, D], and the given options."""
     return {name: normal(B, H, T, D) for name in "qkv"} | options
 
 
 def packed_attention(D: int = D) -> Arguments:
-    """Return arguments of `ops.attention` with dropout, and two packed sequences of 50 and T - 50 tokens."""
+    """Return arguments of `ops.attention` by name, with dropout and two packed sequences.
+
+    q, k and v are [1, H, T, D]. The sequences have 50 and T - 50 tokens.
+    """
     starts = torch.tensor([0, 50, T], dtype=torch.int32)
     return {name: normal(1, H, T, D) for name in "qkv"} | {"cu_seqlens": starts} | SEED
 
 
 def norm(width: int) -> Arguments:
-    """Return random arguments of `ops.layer_norm` for 67 rows of this width."""
+    """Return random arguments of `ops.layer_norm` by name, for 67 rows of this width."""
     return {"x": normal(67, width), "weight": normal(width), "bias": normal(width)}
 
 
 def add_norm(width: int) -> Arguments:
-    """Return random arguments of `ops.add_layer_norm` with dropout, for 67 rows of this width."""
+    """Return random arguments of `ops.add_layer_norm` by name, with dropout, for 67 rows of this width."""
     return norm(width) | {"residual": normal(67, width)} | SEED
 
 
 def mlp(activation: str, **options: Any) -> Arguments:
-    """Return random arguments of `ops.mlp` for 130 rows of width 72, with the given options."""
+    """Return random arguments of `ops.mlp` by name, for 130 rows of width 72, with the given options.
+
+    `activation` is "relu", "gelu" or "gelu_tanh".
+    """
     tensors = {
         "x": normal(130, 72), "fc_weight": normal(288, 72) / 72**0.5, "fc_bias": normal(288),
         "proj_weight": normal(72, 288) / 288**0.5, "proj_bias": normal(72),
@@ -78,7 +84,7 @@ def mlp(activation: str, **options: Any) -> Arguments:
 
 
 def loss(V: int, **options: Any) -> Arguments:
-    """Return random arguments of `ops.linear_cross_entropy` for 150 rows and V classes, with the given options.
+    """Return random arguments of `ops.linear_cross_entropy` by name, for 150 rows, V classes and the given options.
 
     Every seventh target is -100, which the op ignores.
     """
@@ -88,7 +94,10 @@ def loss(V: int, **options: Any) -> Arguments:
 
 
 def embedding() -> Arguments:
-    """Return random arguments of `ops.embedding` with dropout, for 19 tokens a row, 53 token ids and width C."""
+    """Return random arguments of `ops.embedding` by name, with dropout.
+
+    There are B rows of 19 tokens, a vocabulary of 53 and width C.
+    """
     return {
         "tokens": torch.randint(0, 53, (B, 19)),
         "token_weight": normal(53, C),
@@ -97,13 +106,19 @@ def embedding() -> Arguments:
 
 
 def decode(D: int) -> Arguments:
-    """Return random arguments of `ops.decode_attention`: caches for 300 tokens, one row full, one with 7 tokens."""
+    """Return random arguments of `ops.decode_attention` by name, with head size D.
+
+    There are two caches with room for 300 tokens: one is full, one has 7 tokens.
+    """
     cache = {name: normal(B, H, 300, D) for name in ("k_cache", "v_cache")}
     return {"q": normal(B, H, D), "lengths": torch.tensor([300, 7])} | cache
 
 
 def looks() -> Iterator[Look]:
-    """Yield the calls to check: every op of `ops.NAMES` with its main options, in bfloat16 and mostly in float32."""
+    """Yield the calls to check, as `Look`: every op of `ops.NAMES` with its main options.
+
+    All are in bfloat16 and most also in float32.
+    """
     masks: dict[str, Arguments] = {
         "causal": {}, "bidirectional": {"causal": False}, "lengths": {"lengths": torch.tensor([T // 2, 7])},
         "key_mask": {"key_mask": torch.arange(T) % 5 > 0}, "window": {"window": 17},
@@ -139,9 +154,10 @@ FAULTS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeErro
 def share(look: Look, device: str) -> tuple[float, str]:
     """Run one call of an op, forward and backward. Return (largest share, name of the result that has it).
 
-    A result's share is its largest error divided by the error that its bound allows, so above 1 is a failure. The truth
-    is the op's definition in float64 on the CPU. NaN counts as the largest share. The name is "out", "out1", ... for an
-    output, or "gradient of <argument>".
+    A result is an output, named "out", "out1", ..., or the gradient of an argument, named "gradient of <argument>". Its
+    share is its largest error divided by the error that its bound allows, so above 1 is a failure. The error is
+    measured against the op's definition in float64 on the CPU. NaN counts as the largest share. Raise `AssertionError`
+    if an output fails a check that other results depend on. An op without a backward pass is only run forward.
     """
     torch.manual_seed(0)
     spec, function = OPS[look.op], getattr(ops, look.op)
@@ -177,16 +193,16 @@ def share(look: Look, device: str) -> tuple[float, str]:
 
 
 def _rank(share: float) -> float:
-    """Return the share as a key for `max`, in which NaN is above every number."""
+    """Return the share as a key for `max`, infinity for NaN, so that NaN is above every number."""
     return share if share == share else float("inf")
 
 
 def look_at(look: Look, device: str) -> dict[str, Any]:
     """Run one call and return its record: "op", "case", "dtype", "outcome", "seconds", and the reason for the outcome.
 
-    "outcome" is "pass" or "fail". The reason is "share" with "of", the largest error relative to its bound and the
-    result that has it; "of" alone, the message of a failed assertion; or "error", the type and first line of an error
-    that the call raised.
+    "outcome" is "pass" or "fail". The reason is one of three. If the results were compared, "share" is the largest
+    error relative to its bound, and "of" names the result that has it. If an assertion failed, "of" alone is its
+    message. If the call raised another error of FAULTS, "error" is its type and the first line of its message.
     """
     began = time.perf_counter()
     record: dict[str, Any] = {"op": look.op, "case": look.name, "dtype": str(look.dtype).removeprefix("torch.")}
@@ -201,12 +217,15 @@ def look_at(look: Look, device: str) -> dict[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of an error's message, at most 300 characters; its type's name without a message."""
+    """Return the first line of an error's message, cut to 300 characters, or its type's name if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def main() -> None:
-    """Run the calls that the command line chooses, and print a line for each. Exit with code 1 if one fails."""
+    """Run the calls that the options choose, and print a line for each. Exit with code 1 if one fails, else 0.
+
+    With --out, each record of `look_at` is also appended to the file as a line of JSON.
+    """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.first_look", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--part", default="1/1", help="2/8: every eighth call, from the second on")

@@ -36,8 +36,8 @@ VARIANTS = {
 def train(data: LMData, phases: list[tuple[float, int]], seed: int, tokens: int) -> tuple[float, float, int]:
     """Train one model. Return (held-out loss, seconds spent in updates, number of updates).
 
-    `phases` are (share of all tokens at which the phase ends, windows in an update). `tokens` is the number of tokens
-    to train on. `seed` sets the weights and the order of the windows.
+    `phases` are (share of all tokens at which the phase ends, windows of SEQ_LEN tokens in an update). `tokens` is the
+    number of tokens to train on. `seed` sets the weights and the order of the windows.
     """
     torch.manual_seed(seed)
     config = GPTConfig.preset(

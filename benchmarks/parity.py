@@ -63,12 +63,16 @@ class Step:
 
     @property
     def passes(self) -> bool:
-        """Return True if no error exceeds what is allowed. NaN does not pass."""
+        """Return True if no error exceeds what is allowed, which is a share of 1. NaN does not pass."""
         shares = (self.loss_error, self.logits_error, *self.gradient_errors.values())
         return all(share <= 1 for share in shares)  # NaN is not
 
     def row(self) -> list[str]:
-        """Return the step's cells for a table with the columns in HEADER."""
+        """Return the step's cells for a table with the columns in HEADER.
+
+        They are the step's number, the three losses, the errors of the loss, of the logits and of the worst gradient,
+        and the name of the parameter that has this gradient.
+        """
         worst = self.worst_gradient
         losses = [f"{loss:.6f}" for loss in (self.loss, self.plain_loss, self.true_loss)]
         shares = [f"{share:.2f}" for share in (self.loss_error, self.logits_error, self.gradient_errors[worst])]
@@ -76,7 +80,7 @@ class Step:
 
 
 def _rank(share: float) -> float:
-    """Return the share as a key for `max`, in which NaN is above every number."""
+    """Return the share as a key for `max`, infinity for NaN, so that NaN is above every number."""
     return share if share == share else float("inf")
 
 
@@ -91,10 +95,12 @@ def train(
     seed: int = 0,
     change: Callable[[GPTForCausalLM], object] | None = None,
 ) -> Iterator[Step]:
-    """Train a GPT-2 on one batch [B, T] of random tokens. Yield for each step its comparison with plain PyTorch.
+    """Train a GPT-2 on one batch [B, T] of random tokens. Yield a comparison with plain PyTorch for each step.
 
-    Two plain models get gpt_fast's weights before each step. One computes in `dtype`, one in float64 as the truth.
-    `change` is called on gpt_fast's model before the first step; tests use it to plant a fault.
+    A `Step` has the losses, and gpt_fast's errors as shares of what is allowed. Two plain models get gpt_fast's weights
+    before each step. One computes in `dtype`, float32 or bfloat16, and one in float64 as the truth. `seed` sets the
+    weights and the tokens. `change` is called with gpt_fast's model before the first step; tests use it to plant a
+    fault.
     """
     torch.manual_seed(seed)
     ours = GPTForCausalLM(config).to(device)
@@ -130,9 +136,10 @@ def _context(dtype: torch.dtype, device: str) -> Any:
 
 
 def _backward(model: nn.Module, loss: Callable[[], Tensor], tokens: Tensor, dtype: torch.dtype) -> float:
-    """Compute `loss()`, under autocast for bfloat16. Put its gradients into the model's parameters; return its value.
+    """Compute `loss()` and its gradients, which are put into the parameters of `model`. Return the loss.
 
-    `tokens` only tells the device.
+    The forward pass is under autocast if `dtype` is bfloat16. Earlier gradients are dropped. `tokens` only tells the
+    device.
     """
     model.zero_grad(set_to_none=True)
     with _context(dtype, tokens.device.type):
@@ -143,13 +150,16 @@ def _backward(model: nn.Module, loss: Callable[[], Tensor], tokens: Tensor, dtyp
 
 @torch.no_grad()
 def _logits(call: Callable[[], Tensor], tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the logits that `call` computes, under autocast for bfloat16, no gradients. `tokens` tells the device."""
+    """Return the logits that `call` computes, without gradients, under autocast if `dtype` is bfloat16.
+
+    `tokens` only tells the device.
+    """
     with _context(dtype, tokens.device.type):
         return call()
 
 
 def _token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return the loss of predicting each token but the first, float64.
+    """Return the cross-entropy of predicting each token of a row but the first, in float64.
 
     Shapes: logits [B, T, V], tokens [B, T], result [B (T - 1)].
     """
@@ -157,9 +167,11 @@ def _token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _allowed_of_loss(plain: Tensor, true: Tensor, tokens: Tensor) -> float:
-    """Return by how much the mean loss may differ from the true one, given the plain model's and the true logits.
+    """Return by how much gpt_fast's mean loss may differ from the true one, at least 1e-300.
 
-    It is the root mean square error of the plain model's token losses times RMS_FACTOR, plus the float32 floor.
+    It is the root mean square error of the plain model's token losses times RMS_FACTOR, plus FLOOR times the true mean
+    loss. `plain` and `true` are the logits [B, T, V] of the plain model in the tested dtype and in float64. `tokens` is
+    [B, T].
     """
     exact = _token_losses(true, tokens)
     rms = (_token_losses(plain, tokens) - exact).square().mean().sqrt()
@@ -233,10 +245,10 @@ def parity(
 
 
 def _config(model: str, seq: int, **overrides: int | None) -> GPTConfig:
-    """Return the configuration of the preset `model` without dropout, and with `overrides`.
+    """Return the configuration of the preset `model` without dropout, with the fields in `overrides` changed.
 
-    These are fields to change, where None means no change. Raise `ValueError` if the model's blocks are post-norm, or
-    if `seq` tokens are more than its positions.
+    An override of None changes nothing. Raise `ValueError` if the model's blocks are post-norm, or if `seq`, the number
+    of tokens in a sequence, exceeds its positions.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
     config = GPTConfig.preset(model, dropout=0.0, **given)

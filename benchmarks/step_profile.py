@@ -28,7 +28,7 @@ STEPS = 3
 
 
 def seconds_of(step: Callable[[], object], device: str) -> float:
-    """Return the mean seconds of a call of `step`, over STEPS calls in a row."""
+    """Return the mean seconds of a call of `step`, over STEPS calls in a row on "cpu" or "cuda"."""
     now = clock(device)
     first = now()
     for _ in range(STEPS):
@@ -37,9 +37,10 @@ def seconds_of(step: Callable[[], object], device: str) -> float:
 
 
 def kernels_of(step: Callable[[], object], device: str) -> list[dict[str, Any]]:
-    """Profile `step`. Return {"kernel", "launches", "us"} of each kernel: name, launches and microseconds in one step.
+    """Profile STEPS calls of `step`. Return a dict {"kernel", "launches", "us"} for each kernel, longest first.
 
-    The longest is first. On a CPU the entries are PyTorch's operators.
+    "kernel" is the kernel's name, "launches" is its mean number of launches in one step, and "us" its mean microseconds
+    in one step. On the device "cpu" an entry is an operator of PyTorch.
     """
     kind = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
     with profile(activities=[kind]) as profiler:
@@ -56,10 +57,10 @@ def kernels_of(step: Callable[[], object], device: str) -> list[dict[str, Any]]:
 
 
 def report(seconds: dict[str, float], rows: list[dict[str, Any]], shown: int = 40) -> None:
-    """Print the times of a step, and a table of its kernels.
+    """Print a table of the kernels of a step, then a line with the times of the implementations.
 
-    `seconds` has the time of a step by implementation. `rows` are the result of `kernels_of`, of which the first
-    `shown` are printed.
+    `seconds` maps the name of an implementation to the seconds of its step. `rows` are dicts with "kernel", "launches"
+    and "us", see `kernels_of`. The first `shown` are printed.
     """
     busy = sum(row["us"] for row in rows)
     table = [
@@ -72,7 +73,10 @@ def report(seconds: dict[str, float], rows: list[dict[str, Any]], shown: int = 4
 
 
 def main() -> None:
-    """Profile a training step on the device of the command line, write the JSON file, and print the tables."""
+    """Profile a training step on the device of the command line, write the JSON file, and print the tables.
+
+    Without --out no file is written. Exit with a message and code 1 if the profile has no kernel.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step_profile", description=(__doc__ or "").split("\n")[0]
     )

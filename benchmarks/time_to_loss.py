@@ -30,7 +30,10 @@ MODEL = ("--layers", 4, "--heads", 4, "--dim", 128, "--seq-len", 128)
 
 
 def run(*arguments: object) -> None:
-    """Print and run `gpt-fast` with these arguments. Exit with its exit code if it fails."""
+    """Print the command `gpt-fast` with these arguments and run it, without its standard output.
+
+    Raise `SystemExit` with its exit code if it fails.
+    """
     command = [sys.executable, "-m", "gpt_fast", *map(str, arguments)]
     print("gpt-fast", *command[3:], flush=True)
     code = subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode
@@ -39,9 +42,9 @@ def run(*arguments: object) -> None:
 
 
 def tokens(out: Path) -> Path:
-    """Return the folder of token files under `out`. If it is missing, write the text and tokenize it as bytes first.
+    """Return the folder of token files, `out`/tokens. If it is missing, make it first.
 
-    The text is the source of Python's standard library.
+    The text is the source of Python's standard library. It is written to `out`/text, and its bytes are the tokens.
     """
     if not (out / "tokens").is_dir():
         for document in read_stdlib():
@@ -55,8 +58,9 @@ def tokens(out: Path) -> Path:
 def train(out: Path, optimizer: str, rates: Sequence[float], seed: int, steps: int, batch_size: int) -> Path:
     """Train a model with `gpt-fast pretrain`, or resume it if its run folder is already there. Return the run folder.
 
-    The folder is in `out` and named after the arguments. `optimizer` is "adamw" or "muon". `rates` has the learning
-    rate of AdamW and, for Muon, that of the matrices second.
+    The folder is in `out` and named after the arguments. `optimizer` is "adamw" or "muon". `rates` holds AdamW's
+    learning rate and, for Muon, then the learning rate of the matrices. `steps` is the number of updates, and
+    `batch_size` the number of windows in an update.
     """
     name = "-".join([optimizer, *(f"{rate:g}" for rate in rates), f"seed-{seed}"])
     folder = out / f"{steps}-updates-of-{batch_size}" / name
@@ -71,23 +75,23 @@ def train(out: Path, optimizer: str, rates: Sequence[float], seed: int, steps: i
 
 
 def final_loss(folder: Path) -> float:
-    """Return the last held-out loss of a run."""
+    """Return the last held-out loss of the run in `folder`, see `read_curve`."""
     return read_curve(folder, "valid_loss")[-1]["valid_loss"]
 
 
 def sweep(out: Path, optimizer: str, given: Sequence[float], options: dict[str, int]) -> dict[float, float]:
     """Train once with each learning rate in RATES[optimizer]. Return {learning rate: final held-out loss}.
 
-    The learning rates in `given` come first in `train`'s `rates`: AdamW's best one for a sweep of Muon's, none for a
-    sweep of AdamW's. `options` are the other arguments of `train`: seed, steps and batch size.
+    `given` precedes the learning rate in the `rates` of `train`. It is [] for "adamw", and [AdamW's best learning rate]
+    for "muon". `options` are the arguments "seed", "steps" and "batch_size" of `train`.
     """
     return {rate: final_loss(train(out, optimizer, [*given, rate], **options)) for rate in RATES[optimizer]}
 
 
 def figures(runs: dict[str, list[Path]]) -> dict[str, Any]:
-    """Compare runs: `runs` has the run folders by optimizer, one for each seed. Return the results as a dict.
+    """Return a dict that compares the runs of both optimizers. `runs` maps optimizer → run folders, one for each seed.
 
-    "loss" is the loss to reach, the highest final one of AdamW's seeds. Under each optimizer's name are lists with one
+    "loss" is the loss to reach, the highest final one of AdamW's seeds. "adamw" and "muon" have dicts of lists with one
     entry a seed: "final", the final loss, "step" and "seconds" at which the loss was reached (None if it was not), and
     "seconds_per_step".
     """
@@ -104,7 +108,10 @@ def figures(runs: dict[str, list[Path]]) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Return a Markdown table of the result of `figures`, one line for each optimizer."""
+    """Return a Markdown table with a line for each optimizer: final loss, steps and seconds to the loss, ms a step.
+
+    `found` is the dict that `figures` returns. A cell has the mean and the range over the seeds, see `spread`.
+    """
     lines = [
         f"| optimizer | final loss | steps to {found['loss']:.3f} | seconds to it | ms a step |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -118,9 +125,10 @@ def table(found: dict[str, Any]) -> str:
 
 
 def spread(values: Sequence[float | None], form: str) -> str:
-    """Return "mean (smallest to largest)" of the values, formatted by `form`, such as ".3f".
+    """Return "mean (smallest to largest)" of the values, each formatted by `form`, such as ".3f".
 
-    If a value is None, its run never reached the loss. The text then says how many of the runs did not.
+    A value of None stands for a run that never reached the loss. If there is one, the text is instead "not reached by 1
+    of 3", with the number of such runs.
     """
     there = [value for value in values if value is not None]
     if len(there) < len(values):
@@ -129,10 +137,11 @@ def spread(values: Sequence[float | None], form: str) -> str:
 
 
 def best(name: str, losses: dict[float, float]) -> float:
-    """Print the losses of a sweep by learning rate, and return the rate with the lowest loss.
+    """Print the losses of a sweep by learning rate, and return the learning rate with the lowest loss.
 
-    Also print a warning if that rate is the smallest or the largest, as a better one may lie outside. `name` is the
-    optimizer's. Raise `ValueError` if no loss is finite.
+    `losses` maps learning rate → loss. `name` is the optimizer's name, which is printed. If the best rate is the
+    smallest or the largest, a warning is printed too, because a better one may lie outside. Raise `ValueError` if no
+    loss is finite.
     """
     finite = [rate for rate, loss in losses.items() if math.isfinite(loss)]
     if not finite:

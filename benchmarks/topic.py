@@ -75,10 +75,10 @@ class Case:
 
     @property
     def config(self) -> GPTConfig:
-        """Return the model's configuration for a whole-model job.
+        """Return the model's configuration; only the cases of whole-model jobs have one.
 
-        It is the preset that the size "model" names, with the case's dropout, and with as many layers as the size
-        "layers" says if the case has it.
+        It is the preset that the size "model" names, with the case's dropout. The size "layers", if the case has it,
+        replaces the preset's number of layers.
         """
         layers = {"num_layers": self.size["layers"]} if "layers" in self.size else {}
         return GPTConfig.preset(self.size["model"], dropout=self.dropout, **layers)
@@ -134,7 +134,10 @@ class Topic:
     pair_bytes: Callable[[Case], int] | None = None  # memory of two implementations, if all do not fit at once
 
     def small_cases(self, device: str, dtype: torch.dtype = F32) -> Iterator[Case]:
-        """Yield a case for each of the topic's small shapes and dropout probabilities, for tests and sanitizers."""
+        """Yield a case for each of the topic's small shapes and dropout probabilities, for tests and sanitizers.
+
+        `device` is "cpu" or "cuda". All cases have the dtype `dtype`.
+        """
         for sizes in self.small:
             for dropout in self.dropouts:
                 yield Case(self.name, device, tuple(sizes.items()), dtype, dropout)
@@ -157,20 +160,23 @@ class Study:
 
 
 def product_dtypes(device: str) -> tuple[torch.dtype, ...]:
-    """Return the dtypes in which matrix products are benchmarked on the device.
+    """Return the dtypes in which matrix products are benchmarked on a device, "cpu" or "cuda".
 
-    On a GPU that is bfloat16. On a CPU it is float32, and bfloat16 if the CPU has instructions for it.
+    On a GPU that is bfloat16. On a CPU it is float32, followed by bfloat16 if the CPU has instructions for it.
     """
     return (BF16,) if device == "cuda" else (F32, BF16)[: 1 + bf16_products(device)]
 
 
 def main_dtype(device: str) -> tuple[torch.dtype, ...]:
-    """Return a tuple with the one dtype for training on the device: bfloat16 on a GPU, float32 on a CPU."""
+    """Return a tuple of one dtype, that of training on the device: bfloat16 on "cuda", float32 on "cpu"."""
     return product_dtypes(device)[:1]
 
 
 def is_slow(device: str, dtype: torch.dtype) -> bool:
-    """Return True for bfloat16 on a CPU without instructions for it, where PyTorch's products take minutes."""
+    """Return True if `dtype` is bfloat16 and `device` is a CPU without instructions for bfloat16 products.
+
+    PyTorch's products of whole models take minutes there.
+    """
     return dtype == BF16 and not bf16_products(device)
 
 
@@ -182,10 +188,11 @@ def every(
     dropouts: tuple[float, ...] = (0.0,),
     **options: Any,
 ) -> Iterator[Case]:
-    """Yield a case for every combination of sizes, dtypes and dropout probabilities.
+    """Yield a case of `topic` for every combination of sizes, dtypes and dropout probabilities.
 
-    An entry of `sizes` maps names to values, such as {"M": 1024, "N": 768}. `dtypes` are `product_dtypes` by default.
-    `options` are the other fields of `Case`, such as `quick` and `peers`.
+    `topic` is the topic's name, and `device` is "cpu" or "cuda". An entry of `sizes` maps names to values, such as
+    {"M": 1024, "N": 768}. `dtypes` are `product_dtypes` by default. `options` are other fields of `Case`, such as
+    `quick` and `peers`.
     """
     for size in sizes:
         for dtype in product_dtypes(device) if dtypes is None else dtypes:
@@ -194,5 +201,8 @@ def every(
 
 
 def ids(case: Case, bound: int, *shape: int) -> torch.Tensor:
-    """Return random int64 token ids, labels or targets in [0, bound), of `shape`, on the case's device."""
+    """Return random int64 integers from 0 to `bound` - 1, of `shape`, on the case's device.
+
+    They serve as token ids, labels or targets.
+    """
     return torch.randint(bound, shape, device=case.device)

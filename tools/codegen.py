@@ -51,7 +51,7 @@ Figure = dict[str, Any]  # of one kernel on one target
 
 
 def stand_in_torch() -> None:
-    """Replace the module torch by a stub. The kernel files import it, but compiling them does not need it."""
+    """Replace the module torch by a stub, because the kernel files import it but compiling them does not need it."""
     torch = types.ModuleType("torch")
     torch.Tensor = torch.dtype = torch.device = object  # type: ignore[attr-defined]
     sys.modules["torch"] = torch
@@ -60,8 +60,9 @@ def stand_in_torch() -> None:
 def loops(instructions: list[loop_bounds.Instruction], warps: int, bounded: bool) -> list[dict[str, Any]]:
     """Return a dict for each innermost loop around matrix products in a kernel's instructions.
 
-    It has the number of all "instructions" and of those of each kind in KINDS. With `bounded`, loops that use wgmma
-    also have "pipes", the result of `loop_bounds.bound`, for which `warps` is the kernel's number of warps.
+    The keys are "instructions", the number of all instructions, and the keys of KINDS, the numbers of each kind. With
+    `bounded`, a loop that uses wgmma also has "pipes": {pipe: cycles of an iteration}, see `loop_bounds.bound`. `warps`
+    is the kernel's number of warps.
     """
     found = []
     for body in loop_bounds.product_loops(instructions):
@@ -75,10 +76,12 @@ def loops(instructions: list[loop_bounds.Instruction], warps: int, bounded: bool
 
 
 def measure(cubin: bytes, folder: Path, warps: int, bounded: bool) -> Figure:
-    """Return the figures of a compiled kernel: registers, spilled bytes, "loops" and numbers of instructions by kind.
+    """Return the figures of a compiled kernel, which are read off its machine code.
 
-    `cubin` is the kernel's binary, `folder` holds cuobjdump, and `warps` is the kernel's number of warps. `bounded`
-    adds bounds of cycles to the loops, see `loops`.
+    "registers" are those of a thread, and "spilled" is the bytes of its stack. "instructions", "mma", "wgmma", "ldg",
+    "stg", "lds", "sts" and "shfl" are numbers of instructions. "loops" has a dict for each loop around matrix products,
+    see `loops`. `cubin` is the kernel's binary, `folder` holds cuobjdump, and `warps` is the kernel's number of warps.
+    `bounded` adds bounds of cycles to the loops.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -102,11 +105,11 @@ def measure(cubin: bytes, folder: Path, warps: int, bounded: bool) -> Figure:
 
 
 def compile_launch(launch: dict[str, Any]) -> Figure:
-    """Compile one launch that tools.record_launches recorded, for its target. Return figures of the compiled kernel.
+    """Compile one launch that tools.record_launches recorded, for its target. Return figures of the kernel.
 
-    The figures are "registers", "spilled" bytes, "shared" bytes, "loops" and the numbers of instructions by kind, see
-    `measure`. "tile" is [BLOCK_M, BLOCK_N], for attention alone. "needs_wgmma" is 1 if the target has wgmma and the
-    kernel has a 16-bit product of 64 rows or more, else 0.
+    The figures are those of `measure`: "registers", "spilled" bytes, "loops" and numbers of instructions by kind.
+    "shared" is the bytes of shared memory. "tile" is [BLOCK_M, BLOCK_N], for attention alone. "needs_wgmma" is 1 if the
+    target has wgmma and the kernel has a 16-bit product of 64 rows or more, else 0.
     """
     stand_in_torch()
     import triton
@@ -131,11 +134,11 @@ def compile_launch(launch: dict[str, Any]) -> Figure:
 
 
 def without_dropout(figures: dict[str, dict[str, Figure]], key: str, target: str) -> Figure | None:
-    """Return the figures of the same attention kernel without dropout on the same target, such as "sm_90".
+    """Return the figures of the same attention kernel without dropout on the same target, or None.
 
-    `key` is a launch's name, such as "attention fwd D=64 bfloat16 dropout". The result is None if it is no attention
-    kernel with dropout, or if the kernel is not compiled without dropout. `figures` maps a launch's name, then its
-    target such as "sm_90", to the figures of the kernel.
+    `key` is a launch's name, such as "attention fwd D=64 bfloat16 dropout", and `target` is such as "sm_90". The result
+    is None if `key` is no attention kernel with dropout, or if the kernel was not compiled without dropout. `figures`
+    maps a launch's name, then its target such as "sm_90", to the figures of the compiled kernel, see `compile_launch`.
     """
     if not key.startswith("attention ") or not key.endswith(" dropout"):
         return None
@@ -143,20 +146,21 @@ def without_dropout(figures: dict[str, dict[str, Figure]], key: str, target: str
 
 
 def dropout_instructions(figure: Figure, without: Figure) -> list[int]:
-    """Return how many instructions dropout adds to each loop of an attention kernel.
+    """Return how many instructions dropout adds to each loop of an attention kernel, one number a loop.
 
-    `figure` and `without` are the figures of the kernel with dropout and without, with equally many loops.
+    `figure` and `without` are the figures of the kernel with dropout and without, see `compile_launch`. Raise
+    `ValueError` if they have different numbers of loops.
     """
     pairs = zip(figure["loops"], without["loops"], strict=True)
     return [mine["instructions"] - other["instructions"] for mine, other in pairs]
 
 
 def add_dropout(figures: dict[str, dict[str, Figure]]) -> None:
-    """Add "dropout", the instructions that dropout costs each loop, to the figures of attention kernels with dropout.
+    """Add "dropout" to the figures of attention kernels with dropout: the instructions that it adds to each loop.
 
-    The figures are changed in place. `figures` maps a launch's name, then its target such as "sm_90", to the figures of
-    the kernel. Those of a kernel that is not compiled without dropout, or has another number of loops then, stay as
-    they are.
+    The figures are changed in place. A kernel that was not compiled without dropout, or that then has another number of
+    loops, gets no "dropout". `figures` maps a launch's name, then its target such as "sm_90", to the figures of the
+    compiled kernel, see `compile_launch`.
     """
     for key, by_target in figures.items():
         for target, figure in by_target.items():
@@ -166,15 +170,18 @@ def add_dropout(figures: dict[str, dict[str, Figure]]) -> None:
 
 
 def budget_of(figure: Figure) -> dict[str, Any]:
-    """Return the entries of a kernel's figures that are kept as its budget: those in GROWTH, and "dropout"."""
+    """Return the budget that a kernel's figures make: "registers", "spilled", "shared", "instructions", "dropout".
+
+    "dropout" is missing if the figures have none, see `add_dropout`.
+    """
     return {name: figure[name] for name in (*GROWTH, "dropout") if name in figure}
 
 
 def dropout_violations(where: str, figure: Figure, budget: dict[str, Any]) -> list[str]:
-    """Return a message for each loop in which dropout costs more instructions than the budget allows.
+    """Return a message for each loop in which dropout adds more instructions than the budget allows.
 
-    If the figures and the budget have different numbers of loops, there is one message that says so. `where` is the
-    kernel's name in messages.
+    The budget allows its own number times GROWTH["instructions"]. If `figure` and `budget` have different numbers of
+    loops in "dropout", there is one message that says so. `where` is the kernel's name in messages.
     """
     cost, allowed = figure.get("dropout", []), budget.get("dropout", [])
     if len(cost) != len(allowed):
@@ -189,8 +196,10 @@ def dropout_violations(where: str, figure: Figure, budget: dict[str, Any]) -> li
 def violations(key: str, target: str, figure: Figure, budget: dict[str, Any] | None) -> list[str]:
     """Return a message for each way in which a kernel breaks its budget or a limit of the chip.
 
-    `key` is the launch's name, and `target` such as "sm_90". `budget` was recorded by --update, see `budget_of`. None
-    means that the kernel has no budget, which is a violation too.
+    `key` is the launch's name, and `target` is such as "sm_90". `figure` has the kernel's figures, see
+    `compile_launch`. `budget` is the result of `budget_of` when --update recorded it. None means that the kernel has no
+    budget, which is a violation too. Limits of the chip are its shared memory, and that large 16-bit products use
+    wgmma.
     """
     where = f"{key} {target}"
     found = []
@@ -214,8 +223,9 @@ def violations(key: str, target: str, figure: Figure, budget: dict[str, Any] | N
 def spill_limit(key: str) -> int | None:
     """Return how many bytes an attention kernel may spill on an architecture with speed targets, or None for no limit.
 
-    `key` is the launch's name. The limit holds in 16 bits at head sizes of 64 and 128. Candidates have none, because
-    they serve nobody before they have been measured.
+    `key` is the launch's name. In 16 bits the limit is 0 at head size 64, and at head size 128 it is 0 without dropout
+    and SPILLS with it. Other kernels have none, and neither have candidates, which are not in use before a GPU has
+    measured them.
     """
     if not key.startswith("attention ") or "float32" in key or " candidate " in key:
         return None
@@ -227,19 +237,21 @@ def spill_limit(key: str) -> int | None:
 
 
 def is_small(key: str) -> bool:
-    """Return True unless a kernel is for heads over 128 or rows over 8,192, which do not fit in registers.
+    """Return False for a kernel for heads over 128 or rows over 8,192, which do not fit in registers, else True.
 
-    `key` is the launch's name, with the size in it, such as "D=64".
+    `key` is the launch's name, with the size in it, such as "D=64". A name without a size counts as small.
     """
     size = re.search(r" (D|N)=(\d+)", key)
     return size is None or int(size[2]) <= SMALL[size[1]]
 
 
 def attention_loops(figures: dict[str, dict[str, Figure]], target: str, step: str, label: str) -> list[Figure] | None:
-    """Return the figures of attention's kernels of a pass, or None unless each has two loops with bounds of cycles.
+    """Return the figures of attention's kernels of a pass, one forward and two backward, or None.
 
-    `step` is "forward" or "backward", and `label` the rest of the launches' names, such as "D=64 bfloat16". `figures`
-    maps a launch's name, then its target such as "sm_90", to the figures of the kernel.
+    It is None if a kernel is missing on `target`, such as "sm_90", or if it has not two loops that both have "pipes",
+    the bounds of cycles that `loop_bounds.bound` returns. `step` is "forward" or "backward", and `label` the rest of
+    the launches' names, such as "D=64 bfloat16". `figures` maps a launch's name, then its target such as "sm_90", to
+    the figures of the compiled kernel, see `compile_launch`.
     """
     found = []
     for kernel in PASSES[step]:
@@ -251,11 +263,12 @@ def attention_loops(figures: dict[str, dict[str, Figure]], target: str, step: st
 
 
 def dropout_speed(figures: dict[str, dict[str, Figure]], target: str, step: str, label: str) -> float | None:
-    """Return the predicted speed of attention with dropout divided by that without it.
+    """Return the predicted speed of attention with dropout divided by that without it, or None.
 
-    The prediction is by the bounds of the loops that need no mask. It is None if a kernel is missing or has no such
-    bounds. `step` is "forward" or "backward", and `label` is such as "D=64 bfloat16". `figures` maps a launch's name,
-    then its target such as "sm_90", to the figures of the kernel.
+    The prediction takes the bounds of cycles of the loops that need no mask, for each element of a tile. It is None if
+    a kernel is missing or has no such bounds. `step` is "forward" or "backward", `label` is such as "D=64 bfloat16",
+    and `target` such as "sm_90". `figures` maps a launch's name, then its target such as "sm_90", to the figures of the
+    compiled kernel, see `compile_launch`.
     """
     cycles = []
     for name in (label, f"{label} dropout"):
@@ -271,8 +284,8 @@ def dropout_speed(figures: dict[str, dict[str, Figure]], target: str, step: str,
 def attention_labels(figures: dict[str, dict[str, Figure]], step: str) -> list[str]:
     """Return the labels of attention's launches of a pass: their names from the head size on, such as "D=64 bfloat16".
 
-    `step` is "forward" or "backward". `figures` maps a launch's name, then its target such as "sm_90", to the figures
-    of the kernel.
+    `step` is "forward" or "backward". Labels with dropout end in " dropout". `figures` maps a launch's name, then its
+    target such as "sm_90", to the figures of the compiled kernel, see `compile_launch`.
     """
     prefix = f"attention {PASSES[step][0]} "
     return [key.removeprefix(prefix) for key in figures if key.startswith(prefix)]
@@ -282,7 +295,8 @@ def slow_dropout(figures: dict[str, dict[str, Figure]]) -> list[str]:
     """Return a message for each shipped attention kernel whose predicted speed with dropout is too low.
 
     DROPOUT_SPEED has the least share of the speed without dropout. Only architectures with speed targets count.
-    `figures` maps a launch's name, then its target such as "sm_90", to the figures of the kernel.
+    Candidates, which are not in use yet, are not judged. `figures` maps a launch's name, then its target such as
+    "sm_90", to the figures of the compiled kernel, see `compile_launch`.
     """
     found = []
     for step, least in DROPOUT_SPEED.items():
@@ -299,11 +313,13 @@ def slow_dropout(figures: dict[str, dict[str, Figure]]) -> list[str]:
 
 
 def broken_statements(figures: dict[str, dict[str, Figure]], triton: str = TRITON) -> list[str]:
-    """Return a message for each kernel that spills too much or whose dropout costs too much, whatever its budget says.
+    """Return a message for each kernel that spills too much or whose dropout costs too much.
 
-    The module's docstring has the limits. `triton` is the minor version that compiled the kernels: the predicted speed
-    with dropout is judged for TRITON only. `figures` maps a launch's name, then its target such as "sm_90", to the
-    figures of the kernel.
+    On any architecture, a kernel for which `is_small` holds may spill SPILLS bytes. On those with speed targets the
+    limits of `spill_limit`, `slow_dropout` and `_broken_on` hold too. None of them depends on a budget. `triton` is the
+    minor version that compiled the kernels, such as "3.6": `slow_dropout` is asked for the version TRITON only.
+    `figures` maps a launch's name, then its target such as "sm_90", to the figures of the compiled kernel, see
+    `compile_launch`.
     """
     found = slow_dropout(figures) if triton == TRITON else []
     for key, by_target in figures.items():
@@ -318,9 +334,11 @@ def broken_statements(figures: dict[str, dict[str, Figure]], triton: str = TRITO
 def _broken_on(figures: dict[str, dict[str, Figure]], key: str, target: str) -> list[str]:
     """Return a message for each limit that a kernel breaks on an architecture with speed targets.
 
-    The limits hold whatever the kernel's budget says. They are on spills, and on what dropout adds to attention's
-    loops. `key` is the launch's name. `figures` maps a launch's name, then its target such as "sm_90", to the figures
-    of the kernel.
+    The limits do not depend on the kernel's budget. Spilled bytes must not exceed `spill_limit`. In a small attention
+    kernel, see `is_small`, dropout must not add an access to shared memory or a shuffle to any loop. A message also
+    says if the kernel without dropout is missing or has another number of loops. `key` is the launch's name, and
+    `target` is such as "sm_90". `figures` maps a launch's name, then its target such as "sm_90", to the figures of the
+    compiled kernel, see `compile_launch`.
     """
     found = []
     figure = figures[key][target]
@@ -345,8 +363,9 @@ def _broken_on(figures: dict[str, dict[str, Figure]], key: str, target: str) -> 
 def loop_table(figures: dict[str, dict[str, Figure]], target: str) -> list[str]:
     """Return the lines of a Markdown table of the loops around matrix products on a target, such as "sm_90".
 
-    Attention has two loops: over tiles with a mask, then without. `figures` maps a launch's name, then its target such
-    as "sm_90", to the figures of the kernel.
+    A row is a loop: numbers of instructions, those that dropout adds, and cycles by pipe if there are bounds. Attention
+    has two loops: over tiles with a mask, then over tiles without. `figures` maps a launch's name, then its target such
+    as "sm_90", to the figures of the compiled kernel, see `compile_launch`.
     """
     columns = ("instructions", "added by dropout", *KINDS, *loop_bounds.PIPES, "cycles")
     lines = [
@@ -375,8 +394,9 @@ def loop_table(figures: dict[str, dict[str, Figure]], target: str) -> list[str]:
 def speed_table(figures: dict[str, dict[str, Figure]], target: str) -> list[str]:
     """Return the lines of a Markdown table of attention's predicted TFLOP/s on a target, such as "sm_90".
 
-    The last column is the share of its speed that attention keeps with dropout. `figures` maps a launch's name, then
-    its target such as "sm_90", to the figures of the kernel.
+    A row is a pass and kernel; the columns are the sequence lengths in LENGTHS. The last column is the share of its
+    speed that attention keeps with dropout. Kernels without bounds of cycles are left out. `figures` maps a launch's
+    name, then its target such as "sm_90", to the figures of the compiled kernel, see `compile_launch`.
     """
     lines = [
         "",
@@ -399,10 +419,10 @@ def speed_table(figures: dict[str, dict[str, Figure]], target: str) -> list[str]
 
 
 def predicted_rate(kernels: list[Figure], step: str, label: str, T: int) -> float:
-    """Return the predicted TFLOP/s of causal attention with T tokens in a pass.
+    """Return the predicted TFLOP/s of causal attention with T tokens in a pass, on an H100 SXM.
 
-    `kernels` are the figures of the pass's kernels, as `attention_loops` returns them. `step` is "forward" or
-    "backward", and `label` has the head size, as in "D=64 bfloat16".
+    `kernels` are the figures of the pass's kernels, which `attention_loops` returns. `step` is "forward" or "backward",
+    and `label` has the head size, as in "D=64 bfloat16".
     """
     total = 0.0
     for name, figure in zip(PASSES[step], kernels, strict=True):
@@ -414,14 +434,15 @@ def predicted_rate(kernels: list[Figure], step: str, label: str, T: int) -> floa
 
 
 def minor(version: str) -> str:
-    """Return the minor version: "3.6" for "3.6.0"."""
+    """Return the first two numbers of a version, such as "3.6" for "3.6.0"."""
     return ".".join(version.split(".")[:2])
 
 
 def table(figures: dict[str, dict[str, Figure]], version: str) -> str:
-    """Return the Markdown page of all figures, with a table for each target. `version` is Triton's version.
+    """Return the Markdown page of all figures, with a table for each target that was compiled for.
 
-    `figures` maps a launch's name, then its target such as "sm_90", to the figures of the kernel.
+    `version` is Triton's version. `figures` maps a launch's name, then its target such as "sm_90", to the figures of
+    the compiled kernel, see `compile_launch`.
     """
     lines = [
         "# Generated code",
@@ -452,7 +473,12 @@ def table(figures: dict[str, dict[str, Figure]], version: str) -> str:
 
 
 def main() -> None:
-    """Compile the recorded launches, write the page of figures, and exit with code 1 if anything is violated."""
+    """Compile the recorded launches of a JSON file, write the page of their figures, and check the figures.
+
+    They are checked against the budget of this minor version of Triton and against fixed limits. --update writes the
+    budget first. The messages and a count are printed. Exit with code 1 if there is a message, and with a message if
+    the budget is of another version of Triton.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("launches", type=Path)
     parser.add_argument("--update", action="store_true", help="make this build the budget")

@@ -22,12 +22,18 @@ def toolkit() -> Path:
 
 
 def find(folder: Path = UNPACKED) -> Path | None:
-    """Return the first of the toolkit's include folder and `folder` that holds cublasLt.h, or None if neither does."""
+    """Return the folder that holds cublasLt.h: the include folder of the CUDA toolkit, or else `folder`.
+
+    Return None if neither holds it.
+    """
     return next((place for place in (toolkit() / "include", folder) if (place / "cublasLt.h").exists()), None)
 
 
 def unpack(folder: Path) -> None:
-    """Download the package nvidia-cublas by pip, and write its headers into `folder`."""
+    """Download the package nvidia-cublas by pip, and write its headers into `folder`, which is made if missing.
+
+    Raise `subprocess.CalledProcessError` if the download fails.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "download", "--no-deps"]
         subprocess.run([*command, "--no-cache-dir", "--dest", temporary, PACKAGE], check=True)
@@ -39,7 +45,10 @@ def unpack(folder: Path) -> None:
 
 
 def main() -> None:
-    """Print the folder with cublasLt.h; unpack the headers into the folder of the command line if there is none."""
+    """Print the folder that holds cublasLt.h, see `find`. The command line names the folder for downloaded headers.
+
+    If the header is nowhere, it is downloaded first.
+    """
     folder = Path(sys.argv[1])
     if find(folder) is None:
         unpack(folder)

@@ -32,9 +32,9 @@ MIB = 1 << 20
 def kept_for_backward() -> dict[str, tuple[float, float]]:
     """Return {op: (MiB that plain PyTorch keeps for backward, MiB that gpt_fast's op keeps)}.
 
-    The shapes are those of one layer, and of the loss, of GPT-2 124M at B = 8, T = 1024 in bfloat16 with dropout.
-    Nothing is computed: the tensors are on the device `meta`. Inputs and weights are not counted, because both sides
-    keep them.
+    The ops are attention, mlp and linear_cross_entropy, with the shapes of GPT-2 124M at B = 8, T = 1024 in bfloat16,
+    the first two with dropout. Nothing is computed: the tensors are on the device `meta`. Inputs and weights are not
+    counted, because both sides keep them.
     """
     B, T, C, H, V = 8, 1024, 768, 12, 50257
     q, k, v = (_tensor(B, H, T, C // H) for _ in range(3))
@@ -71,12 +71,15 @@ def kept_for_backward() -> dict[str, tuple[float, float]]:
 
 
 def _tensor(*shape: int) -> Tensor:
-    """Return a bfloat16 tensor on the device `meta` that requires grad."""
+    """Return a bfloat16 tensor of `shape` on the device `meta` that requires grad."""
     return torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
 
 
 def _kept(call: Callable[[], Tensor], *given: Tensor) -> float:
-    """Return the MiB that the result of `call` keeps alive for its backward pass, without the tensors in `given`."""
+    """Return the MiB that the result of `call` keeps alive for its backward pass, without the tensors in `given`.
+
+    Each storage counts once.
+    """
     storages = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -94,7 +97,7 @@ def _kept(call: Callable[[], Tensor], *given: Tensor) -> float:
 
 
 def draw_memory() -> Figure:
-    """Draw bars for the memory that plain PyTorch and each op keep between forward and backward."""
+    """Draw two bars for each op: the memory that plain PyTorch and gpt_fast keep between forward and backward."""
     kept = kept_for_backward()
     figure, axes = _figure(2.6)
     for place, (plain, ours) in enumerate(kept.values()):
@@ -122,7 +125,7 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 
 def draw_way() -> Figure:
-    """Draw a diagram of what a call of `layer_norm` passes through, from the public function to the kernels."""
+    """Draw a diagram of the stages of a call of `layer_norm`, from the public function to the kernels."""
     figure, axes = _figure(5.0)
     axes.set(xlim=(0, 103), ylim=(0, 70))
     axes.axis("off")
@@ -147,7 +150,10 @@ def draw_way() -> Figure:
 def _box(
     axes: Axes, x: float, y: float, width: float, title: str, note: str, *, ink: str = INK, code: bool = False
 ) -> None:
-    """Draw a box centred at (x, y) with a bold title, monospaced if it is `code`, and a small note below it."""
+    """Draw a box centred at (x, y), with a bold title and a small note below it. The outline has the colour `ink`.
+
+    The title is monospaced if `code`.
+    """
     box = FancyBboxPatch((x - width / 2, y - 4), width, 8, "round,pad=0,rounding_size=1.2", fc=PALE, ec=ink, lw=1.3)
     axes.add_patch(box)
     axes.annotate(
@@ -168,10 +174,10 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> 
 
 
 def draw_tile() -> Figure:
-    """Draw the dropout mask of attention's first 16 x 16 elements.
+    """Draw the dropout mask of the first 16 x 16 elements (query i, key j) of one head's attention weights.
 
-    Dropped elements are crossed out. The elements that two calls of the generator Philox decide are coloured, each with
-    the number of the random word and of its half.
+    Dropped elements are crossed out. Two calls of the random generator Philox are shown in colour: each element that a
+    call decides has the number of the call's random word and of the half of that word, such as "2.1".
     """
     size = 16
     keep = reference.dropout_keep_matrix(torch.tensor([SEED]), 1, torch.tensor([0]), size, size, 2 * DROPOUT_P)[0]
@@ -208,7 +214,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 
 
 def main() -> None:
-    """Write every picture as SVG into docs/assets; equal pictures give equal files."""
+    """Write every picture as SVG into docs/assets. A picture that has not changed gives the same bytes."""
     # The same picture is the same file, and its text stays text.
     matplotlib.rcParams.update({"svg.hashsalt": "gpt_fast", "svg.fonttype": "none"})
     for name, draw in PICTURES.items():

@@ -21,7 +21,10 @@ INCLUDED = (*include_paths(), sysconfig.get_paths()["include"])
 
 
 def compiles(source: Path, level: str) -> str:
-    """Compile a C++ file for an instruction set, a key of `LEVELS`. Return the compiler's errors, "" if it compiles."""
+    """Compile a C++ file for an instruction set, a key of `LEVELS`, without optimisation or output.
+
+    Return "" if it compiles, else its path, the instruction set and the compiler's errors as text.
+    """
     vector = "AVX2" if level == "avx2" else "AVX512"  # of at::vec
     command = [
         *shlex.split(get_cxx_compiler()), "-std=c++20", "-O0", "-g0", "-fopenmp", *LEVELS[level],
@@ -34,7 +37,10 @@ def compiles(source: Path, level: str) -> str:
 
 
 def main() -> None:
-    """Compile every C++ file for every instruction set and print the failures. Exit with code 1 if there is one."""
+    """Compile every C++ file in csrc/cpu for every instruction set, and print the failures and a count.
+
+    Exit with code 1 if there is a failure, else 0.
+    """
     work = [(path, level) for path in sorted((ROOT / "csrc/cpu").rglob("*.cpp")) for level in LEVELS]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", len(os.sched_getaffinity(0))))) as pool:
         failures = [output for output in pool.map(lambda item: compiles(*item), work) if output]

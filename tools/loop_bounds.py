@@ -42,7 +42,7 @@ class Instruction(NamedTuple):
 
     @property
     def opcode(self) -> str:
-        """Return the name without its suffixes, such as LDS for LDS.128."""
+        """Return the instruction's name without its suffixes, such as LDS for LDS.128."""
         return self.name.split(".")[0]
 
 
@@ -52,10 +52,10 @@ def parse(sass: str) -> list[Instruction]:
 
 
 def product_loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:
-    """Return the innermost loops around matrix products, each as its instructions, in the order of their addresses.
+    """Return the innermost loops around matrix products, each as the list of its instructions, by address.
 
-    A loop is a stretch of code that a branch at its end jumps back over. Waiting for memory is compiled out of line,
-    behind the kernel's end, and jumps back too: a stretch with an EXIT in it is no loop.
+    A loop is a stretch of code from the target of a backward branch to that branch. Code that waits for memory is
+    placed behind the kernel's end and jumps back too, so a stretch with an EXIT in it is no loop.
     """
     stretches = []
     for address, name, operands in instructions:
@@ -76,10 +76,11 @@ def product_loops(instructions: Sequence[Instruction]) -> list[list[Instruction]
 
 
 def bound(body: Sequence[Instruction], warps: int) -> dict[str, int]:
-    """Return the cycles that each of PIPES needs for one iteration of a loop, for one program of `warps` warps.
+    """Return {pipe: cycles} for one iteration of a loop, in one program of `warps` warps.
 
-    `body` are the loop's instructions. A pipe is an execution unit of a multiprocessor, its issue slots or its shared
-    memory. A warpgroup of four warps issues each wgmma together; each of the four counts here as its own issue slot.
+    `body` has the loop's instructions. The keys are PIPES: execution units of a multiprocessor, its issue slots and its
+    shared memory. The cycles are rounded. Each of the four warps that issue a wgmma together counts with an issue slot
+    of its own.
     """
     issued = [instruction for instruction in body if instruction.opcode != "NOP"]
     lanes = {"mufu": 0, "fma": 0, "imad": 0, "alu": 0}
@@ -102,18 +103,18 @@ def bound(body: Sequence[Instruction], warps: int) -> dict[str, int]:
 def cycles(pipes: dict[str, int]) -> int:
     """Return the cycles of one loop iteration if other work never overlaps with the matrix products.
 
-    `pipes` is the result of `bound`. The tensor cores read shared memory while they multiply, so the slower of these
-    two is the products' time. The busiest of the other pipes is added.
+    `pipes` is {pipe: cycles} with the keys PIPES, see `bound`. The tensor cores read shared memory while they multiply,
+    so the slower of "tensor" and "shared" is the products' time. The slowest of all other pipes is added.
     """
     products = ("tensor", "shared")
     return max(pipes[pipe] for pipe in products) + max(pipes[pipe] for pipe in PIPES if pipe not in products)
 
 
 def causal_cycles(masked: int, unmasked: int, own: int, walked: int, T: int) -> float:
-    """Return the cycles of causal attention's loops for one head of T tokens, all programs together.
+    """Return the cycles of causal attention's loops for one head of T tokens, all programs added up.
 
-    A program owns `own` rows of one axis and loops over the other axis, `walked` rows in each iteration. An iteration
-    takes `masked` cycles on the diagonal, which needs a mask, and `unmasked` cycles elsewhere.
+    A program owns `own` rows of one axis (queries or keys) and loops over the other axis, `walked` rows in each
+    iteration. An iteration takes `masked` cycles on the diagonal, which needs a mask, and `unmasked` cycles elsewhere.
     """
     total = 0
     for start in range(0, T, own):
@@ -125,17 +126,17 @@ def causal_cycles(masked: int, unmasked: int, own: int, walked: int, T: int) -> 
 def rate(products: int, D: int, T: int, total: float) -> float:
     """Return the predicted TFLOP/s of causal attention on an H100 SXM, if one head needs `total` cycles.
 
-    `products` is the number of matrix products, D the head size and T the number of tokens. The factor FITTED is part
-    of the prediction.
+    `products` is the number of matrix products (2 forward, 5 backward), D the head size and T the number of tokens. The
+    prediction is scaled by FITTED.
     """
     flops = products * 2 * D * T * T / 2
     return FITTED * flops / total * MULTIPROCESSORS * HERTZ / 1e12
 
 
 def _lanes(opcode: str) -> str | None:
-    """Return the key of LANES whose execution unit an instruction occupies.
+    """Return the key of LANES whose execution unit instructions of an opcode occupy, or None.
 
-    It is None for memory, control flow and the uniform datapath, which only take an issue slot.
+    It is None for memory, control flow, tensor cores and the uniform datapath.
     """
     if opcode in _MEMORY or opcode in _CONTROL:
         return None
@@ -149,7 +150,7 @@ def _lanes(opcode: str) -> str | None:
 
 
 def _flops(instruction: Instruction) -> int:
-    """Return the FLOPs of a wgmma instruction, 0 for any other instruction."""
+    """Return the FLOPs of a wgmma instruction for its group of four warps together, 0 for any other instruction."""
     shape = _WGMMA.match(instruction.name)
     return 2 * 64 * int(shape[1]) * int(shape[2]) if shape else 0
 
@@ -157,7 +158,8 @@ def _flops(instruction: Instruction) -> int:
 def _shared_bytes(instruction: Instruction) -> float:
     """Return the bytes of shared memory that an instruction moves for one warp, 0 if it does not use shared memory.
 
-    A shuffle counts, because it moves its bytes through the same ports.
+    For wgmma it is a quarter of the operands' bytes, because four warps share them. A shuffle counts, because it moves
+    its bytes through the same ports.
     """
     shape = _WGMMA.match(instruction.name)
     if shape:

@@ -11,12 +11,15 @@ PAGE = "reference/command-line.md"
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """Return the page's Markdown; on the page of the command line, with a section for each command added."""
+    """Return the page's Markdown, unchanged but on the page PAGE, which gets a section for each command.
+
+    mkdocs calls this function for every page.
+    """
     return "\n".join([markdown, *map(section, NAMES)]) if page.file.src_uri == PAGE else markdown
 
 
 def section(name: str) -> str:
-    """Return the Markdown that documents a command of `gpt-fast`: its purpose, usage, arguments and options."""
+    """Return the Markdown that documents the command `name` of `gpt-fast`: purpose, usage, arguments and options."""
     command = load_command(name)
     context = typer.Context(command, info_name=name, obj={MARKUP_MODE_KEY: "rich"})
     return get_docs_for_click(obj=command, ctx=context, indent=1, name=name, call_prefix="gpt-fast")

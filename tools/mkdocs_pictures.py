@@ -17,7 +17,10 @@ SITE = "results"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pictures in benchmarks/results to the site's files, below `results/`, and return the files."""
+    """Add the pictures in benchmarks/results to the site's files, below `results/`, and return the files.
+
+    mkdocs calls this function after it has collected the files.
+    """
     root = Path(config.config_file_path).parent
     for picture in sorted((root / RESULTS).glob("*/*.png")):
         place = f"{SITE}/{picture.relative_to(root / RESULTS).as_posix()}"
@@ -26,6 +29,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """Return the page's Markdown with links to pictures in benchmarks/results changed to their place in the site."""
+    """Return the page's Markdown with links to pictures in benchmarks/results changed to their place in the site.
+
+    mkdocs calls this function for every page.
+    """
     place = posixpath.relpath(SITE, posixpath.dirname(page.file.src_uri))
     return re.sub(rf"(!\[[^\]]*\]\()(?:\.\./)+{RESULTS.as_posix()}/", rf"\1{place}/", markdown)

@@ -35,11 +35,12 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
 def describe(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return {"signature", "constants", "divisible", "options"}: how Triton would specialise a kernel for this launch.
+    """Return {"signature", "constants", "divisible", "options"}: how Triton would specialise a kernel for a launch.
 
-    "signature" maps each parameter to its type, "constexpr" for a constant, and "constants" has the constants' values.
-    "divisible" names the pointers and integers that are multiples of 16. "options" are compile options such as
-    num_warps. `args` and `kwargs` are those of the launch.
+    "signature" maps each parameter to its type such as "*bf16" or "i32", or to "constexpr" for a constant, which None
+    and 1 are too. "constants" has the values of the constants. "divisible" lists the pointers, which are all aligned to
+    16 bytes, and the integers that are multiples of 16, unless the kernel does not specialise them. "options" are the
+    compile options in OPTIONS that the launch sets. `args` and `kwargs` are the arguments of the launch.
     """
     names = [parameter.name for parameter in kernel.params]
     values = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
@@ -70,9 +71,10 @@ def describe(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> dict[s
 def record(topic: Topic, target: int, found: dict[str, dict[str, Any]]) -> None:
     """Add the kernel launches of an op's topic on the architecture `target`, such as 90, to `found`.
 
-    `topic.launches` yields the calls that launch. The values of `found` are dicts with the kernel, what `describe`
-    returns, and a name, "key". Its keys are the same as JSON, without the name. A launch that compiles the same as an
-    earlier one is not added, since several shapes and several ops may use one kernel.
+    `topic.launches` yields the calls that launch. A value of `found` is a dict with "key" (the launch's name), "module"
+    and "kernel" (where the kernel is), "target", and the entries of `describe`. Its key in `found` is the JSON of all
+    but "key". A launch that is already in `found` is not added, since several shapes and several ops may use one
+    kernel.
     """
     op = topic.name
     kernels = importlib.import_module(f"kernels.{op}")
@@ -80,6 +82,7 @@ def record(topic: Topic, target: int, found: dict[str, dict[str, Any]]) -> None:
     for label, launch in topic.launches(kernels):  # type: ignore[misc]
 
         def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, label: str = label, **kwargs: Any) -> None:
+            """Add this launch of `kernel` to `found`, in place of `JITFunction.run`. Launch nothing."""
             what = {"module": kernel.fn.__module__, "kernel": kernel.__name__, "target": target}
             what |= describe(kernel, args, kwargs)
             key = name = f"{op} {kernel.__name__.strip('_').removesuffix('_kernel')} {label}"
@@ -99,9 +102,9 @@ def record(topic: Topic, target: int, found: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Write the launches of every op on every architecture as JSON to the file that the command line names.
+    """Write the launches of every op on every architecture, as a JSON list, to the file that the command line names.
 
-    Exit with a message if a kernel file has no launches in benchmarks/ops, or launches have no kernel file.
+    Exit with a message if a kernel file has no launches in benchmarks/ops, or if launches have no kernel file.
     """
     launched = {name: topic for name, topic in catalogue.ops().items() if topic.launches}
     present = {path.stem for path in Path("kernels").glob("*.py") if "\ndef forward(" in path.read_text("utf-8")}

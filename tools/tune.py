@@ -24,9 +24,9 @@ PATH = Path(launch_configs.__file__)
 
 
 def rewritten(text: str, op: str, rows: list[Row]) -> str:
-    """Return `text`, the source of kernels/launch_configs.py, with the rows of an op in TABLES replaced by `rows`.
+    """Return `text`, the source of kernels/launch_configs.py, with the rows of `op` in TABLES replaced by `rows`.
 
-    Raise `ValueError` unless TABLES has exactly one table of the op.
+    A row is a launch configuration, see `Row`. Raise `ValueError` unless TABLES has exactly one table of the op.
     """
     lines = []
     for row in rows:
@@ -44,9 +44,10 @@ def rewritten(text: str, op: str, rows: list[Row]) -> str:
 
 
 def ship(table: Path) -> None:
-    """Write the rows of a user's table, a file that `gpt-fast tune` wrote, into kernels/launch_configs.py.
+    """Write the launch configurations of a user's table into TABLES of kernels/launch_configs.py.
 
-    A row replaces one for the same kernel, architecture, element size and class of shapes.
+    `table` is a file that `gpt-fast tune` wrote. A row of it replaces the shipped one for the same kernel,
+    architecture, element size and class of shapes.
     """
     _, found = launch_configs.read_table(table)
     text = PATH.read_text("utf-8")
@@ -59,7 +60,11 @@ def ship(table: Path) -> None:
 
 
 def main() -> None:
-    """Do what the command line asks for: compare launch configurations, or ship a table of them."""
+    """Do what the command line asks for: measure launch configurations, or ship a table of them.
+
+    With --compare, the time of each configuration is appended to FILE. With --ship, kernels/launch_configs.py is
+    rewritten. Exit with a message for an unknown op, and with --compare if there is no GPU.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(launch_configs.TABLES)}; all by default")
     action = parser.add_mutually_exclusive_group(required=True)

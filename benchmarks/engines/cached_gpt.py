@@ -13,8 +13,8 @@ from benchmarks.models.plain_gpt import PlainGPT
 def greedy(logits: Callable[[Tensor], Tensor], tokens: Tensor, new: int) -> Tensor:
     """Generate greedily. Return tokens [B, T + new]: the prompt `tokens` [B, T], then `new` tokens.
 
-    `logits` passes tokens to a model that caches all earlier ones, and returns the logits [B, V] after the last token.
-    It is called with the prompt first, then with each new token [B, 1].
+    `logits` is a function of tokens that runs a model, which caches all earlier ones, and returns the logits [B, V]
+    after the last token. It is called with the prompt first, then with each new token [B, 1].
     """
     texts = [tokens]
     for _ in range(new):
@@ -23,20 +23,18 @@ def greedy(logits: Callable[[Tensor], Tensor], tokens: Tensor, new: int) -> Tens
 
 
 class CachedGPT(nn.Module):
-    """GPT that reads tokens and the cache of earlier ones: (tokens, cache) → (logits, cache).
+    """GPT that reads tokens and the cache of earlier tokens: (tokens, cache) → (logits, cache).
 
     tokens [B, T] and keys and values [B, H, P, D] of every layer give logits [B, V] after the last token, and keys and
     values [B, H, P + T, D].
-
-    With `masks` attention gets an explicit mask. Without it the graph asks for causal attention, for engines that align
-    it to the last key. PyTorch itself aligns it to the first and needs the mask.
     """
 
     def __init__(self, model: PlainGPT, masks: bool):
         """Wrap `model`, whose weights are shared.
 
         With `masks` attention gets an explicit mask. Otherwise the graph asks for causal attention, for engines that
-        align the causal mask to the last key. PyTorch itself aligns it to the first key and needs the explicit mask.
+        align the causal mask to the last key. PyTorch itself aligns the mask to the first key and needs the explicit
+        one.
         """
         super().__init__()
         self.model = model
@@ -45,7 +43,8 @@ class CachedGPT(nn.Module):
     def forward(self, tokens: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         """Return (logits [B, V] after the last token, then keys and values [B, H, P + T, D] of every layer).
 
-        `tokens` is [B, T]. `past` is the cache: keys, then values [B, H, P, D] of the first layer, of the second, ...
+        `tokens` is [B, T]. `past` is the cache of P earlier tokens: keys, then values, [B, H, P, D] each, of the first
+        layer, of the second, and so on. The result has the caches in the same order.
         """
         T, P = tokens.shape[1], past[0].shape[2]
         places = torch.arange(P, P + T)
@@ -65,9 +64,9 @@ class CachedGPT(nn.Module):
         return self.model.output_layer(self.model.final_norm(x[:, -1])), *caches
 
     def example(self) -> tuple[Tensor, ...]:
-        """Return example arguments of `forward` to trace it with, all zeros: tokens [2, 3], and a cache of five tokens.
+        """Return arguments of `forward` to trace it with, all zeros: tokens [2, 3], and a cache of five tokens.
 
-        The cache is keys, then values, [2, H, 5, D] of each layer.
+        The cache is keys [2, H, 5, D], then values of the same shape, for each layer.
         """
         config = self.model.config
         shape = 2, config.num_heads, 5, config.hidden_dim // config.num_heads

@@ -21,9 +21,10 @@ GROUP = 128  # weights of an output channel that share a scale in int4
 
 
 def small_model() -> GPTForCausalLM:
-    """Return a GPT-2 of the size SMALL whose greedily generated texts depend on positions and on earlier tokens.
+    """Return a GPT-2 of the size SMALL, with random weights and in eval mode, to check engines with.
 
-    With a usual initialisation the residual stream is nearly the token's embedding, so that every token repeats itself.
+    The weights are large, so that its greedily generated tokens depend on positions and on earlier tokens. With a usual
+    initialisation the residual stream is nearly the token's embedding, and every token repeats itself.
     """
     torch.manual_seed(0)
     model = GPTForCausalLM(SMALL).eval()
@@ -39,8 +40,9 @@ def small_model() -> GPTForCausalLM:
 def check(engine: Any, precision: str) -> None:
     """Raise `ValueError` if an engine generates wrong tokens with a small model in this precision.
 
-    `engine` is a module with `convert` and `Generator`, such as engines/openvino.py. Tokens are wrong if their logits
-    are further below the best ones than rounding explains, see `judge`. The batch sizes are ROWS and 1.
+    `engine` is a module with `convert` and `Generator`, such as engines/openvino.py. `precision` is one of the module's
+    PRECISIONS. Tokens are wrong if their logits are further below the best ones than rounding explains, see `judge`.
+    The batch sizes are ROWS and 1.
     """
     model = small_model()
     with tempfile.TemporaryDirectory() as folder:
@@ -54,16 +56,18 @@ def check(engine: Any, precision: str) -> None:
 def judge(model: GPTForCausalLM, precision: str, tokens: Tensor, generate: Any) -> None:
     """Raise `ValueError` if the tokens that an engine generates are not nearly the most likely ones.
 
-    `tokens` [B, T] is the prompt. `generate(tokens, NEW)` returns it with NEW more tokens. The plain model computes the
-    logits in float64. The distance of a chosen token is the largest logit at its position minus its own logit.
+    `tokens` [B, T] is the prompt. `generate(tokens, NEW)` returns the prompt with NEW more tokens, [B, T + NEW]; any
+    other shape or prompt is an error too. `model` is the one that the engine runs in `precision`. The plain model with
+    its weights computes the logits in float64. The distance of a chosen token is the largest logit at its position
+    minus its own logit.
 
     Rounding moves both of these logits. `yardstick`, the plain model in the engine's precision, has an error at each
     logit. The tolerance policy allows an engine `MAX_FACTOR` times this error, and the distance of two logits may be
     twice that. The largest distance is compared with the largest error, and the mean distance of each row with the root
     mean square of the errors.
 
-    In int4 the errors are larger than the differences between logits, so the mean distance is compared with that of the
-    text that the yardstick itself generates, times `MAX_FACTOR`.
+    In int4 the errors are larger than the differences between logits. There the mean distance of each row is compared
+    with the mean distance of the text that `yardstick` itself generates, times `MAX_FACTOR`.
     """
     text = generate(tokens, NEW)
     B, T = tokens.shape
@@ -92,7 +96,7 @@ def judge(model: GPTForCausalLM, precision: str, tokens: Tensor, generate: Any) 
 def distances(plain: PlainGPT, text: Tensor, T: int) -> Tensor:
     """Return by how much the logit of each generated token is below the largest at its position, [B, NEW] in float64.
 
-    The plain model computes the logits in float64. `text` is [B, T + NEW], with a prompt of T tokens.
+    The logits are those of `plain` in float64. `text` is [B, T + NEW]: a prompt of T tokens, then generated ones.
     """
     exact = copy.deepcopy(plain).double()(text)[:, T - 1 : -1]  # [B, NEW, V]
     return exact.amax(-1) - exact.gather(-1, text[:, T:, None]).squeeze(-1)
@@ -101,8 +105,9 @@ def distances(plain: PlainGPT, text: Tensor, T: int) -> Tensor:
 def yardstick(plain: PlainGPT, precision: str) -> PlainGPT:
     """Return a copy of the plain model that computes in an engine's precision, to compare the engine's errors with.
 
-    In int8 and int4, matrices have 8 or 4 bits, and activations 8 bits with one scale for the whole tensor, the
-    coarsest scale that an engine uses. All else is in bfloat16. In float32 the copy is the plain model itself.
+    In "int8" and "int4", the weights of linear layers have 8 or 4 bits. Activations have 8 bits, with one scale for the
+    whole tensor, the coarsest that an engine uses. All else is in bfloat16, and so is a copy in "bfloat16". In
+    "float32" the copy is the plain model itself.
     """
     plain = copy.deepcopy(plain)
     if precision == "float32":
@@ -116,7 +121,7 @@ def yardstick(plain: PlainGPT, precision: str) -> PlainGPT:
 
 
 def rounded_weights(weight: Tensor, bits: int) -> Tensor:
-    """Return weights [N, K] rounded to `bits` bits: integers times a scale, still in the dtype of `weight`.
+    """Return weights [N, K] rounded to integers of `bits` bits times a scale, in the dtype of `weight`.
 
     There is a scale for each row or, with 4 bits, for each group of GROUP weights in a row.
     """
@@ -125,6 +130,10 @@ def rounded_weights(weight: Tensor, bits: int) -> Tensor:
 
 
 def rounded(x: Tensor, largest: Tensor, bits: int) -> Tensor:
-    """Return x rounded to multiples of a scale, where `largest` is the scale times 2^(bits - 1) - 1."""
+    """Return x rounded to multiples of a scale, for integers of `bits` bits.
+
+    `largest` is a tensor that broadcasts against x, the magnitude that the largest integer stands for. The scale is
+    `largest` / (2^(bits - 1) - 1). Values beyond `largest` are not clipped.
+    """
     scale = largest / (2 ** (bits - 1) - 1)
     return (x / scale).round() * scale

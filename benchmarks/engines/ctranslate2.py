@@ -14,7 +14,10 @@ COMPUTE_TYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8_flo
 
 
 def missing(precision: str) -> str | None:
-    """Return the reason why CTranslate2 cannot compute in this precision on this CPU, or None if it can."""
+    """Return the reason why CTranslate2 cannot compute in a precision on this CPU, or None if it can.
+
+    `precision` is one of this module's PRECISIONS. Raise `ImportError` if CTranslate2 is not installed.
+    """
     import ctranslate2
 
     kinds = ctranslate2.get_supported_compute_types("cpu")
@@ -22,9 +25,10 @@ def missing(precision: str) -> str | None:
 
 
 def convert(model: GPTForCausalLM, precision: str, folder: Path) -> None:
-    """Write the model to `folder` in CTranslate2's format and in this precision.
+    """Write the model to `folder` in CTranslate2's format, with its weights in `precision`.
 
-    In int8, weights have a scale for each output channel, and activations one for each token.
+    `precision` is one of this module's PRECISIONS. In "int8", weights have a scale for each output channel, and
+    activations one for each token.
     """
     from ctranslate2.converters import TransformersConverter
 
@@ -36,7 +40,10 @@ def convert(model: GPTForCausalLM, precision: str, folder: Path) -> None:
 
 
 def _save_tokenizer(size: int, folder: Path) -> None:
-    """Write a tokenizer to `folder`, which the converter needs. Each of `size` tokens has its number as its name."""
+    """Write a tokenizer of `size` tokens to `folder`, which CTranslate2's converter needs.
+
+    The text of a token is its number.
+    """
     import tokenizers
     import transformers
 
@@ -50,7 +57,7 @@ class Generator:
     """CTranslate2's generator; no token ends a text."""
 
     def __init__(self, folder: Path, precision: str):
-        """Load the model that `convert` wrote to `folder`, with as many threads as PyTorch has."""
+        """Load the model that `convert` wrote to `folder` in `precision`, with as many threads as PyTorch has."""
         import ctranslate2
 
         self.generator = ctranslate2.Generator(
@@ -59,7 +66,10 @@ class Generator:
         )  # fmt: skip
 
     def __call__(self, tokens: Tensor, new: int) -> Tensor:
-        """Generate greedily. Return tokens [B, T + new]: the prompt `tokens` [B, T], then `new` tokens."""
+        """Generate greedily. Return tokens [B, T + new]: the prompt `tokens` [B, T], then `new` tokens.
+
+        No token ends a text early.
+        """
         prompts = [[str(token) for token in row] for row in tokens.tolist()]
         found = self.generator.generate_batch(
             prompts, max_length=new, min_length=new, sampling_topk=1, end_token=[], include_prompt_in_result=False

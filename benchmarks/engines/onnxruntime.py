@@ -16,14 +16,14 @@ FILE = "model.onnx"
 
 
 def missing(precision: str) -> str | None:
-    """Return None: ONNX Runtime computes in each of PRECISIONS on every CPU."""
+    """Return None for any `precision`: ONNX Runtime computes in each of PRECISIONS on every CPU."""
     return None
 
 
 def convert(model: GPTForCausalLM, precision: str, folder: Path) -> None:
-    """Write the model to `folder` as an ONNX file in this precision.
+    """Write the model to `folder` as an ONNX file with its weights in `precision`, one of PRECISIONS.
 
-    In int8, weights have a scale for each output channel, and activations are quantized at run time, before each
+    In "int8", weights have a scale for each output channel, and activations are quantized at run time, before each
     product.
     """
     cached = CachedGPT(PlainGPT(model.config).copy_weights(model).eval(), masks=True)
@@ -48,7 +48,10 @@ class Generator:
     """Session of the model. Every run returns the whole cache as new arrays."""
 
     def __init__(self, folder: Path, precision: str):
-        """Load the model that `convert` wrote to `folder`, with as many threads as PyTorch has."""
+        """Load the model that `convert` wrote to `folder`, with as many threads as PyTorch has.
+
+        The file holds the precision; `precision` changes nothing.
+        """
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -64,6 +67,7 @@ class Generator:
         past = [np.zeros((len(tokens), self.heads, 0, self.size), np.float32)] * (len(self.names) - 1)
 
         def logits(read: Tensor) -> Tensor:
+            """Run the model on tokens `read` [B, T], keep its new cache, and return the logits [B, V]."""
             nonlocal past
             out, *past = self.session.run(None, dict(zip(self.names, [read.numpy(), *past], strict=True)))
             return torch.from_numpy(out)

@@ -22,9 +22,10 @@ HINTS: dict[str, dict[str, Any]] = {
 
 
 def missing(precision: str) -> str | None:
-    """Return the reason why OpenVINO cannot compute in a precision on this CPU, or None if it can.
+    """Return the reason why OpenVINO cannot compute in "bfloat16" on this CPU, or None if it can.
 
-    `precision` is that of the weights, such as "float32", "bfloat16" or "int8". Only "bfloat16" may be missing.
+    Only the precision "bfloat16" is checked. Any other value returns None. Raise `ImportError` if OpenVINO is not
+    installed.
     """
     import openvino as ov
 
@@ -36,8 +37,8 @@ def missing(precision: str) -> str | None:
 def convert(model: GPTForCausalLM, precision: str, folder: Path) -> None:
     """Write the model to `folder` in OpenVINO's format, with its key/value cache as state inside the model.
 
-    nncf compresses weights to int8 and int4 with its default options. In bfloat16 the file is that of float32, and
-    `Generator` asks for the precision.
+    `precision` is one of this module's PRECISIONS. In "int8" and "int4", nncf compresses the weights with its default
+    options. In "bfloat16" the file is the same as in "float32", and `Generator` asks for the precision.
     """
     import openvino as ov
 
@@ -57,9 +58,9 @@ def convert(model: GPTForCausalLM, precision: str, folder: Path) -> None:
 def keep_cache(model: Any, heads: int, size: int) -> None:
     """Turn the inputs and outputs of an OpenVINO model that hold keys and values into state, in place.
 
-    The model is a converted `CachedGPT` with `heads` heads of `size` elements. Its state starts empty. A new input
-    `beam_idx` [B] says which row of the cache each row continues. The first input becomes `tokens`, the first output
-    `logits`.
+    `model` is a converted `CachedGPT` with `heads` heads of `size` elements. Its state starts empty. A new input
+    `beam_idx` [B] has for each row the row of the cache that it continues. The input for tokens is named `tokens`, the
+    output `logits`.
     """
     import openvino as ov
     from openvino import opset13 as ops
@@ -95,7 +96,10 @@ class Generator:
     """Compiled model with its state."""
 
     def __init__(self, folder: Path, precision: str):
-        """Compile the model that `convert` wrote to `folder`, with as many threads as PyTorch has."""
+        """Compile the model that `convert` wrote to `folder`, with as many threads as PyTorch has.
+
+        In "float32" and "bfloat16", `precision` sets the dtype of arithmetic and cache. Otherwise OpenVINO chooses.
+        """
         import openvino as ov
 
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}

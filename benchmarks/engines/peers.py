@@ -24,7 +24,11 @@ PRODUCTS = {"bfloat16": "bf16_products", "int8": "int8_products"}  # what a devi
 
 
 def missing(case: Case, engine: str, precision: str) -> str | None:
-    """Return the reason why an engine cannot run the case in this precision, or None if it can."""
+    """Return the reason why an engine cannot run the case in this precision, or None if it can.
+
+    `engine` is a key of ENGINES, and `precision` one of PRECISIONS. Engines run on CPUs only, on cases in float32, and
+    only if their packages are installed.
+    """
     if case.device != "cpu":
         return "measured on CPUs only"
     if case.dtype != torch.float32:
@@ -36,11 +40,11 @@ def missing(case: Case, engine: str, precision: str) -> str | None:
 
 
 def build(case: Case, engine: str, precision: str) -> Function:
-    """Return the job that runs the case on an engine with a model of random weights, converted to this precision.
+    """Return a job that runs the case on an engine, with a model of random weights converted to this precision.
 
-    The job maps the case's prompt to a text with `new` more tokens, one more if the case has no size "new". The
-    engine's tokens on a small model are checked before. Raise `ValueError` if they are wrong: the engine is reported
-    and not timed.
+    `engine` is a key of ENGINES, and `precision` one of PRECISIONS. The job takes the prompt [B, T] and returns it with
+    more tokens: as many as the case's size "new", or one if the case has none. Before, the engine's tokens on a small
+    model are checked. Raise `ValueError` if they are wrong, so that the engine is reported and not timed.
     """
     checked(engine, precision)
     facts = tuple((field.name, getattr(case.config, field.name)) for field in dataclasses.fields(case.config))
@@ -51,7 +55,10 @@ def build(case: Case, engine: str, precision: str) -> Function:
 
 @cache
 def checked(engine: str, precision: str) -> None:
-    """Raise `ValueError` if an engine generates wrong tokens in this precision. The check runs once, see `check`."""
+    """Raise `ValueError` if an engine generates wrong tokens in this precision, see `check`.
+
+    `engine` is a key of ENGINES. A check that passes runs once for each engine and precision.
+    """
     check(ENGINES[engine], precision)
 
 
@@ -59,7 +66,8 @@ def checked(engine: str, precision: str) -> None:
 def converted(engine: str, precision: str, facts: tuple[tuple[str, Any], ...]) -> tempfile.TemporaryDirectory:
     """Return a temporary folder that holds a model with random weights, converted for an engine in this precision.
 
-    `facts` are the fields of its `GPTConfig`, as (name, value). The folder lasts as long as the program.
+    `engine` is a key of ENGINES. `facts` are the fields of the model's `GPTConfig`, as (name, value). Calls with equal
+    arguments share the folder, which lasts as long as the program.
     """
     torch.manual_seed(0)
     folder = tempfile.TemporaryDirectory(prefix="gpt_fast_benchmarks_")
@@ -68,22 +76,26 @@ def converted(engine: str, precision: str, facts: tuple[tuple[str, Any], ...]) -
 
 
 def no_llama(case: Case) -> str:
-    """Return the reason why llama.cpp is never measured, whether its package is installed or not."""
+    """Return the reason why llama.cpp is not measured: its package is not installed, or the suite cannot feed it.
+
+    There always is a reason, because the suite writes no GGUF file, which llama.cpp reads. The case does not matter.
+    """
     if importlib.util.find_spec("llama_cpp") is None:
         return "llama-cpp-python is not installed"
     return "the suite writes no GGUF file, which llama.cpp reads"
 
 
 def name(engine: str, precision: str) -> str:
-    """Return the name that tables show for an engine in a precision, such as "OpenVINO int8"."""
+    """Return the name of the implementation that runs an engine in a precision, such as "OpenVINO int8"."""
     return f"{engine} {precision}"
 
 
 def rivals(times: dict[str, float]) -> Iterator[Target]:
-    """Yield the targets for gpt_fast with weights in each precision, where `times` maps precision to speed.
+    """Yield the targets of gpt_fast against the inference engines, three for each precision of its weights.
 
-    gpt_fast must be that many times as fast as the fastest engine of the same or a higher precision. Beside a busy
-    process it must be as fast as that engine, and reach 80 % of its own speed without the process on one thread less.
+    `times` maps a precision to how many times as fast gpt_fast must be as the fastest engine of the same or a higher
+    precision. The other two targets are for runs beside a busy process: gpt_fast must be as fast as that engine, and
+    reach 80 % of the speed that it has on one thread less without the process.
     """
     for precision, least in times.items():
         who = OURS if precision == "float32" else f"{OURS} {precision} weights"

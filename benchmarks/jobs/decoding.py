@@ -31,11 +31,13 @@ READ = 512 << 20  # bytes of the buffer whose reading is timed
 
 
 def measure(device: str, quick: bool, cpu_time: bool) -> dict[str, Any]:
-    """Measure the time of one token, by precision of the weights and by position in the cache, on the CPU.
+    """Measure decoding with GPT-2 at batch 1 on the CPU. Return the study's record.
 
-    Return the dict of `token_seconds`: "model", "read_bandwidth", and a dict of times for each precision and each
-    implementation. "curves" is added: for each precision a list of (position, seconds of a step, read bandwidth). With
-    `quick` there are fewer tokens and repetitions. With `cpu_time` the times are CPU seconds of the process.
+    The record has the entries of `token_seconds`: "model", "read_bandwidth", "read_bandwidth_range", and the times of
+    each precision in WEIGHTS and of transformers. It also has "curves": for each precision, the result of `curve`, a
+    list of (position, seconds of a step, read bandwidth). `device` is ignored. `quick` lowers the tokens and the
+    repetitions of `token_seconds`; it does not shorten the curves. With `cpu_time` the times are CPU seconds of the
+    process.
     """
     now = time.process_time if cpu_time else time.perf_counter
     tokens, repeats = (8, 1) if quick else (32, 3)
@@ -44,7 +46,10 @@ def measure(device: str, quick: bool, cpu_time: bool) -> dict[str, Any]:
 
 
 def read_bandwidth(buffer: torch.Tensor, now: Callable[[], float]) -> float:
-    """Return the rate of reading the buffer with all threads in bytes a second: the best of three tries."""
+    """Read `buffer` three times with all threads. Return the highest rate, in bytes a second.
+
+    `buffer` is a contiguous float32 tensor. `now` returns the reading of a clock in seconds.
+    """
     read, seconds = reader(buffer), []
     for _ in range(3):
         start = now()
@@ -54,9 +59,10 @@ def read_bandwidth(buffer: torch.Tensor, now: Callable[[], float]) -> float:
 
 
 def our_seconds(session: DecodeSession, tokens: int, now: Callable[[], float]) -> float:
-    """Return the median seconds of a decode step, over `tokens` steps after a prompt of PROMPT tokens.
+    """Return the median seconds of a greedy decode step of `session`, over `tokens` steps.
 
-    The prompt is not timed. `now` is the clock to read, in seconds.
+    Before the steps the session is reset and reads a prompt of PROMPT tokens, which is not timed. `now` returns the
+    reading of a clock in seconds.
     """
     session.reset()
     session.prefill(torch.arange(PROMPT)[None])
@@ -69,13 +75,14 @@ def our_seconds(session: DecodeSession, tokens: int, now: Callable[[], float]) -
 
 
 def hf_seconds(model: Any, tokens: int, now: Callable[[], float]) -> float:
-    """Return the seconds that transformers' `generate` takes for a token, over `tokens` of them.
+    """Return the seconds for each new token that the greedy `generate` of a transformers model takes.
 
-    The prompt and the set-up are not counted: two runs of different lengths are timed, and their difference is divided.
-    `now` is the clock to read, in seconds.
+    Two calls are timed, whose numbers of new tokens differ by `tokens`. The difference of their times is divided by
+    `tokens`, so the prompt and the set-up do not count. `now` returns the reading of a clock in seconds.
     """
 
     def run(new: int) -> float:
+        """Return the seconds in which `generate` adds `new` tokens to a prompt of PROMPT tokens."""
         start = now()
         ids = torch.arange(PROMPT)[None]
         model.generate(
@@ -89,10 +96,10 @@ def hf_seconds(model: Any, tokens: int, now: Callable[[], float]) -> float:
 
 
 def bytes_read(session: DecodeSession) -> dict[str, int]:
-    """Return {"bytes", "bytes_per_cached_token"}: the bytes that one decode step reads.
+    """Return {"bytes", "bytes_per_cached_token"}: the bytes that one decode step of `session` reads.
 
-    "bytes" counts the weights of all matrices. "bytes_per_cached_token" counts the keys and values of one token in the
-    cache, over all layers.
+    "bytes" counts the packed weights of all matrices. "bytes_per_cached_token" counts the keys and values of one token
+    in the cache, over all layers. `session` must be a CPU session that was made with `weights`.
     """
     config = session.config
     cache = 2 * config.num_layers * config.hidden_dim * session.cache.keys.element_size()
@@ -100,9 +107,10 @@ def bytes_read(session: DecodeSession) -> dict[str, int]:
 
 
 def bound(figure: dict[str, Any], cached: float, bandwidth: float) -> float:
-    """Return the least seconds of a decode step: it reads the weights, and the keys and values of `cached` tokens.
+    """Return the least seconds of a decode step, which are those of reading the weights and the cache.
 
-    `figure` has the entries of `bytes_read`. `bandwidth` is in bytes a second.
+    `figure` has "bytes" of the weights and "bytes_per_cached_token", see `bytes_read`. `cached` is the number of tokens
+    in the cache, which may be a mean over steps. `bandwidth` is in bytes a second.
     """
     return (figure["bytes"] + figure["bytes_per_cached_token"] * cached) / bandwidth
 
@@ -110,12 +118,16 @@ def bound(figure: dict[str, Any], cached: float, bandwidth: float) -> float:
 def token_seconds(
     name: str, tokens: int, repeats: int, now: Callable[[], float] = time.perf_counter
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure decoding with the preset `name` at batch 1, in each precision of the weights, and with transformers.
+    """Measure greedy decoding with the preset `name` at batch 1, by precision and with transformers.
 
-    Each of `repeats` repetitions times `tokens` steps by the clock `now`, fewer with transformers. Return "model",
-    "read_bandwidth" in bytes a second and its range, and for each precision and each of PEERS {"seconds": median time
-    of a token, "range": [least, most]}. Precisions also have the entries of `bytes_read`, and "of_bound", the share of
-    the time that reading takes at least. The entries of PEERS are missing if transformers is not installed.
+    Each of `repeats` repetitions times `tokens` steps by the clock `now`, and a quarter as many (at least 4) with
+    transformers. Return a dict: "model" is `name`. "read_bandwidth" is the median in bytes a second, and
+    "read_bandwidth_range" is [least, most]. Each precision in WEIGHTS, and each name in the values of PEERS, has
+    {"seconds": median time of a token, "range": [least, most]}. The names of PEERS are missing if transformers is not
+    installed.
+
+    The entry of a precision also has "bytes" and "bytes_per_cached_token", see `bytes_read`, and "of_bound": the least
+    time by `bound`, divided by the measured time.
     """
     torch.manual_seed(0)
     model = GPTForCausalLM(GPTConfig.preset(name)).eval()
@@ -177,12 +189,19 @@ def curve(
 
 
 def shown(record: dict[str, Any]) -> list[str]:
-    """Return the precisions of the weights that the record has; an older record lacks newer precisions."""
+    """Return the precisions in WEIGHTS that are keys of `record`, the content of the study's results file.
+
+    A file that was written before a precision was added lacks it.
+    """
     return [weights for weights in WEIGHTS if weights in record]
 
 
 def lines(record: dict[str, Any]) -> list[str]:
-    """Return the study's record as lines of Markdown: a heading, what was measured, and a table by precision."""
+    """Return a section of Markdown as lines: a heading, a paragraph on what was measured, and a table.
+
+    The table has a row for each precision: milliseconds a token, tokens a second, share of the bound, and the time of
+    transformers in the same precision, if measured. `record` is the content of the study's results file.
+    """
     low, high = (f"{bandwidth / 1e9:.1f}" for bandwidth in record["read_bandwidth_range"])
     rows = []
     for weights in shown(record):
@@ -205,9 +224,10 @@ def lines(record: dict[str, Any]) -> list[str]:
 
 
 def picture(record: dict[str, Any]) -> Figure:
-    """Draw the milliseconds of a decode step over the number of tokens in the cache, for each precision of the weights.
+    """Draw the milliseconds of a decode step over the number of tokens in the cache, for each precision.
 
-    A dashed line is the time that reading the cache and the weights takes at least.
+    A dashed line of the same colour is the time that reading the cache and the weights takes at least. `record` is the
+    content of the study's results file.
     """
     figure = Figure(figsize=(6.3, 4.2), dpi=130, layout="constrained")
     axes = figure.subplots()

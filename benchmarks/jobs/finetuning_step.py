@@ -16,9 +16,9 @@ JOB = "finetuning_step"
 
 
 def inputs(case: Case) -> tuple:
-    """Return (tokens [B, T], labels [B]), random.
+    """Return random (tokens [B, T], labels [B]) on the case's device.
 
-    All rows are full, so that every implementation does the same work. There are two classes.
+    No row has padding, so that every implementation does the same work. A label is 0 or 1.
     """
     B, T = case.size["B"], case.size["T"]
     return ids(case, case.config.num_tokens, B, T), ids(case, 2, B)
@@ -27,14 +27,15 @@ def inputs(case: Case) -> tuple:
 def work(case: Case, passes: str) -> Work:
     """Return the least bytes and FLOPs of one training step; `passes` is always "step".
 
-    They are those of a language model without its output layer, because only one position of each row is scored, with a
-    few labels.
+    The bytes are those of AdamW's weights, gradients and moments, and the FLOPs those of three forward passes, see
+    `counts.training`. The output layer of a language model is left out, because a classifier scores one position of
+    each row, with a few labels.
     """
     return training(case.config, case.size["B"], case.size["T"], output_rows=0)
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield the cases to benchmark on a device, "cpu" or "cuda"."""
+    """Yield the one case to benchmark on a device, "cpu" or "cuda": GPT-2 124M with dropout, in quick runs too."""
     B, T = (32, 256) if device == "cuda" else (4, 64)
     yield from every(JOB, device, [{"model": "gpt2", "B": B, "T": T}], main_dtype(device), (0.1,), quick=True)
 
@@ -43,7 +44,7 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def ours(case: Case) -> tuple[nn.Module, Loss]:
-    """Return (gpt_fast's classifier, the function that computes its loss from tokens and labels)."""
+    """Return (gpt_fast's classifier, a function from tokens [B, T] and labels [B] to its loss)."""
     model = gpt_fast.GPTForSequenceClassification(case.config).to(case.device)
     return model, lambda tokens, labels: model(tokens, labels).loss
 
@@ -63,13 +64,13 @@ class PlainClassifier(nn.Module):
 
 
 def plain(case: Case) -> tuple[nn.Module, Loss]:
-    """Return (the classifier in plain PyTorch, the function that computes its loss from tokens and labels)."""
+    """Return (the classifier in plain PyTorch, a function from tokens [B, T] and labels [B] to its loss)."""
     model = PlainClassifier(case).to(case.device)
     return model, model.loss
 
 
 def hugging_face(attention: str, case: Case) -> tuple[nn.Module, Loss]:
-    """Return (transformers' classifier, the function that computes its loss from tokens and labels).
+    """Return (transformers' classifier, a function from tokens [B, T] and labels [B] to its loss).
 
     `attention` is transformers' attention implementation, "eager" or "sdpa".
     """

@@ -15,22 +15,29 @@ JOB = "handwritten_step"
 
 
 def inputs(case: Case) -> tuple:
-    """Return a tuple with random tokens [B, T + 1], of which the last T are the labels."""
+    """Return a tuple of one tensor: random tokens [B, T + 1]. The model reads the first T, the last T are labels."""
     return (ids(case, case.config.num_tokens, case.size["B"], case.size["T"] + 1),)
 
 
 def tokens(case: Case) -> int:
-    """Return how many tokens one training step reads."""
+    """Return how many tokens one training step reads, B × T."""
     return case.size["B"] * case.size["T"]
 
 
 def work(case: Case, passes: str) -> Work:
-    """Return the least bytes and FLOPs of one training step; `passes` is always "step"."""
+    """Return the least bytes and FLOPs of one training step of GPT-2; `passes` is always "step".
+
+    All hand-written models count the same: the bytes of AdamW's weights, gradients and moments, and the FLOPs of three
+    forward passes. See `counts.training`.
+    """
     return training(case.config, case.size["B"], case.size["T"], output_rows=tokens(case))
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield a case for each hand-written model in MODELS and each dropout, quick ones for two of the models."""
+    """Yield a case for each hand-written model in MODELS, with and without dropout, on "cpu" or "cuda".
+
+    The case's size "code" is the model's key in MODELS. The cases of "packed" and "separate" are also in a quick run.
+    """
     for code in MODELS:
         if device == "cuda":
             size = {"model": "gpt2", "code": code, "B": 8, "T": 1023}
@@ -41,12 +48,15 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
-    """Yield the speed to reach: gpt_fast is at least as fast as the model as it was written."""
+    """Yield the one speed target of a case: the model after `gpt_fast.accelerate` is at least as fast as before."""
     yield Target("as written", 1.0)
 
 
 def as_written(case: Case) -> tuple[nn.Module, Loss]:
-    """Return (the hand-written model that the size "code" names, the function that computes its loss from tokens)."""
+    """Return (the hand-written model of a case, a function from tokens [B, T + 1] to its loss).
+
+    The case's size "code" is the model's key in MODELS.
+    """
     config = case.config
     sizes = Sizes(config.num_tokens, config.seq_len, config.hidden_dim, config.num_heads, config.num_layers)
     torch.manual_seed(0)
@@ -55,7 +65,7 @@ def as_written(case: Case) -> tuple[nn.Module, Loss]:
 
 
 def _loss(model: nn.Module, row: Tensor) -> Tensor:
-    """Return the model's loss on `row` [B, T + 1]: the first T tokens are read, the last T are the labels."""
+    """Return the model's loss on tokens `row` [B, T + 1]: the first T are read, the last T are the labels."""
     return loss_of(model, row[:, :-1], row[:, 1:].contiguous())
 
 

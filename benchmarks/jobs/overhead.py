@@ -29,13 +29,17 @@ class Operators(TorchDispatchMode):
         self.calls: list[Call] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator, and record the call if the operator is of gpt_fast."""
         if func.namespace == "gpt_fast":
             self.calls.append(lambda: func(*args))
         return func(*args, **(kwargs or {}))
 
 
 def operators(run: Call) -> Call:
-    """Run `run`, and return a call that runs the same gpt_fast operators again, without the Python around them."""
+    """Run `run` once. Return a call that runs the same gpt_fast operators again, with the same arguments.
+
+    The returned call skips the Python around the operators. It runs without autograd.
+    """
     with Operators() as mode:
         run()
 
@@ -48,16 +52,16 @@ def operators(run: Call) -> Call:
 
 
 def measured_ops() -> list[Topic]:
-    """Return the topics of the ops that define `tiny` sizes, which are inputs of a few elements."""
+    """Return the topics of the ops that define `tiny` sizes, for inputs of a few elements. See `Topic`."""
     return [topic for topic in catalogue.ops().values() if topic.tiny]
 
 
 def calls_of(topic: Topic, device: str) -> dict[tuple[str, str, str], Call]:
-    """Return calls on tensors of a few elements by (op, pass, name), each of which runs the pass once.
+    """Return {(op, pass, name): call} for one op on tensors of a few elements. A call runs the pass once.
 
     The name is "function" for the public function, "operators" for the PyTorch operators in it alone, or "PyTorch" for
     PyTorch's own function, if there is one. The passes are those of the topic, except that "training", which is forward
-    and backward, replaces "backward".
+    and backward, replaces "backward". `device` is "cpu" or "cuda".
     """
     case = Case(topic.name, device, tuple((topic.tiny or {}).items()), main_dtype(device)[0])
     functions = {peer.name: peer.build(case) for peer in topic.peers if peer.name in (OURS, *THEIRS)}
@@ -74,9 +78,10 @@ def calls_of(topic: Topic, device: str) -> dict[tuple[str, str, str], Call]:
 
 
 def seconds_of(topics: list[Topic], device: str, cpu_time: bool) -> dict[str, dict[str, dict[str, Summary]]]:
-    """Return the seconds of one call as {op: {pass: {name: {"q1", "median", "q3"}}}}, with the names of `calls_of`.
+    """Return the seconds of one call as {op: {pass: {name: {"q1", "median", "q3"}}}}.
 
-    All calls take turns, so that a disturbance meets all. On a GPU the time is the host's until the call is enqueued.
+    The name is "function", "operators" or "PyTorch", see `calls_of`. The quartiles are those of ROUNDS rounds, in which
+    all calls take turns, so that a disturbance affects all. On a GPU the time is the host's until the call is enqueued.
     With `cpu_time` it is CPU seconds of the process.
     """
     now = clock("cpu", cpu_time)
@@ -99,12 +104,20 @@ def seconds_of(topics: list[Topic], device: str, cpu_time: bool) -> dict[str, di
 
 
 def measure(device: str, quick: bool, cpu_time: bool) -> dict[str, Any]:
-    """Return {"ops": the result of `seconds_of`} for all measured ops on the device; `quick` changes nothing."""
+    """Measure what a call costs on the device. Return {"ops": {op: {pass: {name: {"q1", "median", "q3"}}}}}.
+
+    The name is "function", "operators" or "PyTorch", see `calls_of`. Times are in seconds. `quick` changes nothing.
+    With `cpu_time` the times are CPU seconds of the process.
+    """
     return {"ops": seconds_of(measured_ops(), device, cpu_time)}
 
 
 def lines(record: dict[str, Any]) -> list[str]:
-    """Return the study's record as lines of Markdown: a heading, what was measured, and a table by op and pass."""
+    """Return a section of Markdown as lines: a heading, a paragraph on what was measured, and a table.
+
+    The table has a row for each op and pass: microseconds of the public function, of its operators alone, and of
+    PyTorch's function. `record` is the content of the study's results file.
+    """
     device, date, load = record["device"], record["date"], record["load"]
     rows = []
     for op, by_pass in record["ops"].items():

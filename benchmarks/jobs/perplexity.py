@@ -27,10 +27,11 @@ WORDS = 4096  # of the vocabulary
 
 
 def measure(device: str, quick: bool, cpu_time: bool) -> dict[str, Any]:
-    """Train a model and return {"parameters", "updates", "tokens", "perplexity"}.
+    """Train a small GPT-2 and measure its perplexity. Return {"parameters", "updates", "tokens", "perplexity"}.
 
-    They are the numbers of its parameters, of its updates, and of held-out tokens, and {precision of the weights:
-    perplexity}. With `quick` there are fewer updates. `device` and `cpu_time` change nothing.
+    "parameters", "updates" and "tokens" are the numbers of the model's parameters, of its training updates and of
+    held-out tokens. "perplexity" maps each precision of the weights to the perplexity of these tokens. With `quick`
+    there are fewer updates. `device` and `cpu_time` change nothing.
     """
     updates = 20 if quick else 400
     data = read_lm_data((), None, WORDS, World())
@@ -43,7 +44,7 @@ def measure(device: str, quick: bool, cpu_time: bool) -> dict[str, Any]:
 
 
 def train(data: LMData, updates: int) -> GPTForCausalLM:
-    """Return a small GPT-2 in eval mode, trained with `updates` batches of `data`."""
+    """Train a GPT-2 of the size SIZES with `updates` updates of BATCH windows of `data`. Return it in eval mode."""
     torch.manual_seed(0)
     config = GPTConfig.preset(
         "gpt2", dropout=0.0, num_tokens=vocabulary_size(data.tokenizer), **SIZES, **special_ids(data.tokenizer)
@@ -62,7 +63,11 @@ def train(data: LMData, updates: int) -> GPTForCausalLM:
 
 
 def lines(record: dict[str, Any]) -> list[str]:
-    """Return the study's record as lines of Markdown: a heading, what was measured, and a table by precision."""
+    """Return a section of Markdown as lines: a heading, a paragraph on what was measured, and a table.
+
+    The table has a row for each precision of the weights: the perplexity, and its change against float32. `record` is
+    the content of the study's results file.
+    """
     found = record["perplexity"]
     rows = [[weights, f"{value:.4f}", f"{value / found['float32'] - 1:+.3%}"] for weights, value in found.items()]
     return [

@@ -11,23 +11,34 @@ JOB = "prefill"
 
 
 def inputs(case: Case) -> tuple:
-    """Return a tuple with the prompt, random tokens [B, T]."""
+    """Return a tuple of one tensor: the prompt, random tokens [B, T]."""
     return (ids(case, case.config.num_tokens, case.size["B"], case.size["T"]),)
 
 
 def work(case: Case, passes: str) -> Work:
-    """Return the least bytes and FLOPs of reading the prompt; `passes` is always "step"."""
+    """Return the least bytes and FLOPs of reading the prompt; `passes` is always "step".
+
+    Every weight is read once. The output layer is applied to the last position of each row only. See `counts.prompt`.
+    """
     return prompt(case.config, case.size["B"], case.size["T"], case.dtype.itemsize)
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield the cases to benchmark on a device, "cpu" or "cuda"."""
+    """Yield the cases to benchmark on a device, "cpu" or "cuda".
+
+    They are GPT-2 124M with prompts of several lengths and batch sizes. The shortest at batch 1 is the case of a quick
+    run.
+    """
     yield from every(JOB, device, [{"model": "gpt2", "B": 1, "T": 128}], main_dtype(device), quick=True)
     yield from every(JOB, device, [{"model": "gpt2", "B": 1, "T": 512}, {"model": "gpt2", "B": 8, "T": 128}])
 
 
 def targets(case: Case) -> Iterator[Target]:
-    """Yield the speeds to reach on the case, against another implementation or a measured limit. See `Target`."""
+    """Yield the speed targets of a case.
+
+    On a CPU in float32, gpt_fast with weights in each of three precisions must be faster than the inference engines of
+    the same or a higher precision, see `rivals`. Other cases have no target.
+    """
     if case.device == "cpu" and case.dtype == F32:
         yield from rivals({"float32": 1.05, "bfloat16": 1.05, "int8": 1.05})
 

@@ -31,22 +31,31 @@ ACCELERATED = ("Hugging Face sdpa", "Hugging Face accelerated")
 
 
 def inputs(case: Case) -> tuple:
-    """Return a tuple with random tokens [B, T], which are also the labels."""
+    """Return a tuple of one tensor: random tokens [B, T], which are also the labels."""
     return (ids(case, case.config.num_tokens, case.size["B"], case.size["T"]),)
 
 
 def tokens(case: Case) -> int:
-    """Return how many tokens one training step reads."""
+    """Return how many tokens one training step reads, B × T."""
     return case.size["B"] * case.size["T"]
 
 
 def work(case: Case, passes: str) -> Work:
-    """Return the least bytes and FLOPs of one training step; `passes` is always "step"."""
+    """Return the least bytes and FLOPs of one training step; `passes` is always "step".
+
+    The bytes are those of AdamW's weights, gradients and moments, and the FLOPs those of three forward passes. See
+    `counts.training`.
+    """
     return training(case.config, case.size["B"], case.size["T"], output_rows=tokens(case))
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield the cases to benchmark on "cpu" or "cuda": models, batches, and series over batch and depth."""
+    """Yield the cases to benchmark on a device, "cpu" or "cuda".
+
+    They are GPT-2 124M with and without dropout, the larger GPT-2s, a series over the batch size and a series over the
+    number of layers. GPT-2 124M at its smallest batch is also in a quick run. A CPU without bfloat16 instructions also
+    gets small bfloat16 cases.
+    """
     if device == "cuda":
         yield from every(JOB, device, [{"model": "gpt2", "B": 8, "T": 1024}], dropouts=(0.1, 0.0), quick=True)
         yield from every(JOB, device, [{"model": "gpt2", "B": 32, "T": 1024}], dropouts=(0.1, 0.0))
@@ -71,7 +80,13 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
-    """Yield the speeds to reach on the case, against another implementation or a measured limit. See `Target`."""
+    """Yield the speed targets of a case.
+
+    On a GPU, GPT-2 124M at T = 1024 must reach a number of tokens a second, and be faster than the compiled plain
+    model. On a CPU, GPT-2 124M at batch 4 must reach a share of the measured speed limit and, in float32, be as fast as
+    transformers or faster. With fewer layers in bfloat16 it must only be faster than transformers. Some of the CPU
+    cases also have a target for transformers' model after `gpt_fast.accelerate`. Other cases have no target.
+    """
     small = case.size["model"] == "gpt2" and "layers" not in case.size
     if case.device == "cuda":
         if small and case.size["T"] == 1024:
@@ -95,19 +110,19 @@ def targets(case: Case) -> Iterator[Target]:
 
 
 def ours(case: Case) -> tuple[nn.Module, Loss]:
-    """Return (gpt_fast's language model, the function that computes its loss from tokens)."""
+    """Return (gpt_fast's language model, a function from tokens [B, T] to its loss)."""
     model = gpt_fast.GPTForCausalLM(case.config).to(case.device)
     return model, lambda tokens: model(tokens, tokens).loss
 
 
 def plain(case: Case) -> tuple[nn.Module, Loss]:
-    """Return (the language model in plain PyTorch, the function that computes its loss from tokens)."""
+    """Return (the language model in plain PyTorch, a function from tokens [B, T] to its loss)."""
     model = PlainGPT(case.config).to(case.device)
     return model, model.loss
 
 
 def hugging_face(attention: str, case: Case) -> tuple[nn.Module, Loss]:
-    """Return (transformers' language model, the function that computes its loss from tokens).
+    """Return (transformers' language model, a function from tokens [B, T] to its loss).
 
     `attention` is transformers' attention implementation, "eager" or "sdpa".
     """

@@ -20,7 +20,10 @@ while os.getppid() == parent:
 
 @contextlib.contextmanager
 def busy_process() -> Iterator[subprocess.Popen]:
-    """Run a process that computes in an endless loop during the block, and yield it. Kill it when the block ends."""
+    """Run a process that computes in an endless loop during the block, and yield it. Kill it when the block ends.
+
+    The block starts after the process has started to loop.
+    """
     process = subprocess.Popen([sys.executable, "-I", "-S", "-c", _LOOP], stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
@@ -33,7 +36,7 @@ def busy_process() -> Iterator[subprocess.Popen]:
 
 @contextlib.contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Let PyTorch compute with `number` threads in the block, and with the earlier number again after it."""
+    """Set the number of PyTorch's threads to `number` in the block, and back to the earlier number after it."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

@@ -13,7 +13,10 @@ COPIES = 2  # of the inputs, rotated
 
 
 def make_inputs(topic: Topic, case: Case) -> list[tuple]:
-    """Return COPIES tuples of positional arguments for the topic's implementations, drawn with the seeds 0, 1, ..."""
+    """Return COPIES tuples of positional arguments for the topic's implementations on a case.
+
+    They are drawn with the seeds 0, 1, ... and differ in their values only.
+    """
     copies = []
     for copy in range(COPIES):
         torch.manual_seed(copy)
@@ -32,10 +35,11 @@ def prepare(function: Callable[..., Any], inputs: list[tuple], passes: str) -> l
 
 
 def all_passes(function: Callable[..., Any], inputs: tuple, passes: tuple[str, ...]) -> Call:
-    """Return one call that runs all passes of a topic, to measure its peak memory.
+    """Return one call without arguments that runs all passes of a topic, to measure its peak memory.
 
-    `inputs` are the arguments of `function`. With "backward" in `passes` the call runs forward and backward, because
-    memory kept in between counts. Otherwise it runs the first pass.
+    `inputs` are the positional arguments of `function`. `passes` are the names of the topic's passes. With "backward"
+    among them the call runs forward and backward, because memory kept in between counts. Otherwise it runs the first
+    pass.
     """
     return _prepare(function, inputs, "training" if "backward" in passes else passes[0])
 
@@ -43,8 +47,8 @@ def all_passes(function: Callable[..., Any], inputs: tuple, passes: tuple[str, .
 def _prepare(function: Callable[..., Any], inputs: tuple, passes: str) -> Call:
     """Return a call without arguments that runs one pass of `function` on `inputs`, its positional arguments.
 
-    `passes` names the pass, as in `prepare`. For "backward" the forward pass runs here, once, and each call
-    differentiates it again. Gradients of the outputs are random, and are drawn once.
+    `passes` is "forward", "backward", "training", "inference" or "step", see `prepare`. For "backward" the forward pass
+    runs here, once, and each call differentiates it again. Gradients of the outputs are random, and are drawn once.
     """
     if passes in ("forward", "step"):
         return lambda: function(*inputs)
@@ -58,6 +62,7 @@ def _prepare(function: Callable[..., Any], inputs: tuple, passes: str) -> Call:
     upstream: list[Tensor] = []
 
     def both() -> object:
+        """Run forward and backward. Return the gradients of the inputs that require one."""
         outputs = _tuple(function(*inputs))
         if not upstream:
             upstream.extend(_upstream(outputs))
@@ -67,7 +72,10 @@ def _prepare(function: Callable[..., Any], inputs: tuple, passes: str) -> Call:
 
 
 def _upstream(outputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Return a random gradient for each output. Raise `NotImplementedError` if an output does not require grad."""
+    """Return a random gradient for each of `outputs`.
+
+    Raise `NotImplementedError` if an output does not require grad.
+    """
     if not all(output.requires_grad for output in outputs):
         raise NotImplementedError("no backward here")
     return [torch.randn_like(output) for output in outputs]

@@ -30,17 +30,18 @@ DATA_SHEETS = {
 def data_sheet(name: str) -> dict[str, float]:
     """Return the rates that the vendor states for a device, in bytes or FLOPs a second; {} for an unknown device.
 
-    The keys are the names of the measured rates, such as "copy" and "matmul bfloat16". `name` is the device's full
-    name, as `device_name` returns it.
+    `name` is the device's full name, as `device_name` returns it. The keys are the names of measured rates: "copy",
+    "matmul bfloat16" and "matmul float32".
     """
     return next((rates for part, rates in DATA_SHEETS.items() if re.search(rf"\b{part}\b", name)), {})
 
 
 def device_name(device: str) -> str:
-    """Return the GPU's name, or the CPU's model name with its instructions and the number of PyTorch's threads.
+    """Return the GPU's name for "cuda", else a text of the CPU's model, its instructions and its threads.
 
-    The instructions are the widest vectors that PyTorch uses, and "bf16" and "int8" if the CPU multiplies such matrices
-    itself. Virtual machines show different instructions under one model name.
+    The text is such as "<model> (AVX512, bf16, int8), 8 threads of 16". The instructions are the widest vectors that
+    PyTorch uses, and "bf16" and "int8" if the CPU multiplies such matrices itself: virtual machines show different
+    instructions under one model name. The threads are PyTorch's, of all that the machine has.
     """
     if device == "cuda":
         return torch.cuda.get_device_name()
@@ -64,10 +65,11 @@ def slug(device: str) -> str:
 def describe(device: str, cpu_time: bool = False) -> dict[str, Any]:
     """Return {"device", "versions", "commit"}, the facts that every results file holds.
 
-    "device" has the type, the name, the name as a folder (slug) and the low-precision matrix products that the hardware
-    has; for a CPU also the vector width and compiler of the C++ extension, or None without it. "versions" has Python,
-    PyTorch and each of PACKAGES, None if it is not installed. "commit" is the result of `commit`. With `cpu_time` the
-    name ends in ", CPU time", because times are then CPU seconds.
+    "device" has the type, the name, the name as a folder ("slug") and "bf16_products". For a CPU it also has
+    "int8_products" and "extension", the vector width and compiler of the C++ extension, or None without it. "versions"
+    has Python, PyTorch, each of PACKAGES (None if it is not installed), and on a GPU CUDA. "commit" is {"id", "dirty"},
+    see `commit`. `device` is "cpu" or "cuda". With `cpu_time` the name ends in ", CPU time", because times are then CPU
+    seconds.
     """
     info = build_info()
     name = device_name(device) + (", CPU time" if cpu_time else "")
@@ -90,9 +92,10 @@ def describe(device: str, cpu_time: bool = False) -> dict[str, Any]:
 
 
 def commit() -> dict[str, Any]:
-    """Return {"id", "dirty"}: the checkout's commit, and whether files that affect a measurement differ from it.
+    """Return {"id", "dirty"}: the hash of the checkout's commit, and whether files differ from it.
 
-    Both are None if git is missing or the tree is no repository.
+    "dirty" is a bool; only files that affect a measurement count. Both are None if git is missing or the tree is no
+    repository.
     """
     found = _git("rev-parse", "HEAD")
     changed = _git(
@@ -102,7 +105,7 @@ def commit() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """Return what git prints in this checkout, or None if git is missing or fails."""
+    """Run git with these arguments in this checkout. Return its stripped output, or None if git is missing or fails."""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):  # no git, or a tree that is no repository

@@ -47,8 +47,9 @@ class Floor:
 def floors(device: str) -> list[Floor]:
     """Return the workloads whose measured rates are the speed limits of a device: a copy, a read and matrix products.
 
-    The products are in bfloat16 on a GPU. On a CPU they are in float32, and also in bfloat16 if it has instructions for
-    it.
+    A `Floor` has a name, the bytes or FLOPs of one call, and a function that builds the call. `device` is "cpu" or
+    "cuda". The products are in bfloat16 on a GPU. On a CPU they are in float32 and, if it has instructions for
+    bfloat16, also in bfloat16.
     """
     size = (1 << 30) if device == "cuda" else (256 << 20)
     n = 8192 if device == "cuda" else 1536
@@ -76,10 +77,10 @@ def floors(device: str) -> list[Floor]:
 
 
 def measure_floors(device: str, cpu_time: bool = False) -> Iterator[tuple[str, dict[str, float]]]:
-    """Measure the speed limits of a device, see `floors`. Yield the name and {"rate", "q1", "q3"} of each.
+    """Measure the speed limits of a device. Yield the name and {"rate", "q1", "q3"} of each.
 
-    "rate" is the median, "q1" and "q3" are the quartiles, in bytes or FLOPs a second. With `cpu_time`, the seconds are
-    CPU seconds of the process.
+    The names are "copy", "read" and "matmul <dtype>", see `floors`. "rate" is the median, "q1" and "q3" are the
+    quartiles, in bytes or FLOPs a second. With `cpu_time`, the seconds are CPU seconds of the process.
     """
     for floor in floors(device):
         watch = Stopwatch(device, [floor.build()], cpu_time=cpu_time)
@@ -92,9 +93,9 @@ def measure_floors(device: str, cpu_time: bool = False) -> Iterator[tuple[str, d
 
 
 def reader(x: torch.Tensor) -> Call:
-    """Return a call that reads a tensor once, with all threads on a CPU, and returns its sum.
+    """Return a call that reads the tensor `x` once, with all threads on a CPU, and returns its sum.
 
-    Raise `ValueError` unless `x` is float32 and contiguous.
+    Without a C++ compiler, and on a GPU, the call is `x.sum`. Raise `ValueError` unless `x` is float32 and contiguous.
     """
     if x.dtype != torch.float32 or not x.is_contiguous():
         raise ValueError(f"reader: x has dtype {x.dtype} and strides {x.stride()}; expected contiguous float32")
@@ -108,7 +109,7 @@ def reader(x: torch.Tensor) -> Call:
 
 @cache
 def read_library() -> ctypes.CDLL | None:
-    """Load the shared library of read_all.cpp, and compile it before if that has not been done on this machine.
+    """Load the shared library of read_all.cpp, compiled first if that has not been done on this machine.
 
     Return None without a C++ compiler. Raise `subprocess.CalledProcessError` if it cannot be compiled.
     """

@@ -22,10 +22,11 @@ class Replays:
 
 
 def capture(make: Callable[[], list[Call]]) -> Replays:
-    """Build calls by `make`, run each, and capture each as a CUDA graph. Return what replays them.
+    """Build calls by `make`, run each, and capture each as a CUDA graph. Return the replays, see `Replays`.
 
-    `Replays` also has the host's seconds for a direct call, and the seconds of the first call. `make` runs on the
-    stream that is captured, because a backward pass runs on the stream of its forward pass.
+    `make` returns a list of calls without arguments. The result's `calls` replay their graphs, `host` is the host's
+    median seconds for a direct call, and `first` is the seconds of the first call. `make` runs on the stream that is
+    captured, because a backward pass runs on the stream of its forward pass.
 
     Raises:
         RuntimeError: if a call does what a graph cannot hold, such as waiting for the device.
@@ -50,7 +51,7 @@ def capture(make: Callable[[], list[Call]]) -> Replays:
 
 
 def _seconds(call: Call, waits: bool = False) -> float:
-    """Return the host's seconds for one call, including the device's work if `waits`, else only its launch."""
+    """Return the host's seconds for `call()`, including the device's work if `waits`, else only its launch."""
     began = time.perf_counter()
     call()
     if waits:

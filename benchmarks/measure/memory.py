@@ -11,11 +11,11 @@ _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_memory(device: str, run: Callable[[], object]) -> int | None:
-    """Run one call. Return its peak memory in bytes beyond what was in use before, or None where it cannot be measured.
+    """Call `run` once. Return its peak memory in bytes beyond what was in use before, or None.
 
-    On CUDA this is what PyTorch's allocator handed out. On a CPU it is the growth of the process after freed memory was
-    given back to the system, so scratch space of any library counts. This needs Linux: elsewhere nothing runs, and the
-    result is None.
+    On "cuda" this is what PyTorch's allocator handed out. On a CPU it is the growth of the process after freed memory
+    was given back to the system, so scratch space of any library counts. This needs Linux: elsewhere `run` is not
+    called, and the result is None.
     """
     gc.collect()
     if device == "cuda":
@@ -35,7 +35,10 @@ def peak_memory(device: str, run: Callable[[], object]) -> int | None:
 
 
 def _status(field: str) -> int:
-    """Return a field of /proc/self/status, such as "VmRSS", in bytes. Raise `AssertionError` if it is missing."""
+    """Return the field of /proc/self/status named `field`, such as "VmRSS", in bytes.
+
+    Raise `AssertionError` if it is missing.
+    """
     for line in _STATUS.read_text("ascii").splitlines():
         if line.startswith(field):
             return int(line.split()[1]) << 10
@@ -43,9 +46,9 @@ def _status(field: str) -> int:
 
 
 def available_memory(device: str) -> int:
-    """Return the bytes that a program may still allocate on the device.
+    """Return the bytes that a program may still allocate on the device, "cpu" or "cuda".
 
-    It is 1 << 62, which never limits, on a CPU without Linux's /proc/meminfo.
+    On a CPU without Linux's /proc/meminfo it is 1 << 62, which never limits.
     """
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]

@@ -13,10 +13,11 @@ from benchmarks.topic import BF16
 
 
 def main() -> None:
-    """Run gpt_fast's implementation of every op once on the GPU. Print each case, and the reason if it was skipped.
+    """Run gpt_fast's implementation of every op on the GPU, once for each case.
 
-    The call runs the op's passes. With --small on the command line only a few small shapes run. Exit with a message
-    without a GPU.
+    A run is the op's passes, mostly forward and backward. Print each case, and the reason if it was skipped. The cases
+    are the suite's or, with --small on the command line, a few small shapes in bfloat16. Exit with a message if there
+    is no GPU.
     """
     if not torch.cuda.is_available():
         sys.exit("benchmarks.measure.once: no CUDA device")

@@ -17,10 +17,10 @@ from gpt_fast.training.runs.load import load_generator, run_tokenizer
 
 
 def run_perplexities(folder: Path, windows: int = 64) -> dict[str, float]:
-    """Return the perplexity of a trained run's model on held-out text, by the precision of its weights.
+    """Return {precision of the weights: perplexity} of a trained run's model on held-out text.
 
     `folder` is the run's folder. The text is the held-out part of Python's standard library, of which at most `windows`
-    windows of the model's sequence length are used, evenly spaced.
+    windows of the model's sequence length are used, evenly spaced. The precisions are those in `WEIGHTS`.
     """
     model = load_generator(folder, "cpu").eval()
     texts = [document.text for document in read_corpus(None).valid]
@@ -31,9 +31,9 @@ def run_perplexities(folder: Path, windows: int = 64) -> dict[str, float]:
 
 
 def perplexities(model: GPT | Head, tokens: Tensor) -> dict[str, float]:
-    """Return the perplexity of the token windows [B, T] for each precision of the weights in `WEIGHTS`, by its name.
+    """Return {precision of the weights: perplexity} of the model on token windows [B, T], for each of `WEIGHTS`.
 
-    A `DecodeSession` with these weights predicts each token but the first, one decode step after another.
+    A `DecodeSession` with these weights predicts each token of a window but the first, one decode step after another.
     """
     found = {}
     for weights in WEIGHTS:
@@ -47,7 +47,10 @@ def perplexities(model: GPT | Head, tokens: Tensor) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print the perplexities of the run that the command line names, and how far each is from that in float32."""
+    """Print the perplexities of the run that the command line names, and how far each is from that in float32.
+
+    Exit with a usage line unless there is exactly one argument.
+    """
     if len(sys.argv) != 2:
         sys.exit("usage: python -m benchmarks.measure.perplexity RUN")
     found = run_perplexities(Path(sys.argv[1]))

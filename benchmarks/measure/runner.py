@@ -48,7 +48,7 @@ class Settings:
 
     @property
     def budget(self) -> Budget:
-        """Return how many repetitions an implementation gets, fewer in a quick run, and whether CPU time counts."""
+        """Return the `Budget` of a run: its repetitions, fewer in a quick run, and whether CPU time counts."""
         return dataclasses.replace(QUICK if self.quick else FULL, cpu_time=self.cpu_time)
 
 
@@ -65,10 +65,10 @@ class Outcome:
 
 
 def runs_here(topic: Topic, case: Case, quick: bool) -> tuple[list[Peer], Failed]:
-    """Return (implementations to measure on a case, [(implementation, reason why it cannot run here)]).
+    """Return (implementations to measure on a case, [(implementation, reason why it is not measured)]).
 
-    Implementations that the case excludes by `case.peers` are in neither. In training, compiled models are left out of
-    cases marked for a quick run; `quick` only changes the wording of that reason.
+    Implementations that the case excludes by `case.peers` are in neither. In training, compiled models are not measured
+    on cases that belong to a quick run; `quick` only changes the wording of that reason.
     """
     run, missing = [], []
     for peer in topic.peers:
@@ -87,10 +87,11 @@ def runs_here(topic: Topic, case: Case, quick: bool) -> tuple[list[Peer], Failed
 def groups(topic: Topic, case: Case, peers: list[Peer]) -> list[tuple[list[Peer], Peer | None]]:
     """Return the order in which a case is timed: [(implementations to time in turn, one to time beside them, or None)].
 
-    The one beside them gets no record. For an op, the first group has all implementations that do not compile. Each
-    that compiles, which may take a minute, follows beside gpt_fast's own, so that an interrupted run has the rest. In
-    training, each implementation is a group, because the models do not fit into memory together. It is beside
-    gpt_fast's own if two models fit, else beside None.
+    The one beside them is timed in turn with them, but gets no record. `peers` are the implementations to measure. For
+    an op, the first group has all implementations that do not compile. Each that compiles, which may take a minute, is
+    a later group beside gpt_fast's own, so that an interrupted run has the first group. In training, each
+    implementation is a group, because all the models do not fit into memory together. Beside it is gpt_fast's own if
+    two models fit, else None.
     """
     ours = next((peer for peer in peers if peer.name == OURS), None)
     if topic.pair_bytes is None:
@@ -104,11 +105,12 @@ def groups(topic: Topic, case: Case, peers: list[Peer]) -> list[tuple[list[Peer]
 def measure(
     topic: Topic, case: Case, peers: list[Peer], budget: Budget, beside: Peer | None = None
 ) -> tuple[list[Record], Failed]:
-    """Measure implementations on one case. Return (a record for each, [(implementation, error)] for each that failed).
+    """Measure implementations on one case. Return (records, [(implementation, error) of each that failed]).
 
-    For each pass of the topic, `peers` are timed in turn. `beside`, if given, takes turns with them and gets no record.
-    The fields of a record are listed in report/results.py. An implementation that failed in one pass has a record of
-    its other passes.
+    For each pass of the topic, `peers` are timed in turn, as often as `budget` says. `beside`, if given, takes turns
+    with them and gets no record. A record is a dict for one implementation; report/results.py lists its fields, of
+    which "session" is added later. An implementation that failed in one pass has a record of its other passes. Errors
+    of gpt_fast's own implementation are raised, except out of memory.
     """
     inputs = make_inputs(topic, case)
     before = flush(case.device) if topic.suite == "ops" else None
@@ -159,12 +161,15 @@ def _take_turns(
     failed: Failed,
     replays: bool = False,
 ) -> dict[Peer, dict[str, Any]]:
-    """Time one pass of every implementation, in turns. Return the summary of times for each implementation.
+    """Time one pass of every implementation, in turns. Return {implementation: summary of its times}.
 
-    `passes` names the pass, `before` runs untimed before each call, and `replays` asks for CUDA graphs where they can
-    be captured. A summary is `Stopwatch.summary`, with "to_ours", the ratio to gpt_fast's time, and "host", the host's
-    seconds for a direct call, where graphs were timed. An implementation whose first call fails is added to `failed`
-    with the error.
+    `functions` has the function of each implementation, and `inputs` has tuples of their arguments. `passes` names the
+    pass. `before` runs untimed before each call. With `replays`, calls are timed as CUDA graphs if they can be
+    captured.
+
+    A summary is `Stopwatch.summary` with two more entries. "to_ours", if gpt_fast is timed too, is the ratio to its
+    time, see `Stopwatch.ratio_to`. "host", if graphs were timed, is the host's seconds for a direct call. An
+    implementation whose first call fails is added to `failed` with the error, and is not in the result.
     """
     watches: dict[Peer, Stopwatch] = {}
     extra: dict[Peer, dict[str, Any]] = {}
@@ -190,7 +195,10 @@ def _take_turns(
 
 
 def _captured(make: Callable[[], list[Call]]) -> Replays | None:
-    """Return the calls that `make` builds as replays of CUDA graphs, or None if one cannot be captured."""
+    """Return the calls that `make` builds as replays of CUDA graphs, or None if one cannot be captured.
+
+    Other errors of a call are raised, out of memory too.
+    """
     try:
         return capture(make)
     except RuntimeError as error:
@@ -203,8 +211,9 @@ def _captured(make: Callable[[], list[Call]]) -> Replays | None:
 def _failure(peer: Peer, failed: Failed, doing: str = "") -> Iterator[None]:
     """Catch an error of the implementation `peer` in the block, such as out of memory, and add it to `failed`.
 
-    The entry is (`peer`, `doing` followed by the first line of the error). Errors of gpt_fast's own implementation are
-    raised, except out of memory.
+    The entry is (`peer`, `doing` followed by the first line of the error). Caught are RuntimeError,
+    NotImplementedError, ValueError, ImportError and AssertionError. Those of gpt_fast's own implementation are raised,
+    except out of memory.
     """
     try:
         yield
@@ -215,7 +224,7 @@ def _failure(peer: Peer, failed: Failed, doing: str = "") -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of an error's message, at most 200 characters; its type's name without a message."""
+    """Return the first line of an error's message, cut to 200 characters, or its type's name if it has none."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
 
@@ -224,7 +233,7 @@ def _first_line(error: Exception) -> str:
 
 
 def here(topics: list[Topic | Study], device: str, busy: bool = False) -> list[Topic | Study]:
-    """Return the topics and studies that have something to measure on the device.
+    """Return the topics and studies that have something to measure on `device`, "cpu" or "cuda".
 
     With `busy`, studies without times are left out: a busy process beside them would change nothing.
     """
@@ -236,9 +245,10 @@ def here(topics: list[Topic | Study], device: str, busy: bool = False) -> list[T
 
 
 def count(topics: list[Topic | Study], settings: Settings) -> int:
-    """Return how many steps the progress bar has: one for each implementation of each case, and one for each study.
+    """Return how many steps the progress bar of a run has.
 
-    In a busy run gpt_fast's implementations count twice, because they are also measured without the busy process.
+    There is one for each implementation that can run on each case, and one for each study. In a busy run gpt_fast's
+    implementations count twice, because they are also measured without the busy process.
     """
     return sum(
         1
@@ -255,8 +265,8 @@ def count(topics: list[Topic | Study], settings: Settings) -> int:
 def run(topics: list[Topic | Study], settings: Settings) -> Outcome:
     """Measure the topics and studies and write a results file for each. Return the files and what was not measured.
 
-    The tests of a topic run first, unless `settings.untested` is set. A topic whose tests fail is not timed. Ctrl-C
-    keeps what was measured, marked partial.
+    The result's fields are `files`, `refused` and `interrupted`, see `Outcome`. The tests of a topic run first, unless
+    `settings.untested` is set. A topic whose tests fail is not timed. Ctrl-C keeps what was measured, marked partial.
 
     Raises:
         OSError: if the folder cannot be written; before anything is measured.
@@ -290,10 +300,11 @@ def run(topics: list[Topic | Study], settings: Settings) -> Outcome:
 
 
 def _open(topic: Topic | Study, path: Path, facts: dict[str, Any], settings: Settings) -> Run:
-    """Return the content of a topic's results file before measuring: without results, or with earlier ones to resume.
+    """Return the content of a topic's or study's results file before measuring.
 
-    Results are resumed if `settings.resume` is set and `path` exists. `facts` are the device, versions and commit of
-    this run. Raise `ValueError` if the file has other ones, or another value of `quick`.
+    It has no results yet or, if `settings.resume` is set and `path` exists, the results in that file. `facts` are the
+    "device", "versions" and "commit" of this run, see `environment.describe`. Raise `ValueError` if the file to resume
+    has other ones, or another value of `quick`.
     """
     head = {
         "schema": results.SCHEMA, "version": results.VERSION, "topic": topic.name, "suite": topic.suite,
@@ -311,13 +322,20 @@ def _open(topic: Topic | Study, path: Path, facts: dict[str, Any], settings: Set
 
 
 def _now() -> dict[str, Any]:
-    """Return {"date", "load"}: the time in UTC, and the load average of a minute, or None where there is none."""
+    """Return {"date", "load"}: the time in UTC as text, and the machine's load average over the last minute.
+
+    "load" is None on a system without load averages.
+    """
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     return {"date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), "load": load}
 
 
 def _run_study(study: Study, record: Run, path: Path, settings: Settings) -> None:
-    """Measure a study and write its record to `path`, unless `record`, the file's content, is already complete."""
+    """Measure a study and write its record to `path`, then report it to `settings.studied`.
+
+    `record` is the content of the study's results file. If it is already complete, which means it has a "date", nothing
+    is measured or written.
+    """
     settings.advance(0, study.name)
     if "date" not in record:
         with _beside(settings):
@@ -329,9 +347,10 @@ def _run_study(study: Study, record: Run, path: Path, settings: Settings) -> Non
 
 
 def _run_topic(topic: Topic, run: Run, path: Path, settings: Settings) -> None:
-    """Measure what is missing in `run`, the content of a topic's results file, and write it to `path` after each group.
+    """Measure what is missing in `run`, and write it to `path` after each group of implementations.
 
-    A group is one or more implementations that are timed in turn on one case, see `groups`.
+    `run` is the content of the topic's results file, changed in place. A group is one or more implementations that are
+    timed in turn on one case, see `groups`. The speed limits of the device are measured first.
     """
     settings.advance(0, f"{topic.name}: floors")
     session = _now() | {"floors": dict(measure_floors(settings.device, settings.cpu_time))}
@@ -345,6 +364,11 @@ def _run_topic(topic: Topic, run: Run, path: Path, settings: Settings) -> None:
         measured = len(run["records"])
 
         def fill(group: list[Peer], beside: Peer | None, label: str, case: Case = case) -> None:
+            """Measure the implementations in `group` that have no record on the case yet, and write the results.
+
+            `beside` is the implementation that takes turns with them, or None. `label` is shown beside the progress
+            bar. `case` is the case of the loop around this function.
+            """
             settings.advance(0, label)
             left = [peer for peer in group if results.find(run, case.name, peer.name) is None]
             if left:
@@ -369,10 +393,10 @@ def _run_topic(topic: Topic, run: Run, path: Path, settings: Settings) -> None:
 
 
 def on_the_cores_left(peers: list[Peer]) -> list[Peer]:
-    """Return copies of gpt_fast's implementations, to be measured in a busy run without its busy process.
+    """Return copies of gpt_fast's implementations among `peers`, for a busy run's times without its busy process.
 
-    They get one thread less, as if the process kept a core. Their names end in ", quiet, with one thread less", so that
-    their records are kept apart.
+    The caller runs them with one thread less, as if the process kept a core. Their names end in ", quiet, with one
+    thread less", so that their records are kept apart.
     """
     ours = [peer for peer in peers if peer.name.startswith(OURS)]
     return [dataclasses.replace(peer, name=f"{peer.name}, {LEFT}") for peer in ours]
@@ -384,12 +408,15 @@ def _beside(settings: Settings) -> contextlib.AbstractContextManager[object]:
 
 
 def _absent(case: Case, peer: Peer, reason: str) -> dict[str, str]:
-    """Return {"case", "peer", "reason"}, the entry of a results file for an implementation that was not measured."""
+    """Return {"case", "peer", "reason"}: an entry of "missing" in a results file.
+
+    It names an implementation that was not measured on a case, and why.
+    """
     return {"case": case.name, "peer": peer.name, "reason": reason}
 
 
 def _release(device: str) -> None:
-    """Collect garbage and, on a GPU, give back the memory that PyTorch's allocator keeps for reuse."""
+    """Collect garbage and, on "cuda", give back the memory that PyTorch's allocator keeps for reuse."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()

@@ -32,7 +32,7 @@ class Stamp:
 def clock(device: str, cpu_time: bool = False) -> Callable:
     """Return a function that reads a clock: the difference of two readings is the time between them in seconds.
 
-    On a GPU it is the GPU's time, on a CPU wall time, or with `cpu_time` the CPU seconds of the process.
+    On "cuda" it is the GPU's time. On a CPU it is wall time, or with `cpu_time` the CPU seconds of the process.
     """
     if device == "cuda":
         return Stamp
@@ -71,9 +71,10 @@ class Budget:
     cpu_time: bool = False
 
     def rounds(self, duration: float) -> int:
-        """Return how often to time a call of `duration` seconds: once if very long, else at least `least` times.
+        """Return how often to time a call that takes `duration` seconds.
 
-        Beyond that the number is what fits into the budget's `seconds`, 1,000 at most.
+        It is 1 if `duration` exceeds VERY_LONG. Otherwise it is the number of calls that fill the budget's `seconds`,
+        at most 1,000, but never below `least`.
         """
         if duration > VERY_LONG:
             return 1
@@ -96,8 +97,9 @@ class Stopwatch:
     ):
         """Prepare to time `calls`, which do the same work on different inputs and are taken in turn.
 
-        `before` is called before each of them, untimed. With `compiles` the first call compiles, so its time never
-        counts as a measurement. With `cpu_time` the times are CPU seconds of the process.
+        `device` is "cpu" or "cuda". `before` is called before each of the calls, untimed. With `compiles` the first
+        call compiles, so its time never counts as a measurement. With `cpu_time` the times are CPU seconds of the
+        process.
         """
         self.calls = calls
         self.before = before
@@ -109,7 +111,7 @@ class Stopwatch:
         self.laps: list[int] = []  # the lap of each entry of `seconds`; -1 for the warm-up
 
     def call(self) -> float:
-        """Call `before`, then the next of `calls`. Return the seconds that the second of these calls took."""
+        """Call `before`, if there is one, then the next of `calls`. Return the seconds that the latter took."""
         run = self.calls[self.taken % len(self.calls)]
         self.taken += 1
         if self.before:
@@ -124,15 +126,16 @@ class Stopwatch:
         self.laps.append(lap)
 
     def start(self) -> float:
-        """Make the first call, which compiles and allocates, and return its seconds. Its errors are raised."""
+        """Make the first call, which may compile and allocate, and return its seconds. Its errors are raised."""
         self.first = self.call()
         return self.first
 
     def warm_up(self) -> float:
-        """Make two to four calls and return the seconds of the last. Record it as a round if it took over LONG (1 s).
+        """Make the first call, unless `start` made it, and one to three more. Return the seconds of the last one.
 
-        If the first call took more than VERY_LONG (8 s) and did not compile, it is the only one: it is recorded and
-        returned.
+        No further call is made after LONG / 2 seconds. The last call is recorded as a round if it took more than LONG
+        (1 s). If the first call took more than VERY_LONG (8 s) and did not compile, it is the only one: it is recorded,
+        and its seconds are returned.
         """
         first = self.start() if self.first is None else self.first
         if first > VERY_LONG and not self.compiles:
@@ -147,19 +150,20 @@ class Stopwatch:
         return duration
 
     def summary(self) -> dict[str, float | None]:
-        """Return {"median", "q1", "q3", "rounds", "first"} of the recorded times.
+        """Return {"median", "q1", "q3", "rounds", "first"} of the recorded times, of which there must be one.
 
-        "q1" and "q3" are the quartiles, "rounds" is the number of times, and "first" is the time of the very first
-        call, which may include compilation, or None before it. Times are in seconds.
+        "q1" and "q3" are the quartiles, and "rounds" is the number of recorded times. "first" is the time of the very
+        first call, which may include compilation, or None if no call was made. Times are in seconds.
         """
         q1, median, q3 = quartiles(self.seconds)
         return {"median": median, "q1": q1, "q3": q3, "rounds": len(self.seconds), "first": self.first}
 
     def ratio_to(self, other: "Stopwatch") -> dict[str, float]:
-        """Return {"median", "q1", "q3"} of this implementation's time divided by the other's, over pairs of rounds.
+        """Return {"median", "q1", "q3"} of this implementation's time divided by that of `other`, over pairs of rounds.
 
-        A pair is a round of this implementation and the nearest in time of the other, so that whatever slows the
-        machine for a while slows both. On a busy machine this ratio is steadier than the ratio of two medians.
+        A pair is a round of this implementation and the nearest in time of `other`, so that whatever slows the machine
+        for a while slows both. On a busy machine this ratio is steadier than the ratio of two medians. Both must have
+        recorded times.
         """
         pairs = []
         for seconds, lap in zip(self.seconds, self.laps, strict=True):
@@ -173,8 +177,8 @@ def take_turns(watches: list[Stopwatch], budget: Budget) -> None:
     """Time every implementation for as many rounds as the budget allows. Their calls alternate.
 
     A change of the machine's speed then affects all of them. The order differs from round to round, because an
-    implementation that follows another finds its inputs cached, which is 20 % of a small op. The times are recorded in
-    the stopwatches.
+    implementation that follows another finds its inputs cached, which is 20 % of a small op. Each is warmed up first.
+    The times are recorded in the stopwatches.
     """
     planned = [(watch, budget.rounds(watch.warm_up())) for watch in watches]
     laps = max(rounds for _, rounds in planned)

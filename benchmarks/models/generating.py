@@ -21,14 +21,14 @@ ELEMENT = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int8-a16": 1.0, "int4"
 
 
 def _new_tokens(case: Case) -> int:
-    """Return how many tokens the case generates: its size "new", or 1 for a prompt alone."""
+    """Return how many tokens the case generates: its size "new", or 1 if it has none, as in prefill."""
     return case.size.get("new", 1)
 
 
 def work_with(case: Case, weights: str) -> Work:
-    """Return the least bytes and FLOPs of a case, a prompt or a generation, with weights in the precision `weights`.
+    """Return the least bytes and FLOPs of a prefill or generation case, with weights in another precision.
 
-    Keys and values in the cache have 4 bytes with float32 weights, else 2.
+    `weights` is a key of ELEMENT, such as "int8". Keys and values in the cache have 4 bytes with "float32", else 2.
     """
     size, element = case.size, ELEMENT[weights]
     if "new" in size:
@@ -45,10 +45,11 @@ def _eval(case: Case, model: Any) -> Any:
 
 
 def _ours(case: Case, weights: str | None = None) -> Job:
-    """Return the job that generates with gpt_fast, greedily.
+    """Return the job that generates with gpt_fast, greedily: from a prompt [B, T] to the prompt and the new tokens.
 
-    `weights` names the precision in which the decode session packs the weights. With None they stay in the model's
-    dtype. The session is made here and reused by all calls, because the other engines also convert their weights once.
+    `weights` names the precision in which the decode session packs the weights, one of WEIGHTS. With None they stay in
+    the model's dtype. The session is made here and reused by all calls, because the other engines also convert their
+    weights once.
     """
     model = _eval(case, gpt_fast.GPTForCausalLM(case.config))
     new = _new_tokens(case)
@@ -65,7 +66,10 @@ def _ours(case: Case, weights: str | None = None) -> Job:
 
 
 def _packed_missing(case: Case) -> str | None:
-    """Return the reason why packed weights cannot be measured on the case, or None."""
+    """Return the reason why packed weights cannot be measured on the case, or None.
+
+    They need a CPU, the C++ extension and a float32 case.
+    """
     if case.device != "cpu" or gpt_fast.build_info() is None:
         return "weights are packed on the CPU only, by the C++ extension"
     if case.dtype != torch.float32:
@@ -74,21 +78,24 @@ def _packed_missing(case: Case) -> str | None:
 
 
 def _reference(case: Case) -> Job:
-    """Return the job that generates with gpt_fast, every op replaced by its reference in plain PyTorch."""
+    """Return the job that generates as `_ours` does, with every op replaced by its reference in plain PyTorch."""
     job = _ours(case)
     job.run = referenced(job.run)
     return job
 
 
 def _plain(case: Case) -> Job:
-    """Return the job that generates with `PlainGPT`, which has no cache."""
+    """Return the job that generates greedily with `PlainGPT`, which has no cache."""
     model = _eval(case, PlainGPT(case.config))
     new = _new_tokens(case)
     return Job(model, torch.inference_mode()(lambda tokens: model.generate(tokens, new)))
 
 
 def _plain_missing(case: Case) -> str | None:
-    """Return the reason why generating without a cache is not measured on the case, or None."""
+    """Return the reason why generating without a cache is not measured on the case, or None if it is.
+
+    On a CPU it is measured only if the case generates at most 32 tokens, added up over its rows.
+    """
     if case.device == "cpu" and case.size["B"] * _new_tokens(case) > 32:
         return "computes the whole context again for each token: left to the shortest case on a CPU"
     return None
@@ -97,8 +104,8 @@ def _plain_missing(case: Case) -> str | None:
 def _hf(case: Case, attention: str, static: bool = False) -> Job:
     """Return the job that generates with transformers' GPT-2, greedily.
 
-    `attention` is transformers' attention implementation, "eager" or "sdpa". `static` chooses its static cache, with
-    which it compiles the forward pass.
+    `attention` is transformers' attention implementation, "eager" or "sdpa". With `static` transformers uses its static
+    cache, and on a GPU compiles the forward pass by itself.
     """
     model = _eval(case, hf_model("GPT2LMHeadModel", case, attention))
     new = _new_tokens(case)
@@ -111,7 +118,10 @@ def _hf(case: Case, attention: str, static: bool = False) -> Job:
 
 
 def _static_missing(case: Case) -> str | None:
-    """Return the reason why transformers' static cache cannot be measured on the case, or None."""
+    """Return the reason why transformers' static cache is not measured on the case, or None if it is.
+
+    The reason is that transformers is not installed, or that the case is on a CPU, where transformers does not compile.
+    """
     return no_transformers(case) or (
         None if case.device == "cuda" else "transformers compiles its static cache on GPUs only"
     )

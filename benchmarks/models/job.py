@@ -24,10 +24,10 @@ class Job:
         optimizer: optim.Optimizer | None = None,
         work: Work | None = None,
     ):
-        """Store what runs the job and what it keeps in memory.
+        """Store the function to time, and what it keeps in memory.
 
         Args:
-            model: the model that runs, or None for an engine, which keeps a model of its own.
+            model: the model that runs, or None for an inference engine, which keeps a model of its own.
             run: the function to time; it takes the case's inputs.
             optimizer: the optimizer of a training step.
             work: the job's unavoidable work, if it differs from the case's, as with weights of another dtype.
@@ -38,13 +38,14 @@ class Job:
         self.work = work
 
     def __call__(self, *inputs: Tensor) -> object:
+        """Run the job on the inputs of a case, and return the result of `run`."""
         return self.run(*inputs)
 
     def state_bytes(self) -> int | None:
         """Return the bytes that stay in memory between calls, or None for an engine, which does not tell.
 
-        They are the parameters, the optimizer's moments, and the cache and packed weights that `generate` keeps for the
-        model.
+        They are the model's parameters and buffers, the optimizer's state, and the cache and packed weights that
+        `generate` keeps with the model.
         """
         if self.model is None:
             return None
@@ -58,7 +59,10 @@ class Job:
         return packed + sum(tensor.nbytes for tensor in self._state())
 
     def _state(self) -> Iterator[Tensor]:
-        """Yield the model's parameters and buffers, shared memory once, and the tensors of the optimizer's state."""
+        """Yield the model's parameters and buffers, shared memory once, then the tensors of the optimizer's state.
+
+        The job must have a model.
+        """
         assert self.model is not None
         yield from {tensor.data_ptr(): tensor for tensor in self.model.state_dict().values()}.values()
         if self.optimizer:
@@ -67,7 +71,7 @@ class Job:
 
 
 def referenced(run: Callable[..., object]) -> Callable[..., object]:
-    """Return a function that runs `run` with every op of gpt_fast replaced by its reference in plain PyTorch."""
+    """Return a function that calls `run` while every op of gpt_fast runs its reference in plain PyTorch."""
 
     def run_reference(*inputs: Tensor) -> object:
         with gpt_fast.use_reference():
@@ -77,14 +81,15 @@ def referenced(run: Callable[..., object]) -> Callable[..., object]:
 
 
 def no_transformers(case: Case) -> str | None:
-    """Return the reason why transformers cannot be measured if it is not installed, else None."""
+    """Return a reason if transformers is not installed, else None. The case does not matter."""
     return "transformers is not installed" if importlib.util.find_spec("transformers") is None else None
 
 
 def hf_model(name: str, case: Case, attention: str) -> Any:
-    """Return a GPT-2 of transformers with the case's configuration, and with random weights.
+    """Return a GPT-2 of transformers with the case's configuration and dropout, and with random weights.
 
-    `name` is its class, such as "GPT2LMHeadModel". `attention` is its attention implementation, "eager" or "sdpa".
+    `name` is the model's class, such as "GPT2LMHeadModel". `attention` is its attention implementation, "eager" or
+    "sdpa".
     """
     import transformers
 

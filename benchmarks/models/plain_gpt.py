@@ -22,6 +22,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(C, C)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return causal self-attention of x [B, T, C], after the output projection, [B, T, C]."""
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.num_heads, -1).transpose(1, 2) for part in self.in_proj(x).split(C, dim=2))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
@@ -80,7 +81,7 @@ class PlainGPT(nn.Module):
         return self.output_layer(self.hidden_states(tokens)[:, -1])
 
     def loss(self, tokens: Tensor) -> Tensor:
-        """Return the mean cross-entropy of predicting each token but the first from those before it."""
+        """Return the mean cross-entropy of predicting each token of a row but the first. `tokens` is [B, T]."""
         labels = F.pad(tokens[:, 1:], (0, 1), value=-100)
         logits = self(tokens).flatten(0, 1)
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.flatten())
@@ -96,7 +97,10 @@ class PlainGPT(nn.Module):
 
     @torch.no_grad()
     def copy_weights(self, ours: nn.Module) -> "PlainGPT":
-        """Copy the weights of a `GPTForCausalLM` of the same configuration into this model, and return it."""
+        """Copy the weights of `ours` into this model, and return this model.
+
+        `ours` is a `GPTForCausalLM` of the same configuration.
+        """
         theirs = ours.state_dict()
         for name, value in self.state_dict().items():
             value.copy_(theirs[name_of_ours(name)].view(value.shape))
@@ -104,7 +108,10 @@ class PlainGPT(nn.Module):
 
 
 def name_of_ours(name: str) -> str:
-    """Return the name that a parameter of a `PlainGPT` has in a `GPTForCausalLM`."""
+    """Return the name that the parameter `name` of a `PlainGPT` has in a `GPTForCausalLM`.
+
+    For "blocks.0.attention.in_proj.weight" it is "trunk.decoders.0.multihead_attn.in_proj_weight".
+    """
     for mine, theirs in _RENAMED:
         name = name.replace(mine, theirs)
     return name if name.startswith("output_layer.") else f"trunk.{name}"

@@ -29,15 +29,19 @@ def state_bytes(case: Case) -> int:
 
 
 def pair_bytes(case: Case) -> int:
-    """Return the least memory in bytes for two models of the case in training at the same time."""
+    """Return the least memory in bytes to train two copies of the case's model at the same time."""
     return int(2 * ACTIVATIONS * state_bytes(case))
 
 
 def training_peers(ours: Build, plain: Build, hf: Callable[[str, Case], tuple[nn.Module, Loss]]) -> tuple[Peer, ...]:
     """Return the implementations of a training step: gpt_fast, plain PyTorch, transformers and the reference.
 
-    `ours` and `plain` take a case and return (model, function of the case's inputs that computes the loss). So does
-    `hf` after the attention implementation, "eager" or "sdpa". Most implementations are also there compiled.
+    gpt_fast's model runs eagerly, compiled and as one CUDA graph, the plain model eagerly and compiled. transformers'
+    model runs with its "eager" and "sdpa" attention, with "sdpa" also compiled and after `gpt_fast.accelerate`. An
+    implementation counts as missing if training does not fit into memory.
+
+    `ours` and `plain` take a case and return (model, function of the case's inputs that computes the loss). `hf`
+    returns the same and takes, before the case, the attention implementation.
     """
     hf_eager, _ = _trains("Hugging Face eager", partial(hf, "eager"), no_transformers)
     hf_sdpa, hf_compiled = _trains("Hugging Face sdpa", partial(hf, "sdpa"), no_transformers)
@@ -58,9 +62,11 @@ def training_peers(ours: Build, plain: Build, hf: Callable[[str, Case], tuple[nn
 
 
 def written_peers(build: Build) -> tuple[Peer, ...]:
-    """Return three implementations of a hand-written model's training step: accelerated by gpt_fast, eager, compiled.
+    """Return three implementations of a hand-written model's training step.
 
-    `build` takes a case and returns (model, function of the case's inputs that computes the loss).
+    They are the model after `gpt_fast.accelerate`, the model as written, and the model as written with its loss
+    compiled. An implementation counts as missing if training does not fit into memory. `build` takes a case and returns
+    (model, function of the case's inputs that computes the loss).
     """
     as_written, compiled = _trains("as written", build)
     accelerated, _ = _trains(OURS, _accelerated(build, strict=False))
@@ -71,12 +77,13 @@ def written_peers(build: Build) -> tuple[Peer, ...]:
 def _job(case: Case, model: nn.Module, loss: Loss) -> Job:
     """Return the job of one training step: loss, backward and AdamW, under autocast unless the case is in float32.
 
-    `loss` takes the case's inputs. The job returns the loss, detached.
+    `loss` takes the case's inputs and returns the loss of `model`. The job returns this loss, detached.
     """
     optimizer = make_optimizer(model, lr=1e-4)
     half = case.dtype != torch.float32
 
     def step(*inputs: Tensor) -> Tensor:
+        """Run one training step on the case's inputs. Return the loss, detached."""
         with torch.autocast(case.device, case.dtype) if half else nullcontext():
             value = loss(*inputs)
         optimizer.zero_grad(set_to_none=True)
@@ -88,10 +95,10 @@ def _job(case: Case, model: nn.Module, loss: Loss) -> Job:
 
 
 def _trains(name: str, build: Build, missing: Callable[[Case], str | None] = lambda case: None) -> tuple[Peer, Peer]:
-    """Return two implementations, `name` and "`name` compiled": a training step as it is, and with its loss compiled.
+    """Return two implementations of a training step, named `name` and "`name` compiled".
 
-    `build` takes a case and returns (model, loss function). `missing` returns the reason why a case cannot run, or
-    None.
+    The second compiles the function of the loss. `build` takes a case and returns (model, function of the case's inputs
+    that computes the loss). `missing` returns the reason why a case cannot run, or None.
     """
 
     def eager(case: Case) -> Job:
@@ -107,10 +114,12 @@ def _trains(name: str, build: Build, missing: Callable[[Case], str | None] = lam
 def _as_one_graph(build: Build) -> Peer:
     """Return the implementation that replays gpt_fast's whole training step, with the optimizer, as one CUDA graph.
 
-    `build` takes a case and returns (model, loss function).
+    `build` takes a case and returns (model, function of the case's inputs that computes the loss). On a CPU the
+    implementation counts as missing.
     """
 
     def run(case: Case) -> Job:
+        """Return the job of a case whose training step is a CUDA graph."""
         job = _job(case, *build(case))
         assert job.optimizer is not None
         for group in job.optimizer.param_groups:
@@ -124,14 +133,16 @@ def _as_one_graph(build: Build) -> Peer:
 def captured_step(step: Callable[..., object]) -> Callable[..., object]:
     """Return a function that captures `step` as a CUDA graph in its first call, and replays the graph in every call.
 
-    Inputs must keep their shapes: they are copied into the tensors of the first call. The function always returns the
-    same tensor for the loss, which the next call overwrites.
+    The function takes the inputs of `step`, which must keep their shapes: they are copied into the tensors of the first
+    call. It returns the result of the captured `step`, the same tensor each time, which the next call overwrites.
+    Before the capture, the first call runs `step` twice, which counts as two training steps.
     """
     graph = torch.cuda.CUDAGraph()
     held: list[Tensor] = []  # the inputs that the graph reads
     losses: list[object] = []
 
     def run(*inputs: Tensor) -> object:
+        """Capture the graph if this is the first call. Copy `inputs` into its tensors, replay it, return its loss."""
         if not held:
             held.extend(value.clone() for value in inputs)
             side = torch.cuda.Stream()
@@ -151,7 +162,11 @@ def captured_step(step: Callable[..., object]) -> Callable[..., object]:
 
 
 def _reference(build: Build) -> Peer:
-    """Return the implementation that trains gpt_fast's model with every op replaced by its reference in PyTorch."""
+    """Return the implementation that trains gpt_fast's model with every op replaced by its reference in PyTorch.
+
+    `build` takes a case and returns (model, function of the case's inputs that computes the loss). It does not count as
+    a rival.
+    """
 
     def run(case: Case) -> Job:
         job = _job(case, *build(case))
@@ -162,9 +177,10 @@ def _reference(build: Build) -> Peer:
 
 
 def _accelerated(build: Build, strict: bool = True) -> Build:
-    """Return a function that builds the model of `build` and applies `gpt_fast.accelerate` to it.
+    """Return a function of a case that builds the model by `build` and applies `gpt_fast.accelerate` to it.
 
-    With `strict` it raises `ValueError` if a module of the model cannot be replaced.
+    `build` takes a case and returns (model, function of the case's inputs that computes the loss). The returned
+    function does the same. With `strict` it raises `ValueError` if a module of the model cannot be replaced.
     """
 
     def run(case: Case) -> tuple[nn.Module, Loss]:
@@ -176,17 +192,19 @@ def _accelerated(build: Build, strict: bool = True) -> Build:
 
 
 def _cuda_only(case: Case) -> str | None:
-    """Return the reason why a case on a CPU is not measured, or None on a GPU."""
+    """Return the reason why a case on a CPU is not measured, or None for a case on a GPU."""
     return None if case.device == "cuda" else "measured on GPUs only"
 
 
 def _where_it_fits(missing: Callable[[Case], str | None]) -> Callable[[Case], str | None]:
-    """Return a check that gives a reason if training needs more memory than is available, else the result of `missing`.
+    """Return a check, a function from a case to the reason why it cannot run or None.
 
+    It gives a reason if training the case's model needs more memory than is available, else the result of `missing`.
     Training needs its state, which is weights, gradients and moments, and at least a quarter of that for activations.
     """
 
     def either(case: Case) -> str | None:
+        """Return the reason why the case does not fit into memory, else the result of `missing`."""
         need = state_bytes(case)
         if ACTIVATIONS * need > available_memory(case.device):
             return f"needs more than {need / 2**30:.1f} GiB"

@@ -21,13 +21,16 @@ Missing = Callable[[Case], str | None]
 
 
 def normal(case: Case, *shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
-    """Return normal random values times `scale`, in the case's dtype; they require grad if `grad`."""
+    """Return a tensor of `shape` with normal random values times `scale`, on the case's device and in its dtype.
+
+    It requires grad if `grad`.
+    """
     values = torch.randn(shape, device=case.device) * scale
     return values.to(case.dtype).requires_grad_(grad)
 
 
 def meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Return a tensor on the device `meta`, which has no memory, for launches that are only recorded."""
+    """Return a tensor on the device `meta`, which has no memory, for kernel launches that are only recorded."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
@@ -40,22 +43,24 @@ def short(dtype: torch.dtype) -> str:
 
 
 def ours(op: str, options: Options = lambda case: {}) -> Peer:
-    """Return gpt_fast's implementation of an op. It counts as missing on a device where the op has no kernel.
+    """Return gpt_fast's implementation of `op`, the name of a function in `gpt_fast.ops`.
 
-    `options` returns the keyword arguments of the op for a case.
+    `options` returns the keyword arguments of the op for a case. On a device without a kernel for the op the
+    implementation counts as missing, with a reason.
     """
 
     def missing(case: Case) -> str | None:
+        """Return a reason if the op has no kernel on the case's device, else None."""
         return "no kernel here: the reference serves" if ops.serving(op, case.device) == "reference" else None
 
     return Peer(OURS, lambda case: partial(getattr(ops, op), **options(case)), missing)
 
 
 def reference(op: str, options: Options = lambda case: {}, memory: Callable[[Case], int] = lambda case: 0) -> Peer:
-    """Return the reference implementation of an op in plain PyTorch, which does not count as a rival.
+    """Return the reference implementation of `op` in plain PyTorch, which does not count as a rival.
 
-    `options` returns the keyword arguments of the op for a case. `memory` returns the bytes that the case needs. The
-    implementation counts as missing if it needs more than half of the available memory.
+    `op` is the name of a function in `gpt_fast.reference`. `options` returns its keyword arguments for a case. `memory`
+    returns the bytes that the case needs. The implementation counts as missing if they exceed half of the free memory.
     """
     return Peer(
         "reference", lambda case: partial(getattr(definitions, op), **options(case)), fits(memory), rival=False
@@ -63,14 +68,18 @@ def reference(op: str, options: Options = lambda case: {}, memory: Callable[[Cas
 
 
 def compiled(build: Callable[[Case], Function]) -> Peer:
-    """Return the implementation that compiles the function of `build` by `torch.compile`, with static shapes."""
+    """Return the implementation "torch.compile": the function that `build(case)` returns, compiled.
+
+    It is compiled for static shapes.
+    """
     return Peer("torch.compile", lambda case: torch.compile(build(case), dynamic=False), compiles=True)
 
 
 def dropout(case: Case) -> dict[str, Any]:
-    """Return the dropout arguments of gpt_fast's ops for a case: `dropout_p`, `seed` and `site`; {} without dropout.
+    """Return the dropout arguments of gpt_fast's ops for a case: {"dropout_p", "seed", "site"}, or {} without dropout.
 
-    The site is the number that tells the dropout calls of one model apart, so that their masks differ.
+    "seed" is a tensor with one integer. "site" is the number that tells the dropout calls of one model apart, so that
+    their masks differ.
     """
     seed = torch.tensor([1234567], device=case.device)
     return {"dropout_p": case.dropout, "seed": seed, "site": SITE} if case.dropout else {}
@@ -80,7 +89,10 @@ def dropout(case: Case) -> dict[str, Any]:
 
 
 def fits(memory: Callable[[Case], int]) -> Missing:
-    """Return a check for `Peer.missing`: a reason if `memory(case)` bytes exceed half of the free memory, else None."""
+    """Return a check for `Peer.missing`, a function from a case to a reason or None.
+
+    It returns a reason if `memory(case)` bytes exceed half of the free memory on the case's device, else None.
+    """
 
     def missing(case: Case) -> str | None:
         need = memory(case)
@@ -90,7 +102,11 @@ def fits(memory: Callable[[Case], int]) -> Missing:
 
 
 def cuda_only(package: str | None = None) -> Missing:
-    """Return a check for `Peer.missing`: a reason on a CPU, and if `package` is given and not installed; else None."""
+    """Return a check for `Peer.missing`, a function from a case to a reason or None.
+
+    It returns a reason if `package`, the name of a Python package, is given and not installed, or if the case is on a
+    CPU. Otherwise it returns None.
+    """
 
     def missing(case: Case) -> str | None:
         if package and importlib.util.find_spec(package) is None:

@@ -16,13 +16,18 @@ WIDTHS = (768, 1024, 1280, 1600)  # of GPT-2's four sizes
 
 
 def inputs(case: Case) -> tuple:
-    """Return random (x [M, N], residual [M, N], weight [N], bias [N])."""
+    """Return random (x [M, N], residual [M, N], weight [N], bias [N]), which all require grad."""
     M, N = case.size.values()
     return normal(case, M, N), normal(case, M, N), normal(case, N), normal(case, N)
 
 
 def work(case: Case, passes: str) -> Work:
-    """Return the least bytes and FLOPs of one pass over the case, where `passes` is "forward" or "backward"."""
+    """Return the least bytes of one pass over the case, with 0 FLOPs; `passes` is "forward" or "backward".
+
+    Forward reads x, residual, weight and bias, and writes the two outputs and the statistics. Backward reads both
+    gradients, the sum, the weight and the statistics. It writes the gradients, that of x only if dropout makes it
+    differ.
+    """
     M, N = case.size.values()
     element, statistics = case.dtype.itemsize, 2 * 4 * M
     if passes == "forward":  # reads x, residual, weight, bias; writes normed, summed, mean, rstd
@@ -33,7 +38,11 @@ def work(case: Case, passes: str) -> Work:
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield the cases to benchmark on a device, "cpu" or "cuda"."""
+    """Yield the cases to benchmark on a device, "cpu" or "cuda".
+
+    They are GPT-2's widths with and without dropout, on a CPU in float32 and bfloat16, and there also one case with
+    many rows. Width 768 is also in a quick run.
+    """
     if device == "cuda":
         for N in WIDTHS:
             sizes = [{"M": 32768, "N": N}]
@@ -46,7 +55,11 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
-    """Yield the speeds to reach on the case, against another implementation or a measured limit. See `Target`."""
+    """Yield the speed targets of a case.
+
+    On a GPU, each pass must reach a share of the measured speed limit, and both together must be as fast as
+    torch.compile. On a CPU, both together must be as fast as PyTorch.
+    """
     if case.device == "cuda":
         yield Target(FLOOR, 0.85, ("forward",))
         yield Target(FLOOR, 0.85, ("backward",))
@@ -56,7 +69,10 @@ def targets(case: Case) -> Iterator[Target]:
 
 
 def torch_add_layer_norm(case: Case) -> Function:
-    """Return PyTorch's functions for the op: (x, residual, weight, bias) → (normed, summed)."""
+    """Return a function (x, residual, weight, bias) → (normed, summed) that calls PyTorch's functions.
+
+    It has the case's dropout.
+    """
     p = case.dropout
 
     def run(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,10 +83,11 @@ def torch_add_layer_norm(case: Case) -> Function:
 
 
 def launches(kernels: ModuleType) -> Launches:
-    """Yield (label, call that launches kernels) for every width that has a launch configuration, forward and backward.
+    """Yield (label, call that launches kernels) for every width with a launch configuration, forward and backward.
 
-    The launches are those of training: with dropout, in bfloat16, and with a gradient of the residual stream. The calls
-    are on `meta` tensors and only recorded. `kernels` is the module kernels/add_layer_norm.py.
+    The launches are those of training: with dropout, in bfloat16, and with a gradient of the residual stream. A label
+    is such as "N=768 bfloat16 dropout". The tensors are on the device `meta`, so the calls can only be recorded, which
+    tools/record_launches.py does. `kernels` is the module kernels/add_layer_norm.py.
     """
     from kernels import launch_configs
 

@@ -19,7 +19,10 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384)
 
 
 def inputs(case: Case) -> tuple:
-    """Return random q, k, v [B, H, T, D], laid out in memory as [B, T, H, D], as a projection leaves them."""
+    """Return random q, k, v [B, H, T, D], which require grad.
+
+    In memory they are laid out as [B, T, H, D], as the projection before attention writes them.
+    """
     B, H, T, D = case.size.values()
 
     def one() -> Tensor:
@@ -29,10 +32,11 @@ def inputs(case: Case) -> tuple:
 
 
 def work(case: Case, passes: str) -> Work:
-    """Return the least bytes and FLOPs of one pass over the case, where `passes` is "forward" or "backward".
+    """Return the least bytes and FLOPs of one pass over the case; `passes` is "forward" or "backward".
 
-    There are two matrix products forward and five backward (the scores again, dV, dP, dQ, dK), over the pairs that the
-    causal mask keeps.
+    Forward reads q, k, v and writes the output and the logsumexp. Backward also reads the output, its gradient and the
+    logsumexp, and writes three gradients. There are two matrix products forward and five backward (scores, dV, dP, dQ,
+    dK), over the pairs of query and key that the causal mask keeps.
     """
     B, H, T, D = case.size.values()
     element = case.dtype.itemsize
@@ -44,7 +48,13 @@ def work(case: Case, passes: str) -> Work:
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield the cases to benchmark on a device, "cpu" or "cuda"."""
+    """Yield the cases to benchmark on a device, "cpu" or "cuda".
+
+    A GPU gets a series over the sequence length T with a constant number of tokens, and a second head size, with and
+    without dropout. A CPU gets two short lengths with and without dropout, also in bfloat16 if it lacks instructions
+    for it, and a series over T in float32. One of the short lengths, on a GPU two of the series, are also in a quick
+    run.
+    """
     if device == "cuda":  # 16k tokens in each: GPT-1's and GPT-2's head size, then 128
         for T in LENGTHS:
             sizes = [{"B": 16384 // T, "H": 12, "T": T, "D": 64}]
@@ -63,7 +73,12 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
-    """Yield the speeds to reach on the case, against another implementation or a measured limit. See `Target`."""
+    """Yield the speed targets of a case.
+
+    On a GPU without dropout, each pass has a target: at head size 64 against the faster of SDPA's flash and cuDNN
+    backends, at 128 against cuDNN. On a CPU with more than one sequence, both passes together have a target against the
+    faster of SDPA's flash and math backends.
+    """
     T, D = case.size["T"], case.size["D"]
     if case.device == "cuda":
         if not case.dropout:
@@ -81,7 +96,7 @@ def targets(case: Case) -> Iterator[Target]:
 def scores(copies: int) -> Callable[[Case], int]:
     """Return a function from a case to the bytes of `copies` float32 tensors [B, H, T, T].
 
-    It estimates the memory of an implementation that stores the scores.
+    It estimates the memory of an implementation that stores attention scores.
     """
 
     def memory(case: Case) -> int:
@@ -97,12 +112,15 @@ def reference_memory(case: Case) -> int:
 
 
 def sdpa(backend: SDPBackend | None) -> Callable[[Case], Function]:
-    """Return a function that builds PyTorch's causal `scaled_dot_product_attention` with the dropout of a case.
+    """Return a function that builds an implementation: from a case to a function (q, k, v) → out [B, H, T, D].
 
-    `backend` is the only backend allowed; None leaves the choice to PyTorch.
+    The implementation is PyTorch's causal `scaled_dot_product_attention` with the case's dropout. `backend` is the only
+    backend allowed; None leaves the choice to PyTorch.
     """
 
     def build(case: Case) -> Function:
+        """Return the function (q, k, v) → out [B, H, T, D] with the case's dropout."""
+
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if backend is None:
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=case.dropout)
@@ -115,12 +133,15 @@ def sdpa(backend: SDPBackend | None) -> Callable[[Case], Function]:
 
 
 def flash_missing(case: Case) -> str | None:
-    """Return the reason why SDPA's flash backend cannot run the case, or None."""
+    """Return the reason why SDPA's flash backend cannot run the case, which is dropout on a CPU, or None."""
     return "no dropout on the CPU: PyTorch takes math instead" if case.dropout and case.device == "cpu" else None
 
 
 def flex(case: Case) -> Function:
-    """Return compiled FlexAttention with a causal mask: (q, k, v) → output. On a CPU it records no gradient."""
+    """Return FlexAttention with a causal mask, compiled, as (q, k, v) → out [B, H, T, D].
+
+    On a CPU FlexAttention has no backward pass. There the function detaches its inputs.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     T = case.size["T"]
@@ -137,16 +158,17 @@ def flex(case: Case) -> Function:
 
 
 def flex_missing(case: Case) -> str | None:
-    """Return the reason why FlexAttention cannot run the case, which is dropout, or None."""
+    """Return the reason why FlexAttention cannot run the case, which is dropout on any device, or None."""
     return "has no dropout" if case.dropout else None
 
 
 def launches(kernels: ModuleType) -> Launches:
-    """Yield (label, call that launches kernels) of causal attention, for several head sizes and dtypes.
+    """Yield (label, call that launches kernels) of causal attention, forward and backward.
 
-    Each case with dropout has one without it, to compare their code. Candidates follow, which are launch configurations
-    that no GPU has measured yet. The calls are on `meta` tensors and only recorded. `kernels` is the module
-    kernels/attention.py.
+    The calls cover several head sizes and dtypes, mostly with dropout and without, so that their code can be compared.
+    Then come candidates, which are launch configurations that no GPU has measured yet. A label is such as "D=64
+    bfloat16 dropout". The tensors are on the device `meta`, so the calls can only be recorded, which
+    tools/record_launches.py does. `kernels` is the module kernels/attention.py.
     """
     shapes = [(D, torch.bfloat16, p) for D in (64, 128, 256) for p in (0.0, 0.1)]
     shapes += [(64, dtype, p) for dtype in (torch.float16, torch.float32) for p in (0.0, 0.1)]
@@ -168,7 +190,8 @@ def launches(kernels: ModuleType) -> Launches:
 def calls(kernels: ModuleType, D: int, dtype: torch.dtype, p: float) -> tuple[Callable[[], object], ...]:
     """Return (forward call, backward call) of causal attention with head size D and dropout probability p.
 
-    The inputs are on the device `meta`, so the calls can only be recorded. q, k and v are views of a packed projection.
+    The tensors are on the device `meta`, so the calls can only be recorded. q, k and v are views of one packed
+    projection. `kernels` is the module kernels/attention.py.
     """
     B, T, H = 2, 4096, 4
     qkv, out = meta(B, T, 3 * H * D, dtype=dtype), meta(B, T, H, D, dtype=dtype).transpose(1, 2)
@@ -183,18 +206,20 @@ def calls(kernels: ModuleType, D: int, dtype: torch.dtype, p: float) -> tuple[Ca
 
 
 def candidates(kernels: ModuleType) -> list[list[Any]]:
-    """Return groups of launch configurations to try, which are rows of `launch_configs.CANDIDATES`.
+    """Return groups of launch configurations to try together: lists of rows of `launch_configs.CANDIDATES`.
 
-    Each row for the forward kernel is a group of its own. All rows for the backward kernels are one group.
+    A row is a `launch_configs.Row`. Each row for the forward kernel is a group of its own. All rows for the backward
+    kernels are one group. `kernels` is the module kernels/attention.py.
     """
     rows = kernels.launch_configs.CANDIDATES[OP]
     return [*([row] for row in rows if row.kernel == "fwd"), [row for row in rows if row.kernel != "fwd"]]
 
 
 def trying(kernels: ModuleType, rows: list[Any], call: Callable[[], object]) -> None:
-    """Run a call with the launch configurations `rows` in place of those in use.
+    """Run `call` with the launch configurations `rows` in place of the shipped ones of the same kernels.
 
-    Nothing runs if the current architecture is not that of the rows.
+    `rows` are of type `launch_configs.Row`, all for one GPU architecture. If the current architecture is another one,
+    `call` does not run. `kernels` is the module kernels/attention.py.
     """
     configs = kernels.launch_configs
     if configs.architecture(torch.device("meta")) == rows[0].architecture:

@@ -15,30 +15,40 @@ OP = "decode_attention"
 
 
 def inputs(case: Case) -> tuple:
-    """Return random (q [B, H, D], k_cache, v_cache [B, H, S, D], lengths [B]); all lengths are S, a full cache."""
+    """Return random (q [B, H, D], k_cache, v_cache [B, H, S, D], lengths [B]).
+
+    All lengths are S, so the caches are full. Nothing requires grad.
+    """
     B, H, S, D = case.size.values()
     caches = [normal(case, B, H, S, D, grad=False) for _ in range(2)]
     return normal(case, B, H, D, grad=False), *caches, torch.full((B,), S, device=case.device)
 
 
 def work(case: Case, passes: str) -> Work:
-    """Return the least bytes and FLOPs of one call: it reads q and both caches and writes the output.
+    """Return the least bytes and FLOPs of one call; `passes` is always "inference".
 
-    `passes` is always "inference".
+    A call reads q and all S rows of both caches, and writes the output. It has two matrix products, with keys and
+    values.
     """
     B, H, S, D = case.size.values()
     return Work(case.dtype.itemsize * (2 * B * H * S * D + 2 * B * H * D), 2 * 2 * B * H * S * D, "read")
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield the cases to benchmark on a device, "cpu" or "cuda"."""
+    """Yield the cases to benchmark on a device, "cpu" or "cuda".
+
+    They are GPT-2's heads at two batch sizes and two lengths of the cache. The longer ones are also in a quick run.
+    """
     for B in (1, 8):
         for S in (256, 1024):
             yield from every(OP, device, [{"B": B, "H": 12, "S": S, "D": 64}], main_dtype(device), quick=S == 1024)
 
 
 def torch_decode_attention(case: Case) -> Function:
-    """Return SDPA with a mask of the caches' lengths: (q, k_cache, v_cache, lengths) → out [B, H, D]."""
+    """Return a function (q, k_cache, v_cache, lengths) → out [B, H, D] that calls PyTorch's SDPA.
+
+    A mask excludes the rows of a cache from `lengths` on.
+    """
 
     def run(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
         there = torch.arange(k_cache.shape[2], device=q.device) < lengths[:, None, None, None]
@@ -48,10 +58,11 @@ def torch_decode_attention(case: Case) -> Function:
 
 
 def launches(kernels: ModuleType) -> Launches:
-    """Yield (label, call that launches kernels) for every head size with a launch configuration, and for every dtype.
+    """Yield (label, call that launches kernels) for every head size with a launch configuration, and every dtype.
 
-    A call attends from one query a sequence to its cache, once as it is, once with a new key and value appended first.
-    The calls are on `meta` tensors and only recorded. `kernels` is the module kernels/decode_attention.py.
+    A call attends from one query of each sequence to its cache: once with the cache as it is, once with a new key and
+    value appended first. A label is such as "D=64 bfloat16 append". The tensors are on the device `meta`, so the calls
+    can only be recorded, which tools/record_launches.py does. `kernels` is the module kernels/decode_attention.py.
     """
     from kernels import launch_configs
 

@@ -15,13 +15,17 @@ OP = "embedding"
 
 
 def inputs(case: Case) -> tuple:
-    """Return random (tokens [B, T], token_weight [V, C], position_weight [T, C])."""
+    """Return random (tokens [B, T], token_weight [V, C], position_weight [T, C]). The weights require grad."""
     B, T, V, C = case.size.values()
     return ids(case, V, B, T), normal(case, V, C), normal(case, T, C)
 
 
 def work(case: Case, passes: str) -> Work:
-    """Return the least bytes and FLOPs of one pass over the case, where `passes` is "forward" or "backward"."""
+    """Return the least bytes of one pass over the case, with 0 FLOPs; `passes` is "forward" or "backward".
+
+    Forward reads the token ids, a row of the token table for each token and each position's row once, and writes the
+    sums. Backward reads the token ids and the gradient of the output, and writes the gradients of both whole tables.
+    """
     B, T, V, C = case.size.values()
     element, rows, token_ids = case.dtype.itemsize, B * T * C, 8 * B * T
     if passes == "forward":  # reads a row of the table for each token, the positions once; writes the sums
@@ -30,7 +34,11 @@ def work(case: Case, passes: str) -> Work:
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield the cases to benchmark on a device, "cpu" or "cuda"."""
+    """Yield the cases to benchmark on a device, "cpu" or "cuda", with and without dropout.
+
+    They are GPT-2's vocabulary at width 768, which is also in a quick run, and on a CPU at the widths of the larger
+    GPT-2s.
+    """
     B, T = (16, 1024) if device == "cuda" else (4, 256)
     size = {"B": B, "T": T, "V": 50257, "C": 768}
     yield from every(OP, device, [size], main_dtype(device), (0.0, 0.1), quick=True)
@@ -39,13 +47,16 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
-    """Yield the speeds to reach on the case, against another implementation or a measured limit. See `Target`."""
+    """Yield the speed target of a case: as fast as PyTorch on a CPU, none on a GPU."""
     if case.device == "cpu":
         yield Target("torch", 1.0)
 
 
 def torch_embedding(case: Case) -> Function:
-    """Return PyTorch's functions for the op: (tokens, token_weight, position_weight) → x [B, T, C]."""
+    """Return a function (tokens, token_weight, position_weight) → x [B, T, C] that calls PyTorch's functions.
+
+    It has the case's dropout.
+    """
     p = case.dropout
 
     def run(tokens: Tensor, token_weight: Tensor, position_weight: Tensor) -> Tensor:
@@ -58,7 +69,8 @@ def torch_embedding(case: Case) -> Function:
 def launches(kernels: ModuleType) -> Launches:
     """Yield (label, call that launches kernels) for the embedding tables of GPT-2, with dropout, forward and backward.
 
-    The calls are on `meta` tensors and only recorded. `kernels` is the module kernels/embedding.py.
+    A label is such as "C=768 bfloat16 dropout". The tensors are on the device `meta`, so the calls can only be
+    recorded, which tools/record_launches.py does. `kernels` is the module kernels/embedding.py.
     """
     for dtype in (torch.bfloat16, torch.float32):
         V, P, C, T = 50257, 1024, 768, 1024

@@ -16,13 +16,17 @@ WIDTHS = (768, 1024, 1280, 1600)  # of GPT-2's four sizes
 
 
 def inputs(case: Case) -> tuple:
-    """Return random (x [M, N], weight [N], bias [N])."""
+    """Return random (x [M, N], weight [N], bias [N]), which all require grad."""
     M, N = case.size.values()
     return normal(case, M, N), normal(case, N), normal(case, N)
 
 
 def work(case: Case, passes: str) -> Work:
-    """Return the least bytes and FLOPs of one pass over the case, where `passes` is "forward" or "backward"."""
+    """Return the least bytes of one pass over the case, with 0 FLOPs; `passes` is "forward" or "backward".
+
+    Forward reads x, weight and bias, and writes y, mean and rstd. Backward reads the gradient of y, x, weight, mean and
+    rstd, and writes the gradients of x, weight and bias.
+    """
     M, N = case.size.values()
     element, statistics = case.dtype.itemsize, 2 * 4 * M
     if passes == "forward":  # reads x, weight, bias; writes y, mean, rstd
@@ -31,7 +35,11 @@ def work(case: Case, passes: str) -> Work:
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield the cases to benchmark on a device, "cpu" or "cuda"."""
+    """Yield the cases to benchmark on a device, "cpu" or "cuda".
+
+    They are GPT-2's widths, on a CPU in float32 and bfloat16. Width 768, with few rows on a CPU, is also in a quick
+    run.
+    """
     if device == "cuda":
         for N in WIDTHS:
             yield from every(OP, device, [{"M": 32768, "N": N}], series="N", quick=N == 768)
@@ -42,7 +50,11 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
-    """Yield the speeds to reach on the case, against another implementation or a measured limit. See `Target`."""
+    """Yield the speed targets of a case.
+
+    On a GPU, each pass must reach a share of the measured speed limit, and both together must be as fast as the faster
+    of torch.compile and Liger. On a CPU, both together must be as fast as PyTorch.
+    """
     if case.device == "cuda":
         yield Target(FLOOR, 0.85, ("forward",))
         yield Target(FLOOR, 0.85, ("backward",))
@@ -52,12 +64,12 @@ def targets(case: Case) -> Iterator[Target]:
 
 
 def torch_layer_norm(case: Case) -> Function:
-    """Return PyTorch's layer norm: (x, weight, bias) → y."""
+    """Return a function (x, weight, bias) → y that calls PyTorch's layer norm."""
     return lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias)
 
 
 def liger_layer_norm(case: Case) -> Function:
-    """Return Liger's layer norm: (x, weight, bias) → y."""
+    """Return a function (x, weight, bias) → y that calls Liger's layer norm."""
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
     return lambda x, weight, bias: LigerLayerNormFunction.apply(x, weight, bias, 1e-5)
@@ -66,9 +78,10 @@ def liger_layer_norm(case: Case) -> Function:
 def launches(kernels: ModuleType) -> Launches:
     """Yield (label, call that launches kernels), forward and backward.
 
-    Each launch configuration is there with its greatest width in bfloat16, and GPT-2's width in each dtype. Candidates
-    follow, forward only, which are launch configurations that no GPU has measured yet. The calls are on `meta` tensors
-    and only recorded. `kernels` is the module kernels/layer_norm.py.
+    Each launch configuration is there with its greatest width in bfloat16, and GPT-2's width 768 in each dtype. Then
+    come candidates, forward only, which are launch configurations that no GPU has measured yet. A label is such as
+    "N=768 bfloat16". The tensors are on the device `meta`, so the calls can only be recorded, which
+    tools/record_launches.py does. `kernels` is the module kernels/layer_norm.py.
     """
     from kernels import launch_configs
 
@@ -88,9 +101,10 @@ def launches(kernels: ModuleType) -> Launches:
 
 
 def trying(row: Any, call: Callable[[], object]) -> None:
-    """Run a call with the launch configuration `row`, of `launch_configs.CANDIDATES`, in place of the one in use.
+    """Run `call` with the launch configuration `row` in place of the shipped one of the same kernel.
 
-    Nothing runs if the current architecture is not that of the row.
+    `row` is a `launch_configs.Row` of `launch_configs.CANDIDATES`. If the current GPU architecture is another one than
+    the row's, `call` does not run.
     """
     from kernels import launch_configs
 

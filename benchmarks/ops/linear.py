@@ -11,13 +11,17 @@ OP = "linear"
 
 
 def inputs(case: Case) -> tuple:
-    """Return random (x [M, K], weight [N, K])."""
+    """Return random (x [M, K], weight [N, K]), which both require grad."""
     M, N, K = case.size.values()
     return normal(case, M, K), normal(case, N, K, scale=K**-0.5)
 
 
 def work(case: Case, passes: str) -> Work:
-    """Return the least bytes and FLOPs of one pass over the case, where `passes` is "forward" or "backward"."""
+    """Return the least bytes and FLOPs of one pass over the case; `passes` is "forward" or "backward".
+
+    Forward reads x and weight and writes y [M, N]. Backward reads the gradient of y, x and weight, writes both
+    gradients, and has two matrix products.
+    """
     M, N, K = case.size.values()
     element = case.dtype.itemsize
     if passes == "forward":  # reads x and weight; writes y
@@ -26,7 +30,10 @@ def work(case: Case, passes: str) -> Work:
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield the matrix products of a GPT-2 block and a square one. A GPU has none: PyTorch's kernel serves there."""
+    """Yield the matrix products of a GPT-2 block and a square one on a CPU. The smallest is also in a quick run.
+
+    A GPU has no cases, because PyTorch's kernel runs there.
+    """
     if device == "cpu":
         C = 768
         shapes = ((3 * C, C), (C, C), (4 * C, C), (C, 4 * C), (4 * C, 4 * C))

@@ -15,7 +15,7 @@ VOCABULARIES = (8192, 16384, 32768, 65536, 131072)
 
 
 def inputs(case: Case) -> tuple:
-    """Return random (x [N, C], weight [V, C], target [N])."""
+    """Return random (x [N, C], weight [V, C], target [N]). x and weight require grad."""
     N, C, V = case.size.values()
     return normal(case, N, C), normal(case, V, C, scale=C**-0.5), ids(case, V, N)
 
@@ -30,7 +30,11 @@ def work(case: Case, passes: str) -> Work:
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield the cases to benchmark on a device, "cpu" or "cuda"."""
+    """Yield the cases to benchmark on a device, "cpu" or "cuda".
+
+    They are GPT-2's vocabulary at GPT-2's widths, and a series over the vocabulary size. The smallest with GPT-2's
+    vocabulary at width 768 is the case of a quick run. A CPU without bfloat16 instructions also gets a bfloat16 case.
+    """
     if device == "cuda":
         yield from every(OP, device, [{"N": 16384, "C": 768, "V": 50257}], quick=True)
         yield from every(OP, device, [{"N": 16384, "C": C, "V": 50257} for C in (1024, 1280, 1600)])
@@ -47,7 +51,10 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
-    """Yield the speeds to reach on the case, against another implementation or a measured limit. See `Target`."""
+    """Yield the speed target of a case.
+
+    On a GPU, gpt_fast may take 2 % more time than torch.compile. On a CPU it must be as fast as PyTorch.
+    """
     yield Target("torch.compile", 1 / 1.02) if case.device == "cuda" else Target("torch", 1.0)
 
 
@@ -55,18 +62,21 @@ def targets(case: Case) -> Iterator[Target]:
 
 
 def torch_loss(case: Case) -> Function:
-    """Return PyTorch's loss on stored float32 logits: (x, weight, target) → loss."""
+    """Return a function (x, weight, target) → loss that stores all logits in float32, by PyTorch's functions."""
     return lambda x, weight, target: F.cross_entropy(F.linear(x, weight).float(), target)
 
 
 def torch_loss_chunked(case: Case) -> Function:
-    """Return PyTorch's own fused loss, which computes the logits in chunks: (x, weight, target) → loss."""
+    """Return PyTorch's own fused loss, which computes the logits in chunks, as (x, weight, target) → loss."""
     function, options = F.linear_cross_entropy, torch.nn.LinearCrossEntropyOptions()
     return lambda x, weight, target: function(x, weight, target, options=options)
 
 
 def chunked_missing(case: Case) -> str | None:
-    """Return the reason why PyTorch's chunked loss is not measured on the case, or None."""
+    """Return the reason why PyTorch's chunked loss is not measured on the case, or None if it is.
+
+    The reason is that this version of PyTorch lacks it, or that the case has more than 256 rows on a CPU.
+    """
     if not hasattr(F, "linear_cross_entropy"):
         return f"PyTorch {torch.__version__} does not have it"
     # 24 s when the others took 3 to 4 s, with 256 rows on one thread of a 2-core EPYC.
@@ -74,7 +84,7 @@ def chunked_missing(case: Case) -> str | None:
 
 
 def liger_fused_loss(case: Case) -> Function:
-    """Return Liger's loss fused with the projection: (x, weight, target) → loss."""
+    """Return Liger's loss that is fused with the output layer, as (x, weight, target) → loss."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss()
@@ -82,7 +92,7 @@ def liger_fused_loss(case: Case) -> Function:
 
 
 def liger_loss(case: Case) -> Function:
-    """Return Liger's cross-entropy on stored logits: (x, weight, target) → loss."""
+    """Return a function (x, weight, target) → loss that stores all logits and calls Liger's cross-entropy."""
     from liger_kernel.transformers import LigerCrossEntropyLoss
 
     loss = LigerCrossEntropyLoss()
@@ -92,10 +102,11 @@ def liger_loss(case: Case) -> Function:
 def launches(kernels: ModuleType) -> Launches:
     """Yield (label, call that launches kernels) for GPT-2's vocabulary.
 
-    First is the call of GPT-2's heads in bfloat16: with gradients, without, and the backward pass of single losses.
-    Then come all optional arguments, a transposed weight, and the other dtypes. Rows are processed in two chunks, of
-    which the second adds to the first. The calls are on `meta` tensors and only recorded. `kernels` is the module
-    kernels/linear_cross_entropy.py.
+    First come the calls of GPT-2's heads in bfloat16: the loss with gradients, the loss without, and the backward pass
+    of the losses of single tokens. Then come all optional arguments, a transposed weight, and the other dtypes. Rows
+    are processed in two chunks, and the second adds to the sums of the first. A label is such as "V=50257 C=768
+    bfloat16 no_grad". The tensors are on the device `meta`, so the calls can only be recorded, which
+    tools/record_launches.py does. `kernels` is the module kernels/linear_cross_entropy.py.
     """
     V, C = 50257, 768
     bfloat16 = torch.bfloat16

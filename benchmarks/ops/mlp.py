@@ -29,7 +29,10 @@ WIDTHS = (768, 1024, 1280, 1600)  # of GPT-2's four sizes
 
 
 def inputs(case: Case) -> tuple:
-    """Return random (x [M, C], fc_weight [4C, C], fc_bias [4C], proj_weight [C, 4C], proj_bias [C])."""
+    """Return random (x [M, C], fc_weight [4C, C], fc_bias [4C], proj_weight [C, 4C], proj_bias [C]).
+
+    All require grad.
+    """
     M, C = case.size.values()
     F = 4 * C
     return (
@@ -42,7 +45,11 @@ def inputs(case: Case) -> tuple:
 
 
 def work(case: Case, passes: str) -> Work:
-    """Return the least bytes and FLOPs of one pass over the case, where `passes` is "forward" or "backward"."""
+    """Return the least bytes and FLOPs of one pass over the case; `passes` is "forward" or "backward".
+
+    Forward reads x and the weights, writes y, and has two matrix products. Backward reads x, the gradient of y and the
+    weights, writes all gradients, and has four.
+    """
     M, C = case.size.values()
     F = 4 * C
     element, weights = case.dtype.itemsize, 2 * C * F + F + C
@@ -52,7 +59,12 @@ def work(case: Case, passes: str) -> Work:
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield the cases to benchmark on a device, "cpu" or "cuda"."""
+    """Yield the cases to benchmark on a device, "cpu" or "cuda".
+
+    They are GPT-2's widths, at width 768 also with dropout. A CPU also gets them with the number of rows of a training
+    step, in float32 and, if it lacks bfloat16 instructions, in bfloat16. Width 768 without dropout is also in a quick
+    run.
+    """
     M = 16384 if device == "cuda" else 512
     for C in WIDTHS:
         yield from every(OP, device, [{"M": M, "C": C}], main_dtype(device), series="C", quick=C == 768)
@@ -65,12 +77,19 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
-    """Yield the speeds to reach on the case, against another implementation or a measured limit. See `Target`."""
+    """Yield the speed target of a case.
+
+    On a GPU, gpt_fast may take 5 % more time than the two matrix products alone. On a CPU it must be as fast as
+    PyTorch.
+    """
     yield Target("products alone", 1 / 1.05) if case.device == "cuda" else Target("torch", 1.0)
 
 
 def torch_mlp(case: Case) -> Function:
-    """Return PyTorch's functions for the op: (x, fc_weight, fc_bias, proj_weight, proj_bias) → y [M, C]."""
+    """Return a function (x, fc_weight, fc_bias, proj_weight, proj_bias) → y [M, C] that calls PyTorch's functions.
+
+    The activation is gelu_tanh. It has the case's dropout.
+    """
     p = case.dropout
 
     def run(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor) -> Tensor:
@@ -81,9 +100,10 @@ def torch_mlp(case: Case) -> Function:
 
 
 def bare_products(case: Case) -> Function:
-    """Return the op's two matrix products alone, with its arguments, as a bound for its speed.
+    """Return a function that computes only the op's two matrix products, as a bound for its speed.
 
-    Biases, activation and dropout are left out.
+    It takes (x, fc_weight, fc_bias, proj_weight, proj_bias) and returns [M, C]. Biases, activation and dropout are left
+    out.
     """
 
     def run(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor) -> Tensor:
@@ -95,9 +115,10 @@ def bare_products(case: Case) -> Function:
 def launches(kernels: ModuleType) -> Launches:
     """Yield (label, call that launches kernels) for GPT-2's sizes, forward and backward.
 
-    First is each activation with and without dropout in bfloat16, then the transposed weights of a Conv1D, a width that
-    tensor descriptors cannot take, and the other dtypes. The last are decode steps, one row forward. The calls are on
-    `meta` tensors and only recorded. `kernels` is the module kernels/mlp.py.
+    First comes each activation with and without dropout in bfloat16, then the transposed weights of a Conv1D, a width
+    that tensor descriptors cannot take, and the other dtypes. The last are decode steps, one row forward. A label is
+    such as "gelu_tanh bfloat16 dropout". The tensors are on the device `meta`, so the calls can only be recorded, which
+    tools/record_launches.py does. `kernels` is the module kernels/mlp.py.
     """
     shapes = [(activation, p, "", torch.bfloat16) for activation in ("relu", "gelu", "gelu_tanh") for p in (0.0, 0.1)]
     shapes += [("gelu_tanh", 0.1, layout, torch.bfloat16) for layout in ("Conv1D", "odd")]

@@ -4,7 +4,10 @@ PASS_NAMES = {"training": "forward + backward", "inference": "forward", "step": 
 
 
 def seconds(value: float) -> str:
-    """Return a time in seconds as text with three significant digits, in s, ms or µs, such as "1.25 ms"."""
+    """Return a time in seconds as text in s, ms or µs, such as "1.25 ms", with at most three significant digits.
+
+    Trailing zeros are dropped. Times of 1,000 s or more are in whole seconds.
+    """
     shown = float(f"{value:.3g}")  # which may be 1000 of a unit where the value is a little less
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
         if shown * factor >= 1 or unit == "µs":
@@ -13,7 +16,10 @@ def seconds(value: float) -> str:
 
 
 def memory(value: int | None) -> str:
-    """Return a number of bytes as text in MiB or GiB, such as "12.5 MiB"; "" for None."""
+    """Return a number of bytes as text in MiB or GiB, such as "12.5 MiB" or "1.25 GiB"; "" for None.
+
+    GiB is used from 1,000 MiB on.
+    """
     if value is None:
         return ""
     mib = value / 2**20
@@ -21,9 +27,9 @@ def memory(value: int | None) -> str:
 
 
 def rate(name: str, value: float) -> str:
-    """Return a rate as text, such as "12.5 GB/s".
+    """Return a rate as text, such as "12.5 GB/s" or "1.2 TFLOP/s".
 
-    `value` is in FLOPs a second if `name`, that of a measured speed limit, begins with "matmul", else in bytes a
+    `name` is that of a measured speed limit. If it begins with "matmul", `value` is in FLOPs a second, else in bytes a
     second.
     """
     unit, scale = ("FLOP/s", value) if name.startswith("matmul") else ("B/s", value)
@@ -31,7 +37,10 @@ def rate(name: str, value: float) -> str:
 
 
 def table(header: list[str], lines: list[list[str]]) -> list[str]:
-    """Return a Markdown table as lines. The first column is aligned left, the others right."""
+    """Return the lines of a Markdown table with the header cells `header` and the rows of cells `lines`.
+
+    The first column is aligned left, all others right.
+    """
     return [
         f"| {' | '.join(header)} |",
         f"| --- |{' ---: |' * (len(header) - 1)}",

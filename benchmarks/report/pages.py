@@ -36,7 +36,10 @@ adds to its inputs, forward and backward together; of a job, with weights and th
 
 
 def devices(folder: Path) -> dict[Path, list[Run]]:
-    """Return {device's folder: contents of its topics' results files} for each folder in `folder` that has any."""
+    """Return {device's folder: contents of its topics' results files} for each folder in `folder` that has any.
+
+    Results of studies do not count.
+    """
     runs = {path: results.read_folder(path) for path in sorted(folder.iterdir()) if path.is_dir()}
     return {path: found for path, found in runs.items() if found}
 
@@ -45,7 +48,10 @@ def devices(folder: Path) -> dict[Path, list[Run]]:
 
 
 def write_pages(folder: Path) -> list[Path]:
-    """Write README.md and the pictures in each device's folder that has results. Return the pages' paths."""
+    """Write README.md and the pictures in each device's folder that has results. Return the paths of the README.md.
+
+    `folder` holds a folder for each device. Folders without results stay as they are.
+    """
     pages = []
     for path in sorted(path for path in folder.iterdir() if path.is_dir()):
         runs = results.read_folder(path)
@@ -58,10 +64,10 @@ def write_pages(folder: Path) -> list[Path]:
 
 
 def draw(path: Path, runs: list[Run]) -> dict[str, str]:
-    """Write every picture of a device into `path`, its folder, and delete other *.png files there.
+    """Write every picture of a device into `path`, its folder, and delete all other *.png files there.
 
-    `runs` are the contents of its results files. Return file name → caption for the pictures of topics, without those
-    of studies.
+    `runs` are the contents of the folder's results files. The studies are read from the folder; those beside a busy
+    process get no picture. Return {file name: caption} for the pictures of topics, without those of studies.
     """
     shown = plots.draw(runs, path)
     studies = set()
@@ -76,7 +82,7 @@ def draw(path: Path, runs: list[Run]) -> dict[str, str]:
 
 
 def picture_of(study: str) -> str:
-    """Return the file name of a study's picture."""
+    """Return the file name of a study's picture, such as "decoding.png" for the study "decoding"."""
     return f"{study}.png"
 
 
@@ -84,7 +90,7 @@ def device_page(path: Path, runs: list[Run], pictures: dict[str, str]) -> str:
     """Return the page of a device as Markdown: everything that was measured on it.
 
     `path` is the device's folder, `runs` are the contents of its topics' results files, and `pictures` maps file name →
-    caption.
+    caption, see `draw`. The studies are read from the folder.
     """
     measured = runs or [record for _, record in results.read_studies(path)]
     lines = [
@@ -110,9 +116,10 @@ def device_page(path: Path, runs: list[Run], pictures: dict[str, str]) -> str:
 
 
 def target_section(runs: list[Run]) -> list[str]:
-    """Return the lines of the section on the speeds to reach, or [] if the runs have none to judge.
+    """Return the lines of Markdown on the speed targets and whether they were met, or [] if there are none.
 
-    `runs` are the contents of results files. Implementations that the device lacks instructions for are listed apart.
+    `runs` are the contents of topics' results files. A second list names the implementations whose targets do not
+    count, because the device lacks instructions for them.
     """
     rows, unjudged = targets.rows(runs), targets.unjudged(runs)
     lines = ["", "## Targets", "", *table(targets.HEADER, rows)] if rows else []
@@ -120,18 +127,19 @@ def target_section(runs: list[Run]) -> list[str]:
 
 
 def busy_section(runs: list[Run]) -> list[str]:
-    """Return the lines of the section that compares runs beside a busy process with quiet runs, or [] without both.
+    """Return the lines of Markdown that compare runs beside a busy process with quiet runs.
 
-    `runs` are the contents of results files.
+    `runs` are the contents of topics' results files. Return [] if no topic has both kinds of run.
     """
     rows = tables.beside(runs)
     return ["", "## Beside a busy process", "", *table(tables.BUSY_HEADER, rows)] if rows else []
 
 
 def study_sections(path: Path, pictures: str = "") -> list[str]:
-    """Return the lines of the sections of a device's studies. `path` is the device's folder.
+    """Return lines of Markdown with a section for each study that was measured on a device.
 
-    `pictures` is put before a picture's file name in links: the path from the page to the device's folder.
+    `path` is the device's folder. `pictures` is the path from the page to that folder, ending in a slash; it precedes a
+    picture's file name in links.
     """
     lines: list[str] = []
     for study, record in results.read_studies(path):
@@ -146,9 +154,9 @@ def study_sections(path: Path, pictures: str = "") -> list[str]:
 
 
 def figures(folder: Path) -> str:
-    """Return Markdown for README.md: one picture, and for each device a link to its page.
+    """Return Markdown for README.md: a picture of whole models, and for each device a link to its page.
 
-    The picture is of the device with the most whole-model cases. `folder` holds the devices' folders.
+    The picture is that of the device with the most whole-model cases. `folder` holds a folder for each device.
     """
     lines = [picture(folder, README), ""]
     for path, runs in devices(folder).items():
@@ -158,9 +166,9 @@ def figures(folder: Path) -> str:
 
 
 def picture(folder: Path, page: Path) -> str:
-    """Return Markdown for the picture of the device with the most whole-model cases; "" if no device has one.
+    """Return a Markdown link to the overview picture of the device with the most whole-model cases.
 
-    `folder` holds the devices' folders. The link is relative to `page`.
+    Return "" if no device has such a case. `folder` holds a folder for each device. The link is relative to `page`.
     """
     measured = {path: runs for path, runs in devices(folder).items() if tables.speedups(runs)}
     if not measured:
@@ -171,9 +179,10 @@ def picture(folder: Path, page: Path) -> str:
 
 
 def blocks(page: Path) -> dict[str, str]:
-    """Return {name of a block: its Markdown} for the blocks of a page that are made here.
+    """Return {name of a block: its Markdown} for the blocks of `page` that `make report` writes.
 
-    README.md has the blocks "support" and "figures". Any other page has the block "picture".
+    README.md has the blocks "support" (which kernels serve which op) and "figures" (a picture and links). Any other
+    page has the block "picture".
     """
     if page == README:
         return {"support": support.table(), "figures": figures(RESULTS)}
@@ -181,9 +190,9 @@ def blocks(page: Path) -> dict[str, str]:
 
 
 def rewritten(page: Path) -> str:
-    """Return the text of a page with each block between the markers of its name replaced by a new one, see `blocks`.
+    """Return the text of `page` with the Markdown between the two markers of each block replaced, see `blocks`.
 
-    Raise `ValueError` if the markers of a block are not in the page exactly once.
+    Raise `ValueError` if the two markers of a block are not in the page exactly once each.
     """
     text = page.read_text("utf-8")
     for name, block in blocks(page).items():
@@ -198,9 +207,10 @@ def rewritten(page: Path) -> str:
 
 
 def docs_page(folder: Path) -> str:
-    """Return the text of docs/performance/results.md. `folder` holds the devices' folders.
+    """Return the text of docs/performance/results.md. `folder` holds a folder for each device.
 
-    Pictures and highlights of each device come first, then everything else.
+    For each device, the highlights and pictures come first. Then come an explanation of the tables, and for each device
+    all cases, targets and studies.
     """
     lines = ["# Results"]
     measured = devices(folder)
@@ -240,15 +250,20 @@ def docs_page(folder: Path) -> str:
 
 
 def folder_link(path: Path) -> str:
-    """Return the link from docs/performance to a device's folder; it ends in a slash.
+    """Return the link from docs/performance to a device's folder `path`, ending in a slash.
 
-    On the site, tools/mkdocs_pictures.py points links to pictures at the right place.
+    It is relative for a folder in the checkout, else the path itself. On the site, tools/mkdocs_pictures.py changes
+    links to pictures.
     """
     return f"../../{path.relative_to(ROOT)}/" if path.is_relative_to(ROOT) else f"{path}/"
 
 
 def growth(path: Path) -> Iterable[Path]:
-    """Return the paths of a device's pictures that show how cost grows with a size. `path` is the device's folder."""
+    """Return the sorted paths of a device's pictures that show how cost grows with a size.
+
+    They are all *.png files in `path`, the device's folder, but the overview, the bars of single cases and the pictures
+    of studies.
+    """
     studies = {picture_of(study.name) for study, _ in results.read_studies(path)}
     shown = (picture for picture in path.glob("*.png") if picture.name not in {*studies, plots.OVERVIEW})
     return sorted(picture for picture in shown if not picture.stem.endswith("_bars"))

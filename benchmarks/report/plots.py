@@ -61,9 +61,9 @@ Series = list[dict[str, Record]]  # one entry for each size
 
 
 def draw(runs: list[Run], folder: Path) -> dict[str, str]:
-    """Write every picture of quiet runs, those without a busy process beside them, into `folder`.
+    """Write every picture of `runs` into `folder`. Return {file name: caption}.
 
-    Return file name → caption. `runs` are the contents of results files.
+    `runs` are the contents of topics' results files. Those with a busy process beside them are left out.
     """
     written: dict[str, str] = {}
     faster = speedups(runs)
@@ -82,7 +82,8 @@ def draw(runs: list[Run], folder: Path) -> dict[str, str]:
 def overview(faster: dict[str, tuple[float, str]]) -> Figure:
     """Draw a bar for each whole-model case: gpt_fast's speed as a multiple of the fastest other implementation's.
 
-    `faster` maps the case to (multiple, name of the other implementation), which stands beside the bar.
+    `faster` maps the case's name to (multiple, name of the other implementation), see `tables.speedups`. The name
+    stands beside the bar.
     """
     figure = Figure(figsize=(8.4, 0.34 * len(faster) + 0.9), dpi=130, layout="constrained")
     axes = figure.subplots()
@@ -92,18 +93,21 @@ def overview(faster: dict[str, tuple[float, str]]) -> Figure:
         label = f"{times:.2f} × {other}"
         axes.annotate(label, (times, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
     axes.axvline(1, color=ROOF, linewidth=1.2, linestyle=(0, (5, 3)))
-    axes.set_yticks(places, [case.replace("model=gpt2 ", "") for case in faster], fontsize=8)
+    labels = [case.replace("model=gpt2 ", "") for case in faster]
+    axes.set_yticks(places, labels, fontsize=8)
     axes.set_xlim(0, 1.45 * max(times for times, _ in faster.values()))
     axes.tick_params(axis="x", labelsize=8)
-    _head(figure, f"{OURS}: speed against the fastest other implementation (GPT-2 124M)")
+    others = " where no model is named" if any("model=" in label for label in labels) else ""
+    _head(figure, f"{OURS}: speed against the fastest other implementation (GPT-2 124M{others})")
     return figure
 
 
 def groups(run: Run) -> dict[tuple[str, str], Series]:
-    """Group a run's cases into those of one picture: {(growing size, dtype and dropout): cases, smallest size first}.
+    """Group the cases of a run by the picture they belong to: {(growing size, kind): [records of a case]}.
 
-    Each case is a dict from implementation to record. Cases outside of any series are under ("", ""). A series of one
-    case is left out.
+    `run` is the content of a topic's results file. The growing size is the name of the size that varies in a series of
+    cases, and the kind is their dtype and dropout as text. Cases outside of any series are under ("", ""). A case is a
+    dict from implementation to record. A series is sorted by the growing size; one with a single case is left out.
     """
     found: dict[tuple[str, str], Series] = {}
     for records in results.by_case(run).values():
@@ -118,15 +122,17 @@ def groups(run: Run) -> dict[tuple[str, str], Series]:
 
 
 def _size(records: dict[str, Record], series: str) -> int:
-    """Return the value of the size named `series` in a case. `records` are those of the case by implementation."""
+    """Return the value of the size named `series` of a case. `records` maps implementation → record."""
     return next(iter(records.values()))["sizes"][series]
 
 
 def figures(run: Run, series: str, kind: str, group: Series) -> list[tuple[str, Figure, str]]:
-    """Return [(stem of the file's name, picture, caption)] for one group of the result of `groups`.
+    """Return [(stem of the file's name, picture, caption)] for one entry of the result of `groups`.
 
-    `series` is the name of the growing size, "" for cases in no series. `kind` is the group's dtype and dropout as
-    text. `group` has the cases, each as records by implementation.
+    `series` is the name of the growing size, "" for cases in no series. `kind` is the dtype and dropout as text.
+    `group` has a dict for each case, from implementation to record. Cases in no series give one picture with bars. A
+    series gives one of its speed and, over T, V or B, one of its peak memory if that was measured. `run` is the content
+    of a topic's results file.
     """
     title = title_of(run)
     if not series:
@@ -148,12 +154,18 @@ def figures(run: Run, series: str, kind: str, group: Series) -> list[tuple[str, 
 
 
 def any_has(group: Series, passes: str) -> bool:
-    """Return True if any record of the cases in `group` has times of the pass named `passes`."""
+    """Return True if a record in `group` has times of the pass named `passes`.
+
+    `group` has a dict for each case, from implementation to record.
+    """
     return any(passes in record["times"] for records in group for record in records.values())
 
 
 def _fixed(group: Series, series: str) -> str:
-    """Return the sizes that are equal in all cases of a series as text, such as "B=2 H=12"."""
+    """Return the sizes that are equal in all cases of a series as text, such as "B=2 H=12", without the growing size.
+
+    `series` names the growing size. `group` has a dict for each case, from implementation to record.
+    """
     sizes = [next(iter(records.values()))["sizes"] for records in group]
     same = [(name, value) for name, value in sizes[0].items() if all(size[name] == value for size in sizes)]
     return " ".join(str(value) if name == "model" else f"{name}={value}" for name, value in same if name != series)
@@ -162,7 +174,8 @@ def _fixed(group: Series, series: str) -> str:
 def lines(group: Series, series: str, value: Any) -> dict[str, list[tuple[int, float]]]:
     """Return the points of a plot as {implementation: [(size, y)]}, where y is `value(record)`.
 
-    Records for which it is None are left out. `series` is the name of the size that grows over the cases in `group`.
+    `value` returns a number, or None for a record without a point. `series` is the name of the size that grows over the
+    cases. `group` has a dict for each case, from implementation to record.
     """
     found: dict[str, list[tuple[int, float]]] = {}
     for records in group:
@@ -176,20 +189,24 @@ def lines(group: Series, series: str, value: Any) -> dict[str, list[tuple[int, f
 def speed(axes: Axes, run: Run, series: str, passes: str, group: Series) -> None:
     """Draw a line for each implementation over the growing size, and a dashed line for the measured speed limit.
 
-    The y axis is FLOP/s or bytes/s for an op, seconds for a whole-model job. `series` names the size, `passes` the
-    pass. `group` has the cases, each as records by implementation.
+    The y axis is seconds for a whole-model job. For an op it is FLOP/s or, if the pass has no FLOPs, bytes/s. `series`
+    is the name of the growing size, and `passes` that of the pass. `run` is the content of a topic's results file.
+    `group` has a dict for each case, from implementation to record.
     """
     first = next(record for record in group[0].values() if passes in record["times"])
     work, job = first["work"][passes], first["tokens"] is not None
     unit, amount = ("GFLOP/s", "flops") if work["flops"] else ("GB/s", "bytes")
 
     def shown(record: Record, seconds: float) -> float:
+        """Return the y value of a record that takes `seconds`: the seconds of a job, the billions a second of an op."""
         return seconds if job else record["work"][passes][amount] / seconds / 1e9
 
     def value(record: Record) -> float | None:
+        """Return the y value of a record's median time, or None if it has no times of the pass."""
         return shown(record, record["times"][passes]["median"]) if passes in record["times"] else None
 
     def floor(record: Record) -> float | None:
+        """Return the y value of the speed limit for a record, or None if it has no times of the pass."""
         if passes not in record["times"]:
             return None
         return shown(record, results.floor_seconds(record, passes, results.session(run, record)["floors"]))
@@ -205,9 +222,10 @@ def speed(axes: Axes, run: Run, series: str, passes: str, group: Series) -> None
 
 
 def memory(axes: Axes, series: str, group: Series) -> None:
-    """Draw the peak memory of each implementation over the growing size, which `series` names.
+    """Draw a line for the peak memory of each implementation over the growing size, whose name is `series`.
 
-    `group` has the cases, each as records by implementation.
+    `group` has a dict for each case, from implementation to record. Records without a peak memory, or with 0, have no
+    point.
     """
     for peer, points in lines(group, series, lambda record: record["peak_memory"]).items():
         _line(axes, peer, [(x, y) for x, y in points if y])
@@ -218,9 +236,10 @@ def memory(axes: Axes, series: str, group: Series) -> None:
 
 
 def bars(run: Run, group: Series, title: str) -> Figure:
-    """Draw a panel for each case and pass: a bar for each implementation's time, and the speed limit as a line.
+    """Draw a panel for each case and pass: a bar for the median time of each implementation.
 
-    The limit is a measured one. `group` has the cases, each as records by implementation.
+    A dashed line in a panel is the measured speed limit. `group` has a dict for each case, from implementation to
+    record. `title` is the picture's title. `run` is the content of a topic's results file.
     """
     panels = [
         (case, records, passes)
@@ -241,9 +260,10 @@ def bars(run: Run, group: Series, title: str) -> Figure:
 
 
 def _panel(axes: Axes, run: Run, case: str, records: dict[str, Record], passes: str) -> None:
-    """Draw the panel of one case and pass: a bar with quartiles for each implementation, and the speed limit as a line.
+    """Draw the panel of one case and pass: a bar with quartiles for the time of each implementation.
 
-    `records` are those of the case by implementation. `passes` is the name of the pass.
+    A dashed line is the measured speed limit. `case` is the case's name and `passes` that of the pass. `run` is the
+    content of a topic's results file. `records` maps implementation → its record in that file.
     """
     timed = {peer: record["times"][passes] for peer, record in records.items() if passes in record["times"]}
     medians = [time["median"] for time in timed.values()]
@@ -279,7 +299,10 @@ def _panel(axes: Axes, run: Run, case: str, records: dict[str, Record], passes: 
 
 
 def _line(axes: Axes, peer: str, points: list[tuple[int, float]]) -> None:
-    """Draw an implementation's line through `points`, (size, value), thicker for gpt_fast; nothing without points."""
+    """Draw the line of the implementation `peer` through `points`, [(size, value)], thicker for gpt_fast.
+
+    Nothing is drawn without points.
+    """
     if not points:
         return
     ours = peer == OURS
@@ -295,7 +318,10 @@ def _line(axes: Axes, peer: str, points: list[tuple[int, float]]) -> None:
 
 
 def _finish(axes: Axes, series: str, group: Series) -> None:
-    """Set the scale, ticks, label, grid and legend of axes that show the size `series` on a logarithmic x axis."""
+    """Set the scale, ticks, label, grid and legend of axes whose logarithmic x axis shows the size named `series`.
+
+    `group` has a dict for each case, from implementation to record.
+    """
     sizes = [_size(records, series) for records in group]
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [f"{size // 1024}k" if size >= 1024 and size % 1024 == 0 else str(size) for size in sizes])

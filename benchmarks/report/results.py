@@ -38,12 +38,15 @@ _RECORD = {"case", "peer", "sizes", "dtype", "dropout", "series", "complete", "t
 
 
 def write(run: Run, path: Path) -> None:
-    """Write the content of a results file as JSON."""
+    """Write `run`, the content of a results file, to `path` as JSON."""
     write_json(path, run)
 
 
 def read(path: Path) -> Run:
-    """Return the content of a topic's results file, whose fields this module lists at its head.
+    """Return the content of a topic's results file as a dict.
+
+    Its keys are "schema", "version", "topic", "suite", "quick", "device", "versions", "commit", "partial", "sessions",
+    "records" and "missing", and in some files "untested" and "busy". This module's docstring says what they hold.
 
     Raises:
         OSError: if there is no file.
@@ -57,7 +60,10 @@ def read(path: Path) -> Run:
 
 
 def read_study(path: Path, study: Study) -> dict[str, Any]:
-    """Return the content of a study's results file.
+    """Return the content of a study's results file as a dict.
+
+    Its keys are "schema", "version", "topic", "suite", "quick", "device", "versions", "commit", "date" and "load", and
+    those that the study measures, among them `study.fields`.
 
     Raises:
         OSError: if there is no file.
@@ -69,7 +75,10 @@ def read_study(path: Path, study: Study) -> dict[str, Any]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """Return the JSON of a results file. Raise `ValueError` if it is not JSON, or of another schema or version."""
+    """Return the JSON object in a results file as a dict, with its schema and version checked.
+
+    Raise `ValueError` if it is not JSON, or of another schema or version, and `OSError` if there is no file.
+    """
     try:
         found = json.loads(path.read_text("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -84,7 +93,8 @@ def _load(path: Path) -> dict[str, Any]:
 def _unless(wrong: list[str], found: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return `found`, the content of the results file at `path`, if `wrong` is empty.
 
-    `wrong` names the fields that are missing or of another type. Raise `ValueError` if there are any.
+    `wrong` lists the names of fields that are missing or of another type. Raise `ValueError` with these names if there
+    are any.
     """
     if wrong:
         raise ValueError(f"{path}: a damaged results file: {', '.join(wrong)} missing or of another type")
@@ -92,19 +102,26 @@ def _unless(wrong: list[str], found: dict[str, Any], path: Path) -> dict[str, An
 
 
 def file_name(topic: str, busy: bool = False) -> str:
-    """Return the name of the results file of a topic or study; `busy` if a busy process ran beside it."""
+    """Return the name of the results file of a topic or study, such as "mlp.json".
+
+    It is "mlp_busy.json" with `busy`, for a run beside a busy process.
+    """
     return f"{topic}{'_busy' if busy else ''}.json"
 
 
 def label(run: Run) -> str:
-    """Return the topic's name, followed by ", beside a busy process" if one ran. `run` is a results file's content."""
+    """Return the topic's name, followed by ", beside a busy process" if one ran.
+
+    `run` is the content of a results file.
+    """
     return f"{run['topic']}{BUSY if run.get('busy') else ''}"
 
 
 def read_folder(folder: Path) -> list[Run]:
     """Return the contents of the topics' results files in one device's folder, in the order of `catalogue.topics`.
 
-    The results of a topic beside a busy process follow its quiet ones.
+    A topic's results beside a busy process follow its quiet ones. Files that are missing are skipped. Raise
+    `ValueError` if a file is damaged, see `read`.
     """
     paths = (folder / file_name(name, busy) for name in catalogue.topics() for busy in (False, True))
     return [read(path) for path in paths if path.exists()]
@@ -113,7 +130,8 @@ def read_folder(folder: Path) -> list[Run]:
 def read_studies(folder: Path) -> list[tuple[Study, dict[str, Any]]]:
     """Return [(study, content of its results file)] of one device's folder, in the order of `catalogue.studies`.
 
-    The results of a study beside a busy process follow its quiet ones.
+    A study's results beside a busy process follow its quiet ones. Files that are missing are skipped. Raise
+    `ValueError` if a file is damaged, see `read_study`.
     """
     found = (
         (study, folder / file_name(name, busy)) for name, study in catalogue.studies().items() for busy in (False, True)
@@ -122,7 +140,7 @@ def read_studies(folder: Path) -> list[tuple[Study, dict[str, Any]]]:
 
 
 def read_any(path: Path) -> list[Run]:
-    """Return the contents of topics' results files: one file, a device's folder, or a folder of such folders.
+    """Return the contents of topics' results files at `path`: one file, a device's folder, or a folder of such folders.
 
     Raises:
         OSError: if there is no such file.
@@ -137,14 +155,19 @@ def read_any(path: Path) -> list[Run]:
 
 
 def find(run: Run, case: str, peer: str) -> Record | None:
-    """Return the record of the implementation named `peer` on the case of that name, or None if the run has none."""
+    """Return the record of the implementation named `peer` on the case named `case`, or None if the run has none.
+
+    `run` is the content of a topic's results file.
+    """
     return next((record for record in run["records"] if (record["case"], record["peer"]) == (case, peer)), None)
 
 
 def by_case(run: Run) -> dict[str, dict[str, Record]]:
-    """Return {case: {implementation: record}} of a run, gpt_fast's record first in each case.
+    """Return {case's name: {implementation: record}} of a run, with gpt_fast's record first in each case.
 
-    A record holds what one implementation took on one case. `run` is the content of a results file.
+    `run` is the content of a topic's results file. A record has the times and the unavoidable work of one
+    implementation on one case by pass ("times", "work"), its "peak_memory", and facts of the case, such as "sizes" and
+    "dtype".
     """
     groups: dict[str, dict[str, Record]] = {}
     for record in run["records"]:
@@ -153,11 +176,12 @@ def by_case(run: Run) -> dict[str, dict[str, Record]]:
 
 
 def floor_seconds(record: Record, passes: str, floors: dict[str, dict[str, float]]) -> float:
-    """Return the least seconds of one pass of a record by `floors`, the rates that were measured in its session.
+    """Return the least seconds that one pass of a record can take on the device, by measured rates.
 
-    It is the time of the pass's bytes at the copy or read bandwidth, or of its FLOPs at the matrix rate, whichever is
-    longer. If a CPU multiplies half-precision matrices more slowly than float32 ones, the faster rate counts: operands
-    can be widened.
+    `passes` is the name of the pass. `floors` maps "copy", "read" and "matmul <dtype>" to dicts with "rate", measured
+    in the record's session. The result is the time of the pass's bytes at the copy or read bandwidth, or of its FLOPs
+    at the matrix rate, whichever is longer. The matrix rate is the fastest of the record's dtype, of float32 (operands
+    can be widened) and of a further dtype that the record's work may name.
     """
     work = record["work"][passes]
     rates = [
@@ -172,16 +196,18 @@ def floor_seconds(record: Record, passes: str, floors: dict[str, dict[str, float
 def session(run: Run, record: Record) -> dict[str, Any]:
     """Return the session in which a record was measured: {"date", "load", "floors"}.
 
-    A session is one start of the program. "load" is the machine's, and "floors" are the measured rates of copies, reads
-    and matrix products.
+    A session is one start of the program. "load" is the machine's load average or None. "floors" maps "copy", "read"
+    and "matmul <dtype>" to {"rate", "q1", "q3"}, measured in bytes or FLOPs a second. `run` is the content of the
+    results file that has the record.
     """
     return run["sessions"][record["session"]]
 
 
 def share_of_floor(run: Run, record: Record, *passes: str) -> float:
-    """Return the least time that the record's passes need, divided by the time that they took.
+    """Return the least time of the record's passes, see `floor_seconds`, divided by the time they took.
 
-    Times are added up over `passes`, names of passes that the record has. `floor_seconds` has the least time of each.
+    Both are added up over `passes`, names of passes that the record has. A result of 1 means that the measured speed
+    limit is reached. `run` is the content of the results file that has the record.
     """
     floors = session(run, record)["floors"]
     floor = sum(floor_seconds(record, name, floors) for name in passes)
@@ -194,11 +220,11 @@ LEAST_CHANGE = 0.03  # two runs on one quiet machine differ by that much
 
 
 def compare(old: list[Run], new: list[Run]) -> list[dict[str, Any]]:
-    """Return a dict for each time that is in both lists of results, which says whether it changed beyond the noise.
+    """Return a dict for each time that is in both lists of results. It says if the time changed beyond the noise.
 
-    Its keys are "topic", "case", "pass", "peer" (the implementation), "old" and "new" (medians in seconds), "ratio"
-    (new / old) and "beyond", which is True if the medians differ by more than 3 % and by more than the two
-    interquartile ranges together.
+    `old` and `new` are contents of topics' results files. The keys are "topic", "case", "pass", "peer" (the
+    implementation), "old" and "new" (medians in seconds), "ratio" (new / old) and "beyond". "beyond" is True if the
+    medians differ by more than 3 % and by more than the two interquartile ranges together.
     """
     before = {_key(run, record, passes): time for run in old for record, passes, time in _times(run)}
     changes = []
@@ -221,10 +247,16 @@ def compare(old: list[Run], new: list[Run]) -> list[dict[str, Any]]:
 
 
 def _key(run: Run, record: Record, passes: str) -> tuple[str, ...]:
-    """Return (topic, case, implementation, pass), which identifies a time in two runs."""
+    """Return (topic, case, implementation, pass), which identifies a time in two runs.
+
+    `run` is the content of the results file that has the record, and `passes` is the name of the pass.
+    """
     return label(run), record["case"], record["peer"], passes
 
 
 def _times(run: Run) -> list[tuple[Record, str, dict[str, float]]]:
-    """Return [(record, pass, summary of its times)] for each pass of each record."""
+    """Return [(record, pass, summary of times)] for each pass of each record of a results file.
+
+    `run` is the file's content. A summary has "median", "q1" and "q3" in seconds, and more.
+    """
     return [(record, passes, time) for record in run["records"] for passes, time in record["times"].items()]

@@ -4,9 +4,9 @@ from gpt_fast import ops, reference
 
 
 def table() -> str:
-    """Return a Markdown table: for each op, "yes" where the reference, a C++ kernel or a Triton kernel serves the op.
+    """Return a Markdown table of the ops: "yes" where the op has a reference, a C++ kernel and a Triton kernel.
 
-    An empty cell means that there is no kernel, and that the reference runs instead.
+    An empty cell means that there is no such kernel, so the reference runs on that device.
     """
     lines = [
         "| op | reference, any device | C++, CPU | Triton, CUDA |",

@@ -12,12 +12,18 @@ from benchmarks.topic import LEFT, OURS, Topic
 
 
 def topic_of(run: Run) -> Topic | None:
-    """Return the topic of a run, or None if the suite has dropped the topic."""
+    """Return the topic of a run, or None if the suite no longer has the topic.
+
+    `run` is the content of a topic's results file.
+    """
     return catalogue.topics().get(run["topic"])
 
 
 def title(run: Run) -> str:
-    """Return a topic's title for headings, with a remark if a busy process ran beside it."""
+    """Return a run's title for headings, which is its topic's title or name.
+
+    `run` is the content of a topic's results file. ", beside a busy process" is added if one ran.
+    """
     topic = topic_of(run)
     return (topic.title or topic.name if topic else str(run["topic"])) + (results.BUSY if run.get("busy") else "")
 
@@ -26,7 +32,12 @@ def title(run: Run) -> str:
 
 
 def columns(run: Run, records: Iterable[Record]) -> list[str]:
-    """Return the header of one case's table, given the results file's content and the records of the case."""
+    """Return the header of the table of one case: a list of column names.
+
+    They are "implementation", for each pass its name, "× ours" and "of the floor" (the share of the speed limit), for
+    jobs "tokens/s", in training "MFU", and "peak memory". `run` is the content of a topic's results file. `records` are
+    the records of the case in that file, at least one. The passes are those of the first record.
+    """
     record = next(iter(records))
     header = ["implementation"]
     for passes in record["times"]:
@@ -41,7 +52,10 @@ def columns(run: Run, records: Iterable[Record]) -> list[str]:
 def rows(run: Run, records: dict[str, Record]) -> list[list[str]]:
     """Return a row of cells under the header of `columns` for each implementation of a case.
 
-    `run` is the content of a results file, and `records` are those of the case by implementation.
+    The cells are the implementation's name, for each pass its time with the spread, the multiple of gpt_fast's time and
+    the share of the speed limit ("" for a pass that it lacks), for jobs tokens a second, in training the MFU, and the
+    peak memory. `run` is the content of a topic's results file. `records` maps implementation → its record in that
+    file. All records are of the one case.
     """
     ours = records.get(OURS)
     passes = list(next(iter(records.values()))["times"])
@@ -69,10 +83,11 @@ def rows(run: Run, records: dict[str, Record]) -> list[list[str]]:
 
 
 def to_ours(time: dict[str, Any], ours: dict[str, Any] | None) -> str:
-    """Return an implementation's time in one pass as a multiple of gpt_fast's, as text; "" without a time of gpt_fast.
+    """Return an implementation's time in one pass as a multiple of gpt_fast's time, as text.
 
-    `time` and `ours` are the two summaries of times. The multiple is the median over pairs of rounds, with quartiles,
-    if the run has it, else the ratio of the medians.
+    `time` and `ours` are the summaries of times in the two records; `ours` is None if gpt_fast was not measured. If
+    `time` has the ratio over pairs of rounds, the text is its median and quartiles, such as "1.25 (1.20 to 1.31)".
+    Otherwise it is the ratio of the medians, such as "1.25", or "" if `ours` is None.
     """
     if "to_ours" in time:
         pairs = time["to_ours"]
@@ -81,16 +96,21 @@ def to_ours(time: dict[str, Any], ours: dict[str, Any] | None) -> str:
 
 
 def mfu(run: Run, record: Record) -> float:
-    """Return the model FLOPs utilization: the FLOPs a second of a step over the matrix rate of the same session."""
+    """Return the model FLOPs utilization of a training step, as a share of 1.
+
+    It is the FLOPs of a step, divided by the median seconds and by the matrix rate measured in the same session. The
+    rate is the greater of those in the record's dtype and in float32. `run` is the content of a topic's results file.
+    """
     floors = results.session(run, record)["floors"]
     rates = [floors[name]["rate"] for name in (f"matmul {record['dtype']}", "matmul float32") if name in floors]
     return record["work"]["step"]["flops"] / record["times"]["step"]["median"] / max(rates)
 
 
 def case_tables(run: Run, complete: bool = False) -> list[str]:
-    """Return the lines of a Markdown table for each case of the run, which is the content of a results file.
+    """Return the lines of a Markdown table for each case of a run, under the case's name.
 
-    With `complete`, cases that were only measured on chosen implementations are left out.
+    `run` is the content of a topic's results file. With `complete`, a case is left out if gpt_fast was not measured, or
+    if the suite measures it on chosen implementations only.
     """
     lines = []
     for case, records in results.by_case(run).items():
@@ -106,10 +126,11 @@ SUMMARY_HEADER = ["case", OURS, "of the floor", "speed against the fastest other
 
 
 def summary(runs: list[Run]) -> list[list[str]]:
-    """Return the rows under SUMMARY_HEADER, one for each complete case and pass.
+    """Return the rows under SUMMARY_HEADER, one for each complete case and pass of the quiet runs.
 
-    A case is complete if no implementation was excluded on purpose. The cells are the case, gpt_fast's time, the share
-    of the speed limit that it reaches, and its speed against the fastest other implementation.
+    `runs` are the contents of topics' results files. A quiet run has no busy process beside it. A case is complete if
+    gpt_fast was measured and no implementation was excluded on purpose. The cells are the case, gpt_fast's time, the
+    share of the speed limit that it reaches, and its speed as a multiple of the fastest other implementation's.
     """
     lines = []
     for run, case, records in _complete(runs):
@@ -122,7 +143,9 @@ def summary(runs: list[Run]) -> list[list[str]]:
 def highlights(runs: list[Run]) -> list[list[str]]:
     """Return a row under SUMMARY_HEADER for the largest complete case of each topic, dtype and dropout.
 
-    All passes of a case are taken together. The last complete case of a run counts as the largest.
+    `runs` are the contents of topics' results files. A case is complete if gpt_fast was measured and no implementation
+    was excluded on purpose. The last complete case of a topic, dtype and dropout counts as the largest. Its passes are
+    taken together.
     """
     return [_summed(run, records, name, passes) for run, name, records, passes in _largest(runs)]
 
@@ -130,7 +153,8 @@ def highlights(runs: list[Run]) -> list[list[str]]:
 def speedups(runs: list[Run]) -> dict[str, tuple[float, str]]:
     """Return {whole-model case: (gpt_fast's speed as a multiple of the fastest other's, name of that implementation)}.
 
-    Only the largest case of each topic, dtype and dropout is in it, and only if another implementation was measured.
+    Only the largest complete case of each topic, dtype and dropout is in it, see `highlights`, and only if another
+    implementation was measured. `runs` are the contents of topics' results files.
     """
     jobs = [run for run in runs if run["suite"] != "ops"]
     found = {name: _against(run, records, passes) for run, name, records, passes in _largest(jobs)}
@@ -140,7 +164,8 @@ def speedups(runs: list[Run]) -> dict[str, tuple[float, str]]:
 def _largest(runs: list[Run]) -> list[tuple[Run, str, dict[str, Record], tuple[str, ...]]]:
     """Return [(run, case's name, records by implementation, passes)]: the largest case by topic, dtype and dropout.
 
-    Only complete cases count, see `_complete`. The last of a run counts as the largest.
+    Only complete cases count, see `_complete`. The last of them counts as the largest. The passes are the names of
+    those in which gpt_fast was measured. `runs` are the contents of topics' results files.
     """
     largest = {}
     for run, case, records in _complete(runs):
@@ -152,10 +177,10 @@ def _largest(runs: list[Run]) -> list[tuple[Run, str, dict[str, Record], tuple[s
 
 
 def _complete(runs: list[Run]) -> Iterator[tuple[Run, str, dict[str, Record]]]:
-    """Yield (run, case's name with its topic, records by implementation) of complete cases in quiet runs.
+    """Yield (run, case's name after its topic, records by implementation) of complete cases in quiet runs.
 
     A case is complete if gpt_fast was measured and no implementation was excluded on purpose. A quiet run has no busy
-    process beside it.
+    process beside it. `runs` are the contents of topics' results files.
     """
     for run in (run for run in runs if not run.get("busy")):
         for case, records in results.by_case(run).items():
@@ -164,7 +189,11 @@ def _complete(runs: list[Run]) -> Iterator[tuple[Run, str, dict[str, Record]]]:
 
 
 def _summed(run: Run, records: dict[str, Record], case: str, passes: tuple[str, ...]) -> list[str]:
-    """Return a row under SUMMARY_HEADER for one case, whose passes named `passes` are taken together."""
+    """Return a row under SUMMARY_HEADER for one case, whose passes named `passes` are taken together.
+
+    `case` is the row's first cell. `run` is the content of a topic's results file. `records` maps implementation → its
+    record in that file. gpt_fast's record must be there.
+    """
     ours = records[OURS]
     against = _against(run, records, passes)
     speed = f"{against[0]:.2f} × {against[1]}" if against else ""
@@ -174,8 +203,10 @@ def _summed(run: Run, records: dict[str, Record], case: str, passes: tuple[str, 
 def _against(run: Run, records: dict[str, Record], passes: tuple[str, ...]) -> tuple[float, str] | None:
     """Return (gpt_fast's speed as a multiple of the fastest rival's, name of the rival), or None without a rival.
 
-    Rivals are the implementations of others that the topic marks as such. A single pass is compared over pairs of
-    rounds if the run has them. Otherwise the medians are, added up over `passes`.
+    Rivals are the implementations of others that have `Peer.rival` and were measured in all of `passes`, the names of
+    passes. A single pass is compared by the median ratio over pairs of rounds if the record has it. Otherwise the
+    medians are divided, added up over the passes. `run` is the content of a topic's results file. `records` maps
+    implementation → its record in that file.
     """
     topic = topic_of(run)
     rivals = {peer.name for peer in topic.peers if peer.rival} if topic else set(records)
@@ -196,7 +227,7 @@ def _against(run: Run, records: dict[str, Record], passes: tuple[str, ...]) -> t
 
 
 def _time(record: Record, passes: tuple[str, ...]) -> float:
-    """Return the sum of the median seconds of the passes."""
+    """Return the sum of the record's median seconds over the passes named in `passes`."""
     return sum(record["times"][name]["median"] for name in passes)
 
 
@@ -209,9 +240,10 @@ BUSY_HEADER = ["case", "quiet", "busy", "busy, of quiet", "busy, of quiet with o
 def beside(runs: list[Run]) -> list[list[str]]:
     """Return the rows under `BUSY_HEADER`: one for each case, implementation and pass that both kinds of run have.
 
-    A busy run was measured while another process computed in an endless loop, a quiet run was not. The cells are the
-    case with its implementation, the quiet speed, the busy speed, the busy speed as a share of the quiet one, and as a
-    share of the quiet one with one thread less. The last cell is "" without a run with one thread less.
+    `runs` are the contents of topics' results files. A busy run was measured while another process computed in an
+    endless loop, a quiet run was not. The cells are the case with its implementation, the quiet speed, the busy speed,
+    the busy speed as a share of the quiet one, and as a share of the quiet one with one thread less. The last cell is
+    "" if that was not measured.
     """
     quiet = {run["topic"]: run for run in runs if not run.get("busy")}
     lines = []
@@ -233,7 +265,10 @@ def beside(runs: list[Run]) -> list[list[str]]:
 
 
 def _speed(record: Record, time: dict[str, Any]) -> str:
-    """Return a pass's speed as text: tokens/s for a whole-model job, else the median time."""
+    """Return a pass's speed as text: tokens/s for a whole-model job, else the median time.
+
+    `time` is the summary of the pass's times in `record`.
+    """
     return f"{record['tokens'] / time['median']:,.0f} tokens/s" if record["tokens"] else seconds(time["median"])
 
 
@@ -241,9 +276,10 @@ def _speed(record: Record, time: dict[str, Any]) -> str:
 
 
 def missing(run: Run) -> list[str]:
-    """Return a line for each implementation that was not measured and each reason.
+    """Return a line for each implementation that was not measured and each reason, such as "Liger: runs on GPUs only".
 
-    The cases are listed too, unless the reason holds for all cases of the run.
+    `run` is the content of a topic's results file. The names of the cases follow in parentheses, unless the reason
+    holds for all cases of the run.
     """
     all_cases = {record["case"] for record in run["records"]} | {entry["case"] for entry in run["missing"]}
     reasons: dict[tuple[str, str], list[str]] = {}
@@ -256,14 +292,15 @@ def missing(run: Run) -> list[str]:
 
 
 def floors_line(run: Run, index: int) -> str:
-    """Return a line with the date, load and measured speed limits of the session `index` of a run.
+    """Return a line with the date, load and measured speed limits of session number `index` of a run, from 0.
 
-    A limit is followed by the data sheet's if the device is known.
+    `run` is the content of a topic's results file. The device's rate by its data sheet follows a limit if it is known.
     """
     session = run["sessions"][index]
     stated = data_sheet(run["device"]["name"])
 
     def figure(name: str, measured: float) -> str:
+        """Return the name and measured rate of a limit as text, followed by the data sheet's rate if known."""
         beside = f" (data sheet {rate(name, stated[name])})" if name in stated else ""
         return f"{name} {rate(name, measured)}{beside}"
 
@@ -272,7 +309,10 @@ def floors_line(run: Run, index: int) -> str:
 
 
 def versions(runs: list[Run]) -> list[str]:
-    """Return lines with the commit and packages' versions: one if all runs agree, else one for each combination."""
+    """Return lines with the commit and the packages' versions: one if all runs agree, else one for each combination.
+
+    `runs` are the contents of topics' results files.
+    """
     shown: dict[str, list[str]] = {}
     for run in runs:
         shown.setdefault(_versions(run), []).append(results.label(run))
@@ -282,14 +322,21 @@ def versions(runs: list[Run]) -> list[str]:
 
 
 def _versions(run: Run) -> str:
-    """Return the commit and the versions of packages of a run as text."""
+    """Return a sentence with the commit and the versions of the packages of a run.
+
+    `run` is the content of a topic's results file.
+    """
     packages = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)
     commit: dict[str, Any] = run["commit"]
     return f"Commit {str(commit['id'])[:12]}{' with changes' if commit['dirty'] else ''}; {packages}."
 
 
 def notes(run: Run) -> list[str]:
-    """Return a list of one Markdown paragraph: the speed limits of each session, and whatever is special in the run."""
+    """Return a list of one Markdown paragraph: the speed limits of each session, and whatever is special in the run.
+
+    `run` is the content of a topic's results file. Special are CPU time, a CPU without bfloat16 products, a busy
+    process, a quick run, tests that were not run, and an interrupted run.
+    """
     lines = [f"{floors_line(run, index)}." for index in range(len(run["sessions"]))]
     if run["device"]["name"].endswith("CPU time"):
         lines.append("CPU seconds of one thread, measured while other programs kept the machine busy.")

@@ -31,9 +31,10 @@ HEADER = ["case", "against", "must reach", "reached", "met"]
 
 
 def rows(runs: list[Run]) -> list[list[str]]:
-    """Return a row of cells under HEADER for each target whose implementations ran.
+    """Return a row of cells under HEADER for each target that the runs can judge, see `verdicts`.
 
     The cells are the case, what it is compared with, the figure to reach, the figure reached, and whether it was met.
+    `runs` are the contents of topics' results files.
     """
     return [
         [
@@ -45,10 +46,11 @@ def rows(runs: list[Run]) -> list[list[str]]:
 
 
 def verdicts(runs: list[Run]) -> Iterator[Verdict]:
-    """Yield the verdict on each target of each case that the runs can judge.
+    """Yield a `Verdict`, required figure and reached figure, on each target that the runs can judge.
 
-    Left out are targets of the other kind of run (quiet or beside a busy process), targets for instructions that the
-    device lacks, and those whose implementations did not run.
+    `runs` are the contents of topics' results files. Left out are targets for the other kind of run (quiet or beside a
+    busy process), targets for instructions that the device lacks, targets whose implementations or passes were not
+    measured, and topics that the suite has dropped.
     """
     for run in runs:
         topic = catalogue.topics().get(run["topic"])
@@ -62,9 +64,10 @@ def verdicts(runs: list[Run]) -> Iterator[Verdict]:
 
 
 def unjudged(runs: list[Run]) -> list[str]:
-    """Return a line for each implementation whose targets do not count, because the device lacks instructions for it.
+    """Return a line of text for each implementation that has targets which do not count on the run's device.
 
-    `runs` are the contents of results files.
+    These are targets for devices with certain instructions, such as "bf16_products", which the device lacks. Only
+    implementations that were measured get a line. `runs` are the contents of topics' results files.
     """
     found = {}
     for run in runs:
@@ -77,12 +80,18 @@ def unjudged(runs: list[Run]) -> list[str]:
 
 
 def _has(run: Run, products: str) -> bool:
-    """Return True if the run's device has these instructions, such as "bf16_products"."""
+    """Return True if the run's device has the instructions `products`, such as "bf16_products".
+
+    `run` is the content of a topic's results file.
+    """
     return bool(run["device"].get(products))
 
 
 def case_of(run: Run, record: Record) -> Case:
-    """Return the case that a record was measured on."""
+    """Return the case that `record` was measured on. `run` is the content of the results file that has the record.
+
+    The case's fields `series`, `quick` and `peers` keep their defaults.
+    """
     dtype = getattr(torch, record["dtype"])
     return Case(run["topic"], run["device"]["type"], tuple(record["sizes"].items()), dtype, record["dropout"])
 
@@ -90,8 +99,9 @@ def case_of(run: Run, record: Record) -> Case:
 def judge(run: Run, records: dict[str, Record], target: Target) -> Verdict | None:
     """Return the verdict on a target for a case: what is required, and what was reached.
 
-    `records` are those of the case by implementation. The result is None if an implementation or a pass that the target
-    names was not measured. If the target names several implementations, the fastest measured one counts.
+    `run` is the content of a topic's results file. `records` maps implementation → record of the case. The result is
+    None if an implementation or a pass that the target names was not measured. If the target names several
+    implementations, the fastest measured one counts.
     """
     who = records.get(target.who)
     if who is None:
@@ -115,10 +125,10 @@ def judge(run: Run, records: dict[str, Record], target: Target) -> Verdict | Non
 
 
 def _ratio(peer: Record, who: Record, passes: tuple[str, ...]) -> float:
-    """Return the time of the record `peer` divided by that of the record `who`, added up over the passes.
+    """Return the time of the record `peer` divided by the time of the record `who`, added up over the passes.
 
-    For one pass against gpt_fast it is the median over pairs of rounds, if the run has it, else the ratio of the
-    medians.
+    `passes` are names of passes that both have. If there is one pass, and `who` is gpt_fast's record, the median ratio
+    over pairs of rounds is returned if `peer` has it. Otherwise the medians are divided.
     """
     if len(passes) == 1 and who["peer"] == OURS and "to_ours" in peer["times"][passes[0]]:
         return peer["times"][passes[0]]["to_ours"]["median"]
@@ -126,13 +136,14 @@ def _ratio(peer: Record, who: Record, passes: tuple[str, ...]) -> float:
 
 
 def _total(record: Record, passes: tuple[str, ...]) -> float:
-    """Return the sum of the median seconds of the passes."""
+    """Return the sum of the record's median seconds over the passes named in `passes`."""
     return sum(record["times"][name]["median"] for name in passes)
 
 
 def _figure(against: str, value: float) -> str:
-    """Return a target's figure as text: a percentage for the measured speed limit, tokens a second, or a multiple.
+    """Return the figure of a target as text: "85%" of the speed limit, "550,000" tokens/s, or a multiple, "1.25 ×".
 
-    `against` is FLOOR for the limit, TOKENS, or the name of the implementation that is compared with.
+    `against` is FLOOR for a share of the measured speed limit, TOKENS for tokens a second, or the name of the
+    implementation that is compared with.
     """
     return f"{value:.0%}" if against == FLOOR else f"{value:,.0f}" if against == TOKENS else f"{value:.2f} ×"

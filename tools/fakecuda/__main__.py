@@ -15,10 +15,11 @@ LIBRARY = Path("build", "fakecuda", "lib")
 def environment(
     library: Path, capability: int = 90, devices: int = 1, memory: int = 80, driver: int = 13000
 ) -> dict[str, str]:
-    """Return the environment variables for a process that sees `devices` pretended GPUs of `memory` GB each.
+    """Return this process's environment variables, changed for a process with `devices` pretended GPUs.
 
-    `library` is the folder that tools.fakecuda.build wrote. `capability` is the compute capability times ten. `driver`
-    is the CUDA version of the driver, such as 13000. Raise `SystemExit` if the folder has no libcuda.so.1.
+    Each GPU has `memory` GB. `library` is the folder that tools.fakecuda.build wrote. `capability` is the compute
+    capability times ten. `driver` is the CUDA version of the driver, such as 13000. Raise `SystemExit` if the folder
+    has no libcuda.so.1.
     """
     library = library.resolve()
     if not (library / "libcuda.so.1").exists():
@@ -35,7 +36,7 @@ def environment(
 
 
 def main() -> None:
-    """Replace this process by the command that follows the options. It runs with the pretended GPUs."""
+    """Replace this process by the command that follows the options. The command sees the pretended GPUs."""
     parser = argparse.ArgumentParser(prog="python -m tools.fakecuda", description=__doc__)
     parser.add_argument("--capability", type=int, default=90, choices=CAPABILITIES, help="compute capability times ten")
     parser.add_argument("--devices", type=int, default=1)

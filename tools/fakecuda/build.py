@@ -23,9 +23,9 @@ HARMLESS = re.compile("Set|Get|Create|Destroy|Attribute|Init")  # functions of c
 
 
 def site_packages() -> Path:
-    """Return the site-packages folder in which PyTorch's folder `torch` lies.
+    """Return the site-packages folder that holds the package `torch` of this Python.
 
-    Raise `SystemExit` if PyTorch is not installed or is no CUDA build.
+    Raise `SystemExit` with a message if PyTorch is not installed or is no CUDA build.
     """
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
@@ -37,7 +37,10 @@ def site_packages() -> Path:
 
 
 def symbols(pattern: re.Pattern, *arguments: str) -> set[str]:
-    """Run `nm` with these arguments. Return the names in its output that the group of `pattern` captures."""
+    """Run `nm` with these arguments. Return the names in its output that the one group of `pattern` captures.
+
+    Raise `subprocess.CalledProcessError` if `nm` fails.
+    """
     listed = subprocess.run(["nm", *arguments], check=True, capture_output=True, text=True).stdout
     return set(pattern.findall(listed))
 
@@ -45,8 +48,8 @@ def symbols(pattern: re.Pattern, *arguments: str) -> set[str]:
 def stubs(imported: set[str], defined: set[str]) -> str:
     """Return C++ source with a stub for each function name in `imported` that is not in `defined`.
 
-    Stubs of cuBLAS do nothing and return success, but those that would launch work are recorded. Stubs of the CUDA
-    runtime fail with a message.
+    Stubs of cuBLAS do nothing and return success, and those of functions that would launch work record the call. Stubs
+    of the CUDA runtime fail with a message.
     """
     lines = [
         'extern "C" void fakecuda_note(const char*, const char*, const void*);',
@@ -65,7 +68,10 @@ def stubs(imported: set[str], defined: set[str]) -> str:
 
 
 def build(folder: Path) -> Path:
-    """Compile the library that pretends to be CUDA's driver into `folder`, and return its path, libcuda.so.1."""
+    """Compile the library that pretends to be CUDA's driver into `folder`, and return its path, libcuda.so.1.
+
+    The folder is made if it is missing. It needs PyTorch's CUDA build and CUDA's headers.
+    """
     site = site_packages()
     cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
     folder.mkdir(parents=True, exist_ok=True)

@@ -37,15 +37,15 @@ class Seen:
     refusals: list[str] = field(default_factory=list)
 
     def of(self, *kinds: str) -> list[Entry]:
-        """Return the entries of these kinds, such as "kernel" or "sync"."""
+        """Return the recorded entries of these kinds. A kind is one of LAUNCHES, "callback" or "sync"."""
         return [entry for entry in self.entries if entry.kind in kinds]
 
     def launches(self) -> list[Entry]:
-        """Return the entries of the kinds in LAUNCHES, which take time on a device."""
+        """Return the recorded entries of the kinds in LAUNCHES, which take time on a device."""
         return self.of(*LAUNCHES)
 
     def counts(self) -> dict[str, int]:
-        """Return the number of entries by kind, sorted by kind; "sync" counts waits of the host."""
+        """Return {kind: number of recorded entries}, sorted by kind. "sync" counts waits of the host."""
         return dict(sorted(Counter(entry.kind for entry in self.entries).items()))
 
 
@@ -56,9 +56,10 @@ def is_present() -> bool:
 
 @contextlib.contextmanager
 def watch() -> Iterator[Seen]:
-    """Record in the yielded `Seen` what the block asks of the pretended GPUs. It is filled when the block ends.
+    """Record what the block asks of the pretended GPUs. Yield a `Seen`, which is filled when the block ends.
 
-    Raise `OSError` if the record cannot be written to a temporary file.
+    Raise `OSError` if the record cannot be written to a temporary file. The process must run on the stand-in, see
+    `is_present`.
     """
     library, seen = ctypes.CDLL(None), Seen()
     library.fakecuda_reset()
@@ -78,11 +79,14 @@ def watch() -> Iterator[Seen]:
 
 
 def _entry(fields: list[str]) -> Entry:
-    """Return the `Entry` of one line of the record, given the line's fields as text."""
+    """Return the `Entry` of one line of the record, given the line's tab-separated fields as text.
+
+    They are kind, name, grid, block, bytes of shared memory, device, "1" if captured, and stream in hexadecimal.
+    """
     kind, name, grid, block, shared, device, captured, stream = fields
     return Entry(kind, name, _sides(grid), _sides(block), int(shared), int(device), captured == "1", int(stream, 16))
 
 
 def _sides(text: str) -> tuple[int, ...]:
-    """Return the sizes in text such as "1,2,3", of a grid or a block."""
+    """Return the sizes of a grid or block as integers, given text such as "1,2,3"."""
     return tuple(int(side) for side in text.split(","))
