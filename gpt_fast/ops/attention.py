@@ -134,17 +134,19 @@ def attention_qkv(
     The gradient is one [B, T, 3C] tensor. Separate gradients would have to be concatenated.
 
     Args:
-        qkv: Projection [B, T, 3C], C = num_heads · D. The last axis holds all of Q, then K, then V, as
-            `nn.MultiheadAttention.in_proj_weight` makes it. Dtypes are those of `attention`.
+        qkv: Projection [B, T, 3C], C = num_heads · D, in float32, bfloat16, float16 or float64. The last axis holds all
+            of Q, then K, then V, in the order of `nn.MultiheadAttention.in_proj_weight`.
         num_heads: Number of heads H.
-        causal: As in `attention`, and so are the arguments below, with S = T.
+        causal: Let a query attend only to keys up to its own position. The keyword arguments mean what they mean in
+            `attention`, with S = T.
         lengths: Real tokens [B], int64 or int32.
         key_mask: Bool [B, T], True for a key that queries may attend to.
         mask: Bool, broadcastable to [B, H, T, T], True where a query may attend to a key.
         cu_seqlens: Bounds [n + 1] of packed sequences, int64 or int32.
-        window: Width of a sliding window.
-        dropout_p: Dropout probability in [0, 1).
-        seed: Seed of dropout, int64, one element, on the device of qkv.
+        window: Width of a sliding window: a query attends to the last `window` keys up to its own, and without `causal`
+            to as many from its own on.
+        dropout_p: Dropout probability of the attention probabilities, in [0, 1).
+        seed: Seed of dropout, int64, one element, on the device of qkv. Without a seed a new one is drawn.
         site: Number of this dropout within a forward pass. Calls with the same seed and another site get another mask.
         scale: Factor of the scores. The default is D^-1/2.
 
