@@ -209,7 +209,14 @@ def _options(
     cu_seqlens: Tensor | None, window: int | None, dropout_p: float, seed: Tensor | None, site: int,
     scale: float | None,
 ) -> dict:  # fmt: skip
-    """Return the options by name, validated (`ValueError`) for q [B, H, T, D] and S keys, with seed and scale set."""
+    """Return the options of attention, validated, by name and in the order of the schema, with `seed` and `scale` set.
+
+    q is [B, H, T, D], and there are S keys. `seed` becomes a new one if there is dropout and it is None, and None
+    without dropout; `scale` becomes D^-1/2 if it is None.
+
+    Raises:
+        ValueError: An option is not valid for these shapes.
+    """
     if causal is not True and causal is not False:
         _checks.boolean_option("attention", causal=causal)
     if type(site) is not int:
@@ -243,7 +250,13 @@ def _check_masks(
     q: Tensor, T: int, S: int, lengths: Tensor | None, key_mask: Tensor | None, mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:  # fmt: skip
-    """Raise `ValueError` if a mask does not fit q [B, H, T, D] and S keys, or holds lengths that are out of range."""
+    """Raise `ValueError` if a mask does not fit q [B, H, T, D] and S keys, or holds lengths that are out of range.
+
+    Values inside `lengths` and `cu_seqlens` are looked at only if `_library.values_checked` says so.
+
+    Raises:
+        ValueError: A mask has a wrong type, dtype, device or shape, or a value out of range.
+    """
     _checks.optional_tensors("attention", lengths=lengths, key_mask=key_mask, mask=mask, cu_seqlens=cu_seqlens)
     B, H = q.shape[:2]
     _checks.integral("attention", lengths=lengths, cu_seqlens=cu_seqlens)
@@ -282,14 +295,14 @@ def _in_order(options: dict) -> tuple:
 
 
 def _save(ctx, tensors: tuple, options: tuple) -> None:
-    """Save `tensors` and `options`, which are in the order of the op's schema, in the context for backward."""
+    """Save `tensors` and the op's `options`, in the order of its schema, in the autograd context `ctx` for backward."""
     *masks, causal, window, dropout_p, seed, site, scale = options
     ctx.save_for_backward(*tensors, *masks, seed)
     ctx.scalars = causal, window, dropout_p, site, scale
 
 
 def _saved(ctx) -> tuple[tuple, tuple]:
-    """Return (tensors, options) as `_save` got them, the options in the order of the op's schema."""
+    """Return (tensors, options) as `_save` got them for the autograd context `ctx`, the options in their order."""
     *tensors, lengths, key_mask, mask, cu_seqlens, seed = ctx.saved_tensors
     causal, window, dropout_p, site, scale = ctx.scalars
     return tensors, (lengths, key_mask, mask, cu_seqlens, causal, window, dropout_p, seed, site, scale)
@@ -369,7 +382,11 @@ def _triton_backward_qkv(dout, qkv, num_heads, out, lse, *options):
 
 
 def _for_triton(options):
-    """Return (module of the Triton kernels, `options` as its `Options`, (threshold, scale) of dropout)."""
+    """Return (kernel, options, rule) for the launch of a Triton kernel.
+
+    `kernel` is the module kernels/attention.py, `options` are the given ones as its class `Options`, and `rule` is
+    (threshold, scale) of dropout, see `_library.dropout_rule`.
+    """
     kernel = _library.triton_kernel("attention")
     options = kernel.Options(*options)
     return kernel, options, _library.dropout_rule(options.dropout_p)
@@ -381,17 +398,17 @@ _library.register_triton("attention_qkv_backward", _triton_backward_qkv)
 
 
 def _forward_flops(q, k, v, *options, **_):
-    """Return the FLOPs of a forward pass, given shapes in place of tensors."""
+    """Return the FLOPs of a forward pass, given the operator's arguments with shapes in place of tensors."""
     return 2 * _scores_flops(q, k)
 
 
 def _backward_flops(dout, q, k, v, *options, **_):
-    """Return the FLOPs of a backward pass, given shapes in place of tensors."""
+    """Return the FLOPs of a backward pass, given the operator's arguments with shapes in place of tensors."""
     return 5 * _scores_flops(q, k)  # the scores once more, their gradient, dq, dk and dv
 
 
 def _backward_qkv_flops(dout, qkv, *options, **_):
-    """Return the FLOPs of a backward pass of the packed form, given shapes in place of tensors."""
+    """Return the FLOPs of a backward pass of the packed form, given arguments with shapes in place of tensors."""
     return 5 * _scores_flops(dout, dout)
 
 
