@@ -125,8 +125,8 @@ class GraphedStep:
             Copies of the results of the step, a tensor or a tuple of tensors.
 
         Raises:
-            ValueError: The tensors differ from those of the first call in name, shape, dtype or device; or the parameters, the
-                optimizer's state or its options, except the learning rate, were replaced after the capture.
+            ValueError: The tensors differ from those of the first call in name, shape, dtype or device; or parameters,
+                optimizer state or options, except the learning rate, were replaced after the capture.
         """
         tensors = {f"tensor {i}": x for i, x in enumerate(args)} | kwargs
         self._check(tensors)

@@ -35,7 +35,7 @@ class Sender:
         """Start copying `batches`, the micro-batches of an update, to the device. Return a handle for `receive`.
 
         `count(batch)` returns a tensor [terms]: the number of predictions that each term of the loss has in a batch.
-        These counts are copied too. On a CPU nothing is left to wait for.
+        These counts are copied too.
         """
         counts = torch.stack([count(batch) for batch in batches])
         tokens = sum(batch.num_tokens() for batch in batches)
