@@ -90,12 +90,12 @@ def read_tables(
     options: RowOptions = PLAIN,
     fold: tuple[int, int] | None = None,
 ) -> tuple[Table, Table, TaskSettings]:
-    """Return (training table, validation table, task): the task with the rule by which the labels of both are read.
+    """Return (training table, validation table, task), where `task.answers` is set for multiple choice.
 
     The tables are the files `train` and `valid`. Without `valid`, a tenth of the rows, drawn by `seed`, is held out for
     validation; or, with `fold` = (i, K), the i-th of K parts of the table, counted from 1. Without `train`, both tables
-    are snippets of the standard library. `options` say how to read the files. The rule is decided on all rows of
-    `train`. Raise `ValueError` if a table is missing or too small.
+    are snippets of the standard library. `options` say how to read the files. How labels are spelled and how they name
+    a choice is decided on all rows of `train`, see `_with_rule`. Raise `ValueError` if a table is missing or too small.
     """
     if train is None:
         if valid is not None:
@@ -125,9 +125,11 @@ def read_tables(
 
 
 def _with_rule(table: Table, task: TaskSettings) -> tuple[Table, TaskSettings]:
-    """Return (table, task): the table with one spelling of each class, and the task with the form of its answers.
+    """Return (table, task) of a training table: the table with its labels in one spelling, the task with `answers` set.
 
-    That form, for multiple choice alone, is how labels name a choice: one of `ANSWERS`, such as "letters".
+    If a label is one class, all spellings of a class become its name, and a note says which were changed. For multiple
+    choice, `task.answers` becomes the way in which the labels name a choice: "text", "letters", "0" or "1" (see
+    `ANSWERS`). For any other task both are returned as they are.
     """
     if task.name == "multiple-choice":
         return table, replace(task, answers=_reading(table, task, label_names(table, task)))
@@ -143,7 +145,8 @@ def _with_rule(table: Table, task: TaskSettings) -> tuple[Table, TaskSettings]:
 def label_rule(names: Sequence[str], task: TaskSettings) -> str | None:
     """Return one line for the user about how the labels are read, or None if they are numbers or texts.
 
-    `names` are the names of the classes.
+    It begins with "labels: ", or for multiple choice with "answers: ". `names` are the names of the classes, or of the
+    choices.
     """
     if task.name == "multiple-choice" and task.answers is not None:
         return f"answers: {ANSWER_NAMES[task.answers]}, of {len(names)} choices"
@@ -288,10 +291,12 @@ def _refuse_label(table: Table, rows: Sequence[int], label: str, names: Sequence
 def examples(
     table: Table, task: TaskSettings, names: Sequence[str], tokenizer: Tokenizer, config: GPTConfig, room: int = 0
 ) -> list[Example]:
-    """Return each row of a table as the model takes it, in at most `config.seq_len` - `room` tokens.
+    """Return an `Example` for each row of a table: its token ids and its target.
 
-    `room` positions are left for tokens that a model in text will write. `names` are the names of the classes. If the
-    table has no labels, the answers of such a model are empty.
+    A sequence has at most `config.seq_len` - `room` tokens: longer texts are cut off. `room` positions are left for
+    tokens that a model in text will write. `names` are the names of the classes. If the table has no labels, the
+    targets are placeholders and the answers of a model in text are empty. Raise `ValueError` for a label that is not
+    valid.
     """
     wanted = targets(table, task, names)
     if task.kind == "tags":
@@ -418,7 +423,7 @@ def remarks(table: Table, rows: Sequence[Example], seq_len: int) -> list[str]:
 
 
 def _letter(index: int) -> str:
-    """Return the name of choice number `index`, counted from 0: "A" to "Z", then numbers."""
+    """Return the name of choice number `index`, counted from 0: "A" to "Z", then "26", "27" and so on."""
     return chr(ord("A") + index) if index < 26 else str(index)
 
 
@@ -433,10 +438,10 @@ def _check_choices(table: Table, names: Sequence[str]) -> None:
 
 
 def _reading(table: Table, task: TaskSettings, names: Sequence[str]) -> str:
-    """Return how the labels of a multiple-choice table name a choice, one of `ANSWERS`: text, letter, or number.
+    """Return how the labels of a multiple-choice table name a choice: "text", "letters", "0" or "1" (see `ANSWERS`).
 
     It is `task.answers`, or if that is None the only form that fits the whole column. `names` are the letters of the
-    choices. Raise `ValueError` if a label names no choice.
+    choices. Raise `ValueError` if a label names no choice, or if a row has another number of choices.
     """
     _check_choices(table, names)
     if task.answers is None:
@@ -451,7 +456,7 @@ def _reading(table: Table, task: TaskSettings, names: Sequence[str]) -> str:
 
 
 def _number(table: Table, row: int) -> float:
-    """Return the label of row number `row` as a number. Raise `ValueError` if it is none."""
+    """Return the label of row number `row` as a number. Raise `ValueError` if it spells none."""
     label = table.labels[row]
     value = number(label)
     if value is None:

@@ -49,7 +49,7 @@ class Tracked:
             self._works = write_extra(self._path, lambda path: self._opened(path, line).add(line))
 
     def close(self, end: End) -> None:
-        """Close the tracker if one was opened. `end` says how the run ended."""
+        """Close the tracker if one was opened. `end` says how the run ended: "finished", "failed" or "killed"."""
         if self._tracker is None:
             return
         tracker = self._tracker
@@ -59,7 +59,10 @@ class Tracked:
             tracker.release()
 
     def _opened(self, path: Path, line: Metrics) -> Tracker:
-        """Return the tracker. The first call makes it: it writes to `path`, and `line` is the first to be logged."""
+        """Return the tracker, which the first call makes.
+
+        It writes to `path`, and `line` is the first line of metrics that it will log.
+        """
         if self._tracker is not None:
             return self._tracker
         if self._name == "tensorboard":

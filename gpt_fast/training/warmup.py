@@ -110,6 +110,7 @@ def _counted(knobs: Any, result: dict[str, Any], name: str) -> Iterator[None]:
     counter, before, began = Compiled(), knobs.compilation.listener, time.perf_counter()
 
     def listen(**event: Any) -> None:
+        """Count one kernel, and pass Triton's event on to the listener that was installed before."""
         counter(**event)
         if before is not None:
             before(**event)

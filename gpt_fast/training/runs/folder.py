@@ -134,7 +134,10 @@ class Run:
         (self.folder / "run.json").unlink()
 
     def what_is_left(self, signal: object) -> str:
-        """Return a line for the user: what a run stopped by `signal` left on disk, and the command to resume it."""
+        """Return a line for the user: what a run that `signal` stopped left on disk, and the command to resume it.
+
+        `signal` is shown as text, such as "SIGINT".
+        """
         if not self.kept:
             before = f"; {self.out} is what it was" if self._replaced is not None else ""
             return f"stopped by {signal}; nothing is left of this run{before}"
@@ -319,7 +322,11 @@ def _check_idle(out: Path) -> None:
 
 
 def _no_run(folder: Path) -> str:
-    """Return the words of an error about a folder that is not there, with the run beside it whose name is nearest."""
+    """Return the end of an error message about `folder`, which is not a run folder.
+
+    It is "a file, no run folder" if the path exists, else "no such run folder", with a suggestion if a run beside it
+    has a similar name.
+    """
     if folder.exists():
         return "a file, no run folder"
     runs = [str(path.parent) for path in folder.parent.glob("*/config.json")]
@@ -367,8 +374,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 def check_weights(folder: Path, record: dict[str, Any], whole: bool) -> None:
     """Raise `ValueError` if the weights of a run, or its adapter, have another size than its `record` says.
 
-    If `whole`, compare their SHA-256 too, which reads all of them. Records of older versions say nothing of the
-    weights; then nothing is compared.
+    `record` is the content of the run's run.json. If `whole`, compare the SHA-256 of the file too, which reads all of
+    it. Records of older versions say nothing of the weights; then nothing is compared.
     """
     expected, path = record.get("weights"), folder / (adapters.WEIGHTS if record.get("lora") else "model.safetensors")
     if not isinstance(expected, dict):
@@ -389,11 +396,11 @@ def special_token(config: GPTConfig, name: str) -> int:
 
 
 def with_special_tokens(model: Head, tokenizer: Tokenizer) -> Head:
-    """Return `model` with ids for the special tokens that its configuration lacks, as `tokenizer` numbers them.
+    """Give the special tokens that the configuration of `model` lacks their ids in `tokenizer`. Return `model`.
 
-    A model lacks them if `gpt-fast convert` made it of another library's. Its embeddings grow by rows for these tokens,
-    which begin near the mean of all other rows, and so do their logits: rows near 0 would be likelier than most tokens
-    where a model's logits are all far below 0.
+    The model is changed in place. A model lacks them if `gpt-fast convert` made it of another library's. Its embeddings
+    grow by rows for these tokens, which begin near the mean of all other rows, and so do their logits: rows near 0
+    would be likelier than most tokens where a model's logits are all far below 0.
     """
     config = model.config
     ids = {name: token for name, token in special_ids(tokenizer).items() if getattr(config, name) is None}
@@ -410,9 +417,10 @@ def with_special_tokens(model: Head, tokenizer: Tokenizer) -> Head:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Return the lines of a run's metrics.jsonl, each a dict of numbers, with NaN for null.
+    """Return the lines of a run's metrics.jsonl in order, each a dict of numbers, with NaN for null.
 
-    A last line that a kill cut off is left out. Raise `ValueError` for a line that holds anything but numbers.
+    A last line that a kill cut off is left out. Raise `ValueError` for a line that is not a JSON object, has no "step",
+    or holds anything but numbers and null.
     """
     path, lines = folder / "metrics.jsonl", []
     for number, content in enumerate(read_bytes(path).splitlines(keepends=True), start=1):
@@ -426,9 +434,10 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def read_curve(folder: Path, field: str) -> list[dict[str, float]]:
-    """Return the lines of a run's metrics.jsonl that have a field, each a dict of numbers.
+    """Return the lines of a run's metrics.jsonl that have `field`, in order, each a dict of numbers.
 
-    Raise `FileNotFoundError` if the file is missing, and `ValueError` with the known fields if no line has the field.
+    Raise `FileNotFoundError` if the file is missing, and `ValueError` if no line has the field. The message then lists
+    the known fields.
     """
     if not (folder / "metrics.jsonl").is_file():
         what = "no run folder, it has no metrics.jsonl" if folder.is_dir() else _no_run(folder)

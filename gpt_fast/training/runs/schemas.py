@@ -164,7 +164,10 @@ class Line(Schema):
 
 
 def check(path: Path | str, schema: type[Schema], values: Any) -> None:
-    """Raise `ValueError`, naming the file and the first wrong names, unless `values` are of the schema."""
+    """Raise `ValueError` unless `values`, the content of the file `path`, fit `schema`.
+
+    The message names the file and the first two names that are wrong.
+    """
     try:
         schema.model_validate(values)
     except ValidationError as error:
