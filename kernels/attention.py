@@ -298,12 +298,12 @@ def _fwd_tile(
 ):  # fmt: skip
     """Return (acc, m, total) after one more tile of keys and values, which begins at key `start`.
 
-    They are the state of the online softmax for BLOCK_M queries q: the unnormalised output [BLOCK_M, BLOCK_D], the
-    maximum of the scores and the sum of their exponentials, [BLOCK_M] each. MASKED is False for a tile that needs no
-    mask. If LATE, scores stay unscaled until their exponential, and only the maximum of a row is scaled before;
-    otherwise all scores are multiplied by `scale_log2` at once. `walk`, `rows`, `head`, `masks` and `dropout` are
-    tuples of the classes Walk, Rows, Head, Masks and Dropout. `dropped` is zero, the value of a probability that
-    dropout drops.
+    They are the state of the online softmax for BLOCK_M queries q [BLOCK_M, BLOCK_D]: the unnormalised output [BLOCK_M,
+    BLOCK_D], the maximum of the scores and the sum of their exponentials, [BLOCK_M] each. `keys` and `values` are a
+    Source each. MASKED is False for a tile that needs no mask. If LATE, scores stay unscaled until their exponential,
+    and only the maximum of a row is scaled before; otherwise all scores are multiplied by `scale_log2` at once. `walk`,
+    `rows`, `head`, `masks` and `dropout` are tuples of the classes Walk, Rows, Head, Masks and Dropout. `dropped` is
+    zero, the value of a probability that dropout drops.
     """
     k = _walked_tile(keys, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_N, BLOCK_D]
     s = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_M, BLOCK_N]

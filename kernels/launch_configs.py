@@ -244,7 +244,11 @@ def check_row(op: str, row: Row) -> None:
 
 
 def written(device: str, rows: dict[str, list[Row]]) -> dict[str, Any]:
-    """Return the JSON content of a user's table: `rows` by op, measured on the GPU called `device`."""
+    """Return the JSON content of a user's table: `rows` by op, measured on the GPU called `device`.
+
+    It is a dict with "format", "device", "triton" (its version) and "rows", a list of dicts with the fields of `Row`
+    and the row's "op".
+    """
     entries = [{"op": op, **row._asdict()} for op, of_op in rows.items() for row in of_op]
     return {"format": FORMAT, "device": device, "triton": triton.__version__, "rows": entries}
 

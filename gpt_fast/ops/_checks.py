@@ -163,7 +163,7 @@ def seed(op: str, seed: Tensor | None, device: torch.device) -> None:
 
 
 def values_below(op: str, name: str, tensor: Tensor, upper: int, *, lower: int = 0, besides: int | None = None) -> None:
-    """Raise `ValueError` unless each value of `tensor`, which is read, is in [lower, upper) or equals `besides`."""
+    """Raise `ValueError` unless each value of `tensor`, called `name`, is in [lower, upper) or equals `besides`."""
     wrong = (tensor < lower) | (tensor >= upper)
     if besides is not None:
         wrong = wrong & (tensor != besides)

@@ -416,7 +416,7 @@ def is_plain_call(op: str, x: Tensor, *others: Tensor | None) -> bool:
 
 
 def kernel_checks(op: str, x: Tensor) -> bool:
-    """Return True if the kernel of `op` for x checks values inside tensors itself, as C++ kernels do."""
+    """Return True if a C++ kernel serves `op` for x. It then checks the values inside its tensors itself."""
     return x.is_cpu and has_kernel(op, x) and serving(op, "cpu") == "cpp"
 
 

@@ -189,7 +189,7 @@ def attention_qkv(
 
 
 def _has_plain_shapes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Return True if `_check_heads` accepts the shapes of queries, keys and values."""
+    """Return True if q is [B, H, T, D], and k and v are [B, H, S, D], the shapes that `_check_heads` accepts."""
     queries, keys = q.shape, k.shape
     return len(queries) == len(keys) == 4 and keys == v.shape and queries[:2] == keys[:2] and queries[3] == keys[3]
 
@@ -252,7 +252,8 @@ def _check_masks(
 ) -> None:  # fmt: skip
     """Raise `ValueError` if a mask does not fit q [B, H, T, D] and S keys, or holds lengths that are out of range.
 
-    Values inside `lengths` and `cu_seqlens` are looked at only if `_library.values_checked` says so.
+    Values inside `lengths` and `cu_seqlens` are validated only if `_library.values_checked` returns True for the
+    tensor, and those of `lengths` only if the kernel does not validate them itself.
 
     Raises:
         ValueError: A mask has a wrong type, dtype, device or shape, or a value out of range.

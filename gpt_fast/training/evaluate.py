@@ -176,11 +176,11 @@ def evaluate_task(
 ) -> dict[str, Any]:
     """Return "task", "data" and the metrics of a fine-tuned model on a table, with their baselines.
 
-    `data` is the table's file, read with `options`, or None for snippets of Python's standard library. `task` names the
-    columns, and `labels` are the names of the classes. The metrics are those of `tasks.score`, such as "accuracy" and
-    "majority_accuracy" for a classifier. A model that answers in text also has "exact_match" and "word_f1". `confusion`
-    is the path for a picture of the confusion matrix, or None; the result names it as "confusion" if it could be
-    written.
+    `folder` is the model's run folder, from which the tokenizer is read. `data` is the table's file, read with
+    `options`, or None for snippets of Python's standard library. `task` names the columns, and `labels` are the names
+    of the classes. The metrics are those of `tasks.score`, such as "accuracy" and "majority_accuracy" for a classifier.
+    A model that answers in text also has "exact_match" and "word_f1". `confusion` is the path for a picture of the
+    confusion matrix, or None; the result names it as "confusion" if it could be written.
     """
     table = snippet_table()[1] if data is None else read_task_table(data, task, options=options)
     tokenizer = run_tokenizer(folder, model)

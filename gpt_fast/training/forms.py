@@ -130,9 +130,9 @@ def last_words(model: GPTForCausalLM, tokenizer: Tokenizer, questions: Sequence[
 def endings(model: GPTForCausalLM, tokenizer: Tokenizer, questions: Sequence[Question]) -> dict[str, Any]:
     """Return how often the right choice of a question has the largest log-likelihood.
 
-    "choice_accuracy" compares the log-likelihoods of whole choices, "choice_accuracy_norm" those for each character
-    (lm-evaluation-harness's `acc_norm`), and "choice_accuracy_per_token" those for each token. "chance" is the accuracy
-    of guessing. "task" and "examples" are there too.
+    "choice_accuracy" compares the log-likelihoods of whole choices. "choice_accuracy_norm" (lm-evaluation-harness's
+    `acc_norm`) compares them divided by the number of characters, "choice_accuracy_per_token" by the number of tokens.
+    "chance" is the accuracy of guessing, and "examples" the number of questions. "task" is "hellaswag".
     """
     right = {"choice_accuracy": 0, "choice_accuracy_norm": 0, "choice_accuracy_per_token": 0}
     for question, scores in zip(questions, _scores(model, tokenizer, questions), strict=True):

@@ -118,10 +118,10 @@ class WindowSource:
 def mask_each(
     tokens: Tensor, generator: torch.Generator, *, mask: Mask, seed: int, positions: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Return (inputs, labels), both [B, T]: `mask` applied to each row of `tokens` by itself.
+    """Return (inputs, labels), both [B, T]: `mask` applied to each row of `tokens` [B, T] by itself.
 
-    The generator is seeded with `seed` and the row's position in `positions`. So a window's masks do not depend on the
-    batch that it is in.
+    `mask` is a function as `masker` returns it. The generator that it draws from is seeded with `seed` and the row's
+    position in `positions`. So a window's masks do not depend on the batch that it is in.
     """
     rows = [
         mask(row[None], generator.manual_seed(mix(seed, position, 2) >> 1))

@@ -198,7 +198,9 @@ def _labels(label: str, task: TaskSettings) -> list[str]:
 def label_names(table: Table, task: TaskSettings) -> list[str]:
     """Return the names of the classes of a training table, in order; for multiple choice, the letters of the choices.
 
-    The list is empty if the labels are numbers or texts. Raise `ValueError` if there are too few classes or choices.
+    The order is that of --labels if it is given, else that of `class_names`. The list is empty if the labels are
+    numbers or texts. Raise `ValueError` if there are fewer than two classes (one where a row has a set of classes) or
+    fewer than two choices.
     """
     if task.kind not in ("class", "set", "tags"):
         return []
@@ -225,11 +227,11 @@ def label_names(table: Table, task: TaskSettings) -> list[str]:
 
 
 def targets(table: Table, task: TaskSettings, names: Sequence[str]) -> list[Any]:
-    """Return the target of each row: the index of its class in `names`, or its number.
+    """Return the target of each row, in order: the index of its class in `names`, or its number.
 
-    The target is a list of 0 and 1 for a set of classes, a list of class indices for tags, and 0 for a text that is to
-    be written or found. A table without labels has zeros in their place. Raise `ValueError` for a label that is no
-    class or number.
+    For a set of classes, the target is a list of 0 and 1, and for tags a list of class indices; for a text that is to
+    be written or found it is 0. A table without labels has zeros as its targets. Raise `ValueError` for a label that is
+    no class or number.
     """
     if task.name == "multiple-choice":
         _check_choices(table, names)
@@ -293,7 +295,8 @@ def examples(
 ) -> list[Example]:
     """Return an `Example` for each row of a table: its token ids and its target.
 
-    A sequence has at most `config.seq_len` - `room` tokens: longer texts are cut off. `room` positions are left for
+    An example has one sequence of token ids, both orders of a pair for similarity, or one sequence for each choice. A
+    sequence has at most `config.seq_len` - `room` tokens: longer texts are cut off. `room` positions are left for
     tokens that a model in text will write. `names` are the names of the classes. If the table has no labels, the
     targets are placeholders and the answers of a model in text are empty. Raise `ValueError` for a label that is not
     valid.

@@ -151,7 +151,10 @@ class MLflow:
         self._client.log_batch(self._id, params=[Param(name, str(value)[:500]) for name, value in settings.items()])
 
     def add(self, line: Metrics) -> None:
-        """Log all finite metrics of a line in one request: a request for each took eight times as long."""
+        """Log all finite metrics of a line at the line's update, `line["step"]`, in one request.
+
+        A request for each metric took eight times as long.
+        """
         step, now = int(line["step"]), time.time_ns() // 1_000_000
         self._client.log_batch(
             self._id,

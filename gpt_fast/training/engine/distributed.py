@@ -115,7 +115,7 @@ class World:
         """Average the gradients over the ranks in the backward pass inside the block only if `wanted`.
 
         `parallel` is the module that `wrap` returned. With gradient accumulation, `wanted` is True for the last
-        micro-batch alone.
+        micro-batch alone. With one rank nothing is done.
         """
         if self.size == 1 or (wanted and self.strategy == "ddp"):
             yield

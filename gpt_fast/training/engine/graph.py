@@ -151,7 +151,11 @@ class GraphedStep:
             return tuple(x.clone() for x in results) if isinstance(results, tuple) else results.clone()
 
     def _check(self, tensors: dict[str, Tensor]) -> None:
-        """Raise `ValueError` unless `tensors` are on CUDA and have the names, shapes and dtypes of the first call."""
+        """Raise `ValueError` unless `tensors` are on CUDA and have the names, shapes and dtypes of the first call.
+
+        Raises:
+            ValueError: There are no tensors, one is not on a CUDA device, or one differs from the first call.
+        """
         if not tensors:
             raise ValueError("gpt_fast.GraphedStep: the call has no tensors; expected those that change between calls")
         if self._inputs and list(tensors) != list(self._inputs):

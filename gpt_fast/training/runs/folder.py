@@ -84,7 +84,8 @@ class Run:
         """Move the hidden folder of a new run to its final place, before the first update. A second call does nothing.
 
         From then on its metrics can be watched there. A run that --overwrite replaces is moved to a hidden folder
-        beside it. Raise `FileExistsError` or `ValueError` if the place has been taken in the meantime.
+        beside it. Raise `FileExistsError` or `ValueError` if another run or process has taken the place in the
+        meantime.
         """
         if self.folder == self.out:
             return
@@ -100,7 +101,8 @@ class Run:
     def keep(self) -> None:
         """Keep the run folder whatever happens next, and delete the run that it replaced.
 
-        This is called at the first checkpoint and at the end of training: the folder is then worth more than the other.
+        This is called at the first checkpoint and at the end of training: the folder is then worth more than the run
+        that it replaced. The folder is moved to its final place if it is not there yet.
         """
         self.publish()
         self.kept = True
@@ -109,7 +111,7 @@ class Run:
             self._replaced = None
 
     def discard(self) -> None:
-        """Delete the run folder, and put the run that it replaced back in its place."""
+        """Delete the run folder. If it replaced a run, put that run back in its place."""
         shutil.rmtree(self.folder, ignore_errors=True)
         if self._replaced is not None:
             (self._replaced / self.out.name).rename(self.out)
@@ -118,8 +120,8 @@ class Run:
     def reopen(self, settings: dict[str, Any]) -> None:
         """Let a run be resumed for more steps with `settings`, which replace the settings in its folder.
 
-        A finished run becomes a stopped one: run.json is deleted, and the weights of the best validation are copied to
-        best/.
+        `settings` has every setting with its value. A finished run becomes a stopped one: run.json is deleted, and if
+        the run kept the weights of its best validation, they are copied to best/.
         """
         write_settings(self.folder, settings)
         if not is_finished(self.folder):
@@ -274,9 +276,10 @@ def _is_idle(folder: Path) -> bool:
 
 
 def write_extra(path: Path, write: Callable[[Path], object]) -> bool:
-    """Call `write(path)` for a file that the run can do without, such as a picture. Warn and return False if it fails.
+    """Call `write(path)` for a file that the run can do without, such as a picture. Return True if it succeeds.
 
-    Call it after the weights and run.json are written, so that a failure costs the one file and not the run.
+    If it raises an exception, warn and return False. Call this after the weights and run.json are written, so that a
+    failure costs the one file and not the run.
     """
     try:
         write(path)

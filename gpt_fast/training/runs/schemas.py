@@ -33,7 +33,7 @@ class Weights(Schema):
 
 
 class Lora(Schema):
-    """Hold what a merge of an adapter needs."""
+    """Facts about a LoRA adapter that a merge of it needs."""
 
     rank: Annotated[int, Field(ge=1, lt=2**31)]
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
