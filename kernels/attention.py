@@ -697,7 +697,10 @@ def sources(rows: int, BLOCK_D: int, **tensors: torch.Tensor) -> dict[str, Any]:
 
 
 def launch_options(launch: Config) -> dict[str, Any]:
-    """Return the options of a launch for Triton's compiler: warps, stages, and a limit of registers if there is one."""
+    """Return the options of a launch for Triton's compiler: warps, stages, and a limit of registers if there is one.
+
+    They are a dict with "num_warps", "num_stages", "enable_fp_fusion" and, if `launch.registers` is not 0, "maxnreg".
+    """
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     return options | {"maxnreg": launch.registers} if launch.registers else options
 
@@ -902,7 +905,8 @@ def backward_qkv(
 ) -> torch.Tensor:  # fmt: skip
     """Return the gradient [B, T, 3C] of the packed projection `qkv`, for the upstream gradient dout [B, H, T, D].
 
-    `out` and `lse` are the results of `forward`; `options`, `threshold` and `dropout_scale` are its arguments.
+    Its last axis holds the gradients of Q, K and V, one after another. `out` and `lse` are the results of `forward`;
+    `options`, `threshold` and `dropout_scale` are its arguments.
     """
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     B, T, C3 = qkv.shape

@@ -187,8 +187,9 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (dtoken, dposition): the gradients of both tables, with the strides of the tables, or [0] if not needed.
 
-    Dropout drops an element if its 16 random bits, a function of `seed`, `site` and its position, are below
-    `threshold`, and multiplies others by `scale`. Without a seed there is no dropout.
+    `dout` [..., C] is the upstream gradient, and the arguments up to `site` are those of `forward`. Dropout drops an
+    element if its 16 random bits, a function of `seed`, `site` and its position, are below `threshold`, and multiplies
+    others by `scale`. Without a seed there is no dropout.
     """
     rows = dout.reshape(tokens.numel(), dout.shape[-1])
 

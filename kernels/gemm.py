@@ -194,9 +194,9 @@ def _sum_rows(x: torch.Tensor, out: torch.Tensor, rows: int) -> None:
 
 
 def precision() -> str:
-    """Return the PRECISION of float32 products for `dot`: "tf32" or "ieee", as PyTorch's switch says, or "interpreter".
+    """Return the PRECISION of float32 products for `dot`: "tf32", "ieee", or "interpreter" in Triton's interpreter.
 
-    Products in 16 bits do not depend on it.
+    `torch.backends.cuda.matmul.allow_tf32` decides between the first two. Products in 16 bits do not depend on it.
     """
     if triton.knobs.runtime.interpret:
         return "interpreter"
@@ -213,6 +213,7 @@ def operand(matrix: torch.Tensor, rows: int, columns: int, architecture: int) ->
     """Return (source, mode) of a matrix for `load` and `store` of tiles [rows, columns].
 
     The source is the matrix itself (mode 0), its tensor descriptor (1), or the descriptor of its transpose (2).
+    `architecture`, a compute capability times ten or INTERPRETER, decides with the matrix's strides which it is.
     """
     if describable(matrix, architecture):
         return descriptor(matrix, [rows, columns]), 1

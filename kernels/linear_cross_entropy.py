@@ -78,10 +78,10 @@ def _logits_half(
     """Add the bias to a tile of a product, which gives logits, and write statistics of each of the tile's rows.
 
     The tile has half the columns of a product's tile. `m` and `n` are the row and the column of its first element in
-    the chunk's logits [R, V]. Tile number n / width of a row writes to that row of [parts, R] each: the largest logit,
-    the sum of exponentials after that logit is subtracted, and, if `sum_ptr` is given, the sum of the logits. The logit
-    of the row's target goes to picked [R] if the tile has it. If KEEPS, the logits less the tile's largest one of their
-    row are written to `out` [R, V].
+    the chunk's logits [R, V]. Of each of the tile's rows, the largest logit goes to largest, the sum of exponentials
+    after that logit is subtracted to total, and, if `sum_ptr` is given, the sum of the logits to sum; these are [parts,
+    R], and the tile is part n / width. The logit of the row's target goes to picked [R] if the tile has it. If KEEPS,
+    the logits less the largest of their row in the tile are written to `out` [R, V].
     """
     offs_m = m + tl.arange(0, logits.shape[0])
     offs_n = n + tl.arange(0, logits.shape[1])

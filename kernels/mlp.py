@@ -423,9 +423,9 @@ def forward(
     """Return (y [..., C'], kept): the output of the MLP, and the tensor that `backward` takes as `hidden`.
 
     If `keeps_hidden`, `kept` [..., F] is the hidden layer after dropout for relu, and the activation's input for any
-    other activation. Else `kept` has shape [0]. Dropout drops an element if its 16 random bits, a function of `seed`,
-    `site` and its position, are below `threshold`, and multiplies others by `scale`. Without a seed there is no
-    dropout.
+    other activation. Else `kept` has shape [0]. Dropout drops an element of the hidden layer if its 16 random bits, a
+    function of `seed`, `site` and its position, are below `threshold`, and multiplies others by `scale`. Without a seed
+    there is no dropout.
     """
     F, C_out = fc_weight.shape[0], proj_weight.shape[0]
     rows = as_matrix(x)
@@ -448,12 +448,13 @@ def backward(
     proj_weight: torch.Tensor, hidden: torch.Tensor | None, activation: str, threshold: int, scale: float,
     seed: torch.Tensor | None, site: int, needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return the gradients (dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias).
+    """Return the gradients (dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias) for the upstream gradient dy [..., C'].
 
     `needs` holds five flags in this order; a gradient that is not needed is a tensor of shape [0]. The gradients of the
     weights have the strides of the weights. `hidden` is the `kept` that `forward` returned; if it is None, the hidden
-    layer is computed again. Dropout drops an element if its 16 random bits, a function of `seed`, `site` and its
-    position, are below `threshold`, and multiplies others by `scale`. Without a seed there is no dropout.
+    layer is computed again. Dropout drops an element of the hidden layer if its 16 random bits, a function of `seed`,
+    `site` and its position, are below `threshold`, and multiplies others by `scale`. Without a seed there is no
+    dropout.
     """
     needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, needs_proj_bias = needs
     F, C_out = fc_weight.shape[0], proj_weight.shape[0]

@@ -54,12 +54,13 @@ def evaluate(
     `evaluate_task` and, with `form`, `evaluate_form`. If `data` is None, a model that was trained on Python's standard
     library is evaluated on the files that its training held out.
 
-    `text_column`, `label_column` and `pair_column` (of the second text or of the choices) are those of the training if
-    they are None. `skip_labels` are labels whose rows are skipped, `options` say how to read the table, and `confusion`
-    is the path for a picture of a classifier's confusion matrix; the result names it as "confusion" if it could be
-    written. `raw_dtype`, "uint16" or "uint32", is the dtype of token files without a header. `stride` reads text in
-    overlapping windows, see `evaluate_language_model`. `form` says that `data` is a benchmark's file, one of `FORMS`.
-    Raise `ValueError` for an option that does not apply to the run.
+    `text_column`, `label_column` and `pair_column` (of the second text or of the choices) may be None: for a task they
+    are then those of its training, for a language model the text column is "text", and with `form` they have their
+    published names. `skip_labels` are labels whose rows are skipped, `options` say how to read the table, and
+    `confusion` is the path for a picture of a classifier's confusion matrix; the result names it as "confusion" if it
+    could be written. `raw_dtype`, "uint16" or "uint32", is the dtype of token files without a header. `stride` reads
+    text in overlapping windows, see `evaluate_language_model`. `form` says that `data` is a benchmark's file, one of
+    `FORMS`. Raise `ValueError` for an option that does not apply to the run.
     """
     model = load_run(folder, device)
     record = read_record(folder)

@@ -54,8 +54,9 @@ def check(settings: PretrainSettings) -> None:
     """Raise `ValueError` for settings that are wrong whatever the training text is, which is not read.
 
     These are: a batch size that micro-batches and ranks do not divide; more warmup than steps; --graph with options
-    that it does not allow; unknown names; sizes that do not fit each other or the memory; a --from that is no run, or
-    is given beside --preset, --layers, --heads, --dim or --tokenizer; and pipes as --data of a run that is resumed.
+    that it does not allow; unknown names; sizes that do not fit each other or the memory; --from beside --preset,
+    --layers, --heads, --dim or --tokenizer; and pipes as --data of a run that is resumed. Raise `FileNotFoundError` if
+    the folder of --from holds no run.
     """
     if settings.resume:
         _refuse_pipes(settings)

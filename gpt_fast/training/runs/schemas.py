@@ -103,9 +103,10 @@ class Record(Schema):
 
     @model_validator(mode="after")
     def _only_metrics_besides(self) -> Record:
-        """Raise an error for an undeclared name that is no metric, and for a fine-tuned run without task and columns.
+        """Return the record. Raise an error for an unknown name, and for a fine-tuned run without "task" and "columns".
 
-        Names of metrics begin with "valid_", "majority_" or "mean_"; their values are numbers or null.
+        A name that the schema does not declare is known if it is a metric's: it begins with "valid_", "majority_" or
+        "mean_". The value of a metric is a number or null.
         """
         for name, value in (self.model_extra or {}).items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
