@@ -21,7 +21,13 @@ def _fwd_kernel(
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write normed, summed, mean and rstd of BLOCK_M rows of x and residual [M, N]."""
+    """Write summed = residual + dropout(x), its layer norm normed, and mean and rstd, for BLOCK_M rows of x [M, N].
+
+    summed and normed [M, N] are contiguous; mean and rstd are [M] float32. Rows of x and residual begin `stride_x` and
+    `stride_residual` elements apart. With HAS_DROPOUT, an element of x is dropped if its 16 random bits, a function of
+    the seed, `site` and its position, are below `threshold`, and is otherwise multiplied by `scale`. Program i takes
+    the rows from i · BLOCK_M on.
+    """
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
@@ -50,10 +56,11 @@ def _bwd_kernel(
     HAS_WEIGHT: tl.constexpr, HAS_DSUMMED: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_DX: tl.constexpr,
     NEEDS_SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write dresidual, and dx if HAS_DX, for every P-th tile of rows, where P is the number of programs.
+    """Write dresidual [M, N], and dx if HAS_DX, for every P-th tile of BLOCK_M rows, where P is the number of programs.
 
-    If NEEDS_SUMS, the sums of program p for dweight and dbias go to row p of `dweight_ptr` and `dbias_ptr` [P, N]
-    float32.
+    Program p begins at tile p. dresidual is the norm's gradient plus dsummed, the upstream gradient of `summed`, if
+    HAS_DSUMMED. dx is dresidual through dropout, whose arguments are those of `_fwd_kernel`. If NEEDS_SUMS, the sums of
+    program p for dweight and dbias go to row p of `dweight_ptr` and `dbias_ptr`, [P, N] float32 each.
     """
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)
@@ -152,8 +159,9 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients (dx, dresidual, dweight, dbias).
 
-    dx has shape [0] if it equals dresidual, that is without dropout and if x and residual have one dtype. dweight and
-    dbias have shape [0] if not needed. `dsummed` is the upstream gradient of `summed`, or None. Dropout drops an
+    `dnormed` and `dsummed` are the upstream gradients of the outputs `normed` and `summed`; `dsummed` may be None for
+    0. `summed`, mean and rstd are results of `forward`. dx has shape [0] if it equals dresidual, that is without
+    dropout and if x and residual have one dtype. dweight and dbias [N] have shape [0] if not needed. Dropout drops an
     element if its 16 random bits, a function of `seed`, `site` and its position, are below `threshold`, and multiplies
     others by `scale`. Without a seed there is no dropout.
     """

@@ -45,9 +45,9 @@ NVCC_FLAGS = [
 
 
 def serving(capability: int) -> Architecture:
-    """Return the row of ARCHITECTURES for a compute capability, times ten: the newest row that is not newer.
+    """Return the row of ARCHITECTURES that serves a GPU: the one with the largest capability up to `capability`.
 
-    Raise `ValueError` for a capability below all rows.
+    `capability` is a compute capability times ten. Raise `ValueError` if it is below those of all rows.
     """
     older = [row for row in ARCHITECTURES if row.capability <= capability]
     if not older:

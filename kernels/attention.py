@@ -124,11 +124,11 @@ class Dropout(NamedTuple):
 
 @triton.jit
 def _program(rows, BLOCK: tl.constexpr, FLAT: tl.constexpr):
-    """Return (matrix, tile, tiles): this program's tile of rows, the head that the tile is of, and the tiles of a head.
+    """Return (matrix, tile, tiles): this program's head, its tile of the head's rows, and how many tiles a head has.
 
-    `matrix` is batch · H + head, int64. A head has `rows` rows, and a tile BLOCK of them. CUDA allows 65,535 programs
-    in a grid's second dimension. For more heads the grid has one dimension (FLAT), which costs a division and up to
-    four registers.
+    `matrix` is batch · H + head, int64. A head has `rows` rows, and a tile BLOCK of them; `tile` counts from 0. The
+    grid is (tiles, heads). CUDA allows 65,535 programs in a grid's second dimension. For more heads the grid has one
+    dimension (FLAT), which costs a division and up to four registers.
     """
     if FLAT:
         tiles = tl.cdiv(rows, BLOCK)
@@ -141,11 +141,12 @@ def _program(rows, BLOCK: tl.constexpr, FLAT: tl.constexpr):
 
 @triton.jit
 def _bounds(offs, mask_offs, lower, upper, others, length_ptr, packing, b):
-    """Return (first, last): the row at position `offs` meets the rows first <= x < last of the other axis.
+    """Return (first, last), one of each for each row: the row may meet the rows first <= x < last of the other axis.
 
-    The rows are queries and the other axis, of `others` rows, is keys, or the reverse. A row meets offs - lower < x <
-    offs + upper. If `length_ptr` is given, x is below the length of batch row b; if `packing` is, x is in the row's
-    sequence. `mask_offs` is True for rows that exist.
+    The rows are queries and the other axis, of `others` rows, is keys, or the reverse. The row at position `offs` meets
+    offs - lower < x < offs + upper, where `lower` and `upper` come from the window and the causal mask. If `length_ptr`
+    is given, x is also below the length of batch row b. If `packing` (see Packing) is, x is in the row's own sequence.
+    `mask_offs` is True for rows that exist.
     """
     first = tl.maximum(offs - lower + 1, 0)
     last = tl.minimum(offs + upper, others)
@@ -159,10 +160,10 @@ def _bounds(offs, mask_offs, lower, upper, others, length_ptr, packing, b):
 
 @triton.jit
 def _ranges(first, last, mask_rows, others, ALL_MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the Ranges of tiles of BLOCK rows that a program has to loop over, of the `others` rows of the other axis.
+    """Return the Ranges of the tiles that a program loops over: BLOCK rows each of the other axis's `others` rows.
 
-    `first` and `last` are the results of `_bounds` for the program's own rows, of which `mask_rows` exist. If
-    ALL_MASKED, every tile counts as one that needs a mask.
+    `first` and `last` are the results of `_bounds` for the program's own rows; `mask_rows` is True for those that
+    exist. If ALL_MASKED, every tile counts as one that needs a mask.
     """
     begin = tl.min(tl.where(mask_rows, first, others)) // BLOCK * BLOCK
     end = tl.max(tl.where(mask_rows, last, 0))
@@ -193,10 +194,10 @@ def _masked_start(n, ranges, BLOCK: tl.constexpr):
 
 @triton.jit
 def _tile(source, start, limit, offs, head, MASKED: tl.constexpr, D: tl.constexpr):
-    """Load rows start + offs of a head [limit, D] by pointers, as a tile [len(offs), BLOCK_D] with zeros past column D.
+    """Load rows start + offs of one head of a tensor by pointers, as a tile [len(offs), BLOCK_D].
 
-    `source` is a Source and `head` a Head. If MASKED, rows from `limit` on are zeros too; otherwise the caller knows
-    that all rows exist.
+    Columns from D on are zeros. `source` is a Source and `head` a Head. If MASKED, rows from `limit` on, the number of
+    the head's rows, are zeros too; otherwise the caller knows that all rows exist.
     """
     first = tl.full((), 0, dtype=tl.int64) + start
     ptrs = source.ptr + first * source.stride_t + offs[:, None] * source.stride_t
@@ -210,10 +211,10 @@ def _tile(source, start, limit, offs, head, MASKED: tl.constexpr, D: tl.constexp
 
 @triton.jit
 def _walked_tile(source, start, walk, head, MASKED: tl.constexpr, D: tl.constexpr, DESCRIBED: tl.constexpr):
-    """Load rows start + walk.offs of a tensor that a loop goes through (see Walk), as a tile [BLOCK, BLOCK_D].
+    """Load rows start + walk.offs of a tensor that a loop goes through tile by tile, as a tile [BLOCK, BLOCK_D].
 
-    `source` is a Source; if DESCRIBED, it holds a tensor descriptor, which gives zeros past the tensor's end. If
-    MASKED, rows from `walk.end` on are zeros too.
+    `source` is a Source, `walk` a Walk and `head` a Head. If DESCRIBED, the source holds a tensor descriptor, which
+    gives zeros past the tensor's end. If MASKED, rows from `walk.end` on are zeros too. Columns from D on are zeros.
     """
     if DESCRIBED:
         x = source.ptr.load([head.b.to(tl.int32), head.h.to(tl.int32), start, 0])
@@ -227,10 +228,11 @@ def _walked_tile(source, start, walk, head, MASKED: tl.constexpr, D: tl.constexp
 
 @triton.jit
 def _allowed(x, rows, i, j, head, masks):
-    """Return True where query i may attend to key j, for the tile of a program's rows and rows of the other axis.
+    """Return a bool tile, True where query i may attend to key j, of a program's own rows and rows of the other axis.
 
-    `x` is i or j, whichever is the row of the other axis. It has to lie in the interval of `rows` (see Rows), and the
-    masks that are given (see Masks) have to be True.
+    `i` and `j` are positions that broadcast against each other, and `x` is that of the two which is the row of the
+    other axis. A pair is allowed if x lies in the interval of `rows` (see Rows), and if the masks that are given (see
+    Masks) are True. `head` is a Head.
     """
     allowed = (x >= rows.first) & (x < rows.last)
     if masks.key_mask_ptr is not None:
@@ -245,9 +247,9 @@ def _allowed(x, rows, i, j, head, masks):
 
 @triton.jit
 def _without_padding(x, j, head, masks):
-    """Return keys or values x [BLOCK, BLOCK_D] at positions j with zeros in rows that key_mask excludes.
+    """Return keys or values x [BLOCK, BLOCK_D] at positions j [BLOCK], with zeros in rows that key_mask excludes.
 
-    Padding may hold NaN, which a product would spread.
+    `head` is a Head and `masks` a Masks with a key_mask. Padding may hold NaN, which a product would spread.
     """
     ptrs = masks.key_mask_ptr + head.b * masks.stride_kmb + j * masks.stride_kms
     live = tl.load(ptrs, mask=j < masks.S, other=0) != 0
@@ -256,11 +258,11 @@ def _without_padding(x, j, head, masks):
 
 @triton.jit
 def _coordinates(offs, mask_offs, packing, bh, h, H):
-    """Return (position, start, matrix) for rows `offs`, the first fields of a Dropout, [BLOCK, 1] each.
+    """Return (position, start, matrix) for the rows `offs` [BLOCK], the first fields of a Dropout, [BLOCK, 1] each.
 
     They are the row's position in its sequence, the start of that sequence, and the number of the matrix in the rule of
-    `keep_matrix`. `bh` is batch · H + h; `mask_offs` is True for rows that exist. Triton 3.6 cannot return a tuple that
-    holds a None, so the caller makes the Dropout.
+    `keep_matrix`. `bh` is batch · H + h; `mask_offs` is True for rows that exist, and `packing` is a Packing. Triton
+    3.6 cannot return a tuple that holds a None, so the caller makes the Dropout.
     """
     start, matrix = tl.zeros_like(offs), tl.zeros_like(offs) + bh.to(tl.int32)
     if packing.start_ptr is not None:
@@ -271,11 +273,11 @@ def _coordinates(offs, mask_offs, packing, bh, h, H):
 
 @triton.jit
 def _walked_position(start, walk, dropout):
-    """Return the positions of a tile's rows, start + walk.offs, within the sequences of the program's own rows.
+    """Return the positions of rows start + walk.offs, counted from where the sequences of the program's own rows start.
 
-    The result is [1, BLOCK], or [own rows, BLOCK] for packed sequences. `start` is a multiple of 16. The division tells
-    LLVM so, which does not see `tl.multiple_of`; without the known zero bits LLVM cannot merge the Philox calls that
-    share a counter, and a loop has nearly twice as many instructions.
+    `walk` is a Walk and `dropout` a Dropout. The result is [1, BLOCK], or [own rows, BLOCK] for packed sequences.
+    `start` is a multiple of 16. The division tells LLVM so, which does not see `tl.multiple_of`; without the known zero
+    bits LLVM cannot merge the Philox calls that share a counter, and a loop has nearly twice as many instructions.
     """
     tl.static_assert(walk.offs.shape[0] % 16 == 0)
     return (start // 16 * 16 + walk.offs)[None, :] - dropout.start
@@ -283,7 +285,10 @@ def _walked_position(start, walk, dropout):
 
 @triton.jit
 def _keep(i, j, dropout):
-    """Return True where dropout keeps the probability of (query i, key j). `dropout` is a Dropout."""
+    """Return a bool tile, True where dropout keeps the probability of (query i, key j). `dropout` is a Dropout.
+
+    `i` and `j` are positions within a sequence that broadcast against each other.
+    """
     return keep_matrix(i, j, dropout.matrix, dropout.site, dropout.threshold, dropout.seed_ptr, UPPER=True)
 
 
@@ -294,12 +299,12 @@ def _fwd_tile(
 ):  # fmt: skip
     """Return (acc, m, total) after one more tile of keys and values, which begins at key `start`.
 
-    They are the state of the online softmax for BLOCK_M queries q: the unnormalised output [BLOCK_M, BLOCK_D], the
-    maximum of the scores and the sum of their exponentials, [BLOCK_M] each. MASKED is False for a tile that needs no
-    mask. If LATE, scores stay unscaled until their exponential, and only the maximum of a row is scaled before;
-    otherwise all scores are multiplied by `scale_log2` at once. `walk`, `rows`, `head`, `masks` and `dropout` are
-    tuples of the classes Walk, Rows, Head, Masks and Dropout. `dropped` is zero, the value of a probability that
-    dropout drops.
+    They are the state of the online softmax for BLOCK_M queries q [BLOCK_M, BLOCK_D]: the unnormalised output [BLOCK_M,
+    BLOCK_D], the maximum of the scores and the sum of their exponentials, [BLOCK_M] each. `keys` and `values` are a
+    Source each. MASKED is False for a tile that needs no mask. If LATE, scores stay unscaled until their exponential,
+    and only the maximum of a row is scaled before; otherwise all scores are multiplied by `scale_log2` at once. `walk`,
+    `rows`, `head`, `masks` and `dropout` are tuples of the classes Walk, Rows, Head, Masks and Dropout. `dropped` is
+    zero, the value of a probability that dropout drops.
     """
     k = _walked_tile(keys, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_N, BLOCK_D]
     s = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -355,11 +360,14 @@ def _fwd_kernel(
     ALL_MASKED: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
-    """Write out and lse for BLOCK_M queries of one head.
+    """Write out and lse, the logarithm of the sum of exponentials, for BLOCK_M queries of one head.
 
     The query at position i, counted so that the last one sits at the last key, meets keys i - lower < j < i + upper,
-    and of these only such as the given masks allow. `start_ptr`, `end_ptr` and `sequence_ptr` describe packed sequences
-    (see Packing). ALL_MASKED says that every tile needs a mask, FLAT is as in `_program`, and LATE as in `_fwd_tile`.
+    and of these only such as the given masks allow; a mask is not given if its pointer is None. `start_ptr`, `end_ptr`
+    and `sequence_ptr` describe packed sequences (see Packing). Dropout drops a probability if its 16 random bits, a
+    function of the seed, `site` and its position, are below `threshold`, and multiplies others by `dropout_scale`. A
+    query without keys gets out 0 and lse +inf. ALL_MASKED says that every tile needs a mask, FLAT is as in `_program`,
+    and LATE as in `_fwd_tile`.
     """
     bh, tile, tiles = _program(T, BLOCK_M, FLAT)
     b, h = bh // H, bh % H
@@ -426,9 +434,10 @@ def _bwd_dq_tile(
 ):  # fmt: skip
     """Return dq after one more tile of keys and values, which begins at key `start`.
 
-    dq [BLOCK_M, BLOCK_D] is the gradient of q over `scale`, still without dropout's scale. `delta` is rowsum(dO · O),
-    times 1 - p with dropout. MASKED is False for a tile that needs no mask. `walk`, `rows`, `head`, `masks` and
-    `dropout` are tuples of the classes Walk, Rows, Head, Masks and Dropout.
+    dq [BLOCK_M, BLOCK_D] is the gradient of q over `scale`, still without dropout's scale. q and `do`, the output's
+    gradient, are [BLOCK_M, BLOCK_D]. `lse_log2` [BLOCK_M] is lse · log2(e), and `delta` [BLOCK_M] is rowsum(dO · O),
+    times 1 - p with dropout. MASKED is False for a tile that needs no mask. `keys` and `values` are a Source each;
+    `walk`, `rows`, `head`, `masks` and `dropout` are tuples of the classes Walk, Rows, Head, Masks and Dropout.
     """
     k = _walked_tile(keys, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_N, BLOCK_D]
     v = _walked_tile(values, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_N, BLOCK_D]
@@ -472,8 +481,9 @@ def _bwd_dq_kernel(
 ):  # fmt: skip
     """Write the gradient of BLOCK_M queries of one head to dq, and lse and delta of these rows to `rows_ptr`.
 
-    delta is rowsum(dO · O). `_saved_rows` reads what is saved. Masks and positions, ALL_MASKED and FLAT are as in
-    `_fwd_kernel`.
+    delta is rowsum(dO · O). In `rows_ptr` lse is times log2(e) and delta times 1 - p, p the dropout probability;
+    `_saved_rows` reads them. Masks, positions, dropout and ALL_MASKED mean what they mean in `_fwd_kernel`, FLAT what
+    it means in `_program`.
     """
     bh, tile, tiles = _program(T, BLOCK_M, FLAT)
     b, h = bh // H, bh % H
@@ -535,8 +545,9 @@ def _bwd_dq_kernel(
 def _saved_rows(rows_ptr, start, bh, T, walk, DESCRIBED: tl.constexpr):
     """Return (lse · log2(e), delta · (1 - p)), [BLOCK_M] each, of the tile of queries from row `start` on of head `bh`.
 
-    `_bwd_dq_kernel` has saved them in `rows_ptr`, p is the dropout probability, and delta = rowsum(dO · O). No load is
-    masked, because `rows_ptr` holds whole tiles.
+    `_bwd_dq_kernel` has saved them in `rows_ptr`, p is the dropout probability, and delta = rowsum(dO · O). `bh` is
+    batch · H + head, T the number of queries, and `walk` a Walk. If DESCRIBED, `rows_ptr` is a tensor descriptor. No
+    load is masked, because `rows_ptr` holds whole tiles.
     """
     if DESCRIBED:
         matrix = bh.to(tl.int32)
@@ -557,9 +568,10 @@ def _bwd_dkdv_tile(
 ):  # fmt: skip
     """Return (dk, dv) after one more tile of queries, which begins at query `start`.
 
-    dk and dv [BLOCK_N, BLOCK_D] are the gradient of k over `scale` and that of v, both still without dropout's scale.
-    `rows_ptr` is as in `_saved_rows`. MASKED is False for a tile that needs no mask. `walk`, `rows`, `head`, `masks`
-    and `dropout` are tuples of the classes Walk, Rows, Head, Masks and Dropout.
+    dk and dv [BLOCK_N, BLOCK_D] are the gradient of k over `scale` and that of v, both still without dropout's scale. k
+    and v are [BLOCK_N, BLOCK_D]. `queries` and `douts`, the output's gradient, are a Source each. `rows_ptr` and `bh`
+    are as in `_saved_rows`. MASKED is False for a tile that needs no mask. `walk`, `rows`, `head`, `masks` and
+    `dropout` are tuples of the classes Walk, Rows, Head, Masks and Dropout.
     """
     q = _walked_tile(queries, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_M, BLOCK_D]
     do = _walked_tile(douts, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_M, BLOCK_D]
@@ -609,8 +621,8 @@ def _bwd_dkdv_kernel(
 ):  # fmt: skip
     """Write the gradients of BLOCK_N keys and values of one head to dk and dv.
 
-    `rows_ptr` holds what `_bwd_dq_kernel` has saved of the queries. Masks and positions, ALL_MASKED and FLAT are as in
-    `_fwd_kernel`.
+    `rows_ptr` holds lse · log2(e) and delta · (1 - p) of the queries, which `_bwd_dq_kernel` has saved. Masks,
+    positions, dropout and ALL_MASKED mean what they mean in `_fwd_kernel`, FLAT what it means in `_program`.
     """
     tl.static_assert(ROW_TILE % BLOCK_M == 0)  # saved rows are read without a mask
     bh, tile, tiles = _program(S, BLOCK_N, FLAT)
@@ -675,7 +687,8 @@ def config(kernel: str, q: torch.Tensor) -> tuple[Config, int]:
 def sources(rows: int, BLOCK_D: int, **tensors: torch.Tensor) -> dict[str, Any]:
     """Return the launch arguments for `tensors` [B, H, ., D], which a kernel's loop reads in tiles of `rows` rows.
 
-    DESCRIBED is True if all of them can be read by tensor descriptors. They are then replaced by their descriptors.
+    They are {"DESCRIBED": bool} and the tensors by their names. DESCRIBED is True if all of them can be read by tensor
+    descriptors. They are then replaced by their descriptors.
     """
     architecture = launch_configs.architecture(next(iter(tensors.values())).device)
     if all(describable(x, architecture) for x in tensors.values()):
@@ -685,7 +698,10 @@ def sources(rows: int, BLOCK_D: int, **tensors: torch.Tensor) -> dict[str, Any]:
 
 
 def launch_options(launch: Config) -> dict[str, Any]:
-    """Return the options of a launch for Triton's compiler: warps, stages, and a limit of registers if there is one."""
+    """Return the options of a launch for Triton's compiler: warps, stages, and a limit of registers if there is one.
+
+    They are a dict with "num_warps", "num_stages", "enable_fp_fusion" and, if `launch.registers` is not 0, "maxnreg".
+    """
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     return options | {"maxnreg": launch.registers} if launch.registers else options
 
@@ -710,7 +726,9 @@ def _shared_arguments(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (arguments, switches): the run-time and the compile-time arguments that all three kernels take.
 
-    Dropout drops a probability if its 16 random bits are below `threshold`.
+    q is [B, H, T, D] and k [B, H, S, D]. The arguments are the masks with their strides, the packing, the seed, the
+    sizes, the bounds `lower` and `upper`, and the site; the switches are ALL_MASKED, FLAT, PRECISION and D. Dropout
+    drops a probability if its 16 random bits are below `threshold`: with 0 there is no seed.
     """
     B, H, T, D = q.shape
     S = k.shape[2]
@@ -741,10 +759,11 @@ def _shared_arguments(
 
 
 def _packing(cu_seqlens: torch.Tensor, T: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (start, end, sequence), int32 [T] each: of each token's sequence the first token, the end and the number.
+    """Return (start, end, sequence), int32 [T] each: first token, end and number of the sequence that each token is in.
 
-    Tokens after the last sequence belong to one more, which ends where it starts. Values of cu_seqlens are clamped, so
-    that a wrong one does not lead out of bounds.
+    The end is one past the sequence's last token. `cu_seqlens` [n + 1] are the bounds of n sequences. Tokens after the
+    last sequence belong to one more, which ends where it starts. Values of cu_seqlens are clamped to [0, T], so that a
+    wrong one does not lead out of bounds.
     """
     bounds = cu_seqlens.long().clamp(0, T)
     tokens = torch.arange(T, device=cu_seqlens.device)
@@ -769,12 +788,18 @@ def _strides(prefix: str, tensor: torch.Tensor, rows: str, last: bool = True) ->
 
 @functools.cache
 def _stride_names(prefix: str, rows: str, last: bool) -> tuple[str, ...]:
-    """Return the names of the stride arguments of a tensor: see `_strides`."""
+    """Return the names of the stride arguments of a tensor, such as "stride_qb" for the prefix "q": see `_strides`.
+
+    `rows` is the letter of the third axis, "t" or "s". Without `last`, the name for D is left out.
+    """
     return tuple(f"stride_{prefix}{axis}" for axis in ("b", "h", rows, "d")[: 4 if last else 3])
 
 
 def _grid(rows: int, tile: int, q: torch.Tensor) -> tuple[int, ...]:
-    """Return the grid for tiles of `tile` rows, out of `rows`, in each head of q [B, H, T, D]: see `_program`."""
+    """Return the launch grid of programs that own `tile` of the `rows` rows of a head each, for q [B, H, T, D].
+
+    It is (tiles, B · H), or (tiles · B · H,) if B · H exceeds 65,535: see `_program`.
+    """
     tiles, matrices = cdiv(rows, tile), q.shape[0] * q.shape[1]
     return (tiles, matrices) if matrices <= GRID_LIMIT else (tiles * matrices,)
 
@@ -791,7 +816,8 @@ def forward(
     """Return (out, lse): the output [B, H, T, D], with its memory laid out as [B, T, H, D], and the float32 [B, H, T].
 
     lse is the natural logarithm of a row's sum of exponentials, +inf for a row without any key. Dropout drops a
-    probability if its 16 random bits are below `threshold`, and multiplies others by `dropout_scale`.
+    probability if its 16 random bits are below `threshold`, and multiplies others by `dropout_scale`. `options` are
+    validated already.
     """
     T = q.shape[2]
     out = _empty_bthd(q, T)
@@ -821,7 +847,8 @@ def backward_into(
 ) -> None:  # fmt: skip
     """Write the gradients of q, k and v into dq, dk and dv, [B, H, rows, D] each, whose last axis is contiguous.
 
-    `out` and `lse` are the results of `forward`; `options`, `threshold` and `dropout_scale` are its arguments.
+    `dout` [B, H, T, D] is the upstream gradient. `out` and `lse` are the results of `forward`; `options`, `threshold`
+    and `dropout_scale` are its arguments.
     """
     T, S = q.shape[2], k.shape[2]
     if q.numel() == 0 or k.numel() == 0:
@@ -864,7 +891,8 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return (dq, dk, dv), the gradients of q, k and v, with their memory laid out as [B, rows, H, D].
 
-    `out` and `lse` are the results of `forward`; `options`, `threshold` and `dropout_scale` are its arguments.
+    `dout` [B, H, T, D] is the upstream gradient. `out` and `lse` are the results of `forward`; `options`, `threshold`
+    and `dropout_scale` are its arguments.
     """
     S = k.shape[2]
     dq, dk, dv = _empty_bthd(q, q.shape[2]), _empty_bthd(k, S), _empty_bthd(k, S)
@@ -878,7 +906,8 @@ def backward_qkv(
 ) -> torch.Tensor:  # fmt: skip
     """Return the gradient [B, T, 3C] of the packed projection `qkv`, for the upstream gradient dout [B, H, T, D].
 
-    `out` and `lse` are the results of `forward`; `options`, `threshold` and `dropout_scale` are its arguments.
+    Its last axis holds the gradients of Q, K and V, one after another. `out` and `lse` are the results of `forward`;
+    `options`, `threshold` and `dropout_scale` are its arguments.
     """
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     B, T, C3 = qkv.shape

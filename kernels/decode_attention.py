@@ -34,9 +34,10 @@ class Config(NamedTuple):
 
 @triton.jit
 def _keys(length_ptr, S, k_new_ptr):
-    """Return the number of keys that a sequence attends to: its length, clamped to the S entries of its cache.
+    """Return how many keys a sequence attends to: its length, an int64 scalar, clamped to the S entries of its cache.
 
-    `length_ptr` points to the length. If `k_new_ptr` is not None, a new key is appended and counts too.
+    `length_ptr` points to the length. If `k_new_ptr` is not None, a new key is appended and counts too: the length is
+    then clamped to S - 1.
     """
     n = tl.maximum(tl.load(length_ptr).to(tl.int64), 0)
     if k_new_ptr is not None:
@@ -57,9 +58,10 @@ def _fwd_kernel(
 ):  # fmt: skip
     """Attend from one head's query to SPLIT neighbouring keys, and write the softmax's state for `_add_kernel`.
 
-    The state is the unnormalised output acc [B H, splits, D], the maximum m and the sum of exponentials l, [B H,
-    splits] each. The program whose keys include the new one, if there is one, also writes it and its value into the
-    caches.
+    Program (i, s) of the grid (B H, splits) takes head i % H of sequence i // H and the keys from s · SPLIT on. The
+    state is the unnormalised output acc [B H, splits, D], the maximum m and the sum of exponentials l, [B H, splits]
+    each, in float32. A program whose keys all lie past the sequence's length writes nothing. The program whose keys
+    include the new one, if there is one, also writes it and its value into the caches.
     """
     row = tl.program_id(0).to(tl.int64)  # batch · H + head
     split = tl.program_id(1).to(tl.int64)
@@ -117,7 +119,12 @@ def _add_kernel(
     acc_ptr, m_ptr, l_ptr, lengths_ptr, out_ptr, k_new_ptr, H, S, D, splits,
     SPLIT: tl.constexpr, ADDED: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write out [D] of one head: the states that `_fwd_kernel` has written for its splits, added in their order."""
+    """Write the attention output [D] of one head into row i of out [B H, D], in program i of the grid (B H).
+
+    It adds the states of the head's splits, which `_fwd_kernel` has written, in their order: acc [B H, splits, D], m
+    and l [B H, splits]. ADDED splits are read at a time. Splits past the sequence's length are not read; for a sequence
+    without keys the output is 0.
+    """
     row = tl.program_id(0).to(tl.int64)
     n = _keys(lengths_ptr + row // H, S, k_new_ptr)
     used = (n + SPLIT - 1) // SPLIT
@@ -145,12 +152,15 @@ def _add_kernel(
 
 
 def config(BLOCK_D: int, device: torch.device) -> Config:
-    """Return the launch configuration for heads of BLOCK_D elements, D padded to a power of two."""
+    """Return the launch configuration for heads of BLOCK_D elements: the head size padded to a power of two."""
     return Config(*launch_configs.pick("decode_attention", "keys", launch_configs.architecture(device), 4, BLOCK_D))
 
 
 def forward(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Return out [B, H, D], contiguous: the attention of q to the first `lengths` entries of each cache."""
+    """Return out [B, H, D], contiguous: the attention of q [B, H, D] to the first `lengths` [B] entries of each cache.
+
+    The caches are [B, H, S, D]. Lengths are clamped to [0, S]; a length of 0 gives 0.
+    """
     return _attend(q, k_cache, v_cache, lengths, None, None)
 
 
@@ -158,9 +168,10 @@ def append_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """Write k and v [B, H, D] into the caches at `lengths`, and return the attention out [B, H, D], contiguous.
+    """Append k and v to the caches, and return the attention out [B, H, D], contiguous, of q to all entries.
 
-    It includes the new entries.
+    q, k and v are [B, H, D], the caches [B, H, S, D]. Entry `lengths[b]` of sequence b is overwritten in place, and the
+    attention includes it. Lengths [B] are clamped to [0, S - 1].
     """
     return _attend(q, k_cache, v_cache, lengths, k, v)
 
@@ -169,7 +180,7 @@ def _attend(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor,
     k: torch.Tensor | None, v: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Return out [B, H, D] of `forward`, or of `append_forward` if k and v are given."""
+    """Return the attention out [B, H, D] of q to the caches: `forward`, or `append_forward` if k and v are given."""
     B, H, D = q.shape
     S = k_cache.shape[2]
     # Triton's interpreter (as of 3.9) truncates to bfloat16 where a GPU rounds. There `out` is float32, and PyTorch

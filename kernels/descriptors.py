@@ -18,8 +18,9 @@ ALIGNMENT = 16  # bytes; a descriptor's base and every stride but the last are m
 def describable(x: torch.Tensor, architecture: int) -> bool:
     """Return True if kernels can and should read `x` by a tensor descriptor on a GPU of this architecture.
 
-    `x` has 16-bit elements, no stride that a descriptor cannot hold, and an aligned address. 32-bit tensors are read by
-    pointers, because descriptors bring them no gain.
+    `architecture` is a compute capability times ten, or INTERPRETER. The architecture has to have descriptors. `x`
+    needs 16-bit elements, an address that is a multiple of 16 bytes, and strides that `_layout` finds valid. 32-bit
+    tensors are read by pointers, because descriptors bring them no gain.
     """
     return (
         architectures.has_descriptors(architecture)

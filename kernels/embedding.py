@@ -33,7 +33,12 @@ def _fwd_kernel(
     stride_tv, stride_tc, stride_pp, stride_pc, M, T, V, P, C, site, threshold, scale,
     HAS_DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile [BLOCK_M, BLOCK_C] of out [M, C]: token row plus position row, after dropout."""
+    """Write a tile [BLOCK_M, BLOCK_C] of out [M, C]: token row plus position row, after dropout.
+
+    Row i is token_weight[tokens[i]] + position_weight[positions[i % T]]; ids are clamped to the tables [V, C] and [P,
+    C]. With HAS_DROPOUT, an element is dropped if its 16 random bits, a function of the seed, `site` and its position,
+    are below `threshold`, and is otherwise multiplied by `scale`. The grid is (blocks of rows, blocks of columns).
+    """
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     # Columns are 32-bit numbers, which hold every width. With 64 bits the dropout rule takes more registers.
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -103,9 +108,12 @@ def _bwd_kernel(
 def _bwd_reduce_kernel(
     ids_ptr, reach_ptr, grad_ptr, partial_ptr, stride_gk, stride_gc, M, C, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Add the partial sums of the table's row whose uses begin in this chunk and continue up to chunk `reach`.
+    """Add the partial sums of a table row whose lookups lie in several chunks, and write its gradient to grad.
 
-    `partial` [chunks, 2, C] is as `_bwd_kernel` wrote it. A chunk without such a row writes nothing.
+    The lookups, sorted by the table's row in `ids_ptr` [M], are divided into chunks of CHUNK. A program of the grid
+    (chunks, blocks of columns) serves the last row that its chunk looks up, if the row's lookups begin in this chunk
+    and continue in later ones, up to chunk reach[chunk]; otherwise it writes nothing. `partial_ptr` [chunks, 2, C] is
+    as `_bwd_kernel` wrote it.
     """
     chunk = tl.program_id(0).to(tl.int64)
     offs_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -125,7 +133,7 @@ def _bwd_reduce_kernel(
 
 
 def config(table: torch.Tensor) -> Config:
-    """Return the launch configuration for a table [V, C]."""
+    """Return the launch configuration for a table [V, C] on its device."""
     architecture = launch_configs.architecture(table.device)
     return Config(*launch_configs.pick("embedding", "rows", architecture, table.element_size(), table.shape[1]))
 
@@ -179,13 +187,17 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (dtoken, dposition): the gradients of both tables, with the strides of the tables, or [0] if not needed.
 
-    Dropout drops an element if its 16 random bits, a function of `seed`, `site` and its position, are below
-    `threshold`, and multiplies others by `scale`. Without a seed there is no dropout.
+    `dout` [..., C] is the upstream gradient, and the arguments up to `site` are those of `forward`. Dropout drops an
+    element if its 16 random bits, a function of `seed`, `site` and its position, are below `threshold`, and multiplies
+    others by `scale`. Without a seed there is no dropout.
     """
     rows = dout.reshape(tokens.numel(), dout.shape[-1])
 
     def gradient(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of `table`, of whose rows the output used those in `indices`."""
+        """Return the gradient of `table`, for a forward pass that looked up its rows `indices`.
+
+        `indices` has the shape of the tokens, or broadcasts to it.
+        """
         grad = torch.zeros_like(table)
         M, C = rows.shape
         if rows.numel() == 0:

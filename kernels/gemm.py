@@ -30,9 +30,10 @@ class Config(NamedTuple):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """Return acc + a b, with float32 products of the given PRECISION (see `precision`). `acc` may be None.
+    """Return acc + a b in float32, for tiles a [M, K], b [K, N] and acc [M, N]. `acc` may be None, which stands for 0.
 
-    Triton's interpreter takes bfloat16 for integers in a product, so operands are widened there, which is exact.
+    PRECISION is that of float32 products (see `precision`). Triton's interpreter takes bfloat16 for integers in a
+    product, so there (PRECISION "interpreter") operands are widened to float32, which is exact.
     """
     if PRECISION == "interpreter":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
@@ -43,8 +44,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 def cast(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """Return the float32 x in `dtype`, rounded to nearest.
 
-    Triton's interpreter (as of 3.9) truncates to bfloat16, so there (PRECISION "interpreter") the value is rounded
-    first.
+    Triton's interpreter (as of 3.9) truncates to bfloat16. With PRECISION "interpreter" this function therefore rounds
+    the value before the cast.
     """
     if PRECISION == "interpreter" and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
@@ -58,10 +59,10 @@ def load(
     source, row, column, rows, columns, stride_row, stride_column,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Load the tile [BLOCK_R, BLOCK_C] at (row, column) of a matrix [rows, columns], with zeros past its ends.
+    """Load the tile [BLOCK_R, BLOCK_C] of a matrix [rows, columns] whose first element is at (row, column).
 
-    `source` is a pointer for MODE 0, a tensor descriptor for 1, and a descriptor of the transposed matrix for 2: see
-    `operand`. Only MODE 0 reads the strides.
+    `row` and `column` are scalars. Elements past the matrix's ends are 0. `source` is a pointer for MODE 0, a tensor
+    descriptor for 1, and a descriptor of the transposed matrix for 2: see `operand`. Only MODE 0 reads the strides.
     """
     if MODE == 1:
         result = source.load([row, column])
@@ -80,9 +81,11 @@ def load(
 def store(
     target, value, row, column, rows, columns, stride_row, stride_column, MODE: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Round the float32 tile `value` and write it at (row, column) of a matrix [rows, columns].
+    """Round the float32 tile `value` and write it into a matrix [rows, columns], its first element at (row, column).
 
-    Elements past the ends are not written. `target`, MODE and strides are as `source`, MODE and strides in `load`.
+    `row` and `column` are scalars. Elements past the matrix's ends are not written. `target` is a pointer for MODE 0, a
+    tensor descriptor for 1, and a descriptor of the transposed matrix for 2: see `operand`. Only MODE 0 reads the
+    strides.
     """
     if MODE == 1:
         target.store([row, column], cast(value, target.dtype, PRECISION))
@@ -99,10 +102,10 @@ def store(
 
 @triton.jit
 def tile(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return (row, column) at which tile number `index` of a matrix [M, N] begins.
+    """Return (row, column), two scalars: the first element of tile number `index` of a matrix [M, N].
 
-    Tiles are numbered in groups of eight rows of tiles, column by column within a group, so that neighbours share
-    operands in the cache.
+    A tile is [BLOCK_M, BLOCK_N]. Tiles are numbered in groups of eight rows of tiles, column by column within a group,
+    so that neighbours share operands in the cache.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = index // (8 * tiles_n) * 8
@@ -117,9 +120,10 @@ def product(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return the tile [BLOCK_M, BLOCK_N] of A Bᵀ at (m, n), in float32, for A [M, K] and B [N, K].
+    """Return a tile [BLOCK_M, BLOCK_N] of A Bᵀ in float32, for A [M, K] and B [N, K].
 
-    `a` and `b` are sources of `load`, with modes A_MODE and B_MODE.
+    The tile's first element is in row `m` and column `n` of the result, two scalars. `a` and `b` are A and B as
+    pointers or descriptors, whose modes A_MODE and B_MODE are those of `load`. Rows and columns past the ends are 0.
     """
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -131,7 +135,10 @@ def product(
 
 @triton.jit
 def halves(acc):
-    """Return (left half, right half) of a tile. An epilogue on one half at a time needs fewer registers."""
+    """Return (left, right): the halves [M, N/2] of a tile [M, N].
+
+    An epilogue on one half at a time needs fewer registers.
+    """
     M: tl.constexpr = acc.shape[0]
     N: tl.constexpr = acc.shape[1]
     return tl.split(tl.permute(tl.reshape(acc, [M, 2, N // 2]), (0, 2, 1)))
@@ -142,7 +149,11 @@ def sum_rows_kernel(
     x_ptr, out_ptr, stride_xm, stride_xn, M, N, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write out [programs, N]: program p sums rows p · ROWS to (p + 1) · ROWS of x [M, N] in float32."""
+    """Write into row p of out the sum of rows p · ROWS to (p + 1) · ROWS - 1 of x [M, N], as far as these exist.
+
+    Sums are float32, rounded once to the dtype of out [M / ROWS rounded up, N]. The grid is (rows of out, blocks of
+    BLOCK_N columns). A program adds BLOCK_M rows at a time.
+    """
     program = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -171,7 +182,10 @@ def sum_rows(x: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _sum_rows(x: torch.Tensor, out: torch.Tensor, rows: int) -> None:
-    """Write out [M / rows, N], rounded up: the sums of `rows` neighbouring rows of x [M, N] each."""
+    """Write into row p of out the sum of rows p · `rows` to (p + 1) · `rows` - 1 of x [M, N], as far as these exist.
+
+    out is [M / rows rounded up, N]. Sums are float32, rounded once to the dtype of out.
+    """
     M, N = x.shape
     sum_rows_kernel[(cdiv(M, rows), cdiv(N, 64))](
         x_ptr=x, out_ptr=out, stride_xm=x.stride(0), stride_xn=x.stride(1), M=M, N=N,
@@ -180,9 +194,9 @@ def _sum_rows(x: torch.Tensor, out: torch.Tensor, rows: int) -> None:
 
 
 def precision() -> str:
-    """Return the PRECISION of float32 products for `dot`: "tf32" or "ieee", as PyTorch's switch says, or "interpreter".
+    """Return the PRECISION of float32 products for `dot`: "tf32", "ieee", or "interpreter" in Triton's interpreter.
 
-    Products in 16 bits do not depend on it.
+    `torch.backends.cuda.matmul.allow_tf32` decides between the first two. Products in 16 bits do not depend on it.
     """
     if triton.knobs.runtime.interpret:
         return "interpreter"
@@ -199,6 +213,7 @@ def operand(matrix: torch.Tensor, rows: int, columns: int, architecture: int) ->
     """Return (source, mode) of a matrix for `load` and `store` of tiles [rows, columns].
 
     The source is the matrix itself (mode 0), its tensor descriptor (1), or the descriptor of its transpose (2).
+    `architecture`, a compute capability times ten or INTERPRETER, decides with the matrix's strides which it is.
     """
     if describable(matrix, architecture):
         return descriptor(matrix, [rows, columns]), 1
@@ -208,9 +223,10 @@ def operand(matrix: torch.Tensor, rows: int, columns: int, architecture: int) ->
 
 
 def config(op: str, kernel: str, x: torch.Tensor, size: int) -> tuple[Config, int]:
-    """Return (launch configuration, architecture) for the kernel called `kernel` of `op` on x.
+    """Return (launch configuration, architecture) for the kernel called `kernel` of `op`, for an input x on its device.
 
-    `size` is the size of the shape by which launch_configs.TABLES has rows for this kernel.
+    `size` is the size of the shape by which launch_configs.TABLES has rows for this kernel. The architecture is a
+    compute capability times ten, or INTERPRETER.
     """
     architecture = launch_configs.architecture(x.device)
     return Config(*launch_configs.pick(op, kernel, architecture, x.element_size(), size)), architecture
@@ -219,10 +235,12 @@ def config(op: str, kernel: str, x: torch.Tensor, size: int) -> tuple[Config, in
 def operands(
     launch: Config, architecture: int, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, parts: int = 2
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (arguments, compile-time switches) for the launch of a kernel that computes out = A Bᵀ.
+    """Return (arguments, switches): run-time and compile-time arguments for a kernel that computes out = A Bᵀ.
 
-    The kernel stores a tile in `parts` parts side by side, for which the descriptor of `out` is made. With `parts` 0 it
-    stores by pointers.
+    `a` is A [M, K] and `b` is B [N, K]. The arguments are a, b and out as `load` and `store` take them, M, N, K and the
+    strides; the switches are their modes, PRECISION, the tile of `launch` and the compiler's options. The kernel stores
+    a tile in `parts` parts side by side, for which the descriptor of `out` is made. With `parts` 0 it stores by
+    pointers.
     """
     a_source, a_mode = operand(a, launch.m, launch.k, architecture)
     b_source, b_mode = operand(b, launch.n, launch.k, architecture)

@@ -168,7 +168,7 @@ FORMAT = 1  # version of the format of a user's table
 def architecture(device: torch.device) -> int:
     """Return the architecture of a device: its compute capability times ten, or INTERPRETER in Triton's interpreter.
 
-    Raise `RuntimeError` for a GPU that is too old for the kernels.
+    Raise `RuntimeError` for a GPU whose compute capability is below 8.0, the oldest that the kernels are compiled for.
     """
     if triton.knobs.runtime.interpret:
         return INTERPRETER
@@ -183,7 +183,10 @@ def architecture(device: torch.device) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Return how many multiprocessors a device has: the programs that run at once if one fills a multiprocessor."""
+    """Return how many multiprocessors a device has: the programs that run at once if one fills a multiprocessor.
+
+    In Triton's interpreter the result is 2.
+    """
     if triton.knobs.runtime.interpret:
         return 2  # fewer than there are tiles, as on a GPU
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -230,7 +233,8 @@ def read_table(path: Path) -> tuple[dict[str, str], dict[str, list[Row]]]:
 def check_row(op: str, row: Row) -> None:
     """Raise `ValueError` unless `row` has the form of the rows that are shipped for its kernel of `op`.
 
-    The kernel has to exist, and the configuration has to hold as many numbers, all of them integers from 0 on.
+    TABLES has to have that kernel. The configuration has to hold as many numbers as one of the shipped ones, and all
+    numbers of the row have to be integers from 0 on.
     """
     shipped = [other for other in TABLES.get(op, ()) if other.kernel == row.kernel]
     if not shipped:
@@ -242,7 +246,11 @@ def check_row(op: str, row: Row) -> None:
 
 
 def written(device: str, rows: dict[str, list[Row]]) -> dict[str, Any]:
-    """Return the JSON content of a user's table: `rows` by op, measured on the GPU called `device`."""
+    """Return the JSON content of a user's table: `rows` by op, measured on the GPU called `device`.
+
+    It is a dict with "format", "device", "triton" (its version) and "rows", a list of dicts with the fields of `Row`
+    and the row's "op".
+    """
     entries = [{"op": op, **row._asdict()} for op, of_op in rows.items() for row in of_op]
     return {"format": FORMAT, "device": device, "triton": triton.__version__, "rows": entries}
 
@@ -285,7 +293,10 @@ def tables(architecture: int) -> dict[str, list[Row]]:
 
 @contextlib.contextmanager
 def trying(op: str, row: Row) -> Iterator[None]:
-    """Use `row` inside the block in place of the row for the same kernel of `op`, architecture, element and size."""
+    """Use `row` inside the block in place of the row for the same kernel of `op`, architecture, element and size.
+
+    If there is no such row, `row` is added. The rows before return afterwards.
+    """
     changed = tables(row.architecture)
     before = changed[op]
     changed[op] = with_row(before, row)
@@ -316,9 +327,9 @@ def shipped_alone() -> Iterator[None]:
 def serving(op: str, kernel: str, architecture: int, element: int) -> tuple[Row, ...]:
     """Return the rows for a kernel of `op` on an architecture and elements of `element` bytes, sorted by `Row.size`.
 
-    A row states the largest element that it is for. Among rows that allow `element` bytes, those with the smallest
-    limit are taken. Among their architectures, the newest one that fits `architecture` (see `fits`) is taken, or the
-    oldest one if none fits.
+    `architecture` is a compute capability times ten, or INTERPRETER. A row states the largest element that it is for.
+    Among rows that allow `element` bytes, those with the smallest limit are taken. Among their architectures, the
+    newest one that fits `architecture` (see `fits`) is taken, or the oldest one if none fits.
     """
     rows = [row for row in tables(architecture)[op] if row.kernel == kernel and row.element >= element]
     rows = [row for row in rows if row.element == min(row.element for row in rows)]
@@ -331,7 +342,8 @@ def serving(op: str, kernel: str, architecture: int, element: int) -> tuple[Row,
 def pick(op: str, kernel: str, architecture: int, element: int, size: int) -> tuple[int, ...]:
     """Return the numbers of a launch configuration for a shape: those of the first row of `serving` that allows `size`.
 
-    What the numbers mean is said by the Config class of the kernel's module; what the size is, by TABLES.
+    `kernel` of `op` runs on `architecture` (compute capability times ten) with elements of `element` bytes. What the
+    numbers mean is said by the Config class of the kernel's module; what the size is, by TABLES.
     """
     return next(row.config for row in serving(op, kernel, architecture, element) if row.size >= size)
 

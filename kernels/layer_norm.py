@@ -36,9 +36,10 @@ REDUCE_ROWS, REDUCE_COLUMNS = 64, 32  # tile of _bwd_reduce_kernel
 def normalise(
     x, mask, weight_ptr, bias_ptr, offs_n, mask_n, N, eps, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr
 ):  # fmt: skip
-    """Return (y, mean, rstd) of a float32 tile of whole rows of N columns that holds zeros where `mask` is False.
+    """Return (y, mean, rstd) of a float32 tile x [M, N padded]: the layer norm of its rows of N columns and statistics.
 
-    `offs_n` and `mask_n` are the tile's columns, at which weight and bias are loaded.
+    mean and rstd = 1 / sqrt(variance + eps) are [M]. x holds zeros where `mask` is False. Weight and bias [N] are
+    loaded at the columns `offs_n` where `mask_n` is True.
     """
     rough = tl.sum(x, axis=1) / N
     rest = tl.where(mask, x - rough[:, None], 0.0)
@@ -56,9 +57,10 @@ def normalise(
 
 @triton.jit
 def differentiate(dy, x, mean, rstd, weight, N, HAS_WEIGHT: tl.constexpr):
-    """Return (dx, dy * xhat) of a float32 tile of whole rows of N columns. The second one sums up to dweight.
+    """Return (dx, dy * xhat), each a float32 tile like x: the gradient of x, and what sums up to dweight over the rows.
 
-    xhat is the normalised x. dy holds zeros in the padding.
+    dy and x are tiles [M, N padded] of whole rows of N columns, mean and rstd are [M], and weight [N padded] is read if
+    HAS_WEIGHT. xhat is the normalised x. dy holds zeros in the padding.
     """
     xhat = (x - mean[:, None]) * rstd[:, None]  # finite in the padding, where dy is zero
     g = dy
@@ -75,7 +77,10 @@ def _fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, stride_x, M, N, eps,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write y, mean and rstd of BLOCK_M rows of x [M, N]."""
+    """Write y, mean and rstd of BLOCK_M rows of x [M, N], which begin `stride_x` elements apart.
+
+    y [M, N] is contiguous; mean and rstd are [M] float32. Program i takes the rows from i · BLOCK_M on.
+    """
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
@@ -93,10 +98,11 @@ def _bwd_kernel(
     dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr, stride_dy, stride_x, M, N,
     HAS_WEIGHT: tl.constexpr, NEEDS_SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write dx for every P-th tile of rows, where P is the number of programs.
+    """Write dx [M, N] for every P-th tile of BLOCK_M rows, where P is the number of programs.
 
-    If NEEDS_SUMS, the sums of program p for dweight and dbias go to row p of `dweight_ptr` and `dbias_ptr` [P, N]
-    float32.
+    Program p begins at tile p. dx is contiguous; rows of dy and x begin `stride_dy` and `stride_x` elements apart. If
+    NEEDS_SUMS, the sums of program p for dweight and dbias go to row p of `dweight_ptr` and `dbias_ptr`, [P, N] float32
+    each.
     """
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)
@@ -132,7 +138,11 @@ def _bwd_reduce_kernel(
     partial_dweight_ptr, partial_dbias_ptr, dweight_ptr, dbias_ptr, P, N,
     NEEDS_WEIGHT: tl.constexpr, NEEDS_BIAS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write dweight and dbias [N] for BLOCK_N columns: the sums of the P rows that `_bwd_kernel` has written."""
+    """Write BLOCK_N columns of dweight and dbias [N]: the sums of the P rows [P, N] that `_bwd_kernel` wrote.
+
+    Program i takes the columns from i · BLOCK_N on. A gradient whose NEEDS_WEIGHT or NEEDS_BIAS is False is not
+    written.
+    """
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     dweight = tl.zeros([BLOCK_P, BLOCK_N], dtype=tl.float32)
@@ -176,7 +186,11 @@ def forward(
     eps: float,
     y_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (y, mean, rstd): y like x, in `y_dtype` if given, and the float32 statistics of each row."""
+    """Return (y, mean, rstd): the layer norm y, contiguous, in the shape of x, and the statistics of each row.
+
+    y is in `y_dtype` if given, else in the dtype of x. mean and rstd = 1 / sqrt(variance + eps) are float32 in the
+    shape of x without its last axis; they are NaN if x has no elements.
+    """
     N = x.shape[-1]
     y = torch.empty(x.shape, dtype=y_dtype or x.dtype, device=x.device)
     mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
@@ -206,7 +220,8 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (dx, dweight, dbias): dx like x, and the gradients [N] of weight and bias in the weight's dtype.
 
-    A gradient of weight or bias that is not needed has shape [0].
+    `dy` is the upstream gradient; mean and rstd are the statistics that `forward` returned. Without a weight, the
+    gradients are in the dtype of x. A gradient of weight or bias that is not needed has shape [0].
     """
     N = x.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)

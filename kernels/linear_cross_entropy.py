@@ -26,7 +26,11 @@ GRADIENT_ROWS = 64  # rows of a tile of _gradient_kernel; a multiple of every pr
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])
 def _compact_kernel(target_ptr, index_ptr, count_ptr, N, ignore_index, BLOCK: tl.constexpr):
-    """Write the numbers of the rows whose target is not `ignore_index`, in order, and their count, in one program."""
+    """Write the numbers of the rows whose target is not `ignore_index` to index, in order, and their number to count.
+
+    target and index are [N], count is [1]; index and count are int32. Entries of index from the count on are not
+    written. The grid has one program.
+    """
     count = tl.full((), 0, dtype=tl.int32)
     for first in range(0, N, BLOCK):
         offs = first + tl.arange(0, BLOCK)
@@ -44,8 +48,10 @@ def _gather_kernel(
 ):  # fmt: skip
     """Copy a chunk of the rows of x whose target is not ignored into rows [R, C], and their targets into targets [R].
 
-    The chunk has the R such rows from the `first`-th on; rows past the last one become zeros. Targets are clamped to
-    [0, V). `index_ptr` and `count_ptr` are what `_compact_kernel` wrote.
+    The chunk has the R such rows from the `first`-th on. `index_ptr` and `count_ptr` hold what `_compact_kernel` wrote:
+    the numbers of these rows in x [N, C] and how many there are. Rows of the chunk past the last one become zeros; if
+    there is none at all, nothing is written. Targets are clamped to [0, V). The grid is (blocks of BLOCK_M rows, blocks
+    of BLOCK_C columns).
     """
     count = tl.load(count_ptr)
     if first < count:
@@ -69,11 +75,13 @@ def _logits_half(
     logits, out, bias_ptr, targets_ptr, largest_ptr, total_ptr, sum_ptr, picked_ptr, m, n, R, V, stride_om, stride_on,
     KEEPS: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the statistics of each row of a tile of logits at (m, n), and the tile itself if KEEPS.
+    """Add the bias to a tile of a product, which gives logits, and write statistics of each of the tile's rows.
 
-    The tile is half of a product's tile. The statistics, in row n / width of [parts, R] each, are the largest logit,
-    the sum of exponentials after it is subtracted, and the sum of the logits if `sum_ptr` is given; the target's logit
-    goes to picked [R]. The logits that are kept have the largest one subtracted.
+    The tile has half the columns of a product's tile. `m` and `n` are the row and the column of its first element in
+    the chunk's logits [R, V]. Of each of the tile's rows, the largest logit goes to largest, the sum of exponentials
+    after that logit is subtracted to total, and, if `sum_ptr` is given, the sum of the logits to sum; these are [parts,
+    R], and the tile is part n / width. The logit of the row's target goes to picked [R] if the tile has it. If KEEPS,
+    the logits less the largest of their row in the tile are written to `out` [R, V].
     """
     offs_m = m + tl.arange(0, logits.shape[0])
     offs_n = n + tl.arange(0, logits.shape[1])
@@ -102,10 +110,12 @@ def _logits_kernel(
     KEEPS: tl.constexpr, A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute the logits of a chunk of M rows, a bᵀ + bias, and write what `_logits_half` keeps of each half tile.
+    """Compute the logits a bᵀ + bias of a chunk, and write what `_logits_half` writes of each half tile.
 
-    The chunk holds rows whose target is not ignored. `count_ptr` has the number of all such rows, and `first` is the
-    number of those before the chunk.
+    a [M, K] are the chunk's rows of x, all with a target that is not ignored, and b [N, K] is the weight. `count_ptr`
+    points to the number of all such rows, and `first` is how many of them lie before the chunk. Tiles past the last row
+    are skipped. With KEEPS the logits themselves are written to out [M, N], as `_logits_half` says. The programs of a
+    grid of any size share the tiles.
     """
     live = tl.minimum(tl.load(count_ptr) - first, M)
     tiles = tl.cdiv(tl.maximum(live, 0), BLOCK_M) * tl.cdiv(N, BLOCK_N)
@@ -131,11 +141,14 @@ def _statistics_kernel(
     largest_ptr, total_ptr, sum_ptr, picked_ptr, index_ptr, count_ptr, row_ptr, loss_ptr, first, R, V, parts, smoothing,
     SCATTERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Write the loss of each of a chunk's R rows, and the maximum and the sum of exponentials of its logits.
+    """Write the loss of each row of a chunk, and the maximum and the sum of exponentials of the row's logits.
 
-    `_logits_half` has written the statistics of the `parts` parts of a row, which are put together here. The maximum
-    and the sum go to row_ptr [2, R]. The loss goes to the row's own number in x if SCATTERS, else to its number among
-    the rows whose target is not ignored, of which `first` lie before the chunk.
+    Program i takes the BLOCK_M rows from i · BLOCK_M on, and joins the statistics [parts, R] of the `parts` tiles of a
+    row, which `_logits_half` wrote. Maximum and sum (relative to the maximum) go to row [2, R]. `count_ptr` points to
+    the number of all rows whose target is not ignored, and `first` is how many lie before the chunk; rows past the last
+    one are not written. The loss of row r goes to element index[first + r] of loss, its number in x, if SCATTERS, else
+    to element first + r. There is no loss if `loss_ptr` is None. `smoothing` is the label smoothing; `sum_ptr` is None
+    if it is 0.
     """
     count = tl.load(count_ptr)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -178,11 +191,14 @@ def _gradient_kernel(
     stride_l, stride_g, first, R, V, smoothing, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write FACTOR times the gradient of a chunk's logits [R, V], from the logits that `_logits_half` kept.
+    """Write FACTOR times the gradient of a chunk's logits to gradient [R, V], from the logits that `_logits_half` kept.
 
-    Both may share memory. Rows past the last whose target is not ignored become zeros; `first` of these rows lie before
-    the chunk. `row_ptr` is from `_statistics_kernel`. If `dloss_ptr` is given, it holds the upstream gradient of each
-    row's loss. If `partial_ptr` is given, it gets the sum over the tile's rows, for the gradient of the bias.
+    The gradient may share memory with the logits. The grid is (parts of BLOCK_V columns, blocks of BLOCK_M rows).
+    `largest_ptr` [parts, R] is from `_logits_half`, `row_ptr` [2, R] from `_statistics_kernel`. `count_ptr` points to
+    the number of all rows whose target is not ignored, and `first` is how many lie before the chunk. Rows past the last
+    one become zeros in a block that has a row before; other blocks write nothing. If `dloss_ptr` is given, it holds the
+    upstream gradient of the loss of each row of x; `index_ptr` has the row's number. If `partial_ptr` is given, the sum
+    over a block's rows, without FACTOR, goes to partial [blocks, V], for the gradient of the bias.
     """
     count = tl.load(count_ptr)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -214,9 +230,11 @@ def _gradient_kernel(
 
 @triton.jit
 def _dx_half(dx, out_ptr, index_ptr, m, n, first, live, C, stride_om, scale, PRECISION: tl.constexpr):
-    """Write the part of dx at (m, n), times `scale`, into the rows of out [., C] from which the chunk's rows came.
+    """Write `scale` times a tile of a chunk's dx into the rows of out [N, C] from which the chunk's rows came.
 
-    `live` is the number of the chunk's rows whose target is not ignored, and `first` the number of those before it.
+    `m` and `n` are the row and the column of the tile's first element in the chunk. `live` is how many rows of the
+    chunk have a target that is not ignored, and `first` how many such rows lie before the chunk. `index_ptr` has their
+    numbers in x.
     """
     offs_m = m + tl.arange(0, dx.shape[0])
     offs_n = n + tl.arange(0, dx.shape[1])
@@ -233,11 +251,13 @@ def _dx_kernel(
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write dx, the logits' gradient times the weight, into the rows of x from which the chunk's rows came.
+    """Write dx, the gradient of a chunk's logits times the weight, into `out`, at the numbers that the rows have in x.
 
-    The logits' gradient is times FACTOR, by which dx is divided. If MEAN, dx is also multiplied by power / count, where
-    power is the largest power of two up to count, the number of rows whose target is not ignored. `first` of these lie
-    before the chunk.
+    a [M, K] is the gradient of the logits times FACTOR, b [N, K] the transposed weight, and the result is a bᵀ /
+    FACTOR. If MEAN, it is also multiplied by power / count, where count is the number of rows whose target is not
+    ignored, and power the largest power of two up to count. `index_ptr` has the numbers of these rows in x, `count_ptr`
+    points to count, and `first` is how many of them lie before the chunk. The programs of a grid of any size share the
+    tiles.
     """
     count = tl.load(count_ptr)
     live = tl.minimum(count - first, M)
@@ -260,7 +280,10 @@ def _dx_kernel(
 
 @triton.jit
 def _dweight_half(value, out_ptr, m, n, M, N, stride_om, stride_on, FACTOR: tl.constexpr, ACCUMULATES: tl.constexpr):
-    """Write the part of dW at (m, n), which is `value` / FACTOR, to out [M, N], or add it there if ACCUMULATES."""
+    """Write `value` / FACTOR to a tile of dW, in `out` [M, N], or add it to the tile if ACCUMULATES.
+
+    `m` and `n` are the row and the column of the tile's first element.
+    """
     offs_m = m + tl.arange(0, value.shape[0])
     offs_n = n + tl.arange(0, value.shape[1])
     ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * stride_om + offs_n.to(tl.int64)[None, :] * stride_on
@@ -278,10 +301,11 @@ def _dweight_kernel(
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write the chunk's part of dW to out [M, N], or add it to the sum over the chunks before if ACCUMULATES.
+    """Write a chunk's part of dW to out [M, N], or add it to the sum over the chunks before if ACCUMULATES.
 
-    The part is a bᵀ / FACTOR, where a is the transposed gradient of the logits, times FACTOR, and b the transposed rows
-    of x. `first` is the number of rows before the chunk.
+    The part is a bᵀ / FACTOR. a [M, K] is the transposed gradient of the chunk's logits times FACTOR, and b [N, K] are
+    the chunk's rows of x, transposed. `count_ptr` points to the number of rows over all chunks, and `first` is how many
+    lie in the chunks before; later columns of a and b are left out. The programs of a grid of any size share the tiles.
     """
     live = tl.minimum(tl.load(count_ptr) - first, K)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
@@ -302,10 +326,11 @@ def _dweight_kernel(
 def _dbias_kernel(
     partial_ptr, dbias_ptr, count_ptr, first, R, V, ROWS: tl.constexpr, ACCUMULATES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Write the chunk's part of db, or add it to the sum over the chunks before if ACCUMULATES.
+    """Write a chunk's part of db to dbias [V] float32, or add it to the sum over the chunks before if ACCUMULATES.
 
-    The part is the sum of the rows of `partial_ptr`, which `_gradient_kernel` wrote for every ROWS of the chunk's R
-    rows. `first` is the number of rows before the chunk.
+    The part is the sum of the rows of partial [R / ROWS rounded up, V], which `_gradient_kernel` wrote for every ROWS
+    of the chunk's R rows. `count_ptr` points to the number of rows over all chunks, and `first` is how many lie in the
+    chunks before; rows of partial past the last one are not read. Program i takes the BLOCK classes from i · BLOCK on.
     """
     offs_v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask_v = offs_v < V
@@ -320,7 +345,11 @@ def _dbias_kernel(
 
 @triton.jit
 def _total_kernel(loss_ptr, count_ptr, total_ptr, counted_ptr, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the sum of the losses that count, or their mean if MEAN, and the number of these losses, in one program."""
+    """Write the sum of the losses, or their mean if MEAN, to total, and how many they are to counted.
+
+    Both are float32 []. `count_ptr` points to the number of losses, and loss [count] holds the losses of the rows that
+    are not ignored. The mean of no losses is 0. The grid has one program.
+    """
     count = tl.load(count_ptr)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for first in range(0, count, BLOCK):
@@ -341,10 +370,11 @@ def _run(
 ) -> torch.Tensor:  # fmt: skip
     """Write the losses of the rows of x [N, C] and their gradients. Return how many rows count, int32 [1].
 
-    A row counts if its target is not `ignore_index`. `loss` gets the losses, by row number if `scatters`, else those
-    that count one after another. `dx`, `dweight` and `dbias` get gradients. Each of the four may be None, which leaves
-    it out. `dloss` is the upstream gradient of each loss, or None for 1. If `mean`, dx is also multiplied by power /
-    count, where power is the largest power of two up to the count.
+    A row counts if its target is not `ignore_index`. `smoothing` is the label smoothing. `loss` [N] gets the losses, by
+    row number if `scatters`, else those of the rows that count one after another. `dx` [N, C], `dweight` [V, C] and
+    `dbias` [V] get gradients. Each of the four may be None, which leaves it out. `dloss` [N] is the upstream gradient
+    of each row's loss, or None for 1. If `mean`, dx is also multiplied by power / count, where power is the largest
+    power of two up to the count.
     """
     (N, C), V, device = x.shape, weight.shape[0], x.device
     index = torch.empty(N, dtype=torch.int32, device=device)
@@ -386,7 +416,11 @@ def _run(
     bias = None if bias is None else bias.contiguous()
 
     def multiply(kernel: Any, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, parts: int, **more: Any) -> None:
-        """Launch a kernel that computes out = a bᵀ and stores a tile in `parts` parts. `more` are its own arguments."""
+        """Launch `kernel`, which computes out = a bᵀ in tiles.
+
+        It stores a tile in `parts` parts side by side, or by pointers if `parts` is 0. `more` holds the kernel's other
+        arguments by name.
+        """
         arguments, switches = operands(launch, architecture, a, b, out, parts)
         kernel[grid(launch, a.shape[0], b.shape[0], device)](**arguments, count_ptr=count, **more, **switches)
 
@@ -431,9 +465,10 @@ def _run(
 def _gradients(
     x: torch.Tensor, weight: torch.Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Return tensors for (dx, dweight, dbias), None for one that is not needed: dx like x, the others in float32.
+    """Return tensors (dx, dweight, dbias) to write gradients into, None in place of one that is not needed.
 
-    dx is zero, and stays so in rows that do not count. The others are uninitialised.
+    dx has the shape and dtype of x and is zero, which it stays in rows that do not count. dweight has the shape of the
+    weight and dbias is [V]; both are float32 and uninitialised.
     """
     return (
         torch.zeros(x.shape, dtype=x.dtype, device=x.device) if needs_x else None,
@@ -448,9 +483,10 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return (loss, count, dx, dweight, dbias): the loss, how many rows count, and gradients of the sum of the losses.
 
-    count is float32 []. The gradients of weight and bias are float32; a gradient that is not needed has shape [0]. The
-    gradients belong to the sum even for the mean, except that dx is then multiplied by power / count, where power is
-    the largest power of two up to count.
+    A row counts if its target is not `ignore_index`. The loss is float32, [] for the reductions "mean" and "sum", or in
+    the shape of `target` for "none". count is float32 []. dx is in the dtype of x, dweight and dbias are float32; a
+    gradient that is not needed has shape [0]. The gradients belong to the sum even for "mean", except that dx is then
+    multiplied by power / count, where power is the largest power of two up to count.
     """
     rows = as_matrix(x)
     N = rows.shape[0]
@@ -490,7 +526,8 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return (dx, dweight, dbias) for reduction "none", where `dloss` is the upstream gradient of each row's loss.
 
-    The logits are computed again. A gradient that is not needed has shape [0].
+    `dloss` has the shape of `target`. The logits are computed again. dx is in the dtype of x, dweight and dbias in that
+    of the weight. A gradient that is not needed has shape [0].
     """
     rows = as_matrix(x)
     dx, dweight, dbias = _gradients(x, weight, needs_x, needs_weight, needs_bias)

@@ -51,7 +51,10 @@ class Few(NamedTuple):
 
 @triton.jit
 def _activate(z, ACTIVATION: tl.constexpr):
-    """Return (value, slope): the activation of z and its derivative. The compiler drops one that is not used."""
+    """Return (value, slope): the activation of the tensor z and its derivative at z. The compiler drops an unused one.
+
+    ACTIVATION is "relu", "gelu" or "gelu_tanh".
+    """
     if ACTIVATION == "relu":
         value = tl.where(z < 0.0, 0.0, z)
         slope = tl.where(z <= 0.0, 0.0, 1.0)
@@ -71,10 +74,11 @@ def _activate(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _dropped(value, m, n, site, threshold, scale, seed_ptr):
-    """Return the float32 tile `value` at (m, n) of the hidden layer after dropout.
+    """Return the float32 tile `value` of the hidden layer after dropout.
 
-    Dropout drops an element if its 16 random bits, a function of the seed, `site` and its position, are below
-    `threshold`, and multiplies others by `scale`.
+    `m` and `n` are the row and the column of the tile's first element. An element has 16 random bits, a function of the
+    seed, `site` and its position. Dropout sets it to 0 if they are below `threshold`, and multiplies it by `scale`
+    otherwise.
     """
     i = m + tl.arange(0, value.shape[0])[:, None]
     j = n + tl.arange(0, value.shape[1])[None, :]
@@ -88,9 +92,12 @@ def _hidden_half(
     ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, KEEPS_INPUT: tl.constexpr, HAS_OUT: tl.constexpr,
     OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write half a tile of the hidden layer at (m, n), from its product z: add the bias, activate, drop out.
+    """Finish a tile z of the product x W1ᵀ: add the bias, activate and drop out, and write the results.
 
-    If KEEPS_INPUT, write z with its bias to `kept`. If HAS_OUT, write the hidden layer to `out`.
+    `m` and `n` are the row and the column of the tile's first element in the hidden layer [M, N]. If KEEPS_INPUT, z
+    with its bias, the activation's input, is written to `kept`. If HAS_OUT, the hidden layer after dropout is written
+    to `out`. `bias_ptr` is None without a bias. Both targets have the same strides and the same OUT_MODE (see `store`).
+    The dropout's arguments are those of `_dropped`.
     """
     if bias_ptr is not None:
         offs_n = n + tl.arange(0, z.shape[1])
@@ -112,7 +119,11 @@ def _hidden_kernel(
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write the hidden layer [M, N] to `out`, if HAS_OUT, and the activation's input to `kept`, if KEEPS_INPUT."""
+    """Compute the hidden layer h [M, N] = dropout(act(a bᵀ + bias)), for x in a [M, K] and the weight in b [N, K].
+
+    If HAS_OUT, h is written to `out`. If KEEPS_INPUT, the activation's input is written to `kept`. The programs of a
+    grid of any size share the tiles. The dropout's arguments are those of `_dropped`.
+    """
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
         m, n = tile(index, M, N, BLOCK_M, BLOCK_N)
@@ -137,10 +148,13 @@ def _dz_part(
     ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, MAKES_HIDDEN: tl.constexpr, OUT_MODE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Write the part of dz at (m, n), from the hidden layer's gradient dh and from `kept` (see `forward`).
+    """Write a tile of dz, the gradient of the activation's input, made of a tile `dh` of the hidden layer's gradient.
 
-    dz is the gradient of the activation's input. If MAKES_HIDDEN, write the hidden layer again to h. If `partial_ptr`
-    is given, write the sum of dz over the tile's rows, for the gradient of the bias.
+    `m` and `n` are the row and the column of the tile's first element in [M, N]. `kept` [M, N] is as `forward` returned
+    it: the hidden layer for relu, the activation's input for other activations. dz goes to `out`. If MAKES_HIDDEN, the
+    hidden layer after dropout is computed again and written to h. If `partial_ptr` is given, the sum of dz over the
+    tile's rows goes to row m / BLOCK_M of partial [M / BLOCK_M rounded up, N], in float32, for the gradient of the
+    bias. The dropout's arguments are those of `_dropped`.
     """
     at_z = load(kept, m, n, M, N, stride_om, stride_on, dh.shape[0], dh.shape[1], OUT_MODE).to(tl.float32)
     dh, at_z = tl.split(tl.join(dh, at_z))  # gives both one layout; with two, the code below would be computed twice
@@ -172,9 +186,11 @@ def _dz_kernel(
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write dz, the gradient of the activation's input [M, N], and the other results of `_dz_part`.
+    """Write dz [M, N], the gradient of the activation's input, to `out`, from the product dh = a bᵀ.
 
-    A tile goes through `_dz_part` in PARTS parts, 4 or 8, side by side.
+    a [M, K] is the output's gradient dy, b [N, K] the transposed second weight. The kernel also writes h, if
+    MAKES_HIDDEN, and partial sums for the gradient of the bias: see `_dz_part`. A tile [BLOCK_M, BLOCK_N] is finished
+    in PARTS parts side by side, 4 or 8. The programs of a grid of any size share the tiles.
     """
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -212,7 +228,10 @@ def _dz_kernel(
 def _linear_half(
     value, out, bias_ptr, m, n, M, N, stride_om, stride_on, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Write `value`, half a tile of a product at (m, n), plus the bias if there is one, to `out`."""
+    """Write a tile `value` of a product, plus the bias if `bias_ptr` is not None, to `out` [M, N].
+
+    `m` and `n` are the row and the column of the tile's first element.
+    """
     if bias_ptr is not None:
         offs_n = n + tl.arange(0, value.shape[1])
         value += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
@@ -225,7 +244,7 @@ def _linear_kernel(
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write out [M, N] = A Bᵀ + bias, for A [M, K] and B [N, K], in persistent programs."""
+    """Write out [M, N] = A Bᵀ + bias, for A [M, K] and B [N, K]. The programs of a grid of any size share the tiles."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
         m, n = tile(index, M, N, BLOCK_M, BLOCK_N)
@@ -244,9 +263,11 @@ def _finish(
     ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, KEEPS_INPUT: tl.constexpr, HAS_OUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store the columns from n on of a product with few rows, whose sums are `value`.
+    """Finish a tile `value` [BLOCK_M, BLOCK_N] of a product with few rows, at row 0 and column `n`, and write it.
 
-    They are columns of a linear layer if ACTIVATION is None, else of a hidden layer, as in `_hidden_half`.
+    If ACTIVATION is None it is the tile of a linear layer: `value` plus the bias goes to `out` [M, N]. Otherwise it is
+    the tile of a hidden layer: if KEEPS_INPUT, `value` plus the bias, the activation's input, goes to `kept` [M, N],
+    and if HAS_OUT, the hidden layer after dropout goes to `out`. The dropout's arguments are those of `_dropped`.
     """
     if ACTIVATION is None:
         _linear_half(value, out, bias_ptr, 0, n, M, N, stride_om, stride_on, 0, PRECISION)
@@ -264,10 +285,11 @@ def _few_kernel(
     ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, KEEPS_INPUT: tl.constexpr, HAS_OUT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write BLOCK_N columns of A Bᵀ, for A of at most BLOCK_M rows, as `_finish` stores them.
+    """Compute BLOCK_N columns of A Bᵀ, for A [M, K] of at most BLOCK_M rows and B [N, K], and finish them by `_finish`.
 
-    If `partial_ptr` is given, the program sums only `part` columns of A and B, and writes float32 sums to partial
-    [parts, M, N], for `_few_add_kernel`.
+    The grid is (blocks of columns, parts). With `partial_ptr`, program (i, p) sums only over the `part` columns of A
+    and B from p · `part` on, and writes the float32 sums to partial [parts, M, N], for `_few_add_kernel` to finish.
+    Without it, there is one part with all K columns. `out`, `kept` and the arguments of dropout are those of `_finish`.
     """
     n = tl.program_id(0) * BLOCK_N
     first = tl.program_id(1).to(tl.int64) * part
@@ -291,9 +313,10 @@ def _few_add_kernel(
     ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr, KEEPS_INPUT: tl.constexpr, HAS_OUT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add the partial sums [parts, M, N] that `_few_kernel` has written, the first part first, and store the result.
+    """Add the partial sums [parts, M, N] that `_few_kernel` wrote, the first part first, and finish them by `_finish`.
 
-    It is stored as in `_finish`.
+    Program i takes the BLOCK_N columns from i · BLOCK_N on. `out`, `kept` and the arguments of dropout are those of
+    `_finish`.
     """
     n = tl.program_id(0) * BLOCK_N
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -307,13 +330,20 @@ def _few_add_kernel(
 
 
 def few_config(a: torch.Tensor) -> Few:
-    """Return the launch configuration for products of a [M, K] if M is small. Its `rows` is the largest such M."""
+    """Return the launch configuration for products of a [M, K] with small M.
+
+    Its field `rows` is the largest M that it is for, or 0 if it is for none.
+    """
     row = launch_configs.pick("mlp", "few", launch_configs.architecture(a.device), a.element_size(), a.shape[1])
     return Few(*row)
 
 
 def _few(launch: Few, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, **finish: Any) -> None:
-    """Write a bᵀ to `out` for a matrix `a` of few rows. `finish` holds the other arguments of `_finish`."""
+    """Write A Bᵀ, finished by `_finish`, to `out` [M, N], for a = A [M, K] of at most FEW_ROWS rows and b = B [N, K].
+
+    `finish` holds the other arguments of `_finish` by name: `kept`, the pointers of bias and seed, the dropout's
+    numbers, and the compile-time switches.
+    """
     (M, K), N = a.shape, b.shape[0]
     tiles, steps = cdiv(N, launch.n), cdiv(K, launch.k)
     part = cdiv(steps, min(cdiv(launch.fill, tiles), steps)) * launch.k
@@ -341,7 +371,7 @@ PLAIN = {
 
 
 def _linear(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """Write A Bᵀ + bias, for A [M, K] and B [N, K], into out [M, N] of any strides."""
+    """Write A Bᵀ + bias, for `a` = A [M, K] and `b` = B [N, K] of any strides, into out [M, N] of any strides."""
     if out.numel() == 0:
         return
     few = few_config(a)
@@ -357,10 +387,11 @@ def _hidden(
     x: torch.Tensor, fc_weight: torch.Tensor, fc_bias: torch.Tensor | None, h: torch.Tensor | None,
     z: torch.Tensor | None, activation: str, threshold: int, scale: float, seed: torch.Tensor | None, site: int,
 ) -> None:  # fmt: skip
-    """Write the hidden layer to h [M, F] and the activation's input to z [M, F], unless h or z is None.
+    """Write the hidden layer to h [M, F] and the activation's input to z [M, F].
 
-    Dropout drops an element if its 16 random bits, a function of `seed`, `site` and its position, are below
-    `threshold`, and multiplies others by `scale`. Without a seed there is no dropout.
+    Either of the two may be None, which leaves it out. x is [M, C] and `fc_weight` [F, C]. Dropout drops an element of
+    the hidden layer if its 16 random bits, a function of `seed`, `site` and its position, are below `threshold`, and
+    multiplies others by `scale`. Without a seed there is no dropout.
     """
     out = z if h is None else h
     if out is None or out.numel() == 0:
@@ -393,9 +424,9 @@ def forward(
     """Return (y [..., C'], kept): the output of the MLP, and the tensor that `backward` takes as `hidden`.
 
     If `keeps_hidden`, `kept` [..., F] is the hidden layer after dropout for relu, and the activation's input for any
-    other activation. Else `kept` has shape [0]. Dropout drops an element if its 16 random bits, a function of `seed`,
-    `site` and its position, are below `threshold`, and multiplies others by `scale`. Without a seed there is no
-    dropout.
+    other activation. Else `kept` has shape [0]. Dropout drops an element of the hidden layer if its 16 random bits, a
+    function of `seed`, `site` and its position, are below `threshold`, and multiplies others by `scale`. Without a seed
+    there is no dropout.
     """
     F, C_out = fc_weight.shape[0], proj_weight.shape[0]
     rows = as_matrix(x)
@@ -418,12 +449,13 @@ def backward(
     proj_weight: torch.Tensor, hidden: torch.Tensor | None, activation: str, threshold: int, scale: float,
     seed: torch.Tensor | None, site: int, needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return the gradients (dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias).
+    """Return the gradients (dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias) for the upstream gradient dy [..., C'].
 
     `needs` holds five flags in this order; a gradient that is not needed is a tensor of shape [0]. The gradients of the
     weights have the strides of the weights. `hidden` is the `kept` that `forward` returned; if it is None, the hidden
-    layer is computed again. Dropout drops an element if its 16 random bits, a function of `seed`, `site` and its
-    position, are below `threshold`, and multiplies others by `scale`. Without a seed there is no dropout.
+    layer is computed again. Dropout drops an element of the hidden layer if its 16 random bits, a function of `seed`,
+    `site` and its position, are below `threshold`, and multiplies others by `scale`. Without a seed there is no
+    dropout.
     """
     needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, needs_proj_bias = needs
     F, C_out = fc_weight.shape[0], proj_weight.shape[0]
@@ -468,11 +500,12 @@ def _dz(
     dy: torch.Tensor, proj_weight: torch.Tensor, kept: torch.Tensor, h: torch.Tensor | None, activation: str,
     threshold: int, scale: float, seed: torch.Tensor | None, site: int, dfc_bias: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Return dz [M, F], the gradient of the activation's input. Write the hidden layer to h, unless h is None.
+    """Return dz [M, F], the gradient of the activation's input, for the output's gradient dy [M, C'].
 
-    Write the sum of dz over its rows to dfc_bias, unless that is None. `kept` [M, F] is as `forward` returns it.
-    Dropout drops an element if its 16 random bits, a function of `seed`, `site` and its position, are below
-    `threshold`, and multiplies others by `scale`. Without a seed there is no dropout.
+    `kept` [M, F] is as `forward` returned it: the hidden layer for relu, the activation's input for other activations.
+    The hidden layer is written to h [M, F] unless h is None, and the sum of dz over its rows to `dfc_bias` [F] unless
+    that is None. Dropout drops an element of the hidden layer if its 16 random bits, a function of `seed`, `site` and
+    its position, are below `threshold`, and multiplies others by `scale`. Without a seed there is no dropout.
     """
     M, F = kept.shape
     dz = torch.empty_like(kept)

@@ -34,10 +34,11 @@ def _philox(c0, c1, c2, c3, seed_ptr):
 
 @triton.jit
 def keep_rows(i, j, site, threshold, seed_ptr):
-    """Return True where dropout keeps the element in row i [M, 1] and column j [1, N], both int.
+    """Return bool [M, N], True where dropout keeps the element in row i [M, 1] and column j [1, N], both int.
 
     This is the rule of embedding and add_layer_norm. `site` is the number of the dropout within a forward pass. An
-    element is kept if its 16 random bits are at least `threshold`.
+    element is kept if its 16 random bits, a function of the seed, `site`, i and j, are at least `threshold`. `seed_ptr`
+    points to one int64.
     """
     i, j = i.to(tl.uint32), j.to(tl.uint32)  # unsigned: division by a power of two is a shift
     w0, w1, w2, w3 = _philox(j // 8, i, tl.zeros_like(j), site.to(tl.uint32), seed_ptr)
@@ -72,5 +73,5 @@ def keep_matrix(i, j, b, site, threshold, seed_ptr, UPPER: tl.constexpr = False)
 
 
 def dropping_seed(seed, threshold: int):
-    """Return the seed for `keep_matrix`, or None if the threshold is 0, so that nothing is dropped."""
+    """Return `seed`, for `keep_matrix`, or None if the dropout threshold is 0, so that nothing is dropped."""
     return seed if threshold > 0 else None

@@ -64,7 +64,7 @@ def boolean_option(op: str, **arguments: Any) -> None:
 
 
 def alike(first: Tensor, *others: Tensor | None) -> bool:
-    """Return True if all tensors that are not None are floating, of one dtype and on one device, in a microsecond."""
+    """Return True if all tensors that are not None are floating, of one dtype and on one device. This takes 1 µs."""
     dtype, device = first.dtype, first.device
     if dtype not in FLOAT_DTYPES:
         return False
@@ -142,7 +142,7 @@ def dimensions(op: str, name: str, tensor: Tensor, wanted: str) -> None:
 
 
 def probability(op: str, name: str, p: float) -> None:
-    """Raise `ValueError` unless `p`, the argument called `name`, is a probability in [0, 1)."""
+    """Raise `ValueError` unless `p`, the argument called `name` of `op`, is a number in [0, 1)."""
     if not is_number(p) or not 0.0 <= p < 1.0:
         raise ValueError(f"gpt_fast.{op}: {name} is {p!r}; expected a probability in [0, 1)")
 
@@ -163,7 +163,7 @@ def seed(op: str, seed: Tensor | None, device: torch.device) -> None:
 
 
 def values_below(op: str, name: str, tensor: Tensor, upper: int, *, lower: int = 0, besides: int | None = None) -> None:
-    """Raise `ValueError` unless each value of `tensor`, which is read, is in [lower, upper) or equals `besides`."""
+    """Raise `ValueError` unless each value of `tensor`, called `name`, is in [lower, upper) or equals `besides`."""
     wrong = (tensor < lower) | (tensor >= upper)
     if besides is not None:
         wrong = wrong & (tensor != besides)

@@ -12,8 +12,9 @@ ALIGNMENT = 8  # each size of each matrix is a multiple of it
 def serves(op: str, kernel: str, operator: str, x: Tensor, sizes: tuple[int, ...]) -> bool:
     """Return True if cuBLASLt can compute the call and a measurement has found it faster than what serves without it.
 
-    `op` and `kernel` name the rows of kernels/launch_configs.py, `operator` is what was built, and `sizes` are those of
-    the matrices, the width of x first.
+    It can if `operator`, an operator's name without "gpt_fast::", was built, x is bfloat16 or float16 and has elements,
+    and all `sizes` are positive multiples of 8. `sizes` are those of the matrices, the width of x first. What was
+    measured stands in the rows of kernels/launch_configs.py for the kernel `kernel` of `op`.
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
         return False
@@ -29,8 +30,8 @@ def serves(op: str, kernel: str, operator: str, x: Tensor, sizes: tuple[int, ...
 def classes(op: str, kernel: str, operator: str, device_index: int) -> tuple[tuple[int, bool], ...]:
     """Return (largest width of x, True if cuBLASLt serves) for each range of widths, ascending.
 
-    The rows of launch_configs.py for the device's architecture decide. If `operator` was not built, the result is
-    empty.
+    The rows of launch_configs.py for `kernel` of `op` and the device's architecture decide. The result is empty if
+    `operator`, an operator's name without "gpt_fast::", was not built.
     """
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"gpt_fast::{operator}", "CUDA"):
         return ()

@@ -23,7 +23,10 @@ FORMULAS: dict[str, Callable[..., int]] = {}
 
 
 def register(name: str, formula: Callable[..., int]) -> None:
-    """Count `gpt_fast::<name>` by `formula`, which gets the operator's arguments, with shapes in place of tensors."""
+    """Count the FLOPs of `gpt_fast::<name>` by `formula`.
+
+    `formula` gets the operator's arguments, with shapes in place of tensors, and returns a number of FLOPs.
+    """
     FORMULAS[name] = formula
 
 
@@ -33,7 +36,7 @@ def product(x: Sequence[int], weight: Sequence[int]) -> int:
 
 
 def install() -> None:
-    """Register all formulas with PyTorch's FLOP counter: now if its module is imported, else when it will be."""
+    """Register all formulas with PyTorch's FLOP counter: now if its module is imported, else once it is imported."""
     if _COUNTER in sys.modules:
         _hand_over(sys.modules[_COUNTER])
     else:

@@ -118,20 +118,24 @@ def values_checked(tensor: Tensor) -> bool:
 
 
 def define_forward(op: str, signature: str) -> None:
-    """Define the operator `gpt_fast::<op>_forward`. `signature` is its schema without the name."""
+    """Define the operator `gpt_fast::<op>_forward` with the schema `signature`, such as "(Tensor x) -> Tensor y"."""
     LIBRARY.define(f"{op}_forward{signature}")
 
 
 def define_backward(op: str, signature: str) -> None:
-    """Define the operator `gpt_fast::<op>_backward` with the schema `signature`; its decomposition raises an error."""
+    """Define the operator `gpt_fast::<op>_backward` with the schema `signature`, such as "(Tensor dy) -> Tensor dx".
+
+    Its decomposition raises `NotImplementedError`.
+    """
     LIBRARY.define(f"{op}_backward{signature}")
     refuse_decomposition(op, "backward", "a program of a forward pass, or one exported under gpt_fast.use_reference()")
 
 
 def refuse_decomposition(op: str, direction: str, expected: str) -> None:
-    """Make the decomposition of `gpt_fast::<op>_<direction>` raise an error. `expected` ends the error's message."""
+    """Make `gpt_fast::<op>_<direction>` raise `NotImplementedError` when decomposed. `expected` ends the message."""
 
     def refuse(*args):
+        """Raise `NotImplementedError`, whatever the operator's arguments are."""
         raise NotImplementedError(
             f"gpt_fast.{op}: the exported program has gpt_fast::{op}_{direction}, which has no decomposition; "
             f"expected {expected}"
@@ -221,9 +225,15 @@ def triton_kernel(op: str) -> types.ModuleType:
 
 
 def register_triton(name: str, launcher: Callable) -> None:
-    """Make `launcher` the implementation of `gpt_fast::<name>` on CUDA, and on the CPU in Triton's interpreter."""
+    """Make `launcher` the implementation of `gpt_fast::<name>` on CUDA, and on the CPU in Triton's interpreter.
+
+    `launcher` gets the operator's arguments, and the device of the first tensor among them is the current device then.
+    Where Triton finds no C compiler or fails to compile its launcher, a `RuntimeError` names the op and what is
+    missing.
+    """
 
     def on_own_device(*args):
+        """Call `launcher` with the device of the first tensor in `args` as the current device."""
         with device_guard(_device_index(args)):
             try:
                 return launcher(*args)
@@ -256,7 +266,7 @@ def device_guard(index: int) -> contextlib.AbstractContextManager:
     """Return a context in which CUDA device `index` is the current device. It is an empty one for -1, a CPU's index.
 
     Triton, streams and CUDA graphs use the current device, whatever device the tensors are on. Entering
-    `torch.cuda.device` costs microseconds, so the context is an empty one if the device is current already.
+    `torch.cuda.device` costs microseconds, so the context is an empty one if the device is the current one already.
     """
     if index < 0 or index == torch.cuda.current_device():
         return _NO_CONTEXT
@@ -321,7 +331,10 @@ _WITH_KERNEL: dict[tuple[str, str], str] = {}  # what the dispatcher said: askin
 
 
 def dropout_rule(dropout_p: float) -> tuple[int, float]:
-    """Return (threshold, scale): elements with 16 random bits below the first are dropped, others times the second."""
+    """Return (threshold, scale) of dropout with this probability.
+
+    Dropout sets an element to 0 if its 16 random bits are below `threshold`, and multiplies it by `scale` otherwise.
+    """
     return reference.dropout_threshold(dropout_p), reference.dropout_scale(dropout_p)
 
 
@@ -330,7 +343,10 @@ _WARNED: set[tuple[str, str]] = set()
 
 @_transforms.constant_in_graphs
 def _warn_once(op: str, where: str, advice: str) -> None:
-    """Warn once for each `op` and `where` that no kernel serves the op there. `advice` ends the message."""
+    """Warn that no kernel serves `op` in a case, once for each pair of `op` and `where`.
+
+    `where` describes the case in words, such as "on mps" or "in forward mode", and `advice` ends the message.
+    """
     if (op, where) not in _WARNED:
         _WARNED.add((op, where))
         warnings.warn(
@@ -349,7 +365,11 @@ def has_kernel(op: str, x: Tensor, *others: Tensor | None) -> bool:
 
 
 def allows_kernels(x: Tensor, *others: Tensor | None) -> bool:
-    """Return True if a kernel may serve the call where there is one: see `has_kernel`."""
+    """Return True unless the reference has to serve a call on x and `others` even on a device with a kernel.
+
+    It has to for a float64 tensor among x and `others`, under `use_reference`, in forward mode, during
+    `torch.onnx.export`, and inside transforms of `torch.func` that kernels cannot follow.
+    """
     if _reference_forced or _any_float64(x, *others) or not _transforms.is_followed():
         return False
     return not _is_exporting_to_onnx()
@@ -377,8 +397,8 @@ def _any_float64(*tensors: Tensor | None) -> bool:
 def is_plain_call(op: str, x: Tensor, *others: Tensor | None) -> bool:
     """Return True if a kernel certainly serves the call: eager, all tensors of one kernel dtype and on one device.
 
-    `others` are further tensors of the call, or None. False means only that the full checks have to decide. They cost 2
-    µs more, which shows in a norm of a few rows.
+    `others` are further tensors of the call, or None. False means only that the full checks (`has_kernel` and the
+    checks of the arguments) have to decide. They cost 2 µs more, which shows in a norm of a few rows.
     """
     if _reference_forced or _transforms.is_recording() or _transforms.is_transformed():
         return False
@@ -396,7 +416,7 @@ def is_plain_call(op: str, x: Tensor, *others: Tensor | None) -> bool:
 
 
 def kernel_checks(op: str, x: Tensor) -> bool:
-    """Return True if the kernel of `op` for x checks values inside tensors itself, as C++ kernels do."""
+    """Return True if a C++ kernel serves `op` for x. It then checks the values inside its tensors itself."""
     return x.is_cpu and has_kernel(op, x) and serving(op, "cpu") == "cpp"
 
 
@@ -420,7 +440,7 @@ def runs_reference(op: str, x: Tensor, *others: Tensor | None) -> bool:
 
 
 def by_reference(function: Callable, device_type: str, *args, **kwargs):
-    """Return the result of `function`, a definition in `gpt_fast.reference`, called with autocast off.
+    """Return `function(*args, **kwargs)` for a definition in `gpt_fast.reference`, called with autocast off.
 
     The definitions choose their own dtypes. `device_type` is the device type of the inputs.
     """

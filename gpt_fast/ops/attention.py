@@ -134,17 +134,19 @@ def attention_qkv(
     The gradient is one [B, T, 3C] tensor. Separate gradients would have to be concatenated.
 
     Args:
-        qkv: Projection [B, T, 3C], C = num_heads · D. The last axis holds all of Q, then K, then V, as
-            `nn.MultiheadAttention.in_proj_weight` makes it. Dtypes are those of `attention`.
+        qkv: Projection [B, T, 3C], C = num_heads · D, in float32, bfloat16, float16 or float64. The last axis holds all
+            of Q, then K, then V, in the order of `nn.MultiheadAttention.in_proj_weight`.
         num_heads: Number of heads H.
-        causal: As in `attention`, and so are the arguments below, with S = T.
+        causal: Let a query attend only to keys up to its own position. The keyword arguments mean what they mean in
+            `attention`, with S = T.
         lengths: Real tokens [B], int64 or int32.
         key_mask: Bool [B, T], True for a key that queries may attend to.
         mask: Bool, broadcastable to [B, H, T, T], True where a query may attend to a key.
         cu_seqlens: Bounds [n + 1] of packed sequences, int64 or int32.
-        window: Width of a sliding window.
-        dropout_p: Dropout probability in [0, 1).
-        seed: Seed of dropout, int64, one element, on the device of qkv.
+        window: Width of a sliding window: a query attends to the last `window` keys up to its own, and without `causal`
+            to as many from its own on.
+        dropout_p: Dropout probability of the attention probabilities, in [0, 1).
+        seed: Seed of dropout, int64, one element, on the device of qkv. Without a seed a new one is drawn.
         site: Number of this dropout within a forward pass. Calls with the same seed and another site get another mask.
         scale: Factor of the scores. The default is D^-1/2.
 
@@ -187,7 +189,7 @@ def attention_qkv(
 
 
 def _has_plain_shapes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Return True if `_check_heads` accepts the shapes of queries, keys and values."""
+    """Return True if q is [B, H, T, D], and k and v are [B, H, S, D], the shapes that `_check_heads` accepts."""
     queries, keys = q.shape, k.shape
     return len(queries) == len(keys) == 4 and keys == v.shape and queries[:2] == keys[:2] and queries[3] == keys[3]
 
@@ -207,7 +209,14 @@ def _options(
     cu_seqlens: Tensor | None, window: int | None, dropout_p: float, seed: Tensor | None, site: int,
     scale: float | None,
 ) -> dict:  # fmt: skip
-    """Return the options by name, validated (`ValueError`) for q [B, H, T, D] and S keys, with seed and scale set."""
+    """Return the options of attention, validated, by name and in the order of the schema, with `seed` and `scale` set.
+
+    q is [B, H, T, D], and there are S keys. `seed` becomes a new one if there is dropout and it is None, and None
+    without dropout; `scale` becomes D^-1/2 if it is None.
+
+    Raises:
+        ValueError: An option is not valid for these shapes.
+    """
     if causal is not True and causal is not False:
         _checks.boolean_option("attention", causal=causal)
     if type(site) is not int:
@@ -241,7 +250,14 @@ def _check_masks(
     q: Tensor, T: int, S: int, lengths: Tensor | None, key_mask: Tensor | None, mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:  # fmt: skip
-    """Raise `ValueError` if a mask does not fit q [B, H, T, D] and S keys, or holds lengths that are out of range."""
+    """Raise `ValueError` if a mask does not fit q [B, H, T, D] and S keys, or holds lengths that are out of range.
+
+    Values inside `lengths` and `cu_seqlens` are validated only if `_library.values_checked` returns True for the
+    tensor, and those of `lengths` only if the kernel does not validate them itself.
+
+    Raises:
+        ValueError: A mask has a wrong type, dtype, device or shape, or a value out of range.
+    """
     _checks.optional_tensors("attention", lengths=lengths, key_mask=key_mask, mask=mask, cu_seqlens=cu_seqlens)
     B, H = q.shape[:2]
     _checks.integral("attention", lengths=lengths, cu_seqlens=cu_seqlens)
@@ -280,14 +296,14 @@ def _in_order(options: dict) -> tuple:
 
 
 def _save(ctx, tensors: tuple, options: tuple) -> None:
-    """Save `tensors` and `options`, which are in the order of the op's schema, in the context for backward."""
+    """Save `tensors` and the op's `options`, in the order of its schema, in the autograd context `ctx` for backward."""
     *masks, causal, window, dropout_p, seed, site, scale = options
     ctx.save_for_backward(*tensors, *masks, seed)
     ctx.scalars = causal, window, dropout_p, site, scale
 
 
 def _saved(ctx) -> tuple[tuple, tuple]:
-    """Return (tensors, options) as `_save` got them, the options in the order of the op's schema."""
+    """Return (tensors, options) as `_save` got them for the autograd context `ctx`, the options in their order."""
     *tensors, lengths, key_mask, mask, cu_seqlens, seed = ctx.saved_tensors
     causal, window, dropout_p, site, scale = ctx.scalars
     return tensors, (lengths, key_mask, mask, cu_seqlens, causal, window, dropout_p, seed, site, scale)
@@ -367,7 +383,11 @@ def _triton_backward_qkv(dout, qkv, num_heads, out, lse, *options):
 
 
 def _for_triton(options):
-    """Return (module of the Triton kernels, `options` as its `Options`, (threshold, scale) of dropout)."""
+    """Return (kernel, options, rule) for the launch of a Triton kernel.
+
+    `kernel` is the module kernels/attention.py, `options` are the given ones as its class `Options`, and `rule` is
+    (threshold, scale) of dropout, see `_library.dropout_rule`.
+    """
     kernel = _library.triton_kernel("attention")
     options = kernel.Options(*options)
     return kernel, options, _library.dropout_rule(options.dropout_p)
@@ -379,17 +399,17 @@ _library.register_triton("attention_qkv_backward", _triton_backward_qkv)
 
 
 def _forward_flops(q, k, v, *options, **_):
-    """Return the FLOPs of a forward pass, given shapes in place of tensors."""
+    """Return the FLOPs of a forward pass, given the operator's arguments with shapes in place of tensors."""
     return 2 * _scores_flops(q, k)
 
 
 def _backward_flops(dout, q, k, v, *options, **_):
-    """Return the FLOPs of a backward pass, given shapes in place of tensors."""
+    """Return the FLOPs of a backward pass, given the operator's arguments with shapes in place of tensors."""
     return 5 * _scores_flops(q, k)  # the scores once more, their gradient, dq, dk and dv
 
 
 def _backward_qkv_flops(dout, qkv, *options, **_):
-    """Return the FLOPs of a backward pass of the packed form, given shapes in place of tensors."""
+    """Return the FLOPs of a backward pass of the packed form, given arguments with shapes in place of tensors."""
     return 5 * _scores_flops(dout, dout)
 
 

@@ -127,7 +127,14 @@ def decode_attention_append(
 
 
 def _check(op: str, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, **rows: Tensor) -> None:
-    """Raise `ValueError` unless the arguments of `op` are valid. `rows` are q, and k and v if `op` appends them."""
+    """Raise `ValueError` if the shape, dtype or device of an argument of `op` is wrong, or if one requires a gradient.
+
+    A gradient matters only while autograd records. The values of `lengths` are not checked. `rows` are q, and k and v
+    if `op` appends them, [B, H, D] each.
+
+    Raises:
+        ValueError: An argument is not valid.
+    """
     _checks.tensors(op, **rows, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
     q = rows["q"]
     _checks.dimensions(op, "q", q, "[B, H, D]")
@@ -181,12 +188,12 @@ _library.register_triton("decode_attention_append_forward", _triton_append)
 
 
 def _forward_flops(q, k_cache, v_cache, lengths, **_):
-    """Return the FLOPs of a call, given shapes in place of tensors."""
+    """Return the FLOPs of a call over all S entries of the cache, given shapes in place of tensors."""
     return 4 * math.prod(k_cache)  # the whole cache: a shape does not tell how much of it is filled
 
 
 def _append_flops(q, k, v, k_cache, v_cache, lengths, **_):
-    """Return the FLOPs of a call, given shapes in place of tensors."""
+    """Return the FLOPs of a call over all S entries of the cache, given shapes in place of tensors."""
     return 4 * math.prod(k_cache)
 
 

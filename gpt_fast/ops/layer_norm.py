@@ -72,7 +72,7 @@ def layer_norm(
 
 
 def check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-    """Raise `ValueError`, which names `op`, if x, weight, bias or eps are no valid arguments of a layer norm."""
+    """Raise `ValueError` if x, weight, bias or eps is not valid for a layer norm. The message names `op`."""
     _checks.tensors(op, x=x)
     _checks.optional_tensors(op, weight=weight, bias=bias)
     if not _checks.alike(x, weight, bias):  # x may be narrower
@@ -90,9 +90,9 @@ def check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, e
 
 
 def has_plain_shapes(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> bool:
-    """Return True if weight and bias are given and `check_norm` accepts their shapes and eps.
+    """Return True if weight and bias are given, have the shape of x's last axis, and eps is a positive float.
 
-    False means only that `check_norm` has to decide.
+    `check_norm` accepts such arguments, if their dtypes and devices are right. False means only that it has to decide.
     """
     columns = x.shape[-1:]
     return (

@@ -147,12 +147,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _power_of_two(count: Tensor) -> Tensor:
-    """Return the largest power of two up to `count`, float32 of at least 1: its bits without the fraction."""
+    """Return the largest power of two up to `count`, a float32 tensor of at least 1, in float32."""
     return (count.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
 def _scaled(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return total * scale in `dtype`. It overwrites `total` of that dtype, except inside a `torch.func` transform."""
+    """Return total * scale in `dtype`.
+
+    A `total` that has this dtype already is overwritten with the result, except inside a `torch.func` transform.
+    """
     if _transforms.is_batched(scale):
         return (total * scale).to(dtype)
     if total.dtype == dtype and not _transforms.is_transformed():
@@ -174,7 +177,10 @@ def _backward_fake(dloss, x, weight, target, bias, ignore_index, label_smoothing
 
 
 def _gradients(x, weight, dtype, needs_x, needs_weight, needs_bias):
-    """Return uninitialised (dx, dweight, dbias), the last two in `dtype`. One that is not needed has shape [0]."""
+    """Return uninitialised (dx, dweight, dbias): dx like x, dweight like the weight and dbias [V], both in `dtype`.
+
+    A gradient that is not needed has shape [0].
+    """
     return (
         x.new_empty(x.shape if needs_x else (0,)),
         torch.empty_like(weight, dtype=dtype) if needs_weight else x.new_empty(0, dtype=dtype),
@@ -183,7 +189,10 @@ def _gradients(x, weight, dtype, needs_x, needs_weight, needs_bias):
 
 
 def _decomposition(x, weight, target, bias, ignore_index, label_smoothing, reduction, *needs):
-    """Compute every row: a number of rows that depends on the targets would be no shape of an exported program."""
+    """Return (loss, count) by the reference, and three empty tensors in place of the gradients.
+
+    Every row is computed: a number of rows that depends on the targets would be no shape of an exported program.
+    """
     losses = reference.linear_cross_entropy(x, weight, target, bias, ignore_index, label_smoothing, "none")
     count = (target != ignore_index).sum().float()
     total = losses if reduction == "none" else losses.sum()

@@ -249,7 +249,11 @@ def _forward_flops(x, fc_weight, fc_bias, proj_weight, *options, **_):
 
 
 def _backward_flops(dy, x, fc_weight, fc_bias, proj_weight, hidden, *options, **_):
-    """Return the FLOPs of the gradients that `options[-1]` says are needed, given shapes in place of tensors."""
+    """Return the FLOPs of the gradients that are needed, given shapes in place of tensors.
+
+    The last of `options` holds five flags, which say what is needed: dx, dfc_weight, dfc_bias, dproj_weight,
+    dproj_bias. If `hidden` is None, the first product is counted once more.
+    """
     needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight = options[-1][:4]
     fc, proj = _flops.product(x, fc_weight), _flops.product(dy, proj_weight[::-1])
     recomputed = hidden is None

@@ -56,10 +56,10 @@ def _check_freeze(settings: FinetuneSettings, task: TaskSettings, config: GPTCon
 
 
 def freeze(model: Head, what: str) -> None:
-    """Freeze the part of `model` that `what`, the value of --freeze, names.
+    """Freeze the part of `model` that `what`, the value of --freeze, names: its parameters then require no gradient.
 
-    "trunk" is the Transformer with the output layer. "embeddings" are the token and position embeddings. A number n is
-    the embeddings and the first n decoders.
+    "trunk" is the whole Transformer, embeddings included, with the language model's output layer. "embeddings" are the
+    token and position embeddings. A number n, as a text, is the embeddings and the first n decoders.
     """
     modules: list[nn.Module] = [model.trunk.token_emb, *model.trunk.decoders[: int(what) if what.isdigit() else 0]]
     if what == "trunk":
@@ -72,8 +72,9 @@ def freeze(model: Head, what: str) -> None:
 def _check_lora(settings: FinetuneSettings, config: GPTConfig) -> None:
     """Raise `ValueError` if --lora-rank cannot be applied, or if --lora-alpha is given without it.
 
-    The rank may be larger than the hidden dimension, PEFT may be missing, another option may contradict it, or the
-    pre-trained run may have no final weights.
+    The rank may be at most the hidden dimension, and PEFT has to be installed. --scratch, --freeze and --strategy fsdp
+    may not be given beside it. The pre-trained run has to have a model.safetensors that stays: a run that was stopped,
+    or whose weights are an adapter, has none.
     """
     rank, source = settings.lora_rank, settings.source
     if rank is None:
@@ -138,12 +139,13 @@ def _check_class_weights(settings: FinetuneSettings, task: TaskSettings) -> None
 
 
 def class_weights(given: str, names: Sequence[str], rows: Sequence[Example], task: TaskSettings) -> list[float]:
-    """Return the weight of each class of `names` in the loss, for `given`, the value of --class-weights.
+    """Return the weight in the loss of each class, in the order of `names`, for `given`, the value of --class-weights.
 
     `given` is a list of numbers with commas between them, or "balanced". Balanced weights are scikit-learn's: N / (K ·
-    rows of the class) over the training examples `rows`, where K counts the classes that have rows; a class without any
-    weighs 1. Where a row has several labels, the weight is the number of rows without the label over the number with
-    it. Raise `ValueError` if there are not as many numbers as classes.
+    rows of the class) over the N training examples `rows`, where K counts the classes that have rows; a class without
+    any weighs 1. For tags, the tagged words count in place of rows. Where a row has several labels, the weight is the
+    number of rows without the label over the number with it, or 1 if no row has it. Raise `ValueError` if there are not
+    as many numbers as classes.
     """
     if given != "balanced":
         weights = [float(part) for part in given.split(",")]

@@ -34,12 +34,13 @@ def compare(
 
     Both modes train on one batch of `batch_size` random rows, with the model's dropout and the same masks. After one
     update each to warm up, they make `repeats` timed updates in turns. `show(done, repeats)` is called after each pair
-    of updates.
+    of updates, with `done` 0 after the first pair, which warms up.
 
-    Return "device"; "batch", the shape of the tokens; "kernels", the implementation that serves each op; "logits" and
-    "gradients", each a result of `difference`; "fused_tokens_per_second" and "reference_tokens_per_second", both
-    medians; "fused_spread" and "reference_spread", each [minimum, maximum]; and "speedup", the ratio of the medians.
-    Raise `ValueError` if the batch needs more memory than is available.
+    Return "device"; "batch", the shape of the tokens; "kernels", {op: "triton", "cpp" or "reference"}, which says what
+    serves each op; "logits" and "gradients", {"largest", "relative"} each, the differences by `difference`;
+    "fused_tokens_per_second" and "reference_tokens_per_second", both medians; "fused_spread" and "reference_spread",
+    each [minimum, maximum]; and "speedup", the ratio of the medians. Raise `ValueError` if the batch needs more memory
+    than is available.
     """
     model = load_run(folder, device)
     config = model.config
@@ -150,10 +151,11 @@ def random_batch(model: Head, batch_size: int) -> Batch:
 
 
 def logits_and_gradients(model: nn.Module, batch: Batch, mode: Mode) -> tuple[Tensor, list[Tensor]]:
-    """Return (logits, gradients) of one training pass: a tensor, and the gradient of each parameter that has one.
+    """Return (logits, gradients) of one forward and backward pass of the loss on `batch`.
 
-    The pass runs inside `mode()`: `nullcontext` for the kernels, `ops.use_reference` for the reference. Dropout masks
-    are the same in every call.
+    `gradients` is a list in the order of the model's parameters, without those that have no gradient. The pass runs
+    inside `mode()`: `nullcontext` for the kernels, `ops.use_reference` for the reference. Dropout masks are the same in
+    every call.
     """
     model.train()
     model.zero_grad(set_to_none=True)
@@ -166,10 +168,10 @@ def logits_and_gradients(model: nn.Module, batch: Batch, mode: Mode) -> tuple[Te
 
 
 def difference(got: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
-    """Return {"largest", "relative"}: how far the tensors `got` lie from the tensors `wanted`.
+    """Return {"largest", "relative"}: how far the tensors `got` lie from the tensors `wanted`, compared pair by pair.
 
-    "largest" is the largest `|got - wanted|` of all elements. "relative" is the largest ratio of a tensor's largest
-    difference to its largest `|wanted|`; where that is 0, the difference itself counts.
+    "largest" is the largest `|got - wanted|` of all elements. "relative" is the largest ratio of a pair's largest
+    difference to the largest `|wanted|` of the pair; where that is 0, the difference itself counts.
     """
     largest, relative = 0.0, 0.0
     for a, b in zip(got, wanted, strict=True):

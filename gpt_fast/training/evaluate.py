@@ -50,13 +50,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return the metrics of the run in `folder` on `data`: a language model's loss on text, or a task's on a table.
 
-    Each metric comes with its baseline. If `data` is None, a model that was trained on Python's standard library is
-    evaluated on the files that its training held out. Columns that are None are those of the training. `skip_labels`
-    are labels whose rows are skipped, `options` say how to read the table, and `confusion` is the path for a picture of
-    a classifier's confusion matrix; the result names it as "confusion" if it could be written. `raw_dtype`, "uint16" or
-    "uint32", is the dtype of token files without a header. `stride` reads text in overlapping windows, see
-    `evaluate_language_model`. `form` says that `data` is a benchmark's file, one of `FORMS`. Raise `ValueError` for an
-    option that does not apply to the run.
+    The keys are "task", "data" and the names of the metrics, each with its baseline: see `evaluate_language_model`,
+    `evaluate_task` and, with `form`, `evaluate_form`. If `data` is None, a model that was trained on Python's standard
+    library is evaluated on the files that its training held out.
+
+    `text_column`, `label_column` and `pair_column` (of the second text or of the choices) may be None: for a task they
+    are then those of its training, for a language model the text column is "text", and with `form` they have their
+    published names. `skip_labels` are labels whose rows are skipped, `options` say how to read the table, and
+    `confusion` is the path for a picture of a classifier's confusion matrix; the result names it as "confusion" if it
+    could be written. `raw_dtype`, "uint16" or "uint32", is the dtype of token files without a header. `stride` reads
+    text in overlapping windows, see `evaluate_language_model`. `form` says that `data` is a benchmark's file, one of
+    `FORMS`. Raise `ValueError` for an option that does not apply to the run.
     """
     model = load_run(folder, device)
     record = read_record(folder)
@@ -116,9 +120,12 @@ def _evaluate_form(
     options: RowOptions,
     stride: int | None,
 ) -> dict[str, Any]:
-    """Return the metrics of `evaluate_form` on the benchmark's file `data`, and its path as "data".
+    """Return the metrics of a language model on the file `data` of a benchmark called `form`, and its path as "data".
 
-    Raise `ValueError` if `form` is not one of `FORMS`, or if `stride` is given.
+    The keys are "task", accuracies and "examples", as `evaluate_form` returns them. `folder` is the model's run folder,
+    from which the tokenizer is read, and `options` say how to read the file. `text_column`, `choice_columns` and
+    `label_column` may be None for the names in the published data set. Raise `ValueError` if `form` is not one of
+    `FORMS`, or if `stride` is given.
     """
     if form not in FORMS:
         raise ValueError(f"--form {form!r}: expected one of {', '.join(FORMS)}{did_you_mean(form, FORMS)}")
@@ -170,8 +177,10 @@ def evaluate_task(
 ) -> dict[str, Any]:
     """Return "task", "data" and the metrics of a fine-tuned model on a table, with their baselines.
 
-    `data` is the table, or None for snippets of Python's standard library. `labels` are the names of the classes. A
-    model that answers in text also has "exact_match" and "word_f1". `confusion` is the path for a picture of the
+    `folder` is the model's run folder, from which the tokenizer is read. `data` is the table's file, read with
+    `options`, or None for snippets of Python's standard library. `task` names the columns, and `labels` are the names
+    of the classes. The metrics are those of `tasks.score`, such as "accuracy" and "majority_accuracy" for a classifier.
+    A model that answers in text also has "exact_match" and "word_f1". `confusion` is the path for a picture of the
     confusion matrix, or None; the result names it as "confusion" if it could be written.
     """
     table = snippet_table()[1] if data is None else read_task_table(data, task, options=options)
@@ -203,7 +212,11 @@ class _Batches(Sequence[Batch]):
         return math.ceil(len(self.stream) / (BATCH * self.seq_len))
 
     def __getitem__(self, index: Any) -> Any:
-        """Return batch number `index`. With a mask, each batch is read once and in order: all share a generator."""
+        """Return batch number `index`: up to 32 windows of `seq_len` tokens each, which lie side by side in the stream.
+
+        With a mask, each batch is read once and in order, because the masks of all batches are drawn from one
+        generator.
+        """
         starts = range(index * BATCH * self.seq_len, len(self.stream), self.seq_len)[:BATCH]
         return lm_batch(self.stream.windows(starts, self.seq_len), self.mask, self.generator, None)
 
@@ -218,14 +231,19 @@ def evaluate_language_model(
 ) -> dict[str, Any]:
     """Return the loss of a language model over all of `data` in nats per predicted token, and what follows from it.
 
-    The keys are "task", "data", "tokens", "loss", "unigram_entropy" (the baseline) and "perplexity". A causal model on
-    text also has "bits_per_byte", "bits_per_word" and "words", which do not depend on the tokenizer. `data` is text, a
-    table with a `text_column`, or token files, for which `raw_dtype` is as in `read_token_file`; None stands for the
-    held-out files of Python's standard library. A masked model predicts 15 % of the tokens, always the same ones.
+    The keys are "task", "data", "tokens", "loss", "unigram_entropy" (the baseline), "perplexity" and, if it is given,
+    "stride". A causal model on text also has "bits_per_byte", "bits_per_word" and "words", which do not depend on the
+    tokenizer. `data` is text, a table with a `text_column`, or token files; None stands for the held-out files of
+    Python's standard library. `raw_dtype`, "uint16" or "uint32", is the dtype of token files without a header. `folder`
+    is the model's run folder, from which the tokenizer is read. A masked model predicts 15 % of the tokens, always the
+    same ones.
 
     Windows of the model's length lie side by side, and a last part shorter than a window is left out. With `stride`,
-    each window begins `stride` tokens after the one before, and only tokens that no earlier window has scored are
-    scored. Then nothing is left out, and tokens have more context.
+    which is for causal models, each window begins `stride` tokens after the one before, and only tokens that no earlier
+    window has scored are scored. Then nothing is left out, and tokens have more context.
+
+    Raise `ValueError` if `stride` is not from 1 to the model's number of positions, or if `data` does not fit the
+    model's tokenizer.
     """
     T = model.config.seq_len
     if stride is not None and not 1 <= stride <= T:

@@ -54,9 +54,9 @@ FEW_UPDATES = 50  # with fewer, the user gets a remark
 def finetune(settings: FinetuneSettings, show: Show, say: Say, stop: Stop | None = None) -> Record:
     """Train a task's head on `L_task + λ·L_lm`, or a causal model on answers, and write a run folder.
 
-    The folder has the weights of the best validation. Return the run's record, the content of run.json. `show` gets the
-    figures of each update for a progress display, and `say` gets lines for the user. `stop` tells whether a signal has
-    asked the run to end. Raise `ValueError` for settings that contradict each other.
+    The folder has the weights of the best validation. Return the run's record, the content of run.json.
+    `show(progress)` is called after each update with a `Progress`, and `say(line)` with lines for the user. `stop`
+    tells whether a signal has asked the run to end. Raise `ValueError` for settings that contradict each other.
     """
     with wrong_on_every_rank():
         task = task_of(settings)  # raises before any table is read
@@ -171,6 +171,7 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
             chosen = load_adapted(task.task.head, session.run.folder, record, best_folder).to(ranks.device)
 
         def measure() -> Record:
+            """Return "valid_exact_match" and "valid_word_f1" of the answers in text, or {} for a model without them."""
             if not isinstance(chosen, GPTForCausalLM):
                 return {}
             written = written_metrics(chosen, valid_rows, tokenizer, valid.labels)
@@ -188,7 +189,8 @@ def _finetune(session: Session[FinetuneSettings]) -> Record:
 def pretrained(head: type[Head], source: Path, **overrides: Any) -> Head:
     """Return a model of class `head` with the weights of the run in `source`.
 
-    It has the special tokens of a task's input. `overrides` replace fields of the configuration.
+    It has the special tokens of a task's input, start, delimiter and extract. `overrides` replace fields of the
+    configuration.
     """
     return load_for_task(source, partial(load_head, head), overrides)
 
@@ -196,7 +198,8 @@ def pretrained(head: type[Head], source: Path, **overrides: Any) -> Head:
 def fresh(head: type[Head], source: Path, **overrides: Any) -> Head:
     """Return a model of class `head` with new weights and the configuration of the run in `source`.
 
-    It has the special tokens of a task's input. `overrides` replace fields of the configuration.
+    It has the special tokens of a task's input, start, delimiter and extract. `overrides` replace fields of the
+    configuration.
     """
     return load_for_task(source, lambda folder, **changed: head(read_config(folder)[1].replace(**changed)), overrides)
 
@@ -242,7 +245,11 @@ class RowSource:
     ranks: int = 1
 
     def __call__(self, step: int) -> list[Batch]:
-        """Return this rank's micro-batches of update `step`, counted from 0."""
+        """Return this rank's micro-batches of update `step`, counted from 0, as many on every rank.
+
+        The updates take `batch_size` rows each of one shuffled pass over the rows after another. If there are too few
+        rows for all micro-batches of all ranks, some hold one row that does not count (weight 0).
+        """
         epoch, place = divmod(step, math.ceil(len(self.rows) / self.batch_size))
         order = self._order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
         each = min(self.parts, math.ceil(len(order) / self.ranks))
@@ -256,7 +263,7 @@ class RowSource:
         return batch if part else batch._replace(weight=0)
 
     def _order(self, epoch: int) -> list[int]:
-        """Return the indices of all rows, shuffled for this epoch. The latest epoch's order is kept."""
+        """Return the indices of all rows, shuffled for `epoch`, counted from 0. The latest epoch's order is cached."""
         if getattr(self, "_epoch", None) != epoch:
             generator = torch.Generator().manual_seed(mix(self.seed, epoch) >> 1)
             self._epoch, self._shuffled = epoch, torch.randperm(len(self.rows), generator=generator).tolist()
@@ -264,9 +271,10 @@ class RowSource:
 
 
 def validation(model: Head, rows: Sequence[Example], task: TaskSettings, size: int) -> Metrics:
-    """Return the task's metrics on `rows`, with "valid_" in front of their names. Baselines keep their names.
+    """Return the task's metrics on `rows`, with "valid_" in front of their names, such as "valid_accuracy".
 
-    `size` is the number of bytes of all expected answers, which a task in text needs for its bits per byte.
+    Baselines, whose names begin with "majority_" or "mean_", keep their names. `size` is the number of bytes of all
+    expected answers, which a task in text needs for its bits per byte.
     """
     measured = score(model, rows, task, size)
     baselines = ("majority_", "mean_")
@@ -274,9 +282,10 @@ def validation(model: Head, rows: Sequence[Example], task: TaskSettings, size: i
 
 
 def draw(folder: Path, task: TaskSettings, source: str, path: Path) -> None:
-    """Plot the curves of the run in `folder`, with the main metric of its task, as a PNG at `path`.
+    """Plot the training loss and a validation metric of the run in `folder` over the updates, as a PNG at `path`.
 
-    `source` names the training table in the title.
+    The metric is the loss of the answers for a task in text, the F1 of words for a span, the squared error for numbers,
+    and else the accuracy. `source` names the training table in the title.
     """
     metrics, title = read_metrics(folder), f"Fine-tuning: {source}"
     if task.writes:
@@ -305,10 +314,12 @@ def _tell(
     steps: int,
     say: Callable[[str], None],
 ) -> None:
-    """Tell the user, in lines for `say`, what the run will train on, and what may be wrong with it.
+    """Tell the user what the run will train on and what may be wrong with it, by a call of `say` for each line.
 
-    `rows` are the examples of the table `train`, `seq_len` is the largest number of tokens in one, `rule` is one line
-    about the labels or None, and `steps` is the number of updates.
+    The lines are: the numbers of rows for training and validation; the remarks of `remarks` on `train`, and the notes
+    of `valid`; `rule`, a line about the labels, unless it is None; and, for fewer than FEW_UPDATES of `steps` updates,
+    that they are few. `rows` are the examples made of the table `train`, and `seq_len` is the model's number of
+    positions.
     """
     say(f"{train.source}: {len(train):,} rows to train on, {len(valid):,} held out")
     for remark in [*remarks(train, rows, seq_len), *valid.notes]:

@@ -45,7 +45,11 @@ def evaluate_form(
     choice_columns: str | None = None,
     label_column: str | None = None,
 ) -> dict[str, Any]:
-    """Return the metrics that `last_words` (form "lambada") or `endings` ("hellaswag") measures on the file at `path`.
+    """Return the metrics of a language model on a benchmark's file at `path`, of the form "lambada" or "hellaswag".
+
+    For "lambada" the keys are "task", "last_word_accuracy", "last_word_loss", "last_word_perplexity" and "examples",
+    see `last_words`. For "hellaswag" they are "task", "choice_accuracy", "choice_accuracy_norm",
+    "choice_accuracy_per_token", "chance" and "examples", see `endings`.
 
     LAMBADA reads `text_column` alone. For HellaSwag `choice_columns` is a column of lists, or several columns with
     commas between their names, and `label_column` holds the index of the right ending. A column that is None has the
@@ -59,9 +63,9 @@ def evaluate_form(
 
 
 def read_last_words(path: Path, text_column: str, options: RowOptions) -> list[Question]:
-    """Return a question for each row of the file: its text up to the last space, which the last word has to continue.
+    """Return a `Question` for each row of the file: the text up to the last space, with the last word as its choice.
 
-    The word, with the space in front, is the only choice. Raise `ValueError` for a text without a space between words,
+    There is no other choice, and it begins with the space. Raise `ValueError` for a text without a space between words,
     and for a file without rows.
     """
     questions = []
@@ -77,12 +81,13 @@ def read_last_words(path: Path, text_column: str, options: RowOptions) -> list[Q
 def read_endings(
     path: Path, text_column: str | None, choice_columns: str, label_column: str, options: RowOptions
 ) -> list[Question]:
-    """Return a question for each row of the file: a context, its possible endings, and the index of the right one.
+    """Return a `Question` for each row of the file: a context, its possible endings, and the index of the right one.
 
     `choice_columns` is a column of lists, or several columns with commas between their names. `label_column` holds the
     index, from 0 on. If `text_column` is None, the context of HellaSwag's own files is made of `activity_label`,
     `ctx_a` and `ctx_b`, without annotations in brackets, as in lm-evaluation-harness; in files that lack these columns
-    it is `ctx`. Raise `ValueError` for a row that lacks a part, and for a file without rows.
+    it is `ctx`. A choice begins with a space. Raise `ValueError` for a row that lacks a part, and for a file without
+    rows.
     """
     questions = []
     for place, row in read_rows(path, options):
@@ -125,9 +130,9 @@ def last_words(model: GPTForCausalLM, tokenizer: Tokenizer, questions: Sequence[
 def endings(model: GPTForCausalLM, tokenizer: Tokenizer, questions: Sequence[Question]) -> dict[str, Any]:
     """Return how often the right choice of a question has the largest log-likelihood.
 
-    "choice_accuracy" compares the log-likelihoods of whole choices, "choice_accuracy_norm" those for each character
-    (lm-evaluation-harness's `acc_norm`), and "choice_accuracy_per_token" those for each token. "chance" is the accuracy
-    of guessing. "task" and "examples" are there too.
+    "choice_accuracy" compares the log-likelihoods of whole choices. "choice_accuracy_norm" (lm-evaluation-harness's
+    `acc_norm`) compares them divided by the number of characters, "choice_accuracy_per_token" by the number of tokens.
+    "chance" is the accuracy of guessing, and "examples" the number of questions. "task" is "hellaswag".
     """
     right = {"choice_accuracy": 0, "choice_accuracy_norm": 0, "choice_accuracy_per_token": 0}
     for question, scores in zip(questions, _scores(model, tokenizer, questions), strict=True):
@@ -164,9 +169,10 @@ def continuation_ids(
 
 
 def _scores(model: GPTForCausalLM, tokenizer: Tokenizer, questions: Sequence[Question]) -> list[list[Continuation]]:
-    """Return a list for each question, with the score of each of its choices behind the context.
+    """Return a list for each question with the score of each of its choices, in their order.
 
-    Raise `ValueError` for a choice that has no tokens, or more than the model has positions.
+    A score is a `Continuation`: the choice's log-likelihood behind the context, and whether greedy decoding would write
+    it. Raise `ValueError` for a choice that has no tokens, or more than the model has positions.
     """
     pairs = []
     for question in questions:

@@ -80,7 +80,7 @@ class GPTFastLM(TemplateLM):
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each request's text, summed over disjoint windows as the harness cuts them.
 
-        A request's `args` are (text,). `disable_tqdm` is ignored.
+        A request's `args` are (text,). The first window begins behind the prefix token. `disable_tqdm` is ignored.
         """
         pairs, counts = [], []
         for request in requests:

@@ -31,8 +31,8 @@ Mask = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
 def masker(tokenizer: Tokenizer, config: GPTConfig) -> Mask:
     """Return a function that hides tokens for masked language modelling: `mask_tokens` for this vocabulary.
 
-    It takes token ids [B, T] and a generator and returns (inputs, labels). Raise `ValueError` if `config` has no mask
-    token.
+    It takes token ids [B, T] and a generator and returns (inputs, labels), [B, T] each; labels are -100 where nothing
+    is hidden. Raise `ValueError` if `config` has no mask token.
     """
     special = set(special_ids(tokenizer).values())
     ordinary = torch.tensor([i for i in sorted(tokenizer.get_vocab(True).values()) if i not in special])
@@ -95,7 +95,11 @@ class WindowSource:
         check_division(self.batch_size, self.parts, self.ranks)
 
     def __call__(self, step: int) -> Sequence[Batch]:
-        """Return this rank's micro-batches of update `step`, counted from 0."""
+        """Return this rank's micro-batches of update `step`, counted from 0.
+
+        An update takes the next `batch_size` windows of `seq_len` tokens of the shuffled stream, of which this rank
+        takes its share. Before update `warmup` / 2 each window is cut into four, and into two before update `warmup`.
+        """
         each = self.batch_size // (self.parts * self.ranks)
         first = step * self.batch_size + self.rank * self.parts * each
         pieces = 1 if step >= self.warmup else 2 if 2 * step >= self.warmup else 4
@@ -114,10 +118,10 @@ class WindowSource:
 def mask_each(
     tokens: Tensor, generator: torch.Generator, *, mask: Mask, seed: int, positions: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Return (inputs, labels), both [B, T]: `mask` applied to each row of `tokens` by itself.
+    """Return (inputs, labels), both [B, T]: `mask` applied to each row of `tokens` [B, T] by itself.
 
-    The generator is seeded with `seed` and the row's position in `positions`. So a window's masks do not depend on the
-    batch that it is in.
+    `mask` is a function as `masker` returns it. The generator that it draws from is seeded with `seed` and the row's
+    position in `positions`. So a window's masks do not depend on the batch that it is in.
     """
     rows = [
         mask(row[None], generator.manual_seed(mix(seed, position, 2) >> 1))
@@ -151,7 +155,7 @@ def read_lm_data(
     text_column: str = "text",
     raw_dtype: str | None = None,
 ) -> LMData:
-    """Return the data of a language model: token files (.bin) mapped into memory, or text that is tokenised here.
+    """Return the `LMData` of a language model: token files (.bin) mapped into memory, or text that is tokenised here.
 
     `paths` are either token files or text; without paths, the text is the standard library's. `tokenizer` is "bpe",
     "byte", "char" or a path. If it is None, text gets a new BPE tokenizer of `bpe_size` tokens, and token files take
@@ -181,11 +185,11 @@ def read_lm_data(
 
 
 def _read_token_files(paths: Sequence[Path], named: str | None, ranks: World, raw_dtype: str | None) -> LMData:
-    """Return the data of a language model from token files, mapped into memory and checked against their tokenizer.
+    """Return the `LMData` of token files, which are mapped into memory and checked against their tokenizer.
 
-    `named` is the path of the tokenizer, or None for the tokenizer.json beside the first file. `raw_dtype` is the dtype
-    of files without a header. Rank 0 of `ranks` reads the files through to check them. Raise `ValueError` if a check
-    fails.
+    `named` is the path of the tokenizer, or None for the tokenizer.json beside the first file. `raw_dtype`, "uint16" or
+    "uint32", is the dtype of files without a header. Rank 0 of `ranks` reads the files through to check them. Raise
+    `ValueError` if a check fails.
     """
     if named in ("bpe", "byte", "char"):
         raise ValueError(f"--tokenizer {named}: {paths[0]} holds tokens already; expected their tokenizer.json")

@@ -48,8 +48,8 @@ class Spikes:
     def see(self, loss: float) -> bool:
         """Add the loss of the next update to the running mean and variance. Return True if the loss is a spike.
 
-        A spike lies six standard deviations above the mean, after the first fifty losses. A loss that is not finite is
-        ignored.
+        A spike lies more than six standard deviations above the mean. The first fifty losses are never spikes. A loss
+        that is not finite is ignored.
         """
         if not math.isfinite(loss):
             return False
@@ -114,7 +114,7 @@ class LoopState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LoopState:
-        """Return the state with the fields in `values`, a dict by `dataclasses.asdict` that a checkpoint holds."""
+        """Return the state with the fields in `values`, which `dataclasses.asdict` made of a state for a checkpoint."""
         return cls(**(values | {"spikes": Spikes(**values["spikes"])}))
 
 
@@ -123,9 +123,9 @@ def intervals(
 ) -> dict[str, int]:
     """Return {"log_every", "valid_every"}: the updates between two lines of metrics.jsonl and between two validations.
 
-    Values that are given are kept. By default a run of `steps` updates logs some fifty lines, or one every hundred
-    updates if it is long, and validates about `validations` times, at a multiple of `log_every`, so that every line
-    covers the same number of updates.
+    Values that are given are kept. By default a run of `steps` updates logs every `steps` / 50 updates, at least one
+    and at most 100, and validates about `validations` times, at a multiple of `log_every`, so that every line covers
+    the same number of updates.
     """
     log_every = log_every if log_every is not None else min(100, max(1, steps // 50))
     regular = log_every * max(1, round(steps / validations / log_every))
@@ -238,7 +238,10 @@ class Loop:
                 tracker.close(end)
 
     def _continues(self) -> bool:
-        """Return True if updates are left and fewer than `settings.patience` validations were without progress."""
+        """Return True if updates are left to `settings.steps` and `settings.patience` does not end the run.
+
+        It ends the run when so many validations in a row were no better than the best one. None never does.
+        """
         patience = self.settings.patience
         return self.state.step < self.settings.steps and (patience is None or self.state.stale < patience)
 
@@ -253,14 +256,14 @@ class Loop:
         return trace(self.run_folder.folder, updates, self.say)
 
     def _send(self) -> Sent:
-        """Start copying this rank's micro-batches of the next update to the device."""
+        """Start copying this rank's micro-batches of the next update to the device. Return a handle for `_update`."""
         return self.engine.send(self.source(self.state.step))
 
     def _update(self, sent: Sent) -> Sent | None:
         """Make one update on the micro-batches in `sent`. Then log, validate, save and stop as the settings ask.
 
-        Return the handle of the next update's micro-batches if their copy was started beside this update, else None.
-        That only helps a GPU. Raise `Interrupted` after a signal.
+        Return the handle of the next update's micro-batches if the device is a GPU and an update is left, as their copy
+        was then started beside this update. Else return None. Raise `Interrupted` after a signal.
         """
         settings, state, engine = self.settings, self.state, self.engine
         began = time.perf_counter()
@@ -292,8 +295,9 @@ class Loop:
     def _asked_to_stop(self, may_wait: bool) -> bool:
         """Return True if a signal has asked any rank to stop.
 
-        Signals reach the ranks at different times, so several ranks have to agree. They do so only if `may_wait`, in
-        updates after which the ranks wait for each other anyway; otherwise the result is False.
+        Signals reach the ranks at different times, so several ranks have to agree. They do so only if `may_wait`, which
+        is True for updates after which the ranks wait for each other anyway; with several ranks the result is otherwise
+        False.
         """
         asked = self.stop.signum is not None
         if self.engine.world.size == 1:
@@ -351,7 +355,7 @@ class Loop:
 
     @property
     def _rate(self) -> float:
-        """Return the tokens per second of all ranks since the last line of metrics.jsonl."""
+        """Return the tokens per second of all ranks since the last line of metrics.jsonl, or 0 without an update."""
         return self._tokens / self._seconds if self._seconds else 0.0
 
     def _mfu(self, rate: float) -> float | None:
@@ -360,10 +364,12 @@ class Loop:
         return rate * self.settings.flops_per_token / (peak * self.engine.world.size) if peak else None
 
     def _log(self, lr: float, norm: float, validates: bool) -> Metrics:
-        """Write a line to metrics.jsonl and to the trackers, and return it. Run a validation before if `validates`.
+        """Write a line to metrics.jsonl and to the trackers, and return it as a dict. Validate first if `validates`.
 
-        `lr` and `norm` are the learning rate and the gradient's norm before clipping, of the last update. The mean loss
-        and the rates of the next line begin anew.
+        The keys are "step", "train_loss" (mean since the last line), "lr", "grad_norm", "tokens_per_second", "mfu" if
+        it is known, "skipped", "spikes", "seconds", and those that the validation returns. `lr` and `norm` are the
+        learning rate of the last update and its gradient's norm before clipping. The mean loss and the rates of the
+        next line begin anew.
         """
         state, rate = self.state, self._rate
         mean = math.fsum(state.losses) / len(state.losses) if state.losses else math.nan
@@ -393,9 +399,9 @@ class Loop:
         return line
 
     def _keep_best(self, line: Metrics) -> None:
-        """Save the model to best/ if the validation in `line` is the best so far, else count it as no progress.
+        """Save the model to best/ if the validation in `line` is the best so far. Else count it in `state.stale`.
 
-        Do nothing for a run without `better`, which does not compare validations.
+        Validations are compared by the key that `better` makes of them. Do nothing for a run without `better`.
         """
         if self.better is None:
             return
@@ -422,7 +428,10 @@ class Loop:
             self.say(f"{error}; without this checkpoint the run cannot be resumed for more steps")
 
     def save(self) -> None:
-        """Save a checkpoint of the current update in the run folder, which from then on stays whatever happens."""
+        """Save a checkpoint of the current update in the run folder.
+
+        The folder is then kept even if the run fails later, see `Run.keep`.
+        """
         world = self.engine.world
         self._settle()
         self.state.tokens += self._tokens

@@ -79,7 +79,8 @@ def multi_label_metrics(logits: Tensor, labels: Tensor) -> Metrics:
 
     `logits` are [N, K]; a logit above 0 predicts its class. `labels` [N, K] hold 1 for each class of a row and 0 for
     every other. The keys are "loss", "accuracy" (the share of rows with all classes right), "macro_f1", "micro_f1" and
-    "examples". "majority_accuracy" and "majority_macro_f1" are those of always answering the commonest row of `labels`.
+    "examples". "majority_accuracy" and "majority_macro_f1" are the same metrics of a baseline that always answers the
+    commonest row of `labels`.
     """
     from torchmetrics.classification import MultilabelF1Score
 
@@ -99,11 +100,12 @@ def multi_label_metrics(logits: Tensor, labels: Tensor) -> Metrics:
 
 
 def tag_metrics(logits: Sequence[Tensor], rows: Sequence[Example], names: Sequence[str]) -> Metrics:
-    """Return the metrics of a tagger: those of `classification_metrics` over all tagged words of all rows.
+    """Return the metrics of a tagger over all tagged words of all rows.
 
-    `logits` are [T, K] for each row of T tokens, and `row.tags` is the class of each token, or -100 where none counts.
-    `names` are the names of the K classes. "words" and "examples" are the numbers of tagged words and of rows. If all
-    names are O, B-X or I-X, "entity_f1" is added: the F1 of whole entities.
+    The keys are "loss", "accuracy", "macro_f1", "micro_f1", "matthews", "majority_accuracy" and "majority_macro_f1", as
+    in `classification_metrics`, and "words" and "examples", the numbers of tagged words and of rows. If all names are
+    O, B-X or I-X, "entity_f1" is added: the F1 of whole entities. `logits` are [T, K] for each row of T tokens, and
+    `row.tags` is the class of each token, or -100 where none counts. `names` are the names of the K classes.
     """
     tags = [torch.tensor(row.tags) for row in rows]
     counted = [(scores[which != IGNORE], which[which != IGNORE]) for scores, which in zip(logits, tags, strict=True)]
@@ -182,8 +184,8 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
     """Return the metrics of a classifier for `logits` [N, K] and classes `labels` [N], and of a baseline.
 
     The keys are "loss", "accuracy", "macro_f1", "micro_f1", "matthews" (see `matthews`) and "examples".
-    "majority_accuracy" and "majority_macro_f1" are those of always answering the commonest label; no constant answer
-    has higher ones.
+    "majority_accuracy" and "majority_macro_f1" are the same metrics of a baseline that always answers the commonest
+    label; no constant answer has higher ones.
     """
     from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 

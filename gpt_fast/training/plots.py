@@ -129,7 +129,10 @@ def _picture(path: Path, width: float, height: float) -> Iterator[Figure]:
 
 
 def _curve(axes: Axes, metrics: list[dict[str, float]], field: str, color: str, label: str, marker: str = "") -> None:
-    """Draw `field` over "step" for the lines of `metrics` that have it. The legend has `label` and the last value."""
+    """Draw `field` over "step" for the lines of `metrics` that have it, which have to be one or more.
+
+    The legend shows `label` and the last value. `marker` is a matplotlib marker for the points.
+    """
     points = [(line["step"], line[field]) for line in metrics if field in line]
     steps, values = zip(*points, strict=True)
     axes.plot(

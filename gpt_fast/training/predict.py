@@ -36,7 +36,10 @@ class Prediction:
     probabilities: dict[str, float] | None = None
 
     def columns(self) -> Row:
-        """Return the columns that the prediction adds to a row: "prediction" and, for one class, "probability"."""
+        """Return the columns that the prediction adds to a row of a table, as a dict.
+
+        They are "prediction" and, if the answer is one class, "probability", that of the class.
+        """
         if self.probabilities is None or self.answer not in self.probabilities:
             return {"prediction": self.answer}
         return {"prediction": self.answer, "probability": self.probabilities[str(self.answer)]}
@@ -52,12 +55,13 @@ def predict(
     max_new_tokens: int | None = None,
     options: RowOptions = PLAIN,
 ) -> tuple[TaskSettings, Table, list[Prediction]]:
-    """Return (task, table, predictions): the task of the run in `folder`, the rows it answered, and an answer for each.
+    """Return (task, table, predictions): the task of a run, the rows that its model answered, a `Prediction` for each.
 
-    The rows are those of the table `data`, or else one row made of `texts`: the text, then its pair or its choices.
-    Columns that are None are those of the training. `options` say how to read the table. A model that answers in text
-    writes at most `max_new_tokens` tokens, by default 100 or half of its positions if that is less. Raise `ValueError`
-    for a run without a task.
+    The run is in `folder`. The rows are those of the table `data`, or else one row made of `texts`: the text, then its
+    pair or its choices. `text_column` and `pair_column` (of the second text or of the choices) are those of the
+    training if they are None. `options` say how to read the table. A model that answers in text writes at most
+    `max_new_tokens` tokens, by default 100 or half of its positions if that is less. Raise `ValueError` for a run
+    without a task.
     """
     model, record = load_run(folder, device), read_record(folder)
     task = run_task(model, record)
@@ -96,11 +100,12 @@ def one_row(texts: Sequence[str], task: TaskSettings, names: Sequence[str]) -> T
 def answer(
     model: Head, folder: Path, table: Table, task: TaskSettings, names: Sequence[str], max_new_tokens: int | None
 ) -> list[Prediction]:
-    """Return the model's prediction for each row of `table`.
+    """Return a `Prediction` for each row of `table`, in order, by `model`.
 
     `folder` is the model's run folder, from which the tokenizer is read. `names` are the names of the task's classes. A
     model that answers in text writes at most `max_new_tokens` tokens, by default 100 or half of its positions if that
-    is less; raise `ValueError` if its positions do not allow that. Warn about rows that were cut off or are empty.
+    is less; raise `ValueError` unless `max_new_tokens` is from 1 to the number of positions less 5. Warn about rows
+    that may have been cut off or are empty.
     """
     tokenizer = run_tokenizer(folder, model)
     if isinstance(model, GPTForCausalLM):
@@ -147,10 +152,10 @@ def _warn(found: Sequence[str]) -> None:
 
 
 def check_target(out: Path, data: Path, options: RowOptions = PLAIN) -> None:
-    """Raise `ValueError` before any work if the predictions for `data` cannot be written to `out`.
+    """Raise `ValueError` if the predictions for the file `data` cannot be written to `out`. Nothing is written.
 
-    The name of `out` has to end in a format of tables, and `data` may not have a column "prediction" or "probability".
-    `options` say how to read `data`.
+    The name of `out` has to end in a format of tables, and no row of `data` may have a column "prediction" or
+    "probability". All rows of `data` are read, with `options`.
     """
     written_kind(out)
     for place, row in read_rows(data, options):

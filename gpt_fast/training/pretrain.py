@@ -42,8 +42,8 @@ SMALL_SIZES: dict[str, Any] = {"num_layers": 4, "num_heads": 4, "hidden_dim": 12
 def pretrain(settings: PretrainSettings, show: Show, say: Say, stop: Stop | None = None) -> Record:
     """Train a language model and write its run folder. Return the run's record, the content of run.json.
 
-    `show` gets the figures of each update for a progress display, and `say` gets lines for the user. `stop` tells
-    whether a signal has asked the run to end. Raise `ValueError` for settings that contradict each other.
+    `show(progress)` is called after each update with a `Progress`, and `say(line)` with lines for the user. `stop`
+    tells whether a signal has asked the run to end. Raise `ValueError` for settings that contradict each other.
     """
     with wrong_on_every_rank():
         check(settings)
@@ -51,7 +51,13 @@ def pretrain(settings: PretrainSettings, show: Show, say: Say, stop: Stop | None
 
 
 def check(settings: PretrainSettings) -> None:
-    """Raise `ValueError` for settings that are wrong whatever the text holds. No text is read."""
+    """Raise `ValueError` for settings that are wrong whatever the training text is, which is not read.
+
+    These are: a batch size that micro-batches and ranks do not divide; more warmup than steps; --graph with options
+    that it does not allow; unknown names; sizes that do not fit each other or the memory; --from beside --preset,
+    --layers, --heads, --dim or --tokenizer; and pipes as --data of a run that is resumed. Raise `FileNotFoundError` if
+    the folder of --from holds no run.
+    """
     if settings.resume:
         _refuse_pipes(settings)
     check_division(settings.batch_size, settings.accumulate, int(os.environ.get("WORLD_SIZE", "1")))
@@ -87,7 +93,10 @@ def _check_names(settings: PretrainSettings) -> None:
 
 
 def _check_graph(settings: PretrainSettings) -> None:
-    """Raise `ValueError` if --graph is combined with options whose updates no CUDA graph can hold."""
+    """Raise `ValueError` if --graph is combined with options whose updates no CUDA graph can hold.
+
+    They are the CPU as the device, several processes, --optimizer muon, --objective mlm, --pack and --window-warmup.
+    """
     if not settings.graph:
         return
     if resolve_device(settings.device) == "cpu":
@@ -221,7 +230,7 @@ def _refuse_pipes(settings: PretrainSettings) -> None:
 
 
 def _tokenizer_name(settings: PretrainSettings, folder: Path, resumed: bool) -> str | None:
-    """Return where the run's tokenizer comes from, or None if the user names none.
+    """Return where the run's tokenizer comes from: a path, "bpe", "byte" or "char", or None if the user names none.
 
     It is the run's own `folder` for a resumed run, else the folder of --from, else the value of --tokenizer.
     """
@@ -240,9 +249,10 @@ def draw(folder: Path, record: Record, path: Path) -> None:
 
 
 def make_model(settings: PretrainSettings, tokenizer: Tokenizer) -> Head:
-    """Return the model to train: a new one, or with --from the objective's head on that run's trunk and output layer.
+    """Return the model to train, with the head for the objective --objective.
 
-    Raise `ValueError` if --seq-len differs from the positions of the run of --from.
+    It has new weights and the vocabulary of `tokenizer`, or with --from the weights of that run's trunk and output
+    layer. Raise `ValueError` if --seq-len differs from the positions of the run of --from.
     """
     head = OBJECTIVES[settings.objective]
     if settings.source is None:
@@ -258,7 +268,7 @@ def make_model(settings: PretrainSettings, tokenizer: Tokenizer) -> Head:
 
 
 def make_config(settings: PretrainSettings, num_tokens: int, **tokens: int) -> GPTConfig:
-    """Return the configuration of the preset with the sizes that the user gave.
+    """Return the configuration of the preset with the sizes that the user gave in `settings`.
 
     `num_tokens` is the vocabulary size, and `tokens` are the ids of special tokens by their field of `GPTConfig`.
     Without a preset, the result is GPT-2's block in a size that trains in minutes on a CPU.
@@ -280,7 +290,9 @@ def validation_batches(
 ) -> list[Batch]:
     """Return the batches of at most 128 windows of `valid`, the same windows with the same masks at every validation.
 
-    A window has `seq_len` tokens. `mask`, `document_token` and the form of the batches are those of `lm_batch`.
+    A window has `seq_len` tokens, and a batch at most `batch_size` windows. `mask` hides tokens, as `masker` returns
+    it, or is None for next-token prediction. If `document_token`, the id that begins a document, is given, the windows
+    of a batch are packed into one row, in which attention does not cross documents.
     """
     windows: Tensor = lm_windows(valid, seq_len, VALID_WINDOWS)
     generator = torch.Generator().manual_seed(0)

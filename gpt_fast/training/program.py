@@ -91,13 +91,15 @@ class Session(Generic[S]):
     ) -> Loop:
         """Return the training loop, at its beginning or at the checkpoint that it resumes from.
 
-        A new run's folder gets its settings, tokenizer and configuration. `source` maps the number of an update, from 0
-        on, to its micro-batches. `validate` returns the metrics of a validation, of which a run has about `validations`
-        unless `valid_every` sets the updates between them. `schedule` maps the number of an update to the factor of
-        `lr`. `identity` describes the data, which a resumed run has to read again. `record` is what a reader of a
-        stopped run has to know, so every checkpoint holds it. `better` maps metrics to a key that is larger for a
-        better model; `save_best` then saves the best model, and `patience` is how many validations in a row may be no
-        better. With `flops_per_token` the loop logs the MFU.
+        A new run's folder gets its settings, tokenizer and configuration. `source(step)` returns this rank's
+        micro-batches of an update, counted from 0. `validate()` returns the metrics of a validation, of which a run has
+        about `validations` unless `valid_every` sets the updates between them. `schedule(step)` returns the factor of
+        `lr` in an update, counted from 0, and `steps` is the number of updates. `identity` describes the data, and a
+        run resumes only if it is the same. `record` holds the entries of run.json that are known before the training;
+        every checkpoint has them, for readers of a stopped run. `better(metrics)` returns a key that is larger for a
+        better model; `save_best(model, folder)` then saves the best model, and `patience` is how many validations in a
+        row may be no better. With `flops_per_token`, which returns the FLOPs of a token's forward and backward pass,
+        the loop logs the MFU.
         """
         settings, run, ranks = self.settings, self.run, self.ranks
         engine = Engine(model, lr, EngineSettings.of(settings), ranks)
@@ -130,7 +132,12 @@ class Session(Generic[S]):
         return loop
 
     def facts(self, loop: Loop) -> Record:
-        """Return the entries that run.json has after every training: settings, seconds, skipped updates and so on."""
+        """Return the entries that run.json has after every training.
+
+        They are the settings "batch_size", "seed", "device", "precision", "optimizer" and "schedule"; "torch", its
+        version; "seconds", spent in updates; "skipped" and "spikes", numbers of updates; "ranks"; and "strategy" if
+        there are several ranks.
+        """
         settings = self.settings
         return {
             "batch_size": settings.batch_size,
@@ -153,11 +160,11 @@ class Session(Generic[S]):
         measure: Callable[[], Record] = dict,
         write: Callable[[Path], Path] | None = None,
     ) -> None:
-        """Write the weights, then run.json, which marks the folder as finished, then the pictures.
+        """Write the weights, then run.json, which marks the folder as finished, then the pictures. Delete best/.
 
-        run.json holds `record`, the result of `measure`, which runs when the weights are on disk, and the size and
-        SHA-256 of the weights. `pictures` maps the name of a file to a function that draws it at a path.
-        `write(folder)`, if given, writes other weights than those of `model` and returns their path.
+        run.json holds `record`, the result of `measure`, which is called when the weights are on disk, and the size and
+        SHA-256 of the weights. `pictures` maps the name of a file to a function that draws it at a path; one that fails
+        is a warning. `write(folder)`, if given, writes other weights than those of `model` and returns their path.
         """
         folder = self.run.folder
         path = folder / "model.safetensors"
@@ -174,11 +181,12 @@ class Session(Generic[S]):
 
 
 def train(settings: S, body: Callable[[Session[S]], Record], show: Show, say: Say, stop: Stop | None) -> Record:
-    """Call `body` with a `Session`: the processes that torchrun started, and the run folder in `settings.out`.
+    """Call `body` with the `Session` of a training, which writes to the run folder `settings.out`.
 
-    Return the record that `body` returns. With --resume, return at once the record of a run that is finished and is not
-    asked for more steps. `show` and `say` are called on rank 0 only. Raise `ValueError` if the folder or the settings
-    do not allow the training.
+    Return the record that `body` returns, the content of run.json. With --resume, return at once the record of a run
+    that is finished and is not asked for more steps. `show(progress)`, called after each update, and `say(line)` are
+    called on rank 0 only. `stop` tells whether a signal has asked the run to end. Raise `ValueError` if the folder or
+    the settings do not allow the training.
     """
     out = settings.out
     trackers.require(settings.tracker)
@@ -213,10 +221,12 @@ def train(settings: S, body: Callable[[Session[S]], Record], show: Show, say: Sa
 
 
 def _resumed(settings: S, run: Run, ranks: World, show: Show, say: Say, stop: Stop) -> Session[S]:
-    """Return the `Session` of a training on the rank `ranks`, with the settings that the run is trained with.
+    """Return the `Session` of a training on one rank, with the settings that the run in `run` is trained with.
 
-    For a resumed run they are those that it began with, and options that the user gave again have to agree. If these
-    options ask for more steps, the run folder is opened again for them.
+    A run that is resumed, because its folder has a checkpoint, keeps the settings that it began with; options that the
+    user gives again have to agree, and else a `ValueError` is raised. If they ask for more steps, the run folder is
+    opened again for them. `ranks` is the world of all ranks as this rank sees it. `show`, `say` and `stop` are those of
+    `train`.
     """
     path = run.folder / SETTINGS
     saved = ranks.values(read_file(path) if run.kept else {})
@@ -249,4 +259,4 @@ def check_optimizer(settings: TrainingSettings) -> None:
 
 
 def ignore(_: object) -> None:
-    """Do nothing. Ranks that print nothing have this function in place of `show` and `say`."""
+    """Do nothing. Ranks other than 0, which print nothing, have this function in place of `show` and `say`."""

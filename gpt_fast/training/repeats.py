@@ -25,9 +25,10 @@ def is_repeated(settings: FinetuneSettings) -> bool:
 def repeat(settings: FinetuneSettings, show: Show, say: Say, stop: Stop | None = None) -> Record:
     """Train several runs, each into a folder of its own inside `settings.out`, and write repeats.json there.
 
-    Return the content of that file: "runs", the folders, and "metrics", the result of `spread`. With --resume, finished
-    runs stay as they are, and all others are trained or resumed. Raise `FileExistsError` if `settings.out` is itself a
-    run.
+    Return the content of that file: "runs", the folders, and "metrics", {metric: {"mean", "sd", "min", "max",
+    "values"}} over the runs, see `spread`. `show(progress)` is called after each update, and `say(line)` with lines for
+    the user. `stop` tells whether a signal has asked the training to end. With --resume, finished runs stay as they
+    are, and all others are trained or resumed. Raise `FileExistsError` if `settings.out` is itself a run.
     """
     if (settings.out / "config.json").exists():
         raise FileExistsError(f"--out {settings.out}: is a run; expected a folder to hold several")

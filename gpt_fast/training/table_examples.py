@@ -90,12 +90,12 @@ def read_tables(
     options: RowOptions = PLAIN,
     fold: tuple[int, int] | None = None,
 ) -> tuple[Table, Table, TaskSettings]:
-    """Return (training table, validation table, task): the task with the rule by which the labels of both are read.
+    """Return (training table, validation table, task), where `task.answers` is set for multiple choice.
 
     The tables are the files `train` and `valid`. Without `valid`, a tenth of the rows, drawn by `seed`, is held out for
     validation; or, with `fold` = (i, K), the i-th of K parts of the table, counted from 1. Without `train`, both tables
-    are snippets of the standard library. `options` say how to read the files. The rule is decided on all rows of
-    `train`. Raise `ValueError` if a table is missing or too small.
+    are snippets of the standard library. `options` say how to read the files. How labels are spelled and how they name
+    a choice is decided on all rows of `train`, see `_with_rule`. Raise `ValueError` if a table is missing or too small.
     """
     if train is None:
         if valid is not None:
@@ -125,9 +125,11 @@ def read_tables(
 
 
 def _with_rule(table: Table, task: TaskSettings) -> tuple[Table, TaskSettings]:
-    """Return (table, task): the table with one spelling of each class, and the task with the form of its answers.
+    """Return (table, task) of a training table: the table with its labels in one spelling, the task with `answers` set.
 
-    That form, for multiple choice alone, is how labels name a choice: one of `ANSWERS`, such as "letters".
+    If a label is one class, all spellings of a class become its name, and a note says which were changed. For multiple
+    choice, `task.answers` becomes the way in which the labels name a choice: "text", "letters", "0" or "1" (see
+    `ANSWERS`). For any other task both are returned as they are.
     """
     if task.name == "multiple-choice":
         return table, replace(task, answers=_reading(table, task, label_names(table, task)))
@@ -143,7 +145,8 @@ def _with_rule(table: Table, task: TaskSettings) -> tuple[Table, TaskSettings]:
 def label_rule(names: Sequence[str], task: TaskSettings) -> str | None:
     """Return one line for the user about how the labels are read, or None if they are numbers or texts.
 
-    `names` are the names of the classes.
+    It begins with "labels: ", or for multiple choice with "answers: ". `names` are the names of the classes, or of the
+    choices.
     """
     if task.name == "multiple-choice" and task.answers is not None:
         return f"answers: {ANSWER_NAMES[task.answers]}, of {len(names)} choices"
@@ -195,7 +198,9 @@ def _labels(label: str, task: TaskSettings) -> list[str]:
 def label_names(table: Table, task: TaskSettings) -> list[str]:
     """Return the names of the classes of a training table, in order; for multiple choice, the letters of the choices.
 
-    The list is empty if the labels are numbers or texts. Raise `ValueError` if there are too few classes or choices.
+    The order is that of --labels if it is given, else that of `class_names`. The list is empty if the labels are
+    numbers or texts. Raise `ValueError` if there are fewer than two classes (one where a row has a set of classes) or
+    fewer than two choices.
     """
     if task.kind not in ("class", "set", "tags"):
         return []
@@ -222,11 +227,11 @@ def label_names(table: Table, task: TaskSettings) -> list[str]:
 
 
 def targets(table: Table, task: TaskSettings, names: Sequence[str]) -> list[Any]:
-    """Return the target of each row: the index of its class in `names`, or its number.
+    """Return the target of each row, in order: the index of its class in `names`, or its number.
 
-    The target is a list of 0 and 1 for a set of classes, a list of class indices for tags, and 0 for a text that is to
-    be written or found. A table without labels has zeros in their place. Raise `ValueError` for a label that is no
-    class or number.
+    For a set of classes, the target is a list of 0 and 1, and for tags a list of class indices; for a text that is to
+    be written or found it is 0. A table without labels has zeros as its targets. Raise `ValueError` for a label that is
+    no class or number.
     """
     if task.name == "multiple-choice":
         _check_choices(table, names)
@@ -288,10 +293,13 @@ def _refuse_label(table: Table, rows: Sequence[int], label: str, names: Sequence
 def examples(
     table: Table, task: TaskSettings, names: Sequence[str], tokenizer: Tokenizer, config: GPTConfig, room: int = 0
 ) -> list[Example]:
-    """Return each row of a table as the model takes it, in at most `config.seq_len` - `room` tokens.
+    """Return an `Example` for each row of a table: its token ids and its target.
 
-    `room` positions are left for tokens that a model in text will write. `names` are the names of the classes. If the
-    table has no labels, the answers of such a model are empty.
+    An example has one sequence of token ids, both orders of a pair for similarity, or one sequence for each choice. A
+    sequence has at most `config.seq_len` - `room` tokens: longer texts are cut off. `room` positions are left for
+    tokens that a model in text will write. `names` are the names of the classes. If the table has no labels, the
+    targets are placeholders and the answers of a model in text are empty. Raise `ValueError` for a label that is not
+    valid.
     """
     wanted = targets(table, task, names)
     if task.kind == "tags":
@@ -418,7 +426,7 @@ def remarks(table: Table, rows: Sequence[Example], seq_len: int) -> list[str]:
 
 
 def _letter(index: int) -> str:
-    """Return the name of choice number `index`, counted from 0: "A" to "Z", then numbers."""
+    """Return the name of choice number `index`, counted from 0: "A" to "Z", then "26", "27" and so on."""
     return chr(ord("A") + index) if index < 26 else str(index)
 
 
@@ -433,10 +441,10 @@ def _check_choices(table: Table, names: Sequence[str]) -> None:
 
 
 def _reading(table: Table, task: TaskSettings, names: Sequence[str]) -> str:
-    """Return how the labels of a multiple-choice table name a choice, one of `ANSWERS`: text, letter, or number.
+    """Return how the labels of a multiple-choice table name a choice: "text", "letters", "0" or "1" (see `ANSWERS`).
 
     It is `task.answers`, or if that is None the only form that fits the whole column. `names` are the letters of the
-    choices. Raise `ValueError` if a label names no choice.
+    choices. Raise `ValueError` if a label names no choice, or if a row has another number of choices.
     """
     _check_choices(table, names)
     if task.answers is None:
@@ -451,7 +459,7 @@ def _reading(table: Table, task: TaskSettings, names: Sequence[str]) -> str:
 
 
 def _number(table: Table, row: int) -> float:
-    """Return the label of row number `row` as a number. Raise `ValueError` if it is none."""
+    """Return the label of row number `row` as a number. Raise `ValueError` if it spells none."""
     label = table.labels[row]
     value = number(label)
     if value is None:

@@ -131,7 +131,7 @@ def _refuse_pair(pair_column: str, task: str) -> None:
 
 
 def pair_columns(task: TaskSettings, given: str | None) -> tuple[str, ...]:
-    """Return the names of the columns with a task's second texts: those in `given`, or the task's if it is None.
+    """Return the names of the columns with a task's second texts: those in `given`, or the task's own for None.
 
     Commas separate the names in `given`. Raise `ValueError` if columns are given for a task that reads one text only.
     """
@@ -220,8 +220,10 @@ def new_model(
 def score(model: Head, rows: Sequence[Example], task: TaskSettings, answer_bytes: int) -> Metrics:
     """Return the metrics of a task, with those of its baseline, for a model on the examples `rows`.
 
-    The keys depend on the kind of labels, as in `metrics.py`. `answer_bytes` is the number of bytes of all expected
-    answers, which only a task in text needs.
+    The keys depend on `task.kind`, for example "loss", "accuracy" and "majority_accuracy" for classes, "mse" and
+    "mean_mse" for numbers, and "loss", "perplexity" and "bits_per_byte" for texts. Functions of `metrics.py` list them:
+    `classification_metrics`, `regression_metrics`, `answer_metrics`, `multi_label_metrics`, `tag_metrics` and
+    `span_metrics`. `answer_bytes` is the number of bytes of all expected answers, which only a task in text needs.
     """
     pad = model.config.pad_token or 0
     if task.writes:
@@ -306,7 +308,9 @@ def writing_prompt(
 
     A model that was fine-tuned to answer in text gets `prompt` and `question` with the special tokens of its training.
     `question` is None for a task without questions. Any other model continues `prompt` as it is. `end` is None if the
-    model has no token that ends a text; generation then stops at the maximum number of tokens.
+    model has no token that ends a text; generation then stops at the maximum number of tokens. Raise `ValueError` if
+    `question` is given to a model that takes none or missing for one that needs it, if the prompt has a character
+    without a token, or if it is empty and the model has no start token.
     """
     task = TASKS.get(str(read_record(folder).get("task")))
     writes = task is not None and task.head is GPTForCausalLM

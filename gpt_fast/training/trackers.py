@@ -49,7 +49,7 @@ class Tracked:
             self._works = write_extra(self._path, lambda path: self._opened(path, line).add(line))
 
     def close(self, end: End) -> None:
-        """Close the tracker if one was opened. `end` says how the run ended."""
+        """Close the tracker if one was opened. `end` says how the run ended: "finished", "failed" or "killed"."""
         if self._tracker is None:
             return
         tracker = self._tracker
@@ -59,7 +59,10 @@ class Tracked:
             tracker.release()
 
     def _opened(self, path: Path, line: Metrics) -> Tracker:
-        """Return the tracker. The first call makes it: it writes to `path`, and `line` is the first to be logged."""
+        """Return the tracker, which the first call makes.
+
+        It writes to `path`, and `line` is the first line of metrics that it will log.
+        """
         if self._tracker is not None:
             return self._tracker
         if self._name == "tensorboard":
@@ -148,7 +151,10 @@ class MLflow:
         self._client.log_batch(self._id, params=[Param(name, str(value)[:500]) for name, value in settings.items()])
 
     def add(self, line: Metrics) -> None:
-        """Log all finite metrics of a line in one request: a request for each took eight times as long."""
+        """Log all finite metrics of a line at the line's update, `line["step"]`, in one request.
+
+        A request for each metric took eight times as long.
+        """
         step, now = int(line["step"]), time.time_ns() // 1_000_000
         self._client.log_batch(
             self._id,

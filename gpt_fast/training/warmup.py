@@ -32,9 +32,10 @@ class Compiled:
     found: int = 0
 
     def __call__(self, *, cache_hit: bool, **_: Any) -> None:
-        """Count one kernel: in `found` if Triton took it from its cache, else in `compiled`.
+        """Count one kernel: in `found` if Triton took it from its cache (`cache_hit`), else in `compiled`.
 
-        Triton calls this object for each kernel, as its compilation listener. Other arguments of the call are ignored.
+        A compilation listener of Triton calls this for each kernel, with Triton's arguments. All but `cache_hit` are
+        ignored.
         """
         self.found += cache_hit
         self.compiled += not cache_hit
@@ -110,6 +111,7 @@ def _counted(knobs: Any, result: dict[str, Any], name: str) -> Iterator[None]:
     counter, before, began = Compiled(), knobs.compilation.listener, time.perf_counter()
 
     def listen(**event: Any) -> None:
+        """Count one kernel, and pass Triton's event on to the listener that was installed before."""
         counter(**event)
         if before is not None:
             before(**event)

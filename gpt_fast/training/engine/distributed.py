@@ -50,7 +50,10 @@ class World:
             dist.barrier()
 
     def total(self, tensor: Tensor) -> Tensor:
-        """Return the sum of `tensor` over all ranks. With several ranks, the sum replaces the values of `tensor`."""
+        """Return the sum of `tensor` over all ranks. With several ranks, the sum replaces the values of `tensor`.
+
+        Every rank calls this.
+        """
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -86,8 +89,9 @@ class World:
     def wrap(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         """Return `model` wrapped for data-parallel training, or `model` itself if there is one rank.
 
-        DDP keeps the whole model on each rank. FSDP2 shards the parameters of `model` in place, one unit per decoder;
-        if `dtype` is not float32, it computes in `dtype` and sums gradients in float32.
+        With the strategy "ddp", DDP keeps the whole model on each rank. With "fsdp", FSDP2 shards the parameters of
+        `model` in place: each decoder is an FSDP unit, and all other parameters form one more. If `dtype` is not
+        float32, FSDP2 computes in `dtype` and sums gradients in float32. DDP ignores `dtype`.
         """
         if self.size == 1:
             return model
@@ -108,10 +112,10 @@ class World:
 
     @contextmanager
     def synchronised(self, parallel: nn.Module, wanted: bool) -> Iterator[None]:
-        """Sum gradients over the ranks in the backward pass inside the block only if `wanted`.
+        """Average the gradients over the ranks in the backward pass inside the block only if `wanted`.
 
         `parallel` is the module that `wrap` returned. With gradient accumulation, `wanted` is True for the last
-        micro-batch alone.
+        micro-batch alone. With one rank nothing is done.
         """
         if self.size == 1 or (wanted and self.strategy == "ddp"):
             yield
@@ -234,7 +238,10 @@ def _is_lost_connection(error: RuntimeError) -> bool:
 
 
 def settings_of(world: World) -> dict[str, Any]:
-    """Return the entries of run.json about the processes: their number "ranks", and "strategy" if there are several."""
+    """Return the entries of run.json about the processes: their number "ranks", and "strategy" if there are several.
+
+    "strategy" is "ddp" or "fsdp".
+    """
     return {"ranks": world.size} | ({"strategy": world.strategy} if world.size > 1 else {})
 
 

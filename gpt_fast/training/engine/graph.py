@@ -112,7 +112,22 @@ class GraphedStep:
         self._captured: list[Any] = []
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Any:
-        """Run one step on CUDA tensors, eagerly in the first two calls, then as a graph. Return copies of results."""
+        """Run one training step on the given CUDA tensors, eagerly or as a CUDA graph.
+
+        The first two calls run the step eagerly. The third captures it as a graph, which that call and all later ones
+        replay.
+
+        Args:
+            *args: Tensors that the step takes by position.
+            **kwargs: Tensors that the step takes by keyword.
+
+        Returns:
+            Copies of the results of the step, a tensor or a tuple of tensors.
+
+        Raises:
+            ValueError: The tensors differ from those of the first call in name, shape, dtype or device; or parameters,
+                optimizer state or options, except the learning rate, were replaced after the capture.
+        """
         tensors = {f"tensor {i}": x for i, x in enumerate(args)} | kwargs
         self._check(tensors)
         device = next(iter(tensors.values())).device
@@ -136,7 +151,11 @@ class GraphedStep:
             return tuple(x.clone() for x in results) if isinstance(results, tuple) else results.clone()
 
     def _check(self, tensors: dict[str, Tensor]) -> None:
-        """Raise `ValueError` unless `tensors` are on CUDA and have the names, shapes and dtypes of the first call."""
+        """Raise `ValueError` unless `tensors` are on CUDA and have the names, shapes and dtypes of the first call.
+
+        Raises:
+            ValueError: There are no tensors, one is not on a CUDA device, or one differs from the first call.
+        """
         if not tensors:
             raise ValueError("gpt_fast.GraphedStep: the call has no tensors; expected those that change between calls")
         if self._inputs and list(tensors) != list(self._inputs):
@@ -168,7 +187,10 @@ class GraphedStep:
             torch._foreach_copy_(held, given)
 
     def _take_rates(self) -> None:
-        """Copy learning rates that were set since the last call into the tensors that the graph reads."""
+        """Copy learning rates that were set since the last call into the tensors that the graph reads.
+
+        A parameter group whose "lr" is another number or tensor gets the graph's tensor as its "lr" again.
+        """
         for optimizer, rates in zip(self._optimizers, self._rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 if group["lr"] is not rate:
@@ -176,7 +198,10 @@ class GraphedStep:
                     group["lr"] = rate
 
     def _call_step(self, positional: int) -> Any:
-        """Return the results of the step on the graph's inputs, the first `positional` of them passed by position."""
+        """Return the results of the step on the tensors that the graph reads.
+
+        The first `positional` of them are passed by position, all others by keyword.
+        """
         values = list(self._inputs.items())
         return self._step(*(x for _, x in values[:positional]), **dict(values[positional:]))
 
@@ -195,7 +220,13 @@ class GraphedStep:
         return results
 
     def _capture(self, positional: int) -> None:
-        """Capture the step as a CUDA graph, with the first `positional` inputs passed by position."""
+        """Capture the step as a CUDA graph, with the first `positional` inputs passed by position.
+
+        The graph, and the results that it will write, are kept in this object.
+
+        Raises:
+            RuntimeError: The step cannot be captured, because it reads a value of the device, for example.
+        """
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)  # gradients are allocated again, in the graph's memory
         graph = torch.cuda.CUDAGraph()

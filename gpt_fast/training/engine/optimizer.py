@@ -55,11 +55,11 @@ def _groups(parameters: Sequence[Tensor], weight_decay: float, factors: Factors)
 
 
 def layer_factors(model: Any, decay: float) -> dict[int, float]:
-    """Return the factor of the learning rate for each parameter of the trunk, by the parameter's `id`.
+    """Return {id of a parameter: factor of its learning rate} for the decoders and the embeddings of a model's trunk.
 
-    The factor is `decay`^(L - i) in decoder i of L, counted from 0, and `decay`^(L + 1) in the embeddings; for `decay`
-    1 the result is empty. Source: Howard and Ruder (2018), arXiv:1801.06146, section 3.2, with the layers of BEiT's
-    code.
+    The factor is `decay`^(L - i) in decoder i of L, counted from 0, and `decay`^(L + 1) in the embeddings. All other
+    parameters are absent, which stands for 1; for `decay` 1 the result is empty. Source: Howard and Ruder (2018),
+    arXiv:1801.06146, section 3.2, with the layers of BEiT's code.
     """
     if decay == 1:
         return {}
@@ -94,9 +94,10 @@ def make_muon(
 def schedule(name: str, *, total: int, warmup: int, final: float = 0.0, decay: float = 0.2) -> Callable[[int], float]:
     """Return the learning-rate schedule `name`, one of `SCHEDULES`: a function of the update, counted from 0.
 
-    Its value is the factor in [0, 1] of the peak rate. Each schedule rises linearly over `warmup` updates. All but
-    "constant" then fall to `final` by update `total`: "wsd" (warmup, stable, decay) only over the last share `decay` of
-    all updates.
+    Its value is the factor in [0, 1] of the peak rate. Each schedule rises linearly over `warmup` updates. "constant"
+    then stays at 1. "cosine" falls along half a cosine, and "linear" along a line, to `final` at update `total`. "wsd"
+    (warmup, stable, decay) stays at 1 and falls along a line to `final` only over the last share `decay` of all
+    updates.
     """
     if name == "constant":
         return partial(warmup_constant, warmup=warmup)

@@ -11,7 +11,8 @@ from ...data.stream import mix
 def seed(seed: int, rank: int, step: int = 0) -> None:
     """Seed torch's generators, from which dropout draws its masks: each rank gets a stream of its own.
 
-    `step` is the update after which a run resumes with another number of ranks, which starts new streams, or 0.
+    `seed` is the run's seed. `step` is 0, or the update after which a run resumes with another number of ranks than
+    before, which starts new streams.
     """
     torch.manual_seed(seed if rank == step == 0 else mix(seed, rank, step) >> 1)
 
@@ -19,7 +20,8 @@ def seed(seed: int, rank: int, step: int = 0) -> None:
 def states(device: torch.device, rank: int) -> dict[str, Tensor]:
     """Return {name: state} of torch's generators on the CPU and, if `device` is a GPU, on that GPU.
 
-    The names contain `rank`, so that one checkpoint can hold the states of all ranks.
+    The names are "random.cpu.RANK" and "random.cuda.RANK" with the number `rank`, so that one checkpoint can hold the
+    states of all ranks.
     """
     found = {f"random.cpu.{rank}": torch.get_rng_state()}
     if device.type == "cuda":

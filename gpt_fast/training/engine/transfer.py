@@ -32,10 +32,10 @@ class Sender:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def send(self, batches: Sequence[Batch], count: Callable[[Batch], Tensor]) -> Sent:
-        """Start copying `batches` to the device, and return the handle that `receive` takes.
+        """Start copying `batches`, the micro-batches of an update, to the device. Return a handle for `receive`.
 
-        `count(batch)` [terms] is the number of predictions that each term of the loss has in a batch; the counts are
-        copied too.
+        `count(batch)` returns a tensor [terms]: the number of predictions that each term of the loss has in a batch.
+        These counts are copied too.
         """
         counts = torch.stack([count(batch) for batch in batches])
         tokens = sum(batch.num_tokens() for batch in batches)

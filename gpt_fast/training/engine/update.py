@@ -39,7 +39,10 @@ class EngineSettings:
 
     @classmethod
     def of(cls, settings: Any) -> EngineSettings:
-        """Return the fields of this class as `settings` has them. A field that `settings` lacks keeps its default."""
+        """Return an `EngineSettings` with the values of the attributes of `settings` that are called like its fields.
+
+        A field that `settings` has no attribute for keeps its default.
+        """
         names = [field.name for field in fields(cls) if hasattr(settings, field.name)]
         return cls(**{name: getattr(settings, name) for name in names})
 
@@ -91,7 +94,10 @@ class Engine:
         self._graphed = GraphedStep(self._compute_named, *optimizers) if settings.graph else None
 
     def send(self, batches: Sequence[Batch]) -> Sent:
-        """Start copying `batches`, the micro-batches of an update, to the device. Return a handle for `update`."""
+        """Start copying `batches`, this rank's micro-batches of an update, to the device.
+
+        Return the handle that `update` takes in their place.
+        """
 
         def count(batch: Batch) -> Tensor:
             return self.model.loss_counts(**batch.inputs()) * (batch.weight > 0)
@@ -165,8 +171,9 @@ class Engine:
     def _step(self, loss: Tensor) -> Outcome:
         """Clip the gradients and step the optimizers, or skip the update if the loss or the gradient is not finite.
 
-        `loss` is this rank's share of the mean loss. Return the whole mean loss, the norm of the gradient before
-        clipping, and whether the update was skipped.
+        `loss` is this rank's share of the mean loss. The gradients of the model are multiplied by the float16 loss
+        scale, and have been averaged over the ranks. Return the whole mean loss, the norm of the gradient before
+        clipping and without that scale, and whether the update was skipped.
         """
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = self.world.full(nn.utils.get_total_norm([p.grad for p in parameters])) / self.scale  # type: ignore[misc]
@@ -189,7 +196,7 @@ class Engine:
         return Outcome(loss, norm, skipped)
 
     def _rescale(self, overflow: Tensor) -> None:
-        """Halve the float16 loss scale if `overflow` (bool, []); double it after 2,000 updates without one."""
+        """Halve the float16 loss scale if `overflow` (bool []), else double it after 2,000 updates without overflow."""
         growth = torch.where(overflow, 0.0, self.growth + 1)
         grows = growth >= GROWTH_EVERY
         self.scale.copy_(torch.where(overflow, self.scale / 2, torch.where(grows, self.scale * 2, self.scale)))
@@ -198,8 +205,9 @@ class Engine:
     def state(self) -> dict[str, Tensor]:
         """Return every tensor that training resumes from, by name: weights, optimizer state and loss scale.
 
-        The tensors are the live ones: copying into them restores the state. Optimizer state that does not exist yet is
-        created as zeros.
+        The names are "model.NAME" and "optimizer.KEY.NAME" for the parameter NAME and the entry KEY of its optimizer
+        state, such as "exp_avg", and "scale" and "growth" of the float16 loss scale. The tensors are the live ones:
+        copying into them restores the state. Optimizer state that does not exist yet is created as zeros.
         """
         self.world.reshard(self.model)
         tensors: dict[str, Tensor] = {"scale": self.scale, "growth": self.growth}

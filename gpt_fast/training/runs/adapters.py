@@ -96,7 +96,8 @@ def copy(source: Path, folder: Path) -> Path:
 def live_shapes(model: Head, rank: int) -> dict[str, tuple[str, list[int]]]:
     """Return {name in the adapter's file: (name in a model that trains it, shape)} for each tensor of an adapter.
 
-    The adapter is one of this rank for `model`.
+    The adapter is one of rank `rank` for `model`. The tensors are A and B of each adapted weight, and the parameters of
+    the classifier if `model` is a `TaskHead`.
     """
     found = {}
     for i, decoder in enumerate(model.trunk.decoders):
@@ -115,11 +116,12 @@ def live_shapes(model: Head, rank: int) -> dict[str, tuple[str, list[int]]]:
 def merge(model: Head, tensors: Mapping[str, Tensor], rank: int, alpha: float, path: Path) -> None:
     """Add an adapter to the weights of `model`, its base, in place.
 
-    `tensors` are those of the adapter's file, by name. The products of its matrices are added times `alpha` / `rank`,
-    and a task's output layer is replaced.
+    `tensors` maps the names in the adapter's file to its tensors. Each adapted weight gets `alpha` / `rank` times the
+    product B A added. The classifier of a `TaskHead` is replaced.
 
     Raises:
-        ValueError: The tensors are those of another model. The message names `path`, where they come from.
+        ValueError: A tensor is missing, has another shape or is one too many. The message names `path`, the adapter's
+            file. `model` is unchanged then.
     """
     expected = live_shapes(model, rank)
     for name, (_, shape) in expected.items():

@@ -138,9 +138,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, tensors: dict[str, Tensor], world: World) -> None:
-    """Copy the tensors of the checkpoint at `path` into `tensors`, by name, whatever number of ranks wrote it.
+    """Copy the tensors of the checkpoint at `path` into the tensors of the same names in `tensors`.
 
-    Raise `ValueError` if a tensor is missing there or has another shape.
+    Any number of ranks may have written it. Raise `ValueError` if a tensor is missing there or has another shape.
     """
     reader = dcp.HuggingFaceStorageReader(str(path))
     try:
@@ -171,7 +171,10 @@ def _with_a_dimension(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _cause(error: CheckpointException) -> str:
-    """Return the message of the first failure in a checkpoint error, on one line."""
+    """Return the message of the first failure in a checkpoint error, on one line.
+
+    For a failure without a message, return the name of its type.
+    """
     exception, _ = next(iter(error.failures.values()))
     return " ".join(str(exception).split()) or type(exception).__name__
 
@@ -179,7 +182,7 @@ def _cause(error: CheckpointException) -> str:
 def _seal(path: Path, manifest: dict[str, Any]) -> None:
     """Flush all files of the checkpoint folder `path` to disk, then write its checkpoint.json.
 
-    It holds `manifest`, the sizes and SHA-256 of the files, and a checksum of itself.
+    checkpoint.json holds `manifest`, with "files" (see `_sums`) and "sha256", the checksum of all else in it, added.
     """
     for file in path.iterdir():
         sync(file)
@@ -189,7 +192,7 @@ def _seal(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def _without(error: Exception, path: Path) -> str:
-    """Return an error's text without the name of the file `path` that may stand in front."""
+    """Return the text of `error` without a leading "PATH: ", the name of the file `path`."""
     return str(error).removeprefix(f"{path}: ")
 
 

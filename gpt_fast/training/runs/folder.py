@@ -84,7 +84,8 @@ class Run:
         """Move the hidden folder of a new run to its final place, before the first update. A second call does nothing.
 
         From then on its metrics can be watched there. A run that --overwrite replaces is moved to a hidden folder
-        beside it. Raise `FileExistsError` or `ValueError` if the place has been taken in the meantime.
+        beside it. Raise `FileExistsError` or `ValueError` if another run or process has taken the place in the
+        meantime.
         """
         if self.folder == self.out:
             return
@@ -100,7 +101,8 @@ class Run:
     def keep(self) -> None:
         """Keep the run folder whatever happens next, and delete the run that it replaced.
 
-        This is called at the first checkpoint and at the end of training: the folder is then worth more than the other.
+        This is called at the first checkpoint and at the end of training: the folder is then worth more than the run
+        that it replaced. The folder is moved to its final place if it is not there yet.
         """
         self.publish()
         self.kept = True
@@ -109,7 +111,7 @@ class Run:
             self._replaced = None
 
     def discard(self) -> None:
-        """Delete the run folder, and put the run that it replaced back in its place."""
+        """Delete the run folder. If it replaced a run, put that run back in its place."""
         shutil.rmtree(self.folder, ignore_errors=True)
         if self._replaced is not None:
             (self._replaced / self.out.name).rename(self.out)
@@ -118,8 +120,8 @@ class Run:
     def reopen(self, settings: dict[str, Any]) -> None:
         """Let a run be resumed for more steps with `settings`, which replace the settings in its folder.
 
-        A finished run becomes a stopped one: run.json is deleted, and the weights of the best validation are copied to
-        best/.
+        `settings` has every setting with its value. A finished run becomes a stopped one: run.json is deleted, and if
+        the run kept the weights of its best validation, they are copied to best/.
         """
         write_settings(self.folder, settings)
         if not is_finished(self.folder):
@@ -134,7 +136,10 @@ class Run:
         (self.folder / "run.json").unlink()
 
     def what_is_left(self, signal: object) -> str:
-        """Return a line for the user: what a run stopped by `signal` left on disk, and the command to resume it."""
+        """Return a line for the user: what a run that `signal` stopped left on disk, and the command to resume it.
+
+        `signal` is shown as text, such as "SIGINT".
+        """
         if not self.kept:
             before = f"; {self.out} is what it was" if self._replaced is not None else ""
             return f"stopped by {signal}; nothing is left of this run{before}"
@@ -271,9 +276,10 @@ def _is_idle(folder: Path) -> bool:
 
 
 def write_extra(path: Path, write: Callable[[Path], object]) -> bool:
-    """Call `write(path)` for a file that the run can do without, such as a picture. Warn and return False if it fails.
+    """Call `write(path)` for a file that the run can do without, such as a picture. Return True if it succeeds.
 
-    Call it after the weights and run.json are written, so that a failure costs the one file and not the run.
+    If it raises an exception, warn and return False. Call this after the weights and run.json are written, so that a
+    failure costs the one file and not the run.
     """
     try:
         write(path)
@@ -319,7 +325,11 @@ def _check_idle(out: Path) -> None:
 
 
 def _no_run(folder: Path) -> str:
-    """Return the words of an error about a folder that is not there, with the run beside it whose name is nearest."""
+    """Return the end of an error message about `folder`, which is not a run folder.
+
+    It is "a file, no run folder" if the path exists, else "no such run folder", with a suggestion if a run beside it
+    has a similar name.
+    """
     if folder.exists():
         return "a file, no run folder"
     runs = [str(path.parent) for path in folder.parent.glob("*/config.json")]
@@ -367,8 +377,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 def check_weights(folder: Path, record: dict[str, Any], whole: bool) -> None:
     """Raise `ValueError` if the weights of a run, or its adapter, have another size than its `record` says.
 
-    If `whole`, compare their SHA-256 too, which reads all of them. Records of older versions say nothing of the
-    weights; then nothing is compared.
+    `record` is the content of the run's run.json. If `whole`, compare the SHA-256 of the file too, which reads all of
+    it. Records of older versions say nothing of the weights; then nothing is compared.
     """
     expected, path = record.get("weights"), folder / (adapters.WEIGHTS if record.get("lora") else "model.safetensors")
     if not isinstance(expected, dict):
@@ -389,11 +399,11 @@ def special_token(config: GPTConfig, name: str) -> int:
 
 
 def with_special_tokens(model: Head, tokenizer: Tokenizer) -> Head:
-    """Return `model` with ids for the special tokens that its configuration lacks, as `tokenizer` numbers them.
+    """Give the special tokens that the configuration of `model` lacks their ids in `tokenizer`. Return `model`.
 
-    A model lacks them if `gpt-fast convert` made it of another library's. Its embeddings grow by rows for these tokens,
-    which begin near the mean of all other rows, and so do their logits: rows near 0 would be likelier than most tokens
-    where a model's logits are all far below 0.
+    The model is changed in place. A model lacks them if `gpt-fast convert` made it of another library's. Its embeddings
+    grow by rows for these tokens, which begin near the mean of all other rows, and so do their logits: rows near 0
+    would be likelier than most tokens where a model's logits are all far below 0.
     """
     config = model.config
     ids = {name: token for name, token in special_ids(tokenizer).items() if getattr(config, name) is None}
@@ -410,9 +420,10 @@ def with_special_tokens(model: Head, tokenizer: Tokenizer) -> Head:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Return the lines of a run's metrics.jsonl, each a dict of numbers, with NaN for null.
+    """Return the lines of a run's metrics.jsonl in order, each a dict of numbers, with NaN for null.
 
-    A last line that a kill cut off is left out. Raise `ValueError` for a line that holds anything but numbers.
+    A last line that a kill cut off is left out. Raise `ValueError` for a line that is not a JSON object, has no "step",
+    or holds anything but numbers and null.
     """
     path, lines = folder / "metrics.jsonl", []
     for number, content in enumerate(read_bytes(path).splitlines(keepends=True), start=1):
@@ -426,9 +437,10 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def read_curve(folder: Path, field: str) -> list[dict[str, float]]:
-    """Return the lines of a run's metrics.jsonl that have a field, each a dict of numbers.
+    """Return the lines of a run's metrics.jsonl that have `field`, in order, each a dict of numbers.
 
-    Raise `FileNotFoundError` if the file is missing, and `ValueError` with the known fields if no line has the field.
+    Raise `FileNotFoundError` if the file is missing, and `ValueError` if no line has the field. The message then lists
+    the known fields.
     """
     if not (folder / "metrics.jsonl").is_file():
         what = "no run folder, it has no metrics.jsonl" if folder.is_dir() else _no_run(folder)

@@ -66,18 +66,19 @@ def load_head(head: type[AnyHead], folder: Path, **overrides: Any) -> AnyHead:
 
 
 def load_adapted(head: type[AnyHead], folder: Path, record: dict[str, Any], where: Path, **overrides: Any) -> AnyHead:
-    """Return a model of class `head` with the weights of the run in `folder`, which are an adapter's, merged.
+    """Return a model of class `head` for the run in `folder`: the weights of its base run with its adapter merged in.
 
-    The adapter is in the folder `where`. `record` is the content of the run's run.json. `overrides` replace fields of
-    the configuration.
+    The adapter's file is in the folder `where`. `record` is the content of the run's run.json. `overrides` replace
+    fields of the configuration.
     """
     return model_folder.load(head, folder, overrides, _merged(folder, record, where / adapters.WEIGHTS))
 
 
 def write_merged(folder: Path, out: Path) -> Head:
-    """Write the run in `folder`, whose weights are an adapter's, into the empty folder `out` with its weights merged.
+    """Write the run in `folder`, which was trained with --lora-rank, into `out` with the adapter merged.
 
-    Return the model. Raise `ValueError` unless the run is finished and was trained with --lora-rank.
+    `out` is an empty folder. Return the model. Raise `ValueError` unless the run is finished and was trained with
+    --lora-rank.
     """
     check_run(folder)
     record = read_record(folder)
@@ -121,10 +122,10 @@ def adapter_base(head: type[AnyHead], source: Path, **overrides: Any) -> AnyHead
 
 
 def _merged(folder: Path, record: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    """Return the weights by name of the run in `folder`, with its adapter merged into them.
+    """Return {name: weight} of the run in `folder`: the weights of its base run with its adapter merged in.
 
-    `record` is the content of the run's run.json. `path` is the adapter's file or a checkpoint. Raise `ValueError` if
-    they do not belong to the run's configuration.
+    `record` is the content of the run's run.json. `path` is the adapter's file, or the folder of a checkpoint. Raise
+    `ValueError` if the adapter or its base does not belong to the run's configuration.
     """
     name, config = read_config(folder)
     if name not in HEADS:
@@ -167,7 +168,7 @@ def _base(folder: Path, record: dict[str, Any]) -> Path:
 
 
 def _weights(path: Path, name: str, config: GPTConfig) -> dict[str, Tensor]:
-    """Return the weights by name from the checkpoint at `path`, for the head called `name` with this configuration."""
+    """Return {name: weight} from the checkpoint at `path`, for the head called `name` with this configuration."""
     with torch.device("meta"):
         model = HEADS[name](config)
     tensors = {label: torch.empty_like(tensor, device="cpu") for label, tensor in model.named_parameters()}

@@ -26,7 +26,10 @@ class Recipe:
 
     @classmethod
     def of(cls, settings: Any) -> Recipe:
-        """Return a recipe with the values that `settings` has in the fields of this class, all of which are set."""
+        """Return a recipe whose fields have the values of the attributes of `settings` that are called like them.
+
+        `settings` has to have all of them.
+        """
         return cls(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)})
 
 
@@ -54,7 +57,7 @@ FINETUNE_LR = 6.25e-5  # Radford et al. (2018), section 4.1
 def pretraining(preset: str | None, source: Path | None) -> Recipe:
     """Return the recipe of a preset, or the one by which the run in `source` was trained, if `source` is given.
 
-    A value that the run's record lacks is GPT-1's.
+    Without a preset, the recipe is that of small models. A value that the run's record lacks is GPT-1's.
     """
     if source is None:
         return RECIPES[preset]
@@ -74,6 +77,6 @@ def finetuning_lr(source: Path) -> float:
 
 
 def complete(settings: S, recipe: Recipe) -> S:
-    """Return the settings with the values of `recipe` in place of those that are None."""
+    """Return a copy of `settings` in which values of `recipe` replace those that are None."""
     values = dataclasses.asdict(recipe)
     return settings.changed(**{name: value for name, value in values.items() if getattr(settings, name) is None})

@@ -33,7 +33,7 @@ class Weights(Schema):
 
 
 class Lora(Schema):
-    """Hold what a merge of an adapter needs."""
+    """Facts about a LoRA adapter that a merge of it needs."""
 
     rank: Annotated[int, Field(ge=1, lt=2**31)]
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -103,9 +103,10 @@ class Record(Schema):
 
     @model_validator(mode="after")
     def _only_metrics_besides(self) -> Record:
-        """Raise an error for an undeclared name that is no metric, and for a fine-tuned run without task and columns.
+        """Return the record. Raise an error for an unknown name, and for a fine-tuned run without "task" and "columns".
 
-        Names of metrics begin with "valid_", "majority_" or "mean_"; their values are numbers or null.
+        A name that the schema does not declare is known if it is a metric's: it begins with "valid_", "majority_" or
+        "mean_". The value of a metric is a number or null.
         """
         for name, value in (self.model_extra or {}).items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -164,7 +165,10 @@ class Line(Schema):
 
 
 def check(path: Path | str, schema: type[Schema], values: Any) -> None:
-    """Raise `ValueError`, naming the file and the first wrong names, unless `values` are of the schema."""
+    """Raise `ValueError` unless `values`, the content of the file `path`, fit `schema`.
+
+    The message names the file and the first two names that are wrong.
+    """
     try:
         schema.model_validate(values)
     except ValidationError as error:
