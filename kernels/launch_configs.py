@@ -258,10 +258,14 @@ def written(device: str, rows: dict[str, list[Row]]) -> dict[str, Any]:
 def with_row(rows: list[Row], new: Row) -> list[Row]:
     """Return `rows` with `new` in place of the row for the same kernel, architecture, element and size, or inserted.
 
-    The result has the kernels in their order, and the rows of a kernel sorted by architecture, element and size.
+    If the architecture had no rows for this kernel and element, it also gets copies of the rows that served it, because
+    `new` alone is for one class of shapes. The result has the kernels in their order, and the rows of a kernel sorted
+    by architecture, element and size.
     """
-    kept = [row for row in rows if row[:4] != new[:4]]
     kernels = list(dict.fromkeys(row.kernel for row in rows))
+    served = _serving(rows, new.kernel, new.architecture, new.element)
+    copies = {row._replace(architecture=new.architecture) for row in served if row.element == new.element}
+    kept = [row for row in dict.fromkeys((*rows, *sorted(copies))) if row[:4] != new[:4]]
     return sorted((*kept, new), key=lambda row: (kernels.index(row.kernel), *row[1:4]))
 
 
@@ -331,7 +335,14 @@ def serving(op: str, kernel: str, architecture: int, element: int) -> tuple[Row,
     Among rows that allow `element` bytes, those with the smallest limit are taken. Among their architectures, the
     newest one that fits `architecture` (see `fits`) is taken, or the oldest one if none fits.
     """
-    rows = [row for row in tables(architecture)[op] if row.kernel == kernel and row.element >= element]
+    return _serving(tables(architecture)[op], kernel, architecture, element)
+
+
+def _serving(rows: list[Row], kernel: str, architecture: int, element: int) -> tuple[Row, ...]:
+    """Return which of the rows of an op `serving` returns; none if no row of the kernel allows `element` bytes."""
+    rows = [row for row in rows if row.kernel == kernel and row.element >= element]
+    if not rows:
+        return ()
     rows = [row for row in rows if row.element == min(row.element for row in rows)]
     older = [row.architecture for row in rows if fits(row.architecture, architecture)]
     newest = max(older) if older else min(row.architecture for row in rows)

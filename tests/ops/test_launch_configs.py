@@ -26,6 +26,13 @@ TABLE = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def forgotten():
+    """Forget after each test which rows served in it."""
+    yield
+    launch_configs.forget()
+
+
 @pytest.mark.parametrize(
     ("kernel", "architecture", "element", "size", "config"),
     [
@@ -89,6 +96,23 @@ def test_a_tuned_row_is_written_and_read_back():
     assert module["pick"]("attention", "fwd", 90, 2, 33) == new.config
     assert module["pick"]("attention", "fwd", 80, 2, 33) != new.config
     assert launch_configs.with_row(rows, new._replace(config=(32, 32, 4, 2))).count(new) == 0
+
+
+@pytest.mark.parametrize("op", launch_configs.TABLES)
+@pytest.mark.parametrize("architecture", [89, 90, 120])
+def test_a_row_of_ones_own_changes_its_own_class_of_shapes_alone(op, architecture, monkeypatch):
+    """An architecture that was served by an older one's rows keeps them for all other sizes, kernels and elements."""
+    stock = launch_configs.TABLES[op]
+    for row in tuning.classes(op):
+        own = row._replace(architecture=architecture, config=tuple(number + 1 for number in row.config))
+        monkeypatch.setitem(launch_configs.TABLES, op, stock)
+        launch_configs.forget()
+        keys = [(other.kernel, other.element, other.size) for other in tuning.classes(op)]
+        before = {key: launch_configs.pick(op, key[0], architecture, *key[1:]) for key in keys}
+        monkeypatch.setitem(launch_configs.TABLES, op, launch_configs.with_row(stock, own))
+        launch_configs.forget()
+        after = {key: launch_configs.pick(op, key[0], architecture, *key[1:]) for key in keys}
+        assert after == before | {(row.kernel, row.element, row.size): own.config}
 
 
 @pytest.mark.parametrize("op", launch_configs.TABLES)
