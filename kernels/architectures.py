@@ -59,11 +59,11 @@ def fits(architecture: int, capability: int) -> bool:
     """Return True if launch configurations made for `architecture` may be used on a GPU with this compute capability.
 
     Both numbers are compute capabilities times ten, or INTERPRETER. Configurations of Triton's interpreter are for it
-    alone.
+    alone. A GPU without a row in ARCHITECTURES, such as an RTX 4090 (89), may have configurations of its own too.
     """
     if INTERPRETER in (architecture, capability):
-        return architecture == INTERPRETER
-    return architecture == serving(capability).capability or architecture <= serving(capability).rows
+        return architecture == capability
+    return architecture in (capability, serving(capability).capability) or architecture <= serving(capability).rows
 
 
 @functools.cache
