@@ -3,31 +3,18 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from gpt_fast import GPTConfig, GPTForCausalLM
-from gpt_fast.data.batches import Batch, causal_batch
-from gpt_fast.training.engine.update import PRECISIONS, Engine, EngineSettings
+from gpt_fast.data.batches import Batch
+from gpt_fast.training.engine.update import PRECISIONS
 from gpt_fast.training.loop import Loop, LoopSettings
 from gpt_fast.training.runs.folder import new_run
+from tests.fakecuda.small import batches, engine_on
 
 if os.environ.get("FAKECUDA_CAPABILITY", "90") != "90":
     pytest.skip("whole models run as sm_90", allow_module_level=True)
-
-SIZES: dict[str, Any] = {"num_layers": 2, "hidden_dim": 128, "num_heads": 2, "num_tokens": 512, "seq_len": 64}
-
-
-def engine_on(device: torch.device, **settings: Any) -> Engine:
-    with torch.device(device):
-        model = GPTForCausalLM(GPTConfig.preset("gpt2", **SIZES, dropout=0.1))
-    return Engine(model, 1e-4, EngineSettings(**settings))
-
-
-def batches(parts: int = 2) -> list[Batch]:
-    return [causal_batch(torch.zeros(2, 32, dtype=torch.int64)) for _ in range(parts)]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from gpt_fast import DecodeSession, GPTConfig, GPTForCausalLM, generate
 from gpt_fast.generation import text
+from tests.fakecuda.small import SIZES
 
 if os.environ.get("FAKECUDA_CAPABILITY", "90") != "90":
     pytest.skip("whole models run as sm_90", allow_module_level=True)
 
-SIZES: dict[str, Any] = {"num_layers": 2, "hidden_dim": 128, "num_heads": 2, "num_tokens": 512, "seq_len": 64}
 NEW = 6
 Options = Callable[[Tensor], dict[str, Any]]
 OPTIONS: dict[str, Options] = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpt_fast.training import GraphedStep
 from gpt_fast.training.engine.update import PRECISIONS
-from tests.fakecuda.test_engine import batches, engine_on
+from tests.fakecuda.small import batches, engine_on
 
 if os.environ.get("FAKECUDA_CAPABILITY", "90") != "90":
     pytest.skip("whole models run as sm_90", allow_module_level=True)

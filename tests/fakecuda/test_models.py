@@ -13,13 +13,13 @@ from torch import Tensor, nn
 import gpt_fast
 from gpt_fast import GPTConfig, GPTForCausalLM, GPTForMaskedLM, GPTForSequenceClassification
 from gpt_fast.training.engine.optimizer import make_optimizer
+from tests.fakecuda.small import SIZES
 from tools.fakecuda.record import LAUNCHES, Seen
 
 if os.environ.get("FAKECUDA_CAPABILITY", "90") != "90":
     pytest.skip("whole models run as sm_90", allow_module_level=True)
 
 TABLE = Path(__file__).with_name("launches.json")
-SIZES: dict[str, Any] = {"num_layers": 2, "hidden_dim": 128, "num_heads": 2, "num_tokens": 512, "seq_len": 64}
 B, T = 2, 32
 
 

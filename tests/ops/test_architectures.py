@@ -65,6 +65,16 @@ def test_the_budget_covers_every_architecture():
         assert targets == set(codegen.BY_TARGET)
 
 
+@pytest.mark.parametrize("capability", [80, 120])
+def test_the_tests_on_the_stand_in_are_collected_for_every_architecture(capability):
+    """Modules for sm_90 alone are left out, and no other module may import them."""
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "tests/fakecuda"]
+    environment = os.environ | {"FAKECUDA_CAPABILITY": str(capability)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "test_ops.py::test_an_op_launches_on_its_tensors_device" in done.stdout
+
+
 def test_the_gate_compiles_for_every_architecture(with_invented, monkeypatch, tmp_path):
     if triton.knobs.runtime.interpret:
         pytest.skip("the interpreter's kernels cannot be recorded")
