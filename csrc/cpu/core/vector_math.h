@@ -49,7 +49,7 @@ inline void sum_lanes_of_four(const Vec (&x)[4], float* out) {
 
 // Returns the largest of n values, or NaN if one of them is NaN.
 inline float largest_of(const float* x, int64_t n) {
-  return at::vec::reduce_all<float>([](Vec a, Vec b) { return Vec::blendv(b, a, a > b); }, x, n);
+  return at::vec::reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, x, n);
 }
 
 // Return the smaller and the larger of a and b, or b if either is NaN. at::vec's own functions spend three instructions
