@@ -115,6 +115,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (normed, summed, mean, rstd): summed = residual + dropout(x), its norm, and the norm's float32 statistics.
 
+    x and residual are [..., C], weight and bias [C], mean and rstd [...]. `seed` is one int64 element on x's device.
     `summed` has the wider dtype of x and residual, and `normed` the same unless `normed_dtype` is given. Dropout drops
     an element if its 16 random bits, a function of `seed`, `site` and its position, are below `threshold`, and
     multiplies others by `scale`. Without a seed there is no dropout.

@@ -306,6 +306,7 @@ def _dweight_kernel(
     The part is a bᵀ / FACTOR. a [M, K] is the transposed gradient of the chunk's logits times FACTOR, and b [N, K] are
     the chunk's rows of x, transposed. `count_ptr` points to the number of rows over all chunks, and `first` is how many
     lie in the chunks before; later columns of a and b are left out. The programs of a grid of any size share the tiles.
+    A_MODE, B_MODE and PRECISION are those of gemm.py: how a and b are loaded, and how precise their product is.
     """
     live = tl.minimum(tl.load(count_ptr) - first, K)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)

@@ -178,7 +178,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def parse_tokenizer(text: str) -> Tokenizer:
     """Return the tokenizer whose tokenizer.json has the content `text`.
 
-    The tokenizer neither truncates nor pads. The special tokens that it lacks are added behind its own vocabulary.
+    The tokenizer neither truncates nor pads. Those of `SPECIAL_TOKENS` that it lacks are added behind its own
+    vocabulary. A text that is no tokenizer.json raises the exception of `Tokenizer.from_str`.
     """
     tokenizer = Tokenizer.from_str(text)
     tokenizer.no_truncation()

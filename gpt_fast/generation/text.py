@@ -367,10 +367,11 @@ def _continue(
 ) -> None:
     """Read the prompts of `rows` and add up to `max_new_tokens` drawn tokens to each of them.
 
-    The tokens are stored in `rows`. `session` runs the model, `drawing` draws. Generation ends early when every row has
-    drawn one of the token ids in `stop`; None is for no such ids. `stream`, if given, is called with the tokens [B] of
-    every step. If `slides`, the cache of a full row is emptied, and the later half of the row's tokens is read anew
-    (see `_slide`).
+    The tokens are stored in `rows`. `session` runs the model, `drawing` draws. A row that has drawn one of the token
+    ids in `stop` gets padding from then on, and generation ends early when all rows have; None is for no such ids.
+    `stream`, if given, is called with the tokens [B] of every step, padding included. If `slides`, the cache of a full
+    row is emptied, and the later half of the row's tokens is read anew (see `_slide`). Without it the caller makes sure
+    that the rows fit.
     """
     device = rows.tokens.device
     if slides:  # the end of what is longer than the cache

@@ -290,10 +290,11 @@ _BETWEEN = {__name__, _OPERATIONS, "dataclasses", "torch.utils._pytree", "transf
 
 
 def _is_read_by_wrapper() -> bool:
-    """Return True if the code that reads the logits is a wrapper that rebuilds an output, as the call stack tells.
+    """Return True if the code that reads the logits belongs to DDP, FSDP or Accelerate, which copy a model's output.
 
-    The reader is the nearest frame whose module is not in `_BETWEEN`. It is a wrapper if the name of its module begins
-    with an entry of `_WRAPPERS`. The function `convert_to_fp32` of `_OPERATIONS` is one, too.
+    The call stack tells who reads. The reader is the nearest frame whose module is not in `_BETWEEN`. It is such a
+    wrapper if the name of its module begins with an entry of `_WRAPPERS`. Accelerate's function `convert_to_fp32` (in
+    the module `_OPERATIONS`) counts too, although its module is in `_BETWEEN`.
     """
     frame: Any = sys._getframe(1)
     while frame is not None:

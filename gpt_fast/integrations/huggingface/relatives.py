@@ -427,9 +427,10 @@ _ATTENTIONS = {
 def plan(name: str, module: Any, report: Report, why_foreign: Callable) -> list[Patch] | None:
     """Return the patches of `module` and its blocks if it is a trunk of OPT, BioGPT, GPT-Neo or ImageGPT, else None.
 
-    A trunk is the model without its head. `name` is the path of `module` in the whole model. `report` gets an entry for
-    each module that is replaced or left alone, and for the output layer of `ImageGPTForCausalImageModeling`. A `Patch`
-    holds a module and its new forward. `why_foreign(module, kind, label="")` returns why a call of the module does not
+    A trunk is the model without its head. `name` is the path of `module` in the whole model. For a trunk `report` gets
+    an entry for each module that is replaced or left alone. For an `ImageGPTForCausalImageModeling`, a model with its
+    head, `report` gets an entry for the output layer, and the result is None. A `Patch` holds a module and its new
+    forward. `why_foreign(module, kind, label="")` returns why a call of the module does not
     run the forward of the class `kind`, with `label` in front, or None if it does.
     """
     if isinstance(module, imagegpt.ImageGPTForCausalImageModeling):
