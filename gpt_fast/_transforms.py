@@ -212,7 +212,10 @@ class _Once(torch.autograd.Function):
 
 
 def _requires_grad(value: Any) -> bool:
-    """Return True if `value` is a tensor that requires a gradient, at some level of `torch.func` or outside of all."""
+    """Return True if `value` is a tensor that requires a gradient, itself or inside wrappers of `torch.func.grad`.
+
+    All wrappers that track gradients are opened, one by one. A batched tensor of `vmap` is not opened.
+    """
     while isinstance(value, Tensor):
         if value.requires_grad:
             return True

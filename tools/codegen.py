@@ -292,9 +292,10 @@ def attention_labels(figures: dict[str, dict[str, Figure]], step: str) -> list[s
 
 
 def slow_dropout(figures: dict[str, dict[str, Figure]]) -> list[str]:
-    """Return a message for each shipped attention kernel whose predicted speed with dropout is too low.
+    """Return a message for each shipped attention kernel and architecture with too low a speed with dropout.
 
-    DROPOUT_SPEED has the least share of the speed without dropout. Only architectures with speed targets count.
+    The speeds are predicted. DROPOUT_SPEED maps "fwd" and "bwd" to the least share of the speed without dropout that a
+    kernel must keep. A kernel without a prediction is skipped. Only architectures with speed targets count.
     Candidates, which are not in use yet, are not judged. `figures` maps a launch's name, then its target such as
     "sm_90", to the figures of the compiled kernel, see `compile_launch`.
     """

@@ -163,12 +163,14 @@ def flex_missing(case: Case) -> str | None:
 
 
 def launches(kernels: ModuleType) -> Launches:
-    """Yield (label, call that launches kernels) of causal attention, forward and backward.
+    """Yield (label, call) for the kernels of causal attention. A call launches either the forward or the backward.
 
-    The calls cover several head sizes and dtypes, mostly with dropout and without, so that their code can be compared.
-    Then come candidates, which are launch configurations that no GPU has measured yet. A label is such as "D=64
-    bfloat16 dropout". The tensors are on the device `meta`, so the calls can only be recorded, which
-    tools/record_launches.py does. `kernels` is the module kernels/attention.py.
+    Each shape gives two pairs with one label, such as "D=64 bfloat16 dropout": its forward call, then its backward
+    call. The shapes cover several head sizes and dtypes, most of them with dropout and without, so that their code can
+    be compared. Then come candidates, which are launch configurations that no GPU has measured yet. A candidate is for
+    one of the two directions, so it gives only that call, without dropout and with it. The tensors are on the device
+    `meta`, so a call can only be recorded, which tools/record_launches.py does. `kernels` is the module
+    kernels/attention.py.
     """
     shapes = [(D, torch.bfloat16, p) for D in (64, 128, 256) for p in (0.0, 0.1)]
     shapes += [(64, dtype, p) for dtype in (torch.float16, torch.float32) for p in (0.0, 0.1)]

@@ -189,8 +189,8 @@ class TaskHead(Head):
     def _read_position(self, tokens: Tensor, candidates: Tensor) -> Tensor:
         """Return the position [N] of the token that the classifier reads in each row of `tokens` [N, T].
 
-        It is the last real token, or the last extract token with pooling "extract". `candidates` is bool [N, T], True
-        for a real token.
+        It is the last real token. With pooling "extract" it is the last real token that is the extract token.
+        `candidates` is bool [N, T], True for a real token. Raise `ValueError` if a row has no such token.
         """
         wanted = "a real token"
         if self.config.pooling == "extract":

@@ -168,10 +168,11 @@ def logits_and_gradients(model: nn.Module, batch: Batch, mode: Mode) -> tuple[Te
 
 
 def difference(got: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
-    """Return {"largest", "relative"}: how far the tensors `got` lie from the tensors `wanted`, compared pair by pair.
+    """Return how far the tensors `got` lie from the tensors `wanted`, as {"largest": number, "relative": number}.
 
-    "largest" is the largest `|got - wanted|` of all elements. "relative" is the largest ratio of a pair's largest
-    difference to the largest `|wanted|` of the pair; where that is 0, the difference itself counts.
+    "largest" is the largest `|got - wanted|` of all elements. Each pair of tensors has a ratio: its largest difference
+    divided by its largest `|wanted|`, or the difference itself if that `|wanted|` is 0. "relative" is the largest
+    ratio.
     """
     largest, relative = 0.0, 0.0
     for a, b in zip(got, wanted, strict=True):

@@ -288,7 +288,7 @@ def make_config(settings: PretrainSettings, num_tokens: int, **tokens: int) -> G
 def validation_batches(
     valid: TokenStream, seq_len: int, batch_size: int, mask: Mask | None, document_token: int | None
 ) -> list[Batch]:
-    """Return the batches of at most 128 windows of `valid`, the same windows with the same masks at every validation.
+    """Take at most 128 windows of `valid` and return them in batches. Windows and masks are the same in every call.
 
     A window has `seq_len` tokens, and a batch at most `batch_size` windows. `mask` hides tokens, as `masker` returns
     it, or is None for next-token prediction. If `document_token`, the id that begins a document, is given, the windows

@@ -51,9 +51,10 @@ def is_causal(config: Any) -> bool:
 def why_changed(model: Any, made: Any, tied: tuple[str, str], spare: str | None = None) -> str | None:
     """Return the first difference between `model` and `made`, a new model of its class and configuration, or None.
 
-    Modules are compared by name, class, hooks and plain attributes, parameters by name and shape, buffers by name
-    (GPT-1's mask and positions by value too). Parameters of several dtypes count as a difference, and so do parameters that are one object, but for the two
-    that `tied` names. The model may have a parameter named `spare` although `made` has none.
+    Modules are compared by name, class, hooks and plain attributes, parameters by name and shape, and buffers by name,
+    GPT-1's mask and positions by value too. Parameters of several dtypes count as a difference. So do two parameters
+    that are one object, but for the two that `tied` names. The model may have a parameter named `spare` although `made`
+    has none.
     """
     return (
         _why_other_modules(model, made)

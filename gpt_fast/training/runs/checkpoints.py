@@ -92,8 +92,8 @@ def step_of(path: Path | None) -> int:
 def newest_good(folder: Path, say: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
     """Return (path, manifest) of the newest undamaged checkpoint in `folder`, or None if there is no checkpoint.
 
-    The manifest is the content of checkpoint.json. `say` gets a line for each damaged checkpoint. Raise `ValueError` if
-    there are checkpoints and all are damaged.
+    The manifest is the content of checkpoint.json. `say` is called with a line for each damaged checkpoint that is
+    newer. Raise `ValueError` if there are checkpoints and all are damaged.
     """
     damaged = []
     for path in newest_first(folder):
@@ -197,7 +197,7 @@ def _without(error: Exception, path: Path) -> str:
 
 
 def _sums(path: Path) -> dict[str, list[Any]]:
-    """Return {name: [bytes, SHA-256]} of each file in a checkpoint folder but checkpoint.json."""
+    """Return {name: [size in bytes, SHA-256]} of each file in a checkpoint folder, except checkpoint.json."""
     files = sorted(file for file in path.iterdir() if file.name != MANIFEST)
     with ThreadPoolExecutor(8) as pool:
         return {
