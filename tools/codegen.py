@@ -42,9 +42,9 @@ SMALL = {"D": 128, "N": 8192}
 KINDS = {"lds": ("LDS", "LDSM"), "sts": ("STS", "STSM"), "shfl": ("SHFL",), "local": ("LDL", "STL")}
 PASSES = {"forward": ("fwd",), "backward": ("bwd_dq", "bwd_dkdv")}  # attention's kernels
 PRODUCTS = {"forward": 2, "backward": 5}  # of attention, as its FLOPs are counted
-DROPOUT_SPEED = {"forward": 0.65, "backward": 0.70}  # DESIGN: at least this much of attention's speed without dropout
+DROPOUT_SPEED = {"forward": 0.65, "backward": 0.70}  # target: at least this much of attention's speed without dropout
 LENGTHS = (1024, 4096, 16384)
-TRITON = "3.6"  # of the GPU machines; what DESIGN says of speed is judged by the code of this release
+TRITON = "3.6"  # of the GPU machines; targets of speed are judged by the code of this release
 
 
 Figure = dict[str, Any]  # of one kernel on one target
@@ -294,8 +294,9 @@ def attention_labels(figures: dict[str, dict[str, Figure]], step: str) -> list[s
 def slow_dropout(figures: dict[str, dict[str, Figure]]) -> list[str]:
     """Return a message for each shipped attention kernel and architecture with too low a speed with dropout.
 
-    The speeds are predicted. DROPOUT_SPEED maps "fwd" and "bwd" to the least share of the speed without dropout that a
-    kernel must keep. A kernel without a prediction is skipped. Only architectures with speed targets count.
+    The speeds are predicted. DROPOUT_SPEED maps "forward" and "backward" to the least share of the speed without
+    dropout that a kernel must keep. A kernel without a prediction is skipped. Only architectures with speed targets
+    count.
     Candidates, which are not in use yet, are not judged. `figures` maps a launch's name, then its target such as
     "sm_90", to the figures of the compiled kernel, see `compile_launch`.
     """

@@ -14,7 +14,7 @@ from gpt_fast import ops
 from gpt_fast import reference as definitions
 
 SITE = 1  # of dropout: any number, if it is the same in ours and the reference
-# dropout_p = 0.1 as launchers take it: the threshold and the scale of DESIGN's dropout contract.
+# dropout_p = 0.1 as launchers take it: the threshold and the scale of the dropout contract, docs/reference/dropout.md.
 DROPOUT_RULE = (6554, 65536 / (65536 - 6554))
 Options = Callable[[Case], dict[str, Any]]
 Missing = Callable[[Case], str | None]
