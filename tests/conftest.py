@@ -5,6 +5,7 @@ One test file serves the C++ kernels, Triton in the interpreter and Triton on CU
 
 import importlib
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -20,6 +21,15 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Dtypes to which a norm may round its result for a matrix product. Triton's interpreter truncates to bfloat16, while a
 # GPU rounds.
 PRODUCT_DTYPES = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]
+
+
+def pytest_configure() -> None:
+    """Let processes that tests start be interrupted, also if a shell started these tests in the background.
+
+    Such a shell has SIGINT ignored in its children, and a process that ignores it hands that on.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
