@@ -206,7 +206,7 @@ def test_candidates_of_the_tuner(row, p, device, implementation):
     if implementation != "triton":
         pytest.skip("a launch configuration of the Triton kernels")
     configs = importlib.import_module("gpt_fast.kernels.launch_configs")
-    tensors = inputs(1, 2, 150, 150, 64, dtype=torch.bfloat16, device=device)
+    tensors = inputs(1, 2, 150, 150, row.size, dtype=torch.bfloat16, device=device)
     with configs.trying("attention", row._replace(architecture=configs.architecture(tensors[0].device))):
         kernel = importlib.import_module("gpt_fast.kernels.attention")
         assert kernel.config(row.kernel, tensors[0])[0] == row.config
