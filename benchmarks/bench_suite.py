@@ -53,7 +53,7 @@ def test_time(case: Case, peer: Peer, passes: str, benchmark, facts: dict[str, A
 
     Skip it if the implementation cannot run the case here, and fail if the tests of the topic fail. They run once,
     before the topic's first timing. `passes` names the pass. `benchmark` is pytest-benchmark's fixture; `facts` and
-    `red` are those of this file.
+    `red` are the fixtures of this file.
     """
     topic = catalogue.topics()[case.topic]
     reason = peer.missing(case)

@@ -96,7 +96,7 @@ def judge(model: GPTForCausalLM, precision: str, tokens: Tensor, generate: Any) 
 def distances(plain: PlainGPT, text: Tensor, T: int) -> Tensor:
     """Return by how much the logit of each generated token is below the largest at its position, [B, NEW] in float64.
 
-    The logits are those of `plain` in float64. `text` is [B, T + NEW]: a prompt of T tokens, then generated ones.
+    The model `plain` computes the logits in float64. `text` is [B, T + NEW]: a prompt of T tokens, then generated ones.
     """
     exact = copy.deepcopy(plain).double()(text)[:, T - 1 : -1]  # [B, NEW, V]
     return exact.amax(-1) - exact.gather(-1, text[:, T:, None]).squeeze(-1)

@@ -107,7 +107,7 @@ def bytes_read(session: DecodeSession) -> dict[str, int]:
 
 
 def bound(figure: dict[str, Any], cached: float, bandwidth: float) -> float:
-    """Return the least seconds of a decode step, which are those of reading the weights and the cache.
+    """Return the least seconds of a decode step: reading the weights and the cache takes as long.
 
     `figure` has "bytes" of the weights and "bytes_per_cached_token", see `bytes_read`. `cached` is the number of tokens
     in the cache, which may be a mean over steps. `bandwidth` is in bytes a second.

@@ -27,9 +27,9 @@ def inputs(case: Case) -> tuple:
 def work(case: Case, passes: str) -> Work:
     """Return the least bytes and FLOPs of one training step; `passes` is always "step".
 
-    The bytes are those of AdamW's weights, gradients and moments, and the FLOPs those of three forward passes, see
-    `counts.training`. The output layer of a language model is left out, because a classifier scores one position of
-    each row, with a few labels.
+    AdamW reads and writes weights, gradients and moments: these are the bytes. A step has the FLOPs of three forward
+    passes, see `counts.training`. The output layer of a language model is left out, because a classifier scores one
+    position of each row, with a few labels.
     """
     return training(case.config, case.size["B"], case.size["T"], output_rows=0)
 

@@ -60,8 +60,8 @@ def calls_of(topic: Topic, device: str) -> dict[tuple[str, str, str], Call]:
     """Return {(op, pass, name): call} for one op on tensors of a few elements. A call runs the pass once.
 
     The name is "function" for the public function, "operators" for the PyTorch operators in it alone, or "PyTorch" for
-    PyTorch's own function, if there is one. The passes are those of the topic, except that "training", which is forward
-    and backward, replaces "backward". `device` is "cpu" or "cuda".
+    PyTorch's own function, if there is one. The function takes the passes of the topic, but in place of "backward"
+    it takes "training", which is forward and backward. `device` is "cpu" or "cuda".
     """
     case = Case(topic.name, device, tuple((topic.tiny or {}).items()), main_dtype(device)[0])
     functions = {peer.name: peer.build(case) for peer in topic.peers if peer.name in (OURS, *THEIRS)}
@@ -80,9 +80,9 @@ def calls_of(topic: Topic, device: str) -> dict[tuple[str, str, str], Call]:
 def seconds_of(topics: list[Topic], device: str, cpu_time: bool) -> dict[str, dict[str, dict[str, Summary]]]:
     """Return the seconds of one call as {op: {pass: {name: {"q1", "median", "q3"}}}}.
 
-    The name is "function", "operators" or "PyTorch", see `calls_of`. The quartiles are those of ROUNDS rounds, in which
-    all calls take turns, so that a disturbance affects all. On a GPU the time is the host's until the call is enqueued.
-    With `cpu_time` it is CPU seconds of the process.
+    The name is "function", "operators" or "PyTorch", see `calls_of`. The quartiles come from ROUNDS rounds. In each
+    round all calls take turns, so that a disturbance affects all. On a GPU the time is the host's until the call is
+    enqueued. With `cpu_time` it is CPU seconds of the process.
     """
     now = clock("cpu", cpu_time)
     calls = {key: call for topic in topics for key, call in calls_of(topic, device).items()}

@@ -43,8 +43,8 @@ def tokens(case: Case) -> int:
 def work(case: Case, passes: str) -> Work:
     """Return the least bytes and FLOPs of one training step; `passes` is always "step".
 
-    The bytes are those of AdamW's weights, gradients and moments, and the FLOPs those of three forward passes. See
-    `counts.training`.
+    AdamW reads and writes weights, gradients and moments: these are the bytes. A step has the FLOPs of three forward
+    passes. See `counts.training`.
     """
     return training(case.config, case.size["B"], case.size["T"], output_rows=tokens(case))
 

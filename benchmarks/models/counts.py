@@ -43,7 +43,7 @@ def forward_flops(config: GPTConfig, B: int, T: int, output_rows: int) -> int:
 def training(config: GPTConfig, B: int, T: int, output_rows: int) -> Work:
     """Return the least bytes and FLOPs of one training step on B rows of T tokens: forward, backward and AdamW.
 
-    The FLOPs are those of three forward passes. The bytes are AdamW's, in float32: it reads weight, gradient and two
+    A step has the FLOPs of three forward passes. The bytes are AdamW's, in float32: it reads weight, gradient and two
     moments of each parameter, and writes all but the gradient. The output layer is applied to `output_rows` of the B ×
     T positions.
     """

@@ -85,7 +85,7 @@ def torch_add_layer_norm(case: Case) -> Function:
 def launches(kernels: ModuleType) -> Launches:
     """Yield (label, call that launches kernels) for every width with a launch configuration, forward and backward.
 
-    The launches are those of training: with dropout, in bfloat16, and with a gradient of the residual stream. A label
+    Training launches the kernels so: with dropout, in bfloat16, and with a gradient of the residual stream. A label
     is such as "N=768 bfloat16 dropout". The tensors are on the device `meta`, so the calls can only be recorded, which
     tools/record_launches.py does. `kernels` is the module kernels/add_layer_norm.py.
     """

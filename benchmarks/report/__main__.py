@@ -13,8 +13,8 @@ from benchmarks.report.pages import DOCS_PAGE, HOME, README, RESULTS, docs_page,
 def main() -> None:
     """Write the pages and pictures of results, and print the pages' paths, or "no results".
 
-    If the command line names a folder, the results are those of the devices' folders in it. Otherwise they are those in
-    benchmarks/results, and the pages of the documentation are written too.
+    If the command line names a folder, the results are read from the devices' folders in it. Otherwise they are read
+    from benchmarks/results, and the pages of the documentation are written too.
     """
     if len(sys.argv) > 1:
         pages = write_pages(Path(sys.argv[1]))

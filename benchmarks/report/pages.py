@@ -67,7 +67,7 @@ def draw(path: Path, runs: list[Run]) -> dict[str, str]:
     """Write every picture of a device into `path`, its folder, and delete all other *.png files there.
 
     `runs` are the contents of the folder's results files. The studies are read from the folder; those beside a busy
-    process get no picture. Return {file name: caption} for the pictures of topics, without those of studies.
+    process get no picture. Return {file name: caption} for the pictures of topics, but not of studies.
     """
     shown = plots.draw(runs, path)
     studies = set()

@@ -36,7 +36,7 @@ def columns(run: Run, records: Iterable[Record]) -> list[str]:
 
     They are "implementation", for each pass its name, "× ours" and "of the floor" (the share of the speed limit), for
     jobs "tokens/s", in training "MFU", and "peak memory". `run` is the content of a topic's results file. `records` are
-    the records of the case in that file, at least one. The passes are those of the first record.
+    the records of the case in that file, at least one. The first record says which passes there are.
     """
     record = next(iter(records))
     header = ["implementation"]
