@@ -40,6 +40,7 @@ FUZZ_LIMIT = 900  # seconds for the draws of an op
 FUZZ_DRAWS = {"C++": 1000, "Triton": 100}  # random calls of each op with --fuzz; the interpreter is slow
 BATCH = 12  # faults that are compiled and judged together
 BINDINGS = ROOT / "csrc" / "bindings.cpp"
+PACKS_WEIGHTS = ("linear", "mlp", "linear_cross_entropy")  # ops whose C++ kernels round float32 weights
 CPP_SOURCES = sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))
 REGISTRATION = r"TORCH_LIBRARY_IMPL\(gpt_fast, (\w+), m\)"
 BINDING = "const Binding binding("
@@ -83,7 +84,10 @@ def source_of(op: str) -> Path:
 
 
 def tests_of(op: str) -> tuple[str, ...]:
-    return ENGINES[op][1] if op in ENGINES else (f"tests/ops/test_{op}.py",)
+    """Return the paths of the test files that must notice the faults of an op or engine."""
+    if op in ENGINES:
+        return ENGINES[op][1]
+    return (f"tests/ops/test_{op}.py", *(("tests/ops/test_autocast_weights.py",) if op in PACKS_WEIGHTS else ()))
 
 
 def implementation(fault: Fault) -> str:

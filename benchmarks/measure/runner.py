@@ -26,6 +26,7 @@ from benchmarks.models.job import Job
 from benchmarks.report import results
 from benchmarks.report.results import Record, Run
 from benchmarks.topic import LEFT, OURS, Case, Function, Peer, Study, Topic
+from gpt_fast._memory import keep_freed
 from gpt_fast.interrupts import Interrupted
 
 Failed = list[tuple[Peer, str]]
@@ -353,7 +354,8 @@ def _run_topic(topic: Topic, run: Run, path: Path, settings: Settings) -> None:
     timed in turn on one case, see `groups`. The speed limits of the device are measured first.
     """
     settings.advance(0, f"{topic.name}: floors")
-    session = _now() | {"floors": dict(measure_floors(settings.device, settings.cpu_time))}
+    kept = settings.device == "cpu" and keep_freed()  # for every implementation, as the training commands do
+    session = _now() | {"floors": dict(measure_floors(settings.device, settings.cpu_time)), "keeps_freed": kept}
     run["partial"] = True
     index = len(run["sessions"])
     run["sessions"].append(session)

@@ -9,7 +9,8 @@ device, versions, commit
 
 A topic's file also has
 partial           whether the run was cut off before its end
-sessions          of each start of the program: date, load of the machine, floors (rates with quartiles)
+sessions          of each start of the program: date, load of the machine, floors (rates with quartiles), keeps_freed
+                  (whether the C library kept freed memory; not there in older files, where it did not)
 records           of each case and implementation: times by pass (median, quartiles, rounds, first call; seconds;
                   to_ours, the ratio to ours over pairs of rounds; host, what a direct call costs the host, where
                   graphs were timed), work by pass (bytes, FLOPs, the bandwidth they are held against), tokens,

@@ -305,7 +305,8 @@ def floors_line(run: Run, index: int) -> str:
         return f"{name} {rate(name, measured)}{beside}"
 
     shown = (figure(name, floor["rate"]) for name, floor in session["floors"].items())
-    return f"{session['date']} UTC, load {session['load']}: {', '.join(shown)}"
+    kept = "; the C library keeps freed memory" if session.get("keeps_freed") else ""
+    return f"{session['date']} UTC, load {session['load']}: {', '.join(shown)}{kept}"
 
 
 def versions(runs: list[Run]) -> list[str]:

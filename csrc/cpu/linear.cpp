@@ -35,8 +35,7 @@ void add_weight_gradient(const Tensor& dy, const Tensor& x, const WeightGradient
     for (int64_t task = begin; task < end; ++task) {
       const int64_t column = task / pieces * kBlock, width = std::min(kBlock, C - column);
       const int64_t first = std::min(N, task % pieces * piece_rows), last = std::min(N, first + piece_rows);
-      product(dy_t, first, last, {columns.data + column * columns.stride_n, columns.stride_n, columns.stride_k}, width,
-              M, sums.data());
+      product(dy_t, first, last, columns.from(column, 0), width, M, sums.data());
       gradient.template add<scalar_t>(sums.data(), last - first, width, gradient.stride(0), gradient.stride(1), first,
                                       column, accumulate);
     }

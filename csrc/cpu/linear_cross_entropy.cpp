@@ -23,8 +23,8 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-constexpr int64_t kChunk = 512;  // most rows, but for whole panels: 100 MiB of logits for the vocabulary of GPT-2
-constexpr int64_t kGroups = 16;  // groups of blocks of the vocabulary
+constexpr int64_t kChunk = 1024;  // most rows, but for whole panels: 200 MiB of logits for the vocabulary of GPT-2
+constexpr int64_t kGroups = 16;   // groups of blocks of the vocabulary
 // Packed elements along the vocabulary whose product with W is added to dx at once.
 constexpr int64_t kWideDepth = kChain;
 constexpr float kLowest = std::numeric_limits<float>::lowest();
@@ -115,7 +115,7 @@ class Chunk {
       for (int64_t block = first; block < last; ++block) {
         const int64_t v = block * kBlock, width = std::min(kBlock, V - v);
         float* logits = keeps ? exps(block, 0) : own.data();
-        product(x, 0, M, {weight.data + v * weight.stride_n, weight.stride_n, weight.stride_k}, width, C, logits);
+        product(x, 0, M, weight.from(v, 0), width, C, logits);
         for (int64_t i = 0; i < M; ++i) exponentiate(block, i, logits + i * kBlock, width);
       }
     });
@@ -174,9 +174,7 @@ class Chunk {
           if (needs_x) {
             const int64_t v = wide * kBlock, count = std::min(wide_end * kBlock, V) - v;
             for (int64_t c = 0; c < C; c += kColumns) {
-              pack<kColumns>(Operand<scalar_t>{weight.data + v * weight.stride_k + c * weight.stride_n, weight.stride_n,
-                                               weight.stride_k},
-                             std::min(kColumns, C - c), count, right.data(), 0);
+              pack<kColumns>(weight.from(c, v), std::min(kColumns, C - c), count, right.data(), 0);
               multiply<WordsOf<scalar_t>>(M, 1, depth<scalar_t>(count), left.data(), wide_depth * kRows, right.data(),
                                           0, part + c, padded_C, wide > group_begin);
             }
@@ -329,6 +327,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(
   if (needs_x) out.dx = dx;
   if (needs_weight) out.dweight = dweight;
   if (needs_bias) out.dbias = dbias.mutable_data_ptr<float>();
+  ask_for_huge_pages(dweight);
   const float dx_scale = reduction == "mean" ? mean_scale(count) : 1.0f;
   run({rows, weight, shift.const_data_ptr<float>(), valid, static_cast<float>(label_smoothing), nullptr, dx_scale},
       out);
@@ -363,7 +362,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(const Tensor& d
   run({rows, weight, shift.const_data_ptr<float>(), valid, static_cast<float>(label_smoothing),
        scale.const_data_ptr<float>(), 1.0f},
       out);
-  return {dx, dweight.to(weight.scalar_type()), dbias.to(weight.scalar_type())};
+  return {dx, dweight.to(weight.scalar_type()), dbias.to(x.scalar_type())};
 }
 
 }  // namespace

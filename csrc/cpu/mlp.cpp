@@ -68,8 +68,7 @@ void forward_chunk(const Tensor& x, const Tensor& fc_weight, const float* fc_bia
     const RoundedBlock<scalar_t> h(M);
     for (int64_t column = begin * kBlock; column < std::min(F, end * kBlock); column += kBlock) {
       const int64_t width = std::min(kBlock, F - column);
-      product(packed_x, 0, M, {weight.data + column * weight.stride_n, weight.stride_n, weight.stride_k}, width, C,
-              z.data());
+      product(packed_x, 0, M, weight.from(column, 0), width, C, z.data());
       for_rows(dropout, first, M, column, [&](int64_t i, const uint16_t* bits) {
         float* row = z.data() + i * kBlock;
         for (int64_t j = 0; j < kBlock; j += kVec) {
@@ -139,11 +138,10 @@ void backward_chunk(const BackwardInputs& in, const optional<Dropout>& dropout, 
       for (int64_t column = begin * kBlock; column < std::min(F, end * kBlock); column += kBlock) {
         const int64_t width = std::min(kBlock, F - column);
         if (recomputes) {
-          product(*packed_x, 0, M, {fc.data + column * fc.stride_n, fc.stride_n, fc.stride_k}, width, C, z.data());
+          product(*packed_x, 0, M, fc.from(column, 0), width, C, z.data());
         }
         if (needs_dz) {
-          product(*packed_dy, 0, M, {proj.data + column * proj.stride_n, proj.stride_n, proj.stride_k}, width, C_out,
-                  dz.data());
+          product(*packed_dy, 0, M, proj.from(column, 0), width, C_out, dz.data());
         }
         float bias_sums[kBlock] = {};
         for_rows(ACTIVATION == Activation::kRelu && !recomputes ? optional<Dropout>() : dropout, first, M, column,

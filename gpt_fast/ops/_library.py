@@ -476,6 +476,20 @@ def autocast(x: Tensor, *tensors: Tensor | None) -> tuple:
     )
 
 
+def rounds_weights(op: str, x: Tensor, *weights: Tensor) -> bool:
+    """Return True if `op` takes its float32 weights as they are under autocast, and rounds them itself.
+
+    The C++ kernels do so while they pack a weight, which saves a copy of it in the autocast dtype. They return its
+    gradient in float32. `x` is the input in the autocast dtype.
+    """
+    if not x.is_cpu or x.dtype == torch.float32 or not torch.is_autocast_enabled("cpu"):
+        return False
+    for weight in weights:
+        if weight.dtype != torch.float32 or not weight.is_cpu:
+            return False
+    return has_kernel(op, x) and serving(op, "cpu") == "cpp"
+
+
 def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype | None:
     """Return the dtype to which autocast would cast a tensor of `dtype` for a matrix product on x's device, or None.
 

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from . import _checks, _cublaslt, _flops, _library
 
+# On CPU the weight may be float32 where x has 16 bits: the kernels round it while they pack it, and its gradient is
+# float32 then. Autocast uses this.
 _library.define_forward("linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor y")
 _library.define_backward(
     "linear",
@@ -47,7 +49,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Note:
         Precision: sums are float32, and each result is rounded once. Where autocast is on, all tensors are cast to its
-        dtype.
+        dtype. On CPU the kernel does this to a float32 weight while it reads it, and the weight's gradient is not
+        rounded.
 
         Results are deterministic. On CPU they have the same bits at any number of threads.
 
@@ -59,13 +62,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     _checks.tensors("linear", x=x, weight=weight)
     _checks.optional_tensors("linear", bias=bias)
-    x, weight, bias = _library.autocast(x, weight, bias)
-    _checks.floating_alike("linear", x=x, weight=weight, bias=bias)
+    x, bias = _library.autocast(x, bias)
+    if rounds := _library.rounds_weights("linear", x, weight):
+        _checks.floating_alike("linear", x=x, bias=bias)
+    else:
+        x, weight = _library.autocast(x, weight)
+        _checks.floating_alike("linear", x=x, weight=weight, bias=bias)
     _checks.dimensions("linear", "weight", weight, "[N, C]")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"gpt_fast.linear: x has shape {list(x.shape)}; expected [..., {weight.shape[1]}] as weight")
     _checks.shape("linear", "bias", bias, weight.shape[:1], "the rows of weight")
-    if _library.has_kernel("linear", x):
+    if rounds or _library.has_kernel("linear", x):
         return _library.apply(_Linear, x, weight, bias)
     if bias is not None and x.is_cuda and torch.is_grad_enabled() and _cublaslt_serves(x, weight):
         return _library.apply(_CublasLtLinear, x, weight, bias)
@@ -116,7 +123,7 @@ def _forward_fake(x, weight, bias):
 
 
 def _decomposition(x, weight, bias):
-    return F.linear(x, weight, bias)
+    return F.linear(x, weight.to(x.dtype), bias)
 
 
 _library.register_decomposition("linear", _decomposition)

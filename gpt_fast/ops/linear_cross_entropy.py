@@ -6,6 +6,8 @@ from torch import Tensor
 from .. import _transforms, reference
 from . import _checks, _flops, _library
 
+# On CPU the weight may be float32 where x has 16 bits: the kernel rounds it while it packs it. Autocast uses this.
+#
 # For "mean" and "sum" forward also gives the gradients of the summed loss, from the logits it has at hand: dx in x's
 # dtype, dweight and dbias in float32. They are not scaled, so that half precision neither overflows nor underflows;
 # autograd multiplies them by the upstream gradient, over `count` for "mean". There dx is scaled by power / count before
@@ -68,7 +70,8 @@ def linear_cross_entropy(
         Precision: logits, softmax and sums are float32. The gradient of the logits is rounded to the dtype of x,
         because it is an operand of a product. The gradient of x is rounded before and after it is scaled by the
         upstream gradient, so once where that is a power of two. Other gradients are rounded once. Where autocast is on,
-        x, weight and bias are cast to its dtype. The reference serves float64.
+        x, weight and bias are cast to its dtype. On CPU the kernel does this to a float32 weight while it reads it, and
+        the weight's gradient is not rounded. The reference serves float64.
 
         Results are deterministic. On CPU they have the same bits at any number of threads.
 
@@ -80,9 +83,12 @@ def linear_cross_entropy(
     _checks.tensors(op, x=x, weight=weight, target=target)
     _checks.optional_tensors(op, bias=bias)
     _checks.integer(op, ignore_index=ignore_index)
-    x, weight, bias = _library.autocast(x, weight, bias)
-    _checks.floating(op, x=x, weight=weight, bias=bias)
-    _checks.same_dtype(op, x=x, weight=weight, bias=bias)
+    x, bias = _library.autocast(x, bias)
+    if _library.rounds_weights(op, x, weight):
+        _checks.floating_alike(op, x=x, bias=bias)
+    else:
+        x, weight = _library.autocast(x, weight)
+        _checks.floating_alike(op, x=x, weight=weight, bias=bias)
     _checks.same_device(op, x=x, weight=weight, target=target, bias=bias)
     _checks.dimensions(op, "weight", weight, "[V, C]")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
@@ -140,7 +146,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if reduction == "mean":
                 count = count.clamp(min=1)
                 scale, dx_scale = dloss / count, dloss / _power_of_two(count)
-            dtypes, scales = (x.dtype, weight.dtype, weight.dtype), (dx_scale, scale, scale)
+            dtypes, scales = (x.dtype, weight.dtype, x.dtype), (dx_scale, scale, scale)
             grads = tuple(map(_scaled, sums, scales, dtypes))
         dx, dweight, dbias = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
         return dx, dweight, None, dbias, None, None, None
@@ -167,24 +173,24 @@ def _scaled(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def _forward_fake(x, weight, target, bias, ignore_index, label_smoothing, reduction, needs_x, needs_weight, needs_bias):
     loss = x.new_empty(target.shape if reduction == "none" else (), dtype=torch.float32)
     return loss, x.new_empty((), dtype=torch.float32), *_gradients(
-        x, weight, torch.float32, needs_x, needs_weight, needs_bias
+        x, weight, torch.float32, torch.float32, needs_x, needs_weight, needs_bias
     )  # fmt: skip
 
 
 @torch.library.register_fake("gpt_fast::linear_cross_entropy_backward", lib=_library.LIBRARY)
 def _backward_fake(dloss, x, weight, target, bias, ignore_index, label_smoothing, needs_x, needs_weight, needs_bias):
-    return _gradients(x, weight, weight.dtype, needs_x, needs_weight, needs_bias)
+    return _gradients(x, weight, weight.dtype, x.dtype, needs_x, needs_weight, needs_bias)
 
 
-def _gradients(x, weight, dtype, needs_x, needs_weight, needs_bias):
-    """Return uninitialised (dx, dweight, dbias): dx like x, dweight like the weight and dbias [V], both in `dtype`.
+def _gradients(x, weight, weight_dtype, bias_dtype, needs_x, needs_weight, needs_bias):
+    """Return uninitialised (dx, dweight, dbias): dx like x, dweight like the weight and dbias [V], in the given dtypes.
 
     A gradient that is not needed has shape [0].
     """
     return (
         x.new_empty(x.shape if needs_x else (0,)),
-        torch.empty_like(weight, dtype=dtype) if needs_weight else x.new_empty(0, dtype=dtype),
-        x.new_empty(weight.shape[0] if needs_bias else 0, dtype=dtype),
+        torch.empty_like(weight, dtype=weight_dtype) if needs_weight else x.new_empty(0, dtype=weight_dtype),
+        x.new_empty(weight.shape[0] if needs_bias else 0, dtype=bias_dtype),
     )
 
 
@@ -193,6 +199,7 @@ def _decomposition(x, weight, target, bias, ignore_index, label_smoothing, reduc
 
     Every row is computed: a number of rows that depends on the targets would be no shape of an exported program.
     """
+    weight = weight.to(x.dtype)
     losses = reference.linear_cross_entropy(x, weight, target, bias, ignore_index, label_smoothing, "none")
     count = (target != ignore_index).sum().float()
     total = losses if reduction == "none" else losses.sum()

@@ -6,6 +6,9 @@ from torch import Tensor
 from .. import _activations, reference
 from . import _checks, _cublaslt, _flops, _library
 
+# On CPU both weights may be float32 where x has 16 bits: the kernels round them while they pack them, and their
+# gradients are float32 then. Autocast uses this.
+#
 # `hidden` [..., F] is kept for backward, in x's dtype: for relu the activation after dropout, which has the derivative,
 # and for gelu the activation's input. It is empty if backward recomputes it. `needs` has a flag for each of the five
 # gradients; the others come back empty.
@@ -83,7 +86,8 @@ def mlp(
     Note:
         Precision: products accumulate in float32. The hidden activation is rounded once to the dtype of x, and so is
         each result. The backward of gelu starts from the activation's input rounded to the dtype of x. Where autocast
-        is on, all tensors are cast to its dtype. The reference serves float64.
+        is on, all tensors are cast to its dtype. On CPU the kernel does this to float32 weights while it reads them,
+        and their gradients are not rounded. The reference serves float64.
 
         Dropout: whether a hidden element is kept depends on `seed`, `site`, the row i of x viewed as [M, C], and the
         column j of F. `dropout_keep_matrix` in `gpt_fast/reference.py` has the rule, with b = 0.
@@ -98,10 +102,14 @@ def mlp(
     _checks.tensors("mlp", x=x, fc_weight=fc_weight, proj_weight=proj_weight)
     _checks.optional_tensors("mlp", fc_bias=fc_bias, proj_bias=proj_bias)
     _checks.integer("mlp", site=site)
-    x, fc_weight, fc_bias, proj_weight, proj_bias = _library.autocast(x, fc_weight, fc_bias, proj_weight, proj_bias)
-    _checks.floating_alike(
-        "mlp", x=x, fc_weight=fc_weight, fc_bias=fc_bias, proj_weight=proj_weight, proj_bias=proj_bias
-    )
+    x, fc_bias, proj_bias = _library.autocast(x, fc_bias, proj_bias)
+    if _library.rounds_weights("mlp", x, fc_weight, proj_weight):
+        _checks.floating_alike("mlp", x=x, fc_bias=fc_bias, proj_bias=proj_bias)
+    else:
+        x, fc_weight, proj_weight = _library.autocast(x, fc_weight, proj_weight)
+        _checks.floating_alike(
+            "mlp", x=x, fc_weight=fc_weight, fc_bias=fc_bias, proj_weight=proj_weight, proj_bias=proj_bias
+        )
     _checks.dimensions("mlp", "fc_weight", fc_weight, "[F, C]")
     _checks.dimensions("mlp", "proj_weight", proj_weight, "[C', F]")
     if x.dim() == 0 or x.shape[-1] != fc_weight.shape[1]:
@@ -215,8 +223,9 @@ def _cublaslt_backward_fake(dy, x, fc_weight, fc_bias, proj_weight, hidden, mask
     return _backward_fake(dy, x, fc_weight, fc_bias, proj_weight, hidden, activation, 0.0, None, 0, needs)
 
 
-def _decomposition(x, *args):
-    return reference.mlp(x, *args[:-1]), x.new_empty(0)  # the last one is keeps_hidden
+def _decomposition(x, fc_weight, fc_bias, proj_weight, proj_bias, *args):
+    parameters = fc_weight.to(x.dtype), fc_bias, proj_weight.to(x.dtype), proj_bias
+    return reference.mlp(x, *parameters, *args[:-1]), x.new_empty(0)  # the last one is keeps_hidden
 
 
 def _cublaslt_decomposition(x, *args):

@@ -61,7 +61,7 @@ FAULTS = (
     Fault("targets not checked from above", CPP, "values[i] >= 0 && values[i] < V", "values[i] >= 0", "checks_targets"),
     Fault("targets not checked from below", CPP, "values[i] >= 0 && values[i] < V", "values[i] < V", "checks_targets"),
     Fault("only -100 is ignored", CPP, "if (values[i] == ignore_index) continue;", "if (values[i] == -100) continue;", "ignore_index"),
-    Fault("weight's rows taken as contiguous", CPP, "{weight.data + v * weight.stride_n, weight.stride_n, weight.stride_k}, width, C, logits", "{weight.data + v * C, C, 1}, width, C, logits", "transposed_weight"),
+    Fault("weight's rows taken as contiguous", CPP, "weight.from(v, 0), width, C, logits", "{weight.data + v * C, C, 1}, width, C, logits", "transposed_weight"),
     # C++, backward
     Fault("target left out of the gradient", CPP, "values[j] -= scale * (1.0f - in_.smoothing);", "values[j] -= 0.0f;", "numerics"),
     Fault("target's gradient not reduced by smoothing", CPP, "values[j] -= scale * (1.0f - in_.smoothing);", "values[j] -= scale;", "label_smoothing"),

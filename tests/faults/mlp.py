@@ -92,7 +92,7 @@ FAULTS = (
     Fault("last link of a chain alone", GEMM, "stride_c, accumulate || d > 0,", "stride_c, accumulate,", "long_sums"),
     Fault("last depth block alone", GEMM, "b_.data(), stride_b, c, kBlock, d > 0);", "b_.data(), stride_b, c, kBlock, false);", "long_sums"),
     Fault("sums of nothing left unset", GEMM, "if (K == 0) std::fill(c, c + (last - first) * kBlock, 0.0f);", "", "sizes_of_zero"),
-    Fault("transposed operands read as rows", GEMM, "return {x.const_data_ptr<scalar_t>(), x.stride(1), x.stride(0)};", "return {x.const_data_ptr<scalar_t>(), x.stride(0), x.stride(1)};", "numerics"),
+    Fault("transposed operands read as rows", GEMM, "return Operand<scalar_t>::of(x, 1, 0);", "return Operand<scalar_t>::of(x, 0, 1);", "numerics"),
     Fault("missing parameters not zero", GEMM, "padded.narrow(0, 0, n).zero_();", "padded.narrow(0, 0, n).fill_(1);", "without_biases"),
     Fault("no columns divide by zero", GEMM, "std::max<int64_t>(column_blocks, 1)", "column_blocks", "sizes_of_zero"),
     # C++, the matrix rule

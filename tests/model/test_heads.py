@@ -222,15 +222,15 @@ COST = r"""
     torch.set_num_threads(1)
     mode, masked = sys.argv[1], int(sys.argv[2])
     head = GPTForMaskedLM(GPTConfig(20000, 64, 4, 1, 256, embedding_dropout=0, attention_dropout=0, residual_dropout=0))
-    tokens = torch.randint(0, 20000, (8, 256))
-    labels = torch.full((8 * 256,), -100)
-    labels[torch.randperm(8 * 256)[:masked]] = 3
+    tokens = torch.randint(0, 20000, (16, 256))
+    labels = torch.full((16 * 256,), -100)
+    labels[torch.randperm(16 * 256)[:masked]] = 3
     with gpt_fast.use_reference() if mode == "reference" else contextlib.nullcontext():
         head(tokens[:1, :8], tokens[:1, :8]).loss.backward()
         times, before = [], peak()
         for _ in range(3):
             start = time.perf_counter()
-            head(tokens, labels.view(8, 256)).loss.backward()
+            head(tokens, labels.view(16, 256)).loss.backward()
             times.append(time.perf_counter() - start)
     print(min(times), (peak() - before) / 1024)
 """
@@ -246,12 +246,12 @@ def test_masked_model_costs_what_its_masked_positions_cost(mode):
     two cases differ by a factor of ten.
     """
     costs = {}
-    for masked in (102, 2048):
+    for masked in (204, 4096):
         command = [sys.executable, "-c", textwrap.dedent(COST), mode, str(masked)]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         costs[masked] = tuple(map(float, output.split()))
-    (few_time, few_memory), (all_time, all_memory) = costs[102], costs[2048]
-    all_logits = 2048 * 20000 * 4 / 2**20  # MiB
+    (few_time, few_memory), (all_time, all_memory) = costs[204], costs[4096]
+    all_logits = 4096 * 20000 * 4 / 2**20  # MiB
     assert few_time < 0.5 * all_time, costs
     if mode == "reference":
         assert all_memory > all_logits, costs

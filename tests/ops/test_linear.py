@@ -75,12 +75,13 @@ def test_any_shape(rows, C, N, bias, transposed, seed):
     check(sample_inputs((rows, C, N), torch.float32, "cpu", bias=bias, transposed=transposed))
 
 
+@pytest.mark.parametrize("rows", [20, 1100], ids=["one_chunk", "two_chunks"])
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
-def test_transposed_weights(dtype, device):
+def test_transposed_weights(dtype, rows, device):
     """A transposed weight gives the bits of a contiguous one, and its gradient has the weight's strides."""
-    inputs = sample_inputs((20, 24, 70), dtype, device, transposed=True)
+    inputs = sample_inputs((rows, 24, 70), dtype, device, transposed=True)
     contiguous = [tensor.detach().contiguous().requires_grad_() for tensor in inputs]
-    dy = torch.randn(20, 70, device=device).to(dtype)
+    dy = torch.randn(rows, 70, device=device).to(dtype)
     got, wanted = (gradients(ops.linear, group, dy) for group in (inputs, contiguous))
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     assert got[2].stride() == inputs[1].stride() and wanted[2].stride() == contiguous[1].stride()

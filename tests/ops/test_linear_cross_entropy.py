@@ -136,7 +136,7 @@ def test_without_bias(dtype, reduction, device):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 def test_several_chunks_of_rows_and_of_the_vocabulary(dtype, reduction, device, implementation):
-    rows, V = (1200, 1300) if implementation == "cpp" else (150, 300)  # 70 % of the rows are not ignored
+    rows, V = (2400, 1300) if implementation == "cpp" else (150, 300)  # 70 % of the rows are not ignored
     check(sample_inputs(((3, rows // 3), 33, V), dtype, device), smoothing=0.1, reduction=reduction)
 
 
@@ -440,7 +440,7 @@ def test_autocast(device):
     wanted = ops.linear_cross_entropy(rounded[0], rounded[1], target, rounded[2])
     assert torch.equal(loss, wanted)
     for a, b in zip(grads, gradients(wanted, rounded, torch.ones_like(loss)), strict=True):
-        assert a.dtype == torch.float32 and torch.equal(a, b.float())
+        assert a.dtype == torch.float32 and torch.equal(a.bfloat16(), b)
 
 
 def test_the_kernel_computes_in_its_own_dtype_under_autocast(device):
@@ -520,12 +520,12 @@ def peak(rows):
         ops.linear_cross_entropy(x, weight, target, reduction=reduction).sum().backward()
     # Of this process alone, which ru_maxrss is not.
     return int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) // 1024
-print(peak(512), peak(4096))
+print(peak(1024), peak(8192))
 """
 
 
 def test_peak_memory_does_not_grow_with_the_logits(device, implementation):
-    """With eight times the rows the peak on CPU grows by less than 40 MiB. The logits alone would take 312 MiB."""
+    """With eight times the rows the peak on CPU grows by less than 40 MiB. The logits alone would take 625 MiB."""
     if implementation != "cpp":
         pytest.skip("the resident set is that of the C++ kernel")
     output = subprocess.run([sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True).stdout

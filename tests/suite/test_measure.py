@@ -154,7 +154,7 @@ def test_a_run_writes_what_it_measured(tiny, tmp_path):
     assert all(r["times"]["backward"]["rounds"] >= 2 and r["times"]["forward"]["median"] > 0 for r in run["records"])
     assert {entry["peer"] for entry in run["missing"]} == {"Liger"}  # cannot run here
     assert [len(records) for records in shown] == [2, 2]
-    assert run["sessions"][0]["floors"] == FLOORS
+    assert run["sessions"][0]["floors"] == FLOORS and run["sessions"][0]["keeps_freed"] is True
     assert set(run["commit"]) == {"id", "dirty"}
 
 

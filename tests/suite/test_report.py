@@ -89,6 +89,13 @@ def test_page_shows_every_figure(tmp_path):
     assert "![bars](layer_norm_bars.png)" in text
 
 
+@pytest.mark.parametrize("kept", [{"keeps_freed": True}, {"keeps_freed": False}, {}], ids=["kept", "given_back", "old"])
+def test_a_page_says_whether_freed_memory_was_kept(kept):
+    run = a_run(record())
+    run["sessions"][0] |= kept
+    assert ("keeps freed memory" in tables.notes(run)[0]) == (kept == {"keeps_freed": True})
+
+
 def test_page_shows_quiet_and_busy_speeds_side_by_side(tmp_path):
     quiet = a_run(record(median=1.0), record(peer="torch", median=1.5))
     busy = a_run(record(peer=f"{OURS}, {LEFT}", median=1.8), record(median=2.0), record(peer="torch", median=6.0))

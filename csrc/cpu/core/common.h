@@ -18,6 +18,9 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
+#if __has_include(<sys/mman.h>)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <optional>
@@ -35,11 +38,24 @@ constexpr int64_t kGrain = 32768;  // elements that are worth a thread: PyTorch'
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// Asks for huge pages for memory that will be written whole. Call this before it is first written. Fresh memory costs
+// fewer page faults then. One thread that reads the memory gains a third (16 to 22 GB/s), four threads gain little.
+inline void ask_for_huge_pages(const at::Tensor& x) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t HUGE = 2 << 20;
+  const auto address = reinterpret_cast<uintptr_t>(x.data_ptr());
+  const uintptr_t begin = round_up(address, HUGE), end = (address + x.nbytes()) / HUGE * HUGE;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only advice: it may fail
+#endif
+}
+
 // Uninitialised memory for floats, 64-byte aligned. It comes from at::empty, which the tests fill with NaN.
 class Buffer {
  public:
   explicit Buffer(int64_t size)
-      : memory_(at::empty({size}, at::TensorOptions().dtype(at::kFloat))), data_(memory_.mutable_data_ptr<float>()) {}
+      : memory_(at::empty({size}, at::TensorOptions().dtype(at::kFloat))), data_(memory_.mutable_data_ptr<float>()) {
+    ask_for_huge_pages(memory_);
+  }
   float* data() const { return data_; }
   operator float*() const { return data_; }
 

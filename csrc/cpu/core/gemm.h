@@ -30,21 +30,48 @@ inline int64_t depth(int64_t K) {
   return ceil_div(K, WordsOf<scalar_t>::kPair);
 }
 
-// A matrix as one of the two operands of a product: element (n, k) is data[n * stride_n + k * stride_k].
+// A matrix as one of the two operands of a product: element (n, k) is data[n * stride_n + k * stride_k]. An operand of
+// 16 bits may also be given as float32, as the weights are under autocast. `pack` then rounds its elements.
 template <typename scalar_t>
 struct Operand {
+  Operand(const scalar_t* data, int64_t stride_n, int64_t stride_k)
+      : data(data), stride_n(stride_n), stride_k(stride_k) {}
+
+  static Operand of(const at::Tensor& x, int64_t n, int64_t k) {
+    Operand operand(nullptr, x.stride(n), x.stride(k));
+    if (!std::is_same_v<scalar_t, float> && x.scalar_type() == at::kFloat) {
+      operand.unrounded = x.const_data_ptr<float>();
+    } else {
+      operand.data = x.const_data_ptr<scalar_t>();
+    }
+    return operand;
+  }
+
+  // Returns the operand without its first n rows and the first k elements of each row.
+  Operand from(int64_t n, int64_t k) const {
+    Operand rest = *this;
+    const int64_t offset = n * stride_n + k * stride_k;
+    if (unrounded != nullptr) {
+      rest.unrounded += offset;
+    } else {
+      rest.data += offset;
+    }
+    return rest;
+  }
+
   const scalar_t* data;
+  const float* unrounded = nullptr;  // the matrix if it is float32 and scalar_t is not; `data` is then null
   int64_t stride_n, stride_k;
 };
 
 template <typename scalar_t>
 inline Operand<scalar_t> rows_of(const at::Tensor& x) {
-  return {x.const_data_ptr<scalar_t>(), x.stride(0), x.stride(1)};
+  return Operand<scalar_t>::of(x, 0, 1);
 }
 
 template <typename scalar_t>
 inline Operand<scalar_t> columns_of(const at::Tensor& x) {
-  return {x.const_data_ptr<scalar_t>(), x.stride(1), x.stride(0)};
+  return Operand<scalar_t>::of(x, 1, 0);
 }
 
 // Converts N values to float32. The compiler turns copies of a known size into a few instructions.
@@ -71,52 +98,86 @@ inline void round_row(const float* values, scalar_t* out, int64_t n) {
   }
 }
 
-// Copies `count` elements of a row to `stage`, as kVec packed elements, with zeros after the last.
-template <typename scalar_t>
-inline void stage_row(const scalar_t* row, int64_t count, float* stage) {
-  if constexpr (WordsOf<scalar_t>::kPair == 2) {
-    if (count == 2 * kVec) {
-      std::memcpy(stage, row, 2 * kVec * sizeof(scalar_t));
-      return;
-    }
-    std::memset(stage, 0, kVec * sizeof(float));
-    std::memcpy(stage, row, count * sizeof(scalar_t));
+// Returns n elements of a row of an operand as floats, rounded to scalar_t: the row itself if it is float32 and
+// scalar_t too, else the elements converted into `buffer`.
+template <typename scalar_t, typename source_t>
+inline const float* operand_row(const source_t* row, float* buffer, int64_t n) {
+  if constexpr (std::is_same_v<scalar_t, source_t>) {
+    return load_row(row, buffer, n);
   } else {
-    for (int64_t k = count; k < kVec; ++k) stage[k] = 0.0f;
-    at::vec::convert(row, stage, count);
+    for (int64_t j = 0; j < n; j += kVec) {
+      const int64_t count = std::min(kVec, n - j);
+      scalar_t rounded[kVec];
+      at::vec::convert(row + j, rounded, count);
+      at::vec::convert(rounded, buffer + j, count);
+    }
+    return buffer;
   }
 }
 
-// Packs N rows of K elements into panels of WIDTH rows, `panel_stride` floats apart. Elements past N or K become zero.
-template <int64_t WIDTH, typename scalar_t>
-void pack(const Operand<scalar_t>& x, int64_t N, int64_t K, float* packed, int64_t panel_stride) {
+// Copies `count` elements of a row to `stage`, as kVec packed elements, with zeros after the last.
+template <typename scalar_t, typename source_t>
+inline void stage_row(const source_t* row, int64_t count, float* stage) {
+  if constexpr (WordsOf<scalar_t>::kPair == 2) {
+    if (count == 2 * kVec) {
+      if constexpr (std::is_same_v<scalar_t, source_t>) {
+        std::memcpy(stage, row, 2 * kVec * sizeof(scalar_t));
+      } else {
+        WordsOf<scalar_t>::round(Vec::loadu(row), Vec::loadu(row + kVec)).store(stage);
+      }
+      return;
+    }
+    std::memset(stage, 0, kVec * sizeof(float));
+    if constexpr (std::is_same_v<scalar_t, source_t>) {
+      std::memcpy(stage, row, count * sizeof(scalar_t));
+    } else {
+      scalar_t rounded[2 * kVec];
+      at::vec::convert(row, rounded, count);
+      std::memcpy(stage, rounded, count * sizeof(scalar_t));
+    }
+  } else {
+    for (int64_t k = count; k < kVec; ++k) stage[k] = 0.0f;
+    const float* values = operand_row<scalar_t>(row, stage, count);
+    if (values != stage) std::memcpy(stage, values, count * sizeof(float));
+  }
+}
+
+// Does the work of `pack` for elements that lie in memory as source_t.
+template <int64_t WIDTH, typename scalar_t, typename source_t>
+void pack_from(const source_t* data, int64_t stride_n, int64_t stride_k, int64_t N, int64_t K, float* packed,
+               int64_t panel_stride) {
   constexpr int64_t PAIR = WordsOf<scalar_t>::kPair;
+  // True if the elements of a row are words as they lie in memory.
+  constexpr bool ARE_WORDS = std::is_same_v<scalar_t, source_t> && (std::is_same_v<scalar_t, float> || PAIR == 2);
   const int64_t D = depth<scalar_t>(K), padded = round_up(N, WIDTH);
-  if (x.stride_k == 1 && K > 1) {
+  if (stride_k == 1 && K > 1) {
     constexpr int64_t TILE = std::min(kVec, WIDTH);  // rows of a transposed tile, at most kVec
     alignas(64) float stage[kVec * kVec], tile[kVec * kVec];
     std::memset(stage, 0, sizeof stage);
     for (int64_t n = 0; n < padded; n += TILE) {
       for (int64_t d = 0; d < D; d += kVec) {
         const int64_t count = std::min(kVec * PAIR, K - d * PAIR), lanes = std::min(kVec, D - d);
-        const scalar_t* source = x.data + n * x.stride_n + d * PAIR;
-        bool direct = false;
-        if constexpr (std::is_same_v<scalar_t, float>) direct = n + kVec <= N && count == kVec;
-        if (direct) {
-          if constexpr (std::is_same_v<scalar_t, float>) {
-            at::vec::transpose_mxn<float, kVec, kVec>(source, x.stride_n, tile, kVec);
-          }
+        const source_t* source = data + n * stride_n + d * PAIR;
+        float* out = packed + n / WIDTH * panel_stride + d * WIDTH + n % WIDTH;
+        const float* words = stage;
+        int64_t stride_words = kVec;
+        if (ARE_WORDS && n + kVec <= N && count == kVec * PAIR && stride_n % PAIR == 0) {
+          words = reinterpret_cast<const float*>(source);
+          stride_words = stride_n / PAIR;
         } else {
           for (int64_t r = 0; r < TILE; ++r) {
             if (n + r < N) {
-              stage_row(source + r * x.stride_n, count, stage + r * kVec);
+              stage_row<scalar_t>(source + r * stride_n, count, stage + r * kVec);
             } else {
               std::memset(stage + r * kVec, 0, kVec * sizeof(float));
             }
           }
-          at::vec::transpose_mxn<float, kVec, kVec>(stage, kVec, tile, kVec);
         }
-        float* out = packed + n / WIDTH * panel_stride + d * WIDTH + n % WIDTH;
+        if (WIDTH % kVec == 0 && lanes == kVec) {
+          at::vec::transpose_mxn<float, kVec, kVec>(words, stride_words, out, WIDTH);
+          continue;
+        }
+        at::vec::transpose_mxn<float, kVec, kVec>(words, stride_words, tile, kVec);
         for (int64_t lane = 0; lane < lanes; ++lane) {
           std::memcpy(out + lane * WIDTH, tile + lane * kVec, TILE * sizeof(float));
         }
@@ -130,14 +191,14 @@ void pack(const Operand<scalar_t>& x, int64_t N, int64_t K, float* packed, int64
     // however far apart the k are. Lines of later k are prefetched, because the processor does not foresee such
     // strides.
     constexpr int64_t GROUP = 4 * WIDTH;
-    for (; x.stride_n == 1 && whole + GROUP <= N; whole += GROUP) {
+    for (; stride_n == 1 && whole + GROUP <= N; whole += GROUP) {
       for (int64_t d = 0; d < D; ++d) {
-        const scalar_t* source = x.data + whole + d * x.stride_k;
-        for (int64_t n = 0; n < GROUP; n += 64 / sizeof(scalar_t)) {
-          __builtin_prefetch(source + std::min<int64_t>(8, D - 1 - d) * x.stride_k + n);
+        const source_t* source = data + whole + d * stride_k;
+        for (int64_t n = 0; n < GROUP; n += 64 / sizeof(source_t)) {
+          __builtin_prefetch(source + std::min<int64_t>(8, D - 1 - d) * stride_k + n);
         }
         alignas(64) float stage[GROUP];
-        const float* values = load_row(source, stage, GROUP);
+        const float* values = operand_row<scalar_t>(source, stage, GROUP);
         for (int64_t panel = 0; panel < 4; ++panel) {
           std::memcpy(packed + panel * panel_stride + d * WIDTH, values + panel * WIDTH, WIDTH * sizeof(float));
         }
@@ -147,35 +208,46 @@ void pack(const Operand<scalar_t>& x, int64_t N, int64_t K, float* packed, int64
   }
   for (int64_t n = whole; n < padded; n += WIDTH, packed += panel_stride) {
     const int64_t count = std::min(WIDTH, N - n);
-    const scalar_t* source = x.data + n * x.stride_n;
+    const source_t* source = data + n * stride_n;
     const auto element = [&](int64_t lane, int64_t k) {
-      return lane < count && k < K ? source[lane * x.stride_n + k * x.stride_k] : scalar_t(0);
+      return lane < count && k < K ? static_cast<scalar_t>(source[lane * stride_n + k * stride_k]) : scalar_t(0);
     };
     for (int64_t d = 0; d < D; ++d) {
       float* out = packed + d * WIDTH;
-      const bool direct = x.stride_n == 1 && count == WIDTH && (d + 1) * PAIR <= K;
       if constexpr (PAIR == 2) {
-        uint32_t words[WIDTH];
-        if (direct) {
-          uint16_t low[WIDTH], high[WIDTH];
-          std::memcpy(low, source + 2 * d * x.stride_k, sizeof low);
-          std::memcpy(high, source + (2 * d + 1) * x.stride_k, sizeof high);
-          for (int64_t lane = 0; lane < WIDTH; ++lane)
-            words[lane] = low[lane] | static_cast<uint32_t>(high[lane]) << 16;
-        } else {
-          for (int64_t lane = 0; lane < WIDTH; ++lane) {
-            const scalar_t pair[2] = {element(lane, 2 * d), element(lane, 2 * d + 1)};
-            std::memcpy(words + lane, pair, sizeof pair);
+        if (stride_n == 1 && n + round_up(WIDTH, kVec) <= N && 2 * d + 1 < K) {
+          const source_t *even = source + 2 * d * stride_k, *odd = even + stride_k;
+          for (int64_t lane = 0; lane < WIDTH; lane += kVec) {
+            WordsOf<scalar_t>::join(even + lane, odd + lane).store(out + lane, std::min(kVec, WIDTH - lane));
           }
+          continue;
+        }
+        uint32_t words[WIDTH];
+        for (int64_t lane = 0; lane < WIDTH; ++lane) {
+          const scalar_t pair[2] = {element(lane, 2 * d), element(lane, 2 * d + 1)};
+          std::memcpy(words + lane, pair, sizeof pair);
         }
         std::memcpy(out, words, sizeof words);
-      } else if (direct) {
-        widen<WIDTH>(source + d * x.stride_k, out);
+      } else if (stride_n == 1 && count == WIDTH) {
+        alignas(64) float stage[WIDTH];
+        std::memcpy(out, operand_row<scalar_t>(source + d * stride_k, stage, WIDTH), WIDTH * sizeof(float));
       } else {
         for (int64_t lane = 0; lane < WIDTH; ++lane) out[lane] = static_cast<float>(element(lane, d));
       }
     }
   }
+}
+
+// Packs N rows of K elements into panels of WIDTH rows, `panel_stride` floats apart. Elements past N or K become zero.
+template <int64_t WIDTH, typename scalar_t>
+void pack(const Operand<scalar_t>& x, int64_t N, int64_t K, float* packed, int64_t panel_stride) {
+  if constexpr (!std::is_same_v<scalar_t, float>) {
+    if (x.unrounded != nullptr) {
+      pack_from<WIDTH, scalar_t>(x.unrounded, x.stride_n, x.stride_k, N, K, packed, panel_stride);
+      return;
+    }
+  }
+  pack_from<WIDTH, scalar_t>(x.data, x.stride_n, x.stride_k, N, K, packed, panel_stride);
 }
 
 // The whole of A in packed form. All threads pack it together.
@@ -191,8 +263,7 @@ class PackedRows {
     parallel_for(0, ceil_div(N, step), std::max<int64_t>(1, kGrain / (step * std::max<int64_t>(1, K))),
                  [&](int64_t begin, int64_t end) {
                    const int64_t first = begin * step, last = std::min(N, end * step);
-                   pack<kRows>(Operand<scalar_t>{x.data + first * x.stride_n, x.stride_n, x.stride_k}, last - first, K,
-                               data() + first / kRows * stride, stride);
+                   pack<kRows>(x.from(first, 0), last - first, K, data() + first / kRows * stride, stride);
                  });
   }
 
@@ -277,8 +348,7 @@ class BlockProduct {
     const int64_t panels = ceil_div(N, kColumns), D = depth<scalar_t>(K);
     for (int64_t d = 0; d < D; d += kDepthBlock) {
       const int64_t count = std::min(kDepthBlock, D - d), stride_b = count * kColumns;
-      pack<kColumns>(Operand<scalar_t>{b.data + d * PAIR * b.stride_k, b.stride_n, b.stride_k}, N,
-                     std::min(count * PAIR, K - d * PAIR), b_.data(), stride_b);
+      pack<kColumns>(b.from(0, d * PAIR), N, std::min(count * PAIR, K - d * PAIR), b_.data(), stride_b);
       multiply<WordsOf<scalar_t>>(last - first, panels, count, a.data() + first / kRows * a.stride + d * kRows,
                                   a.stride, b_.data(), stride_b, c, kBlock, d > 0);
     }
@@ -322,6 +392,20 @@ void add_block(const float* block, int64_t rows, int64_t width, scalar_t* out, i
   alignas(64) float tile[kVec * kVec];
   for (int64_t i = 0; i < rows; i += kVec) {
     for (int64_t j = 0; j < width; j += kVec) {
+      if constexpr (std::is_same_v<scalar_t, float>) {
+        if (i + kVec <= rows && j + kVec <= width) {
+          float* to = out + i + j * stride_column;
+          if (!accumulate) {
+            at::vec::transpose_mxn<float, kVec, kVec>(block + i * kBlock + j, kBlock, to, stride_column);
+            continue;
+          }
+          at::vec::transpose_mxn<float, kVec, kVec>(block + i * kBlock + j, kBlock, tile, kVec);
+          for (int64_t lane = 0; lane < kVec; ++lane, to += stride_column) {
+            (Vec::loadu(to) + Vec::loadu(tile + lane * kVec)).store(to);
+          }
+          continue;
+        }
+      }
       at::vec::transpose_mxn<float, kVec, kVec>(block + i * kBlock + j, kBlock, tile, kVec);
       for (int64_t lane = 0; lane < std::min(kVec, width - j); ++lane) {
         put(tile + lane * kVec, out + i + (j + lane) * stride_column, std::min(kVec, rows - i), 1);

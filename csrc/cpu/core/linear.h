@@ -32,8 +32,7 @@ inline void multiply_into(const PackedRows<scalar_t>& a, const Operand<scalar_t>
     for (int64_t task = begin; task < end; ++task) {
       const int64_t column = task / pieces * kBlock, width = std::min(kBlock, N - column);
       const int64_t first = std::min(M, task % pieces * piece_rows), last = std::min(M, first + piece_rows);
-      product(a, first, last, Operand<scalar_t>{b.data + column * b.stride_n, b.stride_n, b.stride_k}, width, K,
-              c.data());
+      product(a, first, last, b.from(column, 0), width, K, c.data());
       for (int64_t i = first; i < last; ++i) {
         float* row = c.data() + (i - first) * kBlock;
         if (bias != nullptr) {
@@ -54,6 +53,7 @@ class WeightGradient {
  public:
   WeightGradient(const Tensor& gradient, bool needed, int64_t chunks)
       : needed(needed), gradient_(gradient), sums_(gradient) {
+    ask_for_huge_pages(gradient);
     if (needed && chunks > 1 && gradient.scalar_type() != at::kFloat) {
       sums_ = at::empty_like(gradient, gradient.options().dtype(at::kFloat));
     }

@@ -1,26 +1,11 @@
-// Memory for large buffers, on huge pages where the system gives them.
+// Memory that grows, on huge pages where the system gives them.
 #pragma once
-
-#if __has_include(<sys/mman.h>)
-#include <sys/mman.h>
-#endif
 
 #include <cstdint>
 
 #include "cpu/core/common.h"
 
 namespace gpt_fast::decode {
-
-// Asks for huge pages. Call this before the memory is first written. One thread that reads the memory gains a third (16
-// to 22 GB/s), four threads gain little.
-inline void ask_for_huge_pages(const at::Tensor& x) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t HUGE = 2 << 20;
-  const auto address = reinterpret_cast<uintptr_t>(x.data_ptr());
-  const uintptr_t begin = round_up(address, HUGE), end = (address + x.nbytes()) / HUGE * HUGE;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only advice: it may fail
-#endif
-}
 
 // Memory for 32-bit values, aligned to 64 bytes. Growing it loses its contents.
 template <typename T>
