@@ -92,10 +92,10 @@ def _say(message: str) -> None:
 def _compare(old: Path, new: Path) -> None:
     """Print a table of the times that changed beyond the noise between two results, then a line with counts, on stdout.
 
-    Each of `old` and `new` is a results file of an op or job, a folder with the results files of one device, or a
-    folder of such folders. A median has changed beyond the noise if it differs by more than 3 % and by more than the
-    sum of the two interquartile ranges. The table begins with the largest speed-up, and is left out if no time changed.
-    Raise `ValueError` if the two have no time in common.
+    `old` and `new` are paths. Each is a results file of an op or job, the folder with one device's results files, or a
+    folder of such device folders. A median has changed beyond the noise if two conditions hold: it differs by more than
+    3 %, and by more than the sum of the two interquartile ranges. The table begins with the largest speed-up, and is
+    left out if no time changed. Raise `ValueError` if the two have no time in common.
     """
     from benchmarks.report import markdown, results
 

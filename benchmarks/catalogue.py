@@ -14,7 +14,7 @@ _FOLDER = Path(__file__).resolve().parent
 
 
 def _find(folder: str) -> list[Topic | Study]:
-    """Import each Python file in benchmarks/`folder`, and return its `TOPIC` or, if it has none, its `STUDY`.
+    """Import each Python file in benchmarks/`folder`, and return a list with the `TOPIC` or else the `STUDY` of each.
 
     `folder` is "ops" or "jobs". The order is that of the files' names. Files whose names begin with an underscore are
     helpers and are left out. Raise `AttributeError` if a file has neither.

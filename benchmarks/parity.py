@@ -73,9 +73,9 @@ class Step:
     def row(self) -> list[str]:
         """Return the step as eight cells of text, for a table with the columns in HEADER.
 
-        They are the step's number, the losses of gpt_fast, of plain PyTorch and in float64, then the errors of the
-        loss, of the logits and of the worst gradient as shares of what is allowed, and last the name of that gradient's
-        parameter.
+        The first four are the step's number and the losses of gpt_fast, of plain PyTorch and in float64. The next three
+        are shares of what is allowed: the errors of the loss, of the logits and of the worst gradient. The last cell is
+        the name of the parameter with the worst gradient.
         """
         worst = self.worst_gradient
         losses = [f"{loss:.6f}" for loss in (self.loss, self.plain_loss, self.true_loss)]

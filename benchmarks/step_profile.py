@@ -37,11 +37,11 @@ def seconds_of(step: Callable[[], object], device: str) -> float:
 
 
 def kernels_of(step: Callable[[], object], device: str) -> list[dict[str, Any]]:
-    """Profile STEPS calls of `step`. Return a dict {"kernel", "launches", "us"} for each kernel, longest first.
+    """Profile STEPS calls of `step`. Return a list with {"kernel", "launches", "us"} for each kernel, longest first.
 
-    "kernel" is the kernel's name, "launches" is its mean number of launches in one step, and "us" its mean microseconds
-    in one step, of all launches together. On the device "cpu" an entry is an operator of PyTorch, without the operators
-    that it calls. Entries that took no time are left out, so the list may be empty.
+    "kernel" is the kernel's name, and "launches" its mean number of launches in one step. "us" is the mean microseconds
+    of all its launches in one step. On the device "cpu" an entry is an operator of PyTorch, without the operators that
+    it calls. Entries that took no time are left out, so the list may be empty.
     """
     kind = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
     with profile(activities=[kind]) as profiler:

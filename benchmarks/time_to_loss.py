@@ -96,10 +96,10 @@ def sweep(out: Path, optimizer: str, given: Sequence[float], options: dict[str, 
 def figures(runs: dict[str, list[Path]]) -> dict[str, Any]:
     """Return a dict that compares the runs of both optimizers. `runs` maps optimizer → run folders, one for each seed.
 
-    The keys of `runs` are "adamw" and "muon". In the result, "loss" is the loss to reach, the highest final held-out
-    loss of AdamW's seeds. "adamw" and "muon" have dicts of lists with one entry a seed: "final", the final loss, "step"
-    and "seconds" at which the held-out loss first fell to the loss to reach (None if it never did), and
-    "seconds_per_step" over the whole run.
+    The keys of `runs` are "adamw" and "muon". In the result, "loss" is the loss to reach: the highest final held-out
+    loss of AdamW's seeds. "adamw" and "muon" have dicts of lists with one entry a seed. "final" has the final losses.
+    "step" and "seconds" are the point at which the held-out loss first fell to the loss to reach, or None if it never
+    did. "seconds_per_step" is the mean over the whole run.
     """
     losses = {name: [final_loss(folder) for folder in folders] for name, folders in runs.items()}
     target = max(losses["adamw"])

@@ -208,9 +208,9 @@ def shown(record: dict[str, Any]) -> list[str]:
 def lines(record: dict[str, Any]) -> list[str]:
     """Return a section of Markdown as lines: a heading, a paragraph on what was measured, and a table.
 
-    The table has a row for each precision of the weights: milliseconds a token, tokens a second, share of the memory's
-    read bandwidth, the time of transformers in the same precision, and that time divided by ours. The last two are ""
-    if not measured. `record` is the content of the study's results file.
+    The table has a row for each precision of the weights: milliseconds a token, tokens a second, and the share of the
+    memory's read bandwidth. Two more cells have the time of transformers in the same precision, and that time divided
+    by gpt_fast's. They are "" if not measured. `record` is the content of the study's results file.
     """
     low, high = (f"{bandwidth / 1e9:.1f}" for bandwidth in record["read_bandwidth_range"])
     rows = []

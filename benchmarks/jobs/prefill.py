@@ -37,9 +37,9 @@ def cases(device: str) -> Iterator[Case]:
 def targets(case: Case) -> Iterator[Target]:
     """Yield the speed targets of a case.
 
-    On a CPU in float32, gpt_fast with weights in float32, bfloat16 and int8 must be 1.05 times as fast as the fastest
-    inference engine of the same or a higher precision. Further targets of these cases are for runs beside a busy
-    process. Other cases have no target.
+    On a CPU in float32 there are targets for gpt_fast with weights in float32, bfloat16 and int8. Each must be 1.05
+    times as fast as the fastest inference engine of the same or a higher precision. Further targets of these cases are
+    for runs beside a busy process. Other cases have no target.
     """
     if case.device == "cpu" and case.dtype == F32:
         yield from rivals({"float32": 1.05, "bfloat16": 1.05, "int8": 1.05})

@@ -98,8 +98,8 @@ def measure_floors(device: str, cpu_time: bool = False) -> Iterator[tuple[str, d
 def reader(x: torch.Tensor) -> Call:
     """Return a call that reads the tensor `x` once and returns its sum. On a CPU it uses as many threads as PyTorch.
 
-    On a CPU the call is compiled C++ code and returns a float. Without a C++ compiler, and on a GPU, the call is
-    `x.sum`, which returns a tensor. Raise `ValueError` unless `x` is float32 and contiguous.
+    On a CPU with a C++ compiler the call is compiled code and returns a float. Otherwise it is `x.sum`, which returns a
+    tensor. Raise `ValueError` unless `x` is float32 and contiguous.
     """
     if x.dtype != torch.float32 or not x.is_contiguous():
         raise ValueError(f"reader: x has dtype {x.dtype} and strides {x.stride()}; expected contiguous float32")

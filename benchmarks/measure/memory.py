@@ -14,7 +14,7 @@ def peak_memory(device: str, run: Callable[[], object]) -> int | None:
     """Call `run` once. Return its peak memory in bytes beyond what was in use before, or None.
 
     On "cuda" this is what PyTorch's allocator handed out, and its peak is reset before. On a CPU it is the growth of
-    the process after freed memory was given back to the system, so scratch space of any library counts, and at least 0.
+    the process, at least 0, so scratch space of any library counts. Freed memory is given back to the system before.
     This needs Linux: elsewhere `run` is not called, and the result is None.
     """
     gc.collect()

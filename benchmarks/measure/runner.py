@@ -50,7 +50,7 @@ class Settings:
     def budget(self) -> Budget:
         """Return the `Budget` of a run, which says how often calls are repeated: less often in a quick run.
 
-        Its `cpu_time` is that of the settings.
+        It also says whether CPU seconds are measured.
         """
         return dataclasses.replace(QUICK if self.quick else FULL, cpu_time=self.cpu_time)
 
@@ -71,8 +71,8 @@ def runs_here(topic: Topic, case: Case, quick: bool) -> tuple[list[Peer], Failed
     """Return (implementations to measure on a case, [(implementation, reason why it is not measured)]).
 
     A `Topic` is an op or job, and a `Case` is a topic at fixed sizes, dtype and device. Implementations that the case
-    excludes by `case.peers` are in neither list. In training, compiled models are not measured on cases that belong to
-    a quick run; `quick` only changes the wording of that reason.
+    excludes by `case.peers` are in neither list. Of a topic with `pair_bytes`, which is training, compiled models are
+    not measured on cases that belong to a quick run. `quick` only changes the wording of that reason.
     """
     run, missing = [], []
     for peer in topic.peers:
@@ -183,7 +183,8 @@ def _take_turns(
     is timed too, the others also have "to_ours": median and quartiles of the ratio to its time. If graphs were timed,
     "host" is the host's seconds for a direct call.
 
-    An implementation whose first call fails is appended to `failed` with the error, and is not in the result.
+    An implementation whose first call fails is appended to `failed` with the error, and is not in the result. Errors of
+    gpt_fast's own are raised, except out of memory.
     """
     watches: dict[Peer, Stopwatch] = {}
     extra: dict[Peer, dict[str, Any]] = {}
@@ -321,8 +322,9 @@ def _open(topic: Topic | Study, path: Path, facts: dict[str, Any], settings: Set
     """Return the content of the results file of a topic or study, with which measuring begins. Nothing is written.
 
     If `settings.resume` is set and `path` exists, it is the content of that file. Otherwise it is new and has no
-    results. `facts` are the "device", "versions" and "commit" of this run. Raise `ValueError` if the file to resume has
-    other ones, another value of `quick`, or is damaged.
+    results. In either case it records that the run is untested if `settings.untested` is set. `facts` are the "device",
+    "versions" and "commit" of this run. Raise `ValueError` if the file to resume has other ones, another value of
+    `quick`, or is damaged.
     """
     head = {
         "schema": results.SCHEMA, "version": results.VERSION, "topic": topic.name, "suite": topic.suite,
@@ -351,8 +353,9 @@ def _now() -> dict[str, Any]:
 def _run_study(study: Study, record: Run, path: Path, settings: Settings) -> None:
     """Measure a study and write its record to `path`, then pass it to `settings.studied` and advance the progress bar.
 
-    `record` is the content of the study's results file, so far without results. If it is already complete, which means
-    it has a "date", nothing is measured or written.
+    `record` is the content of the study's results file, so far without results, which are added in place. With
+    `settings.busy` a busy process runs beside. If `record` is already complete, which means it has a "date", nothing is
+    measured or written.
     """
     settings.advance(0, study.name)
     if "date" not in record:

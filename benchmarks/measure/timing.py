@@ -157,7 +157,7 @@ class Stopwatch:
         return duration
 
     def summary(self) -> dict[str, float | None]:
-        """Return {"median", "q1", "q3", "rounds", "first"} of the recorded times, of which there must be one.
+        """Return {"median", "q1", "q3", "rounds", "first"} of the recorded times. There must be at least one of them.
 
         "q1" and "q3" are the quartiles, and "rounds" is the number of recorded times. "first" is the time of the very
         first call, which may include compilation, or None if no call was made. Times are in seconds.
@@ -168,9 +168,9 @@ class Stopwatch:
     def ratio_to(self, other: "Stopwatch") -> dict[str, float]:
         """Return {"median", "q1", "q3"} of this implementation's time divided by that of `other`, over pairs of rounds.
 
-        A pair is a round of this implementation and the round of `other` that is nearest in time, so that whatever
-        slows the machine for a while slows both. On a busy machine this ratio is steadier than the ratio of two
-        medians. Both must have recorded times.
+        A pair is a round of this implementation and the nearest round of `other` in time. So whatever slows the machine
+        for a while slows both. On a busy machine this ratio is steadier than the ratio of two medians. Both must have
+        recorded times.
         """
         pairs = []
         for seconds, lap in zip(self.seconds, self.laps, strict=True):

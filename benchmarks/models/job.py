@@ -46,7 +46,8 @@ class Job:
         """Return the bytes that stay in memory between calls, or None for an engine, which does not tell.
 
         They are the model's parameters and buffers and the optimizer's state. If `generate` keeps a decode session on
-        the model, its cache counts too, and so do its packed weights if they are of another precision than the model's.
+        the model, its cache counts too. So do its packed weights if their precision is not the model's. A session that
+        the caller passes to `generate` does not count.
         """
         if self.model is None:
             return None

@@ -103,9 +103,9 @@ def _job(case: Case, model: nn.Module, loss: Loss) -> Job:
 def _trains(name: str, build: Build, missing: Callable[[Case], str | None] = lambda case: None) -> tuple[Peer, Peer]:
     """Return two implementations (`Peer`) of a training step, named `name` and "`name` compiled".
 
-    The second compiles the function of the loss, but not the backward call and the optimizer. `build` takes a case and
-    returns (model, function of the case's inputs that computes the loss). `missing` returns the reason why a case
-    cannot run, or None.
+    The second compiles the function of the loss by `torch.compile`, for fixed shapes. `build` takes a case and returns
+    (model, function of the case's inputs that computes the loss). `missing` returns the reason why a case cannot run,
+    or None.
     """
 
     def eager(case: Case) -> Job:
@@ -128,7 +128,7 @@ def _as_one_graph(build: Build) -> Peer:
     def run(case: Case) -> Job:
         """Return the job of a case whose training step is captured as a CUDA graph in its first call, and replayed.
 
-        The model and its loss come from `build` of the enclosing function.
+        The model and its loss come from `build` of the enclosing function. The job's optimizer is set to be capturable.
         """
         job = _job(case, *build(case))
         assert job.optimizer is not None
