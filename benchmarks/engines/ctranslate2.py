@@ -16,7 +16,7 @@ COMPUTE_TYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8_flo
 def missing(precision: str) -> str | None:
     """Return the reason why CTranslate2 cannot compute in a precision on this CPU, or None if it can.
 
-    `precision` is one of this module's PRECISIONS. Raise `ImportError` if CTranslate2 is not installed.
+    `precision` is "float32", "bfloat16" or "int8". Raise `ImportError` if CTranslate2 is not installed.
     """
     import ctranslate2
 

@@ -13,7 +13,7 @@ COPIES = 2  # of the inputs, rotated
 
 
 def make_inputs(topic: Topic, case: Case) -> list[tuple]:
-    """Return COPIES tuples of positional arguments for the topic's implementations on a case, on the case's device.
+    """Return COPIES (two) tuples of positional arguments for the topic's implementations, on the device of `case`.
 
     They are drawn with PyTorch's seeds 0, 1, ... and differ in their values only. The seed is not set back.
     """

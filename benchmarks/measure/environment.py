@@ -30,8 +30,8 @@ DATA_SHEETS = {
 def data_sheet(name: str) -> dict[str, float]:
     """Return the rates that the vendor states for a device, in bytes or FLOPs a second; {} for an unknown device.
 
-    `name` is the device's full name, as `device_name` returns it. The keys are the names of measured rates: "copy",
-    "matmul bfloat16" and "matmul float32".
+    `name` is the device's full name, which must contain a known model, such as "H200". The keys are the names of
+    measured rates: "copy", "matmul bfloat16" and "matmul float32".
     """
     return next((rates for part, rates in DATA_SHEETS.items() if re.search(rf"\b{part}\b", name)), {})
 

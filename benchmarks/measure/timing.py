@@ -43,7 +43,8 @@ def clock(device: str, cpu_time: bool = False) -> Callable:
 def flush(device: str) -> Call | None:
     """Return a function that empties the GPU's L2 cache, to be called before each timed call, or None on a CPU.
 
-    On a CPU small tensors stay cached, as they do in a model.
+    The function clears a buffer of 512 MiB, which is allocated here. On a CPU small tensors stay cached, as they do in
+    a model.
     """
     if device != "cuda":
         return None
@@ -75,7 +76,7 @@ class Budget:
         """Return how often to time a call that takes `duration` seconds.
 
         It is 1 if `duration` exceeds VERY_LONG (8 s). Otherwise it is the number of calls that fill the budget's
-        `seconds`, at most 1,000, but never below `least`.
+        `seconds`, rounded up, at most 1,000, but never below `least`.
         """
         if duration > VERY_LONG:
             return 1

@@ -22,7 +22,10 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(C, C)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return causal self-attention of x [B, T, C], after the output projection, [B, T, C]."""
+        """Return causal self-attention of x [B, T, C], after the output projection, [B, T, C].
+
+        In training mode, dropout acts on the attention probabilities.
+        """
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.num_heads, -1).transpose(1, 2) for part in self.in_proj(x).split(C, dim=2))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
@@ -73,7 +76,7 @@ class PlainGPT(nn.Module):
         return self.final_norm(x)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the logits [B, T, V] of tokens [B, T]."""
+        """Return the logits [B, T, V] of int64 tokens [B, T]; T is at most the model's number of positions."""
         return self.output_layer(self.hidden_states(tokens))
 
     def next_logits(self, tokens: Tensor) -> Tensor:

@@ -29,7 +29,11 @@ def state_bytes(case: Case) -> int:
 
 
 def pair_bytes(case: Case) -> int:
-    """Return the least memory in bytes to train two copies of the case's model at the same time, with activations."""
+    """Return the least memory in bytes to train two copies of the case's model at the same time.
+
+    It is 2.5 times the bytes of one model's weights, gradients and AdamW's moments, because activations need at least a
+    quarter of these.
+    """
     return int(2 * ACTIVATIONS * state_bytes(case))
 
 
