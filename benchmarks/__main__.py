@@ -50,12 +50,16 @@ def bench(
         typer.Option(metavar="OLD NEW", help="Measure nothing: show what changed beyond the noise."),
     ] = None,
 ) -> None:
-    """Time every operation, training steps and generation against their floors and against other implementations.
+    """Time operations, training steps and generation against the machine's measured limits and other implementations.
 
-    Runs the tests of each op or job first and reports no time if they fail, unless --untested. The floors (copy and
-    read bandwidth, rate of matrix products) are measured in the same run. Writes one JSON file a topic, a page with
-    tables, and plots. Ctrl-C keeps what was measured, marked partial; --resume continues. --busy measures beside a busy
-    process, into files of its own, which the page shows beside the quiet figures.
+    --suite chooses what is timed. The tests of each op or job run first, unless --untested. If they fail, no time of it
+    is reported, and the exit code is 1 at the end. The limits, called floors (copy and read bandwidth, rate of matrix
+    products), are measured in the same run.
+
+    Writes one JSON file for each op, job or study, a page with tables, and plots. Ctrl-C keeps what was measured,
+    marked partial, and ends with exit code 130; --resume continues. --busy measures beside a busy process, into files
+    of its own, which the page shows beside the quiet figures. --cpu-time sets PyTorch to one thread. --busy and
+    --cpu-time need a CPU and exclude each other. --compare only prints the times that changed between two results.
 
     [bold]Example[/bold]
 
@@ -81,15 +85,17 @@ def bench(
 
 
 def _say(message: str) -> None:
-    """Print a message on stderr."""
+    """Print `message` on stderr, as plain text that is not wrapped."""
     err_console.print(Text(message), soft_wrap=True)
 
 
 def _compare(old: Path, new: Path) -> None:
-    """Print a table of the times that changed beyond the noise between two results, then a line with counts.
+    """Print a table of the times that changed beyond the noise between two results, then a line with counts, on stdout.
 
-    `old` and `new` are results files, devices' folders or folders of these. Raise `ValueError` if they have no measured
-    time in common.
+    `old` and `new` are paths. Each is a results file of an op or job, the folder with one device's results files, or a
+    folder of such device folders. A median has changed beyond the noise if two conditions hold: it differs by more than
+    3 %, and by more than the sum of the two interquartile ranges. The table begins with the largest speed-up, and is
+    left out if no time changed. Raise `ValueError` if the two have no time in common.
     """
     from benchmarks.report import markdown, results
 
@@ -121,11 +127,16 @@ def _compare(old: Path, new: Path) -> None:
 def _run(
     topics: list[Any], device: str, quick: bool, out: Path, resume: bool, cpu_time: bool, untested: bool, busy: bool
 ) -> None:  # fmt: skip
-    """Measure topics and studies, show the progress on stderr, and write the results and their pages under `out`.
+    """Measure topics and studies. Show the progress on stderr, and write the results and their pages under `out`.
 
-    All parameters but `topics` are options of `bench` with the same names. Topics and studies with nothing to measure
-    on the device are skipped. Raise `typer.Exit` with code 130 after an interrupt, and with code 1 if the tests of a
-    topic failed.
+    `topics` are ops and whole-model jobs (`Topic`) and measurements with a table of their own (`Study`). Those with
+    nothing to measure on `device`, "cpu" or "cuda", are skipped. `quick` measures fewer cases and rounds. `resume`
+    keeps the results that are already in `out`. `cpu_time` measures CPU seconds, `untested` skips the tests, and `busy`
+    runs a busy process beside.
+
+    The results of each case and study are also printed on stdout as they come. At the end stderr gets the paths of the
+    pages and the output of failed tests. Raise `typer.Exit` with code 130 after SIGINT or SIGTERM, else with code 1 if
+    the tests of a topic failed.
     """
     from benchmarks.measure.runner import Settings, count, here, run
     from benchmarks.report import pages
@@ -162,9 +173,10 @@ def _run(
 
 
 def _show_case(run: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    """Print a table of one case on stdout, with a row for each implementation; print nothing without `records`.
+    """Print a table of one case on stdout, with a row for each implementation; print nothing if `records` is empty.
 
-    `run` is the content of the topic's results file. `records` are its entries for this case.
+    A case is an op or job at fixed sizes and dtype. `run` is the content of the op's or job's results file. `records`
+    are the file's entries for this case, each with the times of one implementation.
     """
     from benchmarks.report import results, tables
 
@@ -174,14 +186,17 @@ def _show_case(run: dict[str, Any], records: list[dict[str, Any]]) -> None:
 
 
 def _show_study(study: Any, record: dict[str, Any]) -> None:
-    """Print `record`, the content of a study's results file, on stdout as the Markdown of `study.lines`."""
+    """Print the results of a `Study` on stdout: `study.lines(record)` are lines of Markdown, which are rendered.
+
+    `record` is the content of the study's results file.
+    """
     out_console.print(Markdown("\n".join(study.lines(record))))
 
 
 def main() -> None:
-    """Run the command line of the suite. A `ValueError` or `OSError` becomes one line on stderr and exit code 2.
+    """Run the command `python -m benchmarks`. A `ValueError` or `OSError` becomes a line on stderr and exit code 2.
 
-    So does a missing pytest or matplotlib.
+    If pytest or matplotlib is not installed, no command runs: a line on stderr says so, and the exit code is 2.
     """
     missing = [name for name in ("pytest", "matplotlib") if find_spec(name) is None]
     try:

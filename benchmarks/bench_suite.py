@@ -21,7 +21,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def parameters() -> list:
-    """Return pytest's parameter sets (case, implementation, pass), one for each combination to time on DEVICE."""
+    """Return pytest's parameter sets (case, implementation, pass), one for each combination to time on DEVICE.
+
+    A `Case` is an op or whole-model job at fixed sizes, dtype and device. A pass is "forward", "backward", "training",
+    "inference" or "step". Implementations that a case excludes are left out. Those that cannot run here are kept, and
+    skipped later.
+    """
     return [
         pytest.param(case, peer, passes, id=f"{topic.suite} {topic.name} {case.name} {passes} {peer.name}")
         for topic in catalogue.topics().values()
@@ -34,26 +39,34 @@ def parameters() -> list:
 
 @pytest.fixture(scope="session")
 def facts() -> dict[str, Any]:
-    """Return {"device", "versions", "commit"}, see `environment.describe`, which is stored beside all times."""
+    """Return the facts {"device", "versions", "commit"} of this machine and checkout, to be stored beside all times.
+
+    Each is a dict. "device" has the type, name and instructions of the CPU or GPU. "versions" maps packages to
+    versions. "commit" has the hash, and whether files differ from it.
+    """
     return environment.describe(DEVICE)
 
 
 @pytest.fixture(scope="session")
 def red() -> dict[str, str]:
-    """Return an empty dict that lasts for the whole session of pytest.
+    """Return an empty dict that all tests of the pytest session share.
 
-    `test_time` fills it: topic's name → output of its failed tests, "" if they passed.
+    `test_time` fills it: name of an op or job → output of its failed tests, or "" if they passed.
     """
     return {}
 
 
 @pytest.mark.parametrize(("case", "peer", "passes"), parameters())
 def test_time(case: Case, peer: Peer, passes: str, benchmark, facts: dict[str, Any], red: dict[str, str]) -> None:
-    """Time one pass of the implementation `peer` on a case by pytest-benchmark.
+    """Time one pass of the implementation `peer` on a case, an op or job at fixed sizes, by pytest-benchmark.
 
-    Skip it if the implementation cannot run the case here, and fail if the tests of the topic fail. They run once,
-    before the topic's first timing. `passes` names the pass. `benchmark` is pytest-benchmark's fixture; `facts` and
-    `red` are the fixtures of this file.
+    Skip it if the implementation cannot run the case here. Fail if the tests of the op or job fail; they run once,
+    before its first timing. `passes` names the one pass: "forward", "backward", "training", "inference" or "step".
+
+    `benchmark` is pytest-benchmark's fixture. It gets a group name and, as extra info, the case, its least bytes and
+    FLOPs, and `facts`: the device, versions and commit. `red` maps op or job → output of its failed tests ("" if they
+    passed), and gets an entry here. On a GPU the seconds are the GPU's, and its cache is emptied before each call of an
+    op.
     """
     topic = catalogue.topics()[case.topic]
     reason = peer.missing(case)

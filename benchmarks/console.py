@@ -16,7 +16,8 @@ def print_table(
     """Print a table on stdout, its first column aligned left, all others right.
 
     `header` has the columns' names, and `rows` the cells as text. `colors` has a colour for each row, such as "red", or
-    None for a row without one. `title` stands above the table. If stdout is no terminal, no row is cut off or wrapped.
+    None for a row without one. `title` stands above the table. On a terminal, long cells are wrapped to fit its width.
+    Otherwise the table may have up to 1,000 columns, so that its rows stay on one line.
     """
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for place, name in enumerate(header):

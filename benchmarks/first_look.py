@@ -43,38 +43,48 @@ class Look(NamedTuple):
 
 
 def normal(*shape: int) -> Tensor:
-    """Return standard normal random values of `shape`, float32 on the CPU."""
+    """Return standard normal random values of `shape`, float32 on the CPU, from PyTorch's global generator."""
     return torch.randn(shape)
 
 
 def attention(D: int = D, **options: Any) -> Arguments:
-    """Return arguments of `ops.attention` by name: random q, k, v [B, H, T, D], and the given options."""
+    """Return arguments of `ops.attention` by name: random "q", "k" and "v" [B, H, T, D], and `options` as they are.
+
+    B, H and T are constants of this file. The tensors are float32 on the CPU. `options` are other arguments of the op,
+    such as `window`.
+    """
     return {name: normal(B, H, T, D) for name in "qkv"} | options
 
 
 def packed_attention(D: int = D) -> Arguments:
-    """Return arguments of `ops.attention` by name, with dropout and two packed sequences.
+    """Return arguments of `ops.attention` by name, for two packed sequences of 50 and T - 50 tokens, with dropout.
 
-    q, k and v are [1, H, T, D]. The sequences have 50 and T - 50 tokens.
+    "q", "k" and "v" are random, [1, H, T, D], float32 on the CPU. "cu_seqlens" is [0, 50, T] in int32. "dropout_p" is
+    0.1, and "seed" is a tensor. H and T are constants of this file.
     """
     starts = torch.tensor([0, 50, T], dtype=torch.int32)
     return {name: normal(1, H, T, D) for name in "qkv"} | {"cu_seqlens": starts} | SEED
 
 
 def norm(width: int) -> Arguments:
-    """Return random arguments of `ops.layer_norm` by name, for 67 rows of this width."""
+    """Return random arguments of `ops.layer_norm` by name: "x" [67, width], "weight" and "bias" [width]."""
     return {"x": normal(67, width), "weight": normal(width), "bias": normal(width)}
 
 
 def add_norm(width: int) -> Arguments:
-    """Return random arguments of `ops.add_layer_norm` by name, with dropout, for 67 rows of this width."""
+    """Return arguments of `ops.add_layer_norm` by name, random and with dropout.
+
+    They are "x" and "residual" [67, width], "weight" and "bias" [width]. "dropout_p" is 0.1, and "seed" is a tensor.
+    """
     return norm(width) | {"residual": normal(67, width)} | SEED
 
 
 def mlp(activation: str, **options: Any) -> Arguments:
-    """Return random arguments of `ops.mlp` by name, for 130 rows of width 72, with the given options.
+    """Return arguments of `ops.mlp` by name: random tensors, the activation, and `options` as they are.
 
-    `activation` is "relu", "gelu" or "gelu_tanh".
+    The tensors are "x" [130, 72], "fc_weight" [288, 72], "fc_bias", "proj_weight" [72, 288] and "proj_bias".
+    `activation` is "relu", "gelu" or "gelu_tanh". `options` are other arguments of the op, such as `dropout_p` and
+    `seed`.
     """
     tensors = {
         "x": normal(130, 72), "fc_weight": normal(288, 72) / 72**0.5, "fc_bias": normal(288),
@@ -84,9 +94,10 @@ def mlp(activation: str, **options: Any) -> Arguments:
 
 
 def loss(V: int, **options: Any) -> Arguments:
-    """Return random arguments of `ops.linear_cross_entropy` by name, for 150 rows, V classes and the given options.
+    """Return arguments of `ops.linear_cross_entropy` by name: random tensors for V classes, and `options` as they are.
 
-    Every seventh target is -100, which the op ignores.
+    The tensors are "x" [150, 72], "weight" [V, 72], "bias" [V] and the classes "target" [150]. Every seventh target is
+    -100, which the op ignores. `options` are other arguments of the op, such as `label_smoothing`.
     """
     target = torch.randint(0, V, (150,))
     target[::7] = -100
@@ -94,9 +105,10 @@ def loss(V: int, **options: Any) -> Arguments:
 
 
 def embedding() -> Arguments:
-    """Return random arguments of `ops.embedding` by name, with dropout.
+    """Return arguments of `ops.embedding` by name: "tokens" [B, 19], "token_weight" [53, C], "position_weight" [19, C].
 
-    There are B rows of 19 tokens, a vocabulary of 53 and width C.
+    All are random; the tokens are ids below 53. B and C are constants of this file. There is dropout too: "dropout_p"
+    is 0.1, and "seed" is a tensor.
     """
     return {
         "tokens": torch.randint(0, 53, (B, 19)),
@@ -106,9 +118,10 @@ def embedding() -> Arguments:
 
 
 def decode(D: int) -> Arguments:
-    """Return random arguments of `ops.decode_attention` by name, with head size D.
+    """Return arguments of `ops.decode_attention` by name, for two rows, whose caches hold 300 and 7 tokens.
 
-    There are two caches with room for 300 tokens: one is full, one has 7 tokens.
+    "q" is [2, H, D], "k_cache" and "v_cache" are [2, H, 300, D], all random, and "lengths" is [300, 7]. H is a constant
+    of this file, and D the size of a head.
     """
     cache = {name: normal(B, H, 300, D) for name in ("k_cache", "v_cache")}
     return {"q": normal(B, H, D), "lengths": torch.tensor([300, 7])} | cache
@@ -117,7 +130,8 @@ def decode(D: int) -> Arguments:
 def looks() -> Iterator[Look]:
     """Yield the calls to check, as `Look`: every op of `ops.NAMES` with its main options.
 
-    All are in bfloat16 and most also in float32.
+    A `Look` has the op's name, a name for its options, a dtype, and a function that draws the arguments. All options
+    are in bfloat16 and most also in float32.
     """
     masks: dict[str, Arguments] = {
         "causal": {}, "bidirectional": {"causal": False}, "lengths": {"lengths": torch.tensor([T // 2, 7])},
@@ -156,8 +170,11 @@ def share(look: Look, device: str) -> tuple[float, str]:
 
     A result is an output, named "out", "out1", ..., or the gradient of an argument, named "gradient of <argument>". Its
     share is its largest error divided by the error that its bound allows, so above 1 is a failure. The error is
-    measured against the op's definition in float64 on the CPU. NaN counts as the largest share. Raise `AssertionError`
-    if an output fails a check that other results depend on. An op without a backward pass is only run forward.
+    measured against the op's definition in float64 on the CPU. NaN counts as the largest share, and is returned as NaN.
+
+    `look` names the op, draws the arguments and sets the dtype. PyTorch's seed is set to 0 first. An op without a
+    backward pass is only run forward. Raise `AssertionError` if an output that other results depend on is wrong. Errors
+    of the call itself are raised too.
     """
     torch.manual_seed(0)
     spec, function = OPS[look.op], getattr(ops, look.op)
@@ -193,16 +210,21 @@ def share(look: Look, device: str) -> tuple[float, str]:
 
 
 def _rank(share: float) -> float:
-    """Return the share as a key for `max`, infinity for NaN, so that NaN is above every number."""
+    """Return `share` as a key for `max`: infinity for NaN, so that no number is above NaN, else `share` itself."""
     return share if share == share else float("inf")
 
 
 def look_at(look: Look, device: str) -> dict[str, Any]:
     """Run one call and return its record: "op", "case", "dtype", "outcome", "seconds", and the reason for the outcome.
 
-    "outcome" is "pass" or "fail". The reason is one of three. If the results were compared, "share" is the largest
-    error relative to its bound, and "of" names the result that has it. If an assertion failed, "of" alone is its
-    message. If the call raised another error of FAULTS, "error" is its type and the first line of its message.
+    "case" is the name of the call's options. "outcome" is "pass" or "fail", and "seconds" is the time of the whole
+    check. The reason is one of three:
+
+    - If the results were compared, "share" is the largest error relative to its bound, and "of" names its result.
+      The call passes if the share is at most 1; NaN fails.
+    - If an assertion failed, "of" alone is its message.
+    - If the call raised another error of FAULTS, "error" is its type and the first line of its message.
+      Errors that are not in FAULTS are raised.
     """
     began = time.perf_counter()
     record: dict[str, Any] = {"op": look.op, "case": look.name, "dtype": str(look.dtype).removeprefix("torch.")}
@@ -217,14 +239,15 @@ def look_at(look: Look, device: str) -> dict[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of an error's message, cut to 300 characters, or its type's name if it has none."""
+    """Return the first line of an error's message, cut to 300 characters, or its type's name for a blank message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def main() -> None:
-    """Run the calls that the options choose, and print a line for each. Exit with code 1 if one fails, else 0.
+    """Run the calls that the command line chooses, print a line for each and a count, and exit: code 1 if one fails.
 
-    With --out, each record of `look_at` is also appended to the file as a line of JSON.
+    Otherwise the exit code is 0. --device is "auto", "cpu" or "cuda", --only an op's name, and --part "2/8" takes every
+    eighth call from the second on. With --out, the record of each call is also appended to that file as a line of JSON.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.first_look", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")

@@ -58,20 +58,24 @@ class Step:
 
     @property
     def worst_gradient(self) -> str:
-        """Return the name of the parameter whose gradient has the largest error; NaN counts as the largest."""
+        """Return the name of the parameter in `gradient_errors` with the largest error. NaN counts as the largest."""
         return max(self.gradient_errors, key=lambda name: (_rank(self.gradient_errors[name]), name))
 
     @property
     def passes(self) -> bool:
-        """Return True if no error exceeds what is allowed, which is a share of 1. NaN does not pass."""
+        """Return True if the errors of the loss, the logits and all gradients are at most 1, which is what is allowed.
+
+        NaN does not pass.
+        """
         shares = (self.loss_error, self.logits_error, *self.gradient_errors.values())
         return all(share <= 1 for share in shares)  # NaN is not
 
     def row(self) -> list[str]:
-        """Return the step's cells for a table with the columns in HEADER.
+        """Return the step as eight cells of text, for a table with the columns in HEADER.
 
-        They are the step's number, the three losses, the errors of the loss, of the logits and of the worst gradient,
-        and the name of the parameter that has this gradient.
+        The first four are the step's number and the losses of gpt_fast, of plain PyTorch and in float64. The next three
+        are shares of what is allowed: the errors of the loss, of the logits and of the worst gradient. The last cell is
+        the name of the parameter with the worst gradient.
         """
         worst = self.worst_gradient
         losses = [f"{loss:.6f}" for loss in (self.loss, self.plain_loss, self.true_loss)]
@@ -80,7 +84,7 @@ class Step:
 
 
 def _rank(share: float) -> float:
-    """Return the share as a key for `max`, infinity for NaN, so that NaN is above every number."""
+    """Return `share` as a key for `max`: infinity for NaN, so that no number is above NaN, else `share` itself."""
     return share if share == share else float("inf")
 
 
@@ -95,12 +99,14 @@ def train(
     seed: int = 0,
     change: Callable[[GPTForCausalLM], object] | None = None,
 ) -> Iterator[Step]:
-    """Train a GPT-2 on one batch [B, T] of random tokens. Yield a comparison with plain PyTorch for each step.
+    """Train a GPT-2 by AdamW on one batch [B, T] of random tokens. Yield a comparison with plain PyTorch for each step.
 
-    A `Step` has the losses, and gpt_fast's errors as shares of what is allowed. Two plain models get gpt_fast's weights
-    before each step. One computes in `dtype`, float32 or bfloat16, and one in float64 as the truth. `seed` sets the
-    weights and the tokens. `change` is called with gpt_fast's model before the first step; tests use it to plant a
-    fault.
+    A `Step` has the losses, and gpt_fast's errors as shares of what is allowed. It is yielded before the weights are
+    updated. Two plain models get gpt_fast's weights before each step. One computes in `dtype`, as gpt_fast does, and
+    one in float64 as the truth. bfloat16 is autocast on float32 weights. `device` is "cpu" or "cuda".
+
+    `config` must have pre-norm blocks and no dropout. `seed` sets the weights and the tokens. `change` is called once
+    with gpt_fast's model, before the first step; tests use it to plant a fault.
     """
     torch.manual_seed(seed)
     ours = GPTForCausalLM(config).to(device)
@@ -131,15 +137,15 @@ def train(
 
 
 def _context(dtype: torch.dtype, device: str) -> Any:
-    """Return a context manager: autocast for bfloat16, one that does nothing for any other dtype."""
+    """Return a context manager: autocast on `device` for bfloat16, one that does nothing for any other dtype."""
     return torch.autocast(device, dtype) if dtype == torch.bfloat16 else nullcontext()
 
 
 def _backward(model: nn.Module, loss: Callable[[], Tensor], tokens: Tensor, dtype: torch.dtype) -> float:
-    """Compute `loss()` and its gradients, which are put into the parameters of `model`. Return the loss.
+    """Compute `loss()` and its gradients, which are put into `grad` of the parameters of `model`. Return the loss.
 
-    The forward pass is under autocast if `dtype` is bfloat16. Earlier gradients are dropped. `tokens` only tells the
-    device.
+    The forward pass is under autocast if `dtype` is bfloat16. Earlier gradients are dropped. Of `tokens` only the
+    device is used.
     """
     model.zero_grad(set_to_none=True)
     with _context(dtype, tokens.device.type):
@@ -152,7 +158,7 @@ def _backward(model: nn.Module, loss: Callable[[], Tensor], tokens: Tensor, dtyp
 def _logits(call: Callable[[], Tensor], tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the logits that `call` computes, without gradients, under autocast if `dtype` is bfloat16.
 
-    `tokens` only tells the device.
+    Of `tokens` only the device is used.
     """
     with _context(dtype, tokens.device.type):
         return call()
@@ -161,7 +167,7 @@ def _logits(call: Callable[[], Tensor], tokens: Tensor, dtype: torch.dtype) -> T
 def _token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
     """Return the cross-entropy of predicting each token of a row but the first, in float64.
 
-    Shapes: logits [B, T, V], tokens [B, T], result [B (T - 1)].
+    Shapes: logits [B, T, V], tokens [B, T], result [B (T - 1)], one row after another.
     """
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten(), reduction="none")
 
@@ -181,8 +187,12 @@ def _allowed_of_loss(plain: Tensor, true: Tensor, tokens: Tensor) -> float:
 def _gradient_errors(ours: nn.Module, plain: nn.Module, truth: nn.Module) -> dict[str, float]:
     """Return the error of each parameter's gradient as a share of the allowed error, by the parameter's name in `ours`.
 
-    The three models hold their gradients in `grad`. `truth` is in float64, and the errors of `plain` set what is
-    allowed. A gradient that is missing in `ours` gives NaN. Raise `ValueError` if `truth` lacks a parameter of `ours`.
+    The three models hold their gradients in `grad`. `truth` is a plain model in float64. `plain` is the same model in
+    the tested dtype, whose errors set what is allowed. A share is the larger of two: the largest error and the root
+    mean square error, each divided by what is allowed. NaN counts as larger.
+
+    A gradient that is missing in `ours` gives NaN. Raise `AssertionError` if one is missing in `plain` or `truth`, and
+    `ValueError` if `truth` lacks a parameter of `ours`.
     """
     parameters, baseline = dict(ours.named_parameters()), dict(plain.named_parameters())
     errors = {}
@@ -222,7 +232,8 @@ def parity(
 
     The truth is the plain model in float64. An error is shown as a share of what is allowed: 2 times the largest error
     and 1.25 times the root mean square error that plain PyTorch makes in the same dtype, plus the float32 floor. The
-    command fails with exit code 1 if a share is above 1, or if the loss does not fall.
+    command prints a table with a row for each step. It fails with exit code 1 if a share is above 1 or NaN, or if the
+    last loss is not below the first.
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype}; expected {' or '.join(DTYPES)}")
@@ -247,8 +258,8 @@ def parity(
 def _config(model: str, seq: int, **overrides: int | None) -> GPTConfig:
     """Return the configuration of the preset `model` without dropout, with the fields in `overrides` changed.
 
-    An override of None changes nothing. Raise `ValueError` if the model's blocks are post-norm, or if `seq`, the number
-    of tokens in a sequence, exceeds its positions.
+    `overrides` are other fields of `GPTConfig`, such as `num_layers`; None changes nothing. Raise `ValueError` if the
+    model's blocks are post-norm, or if `seq`, the number of tokens in a sequence, exceeds its positions.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
     config = GPTConfig.preset(model, dropout=0.0, **given)
@@ -260,7 +271,7 @@ def _config(model: str, seq: int, **overrides: int | None) -> GPTConfig:
 
 
 def main() -> None:
-    """Run the command line of the parity gate. A `ValueError` becomes one line on stderr and exit code 2."""
+    """Run the command `python -m benchmarks.parity`. A `ValueError` becomes one line on stderr and exit code 2."""
     try:
         app(prog_name="python -m benchmarks.parity")
     except ValueError as error:

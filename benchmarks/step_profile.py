@@ -28,7 +28,7 @@ STEPS = 3
 
 
 def seconds_of(step: Callable[[], object], device: str) -> float:
-    """Return the mean seconds of a call of `step`, over STEPS calls in a row on "cpu" or "cuda"."""
+    """Return the mean seconds of a call of `step` on `device`, "cpu" or "cuda", over STEPS calls in a row."""
     now = clock(device)
     first = now()
     for _ in range(STEPS):
@@ -37,10 +37,11 @@ def seconds_of(step: Callable[[], object], device: str) -> float:
 
 
 def kernels_of(step: Callable[[], object], device: str) -> list[dict[str, Any]]:
-    """Profile STEPS calls of `step`. Return a dict {"kernel", "launches", "us"} for each kernel, longest first.
+    """Profile STEPS calls of `step`. Return a list with {"kernel", "launches", "us"} for each kernel, longest first.
 
-    "kernel" is the kernel's name, "launches" is its mean number of launches in one step, and "us" its mean microseconds
-    in one step. On the device "cpu" an entry is an operator of PyTorch.
+    "kernel" is the kernel's name, and "launches" its mean number of launches in one step. "us" is the mean microseconds
+    of all its launches in one step. On the device "cpu" an entry is an operator of PyTorch, without the operators that
+    it calls. Entries that took no time are left out, so the list may be empty.
     """
     kind = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
     with profile(activities=[kind]) as profiler:
@@ -57,10 +58,11 @@ def kernels_of(step: Callable[[], object], device: str) -> list[dict[str, Any]]:
 
 
 def report(seconds: dict[str, float], rows: list[dict[str, Any]], shown: int = 40) -> None:
-    """Print a table of the kernels of a step, then a line with the times of the implementations.
+    """Print a table of the kernels of a step on stdout, then a line with the times of the implementations.
 
-    `seconds` maps the name of an implementation to the seconds of its step. `rows` are dicts with "kernel", "launches"
-    and "us", see `kernels_of`. The first `shown` are printed.
+    `seconds` maps the name of an implementation to the seconds of its step. `rows` are the kernels, each with its name
+    "kernel", its "launches" and its microseconds "us" in a step, longest first. The table has the first `shown` of
+    them; its shares are of all `rows`.
     """
     busy = sum(row["us"] for row in rows)
     table = [
@@ -73,9 +75,10 @@ def report(seconds: dict[str, float], rows: list[dict[str, Any]], shown: int = 4
 
 
 def main() -> None:
-    """Profile a training step on the device of the command line, write the JSON file, and print the tables.
+    """Profile a training step of GPT-2 124M on the device of the command line, and print the kernels and times.
 
-    Without --out no file is written. Exit with a message and code 1 if the profile has no kernel.
+    gpt_fast's eager step is timed and profiled. On a GPU its step as one CUDA graph is also timed. With --out the
+    figures are also written to that file, as JSON. Exit with a message and code 1 if the profile has no kernel.
     """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step_profile", description=(__doc__ or "").split("\n")[0]

@@ -30,9 +30,9 @@ MODEL = ("--layers", 4, "--heads", 4, "--dim", 128, "--seq-len", 128)
 
 
 def run(*arguments: object) -> None:
-    """Print the command `gpt-fast` with these arguments and run it, without its standard output.
+    """Print the command `gpt-fast` with these arguments and run it. Its standard output is dropped.
 
-    Raise `SystemExit` with its exit code if it fails.
+    Raise `SystemExit` with its exit code if the command fails.
     """
     command = [sys.executable, "-m", "gpt_fast", *map(str, arguments)]
     print("gpt-fast", *command[3:], flush=True)
@@ -42,7 +42,7 @@ def run(*arguments: object) -> None:
 
 
 def tokens(out: Path) -> Path:
-    """Return the folder of token files, `out`/tokens. If it is missing, make it first.
+    """Return the folder of token files, `out`/tokens. If it is missing, make it first by `gpt-fast prepare`.
 
     The text is the source of Python's standard library. It is written to `out`/text, and its bytes are the tokens.
     """
@@ -58,9 +58,10 @@ def tokens(out: Path) -> Path:
 def train(out: Path, optimizer: str, rates: Sequence[float], seed: int, steps: int, batch_size: int) -> Path:
     """Train a model with `gpt-fast pretrain`, or resume it if its run folder is already there. Return the run folder.
 
-    The folder is in `out` and named after the arguments. `optimizer` is "adamw" or "muon". `rates` holds AdamW's
-    learning rate and, for Muon, then the learning rate of the matrices. `steps` is the number of updates, and
-    `batch_size` the number of windows in an update.
+    The folder is in `out` and named after the other arguments. The tokens to train on are in `out`/tokens, made first
+    if missing. `optimizer` is "adamw" or "muon". `rates` holds AdamW's learning rate and, for Muon, then the learning
+    rate of the matrices. `seed` sets the weights and the order of the data. `steps` is the number of updates, and
+    `batch_size` the number of windows in an update. Raise `SystemExit` if the command fails.
     """
     name = "-".join([optimizer, *(f"{rate:g}" for rate in rates), f"seed-{seed}"])
     folder = out / f"{steps}-updates-of-{batch_size}" / name
@@ -75,15 +76,19 @@ def train(out: Path, optimizer: str, rates: Sequence[float], seed: int, steps: i
 
 
 def final_loss(folder: Path) -> float:
-    """Return the last held-out loss of the run in `folder`, see `read_curve`."""
+    """Return the last held-out loss ("valid_loss") in the metrics of the run in `folder`.
+
+    Raise `FileNotFoundError` without a metrics file, and `ValueError` if it has no held-out loss.
+    """
     return read_curve(folder, "valid_loss")[-1]["valid_loss"]
 
 
 def sweep(out: Path, optimizer: str, given: Sequence[float], options: dict[str, int]) -> dict[float, float]:
     """Train once with each learning rate in RATES[optimizer]. Return {learning rate: final held-out loss}.
 
-    `given` precedes the learning rate in the `rates` of `train`. It is [] for "adamw", and [AdamW's best learning rate]
-    for "muon". `options` are the arguments "seed", "steps" and "batch_size" of `train`.
+    `optimizer` is "adamw" or "muon", and the run folders are in `out`. `given` are the learning rates before the one
+    that varies: [] for "adamw", and [AdamW's best learning rate] for "muon", whose sweep is over the rate of the
+    matrices. `options` has "seed", "steps" (updates) and "batch_size" (windows in an update).
     """
     return {rate: final_loss(train(out, optimizer, [*given, rate], **options)) for rate in RATES[optimizer]}
 
@@ -91,9 +96,10 @@ def sweep(out: Path, optimizer: str, given: Sequence[float], options: dict[str, 
 def figures(runs: dict[str, list[Path]]) -> dict[str, Any]:
     """Return a dict that compares the runs of both optimizers. `runs` maps optimizer → run folders, one for each seed.
 
-    "loss" is the loss to reach, the highest final one of AdamW's seeds. "adamw" and "muon" have dicts of lists with one
-    entry a seed: "final", the final loss, "step" and "seconds" at which the loss was reached (None if it was not), and
-    "seconds_per_step".
+    The keys of `runs` are "adamw" and "muon". In the result, "loss" is the loss to reach: the highest final held-out
+    loss of AdamW's seeds. "adamw" and "muon" have dicts of lists with one entry a seed. "final" has the final losses.
+    "step" and "seconds" are the point at which the held-out loss first fell to the loss to reach, or None if it never
+    did. "seconds_per_step" is the mean over the whole run.
     """
     losses = {name: [final_loss(folder) for folder in folders] for name, folders in runs.items()}
     target = max(losses["adamw"])
@@ -110,7 +116,9 @@ def figures(runs: dict[str, list[Path]]) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
     """Return a Markdown table with a line for each optimizer: final loss, steps and seconds to the loss, ms a step.
 
-    `found` is the dict that `figures` returns. A cell has the mean and the range over the seeds, see `spread`.
+    `found` has "loss", the loss to reach, and for each optimizer the lists "final", "step", "seconds" and
+    "seconds_per_step" with one entry a seed. A cell has the mean and the range over the seeds, or says how many seeds
+    did not reach the loss.
     """
     lines = [
         f"| optimizer | final loss | steps to {found['loss']:.3f} | seconds to it | ms a step |",
@@ -139,9 +147,9 @@ def spread(values: Sequence[float | None], form: str) -> str:
 def best(name: str, losses: dict[float, float]) -> float:
     """Print the losses of a sweep by learning rate, and return the learning rate with the lowest loss.
 
-    `losses` maps learning rate → loss. `name` is the optimizer's name, which is printed. If the best rate is the
-    smallest or the largest, a warning is printed too, because a better one may lie outside. Raise `ValueError` if no
-    loss is finite.
+    `losses` maps learning rate → loss. `name` is the optimizer's name, which is printed. Losses that are not finite are
+    not chosen. If the best rate is the smallest or the largest of all, a second line warns of that, because a better
+    one may lie outside. Raise `ValueError` if no loss is finite.
     """
     finite = [rate for rate, loss in losses.items() if math.isfinite(loss)]
     if not finite:

@@ -58,7 +58,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Return the case as text: sizes, dtype and dropout, such as "M=1024 N=768 float32 dropout=0.1"."""
+        """Return the case as text: sizes, dtype and any dropout, such as "M=1024 N=768 float32 dropout=0.1"."""
         sizes = " ".join(f"{size}={value}" for size, value in self.sizes)
         dropout = f" dropout={self.dropout:g}" if self.dropout else ""
         return f"{sizes} {self.dtype_name}{dropout}"
@@ -78,7 +78,7 @@ class Case:
         """Return the model's configuration; only the cases of whole-model jobs have one.
 
         It is the preset that the size "model" names, with the case's dropout. The size "layers", if the case has it,
-        replaces the preset's number of layers.
+        replaces the preset's number of layers. Raise `KeyError` if the case has no size "model".
         """
         layers = {"num_layers": self.size["layers"]} if "layers" in self.size else {}
         return GPTConfig.preset(self.size["model"], dropout=self.dropout, **layers)
@@ -134,7 +134,7 @@ class Topic:
     pair_bytes: Callable[[Case], int] | None = None  # memory of two implementations, if all do not fit at once
 
     def small_cases(self, device: str, dtype: torch.dtype = F32) -> Iterator[Case]:
-        """Yield a case for each of the topic's small shapes and dropout probabilities, for tests and sanitizers.
+        """Yield a `Case` for each of the topic's `small` shapes with each of its `dropouts`, for tests and sanitizers.
 
         `device` is "cpu" or "cuda". All cases have the dtype `dtype`.
         """
@@ -188,11 +188,11 @@ def every(
     dropouts: tuple[float, ...] = (0.0,),
     **options: Any,
 ) -> Iterator[Case]:
-    """Yield a case of `topic` for every combination of sizes, dtypes and dropout probabilities.
+    """Yield a case of `topic` for every combination of sizes, dtypes and dropout probabilities, in this nesting order.
 
     `topic` is the topic's name, and `device` is "cpu" or "cuda". An entry of `sizes` maps names to values, such as
-    {"M": 1024, "N": 768}. `dtypes` are `product_dtypes` by default. `options` are other fields of `Case`, such as
-    `quick` and `peers`.
+    {"M": 1024, "N": 768}. `dtypes` is by default bfloat16 on a GPU, and on a CPU float32, plus bfloat16 if the CPU has
+    instructions for it. `options` are other fields of `Case`, such as `quick` and `peers`.
     """
     for size in sizes:
         for dtype in product_dtypes(device) if dtypes is None else dtypes:
@@ -203,6 +203,6 @@ def every(
 def ids(case: Case, bound: int, *shape: int) -> torch.Tensor:
     """Return random int64 integers from 0 to `bound` - 1, of `shape`, on the case's device.
 
-    They serve as token ids, labels or targets.
+    They serve as token ids, labels or targets. PyTorch's global generator draws them.
     """
     return torch.randint(bound, shape, device=case.device)

@@ -13,8 +13,9 @@ from benchmarks.models.plain_gpt import PlainGPT
 def greedy(logits: Callable[[Tensor], Tensor], tokens: Tensor, new: int) -> Tensor:
     """Generate greedily. Return tokens [B, T + new]: the prompt `tokens` [B, T], then `new` tokens.
 
-    `logits` is a function of tokens that runs a model, which caches all earlier ones, and returns the logits [B, V]
-    after the last token. It is called with the prompt first, then with each new token [B, 1].
+    `logits` is a function that runs a model on tokens. It remembers the tokens of all its earlier calls, and returns
+    the logits [B, V] after the last token. It is called with the prompt first, then with each new token [B, 1] but the
+    last.
     """
     texts = [tokens]
     for _ in range(new):
@@ -32,9 +33,9 @@ class CachedGPT(nn.Module):
     def __init__(self, model: PlainGPT, masks: bool):
         """Wrap `model`, whose weights are shared.
 
-        With `masks` attention gets an explicit mask. Otherwise the graph asks for causal attention, for engines that
-        align the causal mask to the last key. PyTorch itself aligns the mask to the first key and needs the explicit
-        one.
+        With `masks`, attention gets an explicit causal mask. Without, attention is only flagged as causal, for engines
+        that align the causal mask to the last key. PyTorch itself aligns the flag's mask to the first key, so with a
+        cache it needs `masks`.
         """
         super().__init__()
         self.model = model
@@ -43,8 +44,9 @@ class CachedGPT(nn.Module):
     def forward(self, tokens: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         """Return (logits [B, V] after the last token, then keys and values [B, H, P + T, D] of every layer).
 
-        `tokens` is [B, T]. `past` is the cache of P earlier tokens: keys, then values, [B, H, P, D] each, of the first
-        layer, of the second, and so on. The result has the caches in the same order.
+        `tokens` is [B, T]. `past` is the cache of P earlier tokens, P ≥ 0: keys, then values, [B, H, P, D] each, of the
+        first layer, then of the second, and so on. The result has the caches in the same order. No argument is changed,
+        and there is no dropout.
         """
         T, P = tokens.shape[1], past[0].shape[2]
         places = torch.arange(P, P + T)
@@ -64,9 +66,9 @@ class CachedGPT(nn.Module):
         return self.model.output_layer(self.model.final_norm(x[:, -1])), *caches
 
     def example(self) -> tuple[Tensor, ...]:
-        """Return arguments of `forward` to trace it with, all zeros: tokens [2, 3], and a cache of five tokens.
+        """Return arguments of `forward` to trace it with, all zeros: int64 tokens [2, 3], and a cache of five tokens.
 
-        The cache is keys [2, H, 5, D], then values of the same shape, for each layer.
+        The cache is keys [2, H, 5, D], then values of the same shape, for each layer, in float32.
         """
         config = self.model.config
         shape = 2, config.num_heads, 5, config.hidden_dim // config.num_heads

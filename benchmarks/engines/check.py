@@ -23,7 +23,8 @@ GROUP = 128  # weights of an output channel that share a scale in int4
 def small_model() -> GPTForCausalLM:
     """Return a GPT-2 of the size SMALL, with random weights and in eval mode, to check engines with.
 
-    The weights are large, so that its greedily generated tokens depend on positions and on earlier tokens. With a usual
+    SMALL has 2 layers of width 128 and 600 tokens. PyTorch's seed is set to 0, so that the weights are always the same.
+    The weights are large, so that the greedily generated tokens depend on positions and on earlier tokens. With a usual
     initialisation the residual stream is nearly the token's embedding, and every token repeats itself.
     """
     torch.manual_seed(0)
@@ -40,9 +41,13 @@ def small_model() -> GPTForCausalLM:
 def check(engine: Any, precision: str) -> None:
     """Raise `ValueError` if an engine generates wrong tokens with a small model in this precision.
 
-    `engine` is a module with `convert` and `Generator`, such as engines/openvino.py. `precision` is one of the module's
-    PRECISIONS. Tokens are wrong if their logits are further below the best ones than rounding explains, see `judge`.
-    The batch sizes are ROWS and 1.
+    `engine` is a module, such as engines/openvino.py, that has `convert(model, precision, folder)` and
+    `Generator(folder, precision)`, whose instances generate tokens. `precision` is one of the module's PRECISIONS, such
+    as "int8". The model is converted in a temporary folder, and generates from random prompts in batches of ROWS and of
+    1.
+
+    Tokens are wrong if their exact logits are further below the largest logits than rounding in this precision
+    explains.
     """
     model = small_model()
     with tempfile.TemporaryDirectory() as folder:
@@ -62,12 +67,13 @@ def judge(model: GPTForCausalLM, precision: str, tokens: Tensor, generate: Any) 
     minus its own logit.
 
     Rounding moves both of these logits. `yardstick`, the plain model in the engine's precision, has an error at each
-    logit. The tolerance policy allows an engine `MAX_FACTOR` times this error, and the distance of two logits may be
-    twice that. The largest distance is compared with the largest error, and the mean distance of each row with the root
-    mean square of the errors.
+    logit. The tolerance policy allows an engine `MAX_FACTOR` times this error, plus a float32 floor, and the distance
+    of two logits may be twice that. The largest distance is compared with the largest error, and the mean distance of
+    each row with the root mean square of the errors.
 
     In int4 the errors are larger than the differences between logits. There the mean distance of each row is compared
-    with the mean distance of the text that `yardstick` itself generates, times `MAX_FACTOR`.
+    with `MAX_FACTOR` times the mean distance of the text that `yardstick` itself generates. The largest distance is
+    compared as in other precisions.
     """
     text = generate(tokens, NEW)
     B, T = tokens.shape
@@ -96,7 +102,8 @@ def judge(model: GPTForCausalLM, precision: str, tokens: Tensor, generate: Any) 
 def distances(plain: PlainGPT, text: Tensor, T: int) -> Tensor:
     """Return by how much the logit of each generated token is below the largest at its position, [B, NEW] in float64.
 
-    The model `plain` computes the logits in float64. `text` is [B, T + NEW]: a prompt of T tokens, then generated ones.
+    A copy of the model `plain` computes the logits in float64. `text` is [B, T + NEW]: a prompt of `T` tokens, then
+    generated ones. The result is 0 for the most likely token, else positive.
     """
     exact = copy.deepcopy(plain).double()(text)[:, T - 1 : -1]  # [B, NEW, V]
     return exact.amax(-1) - exact.gather(-1, text[:, T:, None]).squeeze(-1)
@@ -105,9 +112,10 @@ def distances(plain: PlainGPT, text: Tensor, T: int) -> Tensor:
 def yardstick(plain: PlainGPT, precision: str) -> PlainGPT:
     """Return a copy of the plain model that computes in an engine's precision, to compare the engine's errors with.
 
-    In "int8" and "int4", the weights of linear layers have 8 or 4 bits. Activations have 8 bits, with one scale for the
-    whole tensor, the coarsest that an engine uses. All else is in bfloat16, and so is a copy in "bfloat16". In
-    "float32" the copy is the plain model itself.
+    `precision` is "float32", "bfloat16", "int8" or "int4". In "float32" the copy is unchanged, and in "bfloat16" all of
+    it is in bfloat16. In "int8" and "int4" the weights of linear layers are rounded to 8 or 4 bits, and the inputs of
+    these layers to 8 bits. Inputs have one scale for the whole tensor, the coarsest that an engine uses. All else is in
+    bfloat16.
     """
     plain = copy.deepcopy(plain)
     if precision == "float32":
@@ -123,7 +131,8 @@ def yardstick(plain: PlainGPT, precision: str) -> PlainGPT:
 def rounded_weights(weight: Tensor, bits: int) -> Tensor:
     """Return weights [N, K] rounded to integers of `bits` bits times a scale, in the dtype of `weight`.
 
-    There is a scale for each row or, with 4 bits, for each group of GROUP weights in a row.
+    There is a scale for each row or, with 4 bits, for each group of GROUP neighbouring weights in a row. Then K must be
+    a multiple of GROUP.
     """
     groups = weight.unflatten(1, (-1, GROUP)) if bits == 4 else weight
     return rounded(groups, groups.abs().amax(-1, keepdim=True), bits).reshape(weight.shape)
@@ -133,7 +142,7 @@ def rounded(x: Tensor, largest: Tensor, bits: int) -> Tensor:
     """Return x rounded to multiples of a scale, for integers of `bits` bits.
 
     `largest` is a tensor that broadcasts against x, the magnitude that the largest integer stands for. The scale is
-    `largest` / (2^(bits - 1) - 1). Values beyond `largest` are not clipped.
+    `largest` / (2^(bits - 1) - 1). Values beyond `largest` are not clipped. A `largest` of 0 gives NaN.
     """
     scale = largest / (2 ** (bits - 1) - 1)
     return (x / scale).round() * scale

@@ -16,7 +16,7 @@ COMPUTE_TYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8_flo
 def missing(precision: str) -> str | None:
     """Return the reason why CTranslate2 cannot compute in a precision on this CPU, or None if it can.
 
-    `precision` is one of this module's PRECISIONS. Raise `ImportError` if CTranslate2 is not installed.
+    `precision` is "float32", "bfloat16" or "int8". Raise `ImportError` if CTranslate2 is not installed.
     """
     import ctranslate2
 
@@ -25,10 +25,11 @@ def missing(precision: str) -> str | None:
 
 
 def convert(model: GPTForCausalLM, precision: str, folder: Path) -> None:
-    """Write the model to `folder` in CTranslate2's format, with its weights in `precision`.
+    """Write the model to `folder`/model in CTranslate2's format, with its weights in `precision`.
 
-    `precision` is one of this module's PRECISIONS. In "int8", weights have a scale for each output channel, and
-    activations one for each token.
+    `precision` is one of this module's PRECISIONS: "float32", "bfloat16" or "int8". In "int8", weights have a scale for
+    each output channel, and activations one for each token. A temporary copy of the model in `folder`/transformers is
+    removed.
     """
     from ctranslate2.converters import TransformersConverter
 
@@ -40,9 +41,9 @@ def convert(model: GPTForCausalLM, precision: str, folder: Path) -> None:
 
 
 def _save_tokenizer(size: int, folder: Path) -> None:
-    """Write a tokenizer of `size` tokens to `folder`, which CTranslate2's converter needs.
+    """Write the files of a tokenizer of `size` tokens to `folder`, because CTranslate2's converter needs one.
 
-    The text of a token is its number.
+    The text of a token is its number, from "0" to `size` - 1.
     """
     import tokenizers
     import transformers
@@ -57,7 +58,10 @@ class Generator:
     """CTranslate2's generator; no token ends a text."""
 
     def __init__(self, folder: Path, precision: str):
-        """Load the model that `convert` wrote to `folder` in `precision`, with as many threads as PyTorch has."""
+        """Load the model that `convert` wrote to `folder`/model in `precision`, with as many threads as PyTorch has.
+
+        `precision` is "float32", "bfloat16" or "int8".
+        """
         import ctranslate2
 
         self.generator = ctranslate2.Generator(

@@ -16,15 +16,15 @@ FILE = "model.onnx"
 
 
 def missing(precision: str) -> str | None:
-    """Return None for any `precision`: ONNX Runtime computes in each of PRECISIONS on every CPU."""
+    """Return None, for no reason to skip: ONNX Runtime computes in every precision of this module on every CPU."""
     return None
 
 
 def convert(model: GPTForCausalLM, precision: str, folder: Path) -> None:
-    """Write the model to `folder` as an ONNX file with its weights in `precision`, one of PRECISIONS.
+    """Write the model to `folder`/model.onnx with its weights in `precision`, "float32" or "int8".
 
-    In "int8", weights have a scale for each output channel, and activations are quantized at run time, before each
-    product.
+    The key/value cache is inputs and outputs of the graph. In "int8", weights have a scale for each output channel, and
+    activations are quantized at run time, before each product.
     """
     cached = CachedGPT(PlainGPT(model.config).copy_weights(model).eval(), masks=True)
     example, any_size = cached.example(), torch.export.Dim.DYNAMIC
@@ -48,7 +48,7 @@ class Generator:
     """Session of the model. Every run returns the whole cache as new arrays."""
 
     def __init__(self, folder: Path, precision: str):
-        """Load the model that `convert` wrote to `folder`, with as many threads as PyTorch has.
+        """Load the model that `convert` wrote to `folder`/model.onnx, with as many threads as PyTorch has now.
 
         The file holds the precision; `precision` changes nothing.
         """
@@ -63,11 +63,17 @@ class Generator:
         _, self.heads, _, self.size = self.session.get_inputs()[1].shape
 
     def __call__(self, tokens: Tensor, new: int) -> Tensor:
-        """Generate greedily. Return tokens [B, T + new]: the prompt `tokens` [B, T], then `new` tokens."""
+        """Generate greedily. Return tokens [B, T + new]: the prompt `tokens` [B, T], then `new` tokens.
+
+        Each call starts with an empty cache.
+        """
         past = [np.zeros((len(tokens), self.heads, 0, self.size), np.float32)] * (len(self.names) - 1)
 
         def logits(read: Tensor) -> Tensor:
-            """Run the model on tokens `read` [B, T], keep its new cache, and return the logits [B, V]."""
+            """Run the model on tokens `read` [B, T] and return the logits [B, V] after the last one.
+
+            The cache is the variable `past` of the enclosing call, which this function replaces by the new cache.
+            """
             nonlocal past
             out, *past = self.session.run(None, dict(zip(self.names, [read.numpy(), *past], strict=True)))
             return torch.from_numpy(out)

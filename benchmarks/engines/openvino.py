@@ -22,10 +22,10 @@ HINTS: dict[str, dict[str, Any]] = {
 
 
 def missing(precision: str) -> str | None:
-    """Return the reason why OpenVINO cannot compute in "bfloat16" on this CPU, or None if it can.
+    """Return the reason why OpenVINO cannot compute in `precision` on this CPU, or None if it can.
 
-    Only the precision "bfloat16" is checked. Any other value returns None. Raise `ImportError` if OpenVINO is not
-    installed.
+    Only "bfloat16" is checked, which needs a CPU with bfloat16 instructions. Any other value returns None. Raise
+    `ImportError` if OpenVINO is not installed.
     """
     import openvino as ov
 
@@ -35,10 +35,11 @@ def missing(precision: str) -> str | None:
 
 
 def convert(model: GPTForCausalLM, precision: str, folder: Path) -> None:
-    """Write the model to `folder` in OpenVINO's format, with its key/value cache as state inside the model.
+    """Write the model to `folder`/model.xml in OpenVINO's format, with its key/value cache as state inside the model.
 
-    `precision` is one of this module's PRECISIONS. In "int8" and "int4", nncf compresses the weights with its default
-    options. In "bfloat16" the file is the same as in "float32", and `Generator` asks for the precision.
+    `precision` is one of this module's PRECISIONS: "float32", "bfloat16", "int8" or "int4". In "int8" and "int4", nncf
+    compresses the weights with its default options. In "bfloat16" the file is the same as in "float32", and `Generator`
+    asks for the precision.
     """
     import openvino as ov
 
@@ -58,9 +59,10 @@ def convert(model: GPTForCausalLM, precision: str, folder: Path) -> None:
 def keep_cache(model: Any, heads: int, size: int) -> None:
     """Turn the inputs and outputs of an OpenVINO model that hold keys and values into state, in place.
 
-    `model` is a converted `CachedGPT` with `heads` heads of `size` elements. Its state starts empty. A new input
-    `beam_idx` [B] has for each row the row of the cache that it continues. The input for tokens is named `tokens`, the
-    output `logits`.
+    `model` is a converted `CachedGPT` with `heads` heads of `size` elements. Its inputs are the tokens, then the
+    caches; its outputs are the logits, then the new caches. Afterwards the caches are variables inside the model, which
+    start empty. A new input `beam_idx` [B] has for each row the row of the cache that it continues. The input for
+    tokens is named `tokens`, and the output `logits`.
     """
     import openvino as ov
     from openvino import opset13 as ops
@@ -96,9 +98,10 @@ class Generator:
     """Compiled model with its state."""
 
     def __init__(self, folder: Path, precision: str):
-        """Compile the model that `convert` wrote to `folder`, with as many threads as PyTorch has.
+        """Compile the model that `convert` wrote to `folder`/model.xml, with as many threads as PyTorch has now.
 
-        In "float32" and "bfloat16", `precision` sets the dtype of arithmetic and cache. Otherwise OpenVINO chooses.
+        In "float32" and "bfloat16", `precision` sets the dtype of arithmetic and cache. In other precisions OpenVINO
+        chooses.
         """
         import openvino as ov
 
@@ -107,7 +110,10 @@ class Generator:
         self.request = self.compiled.create_infer_request()
 
     def __call__(self, tokens: Tensor, new: int) -> Tensor:
-        """Generate greedily. Return tokens [B, T + new]: the prompt `tokens` [B, T], then `new` tokens."""
+        """Generate greedily. Return tokens [B, T + new]: the prompt `tokens` [B, T], then `new` tokens.
+
+        Each call starts with an empty cache.
+        """
         self.request.reset_state()
         rows = np.arange(len(tokens), dtype=np.int32)
 

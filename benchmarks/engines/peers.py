@@ -24,10 +24,11 @@ PRODUCTS = {"bfloat16": "bf16_products", "int8": "int8_products"}  # what a devi
 
 
 def missing(case: Case, engine: str, precision: str) -> str | None:
-    """Return the reason why an engine cannot run the case in this precision, or None if it can.
+    """Return the reason why an inference engine cannot run the case in this precision, or None if it can.
 
-    `engine` is a key of ENGINES, and `precision` one of PRECISIONS. Engines run on CPUs only, on cases in float32, and
-    only if their packages are installed.
+    A `Case` is a job at fixed sizes, dtype and device. `engine` is a key of ENGINES, such as "OpenVINO". `precision` is
+    "float32", "bfloat16", "int8" or "int4". Engines run on CPUs only, on cases in float32 only, and only if their
+    packages are installed. Then the engine's own module decides, by what the CPU can compute.
     """
     if case.device != "cpu":
         return "measured on CPUs only"
@@ -42,9 +43,10 @@ def missing(case: Case, engine: str, precision: str) -> str | None:
 def build(case: Case, engine: str, precision: str) -> Function:
     """Return a job that runs the case on an engine, with a model of random weights converted to this precision.
 
-    `engine` is a key of ENGINES, and `precision` one of PRECISIONS. The job takes the prompt [B, T] and returns it with
-    more tokens: as many as the case's size "new", or one if the case has none. Before, the engine's tokens on a small
-    model are checked. Raise `ValueError` if they are wrong, so that the engine is reported and not timed.
+    `engine` is a key of ENGINES, such as "OpenVINO". `precision` is one of PRECISIONS, such as "int8". The `Job` is
+    called with the prompt [B, T] and returns it with more tokens: as many as the case's size "new", or one if the case
+    has none. First the engine must generate the right tokens with a small model. Raise `ValueError` if it does not, so
+    that the engine is reported and not timed.
     """
     checked(engine, precision)
     facts = tuple((field.name, getattr(case.config, field.name)) for field in dataclasses.fields(case.config))
@@ -55,9 +57,10 @@ def build(case: Case, engine: str, precision: str) -> Function:
 
 @cache
 def checked(engine: str, precision: str) -> None:
-    """Raise `ValueError` if an engine generates wrong tokens in this precision, see `check`.
+    """Raise `ValueError` if an engine generates wrong tokens with a small model in this precision.
 
-    `engine` is a key of ENGINES. A check that passes runs once for each engine and precision.
+    `engine` is a key of ENGINES, such as "OpenVINO". `precision` is one of PRECISIONS, such as "int8". A check that
+    passes is not repeated; one that fails is.
     """
     check(ENGINES[engine], precision)
 
@@ -66,8 +69,9 @@ def checked(engine: str, precision: str) -> None:
 def converted(engine: str, precision: str, facts: tuple[tuple[str, Any], ...]) -> tempfile.TemporaryDirectory:
     """Return a temporary folder that holds a model with random weights, converted for an engine in this precision.
 
-    `engine` is a key of ENGINES. `facts` are the fields of the model's `GPTConfig`, as (name, value). Calls with equal
-    arguments share the folder, which lasts as long as the program.
+    `engine` is a key of ENGINES, such as "OpenVINO". `precision` is one of PRECISIONS, such as "int8". `facts` are the
+    fields of the model's `GPTConfig`, as (name, value). The weights are drawn with seed 0. Calls with equal arguments
+    share the folder, which lasts as long as the program.
     """
     torch.manual_seed(0)
     folder = tempfile.TemporaryDirectory(prefix="gpt_fast_benchmarks_")
@@ -76,7 +80,7 @@ def converted(engine: str, precision: str, facts: tuple[tuple[str, Any], ...]) -
 
 
 def no_llama(case: Case) -> str:
-    """Return the reason why llama.cpp is not measured: its package is not installed, or the suite cannot feed it.
+    """Return the reason why llama.cpp is not measured: its package is missing or, if not, the suite cannot feed it.
 
     There always is a reason, because the suite writes no GGUF file, which llama.cpp reads. The case does not matter.
     """
@@ -91,11 +95,13 @@ def name(engine: str, precision: str) -> str:
 
 
 def rivals(times: dict[str, float]) -> Iterator[Target]:
-    """Yield the targets of gpt_fast against the inference engines, three for each precision of its weights.
+    """Yield the speed targets of gpt_fast against inference engines, three for each precision of gpt_fast's weights.
 
-    `times` maps a precision to how many times as fast gpt_fast must be as the fastest engine of the same or a higher
-    precision. The other two targets are for runs beside a busy process: gpt_fast must be as fast as that engine, and
-    reach 80 % of the speed that it has on one thread less without the process.
+    The keys of `times` are precisions: "float32", "bfloat16", "int8" or "int4". The value says how many times as fast
+    gpt_fast must be as the fastest engine of the same or a higher precision. That is the first target. The other two
+    are for runs beside a busy process. gpt_fast must be as fast as that engine. It must also reach 80 % of the speed
+    that it has on one thread less without the process. The targets of "bfloat16" and "int8" count only on CPUs with
+    instructions for such products.
     """
     for precision, least in times.items():
         who = OURS if precision == "float32" else f"{OURS} {precision} weights"

@@ -31,13 +31,16 @@ READ = 512 << 20  # bytes of the buffer whose reading is timed
 
 
 def measure(device: str, quick: bool, cpu_time: bool) -> dict[str, Any]:
-    """Measure decoding with GPT-2 at batch 1 on the CPU. Return the study's record.
+    """Measure decoding with GPT-2 at batch 1 on the CPU. Return a dict, the study's record.
 
-    The record has the entries of `token_seconds`: "model", "read_bandwidth", "read_bandwidth_range", and the times of
-    each precision in WEIGHTS and of transformers. It also has "curves": for each precision, the result of `curve`, a
-    list of (position, seconds of a step, read bandwidth). `device` is ignored. `quick` lowers the tokens and the
-    repetitions of `token_seconds`; it does not shorten the curves. With `cpu_time` the times are CPU seconds of the
-    process.
+    "model" is the preset's name. "read_bandwidth" is the median of the memory's read bandwidth in bytes a second, and
+    "read_bandwidth_range" is [least, most]. Each precision of the weights in WEIGHTS, and transformers as "hf float32"
+    and "hf bfloat16", has {"seconds": median time of a token, "range": [least, most]}. The entry of a precision also
+    has "bytes" and "bytes_per_cached_token", which a step reads, and "of_bound", the share of the measured bandwidth
+    that is reached. "curves" has for each precision a list of (tokens in the cache, seconds of a step, read bandwidth).
+
+    `device` is ignored. `quick` times fewer tokens and repetitions, but does not shorten the curves. With `cpu_time`
+    the times are CPU seconds of the process. The entries of transformers are missing if it is not installed.
     """
     now = time.process_time if cpu_time else time.perf_counter
     tokens, repeats = (8, 1) if quick else (32, 3)
@@ -46,7 +49,7 @@ def measure(device: str, quick: bool, cpu_time: bool) -> dict[str, Any]:
 
 
 def read_bandwidth(buffer: torch.Tensor, now: Callable[[], float]) -> float:
-    """Read `buffer` three times with all threads. Return the highest rate, in bytes a second.
+    """Read `buffer` three times with PyTorch's number of threads. Return the highest rate, in bytes a second.
 
     `buffer` is a contiguous float32 tensor. `now` returns the reading of a clock in seconds.
     """
@@ -59,10 +62,10 @@ def read_bandwidth(buffer: torch.Tensor, now: Callable[[], float]) -> float:
 
 
 def our_seconds(session: DecodeSession, tokens: int, now: Callable[[], float]) -> float:
-    """Return the median seconds of a greedy decode step of `session`, over `tokens` steps.
+    """Return the median seconds of a greedy decode step of `session`, over `tokens` steps at batch 1.
 
-    Before the steps the session is reset and reads a prompt of PROMPT tokens, which is not timed. `now` returns the
-    reading of a clock in seconds.
+    Before the steps the session is reset and reads a prompt of PROMPT tokens, which is not timed. The tokens stay in
+    its cache. `now` returns the reading of a clock in seconds.
     """
     session.reset()
     session.prefill(torch.arange(PROMPT)[None])
@@ -75,14 +78,18 @@ def our_seconds(session: DecodeSession, tokens: int, now: Callable[[], float]) -
 
 
 def hf_seconds(model: Any, tokens: int, now: Callable[[], float]) -> float:
-    """Return the seconds for each new token that the greedy `generate` of a transformers model takes.
+    """Return the seconds for each new token that the greedy `generate` of a transformers model takes, at batch 1.
 
-    Two calls are timed, whose numbers of new tokens differ by `tokens`. The difference of their times is divided by
-    `tokens`, so the prompt and the set-up do not count. `now` returns the reading of a clock in seconds.
+    Two calls are timed: one adds a quarter of `tokens` (at least 1) to a prompt of PROMPT tokens, the other adds
+    `tokens` more than that. The difference of their times is divided by `tokens`, so the prompt and the set-up do not
+    count. `now` returns the reading of a clock in seconds.
     """
 
     def run(new: int) -> float:
-        """Return the seconds in which `generate` adds `new` tokens to a prompt of PROMPT tokens."""
+        """Return the seconds in which `generate` adds `new` tokens to a prompt of PROMPT tokens.
+
+        `model` and the clock `now` come from the enclosing function.
+        """
         start = now()
         ids = torch.arange(PROMPT)[None]
         model.generate(
@@ -96,7 +103,7 @@ def hf_seconds(model: Any, tokens: int, now: Callable[[], float]) -> float:
 
 
 def bytes_read(session: DecodeSession) -> dict[str, int]:
-    """Return {"bytes", "bytes_per_cached_token"}: the bytes that one decode step of `session` reads.
+    """Return {"bytes", "bytes_per_cached_token"}: the bytes that one decode step of `session` reads at batch 1.
 
     "bytes" counts the packed weights of all matrices. "bytes_per_cached_token" counts the keys and values of one token
     in the cache, over all layers. `session` must be a CPU session that was made with `weights`.
@@ -107,10 +114,10 @@ def bytes_read(session: DecodeSession) -> dict[str, int]:
 
 
 def bound(figure: dict[str, Any], cached: float, bandwidth: float) -> float:
-    """Return the least seconds of a decode step: reading the weights and the cache takes as long.
+    """Return the least seconds of a decode step: the time of reading its weights and its cache from memory.
 
-    `figure` has "bytes" of the weights and "bytes_per_cached_token", see `bytes_read`. `cached` is the number of tokens
-    in the cache, which may be a mean over steps. `bandwidth` is in bytes a second.
+    `figure` has "bytes", those of the weights, and "bytes_per_cached_token", those of one token's keys and values.
+    `cached` is the number of tokens in the cache, which may be a mean over steps. `bandwidth` is in bytes a second.
     """
     return (figure["bytes"] + figure["bytes_per_cached_token"] * cached) / bandwidth
 
@@ -118,16 +125,17 @@ def bound(figure: dict[str, Any], cached: float, bandwidth: float) -> float:
 def token_seconds(
     name: str, tokens: int, repeats: int, now: Callable[[], float] = time.perf_counter
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure greedy decoding with the preset `name` at batch 1, by precision and with transformers.
+    """Measure greedy decoding with the preset `name` at batch 1, by precision and with transformers. Return a dict.
 
-    Each of `repeats` repetitions times `tokens` steps by the clock `now`, and a quarter as many (at least 4) with
-    transformers. Return a dict: "model" is `name`. "read_bandwidth" is the median in bytes a second, and
-    "read_bandwidth_range" is [least, most]. Each precision in WEIGHTS, and each name in the values of PEERS, has
-    {"seconds": median time of a token, "range": [least, most]}. The names of PEERS are missing if transformers is not
-    installed.
+    "model" is `name`. "read_bandwidth" is the median in bytes a second, and "read_bandwidth_range" is [least, most].
+    Each precision in WEIGHTS, and each name in the values of PEERS, has {"seconds": median time of a token, "range":
+    [least, most]}. The names of PEERS stand for transformers, and are missing if it is not installed.
 
-    The entry of a precision also has "bytes" and "bytes_per_cached_token", see `bytes_read`, and "of_bound": the least
-    time by `bound`, divided by the measured time.
+    The entry of a precision also has "bytes", those of the weights, "bytes_per_cached_token", and "of_bound": the least
+    time in which a step can read its weights and cache, divided by the measured time.
+
+    Each of `repeats` repetitions times `tokens` steps by the clock `now`, in seconds, and a quarter as many (at least
+    4) with transformers. One more repetition warms up before. PyTorch's seed is set to 0.
     """
     torch.manual_seed(0)
     model = GPTForCausalLM(GPTConfig.preset(name)).eval()
@@ -167,8 +175,9 @@ def curve(
 ) -> list[tuple[int, float, float]]:  # fmt: skip
     """Return [(position, seconds of a step, read bandwidth)] for 16 positions across the whole cache, at batch 1.
 
-    Each time is the median of 16 neighbouring steps. The bandwidth, in bytes a second, is measured just before them.
-    `name` is the model's preset, `weights` the precision of its weights, and `now` the clock to read, in seconds.
+    A position is a number of tokens in the cache, from 0. Each time is the median of 16 steps from there on. The
+    bandwidth, in bytes a second, is measured just before them. `name` is the model's preset, `weights` the precision of
+    its weights, such as "int8", and `now` the clock to read, in seconds.
     """
     model = GPTForCausalLM(GPTConfig.preset(name)).eval()
     session = DecodeSession(model, weights=weights)
@@ -189,7 +198,7 @@ def curve(
 
 
 def shown(record: dict[str, Any]) -> list[str]:
-    """Return the precisions in WEIGHTS that are keys of `record`, the content of the study's results file.
+    """Return the precisions of weights in WEIGHTS, in its order, that are keys of `record`, the study's results file.
 
     A file that was written before a precision was added lacks it.
     """
@@ -199,8 +208,9 @@ def shown(record: dict[str, Any]) -> list[str]:
 def lines(record: dict[str, Any]) -> list[str]:
     """Return a section of Markdown as lines: a heading, a paragraph on what was measured, and a table.
 
-    The table has a row for each precision: milliseconds a token, tokens a second, share of the bound, and the time of
-    transformers in the same precision, if measured. `record` is the content of the study's results file.
+    The table has a row for each precision of the weights: milliseconds a token, tokens a second, and the share of the
+    memory's read bandwidth. Two more cells have the time of transformers in the same precision, and that time divided
+    by gpt_fast's. They are "" if not measured. `record` is the content of the study's results file.
     """
     low, high = (f"{bandwidth / 1e9:.1f}" for bandwidth in record["read_bandwidth_range"])
     rows = []
@@ -224,10 +234,10 @@ def lines(record: dict[str, Any]) -> list[str]:
 
 
 def picture(record: dict[str, Any]) -> Figure:
-    """Draw the milliseconds of a decode step over the number of tokens in the cache, for each precision.
+    """Return a plot of the milliseconds of a decode step over the number of tokens in the cache, by precision.
 
     A dashed line of the same colour is the time that reading the cache and the weights takes at least. `record` is the
-    content of the study's results file.
+    content of the study's results file, of which "model", "curves" and the entries of the precisions are used.
     """
     figure = Figure(figsize=(6.3, 4.2), dpi=130, layout="constrained")
     axes = figure.subplots()

@@ -15,28 +15,30 @@ JOB = "handwritten_step"
 
 
 def inputs(case: Case) -> tuple:
-    """Return a tuple of one tensor: random tokens [B, T + 1]. The model reads the first T, the last T are labels."""
+    """Return a tuple of one tensor: random int64 tokens [B, T + 1]. The first T are read, the last T are the labels."""
     return (ids(case, case.config.num_tokens, case.size["B"], case.size["T"] + 1),)
 
 
 def tokens(case: Case) -> int:
-    """Return how many tokens one training step reads, B × T."""
+    """Return how many tokens one training step reads: B × T, the case's sizes."""
     return case.size["B"] * case.size["T"]
 
 
 def work(case: Case, passes: str) -> Work:
-    """Return the least bytes and FLOPs of one training step of GPT-2; `passes` is always "step".
+    """Return the least bytes and FLOPs of one training step, as a `Work`; `passes` is always "step" and is not used.
 
-    All hand-written models count the same: the bytes of AdamW's weights, gradients and moments, and the FLOPs of three
-    forward passes. See `counts.training`.
+    All hand-written models count as GPT-2 does: the bytes of AdamW's weights, gradients and moments, and the FLOPs of
+    three forward passes.
     """
     return training(case.config, case.size["B"], case.size["T"], output_rows=tokens(case))
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield a case for each hand-written model in MODELS, with and without dropout, on "cpu" or "cuda".
+    """Yield two cases for each hand-written model in MODELS, with and without dropout, on "cpu" or "cuda".
 
-    The case's size "code" is the model's key in MODELS. The cases of "packed" and "separate" are also in a quick run.
+    The case's size "code" is the model's key in MODELS. The models have GPT-2 124M's vocabulary, width and heads: on a
+    GPU in bfloat16 with all layers, on a CPU in float32 with 2 layers. The cases of "packed" and "separate" are also in
+    a quick run.
     """
     for code in MODELS:
         if device == "cuda":
@@ -48,14 +50,15 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
-    """Yield the one speed target of a case: the model after `gpt_fast.accelerate` is at least as fast as before."""
+    """Yield the one speed target of every case: the model after `gpt_fast.accelerate` is at least as fast as before."""
     yield Target("as written", 1.0)
 
 
 def as_written(case: Case) -> tuple[nn.Module, Loss]:
     """Return (the hand-written model of a case, a function from tokens [B, T + 1] to its loss).
 
-    The case's size "code" is the model's key in MODELS.
+    The case's size "code" is the model's key in MODELS, by default "packed". The model is on the case's device, and its
+    float32 weights are drawn with seed 0.
     """
     config = case.config
     sizes = Sizes(config.num_tokens, config.seq_len, config.hidden_dim, config.num_heads, config.num_layers)
@@ -65,7 +68,7 @@ def as_written(case: Case) -> tuple[nn.Module, Loss]:
 
 
 def _loss(model: nn.Module, row: Tensor) -> Tensor:
-    """Return the model's loss on tokens `row` [B, T + 1]: the first T are read, the last T are the labels."""
+    """Return the model's mean loss on tokens `row` [B, T + 1]: the first T are read, the last T are the labels."""
     return loss_of(model, row[:, :-1], row[:, 1:].contiguous())
 
 

@@ -29,16 +29,20 @@ class Operators(TorchDispatchMode):
         self.calls: list[Call] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator, and record the call if the operator is of gpt_fast."""
+        """Run an operator and return its result. Record the call if the operator is one of gpt_fast.
+
+        Recording appends a function to `self.calls` that runs the operator again. It passes the same positional
+        arguments, but no keyword arguments.
+        """
         if func.namespace == "gpt_fast":
             self.calls.append(lambda: func(*args))
         return func(*args, **(kwargs or {}))
 
 
 def operators(run: Call) -> Call:
-    """Run `run` once. Return a call that runs the same gpt_fast operators again, with the same arguments.
+    """Run `run` once. Return a call that runs the same gpt_fast operators again, with the same positional arguments.
 
-    The returned call skips the Python around the operators. It runs without autograd.
+    The returned call skips the Python around the operators, runs without autograd, and returns None.
     """
     with Operators() as mode:
         run()
@@ -52,16 +56,17 @@ def operators(run: Call) -> Call:
 
 
 def measured_ops() -> list[Topic]:
-    """Return the topics of the ops that define `tiny` sizes, for inputs of a few elements. See `Topic`."""
+    """Return the ops' topics (`Topic`) that define `tiny`: sizes at which the inputs have only a few elements."""
     return [topic for topic in catalogue.ops().values() if topic.tiny]
 
 
 def calls_of(topic: Topic, device: str) -> dict[tuple[str, str, str], Call]:
     """Return {(op, pass, name): call} for one op on tensors of a few elements. A call runs the pass once.
 
-    The name is "function" for the public function, "operators" for the PyTorch operators in it alone, or "PyTorch" for
-    PyTorch's own function, if there is one. The function takes the passes of the topic, but in place of "backward"
-    it takes "training", which is forward and backward. `device` is "cpu" or "cuda".
+    The name is "function" for gpt_fast's public function, "operators" for the PyTorch operators in it alone, or
+    "PyTorch" for PyTorch's own function, if there is one. If the topic has the pass "backward", the passes are
+    "forward" and "training", which is forward and backward. Otherwise they are those of the topic. `device` is "cpu" or
+    "cuda". gpt_fast's function is called a few times here.
     """
     case = Case(topic.name, device, tuple((topic.tiny or {}).items()), main_dtype(device)[0])
     functions = {peer.name: peer.build(case) for peer in topic.peers if peer.name in (OURS, *THEIRS)}
@@ -80,9 +85,10 @@ def calls_of(topic: Topic, device: str) -> dict[tuple[str, str, str], Call]:
 def seconds_of(topics: list[Topic], device: str, cpu_time: bool) -> dict[str, dict[str, dict[str, Summary]]]:
     """Return the seconds of one call as {op: {pass: {name: {"q1", "median", "q3"}}}}.
 
-    The name is "function", "operators" or "PyTorch", see `calls_of`. The quartiles come from ROUNDS rounds. In each
-    round all calls take turns, so that a disturbance affects all. On a GPU the time is the host's until the call is
-    enqueued. With `cpu_time` it is CPU seconds of the process.
+    The name is "function" for gpt_fast's public function, "operators" for the PyTorch operators in it alone, or
+    "PyTorch" for PyTorch's own function. The quartiles come from ROUNDS rounds, after two that warm up. In each round
+    all calls take turns, so that a disturbance affects all. On a GPU the time is the host's until the call is enqueued.
+    With `cpu_time` it is CPU seconds of the process.
     """
     now = clock("cpu", cpu_time)
     calls = {key: call for topic in topics for key, call in calls_of(topic, device).items()}
@@ -106,8 +112,9 @@ def seconds_of(topics: list[Topic], device: str, cpu_time: bool) -> dict[str, di
 def measure(device: str, quick: bool, cpu_time: bool) -> dict[str, Any]:
     """Measure what a call costs on the device. Return {"ops": {op: {pass: {name: {"q1", "median", "q3"}}}}}.
 
-    The name is "function", "operators" or "PyTorch", see `calls_of`. Times are in seconds. `quick` changes nothing.
-    With `cpu_time` the times are CPU seconds of the process.
+    The calls are on tensors of a few elements. The name is "function" for gpt_fast's public function, "operators" for
+    the PyTorch operators in it alone, or "PyTorch" for PyTorch's own function. Times are seconds of the host. `quick`
+    changes nothing. With `cpu_time` the times are CPU seconds of the process.
     """
     return {"ops": seconds_of(measured_ops(), device, cpu_time)}
 
@@ -115,8 +122,8 @@ def measure(device: str, quick: bool, cpu_time: bool) -> dict[str, Any]:
 def lines(record: dict[str, Any]) -> list[str]:
     """Return a section of Markdown as lines: a heading, a paragraph on what was measured, and a table.
 
-    The table has a row for each op and pass: microseconds of the public function, of its operators alone, and of
-    PyTorch's function. `record` is the content of the study's results file.
+    The table has a row for each op and pass: median microseconds of the public function, of its operators alone, and of
+    PyTorch's function, or "" if that was not measured. `record` is the content of the study's results file.
     """
     device, date, load = record["device"], record["date"], record["load"]
     rows = []

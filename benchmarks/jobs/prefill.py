@@ -11,14 +11,14 @@ JOB = "prefill"
 
 
 def inputs(case: Case) -> tuple:
-    """Return a tuple of one tensor: the prompt, random tokens [B, T]."""
+    """Return a tuple of one tensor: the prompt, random int64 tokens [B, T]; B and T are sizes of the case."""
     return (ids(case, case.config.num_tokens, case.size["B"], case.size["T"]),)
 
 
 def work(case: Case, passes: str) -> Work:
-    """Return the least bytes and FLOPs of reading the prompt; `passes` is always "step".
+    """Return the least bytes and FLOPs of reading the prompt, as a `Work`; `passes` is always "step" and is not used.
 
-    Every weight is read once. The output layer is applied to the last position of each row only. See `counts.prompt`.
+    Every weight is read once, in the case's dtype. The output layer is applied to the last position of each row only.
     """
     return prompt(case.config, case.size["B"], case.size["T"], case.dtype.itemsize)
 
@@ -26,8 +26,9 @@ def work(case: Case, passes: str) -> Work:
 def cases(device: str) -> Iterator[Case]:
     """Yield the cases to benchmark on a device, "cpu" or "cuda".
 
-    They are GPT-2 124M with prompts of several lengths and batch sizes. The shortest at batch 1 is the case of a quick
-    run.
+    They are GPT-2 124M with 1 prompt of 128 tokens, 1 of 512, and 8 of 128. The first is the case of a quick run, in
+    the dtype of training only. The others are in bfloat16 on a GPU, and on a CPU in float32 and, if the CPU has
+    instructions for it, in bfloat16.
     """
     yield from every(JOB, device, [{"model": "gpt2", "B": 1, "T": 128}], main_dtype(device), quick=True)
     yield from every(JOB, device, [{"model": "gpt2", "B": 1, "T": 512}, {"model": "gpt2", "B": 8, "T": 128}])
@@ -36,8 +37,9 @@ def cases(device: str) -> Iterator[Case]:
 def targets(case: Case) -> Iterator[Target]:
     """Yield the speed targets of a case.
 
-    On a CPU in float32, gpt_fast with weights in each of three precisions must be faster than the inference engines of
-    the same or a higher precision, see `rivals`. Other cases have no target.
+    On a CPU in float32 there are targets for gpt_fast with weights in float32, bfloat16 and int8. Each must be 1.05
+    times as fast as the fastest inference engine of the same or a higher precision. Further targets of these cases are
+    for runs beside a busy process. Other cases have no target.
     """
     if case.device == "cpu" and case.dtype == F32:
         yield from rivals({"float32": 1.05, "bfloat16": 1.05, "int8": 1.05})

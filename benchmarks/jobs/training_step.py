@@ -31,20 +31,23 @@ ACCELERATED = ("Hugging Face sdpa", "Hugging Face accelerated")
 
 
 def inputs(case: Case) -> tuple:
-    """Return a tuple of one tensor: random tokens [B, T], which are also the labels."""
+    """Return a tuple of one tensor: random int64 tokens [B, T], which are also the labels.
+
+    B and T are sizes of the case.
+    """
     return (ids(case, case.config.num_tokens, case.size["B"], case.size["T"]),)
 
 
 def tokens(case: Case) -> int:
-    """Return how many tokens one training step reads, B × T."""
+    """Return how many tokens one training step reads: B × T, the case's sizes."""
     return case.size["B"] * case.size["T"]
 
 
 def work(case: Case, passes: str) -> Work:
-    """Return the least bytes and FLOPs of one training step; `passes` is always "step".
+    """Return the least bytes and FLOPs of one training step, as a `Work`; `passes` is always "step" and is not used.
 
     AdamW reads and writes weights, gradients and moments: these are the bytes. A step has the FLOPs of three forward
-    passes. See `counts.training`.
+    passes, with the output layer at every position.
     """
     return training(case.config, case.size["B"], case.size["T"], output_rows=tokens(case))
 
@@ -54,7 +57,8 @@ def cases(device: str) -> Iterator[Case]:
 
     They are GPT-2 124M with and without dropout, the larger GPT-2s, a series over the batch size and a series over the
     number of layers. GPT-2 124M at its smallest batch is also in a quick run. A CPU without bfloat16 instructions also
-    gets small bfloat16 cases.
+    gets small bfloat16 cases. The cases of the two series, those small bfloat16 cases, and the larger GPT-2s on a CPU
+    are measured on a few implementations only.
     """
     if device == "cuda":
         yield from every(JOB, device, [{"model": "gpt2", "B": 8, "T": 1024}], dropouts=(0.1, 0.0), quick=True)
@@ -83,9 +87,12 @@ def targets(case: Case) -> Iterator[Target]:
     """Yield the speed targets of a case.
 
     On a GPU, GPT-2 124M at T = 1024 must reach a number of tokens a second, and be faster than the compiled plain
-    model. On a CPU, GPT-2 124M at batch 4 must reach a share of the measured speed limit and, in float32, be as fast as
-    transformers or faster. With fewer layers in bfloat16 it must only be faster than transformers. Some of the CPU
-    cases also have a target for transformers' model after `gpt_fast.accelerate`. Other cases have no target.
+    model.
+
+    On a CPU, GPT-2 124M at batch 4 must reach a share of the measured speed limit. In float32 it must also be as fast
+    as transformers or faster. A bfloat16 case with fewer layers must only be faster than transformers. The float32
+    cases at batch 4 and these bfloat16 cases also have targets for transformers' model after `gpt_fast.accelerate`.
+    Other cases have no target.
     """
     small = case.size["model"] == "gpt2" and "layers" not in case.size
     if case.device == "cuda":
@@ -110,21 +117,28 @@ def targets(case: Case) -> Iterator[Target]:
 
 
 def ours(case: Case) -> tuple[nn.Module, Loss]:
-    """Return (gpt_fast's language model, a function from tokens [B, T] to its loss)."""
+    """Return (gpt_fast's language model, a function from tokens [B, T] to its mean loss of the next tokens).
+
+    The model has random float32 weights, and the configuration and device of `case`.
+    """
     model = gpt_fast.GPTForCausalLM(case.config).to(case.device)
     return model, lambda tokens: model(tokens, tokens).loss
 
 
 def plain(case: Case) -> tuple[nn.Module, Loss]:
-    """Return (the language model in plain PyTorch, a function from tokens [B, T] to its loss)."""
+    """Return (the language model in plain PyTorch, a function from tokens [B, T] to its mean loss of the next tokens).
+
+    The model has random float32 weights, and the configuration and device of `case`.
+    """
     model = PlainGPT(case.config).to(case.device)
     return model, model.loss
 
 
 def hugging_face(attention: str, case: Case) -> tuple[nn.Module, Loss]:
-    """Return (transformers' language model, a function from tokens [B, T] to its loss).
+    """Return (transformers' language model, a function from tokens [B, T] to its mean loss of the next tokens).
 
-    `attention` is transformers' attention implementation, "eager" or "sdpa".
+    The model has random float32 weights, and the configuration and device of `case`. `attention` is transformers'
+    attention implementation, "eager" or "sdpa".
     """
     model = hf_model("GPT2LMHeadModel", case, attention).to(case.device)
     return model, lambda tokens: model(tokens, labels=tokens, use_cache=False).loss

@@ -22,7 +22,7 @@ while os.getppid() == parent:
 def busy_process() -> Iterator[subprocess.Popen]:
     """Run a process that computes in an endless loop during the block, and yield it. Kill it when the block ends.
 
-    The block starts after the process has started to loop.
+    The block starts after the process has started to loop. If this program is killed, the process ends by itself.
     """
     process = subprocess.Popen([sys.executable, "-I", "-S", "-c", _LOOP], stdout=subprocess.PIPE)
     try:

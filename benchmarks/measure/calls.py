@@ -13,9 +13,9 @@ COPIES = 2  # of the inputs, rotated
 
 
 def make_inputs(topic: Topic, case: Case) -> list[tuple]:
-    """Return COPIES tuples of positional arguments for the topic's implementations on a case.
+    """Return COPIES (two) tuples of positional arguments for the topic's implementations, on the device of `case`.
 
-    They are drawn with the seeds 0, 1, ... and differ in their values only.
+    They are drawn with PyTorch's seeds 0, 1, ... and differ in their values only. The seed is not set back.
     """
     copies = []
     for copy in range(COPIES):
@@ -28,18 +28,17 @@ def prepare(function: Callable[..., Any], inputs: list[tuple], passes: str) -> l
     """Return calls without arguments that run one pass of `function`, one call for each tuple of arguments in `inputs`.
 
     `passes` names the pass: "forward", "backward", "training" (forward and backward), "inference" (forward without
-    autograd) or "step" (one call of a whole-model job). A function without a backward pass raises
-    `NotImplementedError`: here for "backward", in the call for "training".
+    autograd) or "step" (one call of a whole-model job). For "backward" the forward pass runs here, once for each tuple.
+    A function without a backward pass raises `NotImplementedError`: here for "backward", in the call for "training".
     """
     return [_prepare(function, copy, passes) for copy in inputs]
 
 
 def all_passes(function: Callable[..., Any], inputs: tuple, passes: tuple[str, ...]) -> Call:
-    """Return one call without arguments that runs all passes of a topic, to measure its peak memory.
+    """Return one call without arguments that runs all passes of an op or job, to measure its peak memory.
 
-    `inputs` are the positional arguments of `function`. `passes` are the names of the topic's passes. With "backward"
-    among them the call runs forward and backward, because memory kept in between counts. Otherwise it runs the first
-    pass.
+    `inputs` are the positional arguments of `function`. `passes` are the names of the passes. With "backward" among
+    them the call runs forward and backward, because memory kept in between counts. Otherwise it runs the first pass.
     """
     return _prepare(function, inputs, "training" if "backward" in passes else passes[0])
 
@@ -47,8 +46,9 @@ def all_passes(function: Callable[..., Any], inputs: tuple, passes: tuple[str, .
 def _prepare(function: Callable[..., Any], inputs: tuple, passes: str) -> Call:
     """Return a call without arguments that runs one pass of `function` on `inputs`, its positional arguments.
 
-    `passes` is "forward", "backward", "training", "inference" or "step", see `prepare`. For "backward" the forward pass
-    runs here, once, and each call differentiates it again. Gradients of the outputs are random, and are drawn once.
+    `passes` is "forward", "step", "inference" (forward without autograd), "backward" or "training" (forward and
+    backward). "forward" and "step" just call `function`. For "backward" the forward pass runs here, once, and each call
+    differentiates it again. Gradients of the outputs are random, and are drawn once.
     """
     if passes in ("forward", "step"):
         return lambda: function(*inputs)
@@ -62,7 +62,11 @@ def _prepare(function: Callable[..., Any], inputs: tuple, passes: str) -> Call:
     upstream: list[Tensor] = []
 
     def both() -> object:
-        """Run forward and backward. Return the gradients of the inputs that require one."""
+        """Run `function` forward and backward on `inputs`. Return the gradients of differentiable inputs, as a tuple.
+
+        `function` and `inputs` are the arguments of the enclosing function. The first call draws random gradients of
+        the outputs, which later calls reuse. The gradient of an input that does not affect the outputs is None.
+        """
         outputs = _tuple(function(*inputs))
         if not upstream:
             upstream.extend(_upstream(outputs))
@@ -82,5 +86,5 @@ def _upstream(outputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def _tuple(outputs: Any) -> tuple[Tensor, ...]:
-    """Return the outputs of a function as a tuple: a single tensor becomes a tuple of one."""
+    """Return the outputs of a function as a tuple: a tuple as it is, anything else in a tuple of one."""
     return outputs if isinstance(outputs, tuple) else (outputs,)

@@ -30,8 +30,8 @@ DATA_SHEETS = {
 def data_sheet(name: str) -> dict[str, float]:
     """Return the rates that the vendor states for a device, in bytes or FLOPs a second; {} for an unknown device.
 
-    `name` is the device's full name, as `device_name` returns it. The keys are the names of measured rates: "copy",
-    "matmul bfloat16" and "matmul float32".
+    `name` is the device's full name, which must contain a known model, such as "H200". The keys are the names of
+    measured rates: "copy", "matmul bfloat16" and "matmul float32".
     """
     return next((rates for part, rates in DATA_SHEETS.items() if re.search(rf"\b{part}\b", name)), {})
 
@@ -40,8 +40,8 @@ def device_name(device: str) -> str:
     """Return the GPU's name for "cuda", else a text of the CPU's model, its instructions and its threads.
 
     The text is such as "<model> (AVX512, bf16, int8), 8 threads of 16". The instructions are the widest vectors that
-    PyTorch uses, and "bf16" and "int8" if the CPU multiplies such matrices itself: virtual machines show different
-    instructions under one model name. The threads are PyTorch's, of all that the machine has.
+    PyTorch uses, and "bf16" and "int8" if the CPU has instructions for products of such matrices: virtual machines show
+    different instructions under one model name. The threads are PyTorch's, of all logical CPUs of the machine.
     """
     if device == "cuda":
         return torch.cuda.get_device_name()
@@ -58,18 +58,22 @@ def device_name(device: str) -> str:
 
 
 def slug(device: str) -> str:
-    """Return a device's name as the name of a folder: lower-case letters and digits joined by hyphens."""
+    """Return a device's name as the name of a folder: lower-case letters and digits, all else becomes single hyphens.
+
+    No hyphen is at the start or the end.
+    """
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def describe(device: str, cpu_time: bool = False) -> dict[str, Any]:
     """Return {"device", "versions", "commit"}, the facts that every results file holds.
 
-    "device" has the type, the name, the name as a folder ("slug") and "bf16_products". For a CPU it also has
-    "int8_products" and "extension", the vector width and compiler of the C++ extension, or None without it. "versions"
-    has Python, PyTorch, each of PACKAGES (None if it is not installed), and on a GPU CUDA. "commit" is {"id", "dirty"},
-    see `commit`. `device` is "cpu" or "cuda". With `cpu_time` the name ends in ", CPU time", because times are then CPU
-    seconds.
+    "device" has "type" ("cpu" or "cuda"), "name", "slug" (the name as a folder) and "bf16_products" (bool). For a CPU
+    it also has "int8_products" (bool) and "extension": the C++ extension's {"vector", "compiler"}, or None without it.
+    "versions" maps "python", "torch", each of PACKAGES (None if it is not installed), and on a GPU "cuda" to versions.
+    "commit" is {"id", "dirty"}: the hash, and whether files that affect a measurement differ from it.
+
+    `device` is "cpu" or "cuda". With `cpu_time` the name ends in ", CPU time", because times are then CPU seconds.
     """
     info = build_info()
     name = device_name(device) + (", CPU time" if cpu_time else "")
@@ -94,8 +98,8 @@ def describe(device: str, cpu_time: bool = False) -> dict[str, Any]:
 def commit() -> dict[str, Any]:
     """Return {"id", "dirty"}: the hash of the checkout's commit, and whether files differ from it.
 
-    "dirty" is a bool; only files that affect a measurement count. Both are None if git is missing or the tree is no
-    repository.
+    "dirty" is a bool; only source files that affect a measurement count, also untracked ones. Both are None if git is
+    missing or the tree is no repository.
     """
     found = _git("rev-parse", "HEAD")
     changed = _git(

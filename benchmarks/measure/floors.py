@@ -30,7 +30,10 @@ def bf16_products(device: str) -> bool:
 
 
 def int8_products() -> bool:
-    """Return True if the CPU adds products of four pairs of 8-bit integers in one instruction (VNNI)."""
+    """Return True if the CPU adds products of four pairs of 8-bit integers in one instruction (VNNI).
+
+    Return False without /proc/cpuinfo, as on systems other than Linux.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.exists() and not {"avx512_vnni", "avx_vnni"}.isdisjoint(cpuinfo.read_text("utf-8").split())
 
@@ -47,9 +50,9 @@ class Floor:
 def floors(device: str) -> list[Floor]:
     """Return the workloads whose measured rates are the speed limits of a device: a copy, a read and matrix products.
 
-    A `Floor` has a name, the bytes or FLOPs of one call, and a function that builds the call. `device` is "cpu" or
-    "cuda". The products are in bfloat16 on a GPU. On a CPU they are in float32 and, if it has instructions for
-    bfloat16, also in bfloat16.
+    A `Floor` has `name`, `amount` (the bytes or FLOPs of one call), and `build`, a function that allocates the tensors
+    and returns the call. `device` is "cpu" or "cuda". The products are in bfloat16 on a GPU. On a CPU they are in
+    float32 and, if it has instructions for bfloat16, also in bfloat16.
     """
     size = (1 << 30) if device == "cuda" else (256 << 20)
     n = 8192 if device == "cuda" else 1536
@@ -77,10 +80,10 @@ def floors(device: str) -> list[Floor]:
 
 
 def measure_floors(device: str, cpu_time: bool = False) -> Iterator[tuple[str, dict[str, float]]]:
-    """Measure the speed limits of a device. Yield the name and {"rate", "q1", "q3"} of each.
+    """Measure the speed limits of a device, "cpu" or "cuda". Yield (name, {"rate", "q1", "q3"}) for each.
 
-    The names are "copy", "read" and "matmul <dtype>", see `floors`. "rate" is the median, "q1" and "q3" are the
-    quartiles, in bytes or FLOPs a second. With `cpu_time`, the seconds are CPU seconds of the process.
+    The names are "copy", "read" and "matmul <dtype>", such as "matmul float32". "rate" is the median, "q1" and "q3" are
+    the quartiles, in bytes or FLOPs a second. With `cpu_time`, the seconds of a CPU are CPU seconds of the process.
     """
     for floor in floors(device):
         watch = Stopwatch(device, [floor.build()], cpu_time=cpu_time)
@@ -93,9 +96,10 @@ def measure_floors(device: str, cpu_time: bool = False) -> Iterator[tuple[str, d
 
 
 def reader(x: torch.Tensor) -> Call:
-    """Return a call that reads the tensor `x` once, with all threads on a CPU, and returns its sum.
+    """Return a call that reads the tensor `x` once and returns its sum. On a CPU it uses as many threads as PyTorch.
 
-    Without a C++ compiler, and on a GPU, the call is `x.sum`. Raise `ValueError` unless `x` is float32 and contiguous.
+    On a CPU with a C++ compiler the call is compiled code and returns a float. Otherwise it is `x.sum`, which returns a
+    tensor. Raise `ValueError` unless `x` is float32 and contiguous.
     """
     if x.dtype != torch.float32 or not x.is_contiguous():
         raise ValueError(f"reader: x has dtype {x.dtype} and strides {x.stride()}; expected contiguous float32")
@@ -109,9 +113,11 @@ def reader(x: torch.Tensor) -> Call:
 
 @cache
 def read_library() -> ctypes.CDLL | None:
-    """Load the shared library of read_all.cpp, compiled first if that has not been done on this machine.
+    """Load the shared library of read_all.cpp, and compile it first if build/benchmarks has none for this code and CPU.
 
-    Return None without a C++ compiler. Raise `subprocess.CalledProcessError` if it cannot be compiled.
+    Its function `read_all` (pointer to float32, number of elements, number of threads) returns their sum. The
+    environment variable CXX names the compiler, else it is "c++". Return None if there is no such program. Raise
+    `subprocess.CalledProcessError` if the file cannot be compiled.
     """
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     if shutil.which(compiler[0]) is None:

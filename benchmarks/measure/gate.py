@@ -21,17 +21,20 @@ APART = {"commands", "data", "training"}  # folders that compute nothing that is
 def files_of_tests(topic: Topic | Study) -> tuple[str, ...]:
     """Return the test files, relative to tests/, that must pass before the topic or study is timed.
 
-    They are those that it names, or ops/test_<name>.py for a topic that names none. A study that names none has none.
+    They are the files in its field `tests`. A topic (an op or job) without any has ops/test_<name>.py. A study (a
+    measurement with a table of its own) without any has none.
     """
     return topic.tests or ((f"ops/test_{topic.name}.py",) if isinstance(topic, Topic) else ())
 
 
 def run_tests(topic: Topic | Study, device: str) -> str:
-    """Run the topic's tests on "cpu" or "cuda". Return "" if they pass, else the end of pytest's output.
+    """Run the tests of a topic or study on "cpu" or "cuda". Return "" if they pass, else the end of pytest's output.
 
-    The end is at most 2,000 characters. Tests that have passed are not run again until the code, the tests, PyTorch or
-    Python change. If no test is marked for the device, the result is a message that says so. A study without tests
-    passes.
+    The end is at most 2,000 characters, and the first failure ends the tests. On "cuda" only tests marked `cuda` and
+    not `slow` run. If there is none, the result is a message that says so. A study without tests passes.
+
+    A pass is remembered in build/benchmarks/green.json. Then the tests are not run again until the code, the tests, the
+    device, PyTorch or Python change.
     """
     files = [f"tests/{name}" for name in files_of_tests(topic)]
     if not files:
@@ -58,8 +61,8 @@ def run_tests(topic: Topic | Study, device: str) -> str:
 def _digest(files: list[str], device: str) -> str:
     """Return a hash, in hexadecimal, of all that the result of tests depends on.
 
-    That is the sources, the test files `files` (paths in the checkout), the device, and the versions of PyTorch and
-    Python.
+    It covers the sources that compute what is timed, the test files and their common helpers, the device, and the
+    versions of PyTorch and Python. `files` are the paths of the test files in the checkout.
     """
     digest = hashlib.sha256(f"{device} {torch.__version__} {sys.version}".encode())
     sources = [path for folder in ("gpt_fast", "kernels", "csrc") for path in (ROOT / folder).rglob("*")]

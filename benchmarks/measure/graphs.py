@@ -22,7 +22,7 @@ class Replays:
 
 
 def capture(make: Callable[[], list[Call]]) -> Replays:
-    """Build calls by `make`, run each, and capture each as a CUDA graph. Return the replays, see `Replays`.
+    """Build calls by `make`, run each, and capture each as a CUDA graph. Return the replays, a `Replays`.
 
     `make` returns a list of calls without arguments. The result's `calls` replay their graphs, `host` is the host's
     median seconds for a direct call, and `first` is the seconds of the first call. `make` runs on the stream that is
@@ -51,7 +51,7 @@ def capture(make: Callable[[], list[Call]]) -> Replays:
 
 
 def _seconds(call: Call, waits: bool = False) -> float:
-    """Return the host's seconds for `call()`, including the device's work if `waits`, else only its launch."""
+    """Return the host's seconds for `call()`: until the GPU is done if `waits`, else until its work is launched."""
     began = time.perf_counter()
     call()
     if waits:

@@ -13,9 +13,9 @@ _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def peak_memory(device: str, run: Callable[[], object]) -> int | None:
     """Call `run` once. Return its peak memory in bytes beyond what was in use before, or None.
 
-    On "cuda" this is what PyTorch's allocator handed out. On a CPU it is the growth of the process after freed memory
-    was given back to the system, so scratch space of any library counts. This needs Linux: elsewhere `run` is not
-    called, and the result is None.
+    On "cuda" this is what PyTorch's allocator handed out, and its peak is reset before. On a CPU it is the growth of
+    the process, at least 0, so scratch space of any library counts. Freed memory is given back to the system before.
+    This needs Linux: elsewhere `run` is not called, and the result is None.
     """
     gc.collect()
     if device == "cuda":
@@ -48,7 +48,8 @@ def _status(field: str) -> int:
 def available_memory(device: str) -> int:
     """Return the bytes that a program may still allocate on the device, "cpu" or "cuda".
 
-    On a CPU without Linux's /proc/meminfo it is 1 << 62, which never limits.
+    On a GPU it is the free memory, without what PyTorch's allocator keeps for reuse. On a CPU without Linux's
+    /proc/meminfo it is 1 << 62, which never limits.
     """
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]

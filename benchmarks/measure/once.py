@@ -15,9 +15,9 @@ from benchmarks.topic import BF16
 def main() -> None:
     """Run gpt_fast's implementation of every op on the GPU, once for each case.
 
-    A run is the op's passes, mostly forward and backward. Print each case, and the reason if it was skipped. The cases
-    are the suite's or, with --small on the command line, a few small shapes in bfloat16. Exit with a message if there
-    is no GPU.
+    A case has sizes, a dtype and a dropout probability. A run is the op's passes, mostly forward and backward. Print
+    each case, and the reason if it was skipped. The cases are the suite's or, with --small on the command line, a few
+    small shapes in bfloat16. Exit with a message if there is no GPU.
     """
     if not torch.cuda.is_available():
         sys.exit("benchmarks.measure.once: no CUDA device")

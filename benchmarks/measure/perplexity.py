@@ -17,10 +17,11 @@ from gpt_fast.training.runs.load import load_generator, run_tokenizer
 
 
 def run_perplexities(folder: Path, windows: int = 64) -> dict[str, float]:
-    """Return {precision of the weights: perplexity} of a trained run's model on held-out text.
+    """Return {precision of the weights: perplexity} of a trained model on held-out text, computed on the CPU.
 
-    `folder` is the run's folder. The text is the held-out part of Python's standard library, of which at most `windows`
-    windows of the model's sequence length are used, evenly spaced. The precisions are those in `WEIGHTS`.
+    `folder` is the folder of the training run. The text is the held-out part of Python's standard library, of which at
+    most `windows` windows of the model's sequence length are used, evenly spaced. The precisions are those in
+    `WEIGHTS`, such as "float32" and "int8".
     """
     model = load_generator(folder, "cpu").eval()
     texts = [document.text for document in read_corpus(None).valid]
@@ -33,7 +34,8 @@ def run_perplexities(folder: Path, windows: int = 64) -> dict[str, float]:
 def perplexities(model: GPT | Head, tokens: Tensor) -> dict[str, float]:
     """Return {precision of the weights: perplexity} of the model on token windows [B, T], for each of `WEIGHTS`.
 
-    A `DecodeSession` with these weights predicts each token of a window but the first, one decode step after another.
+    WEIGHTS has "float32", "bfloat16", "int8" and "int8-a16". For each, a new `DecodeSession` predicts every token of a
+    window but the first, one decode step after another. The model must be on the CPU.
     """
     found = {}
     for weights in WEIGHTS:
@@ -47,9 +49,9 @@ def perplexities(model: GPT | Head, tokens: Tensor) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print the perplexities of the run that the command line names, and how far each is from that in float32.
+    """Print the perplexity of a run by the precision of its weights, and how far each is from float32 in percent.
 
-    Exit with a usage line unless there is exactly one argument.
+    The one argument on the command line is the run's folder. Exit with a usage line for any other number of arguments.
     """
     if len(sys.argv) != 2:
         sys.exit("usage: python -m benchmarks.measure.perplexity RUN")

@@ -49,7 +49,10 @@ class Settings:
 
     @property
     def budget(self) -> Budget:
-        """Return the `Budget` of a run: its repetitions, fewer in a quick run, and whether CPU time counts."""
+        """Return the `Budget` of a run, which says how often calls are repeated: less often in a quick run.
+
+        It also says whether CPU seconds are measured.
+        """
         return dataclasses.replace(QUICK if self.quick else FULL, cpu_time=self.cpu_time)
 
 
@@ -68,8 +71,9 @@ class Outcome:
 def runs_here(topic: Topic, case: Case, quick: bool) -> tuple[list[Peer], Failed]:
     """Return (implementations to measure on a case, [(implementation, reason why it is not measured)]).
 
-    Implementations that the case excludes by `case.peers` are in neither. In training, compiled models are not measured
-    on cases that belong to a quick run; `quick` only changes the wording of that reason.
+    A `Topic` is an op or job, and a `Case` is a topic at fixed sizes, dtype and device. Implementations that the case
+    excludes by `case.peers` are in neither list. Of a topic with `pair_bytes`, which is training, compiled models are
+    not measured on cases that belong to a quick run. `quick` only changes the wording of that reason.
     """
     run, missing = [], []
     for peer in topic.peers:
@@ -88,11 +92,13 @@ def runs_here(topic: Topic, case: Case, quick: bool) -> tuple[list[Peer], Failed
 def groups(topic: Topic, case: Case, peers: list[Peer]) -> list[tuple[list[Peer], Peer | None]]:
     """Return the order in which a case is timed: [(implementations to time in turn, one to time beside them, or None)].
 
-    The one beside them is timed in turn with them, but gets no record. `peers` are the implementations to measure. For
-    an op, the first group has all implementations that do not compile. Each that compiles, which may take a minute, is
-    a later group beside gpt_fast's own, so that an interrupted run has the first group. In training, each
-    implementation is a group, because all the models do not fit into memory together. Beside it is gpt_fast's own if
-    two models fit, else None.
+    The one beside them is timed in turn with them, but gets no record. `peers` are the implementations to measure.
+
+    For a topic without `pair_bytes`, such as an op, the first group has all implementations that do not compile, if
+    there are any. Each that compiles, which may take a minute, is a later group beside gpt_fast's own, so that an
+    interrupted run has the first group. With `pair_bytes`, in training, each implementation is a group, because all the
+    models do not fit into memory together. Beside it is gpt_fast's own if two models fit and gpt_fast's own is in
+    `peers`, else None.
     """
     ours = next((peer for peer in peers if peer.name == OURS), None)
     if topic.pair_bytes is None:
@@ -109,9 +115,15 @@ def measure(
     """Measure implementations on one case. Return (records, [(implementation, error) of each that failed]).
 
     For each pass of the topic, `peers` are timed in turn, as often as `budget` says. `beside`, if given, takes turns
-    with them and gets no record. A record is a dict for one implementation; report/results.py lists its fields, of
-    which "session" is added later. An implementation that failed in one pass has a record of its other passes. Errors
-    of gpt_fast's own implementation are raised, except out of memory.
+    with them and gets no record.
+
+    A record is a dict for one implementation. "case", "peer" (its name), "sizes", "dtype", "dropout" and "series" name
+    what was measured. "complete" is False if the case excludes implementations. "times" maps each pass to a summary in
+    seconds, and "work" to the least bytes and FLOPs. "tokens" is the number of tokens of a call, None for ops.
+    "peak_memory" is in bytes, or None if unknown.
+
+    An implementation that failed in one pass has a record of its other passes. Errors of gpt_fast's own implementation
+    are raised, except out of memory. `torch.compile`'s caches are cleared first.
     """
     inputs = make_inputs(topic, case)
     before = flush(case.device) if topic.suite == "ops" else None
@@ -165,12 +177,15 @@ def _take_turns(
     """Time one pass of every implementation, in turns. Return {implementation: summary of its times}.
 
     `functions` has the function of each implementation, and `inputs` has tuples of their arguments. `passes` names the
-    pass. `before` runs untimed before each call. With `replays`, calls are timed as CUDA graphs if they can be
-    captured.
+    pass. `before` runs untimed before each call, unless it is None. `budget` sets the number of rounds. With `replays`,
+    calls are timed as CUDA graphs if they can be captured.
 
-    A summary is `Stopwatch.summary` with two more entries. "to_ours", if gpt_fast is timed too, is the ratio to its
-    time, see `Stopwatch.ratio_to`. "host", if graphs were timed, is the host's seconds for a direct call. An
-    implementation whose first call fails is added to `failed` with the error, and is not in the result.
+    A summary has "median", "q1", "q3" and "first" (the first call) in seconds, and the number of "rounds". If gpt_fast
+    is timed too, the others also have "to_ours": median and quartiles of the ratio to its time. If graphs were timed,
+    "host" is the host's seconds for a direct call.
+
+    An implementation whose first call fails is appended to `failed` with the error, and is not in the result. Errors of
+    gpt_fast's own are raised, except out of memory.
     """
     watches: dict[Peer, Stopwatch] = {}
     extra: dict[Peer, dict[str, Any]] = {}
@@ -196,9 +211,10 @@ def _take_turns(
 
 
 def _captured(make: Callable[[], list[Call]]) -> Replays | None:
-    """Return the calls that `make` builds as replays of CUDA graphs, or None if one cannot be captured.
+    """Return the calls that `make` builds as replays of CUDA graphs (`Replays`), or None if one cannot be captured.
 
-    Other errors of a call are raised, out of memory too.
+    Other errors of a call are raised, out of memory too. `make` returns a list of calls without arguments, which are
+    run.
     """
     try:
         return capture(make)
@@ -210,11 +226,11 @@ def _captured(make: Callable[[], list[Call]]) -> Replays | None:
 
 @contextlib.contextmanager
 def _failure(peer: Peer, failed: Failed, doing: str = "") -> Iterator[None]:
-    """Catch an error of the implementation `peer` in the block, such as out of memory, and add it to `failed`.
+    """Catch an error of the implementation `peer` in the block, such as out of memory, and append it to `failed`.
 
-    The entry is (`peer`, `doing` followed by the first line of the error). Caught are RuntimeError,
-    NotImplementedError, ValueError, ImportError and AssertionError. Those of gpt_fast's own implementation are raised,
-    except out of memory.
+    The entry is (`peer`, `doing` followed by the first line of the error). Caught are RuntimeError, which includes out
+    of memory, NotImplementedError, ValueError, ImportError and AssertionError; others are raised. If `peer` is
+    gpt_fast's own implementation, all but out of memory are raised.
     """
     try:
         yield
@@ -225,7 +241,7 @@ def _failure(peer: Peer, failed: Failed, doing: str = "") -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of an error's message, cut to 200 characters, or its type's name if it has none."""
+    """Return the first line of an error's message, cut to 200 characters, or its type's name for a blank message."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
 
@@ -234,9 +250,10 @@ def _first_line(error: Exception) -> str:
 
 
 def here(topics: list[Topic | Study], device: str, busy: bool = False) -> list[Topic | Study]:
-    """Return the topics and studies that have something to measure on `device`, "cpu" or "cuda".
+    """Return the topics and studies that have something to measure on `device`, "cpu" or "cuda", in their order.
 
-    With `busy`, studies without times are left out: a busy process beside them would change nothing.
+    Topics are ops and jobs. Studies are measurements with a table of their own. With `busy`, studies without times are
+    left out: a busy process beside them would change nothing.
     """
     return [
         topic
@@ -248,8 +265,8 @@ def here(topics: list[Topic | Study], device: str, busy: bool = False) -> list[T
 def count(topics: list[Topic | Study], settings: Settings) -> int:
     """Return how many steps the progress bar of a run has.
 
-    There is one for each implementation that can run on each case, and one for each study. In a busy run gpt_fast's
-    implementations count twice, because they are also measured without the busy process.
+    There is one for each implementation that can run on each case of a topic (an op or job), and one for each study. In
+    a busy run gpt_fast's implementations count twice, because they are also measured without the busy process.
     """
     return sum(
         1
@@ -264,10 +281,12 @@ def count(topics: list[Topic | Study], settings: Settings) -> int:
 
 
 def run(topics: list[Topic | Study], settings: Settings) -> Outcome:
-    """Measure the topics and studies and write a results file for each. Return the files and what was not measured.
+    """Measure the topics and studies and write a results file for each. Return an `Outcome`.
 
-    The result's fields are `files`, `refused` and `interrupted`, see `Outcome`. The tests of a topic run first, unless
-    `settings.untested` is set. A topic whose tests fail is not timed. Ctrl-C keeps what was measured, marked partial.
+    Its `files` are the paths of the results files, in `settings.out`/<device>. `refused` maps the name of a topic or
+    study whose tests failed to their output; it is not timed. `interrupted` is True if Ctrl-C or SIGTERM ended the run,
+    which keeps what was measured, marked partial. The tests run first, unless `settings.untested` is set. The callbacks
+    of `settings` are called on the way.
 
     Raises:
         OSError: if the folder cannot be written; before anything is measured.
@@ -301,11 +320,12 @@ def run(topics: list[Topic | Study], settings: Settings) -> Outcome:
 
 
 def _open(topic: Topic | Study, path: Path, facts: dict[str, Any], settings: Settings) -> Run:
-    """Return the content of a topic's or study's results file before measuring.
+    """Return the content of the results file of a topic or study, with which measuring begins. Nothing is written.
 
-    It has no results yet or, if `settings.resume` is set and `path` exists, the results in that file. `facts` are the
-    "device", "versions" and "commit" of this run, see `environment.describe`. Raise `ValueError` if the file to resume
-    has other ones, or another value of `quick`.
+    If `settings.resume` is set and `path` exists, it is the content of that file. Otherwise it is new and has no
+    results. In either case it records that the run is untested if `settings.untested` is set. `facts` are the "device",
+    "versions" and "commit" of this run. Raise `ValueError` if the file to resume has other ones, another value of
+    `quick`, or is damaged.
     """
     head = {
         "schema": results.SCHEMA, "version": results.VERSION, "topic": topic.name, "suite": topic.suite,
@@ -332,10 +352,11 @@ def _now() -> dict[str, Any]:
 
 
 def _run_study(study: Study, record: Run, path: Path, settings: Settings) -> None:
-    """Measure a study and write its record to `path`, then report it to `settings.studied`.
+    """Measure a study and write its record to `path`, then pass it to `settings.studied` and advance the progress bar.
 
-    `record` is the content of the study's results file. If it is already complete, which means it has a "date", nothing
-    is measured or written.
+    `record` is the content of the study's results file, so far without results, which are added in place. With
+    `settings.busy` a busy process runs beside. If `record` is already complete, which means it has a "date", nothing is
+    measured or written.
     """
     settings.advance(0, study.name)
     if "date" not in record:
@@ -348,10 +369,14 @@ def _run_study(study: Study, record: Run, path: Path, settings: Settings) -> Non
 
 
 def _run_topic(topic: Topic, run: Run, path: Path, settings: Settings) -> None:
-    """Measure what is missing in `run`, and write it to `path` after each group of implementations.
+    """Measure what is missing in `run`, and write it to `path` after each group of implementations and at the end.
 
-    `run` is the content of the topic's results file, changed in place. A group is one or more implementations that are
-    timed in turn on one case, see `groups`. The speed limits of the device are measured first.
+    `run` is the content of the topic's results file, changed in place. The speed limits of the device are measured
+    first, for a new entry of "sessions". Then every case is measured on the implementations that have no record of it.
+    A group is one or more implementations that are timed in turn. In a busy run gpt_fast's implementations are also
+    measured without the busy process, on one thread less.
+
+    After each case `settings.done` is called with `run` and the new records. "partial" is True until the end.
     """
     settings.advance(0, f"{topic.name}: floors")
     kept = settings.device == "cpu" and keep_freed()  # for every implementation, as the training commands do
@@ -366,10 +391,12 @@ def _run_topic(topic: Topic, run: Run, path: Path, settings: Settings) -> None:
         measured = len(run["records"])
 
         def fill(group: list[Peer], beside: Peer | None, label: str, case: Case = case) -> None:
-            """Measure the implementations in `group` that have no record on the case yet, and write the results.
+            """Measure the implementations in `group` that have no record on the case yet, and write results to `path`.
 
-            `beside` is the implementation that takes turns with them, or None. `label` is shown beside the progress
-            bar. `case` is the case of the loop around this function.
+            New records are appended to `run`, and failures to its "missing". `beside` is the implementation that takes
+            turns with the group, or None. `label` is shown beside the progress bar, which advances by the size of the
+            group. `case` is the case of the loop around this function; `run` and `path` are the arguments of the
+            enclosing function.
             """
             settings.advance(0, label)
             left = [peer for peer in group if results.find(run, case.name, peer.name) is None]
@@ -397,15 +424,15 @@ def _run_topic(topic: Topic, run: Run, path: Path, settings: Settings) -> None:
 def on_the_cores_left(peers: list[Peer]) -> list[Peer]:
     """Return copies of gpt_fast's implementations among `peers`, for a busy run's times without its busy process.
 
-    The caller runs them with one thread less, as if the process kept a core. Their names end in ", quiet, with one
-    thread less", so that their records are kept apart.
+    gpt_fast's are those whose names start with "gpt_fast". The caller runs the copies with one thread less, as if the
+    process kept a core. Their names end in ", quiet, with one thread less", so that their records are kept apart.
     """
     ours = [peer for peer in peers if peer.name.startswith(OURS)]
     return [dataclasses.replace(peer, name=f"{peer.name}, {LEFT}") for peer in ours]
 
 
 def _beside(settings: Settings) -> contextlib.AbstractContextManager[object]:
-    """Return the context manager in which to measure: beside a busy process if `settings.busy`, else as it is."""
+    """Return the context manager in which to measure: beside a busy process if `settings.busy`, else an empty one."""
     return busy_process() if settings.busy else contextlib.nullcontext()
 
 

@@ -24,7 +24,7 @@ class Stamp:
         self.event.record()
 
     def __sub__(self, earlier: "Stamp") -> float:
-        """Wait until the GPU has reached this event. Return the seconds from `earlier` to it."""
+        """Wait until the GPU has reached this event. Return the GPU's seconds from `earlier` to it."""
         self.event.synchronize()
         return earlier.event.elapsed_time(self.event) / 1e3
 
@@ -32,7 +32,8 @@ class Stamp:
 def clock(device: str, cpu_time: bool = False) -> Callable:
     """Return a function that reads a clock: the difference of two readings is the time between them in seconds.
 
-    On "cuda" it is the GPU's time. On a CPU it is wall time, or with `cpu_time` the CPU seconds of the process.
+    On "cuda" it is the GPU's time, and the subtraction waits for the GPU. On a CPU it is wall time, or with `cpu_time`
+    the CPU seconds of the process.
     """
     if device == "cuda":
         return Stamp
@@ -42,7 +43,8 @@ def clock(device: str, cpu_time: bool = False) -> Callable:
 def flush(device: str) -> Call | None:
     """Return a function that empties the GPU's L2 cache, to be called before each timed call, or None on a CPU.
 
-    On a CPU small tensors stay cached, as they do in a model.
+    The function clears a buffer of 512 MiB, which is allocated here. On a CPU small tensors stay cached, as they do in
+    a model.
     """
     if device != "cuda":
         return None
@@ -55,7 +57,7 @@ def flush(device: str) -> Call | None:
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Return (first quartile, median, third quartile) of one or more values."""
+    """Return (first quartile, median, third quartile) of one or more values. One value is all three."""
     if len(values) < 2:
         return values[0], values[0], values[0]
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
@@ -73,8 +75,8 @@ class Budget:
     def rounds(self, duration: float) -> int:
         """Return how often to time a call that takes `duration` seconds.
 
-        It is 1 if `duration` exceeds VERY_LONG. Otherwise it is the number of calls that fill the budget's `seconds`,
-        at most 1,000, but never below `least`.
+        It is 1 if `duration` exceeds VERY_LONG (8 s). Otherwise it is the number of calls that fill the budget's
+        `seconds`, rounded up, at most 1,000, but never below `least`.
         """
         if duration > VERY_LONG:
             return 1
@@ -111,7 +113,10 @@ class Stopwatch:
         self.laps: list[int] = []  # the lap of each entry of `seconds`; -1 for the warm-up
 
     def call(self) -> float:
-        """Call `before`, if there is one, then the next of `calls`. Return the seconds that the latter took."""
+        """Make the next of `calls`, after calling `before` if there is one. Return the seconds of the call alone.
+
+        The calls are taken in turn. The seconds are not recorded.
+        """
         run = self.calls[self.taken % len(self.calls)]
         self.taken += 1
         if self.before:
@@ -121,21 +126,24 @@ class Stopwatch:
         return self.now() - start
 
     def keep(self, seconds: float, lap: int) -> None:
-        """Record the seconds of a timed call. `lap` is the round of `take_turns`, or -1 for the warm-up."""
+        """Record the seconds of a timed call. `lap` is the number of its round, from 0, or -1 for the warm-up."""
         self.seconds.append(seconds)
         self.laps.append(lap)
 
     def start(self) -> float:
-        """Make the first call, which may compile and allocate, and return its seconds. Its errors are raised."""
+        """Make the first call, which may compile and allocate. Return its seconds, and keep them in `first`.
+
+        They are not recorded as a round. Errors of the call are raised.
+        """
         self.first = self.call()
         return self.first
 
     def warm_up(self) -> float:
         """Make the first call, unless `start` made it, and one to three more. Return the seconds of the last one.
 
-        No further call is made after LONG / 2 seconds. The last call is recorded as a round if it took more than LONG
-        (1 s). If the first call took more than VERY_LONG (8 s) and did not compile, it is the only one: it is recorded,
-        and its seconds are returned.
+        No further call is made after LONG / 2 (0.5) seconds of these. The last call is recorded as a round if it took
+        more than LONG (1 s). If the first call took more than VERY_LONG (8 s) and does not compile, it is the only one:
+        it is recorded as a round, and its seconds are returned.
         """
         first = self.start() if self.first is None else self.first
         if first > VERY_LONG and not self.compiles:
@@ -150,7 +158,7 @@ class Stopwatch:
         return duration
 
     def summary(self) -> dict[str, float | None]:
-        """Return {"median", "q1", "q3", "rounds", "first"} of the recorded times, of which there must be one.
+        """Return {"median", "q1", "q3", "rounds", "first"} of the recorded times. There must be at least one of them.
 
         "q1" and "q3" are the quartiles, and "rounds" is the number of recorded times. "first" is the time of the very
         first call, which may include compilation, or None if no call was made. Times are in seconds.
@@ -161,7 +169,7 @@ class Stopwatch:
     def ratio_to(self, other: "Stopwatch") -> dict[str, float]:
         """Return {"median", "q1", "q3"} of this implementation's time divided by that of `other`, over pairs of rounds.
 
-        A pair is a round of this implementation and the nearest in time of `other`, so that whatever slows the machine
+        A pair is a round of this implementation and the nearest round of `other` in time. So whatever slows the machine
         for a while slows both. On a busy machine this ratio is steadier than the ratio of two medians. Both must have
         recorded times.
         """
@@ -176,9 +184,11 @@ class Stopwatch:
 def take_turns(watches: list[Stopwatch], budget: Budget) -> None:
     """Time every implementation for as many rounds as the budget allows. Their calls alternate.
 
-    A change of the machine's speed then affects all of them. The order differs from round to round, because an
-    implementation that follows another finds its inputs cached, which is 20 % of a small op. Each is warmed up first.
-    The times are recorded in the stopwatches.
+    Each stopwatch is warmed up first, and then records its times. From the seconds of the warm-up the budget gives each
+    its number of rounds. Those with fewer rounds are spread evenly over the others' time.
+
+    A change of the machine's speed affects all of them. The order differs from round to round, because an
+    implementation that follows another finds its inputs cached, which is 20 % of a small op.
     """
     planned = [(watch, budget.rounds(watch.warm_up())) for watch in watches]
     laps = max(rounds for _, rounds in planned)

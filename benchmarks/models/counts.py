@@ -12,9 +12,10 @@ STATE_BYTES = 16  # of a parameter in training: float32 weight, gradient and Ada
 
 
 def matrix_parameters(config: GPTConfig) -> int:
-    """Return the number of parameters in matrix products: 4 C² + 2 C F in each layer, V C in the output layer.
+    """Return the number of parameters in matrix products: 4 C² + 2 C F in each layer, and V C in the output layer.
 
-    C is the width, F the width of the feed-forward layer, and V the vocabulary size.
+    C is the width, F the width of the feed-forward layer, and V the vocabulary size, all of `config`. Biases and
+    positions do not count.
     """
     C, F = config.hidden_dim, config.ff_dim
     return config.num_layers * (4 * C * C + 2 * C * F) + config.num_tokens * C
@@ -23,7 +24,7 @@ def matrix_parameters(config: GPTConfig) -> int:
 def parameters(config: GPTConfig) -> int:
     """Return the number of all parameters of a GPT-2 with pre-norm blocks, biases and a tied output layer.
 
-    It is 124,439,808 for the smallest of OpenAI's four GPT-2s.
+    `config` gives the sizes only. The result is 124,439,808 for the smallest of OpenAI's four GPT-2s.
     """
     C, F, L = config.hidden_dim, config.ff_dim, config.num_layers
     layer = 4 * C * C + 4 * C + 2 * C * F + F + C + 4 * C
@@ -33,7 +34,8 @@ def parameters(config: GPTConfig) -> int:
 def forward_flops(config: GPTConfig, B: int, T: int, output_rows: int) -> int:
     """Return the FLOPs of one forward pass over B rows of T tokens, in matrix products and causal attention.
 
-    A multiply-add counts as two. The output layer is applied to `output_rows` of the B × T positions.
+    A multiply-add counts as two. Attention counts only the pairs that the causal mask leaves. The output layer is
+    applied to `output_rows` of the B × T positions.
     """
     C, V, L = config.hidden_dim, config.num_tokens, config.num_layers
     layers = matrix_parameters(config) - V * C
@@ -41,30 +43,31 @@ def forward_flops(config: GPTConfig, B: int, T: int, output_rows: int) -> int:
 
 
 def training(config: GPTConfig, B: int, T: int, output_rows: int) -> Work:
-    """Return the least bytes and FLOPs of one training step on B rows of T tokens: forward, backward and AdamW.
+    """Return the least bytes and FLOPs of a training step on B rows of T tokens, as a `Work`: forward, backward, AdamW.
 
-    A step has the FLOPs of three forward passes. The bytes are AdamW's, in float32: it reads weight, gradient and two
-    moments of each parameter, and writes all but the gradient. The output layer is applied to `output_rows` of the B ×
-    T positions.
+    A step has the FLOPs of three forward passes. The bytes are AdamW's alone, in float32: it reads weight, gradient and
+    two moments of each parameter, and writes all but the gradient. They are held against the copy bandwidth. The output
+    layer is applied to `output_rows` of the B × T positions.
     """
     return Work(7 * 4 * parameters(config), 3 * forward_flops(config, B, T, output_rows))
 
 
 def prompt(config: GPTConfig, B: int, T: int, element: float) -> Work:
-    """Return the least bytes and FLOPs of reading a prompt of T tokens in each of B rows.
+    """Return the least bytes and FLOPs of reading a prompt of T tokens in each of B rows, as a `Work`.
 
-    Every weight of a matrix product is read once and has `element` bytes. The output layer is applied to the last
-    position of each row only.
+    Every weight of a matrix product is read once and has `element` bytes, which may be a fraction. Nothing else counts
+    as bytes, which are held against the read bandwidth. The output layer is applied to the last position of each row
+    only.
     """
     return Work(int(element * matrix_parameters(config)), forward_flops(config, B, T, B), "read")
 
 
 def decoding(config: GPTConfig, B: int, prompt: int, new: int, element: float, cache_element: int) -> Work:
-    """Return the least bytes and FLOPs of generating `new` tokens, one at a time, for each of B rows.
+    """Return the least bytes and FLOPs of generating `new` tokens, one at a time, for each of B rows, as a `Work`.
 
     Each step reads every weight of a matrix product, of `element` bytes, and the cached keys and values of all earlier
-    tokens, of `cache_element` bytes. `prompt` is the number of tokens in each row of the cache at first. Reading the
-    prompt itself is not counted.
+    tokens, of `cache_element` bytes. The bytes are held against the read bandwidth. `prompt` is the number of tokens in
+    each row of the cache at first. Reading the prompt itself is not counted.
     """
     C, L = config.hidden_dim, config.num_layers
     weights = int(element * matrix_parameters(config))

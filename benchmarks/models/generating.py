@@ -26,9 +26,11 @@ def _new_tokens(case: Case) -> int:
 
 
 def work_with(case: Case, weights: str) -> Work:
-    """Return the least bytes and FLOPs of a prefill or generation case, with weights in another precision.
+    """Return the least bytes and FLOPs of a prefill or generation case as a `Work`, with weights in another precision.
 
-    `weights` is a key of ELEMENT, such as "int8". Keys and values in the cache have 4 bytes with "float32", else 2.
+    `weights` is a key of ELEMENT: "float32", "bfloat16", "int8", "int8-a16" or "int4". A case with the size "new"
+    counts its decode steps, any other the reading of its prompt. Keys and values in the cache have 4 bytes with
+    "float32", else 2. For all but "float32", the rate of bfloat16 products may bound the case too.
     """
     size, element = case.size, ELEMENT[weights]
     if "new" in size:
@@ -40,16 +42,18 @@ def work_with(case: Case, weights: str) -> Work:
 
 
 def _eval(case: Case, model: Any) -> Any:
-    """Return the model on the case's device, in its dtype and in eval mode."""
+    """Return the model, moved to the case's device and dtype in place, and set to eval mode."""
     return model.to(device=case.device, dtype=case.dtype).eval()
 
 
 def _ours(case: Case, weights: str | None = None) -> Job:
-    """Return the job that generates with gpt_fast, greedily: from a prompt [B, T] to the prompt and the new tokens.
+    """Return a `Job` that generates greedily with gpt_fast: it takes a prompt [B, T], and returns it with new tokens.
 
-    `weights` names the precision in which the decode session packs the weights, one of WEIGHTS. With None they stay in
-    the model's dtype. The session is made here and reused by all calls, because the other engines also convert their
-    weights once.
+    The number of new tokens is the case's size "new", by default 1. The model has random weights in the case's dtype.
+    `weights` names the precision in which the decode session packs the weights, one of WEIGHTS, such as "int8". With
+    None they stay in the model's dtype.
+
+    The session is made here and reused by all calls, because the other engines also convert their weights once.
     """
     model = _eval(case, gpt_fast.GPTForCausalLM(case.config))
     new = _new_tokens(case)
@@ -66,7 +70,7 @@ def _ours(case: Case, weights: str | None = None) -> Job:
 
 
 def _packed_missing(case: Case) -> str | None:
-    """Return the reason why packed weights cannot be measured on the case, or None.
+    """Return the reason why packed weights cannot be measured on the case, or None if they can.
 
     They need a CPU, the C++ extension and a float32 case.
     """
@@ -78,14 +82,21 @@ def _packed_missing(case: Case) -> str | None:
 
 
 def _reference(case: Case) -> Job:
-    """Return the job that generates as `_ours` does, with every op replaced by its reference in plain PyTorch."""
+    """Return a `Job` that generates greedily with gpt_fast, while every op runs its reference in plain PyTorch.
+
+    It takes a prompt [B, T], and returns it with the new tokens, as many as the case's size "new" (by default 1).
+    """
     job = _ours(case)
     job.run = referenced(job.run)
     return job
 
 
 def _plain(case: Case) -> Job:
-    """Return the job that generates greedily with `PlainGPT`, which has no cache."""
+    """Return a `Job` that generates greedily with a plain PyTorch model, which has no cache.
+
+    It takes a prompt [B, T], and returns it with the new tokens, as many as the case's size "new" (by default 1). The
+    model has random weights in the case's dtype.
+    """
     model = _eval(case, PlainGPT(case.config))
     new = _new_tokens(case)
     return Job(model, torch.inference_mode()(lambda tokens: model.generate(tokens, new)))
@@ -94,7 +105,7 @@ def _plain(case: Case) -> Job:
 def _plain_missing(case: Case) -> str | None:
     """Return the reason why generating without a cache is not measured on the case, or None if it is.
 
-    On a CPU it is measured only if the case generates at most 32 tokens, added up over its rows.
+    On a CPU it is measured only if the case generates at most 32 tokens, added up over its rows. On a GPU it always is.
     """
     if case.device == "cpu" and case.size["B"] * _new_tokens(case) > 32:
         return "computes the whole context again for each token: left to the shortest case on a CPU"
@@ -102,8 +113,9 @@ def _plain_missing(case: Case) -> str | None:
 
 
 def _hf(case: Case, attention: str, static: bool = False) -> Job:
-    """Return the job that generates with transformers' GPT-2, greedily.
+    """Return a `Job` that generates greedily with transformers' GPT-2.
 
+    It takes a prompt [B, T], and returns it with the new tokens, as many as the case's size "new" (by default 1).
     `attention` is transformers' attention implementation, "eager" or "sdpa". With `static` transformers uses its static
     cache, and on a GPU compiles the forward pass by itself.
     """

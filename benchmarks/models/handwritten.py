@@ -70,7 +70,7 @@ class PackedAttention(nn.Module):
         self.n_head, self.dropout = H, dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return causal self-attention of x [B, T, C], after the output projection, [B, T, C]."""
+        """Return causal self-attention of x [B, T, C], after the output projection and dropout, [B, T, C]."""
         q, k, v = (one.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for one in self.c_attn(x).chunk(3, dim=-1))
         p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
@@ -119,10 +119,10 @@ class Packed(nn.Module):
         self.transformer["wte"].weight = self.lm_head.weight
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return (logits [B, T, V], mean cross-entropy over the labels other than -1), given tokens and labels [B, T].
+        """Return (logits, loss): logits [B, T, V] and the mean cross-entropy over the labels other than -1.
 
-        `idx` are the tokens, and `targets` the labels of their positions. Without labels the result is (logits [B, 1,
-        V] of the last position, None).
+        `idx` are token ids [B, T], and `targets` the labels of the same positions, [B, T]; they are not shifted here.
+        Without labels the result is (logits [B, 1, V] of the last position, None).
         """
         parts = self.transformer
         x = parts["drop"](parts["wte"](idx) + parts["wpe"](torch.arange(idx.shape[1], device=idx.device)))
@@ -148,7 +148,7 @@ class MaskedAttention(nn.Module):
         self.n_head = H
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return causal self-attention of x [B, T, C], after the output projection, [B, T, C]."""
+        """Return causal self-attention of x [B, T, C], after the output projection and dropout, [B, T, C]."""
         T = x.shape[1]
         q, k, v = (
             one.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for one in self.c_attn(x).split(x.shape[2], dim=2)
@@ -270,7 +270,7 @@ class OwnBlock(nn.Module):
         self.inner, self.outer, self.heads = nn.Dropout(dropout), nn.Dropout(dropout), H
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output [B, T, C] of the block for x [B, T, C]."""
+        """Return the post-norm block's output [B, T, C], by causal attention and a ReLU MLP, for x [B, T, C]."""
         q, k, v = (one.unflatten(-1, (self.heads, -1)).transpose(1, 2) for one in self.to_qkv(x).chunk(3, dim=-1))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
         x = self.n1(x + self.mix(y))
@@ -290,7 +290,7 @@ class Own(nn.Module):
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Return {"logits": [B, T, V], "loss": mean cross-entropy}, given tokens and labels, both [B, T].
 
-        Without labels there is no "loss".
+        A label belongs to the token at its position; they are not shifted here. Without labels there is no "loss".
         """
         x = self.words(tokens) + self.places[:, : tokens.shape[1]]
         for layer in self.layers:
@@ -328,7 +328,7 @@ class SingleHeads(nn.Module):
         self.project, self.drop = nn.Linear(s.C, s.C), nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return causal self-attention of x [B, T, C], after the output projection, [B, T, C]."""
+        """Return causal self-attention of x [B, T, C] by all heads, with output projection and dropout, [B, T, C]."""
         return self.drop(self.project(torch.cat([head(x) for head in self.heads], dim=-1)))
 
 
@@ -361,8 +361,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 def loss_of(model: nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross-entropy of `model`, an instance of a class in MODELS, on tokens and labels, both [B, T].
 
-    `idx` are the token ids and `targets` the next tokens. The loss is computed as users of that model do: outside of
-    `Separate`, inside of all others. The model may be wrapped by `torch.compile` or DistributedDataParallel.
+    `idx` are the token ids, and `targets` the labels of the same positions, which are the next tokens. The loss is
+    computed as users of that model do: outside of `Separate`, inside of all others. The model may be wrapped by
+    `torch.compile` or DistributedDataParallel.
     """
     inner = getattr(model, "_orig_mod", getattr(model, "module", model))
     if isinstance(inner, Separate):

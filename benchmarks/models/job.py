@@ -29,8 +29,9 @@ class Job:
         Args:
             model: the model that runs, or None for an inference engine, which keeps a model of its own.
             run: the function to time; it takes the case's inputs.
-            optimizer: the optimizer of a training step.
-            work: the job's unavoidable work, if it differs from the case's, as with weights of another dtype.
+            optimizer: the optimizer of a training step, or None.
+            work: the job's unavoidable bytes and FLOPs, or None if they are the case's. They differ for weights of
+                another dtype.
         """
         self.model = model
         self.run = run
@@ -38,14 +39,15 @@ class Job:
         self.work = work
 
     def __call__(self, *inputs: Tensor) -> object:
-        """Run the job on the inputs of a case, and return the result of `run`."""
+        """Call the job's function with the inputs of a case, and return its result."""
         return self.run(*inputs)
 
     def state_bytes(self) -> int | None:
         """Return the bytes that stay in memory between calls, or None for an engine, which does not tell.
 
-        They are the model's parameters and buffers, the optimizer's state, and the cache and packed weights that
-        `generate` keeps with the model.
+        They are the model's parameters and buffers and the optimizer's state. If `generate` keeps a decode session on
+        the model, its cache counts too. So do its packed weights if their precision is not the model's. A session that
+        the caller passes to `generate` does not count.
         """
         if self.model is None:
             return None
@@ -59,9 +61,10 @@ class Job:
         return packed + sum(tensor.nbytes for tensor in self._state())
 
     def _state(self) -> Iterator[Tensor]:
-        """Yield the model's parameters and buffers, shared memory once, then the tensors of the optimizer's state.
+        """Yield the model's parameters and buffers, then the tensors of the optimizer's state if there is an optimizer.
 
-        The job must have a model.
+        Tensors of the model that begin at the same address, such as tied weights, are yielded once. Raise
+        `AssertionError` if the job has no model.
         """
         assert self.model is not None
         yield from {tensor.data_ptr(): tensor for tensor in self.model.state_dict().values()}.values()
@@ -71,7 +74,10 @@ class Job:
 
 
 def referenced(run: Callable[..., object]) -> Callable[..., object]:
-    """Return a function that calls `run` while every op of gpt_fast runs its reference in plain PyTorch."""
+    """Return a function of positional arguments that calls `run` while every op of gpt_fast runs its reference.
+
+    The reference of an op is its definition in plain PyTorch.
+    """
 
     def run_reference(*inputs: Tensor) -> object:
         with gpt_fast.use_reference():
@@ -81,15 +87,15 @@ def referenced(run: Callable[..., object]) -> Callable[..., object]:
 
 
 def no_transformers(case: Case) -> str | None:
-    """Return a reason if transformers is not installed, else None. The case does not matter."""
+    """Return "transformers is not installed" if that is so, else None. The case does not matter."""
     return "transformers is not installed" if importlib.util.find_spec("transformers") is None else None
 
 
 def hf_model(name: str, case: Case, attention: str) -> Any:
-    """Return a GPT-2 of transformers with the case's configuration and dropout, and with random weights.
+    """Return a GPT-2 of transformers with the case's configuration and dropout, and with random weights, on the CPU.
 
     `name` is the model's class, such as "GPT2LMHeadModel". `attention` is its attention implementation, "eager" or
-    "sdpa".
+    "sdpa". Raise `ImportError` if transformers is not installed.
     """
     import transformers
 

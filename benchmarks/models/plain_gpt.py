@@ -22,7 +22,10 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(C, C)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return causal self-attention of x [B, T, C], after the output projection, [B, T, C]."""
+        """Return causal self-attention of x [B, T, C], after the output projection, [B, T, C].
+
+        In training mode, dropout acts on the attention probabilities.
+        """
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.num_heads, -1).transpose(1, 2) for part in self.in_proj(x).split(C, dim=2))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
@@ -65,7 +68,7 @@ class PlainGPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / (2 * config.num_layers) ** 0.5 if last else 0.02)
 
     def hidden_states(self, tokens: Tensor) -> Tensor:
-        """Return the hidden states [B, T, C] of tokens [B, T], after the final norm."""
+        """Return the hidden states [B, T, C] of int64 tokens [B, T], after the final norm."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.dropout(self.token_emb(tokens) + self.pos_emb(positions))
         for block in self.blocks:
@@ -73,7 +76,7 @@ class PlainGPT(nn.Module):
         return self.final_norm(x)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the logits [B, T, V] of tokens [B, T]."""
+        """Return the logits [B, T, V] of int64 tokens [B, T]; T is at most the model's number of positions."""
         return self.output_layer(self.hidden_states(tokens))
 
     def next_logits(self, tokens: Tensor) -> Tensor:
@@ -81,7 +84,10 @@ class PlainGPT(nn.Module):
         return self.output_layer(self.hidden_states(tokens)[:, -1])
 
     def loss(self, tokens: Tensor) -> Tensor:
-        """Return the mean cross-entropy of predicting each token of a row but the first. `tokens` is [B, T]."""
+        """Return the mean cross-entropy of predicting each token of a row but the first, from the tokens before it.
+
+        `tokens` is [B, T], T ≥ 2. The loss is in float32 at least.
+        """
         labels = F.pad(tokens[:, 1:], (0, 1), value=-100)
         logits = self(tokens).flatten(0, 1)
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.flatten())
@@ -89,7 +95,8 @@ class PlainGPT(nn.Module):
     def generate(self, tokens: Tensor, new: int) -> Tensor:
         """Generate greedily. Return tokens [B, T + new]: the prompt `tokens` [B, T], then `new` tokens.
 
-        There is no cache: the whole context is computed again for each token.
+        There is no cache: the whole context is computed again for each token. T + new - 1 must not exceed the model's
+        positions.
         """
         for _ in range(new):
             tokens = torch.cat([tokens, self.next_logits(tokens).argmax(-1, keepdim=True)], dim=1)
@@ -97,9 +104,9 @@ class PlainGPT(nn.Module):
 
     @torch.no_grad()
     def copy_weights(self, ours: nn.Module) -> "PlainGPT":
-        """Copy the weights of `ours` into this model, and return this model.
+        """Copy the weights of `ours` into this model, converted to its dtype and device, and return this model.
 
-        `ours` is a `GPTForCausalLM` of the same configuration.
+        `ours` is a `GPTForCausalLM` of the same configuration, with pre-norm blocks.
         """
         theirs = ours.state_dict()
         for name, value in self.state_dict().items():
@@ -111,6 +118,7 @@ def name_of_ours(name: str) -> str:
     """Return the name that the parameter `name` of a `PlainGPT` has in a `GPTForCausalLM`.
 
     For "blocks.0.attention.in_proj.weight" it is "trunk.decoders.0.multihead_attn.in_proj_weight".
+    "output_layer.weight" has the same name in both.
     """
     for mine, theirs in _RENAMED:
         name = name.replace(mine, theirs)

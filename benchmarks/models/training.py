@@ -24,21 +24,26 @@ ACTIVATIONS = 1.25  # of the state's bytes: the least that a step needs
 
 
 def state_bytes(case: Case) -> int:
-    """Return the bytes of float32 weights, gradients and AdamW's two moments of the case's model."""
+    """Return the bytes of float32 weights, gradients and AdamW's two moments of the case's model: 16 a parameter."""
     return STATE_BYTES * parameters(case.config)
 
 
 def pair_bytes(case: Case) -> int:
-    """Return the least memory in bytes to train two copies of the case's model at the same time."""
+    """Return the least memory in bytes to train two copies of the case's model at the same time.
+
+    It is 2.5 times the bytes of one model's weights, gradients and AdamW's moments, because activations need at least a
+    quarter of these.
+    """
     return int(2 * ACTIVATIONS * state_bytes(case))
 
 
 def training_peers(ours: Build, plain: Build, hf: Callable[[str, Case], tuple[nn.Module, Loss]]) -> tuple[Peer, ...]:
-    """Return the implementations of a training step: gpt_fast, plain PyTorch, transformers and the reference.
+    """Return the implementations (`Peer`) of a training step: gpt_fast, plain PyTorch, transformers and the reference.
 
     gpt_fast's model runs eagerly, compiled and as one CUDA graph, the plain model eagerly and compiled. transformers'
-    model runs with its "eager" and "sdpa" attention, with "sdpa" also compiled and after `gpt_fast.accelerate`. An
-    implementation counts as missing if training does not fit into memory.
+    model runs with its "eager" and "sdpa" attention, with "sdpa" also compiled and after `gpt_fast.accelerate`. The
+    reference is gpt_fast's model with every op in plain PyTorch. An implementation counts as missing if training does
+    not fit into memory. gpt_fast's compiled step and its CUDA graph are for GPUs only.
 
     `ours` and `plain` take a case and return (model, function of the case's inputs that computes the loss). `hf`
     returns the same and takes, before the case, the attention implementation.
@@ -62,11 +67,11 @@ def training_peers(ours: Build, plain: Build, hf: Callable[[str, Case], tuple[nn
 
 
 def written_peers(build: Build) -> tuple[Peer, ...]:
-    """Return three implementations of a hand-written model's training step.
+    """Return three implementations (`Peer`) of a hand-written model's training step.
 
-    They are the model after `gpt_fast.accelerate`, the model as written, and the model as written with its loss
-    compiled. An implementation counts as missing if training does not fit into memory. `build` takes a case and returns
-    (model, function of the case's inputs that computes the loss).
+    They are the model after `gpt_fast.accelerate`, named "gpt_fast", the model "as written", and "as written compiled",
+    whose loss function is compiled. An implementation counts as missing if training does not fit into memory. `build`
+    takes a case and returns (model, function of the case's inputs that computes the loss).
     """
     as_written, compiled = _trains("as written", build)
     accelerated, _ = _trains(OURS, _accelerated(build, strict=False))
@@ -75,15 +80,20 @@ def written_peers(build: Build) -> tuple[Peer, ...]:
 
 
 def _job(case: Case, model: nn.Module, loss: Loss) -> Job:
-    """Return the job of one training step: loss, backward and AdamW, under autocast unless the case is in float32.
+    """Return the `Job` of one training step: loss, backward and AdamW, under autocast unless the case is in float32.
 
-    `loss` takes the case's inputs and returns the loss of `model`. The job returns this loss, detached.
+    `loss` takes the case's inputs and returns the loss of `model`. Only the loss is computed under autocast. Each call
+    of the job takes the inputs, updates the model's weights, and returns the loss before the update, detached.
     """
     optimizer = make_optimizer(model, lr=1e-4)
     half = case.dtype != torch.float32
 
     def step(*inputs: Tensor) -> Tensor:
-        """Run one training step on the case's inputs. Return the loss, detached."""
+        """Run one training step on the case's inputs. Return the loss before the update, detached.
+
+        The model's gradients are replaced, and its weights updated. The optimizer, the loss function and the case come
+        from the enclosing function.
+        """
         with torch.autocast(case.device, case.dtype) if half else nullcontext():
             value = loss(*inputs)
         optimizer.zero_grad(set_to_none=True)
@@ -95,10 +105,11 @@ def _job(case: Case, model: nn.Module, loss: Loss) -> Job:
 
 
 def _trains(name: str, build: Build, missing: Callable[[Case], str | None] = lambda case: None) -> tuple[Peer, Peer]:
-    """Return two implementations of a training step, named `name` and "`name` compiled".
+    """Return two implementations (`Peer`) of a training step, named `name` and "`name` compiled".
 
-    The second compiles the function of the loss. `build` takes a case and returns (model, function of the case's inputs
-    that computes the loss). `missing` returns the reason why a case cannot run, or None.
+    The second compiles the function of the loss by `torch.compile`, for fixed shapes. `build` takes a case and returns
+    (model, function of the case's inputs that computes the loss). `missing` returns the reason why a case cannot run,
+    or None.
     """
 
     def eager(case: Case) -> Job:
@@ -112,14 +123,17 @@ def _trains(name: str, build: Build, missing: Callable[[Case], str | None] = lam
 
 
 def _as_one_graph(build: Build) -> Peer:
-    """Return the implementation that replays gpt_fast's whole training step, with the optimizer, as one CUDA graph.
+    """Return the implementation (`Peer`) that replays gpt_fast's whole training step as one CUDA graph.
 
-    `build` takes a case and returns (model, function of the case's inputs that computes the loss). On a CPU the
-    implementation counts as missing.
+    The optimizer's update is in the graph too. `build` takes a case and returns (model, function of the case's inputs
+    that computes the loss). On a CPU the implementation counts as missing.
     """
 
     def run(case: Case) -> Job:
-        """Return the job of a case whose training step is a CUDA graph."""
+        """Return the job of a case whose training step is captured as a CUDA graph in its first call, and replayed.
+
+        The model and its loss come from `build` of the enclosing function. The job's optimizer is set to be capturable.
+        """
         job = _job(case, *build(case))
         assert job.optimizer is not None
         for group in job.optimizer.param_groups:
@@ -133,16 +147,19 @@ def _as_one_graph(build: Build) -> Peer:
 def captured_step(step: Callable[..., object]) -> Callable[..., object]:
     """Return a function that captures `step` as a CUDA graph in its first call, and replays the graph in every call.
 
-    The function takes the inputs of `step`, which must keep their shapes: they are copied into the tensors of the first
-    call. It returns the result of the captured `step`, the same tensor each time, which the next call overwrites.
-    Before the capture, the first call runs `step` twice, which counts as two training steps.
+    The function takes the inputs of `step`, tensors that must keep their shapes: they are copied into tensors of its
+    own, which the graph reads. It returns the result of the captured `step`, the same tensor each time, which the next
+    call overwrites. Before the capture, the first call also runs `step` twice, which counts as two more training steps.
     """
     graph = torch.cuda.CUDAGraph()
     held: list[Tensor] = []  # the inputs that the graph reads
     losses: list[object] = []
 
     def run(*inputs: Tensor) -> object:
-        """Capture the graph if this is the first call. Copy `inputs` into its tensors, replay it, return its loss."""
+        """Copy `inputs` into the graph's tensors, replay the graph, and return the loss, which each call overwrites.
+
+        The first call runs the training step of the enclosing function twice and captures it before that.
+        """
         if not held:
             held.extend(value.clone() for value in inputs)
             side = torch.cuda.Stream()
@@ -162,10 +179,10 @@ def captured_step(step: Callable[..., object]) -> Callable[..., object]:
 
 
 def _reference(build: Build) -> Peer:
-    """Return the implementation that trains gpt_fast's model with every op replaced by its reference in PyTorch.
+    """Return the implementation (`Peer`) that trains gpt_fast's model with every op run by its reference in PyTorch.
 
-    `build` takes a case and returns (model, function of the case's inputs that computes the loss). It does not count as
-    a rival.
+    `build` takes a case and returns (model, function of the case's inputs that computes the loss). The implementation
+    does not count when gpt_fast is compared with the fastest other.
     """
 
     def run(case: Case) -> Job:
@@ -177,10 +194,11 @@ def _reference(build: Build) -> Peer:
 
 
 def _accelerated(build: Build, strict: bool = True) -> Build:
-    """Return a function of a case that builds the model by `build` and applies `gpt_fast.accelerate` to it.
+    """Return a function of a case that builds the model by `build` and applies `gpt_fast.accelerate` to it, in place.
 
     `build` takes a case and returns (model, function of the case's inputs that computes the loss). The returned
-    function does the same. With `strict` it raises `ValueError` if a module of the model cannot be replaced.
+    function does the same. With `strict` it raises `ValueError` if a module of the model cannot be replaced. Otherwise
+    such a module stays as it is.
     """
 
     def run(case: Case) -> tuple[nn.Module, Loss]:
@@ -199,12 +217,16 @@ def _cuda_only(case: Case) -> str | None:
 def _where_it_fits(missing: Callable[[Case], str | None]) -> Callable[[Case], str | None]:
     """Return a check, a function from a case to the reason why it cannot run or None.
 
-    It gives a reason if training the case's model needs more memory than is available, else the result of `missing`.
-    Training needs its state, which is weights, gradients and moments, and at least a quarter of that for activations.
+    It gives a reason if training the case's model needs more memory than is available, else the result of `missing`,
+    which is a check too. Training needs its state, which is weights, gradients and moments, and at least a quarter of
+    that for activations.
     """
 
     def either(case: Case) -> str | None:
-        """Return the reason why the case does not fit into memory, else the result of `missing`."""
+        """Return the reason why the case does not fit into memory, else what the check `missing` returns for it.
+
+        `missing` is the argument of the enclosing function. It returns a reason why the case cannot run, or None.
+        """
         need = state_bytes(case)
         if ACTIVATIONS * need > available_memory(case.device):
             return f"needs more than {need / 2**30:.1f} GiB"
