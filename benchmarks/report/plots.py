@@ -212,11 +212,11 @@ def speed(axes: Axes, run: Run, series: str, passes: str, group: Series) -> None
         return seconds if job else record["work"][passes][amount] / seconds / 1e9
 
     def value(record: Record) -> float | None:
-        """Return the y value of a record's median time in the outer function's pass, or None if it has no times of the pass."""
+        """Return the y value of a record's median time, or None if it has no times of the outer function's pass."""
         return shown(record, record["times"][passes]["median"]) if passes in record["times"] else None
 
     def floor(record: Record) -> float | None:
-        """Return the y value at the speed limit of a record's session, or None if it has no times of the outer function's pass."""
+        """Return the y value of the speed limit for a record, or None if it lacks the outer function's pass."""
         if passes not in record["times"]:
             return None
         return shown(record, results.floor_seconds(record, passes, results.session(run, record)["floors"]))
@@ -330,9 +330,9 @@ def _line(axes: Axes, peer: str, points: list[tuple[int, float]]) -> None:
 
 
 def _finish(axes: Axes, series: str, group: Series) -> None:
-    """Set scale, ticks, label, grid and legend of axes whose x axis shows the size named `series`, logarithmic to base 2.
+    """Set scale, ticks, label, grid and legend of axes whose logarithmic x axis shows the size named `series`.
 
-    A tick stands at each case's size. `group` has a dict for each case, from implementation to record.
+    A tick stands at the size of each case. `group` has a dict for each case, from implementation to record.
     """
     sizes = [_size(records, series) for records in group]
     axes.set_xscale("log", base=2)

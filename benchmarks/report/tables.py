@@ -130,12 +130,12 @@ SUMMARY_HEADER = ["case", OURS, "of the floor", "speed against the fastest other
 
 
 def summary(runs: list[Run]) -> list[list[str]]:
-    """Return rows of cells, one for each complete case and pass of the quiet runs.
+    """Return a row of four cells for each complete case and pass of the quiet runs.
 
-    The cells are the case and pass, gpt_fast's time, the share of the speed limit that it reaches, and its speed as a
-    multiple of the fastest other implementation's, with that one's name ("" without another). `runs` are the contents
-    of topics' results files. A quiet run has no busy process beside it. A case is complete if gpt_fast was measured and
-    no implementation was excluded on purpose.
+    The cells are the case and pass, gpt_fast's time, the share of the speed limit that it reaches, and a comparison.
+    The comparison is gpt_fast's speed as a multiple of the fastest other implementation's, with that one's name, or "".
+    `runs` are the contents of topics' results files. A quiet run has no busy process beside it. A case is complete if
+    gpt_fast was measured and no implementation was excluded on purpose.
     """
     lines = []
     for run, case, records in _complete(runs):
@@ -146,12 +146,14 @@ def summary(runs: list[Run]) -> list[list[str]]:
 
 
 def highlights(runs: list[Run]) -> list[list[str]]:
-    """Return a row of cells for the largest complete case of each topic, dtype and dropout, in quiet runs.
+    """Return a row of four cells for the largest complete case of each topic, dtype and dropout, in quiet runs.
 
-    The cells are the case, gpt_fast's time over all passes, the share of the speed limit that it reaches, and its speed
-    as a multiple of the fastest other implementation's. `runs` are the contents of topics' results files. A case is
-    complete if gpt_fast was measured and no implementation was excluded on purpose. The last complete case of a topic,
-    dtype and dropout counts as the largest.
+    The cells are the case, gpt_fast's time over all passes, the share of the speed limit that it reaches, and a
+    comparison. The comparison is gpt_fast's speed as a multiple of the fastest other implementation's, with that one's
+    name, or "".
+
+    `runs` are the contents of topics' results files. A case is complete if gpt_fast was measured and no implementation
+    was excluded on purpose. The last complete case of a topic, dtype and dropout counts as the largest.
     """
     return [_summed(run, records, name, passes) for run, name, records, passes in _largest(runs)]
 
@@ -199,9 +201,10 @@ def _complete(runs: list[Run]) -> Iterator[tuple[Run, str, dict[str, Record]]]:
 def _summed(run: Run, records: dict[str, Record], case: str, passes: tuple[str, ...]) -> list[str]:
     """Return a row of four cells for one case, whose passes named `passes` are taken together.
 
-    The cells are `case`, gpt_fast's time, the share of the speed limit, and the speed as a multiple of the fastest
-    rival's with its name, "" without a rival. `run` is the content of a topic's results file. `records` maps
-    implementation → its record in that file. gpt_fast's record must be there and have the passes.
+    The cells are `case`, gpt_fast's time, the share of the speed limit, and a comparison. The comparison is the speed
+    as a multiple of the fastest rival's, with its name, or "" without a rival. `run` is the content of a topic's
+    results file. `records` maps implementation → its record in that file. gpt_fast's record must be there and have the
+    passes.
     """
     ours = records[OURS]
     against = _against(run, records, passes)
@@ -247,12 +250,12 @@ BUSY_HEADER = ["case", "quiet", "busy", "busy, of quiet", "busy, of quiet with o
 
 
 def beside(runs: list[Run]) -> list[list[str]]:
-    """Return rows of cells: one for each case, implementation and pass that both a busy and a quiet run of a topic have.
+    """Return a row of cells for each case, implementation and pass that both a busy and a quiet run of a topic have.
 
-    A busy run was measured while another process computed in an endless loop, a quiet run was not. The cells are the
-    case with its implementation, the quiet speed, the busy speed, the busy speed as a share of the quiet one, and as a
-    share of the quiet one with one thread less. The last cell is "" if that was not measured. A speed is in tokens a
-    second for jobs, else a time. `runs` are the contents of topics' results files.
+    A busy run was measured while another process computed in an endless loop, a quiet run was not. `runs` are the
+    contents of topics' results files. The first cells are the case with its implementation, the quiet speed and the
+    busy speed. A speed is in tokens a second for jobs, else a time. Then come two shares: the busy speed of the quiet
+    one, and of the quiet one with one thread less, "" if that was not measured.
     """
     quiet = {run["topic"]: run for run in runs if not run.get("busy")}
     lines = []
@@ -310,7 +313,7 @@ def floors_line(run: Run, index: int) -> str:
     stated = data_sheet(run["device"]["name"])
 
     def figure(name: str, measured: float) -> str:
-        """Return the name and measured rate of a limit as text, and the rate in the outer function's `stated` if it has one."""
+        """Return a limit's name and measured rate as text, and its rate in the outer `stated` if that has one."""
         beside = f" (data sheet {rate(name, stated[name])})" if name in stated else ""
         return f"{name} {rate(name, measured)}{beside}"
 
@@ -333,9 +336,10 @@ def versions(runs: list[Run]) -> list[str]:
 
 
 def _versions(run: Run) -> str:
-    """Return a sentence with the commit (12 digits, "with changes" if files differed) and the packages' versions of a run.
+    """Return a sentence with the commit and the packages' versions of a run.
 
-    Packages that were not installed are left out. `run` is the content of a results file of a topic or study.
+    The commit has 12 digits, and "with changes" if files differed from it. Packages that were not installed are left
+    out. `run` is the content of a results file of a topic or study.
     """
     packages = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)
     commit: dict[str, Any] = run["commit"]

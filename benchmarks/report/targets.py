@@ -47,7 +47,7 @@ def rows(runs: list[Run]) -> list[list[str]]:
 
 
 def verdicts(runs: list[Run]) -> Iterator[Verdict]:
-    """Yield a `Verdict` (case, what it is compared with, required and reached figure) on each target that can be judged.
+    """Yield a `Verdict` on each target that can be judged: case, what it is compared with, required and reached figure.
 
     `runs` are the contents of topics' results files. A target is a speed that a case must reach. A target is left out
     if it is for the other kind of run (quiet or beside a busy process), or for instructions that the device lacks. It
