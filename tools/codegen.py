@@ -165,7 +165,7 @@ def dropout_instructions(figure: Figure, without: Figure) -> list[int]:
 
 
 def add_dropout(figures: dict[str, dict[str, Figure]]) -> None:
-    """Add "dropout" to the figures of attention kernels with dropout: a list of the instructions that it adds to each loop.
+    """Add "dropout", the list of instructions that it adds to each loop, to figures of attention kernels with dropout.
 
     The figures are changed in place. A kernel that was not compiled without dropout, or that then has another number of
     loops, gets no "dropout". `figures` maps launch's name → target such as "sm_90" → figures of the compiled kernel.
