@@ -112,10 +112,11 @@ def convert(
 
 
 def _from_file(source: Path, out: Path, to: str | None, head: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """Convert a checkpoint of nanoGPT or llm.c to the run folder `out`. Print on stderr what was left out or lacks.
+    """Convert a checkpoint of nanoGPT or llm.c to the run folder `out`. Print on stderr what was left out.
 
-    `to` is the value of --to, "gpt-fast" or None, and `head` that of --head, None for a checkpoint. `options` maps
-    --tokenizer, --characters, --heads and --activation to their values.
+    A line is also printed if no tokenizer was written. `to` is the value of --to, "gpt-fast" or None, and `head` that
+    of
+    --head, None for a checkpoint. `options` maps --tokenizer, --characters, --heads and --activation to their values.
 
     Return a dict with `model` (its class), `from` (the format), `numbers` (how many parameters), `dtype`, `activation`,
     `tied`, `tokenizer` (True if one was written) and `left_out` (entries that were not used). Raise `ValueError` for

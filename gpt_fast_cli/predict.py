@@ -137,6 +137,6 @@ def _shown(value: object) -> str:
 
 
 def _line(text: str, width: int = 100) -> str:
-    """Return a text on one line, each run of white space as one space, cut to `width` characters with "…" as the last."""
+    """Return a text on one line with white space collapsed; a longer one is cut to `width` characters, the last "…"."""
     text = " ".join(text.split())
     return text if len(text) <= width else f"{text[: width - 1]}…"
