@@ -102,7 +102,7 @@ def options(
 ) -> None:
     """Declare the options that stand before a command. The function itself does nothing.
 
-    --version prints the version and exits before. `run` looks for --traceback in the command line.
+    The option --version prints the version and exits before. `run` looks for --traceback in the command line.
     """
 
 
@@ -110,9 +110,10 @@ def run() -> None:
     """Run the command line and exit.
 
     A wrong command line, and a `ValueError`, `OSError` or `MemoryError`, which a user can cause, become one line on
-    stderr and exit code 2. With --traceback these three errors are raised instead. A signal that stopped a training
-    becomes the exit code that shells give it (130 for Ctrl-C, 143 for SIGTERM). Other exceptions are faults of this
-    program and keep their traceback. Warnings are printed as one line from now on.
+    stderr and exit code 2. With --traceback these three errors are raised instead. On later ranks of a distributed job,
+    an error that all ranks raise is not printed. A signal that stopped a training becomes the exit code that shells
+    give it (130 for Ctrl-C, 143 for SIGTERM). Other exceptions are faults of this program and keep their traceback.
+    Warnings are printed as one line from now on.
     """
     warnings.showwarning = show_warning
     if isinstance(sys.stdout, TextIOWrapper):
@@ -161,9 +162,10 @@ def _another_rank_prints() -> bool:
 
 
 def _message(error: ValueError | OSError) -> str:
-    """Return an error's text. For an `OSError` this is "FILE: REASON", without Python's `[Errno 2]` and quotes.
+    """Return an error's text. For an `OSError` of the system this is "FILE: REASON", without `[Errno 2]` and quotes.
 
-    An `OSError` without a file gives "REASON" alone.
+    An `OSError` without a file gives "REASON" alone, and one that was made of a text alone gives that text. Of two
+    files, as in a rename, the second is named.
     """
     if isinstance(error, OSError) and error.strerror:
         name = error.filename2 or error.filename  # of a rename the name that the file was to have

@@ -277,8 +277,9 @@ class _Text:
     def settled(self) -> str:
         """Return the text that can be printed now and that no call returned before. Later tokens will not change it.
 
-        Incomplete characters are held back, and so is an end that may be the beginning of a stop text, unless the text
-        has ended. With nothing new the result is "".
+        If an incomplete character is at the end, the result is "" and all that is new waits. Until the text has ended,
+        two more things are held back: an end that may be the beginning of a stop text, and what the next token may
+        still change.
         """
         from gpt_fast.data.tokenizer import shared_start
 

@@ -125,10 +125,9 @@ def _parameters(cls: type[TrainingSettings]) -> list[Parameter]:
 def _annotation(name: str, field: FieldInfo) -> Any:
     """Return a setting's annotation for typer: its type, with the option's spellings, help and panel.
 
-    `name` is the setting's name in Python, `field` its declaration. A required setting is optional here, because the
-    file
-    --config may hold it; its help is marked as required, and pydantic validates later that it is given. A switch that a
-    resumed run may change also has the spelling --no-NAME. A tuple becomes a list.
+    `name` is the setting's name in Python, `field` its declaration. A required setting is optional here, because a file
+    given by --config may hold it; its help is marked as required, and pydantic validates later that it is given. A
+    switch that a resumed run may change also has the spelling --no-NAME. A tuple becomes a list.
     """
     kind, spelling, text = _without_none(field.annotation), f"--{option_name(name)}", field.description
     if get_origin(kind) is tuple:

@@ -59,7 +59,7 @@ def resolve_device(name: str) -> str:
 
 
 def escaped(text: str) -> str:
-    r"""Return `text` with control characters spelled out as \x1b, for example. Line ends and tabs are kept.
+    r"""Return `text` with control characters spelled out as \x1b, for example. Line feeds and tabs are kept.
 
     Control characters could move the cursor, colour or retitle a terminal, or reverse the order of the characters.
     """
@@ -140,7 +140,7 @@ def piped_text() -> str:
 
 
 def say(message: str) -> None:
-    """Print a message on stderr without wrapping it. Control characters are escaped, except line ends and tabs."""
+    """Print a message on stderr without wrapping it. Control characters are escaped, except line feeds and tabs."""
     err.print(Text(escaped(message)), soft_wrap=True)
 
 
@@ -170,8 +170,7 @@ def show_warning(
 def print_json(result: dict[str, Any]) -> None:
     """Print a result on stdout as one line of JSON. NaN and infinity become null.
 
-    On a terminal, control characters that JSON leaves as they are are written as JSON escapes. Raise `OSError` if
-    stdout cannot be written.
+    Text is not escaped to ASCII, but on a terminal control characters are. Raise `OSError` if stdout cannot be written.
     """
     from gpt_fast._files import finite
 

@@ -72,9 +72,9 @@ def describe(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> dict[s
 def record(topic: Topic, target: int, found: dict[str, dict[str, Any]]) -> None:
     """Add the kernel launches of an op's topic on the architecture `target`, such as 90, to `found`. Launch nothing.
 
-    `topic.launches` yields labels and the calls that launch. A value of `found` is a dict with "key" (the launch's
-    name: op, kernel, label and a number if these repeat), "module" and "kernel" (where the kernel is), "target", and
-    `describe`'s "signature", "constants", "divisible" and "options". Its key in `found` is the JSON of all but "key". A
+    `topic.launches` yields labels and the calls that launch. A value of `found` is a dict that describes a launch:
+    "key" (its name: op, kernel, label and a number if these repeat), "module" and "kernel" (where the kernel is),
+    "target", "signature", "constants", "divisible" and "options". Its key in `found` is the JSON of all but "key". A
     launch that is already in `found` is not added, since several shapes and several ops may use one kernel.
     """
     op = topic.name

@@ -49,9 +49,9 @@ def read(path: Path) -> Run:
     """Return the content of the results file of a topic (an op or a whole-model job) as a dict.
 
     Its keys are "schema", "version", "topic", "suite", "quick", "device", "versions", "commit", "partial", "sessions",
-    "records" and "missing", and in some files "untested" and "busy". "records" is a list of dicts, one for each case
-    and implementation. This module's docstring says what the others hold. Types of fields and keys of records are
-    checked.
+    "records" and "missing", and in some files "untested" and "busy". "sessions" lists starts of the program. "records"
+    has a dict for each case and implementation, and "missing" for each pair that was not measured. "partial" says if
+    the run was cut off. Types of fields and keys of records are checked.
 
     Raises:
         OSError: if there is no file.
