@@ -256,7 +256,7 @@ class _Text:
         self.written = 0
 
     def add(self, token: int) -> None:
-        """Append a token that was drawn. Do nothing if the text has ended.
+        """Append the id of a drawn token to this continuation of a prompt. Do nothing if its text has ended.
 
         Set `done` if this token ends the text: it is one of the token ids in `ends`, or it completes one of the texts
         in `stop`.

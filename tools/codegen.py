@@ -491,7 +491,8 @@ def main() -> None:
     The page is benchmarks/results/codegen-<minor version of Triton>.md. The figures are checked against the budget in
     the JSON file beside it and against fixed limits. --update writes that budget first, --targeted compiles for
     architectures with speed targets only, and --jobs is the number of processes. Messages and a count are printed. Exit
-    with code 1 if there is a message, else 0, and with a message if the budget is of another version of Triton.
+    with code 1 if there is a message, else 0. Exit with an error if the budget is missing or of another version of
+    Triton.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("launches", type=Path)

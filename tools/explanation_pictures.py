@@ -78,7 +78,8 @@ def _tensor(*shape: int) -> Tensor:
 def _kept(call: Callable[[], Tensor], *given: Tensor) -> float:
     """Return the MiB that autograd keeps for the backward pass of `call`, without the tensors in `given`.
 
-    `call` takes no arguments and returns a tensor. Each storage counts once.
+    `call` takes no arguments and returns a tensor. Each storage counts once. Gradients that a loss of gpt_fast computes
+    in its forward pass count too.
     """
     storages = {}
 

@@ -224,7 +224,7 @@ def candidates(kernels: ModuleType) -> list[list[Any]]:
     """Return groups of unmeasured launch configurations of attention, each group a list of rows to try together.
 
     A row is a `launch_configs.Row` of `launch_configs.CANDIDATES`. First comes each row for the forward kernel as a
-    group of its own. The last group has all rows for the backward kernels. `kernels` is the module
+    group of its own. The last group has all rows for the backward kernels, or none. `kernels` is the module
     kernels/attention.py.
     """
     rows = kernels.launch_configs.CANDIDATES[OP]

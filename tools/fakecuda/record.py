@@ -37,20 +37,23 @@ class Seen:
     refusals: list[str] = field(default_factory=list)
 
     def of(self, *kinds: str) -> list[Entry]:
-        """Return the recorded entries of these kinds, in their order.
+        """Return the recorded entries of these kinds, in their order. An `Entry` is a thing that a pretended GPU had to do.
 
-        A kind is "kernel", "triton", "cublas", "copy", "fill", "graph", "callback" or "sync".
+        A kind is "kernel", "triton", "cublas", "copy", "fill", "graph", "callback" or "sync" (the host waited).
         """
         return [entry for entry in self.entries if entry.kind in kinds]
 
     def launches(self) -> list[Entry]:
-        """Return the recorded entries that take time on a device: all but waits of the host ("sync") and callbacks."""
+        """Return the recorded entries that take time on a pretended GPU, in their order.
+
+        These are kernels, copies, fills, calls of cuBLAS and graphs, but not callbacks and waits of the host.
+        """
         return self.of(*LAUNCHES)
 
     def counts(self) -> dict[str, int]:
-        """Return {kind: number of recorded entries}, sorted by kind, for kinds such as "kernel" and "copy" that occur.
+        """Return {kind: number of recorded entries}, sorted by kind. Kinds that did not occur are missing.
 
-        "sync" counts waits of the host.
+        A kind is what a pretended GPU had to do, such as "kernel" or "copy". "sync" counts waits of the host.
         """
         return dict(sorted(Counter(entry.kind for entry in self.entries).items()))
 
