@@ -17,7 +17,10 @@ UNPACKED = ROOT / ".venv-codegen" / "cublas"  # where `make codegen` puts them
 
 
 def toolkit() -> Path:
-    """Return the folder of the CUDA toolkit: the environment variable CUDA_HOME, or /usr/local/cuda. It may not exist."""
+    """Return the folder of the CUDA toolkit: the environment variable CUDA_HOME, or else /usr/local/cuda.
+
+    The folder may not exist.
+    """
     return Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 
 

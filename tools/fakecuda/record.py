@@ -37,9 +37,10 @@ class Seen:
     refusals: list[str] = field(default_factory=list)
 
     def of(self, *kinds: str) -> list[Entry]:
-        """Return the recorded entries of these kinds, in their order. An `Entry` is a thing that a pretended GPU had to do.
+        """Return the recorded entries of these kinds, in their order.
 
-        A kind is "kernel", "triton", "cublas", "copy", "fill", "graph", "callback" or "sync" (the host waited).
+        An `Entry` is a thing that a pretended GPU had to do, or a time that the host waited for it. A kind is "kernel",
+        "triton", "cublas", "copy", "fill", "graph", "callback" or "sync" (the host waited).
         """
         return [entry for entry in self.entries if entry.kind in kinds]
 
