@@ -165,10 +165,11 @@ def dropout_instructions(figure: Figure, without: Figure) -> list[int]:
 
 
 def add_dropout(figures: dict[str, dict[str, Figure]]) -> None:
-    """Add "dropout", the list of instructions that it adds to each loop, to figures of attention kernels with dropout.
+    """Add "dropout", how many instructions dropout adds to each loop, to figures of attention kernels with dropout.
 
-    The figures are changed in place. A kernel that was not compiled without dropout, or that then has another number of
-    loops, gets no "dropout". `figures` maps launch's name → target such as "sm_90" → figures of the compiled kernel.
+    The figures are changed in place. "dropout" is a list with a number for each loop. A kernel that was not compiled
+    without dropout, or that then has another number of loops, gets none. `figures` maps launch's name → target such as
+    "sm_90" → figures of the compiled kernel.
     """
     for key, by_target in figures.items():
         for target, figure in by_target.items():
