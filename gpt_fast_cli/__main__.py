@@ -11,9 +11,9 @@ INTERRUPTED = 130  # the exit code that shells give for Ctrl-C
 
 
 def main() -> None:
-    """Run the command line. If packages that it needs are not installed, name them and exit with code 2.
+    """Run the command line `gpt-fast`. If packages that it needs are not installed, name them and exit with code 2.
 
-    Ctrl-C exits with code 130.
+    It also exits with code 2 if standard output is closed. Ctrl-C exits with code 130, unless the caller ignores it.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the caller ignores Ctrl-C
         signal.signal(signal.SIGINT, _interrupt)
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def _require_standard_output() -> None:
-    """Exit with code 2 if the caller of this process closed standard output.
+    """Print an error and exit with code 2 if the caller of this process closed standard output.
 
     Otherwise a result would be lost, and the next file to be opened would take the place of standard output.
     """
@@ -48,11 +48,11 @@ def _require_packages() -> None:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """Handle SIGINT: end the process if it is importing a module, else raise `KeyboardInterrupt`.
+    """Handle SIGINT: end the process with code 130 if it is importing a module, else raise `KeyboardInterrupt`.
 
-    `frame` is the stack frame that the signal interrupted. Inside an import the exception may not arrive: C code that
-    initialises a module turns it into an ImportError, and callbacks of the import system print and drop it. An import
-    has nothing to clean up.
+    `frame` is the stack frame that the signal interrupted, from which the import is recognised. Inside an import the
+    exception may not arrive: C code that initialises a module turns it into an ImportError, and callbacks of the import
+    system print and drop it. An import has nothing to clean up.
     """
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":

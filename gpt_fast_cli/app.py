@@ -43,7 +43,7 @@ class Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """Return (name, command, remaining arguments) for the command that `args` begin with, and import its file.
 
-        Fail with a usage error if there is no such command.
+        Fail with a usage error, which suggests the nearest command, if there is no such command.
         """
         if args[0] not in self.commands:
             ctx.fail(usage.no_such_command(args[0], NAMES))
@@ -54,7 +54,7 @@ class Commands(TyperGroup):
 def load_command(name: str) -> Any:
     """Import the file of the command `name` and return the command, a click command with its options.
 
-    Raise `ModuleNotFoundError` if there is no such file.
+    `name` is one of NAMES, such as "pretrain". Raise `ModuleNotFoundError` if there is no such file.
     """
     module = import_module(f".{name}", __package__)
     single = typer.Typer(
@@ -65,7 +65,7 @@ def load_command(name: str) -> Any:
 
 
 def _docstring(name: str) -> str | None:
-    """Return the docstring of the function of the command `name`, read from its file without importing the file."""
+    """Return the docstring of the command `name`, read from its file without importing the file; None without one."""
     tree = ast.parse(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
     (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
     return ast.get_docstring(function)
@@ -85,7 +85,7 @@ app = typer.Typer(
 
 
 def _print_version(requested: bool) -> None:
-    """Print the version and exit, if the user `requested` it by --version."""
+    """Print "gpt-fast VERSION" and raise `typer.Exit` if the user `requested` it by --version. Else do nothing."""
     if requested:
         from importlib.metadata import version
 
@@ -100,15 +100,20 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Run before any command. `run` itself reads --traceback."""
+    """Declare the options that stand before a command. The function itself does nothing.
+
+    The option --version prints the version and exits before. `run` looks for --traceback in the command line.
+    """
 
 
 def run() -> None:
     """Run the command line and exit.
 
-    A wrong command line, and a `ValueError`, `OSError` or `MemoryError`, which a user can cause, become one line and
-    exit code 2. A signal that stopped a training becomes the exit code that shells give it (130 for Ctrl-C, 143 for
-    SIGTERM). Any other exception is a fault of this program and keeps its traceback.
+    A wrong command line, and a `ValueError`, `OSError` or `MemoryError`, which a user can cause, become one line on
+    stderr and exit code 2. With --traceback these three errors are raised instead. On later ranks of a distributed job,
+    an error that all ranks raise is not printed. A signal that stopped a training becomes the exit code that shells
+    give it (130 for Ctrl-C, 143 for SIGTERM). Other exceptions are faults of this program and keep their traceback.
+    Warnings are printed as one line from now on.
     """
     warnings.showwarning = show_warning
     if isinstance(sys.stdout, TextIOWrapper):
@@ -145,8 +150,9 @@ def run() -> None:
 def _another_rank_prints() -> bool:
     """Return False on the first rank of a machine, True on the others, whose errors are not printed.
 
-    An error that all ranks raise is thereby printed once. torchrun ends all ranks when one has failed. So under
-    torchrun a later rank waits `FIRST_RANK_PRINTS` seconds before it returns True, for the first rank to print.
+    An error that all ranks raise is thereby printed once. The rank is read from the environment variable LOCAL_RANK, 0
+    if it is not set. torchrun ends all ranks when one has failed. So under torchrun a later rank waits
+    `FIRST_RANK_PRINTS` (30) seconds before it returns True, for the first rank to print.
     """
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         return False
@@ -156,9 +162,10 @@ def _another_rank_prints() -> bool:
 
 
 def _message(error: ValueError | OSError) -> str:
-    """Return an error's text. For an `OSError` this is "FILE: REASON", without Python's `[Errno 2]` and quotes.
+    """Return an error's text. For an `OSError` of the system this is "FILE: REASON", without `[Errno 2]` and quotes.
 
-    An `OSError` without a file gives "REASON" alone.
+    An `OSError` without a file gives "REASON" alone, and one that was made of a text alone gives that text. Of two
+    files, as in a rename, the second is named.
     """
     if isinstance(error, OSError) and error.strerror:
         name = error.filename2 or error.filename  # of a rename the name that the file was to have

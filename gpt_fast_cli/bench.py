@@ -18,7 +18,11 @@ PASSES_ON: dict[str, Any] = {
 
 
 def bench(context: typer.Context) -> None:
-    """Time every operation, training steps and generation, in a checkout: the same as python -m benchmarks."""
+    """Time every operation, training steps and generation, in a checkout: the same as python -m benchmarks.
+
+    All options are passed on to the benchmark suite, which replaces this process. Outside of a checkout the command
+    fails.
+    """
     if not Path("benchmarks", "catalogue.py").exists():
         raise ValueError(
             "the benchmark suite is in a checkout of gpt_fast, with the tests that it runs first; clone the "

@@ -33,12 +33,13 @@ def compare(
 ) -> None:
     """Compare a model on its fused kernels with the same model on the pure-PyTorch reference, or runs with each other.
 
-    One batch, the same weights and dropout masks: the largest differences of logits and gradients, and the speed of
-    training steps, the two taking turns. [bold]gpt-fast doctor[/bold] shows which operations have a kernel here; one
-    served by the reference does not differ from it.
+    With [bold]--from[/bold], both models get one random batch, the same weights and the same dropout masks. The result
+    is the largest differences of logits and gradients, and the speed of training steps, which are timed in turn.
+    [bold]gpt-fast doctor[/bold] shows which operations have a kernel here; an operation that the reference serves does
+    not differ from it.
 
-    With [bold]--runs[/bold]: after how many updates, and seconds spent in them, each run's held-out loss first fell to
-    a value.
+    With [bold]--runs[/bold], the result is after how many updates, and seconds spent in them, each run's held-out loss
+    (or [bold]--metric[/bold]) first fell to a value: [bold]--loss[/bold], or the lowest that all runs reach.
 
     [bold]Examples[/bold]
 
@@ -88,10 +89,10 @@ def compare(
 
 
 def _compare_runs(folders: list[Path], loss: float | None, metric: str, as_json: bool) -> None:
-    """Print after how many updates and seconds each run in `folders` first reached a loss.
+    """Print after how many updates and seconds each run in `folders` first reached a loss, or that it did not.
 
     `loss` is the value of the metric to reach, or None for the lowest that all runs reach. `metric` is a field of
-    metrics.jsonl. If `as_json`, the result of `training.compare.compare_runs` is printed as JSON instead of a table.
+    metrics.jsonl. If `as_json`, the result is printed as JSON instead of a table: {"metric", "loss", "runs"}.
     """
     from gpt_fast.training.compare import compare_runs
 

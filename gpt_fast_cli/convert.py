@@ -112,13 +112,15 @@ def convert(
 
 
 def _from_file(source: Path, out: Path, to: str | None, head: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """Convert a checkpoint of nanoGPT or llm.c to the run folder `out`, and tell the user what it lacks.
+    """Convert a checkpoint of nanoGPT or llm.c to the run folder `out`. Print on stderr what was left out.
 
-    `to` is the value of --to, "gpt-fast" or None, and `head` that of --head, None for a checkpoint. `options` maps
-    --tokenizer, --characters, --heads and --activation to their values. Return a dict with `model` (its class), `from`
-    (the format), `numbers` (how many parameters), `dtype`, `activation`, `tied`, `tokenizer` (True if one was written)
-    and `left_out` (entries that were not used). Raise `ValueError` for options that do not fit, and `FileExistsError`
-    if `out` exists.
+    A line is also printed if no tokenizer was written. `to` is the value of --to, "gpt-fast" or None. `head` is the
+    value of --head, which must be None for a checkpoint. `options` maps --tokenizer, --characters, --heads and
+    --activation to their values.
+
+    Return a dict with `model` (its class), `from` (the format), `numbers` (how many parameters), `dtype`, `activation`,
+    `tied`, `tokenizer` (True if one was written) and `left_out` (entries that were not used). Raise `ValueError` for
+    options that do not fit, and `FileExistsError` if `out` exists.
     """
     if to not in (None, "gpt-fast"):
         raise ValueError(f"--to {to}: {source} is a checkpoint, which becomes a run folder first; expected gpt-fast")
@@ -145,9 +147,9 @@ def _from_adapter(source: Path, out: Path, to: str | None, head: str | None) -> 
     """Merge the LoRA adapter of the run in `source` into its base model, and write the model to `out`.
 
     `to` is the format to write, "gpt-fast", "transformers" or "nanogpt"; None is transformers'. `head` is the value of
-    --head, which has to be None. Return a dict with `model` (its class), `from` and `numbers` (how many parameters),
-    and for transformers `left_out`, as `_from_folder` returns. Raise `ValueError` for a `head`, and `FileExistsError`
-    if `out` exists.
+    the option --head, which has to be None. Return a dict with `model` (its class), `from` (what was converted) and
+    `numbers` (how many parameters), and for transformers `left_out` (parts that the format cannot hold). Raise
+    `ValueError` for a `head`, and `FileExistsError` if `out` exists.
     """
     from tempfile import TemporaryDirectory
 
@@ -175,10 +177,13 @@ def _from_folder(source: Path, out: Path, to: str | None, head: str | None) -> d
     """Convert a run folder, or a folder of transformers, and write the model to `out`.
 
     `to` is the format to write, "gpt-fast", "transformers" or "nanogpt". If it is None, a run folder becomes a folder
-    of transformers, and the reverse. `head` is the value of --head: "clm", "mlm", "classifier" or None. Return a dict
-    with `model` (the new model's class, or "nanoGPT"), `from` (the old model's class), `numbers` (how many parameters)
-    and, for a run folder that becomes a folder of transformers, `left_out` (parts that it cannot hold). Raise
-    `ValueError` for options that do not fit the folder, and `FileExistsError` if `out` exists.
+    of transformers, and the reverse. A run folder with a LoRA adapter is merged into its base first. `head` is the
+    value of the option --head: "clm", "mlm", "classifier" or None.
+
+    Return a dict with `model` (the new model's class, or "nanoGPT"), `from` (the old model's class) and `numbers` (how
+    many parameters). A run folder that becomes a folder of transformers also gives `left_out` (parts that it cannot
+    hold), which is printed on stderr too. Raise `ValueError` for options that do not fit the folder, and
+    `FileExistsError` if `out` exists.
     """
     if (source / "adapter_config.json").is_file() and (source / "config.json").is_file():
         return _from_adapter(source, out, to, head)

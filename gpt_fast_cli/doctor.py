@@ -39,8 +39,8 @@ def doctor(
 ) -> None:
     """Show versions, devices and the kernel of each operation, and how to install what is missing.
 
-    With a run folder: whether its weights, tokenizer and checkpoints are what was written, and what dead runs left
-    beside it. The exit code is 1 if something is damaged.
+    With a run folder, show instead whether its weights, tokenizer and checkpoints are what was written, and what dead
+    runs left beside it. The exit code is then 1 if something is damaged, else 0.
 
     [bold]Examples[/bold]
 
@@ -69,9 +69,10 @@ def doctor(
 
 
 def _show_run(folder: Path, as_json: bool) -> None:
-    """Verify the files of the run in `folder` and print what was found, as JSON if `as_json`.
+    """Verify the files of the run in `folder` and print its state, checkpoints, left-over paths and damages.
 
-    Raise `typer.Exit` with code 1 if a file is damaged, and `FileNotFoundError` if there is no such folder.
+    They are printed as a table, or as JSON if `as_json`. Raise `typer.Exit` with code 1 if a file is damaged,
+    `FileNotFoundError` if there is no such folder, and `ValueError` if packages of the extra `train` are missing.
     """
     require_train_extra()
     from gpt_fast.training.runs.examine import examine_run
@@ -93,9 +94,10 @@ def examine() -> dict[str, Any]:
     """Return what `doctor` prints about this machine, as a dict for JSON.
 
     `versions` maps packages to their versions, or None where one is not installed. `devices` lists the CPU and the
-    GPUs, each with `type` and `name`. `extension` describes the build of the C++ extension that this CPU uses, with
-    `isa`, `reason` (for its choice), `torch` (version) and more; it is None if none is built. `ops` maps each operation
-    to a dict from device type to the kernel that runs it there. `advice` lists sentences on what to install.
+    GPUs, each with `type` ("cpu" or "cuda") and `name`. `extension` describes the build of the C++ extension that this
+    CPU uses, with `isa`, `reason` (for its choice), `torch` (version) and more; it is None if none is built. `ops` maps
+    each operation to a dict from device type to what runs it there: "cpp", "triton" or "reference". `advice` lists
+    sentences on what to install or to mend.
     """
     import torch
 

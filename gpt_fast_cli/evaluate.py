@@ -62,6 +62,8 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out data, beside what a constant answer or a model without context would reach.
 
+    A language model's loss on text, or a fine-tuned model's metrics on a table, are printed.
+
     [bold]Examples[/bold]
 
     gpt-fast evaluate --from runs/lm --data novel.txt

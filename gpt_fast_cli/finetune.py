@@ -11,10 +11,10 @@ from .terminal import AsJson, metric_rows, print_table
 
 
 def _print_spread(summary: dict[str, Any], settings: FinetuneSettings) -> None:
-    """Print mean, standard deviation and range of each metric over several fine-tuned runs.
+    """Print a table with mean, standard deviation and range of each metric over several fine-tuned runs.
 
     `summary` is the content of repeats.json: `metrics` maps names to {mean, sd, min, max}, and `runs` lists the runs.
-    `settings.out` is the folder that holds it.
+    The metric "examples" is left out. `settings.out` is the folder that holds repeats.json.
     """
     rows = [("", "mean ± sd (smallest to largest)")]
     for name, of in summary["metrics"].items():
@@ -26,12 +26,13 @@ def _print_spread(summary: dict[str, Any], settings: FinetuneSettings) -> None:
 
 @options.from_settings(FinetuneSettings)
 def finetune(settings: FinetuneSettings, as_json: AsJson = False) -> None:
-    """Train a pre-trained model for a task, on a labelled table.
+    """Train a pre-trained model for a task, on a labelled table, and write a run folder.
 
-    A row is put as start, text, extract, a pair with a delimiter between its texts; a new layer reads the last hidden
-    state of the extract token. Similarity reads a pair in both orders, multiple choice scores one sequence for each
-    answer. Generation and question answering train the model itself to write the answer. Text beyond the model's
-    positions is cut off. The weights of the best validation are kept.
+    A row becomes the tokens start, text, extract; a pair has a delimiter between its texts. A new layer reads the last
+    hidden state of the extract token. Similarity reads a pair in both orders, multiple choice scores one sequence for
+    each answer. Generation and question answering train the model itself to write the answer. Text beyond the model's
+    positions is cut off. The weights of the best validation are kept, and its metrics are printed. Of several runs,
+    such as [bold]--folds[/bold], their mean and spread are printed.
 
     [bold]Examples[/bold]
 

@@ -84,6 +84,10 @@ def generate(
 ) -> None:
     """Continue a prompt, and write the text as it is drawn.
 
+    One continuation is printed behind its prompt, token by token. Several are printed at the end, each below a line
+    with its number. [bold]--json[/bold] prints the prompt, each added text with its number of new tokens, and the
+    tokens per second.
+
     [bold]Examples[/bold]
 
     gpt-fast generate runs/lm --prompt "def read(self" --temperature 0
@@ -145,9 +149,10 @@ def generate(
     streams = num_samples == 1 and not as_json
 
     def write(new: Tensor) -> None:
-        """Add the tokens of one decode step, one for each sample, and print the text that they complete.
+        """Add the tokens of one decode step, one for each of the outer `samples`, and print the text that is complete.
 
-        Raise `_Finished`, which ends the generation, when all samples have met a text to stop at.
+        Text is printed only for a single sample without --json, at first the prompt. Raise `_Finished`, which ends the
+        generation, when each sample has ended.
         """
         if streams and not samples[0].drawn:  # not before it is clear that the prompt will do
             write_text(prompt, raw, nl=False)
@@ -192,8 +197,8 @@ def generate(
 def _named_by_option() -> Iterator[None]:
     """Raise a `ValueError` of the block that names an argument of `gpt_fast.generate` with the option's name instead.
 
-    The message "gpt_fast.generate: top_k is 0; expected …" becomes "--top-k 0: expected …", for example. Other errors
-    are raised unchanged.
+    The message "gpt_fast.generate: top_k is 0; expected …, or None" becomes "--top-k 0: expected …", for example. Other
+    errors are raised unchanged.
     """
     try:
         yield
@@ -207,7 +212,8 @@ def _named_by_option() -> Iterator[None]:
 def _check_memory(num_samples: int, prompt: int, new: int, config: GPTConfig) -> None:
     """Raise `ValueError` if the samples' tokens, and their keys and values in 16 bits, need more memory than is free.
 
-    `prompt` and `new` are the numbers of tokens in the prompt and to be generated for each sample.
+    `prompt` and `new` are the numbers of tokens in the prompt and to be generated for each sample. Keys and values are
+    kept for at most `config.seq_len` tokens.
     """
     from gpt_fast import _memory
 
@@ -250,9 +256,10 @@ class _Text:
         self.written = 0
 
     def add(self, token: int) -> None:
-        """Append a token that was drawn. Do nothing if the text has ended.
+        """Append the id of a drawn token to this continuation of a prompt. Do nothing if its text has ended.
 
-        Set `done` if this token ends the text: it is one of `ends`, or it completes one of the texts in `stop`.
+        Set `done` if this token ends the text: it is one of the token ids in `ends`, or it completes one of the texts
+        in `stop`.
         """
         if self.done:
             return
@@ -262,16 +269,17 @@ class _Text:
         self.done = token in self.ends or (bool(self.stop) and len(self.text()) < len(self._decoded()))
 
     def text(self) -> str:
-        """Return the text that the drawn tokens add to the prompt, up to the first stop text in it."""
+        """Return the text that the drawn tokens add to the prompt, up to the first stop text in it (exclusive)."""
         text = self._decoded()
         found = [text.find(stop) for stop in self.stop if stop in text]
         return text[: min(found)] if found else text
 
     def settled(self) -> str:
-        """Return the text that can be printed now and was not returned before. Later tokens will not change it.
+        """Return the text that can be printed now and that no call returned before. Later tokens will not change it.
 
-        Incomplete characters are held back, and so is an end that may be the beginning of a stop text. With nothing new
-        the result is "".
+        If an incomplete character is at the end, the result is "" and all that is new waits. Until the text has ended,
+        two more things are held back: an end that may be the beginning of a stop text, and what the next token may
+        still change.
         """
         from gpt_fast.data.tokenizer import shared_start
 
@@ -290,7 +298,7 @@ class _Text:
         return settled
 
     def rest(self) -> str:
-        """Return the text that `settled` has held back. It is called after the last token."""
+        """Return the text that `settled` has not returned. It is called after the last token."""
         return self.text()[self.written :]
 
     def _decoded(self) -> str:

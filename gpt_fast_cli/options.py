@@ -48,19 +48,21 @@ def from_settings(cls: type[S]) -> Callable[[Callable[..., None]], Callable[...,
     """Return a decorator that makes a command of a function, whose first parameter takes settings of class `cls`.
 
     The command has an option for each setting, --config for a file with settings, and the function's other parameters.
-    It calls the function with validated settings. Their `model_fields_set` names the settings that an option or the
-    file gave; an option replaces the file's value. A `ValueError` of the function that names a setting from the file is
-    raised again with the file's name.
+    It keeps the function's docstring as its help. It calls the function with validated settings. Their
+    `model_fields_set` names the settings that an option or the file gave; an option replaces the file's value.
+
+    The command raises `ValueError` if a package of the extra `train` is missing or a setting is not valid. If the
+    function raises a `ValueError` about a setting from the file, it is raised again with the file's name.
     """
 
     def decorate(body: Callable[..., None]) -> Callable[..., None]:
         """Return the command that typer calls, made of the command's function `body(settings, **others)`."""
 
         def command(context: typer.Context, config: Path | None, **values: Any) -> None:
-            """Read the settings from the options and the file --config, and call the command's function with them.
+            """Read the settings from the options and the file --config, and call the outer `body` with them.
 
-            `values` maps the names of the settings and of the function's other parameters to the values of their
-            options.
+            `values` maps the names of the settings of the outer `cls`, and of the function's other parameters, to the
+            values of their options. An option wins over the file. Raise `ValueError` for settings that are not valid.
             """
             require_train_extra()
             options = {name: values.pop(name) for name in cls.model_fields}
@@ -94,15 +96,16 @@ def from_settings(cls: type[S]) -> Callable[[Callable[..., None]], Callable[...,
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
-    """Return True if the user gave the option of the parameter `name`, False if its value is the default."""
+    """Return True if the user gave a value for the parameter `name`, False if its value is the default."""
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
 
 
 def _parameters(cls: type[TrainingSettings]) -> list[Parameter]:
-    """Return one parameter of a command's signature for each setting of `cls`, in the order of the help's panels.
+    """Return a keyword-only parameter of a command's signature for each setting of `cls`, by the panels of the help.
 
-    In a panel the settings that `cls` declares itself come before those that it inherits.
+    In a panel the settings that `cls` declares itself come before those that it inherits. The default is that of the
+    setting, or None if it is required or an empty tuple.
     """
     own = cls.__annotations__
     fields = sorted(
@@ -120,12 +123,11 @@ def _parameters(cls: type[TrainingSettings]) -> list[Parameter]:
 
 
 def _annotation(name: str, field: FieldInfo) -> Any:
-    """Return a setting's annotation for typer: its type, with the option's spelling, help and panel.
+    """Return a setting's annotation for typer: its type, with the option's spellings, help and panel.
 
-    `name` is the setting's name in Python, `field` its declaration.
-
-    A required setting is optional here, because the file --config may hold it. pydantic validates later that it is
-    given.
+    `name` is the setting's name in Python, `field` its declaration. A required setting is optional here, because a file
+    given by --config may hold it; its help is marked as required, and pydantic validates later that it is given. A
+    switch that a resumed run may change also has the spelling --no-NAME. A tuple becomes a list.
     """
     kind, spelling, text = _without_none(field.annotation), f"--{option_name(name)}", field.description
     if get_origin(kind) is tuple:
@@ -147,7 +149,7 @@ def _annotation(name: str, field: FieldInfo) -> Any:
 
 
 def _without_none(annotation: Any) -> Any:
-    """Return the type T of an annotation `T`, `T | None` or `Annotated[T, …]`."""
+    """Return the type T of an annotation `T`, `T | None`, `Annotated[T, …]` or `Annotated[T, …] | None`."""
     if isinstance(annotation, UnionType) or NoneType in get_args(annotation):
         (annotation,) = (kind for kind in get_args(annotation) if kind is not NoneType)
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
@@ -158,9 +160,10 @@ def train(
 ) -> dict[str, Any] | None:
     """Run the training `program` with a progress bar. Return its record, a dict of results, for the caller to print.
 
-    Return None if there is nothing left to print: the record was printed as JSON (`as_json`), or this is not the first
-    rank. `label` stands beside the bar. `program(settings, show, say, stop)` is called with the three values that
-    `training_session` yields: functions that update the bar and print a line, and the record of a signal.
+    Return None if there is nothing left to print: the record was printed as JSON with "out" (`as_json`), or this is not
+    the first rank. `label` stands beside the bar. `program(settings, show, say, stop)` is called with functions that
+    update the bar and print a line, and with an object that records a SIGINT or SIGTERM. The process keeps freed memory
+    from then on, for speed.
     """
     from gpt_fast._memory import keep_freed
 
@@ -181,9 +184,9 @@ def training_session(
 ) -> Iterator[tuple[Callable[[loop.Progress], None], Callable[[str], None], interrupts.Stop]]:
     """Yield (show, say, stop), by which a training updates its bar, prints a line and learns of a signal.
 
-    `show` updates a progress bar with `label` from a `loop.Progress`, `say` prints a line on stderr, and `stop` records
-    a SIGINT or SIGTERM (see `interrupts.Stop`), upon which the training saves and ends. On ranks other than the first,
-    `show` and `say` do nothing.
+    `show` updates a progress bar with `label` from a `loop.Progress`, and `say` prints a line on stderr. On ranks other
+    than the first, both do nothing. `stop` handles SIGINT and SIGTERM inside the block: by its `signum` the training
+    learns that it shall save and end.
     """
     from gpt_fast.interrupts import caught
     from gpt_fast.training.program import ignore
@@ -197,10 +200,13 @@ def training_session(
 
 
 def run_folder(out: Path) -> str:
-    """Return the path of the run folder for a training's result, and name the picture loss.png if it holds one."""
+    """Return the path `out` of a run folder as text; if it holds loss.png, ", with the curves in loss.png" follows."""
     return f"{out}, with the curves in loss.png" if (out / "loss.png").exists() else str(out)
 
 
 def follows() -> bool:
-    """Return True on every rank of a distributed job but the first (RANK > 0). These ranks print nothing but errors."""
+    """Return True on each rank of a distributed job but the first (the environment variable RANK is above 0).
+
+    These ranks print nothing but errors.
+    """
     return int(os.environ.get("RANK", "0")) > 0

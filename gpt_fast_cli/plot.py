@@ -19,6 +19,9 @@ def plot(
 ) -> None:
     """Draw one curve of each run into one picture.
 
+    The curves show [bold]--metric[/bold] over the updates. The picture's path is printed, and a file of that name is
+    replaced. A run whose metrics lack that field is an error.
+
     [bold]Example[/bold]
 
     gpt-fast plot runs/a runs/b --metric train_loss --out losses.png

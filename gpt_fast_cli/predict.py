@@ -57,6 +57,9 @@ def predict(
 ) -> None:
     """Answer with a fine-tuned model: the label of a text with its probability, a number, or a text.
 
+    For [bold]--text[/bold], the answer is printed, of a classifier with the probability of each class. For
+    [bold]--data[/bold], each row is printed behind its answer, or written to [bold]--out[/bold].
+
     [bold]Examples[/bold]
 
     gpt-fast predict --from runs/reviews --text "a fine film"
@@ -113,9 +116,9 @@ def predict(
 
 
 def _print_one(prediction: Prediction, raw: bool) -> None:
-    """Print the prediction for one text: its answer, and for a classifier the probability of each class.
+    """Print the prediction for one text: its answer, and for a classifier a table with the probability of each class.
 
-    If `raw`, control characters of a written answer are not escaped.
+    If `raw`, control characters of an answer that is a number or a text are not escaped on a terminal.
     """
     if prediction.probabilities is None:
         write_text(_shown(prediction.answer), raw)
@@ -124,16 +127,16 @@ def _print_one(prediction: Prediction, raw: bool) -> None:
 
 
 def _counts(found: list[Prediction]) -> str:
-    """Return how often each answer was predicted, the most frequent first: "7 good, 3 bad"."""
+    """Return how often each answer was predicted, the most frequent first, as text such as "7 good, 3 bad"."""
     return ", ".join(f"{count:,} {label}" for label, count in Counter(p.answer for p in found).most_common())
 
 
 def _shown(value: object) -> str:
-    """Return a value on one line: a float with four significant digits, anything else as at most 100 characters."""
+    """Return a value as text on one line: a float with four significant digits, anything else cut to 100 characters."""
     return f"{value:.4g}" if isinstance(value, float) else _line(str(value))
 
 
 def _line(text: str, width: int = 100) -> str:
-    """Return a text on one line, its white space collapsed, cut to `width` characters."""
+    """Return a text on one line with white space collapsed; a longer one is cut to `width` characters, the last "…"."""
     text = " ".join(text.split())
     return text if len(text) <= width else f"{text[: width - 1]}…"

@@ -45,7 +45,8 @@ def prepare(
 ) -> None:
     """Turn text of any size into token files, which pretrain reads piece by piece.
 
-    Stopped, the same command resumes.
+    The folder gets train.bin, valid.bin, tokenizer.json and data.json. The numbers of tokens and documents are printed.
+    If the command is stopped, the same command resumes.
 
     [bold]Examples[/bold]
 

@@ -22,7 +22,7 @@ def pretrain(
     """Train a language model on plain text and write a run folder.
 
     The text is split by file into training and validation. The validation loss is printed beside the unigram entropy of
-    the same text: what the best model without any context reaches.
+    the same text: the loss that the best model without any context reaches.
 
     [bold]Examples[/bold]
 

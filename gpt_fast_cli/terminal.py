@@ -37,7 +37,10 @@ _WIDE = 80  # columns that a bar needs beside its figures; count and time left f
 
 
 def require_train_extra() -> None:
-    """Raise `ValueError` if a package that the extra `train` installs is missing."""
+    """Raise `ValueError`, which names them, if packages that the extra `train` installs are missing.
+
+    They are tokenizers, safetensors, torchmetrics, matplotlib and yaml.
+    """
     missing = [
         name for name in ("tokenizers", "safetensors", "torchmetrics", "matplotlib", "yaml") if find_spec(name) is None
     ]
@@ -56,7 +59,7 @@ def resolve_device(name: str) -> str:
 
 
 def escaped(text: str) -> str:
-    r"""Return `text` with control characters spelled out as \x1b, for example. Line ends and tabs are kept.
+    r"""Return `text` with control characters spelled out as \x1b, for example. Line feeds and tabs are kept.
 
     Control characters could move the cursor, colour or retitle a terminal, or reverse the order of the characters.
     """
@@ -66,7 +69,7 @@ def escaped(text: str) -> str:
 def printable(text: str, raw: bool = False) -> str:
     """Return `text` in the form in which it is printed on stdout.
 
-    Control characters are escaped if stdout is a terminal, unless `raw` is True. For a file or a pipe `text` is
+    Control characters are spelled out if stdout is a terminal, unless `raw` is True. For a file or a pipe `text` is
     unchanged.
     """
     return text if raw or not sys.stdout.isatty() else escaped(text)
@@ -106,9 +109,9 @@ def _code(character: str) -> str:
 
 
 def check_decoded(option: str, text: str | None) -> None:
-    """Raise `ValueError` if `text`, the value of `option` on the command line, held bytes that are not UTF-8.
+    """Raise `ValueError` if `text`, the value of the option named `option`, held bytes that are not UTF-8.
 
-    Python decodes such bytes to lone surrogates, by which they are recognised.
+    Python decodes such bytes to lone surrogates, by which they are recognised. None passes.
     """
     found = None if text is None else _SURROGATE.search(text)
     if found is not None:
@@ -116,10 +119,10 @@ def check_decoded(option: str, text: str | None) -> None:
 
 
 def piped_text() -> str:
-    """Return the text of a pipe or file at standard input, without its last line end. Return "" for anything else.
+    """Return the text of a pipe or file at standard input, without its last line end and byte order mark, else "".
 
-    Terminals, sockets and /dev/null are not read, because a program may have left them there. Raise `ValueError` if the
-    text is longer than 16 MiB or not UTF-8.
+    A pipe is read to its end. Terminals, sockets and /dev/null are not read, because a program may have left them
+    there. Raise `ValueError` if the text is longer than 16 MiB or not UTF-8.
     """
     try:
         mode = os.fstat(0).st_mode
@@ -137,12 +140,15 @@ def piped_text() -> str:
 
 
 def say(message: str) -> None:
-    """Print a message on stderr as one line, with control characters escaped."""
+    """Print a message on stderr without wrapping it. Control characters are escaped, except line feeds and tabs."""
     err.print(Text(escaped(message)), soft_wrap=True)
 
 
 def print_error(message: str) -> None:
-    """Print an error as one red line on stderr, however long it is."""
+    """Print "gpt-fast: " and an error's message as one red line on stderr, however long it is.
+
+    Each run of white space becomes one space, and control characters are escaped.
+    """
     err.print(Text(f"gpt-fast: {escaped(' '.join(message.split()))}", style="red"), soft_wrap=True)
 
 
@@ -154,7 +160,7 @@ def show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Print a warning as one yellow line on stderr, without the source line that Python's `warnings` adds.
+    """Print "gpt-fast: " and a warning in yellow on stderr, without the source line that Python's `warnings` adds.
 
     This replaces `warnings.showwarning`, whose parameters it has. Only `message` is used.
     """
@@ -162,7 +168,10 @@ def show_warning(
 
 
 def print_json(result: dict[str, Any]) -> None:
-    """Print a result on stdout as one line of JSON. NaN and infinity become null."""
+    """Print a result on stdout as one line of JSON. NaN and infinity become null.
+
+    Text is not escaped to ASCII, but on a terminal control characters are. Raise `OSError` if stdout cannot be written.
+    """
     from gpt_fast._files import finite
 
     text = json.dumps(finite(result), ensure_ascii=False)
@@ -175,8 +184,8 @@ def print_json(result: dict[str, Any]) -> None:
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:
     """Print a title and below it `rows` of (name, value) on stdout, in two columns.
 
-    A terminal folds long values inside their column. A file or pipe gets each row on one line, without colours and
-    trailing spaces.
+    A terminal folds long values inside their column, and control characters are escaped there. A file or pipe gets each
+    row on one line, without colours and trailing spaces. Raise `OSError` if stdout cannot be written.
     """
     from rich.measure import Measurement
     from rich.table import Column, Table
@@ -195,10 +204,11 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def metric_rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return (name, text) for each known metric in `measured`, as rows for `print_table`.
+    """Return (name, text) for each known metric in `measured`, as rows for `print_table`, in a fixed order.
 
     `measured` maps metrics such as "accuracy" or "loss" to numbers. The text is the formatted number, for some metrics
-    followed by the figure that a constant answer would reach. Metrics without a line in this function are left out.
+    followed by the figure that a constant answer would reach. That figure must be in `measured` too, such as
+    "majority_accuracy" for "accuracy". Metrics that this function does not know are left out.
     """
     constant = "always the commonest label"
     lines = (
@@ -229,7 +239,7 @@ def metric_rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _per(measured: dict[str, Any]) -> str:
-    """Return the unit of the loss: " per token" for a language model, which has a perplexity, else ""."""
+    """Return " per token", which follows the loss of a language model, if `measured` has a "perplexity", else ""."""
     return " per token" if "perplexity" in measured else ""
 
 
@@ -242,8 +252,9 @@ def has_bars() -> bool:
 def training_bar(label: str) -> Iterator[Callable[[loop.Progress], None]]:
     """Yield a function that updates a progress bar on stderr from a `loop.Progress`, the state of a training.
 
-    The bar has `label`, the updates done, the loss, tokens per second and the time left. Results of a validation are
-    printed as a line above the bar.
+    The bar has `label`, the updates done, the loss, tokens per second and the time left; on a narrow terminal not the
+    loss and the speed. It appears with the first call. If stderr is no terminal, there is no bar. The results of a
+    validation are printed as a line on stderr either way, above the bar.
     """
     from rich.progress import (
         BarColumn,
@@ -263,7 +274,7 @@ def training_bar(label: str) -> Iterator[Callable[[loop.Progress], None]]:
         task = progress.add_task(label, total=None, visible=False, loss=float("nan"), rate=0.0, mfu="")
 
         def show(now: loop.Progress) -> None:
-            """Update the bar from the training's state, and print the results of a validation if there are any."""
+            """Update the bar from the training's state, and print the results of a validation if `now` has any."""
             progress.start()
             mfu = f" · MFU {now.mfu:.0%}" if now.mfu else ""
             rate = now.tokens_per_second
@@ -277,7 +288,11 @@ def training_bar(label: str) -> Iterator[Callable[[loop.Progress], None]]:
 
 @contextmanager
 def counting_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function show(done, total) that updates a progress bar on stderr with `label` and these two counts."""
+    """Yield a function show(done, total) that updates a progress bar on stderr with `label` and these two counts.
+
+    The bar appears with the first call and is removed at the end of the block. If stderr is no terminal, there is no
+    bar.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     count, left = MofNCompleteColumn(), TimeRemainingColumn(compact=True)
@@ -296,7 +311,7 @@ def counting_bar(label: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def _from_first_call(progress: Progress) -> Iterator[Progress]:
-    """Yield `progress`, a bar that is not started yet. Stop it at the end of the block if it was started.
+    """Yield `progress`, a bar that is not started yet. Stop it when the block ends or raises, if it was started.
 
     The block starts the bar when there is progress to show. So a command that fails before prints its error alone.
     """

@@ -20,7 +20,7 @@ def tune(
 
     Every later program on this GPU uses the result: the file is in [bold]~/.config/gpt_fast/launch_configs[/bold], or
     in the folder that the environment variable GPT_FAST_LAUNCH_CONFIGS names. Removing it undoes the tuning; an empty
-    variable ignores it. An operation takes minutes, because every configuration is compiled.
+    variable ignores it. An operation takes minutes, because every configuration is compiled. It needs a CUDA device.
 
     [bold]Examples[/bold]
 

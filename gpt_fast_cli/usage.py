@@ -24,7 +24,8 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line `args` into `ctx`, as click does, and return the arguments that are left.
 
-        Raise typer's usage error if an option or argument that needs a value has a blank one.
+        Raise typer's usage error if an option or argument has a blank value and may not: a path, the name of a column
+        or another value that says nothing when blank.
         """
         values, _, _ = self.make_parser(ctx).parse_args(list(args))
         for param in self.params:
@@ -39,7 +40,7 @@ class Command(TyperCommand):
 def _expected(param: Any) -> str:
     """Return what a parameter of the command line expects, for a message, or "" if its value may be blank.
 
-    Examples are "a path", "the name of a column" and "auto or cpu or cuda". `param` is click's parameter.
+    Examples are "a path", "the name of a column", "auto or cpu or cuda" and "a value". `param` is click's parameter.
     """
     if param.name in _COLUMNS:
         return "the name of a column"
@@ -61,7 +62,8 @@ def no_such_command(name: str, known: tuple[str, ...]) -> str:
 def message(error: typer.TyperException) -> str:
     """Return a one-line message for an error that typer raised while parsing the command line.
 
-    It names the option, its value and what is expected. Unknown errors keep typer's message.
+    It names the option, its value and what is expected, or for an unknown option the nearest one. Other errors keep
+    typer's message.
     """
     from gpt_fast_settings.declaration import did_you_mean, expectation, shortened
 

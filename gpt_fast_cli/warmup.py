@@ -26,7 +26,8 @@ def warmup(
 ) -> None:
     """Compile the GPU kernels that a model needs, so that its first update and its first token do not wait.
 
-    Triton keeps them in its cache on the disk, where every later process finds them. A second call tells what it found.
+    Triton keeps them in its cache on the disk, where every later process finds them. The command shows how many kernels
+    it compiled, how many it found in the cache, and how long that took. It needs a CUDA device.
 
     [bold]Examples[/bold]
 

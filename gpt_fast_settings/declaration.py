@@ -36,34 +36,35 @@ def option(
     Args:
         default: Its default, `...` if it is required.
         help: Its help on the command line.
-        panel: The panel of the help in which it is listed, one of `PANELS`.
+        panel: The panel of the help in which it is listed: "Run", "Data", "Model" or "Training".
         metavar: The name of its value in the help.
         resume: What a resumed run may do with it. "same": its value must be the original one. "more": it may also be
             larger. "free": it may change. "machine": it is saved, but the resuming command's value counts. "command":
             it is neither saved nor compared.
-        also: Another spelling on the command line.
+        also: Another spelling on the command line, such as "--data".
         **bounds: Bounds of the value, such as `ge=1`, as pydantic's `Field` takes them.
 
     Returns:
-        The pydantic field.
+        The pydantic field, to be assigned to an annotated attribute of a `Settings` class.
     """
     extra = {"panel": panel, "metavar": metavar, "resume": resume, "also": also}
     return Field(default, description=help, json_schema_extra=extra, **bounds)  # type: ignore[call-overload]
 
 
 def extra(field: FieldInfo, name: str) -> Any:
-    """Return an argument with which `option` declared the setting `field`.
+    """Return the value of an argument of `option`, by which the setting `field` was declared.
 
-    `name` is the argument's name: "panel", "metavar", "resume" or "also".
+    `name` is the argument's name: "panel", "metavar", "resume" or "also". Raise `AssertionError` for a field that was
+    declared without `option`.
     """
     assert isinstance(field.json_schema_extra, dict)
     return field.json_schema_extra[name]
 
 
 def option_name(field: str) -> str:
-    """Return a setting's name on the command line and in files, without dashes in front: "batch-size", for example.
+    """Return a setting's name on the command line and in files, without dashes in front, such as "batch-size".
 
-    `field` is its name in Python, `batch_size`. The field `source` is called "from".
+    `field` is its name in Python, such as "batch_size". The field "source" is called "from".
     """
     return {"source": "from"}.get(field, field.replace("_", "-"))
 
@@ -77,10 +78,10 @@ class OptionError(ValueError):
 
 @contextmanager
 def wrong_on_every_rank() -> Iterator[None]:
-    """Turn a `ValueError` that is raised inside the block into an `OptionError`.
+    """Turn a `ValueError` that is raised inside the block into an `OptionError` with the same message.
 
-    An `OptionError` is an error that every rank of a job raises alike, so that one rank of each machine prints it for
-    all.
+    An `OptionError` is an error that each rank of a distributed job raises alike, so that one rank of each machine
+    prints it for all. An `OptionError` of the block, and other kinds of errors, are raised unchanged.
     """
     try:
         yield
@@ -112,9 +113,9 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
-        """Raise an error for true and false where another type is expected: pydantic would take them for 1 and 0.
+        """Raise an error for true and false unless the setting's type is bool: pydantic would take them for 1 and 0.
 
-        Return any other value unchanged. This validator runs on each setting's value. pydantic turns the error, a
+        Return each other value unchanged. This validator runs on each setting's value. pydantic turns the error, a
         `PydanticCustomError`, into a `ValidationError`.
         """
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
@@ -124,9 +125,10 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_blank_paths(cls, value: Any, info: ValidationInfo) -> Any:
-        """Raise an error for a blank path, which would become the current folder. Return any other value unchanged.
+        """Raise an error for a blank text given as a path, which would become the current folder. Return other values.
 
-        This validator runs on each setting's value, a path or a list of paths. pydantic turns the error, a
+        This validator runs on each setting's value before its type is checked, and looks only at settings whose type is
+        a path or paths. A list is refused if one of its entries is blank. pydantic turns the error, a
         `PydanticCustomError`, into a `ValidationError`.
         """
         values = value if isinstance(value, list | tuple) else [value]
@@ -144,16 +146,17 @@ class Settings(BaseModel):
 
     @classmethod
     def fields(cls) -> dict[str, FieldInfo]:
-        """Return the declaration of each setting by its name on the command line, such as "batch-size"."""
+        """Return the declarations of all settings: {option name, such as "batch-size": pydantic's field}."""
         return {option_name(name): field for name, field in cls.model_fields.items()}
 
     @classmethod
     def read(cls: type[S], path: Path | None, given: Mapping[str, Any]) -> S:
         """Return settings with the values in `given`, and otherwise those in the YAML or JSON file at `path`.
 
-        `given` maps names of fields to values, which replace the file's. `path` is None for no file. Raise
-        `InvalidSettings` for an unknown name or a value that is not valid. Raise `FileNotFoundError` if there is no
-        such file, and `ValueError` if it is too large, not valid YAML or JSON, or holds no object.
+        `given` maps names of fields to values, which replace the file's. `path` is None for no file. The file's names
+        may be those of options or of fields; null stands for a setting that is not given. Raise `InvalidSettings` for
+        an unknown name, a missing setting or a value that is not valid. Raise `FileNotFoundError` if there is no such
+        file, and `ValueError` if it is too large, not valid YAML or JSON, or holds no object.
         """
         names = {name: option_name(name) for name in cls.model_fields}
         known = {**{option: option for option in names.values()}, **names}
@@ -166,7 +169,7 @@ class Settings(BaseModel):
             raise InvalidSettings(cls, invalid.errors, f"--config {path}: " if path else "", values) from None
 
     def changed(self: S, **values: Any) -> S:
-        """Return a copy of these settings with other `values`, given by field name.
+        """Return a validated copy of these settings in which those named in `values`, by field name, have other values.
 
         All settings count as given by the user in the copy (`model_fields_set`). Raise `InvalidSettings` if a value is
         not valid.
@@ -174,7 +177,7 @@ class Settings(BaseModel):
         return type(self)(**(dict(self) | values))
 
     def saved(self) -> dict[str, Any]:
-        """Return the settings as a dict of JSON values by option name, for settings.yaml.
+        """Return the settings, defaults included, as a dict of JSON values by option name, for settings.yaml.
 
         Settings declared with `resume="command"`, such as --out, are left out.
         """
@@ -183,10 +186,10 @@ class Settings(BaseModel):
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON or YAML file as a dict. A file whose name does not end in .json is read as YAML.
+    """Return the object in a JSON or YAML file as a dict with text keys. A name that does not end in .json means YAML.
 
-    Raise `FileNotFoundError` if there is no such file, and `ValueError` if it is larger than `YAML_LIMIT` bytes, not
-    valid or holds no object. The messages name the option --config.
+    Raise `FileNotFoundError` if there is no such file. Raise `ValueError` if it is larger than `YAML_LIMIT` bytes (256
+    KiB), not valid or holds no object. The messages name the option --config.
     """
     try:
         content = read_bytes(path, YAML_LIMIT)
@@ -233,10 +236,12 @@ _EXPECTED = {
 def _describe(cls: type[Settings], error: ErrorDetails, place: str, read: Collection[str]) -> str:
     """Return one of pydantic's errors about settings of class `cls` as text.
 
-    The text is "NAME has VALUE; expected WHAT" if the name is in `read`, the names of the settings that come from a
-    file, and "--NAME VALUE: expected WHAT" otherwise. For a missing setting it is "--NAME: missing (HELP)", and for an
-    unknown name it suggests the nearest known one. `place` is put in front of errors in the file, "--config FILE: " for
-    example.
+    `read` has the names of settings that come from a file, and `place` names that file, such as "--config FILE: ".
+
+    - A wrong value from the file: "PLACE NAME has VALUE; expected WHAT".
+    - Another wrong value: "--NAME VALUE: expected WHAT".
+    - A missing setting: "--NAME: missing (HELP)".
+    - An unknown name: PLACE, the class that lacks it, and the nearest known name, or all names if none is near.
     """
     name = option_name(str(error["loc"][0]))
     if error["type"] == "missing":
@@ -278,7 +283,8 @@ def shortened(value: Any) -> str:
 def expectation(error: ErrorDetails) -> str:
     """Return what was expected instead of the value that pydantic found wrong, such as "at least 1".
 
-    For a kind of error without such words in `_EXPECTED`, return pydantic's message without "Input should be ".
+    `error` is an entry of a `ValidationError`'s `errors()`. For a kind of error without such words in `_EXPECTED`,
+    return pydantic's message without "Input should be ".
     """
     expected = _EXPECTED.get(error["type"])
     if expected is None:
@@ -288,5 +294,5 @@ def expectation(error: ErrorDetails) -> str:
 
 
 def _spelled(value: object) -> object:
-    """Return a whole number as text with commas, such as "268,435,456", and any other value unchanged."""
+    """Return a whole number (1.0 too) as text with commas, such as "268,435,456", and other values unchanged."""
     return f"{int(value):,}" if isinstance(value, int | float) and float(value).is_integer() else value

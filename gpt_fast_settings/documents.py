@@ -19,14 +19,15 @@ DEPTH = 64  # lists and objects inside each other
 def read_object(path: Path, *, limit: int = LIMIT, non_finite: bool = False) -> dict[str, Any]:
     """Return the JSON object in a file as a dict. Numbers must be finite unless `non_finite`.
 
-    Raise `FileNotFoundError` if there is no regular file at `path`, and `ValueError` if it has more than `limit` bytes,
-    is not JSON, is nested more than `DEPTH` deep, gives a name twice or holds something else than an object.
+    Raise `FileNotFoundError` if there is no regular file at `path`. Raise `ValueError` if it has more than `limit`
+    bytes (64 MiB by default) or is not JSON. Raise it too if the file is nested more than `DEPTH` (64) deep, gives a
+    name twice or holds something else than an object.
     """
     return checked_object(path, parse_json(path, read_bytes(path, limit), non_finite=non_finite))
 
 
 def read_bytes(path: Path, limit: int = LIMIT) -> bytes:
-    """Return the content of a regular file of at most `limit` bytes.
+    """Return the content of a regular file of at most `limit` bytes, by default 64 MiB.
 
     Raise `FileNotFoundError` if there is no regular file at `path`, and `ValueError` if it is larger.
     """
@@ -40,10 +41,10 @@ def read_bytes(path: Path, limit: int = LIMIT) -> bytes:
 
 
 def parse_json(path: Path, content: bytes, *, non_finite: bool = False) -> Any:
-    """Return the JSON value in `content`, the bytes of the file at `path`, which is named in messages.
+    """Return the JSON value in `content`, UTF-8 bytes of the file at `path`, which is only named in messages.
 
-    Raise `ValueError` if it is not JSON, is nested more than `DEPTH` deep, gives a name twice, or holds NaN or infinity
-    and `non_finite` is False.
+    Raise `ValueError` if it is not JSON, is nested more than `DEPTH` (64) deep, or gives a name twice in an object.
+    Unless `non_finite`, NaN and numbers that are infinite as floats raise `ValueError` too.
     """
     given: dict[str, Any] = {} if non_finite else {"parse_constant": _finite, "parse_float": _finite}
     try:
@@ -60,9 +61,10 @@ def parse_json(path: Path, content: bytes, *, non_finite: bool = False) -> Any:
 
 
 def parse_yaml(path: Path, content: bytes) -> Any:
-    """Return the YAML value in `content`, the bytes of the file at `path`, which is named in messages.
+    """Return the YAML value in `content`, UTF-8 bytes of the file at `path`, which is only named in messages.
 
-    Raise `ValueError` if it is not YAML, is nested more than `DEPTH` deep, has an alias or gives a name twice.
+    An empty file gives None. Raise `ValueError` if it is not YAML of plain values, is nested more than `DEPTH` (64)
+    deep, has an alias or gives a name twice in a mapping.
     """
     import yaml  # costs the start of the command line a tenth
 
@@ -70,7 +72,7 @@ def parse_yaml(path: Path, content: bytes) -> Any:
         levels = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
-            """Compose the next node as PyYAML does. Raise `MarkedYAMLError` for an alias or too deep nesting."""
+            """Compose the next node as PyYAML does. Raise `MarkedYAMLError` for an alias or over `DEPTH` levels."""
             if self.check_event(yaml.AliasEvent):
                 mark = self.peek_event().start_mark
                 raise yaml.MarkedYAMLError(None, None, "has an alias; expected each value written out", mark)
@@ -83,7 +85,7 @@ def parse_yaml(path: Path, content: bytes) -> Any:
             return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            """Construct a dict as PyYAML does. Raise `MarkedYAMLError` if a name occurs twice."""
+            """Construct a dict from a mapping as PyYAML does. Raise `MarkedYAMLError` if a name occurs twice in it."""
             names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             for key, _ in node.value:
                 if names.count(key.value) > 1:
@@ -97,14 +99,14 @@ def parse_yaml(path: Path, content: bytes) -> Any:
 
 
 def checked_object(path: Path, value: Any) -> dict[str, Any]:
-    """Return `value` if it is a dict, else raise `ValueError`, which names the file at `path` that holds it."""
+    """Return `value` if it is a dict, else raise `ValueError`. The message names the file `path` that holds it."""
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}; expected an object")
     return value
 
 
 def depth(value: Any) -> int:
-    """Return how deep lists and dicts are nested in `value`: 0 for a number, 1 for a flat list."""
+    """Return how deep lists and dicts are nested in `value`: 0 for a number, 1 for a flat or empty list."""
     level, waiting = 0, [value]
     while waiting := [value for value in waiting if isinstance(value, dict | list)]:
         level += 1

@@ -167,9 +167,10 @@ class FinetuneSettings(TrainingSettings):
     beta2: Decay | None = option(0.999, "The second moment's.", panel=TRAINING)
 
     def resume_command(self, ranks: int = 1) -> str:
-        """Return the command line that resumes this run, with its --from, for a message.
+        """Return "gpt-fast finetune --from SOURCE --out OUT --resume", which resumes this run, for a message.
 
-        `ranks` is the number of ranks that ran it. For more than one, return "the same torchrun command with --resume".
+        The paths are quoted for a shell. `ranks` is the number of ranks that ran it. For more than one, return "the
+        same torchrun command with --resume".
         """
         command = super().resume_command(ranks)
         return command.replace(" --out ", f" --from {shlex.quote(str(self.source))} --out ", 1)

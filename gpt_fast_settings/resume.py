@@ -15,8 +15,9 @@ S = TypeVar("S", bound=TrainingSettings)
 def asks_for_more(settings: S, saved: Mapping[str, Any]) -> tuple[str, int] | None:
     """Return (option name, new value) if the user asks a run to train for longer than it was begun with, else None.
 
-    Options that can ask for this are declared with `resume="more"`: --steps or --epochs. `settings` are those of the
-    command that resumes, and `saved` is the content of the run's settings.yaml, values by option name.
+    Options that can ask for this are declared with `resume="more"`: "steps" or "epochs". `settings` are those of the
+    command that resumes; defaults do not count. `saved` is the content of the run's settings.yaml, values by option
+    name.
     """
     for name, field in type(settings).model_fields.items():
         value, before = getattr(settings, name), saved.get(option_name(name))
@@ -29,12 +30,16 @@ def asks_for_more(settings: S, saved: Mapping[str, Any]) -> tuple[str, int] | No
 def resumed(settings: S, path: Path, saved: Mapping[str, Any], finished: bool = False) -> S:
     """Return the settings for resuming the run whose settings `saved` were read from the file `path`.
 
-    `settings` are those of the command that resumes. The declaration of a setting (see `option`) has a rule for
-    resuming. For "command" and "machine", and for settings that `saved` lacks, the command's value is taken. Of the
-    other settings, those that the user omits keep their original value, and those that the user gives must equal it,
-    with two exceptions: "free" ones may change, and "more" ones may be larger. If the run is `finished`, "more" ones
-    may also be smaller. Raise `ValueError` if a given value is not allowed, or if `saved` has a setting that this
-    command lacks or a value that is not valid.
+    `settings` are those of the command that resumes, and `saved` maps option names to values. Each setting is declared
+    with a rule for resuming. For "command" and "machine", and for settings that `saved` lacks, the command's value is
+    taken.
+
+    Of the other settings, those that the user omits (or gives as None or nothing) keep their original value. Those that
+    the user gives must equal it, with two exceptions: "free" ones may change, and "more" ones may be larger. If the run
+    is `finished`, "more" ones may also be smaller.
+
+    Raise `ValueError` if a given value is not allowed, or if `saved` has a setting that this command lacks or a value
+    that is not valid.
     """
     cls = type(settings)
     if foreign := sorted(set(saved) - set(cls.fields())):

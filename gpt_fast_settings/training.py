@@ -24,9 +24,10 @@ class TrainingSettings(Settings):
     command: ClassVar[str]  # its name on the command line
 
     def resume_command(self, ranks: int = 1) -> str:
-        """Return the command line that resumes this run, for a message.
+        """Return "gpt-fast COMMAND --out OUT --resume", which resumes this run, for a message.
 
-        `ranks` is the number of ranks that ran it. For more than one, return "the same torchrun command with --resume".
+        The path is quoted for a shell. `ranks` is the number of ranks that ran it. For more than one, return "the same
+        torchrun command with --resume".
         """
         if ranks > 1:
             return "the same torchrun command with --resume"

@@ -51,7 +51,10 @@ Figure = dict[str, Any]  # of one kernel on one target
 
 
 def stand_in_torch() -> None:
-    """Replace the module torch by a stub, because the kernel files import it but compiling them does not need it."""
+    """Replace the module torch in this process by a stub, because compiling the kernel files does not need more of it.
+
+    The stub has only `Tensor`, `dtype` and `device`, which are all `object`.
+    """
     torch = types.ModuleType("torch")
     torch.Tensor = torch.dtype = torch.device = object  # type: ignore[attr-defined]
     sys.modules["torch"] = torch
@@ -60,9 +63,9 @@ def stand_in_torch() -> None:
 def loops(instructions: list[loop_bounds.Instruction], warps: int, bounded: bool) -> list[dict[str, Any]]:
     """Return a dict for each innermost loop around matrix products in a kernel's instructions.
 
-    The keys are "instructions", the number of all instructions, and the keys of KINDS, the numbers of each kind. With
-    `bounded`, a loop that uses wgmma also has "pipes": {pipe: cycles of an iteration}, see `loop_bounds.bound`. `warps`
-    is the kernel's number of warps.
+    The keys are "instructions", the number of all instructions, and "lds", "sts", "shfl" and "local" (local memory),
+    the numbers of each kind. With `bounded`, a loop that uses wgmma also has "pipes": {unit of the chip: cycles that
+    one iteration needs of it}. `warps` is the kernel's number of warps, which only these cycles depend on.
     """
     found = []
     for body in loop_bounds.product_loops(instructions):
@@ -79,9 +82,12 @@ def measure(cubin: bytes, folder: Path, warps: int, bounded: bool) -> Figure:
     """Return the figures of a compiled kernel, which are read off its machine code.
 
     "registers" are those of a thread, and "spilled" is the bytes of its stack. "instructions", "mma", "wgmma", "ldg",
-    "stg", "lds", "sts" and "shfl" are numbers of instructions. "loops" has a dict for each loop around matrix products,
-    see `loops`. `cubin` is the kernel's binary, `folder` holds cuobjdump, and `warps` is the kernel's number of warps.
-    `bounded` adds bounds of cycles to the loops.
+    "stg", "lds", "sts" and "shfl" are numbers of instructions. "loops" has a dict for each innermost loop around matrix
+    products, with its numbers of instructions.
+
+    `cubin` is the kernel's binary, `folder` holds the program cuobjdump, and `warps` is the kernel's number of warps.
+    With `bounded`, loops that use wgmma also have "pipes", bounds of cycles. Raise `subprocess.CalledProcessError` if
+    cuobjdump fails.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -107,9 +113,12 @@ def measure(cubin: bytes, folder: Path, warps: int, bounded: bool) -> Figure:
 def compile_launch(launch: dict[str, Any]) -> Figure:
     """Compile one launch that tools.record_launches recorded, for its target. Return figures of the kernel.
 
-    The figures are those of `measure`: "registers", "spilled" bytes, "loops" and numbers of instructions by kind.
-    "shared" is the bytes of shared memory. "tile" is [BLOCK_M, BLOCK_N], for attention alone. "needs_wgmma" is 1 if the
-    target has wgmma and the kernel has a 16-bit product of 64 rows or more, else 0.
+    `launch` has "module", "kernel", "target", "signature", "constants", "divisible" and "options". The module torch is
+    replaced by a stub in this process.
+
+    The figures are "registers", "spilled" bytes, "shared" (bytes of shared memory), "loops" (a dict for each loop
+    around matrix products) and numbers of instructions by kind. "tile" is [BLOCK_M, BLOCK_N], for attention alone.
+    "needs_wgmma" is 1 if the target has wgmma and the kernel has a 16-bit product of 64 rows or more, else 0.
     """
     stand_in_torch()
     import triton
@@ -138,7 +147,7 @@ def without_dropout(figures: dict[str, dict[str, Figure]], key: str, target: str
 
     `key` is a launch's name, such as "attention fwd D=64 bfloat16 dropout", and `target` is such as "sm_90". The result
     is None if `key` is no attention kernel with dropout, or if the kernel was not compiled without dropout. `figures`
-    maps a launch's name, then its target such as "sm_90", to the figures of the compiled kernel, see `compile_launch`.
+    maps launch's name → target → figures of the compiled kernel.
     """
     if not key.startswith("attention ") or not key.endswith(" dropout"):
         return None
@@ -148,19 +157,19 @@ def without_dropout(figures: dict[str, dict[str, Figure]], key: str, target: str
 def dropout_instructions(figure: Figure, without: Figure) -> list[int]:
     """Return how many instructions dropout adds to each loop of an attention kernel, one number a loop.
 
-    `figure` and `without` are the figures of the kernel with dropout and without, see `compile_launch`. Raise
-    `ValueError` if they have different numbers of loops.
+    `figure` and `without` are the figures of the kernel with dropout and without; "loops" and in it "instructions" are
+    used. Raise `ValueError` if they have different numbers of loops.
     """
     pairs = zip(figure["loops"], without["loops"], strict=True)
     return [mine["instructions"] - other["instructions"] for mine, other in pairs]
 
 
 def add_dropout(figures: dict[str, dict[str, Figure]]) -> None:
-    """Add "dropout" to the figures of attention kernels with dropout: the instructions that it adds to each loop.
+    """Add "dropout", how many instructions dropout adds to each loop, to figures of attention kernels with dropout.
 
-    The figures are changed in place. A kernel that was not compiled without dropout, or that then has another number of
-    loops, gets no "dropout". `figures` maps a launch's name, then its target such as "sm_90", to the figures of the
-    compiled kernel, see `compile_launch`.
+    The figures are changed in place. "dropout" is a list with a number for each loop. A kernel that was not compiled
+    without dropout, or that then has another number of loops, gets none. `figures` maps launch's name → target such as
+    "sm_90" → figures of the compiled kernel.
     """
     for key, by_target in figures.items():
         for target, figure in by_target.items():
@@ -172,7 +181,8 @@ def add_dropout(figures: dict[str, dict[str, Figure]]) -> None:
 def budget_of(figure: Figure) -> dict[str, Any]:
     """Return the budget that a kernel's figures make: "registers", "spilled", "shared", "instructions", "dropout".
 
-    "dropout" is missing if the figures have none, see `add_dropout`.
+    The values are those of the figures. "dropout", the instructions that dropout adds to each loop, is missing if the
+    figures have none.
     """
     return {name: figure[name] for name in (*GROWTH, "dropout") if name in figure}
 
@@ -180,8 +190,9 @@ def budget_of(figure: Figure) -> dict[str, Any]:
 def dropout_violations(where: str, figure: Figure, budget: dict[str, Any]) -> list[str]:
     """Return a message for each loop in which dropout adds more instructions than the budget allows.
 
-    The budget allows its own number times GROWTH["instructions"]. If `figure` and `budget` have different numbers of
-    loops in "dropout", there is one message that says so. `where` is the kernel's name in messages.
+    "dropout" in `figure` and in `budget` lists the instructions that it adds to each loop; a missing list counts as
+    empty. More than 1.05 times the budget's number is too much. If the lists differ in length, there is one message
+    that says so. `where` is the kernel's name in messages.
     """
     cost, allowed = figure.get("dropout", []), budget.get("dropout", [])
     if len(cost) != len(allowed):
@@ -196,10 +207,13 @@ def dropout_violations(where: str, figure: Figure, budget: dict[str, Any]) -> li
 def violations(key: str, target: str, figure: Figure, budget: dict[str, Any] | None) -> list[str]:
     """Return a message for each way in which a kernel breaks its budget or a limit of the chip.
 
-    `key` is the launch's name, and `target` is such as "sm_90". `figure` has the kernel's figures, see
-    `compile_launch`. `budget` is the result of `budget_of` when --update recorded it. None means that the kernel has no
-    budget, which is a violation too. Limits of the chip are its shared memory, and that large 16-bit products use
-    wgmma.
+    `key` is the launch's name, and `target` is such as "sm_90". `figure` has the kernel's figures. `budget` has
+    "registers", "spilled", "shared", "instructions" and perhaps "dropout", or is None if there is none, a violation
+    too.
+
+    A kernel may have no more registers, spilled bytes and shared memory than its budget. It may have up to 5 % more
+    instructions, and dropout may add up to 5 % more to a loop. Limits of the chip are its shared memory, and that large
+    16-bit products use wgmma.
     """
     where = f"{key} {target}"
     found = []
@@ -223,9 +237,9 @@ def violations(key: str, target: str, figure: Figure, budget: dict[str, Any] | N
 def spill_limit(key: str) -> int | None:
     """Return how many bytes an attention kernel may spill on an architecture with speed targets, or None for no limit.
 
-    `key` is the launch's name. In 16 bits the limit is 0 at head size 64, and at head size 128 it is 0 without dropout
-    and SPILLS with it. Other kernels have none, and neither have candidates, which are not in use before a GPU has
-    measured them.
+    `key` is the launch's name. At head size 64 the limit is 0. At head size 128 it is 0 without dropout and SPILLS
+    (128) with it. Other kernels have no limit here, and neither have float32 and candidates, which are not in use
+    before a GPU has measured them.
     """
     if not key.startswith("attention ") or "float32" in key or " candidate " in key:
         return None
@@ -237,21 +251,20 @@ def spill_limit(key: str) -> int | None:
 
 
 def is_small(key: str) -> bool:
-    """Return False for a kernel for heads over 128 or rows over 8,192, which do not fit in registers, else True.
+    """Return False for a kernel with head size over 128 or rows over 8,192, which does not fit in registers, else True.
 
-    `key` is the launch's name, with the size in it, such as "D=64". A name without a size counts as small.
+    `key` is the launch's name, with the size in it, such as " D=64" or " N=768". A name without a size counts as small.
     """
     size = re.search(r" (D|N)=(\d+)", key)
     return size is None or int(size[2]) <= SMALL[size[1]]
 
 
 def attention_loops(figures: dict[str, dict[str, Figure]], target: str, step: str, label: str) -> list[Figure] | None:
-    """Return the figures of attention's kernels of a pass, one forward and two backward, or None.
+    """Return the figures of attention's kernels of a pass as a list, one kernel forward and two backward, or None.
 
-    It is None if a kernel is missing on `target`, such as "sm_90", or if it has not two loops that both have "pipes",
-    the bounds of cycles that `loop_bounds.bound` returns. `step` is "forward" or "backward", and `label` the rest of
-    the launches' names, such as "D=64 bfloat16". `figures` maps a launch's name, then its target such as "sm_90", to
-    the figures of the compiled kernel, see `compile_launch`.
+    It is None if a kernel is missing on `target`, such as "sm_90", or if one has not two loops that both have "pipes",
+    bounds of cycles. `step` is "forward" or "backward", and `label` the rest of the launches' names, such as "D=64
+    bfloat16". `figures` maps launch's name → target → figures of the compiled kernel.
     """
     found = []
     for kernel in PASSES[step]:
@@ -265,10 +278,10 @@ def attention_loops(figures: dict[str, dict[str, Figure]], target: str, step: st
 def dropout_speed(figures: dict[str, dict[str, Figure]], target: str, step: str, label: str) -> float | None:
     """Return the predicted speed of attention with dropout divided by that without it, or None.
 
-    The prediction takes the bounds of cycles of the loops that need no mask, for each element of a tile. It is None if
-    a kernel is missing or has no such bounds. `step` is "forward" or "backward", `label` is such as "D=64 bfloat16",
-    and `target` such as "sm_90". `figures` maps a launch's name, then its target such as "sm_90", to the figures of the
-    compiled kernel, see `compile_launch`.
+    The prediction takes the bounds of cycles of the loops that need no mask, for each element of a tile, added up over
+    the pass's kernels. It is None if a kernel is missing or has no such bounds. `step` is "forward" or "backward",
+    `label` is such as "D=64 bfloat16", without " dropout", and `target` such as "sm_90". `figures` maps launch's name →
+    target → figures of the compiled kernel.
     """
     cycles = []
     for name in (label, f"{label} dropout"):
@@ -284,8 +297,8 @@ def dropout_speed(figures: dict[str, dict[str, Figure]], target: str, step: str,
 def attention_labels(figures: dict[str, dict[str, Figure]], step: str) -> list[str]:
     """Return the labels of attention's launches of a pass: their names from the head size on, such as "D=64 bfloat16".
 
-    `step` is "forward" or "backward". Labels with dropout end in " dropout". `figures` maps a launch's name, then its
-    target such as "sm_90", to the figures of the compiled kernel, see `compile_launch`.
+    `step` is "forward" or "backward"; one kernel of the pass gives the names. Labels with dropout end in " dropout".
+    `figures` maps launch's name → target such as "sm_90" → figures of the compiled kernel.
     """
     prefix = f"attention {PASSES[step][0]} "
     return [key.removeprefix(prefix) for key in figures if key.startswith(prefix)]
@@ -294,11 +307,10 @@ def attention_labels(figures: dict[str, dict[str, Figure]], step: str) -> list[s
 def slow_dropout(figures: dict[str, dict[str, Figure]]) -> list[str]:
     """Return a message for each shipped attention kernel and architecture with too low a speed with dropout.
 
-    The speeds are predicted. DROPOUT_SPEED maps "forward" and "backward" to the least share of the speed without
-    dropout that a kernel must keep. A kernel without a prediction is skipped. Only architectures with speed targets
-    count.
-    Candidates, which are not in use yet, are not judged. `figures` maps a launch's name, then its target such as
-    "sm_90", to the figures of the compiled kernel, see `compile_launch`.
+    The speeds are predicted from bounds of cycles. With dropout, attention must keep at least 0.65 of its speed
+    forward, and 0.70 backward. A kernel without a prediction is skipped. Only architectures with speed targets count.
+    Candidates, which are not in use yet, are not judged. `figures` maps launch's name → target such as "sm_90" →
+    figures of the compiled kernel.
     """
     found = []
     for step, least in DROPOUT_SPEED.items():
@@ -315,13 +327,13 @@ def slow_dropout(figures: dict[str, dict[str, Figure]]) -> list[str]:
 
 
 def broken_statements(figures: dict[str, dict[str, Figure]], triton: str = TRITON) -> list[str]:
-    """Return a message for each kernel that spills too much or whose dropout costs too much.
+    """Return a message for each kernel that spills too much or whose dropout costs too much, whatever the budget.
 
-    On any architecture, a kernel for which `is_small` holds may spill SPILLS bytes. On those with speed targets the
-    limits of `spill_limit`, `slow_dropout` and `_broken_on` hold too. None of them depends on a budget. `triton` is the
-    minor version that compiled the kernels, such as "3.6": `slow_dropout` is asked for the version TRITON only.
-    `figures` maps a launch's name, then its target such as "sm_90", to the figures of the compiled kernel, see
-    `compile_launch`.
+    A kernel for heads up to 128 and rows up to 8,192 may spill 128 bytes. If it keeps to that, architectures with speed
+    targets have stricter limits on attention: fewer spills, and no access to shared memory added by dropout. For the
+    Triton release TRITON, attention must also keep a share of its predicted speed with dropout. `triton` is the minor
+    version that compiled the kernels, such as "3.6". `figures` maps launch's name → target such as "sm_90" → figures of
+    the compiled kernel.
     """
     found = slow_dropout(figures) if triton == TRITON else []
     for key, by_target in figures.items():
@@ -334,13 +346,12 @@ def broken_statements(figures: dict[str, dict[str, Figure]], triton: str = TRITO
 
 
 def _broken_on(figures: dict[str, dict[str, Figure]], key: str, target: str) -> list[str]:
-    """Return a message for each limit that a kernel breaks on an architecture with speed targets.
+    """Return a message for each limit that a kernel breaks on an architecture with speed targets, whatever its budget.
 
-    The limits do not depend on the kernel's budget. Spilled bytes must not exceed `spill_limit`. In a small attention
-    kernel, see `is_small`, dropout must not add an access to shared memory or a shuffle to any loop. A message also
-    says if the kernel without dropout is missing or has another number of loops. `key` is the launch's name, and
-    `target` is such as "sm_90". `figures` maps a launch's name, then its target such as "sm_90", to the figures of the
-    compiled kernel, see `compile_launch`.
+    `key` is the launch's name, `target` is such as "sm_90", and `figures` maps launch's name → target → figures of the
+    compiled kernel. Spilled bytes must not exceed `spill_limit(key)`. In an attention kernel with head size up to 128,
+    dropout must not add an access to shared memory or a shuffle to a loop. A message also says if the kernel without
+    dropout is missing or has another number of loops.
     """
     found = []
     figure = figures[key][target]
@@ -365,9 +376,9 @@ def _broken_on(figures: dict[str, dict[str, Figure]], key: str, target: str) -> 
 def loop_table(figures: dict[str, dict[str, Figure]], target: str) -> list[str]:
     """Return the lines of a Markdown table of the loops around matrix products on a target, such as "sm_90".
 
-    A row is a loop: numbers of instructions, those that dropout adds, and cycles by pipe if there are bounds. Attention
-    has two loops: over tiles with a mask, then over tiles without. `figures` maps a launch's name, then its target such
-    as "sm_90", to the figures of the compiled kernel, see `compile_launch`.
+    A row is a loop: numbers of instructions, those that dropout adds, and cycles by unit of the chip if there are
+    bounds. Attention has two loops: over tiles with a mask, then over tiles without. Kernels without figures on the
+    target are left out. `figures` maps launch's name → target → figures of the compiled kernel.
     """
     columns = ("instructions", "added by dropout", *KINDS, *loop_bounds.PIPES, "cycles")
     lines = [
@@ -397,8 +408,8 @@ def speed_table(figures: dict[str, dict[str, Figure]], target: str) -> list[str]
     """Return the lines of a Markdown table of attention's predicted TFLOP/s on a target, such as "sm_90".
 
     A row is a pass and kernel; the columns are the sequence lengths in LENGTHS. The last column is the share of its
-    speed that attention keeps with dropout. Kernels without bounds of cycles are left out. `figures` maps a launch's
-    name, then its target such as "sm_90", to the figures of the compiled kernel, see `compile_launch`.
+    speed that attention keeps with dropout, in rows with dropout only. Kernels without bounds of cycles are left out.
+    `figures` maps launch's name → target → figures of the compiled kernel.
     """
     lines = [
         "",
@@ -423,8 +434,9 @@ def speed_table(figures: dict[str, dict[str, Figure]], target: str) -> list[str]
 def predicted_rate(kernels: list[Figure], step: str, label: str, T: int) -> float:
     """Return the predicted TFLOP/s of causal attention with T tokens in a pass, on an H100 SXM.
 
-    `kernels` are the figures of the pass's kernels, which `attention_loops` returns. `step` is "forward" or "backward",
-    and `label` has the head size, as in "D=64 bfloat16".
+    `kernels` are the figures of the pass's kernels: one forward, or dq and dkdv backward. Each has "tile" and two
+    "loops" with "pipes", the masked loop first. `step` is "forward" or "backward", and `label` has the head size, as in
+    "D=64 bfloat16".
     """
     total = 0.0
     for name, figure in zip(PASSES[step], kernels, strict=True):
@@ -443,8 +455,8 @@ def minor(version: str) -> str:
 def table(figures: dict[str, dict[str, Figure]], version: str) -> str:
     """Return the Markdown page of all figures, with a table for each target that was compiled for.
 
-    `version` is Triton's version. `figures` maps a launch's name, then its target such as "sm_90", to the figures of
-    the compiled kernel, see `compile_launch`.
+    Targets with speed targets also get tables of loops and of attention's predicted rates. `version` is Triton's
+    version. `figures` maps launch's name → target such as "sm_90" → figures of the compiled kernel.
     """
     lines = [
         "# Generated code",
@@ -477,9 +489,11 @@ def table(figures: dict[str, dict[str, Figure]], version: str) -> str:
 def main() -> None:
     """Compile the recorded launches of a JSON file, write the page of their figures, and check the figures.
 
-    They are checked against the budget of this minor version of Triton and against fixed limits. --update writes the
-    budget first. The messages and a count are printed. Exit with code 1 if there is a message, and with a message if
-    the budget is of another version of Triton.
+    The page is benchmarks/results/codegen-<minor version of Triton>.md. The figures are checked against the budget in
+    the JSON file beside it and against fixed limits. --update writes that budget first, --targeted compiles for
+    architectures with speed targets only, and --jobs is the number of processes. Messages and a count are printed. Exit
+    with code 1 if there is a message, else 0. Exit with an error if the budget is missing or of another version of
+    Triton.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("launches", type=Path)

@@ -17,22 +17,26 @@ UNPACKED = ROOT / ".venv-codegen" / "cublas"  # where `make codegen` puts them
 
 
 def toolkit() -> Path:
-    """Return the folder of the CUDA toolkit: CUDA_HOME, or /usr/local/cuda by default."""
+    """Return the folder of the CUDA toolkit: the environment variable CUDA_HOME, or else /usr/local/cuda.
+
+    The folder may not exist.
+    """
     return Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 
 
 def find(folder: Path = UNPACKED) -> Path | None:
     """Return the folder that holds cublasLt.h: the include folder of the CUDA toolkit, or else `folder`.
 
-    Return None if neither holds it.
+    `folder` is by default where `make codegen` unpacks the headers. Return None if neither holds it.
     """
     return next((place for place in (toolkit() / "include", folder) if (place / "cublasLt.h").exists()), None)
 
 
 def unpack(folder: Path) -> None:
-    """Download the package nvidia-cublas by pip, and write its headers into `folder`, which is made if missing.
+    """Download the package nvidia-cublas (420 MB) by pip, and write its headers into `folder`.
 
-    Raise `subprocess.CalledProcessError` if the download fails.
+    The folder is made if it is missing, and the headers lie directly in it. Raise `subprocess.CalledProcessError` if
+    the download fails.
     """
     with tempfile.TemporaryDirectory() as temporary:
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "download", "--no-deps"]
@@ -45,9 +49,9 @@ def unpack(folder: Path) -> None:
 
 
 def main() -> None:
-    """Print the folder that holds cublasLt.h, see `find`. The command line names the folder for downloaded headers.
+    """Print the folder that holds cublasLt.h: the CUDA toolkit's, or the one that the command line names.
 
-    If the header is nowhere, it is downloaded first.
+    If neither holds it, headers are downloaded into the latter first.
     """
     folder = Path(sys.argv[1])
     if find(folder) is None:

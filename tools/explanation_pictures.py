@@ -76,9 +76,10 @@ def _tensor(*shape: int) -> Tensor:
 
 
 def _kept(call: Callable[[], Tensor], *given: Tensor) -> float:
-    """Return the MiB that the result of `call` keeps alive for its backward pass, without the tensors in `given`.
+    """Return the MiB that autograd keeps for the backward pass of `call`, without the tensors in `given`.
 
-    Each storage counts once.
+    `call` takes no arguments and returns a tensor. Each storage counts once. Gradients that a loss of gpt_fast computes
+    in its forward pass count too.
     """
     storages = {}
 
@@ -116,7 +117,7 @@ def draw_memory() -> Figure:
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
-    """Return a figure of the pictures' common width, `height` inches high, and its axes."""
+    """Return (figure, its axes): a new figure of the pictures' common width, `height` inches high."""
     figure = Figure(figsize=(7.2, height), layout="constrained")
     return figure, figure.subplots()
 
@@ -125,7 +126,7 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 
 def draw_way() -> Figure:
-    """Draw a diagram of the stages of a call of `layer_norm`, from the public function to the kernels."""
+    """Draw a fixed diagram of the stages of a call of `layer_norm`, from the public function to the kernels."""
     figure, axes = _figure(5.0)
     axes.set(xlim=(0, 103), ylim=(0, 70))
     axes.axis("off")
@@ -150,9 +151,9 @@ def draw_way() -> Figure:
 def _box(
     axes: Axes, x: float, y: float, width: float, title: str, note: str, *, ink: str = INK, code: bool = False
 ) -> None:
-    """Draw a box centred at (x, y), with a bold title and a small note below it. The outline has the colour `ink`.
+    """Draw a box of size `width` × 8 centred at (x, y), with the bold text `title` and a small `note` below it.
 
-    The title is monospaced if `code`.
+    The outline has the colour `ink`. The title is monospaced if `code`. Lengths are in the units of the axes.
     """
     box = FancyBboxPatch((x - width / 2, y - 4), width, 8, "round,pad=0,rounding_size=1.2", fc=PALE, ec=ink, lw=1.3)
     axes.add_patch(box)
@@ -164,7 +165,7 @@ def _box(
 
 
 def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    """Draw an arrow between two points of the axes."""
+    """Draw an arrow from the point `start` to the point `end`, both (x, y) in the units of the axes."""
     axes.add_patch(
         FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, color=INK, lw=1, shrinkA=0, shrinkB=1)
     )
@@ -176,8 +177,9 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> 
 def draw_tile() -> Figure:
     """Draw the dropout mask of the first 16 x 16 elements (query i, key j) of one head's attention weights.
 
-    Dropped elements are crossed out. Two calls of the random generator Philox are shown in colour: each element that a
-    call decides has the number of the call's random word and of the half of that word, such as "2.1".
+    Dropped elements are crossed out; the probability is 0.2 so that there are enough. Two calls of the random generator
+    Philox are shown in colour: each element that a call decides has the number of the call's random word and of the
+    half of that word, such as "2.1".
     """
     size = 16
     keep = reference.dropout_keep_matrix(torch.tensor([SEED]), 1, torch.tensor([0]), size, size, 2 * DROPOUT_P)[0]
@@ -214,7 +216,10 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 
 
 def main() -> None:
-    """Write every picture as SVG into docs/assets. A picture that has not changed gives the same bytes."""
+    """Write each picture as SVG into docs/assets and print its path. An unchanged picture gives the same bytes.
+
+    matplotlib's global settings for SVG are changed.
+    """
     # The same picture is the same file, and its text stays text.
     matplotlib.rcParams.update({"svg.hashsalt": "gpt_fast", "svg.fonttype": "none"})
     for name, draw in PICTURES.items():

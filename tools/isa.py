@@ -21,7 +21,7 @@ INCLUDED = (*include_paths(), sysconfig.get_paths()["include"])
 
 
 def compiles(source: Path, level: str) -> str:
-    """Compile a C++ file for an instruction set, a key of `LEVELS`, without optimisation or output.
+    """Compile a C++ file of this repository for an instruction set, a key of `LEVELS`, without optimisation or output.
 
     Return "" if it compiles, else its path, the instruction set and the compiler's errors as text.
     """
@@ -37,9 +37,10 @@ def compiles(source: Path, level: str) -> str:
 
 
 def main() -> None:
-    """Compile every C++ file in csrc/cpu for every instruction set, and print the failures and a count.
+    """Compile each C++ file below csrc/cpu for each instruction set of `LEVELS`, and print the failures and a count.
 
-    Exit with code 1 if there is a failure, else 0.
+    Exit with code 1 if there is a failure, else 0. The environment variable MAX_JOBS limits how many compilers run at
+    once; by default there is one for each CPU of the process.
     """
     work = [(path, level) for path in sorted((ROOT / "csrc/cpu").rglob("*.cpp")) for level in LEVELS]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", len(os.sched_getaffinity(0))))) as pool:

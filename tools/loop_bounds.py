@@ -42,20 +42,25 @@ class Instruction(NamedTuple):
 
     @property
     def opcode(self) -> str:
-        """Return the instruction's name without its suffixes, such as LDS for LDS.128."""
+        """Return the instruction's name up to its first dot, such as LDS for LDS.128."""
         return self.name.split(".")[0]
 
 
 def parse(sass: str) -> list[Instruction]:
-    """Return the instructions in the output of `cuobjdump -sass`, in their order."""
+    """Return the instructions in `sass`, the text that `cuobjdump -sass` prints, in their order.
+
+    An `Instruction` has address, name with suffixes, and operands as text. Predicates are dropped, lines of another
+    form are skipped.
+    """
     return [Instruction(int(address, 16), name, rest) for address, name, rest in _INSTRUCTION.findall(sass)]
 
 
 def product_loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:
-    """Return the innermost loops around matrix products, each as the list of its instructions, by address.
+    """Return the innermost loops that contain a matrix product, each as the list of its instructions, by address.
 
-    A loop is a stretch of code from the target of a backward branch to that branch. Code that waits for memory is
-    placed behind the kernel's end and jumps back too, so a stretch with an EXIT in it is no loop.
+    A loop is a stretch of code from the target of a backward branch to that branch. A matrix product is an instruction
+    whose opcode ends in MMA. A stretch with an EXIT in it is no loop: code that waits for memory is placed behind the
+    kernel's end and jumps back too.
     """
     stretches = []
     for address, name, operands in instructions:
@@ -78,9 +83,10 @@ def product_loops(instructions: Sequence[Instruction]) -> list[list[Instruction]
 def bound(body: Sequence[Instruction], warps: int) -> dict[str, int]:
     """Return {pipe: cycles} for one iteration of a loop, in one program of `warps` warps.
 
-    `body` has the loop's instructions. The keys are PIPES: execution units of a multiprocessor, its issue slots and its
-    shared memory. The cycles are rounded. Each of the four warps that issue a wgmma together counts with an issue slot
-    of its own.
+    `body` has the loop's instructions. The keys are "tensor", "mufu", "fma", "alu" (execution units of a
+    multiprocessor), "issue" (its issue slots) and "shared" (its shared memory). The cycles are rounded. Latencies and
+    dependencies do not count, and neither do NOPs. Each of the four warps that issue a wgmma together takes an issue
+    slot of its own.
     """
     issued = [instruction for instruction in body if instruction.opcode != "NOP"]
     lanes = {"mufu": 0, "fma": 0, "imad": 0, "alu": 0}
@@ -103,8 +109,9 @@ def bound(body: Sequence[Instruction], warps: int) -> dict[str, int]:
 def cycles(pipes: dict[str, int]) -> int:
     """Return the cycles of one loop iteration if other work never overlaps with the matrix products.
 
-    `pipes` is {pipe: cycles} with the keys PIPES, see `bound`. The tensor cores read shared memory while they multiply,
-    so the slower of "tensor" and "shared" is the products' time. The slowest of all other pipes is added.
+    `pipes` is {pipe: cycles} with the keys PIPES: "tensor", "mufu", "fma", "alu", "issue" and "shared". The tensor
+    cores read shared memory while they multiply, so the greater of "tensor" and "shared" is the products' time. The
+    greatest of the other four is added.
     """
     products = ("tensor", "shared")
     return max(pipes[pipe] for pipe in products) + max(pipes[pipe] for pipe in PIPES if pipe not in products)
@@ -114,7 +121,8 @@ def causal_cycles(masked: int, unmasked: int, own: int, walked: int, T: int) -> 
     """Return the cycles of causal attention's loops for one head of T tokens, all programs added up.
 
     A program owns `own` rows of one axis (queries or keys) and loops over the other axis, `walked` rows in each
-    iteration. An iteration takes `masked` cycles on the diagonal, which needs a mask, and `unmasked` cycles elsewhere.
+    iteration. An iteration takes `masked` cycles where it meets the diagonal, which needs a mask, and `unmasked` cycles
+    before.
     """
     total = 0
     for start in range(0, T, own):
@@ -126,15 +134,16 @@ def causal_cycles(masked: int, unmasked: int, own: int, walked: int, T: int) -> 
 def rate(products: int, D: int, T: int, total: float) -> float:
     """Return the predicted TFLOP/s of causal attention on an H100 SXM, if one head needs `total` cycles.
 
-    `products` is the number of matrix products (2 forward, 5 backward), D the head size and T the number of tokens. The
-    prediction is scaled by FITTED.
+    `products` is the number of matrix products (2 forward, 5 backward), D the head size and T the number of tokens.
+    Half of the T × T pairs count. The prediction is scaled by FITTED, a factor below 1 that was fitted to a published
+    rate.
     """
     flops = products * 2 * D * T * T / 2
     return FITTED * flops / total * MULTIPROCESSORS * HERTZ / 1e12
 
 
 def _lanes(opcode: str) -> str | None:
-    """Return the key of LANES whose execution unit instructions of an opcode occupy, or None.
+    """Return the execution unit that an opcode occupies: "mufu", "fma", "imad" or "alu", or None.
 
     It is None for memory, control flow, tensor cores and the uniform datapath.
     """
@@ -150,7 +159,7 @@ def _lanes(opcode: str) -> str | None:
 
 
 def _flops(instruction: Instruction) -> int:
-    """Return the FLOPs of a wgmma instruction for its group of four warps together, 0 for any other instruction."""
+    """Return the FLOPs of a wgmma instruction for its group of four warps together, 0 for each other instruction."""
     shape = _WGMMA.match(instruction.name)
     return 2 * 64 * int(shape[1]) * int(shape[2]) if shape else 0
 
@@ -158,8 +167,8 @@ def _flops(instruction: Instruction) -> int:
 def _shared_bytes(instruction: Instruction) -> float:
     """Return the bytes of shared memory that an instruction moves for one warp, 0 if it does not use shared memory.
 
-    For wgmma it is a quarter of the operands' bytes, because four warps share them. A shuffle counts, because it moves
-    its bytes through the same ports.
+    For wgmma it is a quarter of the 16-bit operands' bytes in shared memory, because four warps share them. A shuffle
+    counts, because it moves its bytes through the same ports.
     """
     shape = _WGMMA.match(instruction.name)
     if shape:

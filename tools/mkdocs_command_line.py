@@ -11,9 +11,9 @@ PAGE = "reference/command-line.md"
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """Return the page's Markdown, unchanged but on the page PAGE, which gets a section for each command.
+    """Return the page's Markdown; reference/command-line.md gets a section for each `gpt-fast` command at its end.
 
-    mkdocs calls this function for every page.
+    mkdocs calls this function for each page.
     """
     return "\n".join([markdown, *map(section, NAMES)]) if page.file.src_uri == PAGE else markdown
 

@@ -17,9 +17,10 @@ SITE = "results"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pictures in benchmarks/results to the site's files, below `results/`, and return the files.
+    """Add the pictures benchmarks/results/*/*.png to `files`, the site's files, and return `files`.
 
-    mkdocs calls this function after it has collected the files.
+    In the site they lie below `results/`, in one folder for each device. mkdocs calls this function after it has
+    collected the files.
     """
     root = Path(config.config_file_path).parent
     for picture in sorted((root / RESULTS).glob("*/*.png")):
@@ -31,7 +32,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     """Return the page's Markdown with links to pictures in benchmarks/results changed to their place in the site.
 
-    mkdocs calls this function for every page.
+    Only image links that climb by `../` to benchmarks/results are changed. mkdocs calls this function for each page.
     """
     place = posixpath.relpath(SITE, posixpath.dirname(page.file.src_uri))
     return re.sub(rf"(!\[[^\]]*\]\()(?:\.\./)+{RESULTS.as_posix()}/", rf"\1{place}/", markdown)

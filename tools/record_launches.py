@@ -38,9 +38,10 @@ def describe(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> dict[s
     """Return {"signature", "constants", "divisible", "options"}: how Triton would specialise a kernel for a launch.
 
     "signature" maps each parameter to its type such as "*bf16" or "i32", or to "constexpr" for a constant, which None
-    and 1 are too. "constants" has the values of the constants. "divisible" lists the pointers, which are all aligned to
-    16 bytes, and the integers that are multiples of 16, unless the kernel does not specialise them. "options" are the
-    compile options in OPTIONS that the launch sets. `args` and `kwargs` are the arguments of the launch.
+    and 1 are too. "constants" maps these constants to their values. "divisible" lists the pointers, which are all
+    aligned to 16 bytes, and the integers that are multiples of 16, unless the kernel does not specialise them.
+    "options" maps those of OPTIONS that the launch sets, such as "num_warps", to their values. `args` and `kwargs` are
+    the arguments of the launch.
     """
     names = [parameter.name for parameter in kernel.params]
     values = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
@@ -69,12 +70,12 @@ def describe(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> dict[s
 
 
 def record(topic: Topic, target: int, found: dict[str, dict[str, Any]]) -> None:
-    """Add the kernel launches of an op's topic on the architecture `target`, such as 90, to `found`.
+    """Add the kernel launches of an op's topic on the architecture `target`, such as 90, to `found`. Launch nothing.
 
-    `topic.launches` yields the calls that launch. A value of `found` is a dict with "key" (the launch's name), "module"
-    and "kernel" (where the kernel is), "target", and the entries of `describe`. Its key in `found` is the JSON of all
-    but "key". A launch that is already in `found` is not added, since several shapes and several ops may use one
-    kernel.
+    `topic.launches` yields labels and the calls that launch. A value of `found` is a dict that describes a launch:
+    "key" (its name: op, kernel, label and a number if these repeat), "module" and "kernel" (where the kernel is),
+    "target", "signature", "constants", "divisible" and "options". Its key in `found` is the JSON of all but "key". A
+    launch that is already in `found` is not added, since several shapes and several ops may use one kernel.
     """
     op = topic.name
     kernels = importlib.import_module(f"kernels.{op}")
@@ -82,7 +83,11 @@ def record(topic: Topic, target: int, found: dict[str, dict[str, Any]]) -> None:
     for label, launch in topic.launches(kernels):  # type: ignore[misc]
 
         def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, label: str = label, **kwargs: Any) -> None:
-            """Add this launch of `kernel` to `found`, in place of `JITFunction.run`. Launch nothing."""
+            """Add this launch of `kernel` to the outer `found`, in place of `JITFunction.run`. Launch nothing.
+
+            The remaining arguments are those of the launch; `grid` and `warmup` are ignored. A launch that is in
+            `found` already is not added. `label` belongs to the call that launches.
+            """
             what = {"module": kernel.fn.__module__, "kernel": kernel.__name__, "target": target}
             what |= describe(kernel, args, kwargs)
             key = name = f"{op} {kernel.__name__.strip('_').removesuffix('_kernel')} {label}"
@@ -102,9 +107,10 @@ def record(topic: Topic, target: int, found: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Write the launches of every op on every architecture, as a JSON list, to the file that the command line names.
+    """Write the launches of each op on each architecture, as a JSON list, to the file that the command line names.
 
-    Exit with a message if a kernel file has no launches in benchmarks/ops, or if launches have no kernel file.
+    Exit with a message if a kernel file has no launches in benchmarks/ops, or if launches have no kernel file. Run it
+    from the root of the repository.
     """
     launched = {name: topic for name, topic in catalogue.ops().items() if topic.launches}
     present = {path.stem for path in Path("kernels").glob("*.py") if "\ndef forward(" in path.read_text("utf-8")}

@@ -26,7 +26,8 @@ PATH = Path(launch_configs.__file__)
 def rewritten(text: str, op: str, rows: list[Row]) -> str:
     """Return `text`, the source of kernels/launch_configs.py, with the rows of `op` in TABLES replaced by `rows`.
 
-    A row is a launch configuration, see `Row`. Raise `ValueError` unless TABLES has exactly one table of the op.
+    A `Row` is a launch configuration: kernel, architecture, element size, size, numbers of the configuration, source.
+    Raise `ValueError` unless TABLES has exactly one table of the op. No file is written.
     """
     lines = []
     for row in rows:
@@ -47,7 +48,8 @@ def ship(table: Path) -> None:
     """Write the launch configurations of a user's table into TABLES of kernels/launch_configs.py.
 
     `table` is a file that `gpt-fast tune` wrote. A row of it replaces the shipped one for the same kernel,
-    architecture, element size and class of shapes.
+    architecture, element size and class of shapes, or is inserted. With the first row of an architecture come copies of
+    the rows that served it before.
     """
     _, found = launch_configs.read_table(table)
     text = PATH.read_text("utf-8")
@@ -60,10 +62,12 @@ def ship(table: Path) -> None:
 
 
 def main() -> None:
-    """Do what the command line asks for: measure launch configurations, or ship a table of them.
+    """Measure launch configurations on the GPU (--compare FILE), or ship a table of them (--ship TABLE).
 
-    With --compare, the time of each configuration is appended to FILE. With --ship, kernels/launch_configs.py is
-    rewritten. Exit with a message for an unknown op, and with --compare if there is no GPU.
+    With --compare, the time of each configuration is appended to FILE as a line of JSON, for the ops that the command
+    line names, by default all. --part 2/8 restricts that to a share of the classes of shapes. With --ship, the rows of
+    TABLE are written into kernels/launch_configs.py. Exit with a message for an unknown op, and with --compare if there
+    is no GPU.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(launch_configs.TABLES)}; all by default")

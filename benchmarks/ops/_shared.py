@@ -23,19 +23,22 @@ Missing = Callable[[Case], str | None]
 def normal(case: Case, *shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
     """Return a tensor of `shape` with normal random values times `scale`, on the case's device and in its dtype.
 
-    It requires grad if `grad`.
+    `shape` is given as separate integers. The tensor is a leaf that requires grad if `grad`.
     """
     values = torch.randn(shape, device=case.device) * scale
     return values.to(case.dtype).requires_grad_(grad)
 
 
 def meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Return a tensor on the device `meta`, which has no memory, for kernel launches that are only recorded."""
+    """Return an empty tensor on the device `meta`, for kernel launches that are only recorded, never run.
+
+    It has shape and dtype, but no memory and no values. `shape` is given as separate integers.
+    """
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def short(dtype: torch.dtype) -> str:
-    """Return the dtype as text, such as "float32"."""
+    """Return the dtype's name without "torch.", such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -43,24 +46,27 @@ def short(dtype: torch.dtype) -> str:
 
 
 def ours(op: str, options: Options = lambda case: {}) -> Peer:
-    """Return gpt_fast's implementation of `op`, the name of a function in `gpt_fast.ops`.
+    """Return the `Peer` "gpt_fast": gpt_fast's own implementation of `op`, as one of those that a benchmark compares.
 
-    `options` returns the keyword arguments of the op for a case. On a device without a kernel for the op the
-    implementation counts as missing, with a reason.
+    `op` is the name of a function in `gpt_fast.ops`. A case is one shape, dtype and device to measure. For a case, the
+    peer builds that function with the keyword arguments `options(case)`, none by default. If the op has no kernel of
+    its own on the case's device, the peer counts as missing and gives a reason.
     """
 
     def missing(case: Case) -> str | None:
-        """Return a reason if the op has no kernel on the case's device, else None."""
+        """Return a reason if the outer function's `op` has no kernel on the case's device, else None."""
         return "no kernel here: the reference serves" if ops.serving(op, case.device) == "reference" else None
 
     return Peer(OURS, lambda case: partial(getattr(ops, op), **options(case)), missing)
 
 
 def reference(op: str, options: Options = lambda case: {}, memory: Callable[[Case], int] = lambda case: 0) -> Peer:
-    """Return the reference implementation of `op` in plain PyTorch, which does not count as a rival.
+    """Return the `Peer` "reference": the definition of `op` in plain PyTorch, which does not count as a rival in speed.
 
-    `op` is the name of a function in `gpt_fast.reference`. `options` returns its keyword arguments for a case. `memory`
-    returns the bytes that the case needs. The implementation counts as missing if they exceed half of the free memory.
+    `op` is the name of a function in `gpt_fast.reference`. A case is one shape, dtype and device to measure. For a
+    case, the peer builds that function with the keyword arguments `options(case)`, none by default. `memory(case)`
+    estimates the bytes that it needs, 0 by default. If they exceed half of the device's free memory, the peer counts as
+    missing.
     """
     return Peer(
         "reference", lambda case: partial(getattr(definitions, op), **options(case)), fits(memory), rival=False
@@ -68,18 +74,18 @@ def reference(op: str, options: Options = lambda case: {}, memory: Callable[[Cas
 
 
 def compiled(build: Callable[[Case], Function]) -> Peer:
-    """Return the implementation "torch.compile": the function that `build(case)` returns, compiled.
+    """Return the `Peer` "torch.compile": the function that `build(case)` returns, compiled for static shapes.
 
-    It is compiled for static shapes.
+    The peer is marked as one that compiles, so its first call is slow.
     """
     return Peer("torch.compile", lambda case: torch.compile(build(case), dynamic=False), compiles=True)
 
 
 def dropout(case: Case) -> dict[str, Any]:
-    """Return the dropout arguments of gpt_fast's ops for a case: {"dropout_p", "seed", "site"}, or {} without dropout.
+    """Return the dropout arguments of gpt_fast's ops: {"dropout_p", "seed", "site"}, or {} if the case has no dropout.
 
-    "seed" is a tensor with one integer. "site" is the number that tells the dropout calls of one model apart, so that
-    their masks differ.
+    "dropout_p" is the case's probability. "seed" is a constant int64 tensor with one element, on the case's device.
+    "site" is a constant; in a model it is the number that gives each dropout call a mask of its own.
     """
     seed = torch.tensor([1234567], device=case.device)
     return {"dropout_p": case.dropout, "seed": seed, "site": SITE} if case.dropout else {}
@@ -89,9 +95,10 @@ def dropout(case: Case) -> dict[str, Any]:
 
 
 def fits(memory: Callable[[Case], int]) -> Missing:
-    """Return a check for `Peer.missing`, a function from a case to a reason or None.
+    """Return a check for `Peer.missing`: a function that takes a case and returns a reason as text, or None.
 
-    It returns a reason if `memory(case)` bytes exceed half of the free memory on the case's device, else None.
+    It returns a reason if `memory(case)` bytes exceed half of the memory that is free at that time on the case's
+    device. Otherwise it returns None.
     """
 
     def missing(case: Case) -> str | None:
@@ -102,10 +109,10 @@ def fits(memory: Callable[[Case], int]) -> Missing:
 
 
 def cuda_only(package: str | None = None) -> Missing:
-    """Return a check for `Peer.missing`, a function from a case to a reason or None.
+    """Return a check for `Peer.missing`: a function that takes a case and returns a reason as text, or None.
 
-    It returns a reason if `package`, the name of a Python package, is given and not installed, or if the case is on a
-    CPU. Otherwise it returns None.
+    It returns a reason if `package` is given and cannot be found, or else if the case's device is not "cuda". Otherwise
+    it returns None. `package` is a module name as in an import, such as "liger_kernel".
     """
 
     def missing(case: Case) -> str | None:

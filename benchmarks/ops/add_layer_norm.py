@@ -16,7 +16,10 @@ WIDTHS = (768, 1024, 1280, 1600)  # of GPT-2's four sizes
 
 
 def inputs(case: Case) -> tuple:
-    """Return random (x [M, N], residual [M, N], weight [N], bias [N]), which all require grad."""
+    """Return normal random tensors (x [M, N], residual [M, N], weight [N], bias [N]), which all require grad.
+
+    M and N are the case's sizes. The case also gives device and dtype.
+    """
     M, N = case.size.values()
     return normal(case, M, N), normal(case, M, N), normal(case, N), normal(case, N)
 
@@ -24,9 +27,9 @@ def inputs(case: Case) -> tuple:
 def work(case: Case, passes: str) -> Work:
     """Return the least bytes of one pass over the case, with 0 FLOPs; `passes` is "forward" or "backward".
 
-    Forward reads x, residual, weight and bias, and writes the two outputs and the statistics. Backward reads both
-    gradients, the sum, the weight and the statistics. It writes the gradients, that of x only if dropout makes it
-    differ.
+    Forward reads x, residual, weight and bias, and writes the two outputs and the float32 statistics (mean and rstd of
+    each row). Backward reads both outputs' gradients, the sum, the weight and the statistics. It writes the gradients
+    of residual, weight and bias, and with dropout also that of x, which otherwise equals that of residual.
     """
     M, N = case.size.values()
     element, statistics = case.dtype.itemsize, 2 * 4 * M
@@ -38,10 +41,11 @@ def work(case: Case, passes: str) -> Work:
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield the cases to benchmark on a device, "cpu" or "cuda".
+    """Yield the cases to benchmark on a device, "cpu" or "cuda": M rows of each of GPT-2's four widths N.
 
-    They are GPT-2's widths with and without dropout, on a CPU in float32 and bfloat16, and there also one case with
-    many rows. Width 768 is also in a quick run.
+    On a GPU, M is 32768, in bfloat16, each with dropout 0 and 0.1. On a CPU, M is 1024, in float32 and bfloat16, each
+    with dropout 0 and 0.1. One more CPU case has M = 32768 and N = 768, in float32 with dropout 0.1. A quick run has
+    only width 768 of these: on a CPU in float32 with 1024 rows.
     """
     if device == "cuda":
         for N in WIDTHS:
@@ -57,8 +61,8 @@ def cases(device: str) -> Iterator[Case]:
 def targets(case: Case) -> Iterator[Target]:
     """Yield the speed targets of a case.
 
-    On a GPU, each pass must reach a share of the measured speed limit, and both together must be as fast as
-    torch.compile. On a CPU, both together must be as fast as PyTorch.
+    On a GPU, forward and backward must each reach 85 % of the device's measured speed limit. Both together must be as
+    fast as torch.compile. On a CPU, both together must be as fast as PyTorch.
     """
     if case.device == "cuda":
         yield Target(FLOOR, 0.85, ("forward",))
@@ -71,7 +75,7 @@ def targets(case: Case) -> Iterator[Target]:
 def torch_add_layer_norm(case: Case) -> Function:
     """Return a function (x, residual, weight, bias) → (normed, summed) that calls PyTorch's functions.
 
-    It has the case's dropout.
+    summed = residual + dropout(x) with the case's dropout probability, and normed is the layer norm of summed.
     """
     p = case.dropout
 
@@ -83,11 +87,11 @@ def torch_add_layer_norm(case: Case) -> Function:
 
 
 def launches(kernels: ModuleType) -> Launches:
-    """Yield (label, call that launches kernels) for every width with a launch configuration, forward and backward.
+    """Yield (label, call without arguments) for each width with a launch configuration, first forward, then backward.
 
-    Training launches the kernels so: with dropout, in bfloat16, and with a gradient of the residual stream. A label
-    is such as "N=768 bfloat16 dropout". The tensors are on the device `meta`, so the calls can only be recorded, which
-    tools/record_launches.py does. `kernels` is the module kernels/add_layer_norm.py.
+    Both calls of a width have one label, such as "N=768 bfloat16 dropout". They launch the kernels as training does:
+    with dropout 0.1, in bfloat16, and with a gradient for both outputs. The tensors are on the device `meta`, so the
+    calls can only be recorded, which tools/record_launches.py does. `kernels` is the module kernels/add_layer_norm.py.
     """
     from kernels import launch_configs
 

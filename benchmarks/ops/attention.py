@@ -19,7 +19,7 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384)
 
 
 def inputs(case: Case) -> tuple:
-    """Return random q, k, v [B, H, T, D], which require grad.
+    """Return normal random tensors q, k, v [B, H, T, D], which require grad; B, H, T, D are the case's sizes.
 
     In memory they are laid out as [B, T, H, D], as the projection before attention writes them.
     """
@@ -50,10 +50,14 @@ def work(case: Case, passes: str) -> Work:
 def cases(device: str) -> Iterator[Case]:
     """Yield the cases to benchmark on a device, "cpu" or "cuda".
 
-    A GPU gets a series over the sequence length T with a constant number of tokens, and a second head size, with and
-    without dropout. A CPU gets two short lengths with and without dropout, also in bfloat16 if it lacks instructions
-    for it, and a series over T in float32. One of the short lengths, on a GPU two of the series, are also in a quick
-    run.
+    On a GPU, each case has 16384 tokens, in bfloat16, with dropout 0 and 0.1. Head size 64 has a series over the
+    sequence length T, from 1024 to 16384. Head size 128 has T = 1024 and 4096. A quick run has head size 64 with T =
+    1024 and 4096.
+
+    On a CPU, batches of 4 sequences with T = 256 and 1024 have dropout 0 and 0.1. Their dtypes are float32 and
+    bfloat16. If the CPU lacks instructions for bfloat16, that dtype is limited to three implementations. A series of
+    one sequence over T, 1024 to 16384, is in float32 without dropout, for six implementations. A quick run has T = 256,
+    but no limited cases.
     """
     if device == "cuda":  # 16k tokens in each: GPT-1's and GPT-2's head size, then 128
         for T in LENGTHS:
@@ -73,11 +77,13 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
-    """Yield the speed targets of a case.
+    """Yield the speed targets of a case. A GPU case with dropout, and a CPU case with a batch of 1, have none.
 
-    On a GPU without dropout, each pass has a target: at head size 64 against the faster of SDPA's flash and cuDNN
-    backends, at 128 against cuDNN. On a CPU with more than one sequence, both passes together have a target against the
-    faster of SDPA's flash and math backends.
+    On a GPU, the rival at head size 64 is the faster of SDPA's flash and cuDNN backends, at other sizes cuDNN. Forward
+    must be as fast as the rival. Backward must reach 0.9 of its speed at head size 64, else 0.7.
+
+    On a CPU, forward and backward together have the faster of SDPA's flash and math backends as rival. They must be as
+    fast without dropout. With dropout they must be 2 times as fast at T = 256, else 5 times.
     """
     T, D = case.size["T"], case.size["D"]
     if case.device == "cuda":
@@ -96,7 +102,7 @@ def targets(case: Case) -> Iterator[Target]:
 def scores(copies: int) -> Callable[[Case], int]:
     """Return a function from a case to the bytes of `copies` float32 tensors [B, H, T, T].
 
-    It estimates the memory of an implementation that stores attention scores.
+    It estimates the memory of an implementation that stores attention scores. B, H and T are the case's sizes.
     """
 
     def memory(case: Case) -> int:
@@ -107,19 +113,22 @@ def scores(copies: int) -> Callable[[Case], int]:
 
 
 def reference_memory(case: Case) -> int:
-    """Return the estimated bytes that the reference implementation needs for the case."""
+    """Return the estimated bytes that the reference needs: 6 float32 tensors [B, H, T, T], or 30 with dropout."""
     return scores(30 if case.dropout else 6)(case)  # dropout: 64-bit words of the generator for each pair
 
 
 def sdpa(backend: SDPBackend | None) -> Callable[[Case], Function]:
-    """Return a function that builds an implementation: from a case to a function (q, k, v) → out [B, H, T, D].
+    """Return a function that builds PyTorch's causal `scaled_dot_product_attention` with the dropout of a case.
 
-    The implementation is PyTorch's causal `scaled_dot_product_attention` with the case's dropout. `backend` is the only
-    backend allowed; None leaves the choice to PyTorch.
+    The function takes a case and returns a function (q, k, v) → out [B, H, T, D]. `backend` is the only backend that
+    may run; None leaves the choice to PyTorch.
     """
 
     def build(case: Case) -> Function:
-        """Return the function (q, k, v) → out [B, H, T, D] with the case's dropout."""
+        """Return causal SDPA with the case's dropout as a function (q, k, v) → out.
+
+        The outer function's `backend` is the only one allowed, or None for PyTorch's choice.
+        """
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if backend is None:
@@ -133,14 +142,15 @@ def sdpa(backend: SDPBackend | None) -> Callable[[Case], Function]:
 
 
 def flash_missing(case: Case) -> str | None:
-    """Return the reason why SDPA's flash backend cannot run the case, which is dropout on a CPU, or None."""
+    """Return a reason if the case has dropout on a CPU, where SDPA's flash backend cannot run it, else None."""
     return "no dropout on the CPU: PyTorch takes math instead" if case.dropout and case.device == "cpu" else None
 
 
 def flex(case: Case) -> Function:
-    """Return FlexAttention with a causal mask, compiled, as (q, k, v) → out [B, H, T, D].
+    """Return FlexAttention with a causal mask, compiled, as a function (q, k, v) → out [B, H, T, D].
 
-    On a CPU FlexAttention has no backward pass. There the function detaches its inputs.
+    The mask is for the case's length T and device. On a CPU FlexAttention has no backward pass: there the function
+    detaches its inputs, so its result does not require grad.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -158,19 +168,21 @@ def flex(case: Case) -> Function:
 
 
 def flex_missing(case: Case) -> str | None:
-    """Return the reason why FlexAttention cannot run the case, which is dropout on any device, or None."""
+    """Return a reason if the case has dropout, which FlexAttention lacks on each device, else None."""
     return "has no dropout" if case.dropout else None
 
 
 def launches(kernels: ModuleType) -> Launches:
-    """Yield (label, call) for the kernels of causal attention. A call launches either the forward or the backward.
+    """Yield (label, call without arguments) for the kernels of causal attention, to compile and compare their code.
 
     Each shape gives two pairs with one label, such as "D=64 bfloat16 dropout": its forward call, then its backward
-    call. The shapes cover several head sizes and dtypes, most of them with dropout and without, so that their code can
-    be compared. Then come candidates, which are launch configurations that no GPU has measured yet. A candidate is for
-    one of the two directions, so it gives only that call, without dropout and with it. The tensors are on the device
-    `meta`, so a call can only be recorded, which tools/record_launches.py does. `kernels` is the module
-    kernels/attention.py.
+    call. The shapes are head sizes 64, 128 and 256 in bfloat16 and float32, and 64 in float16. Only float32 of the two
+    larger sizes lacks a variant with dropout.
+
+    Then come candidates: launch configurations that no GPU has measured yet. A candidate gives its forward or its
+    backward call, in bfloat16, first without dropout, then with it. That call does nothing if the current architecture
+    is not the candidate's. The tensors are on the device `meta`, so a call can only be recorded, which
+    tools/record_launches.py does. `kernels` is the module kernels/attention.py.
     """
     shapes = [(D, torch.bfloat16, p) for D in (64, 128, 256) for p in (0.0, 0.1)]
     shapes += [(64, dtype, p) for dtype in (torch.float16, torch.float32) for p in (0.0, 0.1)]
@@ -192,8 +204,9 @@ def launches(kernels: ModuleType) -> Launches:
 def calls(kernels: ModuleType, D: int, dtype: torch.dtype, p: float) -> tuple[Callable[[], object], ...]:
     """Return (forward call, backward call) of causal attention with head size D and dropout probability p.
 
-    The tensors are on the device `meta`, so the calls can only be recorded. q, k and v are views of one packed
-    projection. `kernels` is the module kernels/attention.py.
+    The calls take no arguments. Their tensors are on the device `meta`, so they can only be recorded. q, k and v are
+    views of one packed projection, and backward computes its gradient. B, T and H are constants. If `p` is not 0, the
+    dropout threshold is always that of 0.1. `kernels` is the module kernels/attention.py.
     """
     B, T, H = 2, 4096, 4
     qkv, out = meta(B, T, 3 * H * D, dtype=dtype), meta(B, T, H, D, dtype=dtype).transpose(1, 2)
@@ -208,10 +221,11 @@ def calls(kernels: ModuleType, D: int, dtype: torch.dtype, p: float) -> tuple[Ca
 
 
 def candidates(kernels: ModuleType) -> list[list[Any]]:
-    """Return groups of launch configurations to try together: lists of rows of `launch_configs.CANDIDATES`.
+    """Return groups of unmeasured launch configurations of attention, each group a list of rows to try together.
 
-    A row is a `launch_configs.Row`. Each row for the forward kernel is a group of its own. All rows for the backward
-    kernels are one group. `kernels` is the module kernels/attention.py.
+    A row is a `launch_configs.Row` of `launch_configs.CANDIDATES`. First comes each row for the forward kernel as a
+    group of its own. The last group has all rows for the backward kernels, or none. `kernels` is the module
+    kernels/attention.py.
     """
     rows = kernels.launch_configs.CANDIDATES[OP]
     return [*([row] for row in rows if row.kernel == "fwd"), [row for row in rows if row.kernel != "fwd"]]
@@ -220,8 +234,9 @@ def candidates(kernels: ModuleType) -> list[list[Any]]:
 def trying(kernels: ModuleType, rows: list[Any], call: Callable[[], object]) -> None:
     """Run `call` with the launch configurations `rows` in place of the shipped ones of the same kernels.
 
-    `rows` are of type `launch_configs.Row`, all for one GPU architecture. If the current architecture is another one,
-    `call` does not run. `kernels` is the module kernels/attention.py.
+    `rows` is not empty, and its entries are `launch_configs.Row`s for one GPU architecture. If the current architecture
+    is another one, `call` does not run. Afterwards the configurations from before are in use again. `kernels` is the
+    module kernels/attention.py.
     """
     configs = kernels.launch_configs
     if configs.architecture(torch.device("meta")) == rows[0].architecture:

@@ -15,9 +15,9 @@ OP = "decode_attention"
 
 
 def inputs(case: Case) -> tuple:
-    """Return random (q [B, H, D], k_cache, v_cache [B, H, S, D], lengths [B]).
+    """Return normal random q [B, H, D], k_cache and v_cache [B, H, S, D], and lengths [B], as a tuple of four tensors.
 
-    All lengths are S, so the caches are full. Nothing requires grad.
+    All lengths are S, so the caches are full. Nothing requires grad. B, H, S, D are the case's sizes.
     """
     B, H, S, D = case.size.values()
     caches = [normal(case, B, H, S, D, grad=False) for _ in range(2)]
@@ -25,19 +25,20 @@ def inputs(case: Case) -> tuple:
 
 
 def work(case: Case, passes: str) -> Work:
-    """Return the least bytes and FLOPs of one call; `passes` is always "inference".
+    """Return the least bytes and FLOPs of one call, for comparison with the device's read bandwidth.
 
-    A call reads q and all S rows of both caches, and writes the output. It has two matrix products, with keys and
-    values.
+    `passes` is not used. A call reads q and all S rows of both caches, and writes the output. It has two matrix
+    products, with keys and values.
     """
     B, H, S, D = case.size.values()
     return Work(case.dtype.itemsize * (2 * B * H * S * D + 2 * B * H * D), 2 * 2 * B * H * S * D, "read")
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield the cases to benchmark on a device, "cpu" or "cuda".
+    """Yield the cases to benchmark on a device, "cpu" or "cuda": batch sizes 1 and 8 with caches of 256 and 1024 rows.
 
-    They are GPT-2's heads at two batch sizes and two lengths of the cache. The longer ones are also in a quick run.
+    All have GPT-2's 12 heads of size 64, in bfloat16 on a GPU and float32 on a CPU. A quick run has those with 1024
+    rows.
     """
     for B in (1, 8):
         for S in (256, 1024):
@@ -47,7 +48,7 @@ def cases(device: str) -> Iterator[Case]:
 def torch_decode_attention(case: Case) -> Function:
     """Return a function (q, k_cache, v_cache, lengths) → out [B, H, D] that calls PyTorch's SDPA.
 
-    A mask excludes the rows of a cache from `lengths` on.
+    A mask excludes each sequence's cache rows from its entry of `lengths` on. `case` is not used.
     """
 
     def run(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
@@ -58,11 +59,12 @@ def torch_decode_attention(case: Case) -> Function:
 
 
 def launches(kernels: ModuleType) -> Launches:
-    """Yield (label, call that launches kernels) for every head size with a launch configuration, and every dtype.
+    """Yield (label, call without arguments) for each head size that has a launch configuration, in bfloat16.
 
-    A call attends from one query of each sequence to its cache: once with the cache as it is, once with a new key and
-    value appended first. A label is such as "D=64 bfloat16 append". The tensors are on the device `meta`, so the calls
-    can only be recorded, which tools/record_launches.py does. `kernels` is the module kernels/decode_attention.py.
+    Head size 64 also comes in float16 and float32, and 256 in float32. Each shape gives two calls. The first attends
+    from one query of each sequence to its cache. The second, with " append" after its label, stores a new key and value
+    before. A label is such as "D=64 bfloat16 append". The tensors are on the device `meta`, so the calls can only be
+    recorded, which tools/record_launches.py does. `kernels` is the module kernels/decode_attention.py.
     """
     from kernels import launch_configs
 

@@ -15,7 +15,10 @@ OP = "embedding"
 
 
 def inputs(case: Case) -> tuple:
-    """Return random (tokens [B, T], token_weight [V, C], position_weight [T, C]). The weights require grad."""
+    """Return random (tokens [B, T], token_weight [V, C], position_weight [T, C]); B, T, V, C are the case's sizes.
+
+    The tokens are int64 ids below V. The weights are normal in the case's dtype and require grad.
+    """
     B, T, V, C = case.size.values()
     return ids(case, V, B, T), normal(case, V, C), normal(case, T, C)
 
@@ -34,10 +37,10 @@ def work(case: Case, passes: str) -> Work:
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield the cases to benchmark on a device, "cpu" or "cuda", with and without dropout.
+    """Yield the cases to benchmark on a device, "cpu" or "cuda", each with dropout 0 and 0.1.
 
-    They are GPT-2's vocabulary at width 768, which is also in a quick run, and on a CPU at the widths of the larger
-    GPT-2s.
+    All have GPT-2's vocabulary. A GPU gets 16 sequences of 1024 tokens at width 768, in bfloat16. A CPU gets 4
+    sequences of 256 tokens at GPT-2's four widths, in float32. A quick run has width 768.
     """
     B, T = (16, 1024) if device == "cuda" else (4, 256)
     size = {"B": B, "T": T, "V": 50257, "C": 768}
@@ -47,7 +50,7 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
-    """Yield the speed target of a case: as fast as PyTorch on a CPU, none on a GPU."""
+    """Yield the speed target of a case: forward and backward together as fast as PyTorch on a CPU, none on a GPU."""
     if case.device == "cpu":
         yield Target("torch", 1.0)
 
@@ -55,7 +58,7 @@ def targets(case: Case) -> Iterator[Target]:
 def torch_embedding(case: Case) -> Function:
     """Return a function (tokens, token_weight, position_weight) → x [B, T, C] that calls PyTorch's functions.
 
-    It has the case's dropout.
+    x is the sum of each token's row and its position's row, with the case's dropout.
     """
     p = case.dropout
 
@@ -67,10 +70,11 @@ def torch_embedding(case: Case) -> Function:
 
 
 def launches(kernels: ModuleType) -> Launches:
-    """Yield (label, call that launches kernels) for the embedding tables of GPT-2, with dropout, forward and backward.
+    """Yield (label, call without arguments) for GPT-2's embedding tables with dropout, in bfloat16, then in float32.
 
-    A label is such as "C=768 bfloat16 dropout". The tensors are on the device `meta`, so the calls can only be
-    recorded, which tools/record_launches.py does. `kernels` is the module kernels/embedding.py.
+    Each dtype gives two calls with one label, first forward, then backward. A label is such as "C=768 bfloat16
+    dropout". The tensors are on the device `meta`, so the calls can only be recorded, which tools/record_launches.py
+    does. `kernels` is the module kernels/embedding.py.
     """
     for dtype in (torch.bfloat16, torch.float32):
         V, P, C, T = 50257, 1024, 768, 1024

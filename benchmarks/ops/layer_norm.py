@@ -16,7 +16,10 @@ WIDTHS = (768, 1024, 1280, 1600)  # of GPT-2's four sizes
 
 
 def inputs(case: Case) -> tuple:
-    """Return random (x [M, N], weight [N], bias [N]), which all require grad."""
+    """Return normal random tensors (x [M, N], weight [N], bias [N]), which all require grad.
+
+    M and N are the case's sizes. The case also gives device and dtype.
+    """
     M, N = case.size.values()
     return normal(case, M, N), normal(case, N), normal(case, N)
 
@@ -24,8 +27,8 @@ def inputs(case: Case) -> tuple:
 def work(case: Case, passes: str) -> Work:
     """Return the least bytes of one pass over the case, with 0 FLOPs; `passes` is "forward" or "backward".
 
-    Forward reads x, weight and bias, and writes y, mean and rstd. Backward reads the gradient of y, x, weight, mean and
-    rstd, and writes the gradients of x, weight and bias.
+    Forward reads x, weight and bias, and writes y and each row's mean and rstd in float32. Backward reads the gradient
+    of y, x, weight, mean and rstd, and writes the gradients of x, weight and bias.
     """
     M, N = case.size.values()
     element, statistics = case.dtype.itemsize, 2 * 4 * M
@@ -35,10 +38,10 @@ def work(case: Case, passes: str) -> Work:
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield the cases to benchmark on a device, "cpu" or "cuda".
+    """Yield the cases to benchmark on a device, "cpu" or "cuda": M rows of each of GPT-2's four widths N.
 
-    They are GPT-2's widths, on a CPU in float32 and bfloat16. Width 768, with few rows on a CPU, is also in a quick
-    run.
+    On a GPU, M is 32768, in bfloat16. On a CPU, M is 1024, and for width 768 also 32768, each in float32 and bfloat16.
+    A quick run has only width 768, on a CPU with 1024 rows.
     """
     if device == "cuda":
         for N in WIDTHS:
@@ -52,8 +55,8 @@ def cases(device: str) -> Iterator[Case]:
 def targets(case: Case) -> Iterator[Target]:
     """Yield the speed targets of a case.
 
-    On a GPU, each pass must reach a share of the measured speed limit, and both together must be as fast as the faster
-    of torch.compile and Liger. On a CPU, both together must be as fast as PyTorch.
+    On a GPU, forward and backward must each reach 85 % of the device's measured speed limit. Both together must be as
+    fast as the faster of torch.compile and Liger. On a CPU, both together must be as fast as PyTorch.
     """
     if case.device == "cuda":
         yield Target(FLOOR, 0.85, ("forward",))
@@ -64,24 +67,28 @@ def targets(case: Case) -> Iterator[Target]:
 
 
 def torch_layer_norm(case: Case) -> Function:
-    """Return a function (x, weight, bias) → y that calls PyTorch's layer norm."""
+    """Return a function (x, weight, bias) → y: PyTorch's layer norm over the last dimension. `case` is not used."""
     return lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias)
 
 
 def liger_layer_norm(case: Case) -> Function:
-    """Return a function (x, weight, bias) → y that calls Liger's layer norm."""
+    """Return a function (x, weight, bias) → y: Liger's layer norm with eps = 1e-5.
+
+    Raise `ImportError` if Liger is not installed. `case` is not used.
+    """
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
     return lambda x, weight, bias: LigerLayerNormFunction.apply(x, weight, bias, 1e-5)
 
 
 def launches(kernels: ModuleType) -> Launches:
-    """Yield (label, call that launches kernels), forward and backward.
+    """Yield (label, call without arguments) for the layer norm kernels, for each shape first forward, then backward.
 
-    Each launch configuration is there with its greatest width in bfloat16, and GPT-2's width 768 in each dtype. Then
-    come candidates, forward only, which are launch configurations that no GPU has measured yet. A label is such as
-    "N=768 bfloat16". The tensors are on the device `meta`, so the calls can only be recorded, which
-    tools/record_launches.py does. `kernels` is the module kernels/layer_norm.py.
+    The shapes are the greatest width of each launch configuration in bfloat16, and GPT-2's width 768 in three dtypes. A
+    label is such as "N=768 bfloat16". Then come candidates, which are launch configurations that no GPU has measured
+    yet: one forward call each, which does nothing on another architecture than the candidate's. The tensors are on the
+    device `meta`, so the calls can only be recorded, which tools/record_launches.py does. `kernels` is the module
+    kernels/layer_norm.py.
     """
     from kernels import launch_configs
 
@@ -101,10 +108,10 @@ def launches(kernels: ModuleType) -> Launches:
 
 
 def trying(row: Any, call: Callable[[], object]) -> None:
-    """Run `call` with the launch configuration `row` in place of the shipped one of the same kernel.
+    """Run `call` with the launch configuration `row` in place of the shipped one for the same kernel and size.
 
-    `row` is a `launch_configs.Row` of `launch_configs.CANDIDATES`. If the current GPU architecture is another one than
-    the row's, `call` does not run.
+    `row` is a `launch_configs.Row` of `launch_configs.CANDIDATES`. If the current GPU architecture is not the row's,
+    `call` does not run. Afterwards the configuration from before is in use again.
     """
     from kernels import launch_configs
 

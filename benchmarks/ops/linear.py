@@ -11,7 +11,10 @@ OP = "linear"
 
 
 def inputs(case: Case) -> tuple:
-    """Return random (x [M, K], weight [N, K]), which both require grad."""
+    """Return normal random tensors (x [M, K], weight [N, K]), which both require grad; M, N, K are the case's sizes.
+
+    The weight is scaled by 1/√K.
+    """
     M, N, K = case.size.values()
     return normal(case, M, K), normal(case, N, K, scale=K**-0.5)
 
@@ -19,8 +22,8 @@ def inputs(case: Case) -> tuple:
 def work(case: Case, passes: str) -> Work:
     """Return the least bytes and FLOPs of one pass over the case; `passes` is "forward" or "backward".
 
-    Forward reads x and weight and writes y [M, N]. Backward reads the gradient of y, x and weight, writes both
-    gradients, and has two matrix products.
+    Forward reads x and weight, writes y [M, N], and has one matrix product. Backward reads the gradient of y, x and
+    weight, writes the gradients of x and weight, and has two.
     """
     M, N, K = case.size.values()
     element = case.dtype.itemsize
@@ -30,9 +33,10 @@ def work(case: Case, passes: str) -> Work:
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield the matrix products of a GPT-2 block and a square one on a CPU. The smallest is also in a quick run.
+    """Yield the cases to benchmark on a CPU: the four matrix products of a GPT-2 block and a square one.
 
-    A GPU has no cases, because PyTorch's kernel runs there.
+    They have 1024 rows, in float32, and in bfloat16 if the CPU has instructions for it. The smallest product is also in
+    a quick run. "cuda" has no cases, because PyTorch's kernel runs there.
     """
     if device == "cpu":
         C = 768

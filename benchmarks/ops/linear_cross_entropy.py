@@ -15,13 +15,17 @@ VOCABULARIES = (8192, 16384, 32768, 65536, 131072)
 
 
 def inputs(case: Case) -> tuple:
-    """Return random (x [N, C], weight [V, C], target [N]). x and weight require grad."""
+    """Return random (x [N, C], weight [V, C], target [N]); N, C, V are the case's sizes.
+
+    x and weight are normal in the case's dtype and require grad; weight is scaled by 1/√C. The targets are int64 below
+    V.
+    """
     N, C, V = case.size.values()
     return normal(case, N, C), normal(case, V, C, scale=C**-0.5), ids(case, V, N)
 
 
 def work(case: Case, passes: str) -> Work:
-    """Return the least bytes and FLOPs of forward and backward together; `passes` is always "training".
+    """Return the least bytes and FLOPs of forward and backward together; `passes` is ignored.
 
     There are three matrix products: logits, dx and dweight. x, weight and target are read, dx and dweight are written.
     """
@@ -30,10 +34,14 @@ def work(case: Case, passes: str) -> Work:
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield the cases to benchmark on a device, "cpu" or "cuda".
+    """Yield the cases to benchmark on a device, "cpu" or "cuda": N rows, width C, vocabulary size V, no dropout.
 
-    They are GPT-2's vocabulary at GPT-2's widths, and a series over the vocabulary size. The smallest with GPT-2's
-    vocabulary at width 768 is the case of a quick run. A CPU without bfloat16 instructions also gets a bfloat16 case.
+    A GPU gets GPT-2's vocabulary at its four widths, with 16384 rows, and a series over V, all in bfloat16. Width 768
+    with GPT-2's vocabulary is also in a quick run.
+
+    A CPU gets GPT-2's vocabulary at its four widths, with 1024 rows, and a series over V, in float32. At width 768 it
+    also gets bfloat16, and 256 rows in float32, the only case of a quick run. Larger widths, the series, and bfloat16
+    without instructions for it are limited to two or three implementations.
     """
     if device == "cuda":
         yield from every(OP, device, [{"N": 16384, "C": 768, "V": 50257}], quick=True)
@@ -51,7 +59,7 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
-    """Yield the speed target of a case.
+    """Yield the speed target of a case, for forward and backward together.
 
     On a GPU, gpt_fast may take 2 % more time than torch.compile. On a CPU it must be as fast as PyTorch.
     """
@@ -62,12 +70,18 @@ def targets(case: Case) -> Iterator[Target]:
 
 
 def torch_loss(case: Case) -> Function:
-    """Return a function (x, weight, target) → loss that stores all logits in float32, by PyTorch's functions."""
+    """Return a function (x, weight, target) → mean loss that stores all logits in float32. `case` is not used.
+
+    It calls PyTorch's linear and cross_entropy.
+    """
     return lambda x, weight, target: F.cross_entropy(F.linear(x, weight).float(), target)
 
 
 def torch_loss_chunked(case: Case) -> Function:
-    """Return PyTorch's own fused loss, which computes the logits in chunks, as (x, weight, target) → loss."""
+    """Return PyTorch's own fused loss, which computes the logits in chunks, as (x, weight, target) → loss.
+
+    Raise `AttributeError` if this PyTorch has no `F.linear_cross_entropy`. `case` is not used.
+    """
     function, options = F.linear_cross_entropy, torch.nn.LinearCrossEntropyOptions()
     return lambda x, weight, target: function(x, weight, target, options=options)
 
@@ -75,7 +89,7 @@ def torch_loss_chunked(case: Case) -> Function:
 def chunked_missing(case: Case) -> str | None:
     """Return the reason why PyTorch's chunked loss is not measured on the case, or None if it is.
 
-    The reason is that this version of PyTorch lacks it, or that the case has more than 256 rows on a CPU.
+    The reason is that this version of PyTorch lacks it, or else that a CPU case has more than 256 rows.
     """
     if not hasattr(F, "linear_cross_entropy"):
         return f"PyTorch {torch.__version__} does not have it"
@@ -84,7 +98,10 @@ def chunked_missing(case: Case) -> str | None:
 
 
 def liger_fused_loss(case: Case) -> Function:
-    """Return Liger's loss that is fused with the output layer, as (x, weight, target) → loss."""
+    """Return Liger's loss that is fused with the output layer, as (x, weight, target) → loss. `case` is not used.
+
+    Raise `ImportError` if Liger is not installed.
+    """
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss()
@@ -92,7 +109,10 @@ def liger_fused_loss(case: Case) -> Function:
 
 
 def liger_loss(case: Case) -> Function:
-    """Return a function (x, weight, target) → loss that stores all logits and calls Liger's cross-entropy."""
+    """Return a function (x, weight, target) → loss that stores all logits and calls Liger's cross-entropy.
+
+    Raise `ImportError` if Liger is not installed. `case` is not used.
+    """
     from liger_kernel.transformers import LigerCrossEntropyLoss
 
     loss = LigerCrossEntropyLoss()
@@ -100,11 +120,11 @@ def liger_loss(case: Case) -> Function:
 
 
 def launches(kernels: ModuleType) -> Launches:
-    """Yield (label, call that launches kernels) for GPT-2's vocabulary.
+    """Yield (label, call without arguments) for the loss over GPT-2's vocabulary, with 8192 rows of width 768.
 
-    First come the calls of GPT-2's heads in bfloat16: the loss with gradients, the loss without, and the backward pass
-    of the losses of single tokens. Then come all optional arguments, a transposed weight, and the other dtypes. Rows
-    are processed in two chunks, and the second adds to the sums of the first. A label is such as "V=50257 C=768
+    Plain bfloat16 gives three calls: the mean loss with gradients, without gradients (" no_grad"), and the backward
+    pass of one loss per row (" single losses"). Then comes the mean loss with gradients for four variants: bias and
+    label smoothing, a transposed weight, and a bias in float16 and in float32. A label is such as "V=50257 C=768
     bfloat16 no_grad". The tensors are on the device `meta`, so the calls can only be recorded, which
     tools/record_launches.py does. `kernels` is the module kernels/linear_cross_entropy.py.
     """

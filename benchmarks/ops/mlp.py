@@ -31,7 +31,7 @@ WIDTHS = (768, 1024, 1280, 1600)  # of GPT-2's four sizes
 def inputs(case: Case) -> tuple:
     """Return random (x [M, C], fc_weight [4C, C], fc_bias [4C], proj_weight [C, 4C], proj_bias [C]).
 
-    All require grad.
+    All are normal and require grad; each weight is scaled by 1/√(its input width). M and C are the case's sizes.
     """
     M, C = case.size.values()
     F = 4 * C
@@ -47,8 +47,8 @@ def inputs(case: Case) -> tuple:
 def work(case: Case, passes: str) -> Work:
     """Return the least bytes and FLOPs of one pass over the case; `passes` is "forward" or "backward".
 
-    Forward reads x and the weights, writes y, and has two matrix products. Backward reads x, the gradient of y and the
-    weights, writes all gradients, and has four.
+    Forward reads x, the weights and biases, writes y, and has two matrix products. Backward reads x, the gradient of y,
+    the weights and the first bias. It writes the gradients of all five inputs, and has four products.
     """
     M, C = case.size.values()
     F = 4 * C
@@ -59,11 +59,12 @@ def work(case: Case, passes: str) -> Work:
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield the cases to benchmark on a device, "cpu" or "cuda".
+    """Yield the cases to benchmark on a device, "cpu" or "cuda": M rows of each of GPT-2's four widths C.
 
-    They are GPT-2's widths, at width 768 also with dropout. A CPU also gets them with the number of rows of a training
-    step, in float32 and, if it lacks bfloat16 instructions, in bfloat16. Width 768 without dropout is also in a quick
-    run.
+    On a GPU, M is 16384, in bfloat16; width 768 also comes with dropout 0.1. On a CPU, M is 512 and 1024, in float32;
+    width 768 also comes with dropout. With dropout, 512 rows also run in bfloat16 if the CPU has instructions for it.
+    If it lacks them, width 768 with 1024 rows also runs in bfloat16, on gpt_fast and PyTorch only. A quick run has
+    width 768 without dropout, on a CPU with 512 rows.
     """
     M = 16384 if device == "cuda" else 512
     for C in WIDTHS:
@@ -77,7 +78,7 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def targets(case: Case) -> Iterator[Target]:
-    """Yield the speed target of a case.
+    """Yield the speed target of a case, for forward and backward together.
 
     On a GPU, gpt_fast may take 5 % more time than the two matrix products alone. On a CPU it must be as fast as
     PyTorch.
@@ -88,7 +89,8 @@ def targets(case: Case) -> Iterator[Target]:
 def torch_mlp(case: Case) -> Function:
     """Return a function (x, fc_weight, fc_bias, proj_weight, proj_bias) → y [M, C] that calls PyTorch's functions.
 
-    The activation is gelu_tanh. It has the case's dropout.
+    y is the second linear layer of the tanh-approximated GELU of the first one. The case's dropout acts between the
+    GELU and the second layer.
     """
     p = case.dropout
 
@@ -103,7 +105,7 @@ def bare_products(case: Case) -> Function:
     """Return a function that computes only the op's two matrix products, as a bound for its speed.
 
     It takes (x, fc_weight, fc_bias, proj_weight, proj_bias) and returns [M, C]. Biases, activation and dropout are left
-    out.
+    out. `case` is not used.
     """
 
     def run(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor) -> Tensor:
@@ -113,12 +115,13 @@ def bare_products(case: Case) -> Function:
 
 
 def launches(kernels: ModuleType) -> Launches:
-    """Yield (label, call that launches kernels) for GPT-2's sizes, forward and backward.
+    """Yield (label, call without arguments) for GPT-2's sizes, for each variant first forward, then backward.
 
-    First comes each activation with and without dropout in bfloat16, then the transposed weights of a Conv1D, a width
-    that tensor descriptors cannot take, and the other dtypes. The last are decode steps, one row forward. A label is
-    such as "gelu_tanh bfloat16 dropout". The tensors are on the device `meta`, so the calls can only be recorded, which
-    tools/record_launches.py does. `kernels` is the module kernels/mlp.py.
+    First comes each activation with and without dropout in bfloat16. Then come four variants of gelu_tanh with dropout:
+    the transposed weights of a Conv1D, a width that tensor descriptors cannot take, float16 and float32. The last are
+    decode steps: one row, forward only. A label is such as "gelu_tanh bfloat16 dropout". The tensors are on the device
+    `meta`, so the calls can only be recorded, which tools/record_launches.py does. `kernels` is the module
+    kernels/mlp.py.
     """
     shapes = [(activation, p, "", torch.bfloat16) for activation in ("relu", "gelu", "gelu_tanh") for p in (0.0, 0.1)]
     shapes += [("gelu_tanh", 0.1, layout, torch.bfloat16) for layout in ("Conv1D", "odd")]

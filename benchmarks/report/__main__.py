@@ -11,10 +11,11 @@ from benchmarks.report.pages import DOCS_PAGE, HOME, README, RESULTS, docs_page,
 
 
 def main() -> None:
-    """Write the pages and pictures of results, and print the pages' paths, or "no results".
+    """Write the pages and pictures of results, and print the paths of the devices' pages, or "no results".
 
     If the command line names a folder, the results are read from the devices' folders in it. Otherwise they are read
-    from benchmarks/results, and the pages of the documentation are written too.
+    from benchmarks/results. In that case the marked blocks of README.md and docs/index.md, and
+    docs/performance/results.md, are written too.
     """
     if len(sys.argv) > 1:
         pages = write_pages(Path(sys.argv[1]))

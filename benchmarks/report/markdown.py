@@ -4,7 +4,7 @@ PASS_NAMES = {"training": "forward + backward", "inference": "forward", "step": 
 
 
 def seconds(value: float) -> str:
-    """Return a time in seconds as text in s, ms or µs, such as "1.25 ms", with at most three significant digits.
+    """Return a time in seconds as text in s, ms or µs, such as "1.25 ms", with three significant digits.
 
     Trailing zeros are dropped. Times of 1,000 s or more are in whole seconds.
     """
@@ -18,7 +18,7 @@ def seconds(value: float) -> str:
 def memory(value: int | None) -> str:
     """Return a number of bytes as text in MiB or GiB, such as "12.5 MiB" or "1.25 GiB"; "" for None.
 
-    GiB is used from 1,000 MiB on.
+    GiB, with two decimals, is used from 1,000 MiB on. Less has up to three digits.
     """
     if value is None:
         return ""
@@ -27,10 +27,10 @@ def memory(value: int | None) -> str:
 
 
 def rate(name: str, value: float) -> str:
-    """Return a rate as text, such as "12.5 GB/s" or "1.2 TFLOP/s".
+    """Return a rate as text with three significant digits, such as "12.5 GB/s" or "1.2 TFLOP/s".
 
     `name` is that of a measured speed limit. If it begins with "matmul", `value` is in FLOPs a second, else in bytes a
-    second.
+    second. The unit is 10¹² a second from there on, else 10⁹.
     """
     unit, scale = ("FLOP/s", value) if name.startswith("matmul") else ("B/s", value)
     return f"{scale / 1e12:.3g} T{unit}" if float(f"{scale:.3g}") >= 1e12 else f"{scale / 1e9:.3g} G{unit}"
@@ -39,7 +39,7 @@ def rate(name: str, value: float) -> str:
 def table(header: list[str], lines: list[list[str]]) -> list[str]:
     """Return the lines of a Markdown table with the header cells `header` and the rows of cells `lines`.
 
-    The first column is aligned left, all others right.
+    The first column is aligned left, all others right. Cells are used as they are, without escaping.
     """
     return [
         f"| {' | '.join(header)} |",

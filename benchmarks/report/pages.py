@@ -38,7 +38,7 @@ adds to its inputs, forward and backward together; of a job, with weights and th
 def devices(folder: Path) -> dict[Path, list[Run]]:
     """Return {device's folder: contents of its topics' results files} for each folder in `folder` that has any.
 
-    Results of studies do not count.
+    The folders are in the order of their names. Results of studies do not count.
     """
     runs = {path: results.read_folder(path) for path in sorted(folder.iterdir()) if path.is_dir()}
     return {path: found for path, found in runs.items() if found}
@@ -48,9 +48,10 @@ def devices(folder: Path) -> dict[Path, list[Run]]:
 
 
 def write_pages(folder: Path) -> list[Path]:
-    """Write README.md and the pictures in each device's folder that has results. Return the paths of the README.md.
+    """Write README.md and pictures in the folder of each device that has results. Return the paths of the README.md.
 
-    `folder` holds a folder for each device. Folders without results stay as they are.
+    `folder` holds a folder for each device. Folders without results stay as they are. In the others, older *.png files
+    are deleted.
     """
     pages = []
     for path in sorted(path for path in folder.iterdir() if path.is_dir()):
@@ -64,10 +65,10 @@ def write_pages(folder: Path) -> list[Path]:
 
 
 def draw(path: Path, runs: list[Run]) -> dict[str, str]:
-    """Write every picture of a device into `path`, its folder, and delete all other *.png files there.
+    """Write each picture of a device into `path`, its folder, and delete all other *.png files there.
 
-    `runs` are the contents of the folder's results files. The studies are read from the folder; those beside a busy
-    process get no picture. Return {file name: caption} for the pictures of topics, but not of studies.
+    `runs` are the contents of the folder's topic results files. The studies' results are read from the folder; those
+    beside a busy process get no picture. Return {file name: caption} for the pictures of topics, but not of studies.
     """
     shown = plots.draw(runs, path)
     studies = set()
@@ -87,10 +88,10 @@ def picture_of(study: str) -> str:
 
 
 def device_page(path: Path, runs: list[Run], pictures: dict[str, str]) -> str:
-    """Return the page of a device as Markdown: everything that was measured on it.
+    """Return the page of a device as Markdown: the tables of its measurements, with links to the pictures.
 
     `path` is the device's folder, `runs` are the contents of its topics' results files, and `pictures` maps file name →
-    caption, see `draw`. The studies are read from the folder.
+    caption. The studies' results are read from the folder. Either `runs` or the studies' results must not be empty.
     """
     measured = runs or [record for _, record in results.read_studies(path)]
     lines = [
@@ -129,17 +130,18 @@ def target_section(runs: list[Run]) -> list[str]:
 def busy_section(runs: list[Run]) -> list[str]:
     """Return the lines of Markdown that compare runs beside a busy process with quiet runs.
 
-    `runs` are the contents of topics' results files. Return [] if no topic has both kinds of run.
+    `runs` are the contents of topics' results files. Return [] if no case was measured in both kinds of run.
     """
     rows = tables.beside(runs)
     return ["", "## Beside a busy process", "", *table(tables.BUSY_HEADER, rows)] if rows else []
 
 
 def study_sections(path: Path, pictures: str = "") -> list[str]:
-    """Return lines of Markdown with a section for each study that was measured on a device.
+    """Return lines of Markdown with a section for each study that was measured on a device, [] without studies.
 
-    `path` is the device's folder. `pictures` is the path from the page to that folder, ending in a slash; it precedes a
-    picture's file name in links.
+    A study is a measurement with a table of its own. Results beside a busy process are marked in the heading and have
+    no picture. `path` is the device's folder, from which the results are read. `pictures` is the path from the page to
+    that folder, ending in a slash; it precedes a picture's file name in links.
     """
     lines: list[str] = []
     for study, record in results.read_studies(path):
@@ -154,9 +156,10 @@ def study_sections(path: Path, pictures: str = "") -> list[str]:
 
 
 def figures(folder: Path) -> str:
-    """Return Markdown for README.md: a picture of whole models, and for each device a link to its page.
+    """Return Markdown for README.md: an overview picture, and for each device a link to its page.
 
-    The picture is that of the device with the most whole-model cases. `folder` holds a folder for each device.
+    The picture shows whole models on the device that has the most whole-model cases; it is left out if none has.
+    `folder` holds a folder for each device and must lie in the checkout.
     """
     lines = [picture(folder, README), ""]
     for path, runs in devices(folder).items():
@@ -166,9 +169,10 @@ def figures(folder: Path) -> str:
 
 
 def picture(folder: Path, page: Path) -> str:
-    """Return a Markdown link to the overview picture of the device with the most whole-model cases.
+    """Return a Markdown image link to the overview picture of the device with the most whole-model cases.
 
-    Return "" if no device has such a case. `folder` holds a folder for each device. The link is relative to `page`.
+    Only cases in which gpt_fast and another implementation were measured count. Return "" if no device has one.
+    `folder` holds a folder for each device. The link is relative to the folder of `page`.
     """
     measured = {path: runs for path, runs in devices(folder).items() if tables.speedups(runs)}
     if not measured:
@@ -190,9 +194,10 @@ def blocks(page: Path) -> dict[str, str]:
 
 
 def rewritten(page: Path) -> str:
-    """Return the text of `page` with the Markdown between the two markers of each block replaced, see `blocks`.
+    """Return the text of `page` with the Markdown between the markers of each generated block made anew.
 
-    Raise `ValueError` if the two markers of a block are not in the page exactly once each.
+    The blocks are those that `blocks(page)` returns. The file itself stays as it is. Raise `ValueError` if the opening
+    and the closing marker of a block are not in the page exactly once each.
     """
     text = page.read_text("utf-8")
     for name, block in blocks(page).items():
@@ -209,8 +214,8 @@ def rewritten(page: Path) -> str:
 def docs_page(folder: Path) -> str:
     """Return the text of docs/performance/results.md. `folder` holds a folder for each device.
 
-    For each device, the highlights and pictures come first. Then come an explanation of the tables, and for each device
-    all cases, targets and studies.
+    For each device, the largest case of each topic and pictures come first. Then come an explanation of the tables, and
+    for each device a table of all complete cases, the whole-model jobs in full, targets and studies.
     """
     lines = ["# Results"]
     measured = devices(folder)
@@ -250,10 +255,9 @@ def docs_page(folder: Path) -> str:
 
 
 def folder_link(path: Path) -> str:
-    """Return the link from docs/performance to a device's folder `path`, ending in a slash.
+    """Return the link from a page in docs/performance to a device's folder `path`, ending in a slash.
 
-    It is relative for a folder in the checkout, else the path itself. On the site, tools/mkdocs_pictures.py changes
-    links to pictures.
+    It is relative for a folder in the checkout, else the path itself.
     """
     return f"../../{path.relative_to(ROOT)}/" if path.is_relative_to(ROOT) else f"{path}/"
 
@@ -261,8 +265,8 @@ def folder_link(path: Path) -> str:
 def growth(path: Path) -> Iterable[Path]:
     """Return the sorted paths of a device's pictures that show how cost grows with a size.
 
-    They are all *.png files in `path`, the device's folder, but the overview, the bars of single cases and the pictures
-    of studies.
+    `path` is the device's folder. Each *.png file in it counts, except the overview, names that end in "_bars", and the
+    pictures of studies.
     """
     studies = {picture_of(study.name) for study, _ in results.read_studies(path)}
     shown = (picture for picture in path.glob("*.png") if picture.name not in {*studies, plots.OVERVIEW})

@@ -61,9 +61,10 @@ Series = list[dict[str, Record]]  # one entry for each size
 
 
 def draw(runs: list[Run], folder: Path) -> dict[str, str]:
-    """Write every picture of `runs` into `folder`. Return {file name: caption}.
+    """Write each picture of `runs` into `folder` as a PNG file. Return {file name: caption}.
 
-    `runs` are the contents of topics' results files. Those with a busy process beside them are left out.
+    `runs` are the contents of topics' results files. Those with a busy process beside them are left out. The first
+    picture is an overview of whole-model jobs, if there are any. Files of the same name are replaced.
     """
     written: dict[str, str] = {}
     faster = speedups(runs)
@@ -82,8 +83,8 @@ def draw(runs: list[Run], folder: Path) -> dict[str, str]:
 def overview(faster: dict[str, tuple[float, str]]) -> Figure:
     """Draw a bar for each whole-model case: gpt_fast's speed as a multiple of the fastest other implementation's.
 
-    `faster` maps the case's name to (multiple, name of the other implementation), see `tables.speedups`. The name
-    stands beside the bar.
+    `faster` maps the case's name to (multiple, name of the other implementation), and must not be empty. The multiple
+    and the name stand beside the bar.
     """
     figure = Figure(figsize=(8.4, 0.34 * len(faster) + 0.9), dpi=130, layout="constrained")
     axes = figure.subplots()
@@ -106,8 +107,9 @@ def groups(run: Run) -> dict[tuple[str, str], Series]:
     """Group the cases of a run by the picture they belong to: {(growing size, kind): [records of a case]}.
 
     `run` is the content of a topic's results file. The growing size is the name of the size that varies in a series of
-    cases, and the kind is their dtype and dropout as text. Cases outside of any series are under ("", ""). A case is a
-    dict from implementation to record. A series is sorted by the growing size; one with a single case is left out.
+    cases, such as "T". The kind is their dtype and dropout as text. Cases outside of any series are under ("", ""). The
+    records of a case are a dict from implementation to record. A series is sorted by the growing size; one with a
+    single case is left out.
     """
     found: dict[tuple[str, str], Series] = {}
     for records in results.by_case(run).values():
@@ -122,17 +124,19 @@ def groups(run: Run) -> dict[tuple[str, str], Series]:
 
 
 def _size(records: dict[str, Record], series: str) -> int:
-    """Return the value of the size named `series` of a case. `records` maps implementation → record."""
+    """Return the value of the size named `series`, such as "T", in one case. `records` maps implementation → record."""
     return next(iter(records.values()))["sizes"][series]
 
 
 def figures(run: Run, series: str, kind: str, group: Series) -> list[tuple[str, Figure, str]]:
-    """Return [(stem of the file's name, picture, caption)] for one entry of the result of `groups`.
+    """Return [(stem of the file's name, picture, caption)] for one group of the cases of a run.
 
-    `series` is the name of the growing size, "" for cases in no series. `kind` is the dtype and dropout as text.
-    `group` has a dict for each case, from implementation to record. Cases in no series give one picture with bars. A
-    series gives one of its speed and, over T, V or B, one of its peak memory if that was measured. `run` is the content
-    of a topic's results file.
+    `series` is the name of the size that grows over the group, or "" for cases in no series. `kind` is the dtype and
+    dropout as text. `group` has a dict for each case, from implementation to record. `run` is the content of a topic's
+    results file.
+
+    Cases in no series give one picture with bars. A series gives a picture of its speed, with a panel for each pass.
+    Over T, V or B it also gives a picture of the peak memory, if any was measured.
     """
     title = title_of(run)
     if not series:
@@ -164,7 +168,8 @@ def any_has(group: Series, passes: str) -> bool:
 def _fixed(group: Series, series: str) -> str:
     """Return the sizes that are equal in all cases of a series as text, such as "B=2 H=12", without the growing size.
 
-    `series` names the growing size. `group` has a dict for each case, from implementation to record.
+    `series` names the growing size. `group` has a dict for each case, from implementation to record. The size "model"
+    is shown as its value alone.
     """
     sizes = [next(iter(records.values()))["sizes"] for records in group]
     same = [(name, value) for name, value in sizes[0].items() if all(size[name] == value for size in sizes)]
@@ -175,7 +180,8 @@ def lines(group: Series, series: str, value: Any) -> dict[str, list[tuple[int, f
     """Return the points of a plot as {implementation: [(size, y)]}, where y is `value(record)`.
 
     `value` returns a number, or None for a record without a point. `series` is the name of the size that grows over the
-    cases. `group` has a dict for each case, from implementation to record.
+    cases. `group` has a dict for each case, from implementation to record. An implementation without points is left
+    out.
     """
     found: dict[str, list[tuple[int, float]]] = {}
     for records in group:
@@ -189,24 +195,28 @@ def lines(group: Series, series: str, value: Any) -> dict[str, list[tuple[int, f
 def speed(axes: Axes, run: Run, series: str, passes: str, group: Series) -> None:
     """Draw a line for each implementation over the growing size, and a dashed line for the measured speed limit.
 
-    The y axis is seconds for a whole-model job. For an op it is FLOP/s or, if the pass has no FLOPs, bytes/s. `series`
-    is the name of the growing size, and `passes` that of the pass. `run` is the content of a topic's results file.
-    `group` has a dict for each case, from implementation to record.
+    The y axis is seconds for a whole-model job. For an op it is GFLOP/s or, if the pass has no FLOPs, GB/s. `series` is
+    the name of the growing size, and `passes` that of the pass. `run` is the content of a topic's results file. `group`
+    has a dict for each case, from implementation to record. The first case must have a record with times of the pass.
+    The limit is drawn from the records of one implementation.
     """
     first = next(record for record in group[0].values() if passes in record["times"])
     work, job = first["work"][passes], first["tokens"] is not None
     unit, amount = ("GFLOP/s", "flops") if work["flops"] else ("GB/s", "bytes")
 
     def shown(record: Record, seconds: float) -> float:
-        """Return the y value of a record that takes `seconds`: the seconds of a job, the billions a second of an op."""
+        """Return the y value of a record that takes `seconds`: the seconds of a job, the billions a second of an op.
+
+        The outer function says which it is (`job`), and whether FLOPs or bytes are counted (`amount`).
+        """
         return seconds if job else record["work"][passes][amount] / seconds / 1e9
 
     def value(record: Record) -> float | None:
-        """Return the y value of a record's median time, or None if it has no times of the pass."""
+        """Return the y value of a record's median time, or None if it has no times of the outer function's pass."""
         return shown(record, record["times"][passes]["median"]) if passes in record["times"] else None
 
     def floor(record: Record) -> float | None:
-        """Return the y value of the speed limit for a record, or None if it has no times of the pass."""
+        """Return the y value of the speed limit for a record, or None if it lacks the outer function's pass."""
         if passes not in record["times"]:
             return None
         return shown(record, results.floor_seconds(record, passes, results.session(run, record)["floors"]))
@@ -222,10 +232,10 @@ def speed(axes: Axes, run: Run, series: str, passes: str, group: Series) -> None
 
 
 def memory(axes: Axes, series: str, group: Series) -> None:
-    """Draw a line for the peak memory of each implementation over the growing size, whose name is `series`.
+    """Draw a line for the peak memory of each implementation over the growing size, both on logarithmic scales.
 
-    `group` has a dict for each case, from implementation to record. Records without a peak memory, or with 0, have no
-    point.
+    `series` is the name of the growing size. `group` has a dict for each case, from implementation to record. Records
+    without a peak memory, or with 0, have no point.
     """
     for peer, points in lines(group, series, lambda record: record["peak_memory"]).items():
         _line(axes, peer, [(x, y) for x, y in points if y])
@@ -238,8 +248,9 @@ def memory(axes: Axes, series: str, group: Series) -> None:
 def bars(run: Run, group: Series, title: str) -> Figure:
     """Draw a panel for each case and pass: a bar for the median time of each implementation.
 
-    A dashed line in a panel is the measured speed limit. `group` has a dict for each case, from implementation to
-    record. `title` is the picture's title. `run` is the content of a topic's results file.
+    A dashed line in a panel is the measured speed limit. The first record of a case says which passes it has. `group`
+    is not empty and has a dict for each case, from implementation to record. `title` is the picture's title. `run` is
+    the content of a topic's results file.
     """
     panels = [
         (case, records, passes)
@@ -263,7 +274,8 @@ def _panel(axes: Axes, run: Run, case: str, records: dict[str, Record], passes: 
     """Draw the panel of one case and pass: a bar with quartiles for the time of each implementation.
 
     A dashed line is the measured speed limit. `case` is the case's name and `passes` that of the pass. `run` is the
-    content of a topic's results file. `records` maps implementation → its record in that file.
+    content of a topic's results file. `records` maps implementation → its record in that file. The first record must
+    have the pass; others that lack it get no bar.
     """
     timed = {peer: record["times"][passes] for peer, record in records.items() if passes in record["times"]}
     medians = [time["median"] for time in timed.values()]
@@ -318,9 +330,9 @@ def _line(axes: Axes, peer: str, points: list[tuple[int, float]]) -> None:
 
 
 def _finish(axes: Axes, series: str, group: Series) -> None:
-    """Set the scale, ticks, label, grid and legend of axes whose logarithmic x axis shows the size named `series`.
+    """Set scale, ticks, label, grid and legend of axes whose logarithmic x axis shows the size named `series`.
 
-    `group` has a dict for each case, from implementation to record.
+    A tick stands at the size of each case. `group` has a dict for each case, from implementation to record.
     """
     sizes = [_size(records, series) for records in group]
     axes.set_xscale("log", base=2)
@@ -334,5 +346,5 @@ def _finish(axes: Axes, series: str, group: Series) -> None:
 
 
 def _head(figure: Figure, title: str) -> None:
-    """Put a title at the top left of a figure."""
+    """Put the title `title` at the top left of a figure."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)

@@ -39,15 +39,20 @@ _RECORD = {"case", "peer", "sizes", "dtype", "dropout", "series", "complete", "t
 
 
 def write(run: Run, path: Path) -> None:
-    """Write `run`, the content of a results file, to `path` as JSON."""
+    """Write `run`, the content of a results file as a dict, to `path` as JSON.
+
+    A file that is there is replaced as a whole, so it is never seen half written.
+    """
     write_json(path, run)
 
 
 def read(path: Path) -> Run:
-    """Return the content of a topic's results file as a dict.
+    """Return the content of the results file of a topic (an op or a whole-model job) as a dict.
 
     Its keys are "schema", "version", "topic", "suite", "quick", "device", "versions", "commit", "partial", "sessions",
-    "records" and "missing", and in some files "untested" and "busy". This module's docstring says what they hold.
+    "records" and "missing", and in some files "untested" and "busy". "sessions" lists starts of the program. "records"
+    has a dict for each case and implementation, and "missing" for each pair that was not measured. "partial" says if
+    the run was cut off. Types of fields and keys of records are checked.
 
     Raises:
         OSError: if there is no file.
@@ -63,8 +68,8 @@ def read(path: Path) -> Run:
 def read_study(path: Path, study: Study) -> dict[str, Any]:
     """Return the content of a study's results file as a dict.
 
-    Its keys are "schema", "version", "topic", "suite", "quick", "device", "versions", "commit", "date" and "load", and
-    those that the study measures, among them `study.fields`.
+    A study is a measurement with fields of its own. The keys are "schema", "version", "topic", "suite", "quick",
+    "device", "versions", "commit", "date" and "load", and those that the study measures, among them `study.fields`.
 
     Raises:
         OSError: if there is no file.
@@ -76,7 +81,7 @@ def read_study(path: Path, study: Study) -> dict[str, Any]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a results file as a dict, with its schema and version checked.
+    """Return the JSON object in a results file as a dict. Only its "schema" and "version" are checked.
 
     Raise `ValueError` if it is not JSON, or of another schema or version, and `OSError` if there is no file.
     """
@@ -111,7 +116,7 @@ def file_name(topic: str, busy: bool = False) -> str:
 
 
 def label(run: Run) -> str:
-    """Return the topic's name, followed by ", beside a busy process" if one ran.
+    """Return the name of a run's topic (op or job), followed by ", beside a busy process" if one ran during the run.
 
     `run` is the content of a results file.
     """
@@ -121,8 +126,8 @@ def label(run: Run) -> str:
 def read_folder(folder: Path) -> list[Run]:
     """Return the contents of the topics' results files in one device's folder, in the order of `catalogue.topics`.
 
-    A topic's results beside a busy process follow its quiet ones. Files that are missing are skipped. Raise
-    `ValueError` if a file is damaged, see `read`.
+    A topic is an op or a whole-model job. Its results beside a busy process follow its quiet ones. Files that are
+    missing are skipped, so the list may be empty. Raise `ValueError` if a file is not a sound results file.
     """
     paths = (folder / file_name(name, busy) for name in catalogue.topics() for busy in (False, True))
     return [read(path) for path in paths if path.exists()]
@@ -131,8 +136,8 @@ def read_folder(folder: Path) -> list[Run]:
 def read_studies(folder: Path) -> list[tuple[Study, dict[str, Any]]]:
     """Return [(study, content of its results file)] of one device's folder, in the order of `catalogue.studies`.
 
-    A study's results beside a busy process follow its quiet ones. Files that are missing are skipped. Raise
-    `ValueError` if a file is damaged, see `read_study`.
+    A study is a measurement with a table of its own. Its results beside a busy process follow its quiet ones. Files
+    that are missing are skipped, so the list may be empty. Raise `ValueError` if a file is not a sound results file.
     """
     found = (
         (study, folder / file_name(name, busy)) for name, study in catalogue.studies().items() for busy in (False, True)
@@ -142,6 +147,8 @@ def read_studies(folder: Path) -> list[tuple[Study, dict[str, Any]]]:
 
 def read_any(path: Path) -> list[Run]:
     """Return the contents of topics' results files at `path`: one file, a device's folder, or a folder of such folders.
+
+    Studies' files in a folder are skipped. Folders in a folder are read in the order of their names.
 
     Raises:
         OSError: if there is no such file.
@@ -166,9 +173,9 @@ def find(run: Run, case: str, peer: str) -> Record | None:
 def by_case(run: Run) -> dict[str, dict[str, Record]]:
     """Return {case's name: {implementation: record}} of a run, with gpt_fast's record first in each case.
 
-    `run` is the content of a topic's results file. A record has the times and the unavoidable work of one
-    implementation on one case by pass ("times", "work"), its "peak_memory", and facts of the case, such as "sizes" and
-    "dtype".
+    `run` is the content of a topic's results file. Otherwise cases and records keep the file's order. A record is a
+    dict with the results of one implementation on one case: "times", "work" (least bytes and FLOPs) by pass,
+    "peak_memory", and facts of the case, such as "sizes" and "dtype".
     """
     groups: dict[str, dict[str, Record]] = {}
     for record in run["records"]:
@@ -179,10 +186,12 @@ def by_case(run: Run) -> dict[str, dict[str, Record]]:
 def floor_seconds(record: Record, passes: str, floors: dict[str, dict[str, float]]) -> float:
     """Return the least seconds that one pass of a record can take on the device, by measured rates.
 
-    `passes` is the name of the pass. `floors` maps "copy", "read" and "matmul <dtype>" to dicts with "rate", measured
-    in the record's session. The result is the time of the pass's bytes at the copy or read bandwidth, or of its FLOPs
-    at the matrix rate, whichever is longer. The matrix rate is the fastest of the record's dtype, of float32 (operands
-    can be widened) and of a further dtype that the record's work may name.
+    `record` is a dict with the results of one implementation on one case, and `passes` the name of one pass. `floors`
+    maps "copy", "read" and "matmul <dtype>" to dicts with "rate", measured in the record's session.
+
+    The result is the longer of two times: that of the pass's bytes at the copy or read bandwidth, and that of its FLOPs
+    at the matrix rate, which is 0 if no rate was measured. The matrix rate is the fastest of the record's dtype, of
+    float32 (operands can be widened) and of a further dtype that the record's work may name.
     """
     work = record["work"][passes]
     rates = [
@@ -195,20 +204,21 @@ def floor_seconds(record: Record, passes: str, floors: dict[str, dict[str, float
 
 
 def session(run: Run, record: Record) -> dict[str, Any]:
-    """Return the session in which a record was measured: {"date", "load", "floors"}.
+    """Return the session in which a record of `run` was measured: {"date", "load", "floors"}.
 
-    A session is one start of the program. "load" is the machine's load average or None. "floors" maps "copy", "read"
-    and "matmul <dtype>" to {"rate", "q1", "q3"}, measured in bytes or FLOPs a second. `run` is the content of the
-    results file that has the record.
+    A session is one start of the benchmark program. "date" is text, and "load" is the machine's load average or None.
+    "floors" maps "copy", "read" and "matmul <dtype>" to {"rate", "q1", "q3"}, measured in bytes or FLOPs a second.
+    `run` is the content of the results file that has the record.
     """
     return run["sessions"][record["session"]]
 
 
 def share_of_floor(run: Run, record: Record, *passes: str) -> float:
-    """Return the least time of the record's passes, see `floor_seconds`, divided by the time they took.
+    """Return the least time that the record's passes can take, divided by the median time that they took.
 
-    Both are added up over `passes`, names of passes that the record has. A result of 1 means that the measured speed
-    limit is reached. `run` is the content of the results file that has the record.
+    The least time follows from bytes, FLOPs and the rates measured in the record's session. Both times are added up
+    over `passes`, names of passes that the record has. A result of 1 means that the measured speed limit is reached.
+    `run` is the content of the results file that has the record.
     """
     floors = session(run, record)["floors"]
     floor = sum(floor_seconds(record, name, floors) for name in passes)
@@ -221,11 +231,11 @@ LEAST_CHANGE = 0.03  # two runs on one quiet machine differ by that much
 
 
 def compare(old: list[Run], new: list[Run]) -> list[dict[str, Any]]:
-    """Return a dict for each time that is in both lists of results. It says if the time changed beyond the noise.
+    """Return a dict for each time that is in both lists of results, in the order of `new`.
 
     `old` and `new` are contents of topics' results files. The keys are "topic", "case", "pass", "peer" (the
     implementation), "old" and "new" (medians in seconds), "ratio" (new / old) and "beyond". "beyond" is True if the
-    medians differ by more than 3 % and by more than the two interquartile ranges together.
+    change is beyond noise: the medians differ by more than 3 % and by more than the two interquartile ranges together.
     """
     before = {_key(run, record, passes): time for run in old for record, passes, time in _times(run)}
     changes = []
@@ -248,9 +258,10 @@ def compare(old: list[Run], new: list[Run]) -> list[dict[str, Any]]:
 
 
 def _key(run: Run, record: Record, passes: str) -> tuple[str, ...]:
-    """Return (topic, case, implementation, pass), which identifies a time in two runs.
+    """Return (topic, case, implementation, pass) as text, which identifies a time in two runs.
 
-    `run` is the content of the results file that has the record, and `passes` is the name of the pass.
+    The topic's text tells a run beside a busy process from a quiet one. `run` is the content of the results file that
+    has the record, and `passes` is the name of the pass.
     """
     return label(run), record["case"], record["peer"], passes
 
@@ -258,6 +269,7 @@ def _key(run: Run, record: Record, passes: str) -> tuple[str, ...]:
 def _times(run: Run) -> list[tuple[Record, str, dict[str, float]]]:
     """Return [(record, pass, summary of times)] for each pass of each record of a results file.
 
-    `run` is the file's content. A summary has "median", "q1" and "q3" in seconds, and more.
+    `run` is the file's content. A record has the results of one implementation on one case. A summary is a dict with
+    "median", "q1" and "q3" in seconds, and more.
     """
     return [(record, passes, time) for record in run["records"] for passes, time in record["times"].items()]

@@ -4,9 +4,10 @@ from gpt_fast import ops, reference
 
 
 def table() -> str:
-    """Return a Markdown table of the ops: "yes" where the op has a reference, a C++ kernel and a Triton kernel.
+    """Return a Markdown table with a row for each op: "yes" if it has a reference, a C++ kernel, a Triton kernel.
 
-    An empty cell means that there is no such kernel, so the reference runs on that device.
+    An empty cell means that PyTorch's dispatcher now has no such kernel of the op; the reference runs on that device.
+    The text ends in a newline.
     """
     lines = [
         "| op | reference, any device | C++, CPU | Triton, CUDA |",

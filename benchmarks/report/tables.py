@@ -12,7 +12,7 @@ from benchmarks.topic import LEFT, OURS, Topic
 
 
 def topic_of(run: Run) -> Topic | None:
-    """Return the topic of a run, or None if the suite no longer has the topic.
+    """Return the topic (op or whole-model job) of a run, or None if the suite no longer has it.
 
     `run` is the content of a topic's results file.
     """
@@ -34,9 +34,10 @@ def title(run: Run) -> str:
 def columns(run: Run, records: Iterable[Record]) -> list[str]:
     """Return the header of the table of one case: a list of column names.
 
-    They are "implementation", for each pass its name, "× ours" and "of the floor" (the share of the speed limit), for
-    jobs "tokens/s", in training "MFU", and "peak memory". `run` is the content of a topic's results file. `records` are
-    the records of the case in that file, at least one. The first record says which passes there are.
+    First is "implementation". For each pass come its name, "× ours" and "of the floor" (the share of the speed limit).
+    For whole-model jobs comes "tokens/s", in the suite "train" also "MFU", and last "peak memory". `run` is the content
+    of a topic's results file. `records` are the records of the case in that file, at least one. The first record says
+    which passes there are.
     """
     record = next(iter(records))
     header = ["implementation"]
@@ -50,12 +51,14 @@ def columns(run: Run, records: Iterable[Record]) -> list[str]:
 
 
 def rows(run: Run, records: dict[str, Record]) -> list[list[str]]:
-    """Return a row of cells under the header of `columns` for each implementation of a case.
+    """Return a row of cells for each implementation of one case, to stand under the header of `columns`.
 
-    The cells are the implementation's name, for each pass its time with the spread, the multiple of gpt_fast's time and
-    the share of the speed limit ("" for a pass that it lacks), for jobs tokens a second, in training the MFU, and the
-    peak memory. `run` is the content of a topic's results file. `records` maps implementation → its record in that
-    file. All records are of the one case.
+    The cells are the implementation's name and, for each pass, three: its time with the spread, the multiple of
+    gpt_fast's time, and the share of the speed limit. All three are "" for a pass that it lacks. Jobs also have tokens
+    a second, in training the MFU, and each row ends in the peak memory.
+
+    `run` is the content of a topic's results file. `records` maps implementation → its record of the case in that file.
+    The first record says which passes there are.
     """
     ours = records.get(OURS)
     passes = list(next(iter(records.values()))["times"])
@@ -96,10 +99,11 @@ def to_ours(time: dict[str, Any], ours: dict[str, Any] | None) -> str:
 
 
 def mfu(run: Run, record: Record) -> float:
-    """Return the model FLOPs utilization of a training step, as a share of 1.
+    """Return the model FLOPs utilization of a training step, from 0 to about 1.
 
     It is the FLOPs of a step, divided by the median seconds and by the matrix rate measured in the same session. The
-    rate is the greater of those in the record's dtype and in float32. `run` is the content of a topic's results file.
+    rate is the greater of those in the record's dtype and in float32. `run` is the content of a topic's results file,
+    and `record` one of its records, with times of the pass "step".
     """
     floors = results.session(run, record)["floors"]
     rates = [floors[name]["rate"] for name in (f"matmul {record['dtype']}", "matmul float32") if name in floors]
@@ -107,7 +111,7 @@ def mfu(run: Run, record: Record) -> float:
 
 
 def case_tables(run: Run, complete: bool = False) -> list[str]:
-    """Return the lines of a Markdown table for each case of a run, under the case's name.
+    """Return the lines of a Markdown table for each case of a run, each after a line with the case's name in bold.
 
     `run` is the content of a topic's results file. With `complete`, a case is left out if gpt_fast was not measured, or
     if the suite measures it on chosen implementations only.
@@ -126,11 +130,12 @@ SUMMARY_HEADER = ["case", OURS, "of the floor", "speed against the fastest other
 
 
 def summary(runs: list[Run]) -> list[list[str]]:
-    """Return the rows under SUMMARY_HEADER, one for each complete case and pass of the quiet runs.
+    """Return a row of four cells for each complete case and pass of the quiet runs.
 
+    The cells are the case and pass, gpt_fast's time, the share of the speed limit that it reaches, and a comparison.
+    The comparison is gpt_fast's speed as a multiple of the fastest other implementation's, with that one's name, or "".
     `runs` are the contents of topics' results files. A quiet run has no busy process beside it. A case is complete if
-    gpt_fast was measured and no implementation was excluded on purpose. The cells are the case, gpt_fast's time, the
-    share of the speed limit that it reaches, and its speed as a multiple of the fastest other implementation's.
+    gpt_fast was measured and no implementation was excluded on purpose.
     """
     lines = []
     for run, case, records in _complete(runs):
@@ -141,11 +146,14 @@ def summary(runs: list[Run]) -> list[list[str]]:
 
 
 def highlights(runs: list[Run]) -> list[list[str]]:
-    """Return a row under SUMMARY_HEADER for the largest complete case of each topic, dtype and dropout.
+    """Return a row of four cells for the largest complete case of each topic, dtype and dropout, in quiet runs.
+
+    The cells are the case, gpt_fast's time over all passes, the share of the speed limit that it reaches, and a
+    comparison. The comparison is gpt_fast's speed as a multiple of the fastest other implementation's, with that one's
+    name, or "".
 
     `runs` are the contents of topics' results files. A case is complete if gpt_fast was measured and no implementation
-    was excluded on purpose. The last complete case of a topic, dtype and dropout counts as the largest. Its passes are
-    taken together.
+    was excluded on purpose. The last complete case of a topic, dtype and dropout counts as the largest.
     """
     return [_summed(run, records, name, passes) for run, name, records, passes in _largest(runs)]
 
@@ -153,8 +161,9 @@ def highlights(runs: list[Run]) -> list[list[str]]:
 def speedups(runs: list[Run]) -> dict[str, tuple[float, str]]:
     """Return {whole-model case: (gpt_fast's speed as a multiple of the fastest other's, name of that implementation)}.
 
-    Only the largest complete case of each topic, dtype and dropout is in it, see `highlights`, and only if another
-    implementation was measured. `runs` are the contents of topics' results files.
+    Of each topic, dtype and dropout only the last complete case is in it, which counts as the largest, and only if
+    another implementation was measured. Runs beside a busy process do not count. `runs` are the contents of topics'
+    results files.
     """
     jobs = [run for run in runs if run["suite"] != "ops"]
     found = {name: _against(run, records, passes) for run, name, records, passes in _largest(jobs)}
@@ -164,8 +173,9 @@ def speedups(runs: list[Run]) -> dict[str, tuple[float, str]]:
 def _largest(runs: list[Run]) -> list[tuple[Run, str, dict[str, Record], tuple[str, ...]]]:
     """Return [(run, case's name, records by implementation, passes)]: the largest case by topic, dtype and dropout.
 
-    Only complete cases count, see `_complete`. The last of them counts as the largest. The passes are the names of
-    those in which gpt_fast was measured. `runs` are the contents of topics' results files.
+    Only complete cases of quiet runs count: gpt_fast was measured, and no implementation was excluded on purpose. The
+    last of them counts as the largest. The case's name begins with the topic and ends in the passes. The passes are the
+    names of those in which gpt_fast was measured. `runs` are the contents of topics' results files.
     """
     largest = {}
     for run, case, records in _complete(runs):
@@ -177,7 +187,7 @@ def _largest(runs: list[Run]) -> list[tuple[Run, str, dict[str, Record], tuple[s
 
 
 def _complete(runs: list[Run]) -> Iterator[tuple[Run, str, dict[str, Record]]]:
-    """Yield (run, case's name after its topic, records by implementation) of complete cases in quiet runs.
+    """Yield (run, "<topic> <case>", records by implementation) for each complete case in quiet runs.
 
     A case is complete if gpt_fast was measured and no implementation was excluded on purpose. A quiet run has no busy
     process beside it. `runs` are the contents of topics' results files.
@@ -189,10 +199,12 @@ def _complete(runs: list[Run]) -> Iterator[tuple[Run, str, dict[str, Record]]]:
 
 
 def _summed(run: Run, records: dict[str, Record], case: str, passes: tuple[str, ...]) -> list[str]:
-    """Return a row under SUMMARY_HEADER for one case, whose passes named `passes` are taken together.
+    """Return a row of four cells for one case, whose passes named `passes` are taken together.
 
-    `case` is the row's first cell. `run` is the content of a topic's results file. `records` maps implementation → its
-    record in that file. gpt_fast's record must be there.
+    The cells are `case`, gpt_fast's time, the share of the speed limit, and a comparison. The comparison is the speed
+    as a multiple of the fastest rival's, with its name, or "" without a rival. `run` is the content of a topic's
+    results file. `records` maps implementation → its record in that file. gpt_fast's record must be there and have the
+    passes.
     """
     ours = records[OURS]
     against = _against(run, records, passes)
@@ -203,10 +215,10 @@ def _summed(run: Run, records: dict[str, Record], case: str, passes: tuple[str, 
 def _against(run: Run, records: dict[str, Record], passes: tuple[str, ...]) -> tuple[float, str] | None:
     """Return (gpt_fast's speed as a multiple of the fastest rival's, name of the rival), or None without a rival.
 
-    Rivals are the implementations of others that have `Peer.rival` and were measured in all of `passes`, the names of
-    passes. A single pass is compared by the median ratio over pairs of rounds if the record has it. Otherwise the
-    medians are divided, added up over the passes. `run` is the content of a topic's results file. `records` maps
-    implementation → its record in that file.
+    Rivals are the implementations not by gpt_fast that have `Peer.rival` and were measured in all of `passes`, the
+    names of passes. If the suite has dropped the topic, `Peer.rival` is not required. A single pass is compared by the
+    median ratio over pairs of rounds if the record has it. Otherwise the medians are added up over the passes and
+    divided. `run` is the content of a topic's results file. `records` maps implementation → its record in that file.
     """
     topic = topic_of(run)
     rivals = {peer.name for peer in topic.peers if peer.rival} if topic else set(records)
@@ -238,12 +250,12 @@ BUSY_HEADER = ["case", "quiet", "busy", "busy, of quiet", "busy, of quiet with o
 
 
 def beside(runs: list[Run]) -> list[list[str]]:
-    """Return the rows under `BUSY_HEADER`: one for each case, implementation and pass that both kinds of run have.
+    """Return a row of cells for each case, implementation and pass that both a busy and a quiet run of a topic have.
 
-    `runs` are the contents of topics' results files. A busy run was measured while another process computed in an
-    endless loop, a quiet run was not. The cells are the case with its implementation, the quiet speed, the busy speed,
-    the busy speed as a share of the quiet one, and as a share of the quiet one with one thread less. The last cell is
-    "" if that was not measured.
+    A busy run was measured while another process computed in an endless loop, a quiet run was not. `runs` are the
+    contents of topics' results files. The first cells are the case with its implementation, the quiet speed and the
+    busy speed. A speed is in tokens a second for jobs, else a time. Then come two shares: the busy speed of the quiet
+    one, and of the quiet one with one thread less, "" if that was not measured.
     """
     quiet = {run["topic"]: run for run in runs if not run.get("busy")}
     lines = []
@@ -265,9 +277,9 @@ def beside(runs: list[Run]) -> list[list[str]]:
 
 
 def _speed(record: Record, time: dict[str, Any]) -> str:
-    """Return a pass's speed as text: tokens/s for a whole-model job, else the median time.
+    """Return a pass's speed as text: "1,234 tokens/s" for a whole-model job, else the median time, such as "1.25 ms".
 
-    `time` is the summary of the pass's times in `record`.
+    `record` has the results of one implementation on one case, and `time` is the summary of one pass in it.
     """
     return f"{record['tokens'] / time['median']:,.0f} tokens/s" if record["tokens"] else seconds(time["median"])
 
@@ -276,7 +288,7 @@ def _speed(record: Record, time: dict[str, Any]) -> str:
 
 
 def missing(run: Run) -> list[str]:
-    """Return a line for each implementation that was not measured and each reason, such as "Liger: runs on GPUs only".
+    """Return a line for each pair of unmeasured implementation and reason, such as "Liger: runs on GPUs only".
 
     `run` is the content of a topic's results file. The names of the cases follow in parentheses, unless the reason
     holds for all cases of the run.
@@ -294,13 +306,14 @@ def missing(run: Run) -> list[str]:
 def floors_line(run: Run, index: int) -> str:
     """Return a line with the date, load and measured speed limits of session number `index` of a run, from 0.
 
-    `run` is the content of a topic's results file. The device's rate by its data sheet follows a limit if it is known.
+    A session is one start of the benchmark program. `run` is the content of a topic's results file. If the rate of a
+    limit by the device's data sheet is known, it follows in parentheses.
     """
     session = run["sessions"][index]
     stated = data_sheet(run["device"]["name"])
 
     def figure(name: str, measured: float) -> str:
-        """Return the name and measured rate of a limit as text, followed by the data sheet's rate if known."""
+        """Return a limit's name and measured rate as text, and its rate in the outer `stated` if that has one."""
         beside = f" (data sheet {rate(name, stated[name])})" if name in stated else ""
         return f"{name} {rate(name, measured)}{beside}"
 
@@ -312,7 +325,8 @@ def floors_line(run: Run, index: int) -> str:
 def versions(runs: list[Run]) -> list[str]:
     """Return lines with the commit and the packages' versions: one if all runs agree, else one for each combination.
 
-    `runs` are the contents of topics' results files.
+    A line for a combination begins with the names of its topics. `runs` are the contents of results files of topics or
+    studies.
     """
     shown: dict[str, list[str]] = {}
     for run in runs:
@@ -323,9 +337,10 @@ def versions(runs: list[Run]) -> list[str]:
 
 
 def _versions(run: Run) -> str:
-    """Return a sentence with the commit and the versions of the packages of a run.
+    """Return a sentence with the commit and the packages' versions of a run.
 
-    `run` is the content of a topic's results file.
+    The commit has 12 digits, and "with changes" if files differed from it. Packages that were not installed are left
+    out. `run` is the content of a results file of a topic or study.
     """
     packages = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)
     commit: dict[str, Any] = run["commit"]
@@ -335,8 +350,9 @@ def _versions(run: Run) -> str:
 def notes(run: Run) -> list[str]:
     """Return a list of one Markdown paragraph: the speed limits of each session, and whatever is special in the run.
 
-    `run` is the content of a topic's results file. Special are CPU time, a CPU without bfloat16 products, a busy
-    process, a quick run, tests that were not run, and an interrupted run.
+    Special are CPU time instead of wall time, a device without bfloat16 products, a busy process, a quick run, tests
+    that were not run, and an interrupted run. `run` is the content of a topic's results file. Its lines end in
+    Markdown's hard line break.
     """
     lines = [f"{floors_line(run, index)}." for index in range(len(run["sessions"]))]
     if run["device"]["name"].endswith("CPU time"):

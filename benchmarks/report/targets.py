@@ -23,7 +23,7 @@ class Verdict:
 
     @property
     def met(self) -> bool:
-        """Return True if the required figure was reached."""
+        """Return True if the figure that a run reached is at least the required one."""
         return self.reached >= self.required
 
 
@@ -31,10 +31,11 @@ HEADER = ["case", "against", "must reach", "reached", "met"]
 
 
 def rows(runs: list[Run]) -> list[list[str]]:
-    """Return a row of cells under HEADER for each target that the runs can judge, see `verdicts`.
+    """Return a row of cells for each speed target that the runs can judge.
 
-    The cells are the case, what it is compared with, the figure to reach, the figure reached, and whether it was met.
-    `runs` are the contents of topics' results files.
+    The cells are the case, what it is compared with, the figure to reach, the figure reached, and "yes" or "**no**".
+    `runs` are the contents of topics' results files. A target is left out if what it compares was not measured, or if
+    it is for another kind of run or device.
     """
     return [
         [
@@ -46,11 +47,12 @@ def rows(runs: list[Run]) -> list[list[str]]:
 
 
 def verdicts(runs: list[Run]) -> Iterator[Verdict]:
-    """Yield a `Verdict`, required figure and reached figure, on each target that the runs can judge.
+    """Yield a `Verdict` on each target that can be judged: case, what it is compared with, required and reached figure.
 
-    `runs` are the contents of topics' results files. Left out are targets for the other kind of run (quiet or beside a
-    busy process), targets for instructions that the device lacks, targets whose implementations or passes were not
-    measured, and topics that the suite has dropped.
+    `runs` are the contents of topics' results files. A target is a speed that a case must reach. A target is left out
+    if it is for the other kind of run (quiet or beside a busy process), or for instructions that the device lacks. It
+    is also left out if an implementation or a pass of it was not measured. Topics that the suite has dropped have no
+    targets.
     """
     for run in runs:
         topic = catalogue.topics().get(run["topic"])
@@ -66,8 +68,9 @@ def verdicts(runs: list[Run]) -> Iterator[Verdict]:
 def unjudged(runs: list[Run]) -> list[str]:
     """Return a line of text for each implementation that has targets which do not count on the run's device.
 
-    These are targets for devices with certain instructions, such as "bf16_products", which the device lacks. Only
-    implementations that were measured get a line. `runs` are the contents of topics' results files.
+    These targets are for devices with certain instructions, such as "bf16_products", and the run's file says that its
+    device has none. A line is such as "<implementation>: this CPU has no bf16 products"; there is one if the target
+    could otherwise be judged. `runs` are the contents of topics' results files.
     """
     found = {}
     for run in runs:
@@ -80,7 +83,7 @@ def unjudged(runs: list[Run]) -> list[str]:
 
 
 def _has(run: Run, products: str) -> bool:
-    """Return True if the run's device has the instructions `products`, such as "bf16_products".
+    """Return True if the run's file says that its device has the instructions `products`, such as "bf16_products".
 
     `run` is the content of a topic's results file.
     """
@@ -88,20 +91,22 @@ def _has(run: Run, products: str) -> bool:
 
 
 def case_of(run: Run, record: Record) -> Case:
-    """Return the case that `record` was measured on. `run` is the content of the results file that has the record.
+    """Return the `Case` that `record` was measured on: topic, device type, sizes, dtype and dropout.
 
-    The case's fields `series`, `quick` and `peers` keep their defaults.
+    `run` is the content of the results file that has the record. The case's fields `series`, `quick` and `peers` keep
+    their defaults.
     """
     dtype = getattr(torch, record["dtype"])
     return Case(run["topic"], run["device"]["type"], tuple(record["sizes"].items()), dtype, record["dropout"])
 
 
 def judge(run: Run, records: dict[str, Record], target: Target) -> Verdict | None:
-    """Return the verdict on a target for a case: what is required, and what was reached.
+    """Return the verdict on a target for one case: a text that names the case, the comparison, and both figures.
 
-    `run` is the content of a topic's results file. `records` maps implementation → record of the case. The result is
-    None if an implementation or a pass that the target names was not measured. If the target names several
-    implementations, the fastest measured one counts.
+    `run` is the content of a topic's results file. `records` maps implementation → record of the case. A target
+    compares `target.who` with the measured speed limit, with tokens a second, or with other implementations. Of several
+    others, the fastest measured one counts. A target without passes means all that `target.who` was measured in. The
+    result is None if `target.who`, one of the passes, or all of the others were not measured.
     """
     who = records.get(target.who)
     if who is None:
@@ -125,10 +130,11 @@ def judge(run: Run, records: dict[str, Record], target: Target) -> Verdict | Non
 
 
 def _ratio(peer: Record, who: Record, passes: tuple[str, ...]) -> float:
-    """Return the time of the record `peer` divided by the time of the record `who`, added up over the passes.
+    """Return how many times as long the implementation of the record `peer` took as that of the record `who`.
 
-    `passes` are names of passes that both have. If there is one pass, and `who` is gpt_fast's record, the median ratio
-    over pairs of rounds is returned if `peer` has it. Otherwise the medians are divided.
+    `passes` are names of passes that both have. If there is one pass, `who` is gpt_fast's record, and `peer` has the
+    median ratio over pairs of rounds, that ratio is returned. Otherwise medians are added up over the passes and
+    divided.
     """
     if len(passes) == 1 and who["peer"] == OURS and "to_ours" in peer["times"][passes[0]]:
         return peer["times"][passes[0]]["to_ours"]["median"]
@@ -143,7 +149,7 @@ def _total(record: Record, passes: tuple[str, ...]) -> float:
 def _figure(against: str, value: float) -> str:
     """Return the figure of a target as text: "85%" of the speed limit, "550,000" tokens/s, or a multiple, "1.25 ×".
 
-    `against` is FLOOR for a share of the measured speed limit, TOKENS for tokens a second, or the name of the
-    implementation that is compared with.
+    `against` chooses the form: FLOOR ("the floor") is a share of the measured speed limit. TOKENS ("tokens/s") is
+    tokens a second. Anything else is the name of an implementation that is compared with.
     """
     return f"{value:.0%}" if against == FLOOR else f"{value:,.0f}" if against == TOKENS else f"{value:.2f} ×"

@@ -15,11 +15,12 @@ LIBRARY = Path("build", "fakecuda", "lib")
 def environment(
     library: Path, capability: int = 90, devices: int = 1, memory: int = 80, driver: int = 13000
 ) -> dict[str, str]:
-    """Return this process's environment variables, changed for a process with `devices` pretended GPUs.
+    """Return a copy of this process's environment variables for a process that shall see `devices` pretended GPUs.
 
-    Each GPU has `memory` GB. `library` is the folder that tools.fakecuda.build wrote. `capability` is the compute
-    capability times ten. `driver` is the CUDA version of the driver, such as 13000. Raise `SystemExit` if the folder
-    has no libcuda.so.1.
+    LD_PRELOAD gets the stand-in for CUDA's driver in front of what it has, and the variables that configure the
+    stand-in are set. `library` is the folder that tools.fakecuda.build wrote. `capability` is the compute capability
+    times ten. Each GPU has `memory` GB. `driver` is the driver's CUDA version, such as 13000 for 13.0. Raise
+    `SystemExit` if the folder has no libcuda.so.1.
     """
     library = library.resolve()
     if not (library / "libcuda.so.1").exists():
@@ -36,7 +37,10 @@ def environment(
 
 
 def main() -> None:
-    """Replace this process by the command that follows the options. The command sees the pretended GPUs."""
+    """Replace this process by the command that follows the options. The command sees the pretended GPUs.
+
+    Exit with a message if the stand-in library has not been built. Raise `OSError` if the command cannot be started.
+    """
     parser = argparse.ArgumentParser(prog="python -m tools.fakecuda", description=__doc__)
     parser.add_argument("--capability", type=int, default=90, choices=CAPABILITIES, help="compute capability times ten")
     parser.add_argument("--devices", type=int, default=1)

@@ -25,7 +25,7 @@ HARMLESS = re.compile("Set|Get|Create|Destroy|Attribute|Init")  # functions of c
 def site_packages() -> Path:
     """Return the site-packages folder that holds the package `torch` of this Python.
 
-    Raise `SystemExit` with a message if PyTorch is not installed or is no CUDA build.
+    Exit with a message if PyTorch is not installed, or has no libtorch_cuda.so because it is no CUDA build.
     """
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
@@ -37,19 +37,19 @@ def site_packages() -> Path:
 
 
 def symbols(pattern: re.Pattern, *arguments: str) -> set[str]:
-    """Run `nm` with these arguments. Return the names in its output that the one group of `pattern` captures.
+    """Run `nm` with `arguments` (options and files). Return what the one group of `pattern` captures in its output.
 
-    Raise `subprocess.CalledProcessError` if `nm` fails.
+    These are names of symbols. Raise `subprocess.CalledProcessError` if `nm` fails.
     """
     listed = subprocess.run(["nm", *arguments], check=True, capture_output=True, text=True).stdout
     return set(pattern.findall(listed))
 
 
 def stubs(imported: set[str], defined: set[str]) -> str:
-    """Return C++ source with a stub for each function name in `imported` that is not in `defined`.
+    """Return C++ source with a stub for each function name in `imported` that is not in `defined`, sorted by name.
 
-    Stubs of cuBLAS do nothing and return success, and those of functions that would launch work record the call. Stubs
-    of the CUDA runtime fail with a message.
+    Stubs of cuBLAS do nothing and return success; those of functions that would launch work also record the call. Stubs
+    of all other functions, which are the CUDA runtime's, fail with a message.
     """
     lines = [
         'extern "C" void fakecuda_note(const char*, const char*, const void*);',
@@ -68,9 +68,11 @@ def stubs(imported: set[str], defined: set[str]) -> str:
 
 
 def build(folder: Path) -> Path:
-    """Compile the library that pretends to be CUDA's driver into `folder`, and return its path, libcuda.so.1.
+    """Compile the library that pretends to be CUDA's driver into `folder`, and return its path, `folder`/libcuda.so.1.
 
-    The folder is made if it is missing. It needs PyTorch's CUDA build and CUDA's headers.
+    The folder is made if it is missing. It also gets the object files, the source of the stubs, and a copy of the
+    library as libcuda.so. CUDA's headers are searched in CUDA_HOME, by default /usr/local/cuda, and in PyTorch's
+    packages. Exit with a message if PyTorch has no CUDA. Raise `subprocess.CalledProcessError` if a compiler fails.
     """
     site = site_packages()
     cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))

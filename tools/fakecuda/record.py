@@ -37,15 +37,25 @@ class Seen:
     refusals: list[str] = field(default_factory=list)
 
     def of(self, *kinds: str) -> list[Entry]:
-        """Return the recorded entries of these kinds. A kind is one of LAUNCHES, "callback" or "sync"."""
+        """Return the recorded entries of these kinds, in their order.
+
+        An `Entry` is a thing that a pretended GPU had to do, or a time that the host waited for it. A kind is "kernel",
+        "triton", "cublas", "copy", "fill", "graph", "callback" or "sync" (the host waited).
+        """
         return [entry for entry in self.entries if entry.kind in kinds]
 
     def launches(self) -> list[Entry]:
-        """Return the recorded entries of the kinds in LAUNCHES, which take time on a device."""
+        """Return the recorded entries that take time on a pretended GPU, in their order.
+
+        These are kernels, copies, fills, calls of cuBLAS and graphs, but not callbacks and waits of the host.
+        """
         return self.of(*LAUNCHES)
 
     def counts(self) -> dict[str, int]:
-        """Return {kind: number of recorded entries}, sorted by kind. "sync" counts waits of the host."""
+        """Return {kind: number of recorded entries}, sorted by kind. Kinds that did not occur are missing.
+
+        A kind is what a pretended GPU had to do, such as "kernel" or "copy". "sync" counts waits of the host.
+        """
         return dict(sorted(Counter(entry.kind for entry in self.entries).items()))
 
 
@@ -56,10 +66,11 @@ def is_present() -> bool:
 
 @contextlib.contextmanager
 def watch() -> Iterator[Seen]:
-    """Record what the block asks of the pretended GPUs. Yield a `Seen`, which is filled when the block ends.
+    """Record what the block asks of the pretended GPUs. Yield a `Seen`, which is filled when the block ends or raises.
 
-    Raise `OSError` if the record cannot be written to a temporary file. The process must run on the stand-in, see
-    `is_present`.
+    A `Seen` has `entries`, one for each thing that a device was asked to do or that the host waited for, and
+    `refusals`, texts of errors. What was recorded before the block is dropped. The process must have the stand-in for
+    CUDA's driver loaded. Raise `OSError` if the record cannot be written to a temporary file.
     """
     library, seen = ctypes.CDLL(None), Seen()
     library.fakecuda_reset()
@@ -79,7 +90,7 @@ def watch() -> Iterator[Seen]:
 
 
 def _entry(fields: list[str]) -> Entry:
-    """Return the `Entry` of one line of the record, given the line's tab-separated fields as text.
+    """Return the `Entry` of one line of the record, given the line's tab-separated fields after the first one.
 
     They are kind, name, grid, block, bytes of shared memory, device, "1" if captured, and stream in hexadecimal.
     """
