@@ -126,7 +126,7 @@ def read_config(directory: Path) -> tuple[str, GPTConfig]:
 def load(
     head_class: type[AnyHead], directory: Path, overrides: dict[str, Any], tensors: dict[str, Tensor] | None = None
 ) -> AnyHead:
-    """Return a new model of class `head_class`, on the CPU in training mode, with the weights in the folder `directory`.
+    """Return a new model of class `head_class`, on the CPU in training mode, with the weights in `directory`.
 
     `overrides` are fields of `GPTConfig` that replace those in the folder. `tensors`, by name, take the place of the
     weights in the folder if given. If another class saved the folder, layers outside of the trunk that it lacks get
