@@ -127,8 +127,8 @@ def _program(rows, BLOCK: tl.constexpr, FLAT: tl.constexpr):
     """Return (matrix, tile, tiles): this program's head, its tile of the head's rows, and how many tiles a head has.
 
     `matrix` is batch · H + head, int64. A head has `rows` rows, and a tile BLOCK of them; `tile` counts from 0. The
-    grid is (tiles, heads). CUDA allows 65,535 programs in a grid's second dimension. For more heads the grid has one
-    dimension (FLAT), which costs a division and up to four registers.
+    grid is (tiles, heads), or with FLAT (tiles · heads,). CUDA allows 65,535 programs in a grid's second dimension, so
+    more heads need FLAT, which costs a division and up to four registers.
     """
     if FLAT:
         tiles = tl.cdiv(rows, BLOCK)
@@ -362,12 +362,12 @@ def _fwd_kernel(
 ):  # fmt: skip
     """Write out and lse, the logarithm of the sum of exponentials, for BLOCK_M queries of one head.
 
-    The query at position i, counted so that the last one sits at the last key, meets keys i - lower < j < i + upper,
-    and of these only such as the given masks allow; a mask is not given if its pointer is None. `start_ptr`, `end_ptr`
-    and `sequence_ptr` describe packed sequences (see Packing). Dropout drops a probability if its 16 random bits, a
-    function of the seed, `site` and its position, are below `threshold`, and multiplies others by `dropout_scale`. A
-    query without keys gets out 0 and lse +inf. ALL_MASKED says that every tile needs a mask, FLAT is as in `_program`,
-    and LATE as in `_fwd_tile`.
+    The query at position i, counted so that the last one sits at the last key, meets keys i - lower < j < i + upper.
+    The lengths and masks that are given, not None, exclude more keys. `start_ptr`, `end_ptr` and `sequence_ptr`
+    describe packed sequences (see Packing). Dropout drops a probability if its 16 random bits, a function of the seed,
+    `site` and its position, are below `threshold`, and multiplies others by `dropout_scale`. A query without keys gets
+    out 0 and lse +inf; one whose scores are all -inf gets NaN. ALL_MASKED says that every tile needs a mask, FLAT that
+    the grid has one dimension, and LATE that scores are scaled after taking their maximum.
     """
     bh, tile, tiles = _program(T, BLOCK_M, FLAT)
     b, h = bh // H, bh % H
@@ -481,9 +481,14 @@ def _bwd_dq_kernel(
 ):  # fmt: skip
     """Write the gradient of BLOCK_M queries of one head to dq, and lse and delta of these rows to `rows_ptr`.
 
-    delta is rowsum(dO · O). In `rows_ptr` lse is times log2(e) and delta times 1 - p, p the dropout probability;
-    `_saved_rows` reads them. Masks, positions, dropout and ALL_MASKED mean what they mean in `_fwd_kernel`, FLAT what
-    it means in `_program`.
+    delta is rowsum(dO · O), for the output at `out_ptr` and its gradient at `do_ptr`. In `rows_ptr` lse is times
+    log2(e), +inf past the last query, and delta times 1 - p, p the dropout probability.
+
+    The query at position i, counted so that the last one sits at the last key, meets keys i - lower < j < i + upper.
+    The lengths and masks that are given, not None, exclude more keys. `start_ptr`, `end_ptr` and `sequence_ptr`
+    describe packed sequences (see Packing). Dropout drops a probability if its 16 random bits, a function of the seed,
+    `site` and its position, are below `threshold`, and multiplies others by `dropout_scale`. ALL_MASKED says that every
+    tile needs a mask, and FLAT that the grid has one dimension.
     """
     bh, tile, tiles = _program(T, BLOCK_M, FLAT)
     b, h = bh // H, bh % H
@@ -569,9 +574,9 @@ def _bwd_dkdv_tile(
     """Return (dk, dv) after one more tile of queries, which begins at query `start`.
 
     dk and dv [BLOCK_N, BLOCK_D] are the gradient of k over `scale` and that of v, both still without dropout's scale. k
-    and v are [BLOCK_N, BLOCK_D]. `queries` and `douts`, the output's gradient, are a Source each. `rows_ptr` and `bh`
-    are as in `_saved_rows`. MASKED is False for a tile that needs no mask. `walk`, `rows`, `head`, `masks` and
-    `dropout` are tuples of the classes Walk, Rows, Head, Masks and Dropout.
+    and v are [BLOCK_N, BLOCK_D]. `queries` and `douts`, the output's gradient, are a Source each. `rows_ptr` holds what
+    `_bwd_dq_kernel` has saved of the queries, and `bh` is batch · H + head. MASKED is False for a tile that needs no
+    mask. `walk`, `rows`, `head`, `masks` and `dropout` are tuples of the classes Walk, Rows, Head, Masks and Dropout.
     """
     q = _walked_tile(queries, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_M, BLOCK_D]
     do = _walked_tile(douts, start, walk, head, MASKED, D, DESCRIBED)  # [BLOCK_M, BLOCK_D]
@@ -621,8 +626,14 @@ def _bwd_dkdv_kernel(
 ):  # fmt: skip
     """Write the gradients of BLOCK_N keys and values of one head to dk and dv.
 
-    `rows_ptr` holds lse · log2(e) and delta · (1 - p) of the queries, which `_bwd_dq_kernel` has saved. Masks,
-    positions, dropout and ALL_MASKED mean what they mean in `_fwd_kernel`, FLAT what it means in `_program`.
+    `rows_ptr` holds lse · log2(e) and delta · (1 - p) of the queries, which `_bwd_dq_kernel` has saved; p is the
+    dropout probability, and delta = rowsum(dO · O).
+
+    The query at position i, counted so that the last one sits at the last key, meets keys i - lower < j < i + upper.
+    The lengths and masks that are given, not None, exclude more keys. `start_ptr`, `end_ptr` and `sequence_ptr`
+    describe packed sequences (see Packing). Dropout drops a probability if its 16 random bits, a function of the seed,
+    `site` and its position, are below `threshold`, and multiplies others by `dropout_scale`. ALL_MASKED says that every
+    tile needs a mask, and FLAT that the grid has one dimension.
     """
     tl.static_assert(ROW_TILE % BLOCK_M == 0)  # saved rows are read without a mask
     bh, tile, tiles = _program(S, BLOCK_N, FLAT)
@@ -676,7 +687,7 @@ def _bwd_dkdv_kernel(
 def config(kernel: str, q: torch.Tensor) -> tuple[Config, int]:
     """Return (launch configuration, BLOCK_D) of the kernel "fwd", "bwd_dq" or "bwd_dkdv" for q [B, H, T, D].
 
-    BLOCK_D is D padded to a power of two of at least 16.
+    BLOCK_D is D padded to a power of two of at least 16. The table is read for q's device, element size and BLOCK_D.
     """
     D = q.shape[-1]
     BLOCK_D = max(16, next_power_of_2(D))
@@ -687,8 +698,8 @@ def config(kernel: str, q: torch.Tensor) -> tuple[Config, int]:
 def sources(rows: int, BLOCK_D: int, **tensors: torch.Tensor) -> dict[str, Any]:
     """Return the launch arguments for `tensors` [B, H, ., D], which a kernel's loop reads in tiles of `rows` rows.
 
-    They are {"DESCRIBED": bool} and the tensors by their names. DESCRIBED is True if all of them can be read by tensor
-    descriptors. They are then replaced by their descriptors.
+    They are {"DESCRIBED": bool} and the tensors by their names, such as k_ptr. DESCRIBED is True if all of them can be
+    read by tensor descriptors. They are then replaced by their descriptors, for tiles [1, 1, rows, BLOCK_D].
     """
     architecture = launch_configs.architecture(next(iter(tensors.values())).device)
     if all(describable(x, architecture) for x in tensors.values()):
@@ -724,11 +735,12 @@ class Options(NamedTuple):
 def _shared_arguments(
     q: torch.Tensor, k: torch.Tensor, options: Options, threshold: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (arguments, switches): the run-time and the compile-time arguments that all three kernels take.
+    """Return (arguments, switches): the run-time and the compile-time arguments that all three kernels take, by name.
 
-    q is [B, H, T, D] and k [B, H, S, D]. The arguments are the masks with their strides, the packing, the seed, the
-    sizes, the bounds `lower` and `upper`, and the site; the switches are ALL_MASKED, FLAT, PRECISION and D. Dropout
-    drops a probability if its 16 random bits are below `threshold`: with 0 there is no seed.
+    q is [B, H, T, D] and k [B, H, S, D]. The arguments are the pointers of lengths, masks, packing and seed, each None
+    if not used, and the strides of the masks. Others are H, T, S, `site` and the bounds `lower` and `upper`. A query at
+    i meets keys i - lower < j < i + upper, by the window and the causal mask. The switches are ALL_MASKED, FLAT,
+    PRECISION and D. Dropout drops a probability if its 16 random bits are below `threshold`: with 0 there is no seed.
     """
     B, H, T, D = q.shape
     S = k.shape[2]
@@ -815,9 +827,9 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (out, lse): the output [B, H, T, D], with its memory laid out as [B, T, H, D], and the float32 [B, H, T].
 
-    lse is the natural logarithm of a row's sum of exponentials, +inf for a row without any key. Dropout drops a
-    probability if its 16 random bits are below `threshold`, and multiplies others by `dropout_scale`. `options` are
-    validated already.
+    q is [B, H, T, D], and k and v are [B, H, S, D]. lse is the natural logarithm of a row's sum of exponentials. A row
+    without any key gets out 0 and lse +inf. Dropout drops a probability if its 16 random bits are below `threshold`,
+    and multiplies others by `dropout_scale`. `options` are validated already.
     """
     T = q.shape[2]
     out = _empty_bthd(q, T)
@@ -847,8 +859,8 @@ def backward_into(
 ) -> None:  # fmt: skip
     """Write the gradients of q, k and v into dq, dk and dv, [B, H, rows, D] each, whose last axis is contiguous.
 
-    `dout` [B, H, T, D] is the upstream gradient. `out` and `lse` are the results of `forward`; `options`, `threshold`
-    and `dropout_scale` are its arguments.
+    `dout` [B, H, T, D] is the upstream gradient. `out` and `lse` are the results of `forward`, and `options`,
+    `threshold` and `dropout_scale` the arguments that it had. Without queries or keys the gradients are 0.
     """
     T, S = q.shape[2], k.shape[2]
     if q.numel() == 0 or k.numel() == 0:
@@ -889,10 +901,10 @@ def backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
     options: Options, threshold: int, dropout_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return (dq, dk, dv), the gradients of q, k and v, with their memory laid out as [B, rows, H, D].
+    """Return (dq, dk, dv), the gradients of q, k and v, [B, H, rows, D] each, with memory laid out as [B, rows, H, D].
 
-    `dout` [B, H, T, D] is the upstream gradient. `out` and `lse` are the results of `forward`; `options`, `threshold`
-    and `dropout_scale` are its arguments.
+    `dout` [B, H, T, D] is the upstream gradient. `out` and `lse` are the results of `forward`, and `options`,
+    `threshold` and `dropout_scale` the arguments that it had.
     """
     S = k.shape[2]
     dq, dk, dv = _empty_bthd(q, q.shape[2]), _empty_bthd(k, S), _empty_bthd(k, S)
@@ -906,8 +918,9 @@ def backward_qkv(
 ) -> torch.Tensor:  # fmt: skip
     """Return the gradient [B, T, 3C] of the packed projection `qkv`, for the upstream gradient dout [B, H, T, D].
 
-    Its last axis holds the gradients of Q, K and V, one after another. `out` and `lse` are the results of `forward`;
-    `options`, `threshold` and `dropout_scale` are its arguments.
+    H is `num_heads`. The last axis holds the gradients of Q, K and V, one after another, as `qkv` holds those. `out`
+    and `lse` are the results of `forward` on its q, k and v, and `options`, `threshold` and `dropout_scale` the
+    arguments that it had.
     """
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     B, T, C3 = qkv.shape

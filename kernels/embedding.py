@@ -133,7 +133,7 @@ def _bwd_reduce_kernel(
 
 
 def config(table: torch.Tensor) -> Config:
-    """Return the launch configuration for a table [V, C] on its device."""
+    """Return the launch configuration for a table [V, C], by its device, element size and C."""
     architecture = launch_configs.architecture(table.device)
     return Config(*launch_configs.pick("embedding", "rows", architecture, table.element_size(), table.shape[1]))
 
@@ -148,11 +148,12 @@ def forward(
     seed: torch.Tensor | None,
     site: int,
 ) -> torch.Tensor:
-    """Return out [..., C], the sum of token and position embeddings after dropout.
+    """Return out [..., C], the sum of token and position embeddings after dropout, in the dtype of `token_weight`.
 
-    `positions` has the shape of `tokens`, or [T] for all rows. Dropout drops an element if its 16 random bits, a
-    function of `seed`, `site` and its position, are below `threshold`, and multiplies others by `scale`. Without a seed
-    there is no dropout.
+    `token_weight` [V, C] and `position_weight` [P, C] are the tables. `positions` has the shape of `tokens`, or [T] for
+    all rows. Ids outside of a table are clamped to its ends. Dropout drops an element if its 16 random bits, a function
+    of `seed`, `site` and its position, are below `threshold`, and multiplies others by `scale`. Without a seed there is
+    no dropout.
     """
     C = token_weight.shape[1]
     out = torch.empty((*tokens.shape, C), dtype=token_weight.dtype, device=tokens.device)
@@ -187,16 +188,17 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (dtoken, dposition): the gradients of both tables, with the strides of the tables, or [0] if not needed.
 
-    `dout` [..., C] is the upstream gradient, and the arguments up to `site` are those of `forward`. Dropout drops an
-    element if its 16 random bits, a function of `seed`, `site` and its position, are below `threshold`, and multiplies
-    others by `scale`. Without a seed there is no dropout.
+    `dout` [..., C] is the upstream gradient, and the arguments from `tokens` to `site` are those of the forward pass.
+    Rows that were not looked up get 0. Dropout drops an element if its 16 random bits, a function of `seed`, `site` and
+    its position, are below `threshold`, and multiplies others by `scale`. Without a seed there is no dropout.
     """
     rows = dout.reshape(tokens.numel(), dout.shape[-1])
 
     def gradient(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Return the gradient of `table`, for a forward pass that looked up its rows `indices`.
 
-        `indices` has the shape of the tokens, or broadcasts to it.
+        `indices` has the shape of the tokens, or broadcasts to it. The upstream gradient and the dropout's arguments
+        are those of the enclosing `backward`.
         """
         grad = torch.zeros_like(table)
         M, C = rows.shape

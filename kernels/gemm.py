@@ -42,7 +42,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def cast(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the float32 x in `dtype`, rounded to nearest.
+    """Return the float32 x in `dtype`, rounded to nearest, ties to even.
 
     Triton's interpreter (as of 3.9) truncates to bfloat16. With PRECISION "interpreter" this function therefore rounds
     the value before the cast.
@@ -169,9 +169,9 @@ def sum_rows_kernel(
 
 
 def sum_rows(x: torch.Tensor, out: torch.Tensor) -> None:
-    """Write the sum of the rows of x [M, N], added in float32 and rounded once, into out [N].
+    """Write the sum of the rows of x [M, N], added in float32 and rounded once to the dtype of out, into out [N].
 
-    More than 4,096 rows are added in two steps.
+    More than 4,096 rows are added in two steps. M is 1 or more.
     """
     M, N = x.shape
     if M > 4096:
@@ -212,8 +212,10 @@ def as_matrix(x: torch.Tensor) -> torch.Tensor:
 def operand(matrix: torch.Tensor, rows: int, columns: int, architecture: int) -> tuple[Any, int]:
     """Return (source, mode) of a matrix for `load` and `store` of tiles [rows, columns].
 
-    The source is the matrix itself (mode 0), its tensor descriptor (1), or the descriptor of its transpose (2).
-    `architecture`, a compute capability times ten or INTERPRETER, decides with the matrix's strides which it is.
+    The source is a tensor descriptor of the matrix (mode 1) if it is describable, else one of its transpose (2) if that
+    is. Otherwise it is the matrix itself (0), which is read by pointers. Describable means 16-bit elements, aligned
+    rows and a contiguous last axis, on an architecture with descriptors. `architecture` is a compute capability times
+    ten, or INTERPRETER.
     """
     if describable(matrix, architecture):
         return descriptor(matrix, [rows, columns]), 1
@@ -262,6 +264,6 @@ def operands(
 
 
 def grid(launch: Config, M: int, N: int, device: torch.device) -> tuple[int]:
-    """Return the grid of persistent programs for a product [M, N]: as many as run at once, or as there are tiles."""
+    """Return the grid of persistent programs for a product [M, N]: as many as run at once, at most one a tile."""
     tiles = cdiv(M, launch.m) * cdiv(N, launch.n)
     return (min(tiles, launch.programs * launch_configs.multiprocessors(device)),)

@@ -73,5 +73,5 @@ def keep_matrix(i, j, b, site, threshold, seed_ptr, UPPER: tl.constexpr = False)
 
 
 def dropping_seed(seed, threshold: int):
-    """Return `seed`, for `keep_matrix`, or None if the dropout threshold is 0, so that nothing is dropped."""
+    """Return `seed`, which turns dropout on in kernels, or None if the threshold is 0, so that nothing is dropped."""
     return seed if threshold > 0 else None
