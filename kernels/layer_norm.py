@@ -162,7 +162,7 @@ def _bwd_reduce_kernel(
 
 
 def config(N: int, device: torch.device) -> Config:
-    """Return the launch configuration for rows of N columns. Raise `ValueError` if N exceeds WIDEST."""
+    """Return the launch configuration for rows of N columns. Raise `ValueError` if N exceeds WIDEST, 65,536."""
     if N > WIDEST:
         raise ValueError(f"gpt_fast.layer_norm: rows have {N} columns; expected at most {WIDEST} on this device")
     return Config(*launch_configs.pick("layer_norm", "rows", launch_configs.architecture(device), 4, N))
@@ -186,10 +186,11 @@ def forward(
     eps: float,
     y_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (y, mean, rstd): the layer norm y, contiguous, in the shape of x, and the statistics of each row.
+    """Return (y, mean, rstd): the layer norm y, contiguous, in the shape of x [..., N], and the statistics of each row.
 
-    y is in `y_dtype` if given, else in the dtype of x. mean and rstd = 1 / sqrt(variance + eps) are float32 in the
-    shape of x without its last axis; they are NaN if x has no elements.
+    `weight` and `bias` are [N], or None to leave them out. y is in `y_dtype` if given, else in the dtype of x. mean and
+    rstd = 1 / sqrt(variance + eps) are float32 in the shape of x without its last axis; they are NaN if x has no
+    elements. An N above 65,536 raises `ValueError`.
     """
     N = x.shape[-1]
     y = torch.empty(x.shape, dtype=y_dtype or x.dtype, device=x.device)
@@ -220,8 +221,8 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (dx, dweight, dbias): dx like x, and the gradients [N] of weight and bias in the weight's dtype.
 
-    `dy` is the upstream gradient; mean and rstd are the statistics that `forward` returned. Without a weight, the
-    gradients are in the dtype of x. A gradient of weight or bias that is not needed has shape [0].
+    dx is contiguous. `dy` is the upstream gradient; mean and rstd are the statistics that `forward` returned. Without a
+    weight, the gradients of weight and bias are in the dtype of x. One that is not needed has shape [0].
     """
     N = x.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -253,7 +254,7 @@ def add_partial_sums(
 ) -> None:
     """Add the P partial sums in `partial` [2, P, N], first of weight, then of bias, and write dweight and dbias [N].
 
-    Only the gradients that are needed are written.
+    The partial sums are float32. Only the gradients that are needed are written, in their own dtypes.
     """
     _, P, N = partial.shape
     _bwd_reduce_kernel[(cdiv(N, REDUCE_COLUMNS),)](

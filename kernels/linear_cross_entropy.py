@@ -26,7 +26,7 @@ GRADIENT_ROWS = 64  # rows of a tile of _gradient_kernel; a multiple of every pr
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])
 def _compact_kernel(target_ptr, index_ptr, count_ptr, N, ignore_index, BLOCK: tl.constexpr):
-    """Write the numbers of the rows whose target is not `ignore_index` to index, in order, and their number to count.
+    """Write the row indices of targets other than `ignore_index` to index, in order, and how many they are to count.
 
     target and index are [N], count is [1]; index and count are int32. Entries of index from the count on are not
     written. The grid has one program.
@@ -48,10 +48,10 @@ def _gather_kernel(
 ):  # fmt: skip
     """Copy a chunk of the rows of x whose target is not ignored into rows [R, C], and their targets into targets [R].
 
-    The chunk has the R such rows from the `first`-th on. `index_ptr` and `count_ptr` hold what `_compact_kernel` wrote:
-    the numbers of these rows in x [N, C] and how many there are. Rows of the chunk past the last one become zeros; if
-    there is none at all, nothing is written. Targets are clamped to [0, V). The grid is (blocks of BLOCK_M rows, blocks
-    of BLOCK_C columns).
+    The chunk has the R such rows from the `first`-th on. `index_ptr` and `count_ptr` hold the indices of these rows in
+    x [N, C] and how many there are. Rows of the chunk past the last one become zeros; if the chunk has none at all,
+    nothing is written. Targets are clamped to [0, V) and become int32. The grid is (blocks of BLOCK_M rows, blocks of
+    BLOCK_C columns).
     """
     count = tl.load(count_ptr)
     if first < count:
@@ -110,12 +110,15 @@ def _logits_kernel(
     KEEPS: tl.constexpr, A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute the logits a bᵀ + bias of a chunk, and write what `_logits_half` writes of each half tile.
+    """Compute the logits a bᵀ + bias of a chunk, and write statistics of each half tile of them.
 
-    a [M, K] are the chunk's rows of x, all with a target that is not ignored, and b [N, K] is the weight. `count_ptr`
-    points to the number of all such rows, and `first` is how many of them lie before the chunk. Tiles past the last row
-    are skipped. With KEEPS the logits themselves are written to out [M, N], as `_logits_half` says. The programs of a
-    grid of any size share the tiles.
+    a [M, K] are the chunk's rows of x, all with a target that is not ignored, and b [N, K] is the weight. For each row
+    of a half tile, largest gets the largest logit and total the sum of exponentials relative to it. sum, unless its
+    pointer is None, gets the sum of the logits. All three are [half tiles of a row, M]. picked [M] gets the logit of
+    the row's target. With KEEPS the logits less the largest of their row in the half tile go to out [M, N].
+
+    `count_ptr` points to the number of all rows that are not ignored, and `first` is how many of them lie before the
+    chunk. Tiles past the last row are skipped. The programs of a grid of any size share the tiles.
     """
     live = tl.minimum(tl.load(count_ptr) - first, M)
     tiles = tl.cdiv(tl.maximum(live, 0), BLOCK_M) * tl.cdiv(N, BLOCK_N)
@@ -369,13 +372,14 @@ def _run(
     smoothing: float, dloss: torch.Tensor | None, loss: torch.Tensor | None, scatters: bool,
     dx: torch.Tensor | None, dweight: torch.Tensor | None, dbias: torch.Tensor | None, mean: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """Write the losses of the rows of x [N, C] and their gradients. Return how many rows count, int32 [1].
+    """Write the losses of the rows of x [N, C] and their gradients.
 
-    A row counts if its target is not `ignore_index`. `smoothing` is the label smoothing. `loss` [N] gets the losses, by
-    row number if `scatters`, else those of the rows that count one after another. `dx` [N, C], `dweight` [V, C] and
-    `dbias` [V] get gradients. Each of the four may be None, which leaves it out. `dloss` [N] is the upstream gradient
-    of each row's loss, or None for 1. If `mean`, dx is also multiplied by power / count, where power is the largest
-    power of two up to the count.
+    Return how many rows count, int32 [1], on the device. A row counts if its target is not `ignore_index`. `weight` is
+    [V, C], `target` [N] and `bias` [V] or None. `smoothing` is the label smoothing. `loss` [N] float32 gets the losses,
+    at the row's index if `scatters`, else those of the rows that count one after another. `dx` [N, C], `dweight` [V, C]
+    and `dbias` [V] get gradients; rows of dx that do not count are not written. Each of the four may be None, which
+    leaves it out. `dloss` [N] is the upstream gradient of each row's loss, or None for 1. If `mean`, dx is also
+    multiplied by power / count, where power is the largest power of two up to the count.
     """
     (N, C), V, device = x.shape, weight.shape[0], x.device
     index = torch.empty(N, dtype=torch.int32, device=device)
@@ -419,8 +423,8 @@ def _run(
     def multiply(kernel: Any, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, parts: int, **more: Any) -> None:
         """Launch `kernel`, which computes out = a bᵀ in tiles.
 
-        It stores a tile in `parts` parts side by side, or by pointers if `parts` is 0. `more` holds the kernel's other
-        arguments by name.
+        The launch configuration and the `count` are those of the enclosing `_run`. The kernel stores a tile in `parts`
+        parts side by side, or by pointers if `parts` is 0. `more` holds the kernel's other arguments by name.
         """
         arguments, switches = operands(launch, architecture, a, b, out, parts)
         kernel[grid(launch, a.shape[0], b.shape[0], device)](**arguments, count_ptr=count, **more, **switches)
@@ -527,8 +531,9 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return (dx, dweight, dbias) for reduction "none", where `dloss` is the upstream gradient of each row's loss.
 
-    `dloss` has the shape of `target`. The logits are computed again. dx is in the dtype of x, dweight and dbias in that
-    of the weight. A gradient that is not needed has shape [0].
+    x is [..., C], weight [V, C], bias [V] or None, and `dloss` has the shape of `target`. The logits are computed
+    again. dx is in the dtype of x, dweight and dbias in that of the weight. A gradient that is not needed has shape
+    [0]. Rows with the target `ignore_index` get and give no gradient.
     """
     rows = as_matrix(x)
     dx, dweight, dbias = _gradients(x, weight, needs_x, needs_weight, needs_bias)
