@@ -16,8 +16,8 @@ PATIENCE = 0.8  # seconds until a hub that does not answer counts as out of reac
 def address() -> tuple[str, int]:
     """Return (host, port) of the Hugging Face hub, or of the proxy through which it is reached.
 
-    The hub is huggingface_hub's ENDPOINT. The proxy is the system's, by environment variables such as HTTPS_PROXY.
-    Without a port in the address it is 80 for http, else 443.
+    The hub is huggingface_hub's ENDPOINT. The proxy is the system's, by environment variables such as HTTPS_PROXY,
+    unless NO_PROXY excludes the hub. Without a port in the address it is 80 for http, else 443.
     """
     from huggingface_hub.constants import ENDPOINT
 

@@ -90,8 +90,8 @@ class _Trunk(nn.Module):
 
         Raises:
             ValueError: Tokens are not [B, T], are longer than seq_len (packed: each sequence), or lie outside the
-                vocabulary, or more than one of lengths, key_mask and cu_seqlens is given. Ids and lengths are compared
-                with their limits on the CPU, and elsewhere after `gpt_fast.check_values()`.
+                vocabulary, or more than one of lengths, key_mask and cu_seqlens is given. Values inside tensors (ids,
+                lengths, bounds) are checked on the CPU, and elsewhere after `gpt_fast.check_values()`.
         """
         config = self.config
         name = type(self).__name__
@@ -541,8 +541,8 @@ class StaysPlain:
     def __call__(self) -> bool:
         """Return True if the modules given to the constructor are plain and as they were then.
 
-        No child module was replaced, added or removed, and none got hooks, a forward or a weight of its own. No
-        attribute in `_OPTIONS` has changed, such as `eps`, `num_heads` or `padding_idx`.
+        No child of a module with children was replaced, added or removed. No module got hooks, a forward or a weight of
+        its own. No attribute in `_OPTIONS` has changed, such as `eps`, `num_heads` or `padding_idx`.
         """
         return (
             all(now == before for now, before in self._children)

@@ -59,7 +59,8 @@ def _bwd_kernel(
     """Write dresidual [M, N], and dx if HAS_DX, for every P-th tile of BLOCK_M rows, where P is the number of programs.
 
     Program p begins at tile p. dresidual is the norm's gradient plus dsummed, the upstream gradient of `summed`, if
-    HAS_DSUMMED. dx is dresidual through dropout, whose arguments are those of `_fwd_kernel`. If NEEDS_SUMS, the sums of
+    HAS_DSUMMED. dx is dresidual through dropout: with HAS_DROPOUT, an element that the forward pass dropped is 0, and
+    others are multiplied by `scale`. `seed_ptr`, `site` and `threshold` give its mask again. If NEEDS_SUMS, the sums of
     program p for dweight and dbias go to row p of `dweight_ptr` and `dbias_ptr`, [P, N] float32 each.
     """
     program = tl.program_id(0).to(tl.int64)

@@ -70,7 +70,11 @@ def fits(architecture: int, capability: int) -> bool:
 
 @functools.cache
 def has_descriptors(capability: int) -> bool:
-    """Return True if tensor descriptors work on a GPU of this compute capability, times ten, or for INTERPRETER."""
+    """Return True if the kernels use tensor descriptors on a GPU of this compute capability, or for INTERPRETER.
+
+    The capability is times ten, such as 90. The row of ARCHITECTURES that serves the GPU decides. Raise `ValueError`
+    for a GPU older than all rows.
+    """
     return capability == INTERPRETER or serving(capability).descriptors
 
 

@@ -160,10 +160,11 @@ def _bounds(offs, mask_offs, lower, upper, others, length_ptr, packing, b):
 
 @triton.jit
 def _ranges(first, last, mask_rows, others, ALL_MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the Ranges of the tiles that a program loops over: BLOCK rows each of the other axis's `others` rows.
+    """Return the Ranges (begin, inside, outside, end), rows of the other axis between which a program loops over tiles.
 
-    `first` and `last` are the results of `_bounds` for the program's own rows; `mask_rows` is True for those that
-    exist. If ALL_MASKED, every tile counts as one that needs a mask.
+    A tile has BLOCK rows. Tiles in [inside, outside) need no mask; tiles in [begin, inside) and [outside, end) do.
+    `first` and `last` are the results of `_bounds` for the program's own rows, `mask_rows` is True for those that
+    exist, and the other axis has `others` rows. If ALL_MASKED, every tile counts as one that needs a mask.
     """
     begin = tl.min(tl.where(mask_rows, first, others)) // BLOCK * BLOCK
     end = tl.max(tl.where(mask_rows, last, 0))
@@ -177,15 +178,15 @@ def _ranges(first, last, mask_rows, others, ALL_MASKED: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _masked_tiles(ranges, BLOCK: tl.constexpr):
-    """Return the number of tiles in `ranges`, a Ranges, that need a mask."""
+    """Return how many tiles of BLOCK rows in `ranges` need a mask: those in [begin, inside) and [outside, end)."""
     return tl.cdiv(ranges.inside - ranges.begin, BLOCK) + tl.cdiv(ranges.end - ranges.outside, BLOCK)
 
 
 @triton.jit
 def _masked_start(n, ranges, BLOCK: tl.constexpr):
-    """Return the first row of the n-th tile that needs a mask in `ranges`, a Ranges.
+    """Return the first row of the n-th tile, counted from 0, that needs a mask in `ranges`, a Ranges.
 
-    Tiles from `begin` to `inside` come first, then tiles from `outside` on.
+    Tiles from `ranges.begin` to `ranges.inside` come first, then tiles from `ranges.outside` on. A tile has BLOCK rows.
     """
     before = tl.cdiv(ranges.inside - ranges.begin, BLOCK)
     start = tl.where(n < before, ranges.begin + n * BLOCK, ranges.outside + (n - before) * BLOCK)
@@ -196,8 +197,9 @@ def _masked_start(n, ranges, BLOCK: tl.constexpr):
 def _tile(source, start, limit, offs, head, MASKED: tl.constexpr, D: tl.constexpr):
     """Load rows start + offs of one head of a tensor by pointers, as a tile [len(offs), BLOCK_D].
 
-    Columns from D on are zeros. `source` is a Source and `head` a Head. If MASKED, rows from `limit` on, the number of
-    the head's rows, are zeros too; otherwise the caller knows that all rows exist.
+    `source` is a Source: the pointer to the head's first element and the strides of rows and columns. `head` is a Head,
+    whose `offs_d` [BLOCK_D] are the columns; columns from D on are zeros. If MASKED, rows from `limit` on, the number
+    of the head's rows, are zeros too; otherwise the caller knows that all rows exist.
     """
     first = tl.full((), 0, dtype=tl.int64) + start
     ptrs = source.ptr + first * source.stride_t + offs[:, None] * source.stride_t
@@ -213,8 +215,9 @@ def _tile(source, start, limit, offs, head, MASKED: tl.constexpr, D: tl.constexp
 def _walked_tile(source, start, walk, head, MASKED: tl.constexpr, D: tl.constexpr, DESCRIBED: tl.constexpr):
     """Load rows start + walk.offs of a tensor that a loop goes through tile by tile, as a tile [BLOCK, BLOCK_D].
 
-    `source` is a Source, `walk` a Walk and `head` a Head. If DESCRIBED, the source holds a tensor descriptor, which
-    gives zeros past the tensor's end. If MASKED, rows from `walk.end` on are zeros too. Columns from D on are zeros.
+    `source` is a Source, `head` a Head, and `walk` a Walk, whose `end` is the row to stop before. Columns from D on are
+    zeros. If DESCRIBED, the source holds a descriptor of the whole tensor, which gives zeros past the tensor's end. If
+    MASKED, rows from `walk.end` on are zeros too, but with a descriptor only if `walk.cut` is not None.
     """
     if DESCRIBED:
         x = source.ptr.load([head.b.to(tl.int32), head.h.to(tl.int32), start, 0])
@@ -249,7 +252,8 @@ def _allowed(x, rows, i, j, head, masks):
 def _without_padding(x, j, head, masks):
     """Return keys or values x [BLOCK, BLOCK_D] at positions j [BLOCK], with zeros in rows that key_mask excludes.
 
-    `head` is a Head and `masks` a Masks with a key_mask. Padding may hold NaN, which a product would spread.
+    `head` is a Head, which names the batch row, and `masks` a Masks with a key_mask [B, S], True for a key that counts.
+    Padding may hold NaN, which a product would spread.
     """
     ptrs = masks.key_mask_ptr + head.b * masks.stride_kmb + j * masks.stride_kms
     live = tl.load(ptrs, mask=j < masks.S, other=0) != 0
@@ -275,9 +279,10 @@ def _coordinates(offs, mask_offs, packing, bh, h, H):
 def _walked_position(start, walk, dropout):
     """Return the positions of rows start + walk.offs, counted from where the sequences of the program's own rows start.
 
-    `walk` is a Walk and `dropout` a Dropout. The result is [1, BLOCK], or [own rows, BLOCK] for packed sequences.
-    `start` is a multiple of 16. The division tells LLVM so, which does not see `tl.multiple_of`; without the known zero
-    bits LLVM cannot merge the Philox calls that share a counter, and a loop has nearly twice as many instructions.
+    `walk` is a Walk and `dropout` a Dropout, whose `start` [own rows, 1] has these starts. The result is [own rows,
+    BLOCK]. `start` is a multiple of 16. The division tells LLVM so, which does not see `tl.multiple_of`. Without the
+    known zero bits LLVM cannot merge the Philox calls that share a counter, and a loop has nearly twice as many
+    instructions.
     """
     tl.static_assert(walk.offs.shape[0] % 16 == 0)
     return (start // 16 * 16 + walk.offs)[None, :] - dropout.start

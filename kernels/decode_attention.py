@@ -121,9 +121,10 @@ def _add_kernel(
 ):  # fmt: skip
     """Write the attention output [D] of one head into row i of out [B H, D], in program i of the grid (B H).
 
-    It adds the states of the head's splits, which `_fwd_kernel` has written, in their order: acc [B H, splits, D], m
-    and l [B H, splits]. ADDED splits are read at a time. Splits past the sequence's length are not read; for a sequence
-    without keys the output is 0.
+    It adds the states of the head's splits, which `_fwd_kernel` has written, in their order, and divides by the sum of
+    exponentials. The states are acc [B H, splits, D], m and l [B H, splits]. ADDED splits are read at a time. Splits
+    past the sequence's length are not read; for a sequence without keys the output is 0. If `k_new_ptr` is not None, a
+    key has been appended, and counts beside the length.
     """
     row = tl.program_id(0).to(tl.int64)
     n = _keys(lengths_ptr + row // H, S, k_new_ptr)

@@ -122,8 +122,9 @@ def product(
 ):  # fmt: skip
     """Return a tile [BLOCK_M, BLOCK_N] of A Bᵀ in float32, for A [M, K] and B [N, K].
 
-    The tile's first element is in row `m` and column `n` of the result, two scalars. `a` and `b` are A and B as
-    pointers or descriptors, whose modes A_MODE and B_MODE are those of `load`. Rows and columns past the ends are 0.
+    The tile's first element is in row `m` and column `n` of the result, two scalars. `a` and `b` are A and B: a pointer
+    for A_MODE or B_MODE 0, a tensor descriptor for 1, and a descriptor of the transposed matrix for 2. Only mode 0
+    reads the strides. Rows and columns of the result past its ends are 0.
     """
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -227,8 +228,8 @@ def operand(matrix: torch.Tensor, rows: int, columns: int, architecture: int) ->
 def config(op: str, kernel: str, x: torch.Tensor, size: int) -> tuple[Config, int]:
     """Return (launch configuration, architecture) for the kernel called `kernel` of `op`, for an input x on its device.
 
-    `size` is the size of the shape by which launch_configs.TABLES has rows for this kernel. The architecture is a
-    compute capability times ten, or INTERPRETER.
+    `size` chooses among the rows of launch_configs.TABLES; for the products it is the number of columns of x. The
+    architecture is a compute capability times ten, or INTERPRETER.
     """
     architecture = launch_configs.architecture(x.device)
     return Config(*launch_configs.pick(op, kernel, architecture, x.element_size(), size)), architecture

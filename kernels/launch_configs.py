@@ -374,7 +374,7 @@ def pick(op: str, kernel: str, architecture: int, element: int, size: int) -> tu
 
 
 def forget() -> None:
-    """Clear the caches after TABLES or a user's table has changed, so that they are read again."""
+    """Clear the caches of `tables`, `serving` and `pick`, so that TABLES and the user's table are read again."""
     tables.cache_clear()
     forget_picks()
 

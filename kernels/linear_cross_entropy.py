@@ -78,10 +78,10 @@ def _logits_half(
     """Add the bias to a tile of a product, which gives logits, and write statistics of each of the tile's rows.
 
     The tile has half the columns of a product's tile. `m` and `n` are the row and the column of its first element in
-    the chunk's logits [R, V]. Of each of the tile's rows, the largest logit goes to largest, the sum of exponentials
-    after that logit is subtracted to total, and, if `sum_ptr` is given, the sum of the logits to sum; these are [parts,
-    R], and the tile is part n / width. The logit of the row's target goes to picked [R] if the tile has it. If KEEPS,
-    the logits less the largest of their row in the tile are written to `out` [R, V].
+    the chunk's logits [R, V]. For each of the tile's rows, largest gets the largest logit and total the sum of
+    exponentials after that logit is subtracted. If `sum_ptr` is not None, sum gets the sum of the logits. These three
+    are [parts, R], and the tile is part n / width. picked [R] gets the logit of the row's target if the tile has it. If
+    KEEPS, the logits less the largest of their row in the tile are written to `out` [R, V].
     """
     offs_m = m + tl.arange(0, logits.shape[0])
     offs_n = n + tl.arange(0, logits.shape[1])
@@ -146,12 +146,14 @@ def _statistics_kernel(
 ):  # fmt: skip
     """Write the loss of each row of a chunk, and the maximum and the sum of exponentials of the row's logits.
 
-    Program i takes the BLOCK_M rows from i · BLOCK_M on, and joins the statistics [parts, R] of the `parts` tiles of a
-    row, which `_logits_half` wrote. Maximum and sum (relative to the maximum) go to row [2, R]. `count_ptr` points to
-    the number of all rows whose target is not ignored, and `first` is how many lie before the chunk; rows past the last
-    one are not written. The loss of row r goes to element index[first + r] of loss, its number in x, if SCATTERS, else
-    to element first + r. There is no loss if `loss_ptr` is None. `smoothing` is the label smoothing; `sum_ptr` is None
-    if it is 0.
+    Program i takes the BLOCK_M rows from i · BLOCK_M on. It joins the statistics [parts, R] of the `parts` tiles of a
+    row: the largest logit, the sum of exponentials relative to it and the sum of the logits. Maximum and sum of
+    exponentials (relative to the maximum) go to row [2, R]. `picked_ptr` [R] has the logit of each row's target.
+
+    `count_ptr` points to the number of all rows whose target is not ignored, and `first` is how many lie before the
+    chunk; rows past the last one are not written. The loss of row r goes to element index[first + r] of loss, its row
+    index in x, if SCATTERS, else to element first + r. There is no loss if `loss_ptr` is None. `smoothing` is the label
+    smoothing; `sum_ptr` is None if it is 0.
     """
     count = tl.load(count_ptr)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -194,14 +196,17 @@ def _gradient_kernel(
     stride_l, stride_g, first, R, V, smoothing, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write FACTOR times the gradient of a chunk's logits to gradient [R, V], from the logits that `_logits_half` kept.
+    """Write FACTOR times the gradient of each row's loss by its logits to gradient [R, V], for the R rows of a chunk.
 
-    The gradient may share memory with the logits. The grid is (parts of BLOCK_V columns, blocks of BLOCK_M rows).
-    `largest_ptr` [parts, R] is from `_logits_half`, `row_ptr` [2, R] from `_statistics_kernel`. `count_ptr` points to
-    the number of all rows whose target is not ignored, and `first` is how many lie before the chunk. Rows past the last
-    one become zeros in a block that has a row before; other blocks write nothing. If `dloss_ptr` is given, it holds the
-    upstream gradient of the loss of each row of x; `index_ptr` has the row's number. If `partial_ptr` is given, the sum
-    over a block's rows, without FACTOR, goes to partial [blocks, V], for the gradient of the bias.
+    `logits_ptr` [R, V] holds the logits less the largest of their row in a part of BLOCK_V columns, and `largest_ptr`
+    [parts, R] these largest ones. `row_ptr` [2, R] holds each row's largest logit and its sum of exponentials relative
+    to it. The gradient may share memory with the logits. The grid is (parts, blocks of BLOCK_M rows).
+
+    `count_ptr` points to the number of all rows whose target is not ignored, and `first` is how many lie before the
+    chunk. Rows past the last one become zeros in a block that has a row before; other blocks write nothing. If
+    `dloss_ptr` is given, it holds the upstream gradient of the loss of each row of x, and `index_ptr` the row indices
+    in x. If `partial_ptr` is given, the sum over a block's rows, without FACTOR, goes to partial [blocks, V], for the
+    gradient of the bias.
     """
     count = tl.load(count_ptr)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -236,8 +241,8 @@ def _dx_half(dx, out_ptr, index_ptr, m, n, first, live, C, stride_om, scale, PRE
     """Write `scale` times a tile of a chunk's dx into the rows of out [N, C] from which the chunk's rows came.
 
     `m` and `n` are the row and the column of the tile's first element in the chunk. `live` is how many rows of the
-    chunk have a target that is not ignored, and `first` how many such rows lie before the chunk. `index_ptr` has their
-    numbers in x.
+    chunk have a target that is not ignored, and `first` how many such rows lie before the chunk. `index_ptr` has the
+    indices of all such rows in x.
     """
     offs_m = m + tl.arange(0, dx.shape[0])
     offs_n = n + tl.arange(0, dx.shape[1])
@@ -254,13 +259,13 @@ def _dx_kernel(
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write dx, the gradient of a chunk's logits times the weight, into `out`, at the numbers that the rows have in x.
+    """Write dx, the gradient of a chunk's logits times the weight, into `out`, at the indices that the rows have in x.
 
     a [M, K] is the gradient of the logits times FACTOR, b [N, K] the transposed weight, and the result is a bᵀ /
     FACTOR. If MEAN, it is also multiplied by power / count, where count is the number of rows whose target is not
-    ignored, and power the largest power of two up to count. `index_ptr` has the numbers of these rows in x, `count_ptr`
-    points to count, and `first` is how many of them lie before the chunk. The programs of a grid of any size share the
-    tiles.
+    ignored, and power the largest power of two up to count. `index_ptr` has the indices of these rows in x, `count_ptr`
+    points to count, and `first` is how many of them lie before the chunk. Other rows of `out` are not written. The
+    programs of a grid of any size share the tiles.
     """
     count = tl.load(count_ptr)
     live = tl.minimum(count - first, M)
@@ -488,8 +493,9 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return (loss, count, dx, dweight, dbias): the loss, how many rows count, and gradients of the sum of the losses.
 
-    A row counts if its target is not `ignore_index`. The loss is float32, [] for the reductions "mean" and "sum", or in
-    the shape of `target` for "none". count is float32 []. dx is in the dtype of x, dweight and dbias are float32; a
+    x is [..., C], weight [V, C], target [...] and bias [V] or None. A row counts if its target is not `ignore_index`.
+    The loss is float32, [] for the reductions "mean" (0 if no row counts) and "sum", or in the shape of `target` for
+    "none". count is float32 []. dx is in the dtype of x, 0 in rows that do not count; dweight and dbias are float32. A
     gradient that is not needed has shape [0]. The gradients belong to the sum even for "mean", except that dx is then
     multiplied by power / count, where power is the largest power of two up to count.
     """

@@ -470,11 +470,11 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return the gradients (dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias) for the upstream gradient dy [..., C'].
 
-    `needs` holds five flags in this order; a gradient that is not needed is a tensor of shape [0]. The gradients of the
-    weights have the strides of the weights. `hidden` is the `kept` that `forward` returned; if it is None, the hidden
-    layer is computed again. Dropout drops an element of the hidden layer if its 16 random bits, a function of `seed`,
-    `site` and its position, are below `threshold`, and multiplies others by `scale`. Without a seed there is no
-    dropout.
+    `needs` holds five flags in this order; a gradient that is not needed is a tensor of shape [0]. All are in the dtype
+    of x, and those of the weights have the strides of the weights. `hidden` is the `kept` that `forward` returned; if
+    it is None, the hidden layer is computed again. Dropout dropped an element of the hidden layer if its 16 random bits
+    were below `threshold`, and multiplied others by `scale`. The bits are a function of `seed`, `site` and its
+    position. Without a seed there was no dropout.
     """
     needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, needs_proj_bias = needs
     F, C_out = fc_weight.shape[0], proj_weight.shape[0]

@@ -185,7 +185,8 @@ class DecodeSession:
         """Return True if a step computes with the parameters as they are now.
 
         Every value of a parameter that the C++ step has copied is compared, because fused optimisers and writes through
-        `.data` leave no other trace.
+        `.data` leave no other trace. The model also has to have the same parameters at the same addresses. If no module
+        had hooks or was replaced when the session was made, none may now; if one did, one still has to.
 
         Returns:
             True if nothing has changed. A change that keeps the sum of a parameter's bits, such as exchanging two rows,

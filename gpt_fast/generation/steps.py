@@ -272,7 +272,7 @@ class TorchStep:
         self.generator.manual_seed(seed)
 
     def logits(self, live: Tensor | None = None) -> Tensor:
-        """Return a copy of the logits [batch, V] after the last step.
+        """Return a copy of the logits [batch, V], float32, after the last step, before penalty and limits.
 
         The logits of rows that the step did not run are arbitrary. `live` is ignored; `CppStep.logits` has the same
         signature.
@@ -340,7 +340,10 @@ def unwrapped(model: Any, function: str = "generate") -> Any:
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    """Return True for a module of FSDP1 or FSDP2. Its class's name decides, because importing FSDP takes seconds."""
+    """Return True for a module of FSDP1 or FSDP2, whose class's name begins with "FSDP" or "FullyShardedDataParallel".
+
+    The name decides, because importing FSDP takes seconds.
+    """
     return type(module).__name__.startswith(("FSDP", "FullyShardedDataParallel"))
 
 

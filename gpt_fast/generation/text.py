@@ -464,7 +464,8 @@ def _check_processors(processors: Any) -> None:
 def _stop_tokens(stop_tokens: Any, device: torch.device) -> Tensor | None:
     """Return the argument `stop_tokens` of `generate`, an id or several, as an int64 tensor [n] on `device`.
 
-    Return None if `stop_tokens` is None. It may be an int, a tensor of one dimension, or any iterable of integers.
+    Return None if `stop_tokens` is None. It may be an int, a tensor of one dimension, or any iterable of integers. Ids
+    are not compared with the vocabulary.
 
     Raises:
         ValueError: It is none of these, or a string.
