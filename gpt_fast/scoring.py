@@ -69,8 +69,8 @@ def score(
     """Return log p(w_t | w_<t) of every token, with p = softmax(output_layer(trunk(tokens))).
 
     The [B, T, V] logits are never stored. Rows longer than the model's seq_len are read in windows, as transformers'
-    recipe for perplexity reads them: a window has seq_len tokens, begins `stride` tokens after the one before, and
-    scores the tokens that no window before it has scored.
+    recipe for perplexity reads them. A window has at most seq_len tokens and begins `stride` tokens after the one
+    before. It scores the tokens that no window before it has scored.
 
     Args:
         model: A `GPTForCausalLM`, a `GPT`, a head with a joint loss, or, with `labels`, a `GPTForMaskedLM`. Wrappers of

@@ -145,9 +145,9 @@ def work(op: str, row: Row, device: str) -> Callable[[], object]:
     """Return a function without arguments that runs the kernels of `op` to be timed for a `row` of its table.
 
     For attention's kernel "fwd", mlp's "few" and decode_attention it runs the forward pass alone, for attention's other
-    kernels and linear the backward pass alone, and else both. The tensors are random and made now, on `device`, with
-    the row's element size and the largest size that it serves, or GPT-2's width of 768 if it serves all. The forward
-    pass that attention's backward needs runs now, once.
+    kernels and linear the backward pass alone, and else both. The tensors are random and made now, on `device`. They
+    have the row's element size and the largest size that it serves, or GPT-2's width of 768 if it serves all. The
+    forward pass that attention's backward needs runs now, once.
     """
     dtype = DTYPES[row.element]
     size = row.size if row.size < ANY else 768
@@ -321,8 +321,8 @@ def tuned(op: str, row: Row, architecture: int, source: str, timer: Timer) -> Ro
     """Return a copy of `row` with the fastest configuration that a search finds, and this `architecture` and `source`.
 
     The search (`climb`) measures on the current GPU. It starts from the configuration that the tables choose now and
-    the candidates of `launch_configs.CANDIDATES`. `architecture` is that of the GPU (80 is sm_80), `source` is a text
-    that says how the row was found, and `timer` returns the time of a function that runs kernels.
+    the candidates of `launch_configs.CANDIDATES`. `architecture` is that of the GPU (80 is sm_80), and `source` is a
+    text that says how the row was found. `timer` returns the time of a function that runs kernels.
     """
     measure = measurer(op, row, architecture, timer)
     best = climb(serving(op, row, architecture), candidates(op, row, architecture), limits(row, op), measure)

@@ -262,7 +262,7 @@ def _dx_kernel(
     """Write dx, the gradient of a chunk's logits times the weight, into `out`, at the indices that the rows have in x.
 
     a [M, K] is the gradient of the logits times FACTOR, b [N, K] the transposed weight, and the result is a bᵀ /
-    FACTOR. If MEAN, it is also multiplied by power / count, where count is the number of rows whose target is not
+    FACTOR. If MEAN, it is also multiplied by power / count. There count is the number of rows whose target is not
     ignored, and power the largest power of two up to count. `index_ptr` has the indices of these rows in x, `count_ptr`
     points to count, and `first` is how many of them lie before the chunk. Other rows of `out` are not written. The
     programs of a grid of any size share the tiles.
@@ -496,7 +496,7 @@ def forward(
     x is [..., C], weight [V, C], target [...] and bias [V] or None. A row counts if its target is not `ignore_index`.
     The loss is float32, [] for the reductions "mean" (0 if no row counts) and "sum", or in the shape of `target` for
     "none". count is float32 []. dx is in the dtype of x, 0 in rows that do not count; dweight and dbias are float32. A
-    gradient that is not needed has shape [0]. The gradients belong to the sum even for "mean", except that dx is then
+    gradient that is not needed has shape [0]. The gradients belong to the sum even for "mean". There dx alone is
     multiplied by power / count, where power is the largest power of two up to count.
     """
     rows = as_matrix(x)

@@ -276,10 +276,10 @@ def _finish(
     """Finish a tile `value` [BLOCK_M, BLOCK_N] of a product with few rows, at row 0 and column `n`, and write it.
 
     If ACTIVATION is None it is the tile of a linear layer: `value` plus the bias goes to `out` [M, N]. Otherwise it is
-    the tile of a hidden layer: if KEEPS_INPUT, `value` plus the bias, the activation's input, goes to `kept` [M, N],
-    and if HAS_OUT, the hidden layer after dropout goes to `out`. `bias_ptr` is None without a bias. With HAS_DROPOUT,
-    an element of the hidden layer is dropped if its 16 random bits are below `threshold`, and is otherwise multiplied
-    by `scale`. The bits are a function of the seed, `site` and its position.
+    the tile of a hidden layer. If KEEPS_INPUT, `value` plus the bias, the activation's input, goes to `kept` [M, N]. If
+    HAS_OUT, the hidden layer after dropout goes to `out`. `bias_ptr` is None without a bias. With HAS_DROPOUT, an
+    element of the hidden layer is dropped if its 16 random bits are below `threshold`, and is otherwise multiplied by
+    `scale`. The bits are a function of the seed, `site` and its position.
     """
     if ACTIVATION is None:
         _linear_half(value, out, bias_ptr, 0, n, M, N, stride_om, stride_on, 0, PRECISION)
@@ -355,8 +355,8 @@ def _few(launch: Few, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, **fin
     """Write A Bᵀ, finished by `_finish`, to `out` [M, N], for a = A [M, K] of at most FEW_ROWS rows and b = B [N, K].
 
     Finishing adds the bias and, for a hidden layer, applies activation and dropout. K is 1 or more. `finish` holds the
-    other arguments of `_finish` by name: `kept`, the pointers of bias and seed, the dropout's `site`, `threshold` and
-    `scale`, and the compile-time switches ACTIVATION, HAS_DROPOUT, KEEPS_INPUT and HAS_OUT. `launch` is the launch
+    other arguments of `_finish` by name. These are `kept`, `bias_ptr`, `seed_ptr`, the dropout's `site`, `threshold`
+    and `scale`, and the switches ACTIVATION, HAS_DROPOUT, KEEPS_INPUT and HAS_OUT. `launch` is the launch
     configuration.
     """
     (M, K), N = a.shape, b.shape[0]

@@ -85,7 +85,8 @@ def generate(  # type: ignore[misc]  # the overloads leave the common options to
         logits_processors: Callables (tokens so far [B, L], logits [B, V]) → logits [B, V], as transformers'
             `LogitsProcessor`. They run after the penalty and before the temperature. The tokens are padded on the left
             where rows differ in length.
-        stop_tokens: A row that has drawn one of these ids keeps it and continues with padding.
+        stop_tokens: A row that has drawn one of these ids keeps it and continues with padding, the model's `pad_token`
+            or 0. Generation ends early when all rows have drawn one.
         seed: The same integer draws the same tokens on a device. If it is None, torch's generator gives a seed. Greedy
             generation needs none and leaves that generator alone.
         lengths: Real tokens [B] of prompts that are padded on the right. A row's new tokens follow its prompt directly,
@@ -416,8 +417,8 @@ def _continue(
 def _slide(session: DecodeSession, rows: _Rows, drawing: _Drawing, live: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Run one decode step as `drawing.step` does, but free cache for rows whose cache is full.
 
-    A full row's cache is emptied, and its last S / 2 tokens are read anew from position 0, where S is the tokens that a
-    row of the cache has room for. The other live rows read their latest token.
+    Let S be the number of tokens that a row of the cache has room for. A full row's cache is emptied, and the row's
+    last S / 2 tokens are read anew from position 0. The other live rows read their latest token.
 
     Args:
         session: The session that runs the model and has the cache.
