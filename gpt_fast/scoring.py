@@ -236,7 +236,8 @@ def score_continuations(
 
     `log_prob` is the sum of the log-probabilities of the continuation's tokens after the context, and `is_greedy` is
     True if each of them is the most probable one. If both together have more than seq_len + 1 tokens, the context loses
-    its first ones. `batch_size` pairs share a forward pass.
+    its first ones. `batch_size` pairs share a forward pass. `model` has to be causal: a `GPTForMaskedLM` is not
+    refused, but reads the tokens that it scores.
 
     Raises:
         ValueError: A context or continuation is empty, a continuation has more than seq_len tokens, an id lies outside
