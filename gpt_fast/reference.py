@@ -443,7 +443,7 @@ class GPT(nn.Module):
         self.output_layer = nn.Linear(hidden_dim, num_tokens)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Return the logits [B, T, V] of tokens [B, T]."""
+        """Return the logits [B, T, V] of tokens [B, T], int64. In training mode PyTorch's dropout is active."""
         T = tokens.shape[1]
         mask = torch.ones(T, T, dtype=torch.bool, device=tokens.device).triu(1)  # True: may not attend
         x = self.dropout(self.token_emb(tokens) + self.pos_emb[:, :T])
@@ -452,5 +452,5 @@ class GPT(nn.Module):
         return self.output_layer(x)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the probabilities [B, T, V] of tokens [B, T]."""
+        """Return the probabilities [B, T, V] of tokens [B, T], int64: the softmax of `logits`."""
         return torch.softmax(self.logits(tokens), dim=-1)

@@ -145,8 +145,8 @@ def _bounds(offs, mask_offs, lower, upper, others, length_ptr, packing, b):
 
     The rows are queries and the other axis, of `others` rows, is keys, or the reverse. The row at position `offs` meets
     offs - lower < x < offs + upper, where `lower` and `upper` come from the window and the causal mask. If `length_ptr`
-    is given, x is also below the length of batch row b. If `packing` (see Packing) is, x is in the row's own sequence.
-    `mask_offs` is True for rows that exist.
+    is not None, x is also below the length of batch row b. If `packing`, a Packing, has pointers, x is also in the
+    row's own sequence. `mask_offs` is True for rows that exist.
     """
     first = tl.maximum(offs - lower + 1, 0)
     last = tl.minimum(offs + upper, others)
@@ -234,8 +234,9 @@ def _allowed(x, rows, i, j, head, masks):
     """Return a bool tile, True where query i may attend to key j, of a program's own rows and rows of the other axis.
 
     `i` and `j` are positions that broadcast against each other, and `x` is that of the two which is the row of the
-    other axis. A pair is allowed if x lies in the interval of `rows` (see Rows), and if the masks that are given (see
-    Masks) are True. `head` is a Head.
+    other axis. A pair is allowed if rows.first <= x < rows.last (`rows` is a Rows) and if the masks in `masks` (a
+    Masks) that are not None are True: key_mask [B, S] at j, mask [B, H, T, S] at (i, j). `head` is a Head, which names
+    batch row and head.
     """
     allowed = (x >= rows.first) & (x < rows.last)
     if masks.key_mask_ptr is not None:
@@ -292,7 +293,8 @@ def _walked_position(start, walk, dropout):
 def _keep(i, j, dropout):
     """Return a bool tile, True where dropout keeps the probability of (query i, key j). `dropout` is a Dropout.
 
-    `i` and `j` are positions within a sequence that broadcast against each other.
+    `i` and `j` are positions within a sequence that broadcast against each other. A probability is kept if its 16
+    random bits, a function of i, j and the Dropout's seed, site and matrix number, are at least its threshold.
     """
     return keep_matrix(i, j, dropout.matrix, dropout.site, dropout.threshold, dropout.seed_ptr, UPPER=True)
 

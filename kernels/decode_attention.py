@@ -59,9 +59,11 @@ def _fwd_kernel(
     """Attend from one head's query to SPLIT neighbouring keys, and write the softmax's state for `_add_kernel`.
 
     Program (i, s) of the grid (B H, splits) takes head i % H of sequence i // H and the keys from s · SPLIT on. The
-    state is the unnormalised output acc [B H, splits, D], the maximum m and the sum of exponentials l, [B H, splits]
-    each, in float32. A program whose keys all lie past the sequence's length writes nothing. The program whose keys
-    include the new one, if there is one, also writes it and its value into the caches.
+    state is the unnormalised output acc [B H, splits, D], the maximum m of the scores and the sum l of their
+    exponentials, [B H, splits] each, in float32. `scale` is 1 / sqrt(D) times log2(e), so that exponentials are powers
+    of two. A program whose keys all lie past the sequence's length writes nothing. If `k_new_ptr` is not None, each
+    sequence gets one more key, at the position of its length. The program whose keys include that one also writes it
+    and its value into the caches.
     """
     row = tl.program_id(0).to(tl.int64)  # batch · H + head
     split = tl.program_id(1).to(tl.int64)

@@ -77,9 +77,10 @@ def _fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, stride_x, M, N, eps,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write y, mean and rstd of BLOCK_M rows of x [M, N], which begin `stride_x` elements apart.
+    """Write y, the layer norm, and mean and rstd for BLOCK_M rows of x [M, N], which begin `stride_x` elements apart.
 
-    y [M, N] is contiguous; mean and rstd are [M] float32. Program i takes the rows from i · BLOCK_M on.
+    y [M, N] is contiguous; mean and rstd = 1 / sqrt(variance + eps) are [M] float32. Weight and bias [N] are read if
+    HAS_WEIGHT and HAS_BIAS. Program i takes the rows from i · BLOCK_M on.
     """
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
@@ -98,11 +99,11 @@ def _bwd_kernel(
     dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr, stride_dy, stride_x, M, N,
     HAS_WEIGHT: tl.constexpr, NEEDS_SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write dx [M, N] for every P-th tile of BLOCK_M rows, where P is the number of programs.
+    """Write dx [M, N], the gradient of x, for every P-th tile of BLOCK_M rows, where P is the number of programs.
 
-    Program p begins at tile p. dx is contiguous; rows of dy and x begin `stride_dy` and `stride_x` elements apart. If
-    NEEDS_SUMS, the sums of program p for dweight and dbias go to row p of `dweight_ptr` and `dbias_ptr`, [P, N] float32
-    each.
+    Program p begins at tile p. dy is the upstream gradient, and mean and rstd [M] are from the forward pass. dx is
+    contiguous; rows of dy and x begin `stride_dy` and `stride_x` elements apart. If NEEDS_SUMS, the sums of program p
+    for dweight and dbias go to row p of `dweight_ptr` and `dbias_ptr`, [P, N] float32 each.
     """
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)

@@ -240,7 +240,8 @@ def _linear_half(
 ):  # fmt: skip
     """Write a tile `value` of a product, plus the bias if `bias_ptr` is not None, to `out` [M, N].
 
-    `m` and `n` are the row and the column of the tile's first element.
+    `m` and `n` are the row and the column of the tile's first element. `out` is a pointer for OUT_MODE 0, a tensor
+    descriptor for 1, and a descriptor of the transposed matrix for 2.
     """
     if bias_ptr is not None:
         offs_n = n + tl.arange(0, value.shape[1])
@@ -254,7 +255,11 @@ def _linear_kernel(
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, OUT_MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write out [M, N] = A Bᵀ + bias, for A [M, K] and B [N, K]. The programs of a grid of any size share the tiles."""
+    """Write out [M, N] = A Bᵀ + bias, for A [M, K] in a and B [N, K] in b.
+
+    The bias [N] is left out if `bias_ptr` is None. A mode is 0 for a pointer, 1 for a tensor descriptor and 2 for a
+    descriptor of the transposed matrix. The programs of a grid of any size share the tiles.
+    """
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
         m, n = tile(index, M, N, BLOCK_M, BLOCK_N)

@@ -45,7 +45,7 @@ def _is_integer(value: object) -> bool:
 
 
 def _check_number(name: str, value: object, expected: str, fits: Callable[[float], bool]) -> None:
-    """Raise `ValueError` unless `value` is a real number for which `fits(value)` is True.
+    """Raise `ValueError` unless `value` is a real number, not a bool, for which `fits(float(value))` is True.
 
     `name` and `expected` (a description of the valid values) are for the message.
     """

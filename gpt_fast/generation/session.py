@@ -226,7 +226,7 @@ class DecodeSession:
         """Add a prompt to each of the first B rows of the cache, behind the tokens that the rows hold.
 
         Args:
-            tokens: Token ids [B, T], int64, padded on the right.
+            tokens: Token ids [B, T], int64, padded on the right with anything. B is at most the session's batch.
             lengths: Number of tokens of each row that are no padding [B]. The default is T for all rows.
 
         Returns:
@@ -257,8 +257,8 @@ class DecodeSession:
             Logits [batch, V], float32, after these tokens.
 
         Raises:
-            ValueError: Tokens have another shape or dtype or lie outside the vocabulary, the cache is full, or logits
-                are NaN or infinite.
+            ValueError: Tokens have another shape, dtype or device or lie outside the vocabulary, the cache is full, or
+                logits are NaN or infinite. The lengths then stay.
             RuntimeError: Another thread uses the session.
         """
         with self.in_use():
@@ -521,7 +521,7 @@ class DecodeSession:
             rows: Rows that get the new tokens.
 
         Raises:
-            ValueError: The cache is full.
+            ValueError: A row would hold more tokens than the cache has room for.
         """
         wanted = int((self.cache.lengths[rows] + more).max())
         if wanted > self.cache.length:

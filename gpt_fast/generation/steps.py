@@ -132,7 +132,8 @@ class CppStep:
     def _sampling(self, options: Sampling) -> Any:
         """Return `options` as the C++ extension's `Sampling`, with the seed and the number of the next draw.
 
-        Unless the draw is greedy, this function first increases the number of draws by 1.
+        An option that is None gets the value that keeps all tokens: top_k 0, top_p 1, min_p 0. Unless the draw is
+        greedy, this function first increases the number of draws by 1.
         """
         self._draws += options.temperature > 0
         return self._c.Sampling(
